@@ -172,7 +172,7 @@ def _build_executor(
     config: Config, decoder: Decoder, cache: KvCache, store: AdapterStore
 ) -> Executor:
     if isinstance(store, StepStore):
-        return TorchExecutor(decoder, cache, store, screens_head=not config.model.no_head_screen)
+        return TorchExecutor(decoder, cache, store, screens_head=config.model.head_screen)
     from turret.server.adapters.device.gpu.store import GpuStore
     from turret.server.engine.step.gpu.decode_graphs import capture_for
     from turret.server.engine.step.gpu.executor import GpuExecutor

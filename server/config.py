@@ -81,10 +81,10 @@ class ModelConfig:
         " and the container's quota allow)",
         unit="threads",
     )
-    no_head_screen: bool = _flag(
-        False,
-        "keep no int8 copy of the output head on a CPU, half of the head's bytes, from which the"
-        " tokens of greedy steps are told: the same tokens, slower",
+    head_screen: bool = _flag(
+        True,
+        "keep an int8 copy of the output head on a CPU, half of the head's bytes, from which the"
+        " tokens of greedy steps are told: without it the same tokens, slower (default: keep it)",
     )
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@
     ├── HubUnavailableError          the hub does not answer, or too slowly
     ├── UnauthenticatedError         no token, or an unknown one
     ├── PermissionDeniedError        the token lacks the role
+    ├── ServiceElsewhereError        the service is at the server's other address
     ├── UnavailableError             starting, draining, or the engine is dead
     └── DeadlineExceededError        the deadline passed before the request finished
 
@@ -177,6 +178,10 @@ class UnauthenticatedError(TurretError):
 
 class PermissionDeniedError(TurretError):
     reason = "PERMISSION_DENIED"
+
+
+class ServiceElsewhereError(TurretError):
+    reason = "SERVICE_ELSEWHERE"
 
 
 class UnavailableError(TurretError):

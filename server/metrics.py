@@ -81,13 +81,15 @@ class Metrics:
     ) -> None:
         self._requests = counter(
             "turret_requests_total",
-            "Finished calls that run on adapters, of both doors; a mix counts for each member.",
+            "Finished calls that run on adapters, of both doors, also refused ones whose adapters"
+            " could be read; a mix counts for each member.",
             "adapter",
             "code",
         )
         self._calls = counter(
             "turret_calls_total",
-            "The same calls, each once, by door (grpc or http); one may ask for several answers.",
+            "All calls of that kind, each once, by door (grpc or http); one may ask for several"
+            " answers.",
             "protocol",
             "code",
         )

@@ -6,14 +6,15 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from turret.server import log
 from turret.server.api.failures import MAX_MESSAGE_CHARS, Failure, Failures
-from turret.server.api.limits import MAX_REQUEST_ID_CHARS
+from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_NAME_CHARS, MAX_REQUEST_ID_CHARS
 from turret.server.basics.codes import Code
 from turret.server.metrics import Metrics
+from turret.v1 import adapters_pb2
 
 _log = logging.getLogger(__name__)
 
@@ -101,6 +102,11 @@ class Call:
         self.request_id = request_id
         log.request_id.set(request_id)
 
+    def about(self, mix: Sequence[adapters_pb2.AdapterWeight]) -> None:
+        """Note the adapters that are asked for, before anything is known to be right with them."""
+        named = mix[:MAX_MIX_MEMBERS]
+        self.adapters = tuple(member.name[:MAX_NAME_CHARS] for member in named)
+
     def fail(self, reason: str, message: str) -> None:
         """Note what the client is told of an error, before ``finish``."""
         self._told = (reason, message)
@@ -116,7 +122,9 @@ class Call:
         self._at_end.clear()
         names = self.adapters or ()
         if self._is_counted:
-            self._metrics.request_finished(names, code.name)
+            # One that ended before its adapters could be read is nobody's, and not the base's.
+            if self.adapters is not None:
+                self._metrics.request_finished(names, code.name)
             self._metrics.call_finished(self.protocol, code.name)
             if self.prompt_tokens:
                 self._metrics.tokens(

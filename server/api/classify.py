@@ -28,6 +28,7 @@ async def classify(
     deadline: float | None,
 ) -> inference_pb2.ClassifyResponse:
     """Answer a message; arguments and errors are those of ``embed``."""
+    call.about(message.adapters)
     vocabulary = await backend.vocabularies.of(message.adapters)
     violations, limits = Violations(), InputLimits.of(backend, vocabulary)
     check_inputs(message.inputs, limits, violations)

@@ -69,6 +69,7 @@ async def embed(
         InvalidRequestError: Lists every offending field.
         TurretError: What the first input to fail raised; see ``Engine.submit``.
     """
+    call.about(message.adapters)
     vocabulary = await backend.vocabularies.of(message.adapters)
     violations, limits = Violations(), InputLimits.of(backend, vocabulary)
     check_inputs(message.inputs, limits, violations)

@@ -50,6 +50,7 @@ TABLE: dict[type[errors.TurretError], Row] = {
     errors.HubUnavailableError: Row(Code.UNAVAILABLE, 10.0),
     errors.UnauthenticatedError: Row(Code.UNAUTHENTICATED),
     errors.PermissionDeniedError: Row(Code.PERMISSION_DENIED),
+    errors.ServiceElsewhereError: Row(Code.UNIMPLEMENTED),
     errors.UnavailableError: Row(Code.UNAVAILABLE, 1.0),
     errors.DeadlineExceededError: Row(Code.DEADLINE_EXCEEDED),
 }

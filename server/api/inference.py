@@ -75,6 +75,7 @@ class Inference:
             DeadlineExceededError: After the last chunk, if the deadline ended the request.
         """
         backend = self._gate.enter()
+        call.about(message.adapters)
         vocabulary = await backend.vocabularies.of(message.adapters)
         request = await generate_request(
             message,
@@ -117,6 +118,7 @@ class Inference:
             DeadlineExceededError: The deadline passed first.
         """
         backend = self._gate.enter()
+        call.about(message.adapters)
         vocabulary = await backend.vocabularies.of(message.adapters)
         request = await score_request(
             message,

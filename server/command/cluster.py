@@ -12,7 +12,7 @@ from pathlib import Path
 from turret.server import log
 from turret.server.basics.extras import how_to_add
 from turret.server.cluster.machine import fleet_folder
-from turret.server.cluster.serving.plan import ClusterPlan, fleet_config
+from turret.server.cluster.serving.plan import ClusterPlan, check_given, fleet_config
 from turret.server.command.flags import add_flags, read_settings
 from turret.server.command.parser import EXIT_USAGE, CommandParser
 from turret.server.command.preflight import problems
@@ -102,6 +102,7 @@ def serve(args: argparse.Namespace) -> int:
         plan = _plan(args)
         settings = read_settings(args, os.environ)
         is_json = settings.values.get("log_format") == "json"
+        check_given(settings.values)
         config = fleet_config(settings.config())
     except (OSError, ValueError) as error:
         _complain("serve", *str(error).splitlines(), is_json=is_json)

@@ -47,6 +47,7 @@ class ChatCompletions:
         violations = Violations()
         fields = Fields(exchange.take_body(), violations)
         asked = read_asked(fields, info.name)
+        exchange.call.about(asked.message.adapters)
         refuse_unsupported(fields, is_chat=True)
         _read_logprobs(fields, asked.message.options)
         prompt = inference_pb2.GenerateRequest(chat=read_messages(fields))

@@ -49,6 +49,7 @@ class Completions:
         violations = Violations()
         fields = Fields(exchange.take_body(), violations)
         asked = read_asked(fields, info.name)
+        exchange.call.about(asked.message.adapters)
         refuse_unsupported(fields, is_chat=False)
         _read_options(fields, asked.message)
         prompts = read_prompts(fields, "prompt", _Prompt)

@@ -8,7 +8,8 @@ from typing import Any
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.admin.paging import MAX_PAGE_SIZE
 from turret.server.api.inference import Inference
-from turret.server.http.bodies.model_names import BASE, no_model, parse_model
+from turret.server.errors import AdapterNotFoundError
+from turret.server.http.bodies.model_names import BASE, parse_model
 from turret.server.http.exchange.endpoint import Exchange
 from turret.v1 import adapters_pb2
 
@@ -54,8 +55,14 @@ class Models:
         if not members:
             await exchange.reply.json(self._base())
             return
+        # A mix has no card: no digest, method or generation of its own, and no limit to how many.
         if len(members) > 1 or members[0].HasField("weight"):
-            raise no_model(name)
+            adapters = " and ".join(f"GET /v1/models/{member.name}" for member in members)
+            raise AdapterNotFoundError(
+                f"{name[:200]!r} is a mix, and mixes are neither listed nor looked up; a request"
+                f" may name it as its model if its adapters are there: {adapters[:400]}",
+                metadata={"adapter": name[:200]},
+            )
         question = adapters_pb2.GetAdapterRequest(name=members[0].name)
         adapter = await self._adapters.get(question, exchange.call)
         await exchange.reply.json(self._adapter(adapter))

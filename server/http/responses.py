@@ -41,6 +41,7 @@ class Responses:
         violations = Violations()
         fields = Fields(exchange.take_body(), violations)
         asked = read_asked(fields, info.name)
+        exchange.call.about(asked.message.adapters)
         refuse_unsupported(fields, is_chat=True)
         sent = read_sent(fields, asked)
         conversation = Conversation(fields, sent.instructions)

@@ -8,7 +8,7 @@ import functools
 import logging
 import socket
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import uvicorn
 from starlette.applications import Starlette
@@ -58,6 +58,8 @@ NO_NAMES: Mapping[str, str] = {}
 # Clients keep connections for later; what they find closed just then fails their next request.
 KEEP_ALIVE_SECONDS = 75
 BACKLOG = 1024
+# What manages adapters, unless that has an address of its own.
+ADMIN_PATHS = tuple(f"/v1/{verb}_lora_adapter" for verb in ("load", "unload", "pin", "unpin"))
 _LAST_WORD_SECONDS = 1.0
 
 
@@ -101,12 +103,9 @@ def routes(
         _get("/console/{file}", page.file, "", logging.DEBUG),
     ]
     if has_admin:
-        made += [
-            _post("/v1/load_lora_adapter", admin.load, ADAPTERS, lora.NAMES),
-            _post("/v1/unload_lora_adapter", admin.unload, ADAPTERS, lora.NAMES),
-            _post("/v1/pin_lora_adapter", admin.pin, ADAPTERS, lora.NAMES),
-            _post("/v1/unpin_lora_adapter", admin.unpin, ADAPTERS, lora.NAMES),
-        ]
+        handlers = (admin.load, admin.unload, admin.pin, admin.unpin)
+        pairs = zip(ADMIN_PATHS, handlers, strict=True)
+        made += [_post(path, handler, ADAPTERS, lora.NAMES) for path, handler in pairs]
     return made
 
 
@@ -255,6 +254,7 @@ def application(
     assert listen.http_address is not None
     has_admin = listen.admin_address is None
     made = routes(inference, adapters, metrics=metrics, failures=failures, has_admin=has_admin)
+    apart = () if has_admin else ADMIN_PATHS
     answered = [
         StarletteRoute(
             route.path,
@@ -271,7 +271,7 @@ def application(
     return Starlette(
         routes=answered,
         middleware=middleware,
-        exception_handlers={HTTPException: _no_route},
+        exception_handlers={HTTPException: functools.partial(_no_route, apart)},
     )
 
 
@@ -322,12 +322,20 @@ def _meant(request: Request) -> str:
     return next((path for path in wanted if path in served), "")
 
 
-async def _no_route(request: Request, error: Exception) -> Response:
-    """What Starlette itself refuses: a path or a method that is not there."""
+async def _no_route(apart: Collection[str], request: Request, error: Exception) -> Response:
+    """What Starlette itself refuses: a path or a method that is not there.
+
+    Args:
+        apart: Paths that would be, were it not for an address of their own service.
+        request: What was asked.
+        error: Starlette's.
+    """
     status = error.status_code if isinstance(error, HTTPException) else 500
     code = Code.NOT_FOUND if status == 404 else Code.UNIMPLEMENTED
     text = f"{request.method} {request.url.path} is not served here"
-    if status == 404 and (meant := _meant(request)):
+    if request.url.path in apart:
+        text += ": this server has adapters managed at its admin address alone, over gRPC"
+    elif status == 404 and (meant := _meant(request)):
         text += f"; did you mean {meant}?"
     allowed = (getattr(error, "headers", None) or {}).get("Allow")
     if status == 405 and allowed:

@@ -38,7 +38,7 @@ class Tokens:
         fields = Fields(exchange.take_body(), violations)
         is_chat = fields.get("messages") is not None
         refuse_unsupported(fields, is_chat=is_chat)
-        message = inference_pb2.TokenizeRequest(adapters=_mix_of(fields, info.name))
+        message = inference_pb2.TokenizeRequest(adapters=_mix_of(fields, info.name, exchange.names))
         if is_chat:
             message.chat.CopyFrom(read_messages(fields))
             read_tools(fields, message.chat)
@@ -65,7 +65,7 @@ class Tokens:
         info = self._inference.model()
         violations = Violations()
         fields = Fields(exchange.take_body(), violations)
-        adapters = _mix_of(fields, info.name)
+        adapters = _mix_of(fields, info.name, exchange.names)
         ids = fields.array("tokens")
         if ids is None or not all(map(is_token_id, ids)):
             fields.refuse("tokens", "must be a list of token ids")
@@ -80,8 +80,10 @@ class Tokens:
         await exchange.reply.json({"prompt": answer.text})
 
 
-def _mix_of(fields: Fields, base_name: str) -> list[adapters_pb2.AdapterWeight]:
+def _mix_of(
+    fields: Fields, base_name: str, names: dict[str, str]
+) -> list[adapters_pb2.AdapterWeight]:
     """As requests have it, but that nothing need be said: then the tokenizer is the base's."""
     if fields.get("model") is None and fields.get("adapters") is None:
         return []
-    return mix_of(fields, base_name)
+    return mix_of(fields, base_name, names)

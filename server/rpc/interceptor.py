@@ -19,11 +19,12 @@ from turret.server.api.call import REQUEST_ID_KEY, Call
 from turret.server.api.failures import Failures
 from turret.server.api.faults import fault_of
 from turret.server.basics.codes import Code
-from turret.server.errors import TurretError
+from turret.server.errors import ServiceElsewhereError, TurretError
 from turret.server.metrics import Metrics
 from turret.server.rpc.messages import MESSAGE_SECONDS, all_messages, one_message, tolerant
 from turret.server.rpc.open_calls import OpenCalls
 from turret.server.rpc.status import DETAILS_KEY, to_rich_status
+from turret.v1 import adapters_pb2, inference_pb2
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +35,14 @@ COUNTED = frozenset(
 )
 # Those of them that are many requests: each is held as its party's by who answers.
 MANY = frozenset(f"/turret.v1.Inference/{name}" for name in ("Embed", "Classify"))
+
+# All that one of a server's addresses answers.
+_METHODS = frozenset(
+    f"/{service.full_name}/{method.name}"
+    for file in (inference_pb2.DESCRIPTOR, adapters_pb2.DESCRIPTOR)
+    for service in file.services_by_name.values()
+    for method in service.methods
+)
 
 # A client whose deadline passes resets the call, and by this machine's clock that can be a little
 # before the deadline: a cancellation so close to it was the deadline's.
@@ -84,12 +93,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
         method = handler_call_details.method
+        if handler is None and method not in _METHODS:
+            return None
         try:
             metadata = handler_call_details.invocation_metadata or ()
             authorize(self._tokens, _service_of(method), _authorization(metadata))
+            if handler is None:
+                raise _elsewhere(_service_of(method))
         except TurretError as error:
             return self._refusal(method, error)
         return self._answer(method, handler)
@@ -209,6 +220,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 def _authorization(metadata: Iterable[tuple[str, str | bytes]]) -> str | bytes | None:
     return next((value for key, value in metadata if key == "authorization"), None)
+
+
+def _elsewhere(service: str) -> ServiceElsewhereError:
+    """For a service that this listener has not, which another one of this server has.
+
+    The address itself is not told: it may be one of a network that its caller is not in.
+    """
+    name = service.rpartition(".")[2]
+    where = {"Adapters": "admin address (--admin-address)"}.get(name, "main address (--address)")
+    return ServiceElsewhereError(
+        f"the service {name} is not at this address, but at this server's {where}",
+        metadata={"service": service},
+    )
 
 
 def _service_of(method: str) -> str:

@@ -98,6 +98,7 @@ def test_cluster_says_what_is_missing(
         ("--state-dir s --admin-address 127.0.0.1:1", "tokens say who"),
         ("--state-dir s --tls-cert a --tls-key b", "plain text"),
         ("--state-dir s --adapter-root . --preload a=b", "load adapters once"),
+        ("--preload a=b", "--preload: a fleet takes none; load adapters once"),
     ],
 )
 def test_flags_that_a_fleet_cannot_take(

@@ -219,7 +219,7 @@ async def test_it_can_be_left_out(root: Path, asked: Counter[str]) -> None:
     async with EngineHarness.start(*folders, **OPTIONS) as harness:
         expected = await harness.run(request)
     asked.clear()
-    async with EngineHarness.start(*folders, no_head_screen=True, **OPTIONS) as harness:
+    async with EngineHarness.start(*folders, head_screen=False, **OPTIONS) as harness:
         [again] = without_logprobs([request])
         answer = await harness.run(again)
     assert answer.token_ids == expected.token_ids

@@ -6,13 +6,15 @@ import json
 from typing import Any
 
 import pytest
-from servers.http_harness import HttpHarness, http_harness
+from servers.http_harness import HttpHarness, Refused, http_harness
 
 from turret.server.adapters.ref import AdapterRef
 from turret.server.constraints.spec import ConstraintSpec
 from turret.server.engine.scheduling.request import Request
+from turret.server.errors import AdapterNotFoundError
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+JSON = {"content-type": "application/json"}
 TURNS = [{"role": "user", "content": "hi"}]
 
 
@@ -126,6 +128,49 @@ async def test_adapters_may_be_typed() -> None:
             assert ("a mix is written as" if is_mix else "GET /v1/models") in refused.message
 
 
+async def test_an_adapter_that_is_not_there_is_blamed_on_the_field_that_names_it() -> None:
+    typed = {"model": "base", "adapters": [{"name": "sql", "generation": 9}]}
+    async with http_harness() as server:
+        server.engine.refuse = AdapterNotFoundError("adapter 'sql' has no generation 9")
+        for path, body in (
+            (CHAT, {"messages": TURNS}),
+            (COMPLETIONS, {"prompt": "a"}),
+            ("/v1/responses", {"input": "a"}),
+            ("/v1/embeddings", {"input": "a"}),
+            ("/v1/embeddings", {"messages": TURNS}),
+            ("/classify", {"input": "a"}),
+        ):
+            assert (await server.refused(path, typed | body)).param == "adapters", path
+            assert (await server.refused(path, {"model": "sql"} | body)).param == "model", path
+
+
+async def test_a_refused_request_is_counted_for_the_adapters_that_it_names() -> None:
+    async with http_harness() as server:
+        server.metrics.adapter_registered("sql")
+        labels = {"code": "INVALID_ARGUMENT"}
+        for path, body in (
+            (CHAT, {"messages": TURNS, "temperature": -1}),
+            (CHAT, {"messages": TURNS, "temperature": "hot"}),
+            ("/v1/embeddings", {"input": "a", "dimensions": 0}),
+        ):
+            assert (await server.refused(path, {"model": "sql"} | body)).status == 400
+        assert await server.sample("turret_requests_total", adapter="sql", **labels) == 3
+        # Whose this would have been nobody can tell.
+        answer = await server.client.post(CHAT, content="{", headers=JSON)
+        assert answer.status_code == 400
+        assert await server.sample("turret_calls_total", protocol="http", **labels) == 4
+        assert await server.sample("turret_requests_total", adapter="base", **labels) is None
+
+
+async def test_a_mix_is_not_looked_up() -> None:
+    async with http_harness() as server:
+        for name in ("sql+json*-0.5", "base:sql*2"):
+            refused = Refused.of(await server.client.get(f"/v1/models/{name}"))
+            assert (refused.status, refused.code) == (404, "model_not_found")
+            assert "mixes are neither listed nor looked up" in refused.message
+            assert "GET /v1/models/sql" in refused.message
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -185,12 +230,18 @@ async def test_adapters_may_be_typed() -> None:
 async def test_what_cannot_be_done_is_refused(body: dict[str, Any], param: str) -> None:
     async with http_harness() as server:
         sent = {"model": "base", "messages": TURNS, **body}
-        answer = await server.client.post(
-            CHAT, content=json.dumps(sent), headers={"content-type": "application/json"}
-        )
+        answer = await server.client.post(CHAT, content=json.dumps(sent), headers=JSON)
         error = answer.json()["error"]
         assert (answer.status_code, error["param"]) == (400, param), error
         assert server.engine.requests == []
+
+
+@pytest.mark.parametrize("name", ["suffix", "prompt_embeds", "functions", "function_call"])
+async def test_conversations_and_prompts_refuse_alike(name: str) -> None:
+    async with http_harness() as server:
+        for path, sent in ((CHAT, {"messages": TURNS}), (COMPLETIONS, {"prompt": "a"})):
+            refused = await server.refused(path, {"model": "base", name: "x", **sent})
+            assert (refused.status, refused.param) == (400, name), path
 
 
 async def test_what_asks_for_nothing_is_let_pass() -> None:
@@ -200,6 +251,8 @@ async def test_what_asks_for_nothing_is_let_pass() -> None:
             modalities=["text"], use_beam_search=False, guided_json=None, best_of=1,
             stream_options=None, parallel_tool_calls=True, metadata={"a": "b"}, store=True,
         )  # fmt: skip
+        await asked(server, CHAT, suffix="", add_special_tokens=False, function_call="auto")
+        await asked(server, suffix="", functions=[], function_call="auto")
         await asked(server, suffix="", add_special_tokens=True, length_penalty=1.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from typing import Any
@@ -38,7 +39,7 @@ FIELDS = (
     *("response_format", "structured_outputs", "guided_json", "guided_choice", "regex"),
     *("tools", "tool_choice", "parallel_tool_calls"),
     *("input", "encoding_format", "dimensions", "pooling", "normalize"),
-    *refused_fields(),
+    *itertools.chain.from_iterable(refused_fields().values()),
 )
 SCALARS: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 16, 255, 256, 1 << 31, 1 << 32, 1 << 63, 1 << 64, 10**400),

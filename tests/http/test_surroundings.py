@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -214,7 +215,10 @@ async def test_other_paths_and_methods_are_refused_in_the_same_form() -> None:
     apart = ListenConfig(http_address="127.0.0.1:0", admin_address="127.0.0.1:0")
     async with http_harness(listen=apart) as server:
         body = {"lora_name": "a", "lora_path": "a"}
-        assert (await server.refused("/v1/load_lora_adapter", body)).status == 404
+        for path in ("/v1/load_lora_adapter", "/v1/pin_lora_adapter"):
+            refused = await server.refused(path, body)
+            assert refused.status == 404
+            assert "managed at its admin address alone" in refused.message
 
 
 async def test_a_closed_gate_is_said_and_health_shows_it() -> None:
@@ -278,7 +282,10 @@ def test_the_page_names_every_path_field_and_status() -> None:
         role = SERVICE_ROLES.get(route.service, "none")
         (line,) = [line for line in page.splitlines() if f"{route.method} {path}`" in line]
         assert line.split("|")[2].strip() == role, path
-    for name in (*refused_fields(), *response_fields.REFUSED):
+    for where, names in refused_fields().items():
+        (line,) = [line for line in page.splitlines() if line.startswith(f"- {where}")]
+        assert re.findall(r"`(\w+)`", line) == names, where
+    for name in response_fields.REFUSED:
         assert f"`{name}`" in page, name
     for row in TABLE.values():
         if row.status not in (200, 499):

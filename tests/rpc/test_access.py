@@ -193,6 +193,9 @@ async def test_an_admin_address_takes_the_adapters_service_away() -> None:
         request = adapters_pb2.ListAdaptersRequest()
         failure = await failure_of(server.adapters.ListAdapters(request))
         assert failure.code is grpc.StatusCode.UNIMPLEMENTED
+        assert failure.reason == "SERVICE_ELSEWHERE"
+        assert "the service Adapters is not at this address" in failure.message
+        assert str(server.rpc.admin_address) not in failure.message
         await server.inference.GetModel(inference_pb2.GetModelRequest())
         async with grpc.aio.insecure_channel(server.rpc.admin_address) as channel:
             stub: Any = adapters_pb2_grpc.AdaptersStub(channel)  # type: ignore[arg-type]
@@ -200,6 +203,20 @@ async def test_an_admin_address_takes_the_adapters_service_away() -> None:
             wrong: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[arg-type]
             failure = await failure_of(wrong.GetModel(inference_pb2.GetModelRequest()))
             assert failure.code is grpc.StatusCode.UNIMPLEMENTED
+            assert "the service Inference is not at this address" in failure.message
+            unknown: Any = channel.unary_unary("/turret.v1.Adapters/Unheard")
+            failure = await failure_of(unknown(b""))
+            assert (failure.code, failure.reason) == (grpc.StatusCode.UNIMPLEMENTED, "")
+
+
+async def test_only_who_may_call_a_service_learns_that_it_is_elsewhere(token_file: Path) -> None:
+    listen = ListenConfig(address="127.0.0.1:0", admin_address="127.0.0.1:0")
+    codes = {"alpha-secret": "PERMISSION_DENIED", "beta-secret": "UNIMPLEMENTED"}
+    async with harness(listen=listen, tokens=TokenTable.read(token_file)) as server:
+        for token, code in {**codes, "delta": "UNAUTHENTICATED"}.items():
+            request = adapters_pb2.ListAdaptersRequest()
+            listing = server.adapters.ListAdapters(request, metadata=_bearer(token))
+            assert (await failure_of(listing)).code is grpc.StatusCode[code]
 
 
 async def test_a_taken_address_is_an_error() -> None:

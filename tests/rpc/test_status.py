@@ -47,6 +47,7 @@ CODES = {
     "HubUnavailableError": "UNAVAILABLE",
     "UnauthenticatedError": "UNAUTHENTICATED",
     "PermissionDeniedError": "PERMISSION_DENIED",
+    "ServiceElsewhereError": "UNIMPLEMENTED",
     "UnavailableError": "UNAVAILABLE",
     "DeadlineExceededError": "DEADLINE_EXCEEDED",
 }

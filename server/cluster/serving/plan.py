@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,19 @@ class ClusterPlan:
             raise ValueError(f"--lease-seconds must be at least 1, not {self.lease_seconds}")
 
 
+def check_given(names: Collection[str]) -> None:
+    """Refuse settings that ``turret serve`` would ask for others beside.
+
+    Raises:
+        ValueError: A fleet takes one of them at no time; says what to do instead.
+    """
+    if "preload" in names:
+        raise ValueError(
+            "--preload: a fleet takes none; load adapters once (turret adapters load), and it keeps"
+            " them"
+        )
+
+
 def fleet_config(config: Config) -> Config:
     """The configuration of every replica.
 
@@ -55,8 +69,7 @@ def fleet_config(config: Config) -> Config:
     listen, security = config.listen, config.security
     if config.adapters.state_dir is None:
         raise ValueError("a fleet needs --state-dir: what adapters there are is written down there")
-    if config.adapters.preload:
-        raise ValueError("--preload: load adapters once (turret adapters load); a fleet keeps them")
+    check_given(("preload",) if config.adapters.preload else ())
     if listen.admin_address is not None:
         raise ValueError("--admin-address: a fleet has one address; tokens say who may change it")
     if security.tls_cert is not None:

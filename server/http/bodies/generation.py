@@ -74,7 +74,8 @@ def read_asked(fields: Fields, base_name: str) -> Asked:
         AdapterNotFoundError: See ``mix_of``.
     """
     message = inference_pb2.GenerateRequest()
-    message.adapters.extend(mix_of(fields, base_name))
+    names: dict[str, str] = {}
+    message.adapters.extend(mix_of(fields, base_name, names))
     _read_sampling(fields, message.sampling)
     _read_stop(fields, message.stop)
     num_choices = fields.integer("n", 1, MAX_CHOICES)
@@ -91,7 +92,7 @@ def read_asked(fields: Fields, base_name: str) -> Asked:
         is_stream=is_stream,
         includes_usage=options.flag("include_usage") and is_stream,
         deadline=read_deadline(fields),
-        names=read_constraint(fields, message),
+        names={**names, **read_constraint(fields, message)},
     )
 
 

@@ -18,12 +18,15 @@ _WEIGHT = r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 _MEMBER = re.compile(rf"(?P<name>{ADAPTER_NAME.pattern})(?:\*(?P<weight>{_WEIGHT}))?")
 
 
-def mix_of(fields: Fields, base_name: str) -> list[adapters_pb2.AdapterWeight]:
+def mix_of(
+    fields: Fields, base_name: str, names: dict[str, str]
+) -> list[adapters_pb2.AdapterWeight]:
     """The adapters that a request asks for: those of ``model``, or of the typed ``adapters``.
 
     Args:
         fields: The request.
         base_name: The base model's own name.
+        names: See ``refusal_of``; takes in which field an adapter that is not there stands in.
 
     Raises:
         AdapterNotFoundError: ``model`` has the form of no name and of no mix.
@@ -37,6 +40,7 @@ def mix_of(fields: Fields, base_name: str) -> list[adapters_pb2.AdapterWeight]:
         return named
     if named:
         fields.refuse("adapters", "goes with the base model's name as model")
+    names["name"] = "adapters"
     return [_member(fields, index, value) for index, value in enumerate(typed)]
 
 

@@ -70,6 +70,5 @@ def read_inputs(fields: Fields, names: dict[str, str]) -> list[inference_pb2.Inp
         return read_prompts(fields, "input", inference_pb2.Input)
     if fields.get("input") is not None:
         fields.refuse("input", "send either input or messages")
-    names.clear()
     names.update(_CHAT_NAMES)
     return [inference_pb2.Input(chat=read_messages(fields))]

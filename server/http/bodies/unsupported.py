@@ -13,6 +13,7 @@ from turret.server.http.bodies.fields import Fields
 _OLD_TOOLS = "send tools and tool_choice"
 _NO_TEMPLATE = "the chat template is the model's own"
 _OFF = "is not supported"
+_IN_CHATS = "is for /v1/chat/completions"
 
 # Field → values that ask for nothing (null does so everywhere), and what to say of others.
 _EVERYWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -30,6 +31,8 @@ _EVERYWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
     "return_tokens_as_token_ids": ((False,), _OFF),
     "priority": ((0,), _OFF),
     "lora_path": ((), "name the adapter in model"),
+    "suffix": (("",), _OFF),
+    "prompt_embeds": ((), _OFF),
 }
 _CHAT: dict[str, tuple[tuple[Any, ...], str]] = {
     "functions": (([],), _OLD_TOOLS),
@@ -48,9 +51,9 @@ _CHAT: dict[str, tuple[tuple[Any, ...], str]] = {
     "documents": (([],), _NO_TEMPLATE),
 }
 _COMPLETIONS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "tools": (([],), "is for /v1/chat/completions"),
-    "suffix": (("",), _OFF),
-    "prompt_embeds": ((), _OFF),
+    "tools": (([],), _IN_CHATS),
+    "functions": (([],), _IN_CHATS),
+    "function_call": (("none", "auto"), _IN_CHATS),
     "add_special_tokens": ((True,), "send token ids to have none added"),
 }
 
@@ -66,6 +69,7 @@ def refuse_unsupported(fields: Fields, *, is_chat: bool) -> None:
         fields.refuse(name, why)
 
 
-def refused_fields() -> list[str]:
-    """Every field that may be refused, sorted."""
-    return sorted(_EVERYWHERE.keys() | _CHAT.keys() | _COMPLETIONS.keys())
+def refused_fields() -> dict[str, list[str]]:
+    """The fields that may be refused, sorted: by every path, of conversations, of prompts."""
+    tables = {"everywhere": _EVERYWHERE, "conversations": _CHAT, "prompts": _COMPLETIONS}
+    return {where: sorted(table) for where, table in tables.items()}

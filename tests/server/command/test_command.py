@@ -239,7 +239,7 @@ def test_every_setting_has_a_variable_and_a_key(tmp_path: Path) -> None:
     for setting in settings():
         text = values.get(setting.name) or ("p" if setting.name in both else "")
         if not text:
-            text = "true" if setting.type is bool else "1048576"
+            text = str(not setting.default).lower() if setting.type is bool else "1048576"
         environ[setting.variable] = text
         bare = setting.type in (bool, int, float)
         shown = text if bare else f'["{text}"]' if setting.is_repeated else f'"{text}"'

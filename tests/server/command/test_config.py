@@ -32,7 +32,7 @@ DEFAULTS = {
     "device": "auto",
     "dtype": "bfloat16",
     "threads": None,
-    "no_head_screen": False,
+    "head_screen": True,
     "max_num_seqs": None,
     "max_num_batched_tokens": None,
     "kv_cache_bytes": None,

@@ -110,7 +110,7 @@ class EngineHarness:
         max_num_seqs: int = 32,
         preempt_after_seconds: float = 5.0,
         speculation: Any = "auto",
-        no_head_screen: bool = False,
+        head_screen: bool = True,
         adapter_device_bytes: int = 512 << 20,
         gpu: bool = False,
         seat: Seat | None = None,
@@ -121,9 +121,7 @@ class EngineHarness:
         ``gpu`` takes the gpu path, in Triton's interpreter; with a ``seat`` it is a replica.
         """
         config = Config(
-            model=ModelConfig(
-                model=model, device="cpu", dtype=dtype, no_head_screen=no_head_screen
-            ),
+            model=ModelConfig(model=model, device="cpu", dtype=dtype, head_screen=head_screen),
             cache=CacheConfig(kv_cache_bytes=kv_cache_bytes),
             scheduler=SchedulerConfig(
                 max_num_seqs=max_num_seqs,
