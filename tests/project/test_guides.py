@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT
+from servers.server_under_test import ServerUnderTest, start_server
 
+from turret.clients.client import TurretClient
 from turret.server.cli import build_parser
 from turret.server.command.settings import settings
 
@@ -99,6 +102,56 @@ def test_the_config_in_operations_is_one(tmp_path: Path) -> None:
         tomllib.loads(block)
         (tmp_path / "turret.toml").write_text(block)
         assert read_file(tmp_path / "turret.toml").values
+
+
+def blocks_of(page: str, heading: str, language: str) -> list[str]:
+    """The blocks of a language below a heading of a page in ``docs``."""
+    _, _, below = (DOCS / page).read_text().partition(f"\n## {heading}\n")
+    section, _, _ = below.partition("\n## ")
+    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+
+
+def test_the_router_made_by_hand_is_loaded_and_answers(
+    live_server: ServerUnderTest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = blocks_of("adapters.md", "Arrow", "python")
+    root = live_server.adapter_root
+    for said, meant in (
+        ("127.0.0.1:50051", live_server.address),
+        ('"examples/adapters"', repr(str(root))),
+    ):
+        assert block.count(said) == 1
+        block = block.replace(said, meant)
+    with TurretClient(live_server.address) as client:
+        for name in ("json", "sql"):
+            shutil.copytree(ROOT / "examples" / "adapters" / name, root / name)
+            client.adapters.load(name, name)
+        exec(compile(block, "adapters.md", "exec"), {})
+        router = client.adapters.get("router")
+        for name in ("router", "json", "sql"):
+            client.adapters.unload(name)
+            shutil.rmtree(root / name)
+    assert router.method == "arrow"
+    assert "Nora" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_the_classifier_of_the_page_is_made_and_labels(tmp_path: Path) -> None:
+    make, _ = blocks_of("heads.md", "Classify", "sh")[0].rsplit("\n", 2)[:2]
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "COLUMNS": "160"}
+    subprocess.run(["bash", "-euc", make], cwd=tmp_path, env=environment, check=True)
+    with start_server(tmp_path, "--adapter-root", str(tmp_path / "topics")) as server:
+        with TurretClient(server.address) as client:
+            client.adapters.load("topics", "adapter")
+        environment["TURRET_ADDRESS"] = server.address
+        ask = next(words for words in commands(DOCS / "heads.md") if words[0] == "classify")
+        done = subprocess.run(
+            ["turret", *ask], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stderr
+    assert {"shipping", "billing"} <= set(re.findall(r"[a-z]+", done.stdout))
 
 
 def free_port() -> int:
