@@ -26,10 +26,11 @@ from turret.v1 import adapters_pb2, adapters_pb2_grpc
 
 
 class AdaptersClient:
-    """Administers adapters.
+    """Administers adapters: ``client.adapters`` of a ``TurretClient``, made with it.
 
-    Every method raises :class:`~turret.clients.errors.TurretRpcError` if the server refuses or
-    fails; ``timeout`` is a deadline in seconds.
+    ``client.adapters.load("sql", "sql")`` asks at the client's ``admin_address``. Every method
+    raises :class:`~turret.clients.errors.TurretRpcError` if the server refuses or fails;
+    ``timeout`` is a deadline in seconds.
     """
 
     def __init__(self, channel: grpc.Channel, settings: CallSettings) -> None:

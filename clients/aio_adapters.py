@@ -28,7 +28,9 @@ from turret.v1 import adapters_pb2, adapters_pb2_grpc
 
 
 class AsyncAdaptersClient:
-    """Administers adapters; the methods mirror those of ``AdaptersClient``.
+    """Administers adapters: ``client.adapters`` of an ``AsyncTurretClient``, made with it.
+
+    The methods are those of ``AdaptersClient``, to be awaited.
 
     Every method raises :class:`~turret.clients.errors.TurretRpcError` if the server refuses or
     fails; ``timeout`` is a deadline in seconds.

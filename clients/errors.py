@@ -108,14 +108,20 @@ class TurretRpcError(Exception):
         """The same error with the place that it concerns in front of its message."""
         return self.with_message(f"{place}: {self.message}")
 
-    def with_message(self, message: str) -> Self:
-        """The same error in other words."""
+    def with_message(self, message: str, *, step: tuple[str, str] = ("", "")) -> Self:
+        """The same error in other words; ``step`` is exchanged in its violations: old and new."""
+        old, new = step
+        violations = self.violations
+        if old:
+            violations = tuple(
+                FieldViolation(v.field, v.description.replace(old, new)) for v in violations
+            )
         return type(self)(
             self.code,
             message,
             reason=self.reason,
             metadata=self.metadata,
-            violations=self.violations,
+            violations=violations,
             retry_delay=self.retry_delay,
             request_id=self.request_id,
         )
@@ -151,6 +157,8 @@ class TurretRpcError(Exception):
             text = _plain(code, text)
         elif reason == "ADAPTER_NOT_FOUND" and not _is_step_told(text):
             text += LISTED
+        elif reason == "SERVICE_ELSEWHERE":
+            text += ELSEWHERE
         return _CLASSES.get(code, ServerError)(
             code,
             text,
@@ -261,6 +269,8 @@ _CLASSES: dict[grpc.StatusCode, type[TurretRpcError]] = {
 
 # What to do about a name that is not there and looks like none that is.
 LISTED = "; adapters.list() tells which there are, adapters.load() registers one"
+# And about a call at the address of another service.
+ELSEWHERE = "; a client takes both: address= and admin_address="
 
 
 def _is_step_told(text: str) -> bool:

@@ -16,19 +16,23 @@ from turret.clients.progress import AnswerProgress
 
 
 class GenerationStream(Iterator[Chunk]):
-    """An answer as it grows. Closing it, or leaving its ``with`` block, stops the request.
+    """An answer as it grows: an iterator of ``Chunk``, once through. ``generate_stream`` makes it.
 
-    A request that fails is sent again where that may help, and goes on where it broke off. Where a
-    server that stops has ended the answer, and none goes on, the last chunk's ``finish_reason`` is
-    ``CANCELLED``, and the next step raises ``AnswerCutError``.
-
-    Args:
-        start: Sends a request, with what is left of its deadline in seconds, and returns its
-            responses, which are a ``grpc.Call`` too.
-        progress: What has come of the answer.
+    Closing it, or leaving its ``with`` block, stops the request; who iterates to the end, where
+    the last chunk has a ``finish_reason``, need do neither. A request that fails is sent again
+    where that may help, and goes on where it broke off. Where a server that stops has ended the
+    answer, and none goes on, the last chunk's ``finish_reason`` is ``CANCELLED``, and the next step
+    raises ``AnswerCutError``.
     """
 
     def __init__(self, start: Callable[[Any, float | None], Any], progress: AnswerProgress) -> None:
+        """Send the request.
+
+        Args:
+            start: Sends a request, with what is left of its deadline in seconds, and returns its
+                responses, which are a ``grpc.Call`` too.
+            progress: What has come of the answer.
+        """
         self._start = start
         self._progress = progress
         self._closed = threading.Event()
@@ -84,16 +88,14 @@ class GenerationStream(Iterator[Chunk]):
 
 
 class AsyncGenerationStream(AsyncIterator[Chunk]):
-    """An answer as it grows. Closing it, or leaving its ``async with``, stops the request.
-
-    Arguments are those of :class:`GenerationStream`.
-    """
+    """An answer as it grows, as ``GenerationStream``, for ``async for`` and ``async with``."""
 
     def __init__(
         self,
         start: Callable[[Any, float | None], grpc.aio.UnaryStreamCall],
         progress: AnswerProgress,
     ) -> None:
+        """Send the request; arguments are those of :class:`GenerationStream`."""
         self._start = start
         self._progress = progress
         self._is_closed = False

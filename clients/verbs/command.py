@@ -15,6 +15,7 @@ from typing import Any
 from turret.clients.channel import DEFAULT_ADDRESS, Tls
 from turret.clients.client import TurretClient
 from turret.clients.errors import (
+    ELSEWHERE,
     LISTED,
     AnswerCutError,
     AuthenticationError,
@@ -161,10 +162,16 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
         return error
     if error.message.endswith(_CLASSIFY):
         verb = "turret eval --classify" if hasattr(args, "classify") else "turret classify -a NAME"
-        return error.with_message(f"{error.message.removesuffix(_CLASSIFY)}`{verb}`")
+        said = f"{error.message.removesuffix(_CLASSIFY)}`{verb}`"
+        return error.with_message(said, step=(_CLASSIFY, f"`{verb}`"))
     if error.message.endswith(_WRITE):
         step = "there are `turret generate` and `turret score`"
-        return error.with_message(f"{error.message.removesuffix(_WRITE)}{step}")
+        return error.with_message(
+            f"{error.message.removesuffix(_WRITE)}{step}", step=(_WRITE, step)
+        )
+    if error.message.endswith(ELSEWHERE):
+        said = error.message.removesuffix(ELSEWHERE)
+        return error.with_message(f"{said}; --address or {ADDRESS_VARIABLE} names that one")
     if isinstance(error, UnavailableError) and not error.reason:
         return error.with_message(in_flags(error.message, args.address))
     if error.code.name == "UNIMPLEMENTED" and not error.reason:

@@ -20,6 +20,8 @@ _LOST = 0.5
 # Letters of a name that a table shows on one line; what has no room for them is no table.
 _NAME_WIDTH = 16
 _WIDEST = 10_000
+# Labels of a head that are shown.
+_MOST_LABELS = 20
 
 
 def print_adapters(
@@ -134,6 +136,7 @@ def print_adapter(adapter: Adapter, *, made: str = "uploaded or fused") -> None:
         "method": adapter.method,
         "ranks": _ranks(adapter),
         "target modules": ", ".join(adapter.target_modules),
+        "labels": _labels(adapter),
         "state": adapter.state.lower(),
         "residency": _where(adapter),
         "size": f"disk {_bytes(adapter.bytes_disk)}, host {_bytes(adapter.bytes_host)}, "
@@ -240,6 +243,13 @@ def _where(adapter: Adapter) -> str:
 
 def _ranks(adapter: Adapter) -> str:
     return ", ".join(map(str, adapter.ranks))
+
+
+def _labels(adapter: Adapter) -> str:
+    """Those of its head; of many the first, as there may be thousands."""
+    more = len(adapter.labels) - _MOST_LABELS
+    shown = ", ".join(adapter.labels[:_MOST_LABELS])
+    return f"{shown} and {more} more (--json has all)" if more > 0 else shown
 
 
 def _bytes(count: int) -> str:

@@ -29,6 +29,6 @@ def check_heads(request: Request, mix: Mix) -> None:
     if names and request.pooling is None:
         raise InvalidRequestError.of(
             "adapters",
-            f"{', '.join(map(repr, names))}: trained to classify (task_type SEQ_CLS), not to write;"
-            " call Classify",
+            f"{', '.join(map(repr, names))}: trained to classify (task_type SEQ_CLS), not to write"
+            " or score text; call Classify",
         )

@@ -90,37 +90,6 @@ def test_failed_call_prints_one_line(run: Run):
     assert err == "error: INVALID_ARGUMENT (INVALID_REQUEST): 1 bad field; --top-p: <= 1\n"
 
 
-@pytest.mark.parametrize("verb", ["generate", "eval"])
-def test_an_adapter_with_a_head_is_sent_to_the_verb_for_it(
-    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
-):
-    monkeypatch.setattr(server.inference, "_accept", _refuse_head)
-    data = tmp_path / "d.jsonl"
-    data.write_text('{"prompt": "a", "completion": "b"}\n')
-    rest = ("a",) if verb == "generate" else (str(data), "-m", "sql")
-    code, _, err = run(verb, *rest)
-    meant = {"generate": "turret classify -a NAME", "eval": "turret eval --classify"}[verb]
-    assert (code, err.endswith(f"not to write; `{meant}`\n")) == (1, True), err
-
-
-def test_a_mix_without_a_head_is_sent_to_the_verbs_for_it(
-    run: Run, server: FakeTurret, monkeypatch
-):
-    monkeypatch.setattr(server.inference, "_accept", _refuse_mix)
-    err = run("classify", "a", "-a", "sql")[2]
-    assert err.endswith("no head: there are `turret generate` and `turret score`\n")
-
-
-def _refuse_mix(_request: object, context: grpc.ServicerContext) -> None:
-    why = "adapters: the mix has no head: there are Generate and Score"
-    context.abort(grpc.StatusCode.INVALID_ARGUMENT, why)
-
-
-def _refuse_head(_request: object, context: grpc.ServicerContext) -> None:
-    why = "adapters: 'sql': trained to classify (task_type SEQ_CLS), not to write; call Classify"
-    context.abort(grpc.StatusCode.INVALID_ARGUMENT, why)
-
-
 @pytest.mark.parametrize("counted", [of_client, of_server])
 def test_one_thing_is_no_plural(counted: Callable[[int, str], str]):
     assert [counted(n, "token") for n in (0, 1, 2)] == ["0 tokens", "1 token", "2 tokens"]

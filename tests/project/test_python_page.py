@@ -6,7 +6,9 @@ import ast
 import inspect
 import re
 
+import pytest
 from pages.python_page import PAGE, classes, rendered
+from servers.fake_turret import fake_turret
 
 import turret
 from turret.clients import errors
@@ -21,6 +23,25 @@ def test_every_public_name_is_there() -> None:
     kinds = [name for name in vars(errors) if name.endswith("Error")]
     assert len(kinds) > 10
     for name in (*turret.__all__, *kinds):
+        assert f"### `{name}`" in page
+
+
+def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n((?!async def|def ).*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    with fake_turret() as server:
+        for block in blocks:
+            assert block.count("127.0.0.1:50051") == 1
+            code = block.replace("127.0.0.1:50051", server.address)
+            exec(compile(code, "python.md", "exec"), {"__name__": "python.md"})
+        assert len(server.inference.requests) == 8
+    assert capsys.readouterr().out.count("Onceuponatime") == 2
+
+
+def test_what_a_client_gives_out_is_said_to_be_its() -> None:
+    page = PAGE.read_text()
+    assert "`client.adapters` of a `TurretClient`" in page
+    for name in ("GenerationStream", "AsyncGenerationStream", "AsyncAdaptersClient"):
         assert f"### `{name}`" in page
 
 

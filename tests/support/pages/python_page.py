@@ -10,7 +10,7 @@ from typing import Any
 
 from checkout import ROOT
 
-from turret.clients import adapters, aio, aio_adapters, channel, client, errors
+from turret.clients import adapters, aio, aio_adapters, channel, client, errors, streams
 from turret.clients.messages import adapter_results, head_results, mix, requests, results
 
 PAGE = ROOT / "docs" / "python.md"
@@ -29,8 +29,30 @@ from turret.clients.errors import NotFoundError, RateLimitedError
 with TurretClient("127.0.0.1:50051", max_retries=2) as client:
     try:
         print(client.generate("The capital of France is", adapters=["sql"], max_tokens=16).text)
+        for chunk in client.generate_stream("Once upon a time", max_tokens=64):
+            print(chunk.text, end="", flush=True)
     except NotFoundError as error:
         print(error.message)
+```
+
+`AsyncTurretClient` has the same methods to be awaited; streams are iterated as they are:
+
+```python
+import asyncio
+
+from turret import AsyncTurretClient
+
+
+async def main() -> None:
+    async with AsyncTurretClient("127.0.0.1:50051") as client:
+        answer = await client.chat("How many users?", adapters=["sql"], temperature=0)
+        print(answer.text)
+        async with client.generate_stream("Once upon a time", max_tokens=64) as stream:
+            async for chunk in stream:
+                print(chunk.text, end="", flush=True)
+
+
+asyncio.run(main())
 ```
 
 Calls that the server refused for lack of room are tried again, up to `max_retries` times, after
@@ -39,6 +61,27 @@ and goes on where it was: `resume`.
 
 Errors name arguments, `temperature: must be in [0, 100]`, and so do their `violations`. Imported
 from `turret`, the clients have gRPC write no lines of its own, unless `GRPC_VERBOSITY` is set.
+"""
+
+
+_FORMS = """\
+A `Prompt` is a text, token ids or the turns of a conversation. A `MessageLike` is one turn: a
+mapping in OpenAI's form (`role`, `content`, also `tool_calls` and `tool_call_id`), a pair of role
+and text, or the message `ChatMessage` of `turret.v1`.
+
+```python
+from turret import TurretClient
+
+with TurretClient("127.0.0.1:50051") as client:
+    # A text, used as it is.
+    client.generate("Once upon a time", max_tokens=8)
+    # Token ids.
+    client.generate([504, 3575, 282], max_tokens=8)
+    # The turns of a conversation, in either form, written by the model's chat template.
+    client.generate([("system", "Be brief."), {"role": "user", "content": "Hi!"}], max_tokens=8)
+    # A conversation too: a text is a user's single message here.
+    client.chat("Hi!", max_tokens=8)
+```
 """
 
 
@@ -55,9 +98,10 @@ def classes() -> list[tuple[str, list[type]]]:
 
     return [
         ("Clients", [*public(client), *public(aio)]),
+        ("Streams", public(streams)),
         ("Adapters of a server", [*public(adapters), *public(aio_adapters)]),
         ("Connection and mixes", [channel.Tls, *public(mix)]),
-        ("Options", public(requests)),
+        ("Prompts and options", public(requests)),
         ("Results", [*public(results), *public(head_results), *public(adapter_results)]),
         ("Errors", public(errors)),
     ]
@@ -134,17 +178,20 @@ def _methods(kind: type) -> list[str]:
 
 def rendered() -> str:
     """The page."""
-    lines = [_INTRO]
+    lines = []
     for heading, kinds in classes():
         lines += [f"## {heading}", ""]
         if heading == "Errors":
             tree = inspect.cleandoc(errors.__doc__ or "").partition("\n\n")[2]
             lines += ["```", tree, "```", ""]
+        if heading == "Prompts and options":
+            lines += [_FORMS, ""]
         for kind in kinds:
             types = {name: _named(each) for name, each in inspect.get_annotations(kind).items()}
             lines += [f"### `{kind.__name__}`", "", *_text(kind.__doc__, types)]
             lines += [*_properties(kind), *_methods(kind)]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
+    # The introduction's code keeps its two blank lines.
+    return _INTRO + "\n" + re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
 
 
 if __name__ == "__main__":

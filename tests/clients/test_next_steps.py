@@ -1,0 +1,85 @@
+"""What the verbs say of heads and of services elsewhere: once, and with the next step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+from servers.fake_turret import FakeTurret
+
+from turret.clients.client import TurretClient
+from turret.clients.errors import ServerError
+from turret.server.api.faults import fault_of
+from turret.server.errors import InvalidRequestError, ServiceElsewhereError, TurretError
+from turret.server.rpc.status import to_rich_status
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.mark.parametrize("verb", ["generate", "eval"])
+def test_an_adapter_with_a_head_is_sent_to_the_verb_for_it(
+    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
+):
+    monkeypatch.setattr(server.inference, "_accept", _refuse_head)
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    rest = ("a",) if verb == "generate" else (str(data), "-m", "sql")
+    code, _, err = run(verb, *rest)
+    meant = {"generate": "turret classify -a NAME", "eval": "turret eval --classify"}[verb]
+    assert (code, err.endswith(f"not to write or score text; `{meant}`\n")) == (1, True), err
+    assert err.count("trained to classify") == 1
+
+
+def test_a_mix_without_a_head_is_sent_to_the_verbs_for_it(
+    run: Run, server: FakeTurret, monkeypatch
+):
+    monkeypatch.setattr(server.inference, "_accept", _refuse_mix)
+    err = run("classify", "a", "-a", "sql")[2]
+    assert err.endswith("no head: there are `turret generate` and `turret score`\n")
+    assert err.count("no head") == 1
+
+
+def _refuse_mix(_request: object, context: grpc.ServicerContext) -> None:
+    why = "the mix has no head: there are Generate and Score"
+    _abort(context, InvalidRequestError.of("adapters", why))
+
+
+def test_a_call_at_the_address_of_another_service_says_what_names_it(
+    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(_request: object, context: grpc.ServicerContext) -> None:
+        _abort(context, ServiceElsewhereError("it is at this server's admin address"))
+
+    monkeypatch.setattr(server.adapters, "_get", refuse)
+    assert run("adapters", "get", "sql")[2] == (
+        "error: UNIMPLEMENTED (SERVICE_ELSEWHERE): it is at this server's admin address;"
+        " --address or TURRET_ADDRESS names that one\n"
+    )
+    with TurretClient(server.address) as client, pytest.raises(ServerError) as raised:
+        client.adapters.get("sql")
+    assert str(raised.value).endswith("address; a client takes both: address= and admin_address=")
+
+
+def test_the_labels_of_a_head_are_shown(run: Run, server: FakeTurret):
+    assert "labels" not in run("adapters", "get", "sql")[1]
+    server.adapters.adapters["sql"].labels.extend(["billing", "praise"])
+    assert re.search(r"labels +│ billing, praise +│", run("adapters", "get", "sql")[1])
+    server.adapters.adapters["sql"].labels.extend(f"l{n}" for n in range(30))
+    shown = run("adapters", "get", "sql")[1]
+    assert "l17 and 12 more" in re.sub(r"[\s│]+", " ", shown)
+
+
+def _refuse_head(_request: object, context: grpc.ServicerContext) -> None:
+    why = "'sql': trained to classify, not to write or score text; call Classify"
+    _abort(context, InvalidRequestError.of("adapters", why))
+
+
+def _abort(context: grpc.ServicerContext, error: TurretError) -> None:
+    """As the server does: the field is in the details too, and must not be told twice."""
+    fault = fault_of(error)
+    details = to_rich_status(fault).SerializeToString()
+    context.set_trailing_metadata((("grpc-status-details-bin", details),))
+    context.abort(grpc.StatusCode[fault.code.name], fault.message)
