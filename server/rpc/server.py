@@ -139,7 +139,7 @@ class RpcServer:
         self._options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", most_connections))
         self.health = HealthServicer((INFERENCE_SERVICE, ADAPTERS_SERVICE))
         self._listen = listen
-        self._credentials = read_credentials(security)
+        self._security = security
         self._interceptor = CallInterceptor(metrics, tokens, shares or Shares(), failures)
         self._inference = InferenceServicer(inference)
         self._adapters = AdaptersServicer(adapters)
@@ -180,14 +180,16 @@ class RpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
+        # Of each listener its own: credentials hand their certificates out to one.
+        credentials = read_credentials(self._security)
         try:
-            if self._credentials is None:
+            if credentials is None:
                 port = server.add_insecure_port(address)
             else:
-                port = server.add_secure_port(address, self._credentials)
+                port = server.add_secure_port(address, credentials)
         except RuntimeError as error:
             await server.stop(None)
-            hint = "" if self._credentials is None else " (or the TLS files do not fit together)"
+            hint = "" if credentials is None else " (or the TLS files do not fit together)"
             raise OSError(f"cannot listen on {address}{hint}: {error}") from None
         is_unix = address.startswith("unix:")
         bound = address if is_unix else f"{address.rpartition(':')[0]}:{port}"

@@ -326,16 +326,16 @@ async def test_certificates_change_without_a_restart(certificates: Path, tmp_pat
 
     install("server")
     security = SecurityConfig(tls_cert=tmp_path / "server.pem", tls_key=tmp_path / "server.key")
-    async with harness(security=security) as server:
-        address = server.rpc.address
-        first = await asyncio.to_thread(_shown_certificate, address)
-        assert first.split() == (certificates / "server.pem").read_text().split()
-        install("client")
-        second = await asyncio.to_thread(_shown_certificate, address)
-        assert second.split() == (certificates / "client.pem").read_text().split()
+    listen = ListenConfig(address="127.0.0.1:0", admin_address="127.0.0.1:0")
+    async with harness(listen=listen, security=security) as server:
+        for name in ("server", "client"):
+            install(name)
+            for address in (server.rpc.address, server.rpc.admin_address):
+                shown = await asyncio.to_thread(_shown_certificate, address)
+                assert shown.split() == (certificates / f"{name}.pem").read_text().split()
         # Half of a change is none.
         (tmp_path / "server.key").unlink()
-        assert await asyncio.to_thread(_shown_certificate, address) == second
+        assert await asyncio.to_thread(_shown_certificate, server.rpc.address) == shown
 
 
 async def test_mtls(certificates: Path) -> None:

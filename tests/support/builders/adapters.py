@@ -110,7 +110,7 @@ def base_of(
         norms=norms_of(model),
         vocabulary=BaseVocabulary(embedding.to(served), head.to(served), is_tied=embedding is head),
         num_layers=2,
-        hidden_size=64,
+        hidden_size=embedding.shape[1],
         num_kv_heads=2,
         head_dim=16,
     )
