@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Self
 
-_METRICS = re.compile(rb"turret\.server\.metrics_server metrics address=(\S+)")
+_METRICS = re.compile(rb"turret\.server\.app metrics address=(\S+)")
 _HTTP = re.compile(rb"turret\.server\.app http address=(\S+)")
 _SERVING = re.compile(rb"turret\.server\.app serving .*address=(\S+)")
 _TAIL_LINES = 20

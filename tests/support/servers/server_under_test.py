@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 _START_SECONDS = 240.0
 _STOP_SECONDS = 60.0
-_ADDRESS = re.compile(r"turret\.server\.\w+ (metrics|http|serving) .*?address=(\S+)")
+_ADDRESS = re.compile(r"turret\.server\.app (metrics|http|serving) .*?address=(\S+)")
 
 
 @dataclass(frozen=True, slots=True)
