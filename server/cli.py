@@ -200,6 +200,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="turret", description="Many adapters of many methods on one 4-bit base model."
     )
+    parser.verbs_below = _verbs_below
     parser.add_argument("--version", action="version", version=f"turret {turret.__version__}")
     # One of CommandParsers passes for none of ArgumentParsers with a type checker: the type is
     # invariant, and the verbs ask for the latter.
@@ -226,6 +227,13 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
             add_train(subparsers)
     return parser
+
+
+def _verbs_below() -> dict[str, str]:
+    from turret.server.command.completion import verb_paths
+
+    paths = [path for path in verb_paths(build_parser(None)) if " " in path]
+    return {path.rpartition(" ")[2]: f"turret {path}" for path in paths}
 
 
 def main(argv: Sequence[str] | None = None, *, catches_interrupts: bool = False) -> int:

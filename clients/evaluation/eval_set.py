@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from turret.clients.evaluation.file_kinds import other_kind
+
 _FORMS = 'a row has "messages", or "prompt" and "completion" or "labels"'
 
 
@@ -76,7 +78,10 @@ def read_eval_set(
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+    data = path.read_bytes()
+    if problem := other_kind(data):
+        raise EvalSetError(path, None, None, problem)
+    for line, raw in enumerate(data.split(b"\n"), start=1):
         try:
             text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -86,7 +91,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            problem = f"not JSON: {error}; every line must be a JSON object by itself"
+            why = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            problem = f"not JSON: {why}; every line must be a JSON object by itself"
             raise EvalSetError(path, line, None, problem) from None
         if not isinstance(row, dict):
             raise EvalSetError(path, line, None, f"not a JSON object; {_FORMS}")

@@ -53,6 +53,11 @@ def script(
     return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](verbs)
 
 
+def verb_paths(parser: argparse.ArgumentParser) -> list[str]:
+    """Every verb with those that it stands below, such as ``adapters load``."""
+    return [verb.path for verb in _walk(parser, "") if verb.path]
+
+
 def _walk(parser: argparse.ArgumentParser, path: str) -> Iterator[_Verb]:
     below: dict[str, argparse.ArgumentParser] = {}
     helps: dict[str, str] = {}

@@ -32,10 +32,12 @@ class CommandParser(argparse.ArgumentParser):
     Attributes:
         known_otherwise: Flags that the verb lacks and people may try → what to type instead, with
             VALUE in the place of theirs.
+        verbs_below: Names that are no verb here and are one of a verb → the whole of it.
         logs: Whether what it refuses is told in the form of the log, as --log-format has it.
     """
 
     known_otherwise: Callable[[], Mapping[str, str]] = dict
+    verbs_below: Callable[[], Mapping[str, str]] = dict
     logs = False
     _given: Sequence[str] = ()
 
@@ -82,6 +84,8 @@ class CommandParser(argparse.ArgumentParser):
         if message.startswith(_TOO_MANY) and " -" not in message and self._takes_text():
             return "; a text of several words stands in quotes"
         if found := _BAD_CHOICE.search(message):
+            if whole := self.verbs_below().get(found[1]):
+                return f"; did you mean {whole}?"
             return did_you_mean(found[1], re.findall(r"[\w.-]+", found[2]))
         return ""
 

@@ -214,6 +214,8 @@ def test_a_file_that_is_no_jsonl_is_refused(tmp_path: Path):
         (b'[{"text": "a"}]\n', ": is a JSON array; `jq -c '.[]'` writes its objects one a line"),
         (b'[\n  {"text": "a"}\n]\n', ": is a JSON array"),
         ('{"text": "a"}\n'.encode("utf-16"), ": is UTF-16 text; save it as UTF-8"),
+        (b"prompt,completion\na,b\n", ": is a table with commas (CSV); `python3 -c "),
+        (b'"prompt"\t"completion"\n"a"\t"b"\n', ": is a table with tabs (CSV); `python3 -c "),
         (gzip.compress(b'{"text": "a"}\n'), ": is compressed; `gunzip` it first"),
         (b'{"prompt": "a", "completion": "b", "prompt": "c"}', ":1: prompt: stands twice"),
         # Python's parser gives each of them an error of its own.

@@ -16,6 +16,7 @@ from builders.training import resolve_tiny, write_jsonl
 from rich.console import Console
 
 from turret.server.cli import main
+from turret.training.data.encode import Encoded
 from turret.training.peft_warnings import without_peft_warnings
 from turret.training.report.curves import Curve, curves_svg, smoothed
 from turret.training.report.html_report import render_report
@@ -202,6 +203,19 @@ def test_the_cache_changes_no_answer(method: str, tmp_path: Path, monkeypatch):
     whole = tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)
     assert sample["after"]
     assert whole.startswith(sample["after"])
+
+
+def test_the_right_answer_is_the_first_of_several_turns(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = save_tiny_model("llama", tmp_path / "model")
+    resolved = resolve_tiny(tmp_path, model, "base.dtype=float32")
+    attached, tokenizer = attach(resolved).eval(), resolved.base.tokenizer
+    tokens = tuple(tokenizer("What is it? A duck. And that? A goose.")["input_ids"])
+    answers = [range(3, 6), range(9, 11)]
+    learned = tuple(any(index in one for one in answers) for index in range(len(tokens)))
+    (sample,) = draw_samples(attached, tokenizer, [Encoded(tokens, learned)], "cpu")
+    assert len(tokens) > 11
+    assert sample["reference"] == tokenizer.decode(tokens[3:6])
 
 
 def test_a_run_off_a_terminal_says_where_it_is(capsys: pytest.CaptureFixture[str]):

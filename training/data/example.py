@@ -25,17 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from turret.clients.evaluation.file_kinds import other_kind
 from turret.training.errors import DataError
 
 _ROLES = ("system", "user", "assistant")
 _HALF = re.compile("[\ud800-\udfff]")
-# How files begin that are saved otherwise than as UTF-8 text, and what makes them such.
-_OTHER_FILES = {
-    codecs.BOM_UTF16_LE: "is UTF-16 text; save it as UTF-8",
-    codecs.BOM_UTF16_BE: "is UTF-16 text; save it as UTF-8",
-    b"\x1f\x8b": "is compressed; `gunzip` it first",
-    b"PAR1": "is a Parquet file; write its rows as JSON, one object a line",
-}
 _SHAPES = "messages, or prompt and completion, or text, or labels in an answer's place"
 
 
@@ -75,9 +69,8 @@ def read_examples(path: Path) -> list[Example]:
         data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
-    for start, problem in _OTHER_FILES.items():
-        if data.startswith(start):
-            raise DataError(f"{path}: {problem}")
+    if problem := other_kind(data):
+        raise DataError(f"{path}: {problem}")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -123,10 +116,6 @@ def _parse(path: Path, line: int, text: str) -> Example:
 
 
 def _json_object(path: Path, line: int, text: str) -> dict[str, Any]:
-    if line == 1 and text.lstrip().startswith("["):
-        problem = "is a JSON array; `jq -c '.[]'` writes its objects one a line"
-        raise DataError(f"{path}: {problem}")
-
     def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         counts = Counter(key for key, _ in pairs)
         if twice := next((key for key, count in counts.items() if count > 1), None):

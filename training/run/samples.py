@@ -55,9 +55,7 @@ def draw_samples(
         {
             "prompt": tokenizer.decode(_prompt(example)),
             "turns": [list(turn) for turn in example.turns],
-            "reference": tokenizer.decode(
-                example.tokens[len(_prompt(example)) :], skip_special_tokens=True
-            ),
+            "reference": tokenizer.decode(_reference(example), skip_special_tokens=True),
             "before": old.text,
             "after": new.text,
             "cut": [key for key, each in (("before", old), ("after", new)) if each.is_cut],
@@ -69,6 +67,13 @@ def draw_samples(
 def _prompt(example: Encoded) -> tuple[int, ...]:
     length = example.learned.index(True)
     return example.tokens[: length if length > 1 else (len(example.tokens) + 1) // 2]
+
+
+def _reference(example: Encoded) -> tuple[int, ...]:
+    """What is learned behind the prompt, up to the next turn of somebody else."""
+    start = len(_prompt(example))
+    rest = example.learned[start:]
+    return example.tokens[start : start + (rest.index(False) if False in rest else len(rest))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,7 @@ def _answer(model: Any, tokenizer: Any, example: Encoded, device: str) -> _Answe
     past: dict[str, Any] = {}
     if example.start is not None:
         past["alora_offsets"] = [len(prompt) - example.start]
-    for _ in range(min(_MOST_TOKENS, 2 * (len(example.tokens) - len(prompt)) + 8)):
+    for _ in range(min(_MOST_TOKENS, 2 * len(_reference(example)) + 8)):
         with without_peft_warnings():
             output = call(input_ids=torch.tensor([tokens], device=device), use_cache=True, **past)
         answer.append(int(output.logits[0, -1].argmax()))

@@ -172,6 +172,7 @@ def test_the_short_help_says_what_the_long_one_says() -> None:
     ("arguments", "meant"),
     [
         (["srve"], "did you mean 'serve'?"),
+        (["merge", "-a", "json"], "; did you mean turret adapters merge?"),
         (["serve", "--adress", "x"], "turret serve: error: .*did you mean '--address'?"),
         (["serve", "org/name"], "did you mean --model org/name?"),
         (["serve", "--dtype", "bfloat"], "bfloat16"),

@@ -1,0 +1,43 @@
+"""Files that hold examples otherwise than as JSON Lines, told by how they begin."""
+
+from __future__ import annotations
+
+import codecs
+
+_KINDS = {
+    codecs.BOM_UTF16_LE: "is UTF-16 text; save it as UTF-8",
+    codecs.BOM_UTF16_BE: "is UTF-16 text; save it as UTF-8",
+    b"\x1f\x8b": "is compressed; `gunzip` it first",
+    b"PK\x03\x04": "is a ZIP archive or a spreadsheet; write its rows as JSON, one object a line",
+    b"PAR1": "is a Parquet file; write its rows as JSON, one object a line",
+}
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+
+
+def other_kind(data: bytes) -> str:
+    """What a file is and what to do with it, such as ``is compressed; …``; "" for JSON Lines.
+
+    Args:
+        data: All of it, or as much as its first two lines have.
+    """
+    for start, problem in _KINDS.items():
+        if data.startswith(start):
+            return problem
+    text = data.removeprefix(codecs.BOM_UTF8).lstrip()
+    if text.startswith(b"["):
+        return "is a JSON array; `jq -c '.[]'` writes its objects one a line"
+    first, _, rest = text.partition(b"\n")
+    if first.startswith((b"{", b'"{')):
+        return ""
+    head, row = (line.decode("utf-8", "replace") for line in (first, rest.partition(b"\n")[0]))
+    for delimiter, name in _DELIMITERS.items():
+        if delimiter in head and delimiter in row:
+            return _table(delimiter, name)
+    return ""
+
+
+def _table(delimiter: str, name: str) -> str:
+    given = "" if delimiter == "," else f", delimiter={delimiter!r}"
+    reader = f"csv.DictReader(sys.stdin{given})"
+    code = f"import csv, json, sys; [print(json.dumps(row)) for row in {reader}]"
+    return f'is a table with {name} (CSV); `python3 -c "{code}" <IT >NEW.jsonl` makes lines of it'
