@@ -12,7 +12,13 @@ from pathlib import Path
 from turret.server import log
 from turret.server.basics.extras import how_to_add
 from turret.server.cluster.machine import fleet_folder
-from turret.server.cluster.serving.plan import ClusterPlan, check_given, fleet_config
+from turret.server.cluster.serving.plan import (
+    REFUSED,
+    ClusterPlan,
+    check_ray_address,
+    fleet_config,
+    why_refused,
+)
 from turret.server.command.flags import add_flags, read_settings
 from turret.server.command.parser import EXIT_USAGE, CommandParser
 from turret.server.command.preflight import problems
@@ -71,7 +77,7 @@ def _add_serve(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         action="store_true",
         help="replicas answer UNAVAILABLE while the registry is away, instead of serving on",
     )
-    add_flags(parser)
+    add_flags(parser, hidden=REFUSED)
     assert isinstance(parser, CommandParser)
     parser.logs = True
     parser.set_defaults(func=serve)
@@ -102,7 +108,8 @@ def serve(args: argparse.Namespace) -> int:
         plan = _plan(args)
         settings = read_settings(args, os.environ)
         is_json = settings.values.get("log_format") == "json"
-        check_given(settings.values)
+        if why := why_refused(settings.values):
+            raise ValueError(settings.blamed(why))
         config = fleet_config(settings.config())
     except (OSError, ValueError) as error:
         _complain("serve", *str(error).splitlines(), is_json=is_json)
@@ -114,7 +121,7 @@ def serve(args: argparse.Namespace) -> int:
     listened = dataclasses.replace(config.listen, metrics_address=None)
     looked_at = dataclasses.replace(config, listen=listened)
     # In a cluster that is joined the command may be run again, to change the fleet.
-    if found := problems(looked_at, may_run=plan.ray_address is not None):
+    if found := problems(looked_at, may_run=plan.ray_address is not None, any_port=False):
         _complain("serve", *map(settings.blamed, found), is_json=is_json)
         return EXIT_FAILED
     level = logging.DEBUG if config.log.verbose else logging.INFO
@@ -157,6 +164,11 @@ def status(args: argparse.Namespace) -> int:
     from turret.server.cluster.serving.status import shown
     from turret.server.errors import UnavailableError
 
+    try:
+        check_ray_address(args.ray_address)
+    except ValueError as error:
+        _complain("status", str(error))
+        return EXIT_USAGE
     try:
         join_as_guest(args.ray_address, args.state_dir)
         from turret.server.cluster.serving.registry_actor import RayChannel

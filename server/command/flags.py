@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,14 @@ from turret.server.config import Config
 CONFIG_VARIABLE = "TURRET_CONFIG"
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser, hidden: Collection[str] = ()) -> None:
     """One group a concern, one kebab-case flag a field.
 
     A flag that is not given leaves no trace in the namespace: a file or a variable may set it.
+
+    Args:
+        parser: Gets them.
+        hidden: Names of settings that its help leaves out.
     """
     parser.add_argument(
         "--config",
@@ -41,8 +45,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         name: parser.add_argument_group(name, kind.__doc__) for name, kind in sections.items()
     }
     for setting in settings():
+        keywords = _argument(setting)
+        if setting.name in hidden:
+            keywords["help"] = argparse.SUPPRESS
         groups[setting.section].add_argument(
-            setting.flag, dest=setting.name, default=argparse.SUPPRESS, **_argument(setting)
+            setting.flag, dest=setting.name, default=argparse.SUPPRESS, **keywords
         )
 
 

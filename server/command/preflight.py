@@ -47,12 +47,13 @@ _MOST_THREADS = 1024
 _LOOKED_AT_BYTES = 128 << 20
 
 
-def problems(config: Config, *, may_run: bool = False) -> list[str]:
+def problems(config: Config, *, may_run: bool = False, any_port: bool = True) -> list[str]:
     """One line for each thing that would keep the server from starting, named by its flag.
 
     Args:
         config: The resolved configuration.
         may_run: What uses the state directory and the addresses may be what is to be changed.
+        any_port: Whether port 0, which picks a free one, is an address.
     """
     adapters = dataclasses.replace(config.adapters, state_dir=None) if may_run else config.adapters
     model_type, of_model = _model(config.model.model)
@@ -64,14 +65,15 @@ def problems(config: Config, *, may_run: bool = False) -> list[str]:
         *_memory(config),
         *_adapters(adapters, None if takes_any else name_of_model(config.model.model), base),
         *_files(config.security),
-        *([] if may_run else _addresses(config.listen)),
+        *([] if may_run else _addresses(config.listen, any_port)),
     ]
 
 
 def notes(config: Config) -> list[str]:
     """What looks like a mistake and keeps nothing from starting."""
     threads, there = config.model.threads or 0, available_cpus()
-    if threads <= there:
+    if threads <= there or threads > _most_threads():
+        # More than that are refused.
         return []
     return [
         f"--threads: {threads} of them take turns on {counted(there, 'processor')}, which is slower"
@@ -96,7 +98,7 @@ def _device(config: ModelConfig, environ: Mapping[str, str]) -> Iterator[str]:
             f"--device: {config.device} was asked for, whose kernels are compiled here: {missing} "
             "must be installed"
         )
-    if (config.threads or 0) > max(_MOST_THREADS, os.cpu_count() or 1):
+    if (config.threads or 0) > _most_threads():
         yield f"--threads: {config.threads} is more than any machine computes with"
     isa = environ.get("TURRET_ISA") or ISAS[0]
     if isa not in ISAS:
@@ -105,6 +107,10 @@ def _device(config: ModelConfig, environ: Mapping[str, str]) -> Iterator[str]:
     native = environ.get("TURRET_NATIVE") or NATIVE[0]
     if native.lower() not in (*NATIVE, *NO_NATIVE):
         yield f"TURRET_NATIVE: {native!r} is none of {', '.join((*NO_NATIVE, *NATIVE))}"
+
+
+def _most_threads() -> int:
+    return max(_MOST_THREADS, os.cpu_count() or 1)
 
 
 def _memory(config: Config) -> Iterator[str]:
@@ -248,7 +254,7 @@ def _no_pem(error: ssl.SSLError) -> str:
     return f"hold no PEM certificate and key without a password ({error.reason or error})"
 
 
-def _addresses(config: ListenConfig) -> Iterator[str]:
+def _addresses(config: ListenConfig, any_port: bool) -> Iterator[str]:
     taken: dict[tuple[str, int], str] = {}
     for name in ("address", "admin_address", "metrics_address", "http_address"):
         address: str | None = getattr(config, name)
@@ -263,12 +269,12 @@ def _addresses(config: ListenConfig) -> Iterator[str]:
         host, port = split_address(address)
         if port and (host, port) in taken:
             yield f"{flag}: {address} is that of {taken[host, port]} already"
-        elif problem := _bind(host, port):
+        elif problem := _bind(host, port, any_port):
             yield f"{flag}: {address} {problem}"
         taken[host, port] = flag
 
 
-def _bind(host: str, port: int) -> str:
+def _bind(host: str, port: int, any_port: bool) -> str:
     """What keeps a listener from an address; empty if nothing does."""
     try:
         kind, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -282,7 +288,8 @@ def _bind(host: str, port: int) -> str:
             listener.listen()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            return "is taken: another process listens there; port 0 picks a free one"
+            instead = "port 0 picks a free one" if any_port else "give it another port"
+            return f"is taken: another process listens there; {instead}"
         if error.errno == errno.EADDRNOTAVAIL:
             return "is no address of this machine; 0.0.0.0 stands for all that it has"
         return f"cannot be had: {error.strerror}"

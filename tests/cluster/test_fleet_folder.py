@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,11 +19,14 @@ import pytest
 from turret.server import cli
 from turret.server.cluster.machine import fleet_folder
 from turret.server.cluster.machine.fleet_folder import FleetFolder
+from turret.server.cluster.serving.ray_cluster import ingress_environment
 
 _COMMAND = """
-import sys, time
+import os, sys, time
 from pathlib import Path
+from turret.server.cluster.machine import fleet_folder
 from turret.server.cluster.machine.fleet_folder import FleetFolder
+fleet_folder._SHORT = Path(os.environ["TMPDIR"])
 print(FleetFolder.make(Path(sys.argv[1])).path, flush=True)
 time.sleep(600)
 """
@@ -42,6 +46,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
+    monkeypatch.setattr(fleet_folder, "_SHORT", folder)
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     find = importlib.util.find_spec
@@ -79,6 +84,31 @@ def start_ingress(at: Path, folder: Path, stack: ExitStack) -> tuple[subprocess.
     program.symlink_to(sys.executable)
     file = f"{folder}/node/haproxy.cfg"
     return stack.enter_context(running(program, "-c", _INGRESS, "-f", file))
+
+
+@pytest.mark.parametrize("length", [11, 12])
+def test_a_folder_of_temporary_files_with_a_long_path_gives_way(
+    length: int, tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below a fleet's folder lie sockets, whose paths have at most 97 bytes in HAProxy."""
+    made = Path(tempfile.mkdtemp(dir="/tmp"))
+    place = Path(f"/tmp/{'x' * (length - len('/tmp/'))}")
+    made.rename(place)
+    try:
+        monkeypatch.setattr("tempfile.tempdir", str(place))
+        folder = FleetFolder.make(tmp_path / "state")
+        assert folder.path.parent == (place if length == 11 else temporary)
+        sockets = [
+            path
+            for name, path in ingress_environment(folder.path / ("f" * 56)).items()
+            if name.endswith("SOCKET_PATH")
+        ]
+        assert length == 12 or max(map(len, sockets)) == 97
+        # Found by a command whose temporary files lie elsewhere, too.
+        assert fleet_folder.state_dirs() == [tmp_path / "state"]
+        folder.remove()
+    finally:
+        place.rmdir()
 
 
 def test_a_fleet_is_found_while_its_command_lives(tmp_path: Path) -> None:

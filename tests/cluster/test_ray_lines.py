@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from turret.server.cluster.machine.ray_lines import LineFilter
+from turret.server.cluster.machine.ray_lines import LineFilter, cause
 
 # As Ray 2.60 and Python 3.11 print it.
 NOISE = """\
@@ -124,3 +124,33 @@ def test_what_is_changed_of_ray_is_there() -> None:
     kind = "<class 'ray._private.services.ConsolePopen'>"
     shown = ["of ProxyActor", "(ProxyActor pid=1) again", "repeated"]
     assert done.stdout.splitlines() == [*shown, "True", "True", "True", kind], done.stderr
+
+
+_REMOTE = (
+    "\x1b[36mray::HAProxyManager.ready()\x1b[39m (pid=5, ip=127.0.0.2)\n"
+    '  File "/x/haproxy.py", line 2107, in _reload_haproxy\n    await task\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("No node has a GPU.", "No node has a GPU."),
+        (
+            f"it failed. Error:\n{_REMOTE}turret.server.errors.InvalidRequestError: model: x",
+            "model: x",
+        ),
+        (
+            f"{_REMOTE}KeyError: 'a'\n\nDuring that:\n{_REMOTE}RuntimeError: at the end\n",
+            "at the end",
+        ),
+        (
+            f"{_REMOTE}RuntimeError: HAProxy crashed: [NOTICE] (5) : version\n"
+            "[ALERT]    (5) : config : socket path 'x' too long (max 97)\n[ALERT]  (5) : Fatal",
+            "config : socket path 'x' too long (max 97)",
+        ),
+        (f"{_REMOTE}gone\n", "gone"),
+    ],
+)
+def test_of_a_traceback_its_end_is_said(text: str, said: str) -> None:
+    assert cause(text) == said

@@ -17,8 +17,9 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from turret.server import cli
+from turret.server.cluster.machine import fleet_folder
 from turret.server.cluster.serving import haproxy, ray_cluster, serve
-from turret.server.cluster.serving.plan import ClusterPlan, fleet_config
+from turret.server.cluster.serving.plan import REFUSED, ClusterPlan, fleet_config
 from turret.server.config import AdapterConfig, Config, ModelConfig
 from turret.server.errors import UnavailableError
 from turret.v1 import adapters_pb2, inference_pb2
@@ -99,6 +100,12 @@ def test_cluster_says_what_is_missing(
         ("--state-dir s --tls-cert a --tls-key b", "plain text"),
         ("--state-dir s --adapter-root . --preload a=b", "load adapters once"),
         ("--preload a=b", "--preload: a fleet takes none; load adapters once"),
+        ("--state-dir s --tls-key b", "--tls-key: Ray Serve listens in plain text"),
+        ("--state-dir s --tls-client-ca c", "--tls-client-ca: Ray Serve listens in plain text"),
+        ("--state-dir s --address 0.0.0.0:50051", "a fleet listens in plain text: say --insecure"),
+        ("--state-dir s --http-address 0.0.0.0:1", "--http-address: 0.0.0.0:1 is reachable"),
+        ("--state-dir s --ray-address nope", "--ray-address: 'nope' is not HOST:PORT, as `ray"),
+        ("--state-dir s --ray-address local", "--ray-address: 'local' is not HOST:PORT, as `ray"),
     ],
 )
 def test_flags_that_a_fleet_cannot_take(
@@ -123,7 +130,36 @@ def test_only_a_fleet_that_was_joined_is_changed_by_another_command(
         flags = ["--state-dir", str(tmp_path), "--address", address]
         flags += ["--ray-address", "10.0.0.1:6379"] if joins else []
         assert cli.main(["cluster", "serve", *flags]) == (7 if joins else 1)
-    assert ("is taken" in capsys.readouterr().err) is not joins
+    said = capsys.readouterr().err
+    assert ("is taken: another process listens there; give it another port" in said) is not joins
+    assert "port 0" not in said
+
+
+def test_its_help_has_no_flag_that_a_fleet_cannot_take(capsys: pytest.CaptureFixture[str]) -> None:
+    def flags_of(*verbs: str) -> set[str]:
+        with pytest.raises(SystemExit):
+            cli.main([*verbs, "--help"])
+        return set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+
+    refused = {f"--{name.replace('_', '-')}" for name in REFUSED}
+    assert flags_of("serve") - flags_of("cluster", "serve") == refused
+
+
+def test_status_of_no_address(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert cli.main(["cluster", "status", "--ray-address", "ray://x:1"]) == 2
+    assert "--ray-address: 'ray://x:1' is not HOST:PORT" in capsys.readouterr().err
+
+
+def test_no_folder_for_the_sockets_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+    monkeypatch.setattr(fleet_folder, "_SHORT", tmp_path / "absent")
+    with pytest.raises(UnavailableError, match="TMPDIR: no folder for the fleet's sockets"):
+        ray_cluster.RayCluster.open(ClusterPlan(), tmp_path, lambda: False)
 
 
 @pytest.mark.parametrize(

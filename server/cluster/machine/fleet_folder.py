@@ -24,6 +24,11 @@ _OWNER = "OWNER"
 _MOST_BYTES = 1 << 16
 _KILL_SECONDS = 5.0
 _POLL_SECONDS = 0.02
+# In place of a folder of temporary files whose path is too long. Below a fleet's folder come Ray's
+# id of the node and a socket's name, and HAProxy takes 97 bytes at most.
+_SHORT = Path("/tmp")
+_MOST_PATH_BYTES = 97 - len("/metrics.sock") - len("/") - 56
+_RANDOM_CHARS = 8  # of mkdtemp
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,11 @@ class FleetFolder:
         Raises:
             OSError: It cannot be made.
         """
-        path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        place = Path(tempfile.gettempdir())
+        longest = place / f"{_PREFIX}{'x' * _RANDOM_CHARS}"
+        if len(os.fsencode(longest)) > _MOST_PATH_BYTES:
+            place = _SHORT
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
         unlocked = path / f"{_OWNER}.new"
         lock = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.write(lock, os.fsencode(state_dir))
@@ -93,7 +102,8 @@ def remove_dead() -> list[Path]:
 
 def _owned() -> Iterator[tuple[Path, int]]:
     """Folders of this user's fleets, each with a descriptor of what is to be locked."""
-    for path in sorted(Path(tempfile.gettempdir()).glob(f"{_PREFIX}*")):
+    places = {Path(tempfile.gettempdir()), _SHORT}
+    for path in sorted(path for place in places for path in place.glob(f"{_PREFIX}*")):
         try:
             is_own = stat.S_ISDIR(path.lstat().st_mode) and path.lstat().st_uid == os.getuid()
             lock = os.open(path / _OWNER, os.O_RDONLY | os.O_CLOEXEC) if is_own else -1

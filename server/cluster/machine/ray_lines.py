@@ -23,6 +23,19 @@ _ONE_MACHINE = re.compile(
     r".*HTTPOptions\.host=\S+ won't accept connections from HAProxy on other nodes"
 )
 _INGRESS = "HAProxyManager"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# How a traceback ends, and what HAProxy says first of what it stumbles over.
+_RAISED = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Exit): *(\S.*)$", re.MULTILINE)
+_ALERT = re.compile(r"^\[ALERT\][^:]*: (.*)$", re.MULTILINE)
+
+
+def cause(text: str) -> str:
+    """What is said at the end of a traceback that Ray has of another process; of others, all."""
+    text = _COLOUR.sub("", text)
+    if '  File "' not in text:
+        return text
+    found = _ALERT.search(text) or next(reversed([*_RAISED.finditer(text)]), None)
+    return found[1] if found else text.strip().splitlines()[-1]
 
 
 class LineFilter:

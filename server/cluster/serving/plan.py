@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from turret.server.basics.address import split_address
+from turret.server.basics.address import is_local_address, split_address
 from turret.server.config import Config
 from turret.server.models.sources.hub_model import hub_model_id
 
 DEFAULT_HTTP_PORT = 8080
+_PLAIN_TEXT = "Ray Serve listens in plain text; let TLS end in front of it, and see docs/fleet.md"
+# Settings of ``turret serve`` that a fleet takes at no time → what to do instead.
+REFUSED: Mapping[str, str] = {
+    "preload": (
+        "a fleet takes none; load adapters once (`turret adapters load`, from --adapter-root), and"
+        " it keeps them"
+    ),
+    "admin_address": "a fleet has one address; tokens say who may change it",
+    "tls_cert": _PLAIN_TEXT,
+    "tls_key": _PLAIN_TEXT,
+    "tls_client_ca": _PLAIN_TEXT,
+}
+_OF_THIS_MACHINE = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +49,7 @@ class ClusterPlan:
     stops_alone: bool = False
 
     def __post_init__(self) -> None:
+        check_ray_address(self.ray_address)
         if self.min_replicas < 1:
             raise ValueError(f"--min-replicas must be at least 1, not {self.min_replicas}")
         if self.max_replicas < self.min_replicas:
@@ -47,21 +61,48 @@ class ClusterPlan:
             raise ValueError(f"--lease-seconds must be at least 1, not {self.lease_seconds}")
 
 
-def check_given(names: Collection[str]) -> None:
-    """Refuse settings that ``turret serve`` would ask for others beside.
-
-    Raises:
-        ValueError: A fleet takes one of them at no time; says what to do instead.
-    """
-    if "preload" in names:
+def check_ray_address(address: str | None) -> None:
+    """Raises ValueError if it is no address of a Ray cluster; None is one of this command's own."""
+    if address in (None, _OF_THIS_MACHINE):
+        return
+    try:
+        split_address(address)
+    except ValueError:
         raise ValueError(
-            "--preload: a fleet takes none; load adapters once (turret adapters load), and it keeps"
-            " them"
-        )
+            f"--ray-address: {address!r} is not HOST:PORT, as `ray start --head` prints it (port"
+            f" 6379), nor {_OF_THIS_MACHINE}, which is the cluster of this machine"
+        ) from None
+
+
+def why_refused(given: Mapping[str, object]) -> str:
+    """Why a fleet takes none of these settings, or "": before they are asked to fit together.
+
+    What ``turret serve`` asks for beside one of them would be refused next.
+    """
+    for name, why in REFUSED.items():
+        if given.get(name) not in (None, ()):
+            return f"--{name.replace('_', '-')}: {why}"
+    for name in ("address", "http_address"):
+        address = given.get(name)
+        if isinstance(address, str) and not given.get("insecure") and _is_exposed(address):
+            return (
+                f"--{name.replace('_', '-')}: {address} is reachable from other machines, and a"
+                " fleet listens in plain text: say --insecure, and let TLS end in front of it"
+                " (docs/fleet.md)"
+            )
+    return ""
+
+
+def _is_exposed(address: str) -> bool:
+    try:
+        return not is_local_address(address)
+    except ValueError:
+        # It is none; that is said of it later.
+        return False
 
 
 def fleet_config(config: Config) -> Config:
-    """The configuration of every replica.
+    """The configuration of every replica; of settings that ``why_refused`` has passed.
 
     Raises:
         ValueError: A flag that a fleet cannot take; says what to do instead.
@@ -69,14 +110,6 @@ def fleet_config(config: Config) -> Config:
     listen, security = config.listen, config.security
     if config.adapters.state_dir is None:
         raise ValueError("a fleet needs --state-dir: what adapters there are is written down there")
-    check_given(("preload",) if config.adapters.preload else ())
-    if listen.admin_address is not None:
-        raise ValueError("--admin-address: a fleet has one address; tokens say who may change it")
-    if security.tls_cert is not None:
-        raise ValueError(
-            "--tls-cert: Ray Serve listens in plain text; let TLS end in front of it, and see"
-            " docs/fleet.md"
-        )
     if listen.address.startswith("unix:"):
         raise ValueError("--address: a fleet listens on HOST:PORT")
     host, port = split_address(listen.address)

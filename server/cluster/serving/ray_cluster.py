@@ -61,6 +61,10 @@ _PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_P
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 _OBJECT_STORE_BYTES = 100 << 20
 _CONNECT_SECONDS = 5.0
+_START_ONE = (
+    "`ray start --head` starts one and prints its address; without an address of Ray's this"
+    " command starts its own"
+)
 # The same on every machine. Short: below it comes Ray's id of the node, and a socket's path has at
 # most 97 characters in HAProxy.
 _JOINED_FOLDER = "/tmp/turret-{user}"
@@ -140,8 +144,9 @@ class RayCluster:
         Raises:
             UnavailableError: There is none to join, or none can be started; says why.
         """
-        _check_listens(plan.ray_address)
-        folder = FleetFolder.make(state_dir) if plan.ray_address is None else None
+        if plan.ray_address is not None and (why := _why_deaf(plan.ray_address)):
+            raise UnavailableError(f"{why}; {_START_ONE}")
+        folder = _make_folder(state_dir) if plan.ray_address is None else None
         try:
             found = cls._open(plan, folder, is_stopping)
         except Exception as error:
@@ -150,6 +155,12 @@ class RayCluster:
                 folder.remove()
             if isinstance(error, UnavailableError):
                 raise
+            if isinstance(error, ConnectionError) and plan.ray_address is not None:
+                where = plan.ray_address
+                what = "runs on this machine" if where == "auto" else "can be joined there"
+                raise UnavailableError(
+                    f"--ray-address: {where}: no Ray cluster {what}; {_START_ONE}"
+                ) from None
             raise UnavailableError(f"Ray: {error}") from None
         if folder is not None:
             state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -226,9 +237,15 @@ def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
                 f"no fleet runs on {state_dir}; `turret cluster serve --state-dir {state_dir}`"
                 " starts one, and --ray-address names a Ray cluster that runs"
             ) from None
-        ray_address = said["address"]
+        ray_address = str(said["address"])
+        if _why_deaf(ray_address):
+            raise UnavailableError(
+                f"the fleet on {state_dir} does not answer: it was killed, and `turret cluster"
+                f" serve --state-dir {state_dir}` starts it again"
+            )
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": said["token"]})
-    _check_listens(ray_address)
+    elif ray_address is not None and (why := _why_deaf(ray_address)):
+        raise UnavailableError(f"{why}; without it the fleet of this machine is shown")
     import ray
 
     try:
@@ -242,15 +259,26 @@ def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
         raise UnavailableError(f"Ray: {error}") from None
 
 
-def _check_listens(address: str | None) -> None:
-    """Raises UnavailableError if nobody listens at ``HOST:PORT``: Ray asks on for minutes."""
-    host, _, port = (address or "").rpartition(":")
-    if not host or not port.isdecimal() or "://" in host:
-        return
+def _why_deaf(address: str) -> str:
+    """What to say if nobody listens at ``HOST:PORT``, where Ray asks on for minutes; else ""."""
+    host, _, port = address.rpartition(":")
+    if not host:
+        return ""
     try:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise UnavailableError(f"no Ray cluster listens at {address} ({error})") from None
+    except OSError as error:
+        return f"--ray-address: no Ray cluster listens at {address} ({error.strerror or error})"
+    return ""
+
+
+def _make_folder(state_dir: Path) -> FleetFolder:
+    try:
+        return FleetFolder.make(state_dir)
+    except OSError as error:
+        raise UnavailableError(
+            f"TMPDIR: no folder for the fleet's sockets can be made ({error.filename}:"
+            f" {error.strerror}); name one of few characters that this user may write to"
+        ) from None
 
 
 def _free_port() -> int:

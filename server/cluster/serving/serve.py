@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from turret.server import log
 from turret.server.basics.address import is_local_address, split_address
+from turret.server.cluster.machine import ray_lines
 from turret.server.cluster.serving.plan import ClusterPlan
 from turret.server.cluster.serving.ray_cluster import STOPPING, RayCluster
 from turret.server.command.interrupts import Hangup
+from turret.server.command.start_lines import refuse
 from turret.server.command.threads import available_cpus
 from turret.server.config import Config
 from turret.server.errors import UnavailableError
@@ -49,16 +51,25 @@ def run(config: Config, plan: ClusterPlan) -> int:
         with _deferring(listen):
             cluster = RayCluster.open(plan, config.adapters.state_dir, stop.is_set)
     except UnavailableError as error:
-        _log.error("cannot start", extra=log.fields(reason=error))
-        return 1
+        return _refuse(config, error)
     try:
         return 0 if stop.is_set() else _serve(config, plan, stop)
     except (UnavailableError, RuntimeError, ValueError) as error:
-        _log.error("cannot start", extra=log.fields(reason=error))
-        return 1
+        return _refuse(config, error)
     finally:
         cluster.close(config.adapters.state_dir)
         _log.info("stopped")
+
+
+def _refuse(config: Config, error: Exception) -> int:
+    """Say why there is no fleet, in a sentence; returns the exit code."""
+    text = str(error)
+    why = ray_lines.cause(text)
+    if why != text:
+        _log.debug("all that Ray said", extra=log.fields(text=text))
+        why += "" if config.log.verbose else " (--verbose logs all that Ray said)"
+    refuse(why, is_json=config.log.log_format == "json", command="turret cluster serve")
+    return 1
 
 
 @contextlib.contextmanager
@@ -189,7 +200,7 @@ def _wait_until_up(stop: threading.Event) -> bool:
         if status in ("DEPLOY_FAILED", "UNHEALTHY") or waited > _START_SECONDS:
             assert found is not None
             reasons = [d.message for d in found.deployments.values() if d.message]
-            raise UnavailableError(f"the replicas do not start: {' '.join(reasons)[-2000:]}")
+            raise UnavailableError(f"the replicas do not start: {' '.join(reasons)}")
     return False
 
 

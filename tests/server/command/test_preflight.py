@@ -299,6 +299,8 @@ def test_more_threads_than_processors_are_noted(monkeypatch: pytest.MonkeyPatch)
     (note,) = preflight.notes(parse("--threads", "3"))
     assert note.startswith("--threads: 3 of them take turns on 2 processors")
     assert preflight.notes(parse("--threads", "2")) == preflight.notes(parse()) == []
+    # What is refused is not noted as well.
+    assert preflight.notes(parse("--threads", "9999")) == []
 
 
 def test_what_is_refused_says_which_variable_asked_for_it(
