@@ -12,9 +12,28 @@ COPY_AGAIN = f"copy the file again, or {SAVE_AGAIN}"
 OTHER_TRAINING = f"{CONFIG_FILE} may be of another training"
 # Of a LoRA that has one of a module's two factors.
 MISSING_FACTOR = f"is missing; other LoRA tensors are there: {SAVE_AGAIN}"
+# Of tensors that have no place.
+NO_TENSORS = "holds no tensors of this method"
+WHOLE_WEIGHT = "is a whole weight; only those of embed_tokens and lm_head are served"
+LEFT_OUT = "is there, but the config leaves it out"
 NOT_FINITE = "holds NaN or Inf; take a checkpoint from before that"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MODEL_CONFIG = "config.json"
+
+
+def lacks_switch(key: str) -> str:
+    """What is said of a tensor that only an adapter with this key has."""
+    return f"is there, but {key} is not set"
+
+
+def lacks_switched(key: str) -> str:
+    """What is said of a tensor that is missing and that this key is for."""
+    return f"is missing; {key} is set"
+
+
+def holds_integers(dtype: str, method: str) -> str:
+    """What is said of a tensor of integers, by torch's name of its dtype."""
+    return f"holds integers ({dtype}), which {method} does not"
 
 
 def check_is_adapter(directory: AdapterDirectory, path: str) -> None:

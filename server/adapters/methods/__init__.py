@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.no_adapter import holds_integers
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.component import FindComponent, find_no_component
 from turret.server.adapters.lowering.dense import check_dense, dense_warnings
@@ -137,7 +138,7 @@ def _check_integers(checkpoint: AdapterCheckpoint, method: Method) -> None:
     for name, tensor in checkpoint.tensors.items():
         may_be = not set(method.integers).isdisjoint(name.split("."))
         if not tensor.is_floating_point() and not may_be:
-            findings.add(name, f"holds integers ({tensor.dtype}), which {method.name} does not")
+            findings.add(name, holds_integers(str(tensor.dtype), method.name))
     findings.raise_if_any()
 
 

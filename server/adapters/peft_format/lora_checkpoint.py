@@ -8,7 +8,12 @@ from typing import Any
 
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.no_adapter import MISSING_FACTOR, OTHER_TRAINING
+from turret.server.adapters.checkpoint.no_adapter import (
+    MISSING_FACTOR,
+    OTHER_TRAINING,
+    lacks_switch,
+    lacks_switched,
+)
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES, VARIANTS
 from turret.server.adapters.peft_format.module_checkpoint import (
@@ -144,9 +149,9 @@ def read_lora(
         is_on = bool(config.get(key))
         for name, roles in found.modules.items():
             if role in roles and not is_on:
-                findings.add(f"{name}.{role}", f"is there, but {key} is not set")
+                findings.add(f"{name}.{role}", lacks_switch(key))
             if role not in roles and is_on:
-                findings.add(f"{name}.{role}", f"is missing; {key} is set")
+                findings.add(f"{name}.{role}", lacks_switched(key))
     variants = [key for key in VARIANTS if config.get(key)]
     for key in variants[1:]:
         findings.add(key, f"cannot be combined with {variants[0]}")

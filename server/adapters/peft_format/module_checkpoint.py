@@ -16,6 +16,7 @@ import torch
 
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.no_adapter import LEFT_OUT, NO_TENSORS, WHOLE_WEIGHT
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.peft_format.config.rules import Rules, check_config
 from turret.server.adapters.peft_format.config.targets import Targets, resolve_targets
@@ -115,7 +116,7 @@ def read_module_checkpoint(
     tensors, shared = _sort(checkpoint.tensors, base, form, findings)
     adapted = {name: roles for name, roles in tensors.items() if roles.keys() - {BIAS}}
     if form.needs_tensors and not (adapted or findings.mismatched or checkpoint.is_partial):
-        findings.add(TENSORS_FILE, "holds no tensors of this method")
+        findings.add(TENSORS_FILE, NO_TENSORS)
     targets = _resolve(config, form, base, findings)
     if targets is not None and not form.needs_tensors:
         adapted = {name: {} for name in base.modules if name in targets.targeted} | adapted
@@ -186,7 +187,7 @@ def _advice(name: str) -> str:
     if name.endswith((".hada_t1", ".hada_t2", ".lokr_t2")):
         return "belongs to a convolution; the models served have none"
     if name.endswith(".weight") and ".lora_" not in name:
-        return "is a whole weight; only those of embed_tokens and lm_head are served"
+        return WHOLE_WEIGHT
     return "is not a tensor this method knows; every tensor must be used"
 
 
@@ -225,7 +226,7 @@ def _check_targets(
     for name in base.modules:
         if name in adapted and name not in targets.targeted:
             role = next(suffix for suffix, role in form.roles.items() if role in adapted[name])
-            findings.add(f"{name}{role}", "is there, but the config leaves it out")
+            findings.add(f"{name}{role}", LEFT_OUT)
         elif name in targets.targeted and name not in adapted and not misfits:
             findings.add(f"{name}{first}", "is missing; the config targets the module")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -10,12 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from builders.adapters import base_of, tiny_llama
 from checkout import ROOT
 from safetensors.numpy import load_file, save_file
 from start_problems import found
 
+from turret.server.adapters.base import BaseModule
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.reader import read_checkpoint
+from turret.server.adapters.methods import lower_checkpoint
 from turret.server.adapters.peft_format.config.rules import is_rank
 from turret.server.command import preflight
+from turret.server.errors import AdapterCheckpointError
 
 ADAPTERS = ROOT / "examples" / "adapters"
 
@@ -31,7 +39,8 @@ def write_adapter(
     folder.mkdir(exist_ok=True)
     values = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     save_file(values, folder / "adapter_model.safetensors")
-    keys = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **config}
+    targets = [module.rpartition(".")[2]]
+    keys = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": targets, **config}
     (folder / "adapter_config.json").write_text(json.dumps(keys))
     return folder
 
@@ -228,6 +237,68 @@ def test_adapters_that_lack_one_of_two_factors(lacking: str, tmp_path: Path) -> 
         f"--preload a=m: cannot be served: model.layers.0.self_attn.q_proj.{lacking}.weight: is"
         " missing; other LoRA tensors are there: have PEFT save the adapter again"
     )
+
+
+_Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "said"),
+    [
+        ({"use_dora": True}, {}, f"{_Q}.lora_magnitude_vector: is missing; use_dora is set"),
+        (
+            {},
+            {f"{_Q}.lora_magnitude_vector.weight": np.ones(576, np.float32)},
+            f"{_Q}.lora_magnitude_vector: is there, but use_dora is not set",
+        ),
+        ({}, {"foo.weight": np.ones(4, np.float32)}, "foo.weight: is a whole weight; only those"),
+        (
+            {},
+            {f"{_Q}.lora_A.weight": np.ones((4, 576), np.int8)},
+            f"{_Q}.lora_A.weight: holds integers (torch.int8), which lora does not",
+        ),
+        (
+            {"target_modules": ["proj_q"]},
+            {},
+            f"{_Q}.lora_A.weight: is there, but the config leaves it out",
+        ),
+        # These are served: all targets, a head, and a suffix of several names.
+        ({"target_modules": "all-linear"}, {}, ""),
+        ({"task_type": "SEQ_CLS"}, {"score.weight": np.ones((2, 576), np.float32)}, ""),
+        ({"target_modules": ["self_attn.q_proj"]}, {}, ""),
+        ({"target_modules": [_Q]}, {}, ""),
+        (
+            {"use_dora": True},
+            {f"{_Q}.lora_magnitude_vector": np.ones(576, np.float32)},
+            "",
+        ),
+    ],
+)
+def test_loras_whose_tensors_contradict_their_config(
+    config: dict[str, Any], tensors: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    """In the words of a load: what a load of the same folder says is compared."""
+    folder = write_adapter(tmp_path / "m", **config)
+    file = folder / "adapter_model.safetensors"
+    more = {f"base_model.model.{name}": values for name, values in tensors.items()}
+    save_file(load_file(file) | more, file)
+    problems = found("--adapter-root", str(tmp_path), "--preload", "a=m")
+    assert len(problems) == bool(said)
+    if not said:
+        return
+    assert problems[0].startswith(f"--preload a=m: cannot be served: {said}")
+    projection = BaseModule(_Q, 576, 576, None, lambda: torch.zeros(576, 576))
+    base = dataclasses.replace(base_of(tiny_llama()), modules={_Q: projection})
+    checkpoint = read_checkpoint(AdapterRoot(tmp_path), "m", max_elements=1 << 20)
+    with pytest.raises(AdapterCheckpointError) as raised:
+        lower_checkpoint(checkpoint, base)
+    assert f"cannot be served: {said}" in raised.value.message
+
+
+def test_a_lora_without_tensors(tmp_path: Path) -> None:
+    save_file({}, write_adapter(tmp_path / "m") / "adapter_model.safetensors")
+    (problem,) = found("--adapter-root", str(tmp_path), "--preload", "a=m")
+    assert problem.endswith("adapter_model.safetensors: holds no tensors of this method")
 
 
 def test_adapters_whose_tensors_are_damaged(tmp_path: Path) -> None:

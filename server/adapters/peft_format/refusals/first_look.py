@@ -17,6 +17,7 @@ from turret.server.adapters.checkpoint.safetensors_header import SafetensorsHead
 from turret.server.adapters.peft_format.refusals.base_name import is_other_base, of_other_base
 from turret.server.adapters.peft_format.refusals.early_finite import check_finite
 from turret.server.adapters.peft_format.refusals.early_ranks import check_early_rank, check_r
+from turret.server.adapters.peft_format.refusals.early_tensors import check_tensors
 from turret.server.adapters.peft_format.refusals.known_shapes import (
     BaseSize,
     check_modules,
@@ -58,8 +59,8 @@ def look_at(
 
     Raises:
         AdapterCheckpointError: A file cannot be read, the ``peft_type`` is misspelt or not served,
-            ``r`` is no rank or contradicts a LoRA's factors, one of two factors is missing, or a
-            tensor holds NaN or Inf.
+            ``r`` is no rank or contradicts a LoRA's factors, one of two factors is missing, a
+            LoRA's other tensors contradict its config, or a tensor holds NaN or Inf.
         AdapterMismatchError: It names another base, is of modules that the base has not, or a
             LoRA's factors are for other shapes.
         BudgetExceededError: A rank is over ``max_rank``, by the tensors or the config.
@@ -81,6 +82,10 @@ def look_at(
     if header is not None and size is not None and peft_type_of(config) in SERVED_TYPES:
         check_modules(path, config, header, size)
     check_early_rank(path, config, header, max_rank)
+    if lora is not None:
+        # Behind the base's checks: of an adapter for another model that is the cause.
+        check_tensors(config, lora, findings)
+        findings.raise_if_any()
     return 0 if header is None else check_finite(directory, header, findings, most_bytes)
 
 
