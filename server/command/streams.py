@@ -19,6 +19,19 @@ class OutputError(OSError):
     """What standard output did not take; the text says so."""
 
 
+class _Messages(io.FileIO):
+    """Standard error, which never fails: what nobody reads any more is dropped.
+
+    A server whose log was read by ``head`` serves on.
+    """
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
 class _Output(io.FileIO):
     """Standard output, which fails once: what is written afterwards is dropped.
 
@@ -50,7 +63,9 @@ def with_streams(run: Callable[[], int]) -> int:
         Its exit code, also that of a SystemExit, or 1 if its output was lost.
     """
     _open_closed()
-    output = _watched_output()
+    output = _Output(sys.stdout.fileno(), "w", closefd=False)
+    sys.stdout = _through(output, sys.stdout)
+    sys.stderr = _through(_Messages(sys.stderr.fileno(), "w", closefd=False), sys.stderr)
     try:
         code = run()
     except BrokenPipeError as error:
@@ -96,18 +111,15 @@ def _open_closed() -> None:
             setattr(sys, name, stream)
 
 
-def _watched_output() -> _Output:
-    """Standard output, from now on through what is returned, with all else as it was."""
-    given = sys.stdout
-    raw = _Output(given.fileno(), "w", closefd=False)
+def _through(raw: io.FileIO, given: TextIO) -> io.TextIOWrapper:
+    """A stream that writes by ``raw``, with all else as it was given."""
     assert isinstance(given, io.TextIOWrapper)
     # With python -u there is no buffer.
     is_raw = isinstance(given.buffer, io.RawIOBase)
-    sys.stdout = io.TextIOWrapper(
+    return io.TextIOWrapper(
         raw if is_raw else io.BufferedWriter(raw),  # type: ignore[arg-type]
         encoding=given.encoding,
         errors=given.errors,
         line_buffering=given.line_buffering,
         write_through=given.write_through,
     )
-    return raw

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import grpc
 import pytest
 from builders.bases.tiny_models import save_tiny_model
 from servers.fake_turret import fake_turret
@@ -72,3 +75,22 @@ def test_a_server_without_an_output_stops_with_0(tmp_path: Path) -> None:
         rest = process.stderr.read()
         assert process.wait(30) == 0
     assert rest.splitlines()[-1].endswith("stopped exit_code=0")
+
+
+def test_a_server_whose_log_nobody_reads_any_more_serves_on(tmp_path: Path) -> None:
+    """As behind ``2>&1 | head -1``."""
+    model = save_tiny_model("llama", tmp_path / "model")
+    socket_path = tmp_path / "socket"
+    flags = f"--model {model} --address unix:{socket_path} --metrics-address none"
+    command = [sys.executable, "-m", ENTRY, "serve", *flags.split()]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with subprocess.Popen(command, stdout=writer, stderr=writer) as process:
+        os.close(writer)
+        end = time.monotonic() + 60
+        while not socket_path.exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        with grpc.insecure_channel(f"unix:{socket_path}") as channel:
+            grpc.channel_ready_future(channel).result(30)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
