@@ -146,7 +146,7 @@ class App:
         """
         config = self.config
         token_file = config.security.token_file
-        tokens = TokenTable.read(token_file) if token_file is not None else None
+        tokens = TokenTable.parse(token_file) if token_file is not None else None
         self._warn_if_exposed()
         limits = config.scheduler
         # Through whichever door its requests come, a party has one share.

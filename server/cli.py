@@ -98,6 +98,15 @@ def _leave(code: int) -> NoReturn:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    from turret.server.basics.address import split_address
+    from turret.server.command.start_lines import refuse
+
+    for flag in ("address", "metrics_address", "http_address"):
+        try:
+            split_address(getattr(args, flag))
+        except ValueError as error:
+            refuse(f"--{flag.replace('_', '-')}: {error}", is_json=False, command="turret demo")
+            return EXIT_USAGE
     from turret.server.demo import run_demo
 
     return run_demo(

@@ -149,7 +149,7 @@ class Call:
             extra=log.fields(
                 method=self.method,
                 code=code.name,
-                seconds=f"{time.monotonic() - self._started:.3f}",
+                seconds=round(time.monotonic() - self._started, 3),
                 adapters=",".join(names),
                 prompt_tokens=self.prompt_tokens,
                 generated_tokens=self.generated_tokens,
@@ -167,4 +167,7 @@ class Call:
             shown = kept[0].rstrip(" :") if kept else ""
             message = shown + (" ..." if len(shown) < len(message) else "")
         is_long = len(message) > _MAX_LOGGED_CHARS
+        if not message.strip(" ."):
+            # It begins with what was asked for, and nothing of it may be told.
+            return {"reason": reason}
         return {"reason": reason, "why": message[:_MAX_LOGGED_CHARS] + (" ..." if is_long else "")}

@@ -57,6 +57,20 @@ class ConnectedApp:
         await self._channel.close()
 
 
+async def test_a_token_file_open_to_others_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("hunter2 admin\n")
+    file.chmod(0o644)
+    app = make_app(Parts(), security=SecurityConfig(token_file=file))
+    await app.startup()
+    await app.shutdown()
+    assert [line for line in caplog.messages if "token file" in line] == [
+        "the token file is open to other users; its mode should be 0600"
+    ]
+
+
 async def test_it_listens_while_loading_and_serves_afterwards() -> None:
     parts = Parts()
     parts.may_finish.clear()

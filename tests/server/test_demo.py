@@ -102,3 +102,13 @@ def test_demo_reports_a_server_that_does_not_start(
     arguments = ["demo", "--once", "--examples", str(tmp_path), "--address", "127.0.0.1:99999"]
     assert main(arguments) == 1
     assert "99999" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--address", "--metrics-address", "--http-address"])
+def test_an_address_that_is_none_is_refused_once_and_at_once(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", flag, "foo"]) == 2
+    assert capsys.readouterr().err == (
+        f"turret demo: error: {flag}: 'foo' is not HOST:PORT with a port from 0 to 65535\n"
+    )

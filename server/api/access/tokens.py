@@ -5,17 +5,31 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from turret.server.basics.closest import did_you_mean
+
 _log = logging.getLogger(__name__)
 
 ROLES = ("inference", "admin", "metrics")
+_ALL_ROLES = ", ".join(ROLES)
+_LIKE_A_ROLE = re.compile(r"[a-z_-]{1,12}")
 
 
 def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
+
+
+def _named(role: str, token: str) -> str:
+    """What to say of a word that is no role, unless it may be a token: those are not repeated."""
+    if token in ROLES:
+        return "the token comes first; "
+    if not _LIKE_A_ROLE.fullmatch(role):
+        return ""
+    return f"{role!r} is no role{did_you_mean(role, ROLES)}; "
 
 
 class TokenTable:
@@ -56,8 +70,8 @@ class TokenTable:
             token, roles = words[0], frozenset(words[1].split(","))
             if not (token.isascii() and token.isprintable()):
                 raise ValueError(f"{where}: a token must be printable ASCII")
-            if not roles <= set(ROLES):
-                raise ValueError(f"{where}: roles are {', '.join(ROLES)}")
+            if unknown := sorted(roles - set(ROLES)):
+                raise ValueError(f"{where}: {_named(unknown[0], token)}roles are {_ALL_ROLES}")
             if token in entries:
                 raise ValueError(f"{where} repeats the token of an earlier line")
             entries[token] = roles

@@ -70,7 +70,7 @@ class ReplicaServer:
         self.adapters = Adapters(self._gate)
         self.inference = Inference(self._gate)
         token_file = config.security.token_file
-        self.tokens = None if token_file is None else TokenTable.read(token_file)
+        self.tokens = None if token_file is None else TokenTable.parse(token_file)
         self._watching: asyncio.Future[None] | None = None
         if token_file is not None and self.tokens is not None:
             reloader = TokenReloader(token_file, self.tokens)
