@@ -243,7 +243,9 @@ class AnswerCutError(UnavailableError):
     @classmethod
     def of(cls, completion: Completion | None) -> AnswerCutError:
         """The error for what had been generated."""
-        error = cls.made_here("the server is shutting down: it ended the answer before its end")
+        error = cls.made_here(
+            "the server is shutting down: it ended the answer before its end; ask again"
+        )
         error.completion = completion
         return error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -127,7 +128,8 @@ def _messages(
 class ExportWriter:
     """Writes an export to a new directory, which appears only once every file is complete.
 
-    Use as a context manager; leave it without :meth:`finish` and nothing remains.
+    Use as a context manager; leave it without :meth:`finish` and nothing remains, of the
+    directories above that it made neither.
 
     Raises:
         FileExistsError: The directory is already there.
@@ -139,6 +141,7 @@ class ExportWriter:
         if self._directory.exists():
             raise FileExistsError(f"{self._directory} {_THERE}")
         parent = self._directory.parent
+        self._made = [above for above in self._directory.parents if not above.exists()]
         try:
             parent.mkdir(parents=True, exist_ok=True)
             self._partial = Path(tempfile.mkdtemp(prefix=f".{self._directory.name}.", dir=parent))
@@ -157,6 +160,10 @@ class ExportWriter:
         for file in self._open.values():
             file.close()
         shutil.rmtree(self._partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            # From the innermost outwards; the first that holds something keeps the others too.
+            for above in self._made:
+                above.rmdir()
 
     def write(self, message: adapters_pb2.ExportAdapterResponse) -> None:
         """Take the next message of the stream.

@@ -16,7 +16,7 @@ from turret.clients.verbs.command import (
     print_json,
     with_client,
 )
-from turret.clients.verbs.tables import terminal
+from turret.clients.verbs.tables import print_table
 from turret.clients.verbs.texts import given_texts, text_parser
 
 # Characters of a text in the table, and labels beside the first.
@@ -57,8 +57,10 @@ def _classify(args: argparse.Namespace, client: TurretClient) -> None:
             print(label)
         return
     table = Table()
-    for column in ("text", "label", "", "then"):
-        table.add_column(column)
+    table.add_column("text", overflow="fold")
+    table.add_column("label", no_wrap=True)
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("then")
     for text, each in zip(texts, found.classifications, strict=True):
         first, *others = _ranked(each)
         # Text and not str: a label may look like rich's markup.
@@ -68,7 +70,7 @@ def _classify(args: argparse.Namespace, client: TurretClient) -> None:
             first[1],
             Text("  ".join(f"{label} {number}" for label, number in others[:_SHOWN_LABELS])),
         )
-    terminal().print(table)
+    print_table(table)
 
 
 def _ranked(found: Classification) -> list[tuple[str, str]]:

@@ -38,10 +38,16 @@ _FEW_VIOLATIONS = 8
 _CLASSIFY = "call Classify"
 # And that for a mix without one.
 _WRITE = "there are Generate and Score"
+# And those that one type in place of a call's.
+_TYPED_STEPS = {
+    "unmerge it first": "`turret adapters unmerge` takes it out",
+    "FORCE ends them": "--force ends them",
+}
 # Environment variables that stand for the flags of the same name; the flags win.
 ADDRESS_VARIABLE = "TURRET_ADDRESS"
 TOKEN_VARIABLE = "TURRET_TOKEN"
 TLS_CA_VARIABLE = "TURRET_TLS_CA"
+_VARIABLES = {"address": ADDRESS_VARIABLE, "token": TOKEN_VARIABLE, "tls_ca": TLS_CA_VARIABLE}
 
 
 class UnfinishedAnswerError(Exception):
@@ -142,10 +148,10 @@ def with_client(
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except (OSError, UnfinishedAnswerError) as error:
-            print_error(error)
+            print_error(error, args)
             return 1
         except (TypeError, ValueError) as error:
-            print_error(error)
+            print_error(error, args)
             return 2
         except KeyboardInterrupt:
             # Closing the client has cancelled the call; what was being written ends here.
@@ -169,6 +175,9 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
         return error.with_message(
             f"{error.message.removesuffix(_WRITE)}{step}", step=(_WRITE, step)
         )
+    for step, typed in _TYPED_STEPS.items():
+        if error.message.endswith(step):
+            return error.with_message(error.message.removesuffix(step) + typed)
     if error.message.endswith(ELSEWHERE):
         said = error.message.removesuffix(ELSEWHERE)
         return error.with_message(f"{said}; --address or {ADDRESS_VARIABLE} names that one")
@@ -205,8 +214,13 @@ def _print_details(error: TurretRpcError, wanted: bool) -> None:
         print(f"  --details lists all {len(error.violations)} fields at fault", file=sys.stderr)
 
 
-def print_error(error: Exception) -> None:
-    """One line on standard error, with the flags' names for what they set."""
+def print_error(error: Exception, args: argparse.Namespace | None = None) -> None:
+    """One line on standard error, with the flags' names for what they set.
+
+    Args:
+        error: What was raised.
+        args: Where given, a flag that was not typed is called by the variable that stands for it.
+    """
     sys.stdout.flush()
     # Of an answer that a server has cut the reader sees what came, and no call that failed.
     text = error.message if isinstance(error, AnswerCutError) else str(error)
@@ -218,7 +232,17 @@ def print_error(error: Exception) -> None:
         text = mention_flags(text) if isinstance(error, InvalidArgumentError) else text
     elif isinstance(error, TypeError | ValueError):
         text = name_flags(text)
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {text if args is None else _in_variables(text, args)}", file=sys.stderr)
+
+
+def _in_variables(text: str, args: argparse.Namespace) -> str:
+    """The text with the variable in place of the flag that it begins with, if that set it."""
+    flag, _, rest = text.partition(":")
+    name = flag.removeprefix("--").replace("-", "_")
+    variable = _VARIABLES.get(name, "")
+    given = getattr(args, name, None)
+    is_typed = given is not None and str(given) != os.environ.get(variable)
+    return text if not variable or is_typed else f"{variable}:{rest}"
 
 
 def print_json(value: object) -> None:

@@ -6,11 +6,11 @@ import argparse
 import json
 import math
 
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
 from turret.clients.client import TurretClient
-from turret.clients.messages.head_results import Embeddings
 from turret.clients.messages.requests import POOLINGS
 from turret.clients.verbs.command import (
     adapter_parser,
@@ -22,8 +22,8 @@ from turret.clients.verbs.command import (
 from turret.clients.verbs.tables import terminal
 from turret.clients.verbs.texts import given_texts, text_parser
 
-# Characters of a text in the table.
-_SHOWN_CHARS = 40
+# Characters of a text in the table, and those that are shown however narrow it is.
+_SHOWN_CHARS, _FEWEST_CHARS = 40, 4
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -47,7 +47,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="divide each vector by its length (default: yes)",
     )
     parser.add_argument(
-        "--similarity", action="store_true", help="print the cosine of every two texts instead"
+        "--similarity",
+        action="store_true",
+        help="print the cosine of every two texts instead; with --json a list of numbers a text",
     )
     parser.add_argument(
         "--request-id", default="", metavar="ID", help="names the request in the server's log"
@@ -67,7 +69,8 @@ def _embed(args: argparse.Namespace, client: TurretClient) -> None:
         timeout=args.timeout,
     )
     if args.similarity:
-        terminal().print(_table(texts, found))
+        cosines = [[_cosine(one, other) for other in found.vectors] for one in found.vectors]
+        print_json(cosines) if args.json else _print_cosines(texts, cosines)
     elif args.json:
         print_json(found)
     else:
@@ -76,17 +79,31 @@ def _embed(args: argparse.Namespace, client: TurretClient) -> None:
             print(json.dumps([float(f"{value:.9g}") for value in vector]))
 
 
-def _table(texts: list[str], found: Embeddings) -> Table:
-    table = Table()
-    table.add_column("", justify="right")
-    table.add_column("text")
-    for number in range(len(texts)):
-        table.add_column(str(number + 1), justify="right")
-    for number, (text, vector) in enumerate(zip(texts, found.vectors, strict=True), 1):
-        cosines = (f"{_cosine(vector, other):.3f}" for other in found.vectors)
-        # Text and not str: it may look like rich's markup.
-        table.add_row(str(number), Text(text[:_SHOWN_CHARS]), *cosines)
-    return table
+def _print_cosines(texts: list[str], cosines: list[list[float]]) -> None:
+    """A table as wide as the terminal, with the columns that it has no room for below it."""
+    console = terminal()
+    rows = [[f"{cosine:.3f}" for cosine in row] for row in cosines]
+    shown = [" ".join(text[:_SHOWN_CHARS].split()) for text in texts]
+    number, figure = len(str(len(texts))), max(len(cell) for row in rows for cell in row)
+    # A border and a space on both sides of each column.
+    spare = console.width - 1 - (number + 3)
+    longest = max(_FEWEST_CHARS, *map(cell_len, shown))
+    text = min(longest, max(_FEWEST_CHARS, spare // 3, spare - 3 - len(texts) * (figure + 3)))
+    columns = max(1, (spare - text - 3) // (figure + 3))
+    for start in range(0, len(texts), columns):
+        table = Table()
+        table.add_column("", justify="right")
+        # What is cut here is a reminder of what was given, and the number stands for it.
+        table.add_column("text", no_wrap=True, width=text)
+        end = min(start + columns, len(texts))
+        for other in range(start, end):
+            table.add_column(str(other + 1), justify="right", min_width=figure)
+        for index, row in enumerate(rows):
+            # Text and not str: it may look like rich's markup.
+            table.add_row(str(index + 1), Text(shown[index]), *row[start:end])
+        console.print(table)
+    if columns < len(texts):
+        print("--json prints them as one matrix")
 
 
 def _cosine(a: tuple[float, ...], b: tuple[float, ...]) -> float:

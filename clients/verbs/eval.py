@@ -33,7 +33,7 @@ from turret.clients.verbs.command import (
     print_json,
     with_client,
 )
-from turret.clients.verbs.tables import terminal
+from turret.clients.verbs.tables import print_table, terminal
 
 _DESCRIPTION = """\
 Judge the base model, adapters and mixes on a test set through a running server. A line of the file
@@ -157,7 +157,7 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
     else:
         _print_table(reports)
         if reports[0].labels:
-            terminal().print(_label_table(reports))
+            print_table(_label_table(reports))
 
 
 def _metrics(asked: Sequence[str] | None, labels: Sequence[str], classify: bool) -> tuple[str, ...]:
@@ -186,7 +186,7 @@ def _print_table(reports: Sequence[MixReport]) -> None:
     if console.measure(table, options=anywhere).maximum > console.width:
         # A figure that breaks inside its interval cannot be read.
         table = _table(reports, "\n")
-    console.print(table)
+    print_table(table)
     # No caption, which a narrow table would break.
     print(f"{reports[0].extent}; in brackets: 95 % intervals")
 
@@ -196,7 +196,9 @@ def _table(reports: Sequence[MixReport], gap: str) -> Table:
     table = Table()
     table.add_column("mix", overflow="fold")
     for metric in reports[0].metrics:
-        table.add_column(metric.replace("_", " "), justify="right")
+        cells = (_cell(metric, report.metrics[metric], gap) for report in reports)
+        whole = max(len(line) for cell in cells for line in cell.split("\n"))
+        table.add_column(metric.replace("_", " "), justify="right", min_width=whole)
     for report in reports:
         # Text and not str: rich would read brackets as markup.
         cells = [Text(_cell(metric, figure, gap)) for metric, figure in report.metrics.items()]

@@ -47,10 +47,10 @@ def _health(args: argparse.Namespace) -> int:
         print(f"{error.code.name}: {_why_not(error, args)}", file=sys.stderr)
         return 1
     except OSError as error:
-        print_error(error)
+        print_error(error, args)
         return 1
     except ValueError as error:
-        print_error(error)
+        print_error(error, args)
         return 2
     if answer == "SERVING":
         print(answer)

@@ -19,7 +19,7 @@ from turret.clients.verbs.command import (
     text_argument,
     with_client,
 )
-from turret.clients.verbs.tables import terminal
+from turret.clients.verbs.tables import print_table, terminal
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,12 +49,11 @@ def _score(args: argparse.Namespace, client: TurretClient) -> None:
     if args.json:
         print_json(score)
         return
-    console = terminal()
-    console.print(_table(score, with_top=args.top_n > 0))
+    print_table(_table(score, with_top=args.top_n > 0))
     scored = sum(token.logprob is not None for token in score.tokens)
     if scored:
         perplexity = _perplexity(score.logprob, scored)
-        console.print(
+        terminal().print(
             f"sum {score.logprob:.4f} over {counted(scored, 'token')}, perplexity {perplexity}"
         )
 
@@ -62,10 +61,10 @@ def _score(args: argparse.Namespace, client: TurretClient) -> None:
 def _table(score: Score, *, with_top: bool) -> Table:
     table = Table()
     table.add_column("id", justify="right")
-    table.add_column("token")
+    table.add_column("token", overflow="fold")
     table.add_column("logprob", justify="right")
     if with_top:
-        table.add_column("likeliest")
+        table.add_column("likeliest", overflow="fold")
     for token in score.tokens:
         # Text and not str: a token may look like rich's markup.
         row = [

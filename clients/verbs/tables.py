@@ -39,7 +39,7 @@ def print_adapters(
         return
     console = terminal()
     table = _table(adapters)
-    if _fits(table, console):
+    if fits(table, console):
         console.print(table)
         return
     for adapter in adapters:
@@ -52,8 +52,7 @@ def print_adapters(
 def _table(adapters: Sequence[Adapter]) -> Table:
     table = Table()
     # A name that is cut is of no use: it folds onto the next line instead.
-    longest = max(len(adapter.name) for adapter in adapters)
-    table.add_column("name", overflow="fold", min_width=min(_NAME_WIDTH, longest))
+    table.add_column("name", overflow="fold")
     table.add_column("method", no_wrap=True)
     table.add_column("ranks")
     table.add_column("where", no_wrap=True)
@@ -73,14 +72,45 @@ def _table(adapters: Sequence[Adapter]) -> Table:
     return table
 
 
-def _fits(table: Table, console: Console) -> bool:
-    """Whether nothing is cut, with names no wider than they must be."""
-    name = table.columns[0]
-    # While it is measured: the least that rich knows of a column is its longest word.
-    name.max_width = name.min_width
-    least = console.measure(table, options=console.options.update(width=_WIDEST)).minimum
-    name.max_width = None
-    return least <= console.width
+def print_table(table: Table) -> None:
+    """A table, or a line per cell where the terminal has no room for one."""
+    console = terminal()
+    if fits(table, console):
+        console.print(table)
+        return
+    headings = [str(column.header) for column in table.columns]
+    for first, *others in zip(*(column.cells for column in table.columns), strict=True):
+        print(first)
+        for heading, cell in zip(headings[1:], others, strict=True):
+            said = " ".join(str(cell).split("\n"))
+            if said:
+                print(f"  {heading}: {said}" if heading else f"  {said}")
+    if table.caption:
+        print(table.caption)
+
+
+def fits(table: Table, console: Console) -> bool:
+    """Set the columns' widths so that no word or number is cut; false if there is no room.
+
+    Columns that fold may break words of more than a few letters; rich, left alone, cuts others'
+    numbers for the sake of long texts.
+    """
+    wide = console.options.update(width=_WIDEST)
+    widths: list[tuple[int, int]] = []
+    for column in table.columns:
+        sizes = [console.measure(c, options=wide) for c in (column.header, *column.cells)]
+        least, most = max(s.minimum for s in sizes), max(s.maximum for s in sizes)
+        least = min(least, _NAME_WIDTH) if column.overflow == "fold" else least
+        least = max(least, column.min_width or 0)
+        widths.append((most if column.no_wrap else least, most))
+    # A border and a space on both sides of each.
+    spare = console.width - 1 - sum(least + 3 for least, _ in widths)
+    wanted = sum(most - least for least, most in widths)
+    if spare < 0:
+        return False
+    for column, (least, most) in zip(table.columns, widths, strict=True):
+        column.width = least + (most - least) * min(spare, wanted) // max(wanted, 1)
+    return True
 
 
 def _none(others: Sequence[Adapter], method: str | None) -> str:
@@ -186,14 +216,14 @@ def mix_text(state: MergeState) -> str:
 
 def _print_rows(rows: dict[str, str]) -> None:
     table = Table(show_header=False)
-    table.add_column(style="bold")
+    table.add_column(style="bold", no_wrap=True)
     # A digest that is cut is of no use: it folds onto the next line instead.
     table.add_column(overflow="fold")
     for name, value in rows.items():
         if value:
             # Text and not str: what a checkpoint says may look like rich's markup.
             table.add_row(name, Text(value))
-    terminal().print(table)
+    print_table(table)
 
 
 def _print_errors(relative_error: float, modules: tuple[ModuleError, ...]) -> None:
@@ -223,7 +253,7 @@ def _print_kinds(modules: Iterable[ModuleError]) -> None:
             f"{median(errors):.3g}",
             f"{max(errors):.3g}",
         )
-    terminal().print(table)
+    print_table(table)
 
 
 def terminal() -> Console:

@@ -111,6 +111,45 @@ def test_the_command_compares_texts(
     assert "no text" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("columns", [24, 40, 80])
+def test_a_narrow_terminal_cuts_no_cosine(
+    columns: int,
+    server: FakeTurret,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts = ["a " * n for n in range(1, 13)]
+    assert run(server, "embed", *texts, "--similarity", "--json") == 0
+    every = json.loads(capsys.readouterr().out)
+    assert [row[index] for index, row in enumerate(every)] == pytest.approx([1.0] * 12)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert run(server, "embed", *texts, "--similarity") == 0
+    *tables, last = capsys.readouterr().out.splitlines()
+    assert max(map(len, tables)) <= columns
+    assert "--json" in last
+    shown: dict[int, list[str]] = {number: [] for number in range(1, 13)}
+    for row in tables:
+        if row.startswith("│"):
+            number, _, *figures = (cell.strip() for cell in row.strip("│").split("│"))
+            shown[int(number)] += figures
+    assert list(shown.values()) == [[f"{cosine:.3f}" for cosine in row] for row in every]
+
+
+@pytest.mark.parametrize("columns", [20, 40])
+def test_a_narrow_terminal_cuts_no_share_of_a_label(
+    columns: int,
+    server: FakeTurret,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert run(server, "classify", "b" * 60, "-a", "sql") == 0
+    printed = capsys.readouterr().out
+    assert "25.0%" in printed
+    assert "…" not in printed
+    assert printed.replace("label", "").replace("[b]", "").count("b") == 60
+
+
 def test_labels_come_with_all_that_a_head_says(server: FakeTurret) -> None:
     with TurretClient(server.address) as client:
         found = client.classify(["a b", [1]], adapters="sql", request_id="r")

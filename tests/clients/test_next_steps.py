@@ -8,12 +8,18 @@ from pathlib import Path
 
 import grpc
 import pytest
+from servers.command import parse_and_run
 from servers.fake_turret import FakeTurret
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import ServerError
 from turret.server.api.faults import fault_of
-from turret.server.errors import InvalidRequestError, ServiceElsewhereError, TurretError
+from turret.server.errors import (
+    InvalidRequestError,
+    MergeActiveError,
+    ServiceElsewhereError,
+    TurretError,
+)
 from turret.server.rpc.status import to_rich_status
 
 Run = Callable[..., tuple[int, str, str]]
@@ -61,6 +67,50 @@ def test_a_call_at_the_address_of_another_service_says_what_names_it(
     with TurretClient(server.address) as client, pytest.raises(ServerError) as raised:
         client.adapters.get("sql")
     assert str(raised.value).endswith("address; a client takes both: address= and admin_address=")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("a merge is active; unmerge it first", "; `turret adapters unmerge` takes it out\n"),
+        ("it is still held; FORCE ends them", "; --force ends them\n"),
+    ],
+)
+def test_what_is_in_the_way_is_removed_by_what_one_types(
+    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch, said: str, told: str
+):
+    def refuse(_request: object, context: grpc.ServicerContext) -> None:
+        _abort(context, MergeActiveError(said))
+
+    monkeypatch.setattr(server.adapters, "_get", refuse)
+    err = run("adapters", "get", "sql")[2]
+    assert err.endswith(told)
+    assert said.partition(";")[0] in err
+
+
+@pytest.mark.parametrize("verb", [("generate", "a"), ("health",)])
+@pytest.mark.parametrize(
+    ("variable", "value", "flag"),
+    [
+        ("TURRET_ADDRESS", "foo", "--address"),
+        ("TURRET_TOKEN", "a\nb", "--token"),
+        ("TURRET_TLS_CA", "nope", "--tls-ca"),
+    ],
+)
+def test_a_variable_is_blamed_by_its_own_name(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verb: tuple[str, ...],
+    variable: str,
+    value: str,
+    flag: str,
+):
+    assert parse_and_run(*verb, flag, value) in (1, 2)
+    typed = capsys.readouterr().err
+    assert typed.startswith(f"error: {flag}: ")
+    monkeypatch.setenv(variable, value)
+    assert parse_and_run(*verb) in (1, 2)
+    assert capsys.readouterr().err == typed.replace(flag, variable)
 
 
 def test_the_labels_of_a_head_are_shown(run: Run, server: FakeTurret):

@@ -269,6 +269,29 @@ def test_score_prints_a_table(run: Run):
     assert json.loads(run("score", "abc", "--json")[1])["tokens"][1]["logprob"] == -0.25
 
 
+@pytest.mark.parametrize("columns", [16, 24, 40])
+def test_a_narrow_terminal_cuts_no_number(
+    columns: int, run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch
+):
+    server.adapters.adapters["sql"].digest = "0123456789abcdef" * 4
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for arguments, numbers in (
+        (("score", "abc", "--top-n", "1"), ("-0.2500", "0.0000")),
+        (("adapters", "get", "sql"), ("0123456789ab", "in flight", "generation")),
+    ):
+        out = run(*arguments)[1]
+        assert "…" not in out
+        assert all(number in out for number in numbers), out
+        assert "│" not in out or max(map(len, out.splitlines())) <= columns
+
+
+def test_an_export_that_fails_leaves_nothing_behind(run: Run, tmp_path: Path):
+    (tmp_path / "mine").mkdir()
+    code, _, err = run("adapters", "export", "nobody", str(tmp_path / "mine/new/er/a"))
+    assert (code, "NOT_FOUND" in err) == (1, True)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
 def test_adapters_list_and_get(run: Run):
     code, out, _ = run("adapters", "list")
     assert code == 0

@@ -11,7 +11,7 @@ from servers.http_harness import HttpHarness, Refused, http_harness
 from turret.server.adapters.ref import AdapterRef
 from turret.server.constraints.spec import ConstraintSpec
 from turret.server.engine.scheduling.request import Request
-from turret.server.errors import AdapterNotFoundError
+from turret.server.errors import AdapterNotFoundError, InvalidRequestError
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 JSON = {"content-type": "application/json"}
@@ -103,6 +103,7 @@ async def test_adapters_may_be_typed() -> None:
             (CHAT, {"model": "sql", "adapters": adapters}, "adapters"),
             (CHAT, {"model": "base", "adapters": ["sql"]}, "adapters[0]"),
             (CHAT, {"model": "base", "adapters": [{"weight": 1}]}, "adapters[0].name"),
+            (CHAT, {"model": "base", "adapters": [{"nam": "sql"}]}, "adapters[0]"),
             (CHAT, {"model": "sql*101"}, "adapters[0].weight"),
             (CHAT, {"model": "sql+sql"}, "adapters[1].name"),
             (CHAT, {}, "model"),
@@ -202,7 +203,7 @@ async def test_a_mix_is_not_looked_up() -> None:
         ({"temperature": 1e300}, "temperature"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 1 << 40}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"seed": 1 << 64}, "seed"),
         ({"stop": 3}, "stop"),
         ({"stop": ["a", 3]}, "stop[1]"),
@@ -254,6 +255,46 @@ async def test_what_asks_for_nothing_is_let_pass() -> None:
         await asked(server, CHAT, suffix="", add_special_tokens=False, function_call="auto")
         await asked(server, suffix="", functions=[], function_call="auto")
         await asked(server, suffix="", add_special_tokens=True, length_penalty=1.0)
+
+
+async def test_a_limit_that_no_context_reaches_is_none() -> None:
+    async with http_harness() as server:
+        for name in ("max_tokens", "max_completion_tokens"):
+            request = await asked(server, CHAT, **{name: 10**12})
+            assert request.stop.max_tokens == (1 << 32) - 1
+        refused = await server.refused(CHAT, {"messages": TURNS, "model": "base", "max_tokens": -2})
+        assert refused.message == "max_tokens: must be at least 0"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("no head; there are Generate and Score", "/v1/chat/completions and /v1/completions"),
+        ("trained to classify; call Classify", "; POST /classify labels texts"),
+        ("is merged; unmerge it first", "; `turret adapters unmerge` takes it out"),
+    ],
+)
+async def test_a_next_step_is_a_path_of_this_door(said: str, told: str) -> None:
+    async with http_harness() as server:
+        server.engine.refuse = InvalidRequestError.of("adapters", said)
+        refused = await server.refused("/classify", {"model": "base", "input": "a"})
+        assert refused.message.endswith(told)
+
+
+async def test_a_misspelt_field_of_an_adapter_is_told() -> None:
+    async with http_harness() as server:
+        for entry, told in (
+            ({"nam": "sql"}, "adapters[0]: knows no 'nam'; did you mean 'name'?;"),
+            ({"\ud800": 1}, r"adapters[0]: knows no '\ud800'; there are name, weight, generation;"),
+            (
+                {"name": "sql", "wieght": 2},
+                "adapters[0]: knows no 'wieght'; did you mean 'weight'?",
+            ),
+        ):
+            body = {"model": "base", "messages": TURNS, "adapters": [entry]}
+            answer = await server.client.post(CHAT, content=json.dumps(body), headers=JSON)
+            unset = "" if "name" in entry else " adapters[0].name: must be set"
+            assert answer.json()["error"]["message"] == told + unset
 
 
 async def test_a_chat_is_rendered_by_its_turns() -> None:

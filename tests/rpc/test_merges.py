@@ -60,6 +60,9 @@ async def test_every_bad_field_is_named() -> None:
         request = Merge(adapters=members, precision=7)  # type: ignore[arg-type]
         failure = await failure_of(server.adapters.MergeAdapters(request))
         assert list(failure.violations) == ["adapters[0].name", "adapters[1].weight", "precision"]
+        nothing = [pb.AdapterWeight(name="a", weight=0), pb.AdapterWeight(name="b", weight=0)]
+        failure = await failure_of(server.adapters.MergeAdapters(Merge(adapters=nothing)))
+        assert failure.violations == {"adapters": "must have a weight other than 0 among them"}
         assert server.merger.calls == []
 
 

@@ -34,6 +34,9 @@ def checked_merge_request(request: _Request) -> tuple[tuple[AdapterRef, ...], Pr
     violations = Violations()
     violations.check(len(request.adapters) > 0, "adapters", "at least one")
     refs = adapter_refs(request.adapters, violations)
+    # It would change nothing, and be in the way of one that does.
+    is_nothing = bool(refs) and all(ref.weight == 0 for ref in refs)
+    violations.check(not is_nothing, "adapters", "must have a weight other than 0 among them")
     violations.check(request.precision in _PRECISIONS, "precision", "is no value of Precision")
     violations.raise_if_any()
     return refs, _PRECISIONS[request.precision]

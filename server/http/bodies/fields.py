@@ -64,7 +64,7 @@ class Fields:
         except OverflowError:
             return math.inf
 
-    def integer(self, name: str, least: int = 0, most: int = UINT32) -> int | None:
+    def integer(self, name: str, least: int = 0, most: int | None = UINT32) -> int | None:
         value = self.get(name)
         if value is None:
             return None
@@ -73,10 +73,16 @@ class Fields:
         if isinstance(value, bool) or not isinstance(value, int):
             self.refuse(name, "must be an integer")
             return None
-        if not least <= value <= most:
-            self.refuse(name, f"must be in [{least}, {most}]")
+        if value < least or (most is not None and value > most):
+            bounds = f"at least {least}" if most is None else f"in [{least}, {most}]"
+            self.refuse(name, f"must be {bounds}")
             return None
         return value
+
+    def count(self, name: str, least: int = 0) -> int | None:
+        """A limit of so many: what no message can hold is as good as what no context can."""
+        found = self.integer(name, least, None)
+        return None if found is None else min(found, UINT32)
 
     def array(self, name: str) -> list[Any] | None:
         value = self.get(name)

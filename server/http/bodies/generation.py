@@ -82,7 +82,10 @@ def read_asked(fields: Fields, base_name: str) -> Asked:
     num_choices = 1 if num_choices is None else num_choices
     best_of = fields.integer("best_of", 1, MAX_CHOICES)
     if best_of is not None and best_of != num_choices:
-        fields.refuse("best_of", "must be n: answers are not ranked")
+        fields.refuse(
+            "best_of",
+            f"must be {num_choices}, as n, or be left out: every answer that is made is sent",
+        )
     is_stream = fields.flag("stream")
     options = fields.inner("stream_options")
     return Asked(
@@ -129,8 +132,8 @@ def _read_sampling(fields: Fields, sampling: inference_pb2.SamplingParams) -> No
 
 
 def _read_stop(fields: Fields, stop: inference_pb2.StopConditions) -> None:
-    limit = fields.integer("max_completion_tokens")
-    limit = fields.integer("max_tokens") if limit is None else limit
+    limit = fields.count("max_completion_tokens")
+    limit = fields.count("max_tokens") if limit is None else limit
     if limit is not None:
         stop.max_tokens = limit
     least = fields.integer("min_tokens")

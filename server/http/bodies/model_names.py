@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from turret.server.basics.closest import did_you_mean
 from turret.server.config import ADAPTER_NAME
 from turret.server.errors import AdapterNotFoundError
 from turret.server.http.bodies.fields import Fields
@@ -12,6 +13,10 @@ from turret.v1 import adapters_pb2
 
 # The base model under any server, whatever its own name.
 BASE = "base"
+
+# Of an entry of ``adapters``: one that is misspelt would be served with another weight.
+_MEMBER_FIELDS = ("name", "weight", "generation")
+_SHOWN_CHARS = 40
 
 # No adapter's name holds a plus, a star or a colon.
 _WEIGHT = r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
@@ -87,6 +92,12 @@ def _member(fields: Fields, index: int, value: Any) -> adapters_pb2.AdapterWeigh
         fields.refuse(f"adapters[{index}]", "must be an object with a name")
         return member
     entry = Fields(value, fields.violations, f"adapters[{index}].")
+    for key in value:
+        if key not in _MEMBER_FIELDS:
+            meant = did_you_mean(key, _MEMBER_FIELDS) or f"; there are {', '.join(_MEMBER_FIELDS)}"
+            fields.refuse(f"adapters[{index}]", f"knows no {key[:_SHOWN_CHARS]!r}{meant}")
+    if entry.get("name") is None:
+        entry.refuse("name", "must be set")
     member.name = entry.text("name") or ""
     weight = entry.number("weight")
     if weight is not None:

@@ -44,6 +44,13 @@ OPENAI_CODES = {
     "UNAUTHENTICATED": "invalid_api_key",
     "QUEUE_FULL": "rate_limit_exceeded",
 }
+# Next steps that are calls of turret.v1, as who asks by HTTP takes them.
+_STEPS = {
+    "call Classify": "POST /classify labels texts",
+    "there are Generate and Score": "there are /v1/chat/completions and /v1/completions",
+    "unmerge it first": "`turret adapters unmerge` takes it out",
+    "FORCE ends them": "`turret adapters unload --force` ends them",
+}
 # A page of text is enough; a message repeats what the client sent.
 MAX_MESSAGE_CHARS = 4000
 
@@ -97,6 +104,8 @@ def refusal_of(error: BaseException, names: Mapping[str, str] | None = None) -> 
     fault = fault_of(error)
     row = TABLE[fault.code]
     message, param = _said(fault, names or {})
+    for step, here in _STEPS.items():
+        message = message.replace(step, here)
     reason = OPENAI_CODES.get(fault.reason, fault.reason.lower())
     headers = {"x-should-retry": "false"}
     if fault.retry_after_seconds is not None:

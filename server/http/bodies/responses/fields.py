@@ -61,7 +61,7 @@ def read_sent(fields: Fields, asked: Asked) -> Sent:
         reasoning.refuse("effort", "is not supported")
     if asked.num_choices != 1:
         fields.refuse("n", "must be 1: a response is one answer")
-    limit = fields.integer("max_output_tokens", 1)
+    limit = fields.count("max_output_tokens", 1)
     if limit is not None:
         asked.message.stop.max_tokens = limit
     options = asked.message.options
