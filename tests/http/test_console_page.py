@@ -214,6 +214,7 @@ async def test_an_administrator_loads_pins_and_unloads(
             tab.find("#load-name").send_keys("No Name")
             tab.find("#load-path").send_keys("sql", Keys.ENTER)
             tab.until(lambda: "must be at most 128" in tab.text("#load-failed"), "the reason")
+            assert tab.text("#load-failed").startswith("Name: ")
             tab.find("#load-name").clear()
             tab.find("#load-name").send_keys("sql", Keys.ENTER)
             tab.until(lambda: names(tab) == ["sql"], "the adapter")
@@ -269,6 +270,28 @@ async def test_a_server_that_starts_stops_or_refuses_says_so(
             assert "Load an adapter to ask it." in advice
 
         await visit(do)
+
+
+async def test_the_enter_key_asks_nothing_that_the_button_would_not(
+    visit: Callable[..., Awaitable[Any]],
+) -> None:
+    async with http_harness() as http:
+
+        def do(tab: Browser) -> None:
+            open_page(tab, http)
+            status(tab, "Serving")
+            refused = "return document.querySelector(arguments[0]).matches(':invalid')"
+            tab.find("#prompt").send_keys(Keys.ENTER)
+            assert tab.run(refused, "#prompt")
+            tab.find("#max-tokens").clear()
+            tab.find("#max-tokens").send_keys("100000")
+            tab.find("#prompt").send_keys("a", Keys.ENTER)
+            assert tab.run(refused, "#max-tokens")
+            assert tab.run("return document.activeElement.id") == "max-tokens"
+            assert [pane.text for pane in tab.all(".pane .text")] == [""] * 3
+
+        await visit(do)
+        assert http.engine.requests == []
 
 
 async def test_an_answer_can_be_stopped(visit: Callable[..., Awaitable[Any]]) -> None:

@@ -36,6 +36,9 @@ export function start(changed, chosen) {
   });
 }
 
+/** A refusal with the dialog's names for the fields. */
+const labelled = (message) => message.replace("lora_name: ", "Name: ").replace("lora_path: ", "Directory: ");
+
 /** Have a dialog's form do its work, and stay open with the reason where that fails. */
 function act(kind, work) {
   byId(`${kind}-form`).addEventListener("submit", async (event) => {
@@ -47,7 +50,7 @@ function act(kind, work) {
       announce(await work());
       byId(`${kind}-dialog`).close();
     } catch (error) {
-      tell(byId(`${kind}-failed`), error.message);
+      tell(byId(`${kind}-failed`), labelled(error.message));
     } finally {
       button.disabled = false;
       onChange();
@@ -157,6 +160,7 @@ class Row {
     for (const cell of Object.values(cells)) {
       cell.classList.toggle("none", cell.textContent === "–");
       cell.classList.toggle("zero", cell.textContent === "0");
+      cell.classList.toggle("one", cell.textContent === "1");
     }
     const seen = growth.get(label);
     this.plot.draw(seen ? seen.rates : []);

@@ -19,7 +19,8 @@ export function start() {
   byId("prompt").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
       event.preventDefault();
-      if (!running) askAll();
+      // As the button does: what the settings hold is looked at first.
+      if (!running) byId("ask").requestSubmit();
     }
   });
   byId("stop").addEventListener("click", () => running?.abort());
