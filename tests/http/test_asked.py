@@ -257,7 +257,7 @@ async def test_what_asks_for_nothing_is_let_pass() -> None:
         await asked(server, suffix="", add_special_tokens=True, length_penalty=1.0)
 
 
-async def test_a_limit_that_no_context_reaches_is_none() -> None:
+async def test_a_limit_that_no_message_holds_is_the_context_s_to_refuse() -> None:
     async with http_harness() as server:
         for name in ("max_tokens", "max_completion_tokens"):
             request = await asked(server, CHAT, **{name: 10**12})

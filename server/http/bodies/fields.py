@@ -80,7 +80,7 @@ class Fields:
         return value
 
     def count(self, name: str, least: int = 0) -> int | None:
-        """A limit of so many: what no message can hold is as good as what no context can."""
+        """A limit of so many; one that no message can hold is lowered: the context refuses it."""
         found = self.integer(name, least, None)
         return None if found is None else min(found, UINT32)
 
