@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,14 +22,11 @@ from builders.methods import ALL, make_config, quiet, save_adapter
 from builders.mixes.gates import gated
 from builders.mixes.routers import save_router, write_router
 from builders.registries import tiny_base
-from checkout import ROOT
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from peft import ArrowConfig, LoraConfig
 
-import turret
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.component import Component, ComponentRef
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import METHODS, lower_checkpoint
@@ -284,44 +280,6 @@ def test_every_key_that_peft_writes_has_a_rule(made: Path, tmp_path: Path) -> No
     assert {field.name for field in dataclasses.fields(ArrowConfig)} == config[
         "arrow_config"
     ].keys()
-
-
-class _Client:
-    """Of adapters in a folder; the little of a client that the page uses."""
-
-    root: Path
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-
-    def __enter__(self) -> _Client:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        return None
-
-    @property
-    def adapters(self) -> _Client:
-        return self
-
-    def get(self, name: str) -> AdapterCheckpoint:
-        return read_adapter(self.root, name)
-
-
-def test_the_page_s_lines_make_a_router(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = (ROOT / "docs" / "adapters.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    (text,) = (block for block in blocks if "arrow_config" in block)
-    root = tmp_path / "adapters"
-    for number, name in enumerate(("json", "sql", "label")):
-        shutil.copytree(made / f"wide-{number}", root / name)
-    _Client.root = root
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(turret, "TurretClient", _Client, raising=False)
-    exec(text, {})
-    assert lower(root, "router", base_of(model())).target_modules == ("q_proj", "v_proj")
 
 
 @pytest.fixture
