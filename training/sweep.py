@@ -12,7 +12,7 @@ from typing import Protocol
 
 from turret.server.models.decoding.arch import Projections
 from turret.training.base_model import find_base
-from turret.training.errors import ConfigError, RunError
+from turret.training.errors import RunError
 from turret.training.methods import method_named
 from turret.training.report.html_report import write_report
 from turret.training.run.commands import what_next
@@ -68,14 +68,13 @@ def sweep(
     of them are checked at once, and trained as results are asked for.
 
     Args:
-        config: As read; its rank is replaced.
+        config: As read; its rank is replaced. There is something to validate on.
         folder: The config's paths are relative to this.
         ranks: At least one.
         announce: Shows each run.
 
     Raises:
-        ConfigError: The method has no rank, or cannot have one of these, or there is nothing to
-            validate on.
+        ConfigError: The method has no rank, or cannot have one of these.
         TrainingError: As for a run.
     """
     _check_ranks(config, folder, ranks)
@@ -124,8 +123,6 @@ def _run_rank(config: TrainConfig, folder: Path, rank: int, announce: Announce) 
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, output=output))
     with announce(None, f"rank {rank}") as listen:
         resolved = resolve(config, folder)
-        if not resolved.dataset.validation:
-            raise ConfigError.of("data.validation_fraction", "a sweep compares validation losses")
         result = _train(Trainer(resolved, listen), RunFolder(Path(resolved.config.run.output)))
     if result.validation_loss is None:
         raise RunError(f"{result.folder.path} has no validation loss")

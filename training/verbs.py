@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,10 +35,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     report = verbs.add_parser("report", help="write a run's report.html again")
     report.add_argument("run", type=Path, metavar="DIR", help="directory of the run")
     report.set_defaults(func=_with_errors(_report))
-    # --rank would be one of --ranks.
+    # --rank is read as --ranks.
     sweep = _add(verbs, "sweep", "compare ranks", _sweep, "--rank")
     sweep.add_argument(
         "--ranks",
+        action=_Once,
         type=_ranks,
         default=(2, 4, 8, 16, 32),
         metavar="N,N,…",
@@ -114,9 +116,12 @@ def _init(args: argparse.Namespace) -> None:
         if args.file.is_dir():
             raise RunError(f"{args.file} is a directory; name a file in it") from None
         raise RunError(f"{args.file} is there already; name another file, or remove it") from None
+    except FileNotFoundError:
+        folder = shlex.quote(str(args.file.parent))
+        raise RunError(f"{args.file.parent} does not exist; `mkdir -p {folder}` makes it") from None
     print(
-        f"{args.file}: data.train (train.jsonl) names the examples; then: turret train plan"
-        f" {args.file}"
+        f"{args.file} is written; name the examples in it (data.train, now train.jsonl), then:"
+        f" turret train plan {shlex.quote(str(args.file))}"
     )
 
 
@@ -130,23 +135,46 @@ def _ranks(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ranks))
 
 
+class _Once(argparse.Action):
+    """A list that stands behind one flag: behind a second, it would silently take the place."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        before = getattr(namespace, self.dest)
+        if before is not self.default:
+            both = ",".join(str(rank) for rank in dict.fromkeys((*before, *values)))
+            why = f"stands twice (--rank is read as it is); all in one are --ranks {both}"
+            raise argparse.ArgumentError(self, why)
+        setattr(namespace, self.dest, values)
+
+
 def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> Any:
     from turret.server.basics.extras import how_to_add
     from turret.server.command.threads import use_threads
-    from turret.training.data.files import read_files
+    from turret.training.data.files import check_compared, read_files
     from turret.training.errors import RunError
     from turret.training.settings.config_file import read_config
     from turret.training.settings.flags import overrides
-    from turret.training.settings.inputs import check_inputs
+    from turret.training.settings.inputs import check_base, check_inputs
 
     if not all(importlib.util.find_spec(module) for module in _EXTRA):
         raise RunError(f"PEFT is not installed, which training needs; {how_to_add('train')}")
     config = read_config(args.config, overrides(args))
     use_threads(args.threads, is_background=True, niceness=args.nice)
     check_inputs(config, args.config.parent, ranks)
-    # Read again with the base, which takes seconds to load: a bad line need not wait for it.
-    read_files(config.data, args.config.parent)
+    # Read again with the base, which takes seconds to load: a bad line need not wait for it, nor
+    # for the hub.
+    files = read_files(config.data, args.config.parent)
+    if ranks:
+        check_compared(files, config.data)
+    check_base(config, args.config.parent, ranks)
     return config
+
+
+def _digest(args: argparse.Namespace, config: Any) -> str:
+    from turret.training.data.example import data_digest
+    from turret.training.data.files import data_paths
+
+    return data_digest(*data_paths(config.data, args.config.parent))
 
 
 def _load(args: argparse.Namespace, module: str) -> None:
@@ -207,7 +235,7 @@ def _console() -> Any:
 def _sweep(args: argparse.Namespace) -> None:
     config = _read(args, args.ranks)
     output = args.config.parent / config.run.output
-    _check_sweep(config, output, args.ranks)
+    _check_sweep(config, output, args.ranks, _digest(args, config))
     args.how_to_go_on = lambda: _how_a_sweep_goes_on(output, args.ranks)
     from rich.table import Table
 
@@ -237,7 +265,7 @@ def _sweep(args: argparse.Namespace) -> None:
     print(f"the lowest validation loss has rank {best.rank}", best.what_next, sep="\n")
 
 
-def _check_sweep(config: Any, output: Path, ranks: Sequence[int]) -> None:
+def _check_sweep(config: Any, output: Path, ranks: Sequence[int], data: str) -> None:
     """Refuse, before the first rank is trained, what the last one would be refused for."""
     from turret.training.errors import RunError
     from turret.training.run.folder import RunFolder, rank_folder
@@ -249,7 +277,7 @@ def _check_sweep(config: Any, output: Path, ranks: Sequence[int]) -> None:
     for rank, each in zip(ranks, with_ranks(config, ranks), strict=True):
         run = RunFolder(rank_folder(output, rank))
         if run.facts.exists():
-            check_settings(each, run)
+            check_settings(each, run, data)
         else:
             run.check(resume=False, overwrite=False)
 
@@ -271,7 +299,7 @@ def _run(args: argparse.Namespace) -> None:
     output.check(resume=args.resume, overwrite=args.overwrite)
     args.how_to_go_on = output.how_to_go_on
     if args.resume:
-        check_settings(config, output)
+        check_settings(config, output, _digest(args, config))
 
     from turret.training.run.progress import training_progress
 

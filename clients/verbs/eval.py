@@ -219,7 +219,7 @@ def _label_table(reports: Sequence[MixReport]) -> Table:
     table = Table(caption="F1 of each label")
     table.add_column("label", overflow="fold")
     for report in reports:
-        table.add_column(Text(report.mix), justify="right")
+        table.add_column(Text(report.mix), justify="right", overflow="fold")
     for label in sorted({label for report in reports for label in report.labels}):
         figures = (report.labels.get(label) for report in reports)
         table.add_row(Text(label), *("" if each is None else f"{each.f1:.1%}" for each in figures))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 # What an adapter's path begins with where it is one.
 HUB_SCHEME = "hub:"
@@ -74,3 +75,22 @@ class HubId:
 
     def __str__(self) -> str:
         return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
+
+
+def model_place(written: str, folder: Path = Path()) -> Path:
+    """Where the model is that somebody wrote down; one of the hub is a path that is its id.
+
+    Only what is written as an id is one. A path to nothing that reads like an id, once it is
+    joined with a folder or rid of its ``./``, becomes absolute: it must not name a stranger's
+    repository.
+
+    Args:
+        written: The text as it was typed.
+        folder: What it is relative to, where it is a path.
+    """
+    path = folder / written
+    if path.exists():
+        return path
+    if HubId.find(written):
+        return Path(written)
+    return path.absolute() if HubId.find(str(path)) else path

@@ -18,7 +18,7 @@ from typing import Any
 
 from turret.server.basics.byte_size import parse_byte_size
 from turret.server.basics.closest import did_you_mean
-from turret.server.basics.hub_id import HubId
+from turret.server.basics.hub_id import model_place
 from turret.server.basics.toml_text import parse_toml, toml_value
 from turret.server.config import Config
 
@@ -194,6 +194,8 @@ def from_text(setting: Setting, text: str) -> object:
     if setting.choices and text not in setting.choices:
         meant = did_you_mean(text, setting.choices)
         raise ValueError(f"{text!r} is none of {', '.join(setting.choices)}{meant}")
+    if setting.is_hub:
+        return model_place(text)
     try:
         return setting.type(text)
     except ValueError:
@@ -298,8 +300,7 @@ def _from_toml(setting: Setting, value: object, folder: Path) -> object:
             raise ValueError(f"must be {_kind(setting)}, not {toml_value(value):.60}")
         return value
     if setting.type is Path and isinstance(value, str) and value:
-        path = folder / value
-        return Path(value) if setting.is_hub and not path.exists() and HubId.find(value) else path
+        return model_place(value, folder) if setting.is_hub else folder / value
     is_text = setting.unit == "bytes" or setting.type is str or value == ""
     if is_text and isinstance(value, str):
         return from_text(setting, value)

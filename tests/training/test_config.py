@@ -24,7 +24,7 @@ from turret.training.settings.config_file import (
     render_commented,
     render_config,
 )
-from turret.training.settings.fit import METHOD_KEYS
+from turret.training.settings.fit import DEFAULTS, METHOD_KEYS
 
 MINIMAL = {"data": {"train": "train.jsonl"}}
 
@@ -75,6 +75,19 @@ def test_the_keys_of_methods_are_those_that_they_fill_in():
     methods: dict[str, Any] = dict(TRAINED)
     filled_in = {name: set(method.defaults) for name, method in methods.items()}
     assert {name: set(keys) for name, keys in METHOD_KEYS.items()} == filled_in
+
+
+def test_what_stands_for_keys_that_are_left_out_is_what_methods_fill_in():
+    """Of those that no base decides: numbers, and no functions."""
+    methods: dict[str, Any] = dict(TRAINED)
+    plain = {
+        name: {
+            key: value for key, value in method.defaults.items() if isinstance(value, int | float)
+        }
+        | {"learning_rate": method.learning_rate}
+        for name, method in methods.items()
+    }
+    assert plain == DEFAULTS
 
 
 @pytest.mark.parametrize(
@@ -170,7 +183,8 @@ USER = {"role": "user", "content": "a"}
             "line: must hold messages, or prompt and completion, or text, or "
             "labels in an answer's place; it holds a, q",
         ),
-        ({"messages": []}, "messages: must be a list of messages"),
+        ({"messages": []}, "messages: is empty; the user's message and the answer stand in it"),
+        ({"messages": "a"}, "messages: must be a list of messages, not 'a'"),
         ({"messages": [USER, "b"]}, "messages[1]: must be an object with role and content"),
         (
             {"messages": [{"role": "tool", "content": "a"}]},

@@ -102,6 +102,7 @@ def write_mixture(folder: Path) -> Path:
     folder.mkdir(parents=True)
     config = {"model_type": "qwen3_moe", **sizes, **heads, **experts, **layers}
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").touch()
     save_file({"a": np.zeros(1, np.float32)}, folder / "model.safetensors")
     return folder
 
@@ -111,7 +112,7 @@ def write_mixture(folder: Path) -> Path:
 def test_a_rank_is_checked_before_a_mixture_is_loaded_or_fetched(
     how: tuple[str, ...], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
+    config = write_config(tmp_path, '{"text": "a"}', '{"text": "b"}')
     model = str(tmp_path / "mixture")
     if place == "directory":
         write_mixture(tmp_path / "mixture")
@@ -248,7 +249,7 @@ def test_a_missing_extra_is_told_before_anything_is_read(
 
 @pytest.mark.parametrize("verb", ["plan", "sweep"])
 def test_plan_and_sweep_speak_before_they_load_torch(verb: str, tmp_path: Path):
-    config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
+    config = write_config(tmp_path, '{"text": "a"}', '{"text": "b"}')
     # What is loaded ends the process, so that only what was said before can be read.
     stop = (
         "import sys; from turret.server import cli\n"

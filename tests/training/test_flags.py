@@ -41,6 +41,21 @@ def test_a_setting_typed_as_a_flag_is_told_as_it_is_typed(
     assert refusal(capsys, *words).endswith(f"; did you mean {meant}?")
 
 
+def test_ranks_are_told_once(capsys: pytest.CaptureFixture[str]):
+    said = refusal(capsys, "sweep", "t.toml", "--ranks", "4", "--rank", "8")
+    assert said.endswith("stands twice (--rank is read as it is); all in one are --ranks 4,8")
+
+
+def test_init_says_what_it_wrote_and_where_it_cannot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["train", "init", str(tmp_path / "t.toml")]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/t.toml is written; ")
+    assert main(["train", "init", str(tmp_path / "no" / "t.toml")]) == 1
+    said = f"error: {tmp_path}/no does not exist; `mkdir -p {tmp_path}/no` makes it\n"
+    assert capsys.readouterr().err == said
+
+
 def test_whatever_is_suggested_is_taken():
     flags = ("--rank", "--train", "--output", "--steps", "--learning-rate", "--seed")
     for meant in known_otherwise().values():
@@ -107,7 +122,7 @@ def test_a_value_is_refused_by_the_name_that_was_typed(
     words: tuple[str, ...], said: str, tmp_path: Path
 ):
     (tmp_path / "t.toml").write_text('[data]\ntrain = "t.jsonl"\n')
-    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     verb, *flags = words
     _, modules, err = loaded_and_said_by("train", verb, str(tmp_path / "t.toml"), *flags)
     assert err.startswith(f"error: {said}")

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from turret.server.basics.hub_id import model_place
+
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -22,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     parser.add_argument("adapter", type=Path, metavar="DIR", help="the adapter, as PEFT saved it")
     parser.add_argument(
         "--base",
-        type=Path,
+        type=model_place,
         metavar="DIR|ORG/NAME",
         help="the model it was trained on, not quantised; an X-LoRA needs none",
     )
@@ -56,7 +58,7 @@ def _convert(args: argparse.Namespace) -> int:
     from turret.server.command.preflight import without_cuda
     from turret.server.errors import TurretError
     from turret.training.conversion.kinds import check_conversion
-    from turret.training.errors import TrainingError
+    from turret.training.errors import RunError, TrainingError
 
     if args.device == "cuda" and (why := without_cuda()):
         print(f"error: --device: cuda was asked for, but {why}", file=sys.stderr)
@@ -70,17 +72,16 @@ def _convert(args: argparse.Namespace) -> int:
         print(f"error: {_in_own_words(error)}", file=sys.stderr)
         return 1
 
-    with ending_at_interrupts("stopped"):
-        import torch
+    from turret.training.run.progress import training_progress
 
-        from turret.training.conversion.converter import convert
-    from turret.server.progress import progress_bar
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("error: --device cuda: torch finds no GPU here", file=sys.stderr)
-        return 1
     try:
-        with progress_bar() as report:
+        with training_progress(None, "convert", stays=False) as listen:
+            with ending_at_interrupts("stopped"):
+                import torch
+
+                from turret.training.conversion.converter import convert
+            if args.device == "cuda" and not torch.cuda.is_available():
+                raise RunError("--device cuda: torch finds no GPU here")
             done = convert(
                 args.adapter,
                 args.base,
@@ -88,7 +89,9 @@ def _convert(args: argparse.Namespace) -> int:
                 loras=args.lora,
                 dtype=None if args.dtype is None else getattr(torch, args.dtype),
                 device=args.device,
-                progress=report,
+                progress=lambda what, *counts: listen(
+                    {"kind": "phase", "text": "{}: {} of {}".format(what, *counts)}
+                ),
             )
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "

@@ -10,7 +10,7 @@ from turret.training.base_model import TrainingBase
 from turret.training.data.batch import Row, pack_rows, single_rows
 from turret.training.data.encode import Encoded, EncodedSet, encode_all
 from turret.training.data.example import Example, data_digest
-from turret.training.data.files import read_files
+from turret.training.data.files import num_set_aside, read_files
 from turret.training.data.invocation import Invocation
 from turret.training.data.labels import encode_labelled
 from turret.training.errors import ConfigError
@@ -100,9 +100,7 @@ def split(
     examples: list[Example], fraction: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
     """Set a share aside, at least one example unless the share is 0, both in the file's order."""
-    if fraction == 0 or len(examples) < 2:
-        return examples, []
-    count = min(max(1, round(len(examples) * fraction)), len(examples) - 1)
+    count = num_set_aside(len(examples), fraction)
     chosen = set(random.Random(f"{seed}/split").sample(range(len(examples)), k=count))
     kept = [example for index, example in enumerate(examples) if index not in chosen]
     return kept, [example for index, example in enumerate(examples) if index in chosen]

@@ -178,8 +178,13 @@ def _labelled(path: Path, line: int, row: Mapping[str, Any]) -> Example:
 def _messages(
     path: Path, line: int, value: Any, *, is_answered: bool = True
 ) -> tuple[Mapping[str, str], ...]:
-    if not isinstance(value, list) or not value:
-        raise DataError.of(path, line, "messages", "must be a list of messages")
+    if not isinstance(value, list):
+        raise DataError.of(path, line, "messages", f"must be a list of messages, not {value!r:.40}")
+    if not value:
+        problem = "is empty; the user's message and the answer stand in it, or remove the line"
+        if not is_answered:
+            problem = "is empty; what the labels are of stands in it, or remove the line"
+        raise DataError.of(path, line, "messages", problem)
     messages = []
     for index, message in enumerate(value):
         field = f"messages[{index}]"

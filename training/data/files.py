@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from turret.server.basics.counted import counted
 from turret.training.data.example import Example, read_examples
 from turret.training.data.labels import check_labelled, labels_of
-from turret.training.errors import DataError
+from turret.training.errors import ConfigError, DataError
 from turret.training.settings.config import DataConfig
 
 
@@ -31,6 +32,11 @@ class DataFiles:
     is_multi_label: bool
 
 
+def data_paths(config: DataConfig, folder: Path) -> tuple[Path, ...]:
+    """The files that a config in ``folder`` names, the training one first."""
+    return tuple(folder / name for name in (config.train, config.validation) if name is not None)
+
+
 def read_files(config: DataConfig, folder: Path) -> DataFiles:
     """Read them.
 
@@ -42,7 +48,7 @@ def read_files(config: DataConfig, folder: Path) -> DataFiles:
         DataError: See :func:`read_examples` and :func:`labels_of`; or an example is in both files,
             or has labels where texts are learned.
     """
-    paths = tuple(folder / name for name in (config.train, config.validation) if name is not None)
+    paths = data_paths(config, folder)
     train = read_examples(paths[0])
     # Before a part is set aside: a label may be on so few lines that all of them are in it.
     labels = labels_of(train) if config.task == "classification" else ()
@@ -56,6 +62,35 @@ def read_files(config: DataConfig, folder: Path) -> DataFiles:
     if not labels:
         _check_answered([*train, *(validation or ())])
     return DataFiles(paths, train, validation, labels, is_multi_label)
+
+
+def num_set_aside(num_examples: int, fraction: float) -> int:
+    """How many examples are validated on: at least one unless the share is 0, and never all."""
+    if fraction == 0 or num_examples < 2:
+        return 0
+    return min(max(1, round(num_examples * fraction)), num_examples - 1)
+
+
+def check_compared(files: DataFiles, config: DataConfig) -> None:
+    """Refuse a sweep, which compares validation losses, of what leaves nothing to validate on.
+
+    Args:
+        files: Of :func:`read_files`.
+        config: What they were read by.
+
+    Raises:
+        ConfigError: Says how many examples there are, and what to do.
+    """
+    fraction, there = config.validation_fraction, len(files.train)
+    if files.validation is not None or num_set_aside(there, fraction):
+        return
+    step = "add examples" if fraction else "set data.validation_fraction=0.1"
+    problem = (
+        f"no example is left to validate on, and a sweep compares validation losses:"
+        f" {files.paths[0]} has {counted(there, 'example')}, and data.validation_fraction is"
+        f" {fraction:g}; {step}, or name a file of others with data.validation"
+    )
+    raise ConfigError.of("data.validation_fraction", problem)
 
 
 def _content(example: Example) -> object:

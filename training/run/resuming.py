@@ -16,6 +16,7 @@ import turret
 from turret.training.errors import RunError
 from turret.training.run.folder import RunFolder
 from turret.training.settings.config import TrainConfig
+from turret.training.settings.fit import DEFAULTS
 from turret.training.settings.targets import PRESETS
 
 _PARTS = ("base", "data", "config", "versions")
@@ -74,6 +75,8 @@ class _Difference:
     def __str__(self) -> str:
         # A config's keys are known by what the file and --set call them.
         name = self.key.removeprefix("config.")
+        if name == "data.digest":
+            return f"other examples ({name})"
         if name.endswith("digest"):
             return f"another {name}"
         return f"{name} {self._shown(self.there)} (here {self._shown(self.here)})"
@@ -83,12 +86,13 @@ class _Difference:
         return "none" if value is None else f"{json.dumps(value):.60}"
 
 
-def check_settings(config: TrainConfig, folder: RunFolder) -> None:
-    """As :func:`check_same_run`, by what a config says itself, before torch is loaded.
+def check_settings(config: TrainConfig, folder: RunFolder, data: str | None = None) -> None:
+    """As :func:`check_same_run`, by what is known before torch is loaded.
 
     Args:
-        config: As read: what it leaves open is not compared.
+        config: As read: of what it leaves open, only what the method alone decides is compared.
         folder: Of the run.
+        data: The digest of the files that it names; None if that is not compared.
     """
     before = folder.read_facts()
     there = before.get("config", {})
@@ -101,6 +105,13 @@ def check_settings(config: TrainConfig, folder: RunFolder) -> None:
         for table, keys in dataclasses.asdict(config).items()
     }
     method, optimizer = told["method"], told["optimizer"]
+    if method["name"] == there.get("method", {}).get("name"):
+        rate = {"learning_rate": DEFAULTS[method["name"]]["learning_rate"]}
+        keys = {k: v for k, v in DEFAULTS[method["name"]].items() if k not in rate}
+        for table, filled_in in (("method", keys), ("optimizer", rate)):
+            has = there.get(table, {})
+            left = {k: v for k, v in filled_in.items() if has.get(k) is not None}
+            told[table].update({k: v for k, v in left.items() if k not in told[table]})
     # Digests, and the modules' names.
     method.pop("components", None)
     targets = tuple(dict.fromkeys(method.pop("targets", ())))
@@ -111,6 +122,10 @@ def check_settings(config: TrainConfig, folder: RunFolder) -> None:
         del optimizer["name"]
     known = {table: {key: there.get(table, {}).get(key) for key in told[table]} for table in told}
     now = {"config": told, "versions": versions()}
+    digest = before.get("data", {}).get("digest")
+    if data is not None and digest is not None:
+        before = {**before, "data": {"digest": digest}}
+        now["data"] = {"digest": data}
     check_same_run({**before, "config": known}, now, folder.path)
 
 

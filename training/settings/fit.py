@@ -28,6 +28,32 @@ METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
     "p_tuning": ("num_virtual_tokens", "encoder_hidden_size", "dropout"),
     "learned_fusion": ("components", "d_k", "guidance"),
 }
+# What stands for the keys that a config leaves out, where no base decides, and the peak rate of the
+# method; a test compares with the methods'.
+_LOW_RANK = {"rank": 8, "dropout": 0.0, "learning_rate": 1e-3}
+DEFAULTS: Mapping[str, Mapping[str, float]] = {
+    "lora": _LOW_RANK,
+    "rslora": {**_LOW_RANK, "alpha": 8.0},
+    "dora": _LOW_RANK,
+    "alora": {**_LOW_RANK, "rank": 32},
+    "miss": {**_LOW_RANK, "rank": 16},
+    "oft": {**_LOW_RANK, "rank": 16},
+    "hra": {"rank": 8, "learning_rate": 5e-3},
+    "vblora": {"rank": 4, "dropout": 0.0, "learning_rate": 1e-2},
+    "shira": {"rank": 8, "learning_rate": 1e-3},
+    "loha": {"dropout": 0.0, "learning_rate": 2e-3},
+    "lokr": {
+        **_LOW_RANK,
+        "learning_rate": 2e-3,
+        "decompose_both": False,
+        "decompose_factor": -1,
+    },
+    "ia3": {"learning_rate": 1e-2},
+    "prefix_tuning": {"num_virtual_tokens": 16, "prefix_projection": True, "learning_rate": 1e-3},
+    "prompt_tuning": {"num_virtual_tokens": 16, "learning_rate": 3e-2},
+    "p_tuning": {"num_virtual_tokens": 16, "dropout": 0.0, "learning_rate": 1e-3},
+    "learned_fusion": {"d_k": 8, "guidance": 1.0, "learning_rate": 3e-3},
+}
 # Methods that stand before one text, and those with factors A and B.
 PROMPTS = ("prefix_tuning", "prompt_tuning", "p_tuning")
 WITH_FACTORS = ("lora", "rslora", "dora", "alora")

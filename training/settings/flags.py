@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from turret.server.basics.closest import closest
+from turret.server.basics.hub_id import HubId
 from turret.training.settings.config import TrainConfig
 
 # A server beside it then comes first, and training takes what that leaves.
@@ -103,7 +104,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
     """``TABLE.KEY=VALUE`` of every flag that was given; those with names of their own win."""
     found = list(args.set)
     for flag, key, value in _given(args):
-        found.append(f"{key}={_from_here(flag, value)}")
+        found.append(f"{key}={_from_here(flag, value, args.config.parent)}")
     return found
 
 
@@ -128,12 +129,15 @@ def _given(args: argparse.Namespace) -> list[tuple[str, str, str]]:
     return [(f, _FLAGS[f][0], value) for f, value in values.items() if value is not None]
 
 
-def _from_here(flag: str, value: str) -> str:
+def _from_here(flag: str, value: str, folder: Path) -> str:
     """A flag's value, a path as the file may have it: who types a path stands somewhere.
 
-    A model that is no path here is one of the hub, or one that the file's folder has.
+    A model that is no path here is one that the file's folder has, or one of the hub.
     """
-    is_path = flag in _PATHS and (flag != "--model" or Path(value).exists())
+    if flag == "--model" and not Path(value).exists():
+        is_path = not (folder / value).exists() and HubId.find(value) is None
+    else:
+        is_path = flag in _PATHS
     return str(Path(value).absolute()) if is_path else value
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from turret.server.adapters.component import MAX_COMPONENTS, MIN_COMPONENTS
-from turret.server.basics.hub_id import HubId
+from turret.server.basics.hub_id import model_place
 from turret.server.command.preflight import without_cuda
 from turret.server.models.sources.check import check_model
 from turret.training.errors import ConfigError
@@ -20,7 +20,7 @@ _COMPONENTS = "method.components"
 
 
 def check_inputs(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> None:
-    """Refuse paths at which there is nothing to read.
+    """Refuse paths at which there is nothing to read, and settings that do not go together.
 
     Args:
         config: As read.
@@ -28,9 +28,8 @@ def check_inputs(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -
         ranks: Each of these is to take the place of the config's.
 
     Raises:
-        ConfigError: A file or directory is not there or named for two things, torch has no CUDA,
-            the base has no such modules, or none of that rank, or the method no use for a setting.
-        InvalidRequestError: The base is no model that is served.
+        ConfigError: A file or directory is not there or named for two things, torch has no CUDA, or
+            the method has no use for a setting.
     """
     for key, name in (("train", config.data.train), ("validation", config.data.validation)):
         if name is None:
@@ -51,17 +50,32 @@ def check_inputs(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -
         raise ConfigError.of("data.validation", problem)
     if config.base.device == "cuda" and (why := without_cuda()):
         raise ConfigError.of("base.device", f"cuda was asked for, but {why}")
+    for each in with_ranks(config, ranks):
+        check_fit(each)
+    if config.method.name == "learned_fusion":
+        check_components(config.method.components or (), folder)
+
+
+def check_base(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> None:
+    """Refuse a base that is none, or none for the method; the hub is asked for one of its own.
+
+    Args:
+        config: As :func:`check_inputs`, and so the next.
+        folder: Its paths are relative to this.
+        ranks: Each of these is to take the place of the config's.
+
+    Raises:
+        ConfigError: The base has no such modules, or none of that rank.
+        InvalidRequestError: The base is no model that is served.
+    """
     base = base_place(config.base, folder)
     model_type = check_model(base)
     projections = told_projections(base, model_type)
     if projections is None and config.method.targets is not None:
         check_targets(model_type, config.method.targets)
-    for each in with_ranks(config, ranks):
-        check_fit(each)
-        if projections is not None:
+    if projections is not None:
+        for each in with_ranks(config, ranks):
             check_method(each.method, projections)
-    if config.method.name == "learned_fusion":
-        check_components(config.method.components or (), folder)
 
 
 def with_ranks(config: TrainConfig, ranks: Sequence[int]) -> list[TrainConfig]:
@@ -110,5 +124,4 @@ def base_place(config: BaseConfig, folder: Path) -> Path | None:
     """Where the base is: below ``folder``, on the hub (a path that is its id), or None."""
     if config.model is None:
         return None
-    path = folder / config.model
-    return Path(config.model) if not path.exists() and HubId.find(config.model) else path
+    return model_place(config.model, folder)

@@ -256,6 +256,21 @@ def test_the_newest_checkpoint_is_named_last(tmp_path: Path) -> None:
     assert "but checkpoint-90, checkpoint-500, checkpoint-1000 in it are" in problem
 
 
+def test_a_path_that_is_nowhere_is_no_repository_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file's, which its folder is put before, and one that is typed with ``./``."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "acme").mkdir()
+    (tmp_path / "acme" / "s.toml").write_text('[model]\nmodel = "my-model"\n')
+    for words, place in (
+        (("--config", "acme/s.toml"), "acme/my-model"),
+        (("--model", "./org/name"), "org/name"),
+    ):
+        (problem,) = found(*words)
+        assert problem.startswith(f"--model: {tmp_path}/{place} does not exist; a model is a dir")
+
+
 def test_a_device_an_instruction_set_and_threads_that_are_not_there(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

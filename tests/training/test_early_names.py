@@ -1,0 +1,98 @@
+"""What ``turret train`` says of names, examples and runs before torch is loaded or a hub asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from command_modules import loaded_and_said_by
+
+from turret.training.data.example import data_digest
+from turret.training.run.folder import RunFolder
+from turret.training.run.resuming import versions
+from turret.training.settings.config_file import build_config
+
+
+def write_config(folder: Path, *lines: str) -> str:
+    """A config whose data is ``lines``."""
+    folder.mkdir(exist_ok=True)
+    (folder / "t.toml").write_text('[data]\ntrain = "t.jsonl"\n')
+    (folder / "t.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return str(folder / "t.toml")
+
+
+def test_only_what_is_written_as_an_id_is_one_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A path that is joined with a file's folder may read like one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = write_config(Path("acme"), '{"text": "a"}')
+    own = Path("acme/own.toml")
+    own.write_text('[base]\nmodel = "my-model"\n[data]\ntrain = "t.jsonl"\n')
+    for words, place in (
+        ((str(own),), "acme/my-model"),
+        ((config, "--set", "base.model=my-model"), "acme/my-model"),
+        ((config, "--model", "my-model"), "my-model"),
+        ((config, "--model", "./org/name"), "org/name"),
+    ):
+        code, modules, err = loaded_and_said_by("train", "run", *words)
+        assert code == 1
+        assert f"{tmp_path}/{place} does not exist; a model is a directory" in err
+        assert not modules & {"torch", "huggingface_hub"}
+    _, _, err = loaded_and_said_by("train", "run", config, "--model", "org/name")
+    assert "there is no directory org/name, and" in err
+
+
+def test_the_data_are_read_before_the_hub_is_asked(tmp_path: Path):
+    config = write_config(tmp_path, '{"messages": []}')
+    code, modules, err = loaded_and_said_by("train", "plan", config, "--model", "org/name")
+    assert code == 1
+    assert err.startswith(f"error: {tmp_path}/t.jsonl:1: messages: is empty; ")
+    assert not modules & {"torch", "huggingface_hub"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "flags", "said"),
+    [
+        (1, (), "has 1 example, and data.validation_fraction is 0.1; add examples, or"),
+        (
+            *(3, ("--set", "data.validation_fraction=0")),
+            "has 3 examples, and data.validation_fraction is 0; set data.validation_fraction=0.1",
+        ),
+    ],
+)
+def test_a_sweep_without_a_row_to_validate_on_ends_before_torch(
+    lines: int, flags: tuple[str, ...], said: str, tmp_path: Path
+):
+    config = write_config(tmp_path, *(f'{{"text": "{line}"}}' for line in range(lines)))
+    code, modules, err = loaded_and_said_by("train", "sweep", config, *flags)
+    assert code == 1
+    assert "data.validation_fraction: no example is left to validate on, " in err
+    assert said in err
+    assert "torch" not in modules
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value", "said"),
+    [
+        ("method", "rank", 4, "method.rank 4 (here 8)"),
+        ("optimizer", "learning_rate", 1.0, "optimizer.learning_rate 1.0 (here 0.001)"),
+        ("data", "digest", "0", "other examples (data.digest)"),
+    ],
+)
+def test_what_is_left_out_and_the_examples_are_compared_before_torch(
+    table: str, key: str, value: object, said: str, tmp_path: Path
+):
+    config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    there = dataclasses.asdict(build_config({"data": {"train": "t.jsonl"}}))
+    data = {"digest": data_digest(tmp_path / "t.jsonl")}
+    (data if key in data else there[table])[key] = value
+    run.write_facts({"config": there, "data": data, "versions": versions()})
+    code, modules, err = loaded_and_said_by("train", "run", config, "--resume")
+    assert code == 1
+    assert f"cannot be resumed, since the run there has {said}; " in err
+    assert "torch" not in modules
