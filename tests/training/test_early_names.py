@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_modules import loaded_and_said_by
@@ -83,7 +84,7 @@ def test_a_sweep_without_a_row_to_validate_on_ends_before_torch(
     ],
 )
 def test_what_is_left_out_and_the_examples_are_compared_before_torch(
-    table: str, key: str, value: object, said: str, tmp_path: Path
+    table: str, key: str, value: Any, said: str, tmp_path: Path
 ):
     config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
     run = RunFolder(tmp_path / "run")
