@@ -237,6 +237,8 @@ def _sweep(args: argparse.Namespace) -> None:
     output = args.config.parent / config.run.output
     _check_sweep(config, output, args.ranks, _digest(args, config))
     args.how_to_go_on = lambda: _how_a_sweep_goes_on(output, args.ranks)
+    ranks = ", ".join(map(str, args.ranks))
+    print(f"a run for each of the ranks {ranks}; --ranks says which", file=sys.stderr)
     from rich.table import Table
 
     from turret.training.run.progress import training_progress
@@ -260,8 +262,8 @@ def _sweep(args: argparse.Namespace) -> None:
             f"{result.seconds:.0f}",
         )
     _console().print(table)
-    # Of equal ones the first, and smallest where ranks go up.
-    best = min(done, key=lambda result: result.validation_loss)
+    # Of those that the table shows as equal the first, and smallest where ranks go up.
+    best = min(done, key=lambda result: round(result.validation_loss, 4))
     print(f"the lowest validation loss has rank {best.rank}", best.what_next, sep="\n")
 
 

@@ -235,7 +235,7 @@ def test_intervals_stay_whole_in_few_columns(run: Run, capitals: Path, monkeypat
     assert (code, max(map(len, out.splitlines())) <= 80) == (0, True)
     assert all(line.count("[") == line.count("]") for line in out.splitlines())
     monkeypatch.setenv("COLUMNS", "40")
-    assert re.search(r"^  label accuracy +\S+ \[\S+, \S+\]$", run(*words)[1], re.MULTILINE)
+    assert re.search(r"^  label accuracy: \S+ \[\S+, \S+\]$", run(*words)[1], re.MULTILINE)
 
 
 def test_files_that_cannot_be_written_are_told_before_anything_is_asked(

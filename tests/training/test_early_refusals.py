@@ -260,7 +260,9 @@ def test_plan_and_sweep_speak_before_they_load_torch(verb: str, tmp_path: Path):
         f"sys.exit(cli.main(['train', {verb!r}, {config!r}]))"
     )
     done = run_python(stop)
-    assert (done.returncode, done.stderr) == (7, f"{verb}: starting  0 s\n")
+    ranks = "a run for each of the ranks 2, 4, 8, 16, 32; --ranks says which\n"
+    said = f"{ranks if verb == 'sweep' else ''}{verb}: starting  0 s\n"
+    assert (done.returncode, done.stderr) == (7, said)
 
 
 def test_a_run_that_stops_says_from_where_it_can_go_on(
