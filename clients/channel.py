@@ -58,8 +58,10 @@ class Tls:
         for name in ("ca", "certificate", "key"):
             pem = getattr(self, name)
             if not isinstance(pem, bytes | None):
+                # A key is nothing to repeat.
+                kind = type(pem).__name__
                 raise TypeError(
-                    f"{name}: PEM as bytes, not {pem!r}; Tls.from_files({name}=...) reads a file"
+                    f"{name}: PEM as bytes, not {kind}; Tls.from_files({name}=...) reads a file"
                 )
             if pem is not None and _PEM not in pem:
                 raise ValueError(f"{name}: holds no PEM")

@@ -146,6 +146,7 @@ class ExportWriter:
             parent.mkdir(parents=True, exist_ok=True)
             self._partial = Path(tempfile.mkdtemp(prefix=f".{self._directory.name}.", dir=parent))
         except OSError as error:
+            self._remove_made()
             # Of the directory that was asked for, not of the one beside it that becomes it.
             why = f"cannot be made: {error.strerror}; name a place that can be written"
             raise OSError(error.errno, why, str(self._directory)) from None
@@ -160,9 +161,12 @@ class ExportWriter:
         for file in self._open.values():
             file.close()
         shutil.rmtree(self._partial, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            # From the innermost outwards; the first that holds something keeps the others too.
-            for above in self._made:
+        self._remove_made()
+
+    def _remove_made(self) -> None:
+        for above in self._made:
+            # From the innermost outwards; what holds something stays.
+            with contextlib.suppress(OSError):
                 above.rmdir()
 
     def write(self, message: adapters_pb2.ExportAdapterResponse) -> None:

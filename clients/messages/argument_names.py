@@ -20,7 +20,7 @@ _ARGUMENTS = {
 # As a description mentions another field than its own.
 _MENTIONED = re.compile(r"(?<![\w./])(?:sampling|stop|options)\.[a-z_]+")
 # A prompt among several, and what in it; the rest of a path is in brackets or after a dot.
-_WITHIN = re.compile(r"(inputs\[\d+\])\.(?:token_ids\.ids|chat\.messages)?")
+_WITHIN = re.compile(r"(inputs\[\d+\])\.(?:token_ids\.ids|chat\.messages)")
 
 
 def argument(field: str) -> str:

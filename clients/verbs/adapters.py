@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from turret.clients.client import TurretClient
-from turret.clients.errors import TurretRpcError
 from turret.clients.messages.adapter_results import Adapter
 from turret.clients.verbs.command import (
     adapter_parser,
@@ -226,11 +225,14 @@ def _replace(args: argparse.Namespace, client: TurretClient) -> None:
 
 
 def _registered(args: argparse.Namespace, client: TurretClient) -> Adapter | None:
-    """Before a change; None where it is not told: the change's own refusal says more."""
-    try:
-        return client.adapters.get(args.name, timeout=args.timeout)
-    except TurretRpcError:
+    """What has the name before a change, if it is told.
+
+    By the list: of a new name the server would show that it was asked for and not there.
+    """
+    if args.json:
         return None
+    listed = client.adapters.list(timeout=args.timeout)
+    return next((each for each in listed if each.name == args.name), None)
 
 
 def _export(args: argparse.Namespace, client: TurretClient) -> None:

@@ -89,7 +89,12 @@ def model_place(written: str, folder: Path = Path()) -> Path:
         folder: What it is relative to, where it is a path.
     """
     path = folder / written
-    if path.exists():
+    try:
+        is_there = path.exists()
+    except OSError:
+        # Below a directory that this user may not enter; whoever reads it says so.
+        is_there = True
+    if is_there:
         return path
     if HubId.find(written):
         return Path(written)

@@ -69,6 +69,8 @@ def _walk(parser: argparse.ArgumentParser, path: str) -> Iterator[_Verb]:
             below = dict(action.choices)
             helps = {choice.dest: choice.help or "" for choice in action._choices_actions}
             continue
+        if action.help == argparse.SUPPRESS:
+            continue
         names = [name for name in action.option_strings if name.startswith("--")]
         for name in names:
             flags[name] = (action.help or "").partition(" (default")[0].replace("%%", "%")

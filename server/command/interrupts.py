@@ -108,7 +108,8 @@ def take_signals_of_a_start(*, is_json: bool) -> None:
             f'{{"time": "{stamp}", "level": "INFO", "logger": "{__name__}",'
             f' "message": "stopped while starting", "signal": "{name}"}}'
         )
-        os.write(2, f"{told if is_json else f'turret serve: stopped by {name}'}\n".encode())
+        with contextlib.suppress(OSError):
+            os.write(2, f"{told if is_json else f'turret serve: stopped by {name}'}\n".encode())
         os._exit(0)
 
     def hang_up(number: int, *_: object) -> None:

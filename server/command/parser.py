@@ -102,6 +102,9 @@ class CommandParser(argparse.ArgumentParser):
     def _value_of(self, flag: str) -> str:
         """What was given with a flag, after ``=`` or as the next word."""
         words = [*self._given, ""]
-        index = next(i for i, word in enumerate(words) if word.partition("=")[0] == flag)
+        places = (i for i, word in enumerate(words) if word.partition("=")[0] == flag)
+        # Flag and value may be one word, in quotes.
+        if (index := next(places, None)) is None:
+            return "VALUE"
         given = words[index].partition("=")[2] or words[index + 1]
         return "VALUE" if given.startswith("-") or not given else given

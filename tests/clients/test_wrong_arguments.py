@@ -152,7 +152,7 @@ def test_other_calls_name_the_argument_that_is_wrong(client: TurretClient):
         (lambda: asked.embed("a", pooling=["b"]), r"pooling: one of last, mean, not \['b'\]"),
         (lambda: asked.classify("a", adapters="b", request_id=3), "request_id: a text, not 3"),
         (lambda: asked.adapters.load("a", "b", pinned="c"), "pinned: True or False, not 'c'"),
-        (lambda: Tls(ca="a"), "ca: PEM as bytes, not 'a'; Tls.from_files"),  # type: ignore[arg-type]
+        (lambda: Tls(ca="a"), "ca: PEM as bytes, not str; Tls.from_files"),  # type: ignore[arg-type]
     ):
         with pytest.raises(TypeError, match=f"^{complaint}"):
             call()
@@ -228,6 +228,7 @@ REFUSED = {
     "timeout": "must be in [0, 3600] seconds",
     "inputs[0]": "the prompt has no tokens",
     "inputs[1].token_ids.ids[2]": "9 is not in [0, 9)",
+    "inputs[2].chat": "this model has no chat template",
     "chat.messages[0].role": "is none",
     "choice.texts": "at least one",
     "header.name": "must be shorter",
@@ -244,6 +245,7 @@ def test_refusals_name_the_arguments_that_were_given():
         "drain_seconds": "must be in [0, 3600] seconds",
         "inputs[0]": "the prompt has no tokens",
         "inputs[1][2]": "9 is not in [0, 9)",
+        "inputs[2].chat": "this model has no chat template",
         "messages[0].role": "is none",
         "choice": "at least one",
         "name": "must be shorter",
@@ -258,7 +260,8 @@ def test_refusals_name_the_flags_that_were_typed(capsys: pytest.CaptureFixture[s
     said = (
         "--min-tokens: must be <= --max-tokens; --stop: at most 8 entries; --adapter 2: 'json'"
         " occurs twice; --wait: must be in [0, 3600] seconds; TEXT 1: the prompt has no tokens;"
-        " inputs[1][2]: 9 is not in [0, 9); messages[0].role: is none; --choice: at least one;"
+        " inputs[1][2]: 9 is not in [0, 9); TEXT 3: this model has no chat template;"
+        " messages[0].role: is none; --choice: at least one;"
         " NAME: must be shorter; PROMPT: yaml is no field"
     )
     assert capsys.readouterr().err == f"error: INVALID_ARGUMENT (INVALID_REQUEST): {said}\n"

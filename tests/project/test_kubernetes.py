@@ -85,12 +85,35 @@ def test_the_fleets_variables_make_a_configuration() -> None:
     assert {name: data.get(name) for name in ingress} == ingress
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("TLS_CERT", "c"),
+        ("TLS_CLIENT_CA", "c"),
+        ("ADMIN_ADDRESS", "10.0.0.1:1"),
+        ("PRELOAD", "a=a"),
+    ],
+)
+def test_variables_that_a_fleet_cannot_honour_are_refused(variable: str, value: str) -> None:
+    """Also where no command read them: a replica must not serve in plain text what had a key."""
+    data = find("ConfigMap", FOLDER / "rayservice.yaml")["data"]
+    mine = {name: text for name, text in data.items() if name.startswith("TURRET_")}
+    mine |= {"TURRET_TLS_KEY": "k", "TURRET_TLS_CERT": "c"} if "TLS" in variable else {}
+    args = build_parser("serve").parse_args(["serve"])
+    config = config_from_args(args, {**mine, f"TURRET_{variable}": value})
+    with pytest.raises(ValueError, match=f"--{variable.lower().replace('_', '-')[:3]}.*: "):
+        fleet_config(config)
+
+
 def test_each_replicas_metrics_can_be_read() -> None:
     path = FOLDER / "rayservice.yaml"
     (worker,) = find("RayService", path)["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     (container,) = worker["template"]["spec"]["containers"]
     ports = {each["name"]: each["containerPort"] for each in container["ports"]}
     (endpoint,) = find("PodMonitor", path)["spec"]["podMetricsEndpoints"]
+    # The head has none.
+    selected = find("PodMonitor", path)["spec"]["selector"]["matchLabels"]
+    assert selected["ray.io/node-type"] == "worker"
     address = find("ConfigMap", path)["data"]["TURRET_METRICS_ADDRESS"]
     assert address.endswith(f":{ports[endpoint['port']]}")
     (_, _, metrics) = find("NetworkPolicy", path)["spec"]["ingress"]

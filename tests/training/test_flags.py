@@ -31,6 +31,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (("plan", "t.toml", "--batch_size", "4"), "--set run.batch_size=4"),
         (("sweep", "t.toml", "--bach-size", "4"), "--set run.batch_size=4"),
         (("run", "t.toml", "--lr", "1e-4"), "--learning-rate 1e-4"),
+        (("run", "t.toml", "--lr 1e-4"), "--learning-rate VALUE"),
         (("run", "t.toml", "--packing"), "--set data.packing=VALUE"),
         (("run", "t.toml", "--resme"), "'--resume'"),
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,6 @@ _log = logging.getLogger(__name__)
 
 ROLES = ("inference", "admin", "metrics")
 _ALL_ROLES = ", ".join(ROLES)
-_LIKE_A_ROLE = re.compile(r"[a-z_-]{1,12}")
 
 
 def _digest(token: str) -> bytes:
@@ -25,11 +23,10 @@ def _digest(token: str) -> bytes:
 
 def _named(role: str, token: str) -> str:
     """What to say of a word that is no role, unless it may be a token: those are not repeated."""
-    if token in ROLES:
+    if set(token.split(",")) <= set(ROLES):
         return "the token comes first; "
-    if not _LIKE_A_ROLE.fullmatch(role):
-        return ""
-    return f"{role!r} is no role{did_you_mean(role, ROLES)}; "
+    meant = did_you_mean(role, ROLES)
+    return f"{role!r} is no role{meant}; " if meant else "a word after the token is no role; "
 
 
 class TokenTable:

@@ -102,12 +102,15 @@ def _is_exposed(address: str) -> bool:
 
 
 def fleet_config(config: Config) -> Config:
-    """The configuration of every replica; of settings that ``why_refused`` has passed.
+    """The configuration of every replica.
 
     Raises:
         ValueError: A flag that a fleet cannot take; says what to do instead.
     """
     listen, security = config.listen, config.security
+    parts = (listen, security, config.adapters)
+    if why := why_refused({n: getattr(p, n) for p in parts for n in REFUSED if hasattr(p, n)}):
+        raise ValueError(why)
     if config.adapters.state_dir is None:
         raise ValueError("a fleet needs --state-dir: what adapters there are is written down there")
     if listen.address.startswith("unix:"):

@@ -266,8 +266,9 @@ def _why_deaf(address: str) -> str:
         return ""
     try:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
-    except OSError as error:
-        return f"--ray-address: no Ray cluster listens at {address} ({error.strerror or error})"
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        return f"--ray-address: no Ray cluster listens at {address} ({why})"
     return ""
 
 

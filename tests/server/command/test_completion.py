@@ -40,6 +40,8 @@ def test_completion_knows_every_verb_and_flag(shell: str) -> None:
     text = script(build_parser(None), shell)
     for word in ("generate", "merge-state", "max-rank", "log-format", "sweep"):
         assert word in text
+    # Flags that a verb takes only to refuse them.
+    assert "SUPPRESS" not in text
     if path := shutil.which(shell):
         subprocess.run([path, "-n"], input=text, text=True, check=True)
 

@@ -46,6 +46,8 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
         return problem
 
     assert "does not exist" in said(tmp_path / "absent")
+    # The system itself takes no such name.
+    assert "File name too long" in said("n" * 300)
     assert "has no config.json" in said(tmp_path)
     assert "is an adapter, not a base model" in said(ADAPTERS / "json")
     config = tmp_path / "config.json"

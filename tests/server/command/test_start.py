@@ -106,6 +106,6 @@ def test_a_token_file_that_makes_no_sense_is_named_with_its_line(tmp_path: Path)
     done = run("serve", "--token-file", str(file), *FREE)
     assert done.returncode == 1
     assert done.stderr == (
-        f"turret serve: error: --token-file: {file}: line 2: 'root' is no role; roles are"
-        " inference, admin, metrics\n"
+        f"turret serve: error: --token-file: {file}: line 2: a word after the token is no"
+        " role; roles are inference, admin, metrics\n"
     )

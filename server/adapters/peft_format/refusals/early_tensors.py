@@ -79,8 +79,14 @@ def _check_targets(
     """Note each module that a list of targets leaves out; of an expression, the base decides."""
     if not isinstance(targets, list) or not all(isinstance(one, str) for one in targets):
         return
+    targets = [_in_one_way(one) for one in targets]
     suffixes = tuple(f".{one}" for one in targets)
     for module in modules:
-        name = name_in_training(module, prefix)
+        name = _in_one_way(name_in_training(module, prefix))
         if name not in targets and not name.endswith(suffixes):
             findings.add(f"{module}{_A}", LEFT_OUT)
+
+
+def _in_one_way(name: str) -> str:
+    """A block of experts has two names in files, and one where it is served."""
+    return name.replace("block_sparse_moe.", "mlp.")
