@@ -319,7 +319,7 @@ def test_export_is_all_or_nothing(client: TurretClient, server: FakeTurret, tmp_
         client.adapters.export("sql", target)
     with pytest.raises(TurretRpcError, match="NOT_FOUND"):
         client.adapters.export("nope", target)
-    assert list(target.parent.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
     server.adapters.garble = False
     assert client.adapters.export("sql", target).name == "sql"
     assert {path.name: path.read_bytes() for path in target.iterdir()} == PEFT_FILES

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -99,9 +100,10 @@ def test_demo_reports_a_server_that_does_not_start(
 ):
     (tmp_path / "adapters").mkdir()
     (tmp_path / "prompts.jsonl").touch()
-    arguments = ["demo", "--once", "--examples", str(tmp_path), "--address", "127.0.0.1:99999"]
-    assert main(arguments) == 1
-    assert "99999" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert main(["demo", "--once", "--examples", str(tmp_path), "--address", address]) == 1
+    assert f"{address} is taken" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--address", "--metrics-address", "--http-address"])

@@ -195,9 +195,10 @@ def test_more_clusters_than_outputs_are_told(
 
     edit_tensors(tmp_path / "a", add_empty_ones)
     assert convert(tmp_path) == 1
-    said = capsys.readouterr().err
+    # Behind what it does, one line for all clusters.
+    doing, said = capsys.readouterr().err.splitlines()
+    assert doing.startswith("convert: ")
     assert "q_proj: has 64 outputs, fewer than clusters in the file" in said
-    assert len(said.splitlines()) == 1
 
 
 def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
