@@ -31,7 +31,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     run = _add(verbs, "run", "train", _run)
     how = run.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    how.add_argument("--overwrite", action="store_true", help="remove a run that is there")
+    how.add_argument(
+        "--overwrite", action="store_true", help="remove a run that is there, and nothing else"
+    )
     report = verbs.add_parser("report", help="write a run's report.html again")
     report.add_argument("run", type=Path, metavar="DIR", help="directory of the run")
     report.set_defaults(func=_with_errors(_report))

@@ -175,7 +175,7 @@ def test_the_tutorial_makes_an_adapter_that_answers(tmp_path: Path) -> None:
         "TURRET_METRICS_ADDRESS": "none",
         "COLUMNS": "160",
     }
-    data, train, serve, ask, judge = tutorial_blocks(free_port())
+    data, train, serve, ask, judge, change = tutorial_blocks(free_port())
 
     def run(script: str) -> str:
         done = subprocess.run(
@@ -204,6 +204,7 @@ def test_the_tutorial_makes_an_adapter_that_answers(tmp_path: Path) -> None:
         assert reply["choices"][0]["message"]["content"].strip() == "complaint"
         rows = dict(re.findall(r"(base|hotel)\D+([\d.]+)%", run(judge)))
         assert float(rows["hotel"]) >= 90 > float(rows["base"])
+        assert "replaced hotel@2: lora of rank 8, " in run(change)
     finally:
         server.terminate()
         assert server.wait(60) == 0

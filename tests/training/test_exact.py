@@ -166,8 +166,17 @@ def test_a_directory_is_neither_overwritten_nor_mixed_up(tiny_llama: Path, tmp_p
     with pytest.raises(RunError, match="holds a finished run; --overwrite trains anew"):
         train(tmp_path, tiny_llama, "run")
     before = adapter_bytes(run)
+    # What is not the run's own stays: another run below it, and what somebody put there.
+    for name in ("next/adapter", "other"):
+        (run / name).mkdir(parents=True)
+        (run / name / "notes.txt").touch()
+    (run / "notes.txt").touch()
+    (run / "adapter" / "old").touch()
     train(tmp_path, tiny_llama, "run", "run.seed=1", overwrite=True)
     assert adapter_bytes(run) != before
+    kept = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert {"next/adapter/notes.txt", "other/notes.txt", "notes.txt"} <= kept
+    assert "adapter/old" not in kept
     shutil.rmtree(run / "adapter")
     with pytest.raises(
         RunError, match="holds an unfinished run; --resume goes on with it, --overwrite"

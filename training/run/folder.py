@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turret.server.basics.durable_file import replace_file
+from turret.server.basics.durable_file import PARTIAL_SUFFIX, replace_file
 from turret.server.basics.writable import unwritable
 from turret.training.errors import RunError
 
@@ -153,12 +153,14 @@ class RunFolder:
             pass
 
     def clear(self) -> None:
-        """Remove all that is in it, and not the directory, which is held, or a link to it."""
-        for path in self.path.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        """Remove what a run writes; other runs below it, and what people put there, stay."""
+        own = (self.config, self.facts, self.metrics, self.samples, self.report)
+        for path in (*own, self.checkpoints, self.adapter):
+            for each in (path, path.with_name(f"{path.name}{PARTIAL_SUFFIX}")):
+                if each.is_dir() and not each.is_symlink():
+                    shutil.rmtree(each)
+                else:
+                    each.unlink(missing_ok=True)
 
     def how_to_go_on(self) -> str:
         """What ``--resume`` would do with a run that stops now; empty where there is none."""

@@ -110,7 +110,8 @@ class AdapterDirectory:
         more = f" and {others} more" if others > 0 else ""
         verb = "is" if len(below) == 1 else "are"
         shown = ", ".join(below[-_MOST_CHECKPOINTS:])
-        return f"is no adapter, but {shown}{more} in it {verb}" if below else ""
+        step = "name that one" if len(below) == 1 else "name one of them"
+        return f"is no adapter, but {shown}{more} in it {verb}; {step}" if below else ""
 
     def _directories(self, below: str) -> list[str]:
         """The directories in the one that ``below`` ends in a slash for, by their paths."""
