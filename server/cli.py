@@ -261,17 +261,29 @@ def main(argv: Sequence[str] | None = None, *, catches_interrupts: bool = False)
     from turret.server.command.streams import with_streams
 
     code = with_streams(lambda: _run(sys.argv[1:], catches_interrupts))
-    if sys.argv[1:2] == ["serve"] or "torch" in sys.modules:
+    if sys.argv[1:2] == ["serve"] or "torch" in sys.modules or code == EXIT_INTERRUPTED:
         _leave(code)
     return code
 
 
+def _interrupt(*_: object) -> None:
+    """Ends a call to a server in good order; a second Ctrl-C ends it at once.
+
+    An exception in the middle of what the first one unwinds could leave gRPC waiting for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
 def _run(arguments: Sequence[str], catches_interrupts: bool) -> int:
+    from turret.clients.verbs import VERBS
+
     verb = arguments[0] if arguments else ""
     try:
         args = build_parser(verb).parse_args(arguments)
         if catches_interrupts:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            ends = verb in VERBS and verb != "chat"
+            signal.signal(signal.SIGINT, _interrupt if ends else signal.default_int_handler)
         code: int = args.func(args)
         return code
     except KeyboardInterrupt:

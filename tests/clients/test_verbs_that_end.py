@@ -116,3 +116,22 @@ def test_interrupt_ends_cleanly(server: FakeTurret, verb: list[str], code: int):
         assert b"Traceback" not in process.stderr.read()
     if verb[0] == "generate":
         assert server.inference.stream_ended.wait(5)
+
+
+def test_a_second_interrupt_ends_at_once(server: FakeTurret):
+    """It comes while the first one unwinds, which could leave gRPC waiting for ever."""
+    turret = [sys.executable, "-m", "turret.server.command.entry"]
+    for _ in range(3):
+        with subprocess.Popen(
+            [*turret, "generate", FOREVER, "--address", server.address],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+        ) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            assert process.stdout.read(1)
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) in (130, -signal.SIGINT)
+            assert b"Traceback" not in process.stderr.read()

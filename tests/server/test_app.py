@@ -15,6 +15,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from servers.rpc_harness import failure_of, soon
 import turret
 from turret.clients.probe import is_serving
 from turret.server import log
+from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.app import App
 from turret.server.cli import _introduce, main
 from turret.server.command.flags import add_flags, read_settings
@@ -92,6 +94,25 @@ async def test_it_listens_while_loading_and_serves_afterwards() -> None:
     assert await app.main_loop() == 0
     await app.shutdown()
     assert parts.registry.is_closed
+
+
+async def test_a_start_says_what_a_load_would_warn_of(caplog: pytest.LogCaptureFixture) -> None:
+    parts = Parts()
+    load = parts.registry.load
+
+    def warned(name: str, path: str) -> AdapterInfo:
+        record = load(name, path)
+        return replace(record, facts=replace(record.facts, warnings=("made for another base",)))
+
+    parts.registry.load = warned  # type: ignore[method-assign]
+    adapters = AdapterConfig(adapter_root=Path("r"), preload=(("sql", "a"),))
+    app = make_app(parts, adapters=adapters)
+    await app.startup()
+    app.stop()
+    await app.main_loop()
+    await app.shutdown()
+    (told,) = [r.__dict__["fields"] for r in caplog.records if r.levelname == "WARNING"]
+    assert told == {"adapter": "sql", "why": "made for another base"}
 
 
 async def test_shutdown_refuses_new_calls_and_lets_running_ones_finish() -> None:

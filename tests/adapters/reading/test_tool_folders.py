@@ -126,5 +126,7 @@ def test_a_folder_of_checkpoints_names_them(tmp_path: Path) -> None:
     loader = AdapterLoader(tmp_path, base_of(tiny_llama()), 1 << 30, 64)
     with pytest.raises(AdapterCheckpointError) as caught:
         loader.read(Source("out"))
-    why = "is no adapter, but checkpoint-9, checkpoint-30, checkpoint-500 in it are; name one of them"
+    why = (
+        "is no adapter, but checkpoint-9, checkpoint-30, checkpoint-500 in it are; name one of them"
+    )
     assert str(caught.value) == f"path 'out' {why}"
