@@ -189,9 +189,10 @@ class RunFolder:
         """
         try:
             return json.loads(self.facts.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise RunError(
-                f"{self.path} is no run of turret train: it has no {self.facts.name}"
+                f"{self.path} is no run of turret train: it has no {self.facts.name}; name the"
+                " directory that run.output or --output named"
             ) from None
         except (OSError, ValueError) as error:
             raise RunError(f"{self.path} is no run of turret train: {error}") from error
