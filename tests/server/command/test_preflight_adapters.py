@@ -19,9 +19,12 @@ from start_problems import found
 
 from turret.server.adapters.base import BaseModule
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import read_checkpoint
+from turret.server.adapters.checkpoint.safetensors_header import SafetensorsHeader, TensorEntry
 from turret.server.adapters.methods import lower_checkpoint
 from turret.server.adapters.peft_format.config.rules import is_rank
+from turret.server.adapters.peft_format.refusals.early_tensors import check_tensors
 from turret.server.command import preflight
 from turret.server.errors import AdapterCheckpointError
 
@@ -319,3 +322,21 @@ def test_adapters_whose_tensors_are_damaged(tmp_path: Path) -> None:
     assert found(*flags) == []
     (tmp_path / "m" / "adapter_config.json").write_text("{")
     assert "adapter_config.json: is not valid JSON" in found(*flags)[0]
+
+
+@pytest.mark.parametrize("target", ["mlp.gate", "block_sparse_moe.gate", "gate"])
+@pytest.mark.parametrize("block", ["mlp", "block_sparse_moe"])
+def test_a_block_of_experts_goes_by_either_name(block: str, target: str) -> None:
+    """A load knows both of Mixtral's, and takes either for the other."""
+    module = f"base_model.model.model.layers.0.{block}.gate"
+    entries = tuple(
+        TensorEntry(f"{module}.lora_{key}.weight", "F32", shape, 0, 128)
+        for key, shape in (("A", (4, 8)), ("B", (8, 4)))
+    )
+    findings = Findings("a")
+    config = {"peft_type": "LORA", "target_modules": [target]}
+    check_tensors(config, SafetensorsHeader(b"", entries), findings)
+    findings.raise_if_any()
+    check_tensors(config | {"target_modules": ["other"]}, SafetensorsHeader(b"", entries), findings)
+    with pytest.raises(AdapterCheckpointError, match="the config leaves it out"):
+        findings.raise_if_any()
