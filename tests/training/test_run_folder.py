@@ -38,12 +38,14 @@ def test_a_run_that_comes_to_nothing_leaves_no_directory(tmp_path: Path):
     assert run.path.exists()
 
 
-def test_what_is_overwritten_is_what_is_inside(tmp_path: Path):
-    (tmp_path / "there" / "adapter").mkdir(parents=True)
-    (tmp_path / "there" / "run.json").touch()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "there" / "link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "run").symlink_to(tmp_path / "there")
+def test_what_a_run_wrote_is_overwritten_and_nothing_else(tmp_path: Path):
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    (there / "adapter").mkdir(parents=True)
+    (there / "run.json").touch()
+    (there / "notes.txt").touch()
+    (elsewhere / "step-00000001.pt").mkdir(parents=True)
+    (there / "checkpoints").symlink_to(elsewhere)
+    (tmp_path / "run").symlink_to(there)
     RunFolder(tmp_path / "run").clear()
-    assert list((tmp_path / "there").iterdir()) == []
-    assert (tmp_path / "elsewhere").exists()
+    assert [path.name for path in there.iterdir()] == ["notes.txt"]
+    assert (elsewhere / "step-00000001.pt").exists()
