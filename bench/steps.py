@@ -30,7 +30,7 @@ from common.stopwatch import Part, Recorded, Stopwatch
 from rich.console import Console
 
 from turret.server.adapters.ref import AdapterRef
-from turret.server.basics.background import compute_on_this_thread
+from turret.server.basics.work.background import compute_on_this_thread
 from turret.server.build import build_backend
 from turret.server.config import AdapterConfig, Config, ModelConfig, SchedulerConfig
 from turret.server.engine.engine import Engine

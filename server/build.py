@@ -27,8 +27,8 @@ from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.api.backend import Backend
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
-from turret.server.basics.background import compute_on_this_thread
 from turret.server.basics.triton_needs import keep_compiled_in, missing_for_triton
+from turret.server.basics.work.background import compute_on_this_thread
 from turret.server.cluster.replica.seat import Seat
 from turret.server.config import (
     ADAPTER_DEVICE_BYTES,

@@ -1,1 +1,1 @@
-"""What any layer may use and that uses nothing: sizes, names, waiting, files that survive."""
+"""What any layer may use and that uses nothing: sizes, names, addresses, words of messages."""

@@ -26,9 +26,9 @@ from turret.server.basics.address import split_address
 from turret.server.basics.byte_size import about_bytes
 from turret.server.basics.closest import did_you_mean
 from turret.server.basics.counted import counted
+from turret.server.basics.files.writable import unwritable
 from turret.server.basics.hub_id import HUB_SCHEME
 from turret.server.basics.triton_needs import missing_for_triton
-from turret.server.basics.writable import unwritable
 from turret.server.command.threads import available_cpus
 from turret.server.config import (
     AdapterConfig,

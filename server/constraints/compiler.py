@@ -9,8 +9,8 @@ from typing import Protocol
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from turret.server.basics.background import work_in_background
-from turret.server.basics.panics import PANICS_ARE_ERRORS
+from turret.server.basics.work.background import work_in_background
+from turret.server.basics.work.panics import PANICS_ARE_ERRORS
 from turret.server.constraints.alphabet import Alphabet, alphabet_of
 from turret.server.constraints.constraint import Constraint
 from turret.server.constraints.grammar import grammar_of, refusal, unforced

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 
 from turret.server.basics import channels
-from turret.server.basics.panics import PANICS_ARE_ERRORS
+from turret.server.basics.work.panics import PANICS_ARE_ERRORS
 from turret.server.errors import InvalidRequestError
 from turret.server.models.chat_format import NO_TOOLS, ChatFormat, unknown_role
 from turret.server.models.time_limit import limited_to

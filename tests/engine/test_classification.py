@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 from turret.server.adapters.head import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from turret.server.adapters.ref import AdapterRef
-from turret.server.basics.cancellation import Cancellation
+from turret.server.basics.work.cancellation import Cancellation
 from turret.server.engine.scheduling.pooling import Pooling
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError, InvalidRequestError
 

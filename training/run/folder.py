@@ -41,8 +41,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turret.server.basics.durable_file import PARTIAL_SUFFIX, replace_file
-from turret.server.basics.writable import unwritable
+from turret.server.basics.files.durable_file import PARTIAL_SUFFIX, replace_file
+from turret.server.basics.files.writable import unwritable
 from turret.training.errors import RunError
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.basics.closest import did_you_mean
-from turret.server.basics.toml_text import parse_toml, toml_value
+from turret.server.basics.files.toml_text import parse_toml, toml_value
 from turret.training.errors import ConfigError, ConfigFileError
 from turret.training.settings.config import TrainConfig
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from turret.server.adapters.checkpoint.no_adapter import COPY_AGAIN
 from turret.server.adapters.checkpoint.strict_json import parse_object
-from turret.server.basics.lfs_pointer import why_lfs_pointer
+from turret.server.basics.files.lfs_pointer import why_lfs_pointer
 
 # 80 layers of 7 modules with 4 tensors each need about half a megabyte.
 MAX_HEADER_BYTES = 8 << 20

@@ -35,8 +35,8 @@ from turret.server.adapters.fuse.result import FuseResult, ModuleReport
 from turret.server.adapters.mix import Mix
 from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.basics.background import work_in_background
-from turret.server.basics.cancellation import Cancellation
+from turret.server.basics.work.background import work_in_background
+from turret.server.basics.work.cancellation import Cancellation
 from turret.server.errors import (
     AdapterExistsError,
     AdapterNotFoundError,

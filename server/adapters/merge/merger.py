@@ -26,8 +26,8 @@ from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.weight_update import add_delta, beyond_updates, frobenius_norm
-from turret.server.basics.background import compute_on_this_thread
-from turret.server.basics.cancellation import Cancellation
+from turret.server.basics.work.background import compute_on_this_thread
+from turret.server.basics.work.cancellation import Cancellation
 from turret.server.errors import InvalidRequestError, MergeActiveError, NotMergedError
 
 _log = logging.getLogger(__name__)

@@ -30,8 +30,8 @@ from turret.server.adapters.peft_format.refusals.base_name import is_other_base,
 from turret.server.adapters.peft_format.vocabulary.resized import vocabulary_of
 from turret.server.adapters.source import TOKENIZER_FILE, Source
 from turret.server.adapters.tokenizer_files import TokenizerFiles
-from turret.server.basics.background import compute_on_this_thread
 from turret.server.basics.counted import counted
+from turret.server.basics.work.background import compute_on_this_thread
 from turret.server.errors import (
     AdapterChangedError,
     AdapterCheckpointError,

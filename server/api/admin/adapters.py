@@ -38,8 +38,8 @@ from turret.server.api.call import Call
 from turret.server.api.gate import Gate
 from turret.server.api.limits import MAX_PAGE_TOKEN_CHARS, MAX_PATH_CHARS, MAX_WORD_CHARS
 from turret.server.api.violations import Violations
-from turret.server.basics.cancellation import Cancellation
 from turret.server.basics.closest import did_you_mean
+from turret.server.basics.work.cancellation import Cancellation
 from turret.server.config import ADAPTER_NAME, ADAPTER_NAME_RULE
 from turret.server.errors import InvalidRequestError, QueueFullError, UnavailableError
 from turret.v1 import adapters_pb2

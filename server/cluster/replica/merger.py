@@ -18,7 +18,7 @@ from turret.server.adapters.merge.merger import (
 )
 from turret.server.adapters.merge.state import MergeState
 from turret.server.adapters.ref import AdapterRef
-from turret.server.basics.cancellation import Cancellation
+from turret.server.basics.work.cancellation import Cancellation
 from turret.server.cluster import messages as m
 from turret.server.cluster.fleet_state import Base, Member, MergePlan
 from turret.server.cluster.replica.channel import Channel, propose

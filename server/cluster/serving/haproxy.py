@@ -9,8 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from turret.server.basics.durable_file import replace_file
 from turret.server.basics.extras import how_to_add
+from turret.server.basics.files.durable_file import replace_file
 from turret.server.errors import UnavailableError
 
 VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turret.server.basics.durable_file import replace_file
+from turret.server.basics.files.durable_file import replace_file
 from turret.server.cluster.machine import fleet_folder
 from turret.server.cluster.machine.fleet_folder import FleetFolder
 from turret.server.cluster.machine.ray_lines import LineFilter

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, TypeVarTuple
 import ray
 from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayError
 
-from turret.server.basics.durable_file import replace_file
+from turret.server.basics.files.durable_file import replace_file
 from turret.server.cluster import messages as m
 from turret.server.cluster.fleet_store import FleetStore
 from turret.server.cluster.registry_host import RegistryHost

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from turret.server.basics.writable import unwritable
+from turret.server.basics.files.writable import unwritable
 from turret.server.errors import InvalidRequestError
 
 # What helps where it cannot be written.

@@ -26,7 +26,7 @@ from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.adapters.weight_update import beyond_low_rank, beyond_updates
-from turret.server.basics.cancellation import Cancellation
+from turret.server.basics.work.cancellation import Cancellation
 from turret.server.errors import (
     AdapterChangedError,
     AdapterExistsError,

@@ -26,7 +26,7 @@ from turret.server.adapters.state import state_dir
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.adapters.state.staged_upload import UploadedFile
 from turret.server.adapters.state.state_dir import StateDir
-from turret.server.basics import durable_file
+from turret.server.basics.files import durable_file
 from turret.server.errors import (
     AdapterChangedError,
     AdapterCheckpointError,

@@ -28,7 +28,7 @@ from servers.engine_harness import Answer, EngineHarness, make_request
 
 from turret.server.adapters.merge.state import MergeState
 from turret.server.adapters.ref import AdapterRef
-from turret.server.basics.cancellation import Cancellation
+from turret.server.basics.work.cancellation import Cancellation
 from turret.server.errors import (
     AdapterNotFoundError,
     InvalidRequestError,

@@ -21,7 +21,7 @@ from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.api.faults import row_of
-from turret.server.basics.cancellation import Cancellation
+from turret.server.basics.work.cancellation import Cancellation
 from turret.server.errors import (
     AdapterChangedError,
     AdapterCheckpointError,

@@ -18,7 +18,7 @@ ROOMS = (
     "server/cluster/serving",
     *("server/engine", "server/engine/scheduling", "server/engine/speculation"),
     *("server/engine/step", "server/engine/step/gpu"),
-    *("server/basics", "server/constraints"),
+    *("server/basics", "server/basics/files", "server/basics/work", "server/constraints"),
     *("server/hub", "server/models", "server/models/sources", "server/models/families"),
     *("server/models/decoding", "server/models/weights", "server/adapters"),
     *(

@@ -16,7 +16,7 @@ from turret.server.adapters.head import SINGLE_LABEL, Head
 from turret.server.adapters.merge.state import Merge, MergedAdapter, MergeReport, MergeState
 from turret.server.api.backend import Backend
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
-from turret.server.basics.cancellation import Cancellation
+from turret.server.basics.work.cancellation import Cancellation
 from turret.server.constraints.kept import KeptConstraints
 from turret.server.engine.scheduling.request import (
     AdapterUse,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters.ref import AdapterRef
-from turret.server.basics.cancellation import Cancellation
+from turret.server.basics.work.cancellation import Cancellation
 from turret.server.errors import BudgetExceededError, InvalidRequestError, TurretError
 
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -27,7 +27,7 @@ from turret.server.adapters.fuse.result import FuseResult
 from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
-from turret.server.basics.cancellation import Cancellation
+from turret.server.basics.work.cancellation import Cancellation
 from turret.server.errors import TurretError
 
 TENSORS = "adapter_model.safetensors"
