@@ -37,6 +37,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+# Metadata: how many fields are at fault, where an answer has room for fewer.
+VIOLATION_COUNT = "violation_count"
+
 
 class TurretError(Exception):
     """Base of the tree; carries a machine-readable reason, metadata and field violations."""

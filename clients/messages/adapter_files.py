@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -27,6 +29,12 @@ _TOKENIZER = (
 _HEADER_BYTES = 16 << 20
 # Adapters below a directory that is none, the newest checkpoints.
 _MOST_TOLD = 5
+_MOST_LEVELS = 3
+_MOST = 200  # searched on each
+# Pickles of a trainer that say nothing of how the weights are kept.
+_TRAINERS_OWN = ("training_args.bin", "optimizer.bin", "scheduler.bin")
+_HUB = "hub:"
+_MAY_NOT = "cannot be read by you: have its owner allow it (`chmod -R a+rX`), or copy it"
 _THERE = "already exists; an export makes a new directory: name another"
 # No directories, no hidden files: an export never writes outside its folder.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -51,6 +59,8 @@ def upload_messages(
         FileNotFoundError: The directory lacks one of them.
     """
     directory = _path(directory)
+    if directory.is_dir() and not os.access(directory, os.R_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, _MAY_NOT, str(directory))
     paths = [directory / "adapter_config.json", *sorted(directory.glob("*.safetensors"))]
     if not paths[0].is_file() or len(paths) == 1:
         raise FileNotFoundError(f"{directory}: {_lacking(directory)}")
@@ -87,26 +97,48 @@ def _has_vocabulary(path: Path) -> bool:
 
 def _lacking(directory: Path) -> str:
     """Why a directory is no adapter, and what to do."""
-    pickles = sorted(path.name for path in directory.glob("*.bin"))
+    what = "adapter_config.json and a .safetensors file"
+    if str(directory).startswith(_HUB) and not directory.exists():
+        return "is on a hub, from which a server fetches what it loads: `turret adapters load`"
+    if not directory.is_dir():
+        is_there = "is no directory" if directory.exists() else "does not exist"
+        return f"{is_there}; an adapter is a directory with {what}"
+    has_config = (directory / "adapter_config.json").is_file()
+    below = [] if has_config else _adapters_below(directory)
+    if below:
+        others = f" and {len(below) - _MOST_TOLD} more" if len(below) > _MOST_TOLD else ""
+        verb, step = ("is", "name that one") if len(below) == 1 else ("are", "name one of them")
+        shown = f"{', '.join(below[-_MOST_TOLD:])}{others}"
+        return f"is no adapter, but {shown} in it {verb}; {step}"
+    pickles = sorted(p.name for p in directory.glob("*.bin") if p.name not in _TRAINERS_OWN)
     if pickles:
         return (
             f"{pickles[0]} is a pickle, which can run code, and no server reads it; PEFT's"
             " save_pretrained(DIR, safe_serialization=True) writes adapter_model.safetensors"
         )
-    below = sorted((p.parent.name for p in directory.glob("*/adapter_config.json")), key=_numbered)
-    if below:
-        others = f" and {len(below) - _MOST_TOLD} more" if len(below) > _MOST_TOLD else ""
-        return f"is no adapter; those in it are {', '.join(below[-_MOST_TOLD:])}{others}"
-    what = "adapter_config.json and a .safetensors file"
-    if not directory.is_dir():
-        is_there = "is no directory" if directory.exists() else "does not exist"
-        return f"{is_there}; an adapter is a directory with {what}"
-    has_config = (directory / "adapter_config.json").is_file()
     is_model = (directory / "config.json").is_file() and any(directory.glob("model*.safetensors"))
     if is_model and not has_config:
         return "is a whole model, not an adapter: `turret serve --model` takes it"
     lacking = "a .safetensors file" if has_config else "adapter_config.json"
     return f"{lacking} is missing; an adapter has {what}"
+
+
+def _adapters_below(directory: Path) -> list[str]:
+    """The adapters in a directory, the least far below it, by their paths from it."""
+    level = [directory]
+    for _ in range(_MOST_LEVELS):
+        level = list(itertools.islice(itertools.chain.from_iterable(map(_folders, level)), _MOST))
+        found = (path for path in level if (path / "adapter_config.json").is_file())
+        if below := [str(path.relative_to(directory)) for path in found]:
+            return sorted(below, key=_numbered)
+    return []
+
+
+def _folders(directory: Path) -> list[Path]:
+    """Those directly in it; none where it may not be read."""
+    with contextlib.suppress(OSError):
+        return [p for p in directory.iterdir() if not p.name.startswith(".") and p.is_dir()]
+    return []
 
 
 def _numbered(name: str) -> tuple[str | int, ...]:

@@ -206,12 +206,18 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
 
 def _print_details(error: TurretRpcError, wanted: bool) -> None:
     if wanted:
-        for violation in error.violations:
-            print(f"  {as_typed(violation.field)}: {violation.description}", file=sys.stderr)
+        for field, why in ((each.field, each.description) for each in error.violations):
+            # A star stands for fields that the server only counts.
+            print(
+                f"  {why if field in ('', '*') else f'{as_typed(field)}: {why}'}", file=sys.stderr
+            )
         if error.request_id:
             print(f"  request id: {error.request_id}", file=sys.stderr)
     elif len(error.violations) > _FEW_VIOLATIONS:
-        print(f"  --details lists all {len(error.violations)} fields at fault", file=sys.stderr)
+        listed = sum(each.field not in ("", "*") for each in error.violations)
+        total = int(error.metadata.get("violation_count", listed))
+        which = f"all {total}" if total == listed else f"{listed} of {total}"
+        print(f"  --details lists {which} fields at fault", file=sys.stderr)
 
 
 def print_error(error: Exception, args: argparse.Namespace | None = None) -> None:

@@ -138,8 +138,11 @@ def print_change(verb: str, adapter: Adapter, before: Adapter | None) -> None:
         before: As it was; the server keeps the generation where the weights are the same.
     """
     if before is not None and _identity(before) == _identity(adapter):
-        is_pin = adapter.pinned and not before.pinned
-        changed = "pinned, and nothing else changed" if is_pin else "nothing changed"
+        changes = ["pinned"] if adapter.pinned and not before.pinned else []
+        if adapter.source != before.source:
+            changes.append(f"read from {adapter.source!r} from now on, not from {before.source!r}")
+        nothing = "nothing else changed" if changes else "nothing changed"
+        changed = ", and ".join([*changes, nothing])
         print(f"{changed}: {adapter.name}@{adapter.generation} has these weights already")
         return
     ranks = f" of rank {_ranks(adapter)}" if adapter.ranks else ""

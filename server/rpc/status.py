@@ -6,6 +6,7 @@ from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from turret.server.api.faults import Fault
+from turret.server.errors import VIOLATION_COUNT
 
 ERROR_DOMAIN = "turret"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -31,15 +32,17 @@ def _shortened(text: str, limit: int) -> str:
     return text
 
 
-def _bad_request(violations: tuple[tuple[str, str], ...]) -> error_details_pb2.BadRequest:
+def _bad_request(
+    violations: tuple[tuple[str, str], ...], count: int
+) -> error_details_pb2.BadRequest:
+    """The fields at fault that fit; ``count`` are there in all."""
     detail = error_details_pb2.BadRequest()
     used = 0
     for index, (field, description) in enumerate(violations):
         field, description = _shortened(field, 200), _shortened(description, 400)
         used += len(field.encode()) + len(description.encode()) + 8
         if used > MAX_VIOLATION_BYTES:
-            rest = len(violations) - index
-            detail.field_violations.add(field="*", description=f"and {rest} more")
+            detail.field_violations.add(field="*", description=f"and {count - index} more")
             break
         detail.field_violations.add(field=field, description=description)
     return detail
@@ -60,7 +63,8 @@ def to_rich_status(fault: Fault) -> status_pb2.Status:
         info.metadata[key] = shown
     status.details.add().Pack(info)
     if fault.violations:
-        status.details.add().Pack(_bad_request(fault.violations))
+        count = int(fault.metadata.get(VIOLATION_COUNT, len(fault.violations)))
+        status.details.add().Pack(_bad_request(fault.violations, count))
     if fault.retry_after_seconds is not None:
         wait = duration_pb2.Duration()
         wait.FromNanoseconds(round(fault.retry_after_seconds * 1e9))

@@ -15,6 +15,7 @@ from turret.clients.client import TurretClient
 from turret.clients.errors import ServerError
 from turret.server.api.faults import fault_of
 from turret.server.errors import (
+    VIOLATION_COUNT,
     InvalidRequestError,
     MergeActiveError,
     ServiceElsewhereError,
@@ -37,6 +38,25 @@ def test_an_adapter_with_a_head_is_sent_to_the_verb_for_it(
     meant = {"generate": "turret classify -a NAME", "eval": "turret eval --classify"}[verb]
     assert (code, err.endswith(f"not to write or score text; `{meant}`\n")) == (1, True), err
     assert err.count("trained to classify") == 1
+
+
+def test_details_are_counted_as_they_will_be_listed(
+    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(_request: object, context: grpc.ServicerContext) -> None:
+        fields = [(f"layers.{layer}", "has no place") for layer in range(60)]
+        rows = [*fields[:20], ("*", "and 40 more")] if is_cut else fields
+        error = InvalidRequestError("no", violations=rows, metadata={VIOLATION_COUNT: "60"})
+        _abort(context, error)
+
+    monkeypatch.setattr(server.inference, "_accept", refuse)
+    is_cut = False
+    assert run("generate", "a")[2].endswith("\n  --details lists all 60 fields at fault\n")
+    is_cut = True
+    assert run("generate", "a")[2].endswith("\n  --details lists 20 of 60 fields at fault\n")
+    lines = run("generate", "a", "--details")[2].splitlines()
+    assert lines[1] == "  layers.0: has no place"
+    assert lines[21] == "  and 40 more"
 
 
 def test_a_mix_without_a_head_is_sent_to_the_verbs_for_it(

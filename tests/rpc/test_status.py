@@ -7,10 +7,12 @@ import logging
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
 from servers.fakes import failing
 from servers.rpc_harness import failure_of, harness
 
 from turret.server import errors
+from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.api.faults import TABLE, fault_of, row_of
 from turret.server.basics.codes import Code
 from turret.server.rpc.status import to_rich_status
@@ -52,6 +54,20 @@ CODES = {
     "DeadlineExceededError": "DEADLINE_EXCEEDED",
 }
 PROMPT = inference_pb2.GenerateRequest(prompt="hi")
+
+
+def test_what_has_no_room_in_an_answer_is_counted() -> None:
+    findings = Findings("a")
+    for layer in range(200):
+        findings.add(f"layers.{layer}.{'x' * 100}", "has no place")
+    with pytest.raises(errors.AdapterCheckpointError) as refused:
+        findings.raise_if_any()
+    status = to_rich_status(fault_of(refused.value))
+    detail = error_details_pb2.BadRequest()
+    assert any(packed.Unpack(detail) for packed in status.details)
+    *listed, rest = detail.field_violations
+    assert (rest.field, rest.description) == ("*", f"and {200 - len(listed)} more")
+    assert len(refused.value.violations) > len(listed) > 10
 
 
 def test_every_error_class_has_a_row_of_its_own() -> None:

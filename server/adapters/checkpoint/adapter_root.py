@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import pwd
 import re
 import stat
 from pathlib import Path, PurePosixPath
@@ -38,7 +39,10 @@ _LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # NONBLOCK keeps a FIFO from hanging.
 _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
-_LEAVES = "leaves the adapter root through a symbolic link"
+_LEAVES = (
+    "leaves the adapter root through a symbolic link; put the files themselves there, name a root"
+    " that holds both, or upload them"
+)
 
 
 def refuse(path: str, why: str) -> AdapterCheckpointError:
@@ -47,6 +51,18 @@ def refuse(path: str, why: str) -> AdapterCheckpointError:
     return AdapterCheckpointError(
         f"path {shown!r} {why}", metadata={"path": shown}, violations=[("path", why)]
     )
+
+
+def _cannot_be_read(error: OSError) -> str:
+    """Why, and whom to let read it if it is a matter of rights."""
+    why = f"cannot be read: {error.strerror}"
+    if not isinstance(error, PermissionError):
+        return why
+    try:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        user = str(os.geteuid())
+    return f"{why}; let the server's user, {user}, read it (`chmod -R a+rX`)"
 
 
 def _raise_if_exhausted(error: OSError | ValueError) -> None:
@@ -85,9 +101,15 @@ class AdapterDirectory:
         os.close(self._descriptor)
 
     def has(self, name: str) -> bool:
-        """Whether the directory has such a name, be it a link that leads nowhere."""
+        """Whether the directory has such a name, be it a link that leads nowhere.
+
+        Raises:
+            AdapterCheckpointError: The directory may not be searched.
+        """
         try:
             os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+        except PermissionError as error:
+            raise refuse(self._path, _cannot_be_read(error)) from None
         except OSError:
             return False
         return True
@@ -100,7 +122,7 @@ class AdapterDirectory:
         below: list[str] = []
         level = self._directories("")
         for _ in range(_MOST_LEVELS):
-            below = [name for name in level if self.has(f"{name}/{file}")]
+            below = [name for name in level if self._may_have(f"{name}/{file}")]
             if below:
                 break
             deeper = itertools.chain.from_iterable(self._directories(f"{n}/") for n in level)
@@ -122,6 +144,12 @@ class AdapterDirectory:
         paths = (f"{below}{name}" for name in names if not name.startswith("."))
         return [path for path in paths if self._is_directory(path)]
 
+    def _may_have(self, name: str) -> bool:
+        try:
+            return self.has(name)
+        except AdapterCheckpointError:
+            return False
+
     def _is_directory(self, name: str) -> bool:
         try:
             found = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
@@ -130,11 +158,18 @@ class AdapterDirectory:
         return stat.S_ISDIR(found.st_mode)
 
     def names(self, below: str = "") -> list[str]:
-        """Names in the directory or in one below it, in order. Links are names like any other."""
-        if below:
-            readable, _ = self._root.walk(self._parts, below, _LISTED, f"{self._path}/{below}")
-        else:
-            readable = os.open(".", _LISTED, dir_fd=self._descriptor)
+        """Names in the directory or in one below it, in order. Links are names like any other.
+
+        Raises:
+            AdapterCheckpointError: It may not be listed.
+        """
+        try:
+            if below:
+                readable, _ = self._root.walk(self._parts, below, _LISTED, f"{self._path}/{below}")
+            else:
+                readable = os.open(".", _LISTED, dir_fd=self._descriptor)
+        except PermissionError as error:
+            raise refuse(self._path, _cannot_be_read(error)) from None
         try:
             return sorted(os.listdir(readable))
         finally:
@@ -158,7 +193,7 @@ class AdapterDirectory:
         except OSError as error:
             _raise_if_exhausted(error)
             is_loop = error.errno == errno.ELOOP
-            why = "does not exist" if is_loop else f"cannot be read: {error.strerror}"
+            why = "does not exist" if is_loop else _cannot_be_read(error)
             raise refuse(shown, why) from None
         if not stat.S_ISREG(os.fstat(opened).st_mode):
             os.close(opened)
@@ -204,6 +239,8 @@ class AdapterRoot:
             raise refuse(shown, f"is not a directory{_folder_hint(pure)}") from None
         except (OSError, ValueError) as error:
             _raise_if_exhausted(error)
+            if isinstance(error, PermissionError):
+                raise refuse(shown, _cannot_be_read(error)) from None
             if shown != path:
                 raise refuse(shown, "does not exist any more") from None
             where = f"does not exist under the adapter root {self._root}"
@@ -305,7 +342,7 @@ def _hub_hint(path: str) -> str:
 def _folder_hint(path: PurePosixPath) -> str:
     """Which directory was meant by one of an adapter's files."""
     if path.suffix not in (".safetensors", ".json", ".bin"):
-        return ""
+        return f"; an adapter is the directory that has its {CONFIG_FILE}"
     return f"; an adapter is the directory that holds its files, {str(path.parent)!r}"
 
 

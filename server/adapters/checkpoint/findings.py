@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
+from turret.server.errors import VIOLATION_COUNT, AdapterCheckpointError, AdapterMismatchError
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +84,7 @@ class Findings:
             shown, text = _summary(self._faults, _MOST_NAMES)
             raise AdapterCheckpointError(
                 f"adapter {self._path!r} cannot be served: {text}",
-                metadata={"path": self._path, "violation_count": str(len(self._faults))},
+                metadata={"path": self._path, VIOLATION_COUNT: str(len(self._faults))},
                 violations=shown,
             )
         if self._mismatches:
@@ -92,7 +92,11 @@ class Findings:
             cause = self.cause and f"{self.cause}; "
             raise AdapterMismatchError(
                 f"adapter {self._path!r} does not fit base model {self._base!r}: {cause}{text}",
-                metadata={"path": self._path, "base_model": self._base},
+                metadata={
+                    "path": self._path,
+                    "base_model": self._base,
+                    VIOLATION_COUNT: str(len(self._mismatches)),
+                },
                 violations=shown,
             )
 

@@ -18,6 +18,8 @@ WHOLE_WEIGHT = "is a whole weight; only those of embed_tokens and lm_head are se
 LEFT_OUT = "is there, but the config leaves it out"
 NOT_FINITE = "holds NaN or Inf; take a checkpoint from before that"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# A trainer's own, which say nothing of how the weights are kept.
+_TRAINERS_OWN = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
 _MODEL_CONFIG = "config.json"
 
 
@@ -53,7 +55,7 @@ def check_is_adapter(directory: AdapterDirectory, path: str) -> None:
         return  # whatever lies beside it is never opened
     findings = Findings(path)
     for name in directory.names():
-        if name.endswith(_PICKLE_SUFFIXES):
+        if name.endswith(_PICKLE_SUFFIXES) and not name.startswith(_TRAINERS_OWN):
             findings.add(
                 name,
                 "is a pickle, which can run code and is never read; PEFT's"
@@ -65,6 +67,12 @@ def check_is_adapter(directory: AdapterDirectory, path: str) -> None:
 
 def _what_it_is(directory: AdapterDirectory) -> str:
     names = directory.names()
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if ggufs:
+        return (
+            f"is no adapter: {ggufs[0]} is a whole model, which `turret serve --model` takes; name"
+            f" the directory with {CONFIG_FILE} that the training wrote"
+        )
     has_weights = any(n.startswith("model") and ".safetensors" in n for n in names)
     if _MODEL_CONFIG in names and has_weights:
         return (

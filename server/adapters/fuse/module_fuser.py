@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from turret.server.adapters.base import BaseModule
-from turret.server.adapters.fuse.combination import Combination
+from turret.server.adapters.fuse.combination import ON_UPDATES, Combination
 from turret.server.adapters.fuse.factors import Factors, energy_rank, side_by_side, truncated_svd
 from turret.server.adapters.fuse.pruned_sum import combine
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
@@ -97,7 +97,9 @@ class ModuleFuser:
         elif not combination.is_on_updates and len({p.low_rank.rank for p in parts}) > 1:
             ranks = ", ".join(f"{part.name!r} {part.low_rank.rank}" for part in parts)
             why = f"{combination.name} needs members of one rank; in {module.name}: {ranks}"
-            raise InvalidRequestError.of("adapters", f"{why}; {combination.name}_svd does not")
+            of_updates = f"{combination.name}_svd"
+            other = of_updates if of_updates in ON_UPDATES else "svd"
+            raise InvalidRequestError.of("adapters", f"{why}; {other} takes any ranks")
 
     def fuse(self, parts: Sequence[Part], module: BaseModule) -> FusedModule:
         """Fuses what the members do to one module; at least one of them does something.

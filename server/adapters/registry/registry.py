@@ -168,7 +168,7 @@ class AdapterRegistry:
         """Reads an adapter and registers it; blocks, so call it off the engine thread.
 
         ``path`` is below the adapter root, or ``hub:org/name[@revision]``. The same content under
-        the same name is accepted again and changes at most the pin.
+        the same name is accepted again and changes at most the pin and where it is read from.
 
         Raises:
             InvalidRequestError: Malformed name.
@@ -193,7 +193,7 @@ class AdapterRegistry:
 
         Requests that hold the generation before finish on it; it is freed after the last of them.
         A pinned adapter stays pinned, and for that both generations must fit at once. The same
-        content is accepted again and makes no new generation.
+        content is accepted again and makes no new generation; it is read from ``path`` then.
 
         Raises:
             AdapterNotFoundError: Not registered.

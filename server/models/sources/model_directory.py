@@ -219,6 +219,9 @@ def read_config(model: Path) -> dict[str, Any]:
                 f"{model} is an adapter, not a base model: --adapter-root is the directory that"
                 " adapters lie in"
             )
+        if ggufs := sorted(model.glob("*.gguf")):
+            others = f" or another of its {len(ggufs)}" if len(ggufs) > 1 else ""
+            raise _refuse(f"{model} holds GGUF files; give --model the file, {ggufs[0]}{others}")
         raise _refuse(f"{model} has no config.json; a model is a directory in Hugging Face format")
     data = path.read_bytes()
     if why := why_lfs_pointer(data):

@@ -215,6 +215,17 @@ def test_members_that_do_not_fit_are_named(
         assert repr(list(mix)[index]) in described
 
 
+@pytest.mark.parametrize(("how", "other"), [("linear", "svd"), ("ties", "ties_svd")])
+def test_members_of_several_ranks_are_told_a_combination_for_them(
+    fusions: Fusions, how: str, other: str
+) -> None:
+    mix = {"lora": 1.0, "narrow": 1.0}
+    density = {} if how == "linear" else {"density": 0.5}
+    with pytest.raises(InvalidRequestError, match=f"; {other} takes any ranks$"):
+        fusions.fuse(mix, how=how, **density)
+    assert fusions.fuse(mix, how=other, rank=8, **density)
+
+
 @pytest.mark.parametrize(
     ("mix", "settings", "kind", "fields"),
     [

@@ -90,6 +90,14 @@ def test_zero_is_not_false(root: Path, key: str, value: float) -> None:
     assert {field for field, _ in refusal_of(root).violations} == {key}
 
 
+@pytest.mark.parametrize("task", ["SEQ_2_SEQ_LM", True, [None]])
+def test_a_task_of_another_kind_of_base_is_told_which_are_served(root: Path, task: object) -> None:
+    edit_config(root / "a", task_type=task)
+    ((field, why),) = refusal_of(root).violations
+    assert field == "task_type"
+    assert "CAUSAL_LM, SEQ_CLS, FEATURE_EXTRACTION or nothing: train it on such a base" in why
+
+
 @pytest.mark.parametrize("key", UNSUPPORTED)
 def test_each_unsupported_key_is_refused_by_name(root: Path, key: str) -> None:
     edit_config(root / "a", **{key: UNSUPPORTED[key]})

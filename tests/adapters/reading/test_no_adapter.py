@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import re
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +46,20 @@ def whole_model(folder: Path) -> None:
     (folder / "model-00001-of-00002.safetensors").touch()
 
 
+def gguf(folder: Path) -> None:
+    whole_model(folder)
+    (folder / "m-Q4_K_M.gguf").touch()
+
+
+def others_in_the_place_of_weights(*names: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / TENSORS_FILE).unlink()
+        for name in names:
+            (folder / name).touch()
+
+    return spoil
+
+
 def cut(file: str, size: int) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         (folder / file).write_bytes((folder / file).read_bytes()[:size])
@@ -69,6 +87,15 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
         without(TENSORS_FILE),
         f"has adapter_config.json, but no adapter_model.safetensors; {AGAIN}",
     ),
+    "half a trainer's checkpoint": (
+        others_in_the_place_of_weights("optimizer.pt", "rng_state_0.pth", "training_args.bin"),
+        f"has adapter_config.json, but no adapter_model.safetensors; {AGAIN}",
+    ),
+    "a pickle among a trainer's": (
+        others_in_the_place_of_weights("optimizer.pt", "adapter_model.bin"),
+        "cannot be served: adapter_model.bin: is a pickle, which .* writes adapter_model.saf",
+    ),
+    "a GGUF file": (gguf, "is no adapter: m-Q4_K_M.gguf is a whole model, which `turret serve --m"),
     "a whole model": (whole_model, "is a whole model, not an adapter: `turret serve --model` take"),
     "a pointer": (pointer(TENSORS_FILE), "safetensors: is a Git LFS pointer, .* `git lfs pull` in"),
     "a pointer of a config": (pointer(CONFIG_FILE), "config.json: is a Git LFS pointer, not the f"),
@@ -134,7 +161,49 @@ def test_one_of_the_files_stands_for_its_directory(root: Path) -> None:
         said = said_by_a_load(root, path)
         assert said.endswith(f"; an adapter is the directory that holds its files, {folder!r}")
     (root / "notes.txt").touch()
-    assert said_by_a_load(root, "notes.txt").endswith("is not a directory")
+    assert said_by_a_load(root, "notes.txt").endswith(
+        "is not a directory; an adapter is the directory that has its adapter_config.json"
+    )
+
+
+@pytest.mark.parametrize("locked", ["m", f"m/{CONFIG_FILE}", f"m/{TENSORS_FILE}", ""])
+@pytest.mark.parametrize("mode", [0o000, 0o444, 0o711])
+def test_what_may_not_be_read_is_said_with_who_may_not(locked: str, mode: int) -> None:
+    # In a place that every user may enter, which pytest's is not.
+    with pretending_not_to_be_root() as user, tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "root"
+        write_adapter(root / "m")
+        (root / locked).chmod(mode)
+        try:
+            # A directory need not be listed for what is in it to be read.
+            if mode & (0o100 if (root / locked).is_dir() else 0o400):
+                assert read_checkpoint(AdapterRoot(root), "m", max_elements=1 << 20)
+            else:
+                said = said_by_a_load(root, "m")
+                assert "cannot be read: Permission denied; let the server's user, " in said
+                assert f"{user}, read it (`chmod -R a+rX`)" in said
+        finally:
+            (root / locked).chmod(0o755)
+
+
+@contextmanager
+def pretending_not_to_be_root() -> Iterator[str]:
+    """Root may read everything."""
+    user = os.geteuid()
+    if user:
+        yield pwd.getpwuid(user).pw_name
+        return
+    nobody = pwd.getpwnam("nobody")
+    # What is made in it is nobody's, and so are its rights to bear.
+    with tempfile.TemporaryDirectory() as folder:
+        os.chown(folder, nobody.pw_uid, nobody.pw_gid)
+        before, tempfile.tempdir = tempfile.tempdir, folder
+        os.seteuid(nobody.pw_uid)
+        try:
+            yield nobody.pw_name
+        finally:
+            os.seteuid(user)
+            tempfile.tempdir = before
 
 
 def test_a_repository_of_the_hub_is_told_how_to_be_named(root: Path) -> None:

@@ -49,6 +49,9 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
     # The system itself takes no such name.
     assert "File name too long" in said("n" * 300)
     assert "has no config.json" in said(tmp_path)
+    (tmp_path / "m-Q4.gguf").touch()
+    assert said(tmp_path).endswith(f"holds GGUF files; give --model the file, {tmp_path}/m-Q4.gguf")
+    (tmp_path / "m-Q4.gguf").unlink()
     assert "is an adapter, not a base model" in said(ADAPTERS / "json")
     config = tmp_path / "config.json"
     config.write_text("{")

@@ -207,7 +207,8 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
 
     def LoadAdapter(self, request, context):
         self.requests.append(request)
-        if request.path == SAME:
+        if request.path.endswith(SAME):
+            self.adapters[request.name].source = request.path
             return self._again(request.name, request.pinned)
         return self._add(request.name, pinned=request.pinned)
 

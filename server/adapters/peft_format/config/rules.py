@@ -92,10 +92,19 @@ def is_one_of(*allowed: Any) -> Callable[[Any], str | None]:
     return check
 
 
+def _is_task(value: Any) -> str | None:
+    if value in (None, "CAUSAL_LM", "FEATURE_EXTRACTION"):
+        return None
+    return (
+        f"is {value!r:.60}; the base is a causal language model, for which PEFT writes CAUSAL_LM,"
+        " SEQ_CLS, FEATURE_EXTRACTION or nothing: train it on such a base"
+    )
+
+
 COMMON_RULES: Rules = {
     "peft_type": Used(is_text),
     # Of the model with its head or without it. SEQ_CLS is read before (``take_classifier``).
-    "task_type": Used(is_one_of(None, "CAUSAL_LM", "FEATURE_EXTRACTION")),
+    "task_type": Used(_is_task),
     "base_model_name_or_path": Used(is_optional_text),
     "revision": Irrelevant("names the base's commit; the base is compared by shapes and name"),
     "auto_mapping": Irrelevant("helps PEFT to find the base's class"),
