@@ -17,8 +17,10 @@ _ASKED = "adapters list --json --timeout 1"
 # Nothing of a name is left for a shell to expand.
 _NAMES = """sed -n 's/^    "name": "\\([a-z0-9._-]*\\)".*/\\1/p'"""
 # What a path is called in the help.
-_PATHS = ("FILE", "DIR", "PATH", "FILE.svg")
+_PATHS = ("FILE", "DIR", "PATH", "FILE.svg", "CONFIG")
 _OF_ADAPTERS = ("adapters", "mixes")
+# Verbs whose NAME is a new one.
+_NAMING = ("adapters load", "adapters fuse")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,7 @@ class _Verb:
     path: str
     verbs: dict[str, str]
     flags: dict[str, str]
+    # By flag, or by the place of an argument that no flag begins.
     choices: dict[str, tuple[str, ...]]
     # Of a flag with a letter for short, by the long one.
     letters: dict[str, str]
@@ -64,6 +67,7 @@ def _walk(parser: argparse.ArgumentParser, path: str) -> Iterator[_Verb]:
     flags: dict[str, str] = {}
     choices: dict[str, tuple[str, ...]] = {}
     letters: dict[str, str] = {}
+    places: list[str] = []
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             below = dict(action.choices)
@@ -80,6 +84,10 @@ def _walk(parser: argparse.ArgumentParser, path: str) -> Iterator[_Verb]:
                 choices[name] = tuple(map(str, action.choices or (_kind(action),)))
         if not action.option_strings and action.choices:
             helps |= dict.fromkeys(map(str, action.choices), "")
+        elif not action.option_strings:
+            is_adapter = action.dest == "name" and path not in _NAMING
+            places.append(_ADAPTERS if is_adapter else _kind(action))
+    choices |= {str(place): (kind,) for place, kind in enumerate(places) if kind != _TEXT}
     verbs = {name: helps.get(name, "") for name in below or helps}
     yield _Verb(path, verbs, flags, choices, letters)
     for name, child in below.items():
@@ -97,14 +105,21 @@ def _kind(action: argparse.Action) -> str:
 
 
 def _values(verbs: list[_Verb]) -> str:
-    """Branches of a case over verb and flag, of bash and zsh alike."""
-    return "\n".join(
+    """A function of bash and zsh alike: ``values`` of a verb's flag, or of an argument's place."""
+    branches = "\n".join(
         "    "
         + "|".join(shlex.quote(f"{verb.path}:{name}") for name in verb.names(flag))
         + f") values={shlex.quote(' '.join(choices))} ;;"
         for verb in verbs
         for flag, choices in verb.choices.items()
     )
+    return f"""\
+_turret_values() {{
+  values=""
+  case "$1" in
+{branches}
+  esac
+}}"""
 
 
 def _bash(verbs: list[_Verb]) -> str:
@@ -121,19 +136,23 @@ _turret_adapters() {{
   if [[ $COMP_LINE =~ --address[=\\ ]([^ ]+) ]]; then at=(--address "${{BASH_REMATCH[1]}}"); fi
   "${{COMP_WORDS[0]}}" {_ASKED} "${{at[@]}}" 2>/dev/null </dev/null | {_NAMES}
 }}
+{_values(verbs)}
 _turret() {{
   local current=${{COMP_WORDS[COMP_CWORD]}} last=${{COMP_WORDS[COMP_CWORD-1]}}
-  local path="" word words="" values="" known
+  local path="" word words="" values="" known place=0 goes_on=""
   if [[ $current == = ]]; then current=""
   elif [[ $last == = ]]; then last=${{COMP_WORDS[COMP_CWORD-2]}}; fi
   for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
+    if [[ $word == [=:] ]]; then goes_on=1; continue; fi
+    if [[ -n $goes_on ]]; then goes_on=""; continue; fi
     for known in {paths}; do
-      if [[ $known == "${{path:+$path }}$word" ]]; then path=$known; break; fi
+      if [[ $known == "${{path:+$path }}$word" ]]; then path=$known; continue 2; fi
     done
+    if [[ $word == -* ]]; then _turret_values "$path:$word"; goes_on=$values
+    else place=$((place + 1)); fi
   done
-  case "$path:$last" in
-{_values(verbs)}
-  esac
+  _turret_values "$path:$last"
+  if [[ -z $values && $current != -* ]]; then _turret_values "$path:$place"; fi
   if [[ $values == '{_TEXT}' ]]; then COMPREPLY=(); return; fi
   if [[ $values == '{_FILES}' ]]; then COMPREPLY=($(compgen -f -- "$current")); return; fi
   if [[ $values == '{_ADAPTERS}' ]]; then
@@ -144,9 +163,6 @@ _turret() {{
 {words}
   esac
   COMPREPLY=($(compgen -W "$words" -- "$current"))
-  if [[ $current != -* && ${{#COMPREPLY[@]}} -eq 0 ]]; then
-    COMPREPLY=($(compgen -f -- "$current"))
-  fi
 }}
 complete -o filenames -F _turret turret
 """
@@ -169,21 +185,24 @@ _turret_adapters() {{
   if [[ $BUFFER =~ '--address[= ]([^ ]+)' ]]; then at=(--address $match[1]); fi
   ${{(Q)words[1]}} {_ASKED} $at 2>/dev/null </dev/null | {_NAMES}
 }}
+{_values(verbs)}
 _turret() {{
-  local verb="" last=${{words[CURRENT-1]}} values="" word known
+  local verb="" last=${{words[CURRENT-1]}} values="" word known place=0 goes_on=""
   local -a verbs flags
   for word in "${{(@)words[2,CURRENT-1]}}"; do
+    if [[ -n $goes_on ]]; then goes_on=""; continue; fi
     for known in {paths}; do
-      if [[ $known == "${{verb:+$verb }}$word" ]]; then verb=$known; break; fi
+      if [[ $known == "${{verb:+$verb }}$word" ]]; then verb=$known; continue 2; fi
     done
+    if [[ $word == -* ]]; then _turret_values "$verb:$word"; goes_on=$values
+    else place=$((place + 1)); fi
   done
   if [[ ${{words[CURRENT]}} == --*=* ]]; then
     last=${{words[CURRENT]%%=*}}
     compset -P '*='
   fi
-  case "$verb:$last" in
-{_values(verbs)}
-  esac
+  _turret_values "$verb:$last"
+  if [[ -z $values && ${{words[CURRENT]}} != -* ]]; then _turret_values "$verb:$place"; fi
   if [[ $values == {shlex.quote(_TEXT)} ]]; then return 1; fi
   if [[ $values == {shlex.quote(_FILES)} ]]; then _files; return; fi
   if [[ $values == {shlex.quote(_ADAPTERS)} ]]; then compadd -- $(_turret_adapters); return; fi
@@ -193,7 +212,7 @@ _turret() {{
   esac
   if [[ ${{words[CURRENT]}} == -* ]]; then _describe -o option flags; return; fi
   if (( $#verbs )); then _describe command verbs; return; fi
-  _files
+  return 1
 }}
 if [[ $funcstack[1] == _turret ]]; then
   _turret "$@"
@@ -219,16 +238,28 @@ def _fish(verbs: list[_Verb]) -> str:
         "  command -q $command; or return",
         f"  $command {_ASKED} $at 2>/dev/null </dev/null | {_NAMES}",
         "end",
+        # The first is how many words must stand before, flags apart; the others take a value.
+        "function __turret_at",
+        "  set -l seen 0",
+        "  set -l goes_on",
+        "  for word in (commandline -opc)[2..]",
+        "    if set -q goes_on[1]; set goes_on",
+        "    else if contains -- $word $argv[2..]; set goes_on 1",
+        "    else if not string match -q -- '-*' $word; set seen (math $seen + 1); end",
+        "  end",
+        "  test $seen = $argv[1]",
+        "end",
     ]
     for verb in verbs:
         words = verb.path.split()
         tests = [f"__fish_seen_subcommand_from {word}" for word in words]
         if verb.verbs:
             tests.append(f"not __fish_seen_subcommand_from {' '.join(verb.verbs)}")
-        condition = shlex.quote("; and ".join(tests)) if tests else ""
-        start = f"complete -c turret{f' -n {condition}' if condition else ''}"
+        condition = "; and ".join(tests)
+        start = f"complete -c turret{f' -n {shlex.quote(condition)}' if tests else ''}"
         for name, text in verb.verbs.items():
             lines.append(f"{start} -a {name} -d {_fish_text(text)}")
+        lines += _fish_places(verb, condition)
         for flag, text in verb.flags.items():
             letter = verb.letters.get(flag, "").removeprefix("-")
             line = f"{start} -l {flag.removeprefix('--')} -d {_fish_text(text)}"
@@ -244,6 +275,20 @@ def _fish(verbs: list[_Verb]) -> str:
                 line += f" -x -a {_fish_text(' '.join(choices))}"
             lines.append(line)
     return "\n".join(lines) + "\n"
+
+
+def _fish_places(verb: _Verb, condition: str) -> list[str]:
+    """What completes the arguments that no flag begins."""
+    flags = [name for flag in verb.choices if flag in verb.flags for name in verb.names(flag)]
+    lines = []
+    for place, (kind, *_) in verb.choices.items():
+        if place in verb.flags:
+            continue
+        at = f"__turret_at {len(verb.path.split()) + int(place)} {' '.join(flags)}"
+        test = shlex.quote(f"{condition}; and {at}")
+        offer = "-F" if kind == _FILES else "-a '(__turret_adapters)'"
+        lines.append(f"complete -c turret -n {test} {offer}")
+    return lines
 
 
 def _fish_text(text: str) -> str:

@@ -66,11 +66,24 @@ def test_completion_knows_every_verb_and_flag(shell: str) -> None:
         (["turret", "generate", "--address", "far:1", "-a", ""], "quux"),
         (["turret", "generate", "--address", "down:1", "-a", ""], ""),
         (["turret", "generate", "--json-schema", "/us"], "/usr"),
+        (["turret", "adapters", "unload", ""], "json sql"),
+        (["turret", "adapters", "replace", "s"], "sql"),
+        (["turret", "adapters", "replace", "sql", "/us"], "/usr"),
+        (["turret", "adapters", "pin", "--force", "--timeout", "3", ""], "json sql"),
+        (["turret", "adapters", "get", "--address", "far", ":", "1", ""], "quux"),
+        (["turret", "adapters", "get", "--address", "=", "far", ":", "1", ""], "quux"),
+        (["turret", "adapters", "get", "--address", "down:1", ""], ""),
+        (["turret", "adapters", "export", "--js"], "--json"),
+        (["turret", "adapters", "load", "s"], ""),
+        (["turret", "adapters", "fuse", "-a", "load", "-a", "j"], "json"),
+        (["turret", "train", "plan", "/us"], "/usr"),
+        (["turret", "generate", "/us"], ""),
     ],
 )
 def test_bash_completes(words: list[str], expected: str, turret: dict[str, str]) -> None:
     line = shlex.join(words)
-    call = f"COMP_LINE={shlex.quote(line)}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}"
+    typed = line.replace(" : ", ":").replace(" = ", "=")
+    call = f"COMP_LINE={shlex.quote(typed)}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}"
     code = f'{script(build_parser(None), "bash", OFFERS)}{call}; _turret; echo "${{COMPREPLY[@]}}"'
     done = subprocess.run(
         ["bash", "-c", code], capture_output=True, text=True, check=True, env=turret
@@ -88,6 +101,11 @@ COMPLETED = [
     ("turret serve --adapter-root /et", "/etc"),
     ("turret generate -a sq", "sql"),
     ("turret generate --address far:1 --adapter q", "quux"),
+    ("turret adapters unload s", "sql"),
+    ("turret adapters replace --timeout 3 s", "sql"),
+    ("turret adapters get --address=far:1 q", "quux"),
+    ("turret adapters upload sql /et", "/etc"),
+    ("turret train plan /et", "/etc"),
 ]
 
 # A terminal of its own, in which the line is begun and the tabulator pressed; waits for the rest.
