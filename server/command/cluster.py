@@ -161,7 +161,7 @@ def status(args: argparse.Namespace) -> int:
     if not _has_ray("status"):
         return EXIT_FAILED
     from turret.server.cluster.serving.ray_cluster import join_as_guest
-    from turret.server.cluster.serving.status import shown
+    from turret.server.cluster.serving.status import print_status
     from turret.server.errors import UnavailableError
 
     try:
@@ -173,7 +173,7 @@ def status(args: argparse.Namespace) -> int:
         join_as_guest(args.ray_address, args.state_dir)
         from turret.server.cluster.serving.registry_actor import RayChannel
 
-        print(shown(RayChannel().status()))
+        print_status(RayChannel().status())
     except UnavailableError as error:
         _complain("status", str(error))
         return EXIT_FAILED

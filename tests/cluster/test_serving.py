@@ -14,7 +14,7 @@ import pytest
 import torch
 from builders.adapters import edit_config
 from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
-from fleets.serving import ServingFleet, start_fleet
+from fleets.serving import ServingFleet, start_fleet, status_rows
 from safetensors.torch import load_file, save_file
 
 from turret.clients.client import TurretClient, TurretRpcError
@@ -185,7 +185,7 @@ def test_a_merge_is_every_replicas_and_that_of_one_which_comes_later(fleet: Serv
         state = client.adapters.merge("sql")
         merged = everywhere(fleet, "base")
         assert merged != plain
-        assert "merged: sql" in fleet.status()
+        assert "merged: sql@1=1" in fleet.status()
         with pytest.raises(TurretRpcError) as refused:
             client.adapters.unload("sql")
         assert refused.value.reason == "ADAPTER_IN_USE"
@@ -234,7 +234,7 @@ def test_a_killed_replica_loses_no_answer_and_comes_back_with_everything(
             thread.join(120.0)
         assert [got.get(index) for index in range(len(names))] == wanted
         fleet.wait_until_whole(2)
-        revisions = {line.split()[1] for line in fleet.status().splitlines()[2:]}
+        revisions = {row["revision"] for row in status_rows(fleet.status())}
         assert len(revisions) == 1
         assert [answer(name) for name in names] == wanted
 
@@ -258,8 +258,8 @@ def test_a_mix_stays_on_one_replica(fleet: ServingFleet) -> None:
         # On both replicas it would be in twice as much memory.
         one = client.adapters.get("once").bytes_host
         assert {client.adapters.get(name).bytes_host for name in names} == {one}
-        lines = fleet.status().splitlines()[2:]
-        assert all(int(line.split()[-2]) >= 2 for line in lines), lines
+        rows = status_rows(fleet.status())
+        assert all(int(row["in host"]) >= 2 for row in rows), rows
         for name in (*names, "once"):
             client.adapters.unload(name)
 

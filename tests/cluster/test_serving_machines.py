@@ -11,6 +11,7 @@ import pytest
 from checkout import ROOT
 from fleets.joined import JoinedFleet, joined_fleet
 from fleets.machines import network
+from fleets.serving import status_rows
 
 from turret.clients.client import TurretClient
 
@@ -113,7 +114,7 @@ def until(holds: Callable[[], bool], seconds: float) -> None:
 
 
 def num_replicas(fleet: JoinedFleet) -> int:
-    return len(fleet.status().splitlines()) - 2
+    return len(status_rows(fleet.status()))
 
 
 FLAGS = ("--adapter-root", str(ROOT / "examples" / "adapters"), "--replicas", "2")

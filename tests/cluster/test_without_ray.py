@@ -14,12 +14,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from fleets.serving import status_rows
 from grpc_health.v1 import health_pb2
 
 from turret.server import cli
+from turret.server.cluster.fleet_state import Base, Member, MergePlan
 from turret.server.cluster.machine import fleet_folder
+from turret.server.cluster.messages import FleetStatus, ReplicaStatus
 from turret.server.cluster.serving import haproxy, ray_cluster, serve
 from turret.server.cluster.serving.plan import REFUSED, ClusterPlan, fleet_config
+from turret.server.cluster.serving.status import print_status
 from turret.server.config import AdapterConfig, Config, ModelConfig
 from turret.server.errors import UnavailableError
 from turret.v1 import adapters_pb2, inference_pb2
@@ -347,3 +351,40 @@ def test_a_replica_answers_every_call_that_there_is() -> None:
     for method in (method for service in services for method in service.methods):
         yields = any(isinstance(node, ast.Yield) for node in ast.walk(found[method.name]))
         assert yields is method.server_streaming, method.full_name
+
+
+@pytest.mark.parametrize("columns", [None, 80, 60, 40])
+def test_a_status_cuts_nothing(
+    columns: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if columns is None:
+        monkeypatch.delenv("COLUMNS", raising=False)
+    else:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    member = Member(name="sql", uuid="u", generation=2, weight=0.5)
+    plan = MergePlan(uuid="u", members=(member,), precision="NF4", time=1.0)
+    names = ("a1b2c3d4e5f6", "b")
+    figures = {"running": 12, "waiting": 345, "num_host": 6789, "num_device": 9876}
+    replicas = tuple(
+        ReplicaStatus(name=name, revision=23, lease_seconds=4.56, **figures) for name in names
+    )
+    base = Base(generation=2, merge=plan)
+    status = FleetStatus(incarnation="i", revision=24, num_adapters=1, base=base, replicas=replicas)
+    print_status(status)
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[:2] == [
+        "registry: revision 24, 1 adapter",
+        "base: generation 2, merged: sql@2=0.5",
+    ]
+    told = {"12", "345", "6789", "9876", "23", "4.6s"}
+    if columns is None or columns >= 80:
+        rows = status_rows(out)
+        assert [row["replica"] for row in rows] == list(names)
+        assert all({*row.values()} >= told for row in rows)
+    else:
+        assert [line for line in lines[2:] if line[0] != " "] == list(names)
+        assert {line.split()[-1] for line in lines if line[0] == " "} == told
+    assert max(map(len, lines)) <= (columns or 100)
+    print_status(FleetStatus(incarnation="i", revision=1, num_adapters=0, base=Base(), replicas=()))
+    assert "no replica has joined yet" in capsys.readouterr().out

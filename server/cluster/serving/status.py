@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from rich.table import Table
+from rich.text import Text
+
+from turret.clients.verbs.tables import print_table
 from turret.server.basics.counted import counted
 from turret.server.cluster.messages import FleetStatus
 
 
-def shown(status: FleetStatus) -> str:
-    """A few lines for a person."""
+def print_status(status: FleetStatus) -> None:
+    """What is true everywhere, and one row per replica."""
     base = status.base
-    merged = "" if base.merge is None else ", ".join(member.name for member in base.merge.members)
-    lines = [
-        f"registry  revision {status.revision}, {counted(status.num_adapters, 'adapter')}, base"
-        f" generation {base.generation}" + (f" (merged: {merged})" if merged else ""),
-        f"{'replica':<12}{'revision':>9}{'lease':>8}{'running':>9}{'waiting':>9}"
-        f"{'in host':>9}{'on device':>11}",
-    ]
-    lines += [
-        f"{replica.name:<12}{replica.revision:>9}{replica.lease_seconds:>7.1f}s"
-        f"{replica.running:>9}{replica.waiting:>9}"
-        f"{replica.num_host:>9}{replica.num_device:>11}"
-        for replica in status.replicas
-    ]
-    return "\n".join(lines)
+    print(f"registry: revision {status.revision}, {counted(status.num_adapters, 'adapter')}")
+    members = () if base.merge is None else base.merge.members
+    merged = ", ".join(f"{m.name}@{m.generation}={m.weight:g}" for m in members)
+    print(f"base: generation {base.generation}{merged and f', merged: {merged}'}")
+    if not status.replicas:
+        print("no replica has joined yet; the log of `turret cluster serve` says why")
+        return
+    table = Table()
+    # A name that is cut is of no use: it folds onto the next line instead.
+    table.add_column("replica", overflow="fold")
+    for heading in ("revision", "lease", "running", "waiting", "in host", "on device"):
+        table.add_column(heading, justify="right")
+    for replica in status.replicas:
+        figures = (replica.running, replica.waiting, replica.num_host, replica.num_device)
+        lease = f"{replica.lease_seconds:.1f}s"
+        table.add_row(
+            Text(replica.name), str(replica.revision), lease, *(str(figure) for figure in figures)
+        )
+    print_table(table)

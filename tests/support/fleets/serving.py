@@ -63,10 +63,17 @@ class ServingFleet:
         return time.monotonic() - start
 
 
+def status_rows(status: str) -> list[dict[str, str]]:
+    """The replicas that ``turret cluster status`` has printed, by heading."""
+    lines = [line.replace("┃", "│") for line in status.splitlines()]
+    cells = [[c.strip() for c in line.split("│")[1:-1]] for line in lines if line[:1] == "│"]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[1:]]
+
+
 def _is_whole(status: str, count: int) -> bool:
-    first, _, *rows = status.splitlines()
-    revision = first.split()[2].rstrip(",")
-    return len(rows) == count and {row.split()[1] for row in rows} == {revision}
+    rows = status_rows(status)
+    revision = status.split()[2].rstrip(",")
+    return len(rows) == count and {row["revision"] for row in rows} == {revision}
 
 
 def free_port() -> int:
