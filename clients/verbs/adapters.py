@@ -161,6 +161,9 @@ def _list(args: argparse.Namespace, client: TurretClient) -> None:
     is_filtered = args.method is not None or args.residency is not None
     others = client.adapters.list(timeout=args.timeout) if is_filtered and not adapters else ()
     print_adapters(adapters, others=list(others), method=args.method)
+    merged = client.adapters.get_merge_state(timeout=args.timeout)
+    if merged.active:
+        print(f"merged into the base: {mix_text(merged)}; `turret adapters merge-state` says how")
 
 
 def _get(args: argparse.Namespace, client: TurretClient) -> None:

@@ -343,8 +343,12 @@ def test_adapters_fuse_merge_and_unmerge(run: Run, server: FakeTurret):
     assert "bf16" in out
     assert "the rounding error is 75.0% of what the adapters change" in out
     assert "warning: most of it is lost" in out
+    said = "merged into the base: sql@1=0.5; `turret adapters merge-state` says how\n"
+    assert run("adapters", "list")[1].endswith(said)
+    assert isinstance(json.loads(run("adapters", "list", "--json")[1]), list)
     taken = run("adapters", "unmerge")[1]
     assert taken == "took sql@1=0.5 out of the base; base generation 3\n"
+    assert "merged" not in run("adapters", "list")[1]
     assert run("adapters", "merge-state")[1] == "nothing is merged; base generation 3\n"
 
 

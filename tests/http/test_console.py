@@ -10,8 +10,10 @@ from checkout import ROOT
 from servers.fakes import failing
 from servers.http_harness import HttpHarness, Refused, http_harness
 
+from turret.server.adapters.ref import AdapterRef
 from turret.server.api.access.tokens import TokenTable
 from turret.server.api.failures import MAX_FAILURES, MAX_MESSAGE_CHARS
+from turret.server.basics.cancellation import Cancellation
 from turret.server.config import ListenConfig
 from turret.server.errors import AdapterNotFoundError, ResourceError
 from turret.server.http import lora
@@ -115,6 +117,19 @@ async def test_each_role_sees_what_other_paths_tell_it() -> None:
     assert (rules["figures"], rules["failures"], rules["model"]) == (None, [], None)
     assert (watches["adapters"], watches["failures"], watches["model"]) == (None, None, None)
     assert watches["figures"]["sequences"] == {}
+
+
+async def test_a_merge_is_told_to_who_may_merge() -> None:
+    tokens = TokenTable([(role, frozenset({role})) for role in ROLES])
+    async with http_harness(tokens=tokens) as http:
+        assert (await state_of(http, "admin"))["merged"] is None
+        refs = (AdapterRef(name="sql"), AdapterRef(name="json", weight=0.5))
+        http.merger.merge(refs, "BF16", Cancellation())
+        asks, rules, watches = [(await state_of(http, role))["merged"] for role in ROLES]
+        http.merger.unmerge(Cancellation())
+        assert (await state_of(http, "admin"))["merged"] is None
+    assert rules == {"mix": "sql@3=1, json@3=0.5", "precision": "bf16", "base_generation": 2}
+    assert asks is watches is None
 
 
 async def test_an_admin_address_keeps_administration_to_itself() -> None:

@@ -13,7 +13,9 @@ from servers.fakes import finish
 from servers.http_harness import HttpHarness, http_harness
 
 from turret.clients.verbs.tables import _bytes as as_listed
+from turret.server.adapters.ref import AdapterRef
 from turret.server.api.access.tokens import TokenTable
+from turret.server.basics.cancellation import Cancellation
 from turret.server.engine.scheduling.request import Output, Request, TokenLogprob, TopLogprob
 from turret.server.errors import AdapterCheckpointError
 
@@ -249,6 +251,21 @@ async def test_an_administrator_loads_pins_and_unloads(
         assert http.registry.unloads[0][:2] == ("sql", "DRAIN")
 
 
+async def test_a_merge_is_said_while_it_lasts(visit: Callable[..., Awaitable[Any]]) -> None:
+    async with http_harness() as http:
+        http.merger.merge((AdapterRef(name=EVIL, weight=0.5),), "NF4", Cancellation())
+
+        def do(tab: Browser) -> None:
+            open_page(tab, http)
+            tab.until(lambda: f"{EVIL}@3=0.5 (nf4, " in tab.text("#merged"), "the merge")
+            assert tab.all("main img, main script") == []
+            http.merger.unmerge(Cancellation())
+            tab.until(lambda: not tab.find("#merged").is_displayed(), "nothing")
+            assert tab.complaints() == []
+
+        await visit(do)
+
+
 async def test_a_server_that_starts_stops_or_refuses_says_so(
     visit: Callable[..., Awaitable[Any]],
 ) -> None:
@@ -324,6 +341,7 @@ async def test_it_fits_and_can_be_read(
     async with http_harness() as http:
         for name in ("json", "x" * 128):
             http.registry.load(name, name, pinned=True)
+        http.merger.merge((AdapterRef(name="x" * 128),), "BF16", Cancellation())
         http.engine.script = scripted("A", " b", " c")
         await http.post("/v1/completions", {"model": "base", "prompt": "a", "temperature": -1})
 

@@ -62,6 +62,7 @@ class State:
             "adapters": None,
             "figures": None,
             "failures": None,
+            "merged": None,
         }
         info = self._inference.model()
         if "inference" in roles:
@@ -83,6 +84,7 @@ class State:
         if "metrics" in roles:
             state["figures"] = await asyncio.to_thread(figures, self._metrics)
         if is_admin:
+            state["merged"] = _merged(self._adapters.merge_state())
             state["failures"] = [
                 {
                     "time": failure.time,
@@ -97,6 +99,18 @@ class State:
                 for failure in self._failures.newest()
             ]
         await exchange.reply.json(state, headers={"cache-control": "no-store"})
+
+
+def _merged(state: adapters_pb2.MergeState) -> dict[str, Any] | None:
+    """What of GetMergeState is shown; None where nothing is merged."""
+    if not state.active:
+        return None
+    precision = adapters_pb2.MergeAdaptersRequest.Precision.Name(state.precision)
+    return {
+        "mix": ", ".join(f"{a.name}@{a.generation}={a.weight:g}" for a in state.adapters),
+        "precision": precision.lower(),
+        "base_generation": state.base_generation,
+    }
 
 
 def _row(adapter: adapters_pb2.Adapter, is_admin: bool) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class HttpHarness:
     gate: Gate
     engine: FakeEngine
     registry: FakeRegistry
+    merger: FakeMerger
     metrics: Metrics
     failures: Failures
     client: httpx2.AsyncClient
@@ -108,7 +109,7 @@ async def http_harness(
     """A server on a free port, serving fakes."""
     gate, metrics, failures = Gate(), Metrics(), Failures()
     adapters = Adapters(gate)
-    engine, registry = FakeEngine(), FakeRegistry()
+    engine, registry, merger = FakeEngine(), FakeRegistry(), FakeMerger()
     server = HttpServer(
         listen or ListenConfig(http_address="127.0.0.1:0"),
         security or SecurityConfig(),
@@ -122,11 +123,11 @@ async def http_harness(
     )
     await server.start()
     if serving:
-        gate.open(fake_backend(engine, registry, FakeMerger(), FakeFuser()))
+        gate.open(fake_backend(engine, registry, merger, FakeFuser()))
     try:
         base = f"http://{server.address}"
         async with httpx2.AsyncClient(base_url=base, timeout=ANSWER_SECONDS) as client:
-            yield HttpHarness(server, gate, engine, registry, metrics, failures, client)
+            yield HttpHarness(server, gate, engine, registry, merger, metrics, failures, client)
     finally:
         adapters.close()
         await server.stop(0.2)

@@ -63,6 +63,7 @@ export function show(next) {
   const found = state.adapters;
   const searched = byId("find").value.trim();
   byId("load-open").hidden = !isAdmin();
+  tell(byId("merged"), state.merged ? ofMerge(state.merged) : "");
   say(byId("adapters-count"), found ? count(found.total) : "");
   byId("adapters-scroll").hidden = !found || found.shown.length === 0;
   tell(byId("adapters-empty"), found ? whyNone(found, searched) : "Adapters need a token with the role inference.");
@@ -93,6 +94,9 @@ export function show(next) {
     before = row.element;
   }
 }
+
+const ofMerge = ({ mix, precision, base_generation }) =>
+  `Merged into the base, and so part of every answer: ${mix} (${precision}, base generation ${base_generation}).`;
 
 function whyNone(found, searched) {
   if (found.shown.length) return "";
