@@ -26,7 +26,6 @@ from turret.clients.messages.results import Usage
 from turret.server.server_process import ServerProcess, ServerProcessError
 
 _MAX_TOKENS = 64
-_PLAIN_WIDTH = 140
 _BASE = "base"
 # Prompts of the example adapters that the base model answers as well, for comparison.
 _COMPARED = ("pirate", "label")
@@ -144,8 +143,6 @@ def run_demo(
         is_once: Stop when everything is shown, instead of serving on until Ctrl-C.
     """
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=_PLAIN_WIDTH)
     try:
         folder = find_examples(examples)
     except ExamplesNotFoundError as error:
@@ -188,7 +185,7 @@ def _converse(
     if console.is_terminal:
         # Elsewhere each was printed when it was there.
         console.print(_answers(questions))
-    console.print(_totals(questions))
+    console.print(_totals(questions), soft_wrap=not console.is_terminal)
     console.rule(f"per adapter, from http://{server.metrics_address}/metrics")
     console.print(_counts_table(read_counts(server.metrics_address)))
     if is_once:
@@ -322,7 +319,7 @@ def read_counts(metrics_address: str) -> dict[str, AdapterCounts]:
 
 def _counts_table(counts: dict[str, AdapterCounts]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("adapter", style="cyan")
+    table.add_column("adapter", style="cyan", no_wrap=True)
     for name in ("requests", "prompt tokens", "generated tokens"):
         table.add_column(name, justify="right")
     table.add_column("residency")

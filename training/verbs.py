@@ -243,6 +243,7 @@ def _sweep(args: argparse.Namespace) -> None:
     print(f"a run for each of the ranks {ranks}; --ranks says which", file=sys.stderr)
     from rich.table import Table
 
+    from turret.clients.verbs.tables import print_table
     from turret.training.run.progress import training_progress
 
     with training_progress(None, "sweep") as listen:
@@ -263,7 +264,7 @@ def _sweep(args: argparse.Namespace) -> None:
             f"+{result.relative_multiply_adds:.1%}",
             f"{result.seconds:.0f}",
         )
-    _console().print(table)
+    print_table(table, _console())
     # Of those that the table shows as equal the first, and smallest where ranks go up.
     best = min(done, key=lambda result: round(result.validation_loss, 4))
     print(f"the lowest validation loss has rank {best.rank}", best.what_next, sep="\n")

@@ -72,9 +72,9 @@ def _table(adapters: Sequence[Adapter]) -> Table:
     return table
 
 
-def print_table(table: Table) -> None:
+def print_table(table: Table, console: Console | None = None) -> None:
     """A table, or a line per cell where the terminal has no room for one."""
-    console = terminal()
+    console = console or terminal()
     if fits(table, console):
         console.print(table)
         return

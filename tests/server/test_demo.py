@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -15,8 +16,11 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT
+from rich.console import Console
 
+from turret.clients.messages.mix import AdapterWeight
 from turret.server.cli import main
+from turret.server.demo import AdapterCounts, Question, _answers, _counts_table
 
 EXAMPLES = ROOT / "examples"
 COMMAND = [sys.executable, "-m", "turret.server.cli", "demo"]
@@ -28,7 +32,8 @@ needs_model = pytest.mark.skipif(
 def run_once() -> str:
     result = subprocess.run(
         COMMAND,
-        env={**os.environ, "DEMO_ONCE": "1"},
+        env={**{k: v for k, v in os.environ.items() if k != "COLUMNS"}, "DEMO_ONCE": "1"},
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=300,
@@ -36,6 +41,20 @@ def run_once() -> str:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_no_name_is_cut(columns: int):
+    name = "sentiment-ptuning"
+    console = Console(width=columns, record=True, file=io.StringIO())
+    console.print(_counts_table({name: AdapterCounts(3, 12345, 12345, ["device"])}))
+    console.print(
+        _answers([Question("What is it? " * 9, (AdapterWeight(name),), answer="a " * 99)])
+    )
+    text = console.export_text()
+    assert text.count(name) == 2
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= columns
 
 
 @pytest.mark.slow
@@ -50,6 +69,10 @@ def test_demo_shows_the_expected_answers_and_the_metrics():
         assert re.search(f"^{question}{answer}", output, re.MULTILINE), row
     # A terminal's table shows the answers; elsewhere each is shown when it is there, and once.
     assert "first token" not in output
+    # Rules and tables fit 80 columns; answers are lines of their own length.
+    drawn = [line for line in output.splitlines() if line[:1] == "─" or "residency" in line]
+    assert len(drawn) == 3
+    assert max(map(len, drawn)) <= 80
     # The base model and the mix took part in the same batch.
     assert re.search(r"^\[base\] .+ -> .+", output, re.MULTILINE)
     assert re.search(r"^\[\w+ \+ \w+=0\.\d\] .+ -> .+", output, re.MULTILINE)
