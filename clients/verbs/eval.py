@@ -228,8 +228,14 @@ def _label_table(reports: Sequence[MixReport]) -> Table:
 
 def _cell(metric: str, figure: Estimate, gap: str) -> str:
     if metric == "perplexity":
-        return f"{figure.value:.4g}{gap}[{figure.low:.3g}, {figure.high:.3g}]"
+        low, high = _plain(figure.low, 3), _plain(figure.high, 3)
+        return f"{_plain(figure.value, 4)}{gap}[{low}, {high}]"
     return f"{figure.value:.1%}{gap}[{figure.low:.0%}, {figure.high:.0%}]"
+
+
+def _plain(number: float, digits: int) -> str:
+    """So many digits, and no exponent for what is read without one."""
+    return f"{number:,.0f}" if 10**digits <= number < 1e9 else f"{number:.{digits}g}"
 
 
 def _answers(reports: Sequence[MixReport], examples: Sequence[EvalExample]) -> str:

@@ -20,6 +20,7 @@ from rich.progress import Progress, TaskID
 from servers.fake_turret import FakeInference, FakeTurret, abort, fake_turret
 
 from turret.clients.verbs import add_verbs
+from turret.clients.verbs.eval import _plain
 from turret.v1 import inference_pb2
 
 BOS = 1
@@ -183,6 +184,12 @@ def test_base_adapters_and_mixes_are_judged_together(
     assert len(widths) == 12
     assert widths[0] == pytest.approx(3 * widths[1])
     assert widths[4] == pytest.approx(3 * widths[3], rel=0.01)
+
+
+def test_a_perplexity_has_no_exponent():
+    figures = [(2394.6, 3), (7.654, 3), (867.94, 4), (12345.6, 4), (1e12, 3), (math.inf, 3)]
+    said = ["2,395", "7.65", "867.9", "12,346", "1e+12", "inf"]
+    assert [_plain(*figure) for figure in figures] == said
 
 
 def test_the_table_shows_each_mix(run: Run, capitals: Path):

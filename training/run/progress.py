@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 _LINES = 20
@@ -40,9 +41,9 @@ def training_progress(
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        _Steps(),
+        _Steps(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[now]}"),
-        _Times(),
+        _Times(table_column=Column(no_wrap=True)),
     )
     is_drawn = console.is_terminal
     with Progress(*columns, console=console, transient=not stays, disable=not is_drawn) as bar:

@@ -288,7 +288,12 @@ def test_a_bar_says_which_time_is_which(monkeypatch: pytest.MonkeyPatch):
             listen({"kind": "step", "step": step, "loss": 2.0})
             time.sleep(0.05)
         time.sleep(0.3)
-    assert re.search(r"8/1000 loss 2\.000 0:0\d gone (\d:)?\d+:\d\d left", drawn.getvalue())
+        assert re.search(r"8/1000 loss 2\.000 0:0\d gone (\d:)?\d+:\d\d left", drawn.getvalue())
+        # Both losses beside both times: one line still.
+        listen({"kind": "validation", "step": 8, "loss": 7.6})
+        time.sleep(0.2)
+    losses = r"8/1000 loss 2\.000  validation 7\.600 0:0\d gone (\d:)?\d+:\d\d left"
+    assert re.search(losses, drawn.getvalue())
     assert [progress._clock(s) for s in (0.4, 61, 3661)] == ["0:00", "1:01", "1:01:01"]
 
 
