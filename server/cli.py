@@ -31,7 +31,7 @@ _OWN_VERBS = {
 }
 _TRAINING = {
     "train": "train an adapter",
-    "convert": "make an adapter that is served of one that is not",
+    "convert": "turn an adapter that is not served into one that is",
 }
 
 

@@ -123,8 +123,8 @@ class SchedulerConfig:
     )
     max_queued_bytes: int = _flag(
         512 * MIB,
-        "memory of requests that wait or run, messages and unread answers too, before new get"
-        " RESOURCE_EXHAUSTED",
+        "memory of requests that wait or run, messages and unread answers too, before new"
+        " ones get RESOURCE_EXHAUSTED",
         unit="bytes",
     )
     preempt_after_seconds: float = _flag(
@@ -134,8 +134,9 @@ class SchedulerConfig:
     )
     speculation: Literal["auto", "prompt", "off"] = _flag(
         "auto",
-        "on a CPU, check guessed tokens in one step, where it pays and to the same answers: from"
-        " the request and earlier answers of its adapters; prompt: from the request alone",
+        "on a CPU, guess tokens and check several in one step, where that pays; answers stay the"
+        " same. auto guesses from the request and its adapters' earlier answers, prompt from the"
+        " request alone",
     )
     max_requests_per_token: int = _flag(
         0, "waiting and running requests of one bearer token; 0 is no limit", unit="requests"

@@ -23,29 +23,29 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the verb."""
     parser = subparsers.add_parser("train", help="train an adapter")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    init = verbs.add_parser("init", help="write a commented config")
+    text = "write a commented config"
+    init = verbs.add_parser("init", help=text, description=text.capitalize())
     init.add_argument("file", type=Path, nargs="?", default=Path("train.toml"), metavar="FILE")
     init.set_defaults(func=_with_errors(_init))
     plan = _add(verbs, "plan", "show what a run will do and cost", _plan)
     plan.add_argument("--measure", action="store_true", help="run two steps and measure the memory")
-    run = _add(verbs, "run", "train", _run)
+    run = _add(verbs, "run", "train an adapter", _run)
     how = run.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    how.add_argument(
-        "--overwrite", action="store_true", help="remove a run that is there, and nothing else"
-    )
-    report = verbs.add_parser("report", help="write a run's report.html again")
+    how.add_argument("--overwrite", action="store_true", help="first remove what a run left there")
+    text = "write a run's report.html again"
+    report = verbs.add_parser("report", help=text, description=text.capitalize())
     report.add_argument("run", type=Path, metavar="DIR", help="directory of the run")
     report.set_defaults(func=_with_errors(_report))
     # --rank is read as --ranks.
-    sweep = _add(verbs, "sweep", "compare ranks", _sweep, "--rank")
+    sweep = _add(verbs, "sweep", "train at several ranks and compare", _sweep, "--rank")
     sweep.add_argument(
         "--ranks",
         action=_Once,
         type=_ranks,
         default=(2, 4, 8, 16, 32),
         metavar="N,N,…",
-        help="default: 2,4,8,16,32",
+        help="which (default: 2,4,8,16,32)",
     )
 
 
@@ -59,7 +59,8 @@ def _add(
     """Add a verb that reads a config, without some of its flags."""
     from turret.training.settings.flags import config_parser, known_otherwise
 
-    parser = verbs.add_parser(name, help=text, parents=[config_parser(*left_out)])
+    parents = [config_parser(*left_out)]
+    parser = verbs.add_parser(name, help=text, description=text.capitalize(), parents=parents)
     parser.known_otherwise = known_otherwise
     parser.set_defaults(func=_with_errors(func))
     return parser

@@ -69,7 +69,7 @@ def _action(
         parents.insert(0, adapter_parser(required=True))
     parser = actions.add_parser(name, help=text, description=text.capitalize(), parents=parents)
     if named:
-        parser.add_argument("name", metavar="NAME")
+        parser.add_argument("name", metavar="NAME", help="how requests name the adapter")
     parser.set_defaults(func=with_client(func))
     return parser
 
@@ -79,7 +79,7 @@ def _add_lifecycle(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     listing.add_argument("--method", metavar="METHOD", help="this method alone")
     listing.add_argument("--residency", choices=("disk", "host", "device"), help="this tier alone")
     _action(actions, "get", "show one adapter", _get)
-    load = _action(actions, "load", "register a directory of the server's", _load)
+    load = _action(actions, "load", "register a directory of the server's machine", _load)
     load.add_argument("path", metavar="PATH", help="relative to the server's adapter root")
     load.add_argument("--pin", action="store_true", help="pin it at once")
     _add_task(load)
@@ -100,19 +100,24 @@ def _add_expected(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_transfers(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    upload = _action(actions, "upload", "send an adapter and register it", _upload)
+    upload = _action(actions, "upload", "send a directory of this machine and register it", _upload)
     upload.add_argument("directory", type=Path, metavar="DIR", help="in PEFT's layout")
     upload.add_argument("--pin", action="store_true", help="pin it at once")
     upload.add_argument("--replace", action="store_true", help="as a new generation of NAME")
     _add_task(upload)
-    replace = _action(actions, "replace", "make a directory the new generation", _replace)
+    replace = _action(
+        actions,
+        "replace",
+        "put a directory in an adapter's place, as its next generation",
+        _replace,
+    )
     replace.add_argument("path", metavar="PATH", help="relative to the server's adapter root")
     _add_expected(upload)
     _add_expected(replace)
     _add_task(replace)
     export = _action(actions, "export", "write an adapter to a new directory", _export)
-    export.add_argument("directory", type=Path, metavar="DIR")
-    export.add_argument("--generation", type=int, metavar="N", help="default: the newest")
+    export.add_argument("directory", type=Path, metavar="DIR", help="on this machine")
+    export.add_argument("--generation", type=int, metavar="N", help="which (default: the newest)")
 
 
 def _add_combinations(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -82,7 +82,7 @@ def connection_parser() -> argparse.ArgumentParser:
     group.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM key of --tls-cert")
     group.add_argument("--tls-server-name", metavar="NAME", help="name in the server's certificate")
     group.add_argument(
-        "--details", action="store_true", help="of a refusal, print a line for every field at fault"
+        "--details", action="store_true", help="print a line for every field that a refusal names"
     )
     group.add_argument(
         "--timeout",
@@ -112,7 +112,7 @@ def adapter_parser(*, required: bool = False) -> argparse.ArgumentParser:
         default=[],
         required=required,
         metavar="NAME[@GENERATION][=WEIGHT]",
-        help="a member of the mix; repeat for more",
+        help="an adapter; repeat for a mix",
     )
     return parser
 
