@@ -25,14 +25,15 @@ from turret.server.cli import build_parser
 from turret.server.command.settings import settings
 
 DOCS = ROOT / "docs"
+EACH_PAGE = pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted(DOCS.glob("*.md"))],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 _LINK = re.compile(r"\]\(([^)#\s]+)(?:#([^)\s]*))?\)")
 
 
-@pytest.mark.parametrize(
-    "page",
-    [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "examples" / "README.md"],
-    ids=lambda path: str(path.relative_to(ROOT)),
-)
+@EACH_PAGE
 def test_links_lead_somewhere(page: Path) -> None:
     for target, anchor in _LINK.findall(page.read_text()):
         if "://" in target:
@@ -73,9 +74,7 @@ def commands(page: Path) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.stem
-)
+@EACH_PAGE
 def test_every_command_of_a_page_is_one(page: Path) -> None:
     for words in commands(page):
         try:
@@ -84,9 +83,7 @@ def test_every_command_of_a_page_is_one(page: Path) -> None:
             pytest.fail(f"{page.name}: turret {shlex.join(words)}")
 
 
-@pytest.mark.parametrize(
-    "page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.stem
-)
+@EACH_PAGE
 def test_every_command_of_a_sentence_has_its_flags(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for said in re.findall(r"`turret ([a-z][^`]*)`", text):
