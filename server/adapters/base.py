@@ -9,9 +9,6 @@ from typing import Literal, Protocol
 
 import torch
 
-EMBEDDING = "model.embed_tokens"
-HEAD = "lm_head"
-
 
 class WeightRows(Protocol):
     """A weight, ``[out_features, in_features]``, that need not be there as a whole."""

@@ -13,6 +13,7 @@ _OTHER_NAMES = {
     **dict.fromkeys(("fp16", "f16", "half", "torch.float16"), "float16"),
     **dict.fromkeys(("fp32", "f32", "float", "full", "torch.float32"), "float32"),
     **dict.fromkeys(("gpu", "nvidia"), "cuda"),
+    "--adapters": "--adapter-root",
 }
 
 

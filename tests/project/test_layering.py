@@ -65,7 +65,8 @@ BELOW = {
     "server.adapters": {"leaf", "server.adapters.operators"},
     "server.adapters.checkpoint": NOUNS,
     "server.adapters.peft_format.config": NOUNS | {"server.adapters.checkpoint"},
-    "server.adapters.peft_format.refusals": NOUNS | {"server.adapters.checkpoint"},
+    "server.adapters.peft_format.refusals": NOUNS
+    | {"server.adapters.checkpoint", "server.adapters.peft_format.config"},
     "server.adapters.peft_format": NOUNS
     | {"server.adapters.checkpoint"}
     | {f"server.adapters.peft_format.{name}" for name in ("config", "refusals")},

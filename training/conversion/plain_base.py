@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel, BaseModule, BaseVocabulary
+from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
+from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.errors import InvalidRequestError
 from turret.server.models.families import read_arch
 from turret.server.models.sources.hub_model import Progress, fetch_hub_model, hub_model_id

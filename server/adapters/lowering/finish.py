@@ -8,13 +8,14 @@ from types import MappingProxyType
 
 import torch
 
-from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel
+from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.finite import all_finite
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.arena import in_one_block
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.adapters.operators.soft_prompt import SoftPrompt
 from turret.server.adapters.operators.vocabulary import VocabularyOperators
 from turret.server.adapters.peft_format.module_checkpoint import ModuleCheckpoint

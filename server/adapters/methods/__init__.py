@@ -7,13 +7,14 @@ import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel
+from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.no_adapter import holds_integers
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.component import FindComponent, find_no_component
 from turret.server.adapters.lowering.dense import check_dense, dense_warnings
 from turret.server.adapters.lowering.lowered import Lowered, Method
+from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.adapters.operators.vocabulary import VocabularyOperators
 from turret.server.adapters.peft_format.classifier_checkpoint import (
     ClassifierPart,

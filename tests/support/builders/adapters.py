@@ -16,19 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from turret.server.adapters.base import (
-    EMBEDDING,
-    HEAD,
-    BaseModel,
-    BaseModule,
-    BaseNorm,
-    BaseVocabulary,
-)
+from turret.server.adapters.base import BaseModel, BaseModule, BaseNorm, BaseVocabulary
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.adapters.operators.updates import Sparse
 from turret.server.adapters.peft_format.refusals.first_look import look_at
 from turret.server.adapters.peft_format.refusals.known_shapes import BaseSize

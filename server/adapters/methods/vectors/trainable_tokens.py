@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel
+from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
+from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.adapters.operators.vocabulary import VocabularyOperators, VocabularyRows
 from turret.server.adapters.peft_format.config.rules import (
     COMMON_RULES,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.basics.closest import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +123,9 @@ def check_config(config: Mapping[str, Any], rules: Rules, findings: Findings) ->
             case None:
                 # Newer versions of PEFT write keys that older ones lack; null switches one off.
                 if value is not None:
-                    why = "is unknown to this version; if it does not change the forward pass,"
-                    findings.add(key, f"{why} remove it")
+                    meant = did_you_mean(key, rules)
+                    advice = meant or "; if it does not change the forward pass, remove it"
+                    findings.add(key, f"is unknown to this version{advice}")
             case Used(check):
                 problem = check(value)
                 if problem is not None:

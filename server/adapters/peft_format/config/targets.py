@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from turret.server.adapters.base import HEAD
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.tensor_names import name_in_training
+from turret.server.adapters.operators.module_names import HEAD
 from turret.server.adapters.peft_format.config.pattern_match import (
     Pattern,
     PatternResult,

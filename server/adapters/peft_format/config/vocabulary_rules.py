@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from turret.server.adapters.base import EMBEDDING, HEAD
+from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 
 _NAMES = {name: module for module in (EMBEDDING, HEAD) for name in (module, module.split(".")[-1])}
 _MAX_IDS = 1 << 20

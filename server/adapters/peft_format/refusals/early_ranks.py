@@ -19,10 +19,6 @@ _RANKED_BY_R = frozenset(
         "VERA",
     }
 )
-# Those whose ``r`` must be a rank; a test compares.
-HAS_R = _RANKED_BY_R | {
-    *("LORA", "BONE", "DEFT", "GLORA", "GRALORA", "HIRA", "LOKR", "MISS", "RANDLORA", "SHIRA"),
-}
 # Type → tensors whose extent in a dimension is the rank of their module.
 _RANKED_BY_SHAPE: Mapping[str, tuple[tuple[str, int], ...]] = {
     "LORA": ((".lora_A.weight", 0),),
@@ -40,11 +36,8 @@ _PATTERN = "rank_pattern"
 def check_r(
     config: Mapping[str, Any], header: SafetensorsHeader | None, findings: Findings
 ) -> None:
-    """Note an ``r`` that is no rank, or another than a LoRA's factors have."""
+    """Note an ``r`` that is another than a LoRA's factors have."""
     rank = config.get("r")
-    if peft_type_of(config) in HAS_R and "r" in config and not _is_rank(rank):
-        findings.add("r", f"must be an integer >= 1, not {rank!r:.60}")
-        return
     if peft_type_of(config) != "LORA" or config.get(_PATTERN) or not _is_rank(rank):
         # Which rank a module has by a pattern, the base's modules decide.
         return

@@ -17,6 +17,7 @@ from turret.server.adapters.checkpoint.safetensors_header import SafetensorsHead
 from turret.server.adapters.peft_format.refusals.base_name import is_other_base, of_other_base
 from turret.server.adapters.peft_format.refusals.early_finite import check_finite
 from turret.server.adapters.peft_format.refusals.early_ranks import check_early_rank, check_r
+from turret.server.adapters.peft_format.refusals.early_settings import check_settings
 from turret.server.adapters.peft_format.refusals.early_tensors import check_tensors
 from turret.server.adapters.peft_format.refusals.known_shapes import (
     BaseSize,
@@ -25,12 +26,10 @@ from turret.server.adapters.peft_format.refusals.known_shapes import (
 )
 from turret.server.adapters.peft_format.refusals.unserved import (
     SERVED_TYPES,
-    UNSERVED,
     peft_type_of,
     why_unserved,
 )
 from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE
-from turret.server.basics.closest import did_you_mean
 
 _BASE = "base_model_name_or_path"
 
@@ -58,9 +57,9 @@ def look_at(
         How many were.
 
     Raises:
-        AdapterCheckpointError: A file cannot be read, the ``peft_type`` is misspelt or not served,
-            ``r`` is no rank or contradicts a LoRA's factors, one of two factors is missing, a
-            LoRA's other tensors contradict its config, or a tensor holds NaN or Inf.
+        AdapterCheckpointError: A file cannot be read, the ``peft_type`` is not served, a setting is
+            none that the methods take, ``r`` contradicts a LoRA's factors, one of two factors is
+            missing, a LoRA's other tensors contradict its config, or a tensor holds NaN or Inf.
         AdapterMismatchError: It names another base, is of modules that the base has not, or a
             LoRA's factors are for other shapes.
         BudgetExceededError: A rank is over ``max_rank``, by the tensors or the config.
@@ -70,6 +69,7 @@ def look_at(
     findings = Findings(path)
     _check_peft_type(config, findings)
     header = _header(directory, findings)
+    check_settings(config, findings)
     check_r(config, header, findings)
     lora = header if peft_type_of(config) == "LORA" else None
     if lora is not None:
@@ -79,7 +79,7 @@ def look_at(
     trained = None if read_base_digest(directory) else config.get(_BASE)
     if base is not None and isinstance(trained, str) and is_other_base(trained, base):
         raise of_other_base(path, trained, base)
-    if header is not None and size is not None and peft_type_of(config) in SERVED_TYPES:
+    if header is not None and size is not None:
         check_modules(path, config, header, size)
     check_early_rank(path, config, header, max_rank)
     if lora is not None:
@@ -91,9 +91,7 @@ def look_at(
 
 def _check_peft_type(config: Mapping[str, Any], findings: Findings) -> None:
     kind = peft_type_of(config)
-    # One that is like no other may be that of a method which was added to this installation.
-    is_meant = kind not in SERVED_TYPES and did_you_mean(kind, sorted({*SERVED_TYPES, *UNSERVED}))
-    if not kind or kind in UNSERVED or is_meant:
+    if kind not in SERVED_TYPES:
         findings.add("peft_type", why_unserved(kind, SERVED_TYPES))
 
 

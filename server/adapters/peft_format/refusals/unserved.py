@@ -21,8 +21,8 @@ UNSERVED: Mapping[str, str] = {
     ),
     "SHADOW": "it is a second model beside the base; train one of the served methods",
 }
-# What the methods serve; a test compares. A start tells by it that a name is misspelt, before torch
-# and with it the methods are loaded.
+# What the methods serve; a test compares. A start refuses by it all others, before torch and with
+# it the methods are loaded.
 SERVED_TYPES = frozenset(
     {
         *("ADALORA", "ADAPTION_PROMPT", "BEFT", "BOFT", "BONE", "C3A", "CARTRIDGE", "CPT", "DEFT"),

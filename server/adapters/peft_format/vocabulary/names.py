@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from turret.server.adapters.base import EMBEDDING, HEAD
 from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 
 WHOLE, FROZEN, ROWS, A, B, MAGNITUDE = "weight", "base", "rows", "a", "b", "magnitude"
 _SUFFIXES = {

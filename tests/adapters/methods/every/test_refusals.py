@@ -21,10 +21,20 @@ from builders.adapters import (
 from builders.methods import make_config, save_adapter
 from peft import PeftType
 
+from turret.server.adapters.lowering.lowered import Method
 from turret.server.adapters.methods import METHODS, method_for
-from turret.server.adapters.peft_format.config.rules import Irrelevant, Rejected, Used
-from turret.server.adapters.peft_format.config.selection_rules import RANK
-from turret.server.adapters.peft_format.refusals.early_ranks import HAS_R
+from turret.server.adapters.peft_format.config.rules import (
+    Irrelevant,
+    Rejected,
+    Used,
+    is_bool,
+    is_count,
+    is_number,
+    is_rank,
+    is_seed,
+)
+from turret.server.adapters.peft_format.config.targets import is_alpha_pattern, is_rank_pattern
+from turret.server.adapters.peft_format.refusals.early_settings import early_rules
 from turret.server.adapters.peft_format.refusals.unserved import SERVED_TYPES, UNSERVED
 from turret.server.errors import (
     AdapterCheckpointError,
@@ -353,9 +363,24 @@ def test_overflow_of_the_serving_dtype_is_refused(method: str, tmp_path: Path) -
         lower_adapter(tmp_path, base_of(tiny_llama(), dtype=torch.float16))
 
 
-def test_a_start_knows_the_methods_with_a_rank() -> None:
-    ranked = [method for method in METHODS.values() if method.rules.get("r") is RANK]
-    assert {kind for method in ranked for kind in method.peft_types} == HAS_R
+# Settings of one value, and patterns of such; of one of a LoRA all rules are read.
+EARLY = {is_bool, is_count, is_number, is_rank, is_seed, is_rank_pattern, is_alpha_pattern}
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS.values() if "LORA" not in m.peft_types])
+def test_a_start_refuses_the_settings_that_a_load_refuses(method: Method) -> None:
+    wrong: tuple[Any, ...] = ("x", None, -1, 0, 2.5, True, [], {}, {"a": "x"}, 1e30)
+    for kind in method.peft_types:
+        early = early_rules({"peft_type": kind})
+        of_one = {k for k, r in method.rules.items() if isinstance(r, Used) and r.check in EARLY}
+        assert of_one <= early.keys() <= method.rules.keys()
+        for key, rule in early.items():
+            late = method.rules[key]
+            assert isinstance(rule, Used)
+            assert isinstance(late, Used)
+            refused = {repr(value): why for value in wrong if (why := rule.check(value))}
+            assert refused
+            assert refused.items() <= {repr(value): late.check(value) for value in wrong}.items()
 
 
 @pytest.mark.parametrize("kind", [kind.value for kind in PeftType])
