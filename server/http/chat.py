@@ -20,6 +20,7 @@ from turret.server.http.bodies.answer_fields import (
 from turret.server.http.bodies.fields import Fields
 from turret.server.http.bodies.generation import Asked, numbered, read_asked
 from turret.server.http.bodies.messages import read_messages
+from turret.server.http.bodies.slips import refuse_if_wrong
 from turret.server.http.bodies.tool_fields import read_tools
 from turret.server.http.bodies.unsupported import refuse_unsupported
 from turret.server.http.choices import Choices
@@ -54,7 +55,7 @@ class ChatCompletions:
         exchange.names.update(asked.names)
         use = read_tools(fields, prompt.chat)
         make_reader = await make_readers(self._inference, exchange, fields, asked, use)
-        violations.raise_if_any()
+        refuse_if_wrong(fields, exchange.names, asked.message)
         del fields
         # Each answer counts its share of what was sent.
         exchange.call.message_bytes //= asked.num_choices

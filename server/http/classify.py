@@ -11,6 +11,7 @@ from turret.server.http.bodies.fields import Fields
 from turret.server.http.bodies.generation import read_deadline
 from turret.server.http.bodies.model_names import mix_of
 from turret.server.http.bodies.prompts import read_inputs
+from turret.server.http.bodies.slips import refuse_if_wrong
 from turret.server.http.exchange.endpoint import Exchange
 from turret.v1 import inference_pb2
 
@@ -37,7 +38,7 @@ class Classify:
         message.inputs.extend(read_inputs(fields, exchange.names))
         deadline = read_deadline(fields)
         model = str(fields.get("model"))
-        violations.raise_if_any()
+        refuse_if_wrong(fields, exchange.names)
         del fields
         answer = await self._inference.classify(message, exchange.call, exchange.party, deadline)
         begun = head(f"classify-{exchange.call.request_id}", "list", model, info)

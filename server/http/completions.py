@@ -22,6 +22,7 @@ from turret.server.http.bodies.answer_fields import (
 from turret.server.http.bodies.fields import Fields
 from turret.server.http.bodies.generation import Asked, numbered, read_asked
 from turret.server.http.bodies.prompts import read_prompts
+from turret.server.http.bodies.slips import refuse_if_wrong
 from turret.server.http.bodies.unsupported import refuse_unsupported
 from turret.server.http.choices import Choices
 from turret.server.http.exchange.endpoint import Exchange
@@ -57,7 +58,7 @@ class Completions:
         if is_scored and asked.is_stream:
             fields.refuse("stream", "needs max_tokens of at least 1")
         exchange.names.update(asked.names)
-        violations.raise_if_any()
+        refuse_if_wrong(fields, exchange.names, asked.message)
         del fields
         # Each answer counts its share of what was sent.
         exchange.call.message_bytes //= len(prompts) * asked.num_choices

@@ -14,6 +14,7 @@ from turret.server.http.bodies.fields import Fields
 from turret.server.http.bodies.generation import read_deadline
 from turret.server.http.bodies.model_names import mix_of
 from turret.server.http.bodies.prompts import read_inputs
+from turret.server.http.bodies.slips import refuse_if_wrong
 from turret.server.http.exchange.endpoint import Exchange
 from turret.v1 import inference_pb2
 
@@ -44,7 +45,7 @@ class Embeddings:
         encode = _read_format(fields)
         deadline = read_deadline(fields)
         model = str(fields.get("model"))
-        violations.raise_if_any()
+        refuse_if_wrong(fields, exchange.names)
         del fields
         answer = await self._inference.embed(message, exchange.call, exchange.party, deadline)
         count = sum(len(each.values) for each in answer.embeddings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.violations import Violations
 from turret.server.http.bodies.fields import Fields
+from turret.server.http.bodies.slips import refuse_if_wrong
 from turret.server.http.exchange.endpoint import Exchange
 from turret.v1 import adapters_pb2
 
@@ -31,7 +32,7 @@ class Lora:
         replaces, pinned = fields.flag("load_inplace"), fields.flag("pinned")
         if replaces and pinned:
             fields.refuse("pinned", "a new generation is pinned if the one before was")
-        violations.raise_if_any()
+        refuse_if_wrong(fields, exchange.names)
         if replaces:
             new = adapters_pb2.ReplaceAdapterRequest(name=name, path=path)
             await self._adapters.replace(new, exchange.call)
@@ -65,7 +66,7 @@ def _named(exchange: Exchange) -> str:
     violations = Violations()
     fields = Fields(exchange.take_body(), violations)
     name = fields.text("lora_name") or ""
-    violations.raise_if_any()
+    refuse_if_wrong(fields, exchange.names)
     return name
 
 

@@ -15,6 +15,7 @@ from turret.server.http.bodies.responses.answer import Response
 from turret.server.http.bodies.responses.conversation import Conversation
 from turret.server.http.bodies.responses.fields import NAMES, read_sent
 from turret.server.http.bodies.responses.items import Event, Items
+from turret.server.http.bodies.slips import refuse_if_wrong
 from turret.server.http.bodies.tool_fields import read_tools
 from turret.server.http.bodies.unsupported import refuse_unsupported
 from turret.server.http.choices import Choices
@@ -49,7 +50,7 @@ class Responses:
         prompt = inference_pb2.GenerateRequest(chat=conversation.chat)
         use = read_tools(fields, prompt.chat, is_flat=True)
         make_reader = await make_readers(self._inference, exchange, fields, asked, use)
-        violations.raise_if_any()
+        refuse_if_wrong(fields, exchange.names, asked.message)
         del fields, conversation
         choices = Choices(
             self._inference,

@@ -7,6 +7,7 @@ from turret.server.api.violations import Violations
 from turret.server.http.bodies.fields import Fields, is_token_id
 from turret.server.http.bodies.messages import read_messages
 from turret.server.http.bodies.model_names import mix_of
+from turret.server.http.bodies.slips import refuse_if_wrong
 from turret.server.http.bodies.tool_fields import read_tools
 from turret.server.http.bodies.unsupported import refuse_unsupported
 from turret.server.http.exchange.endpoint import Exchange
@@ -49,7 +50,7 @@ class Tokens:
                 fields.refuse("prompt", "must be set, or messages")
             message.prompt = fields.text("prompt") or ""
         wants_texts = fields.flag("return_token_strs")
-        violations.raise_if_any()
+        refuse_if_wrong(fields, exchange.names)
         answer = await self._inference.tokenize(message)
         await exchange.reply.json(
             {
@@ -69,7 +70,7 @@ class Tokens:
         ids = fields.array("tokens")
         if ids is None or not all(map(is_token_id, ids)):
             fields.refuse("tokens", "must be a list of token ids")
-        violations.raise_if_any()
+        refuse_if_wrong(fields, exchange.names)
         if not ids:
             await exchange.reply.json({"prompt": ""})
             return

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from turret.server.basics.closest import did_you_mean
 from turret.server.http.bodies.fields import Fields, why_no_text
 from turret.v1 import inference_pb2
 
@@ -87,6 +88,7 @@ _REFUSED = (
     *("structural_tag", "whitespace_pattern", "disable_any_whitespace"),
     "disable_additional_properties",
 )
+_FORMATS = ("text", "json_object", "json_schema")
 
 
 def read_constraint(fields: Fields, message: _Message) -> dict[str, str]:
@@ -129,7 +131,7 @@ def read_text_format(form: Fields, message: _Message) -> dict[str, str]:
     if kind is None or kind == "text":
         return {}
     if kind not in ("json_object", "json_schema"):
-        form.refuse("type", "must be text, json_object or json_schema")
+        form.refuse("type", _no_format(kind))
         return {}
     if message.WhichOneof("constraint") is not None:
         form.refuse("type", "an answer has one constraint, not several")
@@ -158,5 +160,12 @@ def _read_response_format(fields: Fields, message: _Message) -> list[tuple[str, 
             inner.refuse("schema", why)
         return [("json_schema", "response_format.json_schema.schema")]
     if kind != "text" and fields.get("response_format") is not None:
-        asked.refuse("type", "must be text, json_object or json_schema")
+        asked.refuse("type", _no_format(kind))
     return []
+
+
+def _no_format(kind: str | None) -> str:
+    meant = did_you_mean(kind or "", _FORMATS)
+    if not meant and (kind or "").lower().startswith("js"):
+        meant = "; did you mean 'json_object', any object, or 'json_schema', with a schema?"
+    return f"must be text, json_object or json_schema{meant}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from turret.server.api.violations import Violations
@@ -18,15 +18,26 @@ class Fields:
         body: The object.
         violations: Takes in what is wrong.
         path: Where the object lies in the request, with a dot at the end; empty for the whole.
+
+    Attributes:
+        read: The fields that were asked for, whether they were sent or not.
     """
 
     def __init__(self, body: Mapping[str, Any], violations: Violations, path: str = "") -> None:
         self._body = body
         self._path = path
         self.violations = violations
+        # A dictionary, as an ordered set.
+        self.read: dict[str, None] = {}
+
+    @property
+    def sent(self) -> Iterable[str]:
+        """The fields that are there."""
+        return self._body.keys()
 
     def get(self, name: str) -> Any:
         """The value as it was sent, or None."""
+        self.read[name] = None
         return self._body.get(name)
 
     def refuse(self, name: str, description: str) -> None:

@@ -132,8 +132,8 @@ def _read_sampling(fields: Fields, sampling: inference_pb2.SamplingParams) -> No
 
 
 def _read_stop(fields: Fields, stop: inference_pb2.StopConditions) -> None:
-    limit = fields.count("max_completion_tokens")
-    limit = fields.count("max_tokens") if limit is None else limit
+    newer, older = fields.count("max_completion_tokens"), fields.count("max_tokens")
+    limit = older if newer is None else newer
     if limit is not None:
         stop.max_tokens = limit
     least = fields.integer("min_tokens")

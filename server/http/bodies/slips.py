@@ -1,0 +1,84 @@
+"""Refuses a request with all that is wrong with it, fields that are misspelt among it.
+
+Clients send many fields that are for other servers, and those are ignored. A slip of a field that
+the endpoint reads is not: to ignore it would be another answer than the one that was asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from turret.server.api.requests import sampling_params, stop_conditions
+from turret.server.http.bodies.fields import UINT32, Fields
+from turret.server.http.bodies.unsupported import refused_fields
+from turret.v1 import inference_pb2
+
+# What is refused when it asks for something need not be spelt well; tools are read in chats.
+_REFUSED = {name for names in refused_fields().values() for name in names} - {"tools"}
+# No client sends so many; comparing more would take long.
+_MOST_UNREAD, _MOST_CHARS = 32, 40
+_SHORT, _LONG = 4, 8
+
+
+def refuse_if_wrong(
+    fields: Fields, names: dict[str, str], message: inference_pb2.GenerateRequest | None = None
+) -> None:
+    """Raise what was noted of a request whose fields have all been read, and what remains to note.
+
+    Args:
+        fields: Of the whole body.
+        names: See ``refusal_of``; takes in names that are the client's own.
+        message: What was read, if it says how to generate: where anything is wrong, its ranges are
+            checked too, so that one answer names all.
+
+    Raises:
+        InvalidRequestError: Something is.
+    """
+    violations = fields.violations
+    choices = [name for name in fields.read if name not in _REFUSED]
+    unread = [name for name in fields.sent if name not in fields.read]
+    for name in reversed(unread[:_MOST_UNREAD]):
+        meant = _meant(name, choices)
+        # Who sends both knows one from the other.
+        if meant is None or fields.get(meant) is not None:
+            continue
+        # The cause comes first, and stands for what would be said of the field that is not there.
+        violations.found = [each for each in violations.found if each[0] != meant]
+        names[name] = name
+        violations.found.insert(0, (name, f"is no field of this request; did you mean {meant!r}?"))
+    if violations.found and message is not None:
+        sampling_params(message.sampling, UINT32, violations)
+        stop_conditions(message.stop, UINT32, violations)
+    violations.raise_if_any()
+
+
+def _meant(name: str, choices: list[str]) -> str | None:
+    if name in _REFUSED or len(name) > _MOST_CHARS:
+        return None
+    slips = [(slips_between(name, choice), choice) for choice in choices]
+    most = 1 if len(name) < _LONG else 2
+    return min(((n, choice) for n, choice in slips if n <= most), default=(0, None))[1]
+
+
+@functools.lru_cache(maxsize=8192)
+def slips_between(name: str, choice: str) -> int:
+    """Letters added, left out, exchanged or swapped, without regard to case and underscores.
+
+    Of a name that is too short to be told from another, so many that it is no slip.
+    """
+    one, other = (word.lower().replace("_", "").replace("-", "") for word in (name, choice))
+    if one == other:
+        return 0
+    # top_a is not top_k.
+    if max(len(one), len(other)) <= _SHORT or abs(len(one) - len(other)) > 2:
+        return len(one) + len(other)
+    before: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        before, last, row = row, before, [i]
+        for j, wanted in enumerate(other, 1):
+            best = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != wanted))
+            if last and j > 1 and letter == other[j - 2] and one[i - 2] == wanted:
+                best = min(best, last[j - 2] + 1)
+            row.append(best)
+    return row[-1]

@@ -1,0 +1,118 @@
+"""Fields that are misspelt are refused by name, and one answer names all that is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from servers.http_harness import http_harness
+
+from turret.server.http.bodies.slips import slips_between
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+TURNS = [{"role": "user", "content": "hi"}]
+# Of other servers and newer clients, and what is close to a field without being a slip of it.
+OTHERS = (
+    *("user", "store", "metadata", "service_tier", "verbosity", "cache_salt", "top_a", "top_n"),
+    *("repeat_penalty", "max_new_tokens", "n_predict", "typical_p", "min_length", "rid", "k"),
+    *("max_length", "samplers", "n_probs", "stop_regex", "separate_reasoning", "provider"),
+)
+BODIES = {
+    CHAT: {"messages": TURNS},
+    COMPLETIONS: {"prompt": "a"},
+    "/v1/responses": {"input": "a"},
+    "/v1/embeddings": {"input": "a"},
+    "/classify": {"input": "a"},
+    "/tokenize": {"prompt": "a"},
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "sent", "meant"),
+    [
+        (CHAT, "max_token", "max_tokens"),
+        (CHAT, "temprature", "temperature"),
+        (CHAT, "steam", "stream"),
+        (CHAT, "maxTokens", "max_tokens"),
+        (CHAT, "topP", "top_p"),
+        (CHAT, "tool", "tools"),
+        (CHAT, "adapter", "adapters"),
+        (COMPLETIONS, "stops", "stop"),
+        (COMPLETIONS, "respone_format", "response_format"),
+        ("/v1/responses", "instruction", "instructions"),
+        ("/v1/embeddings", "dimension", "dimensions"),
+        ("/classify", "time_out", "timeout"),
+        ("/tokenize", "return_tokens_strs", "return_token_strs"),
+    ],
+)
+async def test_a_misspelt_field_is_refused(path: str, sent: str, meant: str) -> None:
+    async with http_harness() as server:
+        refused = await server.refused(path, {"model": "base", **BODIES[path], sent: 0})
+        assert (refused.status, refused.param) == (400, sent)
+        assert refused.message == f"{sent}: is no field of this request; did you mean {meant!r}?"
+
+
+async def test_what_stands_for_a_required_field_is_the_cause_alone() -> None:
+    async with http_harness() as server:
+        for path, sent, meant in (
+            (CHAT, "message", "messages"),
+            (COMPLETIONS, "promt", "prompt"),
+            ("/v1/embeddings", "inputs", "input"),
+            (CHAT, "modle", "model"),
+        ):
+            body: dict[str, Any] = {"model": "base", **BODIES[path]}
+            body[sent] = body.pop(meant)
+            refused = await server.refused(path, body)
+            said = f"{sent}: is no field of this request; did you mean {meant!r}?"
+            assert (refused.param, refused.message) == (sent, said)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_fields_of_others_are_ignored(path: str) -> None:
+    async with http_harness() as server:
+        body = {"model": "base", **BODIES[path], **dict.fromkeys(OTHERS, 0.5)}
+        answer = await server.post(path, body)
+        assert answer.status_code == 200, answer.text
+        # Who sends both knows one from the other.
+        answer = await server.post(path, body | {"temprature": 2, "temperature": 1, "models": []})
+        assert answer.status_code == 200, answer.text
+
+
+async def test_one_answer_names_all_that_is_wrong() -> None:
+    wrong = {"temperature": 3000, "max_tokens": -3, "top_p": 7, "min_token": 1, "stop": 5}
+    async with http_harness() as server:
+        refused = await server.refused(CHAT, {"model": "base", "messages": TURNS, **wrong})
+        assert (refused.status, refused.param) == (400, "min_token")
+        for field in wrong:
+            assert refused.message.count(f"{field}: ") == 1, field
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("jsn", "; did you mean 'json_object', any object, or 'json_schema', with a schema?"),
+        ("json_shema", "; did you mean 'json_schema'?"),
+        ("xml", ""),
+    ],
+)
+async def test_a_kind_of_response_format_that_there_is_not(kind: str, said: str) -> None:
+    async with http_harness() as server:
+        for path, body in (
+            (CHAT, {"response_format": {"type": kind}}),
+            ("/v1/responses", {"text": {"format": {"type": kind}}}),
+        ):
+            refused = await server.refused(path, {"model": "base", **BODIES[path], **body})
+            end = f"type: must be text, json_object or json_schema{said}"
+            assert (refused.status, refused.message.endswith(end)) == (400, True), refused.message
+
+
+def test_slips_are_counted() -> None:
+    for one, other, slips in (
+        ("stream", "steam", 1),
+        ("max_tokens", "maxTokens", 0),
+        ("model", "modle", 1),
+        ("frequency_penalty", "frequncy_penality", 2),
+        ("stop", "seed", 8),
+        ("n", "k", 2),
+    ):
+        assert slips_between(one, other) == slips, (one, other)
