@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from turret.server.config import Config
 
 EXIT_FAILED = 1
+# With these alone nothing is loaded to look for misspelt ones.
+_CLIENT_VARIABLES = ("TURRET_ADDRESS", "TURRET_TOKEN", "TURRET_TLS_CA")
 EXIT_INTERRUPTED = 130
 # In the order of the help.
 _OWN_VERBS = {
@@ -275,6 +277,16 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def _note_variables(verb: str) -> None:
+    """Note variables that are spelt as none is; what serves does so itself."""
+    if not any(n.startswith("TURRET_") and n not in _CLIENT_VARIABLES for n in os.environ):
+        return
+    from turret.server.command.settings import unknown_variables
+    from turret.server.command.start_lines import note
+
+    note(*unknown_variables(os.environ), is_json=False, command=f"turret {verb}")
+
+
 def _run(arguments: Sequence[str], catches_interrupts: bool) -> int:
     from turret.clients.verbs import VERBS
 
@@ -284,6 +296,8 @@ def _run(arguments: Sequence[str], catches_interrupts: bool) -> int:
         if catches_interrupts:
             ends = verb in VERBS and verb != "chat"
             signal.signal(signal.SIGINT, _interrupt if ends else signal.default_int_handler)
+        if verb in VERBS or verb in _TRAINING:
+            _note_variables(verb)
         code: int = args.func(args)
         return code
     except KeyboardInterrupt:

@@ -296,6 +296,29 @@ def test_a_bad_variable_is_refused_by_name() -> None:
     assert notes == ("TURRET_MAX_RANKS is no setting; did you mean 'TURRET_MAX_RANK'?",)
 
 
+def test_every_verb_notes_a_misspelt_variable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A port that nothing listens on.
+    asked = ["--address", "127.0.0.1:1"]
+    for name in ("TURRET_TOKEN", "TURRET_ISA", "TURRET_CONFIG", "TURRET_HEALTH_FLAGS"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("TURRET_MAX_RANK", "3")
+    assert main(["health", *asked]) == 1
+    assert "note" not in capsys.readouterr().err
+    monkeypatch.setenv("TURRET_ADRESS", "10.0.0.1:50051")
+    for words in (
+        ["health", *asked],
+        ["adapters", "list", *asked],
+        ["generate", "hi", *asked],
+        ["train", "plan", "there-is-none.toml"],
+    ):
+        assert main(words) != 0
+        first = capsys.readouterr().err.splitlines()[0]
+        meant = "TURRET_ADRESS is no setting; did you mean 'TURRET_ADDRESS'?"
+        assert first == f"turret {words[0]}: note: {meant}"
+
+
 def test_the_start_says_what_differs_and_who_says_so() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser)
