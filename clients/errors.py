@@ -159,6 +159,8 @@ class TurretRpcError(Exception):
             text += LISTED
         elif reason == "SERVICE_ELSEWHERE":
             text += ELSEWHERE
+        elif code is grpc.StatusCode.UNAVAILABLE and text.startswith(_STARTING):
+            text += LOADING
         return _CLASSES.get(code, ServerError)(
             code,
             text,
@@ -273,6 +275,9 @@ _CLASSES: dict[grpc.StatusCode, type[TurretRpcError]] = {
 LISTED = "; adapters.list() tells which there are, adapters.load() registers one"
 # And about a call at the address of another service.
 ELSEWHERE = "; a client takes both: address= and admin_address="
+# And about a server that loads its model: the tries of a client are over in seconds.
+_STARTING = "the server is starting"
+LOADING = "; `turret health --wait 600` returns when it serves, a larger max_retries= waits for it"
 
 
 def _is_step_told(text: str) -> bool:

@@ -17,6 +17,7 @@ from turret.clients.client import TurretClient
 from turret.clients.errors import (
     ELSEWHERE,
     LISTED,
+    LOADING,
     AnswerCutError,
     AuthenticationError,
     DeadlineExceededError,
@@ -86,7 +87,7 @@ def connection_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--timeout",
-        type=_positive_seconds,
+        type=positive_seconds,
         metavar="SECONDS",
         help=f"deadline of a call (default: none for streams, else {_DEFAULT_TIMEOUT_SECONDS:g})",
     )
@@ -178,6 +179,9 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
     for step, typed in _TYPED_STEPS.items():
         if error.message.endswith(step):
             return error.with_message(error.message.removesuffix(step) + typed)
+    if error.message.endswith(LOADING):
+        said = error.message.removesuffix(LOADING)
+        return error.with_message(f"{said}; `{_health(args)} --wait 600` returns when it serves")
     if error.message.endswith(ELSEWHERE):
         said = error.message.removesuffix(ELSEWHERE)
         return error.with_message(f"{said}; --address or {ADDRESS_VARIABLE} names that one")
@@ -202,6 +206,12 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
             f"{error.message}; give it with --token, --token-from or {TOKEN_VARIABLE}"
         )
     return error
+
+
+def _health(args: argparse.Namespace) -> str:
+    """The command that asks the same server for its health; of TLS, flags are left out."""
+    is_typed = args.address not in (DEFAULT_ADDRESS, os.environ.get(ADDRESS_VARIABLE))
+    return f"turret health --address {args.address}" if is_typed else "turret health"
 
 
 def _print_details(error: TurretRpcError, wanted: bool) -> None:
@@ -264,7 +274,8 @@ def _jsonable(value: Any) -> Any:
     raise TypeError(f"not JSON: {value!r}")
 
 
-def _positive_seconds(text: str) -> float:
+def positive_seconds(text: str) -> float:
+    """A number of seconds above 0, for argparse."""
     try:
         seconds = float(text)
     except ValueError:

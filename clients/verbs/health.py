@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 
 from turret.clients.errors import TurretRpcError
 from turret.clients.probe import ask
@@ -12,10 +13,14 @@ from turret.clients.verbs.command import (
     connection_parser,
     given_tls,
     given_token,
+    positive_seconds,
     print_error,
 )
 
 _TIMEOUT_SECONDS = 5.0
+_PAUSE_SECONDS = 0.5
+# What a server that starts may answer, and what is heard where there is none yet.
+_MAY_CHANGE = ("NOT_SERVING", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 _NO_SERVICE = "the server has no such service; leave --service out"
 
 
@@ -31,18 +36,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--service", default="", help="full service name (default: the whole server)"
     )
+    parser.add_argument(
+        "--wait",
+        type=positive_seconds,
+        metavar="SECONDS",
+        help="ask again for so long, until it serves, for a server that starts (default: ask once)",
+    )
     parser.set_defaults(func=_health)
 
 
 def _health(args: argparse.Namespace) -> int:
     try:
-        answer = ask(
-            args.address,
-            args.service,
-            timeout_seconds=args.timeout or _TIMEOUT_SECONDS,
-            tls=given_tls(args),
-            token=given_token(args),
-        )
+        answer = _ask(args)
     except TurretRpcError as error:
         print(f"{error.code.name}: {_why_not(error, args)}", file=sys.stderr)
         return 1
@@ -56,11 +61,36 @@ def _health(args: argparse.Namespace) -> int:
         print(answer)
         return 0
     steps = {
-        "NOT_SERVING": ": the server loads its model, or stops",
+        "NOT_SERVING": _not_serving(args.wait),
         "SERVICE_UNKNOWN": f": {_NO_SERVICE}",
     }
     print(f"{answer}{steps.get(answer, '')}", file=sys.stderr)
     return 1
+
+
+def _not_serving(waited: float | None) -> str:
+    loads = ": the server loads its model, or stops"
+    return f"{loads}; --wait 600 waits until it serves" if waited is None else loads
+
+
+def _ask(args: argparse.Namespace) -> str:
+    """The answer, or with ``--wait`` the last one."""
+    tls, token = given_tls(args), given_token(args)
+    end = time.monotonic() + (args.wait or 0)
+    while True:
+        timeout = args.timeout or _TIMEOUT_SECONDS
+        failure: TurretRpcError | None = None
+        answer = ""
+        try:
+            answer = ask(args.address, args.service, timeout_seconds=timeout, tls=tls, token=token)
+        except TurretRpcError as error:
+            failure = error
+        code = answer if failure is None else failure.code.name
+        if code not in _MAY_CHANGE or time.monotonic() + _PAUSE_SECONDS > end:
+            if failure is not None:
+                raise failure
+            return answer
+        time.sleep(_PAUSE_SECONDS)
 
 
 def _why_not(error: TurretRpcError, args: argparse.Namespace) -> str:

@@ -1,0 +1,95 @@
+"""A server that still loads its model: what the verbs and the clients say, and how one waits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+
+import grpc
+import pytest
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+from servers.command import parse_and_run
+from servers.fake_turret import FakeTurret
+
+from turret.clients.client import TurretClient
+from turret.clients.errors import UnavailableError
+from turret.clients.verbs import health as verb
+from turret.server.api.faults import fault_of
+from turret.server.api.gate import Gate
+from turret.server.errors import UnavailableError as Refusal
+from turret.server.rpc.status import to_rich_status
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def starting() -> Iterator[tuple[str, health.HealthServicer]]:
+    """A server's address and its health, which is that of one that loads."""
+    servicer = health.HealthServicer()
+    servicer.set("", HealthCheckResponse.NOT_SERVING)
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}", servicer
+    server.stop(None).wait()
+
+
+def test_health_waits_until_the_server_serves(
+    starting: tuple[str, health.HealthServicer],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    address, servicer = starting
+    monkeypatch.setattr(verb, "_PAUSE_SECONDS", 0.05)
+    assert parse_and_run("health", "--address", address) == 1
+    said = "NOT_SERVING: the server loads its model, or stops"
+    assert capsys.readouterr().err == f"{said}; --wait 600 waits until it serves\n"
+    assert parse_and_run("health", "--address", address, "--wait", "0.2") == 1
+    assert capsys.readouterr().err == f"{said}\n"
+    loaded = threading.Timer(0.3, lambda: servicer.set("", HealthCheckResponse.SERVING))
+    loaded.start()
+    assert parse_and_run("health", "--address", address, "--wait", "30") == 0
+    assert capsys.readouterr().out == "SERVING\n"
+    loaded.join()
+
+
+def test_health_does_not_wait_for_what_does_not_change(
+    starting: tuple[str, health.HealthServicer], capsys: pytest.CaptureFixture[str]
+):
+    address, _ = starting
+    asked = ("health", "--address", address, "--wait", "600")
+    assert parse_and_run(*asked, "--service", "turret.v1.Other") == 1
+    assert "the server has no such service" in capsys.readouterr().err
+    # Nothing listens on this port, and may by and by.
+    assert parse_and_run("health", "--address", "127.0.0.1:1", "--wait", "0.1") == 1
+    assert "no turret server answers at 127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_a_call_says_how_to_wait_for_the_model(
+    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(server.inference, "_accept", _refuse)
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
+    code, _, err = run("generate", "a")
+    assert code == 1
+    step = f"`turret health --address {server.address} --wait 600` returns when it serves"
+    assert f"the server is starting: the model is not loaded yet; {step}" in err
+    with (
+        TurretClient(server.address, max_retries=0) as client,
+        pytest.raises(UnavailableError, match="a larger max_retries= waits for it"),
+    ):
+        client.generate("a")
+    monkeypatch.setenv("TURRET_ADDRESS", server.address)
+    assert "; `turret health --wait 600` returns" in run("generate", "a")[2]
+
+
+def _refuse(_request: object, context: grpc.ServicerContext) -> None:
+    with pytest.raises(Refusal) as refused:
+        Gate().enter()
+    fault = fault_of(refused.value)
+    details = to_rich_status(fault).SerializeToString()
+    context.set_trailing_metadata((("grpc-status-details-bin", details),))
+    context.abort(grpc.StatusCode[fault.code.name], fault.message)
