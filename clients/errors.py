@@ -157,6 +157,8 @@ class TurretRpcError(Exception):
             text = _plain(code, text)
         elif reason == "ADAPTER_NOT_FOUND" and not _is_step_told(text):
             text += LISTED
+        elif reason == "ADAPTER_EXISTS":
+            text = text.replace(*_REPLACES)
         elif reason == "SERVICE_ELSEWHERE":
             text += ELSEWHERE
         elif code is grpc.StatusCode.UNAVAILABLE and text.startswith(_STARTING):
@@ -275,6 +277,8 @@ _CLASSES: dict[grpc.StatusCode, type[TurretRpcError]] = {
 LISTED = "; adapters.list() tells which there are, adapters.load() registers one"
 # And about a call at the address of another service.
 ELSEWHERE = "; a client takes both: address= and admin_address="
+# And about a name that has other weights: the server's words, and what a program calls.
+_REPLACES = ("replace or unload it", "call adapters.replace(), or adapters.unload() first")
 # And about a server that loads its model: the tries of a client are over in seconds.
 _STARTING = "the server is starting"
 LOADING = "; `turret health --wait 600` returns when it serves, a larger max_retries= waits for it"

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -196,8 +197,8 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
         return error.with_message(
             f"{error.message.rstrip('.')}: --timeout {args.timeout:g} allows that many seconds"
         )
-    if error.reason == "ADAPTER_EXISTS" and getattr(args, "replace", None) is False:
-        return error.with_message(f"{error.message}; --replace makes these its next generation")
+    if error.reason == "ADAPTER_EXISTS" and hasattr(args, "name"):
+        return error.with_message(f"{error.message.partition('; ')[0]}; {_name_is_taken(args)}")
     if isinstance(error, NotFoundError) and error.message.endswith(LISTED):
         said = error.message.removesuffix(LISTED)
         return error.with_message(f"{said}; `turret adapters list` shows what there is")
@@ -206,6 +207,17 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
             f"{error.message}; give it with --token, --token-from or {TOKEN_VARIABLE}"
         )
     return error
+
+
+def _name_is_taken(args: argparse.Namespace) -> str:
+    """What one may do about it: with a folder, replace what has the name; else remove that."""
+    frees = f"`turret adapters unload {args.name}` frees the name"
+    if getattr(args, "replace", None) is False:
+        return f"--replace makes these its next generation, {frees}"
+    if hasattr(args, "path"):
+        command = f"turret adapters replace {args.name} {shlex.quote(args.path)}"
+        return f"`{command}` makes these its next generation, {frees}"
+    return frees
 
 
 def _health(args: argparse.Namespace) -> str:

@@ -350,7 +350,7 @@ class FleetRegistry:
         if self.state.preparing is not None:
             rules.check_no_merge(self.state)
         if self.state.base.merge is None:
-            raise NotMergedError("no merge is active")
+            raise NotMergedError("no merge is active: the base is as it was loaded")
         base = Base(generation=self.state.base.generation + 1)
         self._change_base(base)
         return self._applying(m.Outcome(base=base))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ from servers.command import parse_and_run
 from servers.fake_turret import FakeTurret
 
 from turret.clients.client import TurretClient
-from turret.clients.errors import ServerError
+from turret.clients.errors import AlreadyExistsError, ServerError
+from turret.clients.verbs.command import _with_next_step
 from turret.server.api.faults import fault_of
 from turret.server.errors import (
     VIOLATION_COUNT,
@@ -106,6 +108,25 @@ def test_what_is_in_the_way_is_removed_by_what_one_types(
     err = run("adapters", "get", "sql")[2]
     assert err.endswith(told)
     assert said.partition(";")[0] in err
+
+
+def test_a_name_that_is_taken_is_freed_by_what_one_types():
+    """Whatever the verb is asked for: the words of the server are those of a call."""
+
+    def told(**typed: object) -> str:
+        error = AlreadyExistsError(
+            grpc.StatusCode.ALREADY_EXISTS,
+            "adapter name 'json' is taken by other weights; replace or unload it",
+            reason="ADAPTER_EXISTS",
+        )
+        return _with_next_step(error, argparse.Namespace(name="json", **typed)).message
+
+    taken = "adapter name 'json' is taken by other weights"
+    frees = "`turret adapters unload json` frees the name"
+    replaces = "`turret adapters replace json 'my sql'` makes these its next generation"
+    assert told(path="my sql") == f"{taken}; {replaces}, {frees}"
+    assert told(replace=False).startswith(f"{taken}; --replace makes these")
+    assert told() == f"{taken}; {frees}"
 
 
 @pytest.mark.parametrize("verb", [("generate", "a"), ("health",)])

@@ -364,7 +364,8 @@ def test_adapters_export_and_upload(run: Run, server: FakeTurret, tmp_path):
     assert run("adapters", "upload", "up", target, "--pin")[0] == 0
     code, _, err = run("adapters", "upload", "up", target)
     assert code == 1
-    assert err.endswith("up is taken; --replace makes these its next generation\n")
+    frees = "`turret adapters unload up` frees the name\n"
+    assert err.endswith(f"up is taken; --replace makes these its next generation, {frees}")
     assert run("adapters", "upload", "up", target, "--replace")[0] == 0
     assert server.adapters.files == PEFT_FILES
 

@@ -9,13 +9,15 @@ from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 SAVE_AGAIN = "have PEFT save the adapter again"
 COPY_AGAIN = f"copy the file again, or {SAVE_AGAIN}"
 # Of a config and tensors that contradict each other.
-OTHER_TRAINING = f"{CONFIG_FILE} may be of another training"
+OTHER_TRAINING = (
+    f"{CONFIG_FILE} may be of another training: take the one that was saved beside {TENSORS_FILE}"
+)
 # Of a LoRA that has one of a module's two factors.
 MISSING_FACTOR = f"is missing; other LoRA tensors are there: {SAVE_AGAIN}"
 # Of tensors that have no place.
 NO_TENSORS = "holds no tensors of this method"
 WHOLE_WEIGHT = "is a whole weight; only those of embed_tokens and lm_head are served"
-LEFT_OUT = "is there, but the config leaves it out"
+LEFT_OUT = f"is there, but the config leaves it out; {OTHER_TRAINING}"
 NOT_FINITE = "holds NaN or Inf; take a checkpoint from before that"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # A trainer's own, which say nothing of how the weights are kept.

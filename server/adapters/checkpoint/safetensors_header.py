@@ -80,9 +80,12 @@ def read_header(file: BinaryIO, file_bytes: int) -> SafetensorsHeader:
     if why := why_lfs_pointer(word):
         raise ValueError(why)
     (length,) = struct.unpack("<Q", word)
-    if length > MAX_HEADER_BYTES or length > file_bytes - 8:
-        why = f"header length {length} exceeds the file or {MAX_HEADER_BYTES} bytes"
-        raise ValueError(f"{why}; {COPY_AGAIN}")
+    if length > MAX_HEADER_BYTES:
+        why = f"its header would be {length} bytes long, at most {MAX_HEADER_BYTES} are read"
+        raise ValueError(f"is no safetensors file, or damaged: {why}; {COPY_AGAIN}")
+    if length > file_bytes - 8:
+        why = f"it has {file_bytes} bytes, its header alone {length}"
+        raise ValueError(f"is cut short: {why}; {COPY_AGAIN}")
     text = file.read(length)
     if len(text) != length:
         raise ValueError(f"ends inside its header; {COPY_AGAIN}")
@@ -143,4 +146,5 @@ def _check_tiling(entries: list[TensorEntry], data_bytes: int) -> None:
             raise ValueError(f"tensor {entry.name!r} starts at {entry.begin}, expected {at}")
         at = entry.end
     if at != data_bytes:
-        raise ValueError(f"tensors end at {at}, the data at {data_bytes}; {COPY_AGAIN}")
+        short = "is cut short: " if at > data_bytes else ""
+        raise ValueError(f"{short}tensors end at {at}, the data at {data_bytes}; {COPY_AGAIN}")

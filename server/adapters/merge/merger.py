@@ -180,7 +180,7 @@ class Merger:
         """
         with self._only_change():
             if self._active is None:
-                raise NotMergedError("no merge is active")
+                raise NotMergedError("no merge is active: the base is as it was loaded")
             self._apply(self._active, None, cancellation)
         return self._state
 

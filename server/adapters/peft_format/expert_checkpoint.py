@@ -26,6 +26,7 @@ import torch
 from turret.server.adapters.base import BaseExperts, BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.finite import all_finite
+from turret.server.adapters.checkpoint.no_adapter import LEFT_OUT
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.operators.updates import ExpertLowRank
 from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES, VARIANTS
@@ -92,7 +93,7 @@ def take_experts(
         else:
             updates, ranks = reader.read_modules(selection)
         for name in tensors.keys() - reader.used:
-            findings.add(name, "is there, but the config leaves it out")
+            findings.add(name, LEFT_OUT)
     for name, update in updates.items():
         if not all(map(all_finite, update.tensors())):
             findings.add(name, f"is not finite once scaled and rounded to {base.dtype}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.no_adapter import SAVE_AGAIN
+from turret.server.adapters.checkpoint.no_adapter import LEFT_OUT, SAVE_AGAIN
 from turret.server.adapters.peft_format.module_checkpoint import BIAS, Roles
 
 
@@ -27,7 +27,7 @@ def check_roles(
     """
     is_good = True
     for role in roles.keys() - shapes.keys() - {BIAS}:
-        findings.add(f"{name}.{role}", "is there, but the config leaves it out")
+        findings.add(f"{name}.{role}", LEFT_OUT)
         is_good = False
     for role, shape in shapes.items():
         tensor = roles.get(role)

@@ -100,7 +100,10 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a pointer": (pointer(TENSORS_FILE), "safetensors: is a Git LFS pointer, .* `git lfs pull` in"),
     "a pointer of a config": (pointer(CONFIG_FILE), "config.json: is a Git LFS pointer, not the f"),
     "a config that was cut": (cut(CONFIG_FILE, 9), f"config.json: is not valid JSON: .*; {AGAIN}"),
-    "weights that were cut": (cut(TENSORS_FILE, 90), f"exceeds the file or .*; {AGAIN}"),
+    "weights that were cut": (
+        cut(TENSORS_FILE, 90),
+        f"is cut short: it has [0-9]+ bytes, its header alone [0-9]+; {AGAIN}",
+    ),
     "one byte too few": (cut(TENSORS_FILE, -1), f"tensors end at 192, the data at 191; {AGAIN}"),
     "no bytes": (cut(TENSORS_FILE, 0), f"is too short for a safetensors file; {AGAIN}"),
 }

@@ -263,7 +263,8 @@ _Q = "model.layers.0.self_attn.q_proj"
         (
             {"target_modules": ["proj_q"]},
             {},
-            f"{_Q}.lora_A.weight: is there, but the config leaves it out",
+            f"{_Q}.lora_A.weight: is there, but the config leaves it out; adapter_config.json may"
+            " be of another training: take the one that was saved beside adapter_model.safetensors",
         ),
         *(({"lora_alpha": v}, {}, f"lora_alpha: {is_number(v)}") for v in ("x", None, 1e30, True)),
         ({"use_rslora": 1}, {}, "use_rslora: must be true or false, not 1"),
@@ -320,8 +321,8 @@ def test_adapters_whose_tensors_are_damaged(tmp_path: Path) -> None:
     file = write_adapter(tmp_path / "m") / "adapter_model.safetensors"
     whole = file.read_bytes()
     for damaged, said in (
-        (whole[:50], "header length "),
-        (whole[:-1], "tensors end at 18432, the data at 18431"),
+        (whole[:50], "is cut short: it has 50 bytes, its header alone 2"),
+        (whole[:-1], "is cut short: tensors end at 18432, the data at 18431"),
         (whole[:4], "is too short for a safetensors file"),
         (whole[:8] + b"?" + whole[9:], "is not valid JSON"),
     ):

@@ -302,7 +302,7 @@ class FakeMerger:
 
     def unmerge(self, cancellation: Cancellation) -> MergeState:
         if self.state.merge is None:
-            raise NotMergedError("no merge is active")
+            raise NotMergedError("no merge is active: the base is as it was loaded")
         self.state = MergeState(self.state.base_generation + 1)
         return self.state
 

@@ -13,6 +13,7 @@ import torch
 
 from turret.server.adapters.base import BaseModel, BaseNorm
 from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.no_adapter import LEFT_OUT
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
@@ -46,7 +47,7 @@ def lower(checkpoint: AdapterCheckpoint, base: BaseModel, *_: object) -> Lowered
         if not name.endswith(_SUFFIX):
             findings.add(name, "is not a tensor this method knows; every tensor must be used")
         elif module in base.norms:
-            findings.add(name, "is there, but the config leaves it out")
+            findings.add(name, LEFT_OUT)
         elif module in base.other_modules or module in base.modules:
             findings.add(name, f"{module!r} is no norm that feeds linear modules alone")
         else:

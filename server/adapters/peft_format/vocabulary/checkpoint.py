@@ -14,6 +14,7 @@ import torch
 
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.no_adapter import LEFT_OUT
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.adapters.operators.vocabulary import (
@@ -243,7 +244,7 @@ def _low_rank(
     if EMBEDDING not in targets.targeted:
         for role in LOW_RANK:
             if role in found:
-                findings.add(found[role][0], "is there, but the config leaves it out")
+                findings.add(found[role][0], LEFT_OUT)
         return None, {}
     changes = tied_targets(config, targets, base)
     if ROWS in found:
