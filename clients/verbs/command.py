@@ -201,12 +201,25 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
         return error.with_message(f"{error.message.partition('; ')[0]}; {_name_is_taken(args)}")
     if isinstance(error, NotFoundError) and error.message.endswith(LISTED):
         said = error.message.removesuffix(LISTED)
-        return error.with_message(f"{said}; `turret adapters list` shows what there is")
+        return error.with_message(
+            f"{said}; `turret adapters list` shows what there is{_loads(error, args)}"
+        )
     if isinstance(error, AuthenticationError):
         return error.with_message(
             f"{error.message}; give it with --token, --token-from or {TOKEN_VARIABLE}"
         )
     return error
+
+
+def _loads(error: NotFoundError, args: argparse.Namespace) -> str:
+    """How what is to answer comes to be there; its folder may lie below the adapter root already.
+
+    Nothing of what the other verbs change, which has a name of its own.
+    """
+    name = error.metadata.get("adapters", "")
+    if not name or "," in name or hasattr(args, "name"):
+        return ""
+    return f", `turret adapters load {name} PATH` registers a folder below the adapter root"
 
 
 def _name_is_taken(args: argparse.Namespace) -> str:

@@ -189,7 +189,7 @@ def test_error_carries_what_the_server_said(client: TurretClient):
         client.generate("a", adapters="nope")
     error = raised.value
     assert error.code == grpc.StatusCode.NOT_FOUND
-    assert (error.reason, error.metadata) == ("ADAPTER_NOT_FOUND", {"name": "nope"})
+    assert (error.reason, error.metadata) == ("ADAPTER_NOT_FOUND", {"adapters": "nope"})
     assert (error.violations, error.retry_delay, error.request_id) == ((), None, "r-7")
     listed = "; adapters.list() tells which there are, adapters.load() registers one"
     assert str(error) == f"NOT_FOUND (ADAPTER_NOT_FOUND): no adapter nope{listed}"

@@ -84,7 +84,9 @@ def test_failed_call_prints_one_line(run: Run):
     code, out, err = run("generate", "a", "-a", "nope", "--json")
     assert (code, out) == (1, "")
     next_step = "; `turret adapters list` shows what there is"
-    assert err == f"error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter nope{next_step}\n"
+    loads = ", `turret adapters load nope PATH` registers a folder below the adapter root"
+    assert err == f"error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter nope{next_step}{loads}\n"
+    assert run("generate", "a", "-a", "no", "-a", "nix")[2].endswith(f"no, nix{next_step}\n")
     code, out, err = run("generate", "a", "--top-p", "2", "--json")
     assert (code, out) == (1, "")
     assert err == "error: INVALID_ARGUMENT (INVALID_REQUEST): 1 bad field; --top-p: <= 1\n"

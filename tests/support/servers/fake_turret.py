@@ -65,7 +65,9 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
                 grpc.StatusCode.NOT_FOUND,
                 f"no adapter {', '.join(missing)}",
                 error_details_pb2.ErrorInfo(
-                    reason="ADAPTER_NOT_FOUND", domain="turret", metadata={"name": missing[0]}
+                    reason="ADAPTER_NOT_FOUND",
+                    domain="turret",
+                    metadata={"adapters": ",".join(missing)},
                 ),
             )
         if getattr(request, "prompt", "") == "busy":
