@@ -178,6 +178,7 @@ def test_the_short_help_says_what_the_long_one_says() -> None:
         (["serve", "--dtype", "bfloat"], "bfloat16"),
         (["adapters", "lst"], "turret adapters: error: .*did you mean 'list'?"),
         (["--versoin"], "unrecognized arguments: --versoin; did you mean '--version'?"),
+        (["serve", "--adapters", "x"], "; did you mean '--adapter-root'?"),
         (["generate", "--adres=x"], "arguments: --adres; did you mean '--address'?"),
         (["generate", "hi", "there"], "there; a text of several words stands in quotes"),
         (["adapters", "list", "hi"], "turret adapters list: error: unrecognized arguments: hi\n"),
