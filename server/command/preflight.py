@@ -145,7 +145,9 @@ def _base_size(model: Path | None, model_type: str) -> BaseSize | None:
     size = size_of_model(model)
     if size is None:
         return None
-    return BaseSize(name_of_model(model), *size, dense_modules(model_type))
+    width, layers, tokens = size
+    modules = dense_modules(model_type)
+    return BaseSize(name_of_model(model), width, layers, modules, vocab_size=tokens)
 
 
 def _adapters(config: AdapterConfig, base: str | None, size: BaseSize | None) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory, refuse
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
+from turret.server.basics.counted import counted
 
 SAVE_AGAIN = "have PEFT save the adapter again"
 COPY_AGAIN = f"copy the file again, or {SAVE_AGAIN}"
@@ -33,6 +34,15 @@ def lacks_switch(key: str) -> str:
 def lacks_switched(key: str) -> str:
     """What is said of a tensor that is missing and that this key is for."""
     return f"is missing; {key} is set"
+
+
+def lacks_tokenizer(rows: int, base_rows: int) -> str:
+    """What is said of the tokenizer that an adapter with tokens of its own lacks."""
+    return (
+        f"is missing: the adapter has rows for {counted(rows, 'token')}, the base model for"
+        f" {base_rows}, and only its own tokenizer tells which they are; put it beside the weights"
+        " (tokenizer.save_pretrained)"
+    )
 
 
 def holds_integers(dtype: str, method: str) -> str:

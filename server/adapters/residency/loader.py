@@ -13,6 +13,7 @@ from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.digest_cache import DigestCache
 from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.no_adapter import lacks_tokenizer
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
 from turret.server.adapters.checkpoint.tokenizer_files import read_tokenizer_files
 from turret.server.adapters.component import (
@@ -30,7 +31,6 @@ from turret.server.adapters.peft_format.refusals.base_name import is_other_base,
 from turret.server.adapters.peft_format.vocabulary.resized import vocabulary_of
 from turret.server.adapters.source import TOKENIZER_FILE, Source
 from turret.server.adapters.tokenizer_files import TokenizerFiles
-from turret.server.basics.counted import counted
 from turret.server.basics.work.background import compute_on_this_thread
 from turret.server.errors import (
     AdapterChangedError,
@@ -151,12 +151,7 @@ class AdapterLoader:
         named = vocabulary.size if vocabulary.named is None else vocabulary.named
         if rows and not named <= rows <= vocabulary.size:
             findings = Findings(checkpoint.path)
-            why = (
-                f"is missing: the adapter has rows for {counted(rows, 'token')}, the base model for"
-                f" {vocabulary.size}, and only its own tokenizer tells which they are; put it"
-                " beside the weights (tokenizer.save_pretrained)"
-            )
-            findings.add(TOKENIZER_FILE, why)
+            findings.add(TOKENIZER_FILE, lacks_tokenizer(rows, vocabulary.size))
             findings.raise_if_any()
         return checkpoint
 

@@ -145,12 +145,18 @@ def name_of_model(model: Path | None) -> str:
     return model_name(model, read_config(model))
 
 
-def size_of_model(model: Path | None) -> tuple[int, int] | None:
-    """Width and layers of a model that :func:`check_model` took, where its config tells."""
+def size_of_model(model: Path | None) -> tuple[int, int, int] | None:
+    """Width, layers and tokens of a model that :func:`check_model` took, where its config tells.
+
+    Tokens are the rows of the embedding; 0 where they alone are not told.
+    """
     if model is None:
         return gguf_size(find_gguf())
     if model.suffix == SUFFIX and model.is_file():
         return gguf_size(model)
     said = _text_part(_config_of(model))
     width, layers = said.get("hidden_size"), said.get("num_hidden_layers")
-    return (width, layers) if isinstance(width, int) and isinstance(layers, int) else None
+    tokens = said.get("vocab_size")
+    if not isinstance(width, int) or not isinstance(layers, int):
+        return None
+    return width, layers, tokens if isinstance(tokens, int) else 0

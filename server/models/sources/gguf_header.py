@@ -83,11 +83,17 @@ def check_whole(path: Path) -> None:
         raise refuse(path, f"is cut short: {size:,} bytes, and its tensors end further on; {step}")
 
 
-def gguf_size(path: Path) -> tuple[int, int] | None:
-    """Width and layers of the model in a file that :func:`check_gguf` took; None if not told."""
+def gguf_size(path: Path) -> tuple[int, int, int] | None:
+    """Width, layers and tokens of the model in a file that :func:`check_gguf` took.
+
+    None if not told; of tokens alone 0.
+    """
     sizes = read_sizes(path)
     width, layers = sizes.get("embedding_length"), sizes.get("block_count")
-    return (width, layers) if isinstance(width, int) and isinstance(layers, int) else None
+    tokens = sizes.get("vocab_size")
+    if not isinstance(width, int) or not isinstance(layers, int):
+        return None
+    return width, layers, tokens if isinstance(tokens, int) else 0
 
 
 def read_sizes(path: Path) -> dict[str, Any]:

@@ -310,6 +310,33 @@ def test_loras_whose_tensors_contradict_their_config(
     assert f"cannot be served: {said}" in raised.value.message
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "has_tokenizer"),
+    [
+        ("model.embed_tokens.weight", 49154, False),
+        ("model.embed_tokens.base_layer.weight", 49154, False),
+        ("lm_head.weight", 49154, False),
+        ("lm_head.weight", 49154, True),
+        # Rows that only pad the base's matrices may be missing.
+        ("lm_head.weight", 49152, False),
+        ("lm_head.weight", 49000, False),
+    ],
+)
+def test_tokens_of_its_own_without_their_tokenizer(
+    name: str, rows: int, has_tokenizer: bool, tmp_path: Path
+) -> None:
+    folder = write_adapter(tmp_path / "m", modules_to_save=["embed_tokens", "lm_head"])
+    file = folder / "adapter_model.safetensors"
+    # As wide as the base, which nothing here reads, would be 100 MB.
+    save_file(load_file(file) | {f"base_model.model.{name}": np.ones((rows, 1), np.float16)}, file)
+    if has_tokenizer:
+        (folder / "tokenizer.json").write_text("{}")
+    problems = found("--adapter-root", str(tmp_path), "--preload", "a=m")
+    said = f"rows for {rows} tokens, the base model for 49152, and only its own tokenizer tells"
+    is_refused = rows > 49152 and not has_tokenizer
+    assert [said in problem for problem in problems] == [True] * is_refused
+
+
 def test_a_lora_without_tensors(tmp_path: Path) -> None:
     save_file({}, write_adapter(tmp_path / "m") / "adapter_model.safetensors")
     (problem,) = found("--adapter-root", str(tmp_path), "--preload", "a=m")

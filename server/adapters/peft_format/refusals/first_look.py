@@ -23,13 +23,19 @@ from turret.server.adapters.peft_format.refusals.known_shapes import (
     BaseSize,
     check_modules,
     check_pairs,
+    check_tokens,
 )
 from turret.server.adapters.peft_format.refusals.unserved import (
     SERVED_TYPES,
     peft_type_of,
     why_unserved,
 )
-from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE
+from turret.server.adapters.source import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    TENSORS_FILE,
+    TOKENIZER_FILE,
+)
 
 _BASE = "base_model_name_or_path"
 
@@ -59,7 +65,8 @@ def look_at(
     Raises:
         AdapterCheckpointError: A file cannot be read, the ``peft_type`` is not served, a setting is
             none that the methods take, ``r`` contradicts a LoRA's factors, one of two factors is
-            missing, a LoRA's other tensors contradict its config, or a tensor holds NaN or Inf.
+            missing, a LoRA's other tensors contradict its config, a tensor holds NaN or Inf, or
+            the tokenizer of an adapter with tokens of its own is not beside it.
         AdapterMismatchError: It names another base, is of modules that the base has not, or a
             LoRA's factors are for other shapes.
         BudgetExceededError: A rank is over ``max_rank``, by the tensors or the config.
@@ -81,6 +88,9 @@ def look_at(
         raise of_other_base(path, trained, base)
     if header is not None and size is not None:
         check_modules(path, config, header, size)
+        if not directory.has(TOKENIZER_FILE):
+            check_tokens(header, size, findings)
+            findings.raise_if_any()
     check_early_rank(path, config, header, max_rank)
     if lora is not None:
         # Behind the base's checks: of an adapter for another model that is the cause.

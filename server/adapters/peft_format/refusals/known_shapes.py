@@ -13,19 +13,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.no_adapter import MISSING_FACTOR
+from turret.server.adapters.checkpoint.no_adapter import MISSING_FACTOR, lacks_tokenizer
 from turret.server.adapters.checkpoint.safetensors_header import SafetensorsHeader
 from turret.server.adapters.checkpoint.tensor_names import canonical_name
+from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.adapters.peft_format.refusals.base_mismatch import (
     too_many_layers,
     trained_for_another,
 )
+from turret.server.adapters.source import TOKENIZER_FILE
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
 # Modules by what they take and what they give.
 _READS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
 _WRITES = ("o_proj", "down_proj")
+# Whole matrices that have a row for each token.
+_ALL_TOKENS = (
+    *(f"{EMBEDDING}{end}" for end in (".weight", ".base_layer.weight")),
+    f"{HEAD}.weight",
+)
 # Keys of a LoRA whose factors have other shapes than their module, or other layers than the base.
 _OTHER_SHAPES = (
     *("use_bdlora", "use_qalora", "arrow_config"),
@@ -42,12 +49,14 @@ class BaseSize:
         hidden_size: Features of its residual stream.
         num_layers: Its layers.
         modules: Paths of a layer's linear modules; empty where they are not known.
+        vocab_size: Rows of its embedding; 0 where they are not known.
     """
 
     name: str
     hidden_size: int
     num_layers: int
     modules: frozenset[str] = frozenset()
+    vocab_size: int = 0
 
 
 def check_pairs(header: SafetensorsHeader, findings: Findings) -> None:
@@ -58,6 +67,14 @@ def check_pairs(header: SafetensorsHeader, findings: Findings) -> None:
         other = module + (_B if role == _A else _A)
         if role and other not in names:
             findings.add(other, MISSING_FACTOR)
+
+
+def check_tokens(header: SafetensorsHeader, base: BaseSize, findings: Findings) -> None:
+    """Note rows for tokens that the base lacks; of an adapter without a tokenizer of its own."""
+    shapes = {canonical_name(entry.name): entry.shape for entry in header.entries}
+    rows = max((shapes[name][0] for name in _ALL_TOKENS if shapes.get(name)), default=0)
+    if 0 < base.vocab_size < rows:
+        findings.add(TOKENIZER_FILE, lacks_tokenizer(rows, base.vocab_size))
 
 
 def check_modules(
