@@ -14,23 +14,10 @@ or a question alone with all labels that hold, for adapters that give any number
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from turret.clients.evaluation.file_kinds import other_kind
-
-_FORMS = 'a row has "messages", or "prompt" and "completion" or "labels"'
-
-
-class EvalSetError(ValueError):
-    """A test set that cannot be used; the text names file, line and field."""
-
-    def __init__(self, path: Path, line: int | None, field: str | None, problem: str) -> None:
-        place = str(path) if line is None else f"{path}:{line}"
-        super().__init__(f"{place}: {problem}" if field is None else f"{place}: {field}: {problem}")
+from turret.clients.evaluation.rows import Row, RowError, read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,97 +49,40 @@ def read_eval_set(
 
     Raises:
         OSError: The file cannot be read.
-        EvalSetError: A row has another form, or there is none.
+        RowError: A row has another form, or there is none.
     """
     examples: list[EvalExample] = []
-    for line, row in _rows(path):
+    for row in read_rows(path, is_learned=False):
         if len(examples) == limit:
             break
-        examples.append(_example(path, line, row, is_raw=is_raw))
+        examples.append(_example(row, is_raw=is_raw))
         if (examples[-1].labels is None) != (examples[0].labels is None):
             problem = "all rows have labels in place of answers, or none has"
-            raise EvalSetError(path, line, "labels", problem)
-    if not examples:
-        raise EvalSetError(path, None, None, "no rows")
+            raise RowError(path, row.line, "labels", problem)
     return examples
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    data = path.read_bytes()
-    if problem := other_kind(data):
-        raise EvalSetError(path, None, None, problem)
-    for line, raw in enumerate(data.split(b"\n"), start=1):
-        try:
-            text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise EvalSetError(path, line, None, f"not UTF-8: {error.reason}") from None
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            why = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            problem = f"not JSON: {why}; every line must be a JSON object by itself"
-            raise EvalSetError(path, line, None, problem) from None
-        if not isinstance(row, dict):
-            raise EvalSetError(path, line, None, f"not a JSON object; {_FORMS}")
-        yield line, row
+def _example(row: Row, *, is_raw: bool) -> EvalExample:
+    values = row.values
+    if "messages" in values:
+        return _chat(row)
+    if "prompt" not in values or not {"completion", "labels"} & values.keys():
+        raise row.shape_error()
+    prompt = row.text("prompt", values["prompt"])
+    asked = prompt if is_raw else (("user", prompt),)
+    if "completion" in values:
+        return EvalExample(row.line, asked, row.text("completion", values["completion"]))
+    return EvalExample(row.line, asked, "", row.labels())
 
 
-def _example(path: Path, line: int, row: dict[str, Any], *, is_raw: bool) -> EvalExample:
-    if "messages" in row:
-        turns = _turns(path, line, row["messages"])
-        if "labels" in row and turns[-1][0] != "assistant":
-            return EvalExample(line, tuple(turns), "", _labels(path, line, row["labels"]))
-        *asked, (role, answer) = turns
-        if role != "assistant":
-            field = f"messages[{len(asked)}].role"
-            raise EvalSetError(path, line, field, f"the last turn is the answer, not {role!r}")
-        if not asked:
-            raise EvalSetError(path, line, "messages", "nothing stands before the answer")
-        return EvalExample(line, tuple(asked), answer)
-    if "labels" in row and "completion" not in row and "prompt" in row:
-        prompt = _text(path, line, "prompt", row["prompt"])
-        asked = prompt if is_raw else (("user", prompt),)
-        return EvalExample(line, asked, "", _labels(path, line, row["labels"]))
-    missing = sorted({"prompt", "completion"} - row.keys())
-    if len(missing) == 2:
-        raise EvalSetError(path, line, None, _FORMS)
-    if missing:
-        raise EvalSetError(path, line, missing[0], "missing")
-    prompt = _text(path, line, "prompt", row["prompt"])
-    reference = _text(path, line, "completion", row["completion"])
-    return EvalExample(line, prompt if is_raw else (("user", prompt),), reference)
-
-
-def _labels(path: Path, line: int, value: object) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise EvalSetError(path, line, "labels", f"must be a list of texts, not {value!r:.40}")
-    labels: list[str] = []
-    for index, label in enumerate(value):
-        text = _text(path, line, f"labels[{index}]", label)
-        if text in labels:
-            raise EvalSetError(path, line, f"labels[{index}]", f"is {text!r:.40} once more")
-        labels.append(text)
-    return tuple(labels)
-
-
-def _turns(path: Path, line: int, value: object) -> list[tuple[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise EvalSetError(path, line, "messages", "must be a list of turns")
-    turns: list[tuple[str, str]] = []
-    for index, turn in enumerate(value):
-        field = f"messages[{index}]"
-        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            raise EvalSetError(path, line, field, "must have a role and a content")
-        role, content = (
-            _text(path, line, f"{field}.{key}", turn[key]) for key in ("role", "content")
-        )
-        turns.append((role, content))
-    return turns
-
-
-def _text(path: Path, line: int, field: str, value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise EvalSetError(path, line, field, f"must be a text that is not empty, not {value!r}")
-    return value
+def _chat(row: Row) -> EvalExample:
+    turns = row.values["messages"]
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    has_answer = isinstance(last, dict) and last.get("role") == "assistant"
+    is_labelled = "labels" in row.values and not has_answer
+    said = tuple((t["role"], t["content"]) for t in row.turns(is_answered=not is_labelled))
+    if is_labelled:
+        return EvalExample(row.line, said, "", row.labels())
+    if len(said) == 1:
+        raise row.error("messages", "nothing stands before the answer")
+    return EvalExample(row.line, said[:-1], said[-1][1])

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from turret.clients.client import TurretClient
 from turret.clients.evaluation.answer_metrics import Estimate
-from turret.clients.evaluation.eval_set import EvalExample, EvalSetError, read_eval_set
+from turret.clients.evaluation.eval_set import EvalExample, read_eval_set
 from turret.clients.evaluation.evaluate import (
     CLASS_METRICS,
     LABEL_SET_METRICS,
@@ -26,6 +26,7 @@ from turret.clients.evaluation.evaluate import (
     mix_name,
 )
 from turret.clients.evaluation.plot import eval_svg
+from turret.clients.evaluation.rows import RowError
 from turret.clients.verbs.command import (
     adapter_weight,
     connection_parser,
@@ -124,7 +125,7 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
     examples = read_eval_set(args.data, is_raw=args.raw, limit=args.limit)
     first = examples[0]
     if first.labels is not None and not args.classify:
-        raise EvalSetError(args.data, first.line, "labels", "are judged with --classify")
+        raise RowError(args.data, first.line, "labels", "are judged with --classify")
     metrics = _metrics(args.metrics, args.labels, args.classify)
     options = EvalOptions(
         metrics=metrics if first.labels is None else LABEL_SET_METRICS,
@@ -176,7 +177,7 @@ def _check_labels(path: Path, examples: Sequence[EvalExample], labels: Sequence[
     for example in examples:
         if example.reference not in labels:
             problem = f"the right answer {example.reference!r} is none of --labels"
-            raise EvalSetError(path, example.line, "completion", problem)
+            raise RowError(path, example.line, "completion", problem)
 
 
 def _print_table(reports: Sequence[MixReport]) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from turret.clients.evaluation.eval_set import EvalExample, EvalSetError, read_eval_set
+from turret.clients.evaluation.eval_set import EvalExample, read_eval_set
+from turret.clients.evaluation.rows import RowError
+from turret.training.data.example import read_examples
+from turret.training.errors import DataError
 
 
 @pytest.mark.parametrize(
@@ -22,7 +27,7 @@ from turret.clients.evaluation.eval_set import EvalExample, EvalSetError, read_e
 def test_a_file_of_another_kind_is_told_as_such(tmp_path: Path, data: bytes, message: str):
     path = tmp_path / "set.jsonl"
     path.write_bytes(data)
-    with pytest.raises(EvalSetError) as raised:
+    with pytest.raises(RowError) as raised:
         read_eval_set(path)
     assert message in str(raised.value)
 
@@ -30,27 +35,31 @@ def test_a_file_of_another_kind_is_told_as_such(tmp_path: Path, data: bytes, mes
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", ":2: not JSON"),
-        ("[" * 100_000, ":2: not JSON"),
-        ("[1]", ":2: not a JSON object"),
-        ('{"text": "a"}', ':2: a row has "messages", or "prompt" and "completion"'),
-        ('{"prompt": "a"}', ":2: completion: missing"),
+        ("{", ":2: column 2: no JSON: "),
+        ("[" * 100_000, ":2: line: no JSON that can be read: "),
+        ("[1]", ":2: line: must be a JSON object with messages, or prompt and completion, or"),
+        ('{"text": "a"}', ":2: line: must hold messages, or prompt and completion, or labels"),
+        ('{"prompt": "a"}', ":2: completion: is missing; a line holds messages, or prompt and"),
         ('{"prompt": "a", "labels": []}', ":2: labels: all rows have labels in place of answers"),
         ('{"prompt": "a", "labels": "b"}', ":2: labels: must be a list of texts"),
         ('{"prompt": "a", "labels": ["b", "b"]}', ":2: labels[1]: is 'b' once more"),
-        ('{"prompt": "a", "labels": [""]}', ":2: labels[0]: must be a text"),
-        ('{"completion": "a"}', ":2: prompt: missing"),
-        ('{"prompt": 3, "completion": "a"}', ":2: prompt: must be a text"),
-        ('{"prompt": "a", "completion": ""}', ":2: completion: must be a text"),
-        ('{"messages": []}', ":2: messages: must be a list of turns"),
-        ('{"messages": [{"role": "user"}]}', ":2: messages[0]: must have a role"),
+        ('{"prompt": "a", "labels": [""]}', ":2: labels[0]: is empty"),
+        ('{"completion": "a"}', ":2: prompt: is missing; "),
+        ('{"prompt": "a", "prompt": "b"}', ":2: prompt: stands twice in one object"),
+        ('{"prompt": 3, "completion": "a"}', ":2: prompt: must be a string, not 3"),
+        ('{"prompt": "", "completion": "a"}', ":2: prompt: is empty"),
+        ('{"prompt": "a", "completion": ""}', ":2: completion: is empty"),
+        ('{"messages": "a"}', ":2: messages: must be a list of messages, not 'a'"),
+        ('{"messages": []}', ":2: messages: is empty; the user's message and the answer stand"),
+        ('{"messages": [{"role": "user"}]}', ":2: messages[0]: must be an object with role and"),
+        ('{"messages": [{"role": 3, "content": "a"}]}', ":2: messages[0].role: must be a string"),
         (
             '{"messages": [{"role": "user", "content": null}]}',
-            ":2: messages[0].content: must be a text",
+            ":2: messages[0].content: must be a string, not null",
         ),
         (
             '{"messages": [{"role": "user", "content": "a"}]}',
-            ":2: messages[0].role: the last turn is the answer",
+            ":2: messages[0].role: the last message must be the assistant's: it is what is judged",
         ),
         (
             '{"messages": [{"role": "assistant", "content": "a"}]}',
@@ -61,7 +70,7 @@ def test_a_file_of_another_kind_is_told_as_such(tmp_path: Path, data: bytes, mes
 def test_a_bad_row_is_named(tmp_path: Path, row: str, message: str):
     path = tmp_path / "test.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' + row + "\n")
-    with pytest.raises(EvalSetError) as raised:
+    with pytest.raises(RowError) as raised:
         read_eval_set(path)
     assert str(raised.value).startswith(f"{path}{message}")
 
@@ -69,13 +78,13 @@ def test_a_bad_row_is_named(tmp_path: Path, row: str, message: str):
 def test_other_bytes_and_no_rows_are_named(tmp_path: Path):
     path = tmp_path / "test.jsonl"
     path.write_bytes(b"\n\xff\n")
-    with pytest.raises(EvalSetError, match="jsonl:2: not UTF-8"):
+    with pytest.raises(RowError, match="jsonl:2: byte 1: no UTF-8: "):
         read_eval_set(path)
     path.write_text(json.dumps({"prompt": "a", "completion": "b"}, indent=2))
-    with pytest.raises(EvalSetError, match=r":1: .*; every line must be a JSON object by itself$"):
+    with pytest.raises(RowError, match=r":1: .*; every line must be a JSON object by itself$"):
         read_eval_set(path)
     path.write_bytes(b"\n \n")
-    with pytest.raises(EvalSetError, match="no rows"):
+    with pytest.raises(RowError, match="jsonl: holds no example; a line is a JSON object"):
         read_eval_set(path)
 
 
@@ -83,3 +92,106 @@ def test_rows_keep_their_line_and_a_byte_order_mark_is_none(tmp_path: Path):
     path = tmp_path / "test.jsonl"
     path.write_bytes(b'\xef\xbb\xbf\r\n\n{"prompt": "a", "completion": "b"}\r\n')
     assert read_eval_set(path, is_raw=True) == [EvalExample(3, "a", "b")]
+
+
+def test_other_keys_of_a_row_and_roles_of_a_template_are_passed_over(tmp_path: Path):
+    turns = [{"role": "tool", "content": "a", "name": "t"}, {"role": "assistant", "content": "b"}]
+    rows = [{"prompt": "a", "completion": "b", "id": 3}, {"messages": turns, "source": "c"}]
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    pair, chat = read_eval_set(path)
+    assert (pair.prompt, pair.reference) == ((("user", "a"),), "b")
+    assert (chat.prompt, chat.reference) == ((("tool", "a"),), "b")
+
+
+_SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+_CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+_PAIR = {"prompt": "a", "completion": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "said", "meant"),
+    [
+        (
+            {"conversations": _SHAREGPT, "id": "7"},
+            "line: holds conversations, which is called messages here, from role and value content,"
+            " human user and gpt assistant;",
+            _CHAT,
+        ),
+        (
+            {"messages": _SHAREGPT},
+            "messages[0]: must be an object with role and content",
+            _CHAT,
+        ),
+        (
+            {"messages": [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}]},
+            "messages[0].role: must be one of system, user, assistant, not 'human', which is called"
+            " user here;",
+            _CHAT,
+        ),
+        ({"conversations": _CHAT["messages"]}, "line: holds conversations, which is called", _CHAT),
+        (
+            {"instruction": "Sum up.", "input": "a", "output": "b"},
+            "line: instruction is called prompt here, and output completion, and input stands in"
+            " the prompt, below the instruction;",
+            {"prompt": "Sum up.\n\na", "completion": "b"},
+        ),
+        ({"instruction": "a", "input": "", "output": "b"}, "line: instruction is called", _PAIR),
+        ({"prompt": "a", "response": "b"}, "line: response is called completion here;", _PAIR),
+        (
+            {"question": "a", "answer": "b"},
+            "line: question is called prompt here, and answer completion;",
+            _PAIR,
+        ),
+        (
+            {"text": "a", "label": 1},
+            "line: text is called prompt here, and label completion;",
+            {"prompt": "a", "completion": "1"},
+        ),
+        (
+            {"prompt": _CHAT["messages"][:1], "completion": _CHAT["messages"][1:]},
+            "prompt: must be a string, not [{",
+            _CHAT,
+        ),
+    ],
+)
+def test_rows_of_other_tools_are_told_what_their_keys_are_called_here(
+    row: dict[str, object], said: str, meant: dict[str, object], tmp_path: Path
+):
+    """In training and evaluation alike; and the command that is named makes rows that are read."""
+    path = tmp_path / "their rows.jsonl"
+    path.write_text(f"{json.dumps(row)}\n")
+    for read, error in ((read_eval_set, RowError), (read_examples, DataError)):
+        with pytest.raises(error) as raised:
+            read(path)
+        assert str(raised.value).startswith(f"{path}:1: {said}")
+        command = str(raised.value).split("`")[1].replace("NEW.jsonl", str(tmp_path / "new.jsonl"))
+        if shutil.which("jq") is None:
+            continue
+        command = command.replace(f">{tmp_path}/new.jsonl", f">'{tmp_path}/new.jsonl'")
+        subprocess.run(["sh", "-c", command], check=True)
+        assert json.loads((tmp_path / "new.jsonl").read_text()) == meant
+        read(tmp_path / "new.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"promt": "a", "completion": "b"}, "promt: is unexpected here; a line holds messages, or"),
+        ({"zzz": "a"}, "line: must hold messages, or prompt and completion, or "),
+    ],
+)
+def test_training_and_evaluation_say_the_same_of_a_key_that_is_none(
+    row: dict[str, str], said: str, tmp_path: Path
+):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(row)}\n")
+    heard = []
+    for read, error in ((read_eval_set, RowError), (read_examples, DataError)):
+        with pytest.raises(error) as raised:
+            read(path)
+        assert str(raised.value).startswith(f"{path}:1: {said}")
+        heard.append(str(raised.value))
+    # Plain text is learned, and has no answer to judge.
+    assert heard[0] == heard[1].replace("or text, ", "")
+    assert heard[0].endswith("(did you mean 'prompt'?)") == ("promt" in row)

@@ -1,0 +1,201 @@
+"""The lines of a file of examples, for training and evaluation alike: read, or refused in words."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turret.clients.evaluation.file_kinds import other_kind
+from turret.clients.evaluation.other_layouts import (
+    near,
+    renamed,
+    role_meant,
+    turn_meant,
+    turns_meant,
+    without,
+)
+
+ROLES = ("system", "user", "assistant")
+_HALF = re.compile("[\ud800-\udfff]")
+_LABELS = "labels in an answer's place"
+
+
+class RowError(ValueError):
+    """A file of examples that cannot be used; the text names file, line and field."""
+
+    def __init__(self, path: Path, line: int | None, field: str | None, problem: str) -> None:
+        place = str(path) if line is None else f"{path}:{line}"
+        super().__init__(f"{place}: {problem}" if field is None else f"{place}: {field}: {problem}")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line that is a JSON object.
+
+    Attributes:
+        path: Of the file.
+        line: From 1.
+        values: The object.
+        is_learned: Whether it is to be trained on: then it may be plain text, its keys and roles
+            are known ones alone, and what is given may be empty.
+    """
+
+    path: Path
+    line: int
+    values: dict[str, Any]
+    is_learned: bool
+
+    def error(self, field: str, problem: str) -> RowError:
+        """What is wrong with a field of this line."""
+        return RowError(self.path, self.line, field, problem)
+
+    def shape_error(self) -> RowError:
+        """Why this line is of none of the shapes, and how its keys would have to be called."""
+        keys, holds = set(self.values), f"a line holds {shapes(is_learned=self.is_learned)}"
+        if said := renamed(self.values, self.path):
+            return self.error("line", said)
+        asked = "messages" if "messages" in keys else "prompt"
+        texts = ({"text"},) if self.is_learned else ()
+        labelled = ({asked, "labels"},) if "labels" in keys else ()
+        known: tuple[set[str], ...] = (*labelled, {"messages"}, {"prompt", "completion"}, *texts)
+        for shape in filter(keys.intersection, known):
+            others, missing = sorted(keys - shape), sorted(shape - keys)
+            if not others or not (self.is_learned or missing):
+                return self.error(missing[0], f"is missing; {holds}")
+            step = near(others[0], missing) if missing else without(shape, self.path)
+            return self.error(others[0], f"is unexpected here; {holds}{step}")
+        there = f"; it holds {', '.join(sorted(keys)):.80}" if keys else ""
+        if keys == {"text"}:
+            there = "; text alone has no answer to judge"
+        meant = next(filter(None, (near(key, set().union(*known)) for key in sorted(keys))), "")
+        return self.error("line", f"must hold {shapes(is_learned=self.is_learned)}{there}{meant}")
+
+    def text(self, field: str, value: Any, *, may_be_empty: bool = False) -> str:
+        """A value that is a text."""
+        if not isinstance(value, str):
+            keys = self.values.keys()
+            shown = "null" if value is None else f"{value!r:.40}"
+            meant = turns_meant(value, self.path) if {"prompt", "completion"} <= keys else ""
+            raise self.error(field, f"must be a string, not {shown}{meant}")
+        if half := _HALF.search(value):
+            problem = f"holds half of a character, \\u{ord(half[0]):x}; write its other half too"
+            raise self.error(field, problem)
+        if not value and not (may_be_empty and self.is_learned):
+            raise self.error(field, "is empty")
+        return value
+
+    def labels(self) -> tuple[str, ...]:
+        """All labels that hold, each once."""
+        labels = self.values["labels"]
+        if not isinstance(labels, list):
+            raise self.error("labels", f"must be a list of texts, not {labels!r:.40}")
+        for index, label in enumerate(labels):
+            self.text(f"labels[{index}]", label)
+            if label in labels[:index]:
+                raise self.error(f"labels[{index}]", f"is {label!r:.40} once more")
+        return tuple(labels)
+
+    def turns(self, *, is_answered: bool = True) -> tuple[dict[str, str], ...]:
+        """The messages, with ``role`` and ``content``.
+
+        Args:
+            is_answered: The last one is the answer; else the line has labels, and none is.
+        """
+        value = self.values["messages"]
+        if not isinstance(value, list):
+            raise self.error("messages", f"must be a list of messages, not {value!r:.40}")
+        if not value:
+            problem = "is empty; the user's message and the answer stand in it, or remove the line"
+            if not is_answered:
+                problem = "is empty; what the labels are of stands in it, or remove the line"
+            raise self.error("messages", problem)
+        turns = tuple(self._turn(f"messages[{i}]", turn) for i, turn in enumerate(value))
+        if (turns[-1]["role"] == "assistant") != is_answered:
+            does = "learned" if self.is_learned else "judged"
+            problem = f"the last message must be the assistant's: it is what is {does}"
+            if not is_answered:
+                problem = (
+                    f"the last message must not be the assistant's: the labels are what is {does}"
+                )
+            raise self.error(f"messages[{len(turns) - 1}].role", problem)
+        return turns
+
+    def _turn(self, field: str, turn: Any) -> dict[str, str]:
+        keys = set(turn) if isinstance(turn, dict) else set()
+        if keys != {"role", "content"} and (self.is_learned or not keys >= {"role", "content"}):
+            alone = " alone" if self.is_learned else ""
+            meant = turn_meant(keys, self.path)
+            raise self.error(field, f"must be an object with role and content{alone}{meant}")
+        role = turn["role"]
+        meant = role_meant(role, self.path)
+        if meant or (self.is_learned and role not in ROLES):
+            problem = f"must be one of {', '.join(ROLES)}, not {role!r:.40}{meant}"
+            raise self.error(f"{field}.role", problem)
+        may_be_empty = role != "assistant"
+        content = self.text(f"{field}.content", turn["content"], may_be_empty=may_be_empty)
+        return {"role": self.text(f"{field}.role", role), "content": content}
+
+
+def shapes(*, is_learned: bool) -> str:
+    """What a line may hold, in words."""
+    text = "or text, " if is_learned else ""
+    return f"messages, or prompt and completion, {text}or {_LABELS}"
+
+
+def read_rows(path: Path, *, is_learned: bool) -> Iterator[Row]:
+    """The lines of a file; blank ones are skipped.
+
+    Args:
+        path: The file, UTF-8.
+        is_learned: As in :class:`Row`.
+
+    Raises:
+        OSError: It cannot be read.
+        RowError: It holds no line, or is of another kind, or a line is no JSON object.
+    """
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if problem := other_kind(data):
+        raise RowError(path, None, None, problem)
+    is_empty = True
+    # Not splitlines(): JSON strings may hold U+2028 and other separators as they are.
+    for line, raw in enumerate(data.split(b"\n"), start=1):
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError as error:
+            problem = f"no UTF-8: {error.reason}"
+            raise RowError(path, line, f"byte {error.start + 1}", problem) from error
+        if text.strip():
+            is_empty = False
+            yield Row(path, line, _json_object(path, line, text, is_learned), is_learned)
+    if is_empty:
+        problem = f"holds no example; a line is a JSON object with {shapes(is_learned=is_learned)}"
+        raise RowError(path, None, None, problem)
+
+
+def _json_object(path: Path, line: int, text: str, is_learned: bool) -> dict[str, Any]:
+    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        counts = Counter(key for key, _ in pairs)
+        if twice := next((key for key, count in counts.items() if count > 1), None):
+            raise RowError(path, line, twice, "stands twice in one object")
+        return dict(pairs)
+
+    try:
+        row = json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        problem = f"no JSON: {error.msg}; every line must be a JSON object by itself"
+        raise RowError(path, line, f"column {error.colno}", problem) from error
+    except RowError:
+        raise
+    except (RecursionError, ValueError) as error:
+        # Brackets without end, or a number of thousands of digits.
+        raise RowError(path, line, "line", f"no JSON that can be read: {error}") from error
+    if not isinstance(row, dict):
+        problem = f"must be a JSON object with {shapes(is_learned=is_learned)}"
+        raise RowError(path, line, "line", problem)
+    return row
