@@ -1,8 +1,10 @@
 """How an answer compares with the right one, and how sure a mean over few answers is.
 
 Token F1 is SQuAD's (arXiv 1606.05250, section 6.1) on case-folded words, punctuation and the order
-of words left out; articles stay, since answers here are not English sentences alone. Intervals are
-percentiles of the bootstrap (Efron 1979): the examples are drawn again, with replacement.
+of words left out; articles stay, since answers here are not English sentences alone.
+
+Intervals of proportions are Wilson's (1927, doi 10.1080/01621459.1927.10502953), those of other
+figures percentiles of the bootstrap (Efron 1979): the examples are drawn again, with replacement.
 """
 
 from __future__ import annotations
@@ -16,16 +18,21 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 _RESAMPLES = 1000
+# The standard normal's, with 2.5 % above it.
+_Z = 1.959963984540054
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure of a test set with the bounds of its 95 % interval, in the figure's own unit."""
+    """A figure of a test set with the bounds of its 95 % interval, in the figure's own unit.
+
+    The bounds are None where the examples tell of none: see :func:`estimate`.
+    """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def exact_match(answer: str, reference: str) -> float:
@@ -86,8 +93,30 @@ def perplexity(scores: Sequence[tuple[float, int]]) -> float:
 
 
 def estimate(values: Sequence[_T], statistic: Callable[[Sequence[_T]], float]) -> Estimate:
-    """A statistic of the examples with its 95 % bootstrap interval, the same in every run."""
+    """A statistic of the examples with its 95 % bootstrap interval, the same in every run.
+
+    Where all draws have the same value, as of one example or of answers that are all right, the
+    bootstrap tells nothing of others, and there are no bounds.
+    """
     rng = random.Random(0)
     drawn = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(_RESAMPLES))
     tail = round(_RESAMPLES * 0.025)
-    return Estimate(statistic(values), drawn[tail], drawn[-tail - 1])
+    low, high = drawn[tail], drawn[-tail - 1]
+    if math.isclose(low, high):
+        return Estimate(statistic(values), None, None)
+    return Estimate(statistic(values), low, high)
+
+
+def estimate_mean(values: Sequence[float]) -> Estimate:
+    """The mean of scores in [0, 1]; a proportion, with Wilson's interval, where each is 0 or 1.
+
+    That never is of width zero: of 0 of 20 it reaches to 16 %.
+    """
+    if not {*values} <= {0.0, 1.0}:
+        return estimate(values, mean)
+    total, share = len(values), mean(values)
+    width = _Z * math.sqrt(share * (1 - share) / total + _Z**2 / (4 * total**2))
+    middle, whole = share + _Z**2 / (2 * total), 1 + _Z**2 / total
+    low = 0.0 if share == 0 else (middle - width) / whole
+    high = 1.0 if share == 1 else (middle + width) / whole
+    return Estimate(share, low, high)

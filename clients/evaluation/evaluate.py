@@ -25,9 +25,9 @@ from turret.clients.errors import (
 from turret.clients.evaluation.answer_metrics import (
     Estimate,
     estimate,
+    estimate_mean,
     exact_match,
     macro_f1,
-    mean,
     named_label,
     perplexity,
     token_f1,
@@ -324,5 +324,5 @@ def _report(mix: Mix, judged: Sequence[Judged], metrics: Sequence[str]) -> MixRe
             pairs = [(j.answer, j.reference) for j in judged if j.answer is not None]
             figures[metric] = estimate(pairs, macro_f1)
         else:
-            figures[metric] = estimate([j.scores[metric] for j in judged], mean)
+            figures[metric] = estimate_mean([j.scores[metric] for j in judged])
     return MixReport(mix_name(mix), len(judged), figures, tuple(judged), label_figures(sets))

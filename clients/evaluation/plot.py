@@ -33,14 +33,15 @@ def eval_svg(reports: Sequence[MixReport], title: str) -> str:
     ]
     for index, metric in enumerate(metrics):
         parts += _panel(reports, metric, 30 + index * panel)
-    note = f"{reports[0].extent}; whiskers: 95 % bootstrap intervals"
+    note = f"{reports[0].extent}; whiskers: 95 % intervals"
     parts.append(f'<text x="8" y="{height - 8}" class="n">{note}</text></svg>')
     return "\n".join(parts) + "\n"
 
 
 def _panel(reports: Sequence[MixReport], metric: str, top: int) -> list[str]:
     is_log = metric == "perplexity"
-    highest = max(report.metrics[metric].high for report in reports)
+    figures = [report.metrics[metric] for report in reports]
+    highest = max(each.value if each.high is None else each.high for each in figures)
     full = (math.log(highest) if math.isfinite(highest) else 700.0) if is_log else 1.0
 
     def x(value: float) -> float:
@@ -63,12 +64,14 @@ def _bar(report: MixReport, figure: Estimate, y: int, x, is_log: bool) -> list[s
     name = report.mix if len(report.mix) <= 26 else report.mix[:25] + "…"
     middle, end = y + _BAR / 2, x(figure.value)
     value = f"{figure.value:.3g}" if is_log else f"{figure.value:.0%}"
-    low, high = x(figure.low), x(figure.high)
+    has_bounds = figure.low is not None and figure.high is not None
+    low, high = (x(figure.low), x(figure.high)) if has_bounds else (end, end)
+    whisker = f'<line class="w" x1="{low}" x2="{high}" y1="{middle}" y2="{middle}"/>'
     return [
         f'<text x="{_LABELS - 8}" y="{y + 13}" text-anchor="end">{escape(name)}'
         f"<title>{escape(report.mix)}</title></text>",
         f'<rect class="{"o" if report.mix == "base" else "b"}" x="{_LABELS}" y="{y}" '
         f'width="{end - _LABELS:.1f}" height="{_BAR}" rx="2"/>',
-        f'<line class="w" x1="{low}" x2="{high}" y1="{middle}" y2="{middle}"/>',
+        *([whisker] if has_bounds else []),
         f'<text x="{max(end, high) + 6:.1f}" y="{y + 13}">{value}</text>',
     ]

@@ -189,7 +189,9 @@ def _print_table(reports: Sequence[MixReport]) -> None:
         table = _table(reports, "\n")
     print_table(table)
     # No caption, which a narrow table would break.
-    print(f"{reports[0].extent}; in brackets: 95 % intervals")
+    figures = (figure for report in reports for figure in report.metrics.values())
+    unknown = "; [?]: too few, or too alike, to tell" if any(f.low is None for f in figures) else ""
+    print(f"{reports[0].extent}; in brackets: 95 % intervals{unknown}")
 
 
 def _table(reports: Sequence[MixReport], gap: str) -> Table:
@@ -228,10 +230,12 @@ def _label_table(reports: Sequence[MixReport]) -> Table:
 
 
 def _cell(metric: str, figure: Estimate, gap: str) -> str:
-    if metric == "perplexity":
-        low, high = _plain(figure.low, 3), _plain(figure.high, 3)
-        return f"{_plain(figure.value, 4)}{gap}[{low}, {high}]"
-    return f"{figure.value:.1%}{gap}[{figure.low:.0%}, {figure.high:.0%}]"
+    is_ratio = metric != "perplexity"
+    value = f"{figure.value:.1%}" if is_ratio else _plain(figure.value, 4)
+    if figure.low is None or figure.high is None:
+        return f"{value}{gap}[?]"
+    low, high = (f"{x:.0%}" if is_ratio else _plain(x, 3) for x in (figure.low, figure.high))
+    return f"{value}{gap}[{low}, {high}]"
 
 
 def _plain(number: float, digits: int) -> str:

@@ -183,6 +183,9 @@ def test_base_adapters_and_mixes_are_judged_together(
     widths = [float(bar.get("width", "")) for bar in bars]
     assert len(widths) == 12
     assert widths[0] == pytest.approx(3 * widths[1])
+    # Every token is as likely as every other: no draw differs, and the first panel has none.
+    lines = drawing.iter("{http://www.w3.org/2000/svg}line")
+    assert sum(line.get("class") == "w" for line in lines) == 9
     assert widths[4] == pytest.approx(3 * widths[3], rel=0.01)
 
 
@@ -195,8 +198,9 @@ def test_a_perplexity_has_no_exponent():
 def test_the_table_shows_each_mix(run: Run, capitals: Path):
     code, out, _ = run(capitals, "-m", "sql", "--limit", "2")
     assert code == 0
-    assert "8 [8, 8]" in out
-    assert "50.0% [0%, 100%]" in out
+    assert "8 [?]" in out
+    assert "50.0% [9%, 91%]" in out
+    assert out.endswith("; in brackets: 95 % intervals; [?]: too few, or too alike, to tell\n")
     assert "2 examples" in out
     assert "label accuracy" not in out
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+from scipy.stats import binomtest
 
 from turret.clients.evaluation.answer_metrics import (
+    Estimate,
     estimate,
+    estimate_mean,
     exact_match,
     macro_f1,
     mean,
@@ -56,10 +59,42 @@ def test_perplexity_weighs_tokens_and_not_texts():
 def test_intervals_hold_the_value_and_shrink_with_examples():
     few, many = ([0.0, 1.0] * n for n in (5, 500))
     narrow, wide = estimate(many, mean), estimate(few, mean)
+    assert wide.low is not None
+    assert wide.high is not None
+    assert narrow.low is not None
+    assert narrow.high is not None
     assert wide.low < narrow.low < narrow.value == 0.5 < narrow.high < wide.high
     # The binomial's own 95 % interval at 1000 examples.
     assert narrow.high - 0.5 == pytest.approx(1.96 * 0.5 / math.sqrt(1000), rel=0.15)
     assert estimate(many, mean) == narrow
+
+
+@pytest.mark.parametrize("total", [1, 5, 24, 1000])
+def test_the_interval_of_a_proportion_is_that_of_wilson(total: int):
+    for right in {0, 1, total // 3, total - 1, total}:
+        values = [1.0] * right + [0.0] * (total - right)
+        expected = binomtest(right, total).proportion_ci(0.95, method="wilson")
+        found = estimate_mean(values)
+        assert found.value == right / total
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+        assert found.low is not None
+        assert found.high is not None
+        assert found.low <= found.value <= found.high
+        assert found.high - found.low > 1 / (total + 4)
+    # The bounds of nothing and of all are not rounded off.
+    assert (estimate_mean([0.0] * total).low, estimate_mean([1.0] * total).high) == (0, 1)
+
+
+def test_examples_that_are_alike_tell_no_interval_but_of_a_proportion():
+    for values in ([0.4], [0.4] * 50):
+        found = estimate_mean(values)
+        assert (found.value, found.low, found.high) == (pytest.approx(0.4), None, None)
+    # Scores between 0 and 1 are drawn again.
+    assert estimate_mean([0.0, 0.4, 1.0]) == estimate([0.0, 0.4, 1.0], mean)
+    # Of sums that differ by rounding alone.
+    assert estimate([(-0.1 * n, n) for n in range(1, 20)], perplexity).low is None
+    assert estimate([(-1e9, 1)] * 3, perplexity) == Estimate(math.inf, None, None)
+    assert estimate([("a", "a"), ("b", "b")] * 9, macro_f1) == Estimate(1, None, None)
 
 
 def test_nothing_found_where_nothing_holds_is_right():
