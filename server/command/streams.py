@@ -99,11 +99,12 @@ def _told(error: OutputError) -> int:
 def _open_closed() -> None:
     """Opens the null device in place of what is closed, before a file or a socket gets its number.
 
-    That would then be read and written by whatever uses the stream, compiled code among it.
+    That would then be read and written by whatever uses the stream, compiled code among it. An
+    output that is closed takes nothing, so that a result is not lost without a word.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            null = os.open(os.devnull, os.O_RDWR)
+            null = os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_RDWR)
             os.set_inheritable(null, True)
             stream: TextIO = os.fdopen(
                 null, "w" if number else "r", encoding="utf-8", closefd=False
