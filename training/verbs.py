@@ -37,10 +37,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     report = verbs.add_parser("report", help=text, description=text.capitalize())
     report.add_argument("run", type=Path, metavar="DIR", help="directory of the run")
     report.set_defaults(func=_with_errors(_report))
-    # --rank is read as --ranks.
     sweep = _add(verbs, "sweep", "train at several ranks and compare", _sweep, "--rank")
     sweep.add_argument(
         "--ranks",
+        "--rank",
         action=_Once,
         type=_ranks,
         default=(2, 4, 8, 16, 32),

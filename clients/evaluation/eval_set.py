@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from turret.clients.evaluation.file_kinds import near_files
 from turret.clients.evaluation.rows import Row, RowError, read_rows
 
 
@@ -51,6 +52,8 @@ def read_eval_set(
         OSError: The file cannot be read.
         RowError: A row has another form, or there is none.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"{path.absolute()} does not exist{near_files(path)}")
     examples: list[EvalExample] = []
     for row in read_rows(path, is_learned=False):
         if len(examples) == limit:

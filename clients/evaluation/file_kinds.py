@@ -1,8 +1,10 @@
-"""Files that hold examples otherwise than as JSON Lines, told by how they begin."""
+"""Files that are not there, or hold examples otherwise than as JSON Lines, and what is there."""
 
 from __future__ import annotations
 
 import codecs
+import difflib
+from pathlib import Path
 
 _KINDS = {
     codecs.BOM_UTF16_LE: "is UTF-16 text; save it as UTF-8",
@@ -12,6 +14,24 @@ _KINDS = {
     b"PAR1": "is a Parquet file; write its rows as JSON, one object a line",
 }
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+
+_FEW = 4
+
+
+def near_files(path: Path) -> str:
+    """The end of a sentence about a file that is not there: which its folder has of its kind."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        return f"; there is no directory {folder}"
+    try:
+        there = sorted(each.name for each in folder.glob(f"*{path.suffix}") if each.is_file())
+    except OSError:
+        return ""
+    stems = {Path(name).stem: name for name in there}
+    if close := difflib.get_close_matches(path.stem, stems, 1, 0.7):
+        return f"; did you mean {stems[close[0]]!r}?"
+    more = ", …" if len(there) > _FEW else ""
+    return f"; its directory has {', '.join(there[:_FEW])}{more}" if path.suffix and there else ""
 
 
 def other_kind(data: bytes) -> str:

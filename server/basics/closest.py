@@ -14,6 +14,14 @@ _OTHER_NAMES = {
     **dict.fromkeys(("fp32", "f32", "float", "full", "torch.float32"), "float32"),
     **dict.fromkeys(("gpu", "nvidia"), "cuda"),
     "--adapters": "--adapter-root",
+    **dict.fromkeys(("add", "register"), "load"),
+    **dict.fromkeys(("remove", "delete", "rm"), "unload"),
+    **dict.fromkeys(("show", "describe", "info"), "get"),
+    "ls": "list",
+    "f1": "token_f1",
+    "ppl": "perplexity",
+    **dict.fromkeys(("em", "exact"), "exact_match"),
+    "acc": "label_accuracy",
 }
 
 

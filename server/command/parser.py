@@ -6,6 +6,7 @@ import argparse
 import itertools
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -18,8 +19,23 @@ _REQUIRED = "the following arguments are required"
 _TOO_MANY = "unrecognized arguments: "
 _UNKNOWN_FLAG = re.compile(r"unrecognized arguments: (--[^\s=]+)")
 _UNKNOWN_WORD = re.compile(r"unrecognized arguments: ([^-\s]\S*)$")
+# Flags that are offered for a part of them.
+_FEW = 3
 # Arguments that are texts.
 _TEXTS = ("prompt", "texts")
+# What takes a file that stands where a verb does, by the command and the file's ending.
+_OF_FILES = {
+    ("turret", ".toml"): "turret train run FILE",
+    ("turret", ".jsonl"): "turret eval FILE",
+    ("turret", ".gguf"): "turret serve --model FILE",
+    ("turret train", ".toml"): "turret train run FILE",
+    ("turret train", ".jsonl"): "turret train run CONFIG --train FILE",
+    ("turret cluster", ".toml"): "turret cluster serve --config FILE",
+}
+_OF_DIRECTORIES = {
+    "turret adapters": "turret adapters upload NAME DIR",
+    "turret train": "turret train report DIR",
+}
 # What argparse says, with Python's names of types.
 _NO_NUMBER = re.compile(r"invalid (int|float) value: ('.*')", re.DOTALL)
 _NUMBERS = {"int": "a whole number", "float": "a number"}
@@ -40,6 +56,10 @@ class CommandParser(argparse.ArgumentParser):
     verbs_below: Callable[[], Mapping[str, str]] = dict
     logs = False
     _given: Sequence[str] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As argparse's, but flags are typed whole: a part may be one of two in a later version."""
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -69,8 +89,7 @@ class CommandParser(argparse.ArgumentParser):
         """The first flag given that is none, of those before ``--``."""
         given = itertools.takewhile(lambda word: word != "--", self._given)
         flags = (word.partition("=")[0] for word in given if word.startswith("--"))
-        known = self._option_string_actions
-        return next((f for f in flags if not any(one.startswith(f) for one in known)), "")
+        return next((flag for flag in flags if flag not in self._option_string_actions), "")
 
     def _takes_text(self) -> bool:
         """Whether a word that stands alone is a text, as a prompt is."""
@@ -80,14 +99,23 @@ class CommandParser(argparse.ArgumentParser):
         if found := _UNKNOWN_FLAG.search(message):
             return self._meant_by_flag(found[1])
         if "--model" in self._option_string_actions and (found := _UNKNOWN_WORD.search(message)):
-            return f"; did you mean --model {found[1]}?"
+            is_config = found[1].endswith(".toml") and "--config" in self._option_string_actions
+            return f"; did you mean {'--config' if is_config else '--model'} {found[1]}?"
         if message.startswith(_TOO_MANY) and " -" not in message and self._takes_text():
             return "; a text of several words stands in quotes"
         if found := _BAD_CHOICE.search(message):
-            if whole := self.verbs_below().get(found[1]):
+            if whole := self.verbs_below().get(found[1]) or self._taking(found[1]):
                 return f"; did you mean {whole}?"
             return did_you_mean(found[1], re.findall(r"[\w.-]+", found[2]))
         return ""
+
+    def _taking(self, word: str) -> str:
+        """The command that a file or a directory is for; "" of any other word."""
+        typed = shlex.quote(word)
+        if os.path.isdir(word) and self.prog in _OF_DIRECTORIES:
+            return _OF_DIRECTORIES[self.prog].replace("DIR", typed)
+        ending = os.path.splitext(word)[1]
+        return _OF_FILES.get((self.prog, ending), "").replace("FILE", typed)
 
     def _meant_by_flag(self, flag: str) -> str:
         others = self.known_otherwise()
@@ -95,9 +123,14 @@ class CommandParser(argparse.ArgumentParser):
         if plain not in others:
             near = closest(plain, [*self._option_string_actions, *others])
             if near is None or near not in others:
-                return did_you_mean(flag, self._option_string_actions)
+                return self._begun_by(plain) or did_you_mean(flag, self._option_string_actions)
             plain = near
         return f"; did you mean {others[plain].replace('VALUE', self._value_of(flag))}?"
+
+    def _begun_by(self, part: str) -> str:
+        """The flags that begin so, where they are few."""
+        whole = [repr(flag) for flag in self._option_string_actions if flag.startswith(part)]
+        return f"; did you mean {' or '.join(whole)}?" if 0 < len(whole) <= _FEW else ""
 
     def _value_of(self, flag: str) -> str:
         """What was given with a flag, after ``=`` or as the next word."""

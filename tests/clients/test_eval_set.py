@@ -75,6 +75,27 @@ def test_a_bad_row_is_named(tmp_path: Path, row: str, message: str):
     assert str(raised.value).startswith(f"{path}{message}")
 
 
+def test_a_file_that_is_not_there_is_told_with_what_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+
+    def said(name: str) -> str:
+        with pytest.raises(FileNotFoundError) as raised:
+            read_eval_set(Path(name))
+        return str(raised.value)
+
+    assert said("test.jsonl") == f"{tmp_path}/test.jsonl does not exist"
+    assert said("no/t.jsonl").endswith(f"; there is no directory {tmp_path}/no")
+    for name in ("a.jsonl", "b.jsonl", "tests.jsonl", "c.txt"):
+        (tmp_path / name).touch()
+    assert said("test.jsonl") == (
+        f"{tmp_path}/test.jsonl does not exist; did you mean 'tests.jsonl'?"
+    )
+    assert said("zzz.jsonl").endswith("; its directory has a.jsonl, b.jsonl, tests.jsonl")
+    assert said("zzz.csv").endswith("zzz.csv does not exist")
+
+
 def test_other_bytes_and_no_rows_are_named(tmp_path: Path):
     path = tmp_path / "test.jsonl"
     path.write_bytes(b"\n\xff\n")

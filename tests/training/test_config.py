@@ -100,9 +100,21 @@ def test_what_stands_for_keys_that_are_left_out_is_what_methods_fill_in():
             " optimizer, run)",
         ),
         (
-            ["optimizer.lr=1"],
-            "unknown keys: optimizer.lr (there are name, learning_rate, lora_plus_ratio,"
+            ["optimizer.zzz=1"],
+            "unknown keys: optimizer.zzz (there are name, learning_rate, lora_plus_ratio,"
             " weight_decay, beta1, beta2, warmup_fraction, max_grad_norm)",
+        ),
+        (
+            ["optimizer.lr=1", "run.learning_rate=1", "optimizer.batch_size=1", "method.r=1"],
+            "unknown keys: method.r (did you mean method.rank?), optimizer.batch_size (did you mean"
+            " run.batch_size?), optimizer.lr (did you mean optimizer.learning_rate?),"
+            " run.learning_rate (did you mean optimizer.learning_rate?)",
+        ),
+        (
+            ["training.num_train_epochs=1", "base.name=a", "model.name=a", "train.lr=1"],
+            "unknown keys: base.name (there are model, weights, dtype, device), model (did you mean"
+            " base.model?), train.lr (did you mean optimizer.learning_rate?),"
+            " training.num_train_epochs (did you mean run.epochs?)",
         ),
         (["method.name=lorra"], f"{METHODS}; did you mean 'lora'?".format("lorra")),
         (["method.name=P-Tuning"], f"{METHODS}; did you mean 'p_tuning'?".format("P-Tuning")),
@@ -129,6 +141,7 @@ def test_a_bad_value_is_refused_by_name(overrides: list[str], message: str):
     [
         ("", "train.toml: data.train: is required"),
         ("rank = 8", "train.toml: unknown keys: rank (did you mean method.rank?)"),
+        ("lr = 8", "train.toml: unknown keys: lr (did you mean optimizer.learning_rate?)"),
         ("data = 3", "data: must be a table"),
         ("[data", "Expected ']' at the end of a table declaration"),
         ("[data]\ntrain = 'a'\ntrain = 'b'\n", "train.toml: the same key stands twice (at line 3,"),
@@ -262,5 +275,8 @@ def test_a_config_that_is_not_there_is_told_how_to_be(
 ) -> None:
     path = tmp_path / "no.toml"
     assert main(["train", "run", str(path)]) == 2
-    said = f"error: {path}: No such file or directory; `turret train init {path}` writes one\n"
+    said = f"error: {path} does not exist; `turret train init {path}` writes one\n"
     assert capsys.readouterr().err == said
+    (tmp_path / "now.toml").touch()
+    assert main(["train", "run", str(path)]) == 2
+    assert capsys.readouterr().err == f"error: {path} does not exist; did you mean 'now.toml'?\n"

@@ -32,6 +32,9 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (("sweep", "t.toml", "--bach-size", "4"), "--set run.batch_size=4"),
         (("run", "t.toml", "--lr", "1e-4"), "--learning-rate 1e-4"),
         (("run", "t.toml", "--lr 1e-4"), "--learning-rate VALUE"),
+        (("run", "t.toml", "--lora_r", "4"), "--rank 4"),
+        (("run", "t.toml", "--model-name-or-path", "org/name"), "--model org/name"),
+        (("run", "t.toml", "--resu"), "'--resume'"),
         (("run", "t.toml", "--packing"), "--set data.packing=VALUE"),
         (("run", "t.toml", "--resme"), "'--resume'"),
     ],
@@ -59,6 +62,7 @@ def test_init_says_what_it_wrote_and_where_it_cannot(
 
 def test_whatever_is_suggested_is_taken():
     flags = ("--rank", "--train", "--output", "--steps", "--learning-rate", "--seed")
+    flags += ("--model", "--method")
     for meant in known_otherwise().values():
         if meant.startswith("--set "):
             table, _, key = meant.removeprefix("--set ").removesuffix("=VALUE").partition(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import textwrap
 import tomllib
 import types
@@ -11,10 +12,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from turret.clients.evaluation.file_kinds import near_files
 from turret.server.basics.closest import did_you_mean
 from turret.server.basics.files.toml_text import parse_toml, toml_value
 from turret.training.errors import ConfigError, ConfigFileError
 from turret.training.settings.config import TrainConfig
+from turret.training.settings.key_names import all_keys, meant_key
 
 _COMMENT_COLUMNS = 96
 
@@ -32,8 +35,8 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> TrainConfig:
     try:
         tables = parse_toml(path.read_bytes())
     except FileNotFoundError as error:
-        step = f"`turret train init {path}` writes one"
-        raise ConfigFileError(f"{path}: {error.strerror}; {step}") from error
+        step = near_files(path) or f"; `turret train init {shlex.quote(str(path))}` writes one"
+        raise ConfigFileError(f"{path.absolute()} does not exist{step}") from error
     except OSError as error:
         raise ConfigFileError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
@@ -61,7 +64,9 @@ def build_config(tables: Mapping[str, Any], overrides: Iterable[str] = ()) -> Tr
         if isinstance(keys, dict):
             keys[key] = _parse_value(text)
     kinds = typing.get_type_hints(TrainConfig)
-    unknown = [f"{t}{_aside(_meant_table(t, kinds))}" for t in merged if t not in kinds]
+    unknown = [
+        each for t, keys in merged.items() if t not in kinds for each in _unknown(t, keys, kinds)
+    ]
     for table, kind in kinds.items():
         keys = merged.get(table, {})
         if not isinstance(keys, dict):
@@ -79,23 +84,27 @@ def build_config(tables: Mapping[str, Any], overrides: Iterable[str] = ()) -> Tr
 
 def _meant(table: str, key: str, kinds: Mapping[str, type]) -> str:
     known = [entry.name for entry in dataclasses.fields(kinds[table])]
-    near = did_you_mean(key, known) or _elsewhere(key, kinds)
+    near = did_you_mean(key, known) or _elsewhere(key)
     return near or f"; there are {', '.join(known)}"
 
 
-def _meant_table(table: str, kinds: Mapping[str, type]) -> str:
-    near = did_you_mean(table, kinds) or _elsewhere(table, kinds)
-    return near or f"; the tables are {', '.join(kinds)}"
+def _unknown(table: str, keys: Any, kinds: Mapping[str, type]) -> list[str]:
+    """What is said of a table that is none: of its keys, where these are known."""
+    is_table, is_key = isinstance(keys, dict), any(k.endswith(f".{table}") for k in all_keys())
+    near = "" if is_key else did_you_mean(table, kinds)
+    if is_table and not near:
+        inside = {key: _elsewhere(key) for key in keys}
+        if any(inside.values()):
+            return [f"{table}.{key}{_aside(meant)}" for key, meant in inside.items()]
+    if is_key or not (is_table or near):
+        near = _elsewhere(table)
+    return [f"{table}{_aside(near or '; the tables are ' + ', '.join(kinds))}"]
 
 
-def _elsewhere(key: str, kinds: Mapping[str, type]) -> str:
-    """The table that has the key."""
-    tables = [
-        table
-        for table, kind in kinds.items()
-        if key in {entry.name for entry in dataclasses.fields(kind)}
-    ]
-    return f"; did you mean {tables[0]}.{key}?" if tables else ""
+def _elsewhere(key: str) -> str:
+    """The key of that name, or of that meaning, in whichever table."""
+    meant = meant_key(key)
+    return f"; did you mean {meant}?" if meant else ""
 
 
 def _aside(text: str) -> str:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 
-from turret.server.basics.closest import closest
 from turret.server.basics.hub_id import HubId
-from turret.training.settings.config import TrainConfig
+from turret.training.settings.key_names import ELSEWHERE, all_keys, meant_key
 
 # A server beside it then comes first, and training takes what that leaves.
 _NICENESS = 5
@@ -31,21 +28,6 @@ _PATHS = {
     "--model": "base model",
     "--train": "JSONL file of examples",
     "--output": "where the run goes",
-}
-# What other tools call them.
-_ELSEWHERE = {
-    "--lr": "optimizer.learning_rate",
-    "--data": "data.train",
-    "--dataset": "data.train",
-    "--output-dir": "run.output",
-    "--max-steps": "run.steps",
-    "--num-epochs": "run.epochs",
-    "--num-train-epochs": "run.epochs",
-    "--per-device-train-batch-size": "run.batch_size",
-    "--gradient-accumulation-steps": "run.gradient_accumulation",
-    "--lora-r": "method.rank",
-    "--lora-alpha": "method.alpha",
-    "--max-seq-length": "data.max_length",
 }
 
 
@@ -90,12 +72,13 @@ def config_parser(*left_out: str) -> argparse.ArgumentParser:
 
 def known_otherwise() -> Mapping[str, str]:
     """What may be typed for a key that has no flag, or another one, and what sets it here."""
-    names = {key.rpartition(".")[2]: key for key in _keys()}
-    said = {f"--{name.replace('_', '-')}": key for name, key in names.items() if name != "name"}
+    names = {key.rpartition(".")[2]: key for key in all_keys()}
+    del names["name"]
+    said = {f"--{name.replace('_', '-')}": key for name, key in (names | ELSEWHERE).items()}
     flags = {key: flag for flag, (key, _) in _FLAGS.items()}
     return {
         word: f"{flags[key]} VALUE" if key in flags else f"--set {key}=VALUE"
-        for word, key in (said | _ELSEWHERE).items()
+        for word, key in said.items()
         if word not in _FLAGS
     }
 
@@ -141,37 +124,17 @@ def _from_here(flag: str, value: str, folder: Path) -> str:
     return str(Path(value).absolute()) if is_path else value
 
 
-def _keys() -> list[str]:
-    """Every ``TABLE.KEY``."""
-    return [
-        f"{table}.{entry.name}"
-        for table, kind in typing.get_type_hints(TrainConfig).items()
-        for entry in dataclasses.fields(kind)
-    ]
-
-
 def _override(text: str) -> str:
     """``--set``'s value, with a key that exists."""
     name, equals, value = text.partition("=")
     name = name.strip()
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"{text!r:.80} is not TABLE.KEY=VALUE")
-    if name not in (keys := _keys()):
-        meant = _meant(name, keys)
+    if name not in (keys := all_keys()):
+        meant = meant_key(name)
         step = f"did you mean {meant}={value}?" if meant else _there_are(name, keys)
         raise argparse.ArgumentTypeError(f"there is no key {name!r:.80}; {step}")
     return text
-
-
-def _meant(name: str, keys: list[str]) -> str | None:
-    """The key of that name in a table, or one that is close; other tools' names too."""
-    table, _, last = name.rpartition(".")
-    if known := _ELSEWHERE.get(f"--{last.replace('_', '-')}"):
-        return known
-    inside = [key for key in keys if key.startswith(f"{table}.")] or keys
-    names = {key.rpartition(".")[2]: key for key in inside}
-    elsewhere = {key.rpartition(".")[2]: key for key in keys}
-    return names.get(last) or elsewhere.get(last) or names.get(closest(last, names) or "")
 
 
 def _there_are(name: str, keys: list[str]) -> str:

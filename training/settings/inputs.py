@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from turret.clients.evaluation.file_kinds import near_files
 from turret.server.adapters.component import MAX_COMPONENTS, MIN_COMPONENTS
 from turret.server.basics.hub_id import model_place
 from turret.server.command.preflight import without_cuda
@@ -39,7 +40,8 @@ def check_inputs(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -
             what = "is a directory" if path.is_dir() else "does not exist"
             if path.exists() and not path.is_dir():
                 what = "is no regular file, and is read more than once"
-            problem = f"{path} {what}; it is a JSONL file of examples"
+            near = "" if path.exists() else near_files(path)
+            problem = f"{path.absolute()} {what}; it is a JSONL file of examples{near}"
             raise ConfigError.of(f"data.{key}", problem)
     validation = config.data.validation
     if validation is not None and (folder / validation).samefile(folder / config.data.train):
