@@ -151,6 +151,8 @@ def evaluate(
 ) -> list[MixReport]:
     """Judge every mix on every example; calls of all mixes are under way together.
 
+    Ctrl-C closes the client, which ends those that are.
+
     Args:
         client: Of the server.
         examples: The test set, not empty.
@@ -175,9 +177,12 @@ def evaluate(
                 for mix in mixes
             ]
             judged = list(_run(pool, calls, on_progress))
-        except BaseException:
+        except BaseException as error:
             # What has not begun never will; the with statement then waits for the rest only.
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                # Whose answers nobody waits for.
+                client.close()
             raise
     return [
         _report(mix, judged[index :: len(mixes)], options.metrics)

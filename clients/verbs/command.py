@@ -135,7 +135,10 @@ def text_argument(text: str) -> str:
 def with_client(
     verb: Callable[[argparse.Namespace, TurretClient], None],
 ) -> Callable[[argparse.Namespace], int]:
-    """Give a verb its client, and turn its errors into one line and an exit code."""
+    """Give a verb its client, and turn its errors into one line and an exit code.
+
+    A verb that Ctrl-C ends may have put its last words into ``stopped`` of its arguments.
+    """
 
     def run(args: argparse.Namespace) -> int:
         try:
@@ -157,7 +160,8 @@ def with_client(
             return 2
         except KeyboardInterrupt:
             # Closing the client has cancelled the call; what was being written ends here.
-            print(file=sys.stderr)
+            said: str = getattr(args, "stopped", "")
+            print(f"\n{said}" if said else "", file=sys.stderr)
             return 130
         return 0
 

@@ -136,19 +136,7 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
     )
     if "label_accuracy" in options.metrics:
         _check_labels(args.data, examples, options.labels)
-    columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task("judging", total=len(examples) * len(mixes))
-        reports = evaluate(
-            client,
-            examples,
-            mixes,
-            options,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    reports = _judge(args, client, examples, mixes, options)
     if args.plot is not None:
         args.plot.write_text(eval_svg(reports, args.data.name), encoding="utf-8")
     if args.answers is not None:
@@ -159,6 +147,31 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
         _print_table(reports)
         if reports[0].labels:
             print_table(_label_table(reports))
+
+
+def _judge(
+    args: argparse.Namespace,
+    client: TurretClient,
+    examples: Sequence[EvalExample],
+    mixes: Sequence[Mix],
+    options: EvalOptions,
+) -> list[MixReport]:
+    """:func:`evaluate` with a bar, and what Ctrl-C says of it."""
+    columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task("judging", total=len(examples) * len(mixes))
+
+        def note(done: int, total: int) -> None:
+            args.stopped = f"stopped after {done} of {total} answers; nothing was written"
+            progress.update(task, completed=done, total=total)
+
+        note(0, len(examples) * len(mixes))
+        reports = evaluate(client, examples, mixes, options, on_progress=note)
+    args.stopped = ""
+    return reports
 
 
 def _metrics(asked: Sequence[str] | None, labels: Sequence[str], classify: bool) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import threading
+import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -203,6 +204,32 @@ def test_the_table_shows_each_mix(run: Run, capitals: Path):
     assert out.endswith("; in brackets: 95 % intervals; [?]: too few, or too alike, to tell\n")
     assert "2 examples" in out
     assert "label accuracy" not in out
+
+
+def test_an_interrupt_says_how_far_it_was_and_waits_for_nobody(
+    run: Run, capitals: Path, tmp_path: Path, monkeypatch
+):
+    answer, left = Geographer.Generate, threading.Event()
+
+    def generate(self, request, context):
+        if request.chat.messages[-1].content == "Oman?":
+            left.wait(30)
+        return answer(self, request, context)
+
+    def update(self, task, *, completed, total):
+        if completed >= 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Geographer, "Generate", generate)
+    monkeypatch.setattr(Progress, "update", update)
+    began = time.monotonic()
+    code, out, err = run(capitals, "-m", "sql", "--answers", tmp_path / "answers.jsonl")
+    took = time.monotonic() - began
+    left.set()
+    assert (code, out) == (130, "")
+    assert re.fullmatch(r"\nstopped after [34] of 6 answers; nothing was written\n", err)
+    assert not (tmp_path / "answers.jsonl").exists()
+    assert took < 20
 
 
 def test_progress_knows_its_end_from_the_start(run: Run, capitals: Path, monkeypatch):
