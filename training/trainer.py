@@ -127,6 +127,8 @@ class Trainer:
         self._folder.check(resume=resume, overwrite=overwrite)
         if overwrite and self._folder.facts.exists():
             self._folder.clear()
+        if resume:
+            self._check_same()
         self._say("loading the base model")
         model = attach(self._resolved)
         parameters = trainable(model)
@@ -135,7 +137,6 @@ class Trainer:
         self._check_room(parameters.values())
         step = 0
         if resume:
-            check_same_run(self._folder.read_facts(), facts, self._folder.path)
             newest = self._folder.newest_checkpoint
             if newest is not None:
                 step = restore_checkpoint(newest, parameters, optimizer)
@@ -176,10 +177,14 @@ class Trainer:
         """
         if not self._folder.is_finished:
             return None
+        return Result(self._folder, **self._check_same()["result"])
+
+    def _check_same(self) -> dict[str, Any]:
+        """The facts of the run that is there; raises RunError if it is one of something else."""
         facts = self._folder.read_facts()
         now = describe_run(self._resolved, facts["num_parameters"])
         check_same_run(facts, now, self._folder.path)
-        return Result(self._folder, **facts["result"])
+        return facts
 
     def _check_room(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Raises RunError if the disk is too full for what the run will write to it.

@@ -150,7 +150,8 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> Any:
+def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> tuple[Any, Any]:
+    """The config, and what is known of its base."""
     from turret.server.basics.extras import how_to_add
     from turret.server.command.threads import use_threads
     from turret.training.data.files import check_compared, read_files
@@ -169,8 +170,7 @@ def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> Any:
     files = read_files(config.data, args.config.parent)
     if ranks:
         check_compared(files, config.data)
-    check_base(config, args.config.parent, ranks)
-    return config
+    return config, check_base(config, args.config.parent, ranks)
 
 
 def _digest(args: argparse.Namespace, config: Any) -> str:
@@ -199,7 +199,7 @@ def _resolve(args: argparse.Namespace, config: Any) -> Any:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    config = _read(args)
+    config, _ = _read(args)
 
     from turret.training.run.progress import training_progress
 
@@ -236,9 +236,9 @@ def _console() -> Any:
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    config = _read(args, args.ranks)
+    config, base = _read(args, args.ranks)
     output = args.config.parent / config.run.output
-    _check_sweep(config, output, args.ranks, _digest(args, config))
+    _check_sweep(config, output, args.ranks, _digest(args, config), base)
     args.how_to_go_on = lambda: _how_a_sweep_goes_on(output, args.ranks)
     ranks = ", ".join(map(str, args.ranks))
     print(f"a run for each of the ranks {ranks}; --ranks says which", file=sys.stderr)
@@ -271,7 +271,7 @@ def _sweep(args: argparse.Namespace) -> None:
     print(f"the lowest validation loss has rank {best.rank}", best.what_next, sep="\n")
 
 
-def _check_sweep(config: Any, output: Path, ranks: Sequence[int], data: str) -> None:
+def _check_sweep(config: Any, output: Path, ranks: Sequence[int], data: str, base: Any) -> None:
     """Refuse, before the first rank is trained, what the last one would be refused for."""
     from turret.training.errors import RunError
     from turret.training.run.folder import RunFolder, rank_folder
@@ -283,7 +283,7 @@ def _check_sweep(config: Any, output: Path, ranks: Sequence[int], data: str) -> 
     for rank, each in zip(ranks, with_ranks(config, ranks), strict=True):
         run = RunFolder(rank_folder(output, rank))
         if run.facts.exists():
-            check_settings(each, run, data)
+            check_settings(each, run, data, base)
         else:
             run.check(resume=False, overwrite=False)
 
@@ -300,12 +300,12 @@ def _run(args: argparse.Namespace) -> None:
     from turret.training.run.folder import RunFolder
     from turret.training.run.resuming import check_settings
 
-    config = _read(args)
+    config, base = _read(args)
     output = RunFolder((args.config.parent / config.run.output).resolve())
     output.check(resume=args.resume, overwrite=args.overwrite)
     args.how_to_go_on = output.how_to_go_on
     if args.resume:
-        check_settings(config, output, _digest(args, config))
+        check_settings(config, output, _digest(args, config), base)
 
     from turret.training.run.progress import training_progress
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from command_modules import loaded_and_said_by
 
+from turret.server.models.sources.check import name_of_model
 from turret.training.data.example import data_digest
 from turret.training.run.folder import RunFolder
 from turret.training.run.resuming import versions
@@ -81,6 +82,11 @@ def test_a_sweep_without_a_row_to_validate_on_ends_before_torch(
         ("method", "rank", 4, "method.rank 4 (here 8)"),
         ("optimizer", "learning_rate", 1.0, "optimizer.learning_rate 1.0 (here 0.001)"),
         ("data", "digest", "0", "other examples (data.digest)"),
+        ("base", "name", "acme/llama", "another base, acme/llama (here HuggingFaceTB/SmolLM2"),
+        (
+            *("method", "targets", ["q_proj", "o_proj"]),
+            'method.targets ["q_proj", "o_proj"] (here ["q_proj", "k_proj", "v_proj", "o_proj"])',
+        ),
     ],
 )
 def test_what_is_left_out_and_the_examples_are_compared_before_torch(
@@ -91,9 +97,14 @@ def test_what_is_left_out_and_the_examples_are_compared_before_torch(
     run.path.mkdir()
     there = dataclasses.asdict(build_config({"data": {"train": "t.jsonl"}}))
     data = {"digest": data_digest(tmp_path / "t.jsonl")}
-    (data if key in data else there[table])[key] = value
-    run.write_facts({"config": there, "data": data, "versions": versions()})
-    code, modules, err = loaded_and_said_by("train", "run", config, "--resume")
+    base = {"name": name_of_model(None), "digest": "0"}
+    there["method"]["targets"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    parts = {"data": data, "base": base}
+    (parts[table] if key in parts.get(table, {}) else there[table])[key] = value
+    run.write_facts({"config": there, **parts, "versions": versions()})
+    code, modules, err = loaded_and_said_by(
+        "train", "run", config, "--resume", "--set", "method.targets=attention"
+    )
     assert code == 1
-    assert f"cannot be resumed, since the run there has {said}; " in err
+    assert f"cannot be resumed, since the run there has {said}" in err
     assert "torch" not in modules

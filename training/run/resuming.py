@@ -17,6 +17,8 @@ from turret.training.errors import RunError
 from turret.training.run.folder import RunFolder
 from turret.training.settings.config import TrainConfig
 from turret.training.settings.fit import DEFAULTS
+from turret.training.settings.inputs import ToldBase
+from turret.training.settings.presets import expand_targets
 from turret.training.settings.targets import PRESETS
 
 _PARTS = ("base", "data", "config", "versions")
@@ -77,6 +79,8 @@ class _Difference:
         name = self.key.removeprefix("config.")
         if name == "data.digest":
             return f"other examples ({name})"
+        if name == "base.name":
+            return f"another base, {self.there} (here {self.here})"
         if name.endswith("digest"):
             return f"another {name}"
         return f"{name} {self._shown(self.there)} (here {self._shown(self.here)})"
@@ -86,13 +90,16 @@ class _Difference:
         return "none" if value is None else f"{json.dumps(value):.60}"
 
 
-def check_settings(config: TrainConfig, folder: RunFolder, data: str | None = None) -> None:
+def check_settings(
+    config: TrainConfig, folder: RunFolder, data: str | None = None, base: ToldBase | None = None
+) -> None:
     """As :func:`check_same_run`, by what is known before torch is loaded.
 
     Args:
         config: As read: of what it leaves open, only what the method alone decides is compared.
         folder: Of the run.
         data: The digest of the files that it names; None if that is not compared.
+        base: Its base, as far as it is known; None if that is not compared.
     """
     before = folder.read_facts()
     there = before.get("config", {})
@@ -115,6 +122,8 @@ def check_settings(config: TrainConfig, folder: RunFolder, data: str | None = No
     # Digests, and the modules' names.
     method.pop("components", None)
     targets = tuple(dict.fromkeys(method.pop("targets", ())))
+    if targets and base is not None and base.projections is not None:
+        targets = expand_targets(base.projections, targets)
     if targets and targets[0] not in PRESETS:
         method["targets"] = targets
     if optimizer["name"].startswith("paged"):
@@ -122,6 +131,11 @@ def check_settings(config: TrainConfig, folder: RunFolder, data: str | None = No
         del optimizer["name"]
     known = {table: {key: there.get(table, {}).get(key) for key in told[table]} for table in told}
     now = {"config": told, "versions": versions()}
+    name = before.get("base", {}).get("name")
+    if base is not None and name is not None:
+        # Its digest is told once it is found, which may take minutes.
+        before = {**before, "base": {"name": name}}
+        now["base"] = {"name": base.name}
     digest = before.get("data", {}).get("digest")
     if data is not None and digest is not None:
         before = {**before, "data": {"digest": digest}}

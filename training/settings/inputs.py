@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from turret.clients.evaluation.file_kinds import near_files
 from turret.server.adapters.component import MAX_COMPONENTS, MIN_COMPONENTS
 from turret.server.basics.hub_id import model_place
 from turret.server.command.preflight import without_cuda
-from turret.server.models.sources.check import check_model
+from turret.server.models.decoding.arch import Projections
+from turret.server.models.sources.check import check_model, name_of_model
 from turret.training.errors import ConfigError
 from turret.training.settings.config import BaseConfig, TrainConfig
 from turret.training.settings.fit import check_fit
@@ -58,7 +59,20 @@ def check_inputs(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -
         check_components(config.method.components or (), folder)
 
 
-def check_base(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> None:
+@dataclass(frozen=True, slots=True)
+class ToldBase:
+    """What is known of a base before torch is loaded.
+
+    Attributes:
+        name: As the server has it, and a run records it.
+        projections: Its modules; None where that takes torch to tell.
+    """
+
+    name: str
+    projections: Projections | None
+
+
+def check_base(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> ToldBase:
     """Refuse a base that is none, or none for the method; the hub is asked for one of its own.
 
     Args:
@@ -78,6 +92,7 @@ def check_base(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> 
     if projections is not None:
         for each in with_ranks(config, ranks):
             check_method(each.method, projections)
+    return ToldBase(name_of_model(base), projections)
 
 
 def with_ranks(config: TrainConfig, ranks: Sequence[int]) -> list[TrainConfig]:

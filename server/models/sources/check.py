@@ -15,7 +15,7 @@ from turret.server.models.sources.gguf_header import (
     check_gguf,
     check_whole,
     gguf_size,
-    read_sizes,
+    told_fields,
 )
 from turret.server.models.sources.hub_model import (
     check_hub_model,
@@ -32,10 +32,6 @@ from turret.server.models.sources.model_directory import (
 
 # More than any size of a model.
 _MOST = 1 << 24
-_GGUF_SIZES = (
-    *("embedding_length", "feed_forward_length"),
-    *("attention.head_count", "attention.head_count_kv"),
-)
 
 
 def check_model(model: Path | None) -> str:
@@ -76,22 +72,20 @@ def told_sizes(model: Path | None, model_type: str) -> dict[str, Any] | None:
         model_type: What it returned.
 
     Returns:
-        The arguments of ``Projections`` but its names. None for mixtures of experts in a GGUF file,
-        and where the config leaves a size to transformers.
+        The arguments of ``Projections`` but its names. None where the config, or the header of a
+        GGUF file, leaves a size to transformers.
     """
     family = FAMILIES[model_type]
-    is_gguf = model is None or model.is_file()
-    if model is None or is_gguf:
-        said = read_sizes(find_gguf() if model is None else model)
-        keys, head_dim, layers = _GGUF_SIZES, said.get("attention.key_length"), "block_count"
+    if model is None or model.is_file():
+        said = told_fields(find_gguf() if model is None else model)
     else:
         said = _text_part(_config_of(model))
-        inner = family.inner_keys.get(model_type, "intermediate_size")
-        keys = ("hidden_size", inner, "num_attention_heads", "num_key_value_heads")
-        head_dim = said.get("head_dim") or family.head_dims.get(model_type)
-        layers = "num_hidden_layers"
-    numbers = [value for key in (*keys, layers) if _is_size(value := said.get(key))]
-    if len(numbers) <= len(keys) or (is_gguf and family.experts is not None):
+    inner_key = family.inner_keys.get(model_type, "intermediate_size")
+    keys = ("hidden_size", inner_key, "num_attention_heads", "num_key_value_heads")
+    head_dim = said.get("head_dim") or family.head_dims.get(model_type)
+    wanted = (*keys, "num_hidden_layers")
+    numbers = [value for key in wanted if _is_size(value := said.get(key))]
+    if len(numbers) < len(wanted):
         return None
     hidden, inner, heads, kv_heads, num_layers = numbers
     width = head_dim or hidden // heads

@@ -11,20 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turret.server.models.sources.gguf_header import refuse
-from turret.server.models.sources.gguf_layouts import GgufLayout, layout_of
+from turret.server.models.sources.gguf_layouts import WANTED, GgufLayout, layout_of
 from turret.server.models.sources.gguf_rope import ROPE_KEYS, read_rope_parameters
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
-_WANTED = {
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "block_count": "num_hidden_layers",
-    "attention.head_count": "num_attention_heads",
-    "context_length": "max_position_embeddings",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-}
 # Keys that are read below, or that say nothing of their own.
 _READ = frozenset(
     {
@@ -57,7 +49,7 @@ def read_gguf_config(
     prefix = f"{fields['general.architecture']}."
     said = {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
     layout = layout_of(fields["general.architecture"], said)
-    wanted = {**_WANTED, **layout.fields}
+    wanted = {**WANTED, **layout.fields}
     if layout.window in ("all", "some"):
         wanted |= {_WINDOW: "sliding_window"}
     _check_keys(path, prefix, said, layout, wanted)

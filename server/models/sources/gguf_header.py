@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from turret.server.errors import InvalidRequestError
-from turret.server.models.sources.gguf_layouts import LAYOUTS, layout_of
+from turret.server.models.sources.gguf_layouts import LAYOUTS, WANTED, layout_of
 
 SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
@@ -88,7 +88,7 @@ def gguf_size(path: Path) -> tuple[int, int, int] | None:
 
     None if not told; of tokens alone 0.
     """
-    sizes = read_sizes(path)
+    _, sizes = read_sizes(path)
     width, layers = sizes.get("embedding_length"), sizes.get("block_count")
     tokens = sizes.get("vocab_size")
     if not isinstance(width, int) or not isinstance(layers, int):
@@ -96,11 +96,30 @@ def gguf_size(path: Path) -> tuple[int, int, int] | None:
     return width, layers, tokens if isinstance(tokens, int) else 0
 
 
-def read_sizes(path: Path) -> dict[str, Any]:
-    """What a file that :func:`check_gguf` took says of its architecture, by key without prefix."""
+def read_sizes(path: Path) -> tuple[str, dict[str, Any]]:
+    """The architecture of a file that :func:`check_gguf` took, and its keys without that prefix."""
     said = _said_by(path)
-    prefix = f"{said['general.architecture']}."
-    return {k.removeprefix(prefix): value for k, value in said.items() if k.startswith(prefix)}
+    architecture = said["general.architecture"]
+    prefix = f"{architecture}."
+    keys = {k.removeprefix(prefix): value for k, value in said.items() if k.startswith(prefix)}
+    return architecture, keys
+
+
+def told_fields(path: Path) -> dict[str, Any]:
+    """What a file that :func:`check_gguf` took tells of a config before its tensors are read.
+
+    Texts and numbers alone, by the names of transformers' fields.
+    """
+    architecture, said = read_sizes(path)
+    layout = layout_of(architecture, said)
+    wanted = {**WANTED, "attention.head_count_kv": "num_key_value_heads", **layout.fields}
+    told = {
+        name: said[key] for key, names in wanted.items() if key in said for name in names.split()
+    }
+    hidden, heads = (told.get(name) for name in ("hidden_size", "num_attention_heads"))
+    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        told["head_dim"] = said.get("attention.key_length", hidden // heads)
+    return {**told, **layout.constants}
 
 
 def _said_by(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from builders.bases.tiny_models import save_tiny_model
 from builders.training import resolve_tiny, write_words
 
+from turret.training import trainer
 from turret.training.base_model import find_base, load_model
 from turret.training.data.batch import make_batch, pack_rows
 from turret.training.errors import RunError
@@ -161,7 +162,9 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tiny_llama: Path, tmp_
     assert without_times(resumed) == without_times(expected)
 
 
-def test_a_directory_is_neither_overwritten_nor_mixed_up(tiny_llama: Path, tmp_path: Path):
+def test_a_directory_is_neither_overwritten_nor_mixed_up(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     run = train(tmp_path, tiny_llama, "run")
     with pytest.raises(RunError, match="holds a finished run; --overwrite trains anew"):
         train(tmp_path, tiny_llama, "run")
@@ -192,6 +195,14 @@ def test_a_directory_is_neither_overwritten_nor_mixed_up(tiny_llama: Path, tmp_p
         train(tmp_path, tiny_llama, "run", "run.seed=1", resume=True)
     with pytest.raises(RunError, match="holds no run to resume"):
         train(tmp_path, tiny_llama, "other", resume=True)
+    write_words(tmp_path / "train.jsonl")
+    facts = json.loads((run / "run.json").read_text())
+    facts["base"]["digest"] = "0"
+    (run / "run.json").write_text(json.dumps(facts))
+    # Before the base is loaded.
+    monkeypatch.setattr(trainer, "attach", None)
+    with pytest.raises(RunError, match=r"the run there has another base.digest; another --output"):
+        train(tmp_path, tiny_llama, "run", "run.seed=1", resume=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     for overwrite in (False, True):
