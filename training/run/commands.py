@@ -29,6 +29,7 @@ def what_next(resolved: Resolved, folder: RunFolder) -> str:
         f"adapter written: {folder.adapter}\n"
         f"serve it:  turret serve{model} --adapter-root {root} --preload {name}=adapter"
         f"{max_rank_flag(resolved)}\n"
+        f"or there:  turret adapters replace {name} adapter  (where such a server runs already)\n"
         f"ask it:    turret {verb}{chat} -a {name} 'YOUR PROMPT'"
     )
 
