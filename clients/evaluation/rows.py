@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -188,7 +189,8 @@ def _json_object(path: Path, line: int, text: str, is_learned: bool) -> dict[str
     try:
         row = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        problem = f"no JSON: {error.msg}; every line must be a JSON object by itself"
+        step = _how_to_mend(text.strip(), path)
+        problem = f"no JSON: {error.msg}; every line must be a JSON object by itself{step}"
         raise RowError(path, line, f"column {error.colno}", problem) from error
     except RowError:
         raise
@@ -199,3 +201,15 @@ def _json_object(path: Path, line: int, text: str, is_learned: bool) -> dict[str
         problem = f"must be a JSON object with {shapes(is_learned=is_learned)}"
         raise RowError(path, line, "line", problem)
     return row
+
+
+def _how_to_mend(text: str, path: Path) -> str:
+    """What makes JSON of a line that is none, where it looks like a common slip."""
+    if text.startswith("{'"):
+        return ", with keys and texts in double quotes"
+    if text.endswith("},"):
+        return ", without a comma behind it"
+    # One object over several lines, or several in a line.
+    if text == "{" or "}{" in text.replace(" ", ""):
+        return f"; `jq -c . {shlex.quote(str(path))} >NEW.jsonl` writes them so"
+    return ""

@@ -17,6 +17,7 @@ _OTHER_NAMES = {
     **dict.fromkeys(("add", "register"), "load"),
     **dict.fromkeys(("remove", "delete", "rm"), "unload"),
     **dict.fromkeys(("show", "describe", "info"), "get"),
+    **dict.fromkeys(("resume", "start", "fit"), "run"),
     "ls": "list",
     "f1": "token_f1",
     "ppl": "perplexity",

@@ -75,6 +75,26 @@ def test_a_bad_row_is_named(tmp_path: Path, row: str, message: str):
     assert str(raised.value).startswith(f"{path}{message}")
 
 
+@pytest.mark.parametrize(
+    ("text", "step"),
+    [
+        ('{\n  "prompt": "a",\n  "completion": "b"\n}\n', None),
+        ('{"prompt": "a", "completion": "b"} {"prompt": "c", "completion": "d"}\n', None),
+        ('{"prompt": "a", "completion": "b"},\n', ", without a comma behind it"),
+        ("{'prompt': 'a', 'completion': 'b'}\n", ", with keys and texts in double quotes"),
+        ("hello\n", ""),
+    ],
+)
+def test_lines_that_are_no_objects_are_told_how_to_be(text: str, step: str | None, tmp_path: Path):
+    path = tmp_path / "test.jsonl"
+    path.write_text(text)
+    with pytest.raises(RowError) as raised:
+        read_eval_set(path)
+    if step is None:
+        step = f"; `jq -c . {path} >NEW.jsonl` writes them so"
+    assert str(raised.value).endswith(f"; every line must be a JSON object by itself{step}")
+
+
 def test_a_file_that_is_not_there_is_told_with_what_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -100,9 +120,6 @@ def test_other_bytes_and_no_rows_are_named(tmp_path: Path):
     path = tmp_path / "test.jsonl"
     path.write_bytes(b"\n\xff\n")
     with pytest.raises(RowError, match="jsonl:2: byte 1: no UTF-8: "):
-        read_eval_set(path)
-    path.write_text(json.dumps({"prompt": "a", "completion": "b"}, indent=2))
-    with pytest.raises(RowError, match=r":1: .*; every line must be a JSON object by itself$"):
         read_eval_set(path)
     path.write_bytes(b"\n \n")
     with pytest.raises(RowError, match="jsonl: holds no example; a line is a JSON object"):

@@ -270,6 +270,15 @@ def test_a_config_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixt
     assert file.read_text() == before
 
 
+def test_examples_in_the_place_of_a_config_are_told_their_flag(tmp_path: Path):
+    path = write_jsonl(tmp_path / "my rows.jsonl", [{"text": "a"}])
+    with pytest.raises(ConfigError) as caught:
+        read_config(path)
+    assert str(caught.value).endswith(
+        f"; examples are named beside a config: CONFIG --train '{path}'"
+    )
+
+
 def test_a_config_that_is_not_there_is_told_how_to_be(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -152,10 +152,13 @@ def test_what_no_method_may_have_of_a_mixture_ends_before_torch(tmp_path: Path):
     for targets, said in (
         ("mlp", "gate_proj is of experts, which take lora and rslora alone; dora takes attention"),
         ("gate", "'gate' is no linear module of qwen3_moe; there are q_proj, "),
+        ("q_proj,v_proj", "'q_proj,v_proj' is no linear module of qwen3_moe; there are q_proj, "),
     ):
         flags = ("--method", "dora", "--set", f"method.targets={targets}")
         code, modules, err = loaded_and_said_by("train", "run", config, "--model", model, *flags)
         assert err.startswith(f"error: --set method.targets: {said}")
+        several = '; several are a list: ["q_proj", "v_proj"]'
+        assert err.rstrip().endswith(several) == ("," in targets)
         assert code == 1
         assert "torch" not in modules
 

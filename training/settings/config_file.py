@@ -40,7 +40,10 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> TrainConfig:
     except OSError as error:
         raise ConfigFileError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise ConfigFileError(f"{path}: {error}") from error
+        step = ""
+        if path.suffix in (".jsonl", ".json"):
+            step = f"; examples are named beside a config: CONFIG --train {shlex.quote(str(path))}"
+        raise ConfigFileError(f"{path}: {error}{step}") from error
     given = list(overrides)
     try:
         return build_config(tables, given)

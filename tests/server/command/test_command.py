@@ -182,6 +182,7 @@ def test_the_short_help_says_what_the_long_one_says() -> None:
         (["test.jsonl"], "; did you mean turret eval test.jsonl?"),
         (["cluster", "own.toml"], "; did you mean turret cluster serve --config own.toml?"),
         (["adapters", "."], "; did you mean turret adapters upload NAME \\.\\?"),
+        (["train", "resume", "t.toml"], "; did you mean 'run'?"),
         (["adapters", "remove"], "; did you mean 'unload'?"),
         (["eval", "x.jsonl", "--metric", "f1"], "did you mean 'token_f1'?"),
         # A part of a flag is none: a later version may have another that begins so.
