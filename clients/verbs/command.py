@@ -145,7 +145,7 @@ def with_client(
             with _connect(args) as client:
                 verb(args, client)
         except TurretRpcError as error:
-            print_error(_with_next_step(error, args))
+            print_error(_with_next_step(error, args), args)
             _print_details(error, args.details)
             return 1
         except BrokenPipeError:
@@ -275,6 +275,8 @@ def print_error(error: Exception, args: argparse.Namespace | None = None) -> Non
     elif isinstance(error, TurretRpcError):
         text = renamed(text, (violation.field for violation in error.violations), as_typed)
         text = mention_flags(text) if isinstance(error, InvalidArgumentError) else text
+        if hasattr(args, "mixes"):
+            text = text.replace("--adapter", "--mix")
     elif isinstance(error, TypeError | ValueError):
         text = name_flags(text)
     print(f"error: {text if args is None else _in_variables(text, args)}", file=sys.stderr)

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -45,12 +46,14 @@ with --classify also {"prompt": ..., "labels": [...]}, all labels that hold.
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb."""
-    parser = subparsers.add_parser(
+    # Of the command, it says what was meant by flags of other verbs.
+    parser: Any = subparsers.add_parser(
         "eval",
         help="judge adapters on a test set",
         description=_DESCRIPTION,
         parents=[json_parser(), connection_parser()],
     )
+    parser.known_otherwise = lambda: dict.fromkeys(("-a", "--adapter", "--adapters"), "-m VALUE")
     parser.add_argument("data", type=Path, metavar="FILE", help="the test set, JSON Lines")
     parser.add_argument(
         "-m",
@@ -67,6 +70,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--metric",
         dest="metrics",
         action="append",
+        type=_metric,
         choices=METRICS,
         help="what to measure; repeat for more (default: all that can be)",
     )
@@ -275,7 +279,19 @@ def _answers(reports: Sequence[MixReport], examples: Sequence[EvalExample]) -> s
     return "\n".join(rows) + "\n"
 
 
+def _metric(text: str) -> str:
+    if text in LABEL_SET_METRICS[1:]:
+        why = "of adapters that classify, with --classify in place of --metric"
+        raise argparse.ArgumentTypeError(f"{text} is told {why}")
+    return text
+
+
 def _mix(text: str) -> Mix:
+    if "," in text:
+        one, *others = (part.strip() for part in text.split(","))
+        apart = f"those to compare are -m {' -m '.join([one, *others])}"
+        together = f"a mix is {'+'.join([one, *others])}"
+        raise argparse.ArgumentTypeError(f"{text!r} holds a comma: {together}, {apart}")
     return tuple(adapter_weight(member.strip()) for member in text.split("+"))
 
 
@@ -295,7 +311,6 @@ def _svg(text: str) -> Path:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r:.40}")
+    return int(text)

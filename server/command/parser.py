@@ -17,7 +17,7 @@ from turret.server.command.start_lines import refuse, wants_json
 EXIT_USAGE = 2
 _REQUIRED = "the following arguments are required"
 _TOO_MANY = "unrecognized arguments: "
-_UNKNOWN_FLAG = re.compile(r"unrecognized arguments: (--[^\s=]+)")
+_UNKNOWN_FLAG = re.compile(r"unrecognized arguments: (--?[A-Za-z][^\s=]*)")
 _UNKNOWN_WORD = re.compile(r"unrecognized arguments: ([^-\s]\S*)$")
 # Flags that are offered for a part of them.
 _FEW = 3
@@ -98,9 +98,11 @@ class CommandParser(argparse.ArgumentParser):
     def _meant(self, message: str) -> str:
         if found := _UNKNOWN_FLAG.search(message):
             return self._meant_by_flag(found[1])
-        if "--model" in self._option_string_actions and (found := _UNKNOWN_WORD.search(message)):
-            is_config = found[1].endswith(".toml") and "--config" in self._option_string_actions
-            return f"; did you mean {'--config' if is_config else '--model'} {found[1]}?"
+        if found := _UNKNOWN_WORD.search(message):
+            is_config = found[1].endswith(".toml")
+            flags = (*(["--config"] if is_config else []), "--model", "--mix")
+            if flag := next(filter(self._option_string_actions.__contains__, flags), ""):
+                return f"; did you mean {flag} {found[1]}?"
         if message.startswith(_TOO_MANY) and " -" not in message and self._takes_text():
             return "; a text of several words stands in quotes"
         if found := _BAD_CHOICE.search(message):

@@ -265,6 +265,9 @@ def test_refusals_name_the_flags_that_were_typed(capsys: pytest.CaptureFixture[s
         " NAME: must be shorter; PROMPT: yaml is no field"
     )
     assert capsys.readouterr().err == f"error: INVALID_ARGUMENT (INVALID_REQUEST): {said}\n"
+    # Of eval, which calls them so.
+    print_error(refusal(REFUSED), argparse.Namespace(mixes=[]))
+    assert "; --mix 2: 'json' occurs twice;" in capsys.readouterr().err
     print_error(ValueError("top_n: must not be negative, is -1: top_n"))
     assert capsys.readouterr().err == "error: --top-n: must not be negative, is -1: top_n\n"
     # Every field that a flag sets has its name.

@@ -38,7 +38,9 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> TrainConfig:
         step = near_files(path) or f"; `turret train init {shlex.quote(str(path))}` writes one"
         raise ConfigFileError(f"{path.absolute()} does not exist{step}") from error
     except OSError as error:
-        raise ConfigFileError(f"{path}: {error.strerror or error}") from error
+        own = path / "config.toml"
+        meant = f"; did you mean {own}?" if own.is_file() else ""
+        raise ConfigFileError(f"{path}: {error.strerror or error}{meant}") from error
     except ValueError as error:
         step = ""
         if path.suffix in (".jsonl", ".json"):
