@@ -243,7 +243,7 @@ def test_a_file_that_is_no_jsonl_is_refused(tmp_path: Path):
         ('{"text": "a"}\n'.encode("utf-16"), ": is UTF-16 text; save it as UTF-8"),
         (b"prompt,completion\na,b\n", ": is a table with commas (CSV); `python3 -c "),
         (b'"prompt"\t"completion"\n"a"\t"b"\n', ": is a table with tabs (CSV); `python3 -c "),
-        (gzip.compress(b'{"text": "a"}\n'), ": is compressed; `gunzip` it first"),
+        (gzip.compress(b'{"text": "a"}\n', mtime=0), ": is compressed; `gunzip` it first"),
         (b'{"prompt": "a", "completion": "b", "prompt": "c"}', ":1: prompt: stands twice"),
         # Python's parser gives each of them an error of its own.
         (b"{" + b'"text": {' * 100_000, ":1: line: no JSON that can be read: maximum recursion"),
