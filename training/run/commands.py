@@ -1,4 +1,4 @@
-"""The commands that serve a trained adapter and ask it."""
+"""The commands that serve a trained adapter, ask it, and renew it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from turret.training.settings.resolve import Resolved
 
 
 def what_next(resolved: Resolved, folder: RunFolder) -> str:
-    """Where the adapter is, and what to type to serve it and to ask it.
+    """Where the adapter is, and what to type to serve it, to ask it, and to renew it.
 
     Args:
         resolved: The run, which is done.
@@ -29,8 +29,8 @@ def what_next(resolved: Resolved, folder: RunFolder) -> str:
         f"adapter written: {folder.adapter}\n"
         f"serve it:  turret serve{model} --adapter-root {root} --preload {name}=adapter"
         f"{max_rank_flag(resolved)}\n"
-        f"or there:  turret adapters replace {name} adapter  (where such a server runs already)\n"
-        f"ask it:    turret {verb}{chat} -a {name} 'YOUR PROMPT'"
+        f"ask it:    turret {verb}{chat} -a {name} 'YOUR PROMPT'\n"
+        f"renew it:  turret adapters replace {name} adapter  (where that server runs already)"
     )
 
 

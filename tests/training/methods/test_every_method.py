@@ -366,9 +366,9 @@ def test_a_sweep_compares_ranks(tiny_llama: Path, tmp_path: Path):
     assert [row["validation_loss"] for row in losses] == [r.validation_loss for r in first]
     assert "what_next" not in losses[0]
     assert f"--adapter-root {tmp_path}/run/rank-4 --preload rank-4=adapter" in first[1].what_next
-    assert "\nor there:  turret adapters replace rank-4 adapter  (where " in first[1].what_next
     # The data are plain texts, and the model has no chat template.
-    assert first[1].what_next.endswith("turret generate -a rank-4 'YOUR PROMPT'")
+    assert "\nask it:    turret generate -a rank-4 'YOUR PROMPT'\n" in first[1].what_next
+    assert "\nrenew it:  turret adapters replace rank-4 adapter  (where " in first[1].what_next
     assert RunFolder(tmp_path / "run" / "rank-1").report.exists()
     # Finished ranks are not trained again.
     again = list(sweep(config, tmp_path, (1, 4, 2), announce))
