@@ -1,4 +1,4 @@
-"""What the verbs say of heads and of services elsewhere: once, and with the next step."""
+"""What the verbs say of heads, of services elsewhere, of uploads: once, and with the next step."""
 
 from __future__ import annotations
 
@@ -68,6 +68,35 @@ def test_a_mix_without_a_head_is_sent_to_the_verbs_for_it(
     err = run("classify", "a", "-a", "sql")[2]
     assert err.endswith("no head: there are `turret generate` and `turret score`\n")
     assert err.count("no head") == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["a/b/adapter_config.json"], "is no adapter, but a/b in it is; name that one"),
+        (
+            ["training_args.bin", *(f"checkpoint-{n}/adapter_config.json" for n in (500, 1000))],
+            "is no adapter, but checkpoint-500, checkpoint-1000 in it are; name one of them",
+        ),
+        (["adapter_config.json", "training_args.bin"], "a .safetensors file is missing; an adapt"),
+        (["adapter_config.json", "adapter_model.bin"], "adapter_model.bin is a pickle, which can"),
+        ([".x/adapter_config.json"], "adapter_config.json is missing; an adapter has adapter_con"),
+    ],
+)
+def test_an_upload_says_where_the_adapter_is(
+    run: Run, server: FakeTurret, tmp_path: Path, files: list[str], expected: str
+):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    code, _, err = run("adapters", "upload", "up", str(tmp_path))
+    assert (code, err.startswith(f"error: {tmp_path}: {expected}")) == (1, True), err
+    assert server.adapters.files == {}
+
+
+def test_an_upload_from_the_hub_is_a_load(run: Run, server: FakeTurret):
+    err = run("adapters", "upload", "up", "hub:acme/x")[2]
+    assert err.endswith("a server fetches what it loads: `turret adapters load`\n")
 
 
 def _refuse_mix(_request: object, context: grpc.ServicerContext) -> None:
