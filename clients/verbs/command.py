@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -276,7 +277,7 @@ def print_error(error: Exception, args: argparse.Namespace | None = None) -> Non
         text = renamed(text, (violation.field for violation in error.violations), as_typed)
         text = mention_flags(text) if isinstance(error, InvalidArgumentError) else text
         if hasattr(args, "mixes"):
-            text = text.replace("--adapter", "--mix")
+            text = re.sub(r"--adapter(?![\w-])", "--mix", text)
     elif isinstance(error, TypeError | ValueError):
         text = name_flags(text)
     print(f"error: {text if args is None else _in_variables(text, args)}", file=sys.stderr)

@@ -42,6 +42,18 @@ def test_an_adapter_with_a_head_is_sent_to_the_verb_for_it(
     assert err.count("trained to classify") == 1
 
 
+def test_what_eval_calls_a_mix_is_no_part_of_a_servers_flag(
+    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def refuse(_request: object, context: grpc.ServicerContext) -> None:
+        _abort(context, InvalidRequestError.of("adapters[0].name", "see --adapter-root"))
+
+    monkeypatch.setattr(server.inference, "_accept", refuse)
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    assert "--mix 1: see --adapter-root" in run("eval", str(data), "-m", "sql")[2]
+
+
 def test_details_are_counted_as_they_will_be_listed(
     run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch
 ):
