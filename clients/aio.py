@@ -25,6 +25,7 @@ from turret.clients.channel import (
     DEFAULT_ADDRESS,
     CallSettings,
     ClosedStub,
+    CutCalls,
     LoopStub,
     Tls,
     open_aio_channel,
@@ -84,15 +85,22 @@ class AsyncTurretClient:
         self._admin_channel = (
             self._channel if admin_address is None else open_aio_channel(admin_address, tls)
         )
-        self._stub: Any = LoopStub(inference_pb2_grpc.InferenceStub(self._channel))
-        self.adapters = AsyncAdaptersClient(self._admin_channel, self._settings)
+        self._cuts = CutCalls()
+        stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._stub: Any = LoopStub(stub, self._cuts)
+        self.adapters = AsyncAdaptersClient(self._admin_channel, self._settings, self._cuts)
 
     async def close(self) -> None:
-        """Close the connections; calls that run are cancelled, later ones a RuntimeError."""
+        """Close the connections; calls that run are cancelled, later ones a RuntimeError.
+
+        Where a call was cut short just before, it takes up to 50 ms, so that gRPC is done with it
+        before the event loop may end.
+        """
         self._stub = ClosedStub()
         self.adapters.close()
         await self._channel.close()
         await self._admin_channel.close()
+        await self._cuts.settle()
 
     async def __aenter__(self) -> Self:
         return self

@@ -11,7 +11,7 @@ from typing import Any
 import grpc.aio
 
 from turret.clients.calls import call_async
-from turret.clients.channel import CallSettings, ClosedStub, LoopStub, stream_timeout
+from turret.clients.channel import CallSettings, ClosedStub, CutCalls, LoopStub, stream_timeout
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.adapter_files import ExportWriter, upload_messages
 from turret.clients.messages.adapter_requests import (
@@ -36,8 +36,8 @@ class AsyncAdaptersClient:
     fails; ``timeout`` is a deadline in seconds.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, settings: CallSettings) -> None:
-        self._stub: Any = LoopStub(adapters_pb2_grpc.AdaptersStub(channel))
+    def __init__(self, channel: grpc.aio.Channel, settings: CallSettings, cuts: CutCalls) -> None:
+        self._stub: Any = LoopStub(adapters_pb2_grpc.AdaptersStub(channel), cuts)
         self._settings = settings
 
     def close(self) -> None:

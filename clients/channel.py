@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from turret.v1 import adapters_pb2
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 # Metadata of a call that runs on adapters: requests of one mix go to one server as far as they can.
 ROUTING_KEY = "x-turret-mix"
+# The last event of a call that was cut short takes about 1 ms.
+_CUT_SECONDS = 0.05
 _PEM = b"-----BEGIN"
 _OPTIONS: tuple[tuple[str, int], ...] = (
     # Logprobs with alternatives for a long prompt exceed gRPC's own limit of 4 MiB.
@@ -144,12 +147,17 @@ def _running_loop() -> asyncio.AbstractEventLoop:
 class LoopStub:
     """An asyncio stub that is used where it was made: elsewhere gRPC fails in words of its own.
 
+    Args:
+        stub: gRPC's.
+        cuts: Told of each call.
+
     Raises:
         RuntimeError: No event loop runs, or another one than that it was made in.
     """
 
-    def __init__(self, stub: object) -> None:
+    def __init__(self, stub: object, cuts: CutCalls) -> None:
         self._stub = stub
+        self._cuts = cuts
         self._loop = _running_loop()
 
     def __getattr__(self, name: str) -> Any:
@@ -158,7 +166,38 @@ class LoopStub:
                 "this AsyncTurretClient was made in another event loop: make one in the async"
                 " function that each asyncio.run(...) runs"
             )
-        return getattr(self._stub, name)
+        method = getattr(self._stub, name)
+
+        def start(*arguments: Any, **options: Any) -> grpc.aio.Call:
+            call = method(*arguments, **options)
+            call.add_done_callback(self._cuts.note)
+            return call
+
+        return start
+
+
+class CutCalls:
+    """When an asyncio client last cut a call short, and how long gRPC has to do with that.
+
+    Of a call that is cancelled gRPC drops what is under way, and its last event comes a little
+    later, through a queue that all event loops of the process share. After the loop's end, as long
+    as any channel lives, the next loop finds it and prints that the first is closed. No call and
+    no channel tells when that event is through.
+    """
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def note(self, call: grpc.aio.Call) -> None:
+        """Take in a call that has ended."""
+        if call.cancelled():
+            self._last = time.monotonic()
+
+    async def settle(self) -> None:
+        """Stay in this event loop for as long as there may be such an event."""
+        left = self._last + _CUT_SECONDS - time.monotonic()
+        if left > 0:
+            await asyncio.sleep(left)
 
 
 class ClosedStub:

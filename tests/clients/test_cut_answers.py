@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+from servers.fake_turret import FOREVER, fake_turret
 
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.client import TurretClient
@@ -194,3 +195,32 @@ def test_a_whole_answer_is_asked_for_again_or_is_an_error(server, is_async: bool
     stopping.cuts, stopping.then = 1, grpc.StatusCode.NOT_FOUND
     with pytest.raises(NotFoundError):
         ask()
+
+
+@pytest.mark.parametrize("is_cut_by_close", [False, True])
+def test_closing_an_asyncio_client_leaves_nothing_of_a_cut_stream_to_the_next_loop(
+    is_cut_by_close: bool,
+) -> None:
+    """Where the last event of a call finds its loop closed, gRPC prints a traceback."""
+
+    async def cut(address: str) -> list[str]:
+        async with AsyncTurretClient(address) as client:
+            stream = client.generate_stream(FOREVER)
+            await anext(stream)
+            if not is_cut_by_close:
+                await stream.aclose()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        return [str(task) for task in left]
+
+    with fake_turret() as server:
+        assert asyncio.run(cut(server.address)) == []
+
+
+async def test_closing_an_asyncio_client_waits_for_nothing_where_no_call_was_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("turret.clients.channel._CUT_SECONDS", 60.0)
+    with fake_turret() as server:
+        client = AsyncTurretClient(server.address)
+        await client.generate("a")
+        await asyncio.wait_for(client.close(), 10)
