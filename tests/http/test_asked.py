@@ -104,8 +104,15 @@ async def test_adapters_may_be_typed() -> None:
             (CHAT, {"model": "base", "adapters": ["sql"]}, "adapters[0]"),
             (CHAT, {"model": "base", "adapters": [{"weight": 1}]}, "adapters[0].name"),
             (CHAT, {"model": "base", "adapters": [{"nam": "sql"}]}, "adapters[0]"),
-            (CHAT, {"model": "sql*101"}, "adapters[0].weight"),
-            (CHAT, {"model": "sql+sql"}, "adapters[1].name"),
+            (CHAT, {"model": "sql*101"}, "model"),
+            (CHAT, {"model": "json+sql*1e3"}, "model"),
+            (CHAT, {"model": "sql+sql"}, "model"),
+            (CHAT, {"model": "+".join(f"a{i}" for i in range(65))}, "model"),
+            (
+                CHAT,
+                {"model": "base", "adapters": [{"name": "a", "weight": 101}]},
+                "adapters[0].weight",
+            ),
             (CHAT, {}, "model"),
             (CHAT, {"model": 3}, "model"),
         ):
@@ -114,11 +121,9 @@ async def test_adapters_may_be_typed() -> None:
         for model in (
             "",
             "SQL",
-            "sql*",
-            "sql*x",
             "sql+",
             "+sql",
-            "sql*1e3",
+            "+*2",
             "other:sql",
             "x" * 999,
         ):
@@ -127,6 +132,25 @@ async def test_adapters_may_be_typed() -> None:
             assert refused.param == "model"
             is_mix = "*" in model or "+" in model
             assert ("a mix is written as" if is_mix else "GET /v1/models") in refused.message
+
+
+async def test_what_is_wrong_with_a_mix_is_said_of_model() -> None:
+    rule = "one is a decimal number without an exponent, such as 2, 0.5 or -0.5"
+    async with http_harness() as server:
+        for model, why in (
+            ("sql*x", f"'x' is no weight of 'sql': {rule}"),
+            ("sql*", f"'' is no weight of 'sql': {rule}"),
+            ("sql*1e1", f"'1e1' is no weight of 'sql': {rule}"),
+            ("a*1*2", f"'1*2' is no weight of 'a': {rule}"),
+            ("json+sql*1000", "weight of 'sql' must be finite and in [-100, 100]"),
+            ("sql+json+sql", "'sql' occurs twice"),
+        ):
+            refused = await server.refused(CHAT, {"messages": TURNS, "model": model})
+            assert (refused.status, refused.message) == (400, f"model: {why}")
+            looked_up = Refused.of(await server.client.get(f"/v1/models/{model}"))
+            assert (looked_up.status, looked_up.message) == (400, f"model: {why}")
+        both = await server.refused(CHAT, {"messages": TURNS, "model": "a*x", "temperature": "hot"})
+        assert both.message.endswith("; temperature: must be a number")
 
 
 async def test_an_adapter_that_is_not_there_is_blamed_on_the_field_that_names_it() -> None:

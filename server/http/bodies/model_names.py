@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from turret.server.api.requests import adapter_refs
+from turret.server.api.violations import Violations
 from turret.server.basics.closest import did_you_mean
 from turret.server.config import ADAPTER_NAME
-from turret.server.errors import AdapterNotFoundError
+from turret.server.errors import AdapterNotFoundError, InvalidRequestError
 from turret.server.http.bodies.fields import Fields
 from turret.v1 import adapters_pb2
 
@@ -19,8 +21,9 @@ _MEMBER_FIELDS = ("name", "weight", "generation")
 _SHOWN_CHARS = 40
 
 # No adapter's name holds a plus, a star or a colon.
-_WEIGHT = r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
-_MEMBER = re.compile(rf"(?P<name>{ADAPTER_NAME.pattern})(?:\*(?P<weight>{_WEIGHT}))?")
+_MEMBER = re.compile(rf"(?P<name>{ADAPTER_NAME.pattern})(?:\*(?P<weight>.*))?", re.DOTALL)
+_WEIGHT = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
+_WEIGHT_RULE = "is a decimal number without an exponent, such as 2, 0.5 or -0.5"
 
 
 def mix_of(
@@ -39,13 +42,17 @@ def mix_of(
     model = fields.text("model")
     if fields.get("model") is None:
         fields.refuse("model", "must be set: the base model's name, an adapter, or a mix")
-    named = parse_model(model, base_name) if model is not None else []
+    named, wrong = _read_model(model, base_name) if model is not None else ([], [])
+    for why in wrong:
+        fields.refuse("model", why)
+    # What is wrong with a mix as a whole is wrong with the field that holds it.
+    names["adapters"] = "model"
     typed = fields.array("adapters")
     if not typed:
         return named
     if named:
         fields.refuse("adapters", "goes with the base model's name as model")
-    names["name"] = "adapters"
+    names.update(name="adapters", adapters="adapters")
     return [_member(fields, index, value) for index, value in enumerate(typed)]
 
 
@@ -57,24 +64,51 @@ def parse_model(model: str, base_name: str) -> list[adapters_pb2.AdapterWeight]:
 
     Raises:
         AdapterNotFoundError: It has none of these forms.
+        InvalidRequestError: It has one, but for a weight that is none, or a member comes twice.
     """
+    members, wrong = _read_model(model, base_name)
+    if wrong:
+        raise InvalidRequestError.of("model", "; ".join(wrong))
+    return members
+
+
+def _read_model(model: str, base_name: str) -> tuple[list[adapters_pb2.AdapterWeight], list[str]]:
+    """As ``parse_model``, with what is wrong; a member has no weight then."""
     if model in (BASE, base_name):
-        return []
+        return [], []
     rest = model
     for prefix in (base_name, BASE):
         if model.startswith(f"{prefix}:"):
             rest = model[len(prefix) + 1 :]
             break
-    members = []
+    members: dict[str, adapters_pb2.AdapterWeight] = {}
+    wrong = []
     for part in rest.split("+"):
         match = _MEMBER.fullmatch(part.strip())
         if match is None:
             raise no_model(model)
-        member = adapters_pb2.AdapterWeight(name=match["name"])
-        if match["weight"] is not None:
-            member.weight = float(match["weight"])
-        members.append(member)
-    return members
+        name = match["name"]
+        if name in members:
+            wrong.append(f"{name!r} occurs twice")
+            continue
+        members[name] = adapters_pb2.AdapterWeight(name=name)
+        if match["weight"] is None:
+            continue
+        why = _why_no_weight(name, match["weight"])
+        if why:
+            wrong.append(why)
+        else:
+            members[name].weight = float(match["weight"])
+    return list(members.values()), wrong
+
+
+def _why_no_weight(name: str, text: str) -> str:
+    """What is wrong with a weight; empty if nothing is."""
+    if _WEIGHT.fullmatch(text) is None:
+        return f"{text[:_SHOWN_CHARS]!r} is no weight of {name!r}: one {_WEIGHT_RULE}"
+    violations = Violations()
+    adapter_refs([adapters_pb2.AdapterWeight(name=name, weight=float(text))], violations)
+    return violations.found[0][1] if violations.found else ""
 
 
 def no_model(model: str) -> AdapterNotFoundError:
