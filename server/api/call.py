@@ -31,6 +31,12 @@ def is_request_id(text: str) -> bool:
     return 0 < len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable()
 
 
+def request_id_of(sent_ids: Iterable[str | bytes]) -> str:
+    """The first usable one of the ids that a client sent, else one that is made up."""
+    usable = (sent for sent in sent_ids if isinstance(sent, str) and is_request_id(sent))
+    return next(usable, None) or uuid.uuid4().hex
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Call:
     """A door begins it and finishes it; what answers it notes what is counted in the end.
@@ -84,11 +90,10 @@ class Call:
             is_counted: Whether ``turret_requests_total`` counts it: calls that run on adapters.
             level: The level of the line that is logged in the end.
         """
-        usable = (sent for sent in sent_ids if isinstance(sent, str) and is_request_id(sent))
         call = cls(
             method=method,
             protocol=protocol,
-            request_id=next(usable, None) or uuid.uuid4().hex,
+            request_id=request_id_of(sent_ids),
             _metrics=metrics,
             _failures=failures,
             _is_counted=is_counted,

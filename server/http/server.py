@@ -45,6 +45,7 @@ from turret.server.http.exchange.hosts import HostCheck
 from turret.server.http.exchange.listener import Listener
 from turret.server.http.exchange.refusals import HttpRefusal, refusal_of
 from turret.server.http.exchange.reply import dumps
+from turret.server.http.exchange.request_ids import RequestIds
 from turret.server.http.models import Models
 from turret.server.http.probes import Probes
 from turret.server.http.responses import Responses
@@ -268,6 +269,7 @@ def application(
         # A token is what no page of another name has.
         names = (split_address(listen.http_address)[0], *listen.http_allowed_host)
         middleware.insert(0, Middleware(HostCheck, names=names))
+    middleware.insert(0, Middleware(RequestIds))
     return Starlette(
         routes=answered,
         middleware=middleware,

@@ -158,6 +158,27 @@ async def test_a_request_has_the_id_that_was_sent(caplog: pytest.LogCaptureFixtu
     assert (said["method"], said["code"]) == ("POST /v1/completions", "OK")
 
 
+async def test_every_answer_has_an_id_and_takes_over_one_that_a_header_can_hold() -> None:
+    listen = ListenConfig(http_address="127.0.0.1:0", http_cors_origin=("https://a.example",))
+    preflight = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    async with http_harness(listen=listen) as server:
+        for method, path, headers, status in (
+            ("GET", "/v1/nix", {}, 404),
+            ("OPTIONS", COMPLETIONS, {}, 405),
+            ("DELETE", COMPLETIONS, {}, 405),
+            ("OPTIONS", COMPLETIONS, preflight, 200),
+            ("GET", "/health", {"host": "evil.example"}, 421),
+            ("GET", "/health", {}, 200),
+        ):
+            sent = {**headers, "x-request-id": "i" * 128}
+            answer = await server.client.request(method, path, headers=sent)
+            assert (answer.status_code, answer.headers["x-request-id"]) == (status, "i" * 128)
+            for unusable in ("i" * 129, "", "\xe9"):
+                encoded = [*headers.items(), ("x-request-id", unusable.encode("latin-1"))]
+                answer = await server.client.request(method, path, headers=encoded)
+                assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-request-id"]), unusable
+
+
 async def test_a_body_has_limits() -> None:
     async with http_harness() as server:
         send = server.client.post
