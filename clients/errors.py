@@ -159,6 +159,8 @@ class TurretRpcError(Exception):
             text += LISTED
         elif reason == "ADAPTER_EXISTS":
             text = text.replace(*_REPLACES)
+        elif code is grpc.StatusCode.UNAUTHENTICATED:
+            text += TOKEN
         elif reason == "SERVICE_ELSEWHERE":
             text += ELSEWHERE
         elif code is grpc.StatusCode.UNAVAILABLE and text.startswith(_STARTING):
@@ -275,6 +277,8 @@ _CLASSES: dict[grpc.StatusCode, type[TurretRpcError]] = {
 
 # What to do about a name that is not there and looks like none that is.
 LISTED = "; adapters.list() tells which there are, adapters.load() registers one"
+# About a token that is missing or wrong.
+TOKEN = "; TurretClient(token=...) sends one"
 # And about a call at the address of another service.
 ELSEWHERE = "; a client takes both: address= and admin_address="
 # And about a name that has other weights: the server's words, and what a program calls.

@@ -20,6 +20,7 @@ from turret.clients.errors import (
     ELSEWHERE,
     LISTED,
     LOADING,
+    TOKEN,
     AnswerCutError,
     AuthenticationError,
     DeadlineExceededError,
@@ -210,9 +211,8 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
             f"{said}; `turret adapters list` shows what there is{_loads(error, args)}"
         )
     if isinstance(error, AuthenticationError):
-        return error.with_message(
-            f"{error.message}; give it with --token, --token-from or {TOKEN_VARIABLE}"
-        )
+        said = error.message.removesuffix(TOKEN)
+        return error.with_message(f"{said}; give it with --token, --token-from or {TOKEN_VARIABLE}")
     return error
 
 

@@ -12,7 +12,10 @@ from turret.server.basics.closest import did_you_mean
 
 ToolForm = Literal["hermes", "xml", "llama3", "mistral", "mistral11", "harmony"]
 
-NO_TOOLS = "this model's chat template knows no tools, or calls them in a form that is not read"
+NO_TOOLS = (
+    "this model's chat template knows no tools, or calls them in a form that is not read: leave out"
+    " tools, calls and their results"
+)
 # What stands around calls, in each form. Tokenizers may have special tokens for it.
 _MARKS: dict[ToolForm, tuple[str, ...]] = {
     "hermes": ("<tool_call>", "</tool_call>"),

@@ -17,7 +17,9 @@ import pytest
 from servers.command import parse_and_run
 from servers.fake_turret import FOREVER, PEFT_FILES, SAME, FakeTurret
 
+from turret.clients.client import TurretClient
 from turret.clients.counted import counted as of_client
+from turret.clients.errors import AuthenticationError
 from turret.server.basics.counted import counted as of_server
 from turret.v1 import adapters_pb2
 
@@ -155,7 +157,12 @@ def test_errors_say_what_to_do_next(run: Run, server: FakeTurret, capsys):
     assert err.startswith("UNAVAILABLE: what answers at ")
     assert "speaks no TLS; leave --tls" in err
     server.inference.wants_token = True
-    assert "--token-from or TURRET_TOKEN" in run("generate", "a")[2]
+    step = "give it with --token, --token-from or TURRET_TOKEN"
+    err = run("generate", "a")[2]
+    assert err == f"error: UNAUTHENTICATED: the token is unknown; {step}\n"
+    with TurretClient(server.address) as client, pytest.raises(AuthenticationError) as raised:
+        client.generate("a")
+    assert str(raised.value).endswith(": the token is unknown; TurretClient(token=...) sends one")
 
 
 @pytest.mark.parametrize(

@@ -267,6 +267,8 @@ async def test_conversations_and_prompts_refuse_alike(name: str) -> None:
         for path, sent in ((CHAT, {"messages": TURNS}), (COMPLETIONS, {"prompt": "a"})):
             refused = await server.refused(path, {"model": "base", name: "x", **sent})
             assert (refused.status, refused.param) == (400, name), path
+            steps = "leave it out", "send tools and tool_choice", "is for /v1/chat/completions"
+            assert refused.message.endswith(steps)
 
 
 async def test_what_asks_for_nothing_is_let_pass() -> None:
@@ -295,6 +297,14 @@ async def test_a_limit_that_no_message_holds_is_the_context_s_to_refuse() -> Non
     [
         ("no head; there are Generate and Score", "/v1/chat/completions and /v1/completions"),
         ("trained to classify; call Classify", "; POST /classify labels texts"),
+        (
+            "is taken; replace or unload it",
+            "; load_inplace true replaces it, /v1/unload_lora_adapter removes it",
+        ),
+        (
+            "is '/a'; what lies elsewhere can be uploaded",
+            "; `turret adapters upload` sends what lies elsewhere",
+        ),
         ("is merged; unmerge it first", "; `turret adapters unmerge` takes it out"),
     ],
 )

@@ -92,6 +92,10 @@ async def test_refusals_are_rich_and_cover_streams(
     assert (missing.code, missing.reason) == (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
     assert scheme.code is grpc.StatusCode.UNAUTHENTICATED
     assert role.code is upload.code is grpc.StatusCode.PERMISSION_DENIED
+    assert role.message == (
+        "this needs a token with the role 'inference': one whose line in the server's token file"
+        " names that role"
+    )
     assert role.metadata == {"service": "turret.v1.Inference", "role": "inference"}
     assert "call finished" in caplog.text
     told = [r.__dict__["fields"] for r in caplog.records if r.message == "call finished"]

@@ -33,7 +33,8 @@ def authorize(tokens: TokenTable | None, service: str, authorization: object) ->
         return
     if role not in roles_of(tokens, authorization):
         raise PermissionDeniedError(
-            f"{service} needs a token with the role {role!r}",
+            f"this needs a token with the role {role!r}: one whose line in the server's token file"
+            " names that role",
             metadata={"service": service, "role": role},
         )
 

@@ -112,7 +112,7 @@ def read_constraint(fields: Fields, message: _Message) -> dict[str, str]:
     outputs = fields.inner("structured_outputs")
     for name in _REFUSED:
         if outputs.get(name) not in (None, False):
-            outputs.refuse(name, "is not supported")
+            outputs.refuse(name, "is not supported; leave it out")
     found += _read_response_format(fields, message)
     if len(found) > 1:
         names = ", ".join(name for _, name in found)

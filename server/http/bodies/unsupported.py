@@ -12,7 +12,10 @@ from turret.server.http.bodies.fields import Fields
 
 _OLD_TOOLS = "send tools and tool_choice"
 _NO_TEMPLATE = "the chat template is the model's own"
-_OFF = "is not supported"
+_OFF = "is not supported; leave it out"
+_BY_TOKEN = "is not supported; logit_bias makes tokens likelier or not, a constraint forbids others"
+# Of Responses' reasoning.effort, too.
+NO_EFFORT = "is not supported: a model thinks as its template has it; leave it out, or send none"
 _IN_CHATS = "is for /v1/chat/completions"
 
 # Field → values that ask for nothing (null does so everywhere), and what to say of others.
@@ -22,16 +25,16 @@ _EVERYWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_beam_search": ((False,), _OFF),
     "length_penalty": ((1, 1.0), _OFF),
     "prompt_logprobs": ((), "echo with logprobs reports the prompt's"),
-    "truncate_prompt_tokens": ((), _OFF),
-    "allowed_token_ids": ((), _OFF),
-    "bad_words": (([],), _OFF),
+    "truncate_prompt_tokens": ((), "a prompt is not cut: send one that fits"),
+    "allowed_token_ids": ((), _BY_TOKEN),
+    "bad_words": (([],), _BY_TOKEN),
     "logits_processors": (([],), _OFF),
     "skip_special_tokens": ((True,), "special tokens are never part of the text"),
     "return_token_ids": ((False,), _OFF),
     "return_tokens_as_token_ids": ((False,), _OFF),
     "priority": ((0,), _OFF),
     "lora_path": ((), "name the adapter in model"),
-    "suffix": (("",), _OFF),
+    "suffix": (("",), "is not supported: a prompt is continued, not filled in; leave it out"),
     "prompt_embeds": ((), _OFF),
 }
 _CHAT: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -41,7 +44,7 @@ _CHAT: dict[str, tuple[tuple[Any, ...], str]] = {
     "audio": ((), "answers are text"),
     "prediction": ((), _OFF),
     "web_search_options": ((), _OFF),
-    "reasoning_effort": (("none",), _OFF),
+    "reasoning_effort": (("none",), NO_EFFORT),
     "echo": ((False,), "is for /v1/completions"),
     "add_generation_prompt": ((True,), _NO_TEMPLATE),
     "continue_final_message": ((False,), _NO_TEMPLATE),

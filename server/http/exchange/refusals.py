@@ -49,7 +49,8 @@ _STEPS = {
     "call Classify": "POST /classify labels texts",
     "there are Generate and Score": "there are /v1/chat/completions and /v1/completions",
     "unmerge it first": "`turret adapters unmerge` takes it out",
-    "replace or unload it": '"load_inplace": true makes these its next generation',
+    "replace or unload it": "load_inplace true replaces it, /v1/unload_lora_adapter removes it",
+    "what lies elsewhere can be uploaded": "`turret adapters upload` sends what lies elsewhere",
     "FORCE ends them": "`turret adapters unload --force` ends them",
 }
 # A page of text is enough; a message repeats what the client sent.

@@ -9,6 +9,7 @@ from turret.server.http.bodies.constraints import read_text_format
 from turret.server.http.bodies.fields import Fields
 from turret.server.http.bodies.generation import NAMES as SHARED_NAMES
 from turret.server.http.bodies.generation import Asked
+from turret.server.http.bodies.unsupported import NO_EFFORT
 
 NAMES = {
     **SHARED_NAMES,
@@ -31,7 +32,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "prompt": ((), "there are no stored prompts: send input"),
     "truncation": (("disabled",), "a conversation is not cut: send one that fits"),
     "context_management": (([],), "a conversation is not cut: send one that fits"),
-    "moderation": ((), "is not supported"),
+    "moderation": ((), "is not supported; leave it out"),
 }
 
 
@@ -58,7 +59,7 @@ def read_sent(fields: Fields, asked: Asked) -> Sent:
     names = read_text_format(fields.inner("text").inner("format"), asked.message)
     reasoning = fields.inner("reasoning")
     if reasoning.get("effort") not in (None, "none"):
-        reasoning.refuse("effort", "is not supported")
+        reasoning.refuse("effort", NO_EFFORT)
     if asked.num_choices != 1:
         fields.refuse("n", "must be 1: a response is one answer")
     limit = fields.count("max_output_tokens", 1)
