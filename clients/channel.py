@@ -66,8 +66,8 @@ class Tls:
                 raise TypeError(
                     f"{name}: PEM as bytes, not {kind}; Tls.from_files({name}=...) reads a file"
                 )
-            if pem is not None and _PEM not in pem:
-                raise ValueError(f"{name}: holds no PEM")
+            if pem is not None and (why := _why_no_pem(name, pem)):
+                raise ValueError(f"{name}: {why}")
         if (self.certificate is None) != (self.key is None):
             raise ValueError("a client certificate and its key come together")
 
@@ -84,18 +84,33 @@ class Tls:
 
         Raises:
             OSError: A file cannot be read.
-            ValueError: Certificate and key do not come together, or a file is no PEM.
+            ValueError: Certificate and key do not come together, or a file is not the PEM of what
+                it is given for.
         """
-        ca_pem, certificate_pem, key_pem = (
-            None if path is None else Path(path).read_bytes() for path in (ca, certificate, key)
-        )
-        for path, pem in ((ca, ca_pem), (certificate, certificate_pem), (key, key_pem)):
-            if pem is not None and _PEM not in pem:
-                raise ValueError(f"{path}: holds no PEM")
-        return cls(ca=ca_pem, certificate=certificate_pem, key=key_pem, server_name=server_name)
+        files = {"ca": ca, "certificate": certificate, "key": key}
+        pems = {name: _read_pem(name, path) for name, path in files.items() if path is not None}
+        return cls(**pems, server_name=server_name)
 
     def credentials(self) -> grpc.ChannelCredentials:
         return grpc.ssl_channel_credentials(self.ca, self.key, self.certificate)
+
+
+def _why_no_pem(name: str, pem: bytes) -> str:
+    """What is wrong with what is given for an attribute of ``Tls``; empty if nothing is seen."""
+    if _PEM not in pem:
+        return "holds no PEM"
+    kind = "private key" if name == "key" else "certificate"
+    return "" if kind.upper().encode() + b"-----" in pem else f"holds no {kind}"
+
+
+def _read_pem(name: str, path: str | os.PathLike[str]) -> bytes:
+    try:
+        pem = Path(path).read_bytes()
+    except OSError as error:
+        raise type(error)(f"{name}: {path}: {error.strerror}; it takes a PEM file") from None
+    if why := _why_no_pem(name, pem):
+        raise ValueError(f"{name}: {path} {why}")
+    return pem
 
 
 def open_channel(address: str, tls: Tls | None) -> grpc.Channel:

@@ -22,15 +22,17 @@ class _Cause:
 
     Attributes:
         signs: Parts of what gRPC says.
-        meaning: What it means of that which answers at the address.
+        meaning: What it means of ``subject``.
         step: What to do about it.
         flags: The same with the flags of the command.
+        subject: That which answers at the address.
     """
 
     signs: tuple[str, ...]
     meaning: str
     step: str
     flags: str
+    subject: str = "what answers at"
 
 
 # What gRPC also says of a connection that ends as soon as it is made, as one without TLS does to a
@@ -48,9 +50,10 @@ _ANSWERED = (
     ),
     _Cause(
         ("security handshaker",),
-        "was not asked: what Tls was given is no certificate or key that can be read",
-        "it takes whole PEM files",
-        "--tls-ca, --tls-cert and --tls-key take whole PEM files",
+        "was asked nothing: a certificate or key that was given cannot be read",
+        "ca, certificate and key are whole PEM files, and the key is the certificate's",
+        "--tls-ca, --tls-cert and --tls-key take whole PEM files, and the key is the certificate's",
+        subject="the server at",
     ),
     _Cause(
         ("WRONG_VERSION_NUMBER",),
@@ -90,7 +93,7 @@ def why_unreached(place: str, said: str) -> str:
     """
     for cause in _ANSWERED:
         if any(sign in said for sign in cause.signs):
-            return f"what answers at {place} {cause.meaning}; {cause.step}"
+            return f"{cause.subject} {place} {cause.meaning}; {cause.step}"
     return f"no turret server answers at {place} ({said}); {_NOTHING.step}"
 
 

@@ -127,15 +127,15 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     _set_bias(request.sampling, values.get("logit_bias", {}))
     fill(request.stop, _STOP, values)
     stop = values.get("stop", ())
-    stops = [stop] if isinstance(stop, str) else _several("stop", stop)
+    stops = [stop] if isinstance(stop, str) else _several("stop", stop, "a text or a list of texts")
     _extend("stop", request.stop.stop_strings, stops)
-    ids = _several("stop_token_ids", values.get("stop_token_ids", ()))
+    ids = _several("stop_token_ids", values.get("stop_token_ids", ()), "a list of token ids")
     _extend("stop_token_ids", request.stop.stop_token_ids, ids)
     if values.get("top_n"):
         values.setdefault("logprobs", True)
     fill(request.options, _RESPONSE, values)
     _set_constraint(request, values)
-    for tool in _several("tools", values.get("tools", ())):
+    for tool in _several("tools", values.get("tools", ()), "a list of tools"):
         if request.WhichOneof("input") != "chat":
             raise TypeError("tools: only a conversation has tools")
         request.chat.tools.append(_to_tool(tool))
@@ -156,17 +156,19 @@ def _set_bias(sampling: inference_pb2.SamplingParams, bias: Any) -> None:
 def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str, Any]) -> None:
     given = [name for name in _CONSTRAINTS if name in values]
     if len(given) > 1:
-        raise TypeError(f"an answer has one constraint, not several: {', '.join(given)}")
+        raise ValueError(f"an answer has one constraint, not several: {', '.join(given)}")
     schema = values.get("json_schema")
     if isinstance(schema, Mapping):
         values = {**values, "json_schema": _json("json_schema", schema)}
+    elif not isinstance(schema, str | None):
+        raise TypeError(f"json_schema: a mapping, or its JSON as a text, not {schema!r}")
     fill(request, _CONSTRAINTS[:-1], values)
     choice = values.get("choice")
     if isinstance(choice, str):
         raise TypeError("choice: several texts, not one")
     if choice is not None:
         request.choice.SetInParent()
-        _extend("choice", request.choice.texts, _several("choice", choice))
+        _extend("choice", request.choice.texts, _several("choice", choice, "a list of texts"))
 
 
 def score_request(
@@ -283,10 +285,10 @@ def _items(name: str, value: Any) -> list[Any]:
     raise TypeError(f"{name}: {_PROMPTS}, not {value!r}")
 
 
-def _several(name: str, value: Any) -> Iterable[Any]:
+def _several(name: str, value: Any, wanted: str) -> Iterable[Any]:
     if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
         return value
-    raise TypeError(f"{name}: a list, not {value!r}")
+    raise TypeError(f"{name}: {wanted}, not {value!r}")
 
 
 def _json(name: str, value: object) -> str:
@@ -350,14 +352,13 @@ def fill(message: Any, names: Iterable[str], values: Mapping[str, Any]) -> None:
     """Set the named fields; protobuf's own errors do not say which field they mean."""
     for name in names:
         if name in values:
-            # A bool is an int to Python, and so to protobuf.
+            # A bool is an int to Python and to protobuf, which takes either for the other.
             is_bool = message.DESCRIPTOR.fields_by_name[name].type == FieldDescriptor.TYPE_BOOL
             if isinstance(values[name], bool) and not is_bool:
                 raise TypeError(f"{name}: not a bool, such as {values[name]}")
-            wanted = "True or False" if is_bool else "a whole number"
-            _each(
-                name, lambda value, name=name: setattr(message, name, value), values[name], wanted
-            )
+            if is_bool and not isinstance(values[name], bool):
+                raise TypeError(f"{name}: True or False, not {values[name]!r}")
+            _each(name, lambda value, name=name: setattr(message, name, value), values[name])
 
 
 def _extend(name: str, field: Any, items: Iterable[Any]) -> None:
@@ -371,13 +372,8 @@ def _extend(name: str, field: Any, items: Iterable[Any]) -> None:
         raise
 
 
-def _each(
-    name: str, store: Callable[[Any], None], value: Any, whole: str = "a whole number"
-) -> None:
-    """Call ``store(value)``, with the field's name in front of any complaint.
-
-    ``whole`` is what is wanted where protobuf takes whole numbers: a bool is one to it.
-    """
+def _each(name: str, store: Callable[[Any], None], value: Any) -> None:
+    """Call ``store(value)``, with the field's name in front of any complaint."""
     try:
         store(value)
     except (TypeError, ValueError) as error:
@@ -385,7 +381,7 @@ def _each(
         if said.startswith("bad argument type"):  # protobuf's, of what is no text
             said = f"a text, not {value!r}"
         elif "cannot be interpreted as an integer" in said:
-            said = f"{whole}, not {value!r}"
+            said = f"a whole number, not {value!r}"
         elif said.startswith("must be real number"):
             said = f"a number, not {value!r}"
         elif isinstance(error, UnicodeEncodeError):

@@ -327,7 +327,12 @@ def given_token(args: argparse.Namespace) -> str | None:
         try:
             return args.token_from.read_text(encoding="utf-8").strip()
         except OSError as error:
-            raise OSError(f"--token-from {args.token_from}: {error.strerror}") from None
+            why = error.strerror
+        except UnicodeDecodeError:
+            why = "is no UTF-8 text"
+        raise OSError(
+            f"--token-from {args.token_from}: {why}; it takes a file that holds the token alone"
+        )
     return args.token or os.environ.get(TOKEN_VARIABLE)
 
 
@@ -341,9 +346,11 @@ def given_tls(args: argparse.Namespace) -> Tls | None:
     if args.tls or args.tls_ca or args.tls_cert or args.tls_key or args.tls_server_name:
         for name in ("tls_ca", "tls_cert", "tls_key"):
             path: Path | None = getattr(args, name)
+            flag = f"--{name.replace('_', '-')}"
             if path is not None and not path.is_file():
-                flag = f"--{name.replace('_', '-')}"
                 raise FileNotFoundError(f"{flag}: there is no file {path}")
+            if path is not None and not os.access(path, os.R_OK):
+                raise PermissionError(f"{flag}: may not read {path}")
         return Tls.from_files(
             ca=args.tls_ca,
             certificate=args.tls_cert,

@@ -41,6 +41,9 @@ _TYPED = {
     "name": "NAME",
     "path": "PATH",
     "directory": "DIR",
+    "ca": "--tls-ca",
+    "certificate": "--tls-cert",
+    "key": "--tls-key",
 }
 # Arguments that a flag of the same name sets, those of other verbs included.
 _SAME = {

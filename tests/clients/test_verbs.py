@@ -115,9 +115,11 @@ def test_token_comes_from_flag_or_file(run: Run, server: FakeTurret, tmp_path):
     (tmp_path / "token").write_text("t2\n")
     run("generate", "a", "--token-from", str(tmp_path / "token"))
     assert server.inference.metadata["authorization"] == "Bearer t2"
-    code, _, err = run("generate", "a", "--token-from", str(tmp_path / "none"))
-    assert code == 1
-    assert "No such file" in err
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    for name, why in (("none", "No such file or directory"), ("bytes", "is no UTF-8 text")):
+        code, _, err = run("generate", "a", "--token-from", str(tmp_path / name))
+        step = "it takes a file that holds the token alone"
+        assert (code, err) == (1, f"error: --token-from {tmp_path / name}: {why}; {step}\n")
 
 
 def test_environment_stands_for_connection_flags(server: FakeTurret, capsys, monkeypatch, tmp_path):

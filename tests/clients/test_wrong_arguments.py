@@ -102,13 +102,15 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
     [
         ("a", {"json_schema": {"type": object}}, "json_schema: Object of type type"),
         ("a", {"max_tokens": True}, "max_tokens: not a bool, such as True"),
-        ("a", {"tools": 5}, "tools: a list, not 5"),
-        ("a", {"stop": 3}, "stop: a list, not 3"),
-        ("a", {"stop_token_ids": 3}, "stop_token_ids: a list, not 3"),
-        ("a", {"choice": 3}, "choice: a list, not 3"),
+        ("a", {"tools": 5}, "tools: a list of tools, not 5"),
+        ("a", {"stop": 3}, "stop: a text or a list of texts, not 3"),
+        ("a", {"stop_token_ids": 3}, "stop_token_ids: a list of token ids, not 3"),
+        ("a", {"choice": 3}, "choice: a list of texts, not 3"),
         ("a", {"logit_bias": [1]}, r"logit_bias: token ids with numbers, .*, not \[1\]"),
         ("a", {"max_tokens": "2"}, "max_tokens: a whole number, not '2'"),
         ("a", {"temperature": "hot"}, "temperature: a number, not 'hot'"),
+        ("a", {"json_schema": 5}, "json_schema: a mapping, or its JSON as a text, not 5"),
+        ("a", {"echo": 1}, "echo: True or False, not 1"),
         ("a", {"ignore_eos": "no"}, "ignore_eos: True or False, not 'no'"),
         ("a", {"stop": ["a", 3]}, "stop: a text, not 3"),
         ("a", {"choice": ["a", None]}, "choice: a text, not None"),
@@ -162,6 +164,7 @@ def test_other_calls_name_the_argument_that_is_wrong(client: TurretClient):
         (lambda: asked.adapters.get("a", timeout=0), "timeout: more than 0 seconds"),
         (lambda: asked.embed("a", pooling="b"), "pooling: one of last, mean, not 'b'"),
         (lambda: Tls(ca=b"a"), "ca: holds no PEM"),
+        (lambda: asked.chat("a", regex="b", choice=["b"]), "an answer has one constraint, not sev"),
         (lambda: asked.chat([]), "messages: at least one turn"),
     ):
         with pytest.raises(ValueError, match=f"^{complaint}"):
@@ -330,6 +333,12 @@ def test_a_closed_client_says_so(server: FakeTurret, tmp_path: Path):
             client.generate_stream("a")
 
     asyncio.run(closed())
+
+
+def test_a_pem_file_that_is_not_there_is_told_by_its_argument(tmp_path: Path):
+    with pytest.raises(FileNotFoundError) as raised:
+        Tls.from_files(ca=tmp_path / "a")
+    assert str(raised.value).endswith("a: No such file or directory; it takes a PEM file")
 
 
 def test_an_address_without_a_port_may_be_that_of_tls():
