@@ -15,7 +15,7 @@ _NO_TEMPLATE = "the chat template is the model's own"
 _OFF = "is not supported; leave it out"
 _BY_TOKEN = "is not supported; logit_bias makes tokens likelier or not, a constraint forbids others"
 # Of Responses' reasoning.effort, too.
-NO_EFFORT = "is not supported: a model thinks as its template has it; leave it out, or send none"
+NO_EFFORT = "is not supported: a model thinks as its template has it; leave it out, or send 'none'"
 _IN_CHATS = "is for /v1/chat/completions"
 
 # Field → values that ask for nothing (null does so everywhere), and what to say of others.
