@@ -167,3 +167,9 @@ def test_the_command_says_of_a_server_without_tls_that_it_has_none(
     with fake_turret() as server:
         assert parse_and_run("generate", "a", "--address", server.address, "--tls") == 1
     assert "speaks no TLS; leave --tls" in capfd.readouterr().err
+
+
+def test_a_pem_file_that_is_not_there_is_told_by_its_argument(tmp_path: Path):
+    with pytest.raises(FileNotFoundError) as raised:
+        Tls.from_files(ca=tmp_path / "a")
+    assert str(raised.value).endswith("a: No such file or directory; it takes a PEM file")

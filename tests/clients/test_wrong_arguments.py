@@ -335,12 +335,6 @@ def test_a_closed_client_says_so(server: FakeTurret, tmp_path: Path):
     asyncio.run(closed())
 
 
-def test_a_pem_file_that_is_not_there_is_told_by_its_argument(tmp_path: Path):
-    with pytest.raises(FileNotFoundError) as raised:
-        Tls.from_files(ca=tmp_path / "a")
-    assert str(raised.value).endswith("a: No such file or directory; it takes a PEM file")
-
-
 def test_an_address_without_a_port_may_be_that_of_tls():
     TurretClient("turret.example.com", tls=Tls()).close()
     TurretClient("dns:///turret.example.com").close()
