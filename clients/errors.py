@@ -351,7 +351,9 @@ def _plain(code: grpc.StatusCode, text: str) -> str:
         place = found["place"].replace("%5B", "[").replace("%5D", "]")
         return why_unreached(place, found["why"])
     if found := _UNRESOLVED.match(text):
-        return why_unreached(found["place"], "its name has no address")
+        port = found["place"].rpartition(":")[2]
+        of_port = "" if port.isdigit() else f", or {port!r} is no port"
+        return why_unreached(found["place"], f"its name has no address{of_port}")
     if code is grpc.StatusCode.UNAVAILABLE and any(words in text for words in _LOST):
         return broken(text)
     return text

@@ -122,6 +122,8 @@ def _run_rank(config: TrainConfig, folder: Path, rank: int, announce: Announce) 
     (config,) = with_ranks(config, [rank])
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, output=output))
     with announce(None, f"rank {rank}") as listen:
+        if RunFolder(folder / output).is_finished:
+            listen({"kind": "note", "text": f"rank {rank}: is trained already"})
         resolved = resolve(config, folder)
         result = _train(Trainer(resolved, listen), RunFolder(Path(resolved.config.run.output)))
     if result.validation_loss is None:

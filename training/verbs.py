@@ -17,6 +17,7 @@ from typing import Any
 # What the extra `train` brings beside what a server needs.
 _EXTRA = ("peft", "accelerate")
 _WIDEST = 10_000
+_RANKS = (2, 4, 8, 16, 32)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -25,7 +26,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     text = "write a commented config"
     init = verbs.add_parser("init", help=text, description=text.capitalize())
-    init.add_argument("file", type=Path, nargs="?", default=Path("train.toml"), metavar="FILE")
+    init.add_argument(
+        "file",
+        type=Path,
+        nargs="?",
+        default=Path("train.toml"),
+        metavar="FILE",
+        help="where (default: train.toml)",
+    )
     init.set_defaults(func=_with_errors(_init))
     plan = _add(verbs, "plan", "show what a run will do and cost", _plan)
     plan.add_argument("--measure", action="store_true", help="run two steps and measure the memory")
@@ -43,7 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--rank",
         action=_Once,
         type=_ranks,
-        default=(2, 4, 8, 16, 32),
+        default=_RANKS,
         metavar="N,N,…",
         help="which (default: 2,4,8,16,32)",
     )
@@ -241,7 +249,8 @@ def _sweep(args: argparse.Namespace) -> None:
     _check_sweep(config, output, args.ranks, _digest(args, config), base)
     args.how_to_go_on = lambda: _how_a_sweep_goes_on(output, args.ranks)
     ranks = ", ".join(map(str, args.ranks))
-    print(f"a run for each of the ranks {ranks}; --ranks says which", file=sys.stderr)
+    hint = "; --ranks says which" if args.ranks is _RANKS else ""
+    print(f"a run for each of the ranks {ranks}{hint}", file=sys.stderr)
     from rich.table import Table
 
     from turret.clients.verbs.tables import print_table
@@ -293,7 +302,10 @@ def _how_a_sweep_goes_on(output: Path, ranks: Sequence[int]) -> str:
 
     runs = [RunFolder(rank_folder(output, rank)) for rank in ranks]
     has_some = any(run.is_finished or run.newest_checkpoint for run in runs)
-    return "the same command goes on, and trains no finished rank again" if has_some else ""
+    if has_some:
+        return "the same command goes on, and trains no finished rank again"
+    begun = any(run.facts.exists() for run in runs)
+    return "the same command begins anew: no rank has a checkpoint yet" if begun else ""
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -307,7 +307,8 @@ def _called(place: str, call: Callable[[], _T]) -> _T:
         try:
             return call()
         except TurretRpcError as error:
-            if isinstance(error, _NOBODYS_LINE):
+            is_of_mix = any(each.field.startswith("adapters") for each in error.violations)
+            if isinstance(error, _NOBODYS_LINE) or is_of_mix:
                 raise
             if error.reason != "QUEUE_FULL" or attempt == _MOST_RETRIES:
                 raise error.at(place) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import shlex
 from pathlib import Path
 
 _KINDS = {
@@ -34,10 +35,11 @@ def near_files(path: Path) -> str:
     return f"; its directory has {', '.join(there[:_FEW])}{more}" if path.suffix and there else ""
 
 
-def other_kind(data: bytes) -> str:
+def other_kind(path: Path, data: bytes) -> str:
     """What a file is and what to do with it, such as ``is compressed; …``; "" for JSON Lines.
 
     Args:
+        path: As commands name it.
         data: All of it, or as much as its first two lines have.
     """
     for start, problem in _KINDS.items():
@@ -45,19 +47,22 @@ def other_kind(data: bytes) -> str:
             return problem
     text = data.removeprefix(codecs.BOM_UTF8).lstrip()
     if text.startswith(b"["):
-        return "is a JSON array; `jq -c '.[]'` writes its objects one a line"
+        of_objects = text[1:].lstrip().startswith((b"{", b"]"))
+        step = f"`jq -c '.[]' {shlex.quote(str(path))} >NEW.jsonl` writes its objects one a line"
+        return f"is a JSON array; {step if of_objects else 'every line must be a JSON object'}"
     first, _, rest = text.partition(b"\n")
     if first.startswith((b"{", b'"{')):
         return ""
     head, row = (line.decode("utf-8", "replace") for line in (first, rest.partition(b"\n")[0]))
     for delimiter, name in _DELIMITERS.items():
         if delimiter in head and delimiter in row:
-            return _table(delimiter, name)
+            return _table(path, delimiter, name)
     return ""
 
 
-def _table(delimiter: str, name: str) -> str:
+def _table(path: Path, delimiter: str, name: str) -> str:
     given = "" if delimiter == "," else f", delimiter={delimiter!r}"
     reader = f"csv.DictReader(sys.stdin{given})"
     code = f"import csv, json, sys; [print(json.dumps(row)) for row in {reader}]"
-    return f'is a table with {name} (CSV); `python3 -c "{code}" <IT >NEW.jsonl` makes lines of it'
+    command = f'python3 -c "{code}" <{shlex.quote(str(path))} >NEW.jsonl'
+    return f"is a table with {name} (CSV); `{command}` makes lines of it"

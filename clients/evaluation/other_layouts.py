@@ -31,6 +31,8 @@ def renamed(row: Mapping[str, Any], path: Path) -> str:
         row: The line, which is of no shape that is read.
         path: Of its file.
     """
+    if {"answer", "reference", "mix"} <= row.keys():
+        return "is what `turret eval --answers` wrote, and not the test set that was judged"
     if "messages" in row:
         return ""
     chat = next((key for key in _CHATS if key in row), None)

@@ -161,7 +161,7 @@ def read_rows(path: Path, *, is_learned: bool) -> Iterator[Row]:
         RowError: It holds no line, or is of another kind, or a line is no JSON object.
     """
     data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    if problem := other_kind(data):
+    if problem := other_kind(path, data):
         raise RowError(path, None, None, problem)
     is_empty = True
     # Not splitlines(): JSON strings may hold U+2028 and other separators as they are.

@@ -118,6 +118,8 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
         known = list(GenerateOptions.__annotations__)
         close = difflib.get_close_matches(min(unknown), known, n=1, cutoff=0.7)
         meant = f"; did you mean {close[0]!r}?" if close else ""
+        if unknown == {"model"}:
+            meant = "; a client has one model, and adapters=[...] names what answers on it"
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}{meant}")
     values: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
     request = inference_pb2.GenerateRequest(adapters=to_mix(values.get("adapters", ())))

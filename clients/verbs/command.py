@@ -46,6 +46,7 @@ _WRITE = "there are Generate and Score"
 _TYPED_STEPS = {
     "unmerge it first": "`turret adapters unmerge` takes it out",
     "FORCE ends them": "--force ends them",
+    "unpin it first": "`turret adapters unpin NAME` comes first",
 }
 # Environment variables that stand for the flags of the same name; the flags win.
 ADDRESS_VARIABLE = "TURRET_ADDRESS"
@@ -185,7 +186,8 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
         )
     for step, typed in _TYPED_STEPS.items():
         if error.message.endswith(step):
-            return error.with_message(error.message.removesuffix(step) + typed)
+            own = typed.replace("NAME", getattr(args, "name", "NAME"))
+            return error.with_message(error.message.removesuffix(step) + own)
     if error.message.endswith(LOADING):
         said = error.message.removesuffix(LOADING)
         return error.with_message(f"{said}; `{_health(args)} --wait 600` returns when it serves")

@@ -126,6 +126,9 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
     for path in (args.plot, args.answers):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path}: {path.parent} is no directory")
+        if path is not None and path.exists() and args.data.exists() and path.samefile(args.data):
+            flag = "--plot" if path is args.plot else "--answers"
+            raise ValueError(f"{flag}: {path} is the test set; name another file")
     examples = read_eval_set(args.data, is_raw=args.raw, limit=args.limit)
     first = examples[0]
     if first.labels is not None and not args.classify:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from turret.clients.client import TurretClient
 from turret.clients.counted import counted
@@ -27,12 +28,14 @@ _JSON_ONLY = ("logprobs", "top_n", "token_ids")
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb."""
-    parser = subparsers.add_parser(
+    # Of the command, it says what was meant by flags of other verbs.
+    parser: Any = subparsers.add_parser(
         "generate",
         help="complete a prompt",
         description="Complete a prompt and print the answer as it grows.",
         parents=[adapter_parser(), generation_parser(), json_parser(), connection_parser()],
     )
+    parser.known_otherwise = lambda: dict.fromkeys(("-m", "--model", "--mix"), "-a VALUE")
     parser.add_argument("prompt", metavar="PROMPT", help="text; - reads standard input")
     parser.add_argument(
         "--chat", action="store_true", help="send the prompt as a user's message to the chat model"
@@ -97,6 +100,9 @@ def _print_end(last: Chunk | None, wants_stats: bool) -> None:
 
 def _prompt(args: argparse.Namespace) -> Prompt:
     text = text_argument(args.prompt)
+    if not text and (args.chat or args.system is not None):
+        # A chat's template makes a prompt of it all the same, and the answer has no end.
+        raise ValueError(f"PROMPT: {'standard input is' if args.prompt == '-' else 'is'} empty")
     if args.system is not None:
         return [("system", args.system), ("user", text)]
     return [("user", text)] if args.chat else text

@@ -33,7 +33,11 @@ def given_texts(args: argparse.Namespace) -> list[str]:
     for text in args.texts:
         texts += _lines(sys.stdin.read()) if text == "-" else [text]
     if args.file is not None:
-        texts += _lines(args.file.read_text(encoding="utf-8"))
+        try:
+            texts += _lines(args.file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            at = f"{error.reason} at byte {error.start + 1}"
+            raise ValueError(f"--file {args.file}: is no UTF-8 text ({at})") from None
     if not texts:
         raise ValueError("no text: give some, - for standard input, or --file")
     return texts

@@ -11,6 +11,9 @@ def split_address(address: str) -> tuple[str, int]:
     Raises:
         ValueError: No port, a port outside 0..65535, or a bare IPv6 host.
     """
+    scheme, is_url, _ = address.partition("://")
+    if is_url and scheme.isalpha():
+        raise ValueError(f"{address!r} is not HOST:PORT: leave {scheme}:// out")
     host, colon, port = address.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:

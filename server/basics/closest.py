@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 # Longer names are no slips of a finger, and comparing them takes long.
 _MOST_CHARS = 128
+_FEW_CHARS = 3
 # What others call what is here called otherwise.
 _OTHER_NAMES = {
     **dict.fromkeys(("bf16", "torch.bfloat16"), "bfloat16"),
@@ -32,8 +33,16 @@ def closest(word: str, choices: Iterable[str]) -> str | None:
         return None
     known = {choice.lower(): choice for choice in choices}
     other = _OTHER_NAMES.get(word.lower(), "")
-    close = [other] if other in known else difflib.get_close_matches(word.lower(), known, 1, 0.7)
-    meant = known[close[0]] if close else word
+    if other in known:
+        meant = known[other]
+    else:
+        # What all flags begin with makes none of them alike.
+        bare = {choice.removeprefix("--"): whole for choice, whole in known.items()}
+        plain = word.lower().removeprefix("--")
+        # One letter of three.
+        cutoff = 0.6 if len(plain) <= _FEW_CHARS else 0.7
+        close = difflib.get_close_matches(plain, bare, 1, cutoff)
+        meant = bare[close[0]] if close else word
     return meant if meant != word else None
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.basics.byte_size import parse_byte_size
-from turret.server.basics.closest import did_you_mean
+from turret.server.basics.closest import closest, did_you_mean
 from turret.server.basics.files.toml_text import parse_toml, toml_value
 from turret.server.basics.hub_id import model_place
 from turret.server.config import Config
@@ -229,10 +229,14 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
 def unknown_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
     """A note for each ``TURRET_…`` variable that looks like a misspelt one."""
     known = {setting.variable for setting in settings()} | _OTHERS
+    # What all begin with makes none of them alike.
+    endings = [name.removeprefix(PREFIX) for name in known]
     notes = []
     for name in sorted(environ):
-        if name.startswith(PREFIX) and name not in known and (meant := did_you_mean(name, known)):
-            notes.append(f"{name} is no setting{meant}")
+        if not name.startswith(PREFIX) or name in known:
+            continue
+        if meant := closest(name.removeprefix(PREFIX), endings):
+            notes.append(f"{name} is no setting; did you mean {PREFIX + meant!r}?")
     return tuple(notes)
 
 

@@ -20,7 +20,7 @@ from turret.training.errors import DataError
     [
         (b"prompt,completion\na,b\n", "is a table with commas (CSV); `python3 -c "),
         (b"prompt;completion\na;b\n", "csv.DictReader(sys.stdin, delimiter=';')"),
-        (b'[{"prompt": "a", "completion": "b"}]', "is a JSON array; `jq -c '.[]'`"),
+        (b'[{"prompt": "a", "completion": "b"}]', "is a JSON array; `jq -c '.[]' "),
         (b"\x1f\x8b\x08", "is compressed; `gunzip` it first"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from turret.clients.verbs.command import _with_next_step
 from turret.server.api.faults import fault_of
 from turret.server.errors import (
     VIOLATION_COUNT,
+    AdapterInUseError,
     InvalidRequestError,
     MergeActiveError,
     ServiceElsewhereError,
@@ -215,3 +217,69 @@ def _abort(context: grpc.ServicerContext, error: TurretError) -> None:
     details = to_rich_status(fault).SerializeToString()
     context.set_trailing_metadata((("grpc-status-details-bin", details),))
     context.abort(grpc.StatusCode[fault.code.name], fault.message)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"), [("", "PROMPT: is empty"), ("-", "PROMPT: standard input is empty")]
+)
+@pytest.mark.parametrize("flags", [("--chat",), ("--system", "a")])
+def test_a_chat_of_nothing_is_refused(
+    run: Run, monkeypatch: pytest.MonkeyPatch, argument: str, said: str, flags: tuple[str, ...]
+):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    code, out, err = run("generate", *flags, argument)
+    assert (code, out, err) == (2, "", f"error: {said}\n")
+
+
+def test_a_pinned_adapter_is_told_with_the_command_that_unpins_it(
+    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(_request: object, context: grpc.ServicerContext) -> None:
+        _abort(context, AdapterInUseError("adapter 'sql' is pinned; unpin it first"))
+
+    monkeypatch.setattr(server.adapters, "_get", refuse)
+    err = run("adapters", "unload", "sql")[2]
+    assert err.endswith("is pinned; `turret adapters unpin sql` comes first\n")
+
+
+@pytest.mark.parametrize("flag", ["--answers", "--plot"])
+def test_a_test_set_is_not_written_over(run: Run, server: FakeTurret, tmp_path: Path, flag: str):
+    data = tmp_path / "d.svg"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "link.svg").symlink_to(data)
+    code, _, err = run("eval", str(data), flag, str(tmp_path / "link.svg"))
+    assert (code, err) == (
+        2,
+        f"error: {flag}: {tmp_path}/link.svg is the test set; name another file\n",
+    )
+    assert "completion" in data.read_text()
+
+
+def test_answers_are_no_test_set(run: Run, server: FakeTurret, tmp_path: Path):
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    assert run("eval", str(data), "--answers", str(tmp_path / "answers.jsonl"))[0] == 0
+    err = run("eval", str(tmp_path / "answers.jsonl"))[2]
+    assert err.endswith(
+        "is what `turret eval --answers` wrote, and not the test set that was judged\n"
+    )
+
+
+def test_texts_of_a_file_that_is_no_text(run: Run, server: FakeTurret, tmp_path: Path):
+    (tmp_path / "f").write_bytes(b"ab\xff")
+    code, _, err = run("embed", "--file", str(tmp_path / "f"))
+    assert (code, err) == (
+        2,
+        f"error: --file {tmp_path}/f: is no UTF-8 text (invalid start byte at byte 3)\n",
+    )
+
+
+def test_of_an_adapter_that_does_not_classify_no_line_is_blamed(
+    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(server.inference, "_accept", _refuse_mix)
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    err = run("eval", str(data), "-m", "sql", "--classify")[2]
+    assert "the mix has no head" in err
+    assert "line" not in err

@@ -238,7 +238,8 @@ def test_a_file_that_is_no_jsonl_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b'[{"text": "a"}]\n', ": is a JSON array; `jq -c '.[]'` writes its objects one a line"),
+        (b'[{"text": "a"}]\n', ": is a JSON array; `jq -c '.[]' PATH >NEW.jsonl` writes its obj"),
+        (b'["a", "b"]\n', ": is a JSON array; every line must be a JSON object"),
         (b'[\n  {"text": "a"}\n]\n', ": is a JSON array"),
         ('{"text": "a"}\n'.encode("utf-16"), ": is UTF-16 text; save it as UTF-8"),
         (b"prompt,completion\na,b\n", ": is a table with commas (CSV); `python3 -c "),
@@ -255,7 +256,7 @@ def test_files_of_other_kinds_are_told_apart(tmp_path: Path, data: bytes, messag
     path.write_bytes(data)
     with pytest.raises(DataError) as caught:
         read_examples(path)
-    assert str(caught.value).startswith(f"{path}{message}")
+    assert str(caught.value).startswith(f"{path}{message.replace('PATH', str(path))}")
     path.write_bytes(b'{"text": "a"}\n{"text": "caf\xff"}\n')
     with pytest.raises(DataError, match="jsonl:2: byte 14: no UTF-8: invalid start byte"):
         read_examples(path)

@@ -169,6 +169,20 @@ def test_the_short_help_says_what_the_long_one_says() -> None:
 
 
 @pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("http://127.0.0.1:5", "'http://127.0.0.1:5' is not HOST:PORT: leave http:// out"),
+        ("unix:", "unix: needs a path, as unix:/run/turret.sock"),
+    ],
+)
+def test_an_address_at_which_nobody_could_listen(
+    address: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--address", address]) == 2
+    assert capsys.readouterr().err.startswith(f"turret serve: error: --address: {said}")
+
+
+@pytest.mark.parametrize(
     ("arguments", "meant"),
     [
         (["srve"], "did you mean 'serve'?"),
@@ -205,6 +219,13 @@ def test_the_short_help_says_what_the_long_one_says() -> None:
         (["adapters", "lst"], "turret adapters: error: .*did you mean 'list'?"),
         (["--versoin"], "unrecognized arguments: --versoin; did you mean '--version'?"),
         (["serve", "--adapters", "x"], "; did you mean '--adapter-root'?"),
+        (["serve", "--port", "80"], r"mean --http-address 127.0.0.1:80 \(OpenAI\) or --address "),
+        (["serve", "--host=h"], r"mean --http-address h:8000 \(OpenAI\) or --address h:50051 \("),
+        (["serve", "--max-lora-rank", "64"], "; did you mean --max-rank 64?"),
+        (["generate", "-m", "json", "hi"], "; did you mean -a json?"),
+        (["train", "rum", "x"], "; did you mean 'run'?"),
+        # What begins alike is not alike.
+        (["score", "--max-tokens", "5", "x"], "arguments: --max-tokens 5\n|--max-tokens x\n"),
         (["generate", "--adres=x"], "arguments: --adres; did you mean '--address'?"),
         (["generate", "hi", "there"], "there; a text of several words stands in quotes"),
         (["adapters", "list", "hi"], "turret adapters list: error: unrecognized arguments: hi\n"),
