@@ -11,6 +11,8 @@ def split_address(address: str) -> tuple[str, int]:
     Raises:
         ValueError: No port, a port outside 0..65535, or a bare IPv6 host.
     """
+    if address == "unix:":
+        raise ValueError("unix: needs a path, as unix:/run/turret.sock")
     scheme, is_url, _ = address.partition("://")
     if is_url and scheme.isalpha():
         raise ValueError(f"{address!r} is not HOST:PORT: leave {scheme}:// out")
