@@ -242,7 +242,7 @@ async def test_a_mix_is_not_looked_up() -> None:
         ({"messages": [{"role": "function", "content": "hi"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "contents": "hi"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "contents": "hi"}]}, "messages[0].contents"),
         ({"messages": [{"role": "system", "content": None}]}, "messages[0].content"),
         ({"messages": [{"role": "tool", "tool_call_id": "a"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "\udc00"}]}, "messages[0].content"),

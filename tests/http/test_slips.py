@@ -14,7 +14,7 @@ TURNS = [{"role": "user", "content": "hi"}]
 # Of other servers and newer clients, and what is close to a field without being a slip of it.
 OTHERS = (
     *("user", "store", "metadata", "service_tier", "verbosity", "cache_salt", "top_a", "top_n"),
-    *("repeat_penalty", "max_new_tokens", "n_predict", "typical_p", "min_length", "rid", "k"),
+    *("repeat_penalty", "n_predict", "typical_p", "min_length", "rid", "k"),
     *("max_length", "samplers", "n_probs", "stop_regex", "separate_reasoning", "provider"),
 )
 BODIES = {
@@ -38,6 +38,11 @@ BODIES = {
         (CHAT, "tool", "tools"),
         (CHAT, "adapter", "adapters"),
         (COMPLETIONS, "stops", "stop"),
+        # Other servers' words for it.
+        (CHAT, "max_new_tokens", "max_tokens"),
+        (CHAT, "max_output_tokens", "max_tokens"),
+        (COMPLETIONS, "stop_sequences", "stop"),
+        (COMPLETIONS, "temp", "temperature"),
         (COMPLETIONS, "respone_format", "response_format"),
         ("/v1/responses", "instruction", "instructions"),
         ("/v1/embeddings", "dimension", "dimensions"),
@@ -76,6 +81,80 @@ async def test_fields_of_others_are_ignored(path: str) -> None:
         # Who sends both knows one from the other.
         answer = await server.post(path, body | {"temprature": 2, "temperature": 1, "models": []})
         assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "sent", "meant"),
+    [
+        (CHAT, {"structured_outputs": {"jsn": {}}}, "structured_outputs.jsn", "json"),
+        (
+            COMPLETIONS,
+            {"stream_options": {"include_usag": True}},
+            "stream_options.include_usag",
+            "include_usage",
+        ),
+        (
+            CHAT,
+            {"response_format": {"type": "json_schema", "json_schema": {"schma": {}}}},
+            "response_format.json_schema.schma",
+            "schema",
+        ),
+        (
+            CHAT,
+            {"response_format": {"type": "json_schema", "json_shema": {"schema": {}}}},
+            "response_format.json_shema",
+            "json_schema",
+        ),
+        (CHAT, {"messages": [{"role": "user", "contnt": "a"}]}, "messages[0].contnt", "content"),
+        (
+            CHAT,
+            {"tools": [{"type": "function", "functon": {"name": "a"}}]},
+            "tools[0].functon",
+            "function",
+        ),
+        (
+            "/v1/responses",
+            {"text": {"format": {"type": "json_schema", "name": "a", "shema": {}}}},
+            "text.format.shema",
+            "schema",
+        ),
+        ("/v1/responses", {"input": [{"rol": "user", "content": "a"}]}, "input[0].rol", "role"),
+    ],
+)
+async def test_a_misspelt_field_of_an_object_within_is_refused(
+    path: str, body: dict[str, Any], sent: str, meant: str
+) -> None:
+    async with http_harness() as server:
+        refused = await server.refused(path, {"model": "base", **BODIES[path], **body})
+        assert (refused.status, refused.param) == (400, sent)
+        where = sent.rpartition(".")[0]
+        assert refused.message == f"{sent}: is no field of {where}; did you mean {meant!r}?"
+
+
+async def test_fields_of_others_in_objects_within_are_ignored() -> None:
+    turn = {"role": "assistant", "content": "a", "refusal": None, "annotations": [], "name": "b"}
+    body = {
+        "messages": [{"role": "user", "content": "a", "contnt": 1}, turn | {"audio": None}],
+        "structured_outputs": {"regex": "a+", "disable_fallback": True},
+        "response_format": {"type": "text", "strict": True},
+        "max_new_tokens": None,
+        "max_completion_tokens": 2,
+    }
+    async with http_harness() as server:
+        answer = await server.post(CHAT, {"model": "base", **body})
+        assert answer.status_code == 200, answer.text
+        # Who sends both knows one from the other.
+        answer = await server.post(CHAT, {"model": "base", **body, "max_new_tokens": 1})
+        assert answer.status_code == 200, answer.text
+
+
+async def test_structured_outputs_without_a_constraint_are_refused() -> None:
+    body = {"messages": TURNS, "structured_outputs": {"schema": {}}}
+    async with http_harness() as server:
+        refused = await server.refused(CHAT, {"model": "base", **body})
+        assert (refused.status, refused.param) == (400, "structured_outputs.schema")
+        there = "json, json_object, regex, grammar, choice"
+        assert refused.message.endswith(f": is no constraint; there are {there}")
 
 
 async def test_one_answer_names_all_that_is_wrong() -> None:

@@ -88,6 +88,7 @@ _REFUSED = (
     *("structural_tag", "whitespace_pattern", "disable_any_whitespace"),
     "disable_additional_properties",
 )
+_SHOWN_CHARS = 40
 _FORMATS = ("text", "json_object", "json_schema")
 
 
@@ -113,6 +114,11 @@ def read_constraint(fields: Fields, message: _Message) -> dict[str, str]:
     for name in _REFUSED:
         if outputs.get(name) not in (None, False):
             outputs.refuse(name, "is not supported; leave it out")
+    unread = [name for name in outputs.sent if name not in outputs.read]
+    unread = next((name for name in unread if not outputs.is_null(name)), None)
+    if not found and unread is not None:
+        # It asks for a constraint; an answer without any would be another.
+        outputs.refuse(unread[:_SHOWN_CHARS], f"is no constraint; there are {', '.join(_BY_NAME)}")
     found += _read_response_format(fields, message)
     if len(found) > 1:
         names = ", ".join(name for _, name in found)

@@ -21,19 +21,26 @@ class Fields:
 
     Attributes:
         read: The fields that were asked for, whether they were sent or not.
+        path: See above.
+        within: The objects in it that were read, by their paths from it.
     """
 
     def __init__(self, body: Mapping[str, Any], violations: Violations, path: str = "") -> None:
         self._body = body
-        self._path = path
+        self.path = path
         self.violations = violations
         # A dictionary, as an ordered set.
         self.read: dict[str, None] = {}
+        self.within: dict[str, Fields] = {}
 
     @property
     def sent(self) -> Iterable[str]:
         """The fields that are there."""
         return self._body.keys()
+
+    def is_null(self, name: str) -> bool:
+        """Whether a field is absent, or as good as that."""
+        return self._body.get(name) is None
 
     def get(self, name: str) -> Any:
         """The value as it was sent, or None."""
@@ -42,7 +49,7 @@ class Fields:
 
     def refuse(self, name: str, description: str) -> None:
         """Note that a field is wrong."""
-        self.violations.add(self._path + name, description)
+        self.violations.add(self.path + name, description)
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.get(name)
@@ -115,11 +122,14 @@ class Fields:
 
     def inner(self, name: str) -> Fields:
         """The fields of an object in a field; of an empty one if there is none."""
-        return Fields(self.object(name) or {}, self.violations, f"{self._path}{name}.")
+        if name not in self.within:
+            self.nested(name, self.object(name) or {})
+        return self.within[name]
 
     def nested(self, path: str, value: Mapping[str, Any]) -> Fields:
         """The fields of an object that lies at ``path`` within this one."""
-        return Fields(value, self.violations, f"{self._path}{path}.")
+        self.within[path] = Fields(value, self.violations, f"{self.path}{path}.")
+        return self.within[path]
 
 
 def why_no_text(value: Any) -> str | None:

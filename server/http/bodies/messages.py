@@ -22,7 +22,7 @@ def read_messages(fields: Fields) -> inference_pb2.Chat:
         if not isinstance(turn, dict):
             fields.refuse(path, "must be an object with role and content")
             continue
-        entry = Fields(turn, fields.violations, f"{path}.")
+        entry = fields.nested(path, turn)
         role = entry.text("role")
         if entry.get("role") is None:
             entry.refuse("role", "must be set")

@@ -7,8 +7,11 @@ the endpoint reads is not: to ignore it would be another answer than the one tha
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 
 from turret.server.api.requests import sampling_params, stop_conditions
+from turret.server.api.violations import MAX_VIOLATIONS
 from turret.server.http.bodies.fields import UINT32, Fields
 from turret.server.http.bodies.unsupported import refused_fields
 from turret.v1 import inference_pb2
@@ -18,6 +21,17 @@ _REFUSED = {name for names in refused_fields().values() for name in names} - {"t
 # No client sends so many; comparing more would take long.
 _MOST_UNREAD, _MOST_CHARS = 32, 40
 _SHORT, _LONG = 4, 8
+# In an object there are few fields to be told from another: one letter of a short name is a slip.
+_SHORT_WITHIN = 2
+# What other servers call a field; to ignore it would change the answer without a word.
+_OTHERS = {
+    "max_new_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "stop_sequences": "stop",
+    "temp": "temperature",
+}
+# Fields of which any one, where it was sent, says what is meant by this one.
+_AS_GOOD = {"max_tokens": ("max_tokens", "max_completion_tokens")}
 
 
 def refuse_if_wrong(
@@ -26,7 +40,7 @@ def refuse_if_wrong(
     """Raise what was noted of a request whose fields have all been read, and what remains to note.
 
     Args:
-        fields: Of the whole body.
+        fields: Of the whole body; slips in the objects within it are noted too.
         names: See ``refusal_of``; takes in names that are the client's own.
         message: What was read, if it says how to generate: where anything is wrong, its ranges are
             checked too, so that one answer names all.
@@ -35,42 +49,76 @@ def refuse_if_wrong(
         InvalidRequestError: Something is.
     """
     violations = fields.violations
-    choices = [name for name in fields.read if name not in _REFUSED]
-    unread = [name for name in fields.sent if name not in fields.read]
-    for name in reversed(unread[:_MOST_UNREAD]):
-        meant = _meant(name, choices)
-        # Who sends both knows one from the other.
-        if meant is None or fields.get(meant) is not None:
-            continue
+    for inside, name, meant in reversed(list(itertools.islice(_slips(fields), MAX_VIOLATIONS))):
+        path, instead = inside.path + name, inside.path + meant
         # The cause comes first, and stands for what would be said of the field that is not there.
-        violations.found = [each for each in violations.found if each[0] != meant]
-        names[name] = name
-        violations.found.insert(0, (name, f"is no field of this request; did you mean {meant!r}?"))
+        violations.found = [
+            each
+            for each in violations.found
+            if each[0] != path and not f"{each[0]}.".startswith(f"{instead}.")
+        ]
+        names[path] = path
+        why = f"is no field of {_what(inside)}; did you mean {meant!r}?"
+        violations.found.insert(0, (path, why))
     if violations.found and message is not None:
         sampling_params(message.sampling, UINT32, violations)
         stop_conditions(message.stop, UINT32, violations)
     violations.raise_if_any()
 
 
-def _meant(name: str, choices: list[str]) -> str | None:
-    if name in _REFUSED or len(name) > _MOST_CHARS:
+def _slips(whole: Fields) -> Iterator[tuple[Fields, str, str]]:
+    """Names that were sent and mean another, which was not, with the fields they are among."""
+    compared: set[str] = set()
+    for fields in _all_of(whole):
+        for name in fields.sent:
+            if name in fields.read or fields.is_null(name):
+                continue
+            if name not in compared and len(compared) == _MOST_UNREAD:
+                continue
+            compared.add(name)
+            meant = _meant(name, fields)
+            # Who sends both knows one from the other.
+            if meant is not None and all(map(fields.is_null, _AS_GOOD.get(meant, (meant,)))):
+                yield fields, name, meant
+
+
+def _all_of(fields: Fields) -> Iterator[Fields]:
+    yield fields
+    for inside in fields.within.values():
+        yield from _all_of(inside)
+
+
+def _what(fields: Fields) -> str:
+    return fields.path.removesuffix(".") or "this request"
+
+
+def _meant(name: str, fields: Fields) -> str | None:
+    choices, short = list(fields.read), _SHORT_WITHIN
+    if not fields.path:
+        if name in _REFUSED:
+            return None
+        if (meant := _OTHERS.get(name)) in fields.read:
+            return meant
+        choices, short = [each for each in choices if each not in _REFUSED], _SHORT
+    if len(name) > _MOST_CHARS:
         return None
-    slips = [(slips_between(name, choice), choice) for choice in choices]
+    slips = [(slips_between(name, choice, short), choice) for choice in choices]
     most = 1 if len(name) < _LONG else 2
     return min(((n, choice) for n, choice in slips if n <= most), default=(0, None))[1]
 
 
 @functools.lru_cache(maxsize=8192)
-def slips_between(name: str, choice: str) -> int:
+def slips_between(name: str, choice: str, short: int = _SHORT) -> int:
     """Letters added, left out, exchanged or swapped, without regard to case and underscores.
 
-    Of a name that is too short to be told from another, so many that it is no slip.
+    Of a name that is too short to be told from another (has at most ``short`` letters), so many
+    that it is no slip.
     """
     one, other = (word.lower().replace("_", "").replace("-", "") for word in (name, choice))
     if one == other:
         return 0
     # top_a is not top_k.
-    if max(len(one), len(other)) <= _SHORT or abs(len(one) - len(other)) > 2:
+    if max(len(one), len(other)) <= short or abs(len(one) - len(other)) > 2:
         return len(one) + len(other)
     before: list[int] = []
     row = list(range(len(other) + 1))

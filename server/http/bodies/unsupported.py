@@ -33,6 +33,7 @@ _EVERYWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
     "return_token_ids": ((False,), _OFF),
     "return_tokens_as_token_ids": ((False,), _OFF),
     "priority": ((0,), _OFF),
+    "lora": (([],), "name the adapter in model"),
     "lora_path": ((), "name the adapter in model"),
     "suffix": (("",), "is not supported: a prompt is continued, not filled in; leave it out"),
     "prompt_embeds": ((), _OFF),

@@ -40,7 +40,7 @@ class Conversation:
             for index, item in enumerate(sent):
                 path = f"input[{index}]"
                 if isinstance(item, dict):
-                    self._read(Fields(item, fields.violations, f"{path}."), path)
+                    self._read(fields.nested(path, item), path)
                 else:
                     fields.refuse(path, "must be an object")
 
