@@ -63,7 +63,12 @@ def problems(config: Config, *, may_run: bool = False, any_port: bool = True) ->
         *of_model,
         *_device(config.model, os.environ),
         *_memory(config),
-        *_adapters(adapters, None if takes_any else name_of_model(config.model.model), base),
+        *_adapters(
+            adapters,
+            None if takes_any else name_of_model(config.model.model),
+            base,
+            item_bytes=4 if config.model.dtype == "float32" else 2,
+        ),
         *_files(config.security),
         *([] if may_run else _addresses(config.listen, any_port)),
     ]
@@ -150,7 +155,9 @@ def _base_size(model: Path | None, model_type: str) -> BaseSize | None:
     return BaseSize(name_of_model(model), width, layers, modules, vocab_size=tokens)
 
 
-def _adapters(config: AdapterConfig, base: str | None, size: BaseSize | None) -> Iterator[str]:
+def _adapters(
+    config: AdapterConfig, base: str | None, size: BaseSize | None, *, item_bytes: int
+) -> Iterator[str]:
     """``base`` is the name of the base that adapters must be for, None if of any."""
     left = _LOOKED_AT_BYTES
 
@@ -158,8 +165,16 @@ def _adapters(config: AdapterConfig, base: str | None, size: BaseSize | None) ->
         nonlocal left
         with root.open_directory(place, path) as directory:
             check_is_adapter(directory, path)
-            rank = config.max_rank
-            left -= look_at(directory, path, base=base, size=size, max_rank=rank, most_bytes=left)
+            left -= look_at(
+                directory,
+                path,
+                base=base,
+                size=size,
+                max_rank=config.max_rank,
+                host_bytes=config.adapter_host_bytes,
+                item_bytes=item_bytes,
+                most_bytes=left,
+            )
 
     root = config.adapter_root
     preload = [(name, path) for name, path in config.preload if not path.startswith(HUB_SCHEME)]
@@ -264,9 +279,8 @@ def _addresses(config: ListenConfig, any_port: bool) -> Iterator[str]:
         if address is None:
             continue
         if address.startswith("unix:"):
-            folder = Path(address.removeprefix("unix:")).parent
-            if not folder.is_dir():
-                yield f"{flag}: {folder} is no directory"
+            if problem := _no_socket(Path(address.removeprefix("unix:"))):
+                yield f"{flag}: {problem}"
             continue
         host, port = split_address(address)
         if port and (host, port) in taken:
@@ -274,6 +288,20 @@ def _addresses(config: ListenConfig, any_port: bool) -> Iterator[str]:
         elif problem := _bind(host, port, any_port):
             yield f"{flag}: {address} {problem}"
         taken[host, port] = flag
+
+
+def _no_socket(path: Path) -> str:
+    """What keeps a unix socket from a path; empty if nothing does."""
+    if not path.parent.is_dir():
+        return f"{path.parent} is no directory"
+    if path.is_dir():
+        return f"{path} is a directory; name a file in it, such as unix:{path / 'turret.sock'}"
+    # A socket that a server left behind is taken.
+    if path.exists() and not path.is_socket():
+        return f"{path} is a file already, and no socket; name one that is not there"
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        return f"{path.parent} cannot be written by this user; name a socket elsewhere"
+    return ""
 
 
 def _bind(host: str, port: int, any_port: bool) -> str:

@@ -24,11 +24,14 @@ from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.finite import all_finite
 from turret.server.adapters.checkpoint.json_files import parse_config, read_base_digest
 from turret.server.adapters.checkpoint.no_adapter import NOT_FINITE, check_is_adapter
-from turret.server.adapters.checkpoint.safetensors_header import TensorEntry, read_header
+from turret.server.adapters.checkpoint.safetensors_header import (
+    TensorEntry,
+    check_fits,
+    read_header,
+)
 from turret.server.adapters.checkpoint.tensor_names import canonical_names, text_prefix
 from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE
 from turret.server.adapters.tokenizer_files import TokenizerFiles
-from turret.server.errors import BudgetExceededError
 
 # Every digest begins with it. Change it when the definition of the digest changes.
 _DIGEST_DOMAIN = b"turret-adapter-1\0"
@@ -100,6 +103,7 @@ def read_checkpoint(
     path: str,
     *,
     max_elements: int,
+    item_bytes: int = 2,
     known: DigestCache | None = None,
     shown: str | None = None,
 ) -> AdapterCheckpoint:
@@ -109,6 +113,7 @@ def read_checkpoint(
         root: The allow-listed root.
         path: Directory, relative to the root.
         max_elements: Most tensor elements to read, all tensors together.
+        item_bytes: What each takes as served, to tell of too many.
         known: Files that were hashed before and need not be again; learns those that were now.
         shown: What messages call the adapter; None for its path.
 
@@ -134,7 +139,7 @@ def read_checkpoint(
         hashed = begin_digest(config)
         file_bytes = os.fstat(file.fileno()).st_size
         unhashed = hashed if digest is None else None
-        tensors, prefix = _read_tensors(file, file_bytes, path, unhashed, max_elements)
+        tensors, prefix = _read_tensors(file, file_bytes, path, unhashed, max_elements, item_bytes)
         if digest is not None and stamp_of(config_file.fileno(), file.fileno()) != stamp:
             findings = Findings(path)
             findings.add(TENSORS_FILE, "changed while it was read")
@@ -177,7 +182,12 @@ def begin_digest(config: Mapping[str, Any]) -> Any:
 
 
 def _read_tensors(
-    file: BinaryIO, file_bytes: int, path: str, digest: Any | None, max_elements: int
+    file: BinaryIO,
+    file_bytes: int,
+    path: str,
+    digest: Any | None,
+    max_elements: int,
+    item_bytes: int,
 ) -> tuple[dict[str, torch.Tensor], str]:
     """Tensors by canonical name, and the names' ``text_prefix``."""
     findings = Findings(path)
@@ -187,12 +197,7 @@ def _read_tensors(
         findings.add(TENSORS_FILE, str(error))
         findings.raise_if_any()
         raise
-    if header.num_elements > max_elements:
-        raise BudgetExceededError(
-            f"adapter {path!r} has {header.num_elements} weights, at most {max_elements} fit"
-            " the host budget",
-            metadata={"path": path, "elements": str(header.num_elements)},
-        )
+    check_fits(path, header, max_elements, item_bytes)
     names = canonical_names([entry.name for entry in header.entries], findings)
     data = _read_data(file, header.entries[-1].end if header.entries else 0)
     if data is None or file.read(1):

@@ -17,7 +17,9 @@ from typing import Any, BinaryIO
 
 from turret.server.adapters.checkpoint.no_adapter import COPY_AGAIN
 from turret.server.adapters.checkpoint.strict_json import parse_object
+from turret.server.basics.byte_size import about_bytes
 from turret.server.basics.files.lfs_pointer import why_lfs_pointer
+from turret.server.errors import BudgetExceededError
 
 # 80 layers of 7 modules with 4 tensors each need about half a megabyte.
 MAX_HEADER_BYTES = 8 << 20
@@ -91,6 +93,28 @@ def read_header(file: BinaryIO, file_bytes: int) -> SafetensorsHeader:
         raise ValueError(f"ends inside its header; {COPY_AGAIN}")
     parse = _parse_shared if length <= _MAX_SHARED_BYTES else _parse
     return SafetensorsHeader(word + text, parse(text, file_bytes - 8 - length))
+
+
+def check_fits(path: str, header: SafetensorsHeader, max_elements: int, item_bytes: int) -> None:
+    """Refuse an adapter of more weights than host memory may hold.
+
+    Args:
+        path: What messages call the adapter.
+        header: Of its tensors.
+        max_elements: How many elements it may have.
+        item_bytes: What each of them takes as served, at least.
+
+    Raises:
+        BudgetExceededError: It has more.
+    """
+    elements = header.num_elements
+    if elements > max_elements:
+        needed, there = about_bytes(elements * item_bytes), about_bytes(max_elements * item_bytes)
+        raise BudgetExceededError(
+            f"adapter {path!r} needs at least {needed} of host memory, and all adapters together"
+            f" have {there}; `turret serve --adapter-host-bytes SIZE` gives them more",
+            metadata={"path": path, "elements": str(elements)},
+        )
 
 
 def _parse(text: bytes, data_bytes: int) -> tuple[TensorEntry, ...]:

@@ -129,11 +129,12 @@ class AdapterLoader:
             # Nothing, but where the cache was emptied.
             self._hub.fetch(source.path)
         # Operators take at least one serving element per weight, so more cannot fit.
-        max_elements = self._host_bytes // self.base.dtype.itemsize
+        item_bytes = self.base.dtype.itemsize
         checkpoint = read_checkpoint(
             self.root_of(source),
             source.place,
-            max_elements=max_elements,
+            max_elements=self._host_bytes // item_bytes,
+            item_bytes=item_bytes,
             known=self._known if source.is_upload else None,
             shown=source.shown,
         )

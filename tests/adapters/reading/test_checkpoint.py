@@ -145,8 +145,9 @@ def test_the_size_cap_holds_before_any_tensor_is_read(
     total = sum(t.numel() for t in read_adapter(root).tensors.values())
     assert read_adapter(root, max_elements=total)
     monkeypatch.setattr(torch, "frombuffer", lambda *a, **k: pytest.fail("read a tensor"))
-    with pytest.raises(BudgetExceededError, match=str(total)):
+    with pytest.raises(BudgetExceededError, match="serve --adapter-host-bytes") as caught:
         read_adapter(root, max_elements=total - 1)
+    assert caught.value.metadata["elements"] == str(total)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

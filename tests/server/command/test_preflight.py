@@ -161,6 +161,26 @@ def test_a_state_dir_in_use(tmp_path: Path) -> None:
     assert found("--state-dir", str(tmp_path)) == []
 
 
+def test_paths_that_can_be_no_unix_socket(tmp_path: Path) -> None:
+    def said(path: Path) -> list[str]:
+        return problems(parse("--address", f"unix:{path}", "--metrics-address", "none"))
+
+    (tmp_path / "a").write_text("")
+    for path, why in (
+        (tmp_path / "a", "a file already, and no socket; name one that is not there"),
+        (tmp_path, f"a directory; name a file in it, such as unix:{tmp_path}/turret.sock"),
+        (tmp_path / "a" / "b", None),
+    ):
+        why = f"{path} is {why}" if why else f"{path.parent} is no directory"
+        assert said(path) == [f"--address: {why}"]
+    left = tmp_path / "left"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(left))
+    # A server that died leaves one behind; the next takes it.
+    assert left.exists()
+    assert said(left) == said(tmp_path / "new") == []
+
+
 def test_addresses_that_cannot_be_had() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"

@@ -76,6 +76,20 @@ def test_adapters_whose_config_says_that_they_are_not_served(
     assert re.match(f"--preload a=m: (cannot be served: .*)?{said}", problem)
 
 
+def test_adapters_that_the_host_budget_cannot_hold(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "m")
+    weights = 2 * 4 * 576
+    flags = ("--adapter-root", str(tmp_path), "--preload", "a=m", "--adapter-host-bytes")
+    for dtype, size in (("bfloat16", 2), ("float32", 4)):
+        held = (*flags, str(weights * size), "--dtype", dtype)
+        assert found(*held) == []
+        (problem,) = found(*flags, str(weights * size - 1), "--dtype", dtype)
+        assert problem.startswith("--preload a=m: needs at least ")
+        assert problem.endswith("; `turret serve --adapter-host-bytes SIZE` gives them more")
+    (problem,) = found(*flags, "10")
+    assert "needs at least 9 KiB of host memory, and all adapters together have 10 bytes" in problem
+
+
 def test_adapters_of_another_base_where_that_is_allowed_or_not_certain(tmp_path: Path) -> None:
     flags = ("--adapter-root", str(tmp_path), "--preload", "a=m")
     folder = write_adapter(tmp_path / "m", base_model_name_or_path="meta-llama/Llama-3.1-8B")

@@ -13,7 +13,11 @@ from typing import Any
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.json_files import parse_config, read_base_digest
-from turret.server.adapters.checkpoint.safetensors_header import SafetensorsHeader, read_header
+from turret.server.adapters.checkpoint.safetensors_header import (
+    SafetensorsHeader,
+    check_fits,
+    read_header,
+)
 from turret.server.adapters.peft_format.refusals.base_name import is_other_base, of_other_base
 from turret.server.adapters.peft_format.refusals.early_finite import check_finite
 from turret.server.adapters.peft_format.refusals.early_ranks import check_early_rank, check_r
@@ -47,6 +51,8 @@ def look_at(
     base: str | None,
     size: BaseSize | None = None,
     max_rank: int | None,
+    host_bytes: int | None = None,
+    item_bytes: int = 2,
     most_bytes: int = 0,
 ) -> int:
     """Refuse an adapter whose files cannot be served, as far as that shows.
@@ -57,6 +63,8 @@ def look_at(
         base: The base's name as served; None if adapters of any base are taken.
         size: What is known of the base's shapes; None is nothing.
         max_rank: Largest rank; None is any.
+        host_bytes: Host memory of all adapters; None is any.
+        item_bytes: What a weight takes of it as served.
         most_bytes: How many bytes of tensors may be read, to see whether they are finite.
 
     Returns:
@@ -69,7 +77,8 @@ def look_at(
             the tokenizer of an adapter with tokens of its own is not beside it.
         AdapterMismatchError: It names another base, is of modules that the base has not, or a
             LoRA's factors are for other shapes.
-        BudgetExceededError: A rank is over ``max_rank``, by the tensors or the config.
+        BudgetExceededError: A rank is over ``max_rank``, by the tensors or the config, or the
+            tensors are more than ``host_bytes`` hold.
     """
     with directory.open_file(CONFIG_FILE) as file:
         config = parse_config(file.read(MAX_CONFIG_BYTES + 1), path)
@@ -92,6 +101,8 @@ def look_at(
             check_tokens(header, size, findings)
             findings.raise_if_any()
     check_early_rank(path, config, header, max_rank)
+    if header is not None and host_bytes is not None:
+        check_fits(path, header, host_bytes // item_bytes, item_bytes)
     if lora is not None:
         # Behind the base's checks: of an adapter for another model that is the cause.
         check_tensors(config, lora, findings)
