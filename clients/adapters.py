@@ -78,6 +78,7 @@ class AdaptersClient:
 
         Raises:
             FileNotFoundError: The directory holds no adapter.
+            ValueError: A file of it is empty.
         """
 
         def messages() -> object:

@@ -81,6 +81,7 @@ class AsyncAdaptersClient:
 
         Raises:
             FileNotFoundError: The directory holds no adapter.
+            ValueError: A file of it is empty.
         """
 
         def messages() -> object:

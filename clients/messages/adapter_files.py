@@ -35,6 +35,7 @@ _MOST = 200  # searched on each
 _TRAINERS_OWN = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 _HUB = "hub:"
 _MAY_NOT = "cannot be read by you: have its owner allow it (`chmod -R a+rX`), or copy it"
+_EMPTY = "is empty: a copy of it was cut short, or it was never written; copy or save it again"
 _THERE = "already exists; an export makes a new directory: name another"
 # No directories, no hidden files: an export never writes outside its folder.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -57,6 +58,7 @@ def upload_messages(
 
     Raises:
         FileNotFoundError: The directory lacks one of them.
+        ValueError: One of them is empty.
     """
     directory = _path(directory)
     if directory.is_dir() and not os.access(directory, os.R_OK | os.X_OK):
@@ -77,7 +79,10 @@ def upload_messages(
     for path in paths:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            header.files.add(path=path.name, size_bytes=file.tell(), sha256=digest)
+            size = file.tell()
+        if not size:
+            raise ValueError(f"{path} {_EMPTY}")
+        header.files.add(path=path.name, size_bytes=size, sha256=digest)
     return _messages(header, paths)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,14 @@ async def test_what_the_registry_refuses_leaves_no_file(server: Harness, tmp_pat
     failure = await failure_of(server.adapters.UploadAdapter(iter([header(large)])))
     assert (failure.code, failure.reason) == (Code.RESOURCE_EXHAUSTED, "BUDGET_EXCEEDED")
     await until(lambda: leftovers(tmp_path) == [])
+
+
+@pytest.mark.parametrize("name", [CONFIG, TENSORS])
+def test_an_empty_file_is_named_before_anything_is_sent(name: str, tmp_path: Path) -> None:
+    for file in (CONFIG, TENSORS):
+        (tmp_path / file).write_bytes(b"" if file == name else b"{}")
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / name))} is empty: .*again$"):
+        upload_messages("a", tmp_path, pinned=False, replace=False)
 
 
 async def test_a_client_that_goes_away_leaves_no_file(server: Harness, tmp_path: Path) -> None:
