@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from turret.server.basics.adapter_name import ADAPTER_NAME, no_adapter_name
 from turret.server.basics.address import is_local_address, split_address
 from turret.server.basics.byte_size import GIB, MIB, format_byte_size
 from turret.server.basics.closest import did_you_mean
@@ -24,14 +25,6 @@ from turret.server.basics.hub_id import HUB_SCHEME, HubId
 # Defaults on a CPU; on CUDA they follow from what is free.
 KV_CACHE_BYTES = 256 * MIB
 ADAPTER_DEVICE_BYTES = 512 * MIB
-
-# What an adapter may be called, by RPC and by --preload.
-ADAPTER_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,126}[a-z0-9])?")
-# The same, for who reads no regular expressions.
-ADAPTER_NAME_RULE = (
-    "must be at most 128 lower-case letters, digits, '.', '_' and '-', with a letter or digit at"
-    " either end"
-)
 
 # Of --preload in the listing at the start; each has a line of its own when it is loaded.
 _PRELOADS_SHOWN = 3
@@ -216,7 +209,7 @@ class AdapterConfig:
         names = [name for name, _ in self.preload]
         for name in names:
             if not ADAPTER_NAME.fullmatch(name):
-                raise ValueError(f"--preload: {name!r} is no adapter name: {ADAPTER_NAME_RULE}")
+                raise ValueError(f"--preload: {no_adapter_name(name)}")
             if names.count(name) > 1:
                 raise ValueError(f"--preload: the name {name!r} is given twice")
         for org in self.adapter_hub:

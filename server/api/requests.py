@@ -17,7 +17,7 @@ from turret.server.api.limits import (
     InputLimits,
 )
 from turret.server.api.violations import Violations
-from turret.server.config import ADAPTER_NAME, ADAPTER_NAME_RULE
+from turret.server.basics.adapter_name import no_adapter_name
 from turret.server.constraints.spec import MAX_CHOICES, MAX_CONSTRAINT_CHARS, ConstraintSpec
 from turret.server.engine.scheduling.request import (
     MAX_STOP_STRINGS,
@@ -100,8 +100,8 @@ def adapter_refs(
     seen: set[str] = set()
     for index, member in enumerate(weights):
         path = f"adapters[{index}]"
-        if not ADAPTER_NAME.fullmatch(member.name):
-            violations.add(f"{path}.name", ADAPTER_NAME_RULE)
+        if why := no_adapter_name(member.name):
+            violations.add(f"{path}.name", why)
         elif member.name in seen:
             violations.add(f"{path}.name", f"{member.name!r} occurs twice")
         seen.add(member.name)

@@ -92,6 +92,21 @@ async def test_every_offending_field_is_listed(
     assert set(failure.violations) == paths
 
 
+async def test_what_is_no_name_is_quoted(server: Harness) -> None:
+    for name, said in (
+        ("JSON", "'JSON' is no adapter name: must be at most 128 lower-case letters"),
+        ("json,pirate", "'json,pirate' is no adapter name: must be"),
+        ("A" * 500, f"'{'A' * 40}...' is no adapter name: must be"),
+        ("", "is empty; a name must be at most 128 lower-case letters"),
+    ):
+        failure = await failure_of(server.adapters.FuseAdapters(fuse(name, combination="svd")))
+        assert failure.violations["name"].startswith(said)
+        member = pb.AdapterWeight(name=name)
+        fused = pb.FuseAdaptersRequest(name="c", adapters=[member], combination="svd")
+        failure = await failure_of(server.adapters.FuseAdapters(fused))
+        assert failure.violations["adapters[0].name"].startswith(said)
+
+
 async def test_other_refusals(server: Harness) -> None:
     for request, code, reason in (
         (fuse(members="abx"), Code.NOT_FOUND, "ADAPTER_NOT_FOUND"),

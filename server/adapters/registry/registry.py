@@ -37,7 +37,7 @@ from turret.server.adapters.residency.metrics import AdapterMetrics, NoAdapterMe
 from turret.server.adapters.state.no_state_dir import NoStateDir
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
 from turret.server.adapters.state.state_dir import StateDir
-from turret.server.config import ADAPTER_NAME
+from turret.server.basics.adapter_name import no_adapter_name
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterNotFoundError,
@@ -240,8 +240,8 @@ class AdapterRegistry:
     @contextlib.contextmanager
     def _changing(self, name: str) -> Iterator[None]:
         """The only change of the name for now, counted as a load."""
-        if ADAPTER_NAME.fullmatch(name) is None:
-            raise InvalidRequestError.of("name", f"must match {ADAPTER_NAME.pattern}")
+        if why := no_adapter_name(name):
+            raise InvalidRequestError.of("name", why)
         start = time.monotonic()
         try:
             with self._names.only(name):

@@ -38,9 +38,9 @@ from turret.server.api.call import Call
 from turret.server.api.gate import Gate
 from turret.server.api.limits import MAX_PAGE_TOKEN_CHARS, MAX_PATH_CHARS, MAX_WORD_CHARS
 from turret.server.api.violations import Violations
+from turret.server.basics.adapter_name import no_adapter_name
 from turret.server.basics.closest import did_you_mean
 from turret.server.basics.work.cancellation import Cancellation
-from turret.server.config import ADAPTER_NAME, ADAPTER_NAME_RULE
 from turret.server.errors import InvalidRequestError, QueueFullError, UnavailableError
 from turret.v1 import adapters_pb2
 
@@ -345,7 +345,8 @@ def _cancelling(work: Cancellation) -> Iterator[None]:
 
 
 def _check_name(name: str, violations: Violations) -> None:
-    violations.check(ADAPTER_NAME.fullmatch(name) is not None, "name", ADAPTER_NAME_RULE)
+    if why := no_adapter_name(name):
+        violations.add("name", why)
 
 
 def _checked_name(name: str, call: Call) -> str:

@@ -9,7 +9,7 @@ from turret.server.adapters.ref import AdapterRef
 from turret.server.api.limits import MAX_WORD_CHARS
 from turret.server.api.requests import adapter_refs
 from turret.server.api.violations import Violations
-from turret.server.config import ADAPTER_NAME, ADAPTER_NAME_RULE
+from turret.server.basics.adapter_name import no_adapter_name
 from turret.server.errors import InvalidRequestError
 from turret.v1 import adapters_pb2
 
@@ -28,11 +28,8 @@ def checked_fuse_request(
         InvalidRequestError: Lists every offending field.
     """
     violations = Violations()
-    violations.check(
-        ADAPTER_NAME.fullmatch(request.name) is not None,
-        "name",
-        ADAPTER_NAME_RULE,
-    )
+    if why := no_adapter_name(request.name):
+        violations.add("name", why)
     violations.check(len(request.adapters) > 0, "adapters", "at least one")
     refs = adapter_refs(request.adapters, violations)
     values: dict[str, Any] = {

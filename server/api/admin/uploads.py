@@ -15,7 +15,7 @@ from turret.server.adapters.source import (
 )
 from turret.server.api.limits import MAX_UPLOAD_FILES, MAX_WORD_CHARS
 from turret.server.api.violations import Violations
-from turret.server.config import ADAPTER_NAME, ADAPTER_NAME_RULE
+from turret.server.basics.adapter_name import no_adapter_name
 from turret.server.errors import DeadlineExceededError, InvalidRequestError
 from turret.v1 import adapters_pb2
 
@@ -69,11 +69,8 @@ def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapter
         raise InvalidRequestError.of("header", "must be the first message")
     header = message.header
     violations = Violations()
-    violations.check(
-        ADAPTER_NAME.fullmatch(header.name) is not None,
-        "header.name",
-        ADAPTER_NAME_RULE,
-    )
+    if why := no_adapter_name(header.name):
+        violations.add("header.name", why)
     violations.check(
         header.replace or not header.HasField("expected_generation"),
         "header.expected_generation",

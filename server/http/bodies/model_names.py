@@ -7,8 +7,8 @@ from typing import Any
 
 from turret.server.api.requests import adapter_refs
 from turret.server.api.violations import Violations
+from turret.server.basics.adapter_name import ADAPTER_NAME
 from turret.server.basics.closest import did_you_mean
-from turret.server.config import ADAPTER_NAME
 from turret.server.errors import AdapterNotFoundError, InvalidRequestError
 from turret.server.http.bodies.fields import Fields
 from turret.v1 import adapters_pb2
