@@ -187,7 +187,7 @@ class App:
             )
             if record is None:
                 return
-            for warning in record.facts.warnings:
+            for warning in record.warnings:
                 _log.warning("loaded with a warning", extra=log.fields(adapter=name, why=warning))
         model = backend.model_info
         self.metrics.info(

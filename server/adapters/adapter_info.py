@@ -8,6 +8,13 @@ from typing import Literal
 from turret.server.adapters.adapter import Residency
 from turret.server.adapters.facts import AdapterFacts
 
+# Of the name by which HTTP knows the base, under any server.
+BASE = "base"
+_IS_SHADOWED = (
+    f"over HTTP the model {BASE!r} is the base model: a request for this adapter names"
+    f" {BASE + ':' + BASE!r}; another name is clearer"
+)
+
 State = Literal["LOADING", "ACTIVE", "DELETING"]
 
 
@@ -42,3 +49,8 @@ class AdapterInfo:
     last_used_time: float | None
     state: State
     source: str = ""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What an operator should know: of the files, and of the name."""
+        return (*self.facts.warnings, *([_IS_SHADOWED] if self.name == BASE else []))

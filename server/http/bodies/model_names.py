@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from turret.server.adapters.adapter_info import BASE
 from turret.server.api.requests import adapter_refs
 from turret.server.api.violations import Violations
 from turret.server.basics.adapter_name import ADAPTER_NAME
@@ -12,9 +13,6 @@ from turret.server.basics.closest import did_you_mean
 from turret.server.errors import AdapterNotFoundError, InvalidRequestError
 from turret.server.http.bodies.fields import Fields
 from turret.v1 import adapters_pb2
-
-# The base model under any server, whatever its own name.
-BASE = "base"
 
 # Of an entry of ``adapters``: one that is misspelt would be served with another weight.
 _MEMBER_FIELDS = ("name", "weight", "generation")
