@@ -7,9 +7,8 @@ from typing import Literal
 
 from turret.server.adapters.adapter import Residency
 from turret.server.adapters.facts import AdapterFacts
+from turret.server.basics.adapter_name import BASE
 
-# Of the name by which HTTP knows the base, under any server.
-BASE = "base"
 _IS_SHADOWED = (
     f"over HTTP the model {BASE!r} is the base model: a request for this adapter names"
     f" {BASE + ':' + BASE!r}; another name is clearer"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+# What the base model is called over HTTP, whatever its own name.
+BASE = "base"
 # By RPC and by --preload.
 ADAPTER_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,126}[a-z0-9])?")
 # The same, for who reads no regular expressions.

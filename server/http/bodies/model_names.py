@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from turret.server.adapters.adapter_info import BASE
 from turret.server.api.requests import adapter_refs
 from turret.server.api.violations import Violations
-from turret.server.basics.adapter_name import ADAPTER_NAME
+from turret.server.basics.adapter_name import ADAPTER_NAME, BASE
 from turret.server.basics.closest import did_you_mean
 from turret.server.errors import AdapterNotFoundError, InvalidRequestError
 from turret.server.http.bodies.fields import Fields
