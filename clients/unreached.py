@@ -97,6 +97,11 @@ def why_unreached(place: str, said: str) -> str:
     return f"no turret server answers at {place} ({said}); {_NOTHING.step}"
 
 
+def is_of_what_answers(message: str) -> bool:
+    """Whether a message of :func:`why_unreached` is of something that listens there."""
+    return any(message.endswith(cause.step) for cause in _ANSWERED)
+
+
 def broken(said: str) -> str:
     """What a connection that was there and broke means, with what to do; ``said`` is gRPC's."""
     tls = ", and one with TLS wants tls=Tls(...)" if said == _CLOSED else ""

@@ -34,7 +34,10 @@ def write_adapter(
         kept = dtype if tensor.is_floating_point() else tensor.dtype
         tensors[name] = tensor.detach().to("cpu", kept).contiguous()
         if not bool(torch.isfinite(tensors[name]).all()):
-            raise RunError(f"{name} is not finite in {dtype}: the run diverged; lower the rate")
+            raise RunError(
+                "the run diverged; lower optimizer.learning_rate (--learning-rate):"
+                f" {name} is not finite in {dtype}"
+            )
     # Not by ``save_file``, whose errors are no OSErrors and whose files only their owner can read.
     (folder / TENSORS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
     # Sets have no order of their own: sorting keeps the file the same from run to run.

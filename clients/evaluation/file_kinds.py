@@ -14,6 +14,7 @@ _KINDS = {
     b"PK\x03\x04": "is a ZIP archive or a spreadsheet; write its rows as JSON, one object a line",
     b"PAR1": "is a Parquet file; write its rows as JSON, one object a line",
 }
+_CONFIGS = (".toml", ".yaml", ".yml")
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 _FEW = 4
@@ -42,6 +43,8 @@ def other_kind(path: Path, data: bytes) -> str:
         path: As commands name it.
         data: All of it, or as much as its first two lines have.
     """
+    if path.suffix in _CONFIGS:
+        return "is a config by its name, and no examples; those are a JSON object a line (.jsonl)"
     for start, problem in _KINDS.items():
         if data.startswith(start):
             return problem

@@ -8,7 +8,7 @@ import time
 
 from turret.clients.errors import TurretRpcError
 from turret.clients.probe import ask
-from turret.clients.unreached import in_flags
+from turret.clients.unreached import in_flags, is_of_what_answers
 from turret.clients.verbs.command import (
     connection_parser,
     given_tls,
@@ -77,6 +77,7 @@ def _ask(args: argparse.Namespace) -> str:
     """The answer, or with ``--wait`` the last one."""
     tls, token = given_tls(args), given_token(args)
     end = time.monotonic() + (args.wait or 0)
+    said = ""
     while True:
         timeout = args.timeout or _TIMEOUT_SECONDS
         failure: TurretRpcError | None = None
@@ -85,12 +86,20 @@ def _ask(args: argparse.Namespace) -> str:
             answer = ask(args.address, args.service, timeout_seconds=timeout, tls=tls, token=token)
         except TurretRpcError as error:
             failure = error
+        if args.wait and failure is not None and _is_answered(failure) and not said:
+            # That may not go away by itself; a server that is not there yet will.
+            said = _why_not(failure, args)
+            print(f"{failure.code.name}: {said}; still asking", file=sys.stderr)
         code = answer if failure is None else failure.code.name
         if code not in _MAY_CHANGE or time.monotonic() + _PAUSE_SECONDS > end:
             if failure is not None:
                 raise failure
             return answer
         time.sleep(_PAUSE_SECONDS)
+
+
+def _is_answered(error: TurretRpcError) -> bool:
+    return error.code.name == "UNAVAILABLE" and is_of_what_answers(error.message)
 
 
 def _why_not(error: TurretRpcError, args: argparse.Namespace) -> str:

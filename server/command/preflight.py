@@ -6,6 +6,7 @@ all of it at once. The parts that own these things check them again when they op
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -45,6 +46,8 @@ from turret.server.models.sources.check import check_model, name_of_model, size_
 _MOST_THREADS = 1024
 # Of the tensors of preloaded adapters, together: these are read in a tenth of a second.
 _LOOKED_AT_BYTES = 128 << 20
+# Of a server on this machine to take a connection.
+_CONNECT_SECONDS = 1.0
 
 
 def problems(config: Config, *, may_run: bool = False, any_port: bool = True) -> list[str]:
@@ -257,18 +260,18 @@ def _tls(config: SecurityConfig) -> Iterator[str]:
             why = (
                 "do not belong together"
                 if error.reason == "KEY_VALUES_MISMATCH"
-                else _no_pem(error)
+                else f"hold no PEM certificate and key without a password ({_reason(error)})"
             )
             yield f"--tls-cert, --tls-key: {config.tls_cert} and {config.tls_key} {why}"
     if config.tls_client_ca is not None:
         try:
             context.load_verify_locations(config.tls_client_ca)
         except ssl.SSLError as error:
-            yield f"--tls-client-ca: {config.tls_client_ca} {_no_pem(error)}"
+            yield f"--tls-client-ca: {config.tls_client_ca} holds no certificate ({_reason(error)})"
 
 
-def _no_pem(error: ssl.SSLError) -> str:
-    return f"hold no PEM certificate and key without a password ({error.reason or error})"
+def _reason(error: ssl.SSLError) -> str:
+    return error.reason or str(error)
 
 
 def _addresses(config: ListenConfig, any_port: bool) -> Iterator[str]:
@@ -296,9 +299,13 @@ def _no_socket(path: Path) -> str:
         return f"{path.parent} is no directory"
     if path.is_dir():
         return f"{path} is a directory; name a file in it, such as unix:{path / 'turret.sock'}"
-    # A socket that a server left behind is taken.
     if path.exists() and not path.is_socket():
         return f"{path} is a file already, and no socket; name one that is not there"
+    # gRPC would put its own in the place of any; one that a server left behind answers nobody.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other, contextlib.suppress(OSError):
+        other.settimeout(_CONNECT_SECONDS)
+        other.connect(str(path))
+        return f"{path} is taken: another process listens there"
     if not os.access(path.parent, os.W_OK | os.X_OK):
         return f"{path.parent} cannot be written by this user; name a socket elsewhere"
     return ""

@@ -32,6 +32,13 @@ def test_a_file_of_another_kind_is_told_as_such(tmp_path: Path, data: bytes, mes
     assert message in str(raised.value)
 
 
+def test_a_config_is_no_test_set(tmp_path: Path):
+    path = tmp_path / "hotel.toml"
+    path.write_text("# a, b\n# c, d\n[data]\n")
+    with pytest.raises(RowError, match=r"toml: is a config by its name, and no examples;"):
+        read_eval_set(path)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -63,6 +63,11 @@ def test_health_does_not_wait_for_what_does_not_change(
     asked = ("health", "--address", address, "--wait", "600")
     assert parse_and_run(*asked, "--service", "turret.v1.Other") == 1
     assert "the server has no such service" in capsys.readouterr().err
+    # What answers but is no such server is told at once, and asked again all the same.
+    assert parse_and_run("health", "--address", address, "--tls", "--wait", "0.1") == 1
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].endswith("leave --tls, --tls-ca and TURRET_TLS_CA out; still asking")
+    assert len(told) == 2
     # Nothing listens on this port, and may by and by.
     assert parse_and_run("health", "--address", "127.0.0.1:1", "--wait", "0.1") == 1
     assert "no turret server answers at 127.0.0.1:1" in capsys.readouterr().err

@@ -144,6 +144,9 @@ def test_a_bad_value_is_refused_by_name(overrides: list[str], message: str):
         ("lr = 8", "train.toml: unknown keys: lr (did you mean optimizer.learning_rate?)"),
         ("data = 3", "data: must be a table"),
         ("[data", "Expected ']' at the end of a table declaration"),
+        ("[data]\ntrain = a.jsonl\n", '9); a text stands in quotes: train = "a.jsonl"'),
+        ("method: lora\n", "; this is YAML, and TOML has: method = lora"),
+        ("[data]\ntrain = [1\nx = 2", "; the line is 'x = 2'"),
         ("[data]\ntrain = 'a'\ntrain = 'b'\n", "train.toml: the same key stands twice (at line 3,"),
     ],
 )

@@ -89,7 +89,7 @@ def test_long_examples_are_dropped_cut_or_refused():
     assert (cut.num_dropped, cut.num_truncated) == (0, 1)
     with pytest.raises(DataError, match=r"train.jsonl:7: line: 11 tokens, data.max_length is 8"):
         encoded("error")
-    with pytest.raises(DataError, match=r"every example is longer than data.max_length = 4"):
+    with pytest.raises(DataError, match=r"max_length = 4: the shortest has 5 tokens; raise it$"):
         encoded("drop", 4)
 
 

@@ -6,8 +6,10 @@ server tokenises a prompt and the model goes on from there.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from turret.training.data.example import Example
@@ -65,27 +67,37 @@ def encode_all(
         DataError: An example cannot be rendered, is too long where that is an error, lacks the
             invocation, or has nothing to learn; or none is left.
     """
-    encoded, dropped, truncated = [], 0, 0
+    encoded, dropped, truncated, shortest = [], 0, 0, sys.maxsize
     path = None
     for example in examples:
         path = example.path
         item = encode(tokenizer, example, config, invocation)
-        if len(item.tokens) > max_length:
+        length = len(item.tokens)
+        if length > max_length:
             if config.too_long == "error":
-                problem = f"{len(item.tokens)} tokens, data.max_length is {max_length}"
+                problem = f"{length} tokens, data.max_length is {max_length}"
                 raise example.error("line", problem)
             learned = item.learned[:max_length]
             item = replace(item, tokens=item.tokens[:max_length], learned=learned)
             if config.too_long == "drop" or not any(item.learned):
                 dropped += 1
+                shortest = min(shortest, length)
                 continue
             truncated += 1
         if not any(item.learned):
             raise example.error("line", "has no token to learn")
         encoded.append(item)
     if not encoded:
-        raise DataError(f"{path}: every example is longer than data.max_length = {max_length}")
+        raise none_left(path, max_length, shortest)
     return EncodedSet(tuple(encoded), dropped, truncated)
+
+
+def none_left(path: Path | None, max_length: int, shortest: int) -> DataError:
+    """All of a file's examples are too long; ``shortest`` is the tokens of the shortest of them."""
+    return DataError(
+        f"{path}: every example is longer than data.max_length = {max_length}: the shortest has"
+        f" {shortest} tokens; raise it"
+    )
 
 
 def encode(

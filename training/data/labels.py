@@ -7,13 +7,14 @@ row's number in its batch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from turret.server.adapters.head import MAX_LABEL_CHARS, MAX_LABELS
 from turret.server.basics.counted import counted
-from turret.training.data.encode import Encoded, EncodedSet, encode_prompt
+from turret.training.data.encode import Encoded, EncodedSet, encode_prompt, none_left
 from turret.training.data.example import Example
 from turret.training.errors import DataError
 from turret.training.settings.config import DataConfig
@@ -84,6 +85,7 @@ def encode_labelled(
     numbers = {label: number for number, label in enumerate(labels)}
     encoded: list[Encoded] = []
     dropped = truncated = 0
+    shortest = sys.maxsize
     path = None
     for example in examples:
         path = example.path
@@ -95,6 +97,7 @@ def encode_labelled(
                 raise example.error("line", problem)
             if config.too_long == "drop":
                 dropped += 1
+                shortest = min(shortest, len(item.tokens))
                 continue
             item = replace(item, tokens=item.tokens[:max_length])
             truncated += 1
@@ -106,7 +109,7 @@ def encode_labelled(
         tokens = (*item.tokens, 0 if example.labels is not None else right[0])
         encoded.append(replace(item, tokens=tokens, learned=learned))
     if not encoded:
-        raise DataError(f"{path}: every example is longer than data.max_length = {max_length}")
+        raise none_left(path, max_length, shortest)
     return EncodedSet(tuple(encoded), dropped, truncated)
 
 

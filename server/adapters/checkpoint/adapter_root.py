@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from turret.server.adapters.source import CONFIG_FILE
-from turret.server.basics.closest import did_you_mean
+from turret.server.basics.closest import closest, did_you_mean
 from turret.server.basics.hub_id import HUB_SCHEME, HubId
 from turret.server.errors import AdapterCheckpointError, StorageFailedError
 
@@ -251,8 +251,13 @@ class AdapterRoot:
         """What to do about a path at which there is nothing; ``first`` is its first name."""
         assert self._root is not None
         names = self._some_names()
-        if meant := did_you_mean(path, names):
+        rest = path.partition("/")[2]
+        if not rest and (meant := did_you_mean(path, names)):
             return meant
+        # Of a longer path the first name is the one that is compared; the rest has to be there.
+        near = closest(first, names) if rest else None
+        if near is not None and (self._root / near / rest).is_dir():
+            return f"; did you mean {f'{near}/{rest}'!r}?"
         if (self._root / CONFIG_FILE).is_file():
             return ", which is an adapter itself, whose path below it is '.'"
         if first not in names and (hint := _hub_hint(path)):

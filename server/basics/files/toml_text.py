@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from typing import Any
 
 _TWICE = "Cannot overwrite a value"
+_PLACE = re.compile(r"\(at line (\d+), column \d+\)")
+_BARE = re.compile(r"([\w-]+)\s*=\s*([A-Za-z./~][\w./~@:-]*)")
+_YAML = re.compile(r"([\w-]+):(?:\s+(.*))?")
 
 
 def parse_toml(data: bytes) -> dict[str, Any]:
@@ -16,11 +20,24 @@ def parse_toml(data: bytes) -> dict[str, Any]:
         ValueError: It is no UTF-8 or no TOML; says where.
     """
     try:
-        return tomllib.loads(data.decode("utf-8-sig"))
+        text = data.decode("utf-8-sig")
+        return tomllib.loads(text)
     except UnicodeDecodeError:
         raise ValueError("is no UTF-8 text, as TOML is") from None
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(str(error).replace(_TWICE, "the same key stands twice")) from None
+        said = str(error).replace(_TWICE, "the same key stands twice")
+        raise ValueError(f"{said}{_step(text, said)}") from None
+
+
+def _step(text: str, said: str) -> str:
+    """The line that is meant, and what is often forgotten in one of its kind."""
+    place = _PLACE.search(said)
+    line = text.split("\n")[int(place[1]) - 1].strip() if place else ""
+    if found := _BARE.fullmatch(line):
+        return f"; a text stands in quotes: {found[1]} = {json.dumps(found[2])}"
+    if found := _YAML.fullmatch(line):
+        return f"; this is YAML, and TOML has: {found[1]} = {found[2] or '…'}"
+    return f"; the line is {line!r:.80}" if line else ""
 
 
 def toml_value(value: object) -> str:

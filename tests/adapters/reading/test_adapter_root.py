@@ -172,6 +172,10 @@ def test_links_that_leave_the_root_are_refused(tmp_path: Path, target: str) -> N
 def test_what_is_not_there_is_told_with_what_is_near(tmp_path: Path) -> None:
     fill(tmp_path / "hotel", "inside")
     root = AdapterRoot(tmp_path)
+    (tmp_path / "hotel" / "adapter").mkdir(parents=True, exist_ok=True)
+    for path, meant in (("hotl/adapter", "did you mean 'hotel/adapter'"), ("hotl/b", "hub:hotl/b")):
+        with pytest.raises(AdapterCheckpointError, match=f"does not exist .* {meant}"):
+            AdapterRoot(tmp_path).open_directory(path)
     with pytest.raises(AdapterCheckpointError, match=r"does not exist .* did you mean 'hotel'\?"):
         read(root, "hotl")
     (tmp_path / "notes.txt").touch()

@@ -179,6 +179,11 @@ def test_paths_that_can_be_no_unix_socket(tmp_path: Path) -> None:
     # A server that died leaves one behind; the next takes it.
     assert left.exists()
     assert said(left) == said(tmp_path / "new") == []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "used"))
+        listener.listen()
+        (problem,) = said(tmp_path / "used")
+    assert problem == f"--address: {tmp_path}/used is taken: another process listens there"
 
 
 def test_addresses_that_cannot_be_had() -> None:
@@ -218,7 +223,7 @@ def test_tls_files_that_are_none_or_no_pair(tmp_path: Path) -> None:
     assert problem == f"--tls-cert, --tls-key: {certificate} and {other} do not belong together"
     assert "hold no PEM" in found("--tls-cert", text, "--tls-key", key)[0]
     (problem,) = found(*pair, key, "--tls-client-ca", text)
-    assert problem.startswith(f"--tls-client-ca: {text} hold")
+    assert problem.startswith(f"--tls-client-ca: {text} holds no certificate (")
 
 
 def test_a_state_dir_that_cannot_be_made(tmp_path: Path) -> None:

@@ -55,6 +55,11 @@ async def main() -> None:
 asyncio.run(main())
 ```
 
+To a server with tokens and TLS it is
+`TurretClient("gpu1:50051", token=..., tls=Tls.from_files(ca="ca.pem"))`, with
+`from turret import Tls`; `admin_address=` is where the server has its administration, if that is
+elsewhere.
+
 Calls that the server refused for lack of room are tried again, up to `max_retries` times, after
 the delay that it asks for. A stream that breaks off waits a minute for a server that starts again,
 and goes on where it was: `resume`.
