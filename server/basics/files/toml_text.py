@@ -21,9 +21,10 @@ def parse_toml(data: bytes) -> dict[str, Any]:
     """
     try:
         text = data.decode("utf-8-sig")
-        return tomllib.loads(text)
     except UnicodeDecodeError:
         raise ValueError("is no UTF-8 text, as TOML is") from None
+    try:
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         said = str(error).replace(_TWICE, "the same key stands twice")
         raise ValueError(f"{said}{_step(text, said)}") from None
