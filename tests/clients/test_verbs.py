@@ -272,7 +272,7 @@ def test_weights_that_are_there_already_replace_nothing(
     moved = f"read from 'x/{SAME}' from now on, not from {SAME!r}, and "
     assert run("adapters", "load", "sql", f"x/{SAME}")[1] == f"{moved}{same}"
     (tmp_path / "adapter_config.json").write_text(SAME)
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
     assert run("adapters", "upload", "sql", str(tmp_path))[1] == same.replace("else ", "")
 
 
