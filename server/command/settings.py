@@ -297,9 +297,9 @@ def _from_toml(setting: Setting, value: object, folder: Path) -> object:
         value = [f"{name}={path}" for name, path in value.items()]
     if setting.is_repeated:
         if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
-            one = f'["{setting.metavar or "..."}"]'
-            like = f'{setting.name} = {{ sql = "sql-lora" }}' if setting.is_pairs else one
-            raise ValueError(f"must be as {like}, not {toml_value(value):.60}")
+            table = f'{setting.name} = {{ sql = "sql-lora" }}, or a list of "{setting.metavar}"'
+            kinds = f"a table, {table}" if setting.is_pairs else "a list of strings"
+            raise ValueError(f"must be {kinds}, not {toml_value(value):.60}")
         return tuple(from_text(setting, part) for part in value)
     if isinstance(value, bool) or setting.type is bool:
         if type(value) is not setting.type:

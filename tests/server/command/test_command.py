@@ -316,7 +316,10 @@ def test_every_setting_has_a_variable_and_a_key(tmp_path: Path) -> None:
         ("[cache]\nkv_cache_bytes = 'much'\n", "cache.kv_cache_bytes: 'much' is not a byte size"),
         ("[model]\ndtype = 'bfloat'\n", "model.dtype: .* did you mean 'bfloat16'"),
         ("[model]\ndtype = 'bf16'\n", "model.dtype: .* did you mean 'bfloat16'"),
-        ("[adapters]\npreload = [true, 1]\n", r"preload: must be a list .*, not \[true, 1\]"),
+        (
+            "[adapters]\npreload = [true, 1]\n",
+            r"preload: must be a table, .* \"NAME=PATH\", not \[",
+        ),
         ("[security]\ninsecure = 1\n", "security.insecure: must be true or false, not 1"),
         ("[adapters]\npreload = ['a']\n", "adapters.preload: 'a' is not NAME=PATH"),
         ("listen = 3\n", "listen must be a table"),
