@@ -250,19 +250,20 @@ class AdapterRoot:
     def _what_instead(self, path: str, first: str) -> str:
         """What to do about a path at which there is nothing; ``first`` is its first name."""
         assert self._root is not None
+        # Below by os.path: what this user may not look into is passed over, not an error.
         names = self._some_names()
         rest = path.partition("/")[2]
         if not rest and (meant := did_you_mean(path, names)):
             return meant
         # Of a longer path the first name is the one that is compared; the rest has to be there.
         near = closest(first, names) if rest else None
-        if near is not None and (self._root / near / rest).is_dir():
+        if near is not None and os.path.isdir(self._root / near / rest):
             return f"; did you mean {f'{near}/{rest}'!r}?"
-        if (self._root / CONFIG_FILE).is_file():
+        if os.path.isfile(self._root / CONFIG_FILE):
             return ", which is an adapter itself, whose path below it is '.'"
         if first not in names and (hint := _hub_hint(path)):
             return hint
-        folders = [name for name in sorted(names) if (self._root / name).is_dir()]
+        folders = [name for name in sorted(names) if os.path.isdir(self._root / name)]
         others = len(folders) - _MOST_SHOWN
         more = " and others" if others > 0 or len(names) == _MOST_COMPARED else ""
         there = f"has {', '.join(folders[:_MOST_SHOWN])}{more}" if folders else "is empty"

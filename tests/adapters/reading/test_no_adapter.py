@@ -189,6 +189,21 @@ def test_what_may_not_be_read_is_said_with_who_may_not(locked: str, mode: int) -
             (root / locked).chmod(0o755)
 
 
+def test_what_is_near_may_be_locked(tmp_path: Path) -> None:
+    with pretending_not_to_be_root(), tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "root"
+        write_adapter(root / "hotel" / "adapter")
+        (root / "link").symlink_to(root / "hotel" / "adapter")
+        (root / "hotel").chmod(0o000)
+        try:
+            for path in ("hotl/adapter", "quite another"):
+                said = said_by_a_load(root, path)
+                assert "does not exist under the adapter root" in said
+                assert "hotel/adapter" not in said
+        finally:
+            (root / "hotel").chmod(0o755)
+
+
 @contextmanager
 def pretending_not_to_be_root() -> Iterator[str]:
     """Root may read everything."""
