@@ -164,8 +164,7 @@ def _add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_flags(parser)
     assert isinstance(parser, CommandParser)
     parser.logs = True
-    parser.known_otherwise = lambda: _SERVED_OTHERWISE
-    parser.set_defaults(func=_serve)
+    parser.set_defaults(func=_serve, known_otherwise=lambda: _SERVED_OTHERWISE)
 
 
 def _add_cluster(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -58,7 +58,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _add(
-    verbs: argparse._SubParsersAction[Any],
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
     text: str,
     func: Callable[[argparse.Namespace], None],
@@ -69,8 +69,7 @@ def _add(
 
     parents = [config_parser(*left_out)]
     parser = verbs.add_parser(name, help=text, description=text.capitalize(), parents=parents)
-    parser.known_otherwise = known_otherwise
-    parser.set_defaults(func=_with_errors(func))
+    parser.set_defaults(func=_with_errors(func), known_otherwise=known_otherwise)
     return parser
 
 

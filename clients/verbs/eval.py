@@ -6,7 +6,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -46,14 +45,12 @@ with --classify also {"prompt": ..., "labels": [...]}, all labels that hold.
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb."""
-    # Of the command, it says what was meant by flags of other verbs.
-    parser: Any = subparsers.add_parser(
+    parser = subparsers.add_parser(
         "eval",
         help="judge adapters on a test set",
         description=_DESCRIPTION,
         parents=[json_parser(), connection_parser()],
     )
-    parser.known_otherwise = lambda: dict.fromkeys(("-a", "--adapter", "--adapters"), "-m VALUE")
     parser.add_argument("data", type=Path, metavar="FILE", help="the test set, JSON Lines")
     parser.add_argument(
         "-m",
@@ -111,7 +108,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--answers", type=Path, metavar="FILE", help="write every answer and its scores, JSON Lines"
     )
-    parser.set_defaults(func=with_client(_eval))
+    # The command says what was meant by flags of other verbs.
+    meant = dict.fromkeys(("-a", "--adapter", "--adapters"), "-m VALUE")
+    parser.set_defaults(func=with_client(_eval), known_otherwise=lambda: meant)
 
 
 def _eval(args: argparse.Namespace, client: TurretClient) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
 from turret.clients.client import TurretClient
 from turret.clients.counted import counted
@@ -28,14 +27,12 @@ _JSON_ONLY = ("logprobs", "top_n", "token_ids")
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb."""
-    # Of the command, it says what was meant by flags of other verbs.
-    parser: Any = subparsers.add_parser(
+    parser = subparsers.add_parser(
         "generate",
         help="complete a prompt",
         description="Complete a prompt and print the answer as it grows.",
         parents=[adapter_parser(), generation_parser(), json_parser(), connection_parser()],
     )
-    parser.known_otherwise = lambda: dict.fromkeys(("-m", "--model", "--mix"), "-a VALUE")
     parser.add_argument("prompt", metavar="PROMPT", help="text; - reads standard input")
     parser.add_argument(
         "--chat", action="store_true", help="send the prompt as a user's message to the chat model"
@@ -49,7 +46,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--stats", action="store_true", help="print usage and timing to standard error"
     )
-    parser.set_defaults(func=with_client(_generate))
+    # The command says what was meant by flags of other verbs.
+    meant = dict.fromkeys(("-m", "--model", "--mix"), "-a VALUE")
+    parser.set_defaults(func=with_client(_generate), known_otherwise=lambda: meant)
 
 
 def _generate(args: argparse.Namespace, client: TurretClient) -> None:

@@ -45,14 +45,14 @@ _BAD_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)", re.D
 class CommandParser(argparse.ArgumentParser):
     """argparse prints a page of usage for a slip of the finger; this says what was meant.
 
+    A default named ``known_otherwise``, which a verb of any layer may set, gives flags that the
+    verb lacks and people may try → what to type instead, with VALUE in the place of theirs.
+
     Attributes:
-        known_otherwise: Flags that the verb lacks and people may try → what to type instead, with
-            VALUE in the place of theirs.
         verbs_below: Names that are no verb here and are one of a verb → the whole of it.
         logs: Whether what it refuses is told in the form of the log, as --log-format has it.
     """
 
-    known_otherwise: Callable[[], Mapping[str, str]] = dict
     verbs_below: Callable[[], Mapping[str, str]] = dict
     logs = False
     _given: Sequence[str] = ()
@@ -120,7 +120,10 @@ class CommandParser(argparse.ArgumentParser):
         return _OF_FILES.get((self.prog, ending), "").replace("FILE", typed)
 
     def _meant_by_flag(self, flag: str) -> str:
-        others = self.known_otherwise()
+        known_otherwise: Callable[[], Mapping[str, str]] = (
+            self.get_default("known_otherwise") or dict
+        )
+        others = known_otherwise()
         plain = flag.lower().replace("_", "-")
         if plain not in others:
             near = closest(plain, [*self._option_string_actions, *others])
