@@ -207,20 +207,22 @@ def test_the_table_shows_each_mix(run: Run, capitals: Path):
 
 
 def test_an_interrupt_says_how_far_it_was_and_waits_for_nobody(
-    run: Run, capitals: Path, tmp_path: Path, monkeypatch
+    run: Run, server: FakeTurret, capitals: Path, tmp_path: Path, monkeypatch
 ):
-    answer, left = Geographer.Generate, threading.Event()
+    accept, left = server.inference._accept, threading.Event()
 
-    def generate(self, request, context):
-        if request.chat.messages[-1].content == "Oman?":
+    def hold(request, context):
+        asks = isinstance(request, inference_pb2.GenerateRequest)
+        if asks and request.chat.messages[-1].content == "Oman?":
             left.wait(30)
-        return answer(self, request, context)
+        accept(request, context)
 
     def update(self, task, *, completed, total):
         if completed >= 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Geographer, "Generate", generate)
+    # The server has bound its methods, but asks for this one anew in each call.
+    monkeypatch.setattr(server.inference, "_accept", hold)
     monkeypatch.setattr(Progress, "update", update)
     began = time.monotonic()
     code, out, err = run(capitals, "-m", "sql", "--answers", tmp_path / "answers.jsonl")
