@@ -213,6 +213,15 @@ def test_nesting_has_a_limit() -> None:
             parse(data)
 
 
+def test_a_name_that_is_no_text_is_refused_at_any_depth() -> None:
+    """No answer could say it: JSON can write half of a surrogate pair, and UTF-8 cannot."""
+    for data in (rb'{"m\ud800del": 1}', rb'{"a": [{"\uDC00": 1}]}', rb'{"\ude00\ud83d": 1}'):
+        with pytest.raises(errors.InvalidRequestError, match="half of a surrogate pair") as caught:
+            parse(data)
+        str(caught.value).encode()
+    assert parse(rb'{"\ud83d\ude00": "\ud800"}') == {"😀": "\ud800"}
+
+
 async def test_other_paths_and_methods_are_refused_in_the_same_form() -> None:
     async with http_harness() as server:
         refused = await server.refused("/v1/nothing", {})

@@ -25,6 +25,7 @@ _INLINE_BYTES = 32 << 10
 
 # Strings are skipped whole: what looks like a bracket in them is text.
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class ClientGoneError(Exception):
@@ -85,7 +86,8 @@ def parse(data: bytes) -> dict[str, Any]:
     """The object that the bytes hold.
 
     Raises:
-        InvalidRequestError: They hold none, or one that is nested too deeply.
+        InvalidRequestError: They hold none, one that is nested too deeply, or one with a name that
+            is no text, which no answer could say.
     """
     depth = 0
     for match in _BRACKETS.finditer(data):
@@ -97,13 +99,28 @@ def parse(data: bytes) -> dict[str, Any]:
         elif first in b"]}":
             depth -= 1
     try:
-        body = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        body = json.loads(
+            data.decode("utf-8"),
+            parse_constant=_refuse_constant,
+            # Only an escape can write half of a pair: UTF-8 itself has none.
+            object_pairs_hook=_with_text_names if _SURROGATE.search(data) else None,
+        )
     # Deep nesting in what is no JSON (an open string hides brackets from the loop above).
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"the body is no JSON: {error}") from None
     if not isinstance(body, dict):
         raise InvalidRequestError("the body must be a JSON object")
     return body
+
+
+def _with_text_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for name, _ in pairs:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            message = f"the name {name!r} holds half of a surrogate pair"
+            raise InvalidRequestError(message) from None
+    return dict(pairs)
 
 
 def _refuse_constant(text: str) -> NoReturn:
