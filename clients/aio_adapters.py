@@ -12,6 +12,7 @@ import grpc.aio
 
 from turret.clients.calls import call_async
 from turret.clients.channel import CallSettings, ClosedStub, CutCalls, LoopStub, stream_timeout
+from turret.clients.early_status import answer_of
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.adapter_files import ExportWriter, upload_messages
 from turret.clients.messages.adapter_requests import (
@@ -94,9 +95,10 @@ class AsyncAdaptersClient:
                 task=task,
             )
 
-        return Adapter.from_proto(
-            await call_async(self._stub.UploadAdapter, messages, self._settings, timeout)
-        )
+        async def send(sent: object, **options: Any) -> adapters_pb2.Adapter:
+            return await answer_of(self._stub.UploadAdapter(sent, **options))
+
+        return Adapter.from_proto(await call_async(send, messages, self._settings, timeout))
 
     async def replace(
         self,

@@ -13,6 +13,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
+from turret.clients.early_status import answer_of
 from turret.server.api.access.connection_limit import MOST_CONNECTIONS
 from turret.server.api.access.tokens import TokenTable
 from turret.server.api.admin.adapters import Adapters
@@ -110,6 +111,8 @@ async def failure_of(call: Any) -> Failure:
         if hasattr(call, "__aiter__"):
             async for _ in call:
                 pass
+        elif isinstance(call, grpc.aio.StreamUnaryCall):
+            await answer_of(call)
         else:
             await call
     except grpc.aio.AioRpcError as error:

@@ -1,0 +1,68 @@
+"""The status of a server that ends an asyncio call before it has all that is sent to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import grpc
+import grpc.aio
+
+# gRPC's word for a message that it could not send.
+_NOT_SENT = "Internal error from Core"
+# The server's status has come, or comes within milliseconds: it is why nothing can be sent.
+_STATUS_SECONDS = 2.0
+
+
+async def answer_of(call: grpc.aio.StreamUnaryCall[Any, Any]) -> Any:
+    """Await the response to a stream of messages.
+
+    When a server refuses before it has them all, gRPC's asyncio client fails to send the next one,
+    and puts an INTERNAL of its own in the place of the server's status, before or after it comes
+    (https://github.com/grpc/grpc/issues/36066). Here the server's is raised.
+
+    Raises:
+        grpc.aio.AioRpcError: The call failed.
+    """
+    told: asyncio.Future[grpc.aio.AioRpcError] = asyncio.get_running_loop().create_future()
+
+    # Called for each status that a call is given, not for the last one alone.
+    def note(ended: grpc.aio.Call) -> None:
+        error = _error_of(ended)
+        if not _is_own(error) and not told.done():
+            told.set_result(error)
+
+    call.add_done_callback(note)
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        if _is_own(error):
+            await asyncio.wait({told}, timeout=_STATUS_SECONDS)
+            if told.done():
+                raise told.result() from None
+        raise
+
+
+def _is_own(error: grpc.aio.AioRpcError) -> bool:
+    return error.code() is grpc.StatusCode.INTERNAL and error.details() == _NOT_SENT
+
+
+def _error_of(ended: grpc.aio.Call) -> grpc.aio.AioRpcError:
+    """What a call ended with, now: a moment later it may be told something else."""
+    return grpc.aio.AioRpcError(
+        _now(ended.code()),
+        _now(ended.initial_metadata()),
+        _now(ended.trailing_metadata()),
+        details=_now(ended.details()),
+    )
+
+
+def _now(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine that has nothing to wait for."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    coroutine.close()
+    raise RuntimeError("the call has not ended")

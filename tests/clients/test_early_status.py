@@ -1,0 +1,74 @@
+"""An upload that the server refuses before it has it all ends with the server's words."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+
+from turret import AsyncTurretClient, TurretClient
+from turret.clients.errors import AlreadyExistsError, UnavailableError
+from turret.v1 import adapters_pb2, adapters_pb2_grpc
+
+# So many, and of such a size, that gRPC's own client lost the status of about every second one.
+UPLOADS = 25
+FILE_BYTES = 8 << 20
+
+
+class Refusing(adapters_pb2_grpc.AdaptersServicer):
+    """Knows from the first message that the name is taken."""
+
+    async def UploadAdapter(
+        self,
+        request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest],
+        context: grpc.aio.ServicerContext[adapters_pb2.UploadAdapterRequest, adapters_pb2.Adapter],
+    ) -> adapters_pb2.Adapter:
+        async for _ in request_iterator:
+            break
+        await context.abort(grpc.StatusCode.ALREADY_EXISTS, "taken", (("x-request-id", "the-id"),))
+        raise AssertionError
+
+
+@pytest.fixture
+async def address() -> AsyncIterator[str]:
+    server = grpc.aio.server()
+    adapters_pb2_grpc.add_AdaptersServicer_to_server(Refusing(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield f"127.0.0.1:{port}"
+    await server.stop(0)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Files that go in chunks of a megabyte, as other clients send them."""
+    monkeypatch.setattr("turret.clients.messages.adapter_files._CHUNK_BYTES", 1 << 20)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(bytes(FILE_BYTES))
+    return tmp_path
+
+
+async def test_the_servers_status_is_raised_whenever_it_comes(address: str, adapter: Path) -> None:
+    async with AsyncTurretClient(address) as client:
+        for _ in range(UPLOADS):
+            with pytest.raises(AlreadyExistsError, match="taken") as caught:
+                await client.adapters.upload("a", adapter)
+            assert caught.value.request_id == "the-id"
+
+
+async def test_a_synchronous_client_raises_it_too(address: str, adapter: Path) -> None:
+    def upload() -> None:
+        with TurretClient(address) as client, pytest.raises(AlreadyExistsError, match="taken"):
+            client.adapters.upload("a", adapter)
+
+    await asyncio.to_thread(upload)
+
+
+async def test_an_upload_that_no_server_takes_fails_as_ever(adapter: Path) -> None:
+    async with AsyncTurretClient("127.0.0.1:1", max_retries=0) as client:
+        with pytest.raises(UnavailableError, match="no turret server"):
+            await client.adapters.upload("a", adapter)
