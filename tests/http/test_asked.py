@@ -319,7 +319,7 @@ async def test_a_misspelt_field_of_an_adapter_is_told() -> None:
     async with http_harness() as server:
         for entry, told in (
             ({"nam": "sql"}, "adapters[0]: knows no 'nam'; did you mean 'name'?;"),
-            ({"\ud800": 1}, r"adapters[0]: knows no '\ud800'; there are name, weight, generation;"),
+            ({"x": 1}, "adapters[0]: knows no 'x'; there are name, weight, generation;"),
             (
                 {"name": "sql", "wieght": 2},
                 "adapters[0]: knows no 'wieght'; did you mean 'weight'?",
@@ -329,6 +329,15 @@ async def test_a_misspelt_field_of_an_adapter_is_told() -> None:
             answer = await server.client.post(CHAT, content=json.dumps(body), headers=JSON)
             unset = "" if "name" in entry else " adapters[0].name: must be set"
             assert answer.json()["error"]["message"] == told + unset
+
+
+async def test_a_name_that_is_no_text_is_told_by_its_place() -> None:
+    async with http_harness() as server:
+        body = {"model": "base", "messages": TURNS, "adapters": [{"\ud800": 1}]}
+        answer = await server.client.post(CHAT, content=json.dumps(body), headers=JSON)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, "adapters[0]")
+        assert error["message"] == r"adapters[0]: the name '\ud800' holds half of a surrogate pair"
 
 
 async def test_a_chat_is_rendered_by_its_turns() -> None:

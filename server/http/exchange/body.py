@@ -99,28 +99,34 @@ def parse(data: bytes) -> dict[str, Any]:
         elif first in b"]}":
             depth -= 1
     try:
-        body = json.loads(
-            data.decode("utf-8"),
-            parse_constant=_refuse_constant,
-            # Only an escape can write half of a pair: UTF-8 itself has none.
-            object_pairs_hook=_with_text_names if _SURROGATE.search(data) else None,
-        )
+        body = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     # Deep nesting in what is no JSON (an open string hides brackets from the loop above).
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"the body is no JSON: {error}") from None
     if not isinstance(body, dict):
         raise InvalidRequestError("the body must be a JSON object")
+    # Only an escape can write half of a pair: UTF-8 itself has none.
+    if _SURROGATE.search(data):
+        _refuse_no_text(body)
     return body
 
 
-def _with_text_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for name, _ in pairs:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            message = f"the name {name!r} holds half of a surrogate pair"
-            raise InvalidRequestError(message) from None
-    return dict(pairs)
+def _refuse_no_text(value: Any, path: str = "") -> None:
+    """Raise what is wrong with a name in a parsed value that lies at ``path``, if anything is."""
+    if isinstance(value, list):
+        for number, each in enumerate(value):
+            if isinstance(each, list | dict):
+                _refuse_no_text(each, f"{path}[{number}]")
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                why = f"the name {name!r} holds half of a surrogate pair"
+                if not path:
+                    raise InvalidRequestError(why) from None
+                raise InvalidRequestError.of(path, why) from None
+            _refuse_no_text(each, f"{path}.{name}" if path else name)
 
 
 def _refuse_constant(text: str) -> NoReturn:
