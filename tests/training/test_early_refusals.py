@@ -132,6 +132,22 @@ def test_a_rank_is_checked_before_a_mixture_is_loaded_or_fetched(
     assert not modules & {"torch", "peft", "transformers"}
 
 
+@pytest.mark.parametrize("context", [8192, 300])
+def test_a_length_beyond_the_context_ends_before_torch(context: int, tmp_path: Path):
+    """Of the embedded model, and of a directory."""
+    config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
+    flags = ["--set", "data.max_length=8193"]
+    if context == 300:
+        model = write_mixture(tmp_path / "mixture")
+        said = read_config(model) | {"max_position_embeddings": context}
+        (model / "config.json").write_text(json.dumps(said))
+        flags += ["--model", str(model)]
+    code, modules, err = loaded_and_said_by("train", "plan", config, *flags)
+    assert err == f"error: --set data.max_length: the model's context ends at {context}\n"
+    assert code == 1
+    assert not modules & {"torch", "peft", "transformers"}
+
+
 @pytest.mark.parametrize("verb", ["plan", "run"])
 def test_weights_that_are_cut_short_end_before_torch(verb: str, tmp_path: Path):
     config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')

@@ -13,8 +13,8 @@ from turret.training.data.example import Example, data_digest
 from turret.training.data.files import num_set_aside, read_files
 from turret.training.data.invocation import Invocation
 from turret.training.data.labels import encode_labelled
-from turret.training.errors import ConfigError
 from turret.training.settings.config import DataConfig
+from turret.training.settings.inputs import check_max_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,7 @@ def load_dataset(
         ConfigError: ``data.max_length`` is beyond the model's context.
         DataError: See :func:`read_files` and :func:`encode_all`.
     """
-    if config.max_length > base.max_length:
-        raise ConfigError.of("data.max_length", f"the model's context ends at {base.max_length}")
+    check_max_length(config, base.max_length)
     files = read_files(config, folder)
     examples, held_out, labels = files.train, files.validation, files.labels
     if held_out is None:

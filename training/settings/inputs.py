@@ -11,9 +11,9 @@ from turret.server.adapters.component import MAX_COMPONENTS, MIN_COMPONENTS
 from turret.server.basics.hub_id import model_place
 from turret.server.command.preflight import without_cuda
 from turret.server.models.decoding.arch import Projections
-from turret.server.models.sources.check import check_model, name_of_model
+from turret.server.models.sources.check import check_model, name_of_model, told_context
 from turret.training.errors import ConfigError
-from turret.training.settings.config import BaseConfig, TrainConfig
+from turret.training.settings.config import BaseConfig, DataConfig, TrainConfig
 from turret.training.settings.fit import check_fit
 from turret.training.settings.modules import check_method
 from turret.training.settings.targets import check_targets, told_projections
@@ -81,11 +81,14 @@ def check_base(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> 
         ranks: Each of these is to take the place of the config's.
 
     Raises:
-        ConfigError: The base has no such modules, or none of that rank.
+        ConfigError: The base has no such modules, none of that rank, or a shorter context than
+            ``data.max_length``.
         InvalidRequestError: The base is no model that is served.
     """
     base = base_place(config.base, folder)
     model_type = check_model(base)
+    if (context := told_context(base)) is not None:
+        check_max_length(config.data, context)
     projections = told_projections(base, model_type)
     if projections is None and config.method.targets is not None:
         check_targets(model_type, config.method.targets)
@@ -93,6 +96,20 @@ def check_base(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> 
         for each in with_ranks(config, ranks):
             check_method(each.method, projections)
     return ToldBase(name_of_model(base), projections)
+
+
+def check_max_length(config: DataConfig, context: int) -> None:
+    """Refuse examples that are longer than the base's context.
+
+    Args:
+        config: Has ``max_length``.
+        context: Most positions that the base was made for.
+
+    Raises:
+        ConfigError: ``max_length`` is more.
+    """
+    if config.max_length > context:
+        raise ConfigError.of("data.max_length", f"the model's context ends at {context}")
 
 
 def with_ranks(config: TrainConfig, ranks: Sequence[int]) -> list[TrainConfig]:

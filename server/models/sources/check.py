@@ -76,10 +76,7 @@ def told_sizes(model: Path | None, model_type: str) -> dict[str, Any] | None:
         GGUF file, leaves a size to transformers.
     """
     family = FAMILIES[model_type]
-    if model is None or model.is_file():
-        said = told_fields(find_gguf() if model is None else model)
-    else:
-        said = _text_part(_config_of(model))
+    said = _said_of(model)
     inner_key = family.inner_keys.get(model_type, "intermediate_size")
     keys = ("hidden_size", inner_key, "num_attention_heads", "num_key_value_heads")
     head_dim = said.get("head_dim") or family.head_dims.get(model_type)
@@ -104,6 +101,23 @@ def told_sizes(model: Path | None, model_type: str) -> dict[str, Any] | None:
         return None
     is_told = experts is None or (_is_size(experts.count) and _is_size(experts.intermediate_size))
     return {**sizes, "experts": experts} if is_told else None
+
+
+def told_context(model: Path | None) -> int | None:
+    """Most positions that a model was made for, as far as that shows without torch.
+
+    Args:
+        model: One that :func:`check_model` took.
+    """
+    positions = _said_of(model).get("max_position_embeddings")
+    return positions if _is_size(positions) else None
+
+
+def _said_of(model: Path | None) -> dict[str, Any]:
+    """What the config, or the header of a GGUF file, says of the language model."""
+    if model is None or model.is_file():
+        return told_fields(find_gguf() if model is None else model)
+    return _text_part(_config_of(model))
 
 
 def _is_size(value: object) -> TypeGuard[int]:
