@@ -22,7 +22,7 @@ from turret.server.api.admin.adapters import Adapters
 from turret.server.api.backend import Backend
 from turret.server.api.failures import Failures
 from turret.server.api.gate import Gate
-from turret.server.api.inference import Inference
+from turret.server.api.inference.inference import Inference
 from turret.server.basics.address import is_local_address
 from turret.server.command.interrupts import Hangup
 from turret.server.config import Config

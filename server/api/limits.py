@@ -41,8 +41,9 @@ MAX_PAGE_TOKEN_CHARS = 256
 MAX_WORD_CHARS = 64
 MAX_UPLOAD_FILES = 7
 
-_REQUESTS, _ADAPTERS = "server/api/requests.py", "server/api/admin/adapters.py"
-_CHATS, _INPUTS = "server/api/chats.py", "server/api/inputs.py"
+_REQUESTS, _ADAPTERS = "server/api/inference/requests.py", "server/api/admin/adapters.py"
+_MIX = "server/api/mix.py"
+_CHATS, _INPUTS = "server/api/inference/chats.py", "server/api/inference/inputs.py"
 _UPLOADS, _FUSE = "server/api/admin/uploads.py", "server/api/admin/fuse.py"
 
 
@@ -116,7 +117,7 @@ LIMITS = (
         _REQUESTS,
     ),
     *(
-        _entries(f"{message}.adapters", MAX_MIX_MEMBERS)
+        _entries(f"{message}.adapters", MAX_MIX_MEMBERS, _MIX)
         for message in (
             *("GenerateRequest", "ScoreRequest", "EmbedRequest", "ClassifyRequest"),
             "TokenizeRequest",
@@ -127,7 +128,7 @@ LIMITS = (
         _chars(f"{message}.request_id", MAX_REQUEST_ID_CHARS, "server/api/call.py")
         for message in ("GenerateRequest", "ScoreRequest", "EmbedRequest", "ClassifyRequest")
     ),
-    _chars("AdapterWeight.name", MAX_NAME_CHARS, _REQUESTS),
+    _chars("AdapterWeight.name", MAX_NAME_CHARS, _MIX),
     *(_chars(f"{call}Request.name", MAX_NAME_CHARS) for call in _NAMED),
     _chars("UnpinAdapterRequest.name", MAX_NAME_CHARS),
     _chars("ExportAdapterRequest.name", MAX_NAME_CHARS),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from turret.server.errors import InvalidRequestError
 
+_T = TypeVar("_T")
 # A message of a few megabytes can break a rule a million times; an answer lists these many.
 MAX_VIOLATIONS = 100
 
@@ -37,6 +40,28 @@ class Violations:
     def check(self, ok: bool, path: str, description: str) -> None:
         if not ok:
             self.add(path, description)
+
+    def build(self, kind: Callable[..., _T], values: Mapping[str, Any], path: str) -> _T:
+        """A domain object; each value that it refuses is noted and left at its default.
+
+        The domain objects own the ranges and stop at their first complaint, hence the loop.
+
+        Args:
+            kind: Of the object.
+            values: Its fields.
+            path: Of the message that holds them; empty for the whole.
+        """
+        left = dict(values)
+        while True:
+            try:
+                return kind(**left)
+            except InvalidRequestError as error:
+                (refused, description) = error.violations[0]
+                name = refused.rpartition(".")[2]
+                self.add(f"{path}.{name}" if path else name, description)
+                if name not in left:
+                    raise
+                del left[name]
 
     def raise_if_any(self) -> None:
         """Raise one InvalidRequestError that lists them all."""

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from turret.server.api.inference import Inference
+from turret.server.api.inference.inference import Inference
 from turret.server.api.violations import Violations
 from turret.server.http.bodies.answer_fields import (
     FINISH_REASONS,

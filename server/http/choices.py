@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable
 
-from turret.server.api.answers import JoinedChunks
-from turret.server.api.inference import Inference
+from turret.server.api.inference.answers import JoinedChunks
+from turret.server.api.inference.inference import Inference
 from turret.server.errors import UnavailableError
 from turret.server.http.exchange.endpoint import Exchange
 from turret.v1 import inference_pb2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from turret.server.api.inference import Inference
+from turret.server.api.inference.inference import Inference
 from turret.server.api.violations import Violations
 from turret.server.http.bodies.answer_fields import head, told_uses
 from turret.server.http.bodies.fields import Fields

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from turret.server.api.inference import Inference
+from turret.server.api.inference.inference import Inference
 from turret.server.api.violations import Violations
 from turret.server.http.bodies.answer_fields import told_uses
 from turret.server.http.bodies.fields import Fields

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from turret.server.api.inference import Inference
+from turret.server.api.inference.inference import Inference
 from turret.server.http.bodies.fields import Fields
 from turret.server.http.bodies.generation import Asked
 from turret.server.http.bodies.tool_fields import ToolUse

@@ -25,7 +25,7 @@ from turret.server.api.access.tokens import TokenTable
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.call import REQUEST_ID_KEY
 from turret.server.api.failures import Failures
-from turret.server.api.inference import Inference
+from turret.server.api.inference.inference import Inference
 from turret.server.basics.address import split_address
 from turret.server.basics.codes import Code
 from turret.server.config import ListenConfig, SecurityConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from turret.server.api.inference import Inference
+from turret.server.api.inference.inference import Inference
 from turret.server.api.violations import Violations
 from turret.server.http.bodies.fields import Fields, is_token_id
 from turret.server.http.bodies.messages import read_messages

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from turret.server.api.inference import Inference
+from turret.server.api.inference.inference import Inference
 from turret.server.rpc.interceptor import current_call, current_party
 from turret.v1 import inference_pb2, inference_pb2_grpc
 

@@ -15,8 +15,8 @@ from servers.http_harness import http_harness
 from servers.rpc_harness import failure_of, harness
 
 from turret.server.adapters.head import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Head
-from turret.server.api import classify as classify_api
-from turret.server.api.classify import probabilities
+from turret.server.api.inference import classify as classify_api
+from turret.server.api.inference.classify import probabilities
 from turret.server.engine.scheduling.pooling import Pooling
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import InvalidRequestError

@@ -22,7 +22,7 @@ from turret.server.api.admin.adapters import Adapters
 from turret.server.api.failures import Failures
 from turret.server.api.faults import TABLE as FAULTS
 from turret.server.api.gate import Gate
-from turret.server.api.inference import Inference
+from turret.server.api.inference.inference import Inference
 from turret.server.basics.codes import Code
 from turret.server.config import ListenConfig
 from turret.server.engine.scheduling.request import Output, Request

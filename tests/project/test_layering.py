@@ -52,6 +52,8 @@ BEHIND_API = {
     *("server.engine", "server.engine.scheduling", "server.constraints", "server.models", "v1"),
     *(f"server.adapters.{name}" for name in ("registry", "fuse", "merge", "state")),
 }
+# What a door opens onto.
+API = {"server.api", *(f"server.api.{room}" for room in ("access", "admin", "inference"))}
 # Layer → what of turret it may import beside itself. ``server`` stands for the other modules
 # directly in server/, which put the parts together. The package's own __init__ (its version) is
 # open to all.
@@ -120,7 +122,8 @@ BELOW = {
     "server.api.access": {"leaf"},
     "server.api": NOUNS | BEHIND_API | {"server.api.access"},
     "server.api.admin": NOUNS | BEHIND_API | {"server.api"},
-    "server.rpc": {"server.api", "server.api.access", "server.api.admin", "leaf", "v1"},
+    "server.api.inference": NOUNS | BEHIND_API | {"server.api", "server.api.access"},
+    "server.rpc": API | {"leaf", "v1"},
     # Before torch: see test_command.
     "server.command": NOUNS
     | {f"server.adapters.{name}" for name in ("checkpoint", "peft_format.refusals")}
@@ -130,18 +133,20 @@ BELOW = {
     | {"kernels"},
     "server.http.exchange": {"server.api", "server.api.access", "leaf", "v1"},
     "server.http.console": {
-        *("server.http.exchange", "server.api", "server.api.admin", "leaf", "v1"),
+        *("server.http.exchange", "server.api", "server.api.admin", "server.api.inference"),
+        *("leaf", "v1"),
     },
     "server.http.tools": {"leaf"},
-    "server.http.bodies": {"server.http.tools", "server.api", "leaf", "v1"},
+    "server.http.bodies": {
+        *("server.http.tools", "server.api", "server.api.inference", "leaf", "v1"),
+    },
     "server.http.bodies.responses": {
         *("server.http.bodies", "server.http.tools", "server.api", "leaf", "v1"),
     },
     "server.http": {
         *("server.http.bodies", "server.http.bodies.responses"),
         *("server.http.console", "server.http.exchange"),
-        "server.http.tools",
-        *("server.api", "server.api.access", "server.api.admin", "leaf", "v1"),
+        *("server.http.tools", *API, "leaf", "v1"),
     },
 }
 MAY_IMPORT = {layer: {layer, *below} for layer, below in BELOW.items()}
@@ -278,9 +283,9 @@ def test_no_module_imports_upward():
         ("server.http.chat", "import grpc"),
         ("server.http.chat", "from turret.server.rpc.status import to_rich_status"),
         ("server.http.chat", "from turret.server.engine.scheduling.request import Request"),
-        ("server.api.inference", "from starlette.requests import Request"),
-        ("server.api.inference", "import grpc"),
-        ("server.api.inference", "from turret.server.rpc.status import row_of"),
+        ("server.api.inference.inference", "from starlette.requests import Request"),
+        ("server.api.inference.inference", "import grpc"),
+        ("server.api.inference.inference", "from turret.server.rpc.status import row_of"),
         ("server.errors", "import turret.server.engine.scheduling.request"),
         ("server.errors", "from turret.server.cli import main"),
         ("clients.client", "from turret.server.errors import TurretError"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.ref import AdapterRef
 from turret.server.api.limits import MAX_WORD_CHARS
-from turret.server.api.requests import adapter_refs
+from turret.server.api.mix import adapter_refs
 from turret.server.api.violations import Violations
 from turret.server.basics.adapter_name import no_adapter_name
 from turret.server.errors import InvalidRequestError

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from google.protobuf import timestamp_pb2
 
 from turret.server.adapters.ref import AdapterRef
-from turret.server.api.requests import adapter_refs
+from turret.server.api.mix import adapter_refs
 from turret.server.api.violations import Violations
 from turret.v1 import adapters_pb2
 

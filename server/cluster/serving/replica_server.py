@@ -19,7 +19,7 @@ from turret.server.api.admin.adapters import Adapters
 from turret.server.api.backend import Backend
 from turret.server.api.failures import Failures
 from turret.server.api.gate import Gate
-from turret.server.api.inference import Inference
+from turret.server.api.inference.inference import Inference
 from turret.server.cluster.replica.channel import Channel
 from turret.server.cluster.replica.link import ReplicaLink
 from turret.server.cluster.replica.seat import Seat

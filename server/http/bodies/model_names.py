@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from turret.server.api.requests import adapter_refs
+from turret.server.api.mix import adapter_refs
 from turret.server.api.violations import Violations
 from turret.server.basics.adapter_name import ADAPTER_NAME, BASE
 from turret.server.basics.closest import did_you_mean

@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 
-from turret.server.api.requests import sampling_params, stop_conditions
+from turret.server.api.inference.requests import sampling_params, stop_conditions
 from turret.server.api.violations import MAX_VIOLATIONS
 from turret.server.http.bodies.fields import UINT32, Fields
 from turret.server.http.bodies.unsupported import refused_fields

@@ -13,7 +13,7 @@ ROOMS = (
     "server/command",
     *("server/rpc", "server/http", "server/http/console", "server/http/exchange"),
     *("server/http/bodies", "server/http/bodies/responses", "server/http/tools"),
-    *("server/api", "server/api/access", "server/api/admin"),
+    *("server/api", "server/api/access", "server/api/admin", "server/api/inference"),
     *("server/cluster", "server/cluster/machine", "server/cluster/replica"),
     "server/cluster/serving",
     *("server/engine", "server/engine/scheduling", "server/engine/speculation"),

@@ -18,7 +18,7 @@ from turret.server.api.access.tokens import TokenTable
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.failures import Failures
 from turret.server.api.gate import Gate
-from turret.server.api.inference import Inference
+from turret.server.api.inference.inference import Inference
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.server import HttpServer
 from turret.server.metrics import Metrics

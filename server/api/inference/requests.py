@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
 
-from turret.server.adapters.ref import AdapterRef
 from turret.server.api.call import is_request_id
-from turret.server.api.chats import chat_size, check_chat, check_length, encode_chat
+from turret.server.api.inference.chats import chat_size, check_chat, check_length, encode_chat
 from turret.server.api.limits import (
     MAX_LOGIT_BIASES,
-    MAX_MIX_MEMBERS,
     MAX_STOP_TOKEN_IDS,
     InputLimits,
 )
+from turret.server.api.mix import adapter_refs
 from turret.server.api.violations import Violations
-from turret.server.basics.adapter_name import no_adapter_name
 from turret.server.constraints.spec import MAX_CHOICES, MAX_CONSTRAINT_CHARS, ConstraintSpec
 from turret.server.engine.scheduling.request import (
     MAX_STOP_STRINGS,
@@ -26,8 +24,7 @@ from turret.server.engine.scheduling.request import (
     SamplingParams,
     StopConditions,
 )
-from turret.server.errors import InvalidRequestError
-from turret.v1 import adapters_pb2, inference_pb2
+from turret.v1 import inference_pb2
 
 if TYPE_CHECKING:
     from turret.server.api.vocabularies import Vocabulary
@@ -58,26 +55,6 @@ Asked = (
 )
 
 
-def _build(
-    kind: Callable[..., _T], values: dict[str, Any], violations: Violations, path: str
-) -> _T:
-    """A domain object; each value that it refuses is noted and left at its default.
-
-    The domain objects own the ranges and stop at their first complaint, hence the loop.
-    """
-    values = dict(values)
-    while True:
-        try:
-            return kind(**values)
-        except InvalidRequestError as error:
-            (refused, description) = error.violations[0]
-            name = refused.rpartition(".")[2]
-            violations.add(f"{path}.{name}" if path else name, description)
-            if name not in values:
-                raise
-            del values[name]
-
-
 def _check_ids(ids: Sequence[int], vocab_size: int, violations: Violations, path: str) -> None:
     # One pass in C; most messages hold no bad id.
     if not ids or max(ids) < vocab_size:
@@ -87,30 +64,6 @@ def _check_ids(ids: Sequence[int], vocab_size: int, violations: Violations, path
             violations.add(f"{path}[{index}]", f"{token_id} is not in [0, {vocab_size})")
             if violations.is_full:
                 return
-
-
-def adapter_refs(
-    weights: Sequence[adapters_pb2.AdapterWeight], violations: Violations
-) -> tuple[AdapterRef, ...]:
-    """The members of a mix, in the order of the message."""
-    if len(weights) > MAX_MIX_MEMBERS:
-        violations.add("adapters", f"at most {MAX_MIX_MEMBERS} members, not {len(weights)}")
-        return ()
-    refs: list[AdapterRef] = []
-    seen: set[str] = set()
-    for index, member in enumerate(weights):
-        path = f"adapters[{index}]"
-        if why := no_adapter_name(member.name):
-            violations.add(f"{path}.name", why)
-        elif member.name in seen:
-            violations.add(f"{path}.name", f"{member.name!r} occurs twice")
-        seen.add(member.name)
-        values: dict[str, Any] = {"name": member.name}
-        for name in ("generation", "weight"):
-            if member.HasField(name):
-                values[name] = getattr(member, name)
-        refs.append(_build(AdapterRef, values, violations, path))
-    return tuple(refs)
 
 
 def sampling_params(
@@ -124,7 +77,7 @@ def sampling_params(
         for token_id in message.logit_bias:
             if token_id >= vocab_size:
                 violations.add(path, f"token id {token_id} is not in [0, {vocab_size})")
-    return _build(SamplingParams, values, violations, "sampling")
+    return violations.build(SamplingParams, values, "sampling")
 
 
 def stop_conditions(
@@ -138,7 +91,7 @@ def stop_conditions(
     if violations.check_count(len(message.stop_token_ids), MAX_STOP_TOKEN_IDS, path):
         values["stop_token_ids"] = frozenset(message.stop_token_ids)
         _check_ids(message.stop_token_ids, vocab_size, violations, path)
-    return _build(StopConditions, values, violations, "stop")
+    return violations.build(StopConditions, values, "stop")
 
 
 def constraint_spec(
@@ -237,7 +190,7 @@ async def generate_request(
     sampling = sampling_params(message.sampling, limits.vocab_size, violations)
     stop = stop_conditions(message.stop, limits.vocab_size, violations)
     asked = message.options
-    options = _build(
+    options = violations.build(
         ResponseOptions,
         {
             "logprobs": asked.logprobs,
@@ -248,7 +201,6 @@ async def generate_request(
             # What is not a conversation has no turn of the model's that channels could divide.
             "said_only": message.WhichOneof("input") == "chat" and not asked.call_marks,
         },
-        violations,
         "options",
     )
     so_far = message.answer_so_far
@@ -286,7 +238,7 @@ async def score_request(
     check_input(message, limits, violations)
     refs = adapter_refs(message.adapters, violations)
     values = {"logprobs": True, "top_n": message.top_n}
-    options = _build(ResponseOptions, values, violations, "")
+    options = violations.build(ResponseOptions, values, "")
     check_request_id(message.request_id, violations)
     violations.raise_if_any()
     return Request(

@@ -14,27 +14,27 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import turret
 from turret.server.api.access.shares import Party
-from turret.server.api.answers import (
+from turret.server.api.call import Call
+from turret.server.api.gate import Gate
+from turret.server.api.inference.answers import (
     JoinedChunks,
     adapter_uses,
     finish_fields,
     token_logprobs,
     usage_fields,
 )
-from turret.server.api.call import Call
-from turret.server.api.classify import classify
-from turret.server.api.embeddings import embed
-from turret.server.api.gate import Gate
-from turret.server.api.limits import InputLimits
-from turret.server.api.outputs import outputs_of
-from turret.server.api.requests import (
-    adapter_refs,
+from turret.server.api.inference.classify import classify
+from turret.server.api.inference.embeddings import embed
+from turret.server.api.inference.outputs import outputs_of
+from turret.server.api.inference.requests import (
     check_input,
     check_length,
     generate_request,
     input_token_ids,
     score_request,
 )
+from turret.server.api.limits import InputLimits
+from turret.server.api.mix import adapter_refs
 from turret.server.api.violations import Violations
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.models.chat_format import ChatFormat

@@ -7,9 +7,15 @@ from typing import Any
 from turret.server.api.access.shares import Party
 from turret.server.api.backend import Backend
 from turret.server.api.call import Call
-from turret.server.api.inputs import check_inputs, pooled_requests, run_inputs, summed_fields
+from turret.server.api.inference.inputs import (
+    check_inputs,
+    pooled_requests,
+    run_inputs,
+    summed_fields,
+)
+from turret.server.api.inference.requests import check_request_id
 from turret.server.api.limits import MAX_EMBEDDING_NUMBERS, InputLimits
-from turret.server.api.requests import adapter_refs, check_request_id
+from turret.server.api.mix import adapter_refs
 from turret.server.api.violations import Violations
 from turret.server.engine.scheduling.pooling import Pooling, PoolingKind
 from turret.server.engine.scheduling.request import Output
