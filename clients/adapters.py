@@ -8,8 +8,9 @@ from typing import Any
 
 import grpc
 
-from turret.clients.calls import call
-from turret.clients.channel import CallSettings, ClosedStub, stream_timeout
+from turret.clients.calls.settings import CallSettings, stream_timeout
+from turret.clients.calls.unary import call
+from turret.clients.channel import ClosedStub
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.adapter_files import ExportWriter, upload_messages
 from turret.clients.messages.adapter_requests import (

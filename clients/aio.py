@@ -20,16 +20,18 @@ from typing import Any, Self, Unpack
 import grpc.aio
 
 from turret.clients.aio_adapters import AsyncAdaptersClient
-from turret.clients.calls import call_async
+from turret.clients.calls.progress import AnswerProgress
+from turret.clients.calls.retries import RetryPolicy
+from turret.clients.calls.settings import CallSettings, stream_timeout
+from turret.clients.calls.streams import AsyncGenerationStream
+from turret.clients.calls.unary import call_async
 from turret.clients.channel import (
     DEFAULT_ADDRESS,
-    CallSettings,
     ClosedStub,
     CutCalls,
     LoopStub,
     Tls,
     open_aio_channel,
-    stream_timeout,
 )
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.head_results import Classifications, Embeddings
@@ -51,9 +53,6 @@ from turret.clients.messages.results import (
     Score,
     Tokens,
 )
-from turret.clients.progress import AnswerProgress
-from turret.clients.retries import RetryPolicy
-from turret.clients.streams import AsyncGenerationStream
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
 __all__ = ["AdapterWeight", "AsyncGenerationStream", "AsyncTurretClient", "Tls", "TurretRpcError"]

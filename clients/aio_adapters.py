@@ -10,9 +10,10 @@ from typing import Any
 
 import grpc.aio
 
-from turret.clients.calls import call_async
-from turret.clients.channel import CallSettings, ClosedStub, CutCalls, LoopStub, stream_timeout
-from turret.clients.early_status import answer_of
+from turret.clients.calls.early_status import answer_of
+from turret.clients.calls.settings import CallSettings, stream_timeout
+from turret.clients.calls.unary import call_async
+from turret.clients.channel import ClosedStub, CutCalls, LoopStub
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.adapter_files import ExportWriter, upload_messages
 from turret.clients.messages.adapter_requests import (

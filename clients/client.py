@@ -16,15 +16,12 @@ from collections.abc import Sequence
 from typing import Any, Self, Unpack
 
 from turret.clients.adapters import AdaptersClient
-from turret.clients.calls import call
-from turret.clients.channel import (
-    DEFAULT_ADDRESS,
-    CallSettings,
-    ClosedStub,
-    Tls,
-    open_channel,
-    stream_timeout,
-)
+from turret.clients.calls.progress import AnswerProgress
+from turret.clients.calls.retries import RetryPolicy
+from turret.clients.calls.settings import CallSettings, stream_timeout
+from turret.clients.calls.streams import GenerationStream
+from turret.clients.calls.unary import call
+from turret.clients.channel import DEFAULT_ADDRESS, ClosedStub, Tls, open_channel
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.head_results import Classifications, Embeddings
 from turret.clients.messages.mix import AdaptersLike, AdapterWeight
@@ -45,9 +42,6 @@ from turret.clients.messages.results import (
     Score,
     Tokens,
 )
-from turret.clients.progress import AnswerProgress
-from turret.clients.retries import RetryPolicy
-from turret.clients.streams import GenerationStream
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
 __all__ = ["AdapterWeight", "GenerationStream", "Tls", "TurretClient", "TurretRpcError"]

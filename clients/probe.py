@@ -7,9 +7,10 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from turret.clients.channel import CallSettings, Tls, open_channel
+from turret.clients.calls.retries import RetryPolicy
+from turret.clients.calls.settings import CallSettings
+from turret.clients.channel import Tls, open_channel
 from turret.clients.errors import TurretRpcError
-from turret.clients.retries import RetryPolicy
 
 
 def is_serving(

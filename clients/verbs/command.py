@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from turret.clients.calls.retries import RetryPolicy
 from turret.clients.channel import DEFAULT_ADDRESS, Tls
 from turret.clients.client import TurretClient
 from turret.clients.errors import (
@@ -31,7 +32,6 @@ from turret.clients.errors import (
 )
 from turret.clients.messages.argument_names import renamed
 from turret.clients.messages.mix import AdapterWeight
-from turret.clients.retries import RetryPolicy
 from turret.clients.unreached import in_flags
 from turret.clients.verbs.flags import as_typed, mention_flags, name_flags
 

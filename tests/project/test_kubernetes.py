@@ -203,7 +203,7 @@ def test_routers_read_series_that_exist() -> None:
 
 
 def test_the_header_is_the_clients() -> None:
-    from turret.clients.channel import ROUTING_KEY
+    from turret.clients.calls.settings import ROUTING_KEY
 
     policies = documents(FOLDER / "envoy-gateway.yaml")
     hashed = [each["spec"]["loadBalancer"] for each in policies if "Backend" in each["kind"]]

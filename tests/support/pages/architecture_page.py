@@ -37,7 +37,7 @@ ROOMS = (
     *("kernels/adapters", "kernels/rows", "kernels/cpu", "kernels/gpu", "kernels/gpu/adapters"),
     *("kernels/gpu/gates", "kernels/gpu/vocabulary"),
     *("kernels/gpu/experts", "kernels/gpu/tables", "kernels/gpu/shared"),
-    *("clients/messages", "clients/verbs", "clients/evaluation"),
+    *("clients/calls", "clients/messages", "clients/verbs", "clients/evaluation"),
     *(
         f"training/{name}"
         for name in (

@@ -10,7 +10,8 @@ from typing import Any
 
 from checkout import ROOT
 
-from turret.clients import adapters, aio, aio_adapters, channel, client, errors, streams
+from turret.clients import adapters, aio, aio_adapters, channel, client, errors
+from turret.clients.calls import streams
 from turret.clients.messages import adapter_results, head_results, mix, requests, results
 
 PAGE = ROOT / "docs" / "python.md"

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from turret.clients.channel import CallSettings
+from turret.clients.calls.settings import CallSettings
 from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
 from turret.clients.messages.results import Completion
 from turret.v1 import inference_pb2

@@ -10,9 +10,9 @@ from typing import Any, Self
 import grpc
 import grpc.aio
 
+from turret.clients.calls.progress import AnswerProgress
 from turret.clients.errors import TurretRpcError, UnavailableError
 from turret.clients.messages.results import Chunk
-from turret.clients.progress import AnswerProgress
 
 
 class GenerationStream(Iterator[Chunk]):

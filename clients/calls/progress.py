@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from turret.clients.calls.retries import Retries
 from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
 from turret.clients.messages.results import Chunk
-from turret.clients.retries import Retries
 from turret.v1 import inference_pb2
 
 
