@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from turret.server.models.families import read_arch
 from turret.training.data.batch import IGNORED, Batch
-from turret.training.peft_warnings import without_peft_warnings
+from turret.training.models.peft_warnings import without_peft_warnings
 
 # Positions whose logits exist at one time; more are computed in turn, and again in the backward.
 HEAD_ROWS = 512

@@ -21,7 +21,7 @@ from turret.server.adapters.methods import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.source import TENSORS_FILE
 from turret.server.models.describe import describe_experts
-from turret.training.base_model import DTYPES, TrainingBase, empty_model
+from turret.training.models.base_model import DTYPES, TrainingBase, empty_model
 from turret.training.settings.resolve import Resolved
 from turret.training.trainer import attach_to
 

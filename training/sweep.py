@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Protocol
 
 from turret.server.models.decoding.arch import Projections
-from turret.training.base_model import find_base
 from turret.training.errors import RunError
 from turret.training.methods import method_named
+from turret.training.models.base_model import find_base
 from turret.training.report.html_report import write_report
 from turret.training.run.commands import what_next
 from turret.training.run.folder import RunFolder, rank_folder

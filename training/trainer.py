@@ -1,4 +1,4 @@
-"""The training loop. What it writes is described in ``run_folder.py``."""
+"""The training loop. What it writes is described in ``run/folder.py``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 
 from turret.server.basics.byte_size import about_bytes
 from turret.server.basics.counted import counted
-from turret.training.base_model import DTYPES, load_model
 from turret.training.classifier import (
     ClassifierLoss,
     add_head,
@@ -28,8 +27,9 @@ from turret.training.data.batch import Batch, BatchStream, Row, make_batch
 from turret.training.errors import RunError
 from turret.training.loss import LossFunction
 from turret.training.memory.peak import peak_memory_bytes
+from turret.training.models.base_model import DTYPES, load_model
+from turret.training.models.recomputation import compute_activations_twice, without_backward
 from turret.training.optimizer import learning_rate, make_optimizer, set_learning_rate
-from turret.training.recomputation import compute_activations_twice, without_backward
 from turret.training.run.checkpoint import restore_checkpoint, save_checkpoint
 from turret.training.run.commands import what_next
 from turret.training.run.folder import MetricsLog, RunFolder

@@ -6,13 +6,13 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from turret.training.base_model import TrainingBase
 from turret.training.data.batch import Row, pack_rows, single_rows
 from turret.training.data.encode import Encoded, EncodedSet, encode_all
 from turret.training.data.example import Example, data_digest
 from turret.training.data.files import num_set_aside, read_files
 from turret.training.data.invocation import Invocation
 from turret.training.data.labels import encode_labelled
+from turret.training.models.base_model import TrainingBase
 from turret.training.settings.config import DataConfig
 from turret.training.settings.inputs import check_max_length
 

@@ -17,12 +17,12 @@ from torch.fx.experimental import _config
 from transformers import AttentionInterface
 
 from turret.server.models.sources.model_directory import weight_files
-from turret.training.base_model import DTYPES, empty_model
 from turret.training.classifier import classifier_loss
 from turret.training.data.batch import Batch, make_batch
 from turret.training.loss import LossFunction
 from turret.training.memory.live_bytes import LiveBytes
 from turret.training.memory.peak import resident_bytes
+from turret.training.models.base_model import DTYPES, empty_model
 from turret.training.settings.resolve import Resolved
 from turret.training.trainer import attach_to, make_stream, pad_token, trainable
 

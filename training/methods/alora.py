@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import peft
 
-from turret.training.base_model import TrainingBase
 from turret.training.data.invocation import invocation_before_answers, invocation_of
 from turret.training.methods.lora import LORA
 from turret.training.methods.method import PeftMethod, Settings
+from turret.training.models.base_model import TrainingBase
 
 
 def _written_by_the_template(config: Settings, base: TrainingBase) -> str:

@@ -8,8 +8,8 @@ import peft
 import torch
 from peft.tuners.ia3 import IA3Layer
 
-from turret.training.base_model import TrainingBase
 from turret.training.methods.method import PeftMethod, Settings
+from turret.training.models.base_model import TrainingBase
 
 
 def _ia3_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:

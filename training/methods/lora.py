@@ -7,8 +7,8 @@ from typing import Any
 
 import peft
 
-from turret.training.base_model import TrainingBase
 from turret.training.methods.method import PeftMethod, Settings
+from turret.training.models.base_model import TrainingBase
 
 _COMMON = {"targets": ("all-linear",), "rank": 8, "dropout": 0.0}
 

@@ -15,10 +15,10 @@ import peft
 import torch
 
 from turret.training.adapter_folder import write_adapter
-from turret.training.base_model import TrainingBase
 from turret.training.loss import LossFunction
-from turret.training.mixture import as_modules
-from turret.training.peft_warnings import without_peft_warnings
+from turret.training.models.base_model import TrainingBase
+from turret.training.models.mixture import as_modules
+from turret.training.models.peft_warnings import without_peft_warnings
 from turret.training.settings.config import MethodConfig
 from turret.training.settings.modules import check_modules
 

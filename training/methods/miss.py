@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import peft
 
-from turret.training.base_model import TrainingBase
 from turret.training.methods.method import PeftMethod, Settings
+from turret.training.models.base_model import TrainingBase
 
 
 def _miss_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import peft
 
 from turret.server.adapters.methods.transforms.oft import dividing
-from turret.training.base_model import TrainingBase
 from turret.training.methods.method import PeftMethod, Settings
+from turret.training.models.base_model import TrainingBase
 from turret.training.settings.ranks import module_sizes
 
 

@@ -9,8 +9,8 @@ import peft
 import torch
 from peft.tuners.shira import layer as shira
 
-from turret.training.base_model import TrainingBase
 from turret.training.methods.method import PeftMethod, Settings
+from turret.training.models.base_model import TrainingBase
 from turret.training.settings.config import MethodConfig
 
 

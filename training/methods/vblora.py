@@ -6,8 +6,8 @@ import math
 
 import peft
 
-from turret.training.base_model import TrainingBase
 from turret.training.methods.method import PeftMethod, Settings
+from turret.training.models.base_model import TrainingBase
 from turret.training.settings.ranks import module_sizes
 
 # As PEFT has it; fewer where the base's sizes have no such divisor.

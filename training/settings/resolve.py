@@ -12,12 +12,12 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 
 from turret.server.basics.counted import counted
-from turret.training.base_model import TrainingBase, find_base
 from turret.training.data.dataset import Dataset, load_dataset
 from turret.training.data.invocation import invocation_of
 from turret.training.errors import ConfigError
 from turret.training.methods import method_named
 from turret.training.methods.method import Method
+from turret.training.models.base_model import TrainingBase, find_base
 from turret.training.settings.config import (
     BaseConfig,
     MethodConfig,

@@ -42,7 +42,7 @@ ROOMS = (
         f"training/{name}"
         for name in (
             *("settings", "data", "methods", "lycoris", "fusion", "memory", "run", "report"),
-            "conversion",
+            *("conversion", "models"),
         )
     ),
 )

@@ -14,13 +14,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.training.base_model import load_model
 from turret.training.data.batch import make_batch
 from turret.training.data.encode import Encoded, encode
 from turret.training.data.example import Example
 from turret.training.data.invocation import invocation_before_answers, invocation_of
 from turret.training.errors import ConfigError, DataError
-from turret.training.peft_warnings import without_peft_warnings
+from turret.training.models.base_model import load_model
+from turret.training.models.peft_warnings import without_peft_warnings
 from turret.training.run.samples import draw_samples
 from turret.training.settings.config import DataConfig
 from turret.training.trainer import Trainer, attach, make_loss, trainable

@@ -19,7 +19,7 @@ from builders.bases.tiny_models import save_tiny_model
 from builders.training import resolve_tiny, write_words
 
 from turret.training import trainer
-from turret.training.base_model import find_base, load_model
+from turret.training.models.base_model import find_base, load_model
 from turret.training.data.batch import make_batch, pack_rows
 from turret.training.errors import RunError
 from turret.training.loss import HEAD_ROWS, LossFunction

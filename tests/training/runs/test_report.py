@@ -17,7 +17,7 @@ from rich.console import Console
 
 from turret.server.cli import main
 from turret.training.data.encode import Encoded
-from turret.training.peft_warnings import without_peft_warnings
+from turret.training.models.peft_warnings import without_peft_warnings
 from turret.training.report.curves import Curve, curves_svg, smoothed
 from turret.training.report.html_report import render_report
 from turret.training.run import progress

@@ -31,7 +31,7 @@ from turret.server.models.sources.model_directory import check_model_directory
 from turret.server.models.weights.nf4 import Nf4Weight
 from turret.server.progress import progress_bar
 from turret.training.errors import ConfigError
-from turret.training.mixture import load_4bit, put_experts
+from turret.training.models.mixture import load_4bit, put_experts
 
 Weights = Literal["nf4", "nf4-dense", "full"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
