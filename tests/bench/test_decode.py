@@ -263,7 +263,7 @@ async def test_fusing_compares_windows_with_and_without_a_fusion(bench: Any):
 
         async def generate_stream(self, prompt: list[int], **_: Any) -> Any:
             for number in range(3):
-                await asyncio.sleep(0.02 if active else 0.01)
+                await asyncio.sleep(0.08 if active else 0.01)
                 yield SimpleNamespace(token_ids=(number,))
 
         async def __aenter__(self) -> Client:
