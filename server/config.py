@@ -352,12 +352,14 @@ class Config:
     def __post_init__(self) -> None:
         if self.security.is_complete or self.security.insecure:
             return
-        exposed = [a for a in self.listen.call_addresses if not is_local_address(a)]
-        if exposed:
-            raise ValueError(
-                f"{', '.join(exposed)} is reachable from other machines: set --tls-cert, --tls-key "
-                "and --token-file, or say --insecure"
-            )
+        for name in ("address", "admin_address", "http_address"):
+            address: str | None = getattr(self.listen, name)
+            if address is not None and not is_local_address(address):
+                meant = did_you_mean(split_address(address)[0], ("localhost",))
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: {address} is reachable from other machines"
+                    f"{meant or ':'} set --tls-cert, --tls-key and --token-file, or say --insecure"
+                )
 
     def describe(self) -> str:
         """The resolved values, one ``section.field = value`` a line."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -171,10 +172,17 @@ def test_a_malformed_flag_is_a_usage_error(
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "10.0.0.5:1", "example.org:1"])
 def test_an_exposed_address_needs_tls_and_tokens(flag: str, address: str) -> None:
     for missing in ([], TLS, ["--token-file", "t"]):
-        with pytest.raises(ValueError, match="reachable from other machines"):
+        told = f"{flag}: {address} is reachable from other machines: set --tls-cert, "
+        with pytest.raises(ValueError, match=re.escape(told)):
             parse(flag, address, *missing)
     parse(flag, address, *TLS, "--token-file", "t")
     parse(flag, address, "--insecure")
+
+
+def test_a_misspelt_localhost_is_told_before_tls_is_asked_for() -> None:
+    told = "locahost:1 is reachable from other machines; did you mean 'localhost'? set --tls-cert"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        parse("--address", "locahost:1")
 
 
 def test_a_flag_that_is_given_twice_counts_twice() -> None:
