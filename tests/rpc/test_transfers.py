@@ -177,7 +177,8 @@ async def test_export_names_what_it_cannot_find(server: Harness, tmp_path: Path)
     assert (changed.code, changed.reason) == (Code.FAILED_PRECONDITION, "ADAPTER_CHANGED")
     path.unlink()
     gone = await failure_of(export(pb.ExportAdapterRequest(name="a")))
-    assert gone.code is Code.INVALID_ARGUMENT
+    assert (gone.code, gone.reason) == (Code.FAILED_PRECONDITION, "ADAPTER_CHANGED")
+    assert gone.message.startswith("adapter 'a': its files are gone from 'a', or broken; put them")
 
 
 async def test_a_header_lists_every_offence(server: Harness) -> None:

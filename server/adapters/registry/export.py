@@ -17,7 +17,7 @@ from turret.server.adapters.checkpoint.reader import (
     digest_with_tokenizer,
 )
 from turret.server.adapters.checkpoint.tokenizer_files import tokenizer_digest
-from turret.server.adapters.residency.loader import changed
+from turret.server.adapters.residency.lost_files import changed
 from turret.server.adapters.source import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
@@ -119,7 +119,7 @@ class AdapterExport:
             found = digest_with_tokenizer(found, self._tokenizer_digest())
         found = digest_of_task(found, self._source.task)
         if found != facts.digest:
-            raise changed(self._source, facts.digest, found)
+            raise changed(self.record.name, self._source, facts.digest, found)
 
     def _tokenizer_digest(self) -> str:
         read: dict[str, bytes] = {}

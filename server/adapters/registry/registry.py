@@ -33,6 +33,7 @@ from turret.server.adapters.registry.tokenizers import AdapterTokenizers
 from turret.server.adapters.registry.unloads import UnloadMode, Unloads
 from turret.server.adapters.residency.leases import Leases
 from turret.server.adapters.residency.loader import AdapterLoader
+from turret.server.adapters.residency.lost_files import lost
 from turret.server.adapters.residency.metrics import AdapterMetrics, NoAdapterMetrics
 from turret.server.adapters.state.no_state_dir import NoStateDir
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
@@ -275,8 +276,7 @@ class AdapterRegistry:
 
         Raises:
             AdapterNotFoundError: The name is not registered, or has another generation.
-            AdapterChangedError: The files have changed since.
-            AdapterCheckpointError: They are gone.
+            AdapterChangedError: The files have changed since, or are gone.
         """
         while True:
             registration = self._table.find(name)
@@ -291,21 +291,20 @@ class AdapterRegistry:
             try:
                 root = self._loader.root_of(adapter.source)
                 return AdapterExport(root, adapter.source, record)
-            except AdapterCheckpointError:
+            except AdapterCheckpointError as error:
                 # The files of an upload go with their generation; look again if it has gone.
                 with self._lock:
-                    is_current = registration.current is adapter
-                if is_current and self._table.get(name) is registration:
-                    raise
+                    is_same = registration.current is adapter
+                if is_same and self._table.get(name) is registration:
+                    raise lost(name, adapter.source, error) from None
 
     def reread(self, adapter: Adapter, base: BaseModel) -> Lowered:
         """Lowers a generation from its files, for a base of another dtype than the one served.
 
         Raises:
-            AdapterChangedError: The files have changed since.
-            AdapterCheckpointError: They are gone.
+            AdapterChangedError: The files have changed since, or are gone.
         """
-        return self._loader.reread(adapter.source, adapter.digest, base)
+        return self._loader.reread(adapter.name, adapter.source, adapter.digest, base)
 
     # Pins
 
@@ -315,7 +314,7 @@ class AdapterRegistry:
         Raises:
             AdapterNotFoundError: Not registered.
             AdapterInUseError: Being unloaded.
-            AdapterCheckpointError: Its files changed.
+            AdapterChangedError: Its files changed.
             BudgetExceededError: No room within ``pins.PIN_TIMEOUT_SECONDS``.
             StorageFullError: The pin cannot be written.
         """

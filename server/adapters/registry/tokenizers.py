@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.registry.name_table import NameTable
-from turret.server.adapters.residency.loader import AdapterLoader, CheckTokenizer, changed
+from turret.server.adapters.residency.loader import AdapterLoader, CheckTokenizer
+from turret.server.adapters.residency.lost_files import changed, lost
 from turret.server.adapters.tokenizer_files import TokenizerFiles
+from turret.server.errors import AdapterCheckpointError
 
 
 class AdapterTokenizers:
@@ -36,11 +38,13 @@ class AdapterTokenizers:
         """The files of an adapter that has one; blocks.
 
         Raises:
-            AdapterChangedError: They have changed since the adapter was loaded.
-            AdapterCheckpointError: They are gone.
+            AdapterChangedError: They have changed since the adapter was loaded, or are gone.
         """
-        files = self._loader.read_tokenizer(adapter.source)
+        try:
+            files = self._loader.read_tokenizer(adapter.source)
+        except AdapterCheckpointError as error:
+            raise lost(adapter.name, adapter.source, error) from None
         digest = "" if files is None else files.digest
         if files is None or digest != adapter.facts.tokenizer:
-            raise changed(adapter.source, adapter.facts.tokenizer, digest)
+            raise changed(adapter.name, adapter.source, adapter.facts.tokenizer, digest)
         return files

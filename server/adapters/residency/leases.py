@@ -28,7 +28,7 @@ from turret.server.errors import BudgetExceededError, TurretError, UnavailableEr
 PATIENCE_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
-Reload = Callable[[Source, str], LoadedAdapter]
+Reload = Callable[[str, Source, str], LoadedAdapter]
 # Calls of ``OnHost`` that a change has made due.
 _Answers = list[Callable[[], None]]
 
@@ -67,7 +67,8 @@ class Leases:
 
     Args:
         host_bytes: The budget; resident and arriving adapters never exceed it.
-        reload: ``(source, digest) → adapter``; runs on threads of this object, without the lock.
+        reload: ``(name, source, digest) → adapter``; runs on threads of this object, without the
+            lock.
         lock: The registry's lock, re-entrant; every method takes it.
         metrics: Receives residency, bytes, loads and evictions.
         load_threads: Reads at a time.
@@ -322,7 +323,7 @@ class Leases:
 
     def _try_reload(self, adapter: Adapter) -> LoadedAdapter | TurretError:
         try:
-            return self._reload(adapter.source, adapter.digest)
+            return self._reload(adapter.name, adapter.source, adapter.digest)
         except TurretError as error:
             return error
         except Exception:

@@ -29,11 +29,11 @@ from turret.server.adapters.methods import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.peft_format.refusals.base_name import is_other_base, of_other_base
 from turret.server.adapters.peft_format.vocabulary.resized import vocabulary_of
+from turret.server.adapters.residency.lost_files import changed, lost
 from turret.server.adapters.source import TOKENIZER_FILE, Source
 from turret.server.adapters.tokenizer_files import TokenizerFiles
 from turret.server.basics.work.background import compute_on_this_thread
 from turret.server.errors import (
-    AdapterChangedError,
     AdapterCheckpointError,
     BudgetExceededError,
 )
@@ -208,25 +208,24 @@ class AdapterLoader:
             findings.raise_if_any()
 
     def _read_component(self, ref: ComponentRef) -> Component:
-        checkpoint = self._read_same(self._find_source(ref), ref.digest)
+        checkpoint = self._read_same(ref.name, self._find_source(ref), ref.digest)
         if COMPONENTS_KEY in checkpoint.config:
             why = f"{ref.name!r} is built from components itself, which is not served"
             raise AdapterCheckpointError(f"components: {why}", violations=[(COMPONENTS_KEY, why)])
         method, lowered = self._lowered(checkpoint, self.base, find_no_component)
         return Component(ref, method, lowered.operators, lowered.ranks, lowered.scalings)
 
-    def reload(self, source: Source, digest: str) -> LoadedAdapter:
+    def reload(self, name: str, source: Source, digest: str) -> LoadedAdapter:
         """Reads an adapter that was registered before and insists on the same content.
 
         Raises:
-            AdapterChangedError: The files changed since.
-            AdapterCheckpointError: They are gone.
+            AdapterChangedError: The files changed since, or are gone.
         """
-        return self.lower(self._read_same(source, digest))
+        return self.lower(self._read_same(name, source, digest))
 
-    def reread(self, source: Source, digest: str, base: BaseModel) -> Lowered:
+    def reread(self, name: str, source: Source, digest: str, base: BaseModel) -> Lowered:
         """As ``reload``, for a base of another dtype than the one served."""
-        checkpoint = self._read_same(source, digest)
+        checkpoint = self._read_same(name, source, digest)
         return self._lowered(checkpoint, base, self._read_component)[1]
 
     def _lowered(
@@ -238,10 +237,13 @@ class AdapterLoader:
             checkpoint, base, self._max_rank, find_component, max_dense_bytes=dense_bytes
         )
 
-    def _read_same(self, source: Source, digest: str) -> AdapterCheckpoint:
-        checkpoint = self.read(source)
+    def _read_same(self, name: str, source: Source, digest: str) -> AdapterCheckpoint:
+        try:
+            checkpoint = self.read(source)
+        except AdapterCheckpointError as error:
+            raise lost(name, source, error) from None
         if checkpoint.digest != digest:
-            raise changed(source, digest, checkpoint.digest)
+            raise changed(name, source, digest, checkpoint.digest)
         return checkpoint
 
 
@@ -264,13 +266,3 @@ def _is_private(directory: Path) -> bool:
     except OSError:
         return False
     return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
-def changed(source: Source, digest: str, found: str) -> AdapterChangedError:
-    """The files are no longer those that were registered."""
-    return AdapterChangedError(
-        f"adapter {source.shown!r} changed on disk since it was loaded; replace the adapter to"
-        " serve the new files",
-        metadata={"path": source.shown, "digest": digest, "found_digest": found},
-        violations=[("path", "changed on disk since it was loaded")],
-    )

@@ -29,6 +29,7 @@ from turret.server.adapters.residency import leases
 from turret.server.adapters.residency.loader import LoadedAdapter
 from turret.server.adapters.source import Source
 from turret.server.errors import (
+    AdapterChangedError,
     AdapterCheckpointError,
     AdapterInUseError,
     BudgetExceededError,
@@ -131,13 +132,21 @@ def test_changed_files_fail_the_request_and_no_other(make: Registries) -> None:
     other = registry.acquire(refs("b"))
     waiter = Waiter(registry.acquire(refs("a")))
     error = waiter.wait().error
-    assert isinstance(error, AdapterCheckpointError)
-    assert "changed on disk" in str(error)
+    assert isinstance(error, AdapterChangedError)
+    assert str(error).startswith(
+        "adapter 'a' changed on disk since it was loaded from 'a'; replace"
+    )
     assert other.members[0][0].operators is not None
     registry.release(waiter.mix)
     shutil.rmtree(make.root / "a")
     missing = Waiter(registry.acquire(refs("a")))
-    assert isinstance(missing.wait().error, AdapterCheckpointError)
+    error = missing.wait().error
+    assert isinstance(error, AdapterChangedError)
+    assert str(error).startswith(
+        "adapter 'a': its files are gone from 'a', or broken; put them back"
+    )
+    assert str(make.root) not in str(error)
+    assert not error.violations
     registry.release(missing.mix)
     shutil.move(make.root / "original", make.root / "a")
     again = Waiter(registry.acquire(refs("a")))
@@ -149,7 +158,7 @@ def test_an_unexpected_failure_of_a_read_is_reported(
 ) -> None:
     registry = make(1, load="ab")
 
-    def explode(source: Source, digest: str) -> LoadedAdapter:
+    def explode(name: str, source: Source, digest: str) -> LoadedAdapter:
         raise MemoryError(source.path)
 
     registry._leases._reload = explode

@@ -40,7 +40,9 @@ def test_messages_name_an_upload_and_not_where_it_is_kept(make: Registries, tmp_
     for _ in range(2):
         shutil.move(tmp_path / "state" / "files", tmp_path / "elsewhere")
         (tmp_path / "state" / "files").mkdir()
-        with pytest.raises(AdapterCheckpointError, match="'up' does not exist") as gone:
+        with pytest.raises(
+            AdapterChangedError, match="'up': its files are gone, or broken"
+        ) as gone:
             registry.export("up")
         errors.append(gone.value)
         shutil.rmtree(tmp_path / "state" / "files")

@@ -171,7 +171,7 @@ def test_weights_changed_through_a_mapping_are_seen(
         digest = loader.read(source).digest
         mapping[-1] ^= 1
         with pytest.raises(AdapterChangedError):
-            loader.reload(source, digest)
+            loader.reload("a", source, digest)
 
 
 def test_files_that_changed_just_now_have_no_stamp(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_an_export_gives_the_tokenizer_that_was_loaded(
     loader_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, loader = grown(tmp_path), loader_of(tmp_path)
-    record: Any = SimpleNamespace(facts=load(loader).facts)
+    record: Any = SimpleNamespace(name="a", facts=load(loader).facts)
     template = folder / "chat_template.jinja"
     loaded, source = template.read_text(), Source("a")
 

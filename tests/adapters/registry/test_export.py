@@ -12,7 +12,7 @@ from builders.registries import Registries, stage_directory, until
 
 from turret.server.adapters.registry.export import AdapterExport
 from turret.server.adapters.state.state_dir import StateDir
-from turret.server.errors import AdapterCheckpointError, AdapterNotFoundError
+from turret.server.errors import AdapterChangedError, AdapterNotFoundError
 
 
 @pytest.fixture
@@ -54,5 +54,5 @@ def test_an_export_that_finds_its_files_gone_looks_again(
     # Where nothing has changed, the files are simply not there.
     registry.load("c", "c")
     shutil.rmtree(make.root / "c")
-    with pytest.raises(AdapterCheckpointError, match="does not exist"):
+    with pytest.raises(AdapterChangedError, match="'c': its files are gone from 'c'"):
         registry.export("c")

@@ -120,11 +120,11 @@ class Gate:
         self.reads: list[str] = []
         registry._leases._reload = self._read
 
-    def _read(self, source: Source, digest: str) -> LoadedAdapter:
+    def _read(self, name: str, source: Source, digest: str) -> LoadedAdapter:
         self.reads.append(source.path)
         self.entered.release()
         assert self._open.wait(WAIT_SECONDS)
-        return self._reload(source, digest)
+        return self._reload(name, source, digest)
 
     def open(self) -> None:
         self._open.set()

@@ -110,9 +110,9 @@ class Files:
         self._source = source
         self.base_generation = 1
 
-    def reload(self, place: Source, digest: str) -> LoadedAdapter:
+    def reload(self, name: str, place: Source, digest: str) -> LoadedAdapter:
         if self._source.random() < 0.05:
-            raise AdapterCheckpointError(f"{place.path} is gone")
+            raise AdapterCheckpointError(f"{name} is gone from {place.path}")
         size = int(digest.partition("-")[0])
         # Adapters of odd content are computed from the base, as DoRA's are.
         depends = digest.endswith(("1", "3"))

@@ -240,7 +240,7 @@ class World:
     def _enter(self, adapter: Adapter) -> bool:
         """As the installer does: memory if there is room for it."""
         try:
-            loaded = self.files.reload(adapter.source, adapter.digest)
+            loaded = self.files.reload(adapter.name, adapter.source, adapter.digest)
         except TurretError:
             return False
         self.leases.insert(adapter, loaded)
