@@ -19,17 +19,18 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from turret.server.adapters.source import CONFIG_FILE
-from turret.server.basics.closest import closest, did_you_mean
-from turret.server.basics.hub_id import HUB_SCHEME, HubId
+from turret.server.adapters.checkpoint.near_paths import (
+    MOST_COMPARED,
+    folder_hint,
+    hub_hint,
+    inside,
+    what_instead,
+)
 from turret.server.errors import AdapterCheckpointError, StorageFailedError
 
 MAX_PATH_CHARS = 1024
 # Names walked for one path, links included; ends loops of links too.
 _MAX_STEPS = 2048
-# Names that one which is not there is compared with: a millisecond or two.
-_MOST_COMPARED = 200
-_MOST_SHOWN = 20  # of them, where none is near
 # Of directories that are searched for an adapter: LLaMA-Factory's are three below what it is told.
 _MOST_LEVELS = 3
 _MOST_CHECKPOINTS = 5  # that one refusal names
@@ -126,7 +127,7 @@ class AdapterDirectory:
             if below:
                 break
             deeper = itertools.chain.from_iterable(self._directories(f"{n}/") for n in level)
-            level = list(itertools.islice(deeper, _MOST_COMPARED))
+            level = list(itertools.islice(deeper, MOST_COMPARED))
         below.sort(key=_numbered)
         others = len(below) - _MOST_CHECKPOINTS
         more = f" and {others} more" if others > 0 else ""
@@ -229,14 +230,15 @@ class AdapterRoot:
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts:
             why = "must be relative to the adapter root and stay inside it"
-            raise refuse(shown, f"{why}; what lies elsewhere can be uploaded")
+            meant = "" if self._root is None else inside(self._root, pure)
+            raise refuse(shown, f"{why}{meant or '; what lies elsewhere can be uploaded'}")
         if self._root is None:
             why = "cannot be loaded: the server was started without --adapter-root"
-            raise refuse(shown, f"{why}{_hub_hint(path)}")
+            raise refuse(shown, f"{why}{hub_hint(path)}")
         try:
             descriptor, parts = self.walk([], str(pure), _DIRECTORY, shown)
         except NotADirectoryError:
-            raise refuse(shown, f"is not a directory{_folder_hint(pure)}") from None
+            raise refuse(shown, f"is not a directory{folder_hint(pure)}") from None
         except (OSError, ValueError) as error:
             _raise_if_exhausted(error)
             if isinstance(error, PermissionError):
@@ -244,42 +246,8 @@ class AdapterRoot:
             if shown != path:
                 raise refuse(shown, "does not exist any more") from None
             where = f"does not exist under the adapter root {self._root}"
-            raise refuse(shown, f"{where}{self._what_instead(path, pure.parts[0])}") from None
+            raise refuse(shown, f"{where}{what_instead(self._root, path)}") from None
         return AdapterDirectory(self, descriptor, parts, shown)
-
-    def _what_instead(self, path: str, first: str) -> str:
-        """What to do about a path at which there is nothing; ``first`` is its first name."""
-        assert self._root is not None
-        # Below by os.path: what this user may not look into is passed over, not an error.
-        names = self._some_names()
-        rest = path.partition("/")[2]
-        if not rest and (meant := did_you_mean(path, names)):
-            return meant
-        # Of a longer path the first name is the one that is compared; the rest has to be there.
-        near = closest(first, names) if rest else None
-        if near is not None and os.path.isdir(self._root / near / rest):
-            return f"; did you mean {f'{near}/{rest}'!r}?"
-        if os.path.isfile(self._root / CONFIG_FILE):
-            return ", which is an adapter itself, whose path below it is '.'"
-        if first not in names and (hint := _hub_hint(path)):
-            return hint
-        folders = [name for name in sorted(names) if os.path.isdir(self._root / name)]
-        others = len(folders) - _MOST_SHOWN
-        more = " and others" if others > 0 or len(names) == _MOST_COMPARED else ""
-        there = f"has {', '.join(folders[:_MOST_SHOWN])}{more}" if folders else "is empty"
-        return (
-            f", which {there}; put the adapter's folder there, or let `turret adapters upload NAME"
-            " DIR` send it"
-        )
-
-    def _some_names(self) -> list[str]:
-        """Names in it, no more than can be compared at once."""
-        assert self._root is not None
-        try:
-            with os.scandir(self._root) as entries:
-                return [entry.name for entry in itertools.islice(entries, _MOST_COMPARED)]
-        except OSError:
-            return []
 
     def walk(self, start: list[str], rest: str, flags: int, shown: str) -> tuple[int, list[str]]:
         """Opens the place that ``rest`` names as seen from the directory ``start``.
@@ -338,18 +306,6 @@ class AdapterRoot:
             if target.is_relative_to(self._root):
                 return _names(str(target.relative_to(self._root)))
         raise refuse(shown, _LEAVES)
-
-
-def _hub_hint(path: str) -> str:
-    """What to type for a repository of the hub, where the path looks like one."""
-    return f"; of the Hugging Face hub it is {HUB_SCHEME}{path}" if HubId.find(path) else ""
-
-
-def _folder_hint(path: PurePosixPath) -> str:
-    """Which directory was meant by one of an adapter's files."""
-    if path.suffix not in (".safetensors", ".json", ".bin"):
-        return f"; an adapter is the directory that has its {CONFIG_FILE}"
-    return f"; an adapter is the directory that holds its files, {str(path.parent)!r}"
 
 
 def _numbered(name: str) -> list[str | int]:

@@ -191,6 +191,28 @@ def test_what_is_not_there_is_told_with_what_is_near(tmp_path: Path) -> None:
         read(root, "/hotel")
 
 
+def test_a_path_one_level_off_is_told_by_the_one_that_is_there(tmp_path: Path) -> None:
+    root = tmp_path / "examples" / "adapters"
+    (root / "hotel" / "next").mkdir(parents=True)
+    (root / "json").mkdir()
+    for path, told in (
+        # From where the server was started, as after --adapter-root.
+        ("adapters/json", "does not exist .*; did you mean 'json'"),
+        ("examples/adapters/hotel/next", "does not exist .*; did you mean 'hotel/next'"),
+        (str(root / "hotel" / "next"), "and stay inside it; from there it is 'hotel/next'"),
+        ("next", "does not exist .*; did you mean 'hotel/next'"),
+        ("hotel/nexd", "does not exist .*; did you mean 'hotel/next'"),
+        (str(tmp_path), "and stay inside it; what lies elsewhere can be uploaded"),
+        (f"{root}/../adapters/json", "and stay inside it; what lies elsewhere can be uploaded"),
+    ):
+        with pytest.raises(AdapterCheckpointError, match=told):
+            AdapterRoot(root).open_directory(path)
+    # Two have it: neither is proposed.
+    (root / "json" / "next").mkdir()
+    with pytest.raises(AdapterCheckpointError, match=r"which has hotel, json; put"):
+        AdapterRoot(root).open_directory("next")
+
+
 def test_a_walk_ends_and_leaves_no_descriptor(tmp_path: Path) -> None:
     root = tmp_path / "root"
     fill(root / "a", "inside")

@@ -1,0 +1,96 @@
+"""What was meant by a path below the adapter root at which there is nothing.
+
+All of it is advice in a refusal, by the system's own look-ups: nothing is opened by what is found
+here. What the server's user may not look into is passed over.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path, PurePosixPath
+
+from turret.server.adapters.source import CONFIG_FILE
+from turret.server.basics.closest import closest
+from turret.server.basics.hub_id import HUB_SCHEME, HubId
+
+# Names that one which is not there is compared with: a millisecond or two.
+MOST_COMPARED = 200
+_MOST_SHOWN = 20  # of them, where none is near
+
+
+def what_instead(root: Path, path: str) -> str:
+    """What to do about a path at which there is nothing, as the end of a sentence."""
+    parts = PurePosixPath(path).parts
+    if meant := _repeats_root(root, parts) or _one_letter_off(root, parts):
+        return f"; did you mean {meant!r}?"
+    if os.path.isfile(root / CONFIG_FILE):
+        return ", which is an adapter itself, whose path below it is '.'"
+    names = _some_names(root)
+    if below := _one_level_below(root, path, names):
+        return f"; did you mean {below!r}?"
+    if parts[0] not in names and (hint := hub_hint(path)):
+        return hint
+    folders = [name for name in sorted(names) if os.path.isdir(root / name)]
+    more = " and others" if len(folders) > _MOST_SHOWN or len(names) == MOST_COMPARED else ""
+    there = f"has {', '.join(folders[:_MOST_SHOWN])}{more}" if folders else "is empty"
+    return (
+        f", which {there}; put the adapter's folder there, or let `turret adapters upload NAME"
+        " DIR` send it"
+    )
+
+
+def inside(root: Path, path: PurePosixPath) -> str:
+    """What an absolute path is below the root, as the end of a sentence; empty if nothing."""
+    for base in (root, Path(os.path.realpath(root))):
+        if path.is_relative_to(base) and ".." not in path.parts and os.path.isdir(path):
+            return f"; from there it is {str(path.relative_to(base))!r}"
+    return ""
+
+
+def hub_hint(path: str) -> str:
+    """What to type for a repository of the hub, where the path looks like one."""
+    return f"; of the Hugging Face hub it is {HUB_SCHEME}{path}" if HubId.find(path) else ""
+
+
+def folder_hint(path: PurePosixPath) -> str:
+    """Which directory was meant by one of an adapter's files."""
+    if path.suffix not in (".safetensors", ".json", ".bin"):
+        return f"; an adapter is the directory that has its {CONFIG_FILE}"
+    return f"; an adapter is the directory that holds its files, {str(path.parent)!r}"
+
+
+def _repeats_root(root: Path, parts: tuple[str, ...]) -> str:
+    """The path without the end of the root's own, with which it begins."""
+    for count in range(1, len(parts)):
+        rest = "/".join(parts[count:])
+        if root.parts[-count:] == parts[:count] and os.path.isdir(root / rest):
+            return rest
+    return ""
+
+
+def _one_letter_off(root: Path, parts: tuple[str, ...]) -> str:
+    """The directory whose path differs in the first name that is not there, and only slightly."""
+    for number, name in enumerate(parts):
+        before = root.joinpath(*parts[:number])
+        if os.path.isdir(before / name):
+            continue
+        near = closest(name, _some_names(before))
+        meant = "/".join((*parts[:number], near or name, *parts[number + 1 :]))
+        return meant if near is not None and os.path.isdir(root / meant) else ""
+    return ""
+
+
+def _one_level_below(root: Path, path: str, names: list[str]) -> str:
+    """The path within the one directory of the root that has it."""
+    found = [name for name in names if os.path.isdir(root / name / path)]
+    return f"{found[0]}/{path}" if len(found) == 1 else ""
+
+
+def _some_names(directory: Path) -> list[str]:
+    """Names in it, no more than can be compared at once."""
+    try:
+        with os.scandir(directory) as entries:
+            return [entry.name for entry in itertools.islice(entries, MOST_COMPARED)]
+    except OSError:
+        return []
