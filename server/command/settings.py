@@ -294,6 +294,9 @@ def _unknown_key(section: str, key: str) -> str:
 
 def _from_toml(setting: Setting, value: object, folder: Path) -> object:
     if setting.is_pairs and isinstance(value, dict):
+        for name, path in value.items():
+            if not isinstance(path, str):
+                raise ValueError(f"{name} must be a path in quotes, not {toml_value(path):.60}")
         value = [f"{name}={path}" for name, path in value.items()]
     if setting.is_repeated:
         if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
