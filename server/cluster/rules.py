@@ -37,7 +37,8 @@ def check_generation(saved: SavedRegistration, expected: int | None) -> None:
     """Raises AdapterGenerationError if it has another; None accepts any."""
     if expected is not None and saved.generation != expected:
         raise AdapterGenerationError(
-            f"adapter {saved.name!r} has generation {saved.generation}, not {expected}",
+            f"adapter {saved.name!r} has generation {saved.generation}, not {expected}: it was"
+            " replaced meanwhile; look at what it is now before it is replaced or unloaded",
             metadata={"adapter": saved.name, "generation": str(saved.generation)},
         )
 

@@ -212,7 +212,8 @@ class NameTable:
             found = self.find(name).current.generation
         if found != expected:
             raise AdapterGenerationError(
-                f"adapter {name!r} has generation {found}, not {expected}",
+                f"adapter {name!r} has generation {found}, not {expected}: it was replaced"
+                " meanwhile; look at what it is now before it is replaced or unloaded",
                 metadata={"adapter": name, "generation": str(found)},
             )
 
@@ -309,5 +310,5 @@ def _why_missing(ref: AdapterRef, registration: Registration | None) -> str | No
         return " (being unloaded)"
     newest = registration.current.generation
     if ref.generation is not None and ref.generation != newest:
-        return f" (generation {ref.generation}; the current one is {newest})"
+        return f" (generation {ref.generation}; the current one is {newest}, as the name alone is)"
     return None

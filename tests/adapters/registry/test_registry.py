@@ -135,7 +135,7 @@ def test_acquire_is_all_or_none_and_names_everything_missing(make: Registries) -
     registry = make(load="ab")
     with pytest.raises(AdapterNotFoundError) as caught:
         registry.acquire([*refs("axy"), AdapterRef(name="b", generation=2)])
-    assert "x, y, b (generation 2; the current one is 1)" in str(caught.value)
+    assert "x, y, b (generation 2; the current one is 1, as the name alone is)" in str(caught.value)
     assert [record.in_flight for record in registry.list()] == [0, 0]
 
 
