@@ -180,6 +180,8 @@ def test_the_result_survives_a_restart_and_goes_with_its_name(fusions: Fusions) 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities on Linux alone")
 def test_requests_come_first(fusions: Fusions, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.getpriority(os.PRIO_PROCESS, 0) >= 10:
+        pytest.skip("everything here is nice already")
     priorities: list[int] = []
     fuse = ModuleFuser.fuse
 
