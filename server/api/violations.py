@@ -20,7 +20,8 @@ class Violations:
     found: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, path: str, description: str) -> None:
-        if len(self.found) < MAX_VIOLATIONS:
+        # What is read twice is told once.
+        if len(self.found) < MAX_VIOLATIONS and (path, description) not in self.found:
             self.found.append((path, description))
 
     @property

@@ -13,7 +13,7 @@ from turret.server.http.bodies.fields import Fields
 from turret.server.http.bodies.generation import numbered, read_asked
 from turret.server.http.bodies.responses.answer import Response
 from turret.server.http.bodies.responses.conversation import Conversation
-from turret.server.http.bodies.responses.fields import NAMES, read_sent
+from turret.server.http.bodies.responses.fields import NAMES, read_sent, refuse_unwritable
 from turret.server.http.bodies.responses.items import Event, Items
 from turret.server.http.bodies.slips import refuse_if_wrong
 from turret.server.http.bodies.tool_fields import read_tools
@@ -50,6 +50,7 @@ class Responses:
         prompt = inference_pb2.GenerateRequest(chat=conversation.chat)
         use = read_tools(fields, prompt.chat, is_flat=True)
         make_reader = await make_readers(self._inference, exchange, fields, asked, use)
+        refuse_unwritable(fields, sent)
         refuse_if_wrong(fields, exchange.names, asked.message)
         del fields, conversation
         choices = Choices(

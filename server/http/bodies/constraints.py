@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from turret.server.basics.closest import did_you_mean
-from turret.server.http.bodies.fields import Fields, why_no_text
+from turret.server.http.bodies.fields import Fields, json_text, why_no_text
 from turret.v1 import inference_pb2
 
 _Message = inference_pb2.GenerateRequest
@@ -32,8 +31,9 @@ class _Form:
 
 def _schema(message: _Message, value: Any) -> str | None:
     if isinstance(value, dict):
-        value = json.dumps(value, ensure_ascii=False)
-    why = why_no_text(value)
+        value, why = json_text(value)
+    else:
+        why = why_no_text(value)
     if why is None:
         message.json_schema = value
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 from turret.server.api.violations import Violations
 
 UINT32 = (1 << 32) - 1
+_HALF_A_PAIR = "holds half of a surrogate pair"
+_TOO_LARGE = "holds a number that is too large: at most 1.8e308"
+# Of a name within a path that a client made up.
+_SHOWN_CHARS = 40
 
 
 class Fields:
@@ -143,8 +148,40 @@ def why_no_text(value: Any) -> str | None:
         try:
             value.encode()
         except UnicodeEncodeError:
-            return "holds half of a surrogate pair"
+            return _HALF_A_PAIR
     return None
+
+
+def json_text(value: Any) -> tuple[str, str | None]:
+    """A value that was parsed, as JSON again, and what keeps it from that, or None.
+
+    JSON is read with numbers that are larger than any float, which it cannot write.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except UnicodeEncodeError:
+        return "", _HALF_A_PAIR
+    except ValueError:
+        return "", _TOO_LARGE
+    return text, None
+
+
+def unwritable(value: Any, path: str) -> tuple[str, str] | None:
+    """Where in a parsed value that lies at ``path`` something no JSON can write is, and what."""
+    _, why = json_text(value)
+    return _unwritable(value, path) if why is not None else None
+
+
+def _unwritable(value: Any, path: str) -> tuple[str, str] | None:
+    if isinstance(value, dict):
+        inside = ((f"{path}.{name[:_SHOWN_CHARS]}", each) for name, each in value.items())
+    elif isinstance(value, list):
+        inside = ((f"{path}[{index}]", each) for index, each in enumerate(value))
+    else:
+        _, why = json_text(value)
+        return None if why is None else (path, why)
+    return next((found for place, each in inside if (found := _unwritable(each, place))), None)
 
 
 def is_token_id(value: Any) -> bool:

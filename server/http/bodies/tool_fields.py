@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from turret.server.http.bodies.fields import Fields, why_no_text
+from turret.server.http.bodies.fields import Fields, json_text
 from turret.v1 import inference_pb2
 
 _CHOICES = "must be none, auto, required, a function or allowed_tools"
@@ -70,8 +69,7 @@ def _read_tool(
         function.refuse("name", "must be set")
         return ""
     schema = function.object("parameters") or {}
-    text = json.dumps(schema, ensure_ascii=False) if schema else ""
-    why = why_no_text(text)
+    text, why = json_text(schema) if schema else ("", None)
     if why is not None:
         function.refuse("parameters", why)
         return name

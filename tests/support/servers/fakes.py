@@ -240,6 +240,18 @@ class FakeRegistry:
         )
         return self.records[name]
 
+    def replace(
+        self,
+        name: str,
+        path: str,
+        expected_generation: int | None = None,
+        task: int | None = None,
+    ) -> AdapterInfo:
+        generation = self.get(name).generation + 1
+        del self.records[name]
+        self.records[name] = replace(self.load(name, path, task=task), generation=generation)
+        return self.records[name]
+
     def get(self, name: str) -> AdapterInfo:
         if name not in self.records:
             raise AdapterNotFoundError(f"no adapter {name!r}", metadata={"adapter": name})

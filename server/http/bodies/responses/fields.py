@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from turret.server.http.bodies.constraints import read_text_format
-from turret.server.http.bodies.fields import Fields
+from turret.server.http.bodies.fields import Fields, unwritable
 from turret.server.http.bodies.generation import NAMES as SHARED_NAMES
 from turret.server.http.bodies.generation import Asked
 from turret.server.http.bodies.unsupported import NO_EFFORT
@@ -34,6 +34,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "context_management": (([],), "a conversation is not cut: send one that fits"),
     "moderation": ((), "is not supported; leave it out"),
 }
+# Not read, or not all of it.
+_AS_SENT = ("tools", "tool_choice", "user", "safety_identifier", "prompt_cache_key")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,6 +92,20 @@ def read_sent(fields: Fields, asked: Asked) -> Sent:
             "prompt_cache_key": fields.get("prompt_cache_key"),
         },
     )
+
+
+def refuse_unwritable(fields: Fields, sent: Sent) -> None:
+    """Note what would be repeated as it was sent and cannot be; all has been read before."""
+    repeated = {name: sent.echoed[name] for name in _AS_SENT}
+    for name, value in {
+        "metadata": sent.metadata,
+        "text.format": sent.text_format,
+        **repeated,
+    }.items():
+        found = unwritable(value, name)
+        # What is read has been refused where it was.
+        if found and not any(found[0].startswith(path) for path, _ in fields.violations.found):
+            fields.refuse(*found)
 
 
 def _text_format(fields: Fields) -> dict[str, Any]:
