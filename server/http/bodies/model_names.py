@@ -44,12 +44,15 @@ def mix_of(
         fields.refuse("model", why)
     # What is wrong with a mix as a whole is wrong with the field that holds it.
     names["adapters"] = "model"
-    typed = fields.array("adapters")
-    if not typed:
+    typed = fields.get("adapters")
+    if typed is None or typed == []:
         return named
+    names.update(name="adapters", adapters="adapters")
+    if not isinstance(typed, list):
+        fields.refuse("adapters", "must be a list of objects with a name")
+        return []
     if named:
         fields.refuse("adapters", "goes with the base model's name as model")
-    names.update(name="adapters", adapters="adapters")
     return [_member(fields, index, value) for index, value in enumerate(typed)]
 
 

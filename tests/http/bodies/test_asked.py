@@ -6,12 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from servers.http_harness import HttpHarness, Refused, http_harness
+from servers.http_harness import HttpHarness, http_harness
 
-from turret.server.adapters.ref import AdapterRef
 from turret.server.constraints.spec import ConstraintSpec
 from turret.server.engine.scheduling.request import Request
-from turret.server.errors import AdapterNotFoundError, InvalidRequestError
+from turret.server.errors import InvalidRequestError
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 JSON = {"content-type": "application/json"}
@@ -70,130 +69,6 @@ async def test_what_is_not_sent_has_the_defaults_of_both_worlds() -> None:
         assert request.stop.max_tokens == 4
         request = await asked(server, CHAT, logprobs=True, top_logprobs=3)
         assert (request.options.logprobs, request.options.top_n) == (True, 3)
-
-
-@pytest.mark.parametrize(
-    ("model", "refs"),
-    [
-        ("base", ()),
-        ("fake", ()),
-        ("sql", (("sql", 1.0),)),
-        ("fake:sql", (("sql", 1.0),)),
-        ("base:sql*0.5", (("sql", 0.5),)),
-        ("sql+json*-0.5", (("sql", 1.0), ("json", -0.5))),
-        ("a*.5 + b*2.", (("a", 0.5), ("b", 2.0))),
-        ("fake:base", (("base", 1.0),)),
-    ],
-)
-async def test_a_model_is_a_mix(model: str, refs: tuple[tuple[str, float], ...]) -> None:
-    async with http_harness() as server:
-        request = await asked(server, CHAT, model=model)
-        assert request.adapters == tuple(AdapterRef(name=n, weight=w) for n, w in refs)
-
-
-async def test_adapters_may_be_typed() -> None:
-    async with http_harness() as server:
-        adapters = [{"name": "sql"}, {"name": "json", "weight": -0.5, "generation": 2}]
-        request = await asked(server, CHAT, model="fake", adapters=adapters)
-        assert request.adapters == (
-            AdapterRef(name="sql"),
-            AdapterRef(name="json", weight=-0.5, generation=2),
-        )
-        for path, body, param in (
-            (CHAT, {"model": "sql", "adapters": adapters}, "adapters"),
-            (CHAT, {"model": "base", "adapters": ["sql"]}, "adapters[0]"),
-            (CHAT, {"model": "base", "adapters": [{"weight": 1}]}, "adapters[0].name"),
-            (CHAT, {"model": "base", "adapters": [{"nam": "sql"}]}, "adapters[0]"),
-            (CHAT, {"model": "sql*101"}, "model"),
-            (CHAT, {"model": "json+sql*1e3"}, "model"),
-            (CHAT, {"model": "sql+sql"}, "model"),
-            (CHAT, {"model": "+".join(f"a{i}" for i in range(65))}, "model"),
-            (
-                CHAT,
-                {"model": "base", "adapters": [{"name": "a", "weight": 101}]},
-                "adapters[0].weight",
-            ),
-            (CHAT, {}, "model"),
-            (CHAT, {"model": 3}, "model"),
-        ):
-            refused = await server.refused(path, {"messages": TURNS, **body})
-            assert (refused.status, refused.param) == (400, param), body
-        for model in (
-            "",
-            "SQL",
-            "sql+",
-            "+sql",
-            "+*2",
-            "other:sql",
-            "x" * 999,
-        ):
-            refused = await server.refused(CHAT, {"messages": TURNS, "model": model})
-            assert (refused.status, refused.code) == (404, "model_not_found"), model
-            assert refused.param == "model"
-            is_mix = "*" in model or "+" in model
-            assert ("a mix is written as" if is_mix else "GET /v1/models") in refused.message
-
-
-async def test_what_is_wrong_with_a_mix_is_said_of_model() -> None:
-    rule = "one is a decimal number without an exponent, such as 2, 0.5 or -0.5"
-    async with http_harness() as server:
-        for model, why in (
-            ("sql*x", f"'x' is no weight of 'sql': {rule}"),
-            ("sql*", f"'' is no weight of 'sql': {rule}"),
-            ("sql*1e1", f"'1e1' is no weight of 'sql': {rule}"),
-            ("a*1*2", f"'1*2' is no weight of 'a': {rule}"),
-            ("json+sql*1000", "weight of 'sql' must be finite and in [-100, 100]"),
-            ("sql+json+sql", "'sql' occurs twice"),
-        ):
-            refused = await server.refused(CHAT, {"messages": TURNS, "model": model})
-            assert (refused.status, refused.message) == (400, f"model: {why}")
-            looked_up = Refused.of(await server.client.get(f"/v1/models/{model}"))
-            assert (looked_up.status, looked_up.message) == (400, f"model: {why}")
-        both = await server.refused(CHAT, {"messages": TURNS, "model": "a*x", "temperature": "hot"})
-        assert both.message.endswith("; temperature: must be a number")
-
-
-async def test_an_adapter_that_is_not_there_is_blamed_on_the_field_that_names_it() -> None:
-    typed = {"model": "base", "adapters": [{"name": "sql", "generation": 9}]}
-    async with http_harness() as server:
-        server.engine.refuse = AdapterNotFoundError("adapter 'sql' has no generation 9")
-        for path, body in (
-            (CHAT, {"messages": TURNS}),
-            (COMPLETIONS, {"prompt": "a"}),
-            ("/v1/responses", {"input": "a"}),
-            ("/v1/embeddings", {"input": "a"}),
-            ("/v1/embeddings", {"messages": TURNS}),
-            ("/classify", {"input": "a"}),
-        ):
-            assert (await server.refused(path, typed | body)).param == "adapters", path
-            assert (await server.refused(path, {"model": "sql"} | body)).param == "model", path
-
-
-async def test_a_refused_request_is_counted_for_the_adapters_that_it_names() -> None:
-    async with http_harness() as server:
-        server.metrics.adapter_registered("sql")
-        labels = {"code": "INVALID_ARGUMENT"}
-        for path, body in (
-            (CHAT, {"messages": TURNS, "temperature": -1}),
-            (CHAT, {"messages": TURNS, "temperature": "hot"}),
-            ("/v1/embeddings", {"input": "a", "dimensions": 0}),
-        ):
-            assert (await server.refused(path, {"model": "sql"} | body)).status == 400
-        assert await server.sample("turret_requests_total", adapter="sql", **labels) == 3
-        # Whose this would have been nobody can tell.
-        answer = await server.client.post(CHAT, content="{", headers=JSON)
-        assert answer.status_code == 400
-        assert await server.sample("turret_calls_total", protocol="http", **labels) == 4
-        assert await server.sample("turret_requests_total", adapter="base", **labels) is None
-
-
-async def test_a_mix_is_not_looked_up() -> None:
-    async with http_harness() as server:
-        for name in ("sql+json*-0.5", "base:sql*2"):
-            refused = Refused.of(await server.client.get(f"/v1/models/{name}"))
-            assert (refused.status, refused.code) == (404, "model_not_found")
-            assert "mixes are neither listed nor looked up" in refused.message
-            assert "GET /v1/models/sql" in refused.message
 
 
 @pytest.mark.parametrize(
@@ -313,31 +188,6 @@ async def test_a_next_step_is_a_path_of_this_door(said: str, told: str) -> None:
         server.engine.refuse = InvalidRequestError.of("adapters", said)
         refused = await server.refused("/classify", {"model": "base", "input": "a"})
         assert refused.message.endswith(told)
-
-
-async def test_a_misspelt_field_of_an_adapter_is_told() -> None:
-    async with http_harness() as server:
-        for entry, told in (
-            ({"nam": "sql"}, "adapters[0]: knows no 'nam'; did you mean 'name'?;"),
-            ({"x": 1}, "adapters[0]: knows no 'x'; there are name, weight, generation;"),
-            (
-                {"name": "sql", "wieght": 2},
-                "adapters[0]: knows no 'wieght'; did you mean 'weight'?",
-            ),
-        ):
-            body = {"model": "base", "messages": TURNS, "adapters": [entry]}
-            answer = await server.client.post(CHAT, content=json.dumps(body), headers=JSON)
-            unset = "" if "name" in entry else " adapters[0].name: must be set"
-            assert answer.json()["error"]["message"] == told + unset
-
-
-async def test_a_name_that_is_no_text_is_told_by_its_place() -> None:
-    async with http_harness() as server:
-        body = {"model": "base", "messages": TURNS, "adapters": [{"\ud800": 1}]}
-        answer = await server.client.post(CHAT, content=json.dumps(body), headers=JSON)
-        error = answer.json()["error"]
-        assert (answer.status_code, error["param"]) == (400, "adapters[0]")
-        assert error["message"] == r"adapters[0]: the name '\ud800' holds half of a surrogate pair"
 
 
 async def test_a_chat_is_rendered_by_its_turns() -> None:
