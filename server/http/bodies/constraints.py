@@ -79,8 +79,8 @@ _FORMS = (
     # vLLM's newer form, its older one, and what other servers of the field read.
     *(_Form(("structured_outputs", name), *how) for name, how in _BY_NAME.items()),
     *(_Form((f"guided_{name}",), *how) for name, how in _BY_NAME.items()),
+    *(_Form((name,), *how) for name, how in _BY_NAME.items() if name != "json"),
     _Form(("json_schema",), *_BY_NAME["json"]),
-    _Form(("regex",), *_BY_NAME["regex"]),
     _Form(("ebnf",), *_BY_NAME["grammar"]),
 )
 # They would change what is allowed.
@@ -103,8 +103,8 @@ def read_constraint(fields: Fields, message: _Message) -> dict[str, str]:
         *outer, name = form.path
         inside = fields.inner(outer[0]) if outer else fields
         value = inside.get(name)
-        # false asks for nothing, as null does.
-        if value is None or value is False:
+        # false asks for nothing, as null does; so does the grammar of who always sends one.
+        if value is None or value is False or (value == "" and form.path == ("grammar",)):
             continue
         found.append((form.kind, ".".join(form.path)))
         why = form.read(message, value)

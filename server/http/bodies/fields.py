@@ -47,6 +47,10 @@ class Fields:
         """Whether a field is absent, or as good as that."""
         return self._body.get(name) is None
 
+    def is_any_of(self, name: str, values: Iterable[Any]) -> bool:
+        """Whether a field has one of the values."""
+        return self._body.get(name) in values
+
     def get(self, name: str) -> Any:
         """The value as it was sent, or None."""
         self.read[name] = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 from turret.server.api.inference.requests import sampling_params, stop_conditions
 from turret.server.api.violations import MAX_VIOLATIONS
@@ -16,22 +17,34 @@ from turret.server.http.bodies.fields import UINT32, Fields
 from turret.server.http.bodies.unsupported import refused_fields
 from turret.v1 import inference_pb2
 
-# What is refused when it asks for something need not be spelt well; tools are read in chats.
-_REFUSED = {name for names in refused_fields().values() for name in names} - {"tools"}
+# What is refused when it asks for something need not be spelt well; these two are read somewhere.
+_REFUSED = {name for names in refused_fields().values() for name in names} - {"tools", "echo"}
 # No client sends so many; comparing more would take long.
 _MOST_UNREAD, _MOST_CHARS = 32, 40
 _SHORT, _LONG = 4, 8
 # In an object there are few fields to be told from another: one letter of a short name is a slip.
 _SHORT_WITHIN = 2
-# What other servers call a field; to ignore it would change the answer without a word.
-_OTHERS = {
-    "max_new_tokens": "max_tokens",
-    "max_output_tokens": "max_tokens",
-    "stop_sequences": "stop",
-    "temp": "temperature",
+# What other servers call a field, as ``_plain`` says it; to ignore it would change the answer
+# without a word. With the fields that it may mean: the first that the endpoint reads.
+_LIMITS = ("max_output_tokens", "max_tokens")
+_OTHERS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("maxnewtokens", "maxoutputtokens", "maxtokenstosample"), _LIMITS),
+    **dict.fromkeys(("npredict", "numpredict", "maxlength"), _LIMITS),
+    **dict.fromkeys(("stopsequence", "stopsequences", "stopwords"), ("stop",)),
+    **dict.fromkeys(("stopstrings", "stoppingstrings", "antiprompt"), ("stop",)),
+    "temp": ("temperature",),
+    "repeatpenalty": ("repetition_penalty",),
+    "randomseed": ("seed",),
+    "format": ("response_format",),
+}
+# Values of theirs that ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("npredict", "numpredict"), (-1,)),
+    "repeatpenalty": (1,),
+    "format": ("",),
 }
 # Fields of which any one, where it was sent, says what is meant by this one.
-_AS_GOOD = {"max_tokens": ("max_tokens", "max_completion_tokens")}
+_AS_GOOD: dict[str, tuple[str, ...]] = dict.fromkeys(_LIMITS, (*_LIMITS, "max_completion_tokens"))
 
 
 def refuse_if_wrong(
@@ -77,8 +90,11 @@ def _slips(whole: Fields) -> Iterator[tuple[Fields, str, str]]:
                 continue
             compared.add(name)
             meant = _meant(name, fields)
+            if meant is None:
+                continue
+            as_good = (each for each in _AS_GOOD.get(meant, (meant,)) if each in fields.read)
             # Who sends both knows one from the other.
-            if meant is not None and all(map(fields.is_null, _AS_GOOD.get(meant, (meant,)))):
+            if all(map(fields.is_null, as_good)):
                 yield fields, name, meant
 
 
@@ -97,8 +113,9 @@ def _meant(name: str, fields: Fields) -> str | None:
     if not fields.path:
         if name in _REFUSED:
             return None
-        if (meant := _OTHERS.get(name)) in fields.read:
-            return meant
+        meant = next((each for each in _OTHERS.get(_plain(name), ()) if each in fields.read), None)
+        if meant is not None:
+            return None if fields.is_any_of(name, _NEUTRAL.get(_plain(name), ())) else meant
         choices, short = [each for each in choices if each not in _REFUSED], _SHORT
     if len(name) > _MOST_CHARS:
         return None
@@ -107,18 +124,24 @@ def _meant(name: str, fields: Fields) -> str | None:
     return min(((n, choice) for n, choice in slips if n <= most), default=(0, None))[1]
 
 
+def _plain(name: str) -> str:
+    """Without what languages write otherwise."""
+    return name.lower().replace("_", "").replace("-", "")
+
+
 @functools.lru_cache(maxsize=8192)
 def slips_between(name: str, choice: str, short: int = _SHORT) -> int:
     """Letters added, left out, exchanged or swapped, without regard to case and underscores.
 
     Of a name that is too short to be told from another (has at most ``short`` letters), so many
-    that it is no slip.
+    that it is no slip, unless the letters are the same.
     """
-    one, other = (word.lower().replace("_", "").replace("-", "") for word in (name, choice))
+    one, other = _plain(name), _plain(choice)
     if one == other:
         return 0
-    # top_a is not top_k.
-    if max(len(one), len(other)) <= short or abs(len(one) - len(other)) > 2:
+    # top_a is not top_k, but sede is seed.
+    is_short = max(len(one), len(other)) <= short and sorted(one) != sorted(other)
+    if is_short or abs(len(one) - len(other)) > 2:
         return len(one) + len(other)
     before: list[int] = []
     row = list(range(len(other) + 1))

@@ -14,8 +14,8 @@ TURNS = [{"role": "user", "content": "hi"}]
 # Of other servers and newer clients, and what is close to a field without being a slip of it.
 OTHERS = (
     *("user", "store", "metadata", "service_tier", "verbosity", "cache_salt", "top_a", "top_n"),
-    *("repeat_penalty", "n_predict", "typical_p", "min_length", "rid", "k"),
-    *("max_length", "samplers", "n_probs", "stop_regex", "separate_reasoning", "provider"),
+    *("typical_p", "min_length", "rid", "k", "stop_token", "mirostat", "num_ctx"),
+    *("samplers", "n_probs", "stop_regex", "separate_reasoning", "provider"),
 )
 BODIES = {
     CHAT: {"messages": TURNS},
@@ -43,6 +43,22 @@ BODIES = {
         (CHAT, "max_output_tokens", "max_tokens"),
         (COMPLETIONS, "stop_sequences", "stop"),
         (COMPLETIONS, "temp", "temperature"),
+        (CHAT, "n_predict", "max_tokens"),
+        (CHAT, "num_predict", "max_tokens"),
+        (COMPLETIONS, "maxOutputTokens", "max_tokens"),
+        (COMPLETIONS, "max_length", "max_tokens"),
+        (CHAT, "max_tokens_to_sample", "max_tokens"),
+        ("/v1/responses", "n_predict", "max_output_tokens"),
+        (CHAT, "stopSequences", "stop"),
+        (CHAT, "stop_words", "stop"),
+        (COMPLETIONS, "stop_strings", "stop"),
+        (CHAT, "repeat_penalty", "repetition_penalty"),
+        (CHAT, "random_seed", "seed"),
+        (CHAT, "format", "response_format"),
+        # Short names, of which swapped letters are a slip and another letter is none.
+        (COMPLETIONS, "sede", "seed"),
+        (COMPLETIONS, "stpo", "stop"),
+        (COMPLETIONS, "echoo", "echo"),
         (COMPLETIONS, "respone_format", "response_format"),
         ("/v1/responses", "instruction", "instructions"),
         ("/v1/embeddings", "dimension", "dimensions"),
@@ -78,6 +94,11 @@ async def test_fields_of_others_are_ignored(path: str) -> None:
         body = {"model": "base", **BODIES[path], **dict.fromkeys(OTHERS, 0.5)}
         answer = await server.post(path, body)
         assert answer.status_code == 200, answer.text
+        # What they say when they ask for nothing.
+        neutral = {"n_predict": -1, "num_predict": -1, "repeat_penalty": 1.0, "format": ""}
+        answer = await server.post(path, body | neutral | {"grammar": "", "json_object": False})
+        assert answer.status_code == 200, answer.text
+        assert server.engine.requests[-1].constraint is None
         # Who sends both knows one from the other.
         answer = await server.post(path, body | {"temprature": 2, "temperature": 1, "models": []})
         assert answer.status_code == 200, answer.text
@@ -192,6 +213,8 @@ def test_slips_are_counted() -> None:
         ("model", "modle", 1),
         ("frequency_penalty", "frequncy_penality", 2),
         ("stop", "seed", 8),
+        ("seed", "sede", 1),
+        ("top_k", "top_p", 8),
         ("n", "k", 2),
     ):
         assert slips_between(one, other) == slips, (one, other)
