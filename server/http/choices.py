@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
 from turret.server.api.inference.answers import JoinedChunks
 from turret.server.api.inference.inference import Inference
-from turret.server.errors import UnavailableError
+from turret.server.errors import InvalidRequestError, UnavailableError
 from turret.server.http.exchange.endpoint import Exchange
+from turret.server.http.exchange.refusals import renamed_message, renamed_path
 from turret.v1 import inference_pb2
 
 Chunk = inference_pb2.GenerateChunk
 # Chunks of all answers that wait to be written.
 _MAX_ARRIVED = 256
+
+
+@contextlib.contextmanager
+def blamed_on(place: str) -> Iterator[None]:
+    """Have what is wrong with a prompt say where in the request it lies."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        names = {"input": place, "token_ids.ids": place}
+        found = [(renamed_path(path, names), why) for path, why in error.violations]
+        if found == list(error.violations):
+            raise
+        message = renamed_message(error.message, error.violations, found)
+        # Of one that is alone the message speaks anyway.
+        if message == error.message and place.endswith("]"):
+            message = f"{place}: {message}"
+        raise type(error)(message, metadata=error.metadata, violations=found) from None
 
 
 class Choices:
@@ -31,6 +49,7 @@ class Choices:
             other. Called when its turn comes: a long prompt in 128 messages would fill the memory.
         count: Of all answers.
         num_choices: Of answers to one prompt.
+        places: Where each prompt lies in the request; none where there is but one.
     """
 
     def __init__(
@@ -42,6 +61,7 @@ class Choices:
         make_message: Callable[[int], inference_pb2.GenerateRequest],
         count: int,
         num_choices: int,
+        places: Sequence[str] = (),
     ) -> None:
         self._inference = inference
         self._exchange = exchange
@@ -49,6 +69,7 @@ class Choices:
         self._make_message = make_message
         self._count = count
         self._num_choices = num_choices
+        self._places = places
 
     async def whole(self) -> list[inference_pb2.GenerateResponse]:
         """All answers, in the order of the requests.
@@ -77,7 +98,10 @@ class Choices:
         answer = self._inference.generate(message, self._exchange.call, self._deadline)
         # Whoever converts it decides how long it is kept.
         del message
-        with self._exchange.party.hold():
+        blamed = contextlib.nullcontext()
+        if self._places:
+            blamed = blamed_on(self._places[index // self._num_choices])
+        with self._exchange.party.hold(), blamed:
             async with contextlib.aclosing(answer) as chunks:
                 async for chunk in chunks:
                     if chunk.finish_reason == inference_pb2.GenerateResponse.CANCELLED:

@@ -24,7 +24,7 @@ from turret.server.http.bodies.generation import Asked, numbered, read_asked
 from turret.server.http.bodies.prompts import read_prompts
 from turret.server.http.bodies.slips import refuse_if_wrong
 from turret.server.http.bodies.unsupported import refuse_unsupported
-from turret.server.http.choices import Choices
+from turret.server.http.choices import Choices, blamed_on
 from turret.server.http.exchange.endpoint import Exchange
 from turret.server.http.exchange.template import HOLE, Template
 from turret.v1 import inference_pb2
@@ -53,19 +53,20 @@ class Completions:
         exchange.call.about(asked.message.adapters)
         refuse_unsupported(fields, is_chat=False)
         _read_options(fields, asked.message)
-        prompts = read_prompts(fields, "prompt", _Prompt)
+        read = read_prompts(fields, "prompt", _Prompt)
+        places, prompts = list(read), list(read.values())
         is_scored = asked.message.stop.max_tokens == 0
         if is_scored and asked.is_stream:
             fields.refuse("stream", "needs max_tokens of at least 1")
         exchange.names.update(asked.names)
         refuse_if_wrong(fields, exchange.names, asked.message)
-        del fields
+        del fields, read
         # Each answer counts its share of what was sent.
         exchange.call.message_bytes //= len(prompts) * asked.num_choices
         answer_id = f"cmpl-{exchange.call.request_id}"
         body = head(answer_id, "text_completion", asked.model, info)
         if is_scored:
-            answers = await self._score(exchange, asked, prompts)
+            answers = await self._score(exchange, asked, prompts, places)
         else:
             choices = Choices(
                 self._inference,
@@ -76,6 +77,7 @@ class Completions:
                 ),
                 count=len(prompts) * asked.num_choices,
                 num_choices=asked.num_choices,
+                places=places,
             )
             if asked.is_stream:
                 await _send_events(exchange, asked, choices, body)
@@ -87,23 +89,30 @@ class Completions:
         await exchange.reply.json(body)
 
     async def _score(
-        self, exchange: Exchange, asked: Asked, prompts: Sequence[_Prompt]
+        self,
+        exchange: Exchange,
+        asked: Asked,
+        prompts: Sequence[_Prompt],
+        places: Sequence[str],
     ) -> list[inference_pb2.GenerateResponse]:
         """Answers of no token: ``max_tokens`` 0 asks for the prompt, and for its logprobs."""
         scored = await together(
-            [self._score_one(exchange, asked, prompt) for prompt in prompts],
+            [
+                self._score_one(exchange, asked, prompt, place)
+                for prompt, place in zip(prompts, places, strict=True)
+            ],
             exchange.party.most_at_once,
         )
         return [answer for answer in scored for _ in range(asked.num_choices)]
 
     async def _score_one(
-        self, exchange: Exchange, asked: Asked, prompt: _Prompt
+        self, exchange: Exchange, asked: Asked, prompt: _Prompt, place: str
     ) -> inference_pb2.GenerateResponse:
         options = asked.message.options
         question = inference_pb2.ScoreRequest(adapters=asked.message.adapters, top_n=options.top_n)
         # The input has the same field numbers in both messages.
         question.MergeFromString(prompt.SerializeToString())
-        with exchange.party.hold():
+        with exchange.party.hold(), blamed_on(place):
             scored = await self._inference.score(question, exchange.call, asked.deadline)
         answer = inference_pb2.GenerateResponse(
             finish_reason=inference_pb2.GenerateResponse.LENGTH,

@@ -242,7 +242,7 @@ async def test_openais_form_of_vectors() -> None:
         ({"input": [[]]}, "input[0]"),
         ({"input": ["a", 1]}, "input[1]"),
         ({"input": ["a", [1] * 99]}, "input[1]"),
-        ({"input": [[1], [300]]}, "input[1].token_ids.ids[0]"),
+        ({"input": [[1], [300]]}, "input[1][0]"),
         ({"encoding_format": "int8"}, "encoding_format"),
         ({"dimensions": 0}, "dimensions"),
         ({"dimensions": 9}, "dimensions"),

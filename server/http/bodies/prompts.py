@@ -17,8 +17,8 @@ _CHAT_NAMES = {"inputs": "messages", "inputs[0].chat.": ""}
 _M = TypeVar("_M", inference_pb2.GenerateRequest, inference_pb2.Input)
 
 
-def read_prompts(fields: Fields, name: str, kind: type[_M]) -> list[_M]:
-    """A message for each prompt; none if anything is wrong, which is noted.
+def read_prompts(fields: Fields, name: str, kind: type[_M]) -> dict[str, _M]:
+    """A message for each prompt, by where it lies; none if anything is wrong, which is noted.
 
     Args:
         fields: The request.
@@ -28,7 +28,7 @@ def read_prompts(fields: Fields, name: str, kind: type[_M]) -> list[_M]:
     sent = fields.get(name)
     if sent is None:
         fields.refuse(name, "must be set")
-        return []
+        return {}
     # A list of integers is one prompt; an empty list is none.
     is_one = isinstance(sent, str) or (
         isinstance(sent, list) and (not sent or not isinstance(sent[0], str | list))
@@ -36,24 +36,24 @@ def read_prompts(fields: Fields, name: str, kind: type[_M]) -> list[_M]:
     values = [sent] if is_one else sent
     if not isinstance(values, list):
         fields.refuse(name, "must be a string, token ids, or a list of either")
-        return []
+        return {}
     if len(values) > MAX_PROMPTS:
         fields.refuse(name, f"at most {MAX_PROMPTS}, not {len(values)}")
-        return []
-    read = []
+        return {}
+    read: dict[str, _M] = {}
     for index, value in enumerate(values):
         path = name if is_one else f"{name}[{index}]"
         if isinstance(value, str):
             why = why_no_text(value)
             if why is not None:
                 fields.refuse(path, why)
-                return []
-            read.append(kind(prompt=value))
+                return {}
+            read[path] = kind(prompt=value)
         elif isinstance(value, list) and value and all(map(is_token_id, value)):
-            read.append(kind(token_ids=inference_pb2.TokenIds(ids=value)))
+            read[path] = kind(token_ids=inference_pb2.TokenIds(ids=value))
         else:
             fields.refuse(path, "must be a string or token ids, at least one")
-            return []
+            return {}
     return read
 
 
@@ -67,7 +67,10 @@ def read_inputs(fields: Fields, names: dict[str, str]) -> list[inference_pb2.Inp
     is_chat = fields.get("messages") is not None
     refuse_unsupported(fields, is_chat=is_chat)
     if not is_chat:
-        return read_prompts(fields, "input", inference_pb2.Input)
+        read = read_prompts(fields, "input", inference_pb2.Input)
+        for index, place in enumerate(read):
+            names.update({f"inputs[{index}]{within}": place for within in ("", ".token_ids.ids")})
+        return list(read.values())
     if fields.get("input") is not None:
         fields.refuse("input", "send either input or messages")
     names.update(_CHAT_NAMES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -137,10 +137,7 @@ def _said(fault: Fault, names: Mapping[str, str]) -> tuple[str, str | None]:
         param = names.get("name", "model") if is_absent else None
         return fault.message + _next_step(fault, param), param
     renamed = [(renamed_path(path, names), why) for path, why in fault.violations]
-    message = fault.message
-    if message == "; ".join(f"{path}: {why}" for path, why in fault.violations):
-        message = "; ".join(f"{path}: {why}" for path, why in renamed)
-    return message, renamed[0][0]
+    return renamed_message(fault.message, fault.violations, renamed), renamed[0][0]
 
 
 def _next_step(fault: Fault, param: str | None) -> str:
@@ -151,6 +148,14 @@ def _next_step(fault: Fault, param: str | None) -> str:
         return ""
     base = ", and 'base' is the base model" if param == "model" else ""
     return f"; GET /v1/models lists what there is{base}"
+
+
+def renamed_message(
+    message: str, violations: Sequence[tuple[str, str]], renamed: Sequence[tuple[str, str]]
+) -> str:
+    """A message that begins with what is wrong with which field, with other names of these."""
+    said, instead = ("; ".join(f"{p}: {why}" for p, why in each) for each in (violations, renamed))
+    return instead + message[len(said) :] if message.startswith(said) else message
 
 
 def renamed_path(path: str, names: Mapping[str, str]) -> str:
