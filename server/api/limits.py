@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING
 
 from turret.server.api.backend import Backend
 from turret.server.constraints.spec import MAX_CHOICES, MAX_CONSTRAINT_CHARS
-from turret.server.engine.scheduling.request import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
+from turret.server.engine.scheduling.request import (
+    MAX_STOP_STRING_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_TOP_N,
+)
 
 if TYPE_CHECKING:
     from turret.server.api.vocabularies import Vocabulary
@@ -27,6 +31,8 @@ MAX_TOOLS = MAX_TOOL_CALLS = 128
 MAX_TOOL_NAME_CHARS = 64
 MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 1024
+# Logprobs of tokens beside the one that was drawn.
+MAX_TOP_LOGPROBS = MAX_TOP_N
 MAX_REQUEST_ID_CHARS = 128
 # Of a call that takes several, and the numbers of all vectors that answer it: 32 MiB.
 MAX_INPUTS = 2048

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from turret.server.api.inference.inference import Inference
+from turret.server.api.limits import MAX_TOP_LOGPROBS
 from turret.server.api.violations import Violations
 from turret.server.http.bodies.answer_fields import (
     FINISH_REASONS,
@@ -163,7 +164,7 @@ def _logprobs(asked: Asked, answer: Ended) -> dict[str, Any] | None:
 
 def _read_logprobs(fields: Fields, options: inference_pb2.ResponseOptions) -> None:
     options.logprobs = fields.flag("logprobs")
-    top = fields.integer("top_logprobs")
+    top = fields.integer("top_logprobs", 0, MAX_TOP_LOGPROBS)
     if top and not options.logprobs:
         fields.refuse("top_logprobs", "needs logprobs")
     options.top_n = top or 0

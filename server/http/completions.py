@@ -9,6 +9,7 @@ from typing import Any
 
 from turret.server.api.inference.inference import Inference
 from turret.server.api.inference.together import together
+from turret.server.api.limits import MAX_TOP_LOGPROBS
 from turret.server.api.violations import Violations
 from turret.server.http.bodies.answer_fields import (
     FINISH_REASONS,
@@ -49,7 +50,7 @@ class Completions:
         info = self._inference.model()
         violations = Violations()
         fields = Fields(exchange.take_body(), violations)
-        asked = read_asked(fields, info.name)
+        asked = read_asked(fields, info.name, least_tokens=0)
         exchange.call.about(asked.message.adapters)
         refuse_unsupported(fields, is_chat=False)
         _read_options(fields, asked.message)
@@ -193,7 +194,7 @@ def _growing(index: int) -> dict[str, Any]:
 def _read_options(fields: Fields, message: inference_pb2.GenerateRequest) -> None:
     options = message.options
     options.echo = fields.flag("echo")
-    top = fields.integer("logprobs")
+    top = fields.integer("logprobs", 0, MAX_TOP_LOGPROBS)
     options.logprobs = top is not None
     options.top_n = top or 0
     if not message.stop.HasField("max_tokens"):

@@ -96,10 +96,10 @@ async def test_fields_are_named_as_the_client_knows_them() -> None:
         body = {"temperature": -3, "stop": [""], "logprobs": 21, "model": "base", "prompt": "a"}
         refused = await server.refused(COMPLETIONS, body)
         assert (refused.status, refused.kind) == (400, "invalid_request_error")
-        assert refused.param == "temperature"
+        assert refused.param == "logprobs"
         assert refused.message == (
-            "temperature: must be in [0, 100]; 0 is greedy; stop: must not contain an empty "
-            "string; logprobs: must be in [0, 20]"
+            "logprobs: must be in [0, 20]; temperature: must be in [0, 100]; 0 is greedy; "
+            "stop: must not contain an empty string"
         )
     assert renamed_path("stop.stop_strings[2]", {"stop.": "", "stop.stop_strings": "stop"}) == (
         "stop[2]"

@@ -96,11 +96,10 @@ class StopConditions:
 
     def __post_init__(self) -> None:
         most = self.max_tokens
-        _check(most is None or most >= 1, "stop.max_tokens", "must be >= 1")
-        _check(self.min_tokens >= 0, "stop.min_tokens", "must be >= 0")
-        _check(
-            most is None or self.min_tokens <= most, "stop.min_tokens", "must be <= stop.max_tokens"
-        )
+        _check(most is None or most >= 1, "stop.max_tokens", "must be at least 1")
+        _check(self.min_tokens >= 0, "stop.min_tokens", "must be at least 0")
+        is_within = most is None or self.min_tokens <= most
+        _check(is_within, "stop.min_tokens", f"must be at most stop.max_tokens, {most}")
         n = len(self.stop_strings)
         _check(n <= MAX_STOP_STRINGS, "stop.stop_strings", f"at most {MAX_STOP_STRINGS}")
         for text in self.stop_strings:

@@ -153,6 +153,10 @@ def read_text_format(form: Fields, message: _Message) -> dict[str, str]:
 
 
 def _read_response_format(fields: Fields, message: _Message) -> list[tuple[str, str]]:
+    sent = fields.get("response_format")
+    if sent is not None and not isinstance(sent, dict):
+        fields.refuse("response_format", 'must be an object, such as {"type": "json_object"}')
+        return []
     asked = fields.inner("response_format")
     kind = asked.text("type")
     if kind == "json_object":
@@ -165,7 +169,7 @@ def _read_response_format(fields: Fields, message: _Message) -> list[tuple[str, 
         if why is not None:
             inner.refuse("schema", why)
         return [("json_schema", "response_format.json_schema.schema")]
-    if kind != "text" and fields.get("response_format") is not None:
+    if kind != "text" and sent is not None:
         asked.refuse("type", _no_format(kind))
     return []
 

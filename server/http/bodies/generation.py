@@ -67,8 +67,13 @@ class Asked:
     names: Mapping[str, str]
 
 
-def read_asked(fields: Fields, base_name: str) -> Asked:
+def read_asked(fields: Fields, base_name: str, *, least_tokens: int = 1) -> Asked:
     """Read the fields that both endpoints have; what is wrong is noted in their violations.
+
+    Args:
+        fields: The request.
+        base_name: The base model's own name.
+        least_tokens: The lowest limit of an answer that the endpoint takes.
 
     Raises:
         AdapterNotFoundError: See ``mix_of``.
@@ -77,7 +82,7 @@ def read_asked(fields: Fields, base_name: str) -> Asked:
     names: dict[str, str] = {}
     message.adapters.extend(mix_of(fields, base_name, names))
     _read_sampling(fields, message.sampling)
-    _read_stop(fields, message.stop)
+    names.update(_read_stop(fields, message.stop, least_tokens))
     num_choices = fields.integer("n", 1, MAX_CHOICES)
     num_choices = 1 if num_choices is None else num_choices
     best_of = fields.integer("best_of", 1, MAX_CHOICES)
@@ -116,7 +121,7 @@ def _read_sampling(fields: Fields, sampling: inference_pb2.SamplingParams) -> No
         if number is not None:
             setattr(sampling, name, number)
     # -1 is off in vLLM, and 0 is here.
-    top_k = fields.integer("top_k", least=-1)
+    top_k = fields.count("top_k", -1)
     if top_k is not None:
         sampling.top_k = max(top_k, 0)
     seed = fields.integer("seed", -(1 << 63), (1 << 64) - 1)
@@ -131,12 +136,17 @@ def _read_sampling(fields: Fields, sampling: inference_pb2.SamplingParams) -> No
         sampling.logit_bias[int(key)] = max(-1000, min(bias, 1000))
 
 
-def _read_stop(fields: Fields, stop: inference_pb2.StopConditions) -> None:
-    newer, older = fields.count("max_completion_tokens"), fields.count("max_tokens")
-    limit = older if newer is None else newer
+def _read_stop(
+    fields: Fields, stop: inference_pb2.StopConditions, least_tokens: int
+) -> dict[str, str]:
+    """Read the conditions; returns the name of the limit, if there is one."""
+    older = fields.count("max_tokens", least_tokens)
+    newer = fields.count("max_completion_tokens", least_tokens)
+    limit, name = (older, "max_tokens") if newer is None else (newer, "max_completion_tokens")
+    names = {}
     if limit is not None:
-        stop.max_tokens = limit
-    least = fields.integer("min_tokens")
+        stop.max_tokens, names["stop.max_tokens"] = limit, name
+    least = fields.count("min_tokens")
     if least is not None:
         stop.min_tokens = least
     stop.ignore_eos = fields.flag("ignore_eos")
@@ -150,13 +160,14 @@ def _read_stop(fields: Fields, stop: inference_pb2.StopConditions) -> None:
         why = why_no_text(text)
         if why is not None:
             fields.refuse(f"stop[{index}]", why)
-            return
+            return names
         stop.stop_strings.append(text)
     ids = fields.array("stop_token_ids") or []
     if all(map(is_token_id, ids)):
         stop.stop_token_ids.extend(ids)
     else:
         fields.refuse("stop_token_ids", "must be a list of token ids")
+    return names
 
 
 def numbered(

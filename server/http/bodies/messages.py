@@ -16,7 +16,9 @@ def read_messages(fields: Fields) -> inference_pb2.Chat:
     chat = inference_pb2.Chat()
     turns = fields.array("messages")
     if turns is None and fields.get("messages") is None:
-        fields.refuse("messages", "must be set")
+        is_prompt = not fields.is_null("prompt")
+        hint = "; what continues a prompt is /v1/completions" if is_prompt else ""
+        fields.refuse("messages", f"must be set{hint}")
     for index, turn in enumerate(turns or []):
         path = f"messages[{index}]"
         if not isinstance(turn, dict):

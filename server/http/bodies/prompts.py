@@ -27,7 +27,9 @@ def read_prompts(fields: Fields, name: str, kind: type[_M]) -> dict[str, _M]:
     """
     sent = fields.get(name)
     if sent is None:
-        fields.refuse(name, "must be set")
+        is_chat = name == "prompt" and not fields.is_null("messages")
+        hint = "; what answers messages is /v1/chat/completions" if is_chat else ""
+        fields.refuse(name, f"must be set{hint}")
         return {}
     # A list of integers is one prompt; an empty list is none.
     is_one = isinstance(sent, str) or (

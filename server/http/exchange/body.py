@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -25,7 +26,12 @@ _INLINE_BYTES = 32 << 10
 
 # Strings are skipped whole: what looks like a bracket in them is text.
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+_GZIP = b"\x1f\x8b"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class _NoNumberError(ValueError):
+    """What Python's reader takes for a number, and JSON does not."""
 
 
 class ClientGoneError(Exception):
@@ -36,7 +42,7 @@ async def read_json(receive: Receive, headers: Mapping[str, str]) -> tuple[dict[
     """The object that the request's body holds, and the body's size in bytes.
 
     Raises:
-        HttpRefusal: It is too large, too slow, or declared to be no JSON.
+        HttpRefusal: It is too large, too slow, compressed, or declared to be no JSON.
         InvalidRequestError: It is no JSON object, or nested too deeply.
         ClientGoneError: It never arrived in full.
     """
@@ -48,6 +54,14 @@ async def read_json(receive: Receive, headers: Mapping[str, str]) -> tuple[dict[
             415,
             Code.INVALID_ARGUMENT,
             "the body must be JSON, with the header content-type: application/json",
+            reason="unsupported_media_type",
+        )
+    encoding = headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise HttpRefusal(
+            415,
+            Code.INVALID_ARGUMENT,
+            f"a compressed body is not taken: send the JSON as it is, not in {encoding[:40]!r}",
             reason="unsupported_media_type",
         )
     data = await read_body(receive, headers)
@@ -99,16 +113,34 @@ def parse(data: bytes) -> dict[str, Any]:
         elif first in b"]}":
             depth -= 1
     try:
-        body = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        # Some editors begin UTF-8 with a mark.
+        body = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant)
     # Deep nesting in what is no JSON (an open string hides brackets from the loop above).
     except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"the body is no JSON: {error}") from None
+        raise InvalidRequestError(_why_no_json(data, error)) from None
     if not isinstance(body, dict):
         raise InvalidRequestError("the body must be a JSON object")
     # Only an escape can write half of a pair: UTF-8 itself has none.
     if _SURROGATE.search(data):
         _refuse_no_text(body)
     return body
+
+
+def _why_no_json(data: bytes, error: Exception) -> str:
+    """What is wrong with a body of which parsing raised this."""
+    if not data:
+        return "the body is empty: it must be a JSON object"
+    if data.startswith(_GZIP):
+        return "the body is compressed: send the JSON as it is"
+    # Of each letter of JSON, UTF-16 and UTF-32 have a byte that is zero.
+    if b"\0" in data[:4]:
+        return "the body is not UTF-8, as JSON must be: it may be UTF-16"
+    if isinstance(error, UnicodeDecodeError):
+        return f"the body is not UTF-8, as JSON must be: see byte {error.start}"
+    if isinstance(error, json.JSONDecodeError | RecursionError | _NoNumberError):
+        return f"the body is no JSON: {error}"
+    # All that remains: an integer that Python does not read.
+    return f"a number in the body has more than {sys.get_int_max_str_digits()} digits"
 
 
 def _refuse_no_text(value: Any, path: str = "") -> None:
@@ -130,7 +162,7 @@ def _refuse_no_text(value: Any, path: str = "") -> None:
 
 
 def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
+    raise _NoNumberError(f"{text} is no JSON number")
 
 
 def _too_large() -> HttpRefusal:

@@ -53,6 +53,8 @@ _STEPS = {
     "what lies elsewhere can be uploaded": "`turret adapters upload` sends what lies elsewhere",
     "FORCE ends them": "`turret adapters unload --force` ends them",
 }
+# A field of turret.v1 that what is said of another speaks of.
+_LIMIT = "stop.max_tokens"
 # A page of text is enough; a message repeats what the client sent.
 MAX_MESSAGE_CHARS = 4000
 
@@ -136,7 +138,10 @@ def _said(fault: Fault, names: Mapping[str, str]) -> tuple[str, str | None]:
         # Paths that manage adapters have them in a field of their own.
         param = names.get("name", "model") if is_absent else None
         return fault.message + _next_step(fault, param), param
-    renamed = [(renamed_path(path, names), why) for path, why in fault.violations]
+    renamed = [
+        (renamed_path(path, names), why.replace(_LIMIT, renamed_path(_LIMIT, names)))
+        for path, why in fault.violations
+    ]
     return renamed_message(fault.message, fault.violations, renamed), renamed[0][0]
 
 

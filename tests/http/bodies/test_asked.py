@@ -166,7 +166,65 @@ async def test_a_limit_that_no_message_holds_is_the_context_s_to_refuse() -> Non
             request = await asked(server, CHAT, **{name: 10**12})
             assert request.stop.max_tokens == (1 << 32) - 1
         refused = await server.refused(CHAT, {"messages": TURNS, "model": "base", "max_tokens": -2})
-        assert refused.message == "max_tokens: must be at least 0"
+        assert refused.message == "max_tokens: must be at least 1"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        (CHAT, {"max_tokens": 0}, "max_tokens: must be at least 1"),
+        (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens: must be at least 1"),
+        ("/v1/responses", {"max_tokens": 0}, "max_tokens: must be at least 1"),
+        (COMPLETIONS, {"max_tokens": -1}, "max_tokens: must be at least 0"),
+        (COMPLETIONS, {"min_tokens": 17}, "min_tokens: must be at most max_tokens, 16"),
+        (CHAT, {"min_tokens": 3, "max_tokens": 2}, "min_tokens: must be at most max_tokens, 2"),
+        (
+            CHAT,
+            {"min_tokens": 3, "max_completion_tokens": 2},
+            "min_tokens: must be at most max_completion_tokens, 2",
+        ),
+        (
+            "/v1/responses",
+            {"min_tokens": 3, "max_output_tokens": 2},
+            "min_tokens: must be at most max_output_tokens, 2",
+        ),
+        (CHAT, {"min_tokens": -1}, "min_tokens: must be at least 0"),
+        (CHAT, {"top_k": -2}, "top_k: must be at least -1"),
+        *((COMPLETIONS, {"logprobs": n}, "logprobs: must be in [0, 20]") for n in (-1, 21)),
+        *(
+            (path, {"logprobs": True, "top_logprobs": n}, "top_logprobs: must be in [0, 20]")
+            for path in (CHAT, "/v1/responses")
+            for n in (-1, 21)
+        ),
+        (
+            CHAT,
+            {"response_format": "json_object"},
+            'response_format: must be an object, such as {"type": "json_object"}',
+        ),
+        (
+            CHAT,
+            {"messages": None, "prompt": "a"},
+            "messages: must be set; what continues a prompt is /v1/completions",
+        ),
+        (
+            COMPLETIONS,
+            {"prompt": None, "messages": TURNS},
+            "prompt: must be set; what answers messages is /v1/chat/completions",
+        ),
+        (
+            "/v1/responses",
+            {"input": None, "messages": TURNS},
+            "input: must be set; what answers messages is /v1/chat/completions",
+        ),
+    ],
+)
+async def test_what_a_field_may_be_is_told_in_one_go(
+    path: str, body: dict[str, Any], said: str
+) -> None:
+    given = {CHAT: {"messages": TURNS}, COMPLETIONS: {"prompt": "a"}}.get(path, {"input": "a"})
+    async with http_harness() as server:
+        refused = await server.refused(path, {"model": "base", **given, **body})
+        assert (refused.status, refused.message) == (400, said)
 
 
 @pytest.mark.parametrize(

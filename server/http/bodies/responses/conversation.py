@@ -31,7 +31,9 @@ class Conversation:
             self._add("instructions", role="system", content=instructions)
         sent = fields.get("input")
         if sent is None:
-            fields.refuse("input", "must be set")
+            is_chat = not fields.is_null("messages")
+            hint = "; what answers messages is /v1/chat/completions" if is_chat else ""
+            fields.refuse("input", f"must be set{hint}")
         elif isinstance(sent, str):
             self._add("input", role="user", content=fields.text("input") or "")
         elif not isinstance(sent, list) or not sent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from turret.server.api.limits import MAX_TOP_LOGPROBS
 from turret.server.http.bodies.constraints import read_text_format
 from turret.server.http.bodies.fields import Fields, unwritable
 from turret.server.http.bodies.generation import NAMES as SHARED_NAMES
@@ -59,6 +60,7 @@ def read_sent(fields: Fields, asked: Asked) -> Sent:
         if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
             fields.refuse(name, why)
     names = read_text_format(fields.inner("text").inner("format"), asked.message)
+    is_formatted = bool(names)
     reasoning = fields.inner("reasoning")
     if reasoning.get("effort") not in (None, "none"):
         reasoning.refuse("effort", NO_EFFORT)
@@ -66,9 +68,9 @@ def read_sent(fields: Fields, asked: Asked) -> Sent:
         fields.refuse("n", "must be 1: a response is one answer")
     limit = fields.count("max_output_tokens", 1)
     if limit is not None:
-        asked.message.stop.max_tokens = limit
+        asked.message.stop.max_tokens, names["stop.max_tokens"] = limit, "max_output_tokens"
     options = asked.message.options
-    top = fields.integer("top_logprobs")
+    top = fields.integer("top_logprobs", 0, MAX_TOP_LOGPROBS)
     options.logprobs = LOGPROBS in (fields.array("include") or []) or bool(top)
     options.top_n = top or 0
     return Sent(
@@ -76,7 +78,7 @@ def read_sent(fields: Fields, asked: Asked) -> Sent:
         metadata=fields.object("metadata") or {},
         max_output_tokens=limit,
         names=names,
-        text_format=_text_format(fields) if names else {"type": "text"},
+        text_format=_text_format(fields) if is_formatted else {"type": "text"},
         has_logprobs=options.logprobs,
         echoed={
             "temperature": _or(fields.number("temperature"), 1.0),
