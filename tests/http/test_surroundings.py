@@ -135,6 +135,28 @@ async def test_a_role_opens_its_paths_and_no_others() -> None:
             assert seen == expected, token
 
 
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (None, "the call carries no 'authorization: Bearer TOKEN'"),
+        ("Bearer other", "the token is unknown"),
+        *(
+            (sent, "'authorization' does not have the form 'Bearer TOKEN'")
+            for sent in ("ask", "Basic ask", "Bearer")
+        ),
+    ],
+)
+async def test_who_has_no_token_is_told_how_to_send_one(sent: str | None, said: str) -> None:
+    async with http_harness(tokens=TOKENS) as server:
+        headers = {} if sent is None else {"authorization": sent}
+        refused = await server.refused(COMPLETIONS, PROMPT, headers)
+        assert refused.status == 401
+        assert refused.message == (
+            f"{said}; send 'authorization: Bearer TOKEN' with a token of the server's"
+            " --token-file, which OpenAI's clients do with api_key"
+        )
+
+
 async def test_no_byte_is_read_of_who_may_not_call() -> None:
     async with http_harness(tokens=TOKENS) as server:
         answer = await server.client.post(COMPLETIONS, content=b"no json")

@@ -50,7 +50,10 @@ def roles_of(tokens: TokenTable | None, authorization: object) -> frozenset[str]
     if not isinstance(authorization, str):
         raise UnauthenticatedError("the call carries no 'authorization: Bearer TOKEN'")
     scheme, _, token = authorization.partition(" ")
-    roles = tokens.roles_of(token.strip()) if scheme.lower() == "bearer" else None
+    # What was sent may be a token, and is not repeated.
+    if scheme.lower() != "bearer" or not token.strip():
+        raise UnauthenticatedError("'authorization' does not have the form 'Bearer TOKEN'")
+    roles = tokens.roles_of(token.strip())
     if roles is None:
         raise UnauthenticatedError("the token is unknown")
     return roles

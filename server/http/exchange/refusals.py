@@ -44,13 +44,28 @@ OPENAI_CODES = {
     "UNAUTHENTICATED": "invalid_api_key",
     "QUEUE_FULL": "rate_limit_exceeded",
 }
-# Next steps that are calls of turret.v1, as who asks by HTTP takes them.
+_TOKEN = (
+    "; send 'authorization: Bearer TOKEN' with a token of the server's --token-file, which OpenAI's"
+    " clients do with api_key"
+)
+# Next steps as who asks by HTTP takes them, in place of calls of turret.v1 or where clients of that
+# say their own.
 _STEPS = {
     "call Classify": "POST /classify labels texts",
     "there are Generate and Score": "there are /v1/chat/completions and /v1/completions",
     "unmerge it first": "`turret adapters unmerge` takes it out",
     "replace or unload it": "load_inplace true replaces it, /v1/unload_lora_adapter removes it",
     "what lies elsewhere can be uploaded": "`turret adapters upload` sends what lies elsewhere",
+    "the deadline passed before the request finished": "`timeout` passed before the answer was"
+    " complete; send a higher one, or ask for less",
+    **{
+        said: said + _TOKEN
+        for said in (
+            "the call carries no 'authorization: Bearer TOKEN'",
+            "'authorization' does not have the form 'Bearer TOKEN'",
+            "the token is unknown",
+        )
+    },
     "FORCE ends them": "`turret adapters unload --force` ends them",
 }
 # A field of turret.v1 that what is said of another speaks of.
