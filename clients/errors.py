@@ -18,10 +18,11 @@ TurretRpcError
 
 from __future__ import annotations
 
+import copyreg
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import grpc
 from google.protobuf import message
@@ -103,6 +104,10 @@ class TurretRpcError(Exception):
         if self.retry_delay is not None:
             parts.append(f"retry in {self.retry_delay:g} s")
         return f"{head}: " + "; ".join(part for part in parts if part)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As pickle and copy make it again: by its attributes, not by a call of the class."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
     def at(self, place: str) -> Self:
         """The same error with the place that it concerns in front of its message."""

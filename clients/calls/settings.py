@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from numbers import Real
 
 from turret.clients.calls.retries import RetryPolicy
 from turret.clients.messages.mix import routing_key
@@ -12,6 +12,8 @@ from turret.v1 import adapters_pb2
 
 # Metadata of a call that runs on adapters: requests of one mix go to one server as far as they can.
 ROUTING_KEY = "x-turret-mix"
+# Thirty years. gRPC counts nanoseconds: a deadline for which it has too few reads as one passed.
+_MOST_SECONDS = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,7 @@ class CallSettings:
         if token and not (token.isascii() and token.isprintable()):
             raise ValueError("token: holds characters that no header can carry")
         metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        stream_timeout(timeout)
-        return cls(metadata, timeout, policy)
+        return cls(metadata, stream_timeout(timeout), policy)
 
     def routed(self, mix: Iterable[adapters_pb2.AdapterWeight]) -> CallSettings:
         """Those of a call that runs on a mix."""
@@ -52,7 +53,7 @@ class CallSettings:
 
 
 def stream_timeout(timeout: float | None) -> float | None:
-    """The deadline of a stream: None and infinity mean none.
+    """The deadline of a stream: None, infinity and what no clock can hold mean none.
 
     Raises:
         TypeError: It is no number of seconds.
@@ -60,8 +61,9 @@ def stream_timeout(timeout: float | None) -> float | None:
     """
     if timeout is None:
         return None
-    if not isinstance(timeout, int | float) or isinstance(timeout, bool):
+    # Real are numpy's numbers too, and a bool is one to Python.
+    if not isinstance(timeout, Real) or isinstance(timeout, bool):
         raise TypeError(f"timeout: seconds, not {timeout!r}")
     if not timeout > 0:
         raise ValueError(f"timeout: more than 0 seconds, or None for the default, not {timeout!r}")
-    return None if math.isinf(timeout) else timeout
+    return float(timeout) if timeout < _MOST_SECONDS else None
