@@ -62,6 +62,8 @@ class Tls:
                 )
             if pem is not None and (why := _why_no_pem(name, pem)):
                 raise ValueError(f"{name}: {why}")
+        if not isinstance(self.server_name, str | None):
+            raise TypeError(f"server_name: a text, not {self.server_name!r}")
         if (self.certificate is None) != (self.key is None):
             raise ValueError("a client certificate and its key come together")
 
@@ -78,6 +80,7 @@ class Tls:
 
         Raises:
             OSError: A file cannot be read.
+            TypeError: An argument has the wrong type.
             ValueError: Certificate and key do not come together, or a file is not the PEM of what
                 it is given for.
         """
@@ -98,6 +101,9 @@ def _why_no_pem(name: str, pem: bytes) -> str:
 
 
 def _read_pem(name: str, path: str | os.PathLike[str]) -> bytes:
+    if not isinstance(path, str | os.PathLike):
+        # PEM itself is nothing to repeat.
+        raise TypeError(f"{name}: the path of a PEM file, not {type(path).__name__}")
     try:
         pem = Path(path).read_bytes()
     except OSError as error:
@@ -107,40 +113,47 @@ def _read_pem(name: str, path: str | os.PathLike[str]) -> bytes:
     return pem
 
 
-def open_channel(address: str, tls: Tls | None) -> grpc.Channel:
+def open_channel(address: str, tls: Tls | None, name: str = "address") -> grpc.Channel:
     """Open a channel for synchronous calls; it connects at the first one.
+
+    Args:
+        address: Where the server is.
+        tls: How to verify it; None means a plain connection.
+        name: What the caller calls the address.
 
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: The address is a URL, or has no port and no TLS.
     """
-    _check(address, tls)
+    _check(address, tls, name)
     if tls is None:
         return grpc.insecure_channel(address, options=_options(address, tls))
     return grpc.secure_channel(address, tls.credentials(), options=_options(address, tls))
 
 
-def open_aio_channel(address: str, tls: Tls | None) -> grpc.aio.Channel:
+def open_aio_channel(address: str, tls: Tls | None, name: str = "address") -> grpc.aio.Channel:
     """Open a channel for asyncio calls; it connects at the first one.
+
+    Arguments are those of :func:`open_channel`.
 
     Raises:
         TypeError, ValueError: As :func:`open_channel`.
         RuntimeError: No event loop runs here.
     """
-    _check(address, tls)
+    _check(address, tls, name)
     _running_loop()
     if tls is None:
         return grpc.aio.insecure_channel(address, options=_options(address, tls))
     return grpc.aio.secure_channel(address, tls.credentials(), options=_options(address, tls))
 
 
-def _check(address: object, tls: object) -> None:
+def _check(address: object, tls: object, name: str) -> None:
     if not isinstance(address, str):
-        raise TypeError(f"address: HOST:PORT, not {address!r}")
+        raise TypeError(f"{name}: HOST:PORT, not {address!r}")
     if not isinstance(tls, Tls | None):
         raise TypeError(f"tls: a Tls, such as Tls() for the system's roots, or None, not {tls!r}")
     if problem := address_problem(address, has_tls=tls is not None):
-        raise ValueError(f"address: {problem}")
+        raise ValueError(f"{name}: {problem}")
 
 
 def _running_loop() -> asyncio.AbstractEventLoop:

@@ -27,9 +27,7 @@ from turret.clients.messages.head_results import Classifications, Embeddings
 from turret.clients.messages.mix import AdaptersLike, AdapterWeight
 from turret.clients.messages.requests import (
     GenerateOptions,
-    MessageLike,
     Prompt,
-    chat_messages,
     classify_request,
     embed_request,
     generate_request,
@@ -42,6 +40,7 @@ from turret.clients.messages.results import (
     Score,
     Tokens,
 )
+from turret.clients.messages.turns import MessageLike, chat_messages
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
 __all__ = ["AdapterWeight", "GenerationStream", "Tls", "TurretClient", "TurretRpcError"]
@@ -86,7 +85,9 @@ class TurretClient:
         self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries))
         self._channel = open_channel(address, tls)
         self._admin_channel = (
-            self._channel if admin_address is None else open_channel(admin_address, tls)
+            self._channel
+            if admin_address is None
+            else open_channel(admin_address, tls, "admin_address")
         )
         self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self.adapters = AdaptersClient(self._admin_channel, self._settings)

@@ -32,7 +32,7 @@ class RetryPolicy:
     unreached: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_retries, int):
+        if not isinstance(self.max_retries, int) or isinstance(self.max_retries, bool):
             raise TypeError(f"max_retries: a number of tries, not {self.max_retries!r}")
         if self.max_retries < 0:
             raise ValueError(f"max_retries: must be at least 0, not {self.max_retries}")

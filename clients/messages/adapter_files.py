@@ -60,14 +60,6 @@ def upload_messages(
         FileNotFoundError: The directory lacks one of them.
         ValueError: One of them is empty.
     """
-    directory = _path(directory)
-    if directory.is_dir() and not os.access(directory, os.R_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, _MAY_NOT, str(directory))
-    paths = [directory / "adapter_config.json", *sorted(directory.glob("*.safetensors"))]
-    if not paths[0].is_file() or len(paths) == 1:
-        raise FileNotFoundError(f"{directory}: {_lacking(directory)}")
-    if any(map(_has_vocabulary, paths[1:])):
-        paths += [path for name in _TOKENIZER if (path := directory / name).is_file()]
     header = filled(
         adapters_pb2.UploadHeader(),
         name=name,
@@ -76,6 +68,14 @@ def upload_messages(
         expected_generation=expected_generation,
         task=task,
     )
+    directory = _path(directory)
+    if directory.is_dir() and not os.access(directory, os.R_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, _MAY_NOT, str(directory))
+    paths = [directory / "adapter_config.json", *sorted(directory.glob("*.safetensors"))]
+    if not paths[0].is_file() or len(paths) == 1:
+        raise FileNotFoundError(f"{directory}: {_lacking(directory)}")
+    if any(map(_has_vocabulary, paths[1:])):
+        paths += [path for name in _TOKENIZER if (path := directory / name).is_file()]
     for path in paths:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

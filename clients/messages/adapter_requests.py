@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import os
+from numbers import Real
 from typing import Any, TypeVar
 
 from google.protobuf import duration_pb2
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
+from turret.clients.messages.fields import fill
 from turret.clients.messages.mix import AdaptersLike, to_mix
-from turret.clients.messages.requests import fill
 from turret.v1 import adapters_pb2 as pb
 
 _Request = TypeVar("_Request")
+# What a message can say; which of it a server takes is its own to tell.
+_MOST_SECONDS = 1e9
 
 
 def path_text(path: object) -> str:
@@ -71,23 +73,23 @@ def merge_request(adapters: AdaptersLike, precision: str) -> pb.MergeAdaptersReq
 
 
 def filled(request: _Request, **values: Any) -> _Request:
-    """The request with its fields set; None leaves one unset.
+    """The request with its fields set; None leaves one unset, but for the name.
 
     Raises:
         TypeError, ValueError: A value does not fit its field, which is named.
     """
-    given = {key: value for key, value in values.items() if value is not None}
+    given = {key: value for key, value in values.items() if value is not None or key == "name"}
     fill(request, given, given)
     return request
 
 
 def _duration(seconds: float) -> duration_pb2.Duration:
-    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not is_number or not math.isfinite(seconds):
+    is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
+    if not is_number or not abs(seconds) < _MOST_SECONDS:
         kind = ValueError if is_number else TypeError
-        raise kind(f"drain_seconds: a number of seconds, not {seconds!r}")
+        raise kind(f"drain_seconds: a number of seconds up to 3600, not {seconds!r}")
     duration = duration_pb2.Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
+    duration.FromNanoseconds(round(float(seconds) * 1e9))
     return duration
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
+from turret.clients.messages.fields import check_text
 from turret.v1 import adapters_pb2
 
 # What divides members and weights in the name of a model over HTTP; no adapter's name holds it.
@@ -30,14 +31,24 @@ class AdapterWeight:
     weight: float = 1.0
     generation: int | None = None
 
+    def __post_init__(self) -> None:
+        check_text("name", self.name)
+        # A bool is an int to Python, and so to protobuf.
+        if not isinstance(self.weight, Real) or isinstance(self.weight, bool):
+            raise TypeError(f"weight: a number, not {self.weight!r}")
+        if not isinstance(self.generation, int | None) or isinstance(self.generation, bool):
+            raise TypeError(f"generation: a whole number or None, not {self.generation!r}")
+
     @classmethod
     def parse(cls, text: str) -> AdapterWeight:
         """Read ``NAME[@GENERATION][=WEIGHT]``.
 
         Raises:
+            TypeError: It is no text.
             ValueError: The text has another form; of a mix as HTTP has it (``json+sql*0.5``) it
                 says how it is written here.
         """
+        check_text("text", text)
         head, equals, weight = text.partition("=")
         name, at, generation = head.partition("@")
         try:
@@ -102,25 +113,28 @@ def _to_proto(adapter: object) -> adapters_pb2.AdapterWeight:
             return adapter
         case str():
             return adapters_pb2.AdapterWeight(name=_plain_name(adapter))
-        case AdapterWeight(name, weight, generation):
-            pass
+        case AdapterWeight():
+            member = adapter
         case (name, weight):
-            generation = None
+            try:
+                member = AdapterWeight(name, weight)
+            except TypeError:
+                raise TypeError(f"adapters: {_FORMS}, not {adapter!r}") from None
         case _:
             raise TypeError(f"adapters: {_FORMS}, not {adapter!r}")
-    # A bool is an int to Python, and so to protobuf.
-    is_weight = isinstance(weight, Real) and not isinstance(weight, bool)
-    if not (isinstance(name, str) and is_weight and isinstance(generation, int | None)):
-        raise TypeError(f"adapters: {_FORMS}, not {adapter!r}")
-    plain = _plain_name(name)
+    made = adapters_pb2.AdapterWeight(name=_plain_name(member.name))
     try:
-        return adapters_pb2.AdapterWeight(name=plain, weight=float(weight), generation=generation)
+        made.weight = float(member.weight)
+        if member.generation is not None:
+            made.generation = member.generation
     except (ValueError, OverflowError) as error:
         raise ValueError(f"adapters: {adapter!r}: {error}") from None
+    return made
 
 
 def _plain_name(name: str) -> str:
     """The name; raises ``ValueError`` if it holds what divides names and weights elsewhere."""
+    check_text("adapters", name)
     if (_OF_HTTP | {"=", "@"}).isdisjoint(name):
         return name
     meant = '("name", weight) or AdapterWeight.parse("name@generation=weight")'

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypedDict
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, SupportsIndex, TypedDict
 
-from google.protobuf.descriptor import FieldDescriptor
-
+from turret.clients.messages.fields import (
+    as_json,
+    as_whole,
+    check_text,
+    extend_ids,
+    extend_texts,
+    fill,
+    several,
+)
 from turret.clients.messages.mix import AdaptersLike, to_mix
+from turret.clients.messages.turns import MessageLike, is_like_a_turn, to_messages, to_tool
 from turret.v1 import inference_pb2
 
-# {"role": "user", "content": "hi"}, ("user", "hi"), or the message itself. A mapping may have
-# tool_calls and tool_call_id in OpenAI's form.
-MessageLike = Mapping[str, Any] | tuple[str, str] | inference_pb2.ChatMessage
-# Text, token ids, or the turns of a conversation.
-Prompt = str | Sequence[int] | Sequence[MessageLike]
+# Text, token ids (an array of them, too), or the turns of a conversation.
+Prompt = str | Iterable[SupportsIndex] | Iterable[MessageLike]
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -102,7 +107,6 @@ POOLINGS = {
     "mean": inference_pb2.EmbedRequest.MEAN,
 }
 _PROMPTS = "text, token ids or the turns of a conversation"
-_TURN_FIELDS = {"content", "tool_calls", "tool_call_id"}
 _RESPONSE = ("logprobs", "top_n", "echo", "token_ids")
 
 
@@ -129,18 +133,18 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     _set_bias(request.sampling, values.get("logit_bias", {}))
     fill(request.stop, _STOP, values)
     stop = values.get("stop", ())
-    stops = [stop] if isinstance(stop, str) else _several("stop", stop, "a text or a list of texts")
-    _extend("stop", request.stop.stop_strings, stops)
-    ids = _several("stop_token_ids", values.get("stop_token_ids", ()), "a list of token ids")
-    _extend("stop_token_ids", request.stop.stop_token_ids, ids)
+    stops = [stop] if isinstance(stop, str) else several("stop", stop, "a text or a list of texts")
+    extend_texts("stop", request.stop.stop_strings, stops)
+    ids = several("stop_token_ids", values.get("stop_token_ids", ()), "a list of token ids")
+    extend_ids("stop_token_ids", request.stop.stop_token_ids, ids)
     if values.get("top_n"):
         values.setdefault("logprobs", True)
     fill(request.options, _RESPONSE, values)
     _set_constraint(request, values)
-    for tool in _several("tools", values.get("tools", ()), "a list of tools"):
+    for index, tool in enumerate(several("tools", values.get("tools", ()), "a list of tools")):
         if request.WhichOneof("input") != "chat":
             raise TypeError("tools: only a conversation has tools")
-        request.chat.tools.append(_to_tool(tool))
+        request.chat.tools.append(to_tool(f"tools[{index}]", tool))
     return request
 
 
@@ -150,9 +154,10 @@ def _set_bias(sampling: inference_pb2.SamplingParams, bias: Any) -> None:
         raise TypeError(f"logit_bias: {wanted}, not {bias!r}")
     for token_id, number in bias.items():
         try:
-            sampling.logit_bias[token_id] = number
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"logit_bias: {wanted}, not {{{token_id!r}: {number!r}}}") from None
+            sampling.logit_bias[as_whole("logit_bias", token_id)] = number
+        except (TypeError, ValueError, OverflowError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"logit_bias: {wanted}, not {{{token_id!r}: {number!r}}}") from None
 
 
 def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str, Any]) -> None:
@@ -161,7 +166,7 @@ def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str,
         raise ValueError(f"an answer has one constraint, not several: {', '.join(given)}")
     schema = values.get("json_schema")
     if isinstance(schema, Mapping):
-        values = {**values, "json_schema": _json("json_schema", schema)}
+        values = {**values, "json_schema": as_json("json_schema", schema)}
     elif not isinstance(schema, str | None):
         raise TypeError(f"json_schema: a mapping, or its JSON as a text, not {schema!r}")
     fill(request, _CONSTRAINTS[:-1], values)
@@ -170,7 +175,7 @@ def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str,
         raise TypeError("choice: several texts, not one")
     if choice is not None:
         request.choice.SetInParent()
-        _extend("choice", request.choice.texts, _several("choice", choice, "a list of texts"))
+        extend_texts("choice", request.choice.texts, several("choice", choice, "a list of texts"))
 
 
 def score_request(
@@ -224,10 +229,11 @@ def fill_inputs(field: Any, inputs: str | Sequence[Prompt]) -> None:
     Raises:
         TypeError: They are token ids or turns, of which a list is wanted.
     """
-    for prompt in [inputs] if isinstance(inputs, str) else _items("inputs", inputs):
-        if isinstance(prompt, int | Mapping):
-            raise TypeError("inputs: a list of prompts; put a single one into a list")
-        set_input(field.add(), prompt)
+    prompts = [inputs] if isinstance(inputs, str) else _items("inputs", inputs)
+    if prompts and (all(map(_is_whole, prompts)) or all(isinstance(p, Mapping) for p in prompts)):
+        raise TypeError("inputs: a list of prompts; put a single one into a list")
+    for index, prompt in enumerate(prompts):
+        set_input(field.add(), prompt, "inputs" if prompt is inputs else f"inputs[{index}]")
 
 
 def tokenize_request(prompt: Prompt, adapters: AdaptersLike) -> inference_pb2.TokenizeRequest:
@@ -235,22 +241,6 @@ def tokenize_request(prompt: Prompt, adapters: AdaptersLike) -> inference_pb2.To
     request = inference_pb2.TokenizeRequest(adapters=to_mix(adapters))
     set_input(request, prompt)
     return request
-
-
-def chat_messages(chat: str | Iterable[MessageLike]) -> list[inference_pb2.ChatMessage]:
-    """Convert a conversation; a plain text is the user's only turn.
-
-    Raises:
-        TypeError: A turn has none of the accepted forms.
-        ValueError: There is none.
-    """
-    if isinstance(chat, str):
-        return [_said("user", chat)]
-    turns = [_to_message(message) for message in _items("messages", chat)]
-    if not turns:
-        # An empty list is sent as token ids, of which the caller has said nothing.
-        raise ValueError("messages: at least one turn")
-    return turns
 
 
 def set_input(
@@ -261,134 +251,48 @@ def set_input(
         | inference_pb2.Input
     ),
     prompt: Prompt,
+    place: str = "",
 ) -> None:
     """Set the request's ``input`` by the prompt's type; an empty sequence counts as token ids.
+
+    Args:
+        request: Whose input it is.
+        prompt: Text, token ids or turns.
+        place: What complaints call it, where it is one of several.
 
     Raises:
         TypeError: The prompt is neither text nor token ids nor a conversation.
         ValueError: A token id is negative or too large, or a text is not UTF-8.
     """
+    name = place or "prompt"
     if isinstance(prompt, str):
-        fill(request, ("prompt",), {"prompt": prompt})
+        check_text(name, prompt)
+        request.prompt = prompt
         return
-    items = _items("prompt", prompt)
-    if any(isinstance(item, str | bool) for item in items):
-        raise TypeError(f"prompt: {_PROMPTS}, not {prompt!r}")
-    if all(isinstance(item, int) for item in items):
-        request.token_ids.SetInParent()
-        _extend("prompt", request.token_ids.ids, items)
+    items = _items(name, prompt)
+    if any(map(is_like_a_turn, items)):
+        request.chat.messages.extend(to_messages(place or "messages", items))
+    elif items and (any(isinstance(i, str) for i in items) or not any(map(_is_whole, items))):
+        raise TypeError(f"{name}: {_PROMPTS}, not {prompt!r}")
     else:
-        request.chat.messages.extend(_to_message(item) for item in items)
+        request.token_ids.SetInParent()
+        extend_ids(name, request.token_ids.ids, items)
 
 
 def _items(name: str, value: Any) -> list[Any]:
-    if isinstance(value, Iterable) and not isinstance(value, bytes | Mapping):
-        return list(value)
-    raise TypeError(f"{name}: {_PROMPTS}, not {value!r}")
-
-
-def _several(name: str, value: Any, wanted: str) -> Iterable[Any]:
-    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
-        return value
-    raise TypeError(f"{name}: {wanted}, not {value!r}")
-
-
-def _json(name: str, value: object) -> str:
-    """The value as JSON.
-
-    Raises:
-        TypeError, ValueError: It is none; names the argument.
-    """
+    """What is in the value; also of numpy's scalars, which only look as if there were something."""
     try:
-        return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
+        return list(several(name, value, _PROMPTS))
+    except TypeError:
+        raise TypeError(f"{name}: {_PROMPTS}, not {value!r}") from None
 
 
-def _said(role: str, content: str) -> inference_pb2.ChatMessage:
-    turn = inference_pb2.ChatMessage()
-    fill(turn, ("role", "content"), {"role": role, "content": content})
-    return turn
-
-
-def _to_message(message: object) -> inference_pb2.ChatMessage:
-    match message:
-        case inference_pb2.ChatMessage():
-            return message
-        case {"role": str() as role, **rest} if _is_turn(rest):
-            turn = _said(role, rest.get("content") or "")
-            turn.tool_calls.extend(_to_call(call) for call in rest.get("tool_calls") or ())
-            turn.tool_call_id = rest.get("tool_call_id") or ""
-            return turn
-        case (str() as role, str() as content):
-            return _said(role, content)
-    raise TypeError(f"messages: a message is a role and a content, not {message!r}")
-
-
-def _is_turn(rest: Mapping[str, Any]) -> bool:
-    """Whether a message beside its role says something, and nothing that is not known."""
-    return rest.keys() <= _TURN_FIELDS and bool(rest.keys() & {"content", "tool_calls"})
-
-
-def _to_call(call: object) -> inference_pb2.ToolCall:
-    match call:
-        case {"function": {"name": str() as name, "arguments": str() as arguments}, **rest}:
-            return inference_pb2.ToolCall(id=rest.get("id"), name=name, arguments=arguments)
-    raise TypeError(f"tool_calls: a call has a function with name and arguments, not {call!r}")
-
-
-def _to_tool(tool: object) -> inference_pb2.Tool:
-    match tool:
-        case {"function": {"name": str() as name, **function}}:
-            parameters = function.get("parameters")
-            made = inference_pb2.Tool(
-                name=name, parameters=_json("tools", parameters) if parameters else ""
-            )
-            if function.get("description") is not None:
-                fill(made, ("description",), function)
-            return made
-    raise TypeError(f"tools: a tool has a function with a name, not {tool!r}")
-
-
-def fill(message: Any, names: Iterable[str], values: Mapping[str, Any]) -> None:
-    """Set the named fields; protobuf's own errors do not say which field they mean."""
-    for name in names:
-        if name in values:
-            # A bool is an int to Python and to protobuf, which takes either for the other.
-            is_bool = message.DESCRIPTOR.fields_by_name[name].type == FieldDescriptor.TYPE_BOOL
-            if isinstance(values[name], bool) and not is_bool:
-                raise TypeError(f"{name}: not a bool, such as {values[name]}")
-            if is_bool and not isinstance(values[name], bool):
-                raise TypeError(f"{name}: True or False, not {values[name]!r}")
-            _each(name, lambda value, name=name: setattr(message, name, value), values[name])
-
-
-def _extend(name: str, field: Any, items: Iterable[Any]) -> None:
-    """Add all of them to a repeated field; of one that does not fit, it alone is told."""
-    given = list(items)
+def _is_whole(item: object) -> bool:
+    """Whether it is a number that can be a token id: an int, or one of numpy's or torch's."""
+    if isinstance(item, bool) or getattr(item, "ndim", 0):
+        return False
     try:
-        field.extend(given)
-    except (TypeError, ValueError):
-        for item in given:
-            _each(name, field.append, item)
-        raise
-
-
-def _each(name: str, store: Callable[[Any], None], value: Any) -> None:
-    """Call ``store(value)``, with the field's name in front of any complaint."""
-    try:
-        store(value)
-    except (TypeError, ValueError) as error:
-        said = str(error)
-        if said.startswith("bad argument type"):  # protobuf's, of what is no text
-            said = f"a text, not {value!r}"
-        elif "cannot be interpreted as an integer" in said:
-            said = f"a whole number, not {value!r}"
-        elif said.startswith("must be real number"):
-            said = f"a number, not {value!r}"
-        elif isinstance(error, UnicodeEncodeError):
-            said = "a text that is not UTF-8"
-        elif said.startswith("Value out of range") and isinstance(value, int):
-            said = f"{value} is too large" if value > 0 else f"must not be negative, is {value}"
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{name}: {said}") from None
+        operator.index(item)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True

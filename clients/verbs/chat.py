@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import LISTED, AnswerCutError, NotFoundError, TurretRpcError
+from turret.clients.messages.fields import check_text
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.requests import GenerateOptions
 from turret.clients.verbs.command import (
@@ -43,6 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _chat(args: argparse.Namespace, client: TurretClient) -> None:
+    check_text("--system", args.system or "")
     conversation = Conversation(
         client,
         options=generation_options(args),

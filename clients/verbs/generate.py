@@ -8,6 +8,7 @@ import sys
 from turret.clients.client import TurretClient
 from turret.clients.counted import counted
 from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
+from turret.clients.messages.fields import check_text
 from turret.clients.messages.requests import Prompt
 from turret.clients.messages.results import Chunk
 from turret.clients.verbs.command import (
@@ -102,6 +103,8 @@ def _prompt(args: argparse.Namespace) -> Prompt:
     if not text and (args.chat or args.system is not None):
         # A chat's template makes a prompt of it all the same, and the answer has no end.
         raise ValueError(f"PROMPT: {'standard input is' if args.prompt == '-' else 'is'} empty")
+    for name, given in (("PROMPT", text), ("--system", args.system or "")):
+        check_text(name, given)
     if args.system is not None:
         return [("system", args.system), ("user", text)]
     return [("user", text)] if args.chat else text

@@ -128,7 +128,12 @@ def test_every_option_reaches_its_field(client: TurretClient, server: FakeTurret
         ("a", {"adapters": [3]}, TypeError, "AdapterWeight"),
         ([1, -1], {}, ValueError, "^prompt: must not be negative, is -1$"),
         ([1, "a"], {}, TypeError, "prompt: text, token ids or the turns"),
-        ([{"role": "user", "content": "a", "name": "b"}], {}, TypeError, "message"),
+        (
+            [{"role": "user", "content": "a", "nmae": "b"}],
+            {},
+            TypeError,
+            "'nmae' is none of",
+        ),
     ],
 )
 def test_refuses_nonsense_before_it_is_sent(client, server, prompt, options, error, text):

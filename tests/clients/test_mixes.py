@@ -44,7 +44,9 @@ def test_a_mapping_is_a_mix_with_its_weights(client: TurretClient, server: FakeT
         ({"sql": True}, TypeError, r"^adapters: an adapter is .*, not \('sql', True\)$"),
         ({3: 0.5}, TypeError, r"^adapters: an adapter is .*, not \(3, 0.5\)$"),
         (("sql", True), TypeError, r"^adapters: an adapter is .*, not \('sql', True\)$"),
-        (AdapterWeight("sql", "1"), TypeError, "^adapters: an adapter is"),  # type: ignore[arg-type]
+        ([("sql", "1")], TypeError, r"^adapters: an adapter is .*, not \('sql', '1'\)$"),
+        ("caf\udcff", ValueError, "^adapters: a text that is not UTF-8$"),
+        (("sql", 10**400), ValueError, r"^adapters: \('sql', 10*\): int too large"),
         (AdapterWeight("sql", generation=-1), ValueError, "^adapters: AdapterWeight.*: Value out"),
         ({"sql=2": 1.0}, ValueError, "^adapters: 'sql=2' is no name"),
         (b"sql", TypeError, "^adapters: an adapter is .*, not 115$"),
@@ -54,3 +56,22 @@ def test_a_mapping_is_a_mix_with_its_weights(client: TurretClient, server: FakeT
 def test_what_is_no_mix_names_adapters(client: TurretClient, adapters, error, text):
     with pytest.raises(error, match=text):
         client.score("a", adapters=adapters)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("sql", "1"), "^weight: a number, not '1'$"),
+        (("sql", True), "^weight: a number, not True$"),
+        ((b"sql",), "^name: a text, not b'sql'$"),
+        (("sql", 1.0, "2"), "^generation: a whole number or None, not '2'$"),
+    ],
+)
+def test_a_member_is_refused_where_it_is_made(arguments, text):
+    with pytest.raises(TypeError, match=text):
+        AdapterWeight(*arguments)
+
+
+def test_what_is_no_text_is_no_member():
+    with pytest.raises(TypeError, match=r"^text: a text, not 5$"):
+        AdapterWeight.parse(5)  # type: ignore[arg-type]

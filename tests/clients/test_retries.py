@@ -237,7 +237,7 @@ def test_a_refused_number_of_retries_names_itself() -> None:
         ({"prompt": "x", "temperature": "hot"}, "temperature"),
         ({"prompt": "x", "logit_bias": {1: "a"}}, "logit_bias"),
         ({"prompt": "x", "timeout": "1"}, "timeout"),
-        ({"prompt": [{"role": "user"}]}, "messages"),
+        ({"prompt": [{"role": "user"}]}, r"messages\[0\]"),
     ],
 )
 def test_a_wrong_type_names_its_argument(wrong: dict[str, Any], named: str) -> None:

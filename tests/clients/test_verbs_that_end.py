@@ -91,7 +91,10 @@ def test_text_that_is_no_utf8_is_named(run: Run):
     code, _, err = run("generate", "caf\udcff")
     assert (code, err) == (2, "error: PROMPT: a text that is not UTF-8\n")
     code, _, err = run("generate", "caf\udcff", "--chat")
-    assert (code, err) == (2, "error: content: a text that is not UTF-8\n")
+    assert (code, err) == (2, "error: PROMPT: a text that is not UTF-8\n")
+    for verb in (("generate", "a"), ("chat",)):
+        code, _, err = run(*verb, "--system", "caf\udcff")
+        assert (code, err) == (2, "error: --system: a text that is not UTF-8\n")
 
 
 def test_a_reader_that_has_enough_is_no_error(server: FakeTurret):

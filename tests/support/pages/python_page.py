@@ -71,9 +71,11 @@ from `turret`, the clients have gRPC write no lines of its own, unless `GRPC_VER
 
 
 _FORMS = """\
-A `Prompt` is a text, token ids or the turns of a conversation. A `MessageLike` is one turn: a
-mapping in OpenAI's form (`role`, `content`, also `tool_calls` and `tool_call_id`), a pair of role
-and text, or the message `ChatMessage` of `turret.v1`.
+A `Prompt` is a text, token ids (an array of numpy's or a tensor, too) or the turns of a
+conversation. A `MessageLike` is one turn: a mapping in OpenAI's form (`role`, `content`, which is a
+text or parts of type `text`, `tool_calls` and `tool_call_id`; keys whose value is None, `name` and
+`reasoning_content` are passed over, others refused), a pair of role and text, or the message
+`ChatMessage` of `turret.v1`.
 
 ```python
 from turret import TurretClient

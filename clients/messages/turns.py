@@ -1,0 +1,143 @@
+"""The turns of a conversation, and the tools that it may call, from plain Python values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from turret.clients.messages.fields import as_json, check_text, fill, several
+from turret.v1 import inference_pb2
+
+# {"role": "user", "content": "hi"}, ("user", "hi"), or the message itself. A mapping is one of
+# OpenAI's, with tool_calls and tool_call_id too.
+MessageLike = Mapping[str, Any] | tuple[str, str] | inference_pb2.ChatMessage
+
+_TURN_FIELDS = ("content", "tool_calls", "tool_call_id")
+# Of OpenAI's messages, and of answers that are sent back: no chat template here reads them.
+_PASSED_OVER = ("name", "reasoning_content")
+
+
+def chat_messages(chat: str | Iterable[MessageLike]) -> list[inference_pb2.ChatMessage]:
+    """Convert a conversation; a plain text is the user's only turn.
+
+    Raises:
+        TypeError: A turn has none of the accepted forms.
+        ValueError: There is none.
+    """
+    if isinstance(chat, str):
+        check_text("messages", chat)
+        return [inference_pb2.ChatMessage(role="user", content=chat)]
+    wanted = "a text, or the turns of a conversation"
+    turns = to_messages("messages", several("messages", chat, wanted))
+    if not turns:
+        # An empty list is sent as token ids, of which the caller has said nothing.
+        raise ValueError("messages: at least one turn")
+    return turns
+
+
+def to_messages(name: str, turns: Iterable[Any]) -> list[inference_pb2.ChatMessage]:
+    """Convert turns.
+
+    Args:
+        name: What complaints call all of them together.
+        turns: In any of the accepted forms.
+
+    Raises:
+        TypeError: One has none of them.
+        ValueError: A text is not UTF-8.
+    """
+    return [_to_message(f"{name}[{index}]", turn) for index, turn in enumerate(turns)]
+
+
+def is_like_a_turn(value: object) -> bool:
+    """Whether a value has the type of a turn, whatever it holds."""
+    return isinstance(value, Mapping | tuple | list | inference_pb2.ChatMessage)
+
+
+def _to_message(place: str, turn: object) -> inference_pb2.ChatMessage:
+    match turn:
+        case inference_pb2.ChatMessage():
+            return turn
+        case {"role": role, **rest} if rest.keys() & {"content", "tool_calls"}:
+            return _of_mapping(place, role, rest)
+        case (str() as role, str() as content):
+            return _said(place, role, content)
+    raise TypeError(f"{place}: a message is a role and a content, not {turn!r}")
+
+
+def _of_mapping(place: str, role: Any, rest: Mapping[str, Any]) -> inference_pb2.ChatMessage:
+    # What a library fills in where there is nothing: None, or an empty list of annotations.
+    given = {key: value for key, value in rest.items() if value is not None and value != []}
+    unknown = given.keys() - {*_TURN_FIELDS, *_PASSED_OVER}
+    if unknown:
+        known = ", ".join(("role", *_TURN_FIELDS))
+        raise TypeError(f"{place}: {min(map(str, unknown))!r} is none of a message's keys: {known}")
+    # An answer that is all calls, or all thought, has none and comes back so.
+    content = rest.get("content")
+    content = "" if content is None and role == "assistant" else content
+    made = _said(place, role, _content(f"{place}.content", content))
+    fill(made, ("tool_call_id",), given, within=f"{place}.")
+    calls = several(f"{place}.tool_calls", given.get("tool_calls", ()), "a list of calls")
+    made.tool_calls.extend(
+        _to_call(f"{place}.tool_calls[{index}]", call) for index, call in enumerate(calls)
+    )
+    return made
+
+
+def _said(place: str, role: Any, content: Any) -> inference_pb2.ChatMessage:
+    turn = inference_pb2.ChatMessage()
+    fill(turn, ("role", "content"), {"role": role, "content": content}, within=f"{place}.")
+    return turn
+
+
+def _content(place: str, content: Any) -> Any:
+    """A turn's text, of which the parts of type ``text`` are put together."""
+    if not isinstance(content, list | tuple):
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        match part:
+            case {"type": "text", "text": str() as text}:
+                texts.append(text)
+            case _:
+                raise TypeError(
+                    f"{place}[{index}]: the model reads text alone,"
+                    f' {{"type": "text", "text": ...}}, not {part!r}'
+                )
+    return "".join(texts)
+
+
+def _to_call(place: str, call: object) -> inference_pb2.ToolCall:
+    match call:
+        case inference_pb2.ToolCall():
+            return call
+        case {"function": {"name": name, "arguments": arguments}, **rest}:
+            made = inference_pb2.ToolCall()
+            told = {"name": name, "arguments": arguments}
+            fill(made, ("name", "arguments"), told, within=f"{place}.function.")
+            if rest.get("id") is not None:
+                fill(made, ("id",), rest, within=f"{place}.")
+            return made
+    raise TypeError(f"{place}: a call has a function with name and arguments, not {call!r}")
+
+
+def to_tool(place: str, tool: object) -> inference_pb2.Tool:
+    """Convert a tool; ``place`` is what complaints call it.
+
+    Raises:
+        TypeError: It has not the accepted form.
+        ValueError: A text is not UTF-8.
+    """
+    match tool:
+        case inference_pb2.Tool():
+            return tool
+        case {"function": {"name": name, **function}}:
+            made, within = inference_pb2.Tool(), f"{place}.function."
+            fill(made, ("name",), {"name": name}, within=within)
+            if function.get("description") is not None:
+                fill(made, ("description",), function, within=within)
+            if parameters := function.get("parameters"):
+                schema = {"parameters": as_json(f"{within}parameters", parameters)}
+                fill(made, ("parameters",), schema, within=within)
+            return made
+    raise TypeError(f"{place}: a tool has a function with a name, not {tool!r}")

@@ -1,0 +1,174 @@
+"""Prompts in all their forms: OpenAI's messages, arrays of token ids, and what is none of these."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from servers.fake_turret import FakeTurret
+
+from turret.clients.client import AdapterWeight, Tls, TurretClient
+
+USER = {"role": "user", "content": "hi"}
+CALL = {"type": "function", "function": {"name": "find", "arguments": "{}"}}
+
+
+def test_a_message_may_be_what_a_library_made_of_an_answer(
+    client: TurretClient, server: FakeTurret
+):
+    """As ``ChatCompletionMessage.model_dump()`` of the openai package has it."""
+    filled = {**dict.fromkeys(("refusal", "audio", "tool_calls")), "annotations": []}
+    asked = [
+        {"role": "user", "name": "Nora", "content": [{"type": "text", "text": t} for t in "ab"]},
+        {
+            "role": "assistant",
+            "content": "c",
+            "annotations": [],
+            "reasoning_content": "d",
+            **filled,
+        },
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", **CALL}, CALL]},
+        {"role": "assistant", "content": None, **filled},
+        {"role": "tool", "content": "e", "tool_call_id": "1"},
+    ]
+    client.chat(asked)
+    turns = server.inference.requests[-1].chat.messages
+    assert [turn.role for turn in turns] == [turn["role"] for turn in asked]
+    assert [turn.content for turn in turns] == ["ab", "c", "", "", "e"]
+    assert [(c.id, c.name, c.arguments) for c in turns[2].tool_calls] == [
+        ("1", "find", "{}"),
+        ("", "find", "{}"),
+    ]
+    assert turns[4].tool_call_id == "1"
+
+
+@pytest.mark.parametrize(
+    ("turn", "complaint"),
+    [
+        ({"role": "tool", "content": "x", "tool_call_id": 5}, ".tool_call_id: a text, not 5"),
+        ({**USER, "tool_calls": 5}, ".tool_calls: a list of calls, not 5"),
+        ({**USER, "tool_calls": [{"id": 1, **CALL}]}, ".tool_calls[0].id: a text, not 1"),
+        ({**USER, "tool_calls": ["x"]}, ".tool_calls[0]: a call has a function with name and"),
+        (
+            {**USER, "tool_calls": [{"function": {"name": "x", "arguments": {}}}]},
+            ".tool_calls[0].function.arguments: a text, not {}",
+        ),
+        ({"role": 5, "content": "x"}, ".role: a text, not 5"),
+        ({"role": "user", "content": 5}, ".content: a text, not 5"),
+        ({"role": "user", "content": 0}, ".content: a text, not 0"),
+        ({"role": "user", "content": b"x"}, ".content: a text, not b'x'"),
+        ({"role": "user", "content": None}, ".content: a text, not None"),
+        (
+            {"role": "user", "content": [{"type": "image_url"}]},
+            '.content[0]: the model reads text alone, {"type": "text", "text": ...}, not {\'',
+        ),
+        ({**USER, "refusal": "no"}, ": 'refusal' is none of a message's keys: role, content, tool"),
+        ({"content": "x"}, ": a message is a role and a content, not {"),
+        (("user", 5), ": a message is a role and a content, not ("),
+        (5, ": a message is a role and a content, not 5"),
+    ],
+)
+def test_a_turn_that_is_none_is_told_where_it_is(client: TurretClient, turn: Any, complaint: str):
+    for ask in (client.chat, client.generate, client.tokenize):
+        with pytest.raises(TypeError) as raised:
+            ask([USER, turn])
+        assert str(raised.value).startswith(f"messages[1]{complaint}")
+    with pytest.raises(TypeError) as raised:
+        client.embed(["a", [USER, turn]])
+    assert str(raised.value).startswith(f"inputs[1][1]{complaint}")
+
+
+@pytest.mark.parametrize(
+    "ids", [np.array([5, 6]), [np.int64(5), np.uint8(6)], (5, 6), range(5, 7), iter([5, 6])]
+)
+def test_any_whole_numbers_are_token_ids(client: TurretClient, server: FakeTurret, ids: Any):
+    client.generate(ids)
+    assert list(server.inference.requests[-1].token_ids.ids) == [5, 6]
+
+
+def test_a_tensor_is_token_ids(client: TurretClient, server: FakeTurret):
+    torch = pytest.importorskip("torch")
+    client.embed(torch.tensor([[5, 6], [7, 8]]))
+    inputs = server.inference.requests[-1].inputs
+    assert [list(each.token_ids.ids) for each in inputs] == [[5, 6], [7, 8]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "complaint"),
+    [
+        ([5, None], ": a whole number, not None"),
+        ([5, 6.0], ": a whole number, not 6.0"),
+        (None, ": text, token ids or the turns of a conversation, not None"),
+        ([None], ": text, token ids or the turns of a conversation, not [None]"),
+        (np.array([5.0]), ": text, token ids or the turns of a conversation, not array([5.])"),
+        (np.array(5), ": text, token ids or the turns of a conversation, not array(5)"),
+        (b"a", ": text, token ids or the turns of a conversation, not b'a'"),
+    ],
+)
+def test_a_prompt_that_is_none_is_told_by_its_argument(
+    client: TurretClient, prompt: Any, complaint: str
+):
+    with pytest.raises(TypeError) as raised:
+        client.generate(prompt)
+    assert str(raised.value) == f"prompt{complaint}"
+    for ask in (client.embed, lambda inputs: client.classify(inputs, adapters="a")):
+        with pytest.raises(TypeError) as raised:
+            ask(["a", prompt])
+        assert str(raised.value) == f"inputs[1]{complaint}"
+
+
+def test_one_prompt_is_no_list_of_prompts(client: TurretClient):
+    for inputs in ([5, 6], np.array([5, 6]), [USER], [USER, USER]):
+        with pytest.raises(TypeError, match=r"^inputs: a list of prompts; put a single one into a"):
+            client.embed(inputs)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^inputs\[1\]: text, token ids or the turns .*, not 5$"):
+        client.embed(["a", 5])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"regex": b"abc"}, "regex: a text, not b'abc'"),
+        ({"request_id": b"abc"}, "request_id: a text, not b'abc'"),
+        ({"stop": [b"abc"]}, "stop: a text, not b'abc'"),
+        ({"stop_token_ids": [True]}, "stop_token_ids: a whole number, not True"),
+        ({"tools": [{"function": {"name": b"x"}}]}, "tools[0].function.name: a text, not b'x'"),
+        ({"tools": [{"function": {}}]}, "tools[0]: a tool has a function with a name, not {"),
+        (
+            {"tools": [{"function": {"name": "caf\udcff"}}]},
+            "tools[0].function.name: a text that is not UTF-8",
+        ),
+        ({"temperature": 10**400}, f"temperature: {10**400} is too large"),
+        ({"logit_bias": {5: 10**400}}, "logit_bias: token ids with numbers, such as {5: -1.0}"),
+    ],
+)
+def test_an_option_is_refused_by_its_name(client: TurretClient, options: Any, complaint: str):
+    with pytest.raises((TypeError, ValueError)) as raised:
+        client.chat("a", **options)
+    assert str(raised.value).startswith(complaint)
+
+
+def test_arguments_of_the_connection_are_refused_by_their_names(client: TurretClient):
+    asked: Any = client
+    kind: Any = Tls
+    for call, complaint in (
+        (lambda: asked.adapters.load(None, "a"), "name: a text, not None"),
+        (lambda: asked.adapters.fuse(None, "a"), "name: a text, not None"),
+        (lambda: asked.adapters.upload(b"a", "a"), "name: a text, not b'a'"),
+        (lambda: asked.adapters.list(method=b"lora"), "method: a text, not b'lora'"),
+        (lambda: kind.from_files(ca=5), "ca: the path of a PEM file, not int"),
+        (lambda: kind.from_files(key=b"secret"), "key: the path of a PEM file, not bytes"),
+        (lambda: kind(server_name=5), "server_name: a text, not 5"),
+        (lambda: TurretClient(admin_address=""), "admin_address: '' is not HOST:PORT"),
+        (lambda: TurretClient(admin_address="localhost"), "admin_address: 'localhost' is not H"),
+        (lambda: TurretClient(admin_address=b"a:1"), "admin_address: HOST:PORT, not b'a:1'"),  # type: ignore[arg-type]
+        (lambda: TurretClient(max_retries=True), "max_retries: a number of tries, not True"),
+    ):
+        with pytest.raises((TypeError, ValueError)) as raised:
+            call()
+        assert str(raised.value).startswith(complaint)
+
+
+def test_a_member_of_a_mix_can_be_printed_whatever_its_numbers_are():
+    assert str(AdapterWeight("json", np.float32(0.5), 2)) == "json@2=0.5"  # type: ignore[arg-type]
