@@ -11,7 +11,6 @@ import grpc
 from turret.clients.calls.settings import CallSettings, stream_timeout
 from turret.clients.calls.unary import call
 from turret.clients.channel import ClosedStub
-from turret.clients.errors import TurretRpcError
 from turret.clients.messages.adapter_files import ExportWriter, upload_messages
 from turret.clients.messages.adapter_requests import (
     filled,
@@ -260,15 +259,16 @@ class AdaptersClient:
             ValueError: What arrived is incomplete or garbled.
         """
         request = filled(adapters_pb2.ExportAdapterRequest(), name=name, generation=generation)
+        seconds = stream_timeout(timeout)
         with ExportWriter(directory) as writer:
             call = self._stub.ExportAdapter(
-                request, timeout=stream_timeout(timeout), metadata=self._settings.metadata
+                request, timeout=seconds, metadata=self._settings.metadata
             )
             try:
                 for message in call:
                     writer.write(message)
             except grpc.RpcError as error:
-                raise TurretRpcError.from_grpc(error) from None
+                raise self._settings.failure(error, seconds) from None
             finally:
                 call.cancel()
             return Adapter.from_proto(writer.finish())

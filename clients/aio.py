@@ -78,7 +78,7 @@ class AsyncTurretClient:
         if not isinstance(resume, bool):
             raise TypeError(f"resume: True or False, not {resume!r}")
         self._resume = resume
-        self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries))
+        self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries), tls)
         self._channel = open_aio_channel(address, tls)
         self._admin_channel = (
             self._channel
@@ -91,11 +91,12 @@ class AsyncTurretClient:
         self.adapters = AsyncAdaptersClient(self._admin_channel, self._settings, self._cuts)
 
     async def close(self) -> None:
-        """Close the connections; calls that run are cancelled, later ones a RuntimeError.
+        """Close the connections, as ``TurretClient.close``.
 
         Where a call was cut short just before, it takes up to 50 ms, so that gRPC is done with it
         before the event loop may end.
         """
+        self._settings.closed.set()
         self._stub = ClosedStub()
         self.adapters.close()
         await self._channel.close()
@@ -128,7 +129,8 @@ class AsyncTurretClient:
             return self._stub.GenerateStream(message, timeout=seconds, metadata=settings.metadata)
 
         retries = settings.policy.begin(stream_timeout(timeout))
-        return AsyncGenerationStream(start, AnswerProgress(request, retries, resume=self._resume))
+        progress = AnswerProgress(request, retries, resume=self._resume)
+        return AsyncGenerationStream(start, progress, settings)
 
     async def chat(
         self,

@@ -12,9 +12,8 @@ import grpc.aio
 
 from turret.clients.calls.early_status import answer_of
 from turret.clients.calls.settings import CallSettings, stream_timeout
-from turret.clients.calls.unary import call_async
+from turret.clients.calls.unary import call_async, told_when_closed
 from turret.clients.channel import ClosedStub, CutCalls, LoopStub
-from turret.clients.errors import TurretRpcError
 from turret.clients.messages.adapter_files import ExportWriter, upload_messages
 from turret.clients.messages.adapter_requests import (
     filled,
@@ -264,15 +263,17 @@ class AsyncAdaptersClient:
             ValueError: What arrived is incomplete or garbled.
         """
         request = filled(adapters_pb2.ExportAdapterRequest(), name=name, generation=generation)
+        seconds = stream_timeout(timeout)
         with ExportWriter(directory) as writer:
             call = self._stub.ExportAdapter(
-                request, timeout=stream_timeout(timeout), metadata=self._settings.metadata
+                request, timeout=seconds, metadata=self._settings.metadata
             )
             try:
-                async for message in call:
-                    writer.write(message)
+                with told_when_closed(self._settings):
+                    async for message in call:
+                        writer.write(message)
             except grpc.aio.AioRpcError as error:
-                raise TurretRpcError.from_grpc(error) from None
+                raise self._settings.failure(error, seconds) from None
             finally:
                 call.cancel()
             return Adapter.from_proto(writer.finish())

@@ -82,7 +82,7 @@ class TurretClient:
         if not isinstance(resume, bool):
             raise TypeError(f"resume: True or False, not {resume!r}")
         self._resume = resume
-        self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries))
+        self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries), tls)
         self._channel = open_channel(address, tls)
         self._admin_channel = (
             self._channel
@@ -93,7 +93,8 @@ class TurretClient:
         self.adapters = AdaptersClient(self._admin_channel, self._settings)
 
     def close(self) -> None:
-        """Close the connections; calls that run are cancelled, later ones a RuntimeError."""
+        """Close it; calls that run raise CallCancelledError, later ones RuntimeError."""
+        self._settings.closed.set()
         self._stub = ClosedStub()
         self.adapters.close()
         self._channel.close()
@@ -142,7 +143,8 @@ class TurretClient:
             return self._stub.GenerateStream(message, timeout=seconds, metadata=settings.metadata)
 
         retries = settings.policy.begin(stream_timeout(timeout))
-        return GenerationStream(start, AnswerProgress(request, retries, resume=self._resume))
+        progress = AnswerProgress(request, retries, resume=self._resume)
+        return GenerationStream(start, progress, settings)
 
     def chat(
         self,

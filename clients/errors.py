@@ -10,7 +10,7 @@ TurretRpcError
 ├── RateLimitedError          a queue or a budget is full; ``retry_delay`` may say how long
 ├── DeadlineExceededError     the deadline passed first
 ├── AbortedError              the adapter was unloaded by force meanwhile
-├── CallCancelledError        the call was cancelled
+├── CallCancelledError        the call was cancelled, or its client closed
 ├── UnavailableError          no server, or one that starts or stops
 │   └── AnswerCutError        a server that stops ended an answer before its end
 └── ServerError               anything else: a fault of the server
@@ -210,7 +210,7 @@ class RateLimitedError(TurretRpcError):
 
 
 class DeadlineExceededError(TurretRpcError):
-    """The call's deadline passed before its end."""
+    """The call's deadline passed before its end; ``timeout`` of a call or its client sets it."""
 
 
 class AbortedError(TurretRpcError):
@@ -218,7 +218,7 @@ class AbortedError(TurretRpcError):
 
 
 class CallCancelledError(TurretRpcError):
-    """The call was cancelled."""
+    """The call was cancelled, or its client closed. A task that is cancelled has none of these."""
 
 
 class UnavailableError(TurretRpcError):
@@ -284,6 +284,11 @@ _CLASSES: dict[grpc.StatusCode, type[TurretRpcError]] = {
 LISTED = "; adapters.list() tells which there are, adapters.load() registers one"
 # About a token that is missing or wrong.
 TOKEN = "; TurretClient(token=...) sends one"
+# And about one that is none of the server's.
+UNKNOWN_TOKEN = "; what was given is not in the file that the server's --token-file names"
+# About a deadline that passed, as gRPC and the server say it, and what allowed so little.
+DEADLINES = ("no answer in time", "the deadline passed before the request finished")
+DEADLINE = ": timeout="
 # And about a call at the address of another service.
 ELSEWHERE = "; a client takes both: address= and admin_address="
 # And about a name that has other weights: the server's words, and what a program calls.
@@ -351,7 +356,7 @@ def _too_large(found: re.Match[str]) -> str:
 def _plain(code: grpc.StatusCode, text: str) -> str:
     """What gRPC itself says of a call, once and in words."""
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return "no answer in time"
+        return DEADLINES[0]
     if found := _UNREACHED.fullmatch(text):
         place = found["place"].replace("%5B", "[").replace("%5D", "]")
         return why_unreached(place, found["why"])

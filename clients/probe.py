@@ -40,7 +40,7 @@ def ask(
     Raises:
         TurretRpcError: It does not answer.
     """
-    call = CallSettings.of(token, timeout_seconds, RetryPolicy(0))
+    call = CallSettings.of(token, timeout_seconds, RetryPolicy(0), tls)
     with open_channel(address, tls) as channel:
         try:
             # The generated stub sets its methods in a way that type checkers do not follow.
@@ -51,5 +51,5 @@ def ask(
                 metadata=call.metadata,
             )
         except grpc.RpcError as error:
-            raise TurretRpcError.from_grpc(error) from None
+            raise call.failure(error, call.timeout) from None
     return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)

@@ -40,6 +40,25 @@ class _Cause:
 _CLOSED = "Socket closed"
 _BROKE = "the connection broke"
 _AGAIN = "ask again; if it stays away, the server's log says why"
+_CLOSES = _Cause(
+    (_CLOSED,),
+    "closes the connection",
+    "a server with TLS wants tls=Tls(...)",
+    "a server with TLS wants --tls or --tls-ca",
+)
+# To who has given TLS already: a server that asks for a certificate says no more than that.
+_WANTS_MORE = _Cause(
+    (),
+    _CLOSES.meaning,
+    "a server with --tls-client-ca wants Tls(certificate=..., key=...) too",
+    "a server with --tls-client-ca wants --tls-cert and --tls-key too",
+)
+_WANTS_ANOTHER = _Cause(
+    (),
+    _CLOSES.meaning,
+    "a server with --tls-client-ca wants a certificate= that one of those vouches for",
+    "a server with --tls-client-ca wants a --tls-cert that one of those vouches for",
+)
 _ANSWERED = (
     _Cause(
         ("Failed parsing HTTP/2", "http1.x server", "HTTP/1."),
@@ -73,12 +92,9 @@ _ANSWERED = (
         "Tls(server_name=...) says for which",
         "--tls-server-name says for which",
     ),
-    _Cause(
-        (_CLOSED,),
-        "closes the connection",
-        "a server with TLS wants tls=Tls(...)",
-        "a server with TLS wants --tls or --tls-ca",
-    ),
+    _CLOSES,
+    _WANTS_MORE,
+    _WANTS_ANOTHER,
 )
 _STARTS = "`turret serve` starts one"
 _NOTHING = _Cause((), "", _STARTS, f"{_STARTS}, --address or TURRET_ADDRESS names another")
@@ -99,13 +115,21 @@ def why_unreached(place: str, said: str) -> str:
 
 def is_of_what_answers(message: str) -> bool:
     """Whether a message of :func:`why_unreached` is of something that listens there."""
-    return any(message.endswith(cause.step) for cause in _ANSWERED)
+    return not is_broken(message) and any(message.endswith(cause.step) for cause in _ANSWERED)
 
 
 def broken(said: str) -> str:
     """What a connection that was there and broke means, with what to do; ``said`` is gRPC's."""
-    tls = ", and one with TLS wants tls=Tls(...)" if said == _CLOSED else ""
+    tls = f"; {_CLOSES.step}" if said == _CLOSED else ""
     return f"{_BROKE} ({said}); {_AGAIN}{tls}"
+
+
+def over_tls(message: str, *, shows_certificate: bool) -> str:
+    """A message of a connection that was closed, to who has given TLS."""
+    if not message.endswith(_CLOSES.step):
+        return message
+    cause = _WANTS_ANOTHER if shows_certificate else _WANTS_MORE
+    return message.removesuffix(_CLOSES.step) + cause.step
 
 
 def is_broken(message: str) -> bool:
@@ -120,7 +144,7 @@ def in_flags(message: str, address: str) -> str:
         message: Of :func:`why_unreached`, or what gRPC says where nothing is known of it.
         address: As it was given.
     """
-    if message.endswith(_AGAIN) and _CLOSED not in message:
+    if message.endswith(_AGAIN):
         return message
     causes = (*_ANSWERED, _NOTHING)
     if not any(message.endswith(cause.step) for cause in causes):

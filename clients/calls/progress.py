@@ -41,6 +41,11 @@ class AnswerProgress:
         """What to send: the request, with what was answered so far."""
         return self._request
 
+    @property
+    def seconds(self) -> float | None:
+        """The deadline of the whole answer; None means none."""
+        return self._retries.seconds
+
     def timeout(self) -> float | None:
         """What is left of the deadline, in seconds, for the next try."""
         return self._retries.timeout()

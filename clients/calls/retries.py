@@ -49,16 +49,20 @@ class RetryPolicy:
             timeout: Deadline in seconds of all tries together; None means none.
             repeatable: Whether a second execution of the call does no harm.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        return Retries(self.max_retries, deadline, unreached=self.unreached and repeatable)
+        return Retries(self.max_retries, timeout, unreached=self.unreached and repeatable)
 
 
 class Retries:
-    """The tries of one call that are left."""
+    """The tries of one call that are left.
 
-    def __init__(self, count: int, deadline: float | None, *, unreached: bool) -> None:
+    Attributes:
+        seconds: The deadline of all tries together; None means none.
+    """
+
+    def __init__(self, count: int, seconds: float | None, *, unreached: bool) -> None:
         self._count = self._left = count
-        self._deadline = deadline
+        self.seconds = seconds
+        self._deadline = None if seconds is None else time.monotonic() + seconds
         self._unreached = unreached
         self._delay = _FIRST_DELAY_SECONDS
         self._given_up_at: float | None = None

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 
+import grpc
+
 from turret.clients.calls.retries import RetryPolicy
+from turret.clients.channel import Tls
+from turret.clients.errors import (
+    DEADLINE,
+    DEADLINES,
+    TOKEN,
+    UNKNOWN_TOKEN,
+    CallCancelledError,
+    DeadlineExceededError,
+    TurretRpcError,
+)
 from turret.clients.messages.mix import routing_key
+from turret.clients.unreached import over_tls
 from turret.v1 import adapters_pb2
 
+_TOKEN_KEY = "authorization"
 # Metadata of a call that runs on adapters: requests of one mix go to one server as far as they can.
 ROUTING_KEY = "x-turret-mix"
 # Thirty years. gRPC counts nanoseconds: a deadline for which it has too few reads as one passed.
@@ -24,20 +39,28 @@ class CallSettings:
         metadata: Sent with each call; holds the token.
         timeout: Deadline in seconds of calls that return one response and set none themselves.
         policy: Which failed calls are tried again.
+        tls: How the server is verified; None means not at all.
+        closed: Set once the client is closed, whatever calls run.
     """
 
     metadata: tuple[tuple[str, str], ...]
     timeout: float | None
     policy: RetryPolicy
+    tls: Tls | None
+    closed: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
-    def of(cls, token: str | None, timeout: float | None, policy: RetryPolicy) -> CallSettings:
+    def of(
+        cls, token: str | None, timeout: float | None, policy: RetryPolicy, tls: Tls | None
+    ) -> CallSettings:
         if not isinstance(token, str | None):
             raise TypeError(f"token: a text, not {type(token).__name__}")
         if token and not (token.isascii() and token.isprintable()):
             raise ValueError("token: holds characters that no header can carry")
-        metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        return cls(metadata, stream_timeout(timeout), policy)
+        if token and token.lower().startswith("bearer "):
+            raise ValueError("token: without the word Bearer, which the client writes before it")
+        metadata = ((_TOKEN_KEY, f"Bearer {token}"),) if token else ()
+        return cls(metadata, stream_timeout(timeout), policy, tls)
 
     def routed(self, mix: Iterable[adapters_pb2.AdapterWeight]) -> CallSettings:
         """Those of a call that runs on a mix."""
@@ -50,6 +73,32 @@ class CallSettings:
     def unary_timeout(self, timeout: float | None) -> float | None:
         """The deadline of a call with one response."""
         return stream_timeout(self.timeout if timeout is None else timeout)
+
+    def failure(self, error: grpc.RpcError, seconds: float | None) -> TurretRpcError:
+        """GRPC's error of a call, in words that know what the client was given.
+
+        Args:
+            error: Of a synchronous or an asyncio call.
+            seconds: The deadline of the call, all its tries together.
+        """
+        failure = TurretRpcError.from_grpc(error)
+        message = failure.message
+        if isinstance(failure, CallCancelledError) and self.closed.is_set():
+            return closed_under_a_call()
+        if isinstance(failure, DeadlineExceededError) and message in DEADLINES and seconds:
+            return failure.with_message(f"{message}{DEADLINE}{seconds:g} allows that many seconds")
+        if message.endswith(TOKEN) and any(key == _TOKEN_KEY for key, _ in self.metadata):
+            return failure.with_message(message.removesuffix(TOKEN) + UNKNOWN_TOKEN)
+        if self.tls is not None:
+            said = over_tls(message, shows_certificate=self.tls.certificate is not None)
+            return failure if said == message else failure.with_message(said)
+        return failure
+
+
+def closed_under_a_call() -> CallCancelledError:
+    """What a call ends with whose client is closed while it runs."""
+    said = "the client was closed while the call ran; close it after its calls, or make another"
+    return CallCancelledError(grpc.StatusCode.CANCELLED, said)
 
 
 def stream_timeout(timeout: float | None) -> float | None:

@@ -11,6 +11,8 @@ import grpc
 import grpc.aio
 
 from turret.clients.calls.progress import AnswerProgress
+from turret.clients.calls.settings import CallSettings, closed_under_a_call
+from turret.clients.calls.unary import is_task_cancelled, told_when_closed
 from turret.clients.errors import TurretRpcError, UnavailableError
 from turret.clients.messages.results import Chunk
 
@@ -25,16 +27,23 @@ class GenerationStream(Iterator[Chunk]):
     raises ``AnswerCutError``.
     """
 
-    def __init__(self, start: Callable[[Any, float | None], Any], progress: AnswerProgress) -> None:
+    def __init__(
+        self,
+        start: Callable[[Any, float | None], Any],
+        progress: AnswerProgress,
+        settings: CallSettings,
+    ) -> None:
         """Send the request.
 
         Args:
             start: Sends a request, with what is left of its deadline in seconds, and returns its
                 responses, which are a ``grpc.Call`` too.
             progress: What has come of the answer.
+            settings: What the call carries.
         """
         self._start = start
         self._progress = progress
+        self._settings = settings
         self._closed = threading.Event()
         self._cut_by: TurretRpcError | None = None
         self._call = start(progress.request(), progress.timeout())
@@ -54,7 +63,7 @@ class GenerationStream(Iterator[Chunk]):
             except grpc.RpcError as error:
                 if self._closed.is_set():
                     raise StopIteration from None
-                failure = TurretRpcError.from_grpc(error)
+                failure = self._settings.failure(error, self._progress.seconds)
             except UnavailableError as error:
                 failure = error
             if self._progress.is_whole and isinstance(failure, UnavailableError):
@@ -70,6 +79,8 @@ class GenerationStream(Iterator[Chunk]):
 
     def _restart(self, delay: float) -> None:
         if not self._closed.wait(delay):
+            if self._settings.closed.is_set():
+                raise closed_under_a_call()
             self._call = self._start(self._progress.request(), self._progress.timeout())
             if self._closed.is_set():
                 self._call.cancel()
@@ -94,10 +105,12 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
         self,
         start: Callable[[Any, float | None], grpc.aio.UnaryStreamCall],
         progress: AnswerProgress,
+        settings: CallSettings,
     ) -> None:
         """Send the request; arguments are those of :class:`GenerationStream`."""
         self._start = start
         self._progress = progress
+        self._settings = settings
         self._is_closed = False
         self._cut_by: TurretRpcError | None = None
         self._call = start(progress.request(), progress.timeout())
@@ -114,9 +127,15 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
             if self._is_closed:
                 raise StopAsyncIteration
             try:
-                return self._progress.take(await anext(self._responses))
+                with told_when_closed(self._settings):
+                    chunk = await anext(self._responses)
+                return self._progress.take(chunk)
+            except asyncio.CancelledError:
+                if self._is_closed and not is_task_cancelled():
+                    raise StopAsyncIteration from None
+                raise
             except grpc.aio.AioRpcError as error:
-                failure = TurretRpcError.from_grpc(error)
+                failure = self._settings.failure(error, self._progress.seconds)
             except UnavailableError as error:
                 failure = error
             if self._progress.is_whole and isinstance(failure, UnavailableError):
@@ -133,6 +152,8 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
     async def _restart(self, delay: float) -> None:
         await asyncio.sleep(delay)
         if not self._is_closed:
+            if self._settings.closed.is_set():
+                raise closed_under_a_call()
             self._call = self._start(self._progress.request(), self._progress.timeout())
             self._responses = aiter(self._call)
 

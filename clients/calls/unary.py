@@ -5,14 +5,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from turret.clients.calls.settings import CallSettings
+from turret.clients.calls.settings import CallSettings, closed_under_a_call
 from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
 from turret.clients.messages.results import Completion
 from turret.v1 import inference_pb2
@@ -40,7 +40,8 @@ def call(
         TurretRpcError: The last try failed.
     """
     cut: AnswerCutError | None = None
-    retries = settings.policy.begin(settings.unary_timeout(timeout), repeatable=repeatable)
+    seconds = settings.unary_timeout(timeout)
+    retries = settings.policy.begin(seconds, repeatable=repeatable)
     while True:
         try:
             answer = method(make_request(), timeout=retries.timeout(), metadata=settings.metadata)
@@ -49,11 +50,12 @@ def call(
                 return answer
             failure: TurretRpcError = cut
         except grpc.RpcError as error:
-            failure = TurretRpcError.from_grpc(error)
+            failure = settings.failure(error, seconds)
         delay = retries.delay_after(failure)
         if delay is None:
             raise _last_word(failure, cut)
-        time.sleep(delay)
+        if settings.closed.wait(delay):
+            raise closed_under_a_call()
 
 
 async def call_async(
@@ -66,22 +68,46 @@ async def call_async(
 ) -> Any:
     """As :func:`call`, of an asyncio stub's method."""
     cut: AnswerCutError | None = None
-    retries = settings.policy.begin(settings.unary_timeout(timeout), repeatable=repeatable)
+    seconds = settings.unary_timeout(timeout)
+    retries = settings.policy.begin(seconds, repeatable=repeatable)
     while True:
         try:
-            answer = await method(
-                make_request(), timeout=retries.timeout(), metadata=settings.metadata
-            )
+            with told_when_closed(settings):
+                answer = await method(
+                    make_request(), timeout=retries.timeout(), metadata=settings.metadata
+                )
             cut = _cut(answer)
             if cut is None:
                 return answer
             failure: TurretRpcError = cut
         except grpc.aio.AioRpcError as error:
-            failure = TurretRpcError.from_grpc(error)
+            failure = settings.failure(error, seconds)
         delay = retries.delay_after(failure)
         if delay is None:
             raise _last_word(failure, cut)
         await asyncio.sleep(delay)
+        if settings.closed.is_set():
+            raise closed_under_a_call()
+
+
+@contextlib.contextmanager
+def told_when_closed(settings: CallSettings) -> Iterator[None]:
+    """Raise an error of its own where closing the client cancels what is awaited here.
+
+    gRPC cancels the call, which reads as if the task were; who has cancelled that sees it so.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        if settings.closed.is_set() and not is_task_cancelled():
+            raise closed_under_a_call() from None
+        raise
+
+
+def is_task_cancelled() -> bool:
+    """Whether somebody has asked the running task to end, which it has not done yet."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _cut(answer: object) -> AnswerCutError | None:

@@ -18,6 +18,7 @@ from turret.clients.calls.retries import RetryPolicy
 from turret.clients.channel import DEFAULT_ADDRESS, Tls
 from turret.clients.client import TurretClient
 from turret.clients.errors import (
+    DEADLINE,
     ELSEWHERE,
     LISTED,
     LOADING,
@@ -201,10 +202,12 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
             f"what answers at {args.address} does not know turret.v1 ({error.message}): another"
             " server or an older one, or a proxy on the way (http_proxy, no_proxy)"
         )
-    if isinstance(error, DeadlineExceededError) and args.timeout is not None:
-        return error.with_message(
-            f"{error.message.rstrip('.')}: --timeout {args.timeout:g} allows that many seconds"
-        )
+    if isinstance(error, DeadlineExceededError) and DEADLINE in error.message:
+        said, allowed = error.message.rsplit(DEADLINE, 1)
+        if args.timeout is not None:
+            return error.with_message(f"{said}: --timeout {allowed}")
+        seconds = allowed.partition(" ")[0]
+        return error.with_message(f"{said}: --timeout allows more seconds than {seconds}")
     if error.reason == "ADAPTER_EXISTS" and hasattr(args, "name"):
         return error.with_message(f"{error.message.partition('; ')[0]}; {_name_is_taken(args)}")
     if isinstance(error, NotFoundError) and error.message.endswith(LISTED):
@@ -212,7 +215,7 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
         return error.with_message(
             f"{said}; `turret adapters list` shows what there is{_loads(error, args)}"
         )
-    if isinstance(error, AuthenticationError):
+    if isinstance(error, AuthenticationError) and error.message.endswith(TOKEN):
         said = error.message.removesuffix(TOKEN)
         return error.with_message(f"{said}; give it with --token, --token-from or {TOKEN_VARIABLE}")
     return error

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
+import threading
 from fractions import Fraction
 from typing import Any
 
+import grpc
 import pytest
-from servers.fake_turret import FakeTurret
+from servers.fake_turret import FOREVER, FakeInference, FakeTurret, fake_turret
 
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.client import TurretClient
+from turret.clients.errors import DeadlineExceededError
+from turret.clients.verbs.command import _with_next_step
 
 LONG = [1e9, 3e9, 9.2e9, 1e10, sys.maxsize, pytest.param(10**400, id="10**400"), math.inf]
 
@@ -39,3 +44,38 @@ async def test_a_timeout_that_no_clock_can_hold_is_none(server: FakeTurret, seco
 def test_any_real_number_is_a_timeout(client: TurretClient, server: FakeTurret):
     client.generate("a", timeout=Fraction(5))  # type: ignore[arg-type]
     assert 4 < (server.inference.time_remaining or 0) < 5.1
+
+
+async def test_a_missed_deadline_says_how_long_it_was(server: FakeTurret):
+    said = "DEADLINE_EXCEEDED: no answer in time: timeout=0.2 allows that many seconds"
+    with TurretClient(server.address) as client, pytest.raises(DeadlineExceededError) as raised:
+        list(client.generate_stream(FOREVER, timeout=0.2))
+    assert str(raised.value) == said
+    async with AsyncTurretClient(server.address) as client:
+        stream = client.generate_stream(FOREVER, timeout=0.2)
+        with pytest.raises(DeadlineExceededError) as raised:
+            [chunk async for chunk in stream]
+    assert str(raised.value) == said
+
+
+def test_a_missed_deadline_of_the_client_says_so_too():
+    over = threading.Event()
+
+    class Late(FakeInference):
+        def Generate(self, request, context):
+            over.wait(20)
+            return super().Generate(request, context)
+
+    with fake_turret(Late) as server, TurretClient(server.address, timeout=0.1) as client:
+        with pytest.raises(DeadlineExceededError) as raised:
+            client.generate("a")
+        over.set()
+    assert raised.value.message == "no answer in time: timeout=0.1 allows that many seconds"
+
+
+def test_a_missed_deadline_of_the_command_names_its_flag():
+    error = DeadlineExceededError(
+        grpc.StatusCode.DEADLINE_EXCEEDED, "no answer in time: timeout=600 allows that many seconds"
+    )
+    said = _with_next_step(error, argparse.Namespace(timeout=None)).message
+    assert said == "no answer in time: --timeout allows more seconds than 600"

@@ -19,6 +19,7 @@ from servers.fake_turret import FakeInference, fake_turret
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.channel import Tls
 from turret.clients.client import TurretClient, TurretRpcError
+from turret.clients.errors import UnavailableError
 from turret.v1 import inference_pb2_grpc
 
 SERVER_NAME = "turret.example"
@@ -118,6 +119,40 @@ def test_the_command_says_which_flag_is_missing(
     err = capfd.readouterr().err
     assert meaning in err
     assert "SSL" not in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("own", "step"),
+    [
+        (None, ("wants Tls(certificate=..., key=...) too", "wants --tls-cert and --tls-key too")),
+        (
+            "server",
+            ("wants a certificate= that one of those vouches for", "wants a --tls-cert"),
+        ),
+    ],
+)
+async def test_who_has_given_tls_is_told_of_the_certificate(
+    pem: Path, address: str, own: str | None, step: tuple[str, str], capfd
+):
+    """A server that asks for one only closes the connection of who shows none, or another."""
+    shown = {} if own is None else {"certificate": pem / f"{own}.crt", "key": pem / f"{own}.key"}
+    tls = Tls.from_files(ca=pem / "server.crt", server_name=SERVER_NAME, **shown)
+    said = f"what answers at {address} closes the connection; a server with --tls-client-ca "
+    with (
+        TurretClient(address, tls=tls, max_retries=0) as client,
+        pytest.raises(UnavailableError) as raised,
+    ):
+        client.get_model(timeout=10)
+    assert raised.value.message == said + step[0]
+    async with AsyncTurretClient(address, tls=tls, max_retries=0) as client:
+        with pytest.raises(UnavailableError) as raised:
+            await client.get_model(timeout=10)
+    assert raised.value.message == said + step[0]
+    flags = [f"--tls-{'cert' if n == 'certificate' else n}={path}" for n, path in shown.items()]
+    flags += [f"--tls-ca={pem / 'server.crt'}", f"--tls-server-name={SERVER_NAME}"]
+    for verb in (["generate", "a"], ["health"]):
+        assert parse_and_run(*verb, "--address", address, *flags) == 1
+        assert said + step[1] in capfd.readouterr().err
 
 
 async def test_a_server_of_several_addresses_goes_by_the_first_ones_name(pem: Path):

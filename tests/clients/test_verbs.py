@@ -165,6 +165,16 @@ def test_errors_say_what_to_do_next(run: Run, server: FakeTurret, capsys):
     with TurretClient(server.address) as client, pytest.raises(AuthenticationError) as raised:
         client.generate("a")
     assert str(raised.value).endswith(": the token is unknown; TurretClient(token=...) sends one")
+    # To who has given one.
+    step = "what was given is not in the file that the server's --token-file names"
+    err = run("generate", "a", "--token", "t")[2]
+    assert err == f"error: UNAUTHENTICATED: the token is unknown; {step}\n"
+    with (
+        TurretClient(server.address, token="t") as client,
+        pytest.raises(AuthenticationError) as raised,
+    ):
+        client.generate("a", adapters="sql")
+    assert raised.value.message == f"the token is unknown; {step}"
 
 
 @pytest.mark.parametrize(
@@ -172,6 +182,7 @@ def test_errors_say_what_to_do_next(run: Run, server: FakeTurret, capsys):
     [
         (["--address", "127.0.0.1"], "'127.0.0.1' is not HOST:PORT: the port is missing"),
         (["--address", "http://127.0.0.1:1"], "leave http:// out"),
+        (["--token", "Bearer t"], "--token: without the word Bearer"),
         (["--token", "ü"], "token: holds characters that no header can carry"),
         (["--logprobs"], "--logprobs shows in JSON alone: add --json"),
     ],

@@ -1,0 +1,133 @@
+"""A client that is closed while its calls run, and calls that their own program cancels."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers.fake_turret import FOREVER, FakeAdapters, FakeInference, FakeTurret, fake_turret
+
+from turret.clients.aio import AsyncTurretClient
+from turret.clients.client import TurretClient
+from turret.clients.errors import CallCancelledError
+
+SAID = "CANCELLED: the client was closed while the call ran; close it after its calls, or make"
+SLOW = "slow"
+
+
+class Slow(FakeInference):
+    """Takes until its client has gone over an answer to SLOW."""
+
+    def Generate(self, request, context):
+        if request.prompt == SLOW:
+            gone = threading.Event()
+            context.add_callback(gone.set)
+            gone.wait(20)
+        return super().Generate(request, context)
+
+
+@pytest.fixture
+def server() -> Iterator[FakeTurret]:
+    with fake_turret(Slow) as running:
+        yield running
+
+
+# One that is answered late, one that is tried again after a while, and streams of these.
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "call": lambda client: client.generate(SLOW),
+    "tries": lambda client: client.generate("busy"),
+    "stream": lambda client: client.generate_stream(FOREVER),
+    "stream tries": lambda client: client.generate_stream("busy"),
+}
+
+
+@pytest.mark.parametrize("ask", CALLS.values(), ids=CALLS)
+def test_a_running_call_says_that_its_client_was_closed(server: FakeTurret, ask):
+    client = TurretClient(server.address)
+    closes = threading.Timer(0.2, client.close)
+    closes.start()
+    started = time.monotonic()
+    with pytest.raises(CallCancelledError, match=f"^{SAID}"):
+        list(ask(client))
+    assert time.monotonic() - started < 5
+    closes.join()
+
+
+async def _to_the_end(ask: Any, client: AsyncTurretClient) -> None:
+    asked = ask(client)
+    if hasattr(asked, "__aiter__"):
+        async for _ in asked:
+            pass
+    else:
+        await asked
+
+
+@pytest.mark.parametrize("ask", CALLS.values(), ids=CALLS)
+async def test_a_running_asyncio_call_says_so_too(server: FakeTurret, ask):
+    client = AsyncTurretClient(server.address)
+    task = asyncio.create_task(_to_the_end(ask, client))
+    await asyncio.sleep(0.2)
+    await client.close()
+    with pytest.raises(CallCancelledError, match=f"^{SAID}"):
+        await task
+
+
+@pytest.mark.parametrize("ask", CALLS.values(), ids=CALLS)
+async def test_a_task_that_its_program_cancels_is_cancelled(server: FakeTurret, ask):
+    async with AsyncTurretClient(server.address) as client:
+        task = asyncio.create_task(_to_the_end(ask, client))
+        await asyncio.sleep(0.2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await _to_the_end(ask, client)
+    # And where both happens at once.
+    client = AsyncTurretClient(server.address)
+    task = asyncio.create_task(_to_the_end(ask, client))
+    await asyncio.sleep(0.2)
+    task.cancel()
+    await client.close()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_stream_that_another_task_closes_ends(server: FakeTurret):
+    async with AsyncTurretClient(server.address) as client:
+        stream = client.generate_stream(FOREVER)
+        task = asyncio.create_task(_to_the_end(lambda _: stream, client))
+        await asyncio.sleep(0.2)
+        await stream.aclose()
+        await task
+
+
+async def test_an_export_says_so_too(server: FakeTurret, tmp_path: Path, monkeypatch):
+    export = FakeAdapters.ExportAdapter
+
+    def slow(self, request, context):
+        gone = threading.Event()
+        context.add_callback(gone.set)
+        yield next(export(self, request, context))
+        gone.wait(20)
+
+    monkeypatch.setattr(FakeAdapters, "ExportAdapter", slow)
+    with fake_turret() as other:
+        client = AsyncTurretClient(other.address)
+        task = asyncio.create_task(client.adapters.export("sql", tmp_path / "a"))
+        await asyncio.sleep(0.2)
+        await client.close()
+        with pytest.raises(CallCancelledError, match=f"^{SAID}"):
+            await task
+        own = TurretClient(other.address)
+        closes = threading.Timer(0.2, own.close)
+        closes.start()
+        with pytest.raises(CallCancelledError, match=f"^{SAID}"):
+            own.adapters.export("sql", tmp_path / "a")
+        closes.join()
+    assert not (tmp_path / "a").exists()
