@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import socket
 from dataclasses import dataclass
 
-# A port that is empty or begins with a letter (a service's name, as in localhost:http) is gRPC's to
-# judge; so are IPv6 hosts without brackets, of which no part is a port.
+# IPv6 hosts without brackets, of which no part is a port, are gRPC's to judge.
 _HOST_PORT = re.compile(
-    r"(dns:(//[^/]*/)?)?(?P<host>\[[^\]]*\]|[^:\[\]]+):(?P<port>[^:A-Za-z][^:]*)", re.DOTALL
+    r"(dns:(//[^/]*/)?)?(?P<host>\[[^\]]*\]|[^:\[\]]+):(?P<port>[^:]*)", re.DOTALL
 )
+_NO_PORT = ": the port is missing"
 # What stands before a colon without being a host.
 _SCHEMES = ("unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock", "xds", "google-c2p")
 _MAX_PORT = 65535
@@ -159,14 +160,46 @@ def address_problem(address: str, *, has_tls: bool) -> str:
     Without a port gRPC takes 443, which is where servers with TLS may be. Of others with a colon,
     such as unix:PATH and dns:///NAME, gRPC knows best.
     """
-    scheme, is_url, _ = address.partition("://")
-    if is_url and scheme in ("http", "https", "grpc", "grpcs"):
-        return f"{address!r} is not HOST:PORT: leave {scheme}:// out"
-    if (found := _HOST_PORT.fullmatch(address)) and found["host"] not in _SCHEMES:
-        digits = _PORT_DIGITS.fullmatch(found["port"])
-        if digits is None or int(digits[1]) > _MAX_PORT:
-            # gRPC would dial what is left of a division by 65536.
-            return f"{address!r} is not HOST:PORT with a port from 0 to {_MAX_PORT}"
-    if has_tls or ":" in address:
+    scheme, colon, rest = address.partition(":")
+    is_scheme = colon and scheme in _SCHEMES
+    if is_scheme and not rest.strip("/"):
+        wanted = "a path, as unix:/run/turret.sock" if scheme == "unix" else "an address behind it"
+        return f"{scheme}: needs {wanted}"
+    if scheme.startswith("unix"):
         return ""
-    return f"{address!r} is not HOST:PORT: the port is missing"
+    problem = ""
+    if any(each.isspace() or not each.isprintable() for each in address):
+        problem = ": it holds a blank"
+    elif rest.startswith("//") and not is_scheme:
+        problem = f": leave {scheme}:// out"
+    elif "," in address and not is_scheme:
+        problem = ": a list of addresses begins with ipv4: or ipv6:"
+    elif address.startswith("[]") or (colon and not scheme and ":" not in rest):
+        problem = ": the host is missing"
+    elif (found := _HOST_PORT.fullmatch(address)) and found["host"] not in _SCHEMES:
+        problem = _port_problem(found["port"])
+    elif not address or not (has_tls or colon):
+        problem = _NO_PORT
+    return f"{address!r} is not HOST:PORT{problem}" if problem else ""
+
+
+def _port_problem(port: str) -> str:
+    """What is wrong with what follows the last colon; empty where gRPC takes it."""
+    if not port:
+        return _NO_PORT
+    digits = _PORT_DIGITS.fullmatch(port)
+    # gRPC would dial what is left of a number's division by 65536.
+    if (digits is not None and int(digits[1]) <= _MAX_PORT) or _is_service(port):
+        return ""
+    return f" with a port from 0 to {_MAX_PORT}"
+
+
+def _is_service(port: str) -> bool:
+    """Whether it is the name of a port, such as ``http``; gRPC knows two that no file need name."""
+    if port in ("http", "https"):
+        return True
+    try:
+        socket.getservbyname(port, "tcp")
+    except (OSError, UnicodeError, ValueError):
+        return False
+    return True
