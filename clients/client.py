@@ -50,8 +50,9 @@ class TurretClient:
     """Calls a turret server.
 
     Args:
-        address: ``HOST:PORT`` of the server.
-        token: Bearer token, sent with every call. Without ``tls`` it travels in the clear.
+        address: ``HOST:PORT`` of the server, or ``unix:PATH``.
+        token: Bearer token, without that word, sent with every call. Without ``tls`` it travels in
+            the clear.
         tls: How to verify the server; None means a plain connection.
         admin_address: Where the ``Adapters`` service listens; None means ``address``.
         timeout: Deadline in seconds of calls with one response that set none themselves; None
@@ -65,7 +66,8 @@ class TurretClient:
             or with a seed, the answer is that of one that never broke. It fails with NotFoundError
             if the weights that it began with are gone.
 
-    Every method's ``timeout`` is in seconds; ``math.inf`` means no deadline.
+    Every method's ``timeout`` is in seconds; ``math.inf``, or more than a clock can hold, means no
+    deadline. None means the client's, of streams and exports none.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ TurretRpcError
 ├── CallCancelledError        the call was cancelled, or its client closed
 ├── UnavailableError          no server, or one that starts or stops
 │   └── AnswerCutError        a server that stops ended an answer before its end
-└── ServerError               anything else: a fault of the server
+└── ServerError               anything else: a fault of the server, a service of another address
 """
 
 from __future__ import annotations
@@ -210,7 +210,10 @@ class RateLimitedError(TurretRpcError):
 
 
 class DeadlineExceededError(TurretRpcError):
-    """The call's deadline passed before its end; ``timeout`` of a call or its client sets it."""
+    """The deadline passed before the call's end; ``timeout`` of a call or its client sets it.
+
+    Of an answer that was asked for as a whole nothing is left; a stream has given its chunks.
+    """
 
 
 class AbortedError(TurretRpcError):
@@ -262,7 +265,10 @@ class AnswerCutError(UnavailableError):
 
 
 class ServerError(TurretRpcError):
-    """A fault of the server, or a status that it does not send on purpose."""
+    """Anything else: a fault of the server, or a service that is not at this address.
+
+    The latter has the ``reason`` ``SERVICE_ELSEWHERE``, or none if the server is not turret's.
+    """
 
 
 _CLASSES: dict[grpc.StatusCode, type[TurretRpcError]] = {

@@ -126,8 +126,9 @@ class Completion:
         text: The answer.
         token_ids: Its tokens, if asked for.
         logprobs: One entry per token, if asked for.
-        finish_reason: ``STOP``, ``LENGTH`` or ``DEADLINE``; ``CANCELLED``, by a server that stops,
-            only in an ``AnswerCutError`` and in the last chunk before one.
+        finish_reason: ``STOP`` or ``LENGTH``. ``CANCELLED``, by a server that stops, only in an
+            ``AnswerCutError`` and in the last chunk before one; ``DEADLINE`` only in the last chunk
+            before a ``DeadlineExceededError``, and only where the server's clock was first.
         stop: The stop string or stop token id of the request that ended it, if one did.
         usage: What the request cost.
         adapters_used: Which weights answered, in the order of the request.

@@ -11,12 +11,14 @@ from typing import Any
 
 import grpc
 import pytest
-from servers.fake_turret import FOREVER, FakeInference, FakeTurret, fake_turret
+from google.rpc import error_details_pb2
+from servers.fake_turret import FOREVER, FakeInference, FakeTurret, abort, fake_turret
 
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.client import TurretClient
 from turret.clients.errors import DeadlineExceededError
 from turret.clients.verbs.command import _with_next_step
+from turret.v1 import inference_pb2
 
 LONG = [1e9, 3e9, 9.2e9, 1e10, sys.maxsize, pytest.param(10**400, id="10**400"), math.inf]
 
@@ -56,6 +58,28 @@ async def test_a_missed_deadline_says_how_long_it_was(server: FakeTurret):
         with pytest.raises(DeadlineExceededError) as raised:
             [chunk async for chunk in stream]
     assert str(raised.value) == said
+
+
+class Punctual(FakeInference):
+    """Says itself that the deadline is over, as a server does whose clock is first."""
+
+    def GenerateStream(self, request, context):
+        reason = inference_pb2.GenerateResponse.DEADLINE
+        yield inference_pb2.GenerateChunk(text="a", finish_reason=reason)
+        info = error_details_pb2.ErrorInfo(reason="DEADLINE_EXCEEDED", domain="turret")
+        said = "the deadline passed before the request finished"
+        abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, said, info)
+
+
+def test_a_server_whose_clock_is_first_gives_what_there_is():
+    with fake_turret(Punctual) as server, TurretClient(server.address) as client:
+        stream = client.generate_stream("a", timeout=5)
+        assert next(stream).finish_reason == "DEADLINE"
+        with pytest.raises(DeadlineExceededError) as raised:
+            next(stream)
+    assert raised.value.message == (
+        "the deadline passed before the request finished: timeout=5 allows that many seconds"
+    )
 
 
 def test_a_missed_deadline_of_the_client_says_so_too():

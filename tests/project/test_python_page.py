@@ -53,6 +53,11 @@ def test_signatures_are_python() -> None:
         ast.parse(signature.replace("…", "...") + ": ...")
     assert any("request_id: str = ''" in signature for signature in signatures)
     assert any("mode: str = 'drain'" in signature for signature in signatures)
+    made = [
+        each for each in signatures if each.startswith("def __init__(self, address: str = '127")
+    ]
+    assert len(made) == 2
+    assert all("timeout: float | None = 600.0, max_retries: int" in each for each in made)
 
 
 def test_every_attribute_and_option_is_explained() -> None:

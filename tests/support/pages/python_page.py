@@ -196,7 +196,11 @@ def rendered() -> str:
             lines += [_FORMS, ""]
         for kind in kinds:
             types = {name: _named(each) for name, each in inspect.get_annotations(kind).items()}
-            lines += [f"### `{kind.__name__}`", "", *_text(kind.__doc__, types)]
+            lines += [f"### `{kind.__name__}`", ""]
+            if heading == "Clients":
+                # Others are made by these, or have their defaults among their attributes.
+                lines += ["```python", _signature("__init__", kind.__init__), "```", ""]
+            lines += _text(kind.__doc__, types)
             lines += [*_properties(kind), *_methods(kind)]
     # The introduction's code keeps its two blank lines.
     return _INTRO + "\n" + re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
