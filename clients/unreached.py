@@ -39,13 +39,15 @@ class _Cause:
 # What gRPC also says of a connection that ends as soon as it is made, as one without TLS does to a
 # server that wants it.
 _CLOSED = "Socket closed"
+# And of one that ends with its server, in the middle of a call.
+_LOGGED = "the log of one that went away says why"
 _BROKE = "the connection broke"
 _AGAIN = "ask again; if it stays away, the server's log says why"
 _CLOSES = _Cause(
     (_CLOSED,),
     "closes the connection",
-    "a server with TLS wants tls=Tls(...)",
-    "a server with TLS wants --tls or --tls-ca",
+    f"a server with TLS wants tls=Tls(...), {_LOGGED}",
+    f"a server with TLS wants --tls or --tls-ca, {_LOGGED}",
 )
 # To who has given TLS already: a server that asks for a certificate says no more than that.
 _WANTS_MORE = _Cause(

@@ -158,15 +158,18 @@ def evaluate(
         examples: The test set, not empty.
         mixes: What to judge; an empty one is the base model alone.
         options: How to judge.
-        on_progress: Called with the number of examples judged and to judge, over all mixes.
+        on_progress: Called with the number of examples judged and to judge, over all mixes; with 0
+            as soon as the server has answered at all.
 
     Raises:
         TurretRpcError: A call failed; the message names the test set's line and the mix.
         ValueError: A right answer has no tokens.
     """
-    for mix in filter(None, mixes):
-        # A name that is not there is told before the first example, not after many.
+    for mix in mixes:
+        # A name that is not there is told before the first example, not after many; and once a call
+        # has succeeded, a server that is not reached has gone.
         _called(mix_name(mix), partial(client.tokenize, "a", adapters=mix, timeout=options.timeout))
+    on_progress(0, len(examples) * len(mixes))
     with ThreadPoolExecutor(options.concurrency) as pool:
         try:
             encoded = _encode(client, pool, examples, options)

@@ -57,7 +57,7 @@ _VARIABLES = {"address": ADDRESS_VARIABLE, "token": TOKEN_VARIABLE, "tls_ca": TL
 
 
 class UnfinishedAnswerError(Exception):
-    """An answer whose server went away before its end, of which a part has been printed."""
+    """An answer, or a round of them, whose server went away before its end."""
 
 
 def connection_parser() -> argparse.ArgumentParser:

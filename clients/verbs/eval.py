@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from turret.clients.client import TurretClient
+from turret.clients.errors import UnavailableError
 from turret.clients.evaluation.answer_metrics import Estimate
 from turret.clients.evaluation.eval_set import EvalExample, read_eval_set
 from turret.clients.evaluation.evaluate import (
@@ -28,6 +29,7 @@ from turret.clients.evaluation.evaluate import (
 from turret.clients.evaluation.plot import eval_svg
 from turret.clients.evaluation.rows import RowError
 from turret.clients.verbs.command import (
+    UnfinishedAnswerError,
     adapter_weight,
     connection_parser,
     json_parser,
@@ -162,20 +164,40 @@ def _judge(
     mixes: Sequence[Mix],
     options: EvalOptions,
 ) -> list[MixReport]:
-    """:func:`evaluate` with a bar, and what Ctrl-C says of it."""
+    """:func:`evaluate` with a bar, and what Ctrl-C and a server that goes away leave.
+
+    Raises:
+        UnfinishedAnswerError: The server has answered, and is gone.
+    """
     columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
-        task = progress.add_task("judging", total=len(examples) * len(mixes))
+        total = len(examples) * len(mixes)
+        task = progress.add_task("judging", total=total)
+        # None until the server has answered at all.
+        done: int | None = None
 
-        def note(done: int, total: int) -> None:
-            args.stopped = f"stopped after {done} of {total} answers; nothing was written"
+        def extent() -> str:
+            return f"after {done or 0} of {total} answers; nothing was written"
+
+        def note(now: int, total: int) -> None:
+            nonlocal done
+            done = now
+            args.stopped = f"stopped {extent()}"
             progress.update(task, completed=done, total=total)
 
-        note(0, len(examples) * len(mixes))
-        reports = evaluate(client, examples, mixes, options, on_progress=note)
+        args.stopped = f"stopped {extent()}"
+        try:
+            reports = evaluate(client, examples, mixes, options, on_progress=note)
+        except UnavailableError as error:
+            if done is None:
+                raise
+            said = f" ({error.message})" if error.reason else ""
+            raise UnfinishedAnswerError(
+                f"the server went away{said} {extent()}; see its log, and ask again"
+            ) from error
     args.stopped = ""
     return reports
 

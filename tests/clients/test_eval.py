@@ -39,6 +39,7 @@ class Geographer(FakeInference):
         super().__init__(adapters)
         self.full = 0
         self.together = 0
+        self.is_closed = False
         self._running = 0
         self._lock = threading.Lock()
         # Nobody is answered before two calls are under way: proof that they are.
@@ -81,6 +82,8 @@ class Geographer(FakeInference):
         return response
 
     def Tokenize(self, request, context):
+        if self.is_closed:
+            abort(context, grpc.StatusCode.UNAVAILABLE, "Socket closed")
         text = "".join(f"<{m.role}>{m.content}" for m in request.chat.messages)
         ids = [ord(c) for c in text] or [BOS, *(ord(c) for c in request.prompt)]
         return inference_pb2.TokenizeResponse(token_ids=ids)
@@ -232,6 +235,22 @@ def test_an_interrupt_says_how_far_it_was_and_waits_for_nobody(
     assert re.fullmatch(r"\nstopped after [34] of 6 answers; nothing was written\n", err)
     assert not (tmp_path / "answers.jsonl").exists()
     assert took < 20
+
+
+def test_a_server_that_goes_away_is_said_to_be_gone(
+    run: Run, server: FakeTurret, capitals: Path, monkeypatch
+):
+    """Where none has answered yet, the same words of gRPC are those of a server with TLS."""
+
+    def close(request, context):
+        abort(context, grpc.StatusCode.UNAVAILABLE, "Socket closed")
+
+    monkeypatch.setattr(server.inference, "_accept", close)
+    code, _, err = run(capitals, "-m", "sql")
+    gone = "error: the server went away after 0 of 6 answers; nothing was written; see its log"
+    assert (code, err) == (1, f"{gone}, and ask again\n")
+    monkeypatch.setattr(server.inference, "is_closed", True)
+    assert "wants --tls" in run(capitals, "-m", "sql")[2]
 
 
 def test_progress_knows_its_end_from_the_start(run: Run, capitals: Path, monkeypatch):

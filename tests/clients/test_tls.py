@@ -98,7 +98,7 @@ def test_nothing_less_will_do(pem: Path, address: str, missing: str):
 @pytest.mark.parametrize(
     ("flags", "meaning"),
     [
-        ([], "closes the connection; a server with TLS wants --tls"),
+        ([], "a server with TLS wants --tls or --tls-ca, the log of one that went away"),
         (["--tls"], "do not vouch for; --tls-ca names"),
         (["--tls-ca", "server.crt"], "for another name; --tls-server-name says"),
         (["--tls-ca", "text"], "holds no PEM"),
