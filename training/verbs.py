@@ -102,7 +102,9 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
             print(f"error: {in_own_words(args, str(error))}", file=sys.stderr)
             return EXIT_USAGE if isinstance(error, ConfigFileError) else 1
         except KeyboardInterrupt as interrupt:
-            print(f"\nstopped{_how_to_go_on(args)}", file=sys.stderr)
+            # In the place of the ^C that a terminal shows where no bar has gone over it.
+            anew = "\r\x1b[K" if sys.stderr.isatty() else ""
+            print(f"{anew}stopped{_how_to_go_on(args)}", file=sys.stderr)
             return exit_code(interrupt)
         return 0
 

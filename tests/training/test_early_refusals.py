@@ -298,7 +298,7 @@ def test_a_run_that_stops_says_from_where_it_can_go_on(
         assert _with_errors(stop)(argparse.Namespace()) == 143
         return capsys.readouterr().err
 
-    assert said() == "\nstopped\n"
+    assert said() == "stopped\n"
     go_on = f"`turret train run {run.config} --resume`"
     for every, why in (
         (0, "no checkpoint is written (run.checkpoint_every is 0)"),
@@ -306,13 +306,19 @@ def test_a_run_that_stops_says_from_where_it_can_go_on(
         (50, "the first checkpoint is written after step 50 (run.checkpoint_every)"),
     ):
         run.write_facts({"config": {"run": {"checkpoint_every": every, "steps": 150}}})
-        assert said() == f"\nstopped; {why}, so {go_on} begins at step 0\n"
+        assert said() == f"stopped; {why}, so {go_on} begins at step 0\n"
     run.checkpoints.mkdir()
     for step in (50, 100):
         checkpoint_path(run.checkpoints, step).touch()
-    assert said() == f"\nstopped; {go_on} goes on from step 100\n"
+    assert said() == f"stopped; {go_on} goes on from step 100\n"
     run.adapter.mkdir()
-    assert said() == "\nstopped\n"
+    writes = f"`turret train report {run.path}` writes it, without answers"
+    assert said() == f"stopped; the adapter is whole, without its page; {writes}\n"
+    with pytest.raises(RunError) as refused:
+        run.check(resume=True, overwrite=False)
+    assert f"holds a finished run without its page; {writes}; --overwrite" in str(refused.value)
+    run.report.touch()
+    assert said() == "stopped\n"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 

@@ -104,7 +104,8 @@ class RunFolder:
         if overwrite and has_run:
             return
         if self.is_finished:
-            raise RunError(f"{self.path} holds a finished run; --overwrite trains anew")
+            without = "" if self.report.exists() else f" without its page; {self._how_to_report()}"
+            raise RunError(f"{self.path} holds a finished run{without}; --overwrite trains anew")
         if has_run and not resume:
             raise RunError(
                 f"{self.path} holds an unfinished run; --resume goes on with it, --overwrite"
@@ -163,7 +164,9 @@ class RunFolder:
                     each.unlink(missing_ok=True)
 
     def how_to_go_on(self) -> str:
-        """What ``--resume`` would do with a run that stops now; empty where there is none."""
+        """What is to be done about a run that stops now; empty where there is nothing."""
+        if self.is_finished and not self.report.exists():
+            return f"the adapter is whole, without its page; {self._how_to_report()}"
         if self.is_finished or not self.facts.exists():
             return ""
         newest = self.newest_checkpoint
@@ -171,6 +174,10 @@ class RunFolder:
         if newest is None:
             return f"{self._why_no_checkpoint()}, so {command} begins at step 0"
         return f"{command} goes on from step {step_of(newest)}"
+
+    def _how_to_report(self) -> str:
+        samples = "" if self.samples.exists() else ", without answers"
+        return f"`turret train report {shlex.quote(str(self.path))}` writes it{samples}"
 
     def _why_no_checkpoint(self) -> str:
         run = self.read_facts().get("config", {}).get("run", {})

@@ -10,9 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
@@ -46,7 +47,7 @@ def training_progress(
         _Times(table_column=Column(no_wrap=True)),
     )
     is_drawn = console.is_terminal
-    with Progress(*columns, console=console, transient=not stays, disable=not is_drawn) as bar:
+    with _Bar(*columns, console=console, transient=not stays, disable=not is_drawn) as bar:
         task = bar.add_task(title, total=num_steps, now="")
         shown = _Shown(console, title, num_steps, lambda **fields: bar.update(task, **fields))
         done = threading.Event()
@@ -58,6 +59,24 @@ def training_progress(
             yield shown.listen
         finally:
             done.set()
+
+
+class _Bar(Progress):
+    """Leaves room for the ^C of a terminal, which would wrap and have the last line drawn twice."""
+
+    def get_renderable(self) -> RenderableType:
+        return _Narrowed(super().get_renderable())
+
+
+@dataclass(frozen=True, slots=True)
+class _Narrowed:
+    """What is drawn, a little narrower than the terminal is at that time."""
+
+    drawn: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = max(1, options.max_width - len("^C"))
+        yield from console.render(self.drawn, options.update(width=width))
 
 
 class _Steps(ProgressColumn):

@@ -166,7 +166,7 @@ def test_a_directory_is_neither_overwritten_nor_mixed_up(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run = train(tmp_path, tiny_llama, "run")
-    with pytest.raises(RunError, match="holds a finished run; --overwrite trains anew"):
+    with pytest.raises(RunError, match="holds a finished run without its page; .*; --overwrite"):
         train(tmp_path, tiny_llama, "run")
     before = adapter_bytes(run)
     # What is not the run's own stays: another run below it, and what somebody put there.

@@ -273,6 +273,9 @@ def test_a_bar_has_room_for_counts_and_times_on_80_columns(monkeypatch: pytest.M
             line = drawn.getvalue().rpartition("rank 128")[2]
             assert re.search(rf"1000/1000 {text} \d:\d\d gone", line)
             assert "…" not in line
+    # Nor does the terminal's ^C behind it wrap, which would have the bar drawn a second time.
+    shown = re.findall(r"rank 128[^\r\n\x1b]*", drawn.getvalue())
+    assert {len(each) <= 78 for each in shown} == {True}
 
 
 def test_a_bar_says_which_time_is_which(monkeypatch: pytest.MonkeyPatch):
