@@ -29,6 +29,7 @@ from turret.server.config import Config
 from turret.server.errors import AdapterExistsError, TurretError
 from turret.server.metrics import Metrics
 from turret.server.metrics_server import MetricsServer
+from turret.server.progress import end_bars
 from turret.server.reloading import NOTHING_TO_RELOAD, TokenReloader
 from turret.server.rpc.server import RpcServer
 
@@ -322,6 +323,7 @@ class App:
         kinds = (signal.SIGTERM, signal.SIGINT) if is_main else ()
 
         def received(kind: signal.Signals) -> None:
+            end_bars()
             if self._stop.is_set():
                 _log.warning("second signal: stopping at once")
                 os._exit(128 + kind)

@@ -7,11 +7,14 @@ Callers log ids, names, counts and durations; never prompts, completions or bear
 from __future__ import annotations
 
 import contextvars
+import io
 import json
 import logging
 import re
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TextIO
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
@@ -90,3 +93,32 @@ def configure(
     root.setLevel(logging.WARNING)
     logging.getLogger("turret").setLevel(level)
     logging.captureWarnings(True)
+
+
+class _Lines(io.TextIOBase):
+    """A stream that hands on each line; a handler writes whole ones."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        self._take = take
+
+    def write(self, text: str) -> int:
+        self._take(text.removesuffix("\n"))
+        return len(text)
+
+
+@contextmanager
+def taken_by(take: Callable[[str], None]) -> Iterator[None]:
+    """While inside, what would be logged to stderr is given to ``take``, a line at a time."""
+    handlers = [
+        each
+        for each in logging.getLogger().handlers
+        if isinstance(each, logging.StreamHandler) and each.stream is sys.stderr
+    ]
+    before = sys.stderr
+    for handler in handlers:
+        handler.setStream(_Lines(take))
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.setStream(before)

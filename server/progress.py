@@ -9,12 +9,15 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from turret.server import log
 
 Report = Callable[[str, int, int], None]
 
 _log = logging.getLogger(__name__)
+# Bars that are drawn.
+_drawn: list[Progress] = []
 # What is over sooner is not worth a line.
 _FIRST_SECONDS = 3.0
 _EVERY_SECONDS = 10.0
@@ -33,7 +36,12 @@ def progress_bar() -> Iterator[Report]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as bar:
+
+    def above(line: str) -> None:
+        console.print(Text(line), highlight=False, soft_wrap=True)
+
+    # The bar is drawn again behind each line; what is written past it would be glued to it.
+    with log.taken_by(above), Progress(*columns, console=console) as bar, _ended_early(bar):
         tasks = {}
 
         def report(description: str, done: int, total: int) -> None:
@@ -42,6 +50,24 @@ def progress_bar() -> Iterator[Report]:
             bar.update(tasks[description], completed=done)
 
         yield report
+
+
+@contextmanager
+def _ended_early(bar: Progress) -> Iterator[None]:
+    _drawn.append(bar)
+    try:
+        yield
+    finally:
+        _drawn.remove(bar)
+
+
+def end_bars() -> None:
+    """Have a terminal's cursor back, which a bar hides, before the end of its work.
+
+    What a thread loads is not waited for when the process ends.
+    """
+    for bar in tuple(_drawn):
+        bar.stop()
 
 
 def _lines(now: Callable[[], float]) -> Report:

@@ -1,10 +1,13 @@
-"""What is said, off a terminal, of what takes long."""
+"""What is said, on a terminal and off it, of what takes long."""
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 
 import pytest
+from rich.console import Console
 
 from turret.server import progress
 
@@ -21,3 +24,30 @@ def test_what_takes_long_is_said_now_and_then(caplog: pytest.LogCaptureFixture) 
     report("Quantising", 40, 40)
     report("Loading", 1, 2)
     assert len(caplog.records) == len(said)
+
+
+def test_a_line_of_log_stands_above_the_bar_and_a_stop_ends_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = io.StringIO()
+    console = Console(file=drawn, force_terminal=True, width=60, color_system=None)
+    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    root, handler = logging.getLogger(), logging.StreamHandler(sys.stderr)
+    monkeypatch.setattr(root, "handlers", [handler])
+    long = "call finished [bold] " + "x" * 100
+    with progress.progress_bar() as report:
+        report("Loading layers", 6, 30)
+        root.warning(long)
+        # The line before it is gone, and the bar is drawn again below.
+        before, _, after = drawn.getvalue().partition(long)
+        assert before.endswith("\x1b[2K")
+        assert after.startswith("\n")
+        assert "Loading layers" in after
+        progress.end_bars()
+        assert drawn.getvalue().endswith("\x1b[?25h")
+        ended = len(drawn.getvalue())
+        report("Loading layers", 7, 30)
+        root.warning("stopped")
+    assert drawn.getvalue()[ended:] == "stopped\n"
+    root.warning("after")
+    assert capsys.readouterr().err == "after\n"
