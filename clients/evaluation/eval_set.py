@@ -54,6 +54,11 @@ def read_eval_set(
     """
     if not path.exists():
         raise FileNotFoundError(f"{path.absolute()} does not exist{near_files(path)}")
+    if path.is_dir():
+        near = near_files(Path(f"{path}.jsonl"))
+        raise IsADirectoryError(
+            f"{path} is a directory; a test set is a JSONL file of examples{near}"
+        )
     examples: list[EvalExample] = []
     for row in read_rows(path, is_learned=False):
         if len(examples) == limit:

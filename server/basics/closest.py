@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
 
 # Longer names are no slips of a finger, and comparing them takes long.
 _MOST_CHARS = 128
 _FEW_CHARS = 3
+# Of a directory no more are looked at.
+_MOST_NAMES = 4096
 # What others call what is here called otherwise.
 _OTHER_NAMES = {
     **dict.fromkeys(("bf16", "torch.bfloat16"), "bfloat16"),
@@ -50,3 +54,13 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """``"; did you mean 'sql'?"`` where a choice is close to the word, else nothing."""
     close = closest(word, choices)
     return "" if close is None else f"; did you mean {close!r}?"
+
+
+def path_meant(path: Path, is_meant: Callable[[Path], bool]) -> str:
+    """The same of a path at which there is nothing, by what is beside it and ``is_meant``."""
+    try:
+        beside = list(islice(path.absolute().parent.iterdir(), _MOST_NAMES))
+        close = closest(path.name, [each.name for each in beside if is_meant(each)])
+    except OSError:
+        return ""
+    return "" if close is None else f"; did you mean {str(path.with_name(close))!r}?"

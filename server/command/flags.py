@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.basics.byte_size import format_byte_size
+from turret.server.basics.closest import path_meant
 from turret.server.command.settings import (
     Setting,
     Settings,
@@ -35,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser, hidden: Collection[str] = ()) -> 
     """
     parser.add_argument(
         "--config",
-        type=Path,
+        type=_config_file,
         metavar="PATH",
         default=argparse.SUPPRESS,
         help=f"TOML file of settings; flags and variables win (default: ${CONFIG_VARIABLE})",
@@ -67,13 +68,27 @@ def read_settings(args: argparse.Namespace, environ: Mapping[str, str]) -> Setti
             found.update(read_file(Path(file)))
         except OSError as error:
             origin = "--config" if given.get("config") else CONFIG_VARIABLE
-            raise ValueError(f"{origin}: {file}: {error.strerror}") from None
+            raise ValueError(f"{origin}: {_why_unread(Path(file), error)}") from None
     found.update(read_environment(environ))
     for setting in settings():
         if setting.name in given:
             value = given[setting.name]
             found.put(setting, tuple(value) if setting.is_repeated else value, "")
     return found
+
+
+def _config_file(text: str) -> Path:
+    if not text:
+        # A shell's variable that is not set; as a path it would be this directory.
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(text)
+
+
+def _why_unread(file: Path, error: OSError) -> str:
+    if file.is_dir():
+        return f"{file} is a directory; it is a TOML file of settings"
+    near = "" if file.exists() else path_meant(file, Path.is_file)
+    return f"{file}: {error.strerror}{near}"
 
 
 def config_from_args(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Config:

@@ -25,7 +25,7 @@ from turret.server.adapters.peft_format.refusals.known_shapes import BaseSize
 from turret.server.api.access.tokens import TokenTable
 from turret.server.basics.address import split_address
 from turret.server.basics.byte_size import about_bytes
-from turret.server.basics.closest import did_you_mean
+from turret.server.basics.closest import did_you_mean, path_meant
 from turret.server.basics.counted import counted
 from turret.server.basics.files.writable import unwritable
 from turret.server.basics.hub_id import HUB_SCHEME
@@ -183,7 +183,9 @@ def _adapters(
     preload = [(name, path) for name, path in config.preload if not path.startswith(HUB_SCHEME)]
     if root is not None and not root.is_dir():
         what = "is no directory" if root.exists() else "does not exist"
-        yield f"--adapter-root: {root} {what}; it is the directory that holds the adapters' own"
+        near = "" if root.exists() else path_meant(root, Path.is_dir)
+        step = near or "; it is the directory in which every adapter has a directory of its own"
+        yield f"--adapter-root: {root} {what}{step}"
     elif root is not None and not os.access(root, os.R_OK | os.X_OK):
         yield f"--adapter-root: {root} cannot be read by this user"
     elif root is not None:
@@ -239,7 +241,8 @@ def _files(config: SecurityConfig) -> Iterator[str]:
         try:
             path.read_bytes()
         except OSError as error:
-            yield f"--{flag.replace('_', '-')}: {path}: {error.strerror}"
+            near = "" if path.exists() else path_meant(path, Path.is_file)
+            yield f"--{flag.replace('_', '-')}: {path}: {error.strerror}{near}"
             return
     if config.token_file is not None:
         try:

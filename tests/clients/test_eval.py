@@ -337,8 +337,8 @@ def test_a_picture_of_another_kind_is_refused_at_once(
 
 def test_a_file_that_is_not_there_exits_1(run: Run, tmp_path: Path):
     code, _, err = run(tmp_path / "none.jsonl")
-    assert code == 1
-    assert "none.jsonl" in err
+    assert (code, "none.jsonl" in err) == (1, True)
+    assert "is a directory; a test set is a JSONL file of examples" in run(tmp_path)[2]
 
 
 def test_labels_are_judged_by_accuracy_and_macro_f1(

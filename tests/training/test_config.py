@@ -290,10 +290,14 @@ def test_a_config_that_is_not_there_is_told_how_to_be(
     assert main(["train", "run", str(path)]) == 2
     said = f"error: {path} does not exist; `turret train init {path}` writes one\n"
     assert capsys.readouterr().err == said
-    (tmp_path / "config.toml").touch()
-    assert main(["train", "run", str(tmp_path)]) == 2
-    said = f"error: {tmp_path}: Is a directory; did you mean {tmp_path}/config.toml?\n"
-    assert capsys.readouterr().err == said
+    run = tmp_path / "hotel"
+    run.mkdir()
+    (run / "config.toml").touch()
+    for meant in (run / "config.toml", tmp_path / "hotel.toml"):
+        meant.touch()
+        assert main(["train", "run", str(run)]) == 2
+        said = f"error: {run} is a directory; a config is a TOML file; did you mean {meant}?\n"
+        assert capsys.readouterr().err == said
     (tmp_path / "now.toml").touch()
     assert main(["train", "run", str(path)]) == 2
     assert capsys.readouterr().err == f"error: {path} does not exist; did you mean 'now.toml'?\n"

@@ -37,10 +37,14 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> TrainConfig:
     except FileNotFoundError as error:
         step = near_files(path) or f"; `turret train init {shlex.quote(str(path))}` writes one"
         raise ConfigFileError(f"{path.absolute()} does not exist{step}") from error
+    except IsADirectoryError as error:
+        # What it was trained with is seldom meant where a config of its name is beside a run.
+        beside = Path(f"{path}.toml")
+        meant = next((each for each in (beside, path / "config.toml") if each.is_file()), None)
+        step = near_files(beside) if meant is None else f"; did you mean {meant}?"
+        raise ConfigFileError(f"{path} is a directory; a config is a TOML file{step}") from error
     except OSError as error:
-        own = path / "config.toml"
-        meant = f"; did you mean {own}?" if own.is_file() else ""
-        raise ConfigFileError(f"{path}: {error.strerror or error}{meant}") from error
+        raise ConfigFileError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
         step = ""
         if path.suffix in (".jsonl", ".json"):

@@ -126,7 +126,14 @@ def test_a_pointer_in_the_place_of_a_models_json(name: str, tmp_path: Path) -> N
 
 
 def test_adapters_that_are_not_there(tmp_path: Path) -> None:
-    assert "does not exist" in found("--adapter-root", str(tmp_path / "no"))[0]
+    said = "does not exist; it is the directory in which every adapter has a directory of its own"
+    assert found("--adapter-root", str(tmp_path / "no")) == [
+        f"--adapter-root: {tmp_path}/no {said}"
+    ]
+    (tmp_path / "hotel").mkdir()
+    (tmp_path / "hotl.toml").touch()
+    said = f"{tmp_path}/hotl does not exist; did you mean '{tmp_path}/hotel'?"
+    assert found("--adapter-root", str(tmp_path / "hotl")) == [f"--adapter-root: {said}"]
     root = ("--adapter-root", str(ADAPTERS))
     assert found(*root, "--preload", "a=json") == []
     assert "did you mean 'json'?" in found(*root, "--preload", "a=jsn")[0]
