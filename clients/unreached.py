@@ -53,14 +53,14 @@ _CLOSES = _Cause(
 _WANTS_MORE = _Cause(
     (),
     _CLOSES.meaning,
-    "a server with --tls-client-ca wants Tls(certificate=..., key=...) too",
-    "a server with --tls-client-ca wants --tls-cert and --tls-key too",
+    f"a server with --tls-client-ca wants Tls(certificate=..., key=...) too, {_LOGGED}",
+    f"a server with --tls-client-ca wants --tls-cert and --tls-key too, {_LOGGED}",
 )
 _WANTS_ANOTHER = _Cause(
     (),
     _CLOSES.meaning,
-    "a server with --tls-client-ca wants a certificate= that one of those vouches for",
-    "a server with --tls-client-ca wants a --tls-cert that one of those vouches for",
+    f"a server with --tls-client-ca wants a certificate= that one of those vouches for, {_LOGGED}",
+    f"a server with --tls-client-ca wants a --tls-cert that one of those vouches for, {_LOGGED}",
 )
 _ANSWERED = (
     _Cause(

@@ -80,6 +80,7 @@ def _messages() -> dict[str, list[Message]]:
 
 def _bodies() -> dict[str, Any]:
     turns = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    repeated = {"user": "u", "metadata": {"k": "v"}, "text": {"format": {"type": "text"}}}
     return {
         "/v1/chat/completions": {"model": "base+a*-0.5", "messages": turns, "stream": True},
         "/v1/completions": {"model": "base", "prompt": [[1], [2]], "logit_bias": {"5": 1}, "n": 2},
@@ -89,6 +90,7 @@ def _bodies() -> dict[str, Any]:
         "/detokenize": {"tokens": [1, 2]},
         "/v1/load_lora_adapter": {"lora_name": "c", "lora_path": "c"},
         "/v1/unload_lora_adapter": {"lora_name": "c"},
+        "/v1/responses": {"model": "a", "input": turns, "max_output_tokens": 1} | repeated,
     }
 
 

@@ -46,7 +46,7 @@ METHODS: tuple[Any, ...] = tuple(
 )
 PATHS = (
     *("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/embeddings"),
-    *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/classify"),
+    *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/classify", "/v1/responses"),
 )
 
 
