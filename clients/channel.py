@@ -65,7 +65,8 @@ class Tls:
         if not isinstance(self.server_name, str | None):
             raise TypeError(f"server_name: a text, not {self.server_name!r}")
         if (self.certificate is None) != (self.key is None):
-            raise ValueError("a client certificate and its key come together")
+            missing = "key" if self.key is None else "certificate"
+            raise ValueError(f"{missing}: is missing; certificate and key come together")
 
     @classmethod
     def from_files(

@@ -17,7 +17,13 @@ from turret.clients.messages.fields import (
     several,
 )
 from turret.clients.messages.mix import AdaptersLike, to_mix
-from turret.clients.messages.turns import MessageLike, is_like_a_turn, to_messages, to_tool
+from turret.clients.messages.turns import (
+    MessageLike,
+    check_is_no_turn,
+    is_like_a_turn,
+    to_messages,
+    to_tool,
+)
 from turret.v1 import inference_pb2
 
 # Text, token ids (an array of them, too), or the turns of a conversation.
@@ -269,6 +275,7 @@ def set_input(
         check_text(name, prompt)
         request.prompt = prompt
         return
+    check_is_no_turn(name, prompt)
     items = _items(name, prompt)
     if any(map(is_like_a_turn, items)):
         request.chat.messages.extend(to_messages(place or "messages", items))

@@ -27,6 +27,7 @@ def chat_messages(chat: str | Iterable[MessageLike]) -> list[inference_pb2.ChatM
     if isinstance(chat, str):
         check_text("messages", chat)
         return [inference_pb2.ChatMessage(role="user", content=chat)]
+    check_is_no_turn("messages", chat)
     wanted = "a text, or the turns of a conversation"
     turns = to_messages("messages", several("messages", chat, wanted))
     if not turns:
@@ -52,6 +53,17 @@ def to_messages(name: str, turns: Iterable[Any]) -> list[inference_pb2.ChatMessa
 def is_like_a_turn(value: object) -> bool:
     """Whether a value has the type of a turn, whatever it holds."""
     return isinstance(value, Mapping | tuple | list | inference_pb2.ChatMessage)
+
+
+def check_is_no_turn(name: str, value: object) -> None:
+    """Refuse one turn where several are wanted; ``name`` is what the caller calls them.
+
+    Raises:
+        TypeError: It is one.
+    """
+    is_pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], str)
+    if is_pair or isinstance(value, Mapping | inference_pb2.ChatMessage):
+        raise TypeError(f"{name}: the turns of a conversation; put a single one into a list")
 
 
 def _to_message(place: str, turn: object) -> inference_pb2.ChatMessage:

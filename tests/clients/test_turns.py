@@ -9,6 +9,7 @@ import pytest
 from servers.fake_turret import FakeTurret
 
 from turret.clients.client import AdapterWeight, Tls, TurretClient
+from turret.v1 import inference_pb2
 
 USER = {"role": "user", "content": "hi"}
 CALL = {"type": "function", "function": {"name": "find", "arguments": "{}"}}
@@ -100,6 +101,7 @@ def test_a_tensor_is_token_ids(client: TurretClient, server: FakeTurret):
         ([5, None], ": a whole number, not None"),
         ([5, 6.0], ": a whole number, not 6.0"),
         (None, ": text, token ids or the turns of a conversation, not None"),
+        (["hi", "a"], ": text, token ids or the turns of a conversation, not ['hi', 'a']"),
         ([None], ": text, token ids or the turns of a conversation, not [None]"),
         (np.array([5.0]), ": text, token ids or the turns of a conversation, not array([5.])"),
         (np.array(5), ": text, token ids or the turns of a conversation, not array(5)"),
@@ -116,6 +118,15 @@ def test_a_prompt_that_is_none_is_told_by_its_argument(
         with pytest.raises(TypeError) as raised:
             ask(["a", prompt])
         assert str(raised.value) == f"inputs[1]{complaint}"
+
+
+def test_one_turn_is_no_conversation(client: TurretClient):
+    for turn in (USER, ("user", "hi"), inference_pb2.ChatMessage(role="user")):
+        for ask, name in ((client.chat, "messages"), (client.generate, "prompt")):
+            with pytest.raises(TypeError) as raised:
+                ask(turn)  # type: ignore[arg-type]
+            said = "the turns of a conversation; put a single one into a list"
+            assert str(raised.value) == f"{name}: {said}"
 
 
 def test_one_prompt_is_no_list_of_prompts(client: TurretClient):
@@ -159,6 +170,11 @@ def test_arguments_of_the_connection_are_refused_by_their_names(client: TurretCl
         (lambda: asked.adapters.list(method=b"lora"), "method: a text, not b'lora'"),
         (lambda: kind.from_files(ca=5), "ca: the path of a PEM file, not int"),
         (lambda: kind.from_files(key=b"secret"), "key: the path of a PEM file, not bytes"),
+        (
+            lambda: kind(certificate=b"-----BEGIN CERTIFICATE-----"),
+            "key: is missing; certif",
+        ),
+        (lambda: kind(key=b"-----BEGIN PRIVATE KEY-----"), "certificate: is missing; certif"),
         (lambda: kind(server_name=5), "server_name: a text, not 5"),
         (lambda: TurretClient(admin_address=""), "admin_address: '' is not HOST:PORT"),
         (lambda: TurretClient(admin_address="localhost"), "admin_address: 'localhost' is not H"),
