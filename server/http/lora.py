@@ -27,17 +27,17 @@ class Lora:
         """Register ``lora_path``, below the adapter root, as ``lora_name``."""
         violations = Violations()
         fields = Fields(exchange.take_body(), violations)
-        name = fields.text("lora_name") or ""
-        path = fields.text("lora_path") or ""
+        name, path = _required(fields, "lora_name"), _required(fields, "lora_path")
         replaces, pinned = fields.flag("load_inplace"), fields.flag("pinned")
+        task = fields.integer("task")
         if replaces and pinned:
             fields.refuse("pinned", "a new generation is pinned if the one before was")
         refuse_if_wrong(fields, exchange.names)
         if replaces:
-            new = adapters_pb2.ReplaceAdapterRequest(name=name, path=path)
+            new = adapters_pb2.ReplaceAdapterRequest(name=name, path=path, task=task)
             await self._adapters.replace(new, exchange.call)
         else:
-            first = adapters_pb2.LoadAdapterRequest(name=name, path=path, pinned=pinned)
+            first = adapters_pb2.LoadAdapterRequest(name=name, path=path, pinned=pinned, task=task)
             await self._adapters.load(first, exchange.call)
         await _say(exchange, f"Success: LoRA adapter '{name}' added successfully.")
 
@@ -65,9 +65,16 @@ def _named(exchange: Exchange) -> str:
     """The name in a body that holds nothing else."""
     violations = Violations()
     fields = Fields(exchange.take_body(), violations)
-    name = fields.text("lora_name") or ""
+    name = _required(fields, "lora_name")
     refuse_if_wrong(fields, exchange.names)
     return name
+
+
+def _required(fields: Fields, name: str) -> str:
+    """A text that must be there."""
+    if fields.is_null(name):
+        fields.refuse(name, "must be set")
+    return fields.text(name) or ""
 
 
 async def _say(exchange: Exchange, text: str) -> None:

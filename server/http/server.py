@@ -256,25 +256,27 @@ def application(
     has_admin = listen.admin_address is None
     made = routes(inference, adapters, metrics=metrics, failures=failures, has_admin=has_admin)
     apart = () if has_admin else ADMIN_PATHS
-    answered = [
-        StarletteRoute(
-            route.path,
-            Endpoint(route, metrics=metrics, tokens=tokens, shares=shares, failures=failures),
-            methods=[route.method],
-        )
-        for route in made
-    ]
+    answered = []
+    for route in made:
+        endpoint = Endpoint(route, metrics=metrics, tokens=tokens, shares=shares, failures=failures)
+        # A redirect to the path without the slash would be an answer without JSON.
+        ends = ("",) if route.path.endswith(("}", "/")) else ("", "/")
+        answered += [
+            StarletteRoute(f"{route.path}{end}", endpoint, methods=[route.method]) for end in ends
+        ]
     middleware = _cross_origin(listen.http_cors_origin)
     if tokens is None or listen.http_allowed_host:
         # A token is what no page of another name has.
         names = (split_address(listen.http_address)[0], *listen.http_allowed_host)
         middleware.insert(0, Middleware(HostCheck, names=names))
     middleware.insert(0, Middleware(RequestIds))
-    return Starlette(
+    app = Starlette(
         routes=answered,
         middleware=middleware,
         exception_handlers={HTTPException: functools.partial(_no_route, apart)},
     )
+    app.router.redirect_slashes = False
+    return app
 
 
 def _configuration(
@@ -335,7 +337,7 @@ async def _no_route(apart: Collection[str], request: Request, error: Exception) 
     status = error.status_code if isinstance(error, HTTPException) else 500
     code = Code.NOT_FOUND if status == 404 else Code.UNIMPLEMENTED
     text = f"{request.method} {request.url.path} is not served here"
-    if request.url.path in apart:
+    if request.url.path.rstrip("/") in apart:
         text += ": this server has adapters managed at its admin address alone, over gRPC"
     elif status == 404 and (meant := _meant(request)):
         text += f"; did you mean {meant}?"

@@ -67,8 +67,8 @@ class Tokens:
         violations = Violations()
         fields = Fields(exchange.take_body(), violations)
         adapters = _mix_of(fields, info.name, exchange.names)
-        ids = fields.array("tokens")
-        if ids is None or not all(map(is_token_id, ids)):
+        ids = fields.get("tokens")
+        if not isinstance(ids, list) or not all(map(is_token_id, ids)):
             fields.refuse("tokens", "must be a list of token ids")
         refuse_if_wrong(fields, exchange.names)
         if not ids:

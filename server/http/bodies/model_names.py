@@ -86,7 +86,7 @@ def _read_model(model: str, base_name: str) -> tuple[list[adapters_pb2.AdapterWe
     for part in rest.split("+"):
         match = _MEMBER.fullmatch(part.strip())
         if match is None:
-            raise no_model(model)
+            raise _no_model(model, base_name)
         name = match["name"]
         if name in members:
             wrong.append(f"{name!r} occurs twice")
@@ -111,10 +111,17 @@ def _why_no_weight(name: str, text: str) -> str:
     return violations.found[0][1] if violations.found else ""
 
 
-def no_model(model: str) -> AdapterNotFoundError:
-    """The error for a model that there is not."""
-    is_mix = not set("=*+@").isdisjoint(model)
-    form = "; a mix is written as sql+json*-0.5" if is_mix else ""
+def _no_model(model: str, base_name: str) -> AdapterNotFoundError:
+    """The error for a model that has the form of none."""
+    lower = model.lower()
+    if lower == base_name.lower():
+        form = f"; did you mean {base_name!r}?"
+    elif all(_MEMBER.fullmatch(part.strip()) for part in lower.split("+")):
+        form = ": adapters are named in lower case"
+    elif not set("=*+@").isdisjoint(model):
+        form = "; a mix is written as sql+json*-0.5"
+    else:
+        form = ""
     return AdapterNotFoundError(
         f"the model {model[:200]!r} does not exist{form}", metadata={"adapter": model[:200]}
     )

@@ -117,7 +117,7 @@ def _meant(name: str, fields: Fields) -> str | None:
         if meant is not None:
             return None if fields.is_any_of(name, _NEUTRAL.get(_plain(name), ())) else meant
         choices, short = [each for each in choices if each not in _REFUSED], _SHORT
-    if len(name) > _MOST_CHARS:
+    if len(name) > _MOST_CHARS or not _plain(name):
         return None
     slips = [(slips_between(name, choice, short), choice) for choice in choices]
     most = 1 if len(name) < _LONG else 2

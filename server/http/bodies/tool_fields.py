@@ -66,7 +66,8 @@ def _read_tool(
     """Take in one tool; returns its name."""
     name = function.text("name")
     if name is None:
-        function.refuse("name", "must be set")
+        if function.is_null("name"):
+            function.refuse("name", "must be set")
         return ""
     schema = function.object("parameters") or {}
     text, why = json_text(schema) if schema else ("", None)

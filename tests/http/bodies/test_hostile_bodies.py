@@ -172,8 +172,20 @@ async def test_a_schema_with_a_number_that_is_none_is_refused() -> None:
             assert (refused.status, refused.param) == (400, place)
 
 
-async def test_what_is_read_twice_is_told_once() -> None:
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        (RESPONSES, {"temperature": "hot"}, "temperature: must be a number"),
+        (RESPONSES, {"input": [{"role": 3, "content": "a"}]}, "input[0].role: must be a string"),
+        (
+            RESPONSES,
+            {"tools": [{"type": "function", "name": "\ud800"}]},
+            "tools[0].name: holds half of a surrogate pair",
+        ),
+        ("/detokenize", {"tokens": "a"}, "tokens: must be a list of token ids"),
+    ],
+)
+async def test_what_is_wrong_is_told_once(path: str, body: dict[str, Any], said: str) -> None:
     async with http_harness() as server:
-        body = {"model": "base", "input": "a", "temperature": "hot"}
-        refused = await server.refused(RESPONSES, body)
-        assert refused.message == "temperature: must be a number"
+        answer = await post(server, path, {"model": "base", "input": "a", **body})
+        assert Refused.of(answer).message == said

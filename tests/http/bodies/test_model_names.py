@@ -105,6 +105,24 @@ async def test_what_is_wrong_with_a_mix_is_said_of_model() -> None:
         assert both.message.endswith("; temperature: must be a number")
 
 
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("SQL", ": adapters are named in lower case; GET /v1/models lists what there is"),
+        ("SQL*2+json", ": adapters are named in lower case; GET /v1/models lists"),
+        ("FAKE", "; did you mean 'fake'?"),
+        ("sql=2", "; a mix is written as sql+json*-0.5"),
+    ],
+)
+async def test_what_may_be_meant_by_a_model_that_there_is_not(model: str, said: str) -> None:
+    async with http_harness() as server:
+        asked_for = await server.refused(CHAT, {"messages": TURNS, "model": model})
+        looked_up = Refused.of(await server.client.get(f"/v1/models/{model}"))
+        for refused in (asked_for, looked_up):
+            assert (refused.status, refused.code) == (404, "model_not_found")
+            assert refused.message.startswith(f"the model {model!r} does not exist{said}")
+
+
 async def test_an_adapter_that_is_not_there_is_blamed_on_the_field_that_names_it() -> None:
     typed = {"model": "base", "adapters": [{"name": "sql", "generation": 9}]}
     async with http_harness() as server:

@@ -152,6 +152,13 @@ async def test_a_misspelt_field_of_an_object_within_is_refused(
         assert refused.message == f"{sent}: is no field of {where}; did you mean {meant!r}?"
 
 
+async def test_a_field_without_a_name_is_no_slip() -> None:
+    async with http_harness() as server:
+        for name in ("", "_"):
+            answer = await server.post(CHAT, {"model": "base", "messages": TURNS, name: 1})
+            assert answer.status_code == 200, answer.text
+
+
 async def test_fields_of_others_in_objects_within_are_ignored() -> None:
     turn = {"role": "assistant", "content": "a", "refusal": None, "annotations": [], "name": "b"}
     body = {

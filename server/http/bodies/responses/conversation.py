@@ -52,7 +52,7 @@ class Conversation:
             role = item.text("role")
             if role in _ROLES:
                 self._add(path, role=_ROLES[role], content=_text_of(item, "content"))
-            else:
+            elif role is not None or item.is_null("role"):
                 item.refuse("role", f"must be one of {', '.join(_ROLES)}")
         elif kind == "function_call":
             self._read_call(item, path)

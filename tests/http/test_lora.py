@@ -1,0 +1,40 @@
+"""Adapters managed over HTTP: what is read of a request, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from servers.http_harness import http_harness
+
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+ADAPTER = {"lora_name": "a", "lora_path": "b"}
+
+
+async def test_a_task_is_registered() -> None:
+    async with http_harness() as server:
+        assert (await server.post(LOAD, ADAPTER | {"task": 2})).status_code == 200
+        assert server.registry.get("a").facts.digest == "digest of task 2 of b"
+        again = ADAPTER | {"task": 3, "load_inplace": True}
+        assert (await server.post(LOAD, again)).status_code == 200
+        assert server.registry.get("a").facts.digest == "digest of task 3 of b"
+        assert server.registry.get("a").generation == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        (LOAD, {}, "lora_name: must be set; lora_path: must be set"),
+        (LOAD, {"lora_name": "a"}, "lora_path: must be set"),
+        (LOAD, {"name": "a", "lora_path": "b"}, "lora_name: must be set"),
+        (LOAD, ADAPTER | {"task": "sql"}, "task: must be an integer"),
+        (UNLOAD, {}, "lora_name: must be set"),
+        (UNLOAD, {"lora_name": 3}, "lora_name: must be a string"),
+    ],
+)
+async def test_what_is_missing_or_wrong_is_named(
+    path: str, body: dict[str, Any], said: str
+) -> None:
+    async with http_harness() as server:
+        refused = await server.refused(path, body)
+        assert (refused.status, refused.message) == (400, said)
