@@ -43,7 +43,11 @@ class Plan:
         table = Table(show_header=False, box=None)
         for name, text in self.rows:
             table.add_row(name, Text(text))
-        console.print(table)
+        with console.capture() as drawn:
+            console.print(table)
+        # Without the blanks that make all lines as long as the longest.
+        for line in drawn.get().splitlines():
+            console.print(Text(line.rstrip()), soft_wrap=True)
 
     def measured(self) -> str:
         """Run two steps in another process, and compare their peak with the estimate."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import io
 import re
 import tomllib
 import typing
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.training import write_jsonl
+from builders.training import resolve_tiny, write_jsonl
+from rich.console import Console
 
 from turret.server.cli import main
 from turret.training.data.example import Example, read_examples
 from turret.training.errors import ConfigError, DataError
 from turret.training.methods import METHODS as TRAINED
+from turret.training.plan import Plan
 from turret.training.settings.config import METHOD_NAMES, TrainConfig
 from turret.training.settings.config_file import (
     build_config,
@@ -301,3 +304,13 @@ def test_a_config_that_is_not_there_is_told_how_to_be(
     (tmp_path / "now.toml").touch()
     assert main(["train", "run", str(path)]) == 2
     assert capsys.readouterr().err == f"error: {path} does not exist; did you mean 'now.toml'?\n"
+
+
+def test_no_line_of_a_plan_ends_in_blanks(tmp_path: Path, tiny_llama: Path) -> None:
+    resolved = resolve_tiny(tmp_path, tiny_llama)
+    written = io.StringIO()
+    plan = Plan(resolved, (("data", "1 example"), ("steps", "one of a row " * 20)), None)
+    plan.print(Console(file=written, width=10_000))
+    lines = written.getvalue().splitlines()
+    assert " data   1 example" in lines
+    assert lines == [line.rstrip() for line in lines]

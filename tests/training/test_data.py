@@ -165,3 +165,16 @@ def test_an_example_in_both_sets_is_refused(tiny_llama: Path, tmp_path: Path):
         DataError, match=r"validation.jsonl:2: line: is line 2 of the training file"
     ):
         resolve_tiny(tmp_path, tiny_llama, "data.validation=validation.jsonl")
+
+
+def test_what_validates_nothing_or_little_is_noted(tiny_llama: Path, tmp_path: Path):
+    def notes(texts: list[str], *overrides: str) -> str:
+        write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in texts])
+        return "\n".join(resolve_tiny(tmp_path, tiny_llama, *overrides).notes)
+
+    assert notes(["a"]).startswith("nothing is validated: 1 example to train on, and none")
+    assert notes(["a"], "data.validation_fraction=0") == ""
+    words = notes(["a", *"bcdefghij"])
+    assert words == ""
+    said = notes(["a"] * 20)
+    assert said.startswith("also trained on, in another line of the same words: 2 examples of")

@@ -8,9 +8,11 @@ import pytest
 from command_modules import loaded_and_said_by
 
 from turret.server.cli import main
+from turret.training.errors import ConfigError
 from turret.training.settings.config import TrainConfig
 from turret.training.settings.config_file import build_config
 from turret.training.settings.flags import known_otherwise
+from turret.training.settings.targets import check_targets
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -132,3 +134,11 @@ def test_a_value_is_refused_by_the_name_that_was_typed(
     _, modules, err = loaded_and_said_by("train", verb, str(tmp_path / "t.toml"), *flags)
     assert err.startswith(f"error: {said}")
     assert "torch" not in modules
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("attn", "attention"), ("ffn", "mlp"), ("linear", "all-linear")]
+)
+def test_modules_are_known_by_what_others_call_them(typed: str, meant: str):
+    with pytest.raises(ConfigError, match=f"did you mean '{meant}'"):
+        check_targets("llama", [typed])

@@ -9,7 +9,7 @@ from pathlib import Path
 from turret.training.data.batch import Row, pack_rows, single_rows
 from turret.training.data.encode import Encoded, EncodedSet, encode_all
 from turret.training.data.example import Example, data_digest
-from turret.training.data.files import num_set_aside, read_files
+from turret.training.data.files import num_set_aside, num_shared, read_files
 from turret.training.data.invocation import Invocation
 from turret.training.data.labels import encode_labelled
 from turret.training.models.base_model import TrainingBase
@@ -29,6 +29,7 @@ class Dataset:
         num_tokens: Their tokens.
         num_dropped: Examples left out for their length, of both sets.
         num_truncated: Examples cut to length, of both sets.
+        num_shared: Examples set aside that are also among those trained on.
         labels: What a classification tells apart, in the head's order; else empty.
         is_multi_label: Whether any number of them may hold, and not exactly one.
     """
@@ -40,6 +41,7 @@ class Dataset:
     num_tokens: int
     num_dropped: int
     num_truncated: int
+    num_shared: int = 0
     labels: tuple[str, ...] = ()
     is_multi_label: bool = False
 
@@ -85,6 +87,7 @@ def load_dataset(
         num_tokens=sum(len(example.tokens) for example in train.examples),
         num_dropped=train.num_dropped + validation.num_dropped,
         num_truncated=train.num_truncated + validation.num_truncated,
+        num_shared=num_shared(examples, held_out),
         labels=labels,
         is_multi_label=files.is_multi_label,
     )

@@ -71,6 +71,12 @@ def num_set_aside(num_examples: int, fraction: float) -> int:
     return min(max(1, round(num_examples * fraction)), num_examples - 1)
 
 
+def num_shared(train: Sequence[Example], held_out: Sequence[Example]) -> int:
+    """How many of those that are set aside are trained on too, in another line of the file."""
+    seen = {_content(example) for example in train}
+    return sum(_content(example) in seen for example in held_out)
+
+
 def check_compared(files: DataFiles, config: DataConfig) -> None:
     """Refuse a sweep, which compares validation losses, of what leaves nothing to validate on.
 

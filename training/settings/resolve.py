@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from turret.training.methods.method import Method
 from turret.training.models.base_model import TrainingBase, find_base
 from turret.training.settings.config import (
     BaseConfig,
+    DataConfig,
     MethodConfig,
     OptimizerConfig,
     RunConfig,
@@ -77,10 +79,7 @@ def resolve(config: TrainConfig, folder: Path) -> Resolved:
     text = config.method.invocation
     invocation = None if text is None else invocation_of(base.tokenizer, text)
     dataset = load_dataset(config.data, folder, base, config.run.seed, invocation)
-    if dataset.num_dropped:
-        notes.append(f"left out as over data.max_length: {counted(dataset.num_dropped, 'example')}")
-    if dataset.num_truncated:
-        notes.append(f"cut to data.max_length: {counted(dataset.num_truncated, 'example')}")
+    notes += _notes_on(dataset, config.data)
     validation = config.data.validation
     config = replace(
         config,
@@ -92,6 +91,22 @@ def resolve(config: TrainConfig, folder: Path) -> Resolved:
         run=_resolve_run(config.run, folder, len(dataset.train)),
     )
     return Resolved(config, method, base, dataset, tuple(notes))
+
+
+def _notes_on(dataset: Dataset, config: DataConfig) -> Iterator[str]:
+    if dataset.num_dropped:
+        yield f"left out as over data.max_length: {counted(dataset.num_dropped, 'example')}"
+    if dataset.num_truncated:
+        yield f"cut to data.max_length: {counted(dataset.num_truncated, 'example')}"
+    if config.validation_fraction and not dataset.validation:
+        there = counted(dataset.num_examples, "example")
+        yield f"nothing is validated: {there} to train on, and none to set aside"
+    if dataset.num_shared:
+        yield (
+            "also trained on, in another line of the same words:"
+            f" {counted(dataset.num_shared, 'example')} of those set aside to validate on;"
+            " leave repeated lines out, or name a file of others with data.validation"
+        )
 
 
 def _rooted(config: MethodConfig, folder: Path) -> MethodConfig:
