@@ -303,6 +303,7 @@ class App:
         if done.done():
             return done.result()
         done.cancel()
+        end_bars()
         _log.info("stopped while loading", extra=log.fields(what=what))
         return None
 
@@ -323,7 +324,6 @@ class App:
         kinds = (signal.SIGTERM, signal.SIGINT) if is_main else ()
 
         def received(kind: signal.Signals) -> None:
-            end_bars()
             if self._stop.is_set():
                 _log.warning("second signal: stopping at once")
                 os._exit(128 + kind)

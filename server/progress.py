@@ -41,7 +41,7 @@ def progress_bar() -> Iterator[Report]:
         console.print(Text(line), highlight=False, soft_wrap=True)
 
     # The bar is drawn again behind each line; what is written past it would be glued to it.
-    with log.taken_by(above), Progress(*columns, console=console) as bar, _ended_early(bar):
+    with log.taken_by(above), Progress(*columns, console=console) as bar, _noted(bar):
         tasks = {}
 
         def report(description: str, done: int, total: int) -> None:
@@ -53,7 +53,7 @@ def progress_bar() -> Iterator[Report]:
 
 
 @contextmanager
-def _ended_early(bar: Progress) -> Iterator[None]:
+def _noted(bar: Progress) -> Iterator[None]:
     _drawn.append(bar)
     try:
         yield

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -27,7 +28,7 @@ from servers.rpc_harness import failure_of, soon
 
 import turret
 from turret.clients.probe import is_serving
-from turret.server import log
+from turret.server import log, progress
 from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.app import App
 from turret.server.cli import _introduce, main
@@ -221,7 +222,11 @@ async def test_a_token_file_that_is_none_is_said_as_other_settings_are(
     assert capsys.readouterr().err == said
 
 
-async def test_a_stop_while_loading_does_not_wait_for_the_load() -> None:
+async def test_a_stop_while_loading_does_not_wait_for_the_load(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bar = Mock()
+    monkeypatch.setattr(progress, "_drawn", [bar])
     parts = Parts()
     parts.may_finish.clear()
     app = make_app(parts)
@@ -230,6 +235,8 @@ async def test_a_stop_while_loading_does_not_wait_for_the_load() -> None:
     app.stop()
     assert await asyncio.wait_for(running, 10) == 0
     assert not parts.engine.started.is_set()
+    # Else the terminal would be left without a cursor.
+    bar.stop.assert_called_once()
     parts.may_finish.set()
 
 
@@ -238,7 +245,7 @@ SERVER = textwrap.dedent(
     import asyncio, sys
     sys.path[:0] = {paths!r}
     from servers.app_parts import Parts, make_app
-    from turret.server import log
+    from turret.server import log, progress
 
     log.configure()
     async def drain(grace_seconds):
