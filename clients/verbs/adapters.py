@@ -268,7 +268,12 @@ def _fuse(args: argparse.Namespace, client: TurretClient) -> None:
 
 def _merge(args: argparse.Namespace, client: TurretClient) -> None:
     state = client.adapters.merge(args.adapters, precision=args.precision, timeout=args.timeout)
-    print_json(state) if args.json else print_merge_state(state)
+    if args.json:
+        print_json(state)
+        return
+    print_merge_state(state)
+    again = state.adapters[0].name
+    print(f"every request has it until `turret adapters unmerge`; -a {again} adds it a second time")
 
 
 def _unmerge(args: argparse.Namespace, client: TurretClient) -> None:

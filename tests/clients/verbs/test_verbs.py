@@ -365,6 +365,8 @@ def test_adapters_fuse_merge_and_unmerge(run: Run, server: FakeTurret):
     assert "bf16" in out
     assert "the rounding error is 75.0% of what the adapters change" in out
     assert "warning: most of it is lost" in out
+    assert out.endswith("`turret adapters unmerge`; -a sql adds it a second time\n")
+    assert "second time" not in run("adapters", "merge-state")[1]
     said = "merged into the base: sql@1=0.5; `turret adapters merge-state` says how\n"
     assert run("adapters", "list")[1].endswith(said)
     assert isinstance(json.loads(run("adapters", "list", "--json")[1]), list)
