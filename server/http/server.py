@@ -33,6 +33,7 @@ from turret.server.http import lora
 from turret.server.http import tokens as token_routes
 from turret.server.http.bodies import generation, prompts
 from turret.server.http.bodies.responses import fields as response_fields
+from turret.server.http.bodies.slips import slips_between
 from turret.server.http.chat import ChatCompletions
 from turret.server.http.classify import Classify
 from turret.server.http.completions import Completions
@@ -62,6 +63,8 @@ BACKLOG = 1024
 # What manages adapters, unless that has an address of its own.
 ADMIN_PATHS = tuple(f"/v1/{verb}_lora_adapter" for verb in ("load", "unload", "pin", "unpin"))
 _LAST_WORD_SECONDS = 1.0
+# Of two short paths two letters are no slip, and nobody means a longer one by a slip.
+_SHORT_PATH, _LONGEST_PATH = 10, 40
 
 
 def routes(
@@ -315,15 +318,20 @@ def _cross_origin(origins: tuple[str, ...]) -> list[Middleware]:
 
 
 def _meant(request: Request) -> str:
-    """The path that is served, of one with a ``/v1`` too few or too many; empty if none is."""
+    """The path that is served, of one with a slip, or a ``/v1`` too few or too many, if any is."""
     parts = [part for part in request.url.path.split("/") if part]
-    while parts and parts[0] == "v1":
+    while parts and parts[0].lower() == "v1":
         del parts[0]
     if not (named := "/".join(parts)):
         return ""
-    served = {getattr(route, "path", "") for route in request.app.routes}
+    served = {getattr(route, "path", "").rstrip("/") for route in request.app.routes}
     wanted = (f"/v1/{named}", f"/{named}", f"/v1/{named}s")
-    return next((path for path in wanted if path in served), "")
+    if found := next((path for path in wanted if path in served), ""):
+        return found
+    if len(named) > _LONGEST_PATH:
+        return ""
+    slips = ((slips_between(wanted[0], path), path) for path in served if len(path) > _SHORT_PATH)
+    return min((each for each in slips if each[0] <= 2), default=(0, ""))[1]
 
 
 async def _no_route(apart: Collection[str], request: Request, error: Exception) -> Response:

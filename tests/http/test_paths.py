@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from servers.http_harness import http_harness
 
 
@@ -17,3 +18,24 @@ async def test_a_slash_at_the_end_of_a_path_makes_no_difference() -> None:
         assert (await server.post("/v1/completions/", {})).status_code == 400
         answer = await server.post("/v1/nix/", {})
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/v1/chat/compeltions", "/v1/chat/completions"),
+        ("/chat/completons", "/v1/chat/completions"),
+        ("/V1/chat/completions", "/v1/chat/completions"),
+        ("/v1/responces", "/v1/responses"),
+        ("/v1/load_lora_adaptor", "/v1/load_lora_adapter"),
+        # Of other servers.
+        *((path, "") for path in ("/v1/messages", "/v1/moderations", "/v1/rerank", "/api/chat")),
+        ("/v1/" + "x" * 50, ""),
+    ],
+)
+async def test_a_slip_in_a_path_is_told(path: str, meant: str) -> None:
+    async with http_harness() as server:
+        refused = await server.refused(path, {})
+        hint = f"; did you mean {meant}?" if meant else ""
+        assert (refused.status, refused.code) == (404, "unknown_url")
+        assert refused.message == f"POST {path} is not served here{hint}"

@@ -153,11 +153,14 @@ def _said(fault: Fault, names: Mapping[str, str]) -> tuple[str, str | None]:
         # Paths that manage adapters have them in a field of their own.
         param = names.get("name", "model") if is_absent else None
         return fault.message + _next_step(fault, param), param
+    limit = renamed_path(_LIMIT, names)
     renamed = [
-        (renamed_path(path, names), why.replace(_LIMIT, renamed_path(_LIMIT, names)))
-        for path, why in fault.violations
+        (renamed_path(path, names), why.replace(_LIMIT, limit)) for path, why in fault.violations
     ]
-    return renamed_message(fault.message, fault.violations, renamed), renamed[0][0]
+    message = renamed_message(fault.message, fault.violations, renamed)
+    if fault.reason == "PROMPT_TOO_LONG" and limit != _LIMIT:
+        message = message.replace("max_tokens", limit)
+    return message, renamed[0][0]
 
 
 def _next_step(fault: Fault, param: str | None) -> str:

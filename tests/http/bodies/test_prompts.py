@@ -54,6 +54,28 @@ async def test_the_engine_s_own_words_name_the_prompt_too(path: str, field: str)
         assert refused.code == "context_length_exceeded"
 
 
+@pytest.mark.parametrize(
+    ("path", "given", "limit"),
+    [
+        ("/v1/completions", {"prompt": "a"}, "max_tokens"),
+        ("/v1/completions", {"prompt": "a"}, "max_completion_tokens"),
+        ("/v1/responses", {"input": "a"}, "max_output_tokens"),
+        ("/v1/responses", {"input": "a"}, "max_tokens"),
+    ],
+)
+async def test_a_limit_is_called_as_it_was_sent(
+    path: str, given: dict[str, Any], limit: str
+) -> None:
+    said = "prompt of 7 tokens + {0} 99 exceeds the context of 64; {0} can be 57"
+    async with http_harness() as server:
+        engine_s = said.format("max_tokens")
+        server.engine.refuse = PromptTooLongError(
+            engine_s, violations=[("input", engine_s.partition(";")[0])]
+        )
+        refused = await server.refused(path, {"model": "base", **given, limit: 99})
+        assert refused.message == said.format(limit)
+
+
 async def test_a_prompt_alone_is_not_told_from_others() -> None:
     async with http_harness() as server:
         refused = await server.refused("/v1/completions", {"model": "base", "prompt": [1] * 9000})
