@@ -166,10 +166,12 @@ def _read_response_format(fields: Fields, message: _Message) -> list[tuple[str, 
         inner = asked.inner("json_schema")
         schema = inner.get("schema")
         why = "must be set" if schema is None else _schema(message, schema)
-        if why is not None:
+        # Of what is no object that is all there is to say.
+        if why is not None and isinstance(asked.get("json_schema"), dict | None):
             inner.refuse("schema", why)
         return [("json_schema", "response_format.json_schema.schema")]
-    if kind != "text" and sent is not None:
+    is_told = kind is None and not asked.is_null("type")
+    if kind != "text" and sent is not None and not is_told:
         asked.refuse("type", _no_format(kind))
     return []
 

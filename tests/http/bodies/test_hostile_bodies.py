@@ -182,6 +182,16 @@ async def test_a_schema_with_a_number_that_is_none_is_refused() -> None:
             {"tools": [{"type": "function", "name": "\ud800"}]},
             "tools[0].name: holds half of a surrogate pair",
         ),
+        (
+            COMPLETIONS,
+            {"prompt": "a", "response_format": {"type": 3}},
+            "response_format.type: must be a string",
+        ),
+        (
+            COMPLETIONS,
+            {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": 3}},
+            "response_format.json_schema: must be an object",
+        ),
         ("/detokenize", {"tokens": "a"}, "tokens: must be a list of token ids"),
     ],
 )
