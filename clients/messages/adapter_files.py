@@ -111,10 +111,11 @@ def _lacking(directory: Path) -> str:
     has_config = (directory / "adapter_config.json").is_file()
     below = [] if has_config else _adapters_below(directory)
     if below:
+        if len(below) == 1:
+            return f"is no adapter, but holds one; did you mean {str(directory / below[0])!r}?"
         others = f" and {len(below) - _MOST_TOLD} more" if len(below) > _MOST_TOLD else ""
-        verb, step = ("is", "name that one") if len(below) == 1 else ("are", "name one of them")
         shown = f"{', '.join(below[-_MOST_TOLD:])}{others}"
-        return f"is no adapter, but {shown} in it {verb}; {step}"
+        return f"is no adapter, but {shown} in it are; name one of them"
     pickles = sorted(p.name for p in directory.glob("*.bin") if p.name not in _TRAINERS_OWN)
     if pickles:
         return (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -124,12 +125,9 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
         raise ValueError(f"nothing to judge: {flag} needs at least one --mix")
     if len({mix_name(mix) for mix in mixes}) < len(mixes):
         raise ValueError("--mix: each mix may be judged once")
-    for path in (args.plot, args.answers):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{path}: {path.parent} is no directory")
-        if path is not None and path.exists() and args.data.exists() and path.samefile(args.data):
-            flag = "--plot" if path is args.plot else "--answers"
-            raise ValueError(f"{flag}: {path} is the test set; name another file")
+    for flag, path in (("--plot", args.plot), ("--answers", args.answers)):
+        if path is not None:
+            _check_output(flag, path, args.data)
     examples = read_eval_set(args.data, is_raw=args.raw, limit=args.limit)
     first = examples[0]
     if first.labels is not None and not args.classify:
@@ -145,16 +143,29 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
     if "label_accuracy" in options.metrics:
         _check_labels(args.data, examples, options.labels)
     reports = _judge(args, client, examples, mixes, options)
-    if args.plot is not None:
-        args.plot.write_text(eval_svg(reports, args.data.name), encoding="utf-8")
-    if args.answers is not None:
-        args.answers.write_text(_answers(reports, examples), encoding="utf-8")
     if args.json:
         print_json([_figures(report) for report in reports])
     else:
         _print_table(reports)
         if reports[0].labels:
             print_table(_label_table(reports))
+    # After the figures: they are there whatever becomes of the files.
+    if args.plot is not None:
+        args.plot.write_text(eval_svg(reports, args.data.name), encoding="utf-8")
+    if args.answers is not None:
+        args.answers.write_text(_answers(reports, examples), encoding="utf-8")
+
+
+def _check_output(flag: str, path: Path, data: Path) -> None:
+    """Refuse, before anything is asked, what cannot be written or is the test set."""
+    if path.is_dir():
+        raise ValueError(f"{flag}: {path} is a directory; name a file in it")
+    if not path.parent.is_dir():
+        raise ValueError(f"{flag}: {path.parent} is no directory")
+    if path.exists() and data.exists() and path.samefile(data):
+        raise ValueError(f"{flag}: {path} is the test set; name another file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{flag}: {path} cannot be written by this user; name another file")
 
 
 def _judge(

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import importlib.metadata
 import os
+import re
 import socket
 import ssl
 from collections.abc import Callable, Iterator, Mapping
@@ -44,6 +45,8 @@ from turret.server.models.families import dense_modules
 from turret.server.models.sources.check import check_model, name_of_model, size_of_model
 
 _MOST_THREADS = 1024
+# A path with another NAME=PATH behind it.
+_SEVERAL = re.compile(r"[,\s]\s*[a-z0-9._-]+=")
 # Of the tensors of preloaded adapters, together: these are read in a tenth of a second.
 _LOOKED_AT_BYTES = 128 << 20
 # Of a server on this machine to take a connection.
@@ -213,6 +216,8 @@ def _preload(name: str, path: str, look: Callable[[], None]) -> Iterator[str]:
         why = error.message.removeprefix(f"adapter {path!r} ")
         if path.startswith(HUB_SCHEME):
             why = why.removeprefix(f"path {path!r} ")
+        if _SEVERAL.search(path):
+            why = "names several: repeat --preload for each; in TURRET_PRELOAD commas part them"
         yield f"--preload {name}={path}: {why}"
 
 

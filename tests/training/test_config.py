@@ -150,6 +150,7 @@ def test_a_bad_value_is_refused_by_name(overrides: list[str], message: str):
         ("[data]\ntrain = a.jsonl\n", '9); a text stands in quotes: train = "a.jsonl"'),
         ("method: lora\n", "; this is YAML, and TOML has: method = lora"),
         ("[data]\ntrain = [1\nx = 2", "; the line is 'x = 2'"),
+        (f"[data]\n{'x' * 90} 1\n", f"; the line is '{'x' * 79}…'"),
         ("[data]\ntrain = 'a'\ntrain = 'b'\n", "train.toml: the same key stands twice (at line 3,"),
     ],
 )

@@ -318,6 +318,10 @@ def test_a_run_that_stops_says_from_where_it_can_go_on(
         run.check(resume=True, overwrite=False)
     assert f"holds a finished run without its page; {writes}; --overwrite" in str(refused.value)
     run.report.touch()
+    # Of half the run, before the adapter was there.
+    os.utime(run.report, (1, 1))
+    assert said() == f"stopped; the adapter is whole, without its page; {writes}\n"
+    run.report.touch()
     assert said() == "stopped\n"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 

@@ -163,9 +163,15 @@ class RunFolder:
                 else:
                     each.unlink(missing_ok=True)
 
+    def _is_reported(self) -> bool:
+        """Whether the page is of what the run has become: one can be made of half a run."""
+        if not self.report.exists():
+            return False
+        return self.report.stat().st_mtime_ns >= self.adapter.stat().st_mtime_ns
+
     def how_to_go_on(self) -> str:
         """What is to be done about a run that stops now; empty where there is nothing."""
-        if self.is_finished and not self.report.exists():
+        if self.is_finished and not self._is_reported():
             return f"the adapter is whole, without its page; {self._how_to_report()}"
         if self.is_finished or not self.facts.exists():
             return ""

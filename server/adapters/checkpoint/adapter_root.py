@@ -131,10 +131,11 @@ class AdapterDirectory:
         below.sort(key=_numbered)
         others = len(below) - _MOST_CHECKPOINTS
         more = f" and {others} more" if others > 0 else ""
-        verb = "is" if len(below) == 1 else "are"
+        if len(below) == 1:
+            meant = PurePosixPath(self._path, below[0])
+            return f"is no adapter, but holds one; did you mean {str(meant)!r}?"
         shown = ", ".join(below[-_MOST_CHECKPOINTS:])
-        step = "name that one" if len(below) == 1 else "name one of them"
-        return f"is no adapter, but {shown}{more} in it {verb}; {step}" if below else ""
+        return f"is no adapter, but {shown}{more} in it are; name one of them" if below else ""
 
     def _directories(self, below: str) -> list[str]:
         """The directories in the one that ``below`` ends in a slash for, by their paths."""

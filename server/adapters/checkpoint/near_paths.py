@@ -31,7 +31,7 @@ def what_instead(root: Path, path: str) -> str:
         return f"; did you mean {below!r}?"
     if parts[0] not in names and (hint := hub_hint(path)):
         return hint
-    folders = [name for name in sorted(names) if os.path.isdir(root / name)]
+    folders = [n for n in sorted(names) if n[0] != "." and os.path.isdir(root / n)]
     more = " and others" if len(folders) > _MOST_SHOWN or len(names) == MOST_COMPARED else ""
     there = f"has {', '.join(folders[:_MOST_SHOWN])}{more}" if folders else "is empty"
     return (
@@ -41,10 +41,13 @@ def what_instead(root: Path, path: str) -> str:
 
 
 def inside(root: Path, path: PurePosixPath) -> str:
-    """What an absolute path is below the root, as the end of a sentence; empty if nothing."""
-    for base in (root, Path(os.path.realpath(root))):
-        if path.is_relative_to(base) and ".." not in path.parts and os.path.isdir(path):
-            return f"; from there it is {str(path.relative_to(base))!r}"
+    """What an absolute path, or one with ``..``, is below the root, as the end of a sentence.
+
+    Empty if it is nothing there.
+    """
+    meant = Path(os.path.normpath(root / path))
+    if meant.is_relative_to(root) and os.path.isdir(meant):
+        return f"; from there it is {str(meant.relative_to(root))!r}"
     return ""
 
 

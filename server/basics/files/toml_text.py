@@ -7,6 +7,8 @@ import re
 import tomllib
 from typing import Any
 
+# Of a line that is quoted.
+_MOST_SHOWN = 80
 _TWICE = "Cannot overwrite a value"
 _PLACE = re.compile(r"\(at line (\d+), column \d+\)")
 _BARE = re.compile(r"([\w-]+)\s*=\s*([A-Za-z./~][\w./~@:-]*)")
@@ -38,7 +40,8 @@ def _step(text: str, said: str) -> str:
         return f"; a text stands in quotes: {found[1]} = {json.dumps(found[2])}"
     if found := _YAML.fullmatch(line):
         return f"; this is YAML, and TOML has: {found[1]} = {found[2] or '…'}"
-    return f"; the line is {line!r:.80}" if line else ""
+    shown = line if len(line) <= _MOST_SHOWN else f"{line[: _MOST_SHOWN - 1]}…"
+    return f"; the line is {shown!r}" if line else ""
 
 
 def toml_value(value: object) -> str:

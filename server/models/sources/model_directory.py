@@ -216,8 +216,8 @@ def read_config(model: Path) -> dict[str, Any]:
     if not path.is_file():
         if (model / "adapter_config.json").is_file():
             raise _refuse(
-                f"{model} is an adapter, not a base model: --adapter-root is the directory that"
-                " adapters lie in"
+                f"{model} is an adapter, not a base model: name its base, and give `turret serve"
+                " --adapter-root` the directory that adapters lie in"
             )
         if ggufs := sorted(model.glob("*.gguf")):
             others = f" or another of its {len(ggufs)}" if len(ggufs) > 1 else ""

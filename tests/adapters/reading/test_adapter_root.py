@@ -203,7 +203,9 @@ def test_a_path_one_level_off_is_told_by_the_one_that_is_there(tmp_path: Path) -
         ("next", "does not exist .*; did you mean 'hotel/next'"),
         ("hotel/nexd", "does not exist .*; did you mean 'hotel/next'"),
         (str(tmp_path), "and stay inside it; what lies elsewhere can be uploaded"),
-        (f"{root}/../adapters/json", "and stay inside it; what lies elsewhere can be uploaded"),
+        (f"{root}/../adapters/json", "and stay inside it; from there it is 'json'"),
+        ("../adapters/json", "and stay inside it; from there it is 'json'"),
+        ("../../json", "and stay inside it; what lies elsewhere can be uploaded"),
     ):
         with pytest.raises(AdapterCheckpointError, match=told):
             AdapterRoot(root).open_directory(path)

@@ -149,10 +149,11 @@ def test_directories_far_above_an_adapter_say_where_it_is(root: Path) -> None:
         ("saves/MODEL/lora", "sft"),
     ):
         for said in (said_by_a_load(root, above), said_by_a_start(root, above)):
-            assert f"path {above!r} is no adapter, but {below} in it is" in said
+            meant = f"holds one; did you mean '{above}/{below}'?"
+            assert f"path {above!r} is no adapter, but {meant}" in said
     # The nearest are meant.
     write_adapter(root / "saves" / "other")
-    assert "but other in it is" in said_by_a_load(root, "saves")
+    assert "did you mean 'saves/other'?" in said_by_a_load(root, "saves")
     # What only a link leads to is not searched.
     (root / "links").mkdir()
     (root / "links" / "a").symlink_to(root / "saves")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -37,8 +38,7 @@ class Geographer(FakeInference):
 
     def __init__(self, adapters) -> None:
         super().__init__(adapters)
-        self.full = 0
-        self.together = 0
+        self.full = self.together = 0
         self.is_closed = False
         self._running = 0
         self._lock = threading.Lock()
@@ -300,11 +300,14 @@ def test_intervals_stay_whole_in_few_columns(run: Run, capitals: Path, monkeypat
 def test_files_that_cannot_be_written_are_told_before_anything_is_asked(
     run: Run, capitals: Path, server: FakeTurret, tmp_path: Path
 ):
-    for flag, name in (("--plot", "no/plot.svg"), ("--answers", "no/answers.jsonl")):
+    (tmp_path / "d.svg").mkdir()
+    names = {"no/x.svg": "no is no directory", "d.svg": "d.svg is a directory; name a file in it"}
+    for flag, name in itertools.product(("--plot", "--answers"), names):
         code, _, err = run(capitals, flag, str(tmp_path / name))
-        assert code == 2
-        assert "no is no directory" in err
+        assert (code, err.endswith(f"{flag}: {tmp_path}/{names[name]}\n")) == (2, True), err
     assert not server.inference.requests
+    code, out, err = run(capitals, "--answers", "/dev/full")
+    assert (code, "exact match" in out, "No space left" in err) == (1, True, True)
 
 
 @pytest.mark.parametrize(
@@ -313,10 +316,7 @@ def test_files_that_cannot_be_written_are_told_before_anything_is_asked(
         (["--no-base"], "--no-base needs at least one --mix"),
         (["-m", "sql", "-m", "sql=1.0"], "each mix may be judged once"),
         (["--metric", "label_accuracy"], "needs --labels"),
-        (
-            ["--labels", "Lima,Muscat"],
-            "capitals.jsonl:2: completion: the right answer",
-        ),
+        (["--labels", "Lima,Muscat"], "capitals.jsonl:2: completion: the right answer"),
     ],
 )
 def test_arguments_that_make_no_sense_exit_2(

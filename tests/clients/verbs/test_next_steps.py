@@ -87,7 +87,7 @@ def test_a_mix_without_a_head_is_sent_to_the_verbs_for_it(
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        (["a/b/adapter_config.json"], "is no adapter, but a/b in it is; name that one"),
+        (["a/b/adapter_config.json"], "is no adapter, but holds one; did you mean '{0}/a/b'?"),
         (
             ["training_args.bin", *(f"checkpoint-{n}/adapter_config.json" for n in (500, 1000))],
             "is no adapter, but checkpoint-500, checkpoint-1000 in it are; name one of them",
@@ -104,7 +104,9 @@ def test_an_upload_says_where_the_adapter_is(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     code, _, err = run("adapters", "upload", "up", str(tmp_path))
-    assert (code, err.startswith(f"error: {tmp_path}: {expected}")) == (1, True), err
+    assert (code, err.startswith(f"error: {tmp_path}: {expected.format(tmp_path)}")) == (1, True), (
+        err
+    )
     assert server.adapters.files == {}
 
 

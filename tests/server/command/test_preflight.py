@@ -137,6 +137,8 @@ def test_adapters_that_are_not_there(tmp_path: Path) -> None:
     root = ("--adapter-root", str(ADAPTERS))
     assert found(*root, "--preload", "a=json") == []
     assert "did you mean 'json'?" in found(*root, "--preload", "a=jsn")[0]
+    for several in ("a=json,b=sql", "a=json b=sql"):
+        assert "names several: repeat --preload for each" in found(*root, "--preload", several)[0]
     said = found(*root, "--preload", "a=nothing-like-it")[0]
     assert f"under the adapter root {ADAPTERS}, which has " in said
     assert " json, label, " in said
@@ -145,7 +147,7 @@ def test_adapters_that_are_not_there(tmp_path: Path) -> None:
     (checkpoint / "adapter_config.json").touch()
     (checkpoint / "adapter_model.bin").touch()
     root = ("--adapter-root", str(tmp_path))
-    assert "checkpoint-30 in it is" in found(*root, "--preload", "a=run")[0]
+    assert "did you mean 'run/checkpoint-30'?" in found(*root, "--preload", "a=run")[0]
     assert "safe_serialization" in found(*root, "--preload", "a=run/checkpoint-30")[0]
     assert "stay inside it" in found(*root, "--preload", "a=../x")[0]
     root = ("--adapter-root", str(ADAPTERS / "json"))
