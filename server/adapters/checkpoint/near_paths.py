@@ -29,7 +29,8 @@ def what_instead(root: Path, path: str) -> str:
     names = _some_names(root)
     if below := _one_level_below(root, path, names):
         return f"; did you mean {below!r}?"
-    if parts[0] not in names and (hint := hub_hint(path)):
+    # Of "." there is no part, where the root itself is gone.
+    if parts and parts[0] not in names and (hint := hub_hint(path)):
         return hint
     folders = [n for n in sorted(names) if n[0] != "." and os.path.isdir(root / n)]
     more = " and others" if len(folders) > _MOST_SHOWN or len(names) == MOST_COMPARED else ""

@@ -20,7 +20,7 @@ def changed(name: str, source: Source, digest: str, found: str) -> AdapterChange
         found: Of those that are there.
     """
     return AdapterChangedError(
-        f"adapter {name!r} changed on disk since it was loaded{_place(source, ' from')}; replace"
+        f"adapter {name!r} changed on disk since it was loaded{_from(source)}; replace"
         " the adapter to serve the new files",
         metadata={"adapter": name, "path": source.shown, "digest": digest, "found_digest": found},
     )
@@ -41,12 +41,12 @@ def lost(name: str, source: Source, error: AdapterCheckpointError) -> AdapterCha
         return error
     _log.warning("adapter %r cannot be read again: %s", name, error)
     return AdapterChangedError(
-        f"adapter {name!r}: its files are gone{_place(source, ' from')}, or broken; put them back,"
+        f"adapter {name!r}: its files are gone{_from(source)}, or broken; put them back,"
         " or replace or unload the adapter",
         metadata={"adapter": name, "path": source.shown},
     )
 
 
-def _place(source: Source, before: str) -> str:
+def _from(source: Source) -> str:
     """Where an adapter's files are, unless the server keeps them itself."""
-    return "" if source.is_upload else f"{before} {source.path!r}"
+    return "" if source.is_upload else f" from {source.path!r}"

@@ -189,6 +189,11 @@ def test_what_is_not_there_is_told_with_what_is_near(tmp_path: Path) -> None:
     assert str(refused.value).endswith(f"which is empty; {step}")
     with pytest.raises(AdapterCheckpointError, match="what lies elsewhere can be uploaded"):
         read(root, "/hotel")
+    # The root itself may have gone since the start.
+    (tmp_path / "empty").rmdir()
+    for path in (".", "./", "hotel"):
+        with pytest.raises(AdapterCheckpointError, match=r"does not exist .*, which is empty"):
+            read(AdapterRoot(tmp_path / "empty"), path)
 
 
 def test_a_path_one_level_off_is_told_by_the_one_that_is_there(tmp_path: Path) -> None:
