@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from method_oracle import twin
 
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
 from turret.server.adapters.registry.export import AdapterExport
+from turret.server.adapters.registry.tokenizers import AdapterTokenizers
 from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.adapters.source import TOKENIZER_FILES, Source
 from turret.server.errors import (
@@ -146,6 +148,19 @@ def test_an_export_gives_the_tokenizer_that_was_loaded(
     template.unlink()
     with pytest.raises(AdapterChangedError):
         exported()
+
+
+def test_a_tokenizer_that_has_gone_is_told_by_the_adapters_name(
+    loader_of: Any, tmp_path: Path
+) -> None:
+    folder, loader = grown(tmp_path), loader_of(tmp_path)
+    adapter: Any = SimpleNamespace(name="named", source=Source("a"), facts=load(loader).facts)
+    table: Any = None
+    tokenizers = AdapterTokenizers(table, loader)
+    assert tokenizers.read(adapter).digest == adapter.facts.tokenizer
+    shutil.rmtree(folder)
+    with pytest.raises(AdapterChangedError, match=r"^adapter 'named': its files are gone from 'a'"):
+        tokenizers.read(adapter)
 
 
 def tokenizer_of(folder: Path, **files: Any) -> None:
