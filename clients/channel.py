@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import grpc
 import grpc.aio
 
+from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError
 from turret.clients.unreached import address_problem
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -57,16 +58,16 @@ class Tls:
             if not isinstance(pem, bytes | None):
                 # A key is nothing to repeat.
                 kind = type(pem).__name__
-                raise TypeError(
-                    f"{name}: PEM as bytes, not {kind}; Tls.from_files({name}=...) reads a file"
+                raise ArgumentTypeError(
+                    name, f"PEM as bytes, not {kind}; Tls.from_files({name}=...) reads a file"
                 )
             if pem is not None and (why := _why_no_pem(name, pem)):
-                raise ValueError(f"{name}: {why}")
+                raise ArgumentValueError(name, why)
         if not isinstance(self.server_name, str | None):
-            raise TypeError(f"server_name: a text, not {self.server_name!r}")
+            raise ArgumentTypeError("server_name", f"a text, not {self.server_name!r}")
         if (self.certificate is None) != (self.key is None):
             missing = "key" if self.key is None else "certificate"
-            raise ValueError(f"{missing}: is missing; certificate and key come together")
+            raise ArgumentValueError(missing, "is missing; certificate and key come together")
 
     @classmethod
     def from_files(
@@ -104,13 +105,13 @@ def _why_no_pem(name: str, pem: bytes) -> str:
 def _read_pem(name: str, path: str | os.PathLike[str]) -> bytes:
     if not isinstance(path, str | os.PathLike):
         # PEM itself is nothing to repeat.
-        raise TypeError(f"{name}: the path of a PEM file, not {type(path).__name__}")
+        raise ArgumentTypeError(name, f"the path of a PEM file, not {type(path).__name__}")
     try:
         pem = Path(path).read_bytes()
     except OSError as error:
         raise type(error)(f"{name}: {path}: {error.strerror}; it takes a PEM file") from None
     if why := _why_no_pem(name, pem):
-        raise ValueError(f"{name}: {path} {why}")
+        raise ArgumentValueError(name, f"{path} {why}")
     return pem
 
 
@@ -150,11 +151,13 @@ def open_aio_channel(address: str, tls: Tls | None, name: str = "address") -> gr
 
 def _check(address: object, tls: object, name: str) -> None:
     if not isinstance(address, str):
-        raise TypeError(f"{name}: HOST:PORT, not {address!r}")
+        raise ArgumentTypeError(name, f"HOST:PORT, not {address!r}")
     if not isinstance(tls, Tls | None):
-        raise TypeError(f"tls: a Tls, such as Tls() for the system's roots, or None, not {tls!r}")
+        raise ArgumentTypeError(
+            "tls", f"a Tls, such as Tls() for the system's roots, or None, not {tls!r}"
+        )
     if problem := address_problem(address, has_tls=tls is not None):
-        raise ValueError(f"{name}: {problem}")
+        raise ArgumentValueError(name, problem)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop:

@@ -23,6 +23,7 @@ from turret.clients.calls.streams import GenerationStream
 from turret.clients.calls.unary import call
 from turret.clients.channel import DEFAULT_ADDRESS, ClosedStub, Tls, open_channel
 from turret.clients.errors import TurretRpcError
+from turret.clients.messages.fields import ArgumentTypeError
 from turret.clients.messages.head_results import Classifications, Embeddings
 from turret.clients.messages.mix import AdaptersLike, AdapterWeight
 from turret.clients.messages.requests import (
@@ -82,7 +83,7 @@ class TurretClient:
         resume: bool = True,
     ) -> None:
         if not isinstance(resume, bool):
-            raise TypeError(f"resume: True or False, not {resume!r}")
+            raise ArgumentTypeError("resume", f"True or False, not {resume!r}")
         self._resume = resume
         self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries), tls)
         self._channel = open_channel(address, tls)

@@ -18,9 +18,9 @@ TurretRpcError
 
 from __future__ import annotations
 
+import copy
 import copyreg
-import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -28,14 +28,19 @@ import grpc
 from google.protobuf import message
 from google.rpc import error_details_pb2, status_pb2
 
-from turret.clients.messages.argument_names import argument, in_arguments
+from turret.clients.hints import HINTS, hint_for
+from turret.clients.messages.argument_names import argument
 from turret.clients.messages.results import Completion
-from turret.clients.unreached import broken, is_broken, why_unreached
+from turret.clients.unreached import UNREACHED, cause_of
 
 _DETAILS_KEY = "grpc-status-details-bin"
 _REQUEST_ID_KEY = "x-request-id"
-# Fields that a message names; ``violations`` has all.
+# Reasons whose message is what is wrong with which field, and nothing else.
+_OF_FIELDS = ("INVALID_REQUEST", "ADAPTER_CLASSIFIES", "HEAD_MISSING")
+# How many fields a line lists; ``violations`` has all.
 _MOST_TOLD = 8
+# The field of a violation that stands for the fields that the server does not list.
+COUNTED = "*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +61,15 @@ class TurretRpcError(Exception):
 
     Attributes:
         code: The status.
-        message: The server's text, or gRPC's own if the server was not reached.
-        reason: Machine-readable cause in UPPER_SNAKE, such as ``ADAPTER_NOT_FOUND``; empty if the
-            error is gRPC's own.
+        message: What is wrong, for people.
+        reason: Machine-readable cause in UPPER_SNAKE, such as ``ADAPTER_NOT_FOUND``. The server
+            sends it; if no server did, the client sets one, such as ``NOT_REACHED``. Empty if
+            neither knows more than the status.
         metadata: Values that the message mentions, by name.
         violations: The fields to blame, if any.
         retry_delay: Seconds to wait before a retry, if the server proposes one.
         request_id: The id under which the server logged the call; empty if unknown.
+        place: What the error concerns, such as a line of a file; empty if the caller set none.
     """
 
     def __init__(
@@ -83,24 +90,33 @@ class TurretRpcError(Exception):
         self.violations = tuple(violations)
         self.retry_delay = retry_delay
         self.request_id = request_id
-        super().__init__(self._describe())
+        self.place = ""
+        super().__init__(message)
 
-    def _describe(self) -> str:
-        """One line: status, reason, message, and what the message leaves out."""
-        is_told = self.reason in ("", self.code.name)
-        head = self.code.name if is_told else f"{self.code.name} ({self.reason})"
-        parts = [" ".join(self.message.split())]
-        # Of an adapter's many faults the message is a summary already; a star stands for fields
-        # that the server only counts.
-        is_summary = self.reason.startswith("ADAPTER_")
-        untold = [
-            v
-            for v in self.violations
-            if not is_summary and v.field != "*" and v.description not in self.message
-        ]
-        parts += [f"{v.field}: {v.description}" for v in untold[:_MOST_TOLD]]
-        if len(untold) > _MOST_TOLD:
-            parts.append(f"and {len(untold) - _MOST_TOLD} more, see violations")
+    @property
+    def hint(self) -> str:
+        """What to do about it, in terms of this client; empty if nothing is sure to help."""
+        return hint_for(self.reason or self.code.name, self.metadata, HINTS)
+
+    def __str__(self) -> str:
+        return self.described(self.hint)
+
+    def described(self, hint: str, name_of: Callable[[str], str] = str) -> str:
+        """One line: status, reason, what is wrong, and what to do.
+
+        Args:
+            hint: What to do; empty for nothing.
+            name_of: Renames the fields at fault.
+        """
+        head = self.code.name
+        if self.reason not in ("", head):
+            head = f"{head} ({self.reason})"
+        said = self.message
+        if self.reason in _OF_FIELDS and self.violations:
+            said = _list_of(self.violations, name_of)
+        if self.place:
+            said = f"{self.place}: {said}"
+        parts = [" ".join(said.split()), hint]
         if self.retry_delay is not None:
             parts.append(f"retry in {self.retry_delay:g} s")
         return f"{head}: " + "; ".join(part for part in parts if part)
@@ -110,26 +126,10 @@ class TurretRpcError(Exception):
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
     def at(self, place: str) -> Self:
-        """The same error with the place that it concerns in front of its message."""
-        return self.with_message(f"{place}: {self.message}")
-
-    def with_message(self, message: str, *, step: tuple[str, str] = ("", "")) -> Self:
-        """The same error in other words; ``step`` is exchanged in its violations: old and new."""
-        old, new = step
-        violations = self.violations
-        if old:
-            violations = tuple(
-                FieldViolation(v.field, v.description.replace(old, new)) for v in violations
-            )
-        return type(self)(
-            self.code,
-            message,
-            reason=self.reason,
-            metadata=self.metadata,
-            violations=violations,
-            retry_delay=self.retry_delay,
-            request_id=self.request_id,
-        )
+        """The same error, with the place that it concerns in front of what is wrong."""
+        found = copy.copy(self)
+        found.place = place
+        return found
 
     @staticmethod
     def from_grpc(error: grpc.RpcError) -> TurretRpcError:
@@ -145,31 +145,16 @@ class TurretRpcError(Exception):
             if isinstance(detail, error_details_pb2.ErrorInfo):
                 reason, metadata = detail.reason, dict(detail.metadata)
             elif isinstance(detail, error_details_pb2.BadRequest):
-                fields = [violation.field for violation in detail.field_violations]
-                text = in_arguments(text, fields)
                 violations += [
-                    FieldViolation(argument(v.field), in_arguments(v.description, ()))
+                    FieldViolation(argument(v.field), v.description)
                     for v in detail.field_violations
                 ]
             else:
                 retry_delay = detail.retry_delay.ToTimedelta().total_seconds()
-        if not reason and _is_lost(code, text):
-            code, text = grpc.StatusCode.UNAVAILABLE, broken(text)
-        elif not reason and (found := _TOO_LARGE.search(text)):
-            code = grpc.StatusCode.INVALID_ARGUMENT
-            text = _too_large(found)
-        elif not reason:
-            text = _plain(code, text)
-        elif reason == "ADAPTER_NOT_FOUND" and not _is_step_told(text):
-            text += LISTED
-        elif reason == "ADAPTER_EXISTS":
-            text = text.replace(*_REPLACES)
-        elif code is grpc.StatusCode.UNAUTHENTICATED:
-            text += TOKEN
-        elif reason == "SERVICE_ELSEWHERE":
-            text += ELSEWHERE
-        elif code is grpc.StatusCode.UNAVAILABLE and text.startswith(_STARTING):
-            text += LOADING
+        if not reason:
+            code, reason, text = cause_of(code, text)
+        elif reason in _OF_FIELDS and violations:
+            text = _list_of(violations)
         return _CLASSES.get(code, ServerError)(
             code,
             text,
@@ -179,6 +164,18 @@ class TurretRpcError(Exception):
             retry_delay=retry_delay,
             request_id=str(trailing.get(_REQUEST_ID_KEY, "")),
         )
+
+
+def _list_of(violations: Sequence[FieldViolation], name_of: Callable[[str], str] = str) -> str:
+    """What is wrong with which field, on one line."""
+    listed = [v for v in violations if v.field != COUNTED]
+    told = [
+        f"{name_of(v.field)}: {v.description}" if v.field else v.description
+        for v in listed[:_MOST_TOLD]
+    ]
+    if len(violations) > len(told):
+        told.append("and more, see violations")
+    return "; ".join(told)
 
 
 class InvalidArgumentError(TurretRpcError):
@@ -225,20 +222,17 @@ class CallCancelledError(TurretRpcError):
 
 
 class UnavailableError(TurretRpcError):
-    """A server that is starting or stopping; without ``reason``, none was reached, or it was lost.
-
-    A connection that broke, a proxy's word that it did included, is this too.
-    """
+    """A server that is starting or stopping, that was not reached, or that was lost."""
 
     @property
     def is_lost(self) -> bool:
         """Whether a server had begun with the call and is gone, or stops."""
-        return not self.reason and is_broken(self.message)
+        return self.reason == "CONNECTION_LOST"
 
-    @classmethod
-    def made_here(cls, message: str) -> Self:
-        """One that no status tells."""
-        return cls(grpc.StatusCode.UNAVAILABLE, message)
+    @property
+    def is_of_server(self) -> bool:
+        """Whether a server has said it, and has done nothing."""
+        return bool(self.reason) and self.reason not in UNREACHED
 
 
 class AnswerCutError(UnavailableError):
@@ -257,9 +251,8 @@ class AnswerCutError(UnavailableError):
     @classmethod
     def of(cls, completion: Completion | None) -> AnswerCutError:
         """The error for what had been generated."""
-        error = cls.made_here(
-            "the server is shutting down: it ended the answer before its end; ask again"
-        )
+        said = "the server is shutting down: it ended the answer before its end; ask again"
+        error = cls(grpc.StatusCode.UNAVAILABLE, said, reason="ANSWER_CUT")
         error.completion = completion
         return error
 
@@ -284,95 +277,6 @@ _CLASSES: dict[grpc.StatusCode, type[TurretRpcError]] = {
     grpc.StatusCode.CANCELLED: CallCancelledError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
 }
-
-
-# What to do about a name that is not there and looks like none that is.
-LISTED = "; adapters.list() tells which there are, adapters.load() registers one"
-# About a token that is missing or wrong.
-TOKEN = "; TurretClient(token=...) sends one"
-# And about one that is none of the server's.
-UNKNOWN_TOKEN = "; what was given is not in the file that the server's --token-file names"
-# About a deadline that passed, as gRPC and the server say it, and what allowed so little.
-DEADLINES = ("no answer in time", "the deadline passed before the request finished")
-DEADLINE = ": timeout="
-# And about a call at the address of another service.
-ELSEWHERE = "; a client takes both: address= and admin_address="
-# And about a name that has other weights: the server's words, and what a program calls.
-_REPLACES = ("replace or unload it", "call adapters.replace(), or adapters.unload() first")
-# And about a server that loads its model: the tries of a client are over in seconds.
-_STARTING = "the server is starting"
-LOADING = "; `turret health --wait 600` returns when it serves, a larger max_retries= waits for it"
-
-
-def _is_step_told(text: str) -> bool:
-    return "did you mean" in text or "the current one" in text
-
-
-# What gRPC says when the caller itself has ended a call.
-_OWN_DOING = ("Locally cancelled", "Channel closed", "Channel is closed")
-# What it says when the other end, or a proxy before it, has gone without a status.
-_LOST = (
-    "RST_STREAM",
-    "Stream removed",
-    "GOAWAY",
-    "Connection reset",
-    "Socket closed",
-    # HAProxy's, when the server that it has just chosen is gone.
-    "http2 header with status: 500",
-)
-
-
-def _is_lost(code: grpc.StatusCode, text: str) -> bool:
-    """Whether a status that no server set says that the connection broke."""
-    if code is grpc.StatusCode.CANCELLED:
-        return not any(words in text for words in _OWN_DOING)
-    is_vague = code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
-    return is_vague and any(words in text for words in _LOST)
-
-
-# gRPC's words for a server that is not there: twice that it failed, and its form of the address.
-_UNREACHED = re.compile(
-    r"failed to connect to all addresses; last error: [A-Z_]+: (?:ipv[46]:)?(?P<place>.*?):"
-    r" (?:Failed to connect to remote host: )?(?P<why>.*)",
-    re.DOTALL,
-)
-_UNRESOLVED = re.compile(r"errors resolving (?P<place>\S+): \[")
-
-
-# gRPC's words where one end takes no message as large as the other has sent.
-_TOO_LARGE = re.compile(
-    r"(?P<end>SERVER: |CLIENT: )?Received message larger than max \((\d+) vs\. (\d+)\)"
-)
-
-
-def _too_large(found: re.Match[str]) -> str:
-    """What a message was too large for, and what to do."""
-    size, most = int(found[2]), int(found[3])
-    if found["end"] == "CLIENT: ":
-        return (
-            f"the answer is {size} bytes long, and this client takes at most {most}: ask for less"
-            " of it (top_n, logprobs), or for fewer inputs in a call"
-        )
-    return (
-        f"the request is {size} bytes long, and the server takes at most {most}: shorten the"
-        " prompt, give it as token ids, or spread several inputs over several calls"
-    )
-
-
-def _plain(code: grpc.StatusCode, text: str) -> str:
-    """What gRPC itself says of a call, once and in words."""
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DEADLINES[0]
-    if found := _UNREACHED.fullmatch(text):
-        place = found["place"].replace("%5B", "[").replace("%5D", "]")
-        return why_unreached(place, found["why"])
-    if found := _UNRESOLVED.match(text):
-        port = found["place"].rpartition(":")[2]
-        of_port = "" if port.isdigit() else f", or {port!r} is no port"
-        return why_unreached(found["place"], f"its name has no address{of_port}")
-    if code is grpc.StatusCode.UNAVAILABLE and any(words in text for words in _LOST):
-        return broken(text)
-    return text
 
 
 def _details(payload: object) -> Iterable:

@@ -1,10 +1,11 @@
-"""Why no turret server was reached, and what to do: in a program's words, and in the command's."""
+"""Why gRPC reached no turret server, and which addresses can have none."""
 
 from __future__ import annotations
 
 import re
 import socket
-from dataclasses import dataclass
+
+import grpc
 
 # IPv6 hosts without brackets, of which no part is a port, are gRPC's to judge.
 _HOST_PORT = re.compile(
@@ -16,144 +17,105 @@ _SCHEMES = ("unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock", "xds", "goo
 _MAX_PORT = 65535
 _PORT_DIGITS = re.compile(r"0*([0-9]{1,5})")
 
-
-@dataclass(frozen=True, slots=True)
-class _Cause:
-    """One cause.
-
-    Attributes:
-        signs: Parts of what gRPC says.
-        meaning: What it means of ``subject``.
-        step: What to do about it.
-        flags: The same with the flags of the command.
-        subject: That which answers at the address.
-    """
-
-    signs: tuple[str, ...]
-    meaning: str
-    step: str
-    flags: str
-    subject: str = "what answers at"
-
-
-# What gRPC also says of a connection that ends as soon as it is made, as one without TLS does to a
-# server that wants it.
-_CLOSED = "Socket closed"
-# And of one that ends with its server, in the middle of a call.
-_LOGGED = "the log of one that went away says why"
-_BROKE = "the connection broke"
-_AGAIN = "ask again; if it stays away, the server's log says why"
-_CLOSES = _Cause(
-    (_CLOSED,),
-    "closes the connection",
-    f"a server with TLS wants tls=Tls(...), {_LOGGED}",
-    f"a server with TLS wants --tls or --tls-ca, {_LOGGED}",
+# gRPC reports its own failures in words alone. The patterns from here to cause_of() are for these
+# words; they never see a sentence of turret's.
+_FAILED = re.compile(
+    r"failed to connect to all addresses; last error: [A-Z_]+: (?:ipv[46]:)?(?P<place>.*?):"
+    r" (?:Failed to connect to remote host: )?(?P<why>.*)",
+    re.DOTALL,
 )
-# To who has given TLS already: a server that asks for a certificate says no more than that.
-_WANTS_MORE = _Cause(
-    (),
-    _CLOSES.meaning,
-    f"a server with --tls-client-ca wants Tls(certificate=..., key=...) too, {_LOGGED}",
-    f"a server with --tls-client-ca wants --tls-cert and --tls-key too, {_LOGGED}",
+_UNRESOLVED = re.compile(r"errors resolving (?P<place>\S+): \[")
+_TOO_LARGE = re.compile(
+    r"(?P<end>SERVER: |CLIENT: )?Received message larger than max \((\d+) vs\. (\d+)\)"
 )
-_WANTS_ANOTHER = _Cause(
-    (),
-    _CLOSES.meaning,
-    f"a server with --tls-client-ca wants a certificate= that one of those vouches for, {_LOGGED}",
-    f"a server with --tls-client-ca wants a --tls-cert that one of those vouches for, {_LOGGED}",
+# The caller itself has ended the call.
+_OWN_DOING = re.compile("Locally cancelled|Channel closed|Channel is closed")
+# The other end, or a proxy in front of it, has gone without a status; the last one is HAProxy's,
+# when the server that it has just chosen is gone.
+_LOST = re.compile(
+    "RST_STREAM|Stream removed|GOAWAY|Connection reset|Socket closed|http2 header with status: 500"
 )
+# Why a connection failed to something that listens: pattern, reason, meaning.
 _ANSWERED = (
-    _Cause(
-        ("Failed parsing HTTP/2", "http1.x server", "HTTP/1."),
-        "does not speak gRPC",
-        "the address is that of `turret serve --address` (port 50051 by default), not that of HTTP",
-        "--address takes the address that `turret serve --address` has (port 50051 by default), not"
-        " that of HTTP",
+    (
+        re.compile(r"Failed parsing HTTP/2|http1\.x server|HTTP/1\."),
+        "NOT_GRPC",
+        "what answers at {} does not speak gRPC",
     ),
-    _Cause(
-        ("security handshaker",),
-        "was asked nothing: a certificate or key that was given cannot be read",
-        "ca, certificate and key are whole PEM files, and the key is the certificate's",
-        "--tls-ca, --tls-cert and --tls-key take whole PEM files, and the key is the certificate's",
-        subject="the server at",
+    (
+        re.compile("security handshaker"),
+        "PEM_UNREADABLE",
+        "the server at {} was not asked: a certificate or key that was given cannot be read",
     ),
-    _Cause(
-        ("WRONG_VERSION_NUMBER",),
-        "speaks no TLS",
-        "leave tls out",
-        "leave --tls, --tls-ca and TURRET_TLS_CA out",
+    (
+        re.compile("WRONG_VERSION_NUMBER"),
+        "TLS_UNSUPPORTED",
+        "what answers at {} does not support TLS",
     ),
-    _Cause(
-        ("CERTIFICATE_VERIFY_FAILED",),
-        "shows a certificate that the given roots do not vouch for",
-        "Tls.from_files(ca=...) takes the PEM file of those that do",
-        "--tls-ca names the PEM file of those that do",
+    (
+        re.compile("CERTIFICATE_VERIFY_FAILED"),
+        "CERTIFICATE_UNTRUSTED",
+        "what answers at {} shows a certificate that the given roots did not sign",
     ),
-    _Cause(
-        ("Hostname Verification",),
-        "shows a certificate for another name",
-        "Tls(server_name=...) says for which",
-        "--tls-server-name says for which",
+    (
+        re.compile("Hostname Verification"),
+        "CERTIFICATE_NAME",
+        "what answers at {} shows a certificate for another name",
     ),
-    _CLOSES,
-    _WANTS_MORE,
-    _WANTS_ANOTHER,
+    # As a server with TLS does to a client without, and one that wants a certificate to a client
+    # that has none.
+    (
+        re.compile("Socket closed"),
+        "CONNECTION_CLOSED",
+        "what answers at {} closes the connection",
+    ),
 )
-_STARTS = "`turret serve` starts one"
-_NOTHING = _Cause((), "", _STARTS, f"{_STARTS}, --address or TURRET_ADDRESS names another")
+# Reasons of calls that no turret server has taken: something else listens at the address, nothing
+# does, or the connection or the answer broke off.
+ANSWERED = frozenset(
+    ("CLIENT_CERTIFICATE", *(reason for _, reason, _ in _ANSWERED)),
+)
+UNREACHED = ANSWERED | {"NOT_REACHED", "CONNECTION_LOST", "ANSWER_CUT"}
 
 
-def why_unreached(place: str, said: str) -> str:
-    """What it means, with what to do.
-
-    Args:
-        place: Where a server was looked for.
-        said: gRPC's reason.
-    """
-    for cause in _ANSWERED:
-        if any(sign in said for sign in cause.signs):
-            return f"{cause.subject} {place} {cause.meaning}; {cause.step}"
-    return f"no turret server answers at {place} ({said}); {_NOTHING.step}"
-
-
-def is_of_what_answers(message: str) -> bool:
-    """Whether a message of :func:`why_unreached` is of something that listens there."""
-    return not is_broken(message) and any(message.endswith(cause.step) for cause in _ANSWERED)
-
-
-def broken(said: str) -> str:
-    """What a connection that was there and broke means, with what to do; ``said`` is gRPC's."""
-    tls = f"; {_CLOSES.step}" if said == _CLOSED else ""
-    return f"{_BROKE} ({said}); {_AGAIN}{tls}"
-
-
-def over_tls(message: str, *, shows_certificate: bool) -> str:
-    """A message of a connection that was closed, to who has given TLS."""
-    if not message.endswith(_CLOSES.step):
-        return message
-    cause = _WANTS_ANOTHER if shows_certificate else _WANTS_MORE
-    return message.removesuffix(_CLOSES.step) + cause.step
-
-
-def is_broken(message: str) -> bool:
-    """Whether a message is of :func:`broken`."""
-    return message.startswith(_BROKE)
-
-
-def in_flags(message: str, address: str) -> str:
-    """The message of an unreached server as the command says it.
+def cause_of(code: grpc.StatusCode, said: str) -> tuple[grpc.StatusCode, str, str]:
+    """Status, reason and message for a failure that no turret server has described.
 
     Args:
-        message: Of :func:`why_unreached`, or what gRPC says where nothing is known of it.
-        address: As it was given.
+        code: As gRPC reports it.
+        said: gRPC's own words.
     """
-    if message.endswith(_AGAIN):
-        return message
-    causes = (*_ANSWERED, _NOTHING)
-    if not any(message.endswith(cause.step) for cause in causes):
-        message = why_unreached(address, message)
-    found = next(cause for cause in causes if message.endswith(cause.step))
-    return message.removesuffix(found.step) + found.flags
+    status = grpc.StatusCode
+    if found := _TOO_LARGE.search(said):
+        size, most = found[2], found[3]
+        if found["end"] == "CLIENT: ":
+            why = f"the answer has {size} bytes, this client takes at most {most}"
+            return status.INVALID_ARGUMENT, "ANSWER_TOO_LARGE", why
+        why = f"the request has {size} bytes, the server takes at most {most}"
+        return status.INVALID_ARGUMENT, "REQUEST_TOO_LARGE", why
+    if code is status.DEADLINE_EXCEEDED:
+        return code, "", "no answer in time"
+    if code is status.CANCELLED:
+        is_lost = _OWN_DOING.search(said) is None
+    else:
+        is_vague = code in (status.INTERNAL, status.UNKNOWN, status.UNAVAILABLE)
+        is_lost = is_vague and _LOST.search(said) is not None
+    failed = _FAILED.fullmatch(said) if code is status.UNAVAILABLE else None
+    if is_lost and failed is None:
+        return status.UNAVAILABLE, "CONNECTION_LOST", f"the connection broke ({said})"
+    if code is not status.UNAVAILABLE:
+        return code, "", said
+    if failed is not None:
+        place = failed["place"].replace("%5B", "[").replace("%5D", "]")
+        for pattern, reason, meaning in _ANSWERED:
+            if pattern.search(failed["why"]):
+                return code, reason, meaning.format(place)
+        why = f"no turret server answers at {place} ({failed['why']})"
+    elif found := _UNRESOLVED.match(said):
+        why = f"no turret server answers at {found['place']} (the host or port is unknown)"
+    else:
+        why = f"no turret server answers ({said})"
+    return code, "NOT_REACHED", why
 
 
 def address_problem(address: str, *, has_tls: bool) -> str:

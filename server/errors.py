@@ -2,7 +2,9 @@
 
     TurretError
     ├── InvalidRequestError          a field breaks its documented range
-    │   └── PromptTooLongError       prompt + max_tokens over the context
+    │   ├── PromptTooLongError       prompt + max_tokens over the context
+    │   ├── AdapterClassifiesError   an adapter with a classification head was asked for text
+    │   └── HeadMissingError         labels were asked for, and no adapter has a head
     ├── AdapterError
     │   ├── AdapterNotFoundError     the name (or generation) is not registered
     │   ├── AdapterExistsError       the name is taken by other weights
@@ -10,11 +12,15 @@
     │   │   └── AdapterChangedError  a registered adapter's files are no longer the same
     │   ├── AdapterMismatchError     trained for another base model
     │   ├── AdapterComponentError    an adapter it is built from is not registered
-    │   ├── AdapterInUseError        pinned, in flight, or part of a fusion
+    │   ├── AdapterInUseError        part of a fusion, or being changed
+    │   │   ├── AdapterPinnedError   pinned
+    │   │   ├── AdapterBusyError     requests still used it when the wait ended
+    │   │   └── AdapterMergedError   merged into the base
     │   ├── AdapterGenerationError   the name has another generation than expected
     │   ├── AdapterUnloadedError     force-unloaded under a running request or fusion
     │   ├── StateDirRequiredError    uploads and fused adapters need --state-dir
-    │   ├── MergeActiveError         a merge is active, or a change of the base under way
+    │   ├── MergeActiveError         a merge is active
+    │   ├── MergeUnderWayError       another merge or unmerge is under way
     │   └── NotMergedError           no merge is active
     ├── ResourceError
     │   ├── QueueFullError           too many requests wait, or uploads or fusions run
@@ -26,7 +32,8 @@
     ├── UnauthenticatedError         no token, or an unknown one
     ├── PermissionDeniedError        the token lacks the role
     ├── ServiceElsewhereError        the service is at the server's other address
-    ├── UnavailableError             starting, draining, or the engine is dead
+    ├── UnavailableError             draining, or the engine is dead
+    │   └── ServerStartingError      the model is not loaded yet
     └── DeadlineExceededError        the deadline passed before the request finished
 
 ``reason`` is an AIP-193 identifier; ``metadata`` repeats what the message interpolates. No gRPC
@@ -75,6 +82,14 @@ class PromptTooLongError(InvalidRequestError):
     reason = "PROMPT_TOO_LONG"
 
 
+class AdapterClassifiesError(InvalidRequestError):
+    reason = "ADAPTER_CLASSIFIES"
+
+
+class HeadMissingError(InvalidRequestError):
+    reason = "HEAD_MISSING"
+
+
 class AdapterError(TurretError):
     reason = "ADAPTER_ERROR"
 
@@ -112,6 +127,18 @@ class AdapterInUseError(AdapterError):
     reason = "ADAPTER_IN_USE"
 
 
+class AdapterPinnedError(AdapterInUseError):
+    reason = "ADAPTER_PINNED"
+
+
+class AdapterBusyError(AdapterInUseError):
+    reason = "ADAPTER_BUSY"
+
+
+class AdapterMergedError(AdapterInUseError):
+    reason = "ADAPTER_MERGED"
+
+
 class AdapterGenerationError(AdapterError):
     """The name has another generation than the caller expected."""
 
@@ -128,6 +155,10 @@ class StateDirRequiredError(AdapterError):
 
 class MergeActiveError(AdapterError):
     reason = "MERGE_ACTIVE"
+
+
+class MergeUnderWayError(AdapterError):
+    reason = "MERGE_UNDER_WAY"
 
 
 class NotMergedError(AdapterError):
@@ -189,6 +220,10 @@ class ServiceElsewhereError(TurretError):
 
 class UnavailableError(TurretError):
     reason = "UNAVAILABLE"
+
+
+class ServerStartingError(UnavailableError):
+    reason = "SERVER_STARTING"
 
 
 class DeadlineExceededError(TurretError):

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 from turret.clients.errors import RateLimitedError, TurretRpcError, UnavailableError
+from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError
 
 _FIRST_DELAY_SECONDS = 0.5
 _MAX_DELAY_SECONDS = 8.0
@@ -33,9 +34,9 @@ class RetryPolicy:
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_retries, int) or isinstance(self.max_retries, bool):
-            raise TypeError(f"max_retries: a number of tries, not {self.max_retries!r}")
+            raise ArgumentTypeError("max_retries", f"a number of tries, not {self.max_retries!r}")
         if self.max_retries < 0:
-            raise ValueError(f"max_retries: must be at least 0, not {self.max_retries}")
+            raise ArgumentValueError("max_retries", f"must be at least 0, not {self.max_retries}")
 
     @classmethod
     def of(cls, max_retries: int | RetryPolicy) -> RetryPolicy:
@@ -114,6 +115,5 @@ class Retries:
         if isinstance(error, RateLimitedError):
             return error.retry_delay is not None
         if isinstance(error, UnavailableError):
-            # The server says with a reason that it did nothing; gRPC knows no reason.
-            return bool(error.reason) or self._unreached
+            return error.is_of_server or self._unreached
         return False

@@ -11,17 +11,9 @@ import grpc
 
 from turret.clients.calls.retries import RetryPolicy
 from turret.clients.channel import Tls
-from turret.clients.errors import (
-    DEADLINE,
-    DEADLINES,
-    TOKEN,
-    UNKNOWN_TOKEN,
-    CallCancelledError,
-    DeadlineExceededError,
-    TurretRpcError,
-)
+from turret.clients.errors import CallCancelledError, DeadlineExceededError, TurretRpcError
+from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError
 from turret.clients.messages.mix import routing_key
-from turret.clients.unreached import over_tls
 from turret.v1 import adapters_pb2
 
 _TOKEN_KEY = "authorization"
@@ -54,11 +46,13 @@ class CallSettings:
         cls, token: str | None, timeout: float | None, policy: RetryPolicy, tls: Tls | None
     ) -> CallSettings:
         if not isinstance(token, str | None):
-            raise TypeError(f"token: a text, not {type(token).__name__}")
+            raise ArgumentTypeError("token", f"a text, not {type(token).__name__}")
         if token and not (token.isascii() and token.isprintable()):
-            raise ValueError("token: holds characters that no header can carry")
+            raise ArgumentValueError("token", "holds characters that no header can carry")
         if token and token.lower().startswith("bearer "):
-            raise ValueError("token: without the word Bearer, which the client writes before it")
+            raise ArgumentValueError(
+                "token", "without the word Bearer, which the client writes before it"
+            )
         metadata = ((_TOKEN_KEY, f"Bearer {token}"),) if token else ()
         return cls(metadata, stream_timeout(timeout), policy, tls)
 
@@ -75,23 +69,20 @@ class CallSettings:
         return stream_timeout(self.timeout if timeout is None else timeout)
 
     def failure(self, error: grpc.RpcError, seconds: float | None) -> TurretRpcError:
-        """GRPC's error of a call, in words that know what the client was given.
+        """The error for a call that failed, with what the client knows of it.
 
         Args:
             error: Of a synchronous or an asyncio call.
             seconds: The deadline of the call, all its tries together.
         """
         failure = TurretRpcError.from_grpc(error)
-        message = failure.message
         if isinstance(failure, CallCancelledError) and self.closed.is_set():
             return closed_under_a_call()
-        if isinstance(failure, DeadlineExceededError) and message in DEADLINES and seconds:
-            return failure.with_message(f"{message}{DEADLINE}{seconds:g} allows that many seconds")
-        if message.endswith(TOKEN) and any(key == _TOKEN_KEY for key, _ in self.metadata):
-            return failure.with_message(message.removesuffix(TOKEN) + UNKNOWN_TOKEN)
-        if self.tls is not None:
-            said = over_tls(message, shows_certificate=self.tls.certificate is not None)
-            return failure if said == message else failure.with_message(said)
+        if isinstance(failure, DeadlineExceededError) and seconds:
+            failure.metadata["timeout"] = f"{seconds:g}"
+        if failure.reason == "CONNECTION_CLOSED" and self.tls is not None:
+            # A server that asks for a certificate says no more than this about a wrong one.
+            failure.reason = "CLIENT_CERTIFICATE"
         return failure
 
 
@@ -112,7 +103,9 @@ def stream_timeout(timeout: float | None) -> float | None:
         return None
     # Real are numpy's numbers too, and a bool is one to Python.
     if not isinstance(timeout, Real) or isinstance(timeout, bool):
-        raise TypeError(f"timeout: seconds, not {timeout!r}")
+        raise ArgumentTypeError("timeout", f"seconds, not {timeout!r}")
     if not timeout > 0:
-        raise ValueError(f"timeout: more than 0 seconds, or None for the default, not {timeout!r}")
+        raise ArgumentValueError(
+            "timeout", f"more than 0 seconds, or None for the default, not {timeout!r}"
+        )
     return float(timeout) if timeout < _MOST_SECONDS else None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from turret.clients.messages.adapter_requests import filled
+from turret.clients.messages.fields import ArgumentTypeError
 from turret.v1 import adapters_pb2
 
 _CHUNK_BYTES = 256 << 10
@@ -88,7 +89,7 @@ def upload_messages(
 
 def _path(directory: object) -> Path:
     if not isinstance(directory, str | os.PathLike):
-        raise TypeError(f"directory: a path, not {directory!r}")
+        raise ArgumentTypeError("directory", f"a path, not {directory!r}")
     return Path(directory)
 
 

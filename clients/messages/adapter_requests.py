@@ -9,7 +9,11 @@ from typing import Any, TypeVar
 from google.protobuf import duration_pb2
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
-from turret.clients.messages.fields import fill
+from turret.clients.messages.fields import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    fill,
+)
 from turret.clients.messages.mix import AdaptersLike, to_mix
 from turret.v1 import adapters_pb2 as pb
 
@@ -25,7 +29,7 @@ def path_text(path: object) -> str:
         TypeError: It is none.
     """
     if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path: a path, not {path!r}")
+        raise ArgumentTypeError("path", f"a path, not {path!r}")
     return os.fspath(path)
 
 
@@ -86,8 +90,8 @@ def filled(request: _Request, **values: Any) -> _Request:
 def _duration(seconds: float) -> duration_pb2.Duration:
     is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
     if not is_number or not abs(seconds) < _MOST_SECONDS:
-        kind = ValueError if is_number else TypeError
-        raise kind(f"drain_seconds: a number of seconds up to 3600, not {seconds!r}")
+        kind = ArgumentValueError if is_number else ArgumentTypeError
+        raise kind("drain_seconds", f"a number of seconds up to 3600, not {seconds!r}")
     duration = duration_pb2.Duration()
     duration.FromNanoseconds(round(float(seconds) * 1e9))
     return duration
@@ -100,6 +104,6 @@ def _enum_value(enum: EnumTypeWrapper, field: str, name: str | None) -> int:
     # The first name is the unspecified one.
     names = [name.lower() for name in enum.keys()[1:]]
     if not isinstance(name, str) or name.lower() not in names:
-        kind = ValueError if isinstance(name, str) else TypeError
-        raise kind(f"{field}: one of {', '.join(names)}, not {name!r}")
+        kind = ArgumentValueError if isinstance(name, str) else ArgumentTypeError
+        raise kind(field, f"one of {', '.join(names)}, not {name!r}")
     return enum.Value(name.upper())

@@ -1,13 +1,46 @@
-"""Plain values into the fields of messages, with complaints that name the argument."""
+"""Plain values into the fields of messages; complaints name the argument."""
 
 from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
+
+_WHOLE = {
+    FieldDescriptor.CPPTYPE_INT32: range(-(2**31), 2**31),
+    FieldDescriptor.CPPTYPE_INT64: range(-(2**63), 2**63),
+    FieldDescriptor.CPPTYPE_UINT32: range(2**32),
+    FieldDescriptor.CPPTYPE_UINT64: range(2**64),
+}
+_REAL = (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE)
+
+
+class ArgumentError(Exception):
+    """An argument that no request can carry; raised as one of the two classes below.
+
+    Attributes:
+        argument: Which one, and what in it, such as ``messages[0].role``.
+        problem: What is wrong with it.
+    """
+
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(argument, problem)
+        self.argument = argument
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.argument}: {self.problem}"
+
+
+class ArgumentTypeError(ArgumentError, TypeError):
+    """An argument of the wrong type."""
+
+
+class ArgumentValueError(ArgumentError, ValueError):
+    """An argument whose value does not fit."""
 
 
 def fill(
@@ -20,20 +53,55 @@ def fill(
         names: Those to set, of which each that has no value is left alone.
         values: By the names of the fields.
         within: What complaints put in front of a field's name, such as ``messages[0].``.
+
+    Raises:
+        ArgumentTypeError, ArgumentValueError: A value does not fit its field.
     """
     for name in names:
         if name in values:
-            called, value = f"{within}{name}", values[name]
-            kind = message.DESCRIPTOR.fields_by_name[name].type
-            # A bool is an int to Python and to protobuf, which takes either for the other.
-            is_bool = kind == FieldDescriptor.TYPE_BOOL
-            if isinstance(value, bool) and not is_bool:
-                raise TypeError(f"{called}: not a bool, such as {value}")
-            if is_bool and not isinstance(value, bool):
-                raise TypeError(f"{called}: True or False, not {value!r}")
-            if kind == FieldDescriptor.TYPE_STRING:
-                check_text(called, value)
-            _each(called, lambda value, name=name: setattr(message, name, value), value)
+            kind = message.DESCRIPTOR.fields_by_name[name].cpp_type
+            setattr(message, name, _fitting(f"{within}{name}", values[name], kind))
+
+
+def _fitting(name: str, value: Any, kind: int) -> Any:
+    """The value as a field of this type takes it."""
+    # A bool is an int to Python and to protobuf, which takes either for the other.
+    is_bool = kind == FieldDescriptor.CPPTYPE_BOOL
+    if isinstance(value, bool) and not is_bool:
+        raise ArgumentTypeError(name, f"not a bool, such as {value}")
+    if is_bool and not isinstance(value, bool):
+        raise ArgumentTypeError(name, f"True or False, not {value!r}")
+    if kind == FieldDescriptor.CPPTYPE_STRING:
+        check_text(name, value)
+    elif kind in _WHOLE:
+        return _within(name, as_whole(name, value), _WHOLE[kind])
+    elif kind in _REAL:
+        return as_real(name, value)
+    return value
+
+
+def _within(name: str, number: int, allowed: range) -> int:
+    if number in allowed:
+        return number
+    if number < allowed.start == 0:
+        raise ArgumentValueError(name, f"must not be negative, is {number}")
+    raise ArgumentValueError(name, f"{number} is too {'large' if number > 0 else 'small'}")
+
+
+def as_real(name: str, value: Any) -> float:
+    """The value as a float, of numpy and torch too.
+
+    Raises:
+        ArgumentTypeError, ArgumentValueError: It is no number, or too large for one.
+    """
+    if isinstance(value, str | bytes):
+        raise ArgumentTypeError(name, f"a number, not {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ArgumentValueError(name, f"{value} is too large") from None
+    except (TypeError, ValueError):
+        raise ArgumentTypeError(name, f"a number, not {value!r}") from None
 
 
 def check_text(name: str, value: object) -> None:
@@ -44,11 +112,11 @@ def check_text(name: str, value: object) -> None:
         ValueError: It holds half of a surrogate pair, as bytes that are not UTF-8 become.
     """
     if not isinstance(value, str):
-        raise TypeError(f"{name}: a text, not {value!r}")
+        raise ArgumentTypeError(name, f"a text, not {value!r}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{name}: a text that is not UTF-8") from None
+        raise ArgumentValueError(name, "a text that is not UTF-8") from None
 
 
 def extend_texts(name: str, field: Any, items: Iterable[Any]) -> None:
@@ -59,13 +127,14 @@ def extend_texts(name: str, field: Any, items: Iterable[Any]) -> None:
 
 
 def extend_ids(name: str, field: Any, items: Iterable[Any]) -> None:
-    """As :func:`extend_texts`, of whole numbers, those of numpy and torch too."""
+    """Add token ids to a repeated field, those of numpy and torch too."""
     ids = [as_whole(name, item) for item in items]
     try:
         field.extend(ids)
     except ValueError:
-        for item in ids:
-            _each(name, field.append, item)
+        allowed = _WHOLE[FieldDescriptor.CPPTYPE_UINT32]
+        for number in ids:
+            _within(name, number, allowed)
         raise
 
 
@@ -80,7 +149,7 @@ def as_whole(name: str, item: Any) -> int:
             return operator.index(item)
         except TypeError:
             pass
-    raise TypeError(f"{name}: a whole number, not {item!r}")
+    raise ArgumentTypeError(name, f"a whole number, not {item!r}")
 
 
 def several(name: str, value: Any, wanted: str) -> Iterable[Any]:
@@ -91,7 +160,7 @@ def several(name: str, value: Any, wanted: str) -> Iterable[Any]:
     """
     if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
         return value
-    raise TypeError(f"{name}: {wanted}, not {value!r}")
+    raise ArgumentTypeError(name, f"{wanted}, not {value!r}")
 
 
 def as_json(name: str, value: object) -> str:
@@ -103,22 +172,5 @@ def as_json(name: str, value: object) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
-
-
-def _each(name: str, store: Callable[[Any], None], value: Any) -> None:
-    """Call ``store(value)``, with the field's name in front of any complaint."""
-    try:
-        store(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        said = str(error)
-        if "cannot be interpreted as an integer" in said:
-            said = f"a whole number, not {value!r}"
-        elif said.startswith("must be real number"):
-            said = f"a number, not {value!r}"
-        elif isinstance(value, int) and (
-            isinstance(error, OverflowError) or said.startswith("Value out of range")
-        ):
-            said = f"{value} is too large" if value > 0 else f"must not be negative, is {value}"
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{name}: {said}") from None
+        kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentValueError
+        raise kind(name, str(error)) from None

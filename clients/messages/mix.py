@@ -6,7 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
-from turret.clients.messages.fields import check_text
+from turret.clients.messages.fields import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    check_text,
+)
 from turret.v1 import adapters_pb2
 
 # What divides members and weights in the name of a model over HTTP; no adapter's name holds it.
@@ -35,9 +39,11 @@ class AdapterWeight:
         check_text("name", self.name)
         # A bool is an int to Python, and so to protobuf.
         if not isinstance(self.weight, Real) or isinstance(self.weight, bool):
-            raise TypeError(f"weight: a number, not {self.weight!r}")
+            raise ArgumentTypeError("weight", f"a number, not {self.weight!r}")
         if not isinstance(self.generation, int | None) or isinstance(self.generation, bool):
-            raise TypeError(f"generation: a whole number or None, not {self.generation!r}")
+            raise ArgumentTypeError(
+                "generation", f"a whole number or None, not {self.generation!r}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> AdapterWeight:
@@ -94,7 +100,7 @@ def to_mix(adapters: AdaptersLike) -> list[adapters_pb2.AdapterWeight]:
         case Mapping():
             return [_to_proto(member) for member in adapters.items()]
     if not isinstance(adapters, Iterable):
-        raise TypeError(f"adapters: {_FORMS}, or several, not {adapters!r}")
+        raise ArgumentTypeError("adapters", f"{_FORMS}, or several, not {adapters!r}")
     return [_to_proto(adapter) for adapter in adapters]
 
 
@@ -119,16 +125,16 @@ def _to_proto(adapter: object) -> adapters_pb2.AdapterWeight:
             try:
                 member = AdapterWeight(name, weight)
             except TypeError:
-                raise TypeError(f"adapters: {_FORMS}, not {adapter!r}") from None
+                raise ArgumentTypeError("adapters", f"{_FORMS}, not {adapter!r}") from None
         case _:
-            raise TypeError(f"adapters: {_FORMS}, not {adapter!r}")
+            raise ArgumentTypeError("adapters", f"{_FORMS}, not {adapter!r}")
     made = adapters_pb2.AdapterWeight(name=_plain_name(member.name))
     try:
         made.weight = float(member.weight)
         if member.generation is not None:
             made.generation = member.generation
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"adapters: {adapter!r}: {error}") from None
+        raise ArgumentValueError("adapters", f"{adapter!r}: {error}") from None
     return made
 
 
@@ -139,4 +145,4 @@ def _plain_name(name: str) -> str:
         return name
     meant = '("name", weight) or AdapterWeight.parse("name@generation=weight")'
     why = f"with a weight it is {meant}, and a mix is a list of members"
-    raise ValueError(f"adapters: {name!r} is no name; {why}")
+    raise ArgumentValueError("adapters", f"{name!r} is no name; {why}")

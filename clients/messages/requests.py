@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex, TypedDict
 
 from turret.clients.messages.fields import (
+    ArgumentTypeError,
+    ArgumentValueError,
     as_json,
     as_whole,
     check_text,
@@ -149,7 +151,7 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     _set_constraint(request, values)
     for index, tool in enumerate(several("tools", values.get("tools", ()), "a list of tools")):
         if request.WhichOneof("input") != "chat":
-            raise TypeError("tools: only a conversation has tools")
+            raise ArgumentTypeError("tools", "only a conversation has tools")
         request.chat.tools.append(to_tool(f"tools[{index}]", tool))
     return request
 
@@ -157,13 +159,13 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
 def _set_bias(sampling: inference_pb2.SamplingParams, bias: Any) -> None:
     wanted = "token ids with numbers, such as {5: -1.0}"
     if not isinstance(bias, Mapping):
-        raise TypeError(f"logit_bias: {wanted}, not {bias!r}")
+        raise ArgumentTypeError("logit_bias", f"{wanted}, not {bias!r}")
     for token_id, number in bias.items():
         try:
             sampling.logit_bias[as_whole("logit_bias", token_id)] = number
         except (TypeError, ValueError, OverflowError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"logit_bias: {wanted}, not {{{token_id!r}: {number!r}}}") from None
+            kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentValueError
+            raise kind("logit_bias", f"{wanted}, not {{{token_id!r}: {number!r}}}") from None
 
 
 def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str, Any]) -> None:
@@ -174,11 +176,11 @@ def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str,
     if isinstance(schema, Mapping):
         values = {**values, "json_schema": as_json("json_schema", schema)}
     elif not isinstance(schema, str | None):
-        raise TypeError(f"json_schema: a mapping, or its JSON as a text, not {schema!r}")
+        raise ArgumentTypeError("json_schema", f"a mapping, or its JSON as a text, not {schema!r}")
     fill(request, _CONSTRAINTS[:-1], values)
     choice = values.get("choice")
     if isinstance(choice, str):
-        raise TypeError("choice: several texts, not one")
+        raise ArgumentTypeError("choice", "several texts, not one")
     if choice is not None:
         request.choice.SetInParent()
         extend_texts("choice", request.choice.texts, several("choice", choice, "a list of texts"))
@@ -208,8 +210,8 @@ def embed_request(
     fill_inputs(request.inputs, inputs)
     if pooling is not None:
         if not isinstance(pooling, str) or pooling not in POOLINGS:
-            kind = ValueError if isinstance(pooling, str) else TypeError
-            raise kind(f"pooling: one of {', '.join(POOLINGS)}, not {pooling!r}")
+            kind = ArgumentValueError if isinstance(pooling, str) else ArgumentTypeError
+            raise kind("pooling", f"one of {', '.join(POOLINGS)}, not {pooling!r}")
         request.pooling = POOLINGS[pooling]
     values = {"normalize": normalize, "dimensions": dimensions, "request_id": request_id}
     fill(request, tuple(values), {k: v for k, v in values.items() if v is not None})
@@ -237,7 +239,7 @@ def fill_inputs(field: Any, inputs: str | Sequence[Prompt]) -> None:
     """
     prompts = [inputs] if isinstance(inputs, str) else _items("inputs", inputs)
     if prompts and (all(map(_is_whole, prompts)) or all(isinstance(p, Mapping) for p in prompts)):
-        raise TypeError("inputs: a list of prompts; put a single one into a list")
+        raise ArgumentTypeError("inputs", "a list of prompts; put a single one into a list")
     for index, prompt in enumerate(prompts):
         set_input(field.add(), prompt, "inputs" if prompt is inputs else f"inputs[{index}]")
 
@@ -280,7 +282,7 @@ def set_input(
     if any(map(is_like_a_turn, items)):
         request.chat.messages.extend(to_messages(place or "messages", items))
     elif items and (any(isinstance(i, str) for i in items) or not any(map(_is_whole, items))):
-        raise TypeError(f"{name}: {_PROMPTS}, not {prompt!r}")
+        raise ArgumentTypeError(name, f"{_PROMPTS}, not {prompt!r}")
     else:
         request.token_ids.SetInParent()
         extend_ids(name, request.token_ids.ids, items)
@@ -291,7 +293,7 @@ def _items(name: str, value: Any) -> list[Any]:
     try:
         return list(several(name, value, _PROMPTS))
     except TypeError:
-        raise TypeError(f"{name}: {_PROMPTS}, not {value!r}") from None
+        raise ArgumentTypeError(name, f"{_PROMPTS}, not {value!r}") from None
 
 
 def _is_whole(item: object) -> bool:

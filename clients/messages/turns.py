@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from turret.clients.messages.fields import as_json, check_text, fill, several
+from turret.clients.messages.fields import (
+    ArgumentTypeError,
+    ArgumentValueError,
+    as_json,
+    check_text,
+    fill,
+    several,
+)
 from turret.v1 import inference_pb2
 
 # {"role": "user", "content": "hi"}, ("user", "hi"), or the message itself. A mapping is one of
@@ -32,7 +39,7 @@ def chat_messages(chat: str | Iterable[MessageLike]) -> list[inference_pb2.ChatM
     turns = to_messages("messages", several("messages", chat, wanted))
     if not turns:
         # An empty list is sent as token ids, of which the caller has said nothing.
-        raise ValueError("messages: at least one turn")
+        raise ArgumentValueError("messages", "at least one turn")
     return turns
 
 
@@ -63,7 +70,7 @@ def check_is_no_turn(name: str, value: object) -> None:
     """
     is_pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], str)
     if is_pair or isinstance(value, Mapping | inference_pb2.ChatMessage):
-        raise TypeError(f"{name}: the turns of a conversation; put a single one into a list")
+        raise ArgumentTypeError(name, "the turns of a conversation; put a single one into a list")
 
 
 def _to_message(place: str, turn: object) -> inference_pb2.ChatMessage:
@@ -74,7 +81,7 @@ def _to_message(place: str, turn: object) -> inference_pb2.ChatMessage:
             return _of_mapping(place, role, rest)
         case (str() as role, str() as content):
             return _said(place, role, content)
-    raise TypeError(f"{place}: a message is a role and a content, not {turn!r}")
+    raise ArgumentTypeError(place, f"a message is a role and a content, not {turn!r}")
 
 
 def _of_mapping(place: str, role: Any, rest: Mapping[str, Any]) -> inference_pb2.ChatMessage:
@@ -83,7 +90,9 @@ def _of_mapping(place: str, role: Any, rest: Mapping[str, Any]) -> inference_pb2
     unknown = given.keys() - {*_TURN_FIELDS, *_PASSED_OVER}
     if unknown:
         known = ", ".join(("role", *_TURN_FIELDS))
-        raise TypeError(f"{place}: {min(map(str, unknown))!r} is none of a message's keys: {known}")
+        raise ArgumentTypeError(
+            place, f"{min(map(str, unknown))!r} is none of a message's keys: {known}"
+        )
     # An answer that is all calls, or all thought, has none and comes back so.
     content = rest.get("content")
     content = "" if content is None and role == "assistant" else content
@@ -112,9 +121,9 @@ def _content(place: str, content: Any) -> Any:
             case {"type": "text", "text": str() as text}:
                 texts.append(text)
             case _:
-                raise TypeError(
-                    f"{place}[{index}]: the model reads text alone,"
-                    f' {{"type": "text", "text": ...}}, not {part!r}'
+                raise ArgumentTypeError(
+                    f"{place}[{index}]",
+                    f'the model reads text alone, {{"type": "text", "text": ...}}, not {part!r}',
                 )
     return "".join(texts)
 
@@ -130,7 +139,7 @@ def _to_call(place: str, call: object) -> inference_pb2.ToolCall:
             if rest.get("id") is not None:
                 fill(made, ("id",), rest, within=f"{place}.")
             return made
-    raise TypeError(f"{place}: a call has a function with name and arguments, not {call!r}")
+    raise ArgumentTypeError(place, f"a call has a function with name and arguments, not {call!r}")
 
 
 def to_tool(place: str, tool: object) -> inference_pb2.Tool:
@@ -152,4 +161,4 @@ def to_tool(place: str, tool: object) -> inference_pb2.Tool:
                 schema = {"parameters": as_json(f"{within}parameters", parameters)}
                 fill(made, ("parameters",), schema, within=within)
             return made
-    raise TypeError(f"{place}: a tool has a function with a name, not {tool!r}")
+    raise ArgumentTypeError(place, f"a tool has a function with a name, not {tool!r}")

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field
 
 from turret.clients.client import TurretClient
-from turret.clients.errors import LISTED, AnswerCutError, NotFoundError, TurretRpcError
+from turret.clients.errors import AnswerCutError, NotFoundError, TurretRpcError
 from turret.clients.messages.fields import check_text
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.requests import GenerateOptions
@@ -19,6 +19,7 @@ from turret.clients.verbs.command import (
 )
 from turret.clients.verbs.flags import generation_options, generation_parser
 from turret.clients.verbs.generate import summary
+from turret.clients.verbs.hints import HINTS
 
 _HELP = """\
 /adapter NAME[@GENERATION][=WEIGHT] ...   answer with this mix from now on
@@ -29,6 +30,7 @@ _HELP = """\
 /stats                                    what the last answer took
 /quit                                     leave, as Ctrl-D does
 Ctrl-C stops the answer, or leaves if there is none."""
+_IN_CHAT = {**HINTS, "ADAPTER_NOT_FOUND": "/adapters lists the registered adapters"}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -63,18 +65,10 @@ def _chat(args: argparse.Namespace, client: TurretClient) -> None:
                 if not sys.stdin.isatty():
                     # Nobody is there who could say it again.
                     raise
-                print_error(_in_chat(error))
+                print_error(error, args, _IN_CHAT)
     except (EOFError, KeyboardInterrupt):
         # The usual ways to leave; the shell's prompt starts on its own line.
         print()
-
-
-def _in_chat(error: Exception) -> Exception:
-    """The error with what can be typed here about a name that is not there."""
-    if isinstance(error, NotFoundError) and error.message.endswith(LISTED):
-        said = error.message.removesuffix(LISTED)
-        return error.with_message(f"{said}; /adapters lists what the server has")
-    return error
 
 
 @dataclass

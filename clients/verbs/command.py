@@ -6,10 +6,8 @@ import argparse
 import dataclasses
 import json
 import os
-import re
-import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,43 +15,22 @@ from typing import Any
 from turret.clients.calls.retries import RetryPolicy
 from turret.clients.channel import DEFAULT_ADDRESS, Tls
 from turret.clients.client import TurretClient
-from turret.clients.errors import (
-    DEADLINE,
-    ELSEWHERE,
-    LISTED,
-    LOADING,
-    TOKEN,
-    AnswerCutError,
-    AuthenticationError,
-    DeadlineExceededError,
-    InvalidArgumentError,
-    NotFoundError,
-    TurretRpcError,
-    UnavailableError,
-)
-from turret.clients.messages.argument_names import renamed
+from turret.clients.errors import COUNTED, AnswerCutError, TurretRpcError
+from turret.clients.hints import hint_for
+from turret.clients.messages.fields import ArgumentError
 from turret.clients.messages.mix import AdapterWeight
-from turret.clients.unreached import in_flags
-from turret.clients.verbs.flags import as_typed, mention_flags, name_flags
+from turret.clients.verbs.flags import (
+    ADDRESS_VARIABLE,
+    TLS_CA_VARIABLE,
+    TOKEN_VARIABLE,
+    as_typed,
+    flag_of,
+)
+from turret.clients.verbs.hints import HINTS
 
 _DEFAULT_TIMEOUT_SECONDS = 600.0
 # More than so many are only counted, unless --details is given.
 _FEW_VIOLATIONS = 8
-# The server's next step for an adapter with a classification head.
-_CLASSIFY = "call Classify"
-# And that for a mix without one.
-_WRITE = "there are Generate and Score"
-# And those that one type in place of a call's.
-_TYPED_STEPS = {
-    "unmerge it first": "`turret adapters unmerge` takes it out",
-    "FORCE ends them": "--force ends them",
-    "unpin it first": "`turret adapters unpin NAME` comes first",
-}
-# Environment variables that stand for the flags of the same name; the flags win.
-ADDRESS_VARIABLE = "TURRET_ADDRESS"
-TOKEN_VARIABLE = "TURRET_TOKEN"
-TLS_CA_VARIABLE = "TURRET_TLS_CA"
-_VARIABLES = {"address": ADDRESS_VARIABLE, "token": TOKEN_VARIABLE, "tls_ca": TLS_CA_VARIABLE}
 
 
 class UnfinishedAnswerError(Exception):
@@ -149,11 +126,11 @@ def with_client(
             with _connect(args) as client:
                 verb(args, client)
         except TurretRpcError as error:
-            print_error(_with_next_step(error, args), args)
-            _print_details(error, args.details)
+            print_error(error, args)
+            _print_details(error, args)
             return 1
         except BrokenPipeError:
-            # Who read has enough; nothing may be written there when the process ends either.
+            # The reader has enough; nothing may be written there when the process ends either.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except (OSError, UnfinishedAnswerError) as error:
@@ -172,130 +149,53 @@ def with_client(
     return run
 
 
-def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRpcError:
-    """The error with what its reader may do about it, where that is not the server's to say."""
-    if isinstance(error, AnswerCutError):
-        return error
-    if error.message.endswith(_CLASSIFY):
-        verb = "turret eval --classify" if hasattr(args, "classify") else "turret classify -a NAME"
-        said = f"{error.message.removesuffix(_CLASSIFY)}`{verb}`"
-        return error.with_message(said, step=(_CLASSIFY, f"`{verb}`"))
-    if error.message.endswith(_WRITE):
-        step = "there are `turret generate` and `turret score`"
-        return error.with_message(
-            f"{error.message.removesuffix(_WRITE)}{step}", step=(_WRITE, step)
-        )
-    for step, typed in _TYPED_STEPS.items():
-        if error.message.endswith(step):
-            own = typed.replace("NAME", getattr(args, "name", "NAME"))
-            return error.with_message(error.message.removesuffix(step) + own)
-    if error.message.endswith(LOADING):
-        said = error.message.removesuffix(LOADING)
-        return error.with_message(f"{said}; `{_health(args)} --wait 600` returns when it serves")
-    if error.message.endswith(ELSEWHERE):
-        said = error.message.removesuffix(ELSEWHERE)
-        return error.with_message(f"{said}; --address or {ADDRESS_VARIABLE} names that one")
-    if isinstance(error, UnavailableError) and not error.reason:
-        return error.with_message(in_flags(error.message, args.address))
-    if error.code.name == "UNIMPLEMENTED" and not error.reason:
-        return error.with_message(
-            f"what answers at {args.address} does not know turret.v1 ({error.message}): another"
-            " server or an older one, or a proxy on the way (http_proxy, no_proxy)"
-        )
-    if isinstance(error, DeadlineExceededError) and DEADLINE in error.message:
-        said, allowed = error.message.rsplit(DEADLINE, 1)
-        if args.timeout is not None:
-            return error.with_message(f"{said}: --timeout {allowed}")
-        seconds = allowed.partition(" ")[0]
-        return error.with_message(f"{said}: --timeout allows more seconds than {seconds}")
-    if error.reason == "ADAPTER_EXISTS" and hasattr(args, "name"):
-        return error.with_message(f"{error.message.partition('; ')[0]}; {_name_is_taken(args)}")
-    if isinstance(error, NotFoundError) and error.message.endswith(LISTED):
-        said = error.message.removesuffix(LISTED)
-        return error.with_message(
-            f"{said}; `turret adapters list` shows what there is{_loads(error, args)}"
-        )
-    if isinstance(error, AuthenticationError) and error.message.endswith(TOKEN):
-        said = error.message.removesuffix(TOKEN)
-        return error.with_message(f"{said}; give it with --token, --token-from or {TOKEN_VARIABLE}")
-    return error
-
-
-def _loads(error: NotFoundError, args: argparse.Namespace) -> str:
-    """How what is to answer comes to be there; its folder may lie below the adapter root already.
-
-    Nothing of what the other verbs change, which has a name of its own.
-    """
-    name = error.metadata.get("adapters", "")
-    if not name or "," in name or hasattr(args, "name"):
-        return ""
-    return f", `turret adapters load {name} PATH` registers a folder below the adapter root"
-
-
-def _name_is_taken(args: argparse.Namespace) -> str:
-    """What one may do about it: with a folder, replace what has the name; else remove that."""
-    frees = f"`turret adapters unload {args.name}` frees the name"
-    if getattr(args, "replace", None) is False:
-        return f"--replace makes these its next generation, {frees}"
-    if hasattr(args, "path"):
-        command = f"turret adapters replace {args.name} {shlex.quote(args.path)}"
-        return f"`{command}` makes these its next generation, {frees}"
-    return frees
-
-
-def _health(args: argparse.Namespace) -> str:
-    """The command that asks the same server for its health; of TLS, flags are left out."""
-    is_typed = args.address not in (DEFAULT_ADDRESS, os.environ.get(ADDRESS_VARIABLE))
-    return f"turret health --address {args.address}" if is_typed else "turret health"
-
-
-def _print_details(error: TurretRpcError, wanted: bool) -> None:
-    if wanted:
-        for field, why in ((each.field, each.description) for each in error.violations):
-            # A star stands for fields that the server only counts.
-            print(
-                f"  {why if field in ('', '*') else f'{as_typed(field)}: {why}'}", file=sys.stderr
-            )
+def _print_details(error: TurretRpcError, args: argparse.Namespace) -> None:
+    if args.details:
+        for each in error.violations:
+            field = "" if each.field in ("", COUNTED) else f"{as_typed(each.field, args)}: "
+            print(f"  {field}{each.description}", file=sys.stderr)
         if error.request_id:
             print(f"  request id: {error.request_id}", file=sys.stderr)
     elif len(error.violations) > _FEW_VIOLATIONS:
-        listed = sum(each.field not in ("", "*") for each in error.violations)
+        listed = sum(each.field not in ("", COUNTED) for each in error.violations)
         total = int(error.metadata.get("violation_count", listed))
         which = f"all {total}" if total == listed else f"{listed} of {total}"
         print(f"  --details lists {which} fields at fault", file=sys.stderr)
 
 
-def print_error(error: Exception, args: argparse.Namespace | None = None) -> None:
-    """One line on standard error, with the flags' names for what they set.
+def print_error(
+    error: Exception, args: argparse.Namespace | None = None, hints: Mapping[str, str] = HINTS
+) -> None:
+    """Print an error as one line on standard error, in the flags' names.
 
     Args:
         error: What was raised.
-        args: Where given, a flag that was not typed is called by the variable that stands for it.
+        args: The flags that were given.
+        hints: What to do next, by the reason of the error.
     """
     sys.stdout.flush()
-    # Of an answer that a server has cut the reader sees what came, and no call that failed.
-    text = error.message if isinstance(error, AnswerCutError) else str(error)
+    print(f"error: {_line_of(error, args or argparse.Namespace(), hints)}", file=sys.stderr)
+
+
+def _line_of(error: Exception, args: argparse.Namespace, hints: Mapping[str, str]) -> str:
+    if isinstance(error, AnswerCutError):
+        # The reader sees what came of the answer, and no call that failed.
+        return error.message
+    if isinstance(error, TurretRpcError):
+        return error.described(hint_of(error, args, hints), lambda field: as_typed(field, args))
+    if isinstance(error, ArgumentError):
+        return f"{as_typed(error.argument, args)}: {error.problem}"
     if isinstance(error, OSError) and error.strerror:
         named = "" if error.filename is None else f"{error.filename}: "
-        text = f"{named}{error.strerror}"
-    elif isinstance(error, TurretRpcError):
-        text = renamed(text, (violation.field for violation in error.violations), as_typed)
-        text = mention_flags(text) if isinstance(error, InvalidArgumentError) else text
-        if hasattr(args, "mixes"):
-            text = re.sub(r"--adapter(?![\w-])", "--mix", text)
-    elif isinstance(error, TypeError | ValueError):
-        text = name_flags(text)
-    print(f"error: {text if args is None else _in_variables(text, args)}", file=sys.stderr)
+        return f"{named}{error.strerror}"
+    return str(error)
 
 
-def _in_variables(text: str, args: argparse.Namespace) -> str:
-    """The text with the variable in place of the flag that it begins with, if that set it."""
-    flag, _, rest = text.partition(":")
-    name = flag.removeprefix("--").replace("-", "_")
-    variable = _VARIABLES.get(name, "")
-    given = getattr(args, name, None)
-    is_typed = given is not None and str(given) != os.environ.get(variable)
-    return text if not variable or is_typed else f"{variable}:{rest}"
+def hint_of(
+    error: TurretRpcError, args: argparse.Namespace, hints: Mapping[str, str] = HINTS
+) -> str:
+    """What to do next about an error; empty if nothing is sure to help."""
+    return hint_for(error.reason or error.code.name, error.metadata, hints, **vars(args))
 
 
 def print_json(value: object) -> None:
@@ -351,11 +251,10 @@ def given_tls(args: argparse.Namespace) -> Tls | None:
     if args.tls or args.tls_ca or args.tls_cert or args.tls_key or args.tls_server_name:
         for name in ("tls_ca", "tls_cert", "tls_key"):
             path: Path | None = getattr(args, name)
-            flag = f"--{name.replace('_', '-')}"
             if path is not None and not path.is_file():
-                raise FileNotFoundError(f"{flag}: there is no file {path}")
+                raise FileNotFoundError(f"{flag_of(name, args)}: there is no file {path}")
             if path is not None and not os.access(path, os.R_OK):
-                raise PermissionError(f"{flag}: may not read {path}")
+                raise PermissionError(f"{flag_of(name, args)}: may not read {path}")
         return Tls.from_files(
             ca=args.tls_ca,
             certificate=args.tls_cert,

@@ -111,9 +111,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--answers", type=Path, metavar="FILE", help="write every answer and its scores, JSON Lines"
     )
-    # The command says what was meant by flags of other verbs.
-    meant = dict.fromkeys(("-a", "--adapter", "--adapters"), "-m VALUE")
-    parser.set_defaults(func=with_client(_eval), known_otherwise=lambda: meant)
+    parser.set_defaults(func=with_client(_eval))
 
 
 def _eval(args: argparse.Namespace, client: TurretClient) -> None:
@@ -205,7 +203,7 @@ def _judge(
         except UnavailableError as error:
             if done is None:
                 raise
-            said = f" ({error.message})" if error.reason else ""
+            said = f" ({error.message})" if error.is_of_server else ""
             raise UnfinishedAnswerError(
                 f"the server went away{said} {extent()}; see its log, and ask again"
             ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 
@@ -22,14 +23,13 @@ _INTS = {
     "max_tokens": "most tokens to generate (default: up to the context)",
     "min_tokens": "no stop condition applies before",
 }
-# The argument that a complaint begins with, and what in it.
-_ARGUMENT = re.compile(r"\w[\w.\[\]]*(?=: )")
 _ON_OFF = ("ignore_eos", "include_stop")
-# No other words than these arguments have underscores in them.
-_MENTIONED = re.compile(
-    rf"(?<![\w.-])(?:{'|'.join(n for n in (*_FLOATS, *_INTS, *_ON_OFF) if '_' in n)})(?![\w-])"
-)
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
+# Environment variables that stand for the flags of the same name; the flags win.
+ADDRESS_VARIABLE = "TURRET_ADDRESS"
+TOKEN_VARIABLE = "TURRET_TOKEN"
+TLS_CA_VARIABLE = "TURRET_TLS_CA"
+_VARIABLES = {"address": ADDRESS_VARIABLE, "token": TOKEN_VARIABLE, "tls_ca": TLS_CA_VARIABLE}
 # What stands for an argument of the Python client, where that is no flag of the same name.
 _TYPED = {
     "stop_token_ids": "--stop-token-id",
@@ -113,30 +113,29 @@ def _file(path: str) -> str:
         raise argparse.ArgumentTypeError(f"{path}: {why}") from None
 
 
-def as_typed(argument: str) -> str:
-    """An argument of the Python client, as whoever typed a command knows it.
+def as_typed(argument: str, args: argparse.Namespace) -> str:
+    """The flag, the positional or the environment variable that sets an argument of the client.
 
-    What is not known stays as it is. Of a flag that is given several times, or of several texts,
+    An unknown argument stays as it is. Of a flag that is given several times, or of several texts,
     the number counts from 1.
     """
     found = re.fullmatch(r"(\w+)(?:\[(\d+)\](?:\.\w+)*)?", argument)
-    if found is None:
+    if found is None or found[1] not in {*_SAME, *_TYPED}:
         return argument
-    name = _flag(found[1]) if found[1] in _SAME else _TYPED.get(found[1])
-    if name is None:
-        return argument
+    if found[1] == "adapters" and hasattr(args, "mixes"):
+        name = "--mix"
+    elif found[1] in _SAME:
+        name = flag_of(found[1], args)
+    elif (name := _TYPED[found[1]]) == "--tls-ca":
+        name = flag_of("tls_ca", args)
     return name if found[2] is None else f"{name} {int(found[2]) + 1}"
 
 
-def name_flags(text: str) -> str:
-    """A complaint that begins with an argument of the Python client, in the flag's name."""
-    found = _ARGUMENT.match(text)
-    return as_typed(found[0]) + text[found.end() :] if found else text
-
-
-def mention_flags(text: str) -> str:
-    """A refusal's text with the flags' names for the arguments that it mentions."""
-    return _MENTIONED.sub(lambda found: _flag(found[0]), text)
+def flag_of(name: str, args: argparse.Namespace) -> str:
+    """The flag, or the environment variable that has set it."""
+    variable, given = _VARIABLES.get(name), getattr(args, name, None)
+    is_flag = given is not None and str(given) != os.environ.get(variable or "")
+    return variable if variable and hasattr(args, name) and not is_flag else _flag(name)
 
 
 def generation_options(args: argparse.Namespace) -> GenerateOptions:

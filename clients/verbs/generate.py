@@ -47,9 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--stats", action="store_true", help="print usage and timing to standard error"
     )
-    # The command says what was meant by flags of other verbs.
-    meant = dict.fromkeys(("-m", "--model", "--mix"), "-a VALUE")
-    parser.set_defaults(func=with_client(_generate), known_otherwise=lambda: meant)
+    parser.set_defaults(func=with_client(_generate))
 
 
 def _generate(args: argparse.Namespace, client: TurretClient) -> None:
@@ -85,7 +83,7 @@ def _generate(args: argparse.Namespace, client: TurretClient) -> None:
             print()
         if last is None or not isinstance(error, UnavailableError):
             raise
-        said = f" ({error.message})" if error.reason else ""
+        said = f" ({error.message})" if error.is_of_server else ""
         raise UnfinishedAnswerError(
             f"the server went away in the middle of the answer{said}; ask again, and see its log"
         ) from error

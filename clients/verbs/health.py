@@ -8,20 +8,27 @@ import time
 
 from turret.clients.errors import TurretRpcError
 from turret.clients.probe import ask
-from turret.clients.unreached import in_flags, is_of_what_answers
+from turret.clients.unreached import ANSWERED
 from turret.clients.verbs.command import (
     connection_parser,
     given_tls,
     given_token,
+    hint_of,
     positive_seconds,
     print_error,
 )
+from turret.clients.verbs.hints import HINTS
 
 _TIMEOUT_SECONDS = 5.0
 _PAUSE_SECONDS = 0.5
 # What a server that starts may answer, and what is heard where there is none yet.
 _MAY_CHANGE = ("NOT_SERVING", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 _NO_SERVICE = "the server has no such service; leave --service out"
+_HINTS = {
+    **HINTS,
+    "DEADLINE_EXCEEDED": "--timeout waits longer for an answer from {address}",
+    "NOT_FOUND": _NO_SERVICE,
+}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,7 +56,7 @@ def _health(args: argparse.Namespace) -> int:
     try:
         answer = _ask(args)
     except TurretRpcError as error:
-        print(f"{error.code.name}: {_why_not(error, args)}", file=sys.stderr)
+        print(_described(error, args), file=sys.stderr)
         return 1
     except OSError as error:
         print_error(error, args)
@@ -86,10 +93,10 @@ def _ask(args: argparse.Namespace) -> str:
             answer = ask(args.address, args.service, timeout_seconds=timeout, tls=tls, token=token)
         except TurretRpcError as error:
             failure = error
-        if args.wait and failure is not None and _is_answered(failure) and not said:
+        if args.wait and failure is not None and failure.reason in ANSWERED and not said:
             # That may not go away by itself; a server that is not there yet will.
-            said = _why_not(failure, args)
-            print(f"{failure.code.name}: {said}; still asking", file=sys.stderr)
+            said = _described(failure, args)
+            print(f"{said}; still asking", file=sys.stderr)
         code = answer if failure is None else failure.code.name
         if code not in _MAY_CHANGE or time.monotonic() + _PAUSE_SECONDS > end:
             if failure is not None:
@@ -98,16 +105,5 @@ def _ask(args: argparse.Namespace) -> str:
         time.sleep(_PAUSE_SECONDS)
 
 
-def _is_answered(error: TurretRpcError) -> bool:
-    return error.code.name == "UNAVAILABLE" and is_of_what_answers(error.message)
-
-
-def _why_not(error: TurretRpcError, args: argparse.Namespace) -> str:
-    match error.code.name:
-        case "DEADLINE_EXCEEDED":
-            return f"no answer from {args.address} in time; --timeout waits longer"
-        case "NOT_FOUND":
-            return _NO_SERVICE
-        case "UNAVAILABLE" if not error.reason:
-            return in_flags(error.message, args.address)
-    return error.message
+def _described(error: TurretRpcError, args: argparse.Namespace) -> str:
+    return error.described(hint_of(error, args, _HINTS))

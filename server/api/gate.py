@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from turret.server.api.backend import Backend
-from turret.server.errors import UnavailableError
+from turret.server.errors import ServerStartingError, UnavailableError
 
 
 class Gate:
@@ -18,7 +18,7 @@ class Gate:
     def __init__(self, check: Callable[[], None] = lambda: None) -> None:
         self._check = check
         self._backend: Backend | None = None
-        self._reason = "the server is starting: the model is not loaded yet"
+        self._closed_by: str | None = None
 
     @property
     def is_open(self) -> bool:
@@ -32,15 +32,18 @@ class Gate:
     def close(self, reason: str) -> None:
         """Refuse every further call with UNAVAILABLE and this text."""
         self._backend = None
-        self._reason = reason
+        self._closed_by = reason
 
     def enter(self) -> Backend:
         """The backend.
 
         Raises:
-            UnavailableError: The server is starting, draining or dead, or may answer nothing now.
+            ServerStartingError: The model is not loaded yet.
+            UnavailableError: The server is draining or dead, or may answer nothing now.
         """
         if self._backend is None:
-            raise UnavailableError(self._reason)
+            if self._closed_by is None:
+                raise ServerStartingError("the server is starting: the model is not loaded yet")
+            raise UnavailableError(self._closed_by)
         self._check()
         return self._backend

@@ -7,12 +7,16 @@ from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.basics.counted import counted
 from turret.server.cluster.fleet_state import FleetState, Member
 from turret.server.errors import (
+    AdapterBusyError,
     AdapterComponentError,
     AdapterExistsError,
     AdapterGenerationError,
     AdapterInUseError,
+    AdapterMergedError,
     AdapterNotFoundError,
+    AdapterPinnedError,
     MergeActiveError,
+    MergeUnderWayError,
 )
 
 
@@ -57,7 +61,7 @@ def check_free(saved: SavedRegistration, facts: AdapterFacts) -> None:
     """Raises AdapterExistsError if a name stands for other weights."""
     if saved.facts.digest != facts.digest:
         raise AdapterExistsError(
-            f"adapter name {saved.name!r} is taken by other weights; replace or unload it",
+            f"adapter name {saved.name!r} is taken by other weights",
             metadata={"adapter": saved.name, "digest": saved.facts.digest},
         )
 
@@ -80,7 +84,7 @@ def check_not_needed(state: FleetState, saved: SavedRegistration) -> None:
     """
     digest, name = saved.facts.digest, saved.name
     if name in state.merged_names():
-        raise _in_use(name, "is merged into the base; unmerge it first")
+        raise _in_use(name, "is merged into the base", AdapterMergedError)
     fusions = state.fusions_of(digest, name)
     if fusions and next(state.holders_of(digest, name), None) is None:
         which = ", ".join(map(repr, fusions))
@@ -89,14 +93,14 @@ def check_not_needed(state: FleetState, saved: SavedRegistration) -> None:
 
 def check_unpinned(saved: SavedRegistration) -> None:
     if saved.pinned:
-        raise _in_use(saved.name, "is pinned; unpin it first")
+        raise _in_use(saved.name, "is pinned", AdapterPinnedError)
 
 
 def check_no_merge(state: FleetState) -> None:
     if state.preparing is not None:
-        raise MergeActiveError("another merge or unmerge is under way")
+        raise MergeUnderWayError("another merge or unmerge is under way")
     if state.base.merge is not None:
-        raise MergeActiveError("a merge is active; unmerge it first")
+        raise MergeActiveError("a merge is active")
 
 
 def check_members(state: FleetState, members: tuple[Member, ...]) -> None:
@@ -111,11 +115,11 @@ def still_held(
     saved: SavedRegistration, count: int, seconds: float | None, forced: bool
 ) -> AdapterInUseError:
     """The error of an unload that gave up."""
-    hint = "" if forced else "; FORCE ends them"
-    return _in_use(
-        saved.name, f"is still held by {counted(count, 'request')} after {seconds} s{hint}"
-    )
+    why = f"is still held by {counted(count, 'request')} after {seconds} s"
+    return _in_use(saved.name, why, AdapterInUseError if forced else AdapterBusyError)
 
 
-def _in_use(name: str, why: str) -> AdapterInUseError:
-    return AdapterInUseError(f"adapter {name!r} {why}", metadata={"adapter": name})
+def _in_use(
+    name: str, why: str, kind: type[AdapterInUseError] = AdapterInUseError
+) -> AdapterInUseError:
+    return kind(f"adapter {name!r} {why}", metadata={"adapter": name})

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from turret.server.adapters.mix import Mix
 from turret.server.engine.scheduling.request import Request
-from turret.server.errors import InvalidRequestError
+from turret.server.errors import (
+    AdapterClassifiesError,
+    HeadMissingError,
+    InvalidRequestError,
+)
 
 
 def check_heads(request: Request, mix: Mix) -> None:
@@ -19,16 +23,12 @@ def check_heads(request: Request, mix: Mix) -> None:
         if len(names) == 1:
             return
         if names:
-            why = f"has several classification heads, name one: {', '.join(names)}"
-        else:
-            why = (
-                "has no classification head: name an adapter of task_type SEQ_CLS; for text or its"
-                " probability there are Generate and Score"
-            )
-        raise InvalidRequestError.of("adapters", f"the mix {why}")
+            why = f"the mix has several classification heads, name one: {', '.join(names)}"
+            raise InvalidRequestError.of("adapters", why)
+        raise HeadMissingError.of("adapters", "no adapter has a classification head (SEQ_CLS)")
     if names and request.pooling is None:
-        raise InvalidRequestError.of(
+        raise AdapterClassifiesError.of(
             "adapters",
-            f"{', '.join(map(repr, names))}: trained to classify (task_type SEQ_CLS), not to write"
-            " or score text; call Classify",
+            f"{', '.join(map(repr, names))}: trained to classify (SEQ_CLS), not to write or score"
+            " text",
         )

@@ -23,7 +23,6 @@ from turret.clients.errors import UnavailableError
 from turret.v1 import inference_pb2_grpc
 
 SERVER_NAME = "turret.example"
-LOGGED = ", the log of one that went away says why"
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +98,9 @@ def test_nothing_less_will_do(pem: Path, address: str, missing: str):
 @pytest.mark.parametrize(
     ("flags", "meaning"),
     [
-        ([], "a server with TLS wants --tls or --tls-ca, the log of one that went away"),
-        (["--tls"], "do not vouch for; --tls-ca names"),
-        (["--tls-ca", "server.crt"], "for another name; --tls-server-name says"),
+        ([], "(CONNECTION_CLOSED)"),
+        (["--tls"], "(CERTIFICATE_UNTRUSTED)"),
+        (["--tls-ca", "server.crt"], "(CERTIFICATE_NAME)"),
         (["--tls-ca", "text"], "holds no PEM"),
         (["--tls-ca", "server.key"], "server.key holds no certificate"),
         (["--tls-cert", "server.key", "--tls-key", "server.key"], "error: --tls-cert: "),
@@ -122,38 +121,28 @@ def test_the_command_says_which_flag_is_missing(
     assert "SSL" not in err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    ("own", "step"),
-    [
-        (None, ("wants Tls(certificate=..., key=...) too", "wants --tls-cert and --tls-key too")),
-        (
-            "server",
-            ("wants a certificate= that one of those vouches for", "wants a --tls-cert"),
-        ),
-    ],
-)
-async def test_who_has_given_tls_is_told_of_the_certificate(
-    pem: Path, address: str, own: str | None, step: tuple[str, str], capfd
+@pytest.mark.parametrize("own", [None, "server"])
+async def test_a_client_with_tls_is_told_of_the_certificate(
+    pem: Path, address: str, own: str | None, capfd
 ):
     """A server that asks for one only closes the connection of who shows none, or another."""
     shown = {} if own is None else {"certificate": pem / f"{own}.crt", "key": pem / f"{own}.key"}
     tls = Tls.from_files(ca=pem / "server.crt", server_name=SERVER_NAME, **shown)
-    said = f"what answers at {address} closes the connection; a server with --tls-client-ca "
     with (
         TurretClient(address, tls=tls, max_retries=0) as client,
         pytest.raises(UnavailableError) as raised,
     ):
         client.get_model(timeout=10)
-    assert raised.value.message == said + step[0] + LOGGED
+    assert raised.value.reason == "CLIENT_CERTIFICATE"
     async with AsyncTurretClient(address, tls=tls, max_retries=0) as client:
         with pytest.raises(UnavailableError) as raised:
             await client.get_model(timeout=10)
-    assert raised.value.message == said + step[0] + LOGGED
+    assert raised.value.reason == "CLIENT_CERTIFICATE"
     flags = [f"--tls-{'cert' if n == 'certificate' else n}={path}" for n, path in shown.items()]
     flags += [f"--tls-ca={pem / 'server.crt'}", f"--tls-server-name={SERVER_NAME}"]
     for verb in (["generate", "a"], ["health"]):
         assert parse_and_run(*verb, "--address", address, *flags) == 1
-        assert said + step[1] in capfd.readouterr().err
+        assert "UNAVAILABLE (CLIENT_CERTIFICATE): " in capfd.readouterr().err
 
 
 async def test_a_server_of_several_addresses_goes_by_the_first_ones_name(pem: Path):
@@ -184,17 +173,18 @@ def test_no_line_of_grpcs_own_comes_beside_the_error():
             [sys.executable, "-c", code], capture_output=True, text=True, env=environment
         )
     assert done.stderr == ""
-    where = f"what answers at {server.address} speaks no TLS"
-    assert done.stdout == f"UNAVAILABLE: {where}; leave tls out\n"
+    assert done.stdout.startswith("UNAVAILABLE (TLS_UNSUPPORTED): ")
+    assert done.stdout.count("\n") == 1
 
 
 def test_what_is_no_certificate_is_told_as_such(address: str):
     tls = Tls(ca=b"-----BEGIN CERTIFICATE-----\nno\n")
     with (
         TurretClient(address, tls=tls, max_retries=0) as client,
-        pytest.raises(TurretRpcError, match=r"^UNAVAILABLE: the server at .* cannot be read; ca,"),
+        pytest.raises(TurretRpcError) as raised,
     ):
         client.get_model(timeout=10)
+    assert raised.value.reason == "PEM_UNREADABLE"
 
 
 def test_the_command_says_of_a_server_without_tls_that_it_has_none(
@@ -202,7 +192,7 @@ def test_the_command_says_of_a_server_without_tls_that_it_has_none(
 ):
     with fake_turret() as server:
         assert parse_and_run("generate", "a", "--address", server.address, "--tls") == 1
-    assert "speaks no TLS; leave --tls" in capfd.readouterr().err
+    assert "UNAVAILABLE (TLS_UNSUPPORTED): " in capfd.readouterr().err
 
 
 def test_a_pem_file_that_is_not_there_is_told_by_its_argument(tmp_path: Path):

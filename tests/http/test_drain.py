@@ -37,7 +37,7 @@ async def test_it_listens_while_loading_and_finishes_what_runs_while_stopping() 
     seen: dict[str, Any] = {}
     async with httpx2.AsyncClient(base_url=f"http://{app.http.address}") as client:
         answer = await client.get("/health")
-        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "server_starting")
         assert (await client.post("/v1/completions", json=BODY)).status_code == 503
         parts.may_finish.set()
         await running

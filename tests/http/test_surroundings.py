@@ -51,9 +51,8 @@ def test_every_code_has_a_status() -> None:
     for kind in FAULTS:
         refusal = refusal_of(kind("why"))
         assert refusal.status == TABLE[refusal.code].status
-        assert refusal.body["error"]["message"] == (
-            "internal error" if refusal.code is Code.INTERNAL else "why"
-        )
+        said = "internal error" if refusal.code is Code.INTERNAL else "why"
+        assert refusal.body["error"]["message"].startswith(said)
     assert refusal_of(ValueError("secret")).body["error"]["message"] == "internal error"
 
 
@@ -286,7 +285,7 @@ async def test_a_closed_gate_is_said_and_health_shows_it() -> None:
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         for path in ("/v1/chat/completions", COMPLETIONS, "/tokenize", "/detokenize"):
             refused = await server.refused(path, PROMPT)
-            assert (refused.status, refused.code) == (503, "unavailable"), path
+            assert (refused.status, refused.code) == (503, "server_starting"), path
 
 
 async def test_a_page_of_another_origin_needs_leave() -> None:

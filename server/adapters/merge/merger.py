@@ -28,7 +28,12 @@ from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.weight_update import add_delta, beyond_updates, frobenius_norm
 from turret.server.basics.work.background import compute_on_this_thread
 from turret.server.basics.work.cancellation import Cancellation
-from turret.server.errors import InvalidRequestError, MergeActiveError, NotMergedError
+from turret.server.errors import (
+    InvalidRequestError,
+    MergeActiveError,
+    MergeUnderWayError,
+    NotMergedError,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -126,7 +131,7 @@ class Merger:
         """
         with self._only_change():
             if self._state.merge is not None:
-                raise MergeActiveError("a merge is active; unmerge it first")
+                raise MergeActiveError("a merge is active")
             if not refs:
                 raise InvalidRequestError.of("adapters", "at least one member")
             prepared = self._prepare(refs, precision, cancellation)
@@ -187,7 +192,7 @@ class Merger:
     @contextlib.contextmanager
     def _only_change(self) -> Iterator[None]:
         if not self._turn.acquire(blocking=False):
-            raise MergeActiveError("another merge or unmerge is under way")
+            raise MergeUnderWayError("another merge or unmerge is under way")
         try:
             yield
         finally:

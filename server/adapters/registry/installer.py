@@ -76,7 +76,7 @@ class Installer:
             return before
         if before is not None and not replace:
             raise AdapterExistsError(
-                f"adapter name {name!r} is taken by other weights; replace or unload it",
+                f"adapter name {name!r} is taken by other weights",
                 metadata={"adapter": name, "digest": before.current.digest},
             )
         digests = [ref.digest for ref in component_refs(checkpoint.config)]

@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from turret.server.adapters.adapter import Adapter
@@ -18,7 +18,7 @@ from turret.server.adapters.registry.registration import Registration
 from turret.server.adapters.residency.leases import Leases
 from turret.server.adapters.residency.metrics import AdapterMetrics
 from turret.server.adapters.source import Source
-from turret.server.basics.closest import did_you_mean
+from turret.server.basics.closest import closest
 from turret.server.errors import (
     AdapterComponentError,
     AdapterGenerationError,
@@ -31,16 +31,23 @@ from turret.server.errors import (
 _MOST_COMPARED = 256
 
 
-def in_use_error(name: str, why: str) -> AdapterInUseError:
-    return AdapterInUseError(f"adapter {name!r} {why}", metadata={"adapter": name})
+def in_use_error(
+    name: str, why: str, kind: type[AdapterInUseError] = AdapterInUseError
+) -> AdapterInUseError:
+    return kind(f"adapter {name!r} {why}", metadata={"adapter": name})
 
 
-def _not_found(missing: Sequence[str], names: Sequence[str] = ()) -> AdapterNotFoundError:
-    meant = did_you_mean(missing[0], names) if len(missing) == 1 else ""
-    return AdapterNotFoundError(
-        f"adapter not found: {', '.join(missing)}{meant}",
-        metadata={"adapters": ",".join(missing)},
-    )
+def _not_found(
+    missing: Mapping[str, str], names: Sequence[str] = (), **metadata: str
+) -> AdapterNotFoundError:
+    """The error for names, each with why it is missing: empty if it is not registered at all."""
+    metadata["adapters"] = ",".join(missing)
+    said = ", ".join(name + why for name, why in missing.items())
+    near = closest(next(iter(missing)), names) if len(missing) == 1 else None
+    if near is not None:
+        metadata["closest"] = near
+        said += f"; did you mean {near!r}?"
+    return AdapterNotFoundError(f"adapter not found: {said}", metadata=metadata)
 
 
 class NameTable:
@@ -80,7 +87,7 @@ class NameTable:
         with self._changed:
             registration = self._by_name.get(name)
         if registration is None:
-            raise _not_found([name], self._some_names())
+            raise _not_found({name: ""}, self._some_names())
         return registration
 
     def _some_names(self) -> list[str]:
@@ -108,7 +115,7 @@ class NameTable:
         """Raises AdapterInUseError if it is being unloaded, AdapterNotFoundError if it was."""
         with self._changed:
             if self._by_name.get(registration.name) is not registration:
-                raise _not_found([registration.name])
+                raise _not_found({registration.name: ""})
             if registration.state != "ACTIVE":
                 raise in_use_error(registration.name, "is being unloaded")
 
@@ -247,16 +254,20 @@ class NameTable:
             )
         with self._changed:
             found: list[tuple[Registration, float]] = []
-            missing: list[str] = []
+            missing: dict[str, str] = {}
+            current: dict[str, str] = {}
             for ref in refs:
                 registration = self._by_name.get(ref.name)
                 why = _why_missing(ref, registration)
                 if why is not None or registration is None:
-                    missing.append(ref.name + (why or ""))
+                    missing[ref.name] = why or ""
+                    if registration is not None:
+                        generation = registration.current.generation
+                        current["current_generation"] = str(generation)
                 else:
                     found.append((registration, ref.weight))
             if missing:
-                raise _not_found(missing, self._some_names())
+                raise _not_found(missing, self._some_names(), **current)
             now = time.time()
             for registration, _ in found:
                 registration.last_used_time = now

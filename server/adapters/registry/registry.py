@@ -286,7 +286,7 @@ class AdapterRegistry:
                 raise AdapterNotFoundError(
                     f"adapter not found: {name} (generation {generation}; the current one is"
                     f" {adapter.generation})",
-                    metadata={"adapters": name},
+                    metadata={"adapters": name, "current_generation": str(adapter.generation)},
                 )
             try:
                 root = self._loader.root_of(adapter.source)

@@ -15,7 +15,12 @@ from turret.server.adapters.registry.registration import Registration
 from turret.server.adapters.state.no_state_dir import NoStateDir
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.basics.counted import counted
-from turret.server.errors import InvalidRequestError
+from turret.server.errors import (
+    AdapterBusyError,
+    AdapterInUseError,
+    AdapterPinnedError,
+    InvalidRequestError,
+)
 
 UnloadMode = Literal["DRAIN", "FORCE"]
 
@@ -66,7 +71,7 @@ class Unloads:
             registration = self._table.find(name)
             self._table.check_generation(name, expected_generation)
             if registration.current.pinned:
-                raise in_use_error(name, "is pinned; unpin it first")
+                raise in_use_error(name, "is pinned", AdapterPinnedError)
             self._table.check_not_component(registration)
             registration.state = "DELETING"
             registration.unloaders += 1
@@ -103,10 +108,11 @@ class Unloads:
                 raise in_use_error(
                     name,
                     f"is still held by {counted(registration.in_flight, 'request')} after"
-                    f" {timeout_seconds} s" + ("" if mode == "FORCE" else "; FORCE ends them"),
+                    f" {timeout_seconds} s",
+                    AdapterInUseError if mode == "FORCE" else AdapterBusyError,
                 )
             if registration.current.pinned:
-                raise in_use_error(name, "was pinned meanwhile; unpin it first")
+                raise in_use_error(name, "was pinned meanwhile", AdapterPinnedError)
         # Nobody can take it up: it is being deleted, and changes of the name wait.
         self._state.remove(name)
         self._table.remove(registration)

@@ -27,7 +27,7 @@ from turret.server.engine.scheduling.request import (
     Request,
     Timing,
 )
-from turret.server.errors import InvalidRequestError, UnavailableError
+from turret.server.errors import InvalidRequestError, PromptTooLongError, UnavailableError
 from turret.v1 import inference_pb2
 
 if TYPE_CHECKING:
@@ -67,11 +67,11 @@ def blamed_on(index: int) -> Iterator[None]:
     except InvalidRequestError as error:
         if any(path.startswith(_SHARED) for path, _ in error.violations):
             raise
-        raise type(error)(
-            f"inputs[{index}]: {error.message.removeprefix('input: ')}",
-            metadata=error.metadata,
-            violations=[(_path(index, path), why) for path, why in error.violations],
-        ) from None
+        found = [(_path(index, path), why) for path, why in error.violations]
+        said = "; ".join(f"{path}: {why}" for path, why in found)
+        if isinstance(error, PromptTooLongError) or not found:
+            said = f"inputs[{index}]: {error.message}"
+        raise type(error)(said, metadata=error.metadata, violations=found) from None
 
 
 def _path(index: int, path: str) -> str:

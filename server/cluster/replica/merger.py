@@ -78,7 +78,7 @@ class ReplicaMerger(Merger):
         # One replica finds out whether it can be done, and how; the others do the same then.
         with self._only_change():
             if self._state.merge is not None:
-                raise MergeActiveError("a merge is active; unmerge it first")
+                raise MergeActiveError("a merge is active")
             tried = self._prepare(refs, precision, cancellation)
             self._registry.release(tried.mix)
         members = tuple(

@@ -51,10 +51,6 @@ _TOKEN = (
 # Next steps as who asks by HTTP takes them, in place of calls of turret.v1 or where clients of that
 # say their own.
 _STEPS = {
-    "call Classify": "POST /classify labels texts",
-    "there are Generate and Score": "there are /v1/chat/completions and /v1/completions",
-    "unmerge it first": "`turret adapters unmerge` takes it out",
-    "replace or unload it": "load_inplace true replaces it, /v1/unload_lora_adapter removes it",
     "what lies elsewhere can be uploaded": "`turret adapters upload` sends what lies elsewhere",
     "the deadline passed before the request finished": "`timeout` passed before the answer was"
     " complete; send a higher one, or ask for less",
@@ -66,7 +62,15 @@ _STEPS = {
             "the token is unknown",
         )
     },
-    "FORCE ends them": "`turret adapters unload --force` ends them",
+}
+# What to do next, by the reason of an error.
+_HINTS = {
+    "ADAPTER_CLASSIFIES": "POST /classify labels texts",
+    "HEAD_MISSING": "POST /v1/chat/completions or /v1/completions for text",
+    "ADAPTER_EXISTS": "load_inplace true replaces it, /v1/unload_lora_adapter removes it",
+    "ADAPTER_BUSY": "`turret adapters unload --force` ends these requests",
+    "ADAPTER_PINNED": "`turret adapters unpin` unpins it",
+    **dict.fromkeys(("ADAPTER_MERGED", "MERGE_ACTIVE"), "`turret adapters unmerge` takes it out"),
 }
 # A field of turret.v1 that what is said of another speaks of.
 _LIMIT = "stop.max_tokens"
@@ -125,6 +129,8 @@ def refusal_of(error: BaseException, names: Mapping[str, str] | None = None) -> 
     message, param = _said(fault, names or {})
     for step, here in _STEPS.items():
         message = message.replace(step, here)
+    if hint := _HINTS.get(fault.reason):
+        message += f"; {hint}"
     reason = OPENAI_CODES.get(fault.reason, fault.reason.lower())
     headers = {"x-should-retry": "false"}
     if fault.retry_after_seconds is not None:

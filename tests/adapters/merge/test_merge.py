@@ -33,6 +33,7 @@ from turret.server.errors import (
     AdapterNotFoundError,
     InvalidRequestError,
     MergeActiveError,
+    MergeUnderWayError,
     NotMergedError,
     UnavailableError,
 )
@@ -261,13 +262,13 @@ async def test_one_change_at_a_time(server: EngineHarness, monkeypatch: pytest.M
     merging = asyncio.ensure_future(merge(server, "lora"))
     await asyncio.to_thread(until, lambda: server.registry.get("lora").in_flight == 1)
     for call in (merge(server, "other"), unmerge(server)):
-        with pytest.raises(MergeActiveError, match="under way"):
+        with pytest.raises(MergeUnderWayError):
             await call
     assert server.metrics.registry.get_sample_value("turret_merge_active") == 0
     may_go_on.set()
     await merging
     assert server.metrics.registry.get_sample_value("turret_merge_active") == 1
-    with pytest.raises(MergeActiveError, match="unmerge it first"):
+    with pytest.raises(MergeActiveError):
         await merge(server, "other")
     await unmerge(server)
     assert server.metrics.registry.get_sample_value("turret_merge_active") == 0

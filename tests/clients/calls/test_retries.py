@@ -215,7 +215,8 @@ def test_every_status_has_its_exception() -> None:
     assert len(set(kinds.values())) == len(kinds)
     assert all(issubclass(kind, TurretRpcError) for kind in kinds.values())
     moved = kinds[grpc.StatusCode.NOT_FOUND](grpc.StatusCode.NOT_FOUND, "no", reason="R").at("x")
-    assert (type(moved), moved.message, moved.reason) == (errors.NotFoundError, "x: no", "R")
+    assert (type(moved), moved.place, moved.reason) == (errors.NotFoundError, "x", "R")
+    assert str(moved) == "NOT_FOUND (R): x: no"
 
 
 def test_a_refused_number_of_retries_names_itself() -> None:

@@ -240,8 +240,6 @@ def test_an_interrupt_says_how_far_it_was_and_waits_for_nobody(
 def test_a_server_that_goes_away_is_said_to_be_gone(
     run: Run, server: FakeTurret, capitals: Path, monkeypatch
 ):
-    """Where none has answered yet, the same words of gRPC are those of a server with TLS."""
-
     def close(request, context):
         abort(context, grpc.StatusCode.UNAVAILABLE, "Socket closed")
 
@@ -250,7 +248,7 @@ def test_a_server_that_goes_away_is_said_to_be_gone(
     gone = "error: the server went away after 0 of 3 answers; nothing was written; see its log"
     assert (code, err) == (1, f"{gone}, and ask again\n")
     monkeypatch.setattr(server.inference, "is_closed", True)
-    assert "wants --tls" in run(capitals)[2]
+    assert "(CONNECTION_LOST)" in run(capitals)[2]
 
 
 def test_progress_knows_its_end_from_the_start(run: Run, capitals: Path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import re
 from collections.abc import Callable
@@ -14,12 +13,20 @@ from servers.command import parse_and_run
 from servers.fake_turret import FakeTurret
 
 from turret.clients.client import TurretClient
-from turret.clients.errors import AlreadyExistsError, ServerError
-from turret.clients.verbs.command import _with_next_step
+from turret.clients.errors import ServerError
+from turret.clients.hints import HINTS as OF_PYTHON
+from turret.clients.unreached import UNREACHED
+from turret.clients.verbs.hints import HINTS
+from turret.server import errors
 from turret.server.api.faults import fault_of
 from turret.server.errors import (
     VIOLATION_COUNT,
+    AdapterBusyError,
+    AdapterClassifiesError,
     AdapterInUseError,
+    AdapterNotFoundError,
+    AdapterPinnedError,
+    HeadMissingError,
     InvalidRequestError,
     MergeActiveError,
     ServiceElsewhereError,
@@ -39,9 +46,10 @@ def test_an_adapter_with_a_head_is_sent_to_the_verb_for_it(
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     rest = ("a",) if verb == "generate" else (str(data), "-m", "sql")
     code, _, err = run(verb, *rest)
-    meant = {"generate": "turret classify -a NAME", "eval": "turret eval --classify"}[verb]
-    assert (code, err.endswith(f"not to write or score text; `{meant}`\n")) == (1, True), err
-    assert err.count("trained to classify") == 1
+    assert code == 1
+    flag = {"generate": "--adapter", "eval": "--mix"}[verb]
+    said = f"error: INVALID_ARGUMENT (ADAPTER_CLASSIFIES): {flag}: 'sql': trained to classify"
+    assert err == f"{said}; {HINTS['ADAPTER_CLASSIFIES']}\n"
 
 
 def test_what_eval_calls_a_mix_is_no_part_of_a_servers_flag(
@@ -80,8 +88,8 @@ def test_a_mix_without_a_head_is_sent_to_the_verbs_for_it(
 ):
     monkeypatch.setattr(server.inference, "_accept", _refuse_mix)
     err = run("classify", "a", "-a", "sql")[2]
-    assert err.endswith("no head: there are `turret generate` and `turret score`\n")
-    assert err.count("no head") == 1
+    said = "error: INVALID_ARGUMENT (HEAD_MISSING): --adapter: no head"
+    assert err == f"{said}; {HINTS['HEAD_MISSING']}\n"
 
 
 @pytest.mark.parametrize(
@@ -116,8 +124,7 @@ def test_an_upload_from_the_hub_is_a_load(run: Run, server: FakeTurret):
 
 
 def _refuse_mix(_request: object, context: grpc.ServicerContext) -> None:
-    why = "the mix has no head: there are Generate and Score"
-    _abort(context, InvalidRequestError.of("adapters", why))
+    _abort(context, HeadMissingError.of("adapters", "no head"))
 
 
 def test_a_call_at_the_address_of_another_service_says_what_names_it(
@@ -127,51 +134,43 @@ def test_a_call_at_the_address_of_another_service_says_what_names_it(
         _abort(context, ServiceElsewhereError("it is at this server's admin address"))
 
     monkeypatch.setattr(server.adapters, "_get", refuse)
-    assert run("adapters", "get", "sql")[2] == (
-        "error: UNIMPLEMENTED (SERVICE_ELSEWHERE): it is at this server's admin address;"
-        " --address or TURRET_ADDRESS names that one\n"
-    )
+    said = "error: UNIMPLEMENTED (SERVICE_ELSEWHERE): it is at this server's admin address"
+    assert run("adapters", "get", "sql")[2] == f"{said}; {HINTS['SERVICE_ELSEWHERE']}\n"
     with TurretClient(server.address) as client, pytest.raises(ServerError) as raised:
         client.adapters.get("sql")
-    assert str(raised.value).endswith("address; a client takes both: address= and admin_address=")
+    assert "admin_address=" in raised.value.hint
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("error", "hint"),
     [
-        ("a merge is active; unmerge it first", "; `turret adapters unmerge` takes it out\n"),
-        ("it is still held; FORCE ends them", "; --force ends them\n"),
+        (MergeActiveError("a merge is active"), HINTS["MERGE_ACTIVE"]),
+        (AdapterBusyError("is held", metadata={"adapter": "sql"}), HINTS["ADAPTER_BUSY"]),
+        (
+            AdapterPinnedError("is pinned", metadata={"adapter": "sql"}),
+            "run `turret adapters unpin sql` first",
+        ),
+        (AdapterInUseError("is being unloaded", metadata={"adapter": "sql"}), ""),
+        (AdapterNotFoundError("no sqk", metadata={"closest": "sql"}), ""),
     ],
 )
-def test_what_is_in_the_way_is_removed_by_what_one_types(
-    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch, said: str, told: str
+def test_a_refusal_ends_with_what_one_types(
+    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch, error: TurretError, hint: str
 ):
     def refuse(_request: object, context: grpc.ServicerContext) -> None:
-        _abort(context, MergeActiveError(said))
+        _abort(context, error)
 
     monkeypatch.setattr(server.adapters, "_get", refuse)
     err = run("adapters", "get", "sql")[2]
-    assert err.endswith(told)
-    assert said.partition(";")[0] in err
+    head = f"error: {fault_of(error).code.name} ({error.reason}): {error.message}"
+    assert err == (f"{head}; {hint}\n" if hint else f"{head}\n")
 
 
-def test_a_name_that_is_taken_is_freed_by_what_one_types():
-    """Whatever the verb is asked for: the words of the server are those of a call."""
-
-    def told(**typed: object) -> str:
-        error = AlreadyExistsError(
-            grpc.StatusCode.ALREADY_EXISTS,
-            "adapter name 'json' is taken by other weights; replace or unload it",
-            reason="ADAPTER_EXISTS",
-        )
-        return _with_next_step(error, argparse.Namespace(name="json", **typed)).message
-
-    taken = "adapter name 'json' is taken by other weights"
-    frees = "`turret adapters unload json` frees the name"
-    replaces = "`turret adapters replace json 'my sql'` makes these its next generation"
-    assert told(path="my sql") == f"{taken}; {replaces}, {frees}"
-    assert told(replace=False).startswith(f"{taken}; --replace makes these")
-    assert told() == f"{taken}; {frees}"
+def test_both_tables_have_a_hint_for_the_same_reasons():
+    assert HINTS.keys() == OF_PYTHON.keys()
+    reasons = {kind.reason for kind in vars(errors).values() if hasattr(kind, "reason")}
+    codes = {"UNIMPLEMENTED"}
+    assert HINTS.keys() <= reasons | codes | UNREACHED | {"REQUEST_TOO_LARGE", "ANSWER_TOO_LARGE"}
 
 
 @pytest.mark.parametrize("verb", [("generate", "a"), ("health",)])
@@ -209,8 +208,7 @@ def test_the_labels_of_a_head_are_shown(run: Run, server: FakeTurret):
 
 
 def _refuse_head(_request: object, context: grpc.ServicerContext) -> None:
-    why = "'sql': trained to classify, not to write or score text; call Classify"
-    _abort(context, InvalidRequestError.of("adapters", why))
+    _abort(context, AdapterClassifiesError.of("adapters", "'sql': trained to classify"))
 
 
 def _abort(context: grpc.ServicerContext, error: TurretError) -> None:
@@ -231,17 +229,6 @@ def test_a_chat_of_nothing_is_refused(
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     code, out, err = run("generate", *flags, argument)
     assert (code, out, err) == (2, "", f"error: {said}\n")
-
-
-def test_a_pinned_adapter_is_told_with_the_command_that_unpins_it(
-    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch
-):
-    def refuse(_request: object, context: grpc.ServicerContext) -> None:
-        _abort(context, AdapterInUseError("adapter 'sql' is pinned; unpin it first"))
-
-    monkeypatch.setattr(server.adapters, "_get", refuse)
-    err = run("adapters", "unload", "sql")[2]
-    assert err.endswith("is pinned; `turret adapters unpin sql` comes first\n")
 
 
 @pytest.mark.parametrize("flag", ["--answers", "--plot"])
@@ -283,5 +270,5 @@ def test_of_an_adapter_that_does_not_classify_no_line_is_blamed(
     data = tmp_path / "d.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     err = run("eval", str(data), "-m", "sql", "--classify")[2]
-    assert "the mix has no head" in err
+    assert "(HEAD_MISSING)" in err
     assert "line" not in err

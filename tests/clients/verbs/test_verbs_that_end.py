@@ -45,11 +45,9 @@ def test_chat_remembers_turns_and_switches_adapters(run: Run, server: FakeTurret
     monkeypatch.setattr("sys.stdin", Terminal("\n".join(lines) + "\n"))
     code, out, err = run("chat", "--temperature", "0")
     assert code == 0
-    assert err.splitlines() == [
-        "error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter nope; /adapters lists what the server"
-        " has",
-        "error: unknown command /nonsense; /help lists them",
-    ]
+    missing, unknown = err.splitlines()
+    assert missing.startswith("error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter nope; /adapters ")
+    assert "/nonsense" in unknown
     first, second, third = server.inference.requests
     said = [(m.role, m.content) for m in second.chat.messages]
     answer = ("assistant", "user:one ")

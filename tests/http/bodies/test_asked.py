@@ -10,7 +10,14 @@ from servers.http_harness import HttpHarness, http_harness
 
 from turret.server.constraints.spec import ConstraintSpec
 from turret.server.engine.scheduling.request import Request
-from turret.server.errors import InvalidRequestError
+from turret.server.errors import (
+    AdapterClassifiesError,
+    AdapterExistsError,
+    HeadMissingError,
+    InvalidRequestError,
+    MergeActiveError,
+    TurretError,
+)
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 JSON = {"content-type": "application/json"}
@@ -228,26 +235,23 @@ async def test_what_a_field_may_be_is_told_in_one_go(
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("error", "told"),
     [
-        ("no head; there are Generate and Score", "/v1/chat/completions and /v1/completions"),
-        ("trained to classify; call Classify", "; POST /classify labels texts"),
+        (HeadMissingError.of("adapters", "no head"), "/v1/chat/completions or /v1/completions "),
+        (AdapterClassifiesError.of("adapters", "a head"), "; POST /classify labels texts"),
+        (AdapterExistsError("is taken"), "/v1/unload_lora_adapter removes it"),
         (
-            "is taken; replace or unload it",
-            "; load_inplace true replaces it, /v1/unload_lora_adapter removes it",
-        ),
-        (
-            "is '/a'; what lies elsewhere can be uploaded",
+            InvalidRequestError.of("path", "is '/a'; what lies elsewhere can be uploaded"),
             "; `turret adapters upload` sends what lies elsewhere",
         ),
-        ("is merged; unmerge it first", "; `turret adapters unmerge` takes it out"),
+        (MergeActiveError("is merged"), "; `turret adapters unmerge` takes it out"),
     ],
 )
-async def test_a_next_step_is_a_path_of_this_door(said: str, told: str) -> None:
+async def test_a_next_step_is_a_path_of_this_door(error: TurretError, told: str) -> None:
     async with http_harness() as server:
-        server.engine.refuse = InvalidRequestError.of("adapters", said)
+        server.engine.refuse = error
         refused = await server.refused("/classify", {"model": "base", "input": "a"})
-        assert refused.message.endswith(told)
+        assert told in refused.message
 
 
 async def test_a_chat_is_rendered_by_its_turns() -> None:

@@ -190,8 +190,6 @@ def test_an_address_at_which_nobody_could_listen(
         (["serve", "--adress", "x"], "turret serve: error: .*did you mean '--address'?"),
         (["serve", "org/name"], "did you mean --model org/name?"),
         (["eval", "x.jsonl", "json"], "did you mean --mix json?"),
-        (["eval", "x.jsonl", "-a", "json"], "did you mean -m json?"),
-        (["eval", "x.jsonl", "--adapter=json"], "did you mean -m json?"),
         (["eval", "x.jsonl", "-m", "a,b"], "a mix is a\\+b, those to compare are -m a -m b\n"),
         (["eval", "x.jsonl", "--limit", "x"], "--limit: must be a whole number from 1 on, not 'x'"),
         (
@@ -222,7 +220,6 @@ def test_an_address_at_which_nobody_could_listen(
         (["serve", "--port", "80"], r"mean --http-address 127.0.0.1:80 \(OpenAI\) or --address "),
         (["serve", "--host=h"], r"mean --http-address h:8000 \(OpenAI\) or --address h:50051 \("),
         (["serve", "--max-lora-rank", "64"], "; did you mean --max-rank 64?"),
-        (["generate", "-m", "json", "hi"], "; did you mean -a json?"),
         (["train", "rum", "x"], "; did you mean 'run'?"),
         # What begins alike is not alike.
         (["score", "--max-tokens", "5", "x"], "arguments: --max-tokens 5\n|--max-tokens x\n"),

@@ -110,7 +110,7 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
             abort(
                 context,
                 grpc.StatusCode.INVALID_ARGUMENT,
-                "1 bad field",
+                "sampling.top_p: <= 1",
                 error_details_pb2.ErrorInfo(reason="INVALID_REQUEST", domain="turret"),
                 error_details_pb2.BadRequest(field_violations=bad),
             )
@@ -226,7 +226,9 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
         if received["adapter_config.json"] == SAME.encode():
             return self._again(header.name, header.pinned)
         if header.name in self.adapters and not header.replace:
-            info = error_details_pb2.ErrorInfo(reason="ADAPTER_EXISTS", domain="turret")
+            info = error_details_pb2.ErrorInfo(
+                reason="ADAPTER_EXISTS", domain="turret", metadata={"adapter": header.name}
+            )
             abort(context, grpc.StatusCode.ALREADY_EXISTS, f"{header.name} is taken", info)
         self.files = received
         self.requests.append(header)

@@ -1,0 +1,57 @@
+"""What to do next about an error, in the terms of a Python program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Reason → hint. Braces take values of the error's metadata.
+HINTS: Mapping[str, str] = {
+    "ADAPTER_NOT_FOUND": "adapters.list() returns the registered adapters",
+    "ADAPTER_EXISTS": "adapters.replace() installs other weights, adapters.unload() frees the name",
+    "ADAPTER_CLASSIFIES": "call classify()",
+    "HEAD_MISSING": "call generate() or score() for text",
+    "ADAPTER_PINNED": "call adapters.unpin() first",
+    "ADAPTER_BUSY": 'mode="force" ends these requests',
+    "ADAPTER_MERGED": "call adapters.unmerge() first",
+    "MERGE_ACTIVE": "call adapters.unmerge() first",
+    "UNAUTHENTICATED": "pass a token of the server's --token-file as token=",
+    "SERVICE_ELSEWHERE": "pass both address= and admin_address= to the client",
+    "SERVER_STARTING": "pass a larger max_retries= to the client to wait for the server",
+    "DEADLINE_EXCEEDED": "the call had timeout={timeout}",
+    "UNIMPLEMENTED": "check that address= is that of a turret server of this version",
+    "NOT_REACHED": "`turret serve` starts a server",
+    "NOT_GRPC": "use the address of `turret serve --address` (port 50051 by default), not that of"
+    " --http-address",
+    "PEM_UNREADABLE": "ca, certificate and key must be PEM files, and the key must be that of the"
+    " certificate",
+    "TLS_UNSUPPORTED": "leave tls= out",
+    "CERTIFICATE_UNTRUSTED": "pass the roots that signed it with Tls.from_files(ca=...)",
+    "CERTIFICATE_NAME": "pass the certificate's name with Tls(server_name=...)",
+    "CONNECTION_CLOSED": "a server with TLS needs tls=Tls(...); otherwise see the server's log",
+    "CLIENT_CERTIFICATE": "a server with --tls-client-ca needs a certificate= and key= that its"
+    " roots signed; otherwise see the server's log",
+    "CONNECTION_LOST": "call again; if this repeats, see the server's log",
+    "REQUEST_TOO_LARGE": "shorten the prompt, or spread several inputs over several calls",
+    "ANSWER_TOO_LARGE": "ask for less of it (top_n, logprobs), or for fewer inputs in a call",
+}
+# The sentence of an error with one of these tells the next step already.
+_ANSWERS = ("closest", "current_generation")
+
+
+def hint_for(key: str, metadata: Mapping[str, str], hints: Mapping[str, str], **known: Any) -> str:
+    """The next step; empty if there is none that is certain.
+
+    Args:
+        key: The reason of an error, or the name of its status if it has none.
+        metadata: Of the error.
+        hints: The table of the door.
+        known: More values for the braces of a hint.
+    """
+    if any(name in metadata for name in _ANSWERS):
+        return ""
+    try:
+        given = {name: value for name, value in known.items() if value is not None}
+        return hints.get(key, "").format_map({**given, **metadata})
+    except KeyError:
+        return ""
