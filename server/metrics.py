@@ -283,6 +283,10 @@ class Metrics:
                 self._labels[name] = plain if own < self._max_adapter_labels else OTHER
             self._move(name, tier)
 
+    def is_registered(self, name: str) -> bool:
+        """Whether an adapter of that name is registered."""
+        return name in self._labels
+
     def adapter_residency(self, name: str, tier: str) -> None:
         """Record the fastest tier (``disk``, ``host`` or ``device``) that holds an adapter."""
         with self._lock:

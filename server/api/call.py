@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from turret.server import log
@@ -14,16 +14,21 @@ from turret.server.api.failures import MAX_MESSAGE_CHARS, Failure, Failures
 from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_NAME_CHARS, MAX_REQUEST_ID_CHARS
 from turret.server.basics.codes import Code
 from turret.server.metrics import Metrics
-from turret.v1 import adapters_pb2
+from turret.v1 import adapters_pb2, inference_pb2
 
 _log = logging.getLogger(__name__)
 
 REQUEST_ID_KEY = "x-request-id"
-# Messages about requests repeat what was wrong with them, in quotes or behind a second colon: the
-# log, which holds no prompt, has them up to there. Those about adapters hold names and paths.
-_UNQUOTED = re.compile(r"""(?:(?:[^:'"`\n]|(?<=\w)')*: )?(?:[^:'"`\n]|(?<=\w)')*""")
-_ABOUT_NAMES = ("ADAPTER_", "HUB_")
-_MAX_LOGGED_CHARS = 300
+# The log holds no prompt. Of what a client is told about a refused call, it has the reason, the
+# names of turret.v1's own fields, numbers, and these words of the error's metadata.
+_LOGGED_WORDS = ("path", "base_model", "peft_type", "repository", "role", "service")
+_FIELDS = frozenset(
+    field.name
+    for file in (inference_pb2.DESCRIPTOR, adapters_pb2.DESCRIPTOR)
+    for message in file.message_types_by_name.values()
+    for field in message.fields
+)
+_MOST_LOGGED_FIELDS = 8
 
 
 def is_request_id(text: str) -> bool:
@@ -65,6 +70,7 @@ class Call:
     _started: float = field(default_factory=time.monotonic)
     _at_end: list[Callable[[], None]] = field(default_factory=list)
     _told: tuple[str, str] | None = None
+    _logged: dict[str, str | int] = field(default_factory=dict)
 
     @classmethod
     def begin(
@@ -112,9 +118,25 @@ class Call:
         named = mix[:MAX_MIX_MEMBERS]
         self.adapters = tuple(member.name[:MAX_NAME_CHARS] for member in named)
 
-    def fail(self, reason: str, message: str) -> None:
-        """Note what the client is told of an error, before ``finish``."""
+    def fail(
+        self,
+        reason: str,
+        message: str,
+        *,
+        violations: Iterable[tuple[str, str]] = (),
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Note what the client is told of an error, before ``finish``; the log has no messages."""
         self._told = (reason, message)
+        self._logged = {"reason": reason}
+        fields = dict.fromkeys(filter(None, (_known(path) for path, _ in violations)))
+        if fields:
+            self._logged["fields"] = ",".join([*fields][:_MOST_LOGGED_FIELDS])
+        for key, value in (metadata or {}).items():
+            if value.isdecimal():
+                self._logged[key] = int(value)
+            elif key in _LOGGED_WORDS:
+                self._logged[key] = value
 
     def at_end(self, release: Callable[[], None]) -> None:
         """Have ``finish`` call ``release``, however the call ends; it must not raise."""
@@ -148,31 +170,19 @@ class Call:
                     adapters=names,
                 )
             )
-        _log.log(
-            self._level,
-            "call finished",
-            extra=log.fields(
-                method=self.method,
-                code=code.name,
-                seconds=round(time.monotonic() - self._started, 3),
-                adapters=",".join(names),
-                prompt_tokens=self.prompt_tokens,
-                generated_tokens=self.generated_tokens,
-                **self._told_for_the_log(code),
-            ),
-        )
+        logged = {
+            "method": self.method,
+            "code": code.name,
+            "seconds": round(time.monotonic() - self._started, 3),
+            # A name that is not registered may be any text of the client's.
+            "adapters": ",".join(n if self._metrics.is_registered(n) else "?" for n in names),
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": self.generated_tokens,
+        }
+        _log.log(self._level, "call finished", extra=log.fields(**{**logged, **self._logged}))
 
-    def _told_for_the_log(self, code: Code) -> dict[str, str]:
-        """Why the call was refused; of what the client wrote only what names things has a place."""
-        if self._told is None:
-            return {}
-        reason, message = self._told
-        if code is Code.INVALID_ARGUMENT and not reason.startswith(_ABOUT_NAMES):
-            kept = _UNQUOTED.match(message)
-            shown = kept[0].rstrip(" :") if kept else ""
-            message = shown + (" ..." if len(shown) < len(message) else "")
-        is_long = len(message) > _MAX_LOGGED_CHARS
-        if not message.strip(" ."):
-            # It begins with what was asked for, and nothing of it may be told.
-            return {"reason": reason}
-        return {"reason": reason, "why": message[:_MAX_LOGGED_CHARS] + (" ..." if is_long else "")}
+
+def _known(path: str) -> str:
+    """The beginning of a field's path that is made of turret.v1's own names, without indices."""
+    names = [part.partition("[")[0] for part in path.split(".")]
+    return ".".join(itertools.takewhile(_FIELDS.__contains__, names))

@@ -201,7 +201,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except Exception as error:
             fault = fault_of(error)
             code = fault.code
-            call.fail(fault.reason, fault.message)
+            call.fail(
+                fault.reason,
+                fault.message,
+                violations=fault.violations,
+                metadata=fault.metadata,
+            )
             if code is Code.INTERNAL:
                 _log.exception("internal error", extra=log.fields(method=method))
             status = to_rich_status(fault)

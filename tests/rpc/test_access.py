@@ -102,7 +102,7 @@ async def test_refusals_are_rich_and_cover_streams(
     assert [line.get("reason") for line in told] == [
         *("UNAUTHENTICATED", "UNAUTHENTICATED", "PERMISSION_DENIED", "PERMISSION_DENIED", None)
     ]
-    assert told[2]["why"] == role.message
+    assert (told[2]["role"], told[2]["service"]) == ("inference", "turret.v1.Inference")
     assert "secret" not in caplog.text
 
 

@@ -165,7 +165,12 @@ class Endpoint:
             refusal = refusal_of(error, names)
             code = refusal.code
             said = refusal.body["error"]
-            call.fail(said["code"].upper(), said["message"])
+            call.fail(
+                said["code"].upper(),
+                said["message"],
+                violations=getattr(error, "violations", ()),
+                metadata=getattr(error, "metadata", None),
+            )
             if code is Code.INTERNAL:
                 _log.exception("internal error", extra=log.fields(method=route.path))
             await reply.refuse(refusal)
