@@ -70,8 +70,7 @@ def _preload(registry: AdapterRegistry, name: str, path: str) -> AdapterInfo:
         except AdapterExistsError:
             return registry.replace(name, path)
     except TurretError as error:
-        why = error.message.removeprefix(f"adapter {path!r} ")
-        raise PreloadError(f"--preload {name}={path}: {why}") from error
+        raise PreloadError(f"--preload {name}={path}: {error.message}") from error
 
 
 class PreloadError(Exception):
@@ -125,9 +124,8 @@ class App:
         return code
 
     def _say(self, error: Exception) -> None:
-        """Say why nothing is served. Nothing is said after it, so that it is what is read."""
-        if str(error).startswith("--") and self.config.log.log_format == "text":
-            # As what was found before the model was loaded.
+        """Report why nothing is served, as the checks before the start do; nothing follows it."""
+        if self.config.log.log_format == "text":
             print(f"turret serve: error: {error}", file=sys.stderr, flush=True)
         else:
             _log.error("cannot start", extra=log.fields(reason=error))

@@ -183,13 +183,16 @@ async def test_health_says_so_before_a_dead_engine_ends_the_process() -> None:
 
 @pytest.mark.parametrize("error", [OSError("no such model"), ZeroDivisionError("a bug")])
 async def test_a_build_that_fails_ends_the_process_with_an_error(
-    error: Exception, caplog: pytest.LogCaptureFixture
+    error: Exception, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = Parts()
     parts.error = error
     caplog.set_level(logging.INFO, "turret")
     assert await asyncio.wait_for(make_app(parts).run(), 10) == 1
-    assert caplog.records[-1].levelno == logging.ERROR, "what is said last is why"
+    if isinstance(error, OSError):
+        assert capsys.readouterr().err == "turret serve: error: no such model\n"
+    else:
+        assert caplog.records[-1].levelno == logging.ERROR, "the cause is reported last"
 
 
 async def test_a_preload_that_fails_ends_the_process_with_an_error(
@@ -206,7 +209,7 @@ async def test_a_preload_that_fails_ends_the_process_with_an_error(
     assert await asyncio.wait_for(make_app(parts, adapters=adapters).run(), 10) == 1
     assert not {"draining", "stopped"} & {record.message for record in caplog.records}
     assert parts.engine.drained, "the engine was started, so it must be stopped"
-    said = "--preload sql=a: cannot be served: rank_pattern is wrong\n"
+    said = "--preload sql=a: adapter 'a' cannot be served: rank_pattern is wrong\n"
     assert capsys.readouterr().err == f"turret serve: error: {said}"
 
 
