@@ -31,16 +31,6 @@ _OWN_VERBS = {
     "demo": "serve the example adapters and send them one mixed batch",
     "completion": "print what makes a shell complete this command",
 }
-# Flags of other servers, by what is typed here.
-_SERVED_OTHERWISE = {
-    "--port": "--http-address 127.0.0.1:VALUE (OpenAI) or --address 127.0.0.1:VALUE (gRPC)",
-    "--host": "--http-address VALUE:8000 (OpenAI) or --address VALUE:50051 (gRPC)",
-    **dict.fromkeys(("--lora-modules", "--adapter"), "--preload VALUE"),
-    "--max-lora-rank": "--max-rank VALUE",
-    "--api-key": "--token-file FILE",
-    "--ssl-certfile": "--tls-cert VALUE",
-    "--ssl-keyfile": "--tls-key VALUE",
-}
 _TRAINING = {
     "train": "train an adapter",
     "convert": "turn an adapter that is not served into one that is",
@@ -164,7 +154,7 @@ def _add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add_flags(parser)
     assert isinstance(parser, CommandParser)
     parser.logs = True
-    parser.set_defaults(func=_serve, known_otherwise=lambda: _SERVED_OTHERWISE)
+    parser.set_defaults(func=_serve)
 
 
 def _add_cluster(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -12,26 +12,6 @@ _MOST_CHARS = 128
 _FEW_CHARS = 3
 # Of a directory no more are looked at.
 _MOST_NAMES = 4096
-# What others call what is here called otherwise.
-_OTHER_NAMES = {
-    **dict.fromkeys(("bf16", "torch.bfloat16"), "bfloat16"),
-    **dict.fromkeys(("fp16", "f16", "half", "torch.float16"), "float16"),
-    **dict.fromkeys(("fp32", "f32", "float", "full", "torch.float32"), "float32"),
-    **dict.fromkeys(("gpu", "nvidia"), "cuda"),
-    "--adapters": "--adapter-root",
-    **dict.fromkeys(("add", "register"), "load"),
-    **dict.fromkeys(("remove", "delete", "rm"), "unload"),
-    **dict.fromkeys(("show", "describe", "info"), "get"),
-    **dict.fromkeys(("resume", "start", "fit"), "run"),
-    **dict.fromkeys(("attn", "self_attn"), "attention"),
-    **dict.fromkeys(("ffn", "feed_forward"), "mlp"),
-    **dict.fromkeys(("all", "linear"), "all-linear"),
-    "ls": "list",
-    "f1": "token_f1",
-    "ppl": "perplexity",
-    **dict.fromkeys(("em", "exact"), "exact_match"),
-    "acc": "label_accuracy",
-}
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:
@@ -39,17 +19,13 @@ def closest(word: str, choices: Iterable[str]) -> str | None:
     if len(word) > _MOST_CHARS:
         return None
     known = {choice.lower(): choice for choice in choices}
-    other = _OTHER_NAMES.get(word.lower(), "")
-    if other in known:
-        meant = known[other]
-    else:
-        # What all flags begin with makes none of them alike.
-        bare = {choice.removeprefix("--"): whole for choice, whole in known.items()}
-        plain = word.lower().removeprefix("--")
-        # One letter of three.
-        cutoff = 0.6 if len(plain) <= _FEW_CHARS else 0.7
-        close = difflib.get_close_matches(plain, bare, 1, cutoff)
-        meant = bare[close[0]] if close else word
+    # What all flags begin with makes none of them alike.
+    bare = {choice.removeprefix("--"): whole for choice, whole in known.items()}
+    plain = word.lower().removeprefix("--")
+    # One letter of three.
+    cutoff = 0.6 if len(plain) <= _FEW_CHARS else 0.7
+    close = difflib.get_close_matches(plain, bare, 1, cutoff)
+    meant = bare[close[0]] if close else word
     return meant if meant != word else None
 
 

@@ -96,7 +96,7 @@ def test_a_file_of_settings_that_is_not_there_is_named_by_who_asked_for_it() -> 
 
 
 def test_a_fleet_that_cannot_be_told_its_flags_says_so_in_the_form_of_the_log() -> None:
-    done = run("cluster", "serve", "--log-format", "json", "--dtype", "bf16")
+    done = run("cluster", "serve", "--log-format", "json", "--dtype", "bfloat")
     assert done.returncode == 2
     assert json.loads(done.stderr)["reason"].endswith("did you mean 'bfloat16'?")
 
