@@ -8,7 +8,7 @@ JOBS := 2
 FUZZ_SECONDS := 600
 SOAK_SECONDS := 1800
 
-.PHONY: setup proto lint test test-gpu long fuzz chaos audit soak conformance bench demo pages constraints wheel clean
+.PHONY: setup proto lint test test-gpu long fuzz chaos audit soak conformance bench demo client pages constraints wheel clean
 
 setup: $(INSTALLED)
 
@@ -69,6 +69,10 @@ bench: setup
 	$(BIN)/python bench/decode.py $(ARGS)
 	$(BIN)/python bench/prompts.py
 	$(BIN)/python bench/neighbours.py
+
+# The synchronous client, made from the asyncio one.
+client: setup
+	cd tests/support && ../../$(BIN)/python sync_client.py
 
 # The tables and lists in docs/ that the code says better.
 pages: setup

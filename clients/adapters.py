@@ -1,4 +1,5 @@
-"""The synchronous client of the ``Adapters`` service, reached as ``TurretClient.adapters``."""
+# Made from clients/aio_adapters.py by `make client`; edit that file instead.
+"""The client of the ``Adapters`` service, reached as ``TurretClient.adapters``."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ from typing import Any
 
 import grpc
 
+from turret.clients.calls.blocking import Connection, told_early, waiting
 from turret.clients.calls.settings import CallSettings, stream_timeout
 from turret.clients.calls.unary import call
-from turret.clients.channel import ClosedStub
 from turret.clients.messages.adapter_files import ExportWriter, upload_messages
 from turret.clients.messages.adapter_requests import (
     filled,
@@ -22,7 +23,7 @@ from turret.clients.messages.adapter_requests import (
 )
 from turret.clients.messages.adapter_results import Adapter, Fusion, MergeState
 from turret.clients.messages.mix import AdaptersLike
-from turret.v1 import adapters_pb2, adapters_pb2_grpc
+from turret.v1 import adapters_pb2
 
 
 class AdaptersClient:
@@ -33,13 +34,9 @@ class AdaptersClient:
     ``timeout`` is a deadline in seconds.
     """
 
-    def __init__(self, channel: grpc.Channel, settings: CallSettings) -> None:
-        self._stub: Any = adapters_pb2_grpc.AdaptersStub(channel)
+    def __init__(self, connection: Connection, settings: CallSettings) -> None:
+        self._connection = connection
         self._settings = settings
-
-    def close(self) -> None:
-        """Make later calls a RuntimeError; the client that it belongs to closes the connection."""
-        self._stub = ClosedStub()
 
     def load(
         self,
@@ -61,7 +58,7 @@ class AdaptersClient:
             pinned=pinned,
             task=task,
         )
-        return Adapter.from_proto(self._unary(self._stub.LoadAdapter, request, timeout))
+        return Adapter.from_proto(self._unary("LoadAdapter", request, timeout))
 
     def upload(
         self,
@@ -91,7 +88,8 @@ class AdaptersClient:
                 task=task,
             )
 
-        return Adapter.from_proto(call(self._stub.UploadAdapter, messages, self._settings, timeout))
+        send = told_early(self._connection.adapters.UploadAdapter)
+        return Adapter.from_proto(call(send, messages, self._settings, timeout))
 
     def replace(
         self,
@@ -114,14 +112,12 @@ class AdaptersClient:
             expected_generation=expected_generation,
             task=task,
         )
-        return Adapter.from_proto(
-            self._unary(self._stub.ReplaceAdapter, request, timeout, repeatable=False)
-        )
+        return Adapter.from_proto(self._unary("ReplaceAdapter", request, timeout, repeatable=False))
 
     def get(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Return one adapter."""
         request = filled(adapters_pb2.GetAdapterRequest(), name=name)
-        return Adapter.from_proto(self._unary(self._stub.GetAdapter, request, timeout))
+        return Adapter.from_proto(self._unary("GetAdapter", request, timeout))
 
     def list(
         self,
@@ -149,8 +145,9 @@ class AdaptersClient:
         self, request: adapters_pb2.ListAdaptersRequest, timeout: float | None
     ) -> Iterator[Adapter]:
         while True:
-            page = self._unary(self._stub.ListAdapters, request, timeout)
-            yield from map(Adapter.from_proto, page.adapters)
+            page = self._unary("ListAdapters", request, timeout)
+            for adapter in page.adapters:
+                yield Adapter.from_proto(adapter)
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
@@ -177,17 +174,17 @@ class AdaptersClient:
             ValueError: The mode is unknown.
         """
         request = unload_request(name, mode, drain_seconds, expected_generation)
-        self._unary(self._stub.UnloadAdapter, request, timeout, repeatable=False)
+        self._unary("UnloadAdapter", request, timeout, repeatable=False)
 
     def pin(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Keep an adapter resident and registered."""
         request = filled(adapters_pb2.PinAdapterRequest(), name=name)
-        return Adapter.from_proto(self._unary(self._stub.PinAdapter, request, timeout))
+        return Adapter.from_proto(self._unary("PinAdapter", request, timeout))
 
     def unpin(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Let an adapter be evicted and unloaded again."""
         request = filled(adapters_pb2.UnpinAdapterRequest(), name=name)
-        return Adapter.from_proto(self._unary(self._stub.UnpinAdapter, request, timeout))
+        return Adapter.from_proto(self._unary("UnpinAdapter", request, timeout))
 
     def fuse(
         self,
@@ -213,7 +210,7 @@ class AdaptersClient:
             majority_sign_method=majority_sign_method,
             seed=seed,
         )
-        return Fusion.from_proto(self._unary(self._stub.FuseAdapters, request, timeout))
+        return Fusion.from_proto(self._unary("FuseAdapters", request, timeout))
 
     def merge(
         self,
@@ -229,20 +226,20 @@ class AdaptersClient:
         """
         request = merge_request(adapters, precision)
         return MergeState.from_proto(
-            self._unary(self._stub.MergeAdapters, request, timeout, repeatable=False)
+            self._unary("MergeAdapters", request, timeout, repeatable=False)
         )
 
     def unmerge(self, *, timeout: float | None = None) -> MergeState:
         """Restore the base model."""
         request = adapters_pb2.UnmergeAdaptersRequest()
         return MergeState.from_proto(
-            self._unary(self._stub.UnmergeAdapters, request, timeout, repeatable=False)
+            self._unary("UnmergeAdapters", request, timeout, repeatable=False)
         )
 
     def get_merge_state(self, *, timeout: float | None = None) -> MergeState:
         """Return what is merged."""
         request = adapters_pb2.GetMergeStateRequest()
-        return MergeState.from_proto(self._unary(self._stub.GetMergeState, request, timeout))
+        return MergeState.from_proto(self._unary("GetMergeState", request, timeout))
 
     def export(
         self,
@@ -261,12 +258,13 @@ class AdaptersClient:
         request = filled(adapters_pb2.ExportAdapterRequest(), name=name, generation=generation)
         seconds = stream_timeout(timeout)
         with ExportWriter(directory) as writer:
-            call = self._stub.ExportAdapter(
+            call = self._connection.adapters.ExportAdapter(
                 request, timeout=seconds, metadata=self._settings.metadata
             )
             try:
-                for message in call:
-                    writer.write(message)
+                with waiting(self._settings):
+                    for message in call:
+                        writer.write(message)
             except grpc.RpcError as error:
                 raise self._settings.failure(error, seconds) from None
             finally:
@@ -274,6 +272,7 @@ class AdaptersClient:
             return Adapter.from_proto(writer.finish())
 
     def _unary(
-        self, method: Any, request: object, timeout: float | None, *, repeatable: bool = True
+        self, name: str, request: object, timeout: float | None, *, repeatable: bool = True
     ) -> Any:
+        method = getattr(self._connection.adapters, name)
         return call(method, lambda: request, self._settings, timeout, repeatable=repeatable)

@@ -1,13 +1,13 @@
-"""The asyncio client; its methods mirror those of ``TurretClient``.
+"""The client of a turret server.
 
     async with AsyncTurretClient("127.0.0.1:50051") as client:
-        answer = await client.chat("How many users?", adapters=["sql"], temperature=0)
-        async with client.generate_stream("Once upon a time", max_tokens=64) as stream:
-            async for chunk in stream:
-                print(chunk.text, end="")
+        await client.adapters.load("sql", "sql-lora")
+        answer = await client.chat("How many?", adapters=["sql", ("json", -0.5)], temperature=0)
+        print(answer.text)
+        async for chunk in client.generate_stream("Once upon a time", max_tokens=64):
+            print(chunk.text, end="")
 
-Every failed call raises :class:`~turret.clients.errors.TurretRpcError`. Cancelling the task that
-awaits a call stops the request on the server.
+Every failed call raises :class:`~turret.clients.errors.TurretRpcError`.
 """
 # `timeout` is the call's deadline, which travels to the server; asyncio.timeout would not.
 # ruff: noqa: ASYNC109
@@ -17,22 +17,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Self, Unpack
 
-import grpc.aio
-
 from turret.clients.aio_adapters import AsyncAdaptersClient
+from turret.clients.calls.aio import Connection
+from turret.clients.calls.aio_streams import AsyncGenerationStream
+from turret.clients.calls.aio_unary import call_async
 from turret.clients.calls.progress import AnswerProgress
 from turret.clients.calls.retries import RetryPolicy
 from turret.clients.calls.settings import CallSettings, stream_timeout
-from turret.clients.calls.streams import AsyncGenerationStream
-from turret.clients.calls.unary import call_async
-from turret.clients.channel import (
-    DEFAULT_ADDRESS,
-    ClosedStub,
-    CutCalls,
-    LoopStub,
-    Tls,
-    open_aio_channel,
-)
+from turret.clients.channel import DEFAULT_ADDRESS, Tls
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.fields import ArgumentTypeError
 from turret.clients.messages.head_results import Classifications, Embeddings
@@ -53,16 +45,37 @@ from turret.clients.messages.results import (
     Tokens,
 )
 from turret.clients.messages.turns import MessageLike, chat_messages
-from turret.v1 import inference_pb2, inference_pb2_grpc
+from turret.v1 import inference_pb2
 
 __all__ = ["AdapterWeight", "AsyncGenerationStream", "AsyncTurretClient", "Tls", "TurretRpcError"]
 
 
 class AsyncTurretClient:
-    """Calls a turret server from asyncio. Arguments are those of ``TurretClient``.
+    """Calls a turret server.
 
-    Make it where the event loop runs, and use it there: without one, or in another, it raises
-    RuntimeError.
+    Args:
+        address: ``HOST:PORT`` of the server, or ``unix:PATH``.
+        token: Bearer token, without that word, sent with every call. Without ``tls`` it travels in
+            the clear.
+        tls: How to verify the server; None means a plain connection.
+        admin_address: Where the ``Adapters`` service listens; None means ``address``.
+        timeout: Deadline in seconds of calls with one response that set none themselves; None
+            means none. Streams have a deadline only if the call sets one.
+        max_retries: How often a call is tried again that the server asked to send later, that
+            reached no server, or whose answer a server that stops has cut: after 0.5 s, 1 s and so
+            on, or when the server says.
+        resume: Whether a stream that breaks off goes on where it broke off, as often as it brings
+            another token; otherwise it raises once it has given text. Unless ``max_retries`` is 0,
+            it waits a minute for a server that starts again, or until its own deadline. Greedily,
+            or with a seed, the answer is that of one that never broke. It fails with NotFoundError
+            if the weights that it began with are gone.
+
+    Every method's ``timeout`` is in seconds; ``math.inf``, or more than a clock can hold, means no
+    deadline. None means the client's, of streams and exports none.
+
+    An asyncio client must be made and used in one running event loop; elsewhere it raises
+    RuntimeError. Cancelling the task that awaits a call stops the request on the server. A
+    synchronous client is thread-safe.
     """
 
     def __init__(
@@ -80,29 +93,13 @@ class AsyncTurretClient:
             raise ArgumentTypeError("resume", f"True or False, not {resume!r}")
         self._resume = resume
         self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries), tls)
-        self._channel = open_aio_channel(address, tls)
-        self._admin_channel = (
-            self._channel
-            if admin_address is None
-            else open_aio_channel(admin_address, tls, "admin_address")
-        )
-        self._cuts = CutCalls()
-        stub = inference_pb2_grpc.InferenceStub(self._channel)
-        self._stub: Any = LoopStub(stub, self._cuts)
-        self.adapters = AsyncAdaptersClient(self._admin_channel, self._settings, self._cuts)
+        self._connection = Connection(address, admin_address, tls)
+        self.adapters = AsyncAdaptersClient(self._connection, self._settings)
 
     async def close(self) -> None:
-        """Close the connections, as ``TurretClient.close``.
-
-        Where a call was cut short just before, it takes up to 50 ms, so that gRPC is done with it
-        before the event loop may end.
-        """
+        """Close it; calls that run raise CallCancelledError, later ones RuntimeError."""
         self._settings.closed.set()
-        self._stub = ClosedStub()
-        self.adapters.close()
-        await self._channel.close()
-        await self._admin_channel.close()
-        await self._cuts.settle()
+        await self._connection.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -113,21 +110,42 @@ class AsyncTurretClient:
     async def generate(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Completion:
-        """Complete a prompt, as ``TurretClient.generate``."""
+        """Complete a prompt.
+
+        Args:
+            prompt: Text, used as it is; token ids; or the turns of a conversation.
+            timeout: Deadline in seconds.
+            **options: See :class:`~turret.clients.messages.requests.GenerateOptions`.
+
+        Raises:
+            AnswerCutError: The server stopped meanwhile, and no other answered; the error has what
+                there was of the answer.
+            TurretRpcError: The server refused or failed.
+            TypeError: An option is unknown or has the wrong type.
+            ValueError: A value does not fit its field.
+        """
         request = generate_request(prompt, options)
         settings = self._settings.routed(request.adapters)
-        answer = await call_async(self._stub.Generate, lambda: request, settings, timeout)
+        answer = await call_async(
+            self._connection.inference.Generate, lambda: request, settings, timeout
+        )
         return Completion.from_proto(answer)
 
     def generate_stream(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerationStream:
-        """Complete a prompt, chunk by chunk, as ``TurretClient.generate_stream``."""
+        """Complete a prompt, chunk by chunk. The request starts at once.
+
+        Arguments and errors are those of :meth:`generate`; a refusal is raised by the first
+        iteration, ``AnswerCutError`` by that after the last chunk.
+        """
         request = generate_request(prompt, options)
         settings = self._settings.routed(request.adapters)
 
-        def start(message: Any, seconds: float | None) -> grpc.aio.UnaryStreamCall:
-            return self._stub.GenerateStream(message, timeout=seconds, metadata=settings.metadata)
+        def start(message: Any, seconds: float | None) -> Any:
+            return self._connection.inference.GenerateStream(
+                message, timeout=seconds, metadata=settings.metadata
+            )
 
         retries = settings.policy.begin(stream_timeout(timeout))
         progress = AnswerProgress(request, retries, resume=self._resume)
@@ -140,7 +158,10 @@ class AsyncTurretClient:
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Completion:
-        """Answer a conversation, as ``TurretClient.chat``."""
+        """Answer a conversation, or a user's single message, through the chat template.
+
+        Other arguments and errors are those of :meth:`generate`.
+        """
         return await self.generate(chat_messages(messages), timeout=timeout, **options)
 
     def chat_stream(
@@ -162,10 +183,20 @@ class AsyncTurretClient:
         request_id: str = "",
         timeout: float | None = None,
     ) -> Score:
-        """Compute the log probability of every token of a prompt, as ``TurretClient.score``."""
+        """Compute the log probability of every token of a prompt.
+
+        Args:
+            prompt: As in :meth:`generate`.
+            adapters: The mix; empty means the base model.
+            top_n: Likeliest alternatives reported per token.
+            request_id: Names the request in the server's log.
+            timeout: Deadline in seconds.
+        """
         request = score_request(prompt, adapters=adapters, top_n=top_n, request_id=request_id)
         settings = self._settings.routed(request.adapters)
-        scored = await call_async(self._stub.Score, lambda: request, settings, timeout)
+        scored = await call_async(
+            self._connection.inference.Score, lambda: request, settings, timeout
+        )
         return Score.from_proto(scored)
 
     async def embed(
@@ -179,7 +210,17 @@ class AsyncTurretClient:
         request_id: str = "",
         timeout: float | None = None,
     ) -> Embeddings:
-        """Turn each input into a vector, as ``TurretClient.embed``."""
+        """Turn each input into a vector.
+
+        Args:
+            inputs: A text, or a list of prompts as in :meth:`generate`.
+            adapters: The mix; empty means the base model.
+            pooling: ``last`` (the final state of the last token, the server's default) or ``mean``.
+            normalize: Whether each vector has length 1; None means yes.
+            dimensions: How many numbers of each are kept, from the first; None means all.
+            request_id: Names the request in the server's log.
+            timeout: Deadline in seconds.
+        """
         request = embed_request(
             inputs,
             adapters=adapters,
@@ -189,7 +230,9 @@ class AsyncTurretClient:
             request_id=request_id,
         )
         settings = self._settings.routed(request.adapters)
-        found = await call_async(self._stub.Embed, lambda: request, settings, timeout)
+        found = await call_async(
+            self._connection.inference.Embed, lambda: request, settings, timeout
+        )
         return Embeddings.from_proto(found)
 
     async def classify(
@@ -200,10 +243,19 @@ class AsyncTurretClient:
         request_id: str = "",
         timeout: float | None = None,
     ) -> Classifications:
-        """Label each input by an adapter with a head, as ``TurretClient.classify``."""
+        """Label each input by an adapter with a classification head.
+
+        Args:
+            inputs: A text, or a list of prompts as in :meth:`generate`.
+            adapters: The mix; exactly one member has a head.
+            request_id: Names the request in the server's log.
+            timeout: Deadline in seconds.
+        """
         request = classify_request(inputs, adapters=adapters, request_id=request_id)
         settings = self._settings.routed(request.adapters)
-        found = await call_async(self._stub.Classify, lambda: request, settings, timeout)
+        found = await call_async(
+            self._connection.inference.Classify, lambda: request, settings, timeout
+        )
         return Classifications.from_proto(found)
 
     async def tokenize(
@@ -213,14 +265,31 @@ class AsyncTurretClient:
         adapters: AdaptersLike = (),
         timeout: float | None = None,
     ) -> Tokens:
-        """Convert text or a conversation to token ids, or back, as ``TurretClient.tokenize``."""
+        """Convert text or a conversation to token ids, or token ids to text.
+
+        Args:
+            prompt: As in :meth:`generate`.
+            adapters: The mix; one of them may have a tokenizer of its own.
+            timeout: Deadline in seconds.
+        """
         request = tokenize_request(prompt, adapters)
-        return Tokens.from_proto(await self._unary(self._stub.Tokenize, request, timeout))
+        return Tokens.from_proto(await self._unary("Tokenize", request, timeout))
 
     async def get_model(self, *, timeout: float | None = None) -> Model:
         """Describe the base model and the server."""
         request = inference_pb2.GetModelRequest()
-        return Model.from_proto(await self._unary(self._stub.GetModel, request, timeout))
+        return Model.from_proto(await self._unary("GetModel", request, timeout))
 
-    async def _unary(self, method: Any, request: object, timeout: float | None) -> Any:
-        return await call_async(method, lambda: request, self._settings, timeout)
+    async def _on_mix(self, name: str, request: Any, timeout: float | None) -> Any:
+        settings = self._settings.routed(request.adapters)
+        return await self._unary(name, request, timeout, settings)
+
+    async def _unary(
+        self,
+        name: str,
+        request: object,
+        timeout: float | None,
+        settings: CallSettings | None = None,
+    ) -> Any:
+        method = getattr(self._connection.inference, name)
+        return await call_async(method, lambda: request, settings or self._settings, timeout)

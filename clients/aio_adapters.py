@@ -1,4 +1,4 @@
-"""The asyncio client of the ``Adapters`` service, reached as ``AsyncTurretClient.adapters``."""
+"""The client of the ``Adapters`` service, reached as ``AsyncTurretClient.adapters``."""
 # `timeout` is the call's deadline, which travels to the server; asyncio.timeout would not.
 # ruff: noqa: ASYNC109
 
@@ -8,12 +8,11 @@ import os
 from collections.abc import AsyncIterator
 from typing import Any
 
-import grpc.aio
+import grpc
 
-from turret.clients.calls.early_status import answer_of
+from turret.clients.calls.aio import Connection, told_early, waiting
+from turret.clients.calls.aio_unary import call_async
 from turret.clients.calls.settings import CallSettings, stream_timeout
-from turret.clients.calls.unary import call_async, told_when_closed
-from turret.clients.channel import ClosedStub, CutCalls, LoopStub
 from turret.clients.messages.adapter_files import ExportWriter, upload_messages
 from turret.clients.messages.adapter_requests import (
     filled,
@@ -25,25 +24,20 @@ from turret.clients.messages.adapter_requests import (
 )
 from turret.clients.messages.adapter_results import Adapter, Fusion, MergeState
 from turret.clients.messages.mix import AdaptersLike
-from turret.v1 import adapters_pb2, adapters_pb2_grpc
+from turret.v1 import adapters_pb2
 
 
 class AsyncAdaptersClient:
     """Administers adapters: ``client.adapters`` of an ``AsyncTurretClient``, made with it.
 
-    The methods are those of ``AdaptersClient``, to be awaited.
-
-    Every method raises :class:`~turret.clients.errors.TurretRpcError` if the server refuses or
-    fails; ``timeout`` is a deadline in seconds.
+    ``client.adapters.load("sql", "sql")`` asks at the client's ``admin_address``. Every method
+    raises :class:`~turret.clients.errors.TurretRpcError` if the server refuses or fails;
+    ``timeout`` is a deadline in seconds.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, settings: CallSettings, cuts: CutCalls) -> None:
-        self._stub: Any = LoopStub(adapters_pb2_grpc.AdaptersStub(channel), cuts)
+    def __init__(self, connection: Connection, settings: CallSettings) -> None:
+        self._connection = connection
         self._settings = settings
-
-    def close(self) -> None:
-        """Make later calls a RuntimeError; the client that it belongs to closes the connection."""
-        self._stub = ClosedStub()
 
     async def load(
         self,
@@ -65,7 +59,7 @@ class AsyncAdaptersClient:
             pinned=pinned,
             task=task,
         )
-        return Adapter.from_proto(await self._unary(self._stub.LoadAdapter, request, timeout))
+        return Adapter.from_proto(await self._unary("LoadAdapter", request, timeout))
 
     async def upload(
         self,
@@ -95,9 +89,7 @@ class AsyncAdaptersClient:
                 task=task,
             )
 
-        async def send(sent: object, **options: Any) -> adapters_pb2.Adapter:
-            return await answer_of(self._stub.UploadAdapter(sent, **options))
-
+        send = told_early(self._connection.adapters.UploadAdapter)
         return Adapter.from_proto(await call_async(send, messages, self._settings, timeout))
 
     async def replace(
@@ -109,7 +101,11 @@ class AsyncAdaptersClient:
         task: int | None = None,
         timeout: float | None = None,
     ) -> Adapter:
-        """Make the weights in ``path`` (as in :meth:`load`) the adapter's new generation."""
+        """Make the weights in ``path`` (as in :meth:`load`) the adapter's new generation.
+
+        With ``expected_generation`` only if the name has that one: of two who replace the same
+        generation, the second gets :class:`~turret.clients.errors.FailedPreconditionError`.
+        """
         request = filled(
             adapters_pb2.ReplaceAdapterRequest(),
             name=name,
@@ -118,13 +114,13 @@ class AsyncAdaptersClient:
             task=task,
         )
         return Adapter.from_proto(
-            await self._unary(self._stub.ReplaceAdapter, request, timeout, repeatable=False)
+            await self._unary("ReplaceAdapter", request, timeout, repeatable=False)
         )
 
     async def get(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Return one adapter."""
         request = filled(adapters_pb2.GetAdapterRequest(), name=name)
-        return Adapter.from_proto(await self._unary(self._stub.GetAdapter, request, timeout))
+        return Adapter.from_proto(await self._unary("GetAdapter", request, timeout))
 
     def list(
         self,
@@ -152,7 +148,7 @@ class AsyncAdaptersClient:
         self, request: adapters_pb2.ListAdaptersRequest, timeout: float | None
     ) -> AsyncIterator[Adapter]:
         while True:
-            page = await self._unary(self._stub.ListAdapters, request, timeout)
+            page = await self._unary("ListAdapters", request, timeout)
             for adapter in page.adapters:
                 yield Adapter.from_proto(adapter)
             if not page.next_page_token:
@@ -181,17 +177,17 @@ class AsyncAdaptersClient:
             ValueError: The mode is unknown.
         """
         request = unload_request(name, mode, drain_seconds, expected_generation)
-        await self._unary(self._stub.UnloadAdapter, request, timeout, repeatable=False)
+        await self._unary("UnloadAdapter", request, timeout, repeatable=False)
 
     async def pin(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Keep an adapter resident and registered."""
         request = filled(adapters_pb2.PinAdapterRequest(), name=name)
-        return Adapter.from_proto(await self._unary(self._stub.PinAdapter, request, timeout))
+        return Adapter.from_proto(await self._unary("PinAdapter", request, timeout))
 
     async def unpin(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Let an adapter be evicted and unloaded again."""
         request = filled(adapters_pb2.UnpinAdapterRequest(), name=name)
-        return Adapter.from_proto(await self._unary(self._stub.UnpinAdapter, request, timeout))
+        return Adapter.from_proto(await self._unary("UnpinAdapter", request, timeout))
 
     async def fuse(
         self,
@@ -217,7 +213,7 @@ class AsyncAdaptersClient:
             majority_sign_method=majority_sign_method,
             seed=seed,
         )
-        return Fusion.from_proto(await self._unary(self._stub.FuseAdapters, request, timeout))
+        return Fusion.from_proto(await self._unary("FuseAdapters", request, timeout))
 
     async def merge(
         self,
@@ -233,20 +229,20 @@ class AsyncAdaptersClient:
         """
         request = merge_request(adapters, precision)
         return MergeState.from_proto(
-            await self._unary(self._stub.MergeAdapters, request, timeout, repeatable=False)
+            await self._unary("MergeAdapters", request, timeout, repeatable=False)
         )
 
     async def unmerge(self, *, timeout: float | None = None) -> MergeState:
         """Restore the base model."""
         request = adapters_pb2.UnmergeAdaptersRequest()
         return MergeState.from_proto(
-            await self._unary(self._stub.UnmergeAdapters, request, timeout, repeatable=False)
+            await self._unary("UnmergeAdapters", request, timeout, repeatable=False)
         )
 
     async def get_merge_state(self, *, timeout: float | None = None) -> MergeState:
         """Return what is merged."""
         request = adapters_pb2.GetMergeStateRequest()
-        return MergeState.from_proto(await self._unary(self._stub.GetMergeState, request, timeout))
+        return MergeState.from_proto(await self._unary("GetMergeState", request, timeout))
 
     async def export(
         self,
@@ -265,22 +261,23 @@ class AsyncAdaptersClient:
         request = filled(adapters_pb2.ExportAdapterRequest(), name=name, generation=generation)
         seconds = stream_timeout(timeout)
         with ExportWriter(directory) as writer:
-            call = self._stub.ExportAdapter(
+            call = self._connection.adapters.ExportAdapter(
                 request, timeout=seconds, metadata=self._settings.metadata
             )
             try:
-                with told_when_closed(self._settings):
+                with waiting(self._settings):
                     async for message in call:
                         writer.write(message)
-            except grpc.aio.AioRpcError as error:
+            except grpc.RpcError as error:
                 raise self._settings.failure(error, seconds) from None
             finally:
                 call.cancel()
             return Adapter.from_proto(writer.finish())
 
     async def _unary(
-        self, method: Any, request: object, timeout: float | None, *, repeatable: bool = True
+        self, name: str, request: object, timeout: float | None, *, repeatable: bool = True
     ) -> Any:
+        method = getattr(self._connection.adapters, name)
         return await call_async(
             method, lambda: request, self._settings, timeout, repeatable=repeatable
         )

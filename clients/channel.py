@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
-import grpc.aio
 
 from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError
 from turret.clients.unreached import address_problem
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-# The last event of a call that was cut short takes about 1 ms.
-_CUT_SECONDS = 0.05
 _PEM = b"-----BEGIN"
 _OPTIONS: tuple[tuple[str, int], ...] = (
     # Logprobs with alternatives for a long prompt exceed gRPC's own limit of 4 MiB.
@@ -115,8 +109,8 @@ def _read_pem(name: str, path: str | os.PathLike[str]) -> bytes:
     return pem
 
 
-def open_channel(address: str, tls: Tls | None, name: str = "address") -> grpc.Channel:
-    """Open a channel for synchronous calls; it connects at the first one.
+def check_address(address: object, tls: object, name: str = "address") -> None:
+    """Refuse an address at which there can be no server.
 
     Args:
         address: Where the server is.
@@ -124,32 +118,9 @@ def open_channel(address: str, tls: Tls | None, name: str = "address") -> grpc.C
         name: What the caller calls the address.
 
     Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: The address is a URL, or has no port and no TLS.
+        ArgumentTypeError: An argument has the wrong type.
+        ArgumentValueError: The address is a URL, or has no port and no TLS.
     """
-    _check(address, tls, name)
-    if tls is None:
-        return grpc.insecure_channel(address, options=_options(address, tls))
-    return grpc.secure_channel(address, tls.credentials(), options=_options(address, tls))
-
-
-def open_aio_channel(address: str, tls: Tls | None, name: str = "address") -> grpc.aio.Channel:
-    """Open a channel for asyncio calls; it connects at the first one.
-
-    Arguments are those of :func:`open_channel`.
-
-    Raises:
-        TypeError, ValueError: As :func:`open_channel`.
-        RuntimeError: No event loop runs here.
-    """
-    _check(address, tls, name)
-    _running_loop()
-    if tls is None:
-        return grpc.aio.insecure_channel(address, options=_options(address, tls))
-    return grpc.aio.secure_channel(address, tls.credentials(), options=_options(address, tls))
-
-
-def _check(address: object, tls: object, name: str) -> None:
     if not isinstance(address, str):
         raise ArgumentTypeError(name, f"HOST:PORT, not {address!r}")
     if not isinstance(tls, Tls | None):
@@ -160,70 +131,12 @@ def _check(address: object, tls: object, name: str) -> None:
         raise ArgumentValueError(name, problem)
 
 
-def _running_loop() -> asyncio.AbstractEventLoop:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        raise RuntimeError(
-            "no event loop runs here: make and use AsyncTurretClient in an async function, which"
-            " asyncio.run(...) runs; TurretClient needs none"
-        ) from None
-
-
-class LoopStub:
-    """An asyncio stub that is used where it was made: elsewhere gRPC fails in words of its own.
-
-    Args:
-        stub: gRPC's.
-        cuts: Told of each call.
-
-    Raises:
-        RuntimeError: No event loop runs, or another one than that it was made in.
-    """
-
-    def __init__(self, stub: object, cuts: CutCalls) -> None:
-        self._stub = stub
-        self._cuts = cuts
-        self._loop = _running_loop()
-
-    def __getattr__(self, name: str) -> Any:
-        if _running_loop() is not self._loop:
-            raise RuntimeError(
-                "this AsyncTurretClient was made in another event loop: make one in the async"
-                " function that each asyncio.run(...) runs"
-            )
-        method = getattr(self._stub, name)
-
-        def start(*arguments: Any, **options: Any) -> grpc.aio.Call:
-            call = method(*arguments, **options)
-            call.add_done_callback(self._cuts.note)
-            return call
-
-        return start
-
-
-class CutCalls:
-    """When an asyncio client last cut a call short, and how long gRPC has to do with that.
-
-    Of a call that is cancelled gRPC drops what is under way, and its last event comes a little
-    later, through a queue that all event loops of the process share. After the loop's end, as long
-    as any channel lives, the next loop finds it and prints that the first is closed. No call and
-    no channel tells when that event is through.
-    """
-
-    def __init__(self) -> None:
-        self._last = -math.inf
-
-    def note(self, call: grpc.aio.Call) -> None:
-        """Take in a call that has ended."""
-        if call.cancelled():
-            self._last = time.monotonic()
-
-    async def settle(self) -> None:
-        """Stay in this event loop for as long as there may be such an event."""
-        left = self._last + _CUT_SECONDS - time.monotonic()
-        if left > 0:
-            await asyncio.sleep(left)
+def open_channel(library: Any, address: str, tls: Tls | None) -> Any:
+    """A channel of ``grpc`` or ``grpc.aio``; it connects at the first call."""
+    options = _options(address, tls)
+    if tls is None:
+        return library.insecure_channel(address, options=options)
+    return library.secure_channel(address, tls.credentials(), options=options)
 
 
 class ClosedStub:

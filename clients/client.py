@@ -1,13 +1,14 @@
-"""The synchronous client.
+# Made from clients/aio.py by `make client`; edit that file instead.
+"""The client of a turret server.
 
     with TurretClient("127.0.0.1:50051") as client:
         client.adapters.load("sql", "sql-lora")
-        answer = client.chat("How many users?", adapters=["sql", ("json", -0.5)], temperature=0)
+        answer = client.chat("How many?", adapters=["sql", ("json", -0.5)], temperature=0)
         print(answer.text)
         for chunk in client.generate_stream("Once upon a time", max_tokens=64):
             print(chunk.text, end="")
 
-Every failed call raises :class:`~turret.clients.errors.TurretRpcError`. The client is thread-safe.
+Every failed call raises :class:`~turret.clients.errors.TurretRpcError`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from collections.abc import Sequence
 from typing import Any, Self, Unpack
 
 from turret.clients.adapters import AdaptersClient
+from turret.clients.calls.blocking import Connection
 from turret.clients.calls.progress import AnswerProgress
 from turret.clients.calls.retries import RetryPolicy
 from turret.clients.calls.settings import CallSettings, stream_timeout
 from turret.clients.calls.streams import GenerationStream
 from turret.clients.calls.unary import call
-from turret.clients.channel import DEFAULT_ADDRESS, ClosedStub, Tls, open_channel
+from turret.clients.channel import DEFAULT_ADDRESS, Tls
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.fields import ArgumentTypeError
 from turret.clients.messages.head_results import Classifications, Embeddings
@@ -42,7 +44,7 @@ from turret.clients.messages.results import (
     Tokens,
 )
 from turret.clients.messages.turns import MessageLike, chat_messages
-from turret.v1 import inference_pb2, inference_pb2_grpc
+from turret.v1 import inference_pb2
 
 __all__ = ["AdapterWeight", "GenerationStream", "Tls", "TurretClient", "TurretRpcError"]
 
@@ -69,6 +71,10 @@ class TurretClient:
 
     Every method's ``timeout`` is in seconds; ``math.inf``, or more than a clock can hold, means no
     deadline. None means the client's, of streams and exports none.
+
+    An asyncio client must be made and used in one running event loop; elsewhere it raises
+    RuntimeError. Cancelling the task that awaits a call stops the request on the server. A
+    synchronous client is thread-safe.
     """
 
     def __init__(
@@ -86,22 +92,13 @@ class TurretClient:
             raise ArgumentTypeError("resume", f"True or False, not {resume!r}")
         self._resume = resume
         self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries), tls)
-        self._channel = open_channel(address, tls)
-        self._admin_channel = (
-            self._channel
-            if admin_address is None
-            else open_channel(admin_address, tls, "admin_address")
-        )
-        self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)
-        self.adapters = AdaptersClient(self._admin_channel, self._settings)
+        self._connection = Connection(address, admin_address, tls)
+        self.adapters = AdaptersClient(self._connection, self._settings)
 
     def close(self) -> None:
         """Close it; calls that run raise CallCancelledError, later ones RuntimeError."""
         self._settings.closed.set()
-        self._stub = ClosedStub()
-        self.adapters.close()
-        self._channel.close()
-        self._admin_channel.close()
+        self._connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -128,7 +125,7 @@ class TurretClient:
         """
         request = generate_request(prompt, options)
         settings = self._settings.routed(request.adapters)
-        answer = call(self._stub.Generate, lambda: request, settings, timeout)
+        answer = call(self._connection.inference.Generate, lambda: request, settings, timeout)
         return Completion.from_proto(answer)
 
     def generate_stream(
@@ -143,7 +140,9 @@ class TurretClient:
         settings = self._settings.routed(request.adapters)
 
         def start(message: Any, seconds: float | None) -> Any:
-            return self._stub.GenerateStream(message, timeout=seconds, metadata=settings.metadata)
+            return self._connection.inference.GenerateStream(
+                message, timeout=seconds, metadata=settings.metadata
+            )
 
         retries = settings.policy.begin(stream_timeout(timeout))
         progress = AnswerProgress(request, retries, resume=self._resume)
@@ -192,7 +191,7 @@ class TurretClient:
         """
         request = score_request(prompt, adapters=adapters, top_n=top_n, request_id=request_id)
         settings = self._settings.routed(request.adapters)
-        scored = call(self._stub.Score, lambda: request, settings, timeout)
+        scored = call(self._connection.inference.Score, lambda: request, settings, timeout)
         return Score.from_proto(scored)
 
     def embed(
@@ -226,7 +225,8 @@ class TurretClient:
             request_id=request_id,
         )
         settings = self._settings.routed(request.adapters)
-        return Embeddings.from_proto(call(self._stub.Embed, lambda: request, settings, timeout))
+        found = call(self._connection.inference.Embed, lambda: request, settings, timeout)
+        return Embeddings.from_proto(found)
 
     def classify(
         self,
@@ -246,7 +246,7 @@ class TurretClient:
         """
         request = classify_request(inputs, adapters=adapters, request_id=request_id)
         settings = self._settings.routed(request.adapters)
-        found = call(self._stub.Classify, lambda: request, settings, timeout)
+        found = call(self._connection.inference.Classify, lambda: request, settings, timeout)
         return Classifications.from_proto(found)
 
     def tokenize(
@@ -264,12 +264,23 @@ class TurretClient:
             timeout: Deadline in seconds.
         """
         request = tokenize_request(prompt, adapters)
-        return Tokens.from_proto(self._unary(self._stub.Tokenize, request, timeout))
+        return Tokens.from_proto(self._unary("Tokenize", request, timeout))
 
     def get_model(self, *, timeout: float | None = None) -> Model:
         """Describe the base model and the server."""
         request = inference_pb2.GetModelRequest()
-        return Model.from_proto(self._unary(self._stub.GetModel, request, timeout))
+        return Model.from_proto(self._unary("GetModel", request, timeout))
 
-    def _unary(self, method: Any, request: object, timeout: float | None) -> Any:
-        return call(method, lambda: request, self._settings, timeout)
+    def _on_mix(self, name: str, request: Any, timeout: float | None) -> Any:
+        settings = self._settings.routed(request.adapters)
+        return self._unary(name, request, timeout, settings)
+
+    def _unary(
+        self,
+        name: str,
+        request: object,
+        timeout: float | None,
+        settings: CallSettings | None = None,
+    ) -> Any:
+        method = getattr(self._connection.inference, name)
+        return call(method, lambda: request, settings or self._settings, timeout)

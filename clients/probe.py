@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from turret.clients.calls.retries import RetryPolicy
 from turret.clients.calls.settings import CallSettings
-from turret.clients.channel import Tls, open_channel
+from turret.clients.channel import Tls, check_address, open_channel
 from turret.clients.errors import TurretRpcError
 
 
@@ -41,7 +41,8 @@ def ask(
         TurretRpcError: It does not answer.
     """
     call = CallSettings.of(token, timeout_seconds, RetryPolicy(0), tls)
-    with open_channel(address, tls) as channel:
+    check_address(address, tls)
+    with open_channel(grpc, address, tls) as channel:
         try:
             # The generated stub sets its methods in a way that type checkers do not follow.
             stub: Any = health_pb2_grpc.HealthStub(channel)

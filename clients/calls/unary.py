@@ -1,18 +1,15 @@
+# Made from clients/calls/aio_unary.py by `make client`; edit that file instead.
 """Calls with one response, tried again where that may help."""
-# `timeout` is the call's deadline, which travels to the server; asyncio.timeout would not.
-# ruff: noqa: ASYNC109
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import grpc
-import grpc.aio
 
-from turret.clients.calls.settings import CallSettings, closed_under_a_call
+from turret.clients.calls.blocking import pause, waiting
+from turret.clients.calls.settings import CallSettings
 from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
 from turret.clients.messages.results import Completion
 from turret.v1 import inference_pb2
@@ -26,7 +23,7 @@ def call(
     *,
     repeatable: bool = True,
 ) -> Any:
-    """Call a synchronous stub's method.
+    """Call a stub's method.
 
     Args:
         method: Of a stub, with one response.
@@ -44,7 +41,10 @@ def call(
     retries = settings.policy.begin(seconds, repeatable=repeatable)
     while True:
         try:
-            answer = method(make_request(), timeout=retries.timeout(), metadata=settings.metadata)
+            with waiting(settings):
+                answer = method(
+                    make_request(), timeout=retries.timeout(), metadata=settings.metadata
+                )
             cut = _cut(answer)
             if cut is None:
                 return answer
@@ -54,60 +54,7 @@ def call(
         delay = retries.delay_after(failure)
         if delay is None:
             raise _last_word(failure, cut)
-        if settings.closed.wait(delay):
-            raise closed_under_a_call()
-
-
-async def call_async(
-    method: Callable[..., Awaitable[Any]],
-    make_request: Callable[[], object],
-    settings: CallSettings,
-    timeout: float | None,
-    *,
-    repeatable: bool = True,
-) -> Any:
-    """As :func:`call`, of an asyncio stub's method."""
-    cut: AnswerCutError | None = None
-    seconds = settings.unary_timeout(timeout)
-    retries = settings.policy.begin(seconds, repeatable=repeatable)
-    while True:
-        try:
-            with told_when_closed(settings):
-                answer = await method(
-                    make_request(), timeout=retries.timeout(), metadata=settings.metadata
-                )
-            cut = _cut(answer)
-            if cut is None:
-                return answer
-            failure: TurretRpcError = cut
-        except grpc.aio.AioRpcError as error:
-            failure = settings.failure(error, seconds)
-        delay = retries.delay_after(failure)
-        if delay is None:
-            raise _last_word(failure, cut)
-        await asyncio.sleep(delay)
-        if settings.closed.is_set():
-            raise closed_under_a_call()
-
-
-@contextlib.contextmanager
-def told_when_closed(settings: CallSettings) -> Iterator[None]:
-    """Raise an error of its own where closing the client cancels what is awaited here.
-
-    gRPC cancels the call, which reads as if the task were; who has cancelled that sees it so.
-    """
-    try:
-        yield
-    except asyncio.CancelledError:
-        if settings.closed.is_set() and not is_task_cancelled():
-            raise closed_under_a_call() from None
-        raise
-
-
-def is_task_cancelled() -> bool:
-    """Whether somebody has asked the running task to end, which it has not done yet."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+        pause(settings, delay)
 
 
 def _cut(answer: object) -> AnswerCutError | None:

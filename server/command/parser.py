@@ -103,7 +103,7 @@ class CommandParser(argparse.ArgumentParser):
         others = known_otherwise()
         plain = flag.lower().replace("_", "-")
         near = plain if plain in others else closest(plain, [*self._option_string_actions, *others])
-        if near in others:
+        if near is not None and near in others:
             meant = f"; did you mean {others[near].replace('VALUE', self._value_of(flag))}?"
         else:
             meant = did_you_mean(flag, self._option_string_actions)

@@ -219,7 +219,7 @@ def test_closing_an_asyncio_client_leaves_nothing_of_a_cut_stream_to_the_next_lo
 async def test_closing_an_asyncio_client_waits_for_nothing_where_no_call_was_cut(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("turret.clients.channel._CUT_SECONDS", 60.0)
+    monkeypatch.setattr("turret.clients.calls.aio._CUT_SECONDS", 60.0)
     with fake_turret() as server:
         client = AsyncTurretClient(server.address)
         await client.generate("a")

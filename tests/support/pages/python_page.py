@@ -11,7 +11,7 @@ from typing import Any
 from checkout import ROOT
 
 from turret.clients import adapters, aio, aio_adapters, channel, client, errors
-from turret.clients.calls import streams
+from turret.clients.calls import aio_streams, streams
 from turret.clients.messages import adapter_results, head_results, mix, requests, results
 
 PAGE = ROOT / "docs" / "python.md"
@@ -106,7 +106,7 @@ def classes() -> list[tuple[str, list[type]]]:
 
     return [
         ("Clients", [*public(client), *public(aio)]),
-        ("Streams", public(streams)),
+        ("Streams", [*public(streams), *public(aio_streams)]),
         ("Adapters of a server", [*public(adapters), *public(aio_adapters)]),
         ("Connection and mixes", [channel.Tls, *public(mix)]),
         ("Prompts and options", public(requests)),
