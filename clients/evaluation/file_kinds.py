@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import shlex
 from pathlib import Path
+
+from turret.closest import closest
 
 _KINDS = {
     codecs.BOM_UTF16_LE: "is UTF-16 text; save it as UTF-8",
@@ -30,8 +31,8 @@ def near_files(path: Path) -> str:
     except OSError:
         return ""
     stems = {Path(name).stem: name for name in there}
-    if close := difflib.get_close_matches(path.stem, stems, 1, 0.7):
-        return f"; did you mean {stems[close[0]]!r}?"
+    if near := closest(path.stem, stems):
+        return f"; did you mean {stems[near]!r}?"
     more = ", …" if len(there) > _FEW else ""
     return f"; its directory has {', '.join(there[:_FEW])}{more}" if path.suffix and there else ""
 

@@ -13,14 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from turret.clients.evaluation.file_kinds import other_kind
-from turret.clients.evaluation.other_layouts import (
-    near,
-    renamed,
-    role_meant,
-    turn_meant,
-    turns_meant,
-    without,
-)
+from turret.closest import did_you_mean
 
 ROLES = ("system", "user", "assistant")
 _HALF = re.compile("[\ud800-\udfff]")
@@ -59,8 +52,6 @@ class Row:
     def shape_error(self) -> RowError:
         """Why this line is of none of the shapes, and how its keys would have to be called."""
         keys, holds = set(self.values), f"a line holds {shapes(is_learned=self.is_learned)}"
-        if said := renamed(self.values, self.path):
-            return self.error("line", said)
         asked = "messages" if "messages" in keys else "prompt"
         texts = ({"text"},) if self.is_learned else ()
         labelled = ({asked, "labels"},) if "labels" in keys else ()
@@ -69,21 +60,18 @@ class Row:
             others, missing = sorted(keys - shape), sorted(shape - keys)
             if not others or not (self.is_learned or missing):
                 return self.error(missing[0], f"is missing; {holds}")
-            step = near(others[0], missing) if missing else without(shape, self.path)
-            return self.error(others[0], f"is unexpected here; {holds}{step}")
+            meant = did_you_mean(others[0], missing)
+            return self.error(others[0], f"is unexpected here; {holds}{meant}")
         there = f"; it holds {', '.join(sorted(keys)):.80}" if keys else ""
-        if keys == {"text"}:
-            there = "; text alone has no answer to judge"
-        meant = next(filter(None, (near(key, set().union(*known)) for key in sorted(keys))), "")
+        near = (did_you_mean(key, set().union(*known)) for key in sorted(keys))
+        meant = next(filter(None, near), "")
         return self.error("line", f"must hold {shapes(is_learned=self.is_learned)}{there}{meant}")
 
     def text(self, field: str, value: Any, *, may_be_empty: bool = False) -> str:
         """A value that is a text."""
         if not isinstance(value, str):
-            keys = self.values.keys()
             shown = "null" if value is None else f"{value!r:.40}"
-            meant = turns_meant(value, self.path) if {"prompt", "completion"} <= keys else ""
-            raise self.error(field, f"must be a string, not {shown}{meant}")
+            raise self.error(field, f"must be a string, not {shown}")
         if half := _HALF.search(value):
             problem = f"holds half of a character, \\u{ord(half[0]):x}; write its other half too"
             raise self.error(field, problem)
@@ -131,12 +119,10 @@ class Row:
         keys = set(turn) if isinstance(turn, dict) else set()
         if keys != {"role", "content"} and (self.is_learned or not keys >= {"role", "content"}):
             alone = " alone" if self.is_learned else ""
-            meant = turn_meant(keys, self.path)
-            raise self.error(field, f"must be an object with role and content{alone}{meant}")
+            raise self.error(field, f"must be an object with role and content{alone}")
         role = turn["role"]
-        meant = role_meant(role, self.path)
-        if meant or (self.is_learned and role not in ROLES):
-            problem = f"must be one of {', '.join(ROLES)}, not {role!r:.40}{meant}"
+        if self.is_learned and role not in ROLES:
+            problem = f"must be one of {', '.join(ROLES)}, not {role!r:.40}"
             raise self.error(f"{field}.role", problem)
         may_be_empty = role != "assistant"
         content = self.text(f"{field}.content", turn["content"], may_be_empty=may_be_empty)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex, TypedDict
@@ -26,6 +25,7 @@ from turret.clients.messages.turns import (
     to_messages,
     to_tool,
 )
+from turret.closest import did_you_mean
 from turret.v1 import inference_pb2
 
 # Text, token ids (an array of them, too), or the turns of a conversation.
@@ -128,10 +128,7 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     unknown = options.keys() - GenerateOptions.__annotations__.keys()
     if unknown:
         known = list(GenerateOptions.__annotations__)
-        close = difflib.get_close_matches(min(unknown), known, n=1, cutoff=0.7)
-        meant = f"; did you mean {close[0]!r}?" if close else ""
-        if unknown == {"model"}:
-            meant = "; a client has one model, and adapters=[...] names what answers on it"
+        meant = did_you_mean(min(unknown), known)
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}{meant}")
     values: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
     request = inference_pb2.GenerateRequest(adapters=to_mix(values.get("adapters", ())))

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-# Longer names are no slips of a finger, and comparing them takes long.
-_MOST_CHARS = 128
-_FEW_CHARS = 3
+from turret.closest import closest, did_you_mean
+
+__all__ = ["closest", "did_you_mean", "path_meant"]
+
 # Of a directory no more are looked at.
 _MOST_NAMES = 4096
-
-
-def closest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that is close to the word and not the word itself, if there is one."""
-    if len(word) > _MOST_CHARS:
-        return None
-    known = {choice.lower(): choice for choice in choices}
-    # What all flags begin with makes none of them alike.
-    bare = {choice.removeprefix("--"): whole for choice, whole in known.items()}
-    plain = word.lower().removeprefix("--")
-    # One letter of three.
-    cutoff = 0.6 if len(plain) <= _FEW_CHARS else 0.7
-    close = difflib.get_close_matches(plain, bare, 1, cutoff)
-    meant = bare[close[0]] if close else word
-    return meant if meant != word else None
-
-
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """``"; did you mean 'sql'?"`` where a choice is close to the word, else nothing."""
-    close = closest(word, choices)
-    return "" if close is None else f"; did you mean {close!r}?"
 
 
 def path_meant(path: Path, is_meant: Callable[[Path], bool]) -> str:

@@ -315,12 +315,21 @@ def test_a_forbidden_import_is_found(module: str, source: str):
         ("server.rpc.server", "from turret.server.errors import TurretError"),
         ("clients.client", "import grpc\nfrom turret.v1 import inference_pb2"),
         ("server.cli", "from turret import __version__\nimport turret.clients.verbs"),
+        ("clients.client", "from turret.closest import closest"),
         ("server.cli", "from turret.training.verbs import add_parser"),
         ("training.trainer", "import peft\nfrom turret.server.models.loader import load_decoder"),
     ],
 )
 def test_a_downward_import_passes(module: str, source: str):
     assert complaints(module, source) == []
+
+
+def test_what_all_may_use_uses_nothing():
+    """Modules beside the package's ``__init__`` are below every layer."""
+    for path in (ROOT / "src" / "turret").glob("*.py"):
+        if path.name != "__init__.py":
+            names = [name for _, name in imports_of(path.read_text(encoding="utf-8"))]
+            assert all(is_standard(name.split(".")[0]) for name in names), path
 
 
 def test_root_folders_are_no_packages():

@@ -244,16 +244,6 @@ def test_a_test_set_is_not_written_over(run: Run, server: FakeTurret, tmp_path: 
     assert "completion" in data.read_text()
 
 
-def test_answers_are_no_test_set(run: Run, server: FakeTurret, tmp_path: Path):
-    data = tmp_path / "d.jsonl"
-    data.write_text('{"prompt": "a", "completion": "b"}\n')
-    assert run("eval", str(data), "--answers", str(tmp_path / "answers.jsonl"))[0] == 0
-    err = run("eval", str(tmp_path / "answers.jsonl"))[2]
-    assert err.endswith(
-        "is what `turret eval --answers` wrote, and not the test set that was judged\n"
-    )
-
-
 def test_texts_of_a_file_that_is_no_text(run: Run, server: FakeTurret, tmp_path: Path):
     (tmp_path / "f").write_bytes(b"ab\xff")
     code, _, err = run("embed", "--file", str(tmp_path / "f"))
