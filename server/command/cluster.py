@@ -110,7 +110,7 @@ def serve(args: argparse.Namespace) -> int:
         is_json = settings.values.get("log_format") == "json"
         if why := why_refused(settings.values):
             raise ValueError(settings.blamed(why))
-        config = fleet_config(settings.config())
+        config = fleet_config(settings.config(), joins=plan.ray_address is not None)
     except (OSError, ValueError) as error:
         _complain("serve", *str(error).splitlines(), is_json=is_json)
         return EXIT_USAGE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 import time
 import urllib.request
@@ -14,7 +15,7 @@ import pytest
 import torch
 from builders.adapters import edit_config
 from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
-from fleets.serving import ServingFleet, start_fleet, status_rows
+from fleets.serving import ServingFleet, listening, start_fleet, status_rows
 from safetensors.torch import load_file, save_file
 
 from turret.clients.client import TurretClient, TurretRpcError
@@ -24,10 +25,52 @@ pytest.importorskip("ray")
 pytestmark = pytest.mark.long
 
 
+LOOPBACK = "127.0.0.1"
+# Another address of this machine, to tell the ingress from what is behind it.
+HOST = "127.0.0.3" if sys.platform == "linux" else LOOPBACK
+
+
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServingFleet]:
-    with start_fleet(tmp_path_factory.mktemp("fleet"), "--replicas", "2") as started:
+    with start_fleet(tmp_path_factory.mktemp("fleet"), "--replicas", "2", host=HOST) as started:
         yield started
+
+
+def test_nothing_listens_but_on_the_hosts_of_the_flags_and_on_loopback(fleet: ServingFleet) -> None:
+    # A reload of the ingress may exchange its process between the two looks of one round.
+    end = time.monotonic() + 10.0
+    ingress: set[str] = set()
+    while {fleet.address, fleet.http_address} - ingress:
+        assert time.monotonic() < end, ingress
+        found = {each: listening(each) for each in fleet.tree()}
+        pairs = {pair for pairs in found.values() for pair in pairs}
+        # The command, its GCS and raylet, two replicas, and so on.
+        assert sum(map(bool, found.values())) >= 8
+        assert {host for host, _ in pairs} <= {HOST, LOOPBACK}, found
+        ingress = {f"{host}:{port}" for host, port in pairs if host == HOST}
+    if HOST != LOOPBACK:
+        assert ingress == {fleet.address, fleet.http_address}
+
+
+def test_a_killed_ingress_is_back_within_five_seconds(fleet: ServingFleet) -> None:
+    def get() -> int:
+        with urllib.request.urlopen(f"http://{fleet.http_address}/health", timeout=10) as answer:
+            return int(answer.status)
+
+    assert get() == 200
+    for each in fleet.tree():
+        if each.name() == "haproxy":
+            each.kill()
+    killed = time.monotonic()
+    while True:
+        try:
+            assert get() == 200
+            break
+        except OSError:
+            assert time.monotonic() < killed + 5.0
+            time.sleep(0.05)
+    with TurretClient(fleet.address) as client:
+        assert client.generate("Once", max_tokens=2, temperature=0).text
 
 
 def test_changes_hold_for_every_later_request_on_any_replica(fleet: ServingFleet) -> None:
@@ -82,9 +125,8 @@ def test_http_answers_too(fleet: ServingFleet) -> None:
 
 
 def test_a_list_of_addresses_is_one_server(fleet: ServingFleet) -> None:
-    _, _, port = fleet.address.rpartition(":")
     # Ingresses of two machines are two addresses; this one's is asked by two names.
-    listed = f"ipv4:127.0.0.1:{port},127.0.0.1:{port}"
+    listed = f"ipv4:{fleet.address},{fleet.address}"
     with TurretClient(listed, max_retries=0) as client:
         assert client.generate("Once", max_tokens=2, temperature=0).text
         assert "".join(chunk.text for chunk in client.generate_stream("Once", max_tokens=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import os
@@ -24,7 +25,7 @@ from turret.server.cluster.messages import FleetStatus, ReplicaStatus
 from turret.server.cluster.serving import haproxy, ray_cluster, serve
 from turret.server.cluster.serving.plan import REFUSED, ClusterPlan, fleet_config
 from turret.server.cluster.serving.status import print_status
-from turret.server.config import AdapterConfig, Config, ModelConfig
+from turret.server.config import AdapterConfig, Config, ModelConfig, SecurityConfig
 from turret.server.errors import UnavailableError
 from turret.v1 import adapters_pb2, inference_pb2
 
@@ -59,6 +60,9 @@ class Cluster:
         os.kill(os.getpid(), signal.SIGHUP)
         return cls()
 
+    def dead_process(self):
+        return ""
+
     def close(self, state_dir):
         print(f"closed {state_dir}", signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 
@@ -66,7 +70,9 @@ serve.RayCluster = Cluster
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 adapters = types.SimpleNamespace(state_dir="x")
 security = types.SimpleNamespace(token_file=None)
-print(serve.run(types.SimpleNamespace(adapters=adapters, security=security), None))
+listen = types.SimpleNamespace(address="127.0.0.1:1")
+config = types.SimpleNamespace(adapters=adapters, security=security, listen=listen)
+print(serve.run(config, None))
 """
 
 
@@ -132,7 +138,7 @@ def test_only_a_fleet_that_was_joined_is_changed_by_another_command(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         flags = ["--state-dir", str(tmp_path), "--address", address]
-        flags += ["--ray-address", "10.0.0.1:6379"] if joins else []
+        flags += ["--ray-address", "10.0.0.1:6379", "--insecure"] if joins else []
         assert cli.main(["cluster", "serve", *flags]) == (7 if joins else 1)
     said = capsys.readouterr().err
     assert ("is taken: another process listens there; give it another port" in said) is not joins
@@ -163,7 +169,7 @@ def test_no_folder_for_the_sockets_is_one_sentence(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
     monkeypatch.setattr(fleet_folder, "_SHORT", tmp_path / "absent")
     with pytest.raises(UnavailableError, match="TMPDIR: no folder for the fleet's sockets"):
-        ray_cluster.RayCluster.open(ClusterPlan(), tmp_path, lambda: False)
+        ray_cluster.RayCluster.open(ClusterPlan(), "127.0.0.1", tmp_path, lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +207,37 @@ def test_a_model_of_the_hub_stays_one(tmp_path: Path, monkeypatch: pytest.Monkey
     assert model_of("acme/tiny@v1") == "acme/tiny@v1"
     assert model_of("here") == str(tmp_path / "here")
     assert model_of("not/here/either") == str(tmp_path / "not" / "here" / "either")
+
+
+def test_a_fleet_on_a_cluster_of_others_needs_tokens() -> None:
+    """Its replicas listen for other machines' ingresses, also where --address is loopback."""
+    config = Config(adapters=AdapterConfig(state_dir=Path("state")))
+    assert fleet_config(config)
+    with pytest.raises(ValueError, match="--token-file"):
+        fleet_config(config, joins=True)
+    for security in (SecurityConfig(token_file=Path("tokens")), SecurityConfig(insecure=True)):
+        assert fleet_config(dataclasses.replace(config, security=security), joins=True)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "10.0.0.5", "0.0.0.0", "::1", "fleet.example"])
+def test_only_the_ingress_listens_on_the_fleets_host(
+    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(haproxy.VARIABLE, "/bin/true")
+    haproxy.write_haproxy(tmp_path, host)
+    written = tmp_path / "haproxy.cfg"
+    # The two pages of Serve's, as its template has them, and the two addresses of the fleet.
+    written.write_text(
+        "    bind :1\n    bind 127.0.0.1:2\n    bind 127.0.0.1:3 proto h2\n  bind *:4\n"
+    )
+    shown = f"[{host}]" if ":" in host else host
+    # Serve may start it again without writing a new configuration.
+    for _ in range(2):
+        subprocess.run([haproxy.haproxy_path(tmp_path), "-f", written], check=True)
+        assert written.read_text() == (
+            f"    bind ipv4@127.0.0.1:1\n    bind {shown}:2\n    bind {shown}:3 proto h2\n"
+            "  bind ipv4@127.0.0.1:4\n"
+        )
 
 
 def test_a_shell_reads_the_variables_of_the_ingress(tmp_path: Path) -> None:
@@ -298,6 +335,17 @@ def test_every_server_that_serve_writes_is_found(
     assert [line.count(" tcp-ut 8s") for line in servers] == [1] * len(lines)
 
 
+def test_every_address_that_serve_writes_is_known() -> None:
+    found = importlib.util.find_spec("ray")
+    if found is None or found.origin is None:
+        pytest.skip("needs Ray")
+    template = Path(found.origin).with_name("serve") / "_private" / "haproxy_templates.py"
+    lines = re.findall(r"^ *bind (.*):\{\{", template.read_text(), re.MULTILINE)
+    hosts = [re.sub(r"\{\{.*\}\}", "own", line) for line in lines]
+    # Two pages on every interface, which are moved to loopback, and the two addresses of the fleet.
+    assert sorted(hosts) == ["", "*", "own", "own"]
+
+
 def test_what_is_started_is_never_without_its_permissions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,7 +384,7 @@ def test_a_cluster_that_is_gone_is_said_to_be_at_once(tmp_path: Path) -> None:
             ray_cluster.join_as_guest(address, None)
         plan = ClusterPlan(ray_address=address)
         with pytest.raises(UnavailableError, match=f"no Ray cluster listens at {address}"):
-            ray_cluster.RayCluster.open(plan, tmp_path, lambda: False)
+            ray_cluster.RayCluster.open(plan, "127.0.0.1", tmp_path, lambda: False)
     with pytest.raises(UnavailableError, match="no fleet runs on"):
         ray_cluster.join_as_guest(None, tmp_path / "absent")
 

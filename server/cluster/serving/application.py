@@ -34,7 +34,8 @@ def application(args: Mapping[str, Any]) -> Application:
         UnavailableError: The registry does not start.
     """
     plan = ClusterPlan(ray_address="auto", **args)
-    config = fleet_config(read_settings(argparse.Namespace(), os.environ).config())
+    settings = read_settings(argparse.Namespace(), os.environ)
+    config = fleet_config(settings.config(), joins=True)
     assert config.adapters.state_dir is not None
     start_registry(config.adapters.state_dir, plan.lease_seconds)
     return deployment(config, plan)

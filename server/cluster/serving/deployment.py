@@ -9,7 +9,6 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 from ray import serve
-from ray.serve._private import default_impl
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from turret.server import log
@@ -30,13 +29,10 @@ class Replica:
     Args:
         config: The resolved configuration.
         stops_alone: See ``ReplicaServer``.
-        is_local: Whether only this machine may reach the replica.
     """
 
-    async def __init__(self, config: Config, stops_alone: bool, is_local: bool) -> None:  # type: ignore[misc]
+    async def __init__(self, config: Config, stops_alone: bool) -> None:  # type: ignore[misc]
         self._is_stopped = True
-        if is_local:
-            _listen_locally()
         level = logging.DEBUG if config.log.verbose else logging.INFO
         log.configure(level, log_format=config.log.log_format)
         name = serve.get_replica_context().replica_id.unique_id
@@ -184,13 +180,3 @@ class Replica:
         grpc_context.set_details("a fleet's health cannot be watched; ask for it")
         return
         yield
-
-
-def _listen_locally() -> None:
-    """Has the replica's own gRPC port, which Serve opens to every network, open on loopback."""
-    add = default_impl.add_grpc_address
-
-    def add_local(server: Any, address: str) -> None:
-        add(server, address.replace("[::]", "127.0.0.1"))
-
-    default_impl.add_grpc_address = add_local

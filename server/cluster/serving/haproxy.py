@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -18,13 +19,13 @@ VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 # connection meanwhile. HAProxy has a bound for it on each server alone: it is accepted among a
 # backend's defaults, and has no effect there (2.8).
 _SECONDS = 8
+_BOUNDED = f"/^ *server [^ ]* [^ ]*:[0-9]* /{{/ tcp-ut /!s/$/ tcp-ut {_SECONDS}s/;}}"
 _SCRIPT = """#!/bin/sh
-# Serve writes a new configuration before every start.
+# Serve writes a new configuration before most starts; one that was edited stays as it is.
 for argument; do
     case $argument in
     *.cfg)
-        sed '/^ *server [^ ]* [^ ]*:[0-9]* /{/ tcp-ut /!s/$/ tcp-ut SECONDSs/;}' "$argument" \\
-            > "$argument.new" && mv "$argument.new" "$argument" || exit 1
+        sed EXPRESSIONS "$argument" > "$argument.new" && mv "$argument.new" "$argument" || exit 1
         ;;
     esac
 done
@@ -37,19 +38,26 @@ def haproxy_path(folder: Path) -> Path:
     return folder / "haproxy"
 
 
-def write_haproxy(folder: Path) -> None:
+def write_haproxy(folder: Path, host: str | None = None) -> None:
     """Writes what Serve is to start in HAProxy's place.
 
     Args:
         folder: Of this user alone; what lies there is run.
+        host: Where the fleet listens, if everything else is on loopback; None leaves it to Serve.
 
     Raises:
         UnavailableError: There is no HAProxy.
         OSError: It cannot be written.
     """
     path = haproxy_path(folder)
-    script = _SCRIPT if sys.platform == "linux" else '#!/bin/sh\nexec BINARY "$@"\n'
-    script = script.replace("SECONDS", str(_SECONDS))
+    edits = [_BOUNDED] if sys.platform == "linux" else []
+    if host is not None:
+        shown = re.sub(r"([&/\\])", r"\\\1", f"[{host}]" if ":" in host else host)
+        # Serve has it listen where replicas do, with two pages of its own on every interface.
+        edits += [rf"s/^\( *bind \)127\.0\.0\.1:/\1{shown}:/"]
+        edits += [r"s/^\( *bind \)\**:/\1ipv4@127.0.0.1:/"]
+    expressions = " ".join(f"-e {shlex.quote(edit)}" for edit in edits or [""])
+    script = _SCRIPT.replace("EXPRESSIONS", expressions)
     script = script.replace("BINARY", shlex.quote(_binary(path)))
     # A fleet that runs may start it at any moment.
     replace_file(path, script.encode(), mode=0o700)

@@ -101,8 +101,12 @@ def _is_exposed(address: str) -> bool:
         return False
 
 
-def fleet_config(config: Config) -> Config:
+def fleet_config(config: Config, *, joins: bool = False) -> Config:
     """The configuration of every replica.
+
+    Args:
+        config: As it was given.
+        joins: Whether the fleet runs on a Ray cluster that was there before.
 
     Raises:
         ValueError: A flag that a fleet cannot take; says what to do instead.
@@ -111,6 +115,11 @@ def fleet_config(config: Config) -> Config:
     parts = (listen, security, config.adapters)
     if why := why_refused({n: getattr(p, n) for p in parts for n in REFUSED if hasattr(p, n)}):
         raise ValueError(why)
+    if joins and security.token_file is None and not security.insecure:
+        raise ValueError(
+            "--token-file: on a Ray cluster that it joins, a fleet's replicas can be reached from"
+            " other machines, whatever --address says: set it, or say --insecure"
+        )
     if config.adapters.state_dir is None:
         raise ValueError("a fleet needs --state-dir: what adapters there are is written down there")
     if listen.address.startswith("unix:"):

@@ -53,14 +53,18 @@ _BALANCE = "\n    ".join(
         "option forwardfor",
     )
 )
-# Ray takes 127.0.0.1 for a slip and listens where other machines can reach it.
-_LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+# Where everything of a fleet listens, if Ray is started here: all but the ingress and metrics.
+LOOPBACK = "127.0.0.1"
 # Ports that are the same in all of Serve.
 _PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
 # What ends a fleet; see ``serve.py``, which has them wait while Ray starts.
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+# See there. It is not imported here: that imports Ray.
+_PREPARE = "turret.server.cluster.serving.ray_worker.prepare"
 _OBJECT_STORE_BYTES = 100 << 20
 _CONNECT_SECONDS = 5.0
+# Ray's names of the processes without which nothing of a cluster on one machine can go on.
+_CENTRAL = ("gcs_server", "raylet")
 _START_ONE = (
     "`ray start --head` starts one and prints its address; without an address of Ray's this"
     " command starts its own"
@@ -93,6 +97,8 @@ def ingress_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's own name for what worker processes run first.
+        "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": _PREPARE,
         # As turret serve has it. With Ray's own, 15, replicas and ingress get a thirtieth of a
         # processor that somebody else wants too.
         "RAY_worker_niceness": "0",
@@ -132,12 +138,13 @@ class RayCluster:
 
     @classmethod
     def open(
-        cls, plan: ClusterPlan, state_dir: Path, is_stopping: Callable[[], bool]
+        cls, plan: ClusterPlan, host: str, state_dir: Path, is_stopping: Callable[[], bool]
     ) -> RayCluster:
         """Starts Ray in this process's tree, on loopback, behind a token; or joins it.
 
         Args:
             plan: Which of the two.
+            host: Where the fleet listens.
             state_dir: The fleet's.
             is_stopping: See ``LineFilter``.
 
@@ -148,7 +155,7 @@ class RayCluster:
             raise UnavailableError(f"{why}; {_START_ONE}")
         folder = _make_folder(state_dir) if plan.ray_address is None else None
         try:
-            found = cls._open(plan, folder, is_stopping)
+            found = cls._open(plan, host, folder, is_stopping)
         except Exception as error:
             # No narrower: of a node that does not start Ray raises no class of its own.
             if folder is not None:
@@ -170,11 +177,11 @@ class RayCluster:
 
     @staticmethod
     def _open(
-        plan: ClusterPlan, folder: FleetFolder | None, is_stopping: Callable[[], bool]
+        plan: ClusterPlan, host: str, folder: FleetFolder | None, is_stopping: Callable[[], bool]
     ) -> Any:
         """What Ray says of itself."""
         path = joined_folder() if folder is None else folder.path
-        haproxy.write_haproxy(path)
+        haproxy.write_haproxy(path, None if folder is None else host)
         environment = ingress_environment(path)
         if folder is not None:
             # A Ray port is remote code execution for whoever can reach it.
@@ -187,22 +194,46 @@ class RayCluster:
         _print_through(LineFilter(is_stopping, has_others=folder is None))
         with _apart():
             if folder is None:
-                return _init(ray, address=plan.ray_address, runtime_env={"env_vars": environment})
+                variables = {"env_vars": environment}
+                return _init(ray, is_local=False, address=plan.ray_address, runtime_env=variables)
             return _init(
                 ray,
+                is_local=True,
                 address="local",
                 num_cpus=plan.max_replicas,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
-                _node_ip_address=_LOOPBACK,
+                _node_ip_address=LOOPBACK,
                 _temp_dir=str(path / "ray"),
             )
+
+    def dead_process(self) -> str:
+        """Which of Ray's two central processes has died, of those that were started here, or ""."""
+        from ray._private import worker
+
+        node: Any = worker._global_node
+        if self.folder is None or node is None:
+            return ""
+        return next((kind for kind, _ in node.dead_processes() if kind in _CENTRAL), "")
+
+    def kill(self, state_dir: Path) -> None:
+        """Ends a cluster that was started here and that Ray can no longer end in order."""
+        # Ray brings it along.
+        import psutil
+
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self._remove(state_dir)
 
     def close(self, state_dir: Path) -> None:
         """Leaves the cluster; ends it if it was started here."""
         import ray
 
         ray.shutdown()
+        self._remove(state_dir)
+
+    def _remove(self, state_dir: Path) -> None:
         if self.folder is not None:
             (state_dir / CLUSTER_FILE).unlink(missing_ok=True)
             self.folder.remove()
@@ -225,6 +256,7 @@ def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
                 f" {', '.join(map(str, started))}"
             )
         state_dir = next(iter(started), None)
+    is_local = ray_address is None and state_dir is not None
     if ray_address is None and state_dir is not None:
         try:
             said = json.loads((state_dir / CLUSTER_FILE).read_bytes())
@@ -249,7 +281,7 @@ def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
     import ray
 
     try:
-        _init(ray, address=ray_address or "auto")
+        _init(ray, is_local=is_local, address=ray_address or "auto")
     except ConnectionError as error:
         raise UnavailableError(
             f"no fleet can be joined here ({str(error).partition('. ')[0]}); `turret cluster serve`"
@@ -342,8 +374,25 @@ def _print_through(lines: LineFilter) -> None:
     patched.print_to_stdstream = show_kept
 
 
-def _init(ray: Any, **arguments: Any) -> Any:
-    return ray.init(logging_level="WARNING", namespace="turret", **arguments)
+def _init(ray: Any, *, is_local: bool, **arguments: Any) -> Any:
+    """Initialises Ray.
+
+    Args:
+        ray: The package.
+        is_local: Ray was or is started by a command of turret's, on ``LOOPBACK``. Ray would replace
+            that by an address that other machines can reach, and listen on every interface.
+        arguments: Ray's.
+    """
+    from ray._private import services
+
+    patched: Any = services
+    resolve = services.resolve_ip_for_localhost
+    if is_local:
+        patched.resolve_ip_for_localhost = str
+    try:
+        return ray.init(logging_level="WARNING", namespace="turret", **arguments)
+    finally:
+        patched.resolve_ip_for_localhost = resolve
 
 
 def _main(arguments: list[str]) -> None:

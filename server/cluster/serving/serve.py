@@ -6,17 +6,19 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turret.server import log
-from turret.server.basics.address import is_local_address, split_address
+from turret.server.basics.address import split_address
 from turret.server.cluster.machine import ray_lines
 from turret.server.cluster.serving.plan import ClusterPlan
-from turret.server.cluster.serving.ray_cluster import STOPPING, RayCluster
+from turret.server.cluster.serving.ray_cluster import LOOPBACK, STOPPING, RayCluster
 from turret.server.command.interrupts import Hangup
 from turret.server.command.start_lines import refuse
 from turret.server.command.threads import available_cpus
@@ -39,6 +41,7 @@ _SERVICES = (
 _MOST_ONGOING = 1 << 14
 _START_SECONDS = 600.0
 _POLL_SECONDS = 1.0
+_WATCH_SECONDS = 0.5
 
 
 def run(config: Config, plan: ClusterPlan) -> int:
@@ -49,16 +52,34 @@ def run(config: Config, plan: ClusterPlan) -> int:
     listen()
     try:
         with _deferring(listen):
-            cluster = RayCluster.open(plan, config.adapters.state_dir, stop.is_set)
+            host, _ = split_address(config.listen.address)
+            cluster = RayCluster.open(plan, host, config.adapters.state_dir, stop.is_set)
     except UnavailableError as error:
         return _refuse(config, error)
+    is_over = threading.Event()
+    watch = functools.partial(_end_with_ray, cluster, config.adapters.state_dir, is_over)
+    threading.Thread(target=watch, name="ray-watch", daemon=True).start()
     try:
         return 0 if stop.is_set() else _serve(config, plan, stop)
     except (UnavailableError, RuntimeError, ValueError) as error:
         return _refuse(config, error)
     finally:
+        is_over.set()
         cluster.close(config.adapters.state_dir)
         _log.info("stopped")
+
+
+def _end_with_ray(cluster: RayCluster, state_dir: Path, is_over: threading.Event) -> None:
+    """Ends the fleet if Ray's GCS or raylet dies, which nobody starts again.
+
+    Without this, replicas and the ingress would go on for a minute, and the ingress after that. The
+    main thread may wait in a call of Ray's that does not return for as long.
+    """
+    while not is_over.wait(_WATCH_SECONDS):
+        if dead := cluster.dead_process():
+            _log.error("a process of Ray has died: the fleet ends", extra=log.fields(process=dead))
+            cluster.kill(state_dir)
+            os._exit(1)
 
 
 def _refuse(config: Config, error: Exception) -> int:
@@ -132,6 +153,9 @@ def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
     assert config.adapters.state_dir is not None
     assert config.listen.http_address is not None
     host, port = split_address(config.listen.address)
+    if plan.ray_address is None:
+        # Of replicas; the ingress listens on the host that was given, as write_haproxy has it.
+        host = LOOPBACK
     serve.start(
         proxy_location="EveryNode",
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
@@ -231,7 +255,6 @@ def deployment(config: Config, plan: ClusterPlan) -> Application:
                 "policy": policy,
             }
         }
-    is_local = is_local_address(config.listen.address) and plan.ray_address is None
     deploy = serve.deployment(
         name="turret",
         max_ongoing_requests=_MOST_ONGOING,
@@ -243,7 +266,7 @@ def deployment(config: Config, plan: ClusterPlan) -> Application:
         logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
         **scale,
     )
-    return deploy(Replica).bind(config, plan.stops_alone, is_local)
+    return deploy(Replica).bind(config, plan.stops_alone)
 
 
 def _num_devices(config: Config) -> int:
