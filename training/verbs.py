@@ -20,9 +20,9 @@ _WIDEST = 10_000
 _RANKS = (2, 4, 8, 16, 32)
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb."""
-    parser = subparsers.add_parser("train", help="train an adapter")
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
+    """Add the verb; ``text`` is its line in the help."""
+    parser = subparsers.add_parser("train", help=text)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     text = "write a commented config"
     init = verbs.add_parser("init", help=text, description=text.capitalize())

@@ -29,13 +29,11 @@ EXIT_FAILED = 1
 _log = logging.getLogger(__name__)
 
 
-def add_cluster(
-    subparsers: argparse._SubParsersAction[argparse.ArgumentParser], help_text: str
-) -> None:
-    """Adds the verb and its two verbs."""
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
+    """Adds the verb and its two verbs; ``text`` is its line in the help."""
     parser = subparsers.add_parser(
         "cluster",
-        help=help_text,
+        help=text,
         description="Many replicas as one server, on Ray Serve (pip install 'turret[cluster]').",
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
