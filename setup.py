@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 
 PACKAGE = Path(__file__).resolve().parent / "src" / "turret"
 # The folders of the import package ``turret``: links in a checkout, real folders in an sdist.
-FOLDERS = ("server", "kernels", "clients", "training", "v1")
+FOLDERS = ("server", "kernels", "clients", "fleet", "training", "v1")
 
 missing = [name for name in FOLDERS if not (PACKAGE / name).is_dir()]
 if missing:

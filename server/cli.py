@@ -49,7 +49,7 @@ _TRAINING = {
 # What adds the verbs of the fleet and of the trainer. The server imports neither: they are found by
 # name, when the verb is asked for.
 _ELSEWHERE = {
-    "cluster": "turret.server.command.cluster:add_parser",
+    "cluster": "turret.fleet.verb:add_parser",
     "train": "turret.training.verbs:add_parser",
     "convert": "turret.training.conversion.verb:add_parser",
 }

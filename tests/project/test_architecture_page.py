@@ -17,7 +17,9 @@ def test_every_room_is_listed_with_its_caption() -> None:
 
 def test_the_files_it_names_exist() -> None:
     named = set(
-        re.findall(r"`((?:server|kernels|clients|training|tests|bench)/[\w/.]+)`", PAGE.read_text())
+        re.findall(
+            r"`((?:server|kernels|clients|fleet|training|tests|bench)/[\w/.]+)`", PAGE.read_text()
+        )
     )
     assert len(named) > 30
     assert {name for name in named if not (ROOT / name).exists()} == set()

@@ -102,7 +102,7 @@ def test_image_warms_the_cache_that_the_server_reads(tmp_path: Path):
 def test_image_is_built_from_what_the_package_needs():
     """Nothing that pyproject.toml names is kept out of the build."""
     ignored = (ROOT / ".dockerignore").read_text().split()
-    needed = ("server", "kernels", "clients", "training", "proto", "src", "setup.py")
+    needed = ("server", "kernels", "clients", "fleet", "training", "proto", "src", "setup.py")
     assert not set(ignored) & {*needed, "pyproject.toml", "README.md", "LICENSE"}
 
 

@@ -18,6 +18,7 @@ PACKAGES = {
     "kernels": "kernels",
     "server": "server",
     "clients": "clients",
+    "fleet": "fleet",
     "training": "training",
     "proto/turret/v1": "v1",
 }
@@ -111,12 +112,6 @@ BELOW = {
     | {"server.engine.scheduling", "server.engine.speculation", "server.engine.step"}
     # Its thread follows constraints, and needs their stack.
     | {"server.constraints"},
-    # The fleet's state machines; what ties them to a server is above the API.
-    "server.cluster": NOUNS | {"server.adapters.state"},
-    "server.cluster.machine": {"leaf"},
-    "server.cluster.replica": NOUNS
-    | {"server.cluster", "server.hub", "server.adapters.residency"}
-    | {f"server.adapters.{name}" for name in ("registry", "state", "merge")},
     # Of the parts behind it, the types alone: see NEVER_LOADS and test_app.
     "server.api.access": {"leaf"},
     "server.api": NOUNS | BEHIND_API | {"server.api.access"},
@@ -150,14 +145,21 @@ BELOW = {
 }
 MAY_IMPORT = {layer: {layer, *below} for layer, below in BELOW.items()}
 MAY_IMPORT["server"] = {"server", *BELOW}
-# A composition root beside ``server/app.py``; the command reads its plan, which knows no Ray.
-MAY_IMPORT["server.cluster.serving"] = {"server.cluster.serving", "server", *BELOW}
 MAY_IMPORT["command"] = {"server", "server.command", "clients", "leaf"}
-MAY_IMPORT["server.command"].add("server.cluster.machine")
 # What takes signals before anything else is loaded.
 MAY_IMPORT["entry"] = {"command", "server.command"}
-for layer in ("server", "command", "server.command"):
-    MAY_IMPORT[layer].add("server.cluster.serving")
+# The fleet's state machines know no server, and a replica's parts only what they extend. What ties
+# them to a server is a composition root beside ``server/app.py``; the verb is found by the command.
+MAY_IMPORT["fleet"] = {"fleet", "server.adapters.state", *NOUNS}
+MAY_IMPORT["fleet.machine"] = {"fleet.machine", "leaf"}
+MAY_IMPORT["fleet.replica"] = {"fleet.replica", "fleet", "server.hub", *NOUNS} | {
+    f"server.adapters.{name}" for name in ("registry", "residency", "state", "merge")
+}
+MAY_IMPORT["fleet.serving"] = {
+    *("fleet", "fleet.machine", "fleet.replica", "fleet.serving", "server"),
+    *BELOW,
+}
+MAY_IMPORT["fleet.verb"] = {"fleet.machine", "fleet.serving", "server.command", "leaf"}
 MAY_IMPORT["training"] = {"training", "server", *BELOW} - {
     layer for layer in BELOW if layer.split(".")[1:2] in (["rpc"], ["http"], ["api"], ["engine"])
 }
@@ -171,7 +173,9 @@ NEVER_LOADS = {
     "server.command": ("grpc", "torch", "transformers", "bitsandbytes"),
     "server.api": ("grpc", "starlette", "uvicorn", "torch", "transformers", "bitsandbytes"),
     "server.engine": ("grpc", "transformers", "bitsandbytes"),
-    "server.cluster": ("transformers", "bitsandbytes"),
+    **dict.fromkeys(("fleet", "fleet.machine", "fleet.replica"), ("transformers", "bitsandbytes")),
+    "fleet.serving": ("transformers", "bitsandbytes"),
+    "fleet.verb": ("ray", "grpc", "torch", "transformers", "bitsandbytes"),
     "server.adapters": ("grpc", "transformers", "peft"),
     "server.models": ("grpc", "peft"),
 }
@@ -184,6 +188,10 @@ def layer_of(module: str) -> str:
     parts = module.split(".")
     if ".".join(parts[:3]) == ENTRY:
         return "entry"
+    if parts[:2] == ["fleet", "verb"]:
+        return "fleet.verb"
+    if parts[0] == "fleet":
+        return ".".join(parts[:2]) if ROOT.joinpath(*parts[:2]).is_dir() else "fleet"
     if parts[0] != "server":
         return parts[0]
     if ".".join(parts[:2]) == BASICS:
@@ -291,6 +299,10 @@ def test_no_module_imports_upward():
         ("clients.client", "import torch"),
         ("server.app", "from turret.training import trainer"),
         ("server.cli", "from turret.training.verbs import add_parser"),
+        ("server.build", "from turret.fleet.replica.seat import Seat"),
+        ("server.command.flags", "import turret.fleet.verb"),
+        ("fleet.fleet_registry", "from turret.fleet.replica.link import ReplicaLink"),
+        ("fleet.replica.link", "from turret.server.rpc.server import MAX_RECEIVE_BYTES"),
         ("server.app", "from turret.server.cli import main"),
         ("training.trainer", "from turret.server.cli import main"),
         ("server.app", "from kernels.adapters.segments import SegmentPlan"),
@@ -324,13 +336,13 @@ def test_a_downward_import_passes(module: str, source: str):
 
 def test_root_folders_are_no_packages():
     """A ``kernels/__init__.py`` would shadow Hugging Face's package of that name."""
-    for folder in ("server", "kernels", "clients", "proto", "training", "bench", "tests"):
+    for folder in ("server", "kernels", "clients", "fleet", "proto", "training", "bench", "tests"):
         assert not (ROOT / folder / "__init__.py").exists(), folder
 
 
 def test_folders_below_them_are_packages():
     """Without an ``__init__.py`` a folder would be missing from the wheel."""
-    for folder in ("server", "kernels", "clients", "training"):
+    for folder in ("server", "kernels", "clients", "fleet", "training"):
         for path in python_files(folder):
             if path.parent != ROOT / folder:
                 assert (path.parent / "__init__.py").exists(), path.parent

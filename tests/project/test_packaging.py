@@ -24,6 +24,7 @@ PACKAGES = {
     "server": "turret/server",
     "kernels": "turret/kernels",
     "clients": "turret/clients",
+    "fleet": "turret/fleet",
     "training": "turret/training",
     "proto/turret/v1": "turret/v1",
 }

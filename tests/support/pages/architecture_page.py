@@ -14,8 +14,6 @@ ROOMS = (
     *("server/rpc", "server/http", "server/http/console", "server/http/exchange"),
     *("server/http/bodies", "server/http/bodies/responses", "server/http/tools"),
     *("server/api", "server/api/access", "server/api/admin", "server/api/inference"),
-    *("server/cluster", "server/cluster/machine", "server/cluster/replica"),
-    "server/cluster/serving",
     *("server/engine", "server/engine/scheduling", "server/engine/speculation"),
     *("server/engine/step", "server/engine/step/gpu"),
     *("server/basics", "server/basics/files", "server/basics/work", "server/constraints"),
@@ -38,6 +36,7 @@ ROOMS = (
     *("kernels/gpu/gates", "kernels/gpu/vocabulary"),
     *("kernels/gpu/experts", "kernels/gpu/tables", "kernels/gpu/shared"),
     *("clients/calls", "clients/messages", "clients/verbs", "clients/evaluation"),
+    *("fleet/machine", "fleet/replica", "fleet/serving"),
     *(
         f"training/{name}"
         for name in (
@@ -52,7 +51,7 @@ def existing() -> set[str]:
     """Every folder of code that has an ``__init__.py``, as a path from the checkout."""
     return {
         str(path.parent.relative_to(ROOT))
-        for top in ("server", "kernels", "clients", "training")
+        for top in ("server", "kernels", "clients", "fleet", "training")
         for path in (ROOT / top).rglob("__init__.py")
     }
 

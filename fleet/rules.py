@@ -1,0 +1,121 @@
+"""Whether a change is allowed, by what is true in the whole fleet; the errors of one server."""
+
+from __future__ import annotations
+
+from turret.fleet.fleet_state import FleetState, Member
+from turret.server.adapters.facts import AdapterFacts
+from turret.server.adapters.state.saved_registration import SavedRegistration
+from turret.server.basics.counted import counted
+from turret.server.errors import (
+    AdapterComponentError,
+    AdapterExistsError,
+    AdapterGenerationError,
+    AdapterInUseError,
+    AdapterNotFoundError,
+    MergeActiveError,
+)
+
+
+def registered(state: FleetState, name: str) -> SavedRegistration:
+    """What a name stands for.
+
+    Raises:
+        AdapterNotFoundError: Nothing.
+    """
+    if name not in state.names:
+        raise AdapterNotFoundError(f"adapter not found: {name}", metadata={"adapters": name})
+    return state.names[name]
+
+
+def check_open(state: FleetState, name: str) -> None:
+    """Raises AdapterInUseError if the name is being unloaded."""
+    if name in state.closed:
+        raise _in_use(name, "is being unloaded")
+
+
+def check_generation(saved: SavedRegistration, expected: int | None) -> None:
+    """Raises AdapterGenerationError if it has another; None accepts any."""
+    if expected is not None and saved.generation != expected:
+        raise AdapterGenerationError(
+            f"adapter {saved.name!r} has generation {saved.generation}, not {expected}: it was"
+            " replaced meanwhile; look at what it is now before it is replaced or unloaded",
+            metadata={"adapter": saved.name, "generation": str(saved.generation)},
+        )
+
+
+def check_same(saved: SavedRegistration, expected: tuple[str, int]) -> None:
+    """Raises AdapterGenerationError if somebody else changed the name meanwhile."""
+    if saved.uuid != expected[0]:
+        raise AdapterGenerationError(
+            f"adapter {saved.name!r} was unloaded and loaded again meanwhile",
+            metadata={"adapter": saved.name, "generation": str(saved.generation)},
+        )
+    check_generation(saved, expected[1])
+
+
+def check_free(saved: SavedRegistration, facts: AdapterFacts) -> None:
+    """Raises AdapterExistsError if a name stands for other weights."""
+    if saved.facts.digest != facts.digest:
+        raise AdapterExistsError(
+            f"adapter name {saved.name!r} is taken by other weights; replace or unload it",
+            metadata={"adapter": saved.name, "digest": saved.facts.digest},
+        )
+
+
+def check_components(state: FleetState, name: str, facts: AdapterFacts) -> None:
+    """Raises AdapterComponentError if an adapter that it is built from is not registered."""
+    for digest in facts.components:
+        if next(state.holders_of(digest, name), None) is None:
+            raise AdapterComponentError(
+                f"component with digest {digest} is not registered, or does not stay",
+                metadata={"digest": digest},
+            )
+
+
+def check_not_needed(state: FleetState, saved: SavedRegistration) -> None:
+    """Raises AdapterInUseError if a fusion or a merge needs the weights that a name has.
+
+    A replica that starts while a merge is active makes the merged weights from its members' files,
+    so that they have to stay.
+    """
+    digest, name = saved.facts.digest, saved.name
+    if name in state.merged_names():
+        raise _in_use(name, "is merged into the base; unmerge it first")
+    fusions = state.fusions_of(digest, name)
+    if fusions and next(state.holders_of(digest, name), None) is None:
+        which = ", ".join(map(repr, fusions))
+        raise _in_use(name, f"is a component of {which}; unload that first")
+
+
+def check_unpinned(saved: SavedRegistration) -> None:
+    if saved.pinned:
+        raise _in_use(saved.name, "is pinned; unpin it first")
+
+
+def check_no_merge(state: FleetState) -> None:
+    if state.preparing is not None:
+        raise MergeActiveError("another merge or unmerge is under way")
+    if state.base.merge is not None:
+        raise MergeActiveError("a merge is active; unmerge it first")
+
+
+def check_members(state: FleetState, members: tuple[Member, ...]) -> None:
+    """Raises AdapterGenerationError if a member is no longer what was asked to be merged."""
+    for member in members:
+        saved = registered(state, member.name)
+        check_open(state, member.name)
+        check_same(saved, (member.uuid, member.generation))
+
+
+def still_held(
+    saved: SavedRegistration, count: int, seconds: float | None, forced: bool
+) -> AdapterInUseError:
+    """The error of an unload that gave up."""
+    hint = "" if forced else "; FORCE ends them"
+    return _in_use(
+        saved.name, f"is still held by {counted(count, 'request')} after {seconds} s{hint}"
+    )
+
+
+def _in_use(name: str, why: str) -> AdapterInUseError:
+    return AdapterInUseError(f"adapter {name!r} {why}", metadata={"adapter": name})
