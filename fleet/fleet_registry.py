@@ -1,9 +1,28 @@
 """The one place that decides what names stand for: it alone assigns uuid and generation.
 
-A state machine without clock, network or thread: every call says what time it is. A change is
-written down first, then published under the next revision; a caller has its answer when every
-living replica has applied that revision. What a crash leaves written and unpublished is true in
-the next incarnation, whose revisions begin anew: replicas take a snapshot then.
+A state machine without clock, network or thread: every call says what time it is. The registry
+writes a change down first, and publishes it under the next *revision*. The caller has its answer
+when every living replica has applied that revision. Three mechanisms keep this promise.
+
+*Leases* let a change finish although a replica is silent. A replica counts as living only while its
+lease runs, and knows when it ends. With ``stops_alone`` a replica whose lease has lapsed answers
+nothing, so no request sees the state before a change that the registry has called done. The
+registry waits a little longer than the replica's own clock does (``CLOCK_SLACK``). A *session*
+names one joining of a replica: a join or report of an earlier session that arrives late must not
+make a replica count as living that has missed a change.
+
+*Incarnations* let the registry crash. A change that was written down but not published is true in
+the next incarnation. Revisions start again there, so replicas take a snapshot. Replicas may still
+serve what the previous incarnation told them, so the new one calls nothing done until their leases
+have lapsed. The id of an operation names its incarnation: a caller whose answer was lost learns
+that nobody knows the outcome, and never gets that of another operation.
+
+*Merges have two phases*, because a replica may be unable to make the merged weights (no memory,
+values that are not finite), and replicas must never serve different bases. In the first phase every
+replica makes the weights beside its own. If one fails, or the caller withdraws, nothing has changed
+anywhere. When all have made them, the new base is written down and published, and each replica
+exchanges its weights between two steps. A replica that joins later makes the weights before it
+serves; one that cannot apply the change ends, and is started again.
 """
 
 from __future__ import annotations
@@ -11,8 +30,9 @@ from __future__ import annotations
 import dataclasses
 import uuid as uuids
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import assert_never
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, assert_never
 
 from turret.fleet import messages as m
 from turret.fleet import rules
@@ -30,13 +50,99 @@ from turret.fleet.fleet_state import (
     usable_base,
 )
 from turret.fleet.members import CLOCK_SLACK, LivingReplica, Members
-from turret.fleet.operations import Leftover, Operation, Operations
-from turret.fleet.store import Store
+from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
-from turret.server.errors import NotMergedError, TurretError
+from turret.server.errors import NotMergedError, TurretError, UnavailableError
 
 # A replica that is further behind takes a snapshot instead.
 _LOG_ENTRIES = 10_000
+# Outcomes that nobody has asked for are kept for so many later ones.
+_KEPT = 4096
+
+Stage = Literal["applying", "draining", "preparing", "done"]
+
+
+class Store(Protocol):
+    """What survives the registry. A call that raises has changed nothing; see ``FleetStore``."""
+
+    def bind(self, base_name: str, base_digest: str) -> None: ...
+    def read(self) -> list[SavedRegistration]: ...
+    def read_base(self) -> Base: ...
+    def save(self, saved: SavedRegistration) -> None: ...
+    def remove(self, name: str) -> None: ...
+    def save_base(self, base: Base) -> None: ...
+    def adopt(self, source: Source, key: str) -> Source: ...
+    def discard(self, source: Source) -> None: ...
+
+
+@dataclass(slots=True)
+class Operation:
+    """One accepted proposal.
+
+    Attributes:
+        id: The caller asks by it; no other incarnation makes the same.
+        stage: ``draining`` waits for requests to end, ``preparing`` for merged weights to be made,
+            ``applying`` for the revision to be true on every living replica.
+        revision: The last one that it has committed.
+        outcome: What the caller gets.
+        error: What the caller gets instead.
+        unload: What the caller of an unload said, and the registration that it meant.
+        deadline: When an unload gives up; None is never.
+    """
+
+    id: str
+    stage: Stage
+    revision: int
+    outcome: m.Outcome = field(default_factory=m.Outcome)
+    error: TurretError | None = None
+    unload: tuple[m.Unload, SavedRegistration] | None = None
+    deadline: float | None = None
+
+    def end(self, error: TurretError | None = None) -> None:
+        self.stage, self.error = "done", error
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """Files of a generation that is gone, for when nobody reads them any more."""
+
+    key: str
+    source: Source
+    revision: int
+
+
+class Operations:
+    """All operations of one incarnation of the registry."""
+
+    def __init__(self, incarnation: str) -> None:
+        self._incarnation = incarnation
+        self._next = 1
+        self._by_id: dict[str, Operation] = {}
+
+    def add(self, stage: Stage, revision: int, **fields: object) -> Operation:
+        operation = Operation(f"{self._incarnation}.{self._next}", stage, revision, **fields)  # type: ignore[arg-type]
+        self._by_id[operation.id] = operation
+        self._next += 1
+        if len(self._by_id) > 2 * _KEPT:
+            for old in [o for o in self._by_id.values() if o.stage == "done"][:_KEPT]:
+                del self._by_id[old.id]
+        return operation
+
+    def find(self, name: str) -> Operation:
+        """An operation.
+
+        Raises:
+            UnavailableError: It was another incarnation's: whether it took effect is not known.
+        """
+        if name not in self._by_id:
+            raise UnavailableError(
+                "the fleet's registry was started anew meanwhile; look whether the change was made"
+            )
+        return self._by_id[name]
+
+    def open(self, stage: Stage) -> Iterator[Operation]:
+        """Those that are in a stage."""
+        return (o for o in list(self._by_id.values()) if o.stage == stage)
 
 
 class FleetRegistry:
@@ -274,15 +380,13 @@ class FleetRegistry:
         return self._operations.add(
             "draining",
             self.revision,
-            saved=saved,
-            is_forced=proposal.is_forced,
-            timeout_seconds=seconds,
+            unload=(proposal, saved),
             deadline=None if seconds is None else now + seconds,
         )
 
     def _go_on_draining(self, operation: Operation, now: float) -> None:
-        saved = operation.saved
-        assert saved is not None
+        assert operation.unload is not None
+        proposal, saved = operation.unload
         current = self.state.names.get(saved.name)
         if current is None or current.uuid != saved.uuid:
             # Another unload got there first.
@@ -299,13 +403,12 @@ class FleetRegistry:
             self._leave_over(current)
             operation.stage, operation.revision = "applying", self.revision
         elif operation.deadline is not None and now >= operation.deadline:
-            error = rules.still_held(saved, held, operation.timeout_seconds, operation.is_forced)
-            self._reopen(operation, current, error)
+            self._reopen(operation, current, rules.still_held(saved, held, proposal))
 
     def _reopen(self, operation: Operation, saved: SavedRegistration, error: TurretError) -> None:
         operation.end(error)
         others = self._operations.open("draining")
-        if not any(o.saved is not None and o.saved.uuid == saved.uuid for o in others):
+        if not any(o.unload is not None and o.unload[1].uuid == saved.uuid for o in others):
             self._publish(Registered(saved))
 
     # The base
@@ -320,12 +423,11 @@ class FleetRegistry:
             time=proposal.time,
         )
         self._publish(Preparing(plan))
-        return self._operations.add("preparing", self.revision, plan=plan.uuid)
+        return self._operations.add("preparing", self.revision)
 
     def _go_on_preparing(self, operation: Operation, now: float) -> None:
         plan = self.state.preparing
         assert plan is not None
-        assert plan.uuid == operation.plan
         answers = [_answer(member, plan) for member in self.members]
         failed = [error for is_made, error in answers if is_made and error is not None]
         if failed:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from turret.fleet import messages as m
-from turret.fleet.fleet_registry import FleetRegistry
-from turret.fleet.store import Store
+from turret.fleet.fleet_registry import FleetRegistry, Store
 from turret.server.errors import TurretError
 
 _TICK_SECONDS = 0.2

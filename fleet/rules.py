@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from turret.fleet.fleet_state import FleetState, Member
+from turret.fleet.messages import Unload
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.basics.counted import counted
@@ -107,14 +108,10 @@ def check_members(state: FleetState, members: tuple[Member, ...]) -> None:
         check_same(saved, (member.uuid, member.generation))
 
 
-def still_held(
-    saved: SavedRegistration, count: int, seconds: float | None, forced: bool
-) -> AdapterInUseError:
+def still_held(saved: SavedRegistration, count: int, unload: Unload) -> AdapterInUseError:
     """The error of an unload that gave up."""
-    hint = "" if forced else "; FORCE ends them"
-    return _in_use(
-        saved.name, f"is still held by {counted(count, 'request')} after {seconds} s{hint}"
-    )
+    held = f"is still held by {counted(count, 'request')} after {unload.timeout_seconds} s"
+    return _in_use(saved.name, held if unload.is_forced else f"{held}; FORCE ends them")
 
 
 def _in_use(name: str, why: str) -> AdapterInUseError:

@@ -10,13 +10,12 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from turret.fleet import messages as m
 from turret.fleet.replica.channel import Channel, propose
-from turret.fleet.replica.shared_usage import with_usage
 from turret.server import log
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.adapter_info import AdapterInfo
@@ -39,6 +38,7 @@ _ATTEMPTS = 5
 _FORCE_AGAIN_SECONDS = 0.25
 # Looking at thousands of adapters takes milliseconds, and every change is reported.
 _USAGE_SECONDS = 1.0
+_FASTER = ("disk", "host", "device")
 
 
 class ReplicaRegistry(AdapterRegistry):
@@ -213,12 +213,12 @@ class ReplicaRegistry(AdapterRegistry):
         Raises:
             UnavailableError: The registry cannot be reached.
         """
-        return with_usage(super().get(name), self._elsewhere(name))
+        return _with_usage(super().get(name), self._elsewhere(name))
 
     def list(self) -> list[AdapterInfo]:
         """As there, with what every living replica does with them; errors as ``get``."""
         elsewhere = self._elsewhere()
-        return [with_usage(record, elsewhere) for record in super().list()]
+        return [_with_usage(record, elsewhere) for record in super().list()]
 
     def _elsewhere(self, name: str = "") -> list[Mapping[str, m.Usage]]:
         usage = self._channel.usage(name)
@@ -333,3 +333,24 @@ def _departing(registration: Registration) -> list[Adapter]:
     if registration.state == "ACTIVE" or registration.current.is_retired:
         return list(registration.retired)
     return [registration.current, *registration.retired]
+
+
+def _with_usage(record: AdapterInfo, elsewhere: Sequence[Mapping[str, m.Usage]]) -> AdapterInfo:
+    """A replica's record with what the others do: bytes and requests summed, the fastest tier.
+
+    Args:
+        record: Of the replica that is asked.
+        elsewhere: By name, what each other replica does.
+    """
+    used = [usage[record.name] for usage in elsewhere if record.name in usage]
+    if not used:
+        return record
+    times = [each.last_used_time for each in (record, *used) if each.last_used_time is not None]
+    return dataclasses.replace(
+        record,
+        bytes_host=record.bytes_host + sum(each.bytes_host for each in used),
+        bytes_device=record.bytes_device + sum(each.bytes_device for each in used),
+        residency=max((each.residency for each in (record, *used)), key=_FASTER.index),
+        in_flight=record.in_flight + sum(each.in_flight for each in used),
+        last_used_time=max(times, default=None),
+    )

@@ -4,7 +4,7 @@
     args: {min_replicas: 2, max_replicas: 8}
 
 Everything else is in ``TURRET_…`` variables of the containers. HAProxy mode is in variables too:
-``python -m turret.fleet.serving.ray_cluster`` prints them.
+``python -m turret.fleet.serving.ingress`` prints them.
 """
 
 from __future__ import annotations

@@ -12,19 +12,42 @@ from ray import serve
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from turret.fleet.serving.autoscaling import RUNNING, WAITING
-from turret.fleet.serving.forwarded import from_client
+from turret.fleet.serving.grpc_call import from_client
 from turret.fleet.serving.registry_actor import RayChannel
 from turret.fleet.serving.replica_server import ReplicaServer
 from turret.server import log
 from turret.server.config import Config
 from turret.v1 import adapters_pb2, inference_pb2
 
-_INFERENCE, _ADAPTERS = "Inference", "Adapters"
+
+def _call(service: str, method: str, *, is_stream: bool) -> Any:
+    """A method of the deployment: Serve looks for one by the name of each of gRPC's."""
+
+    async def answer(self: Any, request: Any, grpc_context: Any) -> Any:
+        return await self._server.answer(service, method, request, grpc_context)
+
+    async def answer_stream(self: Any, request: Any, grpc_context: Any) -> AsyncIterator[Any]:
+        async for message in self._server.answer_stream(service, method, request, grpc_context):
+            yield message
+
+    return answer_stream if is_stream else answer
+
+
+_CALLS: Any = type(
+    "_CALLS",
+    (),
+    {
+        method.name: _call(service.name, method.name, is_stream=method.server_streaming)
+        for file in (inference_pb2, adapters_pb2)
+        for service in file.DESCRIPTOR.services_by_name.values()
+        for method in service.methods
+    },
+)
 
 
 @serve.ingress()
-class Replica:
-    """One engine. Its methods are those of turret.v1, by name.
+class Replica(_CALLS):
+    """One engine, and a method for each of turret.v1 and of gRPC's health.
 
     Args:
         config: The resolved configuration.
@@ -78,94 +101,6 @@ class Replica:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         server = self._server
         return {WAITING: float(server.num_waiting), RUNNING: float(server.num_running)}
-
-    # turret.v1.Inference
-
-    async def Generate(self, request: inference_pb2.GenerateRequest, grpc_context: Any) -> Any:
-        return await self._server.answer(_INFERENCE, "Generate", request, grpc_context)
-
-    async def GenerateStream(
-        self, request: inference_pb2.GenerateRequest, grpc_context: Any
-    ) -> AsyncIterator[Any]:
-        answers = self._server.answer_stream(_INFERENCE, "GenerateStream", request, grpc_context)
-        async for message in answers:
-            yield message
-
-    async def Score(self, request: inference_pb2.ScoreRequest, grpc_context: Any) -> Any:
-        return await self._server.answer(_INFERENCE, "Score", request, grpc_context)
-
-    async def Embed(self, request: inference_pb2.EmbedRequest, grpc_context: Any) -> Any:
-        return await self._server.answer(_INFERENCE, "Embed", request, grpc_context)
-
-    async def Classify(self, request: inference_pb2.ClassifyRequest, grpc_context: Any) -> Any:
-        return await self._server.answer(_INFERENCE, "Classify", request, grpc_context)
-
-    async def Tokenize(self, request: inference_pb2.TokenizeRequest, grpc_context: Any) -> Any:
-        return await self._server.answer(_INFERENCE, "Tokenize", request, grpc_context)
-
-    async def GetModel(self, request: inference_pb2.GetModelRequest, grpc_context: Any) -> Any:
-        return await self._server.answer(_INFERENCE, "GetModel", request, grpc_context)
-
-    # turret.v1.Adapters
-
-    async def LoadAdapter(self, request: adapters_pb2.LoadAdapterRequest, grpc_context: Any) -> Any:
-        return await self._server.answer(_ADAPTERS, "LoadAdapter", request, grpc_context)
-
-    async def ReplaceAdapter(
-        self, request: adapters_pb2.ReplaceAdapterRequest, grpc_context: Any
-    ) -> Any:
-        return await self._server.answer(_ADAPTERS, "ReplaceAdapter", request, grpc_context)
-
-    async def UploadAdapter(self, requests: Any, grpc_context: Any) -> Any:
-        return await self._server.answer(_ADAPTERS, "UploadAdapter", requests, grpc_context)
-
-    async def GetAdapter(self, request: adapters_pb2.GetAdapterRequest, grpc_context: Any) -> Any:
-        return await self._server.answer(_ADAPTERS, "GetAdapter", request, grpc_context)
-
-    async def ListAdapters(
-        self, request: adapters_pb2.ListAdaptersRequest, grpc_context: Any
-    ) -> Any:
-        return await self._server.answer(_ADAPTERS, "ListAdapters", request, grpc_context)
-
-    async def UnloadAdapter(
-        self, request: adapters_pb2.UnloadAdapterRequest, grpc_context: Any
-    ) -> Any:
-        return await self._server.answer(_ADAPTERS, "UnloadAdapter", request, grpc_context)
-
-    async def PinAdapter(self, request: adapters_pb2.PinAdapterRequest, grpc_context: Any) -> Any:
-        return await self._server.answer(_ADAPTERS, "PinAdapter", request, grpc_context)
-
-    async def UnpinAdapter(
-        self, request: adapters_pb2.UnpinAdapterRequest, grpc_context: Any
-    ) -> Any:
-        return await self._server.answer(_ADAPTERS, "UnpinAdapter", request, grpc_context)
-
-    async def ExportAdapter(
-        self, request: adapters_pb2.ExportAdapterRequest, grpc_context: Any
-    ) -> AsyncIterator[Any]:
-        answers = self._server.answer_stream(_ADAPTERS, "ExportAdapter", request, grpc_context)
-        async for message in answers:
-            yield message
-
-    async def FuseAdapters(
-        self, request: adapters_pb2.FuseAdaptersRequest, grpc_context: Any
-    ) -> Any:
-        return await self._server.answer(_ADAPTERS, "FuseAdapters", request, grpc_context)
-
-    async def MergeAdapters(
-        self, request: adapters_pb2.MergeAdaptersRequest, grpc_context: Any
-    ) -> Any:
-        return await self._server.answer(_ADAPTERS, "MergeAdapters", request, grpc_context)
-
-    async def UnmergeAdapters(
-        self, request: adapters_pb2.UnmergeAdaptersRequest, grpc_context: Any
-    ) -> Any:
-        return await self._server.answer(_ADAPTERS, "UnmergeAdapters", request, grpc_context)
-
-    async def GetMergeState(
-        self, request: adapters_pb2.GetMergeStateRequest, grpc_context: Any
-    ) -> Any:
-        return await self._server.answer(_ADAPTERS, "GetMergeState", request, grpc_context)
 
     # grpc.health.v1.Health
 

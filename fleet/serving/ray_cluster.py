@@ -10,10 +10,8 @@ import contextlib
 import json
 import os
 import secrets
-import shlex
 import signal
 import socket
-import stat
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,44 +21,18 @@ from typing import Any
 from turret.fleet.machine import fleet_folder
 from turret.fleet.machine.fleet_folder import FleetFolder
 from turret.fleet.machine.ray_lines import LineFilter
-from turret.fleet.serving import haproxy
+from turret.fleet.serving.ingress import ingress_environment, joined_folder, write_haproxy
 from turret.fleet.serving.plan import ClusterPlan
 from turret.server.basics.files.durable_file import replace_file
 from turret.server.errors import UnavailableError
 
 CLUSTER_FILE = "cluster.json"
-# Requests of one mix go to one replica, unless that has half as much again as the mean; where none
-# is named, they are dealt out. The value is put into the defaults of HAProxy's configuration as it
-# is, hence the further lines.
-_BALANCE = "\n    ".join(
-    (
-        "hdr(x-turret-mix)",
-        "hash-type consistent sdbm avalanche",
-        "hash-balance-factor 150",
-        # Streams of a node that fell silent end within ten seconds, however long a silence of the
-        # engine may be: by probes, or where something is on its way by the bound of write_haproxy.
-        # Marks of health end no stream: a replica that drains is marked as one that is down.
-        "option srvtcpka",
-        "srvtcpka-idle 4s",
-        "srvtcpka-intvl 2s",
-        "srvtcpka-cnt 3",
-        # The same for clients, which nobody else would miss.
-        "option clitcpka",
-        "clitcpka-idle 60s",
-        "clitcpka-intvl 10s",
-        "clitcpka-cnt 3",
-        # Whose a request is, for --max-requests-per-peer.
-        "option forwardfor",
-    )
-)
 # Where everything of a fleet listens, if Ray is started here: all but the ingress and metrics.
 LOOPBACK = "127.0.0.1"
 # Ports that are the same in all of Serve.
 _PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
 # What ends a fleet; see ``serve.py``, which has them wait while Ray starts.
 STOPPING = (signal.SIGTERM, signal.SIGINT)
-# See there. It is not imported here: that imports Ray.
-_PREPARE = "turret.fleet.serving.ray_worker.prepare"
 _OBJECT_STORE_BYTES = 100 << 20
 _CONNECT_SECONDS = 5.0
 # Ray's names of the processes without which nothing of a cluster on one machine can go on.
@@ -69,61 +41,6 @@ _START_ONE = (
     "`ray start --head` starts one and prints its address; without an address of Ray's this"
     " command starts its own"
 )
-# The same on every machine. Short: below it comes Ray's id of the node, and a socket's path has at
-# most 97 characters in HAProxy.
-_JOINED_FOLDER = "/tmp/turret-{user}"
-
-
-def ingress_environment(folder: Path) -> dict[str, str]:
-    """What Ray Serve reads about its ingress.
-
-    Args:
-        folder: For the files of HAProxy, where ``write_haproxy`` has been.
-    """
-    return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        haproxy.VARIABLE: str(haproxy.haproxy_path(folder)),
-        "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": _BALANCE,
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
-        # Until every ingress has noticed that a replica is to go; Serve's own is half a minute.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
-        # One event loop a replica: a token crosses no other, and an upload waits for the disk.
-        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray's own name for what worker processes run first.
-        "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": _PREPARE,
-        # As turret serve has it. With Ray's own, 15, replicas and ingress get a thirtieth of a
-        # processor that somebody else wants too.
-        "RAY_worker_niceness": "0",
-    }
-
-
-def joined_folder() -> Path:
-    """For HAProxy's files where Ray was started before; made, if it is not there.
-
-    It lies where everybody may write, and whoever can write into it commands the ingress: it has to
-    be this user's alone.
-
-    Raises:
-        UnavailableError: It is somebody else's, or no folder.
-    """
-    folder = Path(_JOINED_FOLDER.format(user=os.getuid()))
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            raise PermissionError("it is another user's, or a link")
-        folder.chmod(0o700)
-    except OSError as error:
-        raise UnavailableError(f"{folder}, for the files of the ingress: {error}") from None
-    return folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +98,7 @@ class RayCluster:
     ) -> Any:
         """What Ray says of itself."""
         path = joined_folder() if folder is None else folder.path
-        haproxy.write_haproxy(path, None if folder is None else host)
+        write_haproxy(path, None if folder is None else host)
         environment = ingress_environment(path)
         if folder is not None:
             # A Ray port is remote code execution for whoever can reach it.
@@ -393,18 +310,3 @@ def _init(ray: Any, *, is_local: bool, **arguments: Any) -> Any:
         return ray.init(logging_level="WARNING", namespace="turret", **arguments)
     finally:
         patched.resolve_ip_for_localhost = resolve
-
-
-def _main(arguments: list[str]) -> None:
-    """Prepares a machine's ingress, and prints its variables."""
-    try:
-        folder = Path(arguments[0]) if arguments else joined_folder()
-        haproxy.write_haproxy(folder)
-    except (OSError, UnavailableError) as error:
-        sys.exit(str(error))
-    for name, value in ingress_environment(folder).items():
-        print(f"{name}={shlex.quote(value)}")
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1:])

@@ -18,7 +18,7 @@ import pytest
 
 from turret.fleet.machine import fleet_folder
 from turret.fleet.machine.fleet_folder import FleetFolder
-from turret.fleet.serving.ray_cluster import ingress_environment
+from turret.fleet.serving.ingress import ingress_environment
 from turret.server import cli
 
 _COMMAND = """

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from checkout import ROOT
 
+from turret.fleet.serving.ingress import ingress_environment
 from turret.fleet.serving.plan import ClusterPlan, fleet_config
-from turret.fleet.serving.ray_cluster import ingress_environment
 from turret.server.cli import build_parser
 from turret.server.command.flags import config_from_args
 from turret.server.command.settings import read_file
