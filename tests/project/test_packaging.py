@@ -198,7 +198,9 @@ def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path):
         "import sys, turret, turret.v1.inference_pb2 as v1, turret.clients.client as client;"
         "import turret.server.build;"
         "print(turret.__file__, v1.__file__, client.__file__, turret.server.build.__file__);"
-        "from turret.server.cli import main; main(['demo', '--once'])"
+        # All verbs, also those that the command finds by name.
+        "from turret.server.cli import build_parser, main; build_parser(None);"
+        "main(['demo', '--once'])"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
