@@ -145,7 +145,11 @@ class Trainer:
             self._folder.path.mkdir(parents=True, exist_ok=True)
             self._folder.config.write_text(render_config(self._config), encoding="utf-8")
             self._folder.write_facts(facts)
-        log = MetricsLog(self._folder.metrics, keep_up_to_step=step if step else -1)
+        log = MetricsLog(
+            self._folder.metrics,
+            keep_up_to_step=step if step else -1,
+            tensorboard=self._folder.tensorboard if self._config.run.report_to != "none" else None,
+        )
         before = log.seconds
         try:
             loop = _Loop(self._resolved, model, parameters, optimizer, log, self._listen)

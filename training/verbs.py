@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 # What the extra `train` brings beside what a server needs.
-_EXTRA = ("peft", "accelerate")
+_EXTRA = ("peft", "accelerate", "tensorboard")
 _WIDEST = 10_000
 _RANKS = (2, 4, 8, 16, 32)
 
@@ -169,8 +169,8 @@ def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> tuple[Any, Any
     from turret.training.settings.flags import overrides
     from turret.training.settings.inputs import check_base, check_inputs
 
-    if not all(importlib.util.find_spec(module) for module in _EXTRA):
-        raise RunError(f"PEFT is not installed, which training needs; {how_to_add('train')}")
+    if missing := [module for module in _EXTRA if not importlib.util.find_spec(module)]:
+        raise RunError(f"{', '.join(missing)} not installed; {how_to_add('train')}")
     config = read_config(args.config, overrides(args))
     use_threads(args.threads, is_background=True, niceness=args.nice)
     check_inputs(config, args.config.parent, ranks)

@@ -24,7 +24,9 @@ from turret.training.settings.targets import PRESETS
 _PARTS = ("base", "data", "config", "versions")
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 # Of the config as it is read: paths, which a run may have been moved from, and what is replaced.
-_NOT_COMPARED = {"base": ("model",), "data": ("train", "validation"), "run": ("output",)}
+# Keys of ``run`` that say where results go and change none of them.
+WHERE = ("output", "report_to")
+_NOT_COMPARED = {"base": ("model",), "data": ("train", "validation"), "run": WHERE}
 
 
 def versions() -> dict[str, str]:
