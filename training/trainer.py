@@ -163,7 +163,7 @@ class Trainer:
         self._write_adapter(model, facts | {"steps": self._num_steps, "validation_loss": loss})
         self._listen({"kind": "note", "text": what_next(self._resolved, self._folder)})
         self._write_samples(model)
-        # All that was waited for in this attempt, and the training of those before.
+        # Wall time of this attempt plus the training time of earlier ones.
         waited = before + time.monotonic() - started
         self._folder.write_facts(facts | {"result": result, "waited_seconds": round(waited, 1)})
         return Result(self._folder, loss, log.seconds, memory)

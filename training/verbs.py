@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# What the extra `train` brings beside what a server needs.
+# Packages of the `train` extra.
 _EXTRA = ("peft", "accelerate", "tensorboard")
 _WIDEST = 10_000
 _RANKS = (2, 4, 8, 16, 32)
@@ -89,7 +89,7 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
             with raising_terminated():
                 verb(args)
         except BrokenPipeError:
-            # Who read has enough; nothing may be written there when the process ends either.
+            # The reader closed the pipe. Redirect stdout so that the flush at exit succeeds.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except OSError as error:
@@ -102,7 +102,7 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
             print(f"error: {in_own_words(args, str(error))}", file=sys.stderr)
             return EXIT_USAGE if isinstance(error, ConfigFileError) else 1
         except KeyboardInterrupt as interrupt:
-            # In the place of the ^C that a terminal shows where no bar has gone over it.
+            # Overwrite the ^C that the terminal echoed.
             anew = "\r\x1b[K" if sys.stderr.isatty() else ""
             print(f"{anew}stopped{_how_to_go_on(args)}", file=sys.stderr)
             return exit_code(interrupt)
@@ -276,7 +276,7 @@ def _sweep(args: argparse.Namespace) -> None:
             f"{result.seconds:.0f}",
         )
     print_table(table, _console())
-    # Of those that the table shows as equal the first, and smallest where ranks go up.
+    # Compare the losses as the table shows them; among equals the first (smallest) rank wins.
     best = min(done, key=lambda result: round(result.validation_loss, 4))
     print(f"the lowest validation loss has rank {best.rank}", best.what_next, sep="\n")
 

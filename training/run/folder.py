@@ -143,7 +143,7 @@ class RunFolder:
         finally:
             os.close(descriptor)
             if is_new and not any(self.path.iterdir()):
-                # It came to nothing, which shall not stand in the way of the next.
+                # The run wrote nothing; do not leave an empty directory that blocks the next run.
                 self.path.rmdir()
 
     def _take(self, descriptor: int) -> None:
