@@ -25,14 +25,16 @@ from turret.training.classifier import (
 )
 from turret.training.data.batch import Batch, BatchStream, Row, make_batch
 from turret.training.errors import RunError
-from turret.training.loss import LossFunction
+from turret.training.loss import LossFunction, learning_rate, make_optimizer, set_learning_rate
 from turret.training.memory.peak import peak_memory_bytes
-from turret.training.models.base_model import DTYPES, load_model
-from turret.training.models.recomputation import compute_activations_twice, without_backward
-from turret.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from turret.training.models.base_model import (
+    DTYPES,
+    compute_activations_twice,
+    load_model,
+    without_backward,
+)
 from turret.training.run.checkpoint import restore_checkpoint, save_checkpoint
-from turret.training.run.commands import what_next
-from turret.training.run.folder import MetricsLog, RunFolder
+from turret.training.run.folder import MetricsLog, RunFolder, what_next
 from turret.training.run.provenance import FILE, describe_run
 from turret.training.run.resuming import check_same_run
 from turret.training.run.samples import draw_samples

@@ -326,7 +326,7 @@ def _run(args: argparse.Namespace) -> None:
         listen({"kind": "phase", "text": "reading the base model and the data"})
         resolved = _resolve(args, config)
 
-        from turret.training.report.html_report import write_report
+        from turret.training.report import write_report
         from turret.training.trainer import Trainer
 
         result = Trainer(resolved, listen).run(resume=args.resume, overwrite=args.overwrite)
@@ -339,7 +339,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from turret.training.report.html_report import write_report
+    from turret.training.report import write_report
     from turret.training.run.folder import RunFolder
 
     print(write_report(RunFolder(args.run)))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.adapters.source import PROVENANCE_FILE
-from turret.training.fusion.components import component_digests
+from turret.training.fusion import component_digests
 from turret.training.run.resuming import WHERE, versions
 from turret.training.settings.resolve import Resolved
 
