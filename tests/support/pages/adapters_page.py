@@ -24,14 +24,27 @@ def _keys() -> list[str]:
 
 
 def _names(methods: list[str]) -> str:
-    return "all" if len(methods) == len(METHODS) else ", ".join(methods)
+    """The methods, in the shortest of four forms."""
+    chosen = set(methods)
+    lora = {name for name, method in METHODS.items() if "LORA" in method.peft_types}
+    forms = [", ".join(methods)]
+    forms.append("all" + _but(sorted(METHODS.keys() - chosen)))
+    if lora & chosen:
+        but_lora = _but(sorted(lora - chosen))
+        rest = [name for name in methods if name not in lora]
+        forms.append(", ".join([f"LoRA types{but_lora}", *rest]))
+    return min(forms, key=len) if methods else ""
+
+
+def _but(names: list[str]) -> str:
+    return f" (not {', '.join(names)})" if names else ""
 
 
 def render_keys() -> str:
     """Which methods read a key, which do without it, which refuse it."""
     kinds: tuple[type[Rule], ...] = (Used, Irrelevant, Rejected)
     lines = [
-        "| key | used | no part in the forward pass | refused unless off |",
+        "| key | used | ignored | rejected unless off |",
         "|---|---|---|---|",
     ]
     for key in _keys():
@@ -42,20 +55,27 @@ def render_keys() -> str:
 
 
 def render_reasons() -> str:
-    """Why a key is irrelevant or refused; one line per key and reason."""
-    methods_of: dict[tuple[str, str, str], list[str]] = {}
+    """Why keys are ignored or rejected; one line per reason."""
+    keys_of: dict[tuple[str, str], list[str]] = {}
     for key in _keys():
+        methods_of: dict[tuple[str, str], list[str]] = {}
         for name, method in METHODS.items():
             rule = method.rules.get(key)
             if isinstance(rule, Irrelevant):
-                methods_of.setdefault((key, "irrelevant", rule.why), []).append(name)
+                methods_of.setdefault(("ignored", rule.why), []).append(name)
             elif isinstance(rule, Rejected):
                 off = " or ".join(f"`{value}`" for value in rule.off)
-                why = f"{rule.advice} (accepted: {off})"
-                methods_of.setdefault((key, "rejected", why), []).append(name)
-    lines = ["| key | methods | | why |", "|---|---|---|---|"]
-    for (key, kind, why), names in methods_of.items():
-        lines.append(f"| `{key}` | {_names(names)} | {kind} | {why} |")
+                methods_of.setdefault(("rejected", f"{rule.advice} (accepted: {off})"), []).append(
+                    name
+                )
+        kinds = [kind for kind, _ in methods_of]
+        for (kind, why), names in methods_of.items():
+            # The table of keys names the methods, unless their reasons differ.
+            of = f" ({_names(names)})" if kinds.count(kind) > 1 else ""
+            keys_of.setdefault((kind, why), []).append(f"`{key}`{of}")
+    lines = ["| why | | keys |", "|---|---|---|"]
+    for (kind, why), keys in keys_of.items():
+        lines.append(f"| {why} | {kind} | {', '.join(keys)} |")
     return "\n".join(lines)
 
 
@@ -65,7 +85,7 @@ def render_types() -> str:
     for name, method in METHODS.items():
         for kind in method.peft_types:
             served.setdefault(kind, []).append(name)
-    lines = ["| `peft_type` | served as | |", "|---|---|---|"]
+    lines = ["| `peft_type` | method | |", "|---|---|---|"]
     for kind in sorted({*served, *UNSERVED}):
         if kind in UNSERVED:
             lines.append(f"| `{kind}` | **no** | {UNSERVED[kind]} |")
