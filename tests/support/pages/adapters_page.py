@@ -41,16 +41,22 @@ def _but(names: list[str]) -> str:
 
 
 def render_keys() -> str:
-    """Which methods read a key, which do without it, which refuse it."""
+    """Which methods read a key, which ignore it, which reject it; then each method's own keys."""
     kinds: tuple[type[Rule], ...] = (Used, Irrelevant, Rejected)
-    lines = [
-        "| key | used | ignored | rejected unless off |",
-        "|---|---|---|---|",
-    ]
+    head = "used | ignored | rejected unless off |"
+    shared = [f"| key | {head}", "|---|---|---|---|"]
+    own: dict[str, dict[type[Rule], list[str]]] = {}
     for key in _keys():
-        rules = {name: method.rules.get(key) for name, method in METHODS.items()}
+        rules = {name: m.rules[key] for name, m in METHODS.items() if key in m.rules}
+        if len(rules) == 1:
+            ((name, rule),) = rules.items()
+            own.setdefault(name, {kind: [] for kind in kinds})[type(rule)].append(f"`{key}`")
+            continue
         cells = [_names([n for n, rule in rules.items() if isinstance(rule, k)]) for k in kinds]
-        lines.append(f"| `{key}` | " + " | ".join(cells) + " |")
+        shared.append(f"| `{key}` | " + " | ".join(cells) + " |")
+    lines = [*shared, "", "Keys of a single method:", "", f"| method | {head}", "|---|---|---|---|"]
+    for name, keys in sorted(own.items()):
+        lines.append(f"| {name} | " + " | ".join(", ".join(keys[kind]) for kind in kinds) + " |")
     return "\n".join(lines)
 
 
