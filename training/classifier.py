@@ -27,7 +27,7 @@ from turret.training.loss import LossFunction
 from turret.training.settings.resolve import Resolved
 
 _NAME = "score"
-# Of a label whose probability is more, a model says that it holds.
+# A multi-label model predicts a label if its probability exceeds this.
 _HOLDS = 0.5
 
 

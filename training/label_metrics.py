@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-# Of one example: the numbers of the labels found, and of the right ones.
+# Predicted and correct label indices of one example.
 Judged = tuple[tuple[int, ...], tuple[int, ...]]
 
 

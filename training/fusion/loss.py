@@ -46,7 +46,7 @@ class FusionLoss(LossFunction):
         is_read = _is_read(batch).to(self._device)
         with self._fusion.watching_gates() as log_gates:
             loss = super().__call__(batch)
-        # One sum for all modules: [rows, positions, components].
+        # Mean over all modules: [rows, positions, components].
         penalty = -torch.stack(log_gates).mean(0).gather(-1, best[..., None]).squeeze(-1)
         share = (penalty * is_read).sum() / is_read.sum()
         return loss + self._guidance * batch.num_targets * share

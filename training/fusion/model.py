@@ -29,7 +29,7 @@ class FusionModel(nn.Module):
         self.model = model.requires_grad_(False)
         self.components = tuple(components)
         self.d_k = d_k
-        # By path; the modules themselves are registered in the model.
+        # Keyed by module path; the layers are registered in the model, not here.
         self.layers: dict[str, FusionLayer] = {}
         for path, linear in linear_modules(model).items():
             updates = [update_of(component, path) for component in components]

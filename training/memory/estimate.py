@@ -26,10 +26,10 @@ from turret.training.models.base_model import DTYPES, empty_model
 from turret.training.settings.resolve import Resolved
 from turret.training.trainer import attach_to, make_stream, pad_token, trainable
 
-# Of AdamW per weight: two fp32 moments, or two of 8 bits.
+# Bytes of AdamW state per weight: two moments in fp32 or in 8 bits.
 _STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged-adamw8bit": 2}
 _ATTENTION = "turret_shapes"
-# Its ``patch`` is made at run time.
+# Any: ``patch`` is created at run time, so type checkers do not see it.
 _SHAPES: Any = _config
 
 
@@ -129,7 +129,7 @@ def _step_bytes(resolved: Resolved, model: Any) -> int:
     loss = LossFunction(model, head, "meta")
     if resolved.dataset.labels:
         loss = classifier_loss(model, resolved.dataset, "meta")
-    # What an aLoRA acts on is a mask, whose values are not there: it is all of a row.
+    # aLoRA's mask has no values on meta tensors; assume that it selects every token of a row.
     with LiveBytes() as live, _SHAPES.patch(meta_nonzero_assume_all_nonzero=True):
         model.train()
         # The gradients of the first pass are there while the second one runs.

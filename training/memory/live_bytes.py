@@ -22,7 +22,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = tree_leaves((args, kwargs))
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            # What a method asks its values for (VB-LoRA: whether one is infinite) takes no memory.
+            # Some methods read a value (VB-LoRA tests for infinity); a scalar needs no memory.
             return args[0].new_zeros((), device="cpu").item()
         result = func(*args, **(kwargs or {}))
         known = {id(t.untyped_storage()) for t in inputs if isinstance(t, torch.Tensor)}

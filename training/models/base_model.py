@@ -188,10 +188,10 @@ def _load_nf4(base: TrainingBase, dtype: torch.dtype) -> Any:
             # Beside quantised weights transformers keeps the checkpoint's dtype.
             parameter.data = parameter.data.to(dtype)
     for module in _nf4_modules(model).values():
-        # In eval mode the CPU path repacks the weight in place, and from then on the product has
-        # no gradient, also when training goes on.
+        # In eval mode, bitsandbytes' CPU path repacks the weight in place. After that the product
+        # has no gradient, even back in training mode.
         module.support_avx512bf16_for_cpu = False
-        # What a backward pass dequantises to; the checkpoint's bfloat16 would round it once more.
+        # Dtype of the backward pass's weights; the checkpoint's bfloat16 would round again.
         module.weight.quant_state.dtype = dtype
     return model
 

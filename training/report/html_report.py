@@ -36,7 +36,7 @@ polyline{fill:none;stroke-width:2;stroke:var(--soft)}.training{stroke:var(--a)}
 circle.validation{fill:var(--b)}.key{color:var(--soft);font-size:13px}.key b{font-weight:600}
 """
 
-# Of a validation; all but the loss are of labels.
+# Figures of a validation; all but the loss exist for classification only.
 _FIGURES = {
     "loss": "validation loss",
     "accuracy": "accuracy",

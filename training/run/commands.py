@@ -23,7 +23,7 @@ def what_next(resolved: Resolved, folder: RunFolder) -> str:
     root = shlex.quote(str(folder.path))
     name = shlex.quote(adapter_name(folder.path))
     verb = "classify" if resolved.dataset.labels else "generate"
-    # As it was trained: a chat, or plain texts.
+    # Suggest --chat only if the adapter was trained on chats.
     chat = " --chat" if any(each.turns for row in resolved.dataset.train for each in row) else ""
     return (
         f"adapter written: {folder.adapter}\n"

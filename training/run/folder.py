@@ -5,6 +5,7 @@
 | ``config.toml`` | the config with every choice filled in and absolute paths |
 | ``run.json`` | what the run was made of: digests of base, data and config; versions; counts |
 | ``metrics.jsonl`` | one JSON object a line, see below |
+| ``tensorboard/`` | the metrics as TensorBoard events, with ``run.report_to = "tensorboard"`` |
 | ``checkpoints/step-00000050.pt`` | weights, optimizer and random state after that many steps |
 | ``samples.jsonl`` | answers before and after, once the run is finished (``samples.py``) |
 | ``report.html`` | the run as a page, once it is finished or asked for (``report/``) |
@@ -63,6 +64,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
 
     @property
     def checkpoints(self) -> Path:
@@ -138,7 +143,7 @@ class RunFolder:
         finally:
             os.close(descriptor)
             if is_new and not any(self.path.iterdir()):
-                # It came to nothing, which shall not stand in the way of the next.
+                # The run wrote nothing; do not leave an empty directory that blocks the next run.
                 self.path.rmdir()
 
     def _take(self, descriptor: int) -> None:
@@ -156,7 +161,7 @@ class RunFolder:
     def clear(self) -> None:
         """Remove what a run writes; other runs below it, and what people put there, stay."""
         own = (self.config, self.facts, self.metrics, self.samples, self.report)
-        for path in (*own, self.checkpoints, self.adapter):
+        for path in (*own, self.tensorboard, self.checkpoints, self.adapter):
             for each in (path, path.with_name(f"{path.name}{PARTIAL_SUFFIX}")):
                 if each.is_dir() and not each.is_symlink():
                     shutil.rmtree(each)
@@ -245,12 +250,15 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 class MetricsLog:
     """Appends to ``metrics.jsonl``; each line is in the file when ``write`` returns."""
 
-    def __init__(self, path: Path, *, keep_up_to_step: int) -> None:
+    def __init__(
+        self, path: Path, *, keep_up_to_step: int, tensorboard: Path | None = None
+    ) -> None:
         """Open the file.
 
         Args:
             path: The file; created if missing.
             keep_up_to_step: Lines of later steps, written between the checkpoint and the kill, go.
+            tensorboard: Directory for TensorBoard events of the same numbers, or None.
         """
         kept = []
         if path.exists():
@@ -259,9 +267,23 @@ class MetricsLog:
         self.seconds: float = kept[-1]["seconds"] if kept else 0.0
         self.tokens: int = kept[-1]["tokens"] if kept else 0
         self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._events = None
+        if tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(tensorboard), purge_step=keep_up_to_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
+        if self._events is None:
+            return
+        group = {"step": "train", "validation": "eval"}[row["kind"]]
+        for name, value in row.items():
+            if isinstance(value, int | float) and name != "step":
+                self._events.add_scalar(f"{group}/{name}", value, row["step"])
+        self._events.flush()
 
     def close(self) -> None:
         self._file.close()
+        if self._events is not None:
+            self._events.close()
