@@ -35,14 +35,14 @@ def test_dashboard_asks_for_metrics_that_exist():
 
 
 def test_a_page_says_what_each_file_is_for():
-    text = (ROOT / "docs" / "operations.md").read_text() + (ROOT / "docs/security.md").read_text()
+    text = (ROOT / "docs" / "deploy.md").read_text() + (ROOT / "docs/security.md").read_text()
     names = [path.name for path in DEPLOY.iterdir() if path.is_file()]
     assert {"turret.service", "compose.yaml"} <= set(names)
     assert [name for name in names if f"deploy/{name}" not in text] == []
 
 
 def test_the_page_makes_what_the_service_runs():
-    text = (ROOT / "docs" / "operations.md").read_text()
+    text = (ROOT / "docs" / "deploy.md").read_text()
     unit = re.search(
         r"^ExecStart=(\S+) .*--config (\S+)$", (DEPLOY / "turret.service").read_text(), re.M
     )
