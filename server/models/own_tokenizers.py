@@ -98,7 +98,6 @@ class OwnTokenizers:
             raise InvalidRequestError(why) from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        tokenizer.is_foreign = True
         known = self._base.beyond(self._base.num_rows)
         for token, number in tokenizer.beyond(rows).items():
             # Some published tokenizers have more tokens than their models have rows.

@@ -1,9 +1,8 @@
-"""Tokenizers that adapters bring: which of them stay in memory, and templates that never end."""
+"""Tokenizers that adapters bring: which of them stay in memory."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,13 @@ from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.tokenizer_files import read_tokenizer_files
 from turret.server.adapters.tokenizer_files import TokenizerFiles
-from turret.server.errors import InvalidRequestError
-from turret.server.models import own_tokenizers, tokenizer
+from turret.server.models import own_tokenizers
 from turret.server.models.own_tokenizers import OwnTokenizers
 from turret.server.models.tokenizer import Tokenizer
 
-ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
-
-def files_of(folder: Path, template: str | None = None) -> TokenizerFiles:
-    grown = grown_tokenizer() if template is None else grown_tokenizer(template)
-    grown.save_pretrained(folder / "own")
+def files_of(folder: Path) -> TokenizerFiles:
+    grown_tokenizer().save_pretrained(folder / "own")
     with AdapterRoot(folder).open_directory("own") as directory:
         files = read_tokenizer_files(directory, Findings("own"))
     assert files is not None
@@ -110,14 +105,3 @@ def test_a_panic_is_an_error_as_others_are(
     (a,) = tiny_tokenizer()("a")["input_ids"]
     with pytest.raises(RuntimeError, match="panic"):
         ask(found, a)
-
-
-def test_a_template_has_an_end(
-    tokenizers: OwnTokenizers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tokenizer, "_TEMPLATE_SECONDS", 0.2)
-    files = files_of(tmp_path, ENDLESS)
-    before = sys.gettrace()
-    with pytest.raises(InvalidRequestError, match="takes longer than"):
-        tokenizers.get(files.digest, ROWS, lambda: files).encode_chat([{"role": "user"}])
-    assert sys.gettrace() is before

@@ -18,7 +18,8 @@ ROOMS = (
     "server/cluster/serving",
     *("server/engine", "server/engine/scheduling", "server/engine/speculation"),
     *("server/engine/step", "server/engine/step/gpu"),
-    *("server/basics", "server/basics/files", "server/basics/work", "server/constraints"),
+    *("server/basics", "server/basics/files", "server/basics/work"),
+    *("server/basics/confined", "server/constraints"),
     *("server/hub", "server/models", "server/models/sources", "server/models/families"),
     *("server/models/decoding", "server/models/weights", "server/adapters"),
     *(
