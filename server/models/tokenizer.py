@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from tokenizers.decoders import DecodeStream
+from tokenizers.models import WordLevel
 
 from turret.server.basics import channels
 from turret.server.basics.work.panics import PANICS_ARE_ERRORS
@@ -20,6 +22,7 @@ from turret.server.models.chat_format import NO_TOOLS, ChatFormat, unknown_role
 from turret.server.models.chat_template import ChatTemplate
 
 _BEFORE = "\n"
+_MAX_AROUND = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +56,28 @@ class Tokenizer:
         chat_format: What the chat template knows beside turns.
     """
 
-    def __init__(self, inner: Any, eos_token_ids: frozenset[int], model_vocab_size: int) -> None:
-        backend = inner.backend_tokenizer
-        backend.no_padding()
-        backend.no_truncation()
+    def __init__(
+        self,
+        inner: Any,
+        eos_token_ids: frozenset[int],
+        model_vocab_size: int,
+        base: Tokenizer | None = None,
+    ) -> None:
+        if base is None:
+            backend = inner.backend_tokenizer
+            backend.no_padding()
+            backend.no_truncation()
+            vocabulary: dict[str, int] = backend.get_vocab()
+            longest, last = 1, -1
+        else:
+            backend = _with_added(base._backend, inner.backend_tokenizer)
+            vocabulary = {t.content: i for i, t in backend.get_added_tokens_decoder().items()}
+            longest, last = base.longest_token, base._last
         self._backend = backend
-        vocabulary: dict[str, int] = backend.get_vocab()
-        self.longest_token = max(map(len, vocabulary), default=1)
+        self.longest_token = max(longest, *map(len, vocabulary))
         # Not how many there are: between the words and the special tokens there may be a gap.
-        last = max(vocabulary.values(), default=-1)
-        self.vocab_size: int = min(last + 1, model_vocab_size)
+        self._last = max(last, *vocabulary.values())
+        self.vocab_size: int = min(self._last + 1, model_vocab_size)
         self.num_rows = model_vocab_size
         own = None if inner.eos_token is None else backend.token_to_id(inner.eos_token)
         ends = eos_token_ids | (frozenset() if own is None else {own})
@@ -76,18 +91,30 @@ class Tokenizer:
         self._chats = ChatTemplate(self._template or "", inner.special_tokens_map)
         # Special tokens' texts, and what they are as ordinary text.
         self._as_text = _special_as_text(backend)
-        longest_first = sorted(self._as_text, key=len, reverse=True)
-        self._any_special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        # Finds special tokens in texts in linear time, however many there are.
+        self._finder: Any = tokenizers.Tokenizer(WordLevel({"": 0}, unk_token=""))
+        self._finder.add_special_tokens(
+            [tokenizers.AddedToken(text, normalized=False) for text in self._as_text]
+        )
 
     @classmethod
     @PANICS_ARE_ERRORS
-    def load(cls, files: Path, eos_token_ids: frozenset[int], model_vocab_size: int) -> Tokenizer:
+    def load(
+        cls,
+        files: Path,
+        eos_token_ids: frozenset[int],
+        model_vocab_size: int,
+        base: Tokenizer | None = None,
+    ) -> Tokenizer:
         """Load from a model directory.
 
         Args:
             files: The directory.
             eos_token_ids: Ends of sequence that the model's config names.
             model_vocab_size: Rows of the model's embedding.
+            base: The tokenizer to add the directory's added tokens to. Both share what it holds in
+                memory, and of the directory's vocabulary and rules only those of its special
+                tokens are read.
 
         Raises:
             InvalidRequestError: The directory has no tokenizer that converts to a fast one.
@@ -106,12 +133,16 @@ class Tokenizer:
             raise InvalidRequestError.of(
                 "model", f"no usable tokenizer in {files}: {why}"
             ) from error
-        return cls(inner, eos_token_ids, model_vocab_size)
+        return cls(inner, eos_token_ids, model_vocab_size, base)
+
+    def number_of(self, token: str) -> int | None:
+        """The number of a token by its text; None if there is no such token."""
+        return self._backend.token_to_id(token)
 
     def beyond(self, rows: int) -> dict[str, int]:
         """Tokens whose numbers are not below ``rows``."""
-        numbers: dict[str, int] = self._backend.get_vocab()
-        return {token: number for token, number in numbers.items() if number >= rows}
+        found = ((self._backend.id_to_token(i), i) for i in range(rows, self._last + 1))
+        return {token: number for token, number in found if token is not None}
 
     @PANICS_ARE_ERRORS
     def serialized(self) -> str:
@@ -165,16 +196,12 @@ class Tokenizer:
         # Letters and digits: whatever a template does to a text leaves them as they are.
         mark = f"turret{uuid.uuid4().hex}x"
 
-        def hold(found: re.Match[str]) -> str:
-            held.append(found[0])
-            return f"{mark}{len(held) - 1}x"
-
-        def without(value: Any) -> Any:
-            return _each_text(value, lambda text: self._any_special.sub(hold, text))
-
         try:
             if not special:
-                messages, tools = without(list(messages)), without(list(tools))
+                given, texts = [list(messages), list(tools)], list[str]()
+                each_text(given, lambda text: texts.append(text) or text)
+                marked = iter(self._marked(texts, mark, held))
+                messages, tools = each_text(given, lambda text: next(marked))
             text = self._chats.render(messages, tools, is_short)
         except (ValueError, RecursionError) as error:
             raise InvalidRequestError.of("chat.messages", f"chat template: {error}") from error
@@ -228,10 +255,41 @@ class Tokenizer:
         """End what renders conversations."""
         self._chats.close()
 
+    def _marked(self, texts: Sequence[str], mark: str, held: list[str]) -> list[str]:
+        """Texts with a mark in place of each special token, whose text is added to ``held``."""
+        marked = []
+        for text, found in zip(texts, self._finder.encode_batch(texts), strict=True):
+            pieces, end = [], 0
+            for token, (start, stop) in zip(found.ids, found.offsets, strict=True):
+                if token:
+                    pieces += text[end:start], f"{mark}{len(held)}x"
+                    held.append(text[start:stop])
+                    end = stop
+            marked.append("".join(pieces) + text[end:])
+        return marked
+
     def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
         # ``encode`` would keep the interpreter's lock, a batch does not.
         (found,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
         return list(found.ids)
+
+
+def _with_added(base: Any, other: Any) -> Any:
+    """A backend with the vocabulary and rules of one and the added tokens of another."""
+    grown: Any = tokenizers.Tokenizer(base.model)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if (value := getattr(base, part)) is not None:
+            setattr(grown, part, value)
+    added = other.get_added_tokens_decoder()
+    grown.add_tokens([added[number] for number in sorted(added)])
+    (alone,) = grown.encode_batch(["a"])
+    if other.post_processor is not None:
+        grown.post_processor = other.post_processor
+    (whole,) = grown.encode_batch(["a"])
+    around = grown.num_special_tokens_to_add(False)
+    if around > _MAX_AROUND or len(whole.ids) != len(alone.ids) + around:
+        raise ValueError(f"post_processor: may only put up to {_MAX_AROUND} tokens around a text")
+    return grown
 
 
 def _processor_template(files: Path) -> str | None:
@@ -243,14 +301,14 @@ def _processor_template(files: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+def each_text(value: Any, change: Callable[[str], Any]) -> Any:
     """A value as of JSON with every text in it changed."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
-        return [_each_text(one, change) for one in value]
+        return [each_text(one, change) for one in value]
     if isinstance(value, dict):
-        return {change(key): _each_text(one, change) for key, one in value.items()}
+        return {change(key): each_text(one, change) for key, one in value.items()}
     return value
 
 
