@@ -86,7 +86,9 @@ class Tokenizer:
         bos = None if inner.bos_token is None else backend.token_to_id(inner.bos_token)
         self._bos: int | None = bos if bos in self._ids("", add_special_tokens=True)[:1] else None
         special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
-        self._template: str | dict[str, str] | None = inner.chat_template or None
+        template = inner.chat_template
+        is_usable = isinstance(template, str | dict) and bool(template)
+        self._template: str | dict[str, str] | None = template if is_usable else None
         self.chat_format = ChatFormat.of(self._template, special)
         self._chats = ChatTemplate(self._template or "", inner.special_tokens_map)
         # Special tokens' texts, and what they are as ordinary text.
