@@ -8,7 +8,7 @@ JOBS := 2
 FUZZ_SECONDS := 600
 SOAK_SECONDS := 1800
 
-.PHONY: setup proto lint test test-gpu long fuzz chaos audit soak conformance bench demo client pages constraints wheel clean
+.PHONY: setup proto lint test test-gpu long fuzz chaos audit soak conformance bench demo client pages docs constraints wheel clean
 
 setup: $(INSTALLED)
 
@@ -76,8 +76,12 @@ client: setup
 
 # The tables and lists in docs/ that the code says better.
 pages: setup
-	cd tests/support && for page in adapters architecture operations python rates security training; do \
+	cd tests/support && for page in adapters architecture operations rates security training; do \
 		../../$(BIN)/python -m pages.$${page}_page || exit 1; done
+
+# The documentation as a site, in build/site; a link that leads nowhere fails.
+docs: setup
+	PATH=$(CURDIR)/$(BIN):$$PATH .ci/docs
 
 demo: setup
 	$(BIN)/turret demo $(ARGS)

@@ -1,20 +1,21 @@
-"""What pyproject.toml cannot say: no build without links, and one wheel for every Python.
+"""Builds the C libraries, tags one wheel for every Python, refuses a copy without links.
 
 The compiled libraries are plain C that ctypes loads. They know nothing of Python, so their names
 carry no Python's tag, and neither does the wheel: ``py3-none`` and the platform.
 """
 
 import copy
+import runpy
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 PACKAGE = Path(__file__).resolve().parent / "src" / "turret"
 # The folders of the import package ``turret``: links in a checkout, real folders in an sdist.
-FOLDERS = ("server", "kernels", "clients", "training", "v1")
+FOLDERS = ("server", "kernels", "clients", "fleet", "training", "v1")
 
 missing = [name for name in FOLDERS if not (PACKAGE / name).is_dir()]
 if missing:
@@ -23,6 +24,24 @@ if missing:
         " package would be empty. Clone the repository with git (on Windows with"
         " 'git -c core.symlinks=true clone'), or take the .tar.gz in place of the ZIP."
     )
+
+
+def libraries() -> list[Extension]:
+    """One library of C kernels per instruction set; the server loads the best one at startup."""
+    folder = Path("kernels", "cpu", "c")
+    isas = runpy.run_path(str(PACKAGE / "kernels" / "cpu" / "isas.py"))
+    return [
+        Extension(
+            "turret.kernels.cpu._native" + ("" if isa == "baseline" else f"_{isa}"),
+            sorted(map(str, folder.rglob("*.c"))),
+            depends=sorted(map(str, folder.rglob("*.h"))),
+            include_dirs=[str(folder)],
+            extra_compile_args=[*isas["FLAGS"], *flags],
+            # Without a compiler the package installs all the same, and torch serves.
+            optional=True,
+        )
+        for isa, flags in isas["ISA_FLAGS"].items()
+    ]
 
 
 class BuildLibraries(build_ext):
@@ -60,4 +79,7 @@ class BuildWheel(bdist_wheel):
         return "py3", "none", tag[2]
 
 
-setup(cmdclass={"build_ext": BuildLibraries, "bdist_wheel": BuildWheel})
+setup(
+    ext_modules=libraries(),
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": BuildWheel},
+)

@@ -178,7 +178,7 @@ def tokens_are_right(
 
 def measure_start(args: argparse.Namespace, root: Path) -> tuple[ServerProcess, float]:
     """Start the server; returns it with the seconds until its first answer."""
-    # What a step costs is asked, not how many an answer takes.
+    # Measure the cost of a step; speculation would change the number of steps.
     flags = ["--adapter-root", str(root), "--speculation", "off"]
     flags += ["--max-num-seqs", str(max(64, args.batch))]
     flags += ["--max-rank", str(max(128, args.rank))]

@@ -28,7 +28,7 @@ from turret.server.server_process import ServerProcess
 from turret.v1 import inference_pb2
 
 _PROMPT = "Tell me a long story of a turret with many lenses, and of each lens."
-# What is asked of HTTP.
+# Lowest accepted throughput of HTTP relative to gRPC.
 LEAST_RATIO = 0.97
 
 

@@ -30,7 +30,7 @@ NEWEST_GLIBC = 41
 # What builds the package, and what torch needs of others.
 EXTRA = (
     *("setuptools>=77", "filelock", "typing-extensions", "sympy>=1.13.3", "networkx>=2.5.1"),
-    *("jinja2", "fsspec>=0.8.5"),
+    "fsspec>=0.8.5",
     # As the tests run it: grpcio-tools of the dev extra wants it so.
     "protobuf<7",
 )

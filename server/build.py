@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 
@@ -15,13 +16,13 @@ from turret.kernels.cpu.native import has_native, has_native_products
 from turret.kernels.cpu.threads import use_own_threads
 from turret.server import log
 from turret.server.adapters.allowed import Allowed
-from turret.server.adapters.base import BaseModel
+from turret.server.adapters.base import BaseModel, Precision
 from turret.server.adapters.device.cpu.store import CpuStore
 from turret.server.adapters.device.gpu.streams import StepStream
 from turret.server.adapters.device.packed.store import PackedStore
 from turret.server.adapters.device.store import AdapterStore, StepStore
 from turret.server.adapters.fuse.fuser import Fuser
-from turret.server.adapters.merge.merger import Merger
+from turret.server.adapters.merge.merger import ChangeBase, Edit, Merger
 from turret.server.adapters.methods import METHODS
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
@@ -29,7 +30,6 @@ from turret.server.api.backend import Backend
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
 from turret.server.basics.triton_needs import keep_compiled_in, missing_for_triton
 from turret.server.basics.work.background import compute_on_this_thread
-from turret.server.cluster.replica.seat import Seat
 from turret.server.config import (
     ADAPTER_DEVICE_BYTES,
     KV_CACHE_BYTES,
@@ -73,6 +73,23 @@ _log = logging.getLogger(__name__)
 
 # Positions per KV block; divides the attention tile.
 BLOCK_SIZE = 16
+
+
+class Seat(Protocol):
+    """A server's place in a fleet, which makes the parts that are not its own alone."""
+
+    def registry(
+        self, config: AdapterConfig, base: BaseModel, metrics: Metrics
+    ) -> AdapterRegistry: ...
+
+    def merger(
+        self,
+        *,
+        edit: Callable[[Precision], Edit],
+        describe: Callable[[int], BaseModel],
+        change_base: ChangeBase,
+        metrics: Metrics,
+    ) -> Merger: ...
 
 
 def build_backend(

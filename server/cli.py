@@ -7,6 +7,7 @@ import faulthandler
 import gc
 import logging
 import os
+import pkgutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,14 @@ _TRAINING = {
     "train": "train an adapter",
     "convert": "turn an adapter that is not served into one that is",
 }
+# What adds the verbs of the fleet and of the trainer. The server imports neither: they are found by
+# name, when the verb is asked for.
+_ELSEWHERE = {
+    "cluster": "turret.fleet.verb:add_parser",
+    "train": "turret.training.verbs:add_parser",
+    "convert": "turret.training.conversion.verb:add_parser",
+}
+_METHOD_NAMES = "turret.training.settings.config:METHOD_NAMES"
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -122,10 +131,10 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _completion(args: argparse.Namespace) -> int:
     from turret.server.command.completion import script
-    from turret.training.settings.config import METHOD_NAMES
 
+    names = pkgutil.resolve_name(_METHOD_NAMES)
     offers: dict[str, tuple[str, ...]]
-    offers = {f"train {verb}:--method": METHOD_NAMES for verb in ("plan", "run", "sweep")}
+    offers = {f"train {verb}:--method": names for verb in ("plan", "run", "sweep")}
     offers["serve:--device"] = ("auto", "cpu", "cuda")
     print(script(build_parser(None), args.shell, offers), end="")
     return 0
@@ -155,12 +164,6 @@ def _add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     assert isinstance(parser, CommandParser)
     parser.logs = True
     parser.set_defaults(func=_serve)
-
-
-def _add_cluster(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from turret.server.command.cluster import add_cluster
-
-    add_cluster(subparsers, _OWN_VERBS["cluster"])
 
 
 def _add_demo(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -218,7 +221,6 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     subparsers: Any = parser.add_subparsers(metavar="COMMAND", required=True)
     own = {
         "serve": _add_serve,
-        "cluster": _add_cluster,
         "demo": _add_demo,
         "completion": _add_completion,
     }
@@ -229,14 +231,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
             own[name](subparsers)
         elif name in VERBS:
             add_verb(subparsers, name)
-        elif name == "convert":
-            from turret.training.conversion.verb import add_parser as add_convert
-
-            add_convert(subparsers, text)
         else:
-            from turret.training.verbs import add_parser as add_train
-
-            add_train(subparsers)
+            pkgutil.resolve_name(_ELSEWHERE[name])(subparsers, text)
     return parser
 
 

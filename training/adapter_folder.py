@@ -38,7 +38,7 @@ def write_adapter(
                 "the run diverged; lower optimizer.learning_rate (--learning-rate):"
                 f" {name} is not finite in {dtype}"
             )
-    # Not by ``save_file``, whose errors are no OSErrors and whose files only their owner can read.
+    # ``save_file`` raises no OSErrors and makes files that only their owner can read.
     (folder / TENSORS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
     # Sets have no order of their own: sorting keeps the file the same from run to run.
     plain = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}

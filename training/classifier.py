@@ -7,6 +7,7 @@ name for the task is SEQ_CLS; the files are as it saves them.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,50 @@ from turret.training.adapter_folder import write_adapter
 from turret.training.data.batch import Batch, Row, make_batch
 from turret.training.data.dataset import Dataset
 from turret.training.data.encode import Encoded
-from turret.training.label_metrics import Judged, label_metrics
 from turret.training.loss import LossFunction
 from turret.training.settings.resolve import Resolved
 
+# How the labels found compare with the right ones, in the figures of ``turret eval --classify``.
+#
+# F1 is ``2 TP / (2 TP + FP + FN)``; a label that is neither found nor right anywhere has none, and
+# counts for nothing in the mean.
+
+# Predicted and correct label indices of one example.
+Judged = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def label_metrics(
+    judged: Sequence[Judged], labels: Sequence[str], *, is_multi_label: bool
+) -> dict[str, Any]:
+    """Figures over examples, each in [0, 1].
+
+    Args:
+        judged: At least one.
+        labels: By number.
+        is_multi_label: Whether any number of them may hold.
+
+    Returns:
+        ``accuracy`` (the share of examples with exactly the right labels) and ``macro_f1`` (the
+        mean of the labels' F1); where any number may hold also ``micro_f1`` (of all decisions
+        together) and ``label_f1`` (each label's, by its name).
+    """
+    both = Counter(label for found, right in judged for label in {*found} & {*right})
+    either = Counter(label for pair in judged for side in pair for label in side)
+    f1 = {label: 2 * both[label] / count for label, count in sorted(either.items())}
+    figures: dict[str, Any] = {
+        "accuracy": sum({*found} == {*right} for found, right in judged) / len(judged),
+        # No label is found nor right anywhere: nothing is wrong.
+        "macro_f1": sum(f1.values()) / len(f1) if f1 else 1.0,
+    }
+    if is_multi_label:
+        total = either.total()
+        figures["micro_f1"] = 2 * both.total() / total if total else 1.0
+        figures["label_f1"] = {labels[label]: value for label, value in f1.items()}
+    return figures
+
+
 _NAME = "score"
-# Of a label whose probability is more, a model says that it holds.
+# A multi-label model predicts a label if its probability exceeds this.
 _HOLDS = 0.5
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from turret.server.basics.counted import counted
 from turret.training.memory.estimate import MemoryEstimate, estimate_memory
 from turret.training.memory.rehearsal import measure_peak
-from turret.training.run.commands import max_rank_flag
+from turret.training.run.folder import max_rank_flag
 from turret.training.serving_cost import ServingCost, serving_cost
 from turret.training.settings.config_file import render_config
 from turret.training.settings.ranks import SERVED_RANK

@@ -76,7 +76,7 @@ def _cost(lowered: Lowered, base: TrainingBase, file_bytes: int) -> ServingCost:
     per_token = 0 if arch.experts is None else arch.experts.per_token
     for update in (lowered.operators.experts or {}).values():
         added += per_token * sum(tensor[0].numel() for tensor in update.tensors())
-    # Each token's attention to the positions before the text: scores, and their sum of values.
+    # Attention of each token to the adapter's positions: the scores and the weighted sum of values.
     added += positions * 2 * arch.num_heads * arch.head_dim * arch.num_layers
     of_base = sum(
         out * inner
@@ -122,7 +122,7 @@ def multiply_adds(operators: ModuleOperators) -> int:
     if operators.pairs is not None:
         count += operators.pairs.sine.numel()
     if operators.circulant is not None:
-        # Both transforms, and four products per frequency of every pair of blocks.
+        # Forward and inverse transforms, plus four products per frequency and pair of blocks.
         rows, columns, size = operators.circulant.kernel.shape
         count += (rows + columns) * _transform(size) + 2 * rows * columns * (size + 2)
     if operators.dense is not None:

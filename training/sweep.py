@@ -14,9 +14,8 @@ from turret.server.models.decoding.arch import Projections
 from turret.training.errors import RunError
 from turret.training.methods import method_named
 from turret.training.models.base_model import find_base
-from turret.training.report.html_report import write_report
-from turret.training.run.commands import what_next
-from turret.training.run.folder import RunFolder, rank_folder
+from turret.training.report import write_report
+from turret.training.run.folder import RunFolder, rank_folder, what_next
 from turret.training.serving_cost import serving_cost
 from turret.training.settings.config import TrainConfig
 from turret.training.settings.fit import check_fit

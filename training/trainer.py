@@ -25,14 +25,16 @@ from turret.training.classifier import (
 )
 from turret.training.data.batch import Batch, BatchStream, Row, make_batch
 from turret.training.errors import RunError
-from turret.training.loss import LossFunction
+from turret.training.loss import LossFunction, learning_rate, make_optimizer, set_learning_rate
 from turret.training.memory.peak import peak_memory_bytes
-from turret.training.models.base_model import DTYPES, load_model
-from turret.training.models.recomputation import compute_activations_twice, without_backward
-from turret.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from turret.training.models.base_model import (
+    DTYPES,
+    compute_activations_twice,
+    load_model,
+    without_backward,
+)
 from turret.training.run.checkpoint import restore_checkpoint, save_checkpoint
-from turret.training.run.commands import what_next
-from turret.training.run.folder import MetricsLog, RunFolder
+from turret.training.run.folder import MetricsLog, RunFolder, what_next
 from turret.training.run.provenance import FILE, describe_run
 from turret.training.run.resuming import check_same_run
 from turret.training.run.samples import draw_samples
@@ -145,7 +147,11 @@ class Trainer:
             self._folder.path.mkdir(parents=True, exist_ok=True)
             self._folder.config.write_text(render_config(self._config), encoding="utf-8")
             self._folder.write_facts(facts)
-        log = MetricsLog(self._folder.metrics, keep_up_to_step=step if step else -1)
+        log = MetricsLog(
+            self._folder.metrics,
+            keep_up_to_step=step if step else -1,
+            tensorboard=self._folder.tensorboard if self._config.run.report_to != "none" else None,
+        )
         before = log.seconds
         try:
             loop = _Loop(self._resolved, model, parameters, optimizer, log, self._listen)
@@ -159,7 +165,7 @@ class Trainer:
         self._write_adapter(model, facts | {"steps": self._num_steps, "validation_loss": loss})
         self._listen({"kind": "note", "text": what_next(self._resolved, self._folder)})
         self._write_samples(model)
-        # All that was waited for in this attempt, and the training of those before.
+        # Wall time of this attempt plus the training time of earlier ones.
         waited = before + time.monotonic() - started
         self._folder.write_facts(facts | {"result": result, "waited_seconds": round(waited, 1)})
         return Result(self._folder, loss, log.seconds, memory)

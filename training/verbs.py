@@ -14,15 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# What the extra `train` brings beside what a server needs.
-_EXTRA = ("peft", "accelerate")
+# Packages of the `train` extra.
+_EXTRA = ("peft", "accelerate", "tensorboard")
 _WIDEST = 10_000
 _RANKS = (2, 4, 8, 16, 32)
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb."""
-    parser = subparsers.add_parser("train", help="train an adapter")
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
+    """Add the verb; ``text`` is its line in the help."""
+    parser = subparsers.add_parser("train", help=text)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     text = "write a commented config"
     init = verbs.add_parser("init", help=text, description=text.capitalize())
@@ -89,7 +89,7 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
             with raising_terminated():
                 verb(args)
         except BrokenPipeError:
-            # Who read has enough; nothing may be written there when the process ends either.
+            # The reader closed the pipe. Redirect stdout so that the flush at exit succeeds.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except OSError as error:
@@ -102,7 +102,7 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
             print(f"error: {in_own_words(args, str(error))}", file=sys.stderr)
             return EXIT_USAGE if isinstance(error, ConfigFileError) else 1
         except KeyboardInterrupt as interrupt:
-            # In the place of the ^C that a terminal shows where no bar has gone over it.
+            # Overwrite the ^C that the terminal echoed.
             anew = "\r\x1b[K" if sys.stderr.isatty() else ""
             print(f"{anew}stopped{_how_to_go_on(args)}", file=sys.stderr)
             return exit_code(interrupt)
@@ -169,8 +169,8 @@ def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> tuple[Any, Any
     from turret.training.settings.flags import overrides
     from turret.training.settings.inputs import check_base, check_inputs
 
-    if not all(importlib.util.find_spec(module) for module in _EXTRA):
-        raise RunError(f"PEFT is not installed, which training needs; {how_to_add('train')}")
+    if missing := [module for module in _EXTRA if not importlib.util.find_spec(module)]:
+        raise RunError(f"{', '.join(missing)} not installed; {how_to_add('train')}")
     config = read_config(args.config, overrides(args))
     use_threads(args.threads, is_background=True, niceness=args.nice)
     check_inputs(config, args.config.parent, ranks)
@@ -276,7 +276,7 @@ def _sweep(args: argparse.Namespace) -> None:
             f"{result.seconds:.0f}",
         )
     print_table(table, _console())
-    # Of those that the table shows as equal the first, and smallest where ranks go up.
+    # Compare the losses as the table shows them; among equals the first (smallest) rank wins.
     best = min(done, key=lambda result: round(result.validation_loss, 4))
     print(f"the lowest validation loss has rank {best.rank}", best.what_next, sep="\n")
 
@@ -326,7 +326,7 @@ def _run(args: argparse.Namespace) -> None:
         listen({"kind": "phase", "text": "reading the base model and the data"})
         resolved = _resolve(args, config)
 
-        from turret.training.report.html_report import write_report
+        from turret.training.report import write_report
         from turret.training.trainer import Trainer
 
         result = Trainer(resolved, listen).run(resume=args.resume, overwrite=args.overwrite)
@@ -339,7 +339,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from turret.training.report.html_report import write_report
+    from turret.training.report import write_report
     from turret.training.run.folder import RunFolder
 
     print(write_report(RunFolder(args.run)))

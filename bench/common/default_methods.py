@@ -16,7 +16,7 @@ from turret.server.models.decoding.arch import Arch
 # The last token of this kind in a prompt invokes the aLoRA: `<|im_start|>` of ChatML, which opens
 # the answer.
 INVOCATION = 1
-# As in ``random_lora``: an update of about a fifth of the base's result.
+# Spread of random factors: the update is about a fifth of the base's result, as in ``random_lora``.
 _SPREAD = 0.05
 _RANK, _SPARSE_RANK, _PIECE, _OFT_BLOCK, _ROAD_GROUP, _LARGEST_CIRCLE = 8, 32, 64, 32, 64, 256
 
@@ -58,7 +58,7 @@ def _alora(draw: Draw, out: int, inner: int) -> Tensors:
     return {"lora_A.weight": a, "lora_B.weight": b}
 
 
-# What a config says, and the tensors of a module of so many outputs and inputs.
+# Config entries, and a function from (out_features, in_features) to a module's tensors.
 _KINDS: Mapping[str, tuple[dict[str, Any], Callable[..., Tensors]]] = {
     "oft": (
         {

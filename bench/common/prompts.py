@@ -8,8 +8,7 @@ from turret.clients.client import TurretClient
 
 Chat = list[tuple[str, str]]
 
-# One token each, behind a space, in the vocabularies of the models served here; the length is
-# checked all the same.
+# Each is one token after a space in the usual vocabularies; the length is checked all the same.
 _WORDS = ("time", "people", "way", "water", "day", "part", "place", "work", "year", "name", "line")
 _MAX_CORRECTIONS = 8
 

@@ -37,7 +37,7 @@ class Served:
         new_tokens: int = 64,
         flags: Sequence[str] = (),
     ) -> None:
-        # What a step costs is asked, not how many an answer takes.
+        # Measure the cost of a step; speculation would change the number of steps.
         common = ["--adapter-root", str(root), "--speculation", "off"]
         common += ["--max-num-seqs", "64", "--max-rank", "128"]
         self.server = ServerProcess([*common, *flags])

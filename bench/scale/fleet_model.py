@@ -23,7 +23,7 @@ _POINTS = 64
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Milliseconds, of ``bench/steps.py`` on two cores of an AMD EPYC (docs/performance.md).
+    """Milliseconds, of ``bench/steps.py`` on two cores of an AMD EPYC.
 
     Attributes:
         step: Of any step.

@@ -1,10 +1,25 @@
-"""What may be said of the compiled kernels; known before torch is loaded.
+"""How the C kernels are compiled, and the values of their environment variables. Needs no torch.
 
-``ISAS`` are the instruction sets of x86-64 that they are compiled for.
+``setup.py`` builds one library per instruction set from these flags, all from the same sources.
 """
 
-# Each has all that those before it have. For those without a library of their own, the one before
-# serves. x86-64-v1 or the like, -v3, -v4, -v4 with AVX512-BF16, VBMI2, VNNI, that with AMX.
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
+# Every library is compiled with these.
+FLAGS = (
+    "-O3", "-std=gnu11", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi", "-ffp-contract=fast",
+    # Without it, GCC fuses the same `s += v * w` in one loop and not in another, and rows that go
+    # through different loops would differ in their last bits.
+    "--param=avoid-fma-max-bits=0",
+)  # fmt: skip
+_AVX512_BF16 = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi2", "-mavx512vnni")
+# Flags that each instruction set adds. Each set includes those before it, so a processor without a
+# library of its own is served by an earlier one.
+ISA_FLAGS: dict[str, tuple[str, ...]] = {
+    "baseline": (),
+    "avx2": ("-march=x86-64-v3",),
+    "avx512": ("-march=x86-64-v4",),
+    "avx512_bf16": _AVX512_BF16,
+    "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
+}
+ISAS = tuple(ISA_FLAGS)
 # What TURRET_NATIVE may be, as the server's own variables have it: whether they serve at all.
 NATIVE, NO_NATIVE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")

@@ -56,7 +56,8 @@ class Vocabulary:
         return self._constraints
 
     def close(self) -> None:
-        """Compile nothing more."""
+        """Compile and render nothing more."""
+        self.tokenizer.close()
         if self._constraints is not None:
             self._constraints.close()
 
@@ -87,7 +88,7 @@ class Vocabularies:
         self._reading: dict[str, asyncio.Future[Tokenizer]] = {}
 
     def close(self) -> None:
-        """Compile nothing more."""
+        """Compile and render nothing more."""
         for vocabulary in (self._base, *self._made.values()):
             vocabulary.close()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    # Not at run time; see ``constraint.py``.
+    # Types only; see ``constraint.py``.
     from llguidance import LLTokenizer
 
 Words = np.ndarray[tuple[int], np.dtype[np.int32]]

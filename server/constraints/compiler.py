@@ -27,11 +27,11 @@ COMPILE_SECONDS = 20.0
 _RETRY_SECONDS = 1.0
 # About what a compiled constraint takes: measured up to 9 MB for a schema of 90,000 characters.
 _FIXED_BYTES, _CHAR_BYTES = 1 << 20, 128
-# Where all that match one of these may follow, llguidance allows them together, in place of asking
-# for each: an expression with a count, such as [a-z ]{1,500}, has a state for each character and
-# finds no mask again. 0.5 ms a mask without, 0.02 with (49,152 tokens, few of them longer).
+# Token slices: where every token that matches one of these is allowed, llguidance allows them
+# together instead of one by one. An expression with a count, such as [a-z ]{1,500}, has a state per
+# character and never reuses a mask: 0.5 ms a mask without slices, 0.02 ms with (49,152 tokens).
 _SLICES = ["[a-z ]{1,16}", "[a-zA-Z ]{1,16}", *LLTokenizer.general_slices()]
-# Of a lexer, which is shared by the answers that follow one constraint: 45 MB at worst.
+# Limit of a lexer, which all answers under one constraint share: 45 MB at worst.
 _MAX_LEXER_STATES = 1 << 15
 _Followable = tuple[LLTokenizer, Alphabet]
 

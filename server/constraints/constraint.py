@@ -8,7 +8,7 @@ from turret.server.constraints.alphabet import Alphabet
 from turret.server.constraints.matcher import Matcher
 
 if TYPE_CHECKING:
-    # Not at run time: the GPU benchmark runs steps where llguidance is not installed.
+    # Types only: the GPU benchmark runs steps where llguidance is not installed.
     from llguidance import LLMatcher
 
 # Copies of a matcher share the states of one lexer, which only become more. After so much processor

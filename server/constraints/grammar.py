@@ -25,7 +25,7 @@ _META = re.compile(r"([\\.+*?()|\[\]{}^$#&~/-])")
 _UNFORCED = {"name": "unforced", "lark_grammar": '%llguidance {"no_forcing": true}\nstart: "x"'}
 # A rule of a grammar in Lark, on a line of its own, that is JSON of a schema.
 _SCHEMA_RULE = re.compile(r"(?m)^\s*(\w+)\s*:\s*%json (\{.*\})\s*$")
-# What is wrong with a regular expression, of a complaint that shows a grammar made around it.
+# Extracts the regex error from llguidance's message, which quotes the grammar around it.
 _REGEX_FAULT = re.compile(
     r"\nerror: (.+)|\(in regex\): (?!regex parse error)(.+?)(?: in regex|\n|$)"
 )
@@ -48,7 +48,7 @@ def grammar_of(spec: ConstraintSpec) -> str:
     if spec.kind == "json_schema":
         return _schema_grammar(spec.texts[0])
     if spec.kind == "choice":
-        # One regular expression: a rule for each would be as many items to follow at once.
+        # One alternation: a rule per choice would make the parser follow all of them at once.
         texts = "|".join(_META.sub(r"\\\1", text) for text in spec.texts)
         return LLMatcher.grammar_from_regex(f"(?:{texts})")
     if spec.kind == "regex":

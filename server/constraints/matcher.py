@@ -13,14 +13,14 @@ from turret.server.constraints.grammar import shortened
 from turret.server.errors import BudgetExceededError, InvalidRequestError
 
 if TYPE_CHECKING:
-    # Not at run time; see ``constraint.py``.
+    # Types only; see ``constraint.py``.
     from llguidance import LLMatcher
 
 # Processor time that the masks of one answer may take: at first, and for each token. Ordinary
 # grammars take 0.1 ms a token; a literal of 65536 characters takes 40.
 _FIRST_SECONDS = 2.0
 _TOKEN_SECONDS = 0.005
-# What llguidance says when its lexer, which all matchers of a constraint share, is full.
+# llguidance's message when the lexer that all matchers of a constraint share is full.
 _LEXER_FULL = "too many states"
 
 
@@ -43,7 +43,7 @@ class Matcher:
     def __init__(self, source: Source, alphabet: Alphabet) -> None:
         self._source = source
         self._alphabet = alphabet
-        # Where only one text may come, its tokens are those that the tokenizer makes of it.
+        # Forced text is appended as the tokenizer would encode it.
         self._forces = True
         self._native = source.copy(forces=True)
         self._tokens: list[int] = []

@@ -8,7 +8,7 @@ from typing import Literal
 
 Kind = Literal["json_schema", "json_object", "regex", "grammar", "choice"]
 
-# Of the text of a constraint. Compiling and following one costs time and stack in proportion to it.
+# Longest text of a constraint; compiling and following one costs time and stack in proportion.
 MAX_CONSTRAINT_CHARS = 1 << 16
 MAX_CHOICES = 1024
 

@@ -131,7 +131,7 @@ class Engine:
         self._event_loop = asyncio.get_running_loop()
         self._idle.set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        # It follows constraints, some of them.
+        # This thread also runs some grammar matchers, which need a large stack.
         start_roomy(self._thread)
 
     async def submit(self, request: Request) -> Stream:

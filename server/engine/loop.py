@@ -74,7 +74,7 @@ class EngineLoop:
         self._with_deadline: set[Answer] = set()
         self._ready: set[Sequence] = set()
         self._cold: dict[Sequence, HostResult] = {}
-        # Each is written by one thread alone: who submits, and the engine's.
+        # One writer each: the submitting thread and the engine thread.
         self._num_submitted = self._num_taken = 0
         self._has_work = False
         self._stopping = False
@@ -172,7 +172,8 @@ class EngineLoop:
                 self._flush()
                 if not self._stopping:
                     self._step()
-        # Panics of libraries in Rust too: who waits for a thread that has ended waits for ever.
+        # BaseException includes panics of Rust libraries. If this thread died silently, callers
+        # would wait forever.
         except BaseException:
             # Whatever state the device is in, limping on would risk wrong answers.
             _log.exception("the engine failed")

@@ -29,7 +29,7 @@ class LoopObserver:
         self._runner = runner
         self._metrics = metrics
         self._listed_at = 0.0
-        # Whoever watches sees an idle server before its first step.
+        # Publish an idle state before the first step.
         self.state()
 
     def preempted(self, count: int) -> None:

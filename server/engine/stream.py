@@ -9,7 +9,8 @@ from collections.abc import Callable
 from turret.server.engine.scheduling.request import Output
 from turret.server.errors import BudgetExceededError, TurretError
 
-# Of one answer, beside the part that is to be read next, which may be a long prompt's logprobs.
+# Unread output of one answer, besides the item to be read next (which may hold a long prompt's
+# logprobs).
 MAX_UNREAD_BYTES = 8 << 20
 
 
@@ -36,7 +37,7 @@ class Stream:
         self._hold = hold
         self._held = 0
         self._items: deque[tuple[Output | TurretError, int]] = deque()
-        # Of whoever waits for an item: cheaper than an event, at every token.
+        # The reader's future; cheaper per token than an asyncio.Event.
         self._waiter: asyncio.Future[None] | None = None
         self._ended = False
         self._overflowed = False

@@ -25,11 +25,11 @@ from turret.server.errors import (
 from turret.server.hub.download import download
 from turret.server.hub.repository import Repository, cache_dir, find_repository
 
-# Of --adapter-hub: every organisation.
+# Value of --adapter-hub that allows every organisation.
 ANY = "*"
-# Each may take up to the limit of the disk.
+# Concurrent downloads; each may use the whole disk budget.
 MAX_DOWNLOADS = 8
-# How long a download may take: so long, and what its bytes take at a slow line's speed.
+# Timeout of a download: a fixed part plus its bytes at the speed of a slow line.
 LEAST_SECONDS = 60.0
 LEAST_BYTES_PER_SECOND = 1 << 20
 _NEEDED = (CONFIG_FILE, TENSORS_FILE)
@@ -103,7 +103,7 @@ class AdapterHub:
         hub_id = self._checked(path)
         if hub_id.is_commit and _is_there(hub_id):
             return None
-        # Whoever names a branch wants what it is now, not what it was.
+        # A branch may have moved since it was cached.
         repository = find_repository(hub_id, may_be_old=False)
         names = _names(path, repository.files)
         if not _is_there(repository.id):

@@ -15,8 +15,8 @@ from turret.server.hub.repository import ASK_SECONDS, Repository, cache_dir
 
 _log = logging.getLogger(__name__)
 
-# Called with how many bytes came since the last call; less than none where a file is fetched anew.
-# What it raises ends the download.
+# Called with the bytes received since the last call, negative if a file is fetched again. An
+# exception from it ends the download.
 OnBytes = Callable[[int], None]
 
 
@@ -53,8 +53,8 @@ def download(repository: Repository, names: Iterable[str], on_bytes: OnBytes) ->
         except (RuntimeError, ValueError) as error:
             from huggingface_hub import constants
 
-            # What becomes of Xet's storage, of whatever kind: it is another server, which mirrors
-            # and firewalls may not know. The hub has the same files.
+            # The Xet storage is a separate server, which mirrors and firewalls may not know. The
+            # hub serves the same files over plain HTTP.
             _log.warning(
                 "files come over plain HTTP from now on: the hub's Xet storage cannot be read",
                 extra=log.fields(repository=hub_id, file=name, reason=error),

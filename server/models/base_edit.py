@@ -86,8 +86,8 @@ class BaseEdit:
     def swap(self) -> None:
         """Exchange the weights; only where nothing runs on them. Cannot fail half-way."""
         if self._device.type == "cuda":
-            # They were made on another thread's stream, and the last steps may have been of
-            # prompts that nobody waited for.
+            # The new weights were computed on another stream, and the last prompt chunks may still
+            # be running.
             torch.cuda.synchronize(self._device)
         before = [(linear, linear.base, linear.bias) for linear, _, _ in self._others]
         for linear, base, bias in self._others:

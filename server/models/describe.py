@@ -153,7 +153,7 @@ def _norms(decoder: Decoder) -> dict[str, BaseNorm]:
             (arch.norms.before_attention, layer.norm_before_attention, "qkv"),
             (arch.norms.before_mlp, layer.norm_before_mlp, "gate_up"),
         ):
-            # What goes into experts is beyond what an input gain of modules says.
+            # An input gain of modules cannot describe the input of experts.
             if name is not None and arch.has(number, projection):
                 assert weight is not None, "a norm that has a name has a weight"
                 feeds = [f"{prefix}.{path}" for path, _, _ in linears[projection]]

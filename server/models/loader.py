@@ -29,7 +29,7 @@ class CheckpointTensors:
     def __init__(self, folder: Path, experts: Experts | None) -> None:
         self._stored = StoredTensors(weight_files(folder), experts)
         self._read: set[str] = set()
-        # What bitsandbytes keeps beside a weight: there may be a hundred thousand names.
+        # Weight → names of its quantisation state. Indexed once: there may be 100,000 names.
         self._beside: dict[str, list[str]] = {}
         for name in self._stored:
             module, found, _ = name.partition(".weight.")

@@ -9,14 +9,23 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+from turret.server.adapters.source import TOKENIZER_FILE
 from turret.server.adapters.tokenizer_files import TokenizerFiles
+from turret.server.basics.confined.confined import Confined, ConfinedError
 from turret.server.basics.counted import counted
-from turret.server.errors import InvalidRequestError
-from turret.server.models.tokenizer import Tokenizer
+from turret.server.errors import InvalidRequestError, UnavailableError
+from turret.server.models.tokenizer import Tokenizer, each_text
 
-# A tokenizer of 150,000 tokens takes some 100 MB. Requests that run keep theirs beyond that.
+# Each may have two processes that render chats. Requests that run keep theirs beyond that.
 MAX_KEPT = 8
+# To read a file of 64 MiB takes less. A token is shown to clients, so a long one is a long answer.
+CPU_SECONDS = 20.0
+MAX_BYTES = 1 << 30
+MAX_TOKEN_CHARS = 1024
+_MAX_ANSWER_BYTES = 4 << 20
+_PROGRAM = Path(__file__).with_name("tokenizer_program.py")
 _CONFIG = "config.json"
 # What of the base's config helps to read a tokenizer.
 _GUESSED = ("model_type",)
@@ -24,6 +33,10 @@ _GUESSED = ("model_type",)
 
 class OwnTokenizers:
     """Reads tokenizers from their files. Thread-safe; reading takes up to seconds.
+
+    An adapter's tokenizer is the base's with added tokens. Its file says so at length, and a child
+    process compares the two: reading it here would stop every other thread for a second, and its
+    regular expressions, replacements and merges could take any time and memory on a short text.
 
     Args:
         base: The base's tokenizer.
@@ -36,6 +49,7 @@ class OwnTokenizers:
         self._config = config
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, int], Tokenizer] = OrderedDict()
+        self._expected: list[dict[str, str]] | None = None
 
     def check(self, files: TokenizerFiles, rows: int) -> None:
         """Read a tokenizer, and keep it for the first request.
@@ -88,8 +102,11 @@ class OwnTokenizers:
             for name, data in files.items():
                 (folder / name).write_bytes(data)
             (folder / _CONFIG).write_text(json.dumps(self._guesses()))
+            numbers = self._reduce(folder)
             # The base's ends are those of its generation config, which the adapter's folder lacks.
-            tokenizer = Tokenizer.load(folder, self._base.eos_token_ids, rows)
+            tokenizer = Tokenizer.load(folder, self._base.eos_token_ids, rows, self._base)
+        except UnavailableError:
+            raise
         except InvalidRequestError as error:
             raise InvalidRequestError(error.message.replace(str(folder), "the folder")) from None
         except Exception as error:
@@ -98,7 +115,12 @@ class OwnTokenizers:
             raise InvalidRequestError(why) from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        tokenizer.is_foreign = True
+        for token, number in numbers.items():
+            if tokenizer.number_of(token) != number:
+                raise InvalidRequestError(
+                    f"has the token {token!r:.60} with number {number}, which would be"
+                    f" {tokenizer.number_of(token)} beside the base model's tokens"
+                )
         known = self._base.beyond(self._base.num_rows)
         for token, number in tokenizer.beyond(rows).items():
             # Some published tokenizers have more tokens than their models have rows.
@@ -109,9 +131,72 @@ class OwnTokenizers:
                 )
         return tokenizer
 
+    def _reduce(self, folder: Path) -> dict[str, int]:
+        """Take the base's vocabulary out of a ``tokenizer.json``, which must be the base's.
+
+        Returns:
+            The added tokens with their numbers.
+        """
+        child = Confined(
+            _PROGRAM,
+            cpu_seconds=CPU_SECONDS,
+            max_bytes=MAX_BYTES,
+            max_answer_bytes=_MAX_ANSWER_BYTES,
+            packages=("tokenizers",),
+        )
+        try:
+            found = _asked(child, folder / TOKENIZER_FILE)
+            if self._expected is None:
+                self._expected = self._parts_of_base(child, folder)
+        finally:
+            child.close()
+        for part, digest in found["digests"].items():
+            if digest not in {expected[part] for expected in self._expected}:
+                raise ValueError(
+                    f"{part} differs from that of the base model's tokenizer, to which an adapter's"
+                    " may only add tokens"
+                )
+        file = found["file"]
+        numbers: dict[str, int] = {token["content"]: token["id"] for token in file["added_tokens"]}
+        if any(len(token) > MAX_TOKEN_CHARS for token in numbers):
+            raise ValueError(f"an added token has more than {MAX_TOKEN_CHARS} characters")
+        if isinstance(file["model"]["vocab"], dict):
+            # Rules for what stands around a text are made with the numbers of these.
+            file["model"]["vocab"] = {**self._named(folder), **numbers}
+        (folder / TOKENIZER_FILE).write_text(json.dumps(file))
+        return numbers
+
+    def _parts_of_base(self, child: Confined, folder: Path) -> list[dict[str, str]]:
+        """Digests of the base's tokenizer, as transformers made it and as its file has it."""
+        made = folder / "base.json"
+        made.write_text(self._base.serialized())
+        files = [made, self._config.with_name(TOKENIZER_FILE)]
+        return [_asked(child, file)["digests"] for file in files if file.exists()]
+
+    def _named(self, folder: Path) -> dict[str, int]:
+        """Tokens of the base that the adapter's config names."""
+        texts: set[str] = set()
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (folder / name).exists():
+                each_text(json.loads((folder / name).read_text()), lambda text: texts.add(text))
+        numbers = {text: self._base.number_of(text) for text in texts}
+        return {text: number for text, number in numbers.items() if number is not None}
+
     def _guesses(self) -> dict[str, object]:
         try:
             config = json.loads(self._config.read_text())
         except (OSError, ValueError):
             return {}
         return {key: config[key] for key in _GUESSED if key in config}
+
+
+def _asked(child: Confined, file: Path) -> dict[str, Any]:
+    try:
+        (answer,) = child.ask(str(file))
+    except ConfinedError as error:
+        if error.is_over_limit:
+            raise ValueError(f"reading it {error}") from None
+        raise UnavailableError("the process that reads tokenizers was ended") from None
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return answer

@@ -6,8 +6,8 @@ two. Only the language model is read; requests are text.
 
 from __future__ import annotations
 
-# What stands before the language model's own names: in checkpoints, which keep the names of before
-# transformers 4.52, and in the models of today.
+# Prefixes of the language model within a multimodal model, as checkpoints write them (the names
+# before transformers 4.52) and as current models do.
 _TEXT = (
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from tokenizers.decoders import DecodeStream
+from tokenizers.models import WordLevel
 
 from turret.server.basics import channels
 from turret.server.basics.work.panics import PANICS_ARE_ERRORS
 from turret.server.errors import InvalidRequestError
 from turret.server.models.chat_format import NO_TOOLS, ChatFormat, unknown_role
-from turret.server.models.time_limit import limited_to
+from turret.server.models.chat_template import ChatTemplate
 
 _BEFORE = "\n"
-# Of a template that came with an adapter; an ordinary one takes milliseconds.
-_TEMPLATE_SECONDS = 5.0
+_MAX_AROUND = 8
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """What a chat template made of a conversation.
+
+    Attributes:
+        parts: Text in which special tokens count, then a special token's text that somebody wrote,
+            and so on in turn.
+    """
+
+    parts: Sequence[str]
+
+    @property
+    def num_chars(self) -> int:
+        """Length of the whole text."""
+        return sum(map(len, self.parts))
 
 
 class Tokenizer:
@@ -35,44 +54,69 @@ class Tokenizer:
         longest_token: Characters of the longest one; a text is no fewer tokens than its length by
             this.
         chat_format: What the chat template knows beside turns.
-        is_foreign: Whether it came with an adapter: its template has an end in time, and is not
-            rendered where others wait.
     """
 
-    def __init__(self, inner: Any, eos_token_ids: frozenset[int], model_vocab_size: int) -> None:
-        self._inner = inner
-        self.is_foreign = False
-        backend = inner.backend_tokenizer
+    def __init__(
+        self,
+        inner: Any,
+        eos_token_ids: frozenset[int],
+        model_vocab_size: int,
+        base: Tokenizer | None = None,
+    ) -> None:
+        if base is None:
+            backend = inner.backend_tokenizer
+            backend.no_padding()
+            backend.no_truncation()
+            vocabulary: dict[str, int] = backend.get_vocab()
+            longest, last = 1, -1
+        else:
+            backend = _with_added(base._backend, inner.backend_tokenizer)
+            vocabulary = {t.content: i for i, t in backend.get_added_tokens_decoder().items()}
+            longest, last = base.longest_token, base._last
         self._backend = backend
-        vocabulary: dict[str, int] = backend.get_vocab()
-        self.longest_token = max(map(len, vocabulary), default=1)
+        self.longest_token = max(longest, *map(len, vocabulary))
         # Not how many there are: between the words and the special tokens there may be a gap.
-        last = max(vocabulary.values(), default=-1)
-        self.vocab_size: int = min(last + 1, model_vocab_size)
+        self._last = max(last, *vocabulary.values())
+        self.vocab_size: int = min(self._last + 1, model_vocab_size)
         self.num_rows = model_vocab_size
-        own = inner.eos_token_id
+        own = None if inner.eos_token is None else backend.token_to_id(inner.eos_token)
         ends = eos_token_ids | (frozenset() if own is None else {own})
         self.eos_token_ids = frozenset(token for token in ends if token < model_vocab_size)
-        self._special = frozenset(inner.all_special_ids)
         # What the tokenizer puts before a text, None for nothing.
-        bos = inner.bos_token_id
-        self._bos: int | None = bos if bos in inner("")["input_ids"][:1] else None
+        bos = None if inner.bos_token is None else backend.token_to_id(inner.bos_token)
+        self._bos: int | None = bos if bos in self._ids("", add_special_tokens=True)[:1] else None
         special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
-        self.chat_format = ChatFormat.of(getattr(inner, "chat_template", None), special)
+        template = inner.chat_template
+        is_usable = isinstance(template, str | dict) and bool(template)
+        self._template: str | dict[str, str] | None = template if is_usable else None
+        self.chat_format = ChatFormat.of(self._template, special)
+        self._chats = ChatTemplate(self._template or "", inner.special_tokens_map)
         # Special tokens' texts, and what they are as ordinary text.
         self._as_text = _special_as_text(backend)
-        longest_first = sorted(self._as_text, key=len, reverse=True)
-        self._any_special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        # Finds special tokens in texts in linear time, however many there are.
+        self._finder: Any = tokenizers.Tokenizer(WordLevel({"": 0}, unk_token=""))
+        self._finder.add_special_tokens(
+            [tokenizers.AddedToken(text, normalized=False) for text in self._as_text]
+        )
 
     @classmethod
     @PANICS_ARE_ERRORS
-    def load(cls, files: Path, eos_token_ids: frozenset[int], model_vocab_size: int) -> Tokenizer:
+    def load(
+        cls,
+        files: Path,
+        eos_token_ids: frozenset[int],
+        model_vocab_size: int,
+        base: Tokenizer | None = None,
+    ) -> Tokenizer:
         """Load from a model directory.
 
         Args:
             files: The directory.
             eos_token_ids: Ends of sequence that the model's config names.
             model_vocab_size: Rows of the model's embedding.
+            base: The tokenizer to add the directory's added tokens to. Both share what it holds in
+                memory, and of the directory's vocabulary and rules only those of its special
+                tokens are read.
 
         Raises:
             InvalidRequestError: The directory has no tokenizer that converts to a fast one.
@@ -81,7 +125,7 @@ class Tokenizer:
 
         try:
             inner = AutoTokenizer.from_pretrained(files)
-            if not getattr(inner, "chat_template", None):
+            if not inner.chat_template:
                 inner.chat_template = _processor_template(files)
             if not inner.is_fast:
                 raise ValueError("not a fast tokenizer")
@@ -91,20 +135,21 @@ class Tokenizer:
             raise InvalidRequestError.of(
                 "model", f"no usable tokenizer in {files}: {why}"
             ) from error
-        return cls(inner, eos_token_ids, model_vocab_size)
+        return cls(inner, eos_token_ids, model_vocab_size, base)
+
+    def number_of(self, token: str) -> int | None:
+        """The number of a token by its text; None if there is no such token."""
+        return self._backend.token_to_id(token)
 
     def beyond(self, rows: int) -> dict[str, int]:
         """Tokens whose numbers are not below ``rows``."""
-        numbers: dict[str, int] = self._backend.get_vocab()
-        return {token: number for token, number in numbers.items() if number >= rows}
+        found = ((self._backend.id_to_token(i), i) for i in range(rows, self._last + 1))
+        return {token: number for token, number in found if token is not None}
 
     @PANICS_ARE_ERRORS
     def serialized(self) -> str:
-        """The tokenizer as ``tokenizer.json`` holds it, without rules of padding and length."""
-        copy = type(self._backend).from_str(self._backend.to_str())
-        copy.no_padding()
-        copy.no_truncation()
-        return copy.to_str()
+        """The tokenizer as ``tokenizer.json`` holds it."""
+        return self._backend.to_str()
 
     @PANICS_ARE_ERRORS
     def encode(self, text: str) -> list[int]:
@@ -112,19 +157,23 @@ class Tokenizer:
 
         To a text that begins with a BOS, as one that a chat template made, none is added.
         """
-        ids: list[int] = self._inner(text)["input_ids"]
+        ids = self._ids(text, add_special_tokens=True)
         is_twice = self._bos is not None and ids[:2] == [self._bos] * 2
         return ids[1:] if is_twice else ids
 
-    @PANICS_ARE_ERRORS
-    def encode_chat(
+    def chat_executor(self, is_short: bool) -> Executor:
+        """Where to call ``render_chat`` for a short or a long conversation."""
+        return self._chats.executor(is_short)
+
+    def render_chat(
         self,
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]] = (),
         *,
         special: bool = False,
-    ) -> list[int]:
-        """Apply the chat template and open the assistant's turn.
+        is_short: bool = True,
+    ) -> RenderedChat:
+        """Apply the chat template and open the assistant's turn. Blocks.
 
         Special tokens come from the template alone: in roles, contents and tools their texts are
         text, as with ``split_special_tokens`` in transformers, unless ``special``. So nobody whose
@@ -132,13 +181,13 @@ class Tokenizer:
 
         Raises:
             InvalidRequestError: No chat template, one that knows no tools though there are some, a
-                role that nobody knows, or the template refuses the messages.
+                role that nobody knows, or the template refuses the messages or takes too much.
+            UnavailableError: The process that renders was ended.
         """
-        template = getattr(self._inner, "chat_template", None)
-        if not template:
+        if not self._template:
             raise InvalidRequestError.of("chat", "this model has no chat template; send a prompt")
         for index, message in enumerate(messages):
-            if why := unknown_role(template, message["role"]):
+            if why := unknown_role(self._template, message["role"]):
                 raise InvalidRequestError.of(f"chat.messages[{index}].role", why)
         if self.chat_format.tools is None:
             if tools:
@@ -149,36 +198,36 @@ class Tokenizer:
         # Letters and digits: whatever a template does to a text leaves them as they are.
         mark = f"turret{uuid.uuid4().hex}x"
 
-        def hold(found: re.Match[str]) -> str:
-            held.append(found[0])
-            return f"{mark}{len(held) - 1}x"
-
-        def without(value: Any) -> Any:
-            return _each_text(value, lambda text: self._any_special.sub(hold, text))
-
         try:
             if not special:
-                messages, tools = without(list(messages)), without(list(tools))
-            with limited_to(_TEMPLATE_SECONDS) if self.is_foreign else contextlib.nullcontext():
-                text = self._inner.apply_chat_template(
-                    list(messages),
-                    tools=list(tools) or None,
-                    add_generation_prompt=True,
-                    tokenize=False,
-                )
-        except Exception as error:
-            # jinja raises many kinds, and nesting has an end; all are about what the client sent.
+                given, texts = [list(messages), list(tools)], list[str]()
+                each_text(given, lambda text: texts.append(text) or text)
+                marked = iter(self._marked(texts, mark, held))
+                messages, tools = each_text(given, lambda text: next(marked))
+            text = self._chats.render(messages, tools, is_short)
+        except (ValueError, RecursionError) as error:
             raise InvalidRequestError.of("chat.messages", f"chat template: {error}") from error
-        if not held:
-            return self._inner(text, add_special_tokens=False)["input_ids"]
-        # Text, number of a held token, text, ...
         parts = re.split(f"{mark}(\\d+)x", text)
-        ids = list(self._backend.encode(parts[0], add_special_tokens=False).ids)
-        pieces = _ids_within(self._backend, parts[2::2])
-        for number, piece in zip(parts[1::2], pieces, strict=True):
-            ids += self._as_text[held[int(number)]]
-            ids += piece
+        parts[1::2] = [held[int(number)] for number in parts[1::2]]
+        return RenderedChat(parts)
+
+    @PANICS_ARE_ERRORS
+    def encode_rendered(self, chat: RenderedChat) -> list[int]:
+        """The tokens of a rendered conversation."""
+        first, *others = chat.parts
+        ids = self._ids(first, add_special_tokens=False)
+        if others:
+            pieces = _ids_within(self._backend, others[1::2])
+            for written, piece in zip(others[::2], pieces, strict=True):
+                ids += self._as_text[written]
+                ids += piece
         return ids
+
+    def encode_chat(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), **how: bool
+    ) -> list[int]:
+        """``render_chat``, then ``encode_rendered``."""
+        return self.encode_rendered(self.render_chat(messages, tools, **how))
 
     @PANICS_ARE_ERRORS
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
@@ -204,6 +253,46 @@ class Tokenizer:
             return SaidStream(self._backend, texts)
         return TokenStream(self._backend, texts if call_marks else {})
 
+    def close(self) -> None:
+        """End what renders conversations."""
+        self._chats.close()
+
+    def _marked(self, texts: Sequence[str], mark: str, held: list[str]) -> list[str]:
+        """Texts with a mark in place of each special token, whose text is added to ``held``."""
+        marked = []
+        for text, found in zip(texts, self._finder.encode_batch(texts), strict=True):
+            pieces, end = [], 0
+            for token, (start, stop) in zip(found.ids, found.offsets, strict=True):
+                if token:
+                    pieces += text[end:start], f"{mark}{len(held)}x"
+                    held.append(text[start:stop])
+                    end = stop
+            marked.append("".join(pieces) + text[end:])
+        return marked
+
+    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # ``encode`` would keep the interpreter's lock, a batch does not.
+        (found,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        return list(found.ids)
+
+
+def _with_added(base: Any, other: Any) -> Any:
+    """A backend with the vocabulary and rules of one and the added tokens of another."""
+    grown: Any = tokenizers.Tokenizer(base.model)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if (value := getattr(base, part)) is not None:
+            setattr(grown, part, value)
+    added = other.get_added_tokens_decoder()
+    grown.add_tokens([added[number] for number in sorted(added)])
+    (alone,) = grown.encode_batch(["a"])
+    if other.post_processor is not None:
+        grown.post_processor = other.post_processor
+    (whole,) = grown.encode_batch(["a"])
+    around = grown.num_special_tokens_to_add(False)
+    if around > _MAX_AROUND or len(whole.ids) != len(alone.ids) + around:
+        raise ValueError(f"post_processor: may only put up to {_MAX_AROUND} tokens around a text")
+    return grown
+
 
 def _processor_template(files: Path) -> str | None:
     """The chat template that a model of text and images keeps for its processor."""
@@ -214,14 +303,14 @@ def _processor_template(files: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+def each_text(value: Any, change: Callable[[str], Any]) -> Any:
     """A value as of JSON with every text in it changed."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
-        return [_each_text(one, change) for one in value]
+        return [each_text(one, change) for one in value]
     if isinstance(value, dict):
-        return {change(key): _each_text(one, change) for key, one in value.items()}
+        return {change(key): each_text(one, change) for key, one in value.items()}
     return value
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from turret.clients.errors import TurretRpcError
     from turret.clients.messages.mix import AdapterWeight
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["AdapterWeight", "AsyncTurretClient", "Tls", "TurretClient", "TurretRpcError"]
 

@@ -24,7 +24,7 @@ from turret.server.engine.scheduling.request import Output, Request
 from turret.server.http.tools.grammar import CallsGrammar
 from turret.server.http.tools.reader import AnswerReader
 from turret.server.models.loader import eos_token_ids
-from turret.server.models.tokenizer import Tokenizer
+from turret.server.models.tokenizer import RenderedChat, Tokenizer
 from turret.v1 import inference_pb2
 
 VOCAB_SIZE = 400
@@ -93,7 +93,7 @@ def load(folder: Path) -> Tokenizer:
 
 def tokens_of(tokenizer: Tokenizer, text: str) -> list[int]:
     """With its marks as the tokens that they are."""
-    return tokenizer._inner(text, add_special_tokens=False)["input_ids"]
+    return tokenizer.encode_rendered(RenderedChat([text]))
 
 
 @pytest.mark.parametrize("text", [THOUGHT + FINAL, THOUGHT + CALL, "<|message|>Hi", "Hi, é!"])

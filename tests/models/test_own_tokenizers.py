@@ -1,9 +1,11 @@
-"""Tokenizers that adapters bring: which of them stay in memory, and templates that never end."""
+"""Tokenizers that adapters bring: what is read of them, and which of them stay in memory."""
 
 from __future__ import annotations
 
 import json
-import sys
+import random
+import string
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,22 +13,22 @@ from typing import Any
 import pytest
 from builders.added_tokens import ADDED, FIRST, ROWS, grown_tokenizer
 from builders.bases.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
+from transformers import AutoTokenizer
 
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.tokenizer_files import read_tokenizer_files
 from turret.server.adapters.tokenizer_files import TokenizerFiles
-from turret.server.errors import InvalidRequestError
-from turret.server.models import own_tokenizers, tokenizer
+from turret.server.models import own_tokenizers
+from turret.server.models.model_source import resolve_model
 from turret.server.models.own_tokenizers import OwnTokenizers
+from turret.server.models.sources.cache import default_cache_dir
+from turret.server.models.sources.embedded import find_gguf
 from turret.server.models.tokenizer import Tokenizer
 
-ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
-
-def files_of(folder: Path, template: str | None = None) -> TokenizerFiles:
-    grown = grown_tokenizer() if template is None else grown_tokenizer(template)
-    grown.save_pretrained(folder / "own")
+def files_of(folder: Path, tokenizer: Any = None) -> TokenizerFiles:
+    (tokenizer or grown_tokenizer()).save_pretrained(folder / "own")
     with AdapterRoot(folder).open_directory("own") as directory:
         files = read_tokenizer_files(directory, Findings("own"))
     assert files is not None
@@ -81,7 +83,7 @@ UNKNOWN_BEFORE = {
 TOO_SHORT = {"type": "Strip", "content": "a", "start": 0, "stop": 5}
 
 
-def with_rule(files: TokenizerFiles, part: str, rule: dict[str, Any]) -> TokenizerFiles:
+def with_rule(files: TokenizerFiles, part: str, rule: Any) -> TokenizerFiles:
     said = json.loads(files.files["tokenizer.json"])
     changed = {**files.files, "tokenizer.json": json.dumps({**said, part: rule}).encode()}
     return TokenizerFiles(changed, part, files.bytes_disk)
@@ -102,22 +104,153 @@ def test_what_the_library_panics_of_is_refused(tokenizers: OwnTokenizers, tmp_pa
     ],
 )
 def test_a_panic_is_an_error_as_others_are(
-    tokenizers: OwnTokenizers, tmp_path: Path, ask: Callable[[Tokenizer, int], str]
+    tmp_path: Path, ask: Callable[[Tokenizer, int], str]
 ) -> None:
     """A thread that takes care of errors, the engine's, would end of it."""
-    files = with_rule(files_of(tmp_path), "decoder", TOO_SHORT)
-    found = tokenizers.get(files.digest, ROWS, lambda: files)
+    for name, data in with_rule(files_of(tmp_path), "decoder", TOO_SHORT).files.items():
+        (tmp_path / name).write_bytes(data)
+    found = Tokenizer.load(tmp_path, frozenset({EOS}), ROWS)
     (a,) = tiny_tokenizer()("a")["input_ids"]
     with pytest.raises(RuntimeError, match="panic"):
         ask(found, a)
 
 
-def test_a_template_has_an_end(
+# (a+)+b takes 2^n steps on n times an "a". The others make a text of millions of letters.
+SLOW = {"Regex": "(a+)+b"}
+SPLIT = {"type": "Split", "pattern": SLOW, "behavior": "Isolated", "invert": False}
+DOUBLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+REPEATED = {
+    "type": "TemplateProcessing",
+    "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 999,
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "rule", "why"),
+    [
+        ("pre_tokenizer", SPLIT, "pre_tokenizer differs"),
+        ("normalizer", {"type": "Sequence", "normalizers": [DOUBLING] * 40}, "normalizer differs"),
+        ("normalizer", {**DOUBLING, "pattern": SLOW}, "normalizer differs"),
+        ("decoder", {**DOUBLING, "pattern": SLOW}, "decoder differs"),
+        ("decoder", TOO_SHORT, "decoder differs"),
+        ("model", {"type": "WordPiece", "unk_token": "a", "vocab": {"a": 0}}, "model differs"),
+        ("post_processor", REPEATED, "post_processor: may only put up to 8 tokens around"),
+    ],
+)
+def test_rules_that_are_not_the_bases_are_refused_and_never_run(
+    tokenizers: OwnTokenizers, tmp_path: Path, part: str, rule: dict[str, Any], why: str
+) -> None:
+    kinds = {"max_input_chars_per_word": 1 << 30, "continuing_subword_prefix": ""}
+    rule = {**rule, **kinds} if part == "model" else rule
+    with pytest.raises(ValueError, match=f"no usable tokenizer: {why}"):
+        tokenizers.check(with_rule(files_of(tmp_path), part, rule), ROWS)
+
+
+def test_a_vocabulary_that_is_not_the_bases_is_refused(
+    tokenizers: OwnTokenizers, tmp_path: Path
+) -> None:
+    files = files_of(tmp_path)
+    model = json.loads(files.files["tokenizer.json"])["model"]
+    for change in ({"vocab": {**model["vocab"], "turrets": 260}}, {"dropout": 0.5}):
+        with pytest.raises(ValueError, match="model differs from that of the base model's"):
+            tokenizers.check(with_rule(files, "model", {**model, **change}), ROWS)
+
+
+def test_a_file_is_read_under_limits(
     tokenizers: OwnTokenizers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizer, "_TEMPLATE_SECONDS", 0.2)
-    files = files_of(tmp_path, ENDLESS)
-    before = sys.gettrace()
-    with pytest.raises(InvalidRequestError, match="takes longer than"):
-        tokenizers.get(files.digest, ROWS, lambda: files).encode_chat([{"role": "user"}])
-    assert sys.gettrace() is before
+    files = files_of(tmp_path)
+    large = TokenizerFiles({"tokenizer.json": b"[" + b"[],[]," * 1_000_000}, "x", 0)
+    monkeypatch.setattr(own_tokenizers, "MAX_BYTES", 160 << 20)
+    with pytest.raises(ValueError, match="reading it needs more than 160MiB of memory"):
+        tokenizers.check(large, ROWS)
+    monkeypatch.setattr(own_tokenizers, "CPU_SECONDS", 0.01)
+    with pytest.raises(ValueError, match=r"takes more than 0\.01 s|needs more"):
+        tokenizers.check(large, ROWS)
+    monkeypatch.undo()
+    said = json.loads(files.files["tokenizer.json"])
+    said["added_tokens"][-1]["content"] = "x" * 1025
+    with pytest.raises(ValueError, match="added token has more than 1024 characters"):
+        tokenizers.check(with_rule(files, "added_tokens", said["added_tokens"]), ROWS)
+    said["added_tokens"][-1] = {**said["added_tokens"][-1], "content": "xyzzy", "id": FIRST + 9}
+    with pytest.raises(ValueError, match=f"number {FIRST + 9}, which would be {FIRST + 4}"):
+        tokenizers.check(with_rule(files, "added_tokens", said["added_tokens"]), ROWS)
+
+
+def test_what_is_read_here_is_small(
+    tokenizers: OwnTokenizers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library keeps the interpreter's lock while it reads a file: others would wait."""
+    sizes: list[int] = []
+    load = AutoTokenizer.from_pretrained
+
+    def seen(folder: Path, **how: Any) -> Any:
+        sizes.append((folder / "tokenizer.json").stat().st_size)
+        return load(folder, **how)
+
+    files = files_of(tmp_path)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", seen)
+    tokenizers.check(files, ROWS)
+    assert len(sizes) == 1
+    assert sizes[0] < len(files.files["tokenizer.json"]) / 2
+
+
+def test_older_files_and_other_special_tokens_are_read_as_transformers_does(
+    tmp_path: Path,
+) -> None:
+    """Merges in one string each, and settings that the library did not have then."""
+    find_gguf()
+    base_files = resolve_model(None, default_cache_dir()).files
+    base = Tokenizer.load(base_files, frozenset(), 1 << 20)
+    theirs: Any = AutoTokenizer.from_pretrained(base_files)
+    theirs.add_special_tokens({"bos_token": "<begin>", "eos_token": "<end>"})
+    theirs.add_tokens(["turret", "Ġtower"])
+    theirs.add_bos_token = True
+    theirs.save_pretrained(tmp_path / "own")
+    file = tmp_path / "own" / "tokenizer.json"
+    said = json.loads(file.read_text())
+    said["model"]["merges"] = [" ".join(pair) for pair in said["model"]["merges"]]
+    del said["model"]["ignore_merges"], said["model"]["byte_fallback"]
+    file.write_text(json.dumps(said))
+    config = tmp_path / "own" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "add_bos_token": True}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "own")
+    with AdapterRoot(tmp_path).open_directory("own") as directory:
+        files = read_tokenizer_files(directory, Findings("own"))
+    assert files is not None
+    found = OwnTokenizers(base, base_files / "config.json").get("x", 1 << 20, lambda: files)
+    for text in ("a turret and a tower", "<begin>hi<end>", "für 日本 🎉", ""):
+        ids = found.encode(text)
+        assert ids[:1] == [theirs.bos_token_id]
+        expected = theirs(text, add_special_tokens=not text.startswith("<begin>"))["input_ids"]
+        assert ids == expected
+        assert found.decode(ids, special=True) == theirs.decode(ids)
+    assert found.eos_token_ids == {theirs.eos_token_id} | base.eos_token_ids
+    assert (found.vocab_size, found.beyond(0)) == (len(theirs), theirs.get_vocab())
+    turns = [{"role": "user", "content": "a turret"}]
+    assert found.encode_chat(turns) == theirs.apply_chat_template(
+        turns, add_generation_prompt=True, return_dict=False
+    )
+
+
+def test_many_special_tokens_are_found_in_a_text_in_linear_time(
+    tokenizers: OwnTokenizers, tmp_path: Path
+) -> None:
+    """By one expression of them all it would take seconds, in which no other thread runs."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices(string.ascii_letters, k=8)) for _ in range(4096)]
+    grown = grown_tokenizer("{{ messages[0].content }}")
+    grown.add_tokens(words, special_tokens=True)
+    files = files_of(tmp_path, grown)
+    found = tokenizers.get(files.digest, FIRST + 4200, lambda: files)
+    text = "".join(draw.choices(string.ascii_letters, k=50_000)) + words[0] + words[1] + "b"
+    before = time.thread_time()
+    chat = found.render_chat([{"role": "user", "content": text}])
+    assert time.thread_time() - before < 0.5
+    assert "".join(chat.parts) == text
+    assert chat.parts[-4:] == [words[0], "", words[1], "b"]
+    ids = found.encode_rendered(chat)
+    assert found.decode(ids, special=True) == text
+    assert max(ids) < FIRST

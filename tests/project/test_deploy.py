@@ -35,14 +35,14 @@ def test_dashboard_asks_for_metrics_that_exist():
 
 
 def test_a_page_says_what_each_file_is_for():
-    text = (ROOT / "docs" / "operations.md").read_text() + (ROOT / "docs/security.md").read_text()
+    text = (ROOT / "docs" / "deploy.md").read_text() + (ROOT / "docs/security.md").read_text()
     names = [path.name for path in DEPLOY.iterdir() if path.is_file()]
     assert {"turret.service", "compose.yaml"} <= set(names)
     assert [name for name in names if f"deploy/{name}" not in text] == []
 
 
 def test_the_page_makes_what_the_service_runs():
-    text = (ROOT / "docs" / "operations.md").read_text()
+    text = (ROOT / "docs" / "deploy.md").read_text()
     unit = re.search(
         r"^ExecStart=(\S+) .*--config (\S+)$", (DEPLOY / "turret.service").read_text(), re.M
     )
@@ -102,7 +102,7 @@ def test_image_warms_the_cache_that_the_server_reads(tmp_path: Path):
 def test_image_is_built_from_what_the_package_needs():
     """Nothing that pyproject.toml names is kept out of the build."""
     ignored = (ROOT / ".dockerignore").read_text().split()
-    needed = ("server", "kernels", "clients", "training", "proto", "src", "setup.py")
+    needed = ("server", "kernels", "clients", "fleet", "training", "proto", "src", "setup.py")
     assert not set(ignored) & {*needed, "pyproject.toml", "README.md", "LICENSE"}
 
 

@@ -1,4 +1,4 @@
-"""The pages for a first hour: their links, the files in deploy/, and the tutorial as it stands."""
+"""The documentation: links, commands, the files in deploy/, and the tutorial as it stands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from turret.server.command.settings import settings
 DOCS = ROOT / "docs"
 EACH_PAGE = pytest.mark.parametrize(
     "page",
-    [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted(DOCS.glob("*.md"))],
+    [*sorted(ROOT.glob("*.md")), ROOT / "examples" / "README.md", *sorted(DOCS.rglob("*.md"))],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 _LINK = re.compile(r"\]\(([^)#\s]+)(?:#([^)\s]*))?\)")
@@ -47,9 +47,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_index_names_every_page() -> None:
-    named = {target for target, _ in _LINK.findall((DOCS / "README.md").read_text())}
-    pages = {path.name for path in DOCS.glob("*.md")} - {"README.md"}
-    assert pages <= named
+    for folder in (DOCS, DOCS / "adr"):
+        named = {target for target, _ in _LINK.findall((folder / "README.md").read_text())}
+        pages = {path.name for path in folder.glob("*.md")} - {"README.md"}
+        assert pages <= named
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -137,7 +138,7 @@ def blocks_of(page: str, heading: str, language: str) -> list[str]:
 def test_the_router_made_by_hand_is_loaded_and_answers(
     live_server: ServerUnderTest, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (block,) = blocks_of("adapters.md", "Arrow", "python")
+    (block,) = blocks_of("combining.md", "Arrow", "python")
     root = live_server.adapter_root
     for said, meant in (
         ("127.0.0.1:50051", live_server.address),
@@ -146,7 +147,7 @@ def test_the_router_made_by_hand_is_loaded_and_answers(
         assert block.count(said) == 1
         block = block.replace(said, meant)
     with examples_loaded(live_server, "json", "sql") as client:
-        exec(compile(block, "adapters.md", "exec"), {})
+        exec(compile(block, "combining.md", "exec"), {})
         router = client.adapters.get("router")
         client.adapters.unload("router")
         shutil.rmtree(root / "router")

@@ -12,9 +12,9 @@ import pytest
 import yaml
 from checkout import ROOT
 
+from turret.fleet.serving.ingress import ingress_environment
+from turret.fleet.serving.plan import ClusterPlan, fleet_config
 from turret.server.cli import build_parser
-from turret.server.cluster.serving.plan import ClusterPlan, fleet_config
-from turret.server.cluster.serving.ray_cluster import ingress_environment
 from turret.server.command.flags import config_from_args
 from turret.server.command.settings import read_file
 from turret.server.metrics import Metrics

@@ -31,12 +31,8 @@ def test_the_error_it_shows_is_the_one_that_comes(tmp_path: Path) -> None:
     assert str(caught.value) == f"{tmp_path}/{shown}"
 
 
-def test_the_readme_names_and_counts_the_methods() -> None:
+def test_the_readme_counts_the_methods() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (listed,) = re.findall(r"It trains (.*?), and learned\s+fusions,", text, re.DOTALL)
-    listed = listed.replace("prefix, prompt and p-tuning", "prefix tuning, prompt tuning, p-tuning")
-    plain = {re.sub(r"[\s-]+", "_", name.lower()) for name in listed.split(", ")}
     known = {name for name in METHOD_NAMES if name != "learned_fusion"}
-    assert {name.replace("vb_lora", "vblora") for name in plain} == known
     count = {15: "fifteen", 16: "sixteen", 17: "seventeen"}[len(known)]
-    assert f"`turret train`: {count} methods and learned fusions" in text
+    assert f"`turret train` supports {count} methods and learned fusions" in text

@@ -165,7 +165,7 @@ def _orthogonal(skew: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
     if eps is not None and norm > eps:
         skew = skew * (eps / (norm + 1e-12))
     total, power = eye, eye
-    # As PEFT counts them: there are Q to Q³ as soon as there is Q², and Q is whole if it is alone.
+    # PEFT's series: it always includes Q to Q³ once it includes Q², and a lone Q is not halved.
     last = max(terms - 1, 3) if terms > 2 else terms - 1
     for exponent in range(1, last + 1):
         power = power @ skew

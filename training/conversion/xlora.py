@@ -22,7 +22,7 @@ from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.training.adapter_folder import write_adapter
 from turret.training.errors import RunError
 
-# Where the classifier goes, beside the LoRAs' folders.
+# Name of the classifier's folder, a sibling of the LoRAs' folders.
 ROUTER = "xlora"
 _CLASSIFIER = "base_model.internal_xlora_classifier.layers"
 _LORA_PREFIX = "base_model.lora_model.model."

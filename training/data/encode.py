@@ -133,7 +133,7 @@ def encode(
     if invocation is not None:
         prompt = tokens[: len(tokens) - len(pieces[-1][0])]
         start = invocation.start_in(prompt, example, tokenizer)
-        # What comes before is the base's, whatever is trained; requests hold the invocation whole.
+        # Learn nothing before the invocation: when serving, the base computes those tokens.
         first = start + len(invocation.tokens)
         learned[:first] = [False] * first
         shown = tuple((turn["role"], turn["content"]) for turn in turns[:-1])

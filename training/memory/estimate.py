@@ -9,27 +9,67 @@ kernels do.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx.experimental import _config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
 from turret.server.models.sources.model_directory import weight_files
 from turret.training.classifier import classifier_loss
 from turret.training.data.batch import Batch, make_batch
 from turret.training.loss import LossFunction
-from turret.training.memory.live_bytes import LiveBytes
 from turret.training.memory.peak import resident_bytes
 from turret.training.models.base_model import DTYPES, empty_model
 from turret.training.settings.resolve import Resolved
 from turret.training.trainer import attach_to, make_stream, pad_token, trainable
 
-# Of AdamW per weight: two fp32 moments, or two of 8 bits.
+# Counts the memory that tensors take while code runs, also on the meta device, where none does.
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages made within the block and still referenced, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = tree_leaves((args, kwargs))
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            # Some methods read a value (VB-LoRA tests for infinity); a scalar needs no memory.
+            return args[0].new_zeros((), device="cpu").item()
+        result = func(*args, **(kwargs or {}))
+        known = {id(t.untyped_storage()) for t in inputs if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage(), known)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:
+        # A view, or an in-place operation, answers with the storage of an input.
+        if storage in self._known or id(storage) in inputs:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+# Bytes of AdamW state per weight: two moments in fp32 or in 8 bits.
 _STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged-adamw8bit": 2}
 _ATTENTION = "turret_shapes"
-# Its ``patch`` is made at run time.
+# Any: ``patch`` is created at run time, so type checkers do not see it.
 _SHAPES: Any = _config
 
 
@@ -129,7 +169,7 @@ def _step_bytes(resolved: Resolved, model: Any) -> int:
     loss = LossFunction(model, head, "meta")
     if resolved.dataset.labels:
         loss = classifier_loss(model, resolved.dataset, "meta")
-    # What an aLoRA acts on is a mask, whose values are not there: it is all of a row.
+    # aLoRA's mask has no values on meta tensors; assume that it selects every token of a row.
     with LiveBytes() as live, _SHAPES.patch(meta_nonzero_assume_all_nonzero=True):
         model.train()
         # The gradients of the first pass are there while the second one runs.

@@ -11,9 +11,9 @@ import torch
 
 from turret.training.classifier import make_loss
 from turret.training.errors import RunError
+from turret.training.loss import make_optimizer, set_learning_rate
 from turret.training.memory.estimate import largest_batches
 from turret.training.memory.peak import peak_memory_bytes
-from turret.training.optimizer import make_optimizer, set_learning_rate
 from turret.training.settings.config_file import read_config, render_config
 from turret.training.settings.resolve import Resolved, resolve
 from turret.training.trainer import attach, trainable

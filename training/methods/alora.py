@@ -28,7 +28,7 @@ def _alora_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
 ALORA = PeftMethod(
     name="alora",
     learning_rate=1e-3,
-    # It has fewer tokens to act on than a LoRA, which a higher rank makes up for.
+    # aLoRA acts on fewer tokens than LoRA; a higher rank compensates.
     defaults={**LORA.defaults, "rank": 32, "invocation": _written_by_the_template},
     peft_config=_alora_config,
 )

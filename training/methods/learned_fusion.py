@@ -11,9 +11,7 @@ import torch
 from turret.server.errors import TurretError
 from turret.training.adapter_folder import write_adapter
 from turret.training.errors import ConfigError
-from turret.training.fusion.components import read_components
-from turret.training.fusion.loss import FusionLoss
-from turret.training.fusion.model import FusionModel
+from turret.training.fusion import FusionLoss, FusionModel, read_components
 from turret.training.loss import LossFunction
 from turret.training.methods.method import fill_in
 from turret.training.models.base_model import TrainingBase

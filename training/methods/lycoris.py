@@ -8,7 +8,7 @@ from __future__ import annotations
 import peft
 from peft.tuners.lokr.layer import factorization
 
-from turret.training.lycoris.nf4_layers import register_nf4_layers
+from turret.training.lycoris import register_nf4_layers
 from turret.training.methods.method import PeftMethod, Settings
 from turret.training.models.base_model import TrainingBase
 from turret.training.settings.presets import expand_targets

@@ -16,9 +16,8 @@ import torch
 
 from turret.training.adapter_folder import write_adapter
 from turret.training.loss import LossFunction
-from turret.training.models.base_model import TrainingBase
+from turret.training.models.base_model import TrainingBase, without_peft_warnings
 from turret.training.models.mixture import as_modules
-from turret.training.models.peft_warnings import without_peft_warnings
 from turret.training.settings.config import MethodConfig
 from turret.training.settings.modules import check_modules
 

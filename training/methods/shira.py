@@ -78,6 +78,6 @@ SHIRA = _ShiraMethod(
     learning_rate=1e-3,
     defaults={"targets": ("all-linear",), "rank": 8},
     peft_config=_shira_config,
-    # It says how many entries are trained, and the update has any rank.
+    # SHiRA's rank only sets the number of trained entries; serving needs no rank for it.
     rank_served=lambda config, base: 0,
 )

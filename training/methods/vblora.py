@@ -10,7 +10,7 @@ from turret.training.methods.method import PeftMethod, Settings
 from turret.training.models.base_model import TrainingBase
 from turret.training.settings.ranks import module_sizes
 
-# As PEFT has it; fewer where the base's sizes have no such divisor.
+# PEFT's default; smaller if the base's dimensions are not divisible by it.
 _VECTOR_LENGTH = 256
 
 
@@ -29,7 +29,7 @@ def _vblora_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
 
 VBLORA = PeftMethod(
     name="vblora",
-    # One rate for all; the example in PEFT has 1e-3 for the bank and this for the logits.
+    # A single rate; PEFT's example uses 1e-3 for the vector bank and 1e-2 for the logits.
     learning_rate=1e-2,
     defaults={"targets": ("all-linear",), "rank": 4, "dropout": 0.0},
     peft_config=_vblora_config,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +34,54 @@ from turret.server.models.weights.nf4 import Nf4Weight
 from turret.server.progress import progress_bar
 from turret.training.errors import ConfigError
 from turret.training.models.mixture import load_4bit, put_experts
+
+# What PEFT makes its libraries warn of, about which a user can do nothing.
+#
+# It calls transformers by names that transformers has deprecated, makes sparse tensors without
+# saying whether their places be checked (SHiRA's are drawn inside the weight), and says of every
+# module that OFT's blocks are of another size there, which a note has said once.
+
+_DEPRECATED = ("is_gradient_checkpointing", "past_key_values")
+
+
+@contextmanager
+def without_peft_warnings() -> Iterator[None]:
+    """Hide those warnings within the block."""
+    with warnings.catch_warnings():
+        for name in _DEPRECATED:
+            warnings.filterwarnings("ignore", f".*{name}.*", FutureWarning)
+        warnings.filterwarnings("ignore", "Invalid `oft_block_size`", UserWarning)
+        warnings.filterwarnings("ignore", "Sparse invariant checks", UserWarning)
+        yield
+
+
+# ``run.gradient_checkpointing``: activations that the backward pass computes again.
+
+
+def compute_activations_twice(model: Any) -> None:
+    """Have a transformers model keep the activations of no layer."""
+    # The name of late 5.x versions, and the one that they deprecate.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+@contextmanager
+def without_backward(model: Any) -> Iterator[None]:
+    """For passes within the block that no backward pass follows, in evaluation mode.
+
+    PEFT prepares every pass of an aLoRA whose layers say that they are computed twice for a
+    backward pass, and refuses the next one until that has come.
+    """
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    model.eval()
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True
+
 
 Weights = Literal["nf4", "nf4-dense", "full"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -188,10 +238,10 @@ def _load_nf4(base: TrainingBase, dtype: torch.dtype) -> Any:
             # Beside quantised weights transformers keeps the checkpoint's dtype.
             parameter.data = parameter.data.to(dtype)
     for module in _nf4_modules(model).values():
-        # In eval mode the CPU path repacks the weight in place, and from then on the product has
-        # no gradient, also when training goes on.
+        # In eval mode, bitsandbytes' CPU path repacks the weight in place. After that the product
+        # has no gradient, even back in training mode.
         module.support_avx512bf16_for_cpu = False
-        # What a backward pass dequantises to; the checkpoint's bfloat16 would round it once more.
+        # Dtype of the backward pass's weights; the checkpoint's bfloat16 would round again.
         module.weight.quant_state.dtype = dtype
     return model
 

@@ -24,7 +24,7 @@ from turret.kernels.clamped_swiglu import clamped_swiglu_reference
 from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch, ClampedSwiglu
 from turret.server.models.loader import CheckpointTensors
 
-# From a module's path below a layer, its outputs and inputs to the module.
+# (path below the layer, out_features, in_features) -> module.
 MakeLinear = Callable[[str, int, int], torch.nn.Module]
 
 
@@ -125,7 +125,7 @@ def load_4bit(weights: Path, arch: Arch, config: Any, dtype: torch.dtype) -> Any
     """
     config = copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
-        # Of the files as they were released.
+        # The released checkpoint's quantisation does not apply to these modules.
         del config.quantization_config
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -5,6 +5,7 @@
 | ``config.toml`` | the config with every choice filled in and absolute paths |
 | ``run.json`` | what the run was made of: digests of base, data and config; versions; counts |
 | ``metrics.jsonl`` | one JSON object a line, see below |
+| ``tensorboard/`` | the metrics as TensorBoard events, with ``run.report_to = "tensorboard"`` |
 | ``checkpoints/step-00000050.pt`` | weights, optimizer and random state after that many steps |
 | ``samples.jsonl`` | answers before and after, once the run is finished (``samples.py``) |
 | ``report.html`` | the run as a page, once it is finished or asked for (``report/``) |
@@ -39,11 +40,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from turret.server.basics.files.durable_file import PARTIAL_SUFFIX, replace_file
 from turret.server.basics.files.writable import unwritable
+from turret.server.config import ADAPTER_NAME
 from turret.training.errors import RunError
+from turret.training.settings.ranks import SERVED_RANK
+
+if TYPE_CHECKING:
+    # Types only: importing it would load torch.
+    from turret.training.settings.resolve import Resolved
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
 
     @property
     def checkpoints(self) -> Path:
@@ -138,7 +149,7 @@ class RunFolder:
         finally:
             os.close(descriptor)
             if is_new and not any(self.path.iterdir()):
-                # It came to nothing, which shall not stand in the way of the next.
+                # The run wrote nothing; do not leave an empty directory that blocks the next run.
                 self.path.rmdir()
 
     def _take(self, descriptor: int) -> None:
@@ -156,7 +167,7 @@ class RunFolder:
     def clear(self) -> None:
         """Remove what a run writes; other runs below it, and what people put there, stay."""
         own = (self.config, self.facts, self.metrics, self.samples, self.report)
-        for path in (*own, self.checkpoints, self.adapter):
+        for path in (*own, self.tensorboard, self.checkpoints, self.adapter):
             for each in (path, path.with_name(f"{path.name}{PARTIAL_SUFFIX}")):
                 if each.is_dir() and not each.is_symlink():
                     shutil.rmtree(each)
@@ -245,12 +256,15 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 class MetricsLog:
     """Appends to ``metrics.jsonl``; each line is in the file when ``write`` returns."""
 
-    def __init__(self, path: Path, *, keep_up_to_step: int) -> None:
+    def __init__(
+        self, path: Path, *, keep_up_to_step: int, tensorboard: Path | None = None
+    ) -> None:
         """Open the file.
 
         Args:
             path: The file; created if missing.
             keep_up_to_step: Lines of later steps, written between the checkpoint and the kill, go.
+            tensorboard: Directory for TensorBoard events of the same numbers, or None.
         """
         kept = []
         if path.exists():
@@ -259,9 +273,60 @@ class MetricsLog:
         self.seconds: float = kept[-1]["seconds"] if kept else 0.0
         self.tokens: int = kept[-1]["tokens"] if kept else 0
         self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._events = None
+        if tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(tensorboard), purge_step=keep_up_to_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
+        if self._events is None:
+            return
+        group = {"step": "train", "validation": "eval"}[row["kind"]]
+        for name, value in row.items():
+            if isinstance(value, int | float) and name != "step":
+                self._events.add_scalar(f"{group}/{name}", value, row["step"])
+        self._events.flush()
 
     def close(self) -> None:
         self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+# The commands that serve a trained adapter, ask it, and renew it.
+
+
+def what_next(resolved: Resolved, folder: RunFolder) -> str:
+    """Where the adapter is, and what to type to serve it, to ask it, and to renew it.
+
+    Args:
+        resolved: The run, which is done.
+        folder: What it wrote.
+    """
+    base = resolved.config.base.model
+    model = "" if base is None else f" --model {shlex.quote(base)}"
+    root = shlex.quote(str(folder.path))
+    name = shlex.quote(adapter_name(folder.path))
+    verb = "classify" if resolved.dataset.labels else "generate"
+    # Suggest --chat only if the adapter was trained on chats.
+    chat = " --chat" if any(each.turns for row in resolved.dataset.train for each in row) else ""
+    return (
+        f"adapter written: {folder.adapter}\n"
+        f"serve it:  turret serve{model} --adapter-root {root} --preload {name}=adapter"
+        f"{max_rank_flag(resolved)}\n"
+        f"ask it:    turret {verb}{chat} -a {name} 'YOUR PROMPT'\n"
+        f"renew it:  turret adapters replace {name} adapter  (where that server runs already)"
+    )
+
+
+def adapter_name(run: Path) -> str:
+    """What the adapter of a run is called where nobody names it: as the run's directory is."""
+    return run.name if ADAPTER_NAME.fullmatch(run.name) else "mine"
+
+
+def max_rank_flag(resolved: Resolved) -> str:
+    """`` --max-rank N`` where a server would refuse the adapter without it."""
+    rank = resolved.method.served_rank(resolved.config.method, resolved.base)
+    return f" --max-rank {rank}" if rank > SERVED_RANK else ""

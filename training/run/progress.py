@@ -127,7 +127,7 @@ class _Shown:
             self._update(total=row["steps"])
         elif kind == "phase":
             self._phase = row["text"]
-            # In the losses' place: a terminal of 80 columns has no room for both.
+            # The phase replaces the losses: 80 columns have no room for both.
             self._update(now=self._phase)
         elif kind == "note":
             self._console.print(row["text"], markup=False, soft_wrap=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.adapters.source import PROVENANCE_FILE
-from turret.training.fusion.components import component_digests
-from turret.training.run.resuming import versions
+from turret.training.fusion import component_digests
+from turret.training.run.resuming import WHERE, versions
 from turret.training.settings.resolve import Resolved
 
 FILE = PROVENANCE_FILE
@@ -20,7 +20,8 @@ def describe_run(resolved: Resolved, num_parameters: int) -> dict[str, Any]:
     The same run described on another machine or in another directory is equal but for versions.
     """
     config = dataclasses.asdict(resolved.config)
-    config["run"].pop("output")
+    for key in WHERE:
+        config["run"].pop(key)
     for table, key in (("data", "train"), ("data", "validation"), ("base", "model")):
         value = config[table][key]
         config[table][key] = value and Path(value).name

@@ -23,8 +23,10 @@ from turret.training.settings.targets import PRESETS
 
 _PARTS = ("base", "data", "config", "versions")
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
-# Of the config as it is read: paths, which a run may have been moved from, and what is replaced.
-_NOT_COMPARED = {"base": ("model",), "data": ("train", "validation"), "run": ("output",)}
+# Keys of ``run`` that say where results go and do not change them.
+WHERE = ("output", "report_to")
+# Paths are not compared, since a run may have been moved.
+_NOT_COMPARED = {"base": ("model",), "data": ("train", "validation"), "run": WHERE}
 
 
 def versions() -> dict[str, str]:
@@ -47,7 +49,7 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
     Raises:
         RunError: Base, data, config or versions differ; names the keys, and what to do.
     """
-    # Where steps are told, epochs are what these make, whatever a config says of them.
+    # If the number of steps is set, epochs follow from it; ignore the configured value.
     run_keys = now.get("config", {}).get("run", {})
     idle = "config.run.epochs" if run_keys.get("steps") is not None else ""
     found = [
@@ -127,7 +129,7 @@ def check_settings(
     if targets and targets[0] not in PRESETS:
         method["targets"] = targets
     if optimizer["name"].startswith("paged"):
-        # Where there is no CUDA, another takes its place.
+        # Without CUDA, paged optimizers are replaced by adamw8bit.
         del optimizer["name"]
     known = {table: {key: there.get(table, {}).get(key) for key in told[table]} for table in told}
     now = {"config": told, "versions": versions()}

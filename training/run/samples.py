@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from turret.training.data.encode import Encoded
-from turret.training.models.peft_warnings import without_peft_warnings
+from turret.training.models.base_model import without_peft_warnings
 
 # Longer answers tell no more about a run; on a CPU every token costs a pass through the model.
 _MOST_TOKENS = 64
@@ -105,9 +105,9 @@ def _answer(model: Any, tokenizer: Any, example: Encoded, device: str) -> _Answe
         name = "cache" if "cache" in output else "past_key_values"
         call, tokens, past = model.get_base_model(), answer[-1:], {name: output[name]}
         if example.start is not None:
-            # It puts nothing before the prompt, and its layers are told by the outer call.
+            # aLoRA adds no soft prompt, and only the outer model passes offsets to its layers.
             call, past = model, past | {"alora_offsets": [1]}
     is_cut = answer[-1] != tokenizer.eos_token_id
     text = tokenizer.decode(answer, skip_special_tokens=True)
-    # Of a character of several tokens a part may be there.
+    # An answer cut at the limit may end in half a character.
     return _Answer(text.rstrip("\ufffd") if is_cut else text, is_cut)

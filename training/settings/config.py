@@ -262,6 +262,10 @@ class RunConfig:
     samples: int = _key(
         "validation prompts answered at the end, by the base and by the adapter, for the report", 3
     )
+    report_to: Literal["none", "tensorboard"] = _key(
+        "tensorboard: also write the metrics as TensorBoard events, in tensorboard/ of the run",
+        "none",
+    )
     adapter_dtype: Literal["float16", "bfloat16", "float32"] = _key(
         "of the saved adapter's tensors", "float16"
     )

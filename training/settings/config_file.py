@@ -38,7 +38,7 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> TrainConfig:
         step = near_files(path) or f"; `turret train init {shlex.quote(str(path))}` writes one"
         raise ConfigFileError(f"{path.absolute()} does not exist{step}") from error
     except IsADirectoryError as error:
-        # What it was trained with is seldom meant where a config of its name is beside a run.
+        # Prefer RUN.toml beside the directory to the config.toml that the run wrote into it.
         beside = Path(f"{path}.toml")
         meant = next((each for each in (beside, path / "config.toml") if each.is_file()), None)
         step = near_files(beside) if meant is None else f"; did you mean {meant}?"

@@ -9,7 +9,7 @@ from turret.training.errors import ConfigError
 from turret.training.settings.config import MethodConfig, TrainConfig
 
 _FACTORS = ("targets", "rank", "alpha", "dropout")
-# What each method reads of ``MethodConfig`` besides its name; a test compares with the methods'.
+# Keys of ``MethodConfig`` that each method reads; a test compares them with training/methods.
 METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
     "lora": _FACTORS,
     "rslora": _FACTORS,
@@ -28,8 +28,8 @@ METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
     "p_tuning": ("num_virtual_tokens", "encoder_hidden_size", "dropout"),
     "learned_fusion": ("components", "d_k", "guidance"),
 }
-# What stands for the keys that a config leaves out, where no base decides, and the peak rate of the
-# method; a test compares with the methods'.
+# Defaults that do not depend on the base, and each method's peak learning rate; a test compares
+# them with training/methods.
 _LOW_RANK = {"rank": 8, "dropout": 0.0, "learning_rate": 1e-3}
 DEFAULTS: Mapping[str, Mapping[str, float]] = {
     "lora": _LOW_RANK,

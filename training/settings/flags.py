@@ -23,7 +23,8 @@ _FLAGS = {
     "--seed": ("run.seed", "N"),
     "--learning-rate": ("optimizer.learning_rate", "RATE"),
 }
-# Those that are paths, from where one stands; in the file, and with --set, from the file's folder.
+# Flags that take paths relative to the working directory. In the file and with --set, paths are
+# relative to the config file.
 _PATHS = {
     "--model": "base model",
     "--train": "JSONL file of examples",

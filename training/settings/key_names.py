@@ -8,7 +8,7 @@ import typing
 from turret.server.basics.closest import closest
 from turret.training.settings.config import TrainConfig
 
-# As Hugging Face's trainers, PEFT, Axolotl and LLaMA-Factory have it → here.
+# Names of settings in Hugging Face's trainers, PEFT, Axolotl and LLaMA-Factory → turret's key.
 ELSEWHERE = {
     **dict.fromkeys(("base_model", "model_name", "model_name_or_path"), "base.model"),
     **dict.fromkeys(("adapter", "peft_type", "finetuning_type"), "method.name"),
@@ -61,6 +61,6 @@ def meant_key(name: str) -> str | None:
     names = {key.rpartition(".")[2]: key for key in inside}
     elsewhere = {key.rpartition(".")[2]: key for key in keys}
     if last == "name":
-        # Of two tables, and of a model by many.
+        # "name" is a key of two tables, and other tools use it for the model: ambiguous.
         return names[last] if inside != keys and last in names else None
     return names.get(last) or elsewhere.get(last) or names.get(closest(last, names) or "")

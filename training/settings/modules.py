@@ -10,7 +10,7 @@ from turret.training.settings.fit import METHOD_KEYS
 from turret.training.settings.presets import check_experts, expand_targets
 from turret.training.settings.ranks import check_rank, module_sizes
 
-# What all methods with a rank adapt where the config names nothing.
+# Default targets of every method that has a rank.
 _ALL = ("all-linear",)
 
 

@@ -9,9 +9,9 @@ from turret.server.config import AdapterConfig
 from turret.server.models.decoding.arch import Projections
 from turret.training.errors import ConfigError
 
-# What a server allows that nothing was said to.
+# The server's default --max-rank.
 SERVED_RANK = AdapterConfig().max_rank
-# Last part of the path, outputs and inputs of a kind of module.
+# (last part of the module path, out_features, in_features).
 Size = tuple[str, int, int]
 
 

@@ -11,7 +11,7 @@ import torch
 # Directions weaker than this share of the strongest drown in the rounding of fp32 factors.
 _NOISE = float(torch.finfo(torch.float32).eps)
 
-# From singular values, descending, to how many to keep.
+# Descending singular values → number to keep.
 ChooseRank = Callable[[torch.Tensor], int]
 
 

@@ -200,7 +200,7 @@ def _sum_of_factors(parts: Sequence[Part], module: BaseModule) -> Factors | None
     """``Σ w_k ΔW_k`` in fp64, or None if it is not made of factors."""
     if not all(is_low_rank(part.operators) for part in parts):
         return None
-    # What has weight 0 would take up rank for nothing.
+    # A component of weight 0 would use up rank for nothing.
     factors = [
         Factors(part.low_rank.b.T.double() * part.weight, part.low_rank.a.double())
         for part in parts

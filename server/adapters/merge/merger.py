@@ -38,9 +38,9 @@ from turret.server.errors import (
 _log = logging.getLogger(__name__)
 
 # NF4 keeps an update if it rounds away at most this share of it. (BF16 rounds away 0.08 to 0.14 of
-# the example adapters, NF4 all: docs/adapters.md.)
+# the example adapters, NF4 all: docs/combining.md.)
 KEPT_ERROR = 0.1
-# Of a decoder layer; before so many modules have changed, NF4 is not given up.
+# Modules of one decoder layer: NF4 is tried on that many before falling back to BF16.
 _TRIAL_MODULES = 7
 
 # Has the engine make a change once no request runs; see ``Engine.change_base``.

@@ -85,7 +85,7 @@ class Installer:
             nullcontext() if before is None else self._table.replacing(before),
         ):
             loaded = self._loader.lower(checkpoint)
-            # What follows may have to wait for memory, which the weights would take twice.
+            # Entering the adapter may wait for memory; do not hold the weights twice meanwhile.
             del checkpoint
             return self._enter(name, source, loaded, before, staged=staged, pinned=pinned)
 

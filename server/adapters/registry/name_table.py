@@ -73,7 +73,7 @@ class NameTable:
         self._on_gone = on_gone
         self._by_name: dict[str, Registration] = {}
         self._mixes: set[Mix] = set()
-        # By key: generations whose name was taken off the list while requests held them.
+        # Key → generation that was unloaded while requests still held it.
         self._dropped: dict[str, Registration] = {}
         # Digests of components whose fusion is on its way in.
         self._awaited: Counter[str] = Counter()
@@ -106,7 +106,7 @@ class NameTable:
         registrations.sort(key=lambda registration: registration.name)
         records = []
         for registration in registrations:
-            # Not once for all of them: an engine step would have to wait for thousands.
+            # Take the lock per record: an engine step must not wait for thousands of records.
             with self._changed:
                 records.append(registration.record())
         return records

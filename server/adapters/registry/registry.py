@@ -257,7 +257,7 @@ class AdapterRegistry:
         with self._lock:
             return registration.record()
 
-    # What there is
+    # Lookups
 
     def get(self, name: str) -> AdapterInfo:
         """A snapshot of one adapter.

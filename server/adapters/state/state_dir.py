@@ -39,7 +39,7 @@ from turret.server.basics.files.durable_file import (
 from turret.server.errors import BudgetExceededError, StorageFullError
 
 if TYPE_CHECKING:
-    # It brings torch, which whoever only keeps registrations has no use for.
+    # Types only: importing it would load torch.
     from turret.server.adapters.adapter import Adapter
 
 _log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from turret.server.errors import PromptTooLongError
 from turret.v1 import inference_pb2
 
 if TYPE_CHECKING:
-    from turret.server.models.tokenizer import Tokenizer
+    from turret.server.models.tokenizer import RenderedChat, Tokenizer
 
 TOOL_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_TOOL_NAME_CHARS}}}")
 # What a turn costs beside its characters, in characters.
@@ -106,11 +106,11 @@ def check_length(length: int, limit: int, unit: str) -> None:
         )
 
 
-def encode_chat(chat: inference_pb2.Chat, *, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of a checked conversation; errors are those of ``Tokenizer.encode_chat``."""
+def render_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer, is_short: bool) -> RenderedChat:
+    """The text of a checked conversation; errors are those of ``Tokenizer.render_chat``."""
     turns = [_turn(message) for message in chat.messages]
     tools = [_tool(tool) for tool in chat.tools]
-    return tokenizer.encode_chat(turns, tools, special=chat.special_tokens)
+    return tokenizer.render_chat(turns, tools, special=chat.special_tokens, is_short=is_short)
 
 
 def _turn(message: inference_pb2.ChatMessage) -> dict[str, Any]:

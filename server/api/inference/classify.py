@@ -45,6 +45,7 @@ async def classify(
     make = pooled_requests(
         message.inputs,
         vocabulary,
+        limits,
         call,
         adapters=refs,
         pooling=Pooling(classifies=True),

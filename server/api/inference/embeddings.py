@@ -87,6 +87,7 @@ async def embed(
     make = pooled_requests(
         message.inputs,
         vocabulary,
+        limits,
         call,
         adapters=refs,
         pooling=pooling,

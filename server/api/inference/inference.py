@@ -180,7 +180,7 @@ class Inference:
         if refs:
             # Nobody computes with them; they must be there all the same.
             backend.registry.release(backend.registry.acquire(refs))
-        ids = await input_token_ids(message, tokenizer)
+        ids = await input_token_ids(message, tokenizer, limits)
         check_length(len(ids), limits.max_tokens, "tokens")
         return await _converted(
             len(ids),

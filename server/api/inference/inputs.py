@@ -82,6 +82,7 @@ def _path(index: int, path: str) -> str:
 def pooled_requests(
     inputs: Sequence[inference_pb2.Input],
     vocabulary: Vocabulary,
+    limits: InputLimits,
     call: Call,
     *,
     adapters: tuple[AdapterRef, ...],
@@ -94,7 +95,7 @@ def pooled_requests(
     message_bytes = call.message_bytes // len(inputs)
 
     async def make(index: int) -> Request:
-        ids = await input_token_ids(inputs[index], vocabulary.tokenizer)
+        ids = await input_token_ids(inputs[index], vocabulary.tokenizer, limits)
         return Request(
             request_id=request_id,
             prompt_token_ids=tuple(ids),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from turret.server.api.call import is_request_id
-from turret.server.api.inference.chats import chat_size, check_chat, check_length, encode_chat
+from turret.server.api.inference.chats import chat_size, check_chat, check_length, render_chat
 from turret.server.api.limits import (
     MAX_LOGIT_BIASES,
     MAX_STOP_TOKEN_IDS,
@@ -145,19 +145,29 @@ def check_request_id(request_id: str, violations: Violations) -> None:
     )
 
 
-async def input_token_ids(message: Asked, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of a checked ``input``; long texts are tokenised off the event loop."""
+async def input_token_ids(message: Asked, tokenizer: Tokenizer, limits: InputLimits) -> list[int]:
+    """The tokens of a checked ``input``; long texts are tokenised off the event loop.
+
+    Raises:
+        InvalidRequestError, UnavailableError: See ``Tokenizer.render_chat``.
+        PromptTooLongError: The chat template made a text that cannot be as few tokens as the limit.
+    """
     which = message.WhichOneof("input")
     if which == "token_ids":
         return list(message.token_ids.ids)
     if which == "chat":
-        size = chat_size(message.chat)
-        encode = functools.partial(encode_chat, message.chat, tokenizer=tokenizer)
+        is_short = chat_size(message.chat) <= _INLINE_CHARS
+        chat = await asyncio.get_running_loop().run_in_executor(
+            tokenizer.chat_executor(is_short),
+            functools.partial(render_chat, message.chat, tokenizer, is_short),
+        )
+        size = chat.num_chars
+        check_length(size, limits.max_chars, "characters")
+        encode = functools.partial(tokenizer.encode_rendered, chat)
     else:
         size = len(message.prompt)
         encode = functools.partial(tokenizer.encode, message.prompt)
-    is_quick = size <= _INLINE_CHARS and not tokenizer.is_foreign
-    return encode() if is_quick else await asyncio.to_thread(encode)
+    return encode() if size <= _INLINE_CHARS else await asyncio.to_thread(encode)
 
 
 async def generate_request(
@@ -211,7 +221,7 @@ async def generate_request(
     constraint = None if spec is None else await vocabulary.constraints.compile(spec)
     return Request(
         request_id=message.request_id or request_id,
-        prompt_token_ids=tuple(await input_token_ids(message, vocabulary.tokenizer)),
+        prompt_token_ids=tuple(await input_token_ids(message, vocabulary.tokenizer, limits)),
         adapters=refs,
         sampling=sampling,
         stop=stop,
@@ -243,7 +253,7 @@ async def score_request(
     violations.raise_if_any()
     return Request(
         request_id=message.request_id or request_id,
-        prompt_token_ids=tuple(await input_token_ids(message, vocabulary.tokenizer)),
+        prompt_token_ids=tuple(await input_token_ids(message, vocabulary.tokenizer, limits)),
         adapters=refs,
         own_text=vocabulary.own,
         options=options,

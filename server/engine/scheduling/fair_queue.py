@@ -63,7 +63,7 @@ class FairQueue(Generic[T]):
         best: T | None = None
         for group, line in self._lines.items():
             if best is None or self._served[group] < self._served[best.group]:
-                # Not the head alone: one that is ready holds memory that its head may wait for.
+                # Look past the head: a ready request may hold memory that the head waits for.
                 best = next(filter(ready, line), best)
         return best
 

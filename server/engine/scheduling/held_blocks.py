@@ -43,7 +43,7 @@ class HeldBlocks:
         """
         count = self.missing(sequence, num_tokens)
         if not count:
-            # Of most steps, for all that decode.
+            # Common case: a decode step needs no new block.
             return True
         fresh = self._pool.allocate(count)
         if fresh is None:

@@ -22,7 +22,7 @@ MAX_STOP_STRING_CHARS = 256
 # About what a request takes in memory: a token is an int object in two lists, a bias a dictionary's
 # entry and two numbers in tensors, a stop a set's entry.
 _TOKEN_BYTES, _BIAS_BYTES, _STOP_BYTES, _FIXED_BYTES = 48, 120, 72, 4096
-# Of an answer: a token with its logprob, and what surrounds each step's part.
+# Bytes of an answer: a token with its logprob, and the overhead of each step's output.
 _LOGPROB_BYTES, _OUTPUT_BYTES = 160, 256
 
 

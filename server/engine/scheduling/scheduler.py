@@ -36,7 +36,8 @@ from turret.server.engine.speculation.step_cost import StepCost
 _SPARE_SHARE = 0.05
 # Fewer tokens of a prompt at once cost more each than they spare the rows beside them.
 _LEAST_CHUNK = 16
-# So many decoding for each prompt; fewer gain less than the prompts of a burst would lose.
+# Decoding sequences per prompt from which chunks are limited; with fewer, limiting the chunk would
+# delay a burst of prompts by more than the decoding rows gain.
 _MAJORITY = 4
 
 
@@ -88,7 +89,7 @@ class Scheduler:
         self._is_ready = is_ready
         self._fits = fits
         self._preempt_after_seconds = preempt_after_seconds
-        # Who was next in the last step and found no room.
+        # The sequence that was next in the last step but did not fit.
         self._blocked: Sequence | None = None
 
     @property
@@ -115,7 +116,7 @@ class Scheduler:
         self.base_generation = generation
         self.blocks.forget_cached()
         for sequence in self.waiting:
-            # One that was considered once, and found no room, has its root key already.
+            # A sequence that was considered before but did not fit already has its root key.
             for lot in sequence.lots:
                 lot.keys.clear()
 
@@ -179,7 +180,7 @@ class Scheduler:
         """
         sequence = item.sequence
         self._held.computed(sequence, count)
-        # What was served, not what was tried.
+        # Charge the tokens that were served; rejected drafts are free.
         self.waiting.charge(sequence.group, count)
         self._drafts.accepted(sequence, count)
 
@@ -247,7 +248,7 @@ class Scheduler:
         num_prompts = num_running - num_decodes + admissible
         if self._cost is None or num_decodes < max(_MAJORITY * num_prompts, 1):
             return self._num_tokens
-        # As many rows as take the time of the step without them.
+        # As many prompt rows as double the time of the decode step alone.
         beside = max(_LEAST_CHUNK, num_decodes + int(self._cost.fixed_rows))
         return min(self._num_tokens, num_decodes + beside)
 
@@ -296,8 +297,8 @@ class Scheduler:
         self._blocked = None
         while budget > 0 and len(self.running) < self._num_seqs:
             sequence = self.waiting.peek(self._may_start)
-            # One that does not fit beside the running ones waits for them, and so does whoever
-            # comes after it: passing it over could starve it.
+            # A sequence that does not fit beside the running ones blocks those behind it: passing
+            # it over could starve it.
             if sequence is None or not self._fits(sequence, self.running):
                 self._blocked = sequence
                 return
@@ -313,7 +314,7 @@ class Scheduler:
             num_new = min(sequence.num_alike, budget)
             reserved = self._reserve(sequence, num_new, new_blocks)
             assert reserved, "there was room for all of it"
-            # In this order: a group that neither waits nor runs is forgotten.
+            # Start before remove: the queue forgets a group that neither waits nor runs.
             self.waiting.start(sequence)
             self.waiting.remove(sequence)
             sequence.state = SequenceState.RUNNING
@@ -344,7 +345,7 @@ class Scheduler:
         # The last token is always computed: its logits are needed.
         usable = (len(sequence.tokens) - 1) // size
         if sequence.request.needs_every_position:
-            # Of what is skipped, neither logits nor states would be there.
+            # Cached positions are not computed, so they have no logits and no states.
             usable = sequence.num_preset // size
         self._held.find(sequence, usable, self.base_generation)
         if sequence.num_preemptions == 0:

@@ -7,11 +7,11 @@ from turret.server.engine.speculation.text_index import MAX_MATCH
 # Before anything is known, by the number of tokens that agree. Experience with answers that extract
 # or format what is in their prompt; too high, and a few rows are lost until it is known better.
 _PRIOR = (0.0, 0.15, 0.35, 0.5, 0.65, 0.75, 0.8, 0.85, 0.9)
-# What one token weighs against all before it.
+# Weight of a new observation in the exponential average.
 _RATE = 0.2
-# No chance is certain: an answer ends.
+# Upper bound of a probability: any answer may end.
 _MOST = 0.97
-# Of drafts that do not pay, every so many is tried all the same, a token long.
+# When drafts do not pay, one token is still tried every so many steps.
 _TRY_EVERY = 32
 
 

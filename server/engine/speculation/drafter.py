@@ -14,7 +14,8 @@ from turret.server.engine.speculation.memory import START, MixMemory
 from turret.server.engine.speculation.step_value import StepValue
 from turret.server.engine.speculation.text_index import TextIndex
 
-# Of one sequence in one step. With its known token that is two groups of rows in the kernels.
+# Draft tokens per sequence and step. With the known token that is 16 rows, two groups of rows in
+# the kernels.
 MAX_DRAFT = 15
 # Tokens of a sequence that are searched, prompt included.
 _MAX_TOKENS = 1 << 14
@@ -50,7 +51,7 @@ class Drafter:
         self._end_ids = end_ids
         self._index = TextIndex(tokens, start, most=_MAX_TOKENS)
         self._answer = [START]
-        # What the last draft came from.
+        # The estimate that the last draft updates, once its result is known.
         self._learns: tuple[Chances, int, int] | None = None
 
     def draft(self, memory: MixMemory, value: StepValue, most: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 # decode step reads all weights, and a CPU multiplies some rows meanwhile.
 _FIRST = 7.0
 _LEAST, _MOST = 0.5, 64.0
-# What a step weighs against all before it; the same spread of rows counts as much as the guess.
+# Weight of a new step in the average, and the spread of rows that counts as much as the guess.
 _RATE = 0.02
 _SPREAD = 1.0
 
@@ -42,8 +42,8 @@ class StepCost:
     def _fit(self) -> None:
         if self._spread <= 0.0 or self._seconds <= 0.0:
             return
-        # Of the mean step's time, what a row takes; the guess counts as some spread that lies on
-        # the line through the mean with ``_FIRST``.
+        # Cost of a row by least squares. The first guess counts as observations of _SPREAD on the
+        # line through the mean that ``_FIRST`` gives.
         guess = self._seconds / (_FIRST + self._rows)
         each = (self._slope + _SPREAD * guess) / (self._spread + _SPREAD)
         fixed = _MOST if each <= 0.0 else self._seconds / each - self._rows

@@ -29,7 +29,7 @@ class TextIndex:
         self._most = most
         # The index after a token's latest place: where its follower stands.
         self._latest: dict[int, int] = {}
-        # By such an index, less ``_start``: that of the place before, or -1.
+        # Position minus ``_start`` → the token's previous position, or -1.
         self._before = array("q")
 
     def read(self) -> None:

@@ -48,7 +48,7 @@ class _TokenCounts:
         first = len(self._index)
         places = [self._index.setdefault(token, len(self._index)) for token in fresh]
         self._grow(len(self._index))
-        # In the order of their places, which is that of their first occurrence.
+        # Ordered by place, which is the order of first occurrence.
         new = [token for token in dict.fromkeys(fresh) if self._index[token] >= first]
         if new:
             self._ids[first : len(self._index)] = torch.tensor(new)

@@ -23,7 +23,7 @@ class Told(NamedTuple):
     scalings: torch.Tensor
 
 
-# Of the sequences that are told any.
+# Scalings per sequence, for sequences that have any.
 AllTold = Mapping[Sequence, Told]
 NOTHING_TOLD: AllTold = {}
 
@@ -74,7 +74,7 @@ def told_by(
     for key, sequences in waiting.items():
         router = store.router(key)
         assert router is not None
-        # Those of one adapter at once.
+        # One router call for all sequences of an adapter.
         parts = [states[slice(*rows[s.guide])] for s in sequences if s.guide is not None]
         found = scalings(router, torch.cat(parts)).split([len(part) for part in parts])
         told |= {s: Told(key, some) for s, some in zip(sequences, found, strict=True)}

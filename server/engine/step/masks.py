@@ -52,12 +52,13 @@ class LateMask:
         self._sequence = sequence
         self._constraint = constraint
         self._matcher: Matcher | None = None
-        # Both alike: an answer that is complete ends where it cannot go on.
+        # End tokens to withhold (ignore_eos), and until min_tokens is reached. Even so, an answer
+        # that is complete ends where the grammar allows nothing else.
         self._ends = end_ids if stop.ignore_eos else frozenset[int]()
         self._early_ends = end_ids | stop.stop_token_ids if stop.min_tokens else self._ends
         self._min_tokens = stop.min_tokens
         self._num_told = 0
-        # Taken in already, though the sequence does not have it yet.
+        # A token that the matcher has already consumed but the sequence does not have yet.
         self._ahead: int | None = None
         self._made: TokenMask | None = None
 
@@ -111,7 +112,7 @@ class LateMask:
         matcher = self._matcher
         if matcher is None:
             matcher = self._matcher = self._constraint.matcher()
-            # All that is there before the first draw is what the client says of its answer.
+            # Before the first draw, the answer so far comes from the client: check it.
             matcher.check(fresh)
         for token in fresh:
             matcher.advance(token)
@@ -130,7 +131,7 @@ def _failed(error: BaseException) -> TokenMask:
     return TokenMask(None, TurretError("internal error"))
 
 
-# What a sequence may go on with, made or not.
+# The allowed next tokens of a sequence, computed now or on demand.
 Mask = TokenMask | LateMask
 
 
@@ -172,7 +173,7 @@ class Masks:
                 work.append((followed, followed.news()))
         if work:
             if self._thread is None:
-                # One, and not the executor of a library: it needs room on its stack.
+                # A thread of our own: matchers need a larger stack than a library's executor has.
                 self._thread = roomy_executor(1, "masks")
             self._making = self._thread.submit(lambda: [one.make(tokens) for one, tokens in work])
 
@@ -180,7 +181,7 @@ class Masks:
         """The masks that ``begin`` was asked for, once they are there."""
         masks: dict[Sequence, Mask] = {**self._late}
         if self._making is not None:
-            # Of a step that failed too: constraints are followed on one thread at a time.
+            # Wait even if the step failed: a matcher must not be used by two threads at once.
             made = self._making.result()
             masks.update(zip(self._early, made, strict=True) if self._early else ())
         self._late, self._early, self._making = {}, [], None
@@ -192,5 +193,5 @@ class Masks:
 
 
 def _is_greedy(sequence: Sequence) -> bool:
-    # One with more or fewer tokens than the base is drawn from a row of its own.
+    # A sequence with its own vocabulary size is drawn from a separate row.
     return sequence.request.sampling.is_greedy and not sequence.vocab_size

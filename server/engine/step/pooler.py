@@ -52,7 +52,7 @@ class Pooler:
                 ended.append((sequence, pooling, self._state(place, pooling, hidden)))
         if not ended:
             return {}
-        # One copy, and one wait for a device.
+        # One device-to-host copy for all sequences that ended.
         states = torch.stack([state for _, _, state in ended]).cpu()
         return {
             sequence: _finished(sequence, state, pooling)
@@ -100,7 +100,7 @@ class _Sum:
         groups = self._groups
         for group in _by_halves(begun[:whole].view(-1, _GROUP, begun.shape[1])):
             groups = groups + group
-        # All at once: a step that fails half-way is computed again.
+        # Assign both together: a step that fails before this line is computed again.
         self._groups, self._begun = groups, begun[whole:].clone()
         self.count += rows.shape[0]
 

@@ -60,7 +60,7 @@ class Runner:
         self._sampler = executor.sampler(stop_token_ids)
         self._masks = Masks(stop_token_ids, is_late=self._sampler.takes_late_masks)
         self._pooler = Pooler()
-        # By adapter key, until it is forgotten: what the shelves add is summed over every module.
+        # Adapter key → bytes on the device. Cached because it is summed over every module.
         self._stored_bytes: dict[str, int] = {}
 
     def run(self, step: Step) -> StepResult:
@@ -77,7 +77,7 @@ class Runner:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error)
-            # Not before: what was caught keeps alive what the step had made.
+            # Free memory outside the except block: the exception keeps the step's tensors alive.
             self._executor.free_memory()
         raise DeviceFullError(reason)
 
@@ -103,7 +103,7 @@ class Runner:
 
         Copies of those that are not run beside the steps of others.
         """
-        # All of them are asked, so that their copies run side by side.
+        # Ask every adapter before ``all``, so that their copies run in parallel.
         near = [self._store.is_near(adapter) for adapter, _ in sequence.mix.members]
         return all(near)
 
@@ -183,7 +183,7 @@ class Runner:
             high = min(low + _PROMPT_LOGIT_ROWS, end)
             first = placed.row_start + low - start
             logits = self._executor.logits(sequence, hidden[first : first + high - low])
-            # To the host at once: what follows reads every row.
+            # Copy to the host at once: scoring reads every row.
             rows = row_log_softmax(logits).cpu()
             targets = sequence.tokens[low + 1 : high + 1]
             position = low + 1 - sequence.num_virtual

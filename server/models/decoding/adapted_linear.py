@@ -11,7 +11,7 @@ from turret.kernels.cpu.row_adapters import Ahead
 from turret.server.adapters.device.store import AdapterStep
 
 if TYPE_CHECKING:
-    # Not at run time: the GPU benchmark builds layers where bitsandbytes is not installed.
+    # Types only: the GPU benchmark builds layers where bitsandbytes is not installed.
     from turret.kernels.gpu.adapters.segmented_shrink import Shrink
     from turret.kernels.gpu.epilogues import Epilogue
     from turret.server.adapters.device.gpu.store import GpuAdapterStep

@@ -11,7 +11,7 @@ from turret.server.errors import InvalidRequestError
 if TYPE_CHECKING:
     import torch
 
-# Where the modules of a layer are in a checkpoint: ``model.layers.0.self_attn.q_proj``.
+# Prefix of a layer's modules in a checkpoint, as in ``model.layers.0.self_attn.q_proj``.
 LAYER_PREFIX = "model.layers"
 # The modules of a layer by fused projection, where each is a module of its own.
 MODULES: Mapping[str, tuple[str, ...]] = {

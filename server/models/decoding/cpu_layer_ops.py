@@ -20,7 +20,7 @@ from turret.server.models.decoding.arch import Arch, ClampedSwiglu
 from turret.server.models.decoding.kv_cache import KvCache
 
 _HEAD_DIM_MULTIPLE = 32
-# By their names in ``Arch``: kernels that multiply the activation by ``up`` in the same pass.
+# Name in ``Arch`` → kernel that multiplies the activation by ``up`` in the same pass.
 _GATED_ACTIVATIONS = {"silu": silu_mul, "gelu_pytorch_tanh": gelu_mul}
 
 

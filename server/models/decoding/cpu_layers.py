@@ -31,7 +31,7 @@ from turret.server.models.decoding.arch import Arch
 from turret.server.models.decoding.kv_cache import KvCache
 
 if TYPE_CHECKING:
-    # Not at run time: the GPU benchmark builds layers where bitsandbytes is not installed.
+    # Types only: the GPU benchmark builds layers where bitsandbytes is not installed.
     from turret.server.models.weights.base_linear import BaseLinear
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -79,7 +79,7 @@ class CpuLayers:
         self._cache = cache
         self._kinds = tuple(dict.fromkeys(arch.rope_of_layer))
         self._windows = tuple(dict.fromkeys(arch.windows))
-        # What the structures point to.
+        # Keep alive what the C structures point to.
         self._kept = (layers, norm, cache.keys, cache.values)
         self._layers = (NativeLayer * arch.num_layers)(
             *(self._layer(number, layer) for number, layer in enumerate(layers))

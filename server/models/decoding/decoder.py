@@ -119,9 +119,9 @@ class Decoder:
         self._growth = None
         if arch.query_growth is not None:
             self._growth = GrowingQueries(arch.query_growth, arch.max_model_len, self.device)
-        # Of an epoch and a cache.
+        # Cached C structures for one store epoch and one KV cache.
         self._native: tuple[int, KvCache, CpuLayers | None] | None = None
-        # As the checkpoints were trained: the factor has the dtype of what it multiplies.
+        # Round the factor to the embedding's dtype, as in training.
         self._embedding_scale = float(torch.tensor(arch.embedding_scale).to(self.dtype))
 
     def forward(self, step: StepInput, cache: KvCache) -> torch.Tensor:

@@ -33,7 +33,7 @@ from turret.server.models.decoding.kv_cache import KvCache
 
 # Libraries choose their algorithm by shape: the head's product always has this many rows.
 _HEAD_ROWS = 64
-# By their names in ``Arch``: kernels that multiply the activation by ``up`` in the same pass.
+# Name in ``Arch`` → kernel that multiplies the activation by ``up`` in the same pass.
 _GATED_ACTIVATIONS = {"silu": silu_mul, "gelu_pytorch_tanh": gelu_mul}
 _GATED_SILU = GatedSilu()
 

@@ -93,7 +93,7 @@ def choose_layer_ops(arch: Arch, dtype: torch.dtype, device: torch.device) -> La
     return TorchLayerOps(arch)
 
 
-# By their names in ``Arch``.
+# Name in ``Arch`` → torch function.
 _ACTIVATIONS = {"silu": row_silu, "gelu_pytorch_tanh": row_gelu}
 
 

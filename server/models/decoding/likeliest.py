@@ -31,7 +31,7 @@ class LikeliestTokens:
         self._slack, self._most = 0.0, float("inf")
         scale, cap = decoder.arch.logit_scale, decoder.arch.logit_softcap
         if scale > 0.0 and Screen.serves(decoder.head):
-            # One with a number that is not finite has none.
+            # A head with a non-finite weight cannot be screened.
             with contextlib.suppress(ValueError):
                 self._screen = Screen(decoder.head)
         if cap is not None and scale > 0.0:

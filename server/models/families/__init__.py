@@ -22,7 +22,7 @@ def _discover() -> dict[str, Family]:
     return families
 
 
-# By ``model_type``.
+# ``model_type`` → family.
 FAMILIES: Mapping[str, Family] = _discover()
 
 

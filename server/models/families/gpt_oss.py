@@ -16,7 +16,7 @@ def _experts(config: Any) -> Experts:
         intermediate_size=config.intermediate_size,
         normalizes=True,
         router="router",
-        # As bitsandbytes-4bit checkpoints have it, whose experts are modules.
+        # Name in bitsandbytes-4bit checkpoints, whose experts are modules.
         checkpoint_routers=("router.linear",),
         modules={"experts_gate_up": ("gate_up_projs.{}",), "experts_down": ("down_projs.{}",)},
         are_stacked=True,

@@ -8,7 +8,7 @@ from pathlib import Path
 from turret.server.basics.files.writable import unwritable
 from turret.server.errors import InvalidRequestError
 
-# What helps where it cannot be written.
+# Advice if the cache directory is not writable.
 NAMES = "XDG_CACHE_HOME names another place for them"
 
 

@@ -92,7 +92,7 @@ def told_sizes(model: Path | None, model_type: str) -> dict[str, Any] | None:
     sizes["num_layers"] = num_layers
     if family.experts is None:
         return sizes
-    # As transformers does: newer versions write the number by another name.
+    # transformers' versions use two names for the number of experts; accept both.
     count = said.get("num_local_experts", said.get("num_experts"))
     counted = {"num_local_experts": count, "num_experts": count}
     try:

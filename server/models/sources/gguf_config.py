@@ -25,7 +25,7 @@ _READ = frozenset(
         *ROPE_KEYS,
     }
 )
-# Of the vision tower, whose tensors are in a file of their own.
+# Keys of the vision tower, whose tensors are in a separate file.
 _OF_IMAGES = ("mm.", "vision.")
 _WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 _KINDS = ("full_attention", "sliding_attention")
@@ -88,7 +88,7 @@ def _check_keys(
     known = _READ | needed | layout.optional.keys() | layout.ignored
     if layout.window == "some":
         known |= {_PATTERN}
-    # What says that there is nothing of a kind is nothing to read.
+    # Ignore keys that declare zero experts.
     odd = sorted(
         key
         for key in said.keys() - known

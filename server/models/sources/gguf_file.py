@@ -46,7 +46,7 @@ def open_gguf(path: Path) -> GgufModel:
     Raises:
         InvalidRequestError: It is damaged, or says what is not served.
     """
-    # Not at the top: it takes its time, and most models are no GGUF files.
+    # Imported here because it is slow and most models are not GGUF files.
     import gguf
 
     check_gguf(path)

@@ -76,7 +76,7 @@ def check_whole(path: Path) -> None:
         except struct.error:
             whole = size + (file.tell() >= size)
         except (ValueError, OverflowError, OSError):
-            # What is damaged in another way, its reader tells.
+            # Other damage is reported by the gguf reader.
             return
     if size < whole:
         step = "copy or download it again"

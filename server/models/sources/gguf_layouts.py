@@ -124,7 +124,7 @@ _MULTIPLIERS = {
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
 }
-# What the converter writes of the Mamba layers that a dense Granite 4 has not.
+# Keys that the converter writes for Mamba layers, even for a dense Granite 4 without any.
 _MAMBA = frozenset(
     f"ssm.{name}"
     for name in ("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank")
@@ -159,7 +159,7 @@ _MISTRAL_ROW = GgufLayout(
 )
 _OLMO_ROW = GgufLayout(model_type="olmo2", parts=_OLMO, tokenizer="fast")
 
-# By ``general.architecture``; of several rows the first that a file has the key of.
+# ``general.architecture`` → layouts; the first one whose keys the file has applies.
 LAYOUTS: Mapping[str, tuple[GgufLayout, ...]] = {
     "gemma": (
         GgufLayout(
@@ -234,7 +234,7 @@ LAYOUTS: Mapping[str, tuple[GgufLayout, ...]] = {
             },
             window="some",
             full_every=2,
-            # As released; no key tells it.
+            # gpt-oss' released config; GGUF has no key for it.
             rope_constants={"truncate": False},
             tokenizer="fast",
         ),

@@ -88,7 +88,7 @@ def read_rope_parameters(
         rope["original_max_position_embeddings"] = _original(path, said, "yarn")
         rope |= {name: float(said[key]) for key, name in _YARN.items() if key in said}
         if "mscale_all_dim" in rope:
-            # As llama.cpp has it wherever there is the other.
+            # llama.cpp uses mscale 1 whenever mscale_all_dim is present.
             rope["mscale"] = 1.0
     if rope["rope_type"] in ("yarn", "longrope"):
         if scales:

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 _PRE = "tokenizer.ggml.pre"
 # Whose texts begin with a BOS where a file does not say (llama.cpp's own rule).
 _WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "tekken")
-# Those that are another's, which transformers does not know.
+# Pre-tokenizers that equal Llama 3's but that transformers does not know.
 _AS_LLAMA3 = ("chatglm-bpe", "glm4")
 # Letters, three digits, others with what ends a line: GPT-4's, Llama 3's, GLM-4's.
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Those that transformers knows, and those that are GPT-2's, which it takes where it knows none; of
-# the latter some keep digits apart, which no merge of theirs joins.
+# Pre-tokenizers that transformers knows, and those equal to GPT-2's, its fallback. Some of the
+# latter split digits, which makes no difference: none of their merges joins digits.
 _KNOWN = frozenset(
     {
         *("dbrx", "falcon3", "falcon-h1", "llama3", "llama-bpe", "llama-v3", "midm-2.0", "pixtral"),

@@ -19,10 +19,10 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Quantised checkpoints that are read like plain ones.
 _READ = ("mxfp4", "fp8")
-# What transformers makes a fast tokenizer of; the config beside it is none.
+# Files that transformers builds a fast tokenizer from. tokenizer_config.json is not enough.
 _TOKENIZERS = ("tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-# What safetensors itself allows.
+# safetensors' own limit.
 _MAX_HEADER_BYTES = 100_000_000
 _AGAIN = "copy or download it again"
 _HUB_CACHE = re.compile(r".*/models--(.+?)--(.+)/snapshots/[0-9a-f]{40}")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 
 DTYPE = "F8_E4M3"
-# What a weight is multiplied by, beside its name; DeepSeek's files say the inverse and mean this.
+# Suffixes of a weight's scale. DeepSeek's files call it inverse but mean this same factor.
 SCALES = ("_scale_inv", "_scale")
-# Of activations and of keys and values: how others compute in 8 bits, which is not done here.
+# Scales for 8-bit activations and KV caches, which turret does not use.
 NOT_USED = (".activation_scale", ".input_scale", ".k_scale", ".v_scale", ".kv_scale")
 
 

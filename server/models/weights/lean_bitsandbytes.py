@@ -32,7 +32,7 @@ def _nothing_compiled() -> Iterator[None]:
         compiles()
 
 
-# It warns at import that an optional kernel of the Hugging Face hub is not installed.
+# bitsandbytes warns at import that an optional kernel of the hub is not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 with _nothing_compiled():
     from bitsandbytes import functional

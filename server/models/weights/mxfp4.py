@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-# Of the codes that share a power of two.
+# Bytes of codes that share a scale.
 BYTES = 16
-# Of E2M1's three lower bits; the fourth is the sign.
+# Values of E2M1's three lower bits; the fourth bit is the sign.
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # The bits of 2^-127.
 _LEAST = 1 << 22

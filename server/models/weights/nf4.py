@@ -98,7 +98,7 @@ class Nf4Weight:
         offset, nested = self.state.offset, self.state.state2
         assert offset is not None
         assert nested is not None
-        # As bitsandbytes' operator, the first call of which on a CPU imports torch's compiler.
+        # Same result as bitsandbytes' operator, whose first call on a CPU imports torch's compiler.
         flat = nested.code[self.state.absmax.int()]
         flat *= nested.absmax.repeat_interleave(nested.blocksize)[: flat.numel()]
         return (flat + offset).float()

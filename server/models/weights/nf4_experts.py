@@ -46,7 +46,7 @@ class Nf4Experts:
             self._stacked = self._stack(experts, device)
             return
         self._experts = [Nf4Linear(slices, dtype, device) for slices in experts]
-        # One call for all experts where the compiled product serves.
+        # With the C product, one call computes all experts.
         packed = [expert.packed for expert in self._experts if expert.packed is not None]
         if has_native_products() and len(packed) == len(self._experts):
             addresses = [[tensor.data_ptr() for tensor in pair] for pair in packed]

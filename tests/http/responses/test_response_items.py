@@ -12,6 +12,7 @@ from servers.http_harness import HttpHarness, http_harness
 
 from turret.server.engine.scheduling.request import FinishReason, Output, Request, TokenLogprob
 from turret.server.models.chat_format import ChatFormat
+from turret.server.models.tokenizer import RenderedChat
 
 PATH = "/v1/responses"
 WEATHER: Any = {
@@ -54,12 +55,12 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
     """What the stand-in tokenizer, whose template knows tools, was given to render."""
     given: list[tuple[Any, Any]] = []
 
-    def encode(self: Any, messages: Any, tools: Any = (), *, special: bool = False) -> list[int]:
+    def render(self: Any, messages: Any, tools: Any = (), **how: bool) -> RenderedChat:
         given.append((messages, tools))
-        return [1]
+        return RenderedChat(["\1"])
 
     monkeypatch.setattr(FakeTokenizer, "chat_format", ChatFormat("hermes", True))
-    monkeypatch.setattr(FakeTokenizer, "encode_chat", encode)
+    monkeypatch.setattr(FakeTokenizer, "render_chat", render)
     return given
 
 

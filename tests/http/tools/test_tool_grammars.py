@@ -23,7 +23,7 @@ from turret.server.http.tools.pieces import CallBegun, CallGrown
 from turret.server.http.tools.reader import AnswerReader
 from turret.server.http.tools.schemas import UnenforceableError
 from turret.server.models.chat_format import ChatFormat
-from turret.server.models.tokenizer import Tokenizer
+from turret.server.models.tokenizer import RenderedChat, Tokenizer
 
 CHAT = "/v1/chat/completions"
 PARAMETERS: dict[str, Any] = {
@@ -68,12 +68,12 @@ CONSTRAINTS: list[tuple[str, Any, list[str], list[str]]] = [
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The stand-in tokenizer's template calls tools in this form."""
 
-    def encode(self: Any, messages: Any, tools: Any = (), *, special: bool = False) -> list[int]:
-        return [1]
+    def render(self: Any, messages: Any, tools: Any = (), **how: bool) -> RenderedChat:
+        return RenderedChat(["\1"])
 
     known = ChatFormat(request.param, has_channels=request.param == "harmony")
     monkeypatch.setattr(FakeTokenizer, "chat_format", known)
-    monkeypatch.setattr(FakeTokenizer, "encode_chat", encode)
+    monkeypatch.setattr(FakeTokenizer, "render_chat", render)
     return request.param
 
 

@@ -20,7 +20,7 @@ from turret.server.http.tools.deltas import message_of
 from turret.server.http.tools.grammar import CallsGrammar
 from turret.server.http.tools.reader import AnswerReader
 from turret.server.models.chat_format import ChatFormat
-from turret.server.models.tokenizer import Tokenizer
+from turret.server.models.tokenizer import RenderedChat, Tokenizer
 
 CHAT = "/v1/chat/completions"
 TURNS: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
@@ -256,12 +256,12 @@ def knows(monkeypatch: pytest.MonkeyPatch, *what: Any) -> list[tuple[Any, Any]]:
     """Give the stand-in tokenizer a template; returns what it will have been given to render."""
     rendered: list[tuple[Any, Any]] = []
 
-    def encode(self: Any, messages: Any, tools: Any = (), *, special: bool = False) -> list[int]:
+    def render(self: Any, messages: Any, tools: Any = (), **how: bool) -> RenderedChat:
         rendered.append((messages, tools))
-        return [1]
+        return RenderedChat(["\1"])
 
     monkeypatch.setattr(FakeTokenizer, "chat_format", ChatFormat(*what))
-    monkeypatch.setattr(FakeTokenizer, "encode_chat", encode)
+    monkeypatch.setattr(FakeTokenizer, "render_chat", render)
     return rendered
 
 

@@ -9,27 +9,19 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import tomllib
 from pathlib import Path
 
 import pytest
 
 from turret.kernels.cpu import native
-from turret.kernels.cpu.isas import ISAS
+from turret.kernels.cpu.isas import FLAGS, ISA_FLAGS
 
-ROOT = Path(__file__).resolve().parents[3]
-FOLDER = ROOT / "kernels" / "cpu" / "c"
+FOLDER = Path(__file__).resolve().parents[3] / "kernels" / "cpu" / "c"
 CHECKS = Path(__file__).parent / "native_checks.c"
-EXTENSIONS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
-    "ext-modules"
-]
-BY_ISA = {
-    one["name"].rpartition("._native")[2].removeprefix("_") or "baseline": one for one in EXTENSIONS
-}
 
 # Tiles in plain C, beside instructions that this processor has.
 TILE_FLAGS = [
-    *(f for f in BY_ISA["avx512_bf16"]["extra-compile-args"] if f.startswith("-m")),
+    *ISA_FLAGS["avx512_bf16"],
     *("-O2", "-DTILES_EMULATED", f"-I{Path(__file__).parent}"),
 ]
 
@@ -40,7 +32,7 @@ QEMU = next((name for name in ("qemu-aarch64", "qemu-aarch64-static") if shutil.
 
 def build(out: Path, *more: str, compiler: str = "cc", kernels: list[Path]) -> Path:
     """The checks with a library, or with all kernels and the flags of the first one."""
-    flags = [f for f in BY_ISA["baseline"]["extra-compile-args"] if "visibility" not in f]
+    flags = [f for f in FLAGS if "visibility" not in f]
     files = [str(path) for path in (CHECKS, *kernels)]
     command = [compiler, *flags, *more, f"-I{FOLDER}", *files, "-o", str(out), "-lm"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -60,7 +52,7 @@ def assert_no_failures(*command: str) -> str:
 
 
 @needs_cc
-@pytest.mark.parametrize("isa", BY_ISA)
+@pytest.mark.parametrize("isa", ISA_FLAGS)
 def test_the_checks_pass_natively(isa: str, tmp_path: Path) -> None:
     if isa not in native.usable_isas():
         pytest.skip(f"this processor or compiler does not have {isa}")
@@ -140,8 +132,7 @@ class Objects:
     """The checks and all kernels, compiled one by one; a fault compiles anew what it is in."""
 
     def __init__(self, folder: Path, flags: list[str]) -> None:
-        baseline = BY_ISA["baseline"]["extra-compile-args"]
-        self._flags = [*(f for f in baseline if "visibility" not in f), *flags]
+        self._flags = [*(f for f in FLAGS if "visibility" not in f), *flags]
         self._folder = folder
         self._sources = {path.relative_to(FOLDER): path for path in sorted(FOLDER.rglob("*.c"))}
         self._checks = self._compile(CHECKS, FOLDER, folder / "checks.o")
@@ -184,7 +175,7 @@ class Objects:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Objects:
-    flags = BY_ISA["avx2"]["extra-compile-args"] if "avx2" in native.usable_isas() else []
+    flags = ISA_FLAGS["avx2"] if "avx2" in native.usable_isas() else ()
     return Objects(tmp_path_factory.mktemp("plain"), [*flags, "-O1"])
 
 
@@ -211,16 +202,3 @@ def test_a_planted_fault_of_tiles_is_found(fault: str, tmp_path: Path, tiles: Ob
 
 def assert_fails(checks: Path) -> None:
     assert subprocess.run([str(checks), "1"], capture_output=True, check=False).returncode == 1
-
-
-def test_every_library_is_made_of_the_same_sources() -> None:
-    """Only the first has ``isa.c``, which asks what the others may be used for."""
-    assert set(BY_ISA) <= set(ISAS)
-    assert next(iter(BY_ISA)) == "baseline"
-    expected = {str(path.relative_to(ROOT)) for path in FOLDER.rglob("*.c")}
-    headers = {str(path.relative_to(ROOT)) for path in FOLDER.rglob("*.h")}
-    for isa, extension in BY_ISA.items():
-        isa_file = set() if isa == "baseline" else {"kernels/cpu/c/isa.c"}
-        assert set(extension["sources"]) == expected - isa_file, isa
-        assert set(extension["depends"]) == headers, isa
-        assert extension["optional"] is True

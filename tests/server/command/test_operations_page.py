@@ -1,9 +1,10 @@
-"""docs/operations.md says what the code does."""
+"""docs/operations.md and docs/lifecycle.md say what the code does."""
 
 from __future__ import annotations
 
 import re
 
+from checkout import ROOT
 from pages.operations_page import PAGE, meanings, rendered
 
 from turret.server.api.admin.adapters import MAX_UPLOADS
@@ -11,6 +12,8 @@ from turret.server.api.admin.uploads import IDLE_SECONDS, MAX_CONFIG_BYTES
 from turret.server.api.faults import TABLE
 from turret.server.metrics import MAX_ADAPTER_LABELS, Metrics
 from turret.v1 import adapters_pb2
+
+LIFECYCLE = ROOT / "docs" / "lifecycle.md"
 
 
 def test_the_tables_are_those_of_the_code() -> None:
@@ -33,15 +36,15 @@ def test_every_series_is_listed() -> None:
 
 
 def test_the_numbers_it_gives_are_right() -> None:
-    page = " ".join(PAGE.read_text().split())
+    page = " ".join((PAGE.read_text() + LIFECYCLE.read_text()).split())
     assert (MAX_UPLOADS, IDLE_SECONDS, MAX_CONFIG_BYTES) == (8, 60.0, 1 << 20)
-    assert "8 uploads at a time; a client that is silent for a minute" in page
+    assert "At most 8 uploads run at a time, and a client that is silent for a minute" in page
     assert "`adapter_config.json` (at most 1 MiB)" in page
     assert f"first {MAX_ADAPTER_LABELS} registered adapters" in page
 
 
 def test_the_calls_it_names_exist() -> None:
     service = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"]
-    named = set(re.findall(r"`(\w+Adapters?)`", PAGE.read_text()))
+    named = set(re.findall(r"`(\w+Adapters?)`", LIFECYCLE.read_text()))
     assert len(named) >= 7
     assert named <= set(service.methods_by_name)

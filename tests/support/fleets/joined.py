@@ -18,7 +18,7 @@ import psutil
 from checkout import ROOT
 from fleets.machines import Machine, Network
 
-from turret.server.cluster.serving.ray_cluster import ingress_environment, joined_folder
+from turret.fleet.serving.ingress import ingress_environment, joined_folder
 
 _READY_SECONDS = 240.0
 _STOP_SECONDS = 90.0

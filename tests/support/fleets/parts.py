@@ -7,18 +7,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from turret.server.adapters.facts import AdapterFacts
-from turret.server.adapters.source import Source
-from turret.server.adapters.state.saved_registration import SavedRegistration
-from turret.server.cluster.fleet_state import (
+from turret.fleet.fleet_state import (
     Base,
     Entry,
     FleetState,
     Preparing,
     key_of,
 )
-from turret.server.cluster.follower import Change, Follower
-from turret.server.cluster.messages import Join, Usage
+from turret.fleet.follower import Change, Follower
+from turret.fleet.messages import Join, Usage
+from turret.server.adapters.facts import AdapterFacts
+from turret.server.adapters.source import Source
+from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.errors import StorageFullError, TurretError
 
 

@@ -10,15 +10,15 @@ from typing import TypeVar
 
 from builders.registries import tiny_base
 
+from turret.fleet import messages as m
+from turret.fleet.fleet_store import FleetStore
+from turret.fleet.registry_host import RegistryHost
+from turret.fleet.replica.link import ReplicaLink
+from turret.fleet.replica.registry import ReplicaRegistry
+from turret.fleet.replica.seat import Seat
 from turret.server.adapters.base import BaseModel, ChangedBase, Precision
 from turret.server.adapters.merge.merger import Edit
 from turret.server.adapters.mix import HostResult, Mix
-from turret.server.cluster import messages as m
-from turret.server.cluster.fleet_store import FleetStore
-from turret.server.cluster.registry_host import RegistryHost
-from turret.server.cluster.replica.link import ReplicaLink
-from turret.server.cluster.replica.registry import ReplicaRegistry
-from turret.server.cluster.replica.seat import Seat
 from turret.server.config import AdapterConfig
 from turret.server.errors import TurretError, UnavailableError
 from turret.server.metrics import Metrics

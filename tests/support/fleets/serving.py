@@ -39,14 +39,18 @@ class ServingFleet:
         """The replicas' processes."""
         return self._called("ray::ServeReplica:turret")
 
+    def tree(self) -> list[psutil.Process]:
+        """The command's process and all that were started below it."""
+        command = psutil.Process(self.process.pid)
+        return [command, *command.children(recursive=True)]
+
     def registry(self) -> psutil.Process:
         """The registry's process."""
         (found,) = self._called("ray::RegistryActor")
         return found
 
     def _called(self, title: str) -> list[psutil.Process]:
-        tree = psutil.Process(self.process.pid).children(recursive=True)
-        return [each for each in tree if _title(each).startswith(title)]
+        return [each for each in self.tree() if _title(each).startswith(title)]
 
     def status(self) -> str:
         """What ``turret cluster status`` prints."""
@@ -76,6 +80,20 @@ def _is_whole(status: str, count: int) -> bool:
     return len(rows) == count and {row["revision"] for row in rows} == {revision}
 
 
+def listening(process: psutil.Process) -> set[tuple[str, int]]:
+    """The (host, port) pairs that a process listens on by TCP."""
+    try:
+        found = process.net_connections(kind="tcp")
+    except psutil.NoSuchProcess:
+        return set()
+    # An IPv6 socket that is bound to an IPv4 address hears that one alone.
+    return {
+        (each.laddr.ip.removeprefix("::ffff:"), each.laddr.port)
+        for each in found
+        if each.status == psutil.CONN_LISTEN
+    }
+
+
 def free_port() -> int:
     """A port that nobody listens on now."""
     with socket.socket() as probe:
@@ -91,14 +109,20 @@ def _title(process: psutil.Process) -> str:
 
 
 @contextlib.contextmanager
-def start_fleet(folder: Path, *flags: str) -> Iterator[ServingFleet]:
+def start_fleet(folder: Path, *flags: str, host: str = "127.0.0.1") -> Iterator[ServingFleet]:
     """Runs ``turret cluster serve`` on the example adapters; SIGTERM ends it.
+
+    Args:
+        folder: For its log and its state directory.
+        flags: Further flags.
+        host: Where the fleet listens; metrics are on 127.0.0.1.
 
     Raises:
         AssertionError: It did not start, or SIGTERM did not end it with exit code 0.
     """
     log, state_dir = folder / "fleet.log", folder / "state"
-    address, http, metrics = (f"127.0.0.1:{free_port()}" for _ in range(3))
+    address, http = (f"{host}:{free_port()}" for _ in range(2))
+    metrics = f"127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "turret.server.cli", "cluster", "serve"]
     command += ["--address", address, "--http-address", http, "--state-dir", str(state_dir)]
     command += ["--metrics-address", metrics]

@@ -24,38 +24,64 @@ def _keys() -> list[str]:
 
 
 def _names(methods: list[str]) -> str:
-    return "all" if len(methods) == len(METHODS) else ", ".join(methods)
+    """The methods, in the shortest of four forms."""
+    chosen = set(methods)
+    lora = {name for name, method in METHODS.items() if "LORA" in method.peft_types}
+    forms = [", ".join(methods)]
+    forms.append("all" + _but(sorted(METHODS.keys() - chosen)))
+    if lora & chosen:
+        but_lora = _but(sorted(lora - chosen))
+        rest = [name for name in methods if name not in lora]
+        forms.append(", ".join([f"LoRA types{but_lora}", *rest]))
+    return min(forms, key=len) if methods else ""
+
+
+def _but(names: list[str]) -> str:
+    return f" (not {', '.join(names)})" if names else ""
 
 
 def render_keys() -> str:
-    """Which methods read a key, which do without it, which refuse it."""
+    """Which methods read a key, which ignore it, which reject it; then each method's own keys."""
     kinds: tuple[type[Rule], ...] = (Used, Irrelevant, Rejected)
-    lines = [
-        "| key | used | no part in the forward pass | refused unless off |",
-        "|---|---|---|---|",
-    ]
+    head = "used | ignored | rejected unless off |"
+    shared = [f"| key | {head}", "|---|---|---|---|"]
+    own: dict[str, dict[type[Rule], list[str]]] = {}
     for key in _keys():
-        rules = {name: method.rules.get(key) for name, method in METHODS.items()}
+        rules = {name: m.rules[key] for name, m in METHODS.items() if key in m.rules}
+        if len(rules) == 1:
+            ((name, rule),) = rules.items()
+            own.setdefault(name, {kind: [] for kind in kinds})[type(rule)].append(f"`{key}`")
+            continue
         cells = [_names([n for n, rule in rules.items() if isinstance(rule, k)]) for k in kinds]
-        lines.append(f"| `{key}` | " + " | ".join(cells) + " |")
+        shared.append(f"| `{key}` | " + " | ".join(cells) + " |")
+    lines = [*shared, "", "Keys of a single method:", "", f"| method | {head}", "|---|---|---|---|"]
+    for name, keys in sorted(own.items()):
+        lines.append(f"| {name} | " + " | ".join(", ".join(keys[kind]) for kind in kinds) + " |")
     return "\n".join(lines)
 
 
 def render_reasons() -> str:
-    """Why a key is irrelevant or refused; one line per key and reason."""
-    methods_of: dict[tuple[str, str, str], list[str]] = {}
+    """Why keys are ignored or rejected; one line per reason."""
+    keys_of: dict[tuple[str, str], list[str]] = {}
     for key in _keys():
+        methods_of: dict[tuple[str, str], list[str]] = {}
         for name, method in METHODS.items():
             rule = method.rules.get(key)
             if isinstance(rule, Irrelevant):
-                methods_of.setdefault((key, "irrelevant", rule.why), []).append(name)
+                methods_of.setdefault(("ignored", rule.why), []).append(name)
             elif isinstance(rule, Rejected):
                 off = " or ".join(f"`{value}`" for value in rule.off)
-                why = f"{rule.advice} (accepted: {off})"
-                methods_of.setdefault((key, "rejected", why), []).append(name)
-    lines = ["| key | methods | | why |", "|---|---|---|---|"]
-    for (key, kind, why), names in methods_of.items():
-        lines.append(f"| `{key}` | {_names(names)} | {kind} | {why} |")
+                methods_of.setdefault(("rejected", f"{rule.advice} (accepted: {off})"), []).append(
+                    name
+                )
+        kinds = [kind for kind, _ in methods_of]
+        for (kind, why), names in methods_of.items():
+            # The table of keys names the methods, unless their reasons differ.
+            of = f" ({_names(names)})" if kinds.count(kind) > 1 else ""
+            keys_of.setdefault((kind, why), []).append(f"`{key}`{of}")
+    lines = ["| why | | keys |", "|---|---|---|"]
+    for (kind, why), keys in keys_of.items():
+        lines.append(f"| {why} | {kind} | {', '.join(keys)} |")
     return "\n".join(lines)
 
 
@@ -65,7 +91,7 @@ def render_types() -> str:
     for name, method in METHODS.items():
         for kind in method.peft_types:
             served.setdefault(kind, []).append(name)
-    lines = ["| `peft_type` | served as | |", "|---|---|---|"]
+    lines = ["| `peft_type` | method | |", "|---|---|---|"]
     for kind in sorted({*served, *UNSERVED}):
         if kind in UNSERVED:
             lines.append(f"| `{kind}` | **no** | {UNSERVED[kind]} |")

@@ -8,53 +8,16 @@ from checkout import ROOT
 
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- generated: rooms -->", "<!-- end: rooms -->"
-# In the order in which one reads them; what is in none of them is a mistake.
-ROOMS = (
-    "server/command",
-    *("server/rpc", "server/http", "server/http/console", "server/http/exchange"),
-    *("server/http/bodies", "server/http/bodies/responses", "server/http/tools"),
-    *("server/api", "server/api/access", "server/api/admin", "server/api/inference"),
-    *("server/cluster", "server/cluster/machine", "server/cluster/replica"),
-    "server/cluster/serving",
-    *("server/engine", "server/engine/scheduling", "server/engine/speculation"),
-    *("server/engine/step", "server/engine/step/gpu"),
-    *("server/basics", "server/basics/files", "server/basics/work", "server/constraints"),
-    *("server/hub", "server/models", "server/models/sources", "server/models/families"),
-    *("server/models/decoding", "server/models/weights", "server/adapters"),
-    *(
-        f"server/adapters/{name}"
-        for name in (
-            "operators",
-            *("checkpoint", "peft_format/config", "peft_format/refusals", "peft_format"),
-            *("peft_format/vocabulary", "lowering", "methods"),
-            *("methods/lora", "methods/low_rank", "methods/transforms", "methods/structured"),
-            *("methods/vectors", "methods/prompts"),
-            *("state", "residency", "fuse", "registry", "merge"),
-            *("device", "device/packed", "device/cpu", "device/gpu", "device/gpu/gated"),
-            "device/gpu/by_address",
-        )
-    ),
-    *("kernels/adapters", "kernels/rows", "kernels/cpu", "kernels/gpu", "kernels/gpu/adapters"),
-    *("kernels/gpu/gates", "kernels/gpu/vocabulary"),
-    *("kernels/gpu/experts", "kernels/gpu/tables", "kernels/gpu/shared"),
-    *("clients/calls", "clients/messages", "clients/verbs", "clients/evaluation"),
-    *(
-        f"training/{name}"
-        for name in (
-            *("settings", "data", "methods", "lycoris", "fusion", "memory", "run", "report"),
-            *("conversion", "models"),
-        )
-    ),
-)
 
 
-def existing() -> set[str]:
-    """Every folder of code that has an ``__init__.py``, as a path from the checkout."""
-    return {
+def rooms() -> list[str]:
+    """Every folder of code that has an ``__init__.py``, as a path from the checkout, in order."""
+    return sorted(
         str(path.parent.relative_to(ROOT))
-        for top in ("server", "kernels", "clients", "training")
-        for path in (ROOT / top).rglob("__init__.py")
-    }
+        for folder in (ROOT / "src" / "turret").iterdir()
+        if folder.is_symlink() and folder.name != "v1"
+        for path in folder.resolve().rglob("__init__.py")
+    )
 
 
 def caption(room: str) -> str:
@@ -67,7 +30,7 @@ def caption(room: str) -> str:
 def rendered(page: str) -> str:
     """The page with its generated part made anew."""
     lines = ["| room | what is in it |", "|---|---|"]
-    lines += [f"| `{room}` | {caption(room)} |" for room in ROOMS]
+    lines += [f"| `{room}` | {caption(room)} |" for room in rooms()]
     assert page.count(BEGIN) == page.count(END) == 1
     head, _, rest = page.partition(BEGIN)
     return "\n".join([head + BEGIN, *lines, END]) + rest.partition(END)[2]

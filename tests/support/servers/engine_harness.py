@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from turret.fleet.replica.seat import Seat
 from turret.server.adapters.head import Head
 from turret.server.adapters.ref import AdapterRef
 from turret.server.api.backend import Backend
 from turret.server.api.vocabularies import Vocabulary
 from turret.server.build import build_backend
-from turret.server.cluster.replica.seat import Seat
 from turret.server.config import (
     AdapterConfig,
     CacheConfig,

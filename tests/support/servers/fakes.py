@@ -36,6 +36,7 @@ from turret.server.errors import (
 )
 from turret.server.models.chat_format import ChatFormat
 from turret.server.models.model_info import ModelInfo
+from turret.server.models.tokenizer import RenderedChat
 
 VOCAB_SIZE = 256
 MODEL_INFO = ModelInfo(
@@ -55,17 +56,22 @@ class FakeTokenizer:
     """A byte is a token; texts of any length are let through to it."""
 
     longest_token = 1 << 16
-    is_foreign = False
+    chat_format = ChatFormat()
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    chat_format = ChatFormat()
+    def chat_executor(self, is_short: bool) -> None:
+        """Chats are rendered on the event loop's own threads."""
 
-    def encode_chat(
-        self, messages: Sequence[dict[str, Any]], tools: Any = (), *, special: bool = False
-    ) -> list[int]:
-        return self.encode("".join(f"{m['role']}:{m['content']};" for m in messages))
+    def render_chat(self, messages: Any, tools: Any = (), **how: bool) -> RenderedChat:
+        return RenderedChat(["".join(f"{m['role']}:{m['content']};" for m in messages)])
+
+    def encode_rendered(self, chat: RenderedChat) -> list[int]:
+        return self.encode("".join(chat.parts))
+
+    def close(self) -> None:
+        pass
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         return bytes(token_ids).decode("utf-8", "replace")

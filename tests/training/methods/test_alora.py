@@ -19,8 +19,7 @@ from turret.training.data.encode import Encoded, encode
 from turret.training.data.example import Example
 from turret.training.data.invocation import invocation_before_answers, invocation_of
 from turret.training.errors import ConfigError, DataError
-from turret.training.models.base_model import load_model
-from turret.training.models.peft_warnings import without_peft_warnings
+from turret.training.models.base_model import load_model, without_peft_warnings
 from turret.training.run.samples import draw_samples
 from turret.training.settings.config import DataConfig
 from turret.training.trainer import Trainer, attach, make_loss, trainable

@@ -17,7 +17,7 @@ from turret.server.engine.scheduling.pooling import Pooling
 from turret.training.classifier import ClassifierLoss, label_scores, make_loss
 from turret.training.data.batch import make_batch
 from turret.training.errors import ConfigError, DataError
-from turret.training.report.html_report import render_report
+from turret.training.report import render_report
 from turret.training.run.folder import read_metrics
 from turret.training.trainer import Trainer, attach
 

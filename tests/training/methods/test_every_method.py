@@ -21,11 +21,9 @@ from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.methods import lower_checkpoint
 from turret.server.errors import BudgetExceededError
 from turret.training.errors import ConfigError
-from turret.training.loss import LossFunction
+from turret.training.loss import LossFunction, learning_rate, make_optimizer, set_learning_rate
 from turret.training.methods import METHODS
-from turret.training.models.base_model import load_model
-from turret.training.models.peft_warnings import without_peft_warnings
-from turret.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from turret.training.models.base_model import load_model, without_peft_warnings
 from turret.training.plan import make_plan
 from turret.training.run.folder import RunFolder, read_metrics
 from turret.training.run.progress import training_progress

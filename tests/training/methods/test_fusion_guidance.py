@@ -1,7 +1,7 @@
 """The penalty on gates that leave the component which answers an example best by itself.
 
 The gates are recomputed from dense matrices in float64 and the components' answers by PEFT, one
-example at a time without padding. Faults that were planted in ``training/fusion/loss.py``, and how
+example at a time without padding. Faults that were planted in ``training/fusion.py``, and how
 many tests each one failed: the worst component for the best (4), another example's component (4),
 the first component always (4), padding and what stands behind the last target counted (3), no
 guidance in the penalty (3), rows known by their tokens without what is learned of them (1), or with
@@ -27,9 +27,7 @@ from torch.nn.functional import cross_entropy
 from turret.training.data.batch import IGNORED, Batch, make_batch, pack_rows
 from turret.training.data.encode import Encoded
 from turret.training.errors import ConfigError
-from turret.training.fusion.components import read_components
-from turret.training.fusion.loss import FusionLoss
-from turret.training.fusion.model import FusionModel
+from turret.training.fusion import FusionLoss, FusionModel, read_components
 from turret.training.loss import LossFunction
 from turret.training.trainer import Trainer, attach
 

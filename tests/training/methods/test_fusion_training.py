@@ -19,9 +19,7 @@ from torch import nn
 
 from turret.server.errors import AdapterCheckpointError
 from turret.training.errors import ConfigError
-from turret.training.fusion.components import read_components
-from turret.training.fusion.layer import FusionLayer
-from turret.training.fusion.model import FusionModel
+from turret.training.fusion import FusionLayer, FusionModel, read_components
 from turret.training.settings.resolve import Resolved
 from turret.training.trainer import Trainer, attach
 

@@ -17,11 +17,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from turret.training.lycoris.hadamard_product import hadamard_product
-from turret.training.lycoris.kronecker_product import kronecker_product
-from turret.training.lycoris.nf4_layers import (
+from turret.training.lycoris import (
     Nf4LohaLinear,
     Nf4LokrLinear,
+    hadamard_product,
+    kronecker_product,
     register_nf4_layers,
 )
 

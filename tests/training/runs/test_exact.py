@@ -17,6 +17,7 @@ import pytest
 import torch
 from builders.bases.tiny_models import save_tiny_model
 from builders.training import resolve_tiny, write_words
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from turret.training import trainer
 from turret.training.models.base_model import find_base, load_model
@@ -149,17 +150,26 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_llama: Path, tmp_path: 
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tiny_llama: Path, tmp_path: Path):
+    """TensorBoard shows the resumed run once: steps after the checkpoint replace earlier ones."""
+
     def interrupt(row: dict[str, Any]) -> None:
         if row.get("step") == 36:
             raise KeyboardInterrupt
 
     expected = train(tmp_path, tiny_llama, "whole", *LONG)
-    resolved = resolve_tiny(tmp_path, tiny_llama, EXACT, "run.output=stopped", *LONG)
+    settings = (*LONG, "run.report_to=tensorboard")
+    resolved = resolve_tiny(tmp_path, tiny_llama, EXACT, "run.output=stopped", *settings)
     with pytest.raises(KeyboardInterrupt):
         Trainer(resolved, interrupt).run()
-    resumed = train(tmp_path, tiny_llama, "stopped", *LONG, resume=True)
+    resumed = train(tmp_path, tiny_llama, "stopped", *settings, resume=True)
     assert adapter_bytes(resumed) == adapter_bytes(expected)
     assert without_times(resumed) == without_times(expected)
+    events = EventAccumulator(str(resumed / "tensorboard"))
+    events.Reload()
+    losses = [(each.step, each.value) for each in events.Scalars("train/loss")]
+    steps = steps_of(resumed)
+    assert losses == [(row["step"], pytest.approx(row["loss"])) for row in steps]
+    assert "eval/loss" in events.Tags()["scalars"]
 
 
 def test_a_directory_is_neither_overwritten_nor_mixed_up(

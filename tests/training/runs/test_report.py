@@ -17,9 +17,8 @@ from rich.console import Console
 
 from turret.server.cli import main
 from turret.training.data.encode import Encoded
-from turret.training.models.peft_warnings import without_peft_warnings
-from turret.training.report.curves import Curve, curves_svg, smoothed
-from turret.training.report.html_report import render_report
+from turret.training.models.base_model import without_peft_warnings
+from turret.training.report import Curve, curves_svg, render_report, smoothed
 from turret.training.run import progress
 from turret.training.run.folder import RunFolder, read_metrics
 from turret.training.run.progress import training_progress

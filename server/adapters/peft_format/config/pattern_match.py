@@ -8,49 +8,27 @@ What was too slow once is not tried again: a config's patterns are matched more 
 
 from __future__ import annotations
 
-import json
 import re
-import signal
-import subprocess
-import sys
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from turret.server.basics.confined.confined import Confined, ConfinedError
 
 # Of processor time, so that a busy machine refuses no pattern that an idle one takes.
 CPU_SECONDS = 2
-# If the child gets hardly any of it.
-TIMEOUT_SECONDS = 30.0
 MAX_CHILD_BYTES = 256 << 20
+_MAX_ANSWER_BYTES = 64 << 20
 _MAX_SLOW = 256
 MAX_PATTERN_CHARS = 8192
 # Without these characters a pattern has no repetition, group, class or alternative, so matching
 # takes at most one step per character.
 _BACKTRACKING = frozenset("*+?{}()[]|\\")
-_CHILD = """
-import json, re, resource, sys, warnings
-cpu_seconds, num_bytes = map(int, sys.argv[1:])
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
-resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
-warnings.simplefilter("ignore")
-jobs, names = json.load(sys.stdin)
-for mode, pattern in jobs:
-    try:
-        match = getattr(re.compile(pattern), mode)
-    except (re.error, RecursionError, OverflowError) as error:
-        print(json.dumps({"error": str(error)}), flush=True)
-        continue
-    found = [match(name) for name in names]
-    row = [None if m is None else m.groupdict().get("idx") or "" for m in found]
-    print(json.dumps(row), flush=True)
-"""
-# Exit codes of a child that met a limit; Python's own for what nobody caught is 1.
-_OVER_LIMIT = (-signal.SIGXCPU, 1)
-
+_PROGRAM = Path(__file__).with_name("pattern_program.py")
 
 _one_child = threading.Lock()
 # Patterns that went over a limit, the last of them; guarded by the lock.
@@ -123,16 +101,25 @@ def _match_in_child(patterns: Sequence[Pattern], names: Sequence[str]) -> list[P
     with _one_child:
         if not _too_slow.keys().isdisjoint(patterns):
             return [slow if pattern in _too_slow else unknown for pattern in patterns]
-        output, is_over_limit = _run_child(patterns, names)
-        rows: list[PatternResult] = []
-        for line in output.splitlines(keepends=True)[: len(patterns)]:
-            if not line.endswith("\n"):
-                break  # the child was stopped while it wrote this
-            row = json.loads(line)
-            if isinstance(row, dict):
-                rows.append(PatternResult(nothing, f"is not a regular expression: {row['error']}"))
-            else:
-                rows.append(PatternResult(tuple(row)))
+        child = Confined(
+            _PROGRAM,
+            cpu_seconds=CPU_SECONDS,
+            max_bytes=MAX_CHILD_BYTES,
+            max_answer_bytes=_MAX_ANSWER_BYTES,
+        )
+        is_over_limit = False
+        try:
+            answers = child.ask([[(p.mode, p.regex) for p in patterns], list(names)])
+        except ConfinedError as error:
+            answers, is_over_limit = error.answers, error.is_over_limit
+        finally:
+            child.close()
+        rows = [
+            PatternResult(nothing, f"is not a regular expression: {answer['error']}")
+            if isinstance(answer, dict)
+            else PatternResult(tuple(answer))
+            for answer in answers
+        ]
         # The child works in order and reports as it goes: the first without an answer is at fault.
         if len(rows) < len(patterns):
             if is_over_limit:
@@ -141,23 +128,3 @@ def _match_in_child(patterns: Sequence[Pattern], names: Sequence[str]) -> list[P
                 _too_slow.popitem(last=False)
             rows += [slow] + [unknown] * (len(patterns) - len(rows) - 1)
         return rows
-
-
-def _run_child(patterns: Sequence[Pattern], names: Sequence[str]) -> tuple[str, bool]:
-    """What the child printed until it ended, and whether a limit ended it."""
-    jobs = [(pattern.mode, pattern.regex) for pattern in patterns]
-    limits = [str(CPU_SECONDS), str(MAX_CHILD_BYTES)]
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _CHILD, *limits],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        encoding="utf-8",
-    )
-    try:
-        output, _ = process.communicate(json.dumps([jobs, list(names)]), timeout=TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, _ = process.communicate()
-    return output, process.returncode in _OVER_LIMIT

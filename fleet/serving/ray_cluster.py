@@ -1,0 +1,312 @@
+"""Ray, started or joined, with its ingress as a fleet needs it.
+
+Ray Serve's HAProxy is set up by the environment of the processes that it starts, so that all of it
+has to be there before Ray is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turret.fleet.machine import fleet_folder
+from turret.fleet.machine.fleet_folder import FleetFolder
+from turret.fleet.machine.ray_lines import LineFilter
+from turret.fleet.serving.ingress import ingress_environment, joined_folder, write_haproxy
+from turret.fleet.serving.plan import ClusterPlan
+from turret.server.basics.files.durable_file import replace_file
+from turret.server.errors import UnavailableError
+
+CLUSTER_FILE = "cluster.json"
+# Where everything of a fleet listens, if Ray is started here: all but the ingress and metrics.
+LOOPBACK = "127.0.0.1"
+# Ports that are the same in all of Serve.
+_PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
+# What ends a fleet; see ``serve.py``, which has them wait while Ray starts.
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+_OBJECT_STORE_BYTES = 100 << 20
+_CONNECT_SECONDS = 5.0
+# Ray's names of the processes without which nothing of a cluster on one machine can go on.
+_CENTRAL = ("gcs_server", "raylet")
+_START_ONE = (
+    "`ray start --head` starts one and prints its address; without an address of Ray's this"
+    " command starts its own"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RayCluster:
+    """A Ray cluster that this process drives.
+
+    Attributes:
+        folder: Its files, if it was started here; else None.
+    """
+
+    folder: FleetFolder | None
+
+    @classmethod
+    def open(
+        cls, plan: ClusterPlan, host: str, state_dir: Path, is_stopping: Callable[[], bool]
+    ) -> RayCluster:
+        """Starts Ray in this process's tree, on loopback, behind a token; or joins it.
+
+        Args:
+            plan: Which of the two.
+            host: Where the fleet listens.
+            state_dir: The fleet's.
+            is_stopping: See ``LineFilter``.
+
+        Raises:
+            UnavailableError: There is none to join, or none can be started; says why.
+        """
+        if plan.ray_address is not None and (why := _why_deaf(plan.ray_address)):
+            raise UnavailableError(f"{why}; {_START_ONE}")
+        folder = _make_folder(state_dir) if plan.ray_address is None else None
+        try:
+            found = cls._open(plan, host, folder, is_stopping)
+        except Exception as error:
+            # No narrower: of a node that does not start Ray raises no class of its own.
+            if folder is not None:
+                folder.remove()
+            if isinstance(error, UnavailableError):
+                raise
+            if isinstance(error, ConnectionError) and plan.ray_address is not None:
+                where = plan.ray_address
+                what = "runs on this machine" if where == "auto" else "can be joined there"
+                raise UnavailableError(
+                    f"--ray-address: {where}: no Ray cluster {what}; {_START_ONE}"
+                ) from None
+            raise UnavailableError(f"Ray: {error}") from None
+        if folder is not None:
+            state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            said = {"address": found["gcs_address"], "token": os.environ["RAY_AUTH_TOKEN"]}
+            replace_file(state_dir / CLUSTER_FILE, json.dumps(said).encode())
+        return cls(folder)
+
+    @staticmethod
+    def _open(
+        plan: ClusterPlan, host: str, folder: FleetFolder | None, is_stopping: Callable[[], bool]
+    ) -> Any:
+        """What Ray says of itself."""
+        path = joined_folder() if folder is None else folder.path
+        write_haproxy(path, None if folder is None else host)
+        environment = ingress_environment(path)
+        if folder is not None:
+            # A Ray port is remote code execution for whoever can reach it.
+            environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+            # Another fleet on this machine has Serve's own.
+            environment |= {f"RAY_SERVE_{name}_PORT": str(_free_port()) for name in _PORTS}
+        os.environ.update(environment)
+        import ray
+
+        _print_through(LineFilter(is_stopping, has_others=folder is None))
+        with _apart():
+            if folder is None:
+                variables = {"env_vars": environment}
+                return _init(ray, is_local=False, address=plan.ray_address, runtime_env=variables)
+            return _init(
+                ray,
+                is_local=True,
+                address="local",
+                num_cpus=plan.max_replicas,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _node_ip_address=LOOPBACK,
+                _temp_dir=str(path / "ray"),
+            )
+
+    def dead_process(self) -> str:
+        """Which of Ray's two central processes has died, of those that were started here, or ""."""
+        from ray._private import worker
+
+        node: Any = worker._global_node
+        if self.folder is None or node is None:
+            return ""
+        return next((kind for kind, _ in node.dead_processes() if kind in _CENTRAL), "")
+
+    def kill(self, state_dir: Path) -> None:
+        """Ends a cluster that was started here and that Ray can no longer end in order."""
+        # Ray brings it along.
+        import psutil
+
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self._remove(state_dir)
+
+    def close(self, state_dir: Path) -> None:
+        """Leaves the cluster; ends it if it was started here."""
+        import ray
+
+        ray.shutdown()
+        self._remove(state_dir)
+
+    def _remove(self, state_dir: Path) -> None:
+        if self.folder is not None:
+            (state_dir / CLUSTER_FILE).unlink(missing_ok=True)
+            self.folder.remove()
+
+
+def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
+    """Connects to a cluster that runs: by its address, or by what it left in a state directory.
+
+    Where neither is said, and no variable of Ray's, it is that of the one fleet which this user has
+    started here, or whatever Ray finds.
+
+    Raises:
+        UnavailableError: There is none, or there are several.
+    """
+    if ray_address is None and state_dir is None and not os.environ.get("RAY_ADDRESS"):
+        started = fleet_folder.state_dirs()
+        if len(started) > 1:
+            raise UnavailableError(
+                f"{len(started)} fleets run here; --state-dir says which:"
+                f" {', '.join(map(str, started))}"
+            )
+        state_dir = next(iter(started), None)
+    is_local = ray_address is None and state_dir is not None
+    if ray_address is None and state_dir is not None:
+        try:
+            said = json.loads((state_dir / CLUSTER_FILE).read_bytes())
+        except OSError:
+            if state_dir.absolute() in fleet_folder.state_dirs():
+                raise UnavailableError(
+                    f"the fleet on {state_dir} has only begun to start"
+                ) from None
+            raise UnavailableError(
+                f"no fleet runs on {state_dir}; `turret cluster serve --state-dir {state_dir}`"
+                " starts one, and --ray-address names a Ray cluster that runs"
+            ) from None
+        ray_address = str(said["address"])
+        if _why_deaf(ray_address):
+            raise UnavailableError(
+                f"the fleet on {state_dir} does not answer: it was killed, and `turret cluster"
+                f" serve --state-dir {state_dir}` starts it again"
+            )
+        os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": said["token"]})
+    elif ray_address is not None and (why := _why_deaf(ray_address)):
+        raise UnavailableError(f"{why}; without it the fleet of this machine is shown")
+    import ray
+
+    try:
+        _init(ray, is_local=is_local, address=ray_address or "auto")
+    except ConnectionError as error:
+        raise UnavailableError(
+            f"no fleet can be joined here ({str(error).partition('. ')[0]}); `turret cluster serve`"
+            " starts one, --state-dir and --ray-address say where another is"
+        ) from None
+    except (RuntimeError, ValueError) as error:
+        raise UnavailableError(f"Ray: {error}") from None
+
+
+def _why_deaf(address: str) -> str:
+    """What to say if nobody listens at ``HOST:PORT``, where Ray asks on for minutes; else ""."""
+    host, _, port = address.rpartition(":")
+    if not host:
+        return ""
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        return f"--ray-address: no Ray cluster listens at {address} ({why})"
+    return ""
+
+
+def _make_folder(state_dir: Path) -> FleetFolder:
+    try:
+        return FleetFolder.make(state_dir)
+    except OSError as error:
+        raise UnavailableError(
+            f"TMPDIR: no folder for the fleet's sockets can be made ({error.filename}:"
+            f" {error.strerror}); name one of few characters that this user may write to"
+        ) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Leaves it to this process to end what Ray starts, in order.
+
+    Ray's processes get groups of their own: a signal to this process's group, as a terminal or
+    ``timeout`` sends it, reaches this process alone. They do not inherit that signals wait. And Ray
+    sets no handler of its own for SIGTERM, which would end this process in the middle of its start.
+    """
+    from ray._private import services, utils
+
+    patched: Any = (services, utils)
+    popen, set_handler = services.ConsolePopen, utils.set_sigterm_handler
+    # Elsewhere Ray ends its processes by their group.
+    own = {"process_group": 0} if sys.platform == "linux" else {}
+
+    def start(*arguments: Any, preexec_fn: Callable[[], None] | None = None, **keys: Any) -> Any:
+        def begin() -> None:
+            if preexec_fn is not None:
+                preexec_fn()
+            # Ray has blocked SIGINT on purpose, for those that a terminal sends.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+        return popen(*arguments, preexec_fn=begin, **own, **keys)
+
+    patched[0].ConsolePopen = start
+    patched[1].set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        patched[0].ConsolePopen = popen
+        patched[1].set_sigterm_handler = set_handler
+
+
+def _print_through(lines: LineFilter) -> None:
+    """Has what Ray's processes print pass a filter; before Ray is initialised, which binds it."""
+    from ray._private import ray_logging, worker
+
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+        colours: Any = ray_logging
+        # Of how often a line was repeated.
+        colours._color = str
+    patched: Any = worker
+    show = patched.print_to_stdstream
+
+    def show_kept(data: dict[str, Any], ignore_prefix: bool) -> None:
+        source = data.get("ip"), data.get("pid"), data.get("is_err")
+        if kept := lines.kept(source, data.get("actor_name"), data["lines"]):
+            show({**data, "lines": kept}, ignore_prefix)
+
+    patched.print_to_stdstream = show_kept
+
+
+def _init(ray: Any, *, is_local: bool, **arguments: Any) -> Any:
+    """Initialises Ray.
+
+    Args:
+        ray: The package.
+        is_local: Ray was or is started by a command of turret's, on ``LOOPBACK``. Ray would replace
+            that by an address that other machines can reach, and listen on every interface.
+        arguments: Ray's.
+    """
+    from ray._private import services
+
+    patched: Any = services
+    resolve = services.resolve_ip_for_localhost
+    if is_local:
+        patched.resolve_ip_for_localhost = str
+    try:
+        return ray.init(logging_level="WARNING", namespace="turret", **arguments)
+    finally:
+        patched.resolve_ip_for_localhost = resolve

@@ -1,0 +1,232 @@
+"""The fleet's registry as an actor, and the way to it from a replica."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, TypeVarTuple
+
+import ray
+from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayError
+
+from turret.fleet import messages as m
+from turret.fleet.fleet_store import FleetStore
+from turret.fleet.registry_host import RegistryHost
+from turret.server.basics.files.durable_file import replace_file
+from turret.server.errors import TurretError, UnavailableError
+
+_log = logging.getLogger(__name__)
+
+NAMESPACE = "turret"
+NAME = "turret-registry"
+# Beyond what a call waits for on purpose.
+_CALL_SECONDS = 10.0
+# For the directory of a registry that is still ending.
+_LOCK_SECONDS = 15.0
+# Each waiting replica and caller takes a thread.
+_MOST_CALLS = 512
+
+_Arguments = TypeVarTuple("_Arguments")
+_T = TypeVar("_T")
+
+
+class RegistryActor:
+    """Hosts the registry. Errors travel as values: Ray would wrap them beyond recognition.
+
+    Args:
+        state_dir: The fleet's.
+        lease_seconds: How long a silent replica is waited for.
+        run: Another one for each actor that is started, the same when Ray starts it again.
+    """
+
+    def __init__(self, state_dir: str, lease_seconds: float, run: str) -> None:
+        marker = Path(state_dir) / "registry-run"
+        # Of which run it is, and which command has it.
+        said = marker.read_text().split() if marker.exists() else []
+        is_first = said[:1] != [run]
+        store = _open_store(Path(state_dir), is_first=is_first)
+        self._marker, self._run = marker, run
+        self._host = RegistryHost(store, lease_seconds=lease_seconds, is_first=is_first)
+        self._state_dir = state_dir
+        self._owner = None if is_first or len(said) < 2 else said[1]
+        self._mark()
+
+    def state_dir(self) -> str:
+        """The fleet's."""
+        return self._state_dir
+
+    def owner(self, command: str, takes_over: bool = False) -> str:
+        """Which command ends the fleet when it ends: the one that says so last, or the only one."""
+        if takes_over or self._owner is None:
+            self._owner = command
+            self._mark()
+        return self._owner
+
+    def _mark(self) -> None:
+        """What Ray's next start of this registry is to know: it has no memory but the disk."""
+        replace_file(self._marker, f"{self._run} {self._owner or ''}".encode())
+
+    def call(self, method: str, *arguments: Any) -> tuple[Any, Exception | None]:
+        """What a method of ``RegistryHost`` returns, or raises."""
+        try:
+            return getattr(self._host, method)(*arguments), None
+        except (TurretError, ValueError, m.NotJoinedError) as error:
+            return None, error.with_traceback(None)
+
+
+def _open_store(path: Path, *, is_first: bool) -> FleetStore:
+    end = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            return FleetStore(path, is_first=is_first)
+        except ValueError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
+def start_registry(state_dir: Path, lease_seconds: float) -> None:
+    """Starts the one registry of the cluster, or finds it.
+
+    Raises:
+        UnavailableError: It does not start, or is another fleet's; says why.
+    """
+    actor, is_new = _find_or_make(state_dir, lease_seconds)
+    try:
+        found = ray.get(actor.state_dir.remote(), timeout=_LOCK_SECONDS + 45.0)
+    except RayError as error:
+        if is_new:
+            # Else it is that of a fleet which serves, and only slow to answer.
+            ray.kill(actor)
+        cause = str(error).strip().rsplit("\n", 1)[-1]
+        verb = "start" if is_new else "answer"
+        raise UnavailableError(f"the fleet's registry does not {verb}: {cause}") from None
+    if found != str(state_dir):
+        raise UnavailableError(f"this Ray cluster has a fleet already, on --state-dir {found}")
+
+
+def _find_or_make(state_dir: Path, lease_seconds: float) -> tuple[Any, bool]:
+    """The registry's actor, and whether it was made here."""
+    options: dict[str, Any] = {
+        "name": NAME,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "max_restarts": -1,
+        "max_concurrency": _MOST_CALLS,
+        "num_cpus": 0,
+        # Where Ray's own truth is: no other machine takes the registry with it.
+        "resources": {"node:__internal_head__": 0.001},
+    }
+    # Ray's types of actors know no method of the class, hence Any here and in RayChannel, where the
+    # host's own methods say what is sent and what comes back.
+    make: Any = ray.remote(RegistryActor)
+    try:
+        return ray.get_actor(NAME, namespace=NAMESPACE), False
+    except ValueError:
+        pass
+    try:
+        return make.options(**options).remote(str(state_dir), lease_seconds, uuid.uuid4().hex), True
+    except ActorAlreadyExistsError:
+        # Another command was quicker.
+        return ray.get_actor(NAME, namespace=NAMESPACE), False
+
+
+class Ownership:
+    """Whether this command ends the fleet when it ends; one that was run later may have taken it.
+
+    Takes it, where no other command has it.
+
+    Attributes:
+        is_own: The registry has said that it is this command's, and not yet that it is another's.
+    """
+
+    def __init__(self) -> None:
+        self._command = uuid.uuid4().hex
+        self._is_taking = False
+        self.is_own = False
+        self._ask()
+
+    def take(self) -> None:
+        """From now on it is this command's; if the registry is away, as soon as that is back."""
+        self._is_taking = True
+        self._ask()
+        if self._is_taking:
+            _log.warning("no registry: the command before keeps the fleet until it is back")
+
+    def look(self) -> bool:
+        """Whether to stay: it is this command's, or is to be; as it was, if nobody can say."""
+        self._ask()
+        return self.is_own or self._is_taking
+
+    def _ask(self) -> None:
+        try:
+            actor: Any = ray.get_actor(NAME, namespace=NAMESPACE)
+            answer = actor.owner.remote(self._command, self._is_taking)
+            found = ray.get(answer, timeout=_CALL_SECONDS)
+        except (RayError, GetTimeoutError, ValueError):
+            return
+        self.is_own = bool(found == self._command)
+        self._is_taking = False
+
+
+def stop_registry() -> None:
+    """Ends the registry of the cluster, for good."""
+    try:
+        ray.kill(ray.get_actor(NAME, namespace=NAMESPACE))
+    except (RayError, ValueError):
+        return
+
+
+class RayChannel:
+    """See ``Channel``; finds the registry by its name whenever it was lost."""
+
+    def __init__(self) -> None:
+        self._actor: Any = None
+
+    def join(self, join: m.Join) -> m.Joined:
+        return self._call(0.0, RegistryHost.join, join)
+
+    def report(self, report: m.Report, wait_seconds: float) -> m.News:
+        return self._call(wait_seconds, RegistryHost.report, report, wait_seconds)
+
+    def submit(self, proposal: m.Proposal) -> str:
+        return self._call(0.0, RegistryHost.submit, proposal)
+
+    def outcome(self, operation: str, wait_seconds: float) -> m.Outcome | None:
+        return self._call(wait_seconds, RegistryHost.outcome, operation, wait_seconds)
+
+    def cancel(self, operation: str, error: TurretError) -> None:
+        self._call(0.0, RegistryHost.cancel, operation, error)
+
+    def leave(self, replica: str) -> None:
+        self._call(0.0, RegistryHost.leave, replica)
+
+    def usage(self, name: str = "") -> Mapping[str, Mapping[str, m.Usage]]:
+        return self._call(0.0, RegistryHost.usage, name)
+
+    def status(self) -> m.FleetStatus:
+        return self._call(0.0, RegistryHost.status)
+
+    def _call(
+        self,
+        waits: float,
+        method: Callable[[RegistryHost, *_Arguments], _T],
+        *arguments: *_Arguments,
+    ) -> _T:
+        try:
+            if self._actor is None:
+                self._actor = ray.get_actor(NAME, namespace=NAMESPACE)
+            answer = self._actor.call.remote(method.__name__, *arguments)
+            value, error = ray.get(answer, timeout=waits + _CALL_SECONDS)
+        except (RayError, GetTimeoutError, ValueError) as lost:
+            self._actor = None
+            raise UnavailableError(
+                f"the fleet's registry cannot be reached ({type(lost).__name__}); adapters are"
+                " served on, and can be changed when it is back"
+            ) from None
+        if error is not None:
+            raise error
+        return value

@@ -1,0 +1,243 @@
+"""What answers calls in a replica: the composition root of ``server/app.py``, without listeners."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
+
+import turret
+from turret.fleet.replica.channel import Channel
+from turret.fleet.replica.link import ReplicaLink
+from turret.fleet.replica.seat import Seat
+from turret.fleet.serving.grpc_call import CallContext, ServeContext
+from turret.server import log
+from turret.server.api.access.auth import authorize
+from turret.server.api.access.shares import Shares
+from turret.server.api.access.tokens import TokenTable
+from turret.server.api.admin.adapters import Adapters
+from turret.server.api.backend import Backend
+from turret.server.api.failures import Failures
+from turret.server.api.gate import Gate
+from turret.server.api.inference.inference import Inference
+from turret.server.config import Config
+from turret.server.errors import BudgetExceededError, UnavailableError
+from turret.server.metrics import Metrics
+from turret.server.metrics_server import MetricsServer
+from turret.server.reloading import TokenReloader
+from turret.server.rpc.adapters import AdaptersServicer
+from turret.server.rpc.health import HealthServicer
+from turret.server.rpc.inference import InferenceServicer
+from turret.server.rpc.interceptor import CallInterceptor, current_call
+from turret.server.rpc.server import MAX_RECEIVE_BYTES
+from turret.v1 import adapters_pb2, inference_pb2
+
+_log = logging.getLogger(__name__)
+
+_JOIN_SECONDS = 120.0
+# Replicas of one machine have their metrics on ports that follow each other.
+_METRICS_PORTS = 64
+_DESCRIPTORS = {
+    "Inference": inference_pb2.DESCRIPTOR.services_by_name["Inference"],
+    "Adapters": adapters_pb2.DESCRIPTOR.services_by_name["Adapters"],
+}
+_MESSAGES = {**vars(inference_pb2), **vars(adapters_pb2)}
+
+
+class ReplicaServer:
+    """Made stopped, inside the running event loop.
+
+    Args:
+        config: The resolved configuration; its addresses are the fleet's.
+        name: The replica's; no other has had it.
+        channel: To the fleet's registry.
+        stops_alone: Serve nothing while the registry is away.
+
+    Raises:
+        OSError, ValueError: The token file cannot be used.
+    """
+
+    def __init__(
+        self, config: Config, name: str, channel: Channel, *, stops_alone: bool = False
+    ) -> None:
+        self._config = config
+        self.metrics = Metrics()
+        self._gate = Gate(self._check_serving)
+        self.adapters = Adapters(self._gate)
+        self.inference = Inference(self._gate)
+        token_file = config.security.token_file
+        self.tokens = None if token_file is None else TokenTable.parse(token_file)
+        self._watching: asyncio.Future[None] | None = None
+        if token_file is not None and self.tokens is not None:
+            reloader = TokenReloader(token_file, self.tokens)
+            self._watching = asyncio.ensure_future(reloader.run())
+        limits = config.scheduler
+        self.shares = Shares(limits.max_requests_per_token, limits.max_requests_per_peer)
+        self.failures = Failures()
+        self._interceptor = CallInterceptor(self.metrics, self.tokens, self.shares, self.failures)
+        self._servicers: dict[str, Any] = {
+            "Inference": InferenceServicer(self.inference),
+            "Adapters": AdaptersServicer(self.adapters),
+        }
+        self._health = HealthServicer(f"turret.v1.{name}" for name in self._servicers)
+        self._seat = Seat(name, channel, stops_alone=stops_alone)
+        self._metrics_server = self._serve_metrics()
+        self._backend: Backend | None = None
+        self._link: ReplicaLink | None = None
+
+    async def start(self) -> None:
+        """Loads the model, joins the fleet and serves what is true there.
+
+        Raises:
+            OSError, ValueError, TurretError: The model or the fleet's state cannot be served.
+        """
+        from turret.server.build import build_backend
+
+        config = self._config
+        backend = await asyncio.to_thread(build_backend, config, self.metrics, seat=self._seat)
+        self._backend = backend
+        await backend.engine.start()
+        self._link = self._seat.link(lambda: (self.num_waiting, self.num_running))
+        await asyncio.to_thread(self._link.start, _JOIN_SECONDS)
+        model = backend.model_info
+        self.metrics.info(
+            {
+                "version": turret.__version__,
+                "model": model.name,
+                "dtype": model.dtype,
+                "quantization": model.quantization,
+            }
+        )
+        self._gate.open(backend)
+        _log.info("serving", extra=log.fields(replica=self._seat.name, model=model.name))
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait to be computed."""
+        return 0 if self._backend is None else self._backend.engine.num_waiting
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that are computed."""
+        return 0 if self._backend is None else self._backend.engine.num_open - self.num_waiting
+
+    def check(self) -> None:
+        """Raises UnavailableError if the replica can serve no more, and has to be replaced."""
+        if self._backend is None or self._backend.engine.is_dead:
+            raise UnavailableError("the engine is dead")
+        if self._link is None or self._link.has_failed:
+            raise UnavailableError("the replica cannot follow the fleet")
+
+    def _check_serving(self) -> None:
+        # Until Serve has asked ``check``, and replaced the replica.
+        if self._backend is not None and self._backend.engine.is_dead:
+            raise UnavailableError("the engine is dead")
+        if self._link is None or not self._link.is_serving:
+            raise UnavailableError("the replica has lost the fleet's registry")
+
+    async def stop(self) -> None:
+        """Takes no further call, lets running ones finish, leaves the fleet."""
+        self._gate.close("the replica is shutting down")
+        if self._watching is not None:
+            self._watching.cancel()
+        if self._backend is not None:
+            await self._backend.engine.drain(self._config.lifecycle.grace_seconds)
+        if self._link is not None:
+            await asyncio.to_thread(self._link.close)
+        if self._backend is not None:
+            await asyncio.to_thread(self._backend.close)
+        self.adapters.close()
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.close)
+
+    def _serve_metrics(self) -> MetricsServer | None:
+        """On the first port that no other replica of this machine has."""
+        address = self._config.listen.metrics_address
+        if address is None:
+            return None
+        try:
+            server = MetricsServer(self.metrics, address, self.tokens, num_ports=_METRICS_PORTS)
+        except OSError as error:
+            # A replica that answers is worth more than one that is watched.
+            said = log.fields(address=address, why=error.strerror)
+            _log.warning("this replica's metrics cannot be read", extra=said)
+            return None
+        _log.info("metrics", extra=log.fields(address=server.address))
+        return server
+
+    # gRPC
+
+    async def check_service(
+        self, request: health_pb2.HealthCheckRequest, context: Any
+    ) -> health_pb2.HealthCheckResponse:
+        """What ``grpc.health.v1`` says of a service; Serve's own checks ask ``check``."""
+        try:
+            self._gate.enter()
+            self._health.set_serving(True)
+        except UnavailableError:
+            self._health.set_serving(False)
+        return await self._health.Check(request, context)
+
+    async def answer(self, service: str, method: str, request: Any, inner: ServeContext) -> Any:
+        """One message for one message, or for a stream of them. An error's answer is empty."""
+        context = CallContext(inner)
+        call = getattr(self._servicers[service], method)
+        answer = await self._run(service, method, context, request, lambda: call(request, context))
+        kind = _DESCRIPTORS[service].methods_by_name[method].output_type.name
+        return _MESSAGES[kind]() if answer is None else answer
+
+    def answer_stream(
+        self, service: str, method: str, request: Any, inner: ServeContext
+    ) -> AsyncIterator[Any]:
+        """A stream of messages for one message."""
+        context = CallContext(inner)
+        call = getattr(self._servicers[service], method)
+
+        async def write_all() -> None:
+            answers = call(request, context)
+            try:
+                async for message in answers:
+                    await context.write(message)
+            finally:
+                await answers.aclose()
+
+        return context.messages(lambda: self._run(service, method, context, request, write_all))
+
+    async def _run(
+        self,
+        service: str,
+        method: str,
+        context: CallContext,
+        request: Any,
+        body: Callable[[], Any],
+    ) -> Any:
+        full = f"turret.v1.{service}"
+        metadata = context.invocation_metadata()
+
+        async def checked() -> Any:
+            sent = next((value for key, value in metadata if key == "authorization"), None)
+            authorize(self.tokens, full, sent)
+            if isinstance(request, Message):
+                current_call().message_bytes = _checked_size(request)
+            return await body()
+
+        return await self._interceptor.run(f"/{full}/{method}", context, checked)
+
+
+def _checked_size(message: Message) -> int:
+    """A message's bytes; Serve's listener has no limit on them.
+
+    Raises:
+        BudgetExceededError: More than turret's own listener takes.
+    """
+    size = message.ByteSize()
+    if size > MAX_RECEIVE_BYTES:
+        raise BudgetExceededError(
+            f"the message has {size} bytes, the server takes {MAX_RECEIVE_BYTES}",
+            metadata={"bytes": str(size), "max_bytes": str(MAX_RECEIVE_BYTES)},
+        )
+    return size

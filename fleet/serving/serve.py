@@ -1,0 +1,281 @@
+"""Starts a fleet, waits, and stops it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from turret.fleet.machine import ray_lines
+from turret.fleet.serving.plan import ClusterPlan
+from turret.fleet.serving.ray_cluster import LOOPBACK, STOPPING, RayCluster
+from turret.server import log
+from turret.server.basics.address import split_address
+from turret.server.command.interrupts import Hangup
+from turret.server.command.start_lines import refuse
+from turret.server.command.threads import available_cpus
+from turret.server.config import Config
+from turret.server.errors import UnavailableError
+from turret.server.reloading import NOTHING_TO_RELOAD
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+_log = logging.getLogger(__name__)
+
+APPLICATION = "turret"
+_SERVICES = (
+    "turret.v1.inference_pb2_grpc.add_InferenceServicer_to_server",
+    "turret.v1.adapters_pb2_grpc.add_AdaptersServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+)
+# Serve's own bound, far above --max-queued-requests, which answers instead of waiting.
+_MOST_ONGOING = 1 << 14
+_START_SECONDS = 600.0
+_POLL_SECONDS = 1.0
+_WATCH_SECONDS = 0.5
+
+
+def run(config: Config, plan: ClusterPlan) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit code."""
+    assert config.adapters.state_dir is not None
+    stop = threading.Event()
+    listen = functools.partial(_listen, config, stop, Hangup())
+    listen()
+    try:
+        with _deferring(listen):
+            host, _ = split_address(config.listen.address)
+            cluster = RayCluster.open(plan, host, config.adapters.state_dir, stop.is_set)
+    except UnavailableError as error:
+        return _refuse(config, error)
+    is_over = threading.Event()
+    watch = functools.partial(_end_with_ray, cluster, config.adapters.state_dir, is_over)
+    threading.Thread(target=watch, name="ray-watch", daemon=True).start()
+    try:
+        return 0 if stop.is_set() else _serve(config, plan, stop)
+    except (UnavailableError, RuntimeError, ValueError) as error:
+        return _refuse(config, error)
+    finally:
+        is_over.set()
+        cluster.close(config.adapters.state_dir)
+        _log.info("stopped")
+
+
+def _end_with_ray(cluster: RayCluster, state_dir: Path, is_over: threading.Event) -> None:
+    """Ends the fleet if Ray's GCS or raylet dies, which nobody starts again.
+
+    Without this, replicas and the ingress would go on for a minute, and the ingress after that. The
+    main thread may wait in a call of Ray's that does not return for as long.
+    """
+    while not is_over.wait(_WATCH_SECONDS):
+        if dead := cluster.dead_process():
+            _log.error("a process of Ray has died: the fleet ends", extra=log.fields(process=dead))
+            cluster.kill(state_dir)
+            os._exit(1)
+
+
+def _refuse(config: Config, error: Exception) -> int:
+    """Say why there is no fleet, in a sentence; returns the exit code."""
+    text = str(error)
+    why = ray_lines.cause(text)
+    if why != text:
+        _log.debug("all that Ray said", extra=log.fields(text=text))
+        why += "" if config.log.verbose else " (--verbose logs all that Ray said)"
+    refuse(why, is_json=config.log.log_format == "json", command="turret cluster serve")
+    return 1
+
+
+@contextlib.contextmanager
+def _deferring(listen: Callable[[], None]) -> Iterator[None]:
+    """Has signals wait until the end, where they are listened to again.
+
+    Ray's core takes them over as it connects: one that came then would print its stack, and end
+    this process in the middle of its start. The threads that are made inside never get any.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        listen()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+def _listen(config: Config, stop: threading.Event, hangup: Hangup) -> None:
+    for kind in STOPPING:
+        signal.signal(kind, lambda *_: stop.set())
+
+    def reload(*_: object) -> None:
+        if hangup.is_of_terminal():
+            stop.set()
+        elif config.security.token_file is None:
+            _log.info(NOTHING_TO_RELOAD)
+        else:
+            _log.info("every replica reads --token-file again by itself, when it has changed")
+
+    signal.signal(signal.SIGHUP, reload)
+
+
+def warn_if_crowded(replicas: int, devices: int) -> None:
+    """Says that there are more replicas than this machine has for them.
+
+    Args:
+        replicas: The most that there will be.
+        devices: GPUs, if they are used; else 0.
+    """
+    processors = available_cpus()
+    if devices and replicas > devices:
+        said = log.fields(replicas=replicas, devices=devices)
+        _log.warning("more replicas than devices: some will wait for one", extra=said)
+    elif not devices and replicas > processors:
+        said = log.fields(replicas=replicas, processors=processors)
+        _log.warning("more replicas than processors: they slow each other down", extra=said)
+
+
+def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
+    from ray import serve
+    from ray.serve.config import HTTPOptions, gRPCOptions
+    from ray.serve.schema import LoggingConfig
+
+    from turret.fleet.serving import registry_actor
+
+    # Of this process; that Serve has started, and is found again, is no news to its reader.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if plan.ray_address is None:
+        warn_if_crowded(plan.max_replicas, _num_devices(config))
+    assert config.adapters.state_dir is not None
+    assert config.listen.http_address is not None
+    host, port = split_address(config.listen.address)
+    if plan.ray_address is None:
+        # Of replicas; the ingress listens on the host that was given, as write_haproxy has it.
+        host = LOOPBACK
+    serve.start(
+        proxy_location="EveryNode",
+        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+        http_options=HTTPOptions(host=host, port=split_address(config.listen.http_address)[1]),
+        grpc_options=gRPCOptions(port=port, grpc_servicer_functions=list(_SERVICES)),
+    )
+    owner = None
+    try:
+        registry_actor.start_registry(config.adapters.state_dir, plan.lease_seconds)
+        owner = registry_actor.Ownership()
+        target = serve.RunTarget(deployment(config, plan), APPLICATION, "/")
+        # SIGTERM is heard while the models are loaded, too.
+        serve.run_many([target], wait_for_applications_running=False)
+        if _wait_until_up(stop):
+            owner.take()
+            _log.info(
+                "serving",
+                extra=log.fields(
+                    address=config.listen.address,
+                    http=config.listen.http_address,
+                    replicas=plan.min_replicas,
+                ),
+            )
+            while not stop.wait(_POLL_SECONDS) and owner.look():
+                pass
+    finally:
+        if owner is None:
+            # What is there is another fleet's.
+            if not serve.status().applications:
+                serve.shutdown()
+        elif owner.is_own:
+            _log.info("draining", extra=log.fields(seconds=config.lifecycle.grace_seconds))
+            _end()
+        else:
+            _log.info("the fleet is another command's, and goes on")
+    return 0
+
+
+def _end() -> None:
+    from ray import serve
+
+    from turret.fleet.serving import registry_actor
+
+    try:
+        serve.delete(APPLICATION)
+        registry_actor.stop_registry()
+    finally:
+        serve.shutdown()
+
+
+def _wait_until_up(stop: threading.Event) -> bool:
+    """Whether the application runs; False if it is to stop before.
+
+    Raises:
+        UnavailableError: It does not start; says why.
+    """
+    from ray import serve
+
+    waited = 0.0
+    while not stop.wait(0.2):
+        waited += 0.2
+        found = serve.status().applications.get(APPLICATION)
+        status = "" if found is None else found.status
+        if status == "RUNNING":
+            return True
+        if status in ("DEPLOY_FAILED", "UNHEALTHY") or waited > _START_SECONDS:
+            assert found is not None
+            reasons = [d.message for d in found.deployments.values() if d.message]
+            raise UnavailableError(f"the replicas do not start: {' '.join(reasons)}")
+    return False
+
+
+def deployment(config: Config, plan: ClusterPlan) -> Application:
+    """What Serve is asked to keep running."""
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    from turret.fleet.serving import autoscaling
+    from turret.fleet.serving.deployment import Replica
+
+    threads = config.model.threads or max(1, available_cpus() // plan.max_replicas)
+    options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": _threads(threads)}}
+    if _num_devices(config):
+        options |= {"num_gpus": 1}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, threads=threads))
+    scale: dict[str, Any] = {"num_replicas": plan.min_replicas}
+    if plan.max_replicas > plan.min_replicas:
+        policy = {"policy_function": f"{autoscaling.__name__}:{autoscaling.policy.__name__}"}
+        scale = {
+            "autoscaling_config": {
+                "min_replicas": plan.min_replicas,
+                "max_replicas": plan.max_replicas,
+                "upscale_delay_s": 1.0,
+                "downscale_delay_s": 60.0,
+                "metrics_interval_s": 1.0,
+                "look_back_period_s": 2.0,
+                "policy": policy,
+            }
+        }
+    deploy = serve.deployment(
+        name="turret",
+        max_ongoing_requests=_MOST_ONGOING,
+        ray_actor_options=options,
+        # The death of a replica's process, too, is seen when its health is looked at.
+        health_check_period_s=0.5,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_timeout_s=config.lifecycle.grace_seconds + 5.0,
+        logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
+        **scale,
+    )
+    return deploy(Replica).bind(config, plan.stops_alone)
+
+
+def _num_devices(config: Config) -> int:
+    """GPUs of the cluster; 0 if none is to be used."""
+    import ray
+
+    return 0 if config.model.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
+
+
+def _threads(number: int) -> dict[str, str]:
+    # Read when torch is loaded, which happens before any code of the replica runs.
+    return {"OMP_NUM_THREADS": str(number), "PYTHONPATH": ":".join(filter(None, sys.path))}

@@ -1,0 +1,1 @@
+"""Runs code that strangers wrote in a child process with limits of time and memory."""

@@ -1,0 +1,46 @@
+"""The program of a confined child process: answers jobs that strangers' code is a part of.
+
+``confined.py`` runs this file by its path, in an interpreter that cannot import turret and that
+sees only the packages it is given. Jobs come as lines of JSON on standard input. Each answer is a
+line of JSON on standard output, and an empty line follows the last answer to a job.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import runpy
+import signal
+import sys
+
+
+def main(program: str, cpu_seconds: str, max_bytes: str, *packages: str) -> None:
+    """Answer jobs until standard input ends.
+
+    Args:
+        program: Path of the file that defines ``answers``, which yields the answers to a job.
+        cpu_seconds: Limit of processor time for each job. The signal ends the process even while
+            it is inside a C function.
+        max_bytes: Limit of the address space.
+        packages: Directories to import packages from.
+    """
+    # Ctrl-C reaches the whole process group. The parent decides when its children end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.path += packages
+    answers = runpy.run_path(program)["answers"]
+    resource.setrlimit(resource.RLIMIT_AS, (int(max_bytes), int(max_bytes)))
+    output = sys.stdout.buffer
+    for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_PROF, float(cpu_seconds))
+        for answer in answers(json.loads(line.decode("utf-8", "surrogatepass"))):
+            text = json.dumps(answer, ensure_ascii=False) + "\n"
+            output.write(text.encode("utf-8", "surrogatepass"))
+            output.flush()
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        output.write(b"\n")
+        output.flush()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,91 @@
+"""A chat template: what makes the text of a conversation that a model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from turret.server.basics.confined.confined import Confined, ConfinedError
+from turret.server.errors import UnavailableError
+
+CPU_SECONDS = 2.0
+MAX_BYTES = 256 << 20
+# Twice the largest message that a client can send.
+MAX_TEXT_BYTES = 8 << 20
+_PROGRAM = Path(__file__).with_name("template_program.py")
+
+
+class ChatTemplate:
+    """Renders conversations in a child process, since templates are code that strangers wrote.
+
+    Thread-safe. Short conversations have a process and a thread of their own, so that they do not
+    wait for long ones. Each template has its own processes, so that a slow template delays nobody
+    else's conversations.
+
+    Args:
+        templates: The template; or several by name, as older tokenizers have them.
+        variables: Special tokens by their names, such as ``bos_token``.
+    """
+
+    def __init__(self, templates: str | Mapping[str, str], variables: Mapping[str, str]) -> None:
+        self._templates = {"default": templates} if isinstance(templates, str) else templates
+        self._variables = variables
+        self._short, self._long = _Lane(), _Lane()
+
+    def executor(self, is_short: bool) -> Executor:
+        """Where to call ``render`` for a short or a long conversation."""
+        return (self._short if is_short else self._long).executor
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        is_short: bool,
+    ) -> str:
+        """The text of a conversation up to the assistant's turn. Blocks.
+
+        Raises:
+            ValueError: The template refuses the messages, fails, or takes too much.
+            UnavailableError: Something else ended the process.
+        """
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            raise ValueError(f"the model has no default one, only {', '.join(self._templates)}")
+        job = {
+            "template": self._templates[name],
+            "variables": {
+                "messages": messages,
+                "tools": tools or None,
+                "documents": None,
+                "add_generation_prompt": True,
+                **self._variables,
+            },
+        }
+        try:
+            (answer,) = (self._short if is_short else self._long).confined.ask(job)
+        except ConfinedError as error:
+            if error.is_over_limit:
+                raise ValueError(str(error)) from None
+            raise UnavailableError("the process that renders chat templates was ended") from None
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer["text"]
+
+    def close(self) -> None:
+        """End the processes, and with them what they render."""
+        self._short.confined.close()
+        self._long.confined.close()
+
+
+class _Lane:
+    def __init__(self) -> None:
+        self.confined = Confined(
+            _PROGRAM,
+            cpu_seconds=CPU_SECONDS,
+            max_bytes=MAX_BYTES,
+            max_answer_bytes=MAX_TEXT_BYTES,
+            packages=("jinja2", "markupsafe"),
+        )
+        self.executor = ThreadPoolExecutor(1, "chat-template")

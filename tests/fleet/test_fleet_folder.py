@@ -1,0 +1,172 @@
+"""Which fleets run on a machine, and what is done with what dead ones left."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from turret.fleet.machine import fleet_folder
+from turret.fleet.machine.fleet_folder import FleetFolder
+from turret.fleet.serving.ingress import ingress_environment
+from turret.server import cli
+
+_COMMAND = """
+import os, sys, time
+from pathlib import Path
+from turret.fleet.machine import fleet_folder
+from turret.fleet.machine.fleet_folder import FleetFolder
+fleet_folder._SHORT = Path(os.environ["TMPDIR"])
+print(FleetFolder.make(Path(sys.argv[1])).path, flush=True)
+time.sleep(600)
+"""
+_INGRESS = """
+import socket, time
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+time.sleep(600)
+"""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where fleets have their folders: this test's alone."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    monkeypatch.setattr(fleet_folder, "_SHORT", folder)
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: object() if name == "ray" else find(name)
+    )
+    return folder
+
+
+@contextmanager
+def running(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A Python program, and the line that it prints first."""
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+class Killed:
+    """A fleet whose command was killed, and whose ingress goes on."""
+
+    def __init__(self, at: Path, stack: ExitStack) -> None:
+        with running(sys.executable, "-c", _COMMAND, at / "state") as (_, folder):
+            self.folder = Path(folder)
+        self.ingress, port = start_ingress(at, self.folder, stack)
+        self.address = f"127.0.0.1:{port}"
+
+
+def start_ingress(at: Path, folder: Path, stack: ExitStack) -> tuple[subprocess.Popen[str], str]:
+    """What looks like the ingress of the fleet that has the folder, and its port."""
+    at.mkdir()
+    program = at / "haproxy"
+    program.symlink_to(sys.executable)
+    file = f"{folder}/node/haproxy.cfg"
+    return stack.enter_context(running(program, "-c", _INGRESS, "-f", file))
+
+
+@pytest.mark.parametrize("length", [11, 12])
+def test_a_folder_of_temporary_files_with_a_long_path_gives_way(
+    length: int, tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below a fleet's folder lie sockets, whose paths have at most 97 bytes in HAProxy."""
+    made = Path(tempfile.mkdtemp(dir="/tmp"))
+    place = Path(f"/tmp/{'x' * (length - len('/tmp/'))}")
+    made.rename(place)
+    try:
+        monkeypatch.setattr("tempfile.tempdir", str(place))
+        folder = FleetFolder.make(tmp_path / "state")
+        assert folder.path.parent == (place if length == 11 else temporary)
+        sockets = [
+            path
+            for name, path in ingress_environment(folder.path / ("f" * 56)).items()
+            if name.endswith("SOCKET_PATH")
+        ]
+        assert length == 12 or max(map(len, sockets)) == 97
+        # Found by a command whose temporary files lie elsewhere, too.
+        assert fleet_folder.state_dirs() == [tmp_path / "state"]
+        folder.remove()
+    finally:
+        place.rmdir()
+
+
+def test_a_fleet_is_found_while_its_command_lives(tmp_path: Path) -> None:
+    assert fleet_folder.state_dirs() == []
+    one, other = tmp_path / "one", tmp_path / "other"
+    folder = FleetFolder.make(one)
+    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+    with running(sys.executable, "-c", _COMMAND, other):
+        assert fleet_folder.state_dirs() == [one, other]
+    assert fleet_folder.state_dirs() == [one]
+    folder.remove()
+    assert fleet_folder.state_dirs() == []
+    assert not folder.path.exists()
+
+
+def test_what_a_killed_fleet_left_is_removed_and_a_living_one_is_let_be(
+    tmp_path: Path, temporary: Path
+) -> None:
+    # That of clusters which are joined, and a file: they have no owner.
+    joined = temporary / f"turret-{os.getuid()}"
+    joined.mkdir()
+    (temporary / "turret-file").touch()
+    living = FleetFolder.make(tmp_path / "state")
+    with ExitStack() as stack:
+        own, _ = start_ingress(tmp_path / "living", living.path, stack)
+        killed = Killed(tmp_path / "killed", stack)
+        assert fleet_folder.remove_dead() == [killed.folder]
+        assert killed.ingress.wait(10) == -signal.SIGKILL
+        assert not killed.folder.exists()
+        assert joined.exists()
+        assert fleet_folder.remove_dead() == []
+        assert own.poll() is None
+        living.remove()
+        assert own.wait(10) == -signal.SIGKILL
+
+
+def test_a_fleet_starts_on_the_addresses_of_one_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turret.fleet.serving.serve.run", lambda config, plan: 7)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        http = f"127.0.0.1:{free.getsockname()[1]}"
+    with ExitStack() as stack:
+        killed = Killed(tmp_path / "killed", stack)
+        flags = ["--state-dir", str(tmp_path / "state"), "--address", killed.address]
+        assert cli.main(["cluster", "serve", *flags, "--http-address", http]) == 7
+
+
+def test_status_asks_the_fleet_that_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    folder = FleetFolder.make(one)
+    assert cli.main(["cluster", "status"]) == 1
+    assert f"the fleet on {one} has only begun to start" in capsys.readouterr().err
+    with running(sys.executable, "-c", _COMMAND, other):
+        assert cli.main(["cluster", "status"]) == 1
+    assert f"2 fleets run here; --state-dir says which: {one}, {other}" in capsys.readouterr().err
+    folder.remove()
+    assert cli.main(["cluster", "status", "--state-dir", str(one)]) == 1
+    assert "--ray-address names a Ray cluster" in capsys.readouterr().err

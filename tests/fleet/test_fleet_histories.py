@@ -1,0 +1,120 @@
+"""Histories of a fleet, drawn: crashes at every step, partitions, late and lost messages."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from fleets.world import World
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from turret.fleet import fleet_registry, follower
+from turret.fleet.fleet_registry import FleetRegistry
+from turret.fleet.follower import Follower
+from turret.fleet.members import Members
+
+NUM_HISTORIES = 700
+NUM_ACTIONS = 150
+
+
+def live_many(count: int) -> None:
+    for seed in range(count):
+        live(seed)
+
+
+def live(seed: int, counts: Counter[str] | None = None) -> None:
+    """One history, from the first action until everything is mended."""
+    generator = random.Random(seed)
+    world = World(generator.randrange, 2 + seed % 2, stops_alone=seed % 4 < 2)
+    try:
+        for _ in range(NUM_ACTIONS):
+            world.act()
+        world.finish()
+    except AssertionError as error:
+        error.add_note(f"seed {seed}")
+        raise
+    if counts is not None:
+        counts.update(world.counts)
+
+
+def test_no_two_weights_under_one_generation_and_nothing_acknowledged_is_lost() -> None:
+    counts: Counter[str] = Counter()
+    for seed in range(NUM_HISTORIES):
+        live(seed, counts)
+    # Everything that can happen has happened, or the histories say little.
+    assert counts.keys() >= {
+        *("Register", "Pin", "Unload", "Merge", "Unmerge", "joined", "expelled"),
+        *("replica crashed", "registry crashed", "crashed at a write"),
+        *("AdapterExistsError", "AdapterGenerationError", "AdapterInUseError", "MergeActiveError"),
+        *("AdapterNotFoundError", "StorageFullError", "NotMergedError"),
+        *("Unload: AdapterInUseError", "Merge: InvalidRequestError", "Merge: UnavailableError"),
+    }, counts
+
+
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+@given(
+    script=st.lists(st.integers(0, 2**16), max_size=300),
+    num_replicas=st.sampled_from([2, 3]),
+    stops_alone=st.booleans(),
+)
+def test_every_script_keeps_the_promises(
+    script: list[int], num_replicas: int, stops_alone: bool
+) -> None:
+    rest = iter(script)
+    is_over = False
+
+    def draw(below: int) -> int:
+        nonlocal is_over
+        number = next(rest, None)
+        is_over = number is None
+        return (number or 0) % below
+
+    world = World(draw, num_replicas, stops_alone)
+    while not is_over:
+        world.act()
+    world.finish()
+
+
+# What the histories are worth: each of these mistakes is found.
+
+
+def _acknowledge_at_once(self: FleetRegistry, revision: int, now: float) -> bool:
+    return True
+
+
+def _do_not_wait_for_old_leases(self: FleetRegistry, revision: int, now: float) -> bool:
+    return self.members.have_applied(revision)
+
+
+def _forget_who_holds(self: Members, uuid: str) -> int:
+    return 0
+
+
+def _say_it_is_applied(self: Follower, change: follower.Change) -> None:
+    self._applied = self._received
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("where", "name", "mistake"),
+    [
+        (FleetRegistry, "_is_applied", _acknowledge_at_once),
+        (FleetRegistry, "_is_applied", _do_not_wait_for_old_leases),
+        (Members, "held", _forget_who_holds),
+        (Members, "is_held", lambda self, key: False),
+        (Follower, "done", _say_it_is_applied),
+        (fleet_registry, "CLOCK_SLACK", 0.5),
+        (fleet_registry.rules, "check_same", lambda saved, expected: None),
+        (fleet_registry.rules, "check_not_needed", lambda state, saved: None),
+    ],
+)
+def test_mistakes_are_found(
+    where: object, name: str, mistake: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(where, name, mistake)
+    with pytest.raises(AssertionError):
+        live_many(8 * NUM_HISTORIES)

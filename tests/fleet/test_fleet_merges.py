@@ -1,0 +1,84 @@
+"""Merges in a fleet: everywhere or nowhere, and on replicas that come later too."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+from builders.mixes.merges import ARCHITECTURE, PROMPT, merge, refs, save_adapters, unmerge
+from fleets.replicas import Fleet, Wire
+from method_oracle import twin
+from servers.engine_harness import EngineHarness, make_request
+
+from turret.fleet.replica.seat import Seat
+from turret.server.adapters.merge.merger import Merger
+from turret.server.errors import AdapterInUseError, InvalidRequestError, MergeActiveError
+
+
+async def answer(server: EngineHarness) -> tuple[tuple[int, ...], int]:
+    """What the base alone says now, and its generation."""
+    found = await server.run(make_request(PROMPT, max_tokens=6))
+    return found.token_ids, server.merger.state.base_generation
+
+
+@pytest.mark.slow
+async def test_a_merge_is_everywhere_or_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = save_adapters(tmp_path / "root")
+    fleet = Fleet(tmp_path / "state", root)
+
+    async with AsyncExitStack() as stack:
+
+        async def start(name: str) -> EngineHarness:
+            seat = Seat(name, Wire(lambda: fleet.host))
+            harness = EngineHarness.start(
+                twin(ARCHITECTURE).folder, root, seat=seat, state_dir=fleet.state_dir
+            )
+            return await stack.enter_async_context(harness)
+
+        first, second = await start("r0"), await start("r1")
+        for name in ("lora", "dora", "prompt_tuning"):
+            await asyncio.to_thread(first.registry.load, name, name)
+        plain = await answer(first)
+        assert plain == await answer(second)
+        with pytest.raises(InvalidRequestError, match="cannot be merged"):
+            await merge(first, "prompt_tuning")
+
+        def fail(*args: object) -> None:
+            raise InvalidRequestError("the merged weights are not finite in q_proj")
+
+        # One replica that cannot, and it is nowhere.
+        with monkeypatch.context() as patched:
+            patched.setattr(second.merger, "_build", fail)
+            with pytest.raises(InvalidRequestError, match="not finite"):
+                await merge(first, "lora", "dora")
+        assert await answer(first) == await answer(second) == plain
+
+        state = await merge(second, "lora", "dora")
+        assert state.base_generation == 2
+        merged = await answer(first)
+        assert merged == await answer(second)
+        assert merged != plain
+        with pytest.raises(MergeActiveError):
+            await merge(first, "lora")
+        with pytest.raises(AdapterInUseError, match="merged into the base"):
+            await asyncio.to_thread(first.registry.unload, "lora")
+        # A replica that comes later serves no other base, and one server agrees.
+        third = await start("r2")
+        assert await answer(third) == merged
+        alone = await stack.enter_async_context(
+            EngineHarness.start(twin(ARCHITECTURE).folder, root, adapters=("lora", "dora"))
+        )
+        assert type(alone.merger) is Merger
+        await merge(alone, "lora", "dora")
+        assert await answer(alone) == merged
+
+        await unmerge(third)
+        for server in (first, second, third):
+            assert await answer(server) == (plain[0], 3)
+        mix = first.registry.acquire(refs("lora"))
+        first.registry.release(mix)
+    fleet.close()

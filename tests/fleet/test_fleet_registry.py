@@ -1,0 +1,170 @@
+"""The registry's rules one by one, where a drawn history would rarely come."""
+
+from __future__ import annotations
+
+import pytest
+from fleets.parts import Disk, Replica, facts_of
+
+from turret.fleet import messages as m
+from turret.fleet.fleet_registry import FleetRegistry
+from turret.server.adapters.source import Source
+from turret.server.errors import (
+    AdapterBusyError,
+    AdapterExistsError,
+    AdapterGenerationError,
+    UnavailableError,
+)
+
+
+def register(name: str, digest: str, **fields: object) -> m.Register:
+    return m.Register(name=name, source=Source(digest), facts=facts_of(digest), **fields)  # type: ignore[arg-type]
+
+
+def beat(registry: FleetRegistry, replica: Replica, now: float) -> None:
+    """Asks, is answered, and applies everything."""
+    follower, question = replica.follower, replica.follower.next_call()
+    if isinstance(question, m.Join):
+        follower.joined(registry.join(question, now), now)
+    else:
+        try:
+            follower.told(question, registry.report(question, now), now)
+        except m.NotJoinedError:
+            follower.must_join(question)
+    while (change := follower.next_change()) is not None:
+        follower.apply(change)
+        follower.done(change)
+
+
+def fleet(count: int = 2, disk: Disk | None = None) -> tuple[FleetRegistry, list[Replica]]:
+    registry = FleetRegistry(disk or Disk(), now=0.0)
+    replicas = [Replica(f"r{i}", 1.0, stops_alone=True) for i in range(count)]
+    for replica in replicas:
+        beat(registry, replica, 0.0)
+        beat(registry, replica, 0.0)
+    return registry, replicas
+
+
+def test_a_change_is_done_when_the_last_living_replica_has_applied_it() -> None:
+    registry, (first, second) = fleet()
+    operation = registry.submit(register("a", "d1"), 1.0)
+    for replica in (first, second):
+        assert registry.outcome(operation, 1.0) is None
+        beat(registry, replica, 1.0)
+        assert registry.outcome(operation, 1.0) is None, "applied, and not yet said so"
+        beat(registry, replica, 1.0)
+    outcome = registry.outcome(operation, 1.0)
+    assert outcome is not None
+    assert outcome.saved is not None
+    assert outcome.saved.generation == 1
+    assert first.resolve("a") == second.resolve("a") == outcome.saved
+
+
+def test_a_silent_replica_is_waited_for_until_it_has_stopped_by_any_clock() -> None:
+    registry, (first, second) = fleet()
+    operation = registry.submit(register("a", "d1"), 1.0)
+    for now in (1.0, 3.0, 5.0, 6.0):
+        beat(registry, first, now)
+    assert not second.is_serving(6.0)
+    assert registry.outcome(operation, 6.0) is None
+    beat(registry, first, 6.3)
+    assert registry.outcome(operation, 6.3) is not None
+
+
+def test_a_join_that_comes_late_does_not_bring_back_what_was_not_waited_for() -> None:
+    registry, (first, second) = fleet()
+    late = m.Join(replica="r1", base_name="base", base_digest="base")
+    question = second.follower.next_call()
+    assert isinstance(question, m.Report)
+    operation = registry.submit(register("a", "d1"), 1.0)
+    for now in (1.0, 4.0, 7.0):
+        beat(registry, first, now)
+    assert registry.outcome(operation, 7.0) is not None
+    registry.join(late, 7.0)
+    with pytest.raises(m.NotJoinedError):
+        registry.report(question, 7.0)
+
+
+def test_a_new_incarnation_waits_for_the_leases_of_the_one_before() -> None:
+    disk = Disk()
+    fleet(disk=disk)
+    registry = FleetRegistry(disk, now=1.0, is_first=False)
+    replica = Replica("new", 1.0, stops_alone=True)
+    operation = registry.submit(register("a", "d1"), 1.0)
+    for now in (1.0, 1.0, 4.0, 7.2):
+        beat(registry, replica, now)
+        assert registry.outcome(operation, now) is None
+    assert registry.outcome(operation, 7.3) is not None
+
+
+def test_an_operation_of_another_incarnation_is_not_taken_for_ones_own() -> None:
+    disk = Disk()
+    registry, _ = fleet(disk=disk)
+    operation = registry.submit(register("a", "d1"), 1.0)
+    other = FleetRegistry(disk, now=1.0, is_first=False)
+    other.submit(register("b", "d2"), 1.0)
+    with pytest.raises(UnavailableError, match="started anew"):
+        other.outcome(operation, 1.0)
+
+
+def test_who_replaces_says_what() -> None:
+    registry, _ = fleet()
+    registry.submit(register("a", "d1"), 1.0)
+    with pytest.raises(AdapterExistsError, match="taken by other weights"):
+        registry.submit(register("a", "d2"), 1.0)
+    uuid = registry.state.names["a"].uuid
+    registry.submit(register("a", "d2", replaces=(uuid, 1)), 1.0)
+    assert registry.state.names["a"].generation == 2
+    with pytest.raises(AdapterGenerationError, match="has generation 2, not 1"):
+        registry.submit(register("a", "d3", replaces=(uuid, 1)), 1.0)
+    with pytest.raises(AdapterGenerationError, match="loaded again"):
+        registry.submit(register("a", "d3", replaces=("other", 2)), 1.0)
+
+
+def test_an_unload_waits_for_requests_on_every_replica_and_gives_up() -> None:
+    registry, (first, second) = fleet()
+    registry.submit(register("a", "d1"), 1.0)
+    for replica in (first, second):
+        beat(registry, replica, 1.0)
+    saved = second.resolve("a")
+    assert saved is not None
+    second.requests.append(saved)
+    operation = registry.submit(m.Unload(name="a", is_forced=False, timeout_seconds=2.0), 1.0)
+    for now in (1.5, 2.0, 2.9):
+        for replica in (first, second):
+            beat(registry, replica, now)
+        assert first.resolve("a") is None, "new requests are refused from the start"
+        assert registry.outcome(operation, now) is None
+    with pytest.raises(AdapterBusyError, match="held by 1 request after "):
+        registry.outcome(operation, 3.0)
+    beat(registry, first, 3.0)
+    assert first.resolve("a") == saved
+    forced = registry.submit(m.Unload(name="a", is_forced=True, timeout_seconds=2.0), 3.0)
+    for now in (3.1, 3.2, 3.3, 3.4):
+        for replica in (first, second):
+            beat(registry, replica, now)
+    assert registry.outcome(forced, 3.5) is not None
+    assert "a" not in first.state.names
+
+
+def test_a_replica_with_another_base_is_refused() -> None:
+    registry, _ = fleet()
+    with pytest.raises(AssertionError):
+        registry.join(m.Join(replica="x", base_name="other", base_digest="other"), 1.0)
+
+
+def test_use_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, (first, _) = fleet()
+    used = {"a": m.Usage(in_flight=1), "b": m.Usage(residency="host")}
+    monkeypatch.setattr(first, "usage", lambda: used)
+    beat(registry, first, 1.0)
+    question = first.follower.next_call()
+    assert isinstance(question, m.Report)
+    assert question.usage is None
+    beat(registry, first, 1.5)
+    assert registry.usage()["r0"] == used
+    assert registry.usage("b") == {"r0": {"b": m.Usage(residency="host")}}
+    # To another incarnation it is told again.
+    other = FleetRegistry(Disk(), now=2.0, is_first=False)
+    for _ in range(3):
+        beat(other, first, 2.0)
+    assert other.usage() == {"r0": used}

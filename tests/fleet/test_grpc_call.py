@@ -1,0 +1,197 @@
+"""A call that Ray Serve hands over is answered as one of turret's own listener."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import httpx2
+import pytest
+from fleets.replicas import Wire
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2
+from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
+
+from turret.fleet.serving.grpc_call import CallContext, from_client
+from turret.fleet.serving.replica_server import ReplicaServer
+from turret.server.api.access.shares import Shares
+from turret.server.config import Config, ListenConfig
+from turret.server.errors import AdapterNotFoundError, QueueFullError
+from turret.server.http.server import application
+from turret.server.metrics import Metrics
+from turret.server.rpc.interceptor import CallInterceptor, current_call
+from turret.server.rpc.status import DETAILS_KEY
+from turret.v1 import inference_pb2
+
+METHOD = "/turret.v1.Inference/GenerateStream"
+
+
+class Inner:
+    """What is used of Serve's context."""
+
+    def __init__(self, *metadata: tuple[str, str]) -> None:
+        self.metadata = [("x-request-id", "mine"), *metadata]
+        self.status: grpc.StatusCode | None = None
+        self.details = ""
+        self.trailers: dict[str, str | bytes] = {}
+
+    def code(self) -> grpc.StatusCode | None:
+        return self.status
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+    def invocation_metadata(self) -> list[tuple[str, str]]:
+        return self.metadata
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self.status = code
+
+    def set_details(self, details: str) -> None:
+        self.details = details
+
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
+        self.trailers = dict(trailing_metadata)
+
+
+@pytest.fixture
+def interceptor() -> CallInterceptor:
+    return CallInterceptor(Metrics(), None, Shares())
+
+
+def stream(interceptor: CallInterceptor, inner: Inner, body: Any) -> AsyncIterator[Any]:
+    context = CallContext(inner)
+    return context.messages(lambda: interceptor.run(METHOD, context, lambda: body(context)))
+
+
+async def test_messages_come_in_order_and_the_status_after_them(
+    interceptor: CallInterceptor,
+) -> None:
+    inner = Inner()
+
+    async def body(context: CallContext) -> None:
+        for number in range(5):
+            await context.write(number)
+
+    assert [each async for each in stream(interceptor, inner, body)] == list(range(5))
+    assert inner.status is None
+    assert inner.trailers == {"x-request-id": "mine"}
+
+
+async def test_an_error_after_messages_is_set_whole_and_not_raised(
+    interceptor: CallInterceptor,
+) -> None:
+    inner = Inner()
+
+    async def body(context: CallContext) -> None:
+        await context.write("first")
+        raise AdapterNotFoundError("adapter not found: x", metadata={"adapters": "x"})
+
+    assert [each async for each in stream(interceptor, inner, body)] == ["first"]
+    assert (inner.status, inner.details) == (grpc.StatusCode.NOT_FOUND, "adapter not found: x")
+    details = inner.trailers[DETAILS_KEY]
+    assert isinstance(details, bytes)
+    info = error_details_pb2.ErrorInfo()
+    assert status_pb2.Status.FromString(details).details[0].Unpack(info)
+    assert (info.reason, dict(info.metadata)) == ("ADAPTER_NOT_FOUND", {"adapters": "x"})
+
+
+async def test_whoever_reads_no_further_ends_the_work(interceptor: CallInterceptor) -> None:
+    ended = asyncio.Event()
+    written: list[int] = []
+
+    async def body(context: CallContext) -> None:
+        try:
+            for number in range(1000):
+                await context.write(number)
+                written.append(number)
+        finally:
+            ended.set()
+
+    messages: Any = stream(interceptor, Inner(), body)
+    assert await anext(messages) == 0
+    await messages.aclose()
+    assert ended.is_set()
+    assert len(written) < 5, "it writes no further than one reads"
+
+
+async def test_a_refusal_before_any_message(interceptor: CallInterceptor) -> None:
+    inner = Inner()
+
+    async def body(context: CallContext) -> None:
+        assert current_call().request_id == "mine"
+        raise QueueFullError("full")
+
+    assert [each async for each in stream(interceptor, inner, body)] == []
+    assert inner.status is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize(
+    ("said", "peer", "client"),
+    [
+        ([], "ipv4:127.0.0.1:1", ("127.0.0.1", 1)),
+        (["10.0.0.7"], "ipv4:10.0.0.7:0", ("10.0.0.7", 0)),
+        # What a client claims comes before what the ingress has seen.
+        (["10.9.9.9", "10.0.0.7"], "ipv4:10.0.0.7:0", ("10.0.0.7", 0)),
+        (["10.9.9.9, 10.0.0.7"], "ipv4:10.0.0.7:0", ("10.0.0.7", 0)),
+        (["fd00::0:1"], "ipv6:[fd00::1]:0", ("fd00::1", 0)),
+        (["10.0.0.7", "somebody"], "ipv4:127.0.0.1:1", ("127.0.0.1", 1)),
+    ],
+)
+def test_a_call_is_its_clients_and_not_the_ingresss(
+    said: list[str], peer: str, client: tuple[str, int]
+) -> None:
+    inner = Inner(*(("x-forwarded-for", value) for value in said))
+    assert CallContext(inner).peer() == peer
+    headers = [(b"x-forwarded-for", value.encode()) for value in said]
+    scope = {"type": "http", "headers": headers, "client": ("127.0.0.1", 1)}
+    assert from_client(scope)["client"] == client
+
+
+async def test_both_doors_close_while_the_replica_may_answer_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = Config(listen=ListenConfig(http_address="127.0.0.1:8080"))
+    link = SimpleNamespace(is_serving=True)
+    server = ReplicaServer(config, "r0", Wire(lambda: None), stops_alone=True)
+    monkeypatch.setattr(server, "_link", link)
+    server._gate.open(fake_backend(FakeEngine(), FakeRegistry(), FakeMerger(), FakeFuser()))
+    app = application(
+        config.listen,
+        inference=server.inference,
+        adapters=server.adapters,
+        metrics=server.metrics,
+        tokens=None,
+        shares=server.shares,
+        failures=server.failures,
+    )
+    transport = httpx2.ASGITransport(app)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+
+        async def health(service: str = "turret.v1.Inference") -> tuple[int, Any]:
+            inner = Inner()
+            asked = health_pb2.HealthCheckRequest(service=service)
+            return (await server.check_service(asked, inner)).status, inner.status
+
+        async def answers() -> tuple[int, int, grpc.StatusCode | None]:
+            http = [(await client.get(path)).status_code for path in ("/health", "/v1/models")]
+            inner = Inner()
+            await server.answer("Inference", "GetModel", inference_pb2.GetModelRequest(), inner)
+            return http[0], http[1], inner.status
+
+        assert await answers() == (200, 200, None)
+        assert await health() == (health_pb2.HealthCheckResponse.SERVING, None)
+        assert (await health("turret.v1.Nobody"))[1] is grpc.StatusCode.NOT_FOUND
+        link.is_serving = False
+        assert await answers() == (503, 503, grpc.StatusCode.UNAVAILABLE)
+        assert await health() == (health_pb2.HealthCheckResponse.NOT_SERVING, None)
+        link.is_serving = True
+        assert await health() == (health_pb2.HealthCheckResponse.SERVING, None)
+        backend = SimpleNamespace(engine=SimpleNamespace(is_dead=True))
+        monkeypatch.setattr(server, "_backend", backend)
+        assert await answers() == (503, 503, grpc.StatusCode.UNAVAILABLE)
+        assert await health() == (health_pb2.HealthCheckResponse.NOT_SERVING, None)
+    server.adapters.close()

@@ -1,0 +1,156 @@
+"""What is left out of what Ray's processes print, and what never is."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+from turret.fleet.machine.ray_lines import LineFilter, cause
+
+# As Ray 2.60 and Python 3.11 print it.
+NOISE = """\
+Task exception was never retrieved
+future: <Task finished name='Task-63' coro=<ProxyResponseGenerator._await_response() done, defined \
+at /x/ray/serve/_private/proxy_response_generator.py:164> exception=RequestCancelledError('3eb0')>
+Traceback (most recent call last):
+  File "/x/ray/serve/_private/proxy_response_generator.py", line 165, in _await_response
+    return await self._response
+           ^^^^^^^^^^^^^^^^^^^^
+  File "/x/ray/serve/handle.py", line 556, in __await__
+    raise RequestCancelledError(self.request_id) from None
+ray.serve.exceptions.RequestCancelledError: Request 3eb0 was cancelled.""".splitlines()
+OTHER = [
+    "Task exception was never retrieved",
+    "future: <Task finished name='Task-1' coro=<work() done> exception=KeyError(1)>",
+    "Traceback (most recent call last):",
+    '  File "/x/y.py", line 1, in work',
+    "KeyError: 1",
+]
+ENDS = (
+    "Task ServeController.graceful_shutdown failed. There are infinite retries remaining, so the"
+    " task will be retried. Error: The actor is dead because it was killed by `ray.kill`."
+)
+DIES = (
+    "Task ServeController.graceful_shutdown failed. There are infinite retries remaining, so the"
+    " task will be retried. Error: The actor is dead because its node has died."
+)
+OPENS = (
+    "WARNING 2026-11-27 08:00:00,123 controller 4242 -- HTTPOptions.host='127.0.0.1' won't accept"
+    " connections from HAProxy on other nodes; cross-node routing will fail with connection"
+    " refused. Set host to '0.0.0.0' or omit it to use the HAProxy-mode default."
+)
+
+
+def test_a_call_that_was_cancelled_is_left_out_and_nothing_else() -> None:
+    lines = LineFilter(lambda: False)
+    said = ["before", *NOISE, *NOISE, *OTHER, "Traceback (most recent call last):", "  after"]
+    kept = ["before", *OTHER, "Traceback (most recent call last):", "  after"]
+    assert lines.kept("a", "ProxyActor", said) == kept
+
+
+def test_lines_come_in_any_portions_and_from_several_processes() -> None:
+    lines = LineFilter(lambda: False)
+    shown: dict[str, list[str]] = {"a": [], "b": []}
+    for noise, other in zip([*NOISE, "end"], [*OTHER, *["more"] * 5], strict=True):
+        shown["a"] += lines.kept("a", "ProxyActor", [noise])
+        shown["b"] += lines.kept("b", "ProxyActor", [other])
+    assert shown == {"a": ["end"], "b": [*OTHER, *["more"] * 5]}
+
+
+def test_a_block_that_breaks_off_hides_nothing_behind_it() -> None:
+    lines = LineFilter(lambda: False)
+    assert lines.kept("a", None, [*NOISE[:4], *OTHER]) == OTHER
+
+
+def test_a_controller_that_was_asked_to_end_is_no_failure() -> None:
+    lines = LineFilter(lambda: False)
+    assert lines.kept("raylet", None, [ENDS, DIES]) == [DIES]
+
+
+def test_advice_for_several_machines_is_left_out_where_there_is_one() -> None:
+    assert LineFilter(lambda: False, has_others=False).kept("a", None, [OPENS, DIES]) == [DIES]
+    assert LineFilter(lambda: False, has_others=True).kept("a", None, [OPENS]) == [OPENS]
+
+
+def test_the_ingress_is_heard_until_the_fleet_is_stopped() -> None:
+    stops = False
+    lines = LineFilter(lambda: stops)
+    said = ["HAProxy graceful reload failed: HAProxy crashed during startup: exit code 1"]
+    assert lines.kept("a", "HAProxyManager", said) == said
+    stops = True
+    assert lines.kept("a", "HAProxyManager", said) == []
+    assert lines.kept("b", "ProxyActor", said) == said
+
+
+_PATCHED = """
+import os, signal
+from ray._private import ray_logging, services, utils, worker
+from turret.fleet.machine.ray_lines import LineFilter
+from turret.fleet.serving import ray_cluster
+
+ray_cluster._print_through(LineFilter(lambda: True))
+for actor in ("HAProxyManager", "ProxyActor"):
+    data = {"lines": [f"of {actor}"], "pid": 1, "is_err": False, "actor_name": actor}
+    worker.print_to_stdstream(data, ignore_prefix=True)
+    worker.print_to_stdstream({**data, "lines": ["again"]}, ignore_prefix=False)
+print(ray_logging._color("repeated"))
+before = signal.getsignal(signal.SIGTERM)
+waiting = {signal.SIGTERM}
+signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
+with ray_cluster._apart():
+    utils.set_sigterm_handler(print)
+    made = services.start_ray_process(["sleep", "60"], "log_monitor", fate_share=True)
+print(signal.getsignal(signal.SIGTERM) == before)
+print(os.getpgid(made.process.pid) == made.process.pid != os.getpgrp())
+with open(f"/proc/{made.process.pid}/status") as file:
+    blocked = next(int(line.split()[1], 16) for line in file if line.startswith("SigBlk"))
+# It does not inherit that SIGTERM waits here; SIGINT Ray keeps from it.
+print(blocked == 1 << (signal.SIGINT - 1))
+made.process.kill()
+print(services.ConsolePopen)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray")
+@pytest.mark.skipif(sys.platform != "linux", reason="Ray's reaper needs one group elsewhere")
+def test_what_is_changed_of_ray_is_there() -> None:
+    environment = {**os.environ, "RAY_DEDUP_LOGS": "0"}
+    command = [sys.executable, "-c", _PATCHED]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    kind = "<class 'ray._private.services.ConsolePopen'>"
+    shown = ["of ProxyActor", "(ProxyActor pid=1) again", "repeated"]
+    assert done.stdout.splitlines() == [*shown, "True", "True", "True", kind], done.stderr
+
+
+_REMOTE = (
+    "\x1b[36mray::HAProxyManager.ready()\x1b[39m (pid=5, ip=127.0.0.2)\n"
+    '  File "/x/haproxy.py", line 2107, in _reload_haproxy\n    await task\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("No node has a GPU.", "No node has a GPU."),
+        (
+            f"it failed. Error:\n{_REMOTE}turret.server.errors.InvalidRequestError: model: x",
+            "model: x",
+        ),
+        (
+            f"{_REMOTE}KeyError: 'a'\n\nDuring that:\n{_REMOTE}RuntimeError: at the end\n",
+            "at the end",
+        ),
+        (
+            f"{_REMOTE}RuntimeError: HAProxy crashed: [NOTICE] (5) : version\n"
+            "[ALERT]    (5) : config : socket path 'x' too long (max 97)\n[ALERT]  (5) : Fatal",
+            "config : socket path 'x' too long (max 97)",
+        ),
+        (f"{_REMOTE}gone\n", "gone"),
+    ],
+)
+def test_of_a_traceback_its_end_is_said(text: str, said: str) -> None:
+    assert cause(text) == said

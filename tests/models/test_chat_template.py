@@ -1,0 +1,192 @@
+"""Chat templates render as in transformers, in a process that ends when they take too much."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import pytest
+from transformers.utils import chat_template_utils
+
+from turret.server.errors import UnavailableError
+from turret.server.models import chat_template, template_program
+from turret.server.models.chat_template import ChatTemplate
+
+TURNS: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be <kind> & brief."},
+    {"role": "user", "content": " für 日本 🎉\n"},
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"a": 1.5}}}]},
+]
+TOOLS: Any = [
+    {"type": "function", "function": {"name": "f", "description": "é <b>", "parameters": {}}}
+]
+TEMPLATES = [
+    "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m['content'] | trim }}\n{% endfor %}",
+    "{%- for m in messages %}\n    {%- if loop.last %}{% break %}{% endif %}\n{{ m.role }}\n"
+    "{% endfor %}",
+    "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% endfor %}",
+    "{{ tools | tojson }}{{ tools | tojson(indent=2, sort_keys=True) }}{{ messages | tojson }}",
+    "{{ tools | tojson(ensure_ascii=True, separators=(',', ':')) }}{{ documents }}",
+    "{% for m in messages %}{% generation %}{% set x = m.role %}{{ x }}{% endgeneration %}{{ x }}"
+    "{% endfor %}",
+    "{% set ns = namespace(n=0, self=1) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+    "{% endfor %}{{ ns.n }}{{ dict(a=1) }}{{ dict.fromkeys(['a']) }}",
+    "{% if add_generation_prompt %}{{ 'yes' }}{% endif %}{{ strftime_now('%Y') }}",
+    "{{ raise_exception('Only user turns: ' + messages[0].role) }}",
+    "{{ messages[0].unknown.field }}",
+    "{{ messages.append(1) }}",
+    "{{ ''.__class__.__mro__ }}",
+    "{% set ns = namespace(_a=1) %}",
+    "{% set ns = namespace() %}{% set ns._a = 1 %}",
+    "{{ dict.mro is defined }}",
+    "{% for i in range(1000000) %}{% endfor %}",
+    "a {% if",
+    "{{ messages[0].content.format(1) }}{{ '%s %d' % ('a', 3) }}{{ 7 // 2 }}",
+    "{% macro f(x) %}{{ x }}{{ caller() }}{% endmacro %}{% call f(1) %}2{% endcall %}",
+]
+
+
+def outcome(render: Any) -> tuple[bool, str]:
+    try:
+        return True, render()
+    except Exception as error:
+        return False, str(error)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_renders_as_in_transformers(template: str) -> None:
+    def expected() -> str:
+        (text,), _ = chat_template_utils.render_jinja_template(  # type: ignore[misc]
+            [TURNS], TOOLS, None, template, add_generation_prompt=True, bos_token="<s>"
+        )
+        return text
+
+    ours = ChatTemplate(template, {"bos_token": "<s>"})
+    assert outcome(lambda: ours.render(TURNS, TOOLS, True)) == outcome(expected)
+
+
+def test_templates_know_what_they_know_in_transformers() -> None:
+    theirs = chat_template_utils._compile_jinja_template("").environment  # type: ignore[no-untyped-call]
+    ours = template_program._compiled("").environment
+    for part in ("filters", "tests", "globals", "extensions", "policies"):
+        expected, found = ({**getattr(each, part)} for each in (theirs, ours))
+        if part == "extensions":
+            # The extension for ``{% generation %}`` is transformers' own.
+            assert len(found) == len(expected)
+        else:
+            assert found.keys() == expected.keys()
+    for part in ("trim_blocks", "lstrip_blocks", "keep_trailing_newline", "autoescape"):
+        assert getattr(ours, part) == getattr(theirs, part)
+
+
+def test_the_template_for_tools_is_taken_where_there_are_tools() -> None:
+    both = ChatTemplate({"default": "a", "tool_use": "b"}, {})
+    assert [both.render(TURNS, tools, True) for tools in ((), TOOLS)] == ["a", "b"]
+    with pytest.raises(ValueError, match="no default one, only other"):
+        ChatTemplate({"other": "a"}, {}).render(TURNS, (), True)
+
+
+SLOW = [
+    "{% set x = 9**(9**9) %}",
+    "{{ 10**(10**8) }}",
+    "{{ (8 + messages|length)**(9**9) % 7 }}",
+    "{{ 1 if 7 in (('a'*5*10**7)|wordwrap(1)) }}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
+]
+LARGE = [
+    "{{ '{:>2000000000}'.format('a') }}",
+    "{{ '%2000000000d' % 1 }}",
+    "{{ 'a' * 10**9 }}",
+    "{{ [1] * 10**9 }}",
+    "{{ 'a'|center(10**9) }}",
+    "{{ ('a\n' * 10**6)|indent(10**4) }}",
+    "{{ ('a' * 10**5)|replace('a', 'a' * 10**5) }}",
+    "{{ ('a' * 10**5).join(['b'] * 10**5) }}",
+    "{{ (1, 2)|list * 10**9 }}",
+    "{% set n = namespace(a='aa') %}{% for i in range(99) %}{% set n.a = n.a + n.a %}{% endfor %}",
+]
+LONG = ["{{ 'a' * 10**7 }}", "{% for i in range(20000) %}{{ 'a' * 999 }}{% endfor %}"]
+
+
+@pytest.mark.parametrize(
+    ("templates", "why"),
+    [
+        (SLOW, r"takes more than 0\.3 s of processor time"),
+        (LARGE, "needs more than 128MiB of memory|takes more than"),
+        (LONG, "writes more than 8MiB"),
+        (["{{ raise_exception('a' * 10**6) }}"], "^a{1000}$"),
+        (["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"], "recursion"),
+    ],
+)
+def test_a_hostile_template_ends_and_the_next_one_renders(
+    templates: list[str], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_template, "CPU_SECONDS", 0.3)
+    monkeypatch.setattr(chat_template, "MAX_BYTES", 128 << 20)
+    chats = ChatTemplate("", {})
+    before = os.times()
+    for template in templates:
+        # As if somebody's message had made it hostile.
+        monkeypatch.setattr(chats, "_templates", {"default": template})
+        with pytest.raises(ValueError, match=why):
+            chats.render(TURNS, (), True)
+        monkeypatch.setattr(chats, "_templates", {"default": "{{ messages|length }}"})
+        assert chats.render(TURNS, (), True) == "3"
+    assert os.times().user - before.user < 1.0, "a part was computed in this process"
+
+
+def test_long_conversations_and_other_templates_delay_no_short_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chat_template, "CPU_SECONDS", 1.0)
+    slow, other = ChatTemplate(SLOW[0], {}), ChatTemplate("hi", {})
+    fine = ChatTemplate("{% if messages|length > 3 %}" + SLOW[4] + "{% endif %}ok", {})
+    ends: dict[int, float] = {}
+
+    def render(number: int, chats: ChatTemplate, turns: Any, is_short: bool) -> None:
+        with pytest.raises(ValueError, match="takes more than"):
+            chats.render(turns, (), is_short)
+        ends[number] = time.monotonic()
+
+    started = [
+        threading.Thread(target=render, args=(0, slow, TURNS, True)),
+        threading.Thread(target=render, args=(1, fine, TURNS * 2, False)),
+    ]
+    for thread in started:
+        thread.start()
+    assert (other.render(TURNS, (), True), fine.render(TURNS, (), True)) == ("hi", "ok")
+    answered = time.monotonic()
+    for thread in started:
+        thread.join()
+    assert answered < min(ends.values())
+
+
+def test_a_process_that_somebody_ends_is_told_from_a_slow_template() -> None:
+    chats = ChatTemplate("{% if messages|length > 3 %}" + SLOW[4] + "{% endif %}ok", {})
+    assert chats.render(TURNS, (), True) == "ok"
+
+    def pid() -> int:
+        process = chats._short.confined._process
+        assert process is not None
+        return process.pid
+
+    first = pid()
+    os.kill(first, signal.SIGKILL)
+    assert chats.render(TURNS, (), True) == "ok"
+    assert pid() != first
+    # A job that runs; closing is how a server stops.
+    closing = threading.Timer(0.2, chats.close)
+    closing.start()
+    with pytest.raises(UnavailableError):
+        chats.render(TURNS * 2, (), True)
+    closing.join()
+
+
+def test_surrogates_and_line_ends_come_back_as_they_are() -> None:
+    text = "a\udc80\n\u2028\r\n\x00"
+    turns = [{"role": "user", "content": text}]
+    assert ChatTemplate("{{ messages[0].content }}", {}).render(turns, (), True) == text

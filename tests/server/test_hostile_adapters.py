@@ -1,0 +1,156 @@
+"""Hostile chat templates and tokenizers on a real server, beside a client that means no harm."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from builders.added_tokens import grown_tokenizer, save_grown
+from builders.methods import make_config
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from method_oracle import twin
+from servers.server_under_test import ServerUnderTest, start_server
+
+from turret.clients.client import TurretClient
+from turret.clients.errors import TurretRpcError
+
+# The model's own template: what it does is up to the first message.
+TEMPLATE = """\
+{% set said = messages[0].content %}\
+{% if said == 'power' %}{{ said|length ** (9**9) }}\
+{% elif said == 'format' %}{{ '{:>2000000000}'.format(said) }}\
+{% elif said == 'wrap' %}{{ (said * 10**7)|wordwrap(1) }}\
+{% elif said == 'loop' %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}\
+{% endfor %}\
+{% elif said == 'long' %}{{ said * 10**6 }}\
+{% else %}{{ said }}{% endif %}"""
+SLOW = ("power", "wrap", "loop")
+# Jinja computes it when it compiles the template.
+CONSTANT = "{% set x = 9**(9**9) %}{{ messages[0].content }}"
+BACKTRACKS = {
+    "type": "Split",
+    "pattern": {"Regex": "(a+)+b"},
+    "behavior": "Isolated",
+    "invert": False,
+}
+MAX_SECONDS = 1.0
+
+
+class Neighbour:
+    """Asks for health and for streams until it is stopped."""
+
+    def __init__(self, server: ServerUnderTest) -> None:
+        self.health: list[float] = []
+        self.streams = 0
+        self._is_done = threading.Event()
+        self._address = server.address
+        self._threads = ThreadPoolExecutor(2)
+        self._running = [self._threads.submit(self._look), self._threads.submit(self._stream)]
+
+    def stop(self) -> None:
+        self._is_done.set()
+        for running in self._running:
+            running.result(60)
+
+    def _look(self) -> None:
+        with grpc.insecure_channel(self._address) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            while not self._is_done.wait(0.02):
+                start = time.monotonic()
+                stub.Check(health_pb2.HealthCheckRequest(), timeout=30)
+                self.health.append(time.monotonic() - start)
+
+    def _stream(self) -> None:
+        with TurretClient(self._address) as client:
+            while not self._is_done.is_set():
+                answer = client.generate_stream("a", max_tokens=40, ignore_eos=True, timeout=30)
+                assert sum(1 for _ in answer) > 1
+                self.streams += 1
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """The folder of the model; two adapters with tokenizers lie in the adapter root beside it."""
+    model = shutil.copytree(twin("llama").folder, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    saved: Any = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    tokenizer = grown_tokenizer(CONSTANT)
+    for name in ("constant", "regex"):
+        place = tmp_path / "adapters" / name
+        save_grown(twin("llama").model, make_config("lora", **saved), place, tokenizer=tokenizer)
+    file = tmp_path / "adapters" / "regex" / "tokenizer.json"
+    said = json.loads(file.read_text())
+    parts = [BACKTRACKS, said["pre_tokenizer"]]
+    said["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+    file.write_text(json.dumps(said))
+    return model
+
+
+def refusal(client: TurretClient, said: str, **how: Any) -> str:
+    """Why a chat is refused."""
+    with pytest.raises(TurretRpcError) as refused:
+        client.chat(said, timeout=30, max_tokens=1, **how)
+    assert refused.value.code == grpc.StatusCode.INVALID_ARGUMENT, refused.value
+    return str(refused.value)
+
+
+def family_bytes(server: ServerUnderTest) -> int:
+    """Memory of the server and of its children."""
+    process = psutil.Process(server.process.pid)
+    total = process.memory_info().rss
+    for child in process.children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += child.memory_info().rss
+    return total
+
+
+def test_a_neighbour_of_hostile_templates_and_tokenizers_goes_on(
+    model: Path, tmp_path: Path
+) -> None:
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    start = start_server(tmp_path, "--model", str(model), environment=environment)
+    with start as server, TurretClient(server.address) as client:
+        client.adapters.load("constant", "constant")
+        client.chat("hi", max_tokens=1)
+        before = most = family_bytes(server)
+        neighbour = Neighbour(server)
+        with ThreadPoolExecutor(8) as pool:
+            slow = [pool.submit(refusal, client, said) for said in SLOW]
+            slow.append(pool.submit(refusal, client, "hi", adapters="constant"))
+            large, long = (pool.submit(refusal, client, said) for said in ("format", "long"))
+            with pytest.raises(TurretRpcError, match="pre_tokenizer differs from that of the base"):
+                client.adapters.load("regex", "regex")
+            while not all(each.done() for each in (*slow, large, long)):
+                most = max(most, family_bytes(server))
+                time.sleep(0.02)
+        neighbour.stop()
+        for each in slow:
+            assert "chat template: takes more than 2 s of processor time" in each.result()
+        assert "chat template: needs more than 256MiB of memory" in large.result()
+        # Longer than what the model can read, so it was not tokenised.
+        assert "prompt of 4000000 characters exceeds the" in long.result()
+        client.chat("hi", max_tokens=1)
+        assert max(neighbour.health) < MAX_SECONDS, sorted(neighbour.health)[-5:]
+        assert neighbour.streams > 2
+        # Two processes rendered at a time, each within its limit.
+        assert most - before < 700 << 20
+        assert family_bytes(server) - before < 100 << 20
+        # A shutdown does not wait for a template either.
+        with ThreadPoolExecutor(1) as pool:
+            abandoned = pool.submit(client.chat, "loop", timeout=60)
+            time.sleep(0.5)
+            server.process.send_signal(signal.SIGTERM)
+            stopped = time.monotonic()
+            server.process.wait(30)
+            assert time.monotonic() - stopped < 20.0
+            assert isinstance(abandoned.exception(), TurretRpcError)

@@ -1,0 +1,397 @@
+"""The frozen adapters of a fusion, read from disk as the server reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from torch import nn
+
+from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
+from turret.server.adapters.checkpoint.tensor_names import PEFT_PREFIX
+from turret.server.adapters.component import Component, ComponentRef
+from turret.server.adapters.lowering.components import check_fusable
+from turret.server.adapters.methods import lower_checkpoint
+from turret.training.data.batch import IGNORED, Batch
+from turret.training.loss import LossFunction
+from turret.training.settings.inputs import component_directories
+
+_MAX_ELEMENTS = 1 << 32
+
+
+@dataclass(frozen=True, slots=True)
+class LinearModule:
+    """A linear module of the decoder layers: the module and its sizes."""
+
+    module: nn.Module
+    in_features: int
+    out_features: int
+
+
+def linear_modules(model: nn.Module) -> dict[str, LinearModule]:
+    """The linear modules of a transformers model's decoder layers, by full path, in its order."""
+    return {
+        name: LinearModule(module, module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name
+    }
+
+
+def component_digests(entries: Sequence[str]) -> dict[str, str]:
+    """Component names → digests of what is in their directories now."""
+    directories = component_directories(entries)
+    return {name: _read(directory).digest for name, directory in directories.items()}
+
+
+def read_components(directories: Mapping[str, Path], model: nn.Module) -> list[Component]:
+    """Reads adapter directories for a transformers model.
+
+    Args:
+        directories: The components' names → where they are, in the fusion's order.
+        model: The base, whose module names and sizes the adapters must fit.
+
+    Raises:
+        TurretError: A directory is no adapter that fits the model, or one that cannot be fused;
+            says why.
+    """
+    base = _describe(model)
+    components = []
+    for name, directory in directories.items():
+        checkpoint = _read(directory)
+        method, lowered = lower_checkpoint(checkpoint, base)
+        ref = ComponentRef(name, checkpoint.digest)
+        components.append(Component(ref, method, lowered.operators, lowered.ranks))
+    check_fusable(components, ", ".join(directories))
+    return components
+
+
+def update_of(component: Component, path: str) -> Update:
+    """What a component adds to one module, as the fusion layer takes it."""
+    operators = component.operators.modules.get(path)
+    if operators is None or operators.low_rank is None:
+        return None
+    return operators.low_rank.a, operators.low_rank.b.T
+
+
+def _read(directory: Path) -> AdapterCheckpoint:
+    resolved = directory.resolve()
+    return read_checkpoint(AdapterRoot(resolved.parent), resolved.name, max_elements=_MAX_ELEMENTS)
+
+
+def _describe(model: Any) -> BaseModel:
+    """The base as far as reading low-rank adapters needs it."""
+    linears = linear_modules(model)
+    leaves = {name for name, module in model.named_modules() if name and not [*module.children()]}
+    config = model.config
+    return BaseModel(
+        name="",
+        model_type=config.model_type,
+        digest="",
+        dtype=torch.float32,
+        modules={
+            name: BaseModule(
+                name,
+                linear.in_features,
+                linear.out_features,
+                bias=getattr(linear.module, "bias", None),
+                dequantize=_weight_of(linear.module),
+            )
+            for name, linear in linears.items()
+        },
+        other_modules=frozenset(leaves - linears.keys()),
+        vocabulary=BaseVocabulary(
+            model.get_input_embeddings().weight.detach(),
+            model.get_output_embeddings().weight.detach(),
+            is_tied=bool(config.tie_word_embeddings),
+        ),
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
+    )
+
+
+def _weight_of(module: Any) -> Callable[[], torch.Tensor]:
+    state = getattr(module.weight, "quant_state", None)
+    if state is None:
+        return lambda: module.weight.detach().float()
+    return lambda: dequantize_4bit(module.weight.data, state).float()
+
+
+# A linear module with a trained gate over frozen low-rank updates.
+#
+# AdapterFusion (arXiv 2005.00247, section 3.2) in rank space, as the server computes it
+# (``kernels/adapters/fusion_gate.py``), with gradients for the query and the key alone::
+#
+# v_k = A_k x          α = softmax_k((Wq x) · (Wk B_k) v_k)          y = W x + b + Σ_k α_k B_k v_k
+
+# (A, B) of a component: ``[rank, in]`` and ``[out, rank]`` with the scale folded in; None where the
+# component does not adapt the module.
+Update = tuple[torch.Tensor, torch.Tensor] | None
+
+
+class FusionLayer(nn.Module):
+    """Called like the module it wraps; the wrapped module must be frozen.
+
+    The key starts at zero and the query at random, so that training starts from the mean of the
+    components (as LoRA starts from the base, and for the same reason not from two zeros).
+
+    Args:
+        base: A linear module, also a quantised one.
+        updates: Of the components, in their order; at least one is not None.
+        in_features: Of the module.
+        out_features: Of the module.
+        d_k: Width of queries and keys.
+
+    Attributes:
+        query: ``Wq``, ``[d_k, in]`` fp32.
+        key: ``Wk``, ``[d_k, out]`` fp32.
+        is_enabled: Whether there is anything but the base's result.
+        alone: Number of the component whose update is added as it is, without a gate; or None.
+        log_gates: Where every call appends ``log α``, ``[…, components]``; or None.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    members: torch.Tensor
+
+    def __init__(
+        self,
+        base: nn.Module,
+        updates: Sequence[Update],
+        in_features: int,
+        out_features: int,
+        d_k: int,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.is_enabled = True
+        self.alone: int | None = None
+        self.log_gates: list[torch.Tensor] | None = None
+        held = [update for update in updates if update is not None]
+        self.register_buffer("a", torch.cat([a for a, _ in held]).float(), persistent=False)
+        self.register_buffer("b", torch.cat([b.T for _, b in held]).float(), persistent=False)
+        # [components, ranks]: 1 where a rank is the component's.
+        ranks = [0 if update is None else update[0].shape[0] for update in updates]
+        owners = [k for k, rank in enumerate(ranks) for _ in range(rank)]
+        members = torch.tensor([[float(k == owner) for owner in owners] for k in range(len(ranks))])
+        self.register_buffer("members", members, persistent=False)
+        self.query = nn.Parameter(torch.randn(d_k, in_features) / in_features**0.5)
+        self.key = nn.Parameter(torch.zeros(d_k, out_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[…, in]`` → ``[…, out]`` in the dtype of the base's result."""
+        y = self.base(x)
+        if not self.is_enabled:
+            return y
+        wide = x.to(self.a.dtype)
+        v = wide @ self.a.T
+        if self.alone is not None:
+            return y + (self.members[self.alone] * v @ self.b).to(y.dtype)
+        # The same operations with and without a listener: a checkpointed layer runs again without.
+        log_gates = self.scores(wide, v).log_softmax(-1)
+        if self.log_gates is not None:
+            self.log_gates.append(log_gates)
+        return y + ((log_gates.exp() @ self.members) * v @ self.b).to(y.dtype)
+
+    def scores(self, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """``(Wq x) · (Wk B_k) v_k``, ``[…, components]``, of inputs and their rank activations."""
+        keys = self.b @ self.key.T
+        return (x @ self.query.T @ keys.T * v) @ self.members.T
+
+
+# A base model with fusion layers in the place of the modules that its components adapt.
+
+
+class FusionModel(nn.Module):
+    """Called like the model it wraps; queries and keys are all that has gradients.
+
+    Args:
+        model: A transformers model; frozen and changed in place.
+        components: Of ``read_components``.
+        d_k: Width of queries and keys.
+    """
+
+    def __init__(self, model: Any, components: Sequence[Component], d_k: int) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        self.components = tuple(components)
+        self.d_k = d_k
+        # Keyed by module path; the layers are registered in the model, not here.
+        self.layers: dict[str, FusionLayer] = {}
+        for path, linear in linear_modules(model).items():
+            updates = [update_of(component, path) for component in components]
+            if any(update is not None for update in updates):
+                layer = FusionLayer(
+                    linear.module, updates, linear.in_features, linear.out_features, d_k
+                )
+                model.set_submodule(path, layer)
+                self.layers[path] = layer
+
+    def forward(self, *args: Any, **keywords: Any) -> Any:
+        return self.model(*args, **keywords)
+
+    def get_base_model(self) -> Any:
+        """The wrapped model, as PEFT's models call it."""
+        return self.model
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model alone within the block, as with PEFT's models."""
+        for layer in self.layers.values():
+            layer.is_enabled = False
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.is_enabled = True
+
+    @contextmanager
+    def component_alone(self, number: int) -> Iterator[None]:
+        """The base with one component, as if it were served, within the block."""
+        for layer in self.layers.values():
+            layer.alone = number
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.alone = None
+
+    @contextmanager
+    def watching_gates(self) -> Iterator[list[torch.Tensor]]:
+        """A list that every layer appends ``log α`` to, within the block."""
+        log_gates: list[torch.Tensor] = []
+        for layer in self.layers.values():
+            layer.log_gates = log_gates
+        try:
+            yield log_gates
+        finally:
+            for layer in self.layers.values():
+                layer.log_gates = None
+
+    def fusion_config(self) -> dict[str, Any]:
+        """``adapter_config.json`` of the fusion, without the base's name."""
+        return {
+            "peft_type": "TURRET_FUSION",
+            "task_type": "CAUSAL_LM",
+            "components": [
+                {"name": component.ref.name, "digest": component.ref.digest}
+                for component in self.components
+            ],
+            "d_k": self.d_k,
+            "target_modules": sorted({path.rpartition(".")[2] for path in self.layers}),
+        }
+
+    def fusion_state(self) -> dict[str, torch.Tensor]:
+        """The trained tensors by their names in ``adapter_model.safetensors``."""
+        state = {}
+        for path, layer in self.layers.items():
+            state[f"{PEFT_PREFIX}{path}.fusion_query.weight"] = layer.query.detach()
+            state[f"{PEFT_PREFIX}{path}.fusion_key.weight"] = layer.key.detach()
+        return state
+
+
+# The loss of a learned fusion: cross entropy, and a penalty on leaving the best component.
+#
+# Cross entropy alone leaves most gates near the mean. Once an answer is right there is nothing more
+# to gain on the examples at hand, and on others a task's update at half its strength is worse than
+# at all of it. So each example also pulls every gate towards the component that answers it best by
+# itself::
+#
+# loss = CE + guidance · mean(−log α_best)
+#
+# over the modules and over the positions up to the last one that is learned. Which component that
+# is comes from the components' own losses, not from a label.
+
+
+class FusionLoss(LossFunction):
+    """Sum over a batch's targets; without gradients it is the cross entropy alone.
+
+    Args:
+        model: The fusion.
+        head: The base's ``lm_head``.
+        device: Of the model.
+        guidance: Weight of the penalty, nats per learned token and nat of a gate.
+    """
+
+    def __init__(
+        self, model: FusionModel, head: torch.nn.Module, device: str, guidance: float
+    ) -> None:
+        super().__init__(model, head, device)
+        self._fusion = model
+        self._guidance = guidance
+        # Components do not change, so an example is asked about once: row → of each example.
+        self._best: dict[bytes, torch.Tensor] = {}
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        if not self._guidance or not torch.is_grad_enabled():
+            return super().__call__(batch)
+        best = self._best_components(batch).to(self._device)
+        is_read = _is_read(batch).to(self._device)
+        with self._fusion.watching_gates() as log_gates:
+            loss = super().__call__(batch)
+        # Mean over all modules: [rows, positions, components].
+        penalty = -torch.stack(log_gates).mean(0).gather(-1, best[..., None]).squeeze(-1)
+        share = (penalty * is_read).sum() / is_read.sum()
+        return loss + self._guidance * batch.num_targets * share
+
+    def _best_components(self, batch: Batch) -> torch.Tensor:
+        """Of every position's example, ``[rows, positions]`` int64."""
+        examples = _examples(batch)
+        keys = [
+            _key_of(tokens, targets)
+            for tokens, targets in zip(batch.tokens, batch.targets, strict=True)
+        ]
+        if any(key not in self._best for key in keys):
+            losses = torch.stack(
+                [self._component_losses(batch, examples, k) for k in range(self._num_components)]
+            )
+            self._best.update(zip(keys, losses.argmin(0).unbind(), strict=True))
+        found = [self._best[key] for key in keys]
+        # Padding is numbered as one more example, which a row may not have had when it was asked.
+        pairs = zip(found, examples, strict=True)
+        return torch.stack([best[numbers.clamp(max=len(best) - 1)] for best, numbers in pairs])
+
+    @property
+    def _num_components(self) -> int:
+        return len(self._fusion.components)
+
+    @torch.no_grad()
+    def _component_losses(self, batch: Batch, examples: torch.Tensor, number: int) -> torch.Tensor:
+        """Cross entropy of every example by one component alone, ``[rows, examples]``."""
+        with self._fusion.component_alone(number):
+            losses = self.of_targets(batch).cpu()
+        rows, positions = (batch.targets != IGNORED).nonzero().unbind(1)
+        sums = torch.zeros(batch.targets.shape[0], int(examples.max()) + 1)
+        return sums.index_put_((rows, examples[rows, positions]), losses, accumulate=True)
+
+
+def _examples(batch: Batch) -> torch.Tensor:
+    """The number of each position's example within its row, ``[rows, positions]`` int64."""
+    if batch.positions is None:
+        return torch.zeros_like(batch.targets)
+    return (batch.positions == 0).cumsum(1) - 1
+
+
+def _is_read(batch: Batch) -> torch.Tensor:
+    """1.0 up to an example's last target, ``[rows, positions]``: what follows it has no part."""
+    examples, places = _examples(batch), torch.arange(batch.targets.shape[1])
+    targets = torch.where(batch.targets != IGNORED, places, -1)
+    last = torch.full((len(targets), int(examples.max()) + 1), -1)
+    last.scatter_reduce_(1, examples, targets, "amax")
+    return (places <= last.gather(1, examples)).float()
+
+
+def _key_of(tokens: torch.Tensor, targets: torch.Tensor) -> bytes:
+    """What a row is known by, however far it is padded: up to the last token that is learned."""
+    learned = (targets != IGNORED).nonzero()
+    end = int(learned.max()) + 2 if len(learned) else None
+    return torch.stack((tokens, targets))[:, :end].numpy().tobytes()

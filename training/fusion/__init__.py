@@ -1,1 +1,0 @@
-"""Learned fusion in training: frozen components, a gate per module, its loss."""

@@ -1,1 +1,0 @@
-"""LoHa and LoKr on NF4 modules, whose layers PEFT lacks."""

@@ -1,1 +1,0 @@
-"""The page about a run: config, curves, answers before and after."""
