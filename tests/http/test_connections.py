@@ -16,6 +16,7 @@ from servers.fakes import endless
 from servers.http_harness import Refused, http_harness
 
 from turret.server.api.access.shares import Shares
+from turret.server.api.access.tokens import TokenTable
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.exchange import connection
 from turret.server.http.exchange.connection import MAX_HEAD_BYTES
@@ -190,3 +191,27 @@ async def test_a_party_has_its_share_of_answers() -> None:
         await asyncio.sleep(0.1)
         assert not third.done()
         third.cancel()
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *((host, 200) for host in ("localhost", "LOCALHOST.:80", "127.0.0.1:1", "[::1]:8000", "")),
+        *((host, 421) for host in ("evil.example", "localhost:80@evil.example", ":80")),
+        *((host, 421) for host in ("[::1].evil.example", "[::1", "localhost:80:90", "a/localhost")),
+    ],
+)
+async def test_a_host_of_an_odd_form_is_none_of_this_server(host: str, status: int) -> None:
+    async with http_harness() as server:
+        answer = await server.client.get("/health", headers={"host": host})
+        assert answer.status_code == status
+
+
+async def test_a_second_authorization_header_is_refused() -> None:
+    """A proxy in front may have looked at the other one."""
+    tokens = TokenTable([("a", frozenset({"inference"})), ("b", frozenset())])
+    async with http_harness(tokens=tokens) as server:
+        one, other = ("authorization", "Bearer a"), ("authorization", "Bearer b")
+        for headers, status in (([one], 200), ([one, other], 400), ([one, one], 400)):
+            answer = await server.client.get("/v1/models", headers=headers)
+            assert answer.status_code == status
