@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from turret.server.api.limits import (
     MAX_CHAT_MESSAGES,
+    MAX_CHOICES,
     MAX_LOGIT_BIASES,
     MAX_MIX_MEMBERS,
+    MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
     MAX_TOOL_CALLS,
     MAX_TOOLS,
 )
-from turret.server.constraints.spec import MAX_CHOICES
-from turret.server.engine.scheduling.request import MAX_STOP_STRINGS
 from turret.server.http.exchange.shape import Shape
 
 # More than any model's context; how many tokens a prompt may have is the model's to say.

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from turret.server.api.limits import MAX_CONSTRAINT_CHARS
 from turret.server.basics.closest import did_you_mean
-from turret.server.constraints.spec import MAX_CONSTRAINT_CHARS
 from turret.server.http.bodies.fields import Fields, is_longer, json_text, why_no_text
 from turret.v1 import inference_pb2
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from turret.server.constraints.spec import MAX_CONSTRAINT_CHARS
+from turret.server.api.limits import MAX_CONSTRAINT_CHARS
 from turret.server.http.bodies.fields import Fields, is_longer, json_text
 from turret.v1 import inference_pb2
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from turret.server.api.limits import MAX_TOP_LOGPROBS
-from turret.server.constraints.spec import MAX_CONSTRAINT_CHARS
+from turret.server.api.limits import (
+    MAX_CONSTRAINT_CHARS,
+    MAX_TOP_LOGPROBS,
+)
 from turret.server.http.bodies.constraints import read_text_format
 from turret.server.http.bodies.fields import Fields, is_longer, unwritable
 from turret.server.http.bodies.generation import NAMES as SHARED_NAMES
