@@ -40,7 +40,7 @@ from turret.server.http.completions import Completions
 from turret.server.http.console.page import Page
 from turret.server.http.console.state import State
 from turret.server.http.embeddings import Embeddings
-from turret.server.http.exchange.connection import MAX_HEAD_BYTES, Connection, tls_context
+from turret.server.http.exchange.connection import Connection, tls_context
 from turret.server.http.exchange.endpoint import Endpoint, Handler, Route
 from turret.server.http.exchange.hosts import HostCheck
 from turret.server.http.exchange.listener import Listener
@@ -304,7 +304,6 @@ def _configuration(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         ssl_context_factory=None if context is None else lambda _config, _default: context,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -195,9 +196,13 @@ def is_token_id(value: Any) -> bool:
 
 def are_token_ids(values: list[Any]) -> bool:
     """Whether ``is_token_id`` holds for all of them, of which there may be a million."""
-    return not values or (
-        set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= UINT32
-    )
+    if values and set(map(type, values)) != {int}:
+        return False
+    try:
+        array("I", values)
+    except OverflowError:
+        return False
+    return True
 
 
 def is_longer(value: Any, most: int) -> bool:
