@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from turret.server.http.bodies.constraints import read_constraint
-from turret.server.http.bodies.fields import Fields, is_token_id, why_no_text
+from turret.server.http.bodies.fields import Fields, are_token_ids, is_token_id, why_no_text
 from turret.server.http.bodies.model_names import mix_of
 from turret.v1 import inference_pb2
 
@@ -163,7 +163,7 @@ def _read_stop(
             return names
         stop.stop_strings.append(text)
     ids = fields.array("stop_token_ids") or []
-    if all(map(is_token_id, ids)):
+    if are_token_ids(ids):
         stop.stop_token_ids.extend(ids)
     else:
         fields.refuse("stop_token_ids", "must be a list of token ids")
