@@ -149,9 +149,8 @@ class App:
         token_file = config.security.token_file
         tokens = TokenTable.parse(token_file) if token_file is not None else None
         self._warn_if_exposed()
-        limits = config.scheduler
         # Through whichever door its requests come, a party has one share.
-        shares = Shares(limits.max_requests_per_token, limits.max_requests_per_peer)
+        shares = Shares.of(config)
         failures = Failures()
         inference = Inference(self.gate)
         most = most_connections(len(config.listen.call_addresses))

@@ -17,7 +17,14 @@ ROLES = ("inference", "admin", "metrics")
 _ALL_ROLES = ", ".join(ROLES)
 
 
-def _digest(token: str) -> bytes:
+def bearer_token(authorization: str) -> str | None:
+    """The token of a header ``Bearer TOKEN``; None if the header has another form."""
+    scheme, _, token = authorization.partition(" ")
+    return token.strip() or None if scheme.lower() == "bearer" else None
+
+
+def token_digest(token: str) -> bytes:
+    """What is kept of a token: it names the token and does not disclose it."""
     return hashlib.sha256(token.encode()).digest()
 
 
@@ -33,7 +40,7 @@ class TokenTable:
     """The accepted tokens. Holds digests only, so a dump of it discloses nothing."""
 
     def __init__(self, entries: Iterable[tuple[str, frozenset[str]]]) -> None:
-        self._entries = tuple((_digest(token), roles) for token, roles in entries)
+        self._entries = tuple((token_digest(token), roles) for token, roles in entries)
 
     @classmethod
     def read(cls, path: Path) -> TokenTable:
@@ -86,7 +93,7 @@ class TokenTable:
 
     def roles_of(self, token: str) -> frozenset[str] | None:
         """The roles of a token; None if it is unknown. Takes the same time for every token."""
-        presented = _digest(token)
+        presented = token_digest(token)
         found = None
         for digest, roles in self._entries:
             if hmac.compare_digest(digest, presented):
