@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from turret.server.basics.closest import did_you_mean
+from turret.server.basics.files.regular_file import read_regular
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class TokenTable:
         flag = f"--token-file: {path}"
         entries: dict[str, frozenset[str]] = {}
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_regular(path).decode()
         except UnicodeDecodeError:
             raise ValueError(f"{flag} is no UTF-8 text") from None
         for number, line in enumerate(text.splitlines(), start=1):
