@@ -83,6 +83,7 @@ def read_asked(fields: Fields, base_name: str, *, least_tokens: int = 1) -> Aske
     message.adapters.extend(mix_of(fields, base_name, names))
     _read_sampling(fields, message.sampling)
     names.update(_read_stop(fields, message.stop, least_tokens))
+    message.cache_salt = fields.text("cache_salt") or ""
     num_choices = fields.integer("n", 1, MAX_CHOICES)
     num_choices = 1 if num_choices is None else num_choices
     best_of = fields.integer("best_of", 1, MAX_CHOICES)

@@ -167,6 +167,7 @@ class Endpoint:
                 _tokens=self._tokens,
                 names=names,
             )
+            call.tenant = exchange.party.tenant
             if route.method == "POST":
                 exchange._body, call.message_bytes = await read_json(receive, headers, route.shape)
             else:
