@@ -24,6 +24,7 @@ from turret.server.api.failures import Failures
 from turret.server.api.gate import Gate
 from turret.server.api.inference.inference import Inference
 from turret.server.basics.address import is_local_address
+from turret.server.basics.work.started_pool import started_pool
 from turret.server.command.interrupts import Hangup
 from turret.server.config import Config
 from turret.server.errors import AdapterExistsError, TurretError
@@ -108,6 +109,7 @@ class App:
 
     async def run(self) -> int:
         """Serve until told to stop or until the engine dies; returns the exit code."""
+        asyncio.get_running_loop().set_default_executor(started_pool())
         with self._signals():
             try:
                 await self.startup()
@@ -147,9 +149,8 @@ class App:
         token_file = config.security.token_file
         tokens = TokenTable.parse(token_file) if token_file is not None else None
         self._warn_if_exposed()
-        limits = config.scheduler
         # Through whichever door its requests come, a party has one share.
-        shares = Shares(limits.max_requests_per_token, limits.max_requests_per_peer)
+        shares = Shares.of(config)
         failures = Failures()
         inference = Inference(self.gate)
         most = most_connections(len(config.listen.call_addresses))

@@ -297,6 +297,11 @@ class SecurityConfig:
         None, "PEM authorities; clients must then present a certificate (mTLS)"
     )
     insecure: bool = _flag(False, "serve other machines without TLS or without tokens")
+    share_prefixes: bool = _flag(
+        False,
+        "let requests with different tokens share the prefix cache and drafts: faster, but their"
+        " timing then tells what others asked (default: each token has its own)",
+    )
 
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):

@@ -25,6 +25,7 @@
     ├── ResourceError
     │   ├── QueueFullError           too many requests wait, or uploads or fusions run
     │   ├── BudgetExceededError      rank, byte or block budget
+    │   ├── OutOfMemoryError         the process could get no memory, or no thread, for the call
     │   └── StorageFullError         no room on the disk of --state-dir
     ├── StorageFailedError           that disk is read-only or broken, or no file can be opened
     ├── HubError                     no such repository on the hub, or not for this machine
@@ -175,6 +176,10 @@ class QueueFullError(ResourceError):
 
 class BudgetExceededError(ResourceError):
     reason = "BUDGET_EXCEEDED"
+
+
+class OutOfMemoryError(ResourceError):
+    reason = "OUT_OF_MEMORY"
 
 
 class StorageFullError(ResourceError):

@@ -75,8 +75,7 @@ class ReplicaServer:
         if token_file is not None and self.tokens is not None:
             reloader = TokenReloader(token_file, self.tokens)
             self._watching = asyncio.ensure_future(reloader.run())
-        limits = config.scheduler
-        self.shares = Shares(limits.max_requests_per_token, limits.max_requests_per_peer)
+        self.shares = Shares.of(config)
         self.failures = Failures()
         self._interceptor = CallInterceptor(self.metrics, self.tokens, self.shares, self.failures)
         self._servicers: dict[str, Any] = {

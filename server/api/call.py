@@ -54,6 +54,7 @@ class Call:
         prompt_tokens: 0 until the engine has answered; of all prompts of the call together.
         generated_tokens: So far.
         message_bytes: Size of the request message as it came; 0 if it came in parts.
+        tenant: Whose cached prefixes it may find; see ``Shares.tenant``.
     """
 
     method: str
@@ -63,6 +64,7 @@ class Call:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     message_bytes: int = 0
+    tenant: bytes = b""
     _metrics: Metrics
     _failures: Failures | None
     _is_counted: bool

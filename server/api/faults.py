@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from turret.server import errors
 from turret.server.basics.codes import Code
+from turret.server.basics.work.out_of_memory import told_of
 
 
 class Row(NamedTuple):
@@ -49,6 +50,7 @@ TABLE: dict[type[errors.TurretError], Row] = {
     errors.QueueFullError: Row(Code.RESOURCE_EXHAUSTED, 1.0),
     # A rank or size over its limit stays over it; what frees up by itself says so in the error.
     errors.BudgetExceededError: Row(Code.RESOURCE_EXHAUSTED),
+    errors.OutOfMemoryError: Row(Code.RESOURCE_EXHAUSTED, 1.0),
     errors.StorageFullError: Row(Code.RESOURCE_EXHAUSTED),
     # An operator has to act; until then the same call fails the same way.
     errors.StorageFailedError: Row(Code.UNAVAILABLE),
@@ -95,18 +97,20 @@ class Fault:
 def fault_of(error: BaseException) -> Fault:
     """What may be told of an error.
 
-    What turret did not raise on purpose becomes INTERNAL "internal error": its text may hold
-    anything, so it stays in the log, and the door has to write it there.
+    What turret did not raise on purpose becomes INTERNAL "internal error", unless it says that
+    there was no memory: its text may hold anything, so it stays in the log, and the door has to
+    write it there.
     """
-    row = row_of(error)
-    if row.code is Code.INTERNAL or not isinstance(error, errors.TurretError):
+    told = told_of(error, "internal error")
+    row = row_of(told)
+    if row.code is Code.INTERNAL:
         return Fault(code=Code.INTERNAL, reason="INTERNAL", message="internal error")
-    delay = error.retry_after_seconds
+    delay = told.retry_after_seconds
     return Fault(
         code=row.code,
-        reason=error.reason,
-        message=error.message,
-        metadata=error.metadata,
-        violations=error.violations,
+        reason=told.reason,
+        message=told.message,
+        metadata=told.metadata,
+        violations=told.violations,
         retry_after_seconds=row.retry_after_seconds if delay is None else delay,
     )

@@ -34,6 +34,7 @@ MAX_STOP_TOKEN_IDS = 1024
 # Logprobs of tokens beside the one that was drawn.
 MAX_TOP_LOGPROBS = MAX_TOP_N
 MAX_REQUEST_ID_CHARS = 128
+MAX_CACHE_SALT_CHARS = 256
 # Of a call that takes several, and the numbers of all vectors that answer it: 32 MiB.
 MAX_INPUTS = 2048
 MAX_EMBEDDING_NUMBERS = 8 << 20
@@ -132,6 +133,10 @@ LIMITS = (
     ),
     *(
         _chars(f"{message}.request_id", MAX_REQUEST_ID_CHARS, "server/api/call.py")
+        for message in ("GenerateRequest", "ScoreRequest", "EmbedRequest", "ClassifyRequest")
+    ),
+    *(
+        _chars(f"{message}.cache_salt", MAX_CACHE_SALT_CHARS, _REQUESTS)
         for message in ("GenerateRequest", "ScoreRequest", "EmbedRequest", "ClassifyRequest")
     ),
     _chars("AdapterWeight.name", MAX_NAME_CHARS, _MIX),

@@ -28,6 +28,7 @@ from turret.server.basics.address import split_address
 from turret.server.basics.byte_size import about_bytes
 from turret.server.basics.closest import did_you_mean, path_meant
 from turret.server.basics.counted import counted
+from turret.server.basics.files.regular_file import read_regular
 from turret.server.basics.files.writable import unwritable
 from turret.server.basics.hub_id import HUB_SCHEME
 from turret.server.basics.triton_needs import missing_for_triton
@@ -244,7 +245,7 @@ def _files(config: SecurityConfig) -> Iterator[str]:
         if path is None:
             continue
         try:
-            path.read_bytes()
+            read_regular(path)
         except OSError as error:
             near = "" if path.exists() else path_meant(path, Path.is_file)
             yield f"--{flag.replace('_', '-')}: {path}: {error.strerror}{near}"

@@ -245,7 +245,7 @@ class Engine:
             return None
         stop = request.stop
         return Drafter(
-            sequence.group,
+            (sequence.group, request.salt),
             sequence.tokens,
             start=sequence.num_virtual,
             prompt_end=sequence.prompt_end,

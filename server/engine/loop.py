@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from turret.server import log
 from turret.server.adapters.mix import HostResult
+from turret.server.basics.work.out_of_memory import told_of
 from turret.server.engine.answer import Answer, uses_of
 from turret.server.engine.base_change import BaseChange
 from turret.server.engine.observer import LoopObserver
@@ -341,12 +342,12 @@ class EngineLoop:
             work()
         except TurretError as error:
             self._fail(answer, error)
-        except Exception:
+        except Exception as error:
             _log.exception(
                 "a request failed", extra=log.fields(request_id=answer.sequence.request.request_id)
             )
             if answer.sequence in self._answers:
-                self._fail(answer, TurretError("internal error"))
+                self._fail(answer, told_of(error, "internal error"))
 
     def _cut(self, answer: Answer, reason: FinishReason, now: float) -> None:
         def cut() -> None:

@@ -36,6 +36,7 @@ class Classify:
         message = inference_pb2.ClassifyRequest(adapters=mix_of(fields, info.name, exchange.names))
         exchange.call.about(message.adapters)
         message.inputs.extend(read_inputs(fields, exchange.names))
+        message.cache_salt = fields.text("cache_salt") or ""
         deadline = read_deadline(fields)
         model = str(fields.get("model"))
         refuse_if_wrong(fields, exchange.names)

@@ -41,6 +41,7 @@ class Embeddings:
         message = _Embed(adapters=mix_of(fields, info.name, exchange.names))
         exchange.call.about(message.adapters)
         message.inputs.extend(read_inputs(fields, exchange.names))
+        message.cache_salt = fields.text("cache_salt") or ""
         _read_options(fields, message)
         encode = _read_format(fields)
         deadline = read_deadline(fields)

@@ -29,7 +29,7 @@ from turret.server.api.inference.inference import Inference
 from turret.server.basics.address import split_address
 from turret.server.basics.codes import Code
 from turret.server.config import ListenConfig, SecurityConfig
-from turret.server.http import lora
+from turret.server.http import lora, shapes
 from turret.server.http import tokens as token_routes
 from turret.server.http.bodies import generation, prompts
 from turret.server.http.bodies.responses import fields as response_fields
@@ -40,13 +40,14 @@ from turret.server.http.completions import Completions
 from turret.server.http.console.page import Page
 from turret.server.http.console.state import State
 from turret.server.http.embeddings import Embeddings
-from turret.server.http.exchange.connection import MAX_HEAD_BYTES, Connection, tls_context
+from turret.server.http.exchange.connection import Connection, tls_context
 from turret.server.http.exchange.endpoint import Endpoint, Handler, Route
 from turret.server.http.exchange.hosts import HostCheck
 from turret.server.http.exchange.listener import Listener
 from turret.server.http.exchange.refusals import HttpRefusal, refusal_of
 from turret.server.http.exchange.reply import dumps
 from turret.server.http.exchange.request_ids import RequestIds
+from turret.server.http.exchange.shape import Shape
 from turret.server.http.models import Models
 from turret.server.http.probes import Probes
 from turret.server.http.responses import Responses
@@ -55,7 +56,6 @@ from turret.server.metrics import Metrics
 INFERENCE = "turret.v1.Inference"
 ADAPTERS = "turret.v1.Adapters"
 METRICS = "metrics"
-NO_NAMES: Mapping[str, str] = {}
 
 # Clients keep connections for later; what they find closed just then fails their next request.
 KEEP_ALIVE_SECONDS = 75
@@ -88,17 +88,18 @@ def routes(
     state = State(inference, adapters, metrics=metrics, failures=failures, has_admin=has_admin)
     models, probes = Models(inference, adapters), Probes(inference, metrics)
     texts, admin = token_routes.Tokens(inference), lora.Lora(adapters)
+    chat, completions = ChatCompletions(inference), Completions(inference)
     made = [
-        _answer("/v1/chat/completions", ChatCompletions(inference), generation.CHAT_NAMES),
-        _answer("/v1/completions", Completions(inference), generation.COMPLETION_NAMES),
-        _answer("/v1/responses", Responses(inference), response_fields.NAMES),
-        _answer("/v1/embeddings", Embeddings(inference), prompts.NAMES),
-        _answer("/classify", Classify(inference), prompts.NAMES),
+        _answer("/v1/chat/completions", chat, shapes.CHAT, generation.CHAT_NAMES),
+        _answer("/v1/completions", completions, shapes.COMPLETIONS, generation.COMPLETION_NAMES),
+        _answer("/v1/responses", Responses(inference), shapes.RESPONSES, response_fields.NAMES),
+        _answer("/v1/embeddings", Embeddings(inference), shapes.INPUTS, prompts.NAMES),
+        _answer("/classify", Classify(inference), shapes.INPUTS, prompts.NAMES),
         _get("/v1/models", models.list, INFERENCE),
         # A model's name may hold slashes.
         _get("/v1/models/{model:path}", models.get, INFERENCE),
-        _post("/tokenize", texts.tokenize, INFERENCE, token_routes.NAMES),
-        _post("/detokenize", texts.detokenize, INFERENCE, token_routes.NAMES),
+        _post("/tokenize", texts.tokenize, INFERENCE, shapes.TOKENIZE, token_routes.NAMES),
+        _post("/detokenize", texts.detokenize, INFERENCE, shapes.DETOKENIZE, token_routes.NAMES),
         _get("/health", probes.health, "", logging.DEBUG),
         _get("/metrics", probes.metrics, METRICS, logging.DEBUG),
         _get("/", page.index, "", logging.DEBUG),
@@ -109,11 +110,13 @@ def routes(
     if has_admin:
         handlers = (admin.load, admin.unload, admin.pin, admin.unpin)
         pairs = zip(ADMIN_PATHS, handlers, strict=True)
-        made += [_post(path, handler, ADAPTERS, lora.NAMES) for path, handler in pairs]
+        made += [
+            _post(path, handler, ADAPTERS, shapes.ADAPTER, lora.NAMES) for path, handler in pairs
+        ]
     return made
 
 
-def _answer(path: str, handler: Handler, names: Mapping[str, str]) -> Route:
+def _answer(path: str, handler: Handler, shape: Shape, names: Mapping[str, str]) -> Route:
     """What runs on adapters."""
     return Route(
         method="POST",
@@ -121,6 +124,7 @@ def _answer(path: str, handler: Handler, names: Mapping[str, str]) -> Route:
         handler=handler,
         service=INFERENCE,
         names=names,
+        shape=shape,
         is_counted=True,
     )
 
@@ -129,8 +133,12 @@ def _get(path: str, handler: Handler, service: str, level: int = logging.INFO) -
     return Route(method="GET", path=path, handler=handler, service=service, level=level)
 
 
-def _post(path: str, handler: Handler, service: str, names: Mapping[str, str] = NO_NAMES) -> Route:
-    return Route(method="POST", path=path, handler=handler, service=service, names=names)
+def _post(
+    path: str, handler: Handler, service: str, shape: Shape, names: Mapping[str, str]
+) -> Route:
+    return Route(
+        method="POST", path=path, handler=handler, service=service, names=names, shape=shape
+    )
 
 
 class _Uvicorn(uvicorn.Server):
@@ -296,7 +304,6 @@ def _configuration(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         ssl_context_factory=None if context is None else lambda _config, _default: context,
     )

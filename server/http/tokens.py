@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from turret.server.api.inference.inference import Inference
 from turret.server.api.violations import Violations
-from turret.server.http.bodies.fields import Fields, is_token_id
+from turret.server.http.bodies.fields import Fields, are_token_ids
 from turret.server.http.bodies.messages import read_messages
 from turret.server.http.bodies.model_names import mix_of
 from turret.server.http.bodies.slips import refuse_if_wrong
@@ -68,7 +68,7 @@ class Tokens:
         fields = Fields(exchange.take_body(), violations)
         adapters = _mix_of(fields, info.name, exchange.names)
         ids = fields.get("tokens")
-        if not isinstance(ids, list) or not all(map(is_token_id, ids)):
+        if not isinstance(ids, list) or not are_token_ids(ids):
             fields.refuse("tokens", "must be a list of token ids")
         refuse_if_wrong(fields, exchange.names)
         if not ids:

@@ -180,6 +180,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         _current.set(call)
         party = Party(self._shares, _authorization(metadata), context.peer())
         _party.set(party)
+        call.tenant = party.tenant
         code = Code.INTERNAL
         try:
             held = party.hold() if method in COUNTED - MANY else contextlib.nullcontext()

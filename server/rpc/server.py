@@ -19,6 +19,7 @@ from turret.server.api.access.watched_files import WatchedFiles
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.failures import Failures
 from turret.server.api.inference.inference import Inference
+from turret.server.basics.files.regular_file import read_regular
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.metrics import Metrics
 from turret.server.rpc.adapters import AdaptersServicer
@@ -78,8 +79,8 @@ def _certificates(security: SecurityConfig) -> Any:
     assert security.tls_key is not None
     authorities = security.tls_client_ca
     return grpc.ssl_server_certificate_configuration(
-        [(security.tls_key.read_bytes(), security.tls_cert.read_bytes())],
-        root_certificates=authorities.read_bytes() if authorities else None,
+        [(read_regular(security.tls_key), read_regular(security.tls_cert))],
+        root_certificates=read_regular(authorities) if authorities else None,
     )
 
 

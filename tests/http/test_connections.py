@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
 import shutil
 import socket
 import ssl
 import subprocess
+import time
 from pathlib import Path
 
 import httpx2
 import pytest
 from servers.fakes import endless
-from servers.http_harness import Refused, http_harness
+from servers.http_harness import HttpHarness, Refused, http_harness
 
 from turret.server.api.access.shares import Shares
+from turret.server.api.access.tokens import TokenTable
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.exchange import connection
-from turret.server.http.exchange.connection import MAX_HEAD_BYTES
+from turret.server.http.exchange.connection import MAX_HEAD_BYTES, Connection
 from turret.server.http.server import HttpServer
 
 PROMPT = {"model": "base", "prompt": "a"}
 COMPLETIONS = "/v1/completions"
+
+
+CHUNKED = b"transfer-encoding: chunked\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
 
 async def opened(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -190,3 +198,155 @@ async def test_a_party_has_its_share_of_answers() -> None:
         await asyncio.sleep(0.1)
         assert not third.done()
         third.cancel()
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *((host, 200) for host in ("localhost", "LOCALHOST.:80", "127.0.0.1:1", "[::1]:8000", "")),
+        *((host, 421) for host in ("evil.example", "localhost:80@evil.example", ":80")),
+        *((host, 421) for host in ("[::1].evil.example", "[::1", "localhost:80:90", "a/localhost")),
+    ],
+)
+async def test_a_host_of_an_odd_form_is_none_of_this_server(host: str, status: int) -> None:
+    async with http_harness() as server:
+        answer = await server.client.get("/health", headers={"host": host})
+        assert answer.status_code == status
+
+
+async def test_a_second_authorization_header_is_refused() -> None:
+    """A proxy in front may have looked at the other one."""
+    tokens = TokenTable([("a", frozenset({"inference"})), ("b", frozenset())])
+    async with http_harness(tokens=tokens) as server:
+        one, other = ("authorization", "Bearer a"), ("authorization", "Bearer b")
+        for headers, status in (([one], 200), ([one, other], 400), ([one, one], 400)):
+            answer = await server.client.get("/v1/models", headers=headers)
+            assert answer.status_code == status
+
+
+async def answered(server: HttpHarness, sent: bytes) -> bytes:
+    """Everything that comes back until the server closes the connection."""
+    reader, writer = await opened(server.server.address)
+    writer.write(sent)
+    try:
+        return await asyncio.wait_for(reader.read(), 20)
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        CHUNKED + b"content-length: 5\r\n",
+        b"content-length: 5\r\n" + CHUNKED,
+        b"content-length: 5\r\ncontent-length: 6\r\n",
+        b"transfer-encoding: gzip\r\n",
+    ],
+)
+async def test_a_body_whose_length_is_told_twice_is_refused(head: bytes) -> None:
+    """A proxy in front may believe the other length, and take the rest for a request."""
+    async with http_harness() as server:
+        answer = await answered(server, POST + head + b"\r\n0\r\n\r\n" + b"GET /health HTTP/1.1")
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert answer.count(b"HTTP/1.1") == 1
+        assert server.engine.requests == []
+
+
+async def test_a_trailer_is_no_header() -> None:
+    tokens = TokenTable([("a", frozenset({"inference"}))])
+    async with http_harness(tokens=tokens) as server:
+        body = b"2\r\n{}\r\n0\r\nauthorization: Bearer a\r\n\r\n"
+        answer = await answered(server, POST + CHUNKED + b"connection: close\r\n\r\n" + body)
+        assert answer.startswith(b"HTTP/1.1 401 ")
+
+
+async def test_nothing_is_parsed_after_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client can read the answer, the rest of its body is dropped, and it is let go."""
+    monkeypatch.setattr(connection, "LINGER_SECONDS", 1.0)
+    num_parsed = 0
+    parse = Connection.on_body
+
+    def counted(self: Connection, body: bytes) -> None:
+        nonlocal num_parsed
+        num_parsed += len(body)
+        parse(self, body)
+
+    monkeypatch.setattr(Connection, "on_body", counted)
+    tokens = TokenTable([("a", frozenset({"inference"}))])
+    async with http_harness(tokens=tokens) as server:
+        reader, writer = await opened(server.server.address)
+        writer.write(POST + CHUNKED + b"\r\n" + b"1\r\n \r\n")
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+        assert head.startswith(b"HTTP/1.1 401 ")
+        assert b"connection: close" in head
+        for _ in range(10):
+            writer.write(b"1\r\n \r\n" * 20_000)
+            await writer.drain()
+        assert await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+    assert num_parsed < 10
+
+
+async def test_who_sends_on_after_a_refusal_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "LINGER_BYTES", 1 << 20)
+    tokens = TokenTable([("a", frozenset({"inference"}))])
+    async with http_harness(tokens=tokens) as server:
+        reader, writer = await opened(server.server.address)
+        writer.write(POST + CHUNKED + b"\r\n")
+        await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+        await _drained(writer, b"x" * (64 << 20))
+        with pytest.raises(ConnectionError):
+            await reader.readexactly(1 << 20)
+        writer.close()
+
+
+async def test_a_body_in_tiny_chunks_has_a_limit_of_bytes_and_leaves_others_their_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    num_parsed = 0
+    feed = Connection._feed
+
+    def counted(self: Connection, data: bytes) -> None:
+        nonlocal num_parsed
+        num_parsed += len(data)
+        feed(self, data)
+
+    async with http_harness() as server:
+        _, writer = await opened(server.server.address)
+        delays: list[float] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(Connection, "_feed", counted)
+            writer.write(POST + CHUNKED + b"\r\n")
+            sending = asyncio.ensure_future(_drained(writer, b"1\r\n \r\n" * 4_000_000))
+            while not sending.done():
+                start = time.monotonic()
+                assert (await server.client.get("/health")).status_code == 200
+                delays.append(time.monotonic() - start)
+        # Of 24 MB.
+        assert num_parsed < 6_000_000
+        assert max(delays) < 2
+        writer.close()
+        # It has to do with the bytes alone, not with the chunks.
+        body = b"".join(b"1\r\n%c\r\n" % byte for byte in json.dumps(PROMPT).encode())
+        answer = await answered(
+            server, POST + CHUNKED + b"connection: close\r\n\r\n" + body + b"0\r\n\r\n"
+        )
+        assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+async def _drained(writer: asyncio.StreamWriter, data: bytes) -> None:
+    with contextlib.suppress(ConnectionError):
+        for at in range(0, len(data), 1 << 18):
+            writer.write(data[at : at + (1 << 18)])
+            await writer.drain()
+
+
+async def test_requests_sent_ahead_are_answered_in_order() -> None:
+    body = json.dumps({**PROMPT, "stream": True}).encode()
+    asked = POST + b"content-length: %d\r\n\r\n" % len(body) + body
+    last = b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+    async with http_harness() as server:
+        answer = await answered(server, asked * 3 + last)
+        assert answer.count(b"HTTP/1.1 200 OK") == 4
+        assert answer.count(b"data: [DONE]") == 3
+        assert answer.endswith(b'{"status":"ok"}')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import socket
 import ssl
@@ -347,6 +348,28 @@ async def test_certificates_change_without_a_restart(certificates: Path, tmp_pat
         # Half of a change is none.
         (tmp_path / "server.key").unlink()
         assert await asyncio.to_thread(_shown_certificate, server.rpc.address) == shown
+
+
+async def test_a_fifo_in_place_of_a_certificate_changes_nothing(
+    certificates: Path, tmp_path: Path
+) -> None:
+    for end in ("pem", "key"):
+        shutil.copy(certificates / f"server.{end}", tmp_path / f"server.{end}")
+    security = SecurityConfig(tls_cert=tmp_path / "server.pem", tls_key=tmp_path / "server.key")
+    async with harness(security=security) as server:
+        shown = await asyncio.to_thread(_shown_certificate, server.rpc.address)
+        for name in ("client", None):
+            if name is None:
+                (tmp_path / "server.pem").unlink()
+                os.mkfifo(tmp_path / "server.pem")
+            else:
+                (tmp_path / "server.key").unlink()
+                os.mkfifo(tmp_path / "server.key")
+            assert await asyncio.to_thread(_shown_certificate, server.rpc.address) == shown
+        for end in ("pem", "key"):
+            (tmp_path / f"server.{end}").unlink()
+            shutil.copy(certificates / f"client.{end}", tmp_path / f"server.{end}")
+        assert await asyncio.to_thread(_shown_certificate, server.rpc.address) != shown
 
 
 async def test_mtls(certificates: Path) -> None:

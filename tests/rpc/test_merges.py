@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 
 import grpc
 import pytest
@@ -71,7 +72,10 @@ async def test_every_bad_field_is_named() -> None:
     [
         (MergeActiveError("a merge is active"), "FAILED_PRECONDITION", "MERGE_ACTIVE"),
         (InvalidRequestError("prefixes"), "INVALID_ARGUMENT", "INVALID_REQUEST"),
-        (MemoryError(), "INTERNAL", "INTERNAL"),
+        (KeyError(), "INTERNAL", "INTERNAL"),
+        (MemoryError(), "RESOURCE_EXHAUSTED", "OUT_OF_MEMORY"),
+        (OSError(errno.ENOMEM, "no"), "RESOURCE_EXHAUSTED", "OUT_OF_MEMORY"),
+        (RuntimeError("can't start new thread"), "RESOURCE_EXHAUSTED", "OUT_OF_MEMORY"),
     ],
 )
 async def test_a_merge_that_fails_says_why(error: Exception, code: str, reason: str) -> None:

@@ -49,6 +49,7 @@ CODES = {
     "ResourceError": "RESOURCE_EXHAUSTED",
     "QueueFullError": "RESOURCE_EXHAUSTED",
     "BudgetExceededError": "RESOURCE_EXHAUSTED",
+    "OutOfMemoryError": "RESOURCE_EXHAUSTED",
     "StorageFullError": "RESOURCE_EXHAUSTED",
     "StorageFailedError": "UNAVAILABLE",
     "HubError": "INVALID_ARGUMENT",

@@ -26,6 +26,7 @@ from turret.server.adapters.checkpoint.near_paths import (
     inside,
     what_instead,
 )
+from turret.server.basics.work.out_of_memory import is_out_of_memory
 from turret.server.errors import AdapterCheckpointError, StorageFailedError
 
 MAX_PATH_CHARS = 1024
@@ -39,7 +40,7 @@ _DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 _LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # NONBLOCK keeps a FIFO from hanging.
 _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.EIO)
 _LEAVES = (
     "leaves the adapter root through a symbolic link; put the files themselves there, name a root"
     " that holds both, or upload them"
@@ -67,7 +68,9 @@ def _cannot_be_read(error: OSError) -> str:
 
 
 def _raise_if_exhausted(error: OSError | ValueError) -> None:
-    """Raises StorageFailedError if nothing is wrong with the path."""
+    """Raises StorageFailedError, or what there was no memory for, if the path is not to blame."""
+    if is_out_of_memory(error):
+        raise error
     if isinstance(error, OSError) and error.errno in _EXHAUSTED:
         raise StorageFailedError(f"no file can be opened now: {error.strerror}") from None
 

@@ -37,6 +37,7 @@ from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.basics.work.background import work_in_background
 from turret.server.basics.work.cancellation import Cancellation
+from turret.server.basics.work.out_of_memory import is_out_of_memory, told_of
 from turret.server.errors import (
     AdapterExistsError,
     AdapterNotFoundError,
@@ -124,9 +125,12 @@ class Fuser:
         context = contextvars.copy_context()
         try:
             future = self._thread.submit(context.run, self._run, job, name, refs, combination)
-        except RuntimeError:
+        except RuntimeError as error:
             self._end(job)
-            raise _shutting_down() from None
+            refusal = told_of(error, "") if is_out_of_memory(error) else _shutting_down()
+            # Without a new thread the executor keeps the work for a later one.
+            cancellation.set(refusal)
+            raise refusal from None
         # A future that is cancelled before it starts never runs.
         future.add_done_callback(lambda _: self._end(job))
         return future

@@ -23,6 +23,7 @@ from turret.server.adapters.residency.host_memory import HostMemory
 from turret.server.adapters.residency.loader import LoadedAdapter
 from turret.server.adapters.residency.metrics import AdapterMetrics
 from turret.server.adapters.source import Source
+from turret.server.basics.work.out_of_memory import told_of
 from turret.server.errors import BudgetExceededError, TurretError, UnavailableError
 
 PATIENCE_SECONDS = 1.0
@@ -326,9 +327,9 @@ class Leases:
             return self._reload(adapter.name, adapter.source, adapter.digest)
         except TurretError as error:
             return error
-        except Exception:
+        except Exception as error:
             _log.exception("reading adapter %r failed", adapter.name)
-            return TurretError(f"reading adapter {adapter.name!r} failed")
+            return told_of(error, f"reading adapter {adapter.name!r} failed")
 
     def _finish_load(
         self,

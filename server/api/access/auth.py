@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from turret.server.api.access.tokens import ROLES, TokenTable
+from turret.server.api.access.tokens import ROLES, TokenTable, bearer_token
 from turret.server.errors import PermissionDeniedError, UnauthenticatedError
 
 # Services that are not listed (health, reflection) are open: they tell nothing about the content.
@@ -49,11 +49,11 @@ def roles_of(tokens: TokenTable | None, authorization: object) -> frozenset[str]
         return frozenset(ROLES)
     if not isinstance(authorization, str):
         raise UnauthenticatedError("the call carries no 'authorization: Bearer TOKEN'")
-    scheme, _, token = authorization.partition(" ")
-    # What was sent may be a token, and is not repeated.
-    if scheme.lower() != "bearer" or not token.strip():
+    token = bearer_token(authorization)
+    if token is None:
+        # What was sent may be a token, and is not repeated.
         raise UnauthenticatedError("'authorization' does not have the form 'Bearer TOKEN'")
-    roles = tokens.roles_of(token.strip())
+    roles = tokens.roles_of(token)
     if roles is None:
         raise UnauthenticatedError("the token is unknown")
     return roles

@@ -1,26 +1,43 @@
-"""How many requests one party may have waiting and running at once."""
+"""How many requests one party may have open at once, and whose cached prefixes it may find."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import secrets
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from hashlib import blake2b
 
+from turret.server.api.access.tokens import bearer_token, token_digest
 from turret.server.basics.counted import counted
+from turret.server.config import Config
 from turret.server.errors import QueueFullError
 
 _RETRY_SECONDS = 1.0
 # Answers to one call that are with the engine at a time: a list of a thousand prompts must not fill
 # the queue that others wait in.
 MAX_AT_A_TIME = 64
+# Nobody outside of this process can compute a salt, whatever tokens and texts they know.
+_SECRET = secrets.token_bytes(32)
 
 
 def peer_address(peer: str) -> str:
     """The address of a gRPC peer without its port: ``ipv4:10.0.0.1``; a unix socket is one peer."""
     return peer.rpartition(":")[0] if peer.startswith("ip") else peer.partition(":")[0]
+
+
+def salt_of(tenant: bytes, asked: str) -> bytes:
+    """What a request's cached blocks are keyed with; empty where every request may find them.
+
+    Args:
+        tenant: See ``Shares.tenant``.
+        asked: The ``cache_salt`` that the request carries, or nothing.
+    """
+    if not tenant and not asked:
+        return b""
+    return blake2b(tenant + asked.encode(), digest_size=16, key=_SECRET).digest()
 
 
 class Shares:
@@ -29,9 +46,13 @@ class Shares:
     Args:
         per_token: Most of one token; 0 is no limit.
         per_peer: Most of one client address; 0 is no limit.
+        separates_tokens: Whether the requests of one token find no cached prefix of another's.
     """
 
-    def __init__(self, per_token: int = 0, per_peer: int = 0) -> None:
+    def __init__(
+        self, per_token: int = 0, per_peer: int = 0, *, separates_tokens: bool = False
+    ) -> None:
+        self._separates_tokens = separates_tokens
         self._limits = {"token": per_token, "peer": per_peer}
         self._open: Counter[tuple[str, str]] = Counter()
 
@@ -39,6 +60,22 @@ class Shares:
     def least(self) -> int:
         """The most that any party may have open at once; 0 is no limit."""
         return min((limit for limit in self._limits.values() if limit), default=0)
+
+    @classmethod
+    def of(cls, config: Config) -> Shares:
+        """As an operator set them."""
+        limits, security = config.scheduler, config.security
+        return cls(
+            limits.max_requests_per_token,
+            limits.max_requests_per_peer,
+            separates_tokens=security.token_file is not None and not security.share_prefixes,
+        )
+
+    def tenant(self, authorization: str | bytes | None) -> bytes:
+        """Names whose cached prefixes a request may find; empty where all requests share them."""
+        if not self._separates_tokens or not isinstance(authorization, str):
+            return b""
+        return _token_name(authorization)
 
     @contextlib.contextmanager
     def hold(self, authorization: str | bytes | None, peer: str) -> Iterator[None]:
@@ -53,8 +90,7 @@ class Shares:
         """
         parties = [("peer", peer_address(peer))]
         if isinstance(authorization, str):
-            # Kept as a digest, as in the token table.
-            parties.append(("token", hashlib.sha256(authorization.encode()).hexdigest()))
+            parties.append(("token", _token_name(authorization).hex()))
         limited = [party for party in parties if self._limits[party[0]]]
         for party in limited:
             limit = self._limits[party[0]]
@@ -74,6 +110,11 @@ class Shares:
                     del self._open[party]
 
 
+def _token_name(authorization: str) -> bytes:
+    # By the token alone: the spelling of the header must not make several parties of one.
+    return token_digest(bearer_token(authorization) or authorization)
+
+
 @dataclass(frozen=True, slots=True)
 class Party:
     """Who asks: its requests are counted together. The fields are as ``Shares.hold`` says."""
@@ -89,6 +130,11 @@ class Party:
             QueueFullError: The party has as many as it may.
         """
         return self.shares.hold(self.authorization, self.peer)
+
+    @property
+    def tenant(self) -> bytes:
+        """See ``Shares.tenant``."""
+        return self.shares.tenant(self.authorization)
 
     @property
     def most_at_once(self) -> int:

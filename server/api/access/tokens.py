@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from turret.server.basics.closest import did_you_mean
+from turret.server.basics.files.regular_file import read_regular
 
 _log = logging.getLogger(__name__)
 
@@ -17,7 +18,14 @@ ROLES = ("inference", "admin", "metrics")
 _ALL_ROLES = ", ".join(ROLES)
 
 
-def _digest(token: str) -> bytes:
+def bearer_token(authorization: str) -> str | None:
+    """The token of a header ``Bearer TOKEN``; None if the header has another form."""
+    scheme, _, token = authorization.partition(" ")
+    return token.strip() or None if scheme.lower() == "bearer" else None
+
+
+def token_digest(token: str) -> bytes:
+    """What is kept of a token: it names the token and does not disclose it."""
     return hashlib.sha256(token.encode()).digest()
 
 
@@ -33,7 +41,7 @@ class TokenTable:
     """The accepted tokens. Holds digests only, so a dump of it discloses nothing."""
 
     def __init__(self, entries: Iterable[tuple[str, frozenset[str]]]) -> None:
-        self._entries = tuple((_digest(token), roles) for token, roles in entries)
+        self._entries = tuple((token_digest(token), roles) for token, roles in entries)
 
     @classmethod
     def read(cls, path: Path) -> TokenTable:
@@ -54,7 +62,7 @@ class TokenTable:
         flag = f"--token-file: {path}"
         entries: dict[str, frozenset[str]] = {}
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_regular(path).decode()
         except UnicodeDecodeError:
             raise ValueError(f"{flag} is no UTF-8 text") from None
         for number, line in enumerate(text.splitlines(), start=1):
@@ -86,7 +94,7 @@ class TokenTable:
 
     def roles_of(self, token: str) -> frozenset[str] | None:
         """The roles of a token; None if it is unknown. Takes the same time for every token."""
-        presented = _digest(token)
+        presented = token_digest(token)
         found = None
         for digest, roles in self._entries:
             if hmac.compare_digest(digest, presented):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from turret.server import log
+from turret.server.basics.files.regular_file import read_regular
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +47,9 @@ class WatchedFiles(Generic[_T]):
             return False
         self._seen = stamp
         try:
+            for path in self._paths:
+                # Not every reader refuses a FIFO, and here waiting for one would stop the reload.
+                read_regular(path)
             self.newest = self._read()
         except (OSError, ValueError) as error:
             _log.error(f"{self._what} stay as they were", extra=log.fields(reason=error))

@@ -15,7 +15,7 @@ from turret.server.api.inference.inputs import (
     run_inputs,
     summed_fields,
 )
-from turret.server.api.inference.requests import check_request_id
+from turret.server.api.inference.requests import check_request_id, request_salt
 from turret.server.api.limits import MAX_LABEL_SCORES, InputLimits
 from turret.server.api.mix import adapter_refs
 from turret.server.api.violations import Violations
@@ -40,6 +40,7 @@ async def classify(
     check_inputs(message.inputs, limits, violations)
     refs = adapter_refs(message.adapters, violations)
     check_request_id(message.request_id, violations)
+    salt = request_salt(call, message.cache_salt, violations)
     violations.raise_if_any()
     request_id = message.request_id or call.request_id
     make = pooled_requests(
@@ -51,6 +52,7 @@ async def classify(
         pooling=Pooling(classifies=True),
         request_id=request_id,
         deadline=deadline,
+        salt=salt,
     )
     count = len(message.inputs)
 

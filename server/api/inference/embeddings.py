@@ -13,7 +13,7 @@ from turret.server.api.inference.inputs import (
     run_inputs,
     summed_fields,
 )
-from turret.server.api.inference.requests import check_request_id
+from turret.server.api.inference.requests import check_request_id, request_salt
 from turret.server.api.limits import MAX_EMBEDDING_NUMBERS, InputLimits
 from turret.server.api.mix import adapter_refs
 from turret.server.api.violations import Violations
@@ -82,6 +82,7 @@ async def embed(
     refs = adapter_refs(message.adapters, violations)
     pooling = pooling_of(message, backend.model_info.hidden_size, violations)
     check_request_id(message.request_id, violations)
+    salt = request_salt(call, message.cache_salt, violations)
     violations.raise_if_any()
     request_id = message.request_id or call.request_id
     make = pooled_requests(
@@ -93,6 +94,7 @@ async def embed(
         pooling=pooling,
         request_id=request_id,
         deadline=deadline,
+        salt=salt,
     )
     found = await run_inputs(
         backend, call, party, count=len(message.inputs), make=make, convert=_vector

@@ -81,9 +81,8 @@ class Inference:
             message,
             vocabulary,
             limits=InputLimits.of(backend, vocabulary),
-            request_id=call.request_id,
+            call=call,
             deadline=deadline,
-            message_bytes=call.message_bytes,
         )
         # Nobody else keeps it: its memory is free while the request waits and runs.
         del message
@@ -124,9 +123,8 @@ class Inference:
             message,
             vocabulary,
             limits=InputLimits.of(backend, vocabulary),
-            request_id=call.request_id,
+            call=call,
             deadline=deadline,
-            message_bytes=call.message_bytes,
         )
         del message
         response = inference_pb2.ScoreResponse(request_id=request.request_id)

@@ -89,6 +89,7 @@ def pooled_requests(
     pooling: Pooling,
     request_id: str,
     deadline: float | None,
+    salt: bytes,
 ) -> Callable[[int], Awaitable[Request]]:
     """Makes the request for an input, by its index, when it is asked to."""
     # Each input counts its share of what was sent.
@@ -104,6 +105,7 @@ def pooled_requests(
             message_bytes=message_bytes,
             pooling=pooling,
             own_text=vocabulary.own,
+            salt=salt,
         )
 
     return make

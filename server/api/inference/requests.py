@@ -7,9 +7,11 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from turret.server.api.call import is_request_id
+from turret.server.api.access.shares import salt_of
+from turret.server.api.call import Call, is_request_id
 from turret.server.api.inference.chats import chat_size, check_chat, check_length, render_chat
 from turret.server.api.limits import (
+    MAX_CACHE_SALT_CHARS,
     MAX_LOGIT_BIASES,
     MAX_STOP_TOKEN_IDS,
     InputLimits,
@@ -136,6 +138,13 @@ def check_input(message: Asked, limits: InputLimits, violations: Violations) -> 
         check_length(len(message.prompt), limits.max_chars, "characters")
 
 
+def request_salt(call: Call, asked: str, violations: Violations) -> bytes:
+    """The salt of a call's requests, whose message asks for ``asked`` as its ``cache_salt``."""
+    is_short = len(asked) <= MAX_CACHE_SALT_CHARS
+    violations.check(is_short, "cache_salt", f"at most {MAX_CACHE_SALT_CHARS} characters")
+    return salt_of(call.tenant, asked) if is_short else b""
+
+
 def check_request_id(request_id: str, violations: Violations) -> None:
     """An empty id is none."""
     violations.check(
@@ -175,9 +184,8 @@ async def generate_request(
     vocabulary: Vocabulary,
     *,
     limits: InputLimits,
-    request_id: str,
+    call: Call,
     deadline: float | None,
-    message_bytes: int = 0,
 ) -> Request:
     """A domain request.
 
@@ -185,9 +193,8 @@ async def generate_request(
         message: What the client sent.
         vocabulary: Turns a prompt or chat into tokens, and compiles what the answer must match.
         limits: What the model bounds.
-        request_id: Used where the message carries none.
+        call: On whose behalf; its id is used where the message carries none.
         deadline: ``time.monotonic()`` seconds, or None.
-        message_bytes: Size of the message as it was sent.
 
     Raises:
         InvalidRequestError: Lists every offending field.
@@ -217,20 +224,22 @@ async def generate_request(
     if violations.check_count(len(so_far), limits.max_tokens, "answer_so_far"):
         _check_ids(so_far, limits.vocab_size, violations, "answer_so_far")
     check_request_id(message.request_id, violations)
+    salt = request_salt(call, message.cache_salt, violations)
     violations.raise_if_any()
     constraint = None if spec is None else await vocabulary.constraints.compile(spec)
     return Request(
-        request_id=message.request_id or request_id,
+        request_id=message.request_id or call.request_id,
         prompt_token_ids=tuple(await input_token_ids(message, vocabulary.tokenizer, limits)),
         adapters=refs,
         sampling=sampling,
         stop=stop,
         options=options,
         deadline=deadline,
-        message_bytes=message_bytes,
+        message_bytes=call.message_bytes,
         answer_so_far=tuple(message.answer_so_far),
         constraint=constraint,
         own_text=vocabulary.own,
+        salt=salt,
     )
 
 
@@ -239,9 +248,8 @@ async def score_request(
     vocabulary: Vocabulary,
     *,
     limits: InputLimits,
-    request_id: str,
+    call: Call,
     deadline: float | None,
-    message_bytes: int = 0,
 ) -> Request:
     """As ``generate_request``, for prompt logprobs alone."""
     violations = Violations()
@@ -250,14 +258,16 @@ async def score_request(
     values = {"logprobs": True, "top_n": message.top_n}
     options = violations.build(ResponseOptions, values, "")
     check_request_id(message.request_id, violations)
+    salt = request_salt(call, message.cache_salt, violations)
     violations.raise_if_any()
     return Request(
-        request_id=message.request_id or request_id,
+        request_id=message.request_id or call.request_id,
         prompt_token_ids=tuple(await input_token_ids(message, vocabulary.tokenizer, limits)),
         adapters=refs,
         own_text=vocabulary.own,
+        salt=salt,
         options=options,
         deadline=deadline,
-        message_bytes=message_bytes,
+        message_bytes=call.message_bytes,
         score=True,
     )

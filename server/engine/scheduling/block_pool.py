@@ -2,6 +2,8 @@
 
 A full block is named by a key that chains from (base generation, mix, soft tokens) over the token
 ids up to its end, so a block is found again only by a request that would compute the same values.
+The first block that holds text of the request is keyed with the request's salt, so requests with
+different salts share only what comes before their text: an adapter's prefix or soft tokens.
 Where a mix grows within the text, the block in which it does so tells; those before it are the
 smaller mix's.
 """
@@ -37,7 +39,11 @@ def root_key(
 
 
 def next_key(
-    previous: bytes, token_ids: Sequence[int], changes: Sequence[tuple[int, MixKey]] = ()
+    previous: bytes,
+    token_ids: Sequence[int],
+    changes: Sequence[tuple[int, MixKey]] = (),
+    *,
+    salt: bytes = b"",
 ) -> bytes:
     """Key of the block that holds ``token_ids`` after the block named ``previous``.
 
@@ -45,11 +51,13 @@ def next_key(
         previous: The key of the block before, or the root.
         token_ids: A block's worth.
         changes: Where within the block another mix begins, and which.
+        salt: At most 64 bytes, which the key cannot be computed without.
     """
     # Soft tokens have the placeholder id -1; the root key says which ones they are.
     data = b"".join((token & 0xFFFFFFFF).to_bytes(4, "little") for token in token_ids)
     told = [f"@{offset}|" + "|".join(map(_member, mix)) for offset, mix in changes]
-    return hashlib.blake2b(previous + data + "".join(told).encode(), digest_size=16).digest()
+    chained = previous + data + "".join(told).encode()
+    return hashlib.blake2b(chained, digest_size=16, key=salt).digest()
 
 
 def _member(member: tuple[str, int, float]) -> str:

@@ -140,7 +140,8 @@ class Request:
     only: nothing is generated. ``message_bytes`` is the size of the message that asks, which is
     kept while the request waits or runs. ``answer_so_far`` are tokens that an earlier answer began
     with: this one goes on after them. ``constraint`` is what the answer must match. ``own_text`` is
-    the tokenizer of all its tokens, where an adapter has its own.
+    the tokenizer of all its tokens, where an adapter has its own. Requests find each other's cached
+    prefixes and drafts only if their ``salt`` is the same.
     """
 
     request_id: str
@@ -156,6 +157,7 @@ class Request:
     constraint: Constraint | None = None
     pooling: Pooling | None = None
     own_text: OwnText | None = None
+    salt: bytes = b""
 
     def __post_init__(self) -> None:
         assert not self.score or self.pooling is None, "a prompt is scored or pooled"

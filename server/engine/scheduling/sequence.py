@@ -132,6 +132,7 @@ class Sequence:
             start = (len(self.keys) - 1) * block_size
             block = range(start, start + block_size)
             changes = [(s.start - start, s.mix.key) for s in self.stages[1:] if s.start in block]
-            self.keys.append(
-                next_key(self.keys[-1], self.tokens[start : start + block_size], changes)
-            )
+            # Blocks before hold only what an adapter fills, which all requests may share.
+            salt = self.request.salt if self.num_virtual in block else b""
+            tokens = self.tokens[start : start + block_size]
+            self.keys.append(next_key(self.keys[-1], tokens, changes, salt=salt))

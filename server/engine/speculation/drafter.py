@@ -25,7 +25,7 @@ class Drafter:
     """The drafts of one sequence. Used by the engine thread alone.
 
     Args:
-        mix: Its adapters, as the memories are kept by.
+        memory_key: Its adapters and the salt of its request: which memory it learns from.
         tokens: Its tokens, which only grow: those before ``start`` are none of the text, those from
             ``prompt_end`` on are the answer.
         start: See ``tokens``.
@@ -36,7 +36,7 @@ class Drafter:
 
     def __init__(
         self,
-        mix: Hashable,
+        memory_key: Hashable,
         tokens: list[int],
         *,
         start: int,
@@ -44,7 +44,7 @@ class Drafter:
         max_tokens: int,
         end_ids: frozenset[int],
     ) -> None:
-        self.mix = mix
+        self.memory_key = memory_key
         self._tokens = tokens
         self._prompt_end = prompt_end
         self._last_end = prompt_end + max_tokens

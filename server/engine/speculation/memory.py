@@ -11,10 +11,10 @@ from turret.server.engine.speculation.text_index import TextIndex
 
 # Begins an answer; no token's id.
 START = -1
-# Tokens of earlier answers that are remembered, at least, and mixes: a few tens of megabytes, and a
-# hundred if all their tokens differ.
+# The fewest tokens of earlier answers that a memory keeps, and the most memories: together a few
+# tens of megabytes, and a hundred if all their tokens differ.
 _MAX_TOKENS = 4096
-_MAX_MIXES = 128
+_MAX_MEMORIES = 128
 
 
 class MixMemory:
@@ -50,17 +50,17 @@ class MixMemory:
 
 
 class Memories:
-    """The memories of the mixes that were asked last."""
+    """The memories that were used last: one for each mix and salt."""
 
     def __init__(self) -> None:
-        self._by_mix: OrderedDict[Hashable, MixMemory] = OrderedDict()
+        self._by_key: OrderedDict[Hashable, MixMemory] = OrderedDict()
 
-    def of(self, mix: Hashable) -> MixMemory:
-        """A mix's memory, which begins empty."""
-        found = self._by_mix.get(mix)
+    def of(self, key: Hashable) -> MixMemory:
+        """The memory of a key, which begins empty."""
+        found = self._by_key.get(key)
         if found is None:
-            found = self._by_mix[mix] = MixMemory()
-            if len(self._by_mix) > _MAX_MIXES:
-                self._by_mix.popitem(last=False)
-        self._by_mix.move_to_end(mix)
+            found = self._by_key[key] = MixMemory()
+            if len(self._by_key) > _MAX_MEMORIES:
+                self._by_key.popitem(last=False)
+        self._by_key.move_to_end(key)
         return found

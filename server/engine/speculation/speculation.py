@@ -17,7 +17,7 @@ class Speculation:
 
     Args:
         cost: Of a step's rows.
-        remembers: Whether answers are guessed from earlier ones of the same mix too.
+        remembers: Whether answers are guessed from earlier ones with the same memory key too.
     """
 
     def __init__(self, cost: StepCost, *, remembers: bool = True) -> None:
@@ -36,14 +36,14 @@ class Speculation:
     def ended(self, drafter: Drafter) -> None:
         """A sequence has run to its end."""
         if self._remembers:
-            drafter.end(self._memories.of(drafter.mix))
+            drafter.end(self._memories.of(drafter.memory_key))
 
 
 class StepPlan:
     """The drafts of one step.
 
     Args:
-        memories: Of the mixes.
+        memories: What earlier answers were.
         value: Of the step.
         num_rows: Its rows without drafts.
     """
@@ -58,6 +58,6 @@ class StepPlan:
         most = min(most, _MAX_ROWS - self._num_rows)
         if most <= 0:
             return ()
-        draft = drafter.draft(self._memories.of(drafter.mix), self._value, most)
+        draft = drafter.draft(self._memories.of(drafter.memory_key), self._value, most)
         self._num_rows += len(draft)
         return draft

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from turret.server.api.limits import MAX_CONSTRAINT_CHARS
 from turret.server.basics.closest import did_you_mean
-from turret.server.http.bodies.fields import Fields, json_text, why_no_text
+from turret.server.http.bodies.fields import Fields, is_longer, json_text, why_no_text
 from turret.v1 import inference_pb2
 
 _Message = inference_pb2.GenerateRequest
@@ -31,6 +32,8 @@ class _Form:
 
 def _schema(message: _Message, value: Any) -> str | None:
     if isinstance(value, dict):
+        if is_longer(value, MAX_CONSTRAINT_CHARS):
+            return f"at most {MAX_CONSTRAINT_CHARS} characters"
         value, why = json_text(value)
     else:
         why = why_no_text(value)

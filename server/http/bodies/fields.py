@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -191,3 +192,35 @@ def _unwritable(value: Any, path: str) -> tuple[str, str] | None:
 def is_token_id(value: Any) -> bool:
     """Whether a value is an integer that a message can hold as a token id."""
     return type(value) is int and 0 <= value <= UINT32
+
+
+def are_token_ids(values: list[Any]) -> bool:
+    """Whether ``is_token_id`` holds for all of them, of which there may be a million."""
+    if values and set(map(type, values)) != {int}:
+        return False
+    try:
+        array("I", values)
+    except OverflowError:
+        return False
+    return True
+
+
+def is_longer(value: Any, most: int) -> bool:
+    """Whether a parsed value has more than ``most`` characters as JSON, blanks left out.
+
+    It looks at no more than it must, where ``json_text`` would write all of it.
+    """
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            most -= sum(map(len, each))
+            waiting.extend(each.values())
+        elif isinstance(each, list):
+            waiting.extend(each)
+        elif isinstance(each, str):
+            most -= len(each)
+        most -= 1
+        if most < len(waiting):
+            return True
+    return False

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from turret.server.http.bodies.constraints import read_constraint
-from turret.server.http.bodies.fields import Fields, is_token_id, why_no_text
+from turret.server.http.bodies.fields import Fields, are_token_ids, is_token_id, why_no_text
 from turret.server.http.bodies.model_names import mix_of
 from turret.v1 import inference_pb2
 
@@ -83,6 +83,7 @@ def read_asked(fields: Fields, base_name: str, *, least_tokens: int = 1) -> Aske
     message.adapters.extend(mix_of(fields, base_name, names))
     _read_sampling(fields, message.sampling)
     names.update(_read_stop(fields, message.stop, least_tokens))
+    message.cache_salt = fields.text("cache_salt") or ""
     num_choices = fields.integer("n", 1, MAX_CHOICES)
     num_choices = 1 if num_choices is None else num_choices
     best_of = fields.integer("best_of", 1, MAX_CHOICES)
@@ -163,7 +164,7 @@ def _read_stop(
             return names
         stop.stop_strings.append(text)
     ids = fields.array("stop_token_ids") or []
-    if all(map(is_token_id, ids)):
+    if are_token_ids(ids):
         stop.stop_token_ids.extend(ids)
     else:
         fields.refuse("stop_token_ids", "must be a list of token ids")

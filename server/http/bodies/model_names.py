@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_NAME_CHARS
 from turret.server.api.mix import adapter_refs
 from turret.server.api.violations import Violations
 from turret.server.basics.adapter_name import ADAPTER_NAME, BASE
@@ -16,6 +17,9 @@ from turret.v1 import adapters_pb2
 # Of an entry of ``adapters``: one that is misspelt would be served with another weight.
 _MEMBER_FIELDS = ("name", "weight", "generation")
 _SHOWN_CHARS = 40
+# A weight needs no more digits; with blanks, stars and a prefix a mix of the longest names fits.
+_MOST_WEIGHT_CHARS = 32
+_MOST_MODEL_CHARS = 2 * MAX_MIX_MEMBERS * (MAX_NAME_CHARS + _MOST_WEIGHT_CHARS)
 
 # No adapter's name holds a plus, a star or a colon.
 _MEMBER = re.compile(rf"(?P<name>{ADAPTER_NAME.pattern})(?:\*(?P<weight>.*))?", re.DOTALL)
@@ -76,6 +80,10 @@ def _read_model(model: str, base_name: str) -> tuple[list[adapters_pb2.AdapterWe
     """As ``parse_model``, with what is wrong; a member has no weight then."""
     if model in (BASE, base_name):
         return [], []
+    if len(model) > _MOST_MODEL_CHARS:
+        return [], [f"at most {_MOST_MODEL_CHARS} characters, not {len(model)}"]
+    if (num_members := model.count("+") + 1) > MAX_MIX_MEMBERS:
+        return [], [f"at most {MAX_MIX_MEMBERS} members, not {num_members}"]
     rest = model
     for prefix in (base_name, BASE):
         if model.startswith(f"{prefix}:"):
@@ -104,7 +112,7 @@ def _read_model(model: str, base_name: str) -> tuple[list[adapters_pb2.AdapterWe
 
 def _why_no_weight(name: str, text: str) -> str:
     """What is wrong with a weight; empty if nothing is."""
-    if _WEIGHT.fullmatch(text) is None:
+    if len(text) > _MOST_WEIGHT_CHARS or _WEIGHT.fullmatch(text) is None:
         return f"{text[:_SHOWN_CHARS]!r} is no weight of {name!r}: one {_WEIGHT_RULE}"
     violations = Violations()
     adapter_refs([adapters_pb2.AdapterWeight(name=name, weight=float(text))], violations)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from turret.server.http.bodies.fields import Fields, is_token_id, why_no_text
+from turret.server.http.bodies.fields import Fields, are_token_ids, why_no_text
 from turret.server.http.bodies.messages import read_messages
 from turret.server.http.bodies.unsupported import refuse_unsupported
 from turret.v1 import inference_pb2
@@ -51,7 +51,7 @@ def read_prompts(fields: Fields, name: str, kind: type[_M]) -> dict[str, _M]:
                 fields.refuse(path, why)
                 return {}
             read[path] = kind(prompt=value)
-        elif isinstance(value, list) and value and all(map(is_token_id, value)):
+        elif isinstance(value, list) and value and are_token_ids(value):
             read[path] = kind(token_ids=inference_pb2.TokenIds(ids=value))
         else:
             fields.refuse(path, "must be a string or token ids, at least one")

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from turret.server.http.bodies.fields import Fields, json_text
+from turret.server.api.limits import MAX_CONSTRAINT_CHARS
+from turret.server.http.bodies.fields import Fields, is_longer, json_text
 from turret.v1 import inference_pb2
 
 _CHOICES = "must be none, auto, required, a function or allowed_tools"
@@ -53,7 +54,8 @@ def read_tools(fields: Fields, chat: inference_pb2.Chat, *, is_flat: bool = Fals
     names, must_call = _read_choice(fields, tuple(parameters), is_flat)
     if not must_call:
         # The model is not told of what it may not call. What it must call is forced.
-        told = [tool for tool in chat.tools if tool.name in names]
+        may_call = set(names)
+        told = [tool for tool in chat.tools if tool.name in may_call]
         del chat.tools[:]
         chat.tools.extend(told)
     tools = {name: parameters[name] for name in names}
@@ -70,6 +72,9 @@ def _read_tool(
             function.refuse("name", "must be set")
         return ""
     schema = function.object("parameters") or {}
+    if is_longer(schema, MAX_CONSTRAINT_CHARS):
+        function.refuse("parameters", f"at most {MAX_CONSTRAINT_CHARS} characters")
+        return name
     text, why = json_text(schema) if schema else ("", None)
     if why is not None:
         function.refuse("parameters", why)
@@ -121,7 +126,8 @@ def _read_allowed(
     ]
     if not found or not set(found) <= set(names):
         allowed.refuse("tools", "must name some of tools")
-    return tuple(name for name in names if name in found), mode == "required"
+    allowed_names = set(found)
+    return tuple(name for name in names if name in allowed_names), mode == "required"
 
 
 def _function_name(value: Mapping[str, Any], is_flat: bool) -> str | None:

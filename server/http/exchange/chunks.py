@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from uvicorn.protocols.http.h11_impl import RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 # More than this is not held back to be sent with what follows.
 _MAX_HELD_BYTES = 64 << 10
@@ -17,7 +17,7 @@ class Chunks:
 
     An event of a few bytes passes no layer between here and the socket; and of a stream whose
     tokens have piled up, all that are there go out together. The head, and the last chunk, go the
-    ordinary way: h11 keeps no count of what is between them.
+    ordinary way: uvicorn keeps no count of what is between them.
 
     Args:
         cycle: The request that is answered, by HTTP/1.1 and without a length.

@@ -1,27 +1,42 @@
-"""Connections over HTTP: how long a head may take, and which certificates clients see."""
+"""Connections over HTTP: what a request may take of time and bytes, and certificates."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 import ssl
+from collections import deque
 from typing import Any
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from turret.server.api.access.watched_files import WatchedFiles
 from turret.server.config import SecurityConfig
+from turret.server.http.exchange.body import MAX_BODY_BYTES
 from turret.server.http.exchange.chunks import EXTENSION, Chunks
 from turret.server.http.exchange.listener import Listener
 
 # From the connection, or from the first byte of a later request, to the end of its head.
 HEAD_SECONDS = 10.0
-# As the gRPC door allows for metadata. The parser lets a larger one pass if it comes in one piece.
+# As the gRPC door allows for metadata.
 MAX_HEAD_BYTES = 16 << 10
+# A client that sends on after a refusal has so long, and so many bytes, to read the answer. A
+# connection that is closed while bytes arrive is reset, and the client may lose the answer.
+LINGER_SECONDS = 5.0
+LINGER_BYTES = MAX_BODY_BYTES
+# Of a request after its head, with what chunks have around their data: a body in chunks of a few
+# bytes would be many times its size, and each chunk takes time.
+MAX_WIRE_BYTES = MAX_BODY_BYTES + (MAX_BODY_BYTES >> 2)
+# The parser gets at most so many bytes before others have a turn: 10,000 chunks of one byte.
+_PIECE_BYTES = 64 << 10
 
 
-class Connection(H11Protocol):
-    """A connection that is closed if the head of a request takes too long to arrive.
+class Connection(HttpToolsProtocol):
+    """A connection whose requests have limits of time and bytes.
+
+    It is closed if a head takes too long, or a request too many bytes. After an answer to a request
+    that has not been read to its end, what still comes is dropped unparsed.
 
     Args:
         listener: Where it came in.
@@ -29,18 +44,45 @@ class Connection(H11Protocol):
     """
 
     _head_timer: asyncio.TimerHandle | None = None
+    _linger_timer: asyncio.TimerHandle | None = None
 
     def __init__(self, listener: Listener, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._listener = listener
-        self._answers, self.app = self.app, self._answer
+        self._pieces: deque[bytes] = deque()
+        # Of a head, or of what comes after it, so far.
+        self._num_bytes = 0
+        self._is_in_head = True
+        self._is_last = False
+        self._num_dropped = 0
 
-    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        super()._start_asgi_task(cycle, functools.partial(self._answer, cycle, app))
+
+    async def _answer(
+        self, cycle: RequestResponseCycle, app: Any, scope: Any, receive: Any, send: Any
+    ) -> None:
         """The application, told how to send chunks."""
-        assert self.cycle is not None
-        if scope["type"] == "http" and scope["http_version"] == "1.1":
-            scope.setdefault("extensions", {})[EXTENSION] = Chunks(self.cycle)
-        await self._answers(scope, receive, send)
+        is_old = scope["http_version"] == "1.0"
+        if not is_old:
+            scope.setdefault("extensions", {})[EXTENSION] = Chunks(cycle)
+
+        async def framed(message: Any) -> None:
+            is_start = message["type"] == "http.response.start"
+            if is_old:
+                # uvicorn knows no answer whose end is that of its connection: tell it no length.
+                cycle.chunked_encoding = False
+                cycle.expected_content_length = len(message.get("body", b""))
+            self._is_last = (is_start and cycle.more_body) or self._is_last
+            if not is_start or not self._is_last:
+                await send(message)
+                return
+            headers = [*message.get("headers", ()), (b"connection", b"close")]
+            await send({**message, "headers": headers})
+            # uvicorn would close at once, and the client might lose the answer.
+            cycle.keep_alive = True
+
+        await app(scope, receive, framed)
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -52,15 +94,71 @@ class Connection(H11Protocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
+        if self._linger_timer is not None:
+            self._num_dropped += len(data)
+            if self._num_dropped > LINGER_BYTES:
+                self.transport.abort()
+            return
+        if not self._pieces and len(data) <= _PIECE_BYTES:
+            self._feed(data)
+            return
+        if not self._pieces:
+            self.loop.call_soon(self._feed_next)
+        pieces = (data[at : at + _PIECE_BYTES] for at in range(0, len(data), _PIECE_BYTES))
+        self._pieces.extend(pieces)
+
+    def _feed_next(self) -> None:
+        if not self._pieces or self.transport.is_closing() or self._linger_timer is not None:
+            self._pieces.clear()
+            return
+        self._feed(self._pieces.popleft())
+        if self._pieces:
+            self.loop.call_soon(self._feed_next)
+
+    def _feed(self, data: bytes) -> None:
+        self._num_bytes += len(data)
         super().data_received(data)
+        if self.transport.is_closing():
+            return
+        # A callback may have begun to count in the middle of a piece.
+        most = (MAX_HEAD_BYTES if self._is_in_head else MAX_WIRE_BYTES) + _PIECE_BYTES
+        if self._num_bytes > most:
+            self.send_400_response("Too many bytes.")
+            return
         # A request under way, or one that is complete: uvicorn has its own timer after that.
         if self.cycle is not None and (not self.cycle.response_complete or self._is_idle()):
             self._forget_head()
         else:
             self._await_head()
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._num_bytes, self._is_in_head = 0, True
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self._num_bytes, self._is_in_head = 0, False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # uvicorn would take a trailer after the body for a header.
+        if self._is_in_head:
+            super().on_header(name, value)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._num_bytes, self._is_in_head = 0, True
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._is_last and not self.transport.is_closing():
+            self._unset_keepalive_if_required()
+            self._linger_timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget_head()
+        self._pieces.clear()
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
         super().connection_lost(exc)
 
     def _is_idle(self) -> bool:

@@ -23,8 +23,9 @@ from turret.server.errors import UnavailableError
 from turret.server.http.exchange.body import ClientGoneError, read_body, read_json
 from turret.server.http.exchange.chunks import EXTENSION
 from turret.server.http.exchange.connection import MAX_HEAD_BYTES
-from turret.server.http.exchange.refusals import HttpRefusal, refusal_of
+from turret.server.http.exchange.refusals import HttpRefusal, Refusal, refusal_of
 from turret.server.http.exchange.reply import Reply
+from turret.server.http.exchange.shape import ANY, Shape
 from turret.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class Route:
         service: The service of turret.v1 whose role is asked for (see ``authorize``); empty for
             what everyone may ask.
         names: See ``refusal_of``.
+        shape: How large the lists and objects of a POST's body may be.
         is_counted: Whether it runs on adapters.
         level: Of the line that is logged in the end.
     """
@@ -91,6 +93,7 @@ class Route:
     handler: Handler
     service: str = ""
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    shape: Shape = ANY
     is_counted: bool = False
     level: int = logging.INFO
 
@@ -136,9 +139,23 @@ class Endpoint:
         )
         reply = Reply(send, call, scope.get("extensions", {}).get(EXTENSION))
         code = Code.CANCELLED
+        try:
+            code, refusal = await self._answered(scope, receive, call, reply)
+            # Sent when the error is gone: its traceback held the body.
+            if refusal is not None:
+                await reply.refuse(refusal)
+        finally:
+            call.finish(code)
+
+    async def _answered(
+        self, scope: Scope, receive: Receive, call: Call, reply: Reply
+    ) -> tuple[Code, Refusal | None]:
+        """Answer, or return why not, and the code that is counted."""
+        route = self._route
+        headers = Headers(scope=scope)
         names = dict(route.names)
         try:
-            _check_head(scope)
+            _check_head(scope, headers)
             authorize(self._tokens, route.service, headers.get("authorization"))
             exchange = Exchange(
                 call=call,
@@ -150,20 +167,20 @@ class Endpoint:
                 _tokens=self._tokens,
                 names=names,
             )
+            call.tenant = exchange.party.tenant
             if route.method == "POST":
-                exchange._body, call.message_bytes = await read_json(receive, headers)
+                exchange._body, call.message_bytes = await read_json(receive, headers, route.shape)
             else:
                 await read_body(receive, headers)
-            code = await _answer(route.handler, exchange, receive)
+            return await _answer(route.handler, exchange, receive), None
         except ClientGoneError:
-            pass
+            return Code.CANCELLED, None
         except asyncio.CancelledError:
             # The listener stops. Nothing waits for this task but the client, who is told.
             why = UnavailableError("the server is shutting down: it ended the request")
-            await reply.refuse(refusal_of(why))
+            return Code.CANCELLED, refusal_of(why)
         except Exception as error:
             refusal = refusal_of(error, names)
-            code = refusal.code
             said = refusal.body["error"]
             call.fail(
                 said["code"].upper(),
@@ -171,14 +188,12 @@ class Endpoint:
                 violations=getattr(error, "violations", ()),
                 metadata=getattr(error, "metadata", None),
             )
-            if code is Code.INTERNAL:
+            if refusal.code is Code.INTERNAL:
                 _log.exception("internal error", extra=log.fields(method=route.path))
-            await reply.refuse(refusal)
-        finally:
-            call.finish(code)
+            return refusal.code, refusal
 
 
-def _check_head(scope: Scope) -> None:
+def _check_head(scope: Scope, headers: Headers) -> None:
     size = len(scope["raw_path"]) + len(scope["query_string"])
     if size + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD_BYTES:
         raise HttpRefusal(
@@ -186,6 +201,14 @@ def _check_head(scope: Scope) -> None:
             Code.INVALID_ARGUMENT,
             f"path and headers must be at most {MAX_HEAD_BYTES} bytes",
             reason="head_too_large",
+        )
+    # A proxy in front may have looked at the other one.
+    if len(headers.getlist("authorization")) > 1:
+        raise HttpRefusal(
+            400,
+            Code.INVALID_ARGUMENT,
+            "more than one authorization header",
+            reason="duplicate_header",
         )
 
 
@@ -214,6 +237,9 @@ async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Cod
         gone.cancel()
         work.cancel()
         await asyncio.gather(work, gone, return_exceptions=True)
+        # A task holds its exception, whose traceback holds this frame: without this line they
+        # would keep each other, and the body of the request, until the garbage collector looks.
+        del work, gone
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -8,6 +8,7 @@ header cannot have been rebound, and neither can localhost, so both pass.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers
@@ -20,6 +21,7 @@ from turret.server.http.exchange.reply import dumps
 
 ANY = "*"
 _SHOWN_CHARS = 200
+_HOST = re.compile(r"(?:\[(?P<address>[0-9a-z:.%]+)\]|(?P<name>[^\s:@/?#\[\]\\]*))(?::[0-9]*)?")
 
 
 class HostCheck:
@@ -54,18 +56,19 @@ class HostCheck:
 
     def _passes(self, host: str) -> bool:
         name = name_of(host)
-        # No browser leaves it out.
-        if not name or name == "localhost" or name.endswith(".localhost"):
+        # No browser leaves the header out.
+        if not host.strip() or name == "localhost" or name.endswith(".localhost"):
             return True
-        return name in self._names or is_address(name)
+        return name != "" and (name in self._names or is_address(name))
 
 
 def name_of(host: str) -> str:
-    """The name or address in a Host header, without port, brackets and a dot at the end."""
-    host = host.strip().lower()
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0].rstrip(".")
+    """The name or address in a Host header, without port, brackets and a dot at the end.
+
+    Empty where the header has another form (``localhost:80@evil.example``).
+    """
+    found = _HOST.fullmatch(host.strip().lower())
+    return "" if found is None else found["address"] or found["name"].rstrip(".")
 
 
 def is_address(name: str) -> bool:

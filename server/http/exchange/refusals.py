@@ -189,10 +189,9 @@ def renamed_message(
 
 def renamed_path(path: str, names: Mapping[str, str]) -> str:
     """The longest entry of ``names`` that begins the path, exchanged for what it stands for."""
-    for start in sorted(names, key=len, reverse=True):
-        if start.endswith("."):
-            if path.startswith(start):
+    ends = [index for index, char in enumerate(path) if char in ".["]
+    for end in (len(path), *reversed(ends)):
+        for start in (path[: end + 1] if path[end : end + 1] == "." else "", path[:end]):
+            if start in names:
                 return names[start] + path[len(start) :]
-        elif path == start or path.startswith((f"{start}[", f"{start}.")):
-            return names[start] + path[len(start) :]
     return path

@@ -13,8 +13,17 @@ NAMES = "XDG_CACHE_HOME names another place for them"
 
 
 def default_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/turret``, else ``~/.cache/turret``."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """``$XDG_CACHE_HOME/turret``, else ``~/.cache/turret``.
+
+    Raises:
+        InvalidRequestError: The user has no home directory, and the variable is not set.
+    """
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if root.startswith("~"):
+        # As in a container whose user id has no entry in the password file.
+        raise InvalidRequestError.of(
+            "model", f"there is no home directory for its quantised weights; {NAMES}"
+        )
     return Path(root) / "turret"
 
 

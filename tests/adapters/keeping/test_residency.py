@@ -33,7 +33,7 @@ from turret.server.errors import (
     AdapterCheckpointError,
     AdapterInUseError,
     BudgetExceededError,
-    TurretError,
+    OutOfMemoryError,
     UnavailableError,
 )
 from turret.server.metrics import Metrics
@@ -163,7 +163,7 @@ def test_an_unexpected_failure_of_a_read_is_reported(
 
     registry._leases._reload = explode
     error = Waiter(registry.acquire(refs("a"))).wait().error
-    assert type(error) is TurretError
+    assert type(error) is OutOfMemoryError
     assert "MemoryError" in caplog.text
     assert registry.host_bytes_used == 0
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 from builders.bases.tiny_models import save_tiny_model
@@ -13,8 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from servers.engine_harness import Answer, EngineHarness, make_request
 
+from turret.server.adapters.mix import Mix
 from turret.server.adapters.ref import AdapterRef
-from turret.server.engine.scheduling.block_pool import next_key, root_key
+from turret.server.engine.scheduling.block_pool import MixKey, next_key, root_key
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.speculation.drafter import Drafter
 
 uuids = st.text("0123456789abcdef", min_size=32, max_size=32) | st.sampled_from(
     ["0" * 32, "1" * 32, "01" * 16]
@@ -27,10 +33,8 @@ members = st.tuples(uuids, st.integers(1, 1 << 40), weights)
 mixes = st.lists(members, max_size=3).map(tuple)
 blocks = st.lists(st.lists(st.integers(-1, 300_000), min_size=4, max_size=4), max_size=3)
 
-Mix = tuple[tuple[str, int, float], ...]
 
-
-def chain(base_generation: int, mix: Mix, tokens: Sequence[Sequence[int]]) -> bytes:
+def chain(base_generation: int, mix: MixKey, tokens: SequenceOf[SequenceOf[int]]) -> bytes:
     key = root_key(base_generation, mix)
     for block in tokens:
         key = next_key(key, block)
@@ -39,14 +43,14 @@ def chain(base_generation: int, mix: Mix, tokens: Sequence[Sequence[int]]) -> by
 
 @given(mixes, mixes, st.integers(1, 3), st.integers(1, 3), blocks, blocks)
 def test_keys_are_shared_by_equal_weights_and_tokens_alone(
-    one: Mix, other: Mix, base: int, other_base: int, tokens: list, other_tokens: list
+    one: MixKey, other: MixKey, base: int, other_base: int, tokens: list, other_tokens: list
 ) -> None:
     same = (one, base, tokens) == (other, other_base, other_tokens)
     assert (chain(base, one, tokens) == chain(other_base, other, other_tokens)) == same
 
 
 @given(mixes.filter(bool), st.data(), blocks)
-def test_any_change_of_a_mix_is_another_key(mix: Mix, data: st.DataObject, tokens: list) -> None:
+def test_any_change_of_a_mix_is_another_key(mix: tuple, data: st.DataObject, tokens: list) -> None:
     index = data.draw(st.integers(0, len(mix) - 1))
     uuid, generation, weight = mix[index]
     nearest = math.nextafter(weight, math.inf)
@@ -60,6 +64,34 @@ def test_any_change_of_a_mix_is_another_key(mix: Mix, data: st.DataObject, token
     assert chain(1, mix, tokens) != chain(2, mix, tokens)
     if mix != mix[::-1]:
         assert chain(1, mix, tokens) != chain(1, mix[::-1], tokens)
+
+
+@given(st.binary(min_size=1, max_size=64), st.binary(max_size=64), blocks.filter(bool))
+def test_another_salt_is_another_key(salt: bytes, other: bytes, tokens: list) -> None:
+    keys = {next_key(root_key(1, ()), tokens[0], salt=each) for each in (salt, other)}
+    assert len(keys) == len({salt, other})
+
+
+@pytest.mark.parametrize(
+    ("num_virtual", "num_preset", "num_shared"), [(0, 0, 0), (32, 32, 2), (32, 0, 2), (20, 0, 1)]
+)
+def test_what_an_adapter_puts_before_the_text_is_shared_across_salts(
+    num_virtual: int, num_preset: int, num_shared: int
+) -> None:
+    """A prefix or soft tokens, up to the block in which the text begins."""
+
+    def keys(salt: bytes) -> list[bytes]:
+        request = make_request(PROMPT, salt=salt)
+        mix = Mix(())
+        sequence = Sequence(request, mix, 0.0, num_virtual=num_virtual, num_preset=num_preset)
+        sequence.keys.append(root_key(1, ()))
+        sequence.extend_keys(len(sequence.tokens), 16)
+        return sequence.keys[1:]
+
+    assert len(keys(b"")) == (num_virtual + len(PROMPT)) // 16
+    for one, other in ((b"", b"a"), (b"a", b"b")):
+        same = [mine == theirs for mine, theirs in zip(keys(one), keys(other), strict=True)]
+        assert same == [index < num_shared for index in range(len(same))]
 
 
 # On a real engine.
@@ -98,6 +130,26 @@ async def test_nothing_is_shared_across_adapters_generations_and_mixes(
     again = [await engine.run(make_request(PROMPT, *mix)) for mix in mixes]
     assert all(cached(answer) >= 32 for answer in again)
     assert [answer.bits for answer in again] == [answer.bits for answer in first]
+
+
+async def test_requests_with_other_salts_share_no_drafts_and_no_blocks(
+    engine: EngineHarness,
+) -> None:
+    keys, bits = set(), set()
+    draft = Drafter.draft
+
+    def noted(drafter: Drafter, *arguments: Any) -> tuple[int, ...]:
+        keys.add(drafter.memory_key)
+        return draft(drafter, *arguments)
+
+    with patch.object(Drafter, "draft", noted):
+        for salt in (b"", b"alice", b"bob"):
+            for found in (0, 48):
+                answer = await engine.run(make_request(PROMPT, "a", salt=salt))
+                assert cached(answer) == found
+                bits.add(answer.bits)
+    assert len(bits) == 1
+    assert len(keys) == 3
 
 
 async def test_a_replaced_adapter_never_answers_from_old_blocks(engine: EngineHarness) -> None:

@@ -74,10 +74,11 @@ def make(
     max_tokens: int = 100,
     end_ids: frozenset[int] = frozenset(),
     start: int = 0,
+    memory_key: str = "mix",
 ) -> Drafter:
     tokens = [-1] * start + list(prompt)
     drafter = Drafter(
-        "mix",
+        memory_key,
         tokens,
         start=start,
         prompt_end=len(tokens),
@@ -150,7 +151,7 @@ def test_the_memory_of_a_mix_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_least_recently_asked_mix_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_module, "_MAX_MIXES", 2)
+    monkeypatch.setattr(memory_module, "_MAX_MEMORIES", 2)
     memories = Memories()
     first, second = memories.of("a"), memories.of("b")
     assert memories.of("a") is first
@@ -165,6 +166,13 @@ def test_answers_of_others_are_not_remembered_where_nobody_wants_it() -> None:
         speculation.ended(make([1], [2, 3, 4, 5]))
         found = speculation.plan(1).draft(make([9], [2]), 8)
         assert bool(found) is remembers
+
+
+def test_nothing_is_guessed_from_the_answers_of_another_memory_key() -> None:
+    speculation = Speculation(StepCost())
+    speculation.ended(make([1], [2, 3, 4, 5], memory_key="alice"))
+    assert speculation.plan(1).draft(make([9], [2], memory_key="bob"), 8) == ()
+    assert speculation.plan(1).draft(make([9], [2], memory_key="alice"), 8)[:2] == (3, 4)
 
 
 def test_chances_follow_what_was_right() -> None:

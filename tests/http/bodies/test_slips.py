@@ -13,7 +13,16 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TURNS = [{"role": "user", "content": "hi"}]
 # Of other servers and newer clients, and what is close to a field without being a slip of it.
 OTHERS = (
-    *("user", "store", "metadata", "service_tier", "verbosity", "cache_salt", "top_a", "top_n"),
+    *(
+        "user",
+        "store",
+        "metadata",
+        "service_tier",
+        "verbosity",
+        "prompt_cache_key",
+        "top_a",
+        "top_n",
+    ),
     *("typical_p", "min_length", "rid", "k", "stop_token", "mirostat", "num_ctx"),
     *("samplers", "n_probs", "stop_regex", "separate_reasoning", "provider"),
 )

@@ -56,6 +56,7 @@ DEFAULTS = {
     "tls_key": None,
     "tls_client_ca": None,
     "insecure": False,
+    "share_prefixes": False,
     "grace_seconds": 30.0,
     "log_format": "text",
     "verbose": False,

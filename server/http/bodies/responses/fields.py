@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from turret.server.api.limits import MAX_TOP_LOGPROBS
+from turret.server.api.limits import (
+    MAX_CONSTRAINT_CHARS,
+    MAX_TOP_LOGPROBS,
+)
 from turret.server.http.bodies.constraints import read_text_format
-from turret.server.http.bodies.fields import Fields, unwritable
+from turret.server.http.bodies.fields import Fields, is_longer, unwritable
 from turret.server.http.bodies.generation import NAMES as SHARED_NAMES
 from turret.server.http.bodies.generation import Asked
 from turret.server.http.bodies.unsupported import NO_EFFORT
@@ -34,6 +37,16 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "truncation": (("disabled",), "a conversation is not cut: send one that fits"),
     "context_management": (([],), "a conversation is not cut: send one that fits"),
     "moderation": ((), "is not supported; leave it out"),
+}
+# Fields that the answer repeats, with the most characters that each may have as JSON.
+_REPEATED = {
+    "metadata": 16 << 10,
+    "tools": 8 * MAX_CONSTRAINT_CHARS,
+    "tool_choice": 16 << 10,
+    "user": 512,
+    "safety_identifier": 512,
+    "prompt_cache_key": 512,
+    "text.format": MAX_CONSTRAINT_CHARS,
 }
 # Not read, or not all of it.
 _AS_SENT = ("tools", "tool_choice", "user", "safety_identifier", "prompt_cache_key")
@@ -104,6 +117,10 @@ def refuse_unwritable(fields: Fields, sent: Sent) -> None:
         "text.format": sent.text_format,
         **repeated,
     }.items():
+        most = _REPEATED.get(name)
+        if most is not None and is_longer(value, most):
+            fields.refuse(name, f"at most {most} characters")
+            continue
         found = unwritable(value, name)
         # What is read has been refused where it was.
         if found and not any(found[0].startswith(path) for path, _ in fields.violations.found):

@@ -1,0 +1,33 @@
+"""Files that are read again when they have changed, and what may come in their place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from turret.server.api.access.tokens import TokenTable
+from turret.server.api.access.watched_files import WatchedFiles
+
+
+def test_a_fifo_in_place_of_the_token_file_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    token_file = tmp_path / "tokens"
+    token_file.write_text("alpha-secret inference")
+    files = WatchedFiles((token_file,), lambda: TokenTable.read(token_file), "tokens")
+    token_file.unlink()
+    os.mkfifo(token_file)
+    for _ in range(2):
+        assert not files.look()
+        assert "tokens stay as they were" in caplog.text
+        assert files.newest.roles_of("alpha-secret") == {"inference"}
+        # As SIGHUP does.
+        files.forget()
+        caplog.clear()
+    token_file.unlink()
+    token_file.write_text("delta-secret admin")
+    assert files.look()
+    assert files.newest.roles_of("delta-secret") == {"admin"}
+    assert files.newest.roles_of("alpha-secret") is None

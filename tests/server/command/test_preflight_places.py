@@ -1,0 +1,36 @@
+"""What a start refuses of the files that flags name, and of who runs it."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from start_problems import found
+
+
+@pytest.mark.parametrize("flag", ["--token-file", "--tls-cert", "--tls-key", "--tls-client-ca"])
+def test_a_file_that_would_keep_its_reader_waiting_is_refused(flag: str, tmp_path: Path) -> None:
+    for name in ("cert", "key"):
+        (tmp_path / name).write_text("")
+    os.mkfifo(tmp_path / "fifo")
+    tls = ("--tls-cert", str(tmp_path / "cert"), "--tls-key", str(tmp_path / "key"))
+    (problem,) = found(*tls, flag, str(tmp_path / "fifo"))
+    assert problem == f"{flag}: {tmp_path / 'fifo'}: is not a regular file"
+
+
+def test_a_user_without_a_home_directory_is_told_of_the_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a container that runs as a number."""
+
+    def unknown(uid: int) -> NoReturn:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    (problem,) = found()
+    assert "no home directory for its quantised weights; XDG_CACHE_HOME names" in problem

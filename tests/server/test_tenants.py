@@ -1,0 +1,166 @@
+"""What the requests of one token can learn of another's: nothing through what is cached."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx2
+import pytest
+from builders.bases.tiny_models import save_tiny_model
+from builders.random_adapters import AdapterSpec, arch_of, write_adapter
+
+from turret.server.api.access.shares import Shares
+from turret.server.app import App
+from turret.server.config import (
+    AdapterConfig,
+    Config,
+    ListenConfig,
+    ModelConfig,
+    SchedulerConfig,
+    SecurityConfig,
+)
+from turret.server.errors import QueueFullError
+from turret.v1 import inference_pb2, inference_pb2_grpc
+
+PROMPT = list(range(60, 110))  # three full blocks
+Generate = inference_pb2.GenerateRequest
+
+
+class Doors:
+    """A served model, asked through both doors; every answer is how many tokens were cached."""
+
+    def __init__(self, channel: grpc.aio.Channel, client: httpx2.AsyncClient) -> None:
+        self.stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[arg-type]
+        self.client = client
+
+    async def rpc(
+        self, token: str, adapter: str = "", salt: str = "", scheme: str = "Bearer"
+    ) -> int:
+        asked = Generate(token_ids=inference_pb2.TokenIds(ids=PROMPT), cache_salt=salt)
+        asked.stop.max_tokens = 1
+        if adapter:
+            asked.adapters.add(name=adapter)
+        metadata = (("authorization", f"{scheme} {token}"),)
+        return (await self.stub.Generate(asked, metadata=metadata)).usage.cached_tokens
+
+    async def embed(self, token: str, salt: str = "") -> int:
+        prompt = inference_pb2.Input(token_ids=inference_pb2.TokenIds(ids=PROMPT))
+        asked = inference_pb2.EmbedRequest(inputs=[prompt], cache_salt=salt)
+        metadata = (("authorization", f"Bearer {token}"),)
+        return (await self.stub.Embed(asked, metadata=metadata)).usage.cached_tokens
+
+    async def score(self, token: str) -> None:
+        asked = inference_pb2.ScoreRequest(token_ids=inference_pb2.TokenIds(ids=PROMPT))
+        await self.stub.Score(asked, metadata=(("authorization", f"Bearer {token}"),))
+
+    async def http(self, token: str, salt: str | None = None) -> int:
+        body = {"model": "base", "prompt": PROMPT, "max_tokens": 1, "cache_salt": salt}
+        headers = {"authorization": f"Bearer {token}"}
+        answer = await self.client.post("/v1/completions", json=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tenants")
+    model = save_tiny_model("llama", folder / "model")
+    write_adapter(folder / "adapters", arch_of(model), AdapterSpec("a", rank=4), seed=0)
+    (folder / "tokens").write_text("alice inference\nbob inference\n")
+    (folder / "tokens").chmod(0o600)
+    return folder
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, **security: Any
+) -> AsyncIterator[Doors]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    config = Config(
+        model=ModelConfig(model=folder / "model", device="cpu", dtype="float32"),
+        scheduler=SchedulerConfig(speculation="off"),
+        adapters=AdapterConfig(adapter_root=folder / "adapters", preload=(("a", "a"),)),
+        listen=ListenConfig(
+            address="127.0.0.1:0", http_address="127.0.0.1:0", metrics_address=None
+        ),
+        security=SecurityConfig(**security),
+    )
+    app = App(config)
+    try:
+        await app.startup()
+        assert app.rpc is not None
+        assert app.http is not None
+        async with (
+            grpc.aio.insecure_channel(app.rpc.address) as channel,
+            httpx2.AsyncClient(base_url=f"http://{app.http.address}", timeout=60) as client,
+        ):
+            yield Doors(channel, client)
+    finally:
+        app.stop()
+        await app.shutdown()
+
+
+async def test_a_token_finds_no_cached_prefix_of_another(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(folder, monkeypatch, token_file=folder / "tokens") as doors:
+        assert await doors.rpc("alice") == 0
+        assert await doors.rpc("alice") == 48
+        # Both doors and all spellings of the header are the same tenant.
+        assert await doors.http("alice") == 48
+        assert await doors.rpc("alice", scheme="bEARER ") == 48
+        assert await doors.embed("alice") == 48
+        assert await doors.rpc("bob") == 0
+        assert await doors.http("bob") == await doors.embed("bob") == 48
+        # As before, an adapter's blocks are not the base's.
+        for token in ("alice", "bob"):
+            assert [await doors.rpc(token, "a") for _ in range(2)] == [0, 48]
+
+
+async def test_a_scored_prompt_is_found_by_its_own_token_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(folder, monkeypatch, token_file=folder / "tokens") as doors:
+        await doors.score("alice")
+        assert await doors.rpc("bob") == 0
+        assert await doors.rpc("alice") == 48
+
+
+async def test_a_salt_keeps_the_requests_of_one_token_apart(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(folder, monkeypatch, token_file=folder / "tokens") as doors:
+        assert await doors.http("alice", "red") == 0
+        assert await doors.rpc("alice", salt="red") == await doors.embed("alice", "red") == 48
+        assert await doors.rpc("alice", salt="blue") == 0
+        assert await doors.rpc("alice") == 0
+        # To know a salt does not help another token.
+        assert await doors.rpc("bob", salt="red") == 0
+        with pytest.raises(grpc.aio.AioRpcError, match="cache_salt: at most 256 characters"):
+            await doors.rpc("alice", salt="s" * 257)
+
+
+@pytest.mark.parametrize("has_tokens", [True, False])
+async def test_prefixes_are_shared_where_that_is_asked_for_and_without_tokens(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, has_tokens: bool
+) -> None:
+    security = {"token_file": folder / "tokens", "share_prefixes": True} if has_tokens else {}
+    async with serving(folder, monkeypatch, **security) as doors:
+        assert await doors.rpc("alice") == 0
+        assert await doors.rpc("bob") == await doors.http("bob") == 48
+        assert [await doors.rpc("bob", salt="s") for _ in range(2)] == [0, 48]
+        assert await doors.http("alice", "s") == 48
+
+
+def test_a_token_has_one_share_however_the_header_spells_it() -> None:
+    shares = Shares(per_token=1)
+    with shares.hold("Bearer alice", "ipv4:127.0.0.1:1"):
+        for header in ("bearer alice", "BEARER  alice "):
+            with pytest.raises(QueueFullError), shares.hold(header, "ipv4:127.0.0.1:2"):
+                pass
+        with shares.hold("Bearer bob", "ipv4:127.0.0.1:1"):
+            pass
