@@ -1,7 +1,8 @@
-"""Disks, descriptors, memory and files that fail under a server: it goes on."""
+"""Disks, descriptors, memory, files and clocks that fail under a server: it goes on."""
 
 from __future__ import annotations
 
+import random
 import resource
 import shutil
 import socket
@@ -18,6 +19,7 @@ from builders.random_adapters import AdapterSpec, arch_of, write_adapter
 from builders.registries import until
 from chaos.administration import PATHS, Administrator, Operation
 from chaos.disk import filled, read_only, small_disk
+from chaos.wall_clock import WallClock
 from chaos.zygote import Life, Zygote, running_zygote
 from grpc import StatusCode as Code
 
@@ -28,8 +30,13 @@ LASTING_MIB = 48
 
 
 @pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with running_zygote() as started:
+def clock(tmp_path_factory: pytest.TempPathFactory) -> WallClock:
+    return WallClock(tmp_path_factory.mktemp("clock"))
+
+
+@pytest.fixture(scope="module")
+def zygote(clock: WallClock) -> Iterator[Zygote]:
+    with running_zygote(clock.environment) as started:
         yield started
 
 
@@ -41,10 +48,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Served:
     """A server with two adapters, who administers it, and what it takes when nothing happens."""
 
-    def __init__(self, life: Life, root: Path) -> None:
+    def __init__(self, life: Life, root: Path, *, loads: bool = True) -> None:
         self.life = life
         self.admin = Administrator(life.address, root)
-        for name in ("x", "y"):
+        for name in ("x", "y") if loads else ():
             self.admin.perform(Operation("load", name, "a" if name == "x" else "b"), {})
         self.answers = {name: self.admin.generate(name) for name in ("x", "y")}
 
@@ -53,6 +60,17 @@ class Served:
             self.admin.perform(Operation(kind, name, path), self.admin.state())
         except grpc.RpcError as error:
             return error.code()  # type: ignore[attr-defined]
+        return Code.OK
+
+    def answer_code(self, **fields: Any) -> Code:
+        """How a request for an answer of the base ends."""
+        with grpc.insecure_channel(self.life.address) as channel:
+            request = inference_pb2.GenerateRequest(**fields)
+            request.stop.max_tokens = 2
+            try:
+                inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=60)
+            except grpc.RpcError as error:
+                return error.code()  # type: ignore[attr-defined]
         return Code.OK
 
     def serves(self) -> bool:
@@ -67,11 +85,11 @@ def start(zygote: Zygote, model: Path, tmp_path: Path) -> Iterator[Callable[...,
         write_adapter(root, arch_of(model), AdapterSpec(name, rank=4), seed)
     lives: list[Life] = []
 
-    def begin(state_dir: Path, *flags: str) -> Served:
+    def begin(state_dir: Path, *flags: str, loads: bool = True) -> Served:
         common = ("--model", str(model), "--adapter-root", str(root), "--state-dir", str(state_dir))
         life = zygote.start(tmp_path, *common, *flags)
         lives.append(life)
-        return Served(life, root)
+        return Served(life, root, loads=loads)
 
     yield begin
     for life in lives:
@@ -116,8 +134,9 @@ def test_without_descriptors_or_memory_calls_fail_and_the_server_stays(
 ) -> None:
     served = start(tmp_path / "state")
     pid, process = served.life.pid, served.life.process
-    served.code("load", "z", "c")
-    served.code("unload", "z")
+    # The first merge loads a part of torch.
+    for kind, name in (("load", "z"), ("unload", "z"), ("merge", "x"), ("unmerge", "x")):
+        assert served.code(kind, name, "c") is Code.OK
     before = served.admin.state()
     kept = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (process.num_fds() + 1, kept[1]))
@@ -131,12 +150,86 @@ def test_without_descriptors_or_memory_calls_fail_and_the_server_stays(
     # Room for a few megabytes more: what does not fit fails by itself.
     whole = resource.prlimit(pid, resource.RLIMIT_AS)
     resource.prlimit(pid, resource.RLIMIT_AS, (process.memory_info().vms + (4 << 20), whole[1]))
-    codes = [served.code("load", "z", "c"), served.code("unload", "z")]
+    calls = (("load", "z"), ("fuse", "v"), ("merge", "x"), ("unmerge", "x"), ("unload", "z"))
+    codes = {kind: served.code(kind, name, "c") for kind, name in calls}
+    codes["constraint"] = served.answer_code(prompt="a", regex="[a-z]{9}")
     assert served.life.is_alive, codes
+    # What a call before did not do for want of memory, the next one does not find.
+    missing = {Code.NOT_FOUND, Code.FAILED_PRECONDITION}
+    assert set(codes.values()) <= {Code.OK, Code.RESOURCE_EXHAUSTED} | missing, codes
     resource.prlimit(pid, resource.RLIMIT_AS, whole)
-    served.code("unload", "z")
+    served.code("unmerge", "x")
+    for name in ("z", "v"):
+        served.code("unload", name)
     assert served.serves()
     assert served.admin.state() == before
+    assert "internal error" not in served.life.log.read_text()
+
+
+@pytest.mark.slow
+def test_nothing_waits_by_the_wall_clock(
+    start: Callable[..., Served], tmp_path: Path, clock: WallClock
+) -> None:
+    """Somebody sets it while a stream runs: nothing ends, and nothing lasts, for that."""
+    served = start(tmp_path / "state")
+    request = inference_pb2.GenerateRequest(prompt="a b c")
+    request.stop.max_tokens, request.stop.ignore_eos = 200, True
+    request.options.token_ids = True
+    with grpc.insecure_channel(served.life.address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        for ahead in (86_400, -86_400, -100_000_000, 0):
+            # Its deadline is within the jump.
+            stream = stub.GenerateStream(request, timeout=3600)
+            tokens = list(next(stream).token_ids)
+            clock.set_ahead(ahead)
+            for chunk in stream:
+                tokens += chunk.token_ids
+            assert len(tokens) == 200
+            for kind, name in (("load", "z"), ("replace", "z"), ("upload", "w"), ("fuse", "v")):
+                assert served.code(kind, name, "c") is Code.OK, (ahead, kind)
+            for name in ("z", "w", "v"):
+                assert served.code("unload", name) is Code.OK
+            assert served.serves()
+            start_time = time.monotonic()
+            with pytest.raises(grpc.RpcError) as raised:
+                list(stub.GenerateStream(request, timeout=0.02))
+            assert raised.value.code() is Code.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
+            assert time.monotonic() - start_time < 10
+        clock.set_ahead(86_400)
+        list(stub.GenerateStream(request, timeout=3600))
+        clock.set_ahead(0)
+    served.life.process.terminate()
+    served.life.wait()
+    assert "internal error" not in served.life.log.read_text()
+
+
+@pytest.mark.long
+def test_five_hundred_adapters_come_and_go(start: Callable[..., Served], tmp_path: Path) -> None:
+    """Of which a few fit into memory: answers stay the same, and so does what the server takes."""
+    served = start(tmp_path / "state", "--adapter-host-bytes", "1MiB")
+    admin, source = served.admin, random.Random(1)
+    paths = sorted(PATHS)
+    path_of = {f"n{number}": paths[number % len(paths)] for number in range(500)}
+    for name, path in path_of.items():
+        admin.perform(Operation("load", name, path), {})
+    texts: dict[str, str] = {}
+    grown: list[int] = []
+    for _ in range(3):
+        for _ in range(200):
+            name = source.choice(sorted(path_of))
+            text = admin.generate(name)
+            assert texts.setdefault(path_of[name], text) == text
+            for kind in ("unload", "load"):
+                admin.perform(Operation(kind, name, path_of[name]), {})
+        grown.append(served.life.process.memory_info().rss)
+    assert grown[-1] - grown[0] < LASTING_MIB << 20
+    assert len(set(texts.values())) == len(paths)
+    before = admin.state()
+    served.life.kill()
+    served.life.wait()
+    again = start(tmp_path / "state", "--adapter-host-bytes", "1MiB", loads=False)
+    assert again.admin.state() == before
+    assert {again.admin.generate(f"n{n}") for n in range(len(paths))} == set(texts.values())
 
 
 @pytest.mark.slow

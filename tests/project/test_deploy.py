@@ -67,6 +67,11 @@ def test_image_runs_commands_that_exist():
     assert build_parser("health").parse_args(health[1].split()).address == "127.0.0.1:50051"
 
 
+def test_image_runs_as_a_user_without_rights():
+    users = re.findall(r"^USER (\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    assert users[-1] == "10001"
+
+
 def test_image_is_made_from_one_that_cannot_change():
     dockerfile = DOCKERFILE.read_text()
     assert re.search(

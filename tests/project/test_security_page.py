@@ -13,6 +13,7 @@ from turret.server.adapters.checkpoint import adapter_root
 from turret.server.api import limits
 from turret.server.api.admin.uploads import MAX_CHUNK_BYTES, UPLOAD_FILES
 from turret.server.api.limits import LIMITS
+from turret.server.api.violations import MAX_VIOLATIONS
 from turret.v1 import adapters_pb2, inference_pb2
 
 _SIZED = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
@@ -81,8 +82,18 @@ def test_the_comments_in_the_proto_files_give_the_limits() -> None:
         assert re.search(rf"(?<!\d){re.escape(said)}(?!\d)", comment), limit
 
 
+def test_every_test_that_the_page_names_exists() -> None:
+    named = set(re.findall(r"`(tests/[\w/.]+)(?:::(\w+))?`", PAGE.read_text()))
+    assert len(named) > 40
+    for path, test in named:
+        assert (ROOT / path).exists(), path
+        if test:
+            assert f"def {test}(" in (ROOT / path).read_text(), f"{path}::{test}"
+
+
 def test_limits_that_are_written_twice_are_equal() -> None:
     assert adapter_root.MAX_PATH_CHARS == limits.MAX_PATH_CHARS
     assert len(UPLOAD_FILES) == limits.MAX_UPLOAD_FILES
     assert MAX_CHUNK_BYTES == 1 << 20
+    assert f"lists at most {MAX_VIOLATIONS} violations" in PAGE.read_text()
     assert all((ROOT / limit.checked_in).is_file() for limit in LIMITS)

@@ -56,6 +56,8 @@ class State:
         is_admin = "admin" in roles and self._has_admin
         state: dict[str, Any] = {
             "time": time.time(),
+            # Rates are made of this one: the other may be set.
+            "clock": time.monotonic(),
             "roles": sorted(roles),
             "manages_adapters": self._has_admin,
             "model": None,

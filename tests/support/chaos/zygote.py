@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,11 +83,12 @@ class Zygote:
 
 
 @contextmanager
-def running_zygote() -> Iterator[Zygote]:
-    """A zygote, ended with all its servers."""
+def running_zygote(environment: Mapping[str, str] | None = None) -> Iterator[Zygote]:
+    """A zygote, ended with all its servers, which have these variables too."""
     with subprocess.Popen(
         [sys.executable, "-m", "chaos.zygote"],
         cwd=ROOT / "tests" / "support",
+        env={**os.environ, **(environment or {})},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

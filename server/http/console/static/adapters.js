@@ -72,7 +72,7 @@ export function show(next) {
   tell(byId("adapters-more"), isCut
     ? `The first ${count(found.shown.length)} of ${count(found.matching)} by name: find narrows them down.` : "");
   if (!found) return;
-  if (state.figures) countTraffic(state.time, state.figures.traffic);
+  if (state.figures) countTraffic(state.clock, state.figures.traffic);
   const body = byId("adapters-rows");
   const names = new Set(found.shown.map((adapter) => adapter.name));
   for (const [name, row] of rows) {

@@ -50,7 +50,7 @@ const mean = (after, before) =>
   after.count > before.count ? (after.sum - before.sum) / (after.count - before.count) : null;
 
 export function show(state) {
-  const { figures, time } = state;
+  const { figures, clock: time } = state;
   byId("figures").hidden = !figures;
   tell(byId("live-empty"), figures ? "" : "Live figures need a token with the role metrics.");
   if (!figures) return;

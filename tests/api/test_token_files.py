@@ -1,14 +1,21 @@
-"""Files that are read again when they have changed, and what may come in their place."""
+"""What is kept of a token file, and what may come in its place while the server runs."""
 
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 
 import pytest
 
 from turret.server.api.access.tokens import TokenTable
 from turret.server.api.access.watched_files import WatchedFiles
+
+
+def test_a_table_holds_no_token() -> None:
+    table = TokenTable([("alpha-secret", frozenset({"inference"}))])
+    assert table.roles_of("alpha-secret") == {"inference"}
+    assert b"alpha" not in pickle.dumps(table)
 
 
 def test_a_fifo_in_place_of_the_token_file_changes_nothing(
