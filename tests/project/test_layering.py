@@ -38,7 +38,7 @@ READING = {
     f"server.adapters.{name}"
     for name in (
         *("checkpoint", "lowering", "methods"),
-        *(f"peft_format{room}" for room in ("", ".config", ".refusals", ".vocabulary")),
+        *(f"peft_format{room}" for room in ("", ".config", ".vocabulary")),
     )
 }
 METHOD_ROOMS = [
@@ -67,18 +67,16 @@ BELOW = {
     "server.adapters": {"leaf", "server.adapters.operators"},
     "server.adapters.checkpoint": NOUNS,
     "server.adapters.peft_format.config": NOUNS | {"server.adapters.checkpoint"},
-    "server.adapters.peft_format.refusals": NOUNS
-    | {"server.adapters.checkpoint", "server.adapters.peft_format.config"},
     "server.adapters.peft_format": NOUNS
     | {"server.adapters.checkpoint"}
-    | {f"server.adapters.peft_format.{name}" for name in ("config", "refusals")},
+    | {"server.adapters.peft_format.config"},
     "server.adapters.peft_format.vocabulary": NOUNS
     | {"server.adapters.checkpoint", "server.adapters.peft_format"}
-    | {f"server.adapters.peft_format.{name}" for name in ("config", "refusals")},
-    "server.adapters.lowering": NOUNS | READING - {"server.adapters.methods"},
+    | {"server.adapters.peft_format.config"},
+    "server.adapters.lowering": NOUNS | READING - {"server.adapters.methods"} | {"kernels"},
     "server.adapters.methods": NOUNS | READING,
-    # A method knows no other room's methods, and not how it is found.
-    **{room: NOUNS | READING - {"server.adapters.methods"} | {"kernels"} for room in METHOD_ROOMS},
+    # A method knows no other room's methods.
+    **{room: NOUNS | READING | {"kernels"} for room in METHOD_ROOMS},
     "server.adapters.state": NOUNS,
     # What the hub has; adapters and models alike come from there.
     "server.hub": NOUNS,
@@ -126,10 +124,11 @@ BELOW = {
     "server.rpc": API | {"leaf", "v1"},
     # Before torch: see test_command.
     "server.command": NOUNS
-    | {f"server.adapters.{name}" for name in ("checkpoint", "peft_format.refusals")}
+    | {f"server.adapters.{name}" for name in ("checkpoint", "methods")}
     # Models and preloaded adapters are looked up, on the hub too, before anything is loaded, and
     # the file of tokens is read.
-    | {"server.models.families", "server.models.sources", "server.hub", "server.api.access"}
+    | {"server.models.families", "server.models.sources", "server.models.decoding"}
+    | {"server.hub", "server.api.access"}
     | {"kernels"},
     "server.http.exchange": {"server.api", "server.api.access", "leaf", "v1"},
     "server.http.console": {

@@ -12,11 +12,12 @@ from bitsandbytes.functional import dequantize_4bit
 from torch import nn
 
 from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
+from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.component import Component, ComponentRef
 from turret.server.adapters.lowering.components import check_fusable
-from turret.server.adapters.methods import lower_checkpoint
+from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.training.fusion.layer import Update
 from turret.training.settings.inputs import component_directories
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from turret.server.adapters.checkpoint.tensor_names import PEFT_PREFIX
 from turret.server.adapters.component import Component
+from turret.server.adapters.methods.low_rank.learned_fusion import METHOD as LEARNED_FUSION
 from turret.training.fusion.components import linear_modules, update_of
 from turret.training.fusion.layer import FusionLayer
 
@@ -84,7 +85,7 @@ class FusionModel(nn.Module):
     def fusion_config(self) -> dict[str, Any]:
         """``adapter_config.json`` of the fusion, without the base's name."""
         return {
-            "peft_type": "TURRET_FUSION",
+            "peft_type": next(iter(LEARNED_FUSION.peft_types)),
             "task_type": "CAUSAL_LM",
             "components": [
                 {"name": component.ref.name, "digest": component.ref.digest}

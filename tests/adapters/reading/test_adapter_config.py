@@ -25,13 +25,13 @@ from safetensors.torch import save_file
 
 from turret.server.adapters.checkpoint.findings import MAX_REPORTED, Findings
 from turret.server.adapters.methods import METHODS
+from turret.server.adapters.methods.unserved import UNSERVED
 from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES
 from turret.server.adapters.peft_format.config.rules import Irrelevant, Rejected, Used
-from turret.server.adapters.peft_format.refusals.base_name import (
+from turret.server.adapters.peft_format.refusals import (
     base_name_warning,
     normalise_base_name,
 )
-from turret.server.adapters.peft_format.refusals.unserved import UNSERVED
 from turret.server.adapters.source import TENSORS_FILE
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
 

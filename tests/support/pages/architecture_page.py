@@ -25,7 +25,7 @@ ROOMS = (
         f"server/adapters/{name}"
         for name in (
             "operators",
-            *("checkpoint", "peft_format/config", "peft_format/refusals", "peft_format"),
+            *("checkpoint", "peft_format/config", "peft_format"),
             *("peft_format/vocabulary", "lowering", "methods"),
             *("methods/lora", "methods/low_rank", "methods/transforms", "methods/structured"),
             *("methods/vectors", "methods/prompts"),
