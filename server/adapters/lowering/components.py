@@ -20,7 +20,7 @@ from turret.server.adapters.component import (
 )
 from turret.server.adapters.operators.gate import Gate, GivenScore, PrototypeScore, QueryScore
 from turret.server.adapters.operators.updates import LowRank
-from turret.server.adapters.peft_format.linear_format import Reading
+from turret.server.adapters.peft_format.reading import Reading
 from turret.server.basics.counted import counted
 from turret.server.errors import AdapterComponentError
 

@@ -19,7 +19,7 @@ from turret.server.adapters.operators.adapter_operators import AdapterOperators,
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.adapters.operators.soft_prompt import SoftPrompt
 from turret.server.adapters.operators.vocabulary import VocabularyOperators
-from turret.server.adapters.peft_format.linear_format import Reading
+from turret.server.adapters.peft_format.reading import Reading
 from turret.server.adapters.peft_format.refusals import base_name_warning
 
 _NO_CONV1D = "fan_in_fan_out is true; the base model's modules are linear, where it has no effect"

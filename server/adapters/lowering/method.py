@@ -13,7 +13,8 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoi
 from turret.server.adapters.component import FindComponent, find_no_component
 from turret.server.adapters.lowering.pieces import Assembly, Piece
 from turret.server.adapters.peft_format.config.rules import MethodKeys
-from turret.server.adapters.peft_format.linear_format import LinearFormat, Module, Reading
+from turret.server.adapters.peft_format.linear_format import LinearFormat
+from turret.server.adapters.peft_format.reading import Module, Reading
 from turret.server.adapters.peft_format.refusals import task_warning
 
 if TYPE_CHECKING:

@@ -57,7 +57,8 @@ from turret.server.adapters.peft_format.config.targets import (
     is_rank_pattern,
 )
 from turret.server.adapters.peft_format.config.vocabulary_rules import is_modules_to_save
-from turret.server.adapters.peft_format.linear_format import LinearFormat, Module, Reading, Shared
+from turret.server.adapters.peft_format.linear_format import LinearFormat, Shared
+from turret.server.adapters.peft_format.reading import Module, Reading
 from turret.server.adapters.peft_format.shapes import (
     ANY,
     IN,

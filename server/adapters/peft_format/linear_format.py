@@ -10,12 +10,11 @@ which function was trained, so the checkpoint is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
-from turret.server.adapters.base import BaseModel, BaseModule, BaseSizes, WeightRows
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.no_adapter import (
@@ -23,225 +22,39 @@ from turret.server.adapters.checkpoint.no_adapter import (
     NO_TENSORS,
     OTHER_TRAINING,
     SAVE_AGAIN,
-    WHOLE_WEIGHT,
     lacks_switch,
     lacks_switched,
 )
-from turret.server.adapters.component import Component, FindComponent, find_no_component
 from turret.server.adapters.peft_format.config.rules import MethodKeys
 from turret.server.adapters.peft_format.config.targets import Targets, resolve_targets
-from turret.server.adapters.peft_format.refusals import cause_of_mismatch, check_rank, check_task
+from turret.server.adapters.peft_format.reading import Base, Module, Reading, Tensors
+from turret.server.adapters.peft_format.refusals import (
+    cause_of_mismatch,
+    check_rank,
+    check_task,
+    is_lycoris,
+    why_unknown,
+)
 from turret.server.adapters.peft_format.shapes import (
     Declared,
-    Dim,
     Misfit,
     R,
     Stop,
     Tensor,
+    is_served,
+    size_of,
     tensor,
 )
 from turret.server.adapters.source import TENSORS_FILE
-from turret.server.basics.lazy_torch import torch
 
 _BIAS = "bias"
 # PEFT keeps a targeted module's own bias under base_layer, another module's in its place.
 _BIAS_SUFFIXES = (".base_layer.bias", ".bias")
-# LyCORIS flattens the module's path into one word behind a prefix, and stores alpha as a tensor.
-_LYCORIS_PREFIXES = ("lycoris_", "lora_unet_", "lora_te_")
-_LYCORIS_SUFFIXES = (".alpha", ".dora_scale", ".scalar", ".on_input")
-_UNKNOWN = "is not a tensor this method knows; every tensor must be used"
 _SELECTION = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 
-T = TypeVar("T")
-Base = BaseModel | BaseSizes
-Tensors = Mapping[str, Any]
 Prepare = Callable[[AdapterCheckpoint, Base, Findings], AdapterCheckpoint]
 # Full names of tensors that modules share → their shapes.
 Shared = Mapping[str, Declared]
-
-
-def _nothing() -> None:
-    pass
-
-
-class Reading:
-    """An adapter while it is read: what its modules have in common.
-
-    Attributes:
-        config: ``adapter_config.json``.
-        path: The adapter, as messages name it.
-        base: The base that it is for.
-        task: Which task of the files is meant.
-        is_partial: Whether tensors were taken out before, as those of the embedding.
-        modules: The adapted modules by path, in the base's order.
-        shared: Tensors that belong to no module.
-        targets: Configured rank and alpha of every adapted module.
-        biases: Whole biases that replace the base's, by module path.
-        ranks: The rank that is served, by module path; empty for a method without ranks.
-        findings: What is wrong.
-        warnings: What an operator should know, in order.
-        depends_on_base: Whether weights or biases of the base were asked for.
-        beside: Called before the base's weights are read.
-        find_component: Finds an adapter that the config names as a component.
-        components: Those that were found.
-    """
-
-    def __init__(self, checkpoint: AdapterCheckpoint, base: Base, findings: Findings) -> None:
-        self.config = checkpoint.config
-        self.path = checkpoint.path
-        self.base = base
-        self.task = 0
-        self.is_partial = checkpoint.is_partial
-        self.modules: dict[str, Module] = {}
-        self.shared: dict[str, Any] = {}
-        self.targets = Targets(frozenset(), {}, {})
-        self.biases: dict[str, torch.Tensor] = {}
-        self.ranks: dict[str, int] = {}
-        self.findings = findings
-        self.warnings: dict[str, None] = {}
-        self.depends_on_base = False
-        self.beside: Callable[[], object] = _nothing
-        self.find_component: FindComponent = find_no_component
-        self.components: Sequence[Component] = ()
-        self._made: dict[object, Any] = {}
-        self._wide: dict[str, torch.Tensor] = {}
-
-    @property
-    def inputs(self) -> int:
-        """Of the widest module."""
-        return max(module.inputs for module in self.modules.values())
-
-    @property
-    def outputs(self) -> int:
-        """Of the module that has most."""
-        return max(module.outputs for module in self.modules.values())
-
-    @property
-    def rank(self) -> int:
-        """The config's."""
-        return self.config["r"]
-
-    def fault(self, name: str, why: str) -> None:
-        """Reports a fault of a key or of a tensor, by its full name."""
-        self.findings.add(name, why)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The serving dtype."""
-        assert isinstance(self.base, BaseModel)
-        return self.base.dtype
-
-    def wide(self, name: str) -> torch.Tensor:
-        """A shared tensor in fp32 or wider."""
-        if name not in self._wide:
-            found = self.shared[name]
-            self._wide[name] = found.to(torch.promote_types(found.dtype, torch.float32))
-        return self._wide[name]
-
-    def once(self, make: Callable[[Reading], T]) -> T:
-        """What a function makes of the adapter, made at the first call."""
-        if make not in self._made:
-            self._made[make] = make(self)
-        return self._made[make]
-
-    def warn(self, text: str) -> None:
-        """What an operator should know of the adapter."""
-        self.warnings.setdefault(text)
-
-
-class Module:
-    """One adapted module: its sizes, its tensors, and what the config says of it.
-
-    Attributes:
-        name: Its path.
-        inputs: Columns of its weight.
-        outputs: Rows of its weight.
-        has_bias: Whether the base has a bias there; None if that is not known yet.
-        rank: As configured, or as its tensors have it.
-        tensors: By role; entries of a header have a shape and a dtype alone.
-        reading: The whole adapter.
-    """
-
-    def __init__(self, name: str, rank: int, tensors: Tensors, reading: Reading) -> None:
-        size = reading.base.modules[name]
-        self.name, self.rank, self.tensors, self.reading = name, rank, tensors, reading
-        self.inputs, self.outputs, self.has_bias = (
-            size.in_features,
-            size.out_features,
-            size.has_bias,
-        )
-        # The tensor that has this rank, where that is not the config's.
-        self.ranked_by = ""
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.reading.config
-
-    def __contains__(self, role: str) -> bool:
-        return role in self.tensors
-
-    def extent(self, role: str, axis: int) -> int:
-        """What a tensor has in a dimension; 0 where there is none."""
-        shape = self.tensors[role].shape if role in self.tensors else ()
-        return shape[axis] if -len(shape) <= axis < len(shape) else 0
-
-    def fault(self, field: str, why: str) -> None:
-        """Reports a fault of a tensor, by its role."""
-        self.reading.findings.add(f"{self.name}.{field}", why)
-
-    def misfit(self, why: str, field: str = "") -> None:
-        """Reports that the module, or one of its tensors, does not fit the base."""
-        self.reading.findings.mismatch(f"{self.name}.{field}" if field else self.name, why)
-
-    # What follows needs tensors, and the base as served.
-
-    @property
-    def scaling(self) -> float:
-        """``alpha / rank``, or ``alpha / sqrt(rank)``, as configured."""
-        return self.reading.targets.scaling(self.name)
-
-    @property
-    def shared(self) -> Tensors:
-        """Tensors that all modules share, by full name."""
-        return self.reading.shared
-
-    def wide(self, *roles: str) -> tuple[torch.Tensor, ...]:
-        """Tensors in fp32, or wider where the first of them is."""
-        dtype = torch.promote_types(self.tensors[roles[0]].dtype, torch.float32)
-        return tuple(self.tensors[role].to(dtype) for role in roles)
-
-    def exact(self, role: str) -> torch.Tensor:
-        """A tensor in fp64."""
-        return self.tensors[role].double()
-
-    def once(self, make: Callable[[Reading], T]) -> T:
-        """What ``make`` makes of the whole adapter, made for the first module that asks."""
-        return self.reading.once(make)
-
-    def warn(self, text: str) -> None:
-        """What an operator should know of the adapter."""
-        self.reading.warnings.setdefault(text)
-
-    def rows(self) -> WeightRows:
-        """The base's weight as served, to be read block by block and where it is kept."""
-        return self._served().rows()
-
-    def weight(self) -> torch.Tensor:
-        """The base's weight as served, whole: take one at a time, and do not write to it."""
-        return self._served().dequantize()
-
-    def bias(self) -> torch.Tensor | None:
-        """The base's bias, ``[out]`` fp32 on the CPU."""
-        bias = self._served().bias if self.has_bias else None
-        return None if bias is None else bias.float().cpu()
-
-    def _served(self) -> BaseModule:
-        base = self.reading.base
-        assert isinstance(base, BaseModel)
-        if not self.reading.depends_on_base:
-            self.reading.depends_on_base = True
-            self.reading.beside()
-        return base.modules[self.name]
 
 
 def _configured(module: Module) -> int:
@@ -362,8 +175,13 @@ class LinearFormat(MethodKeys):
                     own = {role: t for role, t in adapted[name].items() if role != _BIAS}
                     reading.modules[name] = Module(name, targets.ranks[name], own, reading)
             if not findings.fields & self.used:
+                switched_on = {
+                    role: spec
+                    for role, spec in self.all_tensors.items()
+                    if spec.switch is None or config.get(spec.switch)
+                }
                 for module in reading.modules.values():
-                    self.check_module(module)
+                    self._check_module(module, switched_on)
             self._check_biases(reading, found)
         if findings.mismatched:
             findings.cause = cause_of_mismatch(config, checkpoint.tensors, base)
@@ -382,29 +200,27 @@ class LinearFormat(MethodKeys):
         reading.ranks = ranks if self.rank_name == "rank" else {}
         return reading
 
-    def check_module(self, module: Module) -> bool:
-        """Whether every tensor is there and has its shape; else faults, or mismatches."""
-        findings = module.reading.findings
-        fits = True
+    def _check_module(self, module: Module, switched_on: Mapping[str, Tensor]) -> None:
+        """Reports tensors that are missing or have another shape as faults, or as mismatches."""
+        others = module.tensors.keys() - switched_on.keys()
+        for role in others:
+            module.fault(role, lacks_switch(str(self.all_tensors[role].switch)))
+        fits = not others
         try:
             # All sizes first: where they do not go together, no tensor is at fault.
-            wanted = {role: _wanted(spec, module) for role, spec in self.all_tensors.items()}
-            for role, spec in self.all_tensors.items():
+            wanted = {role: spec.sizes(module) for role, spec in switched_on.items()}
+            for role, spec in switched_on.items():
                 fits &= self._check_tensor(module, role, spec, wanted[role])
             if fits and self.check is not None:
                 self.check(module)
         except Misfit as why:
             module.misfit(str(why))
-            return False
+            return
         except Stop:
-            return False
-        side = (module.inputs, module.outputs)
-        if fits and self.most_rank is not None and module.rank > self.most_rank(*side):
-            most = self.most_rank(*side)
-            findings.mismatch(
-                module.name, f"takes a rank of {most} at most, the config says {module.rank}"
-            )
-        return fits
+            return
+        most = None if self.most_rank is None else self.most_rank(module.inputs, module.outputs)
+        if fits and most is not None and module.rank > most:
+            module.misfit(f"takes a rank of {most} at most, the config says {module.rank}")
 
     def _check_tensor(
         self, module: Module, role: str, spec: Tensor, wanted: list[tuple[int, ...]] | None
@@ -412,8 +228,7 @@ class LinearFormat(MethodKeys):
         found = module.tensors.get(role)
         if wanted is None:
             if found is not None:
-                why = LEFT_OUT if spec.switch is None else lacks_switch(spec.switch)
-                module.fault(role, why)
+                module.fault(role, LEFT_OUT)
             return found is None
         if found is None:
             if spec.is_optional:
@@ -429,9 +244,9 @@ class LinearFormat(MethodKeys):
 
     def _wrong_shape(self, module: Module, role: str, spec: Tensor, found: tuple[int, ...]) -> bool:
         """Reports a tensor whose shape is another one; the module's rank may be its rank then."""
-        shapes, wanted = spec.wanted(module), _wanted(spec, module)
-        assert shapes is not None
-        assert wanted is not None
+        shapes, wanted = spec.wanted(module), spec.sizes(module)
+        assert shapes, "it has a shape"
+        assert wanted, "in numbers too"
         if found in wanted:
             return True
         first, sizes = shapes[0], wanted[0]
@@ -440,7 +255,7 @@ class LinearFormat(MethodKeys):
             if all(first[i] is R for i in wrong):
                 self._report_rank(module, role, found[wrong[0]])
                 return False
-            of_base = all(_is_served(first[i]) for i in wrong)
+            of_base = all(is_served(first[i]) for i in wrong)
             if of_base and self.factors is not None and role in self.factors:
                 self._report_factors(module)
                 return False
@@ -462,8 +277,7 @@ class LinearFormat(MethodKeys):
 
     def _report_factors(self, module: Module) -> None:
         assert self.factors is not None
-        down, up = self.factors
-        theirs = f"{module.extent(down, -1)} -> {module.extent(up, 0)}"
+        theirs = f"{module.extent(self.factors[0], -1)} -> {module.extent(self.factors[1], 0)}"
         ours = f"{module.inputs} -> {module.outputs}"
         module.misfit(f"the adapter maps {theirs}, the base model {ours}")
 
@@ -478,8 +292,8 @@ class LinearFormat(MethodKeys):
                 reading.shared[full_name] = found
                 continue
             name, role = self._split(full_name)
-            if role is None or full_name.startswith(_LYCORIS_PREFIXES):
-                findings.add(full_name, _advice(full_name))
+            if role is None or is_lycoris(full_name):
+                findings.add(full_name, why_unknown(full_name))
             elif name in base.other_modules:
                 findings.add(full_name, f"{name!r} cannot be adapted by this version")
             elif name not in base.modules:
@@ -572,44 +386,9 @@ class LinearFormat(MethodKeys):
                 findings.add(name, "must hold integers")
             elif shapes:
                 (dims,) = shapes
-                sizes = tuple(_size(dim, reading) for dim in dims)
+                sizes = tuple(size_of(dim, reading) for dim in dims)
                 of_base = len(found.shape) == len(sizes) and all(
-                    one == other or _is_served(dim)
+                    one == other or is_served(dim)
                     for one, other, dim in zip(found.shape, sizes, dims, strict=True)
                 )
                 findings.check_shape(name, found, sizes, of_base=of_base)
-
-
-def _wanted(spec: Tensor, module: Module) -> list[tuple[int, ...]] | None:
-    """The shapes that a tensor may have, in numbers; None where it must not be there."""
-    shapes = spec.wanted(module)
-    if shapes is None:
-        return None
-    return [tuple(_size(dim, module) for dim in shape) for shape in shapes]
-
-
-def _size(dim: Dim | int, of: Module | Reading) -> int:
-    return dim if isinstance(dim, int) else dim.of(of)
-
-
-def _is_served(dim: Dim | int) -> bool:
-    return isinstance(dim, Dim) and dim.is_served
-
-
-def _advice(name: str) -> str:
-    if name.startswith(_LYCORIS_PREFIXES) or name.endswith(_LYCORIS_SUFFIXES):
-        return (
-            "is named as LyCORIS names its tensors; save the adapter in PEFT's layout"
-            " (docs/adapters.md says how)"
-        )
-    if name.endswith((".hada_t1", ".hada_t2", ".lokr_t2")):
-        return "belongs to a convolution; the models served have none"
-    if name.endswith(".weight") and ".lora_" not in name:
-        return WHOLE_WEIGHT
-    return _UNKNOWN
-
-
-def unknown_tensors(names: Iterable[str], findings: Findings) -> None:
-    """Reports tensors that a method has no use for."""
-    for name in names:
-        findings.add(name, _UNKNOWN)

@@ -9,6 +9,7 @@ from typing import Any
 from turret.server.adapters.base import BaseModel, BaseSizes
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.no_adapter import WHOLE_WEIGHT
 from turret.server.errors import AdapterMismatchError, BudgetExceededError
 
 # Repackagings of the same weights, as publishers append them to the model's name.
@@ -23,6 +24,10 @@ _HUB_CACHE = re.compile(r"(?:^|/)models--[^/]*?--([^/]+)(?:/|$)")
 # A name that says how large the model is names a model; "model" or "checkpoint" name a folder.
 _SIZE = re.compile(r"(?:^|[-_.x])\d+(?:\.\d+)?[bm](?:$|[-_.])")
 _LOCAL = re.compile(r"^(?:[/~.]|[a-z]:/)|/.*/", re.IGNORECASE)
+# LyCORIS flattens the module's path into one word behind a prefix, and stores alpha as a tensor.
+_LYCORIS_PREFIXES = ("lycoris_", "lora_unet_", "lora_te_")
+_LYCORIS_SUFFIXES = (".alpha", ".dora_scale", ".scalar", ".on_input")
+_UNKNOWN = "is not a tensor this method knows; every tensor must be used"
 
 
 def normalise_base_name(name: str) -> str:
@@ -191,3 +196,28 @@ def check_task(checkpoint: AdapterCheckpoint, count_key: str, findings: Findings
 def task_warning(task: int, count: int) -> tuple[str, ...]:
     """What to say of an adapter that is one of several tasks."""
     return (f"is task {task} of the {count} in its files",) if count > 1 else ()
+
+
+def is_lycoris(name: str) -> bool:
+    """Whether a tensor's name is a whole path as LyCORIS flattens it."""
+    return name.startswith(_LYCORIS_PREFIXES)
+
+
+def why_unknown(name: str) -> str:
+    """What to say of a tensor that a method has no use for."""
+    if is_lycoris(name) or name.endswith(_LYCORIS_SUFFIXES):
+        return (
+            "is named as LyCORIS names its tensors; save the adapter in PEFT's layout"
+            " (docs/adapters.md says how)"
+        )
+    if name.endswith((".hada_t1", ".hada_t2", ".lokr_t2")):
+        return "belongs to a convolution; the models served have none"
+    if name.endswith(".weight") and ".lora_" not in name:
+        return WHOLE_WEIGHT
+    return _UNKNOWN
+
+
+def unknown_tensors(names: Iterable[str], findings: Findings) -> None:
+    """Reports tensors that a method has no use for."""
+    for name in names:
+        findings.add(name, _UNKNOWN)

@@ -86,6 +86,16 @@ def extent(role: str, axis: int) -> Dim:
     return Dim(f"{role}[{axis}]", lambda m: m.extent(role, axis))
 
 
+def size_of(dim: Dim | int, module: Any) -> int:
+    """An extent as a number."""
+    return dim if isinstance(dim, int) else dim.of(module)
+
+
+def is_served(dim: Dim | int) -> bool:
+    """Whether the base decides an extent."""
+    return isinstance(dim, Dim) and dim.is_served
+
+
 # The condition of a tensor: a config key that switches it on, or a function of the module.
 If = str | Callable[[Any], Any]
 Shape = tuple[Dim | int, ...]
@@ -126,6 +136,13 @@ class Tensor:
             return self.shapes
         shape = self.choose(module)
         return None if shape is None else (shape,)
+
+    def sizes(self, module: Any) -> list[tuple[int, ...]] | None:
+        """The same in numbers."""
+        shapes = self.wanted(module)
+        if shapes is None:
+            return None
+        return [tuple(size_of(dim, module) for dim in shape) for shape in shapes]
 
     def _is_wanted(self, module: Any) -> bool:
         if self.condition is None:

@@ -19,7 +19,7 @@ from turret.server.adapters.base import BaseModel, BaseSizes
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.methods.kit import *
-from turret.server.adapters.peft_format.linear_format import unknown_tensors
+from turret.server.adapters.peft_format.refusals import unknown_tensors
 
 if TYPE_CHECKING:
     from turret.server.adapters.lowering.lowered import Lowered

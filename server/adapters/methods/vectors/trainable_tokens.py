@@ -17,7 +17,7 @@ from turret.server.adapters.methods.kit import *
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.adapters.peft_format.config.targets import resolve_targets
 from turret.server.adapters.peft_format.config.vocabulary_rules import is_token_list
-from turret.server.adapters.peft_format.linear_format import unknown_tensors
+from turret.server.adapters.peft_format.refusals import unknown_tensors
 from turret.server.adapters.source import TENSORS_FILE
 
 if TYPE_CHECKING:
