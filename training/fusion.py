@@ -13,12 +13,14 @@ from bitsandbytes.functional import dequantize_4bit
 from torch import nn
 
 from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
+from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.checkpoint.tensor_names import PEFT_PREFIX
 from turret.server.adapters.component import Component, ComponentRef
 from turret.server.adapters.lowering.components import check_fusable
-from turret.server.adapters.methods import lower_checkpoint
+from turret.server.adapters.methods.low_rank.learned_fusion import METHOD as LEARNED_FUSION
+from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.training.data.batch import IGNORED, Batch
 from turret.training.loss import LossFunction
 from turret.training.settings.inputs import component_directories
@@ -280,7 +282,7 @@ class FusionModel(nn.Module):
     def fusion_config(self) -> dict[str, Any]:
         """``adapter_config.json`` of the fusion, without the base's name."""
         return {
-            "peft_type": "TURRET_FUSION",
+            "peft_type": next(iter(LEARNED_FUSION.peft_types)),
             "task_type": "CAUSAL_LM",
             "components": [
                 {"name": component.ref.name, "digest": component.ref.digest}

@@ -17,7 +17,7 @@ from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.lowering.lowered import Lowered
-from turret.server.adapters.methods import lower_checkpoint
+from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.source import TENSORS_FILE
 from turret.server.models.describe import describe_experts

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class WeightRows(Protocol):
@@ -47,6 +48,10 @@ class BaseModule:
     def rows(self) -> WeightRows:
         """The weight, to be read block by block."""
         return self.dequantize() if self.served is None else self.served()
+
+    @property
+    def has_bias(self) -> bool:
+        return self.bias is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +167,46 @@ class BaseModel:
     generation: int = 1
     text_prefix: str = ""
     beside: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    @property
+    def vocab_size(self) -> int:
+        return self.vocabulary.size
+
+    @property
+    def kv_width(self) -> int:
+        """Numbers of a token's keys in a layer, all heads together."""
+        return self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSize:
+    """What a ``BaseModule`` is known to be before the model is read.
+
+    ``has_bias`` is None where the model's config does not tell.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    has_bias: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BaseSizes:
+    """What a ``BaseModel`` is known to be before the model is read.
+
+    Attributes are those of ``BaseModel``. ``kv_width`` is that of keys.
+    """
+
+    name: str
+    model_type: str
+    modules: Mapping[str, ModuleSize]
+    num_layers: int
+    hidden_size: int
+    kv_width: int
+    vocab_size: int
+    other_modules: frozenset[str] = frozenset()
+    text_prefix: str = ""
 
 
 @dataclass(frozen=True, slots=True)

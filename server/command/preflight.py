@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from turret.kernels.cpu.isas import ISAS, NATIVE, NO_NATIVE
+from turret.server.adapters.base import BaseSizes, ModuleSize
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.no_adapter import check_is_adapter
-from turret.server.adapters.peft_format.refusals.first_look import look_at
-from turret.server.adapters.peft_format.refusals.known_shapes import BaseSize
 from turret.server.api.access.tokens import TokenTable
 from turret.server.basics.address import split_address
 from turret.server.basics.byte_size import about_bytes
@@ -42,14 +41,18 @@ from turret.server.config import (
 )
 from turret.server.errors import InvalidRequestError, TurretError
 from turret.server.hub.adapters import AdapterHub
-from turret.server.models.families import dense_modules
-from turret.server.models.sources.check import check_model, name_of_model, size_of_model
+from turret.server.models.decoding.arch import LAYER_PREFIX, MODULES, Projections
+from turret.server.models.families import FAMILIES
+from turret.server.models.sources.check import (
+    check_model,
+    name_of_model,
+    size_of_model,
+    told_sizes,
+)
 
 _MOST_THREADS = 1024
 # A path with another NAME=PATH behind it.
 _SEVERAL = re.compile(r"[,\s]\s*[a-z0-9._-]+=")
-# Of the tensors of preloaded adapters, together: these are read in a tenth of a second.
-_LOOKED_AT_BYTES = 128 << 20
 # Of a server on this machine to take a connection.
 _CONNECT_SECONDS = 1.0
 
@@ -64,7 +67,7 @@ def problems(config: Config, *, may_run: bool = False, any_port: bool = True) ->
     """
     adapters = dataclasses.replace(config.adapters, state_dir=None) if may_run else config.adapters
     model_type, of_model = _model(config.model.model)
-    base = _base_size(config.model.model, model_type) if model_type else None
+    base = base_sizes(config.model.model, model_type) if model_type else None
     takes_any = bool(of_model) or adapters.allow_other_base
     return [
         *of_model,
@@ -153,34 +156,50 @@ def _torch_version() -> str:
         return ""
 
 
-def _base_size(model: Path | None, model_type: str) -> BaseSize | None:
-    size = size_of_model(model)
-    if size is None:
+def base_sizes(model: Path | None, model_type: str) -> BaseSizes | None:
+    """What is known of a base before it is read; None of a mixture, or where that is too little."""
+    size, told = size_of_model(model), told_sizes(model, model_type)
+    if size is None or told is None or told.get("experts") is not None:
         return None
-    width, layers, tokens = size
-    modules = dense_modules(model_type)
-    return BaseSize(name_of_model(model), width, layers, modules, vocab_size=tokens)
+    modules = FAMILIES[model_type].modules.get(model_type, MODULES)
+    projections = Projections(model_type=model_type, modules=modules, **told)
+    linears = projections.linears()
+    found: dict[str, ModuleSize] = {}
+    for number in range(projections.num_layers):
+        for projection, slices in linears.items():
+            for path, out, inner in slices if projections.has(number, projection) else ():
+                name = f"{LAYER_PREFIX}.{number}.{path}"
+                found[name] = ModuleSize(name, inner, out)
+    return BaseSizes(
+        name=name_of_model(model),
+        model_type=model_type,
+        modules=found,
+        num_layers=projections.num_layers,
+        hidden_size=projections.hidden,
+        kv_width=projections.keys,
+        vocab_size=size[2],
+    )
 
 
 def _adapters(
-    config: AdapterConfig, base: str | None, size: BaseSize | None, *, item_bytes: int
+    config: AdapterConfig, base: str | None, size: BaseSizes | None, *, item_bytes: int
 ) -> Iterator[str]:
     """``base`` is the name of the base that adapters must be for, None if of any."""
-    left = _LOOKED_AT_BYTES
 
     def look(root: AdapterRoot, place: str, path: str) -> None:
-        nonlocal left
+        # The methods' declarations, which most starts have no use for.
+        from turret.server.adapters.methods.check import check_files
+
         with root.open_directory(place, path) as directory:
             check_is_adapter(directory, path)
-            left -= look_at(
+            check_files(
                 directory,
                 path,
-                base=base,
-                size=size,
+                base=size,
+                base_name=base,
                 max_rank=config.max_rank,
                 host_bytes=config.adapter_host_bytes,
                 item_bytes=item_bytes,
-                most_bytes=left,
             )
 
     root = config.adapter_root

@@ -11,26 +11,20 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-import torch
-
-from turret.server.adapters.base import BaseModule
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.peft_format.config.rules import (
-    Irrelevant,
-    Rules,
-    Used,
+from turret.server.adapters.methods.kit import (
+    ANY,
+    LAYERS,
+    START,
+    TARGETS,
+    Dim,
+    LinearFormat,
+    Module,
+    extent,
     is_rank,
     is_seed,
+    optionally,
+    torch,
 )
-from turret.server.adapters.peft_format.config.selection_rules import (
-    LAYER_RULES,
-    RANK,
-    START,
-    TARGET_RULES,
-)
-from turret.server.adapters.peft_format.module_checkpoint import ModuleFormat, Roles
-from turret.training.conversion.clusters import cluster_rows
 from turret.training.conversion.made_lora import MadeLora, peft_generator
 from turret.training.errors import RunError
 
@@ -40,7 +34,7 @@ _MAX_CLUSTERS = 4096
 _CLUSTER_SEED = 123456789
 # How far unit vectors may be from those in the file, which bf16 moves by up to 4e-3.
 _FAR = 2e-2
-_TRAINING = Irrelevant("chooses what is trained; the tensors show the result")
+_TRAINING = "chooses what is trained; the tensors show the result"
 
 
 def _is_few(value: Any) -> str | None:
@@ -49,88 +43,92 @@ def _is_few(value: Any) -> str | None:
     return None if value <= _MAX_CLUSTERS else f"must be at most {_MAX_CLUSTERS}"
 
 
-_RULES: Rules = {
-    **TARGET_RULES,
-    **LAYER_RULES,
-    "r": RANK,
-    "num_subspaces": Used(_is_few),
-    "random_seed": Used(is_seed),
-    "subspace_rank": Irrelevant("the tensors show the rank of every cluster"),
-    "init_weights": START,
-    **dict.fromkeys(
-        (
-            *("use_asa", "asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval"),
-            *("asa_importance_beta", "asa_uncertainty_beta", "asa_schedule_exponent"),
-            *("use_dynamic_rank", "svd_threshold"),
-        ),
-        _TRAINING,
-    ),
-}
+# What training chose by.
+_CHOOSING = (
+    *("use_asa", "asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval"),
+    *("asa_importance_beta", "asa_uncertainty_beta", "asa_schedule_exponent"),
+    *("use_dynamic_rank", "svd_threshold"),
+)
+_WIDTH = Dim("in + 1", lambda m: m.inputs + bool(m.has_bias), is_served=True)
+_RANK = Dim("r", lambda m: min(m.rank, m.outputs, _WIDTH.of(m)), is_served=True)
 
 
-def format_of(config: Mapping[str, Any]) -> ModuleFormat:
+def format_of(config: Mapping[str, Any]) -> LinearFormat:
     """How its checkpoint is written."""
     count = config.get("num_subspaces", 5)
-    names = [_DOWN]
-    if _is_few(count) is None:
-        names += [f"adamss_{factor}.{i}" for factor in "AB" for i in range(count)]
-    return ModuleFormat(
-        rules=_RULES,
-        roles={f".{name}": name for name in names},
+    some = range(count if _is_few(count) is None else 0)
+    return LinearFormat(
+        name="adamss",
+        peft_types={"ADAMSS"},
+        keys=TARGETS | LAYERS | {"r": is_rank, "num_subspaces": _is_few, "random_seed": is_seed},
+        ignored={
+            "subspace_rank": "the tensors show the rank of every cluster",
+            "init_weights": START,
+            **dict.fromkeys(_CHOOSING, _TRAINING),
+        },
+        required=("num_subspaces",),
+        tensors={
+            _DOWN: (_RANK, _WIDTH),
+            **{f"adamss_A.{i}": optionally((extent(f"adamss_B.{i}", 1), _RANK)) for i in some},
+            **{f"adamss_B.{i}": optionally(ANY) for i in some},
+        },
         check=_check,
-        also_required=("num_subspaces",),
     )
 
 
-def _check(name: str, roles: Roles, module: BaseModule, rank: int, findings: Findings) -> None:
-    width = module.in_features + (module.bias is not None)
-    rank = min(rank, module.out_features, width)
-    if _DOWN not in roles or len(roles) % 2 == 0:
-        findings.add(f"{name}.{_DOWN}", "or a factor of a cluster is missing")
-        return
-    findings.check_shape(f"{name}.{_DOWN}", roles[_DOWN], (rank, width))
+def _clusters(m: Module) -> int:
+    return len(m.tensors) // 2
+
+
+def _check(m: Module) -> None:
     total = 0
-    for i in range(len(roles) // 2):
-        down, up = roles.get(f"adamss_A.{i}"), roles.get(f"adamss_B.{i}")
-        if down is None or up is None or down.ndim != 2 or up.ndim != 2:
-            findings.add(f"{name}.adamss_A.{i}", "or its adamss_B is missing or no matrix")
+    for i in range(_clusters(m)):
+        if f"adamss_A.{i}" not in m or len(m.tensors[f"adamss_B.{i}"].shape) != 2:
+            m.fault(f"adamss_A.{i}", "or its adamss_B is missing or no matrix")
             return
-        findings.check_shape(f"{name}.adamss_A.{i}", down, (up.shape[1], rank), of_base=False)
-        total += len(up)
-    if len(roles) // 2 > module.out_features:
+        total += m.extent(f"adamss_B.{i}", 0)
+    if _clusters(m) > m.outputs:
         # PEFT makes no cluster without rows.
-        findings.add(name, f"has {module.out_features} outputs, fewer than clusters in the file")
-    if total != module.out_features:
-        findings.mismatch(name, f"has {module.out_features} outputs, its clusters {total}")
+        why = f"has {m.outputs} outputs, fewer than clusters in the file"
+        m.reading.fault(m.name, why)
+    if total != m.outputs:
+        m.misfit(f"has {m.outputs} outputs, its clusters {total}")
 
 
-def convert(
-    roles: Roles, module: BaseModule, _scaling: float, config: Mapping[str, Any], path: str
-) -> MadeLora:
+def convert(m: Module) -> MadeLora:
     """One module's update.
 
     Raises:
         RunError: The base is another than the file's, or gives clusters of other sizes.
     """
-    down = roles[_DOWN].to(torch.float64)
-    ups = [roles[f"adamss_B.{i}"].to(torch.float64) for i in range(len(roles) // 2)]
-    downs = [roles[f"adamss_A.{i}"].to(torch.float64) for i in range(len(ups))]
-    left = _left_vectors(module, down, config.get("random_seed", 0), path)
+    import numpy as np
+
+    from turret.training.conversion.clusters import cluster_rows
+
+    down = m.exact(_DOWN)
+    ups = [m.exact(f"adamss_B.{i}") for i in range(_clusters(m))]
+    downs = [m.exact(f"adamss_A.{i}") for i in range(len(ups))]
+    weight = m.weight()
+    # On the device of the weight, whose decomposition the bias is part of.
+    bias = None if not m.has_bias else m.bias()
+    if bias is not None:
+        weight = torch.cat((weight, bias.to(weight)[:, None]), dim=1)
+    left = _left_vectors(weight, down, m.config.get("random_seed", 0), m.name)
     labels = cluster_rows(left.numpy(), len(ups), _CLUSTER_SEED)
     rows = [np.flatnonzero(labels == i) for i in range(len(ups))]
     if [len(some) for some in rows] != [len(up) for up in ups]:
         raise RunError(
-            f"{path}: the base gives clusters of {[len(some) for some in rows]} rows, the file has"
-            f" {[len(up) for up in ups]}; {_ADVICE}"
+            f"{m.name}: the base gives clusters of {[len(some) for some in rows]} rows, the file"
+            f" has {[len(up) for up in ups]}; {_ADVICE}"
         )
     starts = np.cumsum([0, *(len(one) for one in downs)]).tolist()
-    inner = torch.zeros(module.out_features, starts[-1], dtype=torch.float64)
+    inner = torch.zeros(m.outputs, starts[-1], dtype=torch.float64)
     for some, up, (start, end) in zip(rows, ups, pairwise(starts), strict=True):
         inner[torch.from_numpy(some), start:end] = up
     a, b = torch.cat(downs) @ down, inner
     if len(down) < starts[-1]:
         a, b = down, inner @ torch.cat(downs)
-    if module.bias is None:
+    if bias is None:
         return MadeLora(a.float(), b.float(), None)
     return MadeLora(a[:, :-1].float().contiguous(), b.float(), (b @ a[:, -1]).float())
 
@@ -140,7 +138,7 @@ _ADVICE = (
 )
 
 
-def _left_vectors(module: BaseModule, down: torch.Tensor, seed: int, path: str) -> torch.Tensor:
+def _left_vectors(weight: torch.Tensor, down: torch.Tensor, seed: int, path: str) -> torch.Tensor:
     """The left singular vectors that belong to ``down``, ``[out, r]`` on the CPU.
 
     Of a weight's smaller singular vectors ``svd_lowrank`` finds those that its random start leads
@@ -151,9 +149,6 @@ def _left_vectors(module: BaseModule, down: torch.Tensor, seed: int, path: str) 
     Raises:
         RunError: The weight has no such vectors.
     """
-    weight = module.dequantize()
-    if module.bias is not None:
-        weight = torch.cat((weight, module.bias[:, None]), dim=1)
     with peft_generator(seed, weight.device):
         left, _, right = torch.svd_lowrank(weight, q=len(down), niter=2)
     # Either of two opposite vectors is one, and the distances between rows are the same.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,46 +12,26 @@ from typing import Any
 
 import torch
 
-from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.fuse.lora_files import lora_config
-from turret.server.adapters.peft_format.module_checkpoint import (
-    ModuleFormat,
-    Roles,
-    read_module_checkpoint,
-)
-from turret.server.adapters.peft_format.refusals.base_name import base_name_warning
+from turret.server.adapters.peft_format.refusals import base_name_warning
 from turret.server.basics.counted import counted
 from turret.server.errors import AdapterCheckpointError
 from turret.server.models.sources.hub_model import Progress
 from turret.training.adapter_folder import write_adapter
-from turret.training.conversion import adamss, psoft
-from turret.training.conversion.kinds import XLORA, check_conversion, not_converted
+from turret.training.conversion.kinds import (
+    CONVERTED,
+    XLORA,
+    Kind,
+    check_conversion,
+    not_converted,
+)
 from turret.training.conversion.made_lora import MadeLora
 from turret.training.conversion.plain_base import read_plain_base
 from turret.training.conversion.xlora import read_folder, split_xlora
 
 _PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """A type of adapter that can be converted."""
-
-    format_of: Callable[[Mapping[str, Any]], ModuleFormat]
-    convert: Callable[[Roles, BaseModule, float, Mapping[str, Any], str], MadeLora]
-    note: str = ""
-
-
-CONVERTED: Mapping[str, _Kind] = {
-    "ADAMSS": _Kind(adamss.format_of, adamss.convert),
-    "PSOFT": _Kind(
-        psoft.format_of,
-        psoft.convert,
-        "which of two opposite singular vectors comes out is up to the linear algebra library: this"
-        " is the adapter as PEFT loads it with the torch installed here, on this device",
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +109,7 @@ def _kind_of(checkpoint: AdapterCheckpoint) -> str:
 
 
 def _convert_all(
-    checkpoint: AdapterCheckpoint, kind: _Kind, base: BaseModel, progress: Progress
+    checkpoint: AdapterCheckpoint, kind: Kind, base: BaseModel, progress: Progress
 ) -> tuple[dict[str, MadeLora], dict[str, torch.Tensor]]:
     """The modules' LoRAs, and the tensors of whole modules that go along."""
     config = dict(checkpoint.config)
@@ -148,15 +128,12 @@ def _convert_all(
         if _is_saved(name.rpartition(".")[0], names)
     }
     own = {name: t for name, t in checkpoint.tensors.items() if name not in saved}
-    form = kind.format_of(config)
-    found = read_module_checkpoint(
-        replace(checkpoint, config=config, tensors=own), base, form, max_rank=None
-    )
+    rest = replace(checkpoint, config=config, tensors=own)
+    found = kind.format_of(config).read(rest, base)
     made = {}
-    for done, (name, roles) in enumerate(found.modules.items()):
+    for done, (name, module) in enumerate(found.modules.items()):
         progress("Converting modules", done, len(found.modules))
-        scaling = found.targets.scaling(name)
-        made[name] = kind.convert(roles, base.modules[name], scaling, config, name)
+        made[name] = kind.convert(module)
     progress("Converting modules", len(made), len(made))
     return made, saved
 

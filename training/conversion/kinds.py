@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from turret.server.adapters.checkpoint.json_files import parse_config
+from turret.server.adapters.methods.kit import LinearFormat, Module
+from turret.server.adapters.methods.low_rank import xlora
 from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES
 from turret.server.errors import InvalidRequestError
 from turret.server.models.sources.gguf_header import SUFFIX
@@ -16,12 +19,33 @@ from turret.server.models.sources.model_directory import (
     is_4bit,
     weight_files,
 )
+from turret.training.conversion import adamss, psoft
+from turret.training.conversion.made_lora import MadeLora
 from turret.training.errors import RunError
 
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A type of adapter that becomes a LoRA."""
+
+    format_of: Callable[[Mapping[str, Any]], LinearFormat]
+    convert: Callable[[Module], MadeLora]
+    note: str = ""
+
+
 # Made of parts that PEFT scatters over its folders; needs no base.
-XLORA = "XLORA"
-# Values of ``peft_type``; a test compares with the converter's.
-KINDS = ("ADAMSS", "PSOFT", XLORA)
+(XLORA,) = xlora.METHOD.peft_types
+CONVERTED: Mapping[str, Kind] = {
+    "ADAMSS": Kind(adamss.format_of, adamss.convert),
+    "PSOFT": Kind(
+        psoft.format_of,
+        psoft.convert,
+        "which of two opposite singular vectors comes out is up to the linear algebra library: this"
+        " is the adapter as PEFT loads it with the torch installed here, on this device",
+    ),
+}
+# Values of ``peft_type``.
+KINDS = (*CONVERTED, XLORA)
 
 
 def check_conversion(adapter: Path, model: Path | None, output: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class MadeLora:
 @contextmanager
 def peft_generator(seed: int, device: torch.device) -> Iterator[None]:
     """The global generator as PEFT seeds it for ``svd_lowrank``, and afterwards as it was."""
+    import torch
+
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         torch.manual_seed(seed)

@@ -8,34 +8,27 @@ vectors comes out, and with it the update, is up to the linear algebra library.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
-import torch
-
-from turret.server.adapters.base import BaseModule
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.peft_format.config.rules import (
-    Rules,
-    Used,
+from turret.server.adapters.methods.kit import (
+    CONV1D,
+    DROPOUT,
+    EXCLUDE,
+    LAYERS,
+    START,
+    LinearFormat,
+    Module,
+    R,
     is_bool,
     is_count,
     is_number,
     is_one_of,
     is_rank,
     is_seed,
+    optional,
+    torch,
+    when,
 )
-from turret.server.adapters.peft_format.config.selection_rules import (
-    ALPHA,
-    CONV1D_RULES,
-    DROPOUT,
-    LAYER_RULES,
-    RANK,
-    SELECTION_RULES,
-    START,
-)
-from turret.server.adapters.peft_format.module_checkpoint import ModuleFormat, Roles
-from turret.server.adapters.peft_format.role_shapes import check_roles
 from turret.training.conversion.made_lora import MadeLora, peft_generator
 
 _TURN, _OUT, _IN = "psoft_R.weight", "psoft_R.vector_b", "psoft_R.vector_a"
@@ -54,77 +47,27 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def _is_optional_number(value: Any) -> str | None:
-    return None if value is None else is_number(value)
+def _said(m: Module, name: str) -> Any:
+    return m.config.get(name, DEFAULTS[name])
 
 
-_RULES: Rules = {
-    **SELECTION_RULES,
-    **LAYER_RULES,
-    **CONV1D_RULES,
-    "r": RANK,
-    "psoft_alpha": ALPHA,
-    "ab_svd_init": Used(is_one_of("psoft_init", "pissa_init")),
-    "psoft_svd": Used(is_one_of("full", "lowrank")),
-    "psoft_svd_lowrank_niter": Used(is_count),
-    "random_seed": Used(is_seed),
-    "psoft_orth": Used(is_bool),
-    "psoft_mag_a": Used(is_bool),
-    "psoft_mag_b": Used(is_bool),
-    "use_cayley_neumann": Used(is_bool),
-    "num_cayley_neumann_terms": Used(is_rank),
-    "cayley_neumann_eps": Used(_is_optional_number),
-    "psoft_dropout": DROPOUT,
-    "init_weights": START,
-}
-
-
-def format_of(config: Mapping[str, Any]) -> ModuleFormat:
+def format_of(config: Mapping[str, Any]) -> LinearFormat:
     """How its checkpoint is written."""
-    return ModuleFormat(
-        rules=_RULES,
-        roles={f".{role}": role for role in (_TURN, _OUT, _IN)},
-        check=partial(_check, config={**DEFAULTS, **config}),
-        alpha_key="psoft_alpha",
-    )
+    return FORMAT
 
 
-def _check(
-    name: str,
-    roles: Roles,
-    module: BaseModule,
-    rank: int,
-    findings: Findings,
-    *,
-    config: Mapping[str, Any],
-) -> None:
-    if not rank or findings.fields & _RULES.keys():
-        return
-    if rank > min(module.in_features, module.out_features):
-        findings.mismatch(name, f"is smaller than the rank, {rank}")
-    shapes = {_TURN: (rank * (rank - 1) // 2,) if config["psoft_orth"] else (rank, rank)}
-    for role, key in ((_OUT, "psoft_mag_b"), (_IN, "psoft_mag_a")):
-        if config[key]:
-            shapes[role] = (rank,)
-    check_roles(name, roles, shapes, findings)
-
-
-def convert(
-    roles: Roles, module: BaseModule, scaling: float, config: Mapping[str, Any], _path: str
-) -> MadeLora:
-    """One module's update, ``scaling`` included."""
-    config = {**DEFAULTS, **config}
-    weight = module.dequantize()
-    rank = config["r"]
-    left, values, right = _svd(weight, rank, config)
-    values = values / scaling
+def convert(m: Module) -> MadeLora:
+    """One module's update, the scaling included."""
+    config, rank = {**DEFAULTS, **m.config}, m.config["r"]
+    left, values, right = _svd(m.weight(), rank, config)
+    values = values / m.scaling
     if config["ab_svd_init"] == "psoft_init":
         a, b = right, left * values
     else:
         root = values.sqrt()
         a, b = root[:, None] * right, left * root
-    turn = rotation(roles, rank, config) - torch.eye(rank, dtype=torch.float64)
-    wide = b.cpu().to(torch.float64) @ turn * scaling
+    turn = rotation(m.tensors, rank, config) - torch.eye(rank, dtype=torch.float64)
+    wide = b.cpu().to(torch.float64) @ turn * m.scaling
     return MadeLora(a.cpu().float(), wide.float(), None)
 
 
@@ -142,7 +85,9 @@ def _svd(
     return left[:, :rank], values[:rank], right[:rank]
 
 
-def rotation(roles: Roles, rank: int, config: Mapping[str, Any]) -> torch.Tensor:
+def rotation(
+    roles: Mapping[str, torch.Tensor], rank: int, config: Mapping[str, Any]
+) -> torch.Tensor:
     """``R``, ``[r, r]`` fp64."""
     turn = roles[_TURN].to(torch.float64)
     if config["psoft_orth"]:
@@ -171,3 +116,34 @@ def _orthogonal(skew: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
         power = power @ skew
         total = total + (1.0 if exponent == last > 2 else 2.0) * power
     return total
+
+
+FORMAT = LinearFormat(
+    name="psoft",
+    peft_types={"PSOFT"},
+    keys=EXCLUDE
+    | LAYERS
+    | CONV1D
+    | {
+        "r": is_rank,
+        "psoft_alpha": is_number,
+        "ab_svd_init": is_one_of("psoft_init", "pissa_init"),
+        "psoft_svd": is_one_of("full", "lowrank"),
+        "psoft_svd_lowrank_niter": is_count,
+        "random_seed": is_seed,
+        "psoft_orth": is_bool,
+        "psoft_mag_a": is_bool,
+        "psoft_mag_b": is_bool,
+        "use_cayley_neumann": is_bool,
+        "num_cayley_neumann_terms": is_rank,
+        "cayley_neumann_eps": optional(is_number),
+    },
+    ignored={"psoft_dropout": DROPOUT, "init_weights": START},
+    alpha="psoft_alpha",
+    most_rank=min,
+    tensors={
+        _TURN: lambda m: (m.rank * (m.rank - 1) // 2,) if _said(m, "psoft_orth") else (R, R),
+        _OUT: when(lambda m: _said(m, "psoft_mag_b"), (R,)),
+        _IN: when(lambda m: _said(m, "psoft_mag_a"), (R,)),
+    },
+)

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
+from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.component import COMPONENTS_KEY
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.training.adapter_folder import write_adapter

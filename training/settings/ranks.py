@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
+from turret.server.adapters.methods.kit import LinearMethod
+from turret.server.adapters.methods.low_rank import miss
+from turret.server.adapters.methods.structured.loha import highest_rank
+from turret.server.adapters.methods.transforms import hra
 from turret.server.config import AdapterConfig
 from turret.server.models.decoding.arch import Projections
 from turret.training.errors import ConfigError
@@ -48,11 +52,8 @@ def check_rank(method: str, sizes: Sequence[Size], rank: int) -> None:
 
 
 def highest_loha_rank(sizes: Sequence[Size]) -> int:
-    """The highest rank at which LoHa's rank space costs less than the update it stands for.
-
-    The server refuses higher ones (``docs/adapters.md``).
-    """
-    return min(math.isqrt((out * inner - 1) // (out + inner)) for _, out, inner in sizes)
+    """The highest rank of a LoHa that the server takes on all of these modules."""
+    return min(highest_rank(inner, out) for _, out, inner in sizes)
 
 
 def _over_both_sides(sizes: Sequence[Size], rank: int) -> str | None:
@@ -66,12 +67,14 @@ def _over_both_sides(sizes: Sequence[Size], rank: int) -> str | None:
     )
 
 
-def _over_inputs(sizes: Sequence[Size], rank: int) -> str | None:
-    """Of a rank that counts parts or directions of a module's inputs."""
-    name, _, inner = min(sizes, key=lambda size: size[2])
-    if rank <= inner:
+def _over_most(method: LinearMethod, sizes: Sequence[Size], rank: int) -> str | None:
+    """A rank over the one that the server takes on the smallest of the modules."""
+    assert method.most_rank is not None
+    limits = [(method.most_rank(inner, out), name) for name, out, inner in sizes]
+    most, name = min(limits, key=lambda limit: limit[0])
+    if rank <= most:
         return None
-    return f"at most {inner} on these modules, which is how many inputs {name} has"
+    return f"at most {most} on these modules, which is as much as {name} takes"
 
 
 def _over_loha(sizes: Sequence[Size], rank: int) -> str | None:
@@ -91,7 +94,7 @@ def _over_entries(sizes: Sequence[Size], rank: int) -> str | None:
 
 _PROBLEMS: Mapping[str, Callable[[Sequence[Size], int], str | None]] = {
     **dict.fromkeys(("lora", "rslora", "dora", "alora", "vblora"), _over_both_sides),
-    **dict.fromkeys(("hra", "miss"), _over_inputs),
+    **{method.name: partial(_over_most, method) for method in (hra.METHOD, miss.METHOD)},
     "loha": _over_loha,
     "shira": _over_entries,
 }

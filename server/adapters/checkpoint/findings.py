@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Protocol
 
 from turret.server.errors import VIOLATION_COUNT, AdapterCheckpointError, AdapterMismatchError
-
-if TYPE_CHECKING:
-    import torch
 
 # A hostile file can break thousands of rules; the answer stays readable and small.
 MAX_REPORTED = 64
@@ -18,6 +16,13 @@ _MOST_CHARS = 400
 _MOST_NAMES = 600
 # More fields than these with one fault are counted, not named.
 _MOST_ALIKE = 3
+
+
+class HasShape(Protocol):
+    """A tensor, or the entry of one in a file's header."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
 
 
 class Findings:
@@ -62,7 +67,7 @@ class Findings:
         return frozenset(field for field, _ in self._mismatches)
 
     def check_shape(
-        self, name: str, tensor: torch.Tensor, *shapes: tuple[int, ...], of_base: bool = True
+        self, name: str, tensor: HasShape, *shapes: tuple[int, ...], of_base: bool = True
     ) -> bool:
         """Whether the tensor has one of the shapes; else a mismatch, or a fault."""
         if tuple(tensor.shape) in shapes:

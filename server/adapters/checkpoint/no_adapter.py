@@ -13,8 +13,6 @@ COPY_AGAIN = f"copy the file again, or {SAVE_AGAIN}"
 OTHER_TRAINING = (
     f"{CONFIG_FILE} may be of another training: take the one that was saved beside {TENSORS_FILE}"
 )
-# Of a LoRA that has one of a module's two factors.
-MISSING_FACTOR = f"is missing; other LoRA tensors are there: {SAVE_AGAIN}"
 # Of tensors that have no place.
 NO_TENSORS = "holds no tensors of this method"
 WHOLE_WEIGHT = "is a whole weight; only those of embed_tokens and lm_head are served"
@@ -45,9 +43,9 @@ def lacks_tokenizer(rows: int, base_rows: int) -> str:
     )
 
 
-def holds_integers(dtype: str, method: str) -> str:
-    """What is said of a tensor of integers, by torch's name of its dtype."""
-    return f"holds integers ({dtype}), which {method} does not"
+def holds_integers(method: str) -> str:
+    """What is said of a tensor of integers."""
+    return f"holds integers, which {method} does not"
 
 
 def check_is_adapter(directory: AdapterDirectory, path: str) -> None:

@@ -12,12 +12,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, BinaryIO
 
 import torch
 
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.digest_cache import DigestCache, stamp_of
 from turret.server.adapters.checkpoint.findings import Findings
@@ -31,12 +31,9 @@ from turret.server.adapters.checkpoint.safetensors_header import (
 )
 from turret.server.adapters.checkpoint.tensor_names import canonical_names, text_prefix
 from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE
-from turret.server.adapters.tokenizer_files import TokenizerFiles
 
 # Every digest begins with it. Change it when the definition of the digest changes.
 _DIGEST_DOMAIN = b"turret-adapter-1\0"
-_TASK_DOMAIN = b"turret-adapter-task-1\0"
-_TOKENIZER_DOMAIN = b"turret-adapter-tokenizer-1\0"
 # By the names that the header's reader knows.
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -49,53 +46,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterCheckpoint:
-    """A directory's content, structurally sound and finite, not yet interpreted.
-
-    Attributes:
-        path: What messages call the adapter: its path below the adapter root, or the name of one
-            that was uploaded.
-        config: ``adapter_config.json``.
-        tensors: By canonical name (module path and PEFT's parameter name, without wrapper
-            prefixes), in the file's dtype; views of one buffer, which is not the file's mapping.
-        digest: SHA-256, hex, over the config (canonical JSON) and every byte of the tensor file.
-        bytes_disk: Size of the two files.
-        is_partial: Whether tensors were taken out that the method must not miss.
-        base_digest: Of the base model, as ``provenance.json`` beside the files has it; "" without.
-        task: Which task of the files is meant, or None. The digest includes it.
-        text_prefix: What stood before the language model's names where the adapter was trained
-            on a model of text and images; "" if nothing did.
-        tokenizer: Its own, where it needs one, or None. The digest includes it.
-    """
-
-    path: str
-    config: Mapping[str, Any]
-    tensors: Mapping[str, torch.Tensor]
-    digest: str
-    bytes_disk: int
-    is_partial: bool = False
-    base_digest: str = ""
-    task: int | None = None
-    text_prefix: str = ""
-    tokenizer: TokenizerFiles | None = None
-
-    def of_task(self, task: int | None) -> AdapterCheckpoint:
-        """The same files as one of their tasks: another adapter, with a digest of its own."""
-        if task is None:
-            return self
-        return replace(self, task=task, digest=digest_of_task(self.digest, task))
-
-    def with_tokenizer(self, tokenizer: TokenizerFiles) -> AdapterCheckpoint:
-        """The same weights with a tokenizer: another adapter, with a digest of its own."""
-        return replace(
-            self,
-            tokenizer=tokenizer,
-            digest=digest_with_tokenizer(self.digest, tokenizer.digest),
-            bytes_disk=self.bytes_disk + tokenizer.bytes_disk,
-        )
 
 
 def read_checkpoint(
@@ -157,19 +107,6 @@ def read_checkpoint(
         base_digest=base_digest,
         text_prefix=prefix,
     )
-
-
-def digest_of_task(digest: str, task: int | None) -> str:
-    """The digest of one task of an adapter's files, from that of all of them."""
-    if task is None:
-        return digest
-    return hashlib.sha256(_TASK_DOMAIN + bytes.fromhex(digest) + str(task).encode()).hexdigest()
-
-
-def digest_with_tokenizer(digest: str, tokenizer: str) -> str:
-    """The digest of an adapter with a tokenizer of its own, from those of weights and tokenizer."""
-    both = bytes.fromhex(digest) + bytes.fromhex(tokenizer)
-    return hashlib.sha256(_TOKENIZER_DOMAIN + both).hexdigest()
 
 
 def begin_digest(config: Mapping[str, Any]) -> Any:

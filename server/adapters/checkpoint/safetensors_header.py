@@ -36,6 +36,9 @@ ITEM_BYTES = {
 }
 
 
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
     """Where one tensor lies: ``[begin, end)`` in bytes from the end of the header.
@@ -52,6 +55,9 @@ class TensorEntry:
     @property
     def num_elements(self) -> int:
         return math.prod(self.shape)
+
+    def is_floating_point(self) -> bool:
+        return self.dtype in _FLOATS
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from turret.server.adapters.checkpoint.findings import Findings
 
+# The tensor of a method that learns a prompt.
+PROMPT_EMBEDDINGS = "prompt_embeddings"
 PEFT_PREFIX = "base_model.model."
 # Inserted by torch.compile, FSDP and activation checkpointing around an unchanged module: the
 # parameter is the same one, so dropping the component cannot change what it means.

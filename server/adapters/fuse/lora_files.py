@@ -15,6 +15,7 @@ import torch
 
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.fuse.module_fuser import FusedModule
+from turret.server.adapters.methods import METHODS
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
 
@@ -91,7 +92,7 @@ def lora_config(
     usual = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {name: rank for name, rank in ranks.items() if rank != usual}
     return {
-        "peft_type": "LORA",
+        "peft_type": next(iter(METHODS["lora"].peft_types)),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "inference_mode": True,

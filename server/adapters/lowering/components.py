@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
+from turret.kernels.adapters.fusion_gate import GATE_MULTIPLE
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.component import (
     COMPONENTS_KEY,
     Component,
     FindComponent,
     component_refs,
 )
-from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.gate import Gate, GivenScore, PrototypeScore, QueryScore
 from turret.server.adapters.operators.updates import LowRank
+from turret.server.adapters.peft_format.reading import Reading
 from turret.server.basics.counted import counted
 from turret.server.errors import AdapterComponentError
 
@@ -42,7 +45,7 @@ _WORDS = {
 
 
 def find_components(
-    checkpoint: AdapterCheckpoint, find_component: FindComponent
+    checkpoint: AdapterCheckpoint | Reading, find_component: FindComponent
 ) -> list[Component]:
     """All of them, in the config's order, each with low-rank updates only.
 
@@ -109,12 +112,30 @@ def update_of(component: Component, name: str) -> LowRank | None:
     return ops.low_rank if ops is not None and ops.rank else None
 
 
-def side_by_side(updates: Sequence[LowRank], multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors of all, ``[ranks, in]`` and ``[ranks, out]``, filled up to a multiple."""
-    return (
-        filled_up(torch.cat([update.a for update in updates]), multiple),
-        filled_up(torch.cat([update.b for update in updates]), multiple),
-    )
+def gate_of(
+    updates: Sequence[LowRank | None],
+    score_of: Callable[[torch.Tensor], QueryScore | PrototypeScore | GivenScore],
+) -> Gate:
+    """A gate over components.
+
+    Args:
+        updates: What each does to the module; None is nothing.
+        score_of: From the factors ``b`` of all, what a token's weights are computed from.
+    """
+    some = [update for update in updates if update is not None]
+    a = filled_up(torch.cat([update.a for update in some]), GATE_MULTIPLE)
+    b = filled_up(torch.cat([update.b for update in some]), GATE_MULTIPLE)
+    ranks = [0 if update is None else update.rank for update in updates]
+    return Gate(a, b, score_of(b), (0, *accumulate(ranks)))
+
+
+def query_score(
+    query: torch.Tensor, keys: torch.Tensor, b: torch.Tensor, dtype: torch.dtype
+) -> QueryScore:
+    """The score of a learned fusion, from ``[d_k, in]`` and ``[d_k, out]``."""
+    wide = torch.promote_types(dtype, torch.float32)
+    folded = b.to(wide) @ filled_up(keys.to(wide), GATE_MULTIPLE).T
+    return QueryScore(filled_up(query.to(dtype), GATE_MULTIPLE), folded)
 
 
 def filled_up(rows: torch.Tensor, multiple: int) -> torch.Tensor:
@@ -122,12 +143,10 @@ def filled_up(rows: torch.Tensor, multiple: int) -> torch.Tensor:
     return F.pad(rows, (0, 0, 0, -rows.shape[0] % multiple)).contiguous()
 
 
-def left_out(
-    components: Sequence[Component], operators: Mapping[str, ModuleOperators]
-) -> list[str]:
+def left_out(components: Sequence[Component], modules: Collection[str]) -> list[str]:
     """A warning about modules that components adapt and the gated adapter does not."""
     adapted = {name for component in components for name in component.operators.modules}
-    count = len(adapted - operators.keys())
+    count = len(adapted.difference(modules))
     if count == 0:
         return []
     return [

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.operators.updates import Dense
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.errors import BudgetExceededError
 
 ALLOW = "--allow-dense-adapters"
-
-
-def dense(weight: torch.Tensor, dtype: torch.dtype) -> ModuleOperators:
-    """A module's whole update ``[out_features, in_features]``, rounded once to ``dtype``."""
-    return ModuleOperators(dense=Dense(weight.to(dtype).contiguous()))
 
 
 def check_dense(checkpoint: AdapterCheckpoint, base: BaseModel, max_bytes: int | None) -> None:

@@ -9,18 +9,18 @@ from types import MappingProxyType
 import torch
 
 from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.finite import all_finite
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.checkpoint.tensor_names import PROMPT_EMBEDDINGS
 from turret.server.adapters.lowering.arena import in_one_block
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.adapters.operators.soft_prompt import SoftPrompt
 from turret.server.adapters.operators.vocabulary import VocabularyOperators
-from turret.server.adapters.peft_format.module_checkpoint import ModuleCheckpoint
-from turret.server.adapters.peft_format.prompt_checkpoint import EMBEDDINGS
-from turret.server.adapters.peft_format.refusals.base_name import base_name_warning
+from turret.server.adapters.peft_format.reading import Reading
+from turret.server.adapters.peft_format.refusals import base_name_warning
 
 _NO_CONV1D = "fan_in_fan_out is true; the base model's modules are linear, where it has no effect"
 _NOTHING: Mapping[str, ModuleOperators] = MappingProxyType({})
@@ -31,7 +31,7 @@ def finish(
     base: BaseModel,
     modules: Mapping[str, ModuleOperators] = _NOTHING,
     *,
-    found: ModuleCheckpoint | None = None,
+    found: Reading | None = None,
     prompt: SoftPrompt | None = None,
     tokens: VocabularyOperators | None = None,
     ranks: Iterable[int] | None = None,
@@ -46,7 +46,7 @@ def finish(
         checkpoint: What was lowered.
         base: The base it was lowered for.
         modules: What it does to linear modules, by path; tensors may be views of anything.
-        found: What ``read_module_checkpoint`` made of it, if that read it: its ranks and warnings
+        found: What the check of linear modules made of it: its ranks and warnings
             count, and biases that replace the base's are added to the operators.
         prompt: What it puts before the prompt.
         tokens: What it does to rows of embedding and head.
@@ -69,7 +69,7 @@ def finish(
             if not all(map(all_finite, module.tensors())):
                 findings.add(name, f"is not finite once scaled and rounded to {base.dtype}")
     if prompt is not None and not all(map(all_finite, prompt.tensors())):
-        findings.add(EMBEDDINGS, f"is not finite once rounded to {base.dtype}")
+        findings.add(PROMPT_EMBEDDINGS, f"is not finite once rounded to {base.dtype}")
     findings.raise_if_any()
     base_model = checkpoint.config.get("base_model_name_or_path") or ""
     name_warning = base_name_warning(base_model, base.name)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
-from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.component import FindComponent, find_no_component
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.head import Head
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
-from turret.server.adapters.peft_format.config.rules import Rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,67 +75,3 @@ def _first_pass(operators: AdapterOperators) -> str:
     if router is None:
         return ""
     return "base" if router.first_pass is None else "adapter"
-
-
-class Lower(Protocol):
-    """Turns a checkpoint into operators for the base as served."""
-
-    def __call__(
-        self,
-        checkpoint: AdapterCheckpoint,
-        base: BaseModel,
-        max_rank: int | None = None,
-        find_component: FindComponent = find_no_component,
-        /,
-    ) -> Lowered:
-        """Lowers it.
-
-        Args:
-            checkpoint: As read.
-            base: As served.
-            max_rank: Largest rank served; None is any.
-            find_component: Finds an adapter that the config names as a component; raises
-                AdapterComponentError if it cannot. Most methods have none and ignore it.
-
-        Raises:
-            AdapterCheckpointError: A key or tensor is unsupported or inconsistent (names all).
-            AdapterMismatchError: The tensors do not fit the base (names all).
-            AdapterComponentError: An adapter it is built from is not registered (names all).
-            BudgetExceededError: A rank over ``max_rank``.
-        """
-        ...
-
-
-def _accepts_all(config: Mapping[str, Any]) -> bool:
-    return True
-
-
-def _never(config: Mapping[str, Any]) -> bool:
-    return False
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """One adapter method. A file in ``methods/`` binds one to the name ``METHOD``.
-
-    Attributes:
-        name: As clients see it, e.g. ``lora``.
-        peft_types: The ``peft_type`` values (upper case) it may accept.
-        rules: A rule for every key that its config may have.
-        lower: Makes the operators.
-        accepts: Whether this method, among those of the same ``peft_type``, is the one meant.
-        integers: Components of the names of tensors that may hold integers; every other tensor
-            holds floating-point numbers.
-        has_tasks: Whether its files may hold several tasks, of which an adapter is one.
-        is_dense: Whether the updates of an adapter with this config are whole matrices, which a
-            server has to allow.
-    """
-
-    name: str
-    peft_types: Set[str]
-    rules: Rules
-    lower: Lower
-    accepts: Callable[[Mapping[str, Any]], bool] = _accepts_all
-    integers: tuple[str, ...] = ()
-    has_tasks: bool = False
-    is_dense: Callable[[Mapping[str, Any]], bool] = _never

@@ -16,7 +16,7 @@ def sparse_of(
     rows: torch.Tensor,
     columns: torch.Tensor,
     values: torch.Tensor,
-    module: BaseModule,
+    shape: tuple[int, int],
     dtype: torch.dtype,
 ) -> Sparse:
     """Sorts entries by place, adds up those of one place and rounds once.
@@ -25,18 +25,18 @@ def sparse_of(
         rows: Outputs, ``[n]``, integers.
         columns: Inputs, ``[n]``, integers.
         values: ``[n]``, any float dtype, the scaling in them.
-        module: What they belong to; every place is inside its weight.
+        shape: Of the weight; every place is inside it.
         dtype: Serving dtype.
     """
-    flat = rows.to(torch.int64) * module.in_features + columns.to(torch.int64)
+    flat = rows.to(torch.int64) * shape[1] + columns.to(torch.int64)
     places, order = flat.unique(return_inverse=True)
     wide = torch.promote_types(values.dtype, torch.float32)
     summed = torch.zeros(len(places), dtype=wide).index_add_(0, order, values.to(wide))
-    outputs = places // module.in_features
-    starts = torch.searchsorted(outputs, torch.arange(module.out_features + 1))
+    outputs = places // shape[1]
+    starts = torch.searchsorted(outputs, torch.arange(shape[0] + 1))
     return Sparse(
         values=summed.to(dtype),
-        columns=(places % module.in_features).to(torch.int32).to(torch.uint16),
+        columns=(places % shape[1]).to(torch.int32).to(torch.uint16),
         row_starts=starts.to(torch.int32),
     )
 

@@ -1,69 +1,64 @@
-"""The adapter methods, one file each: a new file in a room here that binds ``METHOD`` is served."""
+"""The adapter methods, one file each: a new file in a room here that binds ``METHOD`` is served.
+
+Nothing here loads torch, so that a start can check adapters before it loads the model.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from typing import Any
 
-from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.no_adapter import holds_integers
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.component import FindComponent, find_no_component
-from turret.server.adapters.lowering.dense import check_dense, dense_warnings
-from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
-from turret.server.adapters.operators.vocabulary import VocabularyOperators
-from turret.server.adapters.peft_format.classifier_checkpoint import (
-    ClassifierPart,
-    take_classifier,
-)
-from turret.server.adapters.peft_format.config.lora_rules import INVOCATION
-from turret.server.adapters.peft_format.expert_checkpoint import ExpertPart, take_experts
-from turret.server.adapters.peft_format.refusals.limits import check_rank
-from turret.server.adapters.peft_format.refusals.unserved import peft_type_of, why_unserved
-from turret.server.adapters.peft_format.vocabulary.checkpoint import VocabularyPart, take_vocabulary
-from turret.server.adapters.peft_format.vocabulary.resized import FittedCheckpoint, fit_vocabulary
+from turret.server.adapters.lowering.method import LinearMethod, Method
+from turret.server.adapters.methods.prompt_kit import SoftTokens
+from turret.server.adapters.methods.unserved import UNSERVED
+from turret.server.basics.closest import did_you_mean
 from turret.server.errors import AdapterCheckpointError
 
+AnyMethod = LinearMethod | Method | SoftTokens
+_TABLE = "docs/adapters.md has a table of all that are served"
 
-def _discover() -> dict[str, Method]:
-    methods: dict[str, Method] = {}
+
+def _discover() -> dict[str, AnyMethod]:
+    methods: dict[str, AnyMethod] = {}
     for name in _files(__name__, __path__):
-        method: Method = importlib.import_module(name).METHOD
-        assert method.name not in methods, f"two methods are called {method.name!r}"
-        methods[method.name] = method
+        method: AnyMethod | None = getattr(importlib.import_module(name), "METHOD", None)
+        if method is not None:
+            assert method.name not in methods, f"two methods are called {method.name!r}"
+            methods[method.name] = method
     return dict(sorted(methods.items()))
 
 
 def _files(package: str, path: Iterable[str]) -> Iterator[str]:
-    """Full names of the modules in a package and in the rooms below it."""
+    """Full names of the modules in a package's rooms, and in folders that were added to it."""
     for info in pkgutil.iter_modules(path):
         name = f"{package}.{info.name}"
         if info.ispkg:
             yield from _files(name, importlib.import_module(name).__path__)
-        else:
+        elif name not in _OWN:
             yield name
 
 
-METHODS: Mapping[str, Method] = _discover()
+_OWN = {f"{__name__}.{name}" for name in ("check", "kit", "lower", "prompt_kit", "unserved")}
+METHODS: Mapping[str, AnyMethod] = _discover()
 
 
-def method_for(checkpoint: AdapterCheckpoint) -> Method:
+def method_for(checkpoint: AdapterCheckpoint) -> AnyMethod:
     """The method a checkpoint was made by.
 
     Raises:
         AdapterCheckpointError: ``peft_type`` is missing or none of ``METHODS`` accepts it; the
             message says what may have been meant, the metadata lists all methods.
     """
-    kind = peft_type_of(checkpoint.config)
+    kind = _peft_type_of(checkpoint.config)
     for method in METHODS.values():
         if kind in method.peft_types and method.accepts(checkpoint.config):
             return method
-    known = {one for method in METHODS.values() for one in method.peft_types}
-    why = why_unserved(kind, known)
+    why = _why_unserved(kind)
     raise AdapterCheckpointError(
         f"adapter {checkpoint.path!r} cannot be served: peft_type {why}",
         metadata={"path": checkpoint.path, "peft_type": kind[:60], "supported": ",".join(METHODS)},
@@ -71,129 +66,34 @@ def method_for(checkpoint: AdapterCheckpoint) -> Method:
     )
 
 
-def lower_checkpoint(
-    checkpoint: AdapterCheckpoint,
-    base: BaseModel,
-    max_rank: int | None = None,
-    find_component: FindComponent = find_no_component,
-    *,
-    max_dense_bytes: int | None = None,
-) -> tuple[str, Lowered]:
-    """Chooses the method and makes the operators.
-
-    Args:
-        checkpoint: See ``Lower``; so the next three.
-        base: The base.
-        max_rank: Largest rank.
-        find_component: Finds components.
-        max_dense_bytes: Most bytes of updates that are as large as the weights they change; None
-            is any.
-
-    Returns:
-        The method's name, and what was made.
+def check_common(checkpoint: AdapterCheckpoint, method: AnyMethod) -> None:
+    """Refuses tensors of integers that the method has none of, and tasks that it has none of.
 
     Raises:
-        AdapterCheckpointError: Unsupported or inconsistent (names everything at fault).
-        AdapterMismatchError: Made for another base.
-        AdapterComponentError: An adapter it is built from is not registered (names all).
-        BudgetExceededError: A rank over ``max_rank``, or bytes over ``max_dense_bytes``.
+        AdapterCheckpointError: Names them.
     """
-    method = method_for(checkpoint)
-    _check_integers(checkpoint, method)
-    if method.is_dense(checkpoint.config):
-        check_dense(checkpoint, base, max_dense_bytes)
-    if checkpoint.task is not None and not method.has_tasks:
-        findings = Findings(checkpoint.path)
-        findings.add("task", f"is {checkpoint.task}, but a {method.name} adapter has no tasks")
-        findings.raise_if_any()
-    base = replace(base, text_prefix=checkpoint.text_prefix)
-    classifier = take_classifier(checkpoint, base)
-    experts = take_experts(classifier.rest, base, max_rank)
-    experts.findings.raise_if_any()
-    fitted = fit_vocabulary(experts.rest, base)
-    fitted.findings.raise_if_any()
-    part = take_vocabulary(fitted.rest, base)
-    findings = classifier.findings
-    findings.add_all(part.findings)
-    lowered = None
-    try:
-        lowered = method.lower(part.rest, part.base, max_rank, find_component)
-    except AdapterCheckpointError as error:
-        if not findings.fields:
-            raise
-        for field, why in error.violations:
-            findings.add(field, why)
-    findings.raise_if_any()
-    assert lowered is not None  # or there was a fault
-    joined = _with_head(_with_experts(_joined(lowered, part), experts), classifier)
-    joined = _with_vocabulary(joined, fitted)
-    # The reader checked the modules' ranks before anything was computed; this is for all others.
-    check_rank(checkpoint.path, max(joined.ranks, default=0), max_rank)
-    return method.name, replace(
-        joined, warnings=(*joined.warnings, *dense_warnings(joined.operators))
-    )
-
-
-def _check_integers(checkpoint: AdapterCheckpoint, method: Method) -> None:
     findings = Findings(checkpoint.path)
     for name, tensor in checkpoint.tensors.items():
-        may_be = not set(method.integers).isdisjoint(name.split("."))
-        if not tensor.is_floating_point() and not may_be:
-            findings.add(name, holds_integers(str(tensor.dtype), method.name))
+        if not tensor.is_floating_point() and not any(
+            f".{part}." in f".{name}." for part in method.integers
+        ):
+            findings.add(name, holds_integers(method.name))
+    if checkpoint.task is not None and method.tasks is None:
+        findings.add("task", f"is {checkpoint.task}, but a {method.name} adapter has no tasks")
     findings.raise_if_any()
 
 
-def _with_vocabulary(lowered: Lowered, fitted: FittedCheckpoint) -> Lowered:
-    if not fitted.size:
-        return lowered
-    findings = fitted.findings
-    if lowered.operators.invocation is not None:
-        why = "tokens before the invocation are the base's, which has no rows for added ones"
-        findings.add(INVOCATION, why)
-        findings.raise_if_any()
-    operators, leaves = lowered.operators, set[str]()
-    if fitted.added is not None:
-        tokens = operators.tokens or VocabularyOperators()
-        operators = replace(operators, tokens=replace(tokens, added=fitted.added))
-        leaves = {module.rpartition(".")[2] for module in (EMBEDDING, HEAD)}
-    return replace(
-        lowered,
-        operators=operators,
-        target_modules=tuple(sorted({*lowered.target_modules, *leaves})),
-        vocab_size=fitted.size,
-    )
+def _peft_type_of(config: Mapping[str, Any]) -> str:
+    """A config's ``peft_type`` in upper case; "" where it is missing or no text."""
+    value = config.get("peft_type")
+    return value.upper() if isinstance(value, str) else ""
 
 
-def _with_head(lowered: Lowered, part: ClassifierPart) -> Lowered:
-    if part.classifier is None:
-        return lowered
-    operators = replace(lowered.operators, classifier=part.classifier)
-    return replace(lowered, operators=operators, head=part.head)
-
-
-def _with_experts(lowered: Lowered, part: ExpertPart) -> Lowered:
-    if part.updates is None:
-        return lowered
-    leaves = {name.rpartition(".")[2] for name in part.updates}
-    return replace(
-        lowered,
-        operators=replace(lowered.operators, experts=part.updates),
-        ranks=tuple(sorted({*lowered.ranks, *part.ranks})),
-        target_modules=tuple(sorted({*lowered.target_modules, *leaves})),
-    )
-
-
-def _joined(lowered: Lowered, part: VocabularyPart) -> Lowered:
-    """One adapter of both parts; the head leaves the modules of the decoder layers."""
-    operators = lowered.operators
-    if part.operators is None and not part.modules and HEAD not in operators.modules:
-        return lowered
-    head = operators.modules.get(HEAD)
-    modules = {name: module for name, module in operators.modules.items() if name != HEAD}
-    tokens = operators.tokens if part.operators is None else part.operators
-    return replace(
-        lowered,
-        operators=replace(operators, modules=modules, head=head, tokens=tokens),
-        ranks=tuple(sorted({*lowered.ranks, *([part.rank] if part.rank else [])})),
-        target_modules=tuple(sorted({*lowered.target_modules, *part.modules})),
-    )
+def _why_unserved(kind: str) -> str:
+    if not kind:
+        return f"is required: PEFT writes what made the adapter there, such as LORA; {_TABLE}"
+    if kind in UNSERVED:
+        return f"{kind!r} is not supported by this version: {UNSERVED[kind]}"
+    served = {one for method in METHODS.values() for one in method.peft_types}
+    meant = did_you_mean(kind, sorted({*served, *UNSERVED}))
+    return f"{kind!r:.60} is not supported by this version{meant}; {_TABLE}"

@@ -10,13 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.head import (
     MAX_LABEL_CHARS,
     MAX_LABELS,
@@ -25,8 +23,11 @@ from turret.server.adapters.head import (
     SINGLE_LABEL,
     Head,
 )
-from turret.server.adapters.operators.classifier import Classifier
 from turret.server.basics.counted import counted
+from turret.server.basics.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from turret.server.adapters.operators.classifier import Classifier
 
 TASK_TYPE = "SEQ_CLS"
 HEAD_NAMES = ("score", "classifier")
@@ -83,14 +84,29 @@ def take_classifier(checkpoint: AdapterCheckpoint, base: BaseModel) -> Classifie
     elif not (findings.fields or findings.mismatched):
         classifier = _classifier(weight, found.get("bias"), findings)
         head = _head(config, len(weight), findings)
+    left = replace(checkpoint, config=_without_head(config), tensors=rest)
+    return ClassifierPart(classifier, head, left, findings)
+
+
+def without_classifier(checkpoint: AdapterCheckpoint) -> AdapterCheckpoint:
+    """What is left for the method, told by names alone."""
+    if checkpoint.config.get("task_type") != TASK_TYPE:
+        return checkpoint
+    tensors = {
+        name: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if not (_OWN.fullmatch(name) or _ORIGINAL.fullmatch(name))
+    }
+    return replace(checkpoint, config=_without_head(checkpoint.config), tensors=tensors)
+
+
+def _without_head(config: Mapping[str, Any]) -> dict[str, Any]:
     left = {key: value for key, value in config.items() if key not in _KEYS}
     left["task_type"] = None
     if isinstance(config.get("modules_to_save"), list):
         saved = [name for name in config["modules_to_save"] if name not in HEAD_NAMES]
         left["modules_to_save"] = saved or None
-    return ClassifierPart(
-        classifier, head, replace(checkpoint, config=left, tensors=rest), findings
-    )
+    return left
 
 
 def _check_shape(name: str, tensor: torch.Tensor, base: BaseModel, findings: Findings) -> None:
@@ -115,6 +131,8 @@ def _classifier(
             f"has {counted(len(bias), 'number')}, the weight {counted(len(weight), 'label')}",
         )
         return None
+    from turret.server.adapters.operators.classifier import Classifier
+
     own = weight.to(torch.float32, copy=True).contiguous()
     return Classifier(own, None if bias is None else bias.to(torch.float32, copy=True))
 

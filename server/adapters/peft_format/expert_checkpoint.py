@@ -24,15 +24,15 @@ from typing import Any
 import torch
 
 from turret.server.adapters.base import BaseExperts, BaseModel
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.finite import all_finite
 from turret.server.adapters.checkpoint.no_adapter import LEFT_OUT
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.operators.updates import ExpertLowRank
-from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES, VARIANTS
-from turret.server.adapters.peft_format.config.rules import Rules, check_config
+from turret.server.adapters.peft_format.config.lora_rules import LORA_KEYS, VARIANTS
+from turret.server.adapters.peft_format.config.rules import Rules, Used, check_config
 from turret.server.adapters.peft_format.config.targets import Targets, resolve_targets
-from turret.server.adapters.peft_format.refusals.limits import check_rank
+from turret.server.adapters.peft_format.refusals import check_rank
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _INNER = ".base_layer"
@@ -41,7 +41,7 @@ _SELECTION = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", _PARAMETERS),
 )
-_RULES: Rules = {key: LORA_RULES[key] for key in _SELECTION}
+_RULES: Rules = {key: Used(LORA_KEYS[key]) for key in _SELECTION}
 # Keys that PEFT does not apply to parameters.
 _OF_MODULES = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _NOT_SERVED = (*VARIANTS, "lora_bias")
@@ -65,9 +65,15 @@ class ExpertPart:
 
 
 def take_experts(
-    checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
+    checkpoint: AdapterCheckpoint,
+    base: BaseModel,
+    max_rank: int | None = None,
+    *,
+    is_lora: bool,
 ) -> ExpertPart:
     """Splits a checkpoint; the findings say what is wrong.
+
+    ``is_lora`` tells whether its method may adapt experts.
 
     Raises:
         BudgetExceededError: A rank over ``max_rank``.
@@ -79,7 +85,7 @@ def take_experts(
     config, chosen = _chosen(checkpoint.config, base)
     if not tensors and not chosen:
         return ExpertPart(None, (), replace(checkpoint, tensors=rest, config=config), findings)
-    _check_method(config, tensors, findings)
+    _check_method(config, tensors, findings, is_lora=is_lora)
     selection = {key: checkpoint.config[key] for key in _SELECTION if key in checkpoint.config}
     # What is malformed the method reports, by the same rules.
     faults = Findings(checkpoint.path)
@@ -160,10 +166,13 @@ def _chosen(config: Mapping[str, Any], base: BaseModel) -> tuple[dict[str, Any],
 
 
 def _check_method(
-    config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], findings: Findings
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    findings: Findings,
+    *,
+    is_lora: bool,
 ) -> None:
-    kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind.upper() != "LORA":
+    if not is_lora:
         for name in tensors:
             findings.add(name, "adapts an expert; that is served of LoRA alone")
     for key in _NOT_SERVED:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from turret.server.adapters.base import BaseModel
+from turret.server.adapters.base import BaseModel, BaseSizes
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES
-from turret.server.adapters.peft_format.config.rules import Rules, check_config
+from turret.server.adapters.peft_format.config.lora_rules import LORA_KEYS
+from turret.server.adapters.peft_format.config.rules import Rules, Used, check_config
 from turret.server.adapters.peft_format.config.targets import ALL_LINEAR, resolve_targets
 
 _KEY = "target_parameters"
@@ -22,11 +22,11 @@ _ALONE = (
     "alora_invocation_tokens",
 )
 _PATTERNS = ("rank_pattern", "alpha_pattern")
-_SIZES: Rules = {key: LORA_RULES[key] for key in ("r", "lora_alpha", *_PATTERNS)}
+_SIZES: Rules = {key: Used(LORA_KEYS[key]) for key in ("r", "lora_alpha", *_PATTERNS)}
 
 
 def name_modules(
-    checkpoint: AdapterCheckpoint, base: BaseModel, findings: Findings
+    checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes, findings: Findings
 ) -> AdapterCheckpoint:
     """The checkpoint with ``target_modules`` naming the modules whose weights are targeted as well.
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from turret.server.adapters.allowed import NOTHING_SPECIAL, Allowed
 from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.digest_cache import DigestCache
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.no_adapter import lacks_tokenizer
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
+from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.checkpoint.tokenizer_files import read_tokenizer_files
 from turret.server.adapters.component import (
     COMPONENTS_KEY,
@@ -25,9 +26,9 @@ from turret.server.adapters.component import (
 )
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.lowering.lowered import Lowered
-from turret.server.adapters.methods import lower_checkpoint
+from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
-from turret.server.adapters.peft_format.refusals.base_name import is_other_base, of_other_base
+from turret.server.adapters.peft_format.refusals import is_other_base, of_other_base
 from turret.server.adapters.peft_format.vocabulary.resized import vocabulary_of
 from turret.server.adapters.residency.lost_files import changed, lost
 from turret.server.adapters.source import TOKENIZER_FILE, Source

@@ -13,7 +13,7 @@ from builders.methods import load_adapter, quiet, save_adapter
 from peft import PeftType
 
 from turret.server.adapters.methods import METHODS
-from turret.server.adapters.peft_format.refusals.unserved import CONVERT, UNSERVED
+from turret.server.adapters.methods.unserved import CONVERT, UNSERVED
 from turret.server.cli import main
 
 TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}

@@ -20,7 +20,7 @@ from builders.methods import make_config, save_adapter
 from transformers.activations import ACT2FN
 
 from turret.server.adapters.methods import METHODS
-from turret.server.adapters.methods.transforms.peanut import ACTIVATIONS
+from turret.server.adapters.methods.transforms.peanut import ACTIVATIONS, activation
 from turret.server.errors import AdapterMismatchError
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -318,7 +318,7 @@ def test_an_old_bone_is_a_miss(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_those_that_transformers_names(name: str) -> None:
     x = torch.linspace(-8, 8, 97)
-    torch.testing.assert_close(ACTIVATIONS[name](x), ACT2FN[name](x))
+    torch.testing.assert_close(activation(name)(x), ACT2FN[name](x))
 
 
 def test_nearly_equal_reflections_lose_nothing_to_rounding(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from method_oracle import check_close, oracle_logprobs, prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.methods import lower_checkpoint
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.errors import AdapterCheckpointError, AdapterExistsError

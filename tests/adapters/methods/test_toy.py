@@ -1,100 +1,62 @@
-"""A method is one file: one written here, in a folder of the test, is discovered and served."""
+"""A method is one file: one written here, in a folder of the test, is discovered and served.
+
+Its declaration needs no torch, so that a start can check its adapters before torch is there.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders.adapters import base_of, read_adapter, tiny_llama
+from builders.adapters import base_of, read_adapter, sizes_of, tiny_llama
 from method_oracle import check_greedy, prompt_of, twin
 from safetensors.torch import save_file
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters import methods
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.methods.check import check_files
+from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.errors import BudgetExceededError
 
 TOY = '''
 """Output flip: ``y = s ⊙ (W x)`` with a sign per output channel."""
 
-import torch
+from turret.server.adapters.methods.kit import EXCLUDE, OUT, LinearMethod, gain
 
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.lowered import Method
-from turret.server.adapters.operators.adapter_operators import ModuleOperators
-from turret.server.adapters.peft_format.module_checkpoint import (
-    ModuleFormat,
-    read_module_checkpoint,
+METHOD = LinearMethod(
+    name="flip",
+    peft_types={"FLIP"},
+    keys=EXCLUDE,
+    rank=None,
+    tensors={"sign": (OUT,)},
+    operators=lambda m: gain(m.tensors["sign"]),
 )
-from turret.server.adapters.peft_format.config.selection_rules import SELECTION_RULES
-
-
-def _check(name, roles, module, rank, findings):
-    findings.check_shape(f"{name}.sign", roles["sign"], (module.out_features,))
-
-
-FORMAT = ModuleFormat(
-    rules=SELECTION_RULES, roles={".sign": "sign"}, check=_check, rank_key=None
-)
-
-
-def lower(checkpoint, base, max_rank=None, *_):
-    found = read_module_checkpoint(checkpoint, base, FORMAT, max_rank)
-    operators = {
-        name: ModuleOperators(gain=roles["sign"].to(torch.float32))
-        for name, roles in found.modules.items()
-    }
-    return finish(checkpoint, base, operators, found=found, depends_on_base=False)
-
-
-METHOD = Method("flip", {"FLIP"}, SELECTION_RULES, lower)
 '''
 
 # It says nothing about the server's limit on ranks.
 RANKED_TOY = '''
 """Two factors without a scale."""
 
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.low_rank import fold
-from turret.server.adapters.lowering.lowered import Method
-from turret.server.adapters.operators.adapter_operators import ModuleOperators
-from turret.server.adapters.peft_format.module_checkpoint import (
-    ModuleFormat,
-    read_module_checkpoint,
-)
-from turret.server.adapters.peft_format.config.selection_rules import (
-    PATTERN_RULES,
-    RANK,
-    SELECTION_RULES,
+from turret.server.adapters.methods.kit import (
+    EXCLUDE, IN, OUT, PATTERNS, LinearMethod, R, is_rank, low_rank
 )
 
-RULES = {**SELECTION_RULES, **PATTERN_RULES, "r": RANK}
-
-
-def _check(name, roles, module, rank, findings):
-    findings.check_shape(f"{name}.down", roles["down"], (rank, module.in_features))
-    findings.check_shape(f"{name}.up", roles["up"], (module.out_features, rank))
-
-
-FORMAT = ModuleFormat(
-    rules=RULES, roles={".down": "down", ".up": "up"}, check=_check, has_patterns=True
+METHOD = LinearMethod(
+    name="plain",
+    peft_types={"PLAIN"},
+    keys=EXCLUDE | PATTERNS | {"r": is_rank},
+    has_patterns=True,
+    tensors={"down": (R, IN), "up": (OUT, R)},
+    operators=lambda m: low_rank(m.tensors["down"], m.tensors["up"]),
 )
-
-
-def lower(checkpoint, base, max_rank=None, *_):
-    found = read_module_checkpoint(checkpoint, base, FORMAT, max_rank)
-    operators = {
-        name: ModuleOperators(fold(roles["down"], roles["up"], 1.0, base.dtype))
-        for name, roles in found.modules.items()
-    }
-    return finish(checkpoint, base, operators, found=found, depends_on_base=False)
-
-
-METHOD = Method("plain", {"PLAIN"}, RULES, lower)
 '''
 
 
@@ -156,7 +118,35 @@ def test_a_method_cannot_forget_the_limit_on_ranks(
         tensors[f"{path}.up"] = torch.randn(64, rank)
     save(tmp_path / "root" / "a", config, tensors)
     checkpoint = read_adapter(tmp_path / "root")
-    name, lowered = methods.lower_checkpoint(checkpoint, base, 5)
+    name, lowered = lower_checkpoint(checkpoint, base, 5)
     assert (name, lowered.ranks) == ("plain", (2, 5))
     with pytest.raises(BudgetExceededError, match="rank 5, the server allows 4"):
-        methods.lower_checkpoint(checkpoint, base, 4)
+        lower_checkpoint(checkpoint, base, 4)
+    # Nor can it forget the check of a header.
+    with AdapterRoot(tmp_path / "root").open_directory("a") as directory:
+        sizes = sizes_of(base)
+        check_files(directory, "a", base=sizes, base_name=None, max_rank=5)
+        with pytest.raises(BudgetExceededError, match="rank 5, the server allows 4"):
+            check_files(directory, "a", base=sizes, base_name=None, max_rank=4)
+
+
+WITHOUT_TORCH = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        assert name.partition(".")[0] not in {"torch", "numpy", "transformers"}, name
+
+sys.meta_path.insert(0, Refuse())
+from turret.server.adapters.methods import METHODS
+from turret.server.adapters.methods.check import check_files
+print(sum(len(method.rules) + len(method.integers) for method in METHODS.values()))
+"""
+
+
+def test_declarations_need_no_torch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, check=True
+    )
+    known = sum(len(m.rules) + len(m.integers) for m in methods.METHODS.values())
+    assert int(done.stdout) == known

@@ -25,13 +25,12 @@ from safetensors.torch import save_file
 
 from turret.server.adapters.checkpoint.findings import MAX_REPORTED, Findings
 from turret.server.adapters.methods import METHODS
-from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES
+from turret.server.adapters.methods.unserved import UNSERVED
 from turret.server.adapters.peft_format.config.rules import Irrelevant, Rejected, Used
-from turret.server.adapters.peft_format.refusals.base_name import (
+from turret.server.adapters.peft_format.refusals import (
     base_name_warning,
     normalise_base_name,
 )
-from turret.server.adapters.peft_format.refusals.unserved import UNSERVED
 from turret.server.adapters.source import TENSORS_FILE
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
 
@@ -48,10 +47,10 @@ def root(tmp_path: Path) -> Path:
 
 def test_every_field_of_pefts_lora_config_has_a_rule() -> None:
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert fields <= LORA_RULES.keys()
+    assert fields <= METHODS["lora"].rules.keys()
     saved = LoraConfig(target_modules=["q_proj"]).to_dict()
-    assert saved.keys() <= LORA_RULES.keys()
-    for key, rule in LORA_RULES.items():
+    assert saved.keys() <= METHODS["lora"].rules.keys()
+    for key, rule in METHODS["lora"].rules.items():
         assert isinstance(rule, (Used, Irrelevant, Rejected)), key
 
 
@@ -135,7 +134,9 @@ def test_keys_that_would_be_guessed_are_required(root: Path, key: str) -> None:
 def test_irrelevant_keys_change_nothing(root: Path) -> None:
     base = base_of(tiny_llama())
     before = lower_adapter(root, base).operators.modules[Q].low_rank
-    irrelevant = {key for key, rule in LORA_RULES.items() if isinstance(rule, Irrelevant)}
+    irrelevant = {
+        key for key, rule in METHODS["lora"].rules.items() if isinstance(rule, Irrelevant)
+    }
     edit_config(root / "a", **dict.fromkeys(irrelevant, 0.25))
     after = lower_adapter(root, base).operators.modules[Q].low_rank
     assert before is not None

@@ -20,8 +20,7 @@ from builders.adapters import (
 )
 
 from turret.server.adapters.allowed import Allowed
-from turret.server.adapters.peft_format.refusals.base_mismatch import cause_of_mismatch
-from turret.server.adapters.peft_format.refusals.base_name import is_other_base
+from turret.server.adapters.peft_format.refusals import cause_of_mismatch, is_other_base
 from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.adapters.source import Source
 from turret.server.errors import (

@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 
 from turret.server.adapters.checkpoint import digest_cache as known_files
 from turret.server.adapters.checkpoint import reader as reader
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.digest_cache import DigestCache, stamp_of
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
+from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.adapters.source import Source
 from turret.server.errors import AdapterChangedError, AdapterCheckpointError

@@ -22,7 +22,7 @@ from builders.registries import (
     until,
 )
 
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.mix import BASE_MIX
 from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry

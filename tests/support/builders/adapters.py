@@ -16,19 +16,25 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from turret.server.adapters.base import BaseModel, BaseModule, BaseNorm, BaseVocabulary
+from turret.server.adapters.base import (
+    BaseModel,
+    BaseModule,
+    BaseNorm,
+    BaseSizes,
+    BaseVocabulary,
+    ModuleSize,
+)
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
+from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.lowering.lowered import Lowered
-from turret.server.adapters.methods import lower_checkpoint
+from turret.server.adapters.methods.check import check_files
+from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.adapters.operators.updates import Sparse
-from turret.server.adapters.peft_format.refusals.first_look import look_at
-from turret.server.adapters.peft_format.refusals.known_shapes import BaseSize
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.errors import AdapterCheckpointError
-from turret.server.models.families import dense_modules
 
 BASE_NAME = "tests/tiny-llama"
 VOCAB_SIZE = 97
@@ -322,14 +328,30 @@ def lower_adapter(root: Path, base: BaseModel, path: str = "a") -> Lowered:
     """Reads and lowers with whichever method accepts it; a start would not have refused it."""
     lowered = lower_checkpoint(read_adapter(root, path), base)[1]
     with AdapterRoot(root).open_directory(path) as directory:
-        size = BaseSize(
-            base.name, base.hidden_size, base.num_layers, dense_modules(base.model_type)
-        )
         modules = lowered.operators.modules.values()
         blocks = [each.input_blocks.size for each in modules if each.input_blocks is not None]
         rank = max([0, *lowered.ranks, *blocks])
-        look_at(directory, path, base=None, size=size, max_rank=rank, most_bytes=1 << 24)
+        check_files(directory, path, base=sizes_of(base), base_name=None, max_rank=rank)
     return lowered
+
+
+def sizes_of(base: BaseModel) -> BaseSizes | None:
+    """What a start knows of a base; nothing of a mixture."""
+    if base.experts:
+        return None
+    return BaseSizes(
+        name=base.name,
+        model_type=base.model_type,
+        modules={
+            name: ModuleSize(name, module.in_features, module.out_features)
+            for name, module in base.modules.items()
+            if name != HEAD
+        },
+        num_layers=base.num_layers,
+        hidden_size=base.hidden_size,
+        kv_width=base.kv_width,
+        vocab_size=base.vocabulary.size,
+    )
 
 
 def refusal_of(root: Path, path: str = "a") -> AdapterCheckpointError:

@@ -23,7 +23,8 @@ from builders.methods import quiet, save_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.methods import METHODS, lower_checkpoint
+from turret.server.adapters.methods import METHODS
+from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.training.serving_cost import multiply_adds
 
 INNER, OUT = 1024, 2048

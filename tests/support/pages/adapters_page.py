@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping
 from checkout import ROOT
 from pages.adapter_costs import render_costs
 
-from turret.server.adapters.lowering.lowered import Method
-from turret.server.adapters.methods import METHODS
+from turret.server.adapters.methods import METHODS, AnyMethod
+from turret.server.adapters.methods.unserved import UNSERVED
 from turret.server.adapters.peft_format.config.rules import Irrelevant, Rejected, Rule, Used
-from turret.server.adapters.peft_format.refusals.unserved import UNSERVED
 
 PAGE = ROOT / "docs" / "adapters.md"
 
@@ -100,7 +99,7 @@ def render_types() -> str:
     return "\n".join(lines)
 
 
-def _summary(method: Method) -> str:
+def _summary(method: AnyMethod) -> str:
     """The first line of a method's file; formulas in code."""
     path = method.name
     (file,) = (ROOT / "server" / "adapters" / "methods").rglob(f"{path}.py")

@@ -18,7 +18,7 @@ from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
-from turret.server.adapters.methods import lower_checkpoint
+from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.errors import BudgetExceededError
 from turret.training.errors import ConfigError
 from turret.training.loss import LossFunction, learning_rate, make_optimizer, set_learning_rate
@@ -178,11 +178,11 @@ def test_the_plan_counts_products_per_token(runs: dict[str, Resolved], name: str
         (["method.name=hra", "method.rank=3"], "method.rank: must be even: HRA starts from pairs"),
         (
             ["method.name=hra", "method.rank=130"],
-            "method.rank: at most 128 on these modules, which is how many inputs q_proj has",
+            "method.rank: at most 128 on these modules, which is as much as q_proj takes",
         ),
         (
             ["method.name=miss", "method.targets=down_proj", "method.rank=193"],
-            "method.rank: at most 192 on these modules, which is how many inputs down_proj has",
+            "method.rank: at most 192 on these modules, which is as much as down_proj takes",
         ),
         (["method.name=shira", "method.rank=43"], "method.rank: at most 42, where all entries of"),
         (["method.name=alora"], "method.invocation: is required: no chat template of this model"),

@@ -13,52 +13,18 @@ router holds factors that its forward pass never reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+from turret.server.adapters.component import COMPONENTS_KEY, Component, is_components
+from turret.server.adapters.methods.kit import *
+from turret.server.adapters.methods.lora.lora import METHOD as LORA
+from turret.server.adapters.methods.lora.lora import A, B
+from turret.server.adapters.peft_format.config.lora_rules import ARROW
 
-from turret.kernels.adapters.fusion_gate import GATE_MULTIPLE
-from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.component import (
-    COMPONENTS_KEY,
-    Component,
-    FindComponent,
-    find_no_component,
-    is_components,
-)
-from turret.server.adapters.lowering.components import (
-    find_components,
-    left_out,
-    side_by_side,
-    update_of,
-)
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators.adapter_operators import ModuleOperators
-from turret.server.adapters.operators.gate import Gate, PrototypeScore
-from turret.server.adapters.operators.updates import LowRank
-from turret.server.adapters.peft_format.config.lora_rules import ARROW, LORA_RULES
-from turret.server.adapters.peft_format.config.rules import (
-    Irrelevant,
-    Rejected,
-    Rules,
-    Used,
-    is_bool,
-    is_number,
-    is_rank,
-    is_seed,
-)
-from turret.server.adapters.peft_format.lora_checkpoint import (
-    check_plain_factors,
-    lora_format,
-    read_lora,
-)
-from turret.server.adapters.peft_format.module_checkpoint import ModuleFormat, Roles
+if TYPE_CHECKING:
+    pass
 
 # Of the power iteration, as in PEFT.
 _ITERATIONS, _EPS = 15, 1e-8
@@ -79,7 +45,7 @@ def _is_names(value: Any) -> str | None:
 
 
 def _is_arrow(value: Any) -> str | None:
-    problem = LORA_RULES[ARROW].check(value)  # type: ignore[union-attr]
+    problem = LORA.keys[ARROW](value)
     if problem is not None or not isinstance(value, Mapping):
         return problem or "must be an object"
     config = {**_DEFAULTS, **value}
@@ -107,44 +73,6 @@ def _is_arrow(value: Any) -> str | None:
     return None
 
 
-ARROW_RULES: Rules = {
-    **LORA_RULES,
-    ARROW: Used(_is_arrow),
-    COMPONENTS_KEY: Used(is_components),
-    **dict.fromkeys(
-        ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"), Irrelevant(_NO_UPDATE)
-    ),
-    "bias": Rejected(("none",), _PLAIN),
-    "lora_bias": Rejected((False, None), _PLAIN),
-    "modules_to_save": Rejected((None, []), _PLAIN),
-    "trainable_token_indices": Rejected((None, [], {}), _PLAIN),
-    "target_parameters": Rejected((None, []), _PLAIN),
-}
-
-
-def _check_unread(
-    name: str, roles: Roles, module: BaseModule, _rank: int, findings: Findings
-) -> None:
-    """PEFT's file holds a LoRA on every module, which must fit; a file made by hand need not."""
-    if roles.keys() >= {"lora_A", "lora_B"}:
-        check_plain_factors(name, roles, module, 0, findings)
-
-
-def _format(config: Mapping[str, Any]) -> ModuleFormat:
-    return replace(
-        lora_format(config),
-        rules=ARROW_RULES,
-        check=_check_unread,
-        rank_key=None,
-        alpha_key=None,
-        root_key=None,
-        has_patterns=False,
-        bias_only=None,
-        also_required=(ARROW, COMPONENTS_KEY),
-        needs_tensors=False,
-    )
-
-
 class _Router(NamedTuple):
     """Who takes part, and how."""
 
@@ -155,43 +83,11 @@ class _Router(NamedTuple):
     seed: int
 
 
-def lower(
-    checkpoint: AdapterCheckpoint,
-    base: BaseModel,
-    max_rank: int | None = None,
-    find_component: FindComponent = find_no_component,
-) -> Lowered:
-    found = read_lora(checkpoint, base, max_rank, _format(checkpoint.config))
-    findings = Findings(checkpoint.path)
-    if not found.modules:
-        findings.add("target_modules", "selects no module of the base")
-    _check_names(checkpoint.config, findings)
-    findings.raise_if_any()
-    components = find_components(checkpoint, find_component)
-    router = _router(checkpoint.config[ARROW], components)
-    updates = _updates(router, tuple(found.modules), checkpoint.path)
-    starts = _Starts(router.seed)
-    operators = {
-        name: ModuleOperators(gate=_gate(own, router, starts, base.dtype))
-        for name, own in updates.items()
-    }
-    return finish(
-        checkpoint,
-        base,
-        operators,
-        found=found,
-        ranks={rank for component in components for rank in component.ranks},
-        components=tuple(component.ref.digest for component in components),
-        warnings=(
-            *left_out(components, operators),
-            *((_NO_SEED,) if checkpoint.config[ARROW].get("rng_seed") is None else ()),
-        ),
-        depends_on_base=False,
-    )
-
-
-def _check_names(config: Mapping[str, Any], findings: Findings) -> None:
+def _check_names(adapter: Reading) -> None:
     """The two lists of names against the components."""
+    config, findings = adapter.config, adapter.findings
+    if not adapter.modules:
+        findings.add("target_modules", "selects no module of the base")
     arrow = config[ARROW]
     named = {*arrow["task_adapter_names"], *(arrow.get("gks_adapter_names") or [])}
     known = [item["name"] for item in config[COMPONENTS_KEY]]
@@ -203,9 +99,11 @@ def _check_names(config: Mapping[str, Any], findings: Findings) -> None:
         findings.add(COMPONENTS_KEY, f"has {name!r:.130}, which arrow_config does not name")
 
 
-def _router(arrow: Mapping[str, Any], components: Sequence[Component]) -> _Router:
-    by_name = {component.ref.name: component for component in components}
-    config = {**_DEFAULTS, **arrow}
+def _router(adapter: Reading) -> _Router:
+    by_name = {component.ref.name: component for component in adapter.once(components_of)}
+    config = {**_DEFAULTS, **adapter.config[ARROW]}
+    if config.get("rng_seed") is None:
+        adapter.warn(_NO_SEED)
     return _Router(
         experts=[by_name[name] for name in config["task_adapter_names"]],
         general=[by_name[name] for name in config.get("gks_adapter_names") or []],
@@ -216,7 +114,7 @@ def _router(arrow: Mapping[str, Any], components: Sequence[Component]) -> _Route
 
 
 # By module: what a component adds, and the scaling in it.
-_Read = tuple[Mapping[str, LowRank | None], Mapping[str, float]]
+_Read = tuple[Mapping[str, Any], Mapping[str, float]]
 
 
 class _Expert(NamedTuple):
@@ -227,14 +125,14 @@ class _Expert(NamedTuple):
     scaling: float
 
 
-def _updates(router: _Router, modules: Sequence[str], path: str) -> dict[str, list[_Expert]]:
+def _updates(adapter: Reading) -> dict[str, list[_Expert]]:
     """Every expert's factors on every module, after the subtraction.
 
     Raises:
         AdapterCheckpointError: Some component lacks a module, or the factors cannot be subtracted;
             names all.
     """
-    findings = Findings(path)
+    router, modules, findings = adapter.once(_router), tuple(adapter.modules), adapter.findings
     read: dict[str, _Read] = {}
     for component in (*router.experts, *router.general):
         who = f"{component.ref.name!r} ({component.method})"
@@ -277,47 +175,69 @@ def _unscaled(component: _Read, name: str) -> _Expert:
     return _Expert(update.a.to(wide), update.b.to(wide) / scalings[name], scalings[name])
 
 
-class _Starts:
+def _starts(adapter: Reading) -> dict[int, torch.Tensor]:
     """Where the search for prototypes begins, as PEFT draws it on a CPU; by number of inputs."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._drawn: dict[int, torch.Tensor] = {}
-
-    def of(self, in_features: int) -> torch.Tensor:
-        if in_features not in self._drawn:
-            generator = torch.Generator().manual_seed(self._seed)
-            start = torch.randn(in_features, generator=generator)
-            self._drawn[in_features] = start / (start.norm() + _EPS)
-        return self._drawn[in_features]
+    drawn = {}
+    for inputs in {m.inputs for m in adapter.modules.values()}:
+        generator = torch.Generator().manual_seed(adapter.once(_router).seed)
+        start = torch.randn(inputs, generator=generator)
+        drawn[inputs] = start / (start.norm() + _EPS)
+    return drawn
 
 
-def _gate(experts: Sequence[_Expert], router: _Router, starts: _Starts, dtype: torch.dtype) -> Gate:
+def _operators(m: Module) -> Piece:
+    from turret.server.adapters.operators.gate import PrototypeScore
+    from turret.server.adapters.operators.updates import LowRank
+
+    router, experts, dtype = m.once(_router), m.once(_updates)[m.name], m.reading.dtype
     updates = [LowRank(one.a.to(dtype), (one.b * one.scaling).to(dtype)) for one in experts]
-    a, b = side_by_side(updates, GATE_MULTIPLE)
-    prototypes = torch.stack([_prototype(one, starts) for one in experts])
-    score = PrototypeScore(prototypes, router.top_k, router.temperature)
-    return Gate(a, b, score, (0, *accumulate(update.rank for update in updates)))
+    start = m.once(_starts)[m.inputs]
+    prototypes = torch.stack([_prototype(one, start) for one in experts])
+    return gate(updates, PrototypeScore(prototypes, router.top_k, router.temperature))
 
 
-def _prototype(expert: _Expert, starts: _Starts) -> torch.Tensor:
+def _prototype(expert: _Expert, start: torch.Tensor) -> torch.Tensor:
     """The top right singular vector of ``B A``, ``[in]`` fp32, as far as PEFT's steps lead to it.
 
     The same products in the same layout: rounding is worth more where singular values are close.
     """
     a, b = expert.a.float(), expert.b.T.float().contiguous()
     squares = b.T @ b
-    found = starts.of(a.shape[1])
+    found = start
     for _ in range(_ITERATIONS):
         found = a.T @ (squares @ (a @ found))
         found = found / (found.norm() + _EPS)
     return found
 
 
-METHOD = Method(
-    "arrow",
-    {"LORA"},
-    ARROW_RULES,
-    lower,
+_UNREAD = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+METHOD = replace(
+    LORA,
+    name="arrow",
     accepts=lambda config: isinstance(config.get(ARROW), Mapping),
+    keys={**LORA.keys, ARROW: _is_arrow, COMPONENTS_KEY: is_components},
+    ignored={**LORA.ignored, **dict.fromkeys(_UNREAD, _NO_UPDATE)},
+    refused={
+        **LORA.refused,
+        "bias": (("none",), _PLAIN),
+        "lora_bias": ((False, None), _PLAIN),
+        "modules_to_save": ((None, []), _PLAIN),
+        "trainable_token_indices": ((None, [], {}), _PLAIN),
+        "target_parameters": ((None, []), _PLAIN),
+    },
+    bias=(),
+    rank=None,
+    alpha=None,
+    root=None,
+    has_patterns=False,
+    required=(ARROW, COMPONENTS_KEY),
+    needs_tensors=False,
+    # PEFT's file holds a LoRA on every module, which must fit; a file made by hand need not.
+    tensors={
+        **{role: optionally(shape) for role, shape in LORA.tensors.items()},
+        A: optionally((extent(A, 0), IN)),
+        B: optionally((OUT, extent(A, 0))),
+    },
+    check_all=_check_names,
+    operators=_operators,
 )

@@ -5,98 +5,58 @@ The file holds the blocks side by side: ``lora_A`` ``[r, in / n]`` or ``lora_B``
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
-import torch
+from turret.server.adapters.methods.kit import *
+from turret.server.adapters.methods.lora.lora import METHOD as LORA
+from turret.server.adapters.methods.lora.lora import A, B, with_bias
 
-from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.low_rank import fold
-from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators.adapter_operators import ModuleOperators
-from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES
-from turret.server.adapters.peft_format.lora_checkpoint import (
-    LORA_BIAS,
-    A,
-    B,
-    lora_format,
-    read_lora,
-)
-from turret.server.adapters.peft_format.module_checkpoint import Roles
-from turret.server.adapters.peft_format.role_shapes import Served, check_divides, check_roles
-
+_KEY = "use_bdlora"
 _LISTS = {A: "target_modules_bd_a", B: "target_modules_bd_b"}
+_BLOCKS = Dim("nblocks", lambda m: m.config[_KEY]["nblocks"])
 
 
-def _blocked(name: str, config: Mapping[str, Any]) -> list[str]:
+def _blocked(m: Module) -> list[str]:
     """Which factors of a module the config makes block-diagonal."""
-    return [
-        role
-        for role, key in _LISTS.items()
-        if any(part in name for part in config["use_bdlora"].get(key) or ())
-    ]
+    lists = {role: m.config[_KEY].get(key) or () for role, key in _LISTS.items()}
+    return [role for role, parts in lists.items() if any(part in m.name for part in parts)]
 
 
-def _check(
-    name: str,
-    roles: Roles,
-    module: BaseModule,
-    rank: int,
-    findings: Findings,
-    *,
-    config: Mapping[str, Any],
-) -> None:
-    blocks, blocked = config["use_bdlora"]["nblocks"], _blocked(name, config)
+def _shape(m: Module, role: str) -> Shape:
+    blocked, blocks = _blocked(m), _BLOCKS.of(m)
     if len(blocked) > 1:
-        findings.add("use_bdlora", f"makes both factors of {name!r:.120} block-diagonal")
-        return
-    inputs, outputs, columns = Served(module.in_features), Served(module.out_features), rank
-    if blocked:
-        size, what = (module.in_features, "inputs") if A in blocked else (outputs, "outputs")
-        if rank % blocks:
-            findings.add("use_bdlora", f"nblocks, {blocks}, does not divide rank {rank}")
-            return
-        if not check_divides(name, size, blocks, what, findings):
-            return
-        inputs = Served(inputs // blocks) if A in blocked else inputs
-        columns = rank // blocks if B in blocked else rank
-    factors = {f"{role}.weight": roles[role] for role in (A, B)}
-    shapes = {f"{A}.weight": (rank, inputs), f"{B}.weight": (outputs, columns)}
-    check_roles(name, factors, shapes, findings)
+        m.reading.fault(_KEY, f"makes both factors of {m.name!r:.120} block-diagonal")
+        raise Stop
+    if blocked and m.rank % blocks:
+        m.reading.fault(_KEY, f"nblocks, {blocks}, does not divide rank {m.rank}")
+        raise Stop
+    if role == A:
+        return (R, IN / _BLOCKS) if A in blocked else (R, IN)
+    if B not in blocked:
+        return OUT, R
+    if m.outputs % blocks:
+        raise Misfit(f"has {m.outputs} outputs, which {blocks} does not divide")
+    return OUT, R / _BLOCKS
 
 
-def lower(
-    checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None, *_: object
-) -> Lowered:
-    config = checkpoint.config
-    check = functools.partial(_check, config=config)
-    form = lora_format(config, check, also_required=("use_bdlora",))
-    found = read_lora(checkpoint, base, max_rank, form)
-    scalings = {name: found.targets.scaling(name) for name in found.modules}
-    operators = {}
-    for name, roles in found.modules.items():
-        factors = {role: roles[role] for role in (A, B)}
-        for role in _blocked(name, config):
-            blocks = factors[role].chunk(config["use_bdlora"]["nblocks"])
-            factors[role] = torch.block_diag(*blocks)
-        bias = roles.get(LORA_BIAS)
-        operators[name] = ModuleOperators(
-            fold(factors[A], factors[B], scalings[name], base.dtype),
-            bias=None if bias is None else bias.to(torch.float32) * scalings[name],
-        )
-    return finish(
-        checkpoint, base, operators, found=found, scalings=scalings, depends_on_base=False
-    )
+def _operators(m: Module) -> Iterator[Piece]:
+    factors = {role: m.tensors[role] for role in (A, B)}
+    for role in _blocked(m):
+        factors[role] = torch.block_diag(*factors[role].chunk(_BLOCKS.of(m)))
+    return with_bias(m, scaled_low_rank(factors[A], factors[B], m.scaling))
 
 
-METHOD = Method(
-    "bd_lora",
-    {"LORA"},
-    LORA_RULES,
-    lower,
-    accepts=lambda config: isinstance(config.get("use_bdlora"), Mapping),
+METHOD = replace(
+    LORA,
+    name="bd_lora",
+    accepts=lambda config: isinstance(config.get(_KEY), Mapping),
+    required=(_KEY,),
+    factors=None,
+    tensors={
+        **LORA.tensors,
+        A: lambda m: _shape(m, A),
+        B: lambda m: _shape(m, B),
+    },
+    operators=_operators,
 )

@@ -7,32 +7,25 @@ at load, never taken from elsewhere.
 
 from __future__ import annotations
 
-from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.low_rank import fold
-from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators.adapter_operators import ModuleOperators
-from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES
-from turret.server.adapters.peft_format.dora_gain import dora_gain
-from turret.server.adapters.peft_format.lora_checkpoint import MAGNITUDE, A, B, read_lora
+from dataclasses import replace
+
+from turret.server.adapters.methods.kit import *
+from turret.server.adapters.methods.lora.lora import MAGNITUDE, A, B
+from turret.server.adapters.methods.lora.lora import METHOD as LORA
 
 
-def lower(
-    checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None, *_: object
-) -> Lowered:
-    found = read_lora(checkpoint, base, max_rank)
-    scalings = {name: found.targets.scaling(name) for name in found.modules}
-    operators = {}
-    with base.beside():
-        for name, roles in found.modules.items():
-            a, b, scaling = roles[A], roles[B], scalings[name]
-            # One dequantised weight at a time: it is dropped before the next is made.
-            gain = dora_gain(roles[MAGNITUDE], a, b, scaling, base.modules[name].rows())
-            operators[name] = ModuleOperators(fold(a, b, scaling, base.dtype, gain), gain=gain)
-    return finish(checkpoint, base, operators, found=found, scalings=scalings)
+def _operators(m: Module) -> list[Piece]:
+    from turret.server.adapters.peft_format.dora_gain import dora_gain
+
+    a, b = m.tensors[A], m.tensors[B]
+    # One dequantised weight at a time: it is dropped before the next is made.
+    own = dora_gain(m.tensors[MAGNITUDE], a, b, m.scaling, m.rows())
+    return [scaled_low_rank(a, b, m.scaling, own), gain(own)]
 
 
-METHOD = Method(
-    "dora", {"LORA"}, LORA_RULES, lower, accepts=lambda config: config.get("use_dora") is True
+METHOD = replace(
+    LORA,
+    name="dora",
+    accepts=lambda config: config.get("use_dora") is True,
+    operators=_operators,
 )

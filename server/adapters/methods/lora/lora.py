@@ -3,61 +3,35 @@
 ``s`` is alpha/r, or alpha/√r for rsLoRA, with each module's own r and alpha. A bias inside
 ``lora_B`` is scaled with it; biases that PEFT saved whole become differences to the base's. VeLoRA
 and MonteCLoRA are LoRA at inference: what they add is for training.
+
+The variants of LoRA in this room declare what they change of ``METHOD``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
-
-from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.low_rank import Factors, fold_all
-from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.methods.kit import *
 from turret.server.adapters.peft_format.config.lora_rules import (
     ARROW,
     INVOCATION,
-    LORA_RULES,
+    LORA_IGNORED,
+    LORA_KEYS,
+    LORA_REFUSED,
+    VARIANTS,
 )
-from turret.server.adapters.peft_format.lora_checkpoint import LORA_BIAS, A, B, read_lora
-from turret.server.adapters.peft_format.module_checkpoint import ModuleCheckpoint, Roles
+from turret.server.adapters.peft_format.target_parameters import name_modules
 
-
-def lower(
-    checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None, *_: object
-) -> Lowered:
-    return lower_factors(checkpoint, base, read_lora(checkpoint, base, max_rank))
-
-
-def lower_factors(
-    checkpoint: AdapterCheckpoint, base: BaseModel, found: ModuleCheckpoint
-) -> Lowered:
-    """Makes operators of factors that were read, and of biases inside ``lora_B``."""
-    scalings = {name: found.targets.scaling(name) for name in found.modules}
-    factors = {
-        name: Factors(roles[A], roles[B], scalings[name]) for name, roles in found.modules.items()
-    }
-    operators = {
-        name: ModuleOperators(low_rank, bias=_scaled(found.modules[name], scalings[name]))
-        for name, low_rank in fold_all(factors, base.dtype).items()
-    }
-    return finish(
-        checkpoint, base, operators, found=found, scalings=scalings, depends_on_base=False
-    )
-
-
-def _scaled(roles: Roles, scaling: float) -> torch.Tensor | None:
-    """The bias inside ``lora_B``, if there is one."""
-    bias = roles.get(LORA_BIAS)
-    return None if bias is None else bias.to(torch.float32) * scaling
+A, B, LORA_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
+MAGNITUDE, DIAGONAL = "lora_magnitude_vector", "lora_diag"
+_SAMPLER = "lora_monteclora_sampler"
+_SAMPLER_PARTS = ("expert_weights", "expert_weights_prior", "gaussian_var_prior", "std_prior")
 
 
 def _is_plain(config: Mapping[str, Any]) -> bool:
-    """Whether no other method is meant; values at fault are reported here."""
+    """Whether no variant is meant; values at fault are reported here."""
     flags = any(config.get(key) is True for key in ("use_dora", "use_qalora"))
     flags = flags or isinstance(config.get(INVOCATION), list)
     return not flags and not any(
@@ -65,4 +39,52 @@ def _is_plain(config: Mapping[str, Any]) -> bool:
     )
 
 
-METHOD = Method("lora", {"LORA"}, LORA_RULES, lower, accepts=_is_plain)
+def _conflicts(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    first, *others = [key for key in VARIANTS if config.get(key)] or [""]
+    for key in others:
+        yield key, f"cannot be combined with {first}"
+    if config.get("use_dora") is True and config.get("lora_bias") is True:
+        yield "lora_bias", "cannot be combined with use_dora"
+
+
+def with_bias(m: Module, update: Piece) -> Iterator[Piece]:
+    """A low-rank update, and the bias inside ``lora_B`` if there is one."""
+    yield update
+    if LORA_BIAS in m:
+        yield bias(m.tensors[LORA_BIAS].float() * m.scaling)
+
+
+def operators(m: Module) -> Iterator[Piece]:
+    return with_bias(m, scaled_low_rank(m.tensors[A], m.tensors[B], m.scaling))
+
+
+METHOD = LinearMethod(
+    name="lora",
+    peft_types={"LORA"},
+    accepts=_is_plain,
+    keys=LORA_KEYS,
+    ignored=LORA_IGNORED,
+    refused=LORA_REFUSED,
+    bias=("lora_only",),
+    conflicts=_conflicts,
+    prepare=name_modules,
+    alpha="lora_alpha",
+    root="use_rslora",
+    has_patterns=True,
+    on_vocabulary=True,
+    factors=(A, B),
+    tensors={
+        A: (R, IN),
+        B: (OUT, R),
+        LORA_BIAS: when("lora_bias", (OUT,)),
+        # PEFT's file format, PEFT's own parameter name, and the one of the original DoRA code.
+        MAGNITUDE: replace(
+            when("use_dora", either((OUT,), (1, OUT), (OUT, 1))),
+            also_named=(f"{MAGNITUDE}.weight", "weight_m_wdecomp.weight"),
+        ),
+        DIAGONAL: when("kasa_config", (R,)),
+        "lora_velora_embed": when("velora_config", UNREAD),
+        **{f"{_SAMPLER}.{part}": when("monteclora_config", UNREAD) for part in _SAMPLER_PARTS},
+    },
+    operators=operators,
+)

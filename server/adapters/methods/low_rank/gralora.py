@@ -7,108 +7,29 @@ whose factors are 0 outside the blocks.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-
-from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.low_rank import fold
-from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators.adapter_operators import ModuleOperators
-from turret.server.adapters.operators.updates import LowRank
-from turret.server.adapters.peft_format.config.rules import Rules, Used, is_count, is_rank
-from turret.server.adapters.peft_format.config.selection_rules import (
-    ALPHA,
-    CONV1D_RULES,
-    DROPOUT,
-    LAYER_RULES,
-    RANK,
-    START,
-    TARGET_RULES,
-    bias_rules,
-)
-from turret.server.adapters.peft_format.module_checkpoint import (
-    ModuleFormat,
-    Roles,
-    read_module_checkpoint,
-)
-from turret.server.adapters.peft_format.role_shapes import Served, check_divides, check_roles
+from turret.server.adapters.methods.kit import *
 
 _A, _B = "gralora_A", "gralora_B"
 _A_WHOLE, _B_WHOLE = "gralora_A_general.weight", "gralora_B_general.weight"
-
-GRALORA_RULES: Rules = {
-    **TARGET_RULES,
-    **LAYER_RULES,
-    **CONV1D_RULES,
-    **bias_rules("gralora_only"),
-    "r": RANK,
-    "hybrid_r": Used(is_count),
-    "alpha": ALPHA,
-    "gralora_k": Used(is_rank),
-    "gralora_dropout": DROPOUT,
-    "init_weights": START,
-}
+_K, _WHOLE = key("gralora_k"), key("hybrid_r")
 
 
-def _check(
-    name: str,
-    roles: Roles,
-    module: BaseModule,
-    rank: int,
-    findings: Findings,
-    *,
-    config: Mapping[str, Any],
-) -> None:
-    blocks, whole = config["gralora_k"], config["hybrid_r"]
+def _conflicts(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    rank, blocks = config.get("r", 0), config.get("gralora_k", 1)
     if rank % blocks:
-        findings.add("r", f"is {rank}, which gralora_k, {blocks}, does not divide")
-    sizes = ((module.in_features, "inputs"), (module.out_features, "outputs"))
-    divides = [check_divides(name, size, blocks, what, findings) for size, what in sizes]
-    if not all(divides):
-        return
-    shapes = {
-        _A: (blocks, Served(module.in_features // blocks), rank),
-        _B: (blocks, rank, Served(module.out_features // blocks)),
-    }
-    if whole:
-        shapes[_A_WHOLE] = (whole, Served(module.in_features))
-        shapes[_B_WHOLE] = (Served(module.out_features), whole)
-    check_roles(name, roles, shapes, findings)
+        yield "r", f"is {rank}, which gralora_k, {blocks}, does not divide"
 
 
-def _format(config: Mapping[str, Any]) -> ModuleFormat:
-    return ModuleFormat(
-        rules=GRALORA_RULES,
-        roles={f".{role}": role for role in (_A, _B, _A_WHOLE, _B_WHOLE)},
-        check=functools.partial(_check, config=config),
-        rank_of=lambda roles, rank: roles[_A].shape[0] * rank + config["hybrid_r"],
-        bias_only="gralora_only",
-        also_required=("alpha", "gralora_k", "hybrid_r"),
-    )
+def _has_whole(m: Module) -> bool:
+    return m.config["hybrid_r"] > 0
 
 
-def lower(
-    checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None, *_: object
-) -> Lowered:
-    config = checkpoint.config
-    found = read_module_checkpoint(checkpoint, base, _format(config), max_rank)
-    scaling = config["alpha"] / (config["r"] + config["hybrid_r"])
-    operators = {
-        name: ModuleOperators(_low_rank(roles, scaling, base.dtype))
-        for name, roles in found.modules.items()
-    }
-    return finish(checkpoint, base, operators, found=found, depends_on_base=False)
-
-
-def _low_rank(roles: Roles, scaling: float, dtype: torch.dtype) -> LowRank:
+def _operators(m: Module) -> Piece:
     """The blocks' factors in their places: one set of ``r/k`` ranks per pair of blocks."""
-    a, b = roles[_A], roles[_B]
+    a, b = m.tensors[_A], m.tensors[_B]
     blocks, inputs, rank = a.shape
     outputs, part = b.shape[2], rank // blocks
     wide_a = a.new_zeros(blocks, blocks, part, blocks, inputs)
@@ -120,10 +41,30 @@ def _low_rank(roles: Roles, scaling: float, dtype: torch.dtype) -> LowRank:
         wide_b[j, :, j] = b[j].view(blocks, part, outputs).permute(2, 0, 1)
     whole_a = wide_a.view(blocks * rank, blocks * inputs)
     whole_b = wide_b.view(blocks * outputs, blocks * rank)
-    if _A_WHOLE in roles:
-        whole_a = torch.cat((whole_a, roles[_A_WHOLE].to(whole_a.dtype)))
-        whole_b = torch.cat((whole_b, roles[_B_WHOLE].to(whole_b.dtype)), dim=1)
-    return fold(whole_a, whole_b, scaling, dtype)
+    if _A_WHOLE in m:
+        whole_a = torch.cat((whole_a, m.tensors[_A_WHOLE].to(whole_a.dtype)))
+        whole_b = torch.cat((whole_b, m.tensors[_B_WHOLE].to(whole_b.dtype)), dim=1)
+    scaling = m.config["alpha"] / (m.config["r"] + m.config["hybrid_r"])
+    return low_rank(whole_a, whole_b.to(torch.promote_types(b.dtype, torch.float32)) * scaling)
 
 
-METHOD = Method("gralora", {"GRALORA"}, GRALORA_RULES, lower)
+METHOD = LinearMethod(
+    name="gralora",
+    peft_types={"GRALORA"},
+    keys=TARGETS
+    | LAYERS
+    | CONV1D
+    | {"r": is_rank, "hybrid_r": is_count, "alpha": is_number, "gralora_k": is_rank},
+    ignored={"gralora_dropout": DROPOUT, "init_weights": START},
+    bias=("gralora_only",),
+    required=("alpha", "gralora_k", "hybrid_r"),
+    conflicts=_conflicts,
+    rank_of=lambda m: m.config["gralora_k"] * m.rank + m.config["hybrid_r"],
+    tensors={
+        _A: (_K, IN / _K, R),
+        _B: (_K, R, OUT / _K),
+        _A_WHOLE: when(_has_whole, (_WHOLE, IN)),
+        _B_WHOLE: when(_has_whole, (OUT, _WHOLE)),
+    },
+    operators=_operators,
+)

@@ -14,43 +14,23 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from turret.kernels.adapters.fusion_gate import GATE_MULTIPLE, given_gate_reference
-from turret.server.adapters.base import BaseModel
+from turret.server.adapters.base import BaseModel, BaseSizes
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.component import (
     COMPONENTS_KEY,
     FindComponent,
     find_no_component,
     is_components,
 )
-from turret.server.adapters.lowering.components import (
-    filled_up,
-    find_components,
-    side_by_side,
-    update_of,
-)
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators.adapter_operators import ModuleOperators
-from turret.server.adapters.operators.gate import Gate, GivenScore
-from turret.server.adapters.operators.token_router import TokenRouter
-from turret.server.adapters.peft_format.config.rules import (
-    COMMON_RULES,
-    Irrelevant,
-    Rules,
-    Used,
-    check_config,
-    is_bool,
-    is_number,
-    is_rank,
-)
+from turret.server.adapters.methods.kit import *
 from turret.server.basics.counted import counted
+
+if TYPE_CHECKING:
+    from turret.server.adapters.lowering.lowered import Lowered
+    from turret.server.adapters.operators.token_router import TokenRouter
 
 _TENSOR = re.compile(r"base_model\.internal_xlora_classifier\.layers\.(\d{1,4})\.(weight|bias)")
 _LAYER = re.compile(r".*?\.layers\.\d+\.")
@@ -64,35 +44,17 @@ _MADE_FIRST: Mapping[str, frozenset[str]] = {
 _CONVERT = "`turret convert DIR --output NEW` makes a whole one of what PEFT saved"
 
 
+_Layers = Sequence[tuple[Any, Any]]
+
+
 def _is_depth(value: Any) -> str | None:
     return is_rank(value) or (None if value <= _MAX_DEPTH else f"must be at most {_MAX_DEPTH}")
-
-
-def _is_optional_rank(value: Any) -> str | None:
-    return None if value is None else is_rank(value)
 
 
 def _is_temperature(value: Any) -> str | None:
     return is_number(value) or (None if value > 0 else f"must be above 0, not {value!r:.60}")
 
 
-XLORA_RULES: Rules = {
-    **COMMON_RULES,
-    COMPONENTS_KEY: Used(is_components),
-    "hidden_size": Used(is_rank),
-    "enable_softmax": Used(is_bool),
-    "enable_softmax_topk": Used(is_bool),
-    "layerwise_scalings": Used(is_bool),
-    "xlora_depth": Used(_is_depth),
-    "xlora_size": Used(is_rank),
-    "xlora_dropout_p": Used(is_number),
-    "softmax_temperature": Used(_is_temperature),
-    "top_k_lora": Used(_is_optional_rank),
-    "scaling_pass_value": Used(is_number),
-    "global_scaling_weight": Used(is_number),
-    "adapters": Irrelevant("the components are named by what they hold"),
-    "use_trainable_adapters": Irrelevant("the components hold what training made of them"),
-}
 _REQUIRED = ("hidden_size", "xlora_depth", "xlora_size", "xlora_dropout_p", "layerwise_scalings")
 _DEFAULTS: Mapping[str, Any] = {
     "enable_softmax": True,
@@ -104,36 +66,72 @@ _DEFAULTS: Mapping[str, Any] = {
 }
 
 
+def check(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> _Layers:
+    """Weights and biases of the classifier, in their order, checked but for the last's outputs.
+
+    Raises:
+        AdapterCheckpointError: Keys or tensors are missing or of another shape (names all).
+        AdapterMismatchError: It reads the states of another base.
+    """
+    config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
+    METHOD.check_config(config, findings)
+    for key in _REQUIRED:
+        if key not in config:
+            findings.add(key, "is required")
+    if COMPONENTS_KEY not in config:
+        findings.add(COMPONENTS_KEY, f"is required; {_CONVERT}")
+    findings.raise_if_any()
+    step = 3 if config["xlora_dropout_p"] > 0 else 2
+    numbers = [step * number for number in range(config["xlora_depth"])]
+    found: dict[tuple[int, str], Any] = {}
+    for name, tensor in checkpoint.tensors.items():
+        parts = _TENSOR.fullmatch(name)
+        if parts is None or int(parts[1]) not in numbers:
+            findings.add(name, "is no tensor of the classifier that the config describes")
+        else:
+            found[int(parts[1]), parts[2]] = tensor
+    width, made = config["hidden_size"], []
+    for number in numbers:
+        weight, bias = (found.get((number, kind)) for kind in ("weight", "bias"))
+        label = f"internal_xlora_classifier.layers.{number}"
+        if weight is None or bias is None:
+            why = "is missing: PEFT leaves it out since 0.20, or keeps it in a LoRA's folder"
+            findings.add(label, f"{why}; {_CONVERT}")
+            continue
+        rows = weight.shape[0] if weight.shape else 0
+        outputs = rows if number == numbers[-1] else config["xlora_size"]
+        findings.check_shape(f"{label}.weight", weight, (outputs, width), of_base=False)
+        findings.check_shape(f"{label}.bias", bias, (outputs,), of_base=False)
+        width = outputs
+        made.append((weight, bias))
+    if config["hidden_size"] != base.hidden_size:
+        findings.mismatch("hidden_size", f"is {config['hidden_size']}, not {base.hidden_size}")
+    findings.raise_if_any()
+    return made
+
+
 def lower(
     checkpoint: AdapterCheckpoint,
     base: BaseModel,
     max_rank: int | None = None,
     find_component: FindComponent = find_no_component,
 ) -> Lowered:
-    findings = Findings(checkpoint.path, base.name)
-    check_config(checkpoint.config, XLORA_RULES, findings)
-    for key in _REQUIRED:
-        if key not in checkpoint.config:
-            findings.add(key, "is required")
-    if COMPONENTS_KEY not in checkpoint.config:
-        findings.add(COMPONENTS_KEY, f"is required; {_CONVERT}")
-    findings.raise_if_any()
-    layers = _classifier(checkpoint, base)
+    from turret.server.adapters.lowering.components import find_components, update_of
+    from turret.server.adapters.lowering.finish import finish
+    from turret.server.adapters.operators.gate import GivenScore
+
+    layers = check(checkpoint, base)
     components = find_components(checkpoint, find_component)
     updates = {name: [update_of(one, name) for one in components] for name in base.modules}
     adapted = [n for n in modules_in_order(base) if any(one is not None for one in updates[n])]
     router = _router(checkpoint, base, layers, len(components), len(adapted))
-    operators = {}
+    assembly = Assembly(base.dtype)
     for number, name in enumerate(adapted):
-        some = updates[name]
-        a, b = side_by_side([one for one in some if one is not None], GATE_MULTIPLE)
-        ranks = [0 if one is None else one.rank for one in some]
-        gate = Gate(a, b, GivenScore(number), (0, *accumulate(ranks)))
-        operators[name] = ModuleOperators(gate=gate)
+        assembly.add(name, gate(updates[name], GivenScore(number)))
     lowered = finish(
         checkpoint,
         base,
-        operators,
+        assembly.modules(),
         ranks={rank for component in components for rank in component.ranks},
         components=tuple(component.ref.digest for component in components),
         depends_on_base=False,
@@ -155,45 +153,6 @@ def modules_in_order(base: BaseModel) -> list[str]:
     ]
 
 
-_Layers = Sequence[tuple[torch.Tensor, torch.Tensor]]
-
-
-def _classifier(checkpoint: AdapterCheckpoint, base: BaseModel) -> _Layers:
-    """Weights and biases, in their order, checked but for the last one's outputs.
-
-    Raises:
-        AdapterCheckpointError: Some are missing or of another shape (names all).
-        AdapterMismatchError: It reads the states of another base.
-    """
-    config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
-    step = 3 if config["xlora_dropout_p"] > 0 else 2
-    numbers = [step * number for number in range(config["xlora_depth"])]
-    found: dict[tuple[int, str], torch.Tensor] = {}
-    for name, tensor in checkpoint.tensors.items():
-        parts = _TENSOR.fullmatch(name)
-        if parts is None or int(parts[1]) not in numbers:
-            findings.add(name, "is no tensor of the classifier that the config describes")
-        else:
-            found[int(parts[1]), parts[2]] = tensor
-    width, made = config["hidden_size"], []
-    for number in numbers:
-        weight, bias = (found.get((number, kind)) for kind in ("weight", "bias"))
-        label = f"internal_xlora_classifier.layers.{number}"
-        if weight is None or bias is None:
-            why = "is missing: PEFT leaves it out since 0.20, or keeps it in a LoRA's folder"
-            findings.add(label, f"{why}; {_CONVERT}")
-            continue
-        outputs = len(weight) if number == numbers[-1] else config["xlora_size"]
-        findings.check_shape(f"{label}.weight", weight, (outputs, width), of_base=False)
-        findings.check_shape(f"{label}.bias", bias, (outputs,), of_base=False)
-        width = outputs
-        made.append((weight, bias))
-    if config["hidden_size"] != base.hidden_size:
-        findings.mismatch("hidden_size", f"is {config['hidden_size']}, not {base.hidden_size}")
-    findings.raise_if_any()
-    return made
-
-
 def _router(
     checkpoint: AdapterCheckpoint,
     base: BaseModel,
@@ -206,6 +165,10 @@ def _router(
     Raises:
         AdapterCheckpointError: Its outputs or ``top_k_lora`` do not go with the components.
     """
+    from turret.kernels.adapters.fusion_gate import GATE_MULTIPLE, given_gate_reference
+    from turret.server.adapters.lowering.components import filled_up
+    from turret.server.adapters.operators.token_router import TokenRouter
+
     config, findings = {**_DEFAULTS, **checkpoint.config}, Findings(checkpoint.path, base.name)
     outputs = len(layers[-1][0])
     wanted = components * (modules if config["layerwise_scalings"] else 1)
@@ -248,4 +211,27 @@ def _router(
     return replace(router, first_pass=tuple((gates[0] * router.scale).tolist()))
 
 
-METHOD = Method("xlora", {"XLORA"}, XLORA_RULES, lower)
+METHOD = Method(
+    name="xlora",
+    peft_types={"XLORA"},
+    keys={
+        COMPONENTS_KEY: is_components,
+        "hidden_size": is_rank,
+        "enable_softmax": is_bool,
+        "enable_softmax_topk": is_bool,
+        "layerwise_scalings": is_bool,
+        "xlora_depth": _is_depth,
+        "xlora_size": is_rank,
+        "xlora_dropout_p": is_number,
+        "softmax_temperature": _is_temperature,
+        "top_k_lora": optional(is_rank),
+        "scaling_pass_value": is_number,
+        "global_scaling_weight": is_number,
+    },
+    ignored={
+        "adapters": "the components are named by what they hold",
+        "use_trainable_adapters": "the components hold what training made of them",
+    },
+    check=check,
+    lower=lower,
+)

@@ -13,83 +13,73 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from turret.server.adapters.base import BaseModel
+from turret.server.adapters.base import BaseModel, BaseSizes
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.finite import all_finite
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.lowering.weight_products import weight_times
-from turret.server.adapters.operators.adapter_operators import ConstantKv, ModuleOperators
-from turret.server.adapters.peft_format.config.rules import (
-    COMMON_RULES,
-    Rules,
-    Used,
-    check_config,
-    is_one_of,
-    is_rank,
-)
+from turret.server.adapters.methods.kit import *
+from turret.server.adapters.peft_format.refusals import unknown_tensors
+
+if TYPE_CHECKING:
+    from turret.server.adapters.lowering.lowered import Lowered
+    from turret.server.adapters.operators.adapter_operators import ConstantKv
 
 _NAME = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\.self_attn\.adaption_(prompt|gate)")
 # The models that PEFT can train it on, of those that are served.
 _MODEL_TYPES = ("llama", "mistral")
 
-ADAPTION_PROMPT_RULES: Rules = {
-    **COMMON_RULES,
-    "target_modules": Used(is_one_of("self_attn", None)),
-    "adapter_len": Used(is_rank),
-    "adapter_layers": Used(is_rank),
-}
-
-_Layers = Mapping[int, Mapping[str, torch.Tensor]]
+_Layers = Mapping[int, Mapping[str, Any]]
 
 
-def lower(checkpoint: AdapterCheckpoint, base: BaseModel, *_: object) -> Lowered:
-    findings = Findings(checkpoint.path, base.name)
-    layers = _read(checkpoint, base, findings)
-    findings.raise_if_any()
-    constants, biases = {}, {}
-    for number, tensors in layers.items():
-        attention = f"model.layers.{number}.self_attn"
-        constants[number] = _constants(tensors, attention, base)
-        bias = base.modules[f"{attention}.o_proj"].bias
-        if bias is not None:
-            biases[f"{attention}.o_proj"] = ModuleOperators(bias=bias)
-        if not all(map(all_finite, constants[number].tensors())):
-            findings.add(attention, f"is not finite once rounded to {base.dtype}")
-    findings.raise_if_any()
-    lowered = finish(checkpoint, base, biases)
-    operators = replace(lowered.operators, attention=constants)
-    return replace(lowered, operators=operators, target_modules=("self_attn",))
-
-
-def _read(checkpoint: AdapterCheckpoint, base: BaseModel, findings: Findings) -> _Layers:
+def check(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> _Layers:
     """Prompt ``[1, adapter_len, hidden]`` and gate ``[1]`` of the last layers, by number."""
-    config = checkpoint.config
-    check_config(config, ADAPTION_PROMPT_RULES, findings)
+    config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
+    METHOD.check_config(config, findings)
     for key in ("adapter_len", "adapter_layers"):
         if key not in config:
             findings.add(key, "is required")
     if base.model_type not in _MODEL_TYPES:
         served = " and ".join(_MODEL_TYPES)
         findings.mismatch("peft_type", f"is for {served}, the base model is a {base.model_type}")
-    found: dict[int, dict[str, torch.Tensor]] = {}
+    found: dict[int, dict[str, Any]] = {}
+    strays = []
     for name, tensor in checkpoint.tensors.items():
         match = _NAME.fullmatch(name)
         if match is None:
-            findings.add(name, "is not a tensor this method knows; every tensor must be used")
+            strays.append(name)
         else:
             found.setdefault(int(match[1]), {})[match[2]] = tensor
+    unknown_tensors(strays, findings)
     if not findings.fields & {"adapter_len", "adapter_layers"}:
         _check(found, config, base, findings)
+    findings.raise_if_any()
     return found
 
 
-def _check(found: _Layers, config: Mapping[str, Any], base: BaseModel, findings: Findings) -> None:
+def lower(checkpoint: AdapterCheckpoint, base: BaseModel, *_: object) -> Lowered:
+    from turret.server.adapters.checkpoint.finite import all_finite
+    from turret.server.adapters.lowering.finish import finish
+
+    layers, findings = check(checkpoint, base), Findings(checkpoint.path, base.name)
+    constants, assembly = {}, Assembly(base.dtype)
+    for number, tensors in layers.items():
+        attention = f"model.layers.{number}.self_attn"
+        constants[number] = _constants(tensors, attention, base)
+        served = base.modules[f"{attention}.o_proj"].bias
+        if served is not None:
+            assembly.add(f"{attention}.o_proj", bias(served))
+        if not all(map(all_finite, constants[number].tensors())):
+            findings.add(attention, f"is not finite once rounded to {base.dtype}")
+    findings.raise_if_any()
+    lowered = finish(checkpoint, base, assembly.modules())
+    operators = replace(lowered.operators, attention=constants)
+    return replace(lowered, operators=operators, target_modules=("self_attn",))
+
+
+def _check(
+    found: _Layers, config: Mapping[str, Any], base: BaseModel | BaseSizes, findings: Findings
+) -> None:
     count = config["adapter_layers"]
     if count > base.num_layers:
         findings.mismatch("adapter_layers", f"is {count}, the base model has {base.num_layers}")
@@ -108,11 +98,14 @@ def _check(found: _Layers, config: Mapping[str, Any], base: BaseModel, findings:
                 findings.add(name, "is missing; adapter_layers counts its layer")
             else:
                 # A prompt of another width is sound, for another base.
-                is_width = part == "prompt" and tensor.shape[:2] == size[:2] and tensor.ndim == 3
+                is_width = part == "prompt" and tuple(tensor.shape[:-1]) == size[:2]
                 findings.check_shape(name, tensor, size, of_base=is_width)
 
 
 def _constants(tensors: Mapping[str, torch.Tensor], attention: str, base: BaseModel) -> ConstantKv:
+    from turret.server.adapters.lowering.weight_products import weight_times
+    from turret.server.adapters.operators.adapter_operators import ConstantKv
+
     wide = torch.promote_types(base.dtype, torch.float32)
     prompt, gate = tensors["prompt"][0].to(wide), tensors["gate"].to(wide)
     made = []
@@ -127,4 +120,14 @@ def _constants(tensors: Mapping[str, torch.Tensor], attention: str, base: BaseMo
     return ConstantKv(*made)
 
 
-METHOD = Method("adaption_prompt", {"ADAPTION_PROMPT"}, ADAPTION_PROMPT_RULES, lower)
+METHOD = Method(
+    name="adaption_prompt",
+    peft_types={"ADAPTION_PROMPT"},
+    keys={
+        "target_modules": is_one_of("self_attn", None),
+        "adapter_len": is_rank,
+        "adapter_layers": is_rank,
+    },
+    check=check,
+    lower=lower,
+)

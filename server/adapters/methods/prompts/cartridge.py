@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from turret.server.adapters.lowering.prefix import PREFIX_RULES, prefix_method
-from turret.server.adapters.peft_format.config.rules import Irrelevant, Rules
+from turret.server.adapters.methods.prompt_kit import KeysAndValues
 
-CARTRIDGE_RULES: Rules = {
-    **PREFIX_RULES,
-    "num_frozen_tokens": Irrelevant("training leaves so many alone; the file holds all"),
-}
-
-METHOD = prefix_method("cartridge", "CARTRIDGE", CARTRIDGE_RULES)
+METHOD = KeysAndValues(
+    name="cartridge",
+    peft_types={"CARTRIDGE"},
+    ignored={"num_frozen_tokens": "training leaves so many alone; the file holds all"},
+)

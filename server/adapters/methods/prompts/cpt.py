@@ -6,23 +6,23 @@ training's alone, so that inference is prompt tuning's.
 
 from __future__ import annotations
 
-from turret.server.adapters.lowering.soft_tokens import soft_tokens_method
-from turret.server.adapters.peft_format.config.rules import Irrelevant, Rules
-from turret.server.adapters.peft_format.prompt_checkpoint import PROMPT_RULES
+from turret.server.adapters.methods.kit import *
+from turret.server.adapters.methods.prompt_kit import SoftTokens
 
-_LOSS = Irrelevant("weighs the loss in training")
-_PROJECTION = Irrelevant("bounds the steps of training")
+_LOSS = "weighs the loss in training"
+_PROJECTION = "bounds the steps of training"
 
-CPT_RULES: Rules = {
-    **PROMPT_RULES,
-    "cpt_token_ids": Irrelevant("sets the starting point of training"),
-    "cpt_mask": _LOSS,
-    "cpt_tokens_type_mask": _LOSS,
-    "opt_weighted_loss_type": _LOSS,
-    "opt_loss_decay_factor": _LOSS,
-    "opt_projection_epsilon": _PROJECTION,
-    "opt_projection_format_epsilon": _PROJECTION,
-    "tokenizer_name_or_path": Irrelevant("read with the examples it starts from"),
-}
-
-METHOD = soft_tokens_method("cpt", "CPT", CPT_RULES)
+METHOD = SoftTokens(
+    name="cpt",
+    peft_types={"CPT"},
+    ignored={
+        "cpt_token_ids": START,
+        "cpt_mask": _LOSS,
+        "cpt_tokens_type_mask": _LOSS,
+        "opt_weighted_loss_type": _LOSS,
+        "opt_loss_decay_factor": _LOSS,
+        "opt_projection_epsilon": _PROJECTION,
+        "opt_projection_format_epsilon": _PROJECTION,
+        "tokenizer_name_or_path": "read with the examples it starts from",
+    },
+)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from turret.server.adapters.lowering.soft_tokens import soft_tokens_method
-from turret.server.adapters.peft_format.config.rules import Irrelevant, Rules
-from turret.server.adapters.peft_format.prompt_checkpoint import PROMPT_RULES
+from turret.server.adapters.methods.prompt_kit import SoftTokens
 
-_ENCODER = Irrelevant("the file holds the encoder's output")
+_ENCODER = "the file holds the encoder's output"
 
-P_TUNING_RULES: Rules = {
-    **PROMPT_RULES,
-    "encoder_reparameterization_type": _ENCODER,
-    "encoder_hidden_size": _ENCODER,
-    "encoder_num_layers": _ENCODER,
-    "encoder_dropout": _ENCODER,
-}
-
-METHOD = soft_tokens_method("p_tuning", "P_TUNING", P_TUNING_RULES)
+METHOD = SoftTokens(
+    name="p_tuning",
+    peft_types={"P_TUNING"},
+    ignored={
+        "encoder_reparameterization_type": _ENCODER,
+        "encoder_hidden_size": _ENCODER,
+        "encoder_num_layers": _ENCODER,
+        "encoder_dropout": _ENCODER,
+    },
+)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from turret.server.adapters.lowering.prefix import PREFIX_RULES, prefix_method
-from turret.server.adapters.peft_format.config.rules import Irrelevant, Rules
+from turret.server.adapters.methods.kit import *
+from turret.server.adapters.methods.prompt_kit import KeysAndValues
 
-_PROJECTION = Irrelevant("the file holds the projection's output")
+_PROJECTION = "the file holds the projection's output"
 
-PREFIX_TUNING_RULES: Rules = {
-    **PREFIX_RULES,
-    "prefix_projection": _PROJECTION,
-    "encoder_hidden_size": _PROJECTION,
-    "init_weights": Irrelevant("sets the starting point of training"),
-}
-
-METHOD = prefix_method("prefix_tuning", "PREFIX_TUNING", PREFIX_TUNING_RULES)
+METHOD = KeysAndValues(
+    name="prefix_tuning",
+    peft_types={"PREFIX_TUNING"},
+    ignored={
+        "prefix_projection": _PROJECTION,
+        "encoder_hidden_size": _PROJECTION,
+        "init_weights": START,
+    },
+)

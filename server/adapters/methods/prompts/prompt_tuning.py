@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from turret.server.adapters.lowering.soft_tokens import soft_tokens_method
-from turret.server.adapters.peft_format.config.rules import Irrelevant, Rules
-from turret.server.adapters.peft_format.prompt_checkpoint import PROMPT_RULES
+from turret.server.adapters.methods.kit import *
+from turret.server.adapters.methods.prompt_kit import WITH_TEXT, SoftTokens
 
-PROMPT_TUNING_RULES: Rules = {
-    **PROMPT_RULES,
-    "prompt_tuning_init": Irrelevant("sets the starting point of training"),
-    "prompt_tuning_init_text": Irrelevant("sets the starting point of training"),
-    "tokenizer_name_or_path": Irrelevant("read with prompt_tuning_init_text"),
-    "tokenizer_kwargs": Irrelevant("read with prompt_tuning_init_text"),
-}
-
-METHOD = soft_tokens_method("prompt_tuning", "PROMPT_TUNING", PROMPT_TUNING_RULES)
+METHOD = SoftTokens(
+    name="prompt_tuning",
+    peft_types={"PROMPT_TUNING"},
+    ignored={"prompt_tuning_init": START, "prompt_tuning_init_text": START, **WITH_TEXT},
+)

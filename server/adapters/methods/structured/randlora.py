@@ -7,43 +7,8 @@ transposed where it has more inputs than outputs. As many bases are summed as ma
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
-import torch
-from torch import nn
-
-from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.dense import dense
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.lowering.shared_factors import drawn_warning
-from turret.server.adapters.peft_format.config.rules import (
-    Rules,
-    Used,
-    is_bool,
-    is_number,
-    is_optional_bool,
-    is_seed,
-)
-from turret.server.adapters.peft_format.config.selection_rules import (
-    CONV1D_RULES,
-    DROPOUT,
-    LAYER_RULES,
-    RANK,
-    START,
-    TARGET_RULES,
-    bias_rules,
-)
-from turret.server.adapters.peft_format.module_checkpoint import (
-    ModuleCheckpoint,
-    ModuleFormat,
-    Roles,
-    read_module_checkpoint,
-)
-from turret.server.adapters.peft_format.role_shapes import Served, check_roles
+from turret.server.adapters.methods.kit import *
 
 _LAMBDA, _GAMMA = "randlora_lambda", "randlora_gamma"
 _COPIES = ("randlora_A", "randlora_B")
@@ -52,124 +17,54 @@ _SMALL_RANK = 512
 _A, _B = (f"base_model.{name}" for name in _COPIES)
 # One more than half of the values are zero in a sparse basis, and all but a few in a very sparse.
 _SPARSITY = 3
-
-RANDLORA_RULES: Rules = {
-    **TARGET_RULES,
-    **LAYER_RULES,
-    **CONV1D_RULES,
-    **bias_rules("randlora_only"),
-    "r": RANK,
-    "randlora_alpha": Used(is_number),
-    "save_projection": Used(is_bool),
-    "projection_prng_key": Used(is_seed),
-    "sparse": Used(is_optional_bool),
-    "very_sparse": Used(is_optional_bool),
-    "randlora_dropout": DROPOUT,
-    "init_weights": START,
-}
+_LEAST = Dim("min(in, out)", lambda m: min(m.inputs, m.outputs), is_served=True)
+_MOST = Dim("max(in, out)", lambda m: max(m.inputs, m.outputs), is_served=True)
+# As many as make the full rank.
+_BASES = Dim("⌈min(in, out)/r⌉", lambda m: -(-_LEAST.of(m) // m.rank), is_served=True)
 
 
-def _check(name: str, roles: Roles, module: BaseModule, rank: int, findings: Findings) -> None:
-    least = min(module.in_features, module.out_features)
-    bases = -(-least // max(rank, 1))
-    shapes = {_LAMBDA: (rank, Served(bases)), _GAMMA: (Served(bases), Served(least))}
-    own = {role: tensor for role, tensor in roles.items() if role not in _COPIES}
-    check_roles(name, own, shapes, findings)
-
-
-_FORMAT = ModuleFormat(
-    rules=RANDLORA_RULES,
-    # PEFT writes the shared matrices once more for every module.
-    roles={f".{role}": role for role in (_LAMBDA, _GAMMA, *_COPIES)},
-    check=_check,
-    # It says how large a basis is; the update has any rank.
-    rank_of=lambda _roles, _rank: 0,
-    bias_only="randlora_only",
-    shared=frozenset({_A, _B}),
-    also_required=("randlora_alpha",),
-)
-
-
-def lower(
-    checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None, *_: object
-) -> Lowered:
-    config = checkpoint.config
-    found = read_module_checkpoint(checkpoint, base, _FORMAT, max_rank)
-    findings = Findings(checkpoint.path, base.name)
-    a, b = _bases(config, found, base, findings)
-    findings.raise_if_any()
-    scaling = config["randlora_alpha"] / config["r"]
-    operators = {}
-    for name, roles in found.modules.items():
-        module = base.modules[name]
-        shape = (module.out_features, module.in_features)
-        operators[name] = dense(_update(roles, a, b, shape) * scaling, base.dtype)
-    warnings = drawn_warning(config, "randlora_A and randlora_B")
-    return finish(
-        checkpoint, base, operators, found=found, warnings=warnings, depends_on_base=False
-    )
-
-
-def _update(roles: Roles, a: torch.Tensor, b: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """The sum of a module's bases, ``[out_features, in_features]``, not yet scaled."""
-    wide = torch.promote_types(roles[_LAMBDA].dtype, torch.float32)
-    lambdas, gamma = roles[_LAMBDA].to(wide), roles[_GAMMA].to(wide)
-    count = len(gamma)
-    scaled = lambdas[:, :, None] * a[:, :, : min(shape)].to(wide) * gamma
-    # PEFT flattens one by ranks first and the other by bases first; what it trained is that.
-    update = b[: max(shape), :count].to(wide).flatten(1) @ scaled.flatten(0, 1)
-    return update if shape[1] == min(shape) else update.T
-
-
-def _bases(
-    config: Mapping[str, Any], found: ModuleCheckpoint, base: BaseModel, findings: Findings
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``A`` ``[r, 1, least]`` and ``B`` ``[most, bases, r]``, saved or drawn again."""
-    modules = [base.modules[name] for name in found.modules]
-    sides = [max(m.in_features for m in modules), max(m.out_features for m in modules)]
-    rank, least, most = config["r"], min(sides), max(sides)
-    nothing = torch.empty(0), torch.empty(0)
-    if rank > max(most, _SMALL_RANK):
+def _check(adapter: Reading) -> None:
+    if adapter.rank > max(_MOST.of(adapter), _SMALL_RANK):
         # Its bases would be larger than any weight, and a file without them as small as ever.
-        findings.add("r", f"is {rank}; the largest side of a weight it adapts is {most}")
-        return nothing
-    shapes = {_A: (rank, 1, least), _B: (most, -(-least // rank), rank)}
-    if not config.get("save_projection", True):
-        _check_drawn(config, found, findings)
-        return nothing if findings.fields else _draw(config, shapes[_A], shapes[_B])
-    for name, shape in shapes.items():
-        if name not in found.shared:
-            findings.add(name, "is missing; save_projection is true")
-        else:
-            whole = found.shared[name]
-            # The rank is the config's, the other sizes are the base's.
-            fits = whole.ndim == 3 and whole.shape[0 if name == _A else 2] == rank
-            findings.check_shape(name, whole, shape, of_base=fits)
-    if findings.fields or findings.mismatched:
-        return nothing
-    for role, whole in zip(_COPIES, (found.shared[_A], found.shared[_B]), strict=True):
-        copies = {name: roles[role] for name, roles in found.modules.items() if role in roles}
-        for name in found.modules.keys() - copies.keys() if copies else ():
-            findings.add(f"{name}.{role}", "is missing; other modules have it")
-        for name, copy in copies.items():
-            if not torch.equal(copy, whole):
-                findings.add(f"{name}.{role}", f"differs from base_model.{role}")
-    return found.shared[_A], found.shared[_B]
+        most = _MOST.of(adapter)
+        adapter.fault("r", f"is {adapter.rank}; the largest side of a weight it adapts is {most}")
+    for role in _COPIES:
+        has = [role in m for m in adapter.modules.values()]
+        for name, m in adapter.modules.items():
+            if role in m and not SAVED(adapter):
+                m.fault(role, "is there, but save_projection is false")
+            elif any(has) and role not in m:
+                adapter.fault(f"{name}.{role}", "is missing; other modules have it")
 
 
-def _check_drawn(config: Mapping[str, Any], found: ModuleCheckpoint, findings: Findings) -> None:
-    copies = [f"{name}.{role}" for name, roles in found.modules.items() for role in roles]
-    for name in (*found.shared, *copies):
-        if name.endswith(_COPIES):
-            findings.add(name, "is there, but save_projection is false")
-    if "projection_prng_key" not in config:
-        findings.add("projection_prng_key", "is required; save_projection is false")
+def _bases(adapter: Reading) -> tuple[torch.Tensor, torch.Tensor]:
+    """``A`` ``[r, 1, least]`` and ``B`` ``[most, bases, r]``, saved or drawn again."""
+    if SAVED(adapter):
+        return adapter.shared[_A], adapter.shared[_B]
+    adapter.warn(drawn("randlora_A and randlora_B"))
+    rank, least, most = adapter.rank, _LEAST.of(adapter), _MOST.of(adapter)
+    return _draw(adapter, (rank, 1, least), (most, _BASES.of(adapter), rank))
+
+
+def _operators(m: Module) -> Piece | tuple[()]:
+    a, b = m.once(_bases)
+    for role, whole in zip(_COPIES, (a, b), strict=True):
+        if role in m and not torch.equal(m.tensors[role], whole):
+            m.fault(role, f"differs from base_model.{role}")
+    lambdas, gamma = m.wide(_LAMBDA, _GAMMA)
+    count, wide = len(gamma), gamma.dtype
+    scaled = lambdas[:, :, None] * a[:, :, : _LEAST.of(m)].to(wide) * gamma
+    # PEFT flattens one by ranks first and the other by bases first; what it trained is that.
+    update = b[: _MOST.of(m), :count].to(wide).flatten(1) @ scaled.flatten(0, 1)
+    update = update if m.inputs == _LEAST.of(m) else update.T
+    return dense(update * (m.config["randlora_alpha"] / m.config["r"]))
 
 
 def _draw(
-    config: Mapping[str, Any], a: tuple[int, ...], b: tuple[int, ...]
+    adapter: Reading, a: tuple[int, ...], b: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PEFT's bases, in bf16 as on every machine that has it: the rounded values are those."""
+    config = adapter.config
     generator = torch.Generator(device="cpu").manual_seed(config["projection_prng_key"])
     if config.get("sparse") or config.get("very_sparse"):
         sparsity = math.sqrt(a[2]) if config.get("very_sparse") else _SPARSITY
@@ -178,7 +73,7 @@ def _draw(
 
     def draw(*shape: int) -> torch.Tensor:
         values = torch.empty(shape, dtype=torch.bfloat16)
-        return nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+        return torch.nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
 
     first = draw(*a)
     second = torch.cat([draw(b[0], 1, b[2]) for _ in range(b[1])], dim=1)
@@ -191,4 +86,34 @@ def _ternary(uniform: torch.Tensor, sparsity: float) -> torch.Tensor:
     return signs / signs.std()
 
 
-METHOD = Method("randlora", {"RANDLORA"}, RANDLORA_RULES, lower, is_dense=lambda _config: True)
+METHOD = LinearMethod(
+    name="randlora",
+    peft_types={"RANDLORA"},
+    keys=TARGETS
+    | LAYERS
+    | CONV1D
+    | {
+        "r": is_rank,
+        "randlora_alpha": is_number,
+        "save_projection": is_bool,
+        "projection_prng_key": is_seed,
+        "sparse": is_optional_bool,
+        "very_sparse": is_optional_bool,
+    },
+    ignored={"randlora_dropout": DROPOUT, "init_weights": START},
+    bias=("randlora_only",),
+    # It says how large a basis is; the update has any rank.
+    rank_of=lambda m: 0,
+    required=("randlora_alpha",),
+    conflicts=needs_seed,
+    tensors={
+        _LAMBDA: (R, _BASES),
+        _GAMMA: (_BASES, _LEAST),
+        # PEFT writes the shared matrices once more for every module.
+        **dict.fromkeys(_COPIES, UNREAD),
+    },
+    shared={_A: when(SAVED, (R, 1, _LEAST)), _B: when(SAVED, (_MOST, _BASES, R))},
+    check_all=_check,
+    is_dense=always,
+    operators=_operators,
+)

@@ -8,109 +8,49 @@ says.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-
-from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.lowering.rotations import cayley
-from turret.server.adapters.operators.adapter_operators import InputBlocks, ModuleOperators
-from turret.server.adapters.peft_format.config.rules import Rules, Used, is_count, is_rank
-from turret.server.adapters.peft_format.config.selection_rules import (
-    CONV1D_RULES,
-    DROPOUT,
-    LAYER_RULES,
-    SELECTION_RULES,
-    START,
-    bias_rules,
-)
-from turret.server.adapters.peft_format.module_checkpoint import (
-    ModuleFormat,
-    Roles,
-    read_module_checkpoint,
-)
-from turret.server.adapters.peft_format.refusals.limits import check_rank
-from turret.server.adapters.peft_format.role_shapes import Served, check_divides, check_roles
+from turret.server.adapters.methods.kit import *
 
 _R, _S = "boft_R", "boft_s"
 
-BOFT_RULES: Rules = {
-    **SELECTION_RULES,
-    **LAYER_RULES,
-    **CONV1D_RULES,
-    **bias_rules("boft_only"),
-    "boft_block_size": Used(is_count),
-    "boft_block_num": Used(is_count),
-    "boft_n_butterfly_factor": Used(is_rank),
-    "boft_dropout": DROPOUT,
-    "init_weights": START,
-}
+
+def _conflicts(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    if bool(config.get("boft_block_size")) == bool(config.get("boft_block_num")):
+        yield "boft_block_size", "one of it and boft_block_num must be 0, and only one"
 
 
-def _check(
-    name: str,
-    roles: Roles,
-    module: BaseModule,
-    _rank: int,
-    findings: Findings,
-    *,
-    config: Mapping[str, Any],
-) -> None:
-    if findings.fields & {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor"}:
-        return
-    size, number = config["boft_block_size"], config["boft_block_num"]
-    if bool(size) == bool(number):
-        findings.add("boft_block_size", "one of it and boft_block_num must be 0, and only one")
-        return
-    if not check_divides(name, module.in_features, size or number, "inputs", findings):
-        return
-    size = size or module.in_features // number
-    found = roles.get(_R)
-    factors = 1 if found is None or found.ndim != 4 else found.shape[0]
-    shapes = {
-        _R: (factors, Served(module.in_features // size), size, size),
-        _S: (Served(module.out_features), 1),
-    }
-    if not check_roles(name, roles, shapes, findings):
-        return
-    if factors not in (1, config["boft_n_butterfly_factor"]):
-        why = f"has {factors} factors, boft_n_butterfly_factor is"
-        findings.add(f"{name}.{_R}", f"{why} {config['boft_n_butterfly_factor']}")
+def _block_size(m: Module) -> int:
+    return m.config["boft_block_size"] or (IN / key("boft_block_num")).of(m)
+
+
+def _factors(m: Module) -> int:
+    return m.extent(_R, 0) if len(m.tensors[_R].shape) == 4 else 1
+
+
+_FACTORS = Dim("factors", lambda m: _factors(m) if _R in m else 1)
+_SIZE = Dim("b", _block_size)
+
+
+def _check(m: Module) -> None:
+    factors, size = _factors(m), _block_size(m)
+    wanted = m.config["boft_n_butterfly_factor"]
+    if factors not in (1, wanted):
+        m.fault(_R, f"has {factors} factors, boft_n_butterfly_factor is {wanted}")
     elif factors > 1 and size % 2:
-        findings.add(f"{name}.{_R}", f"has blocks of {size}, which a butterfly cannot halve")
-    elif module.in_features % (size << (factors - 1)):
-        check_divides(name, module.in_features, size << (factors - 1), "inputs", findings)
+        m.fault(_R, f"has blocks of {size}, which a butterfly cannot halve")
+    elif m.inputs % _run(m):
+        raise Misfit(f"has {m.inputs} inputs, which {_run(m)} does not divide")
 
 
-def lower(
-    checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None, *_: object
-) -> Lowered:
-    form = ModuleFormat(
-        rules=BOFT_RULES,
-        roles={f".{_R}": _R, f".{_S}": _S},
-        check=functools.partial(_check, config=checkpoint.config),
-        rank_key=None,
-        bias_only="boft_only",
-        also_required=("boft_block_size", "boft_block_num", "boft_n_butterfly_factor"),
-    )
-    found = read_module_checkpoint(checkpoint, base, form, max_rank)
-    saved = [roles[_R] for roles in found.modules.values()]
-    largest = max(factors.shape[2] << (len(factors) - 1) for factors in saved)
-    check_rank(checkpoint.path, largest, max_rank, name="block size")
-    operators = {}
-    for name, roles in found.modules.items():
-        change = _product(roles[_R].to(torch.float64))
-        operators[name] = ModuleOperators(
-            input_blocks=InputBlocks(change.to(base.dtype).contiguous()),
-            gain=roles[_S].reshape(-1).to(torch.float32),
-        )
-    return finish(checkpoint, base, operators, found=found, depends_on_base=False)
+def _run(m: Module) -> int:
+    """Inputs of a block of the whole product."""
+    return _block_size(m) << (_factors(m) - 1)
+
+
+def _operators(m: Module) -> tuple[Piece, Piece]:
+    return input_blocks(_product(m.exact(_R))), gain(m.tensors[_S])
 
 
 def _product(saved: torch.Tensor) -> torch.Tensor:
@@ -136,4 +76,25 @@ def _order(run: int, width: int, half: int) -> torch.Tensor:
     return torch.cat((halves[:, ::2], halves[:, 1::2]), dim=1).flatten()
 
 
-METHOD = Method("boft", {"BOFT"}, BOFT_RULES, lower)
+METHOD = LinearMethod(
+    name="boft",
+    peft_types={"BOFT"},
+    keys=EXCLUDE
+    | LAYERS
+    | CONV1D
+    | {
+        "boft_block_size": is_count,
+        "boft_block_num": is_count,
+        "boft_n_butterfly_factor": is_rank,
+    },
+    ignored={"boft_dropout": DROPOUT, "init_weights": START},
+    bias=("boft_only",),
+    rank=None,
+    rank_name="block size",
+    rank_of=_run,
+    required=("boft_block_size", "boft_block_num", "boft_n_butterfly_factor"),
+    conflicts=_conflicts,
+    tensors={_R: (_FACTORS, IN / _SIZE, _SIZE, _SIZE), _S: (OUT, 1)},
+    check=_check,
+    operators=_operators,
+)

@@ -7,127 +7,106 @@ update. ``C``, ``D`` and ``E`` change the bias, where the base has one.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
 
-import torch
+from turret.server.adapters.methods.kit import *
 
-from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.low_rank import fold, modulated
-from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.lowering.weight_products import weight_times
-from turret.server.adapters.operators.adapter_operators import ModuleOperators
-from turret.server.adapters.peft_format.config.rules import Rejected, Rules, Used, is_one_of
-from turret.server.adapters.peft_format.config.selection_rules import RANK, START, TARGET_RULES
-from turret.server.adapters.peft_format.module_checkpoint import (
-    ModuleFormat,
-    Roles,
-    read_module_checkpoint,
-)
-from turret.server.adapters.peft_format.role_shapes import Served, check_roles
-
-_PARTS = ("Xd", "Xu", "X", "zeros")
-_ROLES = tuple(f"glora_{path}.{part}" for path in "ABCDE" for part in _PARTS)
-
-
-GLORA_RULES: Rules = {
-    **TARGET_RULES,
-    "r": RANK,
-    "config_A_B": Used(is_one_of("lora", "vector", "constant", "none")),
-    "config_C": Used(is_one_of("lora", "vector", "none")),
-    "config_D_E": Used(is_one_of("constant", "vector", "none")),
-    "bias": Rejected(("none", None), "biases trained beside GLoRA's own are not served"),
-    "init_weights": START,
+_WEIGHT: dict[str, dict[str, Shape]] = {
+    "lora": {"Xd": (OUT, R), "Xu": (R, IN)},
+    "vector": {"X": (OUT, 1)},
+    "constant": {"X": (1,)},
+    "none": {"zeros": (OUT, IN)},
+}
+_COLUMN: dict[str, dict[str, Shape]] = {
+    "lora": {"Xd": (IN, R), "Xu": (R, 1)},
+    "vector": {"X": (IN, 1)},
+    "none": {"zeros": (IN, 1)},
+}
+_BIAS: dict[str, dict[str, Shape]] = {
+    "vector": {"X": (OUT,)},
+    "constant": {"X": (1,)},
+    "none": {"zeros": (OUT,)},
+}
+# Path → shapes of its parts, by the value of a config key.
+_PATHS = {
+    **dict.fromkeys("AB", (_WEIGHT, "config_A_B")),
+    "C": (_COLUMN, "config_C"),
+    **dict.fromkeys("DE", (_BIAS, "config_D_E")),
 }
 
 
-def _check(
-    name: str,
-    roles: Roles,
-    module: BaseModule,
-    rank: int,
-    findings: Findings,
-    *,
-    config: Mapping[str, Any],
-) -> None:
-    inputs, outputs = Served(module.in_features), Served(module.out_features)
-    weight = {
-        "lora": {"Xd": (outputs, rank), "Xu": (rank, inputs)},
-        "vector": {"X": (outputs, 1)},
-        "constant": {"X": (1,)},
-        "none": {"zeros": (outputs, inputs)},
-    }
-    column = {
-        "lora": {"Xd": (inputs, rank), "Xu": (rank, 1)},
-        "vector": {"X": (inputs, 1)},
-        "none": {"zeros": (inputs, 1)},
-    }
-    bias = {"vector": {"X": (outputs,)}, "constant": {"X": (1,)}, "none": {"zeros": (outputs,)}}
-    kinds = {"A": (weight, "config_A_B"), "B": (weight, "config_A_B"), "C": (column, "config_C")}
-    kinds |= dict.fromkeys("DE", (bias, "config_D_E"))
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path, (table, key) in kinds.items():
-        # PEFT has nothing to train there where the base has no bias.
-        is_empty = path in "CDE" and module.bias is None
-        parts = table["none" if is_empty else config[key]]
-        shapes |= {f"glora_{path}.{part}": shape for part, shape in parts.items()}
-    if check_roles(name, roles, shapes, findings):
-        for role in shapes:
-            if role.endswith(".zeros") and bool(roles[role].any()):
-                findings.add(f"{name}.{role}", "must be zero")
+def _shape(m: Module, path: str, part: str) -> Shape | None:
+    table, name = _PATHS[path]
+    kind = m.config[name]
+    if path in "CDE" and not m.has_bias:
+        if m.has_bias is None:
+            # Before the base is read: as the tensor has it.
+            is_empty = f"glora_{path}.zeros" in m
+            kind = "none" if is_empty else kind
+        else:
+            # PEFT has nothing to train there where the base has no bias.
+            kind = "none"
+    return table[kind].get(part)
 
 
-def lower(
-    checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None, *_: object
-) -> Lowered:
-    config = checkpoint.config
-    form = ModuleFormat(
-        rules=GLORA_RULES,
-        roles={f".{role}": role for role in _ROLES},
-        check=functools.partial(_check, config=config),
-        # C's rank is gone once it is multiplied out; a vector's is 1.
-        rank_of=lambda _roles, rank: {"lora": rank, "none": 0}.get(config["config_A_B"], 1),
-        also_required=("config_A_B", "config_C", "config_D_E"),
-    )
-    found = read_module_checkpoint(checkpoint, base, form, max_rank)
-    operators = {}
-    with base.beside():
-        for name, roles in found.modules.items():
-            operators[name] = _operators(roles, base.modules[name], base.dtype)
-    return finish(checkpoint, base, operators, found=found)
+def _operators(m: Module) -> Iterator[Piece]:
+    for role, values in m.tensors.items():
+        if role.endswith(".zeros") and bool(values.any()):
+            m.fault(role, "must be zero")
+    if "glora_A.Xd" in m:
+        yield modulated(m.tensors["glora_A.Xu"], m.tensors["glora_A.Xd"])
+        yield low_rank(m.tensors["glora_B.Xu"], m.tensors["glora_B.Xd"])
+    if "glora_A.X" in m:
+        yield gain(1.0 + m.tensors["glora_A.X"].float().reshape(-1).expand(m.outputs))
+        b = m.tensors["glora_B.X"].reshape(-1, 1).expand(m.outputs, 1)
+        yield low_rank(b.new_ones(1, m.inputs), b)
+    if (change := _bias(m)) is not None:
+        yield bias(change)
 
 
-def _operators(roles: Roles, module: BaseModule, dtype: torch.dtype) -> ModuleOperators:
-    gain = low_rank = bias = update = None
-    if "glora_A.Xd" in roles:
-        update = modulated(roles["glora_A.Xu"], roles["glora_A.Xd"], dtype)
-        low_rank = fold(roles["glora_B.Xu"], roles["glora_B.Xd"], 1.0, dtype)
-    if "glora_A.X" in roles:
-        gain = 1.0 + roles["glora_A.X"].to(torch.float32).reshape(-1).expand(module.out_features)
-        b = roles["glora_B.X"].reshape(-1, 1).expand(module.out_features, 1)
-        low_rank = fold(b.new_ones(1, module.in_features), b, 1.0, dtype)
-    if module.bias is not None:
-        bias = _bias(roles, module, module.bias)
-    return ModuleOperators(low_rank, modulated=update, gain=gain, bias=bias)
-
-
-def _bias(roles: Roles, module: BaseModule, served: torch.Tensor) -> torch.Tensor | None:
+def _bias(m: Module) -> torch.Tensor | None:
     """``b ⊙ D + E + W C``, or None where all three are nothing."""
-    total, is_any = torch.zeros(module.out_features, dtype=torch.float32), False
-    if "glora_D.X" in roles:
-        scale, shift = (roles[f"glora_{path}.X"].to(torch.float32) for path in "DE")
-        total, is_any = served.to(torch.float32).cpu() * scale + shift, True
-    if "glora_C.zeros" not in roles:
-        parts = [roles[f"glora_C.{part}"] for part in _PARTS if f"glora_C.{part}" in roles]
+    served = m.bias()
+    if served is None:
+        return None
+    total = None
+    if "glora_D.X" in m:
+        total = served * m.tensors["glora_D.X"].float() + m.tensors["glora_E.X"].float()
+    if "glora_C.zeros" not in m:
+        parts = [m.tensors[role] for role in ("glora_C.Xd", "glora_C.Xu", "glora_C.X") if role in m]
         column = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32))
         if len(parts) == 2:
             column = column @ parts[1].to(column.dtype)
-        total, is_any = total + weight_times(module.rows(), column).reshape(-1).float(), True
-    return total if is_any else None
+        change = weight_times(m, column).reshape(-1).float()
+        total = change if total is None else total + change
+    return total
 
 
-METHOD = Method("glora", {"GLORA"}, GLORA_RULES, lower)
+def _rank(m: Module) -> int:
+    """C's rank is gone once it is multiplied out; a vector's is 1."""
+    return {"lora": m.rank, "none": 0}.get(m.config["config_A_B"], 1)
+
+
+METHOD = LinearMethod(
+    name="glora",
+    peft_types={"GLORA"},
+    keys=TARGETS
+    | {
+        "r": is_rank,
+        "config_A_B": is_one_of(*_WEIGHT),
+        "config_C": is_one_of(*_COLUMN),
+        "config_D_E": is_one_of("constant", "vector", "none"),
+    },
+    ignored={"init_weights": START},
+    refused={
+        "bias": (("none", None), "biases trained beside GLoRA's own are not served"),
+    },
+    rank_of=_rank,
+    required=("config_A_B", "config_C", "config_D_E"),
+    tensors={
+        f"glora_{path}.{part}": lambda m, path=path, part=part: _shape(m, path, part)
+        for path in _PATHS
+        for part in ("Xd", "Xu", "X", "zeros")
+    },
+    operators=_operators,
+)

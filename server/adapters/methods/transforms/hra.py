@@ -8,73 +8,16 @@ which are of the update's own size and lose nothing when they are rounded.
 
 from __future__ import annotations
 
-import torch
-
-from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.low_rank import fold
-from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.lowering.weight_products import weight_times
-from turret.server.adapters.operators.adapter_operators import ModuleOperators
-from turret.server.adapters.peft_format.config.rules import Rules, Used, is_bool
-from turret.server.adapters.peft_format.config.selection_rules import (
-    LAYER_RULES,
-    RANK,
-    SELECTION_RULES,
-    START,
-    bias_rules,
-)
-from turret.server.adapters.peft_format.module_checkpoint import (
-    ModuleFormat,
-    Roles,
-    read_module_checkpoint,
-)
-from turret.server.adapters.peft_format.role_shapes import Served, check_roles
-
-_U = "hra_u"
-
-HRA_RULES: Rules = {
-    **SELECTION_RULES,
-    **LAYER_RULES,
-    **bias_rules("hra_only"),
-    "r": RANK,
-    "apply_GS": Used(is_bool),
-    "init_weights": START,
-}
+from turret.server.adapters.methods.kit import *
 
 
-def _check(name: str, roles: Roles, module: BaseModule, rank: int, findings: Findings) -> None:
-    if not check_roles(name, roles, {_U: (Served(module.in_features), rank)}, findings):
-        return
-    if rank > module.in_features:
-        findings.mismatch(name, f"has {module.in_features} inputs, fewer than the rank {rank}")
-    elif not bool(roles[_U].any(dim=0).all()):
-        findings.add(f"{name}.{_U}", "has a column of zeros, which is no direction")
-
-
-_FORMAT = ModuleFormat(
-    rules=HRA_RULES,
-    roles={f".{_U}": _U},
-    check=_check,
-    bias_only="hra_only",
-    also_required=("apply_GS",),
-)
-
-
-def lower(
-    checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None, *_: object
-) -> Lowered:
-    found = read_module_checkpoint(checkpoint, base, _FORMAT, max_rank)
-    factors = _orthonormal if checkpoint.config["apply_GS"] else _reflections
-    operators = {}
-    with base.beside():
-        for name, roles in found.modules.items():
-            a, change = factors(roles[_U].to(torch.float64))
-            b = weight_times(base.modules[name].rows(), change)
-            operators[name] = ModuleOperators(fold(a, b, 1.0, base.dtype))
-    return finish(checkpoint, base, operators, found=found)
+def _operators(m: Module) -> Pieces:
+    u = m.exact("hra_u")
+    if not bool(u.any(dim=0).all()):
+        m.fault("hra_u", "has a column of zeros, which is no direction")
+        return ()
+    a, change = (_orthonormal if m.config["apply_GS"] else _reflections)(u)
+    return low_rank(a, weight_times(m, change))
 
 
 def _reflections(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,4 +52,14 @@ def _orthonormal(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return v.T, -2.0 * v
 
 
-METHOD = Method("hra", {"HRA"}, HRA_RULES, lower)
+METHOD = LinearMethod(
+    name="hra",
+    peft_types={"HRA"},
+    keys=EXCLUDE | LAYERS | {"r": is_rank, "apply_GS": is_bool},
+    ignored={"init_weights": START},
+    bias=("hra_only",),
+    most_rank=lambda inputs, outputs: inputs,
+    required=("apply_GS",),
+    tensors={"hra_u": (IN, R)},
+    operators=_operators,
+)

@@ -12,45 +12,12 @@ Before 0.14 PEFT turned outputs; those files have no ``oft_block_size``.
 
 from __future__ import annotations
 
-import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
-
-from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.lowering.rotations import cayley
-from turret.server.adapters.operators.adapter_operators import InputBlocks, ModuleOperators
-from turret.server.adapters.peft_format.config.rules import (
-    Rules,
-    Used,
-    is_bool,
-    is_count,
-    is_number,
-    is_optional_text,
-    is_rank,
-)
-from turret.server.adapters.peft_format.config.selection_rules import (
-    CONV1D_RULES,
-    DROPOUT,
-    LAYER_RULES,
-    SELECTION_RULES,
-    START,
-    bias_rules,
-)
-from turret.server.adapters.peft_format.module_checkpoint import (
-    ModuleFormat,
-    Roles,
-    read_module_checkpoint,
-)
-from turret.server.adapters.peft_format.refusals.limits import check_rank
-from turret.server.adapters.peft_format.role_shapes import Served, check_roles
+from turret.server.adapters.methods.kit import *
 
 _TRIANGLE, _MATRIX, _SCALE = "oft_R.weight", "oft_r", "oft_s"
 # From here on the series ends with half a term.
@@ -61,31 +28,21 @@ def _is_pattern(value: Any) -> str | None:
     return "is not served" if value else None
 
 
-OFT_RULES: Rules = {
-    **SELECTION_RULES,
-    **LAYER_RULES,
-    **CONV1D_RULES,
-    **bias_rules("oft_only"),
-    "r": Used(is_count),
-    "oft_block_size": Used(is_count),
-    "block_share": Used(is_bool),
-    "coft": Used(is_bool),
-    "eps": Used(is_number),
-    "use_cayley_neumann": Used(is_bool),
-    "num_cayley_neumann_terms": Used(is_rank),
-    "peft_version": Used(is_optional_text),
-    "rank_pattern": Used(_is_pattern),
-    "alpha_pattern": Used(_is_pattern),
-    "module_dropout": DROPOUT,
-    "init_weights": START,
-}
+def _conflicts(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    if bool(config.get("r")) == bool(config.get("oft_block_size")):
+        yield "oft_block_size", "one of r and oft_block_size must be 0, and only one"
+    # What decides how R is made of Q must be there.
+    if config.get("use_cayley_neumann") and "num_cayley_neumann_terms" not in config:
+        yield "num_cayley_neumann_terms", "is required"
+    if config.get("coft") and "eps" not in config:
+        yield "eps", "is required"
 
 
-def _block_size(config: Mapping[str, Any], in_features: int) -> int:
+def _block_size(m: Module) -> int:
     """As PEFT chooses it: one of both is given, and made to divide the inputs."""
-    if config["oft_block_size"]:
-        return dividing(in_features, config["oft_block_size"])
-    return in_features // dividing(in_features, config["r"])
+    if m.config["oft_block_size"]:
+        return dividing(m.inputs, m.config["oft_block_size"])
+    return m.inputs // dividing(m.inputs, m.config["r"])
 
 
 def dividing(in_features: int, wanted: int) -> int:
@@ -97,79 +54,36 @@ def dividing(in_features: int, wanted: int) -> int:
     return lower if wanted - lower <= higher - wanted else higher
 
 
-def _check(
-    name: str,
-    roles: Roles,
-    module: BaseModule,
-    _rank: int,
-    findings: Findings,
-    *,
-    config: Mapping[str, Any],
-) -> None:
-    keys = {"r", "oft_block_size", "block_share"}
-    if findings.fields & keys:
-        return
-    if bool(config["r"]) == bool(config["oft_block_size"]):
-        findings.add("oft_block_size", "one of r and oft_block_size must be 0, and only one")
-        return
-    size = _block_size(config, module.in_features)
-    count = 1 if config["block_share"] else module.in_features // size
-    if all(len(roles[role]) != 1 for role in (_TRIANGLE, _MATRIX) if role in roles):
-        count = Served(count) if count != 1 else count
-    if _MATRIX in roles or _SCALE in roles:
-        old = {_MATRIX: (count, size, size), _SCALE: (Served(module.out_features), 1)}
-        check_roles(name, roles, old, findings)
-    else:
-        check_roles(name, roles, {_TRIANGLE: (count, size * (size - 1) // 2)}, findings)
+def _shape(*size: Dim) -> Callable[[Module], Shape]:
+    def shape(m: Module) -> Shape:
+        blocks = 1 if m.config["block_share"] else m.inputs // _block_size(m)
+        is_one = blocks == 1 or any(m.extent(role, 0) == 1 for role in (_TRIANGLE, _MATRIX))
+        return Dim("blocks", lambda _: blocks, is_served=not is_one), *size
+
+    return shape
 
 
-def lower(
-    checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None, *_: object
-) -> Lowered:
-    config = checkpoint.config
-    form = ModuleFormat(
-        rules=OFT_RULES,
-        roles={f".{role}": role for role in (_TRIANGLE, _MATRIX, _SCALE)},
-        check=functools.partial(_check, config=config),
-        rank_key=None,
-        bias_only="oft_only",
-        also_required=("r", "oft_block_size", "coft", "block_share"),
-    )
-    found = read_module_checkpoint(checkpoint, base, form, max_rank)
-    _check_series(checkpoint, base)
-    sizes = [_block_size(config, base.modules[name].in_features) for name in found.modules]
-    check_rank(checkpoint.path, max(sizes), max_rank, name="block size")
-    operators = {}
-    for name, roles in found.modules.items():
-        module = base.modules[name]
-        gain = roles[_SCALE].reshape(-1).to(torch.float32) if _SCALE in roles else None
-        change = _rotation(roles, _block_size(config, module.in_features), module, config)
-        operators[name] = ModuleOperators(
-            input_blocks=InputBlocks(change.to(base.dtype).contiguous()), gain=gain
-        )
-    return finish(checkpoint, base, operators, found=found, depends_on_base=False)
+def _is_old(m: Module) -> bool:
+    return _MATRIX in m or _SCALE in m
 
 
-def _check_series(checkpoint: AdapterCheckpoint, base: BaseModel) -> None:
-    """What decides how ``R`` is made of ``Q`` must be there."""
-    findings, config = Findings(checkpoint.path, base.name), checkpoint.config
-    needed = ["num_cayley_neumann_terms"] if config.get("use_cayley_neumann") else []
-    for key in (*needed, *(["eps"] if config["coft"] else [])):
-        if key not in config:
-            findings.add(key, "is required")
-    findings.raise_if_any()
+def _operators(m: Module) -> Iterator[Piece]:
+    yield input_blocks(_rotation(m))
+    if _SCALE in m:
+        yield gain(m.tensors[_SCALE])
 
 
-def _rotation(
-    roles: Roles, size: int, module: BaseModule, config: Mapping[str, Any]
-) -> torch.Tensor:
+def _rotation(m: Module) -> torch.Tensor:
     """``R − I``, ``[blocks, size, size]`` fp64."""
-    if _MATRIX in roles:
-        matrix = roles[_MATRIX].to(torch.float64)
+    config, size = m.config, _block_size(m)
+    if _MATRIX in m:
+        matrix = m.exact(_MATRIX)
         if config["coft"]:
-            matrix = _projected(matrix, config["eps"] * _outputs_per_block(module, size) ** 2)
+            matrix = _projected(
+                matrix, config["eps"] * math.ceil(m.outputs / (m.inputs // size)) ** 2
+            )
         return cayley(0.5 * (matrix - matrix.transpose(1, 2)))
-    skew = _skew(roles[_TRIANGLE].to(torch.float64), size)
+    skew = _skew(m.exact(_TRIANGLE), size)
     if config["coft"]:
         skew = _projected(skew, config["eps"])
     if not config.get("use_cayley_neumann"):
@@ -208,8 +122,38 @@ def _projected(blocks: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.where(norms <= limit, blocks, limit * (blocks / norms))
 
 
-def _outputs_per_block(module: BaseModule, size: int) -> int:
-    return math.ceil(module.out_features / (module.in_features // size))
+_BLOCK = Dim("b", _block_size)
+_ABOVE = Dim("b·(b − 1)/2", lambda m: _block_size(m) * (_block_size(m) - 1) // 2)
 
-
-METHOD = Method("oft", {"OFT"}, OFT_RULES, lower)
+METHOD = LinearMethod(
+    name="oft",
+    peft_types={"OFT"},
+    keys=EXCLUDE
+    | LAYERS
+    | CONV1D
+    | {
+        "r": is_count,
+        "oft_block_size": is_count,
+        "block_share": is_bool,
+        "coft": is_bool,
+        "eps": is_number,
+        "use_cayley_neumann": is_bool,
+        "num_cayley_neumann_terms": is_rank,
+        "peft_version": is_optional_text,
+        "rank_pattern": _is_pattern,
+        "alpha_pattern": _is_pattern,
+    },
+    ignored={"module_dropout": DROPOUT, "init_weights": START},
+    bias=("oft_only",),
+    rank=None,
+    rank_name="block size",
+    rank_of=_block_size,
+    required=("r", "oft_block_size", "coft", "block_share"),
+    conflicts=_conflicts,
+    tensors={
+        _TRIANGLE: when(lambda m: not _is_old(m), _shape(_ABOVE)),
+        _MATRIX: when(_is_old, _shape(_BLOCK, _BLOCK)),
+        _SCALE: when(_is_old, (OUT, 1)),
+    },
+    operators=_operators,
+)

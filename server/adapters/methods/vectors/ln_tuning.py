@@ -7,32 +7,43 @@ each of them: of q, k and v, of gate and up, or of the head.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from turret.server.adapters.base import BaseModel, BaseNorm
+from turret.server.adapters.base import BaseModel, BaseNorm, BaseSizes
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.no_adapter import LEFT_OUT
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators.adapter_operators import ModuleOperators
-from turret.server.adapters.peft_format.config.rules import Rules, check_config
-from turret.server.adapters.peft_format.config.selection_rules import SELECTION_RULES
+from turret.server.adapters.checkpoint.no_adapter import LEFT_OUT, NO_TENSORS
+from turret.server.adapters.methods.kit import *
 from turret.server.adapters.peft_format.config.targets import resolve_targets
 from turret.server.adapters.source import TENSORS_FILE
 
+if TYPE_CHECKING:
+    from turret.server.adapters.lowering.lowered import Lowered
+
 _SUFFIX = ".ln_tuning_layers.weight"
 
-LN_TUNING_RULES: Rules = SELECTION_RULES
+
+def _check_config(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> Findings:
+    findings = Findings(checkpoint.path, base.name)
+    METHOD.check_config(checkpoint.config, findings)
+    if "target_modules" not in checkpoint.config:
+        findings.add("target_modules", "is required")
+    if not checkpoint.tensors:
+        findings.add(TENSORS_FILE, NO_TENSORS)
+    return findings
+
+
+def check(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> None:
+    """The config alone: which norms a base has shows once it is read."""
+    _check_config(checkpoint, base).raise_if_any()
 
 
 def lower(checkpoint: AdapterCheckpoint, base: BaseModel, *_: object) -> Lowered:
-    config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
-    check_config(config, LN_TUNING_RULES, findings)
-    targeted = _targeted(config, base, findings)
-    operators: dict[str, ModuleOperators] = {}
+    from turret.server.adapters.lowering.finish import finish
+
+    findings = _check_config(checkpoint, base)
+    targeted = _targeted(checkpoint.config, base, findings)
+    assembly = Assembly(base.dtype)
     left = dict(checkpoint.tensors)
     for name in sorted(targeted):
         field = name + _SUFFIX
@@ -41,7 +52,8 @@ def lower(checkpoint: AdapterCheckpoint, base: BaseModel, *_: object) -> Lowered
             findings.add(field, "is missing; the config targets the norm")
         elif norm is not None and findings.check_shape(field, weight, tuple(norm.weight.shape)):
             gain = _gain(field, weight, norm, findings)
-            operators |= {path: ModuleOperators(input_gain=gain) for path in norm.feeds}
+            for path in norm.feeds:
+                assembly.add(path, input_gain(gain))
     for name in left:
         module = name.removesuffix(_SUFFIX)
         if not name.endswith(_SUFFIX):
@@ -52,16 +64,12 @@ def lower(checkpoint: AdapterCheckpoint, base: BaseModel, *_: object) -> Lowered
             findings.add(name, f"{module!r} is no norm that feeds linear modules alone")
         else:
             findings.mismatch(name, f"the base model has no module {module!r}")
-    if not checkpoint.tensors:
-        findings.add(TENSORS_FILE, "holds no tensors of this method")
     findings.raise_if_any()
-    return finish(checkpoint, base, operators)
+    return finish(checkpoint, base, assembly.modules())
 
 
 def _targeted(config: Mapping[str, Any], base: BaseModel, findings: Findings) -> frozenset[str]:
     """The norms that the config names."""
-    if "target_modules" not in config:
-        findings.add("target_modules", "is required")
     if findings.fields & {"target_modules", "exclude_modules"}:
         return frozenset()
     keys = {"target_modules", "exclude_modules"} & config.keys()
@@ -81,4 +89,4 @@ def _gain(field: str, weight: torch.Tensor, norm: BaseNorm, findings: Findings) 
     return (weight.to(torch.float32) + norm.offset) / served
 
 
-METHOD = Method("ln_tuning", {"LN_TUNING"}, LN_TUNING_RULES, lower)
+METHOD = Method(name="ln_tuning", peft_types={"LN_TUNING"}, keys=EXCLUDE, check=check, lower=lower)

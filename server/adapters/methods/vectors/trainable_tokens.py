@@ -7,50 +7,50 @@ head too; PEFT then saves them under both names.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from turret.server.adapters.base import BaseModel
+from turret.server.adapters.base import BaseModel, BaseSizes
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.lowered import Lowered, Method
+from turret.server.adapters.checkpoint.no_adapter import NO_TENSORS
+from turret.server.adapters.methods.kit import *
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
-from turret.server.adapters.operators.vocabulary import VocabularyOperators, VocabularyRows
-from turret.server.adapters.peft_format.config.rules import (
-    COMMON_RULES,
-    Irrelevant,
-    Rules,
-    Used,
-    check_config,
-)
-from turret.server.adapters.peft_format.config.targets import (
-    is_optional_module_selector,
-    resolve_targets,
-)
+from turret.server.adapters.peft_format.config.targets import resolve_targets
 from turret.server.adapters.peft_format.config.vocabulary_rules import is_token_list
-from turret.server.adapters.peft_format.vocabulary.rows import read_rows
+from turret.server.adapters.peft_format.refusals import unknown_tensors
 from turret.server.adapters.source import TENSORS_FILE
+
+if TYPE_CHECKING:
+    from turret.server.adapters.lowering.lowered import Lowered
+    from turret.server.adapters.operators.vocabulary import VocabularyRows
 
 _SUFFIX = ".trainable_tokens_delta"
 # Where PEFT wraps a tied head twice, it saves the same rows once more.
 _COPIES = (f"{HEAD}{_SUFFIX}", f"{HEAD}.base_layer{_SUFFIX}")
 
-TRAINABLE_TOKENS_RULES: Rules = {
-    **COMMON_RULES,
-    "token_indices": Used(is_token_list),
-    "target_modules": Used(is_optional_module_selector),
-    "init_weights": Irrelevant("sets the starting point of training"),
-}
+
+def check(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> None:
+    """The config alone: rows of the vocabulary are compared with the base's."""
+    _check_config(checkpoint, base).raise_if_any()
+
+
+def _check_config(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> Findings:
+    findings = Findings(checkpoint.path, base.name)
+    METHOD.check_config(checkpoint.config, findings)
+    if "token_indices" not in checkpoint.config and not checkpoint.is_partial:
+        findings.add("token_indices", "is required")
+    if not checkpoint.tensors and not checkpoint.is_partial:
+        findings.add(TENSORS_FILE, NO_TENSORS)
+    return findings
 
 
 def lower(checkpoint: AdapterCheckpoint, base: BaseModel, *_: object) -> Lowered:
-    config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
-    check_config(config, TRAINABLE_TOKENS_RULES, findings)
-    if "token_indices" not in config and not checkpoint.is_partial:
-        findings.add("token_indices", "is required")
-    rows = _read(checkpoint, _targeted(config, base, findings), base, findings)
+    from turret.server.adapters.lowering.finish import finish
+    from turret.server.adapters.operators.vocabulary import VocabularyOperators
+
+    findings = _check_config(checkpoint, base)
+    targeted = _targeted(checkpoint.config, base, findings)
+    rows = _read(checkpoint, targeted, base, findings)
     findings.raise_if_any()
     tokens = VocabularyOperators(embedding=rows.get(EMBEDDING), head=rows.get(HEAD))
     return finish(checkpoint, base, tokens=tokens, depends_on_base=False)
@@ -75,6 +75,8 @@ def _targeted(config: Mapping[str, Any], base: BaseModel, findings: Findings) ->
 def _read(
     checkpoint: AdapterCheckpoint, targeted: frozenset[str], base: BaseModel, findings: Findings
 ) -> dict[str, VocabularyRows]:
+    from turret.server.adapters.peft_format.vocabulary.rows import read_rows
+
     rows = {}
     left = dict(checkpoint.tensors)
     is_tied = base.vocabulary.is_tied and EMBEDDING in targeted
@@ -96,10 +98,7 @@ def _read(
                 found = read_rows(name, tensor, ids, base.vocabulary, findings)
                 if found is not None:
                     rows[module] = found
-    for name in left:
-        findings.add(name, "is not a tensor this method knows; every tensor must be used")
-    if not checkpoint.tensors and not checkpoint.is_partial:
-        findings.add(TENSORS_FILE, "holds no tensors of this method")
+    unknown_tensors(left, findings)
     return rows
 
 
@@ -112,4 +111,11 @@ def _drop_copies(
             findings.add(name, "differs from the embedding's rows, which it is tied to")
 
 
-METHOD = Method("trainable_tokens", {"TRAINABLE_TOKENS"}, TRAINABLE_TOKENS_RULES, lower)
+METHOD = Method(
+    name="trainable_tokens",
+    peft_types={"TRAINABLE_TOKENS"},
+    keys={"token_indices": is_token_list, "target_modules": is_optional_module_selector},
+    ignored={"init_weights": START},
+    check=check,
+    lower=lower,
+)

@@ -1,31 +1,28 @@
-"""The keys of a ``peft_type: LORA`` config: every one has a rule, and a test counts them."""
+"""The keys of a LoRA's config, which its variants, embeddings and experts share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from turret.server.adapters.peft_format.config.rules import (
-    Irrelevant,
-    Rejected,
-    Rules,
-    Used,
     is_bool,
-    is_one_of,
+    is_number,
     is_optional_bool,
     is_rank,
 )
-from turret.server.adapters.peft_format.config.selection_rules import (
-    ALPHA,
-    CONV1D_RULES,
-    DROPOUT,
-    LAYER_RULES,
-    PATTERN_RULES,
-    RANK,
-    SELECTION_RULES,
+from turret.server.adapters.peft_format.config.targets import (
+    MAX_LIST_ITEMS,
+    is_alpha_pattern,
+    is_layer_indexes,
+    is_module_selector,
+    is_optional_module_selector,
+    is_rank_pattern,
 )
-from turret.server.adapters.peft_format.config.targets import MAX_LIST_ITEMS, is_module_selector
-from turret.server.adapters.peft_format.config.vocabulary_rules import is_token_indices
+from turret.server.adapters.peft_format.config.vocabulary_rules import (
+    is_modules_to_save,
+    is_token_indices,
+)
 
 # Initialisations that leave the base weights as they were; they only set the starting point.
 PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
@@ -117,42 +114,52 @@ def _is_bd_lora(value: Any) -> str | None:
     return problem or is_rank(value.get("nblocks"))
 
 
-LORA_RULES: Rules = {
-    **SELECTION_RULES,
-    **LAYER_RULES,
-    **PATTERN_RULES,
-    **CONV1D_RULES,
-    "r": RANK,
-    "lora_alpha": ALPHA,
-    "use_rslora": Used(is_bool),
-    "use_dora": Used(is_bool),
-    "lora_bias": Used(is_bool),
-    "bias": Used(is_one_of("none", "all", "lora_only")),
-    "init_lora_weights": Used(is_served_init),
-    "trainable_token_indices": Used(is_token_indices),
-    "ensure_weight_tying": Used(is_optional_bool),
-    "target_modules": Used(_is_selector),
-    "target_parameters": Used(_is_names),
-    "layer_replication": Rejected(
-        (None, []), "changes the base model's depth; serve the replicated model as its own base"
+LORA_KEYS: Mapping[str, Callable[[Any], str | None]] = {
+    "target_modules": _is_selector,
+    "exclude_modules": is_optional_module_selector,
+    "modules_to_save": is_modules_to_save,
+    "layers_to_transform": is_layer_indexes,
+    "layers_pattern": is_optional_module_selector,
+    "rank_pattern": is_rank_pattern,
+    "alpha_pattern": is_alpha_pattern,
+    "fan_in_fan_out": is_optional_bool,
+    "r": is_rank,
+    "lora_alpha": is_number,
+    "use_rslora": is_bool,
+    "use_dora": is_bool,
+    "lora_bias": is_bool,
+    "init_lora_weights": is_served_init,
+    "trainable_token_indices": is_token_indices,
+    "ensure_weight_tying": is_optional_bool,
+    "target_parameters": _is_names,
+    INVOCATION: _is_invocation,
+    "use_qalora": is_optional_bool,
+    "use_bdlora": _is_bd_lora,
+    "kasa_config": _is_object_of("beta", "gamma"),
+    "velora_config": _is_object_of("num_groups", "scale", "init_type"),
+    "monteclora_config": _is_object_of(*_MONTECLORA_KEYS),
+    ARROW: _is_object_of(*_ARROW_KEYS),
+}
+_START = "read only at initialisation, which init_lora_weights names"
+_MEGATRON = "picks the layer class in Megatron training"
+LORA_IGNORED: Mapping[str, str] = {
+    "lora_dropout": "dropout is off at inference",
+    "qalora_group_size": "read only with use_qalora",
+    "loftq_config": _START,
+    "eva_config": _START,
+    "corda_config": _START,
+    "lora_ga_config": _START,
+    "megatron_config": _MEGATRON,
+    "megatron_core": _MEGATRON,
+    "merge_weights": "merging behaviour of early PEFT versions in training",
+}
+LORA_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "layer_replication": (
+        (None, []),
+        "changes the base model's depth; serve the replicated model as its own base",
     ),
-    INVOCATION: Used(_is_invocation),
-    "use_qalora": Used(is_optional_bool),
-    "use_bdlora": Used(_is_bd_lora),
-    "kasa_config": Used(_is_object_of("beta", "gamma")),
-    "velora_config": Used(_is_object_of("num_groups", "scale", "init_type")),
-    "monteclora_config": Used(_is_object_of(*_MONTECLORA_KEYS)),
-    ARROW: Used(_is_object_of(*_ARROW_KEYS)),
-    "enable_lora": Rejected(
-        (None,), "adapts slices of a fused projection; save the adapter with a current PEFT"
+    "enable_lora": (
+        (None,),
+        "adapts slices of a fused projection; save the adapter with a current PEFT",
     ),
-    "lora_dropout": DROPOUT,
-    "qalora_group_size": Irrelevant("read only with use_qalora"),
-    "loftq_config": Irrelevant("read only at initialisation, which init_lora_weights names"),
-    "eva_config": Irrelevant("read only at initialisation, which init_lora_weights names"),
-    "corda_config": Irrelevant("read only at initialisation, which init_lora_weights names"),
-    "lora_ga_config": Irrelevant("read only at initialisation, which init_lora_weights names"),
-    "megatron_config": Irrelevant("picks the layer class in Megatron training"),
-    "megatron_core": Irrelevant("picks the layer class in Megatron training"),
-    "merge_weights": Irrelevant("merging behaviour of early PEFT versions in training"),
 }

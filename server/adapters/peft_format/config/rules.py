@@ -6,8 +6,9 @@ key as "probably fine" is how servers come to compute the wrong function without
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from turret.server.adapters.checkpoint.findings import Findings
@@ -84,6 +85,11 @@ def is_text(value: Any) -> str | None:
     return None if isinstance(value, str) else "must be a string"
 
 
+def optional(check: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+    """A check that also takes null."""
+    return lambda value: None if value is None else check(value)
+
+
 def is_one_of(*allowed: Any) -> Callable[[Any], str | None]:
     def check(value: Any) -> str | None:
         if any(same(value, one) for one in allowed):
@@ -135,3 +141,72 @@ def check_config(config: Mapping[str, Any], rules: Rules, findings: Findings) ->
                     findings.add(key, advice)
             case Irrelevant():
                 pass
+
+
+Check = Callable[[Any], str | None]
+Config = Mapping[str, Any]
+
+
+def _accepts_all(config: Config) -> bool:
+    return True
+
+
+def _never(config: Config) -> bool:
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodKeys:
+    """A method as far as its config tells.
+
+    Attributes:
+        name: As clients see it, e.g. ``lora``.
+        peft_types: The values of ``peft_type`` (upper case) that it may accept.
+        keys: The config keys that it reads, with a function that says what is wrong with a value.
+        ignored: Config keys that have no part in the forward pass, with the reason.
+        refused: Config keys that change the forward pass in a way that is not served, with the
+            values that switch them off and what to do.
+        bias: Values of ``bias`` that stand for the targeted modules' biases; none means that the
+            config has no such key.
+        conflicts: What is wrong between keys that are each well-formed: pairs of key and reason.
+        accepts: Whether this method, among those of the same ``peft_type``, is the one meant.
+        is_dense: Whether the updates of an adapter with this config are whole matrices, which a
+            server has to allow.
+        on_vocabulary: Whether its factors may also be those of the embedding and of experts.
+        more_integers: Parts of names of tensors that may hold integers, beside those that are
+            declared so.
+    """
+
+    name: str
+    peft_types: Set[str]
+    keys: Mapping[str, Check] = field(default_factory=dict)
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
+    bias: tuple[str, ...] = ()
+    conflicts: Callable[[Config], Iterable[tuple[str, str]]] | None = None
+    accepts: Callable[[Config], bool] = _accepts_all
+    is_dense: Callable[[Config], bool] = _never
+    on_vocabulary: bool = False
+    more_integers: Set[str] = frozenset()
+
+    @cached_property
+    def rules(self) -> Rules:
+        """A rule for every key that the config may have."""
+        rules: dict[str, Rule] = dict(COMMON_RULES)
+        if self.bias:
+            rules["bias"] = Used(is_one_of("none", "all", *self.bias))
+        rules |= {name: Used(check) for name, check in self.keys.items()}
+        rules |= {name: Irrelevant(why) for name, why in self.ignored.items()}
+        return rules | {name: Rejected(*rejected) for name, rejected in self.refused.items()}
+
+    @cached_property
+    def used(self) -> frozenset[str]:
+        """The keys that the method reads."""
+        return frozenset(name for name, rule in self.rules.items() if isinstance(rule, Used))
+
+    def check_config(self, config: Config, findings: Findings) -> None:
+        """Reports every key that is unknown, malformed or not served."""
+        check_config(config, self.rules, findings)
+        if self.conflicts is not None and not findings.fields & self.used:
+            for name, why in self.conflicts(config):
+                findings.add(name, why)

@@ -13,24 +13,22 @@ from typing import Any
 import torch
 
 from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.no_adapter import LEFT_OUT
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.adapters.operators.vocabulary import (
     EmbeddingLowRank,
     VocabularyOperators,
     VocabularyRows,
 )
-from turret.server.adapters.peft_format.config.rules import Rules, check_config
-from turret.server.adapters.peft_format.config.selection_rules import (
-    ALPHA,
-    LAYER_RULES,
-    PATTERN_RULES,
-    RANK,
-    SELECTION_RULES,
+from turret.server.adapters.peft_format.config.lora_rules import LORA_KEYS
+from turret.server.adapters.peft_format.config.rules import Rules, Used, check_config
+from turret.server.adapters.peft_format.config.targets import (
+    Targets,
+    is_module_selector,
+    resolve_targets,
 )
-from turret.server.adapters.peft_format.config.targets import Targets, resolve_targets
 from turret.server.adapters.peft_format.config.vocabulary_rules import (
     is_modules_to_save,
     is_token_indices,
@@ -58,13 +56,12 @@ from turret.server.adapters.peft_format.vocabulary.rows import (
 
 # What decides whether and how LoRA adapts the embedding.
 _TARGET_RULES: Rules = {
-    "r": RANK,
-    "lora_alpha": ALPHA,
-    "target_modules": SELECTION_RULES["target_modules"],
-    "exclude_modules": SELECTION_RULES["exclude_modules"],
-    **LAYER_RULES,
-    **PATTERN_RULES,
-}
+    name: Used(LORA_KEYS[name])
+    for name in (
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "exclude_modules"),
+        *("layers_to_transform", "layers_pattern"),
+    )
+} | {"target_modules": Used(is_module_selector)}
 
 
 @dataclass(slots=True)
@@ -88,8 +85,13 @@ class VocabularyPart:
     findings: Findings
 
 
-def take_vocabulary(checkpoint: AdapterCheckpoint, base: BaseModel) -> VocabularyPart:
-    """Splits a checkpoint; nothing raises, the findings say what is wrong."""
+def take_vocabulary(
+    checkpoint: AdapterCheckpoint, base: BaseModel, *, is_lora: bool
+) -> VocabularyPart:
+    """Splits a checkpoint; nothing raises, the findings say what is wrong.
+
+    ``is_lora`` tells whether its method may adapt the embedding.
+    """
     config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
     found: dict[str, Found] = {EMBEDDING: {}, HEAD: {}}
     rest = {}
@@ -111,7 +113,7 @@ def take_vocabulary(checkpoint: AdapterCheckpoint, base: BaseModel) -> Vocabular
         other_modules=base.other_modules - saved,
     )
     low_rank, changes = None, {}
-    if _is_lora(config):
+    if is_lora:
         if EMBEDDING not in saved:
             low_rank, changes = _low_rank(config, found[EMBEDDING], base, findings)
         base = replace(base, other_modules=base.other_modules - {EMBEDDING})
@@ -136,11 +138,6 @@ def take_vocabulary(checkpoint: AdapterCheckpoint, base: BaseModel) -> Vocabular
         base=base,
         findings=findings,
     )
-
-
-def _is_lora(config: Mapping[str, Any]) -> bool:
-    kind = config.get("peft_type")
-    return isinstance(kind, str) and kind.upper() == "LORA"
 
 
 def _trained_rows(

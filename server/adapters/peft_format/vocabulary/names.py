@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
+from turret.server.basics.lazy_torch import torch
 
 WHOLE, FROZEN, ROWS, A, B, MAGNITUDE = "weight", "base", "rows", "a", "b", "magnitude"
 _SUFFIXES = {
@@ -32,7 +31,7 @@ BY_NAME = {
     f"base_model.{HEAD}.weight": (HEAD, WHOLE),
 }
 # Role → (name in the file, tensor).
-Found = dict[str, tuple[str, torch.Tensor]]
+Found = dict[str, tuple[str, "torch.Tensor"]]
 
 # With ``save_embedding_layers``, which a resized vocabulary sets, PEFT saves what its wrappers hold
 # as well: under these names what the usual ones mean.

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.adapters.operators.vocabulary import AddedRows
 from turret.server.adapters.peft_format.config.targets import Targets

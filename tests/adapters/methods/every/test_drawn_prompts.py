@@ -25,7 +25,7 @@ from transformers import LlamaForCausalLM
 
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.component import Component, ComponentRef
-from turret.server.adapters.methods import lower_checkpoint
+from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 EXAMPLES = 20

@@ -29,7 +29,8 @@ from peft import ArrowConfig, LoraConfig
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.component import Component, ComponentRef
 from turret.server.adapters.lowering.lowered import Lowered
-from turret.server.adapters.methods import METHODS, lower_checkpoint
+from turret.server.adapters.methods import METHODS
+from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.gate import Gate, PrototypeScore
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.errors import (

@@ -21,8 +21,9 @@ from builders.adapters import (
 )
 
 from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
+from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import METHODS, method_for
 from turret.server.adapters.peft_format import dora_gain

@@ -17,7 +17,7 @@ from turret.server.adapters.methods import METHODS
 # Methods that are made of registered adapters, which are to be loaded before them.
 MADE_OF_OTHERS = ("learned_fusion", "arrow", "xlora")
 COMPONENTS = ("0", "1", "2")
-TASKS = {name: 1 for name, method in METHODS.items() if method.has_tasks}
+TASKS = {name: 1 for name, method in METHODS.items() if method.tasks}
 
 
 def save_every_method(model: nn.Module, root: Path) -> list[str]:

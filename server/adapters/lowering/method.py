@@ -1,0 +1,138 @@
+"""What a method is: a declaration, and a function from tensors to operators. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Set
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+from turret.server.adapters.base import BaseModel, BaseSizes
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.component import FindComponent, find_no_component
+from turret.server.adapters.lowering.pieces import Assembly, Piece
+from turret.server.adapters.peft_format.config.rules import MethodKeys
+from turret.server.adapters.peft_format.linear_format import LinearFormat
+from turret.server.adapters.peft_format.reading import Module, Reading
+from turret.server.adapters.peft_format.refusals import task_warning
+
+if TYPE_CHECKING:
+    from turret.server.adapters.lowering.lowered import Lowered
+
+Pieces = Piece | Iterable[Piece]
+
+
+class Lower(Protocol):
+    """Turns a checkpoint into operators for the base as served."""
+
+    def __call__(
+        self,
+        checkpoint: AdapterCheckpoint,
+        base: BaseModel,
+        max_rank: int | None = None,
+        find_component: FindComponent = find_no_component,
+        /,
+    ) -> Lowered:
+        """Lowers it.
+
+        Args:
+            checkpoint: As read.
+            base: As served.
+            max_rank: Largest rank served; None is any.
+            find_component: Finds an adapter that the config names as a component; raises
+                AdapterComponentError if it cannot. Most methods have none and ignore it.
+
+        Raises:
+            AdapterCheckpointError: A key or tensor is unsupported or inconsistent (names all).
+            AdapterMismatchError: The tensors do not fit the base (names all).
+            AdapterComponentError: An adapter it is built from is not registered (names all).
+            BudgetExceededError: A rank over ``max_rank``.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(MethodKeys):
+    """An adapter method whose tensors are not those of linear modules.
+
+    A file in ``methods/`` binds one, or a ``LinearMethod``, to the name ``METHOD``.
+
+    Attributes:
+        check: Refuses what names, shapes and dtypes say against an adapter, on a base of which
+            there may be only sizes.
+        lower: Makes the operators.
+        tasks: Config key of how many tasks the files hold, or None.
+    """
+
+    check: Callable[[AdapterCheckpoint, BaseModel | BaseSizes], object]
+    lower: Lower
+    tasks: str | None = None
+
+    @property
+    def integers(self) -> Set[str]:
+        return self.more_integers
+
+    def read(
+        self,
+        checkpoint: AdapterCheckpoint,
+        base: BaseModel | BaseSizes,
+        max_rank: int | None = None,
+    ) -> object:
+        """See ``LinearFormat.read``."""
+        return self.check(checkpoint, base)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearMethod(LinearFormat):
+    """An adapter method that changes linear modules.
+
+    Attributes:
+        operators: From a module's tensors to what it does there; no pieces leave the module alone.
+        order: The modules in the order in which they are computed, where that is not the base's.
+        after: Looks at all of it, once every module is done.
+        complete: Adds to the result what is not about modules.
+    """
+
+    operators: Callable[[Module], Pieces]
+    order: Callable[[Reading], Iterable[Module]] | None = None
+    after: Callable[[Reading], None] | None = None
+    complete: Callable[[Lowered, Reading], Lowered] | None = None
+
+    def lower(
+        self,
+        checkpoint: AdapterCheckpoint,
+        base: BaseModel,
+        max_rank: int | None = None,
+        find_component: FindComponent = find_no_component,
+    ) -> Lowered:
+        """See ``Lower``."""
+        from turret.server.adapters.lowering.finish import finish
+
+        reading = self.read(checkpoint, base, max_rank)
+        assembly = Assembly(base.dtype)
+        reading.find_component = find_component
+        with ExitStack() as stack:
+            # A thread's work on the device goes beside the steps, if there is any.
+            reading.beside = partial(stack.enter_context, base.beside())
+            order = reading.modules.values() if self.order is None else self.order(reading)
+            for module in order:
+                assembly.add(module.name, self.operators(module))
+        if self.after is not None:
+            self.after(reading)
+        reading.findings.raise_if_any()
+        components, warnings = reading.components, [*reading.warnings]
+        if self.tasks is not None:
+            warnings += task_warning(reading.task, reading.config[self.tasks])
+        lowered = finish(
+            checkpoint,
+            base,
+            assembly.modules(reading.modules),
+            found=reading,
+            ranks={rank for one in components for rank in one.ranks} if components else None,
+            scalings=assembly.scalings,
+            components=tuple(component.ref.digest for component in components),
+            warnings=warnings,
+            depends_on_base=reading.depends_on_base,
+        )
+        return lowered if self.complete is None else self.complete(lowered, reading)

@@ -1,0 +1,139 @@
+"""What an adapter's config and the header of its tensors say against it. No torch.
+
+A start that is to load adapters checks them so before it loads the model, with the methods' own
+checks. What needs the values of tensors, and what they do to the vocabulary, a load checks alone.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+from turret.server.adapters.base import BaseSizes
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.json_files import parse_config, read_base_digest
+from turret.server.adapters.checkpoint.no_adapter import lacks_tokenizer
+from turret.server.adapters.checkpoint.safetensors_header import (
+    SafetensorsHeader,
+    check_fits,
+    read_header,
+)
+from turret.server.adapters.checkpoint.tensor_names import canonical_names, text_prefix
+from turret.server.adapters.methods import AnyMethod, check_common, method_for
+from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
+from turret.server.adapters.peft_format.classifier_checkpoint import without_classifier
+from turret.server.adapters.peft_format.config.vocabulary_rules import vocabulary_module
+from turret.server.adapters.peft_format.refusals import is_other_base, of_other_base
+from turret.server.adapters.source import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    TENSORS_FILE,
+    TOKENIZER_FILE,
+)
+
+_BASE = "base_model_name_or_path"
+# Whole matrices that have a row for each token.
+_ALL_TOKENS = (
+    *(f"{EMBEDDING}{end}" for end in (".weight", ".base_layer.weight")),
+    f"{HEAD}.weight",
+)
+
+
+def check_files(
+    directory: AdapterDirectory,
+    path: str,
+    *,
+    base: BaseSizes | None,
+    base_name: str | None,
+    max_rank: int | None,
+    host_bytes: int | None = None,
+    item_bytes: int = 2,
+) -> None:
+    """Refuses an adapter whose files cannot be served, as far as that shows without their weights.
+
+    Args:
+        directory: Has its two files.
+        path: What messages call the adapter.
+        base: What is known of the base; None is nothing.
+        base_name: The base's name as served; None if adapters of any base are taken.
+        max_rank: Largest rank; None is any.
+        host_bytes: Host memory of all adapters; None is any.
+        item_bytes: What a weight takes of it as served.
+
+    Raises:
+        AdapterCheckpointError: As a load would.
+        AdapterMismatchError: Likewise.
+        BudgetExceededError: Likewise.
+    """
+    with directory.open_file(CONFIG_FILE) as file:
+        config = parse_config(file.read(MAX_CONFIG_BYTES + 1), path)
+    findings = Findings(path)
+    header = _header(directory, findings)
+    findings.raise_if_any()
+    names = canonical_names([entry.name for entry in header.entries], findings)
+    findings.raise_if_any()
+    # The methods' checks look at shapes and dtypes alone, which entries have as tensors do.
+    entries: Any = {names[entry.name]: entry for entry in header.entries}
+    checkpoint = AdapterCheckpoint(
+        path=path,
+        config=config,
+        tensors=entries,
+        digest="",
+        bytes_disk=0,
+        text_prefix=text_prefix(entry.name for entry in header.entries),
+    )
+    method = method_for(checkpoint)
+    check_common(checkpoint, method)
+    rest = without_classifier(checkpoint)
+    method.check_config(rest.config, findings)
+    findings.raise_if_any()
+    # With a digest of its base beside it, the name alone proves nothing.
+    trained = None if read_base_digest(directory) else config.get(_BASE)
+    if base_name is not None and isinstance(trained, str) and is_other_base(trained, base_name):
+        raise of_other_base(path, trained, base_name)
+    if base is not None:
+        _check_tensors(rest, method, base, max_rank)
+        if not directory.has(TOKENIZER_FILE):
+            _check_tokens(checkpoint, base, findings)
+            findings.raise_if_any()
+    if host_bytes is not None:
+        check_fits(path, header, host_bytes // item_bytes, item_bytes)
+
+
+def _header(directory: AdapterDirectory, findings: Findings) -> SafetensorsHeader:
+    with directory.open_file(TENSORS_FILE) as file:
+        try:
+            return read_header(file, os.fstat(file.fileno()).st_size)
+        except ValueError as error:
+            findings.add(TENSORS_FILE, str(error))
+    return SafetensorsHeader(b"", ())
+
+
+def _check_tensors(
+    checkpoint: AdapterCheckpoint, method: AnyMethod, base: BaseSizes, max_rank: int | None
+) -> None:
+    """The method's own check of what is not about the vocabulary."""
+    tensors = {
+        name: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name.removeprefix("base_model.").partition(".")[0] != HEAD and "embed_tokens" not in name
+    }
+    is_partial = len(tensors) < len(checkpoint.tensors)
+    saved = checkpoint.config.get("modules_to_save")
+    is_saved = saved and any(vocabulary_module(name) for name in saved)
+    if is_partial and not (is_saved or method.on_vocabulary):
+        # Of a method that adapts the head, shared tensors may be as large as that is.
+        return
+    base = replace(base, text_prefix=checkpoint.text_prefix)
+    method.read(replace(checkpoint, tensors=tensors, is_partial=is_partial), base, max_rank)
+
+
+def _check_tokens(checkpoint: AdapterCheckpoint, base: BaseSizes, findings: Findings) -> None:
+    """Reports rows for tokens that the base lacks, of an adapter without their tokenizer."""
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    rows = max((shapes[name][0] for name in _ALL_TOKENS if shapes.get(name)), default=0)
+    if 0 < base.vocab_size < rows:
+        findings.add(TOKENIZER_FILE, lacks_tokenizer(rows, base.vocab_size))

@@ -1,0 +1,295 @@
+"""All that a method's file imports: how it is declared, and what it makes operators with. No torch.
+
+A method is one file that binds ``METHOD``. Its declaration names the values of ``peft_type``, the
+config keys that it reads (each with a check), the keys that it ignores (each with the reason) and
+the tensors with their shapes. Which adapters are served, every refusal, the check of a header
+before the weights are read, and the tables in docs/adapters.md follow from the declaration. The
+one function, ``operators``, turns the tensors of a module into operators.
+
+``torch`` here is imported at its first use, so that the declarations are there without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from turret.server.adapters.checkpoint.no_adapter import OTHER_TRAINING, SAVE_AGAIN
+from turret.server.adapters.component import Component
+from turret.server.adapters.lowering.method import LinearMethod, Method, Pieces
+from turret.server.adapters.lowering.pieces import (
+    Assembly,
+    Piece,
+    bias,
+    circulant,
+    dense,
+    gain,
+    gate,
+    gate_by_query,
+    hadamard,
+    input_blocks,
+    input_gain,
+    kronecker,
+    low_rank,
+    modulated,
+    pairs,
+    scaled_low_rank,
+    sparse,
+)
+from turret.server.adapters.peft_format.config.rules import (
+    is_bool,
+    is_count,
+    is_number,
+    is_one_of,
+    is_optional_bool,
+    is_optional_text,
+    is_rank,
+    is_seed,
+    optional,
+)
+from turret.server.adapters.peft_format.config.targets import (
+    MAX_LIST_ITEMS,
+    is_alpha_pattern,
+    is_layer_indexes,
+    is_module_selector,
+    is_optional_module_selector,
+    is_rank_pattern,
+)
+from turret.server.adapters.peft_format.config.vocabulary_rules import is_modules_to_save
+from turret.server.adapters.peft_format.linear_format import LinearFormat, Shared
+from turret.server.adapters.peft_format.reading import Module, Reading
+from turret.server.adapters.peft_format.shapes import (
+    ANY,
+    IN,
+    OUT,
+    UNREAD,
+    Dim,
+    Misfit,
+    R,
+    Shape,
+    Stop,
+    either,
+    extent,
+    indices,
+    key,
+    optionally,
+    when,
+)
+from turret.server.basics.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from turret.server.adapters.operators.updates import LowRank
+
+__all__ = [
+    "ANY",
+    "CONV1D",
+    "DROPOUT",
+    "EXCLUDE",
+    "IN",
+    "IN_TENSORS",
+    "LAYERS",
+    "LYCORIS",
+    "LYCORIS_IGNORED",
+    "MAX_LIST_ITEMS",
+    "OTHER_TRAINING",
+    "OUT",
+    "SAVED",
+    "SAVE_AGAIN",
+    "START",
+    "TARGETS",
+    "UNREAD",
+    "Assembly",
+    "Dim",
+    "LinearFormat",
+    "LinearMethod",
+    "Method",
+    "Misfit",
+    "Module",
+    "Piece",
+    "Pieces",
+    "R",
+    "Reading",
+    "Shape",
+    "Shared",
+    "Stop",
+    "always",
+    "bias",
+    "cayley",
+    "check_coefficients",
+    "check_places",
+    "circulant",
+    "components_of",
+    "dense",
+    "drawn",
+    "drawn_places",
+    "either",
+    "extent",
+    "fixed_projections",
+    "gain",
+    "gate",
+    "gate_by_query",
+    "hadamard",
+    "indices",
+    "input_blocks",
+    "input_gain",
+    "is_bool",
+    "is_count",
+    "is_number",
+    "is_one_of",
+    "is_optional_bool",
+    "is_optional_module_selector",
+    "is_optional_text",
+    "is_rank",
+    "is_rank_pattern",
+    "is_seed",
+    "key",
+    "kronecker",
+    "low_rank",
+    "modulated",
+    "needs_seed",
+    "optional",
+    "optionally",
+    "pairs",
+    "scaled_low_rank",
+    "sparse",
+    "times_weight",
+    "torch",
+    "update_of",
+    "weight_times",
+    "when",
+    "without",
+]
+
+# Keys that choose modules, with their checks. All methods for linear modules have the first two.
+TARGETS = {"target_modules": is_module_selector, "modules_to_save": is_modules_to_save}
+EXCLUDE = TARGETS | {"exclude_modules": is_optional_module_selector}
+LAYERS = {"layers_to_transform": is_layer_indexes, "layers_pattern": is_optional_module_selector}
+PATTERNS = {"rank_pattern": is_rank_pattern, "alpha_pattern": is_alpha_pattern}
+# For Conv1D bases such as GPT-2. On linear modules PEFT sets it to false, and so loads what it
+# would without it; the adapter gets a warning.
+CONV1D = {"fan_in_fan_out": is_optional_bool}
+# Written by PEFT's configs for LyCORIS methods.
+LYCORIS = EXCLUDE | LAYERS | PATTERNS | {"r": is_rank, "alpha": is_number}
+
+# Reasons for ignoring a key.
+DROPOUT = "dropout is off at inference"
+START = "sets the starting point of training"
+LYCORIS_IGNORED = {
+    "rank_dropout": DROPOUT,
+    "module_dropout": DROPOUT,
+    "init_weights": START,
+    "use_effective_conv2d": "read for convolutions; the models served have none",
+}
+IN_TENSORS = "the tensors hold what training made of it"
+
+
+def always(config: Mapping[str, Any]) -> bool:
+    """Of methods whose updates are whole matrices, whatever the config."""
+    return True
+
+
+def SAVED(adapter: Module | Reading) -> bool:
+    """The condition of fixed random matrices that the file may leave out."""
+    return adapter.config.get("save_projection", True)
+
+
+def needs_seed(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """The conflict of a config that leaves them out and does not say how to draw them."""
+    if not config.get("save_projection", True) and "projection_prng_key" not in config:
+        yield "projection_prng_key", "is required; save_projection is false"
+
+
+def drawn(names: str, seed: str = "projection_prng_key") -> str:
+    """The warning of an adapter for which they were drawn again."""
+    return f"{names} are not in the file; they were drawn again from {seed}, as PEFT does"
+
+
+def fixed_projections(adapter: Reading, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """PEFT's fixed random A ``[rows, in]`` and B ``[out, rank]``, as large as any module.
+
+    A and then B are drawn uniformly by Kaiming's rule, from one generator of the CPU.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(adapter.config["projection_prng_key"])
+
+    def draw(rows: int, columns: int) -> torch.Tensor:
+        bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(columns))
+        return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+
+    first = draw(rows, adapter.inputs)
+    return first, draw(adapter.outputs, adapter.rank)
+
+
+def drawn_places(m: Module, count: int) -> torch.Tensor:
+    """Places of coefficients in a weight, drawn from ``random_loc_seed`` as PEFT draws them."""
+    m.warn(drawn("the places of the coefficients", "random_loc_seed"))
+    return m.once(_place_drawer)(m.outputs * m.inputs, count)
+
+
+def _place_drawer(adapter: Reading) -> Callable[[int, int], torch.Tensor]:
+    from turret.server.adapters.lowering.sparse import place_drawer
+
+    return place_drawer(adapter.config["random_loc_seed"])
+
+
+def check_coefficients(m: Module, role: str) -> None:
+    """Reports a vector of coefficients that is empty, or longer than the weight has entries."""
+    shape, size = tuple(m.tensors[role].shape), m.inputs * m.outputs
+    if len(shape) != 1 or not shape[0]:
+        m.fault(role, "must be a vector with at least one coefficient")
+    elif shape[0] > size:
+        m.misfit(f"has {shape[0]} of {size} coefficients", role)
+
+
+def check_places(module: Module) -> None:
+    """Reports a module with more inputs than a sparse update can name."""
+    most = 1 << 16
+    if module.inputs > most:
+        why = f"has {module.inputs} inputs; sparse updates are served up to {most}"
+        module.reading.fault(module.name, why)
+
+
+def weight_times(module: Module, right: torch.Tensor) -> torch.Tensor:
+    """``W @ right`` with the weight as served, on the CPU."""
+    from turret.server.adapters.lowering.weight_products import weight_times
+
+    return weight_times(module.rows(), right)
+
+
+def times_weight(left: torch.Tensor, module: Module) -> torch.Tensor:
+    """``left @ W`` with the weight as served, on the CPU."""
+    from turret.server.adapters.lowering.weight_products import times_weight
+
+    return times_weight(left, module.rows())
+
+
+def cayley(skew: torch.Tensor) -> torch.Tensor:
+    """``R − I = −2 Q (I + Q)⁻¹`` of ``R = (I − Q)(I + Q)⁻¹``, without what cancels.
+
+    Args:
+        skew: ``Q``, ``[blocks, size, size]``, fp32 or wider.
+    """
+    eye = torch.eye(skew.shape[1], dtype=skew.dtype)
+    return torch.linalg.solve(eye + skew, -2.0 * skew, left=False)
+
+
+def components_of(adapter: Reading) -> Sequence[Component]:
+    """The adapters that this one is built from, in the config's order."""
+    from turret.server.adapters.lowering.components import find_components, left_out
+
+    adapter.components = find_components(adapter, adapter.find_component)
+    for warning in left_out(adapter.components, adapter.modules):
+        adapter.warn(warning)
+    return adapter.components
+
+
+def update_of(component: Component, module: str) -> LowRank | None:
+    """What a component adds to a module, or None."""
+    from turret.server.adapters.lowering.components import update_of
+
+    return update_of(component, module)
+
+
+def without(table: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """The table without some of its keys."""
+    return {key: value for key, value in table.items() if key not in keys}

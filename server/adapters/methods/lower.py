@@ -1,0 +1,139 @@
+"""From a checkpoint to a lowered adapter: the method's part, and the parts that all share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.component import FindComponent, find_no_component
+from turret.server.adapters.lowering.dense import check_dense, dense_warnings
+from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.methods import check_common, method_for
+from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
+from turret.server.adapters.operators.vocabulary import VocabularyOperators
+from turret.server.adapters.peft_format.classifier_checkpoint import (
+    ClassifierPart,
+    take_classifier,
+)
+from turret.server.adapters.peft_format.config.lora_rules import INVOCATION
+from turret.server.adapters.peft_format.expert_checkpoint import ExpertPart, take_experts
+from turret.server.adapters.peft_format.refusals import check_rank
+from turret.server.adapters.peft_format.vocabulary.checkpoint import VocabularyPart, take_vocabulary
+from turret.server.adapters.peft_format.vocabulary.resized import FittedCheckpoint, fit_vocabulary
+from turret.server.errors import AdapterCheckpointError
+
+
+def lower_checkpoint(
+    checkpoint: AdapterCheckpoint,
+    base: BaseModel,
+    max_rank: int | None = None,
+    find_component: FindComponent = find_no_component,
+    *,
+    max_dense_bytes: int | None = None,
+) -> tuple[str, Lowered]:
+    """Chooses the method and makes the operators.
+
+    Args:
+        checkpoint: See ``Lower``; so the next three.
+        base: The base.
+        max_rank: Largest rank.
+        find_component: Finds components.
+        max_dense_bytes: Most bytes of updates that are as large as the weights they change; None
+            is any.
+
+    Returns:
+        The method's name, and what was made.
+
+    Raises:
+        AdapterCheckpointError: Unsupported or inconsistent (names everything at fault).
+        AdapterMismatchError: Made for another base.
+        AdapterComponentError: An adapter it is built from is not registered (names all).
+        BudgetExceededError: A rank over ``max_rank``, or bytes over ``max_dense_bytes``.
+    """
+    method = method_for(checkpoint)
+    check_common(checkpoint, method)
+    if method.is_dense(checkpoint.config):
+        check_dense(checkpoint, base, max_dense_bytes)
+    base = replace(base, text_prefix=checkpoint.text_prefix)
+    classifier = take_classifier(checkpoint, base)
+    experts = take_experts(classifier.rest, base, max_rank, is_lora=method.on_vocabulary)
+    experts.findings.raise_if_any()
+    fitted = fit_vocabulary(experts.rest, base)
+    fitted.findings.raise_if_any()
+    part = take_vocabulary(fitted.rest, base, is_lora=method.on_vocabulary)
+    findings = classifier.findings
+    findings.add_all(part.findings)
+    lowered = None
+    try:
+        lowered = method.lower(part.rest, part.base, max_rank, find_component)
+    except AdapterCheckpointError as error:
+        if not findings.fields:
+            raise
+        for field, why in error.violations:
+            findings.add(field, why)
+    findings.raise_if_any()
+    assert lowered is not None  # or there was a fault
+    joined = _with_head(_with_experts(_joined(lowered, part), experts), classifier)
+    joined = _with_vocabulary(joined, fitted)
+    # The reader checked the modules' ranks before anything was computed; this is for all others.
+    check_rank(checkpoint.path, max(joined.ranks, default=0), max_rank)
+    return method.name, replace(
+        joined, warnings=(*joined.warnings, *dense_warnings(joined.operators))
+    )
+
+
+def _with_vocabulary(lowered: Lowered, fitted: FittedCheckpoint) -> Lowered:
+    if not fitted.size:
+        return lowered
+    findings = fitted.findings
+    if lowered.operators.invocation is not None:
+        why = "tokens before the invocation are the base's, which has no rows for added ones"
+        findings.add(INVOCATION, why)
+        findings.raise_if_any()
+    operators, leaves = lowered.operators, set[str]()
+    if fitted.added is not None:
+        tokens = operators.tokens or VocabularyOperators()
+        operators = replace(operators, tokens=replace(tokens, added=fitted.added))
+        leaves = {module.rpartition(".")[2] for module in (EMBEDDING, HEAD)}
+    return replace(
+        lowered,
+        operators=operators,
+        target_modules=tuple(sorted({*lowered.target_modules, *leaves})),
+        vocab_size=fitted.size,
+    )
+
+
+def _with_head(lowered: Lowered, part: ClassifierPart) -> Lowered:
+    if part.classifier is None:
+        return lowered
+    operators = replace(lowered.operators, classifier=part.classifier)
+    return replace(lowered, operators=operators, head=part.head)
+
+
+def _with_experts(lowered: Lowered, part: ExpertPart) -> Lowered:
+    if part.updates is None:
+        return lowered
+    leaves = {name.rpartition(".")[2] for name in part.updates}
+    return replace(
+        lowered,
+        operators=replace(lowered.operators, experts=part.updates),
+        ranks=tuple(sorted({*lowered.ranks, *part.ranks})),
+        target_modules=tuple(sorted({*lowered.target_modules, *leaves})),
+    )
+
+
+def _joined(lowered: Lowered, part: VocabularyPart) -> Lowered:
+    """One adapter of both parts; the head leaves the modules of the decoder layers."""
+    operators = lowered.operators
+    if part.operators is None and not part.modules and HEAD not in operators.modules:
+        return lowered
+    head = operators.modules.get(HEAD)
+    modules = {name: module for name, module in operators.modules.items() if name != HEAD}
+    tokens = operators.tokens if part.operators is None else part.operators
+    return replace(
+        lowered,
+        operators=replace(operators, modules=modules, head=head, tokens=tokens),
+        ranks=tuple(sorted({*lowered.ranks, *([part.rank] if part.rank else [])})),
+        target_modules=tuple(sorted({*lowered.target_modules, *part.modules})),
+    )

@@ -1,0 +1,394 @@
+"""How a method that adapts linear modules writes its checkpoint, and the one check of it. No torch.
+
+A method declares its keys and tensors as a ``LinearFormat``. The check reads a config and tensors,
+or only the entries of a safetensors header: it looks at names, shapes and dtypes, and at no value.
+So a start can check an adapter before it loads the model, and a load checks nothing else.
+
+The tensors say what exists, the config says how it is scaled. Where the two disagree, nobody knows
+which function was trained, so the checkpoint is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.no_adapter import (
+    LEFT_OUT,
+    NO_TENSORS,
+    OTHER_TRAINING,
+    SAVE_AGAIN,
+    lacks_switch,
+    lacks_switched,
+)
+from turret.server.adapters.peft_format.config.rules import MethodKeys
+from turret.server.adapters.peft_format.config.targets import Targets, resolve_targets
+from turret.server.adapters.peft_format.reading import Base, Module, Reading, Tensors
+from turret.server.adapters.peft_format.refusals import (
+    cause_of_mismatch,
+    check_rank,
+    check_task,
+    is_lycoris,
+    why_unknown,
+)
+from turret.server.adapters.peft_format.shapes import (
+    Declared,
+    Misfit,
+    R,
+    Stop,
+    Tensor,
+    is_served,
+    size_of,
+    tensor,
+)
+from turret.server.adapters.source import TENSORS_FILE
+
+_BIAS = "bias"
+# PEFT keeps a targeted module's own bias under base_layer, another module's in its place.
+_BIAS_SUFFIXES = (".base_layer.bias", ".bias")
+_SELECTION = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+
+Prepare = Callable[[AdapterCheckpoint, Base, Findings], AdapterCheckpoint]
+# Full names of tensors that modules share → their shapes.
+Shared = Mapping[str, Declared]
+
+
+def _configured(module: Module) -> int:
+    return module.rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearFormat(MethodKeys):
+    """How a method writes its checkpoint.
+
+    Attributes:
+        tensors: Role → shape. The role is the end of the tensor's name, behind the module's path.
+        rank: Config key of the rank, or None (no rank).
+        rank_name: What messages call the rank.
+        rank_of: The rank that is served, which is not the configured one where the tensors decide.
+        most_rank: Highest rank of a module with so many inputs and outputs, or None (any).
+        alpha: Config key of alpha, or None (not scaled by it).
+        root: Config key that is true where alpha is divided by the root of the rank, or None.
+        has_patterns: Whether ``rank_pattern`` and ``alpha_pattern`` are regular expressions for
+            ranks and alphas, as in LoRA.
+        shared: Tensors that belong to no module, by full name, or a function that gives them.
+        shared_prefix: How the names of those that the function gives begin.
+        required: Config keys that must be there beside those of rank, alpha and targets.
+        needs_tensors: Whether an adapted module has tensors of its own. Where it has none, all its
+            values follow from shared ones.
+        factors: The two tensors that map inputs to ranks and ranks to outputs: of an adapter for
+            another base, both are reported as one.
+        check: Looks at a module whose tensors all have their shapes.
+        check_all: Looks at all modules together, once each of them is sound.
+        tasks: Config key of how many tasks the files hold, or None.
+        prepare: Makes a checkpoint one of the kind that is declared, before it is read.
+    """
+
+    tensors: Mapping[str, Declared]
+    rank: str | None = "r"
+    rank_name: str = "rank"
+    rank_of: Callable[[Module], int] = _configured
+    most_rank: Callable[[int, int], int] | None = None
+    alpha: str | None = None
+    root: str | None = None
+    has_patterns: bool = False
+    shared: Shared | Callable[[Reading], Shared] = field(default_factory=dict)
+    shared_prefix: str = ""
+    required: tuple[str, ...] = ()
+    needs_tensors: bool | Callable[[Mapping[str, Any]], bool] = True
+    factors: tuple[str, str] | None = None
+    check: Callable[[Module], None] | None = None
+    check_all: Callable[[Reading], None] | None = None
+    tasks: str | None = None
+    prepare: Prepare | None = None
+
+    @cached_property
+    def all_tensors(self) -> Mapping[str, Tensor]:
+        return {role: tensor(shape) for role, shape in self.tensors.items()}
+
+    @cached_property
+    def roles(self) -> Mapping[str, str]:
+        """Endings of names, with what each stands for."""
+        own = {
+            f".{name}": role
+            for role, spec in self.all_tensors.items()
+            for name in (role, *spec.also_named)
+        }
+        return own | (dict.fromkeys(_BIAS_SUFFIXES, _BIAS) if self.bias else {})
+
+    @cached_property
+    def integers(self) -> frozenset[str]:
+        """Parts of the names of tensors that may hold integers."""
+        specs = [*self.all_tensors.items()]
+        if not callable(self.shared):
+            specs += [(name, tensor(shape)) for name, shape in self.shared.items()]
+        return frozenset(role for role, spec in specs if spec.may_be_integers) | self.more_integers
+
+    @property
+    def _required(self) -> tuple[str, ...]:
+        keys = (self.rank, self.alpha, "target_modules", *self.required)
+        return tuple(key for key in keys if key is not None)
+
+    def read(
+        self, checkpoint: AdapterCheckpoint, base: Base, max_rank: int | None = None
+    ) -> Reading:
+        """Checks a checkpoint against itself, the base and the server's limit.
+
+        Args:
+            checkpoint: With tensors, or with entries of a header.
+            base: As served, or what is known of it.
+            max_rank: Largest rank; None is any.
+
+        Raises:
+            AdapterCheckpointError: Unsupported or inconsistent; lists all keys and tensors at
+                fault.
+            AdapterMismatchError: Sound, but for another base; lists every module that does not fit.
+            BudgetExceededError: A rank over ``max_rank``.
+        """
+        findings = Findings(checkpoint.path, base.name)
+        if self.prepare is not None:
+            checkpoint = self.prepare(checkpoint, base, findings)
+        config = checkpoint.config
+        self.check_config(config, findings)
+        for name in self._required:
+            if name not in config:
+                findings.add(name, "is required")
+        reading = Reading(checkpoint, base, findings)
+        found = self._sort(checkpoint.tensors, reading)
+        adapted = {name: roles for name, roles in found.items() if roles.keys() - {_BIAS}}
+        needs = self.needs_tensors(config) if callable(self.needs_tensors) else self.needs_tensors
+        if needs and not (adapted or findings.mismatched or checkpoint.is_partial):
+            findings.add(TENSORS_FILE, NO_TENSORS)
+        targets = self._resolve(config, base, findings)
+        if targets is not None:
+            if not needs:
+                some = (name for name in base.modules if name in targets.targeted)
+                adapted = {name: {} for name in some} | adapted
+            reading.targets = targets
+            self._check_targets(targets, adapted, base, findings)
+            for name in base.modules:
+                if name in adapted and name in targets.targeted:
+                    own = {role: t for role, t in adapted[name].items() if role != _BIAS}
+                    reading.modules[name] = Module(name, targets.ranks[name], own, reading)
+            if not findings.fields & self.used:
+                switched_on = {
+                    role: spec
+                    for role, spec in self.all_tensors.items()
+                    if spec.switch is None or config.get(spec.switch)
+                }
+                for module in reading.modules.values():
+                    self._check_module(module, switched_on)
+            self._check_biases(reading, found)
+        if findings.mismatched:
+            findings.cause = cause_of_mismatch(config, checkpoint.tensors, base)
+        findings.raise_if_any()
+        assert targets is not None  # its keys had no fault
+        if self.tasks is not None:
+            reading.task = check_task(checkpoint, self.tasks, findings)
+        self._check_shared(reading)
+        if self.check_all is not None and not (findings.fields or findings.mismatched):
+            self.check_all(reading)
+        findings.raise_if_any()
+        if self.rank is None and self.rank_of is _configured:
+            return reading
+        ranks = {name: self.rank_of(module) for name, module in reading.modules.items()}
+        check_rank(checkpoint.path, max(ranks.values(), default=0), max_rank, name=self.rank_name)
+        reading.ranks = ranks if self.rank_name == "rank" else {}
+        return reading
+
+    def _check_module(self, module: Module, switched_on: Mapping[str, Tensor]) -> None:
+        """Reports tensors that are missing or have another shape as faults, or as mismatches."""
+        others = module.tensors.keys() - switched_on.keys()
+        for role in others:
+            module.fault(role, lacks_switch(str(self.all_tensors[role].switch)))
+        fits = not others
+        try:
+            # All sizes first: where they do not go together, no tensor is at fault.
+            wanted = {role: spec.sizes(module) for role, spec in switched_on.items()}
+            for role, spec in switched_on.items():
+                fits &= self._check_tensor(module, role, spec, wanted[role])
+            if fits and self.check is not None:
+                self.check(module)
+        except Misfit as why:
+            module.misfit(str(why))
+            return
+        except Stop:
+            return
+        most = None if self.most_rank is None else self.most_rank(module.inputs, module.outputs)
+        if fits and most is not None and module.rank > most:
+            module.misfit(f"takes a rank of {most} at most, the config says {module.rank}")
+
+    def _check_tensor(
+        self, module: Module, role: str, spec: Tensor, wanted: list[tuple[int, ...]] | None
+    ) -> bool:
+        found = module.tensors.get(role)
+        if wanted is None:
+            if found is not None:
+                module.fault(role, LEFT_OUT)
+            return found is None
+        if found is None:
+            if spec.is_optional:
+                return True
+            why = f"is missing; the module's other tensors are there: {SAVE_AGAIN}"
+            module.fault(role, why if spec.switch is None else lacks_switched(spec.switch))
+            return False
+        if spec.must_be_integers and found.is_floating_point():
+            module.fault(role, "must hold integers")
+            return False
+        shape = tuple(found.shape)
+        return not wanted or shape in wanted or self._wrong_shape(module, role, spec, shape)
+
+    def _wrong_shape(self, module: Module, role: str, spec: Tensor, found: tuple[int, ...]) -> bool:
+        """Reports a tensor whose shape is another one; the module's rank may be its rank then."""
+        shapes, wanted = spec.wanted(module), spec.sizes(module)
+        assert shapes, "it has a shape"
+        assert wanted, "in numbers too"
+        if found in wanted:
+            return True
+        first, sizes = shapes[0], wanted[0]
+        if len(found) == len(first) and len(shapes) == 1:
+            wrong = [i for i, size in enumerate(found) if size != sizes[i]]
+            if all(first[i] is R for i in wrong):
+                self._report_rank(module, role, found[wrong[0]])
+                return False
+            of_base = all(is_served(first[i]) for i in wrong)
+            if of_base and self.factors is not None and role in self.factors:
+                self._report_factors(module)
+                return False
+        else:
+            of_base = len(shapes) > 1
+        module.reading.findings.check_shape(
+            f"{module.name}.{role}", module.tensors[role], *wanted, of_base=of_base
+        )
+        return False
+
+    def _report_rank(self, module: Module, role: str, rank: int) -> None:
+        """Reports one tensor of a rank that the config does not say, not each of them."""
+        if not module.ranked_by:
+            why = f"has rank {rank}, the config says {module.rank}; {OTHER_TRAINING}"
+            module.fault(role, why)
+            module.rank, module.ranked_by = rank, role
+        else:
+            module.fault(role, f"has rank {rank}, {module.ranked_by} has {module.rank}")
+
+    def _report_factors(self, module: Module) -> None:
+        assert self.factors is not None
+        theirs = f"{module.extent(self.factors[0], -1)} -> {module.extent(self.factors[1], 0)}"
+        ours = f"{module.inputs} -> {module.outputs}"
+        module.misfit(f"the adapter maps {theirs}, the base model {ours}")
+
+    def _sort(self, tensors: Tensors, reading: Reading) -> dict[str, dict[str, Any]]:
+        """Gives every tensor a module and a role, or a fault, or a mismatch."""
+        base, findings = reading.base, reading.findings
+        names = () if callable(self.shared) else self.shared
+        modules: dict[str, dict[str, Any]] = {}
+        for full_name, found in tensors.items():
+            is_prefixed = bool(self.shared_prefix) and full_name.startswith(self.shared_prefix)
+            if is_prefixed or full_name in names:
+                reading.shared[full_name] = found
+                continue
+            name, role = self._split(full_name)
+            if role is None or is_lycoris(full_name):
+                findings.add(full_name, why_unknown(full_name))
+            elif name in base.other_modules:
+                findings.add(full_name, f"{name!r} cannot be adapted by this version")
+            elif name not in base.modules:
+                findings.mismatch(full_name, f"the base model has no module {name!r}")
+            elif role in modules.setdefault(name, {}):
+                findings.add(full_name, f"is a second {role} of {name!r}")
+            else:
+                modules[name][role] = found
+        return modules
+
+    def _split(self, name: str) -> tuple[str, str | None]:
+        parts = name.rsplit(".", self._depth)
+        # The longest ending first: that of "lora_B.bias" is not the module's own bias.
+        for cut in range(1, len(parts)):
+            ending = "." + ".".join(parts[cut:])
+            if ending in self.roles:
+                return ".".join(parts[:cut]), self.roles[ending]
+        return name, None
+
+    @cached_property
+    def _depth(self) -> int:
+        """Most parts of a role."""
+        return max(role.count(".") for role in self.roles)
+
+    def _resolve(self, config: Mapping[str, Any], base: Base, findings: Findings) -> Targets | None:
+        """The modules that the config selects, or None if a key it takes is at fault."""
+        patterns = ("rank_pattern", "alpha_pattern") if self.has_patterns else ()
+        keys = {*self._required, *_SELECTION, *patterns}
+        if findings.fields & keys:
+            return None
+        selection = {name: config[name] for name in keys if name in config}
+        selection["r"] = 1 if self.rank is None else config[self.rank]
+        selection["lora_alpha"] = 1 if self.alpha is None else config[self.alpha]
+        selection["use_rslora"] = self.root is not None and config.get(self.root)
+        linear, other = list(base.modules), sorted(base.other_modules)
+        targets = resolve_targets(selection, linear, other, findings, base.text_prefix)
+        return None if findings.fields & keys else targets
+
+    def _check_targets(
+        self, targets: Targets, adapted: Mapping[str, Tensors], base: Base, findings: Findings
+    ) -> None:
+        for name in sorted(targets.targeted & base.other_modules):
+            findings.add("target_modules", f"{name!r} cannot be adapted by this version")
+        # A module that does not fit the base was reported as that; it is not missing as well.
+        misfits = bool(findings.mismatched)
+        for name in base.modules:
+            if name in adapted and name not in targets.targeted:
+                role = next(role for role in self.tensors if role in adapted[name])
+                findings.add(f"{name}.{role}", LEFT_OUT)
+            elif name in targets.targeted and name not in adapted and not misfits:
+                first = next(iter(self.tensors))
+                findings.add(f"{name}.{first}", "is missing; the config targets the module")
+
+    def _check_biases(self, reading: Reading, found: Mapping[str, Tensors]) -> None:
+        """The ``bias`` key against the biases it promises or rules out."""
+        if not self.bias:
+            return
+        said, findings = reading.config.get("bias", "none"), reading.findings
+        for name, module in reading.base.modules.items():
+            bias, field = found.get(name, {}).get(_BIAS), f"{name}.bias"
+            is_promised = said == "all" or (said in self.bias and name in reading.targets.targeted)
+            if bias is None:
+                if is_promised and module.has_bias and not findings.mismatched:
+                    findings.add(field, f"is missing; bias is {said!r:.20}")
+            elif not is_promised:
+                findings.add(field, f"is there, but bias is {said!r:.20}")
+            elif module.has_bias is False:
+                findings.mismatch(field, "the base model has no bias there")
+            elif findings.check_shape(field, bias, (module.out_features,)):
+                reading.biases[name] = bias
+
+    def _check_shared(self, reading: Reading) -> None:
+        findings = reading.findings
+        if not reading.modules:
+            if reading.shared or self.shared:
+                findings.add("target_modules", "selects no module of the base model")
+            return
+        wanted = self.shared(reading) if callable(self.shared) else self.shared
+        for name in reading.shared.keys() - wanted.keys():
+            findings.add(name, "belongs to no module")
+        for name, shape in wanted.items():
+            spec, found = tensor(shape), reading.shared.get(name)
+            shapes = spec.wanted(reading)
+            if shapes is None:
+                if found is not None:
+                    findings.add(name, f"is there, but {spec.switch or 'the config'} rules it out")
+            elif found is None:
+                findings.add(name, "is missing; modules share it")
+            elif spec.must_be_integers and found.is_floating_point():
+                findings.add(name, "must hold integers")
+            elif shapes:
+                (dims,) = shapes
+                sizes = tuple(size_of(dim, reading) for dim in dims)
+                of_base = len(found.shape) == len(sizes) and all(
+                    one == other or is_served(dim)
+                    for one, other, dim in zip(found.shape, sizes, dims, strict=True)
+                )
+                findings.check_shape(name, found, sizes, of_base=of_base)

@@ -1,0 +1,205 @@
+"""An adapter for linear modules while it is read, and each module of it.
+
+A method's checks look at names, shapes and dtypes, which the entries of a header have too. Its
+function from tensors to operators asks a ``Module`` for all that it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from turret.server.adapters.base import BaseModel, BaseModule, BaseSizes, WeightRows
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.component import Component, FindComponent, find_no_component
+from turret.server.adapters.peft_format.config.targets import Targets
+from turret.server.basics.lazy_torch import torch
+
+T = TypeVar("T")
+Base = BaseModel | BaseSizes
+Tensors = Mapping[str, Any]
+
+
+def _nothing() -> None:
+    pass
+
+
+class Reading:
+    """An adapter while it is read: what its modules have in common.
+
+    Attributes:
+        config: ``adapter_config.json``.
+        path: The adapter, as messages name it.
+        base: The base that it is for.
+        task: Which task of the files is meant.
+        is_partial: Whether tensors were taken out before, as those of the embedding.
+        modules: The adapted modules by path, in the base's order.
+        shared: Tensors that belong to no module.
+        targets: Configured rank and alpha of every adapted module.
+        biases: Whole biases that replace the base's, by module path.
+        ranks: The rank that is served, by module path; empty for a method without ranks.
+        findings: What is wrong.
+        warnings: What an operator should know, in order.
+        depends_on_base: Whether weights or biases of the base were asked for.
+        beside: Called before the base's weights are read.
+        find_component: Finds an adapter that the config names as a component.
+        components: Those that were found.
+    """
+
+    def __init__(self, checkpoint: AdapterCheckpoint, base: Base, findings: Findings) -> None:
+        self.config = checkpoint.config
+        self.path = checkpoint.path
+        self.base = base
+        self.task = 0
+        self.is_partial = checkpoint.is_partial
+        self.modules: dict[str, Module] = {}
+        self.shared: dict[str, Any] = {}
+        self.targets = Targets(frozenset(), {}, {})
+        self.biases: dict[str, torch.Tensor] = {}
+        self.ranks: dict[str, int] = {}
+        self.findings = findings
+        self.warnings: dict[str, None] = {}
+        self.depends_on_base = False
+        self.beside: Callable[[], object] = _nothing
+        self.find_component: FindComponent = find_no_component
+        self.components: Sequence[Component] = ()
+        self._made: dict[object, Any] = {}
+        self._wide: dict[str, torch.Tensor] = {}
+
+    @property
+    def inputs(self) -> int:
+        """Of the widest module."""
+        return max(module.inputs for module in self.modules.values())
+
+    @property
+    def outputs(self) -> int:
+        """Of the module that has most."""
+        return max(module.outputs for module in self.modules.values())
+
+    @property
+    def rank(self) -> int:
+        """The config's."""
+        return self.config["r"]
+
+    def fault(self, name: str, why: str) -> None:
+        """Reports a fault of a key or of a tensor, by its full name."""
+        self.findings.add(name, why)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The serving dtype."""
+        assert isinstance(self.base, BaseModel)
+        return self.base.dtype
+
+    def wide(self, name: str) -> torch.Tensor:
+        """A shared tensor in fp32 or wider."""
+        if name not in self._wide:
+            found = self.shared[name]
+            self._wide[name] = found.to(torch.promote_types(found.dtype, torch.float32))
+        return self._wide[name]
+
+    def once(self, make: Callable[[Reading], T]) -> T:
+        """What a function makes of the adapter, made at the first call."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        return self._made[make]
+
+    def warn(self, text: str) -> None:
+        """What an operator should know of the adapter."""
+        self.warnings.setdefault(text)
+
+
+class Module:
+    """One adapted module: its sizes, its tensors, and what the config says of it.
+
+    Attributes:
+        name: Its path.
+        inputs: Columns of its weight.
+        outputs: Rows of its weight.
+        has_bias: Whether the base has a bias there; None if that is not known yet.
+        rank: As configured, or as its tensors have it.
+        tensors: By role; entries of a header have a shape and a dtype alone.
+        reading: The whole adapter.
+    """
+
+    def __init__(self, name: str, rank: int, tensors: Tensors, reading: Reading) -> None:
+        size = reading.base.modules[name]
+        self.name, self.rank, self.tensors, self.reading = name, rank, tensors, reading
+        self.inputs, self.outputs, self.has_bias = (
+            size.in_features,
+            size.out_features,
+            size.has_bias,
+        )
+        # The tensor that has this rank, where that is not the config's.
+        self.ranked_by = ""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.reading.config
+
+    def __contains__(self, role: str) -> bool:
+        return role in self.tensors
+
+    def extent(self, role: str, axis: int) -> int:
+        """What a tensor has in a dimension; 0 where there is none."""
+        shape = self.tensors[role].shape if role in self.tensors else ()
+        return shape[axis] if -len(shape) <= axis < len(shape) else 0
+
+    def fault(self, field: str, why: str) -> None:
+        """Reports a fault of a tensor, by its role."""
+        self.reading.findings.add(f"{self.name}.{field}", why)
+
+    def misfit(self, why: str, field: str = "") -> None:
+        """Reports that the module, or one of its tensors, does not fit the base."""
+        self.reading.findings.mismatch(f"{self.name}.{field}" if field else self.name, why)
+
+    # What follows needs tensors, and the base as served.
+
+    @property
+    def scaling(self) -> float:
+        """``alpha / rank``, or ``alpha / sqrt(rank)``, as configured."""
+        return self.reading.targets.scaling(self.name)
+
+    @property
+    def shared(self) -> Tensors:
+        """Tensors that all modules share, by full name."""
+        return self.reading.shared
+
+    def wide(self, *roles: str) -> tuple[torch.Tensor, ...]:
+        """Tensors in fp32, or wider where the first of them is."""
+        dtype = torch.promote_types(self.tensors[roles[0]].dtype, torch.float32)
+        return tuple(self.tensors[role].to(dtype) for role in roles)
+
+    def exact(self, role: str) -> torch.Tensor:
+        """A tensor in fp64."""
+        return self.tensors[role].double()
+
+    def once(self, make: Callable[[Reading], T]) -> T:
+        """What ``make`` makes of the whole adapter, made for the first module that asks."""
+        return self.reading.once(make)
+
+    def warn(self, text: str) -> None:
+        """What an operator should know of the adapter."""
+        self.reading.warnings.setdefault(text)
+
+    def rows(self) -> WeightRows:
+        """The base's weight as served, to be read block by block and where it is kept."""
+        return self._served().rows()
+
+    def weight(self) -> torch.Tensor:
+        """The base's weight as served, whole: take one at a time, and do not write to it."""
+        return self._served().dequantize()
+
+    def bias(self) -> torch.Tensor | None:
+        """The base's bias, ``[out]`` fp32 on the CPU."""
+        bias = self._served().bias if self.has_bias else None
+        return None if bias is None else bias.float().cpu()
+
+    def _served(self) -> BaseModule:
+        base = self.reading.base
+        assert isinstance(base, BaseModel)
+        if not self.reading.depends_on_base:
+            self.reading.depends_on_base = True
+            self.reading.beside()
+        return base.modules[self.name]

@@ -1,0 +1,223 @@
+"""Why an adapter is not served on this base, on this server, or as this task. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from turret.server.adapters.base import BaseModel, BaseSizes
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.no_adapter import WHOLE_WEIGHT
+from turret.server.errors import AdapterMismatchError, BudgetExceededError
+
+# Repackagings of the same weights, as publishers append them to the model's name.
+_REPACKAGED = re.compile(
+    r"[-_.](unsloth|bnb|4bit|8bit|nf4|int4|int8|fp4|fp8|bf16|fp16|f16|f32|hf|gguf|awq|gptq|dynamic"
+    r"|quantized)$"
+)
+_EXTENSION = re.compile(r"\.(gguf|safetensors)$")
+_GGUF_TYPE = re.compile(r"[-_.](ud-)?(i?q[1-8]_([0-9k]|xxs|xs|s|m|nl)(_(s|m|l|xl))?|f16|f32|bf16)$")
+# ~/.cache/huggingface/hub/models--ORG--NAME/snapshots/COMMIT
+_HUB_CACHE = re.compile(r"(?:^|/)models--[^/]*?--([^/]+)(?:/|$)")
+# A name that says how large the model is names a model; "model" or "checkpoint" name a folder.
+_SIZE = re.compile(r"(?:^|[-_.x])\d+(?:\.\d+)?[bm](?:$|[-_.])")
+_LOCAL = re.compile(r"^(?:[/~.]|[a-z]:/)|/.*/", re.IGNORECASE)
+# LyCORIS flattens the module's path into one word behind a prefix, and stores alpha as a tensor.
+_LYCORIS_PREFIXES = ("lycoris_", "lora_unet_", "lora_te_")
+_LYCORIS_SUFFIXES = (".alpha", ".dora_scale", ".scalar", ".on_input")
+_UNKNOWN = "is not a tensor this method knows; every tensor must be used"
+
+
+def normalise_base_name(name: str) -> str:
+    """``unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit`` → ``llama-3.1-8b-instruct``.
+
+    The publisher, a leading ``meta-`` and suffixes that name only a storage format are dropped; of
+    a place in the hub's cache the model's name stays.
+    """
+    text = name.rstrip("/").replace("\\", "/")
+    cached = _HUB_CACHE.search(text)
+    text = (cached[1] if cached else text.rsplit("/", 1)[-1]).lower()
+    text = _EXTENSION.sub("", text)
+    while True:
+        shorter = _GGUF_TYPE.sub("", _REPACKAGED.sub("", text))
+        if shorter == text or not shorter:
+            break
+        text = shorter
+    return text.removeprefix("meta-").replace("_", "-")
+
+
+def base_name_warning(adapter_base: str, served_base: str) -> str | None:
+    """A warning when the names differ."""
+    if not adapter_base or not served_base:
+        return None
+    if normalise_base_name(adapter_base) == normalise_base_name(served_base):
+        return None
+    return (
+        f"trained for base model {adapter_base!r:.200}, served on {served_base!r:.200}:"
+        " shapes fit, the weights may not"
+    )
+
+
+def is_other_base(adapter_base: str, served_base: str) -> bool:
+    """Whether the names prove that these are two models.
+
+    They do where both say how large the model is and yet differ. A path on the machine that trained
+    proves nothing, unless it is one of the hub's cache.
+    """
+    text = adapter_base.replace("\\", "/")
+    if _LOCAL.search(text) and not _HUB_CACHE.search(text):
+        return False
+    names = normalise_base_name(adapter_base), normalise_base_name(served_base)
+    return names[0] != names[1] and all(_SIZE.search(name) for name in names)
+
+
+def of_other_base(path: str, trained: str, served: str) -> AdapterMismatchError:
+    """The refusal of an adapter that says that its base is another one.
+
+    Args:
+        path: The adapter, as messages name it.
+        trained: The base that it names.
+        served: The base's name.
+    """
+    return AdapterMismatchError(
+        f"adapter {path!r} was trained for {trained!r:.200}, served is {served!r:.200}: even where"
+        " the shapes fit, its answers are wrong on other weights; serve the base that it was"
+        " trained for, or, if both are the same weights, let turret serve --allow-other-base take"
+        " it",
+        metadata={"path": path, "base_model": served, "trained_for": trained[:200]},
+        violations=[("base_model_name_or_path", f"is {trained!r:.200}")],
+    )
+
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_A = (".lora_A.weight", ".hada_w1_b", ".lora_A")
+# Modules of models of text and images beside the language model, which alone is served.
+_VISION = ("vision_tower.", "visual.", "multi_modal_projector.", "vision_model.")
+
+
+def cause_of_mismatch(
+    config: Mapping[str, Any], tensors: Mapping[str, Any], base: BaseModel | BaseSizes
+) -> str:
+    """The likeliest cause, and what the adapter was trained for; "" if nothing stands out.
+
+    Args:
+        config: ``adapter_config.json``.
+        tensors: By canonical name; each has a shape.
+        base: The base model as served, or what is known of it.
+    """
+    causes = (_vision(tensors), too_many_layers(tensors, base.num_layers), _width(tensors, base))
+    cause = next((text for text in causes if text), "")
+    names = trained_for_another(config, base.name)
+    return "; ".join(text for text in (cause, names) if text)
+
+
+def trained_for_another(config: Mapping[str, Any], base: str) -> str:
+    """That the config names another base; "" where it does not."""
+    trained = config.get("base_model_name_or_path")
+    # One name twice would deny what the cause says.
+    is_other = trained and trained != base
+    return f"trained for {trained!r:.200}, served is {base!r:.200}" if is_other else ""
+
+
+def _vision(names: Iterable[str]) -> str:
+    for name in names:
+        own = name.removeprefix("model.")
+        if own.startswith(_VISION):
+            return (
+                f"it adapts the {own.partition('.')[0]}, and only the language model of a model of"
+                " text and images is served: train with target_modules that leave the other out, as"
+                " Unsloth does with finetune_vision_layers=False"
+            )
+    return ""
+
+
+def too_many_layers(names: Iterable[str], num_layers: int) -> str:
+    """That tensors are of layers which the base does not have; "" where none is."""
+    found = [int(match[1]) for name in names if (match := _LAYER.search(name))]
+    count = max(found, default=-1) + 1
+    if count <= num_layers:
+        return ""
+    return f"it is for a model of at least {count} layers, the base has {num_layers}"
+
+
+def _width(tensors: Mapping[str, Any], base: BaseModel | BaseSizes) -> str:
+    for name, tensor in tensors.items():
+        for suffix in _A:
+            module = base.modules.get(name.removesuffix(suffix))
+            if not name.endswith(suffix) or module is None or len(tensor.shape) != 2:
+                continue
+            if tensor.shape[1] != module.in_features:
+                leaf = module.name.rpartition(".")[2]
+                return (
+                    f"its {leaf} takes {tensor.shape[1]} features, the base's {module.in_features}"
+                )
+    return ""
+
+
+def check_rank(path: str, rank: int, max_rank: int | None, *, name: str = "rank") -> None:
+    """Refuses a rank over the server's limit; ``name`` is what the message calls it.
+
+    Raises:
+        BudgetExceededError: It is over.
+    """
+    if max_rank is not None and rank > max_rank:
+        raise BudgetExceededError(
+            f"adapter {path!r} has {name} {rank}, the server allows {max_rank};"
+            f" `turret serve --max-rank {rank}` allows it",
+            metadata={"path": path, name: str(rank), "max_rank": str(max_rank)},
+        )
+
+
+def check_task(checkpoint: AdapterCheckpoint, count_key: str, findings: Findings) -> int:
+    """The task meant: the one named, or the only one there is.
+
+    Args:
+        checkpoint: As read.
+        count_key: Config key of how many there are; a fault of its own is the rules' business.
+        findings: Receives what is wrong; the result is then 0.
+    """
+    count = checkpoint.config.get(count_key)
+    if not isinstance(count, int) or count_key in findings.fields:
+        return 0
+    if checkpoint.task is None and count > 1:
+        why = (
+            f"is required: the files hold the tasks 0 to {count - 1}, and an adapter is one of them"
+        )
+        findings.add("task", why)
+    elif checkpoint.task is not None and checkpoint.task >= count:
+        findings.add("task", f"is {checkpoint.task}, the files hold the tasks 0 to {count - 1}")
+    else:
+        return checkpoint.task or 0
+    return 0
+
+
+def task_warning(task: int, count: int) -> tuple[str, ...]:
+    """What to say of an adapter that is one of several tasks."""
+    return (f"is task {task} of the {count} in its files",) if count > 1 else ()
+
+
+def is_lycoris(name: str) -> bool:
+    """Whether a tensor's name is a whole path as LyCORIS flattens it."""
+    return name.startswith(_LYCORIS_PREFIXES)
+
+
+def why_unknown(name: str) -> str:
+    """What to say of a tensor that a method has no use for."""
+    if is_lycoris(name) or name.endswith(_LYCORIS_SUFFIXES):
+        return (
+            "is named as LyCORIS names its tensors; save the adapter in PEFT's layout"
+            " (docs/adapters.md says how)"
+        )
+    if name.endswith((".hada_t1", ".hada_t2", ".lokr_t2")):
+        return "belongs to a convolution; the models served have none"
+    if name.endswith(".weight") and ".lora_" not in name:
+        return WHOLE_WEIGHT
+    return _UNKNOWN
+
+
+def unknown_tensors(names: Iterable[str], findings: Findings) -> None:
+    """Reports tensors that a method has no use for."""
+    for name in names:
+        findings.add(name, _UNKNOWN)

@@ -1,0 +1,19 @@
+"""``torch``, imported at its first use: ``from turret.server.basics.lazy_torch import torch``.
+
+For modules whose declarations are read before torch is loaded, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch as torch
+else:
+
+    class _Torch:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(importlib.import_module("torch"), name)
+
+    torch = _Torch()
