@@ -74,9 +74,9 @@ class Tokenizer:
             vocabulary = {t.content: i for i, t in backend.get_added_tokens_decoder().items()}
             longest, last = base.longest_token, base._last
         self._backend = backend
-        self.longest_token = max(longest, *map(len, vocabulary))
+        self.longest_token = max((longest, *map(len, vocabulary)))
         # Not how many there are: between the words and the special tokens there may be a gap.
-        self._last = max(last, *vocabulary.values())
+        self._last = max((last, *vocabulary.values()))
         self.vocab_size: int = min(self._last + 1, model_vocab_size)
         self.num_rows = model_vocab_size
         own = None if inner.eos_token is None else backend.token_to_id(inner.eos_token)
@@ -182,7 +182,7 @@ class Tokenizer:
         Raises:
             InvalidRequestError: No chat template, one that knows no tools though there are some, a
                 role that nobody knows, or the template refuses the messages or takes too much.
-            UnavailableError: The process that renders was ended.
+            UnavailableError: See ``ChatTemplate.render``.
         """
         if not self._template:
             raise InvalidRequestError.of("chat", "this model has no chat template; send a prompt")
