@@ -48,7 +48,7 @@ class ChatTemplate:
 
         Raises:
             ValueError: The template refuses the messages, fails, or takes too much.
-            UnavailableError: Something else ended the process.
+            UnavailableError: The process was ended, or got hardly any processor time.
         """
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         if name not in self._templates:
@@ -68,7 +68,7 @@ class ChatTemplate:
         except ConfinedError as error:
             if error.is_over_limit:
                 raise ValueError(str(error)) from None
-            raise UnavailableError("the process that renders chat templates was ended") from None
+            raise UnavailableError(f"chat template: {error}") from None
         if "error" in answer:
             raise ValueError(answer["error"])
         return answer["text"]

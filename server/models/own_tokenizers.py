@@ -196,7 +196,7 @@ def _asked(child: Confined, file: Path) -> dict[str, Any]:
     except ConfinedError as error:
         if error.is_over_limit:
             raise ValueError(f"reading it {error}") from None
-        raise UnavailableError("the process that reads tokenizers was ended") from None
+        raise UnavailableError(f"reading the tokenizer: {error}") from None
     if "error" in answer:
         raise ValueError(answer["error"])
     return answer

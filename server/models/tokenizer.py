@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 from tokenizers.models import WordLevel
 
 from turret.server.basics import channels
@@ -20,6 +19,7 @@ from turret.server.basics.work.panics import PANICS_ARE_ERRORS
 from turret.server.errors import InvalidRequestError
 from turret.server.models.chat_format import NO_TOOLS, ChatFormat, unknown_role
 from turret.server.models.chat_template import ChatTemplate
+from turret.server.models.token_stream import SaidStream, TokenStream
 
 _BEFORE = "\n"
 _MAX_AROUND = 8
@@ -74,9 +74,9 @@ class Tokenizer:
             vocabulary = {t.content: i for i, t in backend.get_added_tokens_decoder().items()}
             longest, last = base.longest_token, base._last
         self._backend = backend
-        self.longest_token = max(longest, *map(len, vocabulary))
+        self.longest_token = max((longest, *map(len, vocabulary)))
         # Not how many there are: between the words and the special tokens there may be a gap.
-        self._last = max(last, *vocabulary.values())
+        self._last = max((last, *vocabulary.values()))
         self.vocab_size: int = min(self._last + 1, model_vocab_size)
         self.num_rows = model_vocab_size
         own = None if inner.eos_token is None else backend.token_to_id(inner.eos_token)
@@ -182,7 +182,7 @@ class Tokenizer:
         Raises:
             InvalidRequestError: No chat template, one that knows no tools though there are some, a
                 role that nobody knows, or the template refuses the messages or takes too much.
-            UnavailableError: The process that renders was ended.
+            UnavailableError: See ``ChatTemplate.render``.
         """
         if not self._template:
             raise InvalidRequestError.of("chat", "this model has no chat template; send a prompt")
@@ -344,60 +344,3 @@ def _ids_within(backend: Any, texts: Sequence[str]) -> list[list[int]]:
     # A text that begins with a line's end itself may make one token with it.
     pairs = zip(after, alone, strict=True)
     return [ids[size:] if ids[:size] == before else own for ids, own in pairs]
-
-
-class TokenStream:
-    """Decodes one sequence token by token.
-
-    Text appears only when complete: a character that spans several byte tokens comes with its last
-    one, and word-initial spaces are right.
-
-    Args:
-        backend: The tokenizer.
-        shown: Special tokens that are text, by their ids; the others are none.
-    """
-
-    def __init__(self, backend: Any, shown: Mapping[int, str]) -> None:
-        self._backend = backend
-        self._shown = shown
-        self._stream = DecodeStream(skip_special_tokens=True)
-
-    def push(self, token_id: int) -> str:
-        """Add a token; returns the text that became certain (often one word, sometimes none)."""
-        with PANICS_ARE_ERRORS:
-            text = self._stream.step(self._backend, token_id) or ""
-        return text + self._shown[token_id] if token_id in self._shown else text
-
-
-class SaidStream(TokenStream):
-    """Of an answer in channels, the text of the messages that are for the user.
-
-    An answer that begins with no mark is text from its beginning, as one is that had to match
-    something else.
-
-    Args:
-        backend: The tokenizer.
-        marks: Special tokens of channels, by their ids.
-    """
-
-    def __init__(self, backend: Any, marks: Mapping[int, str]) -> None:
-        super().__init__(backend, {})
-        self._marks = marks
-        # What was read of a message's header; None within its text.
-        self._header: str | None = None
-        self._is_said = True
-
-    def push(self, token_id: int) -> str:
-        text, mark = super().push(token_id), self._marks.get(token_id)
-        if mark == channels.MESSAGE:
-            self._is_said = channels.Header.parse(self._header or "").is_said
-            self._header = None
-        elif mark in channels.ENDS:
-            self._header = ""
-        elif mark is not None:
-            self._header = (self._header or "") + mark
-        elif self._header is not None:
-            self._header += text
-        elif self._is_said:
-            return text
-        return ""

@@ -39,6 +39,8 @@ def answers(path: str) -> Iterator[dict[str, Any]]:
         }
         yield {"digests": digests, "file": {**small, "added_tokens": added}}
     except MemoryError:
+        # Ends the process: it has no memory left to go on with.
         raise
-    except Exception as error:
+    except BaseException as error:
+        # Panics of the library among them.
         yield {"error": f"{type(error).__name__}: {error}"[:1000]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 from typing import Any
@@ -169,21 +168,20 @@ def test_a_process_that_somebody_ends_is_told_from_a_slow_template() -> None:
     chats = ChatTemplate("{% if messages|length > 3 %}" + SLOW[4] + "{% endif %}ok", {})
     assert chats.render(TURNS, (), True) == "ok"
 
-    def pid() -> int:
-        process = chats._short.confined._process
-        assert process is not None
-        return process.pid
-
-    first = pid()
-    os.kill(first, signal.SIGKILL)
+    process = chats._short.confined._process
+    assert process is not None
+    process.kill()
+    process.wait()
     assert chats.render(TURNS, (), True) == "ok"
-    assert pid() != first
+    assert chats._short.confined._process is not process
     # A job that runs; closing is how a server stops.
     closing = threading.Timer(0.2, chats.close)
     closing.start()
     with pytest.raises(UnavailableError):
         chats.render(TURNS * 2, (), True)
     closing.join()
+    with pytest.raises(UnavailableError):
+        chats.render(TURNS, (), True)
 
 
 def test_surrogates_and_line_ends_come_back_as_they_are() -> None:

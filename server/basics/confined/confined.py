@@ -20,24 +20,23 @@ from typing import Any
 from turret.server.basics.byte_size import format_byte_size
 
 # A job that hardly gets any processor time ends after this.
-TIMEOUT_SECONDS = 30.0
+TIMEOUT_SECONDS = 60.0
 _CHILD = Path(__file__).with_name("child.py")
 _READ_BYTES = 1 << 20
-_ENDED = "cannot be answered: its process was ended"
 
 
 class ConfinedError(Exception):
     """A job was not answered.
 
     Attributes:
+        is_over_limit: Whether the job is to blame: it met one of its limits.
         answers: The answers that came before.
-        is_over_limit: Whether the job met one of its own limits.
     """
 
-    def __init__(self, why: str, answers: list[Any], is_over_limit: bool) -> None:
+    def __init__(self, why: str, *, is_over_limit: bool) -> None:
         super().__init__(why)
-        self.answers = answers
         self.is_over_limit = is_over_limit
+        self.answers: list[Any] = []
 
 
 class Confined:
@@ -72,6 +71,7 @@ class Confined:
         self._packages = packages
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_closed = False
         self._end: Callable[[], object] = lambda: None
 
     def ask(self, job: object) -> list[Any]:
@@ -83,19 +83,20 @@ class Confined:
         line = json.dumps(job, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         output = bytearray()
         with self._lock:
+            if self._is_closed:
+                raise ConfinedError("its process was ended", is_over_limit=False)
             process = self._started()
-            why = self._exchange(process, line, output)
-            if why is not None:
+            try:
+                self._exchange(process, line, output)
+            except ConfinedError as error:
                 self._end()
-        # The process may have ended in the middle of the last line.
-        lines = [answer for answer in output.split(b"\n")[:-1] if answer]
-        answers = [json.loads(answer.decode("utf-8", "surrogatepass")) for answer in lines]
-        if why is not None:
-            raise ConfinedError(why, answers, is_over_limit=why != _ENDED)
-        return answers
+                error.answers = _answers(output)
+                raise
+        return _answers(output)
 
     def close(self) -> None:
-        """Kill the process, and with it a job that runs."""
+        """Kill the process, and with it a job that runs. There will be no other."""
+        self._is_closed = True
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -116,10 +117,8 @@ class Confined:
             self._end = weakref.finalize(self, _end, process)
         return process
 
-    def _exchange(
-        self, process: subprocess.Popen[bytes], line: bytes, output: bytearray
-    ) -> str | None:
-        """Send a job and read its answers; returns why there are not all of them."""
+    def _exchange(self, process: subprocess.Popen[bytes], line: bytes, output: bytearray) -> None:
+        """Send a job and read its answers."""
         assert process.stdin is not None
         assert process.stdout is not None
         sink, source = process.stdin.fileno(), process.stdout.fileno()
@@ -132,32 +131,42 @@ class Confined:
         while output != b"\n" and output[-2:] != b"\n\n":
             events = dict(poll.poll(max(0.0, end - time.monotonic()) * 1000))
             if not events:
-                return f"takes longer than {TIMEOUT_SECONDS:g} s"
+                why = f"its process did not answer within {TIMEOUT_SECONDS:g} s"
+                raise ConfinedError(why, is_over_limit=False)
             if events.get(source):
                 piece = os.read(source, _READ_BYTES)
                 if not piece:
-                    return self._why_ended(process)
+                    raise self._end_of(process)
                 output += piece
                 if len(output) > self._max_answer_bytes:
-                    return f"writes more than {format_byte_size(self._max_answer_bytes)}"
+                    why = f"writes more than {format_byte_size(self._max_answer_bytes)}"
+                    raise ConfinedError(why, is_over_limit=True)
             elif left:
                 # A process that has ended says so at its standard output.
                 with contextlib.suppress(BrokenPipeError):
                     left = left[os.write(sink, left) :]
                 if not left:
                     poll.unregister(sink)
-        return None
 
-    def _why_ended(self, process: subprocess.Popen[bytes]) -> str:
+    def _end_of(self, process: subprocess.Popen[bytes]) -> ConfinedError:
+        """Why the process ended by itself."""
         code = process.wait()
+        if code in (-signal.SIGKILL, -signal.SIGTERM):
+            return ConfinedError("its process was ended", is_over_limit=False)
         if code == -signal.SIGPROF:
-            return f"takes more than {self._cpu_seconds:g} s of processor time"
-        # Python's own exit code after an exception that nobody caught.
-        return (
-            f"needs more than {format_byte_size(self._max_bytes)} of memory"
-            if code == 1
-            else _ENDED
-        )
+            why = f"takes more than {self._cpu_seconds:g} s of processor time"
+        elif code == 1:
+            # Python's own exit code after an exception that nobody caught.
+            why = f"needs more than {format_byte_size(self._max_bytes)} of memory"
+        else:
+            why = f"makes its process crash (exit code {code})"
+        return ConfinedError(why, is_over_limit=True)
+
+
+def _answers(output: bytearray) -> list[Any]:
+    # The process may have ended in the middle of the last line.
+    lines = [line for line in output.split(b"\n")[:-1] if line]
+    return [json.loads(line.decode("utf-8", "surrogatepass")) for line in lines]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
