@@ -46,7 +46,7 @@ METHOD_ROOMS = [
     for name in ("lora", "low_rank", "transforms", "structured", "vectors", "prompts")
 ]
 KEEPING = {f"server.adapters.{name}" for name in ("state", "residency")}
-DEVICE = {f"server.adapters.device{room}" for room in ("", ".packed", ".cpu", ".gpu")}
+DEVICE = {f"server.adapters.device{room}" for room in ("", ".cpu", ".gpu")}
 MODELS = {f"server.models{room}" for room in ("", ".families", ".sources", ".decoding", ".weights")}
 BEHIND_API = {
     *("server.engine", "server.engine.scheduling", "server.constraints", "server.models", "v1"),
@@ -63,7 +63,7 @@ BELOW = {
     "clients": {"v1"},
     "leaf": set(),
     # Tensors by name, and nothing of who made or uses them.
-    "server.adapters.operators": set(),
+    "server.adapters.operators": {"kernels"},
     "server.adapters": {"leaf", "server.adapters.operators"},
     "server.adapters.checkpoint": NOUNS,
     "server.adapters.peft_format.config": NOUNS | {"server.adapters.checkpoint"},
@@ -88,7 +88,6 @@ BELOW = {
     "server.adapters.fuse": NOUNS | READING | {"server.adapters.registry", "server.adapters.state"},
     "server.adapters.merge": NOUNS | {"server.adapters.registry"},
     "server.adapters.device": NOUNS | {"kernels"},
-    "server.adapters.device.packed": NOUNS | {"server.adapters.device", "kernels"},
     "server.adapters.device.cpu": NOUNS | DEVICE - {"server.adapters.device.cpu"} | {"kernels"},
     "server.adapters.device.gpu": NOUNS | DEVICE - {"server.adapters.device.gpu"} | {"kernels"},
     "server.models.weights": NOUNS | {"kernels"},
@@ -265,9 +264,9 @@ def test_no_module_imports_upward():
     [
         ("kernels.shrink", "import turret.server.errors"),
         ("kernels.shrink", "import bitsandbytes"),
-        ("server.adapters.device.packed_store", "from turret.server.models import decoder"),
+        ("server.adapters.device.reference", "from turret.server.models import decoder"),
         (
-            "server.adapters.device.packed_store",
+            "server.adapters.device.reference",
             "def f():\n    from turret.server.engine.step.batch import Batch",
         ),
         (

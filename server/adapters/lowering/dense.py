@@ -62,7 +62,8 @@ def _folders(path: str) -> Iterator[str]:
 def dense_warnings(operators: AdapterOperators) -> tuple[str, ...]:
     """What to say of an adapter's whole matrices, if it has any."""
     modules = [*operators.modules.values(), *([operators.head] if operators.head else [])]
-    total = sum(module.dense.num_bytes for module in modules if module.dense is not None)
+    parts = (part for module in modules for part in module.operators)
+    total = sum(part.num_bytes for part in parts if isinstance(part, Dense))
     if not total:
         return ()
     why = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -17,6 +16,7 @@ from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.adapters.operators.soft_prompt import SoftPrompt
+from turret.server.adapters.operators.vectors import Bias
 from turret.server.adapters.operators.vocabulary import VocabularyOperators
 from turret.server.adapters.peft_format.module_checkpoint import ModuleCheckpoint
 from turret.server.adapters.peft_format.prompt_checkpoint import EMBEDDINGS
@@ -107,7 +107,8 @@ def _with_biases(
         # The file holds the whole bias; operators add, so only the difference goes in.
         change = bias.to(torch.float32) - served.to(torch.float32).cpu()
         before = result.get(name, ModuleOperators())
-        result[name] = replace(before, bias=change if before.bias is None else before.bias + change)
+        whole = change if before.bias is None else before.bias + change
+        result[name] = before.with_operator(Bias(whole))
     return result
 
 

@@ -30,13 +30,11 @@ ROOMS = (
             *("methods/lora", "methods/low_rank", "methods/transforms", "methods/structured"),
             *("methods/vectors", "methods/prompts"),
             *("state", "residency", "fuse", "registry", "merge"),
-            *("device", "device/packed", "device/cpu", "device/gpu", "device/gpu/gated"),
-            "device/gpu/by_address",
+            *("device", "device/cpu", "device/gpu", "device/gpu/gated"),
         )
     ),
     *("kernels/adapters", "kernels/rows", "kernels/cpu", "kernels/gpu", "kernels/gpu/adapters"),
-    *("kernels/gpu/gates", "kernels/gpu/vocabulary"),
-    *("kernels/gpu/experts", "kernels/gpu/tables", "kernels/gpu/shared"),
+    *("kernels/gpu/gates", "kernels/gpu/experts", "kernels/gpu/tables", "kernels/gpu/shared"),
     *("clients/calls", "clients/messages", "clients/verbs", "clients/evaluation"),
     *(
         f"training/{name}"
