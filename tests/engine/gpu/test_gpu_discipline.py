@@ -291,8 +291,8 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
         with watched() as copies:
             computed = executor.run(step)
     assert copies.waits == []
-    # The rows'; adapters' came with the first. A prompt step brings both, soft tokens, a prefix, and
-    # which rows have other embeddings and heads. First passes are a step.
+    # The rows'; adapters' came with the first. A prompt step brings both, soft tokens, a prefix,
+    # and which rows have other embeddings and heads. First passes are a step.
     limits = {"prompts": 9, "prompts, told": 5, "decode, told": 6}
     assert copies.uploads <= limits.get(name, 1), copies.uploads
     assert computed.logits is not None
