@@ -48,7 +48,7 @@ REST = "all else"
 PARTS = (
     Part("turret.server.models.weights.nf4:Nf4Linear.__call__", "base matmuls"),
     Part("turret.server.adapters.device.cpu.store:CpuStep.project", "adapters"),
-    Part("turret.server.adapters.device.packed.store:PackedStep.project", "adapters"),
+    Part("turret.server.adapters.device.reference:ReferenceStep.project", "adapters"),
     Part("turret.server.models.decoding.cpu_layer_ops:CpuLayerOps.attend", "attention"),
     Part("turret.server.models.decoding.layer_ops:TorchLayerOps.attend", "attention"),
     Part(
@@ -57,8 +57,7 @@ PARTS = (
     Part("turret.server.models.decoding.layer_ops:TorchLayerOps.add_rms_norm", "norms, residuals"),
     Part("turret.server.models.decoding.cpu_layer_ops:CpuLayerOps.gated_activation", "activation"),
     Part("turret.server.models.decoding.layer_ops:TorchLayerOps.gated_activation", "activation"),
-    Part("turret.server.adapters.device.hadamard_shelf:HadamardShelf.apply", "Hadamard"),
-    Part("turret.server.adapters.device.kronecker_shelf:KroneckerShelf.apply", "Kronecker"),
+    Part("turret.server.adapters.device.reference:StepReference.apply", "operators by torch"),
     Part("turret.server.models.decoding.cpu_layers:run_layers", "all layers in one call"),
     Part("turret.server.models.decoding.decoder:Decoder.logits", "head"),
     Part("turret.server.models.decoding.likeliest:LikeliestTokens.find", "head"),

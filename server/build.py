@@ -19,7 +19,7 @@ from turret.server.adapters.allowed import Allowed
 from turret.server.adapters.base import BaseModel, Precision
 from turret.server.adapters.device.cpu.store import CpuStore
 from turret.server.adapters.device.gpu.streams import StepStream
-from turret.server.adapters.device.packed.store import PackedStore
+from turret.server.adapters.device.reference import ReferenceStore
 from turret.server.adapters.device.store import AdapterStore, StepStore
 from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.merge.merger import ChangeBase, Edit, Merger
@@ -178,7 +178,7 @@ def _build_store(
 
 def _store_type(path: str) -> Callable[..., AdapterStore]:
     if path != "gpu":
-        return CpuStore if path == "cpu" else PackedStore
+        return CpuStore if path == "cpu" else ReferenceStore
     # Imported where it is used: the other paths run where Triton is not installed.
     from turret.server.adapters.device.gpu.store import GpuStore
 

@@ -18,7 +18,6 @@ from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods.lower import lower_checkpoint
-from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.source import TENSORS_FILE
 from turret.server.models.describe import describe_experts
 from turret.training.models.base_model import DTYPES, TrainingBase, empty_model
@@ -72,10 +71,11 @@ def serving_cost(resolved: Resolved) -> ServingCost:
 def _cost(lowered: Lowered, base: TrainingBase, file_bytes: int) -> ServingCost:
     arch = base.arch
     positions = lowered.num_soft_tokens + lowered.num_prefix_positions
-    added = sum(multiply_adds(module) for module in lowered.operators.modules.values())
+    modules = lowered.operators.modules.values()
+    added = sum(part.multiply_adds for module in modules for part in module.operators)
     per_token = 0 if arch.experts is None else arch.experts.per_token
     for update in (lowered.operators.experts or {}).values():
-        added += per_token * sum(tensor[0].numel() for tensor in update.tensors())
+        added += per_token * update.multiply_adds
     # Attention of each token to the adapter's positions: the scores and the weighted sum of values.
     added += positions * 2 * arch.num_heads * arch.head_dim * arch.num_layers
     of_base = sum(
@@ -98,48 +98,6 @@ def _cost(lowered: Lowered, base: TrainingBase, file_bytes: int) -> ServingCost:
         num_prefix_positions=lowered.num_prefix_positions,
         cache_bytes=positions * per_position * _CACHE_DTYPE_BYTES,
     )
-
-
-def multiply_adds(operators: ModuleOperators) -> int:
-    """Products per token of one module; see ``docs/adapters.md`` for the formulas."""
-    count = 0
-    if operators.low_rank is not None:
-        count += operators.low_rank.a.numel() + operators.low_rank.b.numel()
-    if operators.hadamard is not None:
-        rank = operators.hadamard.rank
-        count += rank * rank * (operators.hadamard.w1b.shape[1] + operators.hadamard.w1a.shape[0])
-    if operators.kronecker is not None:
-        w1, w2 = operators.kronecker.w1, operators.kronecker.w2
-        factors = (w2,) if isinstance(w2, torch.Tensor) else w2
-        # x is a matrix with a row per column of w1: w2's factors go over its rows, then w1.
-        count += w1.shape[1] * sum(factor.numel() for factor in factors)
-        count += w1.numel() * factors[0].shape[0]
-    if operators.input_blocks is not None:
-        # OFT as it is trained here shares no blocks.
-        count += operators.input_blocks.blocks.numel()
-    if operators.sparse is not None:
-        count += operators.sparse.values.numel()
-    if operators.pairs is not None:
-        count += operators.pairs.sine.numel()
-    if operators.circulant is not None:
-        # Forward and inverse transforms, plus four products per frequency and pair of blocks.
-        rows, columns, size = operators.circulant.kernel.shape
-        count += (rows + columns) * _transform(size) + 2 * rows * columns * (size + 2)
-    if operators.dense is not None:
-        count += operators.dense.weight.numel()
-    if operators.modulated is not None:
-        a, b = operators.modulated.tensors()
-        count += a.shape[0] * a.shape[1] * b.shape[1] + a.numel() + b.numel()
-    for gain in (operators.gain, operators.input_gain):
-        count += 0 if gain is None else gain.numel()
-    return count
-
-
-def _transform(size: int) -> int:
-    """Products of a block's transform, there or back; see ``kernels/cpu/circulant.py``."""
-    if size % 16:
-        return size * (size + 2)
-    return size * 32 + size // 16 * 2 * (size + 2)
 
 
 def served_base(base: TrainingBase) -> BaseModel:

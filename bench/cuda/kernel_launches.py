@@ -7,9 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from turret.kernels.gpu.adapters.circulant import circulant
-from turret.kernels.gpu.adapters.constant_attention import CONSTANT_WORDS, constant_attention
-from turret.kernels.gpu.adapters.dense import dense
 from turret.kernels.gpu.adapters.expand_on import (
     Expand,
     can_rotate,
@@ -18,19 +15,14 @@ from turret.kernels.gpu.adapters.expand_on import (
 )
 from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
-from turret.kernels.gpu.adapters.input_blocks import gained_add, input_blocks
-from turret.kernels.gpu.adapters.input_gain import input_gain
 from turret.kernels.gpu.adapters.kronecker import kronecker
-from turret.kernels.gpu.adapters.modulated_base import modulate, modulated_add
 from turret.kernels.gpu.adapters.nf4_shrink import nf4_shrink
-from turret.kernels.gpu.adapters.pair_rotation import pair_rotation
 from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
 from turret.kernels.gpu.adapters.segmented_shrink import (
     Shrink,
     empty_parts,
     segmented_shrink,
 )
-from turret.kernels.gpu.adapters.sparse import sparse
 from turret.kernels.gpu.clamped_swiglu import clamped_swiglu
 from turret.kernels.gpu.experts.combine_experts import combine_experts
 from turret.kernels.gpu.experts.expert_updates import add_expert_updates
@@ -50,15 +42,9 @@ from turret.kernels.gpu.rope_kv_write import rope_kv_write
 from turret.kernels.gpu.sample_rows import sample_rows
 from turret.kernels.gpu.silu_mul import silu_mul
 from turret.kernels.gpu.tables.attention_table import AttentionTable
-from turret.kernels.gpu.tables.member_table import MemberTable
 from turret.kernels.gpu.tables.row_table import RowTable
 from turret.kernels.gpu.tables.sampling_table import SamplingTable
 from turret.kernels.gpu.tables.segment_table import SegmentTable
-from turret.kernels.gpu.vocabulary import vocabulary_words
-from turret.kernels.gpu.vocabulary.embedding_changes import embedding_changes
-from turret.kernels.gpu.vocabulary.head_changes import head_changes
-from turret.kernels.gpu.vocabulary.head_inputs import head_inputs
-from turret.kernels.gpu.vocabulary.head_low_rank import head_expand, head_shrink
 from turret.kernels.nf4_matmul import BLOCK, GROUP, NestedAbsmax, Nf4Matrix
 
 Launches = Iterable[Callable[[], object]]
@@ -118,7 +104,6 @@ def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object
     a, b = _empty(_RANK, slices, inner), [_empty(_RANK, out) for out in outs]
     ranks = _empty(_SLOTS, slices, dtype=torch.int32)
     per_slot = _empty(_SLOTS, width, dtype=torch.float32)
-    per_slot_in = _empty(_SLOTS, slices, inner, dtype=torch.float32)
     for gemv in (False, True):
         table = _segments(gemv)
 
@@ -128,12 +113,6 @@ def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object
             segmented_expand(
                 y, v, b, ranks, table, gain_delta=per_slot, bias=per_slot, base_bias=_empty(width)
             )
-            input_gain(x, per_slot_in, table)
-            places = _empty(_SLOTS, dtype=torch.int32)
-            blocks = _empty(8, inner // 32, 32, 32)
-            input_blocks(x, _empty(_ROWS, inner), blocks, places, table)
-            gained_add(y, _empty(_ROWS, width), per_slot, places, table, 1)
-            _from_base(x, y, outs[0], places, table)
             words = _empty(_SLOTS, slices, WORDS, dtype=torch.int64)
             asked = gate_shrink(x, words, table)
             gates = fusion_gate(asked, v, words, table, _ROWS)
@@ -144,22 +123,8 @@ def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object
         yield launch
 
 
-def _from_base(
-    x: torch.Tensor, y: torch.Tensor, out: int, places: torch.Tensor, table: SegmentTable
-) -> None:
-    """Pairs of outputs and modulated weights, in the first slice of a projection."""
-    inner, slice_y = x.shape[1], y[:, :out]
-    sine = _empty(_SLOTS, y.shape[1], dtype=torch.float32)[:, :out]
-    groups = _empty(_SLOTS, 3, dtype=torch.int32)[:, 0]
-    pair_rotation(_empty(*y.shape)[:, :out], slice_y, sine, groups, table)
-    ranks = slice(8, 16)
-    modulate(x, _empty(8, 32, inner), ranks, places, table, 1)
-    products = _empty(8, _ROWS, out)
-    modulated_add(slice_y, products, _empty(8, 32, out), ranks, places, table, 1)
-
-
 def _by_slot(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]]:
-    """Hadamard, Kronecker, circulant, sparse and dense adapters."""
+    """Hadamard and Kronecker adapters."""
     table = RowTable(_ROWS, _META)
     x, y = _empty(_ROWS, inner), _empty(_ROWS, sum(outs))
 
@@ -179,23 +144,8 @@ def _by_slot(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]
             kronecker(x, y[:, :out], w1, whole, table)
             kronecker(x, y[:, :out], w1, pair, table)
 
-    def circulants() -> None:
-        for size in (64, 128, 256):
-            if inner % size == 0 and outs[0] % size == 0:
-                kernel = _empty(8, outs[0] // size, inner // size, size)
-                circulant(x, y[:, : outs[0]], kernel, table)
-
-    def entries(out: int) -> None:
-        count = 32 * (inner + out)
-        values, columns = _empty(count), _empty(count, dtype=torch.uint16)
-        starts = _empty(_SLOTS, out + 1, dtype=torch.int32)
-        sparse(x, y[:, :out], values, columns, starts, _empty(_SLOTS, dtype=torch.int64), table)
-
     for rank in (8, 16, 32, 64):
         yield lambda rank=rank: hadamard(rank)
-    yield lambda: entries(outs[0])
-    yield lambda: dense(x, y[:, : outs[0]], _empty(_SLOTS, dtype=torch.int64), table)
-    yield circulants
     yield lambda: kron(outs[0])
 
 
@@ -221,12 +171,8 @@ def _base(inner: int, outs: tuple[int, ...], gated: bool) -> None:
         weight = Nf4Matrix(packed, plain, width, inner)
         if rows == 16 or inner >= 4096:
             nf4_shrink(_empty(_ROWS, inner), rows, weight, Shrink(a, ranks, _segments()))
-        own = _empty(len(outs), rows, inner)
-        if len(outs) > 1 and (rows == 16 or inner >= 4096):
-            nf4_matmul(own, weight, widths=outs)
         if gated:
             nf4_matmul(_empty(rows, inner), weight, gated=True)
-            nf4_matmul(own, weight, gated=True)
     for full in (False, True) if gated else ():
         expand_gated(_expand(inner, outs, full))
 
@@ -246,9 +192,6 @@ def _attention(model: Model, softcap: float | None = None, has_sinks: bool = Fal
     sinks = _empty(model.heads, dtype=torch.float32) if has_sinks else None
     scale = model.head_dim**-0.5
     paged_attention(q, cache, cache, table, scale=scale, softcap=softcap, sinks=sinks)
-    if softcap is None and not has_sinks:
-        words = _empty(_SLOTS, CONSTANT_WORDS, dtype=torch.int64)
-        constant_attention(q, q, model.kv_heads, words, MemberTable(_ROWS, 2, _META))
 
 
 def _rotation(model: Model, pairs: int, *, is_interleaved: bool = False) -> None:
@@ -278,8 +221,7 @@ def _heads_at_once(model: Model, write: KvWrite) -> None:
         # Only the first model in every form: registers depend little on the others' constants.
         for rows in (16, 32, _ROWS) if model.hidden == 4096 and not write.is_partial else (16,):
             for added in (None, bias):
-                for shape in ((rows, inner), (3, rows, inner)):
-                    nf4_rotate(_empty(*shape), weight, added, write.rows(0, rows))
+                nf4_rotate(_empty(rows, inner), weight, added, write.rows(0, rows))
     for full in (False, True) if not write.is_partial else (False,):
         expand = _expand(inner, outs, full)
         if can_rotate(expand, write):
@@ -336,20 +278,6 @@ def _experts(hidden: int, inner: int, count: int, per_token: int) -> None:
     combine_experts(_empty(pairs, hidden), routing)
 
 
-def _vocabulary(model: Model) -> None:
-    """Another embedding and another head."""
-    words = _empty(_SLOTS, vocabulary_words.WORDS, dtype=torch.int64)
-    x, table = _empty(_ROWS, model.hidden), MemberTable(_ROWS, 2, _META)
-    matrix = _empty(model.vocab, model.hidden)
-    embedding_changes(x, _empty(_ROWS, dtype=torch.int64), matrix, words, table)
-    head_inputs(x, words, table)
-    base = _empty(_ROWS, model.vocab)
-    logits = _empty(_ROWS, model.vocab, dtype=torch.float32)
-    head_expand(head_shrink(x, words, table, 64), logits, words, table, x)
-    for moved in (None, base):
-        head_changes(x, base, logits, words, table, moved=moved)
-
-
 def _between(model: Model) -> None:
     """Attention and the small kernels around it."""
     _attention(model)
@@ -371,7 +299,6 @@ def _all() -> Iterator[Callable[[], object]]:
             gated = name == "gate_up"
             yield lambda inner=inner, outs=outs, gated=gated: _base(inner, outs, gated)
         yield lambda model=model: _between(model)
-        yield lambda model=model: _vocabulary(model)
     # More queries per KV head than a tile of 16 rows holds.
     yield lambda: _attention(Model(4096, 32, 1, 128, 14336))
     yield lambda: _attention(_GEMMA_2_9B, 50.0)

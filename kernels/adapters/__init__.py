@@ -1,1 +1,1 @@
-"""What adapters add to a projection: the formulas, their torch forms, and a step's segments."""
+"""Segments of a step, and gates: what kernels of adapters share with those who prepare a step."""

@@ -9,14 +9,38 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.adapters.circulant import spectrum, transforms
-
 _LANES = 16  # of vec.h
+
+
+@functools.cache
+def transforms(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The real transform of ``size`` values and its inverse, fp32.
+
+    Returns:
+        ``[2, f, size]``, real and imaginary parts of the ``f = size // 2 + 1`` frequencies, and
+        ``[size, 2, f]``.
+    """
+    frequencies = torch.arange(size // 2 + 1, dtype=torch.float64)
+    # The product is taken modulo the size first: sines of large angles are not exact.
+    places = torch.arange(size, dtype=torch.float64)
+    angles = torch.outer(frequencies, places).remainder(size) * (2 * math.pi / size)
+    forward = torch.stack((angles.cos(), -angles.sin()))
+    shares = torch.full((len(frequencies), 1), 2.0 / size, dtype=torch.float64)
+    shares[0] = 1.0 / size
+    if size % 2 == 0:
+        shares[-1] = 1.0 / size
+    return forward.float(), (forward * shares).permute(2, 0, 1).float().contiguous()
+
+
+def spectrum(kernel: torch.Tensor) -> torch.Tensor:
+    """The transforms of kernels ``[…, size]``: ``[…, 2, f]`` fp32."""
+    forward = transforms(kernel.shape[-1])[0].double()
+    return torch.einsum("cfi,...i->...cf", forward, kernel.double()).float()
 
 
 @dataclass(frozen=True, slots=True)
 class CirculantFactors:
-    """A block-circulant update in frequencies; see ``kernels/adapters/circulant.py``.
+    """A block-circulant update in frequencies; see ``operators/circulant.py``.
 
     Attributes:
         spectra: ``[rows, columns, 2, width]`` fp32, contiguous like all of them; ``width`` is the
@@ -40,6 +64,13 @@ class CirculantFactors:
         """From kernels ``[rows, columns, size]``."""
         size, found = kernel.shape[2], spectrum(kernel)
         return cls(_wide(found, found.shape[-1]), *_matrices(size), size)
+
+    @staticmethod
+    def transform_products(size: int) -> int:
+        """Products of a block's transform, there or back."""
+        if size % _LANES:
+            return size * (size + 2)
+        return size * 2 * _LANES + size // _LANES * 2 * (size + 2)
 
     @property
     def parts(self) -> int:

@@ -44,7 +44,7 @@ class Epilogue(Protocol):
         """Of the base's product with some rows.
 
         Args:
-            x: Those rows, at most 64, ``[rows, in]``, or ``[slices, rows, in]`` (``nf4_matmul``).
+            x: Those rows, at most 64, ``[rows, in]``.
             first_row: The first one's place in the step.
             weight: The base's.
             bias: The base's, ``[out]``, or None.

@@ -10,10 +10,6 @@ Where a weight has few columns, the input features are cut into parts at fixed p
 the weight's shape alone; the last program of a tile of columns to be done adds the parts in their
 order. A weight of gates and ups can be finished further there: then all that is written is the
 activation of the gates times the ups.
-
-The slices of a fused weight can each read an input of their own. Each slice then begins a tile of
-columns, and which copy of the rows a program reads is decided by its tile: the weight is read once,
-as ever, and a column's sum has the same terms in the same order.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -21,7 +17,6 @@ as ever, and a column's sum has the same terms in the same order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -130,22 +125,6 @@ def sum_of_parts(
 
 
 @triton.jit
-def slice_tile(tile, first_end, second_end, out_features, BLOCK_N: tl.constexpr):
-    """The slice that a tile is of, the tile's first column and the slice's end.
-
-    Each slice begins a tile. Of two slices the second one's end is ``out_features``.
-    """
-    second = tl.cdiv(first_end, BLOCK_N)
-    third = second + tl.cdiv(second_end - first_end, BLOCK_N)
-    index, first, end = 0, tile * BLOCK_N, first_end
-    if tile >= third:
-        index, first, end = 2, second_end + (tile - third) * BLOCK_N, out_features
-    elif tile >= second:
-        index, first, end = 1, first_end + (tile - second) * BLOCK_N, second_end
-    return index, first, end
-
-
-@triton.jit
 def _finish(
     y_ptr, parts_ptr, column, inside, num_rows, width, out_features, ROWS: tl.constexpr,
     SPLITS: tl.constexpr, GATED: tl.constexpr,
@@ -169,7 +148,7 @@ def _finish(
 # One compiled form for every number of rows of the same number of tiles.
 @triton.jit(do_not_specialize=["num_rows", "part_blocks"])
 def nf4_matmul_kernel(
-    x_ptr,  # [num_rows, in_features], or [slices, num_rows, in_features]
+    x_ptr,  # [num_rows, in_features]
     packed_ptr,  # [out_features, in_features / 2] uint8
     code_ptr,  # [16] fp32
     absmax_ptr,  # [out_features, in_features / 64] fp32, or uint8 if nested
@@ -184,9 +163,6 @@ def nf4_matmul_kernel(
     in_features,
     out_features,
     part_blocks,  # quantisation blocks of a program
-    x_slice,  # stride of x's slices, or None: all read the same rows
-    first_end,  # columns of slices that have inputs of their own, but of GATED; or None
-    second_end,
     TILES: tl.constexpr,
     SPLITS: tl.constexpr,
     GATED: tl.constexpr,
@@ -194,19 +170,13 @@ def nf4_matmul_kernel(
     PTX: tl.constexpr,
 ):
     # Columns of the result; those of the ups come after those of the gates.
-    tile, width, shift, index = tl.program_id(0), out_features, 0, 0
+    tile, width, shift = tl.program_id(0), out_features, 0
     if GATED:
         width = out_features // 2
         tiles = tl.cdiv(width, BLOCK_N)
-        index, tile = tile // tiles, tile % tiles
-        shift = index * width
-    first, end = tile * BLOCK_N, width
-    if first_end is not None:
-        index, first, end = slice_tile(tile, first_end, second_end, out_features, BLOCK_N)
-    if x_slice is not None:
-        x_ptr += index * x_slice
-    column = first + tl.arange(0, BLOCK_N)
-    inside_n = column < end
+        shift, tile = tile // tiles * width, tile % tiles
+    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_n = column < width
     n = shift + column
     first_block = n * (in_features // _BLOCK)
     begin = tl.program_id(1) * part_blocks
@@ -246,21 +216,16 @@ def counters_on(device: torch.device) -> torch.Tensor:
     return torch.zeros(_MAX_COUNTERS, dtype=torch.int32, device=device)
 
 
-def nf4_matmul(
-    x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False, widths: Sequence[int] = ()
-) -> torch.Tensor:
+def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> torch.Tensor:
     """Multiply by a quantised weight without writing it out.
 
     Launches share counters: they have to follow each other on one stream.
 
     Args:
-        x: ``[num_rows, in_features]``, 1 to 64 rows, fp16, bf16 or fp32; rows may be strided. Or
-            ``[slices, num_rows, in_features]``: what each slice multiplies. A row that is the same
-            for all slices has the bits that it has without.
+        x: ``[num_rows, in_features]``, 1 to 64 rows, fp16, bf16 or fp32; rows may be strided.
         weight: The weight; its tensors contiguous, on the device of ``x``.
         gated: Multiply the silu of the first half of the outputs by the second half; the bits are
-            those of ``silu_mul`` on the product. Slices are the halves.
-        widths: Outputs of each slice, two or three; needed where slices have inputs of their own.
+            those of ``silu_mul`` on the product.
 
     Returns:
         ``[num_rows, out_features]`` (``gated``: half as many), dtype of ``x``, one rounding from
@@ -275,23 +240,19 @@ def nf4_matmul(
     absmax = weight.absmax if nested is None else nested.codes
     if gated and weight.out_features % 2:
         raise ValueError(f"out_features is {weight.out_features}; an even number is needed")
-    num_rows, in_features = x.shape[-2:]
+    num_rows, in_features = x.shape
     tuned = tuning(x.device)
     out_features = weight.out_features
     width = out_features // 2 if gated else out_features
-    own_inputs = x.dim() == 3
-    if gated:
-        widths = (width, width)
-    elif not own_inputs:
-        widths = (out_features,)
-    check_product(x, weight, absmax, widths)
+    check_product(x, weight, absmax)
     splits, part_blocks = parts_of(out_features, in_features // BLOCK, tuned)
     y = torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
     parts = None
     if splits > 1 or gated:
         shape = (splits, num_rows, out_features)
         parts = torch.empty(shape, dtype=torch.float32, device=x.device)
-    nf4_matmul_kernel[(tiles_of(widths, tuned), splits)](
+    tiles = triton.cdiv(width, tuned.nf4_block_n)
+    nf4_matmul_kernel[(2 * tiles if gated else tiles, splits)](
         x,
         weight.packed,
         code_on(x.device),
@@ -303,13 +264,10 @@ def nf4_matmul(
         parts,
         counters_on(x.device),
         num_rows,
-        x.stride(-2),
+        x.stride(0),
         in_features,
         out_features,
         part_blocks,
-        x.stride(0) if own_inputs else None,
-        widths[0] if own_inputs and not gated else None,
-        sum(widths[:2]) if own_inputs and not gated else None,
         SPLITS=splits,
         GATED=gated,
         **options_of(num_rows, tuned),
@@ -346,31 +304,18 @@ def parts_of(out_features: int, blocks: int, tuned: Tuning) -> tuple[int, int]:
     return parts, triton.cdiv(blocks, parts)
 
 
-def tiles_of(widths: Sequence[int], tuned: Tuning) -> int:
-    """Tiles of columns of slices that each begin one."""
-    return sum(triton.cdiv(width, tuned.nf4_block_n) for width in widths)
-
-
-def check_product(
-    x: torch.Tensor, weight: Nf4Matrix, absmax: torch.Tensor, widths: Sequence[int] = ()
-) -> None:
+def check_product(x: torch.Tensor, weight: Nf4Matrix, absmax: torch.Tensor) -> None:
     """Raise ValueError unless ``x`` can be multiplied by ``weight``, whose maxima are given.
 
     Args:
-        x: ``[num_rows, in_features]``, or one for each of the slices.
+        x: ``[num_rows, in_features]``.
         weight: What it is multiplied by.
         absmax: Its maxima, or their codes.
-        widths: Of the slices.
     """
-    num_rows, in_features = x.shape[-2:]
     check_float("x", x)
+    check_shape("x", x, -1, weight.in_features)
     check_rows("x", x)
-    if x.dim() == 3:
-        if len(widths) not in (2, 3) or sum(widths) != weight.out_features:
-            raise ValueError(f"slices of {list(widths)} do not make {weight.out_features} outputs")
-        check_shape("x", x, len(widths), -1, weight.in_features)
-    else:
-        check_shape("x", x, -1, weight.in_features)
+    num_rows, in_features = x.shape
     if not 1 <= num_rows <= MAX_ROWS:
         raise ValueError(f"{num_rows} rows; 1 to {MAX_ROWS} are supported")
     if in_features % BLOCK:

@@ -2,8 +2,7 @@
 
 All programs store their parts of the product, the last one of a tile of columns adds them up, turns
 the heads of the tile and stores them where they go: the product itself is never written. A tile
-holds whole heads. The bits are those of the two kernels one after the other. Queries, keys and
-values can each be made of an input of their own, as in ``nf4_matmul``.
+holds whole heads. The bits are those of the two kernels one after the other.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -20,9 +19,7 @@ from turret.kernels.gpu.nf4_matmul import (
     counters_on,
     options_of,
     parts_of,
-    slice_tile,
     sum_of_parts,
-    tiles_of,
     wait_fetching,
 )
 from turret.kernels.gpu.nf4_tile import multiply_columns
@@ -51,7 +48,7 @@ def _biased_sum(
 
 @triton.jit
 def _store_tile(
-    first_head, heads_end, x_ptr, parts_ptr, bias_ptr, cos_ptr, sin_ptr, kv_slots_ptr, q_ptr,
+    first_head, x_ptr, parts_ptr, bias_ptr, cos_ptr, sin_ptr, kv_slots_ptr, q_ptr,
     k_cache_ptr, v_cache_ptr, num_rows, out_features, num_heads, kv_heads, pairs,
     ROWS: tl.constexpr, SPLITS: tl.constexpr, HALF: tl.constexpr, PARTIAL: tl.constexpr,
     INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -64,10 +61,6 @@ def _store_tile(
     i, j = pair_of(h, HALF, pairs, PARTIAL, INTERLEAVED)
     num_all = num_heads + 2 * kv_heads
     inside = head < num_all
-    if heads_end is not None:
-        # The heads behind a slice's are of the next one's first tile.
-        inside = head < heads_end
-        head = tl.where(inside, head, num_all)
     at_i, at_j = head * 2 * HALF + i, head * 2 * HALF + j
     for first_row in tl.range(0, num_rows, ROWS, num_stages=1):
         m = first_row + tl.arange(0, ROWS)
@@ -87,7 +80,7 @@ def _store_tile(
 
 @triton.jit(do_not_specialize=["num_rows", "part_blocks"])
 def nf4_rotate_kernel(
-    x_ptr,  # [num_rows, in_features], or [3, num_rows, in_features]
+    x_ptr,  # [num_rows, in_features]
     packed_ptr,  # as in nf4_matmul, its maxima plain
     code_ptr,
     absmax_ptr,
@@ -108,7 +101,6 @@ def nf4_rotate_kernel(
     num_heads,
     kv_heads,
     pairs,
-    x_slice,  # as in nf4_matmul
     TILES: tl.constexpr,
     SPLITS: tl.constexpr,
     HALF: tl.constexpr,
@@ -118,27 +110,22 @@ def nf4_rotate_kernel(
     PTX: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    first, end = tile * BLOCK_N, out_features
-    first_head, heads_end = tile * (BLOCK_N // (2 * HALF)), None
-    if x_slice is not None:
-        keys, values = num_heads * 2 * HALF, (num_heads + kv_heads) * 2 * HALF
-        index, first, end = slice_tile(tile, keys, values, out_features, BLOCK_N)
-        x_ptr += index * x_slice
-        first_head, heads_end = first // (2 * HALF), end // (2 * HALF)
-    n = first + tl.arange(0, BLOCK_N)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * part_blocks
     last = tl.minimum(begin + part_blocks, in_features // _BLOCK)
-    wait_fetching(packed_ptr, absmax_ptr, n * (in_features // _BLOCK), begin, last, n < end)
+    wait_fetching(
+        packed_ptr, absmax_ptr, n * (in_features // _BLOCK), begin, last, n < out_features
+    )
     multiply_columns(
         x_ptr, packed_ptr, code_ptr, absmax_ptr, None, None, None,
-        parts_ptr + tl.program_id(1).to(tl.int64) * num_rows * out_features, n, n < end,
+        parts_ptr + tl.program_id(1).to(tl.int64) * num_rows * out_features, n, n < out_features,
         begin, last, num_rows, x_stride, in_features, out_features, TILES, BLOCK_N, PTX,
     )  # fmt: skip
     if is_last(counters_ptr + tile, SPLITS):
         _store_tile(
-            first_head, heads_end, x_ptr, parts_ptr, bias_ptr, cos_ptr, sin_ptr, kv_slots_ptr,
-            q_ptr, k_cache_ptr, v_cache_ptr, num_rows, out_features, num_heads, kv_heads, pairs,
-            16 if TILES == 1 else 32, SPLITS, HALF, PARTIAL, INTERLEAVED, BLOCK_N,
+            tile * (BLOCK_N // (2 * HALF)), x_ptr, parts_ptr, bias_ptr, cos_ptr, sin_ptr,
+            kv_slots_ptr, q_ptr, k_cache_ptr, v_cache_ptr, num_rows, out_features, num_heads,
+            kv_heads, pairs, 16 if TILES == 1 else 32, SPLITS, HALF, PARTIAL, INTERLEAVED, BLOCK_N,
         )  # fmt: skip
 
 
@@ -150,8 +137,7 @@ def nf4_rotate(
     Launches share counters with those of ``nf4_matmul``: all follow each other on one stream.
 
     Args:
-        x: ``[num_rows, in_features]``, 1 to 64 rows, fp16, bf16 or fp32; rows may be strided. Or
-            ``[3, num_rows, in_features]``: what queries, keys and values are made of.
+        x: ``[num_rows, in_features]``, 1 to 64 rows, fp16, bf16 or fp32; rows may be strided.
         weight: As for ``nf4_matmul``, its maxima plain; heads of queries first, then of keys, then
             of values.
         bias: ``[out_features]`` contiguous, or None.
@@ -165,10 +151,8 @@ def nf4_rotate(
         ValueError: A shape, dtype or stride breaks the contract.
     """
     tuned = tuning(x.device)
-    (num_rows, in_features), out_features = x.shape[-2:], weight.out_features
-    width = write.kv_heads * write.head_dim
-    widths = (out_features - 2 * width, width, width)
-    check_product(x, weight, weight.absmax, widths)
+    check_product(x, weight, weight.absmax)
+    (num_rows, in_features), out_features = x.shape, weight.out_features
     write.check(num_rows, out_features)
     if not write.divides(tuned.nf4_block_n):
         raise ValueError(f"heads of {write.head_dim} do not divide {tuned.nf4_block_n} columns")
@@ -179,8 +163,7 @@ def nf4_rotate(
     splits, part_blocks = parts_of(out_features, in_features // BLOCK, tuned)
     shape = (splits, num_rows, out_features)
     q = write.empty_queries(num_rows, out_features)
-    own_inputs = x.dim() == 3
-    columns = tiles_of(widths if own_inputs else (out_features,), tuned)
+    columns = triton.cdiv(out_features, tuned.nf4_block_n)
     nf4_rotate_kernel[(columns, splits)](
         x,
         weight.packed,
@@ -196,14 +179,13 @@ def nf4_rotate(
         write.k_cache,
         write.v_cache,
         num_rows,
-        x.stride(-2),
+        x.stride(0),
         in_features,
         out_features,
         part_blocks,
         write.num_heads(out_features),
         write.kv_heads,
         write.pairs,
-        x.stride(0) if own_inputs else None,
         SPLITS=splits,
         HALF=write.head_dim // 2,
         PARTIAL=write.is_partial,

@@ -99,13 +99,13 @@ def row_addmm_(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> None:
     Args:
         y: ``[num_rows, out_features]``, rounded once; rows may be strided (a slice of a fused
             projection).
-        v: ``[num_rows, rank]``, dtype of ``y``, rank at most ``max_reduction(dtype)``.
-        b: ``[rank, out_features]``, dtype of ``y``.
+        v: ``[num_rows, rank]``, any float dtype, rank at most ``max_reduction(dtype)``.
+        b: ``[rank, out_features]``, any float dtype.
     """
     rank = v.shape[1]
     assert rank <= max_reduction(v.dtype), rank
     if v.device.type != "cpu":
-        y.copy_(_addmm_in_pieces(y, v, b))
+        y.copy_(_addmm_in_pieces(y, v.to(y.dtype), b.to(y.dtype)))
     elif has_kernels(v.device):
         total = y if y.dtype == torch.float32 and y.stride(1) == 1 else y.float()
         add_column_products_(total, v.float(), b)

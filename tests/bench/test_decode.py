@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import importlib
 import time
 from collections import namedtuple
@@ -28,8 +27,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
+from turret.server.adapters.device.kernels import KERNELS
 from turret.server.adapters.methods import METHODS, method_for
-from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.low_rank import ExpertLowRank
+from turret.server.adapters.operators.modulated_base import ModulatedBase
 from turret.server.models.families import read_arch
 
 BENCH = ROOT / "bench"
@@ -113,13 +114,12 @@ def test_random_adapters_of_every_method_load(bench: Any, tmp_path: Path):
     assert written == set(made.METHODS) - {"rslora"} <= METHODS.keys()
     # What is timed are operators, and other methods have no others: a gate is of a learned fusion,
     # which is built of registered adapters, none of which these files can name; biases are added.
-    operators = {field.name for field in dataclasses.fields(ModuleOperators)}
+    operators = {kind.name for kind in KERNELS.keys() | {ModulatedBase}} - {ExpertLowRank.name}
     used = {
-        name
+        part.name
         for adapter in lowered.values()
         for module in adapter.operators.modules.values()
-        for name in operators
-        if getattr(module, name) is not None
+        for part in module.operators
     }
     # Those that came later are not timed there: its rates are compared with earlier ones.
     later = {"input_blocks", "sparse", "pairs", "circulant", "dense", "modulated"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from turret.kernels.gpu.gelu_mul import gelu_mul
 from turret.kernels.gpu.shared import tuning as tuning_module
 from turret.kernels.gpu.shared.tuning import Tuning
 from turret.kernels.gpu.tables.segment_table import SegmentTable
-from turret.server.adapters.operators.adapter_operators import PairRotation
 
 SLOT_OF_ROW = (1, 2, 0, 1)
 # Triton 3.6 gives the instruction a result that nobody reads.
@@ -33,8 +31,8 @@ LORA = {
 LOHA = {"nf4_matmul", "rope_kv_write", "paged_attention", "residual_rms_norm", "silu_mul"}
 
 
-def logits(method: str | None, pairs: bool = False) -> torch.Tensor:
-    """Of a small model's decode step; its adapters may add pairs of outputs of ``o`` as well."""
+def logits(method: str | None) -> torch.Tensor:
+    """Of a small model's decode step."""
     torch.manual_seed(0)
     model = bench_module("cuda.kernel_launches").Model(
         hidden=64, heads=4, kv_heads=2, head_dim=16, inner=192, vocab=128
@@ -44,10 +42,6 @@ def logits(method: str | None, pairs: bool = False) -> torch.Tensor:
     chosen: list[Any] = [None] * len(SLOT_OF_ROW)
     if method is not None:
         made = step.adapters(steps.Scenario(method, SLOT_OF_ROW, (12, 64), method))
-        for adapter in made if pairs else ():
-            modules = adapter.operators.modules
-            for name in [name for name in modules if name.endswith("o_proj")]:
-                modules[name] = replace(modules[name], pairs=PairRotation(torch.ones(64), 16))
         chosen = [made[slot - 1] if slot else None for slot in SLOT_OF_ROW]
     return step.run(step.plan(chosen)).logits.clone()
 
@@ -169,14 +163,7 @@ def test_a_program_that_leaves_without_waiting(kernel):
     fails(STEPS[kernel], edited(kernel, leaving), rf"{kernel}_kernel, .*ends and has not waited")
 
 
-def test_a_copy_for_pairs_is_a_kernel():
-    """Their expand is behind it."""
-    with emulated("sm_90"):
-        serial = logits("lora", pairs=True)
-    with emulated("sm_90", launch_pdl=True) as launcher:
-        assert torch.equal(logits("lora", pairs=True), serial)
-    assert {"segmented_expand", "pair_rotation"} <= names(launcher.launches)
-    assert "pair_rotation" not in names(launcher.early)
+def test_an_early_launch_behind_a_copy_is_a_fault():
     with emulated("sm_90", launch_pdl=True):
         x = behind(2, 64).clone()
         with pytest.raises(Fault, match="launched early behind a copy"):

@@ -126,27 +126,6 @@ def test_a_product_and_its_heads(rows, inner, turn, dtype):
         assert torch.equal(alone, q[:1]), "a row depends on its mates"
 
 
-@pytest.mark.parametrize(("rows", "turn"), [(3, WHOLE), (18, PARTLY), (5, NEIGHBOURS)])
-def test_heads_of_inputs_of_their_own(rows, turn):
-    """Multiples of 1/8 have exact sums: a CPU's order depends on a column's place in a tile."""
-    widths = tuple(heads * HEAD_DIM for heads in (HEADS, KV_HEADS, KV_HEADS))
-    out = sum(widths)
-    weight = weight_of(out, 192)
-    x = torch.randint(-3, 4, (3, rows, 192)).div(8).to(DEVICE, HALF)
-    x[:, 0] = x[0, 0]
-    for bias in (None, torch.randn(out).to(DEVICE, HALF)):
-        write = make_write(rows, HALF, *turn)
-        q, other = nf4_rotate(x, weight, bias, write), emptied(write)
-        y = nf4_matmul(x, weight, widths=widths)
-        if bias is not None:
-            y += bias
-        assert_same_heads(q, write, rope_kv_write(y, other), other)
-        products = [product_in_float64(own, weight).split(widths, 1)[s] for s, own in enumerate(x)]
-        assert_near_float64(q, write, torch.cat(products, 1) + (0 if bias is None else bias))
-        same = nf4_rotate(x[0, :1], weight, bias, emptied(write).rows(0, 1))
-        assert torch.equal(same, q[:1]), "a row of one input"
-
-
 def covered(runs: list[LongSegment], num_rows: int) -> list[LongSegment]:
     """Rows in no run belong to the base model."""
     known = {row for run in runs for row in range(run.start, run.end)}

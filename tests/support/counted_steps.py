@@ -25,8 +25,6 @@ from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.mix import Mix
 from turret.server.adapters.operators.adapter_operators import (
     AdapterOperators,
-    ConstantKv,
-    InputBlocks,
     ModuleOperators,
 )
 from turret.server.adapters.operators.gate import Gate, PrototypeScore, QueryScore
@@ -99,19 +97,17 @@ class Base:
         packed = torch.empty(out * inner // 2, dtype=torch.uint8, device=META)
         absmax = torch.empty(out * inner // 64, device=META)
         self.product = Nf4Product(Nf4Matrix(packed, absmax, out, inner), DTYPE)
-        self.widths = widths
+        self.widths, self._inner = widths, inner
 
     def __call__(self, x: torch.Tensor, ahead: Any = None, num_decode: int = 0) -> torch.Tensor:
         return self.product(x, num_decode)
 
+    def part(self, index: int) -> Base:
+        return Base((self.widths[index],), self._inner)
+
 
 def low_rank(out: int, inner: int) -> ModuleOperators:
     return ModuleOperators(LowRank(torch.zeros(RANK, inner).half(), torch.zeros(RANK, out).half()))
-
-
-def turn(out: int, inner: int) -> ModuleOperators:
-    """OFT's."""
-    return ModuleOperators(input_blocks=InputBlocks(torch.zeros(inner // 4, 4, 4).half()))
 
 
 def norm(out: int, inner: int) -> ModuleOperators:
@@ -155,16 +151,6 @@ class Vocabulary(Adapter):
             head=None if head is None else head(VOCAB, HIDDEN),
             tokens=VocabularyOperators(embedding=rows, head=rows),
         )
-
-
-class Constant(Adapter):
-    """A LoRA on queries, and keys and values of its own in some layers."""
-
-    def __init__(self, key: str, positions: int, layers: range = range(NUM_LAYERS)) -> None:
-        super().__init__(key, "qkv")
-        kv = torch.zeros(positions, ARCH.num_kv_heads, ARCH.head_dim).half()
-        own = {layer: ConstantKv(kv, kv) for layer in layers}
-        self.operators = replace(self.operators, attention=own)
 
 
 class Gated(Adapter):

@@ -11,7 +11,6 @@ import torch
 from turret.kernels.adapters.segments import LongSegment
 from turret.kernels.gpu.shared import tuning as tuning_module
 from turret.kernels.gpu.shared.tuning import Tuning
-from turret.kernels.gpu.tables.member_table import MemberTable
 from turret.kernels.gpu.tables.row_table import RowTable
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.server.engine.step.gpu.decode_graphs import Body, Outputs
@@ -98,6 +97,3 @@ class OneStepTables:
 
     def row_table(self, key: Hashable) -> RowTable:
         return RowTable(self._max_rows, self._device)
-
-    def member_table(self, key: Hashable, members: int) -> MemberTable:
-        return MemberTable(self._max_rows, members, self._device)

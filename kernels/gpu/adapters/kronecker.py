@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.adapters.kronecker import SecondFactor
 from turret.kernels.gpu.shared.contract import (
     check_contiguous,
     check_float,
@@ -27,6 +26,10 @@ from turret.kernels.gpu.tables.row_table import HEADER, RowTable
 MAX_IN_M = 128
 MAX_RANK = 128
 _HEADER = tl.constexpr(HEADER)
+
+# A dense second factor [num_slots, out_k, in_n], or its two factors [num_slots, out_k, r] and
+# [num_slots, r, in_n].
+SecondFactor = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 @triton.jit

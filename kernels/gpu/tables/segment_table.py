@@ -14,7 +14,7 @@ most ``TILE_ROWS`` rows; expand works per chunk. Chunks are cut into *items*, on
              | num_gates · gates@ · num_questions · questions@
     rows     row number …                           (the second list: one-row chunks, the GEMV form)
     component  rank_start · rank_end · slot · offset · weight (fp32 bits) · is_gated · 0 · 0
-    chunk      position · count · component_begin · component_end · v_base · v_stride · as_is · 0
+    chunk      position · count · component_begin · component_end · v_base · v_stride · 0 · 0
     item       position · count · rank · rank_end · slot · v_base · v_stride · rank_in_adapter
 
 Rank activations lie compactly: row ``i`` of a chunk has its ``v_stride`` ranks (all components of
@@ -158,7 +158,7 @@ class SegmentTable:
         v_base = 0
         for mix, members in segments.items():
             first = len(components) // RECORD
-            as_is, gated = last_of[mix].as_is, last_of[mix].gated
+            gated = last_of[mix].gated
             offsets = self._add_components(components, mix, gated)
             gates.longest = max(gates.longest, len(gated))
             stride = sum(c.rank_end - c.rank_start for c in mix)
@@ -168,7 +168,7 @@ class SegmentTable:
                 position = len(rows) + start
                 base = v_base + start * stride
                 last = first + len(mix)
-                chunk = (position, count, first, last, base, stride, as_is, 0)
+                chunk = (position, count, first, last, base, stride, 0, 0)
                 chunks.extend(chunk)
                 for adapter in gated:
                     gates.add(adapter, mix[adapter.begin].slot, chunk)

@@ -46,26 +46,12 @@ class BaseProduct(Protocol):
         """Slice ``index`` alone."""
         ...
 
+    def alone(self, *, is_decode: bool) -> BaseProduct:
+        """The product of other rows than the step's, on the gpu path: all decode, or none does."""
+        ...
+
     def with_shrink(self, x: torch.Tensor, shrink: Shrink) -> tuple[torch.Tensor, torch.Tensor]:
         """The product and what ``shrink`` makes of all rows, on the gpu path."""
-        ...
-
-    def stacked(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply several inputs of every row: ``[count, rows, in]`` → ``[count, rows, out]``."""
-        ...
-
-    @property
-    def takes_own_inputs(self) -> bool:
-        """Whether ``by_slices`` can be called: on the gpu path, where kernels read the weight."""
-        ...
-
-    def by_slices(self, x: torch.Tensor, changed: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Multiply an input by each slice: ``[slices, rows, in]`` → ``[rows, sum(out)]``.
-
-        Args:
-            x: What each slice multiplies.
-            changed: Runs of rows that are not the same for all slices.
-        """
         ...
 
     def ended(
@@ -138,6 +124,7 @@ class _Entry:
     """An adapter in a store."""
 
     adapter: Resident
+    operators: AdapterOperators
     last_step: int
 
 
@@ -175,10 +162,6 @@ class AdapterStore:
     def stored_bytes(self, operators: AdapterOperators) -> int:
         """Bytes an adapter takes in it."""
         return operators.num_bytes + sum(part.extra_bytes(operators) for part in self._parts)
-
-    def unserved(self, operators: AdapterOperators) -> str | None:
-        """Why its kernels do not serve an adapter, or None."""
-        return None
 
     def is_near(self, adapter: Resident) -> bool:
         """Whether a step that uses an adapter can begin without waiting for a copy of it.
@@ -256,7 +239,7 @@ class AdapterStore:
             raise
         if change is not None:
             self._vocabularies[adapter.key] = change
-        self._entries[adapter.key] = _Entry(adapter, self._step)
+        self._entries[adapter.key] = _Entry(adapter, operators, self._step)
         adapter.bytes_device = num_bytes
         self._on_moved(adapter)
 
@@ -274,8 +257,29 @@ class AdapterStore:
 
 
 class StepStore(AdapterStore, ABC):
-    """A store whose steps are bound by their members alone: those of the torch and cpu paths."""
+    """A store of the CPU's paths: its steps are bound by their members alone.
+
+    Nothing is copied: it reads an adapter's tensors where they lie in host memory.
+    """
 
     @abstractmethod
     def step(self, members: StepMembers) -> AdapterStep:
         """Bind a step's rows to their adapters, all of them prepared."""
+
+    def _is_current(self, adapter: Resident) -> bool:
+        """Whether the tensors that are read are those that are in host memory now."""
+        return self._entries[adapter.key].operators is adapter.operators
+
+    def _insert(self, adapter: Resident) -> None:
+        self._drop_evicted()
+        super()._insert(adapter)
+
+    def _drop_evicted(self) -> None:
+        """Let go of adapters that left host memory: the store alone would keep their tensors."""
+        gone = [
+            key
+            for key, entry in self._entries.items()
+            if not self._is_current(entry.adapter) and entry.last_step < self._step
+        ]
+        for key in gone:
+            self.drop(key)

@@ -93,10 +93,10 @@ def _other_operators(component: Component) -> list[str]:
     """What a component does beside low-rank updates, in words; also what this file knows not."""
     operators = component.operators
     used = {
-        field.name
+        part.name
         for module in operators.modules.values()
-        for field in fields(module)
-        if field.name != "low_rank" and getattr(module, field.name) is not None
+        for part in module.operators
+        if not isinstance(part, LowRank)
     }
     used |= {
         field.name

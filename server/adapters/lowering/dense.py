@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
+from turret.server.adapters.operators.dense import Dense
 from turret.server.errors import BudgetExceededError
 
 ALLOW = "--allow-dense-adapters"
@@ -54,7 +55,8 @@ def _folders(path: str) -> Iterator[str]:
 def dense_warnings(operators: AdapterOperators) -> tuple[str, ...]:
     """What to say of an adapter's whole matrices, if it has any."""
     modules = [*operators.modules.values(), *([operators.head] if operators.head else [])]
-    total = sum(module.dense.num_bytes for module in modules if module.dense is not None)
+    parts = (part for module in modules for part in module.operators)
+    total = sum(part.num_bytes for part in parts if isinstance(part, Dense))
     if not total:
         return ()
     why = (

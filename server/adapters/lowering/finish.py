@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -18,6 +17,7 @@ from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.adapters.operators.soft_prompt import SoftPrompt
+from turret.server.adapters.operators.vectors import Bias
 from turret.server.adapters.operators.vocabulary import VocabularyOperators
 from turret.server.adapters.peft_format.reading import Reading
 from turret.server.adapters.peft_format.refusals import base_name_warning
@@ -107,7 +107,8 @@ def _with_biases(
         # The file holds the whole bias; operators add, so only the difference goes in.
         change = bias.to(torch.float32) - served.to(torch.float32).cpu()
         before = result.get(name, ModuleOperators())
-        result[name] = replace(before, bias=change if before.bias is None else before.bias + change)
+        whole = change if before.bias is None else before.bias + change
+        result[name] = before.with_operator(Bias(whole))
     return result
 
 

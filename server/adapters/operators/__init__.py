@@ -1,1 +1,1 @@
-"""What an adapter does to the base: its operators, by module, with their tensors."""
+"""What an adapter does to the base: an operator a file, with its formula, dense form and cost."""

@@ -1,204 +1,169 @@
-"""The operators that every adapter method lowers to, per linear module of the base model.
+"""What every adapter method lowers to: the operators of each linear module of the base model.
 
 For one module, one token ``x`` and the request's mix ``{(k, w_k)}``::
 
     y = G ⊙ (W x) + b + Σ_k w_k · Δ_k(x)          G = 1 + Σ_k w_k (g_k − 1)
 
-Nothing below this file knows the name of a method.
+Gains and biases are operators like all others: ``Δ_k`` is the sum of what an adapter's operators of
+the module add. Nothing below this file knows the name of a method.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import torch
 
+from turret.server.adapters.operators.circulant import Circulant
 from turret.server.adapters.operators.classifier import Classifier
+from turret.server.adapters.operators.constant_kv import ConstantKv as ConstantKv
+from turret.server.adapters.operators.dense import Dense
 from turret.server.adapters.operators.gate import Gate
+from turret.server.adapters.operators.hadamard import Hadamard
+from turret.server.adapters.operators.input_blocks import InputBlocks as InputBlocks
+from turret.server.adapters.operators.kronecker import Kronecker
+from turret.server.adapters.operators.low_rank import ExpertLowRank, LowRank
+from turret.server.adapters.operators.modulated_base import ModulatedBase as ModulatedBase
+from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
+from turret.server.adapters.operators.pair_rotation import PairRotation as PairRotation
 from turret.server.adapters.operators.soft_prompt import SoftPrompt
+from turret.server.adapters.operators.sparse import Sparse
 from turret.server.adapters.operators.token_router import TokenRouter
-from turret.server.adapters.operators.updates import (
-    Circulant,
-    Dense,
-    ExpertLowRank,
-    Hadamard,
-    Kronecker,
-    LowRank,
-    Sparse,
-)
+from turret.server.adapters.operators.vectors import Bias, Gain, InputGain
 from turret.server.adapters.operators.vocabulary import VocabularyOperators
 
+O = TypeVar("O", bound=Operator)  # noqa: E741
 
-@dataclass(frozen=True, slots=True)
-class InputBlocks:
-    """``Δ(x) = g ⊙ W (D x)``: the base multiplies ``x + D x`` instead of ``x`` (OFT, BOFT).
-
-    ``D`` is block-diagonal: with ``x`` read as a matrix with a row of ``b`` inputs per block,
-    ``(D x)_n = x_n blocks_n``. ``g`` is the gain of the same adapter's module, or 1: an adapter's
-    gain applies to what its own blocks change and to nobody else's.
-
-    Attributes:
-        blocks: ``[in / b, b, b]``, or ``[1, b, b]`` for one that serves all; serving dtype,
-            contiguous. Of a rotation ``R`` it is ``R − I``, so that rounding is relative to the
-            change.
-    """
-
-    blocks: torch.Tensor
-
-    @property
-    def size(self) -> int:
-        """Inputs of a block."""
-        return self.blocks.shape[1]
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.blocks,)
-
-    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> InputBlocks:
-        return InputBlocks(next(tensors))
+_VECTORS: Mapping[str, type[Gain | InputGain | Bias]] = {
+    one.name: one for one in (Gain, InputGain, Bias)
+}
 
 
-@dataclass(frozen=True, slots=True)
-class PairRotation:
-    """``Δ(x)_o = sine_o (W x)_p(o)``: with a gain, pairs of outputs are turned and scaled (RoAd).
-
-    ``p(o)`` is half a group behind an output of the first half of its group, and half a group
-    before one of the second.
-
-    Attributes:
-        sine: ``[out_features]``, fp32, signs included.
-        group: Outputs of a group, even.
-    """
-
-    sine: torch.Tensor
-    group: int
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.sine,)
-
-    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> PairRotation:
-        return PairRotation(next(tensors), self.group)
-
-
-@dataclass(frozen=True, slots=True)
-class ModulatedBase:
-    """``Δ(x) = (W ⊙ bᵀ a) x = Σ_r b_r ⊙ W (a_r ⊙ x)`` (HiRA): the base multiplies ``r`` more rows.
-
-    Attributes:
-        a: ``[rank, in_features]``, serving dtype, contiguous.
-        b: ``[rank, out_features]``, serving dtype, contiguous.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.a, self.b)
-
-    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> ModulatedBase:
-        return ModulatedBase(next(tensors), next(tensors))
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class ModuleOperators:
     """What one adapter does to one linear module.
 
+    Args:
+        given: Operators, one of a kind at most; None is none.
+        named: More of them, under names for the reader. A tensor is the operator of that name:
+            ``gain``, ``input_gain`` or ``bias``.
+
     Attributes:
-        low_rank: The low-rank update, or None.
-        hadamard: The Hadamard update, or None.
-        kronecker: The Kronecker update, or None.
-        sparse: Entries of the weight, or None.
-        gate: Low-rank updates weighted per token, or None.
-        circulant: The block-circulant update, or None.
-        dense: An update as large as the weight, or None.
-        modulated: The base's weight times a low-rank matrix, entry by entry, or None.
-        input_blocks: Blocks that turn the base's input, or None.
-        pairs: Outputs of the base that are added to others, or None. Not beside a change of input.
-        gain: ``g``, ``[out_features]``, fp32, applied to the bias-free base result, or None (1).
-        input_gain: ``l``, ``[in_features]``, fp32: the base multiplies ``l ⊙ x`` instead of ``x``
-            (IA3 on feed-forward inputs); other operators see ``x``. None is 1. Not beside a gain:
-            the sum above does not say whether that would scale what the input gain changes.
-        bias: Added to the base bias, ``[out_features]``, fp32, or None (0).
+        operators: All of them.
     """
 
-    low_rank: LowRank | None = None
-    hadamard: Hadamard | None = None
-    kronecker: Kronecker | None = None
-    sparse: Sparse | None = None
-    gate: Gate | None = None
-    circulant: Circulant | None = None
-    dense: Dense | None = None
-    modulated: ModulatedBase | None = None
-    input_blocks: InputBlocks | None = None
-    pairs: PairRotation | None = None
-    gain: torch.Tensor | None = None
-    input_gain: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
+    operators: tuple[Operator, ...]
 
-    def __post_init__(self) -> None:
-        changes = [self.input_gain, self.input_blocks, self.pairs]
-        assert changes.count(None) >= 2, "an input is changed in one way"
-        assert self.gain is None or self.input_gain is None, "a module has one kind of gain"
+    def __init__(self, *given: Operator | None, **named: Operator | torch.Tensor | None) -> None:
+        made = [
+            _VECTORS[name](part) if isinstance(part, torch.Tensor) else part
+            for name, part in named.items()
+        ]
+        found = tuple(part for part in (*given, *made) if part is not None)
+        object.__setattr__(self, "operators", found)
+        kinds = [type(part) for part in found]
+        assert len(set(kinds)) == len(kinds), "one operator of a kind"
+        changes = {InputGain, InputBlocks, PairRotation} & set(kinds)
+        assert len(changes) < 2, "an input is changed in one way"
+        assert not {Gain, InputGain} <= set(kinds), "a module has one kind of gain"
+
+    def get(self, kind: type[O]) -> O | None:
+        """The operator of a kind, if there is one."""
+        for part in self.operators:
+            if isinstance(part, kind):
+                return part
+        return None
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
+        """All of them; see ``Operator.add``. ``base`` is told of the gain."""
+        base.gain = self.gain
+        for part in self.operators:
+            part.add(y, x, base, weight)
+
+    def add_dense(self, total: torch.Tensor, served: ServedWeight, weight: float) -> None:
+        """All of them; see ``Operator.add_dense``. ``served`` is told of the gain."""
+        served.gain = self.gain
+        for part in self.operators:
+            part.add_dense(total, served, weight)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Every tensor, in the order of the fields and of their own tensors."""
-        found: list[torch.Tensor] = []
-        for name in self.__slots__:
-            part = getattr(self, name)
-            if isinstance(part, torch.Tensor):
-                found.append(part)
-            elif part is not None:
-                found += part.tensors()
-        return tuple(found)
+        """Every tensor, operator by operator."""
+        return tuple(tensor for part in self.operators for tensor in part.tensors())
 
     def with_tensors(self, tensors: Iterator[torch.Tensor]) -> ModuleOperators:
         """The same operators with other tensors, given in the order of ``tensors()``."""
-        made: dict[str, Any] = {}
-        for name in self.__slots__:
-            part = getattr(self, name)
-            if isinstance(part, torch.Tensor):
-                made[name] = next(tensors)
-            elif part is not None:
-                made[name] = part.with_tensors(tensors)
-        return ModuleOperators(**made)
+        return ModuleOperators(*(part.with_tensors(tensors) for part in self.operators))
+
+    def with_operator(self, operator: Operator) -> ModuleOperators:
+        """With this one, in place of that of its kind if there is one."""
+        others = (part for part in self.operators if type(part) is not type(operator))
+        return ModuleOperators(*others, operator)
+
+    @property
+    def low_rank(self) -> LowRank | None:
+        return self.get(LowRank)
+
+    @property
+    def hadamard(self) -> Hadamard | None:
+        return self.get(Hadamard)
+
+    @property
+    def kronecker(self) -> Kronecker | None:
+        return self.get(Kronecker)
+
+    @property
+    def sparse(self) -> Sparse | None:
+        return self.get(Sparse)
+
+    @property
+    def gate(self) -> Gate | None:
+        return self.get(Gate)
+
+    @property
+    def circulant(self) -> Circulant | None:
+        return self.get(Circulant)
+
+    @property
+    def dense(self) -> Dense | None:
+        return self.get(Dense)
+
+    @property
+    def modulated(self) -> ModulatedBase | None:
+        return self.get(ModulatedBase)
+
+    @property
+    def input_blocks(self) -> InputBlocks | None:
+        return self.get(InputBlocks)
+
+    @property
+    def pairs(self) -> PairRotation | None:
+        return self.get(PairRotation)
+
+    @property
+    def gain(self) -> torch.Tensor | None:
+        found = self.get(Gain)
+        return None if found is None else found.values
+
+    @property
+    def input_gain(self) -> torch.Tensor | None:
+        found = self.get(InputGain)
+        return None if found is None else found.values
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        found = self.get(Bias)
+        return None if found is None else found.values
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors())
+        return sum(part.num_bytes for part in self.operators)
 
     @property
     def rank(self) -> int:
-        """Rank of the low-rank update (the only operator that takes up ranks of the pack)."""
+        """Rank of the low-rank update (the only operator that takes up ranks of a pack)."""
         return self.low_rank.rank if self.low_rank is not None else 0
-
-
-@dataclass(frozen=True, slots=True)
-class ConstantKv:
-    """Keys and values of one layer that every token attends to, in a softmax of their own.
-
-    Adds ``softmax(q keysᵀ) values`` to what attention gives, per head (LLaMA-Adapter, arXiv
-    2303.16199).
-
-    Attributes:
-        keys: ``[positions, kv_heads, head_dim]``, serving dtype, contiguous: not rotated, and the
-            scale of the scores folded in.
-        values: Same shape, the gate folded in.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    @property
-    def num_bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.keys, self.values)
 
 
 @dataclass(frozen=True, slots=True)

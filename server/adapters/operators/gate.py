@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
+
+from turret.kernels.adapters.fusion_gate import (
+    GATE_MULTIPLE,
+    fusion_gate_reference,
+    routing_gate_reference,
+)
+from turret.kernels.rows.linear import row_linear
+from turret.server.adapters.operators.low_rank import add_ranks
+from turret.server.adapters.operators.operator import BaseRows, Operator
 
 
 @dataclass(frozen=True, slots=True)
-class QueryScore:
+class QueryScore(Operator):
     """``α = softmax_k((query x) · keys_kᵀ (a_k x))`` (AdapterFusion, arXiv 2005.00247).
 
     Attributes:
@@ -21,15 +32,9 @@ class QueryScore:
     query: torch.Tensor
     keys: torch.Tensor
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.query, self.keys)
-
-    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> QueryScore:
-        return QueryScore(next(tensors), next(tensors))
-
 
 @dataclass(frozen=True, slots=True)
-class PrototypeScore:
+class PrototypeScore(Operator):
     """``α = softmax over top_k of |prototypes x| / temperature`` (Arrow, arXiv 2405.11157).
 
     Attributes:
@@ -43,15 +48,9 @@ class PrototypeScore:
     top_k: int
     temperature: float
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.prototypes,)
-
-    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> PrototypeScore:
-        return PrototypeScore(next(tensors), self.top_k, self.temperature)
-
 
 @dataclass(frozen=True, slots=True)
-class GivenScore:
+class GivenScore(Operator):
     """``α`` is what the adapter's ``TokenRouter`` says before the step (X-LoRA, arXiv 2402.07148).
 
     Attributes:
@@ -60,15 +59,9 @@ class GivenScore:
 
     module: int
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return ()
 
-    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> GivenScore:
-        return self
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
+@dataclass(frozen=True)
+class Gate(Operator):
     """``Δ(x) = Σ_k α_k b_kᵀ (a_k x)``, ``α`` of each token from its score.
 
     The low-rank updates of ``K`` components side by side along the rank axis, weighted by what the
@@ -82,14 +75,64 @@ class Gate:
             not adapt the module has none.
     """
 
+    name = "gate"
+    has_dense = False
+
     a: torch.Tensor
     b: torch.Tensor
     score: QueryScore | PrototypeScore | GivenScore
     rank_indptr: tuple[int, ...]
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.a, self.b, *self.score.tensors())
+    @cached_property
+    def _component_of_rank(self) -> torch.Tensor:
+        """``[ranks]`` int64. A rank of no component counts as the first one's: it is 0."""
+        found = torch.zeros(self.a.shape[0], dtype=torch.int64, device=self.a.device)
+        for k, (start, end) in enumerate(pairwise(self.rank_indptr)):
+            found[start:end] = k
+        return found
 
-    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> Gate:
-        a, b = next(tensors), next(tensors)
-        return Gate(a, b, self.score.with_tensors(tensors), self.rank_indptr)
+    @cached_property
+    def _down(self) -> torch.Tensor:
+        """``a`` and the query below it: one product for both."""
+        query = (self.score.query,) if isinstance(self.score, QueryScore) else ()
+        return torch.cat((self.a, *query)) if query else self.a
+
+    @cached_property
+    def _prototypes(self) -> torch.Tensor:
+        """Those of the score, filled up: products of fewer shapes have to be tried."""
+        assert isinstance(self.score, PrototypeScore)
+        return F.pad(self.score.prototypes, (0, 0, 0, -len(self.score.prototypes) % GATE_MULTIPLE))
+
+    def prepare(self) -> None:
+        _ = self._component_of_rank, self._down
+        if isinstance(self.score, PrototypeScore):
+            _ = self._prototypes
+
+    @property
+    def prepared_bytes(self) -> int:
+        is_asked = isinstance(self.score, QueryScore)
+        return self.a.nbytes + self.score.num_bytes if is_asked else 0
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
+        found = row_linear(x, self._down)
+        v, asked = found[:, : len(self.a)], found[:, len(self.a) :]
+        scale = (self._weights(x, v, asked, base.given) * weight).index_select(
+            1, self._component_of_rank
+        )
+        add_ranks(y, v * scale, self.b)
+
+    def _weights(
+        self, x: torch.Tensor, v: torch.Tensor, asked: torch.Tensor, given: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``α``, ``[rows, K]`` fp32."""
+        if isinstance(self.score, GivenScore):
+            assert given is not None, "a first pass has told them"
+            return given[:, self.score.module]
+        if isinstance(self.score, PrototypeScore):
+            similar = row_linear(x.float(), self._prototypes)[:, : len(self.score.prototypes)]
+            return routing_gate_reference(similar, self.score.top_k, self.score.temperature)
+        return fusion_gate_reference(asked, v, self.score.keys, self.rank_indptr)
+
+    @property
+    def multiply_adds(self) -> int:
+        return self.a.numel() + self.b.numel() + sum(t.numel() for t in self.score.tensors())

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+
+from turret.kernels.rows.linear import row_linear
+from turret.kernels.rows.product import row_product
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,37 @@ class VocabularyRows:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.values,) if self.ids is None else (self.ids, self.values)
+
+    def change(self, tokens: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """``e_k(t) − e(t)`` of an embedding, zero for tokens without a row.
+
+        Args:
+            tokens: ``[rows]`` int64.
+            base: The base's embeddings of them, ``[rows, hidden]`` fp32.
+        """
+        if self.ids is None:
+            return F.embedding(tokens, self.values).float() - base
+        places = torch.searchsorted(self.ids, tokens).clamp_(max=len(self.ids) - 1)
+        is_there = self.ids.index_select(0, places) == tokens
+        change = self.values.index_select(0, places).float() - base
+        return change.masked_fill_(~is_there.unsqueeze(1), 0.0)
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, base: torch.Tensor, weight: float) -> None:
+        """``y += weight · (v_t x − h_t x)`` for the head's other rows ``v``.
+
+        Args:
+            y: ``[rows, vocab]`` fp32.
+            x: Final hidden states, ``[rows, hidden]``.
+            base: The base's logits of them, ``[rows, vocab]``.
+            weight: The adapter's in the mix.
+        """
+        # A whole matrix has the base's shape, which was probed at the start.
+        found = row_linear(x, self.values, probe=self.ids is None).float()
+        if self.ids is None:
+            y += weight * (found - base.float())
+        else:
+            change = found - base.index_select(1, self.ids).float()
+            y.index_add_(1, self.ids, change, alpha=weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +87,12 @@ class EmbeddingLowRank:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.a, self.b) if self.gain is None else (self.a, self.b, self.gain)
+
+    def change(self, tokens: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """What is added to the base's embeddings of some tokens; see ``VocabularyRows.change``."""
+        a = F.embedding(tokens, self.a).float().unsqueeze(1)
+        change = row_product(a, self.b.float()).squeeze(1)
+        return change if self.gain is None else change + (self.gain - 1.0) * base
 
 
 @dataclass(frozen=True, slots=True)

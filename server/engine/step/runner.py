@@ -109,14 +109,6 @@ class Runner:
 
     def refusal(self, sequence: Sequence) -> BudgetExceededError | None:
         """Why a sequence could not even run alone, or None."""
-        for adapter, _ in sequence.mix.members:
-            operators = adapter.operators
-            why = None if operators is None else self._store.unserved(operators)
-            if why is not None:
-                return BudgetExceededError(
-                    f"adapter {adapter.name!r} is not served on this device: {why}",
-                    metadata={"adapter": adapter.name},
-                )
         if self.fits(sequence, ()):
             return None
         needed = self._needed_bytes((sequence,))

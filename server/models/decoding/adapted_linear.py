@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +16,10 @@ if TYPE_CHECKING:
     from turret.server.adapters.device.gpu.store import GpuAdapterStep
     from turret.server.models.weights.base_linear import BaseLinear
     from turret.server.models.weights.nf4_gpu import Nf4Product
+
+
+# More rows than any step has.
+_ALL = 1 << 62
 
 
 class StepProduct:
@@ -40,10 +43,14 @@ class StepProduct:
         base = linear.base if self._index is None else linear.part(self._index)
         if self._num_decode is None:
             return base(x, ahead)
-        return base(x, ahead, self._num_decode)
+        return base(x, ahead, min(self._num_decode, x.shape[0]))
 
     def part(self, index: int) -> StepProduct:
         return StepProduct(self._linear, self._num_decode, index)
+
+    def alone(self, *, is_decode: bool) -> StepProduct:
+        """The product of other rows than the step's: all decode, or none does."""
+        return StepProduct(self._linear, _ALL if is_decode else 0, self._index)
 
     def with_shrink(self, x: torch.Tensor, shrink: Shrink) -> tuple[torch.Tensor, torch.Tensor]:
         """The product and the rank activations of all rows, where it can be by one launch."""
@@ -52,25 +59,12 @@ class StepProduct:
             return self(x), shrink(x)
         return product.with_shrink(x, self._num_decode, shrink)
 
-    @property
-    def takes_own_inputs(self) -> bool:
-        """Whether ``by_slices`` can be called."""
-        product = self._product
-        return product is not None and product.takes_own_inputs
-
-    def by_slices(self, x: torch.Tensor, changed: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Each slice's product with an input of its own; see ``Nf4Product``."""
-        product, num_decode = self._product, self._num_decode
-        assert product is not None
-        assert num_decode is not None
-        return product.by_slices(x, num_decode, self._linear.base.widths, changed)
-
     def ended(
         self, x: torch.Tensor, epilogue: Epilogue, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
         """What comes after the product, by its launches; None where that cannot be."""
         product = self._product
-        if product is None or self._num_decode != x.shape[-2]:
+        if product is None or self._num_decode != x.shape[0]:
             return None
         return product.ended(x, epilogue, bias)
 
@@ -80,18 +74,6 @@ class StepProduct:
         if self._index is not None or self._num_decode is None:
             return None
         return getattr(self._linear.base, "product", None)
-
-    def stacked(self, x: torch.Tensor) -> torch.Tensor:
-        """``[count, rows, in]`` → ``[count, rows, out]``, every row in the way its own row goes."""
-        if self._num_decode is None:
-            return self(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        count, num_decode = x.shape[0], self._num_decode
-        first, rest = x[:, :num_decode], x[:, num_decode:]
-        inputs = torch.cat((first.flatten(0, 1), rest.flatten(0, 1)))
-        product = StepProduct(self._linear, count * num_decode, self._index)(inputs)
-        decoded, prompts = product.split((count * num_decode, count * rest.shape[1]))
-        parts = (decoded.unflatten(0, first.shape[:2]), prompts.unflatten(0, rest.shape[:2]))
-        return torch.cat(parts, dim=1)
 
 
 class AdaptedLinear:

@@ -6,7 +6,7 @@ that a CUDA graph can hold: nothing here reads a value from the device or copies
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,6 @@ from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.silu_mul import silu_mul
 from turret.kernels.gpu.tables.attention_table import AttentionTable
 from turret.server.adapters.device.gpu.store import GpuAdapterStep
-from turret.server.adapters.device.vocabulary import VocabularyGroup, change_logits
 from turret.server.models.decoding.arch import Arch, ClampedSwiglu
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer, StepInput
 from turret.server.models.decoding.kv_cache import KvCache
@@ -49,8 +48,7 @@ class GpuStep(StepInput):
         num_decode: The first rows, of sequences that generate or whose prompt is short; see
             ``nf4_gpu.py``.
         logits: Where logits go, ``[at least samples, vocab]`` fp32; None for memory of their own.
-        heads: Sampled rows, by their place in ``sample_rows``, whose heads are changed by what no
-            kernel has.
+        embedded: What the first layer gets, ``[rows, hidden]``, if it is there already.
     """
 
     attention: Mapping[int | None, AttentionTable]
@@ -58,12 +56,12 @@ class GpuStep(StepInput):
     sample_rows: torch.Tensor
     num_decode: int
     logits: torch.Tensor | None = None
-    heads: Sequence[VocabularyGroup] = ()
+    embedded: torch.Tensor | None = None
 
     @property
     def is_fixed(self) -> bool:
         """Whether everything that differs between steps is in buffers of fixed address."""
-        return self.soft_rows is None and self.added_rows is None and not self.heads
+        return self.adapters is None or self.adapters.others is None
 
 
 class GpuDecoder(Decoder):
@@ -99,23 +97,17 @@ class GpuDecoder(Decoder):
             update = self._leave(self._feed_forward(layer, normed, step), layer.norm_after_mlp)
         hidden = self._add_norm(hidden, update, self.norm)
         sampled = hidden.index_select(0, step.sample_rows)
-        return hidden, self._step_logits(sampled, step)
+        return hidden, self.logits(sampled, out=step.logits)
 
-    def _change_embeddings(self, hidden: torch.Tensor, step: StepInput) -> None:
-        if isinstance(step.adapters, GpuAdapterStep) and step.adapters.vocabulary is not None:
-            vocabulary = step.adapters.vocabulary
-            vocabulary.change_embeddings(hidden, step.token_ids, self.embedding)
+    def embed(self, step: StepInput) -> torch.Tensor:
+        """What the first layer gets of a step, ``[rows, hidden]``."""
+        return super()._embed(step)
 
-    def _step_logits(self, sampled: torch.Tensor, step: GpuStep) -> torch.Tensor:
-        """``[samples, hidden]`` → ``[samples, vocab]`` fp32."""
-        base, out = self._head(sampled), step.logits
-        if out is None:
-            # Not the base's own memory: what adapters change is a difference to it.
-            out = torch.empty(base.shape, dtype=torch.float32, device=self.device)
-        logits = change_logits(sampled, base, self._head, step.heads, out)
-        if step.adapters is not None and step.adapters.vocabulary is not None:
-            step.adapters.vocabulary.change_logits(sampled, base, logits, self._head)
-        return self._scaled(logits)
+    def _embed(self, step: StepInput) -> torch.Tensor:
+        if isinstance(step, GpuStep) and step.embedded is not None:
+            # What the layers add goes to it.
+            return step.embedded.clone()
+        return self.embed(step)
 
     def _feed_forward(
         self, layer: DecoderLayer, normed: torch.Tensor, step: GpuStep

@@ -4,11 +4,6 @@ Rows of sequences that decode and of short prompts go through ``nf4_matmul``, ro
 through the weight written out once and a library's product. Which way a row goes, and the shape of
 the product it is in, depends on its own sequence only, so its bits do not depend on who else is in
 the step.
-
-Where adapters change inputs, the slices of a fused weight can each multiply an input of their own.
-``nf4_matmul`` reads the weight once as ever. Of longer prompts, rows whose inputs change are
-multiplied slice by slice, all others by the whole weight, since a library's sums may depend on the
-number of columns too.
 """
 
 from __future__ import annotations
@@ -88,62 +83,16 @@ class Nf4Product:
             parts.append(self._multiply_prompts(x[num_decode:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts), v
 
-    @property
-    def takes_own_inputs(self) -> bool:
-        """Whether ``by_slices`` can be called.
-
-        Not where a library multiplies decoding rows: which of them change is not known to a step
-        that was captured.
-        """
-        weight = self._weight
-        return isinstance(weight, Nf4Matrix) and tuning(weight.packed.device).nf4_pass_rows > 0
-
-    def by_slices(
-        self,
-        x: torch.Tensor,
-        num_decode: int,
-        widths: Sequence[int],
-        changed: Sequence[tuple[int, int]],
-    ) -> torch.Tensor:
-        """Multiply an input by each slice.
-
-        Args:
-            x: ``[slices, rows, in_features]``, rows as above.
-            num_decode: As above.
-            widths: Outputs of each slice.
-            changed: Runs of rows (first, end), those of decoding sequences or not, whose inputs are
-                not the same for all slices; in order.
-
-        Returns:
-            ``[rows, out_features]``. Rows that are in no run have the bits of ``__call__``.
-        """
-        weight, step = self._weight, tuning(x.device).nf4_pass_rows
-        assert isinstance(weight, Nf4Matrix)
-        starts = range(0, num_decode, step)
-        ends = [min(start + step, num_decode) for start in starts]
-        parts = [
-            nf4_matmul(x[:, start:end], weight, widths=widths)
-            for start, end in zip(starts, ends, strict=True)
-        ]
-        if num_decode < x.shape[1]:
-            runs = [(max(a, num_decode), b) for a, b in changed if b > num_decode]
-            runs = [(a - num_decode, b - num_decode) for a, b in runs]
-            parts.append(self._multiply_prompts_by_slices(x[:, num_decode:], widths, runs))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
     def ended(
         self, x: torch.Tensor, epilogue: Epilogue, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """What comes after the product of decoding rows; None where that takes more launches.
-
-        ``x`` is ``[rows, in_features]``, or with slices as for ``by_slices``.
-        """
+        """What comes after the product of decoding rows; None where that takes more launches."""
         weight, step = self._weight, tuning(x.device).nf4_pass_rows
         if not (isinstance(weight, Nf4Matrix) and step and epilogue.ends_product(bias, x.device)):
             return None
         parts = [
-            epilogue.of_product(x[..., start : start + step, :], start, weight, bias)
-            for start in range(0, x.shape[-2], step)
+            epilogue.of_product(x[start : start + step], start, weight, bias)
+            for start in range(0, x.shape[0], step)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -186,27 +135,6 @@ class Nf4Product:
 
     def _multiply_prompts(self, x: torch.Tensor) -> torch.Tensor:
         return _in_pieces(x, self.dequantize(x.dtype))
-
-    def _multiply_prompts_by_slices(
-        self, x: torch.Tensor, widths: Sequence[int], changed: Sequence[tuple[int, int]]
-    ) -> torch.Tensor:
-        """The changed rows by the parts of the weight, the others by all of it."""
-        weight = self.dequantize(x.dtype)
-        y = torch.empty(x.shape[1], len(weight), dtype=x.dtype, device=x.device)
-        bounds = [0, *(place for run in changed for place in run), x.shape[1]]
-        others = [(a, b) for a, b in zip(bounds[::2], bounds[1::2], strict=True) if a < b]
-        for rows in others, changed:
-            if not rows:
-                continue
-            taken = torch.cat([x[:, a:b] for a, b in rows], dim=1)
-            if rows is others:
-                products = _in_pieces(taken[0], weight)
-            else:
-                own = zip(taken, weight.split(tuple(widths)), strict=True)
-                products = torch.cat([_in_pieces(*pair) for pair in own], dim=1)
-            for (a, b), part in zip(rows, products.split([b - a for a, b in rows]), strict=True):
-                y[a:b] = part
-        return y
 
 
 def _in_pieces(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

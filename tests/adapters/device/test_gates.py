@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +21,13 @@ from builders.mixes.gates import (
 )
 from torch import Tensor
 
-from turret.server.adapters.device.gates import Gates
 from turret.server.adapters.device.members import StepMembers
+from turret.server.adapters.device.reference import Reference
 from turret.server.adapters.operators.gate import Gate
 
 NUM_ROWS = 90
+# Gates ask nothing of the base.
+NO_BASE: Any = SimpleNamespace(part=lambda index: None)
 
 
 @pytest.fixture(params=[1, 3])
@@ -34,18 +38,18 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def held_of(dtype: torch.dtype) -> tuple[Gates, dict[str, dict[str, Gate]]]:
-    held, gates = Gates(LAYOUT, torch.device("cpu")), gates_of(dtype)
+def held_of(dtype: torch.dtype) -> tuple[Reference, dict[str, dict[str, Gate]]]:
+    held, gates = Reference(LAYOUT, torch.device("cpu")), gates_of(dtype)
     for key, modules in gates.items():
         held.insert(key, operators_of(modules))
     return held, gates
 
 
-def apply(held: Gates, members: StepMembers, x: Tensor, y: Tensor) -> Tensor:
+def apply(held: Reference, members: StepMembers, x: Tensor, y: Tensor) -> Tensor:
     y = y.clone()
     bound = held.bind(members)
     assert bound is not None
-    bound.apply(0, "qkv", x, y)
+    bound.apply(0, "qkv", x, y, NO_BASE)
     return y
 
 

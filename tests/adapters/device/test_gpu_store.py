@@ -12,14 +12,12 @@ import torch
 from gpu_path import OneStepTables
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from turret.server.adapters.device.gpu.by_address.experts import GpuExpertShelf
-from turret.server.adapters.device.gpu.shelves import GpuHadamardShelf
+from turret.server.adapters.device.gpu import shelves
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ExpertShape, ProjectionLayout, SliceShape
 from turret.server.adapters.lowering.arena import in_one_block
 from turret.server.adapters.operators.adapter_operators import (
     AdapterOperators,
-    InputBlocks,
     ModuleOperators,
 )
 from turret.server.adapters.operators.updates import ExpertLowRank, Hadamard, LowRank
@@ -71,31 +69,28 @@ def test_an_adapter_that_found_no_memory_can_come_again() -> None:
     store = store_of()
     store.prepare([low_rank("here"), hadamard("there")])
     more = [hadamard(f"more {number}") for number in range(6)]
-    grow = GpuHadamardShelf.grow
 
-    def fails(shelf: GpuHadamardShelf, num_slots: int) -> None:
+    def fails(table: torch.Tensor, num_slots: int) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with (
-        patch.object(GpuHadamardShelf, "grow", fails),
-        pytest.raises(torch.OutOfMemoryError),
-    ):
+    with patch.object(shelves, "grown", fails), pytest.raises(torch.OutOfMemoryError):
         store.prepare(more)
-    assert GpuHadamardShelf.grow is grow
     entered = [adapter for adapter in more if adapter.bytes_device]
     assert len(entered) == 3
-    for _, held in store._shelves.ordered():
-        assert set(held.slots) == {"there", *(adapter.key for adapter in entered)}
+    found = store._shelves._shelves
+    assert len(found) == 4
+    for shelf in found.values():
+        assert set(shelf.slots) == {"there", *(adapter.key for adapter in entered)}
     store.prepare(more)
-    for _, held in store._shelves.ordered():
-        assert len(set(held.slots.values())) == 7
-        assert isinstance(held.shelf, GpuHadamardShelf)
+    for place, shelf in found.items():
+        assert len(set(shelf.slots.values())) == 7
+        path = LAYOUT.projections[place.projection][place.slice].path
         for adapter in more:
-            factors = adapter.operators.modules[LAYOUT.module(1, PATHS[0].split(".", 3)[3])]
-            if held.shelf.projection == "qkv":
-                assert factors.hadamard is not None
-                stored = held.shelf.w1b[1, held.slots[adapter.key], 0]
-                assert torch.equal(stored, factors.hadamard.w1b)
+            factors = adapter.operators.modules[LAYOUT.module(1, path)].get(Hadamard)
+            assert factors is not None
+            stored = [table[1, shelf.slots[adapter.key]] for table in shelf.tables]
+            for mine, own in zip(stored, factors.tensors(), strict=True):
+                assert torch.equal(mine, own)
 
 
 MIXTURE = ProjectionLayout(
@@ -118,11 +113,8 @@ def test_updates_of_experts_take_their_own_bytes_and_give_them_back() -> None:
     adapters = [experts(f"{n}", 2 + n % 3, [n % 6, 5]) for n in range(9)]
 
     def held() -> list[torch.Tensor]:
-        found = []
-        for _, on_shelf in store._shelves.ordered():
-            assert isinstance(on_shelf.shelf, GpuExpertShelf)
-            found += [t for kept in on_shelf.shelf._kept.values() for t in kept]
-        return found
+        on_shelves = store._shelves._shelves.values()
+        return [t for shelf in on_shelves for kept in shelf._kept.values() for t in kept]
 
     for end in (1, 5, 9):
         store.prepare(adapters[:end])
@@ -133,11 +125,10 @@ def test_updates_of_experts_take_their_own_bytes_and_give_them_back() -> None:
     assert sum(t.nbytes for t in held()) == adapters[8].operators.num_bytes
     store.prepare(adapters[6:])
     known = {t.data_ptr(): t for t in held()}
-    for _, shelf in store._shelves.ordered():
-        assert isinstance(shelf.shelf, GpuExpertShelf)
+    for shelf in store._shelves._shelves.values():
         for key, slot in shelf.slots.items():
             own = adapters[int(key)].operators.experts or {}
-            for layer, (a, b) in enumerate(shelf.shelf.table[:, slot].tolist()):
+            for layer, (a, b) in enumerate(shelf.tables[0][:, slot].tolist()):
                 update = own.get(MIXTURE.module(layer, "mlp.experts.down_proj"))
                 if update is None:
                     assert (a, b) == (0, 0)
@@ -215,27 +206,6 @@ def test_tables_of_gains_are_made_once_and_void_no_step_without_gains() -> None:
     assert store.epoch == 0
 
 
-@pytest.mark.parametrize("projection", LAYOUT.projections)
-def test_a_mix_launches_more_than_its_members_where_inputs_take_the_place(projection: str) -> None:
-    """Of a row with both, the base's result has a gain, so its changed input goes apart."""
-    slices = LAYOUT.projections[projection]
-    paths = [LAYOUT.module(layer, s.path) for layer in range(LAYOUT.num_layers) for s in slices]
-
-    def adapter(key: str, **more: Any) -> Adapter:
-        return Adapter(key, AdapterOperators(dict.fromkeys(paths, ModuleOperators(**more))))
-
-    store, tables = store_of(), OneStepTables(4, CPU)
-    store.prepare(
-        [adapter("out", gain=torch.rand(WIDTH)), adapter("in", input_gain=torch.rand(WIDTH))]
-    )
-    table = tables.load_segments([])
-    tables.load_segments = lambda runs: table  # type: ignore[method-assign]
-    out, into = ("out", 1.0), ("in", 1.0)
-    apart = store.bind([(0, 1, [out]), (1, 2, [into])], tables).signature
-    mixed = store.bind([(0, 1, [out, into]), (1, 2, [])], tables).signature
-    assert apart != mixed
-
-
 def test_more_adapters_in_a_batch_than_slots() -> None:
     store = store_of(budget_of(64))
     modules = {path: ModuleOperators(gain=torch.rand(WIDTH)) for path in PATHS}
@@ -255,8 +225,7 @@ def test_no_step_is_replayed_where_a_shelf_has_moved() -> None:
     held = []
     for number in range(9):
         store.prepare([hadamard(f"{number}")])
-        shelves = [on_shelf.shelf for _, on_shelf in store._shelves.ordered()]
-        made = [shelf.w1b for shelf in shelves if isinstance(shelf, GpuHadamardShelf)]
+        made = [shelf.tables[0] for shelf in store._shelves._shelves.values()]
         # Kept, or others would come to lie where they were.
         held.append(made)
         signature = store.bind([(0, 1, [("first", 1.0)])], tables).signature
@@ -264,22 +233,6 @@ def test_no_step_is_replayed_where_a_shelf_has_moved() -> None:
         assert places.setdefault(signature, where) == where
     assert 1 < len(places) < 9
     assert store.epoch == 0
-
-
-def test_shelves_know_every_slot_of_a_pack_that_grew() -> None:
-    """Kernels look up whoever is in the batch, also those that came after the shelf."""
-    store = store_of(budget_of(64))
-    blocks = ModuleOperators(input_blocks=InputBlocks(torch.randn(WIDTH // 8, 8, 8)))
-    store.prepare([Adapter("turned", AdapterOperators(dict.fromkeys(PATHS, blocks)))])
-    before = store._pack.num_slots
-    modules = {path: ModuleOperators(gain=torch.rand(WIDTH)) for path in PATHS}
-    store.prepare([Adapter(f"{number}", AdapterOperators(modules)) for number in range(20)])
-    assert store._pack.num_slots > before
-    shelves = list(store._blocks._shelves.values())
-    assert len(shelves) == 4
-    for shelf in shelves:
-        assert len(shelf.places) == store._pack.num_slots
-        assert (shelf.places >= 0).nonzero().flatten().tolist() == store._pack.slots("turned")
 
 
 class _Counting(TorchDispatchMode):

@@ -23,7 +23,7 @@ from turret.server.adapters.device.cpu.store import CpuStore
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.members import Members, StepMembers
-from turret.server.adapters.device.packed.store import PackedStore
+from turret.server.adapters.device.reference import ReferenceStore
 from turret.server.adapters.operators.adapter_operators import (
     AdapterOperators,
     InputBlocks,
@@ -212,40 +212,22 @@ def _alphas(gate: Gate, parts: Sequence[slice], v: Tensor, x: Tensor) -> Tensor:
 
 
 class Product:
-    """Of a base whose slices can multiply inputs of their own, as on the gpu path."""
-
-    takes_own_inputs = True
+    """Of a base, as on the gpu path."""
 
     def __init__(self, base: Base) -> None:
         self._base = base
-
-    def by_slices(self, x: Tensor, num_decode: int, widths: object, changed: Any) -> Tensor:
-        told = torch.zeros(x.shape[1], dtype=torch.bool)
-        for start, end in changed:
-            told[start:end] = True
-        same = x[:, ~told]
-        assert torch.equal(same, same[:1].expand_as(same)), "a row that changes was not told"
-        return torch.cat([self._base.part(s)(own) for s, own in enumerate(x)], dim=1)
 
     def with_shrink(self, x: Tensor, num_decode: int, shrink: Any) -> tuple[Tensor, Tensor]:
         return self._base(x), shrink(x)
 
 
-class OneInput(Product):
-    """Of a base that multiplies one input, by a library."""
-
-    takes_own_inputs = False
-
-
 class Base:
     """A dense weight, ``[out, in]``; one row at a time, so that a row's bits are its own."""
 
-    def __init__(
-        self, weight: Tensor, slices: tuple[int, ...], product: type[Product] = Product
-    ) -> None:
+    def __init__(self, weight: Tensor, slices: tuple[int, ...]) -> None:
         self.widths, self.in_features = (len(weight),), weight.shape[1]
         self._weight, self._slices = weight, slices
-        self.product = product(self)
+        self.product = Product(self)
 
     def __call__(self, x: Tensor, ahead: object = None, num_decode: int | None = None) -> Tensor:
         return torch.cat([row @ self._weight.T for row in x.split(1)])
@@ -264,9 +246,8 @@ def project(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    product: type[Product] = Product,
 ) -> Tensor:
-    linear = AdaptedLinear(0, name, Base(weight, OUTS[name], product), bias)
+    linear = AdaptedLinear(0, name, Base(weight, OUTS[name]), bias)
     if not isinstance(store, GpuStore):
         return linear(x, store.step(members))
     runs = [(row, row + 1, mix) for row, mix in enumerate(members.short)]
@@ -284,8 +265,8 @@ def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 NEEDS_COMPILER = pytest.mark.skipif(library() is None, reason="there is no C compiler")
 # Store, serving dtype, bound of the error. In bf16 each summand is rounded: about 3e-3.
 PATHS = [
-    pytest.param(PackedStore, torch.float32, 1e-6, id="torch-fp32"),
-    pytest.param(PackedStore, torch.bfloat16, 1e-2, id="torch-bf16"),
+    pytest.param(ReferenceStore, torch.float32, 1e-6, id="torch-fp32"),
+    pytest.param(ReferenceStore, torch.bfloat16, 1e-2, id="torch-bf16"),
     pytest.param(CpuStore, torch.bfloat16, 1e-2, id="cpu-bf16", marks=NEEDS_COMPILER),
     pytest.param(GpuStore, torch.float32, 1e-6, id="gpu-fp32"),
     pytest.param(GpuStore, torch.float32, 1e-6, id="gpu-fp32-all", marks=pytest.mark.long),
@@ -327,30 +308,6 @@ def test_pairs_of_operators_add_up_as_documented(
             if error > bound:
                 wrong[mix, s] = error
     assert wrong == {}
-
-
-@pytest.mark.usefixtures("coarse_tiles")
-def test_changed_inputs_of_a_base_that_multiplies_one() -> None:
-    """On the gpu path: as of one that multiplies an input for each slice, by more products."""
-    torch.manual_seed(7)
-    adapters = residents(torch.float32)
-    kinds = {"low_rank", "pairs", "gain", "bias", "input_gain", "input_blocks"}
-
-    def is_chosen(mix: Members) -> bool:
-        of = {part for key, _ in mix for part in key.replace(" and ", " ").split()} - {"1", "2"}
-        return of <= kinds and any(kind.startswith("input_") for kind in of)
-
-    chosen = [mix for mix in mixes(adapters) if is_chosen(mix)]
-    assert len(chosen) > 10
-    held = GpuStore(LAYOUT, torch.float32, CPU, 1 << 30)
-    held.prepare(adapters.values())
-    members = StepMembers(short=chosen, long=[])
-    width = sum(OUTS["gate_up"])
-    weight, bias = torch.randn(width, INNER) / 8, torch.randn(width)
-    x = torch.randn(len(chosen), INNER)
-    one, many = (project(held, "gate_up", members, x, weight, bias, p) for p in (OneInput, Product))
-    assert error_ratio(one, many) < 1e-6
-    assert not torch.equal(one, many)
 
 
 @pytest.mark.parametrize("name", OUTS)

@@ -21,7 +21,8 @@ from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.fuse.factors import Factors, energy_rank, ratio, side_by_side
 from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.operators.updates import LowRank
+from turret.server.adapters.operators.low_rank import LowRank
+from turret.server.adapters.operators.operator import Operator
 from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
@@ -315,20 +316,13 @@ def test_what_has_no_weight_update_is_found_by_exclusion() -> None:
     """An operator that fusing has never heard of is refused, not left out."""
 
     @dataclass(frozen=True)
-    class Router:
-        strength: float
-
-        @staticmethod
-        def tensors() -> tuple[torch.Tensor, ...]:
-            return ()
-
-    @dataclass(frozen=True, slots=True)
-    class Routed(ModuleOperators):
-        router: Router | None = None
+    class Router(Operator):
+        name = "router"
+        has_dense = False
 
     low_rank = LowRank(torch.ones(1, 3), torch.ones(1, 2))
-    plain = AdapterOperators({"m": Routed(low_rank=low_rank)})
-    routed = AdapterOperators({"m": Routed(low_rank=low_rank, router=Router(1.0))})
+    plain = AdapterOperators({"m": ModuleOperators(low_rank)})
+    routed = AdapterOperators({"m": ModuleOperators(low_rank, Router())})
     assert (beyond_updates(plain), beyond_low_rank(plain)) == ((), ())
     assert (beyond_updates(routed), beyond_low_rank(routed)) == (("router",), ("router",))
 

@@ -34,7 +34,6 @@ from method_oracle import (
 from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 
-from turret.kernels.adapters.constant_attention import Constants, constant_attention_reference
 from turret.kernels.cpu import native
 from turret.kernels.gpu.shared import tuning as tuning_module
 from turret.server.adapters.methods.lower import lower_checkpoint
@@ -223,7 +222,7 @@ def check_attention(keys: dict[str, Any], seed: int, *, bias: bool) -> float:
         q = plain.get_submodule("q_proj")(x).view(7, 4, 16)
         first, second = q.chunk(2, -1)
         turned = q * cos[0, :, None] + torch.cat((-second, first), -1) * sin[0, :, None]
-        added = constant_attention_reference(turned, Constants.of(kv.keys, kv.values)).double()
+        added = kv.attend(turned).double()
         o = plain.get_submodule("o_proj")
         found = added.reshape(7, 64) @ o.get_parameter("weight").T
         if bias:

@@ -18,7 +18,7 @@ from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.device.cpu.store import CpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.members import StepMembers
-from turret.server.adapters.device.packed.store import PackedStore
+from turret.server.adapters.device.reference import ReferenceStore
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 
@@ -116,7 +116,7 @@ def dense_delta(kind: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 STORES = [
-    pytest.param(PackedStore, torch.float32, 1e-4, id="torch"),
+    pytest.param(ReferenceStore, torch.float32, 1e-4, id="torch"),
     pytest.param(
         *(CpuStore, torch.bfloat16, 2e-2),
         id="cpu",

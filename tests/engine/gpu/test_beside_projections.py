@@ -1,8 +1,7 @@
-"""Decode steps whose adapters change more than projections: captured, and replayed with others.
+"""Decode steps whose adapters change more than projections, on the gpu path, interpreted.
 
-Embeddings, heads, and constants that attention sees.
-
-On the gpu path, in Triton's interpreter.
+Embeddings and heads are torch's, before and behind launches that are captured; a step in which rows
+attend to constants is launched as it is.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from method_oracle import check_greedy, prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.kernels.gpu.shared import tuning as tuning_module
-from turret.server.adapters.device.gpu.by_address.vocabulary import GpuVocabulary
-from turret.server.adapters.device.vocabulary import VocabularyChange
+from turret.server.adapters.device.gpu.store import GpuStore
+from turret.server.adapters.device.store import Resident
 from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.step.gpu import decode_graphs
@@ -43,10 +42,9 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "norm": ("ln_tuning", {"target_modules": ["norm"]}),
     "logits": ("ia3", {"target_modules": ["lm_head"], "feedforward_modules": []}),
     "adaption": ("adaption_prompt", {"adapter_len": 19, "adapter_layers": 1}),
-    # What no kernel changes of a head is left to torch.
     "loha": ("loha", {"target_modules": ["q_proj", "lm_head"]}),
 }
-MIX = [("both", 0.5), ("tokens", -0.75), ("norm", 1.0), ("adaption", -1.0)]
+MIX = [("both", 0.5), ("tokens", -0.75), ("norm", 1.0), ("loha", -1.0)]
 # The prompt's step; then one runs as it is, one is captured, one is replayed.
 NUM_TOKENS = 4
 # Device memory for one adapter and a little more.
@@ -92,7 +90,7 @@ def asked(*mix: tuple[str, float], seed: int = 0) -> Request:
 
 
 async def test_captured_steps_have_the_bits_of_those_that_are_not(root: Path) -> None:
-    names = [name for name in ADAPTERS if name != "loha"]
+    names = [name for name in ADAPTERS if name != "adaption"]
     requests = [asked((name, 1.0), seed=number) for number, name in enumerate(names)]
     requests += [asked(*MIX, seed=6), asked(seed=7)]
     assert len(requests) == 8, "all of them in one step"
@@ -118,17 +116,17 @@ async def test_captured_steps_have_the_bits_of_those_that_are_not(root: Path) ->
     assert len({answer.token_ids for answer in captured}) == len(requests)
 
 
-async def test_a_head_that_no_kernel_changes_is_computed_beside_the_others(root: Path) -> None:
+async def test_what_no_kernel_has_is_computed_beside_the_others(root: Path) -> None:
     capture = FakeCapture()
-    requests = [asked(("loha", 1.0)), asked(("loha", 0.5), ("both", 1.0)), asked(("tokens", 1.0))]
-    async with serving(root, capture, "loha", "both", "tokens") as harness:
+    requests = [asked(("adaption", 1.0)), asked(("adaption", 0.5), ("both", 1.0)), asked()]
+    async with serving(root, capture, "adaption", "both") as harness:
         together = await harness.run_all(requests)
         assert capture.num_captures == 0
         alone = [await harness.run(request) for request in requests]
         assert capture.num_captures == 1, "of the row without it"
     assert [answer.bits for answer in together] == [answer.bits for answer in alone]
-    model = load_adapter(twin("llama").model, root / "loha")
-    check_greedy(together[0], model, list(requests[0].prompt_token_ids), "loha")
+    model = load_adapter(twin("llama").model, root / "adaption")
+    check_greedy(together[0], model, list(requests[0].prompt_token_ids), "adaption")
 
 
 async def test_adapters_come_and_go_and_captured_steps_stay(
@@ -142,15 +140,15 @@ async def test_adapters_come_and_go_and_captured_steps_stay(
         expected = [(await harness.run(request)).bits for request in requests]
         other = (await harness.run(asked(("saved", 1.0), seed=2))).bits
     entered: list[str] = []
-    put, capture = GpuVocabulary.put, FakeCapture()
+    insert, capture = GpuStore._insert, FakeCapture()
 
-    def noted(vocabulary: GpuVocabulary, key: str, change: VocabularyChange) -> None:
-        entered.append(key)
-        put(vocabulary, key, change)
+    def noted(store: GpuStore, adapter: Resident) -> None:
+        entered.append(adapter.key)
+        insert(store, adapter)
 
     room = {"adapter_device_bytes": LITTLE}
     async with serving(tmp_path, capture, "tokens", "both", **room) as harness:
-        monkeypatch.setattr(GpuVocabulary, "put", noted)
+        monkeypatch.setattr(GpuStore, "_insert", noted)
         for _ in range(2):
             assert [(await harness.run(request)).bits for request in requests] == expected
         before = capture.num_captures

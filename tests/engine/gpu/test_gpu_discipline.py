@@ -20,8 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from triton.runtime.interpreter import InterpretedFunction
 
+from turret.kernels.gpu.adapters.hadamard_shrink import MAX_RANK as MAX_HADAMARD_RANK
+from turret.kernels.gpu.adapters.kronecker import MAX_IN_M, MAX_RANK
 from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.server.adapters.device.gpu.store import GpuStore
+from turret.server.adapters.device.kernels import has_kernel
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.mix import Mix
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
@@ -31,7 +34,6 @@ from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.gpu.executor import GpuExecutor
 from turret.server.engine.step.gpu.memory_plan import largest_step
-from turret.server.engine.step.runner import Runner
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.decoder import DecoderLayer
 from turret.server.models.decoding.gpu_decoder import GpuDecoder
@@ -56,13 +58,8 @@ _DECODE = ("decode", "decode, base only", "decode, low rank", "decode, told")
 STEPS = (*_DECODE, "prompts", "prompts, told")
 # Operations that make the host wait for a value on the device.
 READS = {
-    "_local_scalar_dense",
-    "nonzero",
-    "masked_select",
-    "unique",
-    "unique2",
-    "equal",
-    "is_nonzero",
+    *("_local_scalar_dense", "nonzero", "masked_select", "unique", "unique2"),
+    *("equal", "is_nonzero"),
 }
 
 
@@ -132,7 +129,16 @@ def _executor(capture: Any = None) -> GpuExecutor:
 
 def _adapters() -> dict[str, _Adapter]:
     found = every_operator(ARCH, DTYPE)
-    return {name: _Adapter(name, operators) for name, operators in found.items()}
+    return {name: _Adapter(name, _with_kernels(operators)) for name, operators in found.items()}
+
+
+def _with_kernels(operators: AdapterOperators) -> AdapterOperators:
+    """Without what has none: some of its values are read on the host."""
+    modules = {
+        path: ModuleOperators(*(part for part in ops.operators if has_kernel(part, "gpu")))
+        for path, ops in operators.modules.items()
+    }
+    return dataclasses.replace(operators, modules=modules, attention=None)
 
 
 def _sequence(
@@ -285,9 +291,9 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
         with watched() as copies:
             computed = executor.run(step)
     assert copies.waits == []
-    # The rows'; the adapters' have come with the first. A prompt step brings both, soft tokens and
-    # where they go, and a prefix with its places. First passes are a step.
-    limits = {"prompts": 7, "prompts, told": 5, "decode, told": 6}
+    # The rows'; adapters' came with the first. A prompt step brings both, soft tokens, a prefix,
+    # and which rows have other embeddings and heads. First passes are a step.
+    limits = {"prompts": 9, "prompts, told": 5, "decode, told": 6}
     assert copies.uploads <= limits.get(name, 1), copies.uploads
     assert computed.logits is not None
     assert len(computed.logits) == sum(item.samples for item in step.scheduled)
@@ -295,14 +301,10 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     ends = {"decode, base only": "nf4_rotate_kernel", "decode, low rank": "expand_rotated_kernel"}
     assert {"paged_attention_kernel", ends.get(name, "rope_kv_write_kernel")} <= kernels
     assert kernels & {"nf4_matmul_kernel", "nf4_shrink_kernel"}
-    names = "segmented_shrink hadamard_expand kronecker gate_shrink fusion_gate input_blocks sparse"
-    names += " pair_rotation circulant dense modulate modulated_add gained_add embedding_changes"
-    names += " head_inputs head_changes head_shrink head_expand constant_attention"
-    adapted = {f"{kernel}_kernel" for kernel in names.split()}
+    adapted = {f"{one}_kernel" for one in ("hadamard_expand", "kronecker", "fusion_gate")}
     is_told = name.endswith("told")
-    assert (adapted | {"input_gain_kernel"} <= kernels) == (name in ("prompts", "decode"))
-    # Where inputs change, the base multiplies another than what a shrink reads.
-    assert ("nf4_shrink_kernel" in kernels) == (is_told or name == "decode, low rank")
+    assert (adapted <= kernels) == (name in ("prompts", "decode"))
+    assert ("nf4_shrink_kernel" in kernels) == (name != "decode, base only")
     if is_told:
         # Once for the first pass.
         assert no_launches.count("paged_attention_kernel") == 2 * ARCH.num_layers
@@ -321,22 +323,13 @@ def test_the_step_that_memory_is_planned_by_runs_on_a_cache_of_two_blocks(no_lau
     assert "paged_attention_kernel" in no_launches
 
 
-@pytest.mark.parametrize(
-    ("operators", "why"),
-    [
-        (ModuleOperators(hadamard=Hadamard(*(torch.zeros(65, 65) for _ in range(4)))), "rank 65"),
-        (ModuleOperators(kronecker=Kronecker(torch.zeros(2, 129), torch.zeros(2, 2))), "129"),
-    ],
-)
-def test_what_no_kernel_takes_is_refused_before_it_runs(operators: ModuleOperators, why: str):
-    executor = _executor()
-    adapter = _Adapter("large", AdapterOperators({"model.layers.0.mlp.up_proj": operators}))
-    runner = Runner(executor, frozenset())
-    refusal = runner.refusal(_sequence(1, 0, (adapter, 1.0)))
-    assert refusal is not None
-    assert why in str(refusal)
-    for fine in _adapters().values():
-        assert runner.refusal(_sequence(1, 0, (fine, 1.0))) is None
+def test_what_no_kernel_takes_is_left_to_torch():
+    for over in (0, 1):
+        square = torch.zeros(MAX_HADAMARD_RANK + over, MAX_HADAMARD_RANK + over)
+        wide = Kronecker(torch.zeros(2, MAX_IN_M + over), torch.zeros(2, 2))
+        deep = Kronecker(torch.zeros(2, 2), (square[:2], torch.zeros(MAX_RANK + over, 2)))
+        served = {has_kernel(one, "gpu") for one in (Hadamard(*(square,) * 4), wide, deep)}
+        assert served == {not over}
 
 
 def test_an_adapter_enters_the_pack_by_one_copy():
@@ -393,7 +386,11 @@ def test_buffers_keep_their_addresses():
 
     adapters = _adapters()
     step = _steps(adapters)["decode"]
-    with torch.no_grad(), patch.object(executor._decoder, "compute", compute):
+    with (
+        torch.no_grad(),
+        patch.object(executor._decoder, "compute", compute),
+        patch.object(executor, "_change_heads"),
+    ):
         executor.run(step)
         executor.run(Step(step.scheduled[::-1], (), 0))
     assert len(seen) == 2

@@ -8,8 +8,8 @@ from turret.server.adapters.mix import Mix
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduled
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.gpu.executor import _is_fused
 from turret.server.engine.step.gpu.memory_plan import largest_step
+from turret.server.engine.step.gpu.row_order import is_fused
 
 
 def scheduled(prompt: int, computed: int, num_new: int) -> Scheduled:
@@ -25,7 +25,7 @@ def scheduled(prompt: int, computed: int, num_new: int) -> Scheduled:
 def test_short_prompts_are_multiplied_as_decoding_rows_are(prompt, computed, fused):
     """Whatever the chunk: how a prompt is cut depends on what else is in the step."""
     for num_new in (1, 3):
-        assert _is_fused(scheduled(prompt, computed, num_new)) is fused
+        assert is_fused(scheduled(prompt, computed, num_new)) is fused
 
 
 @pytest.mark.parametrize(("tokens", "seqs"), [(512, 64), (8192, 64), (48, 8), (4, 8)])
@@ -36,4 +36,4 @@ def test_memory_is_planned_by_a_long_prompt_beside_short_ones(tokens, seqs):
     assert len(sizes) == min(tokens, seqs)
     assert max(sizes) == tokens - len(sizes) + 1
     # With a budget of a GPU's size the weights are written out.
-    assert tokens < 128 or not all(_is_fused(item) for item in step.scheduled)
+    assert tokens < 128 or not all(is_fused(item) for item in step.scheduled)

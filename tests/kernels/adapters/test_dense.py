@@ -1,4 +1,4 @@
-"""Dense updates: reference and compiled kernels against float64, and each row alone."""
+"""Dense updates: compiled kernels against float64, and each row alone."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio
-from ptx.addresses import address_of
+from kernel_traffic import DEVICE, MAX_ERROR, error_ratio
 
-from turret.kernels.adapters.dense import dense_reference
 from turret.kernels.cpu import native
 from turret.kernels.cpu.row_adapters import (
     ModuleSizes,
@@ -18,8 +16,6 @@ from turret.kernels.cpu.row_adapters import (
     RowAdapters,
     RowSegment,
 )
-from turret.kernels.gpu.adapters.dense import dense
-from turret.kernels.gpu.tables.row_table import RowTable
 
 NATIVE = pytest.mark.skipif(
     native.library() is None or DEVICE.type != "cpu", reason="compiled for the processor"
@@ -27,8 +23,6 @@ NATIVE = pytest.mark.skipif(
 SLOTS = 4
 # Inputs, outputs: multiples of a tile, and neither; more outputs than a unit of the C kernel has.
 SHAPES = [(64, 32), (96, 70), (43, 33), (1, 5), (200, 150)]
-# 70 rows are more than a tile of the Triton kernel has; slots mixed and repeated, -1 without.
-MANY = [(3 * i % 7) % SLOTS for i in range(70)]
 Mix = Sequence[tuple[int, float]]
 
 
@@ -49,78 +43,6 @@ class Case:
     def exact(self, row: int, mix: Mix) -> torch.Tensor:
         changes = [w * (self.parts[slot].double() @ self.x[row].double()) for slot, w in mix]
         return self.whole[row, 5:].double() + sum(changes)
-
-    def addresses(self) -> torch.Tensor:
-        return torch.tensor([address_of(part) for part in self.parts], device=DEVICE)
-
-
-def row_table(rows: Sequence[int], slots: Sequence[int], weights: Sequence[float]) -> RowTable:
-    table = RowTable(80, DEVICE)
-    table.load(rows, slots, weights)
-    return table
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_reference_against_float64_and_the_rows_alone(shape, dtype):
-    case = Case(shape, dtype)
-    for slot, weight in enumerate(case.parts):
-        found = dense_reference(case.x, weight)
-        for row in range(9):
-            expected = case.parts[slot].double() @ case.x[row].double()
-            assert error_ratio(found[row], expected) < MAX_ERROR[dtype]
-            assert torch.equal(dense_reference(case.x[row : row + 1], weight)[0], found[row])
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_on_triton(shape, dtype):
-    case = Case(shape, dtype)
-    rows, slots, weights = [7, 0, 3, 4], [2, 0, 2, 3], [1.0, -0.5, 0.25, 1.0]
-    addresses = case.addresses()
-    # The adapter in slot 3 leaves this module as it is.
-    addresses[3] = 0
-    whole = case.whole.clone()
-    dense(case.x, whole[:, 5:], addresses, row_table(rows, slots, weights))
-    assert torch.equal(whole[:, :5], case.whole[:, :5])
-    for row in range(9):
-        if row not in rows or slots[rows.index(row)] == 3:
-            assert torch.equal(whole[row], case.whole[row])
-            continue
-        i = rows.index(row)
-        expected = case.exact(row, [(slots[i], weights[i])])
-        assert error_ratio(whole[row, 5:], expected) < MAX_ERROR[dtype]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_on_triton_a_row_among_many_has_the_bits_that_it_has_alone(dtype):
-    case = Case(SHAPES[1], dtype, len(MANY))
-    together, rows = case.whole.clone(), range(len(MANY))
-    table = row_table(rows, MANY, [0.5] * len(MANY))
-    dense(case.x, together[:, 5:], case.addresses(), table)
-    for row in (0, 1, 17, 63, 64, 69):
-        expected = case.exact(row, [(MANY[row], 0.5)])
-        assert error_ratio(together[row, 5:], expected) < MAX_ERROR[dtype]
-        alone = case.whole.clone()
-        dense(case.x, alone[:, 5:], case.addresses(), row_table([row], [MANY[row]], [0.5]))
-        assert torch.equal(alone[row], together[row])
-
-
-def test_an_empty_table_changes_nothing_and_breaches_are_refused():
-    case = Case(SHAPES[1], HALF)
-    whole, table = case.whole.clone(), row_table([], [], [])
-    dense(case.x, whole[:, 5:], case.addresses(), table)
-    assert torch.equal(whole, case.whole)
-    y, addresses = whole[:, 5:], case.addresses()
-    for x, result, wrong, message in (
-        (case.x, y.float(), addresses, "y"),
-        (case.x, y[1:], addresses, "y"),
-        (case.x, y, addresses.float(), "weights"),
-        (case.x, y, addresses[None], "weights"),
-        (case.x, y, addresses[::2], "weights"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            dense(x, result, wrong, table)
 
 
 @NATIVE

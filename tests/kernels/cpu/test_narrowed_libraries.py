@@ -35,13 +35,13 @@ CASES = {
 SCRIPT = """
 import torch
 import torch.nn.functional as F
-from turret.kernels.rows.hadamard import HadamardTables, hadamard_rows_
 from turret.kernels.rms_norm import row_rms_norm
 from turret.kernels.rows.exp import row_exp_
 from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
 from turret.kernels.rows.silu import row_silu
 from turret.kernels.rows.tables import table_product
 from turret.kernels.rows.trial import cancelling, choices
+from turret.server.adapters.operators.hadamard import Hadamard
 
 torch.set_num_threads(1)
 
@@ -72,15 +72,14 @@ for dtype in (torch.float32, torch.bfloat16):
 same(lambda rows: row_exp_(rows.clone()), torch.randn(40, 7))
 table = torch.randn(1, 100, 48)
 same(lambda rows: table_product(rows, table), torch.randn(40, 12, 100))
-tables = HadamardTables(
-    torch.randn(1, 1, 100, 16), torch.randn(1, 1, 4, 100), [torch.randn(1, 16, 80)],
-    [torch.randn(1, 4, 80)],
+hadamard = Hadamard(
+    torch.randn(70, 4), torch.randn(4, 100), torch.randn(70, 4), torch.randn(4, 100)
 )
-def hadamard(rows):
+def added(rows):
     y = torch.zeros(len(rows), 70)
-    hadamard_rows_(rows, y, tables, [70], 1.0)
+    hadamard.add(y, rows, None, 1.0)
     return y
-same(hadamard, torch.randn(40, 100))
+same(added, torch.randn(40, 100))
 print(choices())
 """
 

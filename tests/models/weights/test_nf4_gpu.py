@@ -49,31 +49,6 @@ def test_rows_are_multiplied_by_the_weight_whatever_else_is_in_the_step(in_featu
         assert torch.equal(linear.product(x[-1:], 0)[0], y[-1])
 
 
-@pytest.mark.parametrize("num_decode", [0, 3, 9, 12])
-def test_slices_multiply_inputs_of_their_own(num_decode):
-    """Rows whose inputs are the same keep their bits; which those are is told by runs of rows."""
-    linear, weight = make(128)
-    product, widths = linear.product, linear.widths
-    assert product is not None
-    assert product.takes_own_inputs
-    spanning = make(96)[0].product
-    assert spanning is not None
-    assert not spanning.takes_own_inputs
-    changed = [(0, 2), (4, 5), (8, 12)]
-    x = torch.randn(12, 128).expand(2, -1, -1).clone()
-    for start, end in changed:
-        x[1, start:end] = torch.randn(end - start, 128)
-    y = product.by_slices(x, num_decode, widths, changed)
-    for found, own, part in zip(y.split(widths, 1), x, weight.split(widths), strict=True):
-        assert torch.allclose(found, own @ part.T, rtol=1e-5, atol=1e-4)
-    if num_decode < 12:
-        # Those that decode by the interpreter's products, whose bits depend on a column's place.
-        same = [row for row in range(num_decode, 12) if not any(a <= row < b for a, b in changed)]
-        assert torch.equal(y[same], product(x[0], num_decode)[same])
-        alone = product.by_slices(x[:, 11:], 0, widths, [(0, 1)])
-        assert torch.equal(alone[0], y[11])
-
-
 @pytest.mark.parametrize("in_features", [128, 96])
 def test_parts_and_what_they_are_joined_to(in_features):
     linear, weight = make(in_features)

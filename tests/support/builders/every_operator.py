@@ -29,6 +29,7 @@ from turret.server.adapters.operators.updates import (
     LowRank,
     Sparse,
 )
+from turret.server.adapters.operators.vectors import Gain
 from turret.server.adapters.operators.vocabulary import (
     EmbeddingLowRank,
     VocabularyOperators,
@@ -70,7 +71,7 @@ def every_operator(arch: Arch, dtype: torch.dtype) -> dict[str, AdapterOperators
         )
 
     def scaled(out: int, inner: int) -> ModuleOperators:
-        return dataclasses.replace(turned(out, inner), gain=torch.rand(out))
+        return turned(out, inner).with_operator(Gain(torch.rand(out)))
 
     def gated(out: int, inner: int) -> ModuleOperators:
         score = QueryScore(some(4, inner), torch.rand(16, 4))

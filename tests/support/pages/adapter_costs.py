@@ -25,7 +25,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.methods import METHODS
 from turret.server.adapters.methods.lower import lower_checkpoint
-from turret.training.serving_cost import multiply_adds
 
 INNER, OUT = 1024, 2048
 _MODULE = "model.layers.0.mlp.up_proj"
@@ -168,4 +167,5 @@ def _lowered(
     operators = lowered.operators.modules[_MODULE]
     key = _SIZES.get(name, "r")
     size = f"`{key}` {getattr(config, key)}" if hasattr(config, key) else ""
-    return Cost(size, operators.num_bytes, multiply_adds(operators))
+    needed = sum(part.multiply_adds for part in operators.operators)
+    return Cost(size, operators.num_bytes, needed)

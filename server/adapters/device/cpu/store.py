@@ -1,7 +1,7 @@
 """The cpu path's store: the running adapters where they lie in host memory.
 
 Nothing is packed: each row of a step reads the factors of its own adapters, through the tables of
-``cpu/tables.py``. Learned fusions are computed by torch.
+``cpu/tables.py``. Operators without a compiled kernel are computed by their own ``add``.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ import torch
 from turret.kernels.cpu.row_adapters import RowAdapters, RowSegment
 from turret.kernels.cpu.threads import num_threads
 from turret.kernels.expert_routing import Routing
-from turret.server.adapters.device.constants import ConstantsOfAdapters, StepConstants
 from turret.server.adapters.device.cpu.experts import CpuExpertUpdates, CpuStepExperts
 from turret.server.adapters.device.cpu.inputs import StepInputs
 from turret.server.adapters.device.cpu.tables import AdapterTable, AdapterTables, ModuleNumbers
-from turret.server.adapters.device.gates import Gates
+from turret.server.adapters.device.kernels import has_kernel
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members, StepMembers
-from turret.server.adapters.device.own_updates import OwnUpdates, StepOwnUpdates
-from turret.server.adapters.device.part import StepPart
-from turret.server.adapters.device.store import BaseProduct, OnMoved, Resident, StepStore
+from turret.server.adapters.device.reference import Reference, StepReference
+from turret.server.adapters.device.store import BaseProduct, OnMoved, StepStore
 
 
 class CpuStore(StepStore):
@@ -47,13 +45,10 @@ class CpuStore(StepStore):
         self._layout = layout
         self._numbers = ModuleNumbers(layout)
         self._tables = AdapterTables(layout, self._numbers)
-        self._gates = Gates(layout, device)
-        self._own_updates = OwnUpdates(layout, frozenset({"modulated"}), device)
         self._experts = CpuExpertUpdates(layout)
-        self._constants = ConstantsOfAdapters(device)
+        self._others = Reference(layout, device, lambda one: not has_kernel(one, "cpu"))
         self._last: _Last | None = None
-        computed = (self._gates, self._own_updates, self._experts, self._constants)
-        parts = (self._tables, *computed)
+        parts = (self._tables, self._experts, self._others)
         super().__init__(parts, device, max_bytes, on_moved)
 
     def step(self, members: StepMembers) -> CpuStep:
@@ -72,7 +67,7 @@ class CpuStore(StepStore):
             self._numbers.max_slices,
             self._numbers.sizes,
         )
-        long, gates = members.long, self._gates.bind(members)
+        long = members.long
         step = CpuStep(
             rows=rows,
             layout=self._layout,
@@ -80,10 +75,8 @@ class CpuStore(StepStore):
             updates=frozenset().union(*(table.updates for table in tables.values())),
             inputs=StepInputs.of(segments, tables, self._layout, self._numbers),
             base_rows=slice(len(members.short), long[0][0] if long else None),
-            others=() if gates is None else (gates,),
-            own_updates=self._own_updates.bind(members),
             experts=self._experts.bind(members),
-            constants=self._constants.bind(members.runs),
+            others=self._others.bind(members),
         )
         self._last = _Last(members, tables, step) if step.is_reusable else None
         return step
@@ -104,24 +97,6 @@ class CpuStore(StepStore):
                 segments.append((row, row + 1, mix))
         return [*segments, *members.long]
 
-    def _is_current(self, adapter: Resident) -> bool:
-        """Whether the tensors that its table points to are those that are in host memory now."""
-        return self._tables[adapter.key].operators is adapter.operators
-
-    def _insert(self, adapter: Resident) -> None:
-        self._drop_evicted()
-        super()._insert(adapter)
-
-    def _drop_evicted(self) -> None:
-        """Let go of adapters that left host memory: the store alone would keep their tensors."""
-        gone = [
-            key
-            for key, entry in self._entries.items()
-            if not self._is_current(entry.adapter) and entry.last_step < self._step
-        ]
-        for key in gone:
-            self.drop(key)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuStep:
@@ -134,10 +109,8 @@ class CpuStep:
         updates: Projections in which some adapter of the step has an update, gain or bias.
         inputs: Rows whose input changes.
         base_rows: Rows of the base model alone.
-        others: Rows of the operators that torch computes.
-        own_updates: Rows of those that are products with the base for each rank.
         experts: Rows whose adapters change experts, or None.
-        constants: Rows that attend to constants, or None.
+        others: Rows of operators that have no compiled kernel, or None.
     """
 
     rows: RowAdapters
@@ -146,25 +119,22 @@ class CpuStep:
     updates: frozenset[str]
     inputs: StepInputs
     base_rows: slice
-    others: tuple[StepPart, ...]
-    own_updates: StepOwnUpdates | None
-    experts: CpuStepExperts | None = None
-    constants: StepConstants | None = None
+    experts: CpuStepExperts | None
+    others: StepReference | None
 
     @property
     def is_reusable(self) -> bool:
         """Whether the next step of the same rows and adapters can be this one."""
-        return not (self.others or self.own_updates or self.experts or self.constants)
+        return self.others is None and self.experts is None
 
     @property
     def is_native(self) -> bool:
         """Whether ``rows``, and inputs that the base multiplies, are all that changes a layer."""
-        others = self.others or self.own_updates or self.constants
-        return not (self.inputs.added or others)
+        return self.others is None and not self.inputs.added
 
     def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
-        if self.constants is not None:
-            self.constants.attend(layer, q, attended)
+        if self.others is not None:
+            self.others.attend(layer, q, attended)
 
     def apply_experts(
         self,
@@ -195,10 +165,8 @@ class CpuStep:
         elif bias is not None:
             y += bias
         self.inputs.add(self.rows, layer, projection, x, y, base)
-        for part in self.others:
-            part.apply(layer, projection, x, y)
-        if self.own_updates is not None:
-            self.own_updates.apply(layer, projection, x, y, before=y, base=base)
+        if self.others is not None:
+            self.others.apply(layer, projection, x, y, base)
         return y
 
 

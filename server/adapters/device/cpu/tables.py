@@ -24,10 +24,22 @@ from turret.kernels.cpu.row_adapters import (
 )
 from turret.kernels.cpu.sparse import SparseBlocks, blocks_bytes
 from turret.kernels.rows.tables import COLUMNS, padded
+from turret.server.adapters.device.kernels import has_kernel
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.part import Part
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.operators.updates import Hadamard, Kronecker, piece_sums
+from turret.server.adapters.operators.circulant import Circulant
+from turret.server.adapters.operators.dense import Dense
+from turret.server.adapters.operators.hadamard import Hadamard
+from turret.server.adapters.operators.input_blocks import InputBlocks
+from turret.server.adapters.operators.kronecker import Kronecker
+from turret.server.adapters.operators.low_rank import piece_sums
+from turret.server.adapters.operators.operator import Operator
+from turret.server.adapters.operators.pair_rotation import PairRotation
+from turret.server.adapters.operators.sparse import Sparse
+from turret.server.adapters.operators.vectors import Gain, InputGain
+
+_INPUT_CHANGES = {InputGain, InputBlocks}
 
 
 class ModuleNumbers:
@@ -126,13 +138,12 @@ class AdapterTables(Part):
             found = self._layout.of(operators, name)
             for layer, s, ops in found:
                 _put(modules, self._numbers.first(layer, name) + s, ops, pieces)
-                parts = (ops.low_rank, ops.hadamard, ops.kronecker, ops.circulant, ops.pairs)
-                parts = (*parts, ops.sparse, ops.dense, ops.gain, ops.bias)
-                if any(part is not None for part in parts):
+                kinds = {type(part) for part in ops.operators if has_kernel(part, "cpu")}
+                if kinds - _INPUT_CHANGES:
                     updates.add(name)
-                if ops.gain is not None or ops.pairs is not None:
+                if kinds & {Gain, PairRotation}:
                     gains.add(name)
-                if ops.input_gain is not None or ops.input_blocks is not None:
+                if kinds & _INPUT_CHANGES:
                     changes.add(name)
             if _shares_gain(found, len(self._layout.columns(name))):
                 shared.add(name)
@@ -146,14 +157,18 @@ class AdapterTables(Part):
 
     def extra_bytes(self, operators: AdapterOperators) -> int:
         """Bytes of the factors that are copied."""
-        modules = operators.modules.values()
-        copied = [_transposed(ops.hadamard) for ops in modules if ops.hadamard is not None]
-        copied += [_transposed(ops.kronecker) for ops in modules if ops.kronecker is not None]
-        kernels = [ops.circulant.kernel for ops in modules if ops.circulant is not None]
-        others = sum(_spectrum_bytes(kernel) for kernel in kernels)
-        sparse = [ops.sparse for ops in modules if ops.sparse is not None]
-        others += sum(blocks_bytes(entries.columns, entries.row_starts) for entries in sparse)
-        return others + sum(tensor.nbytes for found in copied for tensor in found)
+        return sum(
+            _copied_bytes(part) for ops in operators.modules.values() for part in ops.operators
+        )
+
+
+def _copied_bytes(part: Operator) -> int:
+    """Bytes of an operator's factors that the kernels read in another order."""
+    if isinstance(part, Hadamard | Kronecker):
+        return sum(tensor.nbytes for tensor in _transposed(part))
+    if isinstance(part, Circulant):
+        return _spectrum_bytes(part.kernel)
+    return blocks_bytes(part.columns, part.row_starts) if isinstance(part, Sparse) else 0
 
 
 def _spectrum_bytes(kernel: torch.Tensor) -> int:
@@ -180,7 +195,9 @@ class _PieceSums:
 
 
 def _put(table: ModuleTable, module: int, ops: ModuleOperators, pieces: _PieceSums) -> None:
-    low_rank, hadamard, kronecker = ops.low_rank, ops.hadamard, ops.kronecker
+    low_rank, hadamard, kronecker = ops.low_rank, ops.get(Hadamard), ops.get(Kronecker)
+    input_blocks, pairs = ops.get(InputBlocks), ops.get(PairRotation)
+    circulant, sparse, dense = ops.get(Circulant), ops.get(Sparse), ops.get(Dense)
     table.put(
         module,
         a=None if low_rank is None or low_rank.a in pieces else low_rank.a,
@@ -190,11 +207,11 @@ def _put(table: ModuleTable, module: int, ops: ModuleOperators, pieces: _PieceSu
         input_gain=ops.input_gain,
         hadamard=None if hadamard is None else _hadamard(hadamard),
         kronecker=None if kronecker is None else _kronecker(kronecker),
-        input_blocks=None if ops.input_blocks is None else ops.input_blocks.blocks,
-        pairs=None if ops.pairs is None else (ops.pairs.sine, ops.pairs.group),
-        circulant=None if ops.circulant is None else CirculantFactors.of(ops.circulant.kernel),
-        sparse=None if ops.sparse is None else SparseBlocks.of(*ops.sparse.tensors()),
-        dense=None if ops.dense is None else ops.dense.weight,
+        input_blocks=None if input_blocks is None else input_blocks.blocks,
+        pairs=None if pairs is None else (pairs.sine, pairs.group),
+        circulant=None if circulant is None else CirculantFactors.of(circulant.kernel),
+        sparse=None if sparse is None else SparseBlocks.of(*sparse.tensors()),
+        dense=None if dense is None else dense.weight,
     )
 
 
@@ -202,7 +219,7 @@ def _shares_gain(found: Sequence[tuple[int, int, ModuleOperators]], num_slices: 
     """Whether in every layer all slices have the input gain, one tensor, and no other change."""
     by_layer: dict[int, list[torch.Tensor | None]] = {}
     for layer, _, ops in found:
-        gain = None if ops.input_blocks is not None else ops.input_gain
+        gain = None if ops.get(InputBlocks) is not None else ops.input_gain
         by_layer.setdefault(layer, []).append(gain)
     return all(
         len(gains) == num_slices and gains[0] is not None and all(g is gains[0] for g in gains)

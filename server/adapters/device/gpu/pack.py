@@ -1,8 +1,12 @@
-"""The packed matrices of the gpu path: allocated once, so that captured steps stay valid."""
+"""Low-rank updates side by side in wide matrices; gains and biases in tables.
+
+Both are as large from the start as their budget: captured steps know where they are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -13,74 +17,166 @@ from turret.server.adapters.device.gpu.gated.components import (
     moves_of,
     ranks_of,
 )
+from turret.server.adapters.device.gpu.pieces import by_layers
+from turret.server.adapters.device.gpu.placement import RANK_ALIGNMENT, Place, Placement
 from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.device.packed.pack import Pack, PackedKinds
-from turret.server.adapters.device.packed.pieces import by_layers
-from turret.server.adapters.device.packed.placement import RANK_ALIGNMENT, Place, Placement
-from turret.server.adapters.device.packed.projection import PackedProjection
-from turret.server.adapters.operators.adapter_operators import AdapterOperators
+from turret.server.adapters.device.part import Part
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.gate import Gate
 
-# The kernels take each adapter's ranks by themselves, wherever they begin: there are no windows.
-_ONE_WINDOW = 1 << 40
 # Slots cost tables of gains and biases; more of them are made if a batch has more adapters.
 _RANKS_PER_SLOT = 16
 _MIN_SLOTS = 8
 
 
-class GpuPackedProjection(PackedProjection):
-    """A packed projection that also knows how many ranks every adapter has in every module.
+@dataclass(frozen=True, slots=True)
+class PackedKinds:
+    """Which packed operators some adapters have, in any layer: projections that have each."""
+
+    low_rank: frozenset[str] = frozenset()
+    gains: frozenset[str] = frozenset()
+    biases: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, layout: ProjectionLayout, operators: AdapterOperators) -> PackedKinds:
+        found = [
+            (name, ops) for name in layout.projections for _, _, ops in layout.of(operators, name)
+        ]
+        return cls(
+            frozenset(name for name, ops in found if ops.low_rank is not None),
+            frozenset(name for name, ops in found if ops.gain is not None),
+            frozenset(name for name, ops in found if ops.bias is not None),
+        )
+
+    @classmethod
+    def union(cls, kinds: Iterable[PackedKinds]) -> PackedKinds:
+        all_of = list(kinds)
+        return cls(
+            frozenset().union(*(k.low_rank for k in all_of)),
+            frozenset().union(*(k.gains for k in all_of)),
+            frozenset().union(*(k.biases for k in all_of)),
+        )
+
+
+def grown(table: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """A larger table, ``[layers, slots, …]``, with the old one's content; zeros besides."""
+    larger = table.new_zeros(table.shape[0], num_slots, *table.shape[2:])
+    larger[:, : table.shape[1]] = table
+    return larger
+
+
+class GpuPackedProjection:
+    """The matrices and tables of one fused projection kind (``qkv``, ``o``, …), all layers.
 
     Attributes:
-        slice_ranks: ``[layers, slots, slices]`` int32.
+        columns: The columns of each slice in a fused result.
+        a: ``[layers, pack_rank, slices, in]``: an adapter's ranks are one run for all slices.
+        b: Per slice ``[layers, pack_rank, out]``.
+        layers: Per layer, its views of ``a`` and ``b``.
+        slice_ranks: How many ranks every adapter has in every module, ``[layers, slots, slices]``
+            int32.
+        gain_delta: ``g − 1`` per slot, ``[layers, slots, sum(out)]`` fp32, or None (no gains yet).
+        bias: ``[layers, slots, sum(out)]`` fp32, or None.
     """
 
     def __init__(
         self, layout: ProjectionLayout, name: str, dtype: torch.dtype, device: torch.device
     ) -> None:
-        super().__init__(layout, name, dtype, device)
-        self.slice_ranks = self._ranks(1)
-
-    def _ranks(self, num_slots: int) -> torch.Tensor:
-        shape = (self._layout.num_layers, num_slots, len(self.slices))
-        return torch.zeros(shape, dtype=torch.int32, device=self._device)
+        self.name = name
+        self.slices = layout.projections[name]
+        self.columns = layout.columns(name)
+        self._layout = layout
+        self._like = {"dtype": dtype, "device": device}
+        self.gain_delta: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None
+        self.reserve(0, 1)
 
     def reserve(self, ranks: int, num_slots: int) -> None:
         """Allocate for so many ranks and slots, slot 0 included; it holds nothing yet."""
-        self.grow(ranks, ())
-        self.slice_ranks = self._ranks(num_slots)
+        layers, count = self._layout.num_layers, len(self.slices)
+        shape = (layers, ranks, count, self.slices[0].in_features)
+        self.a = torch.zeros(shape, **self._like)
+        self.b = [torch.zeros(layers, ranks, s.out_features, **self._like) for s in self.slices]
+        self.layers = [(self.a[i], [b[i] for b in self.b]) for i in range(layers)]
+        shape = (layers, num_slots, count)
+        self.slice_ranks = torch.zeros(shape, dtype=torch.int32, device=self._like["device"])
 
-    def put_tables(self, operators: AdapterOperators, slot: int, num_slots: int) -> None:
-        """Copy an adapter's gains, biases and ranks into its slot; clears what the slot held."""
-        super().put_tables(operators, slot, num_slots)
-        if self.slice_ranks.shape[1] < num_slots:
-            grown = self._ranks(num_slots)
-            grown[:, : self.slice_ranks.shape[1]] = self.slice_ranks
-            self.slice_ranks = grown
-        self.slice_ranks[:, slot] = 0
-        found = self._layout.of(operators, self.name)
-        for s in range(len(self.slices)):
-            self._put_ranks(slot, s, ((layer, ops.rank) for layer, of, ops in found if of == s))
+    def move(self, moves: Iterable[tuple[int, int, int]]) -> None:
+        """Move ranks down within the matrices.
+
+        Args:
+            moves: First rank and end, and the first rank from now on; no range moves up, and lower
+                ones come first.
+        """
+        for start, end, first in moves:
+            if first != start:
+                for matrix in (self.a, *self.b):
+                    # A copy: what moves may overlap where it goes.
+                    matrix[:, first : first + end - start] = matrix[:, start:end].clone()
+
+    def put(self, operators: AdapterOperators, place: Place, num_slots: int) -> None:
+        """Copy an adapter's factors, gains and biases into a place; clears what that held."""
+        found = self._cleared(operators, place, num_slots)
+        for s, columns in enumerate(self.columns):
+            own = [(layer, ops) for layer, of, ops in found if of == s]
+            factors = [(i, ops.low_rank) for i, ops in own if ops.low_rank is not None]
+            self._put_ranks(place.slot, s, ((i, low_rank.rank) for i, low_rank in factors))
+            start = place.rank_start
+            for layers, factor in by_layers((i, low_rank.a) for i, low_rank in factors):
+                self.a[layers, start : start + factor.shape[1], s] = factor
+            for layers, factor in by_layers((i, low_rank.b) for i, low_rank in factors):
+                self.b[s][layers, start : start + factor.shape[1]] = factor
+            for layers, gain in by_layers((i, ops.gain) for i, ops in own if ops.gain is not None):
+                assert self.gain_delta is not None
+                self.gain_delta[layers, place.slot, columns] = gain - 1.0
+            for layers, bias in by_layers((i, ops.bias) for i, ops in own if ops.bias is not None):
+                assert self.bias is not None
+                self.bias[layers, place.slot, columns] = bias
 
     def put_gates(self, operators: AdapterOperators, place: Place, num_slots: int) -> None:
         """Copy the factors of an adapter's gates into a place that holds nothing besides."""
-        nothing = AdapterOperators({})
-        self.put_tables(nothing, place.slot, num_slots)
-        self.put_low_rank(nothing, place.rank_start, place.rank_end)
+        self._cleared(AdapterOperators({}), place, num_slots)
         found, components = self._layout.of(operators, self.name), components_of(operators)
+        here = slice(place.rank_start, place.rank_end)
         for s, b in enumerate(self.b):
-            own = [(i, ops.gate) for i, of, ops in found if of == s and ops.gate is not None]
+            gates = ((i, ops.get(Gate)) for i, of, ops in found if of == s)
+            own = [(i, gate) for i, gate in gates if gate is not None]
             # A component reads what is behind its own ranks there: zeros.
             self._put_ranks(place.slot, s, ((layer, max(ranks_of(gate))) for layer, gate in own))
             for _, run in groupby(own, lambda at: at[1].rank_indptr):
                 alike = list(run)
                 moves = moves_of(components, alike[0][1])
-                here = slice(place.rank_start, place.rank_end)
                 for layers, factor in by_layers((i, gate.a) for i, gate in alike):
                     for ranks, target in moves:
                         self.a[layers, here][:, target, s] = factor[:, ranks]
                 for layers, factor in by_layers((i, gate.b) for i, gate in alike):
                     for ranks, target in moves:
                         b[layers, here][:, target] = factor[:, ranks]
+
+    def _cleared(
+        self, operators: AdapterOperators, place: Place, num_slots: int
+    ) -> list[tuple[int, int, ModuleOperators]]:
+        """Zero a place, in tables that exist or that an adapter needs; what the adapter has."""
+        found = self._layout.of(operators, self.name)
+        # A table that exists covers every slot: rows of adapters that are not in it read zeros.
+        if self.gain_delta is not None or any(ops.gain is not None for _, _, ops in found):
+            self.gain_delta = self._widened(self.gain_delta, num_slots)
+        if self.bias is not None or any(ops.bias is not None for _, _, ops in found):
+            self.bias = self._widened(self.bias, num_slots)
+        if self.slice_ranks.shape[1] < num_slots:
+            self.slice_ranks = grown(self.slice_ranks, num_slots)
+        for table in (self.gain_delta, self.bias, self.slice_ranks):
+            if table is not None:
+                table[:, place.slot] = 0
+        for matrix in (self.a, *self.b) if place.rank_end > place.rank_start else ():
+            matrix[:, place.rank_start : place.rank_end] = 0
+        return found
+
+    def _widened(self, table: torch.Tensor | None, num_slots: int) -> torch.Tensor:
+        if table is None:
+            shape = (self._layout.num_layers, 0, self._layout.width(self.name))
+            table = torch.zeros(shape, device=self._like["device"])
+        return table if table.shape[1] >= num_slots else grown(table, num_slots)
 
     def _put_ranks(self, slot: int, s: int, own: Iterable[tuple[int, int]]) -> None:
         """Note an adapter's ranks in a slice, by layer."""
@@ -97,73 +193,102 @@ class GpuPackedProjection(PackedProjection):
         """Where the tables are that adapters of some kinds read, and how large."""
         tables = (
             self.gain_delta if self.name in kinds.gains else None,
-            self.input_gain_delta if self.name in kinds.input_gains else None,
             self.bias if self.name in kinds.biases else None,
         )
         return [None if t is None else (t.data_ptr(), t.shape) for t in tables]
 
 
-class GpuPack(Pack[GpuPackedProjection]):
-    """A pack as large as its budget from the start.
+class GpuPack(Part):
+    """The matrices of all fused projections, and which adapter lies where in them.
 
-    What fits by its bytes fits: where free ranks are scattered, adapters move together within the
-    matrices, whose addresses do not change. The components of a gated adapter lie behind each other
-    in a place of their own. Idle adapters stay until their bytes or their slot are
-    needed, because a step reads the ranks of its own adapters and no others.
+    An adapter owns the same rank range in every module, as wide as its own largest rank. What fits
+    by its bytes fits: where free ranks are scattered, adapters move together within the matrices,
+    whose addresses do not change. The components of a gated adapter lie behind each other in a
+    place of their own. Idle adapters stay until their bytes or their slot are needed, because a
+    step reads the ranks of its own adapters and no others.
 
     Args:
         layout: Shape of the base.
-        projections: The matrices, by name.
+        dtype: Serving dtype.
+        device: Where the matrices are.
         max_bytes: Budget.
+
+    Attributes:
+        projections: The matrices, by name.
     """
 
     def __init__(
-        self,
-        layout: ProjectionLayout,
-        projections: Mapping[str, GpuPackedProjection],
-        max_bytes: int,
+        self, layout: ProjectionLayout, dtype: torch.dtype, device: torch.device, max_bytes: int
     ) -> None:
-        super().__init__(layout, projections, _ONE_WINDOW)
+        self._layout = layout
+        self.projections = {
+            name: GpuPackedProjection(layout, name, dtype, device) for name in layout.projections
+        }
+        # Bytes that one rank takes over all modules.
+        self._rank_bytes = dtype.itemsize * sum(
+            layout.num_layers * (len(slices) * slices[0].in_features + layout.width(name))
+            for name, slices in layout.projections.items()
+        )
+        self._kinds: dict[str, PackedKinds] = {}
         ranks = max_bytes // self._rank_bytes // RANK_ALIGNMENT * RANK_ALIGNMENT
-        self._placement.reserve(ranks, max(ranks // _RANKS_PER_SLOT, _MIN_SLOTS))
+        self._placement = Placement(ranks, max(ranks // _RANKS_PER_SLOT, _MIN_SLOTS))
         for projection in self.projections.values():
             projection.reserve(ranks, self._placement.num_slots)
+
+    @property
+    def places(self) -> Mapping[str, Place]:
+        """Where each adapter lies, by key."""
+        return self._placement.places
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the tables."""
+        return self._placement.num_slots
+
+    def kinds(self, keys: Iterable[str]) -> PackedKinds:
+        """Which operators these adapters have between them."""
+        return PackedKinds.union(self._kinds[key] for key in keys)
 
     def gates(self, key: str) -> Place | None:
         """Where the components of an adapter's gates lie: ranks and a slot of their own."""
         return self.places.get(_gates_of(key))
 
-    def slots(self, key: str) -> list[int]:
-        """All slots of an adapter."""
-        found = (self.places.get(name) for name in (key, _gates_of(key)))
-        return [place.slot for place in found if place is not None]
-
     def has_room(self, operators: AdapterOperators) -> bool:
         return self._placement.has_slots(2 if components_of(operators) else 1)
 
     def extra_bytes(self, operators: AdapterOperators) -> int:
-        width = Placement.width_of(sum(components_of(operators)))
+        """Bytes of ranks that modules do not use: an adapter's ranks are as many in every one."""
+        widths = Placement.width_of(operators.rank), Placement.width_of(_sum_of(operators))
         held = sum(gate.a.nbytes + gate.b.nbytes for gate in gates_of(operators))
-        return super().extra_bytes(operators) + width * self._rank_bytes - held
+        return sum(widths) * self._rank_bytes - operators.num_low_rank_bytes - held
 
     def insert(self, key: str, operators: AdapterOperators) -> None:
-        super().insert(key, operators)
-        components = components_of(operators)
-        if not components:
-            return
-        place = self._place(_gates_of(key), Placement.width_of(sum(components)))
+        place = self._place(key, Placement.width_of(operators.rank))
+        self._kinds[key] = PackedKinds.of(self._layout, operators)
         for projection in self.projections.values():
-            projection.put_gates(operators, place, self.num_slots)
+            projection.put(operators, place, self.num_slots)
+        if components_of(operators):
+            place = self._place(_gates_of(key), Placement.width_of(_sum_of(operators)))
+            for projection in self.projections.values():
+                projection.put_gates(operators, place, self.num_slots)
 
     def remove(self, key: str) -> None:
-        super().remove(key)
+        self._placement.remove(key)
         self._placement.remove(_gates_of(key))
+        self._kinds.pop(key, None)
 
-    def _make_room(self, width: int) -> None:
-        moves = self._placement.compact()
-        assert self._placement.has_room(width), "the store keeps to its budget"
-        for projection in self.projections.values():
-            projection.move(moves)
+    def _place(self, key: str, width: int) -> Place:
+        """A place of so many ranks."""
+        if not self._placement.has_room(width):
+            moves = self._placement.compact()
+            assert self._placement.has_room(width), "the store keeps to its budget"
+            for projection in self.projections.values():
+                projection.move(moves)
+        return self._placement.put(key, width)
+
+
+def _sum_of(operators: AdapterOperators) -> int:
+    return sum(components_of(operators))
 
 
 def _gates_of(key: str) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 from turret.kernels.adapters.segments import LongSegment
-from turret.kernels.gpu.tables.member_table import MemberTable
 from turret.kernels.gpu.tables.row_table import RowTable
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 
@@ -20,11 +19,4 @@ class GpuTables(Protocol):
 
     def row_table(self, key: Hashable) -> RowTable:
         """The table of a shelf and a position in the mixes; the same one for the same key."""
-        ...
-
-    def member_table(self, key: Hashable, members: int) -> MemberTable:
-        """The table of something beside the projections, with room for so many members of a row.
-
-        The same one for the same key, or a larger one where the last one's room is too little.
-        """
         ...

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from turret.kernels.gpu.tables.staged_buffer import has_streams
-from turret.server.adapters.device.packed.pieces import blocks_of
+from turret.server.adapters.device.gpu.pieces import blocks_of
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 _CHUNK_BYTES = 16 << 20

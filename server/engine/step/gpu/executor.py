@@ -17,9 +17,9 @@ import torch
 from turret.kernels.gpu.tables.staged_buffer import upload
 from turret.server.adapters.device.gpu.store import GpuAdapterStep, GpuStore
 from turret.server.adapters.device.vocabulary import VocabularyGroup
-from turret.server.engine.scheduling.scheduler import Scheduled, Step
+from turret.server.engine.scheduling.scheduler import Step
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.batch import Rows, members_of, runs_of
+from turret.server.engine.step.batch import Rows, runs_of
 from turret.server.engine.step.executor import Computed, adapters_of, fill_prefix, sampled_rows
 from turret.server.engine.step.first_passes import (
     NOTHING_TOLD,
@@ -32,6 +32,7 @@ from turret.server.engine.step.first_passes import (
 from turret.server.engine.step.gpu.block_tables import BlockTables, BlockUpdates
 from turret.server.engine.step.gpu.decode_graphs import Body, Capture, DecodeGraphs, buckets
 from turret.server.engine.step.gpu.kept import Bound, Prepared
+from turret.server.engine.step.gpu.row_order import generates, in_order, is_fused
 from turret.server.engine.step.gpu.sampler import GpuSampler
 from turret.server.engine.step.gpu.tables import StepTables
 from turret.server.engine.step.rows import (
@@ -41,12 +42,14 @@ from turret.server.engine.step.rows import (
     collect_rows,
     decode_spans,
 )
-from turret.server.engine.step.vocabulary_plan import added_logits, changed_heads, own_logits
+from turret.server.engine.step.vocabulary_plan import (
+    added_logits,
+    changed_embeddings,
+    changed_heads,
+    own_logits,
+)
 from turret.server.models.decoding.gpu_decoder import GpuDecoder, GpuStep
 from turret.server.models.decoding.kv_cache import KvCache
-
-# Positions of a prompt that is multiplied as decoding rows are.
-_SHORT_PROMPT = 64
 
 
 class GpuExecutor:
@@ -97,6 +100,8 @@ class GpuExecutor:
         # Of all decode steps: captured ones keep what they return.
         size = (max_num_seqs, decoder.arch.vocab_size)
         self._logits = torch.empty(size, dtype=torch.float32, device=device)
+        size = (max_num_seqs, decoder.arch.hidden_size)
+        self._embedded = torch.empty(size, dtype=decoder.dtype, device=device)
         self._bound: Bound | None = None
         # The last step's sequences, if they may all go on, and what was prepared for their next.
         self._last: list[Sequence] | None = None
@@ -190,13 +195,13 @@ class GpuExecutor:
             fill_prefix(self._cache, sequence, start)
         scheduled, guides = step.scheduled, guides_of(step)
         told = NOTHING_TOLD if guides is None else self._told(step, guides)
-        is_decode = all(item.num_new == 1 and _generates(item.sequence) for item in scheduled)
+        is_decode = all(item.num_new == 1 and generates(item.sequence) for item in scheduled)
         if is_decode and guides is None:
             placed = tuple(map(Placed, scheduled, range(len(scheduled))))
             hidden, logits = self._run_decode([item.sequence for item in scheduled])
             added = added_logits(sampled_rows(placed), hidden, self._decoder, self.store)
             return Computed(placed, hidden, logits[: len(scheduled)], added)
-        placed = _in_order(scheduled)
+        placed = in_order(scheduled)
         samples = [place.last_row for place in placed if place.samples]
         hidden, logits = self._run_mixed(placed, samples, told)
         if not samples:
@@ -209,7 +214,7 @@ class GpuExecutor:
         """Compute the first passes of a step."""
         self.store.prepare(adapters_of(step))
         told = told_before(guides, self.store, self._decoder.device)
-        placed = _in_order(guides.scheduled)
+        placed = in_order(guides.scheduled)
         states, _ = self._run_mixed(placed, [], told)
         return told_by(step.scheduled, placed, states, self.store)
 
@@ -221,11 +226,13 @@ class GpuExecutor:
         num_rows = placed[-1].last_row + 1
         members = {a.key: a for p in placed for a, _ in p.item.sequence.active_mix.members}
         its_rows = [(p.item.sequence, range(p.row_start, p.last_row + 1)) for p in placed]
+        num_decode = sum(place.item.num_new for place in placed if is_fused(place.item))
         drawn = sampled_rows(placed)
         adapters = None
         if members:
             self.store.prepare(members.values())
-            adapters = self._bind(tables, its_rows, drawn, given_rows(placed, told))
+            given = given_rows(placed, told)
+            adapters = self._bind(tables, its_rows, given, num_decode)
         updates = self._blocks.update([place.item.sequence for place in placed])
         rows = collect_rows(placed, self._cache.block_size, updates.begins)
         with tables.step():
@@ -241,16 +248,19 @@ class GpuExecutor:
             positions=positions[:num_rows],
             kv_slots=slots[:num_rows],
             sample_rows=sample_rows[: len(samples)],
-            num_decode=sum(place.item.num_new for place in placed if _is_fused(place.item)),
+            num_decode=num_decode,
             attention=tables.attention,
             adapters=adapters,
             soft_rows=upload(torch.tensor(rows.soft_rows), device) if rows.soft_rows else None,
             soft_values=upload(torch.cat(rows.soft_values), device) if rows.soft_rows else None,
             added_rows=upload(torch.tensor(rows.added_rows), device) if rows.added_rows else None,
             added_values=upload(torch.cat(rows.added_values), device) if rows.added_rows else None,
-            heads=self._heads_of_torch(drawn),
+            embeddings=changed_embeddings(its_rows, self.store, device),
         )
-        return self._body(tables, inputs)()
+        hidden, logits = self._body(tables, inputs)()
+        heads = changed_heads(drawn, self.store, device)
+        self._change_heads(hidden.index_select(0, inputs.sample_rows), logits, heads, tables)
+        return hidden, logits
 
     def _run_decode(self, sequences: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
         """One new token of every sequence: padded to a bucket, captured if it can be."""
@@ -267,7 +277,19 @@ class GpuExecutor:
                 self._sampler.load(prepared.numbers, tables.sampling)
             loaded = tables.load_rows(rows, (), updates, prepared.attention)
         self._last, self._prepared = sequences, None
-        inputs = self._decode_inputs(loaded, bucket, bound.step, bound.heads)
+        inputs = self._decode_inputs(loaded, bucket, bound.step)
+        if rows.added_rows or bound.embeddings:
+            inputs = replace(inputs, embedded=self._embed(inputs, rows, bound.embeddings))
+        body = self._body(tables, inputs)
+        graphs, fixed = self._graphs, inputs.is_fixed
+        hidden, logits = graphs.run(self._epoch(), self._key(inputs), body) if fixed else body()
+        self._change_heads(hidden, logits, bound.heads, tables)
+        return hidden, logits
+
+    def _embed(
+        self, inputs: GpuStep, rows: StepRows, groups: SequenceOf[VocabularyGroup]
+    ) -> torch.Tensor:
+        """What the first layer of a decode step gets, before the launches that can be captured."""
         if rows.added_rows:
             device = self._decoder.device
             inputs = replace(
@@ -275,17 +297,27 @@ class GpuExecutor:
                 added_rows=upload(torch.tensor(rows.added_rows), device),
                 added_values=upload(torch.cat(rows.added_values), device),
             )
-        body = self._body(tables, inputs)
-        return (
-            self._graphs.run(self._epoch(), self._key(inputs), body) if inputs.is_fixed else body()
-        )
+        embedded = self._embedded[: len(inputs.token_ids)]
+        return embedded.copy_(self._decoder.embed(replace(inputs, embeddings=groups)))
+
+    def _change_heads(
+        self,
+        hidden: torch.Tensor,
+        logits: torch.Tensor,
+        groups: SequenceOf[VocabularyGroup],
+        tables: StepTables,
+    ) -> None:
+        """Make the logits of a step whose adapters change the head, and draw once more."""
+        if groups:
+            self._decoder.logits(hidden, groups, logits)
+            if self._sampler is not None:
+                self._sampler.launch(logits, tables.sampling)
 
     def _decode_inputs(
         self,
         loaded: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
         bucket: int,
         adapters: GpuAdapterStep | None,
-        heads: SequenceOf[VocabularyGroup] = (),
     ) -> GpuStep:
         """A decode step whose rows have been loaded."""
         ids, positions, slots, _ = loaded
@@ -298,7 +330,6 @@ class GpuExecutor:
             attention=self._decode.attention,
             adapters=adapters,
             logits=self._logits,
-            heads=heads,
         )
 
     def _epoch(self) -> Hashable:
@@ -309,7 +340,7 @@ class GpuExecutor:
     def _key(inputs: GpuStep) -> Hashable:
         """What a decode step launches, and on which adapters' tables."""
         adapters = None if inputs.adapters is None else inputs.adapters.signature
-        return len(inputs.token_ids), adapters
+        return len(inputs.token_ids), inputs.embedded is not None, adapters
 
     def _body(self, tables: StepTables, inputs: GpuStep) -> Body:
         """Everything that a step has the device do once its tables are there."""
@@ -352,8 +383,9 @@ class GpuExecutor:
             mixes,
             adapters,
             self.store.version,
-            self._bind(self._decode, its_rows, its_rows) if adapters else None,
-            self._heads_of_torch(its_rows),
+            self._bind(self._decode, its_rows) if adapters else None,
+            changed_embeddings(its_rows, self.store, self._decoder.device),
+            changed_heads(its_rows, self.store, self._decoder.device),
         )
         return self._bound
 
@@ -361,37 +393,8 @@ class GpuExecutor:
         self,
         tables: StepTables,
         rows: Rows,
-        sampled: Rows,
         given: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        num_decode: int | None = None,
     ) -> GpuAdapterStep:
         with tables.adapters():
-            return self.store.bind(runs_of(rows), tables, given, runs_of(sampled))
-
-    def _heads_of_torch(self, sampled: Rows) -> list[VocabularyGroup]:
-        """The rows whose heads are changed by what no kernel has."""
-        rows = [row for row in sampled if not self.store.has_head_kernels(members_of(row[0]))]
-        return changed_heads(rows, self.store, self._decoder.device)
-
-
-def _generates(sequence: Sequence) -> bool:
-    """Whether its one new row is the last generated token's, so that the next is drawn from it."""
-    return sequence.prompt_end <= sequence.num_computed == len(sequence.tokens) - 1
-
-
-def _in_order(items: SequenceOf[Scheduled]) -> list[Placed]:
-    """Their rows, those that are fused before the others (see ``nf4_gpu.py``)."""
-    placed, row = [], 0
-    for item in sorted(items, key=lambda item: not _is_fused(item)):
-        placed.append(Placed(item, row))
-        row += item.num_new
-    return placed
-
-
-def _is_fused(item: Scheduled) -> bool:
-    """Whether its rows go through ``nf4_matmul``: what decodes, and short prompts.
-
-    A step with any other row writes all weights out, which costs every row of it more than many
-    decode steps. The whole prompt decides, not the chunk: how a prompt is cut depends on the batch.
-    """
-    sequence = item.sequence
-    return sequence.num_computed >= sequence.prompt_end or sequence.prompt_end <= _SHORT_PROMPT
+            return self.store.bind(runs_of(rows), tables, given, num_decode)

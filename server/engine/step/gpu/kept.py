@@ -21,13 +21,15 @@ class Bound:
         adapters: What the store was asked to hold.
         version: Of the store, when the tables were loaded.
         step: The tables; None where every row is the base model's.
-        heads: Rows whose heads no kernel changes.
+        embeddings: Rows whose embeddings adapters change.
+        heads: Rows whose heads they change.
     """
 
     mixes: tuple[Mix, ...]
     adapters: tuple[Resident, ...]
     version: int
     step: GpuAdapterStep | None
+    embeddings: list[VocabularyGroup]
     heads: list[VocabularyGroup]
 
 

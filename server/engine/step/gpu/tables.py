@@ -9,7 +9,6 @@ import torch
 
 from turret.kernels.adapters.segments import LongSegment
 from turret.kernels.gpu.tables.attention_table import SPLIT, AttentionTable
-from turret.kernels.gpu.tables.member_table import MemberTable
 from turret.kernels.gpu.tables.row_table import RowTable
 from turret.kernels.gpu.tables.sampling_table import SamplingTable
 from turret.kernels.gpu.tables.segment_table import SegmentTable
@@ -27,8 +26,6 @@ _FIRST_ROW_RANK = 256
 _FIRST_MEMBERS = 8
 _FIRST_GATES = 2
 _FIRST_ROW_ASKED = 64
-# The same for a member table.
-_FIRST_ROW_MEMBERS = 2
 
 
 class StepTables:
@@ -72,7 +69,6 @@ class StepTables:
         self.attention = self._make_attention(arch, max_seqs, max_len)
         self._adapter_memory = StagedMemory(device)
         self._row_tables: dict[Hashable, RowTable] = {}
-        self._member_tables: dict[Hashable, MemberTable] = {}
         self._row_rank, self._members = _FIRST_ROW_RANK, _FIRST_MEMBERS
         self._gates, self._asked = _FIRST_GATES, _FIRST_ROW_ASKED
         self._segments = self._make_segments()
@@ -178,16 +174,6 @@ class StepTables:
         if key not in self._row_tables:
             self._row_tables[key] = RowTable(self.max_rows, self._device, self._adapter_memory)
         return self._row_tables[key]
-
-    def member_table(self, key: Hashable, members: int) -> MemberTable:
-        """The table of something beside the projections; the same one while its room suffices."""
-        table = self._member_tables.get(key)
-        if table is None or table.max_members < members:
-            room = _doubled(_FIRST_ROW_MEMBERS if table is None else table.max_members, members)
-            # An old one stays where it is, as a segment table does.
-            table = MemberTable(self.max_rows, room, self._device, self._adapter_memory)
-            self._member_tables[key] = table
-        return table
 
     def _make_attention(
         self, arch: Arch, max_seqs: int, max_len: int

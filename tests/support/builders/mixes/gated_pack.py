@@ -157,7 +157,7 @@ class GatedPack:
                 told = sum(self._of_module[other].numel() for other in before)
                 stride = 3 * len(one.widths)
             gated.append(GatedMembers(first, len(members), asked, told, stride))
-        return LongSegment(start, end, tuple(members), 0, tuple(gated))
+        return LongSegment(start, end, tuple(members), tuple(gated))
 
     def exact(self, name: str, s: int, x: Tensor, row: int) -> Tensor:
         """The gates of an adapter's components for one row, float64; 0 in a missing slice."""

@@ -11,7 +11,8 @@ from turret.server.adapters.operators.gate import Gate
 
 def gates_of(operators: AdapterOperators) -> list[Gate]:
     """An adapter's gates in all modules."""
-    return [ops.gate for ops in operators.modules.values() if ops.gate is not None]
+    found = (ops.get(Gate) for ops in operators.modules.values())
+    return [gate for gate in found if gate is not None]
 
 
 def components_of(operators: AdapterOperators) -> tuple[int, ...]:

@@ -23,12 +23,12 @@ from turret.server.adapters.device.gpu.gated.components import (
 )
 from turret.server.adapters.device.gpu.gated.scores import ScoreTables
 from turret.server.adapters.device.gpu.pack import GpuPack
+from turret.server.adapters.device.gpu.placement import Place
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
-from turret.server.adapters.device.packed.segments import segment_members
 from turret.server.adapters.device.part import Part
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
-from turret.server.adapters.operators.gate import GivenScore, PrototypeScore, QueryScore
+from turret.server.adapters.operators.gate import Gate, GivenScore, PrototypeScore, QueryScore
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class GpuGates(Part):
             projections=frozenset(
                 name
                 for name in self._layout.projections
-                if any(ops.gate is not None for _, _, ops in self._layout.of(operators, name))
+                if any(ops.get(Gate) is not None for _, _, ops in self._layout.of(operators, name))
             ),
         )
 
@@ -136,14 +136,12 @@ class GpuGates(Part):
     def bind(
         self,
         runs: Sequence[tuple[int, int, Members]],
-        as_is: Sequence[int],
         given: Mapping[str, torch.Tensor],
     ) -> tuple[list[LongSegment], GpuStepGates]:
         """The segments of a step, and its gates.
 
         Args:
             runs: Runs of rows: first, end, and their mix.
-            as_is: ``LongSegment.as_is`` of each.
             given: What first passes have told; see ``StepMembers``.
         """
         used = {key for _, _, mix in runs for key, _ in mix} & self._gated.keys()
@@ -155,12 +153,12 @@ class GpuGates(Part):
                 told[key] = size
                 size += given[key].numel()
         places, segments = self._pack.places, []
-        for (start, end, mix), bits in zip(runs, as_is, strict=True):
+        for start, end, mix in runs:
             if used.isdisjoint(key for key, _ in mix):
-                members = tuple(segment_members(mix, places))
-                segments.append(LongSegment(start, end, members, bits))
+                members = tuple(_members_of(mix, places))
+                segments.append(LongSegment(start, end, members))
             else:
-                segments.append(LongSegment(start, end, *self._members(mix, bits, told, given)))
+                segments.append(LongSegment(start, end, *self._members(mix, told, given)))
         names = sorted({name for key in used for name in self._gated[key].projections})
         flat = [given[key].reshape(-1) for key in told]
         joined = torch.cat(flat) if len(flat) > 1 else next(iter(flat), None)
@@ -169,15 +167,14 @@ class GpuGates(Part):
     def _members(
         self,
         mix: Members,
-        as_is: int,
         told: Mapping[str, int],
         given: Mapping[str, torch.Tensor],
-    ) -> tuple[tuple[SegmentMember, ...], int, tuple[GatedMembers, ...]]:
+    ) -> tuple[tuple[SegmentMember, ...], tuple[GatedMembers, ...]]:
         """A mix's members in the request's order, and those that are gated."""
         members: list[SegmentMember] = []
         found: list[GatedMembers] = []
         for key, weight in mix:
-            members += segment_members(((key, weight),), self._pack.places)
+            members += _members_of(((key, weight),), self._pack.places)
             adapter, place = self._gated.get(key), self._pack.gates(key)
             if adapter is None or place is None:
                 continue
@@ -189,7 +186,13 @@ class GpuGates(Part):
             stride = given[key][0].numel() if key in told else 0
             where = told.get(key, 0), stride
             found.append(GatedMembers(begin, len(members), adapter.asked, *where))
-        return tuple(members), as_is, tuple(found)
+        return tuple(members), tuple(found)
+
+
+def _members_of(mix: Members, places: Mapping[str, Place]) -> list[SegmentMember]:
+    """The places of a mix's adapters and their weights, in the request's order."""
+    found = ((places[key], weight) for key, weight in mix)
+    return [SegmentMember(p.rank_start, p.rank_end, p.slot, weight) for p, weight in found]
 
 
 def _asked(score: QueryScore | PrototypeScore | GivenScore) -> int:

@@ -22,9 +22,9 @@ from turret.kernels.gpu.gates.gate_words import (
 )
 from turret.kernels.gpu.tables.staged_buffer import host_tensor, upload
 from turret.server.adapters.device.gpu.gated.components import components_of, moves_of
-from turret.server.adapters.device.hadamard_shelf import grown
+from turret.server.adapters.device.gpu.pack import grown
+from turret.server.adapters.device.gpu.pieces import by_layers
 from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.device.packed.pieces import by_layers
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.gate import Gate, GivenScore, PrototypeScore, QueryScore
 
@@ -58,9 +58,9 @@ class ScoreTables:
         components, words = components_of(operators), dict[str, list[int]]()
         for name in self._layout.projections:
             found = [
-                (layer, s, ops.gate)
+                (layer, s, gate)
                 for layer, s, ops in self._layout.of(operators, name)
-                if ops.gate is not None
+                if (gate := ops.get(Gate)) is not None
             ]
             if found or name in self.tables:
                 words[name] = self._words(name, found, components, kept)

@@ -1,1 +1,0 @@
-"""Kernels of the embedding and the head where adapters change them."""

@@ -1,0 +1,81 @@
+"""Where a kernel replaces an operator's ``add``.
+
+A kernel is earned: by a figure of ``docs/performance.md`` on the cpu path, and on the gpu path,
+where nothing has been measured yet, by what most checkpoints are made of. Everything else is
+``add``, for the rows of one mix at a time (``reference.py``); on the gpu path in steps that are not
+captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from turret.server.adapters.operators.circulant import Circulant
+from turret.server.adapters.operators.dense import Dense
+from turret.server.adapters.operators.gate import Gate
+from turret.server.adapters.operators.hadamard import Hadamard
+from turret.server.adapters.operators.input_blocks import InputBlocks
+from turret.server.adapters.operators.kronecker import Kronecker
+from turret.server.adapters.operators.low_rank import ExpertLowRank, LowRank
+from turret.server.adapters.operators.operator import Operator
+from turret.server.adapters.operators.pair_rotation import PairRotation
+from turret.server.adapters.operators.sparse import Sparse
+from turret.server.adapters.operators.vectors import Bias, Gain, InputGain
+
+
+class Kernel(NamedTuple):
+    """A kernel.
+
+    Attributes:
+        files: What computes, below ``kernels/cpu/c`` or ``kernels/gpu``.
+        serves: Whether it takes an operator of its kind.
+    """
+
+    files: str
+    serves: Callable[[Any], bool] = lambda operator: True
+
+
+KERNELS: Mapping[type[Operator], Mapping[str, Kernel]] = {
+    LowRank: {
+        "cpu": Kernel("adapters/low_rank.c"),
+        "gpu": Kernel("adapters/segmented_shrink, adapters/segmented_expand"),
+    },
+    ExpertLowRank: {
+        "cpu": Kernel("adapters/experts.c"),
+        "gpu": Kernel("experts/expert_updates"),
+    },
+    Gain: {
+        "cpu": Kernel("adapters/adapters.c"),
+        "gpu": Kernel("adapters/segmented_expand"),
+    },
+    Bias: {
+        "cpu": Kernel("adapters/adapters.c"),
+        "gpu": Kernel("adapters/segmented_expand"),
+    },
+    Hadamard: {
+        "cpu": Kernel("adapters/hadamard.c"),
+        "gpu": Kernel(
+            "adapters/hadamard_shrink, adapters/hadamard_expand", lambda update: update.rank <= 64
+        ),
+    },
+    Kronecker: {
+        "cpu": Kernel("adapters/kronecker.c"),
+        "gpu": Kernel(
+            "adapters/kronecker", lambda update: max(update.w1.shape[1], update.rank) <= 128
+        ),
+    },
+    InputGain: {"cpu": Kernel("adapters/input_change.c")},
+    InputBlocks: {"cpu": Kernel("adapters/input_change.c")},
+    PairRotation: {"cpu": Kernel("adapters/pairs.c")},
+    Circulant: {"cpu": Kernel("adapters/circulant.c")},
+    Sparse: {"cpu": Kernel("adapters/sparse.c")},
+    Dense: {"cpu": Kernel("adapters/dense.c")},
+    Gate: {"gpu": Kernel("gates/gate_shrink, gates/fusion_gate")},
+}
+
+
+def has_kernel(operator: Operator, path: str) -> bool:
+    """Whether a path's kernels apply an operator; if not, its ``add`` does."""
+    kernel = KERNELS.get(type(operator), {}).get(path)
+    return kernel is not None and kernel.serves(operator)

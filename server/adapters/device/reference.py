@@ -1,0 +1,337 @@
+"""Adapters by the formulas of their operators: the store of the torch path, and what kernels leave.
+
+The rows of a step are grouped by mix. A group's calls take its own rows and its own adapters'
+tensors alone, each call gives a row the same bits whatever the other rows are, and the members of a
+mix are added in the request's order, in fp32, with one rounding at the end. So a row's bits are
+those that it has alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from turret.kernels.expert_routing import Routing
+from turret.server.adapters.device.layout import ProjectionLayout
+from turret.server.adapters.device.members import Members, StepMembers
+from turret.server.adapters.device.part import Part
+from turret.server.adapters.device.store import BaseProduct, OnMoved, StepStore
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
+from turret.server.adapters.operators.constant_kv import ConstantKv
+from turret.server.adapters.operators.low_rank import ExpertLowRank
+from turret.server.adapters.operators.operator import BaseRows, Operator
+
+O = TypeVar("O", bound=Operator)  # noqa: E741
+_Place = tuple[int, str]  # layer, projection
+
+
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """Operators of one slice of a projection, and the gain of the whole module."""
+
+    slice: int
+    operators: Sequence[Operator]
+    gain: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What is held of one adapter."""
+
+    modules: dict[_Place, list[_Module]] = field(default_factory=dict)
+    experts: dict[_Place, ExpertLowRank] = field(default_factory=dict)
+    attention: dict[int, ConstantKv] = field(default_factory=dict)
+
+    def operators(self) -> Iterable[Operator]:
+        yield from (op for found in self.modules.values() for one in found for op in one.operators)
+        yield from self.experts.values()
+        yield from self.attention.values()
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Rows that share a mix.
+
+    Attributes:
+        rows: Their numbers, ``[n]`` int64, or a run of them.
+        members: Adapters, their mix weights, and what a first pass has told of the rows.
+        is_decode: On the gpu path, whether all of them decode (see ``nf4_gpu.py``) or none.
+    """
+
+    rows: torch.Tensor | slice
+    members: Sequence[tuple[_Held, float, torch.Tensor | None]]
+    is_decode: bool | None
+
+    def take(self, values: torch.Tensor) -> torch.Tensor:
+        rows = self.rows
+        return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
+
+    def put(self, values: torch.Tensor, part: torch.Tensor) -> None:
+        if isinstance(self.rows, slice):
+            values[self.rows] = part
+        else:
+            values.index_copy_(0, self.rows, part.to(values.dtype))
+
+    def are_among(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which of some row numbers are the group's, bool."""
+        if isinstance(self.rows, slice):
+            return (rows >= self.rows.start) & (rows < self.rows.stop)
+        return torch.isin(rows, self.rows)
+
+    def modules(self, place: _Place) -> dict[int, list[tuple[_Module, float, torch.Tensor | None]]]:
+        """By slice: what is added there, in the request's order."""
+        found: dict[int, list[tuple[_Module, float, torch.Tensor | None]]] = {}
+        for held, weight, given in self.members:
+            for module in held.modules.get(place, ()):
+                found.setdefault(module.slice, []).append((module, weight, given))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class StepReference:
+    """A step's rows.
+
+    Attributes:
+        groups: Every row in at most one.
+        columns: The columns of each slice, by projection.
+    """
+
+    groups: Sequence[_Group]
+    columns: Mapping[str, Sequence[slice]]
+
+    def apply(
+        self,
+        layer: int,
+        projection: str,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        base: BaseProduct,
+        *,
+        is_result: bool = False,
+    ) -> None:
+        """Add the updates of one layer's fused projection to ``y``, in place.
+
+        Args:
+            layer: Layer number.
+            projection: Fused projection.
+            x: Its input, ``[rows, in]``.
+            y: What has been added up so far, ``[rows, sum(out)]``.
+            base: The bias-free base projection.
+            is_result: Whether ``y`` is what the base made of ``x``, and nothing else.
+        """
+        for group in self.groups:
+            found = group.modules((layer, projection))
+            inputs = group.take(x) if found else x
+            for s, parts in found.items():
+                view = y[:, self.columns[projection][s]]
+                before, product = group.take(view), base.part(s)
+                if group.is_decode is not None:
+                    product = product.alone(is_decode=group.is_decode)
+                rows = BaseRows(inputs, product, result=before if is_result else None)
+                total = before.to(torch.float32, copy=True)
+                for module, weight, given in parts:
+                    rows.gain, rows.given = module.gain, given
+                    for operator in module.operators:
+                        operator.add(total, inputs, rows, weight)
+                group.put(view, total)
+
+    def apply_experts(
+        self,
+        layer: int,
+        projection: str,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        routing: Routing,
+        rows: torch.Tensor | None,
+    ) -> None:
+        """Add the updates of experts to ``y``, in place; see ``AdapterStep``."""
+        for group in self.groups:
+            found = [(held.experts.get((layer, projection)), w) for held, w, _ in group.members]
+            updates = [(update, weight) for update, weight in found if update is not None]
+            chosen = group.are_among(routing.rows) if updates else routing.rows
+            for expert, pairs in routing.runs if updates else ():
+                numbers = chosen[pairs].nonzero().squeeze(1) + pairs.start
+                if not numbers.numel():
+                    continue
+                places = numbers if rows is None else rows.index_select(0, numbers)
+                inputs, total = x.index_select(0, places), y.index_select(0, numbers).float()
+                for update, weight in updates:
+                    update.expert(expert).add(total, inputs, BaseRows(inputs, _no_base), weight)
+                y.index_copy_(0, numbers, total.to(y.dtype))
+
+    def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
+        """Add what rows attend to beside their sequences, in place; see ``AdapterStep``."""
+        for group in self.groups:
+            found = [(held.attention.get(layer), weight) for held, weight, _ in group.members]
+            for constants, weight in found:
+                if constants is not None:
+                    change = constants.attend(group.take(q)).mul_(weight)
+                    group.put(attended, group.take(attended).float() + change)
+
+
+def _no_base(x: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("an expert's update asks nothing of the base")
+
+
+class Reference(Part):
+    """The operators of the adapters in a store that their own ``add`` applies, by key.
+
+    Args:
+        layout: Shape of the base.
+        device: Where they are applied; on the CPU the host's own tensors are.
+        takes: Which operators; others are somebody else's.
+    """
+
+    def __init__(
+        self,
+        layout: ProjectionLayout,
+        device: torch.device,
+        takes: Callable[[Operator], bool] = lambda operator: True,
+    ) -> None:
+        self._layout = layout
+        self._device = device
+        self._takes = takes
+        self._held: dict[str, _Held] = {}
+
+    def insert(self, key: str, operators: AdapterOperators) -> None:
+        held = _Held()
+        for name in self._layout.projections:
+            for layer, s, ops in self._layout.of(operators, name):
+                taken = [self._moved(part) for part in ops.operators if self._takes(part)]
+                if taken:
+                    gain = None if ops.gain is None else ops.gain.to(self._device)
+                    module = _Module(s, taken, gain)
+                    held.modules.setdefault((layer, name), []).append(module)
+        for name in self._layout.experts:
+            for layer, update in self._layout.of_experts(operators, name):
+                if self._takes(update):
+                    held.experts[layer, name] = self._moved(update)
+        for layer, constants in (operators.attention or {}).items():
+            if self._takes(constants):
+                held.attention[layer] = self._moved(constants)
+        for operator in held.operators():
+            operator.prepare()
+        if held.modules or held.experts or held.attention:
+            self._held[key] = held
+
+    def _moved(self, operator: O) -> O:
+        if self._device.type == "cpu":
+            return operator
+        return operator.with_tensors(tensor.to(self._device) for tensor in operator.tensors())
+
+    def remove(self, key: str) -> None:
+        self._held.pop(key, None)
+
+    def extra_bytes(self, operators: AdapterOperators) -> int:
+        modules = (part for ops in operators.modules.values() for part in ops.operators)
+        others = (*(operators.experts or {}).values(), *(operators.attention or {}).values())
+        return sum(part.prepared_bytes for part in (*modules, *others) if self._takes(part))
+
+    def bind(self, members: StepMembers, num_decode: int | None = None) -> StepReference | None:
+        """The step's rows, or None if no row's adapters are here.
+
+        Args:
+            members: Mixes of its rows.
+            num_decode: On the gpu path, how many rows, the first ones, decode.
+        """
+        if not self._held:
+            return None
+        runs: dict[tuple[Members, bool | None], list[tuple[int, int]]] = {}
+        for start, end, mix in members.runs:
+            # Weight 0 adds nothing, not even an overflow.
+            own = tuple((key, weight) for key, weight in mix if weight and key in self._held)
+            if own:
+                is_decode = None if num_decode is None else start < num_decode
+                runs.setdefault((own, is_decode), []).append((start, end))
+        if not runs:
+            return None
+        columns = {name: self._layout.columns(name) for name in self._layout.projections}
+        groups = [
+            self._group(mix, found, is_decode, members.given)
+            for (mix, is_decode), found in runs.items()
+        ]
+        return StepReference(groups, columns)
+
+    def _group(
+        self,
+        mix: Members,
+        runs: Sequence[tuple[int, int]],
+        is_decode: bool | None,
+        given: Mapping[str, torch.Tensor],
+    ) -> _Group:
+        if len(runs) == 1:
+            rows = slice(*runs[0])
+        else:
+            numbers = [row for start, end in runs for row in range(start, end)]
+            rows = torch.tensor(numbers, device=self._device)
+        group = _Group(rows, (), is_decode)
+        members = [
+            (self._held[key], weight, group.take(given[key]) if key in given else None)
+            for key, weight in mix
+        ]
+        return _Group(rows, members, is_decode)
+
+
+class ReferenceStore(StepStore):
+    """The torch path's store: float32 and float16, and every dtype where there is no compiler.
+
+    Args:
+        layout: Shape of the base.
+        dtype: Serving dtype.
+        device: The CPU.
+        max_bytes: Budget of what is in the store.
+        on_moved: Told of every adapter that entered or left.
+    """
+
+    def __init__(
+        self,
+        layout: ProjectionLayout,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_bytes: int,
+        on_moved: OnMoved = lambda _: None,
+    ) -> None:
+        self._reference = Reference(layout, device)
+        super().__init__((self._reference,), device, max_bytes, on_moved)
+
+    def step(self, members: StepMembers) -> ReferenceStep:
+        return ReferenceStep(self._reference.bind(members) or StepReference((), {}))
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceStep:
+    """See ``AdapterStep``."""
+
+    rows: StepReference
+
+    def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
+        self.rows.attend(layer, q, attended)
+
+    def apply_experts(
+        self,
+        layer: int,
+        projection: str,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        routing: Routing,
+        rows: torch.Tensor | None,
+    ) -> None:
+        self.rows.apply_experts(layer, projection, x, y, routing, rows)
+
+    def project(
+        self,
+        layer: int,
+        projection: str,
+        x: torch.Tensor,
+        *,
+        bias: torch.Tensor | None,
+        base: BaseProduct,
+    ) -> torch.Tensor:
+        y = base(x)
+        self.rows.apply(layer, projection, x, y, base, is_result=True)
+        if bias is not None:
+            y += bias
+        return y

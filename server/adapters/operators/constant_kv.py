@@ -1,0 +1,86 @@
+"""Constant keys and values of a layer, which every token attends to (LLaMA-Adapter).
+
+For one row's rotated query of head ``h`` and the constants of its key-value head ``g``, attention
+is added ``o_h = softmax_p(q_h · k_gp) V_g``, in a softmax of its own (arXiv 2303.16199, section
+3.2; the gate is the paper's, per layer).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+from turret.kernels.rows.exp import row_exp_
+from turret.kernels.rows.linear import row_linear
+from turret.server.adapters.operators.operator import Operator
+
+# Sides are filled up to multiples of this: fewer shapes, fewer trials.
+_MULTIPLE = 16
+# Of scores of positions that are there to fill up; e to its power is 0.
+_MASKED = -1e30
+
+
+@dataclass(frozen=True)
+class ConstantKv(Operator):
+    """See the module. Not of a linear module: it has an ``attend`` in place of ``add``.
+
+    Attributes:
+        keys: ``[positions, kv_heads, head_dim]``, serving dtype, contiguous: not rotated, and the
+            scale of the scores folded in.
+        values: Same shape, the gate folded in.
+    """
+
+    name = "prompt_that_layers_attend_to"
+    has_dense = False
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @cached_property
+    def _wide(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the products want them, fp32, zeros up to a multiple of positions.
+
+        Keys ``[kv_heads, positions, head_dim]``, and values ``[kv_heads, head_dim + 16,
+        positions]``: behind the features are ones, whose products are the sums of weights.
+        """
+        more = -self.keys.shape[0] % _MULTIPLE
+        by_head = self.keys.float().transpose(0, 1)
+        columns = F.pad(self.values.float().permute(1, 2, 0), (0, 0, 0, _MULTIPLE))
+        columns[:, self.keys.shape[2] :] = 1.0
+        keys = F.pad(by_head, (0, 0, 0, more)).contiguous()
+        return keys, F.pad(columns, (0, more)).contiguous()
+
+    def prepare(self) -> None:
+        _ = self._wide
+
+    @property
+    def prepared_bytes(self) -> int:
+        positions, kv_heads, head_dim = self.keys.shape
+        full = positions + -positions % _MULTIPLE
+        return 4 * full * kv_heads * (2 * head_dim + _MULTIPLE)
+
+    def attend(self, q: torch.Tensor) -> torch.Tensor:
+        """Attend to the constants alone.
+
+        Args:
+            q: Rotated queries, ``[num_rows, num_heads, head_dim]``, any float dtype.
+
+        Returns:
+            ``[num_rows, num_heads, head_dim]`` fp32. A row's bits do not depend on the other rows.
+        """
+        keys, values = self._wide
+        num_rows, head_dim = q.shape[0], q.shape[2]
+        grouped = q.float().reshape(num_rows, len(keys), -1, head_dim)
+        heads = []
+        for g in range(len(keys)):
+            rows = grouped[:, g].reshape(-1, head_dim)
+            scores = row_linear(rows.contiguous(), keys[g])
+            scores[:, self.keys.shape[0] :] = _MASKED
+            weights = row_exp_(scores - scores.amax(dim=1, keepdim=True))
+            total = row_linear(weights.contiguous(), values[g])
+            heads.append(total[:, :head_dim] / total[:, head_dim : head_dim + 1])
+        by_head = torch.stack(heads).view(len(keys), num_rows, -1, head_dim)
+        return by_head.transpose(0, 1).reshape(q.shape)

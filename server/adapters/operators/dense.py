@@ -1,0 +1,42 @@
+"""``Δ(x) = D x``, ``D`` as large as the weight: where no other operator is exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from turret.kernels.cpu.native import has_kernels
+from turret.kernels.cpu.products import dot_products
+from turret.kernels.rows.linear import prepare_linear, row_linear
+from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Dense(Operator):
+    """See the module.
+
+    Attributes:
+        weight: ``[out_features, in_features]``, serving dtype, contiguous, the scaling folded in.
+    """
+
+    name = "dense"
+
+    weight: torch.Tensor
+
+    def prepare(self) -> None:
+        prepare_linear(self.weight)
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
+        if has_kernels(x.device):
+            change = dot_products(x.float().unsqueeze(0), self.weight.unsqueeze(0))[0]
+        else:
+            change = row_linear(x, self.weight).float()
+        y += change.mul_(weight)
+
+    def add_dense(self, total: torch.Tensor, served: ServedWeight, weight: float) -> None:
+        total.add_(self.weight, alpha=weight)
+
+    @property
+    def multiply_adds(self) -> int:
+        return self.weight.numel()

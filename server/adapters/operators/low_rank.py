@@ -1,0 +1,86 @@
+"""``Δ(x) = bᵀ (a x)``: LoRA and whatever comes to a pair of factors; also one pair per expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
+from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank(Operator):
+    """``Δ(x) = bᵀ (a x)``.
+
+    Attributes:
+        a: ``[rank, in_features]``, serving dtype, contiguous.
+        b: ``[rank, out_features]``, serving dtype, contiguous: ``B`` transposed, with the scaling
+            (and, for DoRA, the gain) folded in by one rounding from fp32.
+    """
+
+    name = "low_rank"
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
+        v = row_linear(x, self.a, probe=False).float()
+        add_ranks(y, v if weight == 1.0 else v * weight, self.b)
+
+    def add_dense(self, total: torch.Tensor, served: ServedWeight, weight: float) -> None:
+        total.addmm_(self.b.T.float(), self.a.float(), alpha=weight)
+
+    @property
+    def multiply_adds(self) -> int:
+        return self.a.numel() + self.b.numel()
+
+
+def add_ranks(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> None:
+    """``y += v b`` in place, a row's bits its own: ``[rows, out]``, ``[rows, rank]``, fp32 both."""
+    size = max_reduction(v.dtype)
+    for start in range(0, v.shape[1], size):
+        window = slice(start, start + size)
+        row_addmm_(y, v[:, window].contiguous(), b[window])
+
+
+def piece_sums(rank: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+    """The ``a`` that adds up pieces of ``rank`` inputs, 1 where ``i mod rank = r``."""
+    inputs = torch.arange(in_features)
+    a = torch.zeros(rank, in_features, dtype=dtype)
+    a[inputs % rank, inputs] = 1
+    return a
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLowRank(Operator):
+    """``Δ(x) = b_eᵀ (a_e x)`` for the rows of each expert ``e``: one fused projection of a layer.
+
+    Attributes:
+        a: ``[experts, rank, in_features]``, serving dtype, contiguous.
+        b: ``[experts, rank, out_features]``, serving dtype, contiguous, the scaling folded in.
+    """
+
+    name = "update_of_experts"
+    has_dense = False
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+    def expert(self, number: int) -> LowRank:
+        """The update of one expert."""
+        return LowRank(self.a[number], self.b[number])
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of one expert."""
+        return self.a[0].numel() + self.b[0].numel()

@@ -1,0 +1,160 @@
+"""What every operator has: its formula in plain torch, its dense form and its cost.
+
+An operator is one file in this room. With ``add`` alone it is served on every path, in layers and
+in the head; a kernel that replaces ``add`` on some path is entered in ``device/kernels.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import torch
+
+# fp32 elements of a temporary, per piece of rows: 4 MiB stay in cache.
+_PIECE_ELEMENTS = 1 << 20
+
+
+class BaseRows:
+    """What operators may ask of the base about the rows at hand.
+
+    Args:
+        x: The rows' input, ``[rows, in]``.
+        product: The bias-free base, ``[n, in]`` → ``[n, out]``; a row's bits are its own.
+        result: What it makes of ``x``, if that is known already.
+        gain: The gain of the same adapter's module, ``[out]`` fp32, or None (1).
+        given: What a first pass has told of the rows, ``[rows, modules, components]`` fp32, for
+            adapters with a ``TokenRouter``.
+    """
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        product: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        result: torch.Tensor | None = None,
+        gain: torch.Tensor | None = None,
+        given: torch.Tensor | None = None,
+    ) -> None:
+        self.gain = gain
+        self.given = given
+        self._x = x
+        self._product = product
+        self._result = result
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply other inputs, ``[n, in]``."""
+        return self._product(x)
+
+    @property
+    def result(self) -> torch.Tensor:
+        """What the base makes of the rows' own input, ``[rows, out]``."""
+        if self._result is None:
+            self._result = self._product(self._x)
+        return self._result
+
+
+class ServedWeight:
+    """The base's weight for dense forms, written out at most once.
+
+    Args:
+        dequantize: Gives it, ``[out, in]`` fp32.
+        gain: See ``BaseRows``.
+    """
+
+    def __init__(
+        self, dequantize: Callable[[], torch.Tensor], gain: torch.Tensor | None = None
+    ) -> None:
+        self.gain = gain
+        self._dequantize = dequantize
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        return self._dequantize()
+
+
+class Operator:
+    """``Δ(x)`` of one linear module: a frozen dataclass of tensors and what describes them.
+
+    Attributes:
+        name: In words, with ``_`` for a space.
+        has_dense: Whether there is a ``ΔW`` (a gate, which is not linear in ``x``, has none).
+    """
+
+    __slots__ = ()
+
+    name: ClassVar[str]
+    has_dense: ClassVar[bool] = True
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
+        """``y += weight · Δ(x)`` in place.
+
+        A row's bits depend on nothing but the row: not on the others, nor on how many there are.
+
+        Args:
+            y: ``[rows, out]``, fp32; may be some columns of a wider tensor.
+            x: ``[rows, in]``, serving dtype.
+            base: The base at these rows.
+            weight: The adapter's in the mix.
+        """
+        raise NotImplementedError
+
+    def add_dense(self, total: torch.Tensor, served: ServedWeight, weight: float) -> None:
+        """``total += weight · ΔW`` in place, ``[out, in]`` fp32 on the CPU; computed in fp32."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Make now what ``add`` would make at its first call, and keep it."""
+
+    @property
+    def prepared_bytes(self) -> int:
+        """Bytes of what ``prepare`` makes."""
+        return 0
+
+    @property
+    def multiply_adds(self) -> int:
+        """Products per token; see ``docs/adapters.md`` for the formulas."""
+        raise NotImplementedError
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Every tensor, in the order of the fields."""
+        return tuple(_tensors(self))
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> Self:
+        """The same operator with other tensors, given in the order of ``tensors()``."""
+        made = {name: _replaced(value, tensors) for name, value in _values(self)}
+        return replace(self, **{name: value for name, value in made.items() if value is not None})  # type: ignore[type-var]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+
+def _values(part: Any) -> list[tuple[str, Any]]:
+    return [(name, getattr(part, name)) for name in part.__dataclass_fields__]
+
+
+def _tensors(part: Any) -> Iterator[torch.Tensor]:
+    for _, value in _values(part):
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, torch.Tensor):
+                yield one
+            elif isinstance(one, Operator):
+                yield from one.tensors()
+
+
+def _replaced(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """A field's value with other tensors; None if it holds none."""
+    if isinstance(value, torch.Tensor):
+        return next(tensors)
+    if isinstance(value, tuple) and any(isinstance(one, torch.Tensor) for one in value):
+        return tuple(next(tensors) for _ in value)
+    return value.with_tensors(tensors) if isinstance(value, Operator) else None
+
+
+def pieces(num_rows: int, elements: int) -> Iterator[slice]:
+    """Runs of rows whose temporaries, of so many elements a row, stay in cache."""
+    step = max(1, _PIECE_ELEMENTS // max(elements, 1))
+    return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))

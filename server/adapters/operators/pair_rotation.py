@@ -1,0 +1,43 @@
+"""``Δ(x)_o = sine_o (W x)_p(o)``: outputs of the base are added to their partners (RoAd).
+
+``p`` exchanges the halves of every group of outputs (arXiv 2409.00119). With a gain,
+``cosine_o (W x)_o + sine_o (W x)_p(o)`` turns each pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class PairRotation(Operator):
+    """See the module.
+
+    Attributes:
+        sine: ``[out_features]``, fp32, signs included.
+        group: Outputs of a group, even.
+    """
+
+    name = "pairs"
+
+    sine: torch.Tensor
+    group: int
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
+        y += self._exchanged(base.result, 1).float() * self.sine * weight
+
+    def add_dense(self, total: torch.Tensor, served: ServedWeight, weight: float) -> None:
+        others = self._exchanged(served.weight, 0)
+        total.addcmul_(others, self.sine[:, None], value=weight)
+
+    def _exchanged(self, values: torch.Tensor, axis: int) -> torch.Tensor:
+        halves = values.unflatten(axis, (-1, 2, self.group // 2))
+        return halves.flip(axis + 1).flatten(axis, axis + 2)
+
+    @property
+    def multiply_adds(self) -> int:
+        return self.sine.numel()

@@ -1,0 +1,98 @@
+"""``Δ(x) = S x``, ``S`` a few entries of the weight (SHiRA, WaveFT, Super-Tuning).
+
+Every sum is made of single multiplications and additions in the order of an output's entries: all
+first entries of outputs are added, then all second ones, the outputs of most entries first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
+
+# Inputs of a module that 16 bits can name.
+MAX_SPARSE_INPUTS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Jagged:
+    """Entries by their place in their rows, the longest rows first (jagged diagonals).
+
+    Attributes:
+        values: ``[entries]`` fp32, all first entries of rows, then all second ones, and so on.
+        columns: ``[entries]`` int32.
+        counts: How many rows have a first entry, a second one, and so on; descending.
+        order: The output of every row here, ``[out_features]`` int64.
+    """
+
+    values: torch.Tensor
+    columns: torch.Tensor
+    counts: tuple[int, ...]
+    order: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Sparse(Operator):
+    """See the module; ``S`` comes as compressed rows.
+
+    Attributes:
+        values: ``[entries]``, serving dtype, the scaling folded in.
+        columns: The input of each, ``[entries]`` uint16.
+        row_starts: The entries of output ``o`` are ``[row_starts[o], row_starts[o + 1])``,
+            ``[out_features + 1]`` int32.
+    """
+
+    name = "sparse"
+
+    values: torch.Tensor
+    columns: torch.Tensor
+    row_starts: torch.Tensor
+
+    def rows(self) -> torch.Tensor:
+        """The output of each entry, ``[entries]`` int64."""
+        lengths = self.row_starts.to(torch.int64).diff()
+        return torch.repeat_interleave(lengths)
+
+    @cached_property
+    def jagged(self) -> Jagged:
+        """The entries in the order in which they are added."""
+        starts = self.row_starts.to(torch.int64)
+        lengths = starts.diff()
+        order = torch.argsort(lengths, descending=True, stable=True)
+        longest, firsts = lengths[order], starts[:-1][order]
+        most = int(longest[0]) if len(longest) else 0
+        steps = torch.arange(most, device=starts.device)
+        # Row by row of this is one place in the rows.
+        there = steps[:, None] < longest[None, :]
+        picked = (firsts[None, :] + steps[:, None])[there]
+        counts = tuple(there.sum(1).tolist())
+        columns = self.columns.to(torch.int32)[picked]
+        return Jagged(self.values.float()[picked], columns, counts, order)
+
+    def prepare(self) -> None:
+        _ = self.jagged
+
+    @property
+    def prepared_bytes(self) -> int:
+        return 8 * (len(self.values) + len(self.row_starts) - 1)
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
+        entries, wide, at = self.jagged, x.float(), 0
+        total = torch.zeros(y.shape, dtype=torch.float32, device=y.device)
+        for count in entries.counts:
+            these = slice(at, at + count)
+            terms = wide.index_select(1, entries.columns[these]).mul_(entries.values[these])
+            total[:, :count] += terms
+            at += count
+        y += torch.empty_like(total).index_copy_(1, entries.order, total).mul_(weight)
+
+    def add_dense(self, total: torch.Tensor, served: ServedWeight, weight: float) -> None:
+        places = self.rows(), self.columns.to(torch.int64)
+        total.index_put_(places, self.values.float() * weight, accumulate=True)
+
+    @property
+    def multiply_adds(self) -> int:
+        return self.values.numel()

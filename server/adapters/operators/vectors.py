@@ -1,0 +1,81 @@
+"""Operators that are a vector: gains on outputs, gains on inputs, biases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Gain(Operator):
+    """``Δ(x) = (g − 1) ⊙ W x``, on the bias-free base result (DoRA, IA3 on outputs).
+
+    Attributes:
+        values: ``g``, ``[out_features]``, fp32.
+    """
+
+    name = "gain"
+
+    values: torch.Tensor
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
+        y += weight * (self.values - 1.0) * base.result.float()
+
+    def add_dense(self, total: torch.Tensor, served: ServedWeight, weight: float) -> None:
+        total.addcmul_(served.weight, (self.values - 1.0)[:, None], value=weight)
+
+    @property
+    def multiply_adds(self) -> int:
+        return self.values.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class InputGain(Operator):
+    """``Δ(x) = W ((l − 1) ⊙ x)``: the base multiplies ``l ⊙ x`` (IA3 on feed-forward inputs).
+
+    Other operators see ``x``. Not beside a gain: the sum does not say whether that would scale what
+    the input gain changes.
+
+    Attributes:
+        values: ``l``, ``[in_features]``, fp32.
+    """
+
+    name = "input_gain"
+
+    values: torch.Tensor
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
+        y += weight * base((x.float() * (self.values - 1.0)).to(x.dtype)).float()
+
+    def add_dense(self, total: torch.Tensor, served: ServedWeight, weight: float) -> None:
+        total.addcmul_(served.weight, (self.values - 1.0)[None, :], value=weight)
+
+    @property
+    def multiply_adds(self) -> int:
+        return self.values.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class Bias(Operator):
+    """``Δ(x) = b``. Changes no weight: a merge adds it to the base's bias.
+
+    Attributes:
+        values: ``b``, ``[out_features]``, fp32.
+    """
+
+    name = "bias"
+
+    values: torch.Tensor
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
+        y += weight * self.values
+
+    def add_dense(self, total: torch.Tensor, served: ServedWeight, weight: float) -> None:
+        pass
+
+    @property
+    def multiply_adds(self) -> int:
+        return 0
