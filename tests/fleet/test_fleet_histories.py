@@ -47,9 +47,15 @@ def test_no_two_weights_under_one_generation_and_nothing_acknowledged_is_lost() 
     assert counts.keys() >= {
         *("Register", "Pin", "Unload", "Merge", "Unmerge", "joined", "expelled"),
         *("replica crashed", "registry crashed", "crashed at a write"),
-        *("AdapterExistsError", "AdapterGenerationError", "AdapterInUseError", "MergeActiveError"),
-        *("AdapterNotFoundError", "StorageFullError", "NotMergedError"),
-        *("Unload: AdapterInUseError", "Merge: InvalidRequestError", "Merge: UnavailableError"),
+        *(
+            "AdapterExistsError",
+            "AdapterGenerationError",
+            "AdapterInUseError",
+            "AdapterMergedError",
+        ),
+        *("AdapterNotFoundError", "AdapterPinnedError", "MergeUnderWayError", "NotMergedError"),
+        *("StorageFullError", "Unload: AdapterBusyError", "Unload: AdapterInUseError"),
+        *("Merge: InvalidRequestError", "Merge: UnavailableError"),
     }, counts
 
 
