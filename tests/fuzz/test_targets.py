@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,7 @@ from fuzz.corpus import CORPUS, encoded, right, seeds
 from fuzz.doors import METHODS
 from fuzz.messages import messages_of
 from fuzz.mutation import mutated
-from fuzz.targets import Targets, opened
+from fuzz.targets import Broken, Targets, _within_budget, opened
 from google.protobuf.descriptor import MethodDescriptor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,9 +24,9 @@ class Sent(bytes):
         return f"<{len(self)} bytes: {bytes(self[:300])!r}…>"
 
 
-NAMES = ("header", "config", "folder", "tokens", "message", "http", "registration")
+NAMES = ("header", "config", "folder", "tokens", "message", "http", "bodies", "registration")
 # Inputs tried in every run; the folder's cost a whole load each.
-COUNTS = {"folder": 60, "message": 120, "http": 120}
+COUNTS = {"folder": 60, "message": 120, "http": 120, "bodies": 40}
 EXAMPLES = 12
 
 
@@ -39,6 +40,23 @@ def test_every_target_has_seeds_and_they_are_those_of_the_code(targets: Targets)
     assert {name for name, _ in seeds()} == set(targets.by_name) == set(NAMES)
     names = {str(path.relative_to(CORPUS)) for path in CORPUS.glob("*/*")}
     assert {name for name, _ in right()} <= names, "run `python -m fuzz.corpus` in tests/support"
+
+
+def test_an_input_may_cost_no_more_than_its_bytes_are_worth() -> None:
+    """What made bodies slow was quadratic: half a minute for 64 kB."""
+
+    def slow(data: bytes) -> None:
+        end = time.process_time() + 3
+        while time.process_time() < end:
+            pass
+
+    def large(data: bytes) -> None:
+        assert len(bytearray(b"x") * (256 << 20)) > len(data)
+
+    for target in (slow, large):
+        with pytest.raises(Broken):
+            _within_budget(target, b"x" * 1000)
+    assert _within_budget(len, b"x" * 1000) is None
 
 
 def test_seeds_break_nothing(targets: Targets) -> None:

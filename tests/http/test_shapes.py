@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import time
 import weakref
 from typing import Any
@@ -74,10 +75,30 @@ async def test_what_has_no_limit_of_its_own_has_the_common_one() -> None:
             assert (refused.status, refused.param) == (400, name)
         body = {f"x{number}": 0 for number in range(MAX_ENTRIES + 1)}
         assert (await server.refused(COMPLETIONS, body)).status == 400
+        for many in (b"[],", b"{},", b"[[[]]],"):
+            content = b'{"model": "base", "x": [%b0]}' % (many * 500_000)
+            answer = await server.client.post(COMPLETIONS, content=content, headers=JSON)
+            assert answer.status_code == 400
         calls = [{"role": "assistant", "tool_calls": [{}] * 128}] * (MAX_CONTAINERS // 128)
         refused = await server.refused(CHAT, {"model": "base", "messages": calls})
         said = f"the body holds more than {MAX_CONTAINERS} lists and objects"
         assert (refused.status, refused.message) == (400, said)
+
+
+def test_a_text_may_hold_any_number_of_brackets() -> None:
+    """Which parser reads it makes no difference but in time."""
+    text = '[{"a": [1, -2.5e3, true, null, "\\u00e9"]}]' * 20_000
+    body = {"prompt": text, "n": [1, 2.5, -1e3, True, None, {"a": {}, "b": []}], "é": "😀"}
+    for is_ascii in (True, False):
+        data = json.dumps(body, ensure_ascii=is_ascii).encode()
+        assert parse(data) == body
+    for bad in (b'{"a": [1,]}', b'{"a" 1}', b'{"a": NaN}', b'{"a": "\x00"}', b'{"a": 1} x'):
+        with pytest.raises(errors.InvalidRequestError) as quick:
+            parse(bad)
+        with pytest.raises(errors.InvalidRequestError) as careful:
+            parse(bad[:1] + b'"x": "' + b"[" * 40_000 + b'", ' + bad[1:])
+        said = [re.sub(r"[0-9]+", "", str(each.value)) for each in (quick, careful)]
+        assert said[0] == said[1]
 
 
 async def test_the_longest_conversation_is_within_the_limits() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import json
+import json.decoder
+import json.scanner
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from starlette.types import Receive
@@ -14,7 +16,14 @@ from starlette.types import Receive
 from turret.server.basics.codes import Code
 from turret.server.errors import InvalidRequestError
 from turret.server.http.exchange.refusals import HttpRefusal
-from turret.server.http.exchange.shape import ANY, MAX_DEPTH, Shape, check_shape
+from turret.server.http.exchange.shape import (
+    ANY,
+    MANY,
+    MAX_CONTAINERS,
+    MAX_DEPTH,
+    Shape,
+    check_shape,
+)
 
 # As much as the gRPC door takes in one message.
 MAX_BODY_BYTES = 4 << 20
@@ -22,15 +31,21 @@ MAX_BODY_BYTES = 4 << 20
 BODY_SECONDS = 60.0
 # Parsing more than this takes longer than a millisecond or so, and leaves the event loop.
 _INLINE_BYTES = 32 << 10
-# Large bodies are parsed one at a time: a body of 4 MiB can make 200 MiB of objects before its
-# shape is known, and bodies of several clients would add up.
+# Large bodies are parsed one at a time: one of 4 MiB can make 60 MiB of objects before its shape is
+# known, and bodies of several clients would add up.
 _parser = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="turret-body")
 
+# The stubs of json lack its parsers in Python.
+_json: Any = json
 _GZIP = b"\x1f\x8b"
 
 
 class _NoNumberError(ValueError):
     """What Python's reader takes for a number, and JSON does not."""
+
+
+class _ManyError(Exception):
+    """A body holds more lists and objects than it may."""
 
 
 class ClientGoneError(Exception):
@@ -115,9 +130,11 @@ def parse(data: bytes, shape: Shape = ANY) -> dict[str, Any]:
     try:
         # Some editors begin UTF-8 with a mark.
         text = data.decode("utf-8-sig")
-        body = json.loads(text, parse_constant=_refuse_constant, parse_float=_number)
+        body = (_Careful() if _may_be_many(data) else _quick).decode(text)
     except RecursionError:
         raise InvalidRequestError(f"the body is nested more than {MAX_DEPTH} deep") from None
+    except _ManyError:
+        raise InvalidRequestError(MANY) from None
     except ValueError as error:
         raise InvalidRequestError(_why_no_json(data, error)) from None
     if not isinstance(body, dict):
@@ -155,6 +172,41 @@ def _number(text: str) -> float:
 
 def _refuse_constant(text: str) -> NoReturn:
     raise _NoNumberError(f"{text} is no JSON number")
+
+
+def _may_be_many(data: bytes) -> bool:
+    """Whether there may be more lists and objects than a body may hold.
+
+    What stands in texts counts too, so that this is a bound and no answer.
+    """
+    return data.count(b"[") + data.count(b"{") > MAX_CONTAINERS
+
+
+_quick = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_number)
+
+
+class _Careful(json.JSONDecoder):
+    """Gives up at the first list or object that is one too many.
+
+    The C parser would make millions of objects, and no other thread would run meanwhile. This is
+    json's parser in Python, which is slow for many numbers and as fast for long texts.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(parse_constant=_refuse_constant, parse_float=_number)
+        self._num_made = 0
+        self.parse_array = self._counted(_json.decoder.JSONArray)
+        self.parse_object = self._counted(_json.decoder.JSONObject)
+        self.scan_once = _json.scanner.py_make_scanner(self)
+
+    def _counted(self, parse: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            self._num_made += 1
+            if self._num_made > MAX_CONTAINERS:
+                raise _ManyError
+            return parse(*args)
+
+        return counted
 
 
 def _too_large() -> HttpRefusal:

@@ -15,6 +15,7 @@ MAX_DEPTH = 64
 MAX_CONTAINERS = 1 << 15
 # Entries of a list or object for which a path states no limit of its own.
 MAX_ENTRIES = 1 << 14
+MANY = f"the body holds more than {MAX_CONTAINERS} lists and objects"
 _SHOWN_CHARS = 40
 
 
@@ -61,9 +62,7 @@ def check_shape(body: dict[str, Any], shape: Shape, *, checks_names: bool) -> No
         for each, inside, place in _inside(value, shape, path):
             num_met += 1
             if num_met > MAX_CONTAINERS:
-                raise InvalidRequestError(
-                    f"the body holds more than {MAX_CONTAINERS} lists and objects"
-                )
+                raise InvalidRequestError(MANY)
             waiting.append((each, inside, place, depth + 1))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from builders.registries import Registries
 from checkout import ROOT
 from fuzz.doors import METHODS, PATHS
+from fuzz.recipes import recipe
 from google.protobuf.message import Message
 
 from turret.server.adapters.registry.registry import AdapterRegistry
@@ -94,6 +95,28 @@ def _bodies() -> dict[str, Any]:
     }
 
 
+def _recipes() -> dict[str, tuple[str, bytes]]:
+    """Large bodies by name, each with its path."""
+    start, end = (b'{"model":"base",', 0), ((b"]", 0), (b"}", 0))
+    chat, completions = "/v1/chat/completions", "/v1/completions"
+    tool = b'{"type":"function","function":{"name":"f"}},'
+
+    def listed(name: bytes, entry: bytes, power: int) -> bytes:
+        opened = (start, (name, 0), (b"[", 0), (entry, power))
+        return recipe(*opened, (b"null", 0), *end)
+
+    return {
+        "quotes": (completions, recipe(start, (b'"x":', 0), (b'"', 0), (b'\\"', 21))),
+        "text": (completions, recipe(start, (b'"prompt":', 0), (b'"', 0), (b"a", 21), (b'"', 0))),
+        "messages": (chat, listed(b'"messages":', b"{},", 20)),
+        "tools": (chat, listed(b'"tools":', tool, 15)),
+        "lists": (completions, listed(b'"x":', b"[[]],", 19)),
+        "numbers": ("/v1/embeddings", listed(b'"input":', b"1e-400,", 19)),
+        "deep": (completions, recipe(start, (b'"x":', 0), (b"[", 21), (b"]", 21))),
+        "members": (completions, recipe((b"{", 0), (b'"x":', 0), (b'"', 0), (b"+m", 20))),
+    }
+
+
 def encoded(messages: list[Message], method: str) -> bytes:
     """The messages of a call as the target ``message`` reads them."""
     number = next(i for i, each in enumerate(METHODS) if each.name == method)
@@ -128,6 +151,8 @@ def right() -> Iterator[tuple[str, bytes]]:
     for path, body in _bodies().items():
         number = PATHS.index(path)
         yield f"http/{path.rpartition('/')[2]}", bytes([number]) + json.dumps(body).encode()
+    for name, (path, made) in _recipes().items():
+        yield f"bodies/{name}", bytes([PATHS.index(path)]) + made
     yield "tokens/two", b"# who\nabc inference\ndef admin,metrics\n"
     with tempfile.TemporaryDirectory() as name:
         yield from _saved(Path(name))

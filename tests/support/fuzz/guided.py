@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-ORDER = ("header", "config", "folder", "tokens", "message", "http", "registration")
+ORDER = ("header", "config", "folder", "tokens", "message", "http", "bodies", "registration")
 
 
 def _note(findings: Path, name: str, data: bytes) -> None:

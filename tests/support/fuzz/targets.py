@@ -1,19 +1,24 @@
 """What is fed any bytes at all, and must answer with an error of its table or none.
 
 A target raises only where something is broken: an exception that nobody promised, a status that
-says "internal error", an adapter that was let in and cannot be told to clients.
+says "internal error", an adapter that was let in and cannot be told to clients, or more time or
+memory than the bytes are worth.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import resource
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from builders.registries import tiny_base
 from fuzz.doors import METHODS, PATHS, Doors
+from fuzz.recipes import body
 
 from turret.server.adapters.checkpoint.json_files import parse_config
 from turret.server.adapters.checkpoint.safetensors_header import read_header
@@ -34,8 +39,14 @@ _GRPC = frozenset(
 )
 
 
+# The budget of an input of n bytes: seconds of processor time and bytes of memory, at most so much,
+# and so much more for each byte. Coverage that is measured makes everything some times slower.
+_SECONDS, _SECONDS_PER_BYTE = 2.0, 4e-6
+_MEMORY, _MEMORY_PER_BYTE = 64 << 20, 128
+
+
 class Broken(AssertionError):
-    """An answer that no client may get."""
+    """An answer that no client may get, or one that cost too much."""
 
 
 class Targets:
@@ -53,14 +64,18 @@ class Targets:
         (folder / "fuzzed").mkdir()
         self._loader = AdapterLoader(folder, tiny_base(), 1 << 26, 64)
         self._doors = Doors(folder)
-        self.by_name: dict[str, Callable[[bytes], None]] = {
+        targets: dict[str, Callable[[bytes], int | None]] = {
             "header": self.header,
             "config": self.config,
             "folder": self.folder,
             "tokens": self.tokens,
             "message": self.message,
             "http": self.http,
+            "bodies": self.bodies,
             "registration": self.registration,
+        }
+        self.by_name: dict[str, Callable[[bytes], None]] = {
+            name: functools.partial(_within_budget, target) for name, target in targets.items()
         }
 
     def close(self) -> None:
@@ -134,6 +149,27 @@ class Targets:
         status = self._doors.post(path, data[1:])
         if status not in _HTTP:
             raise Broken(f"{path}: {status}")
+
+    def bodies(self, data: bytes) -> int:
+        """A byte that chooses the path, then the recipe of a body of up to 4 MiB."""
+        made = body(data[1:])
+        self.http(data[:1] + made)
+        return len(made)
+
+
+def _within_budget(target: Callable[[bytes], int | None], data: bytes) -> None:
+    """Run a target; it returns the size of what it read where that is not its input."""
+    start, before = time.process_time(), _peak_bytes()
+    size = target(data) or len(data)
+    seconds, grown = time.process_time() - start, _peak_bytes() - before
+    if seconds > _SECONDS + _SECONDS_PER_BYTE * size:
+        raise Broken(f"{seconds:.1f} s of processor time for {size} bytes")
+    if grown > _MEMORY + _MEMORY_PER_BYTE * size:
+        raise Broken(f"{grown >> 20} MiB of memory for {size} bytes")
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def _parts(data: bytes) -> Iterator[bytes]:

@@ -1,0 +1,35 @@
+"""Large bodies from a few bytes: a fuzzer changes their structure instead of their bytes."""
+
+from __future__ import annotations
+
+from turret.server.http.exchange.body import MAX_BODY_BYTES
+
+# What a body is made of. A recipe is pairs of bytes: which piece, and how often, as a power of two.
+PIECES = (
+    *(b'{"model":"base",', b'"messages":', b'"prompt":', b'"input":', b'"tools":', b'"stop":'),
+    *(b'"logit_bias":', b'"metadata":', b'"adapters":', b'"tool_calls":', b'"content":', b'"x":'),
+    *(b"[", b"]", b"{", b"}", b",", b":", b'"', b'\\"', b"\\", b" ", b"a", b"+m", b"*0", b"9"),
+    *(b"{},", b"[],", b"[[]],", b'"",', b'"a":1,', b"1,", b"1e-400,", b'{"role":"user"},', b"null"),
+    *(
+        b'{"type":"function","function":{"name":"f"}},',
+        b'{"role":"user","content":"a"}',
+        b"\\ud800",
+    ),
+    *(b"\\ud800", b"\\u00e9", b"\xc3\xa9", b"\xff"),
+)
+_POWERS = MAX_BODY_BYTES.bit_length()
+
+
+def body(recipe: bytes) -> bytes:
+    """What a recipe makes, at most as large as a body may be."""
+    made = bytearray()
+    for piece, power in zip(recipe[::2], recipe[1::2], strict=False):
+        what = PIECES[piece % len(PIECES)]
+        room = (MAX_BODY_BYTES - len(made)) // len(what)
+        made += what * min(1 << power % _POWERS, room)
+    return bytes(made)
+
+
+def recipe(*parts: tuple[bytes, int]) -> bytes:
+    """The recipe of pieces and powers."""
+    return bytes(byte for piece, power in parts for byte in (PIECES.index(piece), power))
