@@ -227,7 +227,7 @@ def test_what_is_in_the_cache_is_looked_at_before_the_model_is_loaded(
     assert problems(config) == []
     refused(registry("acme"), PATH, AdapterCheckpointError)
     (problem,) = problems(config)
-    assert problem.startswith(f"--preload a={PATH}: cannot be served: peft_type: 'LROA' is not")
+    assert problem.startswith(f"--preload a={PATH}: cannot be served: peft_type 'LROA' is not")
     # Of a commit nobody is asked.
     path = f"{PATH}@{repo.refs['main']}"
     hub.requests.clear()

@@ -70,22 +70,16 @@ def check_files(
     """
     with directory.open_file(CONFIG_FILE) as file:
         config = parse_config(file.read(MAX_CONFIG_BYTES + 1), path)
+    checkpoint = AdapterCheckpoint(path, config, tensors={}, digest="", bytes_disk=0)
+    method = method_for(checkpoint)
     findings = Findings(path)
     header = _header(directory, findings)
-    findings.raise_if_any()
     names = canonical_names([entry.name for entry in header.entries], findings)
     findings.raise_if_any()
     # The methods' checks look at shapes and dtypes alone, which entries have as tensors do.
     entries: Any = {names[entry.name]: entry for entry in header.entries}
-    checkpoint = AdapterCheckpoint(
-        path=path,
-        config=config,
-        tensors=entries,
-        digest="",
-        bytes_disk=0,
-        text_prefix=text_prefix(entry.name for entry in header.entries),
-    )
-    method = method_for(checkpoint)
+    prefix = text_prefix(entry.name for entry in header.entries)
+    checkpoint = replace(checkpoint, tensors=entries, text_prefix=prefix)
     check_common(checkpoint, method)
     rest = without_classifier(checkpoint)
     method.check_config(rest.config, findings)

@@ -94,7 +94,7 @@ __all__ = [
     "MAX_LIST_ITEMS",
     "OTHER_TRAINING",
     "OUT",
-    "SAVED",
+    "PATTERNS",
     "SAVE_AGAIN",
     "START",
     "TARGETS",
@@ -142,6 +142,7 @@ __all__ = [
     "is_optional_text",
     "is_rank",
     "is_rank_pattern",
+    "is_saved",
     "is_seed",
     "key",
     "kronecker",
@@ -189,7 +190,7 @@ def always(config: Mapping[str, Any]) -> bool:
     return True
 
 
-def SAVED(adapter: Module | Reading) -> bool:
+def is_saved(adapter: Module | Reading) -> bool:
     """The condition of fixed random matrices that the file may leave out."""
     return adapter.config.get("save_projection", True)
 

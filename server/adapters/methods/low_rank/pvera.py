@@ -12,7 +12,7 @@ _A, _B = "base_model.pvera_A", "base_model.pvera_B"
 
 
 def _projections(adapter: Reading) -> tuple[torch.Tensor, torch.Tensor]:
-    if SAVED(adapter):
+    if is_saved(adapter):
         return adapter.shared[_A], adapter.shared[_B]
     adapter.warn(drawn("pvera_A and pvera_B"))
     return fixed_projections(adapter, 2 * adapter.rank)
@@ -48,6 +48,6 @@ METHOD = LinearMethod(
     bias=("pvera_only",),
     conflicts=needs_seed,
     tensors={"pvera_lambda_b": (OUT,), "pvera_lambda_d": (2 * R,)},
-    shared={_A: when(SAVED, (2 * R, IN)), _B: when(SAVED, (OUT, R))},
+    shared={_A: when(is_saved, (2 * R, IN)), _B: when(is_saved, (OUT, R))},
     operators=_operators,
 )

@@ -72,7 +72,7 @@ METHOD = LinearMethod(
     tensors={
         "tinylora_A": (R, IN),
         "tinylora_B": (OUT, R),
-        "tinylora_P": when(SAVED, (_U, R, R)),
+        "tinylora_P": when(is_saved, (_U, R, R)),
     },
     shared=lambda adapter: dict.fromkeys(adapter.once(_groups).values(), (_U,)),
     shared_prefix=_V,

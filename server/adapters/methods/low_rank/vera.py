@@ -12,7 +12,7 @@ _A, _B = "base_model.vera_A", "base_model.vera_B"
 
 
 def _projections(adapter: Reading) -> tuple[torch.Tensor, torch.Tensor]:
-    if SAVED(adapter):
+    if is_saved(adapter):
         return adapter.shared[_A], adapter.shared[_B]
     adapter.warn(drawn("vera_A and vera_B"))
     return fixed_projections(adapter, adapter.rank)
@@ -37,6 +37,6 @@ METHOD = LinearMethod(
     bias=("vera_only",),
     conflicts=needs_seed,
     tensors={"vera_lambda_b": (OUT,), "vera_lambda_d": (R,)},
-    shared={_A: when(SAVED, (R, IN)), _B: when(SAVED, (OUT, R))},
+    shared={_A: when(is_saved, (R, IN)), _B: when(is_saved, (OUT, R))},
     operators=_operators,
 )

@@ -31,7 +31,7 @@ def _check(adapter: Reading) -> None:
     for role in _COPIES:
         has = [role in m for m in adapter.modules.values()]
         for name, m in adapter.modules.items():
-            if role in m and not SAVED(adapter):
+            if role in m and not is_saved(adapter):
                 m.fault(role, "is there, but save_projection is false")
             elif any(has) and role not in m:
                 adapter.fault(f"{name}.{role}", "is missing; other modules have it")
@@ -39,7 +39,7 @@ def _check(adapter: Reading) -> None:
 
 def _bases(adapter: Reading) -> tuple[torch.Tensor, torch.Tensor]:
     """``A`` ``[r, 1, least]`` and ``B`` ``[most, bases, r]``, saved or drawn again."""
-    if SAVED(adapter):
+    if is_saved(adapter):
         return adapter.shared[_A], adapter.shared[_B]
     adapter.warn(drawn("randlora_A and randlora_B"))
     rank, least, most = adapter.rank, _LEAST.of(adapter), _MOST.of(adapter)
@@ -112,7 +112,7 @@ METHOD = LinearMethod(
         # PEFT writes the shared matrices once more for every module.
         **dict.fromkeys(_COPIES, UNREAD),
     },
-    shared={_A: when(SAVED, (R, 1, _LEAST)), _B: when(SAVED, (_MOST, _BASES, R))},
+    shared={_A: when(is_saved, (R, 1, _LEAST)), _B: when(is_saved, (_MOST, _BASES, R))},
     check_all=_check,
     is_dense=always,
     operators=_operators,
