@@ -37,7 +37,13 @@ def check_chat(chat: inference_pb2.Chat, limits: InputLimits, violations: Violat
     violations.check(len(turns) > 0, "chat.messages", "at least one")
     if not violations.check_count(len(turns), MAX_CHAT_MESSAGES, "chat.messages"):
         return
-    # Before anything in it is read.
+    # Every list is counted before any of them is read.
+    is_counted = violations.check_count(len(chat.tools), MAX_TOOLS, "chat.tools")
+    for index, turn in enumerate(turns):
+        path = f"chat.messages[{index}].tool_calls"
+        is_counted &= violations.check_count(len(turn.tool_calls), MAX_TOOL_CALLS, path)
+    if not is_counted:
+        return
     check_length(_num_chars(chat), limits.max_chars, "characters")
     for index, turn in enumerate(turns):
         path = f"chat.messages[{index}]"
@@ -47,14 +53,12 @@ def check_chat(chat: inference_pb2.Chat, limits: InputLimits, violations: Violat
             "must be set" if not turn.role else f"at most {MAX_ROLE_CHARS} characters",
         )
         violations.check_chars(turn.tool_call_id, MAX_TOOL_NAME_CHARS, f"{path}.tool_call_id")
-        if violations.check_count(len(turn.tool_calls), MAX_TOOL_CALLS, f"{path}.tool_calls"):
-            for number, call in enumerate(turn.tool_calls):
-                _check_call(call, violations, f"{path}.tool_calls[{number}]")
-    if violations.check_count(len(chat.tools), MAX_TOOLS, "chat.tools"):
-        for index, tool in enumerate(chat.tools):
-            _check_tool(tool, violations, f"chat.tools[{index}]")
-        names = [tool.name for tool in chat.tools]
-        violations.check(len(set(names)) == len(names), "chat.tools", "names must differ")
+        for number, call in enumerate(turn.tool_calls):
+            _check_call(call, violations, f"{path}.tool_calls[{number}]")
+    for index, tool in enumerate(chat.tools):
+        _check_tool(tool, violations, f"chat.tools[{index}]")
+    names = [tool.name for tool in chat.tools]
+    violations.check(len(set(names)) == len(names), "chat.tools", "names must differ")
 
 
 def _check_call(call: inference_pb2.ToolCall, violations: Violations, path: str) -> None:

@@ -104,9 +104,11 @@ def constraint_spec(
     if kind == "json_object":
         return ConstraintSpec(kind)
     if kind == "choice":
-        texts, path = tuple(message.choice.texts), "choice.texts"
+        path = "choice.texts"
+        if not violations.check_count(len(message.choice.texts), MAX_CHOICES, path):
+            return None
+        texts = tuple(message.choice.texts)
         violations.check(len(texts) > 0, path, "at least one")
-        violations.check_count(len(texts), MAX_CHOICES, path)
         violations.check(all(texts), path, "must not contain an empty string")
     else:
         texts, path = (getattr(message, kind),), kind

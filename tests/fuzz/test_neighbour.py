@@ -1,0 +1,154 @@
+"""The largest message of every field, sent to a real server beside a client that asks for little.
+
+The client's health checks and its stream go on meanwhile, and the server's memory comes back.
+"""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from builders.bases.tiny_models import save_tiny_model
+from fuzz.doors import METHODS
+from fuzz.large import Large, bodies, fields_read, messages
+from servers.server_under_test import ServerUnderTest, start_server
+
+JSON = {"content-type": "application/json"}
+LASTING_MIB = 100
+# Bodies that bring in what stays: the allocator's arenas, caches, the thread that parses.
+NUM_FIRST = 10
+MOST_SECONDS, STRICT_SECONDS = 2.0, 0.5
+# What was slow by chance is not slow each time.
+NUM_TRIES = 3
+# gRPC's and HTTP's words for a bug.
+BUGS = ("INTERNAL", "UNKNOWN", "DATA_LOSS", "500")
+STREAM = {"model": "base", "prompt": "a b", "max_tokens": 24, "ignore_eos": True, "stream": True}
+
+
+class Neighbour:
+    """Asks for health and reads a stream, again and again, until it is told to stop.
+
+    Attributes:
+        worst: The longest wait so far for a check, or for the next piece of a stream.
+    """
+
+    def __init__(self, server: ServerUnderTest) -> None:
+        self._address = server.http_address
+        self._over = threading.Event()
+        self.worst = 0.0
+        self._threads = [threading.Thread(target=run) for run in (self._check, self._read)]
+
+    def __enter__(self) -> Neighbour:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _check(self) -> None:
+        while not self._over.wait(0.05):
+            connection = http.client.HTTPConnection(self._address, timeout=60)
+            start = time.monotonic()
+            connection.request("GET", "/health")
+            assert connection.getresponse().read() == b'{"status":"ok"}'
+            self._took(start)
+            connection.close()
+
+    def _read(self) -> None:
+        connection = http.client.HTTPConnection(self._address, timeout=60)
+        while not self._over.wait(0.05):
+            start = time.monotonic()
+            connection.request("POST", "/v1/completions", json.dumps(STREAM), JSON)
+            answer = connection.getresponse()
+            while answer.readline():
+                self._took(start)
+                start = time.monotonic()
+        connection.close()
+
+    def _took(self, start: float) -> None:
+        self.worst = max(self.worst, time.monotonic() - start)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest]:
+    folder = tmp_path_factory.mktemp("neighbour")
+    model = save_tiny_model("llama", folder / "model")
+    with start_server(folder, "--model", str(model), "--http-address", "127.0.0.1:0") as started:
+        yield started
+
+
+def test_large_messages_hold_nobody_up(server: ServerUnderTest, tmp_path: Path) -> None:
+    """Each field at one endpoint; all of them, with all values, are tried by the test below."""
+    read = fields_read(tmp_path)
+    _try(server, itertools.chain(bodies(read, is_short=True), messages()), MOST_SECONDS)
+
+
+@pytest.mark.long
+def test_no_large_message_holds_anybody_up(server: ServerUnderTest, tmp_path: Path) -> None:
+    read = fields_read(tmp_path)
+    _try(server, itertools.chain(bodies(read, is_short=False), messages()), STRICT_SECONDS)
+
+
+def _try(server: ServerUnderTest, sent: Iterable[Large], most_seconds: float) -> None:
+    process = psutil.Process(server.process.pid)
+    before = 0
+    options = (("grpc.max_send_message_length", -1),)
+    slow: list[str] = []
+    with grpc.insecure_channel(server.address, options) as channel, Neighbour(server) as neighbour:
+        for number, large in enumerate(sent):
+            for _ in range(NUM_TRIES):
+                neighbour.worst = 0.0
+                code = _send(server, channel, large)
+                assert code not in BUGS, (code, str(large))
+                # What waits at the end of a message belongs to it.
+                time.sleep(0.02)
+                worst = neighbour.worst
+                if worst <= most_seconds or worst <= most_seconds * _slowness():
+                    break
+            else:
+                slow.append(f"{large}: {worst:.2f} s")
+            if number == NUM_FIRST:
+                before = process.memory_info().rss
+    assert not slow
+    assert (process.memory_info().rss - before) >> 20 <= LASTING_MIB
+    assert "internal error" not in server.log.read_text()
+
+
+def _slowness() -> float:
+    """How many times longer everything takes because of what else runs on this machine."""
+    start, cpu = time.monotonic(), time.thread_time()
+    while time.thread_time() - cpu < 0.1:
+        pass
+    return (time.monotonic() - start) / 0.1
+
+
+def _send(server: ServerUnderTest, channel: grpc.Channel, large: Large) -> str:
+    """The status, over HTTP or gRPC."""
+    if large.target.startswith("/"):
+        connection = http.client.HTTPConnection(server.http_address, timeout=60)
+        connection.request("POST", large.target, large.data, JSON)
+        status = str(connection.getresponse().status)
+        connection.close()
+        return status
+    method = next(each for each in METHODS if each.full_name == large.target)
+    path = f"/{method.containing_service.full_name}/{method.name}"
+    call = channel.stream_stream(path, request_serializer=None, response_deserializer=None)(
+        iter([large.data]), timeout=60
+    )
+    try:
+        for _ in call:
+            pass
+    except grpc.RpcError:
+        return call.code().name
+    return "OK"

@@ -1,0 +1,166 @@
+"""The largest messages that every field of every endpoint can be sent, through both doors.
+
+Which fields there are is read from what declares them: the shapes of the HTTP routes, the names
+that their handlers ask for, and the descriptors of the protos. A new field is found by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fuzz.doors import METHODS, Doors
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from servers.limits_of_bodies import body_of, places, posts, with_others
+
+from turret.server.http.bodies.fields import Fields
+from turret.server.http.exchange.body import MAX_BODY_BYTES
+
+# gRPC's own limit of a message, less what is around the field.
+_MAX_MESSAGE_BYTES = (4 << 20) - 64
+_DEPTH = 4
+# What a list is made of, in turn: each costs a parser and a reader something else.
+ENTRIES = (b"{}", b"0", b"[]", b'""', b'{"a":1}', b"[[]]", b"1e-400", b'"ab"')
+
+
+@dataclass(frozen=True, slots=True)
+class Large:
+    """A message that is as large as it may be, or larger.
+
+    Attributes:
+        target: The path of an endpoint, or the full name of a gRPC method.
+        what: The field, for people.
+        data: The body or the message.
+    """
+
+    target: str
+    what: str
+    data: bytes
+
+    def __str__(self) -> str:
+        return f"{self.target} {self.what}"
+
+
+def fields_read(folder: Path) -> dict[str, set[str]]:
+    """Of every HTTP endpoint, the fields of the body that its handler asks for."""
+    found: dict[str, set[str]] = {}
+    original = Fields.__init__
+    made: list[Fields] = []
+
+    def kept(self: Fields, *args: object) -> None:
+        original(self, *args)  # type: ignore[arg-type]
+        made.append(self)
+
+    doors = Doors(folder)
+    try:
+        Fields.__init__ = kept  # type: ignore[method-assign]
+        for route in posts():
+            for body in ({}, {"model": "base", "messages": [], "prompt": "", "input": ""}):
+                doors.post(route.path, json.dumps(body).encode())
+                names = (name for each in made if not each.path for name in each.read)
+                found.setdefault(route.path, set()).update(names)
+                made.clear()
+    finally:
+        Fields.__init__ = original  # type: ignore[method-assign]
+        doors.close()
+    return found
+
+
+def bodies(read: dict[str, set[str]], *, is_short: bool) -> Iterator[Large]:
+    """Bodies for every list of every endpoint, and for every field that is read.
+
+    Args:
+        read: See ``fields_read``.
+        is_short: Whether each limit is tried at one endpoint with one kind of value alone, and of
+            the other fields one in four.
+    """
+    kinds = itertools.cycle(ENTRIES)
+    seen: set[object] = set()
+    for place in places():
+        if is_short and place.steps in seen:
+            continue
+        seen.add(place.steps)
+        counts = (place.most, MAX_BODY_BYTES)
+        for entry in [next(kinds)] if is_short else ENTRIES:
+            for count in [counts[len(seen) % 2]] if is_short else counts:
+                body = body_of(place, count, most_bytes=MAX_BODY_BYTES - 200, entry=entry)
+                data = with_others(place, body)
+                yield Large(place.path, f"{place.blamed}: {len(data)} bytes of {entry!r}", data)
+    for path, names in read.items():
+        for name in sorted(names):
+            if is_short and name in seen:
+                continue
+            seen.add(name)
+            if is_short and len(seen) % 4:
+                continue
+            chosen = len(seen) // 4 % len(_VALUES) if is_short else None
+            for number, make in enumerate(_VALUES):
+                if chosen in (None, number):
+                    value = _with(name, make)
+                    yield Large(path, f"{name}: {value[:40]!r}", value)
+
+
+def _with(name: str, make: Callable[[int], bytes]) -> bytes:
+    """A body whose field has what is made of so much room."""
+    start = b'{"model":"base","%b":' % name.encode()
+    return start + make(MAX_BODY_BYTES - len(start) - 10) + b"}"
+
+
+def _nests(room: int) -> bytes:
+    nest = b"[" * 60 + b"]" * 60
+    return b"[" + b",".join([nest] * (room // 121)) + b"]"
+
+
+def _names(room: int) -> bytes:
+    return b"{" + b",".join(b'"%x":0' % number for number in range(room // 11)) + b"}"
+
+
+# Long texts, one of them without an end, nests, and an object of many names.
+_VALUES: tuple[Callable[[int], bytes], ...] = (
+    lambda room: b'"' + b'\\"' * (room // 2) + b'"',
+    lambda room: b'"' + b'\\"' * (room // 2),
+    lambda room: b'"' + b"x" * room + b'"',
+    lambda room: b'"' + b"a+" * (room // 2) + b'"',
+    _nests,
+    _names,
+)
+
+
+def messages() -> Iterator[Large]:
+    """Messages for every repeated field, at any depth, of every gRPC method."""
+    for method in METHODS:
+        for steps, data in _repeated(method.input_type, 0):
+            yield Large(method.full_name, f"{steps}: {len(data)} bytes", data)
+
+
+def _repeated(kind: Descriptor, depth: int) -> Iterator[tuple[str, bytes]]:
+    for field in kind.fields:
+        if field.is_repeated:
+            yield field.name, _filled(field)
+        if field.message_type is None or depth == _DEPTH:
+            continue
+        for steps, inner in _repeated(field.message_type, depth + 1):
+            yield f"{field.name}.{steps}", _tag(field) + _varint(len(inner)) + inner
+
+
+def _filled(field: FieldDescriptor) -> bytes:
+    """As many entries as a message holds: empty messages and texts, ones for numbers."""
+    if field.message_type is None and field.cpp_type != FieldDescriptor.CPPTYPE_STRING:
+        return _tag(field) + _varint(_MAX_MESSAGE_BYTES - 200) + b"\1" * (_MAX_MESSAGE_BYTES - 200)
+    entry = _tag(field) + b"\0"
+    return entry * ((_MAX_MESSAGE_BYTES - 200) // len(entry))
+
+
+def _tag(field: FieldDescriptor) -> bytes:
+    return _varint(field.number << 3 | 2)
+
+
+def _varint(number: int) -> bytes:
+    parts = bytearray()
+    while number >= 0x80:
+        parts.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*parts, number])
