@@ -146,10 +146,12 @@ def _freeze_heap() -> None:
 
     A full collection walks half a million objects of torch's and transformers', during which no
     engine step runs, and adapters, made of many small objects, bring it about again and again.
+    Frozen, these objects are not walked, so a full collection may come every 20 million objects:
+    what requests leave in cycles must not gather for longer.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 20, 100)
+    gc.set_threshold(100_000, 20, 10)
 
 
 def _add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
