@@ -107,6 +107,7 @@ def _try(server: ServerUnderTest, sent: Iterable[Large], most_seconds: float) ->
     slow: list[str] = []
     with grpc.insecure_channel(server.address, options) as channel, Neighbour(server) as neighbour:
         for number, large in enumerate(sent):
+            worst = 0.0
             for _ in range(NUM_TRIES):
                 neighbour.worst = 0.0
                 code = _send(server, channel, large)
