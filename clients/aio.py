@@ -27,7 +27,6 @@ from turret.clients.calls.settings import CallSettings, stream_timeout
 from turret.clients.channel import DEFAULT_ADDRESS, Tls
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.fields import ArgumentTypeError
-from turret.clients.messages.head_results import Classifications, Embeddings
 from turret.clients.messages.mix import AdaptersLike, AdapterWeight
 from turret.clients.messages.requests import (
     GenerateOptions,
@@ -39,7 +38,9 @@ from turret.clients.messages.requests import (
     tokenize_request,
 )
 from turret.clients.messages.results import (
+    Classifications,
     Completion,
+    Embeddings,
     Model,
     Score,
     Tokens,

@@ -26,7 +26,6 @@ from turret.clients.calls.unary import call
 from turret.clients.channel import DEFAULT_ADDRESS, Tls
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.fields import ArgumentTypeError
-from turret.clients.messages.head_results import Classifications, Embeddings
 from turret.clients.messages.mix import AdaptersLike, AdapterWeight
 from turret.clients.messages.requests import (
     GenerateOptions,
@@ -38,7 +37,9 @@ from turret.clients.messages.requests import (
     tokenize_request,
 )
 from turret.clients.messages.results import (
+    Classifications,
     Completion,
+    Embeddings,
     Model,
     Score,
     Tokens,

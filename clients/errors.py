@@ -29,7 +29,7 @@ from google.protobuf import message
 from google.rpc import error_details_pb2, status_pb2
 
 from turret.clients.hints import HINTS, hint_for
-from turret.clients.messages.argument_names import argument
+from turret.clients.messages.fields import argument
 from turret.clients.messages.results import Completion
 from turret.clients.unreached import UNREACHED, cause_of
 

@@ -18,7 +18,7 @@ from turret.server import log
 from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.adapters.state.state_dir import StateDir
-from turret.server.basics.files.durable_file import (
+from turret.server.basics.files import (
     move_directory,
     remove_directory,
     replace_file,

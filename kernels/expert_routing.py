@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import torch
 
-from turret.kernels.rows.exp import row_exp_
+from turret.kernels.rows.elementwise import row_exp_
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.rows.exp import row_exp_
-from turret.kernels.rows.softcap import row_softcap_
+from turret.kernels.rows.elementwise import row_exp_, row_softcap_
 from turret.kernels.rows.tables import prepare_products, table_product
 
 TILE = 128

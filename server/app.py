@@ -15,16 +15,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import turret
 from turret.server import log
-from turret.server.api.access.connection_limit import most_connections
-from turret.server.api.access.shares import Shares
+from turret.server.api.access.shares import Shares, most_connections
 from turret.server.api.access.tokens import TokenTable
 from turret.server.api.admin.adapters import Adapters
-from turret.server.api.backend import Backend
-from turret.server.api.failures import Failures
-from turret.server.api.gate import Gate
+from turret.server.api.faults import Failures
+from turret.server.api.gate import Backend, Gate
 from turret.server.api.inference.inference import Inference
 from turret.server.basics.address import is_local_address
-from turret.server.basics.work.started_pool import started_pool
+from turret.server.basics.work import started_pool
 from turret.server.command.interrupts import Hangup
 from turret.server.config import Config
 from turret.server.errors import AdapterExistsError, TurretError
@@ -35,7 +33,7 @@ from turret.server.reloading import NOTHING_TO_RELOAD, TokenReloader
 from turret.server.rpc.server import RpcServer
 
 if TYPE_CHECKING:
-    from turret.server.adapters.adapter_info import AdapterInfo
+    from turret.server.adapters.facts import AdapterInfo
     from turret.server.adapters.registry.registry import AdapterRegistry
     from turret.server.http.server import HttpServer
 

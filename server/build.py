@@ -26,10 +26,10 @@ from turret.server.adapters.merge.merger import ChangeBase, Edit, Merger
 from turret.server.adapters.methods import METHODS
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
-from turret.server.api.backend import Backend
+from turret.server.api.gate import Backend
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
 from turret.server.basics.triton_needs import keep_compiled_in, missing_for_triton
-from turret.server.basics.work.background import compute_on_this_thread
+from turret.server.basics.work import compute_on_this_thread
 from turret.server.config import (
     ADAPTER_DEVICE_BYTES,
     KV_CACHE_BYTES,
@@ -42,8 +42,7 @@ from turret.server.engine.engine import Engine
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.speculation.speculation import Speculation
-from turret.server.engine.speculation.step_cost import StepCost
+from turret.server.engine.speculation import Speculation, StepCost
 from turret.server.engine.step.executor import Executor, TorchExecutor
 from turret.server.engine.step.gpu.memory_plan import (
     adapter_bytes,

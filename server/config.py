@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from turret.server.basics.adapter_name import ADAPTER_NAME, no_adapter_name
 from turret.server.basics.address import is_local_address, split_address
 from turret.server.basics.byte_size import GIB, MIB, format_byte_size
 from turret.server.basics.closest import did_you_mean
-from turret.server.basics.hub_id import HUB_SCHEME, HubId
+from turret.server.basics.hub_id import ADAPTER_NAME, HUB_SCHEME, HubId, no_adapter_name
 
 # Defaults on a CPU; on CUDA they follow from what is free.
 KV_CACHE_BYTES = 256 * MIB

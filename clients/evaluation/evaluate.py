@@ -24,24 +24,22 @@ from turret.clients.errors import (
 )
 from turret.clients.evaluation.answer_metrics import (
     Estimate,
+    LabelFigures,
+    LabelPair,
     estimate,
     estimate_mean,
     exact_match,
+    label_figures,
     macro_f1,
+    macro_f1_of_sets,
+    micro_f1_of_sets,
     named_label,
     perplexity,
     token_f1,
 )
-from turret.clients.evaluation.eval_set import EvalExample
-from turret.clients.evaluation.label_sets import (
-    LabelFigures,
-    LabelPair,
-    label_figures,
-    macro_f1_of_sets,
-    micro_f1_of_sets,
-)
-from turret.clients.messages.head_results import Classification
+from turret.clients.evaluation.rows import EvalExample
 from turret.clients.messages.mix import AdapterWeight
+from turret.clients.messages.results import Classification
 
 METRICS = ("perplexity", "exact_match", "token_f1", "label_accuracy")
 # Of adapters that classify, which answer nothing else; the second where any number of labels holds.

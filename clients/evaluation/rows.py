@@ -12,8 +12,162 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turret.clients.evaluation.file_kinds import other_kind
-from turret.closest import did_you_mean
+from turret.closest import closest, did_you_mean
+
+# Files that are not there, or hold examples otherwise than as JSON Lines, and what is there.
+
+_KINDS = {
+    codecs.BOM_UTF16_LE: "is UTF-16 text; save it as UTF-8",
+    codecs.BOM_UTF16_BE: "is UTF-16 text; save it as UTF-8",
+    b"\x1f\x8b": "is compressed; `gunzip` it first",
+    b"PK\x03\x04": "is a ZIP archive or a spreadsheet; write its rows as JSON, one object a line",
+    b"PAR1": "is a Parquet file; write its rows as JSON, one object a line",
+}
+_CONFIGS = (".toml", ".yaml", ".yml")
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+
+_FEW = 4
+
+
+def near_files(path: Path) -> str:
+    """The end of a sentence about a file that is not there: which its folder has of its kind."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        return f"; there is no directory {folder}"
+    try:
+        there = sorted(each.name for each in folder.glob(f"*{path.suffix}") if each.is_file())
+    except OSError:
+        return ""
+    stems = {Path(name).stem: name for name in there}
+    if near := closest(path.stem, stems):
+        return f"; did you mean {stems[near]!r}?"
+    more = ", …" if len(there) > _FEW else ""
+    return f"; its directory has {', '.join(there[:_FEW])}{more}" if path.suffix and there else ""
+
+
+def other_kind(path: Path, data: bytes) -> str:
+    """What a file is and what to do with it, such as ``is compressed; …``; "" for JSON Lines.
+
+    Args:
+        path: As commands name it.
+        data: All of it, or as much as its first two lines have.
+    """
+    if path.suffix in _CONFIGS:
+        return "is a config by its name, and no examples; those are a JSON object a line (.jsonl)"
+    for start, problem in _KINDS.items():
+        if data.startswith(start):
+            return problem
+    text = data.removeprefix(codecs.BOM_UTF8).lstrip()
+    if text.startswith(b"["):
+        of_objects = text[1:].lstrip().startswith((b"{", b"]"))
+        step = f"`jq -c '.[]' {shlex.quote(str(path))} >NEW.jsonl` writes its objects one a line"
+        return f"is a JSON array; {step if of_objects else 'every line must be a JSON object'}"
+    first, _, rest = text.partition(b"\n")
+    if first.startswith((b"{", b'"{')):
+        return ""
+    head, row = (line.decode("utf-8", "replace") for line in (first, rest.partition(b"\n")[0]))
+    for delimiter, name in _DELIMITERS.items():
+        if delimiter in head and delimiter in row:
+            return _table(path, delimiter, name)
+    return ""
+
+
+def _table(path: Path, delimiter: str, name: str) -> str:
+    given = "" if delimiter == "," else f", delimiter={delimiter!r}"
+    reader = f"csv.DictReader(sys.stdin{given})"
+    code = f"import csv, json, sys; [print(json.dumps(row)) for row in {reader}]"
+    command = f'python3 -c "{code}" <{shlex.quote(str(path))} >NEW.jsonl'
+    return f"is a table with {name} (CSV); `{command}` makes lines of it"
+
+
+# Reads a test set: JSON Lines with questions and the answers that are right.
+#
+# A row is a conversation that ends with the assistant's answer, or a prompt and its completion::
+#
+#     {"messages": [{"role": "user", "content": "Capital of Peru?"},
+#                   {"role": "assistant", "content": "Lima"}]}
+#     {"prompt": "Capital of Peru?", "completion": "Lima"}
+#
+# or a question alone with all labels that hold, for adapters that give any number of them::
+#
+#     {"messages": [{"role": "user", "content": "Broken!"}], "labels": ["shipping", "anger"]}
+#     {"prompt": "Hello", "labels": []}
+
+
+@dataclass(frozen=True, slots=True)
+class EvalExample:
+    """One question with its right answer.
+
+    Attributes:
+        line: Where in the file it stands, from 1.
+        prompt: The turns before the answer as (role, content), or text that is sent as it is.
+        reference: The right answer; empty where the row has labels.
+        labels: All that hold, each once, of a row that has labels and no answer; else None.
+    """
+
+    line: int
+    prompt: tuple[tuple[str, str], ...] | str
+    reference: str
+    labels: tuple[str, ...] | None = None
+
+
+def read_eval_set(
+    path: Path, *, is_raw: bool = False, limit: int | None = None
+) -> list[EvalExample]:
+    """Read the rows of a file; empty lines are skipped, other keys of a row are ignored.
+
+    Args:
+        path: The file, UTF-8.
+        is_raw: Send a ``prompt`` as it is, instead of as a user's message.
+        limit: Read at most this many rows.
+
+    Raises:
+        OSError: The file cannot be read.
+        RowError: A row has another form, or there is none.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path.absolute()} does not exist{near_files(path)}")
+    if path.is_dir():
+        near = near_files(Path(f"{path}.jsonl"))
+        raise IsADirectoryError(
+            f"{path} is a directory; a test set is a JSONL file of examples{near}"
+        )
+    examples: list[EvalExample] = []
+    for row in read_rows(path, is_learned=False):
+        if len(examples) == limit:
+            break
+        examples.append(_example(row, is_raw=is_raw))
+        if (examples[-1].labels is None) != (examples[0].labels is None):
+            problem = "all rows have labels in place of answers, or none has"
+            raise RowError(path, row.line, "labels", problem)
+    return examples
+
+
+def _example(row: Row, *, is_raw: bool) -> EvalExample:
+    values = row.values
+    if "messages" in values:
+        return _chat(row)
+    if "prompt" not in values or not {"completion", "labels"} & values.keys():
+        raise row.shape_error()
+    prompt = row.text("prompt", values["prompt"])
+    asked = prompt if is_raw else (("user", prompt),)
+    if "completion" in values:
+        return EvalExample(row.line, asked, row.text("completion", values["completion"]))
+    return EvalExample(row.line, asked, "", row.labels())
+
+
+def _chat(row: Row) -> EvalExample:
+    turns = row.values["messages"]
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    has_answer = isinstance(last, dict) and last.get("role") == "assistant"
+    is_labelled = "labels" in row.values and not has_answer
+    said = tuple((t["role"], t["content"]) for t in row.turns(is_answered=not is_labelled))
+    if is_labelled:
+        return EvalExample(row.line, said, "", row.labels())
+    if len(said) == 1:
+        raise row.error("messages", "nothing stands before the answer")
+    return EvalExample(row.line, said[:-1], said[-1][1])
+
 
 ROLES = ("system", "user", "assistant")
 _HALF = re.compile("[\ud800-\udfff]")

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from turret.clients.client import TurretClient
-from turret.clients.messages.head_results import Classification
+from turret.clients.messages.results import Classification
 from turret.clients.verbs.command import (
     adapter_parser,
     connection_parser,

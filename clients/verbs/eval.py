@@ -16,7 +16,6 @@ from rich.text import Text
 from turret.clients.client import TurretClient
 from turret.clients.errors import UnavailableError
 from turret.clients.evaluation.answer_metrics import Estimate
-from turret.clients.evaluation.eval_set import EvalExample, read_eval_set
 from turret.clients.evaluation.evaluate import (
     CLASS_METRICS,
     LABEL_SET_METRICS,
@@ -28,7 +27,7 @@ from turret.clients.evaluation.evaluate import (
     mix_name,
 )
 from turret.clients.evaluation.plot import eval_svg
-from turret.clients.evaluation.rows import RowError
+from turret.clients.evaluation.rows import EvalExample, RowError, read_eval_set
 from turret.clients.verbs.command import (
     UnfinishedAnswerError,
     adapter_weight,

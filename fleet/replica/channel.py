@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from turret.fleet import messages as m
-from turret.server.basics.work.cancellation import Cancellation
+from turret.server.basics.work import Cancellation
 from turret.server.errors import TurretError
 
 _WAIT_SECONDS = 2.0

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from turret.server.basics.extras import how_to_add
-from turret.server.basics.files.durable_file import replace_file
+from turret.server.basics.files import replace_file
 from turret.server.errors import UnavailableError
 
 VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"

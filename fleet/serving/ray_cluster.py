@@ -23,7 +23,7 @@ from turret.fleet.machine.fleet_folder import FleetFolder
 from turret.fleet.machine.ray_lines import LineFilter
 from turret.fleet.serving.ingress import ingress_environment, joined_folder, write_haproxy
 from turret.fleet.serving.plan import ClusterPlan
-from turret.server.basics.files.durable_file import replace_file
+from turret.server.basics.files import replace_file
 from turret.server.errors import UnavailableError
 
 CLUSTER_FILE = "cluster.json"

@@ -15,7 +15,7 @@ from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayError
 from turret.fleet import messages as m
 from turret.fleet.fleet_store import FleetStore
 from turret.fleet.registry_host import RegistryHost
-from turret.server.basics.files.durable_file import replace_file
+from turret.server.basics.files import replace_file
 from turret.server.errors import TurretError, UnavailableError
 
 _log = logging.getLogger(__name__)

@@ -16,13 +16,11 @@ from turret.fleet.replica.link import ReplicaLink
 from turret.fleet.replica.seat import Seat
 from turret.fleet.serving.grpc_call import CallContext, ServeContext
 from turret.server import log
-from turret.server.api.access.auth import authorize
 from turret.server.api.access.shares import Shares
-from turret.server.api.access.tokens import TokenTable
+from turret.server.api.access.tokens import TokenTable, authorize
 from turret.server.api.admin.adapters import Adapters
-from turret.server.api.backend import Backend
-from turret.server.api.failures import Failures
-from turret.server.api.gate import Gate
+from turret.server.api.faults import Failures
+from turret.server.api.gate import Backend, Gate
 from turret.server.api.inference.inference import Inference
 from turret.server.config import Config
 from turret.server.errors import BudgetExceededError, UnavailableError

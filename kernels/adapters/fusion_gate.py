@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.rows.exp import row_exp_
+from turret.kernels.rows.elementwise import row_exp_
 from turret.kernels.rows.linear import row_linear
 
 # Sides are filled up to multiples of this: fewer shapes, fewer trials.

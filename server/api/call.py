@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from turret.server import log
-from turret.server.api.failures import MAX_MESSAGE_CHARS, Failure, Failures
+from turret.server.api.faults import MAX_MESSAGE_CHARS, Failure, Failures
 from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_NAME_CHARS, MAX_REQUEST_ID_CHARS
 from turret.server.basics.codes import Code
 from turret.server.metrics import Metrics

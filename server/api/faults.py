@@ -5,13 +5,61 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from turret.server import errors
 from turret.server.basics.codes import Code
-from turret.server.basics.work.out_of_memory import told_of
+from turret.server.basics.work import told_of
+
+# The last calls that failed, through whichever door, for those who watch the server.
+
+MAX_FAILURES = 50
+# Enough to tell what happened; a message repeats what the client sent.
+MAX_MESSAGE_CHARS = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """One of them.
+
+    Attributes:
+        method: What was called, as the log shows it.
+        protocol: The door: ``grpc`` or ``http``.
+        request_id: The lines of the log that belong to it carry it.
+        code: Name of the code that the call ended with.
+        reason: A constant for programs, such as ``ADAPTER_NOT_FOUND``.
+        message: What the client was told.
+        adapters: Names that the call was about, as far as they were known.
+        time: When it ended, Unix seconds.
+    """
+
+    method: str
+    protocol: str
+    request_id: str
+    code: str
+    reason: str
+    message: str
+    adapters: tuple[str, ...] = ()
+    time: float = field(default_factory=time.time)
+
+
+class Failures:
+    """Keeps the last ``MAX_FAILURES``. Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._kept: deque[Failure] = deque(maxlen=MAX_FAILURES)
+
+    def add(self, failure: Failure) -> None:
+        """Take one in; the oldest goes when there are too many."""
+        self._kept.append(failure)
+
+    def newest(self) -> list[Failure]:
+        """Those that are kept, the newest first."""
+        return list(reversed(self._kept))
 
 
 class Row(NamedTuple):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from turret.server.api.backend import Backend
+from turret.server.api.gate import Backend
 from turret.server.constraints.spec import MAX_CHOICES, MAX_CONSTRAINT_CHARS
 from turret.server.engine.scheduling.request import (
     MAX_STOP_STRING_CHARS,
@@ -49,9 +49,9 @@ MAX_WORD_CHARS = 64
 MAX_UPLOAD_FILES = 7
 
 _REQUESTS, _ADAPTERS = "server/api/inference/requests.py", "server/api/admin/adapters.py"
-_MIX = "server/api/mix.py"
+_MIX = "server/api/violations.py"
 _CHATS, _INPUTS = "server/api/inference/chats.py", "server/api/inference/inputs.py"
-_UPLOADS, _FUSE = "server/api/admin/uploads.py", "server/api/admin/fuse.py"
+_UPLOADS, _FUSE = "server/api/admin/uploads.py", "server/api/admin/merges.py"
 
 
 @dataclass(frozen=True, slots=True)

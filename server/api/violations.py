@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from turret.server.adapters.mix import AdapterRef
+from turret.server.api.limits import MAX_MIX_MEMBERS
+from turret.server.basics.hub_id import no_adapter_name
 from turret.server.errors import InvalidRequestError
+from turret.v1 import adapters_pb2
 
 _T = TypeVar("_T")
 # A message of a few megabytes can break a rule a million times; an answer lists these many.
@@ -69,3 +73,30 @@ class Violations:
         if self.found:
             text = "; ".join(f"{path}: {description}" for path, description in self.found)
             raise InvalidRequestError(text, violations=self.found)
+
+
+# The adapters that a request runs on, proto to domain.
+
+
+def adapter_refs(
+    weights: Sequence[adapters_pb2.AdapterWeight], violations: Violations
+) -> tuple[AdapterRef, ...]:
+    """The members of a mix, in the order of the message."""
+    if len(weights) > MAX_MIX_MEMBERS:
+        violations.add("adapters", f"at most {MAX_MIX_MEMBERS} members, not {len(weights)}")
+        return ()
+    refs: list[AdapterRef] = []
+    seen: set[str] = set()
+    for index, member in enumerate(weights):
+        path = f"adapters[{index}]"
+        if why := no_adapter_name(member.name):
+            violations.add(f"{path}.name", why)
+        elif member.name in seen:
+            violations.add(f"{path}.name", f"{member.name!r} occurs twice")
+        seen.add(member.name)
+        values: dict[str, Any] = {"name": member.name}
+        for name in ("generation", "weight"):
+            if member.HasField(name):
+                values[name] = getattr(member, name)
+        refs.append(violations.build(AdapterRef, values, path))
+    return tuple(refs)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from turret.server.adapters.adapter import Adapter
 from turret.server.api.limits import MAX_MIX_MEMBERS
-from turret.server.constraints.kept import KeptConstraints
-from turret.server.engine.scheduling.own_text import OwnText
+from turret.server.constraints.compiler import KeptConstraints
+from turret.server.engine.scheduling.request import OwnText
 from turret.v1 import adapters_pb2
 
 if TYPE_CHECKING:

@@ -27,8 +27,7 @@ from turret.server.basics.address import split_address
 from turret.server.basics.byte_size import about_bytes
 from turret.server.basics.closest import did_you_mean, path_meant
 from turret.server.basics.counted import counted
-from turret.server.basics.files.regular_file import read_regular
-from turret.server.basics.files.writable import unwritable
+from turret.server.basics.files import read_regular, unwritable
 from turret.server.basics.hub_id import HUB_SCHEME
 from turret.server.basics.triton_needs import missing_for_triton
 from turret.server.command.threads import available_cpus

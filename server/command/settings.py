@@ -18,8 +18,8 @@ from typing import Any
 
 from turret.server.basics.byte_size import parse_byte_size
 from turret.server.basics.closest import closest, did_you_mean
-from turret.server.basics.files.toml_text import parse_toml, toml_value
 from turret.server.basics.hub_id import model_place
+from turret.server.basics.toml_text import parse_toml, toml_value
 from turret.server.config import Config
 
 PREFIX = "TURRET_"

@@ -4,20 +4,140 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import threading
-from typing import Protocol
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Protocol
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from turret.server.basics.work.background import work_in_background
-from turret.server.basics.work.panics import PANICS_ARE_ERRORS
-from turret.server.constraints.alphabet import Alphabet, alphabet_of
-from turret.server.constraints.constraint import Constraint
+from turret.server.basics.work import PANICS_ARE_ERRORS, work_in_background
 from turret.server.constraints.grammar import grammar_of, refusal, unforced
-from turret.server.constraints.kept import KeptConstraints
+from turret.server.constraints.matcher import Alphabet, Matcher, alphabet_of, roomy_executor
 from turret.server.constraints.spec import ConstraintSpec
-from turret.server.constraints.threads import roomy_executor
 from turret.server.errors import BudgetExceededError, InvalidRequestError, QueueFullError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+
+# A compiled constraint, shared by all requests that ask for it.
+
+# Copies of a matcher share the states of one lexer, which only become more. After so much processor
+# time spent on following it (thousands of ordinary answers) a constraint begins with a new one.
+RENEW_SECONDS = 0.5
+# About what an answer's place in the grammar takes, what is shared with others left out.
+MATCHER_BYTES = 64 << 10
+
+
+class Make(Protocol):
+    """Compiles a constraint; does not fail once it has not failed.
+
+    Args:
+        forces: See ``Constraint.copy``.
+    """
+
+    def __call__(self, *, forces: bool) -> LLMatcher: ...
+
+
+class Constraint:
+    """Makes matchers, on one thread at a time.
+
+    Args:
+        make: Compiles it.
+        alphabet: Of its tokenizer.
+        num_bytes: About what the compiled form takes in memory.
+    """
+
+    def __init__(self, make: Make, alphabet: Alphabet, num_bytes: int) -> None:
+        self._make = make
+        self._prototypes = {True: make(forces=True)}
+        self._alphabet = alphabet
+        self._seconds = 0.0
+        self.num_bytes = num_bytes
+
+    def matcher(self) -> Matcher:
+        """A matcher at the beginning of an answer."""
+        if self._seconds > RENEW_SECONDS:
+            self._renew()
+        return Matcher(self, self._alphabet)
+
+    # For matchers.
+
+    def copy(self, *, forces: bool) -> LLMatcher:
+        """One at the beginning, with the newest lexer.
+
+        Args:
+            forces: Whether the tokens of a text that must come are those that the tokenizer makes
+                of it, or any that spell it.
+        """
+        found = self._prototypes.get(forces)
+        if found is None:
+            # Few answers need it: it is made when the first one does.
+            found = self._prototypes[forces] = self._make(forces=forces)
+        return found.deep_copy()
+
+    def renewed(self, *, forces: bool) -> LLMatcher:
+        """One at the beginning, with a lexer that nobody has used."""
+        self._renew()
+        return self.copy(forces=forces)
+
+    def count(self, seconds: float) -> None:
+        """Note processor time that a matcher took."""
+        self._seconds += seconds
+
+    def _renew(self) -> None:
+        self._prototypes = {True: self._make(forces=True)}
+        self._seconds = 0.0
+
+
+# The constraints that were compiled lately, of all vocabularies together.
+
+MAX_CACHED = 64
+MAX_CACHED_BYTES = 64 << 20
+
+
+class KeptConstraints:
+    """Keeps compiled constraints, those asked for last, within one budget. One event loop's.
+
+    Attributes:
+        num_bytes: About what they take.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._kept: OrderedDict[tuple[int, bytes], Constraint] = OrderedDict()
+        self._owners = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def new_owner(self) -> int:
+        """A number for one more vocabulary: each has forms of its own."""
+        return next(self._owners)
+
+    def find(self, owner: int, digest: bytes) -> Constraint | None:
+        """A compiled form; it counts as asked for."""
+        found = self._kept.get((owner, digest))
+        if found is not None:
+            self._kept.move_to_end((owner, digest))
+        return found
+
+    def keep(self, owner: int, digest: bytes, constraint: Constraint) -> None:
+        """Keep one that is not there, in place of those that nobody asked for the longest."""
+        self._kept[owner, digest] = constraint
+        self.num_bytes += constraint.num_bytes
+        while len(self._kept) > MAX_CACHED or self.num_bytes > MAX_CACHED_BYTES:
+            self._drop(next(iter(self._kept)))
+
+    def forget(self, owner: int) -> None:
+        """Drop all of one vocabulary."""
+        for key in [key for key in self._kept if key[0] == owner]:
+            self._drop(key)
+
+    def _drop(self, key: tuple[int, bytes]) -> None:
+        self.num_bytes -= self._kept.pop(key).num_bytes
+
 
 NUM_THREADS = 2
 # Compiled or waited for, at a time.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 from turret.server.adapters.mix import HostResult, Mix
-from turret.server.engine.answer_text import AnswerText
+from turret.server.engine.detokenizer import AnswerText
 from turret.server.engine.scheduling.request import (
     AdapterUse,
     Finish,

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from turret.server.engine.scheduling.own_text import TextStream
+from turret.server.engine.scheduling.request import StopConditions, TextStream
+from turret.server.errors import InvalidRequestError
 
 
 class Detokenizer:
@@ -65,3 +66,68 @@ class Detokenizer:
                     longest = size
                     break
         return longest
+
+
+# An answer's text as its tokens come, and where it ends by itself.
+
+
+class AnswerText:
+    """Turns tokens into text that is final, and says which of them ends the answer.
+
+    Args:
+        stream: Decodes token by token.
+        stop: When the answer ends; ``max_tokens`` is not looked at.
+        eos_token_ids: The model's end-of-sequence tokens.
+        is_constrained: They are drawn only where the answer is complete, and always end it.
+
+    Attributes:
+        stopped_by: The stop string or token that has ended the answer, or None.
+    """
+
+    def __init__(
+        self,
+        stream: TextStream,
+        stop: StopConditions,
+        eos_token_ids: frozenset[int],
+        *,
+        is_constrained: bool = False,
+    ) -> None:
+        self._stop = stop
+        self._always = eos_token_ids if is_constrained else frozenset()
+        self._ends = stop.stop_token_ids | (frozenset() if stop.ignore_eos else eos_token_ids)
+        self._detokenizer = Detokenizer(stream, stop.stop_strings, stop.include_stop)
+        self._num_tokens = 0
+        self.stopped_by: str | int | None = None
+
+    def push(self, token: int) -> str:
+        """Add a token; returns the text that it makes final."""
+        self._num_tokens += 1
+        may_stop = self._num_tokens >= self._stop.min_tokens
+        if token in self._always or (may_stop and token in self._ends):
+            self.stopped_by = token
+            # An end token is no text of the answer, unless the client wants to see it.
+            text = self._detokenizer.push(token) if self._stop.include_stop else ""
+        else:
+            text = self._detokenizer.push(token, may_stop=may_stop)
+        if self._detokenizer.stopped_by is None:
+            return text if self.stopped_by is None else text + self.flush()
+        if self.stopped_by is None:
+            self.stopped_by = self._detokenizer.stopped_by
+        return text
+
+    def replay(self, tokens: Sequence[int]) -> None:
+        """Take in what an earlier answer to the same request began with; its text is not wanted.
+
+        Raises:
+            InvalidRequestError: The answer ended at one of them.
+        """
+        for index, token in enumerate(tokens):
+            self.push(token)
+            if self.stopped_by is not None:
+                raise InvalidRequestError.of(
+                    "answer_so_far", f"the answer ends at its token {index}"
+                )
+
+    def flush(self) -> str:
+        """Text held back, for an answer that ends for another reason."""
+        return self._detokenizer.flush()

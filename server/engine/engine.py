@@ -15,19 +15,18 @@ from contextlib import AbstractContextManager, nullcontext
 
 from turret.server.adapters.mix import Mix
 from turret.server.basics.counted import counted
-from turret.server.constraints.threads import start_roomy
+from turret.server.constraints.matcher import start_roomy
 from turret.server.engine.answer import Answer
-from turret.server.engine.answer_text import AnswerText
 from turret.server.engine.base_change import BaseChange, Change
+from turret.server.engine.detokenizer import AnswerText
 from turret.server.engine.heads import check_heads
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.ports import Adapters, EngineMetrics, Runs
 from turret.server.engine.scheduling.guides import add_guide
-from turret.server.engine.scheduling.own_text import Text
-from turret.server.engine.scheduling.request import Request
+from turret.server.engine.scheduling.request import Request, Text
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.speculation.drafter import Drafter
+from turret.server.engine.speculation import Drafter
 from turret.server.engine.stream import Stream
 from turret.server.engine.vocabularies import check_vocabulary
 from turret.server.errors import (

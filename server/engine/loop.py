@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from turret.server import log
 from turret.server.adapters.mix import HostResult
-from turret.server.basics.work.out_of_memory import told_of
+from turret.server.basics.work import told_of
 from turret.server.engine.answer import Answer, uses_of
 from turret.server.engine.base_change import BaseChange
 from turret.server.engine.observer import LoopObserver

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from turret.server.api.inference.answers import together
 from turret.server.api.inference.inference import Inference
-from turret.server.api.inference.together import together
 from turret.server.api.limits import MAX_TOP_LOGPROBS
 from turret.server.api.violations import Violations
 from turret.server.http.bodies.answer_fields import (

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from turret.server.api.admin.adapter_message import MAX_PAGE_SIZE
 from turret.server.api.admin.adapters import Adapters
-from turret.server.api.admin.paging import MAX_PAGE_SIZE
 from turret.server.api.inference.inference import Inference
-from turret.server.basics.adapter_name import BASE
+from turret.server.basics.hub_id import BASE
 from turret.server.errors import AdapterNotFoundError
 from turret.server.http.bodies.model_names import parse_model
 from turret.server.http.exchange.endpoint import Exchange

@@ -19,12 +19,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route as StarletteRoute
 
-from turret.server.api.access.connection_limit import MOST_CONNECTIONS
-from turret.server.api.access.shares import Shares
+from turret.server.api.access.shares import MOST_CONNECTIONS, Shares
 from turret.server.api.access.tokens import TokenTable
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.call import REQUEST_ID_KEY
-from turret.server.api.failures import Failures
+from turret.server.api.faults import Failures
 from turret.server.api.inference.inference import Inference
 from turret.server.basics.address import split_address
 from turret.server.basics.codes import Code

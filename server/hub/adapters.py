@@ -14,7 +14,7 @@ from turret.server.adapters.source import (
     TOKENIZER_FILE,
     TOKENIZER_FILES,
 )
-from turret.server.basics.files.durable_file import reporting_disk_faults
+from turret.server.basics.files import reporting_disk_faults
 from turret.server.basics.hub_id import HUB_SCHEME, HubId
 from turret.server.errors import (
     AdapterCheckpointError,

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 
 from turret.server.basics import channels
-from turret.server.basics.work.panics import PANICS_ARE_ERRORS
+from turret.server.basics.work import PANICS_ARE_ERRORS
 
 
 class TokenStream:

@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers.models import WordLevel
 
 from turret.server.basics import channels
-from turret.server.basics.work.panics import PANICS_ARE_ERRORS
+from turret.server.basics.work import PANICS_ARE_ERRORS
 from turret.server.errors import InvalidRequestError
 from turret.server.models.chat_format import NO_TOOLS, ChatFormat, unknown_role
 from turret.server.models.chat_template import ChatTemplate

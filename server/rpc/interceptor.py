@@ -6,25 +6,64 @@ import asyncio
 import contextlib
 import contextvars
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
 import grpc
 
 from turret.server import log
-from turret.server.api.access.auth import SERVICE_ROLES, authorize
 from turret.server.api.access.shares import Party, Shares
-from turret.server.api.access.tokens import TokenTable
+from turret.server.api.access.tokens import SERVICE_ROLES, TokenTable, authorize
 from turret.server.api.call import REQUEST_ID_KEY, Call
-from turret.server.api.failures import Failures
-from turret.server.api.faults import fault_of
+from turret.server.api.faults import Failures, fault_of
 from turret.server.basics.codes import Code
-from turret.server.errors import ServiceElsewhereError, TurretError
+from turret.server.errors import QueueFullError, ServiceElsewhereError, TurretError
 from turret.server.metrics import Metrics
-from turret.server.rpc.messages import MESSAGE_SECONDS, all_messages, one_message, tolerant
-from turret.server.rpc.open_calls import OpenCalls
-from turret.server.rpc.status import DETAILS_KEY, to_rich_status
+from turret.server.rpc.status import (
+    DETAILS_KEY,
+    MESSAGE_SECONDS,
+    all_messages,
+    one_message,
+    to_rich_status,
+    tolerant,
+)
 from turret.v1 import adapters_pb2, inference_pb2
+
+# How many gRPC calls may be under way, whoever makes them.
+
+# As many as one connection may have (server/rpc/server.py), so that no burst of one is cut.
+MOST_CALLS = 1 << 14
+# Of services that ask for no token: health (a watcher is a call that never ends) and reflection.
+MOST_OPEN_CALLS = 4096
+
+
+class OpenCalls:
+    """Counts the calls of all connections. Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        # By whether the service asks for no token.
+        self._counts = {True: 0, False: 0}
+
+    @contextlib.contextmanager
+    def hold(self, *, is_open: bool) -> Iterator[None]:
+        """Count a call while the block runs.
+
+        Args:
+            is_open: Whether its service asks for no token; such calls have a bound of their own,
+                and keep nobody else out.
+
+        Raises:
+            QueueFullError: There are as many as there may be.
+        """
+        most = MOST_OPEN_CALLS if is_open else MOST_CALLS
+        if self._counts[is_open] >= most:
+            raise QueueFullError(f"{most} calls are under way already")
+        self._counts[is_open] += 1
+        try:
+            yield
+        finally:
+            self._counts[is_open] -= 1
+
 
 _log = logging.getLogger(__name__)
 

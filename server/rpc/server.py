@@ -12,14 +12,12 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from turret.server import log
-from turret.server.api.access.connection_limit import MOST_CONNECTIONS
-from turret.server.api.access.shares import Shares
-from turret.server.api.access.tokens import TokenTable
-from turret.server.api.access.watched_files import WatchedFiles
+from turret.server.api.access.shares import MOST_CONNECTIONS, Shares
+from turret.server.api.access.tokens import TokenTable, WatchedFiles
 from turret.server.api.admin.adapters import Adapters
-from turret.server.api.failures import Failures
+from turret.server.api.faults import Failures
 from turret.server.api.inference.inference import Inference
-from turret.server.basics.files.regular_file import read_regular
+from turret.server.basics.files import read_regular
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.metrics import Metrics
 from turret.server.rpc.adapters import AdaptersServicer

@@ -25,8 +25,7 @@ from servers.fakes import (
 )
 
 from turret.server import errors, log
-from turret.server.api.access.auth import authorize
-from turret.server.api.access.tokens import TokenTable
+from turret.server.api.access.tokens import TokenTable, authorize
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.call import Call
 from turret.server.api.faults import fault_of
@@ -72,7 +71,7 @@ async def house() -> AsyncIterator[House]:
 def test_no_door_is_loaded_with_the_house() -> None:
     script = (
         "import sys\nimport turret.server.api.inference.inference\n"
-        "import turret.server.api.admin.adapters, turret.server.api.access.auth\n"
+        "import turret.server.api.admin.adapters, turret.server.api.access.tokens\n"
         "print([m for m in ('grpc', 'torch', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -17,8 +17,7 @@ from servers.rpc_harness import failure_of, harness
 from turret.server.adapters.head import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Head
 from turret.server.api.inference import classify as classify_api
 from turret.server.api.inference.classify import probabilities
-from turret.server.engine.scheduling.pooling import Pooling
-from turret.server.engine.scheduling.request import Output, Request
+from turret.server.engine.scheduling.request import Output, Pooling, Request
 from turret.server.errors import InvalidRequestError
 from turret.server.http import classify as classify_module
 from turret.v1 import adapters_pb2, inference_pb2

@@ -15,13 +15,19 @@ from servers.fakes import MODEL_INFO, finish, hello
 from servers.http_harness import http_harness
 from servers.rpc_harness import failure_of, harness
 
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.mix import AdapterRef
 from turret.server.api.access import shares
 from turret.server.api.access.shares import MAX_AT_A_TIME, Shares
 from turret.server.api.inference import embeddings, inputs
 from turret.server.api.limits import MAX_INPUTS
-from turret.server.engine.scheduling.pooling import Pooling, PoolingKind
-from turret.server.engine.scheduling.request import Finish, FinishReason, Output, Request
+from turret.server.engine.scheduling.request import (
+    Finish,
+    FinishReason,
+    Output,
+    Pooling,
+    PoolingKind,
+    Request,
+)
 from turret.server.errors import AdapterNotFoundError, PromptTooLongError
 from turret.v1 import adapters_pb2, inference_pb2
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from turret.server.api.access.tokens import TokenTable
-from turret.server.api.access.watched_files import WatchedFiles
+from turret.server.api.access.tokens import TokenTable, WatchedFiles
 
 
 def test_a_table_holds_no_token() -> None:

@@ -63,7 +63,7 @@ _CHILD = """
 import json, sys, time
 import numpy as np
 from builders.constraints import compiled
-from turret.server.constraints.threads import roomy_executor
+from turret.server.constraints.matcher import roomy_executor
 from turret.server.errors import TurretError
 def tried(kind, text):
     start = time.process_time()

@@ -18,10 +18,10 @@ from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
 from servers.engine_harness import Answer, EngineHarness, make_request
 
 from turret.kernels.cpu import native
+from turret.kernels.rows.elementwise import row_silu
 from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
-from turret.kernels.rows.silu import row_silu
 from turret.kernels.rows.trial import forget_choices
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.mix import AdapterRef
 from turret.server.engine.scheduling.request import FinishReason, Request, SamplingParams
 from turret.server.engine.scheduling.scheduler import Scheduler
 

@@ -13,7 +13,7 @@ from builders.registries import Gate, Registries, refs, until
 
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.engine.answer import Answer
-from turret.server.engine.answer_text import AnswerText
+from turret.server.engine.detokenizer import AnswerText
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.request import Request, StopConditions

@@ -15,12 +15,11 @@ from servers.fakes import endless
 from servers.http_harness import Refused, http_harness
 
 from turret.server import errors
-from turret.server.api.access.auth import SERVICE_ROLES
 from turret.server.api.access.shares import MAX_AT_A_TIME
-from turret.server.api.access.tokens import TokenTable
+from turret.server.api.access.tokens import SERVICE_ROLES, TokenTable
 from turret.server.api.admin.adapters import Adapters
-from turret.server.api.failures import Failures
 from turret.server.api.faults import TABLE as FAULTS
+from turret.server.api.faults import Failures
 from turret.server.api.gate import Gate
 from turret.server.api.inference.inference import Inference
 from turret.server.basics.codes import Code

@@ -20,8 +20,11 @@ import torch
 import torch.nn.functional as F
 from kernel_traffic import DEVICE, DTYPES, HALF, error_ratio
 
-from turret.kernels.clamped_swiglu import clamped_swiglu_reference
-from turret.kernels.gelu_mul import gelu_mul_reference
+from turret.kernels.activations import (
+    clamped_swiglu_reference,
+    gelu_mul_reference,
+    silu_mul_reference,
+)
 from turret.kernels.gpu.clamped_swiglu import clamped_swiglu
 from turret.kernels.gpu.gelu_mul import gelu_mul
 from turret.kernels.gpu.kv_write import KvWrite
@@ -30,8 +33,7 @@ from turret.kernels.gpu.rope_kv_write import rope_kv_write
 from turret.kernels.gpu.silu_mul import silu_mul
 from turret.kernels.rms_norm import residual_rms_norm_reference
 from turret.kernels.rope_kv_write import rope_kv_write_reference
-from turret.kernels.rows.clamped_swiglu import row_clamped_swiglu
-from turret.kernels.silu_mul import silu_mul_reference
+from turret.kernels.rows.elementwise import row_clamped_swiglu
 
 BOUND = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
 

@@ -15,8 +15,8 @@ from checkout import ROOT
 from servers.server_under_test import start_server
 
 from turret.clients.client import TurretClient
-from turret.clients.evaluation.eval_set import read_eval_set
 from turret.clients.evaluation.evaluate import EvalOptions, evaluate
+from turret.clients.evaluation.rows import read_eval_set
 from turret.clients.messages.mix import AdapterWeight
 
 EXAMPLES = ROOT / "examples"

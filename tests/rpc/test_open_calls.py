@@ -16,12 +16,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from servers.http_harness import http_harness
 from servers.rpc_harness import failure_of, harness
 
-from turret.server.api.access import connection_limit
-from turret.server.api.access.connection_limit import MOST_CONNECTIONS, most_connections
+from turret.server.api.access import shares
+from turret.server.api.access.shares import MOST_CONNECTIONS, most_connections
 from turret.server.api.admin.slow_calls import SlowCalls
 from turret.server.errors import QueueFullError
 from turret.server.http.exchange import listener
-from turret.server.rpc import messages, open_calls
+from turret.server.rpc import interceptor, status
 from turret.v1 import inference_pb2
 
 MOST = 4
@@ -77,7 +77,7 @@ def test_all_doors_together_leave_descriptors_for_files(monkeypatch: pytest.Monk
     limits = [0, 0]
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limits[0], limits[1]))
     monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.__setitem__(0, pair[0]))
-    reserved = connection_limit.RESERVED_DESCRIPTORS
+    reserved = shares.RESERVED_DESCRIPTORS
     for soft, hard in ((1024, 4096), (1024, 1 << 20), (64, 64), (-1, -1), (20_000, 20_000)):
         limits[:] = soft, hard
         most = most_connections(3)
@@ -109,7 +109,7 @@ async def test_a_handshake_that_never_ends_is_cut(monkeypatch: pytest.MonkeyPatc
 async def test_a_call_without_its_message_ends(
     monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    monkeypatch.setattr(messages, "MESSAGE_SECONDS", 0.2)
+    monkeypatch.setattr(status, "MESSAGE_SECONDS", 0.2)
 
     async def silent() -> AsyncIterator[bytes]:
         await asyncio.Event().wait()
@@ -129,7 +129,7 @@ async def test_a_call_without_its_message_ends(
 
 
 async def test_calls_that_need_no_token_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(open_calls, "MOST_OPEN_CALLS", 2)
+    monkeypatch.setattr(interceptor, "MOST_OPEN_CALLS", 2)
     async with harness() as server:
         stub: Any = health_pb2_grpc.HealthStub(server.channel)  # type: ignore[arg-type]
         watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(2)]

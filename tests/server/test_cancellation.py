@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from turret.server.basics.work.cancellation import Cancellation
+from turret.server.basics.work import Cancellation
 from turret.server.errors import InvalidRequestError, UnavailableError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from turret.server.basics.files.durable_file import replace_file
+from turret.server.basics.files import replace_file
 from turret.training.run.folder import checkpoint_path, checkpoints_in
 
 

@@ -42,8 +42,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from turret.server.basics.files.durable_file import PARTIAL_SUFFIX, replace_file
-from turret.server.basics.files.writable import unwritable
+from turret.server.basics.files import PARTIAL_SUFFIX, replace_file, unwritable
 from turret.server.config import ADAPTER_NAME
 from turret.training.errors import RunError
 from turret.training.settings.ranks import SERVED_RANK

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from turret.clients.evaluation.file_kinds import near_files
+from turret.clients.evaluation.rows import near_files
 from turret.server.basics.closest import did_you_mean
-from turret.server.basics.files.toml_text import parse_toml, toml_value
+from turret.server.basics.toml_text import parse_toml, toml_value
 from turret.training.errors import ConfigError, ConfigFileError
 from turret.training.settings.config import TrainConfig
 from turret.training.settings.key_names import all_keys, meant_key

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from turret.clients.evaluation.file_kinds import near_files
+from turret.clients.evaluation.rows import near_files
 from turret.server.adapters.component import MAX_COMPONENTS, MIN_COMPONENTS
 from turret.server.basics.hub_id import model_place
 from turret.server.command.preflight import without_cuda

@@ -26,7 +26,7 @@ from turret.server.adapters.checkpoint.near_paths import (
     inside,
     what_instead,
 )
-from turret.server.basics.work.out_of_memory import is_out_of_memory
+from turret.server.basics.work import is_out_of_memory
 from turret.server.errors import AdapterCheckpointError, StorageFailedError
 
 MAX_PATH_CHARS = 1024

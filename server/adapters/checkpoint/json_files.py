@@ -9,7 +9,7 @@ from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.no_adapter import COPY_AGAIN
 from turret.server.adapters.checkpoint.strict_json import parse_object
 from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, PROVENANCE_FILE
-from turret.server.basics.files.lfs_pointer import why_lfs_pointer
+from turret.server.basics.files import why_lfs_pointer
 from turret.server.errors import AdapterCheckpointError
 
 # Names that stay in memory and on disk, and go to every client that lists adapters.

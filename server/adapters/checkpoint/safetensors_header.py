@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from turret.server.adapters.checkpoint.no_adapter import COPY_AGAIN
 from turret.server.adapters.checkpoint.strict_json import parse_object
 from turret.server.basics.byte_size import about_bytes
-from turret.server.basics.files.lfs_pointer import why_lfs_pointer
+from turret.server.basics.files import why_lfs_pointer
 from turret.server.errors import BudgetExceededError
 
 # 80 layers of 7 modules with 4 tensors each need about half a megabyte.

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from turret.server import log
-from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.base import BaseModel
+from turret.server.adapters.facts import AdapterInfo
 from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.fuse.factors import ratio
 from turret.server.adapters.fuse.lora_files import METHOD, FusedFiles
@@ -32,12 +32,9 @@ from turret.server.adapters.fuse.member import (
 )
 from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser, Part
 from turret.server.adapters.fuse.result import FuseResult, ModuleReport
-from turret.server.adapters.mix import Mix
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.mix import AdapterRef, Mix
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.basics.work.background import work_in_background
-from turret.server.basics.work.cancellation import Cancellation
-from turret.server.basics.work.out_of_memory import is_out_of_memory, told_of
+from turret.server.basics.work import Cancellation, is_out_of_memory, told_of, work_in_background
 from turret.server.errors import (
     AdapterExistsError,
     AdapterNotFoundError,

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.rows.exp import row_exp_
+from turret.kernels.rows.elementwise import row_exp_
 from turret.kernels.rows.linear import row_linear
 from turret.server.adapters.operators.operator import Operator
 

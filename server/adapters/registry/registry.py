@@ -17,12 +17,11 @@ from pathlib import Path
 
 from turret.server import log
 from turret.server.adapters.adapter import Adapter
-from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.allowed import NOTHING_SPECIAL, Allowed
 from turret.server.adapters.base import BaseModel, ChangedBase
+from turret.server.adapters.facts import AdapterInfo
 from turret.server.adapters.lowering.lowered import Lowered
-from turret.server.adapters.mix import Mix
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.mix import AdapterRef, Mix
 from turret.server.adapters.registry.export import AdapterExport
 from turret.server.adapters.registry.installer import Installer
 from turret.server.adapters.registry.name_locks import NameLocks
@@ -38,7 +37,7 @@ from turret.server.adapters.residency.metrics import AdapterMetrics, NoAdapterMe
 from turret.server.adapters.state.no_state_dir import NoStateDir
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
 from turret.server.adapters.state.state_dir import StateDir
-from turret.server.basics.adapter_name import no_adapter_name
+from turret.server.basics.hub_id import no_adapter_name
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterNotFoundError,

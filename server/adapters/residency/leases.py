@@ -23,7 +23,7 @@ from turret.server.adapters.residency.host_memory import HostMemory
 from turret.server.adapters.residency.loader import LoadedAdapter
 from turret.server.adapters.residency.metrics import AdapterMetrics
 from turret.server.adapters.source import Source
-from turret.server.basics.work.out_of_memory import told_of
+from turret.server.basics.work import told_of
 from turret.server.errors import BudgetExceededError, TurretError, UnavailableError
 
 PATIENCE_SECONDS = 1.0

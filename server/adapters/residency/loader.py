@@ -33,7 +33,7 @@ from turret.server.adapters.peft_format.vocabulary.resized import vocabulary_of
 from turret.server.adapters.residency.lost_files import changed, lost
 from turret.server.adapters.source import TOKENIZER_FILE, Source
 from turret.server.adapters.tokenizer_files import TokenizerFiles
-from turret.server.basics.work.background import compute_on_this_thread
+from turret.server.basics.work import compute_on_this_thread
 from turret.server.errors import (
     AdapterCheckpointError,
     BudgetExceededError,

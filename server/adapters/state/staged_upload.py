@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from turret.server.basics.files.durable_file import (
+from turret.server.basics.files import (
     move_directory,
     remove_directory,
     reporting_disk_faults,

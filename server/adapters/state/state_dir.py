@@ -29,7 +29,7 @@ from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
 from turret.server.basics.byte_size import about_bytes
-from turret.server.basics.files.durable_file import (
+from turret.server.basics.files import (
     PARTIAL_SUFFIX,
     remove_directory,
     remove_file,

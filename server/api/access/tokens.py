@@ -6,13 +6,76 @@ import hashlib
 import hmac
 import logging
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
+from turret.server import log
 from turret.server.basics.closest import did_you_mean
-from turret.server.basics.files.regular_file import read_regular
+from turret.server.basics.files import read_regular
+from turret.server.errors import PermissionDeniedError, UnauthenticatedError
+
+# What was read from files, and is read again when they have changed.
 
 _log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_Stamp = tuple[tuple[int, int, int], ...]
+
+
+class WatchedFiles(Generic[_T]):
+    """Not thread-safe.
+
+    Args:
+        paths: The files.
+        read: Reads them; raises OSError or ValueError if they are no good.
+        what: What they hold, for the log.
+
+    Attributes:
+        newest: What was read last; files that are no good change nothing.
+
+    Raises:
+        OSError: What ``read`` raised.
+        ValueError: What ``read`` raised.
+    """
+
+    def __init__(self, paths: Sequence[Path], read: Callable[[], _T], what: str) -> None:
+        self._paths = tuple(paths)
+        self._read = read
+        self._what = what
+        # Before they are read: what changes meanwhile shows at the next look.
+        self._seen = self._stamp()
+        self.newest = read()
+
+    def look(self) -> bool:
+        """Read the files again if they have changed; returns whether ``newest`` is another one."""
+        stamp = self._stamp()
+        if stamp is None or stamp == self._seen:
+            return False
+        self._seen = stamp
+        try:
+            for path in self._paths:
+                # Not every reader refuses a FIFO, and here waiting for one would stop the reload.
+                read_regular(path)
+            self.newest = self._read()
+        except (OSError, ValueError) as error:
+            _log.error(f"{self._what} stay as they were", extra=log.fields(reason=error))
+            return False
+        _log.info(f"{self._what} read again")
+        return True
+
+    def forget(self) -> None:
+        """Have the next look read the files, changed or not."""
+        self._seen = None
+
+    def _stamp(self) -> _Stamp | None:
+        """What changes when a file is written or replaced; None while one is missing."""
+        try:
+            stats = [path.stat() for path in self._paths]
+        except OSError:
+            return None
+        return tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats)
+
 
 ROLES = ("inference", "admin", "metrics")
 _ALL_ROLES = ", ".join(ROLES)
@@ -100,3 +163,59 @@ class TokenTable:
             if hmac.compare_digest(digest, presented):
                 found = roles
         return found
+
+
+# Bearer tokens with roles, and which role each service asks for.
+
+# Services that are not listed (health, reflection) are open: they tell nothing about the content.
+SERVICE_ROLES = {
+    "turret.v1.Inference": "inference",
+    "turret.v1.Adapters": "admin",
+    # No service of turret.v1: a door may serve the metrics too.
+    "metrics": "metrics",
+}
+
+
+def authorize(tokens: TokenTable | None, service: str, authorization: object) -> None:
+    """Let a call pass, or raise.
+
+    Args:
+        tokens: The accepted tokens; None accepts every caller.
+        service: Full name of the service that is called, a key of ``SERVICE_ROLES``. A door that
+            has no services names the one that does the same.
+        authorization: What the client sent as ``authorization``: ``Bearer TOKEN``. Anything but a
+            string is as good as nothing.
+
+    Raises:
+        UnauthenticatedError: No token, or an unknown one.
+        PermissionDeniedError: The token lacks the service's role.
+    """
+    role = SERVICE_ROLES.get(service)
+    if role is None:
+        return
+    if role not in roles_of(tokens, authorization):
+        raise PermissionDeniedError(
+            f"this needs a token with the role {role!r}: one whose line in the server's token file"
+            " names that role",
+            metadata={"service": service, "role": role},
+        )
+
+
+def roles_of(tokens: TokenTable | None, authorization: object) -> frozenset[str]:
+    """The roles of a caller; arguments as for ``authorize``.
+
+    Raises:
+        UnauthenticatedError: No token, or an unknown one.
+    """
+    if tokens is None:
+        return frozenset(ROLES)
+    if not isinstance(authorization, str):
+        raise UnauthenticatedError("the call carries no 'authorization: Bearer TOKEN'")
+    token = bearer_token(authorization)
+    if token is None:
+        # What was sent may be a token, and is not repeated.
+        raise UnauthenticatedError("'authorization' does not have the form 'Bearer TOKEN'")
+    roles = tokens.roles_of(token)
+    if roles is None:
+        raise UnauthenticatedError("the token is unknown")
+    return roles

@@ -16,14 +16,19 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf import duration_pb2
 
 from turret.server.adapters.state.staged_upload import UploadedFile
-from turret.server.api.admin.adapter_message import RESIDENCIES, adapter_message
-from turret.server.api.admin.fuse import checked_fuse_request, fuse_response
-from turret.server.api.admin.merges import checked_merge_request, merge_state_message
-from turret.server.api.admin.paging import (
+from turret.server.api.admin.adapter_message import (
+    RESIDENCIES,
+    adapter_message,
     cut_page,
     make_page_token,
     page_length,
     read_page_token,
+)
+from turret.server.api.admin.merges import (
+    checked_fuse_request,
+    checked_merge_request,
+    fuse_response,
+    merge_state_message,
 )
 from turret.server.api.admin.slow_calls import SlowCalls
 from turret.server.api.admin.uploads import (
@@ -38,9 +43,9 @@ from turret.server.api.call import Call
 from turret.server.api.gate import Gate
 from turret.server.api.limits import MAX_PAGE_TOKEN_CHARS, MAX_PATH_CHARS, MAX_WORD_CHARS
 from turret.server.api.violations import Violations
-from turret.server.basics.adapter_name import no_adapter_name
 from turret.server.basics.closest import did_you_mean
-from turret.server.basics.work.cancellation import Cancellation
+from turret.server.basics.hub_id import no_adapter_name
+from turret.server.basics.work import Cancellation
 from turret.server.errors import InvalidRequestError, QueueFullError, UnavailableError
 from turret.v1 import adapters_pb2
 

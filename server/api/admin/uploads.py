@@ -15,7 +15,7 @@ from turret.server.adapters.source import (
 )
 from turret.server.api.limits import MAX_UPLOAD_FILES, MAX_WORD_CHARS
 from turret.server.api.violations import Violations
-from turret.server.basics.adapter_name import no_adapter_name
+from turret.server.basics.hub_id import no_adapter_name
 from turret.server.errors import DeadlineExceededError, InvalidRequestError
 from turret.v1 import adapters_pb2
 

@@ -2,19 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
 
 from google.protobuf import duration_pb2
 
+from turret.server.api.call import Call
+from turret.server.api.gate import Backend
 from turret.server.engine.scheduling.request import (
     AdapterUse,
     Finish,
     FinishReason,
+    Output,
+    Request,
     Timing,
     TokenLogprob,
 )
+from turret.server.errors import DeadlineExceededError
 from turret.v1 import inference_pb2
+
+# What the engine gives back to a request, counted for its call.
+
+
+async def outputs_of(
+    backend: Backend, request: Request, call: Call
+) -> AsyncGenerator[Output, None]:
+    """Run a request on behalf of a call; however the call ends, the engine lets go of it.
+
+    Raises:
+        DeadlineExceededError: After the last output, if the deadline ended the request.
+    """
+    call.rename(request.request_id)
+    call.adapters = tuple(ref.name for ref in request.adapters)
+    stream = await backend.engine.submit(request)
+    # Also covers a call that dies while nobody iterates.
+    call.at_end(stream.cancel)
+    is_counted = False
+    try:
+        async for output in stream:
+            # A call may ask for several answers.
+            if not is_counted:
+                call.prompt_tokens += len(request.prompt_token_ids)
+                is_counted = True
+            call.generated_tokens += len(output.token_ids)
+            yield output
+            if output.finish is not None and output.finish.reason is FinishReason.DEADLINE:
+                raise DeadlineExceededError("the deadline passed before the request finished")
+    finally:
+        stream.cancel()
+
+
+# Runs the parts of one call beside each other.
+
+_T = TypeVar("_T")
+
+
+async def together(work: Sequence[Coroutine[Any, Any, _T]], at_a_time: int) -> list[_T]:
+    """What each returns, in order, with so many of them running at a time.
+
+    What the first of them to fail raises is raised; the others are cancelled, and have ended.
+    """
+    places = asyncio.Semaphore(at_a_time)
+
+    async def run(one: Coroutine[Any, Any, _T]) -> _T:
+        async with places:
+            return await one
+
+    tasks = [asyncio.ensure_future(run(one)) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for one in work:
+            one.close()
+
 
 FINISH_REASONS = {
     FinishReason.STOP: inference_pb2.GenerateResponse.STOP,

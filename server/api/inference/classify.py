@@ -7,8 +7,8 @@ from array import array
 
 from turret.server.adapters.head import REGRESSION, SINGLE_LABEL, Head
 from turret.server.api.access.shares import Party
-from turret.server.api.backend import Backend
 from turret.server.api.call import Call
+from turret.server.api.gate import Backend
 from turret.server.api.inference.inputs import (
     check_inputs,
     pooled_requests,
@@ -17,11 +17,9 @@ from turret.server.api.inference.inputs import (
 )
 from turret.server.api.inference.requests import check_request_id, request_salt
 from turret.server.api.limits import MAX_LABEL_SCORES, InputLimits
-from turret.server.api.mix import adapter_refs
-from turret.server.api.violations import Violations
+from turret.server.api.violations import Violations, adapter_refs
 from turret.server.basics.counted import counted
-from turret.server.engine.scheduling.pooling import Pooling
-from turret.server.engine.scheduling.request import Output
+from turret.server.engine.scheduling.request import Output, Pooling
 from turret.server.errors import InvalidRequestError
 from turret.v1 import inference_pb2
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from turret.server.api.access.shares import Party
-from turret.server.api.backend import Backend
 from turret.server.api.call import Call
+from turret.server.api.gate import Backend
 from turret.server.api.inference.inputs import (
     check_inputs,
     pooled_requests,
@@ -15,10 +15,8 @@ from turret.server.api.inference.inputs import (
 )
 from turret.server.api.inference.requests import check_request_id, request_salt
 from turret.server.api.limits import MAX_EMBEDDING_NUMBERS, InputLimits
-from turret.server.api.mix import adapter_refs
-from turret.server.api.violations import Violations
-from turret.server.engine.scheduling.pooling import Pooling, PoolingKind
-from turret.server.engine.scheduling.request import Output
+from turret.server.api.violations import Violations, adapter_refs
+from turret.server.engine.scheduling.request import Output, Pooling, PoolingKind
 from turret.v1 import inference_pb2
 
 _Embed = inference_pb2.EmbedRequest

@@ -20,12 +20,12 @@ from turret.server.api.inference.answers import (
     JoinedChunks,
     adapter_uses,
     finish_fields,
+    outputs_of,
     token_logprobs,
     usage_fields,
 )
 from turret.server.api.inference.classify import classify
 from turret.server.api.inference.embeddings import embed
-from turret.server.api.inference.outputs import outputs_of
 from turret.server.api.inference.requests import (
     check_input,
     check_length,
@@ -34,8 +34,7 @@ from turret.server.api.inference.requests import (
     score_request,
 )
 from turret.server.api.limits import InputLimits
-from turret.server.api.mix import adapter_refs
-from turret.server.api.violations import Violations
+from turret.server.api.violations import Violations, adapter_refs
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.models.chat_format import ChatFormat
 from turret.v1 import adapters_pb2, inference_pb2

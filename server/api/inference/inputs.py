@@ -8,22 +8,20 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Itera
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.mix import AdapterRef
 from turret.server.api.access.shares import Party
-from turret.server.api.backend import Backend
 from turret.server.api.call import Call
-from turret.server.api.inference.answers import adapter_uses, timing
-from turret.server.api.inference.outputs import outputs_of
+from turret.server.api.gate import Backend
+from turret.server.api.inference.answers import adapter_uses, outputs_of, timing, together
 from turret.server.api.inference.requests import check_input, input_token_ids
-from turret.server.api.inference.together import together
 from turret.server.api.limits import MAX_INPUTS, InputLimits
 from turret.server.api.violations import Violations
-from turret.server.engine.scheduling.pooling import Pooling
 from turret.server.engine.scheduling.request import (
     AdapterUse,
     Finish,
     FinishReason,
     Output,
+    Pooling,
     Request,
     Timing,
 )

@@ -16,8 +16,7 @@ from turret.server.api.limits import (
     MAX_STOP_TOKEN_IDS,
     InputLimits,
 )
-from turret.server.api.mix import adapter_refs
-from turret.server.api.violations import Violations
+from turret.server.api.violations import Violations, adapter_refs
 from turret.server.constraints.spec import MAX_CHOICES, MAX_CONSTRAINT_CHARS, ConstraintSpec
 from turret.server.engine.scheduling.request import (
     MAX_STOP_STRINGS,

@@ -13,7 +13,7 @@ from dataclasses import replace
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.scheduled import Scheduled
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.speculation.speculation import Speculation
+from turret.server.engine.speculation import Speculation
 
 
 class Drafts:

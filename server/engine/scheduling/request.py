@@ -7,14 +7,77 @@ import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from turret.server.adapters.head import Head
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.mix import AdapterRef
 from turret.server.basics.counted import counted
-from turret.server.constraints.constraint import MATCHER_BYTES, Constraint
-from turret.server.engine.scheduling.own_text import OwnText
-from turret.server.engine.scheduling.pooling import Pooling, PoolingKind
+from turret.server.constraints.compiler import MATCHER_BYTES, Constraint
 from turret.server.errors import InvalidRequestError
+
+# What a request asks of its prompt's final states, instead of an answer. No torch.
+
+
+class PoolingKind(enum.Enum):
+    """Which final states become one: that of the last token, or the mean over the text's tokens.
+
+    Soft tokens and a prefix are no text: they are left out of the mean.
+    """
+
+    LAST = "last"
+    MEAN = "mean"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pooling:
+    """How a prompt becomes a vector.
+
+    Attributes:
+        kind: Which states count.
+        dimensions: How many numbers of the state are kept, from the first; None keeps all.
+        classifies: Whether the state goes through the classification head of the mix, whose
+            numbers are the vector; then nothing is cut or normalised.
+        normalize: Whether what is kept is divided by its Euclidean length.
+    """
+
+    kind: PoolingKind = PoolingKind.LAST
+    dimensions: int | None = None
+    normalize: bool = True
+    classifies: bool = False
+
+
+# Text as the engine sees it: a tokenizer's, the base's or that of an adapter with its own.
+
+
+class TextStream(Protocol):
+    """Decodes token by token (``server/models/tokenizer.py``)."""
+
+    def push(self, token_id: int) -> str: ...
+
+
+class Text(Protocol):
+    """What the engine needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
+    def stream(self, call_marks: bool = False, said_only: bool = False) -> TextStream: ...
+    def token_text(self, token_id: int) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class OwnText:
+    """The tokenizer that a request's tokens are of, where that is an adapter's.
+
+    Attributes:
+        digest: Of its files (``AdapterFacts.tokenizer``).
+        text: The tokenizer.
+    """
+
+    digest: str
+    text: Text
+
 
 MAX_TOP_N = 20
 MAX_STOP_STRINGS = 16

@@ -29,8 +29,7 @@ from turret.server.engine.scheduling.held_blocks import HeldBlocks
 from turret.server.engine.scheduling.length_forecast import LengthForecast
 from turret.server.engine.scheduling.scheduled import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence, SequenceState
-from turret.server.engine.speculation.speculation import Speculation
-from turret.server.engine.speculation.step_cost import StepCost
+from turret.server.engine.speculation import Speculation, StepCost
 
 # The share of the blocks that is kept for answers that become longer than was forecast.
 _SPARE_SHARE = 0.05

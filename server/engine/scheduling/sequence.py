@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from turret.server.engine.scheduling.block_pool import next_key
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.windows import Stage, stages_of
-from turret.server.engine.speculation.drafter import Drafter
+from turret.server.engine.speculation import Drafter
 
 if TYPE_CHECKING:
     # The scheduler and its tests go without torch.

@@ -13,9 +13,7 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from turret.server.constraints.alphabet import Words
-from turret.server.constraints.matcher import Matcher
-from turret.server.constraints.threads import roomy_executor
+from turret.server.constraints.matcher import Matcher, Words, roomy_executor
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.errors import TurretError
 

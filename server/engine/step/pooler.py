@@ -12,7 +12,7 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from turret.server.adapters.operators.classifier import Classifier
-from turret.server.engine.scheduling.pooling import Pooling, PoolingKind
+from turret.server.engine.scheduling.request import Pooling, PoolingKind
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.rows import Placed
 

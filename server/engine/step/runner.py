@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from turret.kernels.rows.log_softmax import row_log_softmax
+from turret.kernels.rows.elementwise import row_log_softmax
 from turret.server.adapters.device.store import Resident
-from turret.server.basics.work.out_of_memory import is_out_of_memory
+from turret.server.basics.work import is_out_of_memory
 from turret.server.engine.scheduling.scheduler import Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.executor import Computed, Executor

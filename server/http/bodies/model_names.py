@@ -6,10 +6,9 @@ import re
 from typing import Any
 
 from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_NAME_CHARS
-from turret.server.api.mix import adapter_refs
-from turret.server.api.violations import Violations
-from turret.server.basics.adapter_name import ADAPTER_NAME, BASE
+from turret.server.api.violations import Violations, adapter_refs
 from turret.server.basics.closest import did_you_mean
+from turret.server.basics.hub_id import ADAPTER_NAME, BASE
 from turret.server.errors import AdapterNotFoundError, InvalidRequestError
 from turret.server.http.bodies.fields import Fields
 from turret.v1 import adapters_pb2

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from turret.server.api.admin.adapters import Adapters
-from turret.server.api.failures import Failures
+from turret.server.api.faults import Failures
 from turret.server.api.inference.inference import Inference
 from turret.server.http.console.figures import figures
 from turret.server.http.exchange.endpoint import Exchange

@@ -11,7 +11,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from turret.server.api.access.watched_files import WatchedFiles
+from turret.server.api.access.tokens import WatchedFiles
 from turret.server.config import SecurityConfig
 from turret.server.http.exchange.body import MAX_BODY_BYTES
 from turret.server.http.exchange.chunks import EXTENSION, Chunks

@@ -13,11 +13,10 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.types import Receive, Scope, Send
 
 from turret.server import log
-from turret.server.api.access.auth import authorize, roles_of
 from turret.server.api.access.shares import Party, Shares
-from turret.server.api.access.tokens import TokenTable
+from turret.server.api.access.tokens import TokenTable, authorize, roles_of
 from turret.server.api.call import REQUEST_ID_KEY, Call
-from turret.server.api.failures import Failures
+from turret.server.api.faults import Failures
 from turret.server.basics.codes import Code
 from turret.server.errors import UnavailableError
 from turret.server.http.exchange.body import ClientGoneError, read_body, read_json

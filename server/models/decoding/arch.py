@@ -49,7 +49,7 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class ClampedSwiglu:
-    """An activation of gates and ups that alternate; see ``kernels/clamped_swiglu.py``."""
+    """An activation of gates and ups that alternate; see ``kernels/activations.py``."""
 
     alpha: float
     limit: float

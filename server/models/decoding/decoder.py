@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from turret.kernels.expert_routing import Routing, combine_reference, route_reference
+from turret.kernels.rows.elementwise import row_softcap_
 from turret.kernels.rows.linear import row_linear
-from turret.kernels.rows.softcap import row_softcap_
 from turret.server.adapters.device.cpu.store import CpuStep
 from turret.server.adapters.device.store import AdapterStep
 from turret.server.adapters.device.vocabulary import (

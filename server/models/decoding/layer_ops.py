@@ -20,9 +20,7 @@ from turret.kernels.paged_attention import (
 )
 from turret.kernels.rms_norm import residual_rms_norm_reference
 from turret.kernels.rope_kv_write import rotate_heads
-from turret.kernels.rows.clamped_swiglu import row_clamped_swiglu
-from turret.kernels.rows.gelu import row_gelu
-from turret.kernels.rows.silu import row_silu
+from turret.kernels.rows.elementwise import row_clamped_swiglu, row_gelu, row_silu
 from turret.server.adapters.device.store import AdapterStep
 from turret.server.models.decoding.arch import Arch, ClampedSwiglu
 from turret.server.models.decoding.cpu_layer_ops import CpuLayerOps

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from turret.server.basics.files.writable import unwritable
+from turret.server.basics.files import unwritable
 from turret.server.errors import InvalidRequestError
 
 # Advice if the cache directory is not writable.

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from turret.server.basics.counted import counted
-from turret.server.basics.files.lfs_pointer import why_lfs_pointer
+from turret.server.basics.files import why_lfs_pointer
 from turret.server.errors import InvalidRequestError
 from turret.server.models import families
 

@@ -12,7 +12,7 @@ from builders.methods import make_config, save_adapter
 from method_oracle import check_greedy, check_score, prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.mix import AdapterRef
 from turret.server.engine.scheduling.request import SamplingParams, StopConditions
 from turret.server.errors import InvalidRequestError
 

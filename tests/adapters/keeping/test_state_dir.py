@@ -26,7 +26,7 @@ from turret.server.adapters.state import state_dir
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.adapters.state.staged_upload import UploadedFile
 from turret.server.adapters.state.state_dir import StateDir
-from turret.server.basics.files import durable_file
+from turret.server.basics import files
 from turret.server.errors import (
     AdapterChangedError,
     AdapterCheckpointError,
@@ -218,13 +218,13 @@ def test_a_full_disk_changes_nothing(
 ) -> None:
     registry = start()
     before = registry.load("a", "a")
-    original = durable_file.os.fsync
+    original = files.os.fsync
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     staged = stage_directory(registry, make.root / "c")
-    monkeypatch.setattr(durable_file.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     for change in (
         lambda: registry.load("b", "b"),
         lambda: registry.replace("a", "b"),
@@ -233,7 +233,7 @@ def test_a_full_disk_changes_nothing(
     ):
         with pytest.raises(StorageFullError):
             change()
-    monkeypatch.setattr(durable_file.os, "fsync", original)
+    monkeypatch.setattr(files.os, "fsync", original)
     assert registry.list() == [before]
     assert registry.host_bytes_used == adapter_bytes()
     staged.discard()

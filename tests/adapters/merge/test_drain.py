@@ -15,7 +15,7 @@ from builders.registries import Gate, until
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters.merge.state import MergeState
-from turret.server.basics.work.cancellation import Cancellation
+from turret.server.basics.work import Cancellation
 from turret.server.errors import UnavailableError
 
 

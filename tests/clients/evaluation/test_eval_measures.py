@@ -12,16 +12,14 @@ from turret.clients.evaluation.answer_metrics import (
     estimate,
     estimate_mean,
     exact_match,
+    label_figures,
     macro_f1,
+    macro_f1_of_sets,
     mean,
+    micro_f1_of_sets,
     named_label,
     perplexity,
     token_f1,
-)
-from turret.clients.evaluation.label_sets import (
-    label_figures,
-    macro_f1_of_sets,
-    micro_f1_of_sets,
 )
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from turret.clients.evaluation.eval_set import EvalExample, read_eval_set
-from turret.clients.evaluation.rows import RowError
+from turret.clients.evaluation.rows import EvalExample, RowError, read_eval_set
 from turret.training.data.example import read_examples
 from turret.training.errors import DataError
 

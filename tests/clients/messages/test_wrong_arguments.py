@@ -22,8 +22,7 @@ from turret.clients.aio import AsyncTurretClient
 from turret.clients.channel import Tls
 from turret.clients.client import TurretClient, TurretRpcError
 from turret.clients.errors import FieldViolation, InvalidArgumentError, UnavailableError
-from turret.clients.messages.argument_names import argument
-from turret.clients.messages.fields import ArgumentValueError
+from turret.clients.messages.fields import ArgumentValueError, argument
 from turret.clients.unreached import address_problem, cause_of
 from turret.clients.verbs import add_verbs
 from turret.clients.verbs.command import print_error

@@ -7,7 +7,7 @@ from builders.sequences import BLOCK_SIZE, sequence_of
 
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.scheduler import Scheduler, Step
-from turret.server.engine.speculation.step_cost import StepCost
+from turret.server.engine.speculation import StepCost
 
 
 def scheduler_of(cost: StepCost | None, max_tokens: int = 512) -> Scheduler:

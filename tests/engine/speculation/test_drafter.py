@@ -9,14 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turret.server.engine.speculation import memory as memory_module
-from turret.server.engine.speculation.chances import Chances
-from turret.server.engine.speculation.drafter import MAX_DRAFT, Drafter
-from turret.server.engine.speculation.memory import START, Memories, MixMemory
-from turret.server.engine.speculation.speculation import Speculation
-from turret.server.engine.speculation.step_cost import StepCost
-from turret.server.engine.speculation.step_value import StepValue
-from turret.server.engine.speculation.text_index import MAX_MATCH, TextIndex
+from turret.server.engine import speculation
+from turret.server.engine.speculation import (
+    MAX_DRAFT,
+    MAX_MATCH,
+    START,
+    Chances,
+    Drafter,
+    Memories,
+    MixMemory,
+    Speculation,
+    StepCost,
+    StepValue,
+    TextIndex,
+)
 
 
 def agreement(text: Sequence[int], place: int, tail: Sequence[int]) -> int:
@@ -138,7 +144,7 @@ def test_earlier_answers_of_the_mix_are_guessed_from() -> None:
 
 
 def test_the_memory_of_a_mix_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_module, "_MAX_TOKENS", 20)
+    monkeypatch.setattr(speculation, "_MAX_TOKENS", 20)
     memory = MixMemory()
     for number in range(200):
         memory.add([START, *range(number, number + 7)])
@@ -151,7 +157,7 @@ def test_the_memory_of_a_mix_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_least_recently_asked_mix_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_module, "_MAX_MEMORIES", 2)
+    monkeypatch.setattr(speculation, "_MAX_MEMORIES", 2)
     memories = Memories()
     first, second = memories.of("a"), memories.of("b")
     assert memories.of("a") is first

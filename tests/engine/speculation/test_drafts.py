@@ -11,11 +11,7 @@ from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.scheduled import Scheduled
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.speculation.drafter import Drafter
-from turret.server.engine.speculation.memory import MixMemory
-from turret.server.engine.speculation.speculation import Speculation
-from turret.server.engine.speculation.step_cost import StepCost
-from turret.server.engine.speculation.step_value import StepValue
+from turret.server.engine.speculation import Drafter, MixMemory, Speculation, StepCost, StepValue
 
 
 class Eager(Drafter):

@@ -17,12 +17,12 @@ from servers.engine_harness import Answer, EngineHarness, make_request
 from servers.planted_drafts import PlantedDrafts
 
 from turret.kernels.cpu import native
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.mix import AdapterRef
 from turret.server.engine.scheduling.request import Request, SamplingParams
 from turret.server.engine.step import verification
 from turret.server.engine.step.adjustment import Adjustment
 from turret.server.engine.step.rows import Placed, StepRows
-from turret.server.engine.step.uniforms import Uniforms
+from turret.server.engine.step.sampler import Uniforms
 
 MAX_TOKENS = 24
 SAMPLING = (

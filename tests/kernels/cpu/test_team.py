@@ -12,7 +12,7 @@ import torch
 
 from turret.kernels.cpu import native
 from turret.kernels.cpu.threads import num_threads, use_own_threads
-from turret.server.basics.work.background import compute_on_this_thread
+from turret.server.basics.work import compute_on_this_thread
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "kernels" / "cpu" / "c"

@@ -8,7 +8,7 @@ import typing
 
 from checkout import ROOT
 
-from turret.server.basics.files.toml_text import toml_value
+from turret.server.basics.toml_text import toml_value
 from turret.training.methods import METHODS
 from turret.training.methods.method import PeftMethod
 from turret.training.settings.config import TrainConfig

@@ -8,7 +8,7 @@ from typing import Any
 
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
-from turret.server.api.backend import Backend
+from turret.server.api.gate import Backend
 from turret.server.app import App
 from turret.server.config import Config, LifecycleConfig, ListenConfig
 

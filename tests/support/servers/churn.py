@@ -263,7 +263,7 @@ class Churn:
             gone.set()
             await asyncio.Event().wait()
 
-        call = self._client.adapters._stub.UploadAdapter(send())
+        call = self._client.adapters._connection.adapters.UploadAdapter(send())
         await gone.wait()
         call.cancel()
         with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):

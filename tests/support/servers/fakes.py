@@ -10,14 +10,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from turret.server.adapters.adapter_info import AdapterInfo
-from turret.server.adapters.facts import AdapterFacts
+from turret.server.adapters.facts import AdapterFacts, AdapterInfo
 from turret.server.adapters.head import SINGLE_LABEL, Head
 from turret.server.adapters.merge.state import Merge, MergedAdapter, MergeReport, MergeState
-from turret.server.api.backend import Backend
+from turret.server.api.gate import Backend
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
-from turret.server.basics.work.cancellation import Cancellation
-from turret.server.constraints.kept import KeptConstraints
+from turret.server.basics.work import Cancellation
+from turret.server.constraints.compiler import KeptConstraints
 from turret.server.engine.scheduling.request import (
     AdapterUse,
     Finish,

@@ -12,11 +12,10 @@ from typing import Any
 import httpx2
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
-from turret.server.api.access.connection_limit import MOST_CONNECTIONS
-from turret.server.api.access.shares import Shares
+from turret.server.api.access.shares import MOST_CONNECTIONS, Shares
 from turret.server.api.access.tokens import TokenTable
 from turret.server.api.admin.adapters import Adapters
-from turret.server.api.failures import Failures
+from turret.server.api.faults import Failures
 from turret.server.api.gate import Gate
 from turret.server.api.inference.inference import Inference
 from turret.server.config import ListenConfig, SecurityConfig

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from turret.server.api.admin.adapters import Adapters
-from turret.server.api.failures import Failures
+from turret.server.api.faults import Failures
 from turret.server.api.gate import Gate
 from turret.server.api.inference.inference import Inference
 from turret.server.http.exchange.endpoint import Route

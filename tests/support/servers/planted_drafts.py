@@ -7,9 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from turret.server.engine.speculation.drafter import Drafter
-from turret.server.engine.speculation.memory import MixMemory
-from turret.server.engine.speculation.step_value import StepValue
+from turret.server.engine.speculation import Drafter, MixMemory, StepValue
 
 MAX_RIGHT = 11
 

@@ -17,7 +17,7 @@ from turret.server.adapters.source import Source
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.scheduled import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence, SequenceState
-from turret.server.engine.speculation.drafter import Drafter
+from turret.server.engine.speculation import Drafter
 from turret.server.engine.step.runner import DeviceFullError, StepResult
 from turret.server.engine.step.sampler import Draw
 from turret.server.errors import AdapterCheckpointError, TurretError

@@ -27,8 +27,7 @@ from simulation.parts import (
 
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.base import ChangedBase
-from turret.server.adapters.mix import Mix
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.mix import AdapterRef, Mix
 from turret.server.adapters.registry.name_locks import NameLocks
 from turret.server.adapters.registry.name_table import NameTable
 from turret.server.adapters.registry.registration import Registration
@@ -37,15 +36,14 @@ from turret.server.adapters.residency.leases import Leases
 from turret.server.adapters.source import Source
 from turret.server.adapters.state.no_state_dir import NoStateDir
 from turret.server.engine.answer import Answer
-from turret.server.engine.answer_text import AnswerText
 from turret.server.engine.base_change import BaseChange
+from turret.server.engine.detokenizer import AnswerText
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.request import Output, Request, StopConditions
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence, SequenceState
-from turret.server.engine.speculation.speculation import Speculation
-from turret.server.engine.speculation.step_cost import StepCost
+from turret.server.engine.speculation import Speculation, StepCost
 from turret.server.errors import TurretError
 
 NAMES = ("a", "b", "c", "d")

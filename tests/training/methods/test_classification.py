@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.clients.evaluation.answer_metrics import macro_f1
-from turret.server.engine.scheduling.pooling import Pooling
+from turret.server.engine.scheduling.request import Pooling
 from turret.training.classifier import ClassifierLoss, label_scores, make_loss
 from turret.training.data.batch import make_batch
 from turret.training.errors import ConfigError, DataError

@@ -13,12 +13,12 @@ from servers.engine_harness import EngineHarness, make_request
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForSequenceClassification
 
-from turret.clients.evaluation.label_sets import (
+from turret.clients.evaluation.answer_metrics import (
     label_figures,
     macro_f1_of_sets,
     micro_f1_of_sets,
 )
-from turret.server.engine.scheduling.pooling import Pooling
+from turret.server.engine.scheduling.request import Pooling
 from turret.training.classifier import MultiLabelLoss, label_scores, make_loss
 from turret.training.data.batch import make_batch
 from turret.training.data.encode import encode_prompt

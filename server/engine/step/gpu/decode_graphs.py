@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from turret.server.basics.work.out_of_memory import is_out_of_memory
+from turret.server.basics.work import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 

@@ -26,9 +26,9 @@ from turret.server.engine.step.sampler import (
     NOTHING_DRAWN,
     Draw,
     Sampler,
+    UniformStream,
     masked_rows,
 )
-from turret.server.engine.step.uniforms import UniformStream
 from turret.server.engine.step.vocabulary_plan import NOTHING_ADDED
 
 _HOST = torch.device("cpu")

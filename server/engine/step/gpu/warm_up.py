@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from turret.server.basics.work.out_of_memory import is_out_of_memory
+from turret.server.basics.work import is_out_of_memory
 from turret.server.engine.step.gpu.executor import GpuExecutor
 from turret.server.engine.step.gpu.memory_plan import largest_step
 

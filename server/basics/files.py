@@ -6,6 +6,8 @@ import errno
 import logging
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,3 +88,67 @@ def reporting_disk_faults() -> Iterator[None]:
         _log.exception("the disk failed")
         why = os.strerror(error.errno) if error.errno else "unknown"
         raise StorageFailedError(f"the server cannot use its disk: {why}") from error
+
+
+# Whether a directory can be written, told before it is needed.
+
+# A disk that is full has room again once something was removed; what there is can be served.
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def unwritable(path: Path) -> str:
+    """What keeps a directory from being written, or made, by this user; empty if nothing does."""
+    if path.exists():
+        if not path.is_dir():
+            return "is a file"
+        if not os.access(path, os.W_OK | os.X_OK):
+            return "cannot be written by this user"
+        why = _refused(path)
+        return f"cannot be written: {why}" if why else ""
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir():
+        return f"cannot be made: {there} is a file"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"cannot be made in {there} by this user"
+    why = _refused(there)
+    return f"cannot be made: {there} takes no directory ({why})" if why else ""
+
+
+def _refused(folder: Path) -> str:
+    """What a file system that has no permissions to ask about, such as /proc, says when tried."""
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".turret-", dir=folder))
+    except OSError as error:
+        return "" if error.errno in _NO_SPACE else error.strerror or str(error)
+    return ""
+
+
+# Files that somebody names in a flag, and that may turn out to be something else.
+
+
+def read_regular(path: Path) -> bytes:
+    """The contents of a file. A FIFO or a device is refused: its reader could wait for ever.
+
+    Raises:
+        OSError: The file cannot be read, or is not a regular one.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        return file.read()
+
+
+# Git LFS pointers: what a clone has in the place of a large file that was not fetched.
+
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def why_lfs_pointer(begin: bytes) -> str:
+    """Why a file with this beginning is not what its name says; "" where it may be.
+
+    Args:
+        begin: As many of its first bytes as there are of a pointer's, or all.
+    """
+    if not begin.startswith(_LFS_POINTER[: max(8, len(begin))]):
+        return ""
+    return "is a Git LFS pointer, not the file itself: `git lfs pull` in the clone fetches it"

@@ -1,0 +1,120 @@
+"""``e^x`` whose bits do not depend on the batch.
+
+A library computes it with vector instructions and the last few elements of every thread's share
+with others, which may round differently; so the compiled kernel serves, or rows of a width of whole
+vectors in calls that were tried (``trial.py``).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from turret.kernels.cpu.native import functions, has_kernels
+from turret.kernels.rows.trial import SAMPLE_ROWS, by_rows
+
+# Elements that the longest vector loop takes at once (AVX-512, 16-bit, unrolled twice).
+VECTOR_ELEMENTS = 64
+
+
+def row_exp_(x: torch.Tensor) -> torch.Tensor:
+    """Replace fp32 ``x`` by ``e^x``; each element's bits depend on its row alone. Returns ``x``."""
+    if x.device.type != "cpu":
+        return x.exp_()
+    if has_kernels(x.device):
+        out = x.contiguous()
+        functions().turret_exp_f32(out.data_ptr(), out.numel())
+    else:
+        width = x.shape[-1]
+        wide = F.pad(x.reshape(-1, width), (0, -width % VECTOR_ELEMENTS))
+        out = by_rows("exp", wide.shape[1], torch.exp, wide, lambda: _sample(wide.shape[1]))
+        out = out[:, :width].reshape(x.shape)
+    return x if out is x else x.copy_(out)
+
+
+def _sample(width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(SAMPLE_ROWS, width, generator=generator).mul_(10.0)
+
+
+# ``silu(x) = x / (1 + e^−x)`` whose bits do not depend on the batch.
+#
+# torch computes it with vector instructions and the last few elements of every thread's share with
+# scalar ones, which round differently. Where a share ends depends on the size of the whole tensor:
+# so rows are filled up to whole vectors and computed in calls that were tried (``trial.py``).
+
+
+def row_silu(x: torch.Tensor) -> torch.Tensor:
+    """Apply silu to ``[num_rows, width]``, each row bit-identical in any batch; dtype of ``x``."""
+    if x.device.type != "cpu":
+        return F.silu(x)
+    width, dtype = x.shape[1], x.dtype
+    wide = F.pad(x, (0, -width % VECTOR_ELEMENTS)).contiguous()
+
+    def sample() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(SAMPLE_ROWS, wide.shape[1], generator=generator).mul_(4.0).to(dtype)
+
+    return by_rows("silu", (dtype, wide.shape[1]), F.silu, wide, sample)[:, :width]
+
+
+# gelu by its tanh formula (arXiv 1606.08415), whose bits do not depend on the batch.
+#
+# ``gelu(x) = x / (1 + e^−y)`` with ``y = 2 √(2/π) (x + 0.044715 x³)``: the exponential of
+# ``exp.py``, and operations that are exact to the last bit.
+
+
+def row_gelu(x: torch.Tensor) -> torch.Tensor:
+    """Apply gelu to ``[num_rows, width]``, each row bit-identical in any batch; dtype of ``x``."""
+    wide = x.float()
+    y = (wide * wide).mul_(0.044715).add_(1.0).mul_(wide).mul_(-1.5957691216057308)
+    return torch.div(wide, row_exp_(y).add_(1.0)).to(x.dtype)
+
+
+# ``c · tanh(x / c)``, which holds scores and logits within ±c; bits do not depend on the batch.
+#
+# By the exponential of ``exp.py`` and operations that are exact to the last bit.
+
+
+def row_softcap_(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """Cap fp32 ``x`` in place; each element's bits depend on its row alone. Returns ``x``."""
+    # c · tanh(x / c) = c − 2c / (e^(2x/c) + 1), within 2e-7 · c.
+    row_exp_(x.mul_(2.0 / cap)).add_(1.0)
+    return torch.div(-2.0 * cap, x, out=x).add_(cap)
+
+
+# The gate of gpt-oss, whose bits do not depend on the batch; see ``kernels/activations.py``.
+#
+# The exponential of ``exp.py``, and operations that are exact to the last bit.
+
+
+def row_clamped_swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """``[num_rows, 2 · width]``, alternating, to ``[num_rows, width]``; dtype of ``gate_up``.
+
+    Each row is bit-identical in any batch.
+    """
+    gate, up = gate_up.float().unflatten(1, (-1, 2)).unbind(-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit).add_(1.0)
+    gate = torch.div(gate, row_exp_(gate * -alpha).add_(1.0))
+    return gate.mul_(up).to(gate_up.dtype)
+
+
+# ``log softmax`` over a vocabulary, the bits of a row the same in any batch.
+
+
+def row_log_softmax(x: torch.Tensor) -> torch.Tensor:
+    """``x − log Σ e^x`` of every row.
+
+    Args:
+        x: ``[num_rows, width]`` fp32.
+
+    Returns:
+        The same shape. On a CPU rows go to the library one at a time, each from memory of its own:
+        always the same call.
+    """
+    if x.device.type != "cpu":
+        return x.log_softmax(-1)
+    out = torch.empty_like(x)
+    for row, result in zip(x, out, strict=True):
+        result.copy_(row.clone().log_softmax(-1))
+    return out

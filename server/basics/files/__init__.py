@@ -1,1 +1,0 @@
-"""Files that a crash leaves whole, what a directory lets one do, and files as people save them."""

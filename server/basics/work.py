@@ -1,0 +1,163 @@
+"""Keeps a thread's torch work on that thread, for the engine's sake.
+
+libgomp gives every thread that runs a parallel region a team of workers of its own. Once the teams
+of all threads together outnumber the cores, it stops spinning at barriers and sleeps instead, in
+all of them: measured on two cores, a decode step of 16 sequences took 43 ms instead of 25 as soon
+as one other thread had multiplied a matrix. So threads that read and lower adapters must not open
+parallel regions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import sys
+import threading
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, ThreadPoolExecutor, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from turret.server.basics.lazy_torch import torch
+from turret.server.errors import OutOfMemoryError, TurretError
+
+# Linux gives it a tenth of the share of a thread at 0. Where no core is free, engine steps give up
+# no more than that, and the work still comes to an end; at 19 it would get a seventieth.
+_BACKGROUND_NICENESS = 10
+_done = threading.local()
+
+
+def compute_on_this_thread() -> None:
+    """Make the calling thread compute alone from now on. Other threads are not affected.
+
+    Does nothing where torch was built with another OpenMP runtime or another BLAS than it was
+    measured with.
+    """
+    if getattr(_done, "value", False):
+        return
+    _done.value = True
+    # torch sets a thread's team size when it is first asked for; later, that would undo this.
+    torch.get_num_threads()
+    folder = Path(torch.__file__).parent / "lib"
+    for pattern, function in (
+        ("libgomp*.so*", "omp_set_num_threads"),
+        ("libtorch_cpu.so", "MKL_Set_Num_Threads_Local"),
+    ):
+        for path in folder.glob(pattern):
+            # Already loaded: this finds the library, it does not load another.
+            set_threads = getattr(ctypes.CDLL(str(path)), function, None)
+            if set_threads is not None:
+                set_threads(1)
+
+
+def work_in_background() -> None:
+    """As above, and leave the processor to other threads first, for as long as this one lives.
+
+    Linux alone has a priority for each thread; elsewhere the work competes like any other.
+    """
+    compute_on_this_thread()
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
+
+
+# Threads that are there before there is work for them.
+
+
+def started_pool() -> ThreadPoolExecutor:
+    """A pool of as many threads as asyncio's own, all of them started.
+
+    A pool that grows refuses work when the system grants no further thread, and yet does that work
+    later: whoever was refused would find it done.
+    """
+    count = min(32, (os.cpu_count() or 1) + 4)
+    pool = ThreadPoolExecutor(count, thread_name_prefix="worker")
+    # Each thread waits for the others, so that none takes the work of two.
+    started = threading.Barrier(count + 1)
+    for _ in range(count):
+        pool.submit(started.wait)
+    started.wait()
+    return pool
+
+
+# Ends long work on another thread where it can end cleanly.
+
+
+class Cancellation:
+    """Set from any thread by whoever no longer wants the work; looked at by the one that works."""
+
+    def __init__(self) -> None:
+        self._cause: Future[TurretError] = Future()
+
+    @property
+    def is_set(self) -> bool:
+        return self._cause.done()
+
+    def set(self, error: TurretError) -> None:
+        """Ask the work to end with this error; the first one counts."""
+        with contextlib.suppress(InvalidStateError):
+            self._cause.set_result(error)
+
+    def check(self) -> None:
+        """Raise the error that was set, if any."""
+        if self._cause.done():
+            raise self._cause.result()
+
+    def wait(self, future: Future[Any]) -> bool:
+        """Block until ``future`` is done or this is set; returns whether ``future`` is done."""
+        wait({future, self._cause}, return_when=FIRST_COMPLETED)
+        return future.done()
+
+
+# Which errors say that there was no memory.
+
+# Torch's allocator has a type for it. The driver, where it loads a kernel or instantiates a graph,
+# a library that makes a handle, Triton, torch on a CPU, and Python where it starts a thread say so
+# in words.
+_WORDS = ("out of memory", "alloc_failed", "can't allocate memory", "can't start new thread")
+# A fork fails with the second one where a limit of processes is reached.
+_NUMBERS = (errno.ENOMEM, errno.EAGAIN)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether something may succeed once memory is free again."""
+    if isinstance(error, OSError):
+        return error.errno in _NUMBERS
+    # Without torch nobody has raised its error.
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _WORDS)
+
+
+def told_of(error: BaseException, otherwise: str) -> TurretError:
+    """What a caller is told of an error: that there was no memory, or ``otherwise``."""
+    if isinstance(error, TurretError):
+        return error
+    if is_out_of_memory(error):
+        return OutOfMemoryError("the server has no memory for this call")
+    return TurretError(otherwise)
+
+
+# Panics of libraries in Rust, which no ``except Exception`` catches.
+
+
+class _PanicsAreErrors(contextlib.ContextDecorator):
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Each library has a class of its own, and exports none.
+        if kind is not None and kind.__name__ == "PanicException":
+            raise RuntimeError(f"panic: {error}") from error
+
+
+# Makes a RuntimeError of one, as a context or a decorator: a thread would end of the panic itself.
+PANICS_ARE_ERRORS = _PanicsAreErrors()

@@ -1,0 +1,431 @@
+"""How often draft tokens were right, by how much text agreed with the place they come from."""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+# Before anything is known, by the number of tokens that agree. Experience with answers that extract
+# or format what is in their prompt; too high, and a few rows are lost until it is known better.
+_PRIOR = (0.0, 0.15, 0.35, 0.5, 0.65, 0.75, 0.8, 0.85, 0.9)
+# Weight of a new observation in the exponential average.
+_RATE = 0.2
+# Upper bound of a probability: any answer may end.
+_MOST = 0.97
+# When drafts do not pay, one token is still tried every so many steps.
+_TRY_EVERY = 32
+
+
+class Chances:
+    """Exponential averages, one for each length of a match, the same for all requests of a mix."""
+
+    def __init__(self) -> None:
+        self._chances = list(_PRIOR)
+        self._passed_over = [0] * (MAX_MATCH + 1)
+
+    def of(self, match: int) -> float:
+        """The chance that a draft token is right before which ``match`` tokens agree."""
+        return min(self._chances[min(match, MAX_MATCH)], _MOST)
+
+    def pass_over(self, match: int) -> bool:
+        """A draft does not pay. Returns whether to try it all the same, to learn of a change."""
+        self._passed_over[match] += 1
+        if self._passed_over[match] < _TRY_EVERY:
+            return False
+        self._passed_over[match] = 0
+        return True
+
+    def learn(self, match: int, num_draft: int, num_accepted: int) -> None:
+        """A draft was checked.
+
+        Args:
+            match: How many tokens agreed before its first; a token that is right agrees as well.
+            num_draft: Its tokens.
+            num_accepted: Those that were right, up to the first that was not.
+        """
+        for number in range(min(num_accepted + 1, num_draft)):
+            place = min(match + number, MAX_MATCH)
+            found = 1.0 if number < num_accepted else 0.0
+            self._chances[place] += _RATE * (found - self._chances[place])
+
+
+# Where in a growing text some tokens stood before.
+
+# Tokens that are compared with a place at most: more would tell nothing more.
+MAX_MATCH = 8
+# Places of one token that are compared, the latest first.
+_MAX_PLACES = 16
+
+
+class TextIndex:
+    """Finds the last tokens of a text in what stands before them, or in another text.
+
+    A dictionary has the latest place of each token, a table for each place the one before it: a
+    token is added in constant time, and takes some forty bytes.
+
+    Args:
+        tokens: The text, which may only grow at its end.
+        start: Tokens before it are none of the text.
+        most: Tokens that are remembered; once there are twice as many, only the last so many are.
+    """
+
+    def __init__(self, tokens: Sequence[int], start: int = 0, *, most: int) -> None:
+        self._tokens = tokens
+        self._start = start
+        self._most = most
+        # The index after a token's latest place: where its follower stands.
+        self._latest: dict[int, int] = {}
+        # Position minus ``_start`` → the token's previous position, or -1.
+        self._before = array("q")
+
+    def read(self) -> None:
+        """Take in what the text has grown by."""
+        tokens = self._tokens
+        if len(tokens) - self._start > 2 * self._most:
+            self._start = len(tokens) - self._most
+            self._latest.clear()
+            self._before = array("q")
+        latest, before = self._latest, self._before
+        if not before and len(tokens) > self._start:
+            before.append(-1)
+        # A token is found by its follower: the text's last one is not there yet.
+        for index in range(self._start + len(before), len(tokens)):
+            token = tokens[index - 1]
+            before.append(latest.get(token, -1))
+            latest[token] = index
+
+    def find(self, tail: Sequence[int]) -> tuple[int, int]:
+        """The place whose tokens in front agree with the end of ``tail`` for longest.
+
+        Args:
+            tail: At least one token; the text itself, or another.
+
+        Returns:
+            The index of what followed there, and how many tokens agree, at most ``MAX_MATCH``; the
+            latest of equal places. (0, 0) if there is none.
+        """
+        tokens, end = self._tokens, len(tail) - 1
+        best, longest = 0, 0
+        place = self._latest.get(tail[end], -1)
+        for _ in range(_MAX_PLACES):
+            if place < 0:
+                break
+            last = place - 1
+            most, match = min(MAX_MATCH, place - self._start, len(tail)), 1
+            while match < most and tokens[last - match] == tail[end - match]:
+                match += 1
+            if match > longest:
+                best, longest = place, match
+                if match == MAX_MATCH:
+                    break
+            place = self._before[place - self._start]
+        return best, longest
+
+
+# What a row costs beside a step: measured, since it differs by machine, model and compute path.
+
+# Rows that take as long as what a step takes whatever its rows, before anything was measured: a
+# decode step reads all weights, and a CPU multiplies some rows meanwhile.
+_FIRST = 7.0
+_LEAST_ROWS, _MOST_ROWS = 0.5, 64.0
+# Weight of a new step in the average, and the spread of rows that counts as much as the guess.
+_COST_RATE = 0.02
+_SPREAD = 1.0
+
+
+class StepCost:
+    """A line through the decode steps of late, seconds over rows: exponentially weighted.
+
+    Attributes:
+        fixed_rows: Where the line crosses zero, in rows: what a step costs without any. Between 0.5
+            and 64; 7 as long as steps of different numbers of rows are too few to tell.
+    """
+
+    def __init__(self) -> None:
+        self.fixed_rows = _FIRST
+        self._rows = self._seconds = self._spread = self._slope = 0.0
+        self._is_first = True
+
+    def took(self, num_rows: int, seconds: float) -> None:
+        """Learn from a step that computed nothing but rows of answers."""
+        if self._is_first:
+            self._is_first = False
+            self._rows, self._seconds = float(num_rows), seconds
+            return
+        # West (1979), with weights that fade.
+        more_rows, more_seconds = num_rows - self._rows, seconds - self._seconds
+        self._rows += _COST_RATE * more_rows
+        self._seconds += _COST_RATE * more_seconds
+        kept = 1.0 - _COST_RATE
+        self._spread = kept * (self._spread + _COST_RATE * more_rows * more_rows)
+        self._slope = kept * (self._slope + _COST_RATE * more_rows * more_seconds)
+        self._fit()
+
+    def _fit(self) -> None:
+        if self._spread <= 0.0 or self._seconds <= 0.0:
+            return
+        # Cost of a row by least squares. The first guess counts as observations of _SPREAD on the
+        # line through the mean that ``_FIRST`` gives.
+        guess = self._seconds / (_FIRST + self._rows)
+        each = (self._slope + _SPREAD * guess) / (self._spread + _SPREAD)
+        fixed = _MOST_ROWS if each <= 0.0 else self._seconds / each - self._rows
+        self.fixed_rows = min(max(fixed, _LEAST_ROWS), _MOST_ROWS)
+
+
+# What a draft token is worth beside what its row costs.
+
+
+class StepValue:
+    """Whether one more draft token in a step is worth its row.
+
+    A step of ``r`` rows takes as long as ``fixed_rows + r`` rows alone. A draft token pays where
+    its chance is higher than what a row's time brings anyhow: tokens of the step over its time. So
+    one request alone drafts where one in eight tokens is right, 64 of them where nine in ten are.
+
+    Args:
+        num_rows: Rows of the step, each of which a request needs.
+        fixed_rows: See ``StepCost``.
+    """
+
+    def __init__(self, num_rows: int, fixed_rows: float) -> None:
+        self._tokens = float(num_rows)
+        self._time = fixed_rows + num_rows
+
+    def pays(self, chance: float) -> bool:
+        """Whether a token that is right with this chance is worth its row."""
+        return chance * self._time > self._tokens
+
+    def add(self, chance: float) -> None:
+        """The step has a row more, for such a token."""
+        self._tokens += chance
+        self._time += 1.0
+
+
+# What a mix of adapters has answered lately: the answers of an adapter resemble each other.
+
+# Begins an answer; no token's id.
+START = -1
+# The fewest tokens of earlier answers that a memory keeps, and the most memories: together a few
+# tens of megabytes, and a hundred if all their tokens differ.
+_MAX_TOKENS = 4096
+_MAX_MEMORIES = 128
+
+
+class MixMemory:
+    """Earlier answers of one mix, and how often drafts for it were right.
+
+    Attributes:
+        own: Of drafts from a request's own text.
+        earlier: Of drafts from earlier answers.
+    """
+
+    def __init__(self) -> None:
+        self.own = Chances()
+        self.earlier = Chances()
+        self._tokens = array("i")
+        self._index = TextIndex(self._tokens, most=_MAX_TOKENS)
+
+    def find(self, answer: Sequence[int]) -> tuple[int, int]:
+        """As ``TextIndex.find``; ``answer`` begins with ``START``."""
+        return self._index.find(answer)
+
+    def after(self, place: int, count: int) -> list[int]:
+        """At most ``count`` tokens from a place on, to the end of the answer there."""
+        found = self._tokens[place : place + count].tolist()
+        return found[: found.index(START)] if START in found else found
+
+    def add(self, answer: Sequence[int]) -> None:
+        """Remember an answer, which begins with ``START``."""
+        if len(self._tokens) > 2 * _MAX_TOKENS:
+            self._tokens = self._tokens[-_MAX_TOKENS:]
+            self._index = TextIndex(self._tokens, most=_MAX_TOKENS)
+        self._tokens.extend(answer[: 1 + _MAX_TOKENS])
+        self._index.read()
+
+
+class Memories:
+    """The memories that were used last: one for each mix and salt."""
+
+    def __init__(self) -> None:
+        self._by_key: OrderedDict[Hashable, MixMemory] = OrderedDict()
+
+    def of(self, key: Hashable) -> MixMemory:
+        """The memory of a key, which begins empty."""
+        found = self._by_key.get(key)
+        if found is None:
+            found = self._by_key[key] = MixMemory()
+            if len(self._by_key) > _MAX_MEMORIES:
+                self._by_key.popitem(last=False)
+        self._by_key.move_to_end(key)
+        return found
+
+
+# Guesses how one answer goes on: from its prompt, from itself, from what its mix answered before.
+#
+# Prompt lookup (A. Saxena, 2023; the copying of arXiv 2304.04487): an answer that extracts, quotes
+# or formats repeats runs of its prompt's tokens, so what followed there is a guess at what follows
+# here. Answers of one adapter resemble each other as well (retrieval, arXiv 2311.08252).
+
+# Draft tokens per sequence and step. With the known token that is 16 rows, two groups of rows in
+# the kernels.
+MAX_DRAFT = 15
+# Tokens of a sequence that are searched, prompt included.
+_MAX_SEARCHED = 1 << 14
+
+
+class Drafter:
+    """The drafts of one sequence. Used by the engine thread alone.
+
+    Args:
+        memory_key: Its adapters and the salt of its request: which memory it learns from.
+        tokens: Its tokens, which only grow: those before ``start`` are none of the text, those from
+            ``prompt_end`` on are the answer.
+        start: See ``tokens``.
+        prompt_end: See ``tokens``.
+        max_tokens: Most tokens of the answer.
+        end_ids: Tokens that end it; nothing after one is guessed.
+    """
+
+    def __init__(
+        self,
+        memory_key: Hashable,
+        tokens: list[int],
+        *,
+        start: int,
+        prompt_end: int,
+        max_tokens: int,
+        end_ids: frozenset[int],
+    ) -> None:
+        self.memory_key = memory_key
+        self._tokens = tokens
+        self._prompt_end = prompt_end
+        self._last_end = prompt_end + max_tokens
+        self._end_ids = end_ids
+        self._index = TextIndex(tokens, start, most=_MAX_SEARCHED)
+        self._answer = [START]
+        # The estimate that the last draft updates, once its result is known.
+        self._learns: tuple[Chances, int, int] | None = None
+
+    def draft(self, memory: MixMemory, value: StepValue, most: int) -> tuple[int, ...]:
+        """Tokens that may follow, which are then part of the step that ``value`` is of.
+
+        Args:
+            memory: Of its mix.
+            value: Says which of them are worth a row.
+            most: How many the step has room for.
+        """
+        self._learns = None
+        tokens = self._tokens
+        # The step draws one token more than the draft has.
+        most = min(most, MAX_DRAFT, self._last_end - len(tokens) - 1)
+        if most <= 0:
+            return ()
+        self._read()
+        place, match = self._index.find(tokens)
+        earlier, earlier_match = memory.find(self._answer)
+        chances = memory.own
+        is_own = chances.of(match) >= memory.earlier.of(earlier_match)
+        if not is_own:
+            match, chances = earlier_match, memory.earlier
+        if match == 0:
+            return ()
+        if not value.pays(chances.of(match)):
+            if not chances.pass_over(match):
+                return ()
+            most = 1
+        found = self._after(place, most) if is_own else memory.after(earlier, most)
+        draft: list[int] = []
+        reached = 1.0
+        for number, token in enumerate(found):
+            reached *= chances.of(match + number)
+            if token in self._end_ids or (draft and not value.pays(reached)):
+                break
+            draft.append(token)
+            value.add(reached)
+        if draft:
+            self._learns = chances, match, len(draft)
+        return tuple(draft)
+
+    def learn(self, num_accepted: int) -> None:
+        """So many tokens of the last draft were right."""
+        if self._learns is not None:
+            chances, match, num_draft = self._learns
+            chances.learn(match, num_draft, num_accepted)
+            self._learns = None
+
+    def end(self, memory: MixMemory) -> None:
+        """The answer has ended: the mix's memory takes it in."""
+        self._answer += self._tokens[self._prompt_end + len(self._answer) - 1 :]
+        if len(self._answer) > 1:
+            memory.add(self._answer)
+
+    def _read(self) -> None:
+        self._index.read()
+        self._answer += self._tokens[self._prompt_end + len(self._answer) - 1 :]
+
+    def _after(self, place: int, count: int) -> list[int]:
+        """Tokens from a place of the text on; beyond its end, as if it went on repeating them."""
+        found = self._tokens[place : place + count]
+        period = len(self._tokens) - place
+        while len(found) < count:
+            found.append(found[len(found) - period])
+        return found
+
+
+# Drafts for a step: which sequences get how many tokens to check.
+
+# Rows of a step, drafts included, beyond which nothing is guessed: its rows cost computing, and
+# every draft row makes logits of the whole vocabulary.
+_MAX_ROWS = 96
+
+
+class Speculation:
+    """What is known of costs and chances, for all sequences. Used by the engine thread alone.
+
+    Args:
+        cost: Of a step's rows.
+        remembers: Whether answers are guessed from earlier ones with the same memory key too.
+    """
+
+    def __init__(self, cost: StepCost, *, remembers: bool = True) -> None:
+        self._cost = cost
+        self._remembers = remembers
+        self._memories = Memories()
+
+    def plan(self, num_rows: int) -> StepPlan:
+        """Begin the drafts of a step.
+
+        Args:
+            num_rows: Rows that it computes in any case.
+        """
+        return StepPlan(self._memories, StepValue(num_rows, self._cost.fixed_rows), num_rows)
+
+    def ended(self, drafter: Drafter) -> None:
+        """A sequence has run to its end."""
+        if self._remembers:
+            drafter.end(self._memories.of(drafter.memory_key))
+
+
+class StepPlan:
+    """The drafts of one step.
+
+    Args:
+        memories: What earlier answers were.
+        value: Of the step.
+        num_rows: Its rows without drafts.
+    """
+
+    def __init__(self, memories: Memories, value: StepValue, num_rows: int) -> None:
+        self._memories = memories
+        self._value = value
+        self._num_rows = num_rows
+
+    def draft(self, drafter: Drafter, most: int) -> tuple[int, ...]:
+        """At most so many tokens for the step to check for a sequence; often none."""
+        most = min(most, _MAX_ROWS - self._num_rows)
+        if most <= 0:
+            return ()
+        draft = drafter.draft(self._memories.of(drafter.memory_key), self._value, most)
+        self._num_rows += len(draft)
+        return draft
