@@ -142,5 +142,5 @@ async def test_every_method_in_one_batch_as_on_plain_torch(tmp_path: Path) -> No
             bound = MAX_DIFFERENCE * max(1.0, abs(theirs.logprob))
             assert abs(mine.logprob - theirs.logprob) <= bound, mix
     assert len({answer.token_ids for answer in expected}) == len(MIXES), "adapters without effect"
-    assert capture.num_captures >= 1
-    assert capture.num_replays >= 1
+    # Some of them have no kernels; test_beside_projections.py has steps that are captured.
+    assert capture.num_captures == 0

@@ -10,6 +10,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ from turret.kernels.cpu.row_adapters import (
 )
 from turret.kernels.cpu.sparse import SparseBlocks, blocks_bytes
 from turret.kernels.rows.tables import COLUMNS, padded
-from turret.server.adapters.device.kernels import has_kernel
+from turret.server.adapters.device.kernels import KERNELS
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.part import Part
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
@@ -33,13 +34,14 @@ from turret.server.adapters.operators.dense import Dense
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.input_blocks import InputBlocks
 from turret.server.adapters.operators.kronecker import Kronecker
-from turret.server.adapters.operators.low_rank import piece_sums
+from turret.server.adapters.operators.low_rank import LowRank, piece_sums
 from turret.server.adapters.operators.operator import Operator
 from turret.server.adapters.operators.pair_rotation import PairRotation
 from turret.server.adapters.operators.sparse import Sparse
-from turret.server.adapters.operators.vectors import Gain, InputGain
+from turret.server.adapters.operators.vectors import Bias, Gain, InputGain
 
 _INPUT_CHANGES = {InputGain, InputBlocks}
+_SERVED = {kind for kind, paths in KERNELS.items() if "cpu" in paths}
 
 
 class ModuleNumbers:
@@ -137,8 +139,11 @@ class AdapterTables(Part):
         for name in self._layout.projections:
             found = self._layout.of(operators, name)
             for layer, s, ops in found:
-                _put(modules, self._numbers.first(layer, name) + s, ops, pieces)
-                kinds = {type(part) for part in ops.operators if has_kernel(part, "cpu")}
+                given: dict[str, Any] = {}
+                for part in ops.operators:
+                    given |= _arguments(part, pieces)
+                modules.put(self._numbers.first(layer, name) + s, **given)
+                kinds = {type(part) for part in ops.operators} & _SERVED
                 if kinds - _INPUT_CHANGES:
                     updates.add(name)
                 if kinds & {Gain, PairRotation}:
@@ -194,25 +199,28 @@ class _PieceSums:
         return self._known[key]
 
 
-def _put(table: ModuleTable, module: int, ops: ModuleOperators, pieces: _PieceSums) -> None:
-    low_rank, hadamard, kronecker = ops.low_rank, ops.get(Hadamard), ops.get(Kronecker)
-    input_blocks, pairs = ops.get(InputBlocks), ops.get(PairRotation)
-    circulant, sparse, dense = ops.get(Circulant), ops.get(Sparse), ops.get(Dense)
-    table.put(
-        module,
-        a=None if low_rank is None or low_rank.a in pieces else low_rank.a,
-        b=None if low_rank is None else low_rank.b,
-        gain=ops.gain,
-        bias=ops.bias,
-        input_gain=ops.input_gain,
-        hadamard=None if hadamard is None else _hadamard(hadamard),
-        kronecker=None if kronecker is None else _kronecker(kronecker),
-        input_blocks=None if input_blocks is None else input_blocks.blocks,
-        pairs=None if pairs is None else (pairs.sine, pairs.group),
-        circulant=None if circulant is None else CirculantFactors.of(circulant.kernel),
-        sparse=None if sparse is None else SparseBlocks.of(*sparse.tensors()),
-        dense=None if dense is None else dense.weight,
-    )
+def _arguments(part: Operator, pieces: _PieceSums) -> dict[str, Any]:
+    """What a module's table is told of an operator; nothing of those without a kernel."""
+    match part:
+        case LowRank():
+            return {"a": None if part.a in pieces else part.a, "b": part.b}
+        case Gain() | Bias() | InputGain():
+            return {part.name: part.values}
+        case Hadamard():
+            return {"hadamard": _hadamard(part)}
+        case Kronecker():
+            return {"kronecker": _kronecker(part)}
+        case InputBlocks():
+            return {"input_blocks": part.blocks}
+        case PairRotation():
+            return {"pairs": (part.sine, part.group)}
+        case Circulant():
+            return {"circulant": CirculantFactors.of(part.kernel)}
+        case Sparse():
+            return {"sparse": SparseBlocks.of(*part.tensors())}
+        case Dense():
+            return {"dense": part.weight}
+    return {}
 
 
 def _shares_gain(found: Sequence[tuple[int, int, ModuleOperators]], num_slices: int) -> bool:
