@@ -23,12 +23,9 @@ from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.mix import Mix
-from turret.server.adapters.operators.adapter_operators import (
-    AdapterOperators,
-    ModuleOperators,
-)
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.gate import Gate, PrototypeScore, QueryScore
-from turret.server.adapters.operators.updates import LowRank
+from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.vocabulary import VocabularyOperators, VocabularyRows
 from turret.server.engine.scheduling.request import Request, SamplingParams
 from turret.server.engine.scheduling.scheduler import Scheduled, Step

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.operators.updates import ExpertLowRank
+from turret.server.adapters.operators.low_rank import ExpertLowRank
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from turret.server.adapters.fuse.combination import ON_UPDATES, Combination
 from turret.server.adapters.fuse.factors import Factors, energy_rank, side_by_side, truncated_svd
 from turret.server.adapters.fuse.pruned_sum import combine
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
-from turret.server.adapters.operators.updates import LowRank
+from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.weight_update import add_delta, frobenius_norm, has_update, is_low_rank
 from turret.server.errors import BudgetExceededError, InvalidRequestError
 

@@ -19,7 +19,7 @@ from turret.server.adapters.component import (
     component_refs,
 )
 from turret.server.adapters.operators.gate import Gate, GivenScore, PrototypeScore, QueryScore
-from turret.server.adapters.operators.updates import LowRank
+from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.peft_format.reading import Reading
 from turret.server.basics.counted import counted
 from turret.server.errors import AdapterComponentError

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from turret.server.adapters.operators.adapter_operators import ModulatedBase
-from turret.server.adapters.operators.updates import LowRank
+from turret.server.adapters.operators.low_rank import LowRank
+from turret.server.adapters.operators.modulated_base import ModulatedBase
 
 # Elements of ``b`` folded at once: 1 MB in fp32. Larger temporaries go back to the system after
 # every adapter, and touching them anew took a quarter of the time.

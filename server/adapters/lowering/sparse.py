@@ -9,7 +9,7 @@ import torch
 
 from turret.server.adapters.base import BaseModule
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.operators.updates import MAX_SPARSE_INPUTS, Sparse
+from turret.server.adapters.operators.sparse import MAX_SPARSE_INPUTS, Sparse
 
 
 def sparse_of(

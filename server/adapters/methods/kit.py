@@ -79,7 +79,7 @@ from turret.server.adapters.peft_format.shapes import (
 from turret.server.basics.lazy_torch import torch
 
 if TYPE_CHECKING:
-    from turret.server.adapters.operators.updates import LowRank
+    from turret.server.adapters.operators.low_rank import LowRank
 
 __all__ = [
     "ANY",

@@ -16,20 +16,13 @@ from typing import TypeVar
 
 import torch
 
-from turret.server.adapters.operators.circulant import Circulant
 from turret.server.adapters.operators.classifier import Classifier
-from turret.server.adapters.operators.constant_kv import ConstantKv as ConstantKv
-from turret.server.adapters.operators.dense import Dense
-from turret.server.adapters.operators.gate import Gate
-from turret.server.adapters.operators.hadamard import Hadamard
-from turret.server.adapters.operators.input_blocks import InputBlocks as InputBlocks
-from turret.server.adapters.operators.kronecker import Kronecker
+from turret.server.adapters.operators.constant_kv import ConstantKv
+from turret.server.adapters.operators.input_blocks import InputBlocks
 from turret.server.adapters.operators.low_rank import ExpertLowRank, LowRank
-from turret.server.adapters.operators.modulated_base import ModulatedBase as ModulatedBase
 from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
-from turret.server.adapters.operators.pair_rotation import PairRotation as PairRotation
+from turret.server.adapters.operators.pair_rotation import PairRotation
 from turret.server.adapters.operators.soft_prompt import SoftPrompt
-from turret.server.adapters.operators.sparse import Sparse
 from turret.server.adapters.operators.token_router import TokenRouter
 from turret.server.adapters.operators.vectors import Bias, Gain, InputGain
 from turret.server.adapters.operators.vocabulary import VocabularyOperators
@@ -104,42 +97,6 @@ class ModuleOperators:
     @property
     def low_rank(self) -> LowRank | None:
         return self.get(LowRank)
-
-    @property
-    def hadamard(self) -> Hadamard | None:
-        return self.get(Hadamard)
-
-    @property
-    def kronecker(self) -> Kronecker | None:
-        return self.get(Kronecker)
-
-    @property
-    def sparse(self) -> Sparse | None:
-        return self.get(Sparse)
-
-    @property
-    def gate(self) -> Gate | None:
-        return self.get(Gate)
-
-    @property
-    def circulant(self) -> Circulant | None:
-        return self.get(Circulant)
-
-    @property
-    def dense(self) -> Dense | None:
-        return self.get(Dense)
-
-    @property
-    def modulated(self) -> ModulatedBase | None:
-        return self.get(ModulatedBase)
-
-    @property
-    def input_blocks(self) -> InputBlocks | None:
-        return self.get(InputBlocks)
-
-    @property
-    def pairs(self) -> PairRotation | None:
-        return self.get(PairRotation)
 
     @property
     def gain(self) -> torch.Tensor | None:

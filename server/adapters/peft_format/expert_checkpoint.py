@@ -28,7 +28,7 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoi
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.finite import all_finite
 from turret.server.adapters.checkpoint.no_adapter import LEFT_OUT
-from turret.server.adapters.operators.updates import ExpertLowRank
+from turret.server.adapters.operators.low_rank import ExpertLowRank
 from turret.server.adapters.peft_format.config.lora_rules import LORA_KEYS, VARIANTS
 from turret.server.adapters.peft_format.config.rules import Rules, Used, check_config
 from turret.server.adapters.peft_format.config.targets import Targets, resolve_targets

@@ -49,12 +49,9 @@ from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members, StepMembers
 from turret.server.adapters.device.reference import ReferenceStore
 from turret.server.adapters.lowering.arena import in_one_block
-from turret.server.adapters.operators.adapter_operators import (
-    AdapterOperators,
-    ModuleOperators,
-)
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.gate import Gate
-from turret.server.adapters.operators.updates import LowRank
+from turret.server.adapters.operators.low_rank import LowRank
 
 NUM_ROWS = 24
 # Without gates, in some of the mixes.

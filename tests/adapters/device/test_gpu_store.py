@@ -16,11 +16,9 @@ from turret.server.adapters.device.gpu import shelves
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ExpertShape, ProjectionLayout, SliceShape
 from turret.server.adapters.lowering.arena import in_one_block
-from turret.server.adapters.operators.adapter_operators import (
-    AdapterOperators,
-    ModuleOperators,
-)
-from turret.server.adapters.operators.updates import ExpertLowRank, Hadamard, LowRank
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.hadamard import Hadamard
+from turret.server.adapters.operators.low_rank import ExpertLowRank, LowRank
 
 CPU = torch.device("cpu")
 WIDTH = 16

@@ -24,22 +24,17 @@ from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.members import Members, StepMembers
 from turret.server.adapters.device.reference import ReferenceStore
-from turret.server.adapters.operators.adapter_operators import (
-    AdapterOperators,
-    InputBlocks,
-    ModulatedBase,
-    ModuleOperators,
-    PairRotation,
-)
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.circulant import Circulant
+from turret.server.adapters.operators.dense import Dense
 from turret.server.adapters.operators.gate import Gate, PrototypeScore, QueryScore
-from turret.server.adapters.operators.updates import (
-    Circulant,
-    Dense,
-    Hadamard,
-    Kronecker,
-    LowRank,
-    Sparse,
-)
+from turret.server.adapters.operators.hadamard import Hadamard
+from turret.server.adapters.operators.input_blocks import InputBlocks
+from turret.server.adapters.operators.kronecker import Kronecker
+from turret.server.adapters.operators.low_rank import LowRank
+from turret.server.adapters.operators.modulated_base import ModulatedBase
+from turret.server.adapters.operators.pair_rotation import PairRotation
+from turret.server.adapters.operators.sparse import Sparse
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 
 CPU = torch.device("cpu")
@@ -165,35 +160,35 @@ def _change(weight: Tensor, ops: ModuleOperators, x: Tensor) -> Tensor:
     total = torch.zeros(len(x), len(weight), dtype=torch.float64)
     if ops.low_rank is not None:
         total += x @ (ops.low_rank.b.double().T @ ops.low_rank.a.double()).T
-    if ops.hadamard is not None:
-        w1a, w1b, w2a, w2b = (factor.double() for factor in ops.hadamard.tensors())
+    if (loha := ops.get(Hadamard)) is not None:
+        w1a, w1b, w2a, w2b = (factor.double() for factor in loha.tensors())
         total += x @ ((w1a @ w1b) * (w2a @ w2b)).T
-    if ops.kronecker is not None:
-        w1, left, right = (factor.double() for factor in ops.kronecker.tensors())
+    if (lokr := ops.get(Kronecker)) is not None:
+        w1, left, right = (factor.double() for factor in lokr.tensors())
         total += x @ torch.kron(w1, left @ right).T
-    if ops.sparse is not None:
+    if (entries_of := ops.get(Sparse)) is not None:
         entries = torch.zeros_like(weight)
-        places = ops.sparse.rows(), ops.sparse.columns.long()
-        total += x @ entries.index_put_(places, ops.sparse.values.double(), accumulate=True).T
-    if ops.gate is not None:
-        a, b = ops.gate.a.double(), ops.gate.b.double()
-        parts = [slice(*ends) for ends in pairwise(ops.gate.rank_indptr)]
+        places = entries_of.rows(), entries_of.columns.long()
+        total += x @ entries.index_put_(places, entries_of.values.double(), accumulate=True).T
+    if (gated := ops.get(Gate)) is not None:
+        a, b = gated.a.double(), gated.b.double()
+        parts = [slice(*ends) for ends in pairwise(gated.rank_indptr)]
         v = x @ a.T
-        alphas = _alphas(ops.gate, parts, v, x)
+        alphas = _alphas(gated, parts, v, x)
         for k, p in enumerate(parts):
             total += alphas[:, k : k + 1] * (v[:, p] @ b[p])
-    if ops.input_blocks is not None:
-        change = x @ torch.block_diag(*ops.input_blocks.blocks.double()) @ weight.T
+    if (turned := ops.get(InputBlocks)) is not None:
+        change = x @ torch.block_diag(*turned.blocks.double()) @ weight.T
         total += change if ops.gain is None else change * ops.gain.double()
-    if ops.circulant is not None:
-        total += x @ circulant(ops.circulant.kernel.double()).T
-    if ops.dense is not None:
-        total += x @ ops.dense.weight.double().T
-    if ops.modulated is not None:
-        total += x @ (weight * (ops.modulated.b.double().T @ ops.modulated.a.double())).T
-    if ops.pairs is not None:
+    if (circles := ops.get(Circulant)) is not None:
+        total += x @ circulant(circles.kernel.double()).T
+    if (whole := ops.get(Dense)) is not None:
+        total += x @ whole.weight.double().T
+    if (hira := ops.get(ModulatedBase)) is not None:
+        total += x @ (weight * (hira.b.double().T @ hira.a.double())).T
+    if (paired := ops.get(PairRotation)) is not None:
         first, second = (x @ weight.T).unflatten(1, (-1, 2, 4)).unbind(2)
-        total += ops.pairs.sine.double() * torch.stack((second, first), 2).flatten(1)
+        total += paired.sine.double() * torch.stack((second, first), 2).flatten(1)
     if ops.input_gain is not None:
         total += (x * (ops.input_gain.double() - 1)) @ weight.T
     return total if ops.bias is None else total + ops.bias.double()

@@ -9,7 +9,7 @@ import torch
 from turret.server.adapters.device.gpu.pieces import blocks_of, by_layers
 from turret.server.adapters.lowering.arena import in_one_block
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
-from turret.server.adapters.operators.updates import LowRank
+from turret.server.adapters.operators.low_rank import LowRank
 
 
 def pieces(found: list[tuple[int, torch.Tensor]]) -> list[tuple[int, int]]:

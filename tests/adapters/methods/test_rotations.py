@@ -13,6 +13,7 @@ from builders.methods import load_adapter, make_config, save_adapter
 from peft.tuners.boft.layer import BOFTLayer
 
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.input_blocks import InputBlocks
 
 Q = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{Q}"
@@ -26,8 +27,9 @@ def lowered(root: Path) -> ModuleOperators:
 
 def matrix(operators: ModuleOperators) -> torch.Tensor:
     """``R``, ``[in, in]``."""
-    assert operators.input_blocks is not None
-    blocks = operators.input_blocks.blocks
+    turned = operators.get(InputBlocks)
+    assert turned is not None
+    blocks = turned.blocks
     return torch.eye(WIDTH) + torch.block_diag(*blocks.expand(WIDTH // blocks.shape[1], -1, -1))
 
 

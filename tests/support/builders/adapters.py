@@ -31,8 +31,15 @@ from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods.check import check_files
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.circulant import Circulant
+from turret.server.adapters.operators.dense import Dense
+from turret.server.adapters.operators.hadamard import Hadamard
+from turret.server.adapters.operators.input_blocks import InputBlocks
+from turret.server.adapters.operators.kronecker import Kronecker
+from turret.server.adapters.operators.modulated_base import ModulatedBase
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
-from turret.server.adapters.operators.updates import Sparse
+from turret.server.adapters.operators.pair_rotation import PairRotation
+from turret.server.adapters.operators.sparse import Sparse
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.errors import AdapterCheckpointError
 
@@ -185,16 +192,16 @@ def apply_operators(
         if operators.input_gain is not None:
             change = x * (operators.input_gain.to(x.dtype) - 1.0)
             y = y + weight * (change @ linear.weight.T)
-        if operators.input_blocks is not None:
-            change = _turned(operators.input_blocks.blocks.to(x.dtype), x) @ linear.weight.T
+        if (turned := operators.get(InputBlocks)) is not None:
+            change = _turned(turned.blocks.to(x.dtype), x) @ linear.weight.T
             own = 1.0 if operators.gain is None else operators.gain.to(x.dtype)
             y = y + weight * own * change
-        if operators.pairs is not None:
-            sine, half = operators.pairs.sine.to(x.dtype), operators.pairs.group // 2
+        if (pairs := operators.get(PairRotation)) is not None:
+            sine, half = pairs.sine.to(x.dtype), pairs.group // 2
             first, second = (x @ linear.weight.T).unflatten(-1, (-1, 2, half)).unbind(-2)
             y = y + weight * sine * torch.stack((second, first), dim=-2).flatten(-3)
-        if operators.modulated is not None:
-            a, b = (factor.to(x.dtype) for factor in operators.modulated.tensors())
+        if (hira := operators.get(ModulatedBase)) is not None:
+            a, b = (factor.to(x.dtype) for factor in hira.tensors())
             y = y + weight * (x @ (linear.weight * (b.T @ a)).T)
     if linear.bias is not None:
         y = y + linear.bias
@@ -218,18 +225,18 @@ def _deltas(
     """The dense ``[out, in]`` update of each operator."""
     if operators.low_rank is not None:
         yield operators.low_rank.b.to(dtype).T @ operators.low_rank.a.to(dtype)
-    if operators.hadamard is not None:
-        w1a, w1b, w2a, w2b = (tensor.to(dtype) for tensor in operators.hadamard.tensors())
+    if (loha := operators.get(Hadamard)) is not None:
+        w1a, w1b, w2a, w2b = (tensor.to(dtype) for tensor in loha.tensors())
         yield (w1a @ w1b) * (w2a @ w2b)
-    if operators.kronecker is not None:
-        w1, *second = (tensor.to(dtype) for tensor in operators.kronecker.tensors())
+    if (lokr := operators.get(Kronecker)) is not None:
+        w1, *second = (tensor.to(dtype) for tensor in lokr.tensors())
         yield torch.kron(w1, second[0] if len(second) == 1 else second[0] @ second[1])
-    if operators.circulant is not None:
-        yield circulant(operators.circulant.kernel.to(dtype))
-    if operators.dense is not None:
-        yield operators.dense.weight.to(dtype)
-    if operators.sparse is not None:
-        yield dense_entries(operators.sparse, dtype, in_features)
+    if (circles := operators.get(Circulant)) is not None:
+        yield circulant(circles.kernel.to(dtype))
+    if (whole := operators.get(Dense)) is not None:
+        yield whole.weight.to(dtype)
+    if (entries := operators.get(Sparse)) is not None:
+        yield dense_entries(entries, dtype, in_features)
 
 
 def dense_entries(sparse: Sparse, dtype: torch.dtype, in_features: int) -> torch.Tensor:
@@ -329,7 +336,7 @@ def lower_adapter(root: Path, base: BaseModel, path: str = "a") -> Lowered:
     lowered = lower_checkpoint(read_adapter(root, path), base)[1]
     with AdapterRoot(root).open_directory(path) as directory:
         modules = lowered.operators.modules.values()
-        blocks = [each.input_blocks.size for each in modules if each.input_blocks is not None]
+        blocks = [turned.size for each in modules if (turned := each.get(InputBlocks)) is not None]
         rank = max([0, *lowered.ranks, *blocks])
         check_files(directory, path, base=sizes_of(base), base_name=None, max_rank=rank)
     return lowered

@@ -10,25 +10,20 @@ from typing import Any
 
 import torch
 
-from turret.server.adapters.operators.adapter_operators import (
-    AdapterOperators,
-    ConstantKv,
-    InputBlocks,
-    ModulatedBase,
-    ModuleOperators,
-    PairRotation,
-)
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.circulant import Circulant
+from turret.server.adapters.operators.constant_kv import ConstantKv
+from turret.server.adapters.operators.dense import Dense
 from turret.server.adapters.operators.gate import Gate, GivenScore, PrototypeScore, QueryScore
+from turret.server.adapters.operators.hadamard import Hadamard
+from turret.server.adapters.operators.input_blocks import InputBlocks
+from turret.server.adapters.operators.kronecker import Kronecker
+from turret.server.adapters.operators.low_rank import LowRank
+from turret.server.adapters.operators.modulated_base import ModulatedBase
+from turret.server.adapters.operators.pair_rotation import PairRotation
 from turret.server.adapters.operators.soft_prompt import PrefixKv, SoftPrompt
+from turret.server.adapters.operators.sparse import Sparse
 from turret.server.adapters.operators.token_router import TokenRouter
-from turret.server.adapters.operators.updates import (
-    Circulant,
-    Dense,
-    Hadamard,
-    Kronecker,
-    LowRank,
-    Sparse,
-)
 from turret.server.adapters.operators.vectors import Gain
 from turret.server.adapters.operators.vocabulary import (
     EmbeddingLowRank,

@@ -187,7 +187,7 @@ def _starts(adapter: Reading) -> dict[int, torch.Tensor]:
 
 def _operators(m: Module) -> Piece:
     from turret.server.adapters.operators.gate import PrototypeScore
-    from turret.server.adapters.operators.updates import LowRank
+    from turret.server.adapters.operators.low_rank import LowRank
 
     router, experts, dtype = m.once(_router), m.once(_updates)[m.name], m.reading.dtype
     updates = [LowRank(one.a.to(dtype), (one.b * one.scaling).to(dtype)) for one in experts]

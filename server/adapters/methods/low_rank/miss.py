@@ -45,7 +45,7 @@ def _role(m: Module | Reading) -> str:
 
 def _sums(adapter: Reading) -> dict[tuple[int, int], torch.Tensor]:
     """The factor ``A`` of all modules of a size: it is in memory once."""
-    from turret.server.adapters.operators.updates import piece_sums
+    from turret.server.adapters.operators.low_rank import piece_sums
 
     sizes = {(m.rank, m.inputs) for m in adapter.modules.values()}
     return {size: piece_sums(*size, adapter.dtype) for size in sizes}

@@ -23,7 +23,7 @@ from turret.server.adapters.peft_format.refusals import unknown_tensors
 
 if TYPE_CHECKING:
     from turret.server.adapters.lowering.lowered import Lowered
-    from turret.server.adapters.operators.adapter_operators import ConstantKv
+    from turret.server.adapters.operators.constant_kv import ConstantKv
 
 _NAME = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\.self_attn\.adaption_(prompt|gate)")
 # The models that PEFT can train it on, of those that are served.
@@ -104,7 +104,7 @@ def _check(
 
 def _constants(tensors: Mapping[str, torch.Tensor], attention: str, base: BaseModel) -> ConstantKv:
     from turret.server.adapters.lowering.weight_products import weight_times
-    from turret.server.adapters.operators.adapter_operators import ConstantKv
+    from turret.server.adapters.operators.constant_kv import ConstantKv
 
     wide = torch.promote_types(base.dtype, torch.float32)
     prompt, gate = tensors["prompt"][0].to(wide), tensors["gate"].to(wide)

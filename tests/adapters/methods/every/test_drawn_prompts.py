@@ -27,6 +27,7 @@ from turret.server.adapters.base import BaseModel
 from turret.server.adapters.component import Component, ComponentRef
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
+from turret.server.adapters.operators.gate import Gate
 
 EXAMPLES = 20
 DRAWING = settings(
@@ -173,14 +174,15 @@ def check_fusion(root: Path, names: list[str], targets: list[str], d_k: int, see
     assert {path.rpartition(".")[2] for path in fused.operators.modules} == set(targets)
     largest = 0.0
     for path, operators in fused.operators.modules.items():
-        assert operators.gate is not None
+        gate = operators.get(Gate)
+        assert gate is not None
         linear = linear_modules(plain)[path]
         generator = torch.Generator().manual_seed(len(path))
         x = torch.randn(5, linear.in_features, generator=generator, dtype=torch.float64)
         weight, bias = linear.weight.double(), linear.bias
         own = torch.nn.functional.linear(x, weight, None if bias is None else bias.double())
         change = oracle.get_submodule(path)(x) - own
-        error = float((gated(operators.gate, x) - change).abs().max())
+        error = float((gated(gate, x) - change).abs().max())
         assert error < 2e-6 * float(change.abs().max()), (path, error)
         largest = max(largest, float(change.abs().max()))
     return largest

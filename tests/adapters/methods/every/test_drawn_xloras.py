@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from turret.server.adapters.device.scalings import first_scalings, scalings
+from turret.server.adapters.operators.gate import Gate
 
 EXAMPLES = 20
 NUM_TOKENS = 9
@@ -102,7 +103,7 @@ def check_passes(loras: Path, keys: dict[str, Any]) -> float:
     assert passes.calls.keys() == operators.modules.keys()
     largest = 0.0
     for path, calls in passes.calls.items():
-        gate = operators.modules[path].gate
+        gate = operators.modules[path].get(Gate)
         assert gate is not None
         for told, (x, change) in zip(given_rows, calls, strict=True):
             if told is None:

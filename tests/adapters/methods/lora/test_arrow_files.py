@@ -78,7 +78,7 @@ def lower(root: Path, name: str, base: BaseModel) -> Lowered:
 
 
 def gate_of(lowered: Lowered, name: str) -> Gate:
-    gate = lowered.operators.modules[name].gate
+    gate = lowered.operators.modules[name].get(Gate)
     assert gate is not None
     return gate
 
@@ -102,8 +102,9 @@ def check_modules(root: Path, experts: list[str], general: list[str], **keys: An
         if operators is None:
             assert expected.abs().max() == 0, path
             continue
-        assert operators.gate is not None
-        error = float((gated(operators.gate, x[0]) - expected[0]).abs().max())
+        gate = operators.get(Gate)
+        assert gate is not None
+        error = float((gated(gate, x[0]) - expected[0]).abs().max())
         # Prototypes are fp32, here and in PEFT, and the softmax multiplies their last bits.
         bound = 2e-6 / min(1.0, keys["router_temperature"])
         assert error < bound * float(expected.abs().max()), (path, error)
