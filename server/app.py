@@ -33,7 +33,7 @@ from turret.server.reloading import NOTHING_TO_RELOAD, TokenReloader
 from turret.server.rpc.server import RpcServer
 
 if TYPE_CHECKING:
-    from turret.server.adapters.facts import AdapterInfo
+    from turret.server.adapters.adapter_info import AdapterInfo
     from turret.server.adapters.registry.registry import AdapterRegistry
     from turret.server.http.server import HttpServer
 

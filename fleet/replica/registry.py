@@ -18,9 +18,9 @@ from turret.fleet import messages as m
 from turret.fleet.replica.channel import Channel, propose
 from turret.server import log
 from turret.server.adapters.adapter import Adapter
+from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.allowed import NOTHING_SPECIAL, Allowed
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.facts import AdapterInfo
 from turret.server.adapters.registry.registration import Registration
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.registry.unloads import UnloadMode

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-from turret.server.adapters.adapter import Residency
-from turret.server.basics.hub_id import BASE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,51 +49,3 @@ class AdapterFacts:
     vocab_size: int = 0
     tokenizer: str = ""
     first_pass: str = ""
-
-
-# What clients may know of a registered adapter.
-
-_IS_SHADOWED = (
-    f"over HTTP the model {BASE!r} is the base model: a request for this adapter names"
-    f" {BASE + ':' + BASE!r}; another name is clearer"
-)
-
-State = Literal["LOADING", "ACTIVE", "DELETING"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterInfo:
-    """A snapshot; it does not follow later changes.
-
-    Attributes:
-        name: Registered name.
-        uuid: Identifies this registration; a name loaded again after an unload has another one.
-        generation: From 1; a replacement under the same registration is the next one.
-        facts: What its files told.
-        bytes_host: Bytes of operators held in host memory now.
-        bytes_device: Bytes held on the device now.
-        residency: The fastest tier that holds it now.
-        pinned: Never evicted, never unloaded.
-        in_flight: Requests that hold it.
-        last_used_time: Unix seconds of the last request, or None.
-        state: ``DELETING`` refuses new requests.
-        source: The path that it was loaded from, with the hub's commit; "" if it was uploaded.
-    """
-
-    name: str
-    uuid: str
-    generation: int
-    facts: AdapterFacts
-    bytes_host: int
-    bytes_device: int
-    residency: Residency
-    pinned: bool
-    in_flight: int
-    last_used_time: float | None
-    state: State
-    source: str = ""
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What an operator should know: of the files, and of the name."""
-        return (*self.facts.warnings, *([_IS_SHADOWED] if self.name == BASE else []))

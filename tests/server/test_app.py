@@ -29,7 +29,7 @@ from servers.rpc_harness import failure_of, soon
 import turret
 from turret.clients.probe import is_serving
 from turret.server import log, progress
-from turret.server.adapters.facts import AdapterInfo
+from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.app import App
 from turret.server.cli import _introduce, main
 from turret.server.command.flags import add_flags, read_settings

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from turret.server import log
+from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.facts import AdapterInfo
 from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.fuse.factors import ratio
 from turret.server.adapters.fuse.lora_files import METHOD, FusedFiles

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from turret.server.adapters.facts import AdapterInfo
+from turret.server.adapters.adapter_info import AdapterInfo
 
 
 @dataclass(frozen=True, slots=True)

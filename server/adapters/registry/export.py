@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import BinaryIO, Self
 
+from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.checkpoint.adapter_checkpoint import (
     digest_of_task,
     digest_with_tokenizer,
@@ -16,7 +17,6 @@ from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.json_files import parse_config
 from turret.server.adapters.checkpoint.reader import begin_digest
 from turret.server.adapters.checkpoint.tokenizer_files import tokenizer_digest
-from turret.server.adapters.facts import AdapterInfo
 from turret.server.adapters.residency.lost_files import changed
 from turret.server.adapters.source import (
     CONFIG_FILE,

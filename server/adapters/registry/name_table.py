@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from turret.server.adapters.adapter import Adapter
+from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.component import COMPONENTS_KEY, ComponentRef
-from turret.server.adapters.facts import AdapterInfo
 from turret.server.adapters.mix import BASE_MIX, AdapterRef, Mix
 from turret.server.adapters.registry.registration import Registration
 from turret.server.adapters.residency.leases import Leases

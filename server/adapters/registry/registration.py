@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from turret.server.adapters.adapter import Adapter
-from turret.server.adapters.facts import AdapterInfo, State
+from turret.server.adapters.adapter_info import AdapterInfo, State
 
 
 class Registration:

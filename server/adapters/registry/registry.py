@@ -17,9 +17,9 @@ from pathlib import Path
 
 from turret.server import log
 from turret.server.adapters.adapter import Adapter
+from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.allowed import NOTHING_SPECIAL, Allowed
 from turret.server.adapters.base import BaseModel, ChangedBase
-from turret.server.adapters.facts import AdapterInfo
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.mix import AdapterRef, Mix
 from turret.server.adapters.registry.export import AdapterExport

@@ -14,7 +14,7 @@ from turret.server.errors import InvalidRequestError
 from turret.v1 import adapters_pb2
 
 if TYPE_CHECKING:
-    from turret.server.adapters.facts import AdapterInfo
+    from turret.server.adapters.adapter_info import AdapterInfo
 
 
 RESIDENCIES = {

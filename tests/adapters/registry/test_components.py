@@ -15,7 +15,7 @@ from builders.methods import make_config, save_adapter
 from builders.mixes.fusions import PREFIX, save_fusion
 from builders.registries import Waiter, in_thread, refs, stage_directory, tiny_base
 
-from turret.server.adapters.facts import AdapterInfo
+from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.registry.registry import AdapterRegistry

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from builders.registries import Waiter, refs, stage_directory, tiny_base
 
-from turret.server.adapters.facts import AdapterInfo
+from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
 

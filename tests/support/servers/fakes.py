@@ -10,7 +10,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from turret.server.adapters.facts import AdapterFacts, AdapterInfo
+from turret.server.adapters.adapter_info import AdapterInfo
+from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.head import SINGLE_LABEL, Head
 from turret.server.adapters.merge.state import Merge, MergedAdapter, MergeReport, MergeState
 from turret.server.api.gate import Backend
