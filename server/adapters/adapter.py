@@ -21,7 +21,7 @@ class Adapter:
         uuid: Identifies the registration; all its generations have it.
         generation: From 1.
         key: Names this generation and no other, for as long as its uuid lives.
-        facts: What its files told.
+        facts: What reading its files found.
         source: Where its files are.
         operators: By module path; None while on disk. While a mix that was granted residency (see
             ``Mix.ensure_host``) holds the adapter, it stays as it is, unless the base changes.
@@ -35,7 +35,7 @@ class Adapter:
         bytes_device: Set by whoever copies the operators to a device.
     """
 
-    # Thousands are registered: no dictionary each.
+    # Thousands of adapters are registered, so instances have no dictionary.
     __slots__ = (
         "base_generation",
         "bytes_device",

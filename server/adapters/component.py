@@ -12,7 +12,7 @@ from turret.server.errors import AdapterComponentError
 if TYPE_CHECKING:
     from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
-# Config key that lists the components.
+# Config key that lists an adapter's components.
 COMPONENTS_KEY = "components"
 MIN_COMPONENTS, MAX_COMPONENTS = 2, 16
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -73,7 +73,7 @@ def is_components(value: Any) -> str | None:
 
 
 def component_refs(config: Mapping[str, Any]) -> tuple[ComponentRef, ...]:
-    """The components that a config names; none if it names none, or not properly."""
+    """The components that a config lists; empty if there are none or the list is malformed."""
     value = config.get(COMPONENTS_KEY)
     if value is None or is_components(value) is not None:
         return ()

@@ -64,7 +64,7 @@ class AdapterCheckpoint:
 
 
 def digest_of_task(digest: str, task: int | None) -> str:
-    """The digest of one task of an adapter's files, from that of all of them."""
+    """The digest of one task, from the digest of all of an adapter's files."""
     if task is None:
         return digest
     return hashlib.sha256(_TASK_DOMAIN + bytes.fromhex(digest) + str(task).encode()).hexdigest()

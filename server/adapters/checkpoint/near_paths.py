@@ -14,9 +14,9 @@ from turret.server.adapters.source import CONFIG_FILE
 from turret.server.basics.closest import closest
 from turret.server.basics.hub_id import HUB_SCHEME, HubId
 
-# Names that one which is not there is compared with: a millisecond or two.
+# Most existing names to compare a missing one with; takes a millisecond or two.
 MOST_COMPARED = 200
-_MOST_SHOWN = 20  # of them, where none is near
+_MOST_SHOWN = 20  # most folders that a message lists if no name is close
 
 
 def what_instead(root: Path, path: str) -> str:
@@ -29,7 +29,7 @@ def what_instead(root: Path, path: str) -> str:
     names = _some_names(root)
     if below := _one_level_below(root, path, names):
         return f"; did you mean {below!r}?"
-    # Of "." there is no part, where the root itself is gone.
+    # The path "." has no parts; it is missing if the root itself is gone.
     if parts and parts[0] not in names and (hint := hub_hint(path)):
         return hint
     folders = [n for n in sorted(names) if n[0] != "." and os.path.isdir(root / n)]
@@ -65,7 +65,7 @@ def folder_hint(path: PurePosixPath) -> str:
 
 
 def _repeats_root(root: Path, parts: tuple[str, ...]) -> str:
-    """The path without the end of the root's own, with which it begins."""
+    """The path without its beginning, if that repeats the end of the root's own path."""
     for count in range(1, len(parts)):
         rest = "/".join(parts[count:])
         if root.parts[-count:] == parts[:count] and os.path.isdir(root / rest):
@@ -74,7 +74,7 @@ def _repeats_root(root: Path, parts: tuple[str, ...]) -> str:
 
 
 def _one_letter_off(root: Path, parts: tuple[str, ...]) -> str:
-    """The directory whose path differs in the first name that is not there, and only slightly."""
+    """The directory whose path differs only slightly, in the first name that does not exist."""
     for number, name in enumerate(parts):
         before = root.joinpath(*parts[:number])
         if os.path.isdir(before / name):
@@ -86,13 +86,13 @@ def _one_letter_off(root: Path, parts: tuple[str, ...]) -> str:
 
 
 def _one_level_below(root: Path, path: str, names: list[str]) -> str:
-    """The path within the one directory of the root that has it."""
+    """The path inside the only directory of the root that contains it."""
     found = [name for name in names if os.path.isdir(root / name / path)]
     return f"{found[0]}/{path}" if len(found) == 1 else ""
 
 
 def _some_names(directory: Path) -> list[str]:
-    """Names in it, no more than can be compared at once."""
+    """Names in the directory, at most as many as are compared at once."""
     try:
         with os.scandir(directory) as entries:
             return [entry.name for entry in itertools.islice(entries, MOST_COMPARED)]

@@ -28,8 +28,8 @@ MAX_EXTENT = 1 << 31
 _MAX_SHARED_BYTES = 256 << 10
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
-# Bytes of an element, by the format's name of its dtype: weights, and indices where a method has
-# some. 8-bit floats mean a format not known here.
+# Bytes per element, by safetensors dtype: weights, and the integers that some methods use as
+# indices. 8-bit floats are left out because they mean an unsupported format.
 ITEM_BYTES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2},
     **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1},
@@ -139,12 +139,12 @@ def _parse(text: bytes, data_bytes: int) -> tuple[TensorEntry, ...]:
     return tuple(entries)
 
 
-# Adapters of one recipe differ in their weights alone: thousands share a header.
+# Adapters made by one recipe differ only in their weights, so thousands share a header.
 _parse_shared = functools.lru_cache(maxsize=16)(_parse)
 
 
 def _is_index(value: Any) -> bool:
-    # type(): a bool is an int too.
+    # Compare types, because a bool is an int too.
     return type(value) is int and value >= 0
 
 

@@ -39,7 +39,7 @@ class _Module:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What is held of one adapter."""
+    """The operators of one adapter that are kept here."""
 
     modules: dict[_Place, list[_Module]] = field(default_factory=dict)
     experts: dict[_Place, ExpertLowRank] = field(default_factory=dict)
@@ -282,7 +282,7 @@ class ReferenceStore(StepStore):
         layout: Shape of the base.
         dtype: Serving dtype.
         device: The CPU.
-        max_bytes: Budget of what is in the store.
+        on_moved: Called with every adapter that enters or leaves.
         on_moved: Told of every adapter that entered or left.
     """
 

@@ -48,7 +48,7 @@ class ShelfKey:
 
     @property
     def order(self) -> tuple[str, str, int, _Shapes]:
-        """Sums must not depend on what the store has held before."""
+        """Sort key, so that the order of sums does not depend on what the store held before."""
         return self.kind.name, self.projection, self.slice, self.shapes
 
 
@@ -70,7 +70,7 @@ class Shelf:
         self.slots: dict[str, int] = {}
         self.layers: set[int] = set()
         self._like = {"dtype": dtype, "device": device}
-        # Of experts, by adapter: what the addresses are of.
+        # Tensors of expert factors by adapter; keeps the addresses in the table valid.
         self._kept: dict[str, list[torch.Tensor]] = {}
         self.is_addressed = key.kind is ExpertLowRank
         if self.is_addressed:
@@ -106,7 +106,7 @@ class Shelf:
         table[:, self.slots[key]] = upload(addresses, table.device)
 
     def remove(self, key: str) -> None:
-        """Forget an adapter. What its slot says stays, and no step reads it."""
+        """Forgets an adapter. Its slot keeps its content, but no step reads it."""
         self.slots.pop(key, None)
         self._kept.pop(key, None)
 
@@ -216,7 +216,7 @@ class GpuShelves(Part):
         used = {key for _, _, mix in runs for key, _ in mix}
         signature: list[tuple[Hashable, int]] = []
         for place, shelf in sorted(self._shelves.items(), key=lambda item: item[0].order):
-            # Shelves stay when they are empty.
+            # Empty shelves are kept, so skip those that this step does not use.
             if used.isdisjoint(shelf.slots):
                 continue
             bound = _loaded(place, shelf, runs, tables)
@@ -225,7 +225,7 @@ class GpuShelves(Part):
         return GpuStepShelves(self._columns, step.by_projection, tuple(signature))
 
     def addresses(self) -> list[object]:
-        """Everything a captured graph knows of the shelves."""
+        """Every address and shape that a captured graph depends on."""
         found = sorted(self._shelves.items(), key=lambda item: item[0].order)
         return [shelf.addresses() for _, shelf in found]
 
@@ -242,7 +242,8 @@ def _loaded(
             if len(members) > j:
                 rows |= dict.fromkeys(range(start, end), members[j])
         if shelf.is_addressed:
-            # Pairs look theirs up: every row up to the last one has an entry, slot -1 for none.
+            # Experts look rows up by number, so every row up to the last needs an entry; slot -1
+            # means none.
             rows = {row: rows.get(row, (-1, 0.0)) for row in range(max(rows) + 1)}
         table = tables.row_table((place, j))
         slots, weights = [slot for slot, _ in rows.values()], [w for _, w in rows.values()]

@@ -33,10 +33,10 @@ from turret.server.adapters.device.reference import Reference, StepReference
 from turret.server.adapters.device.store import AdapterStore, BaseProduct, OnMoved, Resident
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
-# Runs of rows: first, end, and their mix.
+# Runs of rows as (first, end, mix).
 Runs = Sequence[tuple[int, int, Members]]
 
-# Of the budget, what may be on its way to the device besides.
+# Copies on their way to the device may take one part in this many of the budget, in addition to it.
 _STAGED_SHARE = 8
 
 
@@ -109,7 +109,7 @@ class GpuAdapterStep:
         if projection in self.low_rank:
             y, v = base.with_shrink(x, Shrink(a, ranks, self.table))
         else:
-            # Nothing of v is read: no adapter of the step has ranks here.
+            # No adapter of the step has ranks here, so v is never read.
             y, v = base(x), rank_activations(self.table, len(b), x.device)
         gates = self.gates.of(layer, projection, x, v, self.table)
         if bias is not None or projection in self.low_rank | kinds.gains | kinds.biases:
@@ -134,7 +134,7 @@ class GpuAdapterStep:
         return y if epilogue is None else epilogue(y)
 
     def _adds(self, projection: str) -> bool:
-        """Whether the step has more than what an expand with an epilogue finishes."""
+        """Whether the step has more changes than an expand with an epilogue can finish."""
         apart = self.others is not None or self.gates.changes(projection)
         return apart or projection in self.shelves.by_projection
 
@@ -147,7 +147,7 @@ class GpuStore(AdapterStore):
         dtype: Serving dtype.
         device: Where the kernels run.
         max_bytes: Budget of the copies.
-        on_moved: Told of every adapter that was packed or forgotten.
+        on_moved: Called with every adapter that is packed or forgotten.
 
     Attributes:
         epoch: Moves whenever the pack does, so that what was captured must be forgotten.
@@ -187,7 +187,7 @@ class GpuStore(AdapterStore):
         self._uploads.drop(key)
 
     def _insert(self, adapter: Resident) -> None:
-        # Even if it fails: others may have moved or left.
+        # Even a failed insert changes the version: other adapters may have moved or left.
         self.version += 1
         super()._insert(adapter)
         self._uploads.taken()
@@ -197,7 +197,7 @@ class GpuStore(AdapterStore):
             self._known = known
 
     def _addresses(self) -> list[object]:
-        """What every captured step with adapters knows of the store."""
+        """The addresses that every captured step with adapters depends on."""
         return [projection.addresses() for projection in self._pack.projections.values()]
 
     def bind(

@@ -38,7 +38,7 @@ class _Gated:
     Attributes:
         bounds: First rank and end of each component, from the adapter's first rank on.
         asked: Queries or prototypes in a module at most.
-        is_told: Whether a first pass tells its gates.
+        is_told: Whether a first pass computes its gates.
         projections: Where it has gates, in any layer.
     """
 
@@ -62,7 +62,7 @@ class GpuStepGates:
 
     @property
     def signature(self) -> Hashable:
-        """The launches of a step, and where what they read lies: not which adapters it has."""
+        """Identifies a step's launches and the addresses they read, but not its adapters."""
         tables = self.tables.items()
         return tuple((name, table.data_ptr(), table.shape) for name, table in tables)
 
@@ -125,7 +125,7 @@ class GpuGates(Part):
         self._scores.remove(key)
 
     def extra_bytes(self, operators: AdapterOperators) -> int:
-        """Keys are laid out by the ranks of the pack."""
+        """Bytes of keys beyond those in host memory: the pack's ranks determine their layout."""
         ranks, more = sum(components_of(operators)), 0
         for gate in gates_of(operators):
             if isinstance(gate.score, QueryScore):
@@ -196,7 +196,7 @@ def _members_of(mix: Members, places: Mapping[str, Place]) -> list[SegmentMember
 
 
 def _asked(score: QueryScore | PrototypeScore | GivenScore) -> int:
-    """Vectors that a gate's scores begin with."""
+    """Number of vectors that a gate's scores start from."""
     if isinstance(score, GivenScore):
         return 0
     return len(score.query if isinstance(score, QueryScore) else score.prototypes)
