@@ -103,8 +103,8 @@ def _with_biases(
     result = dict(operators)
     for name, bias in biases.items():
         served = base.modules[name].bias
-        assert served is not None  # the reader checked it
-        # The file holds the whole bias; operators add, so only the difference goes in.
+        assert served is not None  # the reader checked that there is one
+        # The file holds the whole bias. Operators are added to the base's, so use the difference.
         change = bias.to(torch.float32) - served.to(torch.float32).cpu()
         before = result.get(name, ModuleOperators())
         whole = change if before.bias is None else before.bias + change

@@ -49,7 +49,7 @@ class Lowered:
         return self.operators.num_bytes
 
     def facts(self, checkpoint: AdapterCheckpoint, method: str) -> AdapterFacts:
-        """What is kept of it, and of the checkpoint it was made from, without its weights."""
+        """The facts to keep, without weights, about the adapter and its checkpoint."""
         return AdapterFacts(
             digest=checkpoint.digest,
             method=method,

@@ -113,7 +113,7 @@ class LinearMethod(LinearFormat):
         assembly = Assembly(base.dtype)
         reading.find_component = find_component
         with ExitStack() as stack:
-            # A thread's work on the device goes beside the steps, if there is any.
+            # Run this thread's work on the device beside the steps, if there is any.
             reading.beside = partial(stack.enter_context, base.beside())
             order = reading.modules.values() if self.order is None else self.order(reading)
             for module in order:

@@ -170,17 +170,18 @@ def _single(values: torch.Tensor) -> torch.Tensor:
 
 
 class Assembly:
-    """Puts modules together; what is rounded is rounded as soon as it is there."""
+    """Assembles modules; each operator is rounded as soon as it is made, where possible."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        # None holds the place of a low-rank update that is rounded with those of other modules.
+        # A None marks a low-rank update that is rounded later, together with those of other
+        # modules.
         self._made: dict[str, list[Operator | None]] = {}
         self._factors: dict[str, Factors] = {}
         self.scalings: dict[str, float] = {}
 
     def add(self, name: str, pieces: Piece | Iterable[Piece]) -> None:
-        """The operators of a module; a module with none is left alone."""
+        """Adds the operators of a module; without any, the module is left alone."""
         made: list[Operator | None] = []
         for piece in [pieces] if isinstance(pieces, Piece) else pieces:
             made.append(piece.make(self._dtype) if piece.factors is None else None)
@@ -192,7 +193,7 @@ class Assembly:
             self._made[name] = made
 
     def modules(self, order: Iterable[str] | None = None) -> dict[str, ModuleOperators]:
-        """All of them, in an order, or in that in which they came."""
+        """All modules, in the given order or else in the order in which they were added."""
         from turret.server.adapters.lowering.low_rank import fold_all
         from turret.server.adapters.operators.adapter_operators import ModuleOperators
 

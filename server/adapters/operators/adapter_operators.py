@@ -70,13 +70,13 @@ class ModuleOperators:
         return None
 
     def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
-        """All of them; see ``Operator.add``. ``base`` is told of the gain."""
+        """Applies all operators; see ``Operator.add``. Sets the gain of ``base``."""
         base.gain = self.gain
         for part in self.operators:
             part.add(y, x, base, weight)
 
     def add_dense(self, total: torch.Tensor, served: ServedWeight, weight: float) -> None:
-        """All of them; see ``Operator.add_dense``. ``served`` is told of the gain."""
+        """Adds all dense forms; see ``Operator.add_dense``. Sets the gain of ``served``."""
         served.gain = self.gain
         for part in self.operators:
             part.add_dense(total, served, weight)
@@ -90,7 +90,7 @@ class ModuleOperators:
         return ModuleOperators(*(part.with_tensors(tensors) for part in self.operators))
 
     def with_operator(self, operator: Operator) -> ModuleOperators:
-        """With this one, in place of that of its kind if there is one."""
+        """The same operators with this one added, or replacing the one of its kind."""
         others = (part for part in self.operators if type(part) is not type(operator))
         return ModuleOperators(*others, operator)
 
@@ -153,7 +153,7 @@ class AdapterOperators:
     invocation: tuple[int, ...] | None = None
     classifier: Classifier | None = None
     router: TokenRouter | None = None
-    # Summed once: the scheduler asks for those of all running adapters with every admission.
+    # Summed once, because the scheduler asks for all running adapters at every admission.
     num_bytes: int = field(init=False)
     num_low_rank_bytes: int = field(init=False)
     rank: int = field(init=False)

@@ -85,7 +85,7 @@ class Gate(Operator):
 
     @cached_property
     def _component_of_rank(self) -> torch.Tensor:
-        """``[ranks]`` int64. A rank of no component counts as the first one's: it is 0."""
+        """``[ranks]`` int64. Ranks of no component hold zeros and count as the first one's."""
         found = torch.zeros(self.a.shape[0], dtype=torch.int64, device=self.a.device)
         for k, (start, end) in enumerate(pairwise(self.rank_indptr)):
             found[start:end] = k
@@ -93,13 +93,13 @@ class Gate(Operator):
 
     @cached_property
     def _down(self) -> torch.Tensor:
-        """``a`` and the query below it: one product for both."""
+        """``a`` with the query below it, so that one product computes both."""
         query = (self.score.query,) if isinstance(self.score, QueryScore) else ()
         return torch.cat((self.a, *query)) if query else self.a
 
     @cached_property
     def _prototypes(self) -> torch.Tensor:
-        """Those of the score, filled up: products of fewer shapes have to be tried."""
+        """The score's prototypes, padded so that fewer shapes have to be probed."""
         assert isinstance(self.score, PrototypeScore)
         return F.pad(self.score.prototypes, (0, 0, 0, -len(self.score.prototypes) % GATE_MULTIPLE))
 

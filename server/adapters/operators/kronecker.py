@@ -43,7 +43,8 @@ class Kronecker(Operator):
         in_m = self.w1.shape[1]
         w1, factors = self.w1.float(), [factor.float() for factor in self._factors]
         for rows in pieces(len(x), max(x.shape[1], y.shape[1], in_m * factors[-1].shape[0])):
-            # [rows, in_m, in_n] → [rows, in_m, out_k] → [rows, out_k, out_l] → [rows, out_l, out_k]
+            # Shapes: [rows, in_m, in_n] → [rows, in_m, out_k] → [rows, out_k, out_l] → [rows,
+            # out_l, out_k].
             inner = x[rows].float().unflatten(1, (in_m, -1))
             for factor in factors:
                 inner = row_product(inner, factor)
@@ -56,6 +57,6 @@ class Kronecker(Operator):
 
     @property
     def multiply_adds(self) -> int:
-        # x is a matrix with a row per column of w1: w2's factors go over its rows, then w1.
+        # x has a row per column of w1. The factors of w2 multiply its rows, then w1 its columns.
         right = self.w1.shape[1] * sum(factor.numel() for factor in self._factors)
         return right + self.w1.numel() * self._factors[-1].shape[0]

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-# fp32 elements of a temporary, per piece of rows: 4 MiB stay in cache.
+# Most fp32 elements of a temporary: 4 MiB stay in cache.
 _PIECE_ELEMENTS = 1 << 20
 
 
@@ -106,7 +106,7 @@ class Operator:
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Make now what ``add`` would make at its first call, and keep it."""
+        """Computes and keeps what ``add`` would otherwise compute at its first call."""
 
     @property
     def prepared_bytes(self) -> int:
@@ -155,6 +155,6 @@ def _replaced(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
 
 
 def pieces(num_rows: int, elements: int) -> Iterator[slice]:
-    """Runs of rows whose temporaries, of so many elements a row, stay in cache."""
+    """Runs of rows whose temporaries, of ``elements`` elements per row, stay in cache."""
     step = max(1, _PIECE_ELEMENTS // max(elements, 1))
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))

@@ -58,7 +58,7 @@ class VocabularyRows:
             base: The base's logits of them, ``[rows, vocab]``.
             weight: The adapter's in the mix.
         """
-        # A whole matrix has the base's shape, which was probed at the start.
+        # A whole matrix has the shape of the base's, which was probed at startup.
         found = row_linear(x, self.values, probe=self.ids is None).float()
         if self.ids is None:
             y += weight * (found - base.float())
