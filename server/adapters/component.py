@@ -25,7 +25,7 @@ class ComponentRef:
     """One component as a config names it.
 
     Attributes:
-        name: What it was called in training: for people, and for messages.
+        name: The component's name in training, for people and for messages.
         digest: SHA-256 over its config and weights, hex (``Adapter.digest``): what it is.
     """
 
@@ -56,7 +56,7 @@ FindComponent = Callable[[ComponentRef], Component]
 
 
 def is_components(value: Any) -> str | None:
-    """What is wrong with the value of ``components``, or None."""
+    """The fault in the value of ``components``, or None."""
     if not isinstance(value, list) or not MIN_COMPONENTS <= len(value) <= MAX_COMPONENTS:
         return f"must be a list of {MIN_COMPONENTS} to {MAX_COMPONENTS} components"
     for i, item in enumerate(value):

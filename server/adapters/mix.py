@@ -47,7 +47,7 @@ OnHost = Callable[[HostResult], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mix:
-    """What ``AdapterRegistry.acquire`` returns; compared by identity, released once.
+    """The result of ``AdapterRegistry.acquire``; compared by identity, released once.
 
     Attributes:
         members: ``(adapter, weight)`` in the request's order. A member of weight 0 adds nothing but

@@ -32,8 +32,8 @@ class Source:
         path: Relative to the adapter root, or to the state directory if ``is_upload``; or
             ``hub:org/name@commit``.
         is_upload: The server wrote the files itself and removes them when nobody needs them.
-        adapter: Of an upload, the adapter's name.
-        task: Which task of the files it is, where they hold several; None where nobody said.
+        adapter: The adapter's name, for an upload.
+        task: Which of several tasks in the files is meant; None if not specified.
     """
 
     path: str
@@ -55,5 +55,5 @@ class Source:
 
     @property
     def shown(self) -> str:
-        """What messages call the path; they never show where the server keeps uploads."""
+        """The path for messages, which must not show where the server keeps uploads."""
         return self.adapter or self.path

@@ -81,10 +81,10 @@ class AdapterDirectory:
     Use it as a context manager.
 
     Args:
-        root: Where links in it may lead.
-        descriptor: Of the directory; closed with this object.
+        root: The root that links in it may not leave.
+        descriptor: The directory's descriptor; closed with this object.
         parts: Its path below the root, free of links when it was walked.
-        path: As messages show it.
+        path: The directory's path in messages.
     """
 
     def __init__(self, root: AdapterRoot, descriptor: int, parts: list[str], path: str) -> None:
@@ -105,7 +105,7 @@ class AdapterDirectory:
         os.close(self._descriptor)
 
     def has(self, name: str) -> bool:
-        """Whether the directory has such a name, be it a link that leads nowhere.
+        """Whether the directory has an entry of this name, including broken links.
 
         Raises:
             AdapterCheckpointError: The directory may not be searched.
@@ -259,7 +259,7 @@ class AdapterRoot:
         Args:
             start: A directory's path below the root.
             rest: A path or the text of a link: relative, or absolute.
-            flags: Of the last name's opening.
+            flags: Flags for opening the last name.
             shown: The whole path, for messages.
 
         Returns:

@@ -27,7 +27,7 @@ class HasShape(Protocol):
 
 
 class Findings:
-    """What is wrong with a checkpoint itself, and what does not fit the base, in the order found.
+    """The faults of a checkpoint and its mismatches with the base, in the order found.
 
     Args:
         path: The adapter, as messages name it.
@@ -114,7 +114,7 @@ def _summary(
 
     Args:
         found: All of them.
-        most_names: Characters of those fields.
+        most_names: Most characters of those other fields.
     """
     shown = list(found)[:MAX_REPORTED]
     # A fault that all layers share is reported once.

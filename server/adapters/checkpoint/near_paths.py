@@ -20,7 +20,7 @@ _MOST_SHOWN = 20  # most folders that a message lists if no name is close
 
 
 def what_instead(root: Path, path: str) -> str:
-    """What to do about a path at which there is nothing, as the end of a sentence."""
+    """Advice about a path that does not exist, as the end of a sentence."""
     parts = PurePosixPath(path).parts
     if meant := _repeats_root(root, parts) or _one_letter_off(root, parts):
         return f"; did you mean {meant!r}?"
@@ -42,9 +42,9 @@ def what_instead(root: Path, path: str) -> str:
 
 
 def inside(root: Path, path: PurePosixPath) -> str:
-    """What an absolute path, or one with ``..``, is below the root, as the end of a sentence.
+    """The path below the root that an absolute path, or one with ``..``, leads to.
 
-    Empty if it is nothing there.
+    Empty if it is not a directory below the root.
     """
     meant = Path(os.path.normpath(root / path))
     if meant.is_relative_to(root) and os.path.isdir(meant):
@@ -53,12 +53,12 @@ def inside(root: Path, path: PurePosixPath) -> str:
 
 
 def hub_hint(path: str) -> str:
-    """What to type for a repository of the hub, where the path looks like one."""
+    """The hub path to use instead, if the path looks like a repository of the hub."""
     return f"; of the Hugging Face hub it is {HUB_SCHEME}{path}" if HubId.find(path) else ""
 
 
 def folder_hint(path: PurePosixPath) -> str:
-    """Which directory was meant by one of an adapter's files."""
+    """The directory to use instead of one of an adapter's files."""
     if path.suffix not in (".safetensors", ".json", ".bin"):
         return f"; an adapter is the directory that has its {CONFIG_FILE}"
     return f"; an adapter is the directory that holds its files, {str(path.parent)!r}"

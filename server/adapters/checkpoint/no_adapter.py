@@ -53,7 +53,7 @@ def check_is_adapter(directory: AdapterDirectory, path: str) -> None:
 
     Args:
         directory: Where to look; its other names show what it holds instead.
-        path: As messages name it.
+        path: The adapter's name in messages.
 
     Raises:
         AdapterCheckpointError: It does.

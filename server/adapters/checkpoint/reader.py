@@ -63,9 +63,9 @@ def read_checkpoint(
         root: The allow-listed root.
         path: Directory, relative to the root.
         max_elements: Most tensor elements to read, all tensors together.
-        item_bytes: What each takes as served, to tell of too many.
+        item_bytes: Bytes that each element takes as served, for the error about too many.
         known: Files that were hashed before and need not be again; learns those that were now.
-        shown: What messages call the adapter; None for its path.
+        shown: The adapter's name in messages; None for its path.
 
     Raises:
         AdapterCheckpointError: Path, file, header or values are refused.

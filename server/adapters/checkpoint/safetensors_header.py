@@ -41,7 +41,7 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: ``[begin, end)`` in bytes from the end of the header.
+    """The location of one tensor: ``[begin, end)`` in bytes from the end of the header.
 
     ``dtype`` is a key of ``ITEM_BYTES``.
     """
@@ -105,10 +105,10 @@ def check_fits(path: str, header: SafetensorsHeader, max_elements: int, item_byt
     """Refuse an adapter of more weights than host memory may hold.
 
     Args:
-        path: What messages call the adapter.
-        header: Of its tensors.
+        path: The adapter's name in messages.
+        header: Header of the adapter's tensor file.
         max_elements: How many elements it may have.
-        item_bytes: What each of them takes as served, at least.
+        item_bytes: Fewest bytes that each element takes as served.
 
     Raises:
         BudgetExceededError: It has more.

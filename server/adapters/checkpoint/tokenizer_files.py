@@ -44,11 +44,11 @@ _CODE = ("auto_map", "custom_code")
 
 
 def read_tokenizer_files(directory: AdapterDirectory, findings: Findings) -> TokenizerFiles | None:
-    """Reads the tokenizer of a folder; None if it has none, or if findings say what is wrong.
+    """Reads the tokenizer of a folder; None if it has none or adds findings.
 
     Args:
         directory: The adapter's.
-        findings: Gets what is wrong with a file, by its name.
+        findings: Receives the faults of a file, by its name.
 
     Raises:
         AdapterCheckpointError: A file leads out of the root, or is no regular file.

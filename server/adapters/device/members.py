@@ -28,7 +28,7 @@ class StepMembers:
 
     @property
     def runs(self) -> list[tuple[int, int, Members]]:
-        """All of them as runs of rows: first, end, and their mix."""
+        """All rows as runs: first, end, and their mix."""
         return [*((row, row + 1, mix) for row, mix in enumerate(self.short)), *self.long]
 
 

@@ -27,7 +27,7 @@ OnMoved = Callable[[Any], None]
 
 
 class Resident(Protocol):
-    """What a store needs of an adapter in host memory."""
+    """The attributes of an adapter in host memory that a store uses."""
 
     bytes_device: int
 
@@ -57,7 +57,7 @@ class BaseProduct(Protocol):
     def ended(
         self, x: torch.Tensor, epilogue: Epilogue, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """What an epilogue makes of the product, by its launches; None where that cannot be."""
+        """The product with an epilogue, or None if it cannot be computed in the same launches."""
         ...
 
 
@@ -93,7 +93,7 @@ class AdapterStep(Protocol):
         Args:
             layer: Layer number.
             q: Rotated queries, ``[rows, heads, head_dim]``; not changed.
-            attended: What attention gave, ``[rows, heads, head_dim]``, contiguous.
+            attended: The result of attention, ``[rows, heads, head_dim]``, contiguous.
         """
         ...
 
@@ -112,7 +112,7 @@ class AdapterStep(Protocol):
             layer: Layer number.
             projection: Fused projection of experts (``experts_gate_up``, ``experts_down``).
             x: Its input, ``[rows, in]`` or ``[pairs, in]``; not changed.
-            y: Of each pair of a row and an expert, ``[pairs, out]``, contiguous.
+            y: The results of each pair of row and expert, ``[pairs, out]``, contiguous.
             routing: The pairs.
             rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None for its own.
         """
@@ -135,7 +135,7 @@ class AdapterStore:
     once.
 
     Args:
-        parts: What holds the operators of the layers' projections.
+        parts: Hold the operators of the layers' projections.
         device: Where they are applied.
         max_bytes: Budget of what is in the store. The scheduler keeps what runs together within
             it; idle adapters give way.

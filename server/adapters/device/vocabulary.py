@@ -86,7 +86,7 @@ def change_logits(
         y: The base's logits of them, ``[num_rows, vocab]``, dtype of ``x``.
         head: The base's head, ``[rows, hidden]`` → ``[rows, vocab]``.
         groups: Every row in at most one.
-        out: Where they go, ``[at least num_rows, vocab]`` fp32; None for memory of their own.
+        out: Memory for the logits, ``[at least num_rows, vocab]`` fp32; None to allocate it.
 
     Returns:
         ``[num_rows, vocab]`` fp32.

@@ -101,7 +101,7 @@ class Fuser:
         Args:
             name: Well-formed.
             refs: The mix, not empty.
-            combination: What to make of it.
+            combination: How to combine the mix.
             cancellation: Ends the fusion with its error at the next module; nothing is left of it.
 
         Returns:
@@ -255,7 +255,7 @@ class Fuser:
 
 
 def _work(members: Sequence[Member], base: BaseModel) -> dict[str, list[Part]]:
-    """What the members do to each module that any of them changes, in the base's order."""
+    """The members' updates by module, in the base's order."""
     work = {
         path: [part for member in members if (part := member.part(path)) is not None]
         for path in base.modules

@@ -72,7 +72,7 @@ class ModuleFuser:
     """Fuses modules one after the other; the order decides which random numbers each one gets.
 
     Args:
-        combination: What was asked for.
+        combination: The requested combination.
         rank: Most singular values to keep, where the combination ends in an SVD without ``energy``.
         max_rank: Largest rank that may come out.
     """

@@ -47,7 +47,7 @@ _WORDS = {
 def find_components(
     checkpoint: AdapterCheckpoint | Reading, find_component: FindComponent
 ) -> list[Component]:
-    """All of them, in the config's order, each with low-rank updates only.
+    """All components in the config's order; each must have only low-rank updates.
 
     Raises:
         AdapterComponentError: Some are not registered; names all.
@@ -119,7 +119,7 @@ def gate_of(
     """A gate over components.
 
     Args:
-        updates: What each does to the module; None is nothing.
+        updates: Each component's update of the module; None if it has none.
         score_of: From the factors ``b`` of all, what a token's weights are computed from.
     """
     some = [update for update in updates if update is not None]

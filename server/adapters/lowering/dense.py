@@ -17,7 +17,7 @@ def check_dense(checkpoint: AdapterCheckpoint, base: BaseModel, max_bytes: int |
     """Refuses an adapter of whole matrices before any of them is made.
 
     Args:
-        checkpoint: Of a method whose updates are dense.
+        checkpoint: A checkpoint of a method whose updates are dense.
         base: The base they would be made for.
         max_bytes: Most bytes they may take; 0 where the server allows none, None is any.
 

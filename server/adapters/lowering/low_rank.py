@@ -46,8 +46,7 @@ def fold_all(factors: Mapping[str, Factors], dtype: torch.dtype) -> dict[str, Lo
             if a_of[0].dtype != dtype:
                 a_of = torch.stack(list(a_of)).to(dtype).unbind()
             b = torch.stack([one.b for one in batch])
-            # Torch multiplies 16-bit tensors by a number in fp32 and rounds once, so b needs no
-            # fp32 copy.
+            # Torch multiplies 16-bit tensors by a number in fp32 and rounds the result once.
             b = b if b.dtype == dtype else b.to(torch.promote_types(dtype, torch.float32))
             b = b.mul_(batch[0].scaling).to(dtype).transpose(1, 2).contiguous()
             folded |= zip(names, map(LowRank, a_of, b.unbind()), strict=True)
@@ -66,7 +65,7 @@ def fold(
     Args:
         a: ``[rank, in_features]``, in the file's dtype.
         b: ``[out_features, rank]``, likewise.
-        scaling: What the update is multiplied by.
+        scaling: Factor of the update.
         dtype: Serving dtype.
         gain: ``[out_features]`` fp32, or None.
     """

@@ -91,7 +91,7 @@ class LinearMethod(LinearFormat):
         operators: From a module's tensors to what it does there; no pieces leave the module alone.
         order: The modules in the order in which they are computed, where that is not the base's.
         after: Looks at all of it, once every module is done.
-        complete: Adds to the result what is not about modules.
+        complete: Adds to the result everything that does not belong to modules.
     """
 
     operators: Callable[[Module], Pieces]

@@ -25,7 +25,7 @@ def sparse_of(
         rows: Outputs, ``[n]``, integers.
         columns: Inputs, ``[n]``, integers.
         values: ``[n]``, any float dtype, the scaling in them.
-        shape: Of the weight; every place is inside it.
+        shape: Shape of the weight; every place is inside it.
         dtype: Serving dtype.
     """
     flat = rows.to(torch.int64) * shape[1] + columns.to(torch.int64)
@@ -62,8 +62,7 @@ def place_drawer(seed: int) -> Callable[[int, int], torch.Tensor]:
     @functools.lru_cache(maxsize=8)
     def draw(count: int, size: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
-        # Copy the part that is needed: the whole permutation of a large weight takes 100 MB or
-        # more.
+        # Copy the part that is needed: a permutation of all places can take more than 100 MB.
         return torch.randperm(count, generator=generator)[:size].clone()
 
     return draw

@@ -181,7 +181,7 @@ def inverse_entries(
         rows: Places of the coefficients in a matrix of ``shape``, ``[n]`` int64.
         columns: Likewise.
         values: The coefficients, ``[n]``.
-        shape: Of the coefficients before padding, and of the result.
+        shape: Shape of the coefficients before padding, and of the result.
 
     Returns:
         Rows, columns and values, ``[entries]`` each; several entries may have one place.

@@ -100,7 +100,7 @@ class Merger:
 
     @property
     def state(self) -> MergeState:
-        """What is merged now."""
+        """The current merge state."""
         return self._state
 
     def merge(
@@ -270,7 +270,7 @@ def _build(
 ) -> MergeReport | None:
     """Stores every changed module in ``edit``; None once ``update_error`` is over ``most_error``.
 
-    That is looked at from a layer's worth of modules on: one tells little of all.
+    The limit applies once a layer's worth of modules is stored, as a single one is not typical.
 
     Raises:
         InvalidRequestError: A merged weight is not finite (names every such module).

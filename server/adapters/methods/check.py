@@ -55,13 +55,13 @@ def check_files(
     """Refuses an adapter whose files cannot be served, as far as that shows without their weights.
 
     Args:
-        directory: Has its two files.
-        path: What messages call the adapter.
+        directory: The adapter's directory, with its two files.
+        path: The adapter's name in messages.
         base: What is known of the base; None is nothing.
         base_name: The base's name as served; None if adapters of any base are taken.
         max_rank: Largest rank; None is any.
         host_bytes: Host memory of all adapters; None is any.
-        item_bytes: What a weight takes of it as served.
+        item_bytes: Bytes of host memory that each weight takes as served.
 
     Raises:
         AdapterCheckpointError: As a load would.

@@ -41,7 +41,7 @@ class ConstantKv(Operator):
 
     @cached_property
     def _wide(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the products want them, fp32, zeros up to a multiple of positions.
+        """Both in fp32 for the products, positions padded with zeros to a multiple.
 
         Keys ``[kv_heads, positions, head_dim]``, and values ``[kv_heads, head_dim + 16,
         positions]``: behind the features are ones, whose products are the sums of weights.

@@ -41,7 +41,7 @@ class PrototypeScore(Operator):
         prototypes: ``[K, in_features]``, fp32, contiguous: near a tie, a rounded score would
             choose other components.
         top_k: Components that share a token's weight.
-        temperature: What scores are divided by, above 0.
+        temperature: Divisor of the scores, above 0.
     """
 
     prototypes: torch.Tensor
@@ -51,10 +51,10 @@ class PrototypeScore(Operator):
 
 @dataclass(frozen=True, slots=True)
 class GivenScore(Operator):
-    """``α`` is what the adapter's ``TokenRouter`` says before the step (X-LoRA, arXiv 2402.07148).
+    """``α`` comes from the adapter's ``TokenRouter``, before the step (X-LoRA, arXiv 2402.07148).
 
     Attributes:
-        module: Which of the router's modules this is.
+        module: The gate's number among the router's modules.
     """
 
     module: int
@@ -70,7 +70,7 @@ class Gate(Operator):
     Attributes:
         a: ``[ranks, in_features]``, serving dtype, contiguous. Zero past the last component's rank.
         b: ``[ranks, out_features]``, serving dtype, contiguous, scaling folded in; zero likewise.
-        score: What a token's weights are computed from.
+        score: Computes a token's weights.
         rank_indptr: Where each component's ranks begin and end, ``[K + 1]``. A component that does
             not adapt the module has none.
     """

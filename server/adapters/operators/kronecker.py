@@ -36,15 +36,14 @@ class Kronecker(Operator):
 
     @property
     def _factors(self) -> tuple[torch.Tensor, ...]:
-        """What ``X`` is multiplied by from the right, transposed, in this order."""
+        """The factors, transposed, that ``X`` is multiplied by from the right, in this order."""
         return (self.w2,) if isinstance(self.w2, torch.Tensor) else (self.w2[1], self.w2[0])
 
     def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
         in_m = self.w1.shape[1]
         w1, factors = self.w1.float(), [factor.float() for factor in self._factors]
         for rows in pieces(len(x), max(x.shape[1], y.shape[1], in_m * factors[-1].shape[0])):
-            # Shapes: [rows, in_m, in_n] → [rows, in_m, out_k] → [rows, out_k, out_l] → [rows,
-            # out_l, out_k].
+            # [rows, in_m, in_n] → [rows, in_m, out_k] → [rows, out_k, out_l] → [rows, out_l, out_k]
             inner = x[rows].float().unflatten(1, (in_m, -1))
             for factor in factors:
                 inner = row_product(inner, factor)

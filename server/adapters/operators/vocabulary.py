@@ -89,7 +89,7 @@ class EmbeddingLowRank:
         return (self.a, self.b) if self.gain is None else (self.a, self.b, self.gain)
 
     def change(self, tokens: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        """What is added to the base's embeddings of some tokens; see ``VocabularyRows.change``."""
+        """The change to the base's embeddings of some tokens; see ``VocabularyRows.change``."""
         a = F.embedding(tokens, self.a).float().unsqueeze(1)
         change = row_product(a, self.b.float()).squeeze(1)
         return change if self.gain is None else change + (self.gain - 1.0) * base

@@ -184,10 +184,10 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class NativeStepInputs:
-    """What ``turret.kernels.cpu.layers`` reads of a step's changed inputs.
+    """The data that ``turret.kernels.cpu.layers`` needs for a step's changed inputs.
 
     Attributes:
-        table: By projection.
+        table: Changed inputs by projection.
         width: The most elements that a row of changed inputs has, of all projections.
     """
 
@@ -197,7 +197,7 @@ class NativeStepInputs:
 
     @classmethod
     def of(cls, inputs: StepInputs, num_rows: int) -> NativeStepInputs:
-        """For a step of so many rows."""
+        """The table for a step of ``num_rows`` rows."""
         table, width, kept = (NativeInputs * len(PROJECTIONS))(), 0, {}
         for number, name in enumerate(PROJECTIONS):
             common, own = inputs.common.get(name), inputs.own.get(name)
@@ -216,7 +216,7 @@ class NativeStepInputs:
 
 
 def _way(name: str, members: Sequence[tuple[AdapterTable, float]], num_slices: int) -> str:
-    """Where a row of this mix goes in a projection: ``common``, ``own`` or ``added``."""
+    """How a projection treats rows of this mix: ``common``, ``own`` or ``added``."""
     scaling = [k for k, (table, _) in enumerate(members) if name in table.gains]
     changing = [k for k, (table, _) in enumerate(members) if name in table.input_changes]
     # The gain of a lone adapter applies to its whole result.

@@ -110,7 +110,8 @@ class AdapterTable:
         updates: Projections with an update, gain or bias in some layer.
         gains: Projections with a gain or pairs in some layer, which the base's own result meets.
         input_changes: Projections with an input gain or input blocks in some layer.
-        shared_gains: Those of them in which all slices have one input gain, in every layer.
+        shared_gains: Those of ``input_changes`` whose slices all have one input gain, in every
+            layer.
     """
 
     operators: AdapterOperators

@@ -134,7 +134,7 @@ class GpuPackedProjection:
                 self.bias[layers, place.slot, columns] = bias
 
     def put_gates(self, operators: AdapterOperators, place: Place, num_slots: int) -> None:
-        """Copy the factors of an adapter's gates into a place that holds nothing besides."""
+        """Copies the factors of an adapter's gates into a place that holds nothing else."""
         self._cleared(AdapterOperators({}), place, num_slots)
         found, components = self._layout.of(operators, self.name), components_of(operators)
         here = slice(place.rank_start, place.rank_end)
@@ -187,11 +187,11 @@ class GpuPackedProjection:
             self.slice_ranks[layers[0] : layers[-1] + 1, slot, s].fill_(rank)
 
     def addresses(self) -> list[object]:
-        """Where its matrices are, and how large."""
+        """Addresses and shapes of the matrices."""
         return [(t.data_ptr(), t.shape) for t in (self.a, *self.b, self.slice_ranks)]
 
     def optional_addresses(self, kinds: PackedKinds) -> list[object]:
-        """Where the tables are that adapters of some kinds read, and how large."""
+        """Addresses and shapes of the tables that these kinds of adapters read."""
         tables = (
             self.gain_delta if self.name in kinds.gains else None,
             self.bias if self.name in kinds.biases else None,
@@ -200,7 +200,7 @@ class GpuPackedProjection:
 
 
 class GpuPack(Part):
-    """The matrices of all fused projections, and which adapter lies where in them.
+    """The matrices of all fused projections, and each adapter's place in them.
 
     An adapter owns the same rank range in every module, as wide as its own largest rank. What fits
     by its bytes fits: where free ranks are scattered, adapters move together within the matrices,
@@ -238,7 +238,7 @@ class GpuPack(Part):
 
     @property
     def places(self) -> Mapping[str, Place]:
-        """Where each adapter lies, by key."""
+        """Each adapter's place, by key."""
         return self._placement.places
 
     @property
@@ -251,7 +251,7 @@ class GpuPack(Part):
         return PackedKinds.union(self._kinds[key] for key in keys)
 
     def gates(self, key: str) -> Place | None:
-        """Where the components of an adapter's gates lie: ranks and a slot of their own."""
+        """The place of an adapter's gate components: ranks and a slot of their own."""
         return self.places.get(_gates_of(key))
 
     def has_room(self, operators: AdapterOperators) -> bool:

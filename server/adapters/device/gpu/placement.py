@@ -23,7 +23,7 @@ class Placement:
 
     Args:
         capacity: Ranks there are places for.
-        num_slots: Slots there are places for at first, slot 0 apart, which is neutral and nobody's.
+        num_slots: Number of slots at first, without the neutral slot 0.
 
     Attributes:
         num_slots: Slots there are places for, slot 0 included.

@@ -36,7 +36,7 @@ _Shapes = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class ShelfKey:
-    """What is on a shelf: a kind of operator, where, and the shapes of its tensors.
+    """The content of a shelf: a kind of operator, its place, and the shapes of its tensors.
 
     ``slice`` is that of the projection; −1 for experts, whose projections are not fused.
     """
@@ -56,8 +56,8 @@ class Shelf:
     """The tensors of adapters by slot, in all layers.
 
     Attributes:
-        slots: By adapter key.
-        layers: Those in which some adapter has the operator.
+        slots: Slot numbers by adapter key.
+        layers: Layers in which some adapter has the operator.
         tables: Per tensor ``[layers, slots, …]``. Of experts one, which says where each adapter's
             factors lie, ``[layers, slots, 2]`` int64 (0: nowhere): they are large, a table with a
             slot for each would leave room for others that do not come.
@@ -122,7 +122,7 @@ class Shelf:
             kronecker(x, y, w1, second[0] if len(second) == 1 else (second[0], second[1]), table)
 
     def addresses(self) -> list[object]:
-        """Where its tables are, and how large; in which layers it is used."""
+        """Addresses and shapes of the tables, and the layers that use them."""
         return [self.key, sorted(self.layers), [(t.data_ptr(), t.shape) for t in self.tables]]
 
 

@@ -51,7 +51,8 @@ class GpuAdapterStep:
         low_rank: Projections with a low-rank update, gated or not.
         shelves: Rows of the shelves.
         gates: Gates of learned fusions and routers.
-        addresses: Where tables lie that the step reads and not every step with adapters does.
+        addresses: Addresses of the tables that this step reads but not every step with adapters
+            does.
         others: Rows of operators that have no kernel, or None. Nothing of them is captured.
     """
 
@@ -66,7 +67,7 @@ class GpuAdapterStep:
 
     @property
     def signature(self) -> Hashable:
-        """What the step launches, and where what it reads lies; see the module."""
+        """Identifies a step's launches and the addresses they read; see the module."""
         kinds = (self.low_rank, self.kinds.gains, self.kinds.biases)
         return (kinds, self.shelves.signature, self.gates.signature, self.addresses)
 
@@ -213,7 +214,7 @@ class GpuStore(AdapterStore):
             runs: All rows of the step: first row, end row, mix (empty for the base model's). Each
                 begins where the one before ends.
             tables: Where the metadata goes.
-            given: What first passes have told; see ``StepMembers``.
+            given: Scalings that first passes computed; see ``StepMembers``.
             num_decode: How many rows, the first ones, decode (see ``nf4_gpu.py``); None for all.
         """
         kinds = self._pack.kinds({key for _, _, mix in runs for key, _ in mix})
@@ -224,11 +225,11 @@ class GpuStore(AdapterStore):
         return self._bound(table, kinds, shelves, gates, others)
 
     def bind_form(self, low_rank: frozenset[str], tables: GpuTables) -> GpuAdapterStep:
-        """What steps launch whose adapters have low-rank updates in some projections, and no more.
+        """A step without rows that launches low-rank updates in some projections, and no more.
 
         Args:
-            low_rank: Those projections.
-            tables: Where the metadata goes: of no rows.
+            low_rank: The projections with low-rank updates.
+            tables: Receive the metadata of a step without rows.
         """
         shelves = self._shelves.bind((), tables)
         kinds = PackedKinds(low_rank)

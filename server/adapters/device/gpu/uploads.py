@@ -66,7 +66,7 @@ class _Arriving:
 
     Attributes:
         operators: Views of ``memory``.
-        memory: What they lie in.
+        memory: The memory that holds the operators.
         arrived: The copy is over.
     """
 
@@ -77,11 +77,11 @@ class _Arriving:
 
 @dataclass(frozen=True, slots=True)
 class _Staged:
-    """An adapter that somebody waits for.
+    """An adapter that a request waits for.
 
     Attributes:
-        copying: Done when its copy is in the stream; fails where there is no memory.
-        num_bytes: What it takes on the device.
+        copying: Done when its copy is queued on the stream; fails if there is no memory.
+        num_bytes: Bytes that it takes on the device.
         since: When it was asked for, in seconds.
     """
 
@@ -224,7 +224,7 @@ class _Plan:
 
     Attributes:
         blocks: The host memory that it lies in, ``[bytes]`` uint8, and where that goes.
-        num_bytes: What it takes there.
+        num_bytes: Bytes that it takes on the device.
     """
 
     def __init__(self, operators: AdapterOperators) -> None:

@@ -77,8 +77,7 @@ METHOD = LinearMethod(
         A: (R, IN),
         B: (OUT, R),
         LORA_BIAS: when("lora_bias", (OUT,)),
-        # The names are those of PEFT's file format, of PEFT's parameter, and of the original DoRA
-        # code.
+        # Names: PEFT's file format, PEFT's parameter, and the original DoRA code.
         MAGNITUDE: replace(
             when("use_dora", either((OUT,), (1, OUT), (OUT, 1))),
             also_named=(f"{MAGNITUDE}.weight", "weight_m_wdecomp.weight"),

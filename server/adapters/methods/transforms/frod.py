@@ -49,7 +49,7 @@ class _Solved:
         self.trained = self.moved = 0.0
 
     def inverse(self, kind: str) -> torch.Tensor | None:
-        """``V⁻¹`` fp64, as large as a weight; None, and a fault, if there is none."""
+        """``V⁻¹`` fp64, as large as a weight; adds a fault and returns None if V is singular."""
         if kind != self._kind:
             v = self._adapter.shared[kind].to(torch.float64)
             inverse, info = torch.linalg.inv_ex(v)

@@ -39,7 +39,7 @@ class _Gated:
         bounds: First rank and end of each component, from the adapter's first rank on.
         asked: Queries or prototypes in a module at most.
         is_told: Whether a first pass computes its gates.
-        projections: Where it has gates, in any layer.
+        projections: Projections in which it has gates, in any layer.
     """
 
     bounds: tuple[tuple[int, int], ...]
@@ -54,7 +54,7 @@ class GpuStepGates:
 
     Attributes:
         tables: Per projection in which an adapter of the step has gates, the table of all scores.
-        told: What first passes have told, flat, or None. Steps with it are launched as they are.
+        told: Scalings that first passes computed, flat, or None. Steps with them are not captured.
     """
 
     tables: Mapping[str, torch.Tensor]
@@ -72,13 +72,13 @@ class GpuStepGates:
     def of(
         self, layer: int, projection: str, x: torch.Tensor, v: torch.Tensor, table: SegmentTable
     ) -> torch.Tensor | None:
-        """What ``segmented_expand`` weighs components by, if some are gated.
+        """The component weights for ``segmented_expand``, if some are gated.
 
         Args:
             layer: Layer number.
             projection: Fused projection.
             x: Its input.
-            v: What the step's shrink gave of it.
+            v: The rank activations from the step's shrink.
             table: The step's segments.
         """
         if projection not in self.tables:
@@ -142,7 +142,7 @@ class GpuGates(Part):
 
         Args:
             runs: Runs of rows: first, end, and their mix.
-            given: What first passes have told; see ``StepMembers``.
+            given: Scalings that first passes computed; see ``StepMembers``.
         """
         used = {key for _, _, mix in runs for key, _ in mix} & self._gated.keys()
         told: dict[str, int] = {}

@@ -115,7 +115,7 @@ def _scored(alike: _Alike, components: Sequence[int], kept: list[torch.Tensor]) 
         moves = moves_of(components, alike[0][1])
 
         def laid(keys: torch.Tensor) -> torch.Tensor:
-            """By rank in the pack."""
+            """Keys by the component's ranks in the pack."""
             own = keys.new_zeros(len(keys), sum(components), keys.shape[2])
             for ranks, target in moves:
                 own[:, target] = keys[:, ranks]
@@ -148,8 +148,8 @@ def _apart(
 
     Args:
         found: Layers, rising, and a tensor of each.
-        kept: What the copies are added to.
-        laid: Makes of the tensors of some layers, ``[layers, …]``, what is to be copied.
+        kept: List that the copies are added to.
+        laid: Turns the tensors of some layers, ``[layers, …]``, into what is to be copied.
 
     Returns:
         Where each begins.
