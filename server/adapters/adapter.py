@@ -21,21 +21,21 @@ class Adapter:
         uuid: Identifies the registration; all its generations have it.
         generation: From 1.
         key: Names this generation and no other, for as long as its uuid lives.
-        facts: What its files told.
+        facts: What reading its files found.
         source: Where its files are.
         operators: By module path; None while on disk. While a mix that was granted residency (see
             ``Mix.ensure_host``) holds the adapter, it stays as it is, unless the base changes.
         base_generation: The generation of the base weights that ``operators`` were computed from;
             None if they are the same on any.
-        host_bytes_needed: What it takes in host memory when it is there.
+        host_bytes_needed: Host memory that its operators take when resident.
         in_flight: Mixes that hold the adapter.
         holds: Those of them that were granted residency; an adapter with holds is not evicted.
         pinned: Never evicted.
         is_retired: A later generation has taken its place.
-        bytes_device: Set by whoever copies the operators to a device.
+        bytes_device: Set by the code that copies the operators to a device.
     """
 
-    # Thousands are registered: no dictionary each.
+    # Thousands of adapters are registered, so instances have no dictionary.
     __slots__ = (
         "base_generation",
         "bytes_device",

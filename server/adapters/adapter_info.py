@@ -25,7 +25,7 @@ class AdapterInfo:
         name: Registered name.
         uuid: Identifies this registration; a name loaded again after an unload has another one.
         generation: From 1; a replacement under the same registration is the next one.
-        facts: What its files told.
+        facts: What reading its files found.
         bytes_host: Bytes of operators held in host memory now.
         bytes_device: Bytes held on the device now.
         residency: The fastest tier that holds it now.
@@ -51,5 +51,5 @@ class AdapterInfo:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What an operator should know: of the files, and of the name."""
+        """Warnings for the operator, about the files and about the name."""
         return (*self.facts.warnings, *([_IS_SHADOWED] if self.name == BASE else []))

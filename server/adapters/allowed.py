@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """Off by default, all of it.
+    """Switches for what is refused by default; all are off.
 
     Attributes:
         other_base: Adapters whose base is another one by name, if shapes fit.

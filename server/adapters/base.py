@@ -86,11 +86,11 @@ class BaseExperts:
 
 @dataclass(frozen=True, slots=True)
 class BaseNorm:
-    """A norm of the base whose result goes into linear modules and nowhere else.
+    """A norm of the base whose result only linear modules use.
 
     Attributes:
         weight: As the checkpoint has it, ``[hidden]`` fp32.
-        offset: What the model adds to it before it multiplies.
+        offset: Number that the model adds to the weight before it multiplies.
         feeds: The modules that take its result, by path.
     """
 
@@ -138,7 +138,7 @@ class BaseModel:
             a method that does not serve one names it in an error, not a silent skip.
         experts: Fused projections of experts, by path, in layer order.
         renamed: Parts of paths that older checkpoints of adapters have, and what they are called.
-        norms: Those of them that are norms and feed linear modules alone, by path.
+        norms: Those of ``other_modules`` that are norms and feed only linear modules, by path.
         vocabulary: Embedding and head.
         num_layers: Decoder layers.
         hidden_size: Width of an embedding.
@@ -180,9 +180,9 @@ class BaseModel:
 
 @dataclass(frozen=True, slots=True)
 class ModuleSize:
-    """What a ``BaseModule`` is known to be before the model is read.
+    """The part of a ``BaseModule`` that is known before the model is read.
 
-    ``has_bias`` is None where the model's config does not tell.
+    ``has_bias`` is None if the model's config does not determine it.
     """
 
     name: str
@@ -193,7 +193,7 @@ class ModuleSize:
 
 @dataclass(frozen=True, slots=True)
 class BaseSizes:
-    """What a ``BaseModel`` is known to be before the model is read.
+    """The part of a ``BaseModel`` that is known before the model is read.
 
     Attributes are those of ``BaseModel``. ``kv_width`` is that of keys.
     """

@@ -12,7 +12,7 @@ from turret.server.errors import AdapterComponentError
 if TYPE_CHECKING:
     from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
-# Config key that lists the components.
+# Config key that lists an adapter's components.
 COMPONENTS_KEY = "components"
 MIN_COMPONENTS, MAX_COMPONENTS = 2, 16
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -25,7 +25,7 @@ class ComponentRef:
     """One component as a config names it.
 
     Attributes:
-        name: What it was called in training: for people, and for messages.
+        name: The component's name in training, for people and for messages.
         digest: SHA-256 over its config and weights, hex (``Adapter.digest``): what it is.
     """
 
@@ -56,7 +56,7 @@ FindComponent = Callable[[ComponentRef], Component]
 
 
 def is_components(value: Any) -> str | None:
-    """What is wrong with the value of ``components``, or None."""
+    """The fault in the value of ``components``, or None."""
     if not isinstance(value, list) or not MIN_COMPONENTS <= len(value) <= MAX_COMPONENTS:
         return f"must be a list of {MIN_COMPONENTS} to {MAX_COMPONENTS} components"
     for i, item in enumerate(value):
@@ -73,7 +73,7 @@ def is_components(value: Any) -> str | None:
 
 
 def component_refs(config: Mapping[str, Any]) -> tuple[ComponentRef, ...]:
-    """The components that a config names; none if it names none, or not properly."""
+    """The components that a config lists; empty if there are none or the list is malformed."""
     value = config.get(COMPONENTS_KEY)
     if value is None or is_components(value) is not None:
         return ()

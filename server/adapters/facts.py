@@ -15,13 +15,13 @@ class AdapterFacts:
         ranks: Distinct ranks, ascending.
         target_modules: Distinct last components of the adapted paths, ascending.
         base_model: The base that the config names, or "".
-        warnings: What an operator should know.
+        warnings: Warnings for the operator.
         num_soft_tokens: Soft tokens it puts before the prompt.
         num_prefix_positions: Positions before the prompt whose keys and values it brings.
         bytes_disk: Size of the checkpoint's files.
         bytes_host: What its operators take in host memory, in the dtype served when it was read.
         invocation: Tokens from whose last occurrence in the prompt on it acts; empty if everywhere.
-        labels: Those of its classification head; empty without one.
+        labels: Labels of its classification head; empty without one.
         problem_type: See ``Head``; empty without one.
         first_pass: What runs before every pass of its own and tells it its scalings: ``base``, or
             ``adapter`` (itself, at constant scalings); empty where nothing does.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 SINGLE_LABEL = "single_label_classification"
 MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
-# As transformers writes ``problem_type``.
+# Values of ``problem_type`` as transformers writes them.
 PROBLEM_TYPES = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
 MAX_LABELS, MAX_LABEL_CHARS = 4096, 256
 

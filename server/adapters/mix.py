@@ -10,12 +10,10 @@ from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.head import Head
 from turret.server.errors import InvalidRequestError, TurretError
 
-# One member of a request's mix, by name. No torch.
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterRef:
-    """One member of a request's mix, by name. ``generation`` None means the newest."""
+    """A member of a request's mix, by name; ``generation`` None means the newest."""
 
     name: str
     generation: int | None = None
@@ -49,7 +47,7 @@ OnHost = Callable[[HostResult], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mix:
-    """What ``AdapterRegistry.acquire`` returns; compared by identity, released once.
+    """The result of ``AdapterRegistry.acquire``; compared by identity, released once.
 
     Attributes:
         members: ``(adapter, weight)`` in the request's order. A member of weight 0 adds nothing but
@@ -66,7 +64,7 @@ class Mix:
 
     @property
     def head(self) -> Head | None:
-        """The classification head of its first member that has one."""
+        """The classification head of the first member that has one."""
         return next((a.head for a, _ in self.members if a.head is not None), None)
 
     @property
@@ -74,7 +72,7 @@ class Mix:
         return not self.members
 
     def part(self, members: Iterable[tuple[Adapter, float]]) -> Mix:
-        """Some of the members, for tokens on which no others act; nothing is held for it."""
+        """A mix of only some of the members; holds no adapters and needs no release."""
         return Mix(tuple(members))
 
     def ensure_host(self, callback: OnHost) -> bool:

@@ -10,8 +10,8 @@ from turret.server.basics.hub_id import HUB_SCHEME, HubId
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
-# Beside them where an adapter has tokens that the base lacks; of a tokenizer only these are read,
-# each up to so many bytes. Gemma 3's first has 33 MB.
+# Files beside them if an adapter has its own tokens, with the most bytes of each. No other
+# tokenizer files are read. The tokenizer.json of Gemma 3 has 33 MB.
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = {
     TOKENIZER_FILE: 64 << 20,
@@ -20,7 +20,7 @@ TOKENIZER_FILES = {
     "added_tokens.json": 4 << 20,
     "chat_template.jinja": 256 << 10,
 }
-# Beside them where ``turret train`` made the adapter; read where it is there.
+# ``turret train`` writes this file beside its adapters; reading it is optional.
 PROVENANCE_FILE = "provenance.json"
 
 
@@ -32,8 +32,8 @@ class Source:
         path: Relative to the adapter root, or to the state directory if ``is_upload``; or
             ``hub:org/name@commit``.
         is_upload: The server wrote the files itself and removes them when nobody needs them.
-        adapter: Of an upload, the adapter's name.
-        task: Which task of the files it is, where they hold several; None where nobody said.
+        adapter: The adapter's name, for an upload.
+        task: Which of several tasks in the files is meant; None if not specified.
     """
 
     path: str
@@ -55,5 +55,5 @@ class Source:
 
     @property
     def shown(self) -> str:
-        """What messages say for the path: where the server keeps uploads is nobody's business."""
+        """The path for messages, which must not show where the server keeps uploads."""
         return self.adapter or self.path

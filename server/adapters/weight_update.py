@@ -39,7 +39,7 @@ def is_low_rank(module: ModuleOperators) -> bool:
 
 
 def has_update(module: ModuleOperators) -> bool:
-    """Whether there is a ``ΔW``, and not a bias alone."""
+    """Whether the module has a ``ΔW``, not only a bias."""
     return any(not isinstance(part, Bias) for part in module.operators)
 
 

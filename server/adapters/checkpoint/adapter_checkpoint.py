@@ -29,7 +29,8 @@ class AdapterCheckpoint:
         digest: SHA-256, hex, over the config (canonical JSON) and every byte of the tensor file.
         bytes_disk: Size of the two files.
         is_partial: Whether tensors were taken out that the method must not miss.
-        base_digest: Of the base model, as ``provenance.json`` beside the files has it; "" without.
+        base_digest: The base's digest in ``provenance.json`` beside the files; "" without that
+            file.
         task: Which task of the files is meant, or None. The digest includes it.
         text_prefix: What stood before the language model's names where the adapter was trained
             on a model of text and images; "" if nothing did.
@@ -48,13 +49,13 @@ class AdapterCheckpoint:
     tokenizer: TokenizerFiles | None = None
 
     def of_task(self, task: int | None) -> AdapterCheckpoint:
-        """The same files as one of their tasks: another adapter, with a digest of its own."""
+        """A copy for one task of the files: another adapter, with its own digest."""
         if task is None:
             return self
         return replace(self, task=task, digest=digest_of_task(self.digest, task))
 
     def with_tokenizer(self, tokenizer: TokenizerFiles) -> AdapterCheckpoint:
-        """The same weights with a tokenizer: another adapter, with a digest of its own."""
+        """A copy with its own tokenizer: another adapter, with its own digest."""
         return replace(
             self,
             tokenizer=tokenizer,
@@ -64,7 +65,7 @@ class AdapterCheckpoint:
 
 
 def digest_of_task(digest: str, task: int | None) -> str:
-    """The digest of one task of an adapter's files, from that of all of them."""
+    """The digest of one task, from the digest of all of an adapter's files."""
     if task is None:
         return digest
     return hashlib.sha256(_TASK_DOMAIN + bytes.fromhex(digest) + str(task).encode()).hexdigest()

@@ -30,15 +30,15 @@ from turret.server.basics.work import is_out_of_memory
 from turret.server.errors import AdapterCheckpointError, StorageFailedError
 
 MAX_PATH_CHARS = 1024
-# Names walked for one path, links included; ends loops of links too.
+# Most path components to walk for one path, links included, so that link loops end.
 _MAX_STEPS = 2048
-# Of directories that are searched for an adapter: LLaMA-Factory's are three below what it is told.
+# Levels below a directory to search for adapters; LLaMA-Factory nests them three deep.
 _MOST_LEVELS = 3
-_MOST_CHECKPOINTS = 5  # that one refusal names
-# O_PATH needs no right to list the directory.
+_MOST_CHECKPOINTS = 5  # most checkpoints that one error message lists
+# O_PATH needs no permission to list the directory.
 _DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 _LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-# NONBLOCK keeps a FIFO from hanging.
+# O_NONBLOCK keeps the open from hanging on a FIFO.
 _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.EIO)
 _LEAVES = (
@@ -48,7 +48,7 @@ _LEAVES = (
 
 
 def refuse(path: str, why: str) -> AdapterCheckpointError:
-    """What is wrong with a path below the root."""
+    """The error for a path below the root."""
     shown = path if len(path) <= MAX_PATH_CHARS else path[:64] + "…"
     return AdapterCheckpointError(
         f"path {shown!r} {why}", metadata={"path": shown}, violations=[("path", why)]
@@ -56,7 +56,7 @@ def refuse(path: str, why: str) -> AdapterCheckpointError:
 
 
 def _cannot_be_read(error: OSError) -> str:
-    """Why, and whom to let read it if it is a matter of rights."""
+    """The reason; for a permission error, also which user needs read access."""
     why = f"cannot be read: {error.strerror}"
     if not isinstance(error, PermissionError):
         return why
@@ -68,7 +68,7 @@ def _cannot_be_read(error: OSError) -> str:
 
 
 def _raise_if_exhausted(error: OSError | ValueError) -> None:
-    """Raises StorageFailedError, or what there was no memory for, if the path is not to blame."""
+    """Raises StorageFailedError or the out-of-memory error if the path is not the cause."""
     if is_out_of_memory(error):
         raise error
     if isinstance(error, OSError) and error.errno in _EXHAUSTED:
@@ -81,10 +81,10 @@ class AdapterDirectory:
     Use it as a context manager.
 
     Args:
-        root: Where links in it may lead.
-        descriptor: Of the directory; closed with this object.
+        root: The root that links in it may not leave.
+        descriptor: The directory's descriptor; closed with this object.
         parts: Its path below the root, free of links when it was walked.
-        path: As messages show it.
+        path: The directory's path in messages.
     """
 
     def __init__(self, root: AdapterRoot, descriptor: int, parts: list[str], path: str) -> None:
@@ -105,7 +105,7 @@ class AdapterDirectory:
         os.close(self._descriptor)
 
     def has(self, name: str) -> bool:
-        """Whether the directory has such a name, be it a link that leads nowhere.
+        """Whether the directory has an entry of this name, including broken links.
 
         Raises:
             AdapterCheckpointError: The directory may not be searched.
@@ -119,9 +119,9 @@ class AdapterDirectory:
         return True
 
     def holds_others(self, file: str) -> str:
-        """Which directories in it are adapters, since they have such a file; empty if none has.
+        """A message about adapters below this directory, which have ``file``; empty without any.
 
-        Of those, the ones that are the least far below it.
+        Lists only adapters at the shallowest level that has any.
         """
         below: list[str] = []
         level = self._directories("")
@@ -141,7 +141,7 @@ class AdapterDirectory:
         return f"is no adapter, but {shown}{more} in it are; name one of them" if below else ""
 
     def _directories(self, below: str) -> list[str]:
-        """The directories in the one that ``below`` ends in a slash for, by their paths."""
+        """Paths of the visible directories in ``below``, which is empty or ends in a slash."""
         try:
             names = self.names(below)
         except (OSError, AdapterCheckpointError):
@@ -220,7 +220,7 @@ class AdapterRoot:
 
         Args:
             path: From the root.
-            shown: What messages say for it; None for the path itself.
+            shown: What messages call it; None for the path itself.
 
         Raises:
             AdapterCheckpointError: Empty, absolute, with ``..`` or control characters, leading
@@ -259,7 +259,7 @@ class AdapterRoot:
         Args:
             start: A directory's path below the root.
             rest: A path or the text of a link: relative, or absolute.
-            flags: Of the last name's opening.
+            flags: Flags for opening the last name.
             shown: The whole path, for messages.
 
         Returns:
@@ -279,8 +279,8 @@ class AdapterRoot:
                     return os.dup(current), walked
                 name = pending.pop(0)
                 if name == "..":
-                    # By the names walked, not by the system, which would go where the directory
-                    # has been moved to.
+                    # Resolve .. by the names walked so far; the system would follow a directory
+                    # that was moved meanwhile.
                     if not walked:
                         raise refuse(shown, _LEAVES)
                     pending[:0] = walked[:-1]

@@ -15,8 +15,8 @@ import threading
 import time
 from collections import OrderedDict
 
-# A file must have been left alone for so long before it was read; network file systems tick in
-# seconds.
+# Seconds that a file must have been unchanged before it was read; some network file systems keep
+# times in whole seconds.
 _SETTLED_SECONDS = 3.0
 _MAX_ENTRIES = 1 << 16
 
@@ -26,7 +26,7 @@ def stamp_of(*descriptors: int) -> bytes | None:
     told = []
     for descriptor in descriptors:
         s = os.fstat(descriptor)
-        # A clock that is off is no reason to trust.
+        # This also rejects times in the future, which mean that a clock is wrong.
         if not 0 <= s.st_ctime <= time.time() - _SETTLED_SECONDS:
             return None
         told.append((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))

@@ -10,11 +10,12 @@ from turret.server.errors import VIOLATION_COUNT, AdapterCheckpointError, Adapte
 
 # A hostile file can break thousands of rules; the answer stays readable and small.
 MAX_REPORTED = 64
-# Of the findings in a message, beyond the first; all that are reported are its violations.
+# Most characters of findings in a message; the first one is always included whole. The error's
+# violations list all that are reported.
 _MOST_CHARS = 400
-# Of the keys at fault that come after these.
+# Most characters of the field names that a message lists after those findings.
 _MOST_NAMES = 600
-# More fields than these with one fault are counted, not named.
+# If more fields than this share a fault, the message counts them instead of listing them.
 _MOST_ALIKE = 3
 
 
@@ -26,7 +27,7 @@ class HasShape(Protocol):
 
 
 class Findings:
-    """What is wrong with a checkpoint itself, and what does not fit the base, in the order found.
+    """The faults of a checkpoint and its mismatches with the base, in the order found.
 
     Args:
         path: The adapter, as messages name it.
@@ -36,9 +37,9 @@ class Findings:
     def __init__(self, path: str, base: str = "") -> None:
         self._path = path
         self._base = base
-        # Said first of a mismatch: one cause stands behind many lines of shapes.
+        # Starts the message about a mismatch, because one cause often explains many wrong shapes.
         self.cause = ""
-        # Dictionaries, as ordered sets: a fault that two checks see is told once.
+        # Dictionaries serve as ordered sets, so a fault that two checks find is reported once.
         self._faults: dict[tuple[str, str], None] = {}
         self._mismatches: dict[tuple[str, str], None] = {}
 
@@ -47,7 +48,7 @@ class Findings:
         self._faults.setdefault((field, why))
 
     def mismatch(self, field: str, why: str) -> None:
-        """Something that may be sound, but not on this base."""
+        """Adds a finding that may be correct in itself but does not fit this base."""
         self._mismatches.setdefault((field, why))
 
     def add_all(self, other: Findings) -> None:
@@ -113,10 +114,10 @@ def _summary(
 
     Args:
         found: All of them.
-        most_names: Characters of those fields.
+        most_names: Most characters of those other fields.
     """
     shown = list(found)[:MAX_REPORTED]
-    # A fault that all layers have is told once.
+    # A fault that all layers share is reported once.
     alike = Counter(why for _, why in found)
     folded: set[str] = set()
     lines: list[str] = []

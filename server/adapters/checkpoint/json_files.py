@@ -12,7 +12,7 @@ from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, PROVENA
 from turret.server.basics.files import why_lfs_pointer
 from turret.server.errors import AdapterCheckpointError
 
-# Names that stay in memory and on disk, and go to every client that lists adapters.
+# Values of these keys stay in memory and on disk, and go to every client that lists adapters.
 _NAMES = ("base_model_name_or_path", "revision")
 MAX_NAME_CHARS = 512
 
@@ -42,7 +42,7 @@ def parse_config(data: bytes, path: str) -> dict[str, Any]:
 
 
 def read_base_digest(directory: AdapterDirectory) -> str:
-    """What ``turret train`` wrote of the base; "" if nothing readable is there."""
+    """The base's digest that ``turret train`` wrote; "" if there is no readable one."""
     if not directory.has(PROVENANCE_FILE):
         return ""
     try:

@@ -14,13 +14,13 @@ from turret.server.adapters.source import CONFIG_FILE
 from turret.server.basics.closest import closest
 from turret.server.basics.hub_id import HUB_SCHEME, HubId
 
-# Names that one which is not there is compared with: a millisecond or two.
+# Most existing names to compare a missing one with; takes a millisecond or two.
 MOST_COMPARED = 200
-_MOST_SHOWN = 20  # of them, where none is near
+_MOST_SHOWN = 20  # most folders that a message lists if no name is close
 
 
 def what_instead(root: Path, path: str) -> str:
-    """What to do about a path at which there is nothing, as the end of a sentence."""
+    """Advice about a path that does not exist, as the end of a sentence."""
     parts = PurePosixPath(path).parts
     if meant := _repeats_root(root, parts) or _one_letter_off(root, parts):
         return f"; did you mean {meant!r}?"
@@ -29,7 +29,7 @@ def what_instead(root: Path, path: str) -> str:
     names = _some_names(root)
     if below := _one_level_below(root, path, names):
         return f"; did you mean {below!r}?"
-    # Of "." there is no part, where the root itself is gone.
+    # The path "." has no parts; it is missing if the root itself is gone.
     if parts and parts[0] not in names and (hint := hub_hint(path)):
         return hint
     folders = [n for n in sorted(names) if n[0] != "." and os.path.isdir(root / n)]
@@ -42,9 +42,9 @@ def what_instead(root: Path, path: str) -> str:
 
 
 def inside(root: Path, path: PurePosixPath) -> str:
-    """What an absolute path, or one with ``..``, is below the root, as the end of a sentence.
+    """The path below the root that an absolute path, or one with ``..``, leads to.
 
-    Empty if it is nothing there.
+    Empty if it is not a directory below the root.
     """
     meant = Path(os.path.normpath(root / path))
     if meant.is_relative_to(root) and os.path.isdir(meant):
@@ -53,19 +53,19 @@ def inside(root: Path, path: PurePosixPath) -> str:
 
 
 def hub_hint(path: str) -> str:
-    """What to type for a repository of the hub, where the path looks like one."""
+    """The hub path to use instead, if the path looks like a repository of the hub."""
     return f"; of the Hugging Face hub it is {HUB_SCHEME}{path}" if HubId.find(path) else ""
 
 
 def folder_hint(path: PurePosixPath) -> str:
-    """Which directory was meant by one of an adapter's files."""
+    """The directory to use instead of one of an adapter's files."""
     if path.suffix not in (".safetensors", ".json", ".bin"):
         return f"; an adapter is the directory that has its {CONFIG_FILE}"
     return f"; an adapter is the directory that holds its files, {str(path.parent)!r}"
 
 
 def _repeats_root(root: Path, parts: tuple[str, ...]) -> str:
-    """The path without the end of the root's own, with which it begins."""
+    """The path without its beginning, if that repeats the end of the root's own path."""
     for count in range(1, len(parts)):
         rest = "/".join(parts[count:])
         if root.parts[-count:] == parts[:count] and os.path.isdir(root / rest):
@@ -74,7 +74,7 @@ def _repeats_root(root: Path, parts: tuple[str, ...]) -> str:
 
 
 def _one_letter_off(root: Path, parts: tuple[str, ...]) -> str:
-    """The directory whose path differs in the first name that is not there, and only slightly."""
+    """The directory whose path differs only slightly, in the first name that does not exist."""
     for number, name in enumerate(parts):
         before = root.joinpath(*parts[:number])
         if os.path.isdir(before / name):
@@ -86,13 +86,13 @@ def _one_letter_off(root: Path, parts: tuple[str, ...]) -> str:
 
 
 def _one_level_below(root: Path, path: str, names: list[str]) -> str:
-    """The path within the one directory of the root that has it."""
+    """The path inside the only directory of the root that contains it."""
     found = [name for name in names if os.path.isdir(root / name / path)]
     return f"{found[0]}/{path}" if len(found) == 1 else ""
 
 
 def _some_names(directory: Path) -> list[str]:
-    """Names in it, no more than can be compared at once."""
+    """Names in the directory, at most as many as are compared at once."""
     try:
         with os.scandir(directory) as entries:
             return [entry.name for entry in itertools.islice(entries, MOST_COMPARED)]

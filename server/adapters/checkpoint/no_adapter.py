@@ -9,33 +9,33 @@ from turret.server.basics.counted import counted
 
 SAVE_AGAIN = "have PEFT save the adapter again"
 COPY_AGAIN = f"copy the file again, or {SAVE_AGAIN}"
-# Of a config and tensors that contradict each other.
+# Used where a config and its tensors contradict each other.
 OTHER_TRAINING = (
     f"{CONFIG_FILE} may be of another training: take the one that was saved beside {TENSORS_FILE}"
 )
-# Of tensors that have no place.
+# Used where no tensor belongs to the method.
 NO_TENSORS = "holds no tensors of this method"
 WHOLE_WEIGHT = "is a whole weight; only those of embed_tokens and lm_head are served"
 LEFT_OUT = f"is there, but the config leaves it out; {OTHER_TRAINING}"
 NOT_FINITE = "holds NaN or Inf; take a checkpoint from before that"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-# A trainer's own, which say nothing of how the weights are kept.
+# Files of the trainer itself, which do not show in which format the weights are saved.
 _TRAINERS_OWN = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
 _MODEL_CONFIG = "config.json"
 
 
 def lacks_switch(key: str) -> str:
-    """What is said of a tensor that only an adapter with this key has."""
+    """The fault of a tensor that is only allowed if this key is set."""
     return f"is there, but {key} is not set"
 
 
 def lacks_switched(key: str) -> str:
-    """What is said of a tensor that is missing and that this key is for."""
+    """The fault of a missing tensor that this key requires."""
     return f"is missing; {key} is set"
 
 
 def lacks_tokenizer(rows: int, base_rows: int) -> str:
-    """What is said of the tokenizer that an adapter with tokens of its own lacks."""
+    """The fault of an adapter with its own tokens but no tokenizer."""
     return (
         f"is missing: the adapter has rows for {counted(rows, 'token')}, the base model for"
         f" {base_rows}, and only its own tokenizer tells which they are; put it beside the weights"
@@ -44,7 +44,7 @@ def lacks_tokenizer(rows: int, base_rows: int) -> str:
 
 
 def holds_integers(method: str) -> str:
-    """What is said of a tensor of integers."""
+    """The fault of an integer tensor in a method that has none."""
     return f"holds integers, which {method} does not"
 
 
@@ -52,8 +52,8 @@ def check_is_adapter(directory: AdapterDirectory, path: str) -> None:
     """Refuse a directory that lacks one of an adapter's two files.
 
     Args:
-        directory: Its other names tell what it is instead.
-        path: As messages name it.
+        directory: Where to look; its other names show what it holds instead.
+        path: The adapter's name in messages.
 
     Raises:
         AdapterCheckpointError: It does.
@@ -62,7 +62,7 @@ def check_is_adapter(directory: AdapterDirectory, path: str) -> None:
     if not directory.has(CONFIG_FILE):
         raise refuse(path, directory.holds_others(CONFIG_FILE) or _what_it_is(directory))
     if has_tensors:
-        return  # whatever lies beside it is never opened
+        return  # other files beside the tensors are never opened
     findings = Findings(path)
     for name in directory.names():
         if name.endswith(_PICKLE_SUFFIXES) and not name.startswith(_TRAINERS_OWN):

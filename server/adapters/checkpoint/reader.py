@@ -32,9 +32,9 @@ from turret.server.adapters.checkpoint.safetensors_header import (
 from turret.server.adapters.checkpoint.tensor_names import canonical_names, text_prefix
 from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE
 
-# Every digest begins with it. Change it when the definition of the digest changes.
+# Domain prefix of every digest. Change it when the definition of the digest changes.
 _DIGEST_DOMAIN = b"turret-adapter-1\0"
-# By the names that the header's reader knows.
+# Torch dtypes by their safetensors names.
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -63,9 +63,9 @@ def read_checkpoint(
         root: The allow-listed root.
         path: Directory, relative to the root.
         max_elements: Most tensor elements to read, all tensors together.
-        item_bytes: What each takes as served, to tell of too many.
+        item_bytes: Bytes that each element takes as served, for the error about too many.
         known: Files that were hashed before and need not be again; learns those that were now.
-        shown: What messages call the adapter; None for its path.
+        shown: The adapter's name in messages; None for its path.
 
     Raises:
         AdapterCheckpointError: Path, file, header or values are refused.
@@ -110,7 +110,7 @@ def read_checkpoint(
 
 
 def begin_digest(config: Mapping[str, Any]) -> Any:
-    """An adapter's digest, but for the bytes of the tensor file; give it those, from the first."""
+    """A hash of the config; feed it all bytes of the tensor file to get an adapter's digest."""
     digest = hashlib.sha256(_DIGEST_DOMAIN)
     canonical = json.dumps(config, sort_keys=True, separators=(",", ":")).encode()
     digest.update(len(canonical).to_bytes(8, "little"))

@@ -28,8 +28,8 @@ MAX_EXTENT = 1 << 31
 _MAX_SHARED_BYTES = 256 << 10
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
-# Bytes of an element, by the format's name of its dtype: weights, and indices where a method has
-# some. 8-bit floats mean a format not known here.
+# Bytes per element, by safetensors dtype: weights, and the integers that some methods use as
+# indices. 8-bit floats are left out because they mean an unsupported format.
 ITEM_BYTES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2},
     **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1},
@@ -41,7 +41,7 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: ``[begin, end)`` in bytes from the end of the header.
+    """The location of one tensor: ``[begin, end)`` in bytes from the end of the header.
 
     ``dtype`` is a key of ``ITEM_BYTES``.
     """
@@ -105,10 +105,10 @@ def check_fits(path: str, header: SafetensorsHeader, max_elements: int, item_byt
     """Refuse an adapter of more weights than host memory may hold.
 
     Args:
-        path: What messages call the adapter.
-        header: Of its tensors.
+        path: The adapter's name in messages.
+        header: Header of the adapter's tensor file.
         max_elements: How many elements it may have.
-        item_bytes: What each of them takes as served, at least.
+        item_bytes: Fewest bytes that each element takes as served.
 
     Raises:
         BudgetExceededError: It has more.
@@ -139,12 +139,12 @@ def _parse(text: bytes, data_bytes: int) -> tuple[TensorEntry, ...]:
     return tuple(entries)
 
 
-# Adapters of one recipe differ in their weights alone: thousands share a header.
+# Adapters made by one recipe differ only in their weights, so thousands share a header.
 _parse_shared = functools.lru_cache(maxsize=16)(_parse)
 
 
 def _is_index(value: Any) -> bool:
-    # type(): a bool is an int too.
+    # Compare types, because a bool is an int too.
     return type(value) is int and value >= 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-# Most characters of a key of the outermost object: messages repeat it, and no format needs more.
+# Longest key of the outermost object: error messages repeat it, and no format needs more.
 MAX_KEY_CHARS = 512
 
 
@@ -48,7 +48,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
     for key in value:
         if len(key) > MAX_KEY_CHARS:
             raise ValueError(f"key {key[:60]!r}… is longer than {MAX_KEY_CHARS} characters")
-    # UTF-8 itself has no surrogates: only an escape can write one.
+    # UTF-8 cannot encode surrogates, so only a \u escape can produce one.
     if b"\\u" in data:
         for key, item in value.items():
             if not (_is_text(key) and _is_text(item)):

@@ -6,19 +6,19 @@ from collections.abc import Iterable, Sequence
 
 from turret.server.adapters.checkpoint.findings import Findings
 
-# The tensor of a method that learns a prompt.
+# Name of the tensor in methods that learn a prompt.
 PROMPT_EMBEDDINGS = "prompt_embeddings"
 PEFT_PREFIX = "base_model.model."
 # Inserted by torch.compile, FSDP and activation checkpointing around an unchanged module: the
 # parameter is the same one, so dropping the component cannot change what it means.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# A raw state dict keeps the adapter's name behind the parameter (lora_A.default.weight).
+# A raw state dict has the adapter's name after the parameter's (lora_A.default.weight).
 DEFAULT_NAME = "default"
-# What models of text and images put before their language model's own names: those of today, and
-# those of transformers before 4.52. Of the language model alone it is "model.".
+# Prefixes of the language model in models of text and images: the current one, and the one of
+# transformers before 4.52. A plain language model has "model." instead.
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
 _TEXT_HEAD = "language_model.lm_head."
-# Of the model without its head (AutoModel, as for embeddings), where nothing stands before them.
+# Stands for no prefix at all: a model without its head (AutoModel, as for embeddings).
 NO_PREFIX = "(none)"
 _OWN_PARTS = ("layers.", "embed_tokens.", "norm.")
 
@@ -33,7 +33,7 @@ def canonical_name(name: str) -> str:
 
 
 def text_prefix(names: Iterable[str]) -> str:
-    """Which of ``TEXT_PREFIXES``, or ``NO_PREFIX``, a file's names have; "" for the usual ones."""
+    """The ``TEXT_PREFIXES`` entry, or ``NO_PREFIX``, that names have; "" for the usual names."""
     for name in names:
         if _without_noise(name).startswith("layers."):
             return NO_PREFIX
@@ -46,7 +46,7 @@ def text_prefix(names: Iterable[str]) -> str:
 
 
 def name_in_training(module: str, prefix: str) -> str:
-    """What a module was called where the adapter was trained, by the file's ``text_prefix``."""
+    """A module's name in the model that the adapter was trained on, by its ``text_prefix``."""
     if not prefix:
         return module
     if prefix == NO_PREFIX:

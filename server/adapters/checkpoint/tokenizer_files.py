@@ -21,8 +21,8 @@ from turret.server.adapters.tokenizer_files import TokenizerFiles
 _CONFIG = "tokenizer_config.json"
 _DOMAIN = b"turret-tokenizer-1\0"
 _TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-# What transformers is told. What is not here is left out: paths, names of repositories, settings of
-# training. Code is refused.
+# Config keys that are passed to transformers. Others (paths, repository names, training settings)
+# are dropped; code is rejected.
 _SAID = frozenset(
     (
         *(f"{kind}_token" for kind in _TOKENS),
@@ -44,11 +44,11 @@ _CODE = ("auto_map", "custom_code")
 
 
 def read_tokenizer_files(directory: AdapterDirectory, findings: Findings) -> TokenizerFiles | None:
-    """Reads the tokenizer of a folder; None if it has none, or if findings say what is wrong.
+    """Reads the tokenizer of a folder; None if it has none or adds findings.
 
     Args:
         directory: The adapter's.
-        findings: Gets what is wrong with a file, by its name.
+        findings: Receives the faults of a file, by its name.
 
     Raises:
         AdapterCheckpointError: A file leads out of the root, or is no regular file.
@@ -81,13 +81,13 @@ def tokenizer_digest(files: Mapping[str, bytes]) -> str:
 
 
 def _checked(name: str, data: bytes, findings: Findings) -> bytes | None:
-    """What transformers gets of a file, or None."""
+    """The content to pass to transformers, or None if it is invalid."""
     try:
         if not name.endswith(".json"):
             data.decode()
             return data
         if name == TOKENIZER_FILE:
-            # Millions of keys: its own parser reads it, which is as strict.
+            # This file has millions of keys; the tokenizers library parses it, just as strictly.
             return data
         content = parse_object(data)
     except ValueError as error:

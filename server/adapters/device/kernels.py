@@ -28,7 +28,7 @@ class Kernel(NamedTuple):
     """A kernel.
 
     Attributes:
-        files: What computes, below ``kernels/cpu/c`` or ``kernels/gpu``.
+        files: The kernel's files below ``kernels/cpu/c`` or ``kernels/gpu``.
         serves: Whether it takes an operator of its kind.
     """
 

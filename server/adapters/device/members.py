@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-# One row's, or one segment's, mix: (adapter key, weight), in the request's order.
+# The mix of a row or segment as (adapter key, weight) pairs, in the request's order.
 Members = Sequence[tuple[str, float]]
 
 
@@ -28,7 +28,7 @@ class StepMembers:
 
     @property
     def runs(self) -> list[tuple[int, int, Members]]:
-        """All of them as runs of rows: first, end, and their mix."""
+        """All rows as runs: first, end, and their mix."""
         return [*((row, row + 1, mix) for row, mix in enumerate(self.short)), *self.long]
 
 
@@ -74,7 +74,7 @@ class Rows:
     run: slice | None = None
 
     def pick(self, table: torch.Tensor) -> torch.Tensor:
-        """A table's part per row, ``[rows, …]``, or ``[1, …]`` where the rows share it."""
+        """The table's entries per row, ``[rows, …]``, or ``[1, …]`` if all rows share one."""
         if self.run is not None:
             return table[self.run]
         assert isinstance(self.slots, torch.Tensor)

@@ -15,7 +15,7 @@ class Part(ABC):
 
     @abstractmethod
     def insert(self, key: str, operators: AdapterOperators) -> None:
-        """Take in what an adapter has of them, if anything."""
+        """Takes in an adapter's operators of this part's kinds, if it has any."""
 
     @abstractmethod
     def remove(self, key: str) -> None:

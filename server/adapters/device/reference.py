@@ -39,7 +39,7 @@ class _Module:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What is held of one adapter."""
+    """The operators of one adapter that are kept here."""
 
     modules: dict[_Place, list[_Module]] = field(default_factory=dict)
     experts: dict[_Place, ExpertLowRank] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class _Group:
 
     Attributes:
         rows: Their numbers, ``[n]`` int64, or a run of them.
-        members: Adapters, their mix weights, and what a first pass has told of the rows.
+        members: Adapters, their mix weights, and the rows' scalings from a first pass.
         is_decode: On the gpu path, whether all of them decode (see ``nf4_gpu.py``) or none.
     """
 
@@ -76,13 +76,13 @@ class _Group:
             values.index_copy_(0, self.rows, part.to(values.dtype))
 
     def are_among(self, rows: torch.Tensor) -> torch.Tensor:
-        """Which of some row numbers are the group's, bool."""
+        """Whether each row number belongs to the group, bool."""
         if isinstance(self.rows, slice):
             return (rows >= self.rows.start) & (rows < self.rows.stop)
         return torch.isin(rows, self.rows)
 
     def modules(self, place: _Place) -> dict[int, list[tuple[_Module, float, torch.Tensor | None]]]:
-        """By slice: what is added there, in the request's order."""
+        """The operators to apply by slice, in the request's order."""
         found: dict[int, list[tuple[_Module, float, torch.Tensor | None]]] = {}
         for held, weight, given in self.members:
             for module in held.modules.get(place, ()):
@@ -118,7 +118,7 @@ class StepReference:
             layer: Layer number.
             projection: Fused projection.
             x: Its input, ``[rows, in]``.
-            y: What has been added up so far, ``[rows, sum(out)]``.
+            y: The sum so far, ``[rows, sum(out)]``.
             base: The bias-free base projection.
             is_result: Whether ``y`` is what the base made of ``x``, and nothing else.
         """
@@ -182,7 +182,7 @@ class Reference(Part):
     Args:
         layout: Shape of the base.
         device: Where they are applied; on the CPU the host's own tensors are.
-        takes: Which operators; others are somebody else's.
+        takes: Selects the operators to hold.
     """
 
     def __init__(
@@ -282,8 +282,8 @@ class ReferenceStore(StepStore):
         layout: Shape of the base.
         dtype: Serving dtype.
         device: The CPU.
-        max_bytes: Budget of what is in the store.
-        on_moved: Told of every adapter that entered or left.
+        on_moved: Called with every adapter that enters or leaves.
+        on_moved: Called with every adapter that enters or leaves.
     """
 
     def __init__(

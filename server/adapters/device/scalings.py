@@ -38,8 +38,8 @@ def scalings(router: TokenRouter, states: torch.Tensor) -> torch.Tensor:
 
 
 def first_scalings(router: TokenRouter, num_rows: int, device: torch.device) -> torch.Tensor:
-    """Those of a first pass of the adapter itself, ``[rows, modules, components]`` fp32."""
+    """Scalings of the adapter's own first pass, ``[rows, modules, components]`` fp32."""
     assert router.first_pass is not None, "the first pass is not the base's own"
-    # Written by the device: a copy from the host would wait for it.
+    # Write the values on the device: a copy from the host would make it wait for the device.
     each = [torch.full((1,), value, device=device) for value in router.first_pass]
     return torch.cat(each).expand(num_rows, router.modules, -1)

@@ -18,16 +18,16 @@ from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.token_router import TokenRouter
 
 if TYPE_CHECKING:
-    # Not at run time: the other paths run where Triton is not installed.
+    # Only for type checkers: the other paths run where Triton is not installed.
     from turret.kernels.gpu.adapters.segmented_shrink import Shrink
     from turret.kernels.gpu.epilogues import Epilogue
 
-# Told of every adapter that entered or left a store.
+# Called with every adapter that enters or leaves a store.
 OnMoved = Callable[[Any], None]
 
 
 class Resident(Protocol):
-    """What a store needs of an adapter in host memory."""
+    """The attributes of an adapter in host memory that a store uses."""
 
     bytes_device: int
 
@@ -57,7 +57,7 @@ class BaseProduct(Protocol):
     def ended(
         self, x: torch.Tensor, epilogue: Epilogue, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """What an epilogue makes of the product, by its launches; None where that cannot be."""
+        """The product with an epilogue, or None if it cannot be computed in the same launches."""
         ...
 
 
@@ -93,7 +93,7 @@ class AdapterStep(Protocol):
         Args:
             layer: Layer number.
             q: Rotated queries, ``[rows, heads, head_dim]``; not changed.
-            attended: What attention gave, ``[rows, heads, head_dim]``, contiguous.
+            attended: The result of attention, ``[rows, heads, head_dim]``, contiguous.
         """
         ...
 
@@ -112,7 +112,7 @@ class AdapterStep(Protocol):
             layer: Layer number.
             projection: Fused projection of experts (``experts_gate_up``, ``experts_down``).
             x: Its input, ``[rows, in]`` or ``[pairs, in]``; not changed.
-            y: Of each pair of a row and an expert, ``[pairs, out]``, contiguous.
+            y: The results of each pair of row and expert, ``[pairs, out]``, contiguous.
             routing: The pairs.
             rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None for its own.
         """
@@ -135,11 +135,11 @@ class AdapterStore:
     once.
 
     Args:
-        parts: What holds the operators of the layers' projections.
+        parts: Hold the operators of the layers' projections.
         device: Where they are applied.
         max_bytes: Budget of what is in the store. The scheduler keeps what runs together within
             it; idle adapters give way.
-        on_moved: Told of every adapter that entered or left.
+        on_moved: Called with every adapter that enters or leaves.
     """
 
     def __init__(
@@ -156,11 +156,11 @@ class AdapterStore:
 
     @property
     def adapter_bytes(self) -> int:
-        """Bytes of the adapters that are in it."""
+        """Total bytes of the adapters in the store."""
         return sum(entry.adapter.bytes_device for entry in self._entries.values())
 
     def stored_bytes(self, operators: AdapterOperators) -> int:
-        """Bytes an adapter takes in it."""
+        """Bytes that an adapter takes in the store."""
         return operators.num_bytes + sum(part.extra_bytes(operators) for part in self._parts)
 
     def is_near(self, adapter: Resident) -> bool:
@@ -200,20 +200,20 @@ class AdapterStore:
             pass
 
     def vocabulary(self, key: str) -> VocabularyChange | None:
-        """What a stored adapter does to embedding and head."""
+        """A stored adapter's changes to embedding and head."""
         return self._vocabularies.get(key)
 
     def router(self, key: str) -> TokenRouter | None:
-        """What tells a stored adapter its scalings, on the device."""
+        """The router that computes a stored adapter's scalings, on the device."""
         return self._routers.get(key)
 
     def _operators(self, adapter: Resident) -> AdapterOperators:
-        """What goes into the store."""
+        """The operators to put into the store."""
         assert adapter.operators is not None, "an adapter is resident while it is in use"
         return adapter.operators
 
     def _is_current(self, adapter: Resident) -> bool:
-        """Whether what is stored of an adapter can be used as it is."""
+        """Whether the stored copy of an adapter can be used as it is."""
         return True
 
     def _insert(self, adapter: Resident) -> None:
@@ -226,14 +226,14 @@ class AdapterStore:
                 part.insert(adapter.key, operators)
             change = vocabulary_change(operators, self._device)
             if operators.router is not None:
-                # On a device they are views of what brought the whole adapter, which goes.
+                # On a GPU they are views of the upload's memory, which is freed; copy them.
                 moved = (
                     tensor.to(self._device, copy=self._device.type != "cpu")
                     for tensor in operators.router.tensors()
                 )
                 self._routers[adapter.key] = operators.router.with_tensors(moved)
         except torch.OutOfMemoryError:
-            # Nothing may know of an adapter that is not in: the step may come again.
+            # Leave no trace of an adapter that is not stored: the step may be retried.
             for part in self._parts:
                 part.remove(adapter.key)
             raise
@@ -267,7 +267,7 @@ class StepStore(AdapterStore, ABC):
         """Bind a step's rows to their adapters, all of them prepared."""
 
     def _is_current(self, adapter: Resident) -> bool:
-        """Whether the tensors that are read are those that are in host memory now."""
+        """Whether the tensors in the store are still those in host memory."""
         return self._entries[adapter.key].operators is adapter.operators
 
     def _insert(self, adapter: Resident) -> None:
@@ -275,7 +275,7 @@ class StepStore(AdapterStore, ABC):
         super()._insert(adapter)
 
     def _drop_evicted(self) -> None:
-        """Let go of adapters that left host memory: the store alone would keep their tensors."""
+        """Drops adapters that left host memory, so that the store does not keep their tensors."""
         gone = [
             key
             for key, entry in self._entries.items()

@@ -22,7 +22,7 @@ from turret.server.adapters.operators.vocabulary import VocabularyOperators
 
 @dataclass(frozen=True, slots=True)
 class VocabularyChange:
-    """What one adapter of a mix does; its tensors are on the device of the step."""
+    """What one adapter of a mix changes; its tensors are on the device of the step."""
 
     head: ModuleOperators | None
     tokens: VocabularyOperators | None
@@ -86,7 +86,7 @@ def change_logits(
         y: The base's logits of them, ``[num_rows, vocab]``, dtype of ``x``.
         head: The base's head, ``[rows, hidden]`` → ``[rows, vocab]``.
         groups: Every row in at most one.
-        out: Where they go, ``[at least num_rows, vocab]`` fp32; None for memory of their own.
+        out: Memory for the logits, ``[at least num_rows, vocab]`` fp32; None to allocate it.
 
     Returns:
         ``[num_rows, vocab]`` fp32.
@@ -105,7 +105,7 @@ def change_logits(
 
 
 def vocabulary_change(operators: AdapterOperators, device: torch.device) -> VocabularyChange | None:
-    """What an adapter does to the vocabulary, if anything; on the CPU, the host's own tensors."""
+    """An adapter's changes to the vocabulary, or None; on the CPU they use the host's tensors."""
     if not operators.changes_vocabulary:
         return None
     change = VocabularyChange(head=operators.head, tokens=operators.tokens)
@@ -113,7 +113,7 @@ def vocabulary_change(operators: AdapterOperators, device: torch.device) -> Voca
 
 
 def _moved(value: Any, device: torch.device, done: dict[int, Any]) -> Any:
-    """Every tensor inside on the device; what is there twice (tied rows) is moved once."""
+    """``value`` with every tensor on the device; tied tensors are moved once."""
     if id(value) in done:
         return done[id(value)]
     result = value

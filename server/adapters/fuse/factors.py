@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-# Directions weaker than this share of the strongest drown in the rounding of fp32 factors.
+# Directions weaker than this share of the strongest one are lost in fp32 rounding.
 _NOISE = float(torch.finfo(torch.float32).eps)
 
-# Descending singular values → number to keep.
+# Takes descending singular values and returns how many to keep.
 ChooseRank = Callable[[torch.Tensor], int]
 
 

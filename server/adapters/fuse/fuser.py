@@ -101,7 +101,7 @@ class Fuser:
         Args:
             name: Well-formed.
             refs: The mix, not empty.
-            combination: What to make of it.
+            combination: How to combine the mix.
             cancellation: Ends the fusion with its error at the next module; nothing is left of it.
 
         Returns:
@@ -125,10 +125,10 @@ class Fuser:
         except RuntimeError as error:
             self._end(job)
             refusal = told_of(error, "") if is_out_of_memory(error) else _shutting_down()
-            # Without a new thread the executor keeps the work for a later one.
+            # The executor may keep the work although no thread could start, so cancel it.
             cancellation.set(refusal)
             raise refusal from None
-        # A future that is cancelled before it starts never runs.
+        # A future that is cancelled before it starts never runs, so _run cannot do this.
         future.add_done_callback(lambda _: self._end(job))
         return future
 
@@ -227,13 +227,13 @@ class Fuser:
             cancellation.check()
             module = fused[path] = fuser.fuse(parts, base.modules[path])
             num_bytes += module.a.nbytes + module.b.nbytes
-            # Rather than when everything is computed.
+            # Check after each module, so that a fusion that does not fit ends early.
             self._registry.check_room(num_bytes)
             progress.report(len(fused))
         return fused
 
     def _check_free(self, name: str, paths: list[str]) -> None:
-        """Refuses a name whose content cannot be the result, before the work rather than after."""
+        """Refuses a name whose content cannot be the result, before any work is done."""
         try:
             record = self._registry.get(name)
         except AdapterNotFoundError:
@@ -255,7 +255,7 @@ class Fuser:
 
 
 def _work(members: Sequence[Member], base: BaseModel) -> dict[str, list[Part]]:
-    """What the members do to each module that any of them changes, in the base's order."""
+    """The members' updates by module, in the base's order."""
     work = {
         path: [part for member in members if (part := member.part(path)) is not None]
         for path in base.modules
@@ -277,7 +277,7 @@ def _result(record: AdapterInfo, modules: Mapping[str, FusedModule]) -> FuseResu
 
 
 class _Progress:
-    """Tells the log how far a fusion is, now and then."""
+    """Logs the progress of a fusion from time to time."""
 
     def __init__(self, name: str, combination: str, total: int) -> None:
         self._fields = {"adapter": name, "combination": combination}

@@ -19,7 +19,7 @@ from turret.server.adapters.methods import METHODS
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
 
-# The method that reads what is written here.
+# The method that reads these files.
 METHOD = "lora"
 
 

@@ -28,7 +28,7 @@ class Member:
     lowered: Lowered
 
     def part(self, module: str) -> Part | None:
-        """What it does to a module, or None."""
+        """The member's update of a module, or None."""
         operators = self.lowered.operators.modules.get(module)
         if operators is None:
             return None

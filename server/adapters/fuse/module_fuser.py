@@ -72,7 +72,7 @@ class ModuleFuser:
     """Fuses modules one after the other; the order decides which random numbers each one gets.
 
     Args:
-        combination: What was asked for.
+        combination: The requested combination.
         rank: Most singular values to keep, where the combination ends in an SVD without ``energy``.
         max_rank: Largest rank that may come out.
     """
@@ -130,7 +130,7 @@ class ModuleFuser:
         return Factors(exact.b.float(), exact.a.float())
 
     def _combined(self, parts: Sequence[Part], module: BaseModule) -> Factors | None:
-        """The result, if it is no approximation of the sum that the caller has at hand."""
+        """The result of a combination that does not approximate the plain sum; else None."""
         combination, generator = self._combination, self._generator
         if combination.is_concatenated or combination.name == "svd":
             return None
@@ -141,7 +141,7 @@ class ModuleFuser:
             ]
             matrix = combine(updates, weights, combination, generator)
             return truncated_svd(matrix, self._choose(module))
-        # PEFT gives A and B the root of weight and scaling each, and the sign to A.
+        # PEFT multiplies A and B by the root of weight times scaling each, and gives the sign to A.
         scaled = [part.weight * part.scaling for part in parts]
         roots = [math.sqrt(abs(value)) for value in scaled]
         signed = [math.copysign(root, value) for root, value in zip(roots, scaled, strict=True)]
@@ -200,7 +200,7 @@ def _sum_of_factors(parts: Sequence[Part], module: BaseModule) -> Factors | None
     """``Σ w_k ΔW_k`` in fp64, or None if it is not made of factors."""
     if not all(is_low_rank(part.operators) for part in parts):
         return None
-    # A component of weight 0 would use up rank for nothing.
+    # A member of weight 0 would only use up ranks.
     factors = [
         Factors(part.low_rank.b.T.double() * part.weight, part.low_rank.a.double())
         for part in parts

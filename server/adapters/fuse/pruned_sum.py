@@ -60,7 +60,7 @@ def _with_elected_signs(
     assert votes is not None, "a mix has members"
     elected = torch.where(votes >= 0, 1.0, -1.0)
     total, count = torch.zeros_like(votes), votes.zero_()
-    # The same masks once more, rather than every pruned tensor at a time.
+    # Draw the same masks again instead of keeping all pruned tensors in memory.
     generator.set_state(state)
     for task, weight in zip(tasks, weights, strict=True):
         part = _pruned(task(), combination, generator)

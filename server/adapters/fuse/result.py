@@ -28,7 +28,7 @@ class FuseResult:
 
     Attributes:
         record: The new adapter.
-        relative_error: As of a module, over all of them together.
+        relative_error: The same as a module's, over all modules together.
         modules: In the base model's order.
     """
 

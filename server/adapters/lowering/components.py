@@ -24,7 +24,7 @@ from turret.server.adapters.peft_format.reading import Reading
 from turret.server.basics.counted import counted
 from turret.server.errors import AdapterComponentError
 
-# Fields of the operators that a component must not have, in words.
+# Names, for messages, of operators that a component must not have.
 _WORDS = {
     "hadamard": "a Hadamard update",
     "kronecker": "a Kronecker update",
@@ -47,7 +47,7 @@ _WORDS = {
 def find_components(
     checkpoint: AdapterCheckpoint | Reading, find_component: FindComponent
 ) -> list[Component]:
-    """All of them, in the config's order, each with low-rank updates only.
+    """All components in the config's order; each must have only low-rank updates.
 
     Raises:
         AdapterComponentError: Some are not registered; names all.
@@ -90,7 +90,7 @@ def check_fusable(components: Sequence[Component], path: str) -> None:
 
 
 def _other_operators(component: Component) -> list[str]:
-    """What a component does beside low-rank updates, in words; also what this file knows not."""
+    """Names of a component's operators other than low-rank updates."""
     operators = component.operators
     used = {
         part.name
@@ -107,7 +107,7 @@ def _other_operators(component: Component) -> list[str]:
 
 
 def update_of(component: Component, name: str) -> LowRank | None:
-    """What a component adds to a module, or None."""
+    """A component's low-rank update of a module, or None."""
     ops = component.operators.modules.get(name)
     return ops.low_rank if ops is not None and ops.rank else None
 
@@ -119,7 +119,7 @@ def gate_of(
     """A gate over components.
 
     Args:
-        updates: What each does to the module; None is nothing.
+        updates: Each component's update of the module; None if it has none.
         score_of: From the factors ``b`` of all, what a token's weights are computed from.
     """
     some = [update for update in updates if update is not None]
@@ -139,7 +139,7 @@ def query_score(
 
 
 def filled_up(rows: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Zeros below, up to a multiple of rows."""
+    """Pads rows with zeros to a multiple."""
     return F.pad(rows, (0, 0, 0, -rows.shape[0] % multiple)).contiguous()
 
 

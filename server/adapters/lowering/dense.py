@@ -17,7 +17,7 @@ def check_dense(checkpoint: AdapterCheckpoint, base: BaseModel, max_bytes: int |
     """Refuses an adapter of whole matrices before any of them is made.
 
     Args:
-        checkpoint: Of a method whose updates are dense.
+        checkpoint: A checkpoint of a method whose updates are dense.
         base: The base they would be made for.
         max_bytes: Most bytes they may take; 0 where the server allows none, None is any.
 
@@ -47,13 +47,13 @@ def check_dense(checkpoint: AdapterCheckpoint, base: BaseModel, max_bytes: int |
 
 
 def _folders(path: str) -> Iterator[str]:
-    """Every module that a tensor may belong to, by its name."""
+    """The paths of all modules that a tensor with this name may belong to."""
     while path := path.rpartition(".")[0]:
         yield path
 
 
 def dense_warnings(operators: AdapterOperators) -> tuple[str, ...]:
-    """What to say of an adapter's whole matrices, if it has any."""
+    """The warnings about an adapter's whole matrices, if it has any."""
     modules = [*operators.modules.values(), *([operators.head] if operators.head else [])]
     parts = (part for module in modules for part in module.operators)
     total = sum(part.num_bytes for part in parts if isinstance(part, Dense))

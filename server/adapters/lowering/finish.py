@@ -43,17 +43,17 @@ def finish(
     """Puts the operators into a block of memory, checks that nothing overflowed, and sums up.
 
     Args:
-        checkpoint: What was lowered.
+        checkpoint: The lowered checkpoint.
         base: The base it was lowered for.
         modules: What it does to linear modules, by path; tensors may be views of anything.
         found: What the check of linear modules made of it: its ranks and warnings
             count, and biases that replace the base's are added to the operators.
-        prompt: What it puts before the prompt.
-        tokens: What it does to rows of embedding and head.
-        ranks: Instead of those in ``found``.
+        prompt: Soft tokens, or keys and values, to put before the prompt.
+        tokens: Changes to rows of embedding and head.
+        ranks: Replaces the ranks in ``found``.
         scalings: See ``Lowered``.
         components: See ``Lowered``.
-        warnings: Beside those in ``found``.
+        warnings: Warnings in addition to those in ``found``.
         depends_on_base: Whether weights or biases of the base went into the operators. Biases that
             replace the base's always do. True costs a second reading whenever a merge changes the
             base; False is wrong where the base went in.
@@ -103,8 +103,8 @@ def _with_biases(
     result = dict(operators)
     for name, bias in biases.items():
         served = base.modules[name].bias
-        assert served is not None  # the reader checked it
-        # The file holds the whole bias; operators add, so only the difference goes in.
+        assert served is not None  # the reader checked that there is one
+        # The file holds the whole bias. Operators are added to the base's, so use the difference.
         change = bias.to(torch.float32) - served.to(torch.float32).cpu()
         before = result.get(name, ModuleOperators())
         whole = change if before.bias is None else before.bias + change

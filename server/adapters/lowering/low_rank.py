@@ -10,8 +10,8 @@ import torch
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.modulated_base import ModulatedBase
 
-# Elements of ``b`` folded at once: 1 MB in fp32. Larger temporaries go back to the system after
-# every adapter, and touching them anew took a quarter of the time.
+# Elements of ``b`` folded at once: 1 MB in fp32. Larger temporaries are returned to the system
+# after every adapter, and touching their memory anew took a quarter of the time.
 _BATCH_ELEMENTS = 1 << 18
 
 
@@ -46,7 +46,7 @@ def fold_all(factors: Mapping[str, Factors], dtype: torch.dtype) -> dict[str, Lo
             if a_of[0].dtype != dtype:
                 a_of = torch.stack(list(a_of)).to(dtype).unbind()
             b = torch.stack([one.b for one in batch])
-            # A product of 16-bit values with a number is an fp32 one that is rounded once.
+            # Torch multiplies 16-bit tensors by a number in fp32 and rounds the result once.
             b = b if b.dtype == dtype else b.to(torch.promote_types(dtype, torch.float32))
             b = b.mul_(batch[0].scaling).to(dtype).transpose(1, 2).contiguous()
             folded |= zip(names, map(LowRank, a_of, b.unbind()), strict=True)
@@ -65,7 +65,7 @@ def fold(
     Args:
         a: ``[rank, in_features]``, in the file's dtype.
         b: ``[out_features, rank]``, likewise.
-        scaling: What the update is multiplied by.
+        scaling: Factor of the update.
         dtype: Serving dtype.
         gain: ``[out_features]`` fp32, or None.
     """

@@ -20,14 +20,14 @@ class Lowered:
         ranks: Distinct ranks, ascending.
         target_modules: Distinct last components of the adapted paths, ascending.
         base_model: The base the checkpoint names, or "".
-        warnings: What an operator should know; nothing here makes the result inexact.
+        warnings: Warnings for the operator; nothing here makes the result inexact.
         num_soft_tokens: Soft tokens that go before the prompt.
         num_prefix_positions: Positions before the prompt whose keys and values it brings.
         scalings: What a method folded into ``b`` of a module as its scaling; 1 where it is missing.
         components: Digests of the adapters it is built from.
         depends_on_base: Whether the base's weights or biases went into the operators, which are
             then lowered again when a merge changes the base. True where a method does not say.
-        head: What its classification head tells, or None.
+        head: The labels and problem type of its classification head, or None.
         vocab_size: Rows of its vocabulary, where that has another size than the base's; else 0.
     """
 
@@ -49,7 +49,7 @@ class Lowered:
         return self.operators.num_bytes
 
     def facts(self, checkpoint: AdapterCheckpoint, method: str) -> AdapterFacts:
-        """What is kept of it, and of the checkpoint it was made from, without its weights."""
+        """The facts to keep, without weights, about the adapter and its checkpoint."""
         return AdapterFacts(
             digest=checkpoint.digest,
             method=method,

@@ -91,7 +91,7 @@ class LinearMethod(LinearFormat):
         operators: From a module's tensors to what it does there; no pieces leave the module alone.
         order: The modules in the order in which they are computed, where that is not the base's.
         after: Looks at all of it, once every module is done.
-        complete: Adds to the result what is not about modules.
+        complete: Adds to the result everything that does not belong to modules.
     """
 
     operators: Callable[[Module], Pieces]
@@ -113,7 +113,7 @@ class LinearMethod(LinearFormat):
         assembly = Assembly(base.dtype)
         reading.find_component = find_component
         with ExitStack() as stack:
-            # A thread's work on the device goes beside the steps, if there is any.
+            # Run this thread's work on the device beside the steps, if there is any.
             reading.beside = partial(stack.enter_context, base.beside())
             order = reading.modules.values() if self.order is None else self.order(reading)
             for module in order:

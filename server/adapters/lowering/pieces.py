@@ -27,10 +27,10 @@ class Piece:
     """One operator of a module.
 
     Attributes:
-        make: Makes it, in the serving dtype.
-        factors: Of a low-rank update of the file's own tensors, those: all modules' are rounded
-            together, which is faster.
-        scaling: What was folded into ``b`` of a LoRA as its scaling.
+        make: Makes the operator in the serving dtype.
+        factors: The file's own factors of a low-rank update, or None. Those of all modules are
+            rounded together, which is faster.
+        scaling: The scaling that was folded into ``b`` of a LoRA.
     """
 
     make: Callable[[torch.dtype], Operator]
@@ -48,7 +48,7 @@ def low_rank(a: torch.Tensor, b: torch.Tensor) -> Piece:
 def scaled_low_rank(
     a: torch.Tensor, b: torch.Tensor, scaling: float, gain: torch.Tensor | None = None
 ) -> Piece:
-    """``Δ(x) = gain ⊙ scaling · b (a x)`` of LoRA and its variants, which tell their scaling."""
+    """``Δ(x) = gain ⊙ scaling · b (a x)`` of LoRA and its variants; records the scaling."""
     from turret.server.adapters.lowering.low_rank import Factors, fold
 
     return Piece(
@@ -159,7 +159,7 @@ def gate(updates: Sequence[LowRank | None], score: Score) -> Piece:
 def gate_by_query(
     updates: Sequence[LowRank | None], query: torch.Tensor, keys: torch.Tensor
 ) -> Piece:
-    """The same with scores ``(query x) · (keys Δ_k(x))``."""
+    """A gate over components with scores ``(query x) · (keys Δ_k(x))``."""
     from turret.server.adapters.lowering.components import gate_of, query_score
 
     return Piece(lambda dtype: gate_of(updates, lambda b: query_score(query, keys, b, dtype)))
@@ -170,17 +170,17 @@ def _single(values: torch.Tensor) -> torch.Tensor:
 
 
 class Assembly:
-    """Puts modules together; what is rounded is rounded as soon as it is there."""
+    """Assembles modules; each operator is rounded as soon as it is made, where possible."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        # None holds the place of a low-rank update that is rounded with those of other modules.
+        # A None marks a low-rank update that is rounded later with those of other modules.
         self._made: dict[str, list[Operator | None]] = {}
         self._factors: dict[str, Factors] = {}
         self.scalings: dict[str, float] = {}
 
     def add(self, name: str, pieces: Piece | Iterable[Piece]) -> None:
-        """The operators of a module; a module with none is left alone."""
+        """Adds the operators of a module; without any, the module is left alone."""
         made: list[Operator | None] = []
         for piece in [pieces] if isinstance(pieces, Piece) else pieces:
             made.append(piece.make(self._dtype) if piece.factors is None else None)
@@ -192,7 +192,7 @@ class Assembly:
             self._made[name] = made
 
     def modules(self, order: Iterable[str] | None = None) -> dict[str, ModuleOperators]:
-        """All of them, in an order, or in that in which they came."""
+        """All modules, in the given order or else in the order in which they were added."""
         from turret.server.adapters.lowering.low_rank import fold_all
         from turret.server.adapters.operators.adapter_operators import ModuleOperators
 

@@ -25,7 +25,7 @@ def sparse_of(
         rows: Outputs, ``[n]``, integers.
         columns: Inputs, ``[n]``, integers.
         values: ``[n]``, any float dtype, the scaling in them.
-        shape: Of the weight; every place is inside it.
+        shape: Shape of the weight; every place is inside it.
         dtype: Serving dtype.
     """
     flat = rows.to(torch.int64) * shape[1] + columns.to(torch.int64)
@@ -42,7 +42,7 @@ def sparse_of(
 
 
 def check_width(name: str, module: BaseModule, findings: Findings) -> bool:
-    """Whether a module's inputs can be named by 16 bits; else a fault."""
+    """Whether 16 bits can index a module's inputs; else adds a fault."""
     if module.in_features <= MAX_SPARSE_INPUTS:
         return True
     why = f"has {module.in_features} inputs; sparse updates are served up to {MAX_SPARSE_INPUTS}"
@@ -62,7 +62,7 @@ def place_drawer(seed: int) -> Callable[[int, int], torch.Tensor]:
     @functools.lru_cache(maxsize=8)
     def draw(count: int, size: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
-        # A copy: the permutation of a large weight's places is 100 MB and more.
+        # Copy the part that is needed: a permutation of all places can take more than 100 MB.
         return torch.randperm(count, generator=generator)[:size].clone()
 
     return draw

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from turret.server.basics.lazy_torch import torch
 
-# Low-pass filters of the reconstruction.
+# Low-pass reconstruction filters.
 _LOW_PASS: dict[str, tuple[float, ...]] = {
     "db1": (*(0.7071067811865476, 0.7071067811865476),),
     "db2": (
@@ -181,7 +181,7 @@ def inverse_entries(
         rows: Places of the coefficients in a matrix of ``shape``, ``[n]`` int64.
         columns: Likewise.
         values: The coefficients, ``[n]``.
-        shape: Of the coefficients before padding, and of the result.
+        shape: Shape of the coefficients before padding, and of the result.
 
     Returns:
         Rows, columns and values, ``[entries]`` each; several entries may have one place.
@@ -194,10 +194,11 @@ def inverse_entries(
         wide += wide % 2
         padded = at + (wide - size) // 2
         is_high.append((padded >= wide // 2).long())
-        # Counted within its band, then where its first tap falls once both ends are cropped.
+        # Take the place within its band, then that of its first tap after both ends are cropped.
         first = 2 * (padded - is_high[-1] * (wide // 2)) - (length - 2)
         places.append(first - (wide - length + 2 - size) // 2)
-    # What lies to the right is high along the rows, and so on: not what its place suggests.
+    # Coefficients in the right half use the high-pass filter down the rows, those in the lower half
+    # across the columns; this follows PEFT.
     left, right = taps[is_high[1]], taps[is_high[0]]
     down, across = (first[:, None] + torch.arange(length) for first in places)
     entries = values.to(torch.float64)[:, None, None] * left[:, :, None] * right[:, None, :]

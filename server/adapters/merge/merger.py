@@ -35,13 +35,13 @@ from turret.server.errors import (
 
 _log = logging.getLogger(__name__)
 
-# NF4 keeps an update if it rounds away at most this share of it. (BF16 rounds away 0.08 to 0.14 of
-# the example adapters, NF4 all: docs/combining.md.)
+# NF4 keeps an update if rounding loses at most this share of it. For the example adapters, BF16
+# loses 0.08 to 0.14 and NF4 loses everything (docs/combining.md).
 KEPT_ERROR = 0.1
-# Modules of one decoder layer: NF4 is tried on that many before falling back to BF16.
+# Modules of one decoder layer: NF4 is tried on this many before BF16 is used instead.
 _TRIAL_MODULES = 7
 
-# Has the engine make a change once no request runs; see ``Engine.change_base``.
+# Makes the engine change the base once no request runs; see ``Engine.change_base``.
 ChangeBase = Callable[[Callable[[], ChangedBase]], "Future[None]"]
 
 
@@ -70,7 +70,7 @@ class PreparedMerge:
 
 
 class Merger:
-    """Knows what is merged. Thread-safe; every method but ``state`` blocks.
+    """Merges mixes and takes them out again. Thread-safe; every method but ``state`` blocks.
 
     Args:
         registry: Where the adapters are.
@@ -100,7 +100,7 @@ class Merger:
 
     @property
     def state(self) -> MergeState:
-        """What is merged now."""
+        """The current merge state."""
         return self._state
 
     def merge(
@@ -160,7 +160,7 @@ class Merger:
     def _build(
         self, wanted: Precision | None, mix: Mix, cancellation: Cancellation
     ) -> tuple[Precision, Edit, MergeReport]:
-        """The weights in the precision that is wanted, or in the smallest that keeps the update."""
+        """Stores the weights in the wanted precision, or in the smallest that keeps the update."""
         base = self._registry.base
         if wanted is None:
             edit = self._edit("NF4")
@@ -270,7 +270,7 @@ def _build(
 ) -> MergeReport | None:
     """Stores every changed module in ``edit``; None once ``update_error`` is over ``most_error``.
 
-    That is looked at from a layer's worth of modules on: one tells little of all.
+    The limit applies once a layer's worth of modules is stored, as a single one is not typical.
 
     Raises:
         InvalidRequestError: A merged weight is not finite (names every such module).
@@ -296,7 +296,7 @@ def _build(
         update = frobenius_norm(exact - weight)
         del weight
         if update == 0.0:
-            continue  # quantising it anew would change it all the same
+            continue  # quantising it again would change an unchanged weight
         stored = edit.put_weight(path, exact)
         if not bool(torch.isfinite(stored).all()):
             overflown.append(path)

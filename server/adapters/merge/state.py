@@ -42,7 +42,7 @@ class Merge:
         adapters: The mix, in the request's order.
         precision: How the merged weights are stored.
         time: Unix seconds.
-        report: What was lost.
+        report: How far the stored weights are from the exact ones.
     """
 
     adapters: tuple[MergedAdapter, ...]

@@ -35,7 +35,7 @@ from turret.server.adapters.source import (
 )
 
 _BASE = "base_model_name_or_path"
-# Whole matrices that have a row for each token.
+# Names of whole matrices with a row for each token.
 _ALL_TOKENS = (
     *(f"{EMBEDDING}{end}" for end in (".weight", ".base_layer.weight")),
     f"{HEAD}.weight",
@@ -55,13 +55,13 @@ def check_files(
     """Refuses an adapter whose files cannot be served, as far as that shows without their weights.
 
     Args:
-        directory: Has its two files.
-        path: What messages call the adapter.
+        directory: The adapter's directory, with its two files.
+        path: The adapter's name in messages.
         base: What is known of the base; None is nothing.
         base_name: The base's name as served; None if adapters of any base are taken.
         max_rank: Largest rank; None is any.
         host_bytes: Host memory of all adapters; None is any.
-        item_bytes: What a weight takes of it as served.
+        item_bytes: Bytes of host memory that each weight takes as served.
 
     Raises:
         AdapterCheckpointError: As a load would.
@@ -76,7 +76,7 @@ def check_files(
     header = _header(directory, findings)
     names = canonical_names([entry.name for entry in header.entries], findings)
     findings.raise_if_any()
-    # The methods' checks look at shapes and dtypes alone, which entries have as tensors do.
+    # The methods' checks read only shapes and dtypes, which header entries have as well.
     entries: Any = {names[entry.name]: entry for entry in header.entries}
     prefix = text_prefix(entry.name for entry in header.entries)
     checkpoint = replace(checkpoint, tensors=entries, text_prefix=prefix)
@@ -84,7 +84,7 @@ def check_files(
     rest = without_classifier(checkpoint)
     method.check_config(rest.config, findings)
     findings.raise_if_any()
-    # With a digest of its base beside it, the name alone proves nothing.
+    # If a digest of the base is beside the adapter, the base's name alone proves nothing.
     trained = None if read_base_digest(directory) else config.get(_BASE)
     if base_name is not None and isinstance(trained, str) and is_other_base(trained, base_name):
         raise of_other_base(path, trained, base_name)
@@ -109,7 +109,7 @@ def _header(directory: AdapterDirectory, findings: Findings) -> SafetensorsHeade
 def _check_tensors(
     checkpoint: AdapterCheckpoint, method: AnyMethod, base: BaseSizes, max_rank: int | None
 ) -> None:
-    """The method's own check of what is not about the vocabulary."""
+    """Runs the method's own check, without the tensors of the vocabulary."""
     tensors = {
         name: tensor
         for name, tensor in checkpoint.tensors.items()
@@ -119,14 +119,14 @@ def _check_tensors(
     saved = checkpoint.config.get("modules_to_save")
     is_saved = saved and any(vocabulary_module(name) for name in saved)
     if is_partial and not (is_saved or method.on_vocabulary):
-        # Of a method that adapts the head, shared tensors may be as large as that is.
+        # Skip a method that adapts the head: its shared tensors may be as large as the head.
         return
     base = replace(base, text_prefix=checkpoint.text_prefix)
     method.read(replace(checkpoint, tensors=tensors, is_partial=is_partial), base, max_rank)
 
 
 def _check_tokens(checkpoint: AdapterCheckpoint, base: BaseSizes, findings: Findings) -> None:
-    """Reports rows for tokens that the base lacks, of an adapter without their tokenizer."""
+    """Reports rows for tokens that the base lacks, if the adapter has no tokenizer for them."""
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     rows = max((shapes[name][0] for name in _ALL_TOKENS if shapes.get(name)), default=0)
     if 0 < base.vocab_size < rows:

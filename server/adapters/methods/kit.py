@@ -162,15 +162,15 @@ __all__ = [
     "without",
 ]
 
-# Keys that choose modules, with their checks. All methods for linear modules have the first two.
+# Keys that select modules, with their checks. All methods for linear modules have the first two.
 TARGETS = {"target_modules": is_module_selector, "modules_to_save": is_modules_to_save}
 EXCLUDE = TARGETS | {"exclude_modules": is_optional_module_selector}
 LAYERS = {"layers_to_transform": is_layer_indexes, "layers_pattern": is_optional_module_selector}
 PATTERNS = {"rank_pattern": is_rank_pattern, "alpha_pattern": is_alpha_pattern}
-# For Conv1D bases such as GPT-2. On linear modules PEFT sets it to false, and so loads what it
-# would without it; the adapter gets a warning.
+# For Conv1D bases such as GPT-2. On linear modules PEFT sets it to false and then loads the same
+# weights; the adapter gets a warning.
 CONV1D = {"fan_in_fan_out": is_optional_bool}
-# Written by PEFT's configs for LyCORIS methods.
+# Keys that PEFT's configs for LyCORIS methods contain.
 LYCORIS = EXCLUDE | LAYERS | PATTERNS | {"r": is_rank, "alpha": is_number}
 
 # Reasons for ignoring a key.
@@ -186,23 +186,23 @@ IN_TENSORS = "the tensors hold what training made of it"
 
 
 def always(config: Mapping[str, Any]) -> bool:
-    """Of methods whose updates are whole matrices, whatever the config."""
+    """``is_dense`` of methods whose updates are whole matrices, whatever the config."""
     return True
 
 
 def is_saved(adapter: Module | Reading) -> bool:
-    """The condition of fixed random matrices that the file may leave out."""
+    """Condition of fixed random matrices that a file may leave out."""
     return adapter.config.get("save_projection", True)
 
 
 def needs_seed(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """The conflict of a config that leaves them out and does not say how to draw them."""
+    """Reports a config that leaves these matrices out and has no seed to draw them from."""
     if not config.get("save_projection", True) and "projection_prng_key" not in config:
         yield "projection_prng_key", "is required; save_projection is false"
 
 
 def drawn(names: str, seed: str = "projection_prng_key") -> str:
-    """The warning of an adapter for which they were drawn again."""
+    """The warning for an adapter whose fixed tensors were drawn again."""
     return f"{names} are not in the file; they were drawn again from {seed}, as PEFT does"
 
 
@@ -234,7 +234,7 @@ def _place_drawer(adapter: Reading) -> Callable[[int, int], torch.Tensor]:
 
 
 def check_coefficients(m: Module, role: str) -> None:
-    """Reports a vector of coefficients that is empty, or longer than the weight has entries."""
+    """Reports a coefficient vector that is empty, or longer than the weight has entries."""
     shape, size = tuple(m.tensors[role].shape), m.inputs * m.outputs
     if len(shape) != 1 or not shape[0]:
         m.fault(role, "must be a vector with at least one coefficient")
@@ -243,7 +243,7 @@ def check_coefficients(m: Module, role: str) -> None:
 
 
 def check_places(module: Module) -> None:
-    """Reports a module with more inputs than a sparse update can name."""
+    """Reports a module with more inputs than a sparse update can index."""
     most = 1 << 16
     if module.inputs > most:
         why = f"has {module.inputs} inputs; sparse updates are served up to {most}"
@@ -285,7 +285,7 @@ def components_of(adapter: Reading) -> Sequence[Component]:
 
 
 def update_of(component: Component, module: str) -> LowRank | None:
-    """What a component adds to a module, or None."""
+    """A component's low-rank update of a module, or None."""
     from turret.server.adapters.lowering.components import update_of
 
     return update_of(component, module)

@@ -73,10 +73,10 @@ def lower_checkpoint(
         for field, why in error.violations:
             findings.add(field, why)
     findings.raise_if_any()
-    assert lowered is not None  # or there was a fault
+    assert lowered is not None  # otherwise there was a fault
     joined = _with_head(_with_experts(_joined(lowered, part), experts), classifier)
     joined = _with_vocabulary(joined, fitted)
-    # The reader checked the modules' ranks before anything was computed; this is for all others.
+    # The reader has checked the ranks of linear modules; this checks all others.
     check_rank(checkpoint.path, max(joined.ranks, default=0), max_rank)
     return method.name, replace(
         joined, warnings=(*joined.warnings, *dense_warnings(joined.operators))
@@ -124,7 +124,7 @@ def _with_experts(lowered: Lowered, part: ExpertPart) -> Lowered:
 
 
 def _joined(lowered: Lowered, part: VocabularyPart) -> Lowered:
-    """One adapter of both parts; the head leaves the modules of the decoder layers."""
+    """Joins both parts into one adapter, and moves the head out of the modules."""
     operators = lowered.operators
     if part.operators is None and not part.modules and HEAD not in operators.modules:
         return lowered

@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 _SIZES: Mapping[str, Check] = {
     "num_virtual_tokens": is_rank,
     "token_dim": is_rank,
-    # Two is for an encoder beside a decoder.
+    # PEFT uses two for an encoder and a decoder.
     "num_transformer_submodules": is_one_of(1, None),
 }
-# Keys that PEFT's configs have beside a text that training starts from.
+# Keys that PEFT's configs have for a text from which training starts.
 WITH_TEXT = dict.fromkeys(
     ("tokenizer_name_or_path", "tokenizer_kwargs"), "read with prompt_tuning_init_text"
 )
-# Shapes of tensors beside the prompt, from the config.
+# Computes the shapes of tensors other than the prompt from the config.
 Shapes = Callable[[Mapping[str, Any]], Mapping[str, tuple[int, ...]]]
 
 
@@ -80,7 +80,7 @@ class SoftTokens(MethodKeys):
 
     @property
     def _sizes(self) -> tuple[Mapping[str, Check], Mapping[str, str]]:
-        """The keys that all have, and those that all ignore."""
+        """The keys that all these methods read, and those that they all ignore."""
         ignored = {
             "num_attention_heads": "only keys and values have heads",
             "num_layers": "soft tokens enter before the first layer",
@@ -179,14 +179,14 @@ class KeysAndValues(SoftTokens):
             sizes["num_attention_heads"] = base.num_kv_heads
         for name, served in sizes.items():
             value = config.get(name)
-            # Wrong types are the rules' business.
+            # The config rules report wrong types.
             if isinstance(value, int) and value != served:
                 findings.mismatch(name, f"is {value}, the base model's is {served}")
 
     def _width(
         self, config: Mapping[str, Any], base: BaseModel | BaseSizes, findings: Findings
     ) -> int:
-        # The width is the base's unless the sizes already disagree.
+        # Use the base's width, unless the sizes already disagree.
         layers = config.get("num_layers") if findings.mismatched else base.num_layers
         return 2 * (layers or 0) * config["token_dim"]
 

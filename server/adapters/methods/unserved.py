@@ -8,7 +8,7 @@ CONVERT = (
     "`turret convert DIR --base MODEL --output NEW`, with the model it was trained on, makes an"
     " exact LoRA of it, which is served"
 )
-# ``peft_type`` → advice; tests follow it with the PEFT installed.
+# ``peft_type`` → advice; tests compare the keys with the installed PEFT.
 UNSERVED: Mapping[str, str] = {
     "ADAMSS": f"the clusters of rows it adapts are not in its file; {CONVERT}",
     "PSOFT": f"the factors it turns are not in its file; {CONVERT}",

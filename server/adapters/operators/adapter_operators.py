@@ -36,10 +36,10 @@ _VECTORS: Mapping[str, type[Gain | InputGain | Bias]] = {
 
 @dataclass(frozen=True, slots=True, init=False)
 class ModuleOperators:
-    """What one adapter does to one linear module.
+    """One adapter's changes to one linear module.
 
     Args:
-        given: Operators, one of a kind at most; None is none.
+        given: Operators, at most one of each kind; None stands for no operator.
         named: More of them, under names for the reader. A tensor is the operator of that name:
             ``gain``, ``input_gain`` or ``bias``.
 
@@ -70,13 +70,13 @@ class ModuleOperators:
         return None
 
     def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
-        """All of them; see ``Operator.add``. ``base`` is told of the gain."""
+        """Applies all operators; see ``Operator.add``. Sets the gain of ``base``."""
         base.gain = self.gain
         for part in self.operators:
             part.add(y, x, base, weight)
 
     def add_dense(self, total: torch.Tensor, served: ServedWeight, weight: float) -> None:
-        """All of them; see ``Operator.add_dense``. ``served`` is told of the gain."""
+        """Adds all dense forms; see ``Operator.add_dense``. Sets the gain of ``served``."""
         served.gain = self.gain
         for part in self.operators:
             part.add_dense(total, served, weight)
@@ -90,7 +90,7 @@ class ModuleOperators:
         return ModuleOperators(*(part.with_tensors(tensors) for part in self.operators))
 
     def with_operator(self, operator: Operator) -> ModuleOperators:
-        """With this one, in place of that of its kind if there is one."""
+        """The same operators with this one added, or replacing the one of its kind."""
         others = (part for part in self.operators if type(part) is not type(operator))
         return ModuleOperators(*others, operator)
 
@@ -129,16 +129,16 @@ class AdapterOperators:
 
     Attributes:
         modules: Full module path in the base (``model.layers.0.self_attn.q_proj``) → operators.
-        soft_prompt: What it puts before the prompt, or None.
-        attention: Number of a layer → keys and values that its attention has besides, or None.
+        soft_prompt: Soft tokens, or keys and values, to put before the prompt, or None.
+        attention: Number of a layer → additional keys and values of its attention, or None.
         experts: Path of a fused projection of experts (``model.layers.0.mlp.experts.down_proj``) →
             what it does to each, or None.
-        head: What it does to the output head as a linear module, or None.
-        tokens: What it does to rows of the embedding and the head, or None.
+        head: Changes to the output head as a linear module, or None.
+        tokens: Changes to rows of the embedding and the head, or None.
         invocation: Tokens from whose last occurrence in the prompt on it acts, and not before; None
             if it acts everywhere.
         classifier: A classification head for its final states, or None.
-        router: What gates with a ``GivenScore`` are told by, or None.
+        router: Computes the scalings of gates with a ``GivenScore``, or None.
         num_bytes: Bytes of all tensors.
         num_low_rank_bytes: Bytes of the low-rank updates among them.
         rank: Rank of the largest low-rank update of ``modules``, or 0.
@@ -153,7 +153,7 @@ class AdapterOperators:
     invocation: tuple[int, ...] | None = None
     classifier: Classifier | None = None
     router: TokenRouter | None = None
-    # Summed once: the scheduler asks for those of all running adapters with every admission.
+    # Summed once, because the scheduler asks for all running adapters at every admission.
     num_bytes: int = field(init=False)
     num_low_rank_bytes: int = field(init=False)
     rank: int = field(init=False)

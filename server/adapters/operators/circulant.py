@@ -49,7 +49,7 @@ class Circulant(Operator):
         forward, inverse = transforms(size)
         blocks = x.float().unflatten(1, (-1, size)).contiguous()
         found = row_product(blocks, forward.flatten(0, 1).to(x.device))
-        found = found.unflatten(2, (2, -1))  # [rows, n, 2, f]
+        found = found.unflatten(2, (2, -1))  # shape [rows, n, 2, f]
         real = x.new_zeros(len(x), spectra.shape[0], spectra.shape[3], dtype=torch.float32)
         imaginary = torch.zeros_like(real)
         for n in range(spectra.shape[1]):
@@ -69,7 +69,7 @@ class Circulant(Operator):
 
     @property
     def multiply_adds(self) -> int:
-        # Both transforms, and four products per frequency of every pair of blocks.
+        # Counts both transforms, and four products per frequency for every pair of blocks.
         rows, columns, size = self.kernel.shape
         transform = CirculantFactors.transform_products(size)
         return (rows + columns) * transform + 2 * rows * columns * (size + 2)

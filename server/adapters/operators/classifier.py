@@ -27,7 +27,7 @@ class Classifier:
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def logits(self, state: torch.Tensor) -> torch.Tensor:
-        """Of one state, ``[hidden]``, on the CPU: ``[labels]`` fp64.
+        """The logits of one state: ``[hidden]`` on the CPU → ``[labels]`` fp64.
 
         A product of one row, always: its bits know no batch.
         """

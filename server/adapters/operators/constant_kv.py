@@ -17,9 +17,9 @@ from turret.kernels.rows.elementwise import row_exp_
 from turret.kernels.rows.linear import row_linear
 from turret.server.adapters.operators.operator import Operator
 
-# Sides are filled up to multiples of this: fewer shapes, fewer trials.
+# Matrix sides are padded to a multiple of this, so that fewer shapes have to be probed.
 _MULTIPLE = 16
-# Of scores of positions that are there to fill up; e to its power is 0.
+# Score of padding positions; its exponential is 0.
 _MASKED = -1e30
 
 
@@ -41,7 +41,7 @@ class ConstantKv(Operator):
 
     @cached_property
     def _wide(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the products want them, fp32, zeros up to a multiple of positions.
+        """Both in fp32 for the products, positions padded with zeros to a multiple.
 
         Keys ``[kv_heads, positions, head_dim]``, and values ``[kv_heads, head_dim + 16,
         positions]``: behind the features are ones, whose products are the sums of weights.

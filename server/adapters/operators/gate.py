@@ -41,7 +41,7 @@ class PrototypeScore(Operator):
         prototypes: ``[K, in_features]``, fp32, contiguous: near a tie, a rounded score would
             choose other components.
         top_k: Components that share a token's weight.
-        temperature: What scores are divided by, above 0.
+        temperature: Divisor of the scores, above 0.
     """
 
     prototypes: torch.Tensor
@@ -51,10 +51,10 @@ class PrototypeScore(Operator):
 
 @dataclass(frozen=True, slots=True)
 class GivenScore(Operator):
-    """``α`` is what the adapter's ``TokenRouter`` says before the step (X-LoRA, arXiv 2402.07148).
+    """``α`` comes from the adapter's ``TokenRouter``, before the step (X-LoRA, arXiv 2402.07148).
 
     Attributes:
-        module: Which of the router's modules this is.
+        module: The gate's number among the router's modules.
     """
 
     module: int
@@ -70,7 +70,7 @@ class Gate(Operator):
     Attributes:
         a: ``[ranks, in_features]``, serving dtype, contiguous. Zero past the last component's rank.
         b: ``[ranks, out_features]``, serving dtype, contiguous, scaling folded in; zero likewise.
-        score: What a token's weights are computed from.
+        score: Computes a token's weights.
         rank_indptr: Where each component's ranks begin and end, ``[K + 1]``. A component that does
             not adapt the module has none.
     """
@@ -85,7 +85,7 @@ class Gate(Operator):
 
     @cached_property
     def _component_of_rank(self) -> torch.Tensor:
-        """``[ranks]`` int64. A rank of no component counts as the first one's: it is 0."""
+        """``[ranks]`` int64. Ranks of no component hold zeros and count as the first one's."""
         found = torch.zeros(self.a.shape[0], dtype=torch.int64, device=self.a.device)
         for k, (start, end) in enumerate(pairwise(self.rank_indptr)):
             found[start:end] = k
@@ -93,13 +93,13 @@ class Gate(Operator):
 
     @cached_property
     def _down(self) -> torch.Tensor:
-        """``a`` and the query below it: one product for both."""
+        """``a`` with the query below it, so that one product computes both."""
         query = (self.score.query,) if isinstance(self.score, QueryScore) else ()
         return torch.cat((self.a, *query)) if query else self.a
 
     @cached_property
     def _prototypes(self) -> torch.Tensor:
-        """Those of the score, filled up: products of fewer shapes have to be tried."""
+        """The score's prototypes, padded so that fewer shapes have to be probed."""
         assert isinstance(self.score, PrototypeScore)
         return F.pad(self.score.prototypes, (0, 0, 0, -len(self.score.prototypes) % GATE_MULTIPLE))
 

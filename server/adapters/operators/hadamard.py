@@ -45,10 +45,10 @@ class Hadamard(Operator):
         w1a, w1b, w2a, w2b = (factor.float() for factor in self.tensors())
         for rows in pieces(len(x), self.rank * max(x.shape[1], y.shape[1])):
             u = row_product(x[rows].float().unsqueeze(1) * w1b, w2b)
-            # U transposed: wide rows, and w1a is the product's shared weight.
+            # U is transposed to get wide rows and to make w1a the product's shared weight.
             terms = row_product(u.transpose(1, 2).contiguous(), w1a) * w2a.T
             total = terms[:, 0]
-            # One by one: the order of a library's sum is its own affair.
+            # Add term by term, because a library's order of summation is unspecified.
             for number in range(1, self.rank):
                 total = total + terms[:, number]
             y[rows] += weight * total

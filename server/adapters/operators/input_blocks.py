@@ -56,5 +56,5 @@ class InputBlocks(Operator):
 
     @property
     def multiply_adds(self) -> int:
-        # OFT as it is trained here shares no blocks.
+        # This holds for unshared blocks, the only ones that ``turret train`` makes.
         return self.blocks.numel()

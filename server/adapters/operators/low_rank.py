@@ -82,5 +82,5 @@ class ExpertLowRank(Operator):
 
     @property
     def multiply_adds(self) -> int:
-        """Of one expert."""
+        """Products per token for one expert."""
         return self.a[0].numel() + self.b[0].numel()

@@ -11,7 +11,7 @@ import torch
 
 from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
 
-# Rows that the base multiplies at once.
+# Most rows that the base multiplies at once.
 _ROWS = 512
 # Rows of the dense form that are made at once.
 _ROWS_PER_BLOCK = 1024

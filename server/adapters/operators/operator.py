@@ -13,19 +13,19 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-# fp32 elements of a temporary, per piece of rows: 4 MiB stay in cache.
+# Most fp32 elements of a temporary: 4 MiB stay in cache.
 _PIECE_ELEMENTS = 1 << 20
 
 
 class BaseRows:
-    """What operators may ask of the base about the rows at hand.
+    """The base's data about some rows that operators may use.
 
     Args:
         x: The rows' input, ``[rows, in]``.
         product: The bias-free base, ``[n, in]`` → ``[n, out]``; a row's bits are its own.
-        result: What it makes of ``x``, if that is known already.
+        result: The base's product with ``x``, if it is known already.
         gain: The gain of the same adapter's module, ``[out]`` fp32, or None (1).
-        given: What a first pass has told of the rows, ``[rows, modules, components]`` fp32, for
+        given: The rows' scalings from a first pass, ``[rows, modules, components]`` fp32, for
             adapters with a ``TokenRouter``.
     """
 
@@ -50,7 +50,7 @@ class BaseRows:
 
     @property
     def result(self) -> torch.Tensor:
-        """What the base makes of the rows' own input, ``[rows, out]``."""
+        """The base's product with the rows' own input, ``[rows, out]``."""
         if self._result is None:
             self._result = self._product(self._x)
         return self._result
@@ -60,7 +60,7 @@ class ServedWeight:
     """The base's weight for dense forms, written out at most once.
 
     Args:
-        dequantize: Gives it, ``[out, in]`` fp32.
+        dequantize: Returns the weight, ``[out, in]`` fp32.
         gain: See ``BaseRows``.
     """
 
@@ -106,7 +106,7 @@ class Operator:
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Make now what ``add`` would make at its first call, and keep it."""
+        """Computes and keeps what ``add`` would otherwise compute at its first call."""
 
     @property
     def prepared_bytes(self) -> int:
@@ -155,6 +155,6 @@ def _replaced(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
 
 
 def pieces(num_rows: int, elements: int) -> Iterator[slice]:
-    """Runs of rows whose temporaries, of so many elements a row, stay in cache."""
+    """Runs of rows whose temporaries, of ``elements`` elements per row, stay in cache."""
     step = max(1, _PIECE_ELEMENTS // max(elements, 1))
     return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))

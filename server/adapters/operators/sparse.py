@@ -13,7 +13,7 @@ import torch
 
 from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
 
-# Inputs of a module that 16 bits can name.
+# Most inputs that 16 bits can index.
 MAX_SPARSE_INPUTS = 1 << 16
 
 
@@ -65,7 +65,8 @@ class Sparse(Operator):
         longest, firsts = lengths[order], starts[:-1][order]
         most = int(longest[0]) if len(longest) else 0
         steps = torch.arange(most, device=starts.device)
-        # Row by row of this is one place in the rows.
+        # Entry [k, r] says whether row r has a k-th entry; masking with it lists all first entries,
+        # then all second ones.
         there = steps[:, None] < longest[None, :]
         picked = (firsts[None, :] + steps[:, None])[there]
         counts = tuple(there.sum(1).tolist())

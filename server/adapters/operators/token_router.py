@@ -45,7 +45,7 @@ class TokenRouter:
         return (*self.weights, *self.biases)
 
     def with_tensors(self, tensors: Iterator[torch.Tensor]) -> TokenRouter:
-        """The same with other tensors, given in the order of ``tensors()``."""
+        """The same router with other tensors, given in the order of ``tensors()``."""
         found = tuple(next(tensors) for _ in self.tensors())
         count = len(self.weights)
         return replace(self, weights=found[:count], biases=found[count:])

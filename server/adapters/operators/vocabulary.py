@@ -58,7 +58,7 @@ class VocabularyRows:
             base: The base's logits of them, ``[rows, vocab]``.
             weight: The adapter's in the mix.
         """
-        # A whole matrix has the base's shape, which was probed at the start.
+        # A whole matrix has the shape of the base's, which was probed at startup.
         found = row_linear(x, self.values, probe=self.ids is None).float()
         if self.ids is None:
             y += weight * (found - base.float())
@@ -89,7 +89,7 @@ class EmbeddingLowRank:
         return (self.a, self.b) if self.gain is None else (self.a, self.b, self.gain)
 
     def change(self, tokens: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        """What is added to the base's embeddings of some tokens; see ``VocabularyRows.change``."""
+        """The change to the base's embeddings of some tokens; see ``VocabularyRows.change``."""
         a = F.embedding(tokens, self.a).float().unsqueeze(1)
         change = row_product(a, self.b.float()).squeeze(1)
         return change if self.gain is None else change + (self.gain - 1.0) * base

@@ -33,8 +33,8 @@ TASK_TYPE = "SEQ_CLS"
 HEAD_NAMES = ("score", "classifier")
 _KEYS = ("id2label", "label2id", "problem_type", "num_labels")
 _HEADS = "|".join(HEAD_NAMES)
-# Beside a learned prompt PEFT's prefix is shorter, and a raw state dict keeps PEFT's wrapper, with
-# the head as it was before training beside it.
+# PEFT's prefix is shorter beside a learned prompt. A raw state dict keeps PEFT's wrapper, and in it
+# the head as it was before training.
 _OWN = re.compile(
     rf"(?:base_model\.)?(?:{_HEADS})\.(?:modules_to_save\.(?:[^.]+\.)?)?(weight|bias)"
 )
@@ -43,13 +43,13 @@ _ORIGINAL = re.compile(rf"(?:base_model\.)?(?:{_HEADS})\.original_module\.(weigh
 
 @dataclass(slots=True)
 class ClassifierPart:
-    """What was taken out, and what is left for the method.
+    """The classification head of a checkpoint, and the rest for the method.
 
     Attributes:
         classifier: The head's weights; None of an adapter that classifies nothing.
-        head: Its labels, or None likewise.
+        head: Its labels; None of an adapter that classifies nothing.
         rest: The checkpoint without it.
-        findings: What is wrong.
+        findings: The faults found.
     """
 
     classifier: Classifier | None
@@ -59,7 +59,7 @@ class ClassifierPart:
 
 
 def take_classifier(checkpoint: AdapterCheckpoint, base: BaseModel) -> ClassifierPart:
-    """Splits a checkpoint; nothing raises, the findings say what is wrong."""
+    """Splits a checkpoint. Raises nothing; problems are in the findings."""
     findings = Findings(checkpoint.path, base.name)
     config = checkpoint.config
     if config.get("task_type") != TASK_TYPE:
@@ -89,7 +89,7 @@ def take_classifier(checkpoint: AdapterCheckpoint, base: BaseModel) -> Classifie
 
 
 def without_classifier(checkpoint: AdapterCheckpoint) -> AdapterCheckpoint:
-    """What is left for the method, told by names alone."""
+    """The part of the checkpoint that is left for the method, split by names only."""
     if checkpoint.config.get("task_type") != TASK_TYPE:
         return checkpoint
     tensors = {
@@ -146,13 +146,13 @@ def _head(config: Mapping[str, Any], count: int, findings: Findings) -> Head:
         known = ", ".join(PROBLEM_TYPES)
         findings.add("problem_type", f"is {problem!r:.60}; served values: {known}, null")
     if problem not in PROBLEM_TYPES:
-        # A single number is one label that holds or does not.
+        # A single number is one label that applies or does not.
         problem = SINGLE_LABEL if count > 1 else MULTI_LABEL
     return Head(_labels(config, count, findings), problem)
 
 
 def _labels(config: Mapping[str, Any], count: int, findings: Findings) -> tuple[str, ...]:
-    """One per number of the head: from ``id2label``, else from ``label2id``, else numbered."""
+    """One label per number: from ``id2label``, else from ``label2id``, else numbered."""
     plain = tuple(f"LABEL_{index}" for index in range(count))
     by_id, by_label = config.get("id2label"), config.get("label2id")
     if by_label is not None:

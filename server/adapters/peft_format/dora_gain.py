@@ -7,7 +7,7 @@ import torch
 from turret.server.adapters.base import WeightRows
 
 # Rows of W + sBA held at once: 1024 x 14336 in fp32 is 59 MB. An embedding has a column per token,
-# so fewer rows of it are.
+# so it gets fewer rows.
 _ROWS_PER_BLOCK = 1024
 _ELEMENTS_PER_BLOCK = 1 << 24
 

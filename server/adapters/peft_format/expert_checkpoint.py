@@ -42,20 +42,20 @@ _SELECTION = (
     *("exclude_modules", "layers_to_transform", "layers_pattern", _PARAMETERS),
 )
 _RULES: Rules = {key: Used(LORA_KEYS[key]) for key in _SELECTION}
-# Keys that PEFT does not apply to parameters.
+# Selection keys that PEFT applies to modules but not to parameters.
 _OF_MODULES = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _NOT_SERVED = (*VARIANTS, "lora_bias")
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertPart:
-    """What was taken out, and what is left for the method.
+    """The experts' part of a checkpoint, and the rest for the method.
 
     Attributes:
         updates: By path of the parameter; None if the checkpoint leaves experts alone.
         ranks: Their ranks as configured.
         rest: The checkpoint without it.
-        findings: What is wrong.
+        findings: The faults found.
     """
 
     updates: Mapping[str, ExpertLowRank] | None
@@ -71,9 +71,9 @@ def take_experts(
     *,
     is_lora: bool,
 ) -> ExpertPart:
-    """Splits a checkpoint; the findings say what is wrong.
+    """Splits a checkpoint; problems are in the findings.
 
-    ``is_lora`` tells whether its method may adapt experts.
+    ``is_lora`` is whether the checkpoint's method may adapt experts.
 
     Raises:
         BudgetExceededError: A rank over ``max_rank``.
@@ -87,7 +87,7 @@ def take_experts(
         return ExpertPart(None, (), replace(checkpoint, tensors=rest, config=config), findings)
     _check_method(config, tensors, findings, is_lora=is_lora)
     selection = {key: checkpoint.config[key] for key in _SELECTION if key in checkpoint.config}
-    # What is malformed the method reports, by the same rules.
+    # Only check these keys here: the method reports malformed ones by the same rules.
     faults = Findings(checkpoint.path)
     check_config(selection, _RULES, faults)
     updates: dict[str, ExpertLowRank] = {}
@@ -110,7 +110,7 @@ def take_experts(
 def _split(
     checkpoint: AdapterCheckpoint, base: BaseModel, findings: Findings
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The experts' tensors and the others, whose names are those of this base."""
+    """The experts' tensors, and all others by their names in this base."""
     parameters = {experts.folder for experts in base.experts.values()}
     modules = {
         f"{module.partition('.experts.')[0]}.experts"
@@ -134,7 +134,7 @@ def _split(
 
 
 def _chosen(config: Mapping[str, Any], base: BaseModel) -> tuple[dict[str, Any], list[BaseExperts]]:
-    """The config without what it says of experts' parameters, and those that it chooses."""
+    """The config without its selection of experts' parameters, and the selected parameters."""
     rest, targets = dict(config), config.get(_PARAMETERS)
     modules = rest.get("target_modules")
     if isinstance(modules, list):
@@ -156,7 +156,7 @@ def _chosen(config: Mapping[str, Any], base: BaseModel) -> tuple[dict[str, Any],
     rest[_PARAMETERS] = [target for target in targets if not hits.get(target)]
     if modules is None:
         rest["target_modules"] = []
-    # PEFT writes these beside the parameters that it makes of modules which were fused.
+    # PEFT adds these patterns when it turns fused modules into parameters.
     leaves = {f".*\\.{name.rpartition('.')[2]}" for name in base.experts}
     for key in ("rank_pattern", "alpha_pattern"):
         table = config.get(key)
@@ -201,7 +201,7 @@ class _Reader:
     def read_parameters(
         self, chosen: list[BaseExperts], selection: Mapping[str, Any]
     ) -> tuple[dict[str, ExpertLowRank], tuple[int, ...]]:
-        """The factors of all experts in one matrix each."""
+        """Reads checkpoints in which one matrix holds the factors of all experts."""
         names = [experts.name for experts in chosen]
         of_parameters = {k: v for k, v in selection.items() if k not in _OF_MODULES}
         of_parameters["target_modules"] = names
@@ -215,7 +215,7 @@ class _Reader:
             a = self._take(stem + _A, (count * rank, experts.in_features))
             b = self._take(stem + _B, (experts.out_features, rank * count))
             if a is not None and b is not None:
-                # B's columns are (rank, expert), A's rows (expert, rank).
+                # B's columns are in (rank, expert) order, A's rows in (expert, rank) order.
                 b = b.view(experts.out_features, rank, count).permute(2, 1, 0)
                 a = a.view(count, rank, experts.in_features)
                 updates[experts.name] = self._update(a, b.float(), targets.scaling(experts.name))
@@ -224,7 +224,7 @@ class _Reader:
     def read_modules(
         self, selection: Mapping[str, Any]
     ) -> tuple[dict[str, ExpertLowRank], tuple[int, ...]]:
-        """Factors of each expert's own."""
+        """Reads checkpoints in which every expert has factors of its own."""
         names = [
             module.format(expert)
             for experts in self._base.experts.values()
@@ -237,7 +237,7 @@ class _Reader:
         targets = self._resolve(selection, names)
         factors = self._factors(targets)
         if self._findings.fields or self._findings.mismatched:
-            # What is computed of a part of them may be a hundred times what is in the file.
+            # Stop before the updates are allocated: they may take a hundred times the file's size.
             return {}, ()
         updates = {}
         for experts in self._base.experts.values():
@@ -248,12 +248,12 @@ class _Reader:
 
     def _resolve(self, selection: Mapping[str, Any], names: list[str]) -> Targets:
         targets = resolve_targets(selection, names, (), self._findings)
-        # Before anything is as large as it says.
+        # Check the rank before any tensor of that size is allocated.
         check_rank(self._path, max(targets.ranks.values(), default=0), self._max_rank)
         return targets
 
     def _factors(self, targets: Targets) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Those of each module, of the right shapes."""
+        """The factors of each targeted module, if their shapes are right."""
         found = {}
         for experts in self._base.experts.values():
             width = experts.out_features // len(experts.modules)

@@ -48,12 +48,12 @@ from turret.server.adapters.peft_format.shapes import (
 from turret.server.adapters.source import TENSORS_FILE
 
 _BIAS = "bias"
-# PEFT keeps a targeted module's own bias under base_layer, another module's in its place.
+# PEFT saves a targeted module's own bias under base_layer, any other under its usual name.
 _BIAS_SUFFIXES = (".base_layer.bias", ".bias")
 _SELECTION = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 
 Prepare = Callable[[AdapterCheckpoint, Base, Findings], AdapterCheckpoint]
-# Full names of tensors that modules share → their shapes.
+# Maps the full names of tensors that modules share to their shapes.
 Shared = Mapping[str, Declared]
 
 
@@ -68,15 +68,15 @@ class LinearFormat(MethodKeys):
     Attributes:
         tensors: Role → shape. The role is the end of the tensor's name, behind the module's path.
         rank: Config key of the rank, or None (no rank).
-        rank_name: What messages call the rank.
+        rank_name: The name of the rank in messages.
         rank_of: The rank that is served, which is not the configured one where the tensors decide.
-        most_rank: Highest rank of a module with so many inputs and outputs, or None (any).
+        most_rank: Highest rank of a module by its inputs and outputs, or None (any).
         alpha: Config key of alpha, or None (not scaled by it).
         root: Config key that is true where alpha is divided by the root of the rank, or None.
         has_patterns: Whether ``rank_pattern`` and ``alpha_pattern`` are regular expressions for
             ranks and alphas, as in LoRA.
         shared: Tensors that belong to no module, by full name, or a function that gives them.
-        shared_prefix: How the names of those that the function gives begin.
+        shared_prefix: Prefix of the names that such a function gives.
         required: Config keys that must be there beside those of rank, alpha and targets.
         needs_tensors: Whether an adapted module has tensors of its own. Where it has none, all its
             values follow from shared ones.
@@ -85,7 +85,7 @@ class LinearFormat(MethodKeys):
         check: Looks at a module whose tensors all have their shapes.
         check_all: Looks at all modules together, once each of them is sound.
         tasks: Config key of how many tasks the files hold, or None.
-        prepare: Makes a checkpoint one of the kind that is declared, before it is read.
+        prepare: Converts a checkpoint to the declared form before it is read.
     """
 
     tensors: Mapping[str, Declared]
@@ -112,7 +112,7 @@ class LinearFormat(MethodKeys):
 
     @cached_property
     def roles(self) -> Mapping[str, str]:
-        """Endings of names, with what each stands for."""
+        """Maps endings of tensor names to roles."""
         own = {
             f".{name}": role
             for role, spec in self.all_tensors.items()
@@ -139,7 +139,7 @@ class LinearFormat(MethodKeys):
         """Checks a checkpoint against itself, the base and the server's limit.
 
         Args:
-            checkpoint: With tensors, or with entries of a header.
+            checkpoint: The checkpoint, with tensors or with entries of a header.
             base: As served, or what is known of it.
             max_rank: Largest rank; None is any.
 
@@ -186,7 +186,7 @@ class LinearFormat(MethodKeys):
         if findings.mismatched:
             findings.cause = cause_of_mismatch(config, checkpoint.tensors, base)
         findings.raise_if_any()
-        assert targets is not None  # its keys had no fault
+        assert targets is not None  # otherwise one of its keys had a fault
         if self.tasks is not None:
             reading.task = check_task(checkpoint, self.tasks, findings)
         self._check_shared(reading)
@@ -207,7 +207,7 @@ class LinearFormat(MethodKeys):
             module.fault(role, lacks_switch(str(self.all_tensors[role].switch)))
         fits = not others
         try:
-            # All sizes first: where they do not go together, no tensor is at fault.
+            # Compute all sizes first: if they do not go together, no single tensor is at fault.
             wanted = {role: spec.sizes(module) for role, spec in switched_on.items()}
             for role, spec in switched_on.items():
                 fits &= self._check_tensor(module, role, spec, wanted[role])
@@ -243,7 +243,7 @@ class LinearFormat(MethodKeys):
         return not wanted or shape in wanted or self._wrong_shape(module, role, spec, shape)
 
     def _wrong_shape(self, module: Module, role: str, spec: Tensor, found: tuple[int, ...]) -> bool:
-        """Reports a tensor whose shape is another one; the module's rank may be its rank then."""
+        """Reports a wrong shape; if only the rank differs, that becomes the module's rank."""
         shapes, wanted = spec.wanted(module), spec.sizes(module)
         assert shapes, "it has a shape"
         assert wanted, "in numbers too"
@@ -267,7 +267,7 @@ class LinearFormat(MethodKeys):
         return False
 
     def _report_rank(self, module: Module, role: str, rank: int) -> None:
-        """Reports one tensor of a rank that the config does not say, not each of them."""
+        """Reports a rank that is not the config's; later tensors are compared with this rank."""
         if not module.ranked_by:
             why = f"has rank {rank}, the config says {module.rank}; {OTHER_TRAINING}"
             module.fault(role, why)
@@ -282,7 +282,7 @@ class LinearFormat(MethodKeys):
         module.misfit(f"the adapter maps {theirs}, the base model {ours}")
 
     def _sort(self, tensors: Tensors, reading: Reading) -> dict[str, dict[str, Any]]:
-        """Gives every tensor a module and a role, or a fault, or a mismatch."""
+        """Gives every tensor a module and a role, or else reports a fault or mismatch."""
         base, findings = reading.base, reading.findings
         names = () if callable(self.shared) else self.shared
         modules: dict[str, dict[str, Any]] = {}
@@ -306,7 +306,7 @@ class LinearFormat(MethodKeys):
 
     def _split(self, name: str) -> tuple[str, str | None]:
         parts = name.rsplit(".", self._depth)
-        # The longest ending first: that of "lora_B.bias" is not the module's own bias.
+        # Try the longest ending first: "lora_B.bias" must not count as the module's own bias.
         for cut in range(1, len(parts)):
             ending = "." + ".".join(parts[cut:])
             if ending in self.roles:
@@ -315,7 +315,7 @@ class LinearFormat(MethodKeys):
 
     @cached_property
     def _depth(self) -> int:
-        """Most parts of a role."""
+        """The most parts that a role's name has."""
         return max(role.count(".") for role in self.roles)
 
     def _resolve(self, config: Mapping[str, Any], base: Base, findings: Findings) -> Targets | None:
@@ -337,7 +337,7 @@ class LinearFormat(MethodKeys):
     ) -> None:
         for name in sorted(targets.targeted & base.other_modules):
             findings.add("target_modules", f"{name!r} cannot be adapted by this version")
-        # A module that does not fit the base was reported as that; it is not missing as well.
+        # A module that does not fit has been reported already, so do not report it as missing.
         misfits = bool(findings.mismatched)
         for name in base.modules:
             if name in adapted and name not in targets.targeted:
@@ -348,7 +348,7 @@ class LinearFormat(MethodKeys):
                 findings.add(f"{name}.{first}", "is missing; the config targets the module")
 
     def _check_biases(self, reading: Reading, found: Mapping[str, Tensors]) -> None:
-        """The ``bias`` key against the biases it promises or rules out."""
+        """Checks the ``bias`` key against the biases in the file."""
         if not self.bias:
             return
         said, findings = reading.config.get("bias", "none"), reading.findings

@@ -39,12 +39,12 @@ class Reading:
         targets: Configured rank and alpha of every adapted module.
         biases: Whole biases that replace the base's, by module path.
         ranks: The rank that is served, by module path; empty for a method without ranks.
-        findings: What is wrong.
-        warnings: What an operator should know, in order.
+        findings: The faults found.
+        warnings: Warnings for the operator, in order.
         depends_on_base: Whether weights or biases of the base were asked for.
         beside: Called before the base's weights are read.
         find_component: Finds an adapter that the config names as a component.
-        components: Those that were found.
+        components: The components that were found.
     """
 
     def __init__(self, checkpoint: AdapterCheckpoint, base: Base, findings: Findings) -> None:
@@ -69,17 +69,17 @@ class Reading:
 
     @property
     def inputs(self) -> int:
-        """Of the widest module."""
+        """Inputs of the module that has the most."""
         return max(module.inputs for module in self.modules.values())
 
     @property
     def outputs(self) -> int:
-        """Of the module that has most."""
+        """Outputs of the module that has the most."""
         return max(module.outputs for module in self.modules.values())
 
     @property
     def rank(self) -> int:
-        """The config's."""
+        """The config's rank."""
         return self.config["r"]
 
     def fault(self, name: str, why: str) -> None:
@@ -100,25 +100,25 @@ class Reading:
         return self._wide[name]
 
     def once(self, make: Callable[[Reading], T]) -> T:
-        """What a function makes of the adapter, made at the first call."""
+        """The result of ``make`` for this adapter, computed at the first call."""
         if make not in self._made:
             self._made[make] = make(self)
         return self._made[make]
 
     def warn(self, text: str) -> None:
-        """What an operator should know of the adapter."""
+        """Adds a warning for the operator."""
         self.warnings.setdefault(text)
 
 
 class Module:
-    """One adapted module: its sizes, its tensors, and what the config says of it.
+    """One adapted module: its sizes, its tensors and its config.
 
     Attributes:
         name: Its path.
         inputs: Columns of its weight.
         outputs: Rows of its weight.
         has_bias: Whether the base has a bias there; None if that is not known yet.
-        rank: As configured, or as its tensors have it.
+        rank: The configured rank, or the one that the tensors have.
         tensors: By role; entries of a header have a shape and a dtype alone.
         reading: The whole adapter.
     """
@@ -131,7 +131,7 @@ class Module:
             size.out_features,
             size.has_bias,
         )
-        # The tensor that has this rank, where that is not the config's.
+        # Role of the tensor that ``rank`` was taken from, if it is not the config's rank.
         self.ranked_by = ""
 
     @property
@@ -142,7 +142,7 @@ class Module:
         return role in self.tensors
 
     def extent(self, role: str, axis: int) -> int:
-        """What a tensor has in a dimension; 0 where there is none."""
+        """A tensor's size in a dimension; 0 if there is none."""
         shape = self.tensors[role].shape if role in self.tensors else ()
         return shape[axis] if -len(shape) <= axis < len(shape) else 0
 
@@ -154,7 +154,7 @@ class Module:
         """Reports that the module, or one of its tensors, does not fit the base."""
         self.reading.findings.mismatch(f"{self.name}.{field}" if field else self.name, why)
 
-    # What follows needs tensors, and the base as served.
+    # The members below need tensors with values, and the base as served.
 
     @property
     def scaling(self) -> float:
@@ -167,7 +167,7 @@ class Module:
         return self.reading.shared
 
     def wide(self, *roles: str) -> tuple[torch.Tensor, ...]:
-        """Tensors in fp32, or wider where the first of them is."""
+        """Tensors in fp32, or wider if the first one is."""
         dtype = torch.promote_types(self.tensors[roles[0]].dtype, torch.float32)
         return tuple(self.tensors[role].to(dtype) for role in roles)
 
@@ -176,11 +176,11 @@ class Module:
         return self.tensors[role].double()
 
     def once(self, make: Callable[[Reading], T]) -> T:
-        """What ``make`` makes of the whole adapter, made for the first module that asks."""
+        """The result of ``make`` for the whole adapter, computed for the first module that asks."""
         return self.reading.once(make)
 
     def warn(self, text: str) -> None:
-        """What an operator should know of the adapter."""
+        """Adds a warning for the operator."""
         self.reading.warnings.setdefault(text)
 
     def rows(self) -> WeightRows:

@@ -12,19 +12,19 @@ from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.no_adapter import WHOLE_WEIGHT
 from turret.server.errors import AdapterMismatchError, BudgetExceededError
 
-# Repackagings of the same weights, as publishers append them to the model's name.
+# Suffixes that publishers add to a model's name for repackaged versions of the same weights.
 _REPACKAGED = re.compile(
     r"[-_.](unsloth|bnb|4bit|8bit|nf4|int4|int8|fp4|fp8|bf16|fp16|f16|f32|hf|gguf|awq|gptq|dynamic"
     r"|quantized)$"
 )
 _EXTENSION = re.compile(r"\.(gguf|safetensors)$")
 _GGUF_TYPE = re.compile(r"[-_.](ud-)?(i?q[1-8]_([0-9k]|xxs|xs|s|m|nl)(_(s|m|l|xl))?|f16|f32|bf16)$")
-# ~/.cache/huggingface/hub/models--ORG--NAME/snapshots/COMMIT
+# Matches ~/.cache/huggingface/hub/models--ORG--NAME/snapshots/COMMIT.
 _HUB_CACHE = re.compile(r"(?:^|/)models--[^/]*?--([^/]+)(?:/|$)")
-# A name that says how large the model is names a model; "model" or "checkpoint" name a folder.
+# A name with a size is a model's; "model" or "checkpoint" are names of folders.
 _SIZE = re.compile(r"(?:^|[-_.x])\d+(?:\.\d+)?[bm](?:$|[-_.])")
 _LOCAL = re.compile(r"^(?:[/~.]|[a-z]:/)|/.*/", re.IGNORECASE)
-# LyCORIS flattens the module's path into one word behind a prefix, and stores alpha as a tensor.
+# LyCORIS joins a module's path into one word after a prefix, and stores alpha as a tensor.
 _LYCORIS_PREFIXES = ("lycoris_", "lora_unet_", "lora_te_")
 _LYCORIS_SUFFIXES = (".alpha", ".dora_scale", ".scalar", ".on_input")
 _UNKNOWN = "is not a tensor this method knows; every tensor must be used"
@@ -74,7 +74,7 @@ def is_other_base(adapter_base: str, served_base: str) -> bool:
 
 
 def of_other_base(path: str, trained: str, served: str) -> AdapterMismatchError:
-    """The refusal of an adapter that says that its base is another one.
+    """The error for an adapter whose config names another base.
 
     Args:
         path: The adapter, as messages name it.
@@ -93,7 +93,7 @@ def of_other_base(path: str, trained: str, served: str) -> AdapterMismatchError:
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _A = (".lora_A.weight", ".hada_w1_b", ".lora_A")
-# Modules of models of text and images beside the language model, which alone is served.
+# Modules outside the language model in models of text and images; they are not served.
 _VISION = ("vision_tower.", "visual.", "multi_modal_projector.", "vision_model.")
 
 
@@ -114,9 +114,9 @@ def cause_of_mismatch(
 
 
 def trained_for_another(config: Mapping[str, Any], base: str) -> str:
-    """That the config names another base; "" where it does not."""
+    """A clause saying that the config names another base; "" if it does not."""
     trained = config.get("base_model_name_or_path")
-    # One name twice would deny what the cause says.
+    # If the names are equal, leave them out: they would contradict the cause.
     is_other = trained and trained != base
     return f"trained for {trained!r:.200}, served is {base!r:.200}" if is_other else ""
 
@@ -134,7 +134,7 @@ def _vision(names: Iterable[str]) -> str:
 
 
 def too_many_layers(names: Iterable[str], num_layers: int) -> str:
-    """That tensors are of layers which the base does not have; "" where none is."""
+    """A clause saying that the base lacks layers of some tensors; "" if it has them all."""
     found = [int(match[1]) for name in names if (match := _LAYER.search(name))]
     count = max(found, default=-1) + 1
     if count <= num_layers:
@@ -194,17 +194,17 @@ def check_task(checkpoint: AdapterCheckpoint, count_key: str, findings: Findings
 
 
 def task_warning(task: int, count: int) -> tuple[str, ...]:
-    """What to say of an adapter that is one of several tasks."""
+    """The warning for an adapter that is one of several tasks in its files."""
     return (f"is task {task} of the {count} in its files",) if count > 1 else ()
 
 
 def is_lycoris(name: str) -> bool:
-    """Whether a tensor's name is a whole path as LyCORIS flattens it."""
+    """Whether a tensor's name is a whole path in the form that LyCORIS writes."""
     return name.startswith(_LYCORIS_PREFIXES)
 
 
 def why_unknown(name: str) -> str:
-    """What to say of a tensor that a method has no use for."""
+    """The reason for rejecting a tensor that a method does not use."""
     if is_lycoris(name) or name.endswith(_LYCORIS_SUFFIXES):
         return (
             "is named as LyCORIS names its tensors; save the adapter in PEFT's layout"
@@ -218,6 +218,6 @@ def why_unknown(name: str) -> str:
 
 
 def unknown_tensors(names: Iterable[str], findings: Findings) -> None:
-    """Reports tensors that a method has no use for."""
+    """Reports tensors that a method does not use."""
     for name in names:
         findings.add(name, _UNKNOWN)

@@ -16,11 +16,11 @@ from typing import Any
 
 
 class Misfit(Exception):
-    """The sizes of a base do not go together with the adapter's; the text says why."""
+    """Raised when the sizes of base and adapter do not go together; the text is the reason."""
 
 
 class Stop(Exception):
-    """What is wrong was reported, and the module needs no further look."""
+    """Raised when the fault was reported and the module needs no further checks."""
 
 
 class Dim:
@@ -29,7 +29,7 @@ class Dim:
     Attributes:
         text: How it is written, for people.
         of: Computes it for a module.
-        what: What it counts, for messages.
+        what: Name of the counted things, for messages.
         is_served: Whether the base decides it: a tensor of another size may be sound, but is for
             another base. Any other extent follows from the config or from another tensor.
     """
@@ -82,7 +82,7 @@ def key(name: str, default: int | None = None) -> Dim:
 
 
 def extent(role: str, axis: int) -> Dim:
-    """What another tensor of the module has in a dimension; 0 without it."""
+    """The size of another tensor of the module in a dimension; 0 without that tensor."""
     return Dim(f"{role}[{axis}]", lambda m: m.extent(role, axis))
 
 
@@ -96,7 +96,7 @@ def is_served(dim: Dim | int) -> bool:
     return isinstance(dim, Dim) and dim.is_served
 
 
-# The condition of a tensor: a config key that switches it on, or a function of the module.
+# When a tensor is expected: if a config key is set, or if a function of the module is true.
 If = str | Callable[[Any], Any]
 Shape = tuple[Dim | int, ...]
 
@@ -106,8 +106,8 @@ class Tensor:
     """One tensor of a method, as a declaration.
 
     Attributes:
-        shapes: The shapes that it may have; none stands for any.
-        choose: Gives the shape instead, or None where the module has no such tensor.
+        shapes: The shapes that it may have; empty for any shape.
+        choose: Computes the shape instead, or None if the module has no such tensor.
         condition: When it is there: always if None.
         is_optional: Whether it may be missing.
         may_be_integers: Whether it may hold integers.
@@ -138,7 +138,7 @@ class Tensor:
         return None if shape is None else (shape,)
 
     def sizes(self, module: Any) -> list[tuple[int, ...]] | None:
-        """The same in numbers."""
+        """The wanted shapes as numbers."""
         shapes = self.wanted(module)
         if shapes is None:
             return None
@@ -152,12 +152,12 @@ class Tensor:
         return bool(self.condition(module))
 
 
-# A shape, a function that gives it for a module, or more than that.
+# A shape, a function that returns it for a module, or a full declaration.
 Declared = Shape | Tensor | Callable[[Any], Shape | None]
 
 
 def tensor(declared: Declared) -> Tensor:
-    """What a declaration stands for."""
+    """A declaration as a ``Tensor``."""
     if isinstance(declared, Tensor):
         return declared
     return Tensor((), choose=declared) if callable(declared) else Tensor((declared,))

@@ -15,7 +15,7 @@ from turret.server.adapters.peft_format.config.rules import Rules, Used, check_c
 from turret.server.adapters.peft_format.config.targets import ALL_LINEAR, resolve_targets
 
 _KEY = "target_parameters"
-# Keys that PEFT does not apply to parameters, or refuses beside them.
+# Keys that PEFT ignores for parameters, or rejects together with them.
 _ALONE = (
     *("exclude_modules", "layers_to_transform", "layers_pattern", "lora_bias", "use_dora"),
     *("use_bdlora", "use_qalora", "kasa_config", "velora_config", "monteclora_config"),
@@ -64,7 +64,7 @@ def name_modules(
 def _patterns(
     config: Mapping[str, Any], chosen: list[str], findings: Findings
 ) -> dict[str, dict[str, Any]]:
-    """The patterns, and before them what they say of the chosen modules.
+    """The patterns, preceded by those that apply to the chosen modules.
 
     PEFT matches them with a parameter's name, which ends in ``.weight``.
     """
@@ -84,7 +84,7 @@ def _patterns(
 
 
 def _both(modules: object, chosen: list[str]) -> object:
-    """What selects the modules of a selector and some more, by their paths."""
+    """A selector for the modules of a selector and some more, given by their paths."""
     if not modules:
         return chosen
     if isinstance(modules, str) and modules.lower() != ALL_LINEAR:

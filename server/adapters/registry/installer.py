@@ -51,7 +51,7 @@ class Installer:
         pinned: bool = False,
         replace: bool = False,
     ) -> Registration:
-        """Reads ``source`` and makes it what ``name`` stands for.
+        """Reads ``source`` and registers it under ``name``.
 
         Args:
             name: Well-formed.
@@ -85,7 +85,7 @@ class Installer:
             nullcontext() if before is None else self._table.replacing(before),
         ):
             loaded = self._loader.lower(checkpoint)
-            # Entering the adapter may wait for memory; do not hold the weights twice meanwhile.
+            # Entering the adapter may wait for memory; free the checkpoint's weights before.
             del checkpoint
             return self._enter(name, source, loaded, before, staged=staged, pinned=pinned)
 
@@ -103,7 +103,7 @@ class Installer:
         staged: StagedUpload | None,
         pinned: bool,
     ) -> Registration:
-        """Makes lowered weights what the name stands for, or the next generation of it."""
+        """Registers lowered weights under the name, or as its next generation."""
         if before is None:
             adapter = Adapter(name, uuids.uuid4().hex, 1, source, loaded.facts)
             self._admit(adapter, loaded, staged, pinned)
@@ -117,11 +117,11 @@ class Installer:
         return registration
 
     def _confirm(self, registration: Registration, source: Source, pinned: bool) -> None:
-        """The content is registered already, from this or another place."""
+        """Accepts content that is registered already, from the same or another place."""
         adapter = registration.current
         self._table.check_active(registration)
         if source != adapter.source and not (source.is_upload or adapter.source.is_upload):
-            # Known to hold the content; the old path may be gone.
+            # The new path was just read and holds the content, whereas the old one may be gone.
             self._state.save(adapter, pinned=adapter.pinned, source=source)
             adapter.source = source
         if pinned:
@@ -135,7 +135,7 @@ class Installer:
         pinned: bool,
         replaced: Registration | None = None,
     ) -> None:
-        """Memory first, because it may refuse; then the disk. The name is the caller's."""
+        """Enters memory first, because that may fail, then the disk. The caller enters the name."""
         try:
             self._leases.insert(adapter, loaded)
             if pinned:
@@ -157,6 +157,6 @@ class Installer:
             else:
                 self._state.save(replaced.current, pinned=replaced.current.pinned)
         except (OSError, TurretError) as error:
-            # The write that failed has most likely changed nothing, so that this one is not missed.
+            # The earlier write failed, so most likely there is nothing on disk to undo.
             _log.warning("cannot undo", extra=log.fields(adapter=adapter.name, reason=error))
         self._state.discard(adapter.source)

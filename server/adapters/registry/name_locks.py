@@ -16,7 +16,7 @@ class NameLocks:
 
     @contextmanager
     def only(self, name: str) -> Iterator[None]:
-        """Waits until nobody else is in such a block for the name."""
+        """Waits until no other thread is in such a block for the name."""
         with self._changed:
             self._changed.wait_for(lambda: name not in self._taken)
             self._taken.add(name)

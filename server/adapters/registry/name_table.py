@@ -26,7 +26,7 @@ from turret.server.errors import (
     InvalidRequestError,
 )
 
-# Names that one is compared with that is not there.
+# Most registered names to compare a missing one with.
 _MOST_COMPARED = 256
 
 
@@ -39,7 +39,7 @@ def in_use_error(
 def _not_found(
     missing: Mapping[str, str], names: Sequence[str] = (), **metadata: str
 ) -> AdapterNotFoundError:
-    """The error for names, each with why it is missing: empty if it is not registered at all."""
+    """The error for missing names, each with a reason: "" if it is not registered at all."""
     metadata["adapters"] = ",".join(missing)
     said = ", ".join(name + why for name, why in missing.items())
     near = closest(next(iter(missing)), names) if len(missing) == 1 else None
@@ -54,7 +54,7 @@ class NameTable:
 
     Args:
         lock: Shared with ``leases``; re-entrant.
-        leases: Who may use what is in memory.
+        leases: Manages who may use adapters in memory.
         metrics: Learns which names there are.
         on_gone: Called, without the lock, with a generation that no request will use any more.
     """
@@ -72,9 +72,9 @@ class NameTable:
         self._on_gone = on_gone
         self._by_name: dict[str, Registration] = {}
         self._mixes: set[Mix] = set()
-        # Key → generation that was unloaded while requests still held it.
+        # Maps keys to the registrations of generations that were unloaded while requests held them.
         self._dropped: dict[str, Registration] = {}
-        # Digests of components whose fusion is on its way in.
+        # Digests of components that a fusion being loaded needs.
         self._awaited: Counter[str] = Counter()
 
     def find(self, name: str) -> Registration:
@@ -90,7 +90,7 @@ class NameTable:
         return registration
 
     def _some_names(self) -> list[str]:
-        """What a name that is not there may have been meant for; not all, a call looks at them."""
+        """Names to suggest for a missing one; limited, because a call compares them all."""
         with self._changed:
             return list(itertools.islice(self._by_name, _MOST_COMPARED))
 
@@ -145,7 +145,7 @@ class NameTable:
             self._metrics.adapter_removed(registration.name)
 
     def drop(self, registration: Registration) -> None:
-        """Takes a name off the list, whoever holds it: each generation goes with its last mix."""
+        """Takes a name off the list even if mixes hold it; generations end with their last mix."""
         with self._changed:
             del self._by_name[registration.name]
             adapter = registration.current
@@ -157,10 +157,10 @@ class NameTable:
             self._metrics.adapter_removed(registration.name)
         self._part_with(gone)
 
-    # Components: what a fusion is built from stays registered for as long as the fusion is.
+    # Components: an adapter that a fusion is built from stays registered as long as the fusion.
 
     def source_of(self, ref: ComponentRef) -> Source:
-        """Where the files of a component are.
+        """The directory with the files of a component.
 
         Raises:
             AdapterComponentError: No registered adapter has its digest, or none that stays.
@@ -185,7 +185,7 @@ class NameTable:
 
     @contextmanager
     def awaiting(self, digests: Sequence[str]) -> Iterator[None]:
-        """Keeps components registered while what is built from them is not yet."""
+        """Keeps components registered while the adapter built from them is being loaded."""
         with self._changed:
             self._awaited.update(digests)
         try:
@@ -288,7 +288,7 @@ class NameTable:
             if mix not in self._mixes:
                 return
             self._mixes.remove(mix)
-        # First the hold, then the count: who sees 0 in flight may forget the adapter.
+        # Release the hold first: a thread that sees 0 in flight may forget the adapter.
         self._leases.close_lease(mix)
         gone: list[Adapter] = []
         with self._changed:
@@ -313,7 +313,7 @@ class NameTable:
 
 
 def _why_missing(ref: AdapterRef, registration: Registration | None) -> str | None:
-    """None if the ref resolves; else what to say behind its name."""
+    """None if the ref resolves; else the text to append to its name."""
     if registration is None:
         return ""
     if registration.state != "ACTIVE":

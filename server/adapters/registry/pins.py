@@ -38,7 +38,7 @@ class Pins:
             self._table.release(mix)
 
     def hold(self, adapter: Adapter) -> None:
-        """Pins a generation that no name stands for yet, and says so nowhere.
+        """Pins a generation that has no name yet, without saving the pin.
 
         Raises:
             BudgetExceededError: No room for it.
@@ -55,7 +55,7 @@ class Pins:
             self._leases.set_pinned(adapter, False)
 
     def _wait_until_resident(self, adapter: Adapter) -> Mix:
-        """A mix that holds the adapter in memory; release it."""
+        """A mix that holds the adapter in memory; the caller releases it."""
         mix = self._table.open([(adapter, 1.0)])
         answered = threading.Event()
         results: list[HostResult] = []

@@ -62,13 +62,13 @@ class AdapterRegistry:
         on_unloaded: Called with the key of a generation that is gone (unloaded, or replaced and no
             longer in use), so that copies of its operators can go too. May be set later.
         load_threads: Background reads at a time.
-        allowed: What is taken that is refused otherwise.
+        allowed: Exceptions to what is refused by default.
         hub: Where paths that begin with ``hub:`` lead; None refuses them.
 
     Attributes:
         on_force_unload: Listeners, called with the uuid of an adapter whose users must end now;
             they still have to release their mixes. Whoever acquires mixes adds one.
-        tokenizers: Those that adapters bring.
+        tokenizers: The adapters' own tokenizers.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class AdapterRegistry:
         )
         self.on_force_unload: list[Callable[[str], None]] = []
         self.on_unloaded = on_unloaded
-        # Removes files; whoever lets go of a generation last may be the engine thread.
+        # Removes files on its own thread: the last user of a generation may be the engine thread.
         self._janitor = ThreadPoolExecutor(1, thread_name_prefix="adapter-files")
 
     @property
@@ -239,7 +239,7 @@ class AdapterRegistry:
 
     @contextlib.contextmanager
     def _changing(self, name: str) -> Iterator[None]:
-        """The only change of the name for now, counted as a load."""
+        """Makes this the only change of the name for now, and counts it as a load."""
         if why := no_adapter_name(name):
             raise InvalidRequestError.of("name", why)
         start = time.monotonic()
@@ -291,7 +291,8 @@ class AdapterRegistry:
                 root = self._loader.root_of(adapter.source)
                 return AdapterExport(root, adapter.source, record)
             except AdapterCheckpointError as error:
-                # The files of an upload go with their generation; look again if it has gone.
+                # The files of an upload are removed with their generation; look again if it has
+                # gone.
                 with self._lock:
                     is_same = registration.current is adapter
                 if is_same and self._table.get(name) is registration:
@@ -363,7 +364,7 @@ class AdapterRegistry:
     def _on_retired_gone(self, adapter: Adapter) -> None:
         self._notify_gone(adapter)
         if adapter.source.is_upload:
-            # At the end of the process the files stay, and are swept at the next start.
+            # If the process is ending, the files stay; the next start removes them.
             with contextlib.suppress(RuntimeError):
                 self._janitor.submit(self._state.discard, adapter.source)
 
@@ -391,7 +392,7 @@ class AdapterRegistry:
         self._table.release(mix)
 
     def close(self) -> None:
-        """Stops background reads; who waits for one is told UnavailableError."""
+        """Stops background reads; callers that wait for one get an UnavailableError."""
         self._leases.shutdown()
         self._janitor.shutdown(wait=True)
         self._state.close()

@@ -37,7 +37,7 @@ class Unloads:
         state: Forgets names, removes files.
         end_users: Called with the uuid of an adapter whose users must end now; they still have to
             release their mixes.
-        on_gone: Called with a generation that nobody will use any more.
+        on_gone: Called with a generation that no request will use any more.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class Unloads:
     ) -> None:
         end = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
         while mode == "FORCE" and registration.in_flight:
-            # Again and again: a request that took its adapters just before the name was closed may
-            # reach the engine after it was told.
+            # Repeat this: a request that acquired its adapters just before the name was closed may
+            # reach the engine after the first call.
             self._end_users(registration.uuid)
             left = end - time.monotonic()
             self._table.wait_until_unheld(registration, max(min(left, _FORCE_AGAIN_SECONDS), 0.0))
@@ -103,7 +103,7 @@ class Unloads:
         name = registration.name
         with self._lock:
             if self._table.get(name) is not registration:
-                return  # another unload got there first
+                return  # another unload was faster
             if registration.in_flight:
                 raise in_use_error(
                     name,
@@ -113,7 +113,7 @@ class Unloads:
                 )
             if registration.current.pinned:
                 raise in_use_error(name, "was pinned meanwhile", AdapterPinnedError)
-        # Nobody can take it up: it is being deleted, and changes of the name wait.
+        # No request can acquire the adapter now: it is being deleted, and changes of the name wait.
         self._state.remove(name)
         self._table.remove(registration)
         self._on_gone(registration.current)

@@ -21,7 +21,7 @@ class HostMemory:
         metrics: Receives residency, bytes and evictions.
 
     Attributes:
-        used_bytes: What resident and arriving adapters take.
+        used_bytes: Bytes that resident and arriving adapters take.
     """
 
     def __init__(self, budget_bytes: int, metrics: AdapterMetrics) -> None:
@@ -37,7 +37,7 @@ class HostMemory:
 
     @property
     def unpinned_bytes(self) -> int:
-        """What adapters that are not pinned can have at most, all together."""
+        """Most bytes that all unpinned adapters together can have."""
         return self._budget_bytes - self._pinned_bytes
 
     def enter(self, adapter: Adapter) -> None:
@@ -52,7 +52,7 @@ class HostMemory:
         adapter.base_generation = loaded.base_generation
 
     def touch(self, adapter: Adapter) -> None:
-        """Has the adapter leave last."""
+        """Moves the adapter to the end of the eviction order."""
         self._entries.move_to_end(adapter.key)
 
     def leave(self, adapter: Adapter, reason: str | None = None) -> None:
@@ -102,7 +102,7 @@ class HostMemory:
         return base_generation not in (None, self._base_generation)
 
     def report(self, adapter: Adapter) -> None:
-        """Tells the metrics where the adapter is, and how much is used."""
+        """Reports to the metrics where the adapter is and how much memory is used."""
         if not adapter.is_retired:
             self._metrics.adapter_residency(adapter.name, adapter.residency)
         self._metrics.adapter_bytes(host=self.used_bytes)
@@ -125,7 +125,7 @@ class HostMemory:
         return True
 
     def _correct_size(self, adapter: Adapter, num_bytes: int) -> None:
-        """What an earlier process measured may differ, say with another ``--dtype``."""
+        """Corrects a size that an earlier process measured, perhaps with another ``--dtype``."""
         difference = num_bytes - adapter.host_bytes_needed
         if difference:
             adapter.host_bytes_needed = num_bytes

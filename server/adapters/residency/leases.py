@@ -30,7 +30,7 @@ PATIENCE_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 Reload = Callable[[str, Source, str], LoadedAdapter]
-# Calls of ``OnHost`` that a change has made due.
+# Callbacks (``OnHost``) to call once the change is complete.
 _Answers = list[Callable[[], None]]
 
 
@@ -53,7 +53,7 @@ class _Lease:
 
 @dataclass(eq=False, slots=True)
 class _Load:
-    """A read under way. ``is_abandoned``: nobody will use the adapter any more."""
+    """A read under way. ``is_abandoned`` means that nothing will use the adapter any more."""
 
     adapter: Adapter
     leases: list[_Lease] = field(default_factory=list)
@@ -102,7 +102,7 @@ class Leases:
     def insert(self, adapter: Adapter, loaded: LoadedAdapter) -> bool:
         """Takes freshly lowered operators if there is room; False leaves the adapter on disk."""
         with self._lock:
-            # Mixes that wait for room come before an adapter nobody has asked for yet.
+            # Waiting mixes come before an adapter that no request has asked for yet.
             if self._line or self._memory.is_stale(loaded.base_generation):
                 return False
             if not self._memory.make_room_for([adapter]):
@@ -188,7 +188,7 @@ class Leases:
                 self._withdraw(lease)
 
     def shutdown(self) -> None:
-        """Stops reading; every waiting mix is told. Blocks for reads under way."""
+        """Stops reading and fails all waiting mixes. Blocks until reads under way end."""
         with self._change() as answers:
             self._is_closed = True
             waiting = [lease for lease in self._leases.values() if lease.callback is not None]
@@ -196,14 +196,14 @@ class Leases:
                 self._fail(lease, _shutting_down(), answers)
         self._executor.shutdown(wait=True, cancel_futures=True)
         with self._lock:
-            # Reads that had not begun: nobody else gives back the room they were to fill.
+            # Reads that never began do not release the memory reserved for them.
             for load in self._loads.values():
                 self._memory.leave(load.adapter)
             self._loads.clear()
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[_Answers]:
-        """Under the lock; afterwards grants what can be granted, in order, and answers.
+        """Holds the lock; at the end grants leases in order where possible, and answers.
 
         Yields:
             Takes the answers that the change itself makes due.
@@ -306,7 +306,7 @@ class Leases:
         result = HostResult(lease.mix, None, dict(lease.load_seconds))
         answers.append(lambda: callback(result))
 
-    # On a loader thread, without the lock until the read is over.
+    # Runs on a loader thread, without the lock until the read is over.
 
     def _read(self, adapter: Adapter) -> None:
         start = time.monotonic()
@@ -314,7 +314,7 @@ class Leases:
             outcome = self._try_reload(adapter)
             seconds = time.monotonic() - start
             with self._change() as answers:
-                # The base may have changed under the read.
+                # The base may have changed during the read.
                 if not (
                     isinstance(outcome, LoadedAdapter)
                     and self._memory.is_stale(outcome.base_generation)
@@ -360,7 +360,7 @@ class Leases:
     ) -> None:
         adapter = load.adapter
         if adapter.pinned:
-            # Pinned, read again for a new base, and its files are gone.
+            # The adapter could not be read again for a new base, so it cannot stay pinned.
             _log.error("adapter %r is no longer pinned: %s", adapter.name, outcome)
             self._memory.set_pinned(adapter, False)
         self._memory.leave(adapter)

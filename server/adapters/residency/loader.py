@@ -40,12 +40,12 @@ from turret.server.errors import (
 )
 from turret.server.hub.adapters import AdapterHub
 
-# Reads a tokenizer for a vocabulary of so many rows; what is wrong with it is a ValueError.
+# Takes a tokenizer and the number of vocabulary rows; raises ValueError if it is unusable.
 CheckTokenizer = Callable[[TokenizerFiles, int], None]
 
 
 def _take_any_tokenizer(files: TokenizerFiles, rows: int) -> None:
-    """Checks nothing: for whoever answers no requests."""
+    """Checks nothing; for programs that answer no requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class AdapterLoader:
         max_rank: Largest rank served.
         uploads: The directory that the paths of uploads are relative to.
         find_source: Where the files of a registered component are; raises AdapterComponentError.
-        allowed: What is taken that is refused otherwise.
+        allowed: Exceptions to what is refused by default.
         hub: Where paths that begin with ``hub:`` lead; None refuses them.
     """
 
@@ -115,7 +115,7 @@ class AdapterLoader:
         return self._uploads if source.is_upload else self._root
 
     def find(self, path: str, task: int | None = None) -> Source:
-        """Where the files of a path are; those of the hub are fetched, which blocks.
+        """The source of a path; the hub's files are downloaded, which blocks.
 
         Raises:
             See ``AdapterHub.fetch``.
@@ -127,9 +127,9 @@ class AdapterLoader:
         """Reads and hashes; see ``read_checkpoint`` for the errors."""
         compute_on_this_thread()
         if source.is_hub:
-            # Nothing, but where the cache was emptied.
+            # Fetches nothing unless the cache was emptied.
             self._hub.fetch(source.path)
-        # Operators take at least one serving element per weight, so more cannot fit.
+        # Operators take at least one serving element per weight, so no larger adapter can fit.
         item_bytes = self.base.dtype.itemsize
         checkpoint = read_checkpoint(
             self.root_of(source),
@@ -181,7 +181,7 @@ class AdapterLoader:
             BudgetExceededError: Rank or bytes over the limit.
         """
         compute_on_this_thread()
-        # Read once: a lowering that began on one base ends on it.
+        # Keep one base for the whole lowering, even if it is replaced meanwhile.
         base = self.base
         method, lowered = self._lowered(checkpoint, base, self._read_component)
         if lowered.num_bytes > self._host_bytes:
@@ -225,14 +225,14 @@ class AdapterLoader:
         return self.lower(self._read_same(name, source, digest))
 
     def reread(self, name: str, source: Source, digest: str, base: BaseModel) -> Lowered:
-        """As ``reload``, for a base of another dtype than the one served."""
+        """Like ``reload``, for a base of another dtype than the one served."""
         checkpoint = self._read_same(name, source, digest)
         return self._lowered(checkpoint, base, self._read_component)[1]
 
     def _lowered(
         self, checkpoint: AdapterCheckpoint, base: BaseModel, find_component: FindComponent
     ) -> tuple[str, Lowered]:
-        """The method, and what it makes within this server's limits."""
+        """The method's name and its result, within this server's limits."""
         dense_bytes = self._host_bytes if self._allowed.dense else 0
         return lower_checkpoint(
             checkpoint, base, self._max_rank, find_component, max_dense_bytes=dense_bytes
@@ -249,7 +249,7 @@ class AdapterLoader:
 
 
 def check_same_base(checkpoint: AdapterCheckpoint, base: BaseModel) -> None:
-    """Refuses an adapter that fits in shape and says that its base is another one.
+    """Refuses an adapter that fits in shape but names another base.
 
     Raises:
         AdapterMismatchError: Another base, by name, and its provenance does not say otherwise.
@@ -261,7 +261,7 @@ def check_same_base(checkpoint: AdapterCheckpoint, base: BaseModel) -> None:
 
 
 def _is_private(directory: Path) -> bool:
-    """Whether nobody but this server can write in a directory (if it exists)."""
+    """Whether only this server can write in a directory (if it exists)."""
     try:
         status = directory.stat()
     except OSError:

@@ -11,13 +11,13 @@ _log = logging.getLogger(__name__)
 
 
 def changed(name: str, source: Source, digest: str, found: str) -> AdapterChangedError:
-    """There are others in their place.
+    """The error for files that were replaced by others.
 
     Args:
-        name: Of the adapter.
+        name: The adapter's name.
         source: Where they are.
-        digest: Of those that were registered.
-        found: Of those that are there.
+        digest: Digest of the registered files.
+        found: Digest of the files that are there now.
     """
     return AdapterChangedError(
         f"adapter {name!r} changed on disk since it was loaded{_from(source)}; replace"
@@ -27,15 +27,14 @@ def changed(name: str, source: Source, digest: str, found: str) -> AdapterChange
 
 
 def lost(name: str, source: Source, error: AdapterCheckpointError) -> AdapterChangedError:
-    """They are gone, or broken.
+    """The error for files that are gone or broken.
 
-    Who only asks is told by the adapter's name, and nothing of the server's directories: why they
-    cannot be read is logged.
+    The reason is only logged, because it shows the server's directories.
 
     Args:
-        name: Of the adapter.
+        name: The adapter's name.
         source: Where they were.
-        error: What reading them raised; itself, if it says this already.
+        error: The error from reading them; returned unchanged if it is this error already.
     """
     if isinstance(error, AdapterChangedError):
         return error
@@ -48,5 +47,5 @@ def lost(name: str, source: Source, error: AdapterCheckpointError) -> AdapterCha
 
 
 def _from(source: Source) -> str:
-    """Where an adapter's files are, unless the server keeps them itself."""
+    """A phrase with the path of an adapter's files; "" if the server keeps them itself."""
     return "" if source.is_upload else f" from {source.path!r}"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class NoStateDir:
-    """Stands where ``StateDir`` would; see there."""
+    """Replaces ``StateDir``; see there."""
 
     path: Path | None = None
 

@@ -13,23 +13,22 @@ from typing import Any
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.source import Source
 
-# Raise it when the fields change, and read the older ones still. 2: facts have components. 3: a
-# source has a task. 4: facts have an invocation.
-# 5: facts have labels. 6: facts have a vocabulary's size and tokenizer.
-# 7: and a first pass.
+# Raise the version when fields change, and keep reading older ones. Version 2 added components to
+# the facts, 3 a source's task, 4 the invocation, 5 labels, 6 the size of the vocabulary and the
+# tokenizer, 7 the first pass.
 _VERSION = 7
 _READ_VERSIONS = (1, 2, 3, 4, 5, 6, 7)
 
 
 @functools.lru_cache(maxsize=4096)
 def _shared(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """One tuple for all adapters that say the same, which is most of them."""
+    """One shared tuple for all adapters with the same values, which most of them have."""
     return values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedRegistration:
-    """What survives a restart. Weights are read again when they are first needed."""
+    """The part of a registration that survives a restart; weights are read again when needed."""
 
     name: str
     uuid: str
@@ -40,7 +39,7 @@ class SavedRegistration:
 
     def to_json(self) -> bytes:
         fields: dict[str, Any] = {**dataclasses.asdict(self), "version": _VERSION}
-        # The name is there already.
+        # The registration's own name field holds this already.
         del fields["source"]["adapter"]
         return json.dumps(fields, indent=1).encode()
 
@@ -64,7 +63,7 @@ class SavedRegistration:
             raise ValueError(f"is no registration: {error}") from None
 
 
-# The annotations are strings here, which is all that is needed to tell them apart.
+# Annotations are strings in this module, so these names identify the types.
 _TYPES: Mapping[str, Any] = {"str": str, "int": int, "bool": bool}
 _OPTIONAL = " | None"
 

@@ -42,7 +42,7 @@ class StagedUpload:
 
     Args:
         directory: Exists, empty, owned by this object until it is moved.
-        files: What is announced; names are distinct.
+        files: The announced files; names are distinct.
     """
 
     def __init__(self, directory: Path, files: Sequence[UploadedFile]) -> None:

@@ -39,12 +39,12 @@ from turret.server.basics.files import (
 from turret.server.errors import BudgetExceededError, StorageFullError
 
 if TYPE_CHECKING:
-    # Types only: importing it would load torch.
+    # Only for type checkers: importing it would load torch.
     from turret.server.adapters.adapter import Adapter
 
 _log = logging.getLogger(__name__)
 
-# An upload must leave this much of the disk free: registrations have to be written still.
+# An upload must leave this much disk space, so that registrations can still be written.
 MIN_FREE_BYTES = 16 << 20
 
 
@@ -132,7 +132,7 @@ class StateDir:
         return found
 
     def save(self, adapter: Adapter, *, pinned: bool, source: Source | None = None) -> None:
-        """Makes this generation what its name stands for after a restart.
+        """Saves a generation as the one that its name has after a restart.
 
         Args:
             adapter: The generation.
@@ -153,7 +153,7 @@ class StateDir:
         self.write(saved)
 
     def write(self, saved: SavedRegistration) -> None:
-        """Makes a registration what its name stands for after a restart.
+        """Saves a registration, to be restored after a restart.
 
         Raises:
             StorageFullError: The disk is full; what was saved before still holds.
@@ -181,7 +181,7 @@ class StateDir:
         check_room_in(self.path, num_bytes, self._max_upload_bytes)
 
     def staged_source(self, staged: StagedUpload, name: str) -> Source:
-        """Where a staged upload of the adapter ``name`` can be read from until it is adopted."""
+        """The source of a staged upload for adapter ``name`` until it is adopted."""
         return source_of(staged, self.path, name)
 
     def adopt(self, staged: StagedUpload, adapter: Adapter) -> None:
@@ -205,7 +205,7 @@ def stage_below(incoming: Path, files: Sequence[UploadedFile]) -> StagedUpload:
 
 
 def source_of(staged: StagedUpload, state_dir: Path, name: str) -> Source:
-    """Where a staged upload of the adapter ``name`` can be read from until it is adopted."""
+    """The source of a staged upload for adapter ``name`` until it is adopted."""
     return Source(str(staged.directory.relative_to(state_dir)), is_upload=True, adapter=name)
 
 
@@ -231,7 +231,7 @@ def check_room_in(path: Path, num_bytes: int, most: int) -> None:
 def _lock(path: Path) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        # The kernel releases it with the process, however that ends.
+        # The kernel releases the lock when the process ends, however that happens.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)

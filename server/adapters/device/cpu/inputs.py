@@ -43,7 +43,7 @@ class InputRows:
     _others: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
 
     def others(self, num_rows: int) -> torch.Tensor:
-        """The other rows of so many; made once, for every layer asks."""
+        """The other ones of ``num_rows`` rows; kept, because every layer asks for them."""
         if num_rows not in self._others:
             is_other = torch.ones(num_rows, dtype=torch.bool).index_fill_(0, self.rows, False)
             self._others[num_rows] = is_other.nonzero().squeeze(1)
@@ -87,7 +87,7 @@ class StepInputs:
     _native: dict[int, NativeStepInputs] = field(default_factory=dict[int, "NativeStepInputs"])
 
     def native(self, num_rows: int) -> NativeStepInputs | None:
-        """``common`` and ``own`` for a step of so many rows, or None where there are neither."""
+        """``common`` and ``own`` for a step of ``num_rows`` rows, or None if both are empty."""
         if not (self.common or self.own):
             return None
         if num_rows not in self._native:
@@ -166,7 +166,7 @@ class StepInputs:
         y: torch.Tensor,
         base: BaseProduct,
     ) -> None:
-        """Add what is a product of its own to ``y``, in place."""
+        """Adds the changes of ``added`` rows, each a product of its own, to ``y`` in place."""
         first = self.numbers.first(layer, projection)
         slices = self.layout.projections[projection]
         for changing in self.added.get(projection, ()):
@@ -184,10 +184,10 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class NativeStepInputs:
-    """What ``turret.kernels.cpu.layers`` reads of a step's changed inputs.
+    """The data that ``turret.kernels.cpu.layers`` needs for a step's changed inputs.
 
     Attributes:
-        table: By projection.
+        table: Changed inputs by projection.
         width: The most elements that a row of changed inputs has, of all projections.
     """
 
@@ -197,7 +197,7 @@ class NativeStepInputs:
 
     @classmethod
     def of(cls, inputs: StepInputs, num_rows: int) -> NativeStepInputs:
-        """For a step of so many rows."""
+        """The table for a step of ``num_rows`` rows."""
         table, width, kept = (NativeInputs * len(PROJECTIONS))(), 0, {}
         for number, name in enumerate(PROJECTIONS):
             common, own = inputs.common.get(name), inputs.own.get(name)
@@ -216,10 +216,10 @@ class NativeStepInputs:
 
 
 def _way(name: str, members: Sequence[tuple[AdapterTable, float]], num_slices: int) -> str:
-    """Where a row of this mix goes in a projection: ``common``, ``own`` or ``added``."""
+    """How a projection treats rows of this mix: ``common``, ``own`` or ``added``."""
     scaling = [k for k, (table, _) in enumerate(members) if name in table.gains]
     changing = [k for k, (table, _) in enumerate(members) if name in table.input_changes]
-    # A lone adapter's gain applies to all of its own result.
+    # The gain of a lone adapter applies to its whole result.
     is_lone = scaling == changing and len(changing) == 1 and members[changing[0]][1] == 1.0
     if scaling and not is_lone:
         return "added"

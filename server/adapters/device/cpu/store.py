@@ -31,7 +31,7 @@ class CpuStore(StepStore):
         dtype: Serving dtype, bf16.
         device: The CPU.
         max_bytes: Budget of what is in the store.
-        on_moved: Told of every adapter that entered or left.
+        on_moved: Called with every adapter that enters or leaves.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class CpuStore(StepStore):
     def step(self, members: StepMembers) -> CpuStep:
         segments = self._segments(members)
         tables = {key: self._tables[key] for _, _, mix in segments for key, _ in mix}
-        # Requests that decode have the same adapters step after step.
+        # Decoding requests keep their adapters from step to step, so try to reuse the last step.
         last = self._last
         if last is not None and last.serves(members, tables):
             last.step.rows.restart()
@@ -88,7 +88,7 @@ class CpuStore(StepStore):
 
     @staticmethod
     def _segments(members: StepMembers) -> list[tuple[int, int, Members]]:
-        """The adapted rows by mix."""
+        """Runs of adapted rows, one per mix."""
         segments: list[tuple[int, int, Members]] = []
         for row, mix in enumerate(members.short):
             if segments and segments[-1][2] == mix:
@@ -124,12 +124,12 @@ class CpuStep:
 
     @property
     def is_reusable(self) -> bool:
-        """Whether the next step of the same rows and adapters can be this one."""
+        """Whether this step can serve again for the same rows and adapters."""
         return self.others is None and self.experts is None
 
     @property
     def is_native(self) -> bool:
-        """Whether ``rows``, and inputs that the base multiplies, are all that changes a layer."""
+        """Whether only ``rows``, and inputs that the base multiplies, change a layer."""
         return self.others is None and not self.inputs.added
 
     def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
@@ -172,14 +172,15 @@ class CpuStep:
 
 @dataclass(frozen=True, slots=True)
 class _Last:
-    """The last step, and of what it was made."""
+    """The last step and what it was made from."""
 
     members: StepMembers
     tables: dict[str, AdapterTable]
     step: CpuStep
 
     def serves(self, members: StepMembers, tables: dict[str, AdapterTable]) -> bool:
-        # Not what gates are given: no step that reads it is kept, and tensors have no equality.
+        # members.given is not compared: no step that reads it is reused, and tensors do not compare
+        # as one bool.
         return (
             (members.short, members.long) == (self.members.short, self.members.long)
             and tables.keys() == self.tables.keys()

@@ -83,7 +83,7 @@ class ModuleNumbers:
 
     @functools.cached_property
     def places(self) -> ctypes.Array[NativePlace]:
-        """Of the projections of all layers, for ``turret.kernels.cpu.layers``."""
+        """Places of all layers' projections, for ``turret.kernels.cpu.layers``."""
         return (NativePlace * (self._num_layers * len(PROJECTIONS)))(
             *(
                 NativePlace(self.shape(layer, name).address, self.first(layer, name))
@@ -110,7 +110,8 @@ class AdapterTable:
         updates: Projections with an update, gain or bias in some layer.
         gains: Projections with a gain or pairs in some layer, which the base's own result meets.
         input_changes: Projections with an input gain or input blocks in some layer.
-        shared_gains: Those of them in which all slices have one input gain, in every layer.
+        shared_gains: Those of ``input_changes`` whose slices all have one input gain, in every
+            layer.
     """
 
     operators: AdapterOperators
@@ -183,7 +184,7 @@ def _spectrum_bytes(kernel: torch.Tensor) -> int:
 
 
 class _PieceSums:
-    """Knows the factors that add pieces of the input up (MiSS), which modules share."""
+    """Recognises factors that add up pieces of the input (MiSS); modules share such factors."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, torch.Size], bool] = {}
@@ -193,14 +194,14 @@ class _PieceSums:
         key = a.data_ptr(), a.shape
         if key not in self._known:
             rank, inner = a.shape
-            # Others differ in their first element already.
+            # Check one element first; any other factor almost always differs there.
             is_like = a.numel() > 0 and a[0, 0].item() == 1
             self._known[key] = is_like and torch.equal(a, piece_sums(rank, inner, a.dtype))
         return self._known[key]
 
 
 def _arguments(part: Operator, pieces: _PieceSums) -> dict[str, Any]:
-    """What a module's table is told of an operator; nothing of those without a kernel."""
+    """An operator's entries in its module's table; empty for operators without a kernel."""
     match part:
         case LowRank():
             return {"a": None if part.a in pieces else part.a, "b": part.b}

@@ -24,7 +24,7 @@ from turret.server.adapters.device.part import Part
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.gate import Gate
 
-# Slots cost tables of gains and biases; more of them are made if a batch has more adapters.
+# Every slot costs rows in the tables of gains and biases; more are made if a batch needs them.
 _RANKS_PER_SLOT = 16
 _MIN_SLOTS = 8
 
@@ -59,7 +59,7 @@ class PackedKinds:
 
 
 def grown(table: torch.Tensor, num_slots: int) -> torch.Tensor:
-    """A larger table, ``[layers, slots, …]``, with the old one's content; zeros besides."""
+    """A larger table, ``[layers, slots, …]``, with the old content followed by zeros."""
     larger = table.new_zeros(table.shape[0], num_slots, *table.shape[2:])
     larger[:, : table.shape[1]] = table
     return larger
@@ -92,7 +92,7 @@ class GpuPackedProjection:
         self.reserve(0, 1)
 
     def reserve(self, ranks: int, num_slots: int) -> None:
-        """Allocate for so many ranks and slots, slot 0 included; it holds nothing yet."""
+        """Allocates empty matrices and tables for ``ranks`` and ``num_slots``, slot 0 included."""
         layers, count = self._layout.num_layers, len(self.slices)
         shape = (layers, ranks, count, self.slices[0].in_features)
         self.a = torch.zeros(shape, **self._like)
@@ -111,7 +111,7 @@ class GpuPackedProjection:
         for start, end, first in moves:
             if first != start:
                 for matrix in (self.a, *self.b):
-                    # A copy: what moves may overlap where it goes.
+                    # Copy first, because source and target may overlap.
                     matrix[:, first : first + end - start] = matrix[:, start:end].clone()
 
     def put(self, operators: AdapterOperators, place: Place, num_slots: int) -> None:
@@ -134,14 +134,14 @@ class GpuPackedProjection:
                 self.bias[layers, place.slot, columns] = bias
 
     def put_gates(self, operators: AdapterOperators, place: Place, num_slots: int) -> None:
-        """Copy the factors of an adapter's gates into a place that holds nothing besides."""
+        """Copies the factors of an adapter's gates into a place that holds nothing else."""
         self._cleared(AdapterOperators({}), place, num_slots)
         found, components = self._layout.of(operators, self.name), components_of(operators)
         here = slice(place.rank_start, place.rank_end)
         for s, b in enumerate(self.b):
             gates = ((i, ops.get(Gate)) for i, of, ops in found if of == s)
             own = [(i, gate) for i, gate in gates if gate is not None]
-            # A component reads what is behind its own ranks there: zeros.
+            # Every component covers as many ranks as the widest one; those past its own are zeros.
             self._put_ranks(place.slot, s, ((layer, max(ranks_of(gate))) for layer, gate in own))
             for _, run in groupby(own, lambda at: at[1].rank_indptr):
                 alike = list(run)
@@ -156,9 +156,9 @@ class GpuPackedProjection:
     def _cleared(
         self, operators: AdapterOperators, place: Place, num_slots: int
     ) -> list[tuple[int, int, ModuleOperators]]:
-        """Zero a place, in tables that exist or that an adapter needs; what the adapter has."""
+        """Zeroes a place in tables that exist or are needed; returns the adapter's operators."""
         found = self._layout.of(operators, self.name)
-        # A table that exists covers every slot: rows of adapters that are not in it read zeros.
+        # A table that exists covers every slot: adapters without an entry must read zeros.
         if self.gain_delta is not None or any(ops.gain is not None for _, _, ops in found):
             self.gain_delta = self._widened(self.gain_delta, num_slots)
         if self.bias is not None or any(ops.bias is not None for _, _, ops in found):
@@ -179,18 +179,19 @@ class GpuPackedProjection:
         return table if table.shape[1] >= num_slots else grown(table, num_slots)
 
     def _put_ranks(self, slot: int, s: int, own: Iterable[tuple[int, int]]) -> None:
-        """Note an adapter's ranks in a slice, by layer."""
-        # Neighbouring layers of one rank at once: a number in the launch, nothing is uploaded.
+        """Records an adapter's ranks in a slice, by layer."""
+        # Fill neighbouring layers of equal rank at once: the rank is a launch argument, so nothing
+        # is uploaded.
         for (rank, _), run in groupby(enumerate(own), lambda at: (at[1][1], at[1][0] - at[0])):
             layers = [layer for _, (layer, _) in run]
             self.slice_ranks[layers[0] : layers[-1] + 1, slot, s].fill_(rank)
 
     def addresses(self) -> list[object]:
-        """Where its matrices are, and how large."""
+        """Addresses and shapes of the matrices."""
         return [(t.data_ptr(), t.shape) for t in (self.a, *self.b, self.slice_ranks)]
 
     def optional_addresses(self, kinds: PackedKinds) -> list[object]:
-        """Where the tables are that adapters of some kinds read, and how large."""
+        """Addresses and shapes of the tables that these kinds of adapters read."""
         tables = (
             self.gain_delta if self.name in kinds.gains else None,
             self.bias if self.name in kinds.biases else None,
@@ -199,7 +200,7 @@ class GpuPackedProjection:
 
 
 class GpuPack(Part):
-    """The matrices of all fused projections, and which adapter lies where in them.
+    """The matrices of all fused projections, and each adapter's place in them.
 
     An adapter owns the same rank range in every module, as wide as its own largest rank. What fits
     by its bytes fits: where free ranks are scattered, adapters move together within the matrices,
@@ -237,7 +238,7 @@ class GpuPack(Part):
 
     @property
     def places(self) -> Mapping[str, Place]:
-        """Where each adapter lies, by key."""
+        """Each adapter's place, by key."""
         return self._placement.places
 
     @property
@@ -246,18 +247,18 @@ class GpuPack(Part):
         return self._placement.num_slots
 
     def kinds(self, keys: Iterable[str]) -> PackedKinds:
-        """Which operators these adapters have between them."""
+        """The kinds of operators that these adapters have."""
         return PackedKinds.union(self._kinds[key] for key in keys)
 
     def gates(self, key: str) -> Place | None:
-        """Where the components of an adapter's gates lie: ranks and a slot of their own."""
+        """The place of an adapter's gate components: ranks and a slot of their own."""
         return self.places.get(_gates_of(key))
 
     def has_room(self, operators: AdapterOperators) -> bool:
         return self._placement.has_slots(2 if components_of(operators) else 1)
 
     def extra_bytes(self, operators: AdapterOperators) -> int:
-        """Bytes of ranks that modules do not use: an adapter's ranks are as many in every one."""
+        """Bytes of unused ranks: an adapter occupies the same number of ranks in every module."""
         widths = Placement.width_of(operators.rank), Placement.width_of(_sum_of(operators))
         held = sum(gate.a.nbytes + gate.b.nbytes for gate in gates_of(operators))
         return sum(widths) * self._rank_bytes - operators.num_low_rank_bytes - held
@@ -278,7 +279,7 @@ class GpuPack(Part):
         self._kinds.pop(key, None)
 
     def _place(self, key: str, width: int) -> Place:
-        """A place of so many ranks."""
+        """A place of ``width`` ranks."""
         if not self._placement.has_room(width):
             moves = self._placement.compact()
             assert self._placement.has_room(width), "the store keeps to its budget"
@@ -292,5 +293,5 @@ def _sum_of(operators: AdapterOperators) -> int:
 
 
 def _gates_of(key: str) -> str:
-    """The name of a place of its own."""
+    """The key under which an adapter's gate components are placed."""
     return f"gates of {key}"

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 
 _ALIGNMENT = 16
-# Tensors of a block may lie so far apart: groups of them begin on cache lines.
+# Largest gap between neighbouring tensors of a block: groups of them begin on cache lines.
 _MAX_GAP_BYTES = 64
 
 
@@ -58,7 +58,7 @@ def _step(pair: tuple[tuple[int, torch.Tensor], tuple[int, torch.Tensor]]) -> in
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """All of the memory that a tensor lies in."""
+    """All of the memory that a tensor's storage occupies."""
     storage = tensor.untyped_storage()
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 

@@ -23,7 +23,7 @@ class Placement:
 
     Args:
         capacity: Ranks there are places for.
-        num_slots: Slots there are places for at first, slot 0 apart, which is neutral and nobody's.
+        num_slots: Number of slots at first, without the neutral slot 0.
 
     Attributes:
         num_slots: Slots there are places for, slot 0 included.
@@ -40,7 +40,7 @@ class Placement:
 
     @staticmethod
     def width_of(rank: int) -> int:
-        """Ranks that an adapter occupies whose largest rank this is."""
+        """Number of ranks that an adapter with this largest rank occupies."""
         return -(-rank // RANK_ALIGNMENT) * RANK_ALIGNMENT
 
     def has_room(self, width: int) -> bool:
@@ -48,11 +48,11 @@ class Placement:
         return self._find(width) is not None
 
     def has_slots(self, count: int) -> bool:
-        """Whether so many slots are free, so that no table has to grow."""
+        """Whether ``count`` slots are free, so that no table has to grow."""
         return len(self._places) + count < self.num_slots
 
     def put(self, key: str, width: int) -> Place:
-        """Place an adapter, first fit; there is room for it."""
+        """Places an adapter at the first gap that fits; the caller has made room."""
         start = self._find(width)
         assert start is not None, "the pack makes room before an adapter is placed"
         place = self._places[key] = Place(start, start + width, self._find_slot())

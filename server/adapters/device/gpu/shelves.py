@@ -36,7 +36,7 @@ _Shapes = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class ShelfKey:
-    """What is on a shelf: a kind of operator, where, and the shapes of its tensors.
+    """The content of a shelf: a kind of operator, its place, and the shapes of its tensors.
 
     ``slice`` is that of the projection; −1 for experts, whose projections are not fused.
     """
@@ -48,7 +48,7 @@ class ShelfKey:
 
     @property
     def order(self) -> tuple[str, str, int, _Shapes]:
-        """Sums must not depend on what the store has held before."""
+        """Sort key, so that the order of sums does not depend on what the store held before."""
         return self.kind.name, self.projection, self.slice, self.shapes
 
 
@@ -56,8 +56,8 @@ class Shelf:
     """The tensors of adapters by slot, in all layers.
 
     Attributes:
-        slots: By adapter key.
-        layers: Those in which some adapter has the operator.
+        slots: Slot numbers by adapter key.
+        layers: Layers in which some adapter has the operator.
         tables: Per tensor ``[layers, slots, …]``. Of experts one, which says where each adapter's
             factors lie, ``[layers, slots, 2]`` int64 (0: nowhere): they are large, a table with a
             slot for each would leave room for others that do not come.
@@ -70,7 +70,7 @@ class Shelf:
         self.slots: dict[str, int] = {}
         self.layers: set[int] = set()
         self._like = {"dtype": dtype, "device": device}
-        # Of experts, by adapter: what the addresses are of.
+        # Tensors of expert factors by adapter; keeps the addresses in the table valid.
         self._kept: dict[str, list[torch.Tensor]] = {}
         self.is_addressed = key.kind is ExpertLowRank
         if self.is_addressed:
@@ -106,7 +106,7 @@ class Shelf:
         table[:, self.slots[key]] = upload(addresses, table.device)
 
     def remove(self, key: str) -> None:
-        """Forget an adapter. What its slot says stays, and no step reads it."""
+        """Forgets an adapter. Its slot keeps its content, but no step reads it."""
         self.slots.pop(key, None)
         self._kept.pop(key, None)
 
@@ -122,7 +122,7 @@ class Shelf:
             kronecker(x, y, w1, second[0] if len(second) == 1 else (second[0], second[1]), table)
 
     def addresses(self) -> list[object]:
-        """Where its tables are, and how large; in which layers it is used."""
+        """Addresses and shapes of the tables, and the layers that use them."""
         return [self.key, sorted(self.layers), [(t.data_ptr(), t.shape) for t in self.tables]]
 
 
@@ -216,7 +216,7 @@ class GpuShelves(Part):
         used = {key for _, _, mix in runs for key, _ in mix}
         signature: list[tuple[Hashable, int]] = []
         for place, shelf in sorted(self._shelves.items(), key=lambda item: item[0].order):
-            # Shelves stay when they are empty.
+            # Empty shelves are kept, so skip those that this step does not use.
             if used.isdisjoint(shelf.slots):
                 continue
             bound = _loaded(place, shelf, runs, tables)
@@ -225,7 +225,7 @@ class GpuShelves(Part):
         return GpuStepShelves(self._columns, step.by_projection, tuple(signature))
 
     def addresses(self) -> list[object]:
-        """Everything a captured graph knows of the shelves."""
+        """Every address and shape that a captured graph depends on."""
         found = sorted(self._shelves.items(), key=lambda item: item[0].order)
         return [shelf.addresses() for _, shelf in found]
 
@@ -242,7 +242,8 @@ def _loaded(
             if len(members) > j:
                 rows |= dict.fromkeys(range(start, end), members[j])
         if shelf.is_addressed:
-            # Pairs look theirs up: every row up to the last one has an entry, slot -1 for none.
+            # Experts look rows up by number, so every row up to the last needs an entry; slot -1
+            # means none.
             rows = {row: rows.get(row, (-1, 0.0)) for row in range(max(rows) + 1)}
         table = tables.row_table((place, j))
         slots, weights = [slot for slot, _ in rows.values()], [w for _, w in rows.values()]

@@ -33,10 +33,10 @@ from turret.server.adapters.device.reference import Reference, StepReference
 from turret.server.adapters.device.store import AdapterStore, BaseProduct, OnMoved, Resident
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
-# Runs of rows: first, end, and their mix.
+# Runs of rows as (first, end, mix).
 Runs = Sequence[tuple[int, int, Members]]
 
-# Of the budget, what may be on its way to the device besides.
+# Copies on their way to the device may take one part in this many of the budget, in addition to it.
 _STAGED_SHARE = 8
 
 
@@ -51,7 +51,8 @@ class GpuAdapterStep:
         low_rank: Projections with a low-rank update, gated or not.
         shelves: Rows of the shelves.
         gates: Gates of learned fusions and routers.
-        addresses: Where tables lie that the step reads and not every step with adapters does.
+        addresses: Addresses of the tables that this step reads but not every step with adapters
+            does.
         others: Rows of operators that have no kernel, or None. Nothing of them is captured.
     """
 
@@ -66,7 +67,7 @@ class GpuAdapterStep:
 
     @property
     def signature(self) -> Hashable:
-        """What the step launches, and where what it reads lies; see the module."""
+        """Identifies a step's launches and the addresses they read; see the module."""
         kinds = (self.low_rank, self.kinds.gains, self.kinds.biases)
         return (kinds, self.shelves.signature, self.gates.signature, self.addresses)
 
@@ -109,7 +110,7 @@ class GpuAdapterStep:
         if projection in self.low_rank:
             y, v = base.with_shrink(x, Shrink(a, ranks, self.table))
         else:
-            # Nothing of v is read: no adapter of the step has ranks here.
+            # No adapter of the step has ranks here, so v is never read.
             y, v = base(x), rank_activations(self.table, len(b), x.device)
         gates = self.gates.of(layer, projection, x, v, self.table)
         if bias is not None or projection in self.low_rank | kinds.gains | kinds.biases:
@@ -134,7 +135,7 @@ class GpuAdapterStep:
         return y if epilogue is None else epilogue(y)
 
     def _adds(self, projection: str) -> bool:
-        """Whether the step has more than what an expand with an epilogue finishes."""
+        """Whether the step has more changes than an expand with an epilogue can finish."""
         apart = self.others is not None or self.gates.changes(projection)
         return apart or projection in self.shelves.by_projection
 
@@ -147,7 +148,7 @@ class GpuStore(AdapterStore):
         dtype: Serving dtype.
         device: Where the kernels run.
         max_bytes: Budget of the copies.
-        on_moved: Told of every adapter that was packed or forgotten.
+        on_moved: Called with every adapter that is packed or forgotten.
 
     Attributes:
         epoch: Moves whenever the pack does, so that what was captured must be forgotten.
@@ -187,7 +188,7 @@ class GpuStore(AdapterStore):
         self._uploads.drop(key)
 
     def _insert(self, adapter: Resident) -> None:
-        # Even if it fails: others may have moved or left.
+        # Even a failed insert changes the version: other adapters may have moved or left.
         self.version += 1
         super()._insert(adapter)
         self._uploads.taken()
@@ -197,7 +198,7 @@ class GpuStore(AdapterStore):
             self._known = known
 
     def _addresses(self) -> list[object]:
-        """What every captured step with adapters knows of the store."""
+        """The addresses that every captured step with adapters depends on."""
         return [projection.addresses() for projection in self._pack.projections.values()]
 
     def bind(
@@ -213,7 +214,7 @@ class GpuStore(AdapterStore):
             runs: All rows of the step: first row, end row, mix (empty for the base model's). Each
                 begins where the one before ends.
             tables: Where the metadata goes.
-            given: What first passes have told; see ``StepMembers``.
+            given: Scalings that first passes computed; see ``StepMembers``.
             num_decode: How many rows, the first ones, decode (see ``nf4_gpu.py``); None for all.
         """
         kinds = self._pack.kinds({key for _, _, mix in runs for key, _ in mix})
@@ -224,11 +225,11 @@ class GpuStore(AdapterStore):
         return self._bound(table, kinds, shelves, gates, others)
 
     def bind_form(self, low_rank: frozenset[str], tables: GpuTables) -> GpuAdapterStep:
-        """What steps launch whose adapters have low-rank updates in some projections, and no more.
+        """A step without rows that launches low-rank updates in some projections, and no more.
 
         Args:
-            low_rank: Those projections.
-            tables: Where the metadata goes: of no rows.
+            low_rank: The projections with low-rank updates.
+            tables: Receive the metadata of a step without rows.
         """
         shelves = self._shelves.bind((), tables)
         kinds = PackedKinds(low_rank)

@@ -18,7 +18,7 @@ class StepStream:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # Before what is done beside the steps, where both want the device.
+        # High priority: steps go before work beside them when both want the device.
         self._stream = torch.cuda.Stream(device, priority=-1) if has_streams(device) else None
 
     @contextlib.contextmanager

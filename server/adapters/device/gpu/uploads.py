@@ -20,7 +20,8 @@ from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 _CHUNK_BYTES = 16 << 20
 _NUM_CHUNKS = 8
-# A request does not wait longer than this for a copy beside other steps; its step makes it then.
+# Longest that a request waits for a copy beside other steps; after that, its own step makes the
+# copy.
 _PATIENCE_SECONDS = 1.0
 
 
@@ -51,7 +52,7 @@ class PinnedRing:
         for begin in range(0, len(data), self._chunks.shape[1]):
             part = data[begin : begin + self._chunks.shape[1]]
             chunk, event = self._chunks[self._next][: len(part)], self._events[self._next]
-            # Until what it held last has been copied.
+            # Wait until the chunk's previous content has reached the device.
             event.synchronize()
             chunk.copy_(part)
             target[begin : begin + len(part)].copy_(chunk, non_blocking=True)
@@ -65,7 +66,7 @@ class _Arriving:
 
     Attributes:
         operators: Views of ``memory``.
-        memory: What they lie in.
+        memory: The memory that holds the operators.
         arrived: The copy is over.
     """
 
@@ -76,11 +77,11 @@ class _Arriving:
 
 @dataclass(frozen=True, slots=True)
 class _Staged:
-    """An adapter that somebody waits for.
+    """An adapter that a request waits for.
 
     Attributes:
-        copying: Done when its copy is in the stream; fails where there is no memory.
-        num_bytes: What it takes on the device.
+        copying: Done when its copy is queued on the stream; fails if there is no memory.
+        num_bytes: Bytes that it takes on the device.
         since: When it was asked for, in seconds.
     """
 
@@ -89,7 +90,7 @@ class _Staged:
     since: float
 
 
-# Runs what it is given on a thread that runs one after the other.
+# Runs a function on a background thread, one at a time.
 Submit = Callable[[Callable[[], _Arriving]], Future[_Arriving]]
 
 
@@ -117,11 +118,11 @@ class Uploads:
         self._clock = clock
         self._ring = ring
         self._submit = submit
-        # A step that nobody announced copies on its own thread.
+        # Needed because a step whose adapter was not announced copies on its own thread.
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(device) if has_streams(device) else None
         self._staged: dict[str, _Staged] = {}
-        # What steps still copy from.
+        # Memory that queued steps may still copy from, kept until its event has passed.
         self._leaving: list[tuple[torch.cuda.Event | None, torch.Tensor]] = []
 
     def is_near(self, key: str, operators: AdapterOperators) -> bool:
@@ -137,7 +138,8 @@ class Uploads:
         if not staged.copying.done():
             return self._clock() - staged.since > _PATIENCE_SECONDS
         if staged.copying.exception() is not None:
-            # The adapter's step can make room, or fail as well; this cannot.
+            # The background copy failed. Let the adapter's step try: it can make room, or report
+            # the error.
             self.drop(key)
             return True
         is_late = self._clock() - staged.since > _PATIENCE_SECONDS
@@ -167,7 +169,7 @@ class Uploads:
         return arriving.operators
 
     def taken(self) -> None:
-        """What was taken has been used: its memory goes when the current stream gets here."""
+        """Frees the memory of used adapters once the current stream gets to this point."""
         if self._stream is None:
             return
         kept = [(event, memory) for event, memory in self._leaving if not (event and event.query())]
@@ -196,7 +198,7 @@ class Uploads:
         return self._submit(copy)
 
     def _copy(self, plan: _Plan) -> _Arriving:
-        """Put an adapter's copy in the stream; on the thread, or where nobody asked before."""
+        """Queues an adapter's copy, on the upload thread or on that of a step that needs it now."""
         stream = self._stream
         assert stream is not None
         with self._lock, torch.cuda.stream(stream):
@@ -210,7 +212,7 @@ class Uploads:
         return _Arriving(plan.moved(memory), memory, arrived)
 
     def _forget_unused(self) -> None:
-        """Make room: who asked for these did not come back, or ran without them."""
+        """Drops copies that nobody took: their requests did not return, or ran without them."""
         now = self._clock()
         for key, staged in list(self._staged.items()):
             if now - staged.since > 2 * _PATIENCE_SECONDS:
@@ -222,7 +224,7 @@ class _Plan:
 
     Attributes:
         blocks: The host memory that it lies in, ``[bytes]`` uint8, and where that goes.
-        num_bytes: What it takes there.
+        num_bytes: Bytes that it takes on the device.
     """
 
     def __init__(self, operators: AdapterOperators) -> None:

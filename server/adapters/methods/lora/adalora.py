@@ -18,9 +18,9 @@ from turret.server.adapters.peft_format.config.lora_rules import (
 )
 from turret.server.basics.counted import counted
 
-# What pruning left.
+# Number of ranks that are left after pruning.
 _N = extent("lora_E", 0)
-# PEFT adds it to the rank it divides by.
+# PEFT adds this to the rank that it divides by.
 _EPSILON = 1e-5
 _UNREAD = "AdaLoRA's layers do not read it"
 _SCHEDULE = "schedule of the pruning"
@@ -30,7 +30,7 @@ _TOGETHER = "cannot be combined with AdaLoRA"
 def _is_alpha(value: Any) -> str | None:
     problem = is_number(value)
     if problem is None and value <= 0:
-        # PEFT replaces it by a rank, which is another one after training than during it.
+        # PEFT would replace 0 by a rank, and that rank changes during training.
         return "must be greater than 0"
     return problem
 
@@ -69,7 +69,7 @@ def _check_masks(adapter: Reading) -> None:
 def _operators(m: Module) -> Pieces:
     a, b, e = m.wide("lora_A", "lora_B", "lora_E")
     scaling = m.config["lora_alpha"] / (m.config["init_r"] + _EPSILON)
-    # E goes where the scaling goes, so that both factors are rounded once.
+    # E is folded in where the scaling is, so that both factors are rounded only once.
     return low_rank(a, b * e.reshape(1, -1) * scaling) if len(a) else ()
 
 

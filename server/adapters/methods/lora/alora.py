@@ -22,7 +22,7 @@ _EVERYWHERE = "acts before the invocation too, where the tokens must be the base
 
 def _check(adapter: Reading) -> None:
     if adapter.is_partial:
-        # PEFT has no such layer, and adapts all tokens.
+        # PEFT has no aLoRA layer for embeddings; it would adapt all tokens.
         adapter.fault("target_modules", f"names the embedding, whose LoRA {_EVERYWHERE}")
     last, size = max(adapter.config[INVOCATION]), adapter.base.vocab_size
     if 0 < size <= last:

@@ -26,7 +26,7 @@ from turret.server.adapters.peft_format.config.lora_rules import ARROW
 if TYPE_CHECKING:
     pass
 
-# Of the power iteration, as in PEFT.
+# Power-iteration steps and tolerance; same as PEFT's.
 _ITERATIONS, _EPS = 15, 1e-8
 _DEFAULTS = {"top_k": 3, "router_temperature": 1.0, "use_gks": False}
 _NO_UPDATE = "a router has no update of its own"
@@ -74,7 +74,7 @@ def _is_arrow(value: Any) -> str | None:
 
 
 class _Router(NamedTuple):
-    """Who takes part, and how."""
+    """The LoRAs that take part in routing, and the settings."""
 
     experts: list[Component]
     general: list[Component]
@@ -84,7 +84,7 @@ class _Router(NamedTuple):
 
 
 def _check_names(adapter: Reading) -> None:
-    """The two lists of names against the components."""
+    """Checks the two lists of names against the components."""
     config, findings = adapter.config, adapter.findings
     if not adapter.modules:
         findings.add("target_modules", "selects no module of the base")
@@ -113,12 +113,12 @@ def _router(adapter: Reading) -> _Router:
     )
 
 
-# By module: what a component adds, and the scaling in it.
+# A component's updates and the scalings folded into them, both by module.
 _Read = tuple[Mapping[str, Any], Mapping[str, float]]
 
 
 class _Expert(NamedTuple):
-    """``B`` unscaled, fp32: the general LoRAs' mean is taken from it, and prototypes are its."""
+    """A component's factors on a module, fp32 or wider; ``b`` does not contain the scaling."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -176,7 +176,7 @@ def _unscaled(component: _Read, name: str) -> _Expert:
 
 
 def _starts(adapter: Reading) -> dict[int, torch.Tensor]:
-    """Where the search for prototypes begins, as PEFT draws it on a CPU; by number of inputs."""
+    """The start vectors of the search for prototypes, as PEFT draws them; by number of inputs."""
     drawn = {}
     for inputs in {m.inputs for m in adapter.modules.values()}:
         generator = torch.Generator().manual_seed(adapter.once(_router).seed)
@@ -199,7 +199,7 @@ def _operators(m: Module) -> Piece:
 def _prototype(expert: _Expert, start: torch.Tensor) -> torch.Tensor:
     """The top right singular vector of ``B A``, ``[in]`` fp32, as far as PEFT's steps lead to it.
 
-    The same products in the same layout: rounding is worth more where singular values are close.
+    The products and layouts are PEFT's, because rounding matters where singular values are close.
     """
     a, b = expert.a.float(), expert.b.T.float().contiguous()
     squares = b.T @ b
@@ -232,7 +232,7 @@ METHOD = replace(
     has_patterns=False,
     required=(ARROW, COMPONENTS_KEY),
     needs_tensors=False,
-    # PEFT's file holds a LoRA on every module, which must fit; a file made by hand need not.
+    # PEFT's file has a LoRA on every module, which must fit; a hand-made file may have none.
     tensors={
         **{role: optionally(shape) for role, shape in LORA.tensors.items()},
         A: optionally((extent(A, 0), IN)),

@@ -18,7 +18,7 @@ _BLOCKS = Dim("nblocks", lambda m: m.config[_KEY]["nblocks"])
 
 
 def _blocked(m: Module) -> list[str]:
-    """Which factors of a module the config makes block-diagonal."""
+    """The factors of a module that the config makes block-diagonal."""
     lists = {role: m.config[_KEY].get(key) or () for role, key in _LISTS.items()}
     return [role for role, parts in lists.items() if any(part in m.name for part in parts)]
 

@@ -18,7 +18,7 @@ def _operators(m: Module) -> list[Piece]:
     from turret.server.adapters.peft_format.dora_gain import dora_gain
 
     a, b = m.tensors[A], m.tensors[B]
-    # One dequantised weight at a time: it is dropped before the next is made.
+    # At most one dequantised weight is held: it is freed before the next module's is made.
     own = dora_gain(m.tensors[MAGNITUDE], a, b, m.scaling, m.rows())
     return [scaled_low_rank(a, b, m.scaling, own), gain(own)]
 

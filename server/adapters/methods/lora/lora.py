@@ -31,7 +31,7 @@ _SAMPLER_PARTS = ("expert_weights", "expert_weights_prior", "gaussian_var_prior"
 
 
 def _is_plain(config: Mapping[str, Any]) -> bool:
-    """Whether no variant is meant; values at fault are reported here."""
+    """Whether the config selects no variant of LoRA; malformed values are reported here."""
     flags = any(config.get(key) is True for key in ("use_dora", "use_qalora"))
     flags = flags or isinstance(config.get(INVOCATION), list)
     return not flags and not any(
@@ -77,7 +77,7 @@ METHOD = LinearMethod(
         A: (R, IN),
         B: (OUT, R),
         LORA_BIAS: when("lora_bias", (OUT,)),
-        # PEFT's file format, PEFT's own parameter name, and the one of the original DoRA code.
+        # Names: PEFT's file format, PEFT's parameter, and the original DoRA code.
         MAGNITUDE: replace(
             when("use_dora", either((OUT,), (1, OUT), (OUT, 1))),
             also_named=(f"{MAGNITUDE}.weight", "weight_m_wdecomp.weight"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from turret.server.adapters.methods.kit import *
 
-# PEFT clamps norms there.
+# PEFT clamps norms to this minimum.
 _MIN_NORM = 1e-4
 
 

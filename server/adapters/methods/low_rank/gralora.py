@@ -34,7 +34,7 @@ def _operators(m: Module) -> Piece:
     outputs, part = b.shape[2], rank // blocks
     wide_a = a.new_zeros(blocks, blocks, part, blocks, inputs)
     wide_b = b.new_zeros(blocks, outputs, blocks, blocks, part)
-    # a: [n, i, (j, p)], b: [j, (n, p), o].
+    # Shapes: a is [n, i, (j, p)], b is [j, (n, p), o].
     for n in range(blocks):
         wide_a[:, n, :, n] = a[n].view(inputs, blocks, part).permute(1, 2, 0)
     for j in range(blocks):

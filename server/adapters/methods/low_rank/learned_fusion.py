@@ -31,7 +31,7 @@ METHOD = LinearMethod(
     name="learned_fusion",
     peft_types={"TURRET_FUSION"},
     keys=EXCLUDE | LAYERS | {COMPONENTS_KEY: is_components, "d_k": is_rank},
-    # A query costs what a factor A of rank d_k does.
+    # A query costs as much as a factor A of rank d_k.
     rank="d_k",
     rank_name="d_k",
     required=(COMPONENTS_KEY,),

@@ -12,7 +12,7 @@ from typing import Any
 
 from turret.server.adapters.methods.kit import *
 
-# The tensor of a module by ``peft_type``.
+# Name of a module's tensor, by ``peft_type``.
 _TENSORS = {"MISS": "miss_block", "BONE": "bone_block"}
 _MINI = key("mini_r", 1)
 
@@ -44,7 +44,7 @@ def _role(m: Module | Reading) -> str:
 
 
 def _sums(adapter: Reading) -> dict[tuple[int, int], torch.Tensor]:
-    """The factor ``A`` of all modules of a size: it is in memory once."""
+    """The factor ``A`` of modules by size, so that modules of one size share it in memory."""
     from turret.server.adapters.operators.low_rank import piece_sums
 
     sizes = {(m.rank, m.inputs) for m in adapter.modules.values()}
@@ -65,7 +65,7 @@ def _turned(blocks: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     # [blocks of outputs, outputs, blocks of inputs, inputs]
     parts = weight.to(wide).unflatten(1, (-1, size)).unflatten(0, (-1, size))
     blocks = blocks.to(wide)
-    # A product a block of outputs: broadcasting would copy a block for each of its outputs.
+    # Multiply block by block: broadcasting would copy a block for each of its outputs.
     turned = torch.bmm(parts.flatten(1, 2), blocks).view_as(parts) + blocks[:, :, None]
     return turned.flatten(2).flatten(0, 1)
 
@@ -76,7 +76,7 @@ METHOD = LinearMethod(
     keys=EXCLUDE | LAYERS | {"r": is_rank, "mini_r": is_rank, "init_weights": _is_start},
     ignored={"miss_dropout": DROPOUT},
     bias=("MiSS_only", "bone_only"),
-    # With "bat", r is a block's side, and the update has any rank.
+    # With "bat", r is the side of a block, and the update can have any rank.
     rank_of=lambda m: 0 if _is_bat(m.config) else m.rank,
     most_rank=lambda inputs, outputs: inputs,
     tensors={

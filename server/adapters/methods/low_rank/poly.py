@@ -11,7 +11,7 @@ from turret.server.adapters.methods.kit import *
 _A, _B, _LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
 _COUNTS = ("n_tasks", "n_skills", "n_splits")
 _TASKS, _SKILLS, _SPLITS = map(key, _COUNTS)
-# PEFT adds it to the sum that it divides by.
+# PEFT adds this to the sum that it divides by.
 _EPSILON = 1e-12
 
 

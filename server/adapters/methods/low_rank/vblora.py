@@ -36,7 +36,7 @@ def _operators(m: Module) -> Pieces:
         if m.reading.findings.fields:
             return ()
     a, b = (_vectors(m, factor) for factor in (_A, _B))
-    # A place of B holds a piece of each rank's column.
+    # Each place of B holds a piece of every rank's column.
     return low_rank(a.flatten(1), b.transpose(1, 2).flatten(0, 1))
 
 
@@ -57,7 +57,7 @@ def _vectors(m: Module, factor: str) -> torch.Tensor:
     else:
         chosen = m.tensors[factor + _INDICES].long()
         part = m.tensors[factor + _WEIGHTS].to(bank.dtype)
-        # The last weight is what the others leave of 1.
+        # The file leaves out the last weight, because all weights add up to 1.
         weights = torch.cat((part, 1.0 - part.sum(-1, keepdim=True)), dim=-1)
     return (weights.unsqueeze(-1) * bank[chosen]).sum(-2)
 

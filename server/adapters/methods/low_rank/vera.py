@@ -22,7 +22,7 @@ def _operators(m: Module) -> Piece:
     a, b = m.once(_projections)
     wide = torch.promote_types(a.dtype, torch.float32)
     lambda_b, lambda_d = (m.tensors[f"vera_lambda_{x}"].to(wide) for x in "bd")
-    # Both vectors go into b: a is then rounded as PEFT rounds it, and b once.
+    # Fold both vectors into b: a is then rounded as in PEFT, and b only once.
     return low_rank(a[:, : m.inputs], lambda_b[:, None] * b[: m.outputs].to(wide) * lambda_d)
 
 

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 _TENSOR = re.compile(r"base_model\.internal_xlora_classifier\.layers\.(\d{1,4})\.(weight|bias)")
 _LAYER = re.compile(r".*?\.layers\.\d+\.")
 _MAX_DEPTH = 64
-# What comes first in a layer of transformers' models, by ``model_type``, where that is not what is
-# computed first: PEFT counts modules as they were made.
+# Modules that transformers creates first in a layer but computes later, by ``model_type``. PEFT
+# counts modules in the order of creation.
 _MADE_FIRST: Mapping[str, frozenset[str]] = {
     "granitemoehybrid": frozenset({"input_linear", "output_linear"}),
     "phi3": frozenset({"o_proj"}),
@@ -160,7 +160,7 @@ def _router(
     components: int,
     modules: int,
 ) -> TokenRouter:
-    """The classifier for so many components in so many modules.
+    """The classifier for ``components`` components in ``modules`` modules.
 
     Raises:
         AdapterCheckpointError: Its outputs or ``top_k_lora`` do not go with the components.
@@ -184,7 +184,7 @@ def _router(
     findings.raise_if_any()
     weights, biases = [], []
     for weight, bias in layers:
-        # The states have no columns to fill up; what follows a filled layer has.
+        # The hidden states have no padding, but the output of a padded layer has.
         wide = weight.float()
         if weights:
             wide = torch.nn.functional.pad(wide, (0, len(weights[-1]) - wide.shape[1]))
@@ -203,7 +203,7 @@ def _router(
     )
     if not config["scaling_pass_value"]:
         return router
-    # What follows the classifier is done to constants too.
+    # Constants go through the same top-k and renormalisation as the classifier's output.
     constant = torch.full((1, components), float(config["scaling_pass_value"]))
     gates = given_gate_reference(
         constant, temperature=None, top_k=top_k, is_renormalised=router.is_renormalised

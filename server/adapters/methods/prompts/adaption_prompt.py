@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from turret.server.adapters.operators.constant_kv import ConstantKv
 
 _NAME = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\.self_attn\.adaption_(prompt|gate)")
-# The models that PEFT can train it on, of those that are served.
+# The supported models that PEFT can train this method on.
 _MODEL_TYPES = ("llama", "mistral")
 
 _Layers = Mapping[int, Mapping[str, Any]]
@@ -97,7 +97,7 @@ def _check(
             if tensor is None:
                 findings.add(name, "is missing; adapter_layers counts its layer")
             else:
-                # A prompt of another width is sound, for another base.
+                # A prompt of another width may be valid, but is for another base.
                 is_width = part == "prompt" and tuple(tensor.shape[:-1]) == size[:2]
                 findings.check_shape(name, tensor, size, of_base=is_width)
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from turret.server.adapters.methods.kit import *
 
 _KERNEL = "c3a_kernel"
-# The transforms of larger blocks would take longer than the blocks written out.
+# The transforms of larger blocks would cost more than multiplying by the full blocks.
 MAX_BLOCK_SIZE = 2048
 
 
 def _block_size(m: Module) -> int:
-    """The tensor tells which of the config's sizes the module has."""
+    """The module's block size: the one among the config's sizes that its tensor has."""
     sizes = {m.config["block_size"], *(m.config.get("block_size_pattern") or {}).values()}
     size = m.extent(_KERNEL, 2)
     if size in sizes and size <= MAX_BLOCK_SIZE:

@@ -13,7 +13,7 @@ _COUNTED = "the tensors show how many coefficients there are"
 
 
 def _operators(m: Module) -> Piece:
-    # In fp32 as PEFT, which has no other transform.
+    # Compute in fp32 like PEFT, which supports no other dtype here.
     coefficients = torch.zeros(m.outputs, m.inputs)
     spectrum = m.tensors[_SPECTRUM].to(torch.float32)
     coefficients.view(-1)[drawn_places(m, len(spectrum))] = spectrum

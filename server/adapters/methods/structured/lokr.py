@@ -24,7 +24,7 @@ def _check(m: Module) -> None:
         adapter = f"{in_m}·{in_n} -> {out_l}·{out_k}"
         m.misfit(f"the adapter maps {adapter}, the base model {m.inputs} -> {m.outputs}")
     elif "lokr_w1" not in m and out_l * in_m > out_k * in_n:
-        # It is multiplied out; PEFT never makes it the larger one.
+        # w1's factors are multiplied out, so w1 must be the smaller factor; it always is in PEFT.
         m.fault("lokr_w1_a", "decomposes the larger factor; swap the two")
 
 
@@ -50,12 +50,12 @@ def _factor_shape(m: Module, which: str) -> tuple[int, int] | None:
 
 
 def _rank(m: Module) -> int:
-    """Where both factors are whole, the rank is no more than a divisor of alpha."""
+    """The module's rank, or 0 if both factors are whole: r is then only a divisor of alpha."""
     return 0 if "lokr_w1" in m and "lokr_w2" in m else m.rank
 
 
 def _operators(m: Module) -> Piece:
-    """Multiplies out what is small, scales ``w1``, and rounds each tensor once."""
+    """Multiplies out small factors, scales ``w1``, and rounds each tensor once."""
     wide = torch.promote_types(m.reading.dtype, torch.float32)
     whole = {role: found.to(wide) for role, found in m.tensors.items()}
 

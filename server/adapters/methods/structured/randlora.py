@@ -12,20 +12,20 @@ from turret.server.adapters.methods.kit import *
 
 _LAMBDA, _GAMMA = "randlora_lambda", "randlora_gamma"
 _COPIES = ("randlora_A", "randlora_B")
-# Any base may have bases of so many, wider than its weights or not.
+# Ranks up to this are accepted for any base, even if they exceed the sizes of its weights.
 _SMALL_RANK = 512
 _A, _B = (f"base_model.{name}" for name in _COPIES)
-# One more than half of the values are zero in a sparse basis, and all but a few in a very sparse.
+# Sparsity of a sparse basis, as in PEFT: an entry is nonzero with probability 1/3.
 _SPARSITY = 3
 _LEAST = Dim("min(in, out)", lambda m: min(m.inputs, m.outputs), is_served=True)
 _MOST = Dim("max(in, out)", lambda m: max(m.inputs, m.outputs), is_served=True)
-# As many as make the full rank.
+# Number of bases that make the full rank.
 _BASES = Dim("⌈min(in, out)/r⌉", lambda m: -(-_LEAST.of(m) // m.rank), is_served=True)
 
 
 def _check(adapter: Reading) -> None:
     if adapter.rank > max(_MOST.of(adapter), _SMALL_RANK):
-        # Its bases would be larger than any weight, and a file without them as small as ever.
+        # The bases would be larger than any weight, although a file without them stays small.
         most = _MOST.of(adapter)
         adapter.fault("r", f"is {adapter.rank}; the largest side of a weight it adapts is {most}")
     for role in _COPIES:
@@ -54,7 +54,7 @@ def _operators(m: Module) -> Piece | tuple[()]:
     lambdas, gamma = m.wide(_LAMBDA, _GAMMA)
     count, wide = len(gamma), gamma.dtype
     scaled = lambdas[:, :, None] * a[:, :, : _LEAST.of(m)].to(wide) * gamma
-    # PEFT flattens one by ranks first and the other by bases first; what it trained is that.
+    # PEFT flattens one by ranks first and the other by bases first; the training used that.
     update = b[: _MOST.of(m), :count].to(wide).flatten(1) @ scaled.flatten(0, 1)
     update = update if m.inputs == _LEAST.of(m) else update.T
     return dense(update * (m.config["randlora_alpha"] / m.config["r"]))
@@ -63,7 +63,7 @@ def _operators(m: Module) -> Piece | tuple[()]:
 def _draw(
     adapter: Reading, a: tuple[int, ...], b: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """PEFT's bases, in bf16 as on every machine that has it: the rounded values are those."""
+    """Draws PEFT's bases in bf16, as PEFT does wherever bf16 is supported."""
     config = adapter.config
     generator = torch.Generator(device="cpu").manual_seed(config["projection_prng_key"])
     if config.get("sparse") or config.get("very_sparse"):
@@ -102,14 +102,14 @@ METHOD = LinearMethod(
     },
     ignored={"randlora_dropout": DROPOUT, "init_weights": START},
     bias=("randlora_only",),
-    # It says how large a basis is; the update has any rank.
+    # r is the size of a basis; the update can have any rank.
     rank_of=lambda m: 0,
     required=("randlora_alpha",),
     conflicts=needs_seed,
     tensors={
         _LAMBDA: (R, _BASES),
         _GAMMA: (_BASES, _LEAST),
-        # PEFT writes the shared matrices once more for every module.
+        # PEFT writes the shared matrices again for every module.
         **dict.fromkeys(_COPIES, UNREAD),
     },
     shared={_A: when(is_saved, (R, 1, _LEAST)), _B: when(is_saved, (_MOST, _BASES, R))},

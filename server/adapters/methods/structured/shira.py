@@ -26,11 +26,11 @@ METHOD = LinearMethod(
     peft_types={"SHIRA"},
     keys=TARGETS | CONV1D | {"r": is_rank},
     ignored={"mask_type": _DRAWN, "random_seed": _DRAWN, "init_weights": START},
-    # It says how many places there are; the update has any rank.
+    # r only determines how many entries change; the update can have any rank.
     rank_of=lambda m: 0,
     tensors={
         _VALUES: (R * (IN + OUT),),
-        # PEFT writes them as floating-point numbers on some systems.
+        # PEFT writes the places as floating-point numbers on some systems.
         _PLACES: indices(2, R * (IN + OUT), or_floats=True),
     },
     check=check_places,

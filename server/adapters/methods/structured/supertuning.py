@@ -23,7 +23,7 @@ def _operators(m: Module) -> Iterator[Piece]:
         return
     if _A in m:
         rank, alpha = m.config["r"], m.config.get("lora_alpha")
-        # PEFT's default.
+        # PEFT's default alpha is twice the rank.
         scaling = (2 * rank if alpha is None else alpha) / rank
         wide = torch.promote_types(m.tensors[_B].dtype, torch.float32)
         yield low_rank(m.tensors[_A], m.tensors[_B].to(wide) * scaling)

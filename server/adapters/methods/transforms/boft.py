@@ -64,7 +64,7 @@ def _product(saved: torch.Tensor) -> torch.Tensor:
         wide = torch.stack([torch.block_diag(*blocks) for blocks in inside])
         order = _order(run, size << number, size // 2) if num_factors > 1 else torch.arange(run)
         wide = wide[:, order][:, :, order]
-        # (I + C)(I + T) − I
+        # This adds a factor: (I + C)(I + T) − I.
         total = wide if total is None else wide + total + wide @ total
     assert total is not None
     return total

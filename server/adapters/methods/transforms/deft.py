@@ -10,12 +10,12 @@ from __future__ import annotations
 from turret.server.adapters.methods.kit import *
 
 _P, _R = "deft_P", "deft_R"
-# PEFT caps the rank there.
+# PEFT caps the rank at the number of outputs.
 _RANK = Dim("min(r, out)", lambda m: min(m.rank, m.outputs))
 
 
 def _operators(m: Module) -> Piece:
-    # R's rows mean the columns of this Q, signs included: factored as PEFT does, in fp32.
+    # R's rows refer to the columns of Q, signs included, so factor P as PEFT does, in fp32.
     p, is_qr = m.tensors[_P].to(torch.float32), m.config["decomposition_method"] == "qr"
     left = torch.linalg.qr(p)[0] if is_qr else p
     taken = left if is_qr else p.relu()

@@ -15,9 +15,9 @@ from turret.server.adapters.methods.kit import *
 _L, _VALUES = "frod_lambda_l", "frod_lambda_s_values"
 _V, _PLACES, _SIZE = "frod_V", "frod_s_indices", "frod_s_size"
 _IN_FILE = "the file holds what it made"
-# NF4 with blocks of 64 moves normally distributed weights by so much, relative to their size.
+# Relative error of normally distributed weights in NF4 with blocks of 64.
 _NF4_ERROR = 0.094
-# Beyond it more of the update is noise than was trained.
+# Highest accepted ratio of noise to trained update.
 _MOST_NOISE = 0.5
 _COUNT = extent(_VALUES, 0)
 
@@ -32,7 +32,7 @@ def _name(part: str, module: str) -> str:
 def _shared(adapter: Reading) -> Shared:
     found: dict[str, Any] = {}
     for name, m in adapter.modules.items():
-        # The sizes are the base's: of another base all of them are other ones.
+        # The base determines these sizes, so a mismatch means that the adapter is for another base.
         side = Dim("in", lambda _, size=m.inputs: size, is_served=True)
         found[_name(_V, name)] = (side, side)
         found[_name(_PLACES, name)] = indices(2, _COUNT.of(m))
@@ -41,7 +41,7 @@ def _shared(adapter: Reading) -> Shared:
 
 
 class _Solved:
-    """The inverse of the ``V`` of one kind of module at a time, and what noise there was."""
+    """Holds the inverse of one kind of module's ``V`` at a time, and sums up the noise."""
 
     def __init__(self, adapter: Reading) -> None:
         self._adapter = adapter
@@ -49,7 +49,7 @@ class _Solved:
         self.trained = self.moved = 0.0
 
     def inverse(self, kind: str) -> torch.Tensor | None:
-        """``V⁻¹`` fp64, as large as a weight; None, and a fault, if there is none."""
+        """``V⁻¹`` fp64, as large as a weight; adds a fault and returns None if V is singular."""
         if kind != self._kind:
             v = self._adapter.shared[kind].to(torch.float64)
             inverse, info = torch.linalg.inv_ex(v)
@@ -61,7 +61,7 @@ class _Solved:
 
 
 def _order(adapter: Reading) -> list[Module]:
-    """One V after another."""
+    """Modules sorted by their ``V``, so that each inverse is computed once."""
     return sorted(adapter.modules.values(), key=lambda m: _name(_V, m.name))
 
 

@@ -27,7 +27,7 @@ _BIAS: dict[str, dict[str, Shape]] = {
     "constant": {"X": (1,)},
     "none": {"zeros": (OUT,)},
 }
-# Path → shapes of its parts, by the value of a config key.
+# By path: the shapes of its parts, and the config key that selects among them.
 _PATHS = {
     **dict.fromkeys("AB", (_WEIGHT, "config_A_B")),
     "C": (_COLUMN, "config_C"),
@@ -40,11 +40,11 @@ def _shape(m: Module, path: str, part: str) -> Shape | None:
     kind = m.config[name]
     if path in "CDE" and not m.has_bias:
         if m.has_bias is None:
-            # Before the base is read: as the tensor has it.
+            # The base has not been read yet, so go by the tensor.
             is_empty = f"glora_{path}.zeros" in m
             kind = "none" if is_empty else kind
         else:
-            # PEFT has nothing to train there where the base has no bias.
+            # Without a bias in the base, PEFT has nothing to train here.
             kind = "none"
     return table[kind].get(part)
 
@@ -83,7 +83,7 @@ def _bias(m: Module) -> torch.Tensor | None:
 
 
 def _rank(m: Module) -> int:
-    """C's rank is gone once it is multiplied out; a vector's is 1."""
+    """The rank that is served: 1 for a vector, and C has none once it is multiplied out."""
     return {"lora": m.rank, "none": 0}.get(m.config["config_A_B"], 1)
 
 

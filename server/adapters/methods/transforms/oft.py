@@ -20,7 +20,7 @@ from typing import Any
 from turret.server.adapters.methods.kit import *
 
 _TRIANGLE, _MATRIX, _SCALE = "oft_R.weight", "oft_r", "oft_s"
-# From here on the series ends with half a term.
+# First PEFT version whose series ends with half a term.
 _NEW_SERIES = (0, 18)
 
 
@@ -31,7 +31,7 @@ def _is_pattern(value: Any) -> str | None:
 def _conflicts(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     if bool(config.get("r")) == bool(config.get("oft_block_size")):
         yield "oft_block_size", "one of r and oft_block_size must be 0, and only one"
-    # What decides how R is made of Q must be there.
+    # Keys that determine how R is computed from Q have no default.
     if config.get("use_cayley_neumann") and "num_cayley_neumann_terms" not in config:
         yield "num_cayley_neumann_terms", "is required"
     if config.get("coft") and "eps" not in config:
@@ -39,7 +39,7 @@ def _conflicts(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 
 
 def _block_size(m: Module) -> int:
-    """As PEFT chooses it: one of both is given, and made to divide the inputs."""
+    """The block size, which PEFT derives from the config so that it divides the inputs."""
     if m.config["oft_block_size"]:
         return dividing(m.inputs, m.config["oft_block_size"])
     return m.inputs // dividing(m.inputs, m.config["r"])
@@ -93,7 +93,7 @@ def _rotation(m: Module) -> torch.Tensor:
 
 def _series(skew: torch.Tensor, terms: int, is_new: bool) -> torch.Tensor:
     """The first powers of ``(I + Q)(I − Q)⁻¹ − I = 2 (Q + Q² + …)``."""
-    # As PEFT counts them: from 0.18 on there are Q to Q³ as soon as there is Q².
+    # PEFT 0.18 and later use Q to Q³ whenever they use Q².
     last = max(terms - 1, 3) if is_new and terms > 2 else terms - 1
     power, total = torch.eye(skew.shape[1], dtype=skew.dtype), torch.zeros_like(skew)
     for exponent in range(1, last + 1):

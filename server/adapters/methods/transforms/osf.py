@@ -14,7 +14,7 @@ _SERVED = (
     "what its trained singular values take the place of is not in the file; it was computed from"
     " the weights served, which differ from those it was trained on by the error of 4 bits"
 )
-# PEFT leaves at least one singular value as it is, and may leave them all.
+# PEFT leaves at least one singular value untrained, or all of them.
 _N = extent(_S, 0)
 
 
@@ -27,7 +27,7 @@ def _check(m: Module) -> None:
 def _operators(m: Module) -> Piece:
     m.warn(_SERVED)
     trained_u, trained_s, trained_v = m.wide(_U, _S, _V)
-    # Taken apart as PEFT does, in fp32; products of singular vectors have no sign of their own.
+    # Decompose in fp32 like PEFT; signs cancel in products of singular vectors.
     u, s, v = torch.linalg.svd(m.weight().to(torch.float32), full_matrices=False)
     kept, wide = len(s) - len(trained_s), trained_u.dtype
     tail = (u[:, kept:] * s[kept:]).to(wide) @ v[kept:].to(wide)

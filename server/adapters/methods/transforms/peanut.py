@@ -14,7 +14,7 @@ from turret.server.adapters.methods.kit import *
 _A, _B = "peanut_A.weight", "peanut_B.weight"
 _MAX_DEPTH = 64
 _Activation = Callable[[Any], Any]
-# As transformers names them; without a function of their own, they are torch's.
+# Activations by transformers' names; None stands for torch's function of that name.
 ACTIVATIONS: Mapping[str, _Activation | None] = {
     **dict.fromkeys(("gelu", "leaky_relu", "mish", "relu", "relu6", "silu")),
     "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),

@@ -27,7 +27,7 @@ def _shape(m: Module) -> Shape:
         raise Misfit(f"has {out} outputs, which {group} does not divide")
     sizes = {"road_1": out // 2, "road_2": out, "road_4": 2 * out}
     size = sizes[m.config["variant"]]
-    # What another variant would have is no other base's.
+    # A size that another variant would have is a wrong config, not another base.
     is_other = any(m.extent(role, 0) in sizes.values() for role in (_THETA, _ALPHA))
     return (Dim("", lambda _: size, is_served=not is_other),)
 

@@ -22,7 +22,7 @@ def _is_selector(value: Any) -> str | None:
 
 
 def _feedforward(adapter: Reading) -> frozenset[str]:
-    """The modules whose input is scaled, by PEFT's rule: a listed name is any ending."""
+    """The modules whose input is scaled; as in PEFT, a listed name matches any path's ending."""
     chosen, names = adapter.config[_KEY], list(adapter.modules)
     if not isinstance(chosen, str):
         return frozenset(name for name in names if name.endswith(tuple(chosen)))
@@ -40,7 +40,7 @@ def _check(adapter: Reading) -> None:
         found = list(m.tensors[_VECTOR].shape)
         wanted = [1, m.inputs] if name in is_feedforward else [m.outputs, 1]
         if found != wanted:
-            # A vector for the other side: the config and the tensor tell different stories.
+            # The vector is for the other side, so config and tensor contradict each other.
             m.fault(_VECTOR, f"has shape {found}, by {_KEY} it is {wanted}")
 
 

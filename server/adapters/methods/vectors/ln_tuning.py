@@ -34,7 +34,7 @@ def _check_config(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) ->
 
 
 def check(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> None:
-    """The config alone: which norms a base has shows once it is read."""
+    """Checks only the config: the base's norms are known once it is read."""
     _check_config(checkpoint, base).raise_if_any()
 
 

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from turret.server.adapters.operators.vocabulary import VocabularyRows
 
 _SUFFIX = ".trainable_tokens_delta"
-# Where PEFT wraps a tied head twice, it saves the same rows once more.
+# Where PEFT wraps a tied head twice, it saves the same rows a second time.
 _COPIES = (f"{HEAD}{_SUFFIX}", f"{HEAD}.base_layer{_SUFFIX}")
 
 
 def check(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> None:
-    """The config alone: rows of the vocabulary are compared with the base's."""
+    """Checks only the config; reading the tensors compares the rows with the base's."""
     _check_config(checkpoint, base).raise_if_any()
 
 
@@ -90,7 +90,7 @@ def _read(
             name = module + _SUFFIX
             tensor = left.pop(name, None)
             if tensor is None and checkpoint.is_partial:
-                continue  # it has rows of added tokens alone
+                continue  # the adapter has rows of added tokens only
             if tensor is None:
                 findings.add(name, "is missing; the config targets the module")
             elif "token_indices" not in findings.fields:

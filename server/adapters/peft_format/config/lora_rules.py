@@ -24,7 +24,7 @@ from turret.server.adapters.peft_format.config.vocabulary_rules import (
     is_token_indices,
 )
 
-# Initialisations that leave the base weights as they were; they only set the starting point.
+# Initialisations that leave the base weights unchanged and only set the starting point.
 PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 # Initialisations that move part of the base weights into the adapter.
 MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga")
@@ -49,9 +49,9 @@ def is_served_init(value: Any) -> str | None:
     return f"is {value!r:.40}, an initialisation this version does not know"
 
 
-# Key of an activated LoRA.
+# Config key of an activated LoRA.
 INVOCATION = "alora_invocation_tokens"
-# Key of a router between LoRAs.
+# Config key of a router between LoRAs.
 ARROW = "arrow_config"
 # Keys that each make LoRA another method; PEFT allows one of them at a time.
 VARIANTS = (

@@ -19,7 +19,7 @@ from typing import Literal
 
 from turret.server.basics.confined.confined import Confined, ConfinedError
 
-# Of processor time, so that a busy machine refuses no pattern that an idle one takes.
+# Processor time rather than elapsed time, so that a busy machine rejects no more patterns.
 CPU_SECONDS = 2
 MAX_CHILD_BYTES = 256 << 20
 _MAX_ANSWER_BYTES = 64 << 20
@@ -31,7 +31,7 @@ _BACKTRACKING = frozenset("*+?{}()[]|\\")
 _PROGRAM = Path(__file__).with_name("pattern_program.py")
 
 _one_child = threading.Lock()
-# Patterns that went over a limit, the last of them; guarded by the lock.
+# Recent patterns that exceeded a limit; guarded by the lock.
 _too_slow: OrderedDict[Pattern, None] = OrderedDict()
 
 
@@ -120,7 +120,7 @@ def _match_in_child(patterns: Sequence[Pattern], names: Sequence[str]) -> list[P
             else PatternResult(tuple(answer))
             for answer in answers
         ]
-        # The child works in order and reports as it goes: the first without an answer is at fault.
+        # The child works in order, so the first pattern without an answer is the one at fault.
         if len(rows) < len(patterns):
             if is_over_limit:
                 _too_slow[patterns[len(rows)]] = None

@@ -17,7 +17,7 @@ from turret.server.basics.closest import did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """Read by the method. ``check`` returns what is wrong with the value, or None."""
+    """A key that the method reads. ``check`` returns the fault in a value, or None."""
 
     check: Callable[[Any], str | None]
 
@@ -72,7 +72,7 @@ def is_seed(value: Any) -> str | None:
 
 
 def is_number(value: Any) -> str | None:
-    # |value| stays exactly representable in fp32 arithmetic; this also excludes infinities.
+    # Such values stay exactly representable in fp32 arithmetic; the limit also excludes infinities.
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e9
     return None if ok else f"must be a number in [-1e9, 1e9], not {value!r:.60}"
 
@@ -110,7 +110,7 @@ def _is_task(value: Any) -> str | None:
 
 COMMON_RULES: Rules = {
     "peft_type": Used(is_text),
-    # Of the model with its head or without it. SEQ_CLS is read before (``take_classifier``).
+    # Models with a head and without one are accepted; ``take_classifier`` handles SEQ_CLS before.
     "task_type": Used(_is_task),
     "base_model_name_or_path": Used(is_optional_text),
     "revision": Irrelevant("names the base's commit; the base is compared by shapes and name"),
@@ -127,7 +127,7 @@ def check_config(config: Mapping[str, Any], rules: Rules, findings: Findings) ->
         rule = rules.get(key)
         match rule:
             case None:
-                # Newer versions of PEFT write keys that older ones lack; null switches one off.
+                # PEFT adds keys in newer versions; null means that such a feature is off.
                 if value is not None:
                     meant = did_you_mean(key, rules)
                     advice = meant or "; if it does not change the forward pass, remove it"
@@ -157,7 +157,7 @@ def _never(config: Config) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodKeys:
-    """A method as far as its config tells.
+    """The part of a method that concerns its config.
 
     Attributes:
         name: As clients see it, e.g. ``lora``.
@@ -168,7 +168,7 @@ class MethodKeys:
             values that switch them off and what to do.
         bias: Values of ``bias`` that stand for the targeted modules' biases; none means that the
             config has no such key.
-        conflicts: What is wrong between keys that are each well-formed: pairs of key and reason.
+        conflicts: Returns faults between keys that are each well-formed: pairs of key and reason.
         accepts: Whether this method, among those of the same ``peft_type``, is the one meant.
         is_dense: Whether the updates of an adapter with this config are whole matrices, which a
             server has to allow.

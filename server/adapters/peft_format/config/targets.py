@@ -24,18 +24,18 @@ from turret.server.adapters.peft_format.config.rules import is_number, is_rank
 
 ALL_LINEAR = "all-linear"
 MAX_LIST_ITEMS = 4096
-# A config of a megabyte can have thousands of patterns that all match every module; what is said of
-# them stays in memory and goes to every client that lists adapters.
+# A config of a megabyte can have thousands of patterns that all match every module. Their warnings
+# stay in memory and go to every client that lists adapters.
 _MAX_WARNINGS = 16
 _SHOWN_PATTERNS = 4
-# Patterns times names: some fifteen seconds. The experts of a mixture can be thirty thousand names.
+# Most pairs of pattern and name, about fifteen seconds; experts can have thirty thousand names.
 _MAX_MATCHES = 1 << 24
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What the config says about each module of the base.
+    """The config's settings for each module of the base.
 
     Attributes:
         targeted: Names that PEFT would adapt.
@@ -121,7 +121,7 @@ class _Patterns:
         return pattern
 
     def run(self) -> bool:
-        """Match them all; False, and a fault, if that would take too long."""
+        """Matches all patterns; False, with a fault, if that would take too long."""
         wanted = list(self._wanted)
         if len(wanted) * len(self._names) > _MAX_MATCHES:
             why = f"{len(wanted)} patterns in all are too many for {len(self._names)} modules"
@@ -144,7 +144,7 @@ class _Patterns:
 
 
 def _suffixes(names: Any) -> tuple[str, ...]:
-    """How the path of a module ends that a list names by its last components."""
+    """Path endings of the modules that a list selects by their last components."""
     return tuple(f".{name}" for name in names) if isinstance(names, list) else ()
 
 
@@ -157,7 +157,7 @@ def _selector_pattern(patterns: _Patterns, field: str, value: Any) -> Pattern | 
 def _keyed_patterns(
     patterns: _Patterns, field: str, config: Mapping[str, Any]
 ) -> dict[str, Pattern]:
-    """Keeps the file's order: PEFT takes the first key that matches."""
+    """Patterns by key, in the file's order, because PEFT takes the first one that matches."""
     table = config.get(field) or {}
     return {key: patterns.want(field, Pattern("match", rf"(.*\.)?({key})$", key)) for key in table}
 
@@ -187,7 +187,7 @@ def resolve_targets(
         linear_names: Linear modules.
         other_names: Modules that exist but are not linear.
         findings: Receives bad patterns and contradictory keys.
-        text_prefix: Of the checkpoint: the config is about the names of its training.
+        text_prefix: The checkpoint's prefix: the config uses the names of its training.
 
     Returns:
         The outcome, by the base's names; meaningless if a fault was added.
@@ -222,7 +222,7 @@ def resolve_targets(
             name, config.get("layers_to_transform"), layer_regexes, patterns
         )
 
-    # "all-linear" means all linear modules but the one that makes logits.
+    # "all-linear" means all linear modules but the output head.
     linear = {name_in_training(name, text_prefix) for name in linear_names if name != HEAD}
     targeted = [name for name in own_names if not is_excluded(name) and is_targeted(name)]
     warnings: list[str] = []
@@ -235,7 +235,7 @@ def resolve_targets(
             if hits:
                 result[own_names[name]] = table[hits[0]]
             if len({table[key] for key in hits}) > 1:
-                # PEFT sorts the keys when it saves: training may have seen another order.
+                # PEFT sorts the keys when it saves, so training may have used another order.
                 warnings.append(_ambiguity(field, hits, name))
         return result
 
@@ -246,7 +246,7 @@ def resolve_targets(
 
 
 def _unresolved(config: Mapping[str, Any], names: Iterable[str]) -> Targets:
-    """What stands for the outcome where a fault keeps it from being worked out."""
+    """A placeholder result for a config whose patterns cannot be matched."""
     rank: int = config["r"]
     alpha: float = config["lora_alpha"]
     ranks = dict.fromkeys(names, rank)

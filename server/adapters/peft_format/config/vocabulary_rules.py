@@ -66,7 +66,7 @@ def is_token_list(value: Any) -> str | None:
 
 
 def token_ids_by_module(value: Any, *, is_tied: bool) -> dict[str, list[int]]:
-    """Which rows ``trainable_token_indices`` (well-formed) means, by module.
+    """The rows that ``trainable_token_indices`` (well-formed) selects, by module.
 
     With tied embeddings the rows of the embedding are rows of the head too, unless the head has
     other ones of its own (PEFT's ``set_additional_trainable_modules``).

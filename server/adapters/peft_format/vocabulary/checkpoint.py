@@ -54,7 +54,7 @@ from turret.server.adapters.peft_format.vocabulary.rows import (
     read_rows,
 )
 
-# What decides whether and how LoRA adapts the embedding.
+# The config keys that determine whether and how LoRA adapts the embedding.
 _TARGET_RULES: Rules = {
     name: Used(LORA_KEYS[name])
     for name in (
@@ -66,7 +66,7 @@ _TARGET_RULES: Rules = {
 
 @dataclass(slots=True)
 class VocabularyPart:
-    """What was taken out, and what is left for the method.
+    """The vocabulary's part of a checkpoint, and the rest for the method.
 
     Attributes:
         operators: None if the checkpoint leaves the vocabulary alone.
@@ -74,7 +74,7 @@ class VocabularyPart:
         modules: Which of ``embed_tokens`` and ``lm_head`` it changes.
         rest: The checkpoint without it.
         base: The base as the method should see it.
-        findings: What is wrong.
+        findings: The faults found.
     """
 
     operators: VocabularyOperators | None
@@ -88,9 +88,9 @@ class VocabularyPart:
 def take_vocabulary(
     checkpoint: AdapterCheckpoint, base: BaseModel, *, is_lora: bool
 ) -> VocabularyPart:
-    """Splits a checkpoint; nothing raises, the findings say what is wrong.
+    """Splits a checkpoint. Raises nothing; problems are in the findings.
 
-    ``is_lora`` tells whether its method may adapt the embedding.
+    ``is_lora`` is whether the checkpoint's method may adapt the embedding.
     """
     config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
     found: dict[str, Found] = {EMBEDDING: {}, HEAD: {}}
@@ -106,7 +106,7 @@ def take_vocabulary(
     rows = _trained_rows(config, found, base, findings)
     saved = saved_modules(config, base)
     rows |= _whole_matrices(saved, found, base, findings)
-    # PEFT adapts no module that it saves whole.
+    # PEFT does not adapt modules that it saves whole.
     base = replace(
         base,
         modules={name: module for name, module in base.modules.items() if name not in saved},
@@ -157,7 +157,7 @@ def _trained_rows(
         if module == HEAD and is_shared:
             rows[HEAD] = rows.get(EMBEDDING)
             ids = None
-            # With save_embedding_layers PEFT saves them once more.
+            # With save_embedding_layers, PEFT saves the shared rows a second time.
             copied = found[EMBEDDING].get(ROWS, (name, None))[1]
             if tensor is not None and copied is not None and tensor.dtype == copied.dtype:
                 tensor = None if torch.equal(tensor, copied) else tensor
@@ -171,7 +171,7 @@ def _trained_rows(
 
 
 def saved_modules(config: Mapping[str, Any], base: BaseModel) -> set[str]:
-    """What ``modules_to_save`` names; a key at fault is reported by the method's rules."""
+    """The modules in ``modules_to_save``; the method's rules report a malformed value."""
     value = config.get("modules_to_save")
     if is_modules_to_save(value) is not None:
         return set()
@@ -197,7 +197,7 @@ def _whole_matrices(
             same = found[EMBEDDING].get(WHOLE, (name, tensor))[1]
             is_tied = EMBEDDING in saved and vocabulary.head is vocabulary.embedding
             if module == HEAD and is_tied and torch.equal(same, tensor):
-                matrices[HEAD] = matrices.get(EMBEDDING)  # one copy of both
+                matrices[HEAD] = matrices.get(EMBEDDING)  # use one copy for both
             else:
                 matrices[module] = read_matrix(name, tensor, matrix, vocabulary, findings)
         elif tensor is not None:
@@ -273,7 +273,7 @@ def _low_rank(
         shapes = (hidden,), (1, hidden), (hidden, 1)
         if not findings.check_shape(magnitude_name, magnitude, *shapes):
             return None, changes
-        # A column of the embedding is what a row of a linear module's weight is.
+        # An embedding is transposed: its columns are what rows are in a linear module's weight.
         gain = dora_gain(magnitude, a, b[1], scaling, base.vocabulary.embedding.cpu().T)
         scaled = scaled * gain.to(wide)[:, None]
     result = EmbeddingLowRank(
@@ -288,7 +288,7 @@ def _low_rank(
 def tied_targets(
     config: Mapping[str, Any], targets: Targets, base: BaseModel
 ) -> dict[str, str | list[str]]:
-    """What the config leaves unsaid of a tied base's head, which is adapted like the embedding."""
+    """Config changes that target a tied head, if PEFT adapts it along with the embedding."""
     is_tied = config.get("ensure_weight_tying") is True and base.vocabulary.is_tied
     if not is_tied or EMBEDDING not in targets.targeted or HEAD in targets.targeted:
         return {}
@@ -301,7 +301,7 @@ def vocabulary_targets(config: Mapping[str, Any], base: BaseModel) -> Targets | 
     """Whether and how LoRA targets embedding and head; None if a key it takes is at fault."""
     if not {"r", "lora_alpha", "target_modules"} <= config.keys():
         return None
-    # The method's reader reports what is wrong here.
+    # Faults found here are dropped, because the method's reader reports them.
     findings = Findings("")
     taken = {key: config[key] for key in _TARGET_RULES if key in config}
     check_config(taken, _TARGET_RULES, findings)

@@ -10,7 +10,7 @@ from turret.server.basics.lazy_torch import torch
 
 WHOLE, FROZEN, ROWS, A, B, MAGNITUDE = "weight", "base", "rows", "a", "b", "magnitude"
 _SUFFIXES = {
-    # PEFT saves the untouched matrix along with an adapter that targets the module.
+    # PEFT saves the original matrix along with an adapter that targets the module.
     ".base_layer.weight": FROZEN,
     ".weight": WHOLE,
     ".token_adapter.trainable_tokens_delta": ROWS,
@@ -26,15 +26,15 @@ BY_NAME = {
     for suffix, role in _SUFFIXES.items()
     if module == EMBEDDING or role not in LOW_RANK
 } | {
-    # What canonical names make of "base_model.", PEFT's prefix beside a learned prompt.
+    # Beside a learned prompt, PEFT's prefix is "base_model."; canonical names look like this then.
     "embed_tokens.weight": (EMBEDDING, WHOLE),
     f"base_model.{HEAD}.weight": (HEAD, WHOLE),
 }
-# Role → (name in the file, tensor).
+# Maps a role to (name in the file, tensor).
 Found = dict[str, tuple[str, "torch.Tensor"]]
 
-# With ``save_embedding_layers``, which a resized vocabulary sets, PEFT saves what its wrappers hold
-# as well: under these names what the usual ones mean.
+# With ``save_embedding_layers``, which a resized vocabulary sets, PEFT also saves the content of
+# its wrappers. Maps the names that this adds to the usual ones.
 _WRAPPED = {
     f"{module}{suffix}": f"{module}{usual}"
     for module in (EMBEDDING, HEAD)
@@ -49,7 +49,7 @@ _WRAPPED = {
 def without_wrappers(
     tensors: Mapping[str, torch.Tensor], findings: Findings
 ) -> Mapping[str, torch.Tensor]:
-    """The tensors by their usual names; one that is there twice must be the same both times."""
+    """The tensors by their usual names; duplicates must be equal."""
     if _WRAPPED.keys().isdisjoint(tensors):
         return tensors
     result = {name: tensor for name, tensor in tensors.items() if name not in _WRAPPED}

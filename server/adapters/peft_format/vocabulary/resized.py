@@ -42,7 +42,7 @@ from turret.server.adapters.peft_format.vocabulary.names import (
 )
 from turret.server.adapters.peft_format.vocabulary.rows import changed_rows
 
-# Rows behind the base's: each costs a step of the adapter's a product more, and lies in memory.
+# Most rows beyond the base's: they take memory, and an extra product in every step.
 MAX_ADDED_ROWS = 4096
 WAY_OUT = (
     "merge the adapter into the base that was resized (PEFT's merge_and_unload) and serve that"
@@ -51,20 +51,21 @@ WAY_OUT = (
 _HEAD_A, _HEAD_B = f"{HEAD}.lora_A.weight", f"{HEAD}.lora_B.weight"
 _HEAD_BIAS = f"{HEAD}.lora_B.bias"
 _HEAD_MAGNITUDES = (f"{HEAD}.lora_magnitude_vector", f"{HEAD}.lora_magnitude_vector.weight")
-# Of the method that trains rows alone, and of its copies under a tied head.
+# Suffix of trained rows in the method that trains nothing else, and the modules that may have it;
+# PEFT saves them again under a tied head.
 _TRAINED_ALONE = ".trainable_tokens_delta"
 _ALONE = (EMBEDDING, HEAD, f"{HEAD}.base_layer")
 
 
 @dataclass(frozen=True, slots=True)
 class FittedCheckpoint:
-    """A checkpoint as if the vocabulary had the base's size, and what is beyond.
+    """A checkpoint cut to the size of the base's vocabulary, and the rows beyond.
 
     Attributes:
         rest: The checkpoint.
         added: Rows behind the base's, or None.
         size: Rows of the vocabulary it was trained with; 0 where that is the base's.
-        findings: What is wrong.
+        findings: The faults found.
     """
 
     rest: AdapterCheckpoint
@@ -75,10 +76,10 @@ class FittedCheckpoint:
 
 @dataclass(slots=True)
 class _Parts:
-    """What a file says of the vocabulary.
+    """The contents of a file that concern the vocabulary.
 
     Attributes:
-        found: By module and role.
+        found: The tensors by module and role.
         ids: Tokens with trained rows, by module, in the order of the rows.
         tensors: Everything, by name.
     """
@@ -94,7 +95,7 @@ class _Parts:
         found: dict[str, Found] = {EMBEDDING: {}, HEAD: {}}
         for name, tensor in tensors.items():
             module, role = BY_NAME.get(name, (None, None))
-            # What has another form is reported where it is read.
+            # Skip tensors with another number of dimensions; the code that reads them reports them.
             is_sound = tensor.ndim == 2 or role == MAGNITUDE
             if module is not None and role is not None and is_sound:
                 found[module].setdefault(role, (name, tensor))
@@ -108,7 +109,7 @@ class _Parts:
         return self.found[module].get(role, (None, None))[1]
 
     def sizes(self) -> dict[str, int]:
-        """How many rows the vocabulary has, as each of the tensors that tell it says."""
+        """The number of vocabulary rows according to each tensor that determines it."""
         sizes: dict[str, int] = {}
         for roles in self.found.values():
             for role, (name, tensor) in roles.items():
@@ -125,7 +126,7 @@ class _Parts:
 def _trained_ids(
     config: Mapping[str, Any], base: BaseModel, found: Mapping[str, Found]
 ) -> dict[str, list[int]]:
-    """As PEFT shares them among tied matrices; nothing where the config is at fault."""
+    """Trained ids by module, shared among tied matrices as in PEFT; empty for a faulty config."""
     value = config.get("trainable_token_indices")
     if value is None and "token_indices" in config:
         value = config["token_indices"]
@@ -137,7 +138,7 @@ def _trained_ids(
 
 
 def vocabulary_of(checkpoint: AdapterCheckpoint, base: BaseModel) -> tuple[int, bool]:
-    """What a checkpoint's vocabulary is, without reading more of it than must be.
+    """The size of a checkpoint's vocabulary, reading no more of it than necessary.
 
     Returns:
         Its rows, 0 where they are as many as the base's or nobody can tell; and whether there may
@@ -167,7 +168,7 @@ def vocabulary_of(checkpoint: AdapterCheckpoint, base: BaseModel) -> tuple[int, 
 
 
 def fit_vocabulary(checkpoint: AdapterCheckpoint, base: BaseModel) -> FittedCheckpoint:
-    """Cuts a checkpoint to the base's vocabulary; raises nothing, findings say what is wrong."""
+    """Cuts a checkpoint to the base's vocabulary. Raises nothing; problems are in the findings."""
     findings = Findings(checkpoint.path, base.name)
     tensors = without_wrappers(checkpoint.tensors, findings)
     checkpoint = replace(checkpoint, tensors=tensors)
@@ -222,13 +223,13 @@ def _added(
     embedding = _rows_of(EMBEDDING, parts, size, base)
     head = _rows_of(HEAD, parts, size, base)
     if head is None and base.vocabulary.is_tied:
-        # What the head shares with the embedding is what no adapter has touched.
+        # A tied head shares the embedding's original rows, before any adapter changed them.
         role = FROZEN if parts.tensor(EMBEDDING, FROZEN) is not None else WHOLE
         is_trained = role == WHOLE and EMBEDDING in saved_modules(config, base)
         frozen = None if is_trained else parts.tensor(EMBEDDING, role)
         head = None if frozen is None else frozen[first:]
     if head is None and config.get("task_type") == "SEQ_CLS":
-        # It draws no tokens.
+        # A classifier generates no tokens, so the embedding can stand in for the head.
         head = embedding
     if embedding is not None and targets is not None:
         embedding = _with_update(embedding, parts, targets, first)
@@ -276,7 +277,7 @@ def _rows_of(module: str, parts: _Parts, size: int, base: BaseModel) -> torch.Te
 
 
 def _with_update(rows: torch.Tensor, parts: _Parts, targets: Targets, first: int) -> torch.Tensor:
-    """LoRA on the embedding: ``e(t) + s A[t] B``; a fault of its shapes is told elsewhere."""
+    """Applies LoRA to the embedding, ``e(t) + s A[t] B``; wrong shapes are reported elsewhere."""
     a, b = parts.tensor(EMBEDDING, A), parts.tensor(EMBEDDING, B)
     if a is None or b is None or EMBEDDING not in targets.targeted:
         return rows
@@ -295,7 +296,7 @@ def _with_head_update(
     base: BaseModel,
     findings: Findings,
 ) -> torch.Tensor:
-    """LoRA and DoRA on the head: ``g_t (h_t + s B_t A)``; a fault of shapes is told elsewhere."""
+    """Applies LoRA or DoRA to the head: ``g_t (h_t + s B_t A)``; shapes are checked elsewhere."""
     a, b = parts.tensors.get(_HEAD_A), parts.tensors.get(_HEAD_B)
     if targets is not None and (implied := tied_targets(config, targets, base)):
         targets = vocabulary_targets({**config, **implied}, base)
@@ -319,7 +320,7 @@ def _with_head_update(
 
 
 def _cut(parts: _Parts, checkpoint: AdapterCheckpoint, base: BaseModel) -> AdapterCheckpoint:
-    """The checkpoint with as many rows as the base: fewer, or the base's own behind them."""
+    """The checkpoint with as many rows as the base: cut, or filled up with the base's own."""
     first = base.vocabulary.size
     served = {EMBEDDING: base.vocabulary.embedding, HEAD: base.vocabulary.head}
     tensors = dict(checkpoint.tensors)
@@ -349,7 +350,7 @@ def _cut(parts: _Parts, checkpoint: AdapterCheckpoint, base: BaseModel) -> Adapt
 
 
 def _fitted(tensor: torch.Tensor, size: int, served: torch.Tensor | None = None) -> torch.Tensor:
-    """The first rows; where there are too few, the served ones behind them, or zeros."""
+    """The first ``size`` rows; if there are too few, served rows or zeros follow."""
     if len(tensor) >= size:
         return tensor[:size]
     if served is None or served.shape[1:] != tensor.shape[1:]:
@@ -360,7 +361,7 @@ def _fitted(tensor: torch.Tensor, size: int, served: torch.Tensor | None = None)
 
 
 def _with_ids_below(config: dict[str, Any], size: int) -> dict[str, Any]:
-    """The config with no token beyond the base's; what names no other any more is left out."""
+    """The config without tokens beyond the base's; entries that become empty are removed."""
     value = config.get("trainable_token_indices")
     if isinstance(value, list):
         config["trainable_token_indices"] = [i for i in value if i < size] or None

@@ -8,7 +8,7 @@ from turret.server.adapters.base import BaseVocabulary
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.operators.vocabulary import VocabularyRows
 
-# Rows compared at once: 8,192 of 4,096 numbers are 128 MB in fp32.
+# Rows compared at once: 8,192 rows of 4,096 numbers take 128 MB in fp32.
 _ROWS_PER_BLOCK = 8192
 
 
@@ -55,7 +55,7 @@ def read_matrix(
     ids = changed_rows(tensor, base_matrix)
     if not len(ids):
         return None
-    # Picking rows costs more than it saves once most of them are other ones.
+    # Once most rows differ, picking some costs more than it saves.
     if 2 * len(ids) > base.size:
         return _finite(name, VocabularyRows(None, _owned(tensor, base_matrix.dtype)), findings)
     values = tensor.index_select(0, ids).to(base_matrix.dtype).contiguous()
@@ -74,7 +74,7 @@ def changed_rows(tensor: torch.Tensor, base_matrix: torch.Tensor) -> torch.Tenso
 
 
 def _owned(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Not a view: that would keep all other tensors of the file."""
+    """A copy, because a view would keep all other tensors of the file in memory."""
     return tensor.to(dtype, copy=True).contiguous()
 
 

@@ -16,7 +16,7 @@ def gates_of(operators: AdapterOperators) -> list[Gate]:
 
 
 def components_of(operators: AdapterOperators) -> tuple[int, ...]:
-    """Each component's largest rank in any module, which it takes in all; empty without gates."""
+    """Each component's largest rank, which it occupies in every module; empty without gates."""
     ranks = [ranks_of(gate) for gate in gates_of(operators)]
     return tuple(max(column) for column in zip(*ranks, strict=True))
 
@@ -27,12 +27,12 @@ def ranks_of(gate: Gate) -> tuple[int, ...]:
 
 
 def bounds_of(components: Sequence[int]) -> list[tuple[int, int]]:
-    """First rank and end of each component, from the first one's first on."""
+    """First and end rank of each component, counted from the first component's start."""
     return list(pairwise(accumulate(components, initial=0)))
 
 
 def moves_of(components: Sequence[int], gate: Gate) -> list[tuple[slice, slice]]:
-    """What of a module's ranks goes where: neighbours that stay neighbours in one go."""
+    """Source and target ranks of a module's components, with adjacent ranges merged."""
     moves: list[tuple[int, int, int]] = []
     for (target, _), (start, end) in zip(
         bounds_of(components), pairwise(gate.rank_indptr), strict=True

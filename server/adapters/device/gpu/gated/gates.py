@@ -38,8 +38,8 @@ class _Gated:
     Attributes:
         bounds: First rank and end of each component, from the adapter's first rank on.
         asked: Queries or prototypes in a module at most.
-        is_told: Whether a first pass tells its gates.
-        projections: Where it has gates, in any layer.
+        is_told: Whether a first pass computes its gates.
+        projections: Projections in which it has gates, in any layer.
     """
 
     bounds: tuple[tuple[int, int], ...]
@@ -54,7 +54,7 @@ class GpuStepGates:
 
     Attributes:
         tables: Per projection in which an adapter of the step has gates, the table of all scores.
-        told: What first passes have told, flat, or None. Steps with it are launched as they are.
+        told: Scalings that first passes computed, flat, or None. Steps with them are not captured.
     """
 
     tables: Mapping[str, torch.Tensor]
@@ -62,7 +62,7 @@ class GpuStepGates:
 
     @property
     def signature(self) -> Hashable:
-        """The launches of a step, and where what they read lies: not which adapters it has."""
+        """Identifies a step's launches and the addresses they read, but not its adapters."""
         tables = self.tables.items()
         return tuple((name, table.data_ptr(), table.shape) for name, table in tables)
 
@@ -72,13 +72,13 @@ class GpuStepGates:
     def of(
         self, layer: int, projection: str, x: torch.Tensor, v: torch.Tensor, table: SegmentTable
     ) -> torch.Tensor | None:
-        """What ``segmented_expand`` weighs components by, if some are gated.
+        """The component weights for ``segmented_expand``, if some are gated.
 
         Args:
             layer: Layer number.
             projection: Fused projection.
             x: Its input.
-            v: What the step's shrink gave of it.
+            v: The rank activations from the step's shrink.
             table: The step's segments.
         """
         if projection not in self.tables:
@@ -125,7 +125,7 @@ class GpuGates(Part):
         self._scores.remove(key)
 
     def extra_bytes(self, operators: AdapterOperators) -> int:
-        """Keys are laid out by the ranks of the pack."""
+        """Bytes of keys beyond those in host memory: the pack's ranks determine their layout."""
         ranks, more = sum(components_of(operators)), 0
         for gate in gates_of(operators):
             if isinstance(gate.score, QueryScore):
@@ -142,7 +142,7 @@ class GpuGates(Part):
 
         Args:
             runs: Runs of rows: first, end, and their mix.
-            given: What first passes have told; see ``StepMembers``.
+            given: Scalings that first passes computed; see ``StepMembers``.
         """
         used = {key for _, _, mix in runs for key, _ in mix} & self._gated.keys()
         told: dict[str, int] = {}
@@ -196,7 +196,7 @@ def _members_of(mix: Members, places: Mapping[str, Place]) -> list[SegmentMember
 
 
 def _asked(score: QueryScore | PrototypeScore | GivenScore) -> int:
-    """Vectors that a gate's scores begin with."""
+    """Number of vectors that a gate's scores start from."""
     if isinstance(score, GivenScore):
         return 0
     return len(score.query if isinstance(score, QueryScore) else score.prototypes)

@@ -29,7 +29,7 @@ from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.gate import Gate, GivenScore, PrototypeScore, QueryScore
 
 _ALIGNMENT = 16
-# Layers, and their gates in one slice of a projection, in one form.
+# Gates of one form in one slice of a projection, each with its layer.
 _Alike = Sequence[tuple[int, Gate]]
 
 
@@ -49,11 +49,11 @@ class ScoreTables:
         self._layout = layout
         self._device = device
         self.tables: dict[str, torch.Tensor] = {}
-        # By adapter: what the addresses are of.
+        # Tensors by adapter; keeps the addresses in the tables valid.
         self._kept: dict[str, list[torch.Tensor]] = {}
 
     def put(self, key: str, operators: AdapterOperators, slot: int, num_slots: int) -> None:
-        """Copy what an adapter's gates are scored by, and note where, in a slot of so many."""
+        """Copies an adapter's score tensors and enters their addresses in its slot."""
         kept = self._kept[key] = []
         components, words = components_of(operators), dict[str, list[int]]()
         for name in self._layout.projections:
@@ -72,7 +72,7 @@ class ScoreTables:
             table[:, slot] = part.view(layers, slices, WORDS)
 
     def remove(self, key: str) -> None:
-        """Let go of an adapter's tensors. Their addresses stay, and no step reads them."""
+        """Releases an adapter's tensors. No step reads their addresses in the tables any more."""
         self._kept.pop(key, None)
 
     def _grown(self, name: str, num_slots: int) -> torch.Tensor:
@@ -104,7 +104,7 @@ class ScoreTables:
 
 
 def _form(gate: Gate) -> tuple[object, ...]:
-    """What gates must share to be copied together."""
+    """The properties that gates must share to be copied together."""
     return type(gate.score), gate.rank_indptr, *(t.shape for t in gate.score.tensors())
 
 
@@ -115,7 +115,7 @@ def _scored(alike: _Alike, components: Sequence[int], kept: list[torch.Tensor]) 
         moves = moves_of(components, alike[0][1])
 
         def laid(keys: torch.Tensor) -> torch.Tensor:
-            """By rank in the pack."""
+            """Keys by the component's ranks in the pack."""
             own = keys.new_zeros(len(keys), sum(components), keys.shape[2])
             for ranks, target in moves:
                 own[:, target] = keys[:, ranks]
@@ -148,8 +148,8 @@ def _apart(
 
     Args:
         found: Layers, rising, and a tensor of each.
-        kept: What the copies are added to.
-        laid: Makes of the tensors of some layers, ``[layers, …]``, what is to be copied.
+        kept: List that the copies are added to.
+        laid: Turns the tensors of some layers, ``[layers, …]``, into what is to be copied.
 
     Returns:
         Where each begins.
