@@ -36,7 +36,7 @@ _NEEDED = (CONFIG_FILE, TENSORS_FILE)
 
 
 class _Stopped(Exception):
-    """Ends a download from within."""
+    """Raised to end a download from within."""
 
 
 class AdapterHub:
@@ -135,7 +135,7 @@ class AdapterHub:
         repository = find_repository(hub_id, may_be_old=True)
         if TOKENIZER_FILE not in repository.files:
             return
-        # The largest last: where it is, all are.
+        # Fetch the largest file last: if it is in the cache, all of them are.
         names = [name for name in TOKENIZER_FILES if name in repository.files][::-1]
         size = sum(repository.files[name] for name in names)
         self._check_size(path, size)
@@ -187,8 +187,8 @@ class AdapterHub:
             finally:
                 self._places.release()
 
-        # A thread of its own: the library may hang where nothing can be raised, and then the
-        # caller goes, and the place stays taken until the library gives up.
+        # The library may hang where no exception can stop it. On a thread of its own, only the
+        # caller gives up, and the place stays taken until the library does.
         thread = threading.Thread(target=work, name=f"download {repository.id}", daemon=True)
         thread.start()
         thread.join(seconds)

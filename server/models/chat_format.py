@@ -16,7 +16,7 @@ NO_TOOLS = (
     "this model's chat template knows no tools, or calls them in a form that is not read: leave out"
     " tools, calls and their results"
 )
-# What stands around calls, in each form. Tokenizers may have special tokens for it.
+# Texts that mark tool calls, in each format. Tokenizers may have special tokens for them.
 _MARKS: dict[ToolForm, tuple[str, ...]] = {
     "hermes": ("<tool_call>", "</tool_call>"),
     "xml": ("<tool_call>", "</tool_call>"),
@@ -25,11 +25,11 @@ _MARKS: dict[ToolForm, tuple[str, ...]] = {
     "mistral11": ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
     "harmony": channels.MARKS,
 }
-# Templates come with adapters too: what these take grows as a template does, and no faster.
+# Adapters bring templates too, so these patterns match in time linear in a template's length.
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 _OPENING = re.compile(r"\{[{%]")
 _TOOLS = re.compile(r"\btools\b")
-# A prompt that ends within the block: the answer has only its end.
+# Matches a template whose prompt ends inside the block: the answer contains only its end.
 _OPENS = re.compile(r"<think>(?:\\n|\n)*+['\"]?\s*+(?:-?[}%]\}|\{%)")
 
 
@@ -95,7 +95,8 @@ def unknown_role(template: object, role: str) -> str:
         return ""
     texts = template.values() if isinstance(template, dict) else (template,)
     word, space, _ = role.partition(" ")
-    # Of a role with more than a word, such as Granite's "document 1", the beginning may be named.
+    # For a role of several words, such as Granite's "document 1", the template may contain only its
+    # beginning.
     names = (role, word + space) if word else ()
     if any(
         f"{quote}{name}{quote}" in str(text) for text in texts for name in names for quote in "'\""
@@ -123,7 +124,7 @@ def _form(template: str) -> ToolForm | None:
     if not _uses_tools(template):
         return None
     if _has_channels(template):
-        # Some templates think aloud in channels and know no recipients.
+        # Some templates have channels for reasoning but no recipients for calls.
         return "harmony" if channels.FUNCTIONS in template else None
     if "<tool_call>" in template:
         return "xml" if "<function=" in template else "hermes"

@@ -71,7 +71,7 @@ class Computed:
 
 
 class Draws(Protocol):
-    """A sampler. One thread only.
+    """Draws tokens. Use it on one thread only.
 
     Attributes:
         takes_late_masks: Whether ``draw`` asks for masks itself, where it needs any.
@@ -130,7 +130,7 @@ class Executor(Protocol):
         ...
 
     def look_ahead(self) -> None:
-        """Use the time until the step's results are there, where they are waited for."""
+        """Use the time until the step's results arrive, where the host waits for them."""
         ...
 
     def forget(self, sequence: Sequence) -> None:
@@ -138,7 +138,7 @@ class Executor(Protocol):
         ...
 
     def free_memory(self) -> None:
-        """Give back what is kept to be faster: a step found no memory."""
+        """Free caches that only save time, after a step ran out of memory."""
         ...
 
 
@@ -219,7 +219,7 @@ class TorchExecutor:
         return Computed(batch.placed, hidden, None)
 
     def _find_likeliest(self, states: torch.Tensor) -> Likeliest | None:
-        """The likeliest tokens of ``[samples, hidden]``, if they can be told without all logits."""
+        """The likeliest tokens of ``[samples, hidden]``; None if that takes all logits."""
         finder = self._likeliest
         if finder is None or (tokens := finder.find(states)) is None:
             return None
@@ -249,11 +249,11 @@ class TorchExecutor:
         return own_logits(logits, sequence, added.get(sequence))
 
     def sampler(self, stop_token_ids: frozenset[int]) -> Sampler:
-        """One that goes from row to row."""
+        """Make a sampler that handles rows one after the other."""
         return Sampler(stop_token_ids)
 
     def look_ahead(self) -> None:
-        """The results are there."""
+        """Do nothing: the results are already there."""
 
     def forget(self, sequence: Sequence) -> None:
         """Nothing is kept."""

@@ -16,9 +16,9 @@ from turret.server.engine.scheduling.request import Pooling, PoolingKind
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.rows import Placed
 
-# A power of two.
+# Number of states that are summed at once; must be a power of two.
 _GROUP = 64
-# Rows that are converted to fp32 at a time.
+# Number of rows that are converted to fp32 at a time.
 _ROWS = 4 * _GROUP
 
 
@@ -69,7 +69,8 @@ class Pooler:
         if total is None:
             total = self._sums[sequence] = _Sum(hidden.new_zeros(hidden.shape[1:]).float())
         first, end = sequence.num_computed, sequence.num_computed + place.item.num_new
-        # After a preemption, or a step that had no memory, some were counted before: the same bits.
+        # After a preemption or a step without memory, some positions were counted before; their
+        # states have the same bits.
         for low in range(sequence.num_virtual + total.count, end, _ROWS):
             assert low >= first, "no position was left out"
             row = place.row_start + low - first

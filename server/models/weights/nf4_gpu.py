@@ -36,7 +36,7 @@ class Nf4Product:
 
     def __init__(self, weight: Nf4Matrix | torch.Tensor, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        # A quantisation block that spans rows is read by no kernel.
+        # No kernel reads a quantisation block that spans rows.
         if isinstance(weight, Nf4Matrix) and weight.in_features % BLOCK:
             weight = weight.dequantize(dtype)
         self._weight = weight
