@@ -39,7 +39,7 @@ class Routing:
 
     @cached_property
     def runs(self) -> tuple[tuple[int, slice], ...]:
-        """(Expert, its pairs) of those that have any. Reads the device: not for the gpu path."""
+        """(Expert, its pairs) for experts that have any. Reads the device: not for the gpu path."""
         bounds = pairwise((0, *self.ends.tolist()))
         return tuple((e, slice(low, high)) for e, (low, high) in enumerate(bounds) if high > low)
 
@@ -95,7 +95,7 @@ def combine_reference(y: torch.Tensor, routing: Routing) -> torch.Tensor:
 
 
 def _sum(x: torch.Tensor) -> torch.Tensor:
-    """The sum of every row, ``[rows, 1]``, in halves: an order that no library chooses."""
+    """The sum of every row, ``[rows, 1]``, by halves: a fixed order that no library chooses."""
     while x.shape[1] > 1:
         half = x.shape[1] // 2
         rest = x[:, 2 * half :]

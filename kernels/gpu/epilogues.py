@@ -31,7 +31,7 @@ class Epilogue(Protocol):
     """What comes after a projection."""
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:
-        """Of the finished result, ``[rows, out]``, by a kernel of its own."""
+        """Apply it to the finished result, ``[rows, out]``, by a kernel of its own."""
         ...
 
     def ends_product(self, bias: torch.Tensor | None, device: torch.device) -> bool:
@@ -93,7 +93,7 @@ class Heads:
 
     @property
     def _has_norms(self) -> bool:
-        # The order of a norm's sum is a kernel's own.
+        # Each kernel has its own order for a norm's sum.
         return self.q_norm is not None or self.k_norm is not None
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:

@@ -82,7 +82,7 @@ def nf4_shrink_kernel(
     BLOCK_K: tl.constexpr,
 ):
     program = tl.program_id(0)
-    # One condition for the compiler, one for the program.
+    # The outer condition is a constant at compile time, so it must stay apart from the inner one.
     if is_early():  # noqa: SIM102
         if program >= SHRINK_PROGRAMS:
             _fetch_part(

@@ -11,9 +11,9 @@ from __future__ import annotations
 import struct
 
 WORDS = 8
-# Their places.
+# Positions of the words.
 ASKED, KEYS, KIND, VECTORS, TOP_K, TEMPERATURE, MODULE = range(7)
-# Kinds. A module without a gate has the first, and its components have no ranks.
+# Kinds of gates. A module without a gate has NONE, and its components have no ranks.
 NONE, QUERY, PROTOTYPE, TOLD = range(4)
 
 Words = tuple[int, int, int, int, int, int, int, int]
