@@ -43,7 +43,7 @@ from turret.server.progress import progress_bar
 from turret.server.server_process import ServerProcess, ServerProcessError
 
 EXIT_WRONG = 4
-# Requests whose tokens are compared with what they get alone.
+# Number of requests whose tokens are compared with those that they get alone.
 _CHECKED = 4
 _WARM_UP_TOKENS = 8
 
@@ -58,7 +58,7 @@ class Case:
 
     name: str
     adapters: list[str | None]
-    loras: int | None = None  # different ones; None: there are others, whose bytes are not counted
+    loras: int | None = None  # distinct LoRAs; None: other methods, whose bytes are not counted
     timings: list[BatchTiming] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     foreign: list[float] = field(default_factory=list)

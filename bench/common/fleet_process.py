@@ -44,7 +44,7 @@ class FleetProcess:
         command = [sys.executable, "-m", "turret.server.cli", "cluster", "serve"]
         command += ["--address", self.address, "--http-address", http]
         command += ["--state-dir", str(self._state), *flags]
-        # Workers that Ray starts have to find the same code.
+        # Let the workers that Ray starts find the same code.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         with self.log.open("wb") as written:
             self.process = subprocess.Popen(

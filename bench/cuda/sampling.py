@@ -9,7 +9,7 @@ from cuda.setting import Setting
 from turret.kernels.gpu.sample_rows import sample_rows
 from turret.kernels.gpu.tables.sampling_table import SamplingTable
 
-# Temperature, top-p, top-k.
+# Temperature, top-p and top-k of each form.
 FORMS = {
     "greedy": (0.0, 1.0, 0),
     "temperature": (1.0, 1.0, 0),

@@ -137,19 +137,19 @@ def _expected_of(
     """What each form should take: ours by bytes and instructions, others by what they move."""
     used = _rows_of_rank(scenario)
     rows, slices = sum(count for _, count in used), len(outs)
-    # Of a rank of an adapter.
+    # Bytes of one rank of an adapter.
     size = 2 * (slices * inner + sum(outs))
     padded = size * max(rank for rank, _ in used)
     return {
         "ours": lambda card: estimate.low_rank_work(inner, outs, used, card),
         "ours, gemv": lambda card: estimate.low_rank_work(inner, outs, used, card, gemv=True),
-        # A zeroed buffer, a shrink, and an expand for each slice.
+        # Zero a buffer, then a shrink, then an expand for each slice.
         "padded, atomics": estimate.bytes_work(len(used) * padded, 2 + slices),
-        # Rows are gathered once; a slice is two products and an addition.
+        # Gather the rows once; then two products and an addition for each slice.
         "torch loop": estimate.bytes_work(
             sum(rank for rank, _ in used) * size, len(used) * (1 + 3 * slices)
         ),
-        # Each matrix is read, written and read again.
+        # Every matrix is read, written and read again.
         "gathered bmm": estimate.bytes_work(3 * rows * padded, 5 * slices),
     }
 
@@ -269,5 +269,5 @@ def _time_scenario(setting: Setting, step: DecodeStep, scenario: Scenario, base:
 def _logits(step: DecodeStep, plan: Step) -> torch.Tensor:
     logits = step.run(plan).logits
     assert logits is not None
-    # A replay overwrites what it returned.
+    # Copy the result, because a replay overwrites it.
     return logits.clone()

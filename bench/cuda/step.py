@@ -38,7 +38,7 @@ from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.weights.nf4_gpu import Nf4Product
 
 KV_BLOCK = 16
-# Of a device's memory; in the interpreter, of nothing in particular.
+# Share of a device's memory for adapters; the interpreter gets an arbitrary fixed size.
 _ADAPTER_SHARE = 0.2
 _INTERPRETER_BYTES = 64 << 20
 
@@ -202,9 +202,9 @@ class DecodeStep:
         return self._executor.store.is_near(adapter)
 
     def draw(self, step: Step) -> StepResult:
-        """The same, and draw a token for every sequence, as the server does."""
+        """Compute a step and draw a token for every sequence, as the server does."""
         if self._runner is None:
-            # What was captured so far draws into another sampler's memory.
+            # Steps captured so far draw into another sampler's memory.
             self.forget()
             assert self._executor is not None
             self._runner = Runner(self._executor, frozenset())
