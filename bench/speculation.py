@@ -59,7 +59,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What a round of one case took on one server.
+    """The result of one round of a case on one server.
 
     Attributes:
         tokens_per_second: Of all its answers, prompts included in the time.
@@ -76,7 +76,7 @@ class Round:
 
 @dataclass(slots=True)
 class Case:
-    """Requests of one kind, so many at once.
+    """Requests of one kind, with a fixed number at once.
 
     Attributes:
         name: Of the kind, and how many at once.

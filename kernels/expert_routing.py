@@ -1,4 +1,4 @@
-"""Which rows go through which experts of a mixture (arXiv 1701.06538), and what comes back.
+"""Assigns rows to the experts of a mixture (arXiv 1701.06538) and combines the experts' results.
 
     p = softmax(scores)        the per_token experts of the highest p, ties to the lower number
     y = Σ_j p_j · expert_j(x)      in the order of p, divided by Σ_j p_j where the model says so

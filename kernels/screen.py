@@ -1,4 +1,4 @@
-"""Which outputs of a wide weight may be the largest, told from half of its bytes."""
+"""Finds the outputs of a wide weight that may be the largest, reading half of its bytes."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def commit() -> str:
 
 
 def describe() -> dict[str, Any]:
-    """The part of a result that says where it comes from."""
+    """The part of a result that describes where it was measured."""
     return {
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -88,7 +88,7 @@ def bound(function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> dic
 
 
 def record(function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Compilation:
-    """What Triton's launcher would make of the arguments."""
+    """Record the arguments as Triton's launcher would specialise them."""
     values = bound(function, args, keywords)
     signature, constants, aligned = [], [], set()
     for parameter in function.params:

@@ -33,7 +33,7 @@ def _rate(num_bytes: int, milliseconds: float) -> float:
 
 
 def copy_bandwidth(setting: Setting) -> None:
-    """What the memory gives: a large read (the floor of everything below)."""
+    """Bandwidth of the memory, by a large read: the floor of everything below."""
     words = 1 << (28 if setting.device.type == "cuda" else 10)
     source = torch.ones(words, dtype=torch.float32, device=setting.device)
     timing = setting.stopwatch.time(source.sum)

@@ -50,7 +50,7 @@ def _check(
     uniforms: list[float],
     form: tuple[float, float, int],
 ) -> None:
-    """That every token is the one that its number leads to, up to the rounding of sums."""
+    """Check that every token is the one that its number selects, up to the rounding of sums."""
     temperature, top_p, top_k = form
     for row, token, uniform in zip(logits.double(), tokens, uniforms, strict=True):
         if temperature == 0.0:

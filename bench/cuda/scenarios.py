@@ -134,7 +134,7 @@ def _rows_of_rank(scenario: Scenario) -> list[tuple[int, int]]:
 def _expected_of(
     inner: int, outs: tuple[int, ...], scenario: Scenario
 ) -> dict[str, estimate.Expected]:
-    """What each form should take: ours by bytes and instructions, others by what they move."""
+    """Expected time of each form: ours by bytes and instructions, others by the bytes they move."""
     used = _rows_of_rank(scenario)
     rows, slices = sum(count for _, count in used), len(outs)
     # Bytes of one rank of an adapter.
@@ -155,7 +155,7 @@ def _expected_of(
 
 
 def expected_step(setting: Setting, rows: int, scenario: Scenario | None) -> estimate.Expected:
-    """What a decode step should take; without a scenario, of the base model alone."""
+    """Expected time of a decode step; without a scenario, that of the base model alone."""
 
     def works(card: estimate.Card) -> list[estimate.Work]:
         is_low_rank = scenario is not None and scenario.method in ("lora", "dora")
@@ -175,7 +175,7 @@ def expected_step(setting: Setting, rows: int, scenario: Scenario | None) -> est
 
 
 def _others(scenario: Scenario) -> Callable[[int, tuple[int, ...]], list[estimate.Work]]:
-    """What the adapters of LoHa or LoKr add to a projection."""
+    """Work that LoHa or LoKr adapters add to a projection."""
     used = _rows_of_rank(scenario)
     (rank, _), rows = used[0], sum(count for _, count in used)
     if scenario.method == "loha":

@@ -15,7 +15,7 @@ MAX_ERROR = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is measured on what.
+    """Shapes, device and report of a run.
 
     Attributes:
         model: Shapes.

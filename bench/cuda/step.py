@@ -53,7 +53,7 @@ def random_nf4(out_features: int, in_features: int, device: torch.device) -> Nf4
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Who uses which adapter.
+    """The assignment of adapters to sequences.
 
     Attributes:
         name: As printed.
@@ -162,7 +162,7 @@ class DecodeStep:
         return int(_ADAPTER_SHARE * torch.cuda.mem_get_info(self.device)[1])
 
     def attention_table(self, split: int = SPLIT) -> AttentionTable:
-        """The step's sequences on the device, walked in splits of so many positions."""
+        """The step's sequences on the device, with splits of this many positions."""
         spread = self.num_rows * (self.context // split + 2)
         table = AttentionTable(
             max_records=self.num_rows + spread,

@@ -14,7 +14,7 @@ SLORA_SHARES = {(8,): 0.945, (8, 16, 32, 64): 0.899}
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One demand. ``value`` None was not measured, which is no pass.
+    """One requirement. ``value`` None means that it was not measured, so it does not pass.
 
     Attributes:
         name: What is demanded.
@@ -93,7 +93,7 @@ def bars_of(result: Mapping[str, Any]) -> list[Bar]:
 
 
 def slora_share(scenario: Mapping[str, Any]) -> float | None:
-    """What S-LoRA kept with adapters of the same ranks; None where it did not measure them."""
+    """S-LoRA's share with adapters of the same ranks; None if its authors did not measure them."""
     return SLORA_SHARES.get(tuple(sorted(scenario["ranks"])))
 
 

@@ -30,7 +30,7 @@ def cold_among(address: str, names: Sequence[str]) -> list[str]:
 
 
 def probe_cold(address: str, names: Sequence[str]) -> dict[str, Any]:
-    """What one request pays for its own cold adapter, with nothing else to do for the server.
+    """The price that one request pays for its own cold adapter on an otherwise idle server.
 
     Args:
         address: Of the server.

@@ -178,7 +178,7 @@ def _hash(text: str) -> int:
 
 @dataclass(slots=True)
 class Run:
-    """What came of a trace.
+    """The result of replaying a trace.
 
     Attributes:
         jobs: All requests, those that ended and those that had not when the trace was over.

@@ -33,7 +33,7 @@ def register(address: str, names: Sequence[str], paths: Sequence[str] | None = N
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What a restart costs, in a process that does nothing else.
+    """The cost of a restart, in a process that does nothing else.
 
     Attributes:
         seconds: Reading all registrations.

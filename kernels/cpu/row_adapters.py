@@ -85,7 +85,7 @@ _FIRST = 6
 
 
 class ModuleTable:
-    """Where one adapter's tensors lie, by module of the base. Keeps them alive.
+    """The addresses of one adapter's tensors, by module of the base. Keeps the tensors alive.
 
     Attributes:
         width: Floats of scratch memory that a row takes, of the module that takes most.
@@ -240,7 +240,7 @@ class ModuleSizes:
 
 
 class Ahead(NamedTuple):
-    """What a product of the base may ask memory for meanwhile: the adapters that follow it.
+    """What a product of the base may prefetch while it runs: the adapters that follow it.
 
     Attributes:
         step: Address of the step's adapters.

@@ -43,7 +43,7 @@ class SparseBlocks:
     def of(
         cls, values: torch.Tensor, columns: torch.Tensor, row_starts: torch.Tensor
     ) -> SparseBlocks:
-        """From compressed rows, on the CPU.
+        """Convert compressed rows, on the CPU.
 
         Args:
             values: ``[entries]`` bf16.

@@ -1,4 +1,4 @@
-"""Triton form of ``clamped_swiglu``: reads gates and ups once, writes what comes of them."""
+"""Triton form of ``clamped_swiglu``: reads gates and ups once, writes their product."""
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false

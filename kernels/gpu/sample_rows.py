@@ -27,7 +27,7 @@ _MANY = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def _distances(row_ptr, at, vocab, top, temperature):
-    """How far scaled logits are behind the largest, as the bits of fp32 numbers ≥ 0.
+    """Distances of scaled logits from the largest, as the bits of fp32 numbers ≥ 0.
 
     Bits of such numbers are ordered as the numbers are. NaN and what lies past the vocabulary is
     infinitely far.

@@ -1,4 +1,4 @@
-"""From a constraint to the grammar that llguidance reads."""
+"""Turns a constraint into the grammar that llguidance reads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _Finder = Callable[[str, Any], bool]
 
 
 def schema_faults(schema: dict[str, Any], why: str) -> list[tuple[str, str]]:
-    """Where the complaint ``why`` about a schema comes from.
+    """Find the places in a schema that llguidance's message ``why`` is about.
 
     Returns:
         Paths within the schema (``.properties.tags.uniqueItems``) and what is wrong with each; none

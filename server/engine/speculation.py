@@ -1,4 +1,4 @@
-"""How often draft tokens were right, by how much text agreed with the place they come from."""
+"""Statistics of how often draft tokens were right, by how much of the text before them agreed."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ class MixMemory:
         self._index = TextIndex(self._tokens, most=_MAX_TOKENS)
 
     def find(self, answer: Sequence[int]) -> tuple[int, int]:
-        """As ``TextIndex.find``; ``answer`` begins with ``START``."""
+        """Like ``TextIndex.find``; ``answer`` begins with ``START``."""
         return self._index.find(answer)
 
     def after(self, place: int, count: int) -> list[int]:
@@ -383,7 +383,7 @@ _MAX_ROWS = 96
 
 
 class Speculation:
-    """What is known of costs and chances, for all sequences. Used by the engine thread alone.
+    """Knowledge of costs and chances, for all sequences. Used by the engine thread alone.
 
     Args:
         cost: Of a step's rows.
@@ -424,7 +424,7 @@ class StepPlan:
         self._num_rows = num_rows
 
     def draft(self, drafter: Drafter, most: int) -> tuple[int, ...]:
-        """At most so many tokens for the step to check for a sequence; often none."""
+        """Draft at most this many tokens for a sequence; often none."""
         most = min(most, _MAX_ROWS - self._num_rows)
         if most <= 0:
             return ()

@@ -40,7 +40,7 @@ class _Stopped(Exception):
 
 
 class AdapterHub:
-    """What paths that begin with ``hub:`` stand for. Safe to use from several threads.
+    """Resolves paths that begin with ``hub:``. Safe to use from several threads.
 
     Args:
         allowed: Organisations and users whose adapters may be had; ``*`` is all of them, and
@@ -55,7 +55,7 @@ class AdapterHub:
 
     @property
     def root(self) -> Path | None:
-        """Where the files are; None where no adapter may be had."""
+        """The folder of the files; None if no adapter from the hub is allowed."""
         return cache_dir() if self._allowed else None
 
     def fetch(self, path: str) -> str:
@@ -89,7 +89,7 @@ class AdapterHub:
         return f"{HUB_SCHEME}{repository.id}"
 
     def check(self, path: str) -> Repository | None:
-        """Refuse what ``fetch`` would, before a byte of the weights comes.
+        """Refuse what ``fetch`` would refuse, before any weights are downloaded.
 
         Args:
             path: See ``fetch``.
@@ -111,7 +111,7 @@ class AdapterHub:
         return repository
 
     def find(self, path: str, repository: Repository | None) -> str | None:
-        """Where the files of ``path`` are below ``root``, if the cache has them; nobody is asked.
+        """The files of ``path`` below ``root``, if the cache has them; the hub is not asked.
 
         Args:
             path: One that ``check`` took.

@@ -1,4 +1,4 @@
-"""What huggingface_hub raises, in words with a next step."""
+"""Turns the errors of huggingface_hub into messages with a next step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a chat template knows beside turns: tools, and blocks of reasoning."""
+"""Features of a chat template beyond turns: tools, and blocks of reasoning."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ChatFormat:
 
     @classmethod
     def of(cls, template: object, special: Mapping[str, int] | None = None) -> ChatFormat:
-        """What a template says of itself; nothing if there is none.
+        """Read the format from a template; an empty one if there is none.
 
         Args:
             template: Of the tokenizer.
@@ -82,7 +82,7 @@ class ChatFormat:
 
 
 def unknown_role(template: object, role: str) -> str:
-    """Why a role is none; empty of those that all know, and of those that the template names.
+    """Why a role is invalid; empty for the common roles and those that occur in the template.
 
     Many templates write any role that they are given, and the model has learned none but these: an
     answer to another one is not what was asked for, and nothing says so.

@@ -1,4 +1,4 @@
-"""What a model family is, and how its config is read where it says what Llama's says."""
+"""A model family, and how to read the parts of its config that follow Llama's."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _MAX_AROUND = 8
 
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
-    """What a chat template made of a conversation.
+    """The result of rendering a conversation with a chat template.
 
     Attributes:
         parts: Text in which special tokens count, then a special token's text that somebody wrote,
@@ -162,7 +162,7 @@ class Tokenizer:
         return ids[1:] if is_twice else ids
 
     def chat_executor(self, is_short: bool) -> Executor:
-        """Where to call ``render_chat`` for a short or a long conversation."""
+        """The executor on which to call ``render_chat`` for a short or a long conversation."""
         return self._chats.executor(is_short)
 
     def render_chat(

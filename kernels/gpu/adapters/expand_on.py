@@ -1,4 +1,4 @@
-"""``segmented_expand`` and what comes next, in one launch: the result itself is never written.
+"""``segmented_expand`` and the next operation in one launch: its own result is never written.
 
 A program finishes two tiles of columns that belong together, as ``segmented_expand`` does: gates
 and their ups, or the first and second features of the pairs of some heads. What comes next is

@@ -1,4 +1,4 @@
-"""What an expand gives in some columns, for kernels that go on with it.
+"""The result of an expand in some columns, for kernels that continue with it.
 
 The formula is that of ``segmented_expand``, whose kernel has it in a form of its own: registers
 there are few.

@@ -42,7 +42,7 @@ _BLOCK = tl.constexpr(BLOCK)
 def _fetch_part(
     program, packed_ptr, absmax_ptr, in_features, out_features, part_blocks, BLOCK_N: tl.constexpr
 ):
-    """What a program of the product will read first."""
+    """Prefetch what a program of the product reads first."""
     columns = tl.cdiv(out_features, BLOCK_N)
     n = program % columns * BLOCK_N + tl.arange(0, BLOCK_N)
     begin, blocks = program // columns * part_blocks, in_features // _BLOCK

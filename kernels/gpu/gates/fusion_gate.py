@@ -126,7 +126,7 @@ def _fused(
 
 @triton.jit
 def _column(scores, c, BLOCK_C: tl.constexpr):
-    """One component's, ``[BLOCK_M]``: a sum of one value is that value."""
+    """One component's column, ``[BLOCK_M]``: the others are masked, so the sum is its value."""
     return tl.sum(tl.where(tl.arange(0, BLOCK_C)[None, :] == c, scores, 0.0), axis=1)
 
 

@@ -1,4 +1,4 @@
-"""What the rows of gated adapters ask with: ``q = Wq x``, and ``P x`` of routers, in one launch.
+"""Queries of the rows of gated adapters: ``q = Wq x``, and ``P x`` for routers, in one launch.
 
 A shrink of its own for all of them: a program takes a question of the segment table (a chunk of
 rows, 16 vectors of their adapter), one slice and one part of the input features. Queries are

@@ -61,7 +61,7 @@ class _Chunk:
         self.loaded: list[tuple[int, int]] = []
 
     def send(self, half: int) -> int:
-        """Start copying what was loaded; what lies between is copied along, and read by nobody.
+        """Start copying what was loaded; gaps between are copied too, but never read.
 
         Returns:
             How many copies that took.

@@ -32,7 +32,7 @@ T = TypeVar("T", bound=Grouped)
 
 
 class FairQueue(Generic[T]):
-    """Waiting items by group. ``charge`` tells it what was served."""
+    """Waiting items by group. Report to ``charge`` what was served."""
 
     def __init__(self) -> None:
         self._lines: dict[Hashable, deque[T]] = {}

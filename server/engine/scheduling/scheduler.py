@@ -174,7 +174,7 @@ class Scheduler:
             self._held.computed(item.sequence, item.num_new)
 
     def accept(self, item: Scheduled, count: int) -> None:
-        """Record, after ``complete``, what became of a draft: so many of its tokens were right.
+        """Record, after ``complete``, how many tokens of a draft were right.
 
         They are the sequence's by now, and it goes on behind them or has ended there.
         """

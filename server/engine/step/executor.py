@@ -1,4 +1,4 @@
-"""Where a scheduled step is computed: the seam between the engine and the compute paths."""
+"""The interface between the engine and the compute paths that run scheduled steps."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class Executor(Protocol):
         ...
 
     def sampler(self, stop_token_ids: frozenset[int]) -> Draws:
-        """What draws the tokens of its steps, asked for once, before the first.
+        """Make the sampler for its steps; called once, before the first.
 
         Args:
             stop_token_ids: The model's end tokens, not drawn while under ``min_tokens``.
@@ -256,7 +256,7 @@ class TorchExecutor:
         """Do nothing: the results are already there."""
 
     def forget(self, sequence: Sequence) -> None:
-        """Nothing is kept."""
+        """Do nothing: nothing is kept."""
 
     def free_memory(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: nothing is kept."""

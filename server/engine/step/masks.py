@@ -1,4 +1,4 @@
-"""What constraints let the next tokens of a step be.
+"""Masks of the next tokens that constraints allow in a step.
 
 A mask is made on a thread of its own while the step is computed. Where the likeliest token is drawn
 and the host computes the logits itself, there is mostly none to make: whether that one token may
@@ -67,7 +67,7 @@ class LateMask:
         return fresh
 
     def settle(self, token_id: int) -> int | None:
-        """The token that comes next: the likeliest, or another that must come.
+        """Find the next token without a mask: the likeliest, or another that is forced.
 
         Args:
             token_id: The likeliest of all.

@@ -1,4 +1,4 @@
-"""From final hidden states to one vector per prompt, whatever the chunks and the batch.
+"""Pools final hidden states to one vector per prompt, independent of chunks and batch.
 
 A mean is summed in a fixed order, so that its bits do not tell how the prompt was cut: groups of 64
 positions, counted from the text's first, by halves, then group after group.

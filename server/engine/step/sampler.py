@@ -188,7 +188,7 @@ class Sampler:
 
 
 def takes_likeliest(sequence: Sequence) -> bool:
-    """Whether the largest of the logits tells the next token, and no more is asked of them.
+    """Whether the largest logit determines the next token, and nothing else is needed.
 
     A constraint may still say no to that token.
     """

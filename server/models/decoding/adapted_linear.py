@@ -132,7 +132,7 @@ class AdaptedLinear:
         num_decode: int,
         epilogue: Epilogue,
     ) -> torch.Tensor:
-        """Project on the gpu path, and what comes after: in the same launches where that can be.
+        """Project on the gpu path and apply what follows, in the same launches if possible.
 
         Args:
             x: As above.

@@ -65,7 +65,7 @@ class QueryGrowth:
 
 @dataclass(frozen=True, slots=True)
 class LayerNorms:
-    """Where a layer has norms, by the name of each one's module in the layer; None for nowhere.
+    """The places of a layer's norms, by the name of each one's module; None for no norm.
 
     A norm *after* attention or MLP is applied to its result before that is added to the residual.
     """
@@ -129,7 +129,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Projections:
-    """The linear modules of a model's layers: what ``config.json`` tells of them without torch.
+    """The linear modules of a model's layers, read from ``config.json`` without torch.
 
     Attributes:
         model_type: As the config names it.
@@ -270,7 +270,7 @@ class Arch:
 
     @property
     def projections(self) -> Projections:
-        """Its linear modules."""
+        """The linear modules of the layers."""
         return Projections(
             model_type=self.model_type,
             num_layers=self.num_layers,
@@ -283,15 +283,15 @@ class Arch:
         )
 
     def linears(self) -> dict[str, tuple[Linear, ...]]:
-        """As :meth:`Projections.linears`."""
+        """See :meth:`Projections.linears`."""
         return self.projections.linears()
 
     def has(self, layer: int, projection: str) -> bool:
-        """As :meth:`Projections.has`."""
+        """See :meth:`Projections.has`."""
         return self.projections.has(layer, projection)
 
     def expert_linears(self) -> dict[str, Linear]:
-        """As :meth:`Projections.expert_linears`."""
+        """See :meth:`Projections.expert_linears`."""
         return self.projections.expert_linears()
 
 

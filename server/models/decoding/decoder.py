@@ -299,7 +299,7 @@ class Decoder:
         return row_linear(hidden, weight, probe=False)
 
     def _heads(self, layer: DecoderLayer, qkv: torch.Tensor) -> torch.Tensor:
-        """As ``[rows, heads + 2·kv_heads, head_dim]``, normed where the model says so."""
+        """Split into ``[rows, heads + 2·kv_heads, head_dim]``, with head norms if there are any."""
         heads, kv_heads = self.arch.num_heads, self.arch.num_kv_heads
         qkv = qkv.view(qkv.shape[0], heads + 2 * kv_heads, self.arch.head_dim)
         if layer.q_norm is None or layer.k_norm is None:

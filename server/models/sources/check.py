@@ -1,4 +1,4 @@
-"""Whether ``--model`` names what can be served, told without torch and without its weights."""
+"""Checks whether ``--model`` can be served, without torch and without its weights."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def check_model(model: Path | None) -> str:
 
 
 def told_sizes(model: Path | None, model_type: str) -> dict[str, Any] | None:
-    """What the sizes of a layer's modules come from, as far as it shows without torch.
+    """The numbers that determine the sizes of a layer's modules, as far as known without torch.
 
     Args:
         model: One that :func:`check_model` took.

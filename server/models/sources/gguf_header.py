@@ -1,4 +1,4 @@
-"""What the first bytes of a GGUF file say, read without torch and without the rest of it.
+"""Reads the first bytes of a GGUF file, without torch and without the rest of the file.
 
 The layout is that of ggml's docs/gguf.md, versions 2 and 3, little-endian.
 """
@@ -84,7 +84,7 @@ def check_whole(path: Path) -> None:
 
 
 def gguf_size(path: Path) -> tuple[int, int, int] | None:
-    """Width, layers and tokens of the model in a file that :func:`check_gguf` took.
+    """Width, layers and tokens of the model in a file that :func:`check_gguf` accepted.
 
     None if not told; of tokens alone 0.
     """
@@ -97,7 +97,7 @@ def gguf_size(path: Path) -> tuple[int, int, int] | None:
 
 
 def read_sizes(path: Path) -> tuple[str, dict[str, Any]]:
-    """The architecture of a file that :func:`check_gguf` took, and its keys without that prefix."""
+    """Architecture of a file that :func:`check_gguf` accepted, and its keys without that prefix."""
     said = _said_by(path)
     architecture = said["general.architecture"]
     prefix = f"{architecture}."
@@ -106,7 +106,7 @@ def read_sizes(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def told_fields(path: Path) -> dict[str, Any]:
-    """What a file that :func:`check_gguf` took tells of a config before its tensors are read.
+    """Config fields of a file that :func:`check_gguf` accepted, read before its tensors.
 
     Texts and numbers alone, by the names of transformers' fields.
     """

@@ -1,4 +1,4 @@
-"""What llama.cpp's converters make of each architecture that is served: names and values.
+"""Names and values that llama.cpp's converters write for each supported architecture.
 
 ``general.architecture`` of a file names a row. A row says which of transformers' models it is,
 which key of the file is which field of that model's config, what llama.cpp takes for granted and no

@@ -1,4 +1,4 @@
-"""Rotary positions as a GGUF file tells them: keys, and tensors of factors."""
+"""Reads rotary positions from a GGUF file: from keys, and from tensors of factors."""
 
 from __future__ import annotations
 

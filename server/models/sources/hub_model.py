@@ -65,7 +65,7 @@ def check_hub_model(hub_id: HubId) -> str:
 
 
 def checked_config(hub_id: HubId) -> dict[str, Any]:
-    """The config of a model that ``check_hub_model`` took, from the cache: nobody is asked.
+    """The config of a model that ``check_hub_model`` accepted, from the cache without network.
 
     Empty where the cache does not tell which commit that was.
     """

@@ -1,4 +1,4 @@
-"""Whether a directory can be a base model, told from its names and its config, without torch."""
+"""Checks whether a directory can be a base model, by file names and config, without torch."""
 
 from __future__ import annotations
 

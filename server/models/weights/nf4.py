@@ -190,7 +190,7 @@ class Nf4Linear:
         )
 
     def formulation(self) -> str:
-        """What multiplies, in words."""
+        """Name of the multiplying kernel, for the log."""
         if self._dense is not None:
             return linear_formulation(self._dense)
         return "gpu" if self._code is None else nf4_formulation(self._shape, self._code)

@@ -110,7 +110,7 @@ class GpuExecutor:
         self._prepared: Prepared | None = None
 
     def sampler(self, stop_token_ids: frozenset[int]) -> GpuSampler:
-        """What draws; from now on every step does, as a part of its launches."""
+        """Make the sampler; from now on every step draws as part of its launches."""
         device = self._decoder.device
         self._sampler = GpuSampler(stop_token_ids, self._max_num_seqs, device)
         return self._sampler
@@ -291,7 +291,7 @@ class GpuExecutor:
     def _embed(
         self, inputs: GpuStep, rows: StepRows, groups: SequenceOf[VocabularyGroup]
     ) -> torch.Tensor:
-        """What the first layer of a decode step gets, before the launches that can be captured."""
+        """The first layer's input in a decode step, made before the launches to be captured."""
         if rows.added_rows:
             device = self._decoder.device
             inputs = replace(

@@ -82,7 +82,7 @@ class GpuSampler:
         table.load(numbers)
 
     def numbers(self, sequences: SequenceOf[Sequence], ahead: int = 0) -> list[float]:
-        """How rows of these sequences are drawn, as ``SamplingTable`` has it.
+        """How rows of these sequences are drawn, in the format of ``SamplingTable``.
 
         Args:
             sequences: Those that sample.
@@ -111,7 +111,7 @@ class GpuSampler:
         drawn: Mapping[Sequence, SequenceOf[int]] = NOTHING_DRAWN,
         added: Mapping[Sequence, torch.Tensor] = NOTHING_ADDED,
     ) -> list[Draw]:
-        """What was drawn, waiting for the device; ``launch`` has been part of the step.
+        """Wait for the device and return what was drawn; ``launch`` was part of the step.
 
         Args:
             logits: ``[rows, vocab]`` fp32; modified in place.

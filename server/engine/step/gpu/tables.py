@@ -91,7 +91,7 @@ class StepTables:
             yield
 
     def attention_words(self, spans: Sequence[int]) -> AttentionWords:
-        """What attention is told of a step, by window, on the host."""
+        """The description of a step for attention, by window, on the host."""
         return {window: table.words(spans) for window, table in self.attention.items()}
 
     def load_rows(
