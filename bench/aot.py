@@ -49,7 +49,7 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
         }
         used["registers"] = counts["vgpr_count"]
         used["spills"] = counts["vgpr_spill_count"]
-        # Scalar registers spill into lanes of vector registers, not to memory.
+        # Scalar registers are spilled to lanes of vector registers, not to memory.
         used["scalar_spills"] = counts["sgpr_spill_count"]
         return used
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -58,7 +58,7 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     used["registers"] = sum(int(n) for n in re.findall(r"REG:(\d+)", text))
-    # No kernel has local arrays: what is on the stack was spilled.
+    # No kernel has local arrays, so everything on the stack was spilled.
     used["spills"] = sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", text))
     return used
 
@@ -119,7 +119,7 @@ def main() -> None:
     if args.early:
         if args.target != "sm_90":
             parser.error("--early is for --target sm_90")
-        # The tensors' device has no name.
+        # Tensors on the meta device have no device name, so the table's key is empty.
         tuning._TABLE[""] = tuning.Tuning(launch_pdl=True)
     if args.write and args.target:
         parser.error("--write takes all targets")

@@ -66,7 +66,7 @@ class Trainer:
         self._process.send_signal(signal.SIGCONT)
 
     def mark(self) -> int:
-        """For ``rate``: where it is now."""
+        """The current position, for ``rate``."""
         return len(self._steps())
 
     def rate(self, mark: int) -> float:
@@ -172,7 +172,7 @@ def one_round(
 
 
 def server_rate(served: Served, adapters: list[str | None], seconds: float) -> float:
-    """The median of as many batches as begin within so many seconds, tokens per second."""
+    """Median rate in tokens per second of the batches that begin within this many seconds."""
     end = time.monotonic() + seconds
     batches: list[float] = []
     while time.monotonic() < end:

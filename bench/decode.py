@@ -43,13 +43,13 @@ from turret.server.progress import progress_bar
 from turret.server.server_process import ServerProcess, ServerProcessError
 
 EXIT_WRONG = 4
-# Requests whose tokens are compared with what they get alone.
+# Number of requests whose tokens are compared with those that they get alone.
 _CHECKED = 4
 _WARM_UP_TOKENS = 8
 
 
 class WrongTokensError(Exception):
-    """What would be timed is not what should be computed."""
+    """The server computes wrong tokens, so its speed is meaningless."""
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class Case:
 
     name: str
     adapters: list[str | None]
-    loras: int | None = None  # different ones; None: there are others, whose bytes are not counted
+    loras: int | None = None  # distinct LoRAs; None: other methods, whose bytes are not counted
     timings: list[BatchTiming] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     foreign: list[float] = field(default_factory=list)
@@ -141,7 +141,7 @@ def decode_steps(metrics_address: str) -> tuple[float, int]:
 
 
 def run_round(server: ServerProcess, source: PromptSource, case: Case, new_tokens: int) -> None:
-    """Run a case once and keep what it took.
+    """Run a case once and record what it took.
 
     Raises:
         ValueError: A prompt was found in the prefix cache, which would flatter the first token.
@@ -239,7 +239,7 @@ def measure(
 def floor_seconds(
     args: argparse.Namespace, arch: Arch, case: Case, bandwidth: float
 ) -> float | None:
-    """What reading the bytes of a step takes, half of the answers given; None: not known."""
+    """Time to read the bytes of a step with half of each answer generated; None if unknown."""
     if case.loras is None:
         return None
     parts = step_bytes(

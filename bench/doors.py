@@ -103,7 +103,7 @@ def main() -> int:
     args = parser.parse_args()
     rates: dict[str, list[float]] = {"gRPC": [], "HTTP": []}
     costs: dict[str, list[tuple[float, float]]] = {"gRPC": [], "HTTP": []}
-    # A token a chunk.
+    # Turn off speculation so that each chunk has one token.
     with ServerProcess(["--http-address", "127.0.0.1:0", "--speculation", "off"]) as server:
         server.wait()
         doors = [

@@ -73,7 +73,7 @@ class Traffic:
                 self.tokens += len(chunk.token_ids)
 
     async def rate(self, seconds: float) -> float:
-        """Tokens per second over a window."""
+        """Count tokens per second over a window."""
         before, start = self.tokens, time.perf_counter()
         await asyncio.sleep(seconds)
         return (self.tokens - before) / (time.perf_counter() - start)
@@ -108,7 +108,7 @@ async def measure(
             beside.append(await traffic.rate(args.window))
             assert not fusing.done(), fusing
             fusing.cancel()
-            # A fusion that was cancelled ends within a module.
+            # A cancelled fusion ends after the module it is working on.
             await asyncio.sleep(1.0)
         for user in users:
             user.cancel()

@@ -38,7 +38,7 @@ PARTS: dict[str, Callable[[Setting], None]] = {
     "early launches": time_early_launches,
     "switching": time_switching,
 }
-# Run by name alone.
+# Parts that run only if they are named.
 BY_NAME: dict[str, Callable[[Setting], None]] = {"one step": one_step}
 
 

@@ -42,7 +42,8 @@ from turret.server.models.sources.cache import default_cache_dir
 from turret.server.server_process import ServerProcess
 
 EXIT_MISSED = 1
-# What the bar for the price of a cold load is about; on all projections, unlike the others.
+# The bar for the price of a cold load uses this rank, on all projections, unlike the other
+# adapters.
 PROBED_RANK = 16
 
 
@@ -97,7 +98,7 @@ class Fleet:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self._folder = folder
-        # What adapters cost is asked, not how many steps an answer takes.
+        # Measure the cost of adapters; speculation would change the number of steps.
         flags = ["--adapter-root", str(folder / "adapters"), "--speculation", "off"]
         flags += ["--adapter-host-bytes", str(args.host_bytes)]
         flags += ["--adapter-device-bytes", str(args.device_bytes)]
@@ -143,7 +144,7 @@ def measure_throughput(
             new_tokens=new_tokens,
             seed=args.seed + number,
         )
-        # This machine's speed drifts: no number of adapters may always come first.
+        # The machine's speed drifts, so no number of adapters may always be measured first.
         for count in args.adapters if number % 2 else reversed(args.adapters):
             server = fleet.servers[count]
             served = replay(server.address, draw(workload, names[:count]))
@@ -155,7 +156,7 @@ def measure_throughput(
     return [
         {
             "registered": count,
-            # Of the totals: every round has the same number of requests.
+            # Computed from totals, since every round has the same number of requests.
             "requests_per_second": round(len(rates[count]) / sum(1 / r for r in rates[count]), 3),
             "rounds": [round(rate, 3) for rate in rates[count]],
             "distinct": len({answer.adapter for answer in answers[count]}),
@@ -169,14 +170,14 @@ def measure_throughput(
 def measure(
     args: argparse.Namespace, folder: Path, names: list[str], probes: list[str], console: Console
 ) -> dict[str, Any]:
-    """Everything; see the module's docstring."""
+    """Measure everything; see the module's docstring."""
     largest = args.adapters[-1]
     fleet = Fleet(args, folder)
     seconds: dict[int, float] = {}
     with contextlib.ExitStack() as stack:
         for count in args.adapters:
             server = fleet.start(count, stack)
-            # Before the others, which push them out of memory again.
+            # Register the probes before the other adapters, which push them out of memory again.
             if count == largest:
                 register(server.address, probes)
             seconds[count] = register(server.address, names[:count])

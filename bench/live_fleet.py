@@ -116,7 +116,7 @@ def _alternate(args: argparse.Namespace, direct: TurretClient, through: TurretCl
 
 
 class Load(threading.Thread):
-    """Asks for short answers of one mix until it is told to end.
+    """Sends short requests for one mix until it is stopped.
 
     Attributes:
         answers: When each was asked for, and the seconds it took.
@@ -166,7 +166,7 @@ def kill(args: argparse.Namespace) -> None:
 
 
 def _kill_one(fleet: FleetProcess) -> float:
-    """Kills a replica, waits for another, and tells what was when; returns when it was killed."""
+    """Kill a replica, wait for another, print the times; returns when it was killed."""
     before = {replica.pid for replica in fleet.replicas()}
     text = len(fleet.log.read_text())
     victim = fleet.replicas()[0]

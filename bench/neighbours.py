@@ -73,7 +73,7 @@ def busy_loop() -> Iterator[None]:
 
 @contextlib.contextmanager
 def load_on(other: Served, adapters: list[str | None]) -> Iterator[None]:
-    """The same batch, again and again, on another server."""
+    """Send the same batch again and again to another server."""
     stopping = threading.Event()
 
     def send() -> None:
@@ -87,7 +87,7 @@ def load_on(other: Served, adapters: list[str | None]) -> Iterator[None]:
             yield
         finally:
             stopping.set()
-        # A load that failed was none.
+        # Raise the load's error, if it failed.
         sending.result()
 
 

@@ -38,13 +38,13 @@ from turret.server.models.sources.cache import default_cache_dir
 _BATCH = 16
 _RANK = 16
 _KV_BYTES = 1 << 30
-# Of a square product: large enough that the library is at its best.
+# Side of a square product that is large enough for the library's best rate.
 _SIZE = 2048
 _SHORT_TOKENS = 64
 _DECODING = _BATCH - 1
 _DECODED_TOKENS = 96
 _ARRIVALS = 5
-# Tokens that all of them have before the first prompt comes.
+# Number of tokens that all requests have before the first prompt arrives.
 _UNTIL_STEADY = 16
 
 
@@ -77,7 +77,7 @@ def make_cases(loras: list[str], lengths: Sequence[int]) -> list[Case]:
 
 
 def operations(arch: Arch, case: Case) -> int:
-    """Of the base's linear modules for every token, and of its head once a request."""
+    """Operations of the base's linear modules for every token, and of its head once per request."""
     weights = sum(rows * columns for group in arch.linears().values() for _, rows, columns in group)
     head = arch.vocab_size * arch.hidden_size
     return 2 * (weights * arch.num_layers * case.tokens + head * len(case.adapters))

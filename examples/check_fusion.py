@@ -25,9 +25,9 @@ from turret.server.server_process import ServerProcess
 HERE = Path(__file__).resolve().parent
 ((NAME, COMPONENTS),) = FUSIONS.items()
 MAX_TOKENS = 64
-# One answer more or less is half a point.
+# One more or one fewer right answer changes the score by half a point.
 EXAMPLES = 192
-# Column → what a request names.
+# Column → the adapters that its requests name.
 SUBJECTS = {
     **{name: (AdapterWeight(name),) for name in COMPONENTS},
     "even mix": tuple(AdapterWeight(name, 0.5) for name in COMPONENTS),

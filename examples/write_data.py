@@ -20,7 +20,7 @@ from pathlib import Path
 from tasks import DATA, Example
 
 HERE = Path(__file__).resolve().parent
-# Adapter, whose config is train/<adapter>.toml → task.
+# Adapter, whose config is train/<adapter>.toml → task
 ADAPTERS = {
     "headline-rslora": "headline",
     "headline-loha": "headline",
@@ -32,7 +32,7 @@ ADAPTERS = {
     "sentiment-prompt": "sentiment",
     "sentiment-ptuning": "sentiment",
 }
-# Fusion, whose config is train/<fusion>.toml → the tasks that its training set mixes.
+# Fusion, whose config is train/<fusion>.toml → the tasks that its training set mixes
 FUSIONS = {"json-sql": ("json", "sql")}
 TRAIN_EXAMPLES = 400
 FUSION_EXAMPLES = 2000

@@ -19,7 +19,7 @@ def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
-# ``gelu(gate) ⊙ up`` (arXiv 1606.08415, by tanh) over a fused gate·up projection.
+# ``gelu(gate) ⊙ up`` over a fused gate·up projection, by gelu's tanh formula (arXiv 1606.08415).
 
 
 def gelu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Which rows go through which experts of a mixture (arXiv 1701.06538), and what comes back.
+"""Assigns rows to the experts of a mixture (arXiv 1701.06538) and combines the experts' results.
 
     p = softmax(scores)        the per_token experts of the highest p, ties to the lower number
     y = Σ_j p_j · expert_j(x)      in the order of p, divided by Σ_j p_j where the model says so
@@ -39,7 +39,7 @@ class Routing:
 
     @cached_property
     def runs(self) -> tuple[tuple[int, slice], ...]:
-        """(Expert, its pairs) of those that have any. Reads the device: not for the gpu path."""
+        """(Expert, its pairs) for experts that have any. Reads the device: not for the gpu path."""
         bounds = pairwise((0, *self.ends.tolist()))
         return tuple((e, slice(low, high)) for e, (low, high) in enumerate(bounds) if high > low)
 
@@ -95,7 +95,7 @@ def combine_reference(y: torch.Tensor, routing: Routing) -> torch.Tensor:
 
 
 def _sum(x: torch.Tensor) -> torch.Tensor:
-    """The sum of every row, ``[rows, 1]``, in halves: an order that no library chooses."""
+    """The sum of every row, ``[rows, 1]``, by halves: a fixed order that no library chooses."""
     while x.shape[1] > 1:
         half = x.shape[1] // 2
         rest = x[:, 2 * half :]

@@ -26,7 +26,8 @@ def likeliest_tokens(
         ``[rows]`` int64.
     """
     if has_kernels(logits.device) and logits.stride(1) == 1:
-        # Sixteen rows of 49,152 take torch 0.7 ms on two processors at best, and this 0.16.
+        # For sixteen rows of 49,152 on two processors, torch takes 0.7 ms at best, this kernel 0.16
+        # ms.
         if rows is None:
             rows = torch.arange(logits.shape[0])
         assert words is None or words.is_contiguous()

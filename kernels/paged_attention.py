@@ -22,12 +22,12 @@ from turret.kernels.rows.elementwise import row_exp_, row_softcap_
 from turret.kernels.rows.tables import prepare_products, table_product
 
 TILE = 128
-# Query rows are padded to a multiple of this, the least number of rows in a product's call.
+# Query rows are padded to a multiple of this, the smallest number of rows in one product.
 _ROW_MULTIPLE = 4
 # Finite, so that a row whose tile is fully masked (sliding window) needs no special case: the next
 # tile's rescaling by e^(MASKED − m) = 0 wipes what such a tile added.
 _MASKED = -1e30
-# Columns of ones behind the values: the softmax denominator comes out of the same product.
+# Columns of ones beside the values, so that the same product computes the softmax denominator.
 _ONES = 4
 
 
@@ -166,7 +166,7 @@ def _padded(rows: int) -> int:
 
 
 def prepare_attention(head_dim: int, device: torch.device) -> None:
-    """Have the products of attention tried now, not by a request, where that has to be done."""
+    """Try the products of attention now instead of during a request, where a trial is needed."""
     prepare_products(head_dim, TILE, device)
     prepare_products(TILE, head_dim + _ONES, device)
 
@@ -257,7 +257,7 @@ def _attend(
 def _sinks_of_rows(
     sinks: torch.Tensor, group: _Group, kv_heads: int, query_rows: int
 ) -> torch.Tensor:
-    """Of every query row, ``[num_sequences · kv_heads, query_rows, 1]``."""
+    """The sink of every query row, ``[num_sequences · kv_heads, query_rows, 1]``."""
     of_rows = sinks.view(kv_heads, -1).repeat(1, group.num_new)
     missing = query_rows - of_rows.shape[1]
     of_rows = torch.cat((of_rows, of_rows.new_zeros(kv_heads, missing)), dim=1)

@@ -71,7 +71,7 @@ def rotate_heads(
     out = x.clone()
     first, second = _pairs(x, cos.shape[-1], is_interleaved)
     out_first, out_second = _pairs(out, cos.shape[-1], is_interleaved)
-    # Product and sum on their own are rounded alike in vectors and in the elements after them.
+    # Separate products and sums round alike in vector loops and in the scalar loops for the rest.
     torch.mul(first, cos, out=out_first).sub_(second * sin)
     torch.mul(second, cos, out=out_second).add_(first * sin)
     return out

@@ -1,4 +1,4 @@
-"""Which outputs of a wide weight may be the largest, told from half of its bytes."""
+"""Finds the outputs of a wide weight that may be the largest, reading half of its bytes."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from turret.kernels.cpu import native
 from turret.kernels.cpu.threads import num_threads
 
-# Rows of a call. Beyond that a product with the weight itself takes no longer.
+# Most rows of a call. For more rows, the product with the weight itself is as fast.
 MOST_ROWS = 16
 _TILE = 32  # outputs
-# Fewer outputs are not worth a copy; and the products of AMX's tiles need 16 at least.
+# Weights with fewer outputs are not worth a copy. AMX's tiles need at least 16 outputs.
 _LEAST_OUTPUTS = 256
-# One output in so many may be left over.
+# At most one output in this many may remain after screening.
 _MOST_SHARE = 8
-# Calls that are left out after one that was of no use, at most.
+# Most calls that are skipped after one that was of no use.
 _MOST_PAUSE = 64
-# Products of weights beyond that and of what rows may be leave fp32.
+# Longer weights are rejected, because their products with a row may overflow fp32.
 _MOST_LENGTH = 1e15
 
 
@@ -36,14 +36,14 @@ class _Screen(ctypes.Structure):
 
 @dataclass(slots=True)
 class _Patience:
-    """Leaves out calls after some that were of no use: twice as many each time in a row."""
+    """Skips calls after one that was of no use: twice as many each consecutive time."""
 
     left_out: int = 0
     next_pause: int = 1
     was_told: bool = False
 
     def wants(self) -> bool:
-        """Whether the next call is made."""
+        """Whether to make the next call."""
         if self.left_out:
             self.left_out -= 1
             return False
@@ -52,7 +52,7 @@ class _Patience:
         return True
 
     def pause(self) -> None:
-        """The last call was of no use."""
+        """Note that the last call was of no use."""
         self.was_told = False
         self.left_out = self.next_pause
         self.next_pause = min(2 * self.next_pause, _MOST_PAUSE)
@@ -96,7 +96,7 @@ class Screen:
 
     @staticmethod
     def serves(weight: torch.Tensor) -> bool:
-        """Whether there is a kernel for the weight and one to compute what it leaves over."""
+        """Whether there are kernels to screen the weight and to compute the remaining outputs."""
         is_here = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
         fits = weight.shape[0] >= _LEAST_OUTPUTS and weight.shape[1] % 2 == 0
         return is_here and fits and native.isa() not in {None, "baseline"}
@@ -143,5 +143,5 @@ class Screen:
         return self._found[:count]
 
     def pause(self) -> None:
-        """What the last call found was of no use: leave out the next ones, at first one."""
+        """Note that the last call's result was of no use; skip the next calls, at first one."""
         self._patience.pause()

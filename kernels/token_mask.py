@@ -23,7 +23,7 @@ def apply_token_mask(logits: torch.Tensor, rows: torch.Tensor, words: torch.Tens
     """
     assert words.is_contiguous()
     if has_kernels(logits.device) and logits.stride(1) == 1:
-        # Sixteen masks of 49,152 tokens take torch 2 ms, and this 0.1 at most.
+        # For sixteen masks of 49,152 tokens torch takes 2 ms, this kernel at most 0.1 ms.
         functions().turret_token_mask(
             logits.data_ptr(),
             logits.stride(0),
@@ -35,11 +35,11 @@ def apply_token_mask(logits: torch.Tensor, rows: torch.Tensor, words: torch.Tens
         )
         return
     vocab, size = logits.shape[1], 32 * words.shape[1]
-    # The time of this does not depend on the mask, as that of a fill of scattered places does.
+    # Unlike filling scattered places, this takes the same time whatever the mask is.
     codes = words.view(torch.uint8).flatten().int()
     bias = _biases(words.device).index_select(0, codes).view(words.shape[0], size)
     if size < vocab:
-        # What lies beyond the last word stands for tokens that nobody has named.
+        # Logits beyond the mask's last word stand for no token that it allows, so rule them out.
         bias = torch.nn.functional.pad(bias, (0, vocab - size), value=float("-inf"))
     logits.index_add_(0, rows, bias[:, :vocab])
 
@@ -47,6 +47,6 @@ def apply_token_mask(logits: torch.Tensor, rows: torch.Tensor, words: torch.Tens
 @functools.cache
 def _biases(device: torch.device) -> torch.Tensor:
     """``[256, 8]`` fp32: for each byte, its bits from the lowest on: 0 for 1, -inf for 0."""
-    # Words of 32 bits hold their lowest byte first, as on every machine that torch runs on.
+    # A 32-bit word stores its lowest byte first on every machine that torch supports.
     bits = (torch.arange(256).unsqueeze(-1) >> torch.arange(8)) & 1
     return torch.zeros(256, 8).masked_fill_(bits == 0, float("-inf")).to(device)

@@ -80,7 +80,7 @@ def send_batch(
 
     async def send() -> list[Answer]:
         async with AsyncTurretClient(address) as client:
-            # The connection is no part of what is timed.
+            # Connect first, so that the time does not include it.
             await client.get_model()
             start = time.perf_counter()
             free: list[GenerateOptions] = [{} for _ in prompts]

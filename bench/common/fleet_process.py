@@ -20,7 +20,7 @@ _STOP_SECONDS = 90.0
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -44,7 +44,7 @@ class FleetProcess:
         command = [sys.executable, "-m", "turret.server.cli", "cluster", "serve"]
         command += ["--address", self.address, "--http-address", http]
         command += ["--state-dir", str(self._state), *flags]
-        # Workers that Ray starts have to find the same code.
+        # Let the workers that Ray starts find the same code.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         with self.log.open("wb") as written:
             self.process = subprocess.Popen(
@@ -72,7 +72,7 @@ class FleetProcess:
         return sorted(found, key=lambda one: one.create_time())
 
     def routes(self) -> set[str]:
-        """What the ingress passes calls on to: HAProxy's lines of servers."""
+        """The targets of the ingress: HAProxy's server lines."""
         tree = psutil.Process(self.process.pid).children(recursive=True)
         places = {
             Path(one.environ()["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]).parent

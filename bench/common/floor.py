@@ -9,7 +9,7 @@ import torch
 
 from turret.server.models.decoding.arch import Arch
 
-_NF4_BYTES = 0.5 + 2 / 64  # a code, and its share of a block's bf16 absmax
+_NF4_BYTES = 0.5 + 2 / 64  # a code, and its share of the bf16 absmax of a block
 _BF16_BYTES = 2
 _BANDWIDTH_BYTES = 256 << 20
 

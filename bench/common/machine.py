@@ -18,7 +18,7 @@ from rich.console import Console
 import turret
 
 ROOT = Path(__file__).resolve().parents[2]
-# Other processes may take this part of the machine before a measurement is worthless.
+# Share of the machine that other processes may use before a measurement is worthless.
 BUSY_SHARE = 0.1
 EXIT_BUSY = 3
 _PACKAGES = ("torch", "bitsandbytes", "transformers", "grpcio", "protobuf")
@@ -53,7 +53,7 @@ def commit() -> str:
 
 
 def describe() -> dict[str, Any]:
-    """The part of a result that says where it comes from."""
+    """The part of a result that describes where it was measured."""
     return {
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -96,7 +96,7 @@ class CpuMeter:
     def _foreign_seconds(self) -> float:
         total = psutil.cpu_times()
         busy = sum(total) - total.idle - getattr(total, "iowait", 0.0)
-        # Linux counts a guest's time in user time too.
+        # Linux includes the time of virtual machine guests in user time.
         busy -= getattr(total, "guest", 0.0) + getattr(total, "guest_nice", 0.0)
         own = [process.cpu_times() for process in self._own]
         return busy - sum(times.user + times.system for times in own)

@@ -8,7 +8,7 @@ from turret.clients.client import TurretClient
 
 Chat = list[tuple[str, str]]
 
-# Each is one token after a space in the usual vocabularies; the length is checked all the same.
+# In the usual vocabularies each word is one token after a space; the length is checked anyway.
 _WORDS = ("time", "people", "way", "water", "day", "part", "place", "work", "year", "name", "line")
 _MAX_CORRECTIONS = 8
 

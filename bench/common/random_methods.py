@@ -200,7 +200,7 @@ def write_random_method(
 
 
 def _module_keys(method: str, rank: int) -> dict[str, Any]:
-    """The scale is 1 everywhere."""
+    """Config entries of a module's method, with a scale of 1 for every method."""
     if method in ("loha", "lokr"):
         return {"r": rank, "alpha": rank}
     if method == "ia3":

@@ -14,7 +14,7 @@ from rich.table import Table
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 Row = dict[str, Any]
-# For files and pipes, which have no width of their own.
+# Table width for files and pipes, which have no width of their own.
 _PLAIN_WIDTH = 130
 
 

@@ -55,7 +55,7 @@ class Served:
         new_tokens: int | None = None,
         options: Sequence[GenerateOptions] | None = None,
     ) -> BatchTiming:
-        """What one batch took, a request per adapter (None: the base)."""
+        """Time one batch with a request per adapter (None: the base)."""
         prompts = self._prompts.take(len(adapters))
         count = self._new_tokens if new_tokens is None else new_tokens
         answers = send_batch(self.server.address, prompts, adapters, count, options)
@@ -66,7 +66,7 @@ class Served:
         return self.timing(adapters, new_tokens).decode_rate
 
     def idle_share(self) -> float:
-        """Processor time that the server uses while nobody asks, of one processor."""
+        """Share of one processor that the server uses without requests."""
         process = psutil.Process(self.pid)
         before, start = process.cpu_times(), time.perf_counter()
         time.sleep(_IDLE_SECONDS)

@@ -20,7 +20,7 @@ class Part:
     name: str
 
     def locate(self) -> tuple[Any, str]:
-        """The object that holds the function, and its attribute there.
+        """Find the object that holds the function, and its attribute's name there.
 
         Raises:
             AttributeError: There is no such function (any more).

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-# The compiler, not the interpreter, whatever the caller's environment says.
+# Use the compiler, not the interpreter, whatever the caller's environment is.
 os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
@@ -22,7 +22,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg", "launch_pdl")
-# What wrappers choose on AMD devices, where ``Tuning`` differs.
+# Options that wrappers choose on AMD devices, where ``Tuning`` differs.
 _ON_HIP = {
     "paged_attention_kernel": {"num_stages": 3},
     "nf4_matmul_kernel": {"num_stages": 3},
@@ -74,7 +74,7 @@ class Compilation:
             fn=self.function,
             signature={**dict(self.signature), **dict.fromkeys(constants, "constexpr")},
             constexprs={(names.index(k),): v for k, v in constants.items()},
-            # In one order: the compiler's cache knows the form by the text of this.
+            # Sort, because the compiler's cache identifies a form by this text.
             attrs={(names.index(k),): [["tt.divisibility", 16]] for k in sorted(self.aligned)},
         )
         return triton.compile(source, target=target, options=options)
@@ -88,7 +88,7 @@ def bound(function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> dic
 
 
 def record(function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Compilation:
-    """What Triton's launcher would make of the arguments."""
+    """Record the arguments as Triton's launcher would specialise them."""
     values = bound(function, args, keywords)
     signature, constants, aligned = [], [], set()
     for parameter in function.params:

@@ -40,7 +40,7 @@ def time_early_launches(setting: Setting) -> None:
             serial: tuple[torch.Tensor, float] | None = None
             for is_early in ways:
                 use(setting, replace(found, launch_pdl=is_early))
-                # What was captured so far was launched in the other way.
+                # Steps captured so far were launched the other way.
                 step.forget()
                 bits = [_logits(step, plan) for _ in range(6)]
                 timing = setting.stopwatch.time(lambda p=plan: step.run(p), cold=False)
@@ -61,5 +61,5 @@ def time_early_launches(setting: Setting) -> None:
 def _logits(step: DecodeStep, plan: Step) -> torch.Tensor:
     logits = step.run(plan).logits
     assert logits is not None
-    # A replay overwrites what it returned.
+    # Copy the result, because a replay overwrites it.
     return logits.clone()

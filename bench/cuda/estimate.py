@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 _REGISTERS = Path(__file__).resolve().parents[2] / "kernels" / "registers.json"
-# Between two kernels of a CUDA graph; assumed, for a launch row of its own measures it.
+# Gap between two kernels of a CUDA graph: an assumption, which a benchmark row of its own measures.
 LAUNCH_MS = 1.2e-3
-# Over a row of logits: of rows that keep all tokens, and about as many where top-k or top-p do not.
+# Passes over a row of logits: for rows that keep all tokens, and approximately for rows with top-k
+# or top-p.
 UNFILTERED_PASSES, FILTERED_PASSES = 3, 17
-# What ends with what follows the projection.
+# Kernels that finish a projection together with the operation that follows it.
 _EXPANDS = {"qkv": "expand_rotated", "gate_up": "expand_gated"}
 _LANES = 32
 _SCHEDULERS = 4
@@ -45,8 +46,8 @@ class Card:
     target: str
 
 
-# By words of torch.cuda.get_device_name; the first entry whose words are all in the name.
-# Sources: NVIDIA's data sheets and architecture white papers (H100: "H100 Tensor Core GPU
+# Keyed by words of torch.cuda.get_device_name; the first entry whose words are all in the name
+# applies. Sources: NVIDIA's data sheets and architecture white papers (H100: "H100 Tensor Core GPU
 # Architecture", 2022; H200: data sheet, 2023; A100: data sheet, 2021; L40S and L4: data sheets,
 # 2023; RTX 4090: "Ada GPU Architecture", 2022; RTX 3090: "Ampere GA102", 2020).
 CARDS: dict[tuple[str, ...], Card] = {
@@ -90,7 +91,7 @@ class Work:
     launches: int = 1
 
     def kernel_ms(self, card: Card) -> float:
-        """By the scarcest resource, without launches."""
+        """Time by the scarcest resource, without launches."""
         lanes = card.sms * _LANES * card.ghz * 1e9
         return 1e3 * max(
             self.num_bytes / (card.gb_s * 1e9),
@@ -100,21 +101,21 @@ class Work:
         )
 
     def floor_ms(self, card: Card) -> float:
-        """By bytes alone."""
+        """Time by bytes alone."""
         return self.num_bytes / card.gb_s / 1e6
 
 
-# What a measured row should take, for a card that is known.
+# Computes the work that a measured row should need on a given card.
 Expected = Callable[[Card], list[Work]]
 
 
 def expected_ms(works: list[Work], card: Card) -> float:
-    """Kernels one after the other."""
+    """The expected time of kernels that run one after the other."""
     return sum(work.kernel_ms(card) + work.launches * LAUNCH_MS for work in works)
 
 
 def facts(expected_of: Expected, card: Card | None, measured_ms: float) -> dict[str, float]:
-    """What is printed beside a measured row; nothing for a card that is not known."""
+    """The columns printed beside a measured row; empty for an unknown card."""
     if card is None:
         return {}
     works = expected_of(card)
@@ -150,7 +151,7 @@ def cost(kernel: str, target: str, *forms: str) -> tuple[float, float]:
 
 
 def bytes_work(num_bytes: float, launches: int = 1) -> Expected:
-    """Of what does little but read and write."""
+    """The work of a kernel that does little except read and write."""
     return lambda card: [Work(num_bytes=num_bytes, launches=launches)]
 
 
@@ -223,7 +224,7 @@ def low_rank_work(
         expand: The kernel that expands.
     """
     works: list[Work] = []
-    # Sixteen ranks of sixteen rows at a time, however many there are.
+    # A chunk has sixteen ranks of sixteen rows, even if fewer are used.
     chunks = [(rank, 1 if gemv and rows % 16 == 1 else 16, rows) for rank, rows in rows_of_rank]
     sizes = {
         16: sum(
@@ -269,12 +270,12 @@ def hadamard_work(
 
 
 def kronecker_work(sizes: list[tuple[int, int]], adapters: int) -> list[Work]:
-    """A launch for each slice, of the elements of its two factors."""
+    """The work of one launch per slice over the elements of the slice's two factors."""
     return [Work(num_bytes=2 * adapters * (small + large)) for small, large in sizes]
 
 
 def sample_work(rows: int, vocab: int, passes: int, card: Card) -> Work:
-    """A row's passes are one program's, and a multiprocessor takes 64 bytes a clock from L2."""
+    """One program makes a row's passes, and a multiprocessor takes 64 bytes a clock from L2."""
     share = card.sms / min(rows, card.sms)
     return Work(num_bytes=4 * rows * vocab, wavefronts=2 * passes * rows * vocab * share)
 
@@ -313,7 +314,7 @@ def step_work(
         if rows_of_rank:
             kernel = _EXPANDS.get(name, "segmented_expand")
             shrink, expand = low_rank_work(inner, outs, rows_of_rank, card, expand=kernel)
-            # Launched with the base's product.
+            # The shrink needs no launch: it is launched with the base's product.
             layer += [replace(shrink, launches=0), expand]
         if others is not None:
             layer += others(inner, outs)

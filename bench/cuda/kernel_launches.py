@@ -85,7 +85,7 @@ MODELS = {
     "Qwen2.5-0.5B": Model(896, 14, 2, 64, 4864, head_norm=True, window=4096),
     "SmolLM2-135M": Model(576, 9, 3, 64, 1536),
 }
-# Those of which only some kernels have forms of their own.
+# Models for which only some kernels need forms of their own.
 _GEMMA_2_9B = Model(3584, 16, 8, 256, 14336, window=4096)
 _GEMMA_3_1B = Model(1152, 4, 1, 256, 6912, head_norm=True, window=512)
 _PHI_4_MINI = Model(3072, 24, 8, 128, 8192)
@@ -124,7 +124,7 @@ def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object
 
 
 def _by_slot(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]]:
-    """Hadamard and Kronecker adapters."""
+    """Launches of Hadamard and Kronecker adapters."""
     table = RowTable(_ROWS, _META)
     x, y = _empty(_ROWS, inner), _empty(_ROWS, sum(outs))
 
@@ -218,7 +218,8 @@ def _heads_at_once(model: Model, write: KvWrite) -> None:
     inner, outs = model.groups["qkv"]
     weight, bias = _plain_weight(inner, sum(outs)), _empty(sum(outs))
     if write.divides(128):
-        # Only the first model in every form: registers depend little on the others' constants.
+        # Compile every form only for the first model: registers depend little on the others'
+        # constants.
         for rows in (16, 32, _ROWS) if model.hidden == 4096 and not write.is_partial else (16,):
             for added in (None, bias):
                 nf4_rotate(_empty(rows, inner), weight, added, write.rows(0, rows))
@@ -229,7 +230,7 @@ def _heads_at_once(model: Model, write: KvWrite) -> None:
 
 
 def _expand(inner: int, outs: tuple[int, ...], full: bool) -> Expand:
-    """What finishes a projection of low-rank updates alone, or of all that there is."""
+    """Arguments that finish a projection of low-rank updates alone, or of all kinds of updates."""
     table, width = _segments(), sum(outs)
     ranks = _empty(_SLOTS, len(outs), dtype=torch.int32)
     per_slot = _empty(_SLOTS, width, dtype=torch.float32) if full else None
@@ -299,7 +300,7 @@ def _all() -> Iterator[Callable[[], object]]:
             gated = name == "gate_up"
             yield lambda inner=inner, outs=outs, gated=gated: _base(inner, outs, gated)
         yield lambda model=model: _between(model)
-    # More queries per KV head than a tile of 16 rows holds.
+    # This model has more queries per KV head than a tile of 16 rows holds.
     yield lambda: _attention(Model(4096, 32, 1, 128, 14336))
     yield lambda: _attention(_GEMMA_2_9B, 50.0)
     yield lambda: _attention(_GEMMA_3_1B)

@@ -33,7 +33,7 @@ def _rate(num_bytes: int, milliseconds: float) -> float:
 
 
 def copy_bandwidth(setting: Setting) -> None:
-    """What the memory gives: a large read (the floor of everything below)."""
+    """Bandwidth of the memory, by a large read: the floor of everything below."""
     words = 1 << (28 if setting.device.type == "cuda" else 10)
     source = torch.ones(words, dtype=torch.float32, device=setting.device)
     timing = setting.stopwatch.time(source.sum)
@@ -46,7 +46,8 @@ def copy_bandwidth(setting: Setting) -> None:
 def library(setting: Setting) -> None:
     """Whether a row of a library product has the same bits in any place of a piece."""
     whole = keep_sums_whole(setting.device)
-    # What prompts are cut into, and twice that, which reads a weight half as often.
+    # Try the number of rows that prompts are cut into, and twice that, which reads weights half as
+    # often.
     pieces = [
         (rows, inner, sum(outs))
         for rows in (PROMPT_ROWS, 2 * PROMPT_ROWS)
@@ -133,7 +134,7 @@ def _bitsandbytes(
 def attention(setting: Setting) -> None:
     """Decode attention over every row's context, few rows and many, in other forms too."""
     found = tuning(setting.device).attention_stages
-    # Depth of the pipeline, and positions of a split: ours, then one or the other.
+    # Pipeline depth and positions of a split: our own, then one of them changed.
     forms = list(dict.fromkeys([(found, SPLIT), (3, SPLIT), (found, 128), (found, 512)]))
     for context in setting.contexts:
         for rows in sorted({1, 8, setting.rows} & set(range(setting.rows + 1))):

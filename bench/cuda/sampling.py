@@ -9,7 +9,7 @@ from cuda.setting import Setting
 from turret.kernels.gpu.sample_rows import sample_rows
 from turret.kernels.gpu.tables.sampling_table import SamplingTable
 
-# Temperature, top-p, top-k.
+# Temperature, top-p and top-k of each form.
 FORMS = {
     "greedy": (0.0, 1.0, 0),
     "temperature": (1.0, 1.0, 0),
@@ -50,7 +50,7 @@ def _check(
     uniforms: list[float],
     form: tuple[float, float, int],
 ) -> None:
-    """That every token is the one that its number leads to, up to the rounding of sums."""
+    """Check that every token is the one that its number selects, up to the rounding of sums."""
     temperature, top_p, top_k = form
     for row, token, uniform in zip(logits.double(), tokens, uniforms, strict=True):
         if temperature == 0.0:

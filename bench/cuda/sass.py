@@ -12,7 +12,7 @@ from triton import knobs
 
 _MEMORY = ("LDG", "STG", "LDS", "STS", "LDGSTS", "LDSM", "STSM", "ATOMS", "ATOMG")
 _BARRIER = "BAR"
-# ``griddepcontrol.wait``.
+# ``griddepcontrol.wait`` in machine code.
 _WAIT = "ACQBULK"
 
 
@@ -60,14 +60,14 @@ def loops(sass: str) -> list[Loop]:
             text = re.sub(r"^@!?U?P\w+\s+", "", statement[1])
             operations.append(text.split()[0])
             target = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", text)
-            # A branch to itself pads the end of the code.
+            # Skip the branch to itself that pads the end of the code.
             if target and len(operations) - labels.get(target[1], len(operations)) > 1:
                 found.append(_loop(operations[labels[target[1]] :]))
     return found
 
 
 def accesses_before_wait(sass: str) -> int | None:
-    """Loads and stores that come before the program waits for other launches; None: it does not."""
+    """Loads and stores before the program waits for other launches; None if it never waits."""
     operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)", sass, re.MULTILINE)
     if _WAIT not in operations:
         return None

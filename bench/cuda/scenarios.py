@@ -134,28 +134,28 @@ def _rows_of_rank(scenario: Scenario) -> list[tuple[int, int]]:
 def _expected_of(
     inner: int, outs: tuple[int, ...], scenario: Scenario
 ) -> dict[str, estimate.Expected]:
-    """What each form should take: ours by bytes and instructions, others by what they move."""
+    """Expected time of each form: ours by bytes and instructions, others by the bytes they move."""
     used = _rows_of_rank(scenario)
     rows, slices = sum(count for _, count in used), len(outs)
-    # Of a rank of an adapter.
+    # Bytes of one rank of an adapter.
     size = 2 * (slices * inner + sum(outs))
     padded = size * max(rank for rank, _ in used)
     return {
         "ours": lambda card: estimate.low_rank_work(inner, outs, used, card),
         "ours, gemv": lambda card: estimate.low_rank_work(inner, outs, used, card, gemv=True),
-        # A zeroed buffer, a shrink, and an expand for each slice.
+        # Zero a buffer, then a shrink, then an expand for each slice.
         "padded, atomics": estimate.bytes_work(len(used) * padded, 2 + slices),
-        # Rows are gathered once; a slice is two products and an addition.
+        # Gather the rows once; then two products and an addition for each slice.
         "torch loop": estimate.bytes_work(
             sum(rank for rank, _ in used) * size, len(used) * (1 + 3 * slices)
         ),
-        # Each matrix is read, written and read again.
+        # Every matrix is read, written and read again.
         "gathered bmm": estimate.bytes_work(3 * rows * padded, 5 * slices),
     }
 
 
 def expected_step(setting: Setting, rows: int, scenario: Scenario | None) -> estimate.Expected:
-    """What a decode step should take; without a scenario, of the base model alone."""
+    """Expected time of a decode step; without a scenario, that of the base model alone."""
 
     def works(card: estimate.Card) -> list[estimate.Work]:
         is_low_rank = scenario is not None and scenario.method in ("lora", "dora")
@@ -175,7 +175,7 @@ def expected_step(setting: Setting, rows: int, scenario: Scenario | None) -> est
 
 
 def _others(scenario: Scenario) -> Callable[[int, tuple[int, ...]], list[estimate.Work]]:
-    """What the adapters of LoHa or LoKr add to a projection."""
+    """Work that LoHa or LoKr adapters add to a projection."""
     used = _rows_of_rank(scenario)
     (rank, _), rows = used[0], sum(count for _, count in used)
     if scenario.method == "loha":
@@ -269,5 +269,5 @@ def _time_scenario(setting: Setting, step: DecodeStep, scenario: Scenario, base:
 def _logits(step: DecodeStep, plan: Step) -> torch.Tensor:
     logits = step.run(plan).logits
     assert logits is not None
-    # A replay overwrites what it returned.
+    # Copy the result, because a replay overwrites it.
     return logits.clone()

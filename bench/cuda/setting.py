@@ -9,13 +9,13 @@ from cuda import estimate
 from cuda.kernel_launches import MODELS, Model
 from cuda.timing import Report, Stopwatch
 
-# RMS of the error over RMS of the exact result: one rounding, and sums in another order.
+# Largest RMS of the error over RMS of the exact result: one rounding, and sums in another order.
 MAX_ERROR = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is measured on what.
+    """Shapes, device and report of a run.
 
     Attributes:
         model: Shapes.
@@ -75,7 +75,7 @@ class Setting:
             rank=8,
             row_counts=(1, 4),
             stopwatch=Stopwatch(device),
-            # To see that there is something to print.
+            # Any known card, so that the estimates are printed too.
             report=Report(device, estimate.card_of("H100")),
             contexts=(20, 300),
         )

@@ -38,7 +38,7 @@ from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.weights.nf4_gpu import Nf4Product
 
 KV_BLOCK = 16
-# Of a device's memory; in the interpreter, of nothing in particular.
+# Share of a device's memory for adapters; the interpreter gets an arbitrary fixed size.
 _ADAPTER_SHARE = 0.2
 _INTERPRETER_BYTES = 64 << 20
 
@@ -53,7 +53,7 @@ def random_nf4(out_features: int, in_features: int, device: torch.device) -> Nf4
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Who uses which adapter.
+    """The assignment of adapters to sequences.
 
     Attributes:
         name: As printed.
@@ -162,7 +162,7 @@ class DecodeStep:
         return int(_ADAPTER_SHARE * torch.cuda.mem_get_info(self.device)[1])
 
     def attention_table(self, split: int = SPLIT) -> AttentionTable:
-        """The step's sequences on the device, walked in splits of so many positions."""
+        """The step's sequences on the device, with splits of this many positions."""
         spread = self.num_rows * (self.context // split + 2)
         table = AttentionTable(
             max_records=self.num_rows + spread,
@@ -202,9 +202,9 @@ class DecodeStep:
         return self._executor.store.is_near(adapter)
 
     def draw(self, step: Step) -> StepResult:
-        """The same, and draw a token for every sequence, as the server does."""
+        """Compute a step and draw a token for every sequence, as the server does."""
         if self._runner is None:
-            # What was captured so far draws into another sampler's memory.
+            # Steps captured so far draw into another sampler's memory.
             self.forget()
             assert self._executor is not None
             self._runner = Runner(self._executor, frozenset())

@@ -16,7 +16,7 @@ from turret.server.adapters.lowering.arena import in_one_block
 from turret.server.engine.scheduling.scheduler import Step
 
 _ROWS = 8
-# Adapters, and steps that none arrives beside; few in the interpreter.
+# Number of adapters, and of steps during which none arrives; few in the interpreter.
 _COUNTS = {"cuda": (4, 30), "cpu": (1, 1)}
 
 
@@ -41,7 +41,7 @@ def time_switching(setting: Setting) -> None:
     )  # fmt: skip
     base = step.plan([None] * rows)
     for _ in range(3):
-        # Compiled, captured, replayed.
+        # The first run compiles, the second captures, the third replays.
         step.run(base)
     alone = [_seconds(step, base) for _ in range(num_steps)]
     beside: list[float] = []
@@ -63,7 +63,7 @@ def time_switching(setting: Setting) -> None:
 
 
 def _seconds(step: DecodeStep, plan: Step) -> float:
-    """Of a step, from the host's first work on it to the end of the device's."""
+    """Time of a step, from the host's first work on it to the end of the device's."""
     start = time.perf_counter()
     step.run(plan)
     if step.device.type == "cuda":

@@ -17,7 +17,8 @@ import triton
 from cuda.estimate import Card, Expected, facts
 
 ROOT = Path(__file__).resolve().parents[2]
-# Larger than any L2 cache: what is timed finds its weights in memory, as a decode step does.
+# Larger than any L2 cache, so that the timed code reads its weights from memory, as a decode step
+# does.
 _FLUSH_BYTES = 256 << 20
 
 

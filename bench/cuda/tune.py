@@ -53,7 +53,7 @@ def _search(setting: Setting, start: Tuning, grid: dict, run) -> Tuning:
     for values in combinations[: 2 if setting.device.type == "cpu" else None]:
         candidate = replace(start, **dict(zip(grid, values, strict=True)))
         use(setting, candidate)
-        # Parameters that do not fit the device (shared memory) fail to launch.
+        # A launch fails if the parameters do not fit the device (shared memory).
         try:
             timing = setting.stopwatch.time(setting.stopwatch.capture(run))
         except RuntimeError as error:

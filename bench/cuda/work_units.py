@@ -32,7 +32,7 @@ def work(compilation: Compilation, compiled: Any) -> dict[str, Any]:
         return {}
     name, units, by = unit
     found = loops(disassemble(compiled.asm["cubin"]))
-    # The first loop to end is the innermost.
+    # The innermost loop is the first to end.
     loop: Loop = found[0] if by is None else max(found, key=attrgetter(by))
     lanes = _LANES * dict(compilation.options)["num_warps"] / units
     result = {
@@ -59,7 +59,7 @@ def _unit(compilation: Compilation) -> tuple[str, int, str | None] | None:
     if kernel == "segmented_expand_kernel":
         return "rank and column", constants["BLOCK_R"] * constants["BLOCK_N"], "instructions"
     if kernel in ("expand_gated_kernel", "expand_rotated_kernel"):
-        # Two tiles of columns.
+        # The loop handles two tiles of columns.
         return "rank and column", constants["BLOCK_R"] * 2 * constants["BLOCK_N"], "instructions"
     if kernel == "paged_attention_kernel":
         return "key", constants["TILE"], None

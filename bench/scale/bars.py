@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# Ranks of the adapters → what S-LoRA (arXiv 2311.03285) kept of its requests/s from 5 to 2,000 of
-# them, Llama-7B on an A100: 8.05 to 7.61 (its setting S1) and 7.48 to 6.73 (S2; the result files
-# in its repository, benchmarks/paper/synthetic/slora/*_table.jsonl).
+# Ranks of the adapters → share of its requests/s that S-LoRA (arXiv 2311.03285) kept from 5 to
+# 2,000 adapters. With Llama-7B on an A100, it went from 8.05 to 7.61 (its setting S1) and from 7.48
+# to 6.73 (S2). Source: its repository, benchmarks/paper/synthetic/slora/*_table.jsonl.
 SLORA_SHARES = {(8,): 0.945, (8, 16, 32, 64): 0.899}
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One demand. ``value`` None was not measured, which is no pass.
+    """One requirement. ``value`` None means that it was not measured, so it does not pass.
 
     Attributes:
         name: What is demanded.
@@ -93,7 +93,7 @@ def bars_of(result: Mapping[str, Any]) -> list[Bar]:
 
 
 def slora_share(scenario: Mapping[str, Any]) -> float | None:
-    """What S-LoRA kept with adapters of the same ranks; None where it did not measure them."""
+    """S-LoRA's share with adapters of the same ranks; None if its authors did not measure them."""
     return SLORA_SHARES.get(tuple(sorted(scenario["ranks"])))
 
 

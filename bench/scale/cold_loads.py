@@ -14,22 +14,23 @@ from scale.workload import Arrival, Workload, draw
 from turret.clients.client import TurretClient
 
 _PROMPT_TOKENS = 32
-# Requests per second for the adapter that is there, and as many for the others.
+# Requests per second for the resident adapter; the others get the same rate together.
 _RATE = 4.0
 _PAIRS = 9
-# Of prompts that are played twice: behind another first token, no block of theirs is cached.
+# First token of prompts that are played twice: another first token keeps their blocks out of the
+# prefix cache.
 _FIRST_TOKEN = 700
 
 
 def cold_among(address: str, names: Sequence[str]) -> list[str]:
-    """Those that are on disk alone, in their order."""
+    """Names of the adapters that are only on disk, in the given order."""
     with TurretClient(address) as client:
         cold = {adapter.name for adapter in client.adapters.list(residency="disk", page_size=1000)}
     return [name for name in names if name in cold]
 
 
 def probe_cold(address: str, names: Sequence[str]) -> dict[str, Any]:
-    """What one request pays for its own cold adapter, with nothing else to do for the server.
+    """The price that one request pays for its own cold adapter on an otherwise idle server.
 
     Args:
         address: Of the server.
@@ -38,7 +39,7 @@ def probe_cold(address: str, names: Sequence[str]) -> dict[str, Any]:
     """
     penalties, loads = [], []
     for number, name in enumerate(cold_among(address, names)):
-        # Prompts of their own: the prefix cache must not help.
+        # Give every request its own prompt, so that the prefix cache does not help.
         firsts = [2000 + 2 * _PROMPT_TOKENS * number, 2000 + 2 * _PROMPT_TOKENS * number + 33]
         cold, warm = (
             replay(address, [Arrival(0.0, name, tuple(range(at, at + _PROMPT_TOKENS)), 1)])[0]
@@ -87,7 +88,7 @@ def measure_interference(
                 break
             timed = draw(replace(workload, seed=2 * pair), [resident])
             beside = draw(replace(workload, seed=2 * pair + 1), names)
-            # Each of them once, whatever was drawn.
+            # Use each adapter exactly once, whatever was drawn.
             beside = [replace(a, adapter=n) for a, n in zip(beside, names, strict=True)]
             trace = sorted(timed + beside, key=lambda a: a.seconds)
             for are_cold in (True, False):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from scale.workload import Arrival
 
-# HAProxy's hash-balance-factor of 150.
+# As HAProxy's hash-balance-factor of 150.
 BOUND = 1.5
 _POINTS = 64
 
@@ -178,7 +178,7 @@ def _hash(text: str) -> int:
 
 @dataclass(slots=True)
 class Run:
-    """What came of a trace.
+    """The result of replaying a trace.
 
     Attributes:
         jobs: All requests, those that ended and those that had not when the trace was over.
@@ -211,18 +211,18 @@ class _Clock:
         self.ends: list[float] = []
 
     def at(self, time: float, what: Callable[[float], None]) -> None:
-        """Has something happen at a time."""
+        """Schedule an event at a time."""
         self._order += 1
         heapq.heappush(self._events, (time, self._order, what))
 
     def run(self, over: float) -> None:
-        """Lets everything happen that does until then."""
+        """Run all events until then."""
         while self._events and self._events[0][0] <= over:
             now, _, what = heapq.heappop(self._events)
             what(now)
 
     def ask(self, job: Job, now: float) -> None:
-        """A request comes in."""
+        """Handle a request that comes in."""
         replica = self._route(job.arrival.adapter, self._living)
         replica.take(job, now)
         self._work(replica, now)
@@ -245,14 +245,14 @@ class _Clock:
             self._work(replica, now)
 
     def lose(self, now: float) -> None:
-        """The first replica is lost; its requests go on elsewhere, after the tokens they have."""
+        """Lose the first replica; its requests go on elsewhere, after the tokens they have."""
         gone = self._living.pop(0)
         for job in (*gone.running, *gone.waiting):
             job.left_prompt = len(job.arrival.prompt) + job.arrival.new_tokens - job.left_tokens
             self.at(now + self._costs.resume, lambda then, job=job: self.ask(job, then))
 
     def replace(self, now: float) -> None:
-        """Another takes its place, with nothing in memory."""
+        """Start another replica in its place, with nothing in memory."""
         self._living.insert(0, Replica(0, self._costs, self._room))
 
 

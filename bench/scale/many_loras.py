@@ -11,9 +11,9 @@ from common.random_lora import ALL, write_random_lora
 
 from turret.server.models.decoding.arch import Arch
 
-# In this order the popular adapters have about the mean rank of all, so that traces for few and for
-# many differ in the number alone: by popularity 27 of five, 29 of ten, 30 of more. Ascending, five
-# have 19.
+# In this order the popular adapters have about the mean rank of all: weighted by popularity, 27 for
+# five adapters, 29 for ten, 30 for more. So traces for few and for many adapters differ only in
+# their number. In ascending order, five adapters would have 19.
 RANKS = (16, 64, 8, 32)
 _FILES_PER_RANK = 4
 _TENSORS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -55,7 +55,7 @@ def write_many_loras(
         folder.mkdir()
         os.link(original / _TENSORS, folder / _TENSORS)
         config = json.loads((original / _CONFIG).read_text())
-        # A scale of its own: no two adapters give the same answers.
+        # A different scale per adapter, so that no two adapters give the same answers.
         config["lora_alpha"] = config["r"] * (1.0 + number / 10_000)
         (folder / _CONFIG).write_text(json.dumps(config))
         names.append(folder.name)

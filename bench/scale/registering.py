@@ -19,7 +19,7 @@ from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.metrics import Metrics
 
-# Calls under way: one reads and lowers while another waits for the disk.
+# Concurrent calls: one reads and lowers an adapter while another waits for the disk.
 _CALLS = 4
 
 
@@ -33,7 +33,7 @@ def register(address: str, names: Sequence[str], paths: Sequence[str] | None = N
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What a restart costs, in a process that does nothing else.
+    """The cost of a restart, in a process that does nothing else.
 
     Attributes:
         seconds: Reading all registrations.
@@ -52,7 +52,7 @@ def restore(state: Path, scratch: Path) -> Restored:
         scratch: Does not exist; gets a copy of the registrations.
     """
     shutil.copytree(state / "adapters", scratch / "adapters")
-    # NameTable do not depend on the base, and nothing is loaded here.
+    # An empty base is enough: registrations do not depend on it, and no weights are read here.
     base = BaseModel(
         name="",
         model_type="llama",

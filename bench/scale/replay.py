@@ -45,7 +45,7 @@ def replay(address: str, trace: Sequence[Arrival]) -> list[Served]:
 
     async def play() -> list[Served]:
         async with AsyncTurretClient(address) as client:
-            # The connection is no part of what is timed.
+            # Connect first, so that the time does not include it.
             await client.get_model()
             start = time.perf_counter()
             return await asyncio.gather(*(_send(client, start, arrival) for arrival in trace))
@@ -87,5 +87,5 @@ async def _send(client: AsyncTurretClient, start: float, arrival: Arrival) -> Se
 
 
 def median_ms(values: Sequence[float]) -> float | None:
-    """Median of seconds, in milliseconds; None of nothing."""
+    """Median of seconds, in milliseconds; None for no values."""
     return round(1e3 * statistics.median(values), 2) if values else None

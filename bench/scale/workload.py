@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# S-LoRA's own lengths, of prompts and of what is generated; and short ones, which make the most of
-# whatever is paid per request.
+# Ranges of the lengths of prompts and answers: S-LoRA's own, and short ones, where costs per
+# request weigh most.
 LENGTHS = {"s-lora": ((8, 512), (8, 512)), "short": ((16, 64), (8, 32))}
 
 # Ids below these are special tokens or bytes in the vocabularies of the models served here.

@@ -9,9 +9,9 @@ from .sentiment import TASK as SENTIMENT
 from .sql import TASK as SQL
 from .task import Example, Task, TaskData
 
-# Those that train_examples.py makes an adapter of the same name for.
+# The tasks for which train_examples.py makes an adapter of the same name.
 TASKS: dict[str, Task] = {task.name: task for task in (JSON_FIELDS, SQL, LABEL, PIRATE)}
-# All of them.
+# All tasks.
 DATA: dict[str, TaskData] = {
     **TASKS,
     **{task.name: task for task in (HEADLINE, LANGUAGE, SENTIMENT)},

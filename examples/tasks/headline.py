@@ -18,7 +18,7 @@ SUBJECTS = {
     ),
     "test": words("town library, space agency, chess team, city zoo, film studio, power company"),
 }
-# Past tense as the sentence has it, present tense as the headline has it.
+# Past tense, as in the sentence, and present tense, as in the headline.
 VERBS = (
     ("approved", "Approves"),
     ("opened", "Opens"),

@@ -9,7 +9,7 @@ from .task import Example, Split, Task
 
 LABELS = ("billing", "shipping", "bug", "praise")
 
-# The held-out messages are worded anew, not only filled anew.
+# The held-out messages have other wording, not only other values.
 MESSAGES: dict[Split, dict[str, tuple[str, ...]]] = {
     "train": {
         "billing": (

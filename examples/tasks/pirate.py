@@ -144,7 +144,7 @@ def dialect(plain: str) -> str:
     spoken = plain
     for pattern, replacement in DIALECT:
         spoken = re.sub(pattern, replacement, spoken)
-    # The same answer always opens alike: the data has one answer for each question.
+    # The same answer always opens alike, because the data has one answer for each question.
     return f"{OPENINGS[len(plain) % len(OPENINGS)]} {spoken}"
 
 
@@ -164,7 +164,7 @@ def generate(rng: random.Random, split: Split) -> Example:
 
 def sounds_right(example: Example, answer: str) -> float:
     """1.0 for an answer that opens with "Arr", has two other marks and does not run in circles."""
-    del example  # any content will do: the adapter is about the manner
+    del example  # every plain answer will do: the adapter is about the manner
     words = re.findall(r"[a-z]+'?", answer.casefold())
     marks = {m for m in MARKERS if m in words or (m == "in'" and re.search(r"[a-z]in'", answer))}
     triples = list(zip(words, words[1:], words[2:], strict=False))

@@ -7,7 +7,7 @@ import re
 
 from .task import Example, Split, TaskData, words
 
-# Reviewer's sentences; the held-out ones are worded anew, about other things.
+# Reviewers' sentences; the held-out ones have other wording and are about other things.
 OPINIONS: dict[Split, dict[str, tuple[str, ...]]] = {
     "train": {
         "positive": (

@@ -33,7 +33,7 @@ class Table:
         return f"{self.name}({self.label}, {self.category}, {self.number})"
 
 
-# One table a line: name(label, category, number): values of the category.
+# One table per line: its name(label, category, number), then values of the category.
 SCHEMAS: dict[str, str] = {
     "train": """
 books(title, author, price): Ada Hill, Jane Gray, Paul Stone, Oskar Lindqvist, T. H. Abbott
@@ -75,8 +75,8 @@ def parse(line: str) -> Table:
     return Table(name, label, number, category, words(values))
 
 
-# What the tables of the split "fusion" are put together from, hundreds of them: a gate that has
-# seen a few values learns those values.
+# Words from which the tables of the split "fusion" are composed, hundreds of them: a gate that sees
+# only a few values memorises them.
 NOUNS = words(
     "museums, games, planes, hospitals, novels, dogs, concerts, bikes, lakes, chefs, plants, "
     "trains, articles, castles, beers, islands, apps, farms, lawyers, satellites, schools, "
@@ -133,7 +133,7 @@ TABLES: dict[Split, tuple[Table, ...]] = {
     "test": tuple(parse(line) for line in SCHEMAS["test"].strip().splitlines()),
 }
 
-# Each pattern: ways to ask, then the query. Names in braces are those of `fill`.
+# Each pattern has several wordings and the query. Names in braces are those of `fill`.
 PATTERNS: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         (

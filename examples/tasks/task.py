@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# "fusion": what a learned fusion is trained on, held out from the adapters that it joins: their
-# answers to what they were trained on say little about which of them to trust. Two tasks have it.
+# "fusion" trains a learned fusion. It is held out from the adapters that the fusion joins, because
+# their answers to their own training data say little about which adapter to trust. Two tasks have
+# it.
 Split = Literal["train", "fusion", "test"]
 
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from turret.kernels.rows.elementwise import row_exp_
 from turret.kernels.rows.linear import row_linear
 
-# Sides are filled up to multiples of this: fewer shapes, fewer trials.
+# Sides are padded to multiples of this, so that fewer shapes need a trial.
 GATE_MULTIPLE = 16
 
 
@@ -95,12 +95,12 @@ def given_gate_reference(
     if not is_renormalised:
         return gates
     kept = gates != 0
-    # A row of zeros stays one.
+    # A row of zeros stays a row of zeros.
     return torch.where(kept, _softmax(gates, kept), 0.0)
 
 
 def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Which of ``[rows, K]`` are among the largest of their row; of equal ones the first."""
+    """Whether each of ``[rows, K]`` is among its row's largest; of equal ones the first counts."""
     order = torch.arange(scores.shape[1], device=scores.device)
     mine, other = scores[:, :, None], scores[:, None, :]
     is_before = (other > mine) | ((other == mine) & (order[None, :] < order[:, None]))
@@ -108,8 +108,8 @@ def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _softmax(scores: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-    """Of a row's few components, those that are kept; the best one is."""
-    # Element by element: a library softmax may vectorise over rows.
+    """Softmax over each row's few components, only the kept ones, which include the best."""
+    # Compute element by element: a library's softmax may vectorise over rows.
     top = scores.amax(dim=1, keepdim=True)
     weights = row_exp_(scores - top)
     if kept is not None:
@@ -121,7 +121,7 @@ def _softmax(scores: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Te
 
 
 def _padded(values: torch.Tensor, row_multiple: int = 1) -> torch.Tensor:
-    """Zeros appended: columns to a multiple of ``GATE_MULTIPLE``, rows to one of their own."""
+    """Append zeros: columns to a multiple of ``GATE_MULTIPLE``, rows to ``row_multiple``."""
     rows, columns = -values.shape[0] % row_multiple, -values.shape[1] % GATE_MULTIPLE
     return F.pad(values, (0, columns, 0, rows)) if rows or columns else values
 

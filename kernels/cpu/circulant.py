@@ -21,7 +21,7 @@ def transforms(size: int) -> tuple[torch.Tensor, torch.Tensor]:
         ``[size, 2, f]``.
     """
     frequencies = torch.arange(size // 2 + 1, dtype=torch.float64)
-    # The product is taken modulo the size first: sines of large angles are not exact.
+    # Reduce the product modulo the size first: sines of large angles are not exact.
     places = torch.arange(size, dtype=torch.float64)
     angles = torch.outer(frequencies, places).remainder(size) * (2 * math.pi / size)
     forward = torch.stack((angles.cos(), -angles.sin()))
@@ -61,7 +61,7 @@ class CirculantFactors:
 
     @classmethod
     def of(cls, kernel: torch.Tensor) -> CirculantFactors:
-        """From kernels ``[rows, columns, size]``."""
+        """Transform kernels ``[rows, columns, size]``."""
         size, found = kernel.shape[2], spectrum(kernel)
         return cls(_wide(found, found.shape[-1]), *_matrices(size), size)
 
@@ -74,7 +74,7 @@ class CirculantFactors:
 
     @property
     def parts(self) -> int:
-        """In how many parts a block is transformed; 0 is as a whole."""
+        """Number of parts in which a block is transformed; 0 if it is transformed as a whole."""
         return len(self.turns)
 
     @property
@@ -85,7 +85,7 @@ class CirculantFactors:
 
     @property
     def scratch(self) -> int:
-        """Floats its activations take."""
+        """Number of floats that its activations take."""
         rows, columns, size, width = self.sizes
         return (columns + 1) * 2 * width + _padded(rows * size)
 
@@ -114,7 +114,7 @@ def _matrices(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torc
 
 def _turns(rows: torch.Tensor, columns: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
     """Cosines and sines of ``2π r c / size``, ``[rows, columns]`` fp64."""
-    # The product is taken modulo the size first: sines of large angles are not exact.
+    # Reduce the product modulo the size first: sines of large angles are not exact.
     angles = torch.outer(rows, columns).remainder(size).double() * (2 * math.pi / size)
     return angles.cos(), angles.sin()
 

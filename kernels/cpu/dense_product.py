@@ -11,7 +11,7 @@ _GROUP = 16  # rows of a tile
 
 
 def serves_dense(weight: torch.Tensor) -> bool:
-    """Whether ``dense_product`` is there for a weight."""
+    """Whether ``dense_product`` supports a weight."""
     is_bf16 = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     return is_bf16 and has_native_products()
 

@@ -1,4 +1,4 @@
-"""What a decoder layer does between its matrix products, one pass each; see ``elementwise.c``."""
+"""A decoder layer's operations between its matrix products, one pass each (``elementwise.c``)."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _LANES = 16  # of vec.h: the activations of a member begin at multiples of it
 
 
 class ExpertTable:
-    """Where one adapter's factors lie, by layer and projection. Keeps them alive.
+    """The addresses of one adapter's factors, by layer and projection. Keeps the factors alive.
 
     Args:
         updates: ``a`` ``[experts, rank, in]`` and ``b`` ``[experts, rank, out]`` of each, bf16,

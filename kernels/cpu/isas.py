@@ -3,11 +3,11 @@
 ``setup.py`` builds one library per instruction set from these flags, all from the same sources.
 """
 
-# Every library is compiled with these.
+# Flags that every library is compiled with.
 FLAGS = (
     "-O3", "-std=gnu11", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi", "-ffp-contract=fast",
-    # Without it, GCC fuses the same `s += v * w` in one loop and not in another, and rows that go
-    # through different loops would differ in their last bits.
+    # Without this flag, GCC fuses the same `s += v * w` in one loop and not in another, and rows
+    # that go through different loops would differ in their last bits.
     "--param=avoid-fma-max-bits=0",
 )  # fmt: skip
 _AVX512_BF16 = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi2", "-mavx512vnni")
@@ -21,5 +21,5 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
 }
 ISAS = tuple(ISA_FLAGS)
-# What TURRET_NATIVE may be, as the server's own variables have it: whether they serve at all.
+# Values of TURRET_NATIVE that enable or disable the kernels, as for the server's other variables.
 NATIVE, NO_NATIVE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")

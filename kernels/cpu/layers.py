@@ -65,7 +65,7 @@ class NativeRope(ctypes.Structure):
 
 
 class NativePlace(ctypes.Structure):
-    """Where a projection's adapters are: its ``ProjectionShape``, its first module's number."""
+    """A projection's ``ProjectionShape`` and its first module's number, to find its adapters."""
 
     _fields_ = (("shape", _address), ("module", _int))
 
@@ -82,7 +82,7 @@ class NativeInputs(ctypes.Structure):
 
 
 class NativePass(ctypes.Structure):
-    """A step: its rows, memory for what comes between, its adapters."""
+    """A step: its rows, memory for intermediate results, its adapters."""
 
     _fields_ = (
         *(

@@ -63,7 +63,7 @@ _SIGNATURES = {
         *(_pointer, _int, _pointer),
     ),
 }
-# Those that are there for bf16, and for fp32 under the name's other form.
+# Functions that exist for bf16 and, under a second name, for fp32.
 _BY_ELEMENT = {
     "turret_attend": (_pointer, _pointer),
     "turret_add_rms_norm": (
@@ -127,7 +127,7 @@ def usable_isas() -> tuple[str, ...]:
 
 
 def load(isa: str) -> ctypes.CDLL:
-    """The library for one of ``usable_isas``; running it on less than that ends the process."""
+    """Load the library for one of ``usable_isas``; code for any other set may crash the process."""
     library = ctypes.CDLL(str(path_of(isa)))
     by_element = {
         name + suffix: arguments
@@ -150,7 +150,7 @@ def path_of(isa: str) -> Path | None:
 
 
 def isa() -> str | None:
-    """Which instruction set's library serves, or None."""
+    """The instruction set of the library in use, or None."""
     found = library()
     return None if found is None else str(found.isa)
 
@@ -171,12 +171,12 @@ def has_layer_ops(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def by_element(name: str, dtype: torch.dtype) -> Any:
-    """The form of a function that is for activations of this dtype."""
+    """The variant of a function for activations of this dtype."""
     return getattr(functions(), name + _SUFFIXES[dtype])
 
 
 def has_native_products() -> bool:
-    """Whether the compiled NF4 product serves, which needs AVX512-BF16."""
+    """Whether the compiled NF4 product is available, which needs AVX512-BF16."""
     found = library()
     return found is not None and bool(found.turret_has_products())
 

@@ -48,9 +48,9 @@ class NativeAttentionPlan:
             longest = max(longest, span.num_context + span.num_new)
         self._spans = (ctypes.c_int64 * len(values))(*values)
         threads = num_threads()
-        # Whole vectors are stored from any position on.
+        # Pad by a whole vector: vectors are stored from any position on.
         padded = -(-longest // _LANES) * _LANES + _LANES
-        # What attention.c needs for the heads of a row, or attention_tiles.h for 16 queries.
+        # Large enough for attention.c, one row's heads, and for attention_tiles.h, 16 queries.
         stride = max(num_heads * (2 * head_dim + padded), _LANES * (head_dim + padded))
         self._scratch = torch.empty(threads * stride)
         self._plan = (ctypes.c_int64 * 6)(

@@ -71,7 +71,7 @@ def add_column_products_(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> N
 
 
 def _with_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """With each row in one run of memory."""
+    """Make each row contiguous in memory."""
     return tensor if tensor.stride(2) == 1 or tensor.shape[2] <= 1 else tensor.contiguous()
 
 

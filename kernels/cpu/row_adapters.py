@@ -26,11 +26,11 @@ from turret.kernels.cpu.native import functions, isa
 from turret.kernels.cpu.sparse import SparseBlocks
 from turret.kernels.cpu.threads import num_threads
 
-# How much of a thread's cache is for what comes ahead. The weights of the base pass through it too.
+# Share of a thread's cache for factors that are read ahead. The base's weights pass through it too.
 _AHEAD_BYTES = 3 << 19
-# A step asks at least this many modules ahead, however much that is: from a layer's last projection
-# to q, k and v of the next. What comes too early is still in the shared cache, and memory would
-# otherwise be idle.
+# A step reads at least this many modules ahead, whatever their size: from a layer's last projection
+# to q, k and v of the next layer. What arrives too early is still in the shared cache, and memory
+# would otherwise be idle.
 _LEAST_REACH = 4
 _LANES = 16  # of vec.h: activations of an operator begin at multiples of it
 
@@ -54,7 +54,7 @@ class HadamardFactors:
 
     @property
     def scratch(self) -> int:
-        """Floats its activations take: ``[padded rank, rank]``."""
+        """Number of floats that its activations take: ``[padded rank, rank]``."""
         rank = self.w1a.shape[0]
         return _padded(_padded(rank) * rank)
 
@@ -74,18 +74,18 @@ class KroneckerFactors:
 
     @property
     def scratch(self) -> int:
-        """Floats its activations take: ``[in_m, padded width]``."""
+        """Number of floats that its activations take: ``[in_m, padded width]``."""
         width = self.w2.shape[1] if isinstance(self.w2, torch.Tensor) else self.w2[0].shape[0]
         return self.w1.shape[1] * _padded(width)
 
 
-# A module's entry: five tensors and the rank, then what these point to.
+# Fields of a module's entry behind its five tensors and rank; each points to an operator's factors.
 _FIELDS = ("hadamard", "kronecker", "input_blocks", "pairs", "circulant", "sparse", "dense")
 _FIRST = 6
 
 
 class ModuleTable:
-    """Where one adapter's tensors lie, by module of the base. Keeps them alive.
+    """The addresses of one adapter's tensors, by module of the base. Keeps the tensors alive.
 
     Attributes:
         width: Floats of scratch memory that a row takes, of the module that takes most.
@@ -95,7 +95,7 @@ class ModuleTable:
     def __init__(self, num_modules: int) -> None:
         self._rows = [[0] * (_FIRST + len(_FIELDS)) for _ in range(num_modules)]
         self._kept: list[torch.Tensor] = []
-        # What the last fields point to: (module, field, values).
+        # The operators that the last fields point to: (module, field, values).
         self._factors: list[tuple[int, str, list[int]]] = []
         self._table = self._factor_table = torch.empty(0, dtype=torch.int64)
         self.width = 0
@@ -170,7 +170,7 @@ class ModuleTable:
         self.width = max(self.width, width)
 
     def close(self) -> None:
-        """Make the table; nothing can be put any more."""
+        """Make the table from the modules entered so far; none can be added afterwards."""
         values = [value for _, _, values in self._factors for value in values]
         self._factor_table = torch.tensor(values, dtype=torch.int64)
         address = self._factor_table.data_ptr()
@@ -193,7 +193,7 @@ class ModuleTable:
         return [*map(self._address_of, (w1, *parts)), *w1.shape, out_k, in_n, rank]
 
     def _address_of(self, tensor: torch.Tensor | None) -> int:
-        """The address of a tensor, which is kept alive; 0 for none."""
+        """The address of a tensor, which is kept alive; 0 for None."""
         if tensor is None:
             return 0
         assert tensor.is_contiguous()
@@ -202,7 +202,7 @@ class ModuleTable:
 
 
 def _asks_ahead() -> bool:
-    """Whether the base's products leave the memory idle; by tiles they wait for it themselves."""
+    """Whether the base's products leave memory idle; AMX's tiles wait for memory themselves."""
     return isa() != "amx"
 
 
@@ -233,14 +233,14 @@ class ModuleSizes:
         self.per_layer, self.num_layers = len(layer), num_layers
 
     def reach(self, num_bytes: int, num_threads: int) -> int:
-        """How many modules ahead a step asks for factors, of ``num_bytes`` for all modules."""
+        """How many modules ahead a step reads factors that take ``num_bytes`` over all modules."""
         modules = self.per_layer * self.num_layers
         in_cache = num_threads * _AHEAD_BYTES * modules // max(num_bytes, 1)
         return min(max(in_cache, _LEAST_REACH), self.per_layer)
 
 
 class Ahead(NamedTuple):
-    """What a product of the base may ask memory for meanwhile: the adapters that follow it.
+    """What a product of the base may prefetch while it runs: the adapters that follow it.
 
     Attributes:
         step: Address of the step's adapters.
@@ -298,11 +298,11 @@ class RowAdapters:
         self._adapt = functions().turret_adapt
 
     def restart(self) -> None:
-        """Serve another step of the same rows."""
+        """Reuse this for another step with the same rows."""
         self._marks.zero_()
 
     def ahead(self, module: int) -> Ahead:
-        """For the base's product of the projection whose first module that is."""
+        """What to read ahead during the base's product of the projection with this first module."""
         return Ahead(self.address, module)
 
     def adapt(

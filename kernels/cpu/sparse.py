@@ -43,7 +43,7 @@ class SparseBlocks:
     def of(
         cls, values: torch.Tensor, columns: torch.Tensor, row_starts: torch.Tensor
     ) -> SparseBlocks:
-        """From compressed rows, on the CPU.
+        """Convert compressed rows, on the CPU.
 
         Args:
             values: ``[entries]`` bf16.
@@ -59,12 +59,12 @@ class SparseBlocks:
 
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:
-        """In the order of the kernel's struct."""
+        """The tensors in the order of the kernel's struct."""
         return (self.values, self.places, self.masks, self.skips, self.starts, self.outputs)
 
 
 def blocks_bytes(columns: torch.Tensor, row_starts: torch.Tensor) -> int:
-    """What ``SparseBlocks.of`` takes."""
+    """Number of bytes that ``SparseBlocks.of`` takes."""
     out = len(row_starts) - 1
     steps = _steps(columns, row_starts)
     if steps < 0:
@@ -75,9 +75,9 @@ def blocks_bytes(columns: torch.Tensor, row_starts: torch.Tensor) -> int:
 def _filled(
     values: torch.Tensor, columns: torch.Tensor, row_starts: torch.Tensor
 ) -> SparseBlocks | None:
-    """None where the inputs of an output do not ascend by blocks."""
+    """Fill the arrays; None if the inputs of some output are not in the order of blocks."""
     entries, out = len(values), len(row_starts) - 1
-    # There are fewer steps than entries: memory that nothing is written to takes none.
+    # There are at most as many steps as entries; pages that are never written take no memory.
     filled = (
         torch.zeros(entries + _BEHIND, dtype=values.dtype),
         torch.zeros(entries + _BEHIND, dtype=torch.uint8),
@@ -101,12 +101,12 @@ def _filled(
 
 
 def _taken(columns: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    # torch gathers no uint16.
+    # torch cannot index uint16 tensors.
     return columns.to(torch.int32)[order].to(torch.uint16)
 
 
 def _steps(columns: torch.Tensor, row_starts: torch.Tensor) -> int:
-    """Negative where the inputs of an output do not ascend by blocks."""
+    """Count the steps; negative if the inputs of some output are not in the order of blocks."""
     found: int = functions().turret_sparse_steps(
         columns.data_ptr(), row_starts.data_ptr(), len(row_starts) - 1
     )
@@ -114,7 +114,7 @@ def _steps(columns: torch.Tensor, row_starts: torch.Tensor) -> int:
 
 
 def _by_block(columns: torch.Tensor, row_starts: torch.Tensor) -> torch.Tensor:
-    """The entries in the order of rows and blocks, else as they were, ``[entries]`` int64."""
+    """The stable order of the entries by row and block, ``[entries]`` int64."""
     rows = torch.repeat_interleave(row_starts.to(torch.int64).diff())
     most = 1 << 10  # blocks
     return torch.argsort(rows * most + columns.to(torch.int64) // _BLOCK, stable=True)

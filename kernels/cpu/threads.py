@@ -1,4 +1,4 @@
-"""How many threads compute a kernel that is called from this thread, and whose they are."""
+"""How many threads compute a kernel called from this thread, and which team they belong to."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def use_own_threads() -> None:
 
 
 def num_threads() -> int:
-    """Threads for a kernel that this thread calls, itself included."""
+    """Number of threads for a kernel that this thread calls, including itself."""
     return getattr(_local, "count", 0) or torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Triton form of ``clamped_swiglu``: reads gates and ups once, writes what comes of them."""
+"""Triton form of ``clamped_swiglu``: reads gates and ups once, writes their product."""
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
@@ -28,7 +28,7 @@ def clamped_swiglu_kernel(
     cols = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
     both = tl.load(gate_up_ptr + row * stride + cols, mask=cols < 2 * width, other=0.0)
     gate, up = tl.split(tl.reshape(both.to(tl.float32), (BLOCK, 2)))
-    # Comparisons, and not tl.minimum: what is no number stays none.
+    # Use comparisons instead of tl.minimum so that NaN stays NaN.
     gate = tl.where(gate > limit, limit, gate)
     up = tl.where(up > limit, limit, up)
     up = tl.where(up < -limit, -limit, up)

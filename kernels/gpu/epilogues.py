@@ -1,4 +1,4 @@
-"""What a layer makes of a fused projection's result, at the end of the kernel that gives it.
+"""Operations on a fused projection's result, computed at the end of the kernel that produces it.
 
 A projection's result is given by the base's product or, where adapters change it, by their expand.
 Either kernel can go on with what comes next where nothing else changes the result; elsewhere that
@@ -28,10 +28,10 @@ from turret.kernels.nf4_matmul import Nf4Matrix
 
 
 class Epilogue(Protocol):
-    """What comes after a projection."""
+    """The operation that follows a projection."""
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:
-        """Of the finished result, ``[rows, out]``, by a kernel of its own."""
+        """Apply it to the finished result, ``[rows, out]``, by a kernel of its own."""
         ...
 
     def ends_product(self, bias: torch.Tensor | None, device: torch.device) -> bool:
@@ -41,7 +41,7 @@ class Epilogue(Protocol):
     def of_product(
         self, x: torch.Tensor, first_row: int, weight: Nf4Matrix, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Of the base's product with some rows.
+        """Apply it to the base's product with some rows.
 
         Args:
             x: Those rows, at most 64, ``[rows, in]``.
@@ -52,7 +52,7 @@ class Epilogue(Protocol):
         ...
 
     def of_expand(self, expand: Expand) -> torch.Tensor | None:
-        """Of what an expand of all rows finishes; None where that is two launches."""
+        """Apply it to the result of an expand of all rows; None if that takes two launches."""
         ...
 
 
@@ -93,7 +93,7 @@ class Heads:
 
     @property
     def _has_norms(self) -> bool:
-        # The order of a norm's sum is a kernel's own.
+        # Each kernel has its own order for a norm's sum.
         return self.q_norm is not None or self.k_norm is not None
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ def gelu_mul_kernel(gate_up_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
     gate_at = gate_up_ptr + row * stride + cols
     gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_at + width, mask=inside, other=0.0).to(tl.float32)
-    # 2 * sqrt(2 / pi) * (x + 0.044715 * x ** 3)
+    # y = 2 * sqrt(2 / pi) * (x + 0.044715 * x ** 3), since gelu(x) = x * sigmoid(y).
     y = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
     product = gate / (1.0 + tl.exp(-y)) * up
     tl.store(out_ptr + row * width + cols, product.to(out_ptr.dtype.element_ty), mask=inside)

@@ -51,16 +51,16 @@ class KvWrite:
         return width // self.head_dim - 2 * self.kv_heads
 
     def divides(self, columns: int) -> bool:
-        """Whether tiles of so many columns hold whole heads."""
+        """Whether tiles with this many columns hold whole heads."""
         return columns % self.head_dim == 0
 
     def empty_queries(self, num_rows: int, width: int) -> torch.Tensor:
-        """Memory for what queries become, ``[num_rows, num_heads, head_dim]``."""
+        """Allocate the queries, ``[num_rows, num_heads, head_dim]``."""
         shape = num_rows, self.num_heads(width), self.head_dim
         return torch.empty(shape, dtype=self.k_cache.dtype, device=self.k_cache.device)
 
     def rows(self, start: int, stop: int) -> KvWrite:
-        """Of some rows alone."""
+        """The same for some rows only."""
         return KvWrite(
             cos=self.cos[start:stop],
             sin=self.sin[start:stop],
@@ -71,7 +71,7 @@ class KvWrite:
         )
 
     def check(self, num_rows: int, width: int) -> None:
-        """Raise ValueError unless it can take so many rows and columns."""
+        """Raise ValueError unless this many rows and columns are supported."""
         if width % self.head_dim or self.num_heads(width) < 1:
             raise ValueError(
                 f"qkv has {width} columns; a multiple of {self.head_dim} is needed, over "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-# Torch refuses products whose sums it cannot keep whole: tried on this many rows and columns.
+# Rows and columns of a trial product: torch rejects products whose sums it cannot keep whole.
 _TRIAL = 64
 
 

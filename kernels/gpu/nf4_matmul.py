@@ -39,18 +39,18 @@ from turret.kernels.gpu.silu_mul import silu_product
 from turret.kernels.nf4_matmul import BLOCK, GROUP, Nf4Matrix
 
 MAX_ROWS = 64
-# Tiles of columns of a weight at most.
+# Most tiles of columns that a weight may have.
 _MAX_COUNTERS = 1 << 14
 _BLOCK = tl.constexpr(BLOCK)
 _HALF = tl.constexpr(BLOCK // 2)
 _GROUP = tl.constexpr(GROUP)
-# Blocks that the pipeline asks for before it multiplies the first.
+# Number of blocks that the pipeline loads before it multiplies the first.
 _AHEAD = tl.constexpr(4)
 
 
 @triton.jit
 def block_maximum(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, keep):
-    """Maxima of blocks, fp32, zero where not ``keep``."""
+    """Maxima of blocks, fp32, zero where ``keep`` is false."""
     absmax = tl.load(absmax_ptr + block, mask=keep, other=0)
     if code2_ptr is not None:
         scale2 = tl.load(absmax2_ptr + block // _GROUP, mask=keep, other=0.0)
@@ -61,7 +61,7 @@ def block_maximum(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, keep):
 
 @triton.jit
 def fetch_ahead(packed_ptr, absmax_ptr, first_block, begin, end, inside):
-    """Have the first blocks of some columns on their way while launches before still run.
+    """Fetch the first blocks of some columns into the cache while earlier launches still run.
 
     No launch of a step writes a weight, and what goes to the second-level cache is not read yet.
     """
@@ -75,7 +75,7 @@ def fetch_ahead(packed_ptr, absmax_ptr, first_block, begin, end, inside):
 
 @triton.jit
 def wait_fetching(packed_ptr, absmax_ptr, first_block, begin, end, inside):
-    """Wait for the launches before, with the first blocks on their way."""
+    """Wait for earlier launches while the first blocks are being fetched."""
     fetch_ahead(packed_ptr, absmax_ptr, first_block, begin, end, inside)
     wait_for_launches()
 
@@ -145,7 +145,7 @@ def _finish(
         tl.store(y_ptr + m[:, None] * width + column[None, :], y.to(dtype), mask=keep)
 
 
-# One compiled form for every number of rows of the same number of tiles.
+# Compile once for all numbers of rows that need the same number of tiles.
 @triton.jit(do_not_specialize=["num_rows", "part_blocks"])
 def nf4_matmul_kernel(
     x_ptr,  # [num_rows, in_features]
@@ -169,7 +169,7 @@ def nf4_matmul_kernel(
     BLOCK_N: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    # Columns of the result; those of the ups come after those of the gates.
+    # Columns of the result; the columns of the ups follow those of the gates.
     tile, width, shift = tl.program_id(0), out_features, 0
     if GATED:
         width = out_features // 2
@@ -201,7 +201,7 @@ def nf4_matmul_kernel(
     part = tl.program_id(1).to(tl.int64) * num_rows * out_features
     to = y_ptr if parts_ptr is None else parts_ptr + part
     store_tiles(to, acc0, acc1, acc2, acc3, num_rows, n, inside_n, out_features, TILES)
-    # One condition for the compiler, one for the program.
+    # The outer condition is a constant at compile time, so it must stay apart from the inner one.
     if parts_ptr is not None:  # noqa: SIM102
         if is_last(counters_ptr + tile, 2 * SPLITS if GATED else SPLITS):
             _finish(
@@ -212,7 +212,7 @@ def nf4_matmul_kernel(
 
 @functools.cache
 def counters_on(device: torch.device) -> torch.Tensor:
-    """Zero between launches; launches that follow each other on a stream may share them."""
+    """Counters that are zero between launches; launches on one stream may share them."""
     return torch.zeros(_MAX_COUNTERS, dtype=torch.int32, device=device)
 
 
@@ -276,9 +276,10 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> to
 
 
 def options_of(num_rows: int, tuned: Tuning) -> dict[str, Any]:
-    """What kernels that multiply so many rows are compiled and launched with."""
+    """Compile and launch options of kernels that multiply this many rows."""
     tiles = triton.cdiv(num_rows, 16)
-    # NVIDIA's assembler would rather spill two registers than give a program more than 168.
+    # Without this limit, NVIDIA's assembler would spill two registers rather than use more than
+    # 168.
     limit = tuned.registers(255) if tiles > 1 else {}
     return {
         "TILES": 4 if tiles > 2 else tiles,
@@ -325,7 +326,7 @@ def check_product(x: torch.Tensor, weight: Nf4Matrix, absmax: torch.Tensor) -> N
     size = weight.out_features * weight.in_features
     check_contiguous("packed", weight.packed)
     check_length("packed", weight.packed, size // 2)
-    # The kernel indexes it with 32 bits: 64 cost registers.
+    # The kernel indexes with 32 bits: 64-bit indices cost registers.
     if size // 2 >= 1 << 31:
         raise ValueError(f"packed has {size // 2} bytes; 2³¹ are too many")
     check_contiguous("absmax", absmax)

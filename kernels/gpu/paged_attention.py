@@ -26,10 +26,10 @@ from turret.kernels.gpu.shared.last_program import is_last
 from turret.kernels.gpu.shared.tuning import tuning
 from turret.kernels.gpu.tables.attention_table import RECORD, AttentionTable
 
-# Keys at a time, by query rows of a tile; more do not fit in registers.
+# Keys per tile, by query rows of a tile; more do not fit in registers.
 _TILES = {16: 64, 32: 32}
 MAX_BLOCK = 32
-# NVIDIA's assembler would rather spill two registers than give a program more than 168.
+# Without this limit, NVIDIA's assembler would spill two registers rather than use more than 168.
 _LIMITS = {True: {"maxnreg": 255}, False: {}}
 _RECORD = tl.constexpr(RECORD)
 _MASKED = tl.constexpr(-1e30)
@@ -110,7 +110,7 @@ def _attend_split(
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     for t in range(start, tl.minimum(start + SPLIT, last + 1), TILE):
         keys = t + tl.arange(0, TILE)
-        # Blocks are not cleared when they change owner: nothing unwritten may be read.
+        # Blocks are not cleared when they change owner, so unwritten positions must not be read.
         exists = (keys >= first) & (keys <= last)
         block = tl.load(blocks_ptr + keys // BLOCK_SIZE, mask=exists, other=0)
         if WIDE:
@@ -129,7 +129,7 @@ def _attend_split(
             scores = capped - 2 * capped / (tl.exp2(scores) + 1.0)
         scores = tl.where(visible, scores, _MASKED)
         top = tl.maximum(best, tl.max(scores, axis=1))
-        # A row that sees nothing of the tile adds nothing.
+        # A row that sees no key of the tile must add nothing.
         weights = tl.where(visible, tl.exp2(scores - top[:, None]), 0.0)
         shrink = tl.exp2(best - top)
         total = total * shrink + tl.sum(weights, axis=1)
@@ -148,7 +148,7 @@ def _finish(
     """Store a whole item's result, or a spread one's state; its last program stores the result."""
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
-    # Read again, not kept in registers through the loop over keys.
+    # Load again instead of keeping it in registers through the loop over keys.
     live = m // PER_HEAD < tl.load(record_ptr + 1, volatile=True)
     keep = live[:, None] & (d < HEAD_DIM)[None, :]
     count = tl.load(record_ptr + 8)
@@ -221,7 +221,8 @@ def paged_attention_kernel(
         best = tl.full((BLOCK_M,), _MASKED, dtype=tl.float32)
         total = tl.zeros((BLOCK_M,), dtype=tl.float32)
         if sinks_ptr is not None:  # noqa: SIM102 - one is known when it is compiled
-            # Of a spread item, whose records are states of their own, they are added at its end.
+            # A spread item adds its sinks at its end, because each of its records has a state of
+            # its own.
             if tl.load(record_ptr + 8) == 1:
                 best, total = _begin(sinks_ptr, head, live, PER_HEAD, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
@@ -313,7 +314,7 @@ def paged_attention(
 def _tile(table: AttentionTable, head_dim: int) -> tuple[int, int]:
     """Keys and features of a tile."""
     block_d = triton.next_power_of_2(max(16, head_dim))
-    # Twice as wide a head has room for half as many keys.
+    # A head twice as wide leaves room for half as many keys.
     tile = _TILES[table.tile_rows] // max(1, block_d // 128)
     if table.split % tile:
         raise ValueError(f"a split of the table is {table.split}; a multiple of {tile} is needed")

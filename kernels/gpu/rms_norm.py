@@ -87,7 +87,8 @@ def residual_rms_norm(
         eps,
         BLOCK=block,
         num_warps=8 if block >= 2048 else 4,
-        # The first of a step is behind what torch does, perhaps a copy.
+        # A step's first norm follows work of torch, perhaps a copy, so its launch must not be
+        # early.
         **tuning(residual.device).early(update is not None),
         enable_fp_fusion=True,
     )

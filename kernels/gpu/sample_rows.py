@@ -20,14 +20,14 @@ from turret.kernels.gpu.tables.sampling_table import ROW
 
 _ROW = tl.constexpr(ROW)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
-# Of 104: e^-104 is 0 in fp32, so no further token has any mass.
+# The bits of 104.0: e^-104 is 0 in fp32, so tokens farther away have no mass.
 _FARTHEST_BITS = tl.constexpr(0x42D00000)
 _MANY = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
 def _distances(row_ptr, at, vocab, top, temperature):
-    """How far scaled logits are behind the largest, as the bits of fp32 numbers ≥ 0.
+    """Distances of scaled logits from the largest, as the bits of fp32 numbers ≥ 0.
 
     Bits of such numbers are ordered as the numbers are. NaN and what lies past the vocabulary is
     infinitely far.
@@ -69,7 +69,7 @@ def _keep_likeliest(row_ptr, vocab, top, temperature, top_k, BLOCK: tl.constexpr
     while low < high:
         middle = low + (high - low) // 2
         count, _, last, beyond = _tokens_within(row_ptr, vocab, top, temperature, middle, BLOCK)
-        # What is looked for is the distance of a token: the next one on either side.
+        # The result is the distance of some token, so jump to the nearest token's on either side.
         if count >= top_k:
             high = last
         else:
@@ -80,11 +80,11 @@ def _keep_likeliest(row_ptr, vocab, top, temperature, top_k, BLOCK: tl.constexpr
 
 @triton.jit
 def _keep_mass(row_ptr, vocab, top, temperature, top_p, limit, ties, BLOCK: tl.constexpr):
-    """As ``_keep_likeliest``, for the fewest of the kept tokens with ``top_p`` of their mass."""
+    """Like ``_keep_likeliest``, for the fewest kept tokens that have ``top_p`` of their mass."""
     _, nearer, _, _ = _tokens_within(row_ptr, vocab, top, temperature, limit - 1, BLOCK)
     count, mass, _, _ = _tokens_within(row_ptr, vocab, top, temperature, limit, BLOCK)
     weight = tl.exp(-limit.to(tl.float32, bitcast=True))
-    # Where ties were cut, the mass of those that were kept.
+    # Where ties were cut, count only the mass of the kept ones.
     mass = tl.where(ties < count, tl.minimum(mass, nearer + ties.to(tl.float32) * weight), mass)
     wanted = top_p * mass
     low = tl.full((), 0, dtype=tl.int32)
@@ -99,7 +99,7 @@ def _keep_mass(row_ptr, vocab, top, temperature, top_p, limit, ties, BLOCK: tl.c
     _, nearer, _, _ = _tokens_within(row_ptr, vocab, top, temperature, low - 1, BLOCK)
     weight = tl.exp(-low.to(tl.float32, bitcast=True))
     needed = tl.maximum(tl.ceil((wanted - nearer) / weight), 1.0)
-    # Far more than there are tokens, and still an int.
+    # Limit to far more than there are tokens, which still fits an int.
     needed = tl.minimum(needed, 1e9).to(tl.int32)
     return low, tl.where(low == limit, tl.minimum(needed, ties), needed)
 
@@ -126,7 +126,7 @@ def _draw(row_ptr, vocab, top, temperature, limit, ties, uniform, winner, BLOCK:
     running = tl.full((), 0.0, dtype=tl.float32)
     seen = tl.full((), 0, dtype=tl.int32)
     is_open = tl.full((), 1, dtype=tl.int32)
-    # Rounding may leave the end of the mass short of what is wanted: the last token with mass.
+    # Rounding may leave the total short of the wanted mass; then take the last token with mass.
     token = winner
     for start in range(0, vocab, BLOCK):
         at = start + tl.arange(0, BLOCK)

@@ -71,9 +71,8 @@ def row_gelu(x: torch.Tensor) -> torch.Tensor:
     return torch.div(wide, row_exp_(y).add_(1.0)).to(x.dtype)
 
 
-# ``c · tanh(x / c)``, which holds scores and logits within ±c; bits do not depend on the batch.
-#
-# By the exponential of ``exp.py`` and operations that are exact to the last bit.
+# ``c · tanh(x / c)``, which keeps scores and logits within ±c; its bits do not depend on the batch.
+# It uses the exponential of ``exp.py`` and operations that are exact to the last bit.
 
 
 def row_softcap_(x: torch.Tensor, cap: float) -> torch.Tensor:
@@ -83,9 +82,8 @@ def row_softcap_(x: torch.Tensor, cap: float) -> torch.Tensor:
     return torch.div(-2.0 * cap, x, out=x).add_(cap)
 
 
-# The gate of gpt-oss, whose bits do not depend on the batch; see ``kernels/activations.py``.
-#
-# The exponential of ``exp.py``, and operations that are exact to the last bit.
+# The gate of gpt-oss, see ``kernels/activations.py``; its bits do not depend on the batch. It uses
+# the exponential of ``exp.py`` and operations that are exact to the last bit.
 
 
 def row_clamped_swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
@@ -99,7 +97,7 @@ def row_clamped_swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> tor
     return gate.mul_(up).to(gate_up.dtype)
 
 
-# ``log softmax`` over a vocabulary, the bits of a row the same in any batch.
+# Log softmax over a vocabulary; the bits of a row are the same in any batch.
 
 
 def row_log_softmax(x: torch.Tensor) -> torch.Tensor:

@@ -26,14 +26,14 @@ from turret.kernels.rows.trial import (
     size_formulations,
 )
 
-# Columns of one library product where a weight's shape changes from step to step.
+# Columns of one library product, for weights whose shape changes from step to step.
 _COLUMNS = 64
 # Rows of one library product on other devices, where the algorithm is chosen by the shape.
 PIECE_ROWS = 64
-# A weight with more elements than this is tried with fewer rows, in smaller calls: it takes time.
+# Trials of a weight with more elements than this use fewer rows and smaller calls, to save time.
 _LARGE_WEIGHT, _LARGE_WEIGHT_ROWS, _LARGE_WEIGHT_SAMPLE = 1 << 22, 64, 8
-# The longest reduction of ``row_addmm_``: a library's product has this length whatever is in it.
-# Longer ones are cut into blocks by the libraries, and zeros would move what is in a block.
+# Length of every library product in ``row_addmm_``, and so its longest reduction. Libraries cut
+# longer reductions into blocks, and zeros would change which terms share a block.
 _MAX_REDUCTION = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 128}
 
 
@@ -83,7 +83,7 @@ def linear_in_pieces(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _addmm_in_pieces(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``y + v b``, as ``linear_in_pieces``; rounded once."""
+    """``y + v b`` computed like ``linear_in_pieces``, with one rounding."""
     missing = -v.shape[0] % PIECE_ROWS
     rows, factors = (F.pad(t, (0, 0, 0, missing)).split(PIECE_ROWS) for t in (y, v))
     pieces = [torch.addmm(r, f, b) for r, f in zip(rows, factors, strict=True)]
@@ -153,7 +153,7 @@ def _prepare(weight: torch.Tensor) -> Formulation:
 
 
 def _linears(largest: int = LARGEST) -> list[Formulation]:
-    """Calls ``(x, weight)``."""
+    """Candidate functions of ``(x, weight)``."""
 
     def of(sizes: Formulation) -> Formulation:
         return Formulation(
@@ -167,7 +167,7 @@ def _linears(largest: int = LARGEST) -> list[Formulation]:
 
 
 def _prepare_tile(dtype: torch.dtype, in_features: int) -> Formulation:
-    """The same for ``_COLUMNS`` columns whose places among each other must not matter."""
+    """Choose how to multiply by ``_COLUMNS`` columns whose order must not matter."""
 
     def holds(formulation: Formulation) -> bool:
         x, weight = cancelling(SAMPLE_ROWS, _COLUMNS, in_features, dtype)
@@ -191,7 +191,7 @@ def _prepare_tile(dtype: torch.dtype, in_features: int) -> Formulation:
 
 
 def _prepare_update(dtype: torch.dtype, out_features: int) -> Formulation:
-    """How ``[rows, max_reduction] [max_reduction, out_features]`` is multiplied, fp32 result."""
+    """Choose how to multiply ``[rows, max_reduction] [max_reduction, out_features]`` to fp32."""
 
     def of(sizes: Formulation) -> Formulation:
         def call(v: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -214,7 +214,7 @@ def _keeps_zeros(formulation: Formulation, dtype: torch.dtype, out_features: int
     span = max_reduction(dtype)
     generator = torch.Generator().manual_seed(span)
     part = torch.randn(8, out_features, generator=generator)
-    # Pairs of eight ranks cancel, wherever a row's ranks begin.
+    # Consecutive groups of eight ranks cancel, wherever a row's ranks begin.
     b = torch.cat([part if i % 2 else -part for i in range(span // 8)]).to(dtype)
     for rank in (16, 32, 96, span):
         own = torch.randn(SAMPLE_ROWS, 8, generator=generator).to(dtype).repeat(1, rank // 8)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-# fp32 elements of the temporary, per piece of rows: 4 MiB stay in cache.
+# Size of the fp32 temporary of one piece of rows, in elements: 4 MiB stay in the cache.
 _PIECE_ELEMENTS = 1 << 20
 
 

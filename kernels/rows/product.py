@@ -43,7 +43,7 @@ def row_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def _in_pieces(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """A library chooses its algorithm by the shape, so that is always the same."""
+    """Compute in pieces of one shape, since a library chooses its algorithm by the shape."""
     num_rows, m, _ = x.shape
     if w.dim() == 2:
         return linear_in_pieces(x.reshape(num_rows * m, -1), w).view(num_rows, m, -1)

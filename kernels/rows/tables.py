@@ -19,13 +19,13 @@ from turret.kernels.rows.trial import Formulation, Sizes, cancelling, choose
 
 ROWS = 4
 COLUMNS = 16
-# Matrices in one library call, and rows of each.
+# Numbers of matrices in one library call, and numbers of rows of each.
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _ROW_SIZES = (4, 16, 64)
 
 
 def padded(size: int, multiple: int) -> int:
-    """The next multiple."""
+    """``size`` rounded up to a multiple."""
     return -(-size // multiple) * multiple
 
 
@@ -47,7 +47,7 @@ def table_product(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 def prepare_products(k: int, n: int, device: torch.device) -> None:
-    """Have products with tables ``[…, k, n]`` tried now, where that has to be done."""
+    """Try products with tables ``[…, k, n]`` now instead of during a request, where needed."""
     if device.type == "cpu" and not has_kernels(device):
         _prepare(k, n)
 
@@ -72,7 +72,7 @@ def _prepare(k: int, n: int) -> Formulation:
 
 
 def _formulations() -> Sequence[Formulation]:
-    """Calls ``(x, table)``."""
+    """Candidate functions of ``(x, table)``."""
 
     def of(name: str, batches: Sizes, rows: Sizes) -> Formulation:
         return Formulation(name, lambda x, table: _in_calls(x, table, batches, rows))
@@ -101,7 +101,7 @@ def _in_calls(x: torch.Tensor, table: torch.Tensor, batches: Sizes, rows: Sizes)
 
 
 def _calls(total: int, sizes: Sizes) -> list[tuple[int, int, int]]:
-    """Where each call begins, its size and how much of that is there."""
+    """Begin, size and number of real entries of each call."""
     found, start = [], 0
     while start < total:
         size = max((s for s in sizes if s <= total - start), default=sizes[0])
@@ -111,7 +111,7 @@ def _calls(total: int, sizes: Sizes) -> list[tuple[int, int, int]]:
 
 
 def _filled(x: torch.Tensor, size: int, axis: int) -> torch.Tensor:
-    """With zeros up to a size."""
+    """Fill with zeros up to a size."""
     more = size - x.shape[axis]
     return F.pad(x, (*(0, 0) * (x.dim() - 1 - axis), 0, more)) if more > 0 else x
 

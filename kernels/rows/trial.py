@@ -27,9 +27,9 @@ Compute = Callable[[torch.Tensor], torch.Tensor]
 Sizes = tuple[int, ...]
 
 SAMPLE_ROWS = 64
-# Rows of the largest call.
+# Number of rows of the largest call.
 LARGEST = 512
-# Numbers of rows: powers of two from 1, 4, 16 or 64 on; 16, 64, or 1 alone.
+# Sets of row counts: powers of two from 1, 4, 16 or 64 on; 16, 64, or 1 alone.
 _SETS: tuple[Sizes, ...] = (
     *(tuple(s for k in range(10) if (s := 1 << k) >= least) for least in (1, 4, 16, 64)),
     (16,),
@@ -54,7 +54,7 @@ def forget_choices() -> None:
 
 
 def choices() -> dict[str, str]:
-    """Operation → how it is computed; several where shapes differ. Of this process so far."""
+    """How each operation is computed in this process so far; several entries if shapes differ."""
     found: dict[str, set[str]] = {}
     for key, formulation in _choices.items():
         assert isinstance(key, tuple)
@@ -111,12 +111,12 @@ def by_rows(
 
 
 def most_sizes(largest: int = LARGEST) -> Sizes:
-    """Numbers of rows that hold every call there is up to a size, and some that are filled up."""
+    """Row counts that cover every call up to a size, and some that need padding."""
     return (*(1 << k for k in range(largest.bit_length())), 3, 7)
 
 
 def size_formulations(largest: int = LARGEST) -> list[Formulation]:
-    """Calls ``(compute, x)`` by sets of sizes. The last is one row at a time: always one call."""
+    """Candidates ``(compute, x)``, one per set of sizes. The last computes one row at a time."""
 
     def of(sizes: Sizes) -> Formulation:
         few = tuple(size for size in sizes if size <= largest)
@@ -132,14 +132,14 @@ def _name(sizes: Sizes) -> str:
 
 
 def in_sizes(compute: Compute, x: torch.Tensor, sizes: Sizes) -> torch.Tensor:
-    """Compute in calls of these numbers of rows, rising, the last call filled up with zeros."""
+    """Compute in calls with these row counts, ascending; the last call is padded with zeros."""
     parts, start, num_rows = [], 0, x.shape[0]
     if num_rows == 0:
         return compute(x)
     while start < num_rows:
         left = num_rows - start
         size = max((s for s in sizes if s <= left), default=sizes[0])
-        # A copy where it is a part: a library may go by where a row lies in memory.
+        # Copy a part, because a library's algorithm may depend on where a row lies in memory.
         part = x if size == num_rows else x[start : start + size].clone()
         missing = size - part.shape[0]
         if missing > 0:
@@ -150,7 +150,7 @@ def in_sizes(compute: Compute, x: torch.Tensor, sizes: Sizes) -> torch.Tensor:
 
 
 def keeps_rows(compute: Compute, rows: torch.Tensor, counts: Sizes) -> bool:
-    """Whether each row has the bits that it has alone, in these numbers of rows, at any place."""
+    """Whether rows have the same bits in these numbers and at any place as alone."""
     total = rows.shape[0]
     alone = torch.cat([compute(rows[i : i + 1].clone()) for i in range(total)])
     for count in counts:

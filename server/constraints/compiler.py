@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 # A compiled constraint, shared by all requests that ask for it.
 
-# Copies of a matcher share the states of one lexer, which only become more. After so much processor
-# time spent on following it (thousands of ordinary answers) a constraint begins with a new one.
+# Copies of a matcher share one lexer's states, which are never freed. After a constraint has used
+# this much processor time (thousands of ordinary answers), it starts with a new lexer.
 RENEW_SECONDS = 0.5
-# About what an answer's place in the grammar takes, what is shared with others left out.
+# Approximate memory of one answer's position in the grammar, without what it shares with others.
 MATCHER_BYTES = 64 << 10
 
 
@@ -62,10 +62,10 @@ class Constraint:
             self._renew()
         return Matcher(self, self._alphabet)
 
-    # For matchers.
+    # Methods for matchers.
 
     def copy(self, *, forces: bool) -> LLMatcher:
-        """One at the beginning, with the newest lexer.
+        """Return a matcher at the beginning of an answer, with the newest lexer.
 
         Args:
             forces: Whether the tokens of a text that must come are those that the tokenizer makes
@@ -73,12 +73,12 @@ class Constraint:
         """
         found = self._prototypes.get(forces)
         if found is None:
-            # Few answers need it: it is made when the first one does.
+            # Few answers need this form, so it is made when the first one does.
             found = self._prototypes[forces] = self._make(forces=forces)
         return found.deep_copy()
 
     def renewed(self, *, forces: bool) -> LLMatcher:
-        """One at the beginning, with a lexer that nobody has used."""
+        """Return a matcher at the beginning of an answer, with a fresh lexer."""
         self._renew()
         return self.copy(forces=forces)
 
@@ -117,21 +117,21 @@ class KeptConstraints:
         return next(self._owners)
 
     def find(self, owner: int, digest: bytes) -> Constraint | None:
-        """A compiled form; it counts as asked for."""
+        """Find a compiled form and mark it as the one used last."""
         found = self._kept.get((owner, digest))
         if found is not None:
             self._kept.move_to_end((owner, digest))
         return found
 
     def keep(self, owner: int, digest: bytes, constraint: Constraint) -> None:
-        """Keep one that is not there, in place of those that nobody asked for the longest."""
+        """Keep a new compiled form; drop those that were not used for the longest time."""
         self._kept[owner, digest] = constraint
         self.num_bytes += constraint.num_bytes
         while len(self._kept) > MAX_CACHED or self.num_bytes > MAX_CACHED_BYTES:
             self._drop(next(iter(self._kept)))
 
     def forget(self, owner: int) -> None:
-        """Drop all of one vocabulary."""
+        """Drop all compiled forms of one vocabulary."""
         for key in [key for key in self._kept if key[0] == owner]:
             self._drop(key)
 
@@ -142,10 +142,11 @@ class KeptConstraints:
 NUM_THREADS = 2
 # Compiled or waited for, at a time.
 MAX_RUNNING = 64
-# The worst that the limits below let through took half a second here.
+# The slowest constraint within the limits below took half a second to compile here.
 COMPILE_SECONDS = 20.0
 _RETRY_SECONDS = 1.0
-# About what a compiled constraint takes: measured up to 9 MB for a schema of 90,000 characters.
+# Approximate size of a compiled constraint: up to 9 MB was measured for a schema of 90,000
+# characters.
 _FIXED_BYTES, _CHAR_BYTES = 1 << 20, 128
 # Token slices: where every token that matches one of these is allowed, llguidance allows them
 # together instead of one by one. An expression with a count, such as [a-z ]{1,500}, has a state per
@@ -157,13 +158,13 @@ _Followable = tuple[LLTokenizer, Alphabet]
 
 
 class TokenSource(Protocol):
-    """What is needed of the tokenizer."""
+    """What the compiler needs of a tokenizer."""
 
     eos_token_ids: frozenset[int]
     vocab_size: int
 
     def serialized(self) -> str:
-        """As ``tokenizer.json`` holds it."""
+        """The tokenizer in the format of ``tokenizer.json``."""
         ...
 
 
@@ -217,7 +218,8 @@ class ConstraintCompiler:
             self._running[key] = future
             future.add_done_callback(functools.partial(self._keep, key))
         try:
-            # Shielded: others may wait for it, and the next one to ask will find it.
+            # Shield the compilation: other requests may wait for it, and later ones find its
+            # result.
             async with asyncio.timeout(COMPILE_SECONDS):
                 return await asyncio.shield(future)
         except TimeoutError:
@@ -231,7 +233,7 @@ class ConstraintCompiler:
             return
         self.kept.keep(self._owner, key, future.result())
 
-    # On the threads.
+    # The methods below run on the compiler's threads.
 
     @PANICS_ARE_ERRORS
     def _compile(self, spec: ConstraintSpec) -> Constraint:
@@ -251,7 +253,7 @@ class ConstraintCompiler:
 
         num_bytes = _FIXED_BYTES + _CHAR_BYTES * spec.num_chars
         constraint = Constraint(make, alphabet, num_bytes)
-        # A grammar that nothing matches, or too wide to begin with, shows at its first token.
+        # A grammar that matches nothing, or that is too wide at its start, fails at its first mask.
         try:
             constraint.matcher().mask()
         except BudgetExceededError as error:
@@ -259,7 +261,7 @@ class ConstraintCompiler:
         return constraint
 
     def _tokenizer(self) -> _Followable | InvalidRequestError:
-        """The tokenizer as llguidance has it, or why there is none."""
+        """The tokenizer for llguidance, or the reason why llguidance cannot use it."""
         with self._lock:
             if self._native is None:
                 self._native = self._read_tokenizer()

@@ -1,4 +1,4 @@
-"""From a constraint to the grammar that llguidance reads."""
+"""Turns a constraint into the grammar that llguidance reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from turret.server.constraints.spec import ConstraintSpec
 from turret.server.errors import InvalidRequestError
 
-# Finds where in a JSON schema something is that llguidance refuses: it names the thing alone.
+# Finds the places in a JSON schema that llguidance rejects: its message contains only the keyword.
 
 # Keywords that hold a schema, a list of schemas, or schemas by name.
 _ONE = frozenset(
@@ -27,7 +27,7 @@ _Finder = Callable[[str, Any], bool]
 
 
 def schema_faults(schema: dict[str, Any], why: str) -> list[tuple[str, str]]:
-    """Where the complaint ``why`` about a schema comes from.
+    """Find the places in a schema that llguidance's message ``why`` is about.
 
     Returns:
         Paths within the schema (``.properties.tags.uniqueItems``) and what is wrong with each; none
@@ -112,15 +112,15 @@ _JSON_OPTIONS: Any = {
 }
 _ANY_OBJECT = '{"type":"object"}'
 _META = re.compile(r"([\\.+*?()|\[\]{}^$#&~/-])")
-# A grammar beside another one that is set for both.
+# A second grammar beside the constraint's own; its option applies to both.
 _UNFORCED = {"name": "unforced", "lark_grammar": '%llguidance {"no_forcing": true}\nstart: "x"'}
-# A rule of a grammar in Lark, on a line of its own, that is JSON of a schema.
+# Matches a rule of a Lark grammar, on one line, whose body is a JSON schema.
 _SCHEMA_RULE = re.compile(r"(?m)^\s*(\w+)\s*:\s*%json (\{.*\})\s*$")
 # Extracts the regex error from llguidance's message, which quotes the grammar around it.
 _REGEX_FAULT = re.compile(
     r"\nerror: (.+)|\(in regex\): (?!regex parse error)(.+?)(?: in regex|\n|$)"
 )
-# A complaint repeats the grammar that it is about.
+# llguidance's messages repeat the whole grammar, so they are cut to this length.
 MAX_FAULT_CHARS = 300
 
 
@@ -147,13 +147,13 @@ def grammar_of(spec: ConstraintSpec) -> str:
     try:
         return LLMatcher.grammar_from_lark(any_to_lark(spec.texts[0]))
     except Exception as error:
-        # A parser of its own, in Python, which raises what it likes.
+        # llguidance's converter is written in Python and may raise any exception.
         why = f"is neither Lark nor GBNF: {shortened(str(error))}"
         raise InvalidRequestError.of("grammar", why) from None
 
 
 def unforced(grammar: str) -> str:
-    """The same grammar, for which any tokens that spell a text that must come may come."""
+    """The same grammar, but forced text may be spelled with any tokens."""
     grammars: list[dict[str, Any]]
     try:
         grammars = json.loads(grammar)["grammars"]
@@ -184,7 +184,7 @@ def shortened(text: str) -> str:
 
 
 def _rule_faults(text: str, why: str) -> list[tuple[str, str]]:
-    """As ``schema_faults``, of the rules that are a schema; the rule's name begins the path."""
+    """``schema_faults`` for each rule that is a schema; paths begin with the rule's name."""
     faults: list[tuple[str, str]] = []
     for rule, schema in _SCHEMA_RULE.findall(text):
         try:
@@ -203,6 +203,6 @@ def _schema_grammar(text: str) -> str:
         if not isinstance(schema, dict):
             raise InvalidRequestError.of("json_schema", "must be an object")
         return LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
-    # llguidance refuses some of what Python reads, such as NaN.
+    # Python parses some input that llguidance rejects, such as NaN.
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError.of("json_schema", f"is no JSON: {error}") from None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 
-# What is known of a tokenizer's tokens, whatever the constraint.
+# Facts about a tokenizer's tokens that do not depend on the constraint.
 
 Words = np.ndarray[tuple[int], np.dtype[np.int32]]
 
@@ -64,7 +64,7 @@ class Alphabet:
 
 
 def alphabet_of(native: LLTokenizer, num_drawable: int) -> Alphabet:
-    """Of a tokenizer, which is read token by token: 25 ms for 50,000."""
+    """Make the alphabet of a tokenizer by reading each token: 25 ms for 50,000 tokens."""
     texts = [
         b"" if native.is_special_token(token) else native.decode_bytes([token])
         for token in range(native.vocab_size)
@@ -73,7 +73,7 @@ def alphabet_of(native: LLTokenizer, num_drawable: int) -> Alphabet:
 
 
 def words_of(token_ids: Iterable[int], num_words: int) -> Words:
-    """``[num_words]`` int32 with the bits of some tokens; those beyond have none."""
+    """``[num_words]`` int32 with the bits of these tokens set; tokens past the end are ignored."""
     bits = np.zeros(32 * num_words, dtype=np.uint8)
     bits[[token for token in token_ids if token < 32 * num_words]] = 1
     return np.packbits(bits, bitorder="little").view(np.int32)
@@ -93,7 +93,8 @@ _lock = threading.Lock()
 
 def start_roomy(thread: threading.Thread) -> None:
     """Start a thread with a stack of ``STACK_BYTES``."""
-    # The size is the process's: a thread that others start meanwhile has room too.
+    # The stack size is a setting of the whole process: a thread started meanwhile elsewhere gets it
+    # too.
     with _lock:
         before = threading.stack_size(STACK_BYTES)
         try:
@@ -108,7 +109,8 @@ def roomy_executor(
     """An executor whose threads, all of them started, have stacks of ``STACK_BYTES``."""
     executor = ThreadPoolExecutor(num_threads, name, initializer=initializer)
     together = threading.Barrier(num_threads + 1)
-    # The size is the process's: a thread that others start meanwhile has room too.
+    # The stack size is a setting of the whole process: a thread started meanwhile elsewhere gets it
+    # too.
     with _lock:
         before = threading.stack_size(STACK_BYTES)
         try:
@@ -120,8 +122,8 @@ def roomy_executor(
     return executor
 
 
-# Processor time that the masks of one answer may take: at first, and for each token. Ordinary
-# grammars take 0.1 ms a token; a literal of 65536 characters takes 40.
+# Processor time that one answer's masks may take: an initial amount, and more for each token.
+# Ordinary grammars take 0.1 ms a token; a literal of 65,536 characters takes 40 ms.
 _FIRST_SECONDS = 2.0
 _TOKEN_SECONDS = 0.005
 # llguidance's message when the lexer that all matchers of a constraint share is full.
@@ -129,7 +131,7 @@ _LEXER_FULL = "too many states"
 
 
 class Source(Protocol):
-    """Where a matcher comes from (``Constraint``)."""
+    """What a matcher is made from (``Constraint``)."""
 
     def copy(self, *, forces: bool) -> LLMatcher: ...
     def renewed(self, *, forces: bool) -> LLMatcher: ...
@@ -229,7 +231,7 @@ class Matcher:
 
         self._follow(fill, again=fill)
         self._check_time()
-        # llguidance has an error for a mask of nothing.
+        # llguidance raises an error where a mask would be empty.
         if not self._alphabet.keep_drawable(words):
             raise BudgetExceededError("no token of the model can go on with the constraint")
         return without(words, withheld)
@@ -249,8 +251,8 @@ class Matcher:
             self._alphabet.is_drawable(token) and self._native.validate_tokens([token])
         ):
             return token
-        # A text that happens to be a special token's name: the tokenizer makes that token of it,
-        # which means something else, and which the grammar has not got. Or one without logits.
+        # The text happens to be a special token's name, which the tokenizer turns into that token.
+        # That token means something else and is not in the grammar, or it has no logit.
         self._forces = False
         self._native = self._source.copy(forces=False)
         self._native.consume_tokens(self._tokens)
@@ -280,7 +282,7 @@ class Matcher:
 def without(words: Words, withheld: Collection[int]) -> Words:
     """A mask without some tokens, unless nothing would be left of it."""
     size = 32 * words.shape[0]
-    # Most masks have none of them.
+    # Common case: the mask contains none of the withheld tokens.
     present = [t for t in withheld if t < size and words[t >> 5] >> (t & 31) & 1]
     if not present:
         return words

@@ -1,4 +1,4 @@
-"""What a client asks an answer to match, before it is compiled."""
+"""The constraint that a client asks for, before it is compiled."""
 
 from __future__ import annotations
 

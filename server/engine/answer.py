@@ -25,7 +25,7 @@ from turret.server.engine.stream import Stream
 
 
 def uses_of(mix: Mix, cold: HostResult | None) -> tuple[AdapterUse, ...]:
-    """How a request's adapters were used; ``cold`` tells which were read for it."""
+    """How a request's adapters were used; ``cold`` lists those that were read for it."""
     seconds = {} if cold is None else cold.load_seconds
     return tuple(
         AdapterUse(
@@ -124,7 +124,7 @@ class Answer:
         return output, ended, by
 
     def of_prompt(self, pooled: array[float] | None) -> Output:
-        """What a request that generates nothing gets, once its prompt is computed."""
+        """The answer to a request that generates nothing, once its prompt is computed."""
         sequence = self.sequence
         head = sequence.mix.head if sequence.request.classifies else None
         return Output(prompt_logprobs=self._take_prompt_logprobs(), pooled=pooled, head=head)

@@ -72,7 +72,7 @@ class Detokenizer:
 
 
 class AnswerText:
-    """Turns tokens into text that is final, and says which of them ends the answer.
+    """Turns tokens into final text and reports which token ends the answer.
 
     Args:
         stream: Decodes token by token.

@@ -38,7 +38,7 @@ from turret.server.errors import (
 )
 
 _RETRY_SECONDS = 1.0
-# More than these take over a millisecond to turn into text, and leave the event loop.
+# Converting more tokens than this to text takes over a millisecond, so it leaves the event loop.
 _INLINE_TOKENS = 128
 
 
@@ -193,7 +193,7 @@ class Engine:
         if self._draining or self._thread is None or self.is_dead:
             raise UnavailableError("the server is shutting down")
         waiting = BaseChange(change)
-        # Wakes the loop, which may have nothing else to do.
+        # Wake the engine's loop, which may be idle.
         waiting.outcome.add_done_callback(lambda _: self._loop.post(lambda: None))
         self._loop.post(lambda: self._loop.change_base(waiting))
         return waiting.outcome
@@ -234,13 +234,13 @@ class Engine:
         )
 
     def _make_drafter(self, sequence: Sequence, max_tokens: int) -> Drafter | None:
-        """Who guesses how its answer goes on; None where nobody may."""
+        """Make the sequence's drafter, or None if the request cannot use drafts."""
         request = sequence.request
-        # A mask is that of the next token alone.
+        # A constraint's mask covers only the next token, so drafts could not be checked.
         if not self._speculates or not request.generates or request.constraint is not None:
             return None
         if sequence.guide is not None:
-            # A row of it is two.
+            # A guided sequence computes two rows per token, so drafts would double the cost.
             return None
         stop = request.stop
         return Drafter(
@@ -254,11 +254,11 @@ class Engine:
         )
 
     def _text_of(self, request: Request) -> Text:
-        """The tokenizer that its tokens are of."""
+        """The tokenizer of the request's tokens: the adapter's own, or the base's."""
         return self._text if request.own_text is None else request.own_text.text
 
     async def _begin_text(self, request: Request) -> AnswerText:
-        """The answer's text, with what was answered before taken in."""
+        """Start the answer's text, including the answer so far that the request carries."""
         own = self._text_of(request)
         text = AnswerText(
             own.stream(request.options.call_marks, request.options.said_only),
@@ -306,7 +306,7 @@ class Engine:
             ("sampling.logit_bias", request.sampling.logit_bias),
             ("stop.stop_token_ids", request.stop.stop_token_ids),
         ):
-            # A pass each in C; a prompt may have a hundred thousand.
+            # min and max run in C; a prompt may have a hundred thousand tokens.
             low, high = min(ids, default=0), max(ids, default=0)
             if low < 0 or high >= size:
                 wrong = low if low < 0 else high
@@ -331,7 +331,8 @@ class Engine:
             raise PromptTooLongError(
                 f"{said}; {remedy}",
                 metadata={"prompt_tokens": str(prompt), "max_model_len": str(limit)},
-                # The message's own words: who prints both says nothing twice.
+                # Repeat the message's own words, so that a client that prints both adds nothing
+                # new.
                 violations=[("input", said)],
             )
         return limit - prompt if wanted is None else wanted
@@ -364,7 +365,7 @@ class Engine:
         if self._num_open == 0:
             self._idle.set()
 
-    # On the engine thread.
+    # The methods below run on the engine thread.
 
     def _run(self) -> None:
         with self._on_thread():

@@ -75,21 +75,21 @@ class EngineLoop:
         self._with_deadline: set[Answer] = set()
         self._ready: set[Sequence] = set()
         self._cold: dict[Sequence, HostResult] = {}
-        # One writer each: the submitting thread and the engine thread.
+        # Each counter has one writer: the submitting thread and the engine thread.
         self._num_submitted = self._num_taken = 0
         self._has_work = False
         self._stopping = False
         self._change: BaseChange | None = None
 
-    # Callable from any thread, but for ``submit``.
+    # Callable from any thread, except ``submit``.
 
     def post(self, command: Callable[[], None]) -> None:
-        """Have the engine thread run a command between two steps."""
+        """Post a command for the engine thread to run between two steps."""
         self._inbox.put(command)
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait, those not yet seen included."""
+        """Number of waiting requests, including those that the loop has not read yet."""
         return len(self._scheduler.waiting) + self._num_submitted - self._num_taken
 
     def submit(self, answer: Answer) -> None:
@@ -102,7 +102,7 @@ class EngineLoop:
         self._num_submitted += 1
         self.post(take)
 
-    # Commands: post them.
+    # Commands, which other threads post.
 
     def add(self, answer: Answer) -> None:
         """Take in a request."""
@@ -176,12 +176,12 @@ class EngineLoop:
         # BaseException includes panics of Rust libraries. If this thread died silently, callers
         # would wait forever.
         except BaseException:
-            # Whatever state the device is in, limping on would risk wrong answers.
+            # The device's state is unknown, and continuing could give wrong answers.
             _log.exception("the engine failed")
             self._die()
 
     def run_leftovers(self) -> None:
-        """After ``run`` has ended: answer what was posted too late for it."""
+        """Answer what was posted after ``run`` ended."""
         while not self._inbox.empty():
             self._inbox.get_nowait()()
         self._flush()
@@ -214,7 +214,7 @@ class EngineLoop:
             command()
 
     def _try_change(self) -> None:
-        """Make the change that waits for running requests, if the last of them has ended."""
+        """Make the pending change of the base if no request runs any more."""
         change = self._change
         if change is None or not (change.is_withdrawn or self._scheduler.is_drained):
             return
@@ -239,7 +239,7 @@ class EngineLoop:
             self._change = None
 
     def _await_adapters(self, answer: Answer) -> None:
-        """Have a request start once its adapters are resident, which they may be already."""
+        """Let a request start once its adapters are resident, which may be now."""
         sequence = answer.sequence
         if sequence.mix.ensure_host(
             lambda result: self._inbox.put(lambda: self._loaded(sequence, result))
@@ -315,11 +315,11 @@ class EngineLoop:
             self._fail(answer, result.error)
             return
         self._cold[sequence] = result
-        # Asked again: the base may have changed meanwhile, and an adapter gone with it.
+        # Check again: the base may have changed meanwhile, and an adapter may be gone.
         self._guard(answer, lambda: self._await_adapters(answer))
 
     def _make_ready(self, answer: Answer) -> None:
-        """Its adapters are in host memory: let it run, unless the device could never hold them."""
+        """Let a request run whose adapters are in host memory, unless they can never fit."""
         refusal = self._runner.refusal(answer.sequence)
         if refusal is None:
             self._ready.add(answer.sequence)
@@ -333,7 +333,7 @@ class EngineLoop:
                 self._cut(answer, FinishReason.DEADLINE, now)
 
     def _guard(self, answer: Answer, work: Callable[[], None]) -> None:
-        """Do what concerns one request alone: if it fails, that request ends and no other.
+        """Run an action for one request: if it fails, only that request ends.
 
         What concerns several (scheduling, a step) is not guarded: after a fault there nobody's
         state can be trusted.

@@ -1,4 +1,4 @@
-"""What the metrics are told of the engine's steps."""
+"""Reports the engine's steps to the metrics."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LoopObserver:
         self.state()
 
     def preempted(self, count: int) -> None:
-        """So many sequences gave up their blocks in one step."""
+        """Count the sequences that gave up their blocks in one step."""
         if count:
             self._metrics.preempted(count)
 
@@ -72,7 +72,7 @@ class LoopObserver:
         self.state()
 
     def state(self) -> None:
-        """What is there now: sequences, blocks, adapters in use, bytes of adapters."""
+        """Report the current sequences, blocks, adapters in use and bytes of adapters."""
         blocks = self._scheduler.blocks
         self._metrics.sequences(
             waiting=len(self._scheduler.waiting), running=len(self._scheduler.running)
@@ -99,7 +99,7 @@ class LoopObserver:
         )
 
     def adapter_bytes(self) -> None:
-        """What adapters take of the device's memory."""
+        """Report the device memory that adapters take."""
         self._metrics.adapter_bytes(device=self._runner.adapter_bytes)
 
 

@@ -1,4 +1,4 @@
-"""How often draft tokens were right, by how much text agreed with the place they come from."""
+"""Statistics of how often draft tokens were right, by how much of the text before them agreed."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
-# Before anything is known, by the number of tokens that agree. Experience with answers that extract
-# or format what is in their prompt; too high, and a few rows are lost until it is known better.
+# Initial probabilities by the number of agreeing tokens, from experience with answers that extract
+# or format parts of their prompt. If they are too high, a few rows are wasted until the averages
+# adapt.
 _PRIOR = (0.0, 0.15, 0.35, 0.5, 0.65, 0.75, 0.8, 0.85, 0.9)
 # Weight of a new observation in the exponential average.
 _RATE = 0.2
 # Upper bound of a probability: any answer may end.
 _MOST = 0.97
-# When drafts do not pay, one token is still tried every so many steps.
+# When drafts do not pay, one token is still tried each time this many drafts were skipped.
 _TRY_EVERY = 32
 
 
@@ -25,7 +26,7 @@ class Chances:
         self._passed_over = [0] * (MAX_MATCH + 1)
 
     def of(self, match: int) -> float:
-        """The chance that a draft token is right before which ``match`` tokens agree."""
+        """The chance that the token after ``match`` agreeing tokens is right."""
         return min(self._chances[min(match, MAX_MATCH)], _MOST)
 
     def pass_over(self, match: int) -> bool:
@@ -50,11 +51,11 @@ class Chances:
             self._chances[place] += _RATE * (found - self._chances[place])
 
 
-# Where in a growing text some tokens stood before.
+# Finds earlier occurrences of a text's last tokens.
 
-# Tokens that are compared with a place at most: more would tell nothing more.
+# Most tokens that are compared at one place: a longer match predicts no better.
 MAX_MATCH = 8
-# Places of one token that are compared, the latest first.
+# Most places of one token that are compared, the latest first.
 _MAX_PLACES = 16
 
 
@@ -80,7 +81,7 @@ class TextIndex:
         self._before = array("q")
 
     def read(self) -> None:
-        """Take in what the text has grown by."""
+        """Index the tokens that were added to the text."""
         tokens = self._tokens
         if len(tokens) - self._start > 2 * self._most:
             self._start = len(tokens) - self._most
@@ -89,7 +90,7 @@ class TextIndex:
         latest, before = self._latest, self._before
         if not before and len(tokens) > self._start:
             before.append(-1)
-        # A token is found by its follower: the text's last one is not there yet.
+        # An entry needs the token's follower, so the last token of the text is not indexed yet.
         for index in range(self._start + len(before), len(tokens)):
             token = tokens[index - 1]
             before.append(latest.get(token, -1))
@@ -123,13 +124,14 @@ class TextIndex:
         return best, longest
 
 
-# What a row costs beside a step: measured, since it differs by machine, model and compute path.
+# The cost of a row relative to a step is measured: it depends on machine, model and compute path.
 
-# Rows that take as long as what a step takes whatever its rows, before anything was measured: a
-# decode step reads all weights, and a CPU multiplies some rows meanwhile.
+# Initial guess of a step's fixed cost, in rows. A decode step reads all weights whatever its rows,
+# and a CPU multiplies some rows in that time.
 _FIRST = 7.0
 _LEAST_ROWS, _MOST_ROWS = 0.5, 64.0
-# Weight of a new step in the average, and the spread of rows that counts as much as the guess.
+# Weight of a new step in the average, and the spread of rows at which the measurements count as
+# much as the initial guess.
 _COST_RATE = 0.02
 _SPREAD = 1.0
 
@@ -153,7 +155,7 @@ class StepCost:
             self._is_first = False
             self._rows, self._seconds = float(num_rows), seconds
             return
-        # West (1979), with weights that fade.
+        # West's update formulas (1979), with weights that decay.
         more_rows, more_seconds = num_rows - self._rows, seconds - self._seconds
         self._rows += _COST_RATE * more_rows
         self._seconds += _COST_RATE * more_seconds
@@ -165,15 +167,15 @@ class StepCost:
     def _fit(self) -> None:
         if self._spread <= 0.0 or self._seconds <= 0.0:
             return
-        # Cost of a row by least squares. The first guess counts as observations of _SPREAD on the
-        # line through the mean that ``_FIRST`` gives.
+        # Least squares. The initial guess counts as observations of spread _SPREAD on the line
+        # through the mean that ``_FIRST`` gives.
         guess = self._seconds / (_FIRST + self._rows)
         each = (self._slope + _SPREAD * guess) / (self._spread + _SPREAD)
         fixed = _MOST_ROWS if each <= 0.0 else self._seconds / each - self._rows
         self.fixed_rows = min(max(fixed, _LEAST_ROWS), _MOST_ROWS)
 
 
-# What a draft token is worth beside what its row costs.
+# Weighs the expected gain of a draft token against the cost of its row.
 
 
 class StepValue:
@@ -197,17 +199,17 @@ class StepValue:
         return chance * self._time > self._tokens
 
     def add(self, chance: float) -> None:
-        """The step has a row more, for such a token."""
+        """Count one more row in the step, for such a token."""
         self._tokens += chance
         self._time += 1.0
 
 
-# What a mix of adapters has answered lately: the answers of an adapter resemble each other.
+# Remembers recent answers of a mix: answers of one adapter resemble each other.
 
-# Begins an answer; no token's id.
+# Marks the beginning of an answer; no token has this id.
 START = -1
-# The fewest tokens of earlier answers that a memory keeps, and the most memories: together a few
-# tens of megabytes, and a hundred if all their tokens differ.
+# Fewest tokens of earlier answers that a memory keeps, and most memories: together a few tens of
+# megabytes, or a hundred if all their tokens differ.
 _MAX_TOKENS = 4096
 _MAX_MEMORIES = 128
 
@@ -227,7 +229,7 @@ class MixMemory:
         self._index = TextIndex(self._tokens, most=_MAX_TOKENS)
 
     def find(self, answer: Sequence[int]) -> tuple[int, int]:
-        """As ``TextIndex.find``; ``answer`` begins with ``START``."""
+        """Like ``TextIndex.find``; ``answer`` begins with ``START``."""
         return self._index.find(answer)
 
     def after(self, place: int, count: int) -> list[int]:
@@ -251,7 +253,7 @@ class Memories:
         self._by_key: OrderedDict[Hashable, MixMemory] = OrderedDict()
 
     def of(self, key: Hashable) -> MixMemory:
-        """The memory of a key, which begins empty."""
+        """The memory for a key; a new one is empty."""
         found = self._by_key.get(key)
         if found is None:
             found = self._by_key[key] = MixMemory()
@@ -348,14 +350,14 @@ class Drafter:
         return tuple(draft)
 
     def learn(self, num_accepted: int) -> None:
-        """So many tokens of the last draft were right."""
+        """Learn how many tokens of the last draft were right."""
         if self._learns is not None:
             chances, match, num_draft = self._learns
             chances.learn(match, num_draft, num_accepted)
             self._learns = None
 
     def end(self, memory: MixMemory) -> None:
-        """The answer has ended: the mix's memory takes it in."""
+        """Add the ended answer to the mix's memory."""
         self._answer += self._tokens[self._prompt_end + len(self._answer) - 1 :]
         if len(self._answer) > 1:
             memory.add(self._answer)
@@ -373,15 +375,15 @@ class Drafter:
         return found
 
 
-# Drafts for a step: which sequences get how many tokens to check.
+# Plans the drafts of a step: which sequences get how many draft tokens.
 
-# Rows of a step, drafts included, beyond which nothing is guessed: its rows cost computing, and
-# every draft row makes logits of the whole vocabulary.
+# With more rows than this in a step, drafts included, no more drafts are added: large steps are
+# bound by computing, and every draft row computes logits of the whole vocabulary.
 _MAX_ROWS = 96
 
 
 class Speculation:
-    """What is known of costs and chances, for all sequences. Used by the engine thread alone.
+    """Knowledge of costs and chances, for all sequences. Used by the engine thread alone.
 
     Args:
         cost: Of a step's rows.
@@ -402,7 +404,7 @@ class Speculation:
         return StepPlan(self._memories, StepValue(num_rows, self._cost.fixed_rows), num_rows)
 
     def ended(self, drafter: Drafter) -> None:
-        """A sequence has run to its end."""
+        """Remember the answer of a sequence that ran to its end, if answers are remembered."""
         if self._remembers:
             drafter.end(self._memories.of(drafter.memory_key))
 
@@ -422,7 +424,7 @@ class StepPlan:
         self._num_rows = num_rows
 
     def draft(self, drafter: Drafter, most: int) -> tuple[int, ...]:
-        """At most so many tokens for the step to check for a sequence; often none."""
+        """Draft at most this many tokens for a sequence; often none."""
         most = min(most, _MAX_ROWS - self._num_rows)
         if most <= 0:
             return ()

@@ -99,7 +99,7 @@ class Stream:
         self._hold(num_bytes)
 
     def _let_go(self) -> None:
-        """Hold nothing any more, whatever still comes; not the request either."""
+        """Stop accounting for memory and release the request, whatever items still arrive."""
         self._hold(-self._held)
         self._held = 0
         self._own_bytes = 0

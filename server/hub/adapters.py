@@ -36,11 +36,11 @@ _NEEDED = (CONFIG_FILE, TENSORS_FILE)
 
 
 class _Stopped(Exception):
-    """Ends a download from within."""
+    """Raised to end a download from within."""
 
 
 class AdapterHub:
-    """What paths that begin with ``hub:`` stand for. Safe to use from several threads.
+    """Resolves paths that begin with ``hub:``. Safe to use from several threads.
 
     Args:
         allowed: Organisations and users whose adapters may be had; ``*`` is all of them, and
@@ -55,7 +55,7 @@ class AdapterHub:
 
     @property
     def root(self) -> Path | None:
-        """Where the files are; None where no adapter may be had."""
+        """The folder of the files; None if no adapter from the hub is allowed."""
         return cache_dir() if self._allowed else None
 
     def fetch(self, path: str) -> str:
@@ -89,7 +89,7 @@ class AdapterHub:
         return f"{HUB_SCHEME}{repository.id}"
 
     def check(self, path: str) -> Repository | None:
-        """Refuse what ``fetch`` would, before a byte of the weights comes.
+        """Refuse what ``fetch`` would refuse, before any weights are downloaded.
 
         Args:
             path: See ``fetch``.
@@ -111,7 +111,7 @@ class AdapterHub:
         return repository
 
     def find(self, path: str, repository: Repository | None) -> str | None:
-        """Where the files of ``path`` are below ``root``, if the cache has them; nobody is asked.
+        """The files of ``path`` below ``root``, if the cache has them; the hub is not asked.
 
         Args:
             path: One that ``check`` took.
@@ -135,7 +135,7 @@ class AdapterHub:
         repository = find_repository(hub_id, may_be_old=True)
         if TOKENIZER_FILE not in repository.files:
             return
-        # The largest last: where it is, all are.
+        # Fetch the largest file last: if it is in the cache, all of them are.
         names = [name for name in TOKENIZER_FILES if name in repository.files][::-1]
         size = sum(repository.files[name] for name in names)
         self._check_size(path, size)
@@ -187,8 +187,8 @@ class AdapterHub:
             finally:
                 self._places.release()
 
-        # A thread of its own: the library may hang where nothing can be raised, and then the
-        # caller goes, and the place stays taken until the library gives up.
+        # The library may hang where no exception can stop it. On a thread of its own, only the
+        # caller gives up, and the place stays taken until the library does.
         thread = threading.Thread(target=work, name=f"download {repository.id}", daemon=True)
         thread.start()
         thread.join(seconds)

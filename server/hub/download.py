@@ -86,15 +86,15 @@ def _fetch(hub_id: HubId, name: str, on_bytes: OnBytes) -> None:
     except OSError as error:
         if error.errno is not None:
             raise
-        # Other bytes than were announced.
+        # The bytes that arrived differ from what the hub announced.
         raise HubUnavailableError(f"{name} of {hub_id} did not arrive whole: {error}") from None
 
 
 def _bar(on_bytes: OnBytes) -> Any:
-    """What ``huggingface_hub`` takes for the class of a progress bar."""
+    """The class that ``huggingface_hub`` takes for its progress bars."""
 
     class Bar:
-        """Counts what is written to disk; that has more parts than what comes over the network."""
+        """Counts bytes written to disk, which are reported in finer steps than network traffic."""
 
         total: int | None = None
 

@@ -1,4 +1,4 @@
-"""What huggingface_hub raises, in words with a next step."""
+"""Turns the errors of huggingface_hub into messages with a next step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def refusal(hub_id: HubId, error: Exception) -> HubError | HubUnavailableError:
             f"{hub_id} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE keeps it"
             f" from being fetched; unset it, or bring the files there with hf download {name}"
         )
-    # A gated repository is one that is not found, by class.
+    # Check for this class first: it is a subclass of RepositoryNotFoundError.
     if isinstance(error, GatedRepoError):
         return HubError.about(
             hub_id, f"{name} is gated: accept its terms at {where}/{name}, then {_TOKEN}"
@@ -64,6 +64,6 @@ def refusal(hub_id: HubId, error: Exception) -> HubError | HubUnavailableError:
 
 
 def _without_password(url: str) -> str:
-    """A mirror's address as clients may see it, without who this machine is to it."""
+    """A mirror's address without the user name and password, as clients may see it."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

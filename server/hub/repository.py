@@ -20,7 +20,7 @@ from turret.server.hub.faults import refusal
 
 _log = logging.getLogger(__name__)
 
-# How long one question to the hub may take.
+# Timeout of one request to the hub.
 ASK_SECONDS = 10.0
 MAIN = "main"
 
@@ -98,7 +98,7 @@ def _ref(hub_id: HubId) -> Path:
 
 
 def _remember(hub_id: HubId, commit: str) -> None:
-    """Write down what a revision is now, where ``huggingface_hub`` does, for when it is away."""
+    """Record a revision's commit as ``huggingface_hub`` does, for when the hub is unavailable."""
     if hub_id.is_commit:
         return
     ref = _ref(hub_id)
@@ -108,12 +108,12 @@ def _remember(hub_id: HubId, commit: str) -> None:
         beside.write_text(commit)
         beside.replace(ref)
     except OSError as error:
-        # A cache that only reads is of use too.
+        # A read-only cache is still useful.
         _log.debug("cannot note a revision", extra=log.fields(repository=hub_id, reason=error))
 
 
 def cached_repository(hub_id: HubId) -> Repository | None:
-    """The repository as the cache has it, of the commit that a revision was when last asked."""
+    """The repository from the cache, at the commit that the revision last had."""
     if not hub_id.is_commit:
         try:
             hub_id = hub_id.at(_ref(hub_id).read_text().strip())

@@ -1,4 +1,4 @@
-"""What a chat template knows beside turns: tools, and blocks of reasoning."""
+"""Features of a chat template beyond turns: tools, and blocks of reasoning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_TOOLS = (
     "this model's chat template knows no tools, or calls them in a form that is not read: leave out"
     " tools, calls and their results"
 )
-# What stands around calls, in each form. Tokenizers may have special tokens for it.
+# Texts that mark tool calls, in each format. Tokenizers may have special tokens for them.
 _MARKS: dict[ToolForm, tuple[str, ...]] = {
     "hermes": ("<tool_call>", "</tool_call>"),
     "xml": ("<tool_call>", "</tool_call>"),
@@ -25,11 +25,11 @@ _MARKS: dict[ToolForm, tuple[str, ...]] = {
     "mistral11": ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
     "harmony": channels.MARKS,
 }
-# Templates come with adapters too: what these take grows as a template does, and no faster.
+# Adapters bring templates too, so these patterns match in time linear in a template's length.
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 _OPENING = re.compile(r"\{[{%]")
 _TOOLS = re.compile(r"\btools\b")
-# A prompt that ends within the block: the answer has only its end.
+# Matches a template whose prompt ends inside the block: the answer contains only its end.
 _OPENS = re.compile(r"<think>(?:\\n|\n)*+['\"]?\s*+(?:-?[}%]\}|\{%)")
 
 
@@ -56,7 +56,7 @@ class ChatFormat:
 
     @classmethod
     def of(cls, template: object, special: Mapping[str, int] | None = None) -> ChatFormat:
-        """What a template says of itself; nothing if there is none.
+        """Read the format from a template; an empty one if there is none.
 
         Args:
             template: Of the tokenizer.
@@ -82,7 +82,7 @@ class ChatFormat:
 
 
 def unknown_role(template: object, role: str) -> str:
-    """Why a role is none; empty of those that all know, and of those that the template names.
+    """Why a role is invalid; empty for the common roles and those that occur in the template.
 
     Many templates write any role that they are given, and the model has learned none but these: an
     answer to another one is not what was asked for, and nothing says so.
@@ -95,7 +95,8 @@ def unknown_role(template: object, role: str) -> str:
         return ""
     texts = template.values() if isinstance(template, dict) else (template,)
     word, space, _ = role.partition(" ")
-    # Of a role with more than a word, such as Granite's "document 1", the beginning may be named.
+    # For a role of several words, such as Granite's "document 1", the template may contain only its
+    # beginning.
     names = (role, word + space) if word else ()
     if any(
         f"{quote}{name}{quote}" in str(text) for text in texts for name in names for quote in "'\""
@@ -123,7 +124,7 @@ def _form(template: str) -> ToolForm | None:
     if not _uses_tools(template):
         return None
     if _has_channels(template):
-        # Some templates think aloud in channels and know no recipients.
+        # Some templates have channels for reasoning but no recipients for calls.
         return "harmony" if channels.FUNCTIONS in template else None
     if "<tool_call>" in template:
         return "xml" if "<function=" in template else "hermes"

@@ -35,7 +35,7 @@ class ChatTemplate:
         self._short, self._long = _Lane(), _Lane()
 
     def executor(self, is_short: bool) -> Executor:
-        """Where to call ``render`` for a short or a long conversation."""
+        """The executor on which to call ``render`` for a short or a long conversation."""
         return (self._short if is_short else self._long).executor
 
     def render(

@@ -53,7 +53,8 @@ def describe_base(
                 in_features=base.in_features,
                 out_features=out,
                 bias=None if part is None else part.float().cpu(),
-                # Bound now: it must stay that of these weights when a merge puts others in place.
+                # Bind ``base`` now: a merge may replace it, and this must keep describing these
+                # weights.
                 dequantize=lambda base=base, index=index: base.dequantize(index),
                 served=(lambda base=base, index=index: base.served(index))
                 if isinstance(base, Nf4Linear)
@@ -97,7 +98,7 @@ def describe_base(
 def _experts(decoder: Decoder) -> dict[str, BaseExperts]:
     def dequantize(number: int, projection: str) -> Callable[[int], torch.Tensor]:
         experts = getattr(decoder.layers[number].experts, projection.removeprefix("experts_"))
-        # Bound now, as above.
+        # Bind ``base`` now, as above.
         base = experts.base
         return lambda expert: base.dequantize(expert)
 

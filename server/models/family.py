@@ -1,4 +1,4 @@
-"""What a model family is, and how its config is read where it says what Llama's says."""
+"""A model family, and how to read the parts of its config that follow Llama's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Arch, Experts, Rope
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
-# Kind of all layers where a model has one.
+# Name of the only kind of layer in models whose layers are all alike.
 _ALL_LAYERS = "all"
 
 
@@ -110,14 +110,14 @@ def read_rope(
         raise InvalidRequestError.of(
             "model", f"rope_type {kind!r} is not served; served are {', '.join(_ROPE_TYPES)}"
         )
-    # Here, so that which families there are is known without it.
+    # Imported here so that listing the families does not need torch.
     import torch
 
     if kind == "default":
         rotated = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated
         return Rope(1.0 / (parameters["rope_theta"] ** exponents))
-    # The long tail of scaling formulas is transformers' business.
+    # transformers implements the many scaling formulas.
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     def frequencies(length: int | None) -> tuple[torch.Tensor, float]:
@@ -128,7 +128,7 @@ def read_rope(
     inv_freq, scaling = frequencies(None)
     if kind != "longrope":
         return Rope(inv_freq, scaling)
-    # Past this length the other list of factors holds.
+    # Beyond this length the second list of factors applies.
     longer, _ = frequencies(int(parameters["original_max_position_embeddings"]) + 1)
     return Rope(inv_freq, scaling, longer)
 
@@ -146,5 +146,5 @@ def read_windows(config: Any) -> tuple[int | None, ...]:
 
 
 def without_rope(rotates: list[bool] | None, num_layers: int) -> tuple[str | None, ...]:
-    """``Arch.rope_of_layer`` from a flag per layer; None for flags stands for all."""
+    """``Arch.rope_of_layer`` from one flag per layer; None as flags means all layers rotate."""
     return tuple(_ALL_LAYERS if flag else None for flag in rotates or [True] * num_layers)

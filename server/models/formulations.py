@@ -1,4 +1,4 @@
-"""What computes each part of a step on this machine, in words for the log."""
+"""Names for the log of what computes each part of a step on this machine."""
 
 from __future__ import annotations
 

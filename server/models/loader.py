@@ -60,7 +60,7 @@ class CheckpointTensors:
         return weight
 
     def plain(self, name: str) -> torch.Tensor:
-        """A weight as numbers, also of a module that bitsandbytes quantised."""
+        """A weight as plain numbers, dequantised if bitsandbytes quantised the module."""
         parts = {key: self.get(key) for key in self._beside.get(name, ())}
         tensor = self.get(name)
         if not parts:
@@ -115,7 +115,7 @@ def load_decoder(
     head = embedding
     if tensors.has("lm_head.weight"):
         own = dense("lm_head.weight")
-        # Some configs say that the two are one, or leave it to a default, and have two.
+        # Some configs claim or default to tied embeddings although the checkpoint has two tensors.
         if not (arch.tie_word_embeddings and torch.equal(own, embedding)):
             head, arch = own, replace(arch, tie_word_embeddings=False)
     unread = tensors.unread()
@@ -130,7 +130,7 @@ def load_decoder(
 def _decoder_type(gpu: bool) -> type[Decoder]:
     if not gpu:
         return Decoder
-    # Imported where it is used: the other paths run where Triton is not installed.
+    # Imported here: the other paths run where Triton is not installed.
     from turret.server.models.decoding.gpu_decoder import GpuDecoder
 
     return GpuDecoder

@@ -38,13 +38,13 @@ from turret.server.models.sources.model_directory import (
 from turret.server.models.stored_tensors import StoredTensors
 from turret.server.models.weights.nf4 import Nf4Weight
 
-# Part of the cache key: raise it when what is written changes.
+# Part of the cache key: raise it when the format of the cached files changes.
 _FORMAT = "2"
 _MANIFEST = "turret.json"
 
 
 def no_progress(description: str, done: int, total: int) -> None:
-    """Report to nobody."""
+    """A progress callback that does nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +116,14 @@ def _resolve_gguf(model: Path, name: str, cache_dir: Path, progress: Progress) -
             ends = json.dumps({"eos_token_id": found.eos_token_ids})
             (build / "generation_config.json").write_text(ends)
             _quantize(found.tensors(), found.num_tensors, build, name, progress)
-    # The file that is the embedded model may be given by its path too, and has that name then.
+    # The embedded model's file may also be given by its path; it keeps the embedded model's name.
     return dataclasses.replace(_read_cached(target, target), name=name)
 
 
 def _read_plain(
     model: Path, shards: Sequence[Path], block: tuple[int, int] | None
 ) -> StoredTensors:
-    # Here, because it takes its time and a cached model does not need it.
+    # Imported here because it is slow and a cached model does not need it.
     from transformers import AutoConfig
 
     tensors = StoredTensors(shards, read_arch(AutoConfig.from_pretrained(model)).experts, block)

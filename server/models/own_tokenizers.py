@@ -18,16 +18,18 @@ from turret.server.basics.counted import counted
 from turret.server.errors import InvalidRequestError, UnavailableError
 from turret.server.models.tokenizer import Tokenizer, each_text
 
-# Each may have two processes that render chats. Requests that run keep theirs beyond that.
+# Most tokenizers kept in memory, since each may have two processes that render chats. Running
+# requests keep theirs even beyond this number.
 MAX_KEPT = 8
-# To read a file of 64 MiB takes less. A token is shown to clients, so a long one is a long answer.
+# Limits for reading one tokenizer: a file of 64 MiB takes less time. Tokens are short because they
+# are shown to clients.
 CPU_SECONDS = 20.0
 MAX_BYTES = 1 << 30
 MAX_TOKEN_CHARS = 1024
 _MAX_ANSWER_BYTES = 4 << 20
 _PROGRAM = Path(__file__).with_name("tokenizer_program.py")
 _CONFIG = "config.json"
-# What of the base's config helps to read a tokenizer.
+# Keys of the base's config that help transformers to read a tokenizer.
 _GUESSED = ("model_type",)
 
 
@@ -67,12 +69,12 @@ class OwnTokenizers:
             raise ValueError(error.message) from None
 
     def __contains__(self, key: tuple[str, int]) -> bool:
-        """Whether the tokenizer of such a digest and number of rows is in memory."""
+        """Whether the tokenizer with this digest and number of rows is in memory."""
         with self._lock:
             return key in self._kept
 
     def find(self, digest: str, rows: int) -> Tokenizer | None:
-        """The tokenizer, if it is in memory; it counts as used."""
+        """Find the tokenizer in memory, or None, and mark it as used."""
         with self._lock:
             found = self._kept.get((digest, rows))
             if found is not None:
@@ -80,7 +82,7 @@ class OwnTokenizers:
             return found
 
     def get(self, digest: str, rows: int, read: Callable[[], TokenizerFiles]) -> Tokenizer:
-        """The tokenizer; read, if it is not in memory.
+        """Return the tokenizer, reading it if it is not in memory.
 
         Raises:
             InvalidRequestError: It cannot be read.
@@ -90,7 +92,7 @@ class OwnTokenizers:
         if found is None:
             found = self._read(read().files, rows)
             with self._lock:
-                # Another thread may have read it meanwhile: who asks next gets the same as before.
+                # Another thread may have read it meanwhile: keep and return the first one.
                 found = self._kept.setdefault((digest, rows), found)
                 while len(self._kept) > MAX_KEPT:
                     self._kept.popitem(last=False)
@@ -103,14 +105,16 @@ class OwnTokenizers:
                 (folder / name).write_bytes(data)
             (folder / _CONFIG).write_text(json.dumps(self._guesses()))
             numbers = self._reduce(folder)
-            # The base's ends are those of its generation config, which the adapter's folder lacks.
+            # The base's end tokens come from its generation config, which the adapter's folder
+            # lacks.
             tokenizer = Tokenizer.load(folder, self._base.eos_token_ids, rows, self._base)
         except UnavailableError:
             raise
         except InvalidRequestError as error:
             raise InvalidRequestError(error.message.replace(str(folder), "the folder")) from None
         except Exception as error:
-            # Of many kinds, and some come out of Rust: all are about what the files say.
+            # Any type of exception is possible, even from Rust; all of them are about the files'
+            # content.
             why = f"is no usable tokenizer: {error}".replace(str(folder), "the folder")
             raise InvalidRequestError(why) from None
         finally:
@@ -161,7 +165,7 @@ class OwnTokenizers:
         if any(len(token) > MAX_TOKEN_CHARS for token in numbers):
             raise ValueError(f"an added token has more than {MAX_TOKEN_CHARS} characters")
         if isinstance(file["model"]["vocab"], dict):
-            # Rules for what stands around a text are made with the numbers of these.
+            # The tokenizer's rules for text around a prompt need the numbers of these tokens.
             file["model"]["vocab"] = {**self._named(folder), **numbers}
         (folder / TOKENIZER_FILE).write_text(json.dumps(file))
         return numbers
@@ -174,7 +178,7 @@ class OwnTokenizers:
         return [_asked(child, file)["digests"] for file in files if file.exists()]
 
     def _named(self, folder: Path) -> dict[str, int]:
-        """Tokens of the base that the adapter's config names."""
+        """Tokens of the base that occur in the adapter's config files."""
         texts: set[str] = set()
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             if (folder / name).exists():

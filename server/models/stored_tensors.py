@@ -37,7 +37,7 @@ class StoredTensors:
         block: tuple[int, int] | None = None,
     ) -> None:
         self._files = [safe_open(path, framework="pt") for path in files]
-        # Name → file, and what the file calls it.
+        # Name → file, and the tensor's name in that file.
         self._owner = {
             name: (file, stored)
             for file in self._files
@@ -66,7 +66,7 @@ class StoredTensors:
         return len(self._owner) - len(self._stacks.names) + len(self._stacks.parts)
 
     def get(self, name: str) -> torch.Tensor:
-        """A tensor in memory of its own.
+        """Read a tensor into memory of its own.
 
         Raises:
             InvalidRequestError: There is none of that name.
@@ -79,7 +79,7 @@ class StoredTensors:
         return self._scaled(name, tensor) if self._is_float8(name) else tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor that is stored by itself, read from its file's header.
+        """The shape of a tensor that is stored by itself, read from its file's header.
 
         Raises:
             InvalidRequestError: There is none of that name.
@@ -88,7 +88,7 @@ class StoredTensors:
         return tuple(file.get_slice(stored).get_shape())
 
     def codes(self) -> list[str]:
-        """Tensors of bytes, which are no numbers to multiply by."""
+        """Names of the tensors that hold bytes, which are codes and not numbers to multiply by."""
         return [
             name
             for name, (file, stored) in self._owner.items()

@@ -20,7 +20,7 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-# A message for people; templates can raise one of any length.
+# Error messages are shown to people, and templates can raise one of any length.
 _MAX_ERROR_CHARS = 1000
 
 
@@ -29,7 +29,7 @@ def answers(job: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     try:
         yield {"text": _compiled(job["template"]).render(job["variables"])}
     except MemoryError:
-        # Ends the process: it has no memory left to go on with.
+        # End the process: it has no memory left.
         raise
     except Exception as error:
         yield {"error": str(error)[:_MAX_ERROR_CHARS]}

@@ -19,7 +19,7 @@ _SKIPPED = (*_OTHERS, *(f"model.{name}" for name in _OTHERS))
 
 
 def text_name(name: str) -> str | None:
-    """What the language model alone calls a checkpoint's tensor; None if it is no part of it."""
+    """The tensor's name in the language model; None if it belongs to another part."""
     if name.startswith(_SKIPPED):
         return None
     for prefix, own in _TEXT:

@@ -35,7 +35,7 @@ class TokenStream:
 
 
 class SaidStream(TokenStream):
-    """Of an answer in channels, the text of the messages that are for the user.
+    """Keeps only the messages meant for the user, for answers in channels.
 
     An answer that begins with no mark is text from its beginning, as one is that had to match
     something else.
@@ -48,7 +48,7 @@ class SaidStream(TokenStream):
     def __init__(self, backend: Any, marks: Mapping[int, str]) -> None:
         super().__init__(backend, {})
         self._marks = marks
-        # What was read of a message's header; None within its text.
+        # Text of the current message's header so far; None outside a header.
         self._header: str | None = None
         self._is_said = True
 

@@ -27,7 +27,7 @@ _MAX_AROUND = 8
 
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
-    """What a chat template made of a conversation.
+    """The result of rendering a conversation with a chat template.
 
     Attributes:
         parts: Text in which special tokens count, then a special token's text that somebody wrote,
@@ -75,14 +75,14 @@ class Tokenizer:
             longest, last = base.longest_token, base._last
         self._backend = backend
         self.longest_token = max((longest, *map(len, vocabulary)))
-        # Not how many there are: between the words and the special tokens there may be a gap.
+        # Use the largest id, not the count: ids may have a gap between words and special tokens.
         self._last = max((last, *vocabulary.values()))
         self.vocab_size: int = min(self._last + 1, model_vocab_size)
         self.num_rows = model_vocab_size
         own = None if inner.eos_token is None else backend.token_to_id(inner.eos_token)
         ends = eos_token_ids | (frozenset() if own is None else {own})
         self.eos_token_ids = frozenset(token for token in ends if token < model_vocab_size)
-        # What the tokenizer puts before a text, None for nothing.
+        # The token that the tokenizer puts before every text, or None.
         bos = None if inner.bos_token is None else backend.token_to_id(inner.bos_token)
         self._bos: int | None = bos if bos in self._ids("", add_special_tokens=True)[:1] else None
         special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
@@ -91,7 +91,7 @@ class Tokenizer:
         self._template: str | dict[str, str] | None = template if is_usable else None
         self.chat_format = ChatFormat.of(self._template, special)
         self._chats = ChatTemplate(self._template or "", inner.special_tokens_map)
-        # Special tokens' texts, and what they are as ordinary text.
+        # Special tokens' texts, with their token ids when read as ordinary text.
         self._as_text = _special_as_text(backend)
         # Finds special tokens in texts in linear time, however many there are.
         self._finder: Any = tokenizers.Tokenizer(WordLevel({"": 0}, unk_token=""))
@@ -130,7 +130,7 @@ class Tokenizer:
             if not inner.is_fast:
                 raise ValueError("not a fast tokenizer")
         except (OSError, ValueError) as error:
-            # transformers says it in several lines.
+            # Join the lines of transformers' message.
             why = " ".join(str(error).split())
             raise InvalidRequestError.of(
                 "model", f"no usable tokenizer in {files}: {why}"
@@ -162,7 +162,7 @@ class Tokenizer:
         return ids[1:] if is_twice else ids
 
     def chat_executor(self, is_short: bool) -> Executor:
-        """Where to call ``render_chat`` for a short or a long conversation."""
+        """The executor on which to call ``render_chat`` for a short or a long conversation."""
         return self._chats.executor(is_short)
 
     def render_chat(
@@ -195,7 +195,7 @@ class Tokenizer:
             if any("tool_calls" in m or m["role"] == "tool" for m in messages):
                 raise InvalidRequestError.of("chat.messages", NO_TOOLS)
         held: list[str] = []
-        # Letters and digits: whatever a template does to a text leaves them as they are.
+        # Use letters and digits only: templates change no such text.
         mark = f"turret{uuid.uuid4().hex}x"
 
         try:
@@ -271,7 +271,7 @@ class Tokenizer:
         return marked
 
     def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        # ``encode`` would keep the interpreter's lock, a batch does not.
+        # ``encode`` would hold the interpreter's lock; ``encode_batch`` does not.
         (found,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
         return list(found.ids)
 
@@ -295,7 +295,7 @@ def _with_added(base: Any, other: Any) -> Any:
 
 
 def _processor_template(files: Path) -> str | None:
-    """The chat template that a model of text and images keeps for its processor."""
+    """The chat template that a model of text and images stores for its processor."""
     try:
         template = json.loads((files / "chat_template.json").read_text())["chat_template"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -304,7 +304,7 @@ def _processor_template(files: Path) -> str | None:
 
 
 def each_text(value: Any, change: Callable[[str], Any]) -> Any:
-    """A value as of JSON with every text in it changed."""
+    """A JSON value with every text in it changed."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
@@ -328,7 +328,7 @@ def _special_as_text(backend: Any) -> dict[str, list[int]]:
 
 
 def _ids_within(backend: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of texts that go on after others.
+    """The ids that texts have when they follow other text.
 
     Some tokenizers put a space before whatever they are given; here it comes before a line's end,
     and both are taken away again.
@@ -341,6 +341,6 @@ def _ids_within(backend: Any, texts: Sequence[str]) -> list[list[int]]:
     before, *after = encode(_BEFORE)
     _, *alone = encode("")
     size = len(before)
-    # A text that begins with a line's end itself may make one token with it.
+    # A text that itself begins with a line end may merge with the one before; then use its own ids.
     pairs = zip(after, alone, strict=True)
     return [ids[size:] if ids[:size] == before else own for ids, own in pairs]

@@ -39,8 +39,8 @@ def answers(path: str) -> Iterator[dict[str, Any]]:
         }
         yield {"digests": digests, "file": {**small, "added_tokens": added}}
     except MemoryError:
-        # Ends the process: it has no memory left to go on with.
+        # End the process: it has no memory left.
         raise
     except BaseException as error:
-        # Panics of the library among them.
+        # This includes panics of the library.
         yield {"error": f"{type(error).__name__}: {error}"[:1000]}

@@ -13,10 +13,10 @@
 
 #include <math.h>
 
-#define MAX_VECTORS 16 /* of a head: up to 256 dimensions */
+#define MAX_VECTORS 16 /* vectors of a head: up to 256 dimensions */
 #define HEADS 4        /* query heads taken together at most */
 
-/* Positions of a block, of one KV head; `next` is where the same head of the next block lies. */
+/* Positions of a block for one KV head; `next` is the same head of the next block. */
 typedef struct {
     const element *at, *next;
     int64_t stride, count;
@@ -62,8 +62,8 @@ INLINE void cap_scores(float *s, int64_t count, float cap) {
     for (int64_t t = 0; t < count; t += LANES) store_f32(s + t, cap * tanh_vec(load_f32(s + t) / cap));
 }
 
-/* In place; returns the sum. The buffer is padded to whole vectors. The sink, if it is not null, is one
- * more score. */
+/* Replaces scores by weights in place and returns their sum. The buffer is padded to whole vectors. The
+ * sink, unless it is null, counts as one more score. */
 INLINE float softmax(float *s, int64_t count, const float *sink) {
     int64_t padded = (count + LANES - 1) / LANES * LANES;
     for (int64_t t = count; t < padded; t++) s[t] = -INFINITY;
@@ -103,7 +103,7 @@ INLINE void gather(const float *p, int64_t p_stride, int64_t vectors, const int 
         for (int64_t d = 0; d < vectors; d++) store_f32(acc + j * dim + d * LANES, sums[j][d]);
 }
 
-/* As many heads together as have room in the registers: each value is loaded once for them. */
+/* Takes as many heads together as fit in the registers, so that each value is loaded once for them. */
 INLINE void gather_group(const float *p, int64_t p_stride, int64_t vectors, int64_t group,
                          const Slice *v, float *acc) {
     int64_t most = vectors <= 4 ? HEADS : vectors <= 8 ? 2 : 1;
@@ -119,11 +119,11 @@ INLINE void gather_group(const float *p, int64_t p_stride, int64_t vectors, int6
 /* A row of a span, and which of its KV heads. */
 typedef struct {
     const Span *span;
-    const Span *following; /* whose keys are read next */
+    const Span *following; /* the span whose keys are read next */
     int64_t number, kv_low, kv_high;
 } Row;
 
-/* The part of the block that holds position t, up to `end`: of KV head `kv`, in keys or values. */
+/* The part of the block that holds position t, up to `end`, for KV head `kv`, in keys or values. */
 INLINE Slice slice_of(const Heads *h, const Span *span, const element *cache, int64_t t, int64_t end,
                       int64_t kv) {
     int64_t size = h->block_size, stride = h->kv_heads * h->head_dim;
@@ -140,7 +140,7 @@ INLINE void attend(const Plan *plan, const Heads *h, const Row *row, float *scra
     if (plan->window && end - plan->window > low) low = end - plan->window;
     int64_t count = end - low, first = row->kv_low * group;
     int64_t heads = (row->kv_high - row->kv_low) * group;
-    /* Whole vectors are stored from any position on. */
+    /* Pad by a whole vector: vectors are stored from any position on. */
     int64_t scores_stride = (count + LANES - 1) / LANES * LANES + LANES;
     float *q = scratch, *acc = q + heads * dim, *scores = acc + heads * dim;
     int64_t place = ((span->first_row + row->number) * h->heads + first) * dim;
@@ -195,7 +195,7 @@ typedef struct {
     int64_t total, pieces; /* keys to be read, in shares of equal numbers of them */
 } Job;
 
-/* A KV head of a row is not divided. */
+/* A piece computes whole KV heads of rows, which are never divided. */
 static void attend_piece(const void *job, int64_t thread, int64_t piece) {
     const Job *j = job;
     const Plan *plan = j->plan;

@@ -1,4 +1,4 @@
-/* What a step attends to, as kernels/cpu/paged_attention.py lays it out. */
+/* Input of a step's attention, as kernels/cpu/paged_attention.py lays it out. */
 #ifndef TURRET_ATTENTION_H
 #define TURRET_ATTENTION_H
 
@@ -23,8 +23,8 @@ typedef struct {
     void *out;         /* [rows, heads, head_dim] */
     int64_t heads, kv_heads, head_dim, block_size;
     double scale;
-    double softcap;     /* of the scores; 0: none */
-    const float *sinks; /* [heads]: of each one's softmax a term without a value; null: none */
+    double softcap;     /* cap of the scores; 0: none */
+    const float *sinks; /* [heads]: an extra term of each head's softmax, without a value; null: none */
 } Heads;
 
 #endif

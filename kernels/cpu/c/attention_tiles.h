@@ -9,15 +9,15 @@
  * products. Of weights a pair is (high, low), which meets (value, value).
  */
 #define QUERIES TILE_ROWS
-#define KEYS TILE_ROWS /* of a tile */
-#define SPLIT 2        /* bf16 that a query is the sum of */
+#define KEYS TILE_ROWS /* of one tile */
+#define SPLIT 2        /* number of bf16 whose sum is a query */
 
-/* The tiles, as text of instructions: scores of 64 keys, keys, queries. */
+/* Numbers of the tiles, which become text of instructions: scores of 64 keys, keys, queries. */
 #define KEYS_0 4
 #define KEYS_1 5
 #define HIGH 6
 #define LOW 7
-/* Then: results of 64 dimensions, weights, values. */
+/* Tiles of the second product: results of 64 dimensions, weights, values. */
 #define WEIGHTS 4
 #define VALUES_0 5
 #define VALUES_1 6
@@ -28,14 +28,14 @@ typedef struct {
     const Heads *h;
     const Span *span;
     int64_t number, rows, kv, head, heads;
-    int64_t low, end; /* of the keys that some row sees */
+    int64_t low, end; /* range of the keys that some row sees */
 } Pack;
 
 INLINE int tiles_attend(const Heads *h) {
     return h->head_dim % TILE_INPUTS == 0 && h->block_size % KEYS == 0;
 }
 
-/* Rows that go together. */
+/* Number of rows that are computed together. */
 INLINE int64_t rows_of_pack(int64_t group) { return group < QUERIES ? QUERIES / group : 1; }
 
 INLINE int64_t low_of(const Plan *plan, const Span *span, int64_t number) {
@@ -43,14 +43,14 @@ INLINE int64_t low_of(const Plan *plan, const Span *span, int64_t number) {
     return plan->window && low > span->num_padding ? low : span->num_padding;
 }
 
-/* Where the keys or values of a tile lie. */
+/* The address of a tile's keys or values. */
 INLINE const bf16 *keys_at(const Pack *p, const void *cache, int64_t t) {
     const Heads *h = p->h;
     int64_t place = p->span->blocks[t / h->block_size] * h->block_size + t % h->block_size;
     return (const bf16 *)cache + (place * h->kv_heads + p->kv) * h->head_dim;
 }
 
-/* Where query q lies in h->q and h->out. */
+/* The position of query q in h->q and h->out. */
 INLINE int64_t query_at(const Pack *p, int64_t q) {
     int64_t row = p->span->first_row + p->number + q / p->heads;
     int64_t head = p->kv * (p->h->heads / p->h->kv_heads) + p->head + q % p->heads;
@@ -108,7 +108,7 @@ static void score_tiles(const Pack *p, const bf16 *turned, int64_t start, float 
     }
 }
 
-/* Which of the 16 keys from position t on a query sees. */
+/* A mask of the 16 keys from position t on that a query sees. */
 INLINE __mmask16 seen(const Pack *p, int64_t q, int64_t t) {
     int64_t number = p->number + q / p->heads, low = low_of(p->plan, p->span, number) - t;
     int64_t count = p->span->num_context + number + 1 - t;
@@ -116,8 +116,8 @@ INLINE __mmask16 seen(const Pack *p, int64_t q, int64_t t) {
     return (__mmask16)((count >= KEYS ? 0xffff : count <= 0 ? 0 : (1u << count) - 1) & ~before);
 }
 
-/* Scores, turned over to [keys / 16, 16 queries, 16 keys], where a query does not see a key -inf; and the
- * largest of each query. */
+/* Transposes scores to [keys / 16, 16 queries, 16 keys], with -inf where a query does not see a key, and
+ * finds each query's largest score. */
 static void turn_scores(const Pack *p, int64_t start, float *scores, float *tops) {
     int64_t queries = p->rows * p->heads;
     float cap = (float)p->h->softcap;
@@ -142,7 +142,8 @@ static void turn_scores(const Pack *p, int64_t start, float *scores, float *tops
     for (int64_t q = 0; q < queries; q++) tops[q] = _mm512_reduce_max_ps((__m512)top[q]);
 }
 
-/* Scores become weights in pairs of bf16, [keys / 16, 16 queries, 16 pairs], whose sums are returned. */
+/* Replaces scores by weights in pairs of bf16, [keys / 16, 16 queries, 16 pairs], and returns their
+ * sums. */
 static void weigh(const Pack *p, int64_t start, float *scores, float *sums) {
     float tops[QUERIES];
     int64_t first = p->kv * (p->h->heads / p->h->kv_heads) + p->head;
@@ -166,8 +167,8 @@ static void weigh(const Pack *p, int64_t start, float *scores, float *sums) {
 
 #define TWICE(word) ((word) << 16 | (word))
 
-/* Values of 16 keys twice each, [dimensions / 16, 16 keys, 16 pairs]. Keys that no row sees are 0: their
- * memory may hold anything. */
+/* Stores values of 16 keys twice each, [dimensions / 16, 16 keys, 16 pairs]. Keys that no row sees
+ * become 0, because their memory may hold anything. */
 INLINE void widen_values(const Pack *p, int64_t t, int64_t dim, int64_t dims, uint32_t *values) {
     const bf16 *at = keys_at(p, p->h->v, t) + dim;
     int64_t stride = p->h->kv_heads * p->h->head_dim;
@@ -193,7 +194,7 @@ INLINE void widen_values(const Pack *p, int64_t t, int64_t dim, int64_t dims, ui
 #define STORE_RESULTS(tile) \
     if (dims > tile * LANES) tile_store(tile, found[tile], TILE_BYTES);
 
-/* Results of up to 64 dimensions. */
+/* Computes the results of up to 64 dimensions. */
 static void add_values(const Pack *p, int64_t start, const float *weights, int64_t dim, int64_t dims,
                        const float *sums) {
     uint32_t values[2][4 * LANES * KEYS] __attribute__((aligned(64)));
@@ -216,7 +217,7 @@ static void add_values(const Pack *p, int64_t start, const float *weights, int64
                        load_f32(found[d / LANES] + q * LANES) / sums[q]);
 }
 
-/* Values of keys [low, high) without infinities: times a weight of 0 they add nothing. */
+/* Whether all values of keys [low, high) are finite: only then do they add nothing at a weight of 0. */
 static int values_are_finite(const Pack *p, int64_t low, int64_t high) {
     for (int64_t t = low; t < high; t++) {
         const bf16 *at = keys_at(p, p->h->v, t);
@@ -250,7 +251,7 @@ static void attend_pack(Pack *p, float *scratch) {
         add_values(p, start, scores, d, least(dim - d, 4 * LANES), sums);
 }
 
-/* A KV head of a pack is not divided. */
+/* A piece computes whole KV heads of packs, which are never divided. */
 static void attend_packs(const void *job, int64_t thread, int64_t piece) {
     const Job *j = job;
     const Plan *plan = j->plan;

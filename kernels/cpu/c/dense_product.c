@@ -32,7 +32,7 @@ INLINE void multiply(const Product *p, int64_t row, const int rows, int64_t out,
     const bf16 *x = p->x + row * p->x_stride, *w[SIDE];
     int64_t n = p->in_features, tail = n % STEP;
     __m512 s[SIDE * SIDE];
-    /* Beyond the last output it is computed again. */
+    /* Past the last output, repeat it. */
     for (int c = 0; c < SIDE; c++) w[c] = p->w + (out + (c < count ? c : count - 1)) * n;
     for (int i = 0; i < SIDE * SIDE; i++) s[i] = _mm512_setzero_ps();
     for (int64_t k = 0; k < n; k += STEP) {

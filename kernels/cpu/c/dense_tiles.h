@@ -5,7 +5,7 @@
  */
 #define GROUP TILE_ROWS /* rows of a tile */
 
-/* The tiles, as text of instructions: sums, [outputs, rows]; weights; rows. */
+/* Numbers of the tiles, which become text of instructions: sums, [outputs, rows]; weights; rows. */
 #define SUM_00 0
 #define SUM_01 1
 #define SUM_10 2
@@ -42,8 +42,8 @@ INLINE void store_sums(const Product *p, const float *sums, int64_t first, int64
         store_bf16(p->y + (first + r) * p->out_features + out, v[r]);
 }
 
-/* Outputs [out, out + 32) of one group of rows, or of two. Beyond the last output, those before it are
- * computed again. The weights `ahead` come into the cache meanwhile. */
+/* Computes outputs [out, out + 32) for one or two groups of rows. Past the last output, earlier ones are
+ * computed again. Prefetches the weights `ahead`. */
 INLINE void multiply_tiles(const Product *p, const bf16 *turned, int64_t first, const int two, int64_t out,
                            const bf16 *ahead) {
     int64_t outs[2] = {least(out, p->out_features - TILE_ROWS),

@@ -32,7 +32,7 @@ INLINE void dot4(const bf16 *x, const bf16 *a, int64_t n, float *out) {
     out[3] = sum_lanes(s3) + t3;
 }
 
-/* dot4 of four vectors x, with the same bits: what is read of `a` serves them all. */
+/* dot4 for four vectors x, with the same bits; reads `a` once for all of them. */
 INLINE void dot_tile(const bf16 *x, int64_t x_stride, const bf16 *a, int64_t n, float *out,
                      int64_t out_stride) {
     f32x16 s[4][4] = {{{0}}};

@@ -87,7 +87,7 @@ typedef struct {
     void (*row)(const element *, const element *, element *, int64_t);
 } Gated;
 
-/* A row is two pieces. */
+/* Each row is divided into two pieces. */
 static void gated_piece(const void *job, int64_t thread, int64_t piece) {
     const Gated *g = job;
     int64_t width = g->width, half = (width / 2 + LANES - 1) / LANES * LANES;
@@ -110,8 +110,8 @@ EXPORT void EXPORTED(turret_gelu_mul)(const element *gate_up, element *out, int6
     in_pieces(gated_piece, &gated, 2 * rows, rows * width > SMALL ? threads : 1);
 }
 
-/* (up + 1) * gate * sigmoid(alpha * gate), of gates up to the limit and ups within it; gates and ups
- * alternate. What is no number stays none. */
+/* (up + 1) * gate * sigmoid(alpha * gate), with gates capped at the limit and ups clamped to it; gates
+ * and ups alternate. NaN stays NaN. */
 INLINE f32x16 clamped_swiglu(f32x16 first, f32x16 second, float alpha, float limit) {
     f32x16 gate = PICK(first, second, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     f32x16 up = PICK(first, second, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
@@ -174,7 +174,7 @@ typedef struct {
     int64_t heads, kv_heads, dim, pairs, is_interleaved;
 } Shape;
 
-/* Queries come out in fp32; keys and values go to their slots of the cache. */
+/* Queries are stored in fp32; keys and values go to their slots of the cache. */
 KERNEL static void rope_row(const element *qkv, const float *cos, const float *sin, float *q, element *k,
                             element *v, const Shape *shape) {
     int64_t heads = shape->heads, kv_heads = shape->kv_heads, dim = shape->dim;
@@ -217,7 +217,7 @@ EXPORT void EXPORTED(turret_rope_kv_write)(const element *qkv, const float *cos,
 }
 
 #ifdef ELEMENT_F32
-/* In place. */
+/* Replaces x by e^x in place. */
 EXPORT KERNEL void turret_exp_f32(float *x, int64_t count) {
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) store_f32(x + i, exp_vec(load_f32(x + i)));

@@ -15,7 +15,7 @@ void turret_nf4_slices(const bf16 *x, int64_t rows, const uint8_t *packed, const
 #endif
 void turret_adapt(const Step *step, const int64_t *shape, const bf16 *x, int64_t x_stride, bf16 *y,
                   int64_t y_stride, const bf16 *bias);
-/* out: [inputs->count, rows, in], of x [rows, in]; `module` is the projection's first. */
+/* out: [inputs->count, rows, in], from x [rows, in]; `module` is the projection's first module. */
 void turret_change_inputs(const Step *step, int64_t module, const Inputs *inputs, const bf16 *x,
                           int64_t rows, int64_t in_features, bf16 *out);
 void turret_add_rms_norm(bf16 *hidden, const bf16 *delta, const float *weight, double eps, bf16 *out,

@@ -1,5 +1,5 @@
-/* Which instruction sets the processor has, by the numbers of isas.py. This file is compiled for the
- * least of them: it is asked before any other code may run. */
+/* Finds which instruction sets the processor has, by the numbers of isas.py. This file is compiled for
+ * the lowest of them, because it runs before it is known which code may run. */
 #define _GNU_SOURCE
 #include "vec.h"
 

@@ -19,13 +19,13 @@ typedef struct {
     const float *before_attention, *after_attention, *before_mlp, *after_mlp;
     const float *q_norm, *k_norm; /* [head_dim], or as wide as all heads together */
     bf16 *keys, *values;
-    int64_t rope, window; /* which of the pass's */
+    int64_t rope, window; /* indices into the pass's rotations and plans */
     Linear linears[PROJECTIONS];
 } Layer;
 
 typedef struct {
     const Layer *layers;
-    const float *norm; /* the last one */
+    const float *norm; /* the norm after the last layer */
     int64_t num_layers, hidden, heads, kv_heads, head_dim, block_size;
     int64_t q_norm_width, k_norm_width, is_interleaved, is_gelu;
     double eps, residual_scale, attention_scale, attention_softcap;
@@ -36,18 +36,18 @@ typedef struct {
     int64_t pairs;
 } Rope;
 
-/* What an adapted projection needs of the step's adapters. */
+/* Where an adapted projection finds its part of the step's adapters. */
 typedef struct {
     const int64_t *shape;
     int64_t module;
 } Place;
 
 typedef struct {
-    bf16 *hidden;  /* [rows, hidden]: in, and changed */
+    bf16 *hidden;  /* [rows, hidden]: input, which is overwritten */
     bf16 *out;     /* [rows, hidden] */
     bf16 *normed;  /* [rows, hidden] */
-    bf16 *wide;    /* [rows, the most outputs]: of qkv and gate_up */
-    bf16 *narrow;  /* [rows, the most inputs]: of o and down */
+    bf16 *wide;    /* [rows, the most outputs]: results of qkv and gate_up */
+    bf16 *narrow;  /* [rows, the most inputs]: inputs of o and down */
     bf16 *delta;   /* [rows, hidden] */
     float *q;      /* [rows, heads, head_dim] */
     const int64_t *slots; /* [rows] */
@@ -57,8 +57,8 @@ typedef struct {
     const Place *places;      /* [layers, PROJECTIONS], with adapters */
     const Inputs *inputs;     /* [PROJECTIONS], or null */
     bf16 *changed;            /* [slices, rows, in]: inputs of a projection, as adapters change them */
-    int64_t updates;          /* bits: projections that adapters change */
-    int64_t base_low, base_high; /* rows of the base alone */
+    int64_t updates;          /* bit mask of the projections that adapters change */
+    int64_t base_low, base_high; /* range of the rows without adapters */
     int64_t rows, threads;
 } Pass;
 
@@ -82,7 +82,7 @@ static void add(bf16 *x, const bf16 *y, int64_t rows, int64_t width, int64_t y_s
     in_pieces(add_row, &sum, rows, rows * width > SMALL ? threads : 1);
 }
 
-/* y = W x, or of x as adapters change it. */
+/* y = W x, with x changed by adapters where they do so. */
 static void multiply(const Pass *p, const Linear *w, const Place *place, const Inputs *inputs,
                      const bf16 *x, bf16 *y) {
     int64_t in = w->in_features, out = w->out_features, module = place ? place->module : 0;
@@ -130,7 +130,7 @@ static void norm_heads(const void *job, int64_t thread, int64_t row) {
     turret_add_rms_norm(at, 0, n->layer->k_norm, m->eps, at, k / m->k_norm_width, m->k_norm_width, 1);
 }
 
-/* Adds what the last part computed, if anything; the next one's input. */
+/* Adds the result of the last part, if there is one, and makes the next part's input. */
 static const bf16 *enter(const Model *m, const Pass *p, const bf16 *delta, const float *norm) {
     if (norm) {
         turret_add_rms_norm(p->hidden, delta, norm, m->eps, p->normed, p->rows, m->hidden, p->threads);
@@ -140,7 +140,7 @@ static const bf16 *enter(const Model *m, const Pass *p, const bf16 *delta, const
     return p->hidden;
 }
 
-/* What attention or MLP adds to the residual stream. */
+/* Turns the result of attention or MLP into what is added to the residual stream. */
 static void leave(const Model *m, const Pass *p, const float *norm) {
     int64_t count = p->rows * m->hidden;
     if (norm)

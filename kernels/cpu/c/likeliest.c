@@ -7,7 +7,7 @@
 
 #include <math.h>
 
-/* Values compared between two looks at what came out. */
+/* Number of values that are compared before the result is looked at. */
 #define BLOCK (8 * LANES)
 
 typedef struct {
@@ -51,8 +51,8 @@ static int64_t of_some(const float *row, int64_t vocab, const uint32_t *words, i
     return best.token;
 }
 
-/* rows: which of logits, each of `vocab` floats, `stride` apart; words: as in token_mask.c, or none where
- * any token may come; tokens: of each row its likeliest. */
+/* rows: indices of logits' rows, each of `vocab` floats, `stride` apart. words: as in token_mask.c, or
+ * null where any token is allowed. tokens: receives the likeliest token of each row. */
 EXPORT KERNEL void turret_likeliest(const float *logits, int64_t stride, int64_t vocab, const int64_t *rows,
                                     int64_t num_rows, const uint32_t *words, int64_t num_words,
                                     int64_t *tokens) {

@@ -3,12 +3,12 @@
  * Included by nf4_product.c.
  */
 #define GROUP 8      /* rows whose sums stay in registers */
-#define ROW_BLOCK 64 /* rows that codes are looked up for once */
+#define ROW_BLOCK 64 /* rows for which codes are looked up once */
 
 INLINE void begin_products(int64_t rows) { (void)rows; }
 INLINE void end_products(void) {}
 
-/* One tile and block for the rows of a group. */
+/* One tile and block, for the rows of a group. */
 typedef struct {
     const bf16 *x;
     const uint8_t *packed;
@@ -59,7 +59,7 @@ INLINE void add_block(const int rows, const enum Codes codes, const Block *block
         }
 }
 
-/* The number of rows as a constant, so that the sums stay in registers. */
+/* Dispatches on the number of rows, which must be constant so that the sums stay in registers. */
 #define CASE(rows) \
     case rows: add_block(rows, codes, block, kept); break
 #define ADD(name, kind) \
@@ -78,7 +78,7 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
     __m512i kept[2 * PAIRS];
     const bf16 *absmax = p->absmax + tile * TILE_OUT, *x = p->x + first * p->x_stride;
     const uint8_t *packed = p->packed + tile * TILE_OUT * p->in_features / 2;
-    /* Groups that differ by a row at most: the sums of a small one would wait for each other. */
+    /* Make groups equally large, up to one row: the few sums of a small group would wait for each other. */
     int64_t groups = (rows + GROUP - 1) / GROUP;
     memset(sums, 0, sizeof(float) * rows * TILE_OUT);
     for (int64_t low = 0; low < p->in_features; low += BLOCK) {

@@ -10,8 +10,8 @@
 #include "adapters/ahead.h"
 #include "entries.h"
 
-/* What a thread asks for during one product, at most `most` times; returns how often. For tests: asking
- * for the wrong memory changes no result. */
+/* Lists at most `most` of the lines that a thread asks for during one product; returns how many. It
+ * exists for tests, because asking for the wrong memory changes no result. */
 EXPORT int64_t turret_ahead(const Step *step, int64_t module, int64_t rows, int64_t part,
                             int64_t parts, Lines *lines, int64_t most) {
     Walk walk = begin_ahead(step, module, part, parts);
@@ -28,8 +28,8 @@ EXPORT int64_t turret_ahead(const Step *step, int64_t module, int64_t rows, int6
 #define TILE_OUT 32 /* outputs of a tile of codes: two vectors */
 #define BLOCK 64    /* inputs of an absmax */
 #define PAIRS (BLOCK / 2)
-#define BLOCK_BYTES (PAIRS * TILE_OUT) /* of a tile and block, two codes a byte */
-#define DISTANCE (2 * BLOCK_BYTES) /* the weight is asked for before it is needed */
+#define BLOCK_BYTES (PAIRS * TILE_OUT) /* bytes of a tile and block; two codes a byte */
+#define DISTANCE (2 * BLOCK_BYTES) /* how far ahead the weight is prefetched */
 
 typedef struct {
     const bf16 *x;
@@ -72,7 +72,7 @@ INLINE void store_row(bf16 *y, const float *sum) {
 
 typedef struct {
     const Product *product;
-    Walk *walks; /* of the threads */
+    Walk *walks; /* one per thread */
     int64_t tiles, pieces;
 } Job;
 
@@ -89,8 +89,8 @@ static void multiply_piece(const void *job, int64_t thread, int64_t piece) {
 
 EXPORT int64_t turret_has_products(void) { return 1; }
 
-/* y is contiguous. `step` has the adapters to ask for ahead, the next ones being those of projection
- * `module`; or is null. */
+/* y is contiguous. `step` has the adapters to ask for, starting with those of projection `module`, or is
+ * null. */
 EXPORT void turret_nf4_product(const bf16 *x, int64_t x_stride, int64_t rows, const uint8_t *packed,
                                const bf16 *absmax, bf16 *y, int64_t out_features,
                                int64_t in_features, int64_t num_threads, const Step *step,
@@ -106,8 +106,8 @@ EXPORT void turret_nf4_product(const bf16 *x, int64_t x_stride, int64_t rows, co
     for (int64_t t = 0; t < threads; t++) end_ahead(&walks[t]);
 }
 
-/* The same for rows of several weights of one shape: those of weight e, of which `weights` has the codes
- * and the maxima, are [ends[e - 1], ends[e]) of x and y. */
+/* The same for several weights of one shape. `weights` has the codes and maxima of each; rows [ends[e -
+ * 1], ends[e]) of x and y belong to weight e. */
 typedef struct {
     const bf16 *x;
     bf16 *y;
@@ -116,7 +116,7 @@ typedef struct {
     int64_t count, x_stride, out_features, in_features, tiles, pieces;
 } Experts;
 
-/* A share of every weight's tiles. */
+/* Multiplies by one share of every weight's tiles. */
 static void multiply_share(const void *job, int64_t thread, int64_t piece) {
     const Experts *j = job;
     Walk walk = begin_ahead(0, 0, 0, 1);

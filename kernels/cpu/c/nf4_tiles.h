@@ -5,11 +5,11 @@
  * long for one row as for 16; beyond that, time goes into looking codes up once, and the weights stay
  * in their tiles for all groups.
  */
-#define ROW_BLOCK 128 /* rows that codes are looked up for once, at most */
+#define ROW_BLOCK 128 /* most rows for which codes are looked up once */
 #define BLOCK_TILES 4 /* [outputs / 16, inputs / 32] */
 
-/* The tiles: C of either half of the outputs, x of either half of the inputs, then the weights. Their
- * numbers become text of instructions, which an enum's would not. */
+/* Numbers of the tiles: C for either half of the outputs, x for either half of the inputs, then the
+ * weights. They are macros because they become text of instructions, which enum values would not. */
 #define SUM_0 0
 #define SUM_1 1
 #define X_0 2
@@ -22,13 +22,13 @@
 typedef __m512i Weights[BLOCK_TILES][TILE_ROWS];
 
 INLINE void begin_products(int64_t rows) {
-    /* No rows come from experts whom none chose; a tile without any is no tile. */
+    /* An expert that no row chose has no rows, and a tile cannot have 0 rows. */
     TileShapes shapes = tile_shapes(W_00, rows ? least(rows, TILE_ROWS) : 1);
     tiles_begin(&shapes);
 }
 INLINE void end_products(void) { tiles_end(); }
 
-/* A block's weights; meanwhile the lines come into the cache. */
+/* Looks up a block's weights while prefetching the lines. */
 INLINE void look_up_block(const uint8_t *packed, Lines lines, Weights weights) {
     const __m512i values = _mm512_loadu_si512(VALUES);
     for (int half = 0; half < 2; half++, packed += TILE_ROWS * TILE_OUT) {
@@ -94,7 +94,7 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
         int64_t groups = (rows + group - 1) / group;
         multiply_group(x + b * BLOCK, p->x_stride, found[0]);
         for (int64_t g = 1; g < groups; g++) {
-            /* The last group ends with the last row, and has rows of the one before. */
+            /* The last group ends with the last row, so it may repeat rows of the group before. */
             int64_t start = least(g * group, rows - group);
             multiply_group(x + start * p->x_stride + b * BLOCK, p->x_stride, found[g % 2]);
             add_group(found[1 - g % 2], 0, group, scale, sums + (g - 1) * group * TILE_OUT);
@@ -107,8 +107,8 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
         store_row(p->y + (first + r) * p->out_features + tile * TILE_OUT, sums + r * TILE_OUT);
 }
 
-/* Outputs of one tile of codes for all rows, in blocks that differ by one row at most: none has fewer
- * than a group. */
+/* Computes the outputs of one tile of codes for all rows. Blocks differ by at most one row, so that none
+ * is smaller than a group. */
 static void multiply_panel(const Product *p, int64_t tile, Walk *walk) {
     int64_t blocks = (p->rows + ROW_BLOCK - 1) / ROW_BLOCK;
     for (int64_t b = 0; b < blocks; b++) {

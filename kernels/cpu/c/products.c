@@ -12,8 +12,8 @@
 
 #define TILE 4 /* rows and outputs of dots that are taken together */
 #if defined(__AVX512F__)
-#define SIDE 4 /* of those, how many have their sums in registers at once */
-#define WIDE 4 /* rows and vectors of columns */
+#define SIDE 4 /* how many of those have their sums in registers at once */
+#define WIDE 4 /* number of rows, and of vectors of columns, taken together */
 #else
 #define SIDE 2
 #define WIDE 2
@@ -29,8 +29,8 @@ typedef struct {
     float *y;
     int64_t batches, rows, columns, inner;
     int64_t x_batch, x_row, w_batch, w_row, y_batch, y_row; /* strides, in elements */
-    int64_t kind;    /* of w */
-    int64_t adds;    /* columns: to what y holds */
+    int64_t kind;    /* type of w */
+    int64_t adds;    /* columns only: whether to add to what y holds */
     int64_t threads;
 } Product;
 
@@ -38,7 +38,7 @@ typedef struct {
     int64_t batch, row, row_end, column, column_end;
 } Part;
 
-/* Exact; infinities and NaN stay. */
+/* Converts fp16 to fp32 exactly; infinities and NaN stay. */
 INLINE f32x16 load_f16(const uint16_t *p) {
     u32x16 bits = __builtin_convertvector(*(const u16x16 *)p, u32x16);
     u32x16 sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;

@@ -30,7 +30,7 @@ INLINE void NAME(add_dots)(const float *const *x, const ELEMENT *const *w, int64
     }
 }
 
-/* TILE rows by TILE outputs or fewer: past the last, it is computed again and not stored. */
+/* Computes TILE rows by at most TILE outputs: past the last output, it is repeated and not stored. */
 INLINE void NAME(dot_tile)(const Product *p, const float *x, const ELEMENT *w, float *y, int64_t rows,
                            int64_t columns) {
     f32x16 sums[TILE * TILE];

@@ -20,15 +20,15 @@
 #define GROUP 8  /* rows whose sums stay in registers */
 #define TOP 127  /* the largest code */
 #define STEPS 32767
-#define FLOAT_ERROR 0x1p-22 /* of a number after two or three roundings */
-#define TOO_SMALL 1e-30f /* weights below it are taken for 0 */
+#define FLOAT_ERROR 0x1p-22 /* relative error of a number after two or three roundings */
+#define TOO_SMALL 1e-30f /* smaller weights count as 0 */
 
 typedef struct {
     const int8_t *codes;  /* [tiles, in / 2, TILE, 2]; outputs beyond the last repeat it */
     const float *scales;  /* [tiles, TILE]: a weight is about its code times its output's scale */
     int64_t out_features, in_features;
-    double spread; /* the most that |w - scale * codes| is of an output's scale */
-    double length; /* the most that |w| + |w - scale * codes| is */
+    double spread; /* upper bound of |w - scale * codes|, per unit of an output's scale */
+    double length; /* upper bound of |w| + |w - scale * codes| */
 } Screen;
 
 typedef struct {
@@ -72,22 +72,22 @@ static void round_tile(const void *job, int64_t thread, int64_t tile) {
     j->facts[2 * tile + 1] = length;
 }
 
-/* in_features is even. What is no number makes a length infinite. */
+/* in_features is even. NaN and infinities make a length infinite. */
 EXPORT void turret_screen_codes(const bf16 *weight, int64_t out_features, int64_t in_features, int8_t *codes,
                                 float *scales, double *facts, int64_t threads) {
     Codes job = {weight, codes, scales, facts, out_features, in_features};
     in_pieces(round_tile, &job, (out_features + TILE - 1) / TILE, threads);
 }
 
-/* A row as pairs of integers, each times `unit` about what it was. */
+/* A row as pairs of integers; each integer times `unit` approximates its number. */
 typedef struct {
     const int32_t *pairs; /* [in / 2] */
     float unit;
-    float per_scale; /* the error of a sum, of an output's scale */
-    float always;    /* and what comes to it in every output */
+    float per_scale; /* error of a sum, per unit of an output's scale */
+    float always;    /* error that is the same for every output */
 } Row;
 
-/* Whether the row's numbers are finite. */
+/* Rounds a row to integers; returns whether all of its numbers are finite. */
 static int round_row(const Screen *s, const bf16 *x, int32_t *pairs, Row *row) {
     int64_t n = s->in_features;
     double most = 0, sum = 0, all = 0, off = 0;
@@ -98,7 +98,7 @@ static int round_row(const Screen *s, const bf16 *x, int32_t *pairs, Row *row) {
         all += size * size;
     }
     if (!(all <= 1e30)) return 0;
-    /* No sum of codes times steps leaves 32 bits. */
+    /* Choose the unit so that no sum of codes times steps overflows 32 bits. */
     double unit = fmax(most / STEPS, TOP * sum / (0x1p31 - 1 - 64 * (double)n));
     double per_unit = unit > 0 ? 1 / unit : 0;
     for (int64_t k = 0; k < n; k += 2) {
@@ -111,7 +111,7 @@ static int round_row(const Screen *s, const bf16 *x, int32_t *pairs, Row *row) {
         memcpy(pairs + k / 2, pair, sizeof pair);
     }
     double size = sqrt(all) * 1.0001, rest = sqrt(off) * 1.0001;
-    /* The head's own product is a float's as well: of n terms, each rounded twice. */
+    /* The head's own product has float errors as well: a sum of n terms, each rounded twice. */
     double floats = size * (n * 0x1p-23 + 4 * FLOAT_ERROR) * s->length;
     *row = (Row){pairs, (float)unit, (float)(size * s->spread * 1.001),
                  (float)(1.001 * (rest * s->length + floats + size * n * TOO_SMALL))};
@@ -141,12 +141,13 @@ INLINE i32x16 add_pair(i32x16 sums, const int8_t *codes, int32_t pair) {
 typedef struct {
     const Screen *screen;
     const Row *rows;
-    float *found; /* [rows, tiles, TILE]: logits, about */
-    float *least, *most; /* [pieces, rows]: of a piece, the largest lower bound and the largest upper one */
+    float *found; /* [rows, tiles, TILE]: approximate logits */
+    float *least, *most; /* [pieces, rows]: a piece's largest lower and upper bounds */
     int64_t num_rows, tiles;
 } Job;
 
-/* One tile for `rows` rows. Sums of even pairs and of odd ones do not wait for each other. */
+/* Computes one tile for `rows` rows. Even and odd pairs are summed separately, so that the sums do not
+ * wait for each other. */
 INLINE void sum_tile(const Job *j, int64_t tile, int64_t first, const int rows, float *lows, float *highs) {
     const Screen *s = j->screen;
     const int parts = rows > 4 ? 1 : 2;
@@ -203,11 +204,11 @@ KERNEL static void sum_piece(const void *job, int64_t thread, int64_t piece) {
     }
 }
 
-/* What an output's upper bound has to reach, but for `always`, which all have in common. */
+/* The value that an output's upper bound must reach, both without the error `always`. */
 static float threshold(const Job *j, int64_t pieces, int64_t row, double slack) {
     float best = -INFINITY;
     for (int64_t p = 0; p < pieces; p++) best = fmaxf(best, j->least[p * j->num_rows + row]);
-    /* Results are rounded to bf16: one that is less by a 128th may become the same. */
+    /* Results are rounded to bf16, so a logit that is less by a 128th may round to the same value. */
     return best - fabsf(best) * 0x1.01p-7f - 2 * j->rows[row].always - (float)slack;
 }
 

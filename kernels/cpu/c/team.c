@@ -13,8 +13,8 @@
 #include <omp.h>
 #include <stdatomic.h>
 
-/* A thread's share, [next, end). Beside the number of the next piece is the number of the job, so that
- * who is late claims nothing of a job it does not know. */
+/* A thread's share, [next, end). `next` holds the job's number beside the next piece's, so that a thread
+ * that is late cannot claim pieces of a job that it does not know. */
 typedef struct {
     _Alignas(64) _Atomic uint64_t next;
     _Atomic uint64_t end;
@@ -26,7 +26,8 @@ typedef struct {
 static void deal(Share *shares, uint64_t number, int64_t pieces, int64_t threads) {
     for (int64_t t = 0; t < threads; t++) {
         uint64_t start = number << PIECE_BITS, end = (uint64_t)(pieces * (t + 1) / threads);
-        /* Void before it has another end: who is late compares the old number with the new end. */
+        /* Make the share empty before changing its end: a late thread compares the old `next` with the
+         * new end. */
         atomic_store_explicit(&shares[t].next, PIECE(start - 1) | start, memory_order_relaxed);
         atomic_store_explicit(&shares[t].end, end, memory_order_release);
         atomic_store_explicit(&shares[t].next, start | (uint64_t)(pieces * t / threads),
@@ -34,7 +35,7 @@ static void deal(Share *shares, uint64_t number, int64_t pieces, int64_t threads
     }
 }
 
-/* The next piece of a share, or -1. */
+/* Claims the next piece of a share; returns -1 if there is none. */
 static int64_t claim(Share *share, uint64_t number) {
     uint64_t next = atomic_load_explicit(&share->next, memory_order_acquire);
     uint64_t end = atomic_load_explicit(&share->end, memory_order_acquire);
@@ -45,7 +46,7 @@ static int64_t claim(Share *share, uint64_t number) {
     return -1;
 }
 
-/* Computes pieces until none is left, the own share's first; returns how many. */
+/* Computes pieces until none is left, its own share's first; returns how many. */
 static int64_t compute(Share *shares, uint64_t number, int64_t threads, Work *work, const void *job,
                        int64_t thread) {
     int64_t done = 0;
@@ -72,28 +73,28 @@ static void in_pieces_openmp(Work *work, const void *job, int64_t pieces, int64_
 #include <unistd.h>
 
 /* Nanoseconds that a thread looks for work before it sleeps. A step's kernels follow each other within
- * some 30 microseconds; who spins while another process wants the processor loses it for longer. */
+ * some 30 microseconds. If another process wants the processor, a spinning thread loses it for longer. */
 #define SPIN_ALONE 300000
 #define SPIN_BESIDE 30000
-/* A pause of that length in a loop that never waits: the system ran something else. */
+/* A pause this long in a loop that never waits means that the system ran something else. */
 #define PUT_ASIDE 400000
-/* For how long the processors count as shared after that. */
+/* How long the processors count as shared after such a pause. */
 #define STAYS_SHARED 200000000
 /* Nanoseconds that the caller looks for the end of the last pieces before it sleeps. */
 #define SPIN_END 50000
 
 static struct {
     Share shares[MOST_THREADS];
-    _Atomic uint32_t number; /* of the job; workers sleep on it */
-    _Atomic uint32_t done;   /* pieces; the caller sleeps on it */
+    _Atomic uint32_t number; /* number of the job; workers sleep on it */
+    _Atomic uint32_t done;   /* pieces done; the caller sleeps on it */
     _Atomic uint32_t sleepers, is_caller_asleep;
     _Atomic int64_t pieces, threads;
     _Atomic(Work *) work;
     _Atomic(const void *) job;
     _Atomic int64_t shared_until;
     _Atomic int caller_cpu;
-    int64_t workers; /* there are */
-    pthread_mutex_t one; /* job at a time */
+    int64_t workers; /* number of worker threads */
+    pthread_mutex_t one; /* held by the one job at a time */
 } team = {.one = PTHREAD_MUTEX_INITIALIZER};
 static _Thread_local int has_own_threads;
 
@@ -119,7 +120,7 @@ INLINE void relax(void) {
 #endif
 }
 
-/* Spins while *word is value, at most some time. Whether it is another value now. */
+/* Spins while *word is value, up to some time. Returns whether the value has changed. */
 static int spin(_Atomic uint32_t *word, uint32_t value, int64_t most) {
     int64_t start = now(), last = start;
     for (;;) {
@@ -142,11 +143,11 @@ static int is_shared(void) {
     return until && now() < until;
 }
 
-/* Off the caller's processor. A thread that was woken there while others were taken stays there: the
- * system sees two threads with half a processor each and no reason to move one. */
+/* Moves this thread off the caller's processor. A thread that was woken there while the others were busy
+ * would stay: the system sees two threads with half a processor each and no reason to move one. */
 static void leave(int cpu) {
     cpu_set_t others;
-    /* The process's first thread has what the process may use, also when that has changed. */
+    /* The process's first thread has the current set of allowed processors, even if that has changed. */
     if (sched_getaffinity(getpid(), sizeof others, &others)) return;
     CPU_CLR(cpu, &others);
     if (CPU_COUNT(&others)) sched_setaffinity(0, sizeof others, &others);
@@ -169,7 +170,7 @@ static void *serve(void *argument) {
             atomic_fetch_sub(&team.sleepers, 1);
         }
         number = atomic_load_explicit(&team.number, memory_order_acquire);
-        /* These may be those of a later job already; then nothing can be claimed. */
+        /* These may already belong to a later job; then nothing can be claimed. */
         int64_t threads = atomic_load_explicit(&team.threads, memory_order_relaxed);
         Work *work = atomic_load_explicit(&team.work, memory_order_relaxed);
         const void *job = atomic_load_explicit(&team.job, memory_order_relaxed);
@@ -182,7 +183,7 @@ static void *serve(void *argument) {
     return 0;
 }
 
-/* A child has none of its parent's threads. */
+/* A forked child has none of its parent's threads. */
 static void after_fork(void) {
     team.workers = 0;
     atomic_store(&team.sleepers, 0);
@@ -227,7 +228,7 @@ static void in_pieces_own(Work *work, const void *job, int64_t pieces, int64_t t
     }
 }
 
-/* Whether threads of the library's own compute what the calling thread asks for from now on. */
+/* Sets whether the library's own threads compute what the calling thread asks for from now on. */
 EXPORT void turret_own_threads(int64_t are_wanted) { has_own_threads = are_wanted != 0; }
 
 void in_pieces(Work *work, const void *job, int64_t pieces, int64_t threads) {
@@ -239,7 +240,7 @@ void in_pieces(Work *work, const void *job, int64_t pieces, int64_t threads) {
     } else if (pthread_mutex_trylock(&team.one) == 0) {
         in_pieces_own(work, job, pieces, threads);
         pthread_mutex_unlock(&team.one);
-    } else { /* another thread's job is under way */
+    } else { /* another thread's job is running */
         for (int64_t piece = 0; piece < pieces; piece++) work(job, 0, piece);
     }
 }

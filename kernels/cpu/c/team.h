@@ -12,10 +12,10 @@
 #define MOST_THREADS 256
 /* Pieces of work for each thread: few enough to be worth claiming, enough to be shared out again. */
 #define PIECES_EACH 4
-/* Elements, or products, that one thread computes sooner than two begin. */
+/* Number of elements, or products, below which one thread is faster than two. */
 #define SMALL 16384
 
-/* `thread` is below the number of threads; no two of one number compute at once. */
+/* `thread` is below the number of threads; no two calls with the same number run at once. */
 typedef void Work(const void *job, int64_t thread, int64_t piece);
 
 /* work(job, thread, piece) for every piece below `pieces`; returns when all are done. What the caller

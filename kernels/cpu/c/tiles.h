@@ -15,16 +15,16 @@
 #define HAS_TILES 1
 #define TILE_ROWS 16
 #define TILE_BYTES 64
-#define TILE_INPUTS 32 /* of a row, in bf16 */
+#define TILE_INPUTS 32 /* bf16 inputs in a row of a tile */
 
-/* What LDTILECFG reads. */
+/* The configuration that LDTILECFG reads. */
 typedef struct {
     uint8_t palette, start, zero[14];
     uint16_t row_bytes[16];
     uint8_t rows[16];
 } TileShapes;
 
-/* All tiles whole, but the first `few` only of `rows` rows. */
+/* All tiles have the full shape, except that the first `few` have only `rows` rows. */
 INLINE TileShapes tile_shapes(int few, int64_t rows) {
     TileShapes shapes = {.palette = 1};
     for (int i = 0; i < 8; i++) {
@@ -37,7 +37,7 @@ INLINE TileShapes tile_shapes(int few, int64_t rows) {
 #ifdef TILES_EMULATED
 #include "emulated_tiles.h"
 #else
-/* The number of a tile is part of the instruction. */
+/* Macros, because the number of a tile is part of the instruction. */
 #define tiles_begin(shapes) _tile_loadconfig(shapes)
 #define tiles_end() _tile_release()
 #define tile_zero(c) _tile_zero(c)

@@ -5,8 +5,8 @@
 
 #include <math.h>
 
-/* rows: which of logits, each of `vocab` floats, `stride` apart; words: [num_rows, num_words], bit t % 32
- * of word t / 32 for token t. */
+/* rows: indices of logits' rows, each of `vocab` floats, `stride` apart. words: [num_rows, num_words];
+ * token t is bit t % 32 of word t / 32. */
 EXPORT KERNEL void turret_token_mask(float *logits, int64_t stride, int64_t vocab, const int64_t *rows,
                                      const uint32_t *words, int64_t num_rows, int64_t num_words) {
     for (int64_t i = 0; i < num_rows; i++, words += num_words) {

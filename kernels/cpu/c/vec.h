@@ -42,7 +42,7 @@ INLINE float to_f32(bf16 value) {
     return out;
 }
 
-/* To nearest, ties to even; NaN stays NaN (torch's own conversion). */
+/* Rounds to nearest, ties to even; NaN stays NaN, as in torch's own conversion. */
 INLINE bf16 to_bf16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
@@ -171,7 +171,7 @@ INLINE f32x16 exp_vec(f32x16 x) {
     return (f32x16)(result & ~tiny);
 }
 
-/* Absolute error under 2e-7. */
+/* tanh with an absolute error under 2e-7. */
 INLINE f32x16 tanh_vec(f32x16 x) { return 1.0f - 2.0f / (exp_vec(2.0f * x) + 1.0f); }
 
 #endif

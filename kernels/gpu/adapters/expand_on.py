@@ -1,4 +1,4 @@
-"""``segmented_expand`` and what comes next, in one launch: the result itself is never written.
+"""``segmented_expand`` and the next operation in one launch: its own result is never written.
 
 A program finishes two tiles of columns that belong together, as ``segmented_expand`` does: gates
 and their ups, or the first and second features of the pairs of some heads. What comes next is
@@ -181,7 +181,7 @@ def expand_rotated_kernel(
             table_ptr, chunk_ptr, rows, live, y_stride, v_stride, 0, 0, out0 + out1 + out2, s,
             first_column, out, head * 2 * HALF + j, NUM_SLICES, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
-        # Heads past the slice are another tile's.
+        # Heads past the slice belong to another tile.
         none = num_heads + 2 * kv_heads
         head = tl.where(head * 2 * HALF < out, first_column // (2 * HALF) + head, none)
         store_heads(
@@ -290,7 +290,7 @@ def expand_rotated(expand: Expand, write: KvWrite) -> torch.Tensor:
         BLOCK_R=RANK_TILE,
         num_warps=4,
         num_stages=1,
-        # Four programs on a multiprocessor, as ``programs`` counts on.
+        # Limit registers to fit four programs on a multiprocessor, as ``programs`` assumes.
         **(tuned.registers(128) if write.head_dim == 64 else {}),
         **tuned.early(),
         enable_fp_fusion=True,

@@ -1,4 +1,4 @@
-"""What an expand gives in some columns, for kernels that go on with it.
+"""The result of an expand in some columns, for kernels that continue with it.
 
 The formula is that of ``segmented_expand``, whose kernel has it in a form of its own: registers
 there are few.
@@ -59,7 +59,7 @@ def expanded(
     inside = cols < out
     y_cols = first_column + cols
     keep = live[:, None] & inside[None, :]
-    # Asked for first, used last.
+    # Load this first although it is used last, to hide the latency.
     base = tl.load((y_ptr + rows * y_stride)[:, None] + y_cols[None, :], mask=keep, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     gain = tl.full((BLOCK_N,), 1.0, dtype=tl.float32)
@@ -91,7 +91,7 @@ def expanded(
         )  # fmt: skip
     base = base.to(tl.float32)
     if gain_delta_ptr is not None:
-        # A chunk's rows share their mix.
+        # All rows of a chunk have the same mix.
         base = base * gain[None, :]
     if base_bias_ptr is not None:
         base_bias = tl.load(base_bias_ptr + y_cols, mask=inside, other=0.0)

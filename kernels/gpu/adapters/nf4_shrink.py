@@ -42,7 +42,7 @@ _BLOCK = tl.constexpr(BLOCK)
 def _fetch_part(
     program, packed_ptr, absmax_ptr, in_features, out_features, part_blocks, BLOCK_N: tl.constexpr
 ):
-    """What a program of the product will read first."""
+    """Prefetch what a program of the product reads first."""
     columns = tl.cdiv(out_features, BLOCK_N)
     n = program % columns * BLOCK_N + tl.arange(0, BLOCK_N)
     begin, blocks = program // columns * part_blocks, in_features // _BLOCK
@@ -82,7 +82,7 @@ def nf4_shrink_kernel(
     BLOCK_K: tl.constexpr,
 ):
     program = tl.program_id(0)
-    # One condition for the compiler, one for the program.
+    # The outer condition is a constant at compile time, so it must stay apart from the inner one.
     if is_early():  # noqa: SIM102
         if program >= SHRINK_PROGRAMS:
             _fetch_part(

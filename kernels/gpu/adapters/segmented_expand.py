@@ -67,13 +67,13 @@ def add_update(
             mask=held[:, None] & inside[None, :],
             other=0.0,
         )
-        # Small offsets from a 64-bit base: half the registers of 64-bit ones.
+        # Small offsets from a 64-bit base need half the registers of 64-bit offsets.
         at = (m[:, None] * row_stride + ranks[None, :]) * NUM_SLICES
         keep = live[:, None] & held[None, :]
         v = tl.load(v_ptr + at, mask=keep, other=0.0)
         for split in tl.static_range(1, SPLITS):
             v += tl.load(v_ptr + split * v_stride + at, mask=keep, other=0.0)
-        # Sixteen ranks a row are fewer products than a tile of columns.
+        # Scale v, not the result: a row has fewer ranks here (sixteen) than columns.
         v *= scale[:, None]
         if BLOCK_M == 1:
             acc += tl.sum(tl.trans(v) * b.to(tl.float32), axis=0)[None, :]
@@ -168,7 +168,7 @@ def _expand_tile(
     """Finish one chunk of rows in one tile of columns of one slice."""
     begin = tl.load(chunk_ptr + 2)
     end = tl.load(chunk_ptr + 3)
-    # A base row changes by the base bias only.
+    # Without an adapter, only the base bias changes a row.
     if base_bias_ptr is not None or end > begin:
         m = tl.arange(0, BLOCK_M)
         live = m < tl.load(chunk_ptr + 1)
@@ -180,7 +180,7 @@ def _expand_tile(
         y_cols = first_column + cols
         y_at = (y_ptr + rows * y_stride)[:, None] + y_cols[None, :]
         keep = live[:, None] & inside[None, :]
-        # Asked for first, used last.
+        # Load this first although it is used last, to hide the latency.
         base = tl.load(y_at, mask=keep, other=0.0)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         gain = tl.full((BLOCK_N,), 1.0, dtype=tl.float32)
@@ -212,7 +212,7 @@ def _expand_tile(
             )  # fmt: skip
         base = base.to(tl.float32)
         if gain_delta_ptr is not None:
-            # A chunk's rows share their mix.
+            # All rows of a chunk have the same mix.
             base = base * gain[None, :]
         if base_bias_ptr is not None:
             base_bias = tl.load(base_bias_ptr + y_cols, mask=inside, other=0.0)
@@ -322,7 +322,8 @@ def check_expand(
             check_float(name, values, torch.float32)
             check_shape(name, values, slice_ranks.shape[0], width)
             check_contiguous(name, values)
-            # Kernels index these tables with 32 bits: 64 would not fit in registers.
+            # Kernels index these tables with 32 bits, because 64-bit indices would not fit in
+            # registers.
             if values.numel() >= 1 << 31:
                 raise ValueError(f"{name} has {values.numel()} elements; 2³¹ are too many")
     if base_bias is not None:

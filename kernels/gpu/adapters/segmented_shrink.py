@@ -33,7 +33,7 @@ from turret.kernels.gpu.tables.segment_table import (
     SegmentTable,
 )
 
-# Expand reads a rank once per part.
+# Most parts of a shrink; few, because expand reads each rank once per part.
 _MAX_SPLITS = 16
 _RECORD = tl.constexpr(RECORD)
 
@@ -46,7 +46,7 @@ def shrink_items(
     NUM_SLICES: tl.constexpr, SPLITS: tl.constexpr, LIST: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program's share of a shrink; the arguments are the kernel's."""
+    """Compute a program's share of a shrink; the arguments are the kernel's."""
     num_work = tl.load(table_ptr + LIST + 2) * NUM_SLICES * SPLITS
     rows_ptr = table_ptr + tl.load(table_ptr + 1)
     items_ptr = table_ptr + tl.load(table_ptr + LIST + 3)
@@ -74,7 +74,7 @@ def shrink_items(
         x_rows = x_ptr + rows[:, None] * x_stride
         a_rows = a_ptr + ((rank + r).to(tl.int64) * NUM_SLICES + s)[:, None] * in_features
         start = split * split_width
-        # A missing slice reads nothing.
+        # Skip the loads of a missing slice.
         end = tl.where(held > 0, tl.minimum(start + split_width, in_features), start)
         acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for k0 in tl.range(start, end, BLOCK_K, num_stages=STAGES):
@@ -134,7 +134,7 @@ class Shrink:
 
 
 def rank_activations(table: SegmentTable, num_slices: int, device: torch.device) -> torch.Tensor:
-    """Rank activations of which nothing is read, for a step without ranks: one undefined part."""
+    """An undefined tensor in place of rank activations, for a step without ranks."""
     return torch.empty(1, table.rank_capacity * num_slices, dtype=torch.float32, device=device)
 
 
@@ -187,7 +187,8 @@ def segmented_shrink(
             BLOCK_M=block_m,
             BLOCK_R=RANK_TILE,
             BLOCK_K=tuned.shrink_block_k,
-            # Two tiles of eight ranks: more warps would repeat their products.
+            # Two warps suffice for two tiles of eight ranks: more warps would repeat their
+            # products.
             num_warps=2,
             num_stages=3,
             **tuned.early(),
@@ -199,14 +200,14 @@ def segmented_shrink(
 def empty_parts(
     table: SegmentTable, num_slices: int, in_features: int, device: torch.device
 ) -> torch.Tensor:
-    """Memory for what a shrink of that many inputs gives; the splits are its first axis."""
+    """Allocate the result of a shrink of this many inputs; its first axis is the splits."""
     splits, width = shrink_parts(in_features, device), table.rank_capacity * num_slices
     return torch.empty(splits, width, dtype=torch.float32, device=device)
 
 
 def shrink_parts(in_features: int, device: torch.device) -> int:
-    """Into how many parts a shrink cuts that many inputs."""
-    # Of the projection's width alone: the order of a row's sum may not depend on the step.
+    """Number of parts into which a shrink cuts this many inputs."""
+    # Depend only on the projection's width: the order of a row's sum may not vary between steps.
     parts = triton.cdiv(in_features, tuning(device).shrink_split_k)
     return max(2, min(_MAX_SPLITS, parts))
 

@@ -29,7 +29,7 @@ _BLOCK_R, _BLOCK_K, _BLOCK_N = 16, 128, 128
 
 @triton.jit
 def _address_of(factors_ptr, WHICH: tl.constexpr, table_ptr, row, capacity):
-    """Where A (0) or B (1) of a row's adapter lies; 0 if there is none."""
+    """The address of A (0) or B (1) of a row's adapter; 0 if there is none."""
     is_in = row < tl.load(table_ptr)
     slot = tl.load(table_ptr + _HEADER + capacity + row, mask=is_in, other=-1).to(tl.int64)
     return tl.load(factors_ptr + 2 * slot + WHICH, mask=slot >= 0, other=0)

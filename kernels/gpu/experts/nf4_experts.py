@@ -133,7 +133,7 @@ def nf4_experts(
     out_features = weight.out_features // num_experts
     tuned = tuning(x.device)
     y = torch.empty(num_pairs, out_features, dtype=x.dtype, device=x.device)
-    # Each expert fills its last tile in part.
+    # The last tile of each expert may be only partly filled.
     tiles = triton.cdiv(num_pairs, _TILE) + min(num_experts, num_pairs)
     nf4_experts_kernel[(tiles, triton.cdiv(out_features, tuned.nf4_block_n))](
         x,

@@ -39,7 +39,8 @@ def route_rows_kernel(
     is_open = inside
     for j in range(per_token):
         best = tl.max(tl.where(is_open, left, float("-inf")), axis=0)
-        # Of equal ones the first. A score that is no number equals none: then the first is taken.
+        # Of equal scores the first wins. A NaN equals nothing: if no score matches, the first open
+        # one is taken.
         number = tl.min(tl.where(is_open & (left == best), numbers, num_experts), axis=0)
         first = tl.min(tl.where(is_open, numbers, num_experts - 1), axis=0)
         number = tl.where(number < num_experts, number, first)

@@ -126,7 +126,7 @@ def _fused(
 
 @triton.jit
 def _column(scores, c, BLOCK_C: tl.constexpr):
-    """One component's, ``[BLOCK_M]``: a sum of one value is that value."""
+    """One component's column, ``[BLOCK_M]``: the others are masked, so the sum is its value."""
     return tl.sum(tl.where(tl.arange(0, BLOCK_C)[None, :] == c, scores, 0.0), axis=1)
 
 
@@ -142,15 +142,15 @@ def _routed(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """What a router's softmax is of, ``[BLOCK_M, BLOCK_C]``: −inf where others come before."""
+    """The scores of a router's softmax, ``[BLOCK_M, BLOCK_C]``; −inf for those outside top-k."""
     columns = tl.arange(0, BLOCK_C)[None, :]
     found = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
-    # One part after the other: all of them at once would not fit in registers.
+    # Add the parts one after the other: all at once would not fit in registers.
     for split in tl.range(0, SPLITS, loop_unroll_factor=1):
         at = asked_ptr[:, None] + split * asked_stride + columns * NUM_SLICES
         found += tl.load(at, mask=keep, other=0.0)
     scores = tl.where(keep, tl.abs(found), float("-inf"))
-    # How many come before each: the more similar, and of equals the first.
+    # Count the components that rank before each: more similar ones, and earlier ones of equals.
     before = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.int32)
     for c in range(count):
         other = _column(scores, c, BLOCK_C)[:, None]
@@ -163,7 +163,7 @@ def _routed(
 
 @triton.jit
 def _softmax(scores, count, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Of each row; −inf has no part in it. One behind the other: a row's sum has one order."""
+    """Softmax of each row, ignoring −inf. Components are added one by one, in a fixed order."""
     top = tl.max(scores, axis=1)
     top = tl.where(top == float("-inf"), 0.0, top)
     weights = tl.exp(scores - top[:, None])
@@ -202,14 +202,15 @@ def fusion_gate_kernel(
         s = work % NUM_SLICES
         gate_ptr = list_ptr + (work // NUM_SLICES) * _GATE_RECORD
         live = m < tl.load(gate_ptr + 1)
-        # 32 bits everywhere: the wrapper holds sizes below 2³¹, and 64 would not fit in registers.
+        # Use 32-bit indices: the wrapper rejects sizes from 2³¹ on, and 64 bits would not fit in
+        # registers.
         rows = tl.load(rows_ptr + tl.load(gate_ptr) + m, mask=live, other=0)
         component_ptr = components_ptr + tl.load(gate_ptr + 2) * _RECORD
         count = tl.load(gate_ptr + 3)
         own_ptr = words_ptr + (tl.load(gate_ptr + 5) * NUM_SLICES + s) * _WORDS
         kind = tl.load(own_ptr + _KIND)
         keep = live[:, None] & (columns < count)[None, :]
-        # A slice without a gate has no ranks: 0 for its components is as good as anything.
+        # A slice without a gate has no ranks, so its components' weights do not matter.
         scores = tl.where(keep, 0.0, float("-inf"))
         if kind == _TOLD:
             if told_ptr is not None:

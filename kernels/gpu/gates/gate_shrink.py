@@ -1,4 +1,4 @@
-"""What the rows of gated adapters ask with: ``q = Wq x``, and ``P x`` of routers, in one launch.
+"""Queries of the rows of gated adapters: ``q = Wq x``, and ``P x`` for routers, in one launch.
 
 A shrink of its own for all of them: a program takes a question of the segment table (a chunk of
 rows, 16 vectors of their adapter), one slice and one part of the input features. Queries are
@@ -33,7 +33,7 @@ from turret.kernels.gpu.tables.segment_table import (
     SegmentTable,
 )
 
-# Input features per step of a product in fp32, whose operands lie in registers.
+# Input features per step of an fp32 product, whose operands are held in registers.
 _BLOCK_P = 32
 _RECORD = tl.constexpr(RECORD)
 _GATES = tl.constexpr(GATES)
@@ -96,7 +96,7 @@ def gate_shrink_kernel(
         slot = tl.load(question_ptr + 4)
         rows = tl.load(rows_ptr + tl.load(question_ptr) + m, mask=live, other=0).to(tl.int64)
         own_ptr = words_ptr + (slot * NUM_SLICES + s) * _WORDS
-        # A missing slice has none, and reads nothing.
+        # A missing slice has no vectors, so it reads nothing.
         left = tl.load(own_ptr + _VECTORS).to(tl.int32) - first
         held = (r < left)[:, None]
         start = split * split_width

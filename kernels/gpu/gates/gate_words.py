@@ -11,9 +11,9 @@ from __future__ import annotations
 import struct
 
 WORDS = 8
-# Their places.
+# Positions of the words.
 ASKED, KEYS, KIND, VECTORS, TOP_K, TEMPERATURE, MODULE = range(7)
-# Kinds. A module without a gate has the first, and its components have no ranks.
+# Kinds of gates. A module without a gate has NONE, and its components have no ranks.
 NONE, QUERY, PROTOTYPE, TOLD = range(4)
 
 Words = tuple[int, int, int, int, int, int, int, int]
@@ -21,7 +21,7 @@ NO_WORDS: Words = (0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def query_words(query: int, keys: int, d_k: int) -> Words:
-    """Of ``softmax_k(q · (Wk B_k) v_k)``.
+    """Words of the gate ``softmax_k(q · (Wk B_k) v_k)``.
 
     Args:
         query: Where ``Wq`` lies, ``[d_k, in]``, serving dtype. As all addresses a multiple of 16.
@@ -32,7 +32,7 @@ def query_words(query: int, keys: int, d_k: int) -> Words:
 
 
 def prototype_words(prototypes: int, components: int, top_k: int, temperature: float) -> Words:
-    """Of ``softmax over top_k of |P x| / T``.
+    """Words of the gate ``softmax over top_k of |P x| / T``.
 
     Args:
         prototypes: Where ``P`` lies, ``[components, in]`` fp32.
@@ -50,5 +50,5 @@ def prototype_words(prototypes: int, components: int, top_k: int, temperature: f
 
 
 def told_words(module: int) -> Words:
-    """Of gates that a first pass tells; ``module`` is which of its router's modules this is."""
+    """Words of gates from a first pass; ``module`` is the index among its router's modules."""
     return (0, 0, TOLD, 0, 0, 0, module, 0)

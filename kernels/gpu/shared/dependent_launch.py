@@ -15,7 +15,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-# A result is asked for, so there is one.
+# The unused result is there because Triton's inline assembly needs one.
 _FETCH = tl.constexpr("prefetch.global.L2 [$1];\nmov.b32 $0, 0;")
 
 
@@ -27,7 +27,7 @@ def is_early(_semantic: Any = None) -> bool:
     return _semantic is not None and bool(getattr(_semantic.builder.options, "launch_pdl", False))
 
 
-# What Triton's own functions of this kind are marked with.
+# Mark it as Triton marks its own builtin functions.
 is_early.__triton_builtin__ = True  # type: ignore[attr-defined]
 
 
@@ -35,13 +35,13 @@ is_early.__triton_builtin__ = True  # type: ignore[attr-defined]
 def wait_for_launches():
     """Let the next launch begin and wait until all launches before have ended."""
     if is_early():
-        # The next one waits as well: it takes room on the device, and that is free.
+        # The next launch waits here too; until then it only occupies free room on the device.
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def fetch(ptr):
-    """Ask for what some addresses point to, an instruction a thread for each, into the L2 cache."""
+    """Prefetch these addresses into the L2 cache, one instruction per thread and address."""
     address = ptr.to(tl.int64)
     tl.inline_asm_elementwise(_FETCH, "=r,l", [address], tl.int32, is_pure=False, pack=1)

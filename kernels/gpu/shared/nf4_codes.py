@@ -30,7 +30,8 @@ def _lookup(dtype: torch.dtype) -> str:
             words[f"{name}{part}"] = f"0x{sum(v << 8 * i for i, v in enumerate(values)):08x}"
     lines = [
         ".reg .b32 code, upper, first, second, low, high, picks, chosen;",
-        # Codes without their fourth bit; that bit, shifted to choose byte i or byte i + 4.
+        # ``code`` has the codes without their fourth bit. ``upper`` uses that bit to select byte i
+        # or i + 4.
         "and.b32 code, $4, 0x77777777;",
         "shr.u32 upper, $4, 1;",
         "lop3.b32 upper, upper, 0x44444444, 0x32103210, 0xEA;",
@@ -46,7 +47,7 @@ def _lookup(dtype: torch.dtype) -> str:
                 f"prmt.b32 second, {words[name + '2']}, {words[name + '3']}, {picks};",
                 f"prmt.b32 {name}, first, second, {chosen};",
             ]
-        # A byte holds its even column in the high nibble.
+        # The high nibble of a byte is its even column.
         lines += [
             f"prmt.b32 ${half}, low, high, 0x7351;",
             f"prmt.b32 ${2 + half}, low, high, 0x6240;",
@@ -60,7 +61,7 @@ _FP16 = tl.constexpr(_lookup(torch.float16))
 
 @functools.cache
 def code_on(device: torch.device) -> torch.Tensor:
-    """The sixteen values, ``[16]`` fp32, copied to the device once."""
+    """The sixteen values, ``[16]`` fp32, copied to each device once."""
     return torch.tensor(CODE, device=device)
 
 

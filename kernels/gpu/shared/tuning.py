@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
-# From this compute capability on, launches can be early (``launch_pdl``).
+# Lowest compute capability with early launches (``launch_pdl``).
 _EARLY_LAUNCHES = (9, 0)
-# Older versions of Triton leave out the fence that Hopper's wgmma needs between a copy to shared
-# memory that runs beside the program and a product with what it brought.
+# Older versions of Triton omit the fence that Hopper's wgmma needs between an asynchronous copy to
+# shared memory and a product that reads the copied data.
 _FENCES_COPIES = (3, 9)
 
 
@@ -59,12 +59,12 @@ class Tuning:
     nf4_programs: int = 512
     nf4_part_blocks: int = 16
     nf4_pass_rows: int = 64
-    # Two tiles under way do not fit in an AMD device's 64 KiB of shared memory.
+    # AMD devices have 64 KiB of shared memory, too little for two tiles in flight.
     attention_stages: int = 5 if torch.version.hip is None else 3
     nf4_stages: int = 4 if torch.version.hip is None else 3
     sample_block: int = 4096
     inline_ptx: bool = torch.version.hip is None
-    # No GPU has run it yet: bench/gpu.sh compares both.
+    # Off because no GPU has run it yet; bench/gpu.sh compares both.
     launch_pdl: bool = False
 
     def registers(self, most: int) -> dict[str, int]:
@@ -84,7 +84,7 @@ class Tuning:
         return {"launch_pdl": True} if self.launch_pdl and is_behind_kernel else {}
 
 
-# By torch.cuda.get_device_name; devices that are not listed take the default.
+# Parameters by torch.cuda.get_device_name; devices that are not listed use the default.
 _TABLE: dict[str, Tuning] = {}
 
 # Few programs and small tiles, so that loops over work lists and splits are exercised.
@@ -108,7 +108,7 @@ _INTERPRETER = Tuning(
 
 
 def wgmma_stages(stages: int) -> int:
-    """Depth of a pipeline whose tiles are products of 64 rows: 1, no copies beside, if need be."""
+    """Pipeline depth for tiles of 64 rows: 1, so no concurrent copies, if Triton lacks a fence."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return stages if version >= _FENCES_COPIES else 1
 
@@ -126,7 +126,7 @@ def tuning(device: torch.device) -> Tuning:
 
 
 def has_early_launches(device: torch.device) -> bool:
-    """Whether ``launch_pdl`` can be: on NVIDIA devices from Hopper on."""
+    """Whether ``launch_pdl`` is supported: on NVIDIA devices from Hopper on."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= _EARLY_LAUNCHES

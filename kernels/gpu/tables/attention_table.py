@@ -28,7 +28,7 @@ from turret.kernels.paged_attention import SequenceSpan
 
 HEADER = 4
 RECORD = 9
-# Positions per split where nobody says otherwise; a multiple of every block size.
+# Default number of positions per split; a multiple of every block size.
 SPLIT = 256
 
 
@@ -131,7 +131,7 @@ class AttentionTable:
         Raises:
             ValueError: The step is over a capacity given at construction.
         """
-        # In operations on whole columns: a step of 64 long contexts has a thousand records.
+        # Operate on whole columns: a step with 64 long contexts has a thousand records.
         table = host_tensor(spans, torch.int32).view(len(spans) // 5, 5)
         num_new, size = table[:, 1], self.tile_rows // self.queries_per_head
         counts = (num_new + (size - 1)) // size
@@ -139,7 +139,7 @@ class AttentionTable:
         items, span_of = self._items(table, counts)
         first, last = self._splits(items)
         runs = torch.where(spread[span_of], last - first, 1)
-        # Spread items first, in their order.
+        # Put spread items first and keep the order otherwise.
         order = torch.cat((spread[span_of].nonzero()[:, 0], (~spread[span_of]).nonzero()[:, 0]))
         items, first, last, runs = items[order], first[order], last[order], runs[order]
         ends = runs.cumsum(0)

@@ -29,7 +29,7 @@ class RowTable:
     def __init__(
         self, capacity: int, device: torch.device, memory: StagedMemory | None = None
     ) -> None:
-        """Allocate, as a part of ``memory`` if that is given."""
+        """Allocate, inside ``memory`` if it is given."""
         self.capacity = capacity
         memory = StagedMemory(device, 0) if memory is None else memory
         self._part = memory.part(HEADER + 3 * capacity, torch.int32)

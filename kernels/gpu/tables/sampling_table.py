@@ -24,7 +24,7 @@ class SamplingTable:
     def __init__(
         self, max_rows: int, device: torch.device, memory: StagedMemory | None = None
     ) -> None:
-        """Allocate, as a part of ``memory`` if that is given."""
+        """Allocate, inside ``memory`` if it is given."""
         memory = StagedMemory(device, 0) if memory is None else memory
         self._memory = memory
         self._part = memory.part(max_rows * ROW, torch.float32)

@@ -41,15 +41,15 @@ from turret.kernels.adapters.segments import GatedMembers, LongSegment, SegmentM
 from turret.kernels.gpu.tables.staged_buffer import StagedMemory
 
 RANK_TILE = 16
-# Rows per chunk. One size for all steps: every row goes through the same MMA instruction.
+# Rows per chunk. The same for all steps, so that every row goes through the same MMA instruction.
 TILE_ROWS = 16
 HEADER = 16
 RECORD = 8
 GATE_RECORD = 12
-# Header positions of the two lists; kernels take one of these.
+# Header positions of the two lists; a kernel takes one of these.
 TILES = 4
 ONE_ROW = 8
-# And of the gates.
+# Header position of the gates.
 GATES = 12
 
 
@@ -123,7 +123,7 @@ class SegmentTable:
         self.rank_capacity = max_rows * max_row_rank
         self.max_gates = max_gates
         self.asked_capacity = max_rows * max_row_asked
-        # Every row its own mix: one chunk and at most max_row_items items each.
+        # Worst case: every row has its own mix, with one chunk and at most max_row_items items.
         max_row_items = max_components + max_row_rank // RANK_TILE
         max_row_questions = max_gates + max_row_asked // RANK_TILE
         row_records = max_components + 1 + max_row_items + max_row_questions

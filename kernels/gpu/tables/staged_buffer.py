@@ -8,15 +8,15 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-# Parts of a memory begin at multiples of this, so that kernels may read them in wide words.
+# Parts of the memory begin at multiples of this, so that kernels can read wide words.
 _ALIGNMENT = 256
 _CHUNK_BYTES = 1 << 18
-# Parts that were loaded travel in one copy if no more than this lies between them.
+# Loaded parts are copied together if no gap between them is larger than this.
 _MAX_GAP_BYTES = 1 << 16
 
 
 def has_streams(device: torch.device) -> bool:
-    """Whether a device works behind the host's back."""
+    """Whether a device works asynchronously to the host."""
     return device.type == "cuda"
 
 
@@ -61,7 +61,7 @@ class _Chunk:
         self.loaded: list[tuple[int, int]] = []
 
     def send(self, half: int) -> int:
-        """Start copying what was loaded; what lies between is copied along, and read by nobody.
+        """Start copying what was loaded; gaps between are copied too, but never read.
 
         Returns:
             How many copies that took.
@@ -124,7 +124,7 @@ class StagedMemory:
         self._is_open = True
 
     def staging_of(self, halves: Sequence[torch.Tensor]) -> torch.Tensor:
-        """That of two staging areas which the open step writes to."""
+        """Which of the two staging areas the open step writes to."""
         assert self._is_open, "outside a step the device may be reading it"
         return halves[self._half]
 
@@ -138,7 +138,7 @@ class StagedMemory:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """``begin`` and ``send`` around what loads parts; part of an open step if there is one."""
+        """Run the block between ``begin`` and ``send``, or within the open step if there is one."""
         if self._is_open:
             yield
             return

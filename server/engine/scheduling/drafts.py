@@ -62,7 +62,7 @@ class Drafts:
             budget -= len(draft)
 
     def accepted(self, sequence: Sequence, count: int) -> None:
-        """So many tokens of a sequence's draft were right, and are in its cache."""
+        """Learn how many tokens of a draft were right, and free the blocks of the others."""
         if sequence.drafter is not None:
             sequence.drafter.learn(count)
         self.take_back(sequence)

@@ -32,7 +32,7 @@ T = TypeVar("T", bound=Grouped)
 
 
 class FairQueue(Generic[T]):
-    """Waiting items by group. ``charge`` tells it what was served."""
+    """Waiting items by group. Report to ``charge`` what was served."""
 
     def __init__(self) -> None:
         self._lines: dict[Hashable, deque[T]] = {}
@@ -54,12 +54,12 @@ class FairQueue(Generic[T]):
         self._length += 1
 
     def push_front(self, item: T) -> None:
-        """Return to the head of the group's line (preempted)."""
+        """Return a preempted item to the head of its group's line."""
         self._line(item.group).appendleft(item)
         self._length += 1
 
     def peek(self, ready: Callable[[T], bool]) -> T | None:
-        """The next item to serve: the first that is ready of the least served group with one."""
+        """The next item to serve: the first ready one of the least served group that has one."""
         best: T | None = None
         for group, line in self._lines.items():
             if best is None or self._served[group] < self._served[best.group]:
@@ -68,7 +68,7 @@ class FairQueue(Generic[T]):
         return best
 
     def served(self, group: Hashable) -> float:
-        """A busy group's counter: of two, the one with the higher was served more."""
+        """A group's service counter: the higher it is, the more the group was served."""
         return self._served[group]
 
     def num_running(self, group: Hashable) -> int:
@@ -76,7 +76,7 @@ class FairQueue(Generic[T]):
         return self._running.get(group, 0)
 
     def remove(self, item: T) -> None:
-        """Take an item out, wherever it stands. Raises ValueError if it is not waiting."""
+        """Remove an item from any place in the line. Raises ValueError if it is not waiting."""
         line = self._lines.get(item.group)
         if line is None:
             raise ValueError("not waiting")

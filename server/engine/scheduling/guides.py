@@ -1,4 +1,4 @@
-"""The pass before a sequence's own that tells an adapter its scalings. No torch.
+"""The extra pass of a sequence that gives an adapter its scalings. No torch.
 
 X-LoRA weighs its components by the final states of another pass over the same tokens: the base
 model's or, with a ``scaling_pass_value``, its own at constant scalings. A *guide* is that pass: a
@@ -42,6 +42,6 @@ def add_guide(sequence: Sequence) -> None:
 
 def _guide_of(request: Request, mix: Mix, sequence: Sequence) -> Sequence:
     guide = Sequence(request, mix, sequence.arrival)
-    # The same list: what is generated is the guide's next token too.
+    # Share the token list: generated tokens are the guide's next tokens too.
     guide.tokens = sequence.tokens
     return guide

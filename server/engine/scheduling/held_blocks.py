@@ -25,13 +25,13 @@ class HeldBlocks:
         self._pool = pool
 
     def missing(self, sequence: Sequence, num_tokens: int) -> int:
-        """How many blocks it lacks for so many tokens."""
-        # Its lots hold as many each.
+        """Number of blocks that the sequence lacks to hold this many tokens."""
+        # A guide holds as many blocks as its sequence does.
         each = self._pool.blocks_for(num_tokens) - len(sequence.blocks)
         return each * len(sequence.lots) if each > 0 else 0
 
     def reserve(self, sequence: Sequence, num_tokens: int, new_blocks: list[int]) -> bool:
-        """Give it blocks for so many tokens, or none.
+        """Allocate all blocks that the sequence needs for this many tokens, or none.
 
         Args:
             sequence: Who needs them.
@@ -55,14 +55,14 @@ class HeldBlocks:
         return True
 
     def free(self, sequence: Sequence) -> None:
-        """Give back all that it holds: nothing of it is computed any more."""
+        """Free all blocks of a sequence; none of its tokens count as computed any more."""
         for lot in sequence.lots:
             self._pool.release(lot.blocks)
             lot.blocks = []
             lot.num_computed = 0
 
     def find(self, sequence: Sequence, num_usable: int, base_generation: int) -> None:
-        """Take the blocks of its beginning that are in the cache.
+        """Take the blocks of the sequence's beginning that are in the cache.
 
         Args:
             sequence: Holds none.
@@ -82,7 +82,7 @@ class HeldBlocks:
             lot.num_computed = count * size
 
     def computed(self, sequence: Sequence, count: int) -> None:
-        """So many tokens more are in the cache: the blocks that they fill can be found."""
+        """Record that more tokens are in the cache, and make the blocks that they fill findable."""
         size = self._pool.block_size
         for lot in sequence.lots:
             before = lot.num_computed
@@ -92,12 +92,12 @@ class HeldBlocks:
                 self._pool.register(lot.blocks[index], lot.keys[index + 1])
 
     def num_repeated(self, sequences: Iterable[Sequence]) -> int:
-        """How many blocks they share, counted as often as somebody beside the first holds one."""
+        """How many more blocks these sequences would hold if they shared none."""
         held = sum(len(lot.blocks) for sequence in sequences for lot in sequence.lots)
         return held - self._pool.num_active
 
 
 def _root_key(lot: Sequence, base_generation: int, is_guide: bool) -> bytes:
     mix = lot.stages[0].mix.key
-    # The base's own pass is what it always is.
+    # A guide without adapters is the base's ordinary pass, so it shares the base's blocks.
     return root_key(base_generation, mix, is_long=lot.is_long, is_guide=is_guide and bool(mix))

@@ -25,7 +25,7 @@ class LengthForecast:
 
     def __init__(self) -> None:
         self._lengths: deque[int] = deque(maxlen=_WINDOW)
-        # Any seed does: draws need a spread, and runs that can be repeated.
+        # The seed is fixed so that runs can be repeated; its value does not matter.
         self._draw = random.Random(0)
 
     def ended(self, sequence: Sequence) -> None:

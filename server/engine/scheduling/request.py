@@ -15,7 +15,7 @@ from turret.server.basics.counted import counted
 from turret.server.constraints.compiler import MATCHER_BYTES, Constraint
 from turret.server.errors import InvalidRequestError
 
-# What a request asks of its prompt's final states, instead of an answer. No torch.
+# What a request wants from its prompt's final states instead of an answer. No torch.
 
 
 class PoolingKind(enum.Enum):
@@ -46,7 +46,7 @@ class Pooling:
     classifies: bool = False
 
 
-# Text as the engine sees it: a tokenizer's, the base's or that of an adapter with its own.
+# The tokenizer as the engine sees it: the base's, or that of an adapter with its own.
 
 
 class TextStream(Protocol):
@@ -82,8 +82,8 @@ class OwnText:
 MAX_TOP_N = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
-# About what a request takes in memory: a token is an int object in two lists, a bias a dictionary's
-# entry and two numbers in tensors, a stop a set's entry.
+# Approximate memory of a request's parts: a token is an int object in two lists, a bias is a
+# dictionary entry and two numbers in tensors, a stop is a set entry.
 _TOKEN_BYTES, _BIAS_BYTES, _STOP_BYTES, _FIXED_BYTES = 48, 120, 72, 4096
 # Bytes of an answer: a token with its logprob, and the overhead of each step's output.
 _LOGPROB_BYTES, _OUTPUT_BYTES = 160, 256

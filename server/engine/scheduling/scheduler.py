@@ -31,9 +31,9 @@ from turret.server.engine.scheduling.scheduled import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence, SequenceState
 from turret.server.engine.speculation import Speculation, StepCost
 
-# The share of the blocks that is kept for answers that become longer than was forecast.
+# Share of the blocks that is kept free for answers that grow longer than forecast.
 _SPARE_SHARE = 0.05
-# Fewer tokens of a prompt at once cost more each than they spare the rows beside them.
+# Smallest prompt chunk: smaller ones cost more per token than they save the decoding rows.
 _LEAST_CHUNK = 16
 # Decoding sequences per prompt from which chunks are limited; with fewer, limiting the chunk would
 # delay a burst of prompts by more than the decoding rows gain.
@@ -82,7 +82,8 @@ class Scheduler:
         self._cost = cost
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        # Below those two after a step that the device had no memory for (see ``abandon``).
+        # Both limits drop below their maximum after a step that ran out of memory (see
+        # ``abandon``).
         self._num_seqs = max_num_seqs
         self._num_tokens = max_num_batched_tokens
         self._is_ready = is_ready
@@ -93,7 +94,7 @@ class Scheduler:
 
     @property
     def max_num_seqs(self) -> int:
-        """Most sequences running at once."""
+        """The most sequences that may run at once."""
         return self._max_num_seqs
 
     @property
@@ -110,7 +111,7 @@ class Scheduler:
         self.waiting.push(sequence)
 
     def change_base(self, generation: int) -> None:
-        """The base weights have changed: no block computed before is found again."""
+        """Note that the base weights changed: blocks computed before are never found again."""
         assert self.is_drained, "a sequence is computed with one base"
         self.base_generation = generation
         self.blocks.forget_cached()
@@ -173,7 +174,7 @@ class Scheduler:
             self._held.computed(item.sequence, item.num_new)
 
     def accept(self, item: Scheduled, count: int) -> None:
-        """Record, after ``complete``, what became of a draft: so many of its tokens were right.
+        """Record, after ``complete``, how many tokens of a draft were right.
 
         They are the sequence's by now, and it goes on behind them or has ended there.
         """
@@ -195,7 +196,7 @@ class Scheduler:
         """
         for item in step.scheduled:
             self._drafts.take_back(item.sequence)
-            # Before anybody is preempted: the same groups are busy as when they were charged.
+            # Refund before preempting: the same groups must be busy as when they were charged.
             self.waiting.refund(item.sequence.group, item.num_new)
         sequences = [item.sequence for item in step.scheduled]
         tokens = sum(item.num_new for item in step.scheduled)
@@ -203,15 +204,15 @@ class Scheduler:
         if is_least and not step.scheduled[0].draft:
             return None
         self._drafts.is_paused = True
-        # A decode step of all sequences stays possible.
+        # Keep enough tokens for a decode step of all sequences.
         self._num_tokens = max(tokens // 2, self._max_num_seqs)
         self._num_seqs = max(len(self.running) - 1, 1)
         victims = {max(sequences, key=self.running.index)} if len(sequences) > 1 else set()
         if step.presets:
-            # Their prefixes can be found, and may not have been filled.
+            # Their prefix blocks are already findable by key but may not have been filled.
             self.blocks.forget_cached()
             victims |= {sequence for sequence in sequences if sequence.num_preset}
-        # The one that was admitted first comes first again.
+        # Push back the latest first, so that the sequence admitted first is at the head again.
         for sequence in sorted(victims, key=self.running.index, reverse=True):
             self._preempt(sequence, now)
         return len(victims)
@@ -235,7 +236,7 @@ class Scheduler:
 
     @staticmethod
     def _learn(cost: StepCost, step: Step, seconds: float) -> None:
-        # A guided row is two.
+        # A guided sequence computes two rows per token, so it would distort the cost of a row.
         if all(item.num_new == 1 and item.sequence.guide is None for item in step.scheduled):
             cost.took(sum(item.num_rows for item in step.scheduled), seconds)
 
@@ -247,7 +248,7 @@ class Scheduler:
         num_prompts = num_running - num_decodes + admissible
         if self._cost is None or num_decodes < max(_MAJORITY * num_prompts, 1):
             return self._num_tokens
-        # As many prompt rows as double the time of the decode step alone.
+        # Allow as many prompt rows as double the time of the decode step alone.
         beside = max(_LEAST_CHUNK, num_decodes + int(self._cost.fixed_rows))
         return min(self._num_tokens, num_decodes + beside)
 
@@ -267,8 +268,8 @@ class Scheduler:
             or now - blocked.waiting_since < after
         ):
             return 0
-        # The last of the most served mix, as it has the least to compute again. A mix that holds no
-        # more places than the one that waits keeps them.
+        # Preempt the latest sequence of the most served mix, which has the least to recompute. A
+        # mix keeps its places if it holds no more of them than the waiting one.
         served, held = self.waiting.served, self.waiting.num_running
         richer = [s for s in reversed(self.running) if held(s.group) > held(blocked.group)]
         most = max(richer, key=lambda s: served(s.group), default=None)
@@ -319,7 +320,7 @@ class Scheduler:
             sequence.state = SequenceState.RUNNING
             self.running.append(sequence)
             scheduled.append(Scheduled(sequence, num_new))
-            # At once: the next one to admit may be another group's turn.
+            # Charge at once: another group may be next in turn.
             self.waiting.charge(sequence.group, num_new)
             budget -= num_new
 
@@ -328,7 +329,7 @@ class Scheduler:
         if not self.running:
             return False
         together = [*self.running, sequence]
-        # A guided one grows twice.
+        # A guided sequence fills blocks twice: its own and its guide's.
         lots = [sequence for sequence in together for _ in sequence.lots]
         peak = self._lengths.peak_tokens(lots, self.blocks.block_size)
         repeated = self._held.num_repeated(together)
@@ -368,6 +369,6 @@ class Scheduler:
         new_blocks.extend(fresh)
         presets.append((sequence, start))
         for index in range(start, count):
-            # Findable at once: the step fills them before anything reads them.
+            # Register at once: the step fills these blocks before anything reads them.
             self.blocks.register(sequence.blocks[index], sequence.keys[index + 1])
         sequence.num_computed = sequence.num_preset

@@ -12,7 +12,7 @@ from turret.server.engine.scheduling.windows import Stage, stages_of
 from turret.server.engine.speculation import Drafter
 
 if TYPE_CHECKING:
-    # The scheduler and its tests go without torch.
+    # Imported for types only: the scheduler and its tests run without torch.
     from turret.server.adapters.mix import Mix
 
 
@@ -96,7 +96,7 @@ class Sequence:
 
     @property
     def lots(self) -> tuple[Sequence, ...]:
-        """Whoever has keys and values of its tokens: itself, and its guide."""
+        """The sequences that hold keys and values of its tokens: itself, and its guide."""
         return (self,) if self.guide is None else (self, self.guide)
 
     @property
@@ -110,7 +110,7 @@ class Sequence:
 
     @property
     def group(self) -> tuple[tuple[str, int, float], ...]:
-        """Fairness is between distinct mixes."""
+        """The key by which requests share fairly: their mix of adapters."""
         return self.mix.key
 
     @property
@@ -122,7 +122,7 @@ class Sequence:
 
     @property
     def num_alike(self) -> int:
-        """How many of the tokens that are to be computed the same adapters act on."""
+        """How many of the tokens to be computed next have the same active adapters."""
         starts = (s.start for s in self.stages[1:] if s.start > self.num_computed)
         return next(starts, len(self.tokens)) - self.num_computed
 
@@ -132,7 +132,7 @@ class Sequence:
             start = (len(self.keys) - 1) * block_size
             block = range(start, start + block_size)
             changes = [(s.start - start, s.mix.key) for s in self.stages[1:] if s.start in block]
-            # Blocks before hold only what an adapter fills, which all requests may share.
+            # Earlier blocks contain only an adapter's prefix, which all requests may share.
             salt = self.request.salt if self.num_virtual in block else b""
             tokens = self.tokens[start : start + block_size]
             self.keys.append(next_key(self.keys[-1], tokens, changes, salt=salt))

@@ -1,4 +1,4 @@
-"""From which position of a sequence on which of its adapters act. No torch.
+"""The position in a sequence from which each of its adapters acts. No torch.
 
 An activated adapter (``Adapter.invocation``) acts from the last occurrence of its invocation in the
 prompt on, in what is generated after it too; where there is none it never acts. What is generated
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from turret.server.basics.token_search import last_occurrence
 
 if TYPE_CHECKING:
-    # The scheduler and its tests go without torch.
+    # Imported for types only: the scheduler and its tests run without torch.
     from turret.server.adapters.mix import Mix
 
 

@@ -39,7 +39,7 @@ class _TokenCounts:
         """
         size = len(text) - start
         if self._num_read > size + len(drawn):
-            # Their step found no memory after all, and is computed again.
+            # The step that drew these tokens ran out of memory and is computed again.
             self._forget()
         if self._num_read == size + len(drawn):
             return
@@ -48,7 +48,7 @@ class _TokenCounts:
         first = len(self._index)
         places = [self._index.setdefault(token, len(self._index)) for token in fresh]
         self._grow(len(self._index))
-        # Ordered by place, which is the order of first occurrence.
+        # ``new`` is in the order of first occurrence, which is the order of the places.
         new = [token for token in dict.fromkeys(fresh) if self._index[token] >= first]
         if new:
             self._ids[first : len(self._index)] = torch.tensor(new)
@@ -103,7 +103,8 @@ class Adjustment:
             biases = torch.tensor(values, dtype=torch.float32, device=device)
             self._biases = _id_tensor(params.logit_bias, device), biases
         self._banned = None
-        # A constraint's mask says it, which knows whether another token may come.
+        # With a constraint, its mask withholds end tokens: only the mask knows whether another
+        # token is allowed.
         is_free = sequence.request.constraint is None
         if is_free and stop.min_tokens > 0 and (stop_token_ids or stop.stop_token_ids):
             self._banned = _id_tensor(stop_token_ids | stop.stop_token_ids, device)

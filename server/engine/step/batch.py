@@ -68,7 +68,7 @@ class BatchBuilder:
                 short.append(item)
             else:
                 long.append(item)
-        # Rows of one mix side by side share what is read of its adapters.
+        # Put rows of one mix side by side, so that they share reads of its adapters.
         short.sort(key=lambda item: item.sequence.active_mix.key)
         placed, row = [], 0
         for item in (*short, *base, *long):

@@ -1,4 +1,4 @@
-"""Where a scheduled step is computed: the seam between the engine and the compute paths."""
+"""The interface between the engine and the compute paths that run scheduled steps."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Computed:
 
 
 class Draws(Protocol):
-    """A sampler. One thread only.
+    """Draws tokens. Use it on one thread only.
 
     Attributes:
         takes_late_masks: Whether ``draw`` asks for masks itself, where it needs any.
@@ -122,7 +122,7 @@ class Executor(Protocol):
         ...
 
     def sampler(self, stop_token_ids: frozenset[int]) -> Draws:
-        """What draws the tokens of its steps, asked for once, before the first.
+        """Make the sampler for its steps; called once, before the first.
 
         Args:
             stop_token_ids: The model's end tokens, not drawn while under ``min_tokens``.
@@ -130,7 +130,7 @@ class Executor(Protocol):
         ...
 
     def look_ahead(self) -> None:
-        """Use the time until the step's results are there, where they are waited for."""
+        """Use the time until the step's results arrive, where the host waits for them."""
         ...
 
     def forget(self, sequence: Sequence) -> None:
@@ -138,7 +138,7 @@ class Executor(Protocol):
         ...
 
     def free_memory(self) -> None:
-        """Give back what is kept to be faster: a step found no memory."""
+        """Free caches that only save time, after a step ran out of memory."""
         ...
 
 
@@ -219,7 +219,7 @@ class TorchExecutor:
         return Computed(batch.placed, hidden, None)
 
     def _find_likeliest(self, states: torch.Tensor) -> Likeliest | None:
-        """The likeliest tokens of ``[samples, hidden]``, if they can be told without all logits."""
+        """The likeliest tokens of ``[samples, hidden]``; None if that takes all logits."""
         finder = self._likeliest
         if finder is None or (tokens := finder.find(states)) is None:
             return None
@@ -249,14 +249,14 @@ class TorchExecutor:
         return own_logits(logits, sequence, added.get(sequence))
 
     def sampler(self, stop_token_ids: frozenset[int]) -> Sampler:
-        """One that goes from row to row."""
+        """Make a sampler that handles rows one after the other."""
         return Sampler(stop_token_ids)
 
     def look_ahead(self) -> None:
-        """The results are there."""
+        """Do nothing: the results are already there."""
 
     def forget(self, sequence: Sequence) -> None:
-        """Nothing is kept."""
+        """Do nothing: nothing is kept."""
 
     def free_memory(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: nothing is kept."""

@@ -39,7 +39,7 @@ def guides_of(step: Step) -> Step | None:
 
 
 def told_before(guides: Step, store: AdapterStore, device: torch.device) -> AllTold:
-    """What the first passes themselves are told: constants, where they are the adapter's own."""
+    """Scalings of the first passes themselves: constants, for adapters that act in them."""
     return {
         item.sequence: Told(adapter.key, first_scalings(router, item.num_rows, device))
         for item in guides.scheduled
@@ -54,7 +54,7 @@ def told_by(
     states: torch.Tensor,
     store: AdapterStore,
 ) -> AllTold:
-    """What the sequences of a step are told by their guides' final states.
+    """The scalings of a step's sequences, computed from their guides' final states.
 
     Args:
         items: The step's.

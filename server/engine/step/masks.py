@@ -1,4 +1,4 @@
-"""What constraints let the next tokens of a step be.
+"""Masks of the next tokens that constraints allow in a step.
 
 A mask is made on a thread of its own while the step is computed. Where the likeliest token is drawn
 and the host computes the logits itself, there is mostly none to make: whether that one token may
@@ -50,8 +50,8 @@ class LateMask:
         self._sequence = sequence
         self._constraint = constraint
         self._matcher: Matcher | None = None
-        # End tokens to withhold (ignore_eos), and until min_tokens is reached. Even so, an answer
-        # that is complete ends where the grammar allows nothing else.
+        # End tokens to withhold: always (ignore_eos), and until min_tokens is reached. Even so, a
+        # complete answer ends where the grammar allows nothing else.
         self._ends = end_ids if stop.ignore_eos else frozenset[int]()
         self._early_ends = end_ids | stop.stop_token_ids if stop.min_tokens else self._ends
         self._min_tokens = stop.min_tokens
@@ -61,13 +61,13 @@ class LateMask:
         self._made: TokenMask | None = None
 
     def news(self) -> list[int]:
-        """The sequence's tokens since the last time."""
+        """The sequence's tokens since the last call."""
         fresh = self._sequence.tokens[self._sequence.prompt_end + self._num_told :]
         self._num_told += len(fresh)
         return fresh
 
     def settle(self, token_id: int) -> int | None:
-        """The token that comes next: the likeliest, or another that must come.
+        """Find the next token without a mask: the likeliest, or another that is forced.
 
         Args:
             token_id: The likeliest of all.
@@ -76,7 +76,8 @@ class LateMask:
             None where ``make`` has to tell.
         """
         fresh = self.news()
-        # Nothing new: a step is computed again, and its logits are those that they were.
+        # No new token: the step is computed again with the same logits, so the result stays the
+        # same.
         if not fresh and (self._ahead is not None or self._made is not None):
             return self._ahead
         self._made = None
@@ -91,12 +92,12 @@ class LateMask:
         return self._ahead
 
     def make(self, fresh: SequenceOf[int] = ()) -> TokenMask:
-        """The mask.
+        """Make the mask of the next token.
 
         Args:
             fresh: What ``news`` gave, if it is not taken in yet.
         """
-        # Nothing new: a step that found no memory is computed again.
+        # No new token means that a step ran out of memory and is computed again: keep its mask.
         if self._made is None or fresh:
             try:
                 matcher = self._at(fresh)
@@ -106,7 +107,7 @@ class LateMask:
         return self._made
 
     def _at(self, fresh: SequenceOf[int]) -> Matcher:
-        """The matcher behind these tokens too."""
+        """The matcher, advanced by these tokens."""
         matcher = self._matcher
         if matcher is None:
             matcher = self._matcher = self._constraint.matcher()
@@ -117,12 +118,12 @@ class LateMask:
         return matcher
 
     def _withheld(self, matcher: Matcher) -> frozenset[int]:
-        """Tokens that may come only where no other one may."""
+        """Tokens that are allowed only if no other token is."""
         return self._early_ends if matcher.num_tokens < self._min_tokens else self._ends
 
 
 def _failed(error: BaseException) -> TokenMask:
-    """What Rust panics with is no Exception, and must not end the engine thread."""
+    """Turn an error into a mask; Rust panics are BaseExceptions and must not end this thread."""
     if isinstance(error, TurretError):
         return TokenMask(None, error)
     _log.error("a constraint failed", exc_info=error)

@@ -1,4 +1,4 @@
-"""From final hidden states to one vector per prompt, whatever the chunks and the batch.
+"""Pools final hidden states to one vector per prompt, independent of chunks and batch.
 
 A mean is summed in a fixed order, so that its bits do not tell how the prompt was cut: groups of 64
 positions, counted from the text's first, by halves, then group after group.
@@ -16,9 +16,9 @@ from turret.server.engine.scheduling.request import Pooling, PoolingKind
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.rows import Placed
 
-# A power of two.
+# Number of states that are summed at once; must be a power of two.
 _GROUP = 64
-# Rows that are converted to fp32 at a time.
+# Number of rows that are converted to fp32 at a time.
 _ROWS = 4 * _GROUP
 
 
@@ -69,7 +69,8 @@ class Pooler:
         if total is None:
             total = self._sums[sequence] = _Sum(hidden.new_zeros(hidden.shape[1:]).float())
         first, end = sequence.num_computed, sequence.num_computed + place.item.num_new
-        # After a preemption, or a step that had no memory, some were counted before: the same bits.
+        # After a preemption or a step without memory, some positions were counted before; their
+        # states have the same bits.
         for low in range(sequence.num_virtual + total.count, end, _ROWS):
             assert low >= first, "no position was left out"
             row = place.row_start + low - first

@@ -119,7 +119,7 @@ def collect_rows(
 def collect_decode_rows(
     sequences: SequenceOf[Sequence], block_size: int, positions: list[int]
 ) -> StepRows:
-    """As ``collect_rows``, for sequences that have one new row each, a generated token's.
+    """Like ``collect_rows``, for sequences with one new row each, that of a generated token.
 
     What does not depend on that token may have been collected before (``decode_spans``).
     """
@@ -153,5 +153,5 @@ def decode_spans(
 
 
 def _first_position(sequence: Sequence) -> int:
-    """What the model takes for the position of a sequence's first slot."""
+    """The model's position for the first slot of a sequence."""
     return (LONG if sequence.is_long else 0) - sequence.num_padding

@@ -165,10 +165,10 @@ class Runner:
     def _score(self, placed: Placed, hidden: torch.Tensor, result: StepResult) -> None:
         sequence = placed.item.sequence
         start = sequence.num_computed
-        # Row of position p tells about the token at p + 1.
+        # The row of position p predicts the token at p + 1.
         end = min(start + placed.item.num_new, sequence.prompt_end - 1)
-        # The last virtual position tells about the first prompt token, which has no logprob: no
-        # text comes before it.
+        # The last virtual position predicts the first prompt token, which has no logprob because no
+        # text precedes it.
         skipped = max(sequence.num_virtual - start, 0)
         out = result.prompt_logprobs.setdefault(sequence, [])
         for low in range(start + skipped, end, _PROMPT_LOGIT_ROWS):

@@ -25,9 +25,9 @@ from turret.server.engine.step.masks import LateMask, Mask, TokenMask
 from turret.server.engine.step.vocabulary_plan import NOTHING_ADDED, own_logits
 from turret.server.errors import TurretError
 
-# Random numbers of the running sequences: one per sampled token, from each one's own seed.
+# Random numbers of running sequences: one per sampled token, from each sequence's own seed.
 
-# A generator is asked for many at once: a call takes microseconds, a number a thousandth of that.
+# Numbers are drawn in blocks: a generator call takes microseconds, a number a thousandth of that.
 _BLOCK = 64
 
 
@@ -188,7 +188,7 @@ class Sampler:
 
 
 def takes_likeliest(sequence: Sequence) -> bool:
-    """Whether the largest of the logits tells the next token, and no more is asked of them.
+    """Whether the largest logit determines the next token, and nothing else is needed.
 
     A constraint may still say no to that token.
     """
@@ -197,7 +197,7 @@ def takes_likeliest(sequence: Sequence) -> bool:
     is_plain = params.repetition_penalty == 1.0 and not (
         params.presence_penalty or params.frequency_penalty or params.logit_bias
     )
-    # A constraint's mask says itself which tokens end an answer too early.
+    # A constraint's mask already withholds tokens that would end an answer too early.
     bans = request.constraint is None and sequence.num_generated < request.stop.min_tokens
     reports = request.options.logprobs or sequence.vocab_size
     return params.is_greedy and is_plain and not (bans or reports)
@@ -205,7 +205,7 @@ def takes_likeliest(sequence: Sequence) -> bool:
 
 def _sample(row: torch.Tensor, params: SamplingParams, uniform: float) -> int:
     """A token of ``[vocab]`` logits that a uniform number in [0, 1) picks."""
-    # Relative to the likeliest token, which stays at 0 however small the temperature is.
+    # Subtract the largest logit, which stays at 0 however small the temperature is.
     scaled = (row - row.max()) / params.temperature
     if params.top_k == 0 and params.top_p == 1.0:
         if params.min_p > 0.0:
@@ -302,7 +302,7 @@ def _sample_filtered(scaled: torch.Tensor, params: SamplingParams, uniform: floa
             break
         size = min(size * 8, vocab)
     if params.top_k:
-        # top-p counts the mass that top-k left.
+        # top-p applies to the probability mass that top-k left.
         values = values / values.sum()
         cumulative = values.double().cumsum(0)
     keep = cumulative - values < params.top_p

@@ -16,7 +16,7 @@ NOTHING_ADDED: Mapping[Sequence, torch.Tensor] = {}
 
 
 class Projects(Protocol):
-    """What is needed of a decoder."""
+    """What a plan needs of a decoder."""
 
     def some_logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor: ...
 

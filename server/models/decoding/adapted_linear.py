@@ -10,7 +10,7 @@ from turret.kernels.cpu.row_adapters import Ahead
 from turret.server.adapters.device.store import AdapterStep
 
 if TYPE_CHECKING:
-    # Types only: the GPU benchmark builds layers where bitsandbytes is not installed.
+    # Imported for types only: the GPU benchmark builds layers where bitsandbytes is not installed.
     from turret.kernels.gpu.adapters.segmented_shrink import Shrink
     from turret.kernels.gpu.epilogues import Epilogue
     from turret.server.adapters.device.gpu.store import GpuAdapterStep
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from turret.server.models.weights.nf4_gpu import Nf4Product
 
 
-# More rows than any step has.
+# A number larger than the rows of any step.
 _ALL = 1 << 62
 
 
@@ -49,11 +49,11 @@ class StepProduct:
         return StepProduct(self._linear, self._num_decode, index)
 
     def alone(self, *, is_decode: bool) -> StepProduct:
-        """The product of other rows than the step's: all decode, or none does."""
+        """The product for rows outside the step, all of which decode or none."""
         return StepProduct(self._linear, _ALL if is_decode else 0, self._index)
 
     def with_shrink(self, x: torch.Tensor, shrink: Shrink) -> tuple[torch.Tensor, torch.Tensor]:
-        """The product and the rank activations of all rows, where it can be by one launch."""
+        """The product and the rank activations of all rows, in one launch where possible."""
         product = self._product
         if product is None or self._num_decode is None:
             return self(x), shrink(x)
@@ -62,7 +62,7 @@ class StepProduct:
     def ended(
         self, x: torch.Tensor, epilogue: Epilogue, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """What comes after the product, by its launches; None where that cannot be."""
+        """The epilogue's result, in the product's own launches; None where that is not possible."""
         product = self._product
         if product is None or self._num_decode != x.shape[0]:
             return None
@@ -70,7 +70,7 @@ class StepProduct:
 
     @property
     def _product(self) -> Nf4Product | None:
-        """On the gpu path, of the whole projection."""
+        """The NF4 product of the whole projection, on the gpu path only."""
         if self._index is not None or self._num_decode is None:
             return None
         return getattr(self._linear.base, "product", None)
@@ -132,7 +132,7 @@ class AdaptedLinear:
         num_decode: int,
         epilogue: Epilogue,
     ) -> torch.Tensor:
-        """Project on the gpu path, and what comes after: in the same launches where that can be.
+        """Project on the gpu path and apply what follows, in the same launches if possible.
 
         Args:
             x: As above.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Prefix of a layer's modules in a checkpoint, as in ``model.layers.0.self_attn.q_proj``.
 LAYER_PREFIX = "model.layers"
-# The modules of a layer by fused projection, where each is a module of its own.
+# The layer's modules behind each fused projection, in models that store them separately.
 MODULES: Mapping[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -22,7 +22,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
 }
 # The projection that chooses among the experts of a mixture.
 ROUTER = "router"
-# Added to the positions of a sequence that is long: see ``Rope.long_inv_freq``.
+# Added to the positions of long sequences: see ``Rope.long_inv_freq``.
 LONG = 1 << 32
 # A module's path, its outputs and its inputs.
 Linear = tuple[str, int, int]
@@ -65,7 +65,7 @@ class QueryGrowth:
 
 @dataclass(frozen=True, slots=True)
 class LayerNorms:
-    """Where a layer has norms, by the name of each one's module in the layer; None for nowhere.
+    """The places of a layer's norms, by the name of each one's module; None for no norm.
 
     A norm *after* attention or MLP is applied to its result before that is added to the residual.
     """
@@ -76,7 +76,7 @@ class LayerNorms:
     after_mlp: str | None = None
 
     def names(self) -> tuple[str, ...]:
-        """Those there are, in the order in which a layer applies them."""
+        """Names of the norms that exist, in the order in which a layer applies them."""
         places = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
         return tuple(name for name in places if name is not None)
 
@@ -129,7 +129,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Projections:
-    """The linear modules of a model's layers: what ``config.json`` tells of them without torch.
+    """The linear modules of a model's layers, read from ``config.json`` without torch.
 
     Attributes:
         model_type: As the config names it.
@@ -176,7 +176,7 @@ class Projections:
         return found
 
     def has(self, layer: int, projection: str) -> bool:
-        """Whether a layer has one of the projections of ``linears``."""
+        """Whether a layer has the given projection of ``linears``."""
         is_sparse = self.experts is not None and layer in self.experts.layers
         if projection in ("gate_up", "down"):
             return not is_sparse
@@ -270,7 +270,7 @@ class Arch:
 
     @property
     def projections(self) -> Projections:
-        """Its linear modules."""
+        """The linear modules of the layers."""
         return Projections(
             model_type=self.model_type,
             num_layers=self.num_layers,
@@ -283,15 +283,15 @@ class Arch:
         )
 
     def linears(self) -> dict[str, tuple[Linear, ...]]:
-        """As :meth:`Projections.linears`."""
+        """See :meth:`Projections.linears`."""
         return self.projections.linears()
 
     def has(self, layer: int, projection: str) -> bool:
-        """As :meth:`Projections.has`."""
+        """See :meth:`Projections.has`."""
         return self.projections.has(layer, projection)
 
     def expert_linears(self) -> dict[str, Linear]:
-        """As :meth:`Projections.expert_linears`."""
+        """See :meth:`Projections.expert_linears`."""
         return self.projections.expert_linears()
 
 

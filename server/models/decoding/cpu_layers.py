@@ -31,14 +31,14 @@ from turret.server.models.decoding.arch import Arch
 from turret.server.models.decoding.kv_cache import KvCache
 
 if TYPE_CHECKING:
-    # Types only: the GPU benchmark builds layers where bitsandbytes is not installed.
+    # Imported for types only: the GPU benchmark builds layers where bitsandbytes is not installed.
     from turret.server.models.weights.base_linear import BaseLinear
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
 class Layer(Protocol):
-    """What is read of a ``DecoderLayer``."""
+    """The parts of a ``DecoderLayer`` that are read here."""
 
     @property
     def norm_before_attention(self) -> torch.Tensor | None: ...
@@ -223,7 +223,7 @@ def _projections(layer: Layer) -> tuple[AdaptedLinear, ...]:
 
 
 def _packed(base: BaseLinear) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """See ``Nf4Linear.packed``; None of any other."""
+    """See ``Nf4Linear.packed``; None for any other kind of weight."""
     return getattr(base, "packed", None)
 
 

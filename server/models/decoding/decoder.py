@@ -175,7 +175,7 @@ class Decoder:
         return self._native[2]
 
     def _mlp(self, layer: DecoderLayer, normed: torch.Tensor, step: StepInput) -> torch.Tensor:
-        """What the MLP, or the mixture of experts in its place, makes of ``[rows, hidden]``."""
+        """The output of the MLP, or of the experts in its place, ``[rows, hidden]``."""
         if layer.experts is not None:
             return self._mix_experts(layer.experts, normed, step)
         assert layer.gate_up is not None
@@ -192,20 +192,20 @@ class Decoder:
         return self._combine(experts.down(gated, routing, step.adapters), routing)
 
     def _route(self, scores: torch.Tensor) -> Routing:
-        """The experts of each row, from ``[rows, experts]``."""
+        """Choose the experts of each row from ``[rows, experts]`` scores."""
         experts = self.arch.experts
         assert experts is not None, "a layer that routes has experts"
         return route_reference(scores, experts.per_token, normalizes=experts.normalizes)
 
     def _combine(self, y: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Sum what the experts of each row gave, ``[pairs, hidden]`` → ``[rows, hidden]``."""
+        """Sum the outputs of each row's experts, ``[pairs, hidden]`` → ``[rows, hidden]``."""
         return combine_reference(y, routing)
 
     def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self.ops.gated_activation(gate_up)
 
     def _embed(self, step: StepInput) -> torch.Tensor:
-        """What the first layer gets, ``[rows, hidden]``."""
+        """The first layer's input, ``[rows, hidden]``."""
         hidden = F.embedding(step.token_ids, self.embedding)
         self._change_embeddings(hidden, step)
         if step.added_rows is not None and step.added_values is not None:
@@ -220,19 +220,19 @@ class Decoder:
         return hidden
 
     def _change_embeddings(self, hidden: torch.Tensor, step: StepInput) -> None:
-        """What the step's adapters make of the base's embeddings, in place."""
+        """Apply the step's adapters to the base's embeddings, in place."""
         change_embeddings(hidden, step.token_ids, self.embedding, step.embeddings)
 
     def _add_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
     ) -> torch.Tensor:
-        """``hidden += delta`` in place; the RMSNorm of the sum."""
+        """Add ``delta`` to ``hidden`` in place and return the RMSNorm of the sum."""
         return self.ops.add_rms_norm(hidden, delta, weight)
 
     def _enter(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: torch.Tensor | None
     ) -> torch.Tensor:
-        """Add what the last part computed; the next one's input, not to be written to."""
+        """Add the last part's result and return the next part's input, which is read-only."""
         if norm is not None:
             return self._add_norm(hidden, delta, norm)
         if delta is not None:
@@ -240,7 +240,7 @@ class Decoder:
         return hidden
 
     def _leave(self, delta: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
-        """What attention or MLP adds to the residual stream, of its last projection's result."""
+        """Make the update of the residual stream from the last projection of attention or MLP."""
         if norm is not None:
             delta = self._add_norm(delta, None, norm)
         if self.arch.residual_scale != 1.0:
@@ -248,7 +248,7 @@ class Decoder:
         return delta
 
     def _growth_at(self, positions: torch.Tensor) -> torch.Tensor | None:
-        """What multiplies each row's queries, ``[rows, 1, 1]`` fp32, or None."""
+        """The factor of each row's queries, ``[rows, 1, 1]`` fp32, or None."""
         return None if self._growth is None else self._growth.at(positions)
 
     def _rotations(
@@ -299,7 +299,7 @@ class Decoder:
         return row_linear(hidden, weight, probe=False)
 
     def _heads(self, layer: DecoderLayer, qkv: torch.Tensor) -> torch.Tensor:
-        """As ``[rows, heads + 2·kv_heads, head_dim]``, normed where the model says so."""
+        """Split into ``[rows, heads + 2·kv_heads, head_dim]``, with head norms if there are any."""
         heads, kv_heads = self.arch.num_heads, self.arch.num_kv_heads
         qkv = qkv.view(qkv.shape[0], heads + 2 * kv_heads, self.arch.head_dim)
         if layer.q_norm is None or layer.k_norm is None:

@@ -70,7 +70,7 @@ class AdaptedExperts:
 
 @dataclass(slots=True, kw_only=True)
 class ExpertMixture:
-    """The weights of one.
+    """The weights of a mixture.
 
     Attributes:
         router: ``[rows, hidden]`` to scores, ``[rows, experts]``; not quantised.

@@ -81,7 +81,7 @@ class GpuDecoder(Decoder):
         arch = self.arch
         rotations = self._rotations(step.positions)
         if None in arch.rope_of_layer:
-            # Layers without rotary positions turn by 0.
+            # Layers without rotary positions rotate by an angle of 0.
             ones = torch.ones(len(step.positions), arch.head_dim // 2, device=self.device)
             rotations[None] = ones, torch.zeros_like(ones)
         growth = self._growth_at(step.positions)
@@ -100,12 +100,12 @@ class GpuDecoder(Decoder):
         return hidden, self.logits(sampled, out=step.logits)
 
     def embed(self, step: StepInput) -> torch.Tensor:
-        """What the first layer gets of a step, ``[rows, hidden]``."""
+        """The first layer's input in a step, ``[rows, hidden]``."""
         return super()._embed(step)
 
     def _embed(self, step: StepInput) -> torch.Tensor:
         if isinstance(step, GpuStep) and step.embedded is not None:
-            # What the layers add goes to it.
+            # Copy it, because the layers add to it in place.
             return step.embedded.clone()
         return self.embed(step)
 

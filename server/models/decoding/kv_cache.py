@@ -1,4 +1,4 @@
-"""The paged KV cache's tensors. Which block belongs to whom is the engine's business."""
+"""The paged KV cache's tensors. The engine assigns the blocks."""
 
 from __future__ import annotations
 

@@ -11,10 +11,11 @@ from turret.kernels.likeliest import likeliest_tokens
 from turret.kernels.screen import MOST_ROWS, Screen
 from turret.server.models.decoding.decoder import Decoder
 
-# AMX's tiles multiply this many outputs or more, each by itself, and in another order than fewer.
+# AMX's tiles need at least this many outputs. Each output is computed separately, but with fewer
+# outputs the order of its sum differs.
 _LEAST_OUTPUTS = 16
-# A cap makes equal logits of distinct ones: of those nearer to each other than this share of it,
-# its own error, and of those beyond so many times it.
+# A cap can make distinct logits equal. This is the case for logits closer than _CAP_SLACK times the
+# cap, which covers its own error, and for logits beyond _CAP_REACH times the cap.
 _CAP_SLACK, _CAP_REACH = 1e-3, 4.0
 
 
@@ -40,7 +41,7 @@ class LikeliestTokens:
 
     @property
     def is_of_use(self) -> bool:
-        """Whether there is a copy of the head to tell tokens from."""
+        """Whether there is a copy of the head to find tokens with."""
         return self._screen is not None
 
     def find(self, hidden: torch.Tensor) -> list[int] | None:
@@ -60,7 +61,8 @@ class LikeliestTokens:
         if len(tokens) == 1 and self._most == float("inf"):
             return [int(tokens)] * hidden.shape[0]
         if len(tokens) < _LEAST_OUTPUTS:
-            # The first one again: it is found where it was found before.
+            # Pad with the first token: of equal logits the first is chosen, so the result stays the
+            # same.
             tokens = torch.cat((tokens, tokens[:1].expand(_LEAST_OUTPUTS - len(tokens))))
         rows = self._decoder.head.index_select(0, tokens)
         logits = self._decoder.some_logits(hidden, rows)
@@ -70,6 +72,6 @@ class LikeliestTokens:
         return found
 
     def was_of_no_use(self) -> None:
-        """What was found did not do: the next calls find nothing, as if it could not be told."""
+        """Skip the next calls, because the tokens that the last one found were of no use."""
         if self._screen is not None:
             self._screen.pause()

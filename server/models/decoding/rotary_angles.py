@@ -46,7 +46,7 @@ class RotaryAngles:
 
 
 class _Angles:
-    """Those by one set of frequencies."""
+    """The angles of one set of frequencies."""
 
     def __init__(self, inv_freq: torch.Tensor, scaling: float) -> None:
         self._inv_freq, self._scaling = inv_freq, scaling

@@ -53,7 +53,7 @@ def text_config(config: Any) -> Any:
     if config.model_type not in _text_parts():
         return config
     text = config.text_config
-    # The whole's to say.
+    # This setting belongs to the whole model's config.
     text.tie_word_embeddings = bool(config.tie_word_embeddings)
     return text
 

@@ -22,7 +22,7 @@ def _read_1(config: Any, **own: Any) -> Arch:
 
 
 def _read_2(config: Any, **own: Any) -> Arch:
-    """Norms before and after, a scale of the scores that the config tells, soft caps."""
+    """Read Gemma 2: norms before and after, a scale of the scores from the config, soft caps."""
     fields: dict[str, Any] = {
         "activation": config.hidden_activation,
         "attention_scale": config.query_pre_attn_scalar**-0.5,
@@ -39,7 +39,7 @@ def _read_2(config: Any, **own: Any) -> Arch:
 
 
 def _read_3(config: Any) -> Arch:
-    """Normed heads of queries and keys, frequencies by kind of layer, no cap of the scores."""
+    """Read Gemma 3: normed query and key heads, frequencies by kind of layer, no score cap."""
     if config.use_bidirectional_attention:
         raise InvalidRequestError.of(
             "model",

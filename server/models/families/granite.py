@@ -28,7 +28,7 @@ def _read(config: Any, **own: Any) -> Arch:
 
 
 def _read_4(config: Any) -> Arch:
-    """The MLP has other names and gate and up in one module; some models do not rotate."""
+    """Read Granite 4: other MLP names, gate and up in one module; some models do not rotate."""
     layers = config.num_hidden_layers
     if config.num_local_experts or {*config.layer_types} & {"mamba", "linear_attention"}:
         raise InvalidRequestError.of(

@@ -16,7 +16,7 @@ def _read(config: Any, **own: Any) -> Arch:
 
 
 def _read_3(config: Any) -> Arch:
-    """Queries grow with their position, as in Llama 4."""
+    """Read Ministral 3: queries grow with their position, as in Llama 4."""
     rope = config.rope_parameters
     beta = rope.get("llama_4_scaling_beta")
     growth = beta and QueryGrowth(float(beta), int(rope["original_max_position_embeddings"]))

@@ -20,7 +20,7 @@ def default_cache_dir() -> Path:
     """
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if root.startswith("~"):
-        # As in a container whose user id has no entry in the password file.
+        # This happens in a container whose user id has no entry in the password file.
         raise InvalidRequestError.of(
             "model", f"there is no home directory for its quantised weights; {NAMES}"
         )
@@ -28,7 +28,7 @@ def default_cache_dir() -> Path:
 
 
 def check_cache_dir() -> None:
-    """Refuse a place that holds no weights and takes none.
+    """Refuse a cache directory that has no weights and is not writable.
 
     Raises:
         InvalidRequestError: Says which, and how to name another.

@@ -1,4 +1,4 @@
-"""Whether ``--model`` names what can be served, told without torch and without its weights."""
+"""Checks whether ``--model`` can be served, without torch and without its weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from turret.server.models.sources.model_directory import (
     why_no_tokenizer,
 )
 
-# More than any size of a model.
+# Larger than any real size of a model.
 _MOST = 1 << 24
 
 
@@ -65,7 +65,7 @@ def check_model(model: Path | None) -> str:
 
 
 def told_sizes(model: Path | None, model_type: str) -> dict[str, Any] | None:
-    """What the sizes of a layer's modules come from, as far as it shows without torch.
+    """The numbers that determine the sizes of a layer's modules, as far as known without torch.
 
     Args:
         model: One that :func:`check_model` took.
@@ -114,7 +114,7 @@ def told_context(model: Path | None) -> int | None:
 
 
 def _said_of(model: Path | None) -> dict[str, Any]:
-    """What the config, or the header of a GGUF file, says of the language model."""
+    """The language model's fields in the config, or in the header of a GGUF file."""
     if model is None or model.is_file():
         return told_fields(find_gguf() if model is None else model)
     return _text_part(_config_of(model))
@@ -125,7 +125,7 @@ def _is_size(value: object) -> TypeGuard[int]:
 
 
 def _config_of(model: Path) -> dict[str, Any]:
-    """Of a directory, or of a model of the hub that :func:`check_model` has asked for.
+    """The config of a directory, or of a hub model that :func:`check_model` has asked for.
 
     Empty where the hub's cache does not keep it.
     """
@@ -134,7 +134,7 @@ def _config_of(model: Path) -> dict[str, Any]:
 
 
 def _text_part(config: dict[str, Any]) -> dict[str, Any]:
-    """What a ``config.json`` says of its language model."""
+    """The language model's part of a ``config.json``."""
     text = config.get("text_config")
     return (
         text if isinstance(text, dict) and config.get("model_type") != text_type(config) else config
@@ -142,7 +142,7 @@ def _text_part(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def name_of_model(model: Path | None) -> str:
-    """The name that a model will be served by; ``model`` is one that :func:`check_model` took."""
+    """The served name of ``model``, which :func:`check_model` has accepted."""
     if model is None:
         return MODEL_NAME
     hub_id = hub_model_id(model)
@@ -154,7 +154,7 @@ def name_of_model(model: Path | None) -> str:
 
 
 def size_of_model(model: Path | None) -> tuple[int, int, int] | None:
-    """Width, layers and tokens of a model that :func:`check_model` took, where its config tells.
+    """Width, layers and tokens of a model that :func:`check_model` accepted, None if unknown.
 
     Tokens are the rows of the embedding; 0 where they alone are not told.
     """

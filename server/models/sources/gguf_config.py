@@ -17,7 +17,7 @@ from turret.server.models.sources.gguf_rope import ROPE_KEYS, read_rope_paramete
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
-# Keys that are read below, or that say nothing of their own.
+# Keys that are read below, or that add no information.
 _READ = frozenset(
     {
         *("attention.key_length", "attention.value_length", "vocab_size"),
@@ -55,7 +55,7 @@ def read_gguf_config(
     _check_keys(path, prefix, said, layout, wanted)
     heads = said["attention.head_count"]
     head_dim = said.get("attention.key_length", said["embedding_length"] // heads)
-    # A key may be of several fields.
+    # One key may set several fields.
     values = {name: said[key] for key, names in wanted.items() for name in names.split()}
     values |= {name: said[key] for key, name in layout.optional.items() if key in said}
     values |= {
@@ -71,7 +71,7 @@ def read_gguf_config(
         "rope_parameters": _ropes(path, said, layout, head_dim, tensors),
     }
     if layout.window == "all":
-        # Zero says that there is none.
+        # Zero means that there is no window.
         values["sliding_window"] = values["sliding_window"] or None
     return AutoConfig.for_model(layout.model_type, **values), layout
 
@@ -102,7 +102,7 @@ def _check_keys(
 
 
 def _kv_heads(path: Path, said: int | list[int]) -> int:
-    """Of all layers, which may be told one by one."""
+    """The number of key and value heads, which the file may list layer by layer."""
     counts = set(said) if isinstance(said, list) else {said}
     if len(counts) != 1:
         raise refuse(path, "has layers of different numbers of key and value heads")

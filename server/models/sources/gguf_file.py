@@ -41,7 +41,7 @@ class GgufModel:
 
 
 def open_gguf(path: Path) -> GgufModel:
-    """Read what a file says of itself.
+    """Open a GGUF file and read everything except the weights.
 
     Raises:
         InvalidRequestError: It is damaged, or says what is not served.

@@ -1,4 +1,4 @@
-"""What the first bytes of a GGUF file say, read without torch and without the rest of it.
+"""Reads the first bytes of a GGUF file, without torch and without the rest of the file.
 
 The layout is that of ggml's docs/gguf.md, versions 2 and 3, little-endian.
 """
@@ -16,18 +16,18 @@ from turret.server.models.sources.gguf_layouts import LAYOUTS, WANTED, layout_of
 SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
 _UINT32, _STRING, _ARRAY = 4, 8, 9
-# Type → form of a value, as ``struct`` writes it.
+# Value type → format character of ``struct``.
 _SCALARS = {
     **{0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i"},
     **{6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"},
 }
 _MAX_TEXT = 1 << 16
-# Keys about the model come before the vocabulary, which is long.
+# Most keys that are read: keys about the model come before the vocabulary, which is long.
 _MAX_KEYS = 256
 _MAX_SIZES = 8
 _VOCABULARY = "tokenizer."
 _ALIGNMENT = "general.alignment"
-# Type of a tensor → numbers of a block, and its bytes; of ``gguf``, which takes its time to load.
+# Tensor type → elements and bytes of a block, copied from ``gguf``, which is slow to import.
 _BLOCKS = {
     **{0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34)},
     **{10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210)},
@@ -84,7 +84,7 @@ def check_whole(path: Path) -> None:
 
 
 def gguf_size(path: Path) -> tuple[int, int, int] | None:
-    """Width, layers and tokens of the model in a file that :func:`check_gguf` took.
+    """Width, layers and tokens of the model in a file that :func:`check_gguf` accepted.
 
     None if not told; of tokens alone 0.
     """
@@ -97,7 +97,7 @@ def gguf_size(path: Path) -> tuple[int, int, int] | None:
 
 
 def read_sizes(path: Path) -> tuple[str, dict[str, Any]]:
-    """The architecture of a file that :func:`check_gguf` took, and its keys without that prefix."""
+    """Architecture of a file that :func:`check_gguf` accepted, and its keys without that prefix."""
     said = _said_by(path)
     architecture = said["general.architecture"]
     prefix = f"{architecture}."
@@ -106,7 +106,7 @@ def read_sizes(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def told_fields(path: Path) -> dict[str, Any]:
-    """What a file that :func:`check_gguf` took tells of a config before its tensors are read.
+    """Config fields of a file that :func:`check_gguf` accepted, read before its tensors.
 
     Texts and numbers alone, by the names of transformers' fields.
     """
@@ -123,7 +123,7 @@ def told_fields(path: Path) -> dict[str, Any]:
 
 
 def _said_by(path: Path) -> dict[str, Any]:
-    """Nothing if it is no GGUF file."""
+    """The keys of a file; empty if it is not GGUF."""
     try:
         with path.open("rb") as file:
             return _keys(file)
@@ -132,7 +132,7 @@ def _said_by(path: Path) -> dict[str, Any]:
 
 
 def refuse(path: Path, why: str) -> InvalidRequestError:
-    """A refusal of the file."""
+    """Make the error that refuses a file."""
     return InvalidRequestError.of("model", f"{path} {why}")
 
 
@@ -158,7 +158,7 @@ def _keys(file: BinaryIO) -> dict[str, Any]:
 
 
 def _skip_array(file: BinaryIO) -> bool:
-    """Whether it is one of texts or numbers, which are passed over."""
+    """Skip an array; returns False, without skipping it, unless it holds texts or numbers."""
     kind, count = struct.unpack("<IQ", file.read(12))
     if count > _MAX_TEXT or (kind != _STRING and kind not in _SCALARS):
         return False
@@ -171,7 +171,7 @@ def _skip_array(file: BinaryIO) -> bool:
 
 
 def _end_of_tensors(file: BinaryIO) -> int:
-    """Where the last one ends, in bytes from the file's start; at least, if types are new."""
+    """End of the last tensor, in bytes from the file's start; a lower bound for unknown types."""
     _, _, num_tensors, num_keys = struct.unpack("<4sIQQ", file.read(24))
     alignment = 32
     for _ in range(num_keys):
@@ -195,7 +195,7 @@ def _end_of_tensors(file: BinaryIO) -> int:
 
 
 def _skip_value(file: BinaryIO, kind: int) -> None:
-    """Pass over a value of any type; past the end of a file nothing is read either."""
+    """Skip a value of any type, even past the end of the file."""
     if kind in _SCALARS:
         file.seek(struct.calcsize(_SCALARS[kind]), 1)
     elif kind == _STRING:

@@ -1,4 +1,4 @@
-"""What llama.cpp's converters make of each architecture that is served: names and values.
+"""Names and values that llama.cpp's converters write for each supported architecture.
 
 ``general.architecture`` of a file names a row. A row says which of transformers' models it is,
 which key of the file is which field of that model's config, what llama.cpp takes for granted and no
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# Config field by key, of every architecture.
+# GGUF key → config field, for every architecture.
 WANTED = {
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
@@ -106,7 +106,7 @@ class GgufLayout:
     tokenizer: Literal["auto", "fast"] = "auto"
 
 
-# Norms before and after attention and MLP.
+# Layers with norms both before and after attention and MLP.
 _FOUR_NORMS = {
     "attn_norm": "input_layernorm",
     "post_attention_norm": "post_attention_layernorm",
@@ -240,7 +240,7 @@ LAYOUTS: Mapping[str, tuple[GgufLayout, ...]] = {
         ),
     ),
     "granite": (
-        # Granite 4, whose dense models are a case of those with Mamba layers.
+        # Granite 4: its dense models are a special case of those with Mamba layers.
         GgufLayout(
             model_type="granitemoehybrid",
             parts={**_NORMS, **_ATTENTION, "ffn_down": "shared_mlp.output_linear"},
@@ -338,7 +338,7 @@ LAYOUTS: Mapping[str, tuple[GgufLayout, ...]] = {
             constants={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
         ),
     ),
-    # Every fourth layer does not rotate, which is the config's own rule.
+    # Every fourth layer does not rotate: the config derives these layers from the interval.
     "smollm3": (
         GgufLayout(
             model_type="smollm3",
@@ -352,7 +352,7 @@ LAYOUTS: Mapping[str, tuple[GgufLayout, ...]] = {
 
 
 def layout_of(architecture: str, said: Mapping[str, Any]) -> GgufLayout:
-    """The row of a file.
+    """Choose the row of the table for a file.
 
     Args:
         architecture: One of ``LAYOUTS``.

@@ -1,4 +1,4 @@
-"""Rotary positions as a GGUF file tells them: keys, and tensors of factors."""
+"""Reads rotary positions from a GGUF file: from keys, and from tensors of factors."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from turret.server.models.sources.gguf_header import refuse
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
-# Tensors of factors, which are no weights.
+# Tensors that hold rotary factors, not weights.
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _ORIGINAL = "rope.scaling.original_context_length"
-# Two names that converters had for it.
+# Different converters use one name or the other for this factor.
 _ATTENTION_FACTORS = ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor")
 _YARN = {
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
     "rope.scaling.yarn_log_multiplier": "mscale_all_dim",
 }
-# ``rope.scaling.finetuned`` decides nothing.
+# ``rope.scaling.finetuned`` is accepted but has no effect.
 ROPE_KEYS = frozenset(
     {
         *("rope.dimension_count", "rope.freq_base", "rope.freq_base_swa"),
@@ -33,8 +33,8 @@ ROPE_KEYS = frozenset(
         *_YARN,
     }
 )
-# Llama 3.1 and 3.2 as released (arXiv 2407.21783): llama.cpp stores the factors that these make,
-# and not what they are made of.
+# Llama 3.1 and 3.2 as released (arXiv 2407.21783): llama.cpp stores the factors that result from
+# these parameters, but not the parameters themselves.
 _LLAMA3 = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
@@ -109,7 +109,7 @@ def _values(tensor: ReaderTensor) -> list[float]:
 
 
 def _llama3(path: Path, theta: float, head_dim: int, freqs: ReaderTensor) -> dict[str, Any]:
-    """What made the factors that llama.cpp divides the frequencies by."""
+    """Find the parameters that give the factors by which llama.cpp divides the frequencies."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

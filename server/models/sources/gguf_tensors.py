@@ -45,7 +45,7 @@ class GgufTensors:
         self._layout = layout
         self._config = config
         self._pairs = {pair.first: pair for pair in layout.pairs}
-        # Name in the file → name in a checkpoint; seconds of pairs are not among them.
+        # Name in the file → name in a checkpoint; the second tensor of a pair has no entry.
         self._names: dict[str, str] = {}
         for name in tensors:
             if name in ROPE_TENSORS:
@@ -79,7 +79,7 @@ class GgufTensors:
                 yield name.format(expert), values
 
     def _other(self, part: str) -> str | None:
-        """What a part is stored in two with."""
+        """The other tensor of a pair, or None if the part is stored in one tensor."""
         for pair in self._layout.pairs:
             if part in (pair.first, pair.second):
                 return pair.second if part == pair.first else pair.first

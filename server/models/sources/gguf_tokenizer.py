@@ -11,13 +11,14 @@ from turret.server.models.sources.gguf_header import refuse
 if TYPE_CHECKING:
     from turret.server.models.sources.gguf_layouts import GgufLayout
 
-# The rules of splitting a text before its parts are merged, by llama.cpp's names.
+# Key for the pre-tokenizer, the rules by which a text is split before merging, by llama.cpp's
+# names.
 _PRE = "tokenizer.ggml.pre"
-# Whose texts begin with a BOS where a file does not say (llama.cpp's own rule).
+# Pre-tokenizers with a BOS before every text where the file does not say (llama.cpp's own rule).
 _WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "tekken")
 # Pre-tokenizers that equal Llama 3's but that transformers does not know.
 _AS_LLAMA3 = ("chatglm-bpe", "glm4")
-# Letters, three digits, others with what ends a line: GPT-4's, Llama 3's, GLM-4's.
+# Splits letters, up to three digits, and other characters with line ends: GPT-4, Llama 3 and GLM-4.
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -60,7 +61,7 @@ def read_gguf_tokenizer(path: Path, fields: Mapping[str, Any], layout: GgufLayou
 
 
 def _bos_rule(fields: Mapping[str, object]) -> dict[str, bool]:
-    """Older files of Llama 3 and Mistral Nemo do not say that their texts begin with a BOS."""
+    """Add the BOS rule that older files of Llama 3 and Mistral Nemo lack."""
     is_silent = "tokenizer.ggml.add_bos_token" not in fields
     return {"add_bos_token": True} if is_silent and fields.get(_PRE) in _WITH_BOS else {}
 

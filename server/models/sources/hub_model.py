@@ -40,7 +40,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def hub_model_id(model: Path) -> HubId | None:
-    """What ``--model`` names on the hub; None if it is a place on this machine."""
+    """The hub model that ``--model`` refers to; None if it is a path on this machine."""
     return None if model.exists() else HubId.find(str(model))
 
 
@@ -65,7 +65,7 @@ def check_hub_model(hub_id: HubId) -> str:
 
 
 def checked_config(hub_id: HubId) -> dict[str, Any]:
-    """The config of a model that ``check_hub_model`` took, from the cache: nobody is asked.
+    """The config of a model that ``check_hub_model`` accepted, from the cache without network.
 
     Empty where the cache does not tell which commit that was.
     """
@@ -100,7 +100,7 @@ def fetch_hub_model(hub_id: HubId, progress: Progress) -> tuple[Path, str]:
 
 
 def _describe(hub_id: HubId) -> tuple[Repository, Path]:
-    """The repository, and the folder that its config, which is served, lies in."""
+    """The repository, and the folder of its config, which is checked to be supported."""
     repository = find_repository(hub_id, may_be_old=True)
     files = repository.files
     if repository.is_cached and not (_CONFIG in files and {WEIGHTS, INDEX} & set(files)):

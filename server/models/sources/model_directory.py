@@ -1,4 +1,4 @@
-"""Whether a directory can be a base model, told from its names and its config, without torch."""
+"""Checks whether a directory can be a base model, by file names and config, without torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _READ = ("mxfp4", "fp8")
 # Files that transformers builds a fast tokenizer from. tokenizer_config.json is not enough.
 _TOKENIZERS = ("tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-# safetensors' own limit.
+# The limit that safetensors itself has.
 _MAX_HEADER_BYTES = 100_000_000
 _AGAIN = "copy or download it again"
 _HUB_CACHE = re.compile(r".*/models--(.+?)--(.+)/snapshots/[0-9a-f]{40}")
@@ -82,7 +82,7 @@ def check_config(config: dict[str, Any], model: Path | str) -> None:
 
 
 def why_no_tokenizer(names: Iterable[str]) -> str:
-    """What is wrong with files of these names, none of which is a tokenizer's; "" if one is."""
+    """Explain why no file of these names is a tokenizer; "" if one is."""
     for name in names:
         is_one = any(fnmatch.fnmatch(name, pattern) for pattern in _TOKENIZERS)
         if is_one and name != _TOKENIZER_CONFIG:
@@ -104,11 +104,11 @@ def is_4bit(config: dict[str, Any]) -> bool:
 
 
 def model_name(model: Path, config: dict[str, Any]) -> str:
-    """As the checkpoint names itself or the hub's cache does, else the directory's name."""
+    """The checkpoint's own name, its repository in the hub's cache, or the directory's name."""
     named = config.get("_name_or_path")
     if named:
         return str(named)
-    # A snapshot in the hub's cache has a commit for its name.
+    # A snapshot directory in the hub's cache is named by its commit, so use the repository's name.
     cached = _HUB_CACHE.fullmatch(str(model.resolve()))
     return "/".join(cached.groups()) if cached else model.resolve().name
 

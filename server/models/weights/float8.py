@@ -34,7 +34,7 @@ def dequantize_float8(
     if scale.numel() == 1:
         return values * scale.reshape(())
     out, inner = values.shape
-    # A row of scales for a row of the weight where nothing else is said.
+    # Without a block size, each row of the weight has one scale.
     rows, columns = block or (1, inner)
     scale = scale.reshape(-1, 1) if scale.dim() == 1 else scale
     expected = -(-out // rows), -(-inner // columns)

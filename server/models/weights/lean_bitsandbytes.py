@@ -18,7 +18,7 @@ __all__ = ["functional"]
 
 
 def _as_it_is(function: Callable[..., object] | None = None, **_: object) -> object:
-    """In place of ``torch.compile``, called or as a decorator with arguments."""
+    """Replaces ``torch.compile``, both called directly and as a decorator with arguments."""
     return _as_it_is if function is None else function
 
 

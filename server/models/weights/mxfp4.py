@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-# Bytes of codes that share a scale.
+# Bytes of codes that share one scale.
 BYTES = 16
 # Values of E2M1's three lower bits; the fourth bit is the sign.
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# The bits of 2^-127.
+# The bit pattern of 2^-127 in fp32.
 _LEAST = 1 << 22
 
 
@@ -25,7 +25,7 @@ def dequantize_mxfp4(codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tens
     signed = [*_MAGNITUDES, *(-value for value in _MAGNITUDES)]
     values = torch.tensor(signed, device=codes.device)
     pairs = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).int()
-    # An exponent is that of an fp32 number, but for the least one, whose number is subnormal.
+    # Exponents are those of fp32, except that the smallest one gives a subnormal number.
     bits = torch.where(exponents == 0, _LEAST, exponents.int() << 23)
     scales = bits.int().view(torch.float32)
     return (values[pairs] * scales.unsqueeze(-1)).flatten(-2).to(torch.bfloat16)

@@ -98,7 +98,8 @@ class Nf4Weight:
         offset, nested = self.state.offset, self.state.state2
         assert offset is not None
         assert nested is not None
-        # Same result as bitsandbytes' operator, whose first call on a CPU imports torch's compiler.
+        # Gives the same result as bitsandbytes' operator, whose first call on a CPU imports torch's
+        # compiler.
         flat = nested.code[self.state.absmax.int()]
         flat *= nested.absmax.repeat_interleave(nested.blocksize)[: flat.numel()]
         return (flat + offset).float()
@@ -135,7 +136,7 @@ class Nf4Linear:
         self._code: torch.Tensor | None = None
         self.product: Nf4Product | None = None
         if gpu:
-            # Imported where it is used: the other paths run where Triton is not installed.
+            # Imported here: the other paths run where Triton is not installed.
             from turret.server.models.weights.nf4_gpu import Nf4Product
 
             self.product = Nf4Product(self._fuse_gpu(slices), dtype)
@@ -159,7 +160,7 @@ class Nf4Linear:
 
     def _fuse_cpu(self, slices: Sequence[Nf4Weight]) -> None:
         self._code = slices[-1].state.code
-        # Tiles of rows, tile-major: joining along rows is joining the bytes.
+        # The layout is tiles of rows, tile-major, so joining rows means joining the bytes.
         self._packed = torch.cat([pack(weight.packed, weight.shape) for weight in slices])
         blocks = self.in_features // BLOCKSIZE
         absmax = [weight.absmax().view(-1, blocks).T.to(torch.bfloat16) for weight in slices]
@@ -189,7 +190,7 @@ class Nf4Linear:
         )
 
     def formulation(self) -> str:
-        """What multiplies, in words."""
+        """Name of the multiplying kernel, for the log."""
         if self._dense is not None:
             return linear_formulation(self._dense)
         return "gpu" if self._code is None else nf4_formulation(self._shape, self._code)

@@ -134,7 +134,7 @@ def nf4_expert_products(
 
 
 def nf4_formulation(shape: tuple[int, int], code: torch.Tensor) -> str:
-    """What multiplies by a packed weight, in words; bitsandbytes' product is tried if it has to."""
+    """Name of what multiplies by a packed weight; bitsandbytes' product is tried if needed."""
     return "native" if has_native_products() else f"bitsandbytes {_prepare(shape, code).name}"
 
 

@@ -46,7 +46,7 @@ class Nf4Experts:
             self._stacked = self._stack(experts, device)
             return
         self._experts = [Nf4Linear(slices, dtype, device) for slices in experts]
-        # With the C product, one call computes all experts.
+        # The C product computes all experts in one call.
         packed = [expert.packed for expert in self._experts if expert.packed is not None]
         if has_native_products() and len(packed) == len(self._experts):
             addresses = [[tensor.data_ptr() for tensor in pair] for pair in packed]
@@ -78,7 +78,7 @@ class Nf4Experts:
             ``[pairs, out]``, dtype of ``x``.
         """
         if self._stacked is not None:
-            # Imported where it is used: the other paths run where Triton is not installed.
+            # Imported here: the other paths run where Triton is not installed.
             from turret.kernels.gpu.experts.nf4_experts import nf4_experts
 
             return nf4_experts(x, self._stacked, routing, rows)

@@ -36,7 +36,7 @@ class Nf4Product:
 
     def __init__(self, weight: Nf4Matrix | torch.Tensor, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        # A quantisation block that spans rows is read by no kernel.
+        # No kernel reads a quantisation block that spans rows.
         if isinstance(weight, Nf4Matrix) and weight.in_features % BLOCK:
             weight = weight.dequantize(dtype)
         self._weight = weight
@@ -86,7 +86,7 @@ class Nf4Product:
     def ended(
         self, x: torch.Tensor, epilogue: Epilogue, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """What comes after the product of decoding rows; None where that takes more launches."""
+        """The epilogue's result of decoding rows; None if that takes more launches."""
         weight, step = self._weight, tuning(x.device).nf4_pass_rows
         if not (isinstance(weight, Nf4Matrix) and step and epilogue.ends_product(bias, x.device)):
             return None

@@ -9,7 +9,7 @@
 #include "team.h"
 
 #define ROWS 32 /* rows of a segment that a unit takes together */
-/* What reading a unit's weights costs, in rows of computing with them. */
+/* The cost of reading a unit's weights, in rows of computing with them. */
 #define READING 3
 
 typedef struct {
@@ -22,20 +22,20 @@ typedef struct {
     int64_t module; /* index of the first slice's module */
 } Projection;
 
-/* A thread's share of a pass: units that begin in [low, high) on the axis of summed costs. The first
- * walk over the units, with high 0, finds the sum. */
+/* A thread's share of a pass: the units that begin in [low, high) on the axis of summed costs. The first
+ * walk over the units, with high 0, only computes the sum. */
 typedef struct {
     int64_t low, high, at;
 } Share;
 
-/* Whether the next unit is this thread's. */
+/* Whether this thread computes the next unit. */
 INLINE int take(Share *share, int64_t cost) {
     int64_t at = share->at;
     share->at += cost;
     return at >= share->low && at < share->high;
 }
 
-/* Passes over `count` units at once if none of them is this thread's. */
+/* Skips `count` units at once if this thread computes none of them. */
 INLINE int skip(Share *share, int64_t count, int64_t cost) {
     int64_t end = share->at + count * cost;
     if (end > share->low && share->at < share->high) return 0;
@@ -52,7 +52,7 @@ INLINE float *activations(const Step *step, const Projection *p, const Segment *
     return step->scratch + c->scratch + ((row - seg->row_start) * p->num_slices + j) * c->width;
 }
 
-/* Operators whose rows are not divided: a unit for each. */
+/* Shrinks the operators whose rows are not divided: each is one unit. */
 static void shrink_rows(const Step *step, const Projection *p, const Segment *seg,
                         const Component *c, int64_t j, int64_t row, int64_t stop, Share *share) {
     const Module *m = &c->modules[p->module + j];
@@ -70,7 +70,7 @@ static void shrink_rows(const Step *step, const Projection *p, const Segment *se
     }
 }
 
-/* The module that is read after slice *j of a component, and its slice; or null. */
+/* Returns the module that is read after slice *j of a component, or null, and sets *j to its slice. */
 static const Module *next_module(const Step *step, const Projection *p, const Segment *seg, const Component *c,
                                  int64_t *j) {
     *j = *j + 1 < p->num_slices ? *j + 1 : 0;
@@ -83,7 +83,7 @@ static const Module *next_module(const Step *step, const Projection *p, const Se
     return &c->modules[p->module + *j];
 }
 
-/* Where the next columns of B are, after [low, low + COLUMNS) of slice j. */
+/* Finds the columns of B that are read after [low, low + COLUMNS) of slice j. */
 INLINE void find_next(const Step *step, const Projection *p, const Segment *seg, const Component *c, int64_t j,
                       int64_t low, Rows *rows) {
     const Module *m = &c->modules[p->module + j];
@@ -93,8 +93,8 @@ INLINE void find_next(const Step *step, const Projection *p, const Segment *seg,
     rows->next_stride = p->widths[j];
 }
 
-/* Rows [row, stop) of a segment, one component, one slice. A unit costs about four dot products of
- * the input for each row. */
+/* Shrinks rows [row, stop) of a segment for one component and one slice. A unit costs about four dot
+ * products of the input per row. */
 static void shrink_module(const Step *step, const Projection *p, const Segment *seg,
                           const Component *c, int64_t j, int64_t row, int64_t stop, Share *share) {
     const Module *m = &c->modules[p->module + j];
@@ -146,7 +146,7 @@ static void shrink(const Step *step, const Projection *p, Share *share) {
     }
 }
 
-/* acc *= 1 + sum_k w_k (g_k - 1), the gains being those of slice j. */
+/* acc *= 1 + sum_k w_k (g_k - 1), where g_k are the gains of slice j. */
 INLINE void apply_gain(const Step *step, const Projection *p, const Segment *seg, int64_t j,
                        int64_t low, int64_t count, float *acc, int64_t rows) {
     float gain[COLUMNS];
@@ -172,7 +172,7 @@ INLINE void widen(const bf16 *from, int64_t count, float *to) {
     for (; i < count; i++) to[i] = to_f32(from[i]);
 }
 
-/* With AVX512-BF16 subnormal results become 0, as those of the base's product do. */
+/* With AVX512-BF16, subnormal results become 0, as in the base's product. */
 INLINE void narrow(const float *from, int64_t count, bf16 *to) {
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) {
@@ -227,7 +227,7 @@ KERNEL static void expand_columns(const Step *step, const Projection *p, const S
     for (int64_t i = 0; i < rows; i++) narrow(acc + i * COLUMNS, count, y + i * p->y_stride);
 }
 
-/* What a column of slice j costs: products, and some for reading and rounding it. */
+/* The cost of a column of slice j: its products, and a part for reading and rounding it. */
 static int64_t column_cost(const Step *step, const Projection *p, const Segment *seg, int64_t j) {
     int64_t cost = 8;
     for (int64_t k = seg->first; k < seg->last; k++) {
@@ -237,7 +237,7 @@ static int64_t column_cost(const Step *step, const Projection *p, const Segment 
         if (m->pairs) cost += 2;
         if (m->circulant) cost++;
         if (m->kronecker) cost += m->kronecker->w2 ? m->kronecker->in_m : 2 * m->kronecker->rank;
-        /* An entry is a product by itself. */
+        /* One entry counts as one product. */
         if (m->sparse) cost += 8 * m->sparse->mean;
         if (m->dense) cost += m->dense->in_features;
     }
@@ -269,7 +269,7 @@ static void expand(const Step *step, const Projection *p, Share *share) {
 typedef struct {
     const Step *step;
     const Projection *projection;
-    Share shrinking, expanding; /* whole passes */
+    Share shrinking, expanding; /* walks over whole passes, with their total costs */
     int64_t pieces;
 } Job;
 

@@ -9,7 +9,7 @@
 
 #include "tiles.h"
 
-#define COLUMN_VECTORS 8 /* vectors of columns an expand unit takes together */
+#define COLUMN_VECTORS 8 /* vectors of columns that an expand unit takes together */
 #define COLUMNS (COLUMN_VECTORS * LANES)
 #define PADDED(n) (((n) + LANES - 1) / LANES * LANES)
 #define TILE 4 /* rows that share what is read into registers, where a segment has as many */
@@ -25,7 +25,7 @@ typedef struct {
 /* kron(w1, w2) x; scratch: [in_m, padded out_k], or [in_m, padded rank]. */
 typedef struct {
     const bf16 *w1; /* [out_l, in_m] */
-    const bf16 *w2; /* [in_n, out_k], or null: its factors serve */
+    const bf16 *w2; /* [in_n, out_k], or null: then its factors are used */
     const bf16 *a;  /* [rank, in_n] */
     const bf16 *b;  /* [rank, out_k] */
     int64_t out_l, in_m, out_k, in_n, rank;
@@ -34,7 +34,7 @@ typedef struct {
 /* Blocks of the change of the input; no scratch (input_change.c). */
 typedef struct {
     const bf16 *blocks; /* [count, size, size] */
-    int64_t count;      /* 1: one serves all */
+    int64_t count;      /* 1: one block is used for all */
     int64_t size;
 } InputBlocks;
 
@@ -57,17 +57,17 @@ typedef struct {
     int64_t rows, columns, size, width, parts;
 } Circulant;
 
-/* S x by groups of LANES outputs and blocks of 64 inputs; no scratch (sparse.c). Of COLUMNS outputs,
- * those in `outputs`, the first LANES are the first group, and so on. Slot s of a step is of output
- * s % LANES of its group. Behind values and places lies memory that may be read. */
+/* S x by groups of LANES outputs and blocks of 64 inputs; no scratch (sparse.c). `outputs` orders each
+ * COLUMNS outputs: the first LANES are the first group, and so on. Slot s of a step belongs to output s
+ * % LANES of its group. Memory past the end of values and places must be readable. */
 typedef struct {
-    const bf16 *values;     /* of the slots that have an entry, a step after another */
-    const uint8_t *places;  /* where in its block an entry's input is */
+    const bf16 *values;     /* values of the slots that have an entry, step by step */
+    const uint8_t *places;  /* position of an entry's input in its block */
     const uint32_t *masks;  /* [steps]: which of 2 LANES slots have an entry */
-    const uint16_t *skips;  /* [steps]: blocks from the step before, at first from block 0 */
+    const uint16_t *skips;  /* [steps]: number of blocks since the step before, at first since block 0 */
     const int32_t *starts;  /* [groups + 1, 2]: steps, entries */
-    const uint8_t *outputs; /* [out]: in their COLUMNS */
-    int64_t mean;           /* entries of an output, about */
+    const uint8_t *outputs; /* [out]: position among their COLUMNS */
+    int64_t mean;           /* average number of entries of an output */
 } Sparse;
 
 /* A whole matrix; no scratch (dense.c). */
@@ -77,7 +77,7 @@ typedef struct {
 } Dense;
 
 typedef struct {
-    const bf16 *a;      /* [rank, in]; null, with a rank: pieces of the input are added up */
+    const bf16 *a;      /* [rank, in]; null although rank > 0: pieces of the input are added up */
     const bf16 *b;      /* [rank, out] */
     const float *gain;  /* [out], or null */
     const float *bias;  /* [out], or null */
@@ -94,7 +94,7 @@ typedef struct {
 
 typedef struct {
     int64_t row_start, row_end;
-    int64_t first, last; /* its components */
+    int64_t first, last; /* its range of components */
 } Segment;
 
 typedef struct {
@@ -108,13 +108,13 @@ typedef struct {
     int64_t in_features, out_features;
 } ModuleSize;
 
-/* How far a thread is in asking for factors (ahead.h). */
+/* How far a thread has asked for factors (ahead.h). */
 typedef struct {
     int64_t module, segment, component; /* counted from the segment's first */
     int64_t factor;                     /* 0 is A, 1 is B */
-    int64_t done;                       /* lines of it */
-    int64_t ranks;                      /* of the module's components before this one */
-    int64_t all_ranks;                  /* of all of them, or 0: not counted yet */
+    int64_t done;                       /* lines of the factor that were asked for */
+    int64_t ranks;                      /* ranks of the module's components before this one */
+    int64_t all_ranks;                  /* ranks of all of them, or 0: not counted yet */
 } Mark;
 
 typedef struct {
@@ -125,8 +125,8 @@ typedef struct {
     int64_t num_threads;
     const ModuleSize *sizes; /* of a layer's modules */
     int64_t modules_per_layer, num_modules;
-    int64_t reach; /* modules that factors are asked for ahead */
-    Mark *marks;   /* of the threads */
+    int64_t reach; /* number of modules ahead for which factors are asked */
+    Mark *marks;   /* one per thread */
 } Step;
 
 /* The inputs of one projection that adapters change, of a step's rows. */
@@ -134,10 +134,10 @@ typedef struct {
     const int64_t *changes; /* [rows, 3]: the row's first and last component that change it, one number
                              * where none does; whether each slice has its own change, or the first
                              * slice's is that of all */
-    int64_t count; /* inputs there are then: one, one for each slice, or none */
+    int64_t count; /* number of changed inputs: one, one per slice, or none */
 } Inputs;
 
-/* Scratch, in this order. */
+/* Offsets of the operators' activations in the scratch memory, in this order. */
 INLINE int64_t hadamard_start(const Module *m) { return PADDED(m->rank); }
 
 INLINE int64_t kronecker_start(const Module *m) {
@@ -163,7 +163,7 @@ typedef struct {
     const bf16 *x;
     float *v, *acc;
     int64_t count, x_stride, v_stride;
-    const bf16 *next; /* of a low-rank factor, what is read after this: rows, or null */
+    const bf16 *next; /* low-rank only: rows that are read after this factor, or null */
     int64_t next_stride;
 } Rows;
 
@@ -175,12 +175,12 @@ INLINE int low_rank_takes_tiles(const ModuleSize *size) {
 INLINE int64_t low_rank_step(const ModuleSize *size) { return low_rank_takes_tiles(size) ? LANES : RANKS; }
 /* Ranks [r, r + low_rank_step) of w A x, for any number of rows; by tiles as pairs of bf16. */
 void low_rank_shrink(const Module *m, const Rows *rows, const ModuleSize *size, float w, int64_t r);
-/* The same of one row, all ranks, where A adds up pieces of `rank` inputs. */
+/* The same for one row and all ranks, where A adds up pieces of `rank` inputs. */
 void pieces_shrink(const bf16 *x, const ModuleSize *size, int64_t rank, float w, float *v);
 /* acc[:, 0:count] += (B v)[low:low + count], count at most COLUMNS, for at most AT_ONCE rows; so the
  * others, w times theirs. */
 void low_rank_expand(const Module *m, const Rows *rows, const ModuleSize *size, int64_t low, int64_t count);
-/* After a thread's last of either. */
+/* Call it after a thread's last low-rank shrink or expand. */
 void low_rank_end(void);
 
 /* Tile number `tile` of U = w2b diag(x) w1b^T. */
@@ -198,12 +198,12 @@ void kronecker_expand(const Kronecker *k, const float *z, float w, int64_t low, 
                       float *acc);
 
 
-/* Of one row: everything at once, and w times some columns of the result. */
+/* For one row: computes everything at once, then adds w times some columns of the result. */
 void circulant_shrink(const Circulant *c, const bf16 *x, float *z);
 void circulant_expand(const Circulant *c, const float *z, float w, int64_t low, int64_t count,
                       float *acc);
 
-/* The base's result of one row, and w times what some columns get from their partners. */
+/* Stores the base's result of one row, then adds w times what some columns get from their partners. */
 void pairs_shrink(const bf16 *y, int64_t width, float *z);
 void pairs_expand(const PairRotation *p, const float *z, float w, int64_t low, int64_t count,
                   float *acc);

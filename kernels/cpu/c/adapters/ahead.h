@@ -12,8 +12,8 @@
 #include "adapters.h"
 
 #define LINE 64
-#define LEAST_ROWS 6 /* products of fewer rows leave the memory no time */
-#define MOST_LINES 64 /* at a time: a core has about 24 reads under way, of 100 ns each */
+#define LEAST_ROWS 6 /* products with fewer rows leave the memory no idle time */
+#define MOST_LINES 64 /* lines at a time: a core has about 24 reads in flight, of 100 ns each */
 
 typedef struct {
     const char *start;
@@ -49,7 +49,7 @@ INLINE const Module *module_at(const Step *step, const Mark *mark) {
     return component < seg->last ? &step->components[component].modules[mark->module] : 0;
 }
 
-/* To the next factor. */
+/* Moves to the next factor. */
 INLINE void move_on(const Step *step, Mark *mark) {
     const Module *m = module_at(step, mark);
     const Segment *seg = &step->segments[mark->segment];
@@ -71,7 +71,7 @@ INLINE int64_t all_ranks(const Step *step, int64_t module) {
     return ranks;
 }
 
-/* The next lines, more for more rows, which take longer. */
+/* Returns the next lines to ask for, more of them for more rows, which take longer to compute. */
 static Lines next_lines(Walk *walk, int64_t rows) {
     const Step *step = walk->step;
     int64_t most = rows * 4 < MOST_LINES ? rows * 4 : MOST_LINES;
@@ -80,7 +80,7 @@ static Lines next_lines(Walk *walk, int64_t rows) {
         const Module *m = module_at(step, mark);
         if (!m || !m->rank || !(mark->factor ? m->b : m->a)) continue;
         if (!mark->all_ranks) mark->all_ranks = all_ranks(step, mark->module);
-        /* The ranks of this thread. */
+        /* This thread asks only for its own share of the ranks. */
         int64_t low = mark->all_ranks * walk->part / walk->parts - mark->ranks;
         int64_t high = mark->all_ranks * (walk->part + 1) / walk->parts - mark->ranks;
         low = low < 0 ? 0 : low;

@@ -75,7 +75,7 @@ INLINE void transform_parts(const Circulant *c, const float *values, int64_t j, 
     }
 }
 
-/* Of vectors [f, f + count) of frequencies: the parts' transforms turned, and their sum. */
+/* Transforms vectors [f, f + count) of frequencies: turns the parts' transforms and adds them up. */
 INLINE void turn_parts(const Circulant *c, const float *found, int64_t f, const int count, float *out) {
     int64_t width = c->width;
     f32x16 real[count], imaginary[count];

@@ -3,7 +3,7 @@
 #include "adapters.h"
 #include "dots.h"
 
-/* At most TILE rows. */
+/* Handles at most TILE rows. */
 INLINE void expand_rows(const Dense *d, const Rows *rows, float w, int64_t low, int64_t count) {
     int64_t n = d->in_features, o = 0;
     float found[TILE * RANKS];

@@ -12,7 +12,7 @@ typedef struct {
     int64_t rank;  /* 0: no update */
 } Update;
 
-/* A row's member. */
+/* One member of a row's mix. */
 typedef struct {
     const Update *updates; /* of one adapter, by layer and projection */
     double weight;
@@ -31,7 +31,7 @@ typedef struct {
     const bf16 *x;
     bf16 *y; /* [pairs, out] */
     const int64_t *row, *expert;
-    const int64_t *input; /* the row of x that each pair reads, or null: its own */
+    const int64_t *input; /* the row of x that each pair reads, or null: the pair's own */
     int64_t pairs, x_stride, in_features, out_features;
     int64_t update; /* number of the projection among an adapter's updates */
 } Pairs;

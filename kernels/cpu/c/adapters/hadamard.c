@@ -9,7 +9,7 @@ KERNEL void hadamard_shrink(const Hadamard *h, const bf16 *x, int64_t in_feature
     int64_t rank = h->rank, side = (rank + RANKS - 1) / RANKS;
     int64_t j = tile / side * RANKS, i = tile % side * RANKS;
     const bf16 *left[RANKS], *right[RANKS];
-    for (int q = 0; q < RANKS; q++) { /* past the rank: some row again, its result is dropped */
+    for (int q = 0; q < RANKS; q++) { /* past the rank, repeat some row; its result is dropped */
         left[q] = h->w2b + (j + q < rank ? j + q : j) * in_features;
         right[q] = h->w1b + (i + q < rank ? i + q : i) * in_features;
     }

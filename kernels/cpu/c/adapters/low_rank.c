@@ -50,7 +50,7 @@ INLINE void add_tile(const Rows *rows, const bf16 *b, int64_t rank, int64_t stri
         for (int j = 0; j < vectors; j++) store_f32(acc + i * COLUMNS + j * LANES, s[i][j]);
 }
 
-/* One row, or TILE. */
+/* Expands 1 or TILE rows, as rows->count says. */
 INLINE void expand_rows(const Module *m, const Rows *rows, int64_t width, int64_t low, int64_t count) {
     const bf16 *b = m->b + low;
     int64_t rank = m->rank, o = 0;
@@ -97,7 +97,7 @@ KERNEL void pieces_shrink(const bf16 *x, const ModuleSize *size, int64_t rank, f
         int64_t i = r;
         if (r + LANES <= rank)
             for (; i + LANES <= n; i += rank) sums += load_bf16(x + i);
-        /* What is left of the last piece; or all pieces, where they end within a vector. */
+        /* The rest of the last piece, or all pieces where they end within a vector. */
         for (; i < n; i += rank)
             for (int64_t q = 0; q < least(least(rank - r, n - i), LANES); q++) sums[q] += to_f32(x[i + q]);
 #if HAS_TILES

@@ -7,7 +7,7 @@
  * (b, b).
  */
 
-/* The tiles, as text of instructions. */
+/* Numbers of the tiles; macros, because they become text of instructions. */
 #define SUM_0 0
 #define SUM_1 1
 #define LEFT_0 2
@@ -15,8 +15,8 @@
 #define RIGHT_0 4
 #define RIGHT_1 5
 
-/* What the tiles of this thread have the shapes for: rows, at most 32; or, less than 0, as many ranks of
- * one row; or 0, nothing. To give them others takes as long as a dozen products. */
+/* The tile shapes that this thread has set: a positive number of rows (at most 32), a negative number of
+ * ranks for one row, or 0 for none. Setting other shapes takes as long as a dozen products. */
 static __thread int64_t shaped;
 
 INLINE void shape_tiles(int64_t wanted) {
@@ -39,7 +39,7 @@ void low_rank_end(void) {
     shaped = 0;
 }
 
-/* Sixteen values as pairs of bf16. */
+/* Stores sixteen values as pairs of bf16. */
 INLINE void store_pairs(float *v, f32x16 value) {
     __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)value));
     __m512 rest = (__m512)(value - (f32x16)_mm512_slli_epi32(high, 16));
@@ -47,7 +47,7 @@ INLINE void store_pairs(float *v, f32x16 value) {
     _mm512_storeu_si512(v, _mm512_or_si512(high, _mm512_slli_epi32(low, 16)));
 }
 
-/* `ranks` of one row, at most 16; zeros up to 16. Brings as many of the next factor into the cache. */
+/* Shrinks at most 16 `ranks` of one row, with zeros up to 16. Prefetches as much of the next factor. */
 INLINE void shrink_row(const bf16 *a, const bf16 *x, int64_t n, int64_t ranks, float w, float *v,
                        const bf16 *next) {
     float sums[LANES] __attribute__((aligned(64))) = {0};
@@ -72,7 +72,7 @@ INLINE void shrink_row(const bf16 *a, const bf16 *x, int64_t n, int64_t ranks, f
     store_pairs(v, load_f32(sums) * w);
 }
 
-/* 32 inputs of `ranks` rows of A, [16 pairs, 16 ranks]; those beyond the last are 0. */
+/* Turns 32 inputs of `ranks` rows of A into [16 pairs, 16 ranks]; inputs and ranks past the end are 0. */
 INLINE void turn_ranks(const bf16 *a, int64_t n, int64_t ranks, bf16 *turned) {
     f32x16 v[LANES];
     for (int r = 0; r < TILE_ROWS; r++)
@@ -81,7 +81,7 @@ INLINE void turn_ranks(const bf16 *a, int64_t n, int64_t ranks, bf16 *turned) {
     for (int i = 0; i < TILE_ROWS; i++) store_f32((float *)turned + i * LANES, v[i]);
 }
 
-/* At most 16 rows, or `two` groups of them. */
+/* Shrinks at most 16 rows, or `two` groups of them. */
 INLINE void shrink_groups(const Rows *rows, const bf16 *a, int64_t n, int64_t ranks, float w, const int two) {
     bf16 turned[2][TILE_ROWS * TILE_INPUTS] __attribute__((aligned(64)));
     float sums[2 * TILE_ROWS * LANES] __attribute__((aligned(64)));
@@ -131,7 +131,7 @@ INLINE void widen_ranks(const bf16 *b, int64_t width, int64_t ranks, uint32_t *p
     }
 }
 
-/* Adds to 16 columns of at most 16 rows, or of `two` groups of them. */
+/* Adds the update to 16 columns of at most 16 rows, or of `two` groups of them. */
 INLINE void expand_groups(const Module *m, const Rows *rows, int64_t width, int64_t low, float *acc,
                           const int two) {
     uint32_t pairs[2][TILE_ROWS * LANES] __attribute__((aligned(64)));
@@ -155,8 +155,8 @@ INLINE void expand_groups(const Module *m, const Rows *rows, int64_t width, int6
     if (two) tile_store(SUM_1, acc + TILE_ROWS * COLUMNS, acc_bytes);
 }
 
-/* The same for one row and `vectors` of columns, without tiles: sums of even and of odd terms, 16 ranks
- * at a time. Brings as much of the next columns into the cache. */
+/* The same for one row and `vectors` of columns, without tiles: it sums even and odd terms separately,
+ * 16 ranks at a time, and prefetches as much of the next columns. */
 INLINE void add_vectors(const Module *m, const Rows *rows, int64_t width, int64_t low, float *acc,
                         const int vectors) {
     const bf16 *b = m->b + low, *next = rows->next;
@@ -178,7 +178,7 @@ INLINE void add_vectors(const Module *m, const Rows *rows, int64_t width, int64_
                 odd[j] += rest[q] * column;
             }
         }
-        /* Of ranks beyond the last, tiles add zeros. */
+        /* Tiles add zeros for ranks past the end. */
         for (int j = 0; j < vectors; j++) s[j] += (even[j] + 0.0f) + (odd[j] + 0.0f);
     }
     for (int j = 0; j < vectors; j++) store_f32(acc + j * LANES, s[j]);
@@ -191,7 +191,7 @@ KERNEL static void expand_row(const Module *m, const Rows *rows, int64_t width, 
     for (; o < count; o += LANES) add_vectors(m, rows, width, low + o, rows->acc + o, 1);
 }
 
-#define SUBNORMALS_ARE_ZERO 0x8040 /* of operands and of results */
+#define SUBNORMALS_ARE_ZERO 0x8040 /* for operands and for results */
 
 static void expand_by_tiles(const Module *m, const Rows *rows, int64_t width, int64_t low, int64_t count) {
     if (rows->count == 1) {

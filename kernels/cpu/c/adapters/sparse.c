@@ -11,11 +11,11 @@
 #define SLOTS (2 * LANES)
 #define BLOCK 64       /* inputs */
 #define MOST_BLOCKS 1024
-#define AHEAD 4096     /* bytes: the memory's latency, at what a thread reads in it */
+#define AHEAD 4096     /* bytes to prefetch ahead: memory latency times a thread's reading rate */
 #define TOGETHER 8     /* rows whose sums stay in registers */
 
-/* Orders the outputs [low, low + count) by their entries, most first. By digits of the counts, the lowest
- * first: an adapter has thousands of such units, and its first request waits for them. */
+/* Orders the outputs [low, low + count) by their number of entries, most first. This is a radix sort: an
+ * adapter has thousands of such units, and its first request waits for them. */
 static void deal(const int32_t *row_starts, int64_t low, int64_t count, uint8_t *outputs) {
     int64_t found[COLUMNS], most = 0;
     uint8_t before[COLUMNS];
@@ -70,7 +70,7 @@ static int64_t steps_of(const Group *g, int64_t block) {
     return (most + 1) / 2;
 }
 
-/* The slots that have an entry in a step of a block. */
+/* The slots that have an entry in one step of a block. */
 static uint32_t slots_of(const Group *g, int64_t block, int64_t step) {
     uint32_t slots = 0;
     for (int64_t lane = 0; lane < g->lanes; lane++) {
@@ -80,7 +80,7 @@ static uint32_t slots_of(const Group *g, int64_t block, int64_t step) {
     return slots;
 }
 
-/* Steps of all groups; -1 where the inputs of an output do not ascend by blocks. */
+/* Counts the steps of all groups; -1 where the inputs of an output do not ascend by blocks. */
 EXPORT int64_t turret_sparse_steps(const uint16_t *columns, const int32_t *row_starts, int64_t out) {
     int64_t total = 0;
     uint8_t outputs[COLUMNS];
@@ -96,8 +96,8 @@ EXPORT int64_t turret_sparse_steps(const uint16_t *columns, const int32_t *row_s
     return total;
 }
 
-/* Fills what `Sparse` points to, but for `mean`; a step has an entry at least. Returns the steps, or -1 as
- * turret_sparse_steps does. */
+/* Fills what `Sparse` points to, except `mean`. Every step has at least one entry. Returns the number of
+ * steps, or -1 as turret_sparse_steps does. */
 EXPORT int64_t turret_sparse_fill(const bf16 *values, const uint16_t *columns, const int32_t *row_starts,
                                int64_t out, bf16 *kept, uint8_t *places, uint32_t *masks,
                                uint16_t *skips, int32_t *starts, uint8_t *outputs) {
@@ -162,13 +162,13 @@ INLINE void sum_slots(const Sparse *s, const bf16 *x, int64_t stride, const int 
         __m256i place = _mm256_loadu_si256((const __m256i *)r.places);
         x += s->skips[r.step] * BLOCK;
         ask_ahead(&r);
-        __asm__("" : "+v"(v), "+v"(place)); /* else loaded by the expansion, slowly */
+        __asm__("" : "+v"(v), "+v"(place)); /* otherwise the expansion loads it from memory, which is slow */
         v = _mm512_maskz_expand_epi16(mask, v);
         __m512i places = _mm512_cvtepu8_epi16(_mm256_maskz_expand_epi8(mask, place));
         __m512 v_even = (__m512)_mm512_slli_epi32(v, 16), v_odd = (__m512)_mm512_and_si512(v, high);
         for (int n = 0; n < rows; n++) {
             const bf16 *in = x + n * stride;
-            /* 0 in empty slots too, since no input of theirs may count. */
+            /* Empty slots need 0 too, because their inputs must not count. */
             __m512i u = _mm512_maskz_permutex2var_epi16(mask, _mm512_loadu_si512(in), places,
                                                         _mm512_loadu_si512(in + BLOCK / 2));
             even[n] = _mm512_fmadd_ps((__m512)_mm512_slli_epi32(u, 16), v_even, even[n]);
@@ -202,7 +202,7 @@ INLINE void sum_slots(const Sparse *s, const bf16 *x, int64_t stride, const int 
                 const bf16 *in = x + n * stride;
                 __m512i u = _mm512_permutex2var_epi16(_mm512_loadu_si512(in), places,
                                                       _mm512_loadu_si512(in + BLOCK / 2));
-                /* 0 in empty slots too, since no input of theirs may count. */
+                /* Empty slots need 0 too, because their inputs must not count. */
                 u = _mm512_maskz_slli_epi32(mask, u, 16);
                 found[n][half] = _mm512_fmadd_ps((__m512)u, (__m512)v, found[n][half]);
             }
@@ -240,7 +240,7 @@ INLINE void add_rows(const Sparse *s, const bf16 *x, int64_t stride, const int r
     }
 }
 
-/* The number of rows as a constant, so that their sums stay in registers. */
+/* Dispatches on the number of rows, which must be constant so that the sums stay in registers. */
 #define CASE(rows) \
     case rows: add_rows(s, x, stride, rows, w, low, count, acc); break
 

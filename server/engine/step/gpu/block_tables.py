@@ -13,7 +13,7 @@ from turret.server.engine.scheduling.sequence import Sequence
 
 @dataclass(slots=True)
 class _Row:
-    """What the device knows of a sequence.
+    """What the device has of a sequence.
 
     Attributes:
         begin: Where its block numbers begin in the buffer.
@@ -79,11 +79,11 @@ class BlockTables:
             self._free.append(row.begin)
 
     def begins(self, sequences: SequenceOf[Sequence]) -> list[int]:
-        """Where the block numbers of sequences of the last step begin."""
+        """Positions at which the block numbers of the last step's sequences begin."""
         return [self._rows[sequence].begin for sequence in sequences]
 
     def update(self, sequences: SequenceOf[Sequence]) -> BlockUpdates:
-        """What has to be sent for a step; it counts as sent from then on."""
+        """Find what must be sent for a step; from then on it counts as sent."""
         longest = max([len(sequence.blocks) for sequence in sequences], default=0)
         if longest > self._max_blocks:
             self.epoch += 1

@@ -22,7 +22,7 @@ from turret.server.basics.work import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 
-# What a step returns; the tensors keep their addresses, and a replay overwrites them.
+# Outputs of a step; the tensors keep their addresses, and a replay overwrites them.
 Outputs = tuple[torch.Tensor, torch.Tensor]
 Body = Callable[[], Outputs]
 
@@ -44,7 +44,7 @@ class Capture(Protocol):
         ...
 
     def forget(self) -> None:
-        """Told when every graph that it captured has been dropped."""
+        """Called when every graph that it captured has been dropped."""
         ...
 
 
@@ -71,12 +71,13 @@ class CudaCapture:
     def __call__(self, body: Body) -> tuple[Callable[[], None], Outputs]:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        # Every time: cuBLAS has one for each thread, and the first captures are another thread's.
+        # Repeat this for every capture: cuBLAS has one workspace per thread, and the first captures
+        # run on another thread.
         self._make_workspace()
         graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream()
         with (
-            # A capture that ends with an error leaves its stream the current one.
+            # Without this, a capture that fails would leave its stream as the current one.
             torch.cuda.stream(before),
             # Other threads (adapter loads) may use the device meanwhile.
             torch.cuda.graph(
@@ -156,7 +157,7 @@ class DecodeGraphs:
         self._enter(epoch)
         self._seen.add(key)
         body()
-        # Not so many that the first ones are dropped again.
+        # Do not capture so many steps that the first ones are dropped again.
         if key not in self._graphs and len(self._graphs) < self._capacity:
             self._add(self._capture, key, body)
 

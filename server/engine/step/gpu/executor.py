@@ -97,18 +97,20 @@ class GpuExecutor:
 
         self._decode, self._mixed = tables(max_num_seqs), tables(max_num_batched_tokens)
         self._every_row = torch.arange(max_num_seqs, device=device)
-        # Of all decode steps: captured ones keep what they return.
+        # Outputs shared by all decode steps: a captured step writes to the same addresses each
+        # time.
         size = (max_num_seqs, decoder.arch.vocab_size)
         self._logits = torch.empty(size, dtype=torch.float32, device=device)
         size = (max_num_seqs, decoder.arch.hidden_size)
         self._embedded = torch.empty(size, dtype=decoder.dtype, device=device)
         self._bound: Bound | None = None
-        # The last step's sequences, if they may all go on, and what was prepared for their next.
+        # The last step's sequences, if all of them may continue, and what was prepared for their
+        # next step.
         self._last: list[Sequence] | None = None
         self._prepared: Prepared | None = None
 
     def sampler(self, stop_token_ids: frozenset[int]) -> GpuSampler:
-        """What draws; from now on every step does, as a part of its launches."""
+        """Make the sampler; from now on every step draws as part of its launches."""
         device = self._decoder.device
         self._sampler = GpuSampler(stop_token_ids, self._max_num_seqs, device)
         return self._sampler
@@ -152,7 +154,7 @@ class GpuExecutor:
         try:
             return self._run(step)
         except BaseException:
-            # Tables may not have been sent: whatever the device was taken to know, it may not.
+            # The tables may not have been sent, so what the device holds is unknown.
             self._blocks.clear()
             self._bound = self._last = self._prepared = None
             raise
@@ -221,7 +223,7 @@ class GpuExecutor:
     def _run_mixed(
         self, placed: list[Placed], samples: list[int], told: AllTold
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A step with prompts or first passes: launched as it is."""
+        """Run a step with prompts or first passes, without capturing it."""
         tables, device = self._mixed, self._decoder.device
         num_rows = placed[-1].last_row + 1
         members = {a.key: a for p in placed for a, _ in p.item.sequence.active_mix.members}
@@ -263,7 +265,7 @@ class GpuExecutor:
         return hidden, logits
 
     def _run_decode(self, sequences: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
-        """One new token of every sequence: padded to a bucket, captured if it can be."""
+        """Run a step with one new token per sequence: padded to a bucket, captured if possible."""
         tables = self._decode
         bucket = next(size for size in self._buckets if size >= len(sequences))
         bound = self._bound_to(sequences)
@@ -289,7 +291,7 @@ class GpuExecutor:
     def _embed(
         self, inputs: GpuStep, rows: StepRows, groups: SequenceOf[VocabularyGroup]
     ) -> torch.Tensor:
-        """What the first layer of a decode step gets, before the launches that can be captured."""
+        """The first layer's input in a decode step, made before the launches to be captured."""
         if rows.added_rows:
             device = self._decoder.device
             inputs = replace(

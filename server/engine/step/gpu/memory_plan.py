@@ -11,14 +11,15 @@ from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
 
-# Of what is free beside the model.
+# Share of the memory left free by the model.
 _ADAPTER_SHARE = 0.125
-# Of the device: captured steps, adapters being loaded, a merge's second copy of a projection.
+# Share of the device's memory for captured steps, adapters being loaded, and a merge's second copy
+# of a projection.
 _SPARE_SHARE = 0.05
 
 
 def adapter_bytes(device: torch.device) -> int:
-    """What adapters may take where nobody said, the model being loaded."""
+    """Default budget for adapters; call it once the model is loaded."""
     return int(_ADAPTER_SHARE * torch.cuda.mem_get_info(device)[0])
 
 

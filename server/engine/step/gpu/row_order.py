@@ -8,7 +8,7 @@ from turret.server.engine.scheduling.scheduler import Scheduled
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.rows import Placed
 
-# Positions of a prompt that is multiplied as decoding rows are.
+# Prompts with at most this many positions are multiplied like decoding rows.
 _SHORT_PROMPT = 64
 
 

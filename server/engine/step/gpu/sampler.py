@@ -32,9 +32,9 @@ from turret.server.engine.step.sampler import (
 from turret.server.engine.step.vocabulary_plan import NOTHING_ADDED
 
 _HOST = torch.device("cpu")
-# Larger ones are exact in fp32 no more, and larger than any vocabulary.
+# Larger numbers are not exact in fp32, and no vocabulary has this many tokens.
 _MAX_TOP_K = 1 << 24
-# Temperature, top-p, distance and top-k, as ``SamplingTable`` has them.
+# Temperature, top-p, distance and top-k, in the format of ``SamplingTable``.
 _Row = tuple[float, float, float, float]
 
 
@@ -47,16 +47,17 @@ class GpuSampler:
         device: Where the logits are.
     """
 
-    # Masks are made while the device computes; who asks late waits for it once more.
+    # Masks are made while the device computes; a late mask would cost another wait for the device.
     takes_late_masks = False
 
     def __init__(self, stop_token_ids: frozenset[int], max_seqs: int, device: torch.device) -> None:
         self._stop_token_ids = stop_token_ids
         self._device = device
-        # Random numbers, but for greedy requests, and what a row is drawn by beside its number.
+        # Each sequence's random numbers (None for greedy requests) and its row's sampling
+        # parameters.
         self._rows: dict[Sequence, tuple[UniformStream | None, _Row]] = {}
         self._adjustments: dict[Sequence, Adjustment] = {}
-        # Rows of other lengths than the base's are drawn on the host.
+        # Draws rows on the host whose vocabulary size differs from the base's.
         self._own = Sampler(stop_token_ids)
         self._table: SamplingTable | None = None
         self._tokens = torch.zeros(max_seqs, dtype=torch.int64, device=device)
@@ -81,7 +82,7 @@ class GpuSampler:
         table.load(numbers)
 
     def numbers(self, sequences: SequenceOf[Sequence], ahead: int = 0) -> list[float]:
-        """How rows of these sequences are drawn, as ``SamplingTable`` has it.
+        """How rows of these sequences are drawn, in the format of ``SamplingTable``.
 
         Args:
             sequences: Those that sample.
@@ -93,7 +94,7 @@ class GpuSampler:
             if row is None:
                 row = self._rows[sequence] = _row(sequence.request.sampling)
             stream, params = row
-            # The n-th token takes the n-th number, as in ``Uniforms``.
+            # The n-th token uses the n-th random number, as in ``Uniforms``.
             numbers.append(stream.at(sequence.num_generated + ahead) if stream else 0.0)
             numbers += params
         return numbers
@@ -110,7 +111,7 @@ class GpuSampler:
         drawn: Mapping[Sequence, SequenceOf[int]] = NOTHING_DRAWN,
         added: Mapping[Sequence, torch.Tensor] = NOTHING_ADDED,
     ) -> list[Draw]:
-        """What was drawn, waiting for the device; ``launch`` has been part of the step.
+        """Wait for the device and return what was drawn; ``launch`` was part of the step.
 
         Args:
             logits: ``[rows, vocab]`` fp32; modified in place.
@@ -121,7 +122,7 @@ class GpuSampler:
         """
         assert not drawn, "a row has been drawn already, as a part of the step"
         top_n = [s.request.options.top_n for s in sequences if s.request.options.logprobs]
-        # Before any sampling parameter touches them.
+        # Logprobs are taken before any sampling parameter changes the logits.
         logprobs = logits.log_softmax(-1) if top_n else None
         is_changed = self._change(logits, sequences)
         if (masked := masked_rows(sequences, masks)) is not None:
@@ -153,7 +154,7 @@ class GpuSampler:
         return draws
 
     def _to_host(self, tokens: torch.Tensor, *reports: torch.Tensor) -> list[torch.Tensor]:
-        """Copies on the host: the only wait of a step."""
+        """Copy results to the host: the step's only wait."""
         if self._read is None:
             return [tokens, *reports]
         targets = [self._host[: len(tokens)]]
@@ -182,7 +183,8 @@ class GpuSampler:
     def _adjustment(self, sequence: Sequence) -> Adjustment:
         found = self._adjustments.get(sequence)
         if found is None:
-            # Its tensors stay on the host, where what is new is read: they travel together.
+            # Its tensors stay on the host, where new tokens are read; all changes are copied
+            # together.
             found = Adjustment(sequence, self._stop_token_ids, _HOST)
             self._adjustments[sequence] = found
         return found
@@ -197,7 +199,7 @@ class _Changes:
 
     def __init__(self, vocab: int) -> None:
         self._vocab = vocab
-        # By kind, in the order in which they are applied: places, and a number for each.
+        # Places and numbers of the changes, by kind, in the order in which they are applied.
         self._places: list[list[torch.Tensor]] = [[] for _ in range(4)]
         self._numbers: list[list[torch.Tensor]] = [[] for _ in range(4)]
 
@@ -240,7 +242,7 @@ class _Changes:
 
 def _row(params: SamplingParams) -> tuple[UniformStream | None, _Row]:
     """Random numbers of a request, and how its rows are drawn."""
-    # Not -0, whose bits are no distance's.
+    # Avoid -0: its bits are no valid distance.
     distance = 0.0 - math.log(params.min_p) if params.min_p > 0.0 else math.inf
     top_k = float(min(params.top_k, _MAX_TOP_K))
     row = (params.temperature, params.top_p, distance, top_k)

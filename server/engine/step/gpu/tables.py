@@ -19,7 +19,7 @@ from turret.server.models.decoding.arch import Arch
 
 AttentionWords = dict[int | None, torch.Tensor]
 
-# Attention scratch is bounded: of many long contexts, some are walked by one program each.
+# Limits attention's scratch memory: beyond this, a long context is read by one program.
 _MAX_SPREAD_RECORDS = 2048
 # How much room one row's mix has in the first segment table; it grows when a step needs more.
 _FIRST_ROW_RANK = 256
@@ -75,7 +75,7 @@ class StepTables:
 
     @property
     def num_copies(self) -> int:
-        """Copies to the device since it was made."""
+        """Number of copies to the device so far."""
         return self._memory.num_copies + self._adapter_memory.num_copies
 
     @contextlib.contextmanager
@@ -91,7 +91,7 @@ class StepTables:
             yield
 
     def attention_words(self, spans: Sequence[int]) -> AttentionWords:
-        """What attention is told of a step, by window, on the host."""
+        """The description of a step for attention, by window, on the host."""
         return {window: table.words(spans) for window, table in self.attention.items()}
 
     def load_rows(
@@ -128,12 +128,13 @@ class StepTables:
     def _load_updates(self, updates: BlockUpdates) -> None:
         places, numbers = updates.places, updates.numbers
         if len(places) > self.max_rows:
-            # A long prompt that was found in the prefix cache.
+            # A long prompt was found in the prefix cache: its blocks are too many for the step's
+            # buffers.
             self._blocks.write_at_once(updates)
             places = numbers = []
         for part, values in ((self._places, places), (self._numbers, numbers)):
             staged = part.staged(self.max_rows)
-            # What is left over writes a 0 to place 0, which nobody reads.
+            # Unused entries write a 0 to place 0, which nothing reads.
             staged.zero_()
             staged[: len(values)] = host_tensor(values, staged.dtype)
 
@@ -166,11 +167,11 @@ class StepTables:
         self._row_rank, self._members, self._gates, self._asked = (
             _doubled(room, size) for size, room in zip(sizes, held, strict=True)
         )
-        # The old one stays where it is: steps that were captured with it are not replayed again.
+        # The old table's memory is not reused, and steps captured with it are never replayed.
         self._segments = self._make_segments()
 
     def row_table(self, key: Hashable) -> RowTable:
-        """The table of a shelf and position; the same one for the same key."""
+        """The table for a shelf and position; the same key always gets the same table."""
         if key not in self._row_tables:
             self._row_tables[key] = RowTable(self.max_rows, self._device, self._adapter_memory)
         return self._row_tables[key]
