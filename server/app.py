@@ -41,9 +41,9 @@ _log = logging.getLogger(__name__)
 
 EXIT_OK = 0
 EXIT_FAILED = 1
-# How long answers that are complete, or refusals, get to reach their clients at the very end.
+# Time at the very end for complete answers and rejections to reach their clients.
 _FLUSH_SECONDS = 2.0
-# How long a server whose engine has failed still answers health checks, with NOT_SERVING.
+# How long health checks get NOT_SERVING after the engine has failed.
 _DEAD_SECONDS = 1.0
 
 Build = Callable[[Config, Metrics], Backend]
@@ -51,7 +51,7 @@ _T = TypeVar("_T")
 
 
 def _build(config: Config, metrics: Metrics) -> Backend:
-    # torch and transformers take seconds to import; the server already listens by then.
+    # The server listens before torch and transformers are imported, which takes seconds.
     from turret.server.build import build_backend
 
     return build_backend(config, metrics)
@@ -147,7 +147,7 @@ class App:
         token_file = config.security.token_file
         tokens = TokenTable.parse(token_file) if token_file is not None else None
         self._warn_if_exposed()
-        # Through whichever door its requests come, a party has one share.
+        # A party has one share over all protocols.
         shares = Shares.of(config)
         failures = Failures()
         inference = Inference(self.gate)
@@ -255,7 +255,7 @@ class App:
         if self.rpc is not None:
             self.rpc.health.set_serving(False)
             if is_dead:
-                # Whoever polls hears it before the listener goes.
+                # Give clients that poll the health a chance to see the new status.
                 await asyncio.sleep(_DEAD_SECONDS)
         if backend is not None:
             grace = self.config.lifecycle.grace_seconds
@@ -287,7 +287,7 @@ class App:
                 finish = functools.partial(done.set_result, work())
             except BaseException as error:
                 finish = functools.partial(done.set_exception, error)
-            # The loop is closed if the process stopped meanwhile: nobody waits for this any more.
+            # If the process stopped meanwhile, the loop is closed and nobody waits for the result.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(settle, finish)
 

@@ -45,7 +45,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Metadata: how many fields are at fault, where an answer has room for fewer.
+# Metadata key: the number of invalid fields, where the answer has no room for all of them.
 VIOLATION_COUNT = "violation_count"
 
 

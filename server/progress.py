@@ -16,9 +16,9 @@ from turret.server import log
 Report = Callable[[str, int, int], None]
 
 _log = logging.getLogger(__name__)
-# Bars that are drawn.
+# Bars currently shown.
 _drawn: list[Progress] = []
-# What is over sooner is not worth a line.
+# Steps that finish sooner get no log line.
 _FIRST_SECONDS = 3.0
 _EVERY_SECONDS = 10.0
 
@@ -40,7 +40,7 @@ def progress_bar() -> Iterator[Report]:
     def above(line: str) -> None:
         console.print(Text(line), highlight=False, soft_wrap=True)
 
-    # The bar is drawn again behind each line; what is written past it would be glued to it.
+    # Printing above the bar redraws it. A line written past it would end up beside the bar.
     with log.taken_by(above), Progress(*columns, console=console) as bar, _noted(bar):
         tasks = {}
 

@@ -19,8 +19,8 @@ from turret.v1 import adapters_pb2, inference_pb2
 _log = logging.getLogger(__name__)
 
 REQUEST_ID_KEY = "x-request-id"
-# The log holds no prompt. Of what a client is told about a refused call, it has the reason, the
-# names of turret.v1's own fields, numbers, and these words of the error's metadata.
+# The log holds no prompts. For a rejected call it holds the reason, names of turret.v1's own
+# fields, numbers, and these entries of the error's metadata.
 _LOGGED_WORDS = ("path", "base_model", "peft_type", "repository", "role", "service")
 _FIELDS = frozenset(
     field.name
@@ -151,7 +151,7 @@ class Call:
         self._at_end.clear()
         names = self.adapters or ()
         if self._is_counted:
-            # One that ended before its adapters could be read is nobody's, and not the base's.
+            # A call that ended before its adapters were read must not count for the base model.
             if self.adapters is not None:
                 self._metrics.request_finished(names, code.name)
             self._metrics.call_finished(self.protocol, code.name)
@@ -176,7 +176,7 @@ class Call:
             "method": self.method,
             "code": code.name,
             "seconds": round(time.monotonic() - self._started, 3),
-            # A name that is not registered may be any text of the client's.
+            # An unregistered name may be any text from the client.
             "adapters": ",".join(n if self._metrics.is_registered(n) else "?" for n in names),
             "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self.generated_tokens,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from turret.server.models.tokenizer import Tokenizer
 
 
-# What answers requests once the model is loaded.
+# The parts that answer requests once the model is loaded.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

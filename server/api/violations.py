@@ -13,7 +13,7 @@ from turret.server.errors import InvalidRequestError
 from turret.v1 import adapters_pb2
 
 _T = TypeVar("_T")
-# A message of a few megabytes can break a rule a million times; an answer lists these many.
+# A message of a few megabytes can break a rule a million times; an answer lists this many.
 MAX_VIOLATIONS = 100
 
 
@@ -24,7 +24,7 @@ class Violations:
     found: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, path: str, description: str) -> None:
-        # What is read twice is told once.
+        # Some fields are read twice: report their violations once.
         if len(self.found) < MAX_VIOLATIONS and (path, description) not in self.found:
             self.found.append((path, description))
 
@@ -75,7 +75,7 @@ class Violations:
             raise InvalidRequestError(text, violations=self.found)
 
 
-# The adapters that a request runs on, proto to domain.
+# Conversion of a request's adapters from proto to domain.
 
 
 def adapter_refs(

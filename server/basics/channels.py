@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 CHANNEL, MESSAGE = "<|channel|>", "<|message|>"
 MARKS = ("<|start|>", CHANNEL, "<|constrain|>", MESSAGE, "<|end|>", "<|call|>")
-# Those of them that end a message.
+# The marks that end a message.
 ENDS = ("<|end|>", "<|call|>", "<|start|>")
 FUNCTIONS = "functions."
 _THOUGHTS = "analysis"

@@ -10,7 +10,7 @@ from turret.closest import closest, did_you_mean
 
 __all__ = ["closest", "did_you_mean", "path_meant"]
 
-# Of a directory no more are looked at.
+# Maximum number of directory entries to compare.
 _MOST_NAMES = 4096
 
 

@@ -16,7 +16,7 @@ from turret.server.errors import StorageFailedError, StorageFullError
 
 _log = logging.getLogger(__name__)
 
-# Written beside its target; whatever has this suffix at the start is left over from a crash.
+# Suffix of a file that is being written beside its target. A crash may leave one behind.
 PARTIAL_SUFFIX = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -90,9 +90,9 @@ def reporting_disk_faults() -> Iterator[None]:
         raise StorageFailedError(f"the server cannot use its disk: {why}") from error
 
 
-# Whether a directory can be written, told before it is needed.
+# Early checks that a directory can be written.
 
-# A disk that is full has room again once something was removed; what there is can be served.
+# A full disk gets room again when something is removed, and existing files can still be served.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -123,7 +123,7 @@ def _refused(folder: Path) -> str:
     return ""
 
 
-# Files that somebody names in a flag, and that may turn out to be something else.
+# Files named by flags, which may not be what they should be.
 
 
 def read_regular(path: Path) -> bytes:
@@ -138,7 +138,7 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
-# Git LFS pointers: what a clone has in the place of a large file that was not fetched.
+# Git LFS pointers: small files that stand for a large file that a clone did not fetch.
 
 _LFS_POINTER = b"version https://git-lfs"
 

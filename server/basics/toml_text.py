@@ -7,7 +7,7 @@ import re
 import tomllib
 from typing import Any
 
-# Of a line that is quoted.
+# Maximum length of a quoted line.
 _MOST_SHOWN = 80
 _TWICE = "Cannot overwrite a value"
 _PLACE = re.compile(r"\(at line (\d+), column \d+\)")
@@ -49,7 +49,7 @@ def toml_value(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        # JSON's strings are TOML's, but for DEL.
+        # JSON strings are valid TOML, except for DEL.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml_value, value)) + "]"

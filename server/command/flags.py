@@ -79,7 +79,7 @@ def read_settings(args: argparse.Namespace, environ: Mapping[str, str]) -> Setti
 
 def _config_file(text: str) -> Path:
     if not text:
-        # A shell's variable that is not set; as a path it would be this directory.
+        # Reject an unset shell variable, which as a path would mean the current directory.
         raise argparse.ArgumentTypeError("is empty")
     return Path(text)
 
@@ -105,7 +105,7 @@ def _argument(setting: Setting) -> dict[str, Any]:
     note = "" if default in (None, ()) or setting.type is bool else f" (default: {shown})"
     keywords: dict[str, Any] = {"help": setting.help + note}
     if setting.type is bool:
-        # --no-… undoes what a file or a variable says.
+        # A --no-… flag overrides a file or a variable.
         return keywords | {"action": argparse.BooleanOptionalAction}
     if setting.choices:
         return keywords | {"choices": setting.choices}

@@ -59,7 +59,7 @@ def ending_at_interrupts(said: str) -> Iterator[None]:
     caught = {kind: how for kind, how in raising.items() if signal.getsignal(kind) is how}
 
     def end(number: int, *_: object) -> None:
-        # A progress bar has hidden it.
+        # A progress bar may have hidden the cursor.
         cursor = _SHOW_CURSOR if sys.stderr.isatty() else ""
         os.write(sys.stderr.fileno(), f"{cursor}\n{said}\n".encode())
         os._exit(128 + number)
@@ -85,7 +85,7 @@ class Hangup:
 
 
 def _has_terminal() -> bool:
-    # One that has closed is none any more.
+    # A terminal that has closed no longer counts.
     return any(os.isatty(descriptor) for descriptor in (0, 1, 2))
 
 
@@ -102,7 +102,7 @@ def take_signals_of_a_start(*, is_json: bool) -> None:
 
     def end(number: int, *_: object) -> None:
         name = signal.Signals(number).name
-        # By hand: the modules that write the log may be half loaded.
+        # Format the line by hand: the logging modules may be half loaded.
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         told = (
             f'{{"time": "{stamp}", "level": "INFO", "logger": "{__name__}",'
@@ -117,6 +117,6 @@ def take_signals_of_a_start(*, is_json: bool) -> None:
             os._exit(128 + number)
 
     for kind, how in ((signal.SIGTERM, end), (signal.SIGHUP, hang_up)):
-        # What is ignored, as nohup has it, stays so.
+        # Leave ignored signals ignored, for instance under nohup.
         if signal.getsignal(kind) is signal.SIG_DFL:
             signal.signal(kind, how)

@@ -50,9 +50,9 @@ from turret.server.models.sources.check import (
 )
 
 _MOST_THREADS = 1024
-# A path with another NAME=PATH behind it.
+# A path that is followed by another NAME=PATH.
 _SEVERAL = re.compile(r"[,\s]\s*[a-z0-9._-]+=")
-# Of a server on this machine to take a connection.
+# Time limit for a connection to a server on this machine.
 _CONNECT_SECONDS = 1.0
 
 
@@ -87,7 +87,7 @@ def notes(config: Config) -> list[str]:
     """What looks like a mistake and keeps nothing from starting."""
     threads, there = config.model.threads or 0, available_cpus()
     if threads <= there or threads > _most_threads():
-        # More than that are refused.
+        # Counts above _most_threads() are rejected elsewhere.
         return []
     return [
         f"--threads: {threads} of them take turns on {counted(there, 'processor')}, which is slower"
@@ -186,7 +186,7 @@ def _adapters(
     """``base`` is the name of the base that adapters must be for, None if of any."""
 
     def look(root: AdapterRoot, place: str, path: str) -> None:
-        # The methods' declarations, which most starts have no use for.
+        # This loads the declarations of all methods, which most starts do not need.
         from turret.server.adapters.methods.check import check_files
 
         with root.open_directory(place, path) as directory:
@@ -281,7 +281,7 @@ def _tls(config: SecurityConfig) -> Iterator[str]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     if config.tls_cert is not None and config.tls_key is not None:
         try:
-            # No password is asked for at the terminal.
+            # An empty password keeps OpenSSL from asking for one at the terminal.
             context.load_cert_chain(config.tls_cert, config.tls_key, password=lambda: b"")
         except ssl.SSLError as error:
             why = (
@@ -328,7 +328,7 @@ def _no_socket(path: Path) -> str:
         return f"{path} is a directory; name a file in it, such as unix:{path / 'turret.sock'}"
     if path.exists() and not path.is_socket():
         return f"{path} is a file already, and no socket; name one that is not there"
-    # gRPC would put its own in the place of any; one that a server left behind answers nobody.
+    # gRPC would replace any existing socket. A socket that a dead server left does not answer.
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other, contextlib.suppress(OSError):
         other.settimeout(_CONNECT_SECONDS)
         other.connect(str(path))
@@ -346,7 +346,7 @@ def _bind(host: str, port: int, any_port: bool) -> str:
         return f"has a host that this machine cannot look up: {host}"
     try:
         with socket.socket(kind, socket.SOCK_STREAM) as listener:
-            # As the listeners do: connections that only just ended do not count.
+            # As the listeners do, ignore connections that only just ended.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(where)
             listener.listen()

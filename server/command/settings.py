@@ -23,8 +23,7 @@ from turret.server.basics.toml_text import parse_toml, toml_value
 from turret.server.config import Config
 
 PREFIX = "TURRET_"
-# Variables of the same prefix that are no settings of the server: the clients', the kernels', the
-# image's.
+# Variables with this prefix that belong to the clients, the kernels or the image.
 _OTHERS = frozenset(
     PREFIX + name for name in ("CONFIG", "TOKEN", "TLS_CA", "ISA", "NATIVE", "HEALTH_FLAGS")
 )
@@ -183,7 +182,7 @@ def from_text(setting: Setting, text: str) -> object:
     if setting.is_optional and text == "none":
         return None
     if not text and setting.type in (Path, str):
-        # A shell's variable that is not set; as a path it would be this directory.
+        # Reject an unset shell variable, which as a path would mean the current directory.
         raise ValueError("is empty")
     if setting.unit == "bytes":
         return parse_byte_size(text)
@@ -229,7 +228,7 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
 def unknown_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
     """A note for each ``TURRET_…`` variable that looks like a misspelt one."""
     known = {setting.variable for setting in settings()} | _OTHERS
-    # What all begin with makes none of them alike.
+    # Compare without the prefix that all names share.
     endings = [name.removeprefix(PREFIX) for name in known]
     notes = []
     for name in sorted(environ):

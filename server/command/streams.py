@@ -69,14 +69,14 @@ def with_streams(run: Callable[[], int]) -> int:
     try:
         code = run()
     except BrokenPipeError as error:
-        # Who read has enough.
+        # The reader of the output has closed it, which is not an error.
         if error is not output.failure:
             raise
         code = EXIT_BROKEN_PIPE
     except OutputError as error:
         code = _told(error)
     except SystemExit as end:
-        # The parser has said why. It writes its help to whatever takes it, and tells no failure.
+        # The parser has already printed the reason. It ignores failures to write its help.
         if isinstance(end.code, str):
             raise
         code = end.code or 0
@@ -115,7 +115,7 @@ def _open_closed() -> None:
 def _through(raw: io.FileIO, given: TextIO) -> io.TextIOWrapper:
     """A stream that writes by ``raw``, with all else as it was given."""
     assert isinstance(given, io.TextIOWrapper)
-    # With python -u there is no buffer.
+    # With python -u standard output has no buffer.
     is_raw = isinstance(given.buffer, io.RawIOBase)
     return io.TextIOWrapper(
         raw if is_raw else io.BufferedWriter(raw),  # type: ignore[arg-type]

@@ -55,7 +55,7 @@ def _quota(cgroups: Path, own: Path) -> float:
         if controllers and "cpu" not in controllers.split(","):
             continue
         folder = cgroups / controllers if controllers else cgroups
-        # In a container the path is the host's; what is mounted is the container's own.
+        # In a container the path is the host's, but the mount shows the container's own group.
         parts = Path(path.lstrip("/")).parts
         places = [folder.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)]
         least = min([least, *(_share(place) for place in places)])

@@ -126,7 +126,7 @@ class _Stream:
                     for kind, fields in some:
                         await self._event(kind, fields)
         except Exception as error:
-            # Before the first event it is a status.
+            # Before the first event, the error is sent as an HTTP status instead.
             if self._num_sent:
                 refusal = refusal_of(error, NAMES)
                 message = refusal.body["error"]["message"]

@@ -56,13 +56,14 @@ INFERENCE = "turret.v1.Inference"
 ADAPTERS = "turret.v1.Adapters"
 METRICS = "metrics"
 
-# Clients keep connections for later; what they find closed just then fails their next request.
+# Clients reuse idle connections, and a request fails if its connection was just closed.
 KEEP_ALIVE_SECONDS = 75
 BACKLOG = 1024
-# What manages adapters, unless that has an address of its own.
+# Paths for managing adapters. They are not served here if the admin API has its own address.
 ADMIN_PATHS = tuple(f"/v1/{verb}_lora_adapter" for verb in ("load", "unload", "pin", "unpin"))
 _LAST_WORD_SECONDS = 1.0
-# Of two short paths two letters are no slip, and nobody means a longer one by a slip.
+# Suggest by spelling only between these lengths: short paths differ in few letters anyway, and a
+# longer one is not a misspelt path of ours.
 _SHORT_PATH, _LONGEST_PATH = 10, 40
 
 
@@ -95,14 +96,14 @@ def routes(
         _answer("/v1/embeddings", Embeddings(inference), shapes.INPUTS, prompts.NAMES),
         _answer("/classify", Classify(inference), shapes.INPUTS, prompts.NAMES),
         _get("/v1/models", models.list, INFERENCE),
-        # A model's name may hold slashes.
+        # Model names may contain slashes.
         _get("/v1/models/{model:path}", models.get, INFERENCE),
         _post("/tokenize", texts.tokenize, INFERENCE, shapes.TOKENIZE, token_routes.NAMES),
         _post("/detokenize", texts.detokenize, INFERENCE, shapes.DETOKENIZE, token_routes.NAMES),
         _get("/health", probes.health, "", logging.DEBUG),
         _get("/metrics", probes.metrics, METRICS, logging.DEBUG),
         _get("/", page.index, "", logging.DEBUG),
-        # Answers each role; whoever has none is refused there.
+        # Open to every role: the handler itself rejects callers without one.
         _get("/console/state", state, "", logging.DEBUG),
         _get("/console/{file}", page.file, "", logging.DEBUG),
     ]
@@ -242,7 +243,8 @@ class HttpServer:
         server.config.timeout_graceful_shutdown = grace_seconds  # type: ignore[assignment]
         server.should_exit = True
         await self._serving
-        # Cancelled just now: each has a last word to say, but not to a client that does not read.
+        # These tasks were just cancelled. Let each send its last message, but do not wait for a
+        # client that does not read.
         tasks = list(server.server_state.tasks)
         if tasks:
             await asyncio.wait(tasks, timeout=_LAST_WORD_SECONDS)
@@ -269,14 +271,14 @@ def application(
     answered = []
     for route in made:
         endpoint = Endpoint(route, metrics=metrics, tokens=tokens, shares=shares, failures=failures)
-        # A redirect to the path without the slash would be an answer without JSON.
+        # Serve the path with a slash too: a redirect would have no JSON body.
         ends = ("",) if route.path.endswith(("}", "/")) else ("", "/")
         answered += [
             StarletteRoute(f"{route.path}{end}", endpoint, methods=[route.method]) for end in ends
         ]
     middleware = _cross_origin(listen.http_cors_origin)
     if tokens is None or listen.http_allowed_host:
-        # A token is what no page of another name has.
+        # With tokens no check is needed: a page of another origin does not have one.
         names = (split_address(listen.http_address)[0], *listen.http_allowed_host)
         middleware.insert(0, Middleware(HostCheck, names=names))
     middleware.insert(0, Middleware(RequestIds))
@@ -298,7 +300,7 @@ def _configuration(
         ws="none",
         lifespan="off",
         log_config=None,
-        # What goes wrong is answered and logged by the endpoints.
+        # The endpoints answer and log failures themselves.
         log_level="critical",
         access_log=False,
         server_header=False,

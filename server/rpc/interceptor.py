@@ -29,11 +29,11 @@ from turret.server.rpc.status import (
 )
 from turret.v1 import adapters_pb2, inference_pb2
 
-# How many gRPC calls may be under way, whoever makes them.
+# Limits on concurrent gRPC calls over all clients.
 
-# As many as one connection may have (server/rpc/server.py), so that no burst of one is cut.
+# The limit of one connection (server/rpc/server.py), so that a burst on one is not cut.
 MOST_CALLS = 1 << 14
-# Of services that ask for no token: health (a watcher is a call that never ends) and reflection.
+# Limit for services that require no token: health (a watch never ends) and reflection.
 MOST_OPEN_CALLS = 4096
 
 
@@ -41,7 +41,7 @@ class OpenCalls:
     """Counts the calls of all connections. Belongs to one event loop."""
 
     def __init__(self) -> None:
-        # By whether the service asks for no token.
+        # Calls in progress, by whether their service requires no token.
         self._counts = {True: 0, False: 0}
 
     @contextlib.contextmanager
@@ -72,10 +72,10 @@ COUNTED = frozenset(
     f"/turret.v1.Inference/{name}"
     for name in ("Generate", "GenerateStream", "Score", "Embed", "Classify")
 )
-# Those of them that are many requests: each is held as its party's by who answers.
+# Calls with many inputs. Their handlers count each input for the party that sent the call.
 MANY = frozenset(f"/turret.v1.Inference/{name}" for name in ("Embed", "Classify"))
 
-# All that one of a server's addresses answers.
+# Every method that some address of the server answers.
 _METHODS = frozenset(
     f"/{service.full_name}/{method.name}"
     for file in (inference_pb2.DESCRIPTOR, adapters_pb2.DESCRIPTOR)
@@ -226,7 +226,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             with self._open_calls.hold(is_open=_service_of(method) not in SERVICE_ROLES), held:
                 response = await body()
             context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
-            # Health sets a status itself.
+            # The health service sets a status itself.
             code = _code(context.code() or grpc.StatusCode.OK)
             return response
         except asyncio.CancelledError:

@@ -16,7 +16,7 @@ from turret.server.errors import VIOLATION_COUNT, DeadlineExceededError, Invalid
 
 # Request messages on their way from gRPC to a handler.
 
-# A client that sends a message slower than this has gone, or keeps a place that others wait for.
+# A client that sends a message more slowly has gone, or holds a slot that others wait for.
 MESSAGE_SECONDS = 60.0
 
 

@@ -16,13 +16,13 @@ from turret.server.basics.counted import counted
 from turret.server.config import Config
 from turret.server.errors import QueueFullError
 
-# How many connections a door keeps: few enough that there are descriptors left for files.
+# Limits on connections, which leave enough descriptors for files.
 
-# Of one door. Each costs a descriptor and, over TLS, some tens of kilobytes.
+# Limit of one listening address. A connection costs a descriptor and, with TLS, tens of KB.
 MOST_CONNECTIONS = 4096
-# Descriptors that no connection takes: files of adapters and uploads, the log, the model.
+# Descriptors kept free of connections, for files of adapters and uploads, the log and the model.
 RESERVED_DESCRIPTORS = 512
-# Who runs a server with fewer descriptors than are reserved gets one that answers still.
+# A server with fewer descriptors than the reserve still accepts this many connections.
 _LEAST_CONNECTIONS = 16
 
 
@@ -44,10 +44,10 @@ def most_connections(num_doors: int) -> int:
 
 
 _RETRY_SECONDS = 1.0
-# Answers to one call that are with the engine at a time: a list of a thousand prompts must not fill
-# the queue that others wait in.
+# How many requests of one call the engine gets at a time: a list of a thousand prompts must not
+# fill the queue that others wait in.
 MAX_AT_A_TIME = 64
-# Nobody outside of this process can compute a salt, whatever tokens and texts they know.
+# Keeps salts unpredictable outside this process, even for somebody who knows the tokens.
 _SECRET = secrets.token_bytes(32)
 
 
@@ -139,7 +139,7 @@ class Shares:
 
 
 def _token_name(authorization: str) -> bytes:
-    # By the token alone: the spelling of the header must not make several parties of one.
+    # Use the token alone, so that spellings of the header do not turn one party into several.
     return token_digest(bearer_token(authorization) or authorization)
 
 

@@ -68,7 +68,7 @@ def adapter_message(record: AdapterInfo) -> adapters_pb2.Adapter:
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
-# gRPC's clients take 4 MiB unless they are told otherwise.
+# gRPC clients accept 4 MiB by default.
 MAX_PAGE_BYTES = 3 << 20
 _CHECK_BYTES = 8
 

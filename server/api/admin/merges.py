@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from turret.server.adapters.merge.state import MergeState
 
 
-# Fusions, proto to domain and back.
+# Conversion of fusions between proto and domain.
 
 _OPTIONAL = ("rank", "energy", "density", "seed")
 
@@ -41,7 +41,7 @@ def checked_fuse_request(
     values: dict[str, Any] = {
         field: getattr(request, field) for field in _OPTIONAL if request.HasField(field)
     }
-    # The empty string is the default of both.
+    # An empty string selects the default.
     for field, path in (("name", "combination"), ("majority_sign_method",) * 2):
         text = getattr(request, path)
         violations.check_chars(text, MAX_WORD_CHARS, path)
@@ -69,7 +69,7 @@ def fuse_response(
 
 
 _Request = adapters_pb2.MergeAdaptersRequest
-# None leaves the choice to the merge.
+# None lets the merge choose.
 _PRECISIONS: dict[int, Precision | None] = {
     _Request.PRECISION_UNSPECIFIED: None,
     _Request.AUTO: None,
@@ -87,7 +87,7 @@ def checked_merge_request(request: _Request) -> tuple[tuple[AdapterRef, ...], Pr
     violations = Violations()
     violations.check(len(request.adapters) > 0, "adapters", "at least one")
     refs = adapter_refs(request.adapters, violations)
-    # It would change nothing, and be in the way of one that does.
+    # A mix of zero weights would change nothing, yet block a merge that does.
     is_nothing = bool(refs) and all(ref.weight == 0 for ref in refs)
     violations.check(not is_nothing, "adapters", "must have a weight other than 0 among them")
     violations.check(request.precision in _PRECISIONS, "precision", "is no value of Precision")

@@ -48,7 +48,7 @@ class SlowCalls:
 
         self._num_running += 1
         running = asyncio.ensure_future(self.run(call, *args, **kwargs))
-        # The thread goes on if the caller is cancelled, and is counted until it is done.
+        # If the caller is cancelled the thread continues, and is counted until it is done.
         running.add_done_callback(ended)
         return await asyncio.shield(running)
 

@@ -22,7 +22,7 @@ from turret.server.engine.scheduling.request import (
 from turret.server.errors import DeadlineExceededError
 from turret.v1 import inference_pb2
 
-# What the engine gives back to a request, counted for its call.
+# The engine's outputs for a request, counted for its call.
 
 
 async def outputs_of(
@@ -36,12 +36,12 @@ async def outputs_of(
     call.rename(request.request_id)
     call.adapters = tuple(ref.name for ref in request.adapters)
     stream = await backend.engine.submit(request)
-    # Also covers a call that dies while nobody iterates.
+    # Also cancel the stream if the call dies while nobody iterates over it.
     call.at_end(stream.cancel)
     is_counted = False
     try:
         async for output in stream:
-            # A call may ask for several answers.
+            # A call may consist of several requests, so add to its counts.
             if not is_counted:
                 call.prompt_tokens += len(request.prompt_token_ids)
                 is_counted = True
@@ -53,7 +53,7 @@ async def outputs_of(
         stream.cancel()
 
 
-# Runs the parts of one call beside each other.
+# Concurrent execution of the parts of one call.
 
 _T = TypeVar("_T")
 
@@ -170,10 +170,9 @@ class JoinedChunks:
         self._texts.append(chunk.text)
         chunk.ClearField("text")
         if not chunk.HasField("usage"):
-            # The first tells it, and the last again.
+            # Only the first and the last chunk report the adapters: keep those of the last.
             chunk.ClearField("adapters_used")
-        # Both messages have the same fields under the same numbers: joining the chunks is what the
-        # wire format calls a merge.
+        # Both messages have the same field numbers, so merging in the wire format joins the chunks.
         self._response.MergeFromString(chunk.SerializeToString())
 
     def response(self) -> inference_pb2.GenerateResponse:

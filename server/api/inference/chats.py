@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from turret.server.models.tokenizer import RenderedChat, Tokenizer
 
 TOOL_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_TOOL_NAME_CHARS}}}")
-# What a turn costs beside its characters, in characters.
+# Cost of every turn and tool, in characters, in addition to its text.
 _TURN_CHARS = 32
 
 
@@ -37,7 +37,7 @@ def check_chat(chat: inference_pb2.Chat, limits: InputLimits, violations: Violat
     violations.check(len(turns) > 0, "chat.messages", "at least one")
     if not violations.check_count(len(turns), MAX_CHAT_MESSAGES, "chat.messages"):
         return
-    # Every list is counted before any of them is read.
+    # Check the length of every list before reading any of them.
     is_counted = violations.check_count(len(chat.tools), MAX_TOOLS, "chat.tools")
     for index, turn in enumerate(turns):
         path = f"chat.messages[{index}].tool_calls"

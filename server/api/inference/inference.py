@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from turret.server.models.tokenizer import Tokenizer
 
 _T = TypeVar("_T")
-# More tokens than these take over a millisecond to turn into a message.
+# Converting more tokens than this to a message takes over a millisecond.
 _INLINE_TOKENS = 128
 
 
@@ -83,7 +83,7 @@ class Inference:
             call=call,
             deadline=deadline,
         )
-        # Nobody else keeps it: its memory is free while the request waits and runs.
+        # Drop the last reference, so that the message is freed while the request waits and runs.
         del message
         is_echoed = not request.options.echo
         async with contextlib.aclosing(outputs_of(backend, request, call)) as outputs:
@@ -175,7 +175,7 @@ class Inference:
         refs = adapter_refs(message.adapters, violations)
         violations.raise_if_any()
         if refs:
-            # Nobody computes with them; they must be there all the same.
+            # No step uses these adapters, but they must exist.
             backend.registry.release(backend.registry.acquire(refs))
         ids = await input_token_ids(message, tokenizer, limits)
         check_length(len(ids), limits.max_tokens, "tokens")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from turret.server.api.vocabularies import Vocabulary
 
 _T = TypeVar("_T")
-# Whatever is wrong with these is wrong with the call, not with one of its inputs.
+# Violations of these fields concern the whole call, not one of its inputs.
 _SHARED = ("adapters", "inputs")
 
 
@@ -90,7 +90,7 @@ def pooled_requests(
     salt: bytes,
 ) -> Callable[[int], Awaitable[Request]]:
     """Makes the request for an input, by its index, when it is asked to."""
-    # Each input counts its share of what was sent.
+    # Divide the size of the message among its inputs.
     message_bytes = call.message_bytes // len(inputs)
 
     async def make(index: int) -> Request:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from turret.server.api.vocabularies import Vocabulary
     from turret.server.models.tokenizer import Tokenizer
 
-# Text that takes longer than about a millisecond to tokenise leaves the event loop.
+# Tokenising more text than this takes over a millisecond or so, and leaves the event loop.
 _INLINE_CHARS = 4096
 
 _SAMPLING_SCALARS = (
@@ -57,7 +57,7 @@ Asked = (
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int, violations: Violations, path: str) -> None:
-    # One pass in C; most messages hold no bad id.
+    # Most messages contain no invalid id, and max() finds that out in one pass in C.
     if not ids or max(ids) < vocab_size:
         return
     for index, token_id in enumerate(ids):
@@ -216,7 +216,7 @@ async def generate_request(
             "echo": asked.echo,
             "token_ids": asked.token_ids,
             "call_marks": asked.call_marks,
-            # What is not a conversation has no turn of the model's that channels could divide.
+            # Only a conversation has a turn of the model that can be divided into channels.
             "said_only": message.WhichOneof("input") == "chat" and not asked.call_marks,
         },
         "options",

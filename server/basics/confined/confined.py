@@ -19,7 +19,7 @@ from typing import Any
 
 from turret.server.basics.byte_size import format_byte_size
 
-# A job that hardly gets any processor time ends after this.
+# Wall-clock limit, for a job that gets hardly any processor time.
 TIMEOUT_SECONDS = 60.0
 _CHILD = Path(__file__).with_name("child.py")
 _READ_BYTES = 1 << 20
@@ -142,7 +142,7 @@ class Confined:
                     why = f"writes more than {format_byte_size(self._max_answer_bytes)}"
                     raise ConfinedError(why, is_over_limit=True)
             elif left:
-                # A process that has ended says so at its standard output.
+                # If the process has ended, its standard output reports that.
                 with contextlib.suppress(BrokenPipeError):
                     left = left[os.write(sink, left) :]
                 if not left:
@@ -156,7 +156,7 @@ class Confined:
         if code == -signal.SIGPROF:
             why = f"takes more than {self._cpu_seconds:g} s of processor time"
         elif code == 1:
-            # Python's own exit code after an exception that nobody caught.
+            # Python exits with 1 after an uncaught exception.
             why = f"needs more than {format_byte_size(self._max_bytes)} of memory"
         else:
             why = f"makes its process crash (exit code {code})"

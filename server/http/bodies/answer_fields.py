@@ -12,7 +12,7 @@ _Response = inference_pb2.GenerateResponse
 Ended = inference_pb2.GenerateResponse | inference_pb2.GenerateChunk
 
 FINISH_REASONS = {_Response.STOP: "stop", _Response.LENGTH: "length"}
-# JSON has no infinity; OpenAI's own API says this of a token that cannot be.
+# JSON has no infinity. OpenAI's API reports this value for an impossible token.
 LEAST_LOGPROB = -9999.0
 _REPLACEMENT = "\ufffd"
 
@@ -62,7 +62,7 @@ def told_uses(uses: Iterable[inference_pb2.AdapterUse]) -> list[dict[str, Any]]:
         {
             "name": use.name,
             "generation": use.generation,
-            # The shortest number that is the same in single precision.
+            # Round to the shortest number with the same single-precision value.
             "weight": float(f"{use.weight:.7g}"),
             "cold_start": use.cold_start,
             "load_ms": use.load_ms,
@@ -121,7 +121,7 @@ class CompletionLogprobs:
             lists["tokens"].append(token.text)
             lists["text_offset"].append(self._offset)
             self._offset += len(token.text)
-            # The first token of a prompt follows nothing.
+            # The first token of a prompt has no log probability.
             known = token.HasField("logprob")
             lists["token_logprobs"].append(finite(token.logprob) if known else None)
             lists["top_logprobs"].append(_by_text(token) if known else None)

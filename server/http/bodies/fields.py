@@ -13,7 +13,7 @@ from turret.server.api.violations import Violations
 UINT32 = (1 << 32) - 1
 _HALF_A_PAIR = "holds half of a surrogate pair"
 _TOO_LARGE = "holds a number that is too large: at most 1.8e308"
-# Of a name within a path that a client made up.
+# Maximum length of a client's own field name within a reported path.
 _SHOWN_CHARS = 40
 
 
@@ -35,7 +35,7 @@ class Fields:
         self._body = body
         self.path = path
         self.violations = violations
-        # A dictionary, as an ordered set.
+        # A dict used as an ordered set.
         self.read: dict[str, None] = {}
         self.within: dict[str, Fields] = {}
 

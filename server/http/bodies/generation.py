@@ -11,16 +11,16 @@ from turret.server.http.bodies.fields import Fields, are_token_ids, is_token_id,
 from turret.server.http.bodies.model_names import mix_of
 from turret.v1 import inference_pb2
 
-# As OpenAI's.
+# OpenAI's limit.
 MAX_CHOICES = 128
-# No request runs for as long as this.
+# Longer than any request runs.
 MAX_TIMEOUT_SECONDS = 30 * 86400.0
 
 _NUMBERS = (
     *("temperature", "top_p", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty"),
 )
-# Paths of turret.v1 by the names that clients of this door know.
+# Field paths of turret.v1, mapped to the names of this API.
 NAMES = {
     "sampling.": "",
     "stop.": "",
@@ -121,7 +121,7 @@ def _read_sampling(fields: Fields, sampling: inference_pb2.SamplingParams) -> No
         number = fields.number(name)
         if number is not None:
             setattr(sampling, name, number)
-    # -1 is off in vLLM, and 0 is here.
+    # vLLM disables top_k with -1, turret with 0.
     top_k = fields.count("top_k", -1)
     if top_k is not None:
         sampling.top_k = max(top_k, 0)
@@ -133,7 +133,7 @@ def _read_sampling(fields: Fields, sampling: inference_pb2.SamplingParams) -> No
         if not is_id or isinstance(bias, bool) or not isinstance(bias, int | float):
             fields.refuse("logit_bias", "must map token ids to numbers")
             return
-        # What no float holds is out of range all the same, as is any number over 100.
+        # Clamp integers that no float can hold. Anything beyond 100 is rejected later anyway.
         sampling.logit_bias[int(key)] = max(-1000, min(bias, 1000))
 
 

@@ -13,14 +13,14 @@ from turret.server.errors import AdapterNotFoundError, InvalidRequestError
 from turret.server.http.bodies.fields import Fields
 from turret.v1 import adapters_pb2
 
-# Of an entry of ``adapters``: one that is misspelt would be served with another weight.
+# Reject other fields: with a misspelt ``weight`` the request would run with a different weight.
 _MEMBER_FIELDS = ("name", "weight", "generation")
 _SHOWN_CHARS = 40
-# A weight needs no more digits; with blanks, stars and a prefix a mix of the longest names fits.
+# No weight needs more digits. The limit on the model leaves room for blanks, stars and a prefix.
 _MOST_WEIGHT_CHARS = 32
 _MOST_MODEL_CHARS = 2 * MAX_MIX_MEMBERS * (MAX_NAME_CHARS + _MOST_WEIGHT_CHARS)
 
-# No adapter's name holds a plus, a star or a colon.
+# Adapter names contain no plus, star or colon.
 _MEMBER = re.compile(rf"(?P<name>{ADAPTER_NAME.pattern})(?:\*(?P<weight>.*))?", re.DOTALL)
 _WEIGHT = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 _WEIGHT_RULE = "is a decimal number without an exponent, such as 2, 0.5 or -0.5"
@@ -45,7 +45,7 @@ def mix_of(
     named, wrong = _read_model(model, base_name) if model is not None else ([], [])
     for why in wrong:
         fields.refuse("model", why)
-    # What is wrong with a mix as a whole is wrong with the field that holds it.
+    # Report violations of the whole mix under the field that contains it.
     names["adapters"] = "model"
     typed = fields.get("adapters")
     if typed is None or typed == []:

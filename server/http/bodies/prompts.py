@@ -10,7 +10,7 @@ from turret.server.http.bodies.unsupported import refuse_unsupported
 from turret.v1 import inference_pb2
 
 MAX_PROMPTS = 2048
-# Paths of turret.v1, in calls of several inputs, by the names that clients of this door know.
+# Field paths of turret.v1 in calls with several inputs, mapped to the names of this API.
 NAMES = {"inputs": "input"}
 _CHAT_NAMES = {"inputs": "messages", "inputs[0].chat.": ""}
 

@@ -53,7 +53,7 @@ def read_tools(fields: Fields, chat: inference_pb2.Chat, *, is_flat: bool = Fals
     is_parallel = fields.flag("parallel_tool_calls", default=True)
     names, must_call = _read_choice(fields, tuple(parameters), is_flat)
     if not must_call:
-        # The model is not told of what it may not call. What it must call is forced.
+        # Hide tools that the model may not call. Required calls are enforced by the grammar.
         may_call = set(names)
         told = [tool for tool in chat.tools if tool.name in may_call]
         del chat.tools[:]

@@ -131,7 +131,7 @@ class Endpoint:
             headers.getlist(REQUEST_ID_KEY),
             self._metrics,
             protocol="http",
-            # What asks every second would leave no room for others.
+            # Failures of endpoints that are polled would crowd out all others.
             failures=self._failures if route.level > logging.DEBUG else None,
             is_counted=route.is_counted,
             level=route.level,
@@ -140,7 +140,7 @@ class Endpoint:
         code = Code.CANCELLED
         try:
             code, refusal = await self._answered(scope, receive, call, reply)
-            # Sent when the error is gone: its traceback held the body.
+            # Send this only when the error is gone, because its traceback holds the body.
             if refusal is not None:
                 await reply.refuse(refusal)
         finally:
@@ -175,7 +175,7 @@ class Endpoint:
         except ClientGoneError:
             return Code.CANCELLED, None
         except asyncio.CancelledError:
-            # The listener stops. Nothing waits for this task but the client, who is told.
+            # The listener is stopping. Only the client waits for this task, so tell the client.
             why = UnavailableError("the server is shutting down: it ended the request")
             return Code.CANCELLED, refusal_of(why)
         except Exception as error:
@@ -201,7 +201,7 @@ def _check_head(scope: Scope, headers: Headers) -> None:
             f"path and headers must be at most {MAX_HEAD_BYTES} bytes",
             reason="head_too_large",
         )
-    # A proxy in front may have looked at the other one.
+    # A proxy in front may have checked the other header.
     if len(headers.getlist("authorization")) > 1:
         raise HttpRefusal(
             400,
@@ -223,7 +223,7 @@ async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Cod
     Returns:
         OK, or CANCELLED if the client went away; the handler has ended then.
     """
-    # A task of its own: a handler that waits for the engine learns of nothing else.
+    # Run the handler in its own task: while it waits for the engine, it sees no disconnect.
     work = asyncio.ensure_future(handler(exchange))
     gone = asyncio.ensure_future(_disconnect(receive))
     try:
@@ -242,6 +242,6 @@ async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Cod
 
 
 async def _disconnect(receive: Receive) -> None:
-    # What is left of the body has been read; the server may say so more than once.
+    # The body has been read. The server may report its end more than once before the disconnect.
     while (await receive())["type"] != "http.disconnect":
         pass

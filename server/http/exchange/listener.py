@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-# From the connection to the end of the TLS handshake; asyncio's own limit is a minute.
+# Time limit for the TLS handshake, from the connection on; asyncio's default is a minute.
 HANDSHAKE_SECONDS = 10.0
 
 
@@ -73,7 +73,7 @@ class Listener(socket.socket):
 
 
 def _cut(accepted: socket.socket) -> None:
-    # Not closed: that is for its transport, which reads the end of it now.
+    # Do not close the socket: its transport now reads the end of the stream and closes it.
     try:
         accepted.shutdown(socket.SHUT_RDWR)
     except OSError:

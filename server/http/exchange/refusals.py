@@ -48,8 +48,8 @@ _TOKEN = (
     "; send 'authorization: Bearer TOKEN' with a token of the server's --token-file, which OpenAI's"
     " clients do with api_key"
 )
-# Next steps as who asks by HTTP takes them, in place of calls of turret.v1 or where clients of that
-# say their own.
+# Next steps for HTTP clients. They replace those that name calls of turret.v1, and add some that
+# gRPC clients provide themselves.
 _STEPS = {
     "what lies elsewhere can be uploaded": "`turret adapters upload` sends what lies elsewhere",
     "the deadline passed before the request finished": "`timeout` passed before the answer was"
@@ -63,7 +63,7 @@ _STEPS = {
         )
     },
 }
-# What to do next, by the reason of an error.
+# Next steps by the reason of an error.
 _HINTS = {
     "ADAPTER_CLASSIFIES": "POST /classify labels texts",
     "HEAD_MISSING": "POST /v1/chat/completions or /v1/completions for text",
@@ -72,9 +72,9 @@ _HINTS = {
     "ADAPTER_PINNED": "`turret adapters unpin` unpins it",
     **dict.fromkeys(("ADAPTER_MERGED", "MERGE_ACTIVE"), "`turret adapters unmerge` takes it out"),
 }
-# A field of turret.v1 that what is said of another speaks of.
+# A field of turret.v1 that messages about other fields mention.
 _LIMIT = "stop.max_tokens"
-# A page of text is enough; a message repeats what the client sent.
+# The message repeats what the client sent, so limit it to about a page of text.
 MAX_MESSAGE_CHARS = 4000
 
 
@@ -156,7 +156,7 @@ def _said(fault: Fault, names: Mapping[str, str]) -> tuple[str, str | None]:
     """The message in the client's own field names, and the first field to blame."""
     if not fault.violations:
         is_absent = fault.reason == "ADAPTER_NOT_FOUND"
-        # Paths that manage adapters have them in a field of their own.
+        # Paths that manage adapters have the name in a field of its own.
         param = names.get("name", "model") if is_absent else None
         return fault.message + _next_step(fault, param), param
     limit = renamed_path(_LIMIT, names)

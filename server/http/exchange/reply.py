@@ -18,7 +18,7 @@ _DONE = b"data: [DONE]\n\n"
 _EVENTS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
-    # Proxies that buffer would hold the answer back until its end.
+    # Buffering proxies would otherwise hold the answer back until its end.
     "x-accel-buffering": "no",
 }
 

@@ -13,7 +13,7 @@ from turret.server.http.tools.xml_reader import XmlReader
 
 _Reader = CallReader | NamedReader | XmlReader
 _READERS: dict[str, type[_Reader]] = {"json": CallReader, "named": NamedReader, "xml": XmlReader}
-# What a call begins with after its mark; a name begins with anything.
+# The text that begins a call after its mark, by syntax. A name may begin with anything.
 _OPENINGS = {"json": "{", "named": "", "xml": "<"}
 
 
@@ -31,10 +31,10 @@ class Calls:
         self._form = FORMS[form]
         self._tools = tools
         self._held = ""
-        # Of what was taken as the beginning of a call, should it be none.
+        # Text skipped as the beginning of a call, kept in case it turns out not to be one.
         self._skipped = ""
         self._reader: _Reader | None = None
-        # begin: of the answer; text; call: where one may begin; after: behind one.
+        # begin: start of the answer; text; call: where a call may begin; after: behind a call.
         self._state = "begin" if self._form.is_bare else "text"
         self.count = 0
 
@@ -54,7 +54,7 @@ class Calls:
         if self._reader is not None and not self._reader.is_begun:
             held += self._reader.held
         if self._reader is None:
-            # What may be the beginning of what closes a call is nothing that was said.
+            # A partial end mark after a call is not part of the text.
             is_end = self._state == "after" and self._form.end.startswith(self._held.strip())
             held += "" if is_end else self._held
         self._held = self._skipped = ""

@@ -14,7 +14,7 @@ from turret.server.http.tools.pieces import (
     possible_start,
 )
 
-# Marks, a channel's name and that of a tool are shorter.
+# Longer than any mark together with the names of a channel and a tool.
 _MAX_HEADER_CHARS = 256
 _RECIPIENT = "to="
 
@@ -31,7 +31,7 @@ class Channels:
 
     def __init__(self, names: Container[str]) -> None:
         self._names = names
-        # begin: of the answer; header: before a message's text; then its text, by what it is;
+        # begin: start of the answer; header: before a message's text; then the kind of that text;
         # plain: an answer without messages.
         self._state = "begin"
         self._held = ""
@@ -52,7 +52,7 @@ class Channels:
         """What is left when the answer has ended."""
         held, self._held = self._held, ""
         if self._state in ("begin", "header"):
-            # A header without a message says nothing.
+            # Drop a header without a message.
             is_header = held.lstrip().startswith(MARKS) or self._state == "header"
             return [] if is_header or not held else [Said(held)]
         return [*self._grown(held), *self._end()]
@@ -70,7 +70,7 @@ class Channels:
             size = len(text) - max(possible_start(text, m) for m in MARKS)
             self._held = text[size:]
             return self._grown(text[:size])
-        # The mark stays: it is of the next header.
+        # Keep the mark: it begins the next header.
         self._held = self._held[len(text) :]
         pieces = [*self._grown(text), *self._end()]
         self._state = "header"
@@ -88,7 +88,7 @@ class Channels:
         text, found, rest = self._held.partition(MESSAGE)
         if not found:
             if len(text) > _MAX_HEADER_CHARS:
-                # The model has lost its format: all of it is text.
+                # The model no longer follows the format: treat everything as text.
                 self._state, self._held = "plain", ""
                 return [Said(text)]
             return []

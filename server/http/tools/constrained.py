@@ -7,7 +7,7 @@ from typing import Any
 
 from turret.server.http.tools.schemas import json_rule
 
-# What llguidance takes for Lark and not for GBNF.
+# Text that llguidance reads as a Lark grammar, not as GBNF.
 _LARK = re.compile(r"(?m)^\s*(%llguidance\b|start\s*:)")
 _META = re.compile(r"([\\.+*?()|\[\]{}^$#&~/-])")
 _SLASH = re.compile(r"(?s)(\\.)|(/)|(\n)")

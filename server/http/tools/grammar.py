@@ -73,7 +73,7 @@ class CallsGrammar:
                 "type": "object",
                 "properties": {
                     "name": {"const": name},
-                    # References in each begin at itself.
+                    # The id makes references in each schema relative to that schema.
                     self._form.parameters: {"$id": f"urn:turret:arguments{index}", **schema},
                 },
                 "required": ["name", self._form.parameters],
@@ -136,7 +136,7 @@ def _all_calls(form: Form, mark: Callable[[str], str], is_parallel: bool) -> Ite
         more = ' (", " call)*' if is_parallel else ""
         yield f'calls: {mark(form.begin)} "[" call{more} "]"'
     elif form.syntax == "channels":
-        # Where marks are no text, nothing that is thought can be taken for one.
+        # When every mark is a special token, the free text of a thought cannot contain one.
         if all(mark(text).startswith("<") for text in MARKS):
             yield f'thought: {mark(CHANNEL)} "analysis" {mark(MESSAGE)} /(?s:.*)/ {mark("<|end|>")}'
             yield f'calls: (thought {mark("<|start|>")} "assistant")? call'

@@ -14,7 +14,7 @@ _HEAD = re.compile(
     rf"(?:{re.escape(CALL_ID)}\s*([A-Za-z0-9_-]+)\s*)?"
     rf"(?:{re.escape(ARGUMENTS)})?\s*(?=\{{)"
 )
-# A name, an id and the marks around them are shorter.
+# Longer than any name with its id and marks.
 _MAX_HEAD_CHARS = 256
 
 

@@ -12,7 +12,7 @@ from turret.server.http.tools.channels import Channels
 from turret.server.http.tools.pieces import CallBegun, Piece, Said, Thought
 from turret.server.http.tools.reasoning import Reasoning
 
-# Mistral's templates take ids of nine characters alone, others any.
+# Mistral's templates accept only ids of nine characters; others accept any.
 _ID_CHARS = {"mistral": 9, "mistral11": 9}
 
 

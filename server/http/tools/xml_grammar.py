@@ -11,7 +11,8 @@ from turret.server.http.tools.schemas import UnenforceableError, json_rule, kind
 
 _END = "\n</parameter>\n"
 _NOT_IN_XML = "is not supported where the model writes calls as XML"
-# What would bind several parameters, and what would say more of a text than its length.
+# Unsupported keywords: in objects those that relate several parameters, in texts those that
+# constrain more than the length.
 _OF_OBJECTS = (
     *("$ref", "allOf", "anyOf", "oneOf", "not", "if", "patternProperties", "dependentRequired"),
     *("dependentSchemas", "minProperties"),

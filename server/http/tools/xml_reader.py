@@ -39,7 +39,7 @@ class XmlReader:
         self._tools = tools
         self._schema: Mapping[str, Any] = {}
         self._num_parameters = 0
-        # Of the parameter that is being read: kinds of values that it may have, if there is one.
+        # Kinds of values that the current parameter may have; None between parameters.
         self._kinds: frozenset[str] | None = None
         self.is_begun = self.is_done = self.is_none = False
         self.held = ""
@@ -80,7 +80,7 @@ class XmlReader:
             begun = self.held.lstrip()
             if any(mark.startswith(begun) or begun.startswith(mark) for mark in (_PARAMETER, _END)):
                 return ""
-            # Neither a parameter nor the end: the call ends here, and what follows is said.
+            # Neither a parameter nor the end follows: end the call here; the rest is text.
             self.is_done = True
             return "}"
         self.held = self.held[found.end() :]
@@ -99,7 +99,7 @@ class XmlReader:
     def _value(self, kinds: frozenset[str]) -> str:
         value, found, rest = self.held.partition(_PARAMETER_END)
         if found:
-            # The line's end before the tag is none of the value.
+            # The line break before the closing tag is not part of the value.
             value = value.removesuffix("\n")
             self.held, self._kinds = rest, None
         elif kinds == _TEXT:
@@ -118,7 +118,7 @@ def _meant(text: str, kinds: frozenset[str]) -> Any:
     bare = text.strip()
     lowered = bare.lower()
     if lowered in ("true", "false", "null", "none"):
-        # As Python writes them too.
+        # Accept Python's spellings too.
         bare = "null" if lowered == "none" else lowered
     try:
         value = json.loads(bare)

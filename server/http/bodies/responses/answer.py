@@ -90,7 +90,7 @@ class Response:
         """The logprobs of an answer or of a part of one, if they were asked for."""
         if not self._sent.has_logprobs:
             return []
-        # Here bytes are always a list.
+        # In the Responses API ``bytes`` is always a list.
         found = chat_logprobs(answer.logprobs)["content"]
         for token in found:
             for one in (token, *token["top_logprobs"]):

@@ -65,7 +65,7 @@ class Conversation:
             )
         elif kind == "item_reference":
             item.refuse("type", STATELESS)
-        # What the model thought in earlier turns it is not told again.
+        # Skip the reasoning of earlier turns: the model does not see it again.
         elif kind != "reasoning":
             item.refuse("type", _KINDS)
 

@@ -48,7 +48,7 @@ _REPEATED = {
     "prompt_cache_key": 512,
     "text.format": MAX_CONSTRAINT_CHARS,
 }
-# Not read, or not all of it.
+# Repeated fields that are never parsed, or not completely.
 _AS_SENT = ("tools", "tool_choice", "user", "safety_identifier", "prompt_cache_key")
 
 
@@ -69,7 +69,7 @@ def read_sent(fields: Fields, asked: Asked) -> Sent:
     """Read what only this endpoint has; ``asked`` takes in what it says of the answer."""
     for name, (neutral, why) in REFUSED.items():
         value = fields.get(name)
-        # Compared with its type: 0 is no False.
+        # Compare the types too: 0 equals False in Python.
         if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
             fields.refuse(name, why)
     names = read_text_format(fields.inner("text").inner("format"), asked.message)
@@ -122,7 +122,7 @@ def refuse_unwritable(fields: Fields, sent: Sent) -> None:
             fields.refuse(name, f"at most {most} characters")
             continue
         found = unwritable(value, name)
-        # What is read has been refused where it was.
+        # Skip fields that were already rejected when they were read.
         if found and not any(found[0].startswith(path) for path, _ in fields.violations.found):
             fields.refuse(*found)
 

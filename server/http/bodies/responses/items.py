@@ -61,7 +61,7 @@ class Items:
         for piece in pieces:
             if isinstance(piece, Said):
                 if self._open is not None and not isinstance(self._open, _Message):
-                    # What closed the other item is not said.
+                    # Drop the logprobs of the marks that closed the previous item.
                     self._pending = _last(self._pending, len(piece.text))
                 events += self._in(_Message)
                 events.append(self._grow(piece.text))
@@ -125,7 +125,7 @@ class _Texts(ABC):
     """An item whose content is one part with text."""
 
     prefix: ClassVar[str]
-    # Of the events that tell of the text.
+    # Prefix of the types of its text events.
     kind: ClassVar[str]
 
     def __init__(self, item_id: str, index: int) -> None:
