@@ -35,11 +35,11 @@ from turret.clients.unreached import UNREACHED, cause_of
 
 _DETAILS_KEY = "grpc-status-details-bin"
 _REQUEST_ID_KEY = "x-request-id"
-# Reasons whose message is what is wrong with which field, and nothing else.
+# Reasons whose message only lists which fields are invalid and why.
 _OF_FIELDS = ("INVALID_REQUEST", "ADAPTER_CLASSIFIES", "HEAD_MISSING")
-# How many fields a line lists; ``violations`` has all.
+# Maximum number of fields in a message; ``violations`` has all of them.
 _MOST_TOLD = 8
-# The field of a violation that stands for the fields that the server does not list.
+# The field of a violation that counts the fields that the server does not list.
 COUNTED = "*"
 
 
@@ -134,7 +134,7 @@ class TurretRpcError(Exception):
     @staticmethod
     def from_grpc(error: grpc.RpcError) -> TurretRpcError:
         """Convert gRPC's error, of a synchronous or an asyncio call, to the class of its status."""
-        # Every error that grpc raises for a call is also a grpc.Call; its base class is not.
+        # Every error that grpc raises for a call is also a grpc.Call, but its base class is not.
         code = error.code()  # type: ignore[attr-defined]
         text = error.details() or ""  # type: ignore[attr-defined]
         trailing: dict[str, object] = dict(

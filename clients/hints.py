@@ -35,7 +35,7 @@ HINTS: Mapping[str, str] = {
     "REQUEST_TOO_LARGE": "shorten the prompt, or spread several inputs over several calls",
     "ANSWER_TOO_LARGE": "ask for less of it (top_n, logprobs), or for fewer inputs in a call",
 }
-# The sentence of an error with one of these tells the next step already.
+# The message of an error with one of these keys already says what to do.
 _ANSWERS = ("closest", "current_generation")
 
 

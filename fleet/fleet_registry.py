@@ -54,9 +54,9 @@ from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.errors import NotMergedError, TurretError, UnavailableError
 
-# A replica that is further behind takes a snapshot instead.
+# A replica that is further behind gets a snapshot instead.
 _LOG_ENTRIES = 10_000
-# Outcomes that nobody has asked for are kept for so many later ones.
+# At least this many recent outcomes are kept for callers that have yet to ask.
 _KEPT = 4096
 
 Stage = Literal["applying", "draining", "preparing", "done"]
@@ -350,7 +350,7 @@ class FleetRegistry:
         """The content is registered already, from this or another place."""
         source = before.source
         if not (proposal.is_staged or source.is_upload):
-            # Known to hold the content; the old path may be gone.
+            # The new source is known to hold the content; the old path may be gone.
             source = proposal.source
         after = dataclasses.replace(before, source=source, pinned=before.pinned or proposal.pinned)
         return self._change(before, after)
@@ -389,7 +389,7 @@ class FleetRegistry:
         proposal, saved = operation.unload
         current = self.state.names.get(saved.name)
         if current is None or current.uuid != saved.uuid:
-            # Another unload got there first.
+            # Another unload has already removed it.
             operation.stage, operation.revision = "applying", self.revision
             return
         held = self.members.held(saved.uuid)

@@ -127,7 +127,7 @@ class FleetState:
             case BaseChanged(base):
                 self.base, self.preparing = base, None
 
-    # Who needs whom.
+    # Dependencies between names.
 
     def holders_of(self, digest: str, but: str) -> Iterator[str]:
         """Names that stand for weights with a digest and stay, but for one."""

@@ -41,7 +41,7 @@ class FleetStore:
     """
 
     def __init__(self, path: Path, *, is_first: bool) -> None:
-        # How much an upload may take is for the replicas to say, which take it in.
+        # The limit of 0 is unused: replicas receive uploads and enforce their size.
         self._state = StateDir(path, 0)
         self._is_first = is_first
         self._merge = self._state.path / "merge.json"
@@ -91,7 +91,7 @@ class FleetStore:
         target = self._state.path / "files" / key
         with reporting_disk_faults():
             if target.exists():
-                # Left by a crash before its generation was written down, so that nobody knows it.
+                # A crash left it before its generation was recorded, so nothing refers to it.
                 remove_directory(target)
             move_directory(self._state.path / source.path, target)
         return dataclasses.replace(source, path=str(target.relative_to(self._state.path)))

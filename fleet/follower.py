@@ -56,7 +56,7 @@ class Follower:
         self._join = join
         self._replica = replica
         self._stops_alone = stops_alone
-        # With which incarnation, and since which joining; None: it has to join.
+        # The registry's incarnation and this replica's session there; None if it must join.
         self._session: tuple[str, int] | None = None
         self._received = -1
         self._applied = -1
@@ -70,7 +70,7 @@ class Follower:
         """What is to be said to the registry next."""
         if self._session is None:
             return self._join
-        # First how far it is: what is held or made is then at least as new.
+        # Read the progress first: the usage is then at least as recent.
         applied = self._applied
         usage = self._replica.usage()
         waiting, running = self._replica.num_requests()

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from turret.fleet.messages import ReplicaStatus, Report, Usage
 
-# A replica's lease ends by its own clock when it asked for it, by the registry's when the question
-# arrived and so much later: clocks need not run at the same speed.
+# A replica's lease starts, by the replica's clock, when it asks. The registry waits longer, from
+# when the question arrives, because clocks may run at different speeds.
 CLOCK_SLACK = 1.25
 
 
@@ -76,7 +76,7 @@ class Members:
         member.expires = self._expiry(now)
         if report.usage is not None:
             member.usage = report.usage
-        # Reports may overtake each other.
+        # Reports may arrive out of order.
         if member.report is None or report.applied >= member.applied:
             member.applied, member.report = report.applied, report
         return True

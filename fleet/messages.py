@@ -100,7 +100,7 @@ class News:
     lease_seconds: float
 
 
-# What replicas propose, on behalf of a caller.
+# Proposals of replicas, on behalf of a caller.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

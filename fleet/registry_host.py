@@ -49,7 +49,7 @@ class RegistryHost:
         with self._changed:
             while True:
                 news = self._registry.report(report, time.monotonic())
-                # What it said may be what others wait for.
+                # The report may contain what other callers wait for.
                 self._changed.notify_all()
                 left = end - time.monotonic()
                 if news.entries or left <= 0 or self._is_closed:

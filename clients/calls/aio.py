@@ -17,7 +17,7 @@ from turret.clients.calls.settings import CallSettings, closed_under_a_call
 from turret.clients.channel import ClosedStub, Tls, check_address, open_channel
 from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc
 
-# The last event of a call that was cut short takes about 1 ms.
+# Time for the last event of a call that was cut short, which takes about 1 ms.
 _CUT_SECONDS = 0.05
 
 
@@ -171,7 +171,7 @@ class waiting:
             return
         task = asyncio.current_task()
         if task is not None and task.cancelling() > 0:
-            # Somebody has asked the task to end.
+            # The task itself was cancelled.
             return
         if self._closed is not None and self._closed.is_set():
             raise StreamClosedError from None

@@ -9,9 +9,9 @@ from typing import Any
 import grpc
 import grpc.aio
 
-# gRPC's word for a message that it could not send.
+# gRPC's message for a request that it could not send.
 _NOT_SENT = "Internal error from Core"
-# The server's status has come, or comes within milliseconds: it is why nothing can be sent.
+# Limit for the server's status, which explains the failure and arrives within milliseconds.
 _STATUS_SECONDS = 2.0
 
 
@@ -27,7 +27,7 @@ async def answer_of(call: grpc.aio.StreamUnaryCall[Any, Any]) -> Any:
     """
     told: asyncio.Future[grpc.aio.AioRpcError] = asyncio.get_running_loop().create_future()
 
-    # Called for each status that a call is given, not for the last one alone.
+    # gRPC calls this for each status that the call receives, not only for the last one.
     def note(ended: grpc.aio.Call) -> None:
         error = _error_of(ended)
         if not _is_own(error) and not told.done():

@@ -86,14 +86,14 @@ class AnswerProgress:
         is_prompt = request.options.echo and not self._has_begun
         self._has_begun = True
         if is_prompt:
-            # It came, and is not wanted again.
+            # The prompt has arrived; do not echo it again.
             request.options.echo = False
             return
-        # The same weights go on, or nothing does.
+        # Pin the generations, so that only the same weights continue the answer.
         for member, use in zip(request.adapters, proto.adapters_used, strict=False):
             member.generation = use.generation
         if proto.text and not (proto.token_ids or request.answer_so_far):
-            # From a server that does not tell the tokens: it could not go on either.
+            # A server that reports no token ids cannot resume the answer either.
             self._resume = False
         if self._resume and proto.token_ids:
             request.answer_so_far.extend(proto.token_ids)

@@ -11,8 +11,8 @@ from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError
 
 _FIRST_DELAY_SECONDS = 0.5
 _MAX_DELAY_SECONDS = 8.0
-# How long a broken answer waits for a server that starts again and loads its model, and how long at
-# most between two tries.
+# Time limit for resuming an interrupted answer while its server restarts and loads the model, and
+# the longest delay between two attempts.
 _RESTART_SECONDS = 60.0
 _RESTART_DELAY_SECONDS = 2.0
 
@@ -97,7 +97,7 @@ class Retries:
             self._left -= 1
         else:
             return None
-        # Clients that were refused together must not come back together.
+        # Add jitter, so that clients rejected together do not retry together.
         delay = self._delay * random.uniform(0.75, 1.0)
         if error.retry_delay is not None:
             delay = max(delay, error.retry_delay)

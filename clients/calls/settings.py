@@ -17,9 +17,9 @@ from turret.clients.messages.mix import routing_key
 from turret.v1 import adapters_pb2
 
 _TOKEN_KEY = "authorization"
-# Metadata of a call that runs on adapters: requests of one mix go to one server as far as they can.
+# Metadata of calls that run on adapters: where possible, requests of one mix go to one server.
 ROUTING_KEY = "x-turret-mix"
-# Thirty years. gRPC counts nanoseconds: a deadline for which it has too few reads as one passed.
+# Thirty years. gRPC counts nanoseconds and treats a deadline beyond its range as passed.
 _MOST_SECONDS = 1e9
 
 
@@ -59,7 +59,7 @@ class CallSettings:
     def routed(self, mix: Iterable[adapters_pb2.AdapterWeight]) -> CallSettings:
         """Those of a call that runs on a mix."""
         key = routing_key(mix)
-        # Others are no adapters' names, and no metadata either: the server says so.
+        # Metadata cannot carry other keys. They name no adapter, which the server reports.
         if not (key and key.isascii() and key.isprintable()):
             return self
         return replace(self, metadata=(*self.metadata, (ROUTING_KEY, key)))
@@ -81,7 +81,7 @@ class CallSettings:
         if isinstance(failure, DeadlineExceededError) and seconds:
             failure.metadata["timeout"] = f"{seconds:g}"
         if failure.reason == "CONNECTION_CLOSED" and self.tls is not None:
-            # A server that asks for a certificate says no more than this about a wrong one.
+            # A server that requires a certificate reports a wrong one only by closing.
             failure.reason = "CLIENT_CERTIFICATE"
         return failure
 
@@ -101,7 +101,7 @@ def stream_timeout(timeout: float | None) -> float | None:
     """
     if timeout is None:
         return None
-    # Real are numpy's numbers too, and a bool is one to Python.
+    # numpy's numbers are Real too, and in Python so is a bool.
     if not isinstance(timeout, Real) or isinstance(timeout, bool):
         raise ArgumentTypeError("timeout", f"seconds, not {timeout!r}")
     if not timeout > 0:

@@ -14,7 +14,7 @@ from typing import Any
 
 from turret.closest import closest, did_you_mean
 
-# Files that are not there, or hold examples otherwise than as JSON Lines, and what is there.
+# Recognition of missing files and of files in other formats than JSON Lines.
 
 _KINDS = {
     codecs.BOM_UTF16_LE: "is UTF-16 text; save it as UTF-8",
@@ -304,7 +304,7 @@ def read_rows(path: Path, *, is_learned: bool) -> Iterator[Row]:
     if problem := other_kind(path, data):
         raise RowError(path, None, None, problem)
     is_empty = True
-    # Not splitlines(): JSON strings may hold U+2028 and other separators as they are.
+    # Do not use splitlines(): JSON strings may contain U+2028 and other separators.
     for line, raw in enumerate(data.split(b"\n"), start=1):
         try:
             text = raw.decode()
@@ -335,7 +335,7 @@ def _json_object(path: Path, line: int, text: str, is_learned: bool) -> dict[str
     except RowError:
         raise
     except (RecursionError, ValueError) as error:
-        # Brackets without end, or a number of thousands of digits.
+        # The line nests too deeply, or has a number of thousands of digits.
         raise RowError(path, line, "line", f"no JSON that can be read: {error}") from error
     if not isinstance(row, dict):
         problem = f"must be a JSON object with {shapes(is_learned=is_learned)}"
@@ -349,7 +349,7 @@ def _how_to_mend(text: str, path: Path) -> str:
         return ", with keys and texts in double quotes"
     if text.endswith("},"):
         return ", without a comma behind it"
-    # One object over several lines, or several in a line.
+    # Either an object spans several lines, or a line contains several objects.
     if text == "{" or "}{" in text.replace(" ", ""):
         return f"; `jq -c . {shlex.quote(str(path))} >NEW.jsonl` writes them so"
     return ""

@@ -19,7 +19,7 @@ from turret.clients.messages.fields import ArgumentTypeError
 from turret.v1 import adapters_pb2
 
 _CHUNK_BYTES = 256 << 10
-# Of a tokenizer, what a server reads.
+# Files of a tokenizer that a server reads.
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,7 +38,7 @@ _HUB = "hub:"
 _MAY_NOT = "cannot be read by you: have its owner allow it (`chmod -R a+rX`), or copy it"
 _EMPTY = "is empty: a copy of it was cut short, or it was never written; copy or save it again"
 _THERE = "already exists; an export makes a new directory: name another"
-# No directories, no hidden files: an export never writes outside its folder.
+# File names only, not hidden and without directories: an export never writes outside its folder.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
@@ -186,7 +186,7 @@ class ExportWriter:
             self._partial = Path(tempfile.mkdtemp(prefix=f".{self._directory.name}.", dir=parent))
         except OSError as error:
             self._remove_made()
-            # Of the directory that was asked for, not of the one beside it that becomes it.
+            # Name the requested directory, not the temporary one beside it.
             why = f"cannot be made: {error.strerror}; name a place that can be written"
             raise OSError(error.errno, why, str(self._directory)) from None
         self._expected: dict[str, adapters_pb2.FileInfo] = {}
@@ -204,7 +204,7 @@ class ExportWriter:
 
     def _remove_made(self) -> None:
         for above in self._made:
-            # From the innermost outwards; what holds something stays.
+            # Remove the innermost directory first; one that is not empty stays.
             with contextlib.suppress(OSError):
                 above.rmdir()
 
@@ -243,7 +243,7 @@ class ExportWriter:
                 size = file.tell()
             if size != info.size_bytes or (info.sha256 and info.sha256 != digest):
                 raise ValueError(f"export: {name} arrived incomplete or garbled")
-        # mkdtemp made it private to this user; what is exported is an ordinary directory.
+        # mkdtemp made the directory private, but an export is an ordinary directory.
         self._partial.chmod(0o755)
         try:
             self._partial.rename(self._directory)

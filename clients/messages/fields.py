@@ -66,7 +66,7 @@ def fill(
 
 def _fitting(name: str, value: Any, kind: int) -> Any:
     """The value as a field of this type takes it."""
-    # A bool is an int to Python and to protobuf, which takes either for the other.
+    # Reject bool where int is expected and vice versa: Python and protobuf would accept either.
     is_bool = kind == FieldDescriptor.CPPTYPE_BOOL
     if isinstance(value, bool) and not is_bool:
         raise ArgumentTypeError(name, f"not a bool, such as {value}")
@@ -177,7 +177,7 @@ def as_json(name: str, value: object) -> str:
         raise kind(name, str(error)) from None
 
 
-# The fields of requests that a server names, as the arguments that set them.
+# Maps request fields that a server names to the arguments that set them.
 
 # Messages within a request whose fields are arguments of their own.
 _GROUPS = ("sampling.", "stop.", "options.", "chat.", "header.")
@@ -186,12 +186,12 @@ _ARGUMENTS = {
     "token_ids.ids": "prompt",
     "input": "prompt",
     "choice.texts": "choice",
-    # Of UnloadAdapterRequest, which alone has one.
+    # Only UnloadAdapterRequest has this field.
     "timeout": "drain_seconds",
-    # What an upload says of its files is read from them.
+    # The client reads what an upload's header says about its files from the files themselves.
     "header.files": "directory",
 }
-# A prompt among several, and what in it; the rest of a path is in brackets or after a dot.
+# One of several prompts, and the field with its content. Brackets or a dot may follow.
 _WITHIN = re.compile(r"(inputs\[\d+\])\.(?:token_ids\.ids|chat\.messages)")
 
 

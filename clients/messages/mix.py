@@ -13,7 +13,7 @@ from turret.clients.messages.fields import (
 )
 from turret.v1 import adapters_pb2
 
-# What divides members and weights in the name of a model over HTTP; no adapter's name holds it.
+# Separators of members and weights in a model name over HTTP. Adapter names contain neither.
 _OF_HTTP = frozenset("+*")
 
 
@@ -37,7 +37,7 @@ class AdapterWeight:
 
     def __post_init__(self) -> None:
         check_text("name", self.name)
-        # A bool is an int to Python, and so to protobuf.
+        # A bool is an int in Python, so protobuf would accept it.
         if not isinstance(self.weight, Real) or isinstance(self.weight, bool):
             raise ArgumentTypeError("weight", f"a number, not {self.weight!r}")
         if not isinstance(self.generation, int | None) or isinstance(self.generation, bool):
@@ -82,7 +82,7 @@ def _here(text: str) -> str:
 _FORMS = 'an adapter is "name", ("name", weight), {"name": weight} or an AdapterWeight'
 # "sql", ("json", -0.5), AdapterWeight("json", generation=2), or the message itself.
 AdapterLike = str | tuple[str, float] | AdapterWeight | adapters_pb2.AdapterWeight
-# One, several, or all of them with their weights: {"sql": 0.5, "json": -0.5}.
+# One adapter, several, or a mapping from adapters to weights: {"sql": 0.5, "json": -0.5}.
 AdaptersLike = AdapterLike | Sequence[AdapterLike] | Mapping[str, float]
 
 

@@ -331,7 +331,7 @@ def _stop(proto: pb.GenerateResponse | pb.GenerateChunk) -> str | int | None:
     return getattr(proto, which) if which else None
 
 
-# What the calls return that ask for vectors or labels instead of text.
+# Results of calls that return vectors or labels instead of text.
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from turret.server.basics.work import Cancellation
 from turret.server.errors import TurretError
 
 _WAIT_SECONDS = 2.0
-# Merges are looked after more often, because their callers may go away.
+# Merges check for cancellation more often, because their callers may disconnect.
 _CANCEL_SECONDS = 0.2
 
 

@@ -15,9 +15,9 @@ from turret.server.errors import UnavailableError
 _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 0.5
-# Of a lease: how long a question without news waits, so that two may be lost.
+# Without news, a report waits for this part of a lease, so that two may be lost.
 _WAITS_PER_LEASE = 3
-# While something is to end on this replica: how often it looks.
+# How often to check while something is ending on this replica.
 _DRAIN_SECONDS = 0.05
 
 
@@ -149,7 +149,7 @@ class ReplicaLink:
             with self._changed:
                 self._follower.done(change)
                 self._changed.notify_all()
-            # Callers wait for it.
+            # Report at once, because callers wait for it.
             self._ask(0.0)
 
     def _fail(self, error: Exception) -> None:

@@ -63,7 +63,7 @@ class ReplicaMerger(Merger):
         self._answers: dict[str, TurretError | None] = {}
         self._made: PreparedMerge | None = None
 
-    # What callers want
+    # Requests of callers
 
     def merge(
         self, refs: Sequence[AdapterRef], precision: Precision | None, cancellation: Cancellation
@@ -75,7 +75,7 @@ class ReplicaMerger(Merger):
         """
         if not refs:
             raise InvalidRequestError.of("adapters", "at least one member")
-        # One replica finds out whether it can be done, and how; the others do the same then.
+        # Try the merge here first, to find out how it can be done. All replicas then do the same.
         with self._only_change():
             if self._state.merge is not None:
                 raise MergeActiveError("a merge is active")
@@ -95,7 +95,7 @@ class ReplicaMerger(Merger):
         propose(self._channel, m.Unmerge(), cancellation)
         return self._state
 
-    # What the registry says
+    # Instructions of the registry
 
     def prepare(self, plan: MergePlan | None) -> None:
         """Begins to make a plan's weights on a thread of its own; None gives them up."""
@@ -157,7 +157,7 @@ class ReplicaMerger(Merger):
         if base.generation == self._state.base_generation:
             return
         if self._active is not None:
-            # Two exchanges in a row: in between the base has a number that nobody else gives.
+            # Unmerge and merge: in between, the base has a number that no other state uses.
             number = base.generation if plan is None else -base.generation
             with self._turn:
                 self._apply(self._active, None, Cancellation(), number)

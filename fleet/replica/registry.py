@@ -33,10 +33,10 @@ from turret.server.hub.adapters import AdapterHub
 
 _log = logging.getLogger(__name__)
 
-# Of a replacement that somebody else was quicker with.
+# Attempts at a replacement while other callers replace the same adapter first.
 _ATTEMPTS = 5
 _FORCE_AGAIN_SECONDS = 0.25
-# Looking at thousands of adapters takes milliseconds, and every change is reported.
+# Looking at thousands of adapters takes milliseconds, and every change goes to the registry.
 _USAGE_SECONDS = 1.0
 _FASTER = ("disk", "host", "device")
 
@@ -77,7 +77,7 @@ class ReplicaRegistry(AdapterRegistry):
         )
         self._channel = channel
         self._replica = replica
-        # Registrations with generations that may be held and that no new request gets.
+        # Registrations that get no new requests, but whose generations may still be held.
         self._leaving: set[Registration] = set()
         self._usage: Mapping[str, m.Usage] = {}
         self._usage_time = float("-inf")
@@ -91,7 +91,7 @@ class ReplicaRegistry(AdapterRegistry):
         self._pinner.shutdown(wait=False, cancel_futures=True)
         super().close()
 
-    # What callers want
+    # Requests of callers
 
     def load(
         self, name: str, path: str, pinned: bool = False, task: int | None = None
@@ -147,7 +147,7 @@ class ReplicaRegistry(AdapterRegistry):
     def _made(self, proposal: m.Register | m.Pin) -> AdapterInfo:
         saved = propose(self._channel, proposal).saved
         assert saved is not None
-        # Pins read what they keep; those asked for here are waited for.
+        # Wait until the adapters pinned here have been read into memory.
         self._pinner.submit(lambda: None).result()
         return self._own_record(saved)
 
@@ -159,7 +159,7 @@ class ReplicaRegistry(AdapterRegistry):
             try:
                 return self._made(dataclasses.replace(proposal, replaces=replaces))
             except AdapterGenerationError:
-                # The other replacement is true here soon, or this replica is behind.
+                # Another replacement will arrive here soon, or this replica lags behind.
                 if expected is not None or attempt == _ATTEMPTS:
                     raise
                 attempt += 1
@@ -205,7 +205,7 @@ class ReplicaRegistry(AdapterRegistry):
             ),
         )
 
-    # What there is, summed over replicas
+    # State, summed over replicas
 
     def get(self, name: str) -> AdapterInfo:
         """As there, with what every living replica does with it.
@@ -224,7 +224,7 @@ class ReplicaRegistry(AdapterRegistry):
         usage = self._channel.usage(name)
         return [used for replica, used in usage.items() if replica != self._replica]
 
-    # What the registry says
+    # Instructions of the registry
 
     def follow(self, saved: SavedRegistration) -> None:
         """Makes a name stand for this, and serve."""
@@ -274,8 +274,8 @@ class ReplicaRegistry(AdapterRegistry):
             ).start()
 
     def _force(self, registration: Registration) -> None:
-        # Again and again: a request that took its adapters just before the name was closed may
-        # reach the engine after it was told.
+        # Repeat, because a request that took its adapters just before the name was closed may reach
+        # the engine only after the first attempt.
         while registration.state == "DELETING" and registration.in_flight:
             self._end_users(registration.uuid)
             self._table.wait_until_unheld(registration, _FORCE_AGAIN_SECONDS)
@@ -309,7 +309,7 @@ class ReplicaRegistry(AdapterRegistry):
         if now - self._usage_time >= _USAGE_SECONDS:
             self._usage_time = now
             usage = self._look()
-            # The same object as long as it says the same: then it is not told again.
+            # Return the same object while nothing changes, so that it is not reported again.
             if usage != self._usage:
                 self._usage = usage
         return self._usage

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-# What replicas report to Serve, which calls ``policy`` with the latest of it.
+# Metrics that replicas report to Serve, which passes the latest values to ``policy``.
 WAITING = "waiting"
 RUNNING = "running"
-# Sequences that wait on a replica, above which one more is started.
+# Add a replica if more sequences than this wait per replica on average.
 MOST_WAITING = 4
-# Sequences on a replica, below which one fewer would do.
+# Remove a replica if the others would have fewer sequences than this on average.
 FEW = 4
 
 

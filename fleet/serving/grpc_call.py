@@ -11,7 +11,7 @@ import grpc
 from starlette.types import Scope
 
 FORWARDED_FOR = "x-forwarded-for"
-# Messages that wait for the client; the engine's thread never waits for this queue.
+# Messages that may wait for the client. The engine's thread never waits for this queue.
 _AHEAD = 1
 
 Metadata = tuple[tuple[str, str | bytes], ...]
@@ -111,7 +111,7 @@ class CallContext:
             try:
                 await run()
             finally:
-                # If nobody reads on there is no room for it, and no need.
+                # If nobody reads any more, the queue may be full, and the end is not needed.
                 if not working.cancelling():
                     await self._sent.put(over)
 

@@ -13,7 +13,7 @@ from turret.server.models.sources.hub_model import hub_model_id
 
 DEFAULT_HTTP_PORT = 8080
 _PLAIN_TEXT = "Ray Serve listens in plain text; let TLS end in front of it, and see docs/fleet.md"
-# Settings of ``turret serve`` that a fleet takes at no time → what to do instead.
+# Settings of ``turret serve`` that a fleet rejects → what to do instead.
 REFUSED: Mapping[str, str] = {
     "preload": (
         "a fleet takes none; load adapters once (`turret adapters load`, from --adapter-root), and"
@@ -97,7 +97,7 @@ def _is_exposed(address: str) -> bool:
     try:
         return not is_local_address(address)
     except ValueError:
-        # It is none; that is said of it later.
+        # This is not an address; a later check reports that.
         return False
 
 
@@ -136,7 +136,7 @@ def fleet_config(config: Config, *, joins: bool = False) -> Config:
         listen=dataclasses.replace(listen, http_address=http),
         adapters=dataclasses.replace(
             config.adapters,
-            # Replicas run in other directories.
+            # Replicas run in other working directories.
             state_dir=config.adapters.state_dir.absolute(),
             adapter_root=_absolute(config.adapters.adapter_root),
         ),

@@ -37,7 +37,7 @@ from turret.v1 import adapters_pb2, inference_pb2
 _log = logging.getLogger(__name__)
 
 _JOIN_SECONDS = 120.0
-# Replicas of one machine have their metrics on ports that follow each other.
+# The metrics of replicas on one machine use consecutive ports.
 _METRICS_PORTS = 64
 _DESCRIPTORS = {
     "Inference": inference_pb2.DESCRIPTOR.services_by_name["Inference"],
@@ -130,7 +130,7 @@ class ReplicaServer:
             raise UnavailableError("the replica cannot follow the fleet")
 
     def _check_serving(self) -> None:
-        # Until Serve has asked ``check``, and replaced the replica.
+        # Reject calls until Serve has called ``check`` and replaced the replica.
         if self._backend is not None and self._backend.engine.is_dead:
             raise UnavailableError("the engine is dead")
         if self._link is None or not self._link.is_serving:
@@ -159,7 +159,7 @@ class ReplicaServer:
         try:
             server = MetricsServer(self.metrics, address, self.tokens, num_ports=_METRICS_PORTS)
         except OSError as error:
-            # A replica that answers is worth more than one that is watched.
+            # A replica without metrics is better than none.
             said = log.fields(address=address, why=error.strerror)
             _log.warning("this replica's metrics cannot be read", extra=said)
             return None

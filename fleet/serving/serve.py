@@ -37,7 +37,7 @@ _SERVICES = (
     "turret.v1.adapters_pb2_grpc.add_AdaptersServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 )
-# Serve's own bound, far above --max-queued-requests, which answers instead of waiting.
+# Serve lets calls beyond this wait. --max-queued-requests is far lower, and rejects them.
 _MOST_ONGOING = 1 << 14
 _START_SECONDS = 600.0
 _POLL_SECONDS = 1.0
@@ -146,7 +146,7 @@ def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
 
     from turret.fleet.serving import registry_actor
 
-    # Of this process; that Serve has started, and is found again, is no news to its reader.
+    # In this process, hide Serve's messages: it is no news that Serve has started or was found.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if plan.ray_address is None:
         warn_if_crowded(plan.max_replicas, _num_devices(config))
@@ -154,7 +154,7 @@ def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
     assert config.listen.http_address is not None
     host, port = split_address(config.listen.address)
     if plan.ray_address is None:
-        # Of replicas; the ingress listens on the host that was given, as write_haproxy has it.
+        # Replicas listen here. The ingress listens on the configured host; see write_haproxy.
         host = LOOPBACK
     serve.start(
         proxy_location="EveryNode",
@@ -167,7 +167,7 @@ def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
         registry_actor.start_registry(config.adapters.state_dir, plan.lease_seconds)
         owner = registry_actor.Ownership()
         target = serve.RunTarget(deployment(config, plan), APPLICATION, "/")
-        # SIGTERM is heard while the models are loaded, too.
+        # Do not wait here, so that SIGTERM works while the models load.
         serve.run_many([target], wait_for_applications_running=False)
         if _wait_until_up(stop):
             owner.take()
@@ -183,7 +183,7 @@ def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
                 pass
     finally:
         if owner is None:
-            # What is there is another fleet's.
+            # An application that is there belongs to another fleet.
             if not serve.status().applications:
                 serve.shutdown()
         elif owner.is_own:
@@ -259,7 +259,7 @@ def deployment(config: Config, plan: ClusterPlan) -> Application:
         name="turret",
         max_ongoing_requests=_MOST_ONGOING,
         ray_actor_options=options,
-        # The death of a replica's process, too, is seen when its health is looked at.
+        # Serve also notices the death of a replica's process only in its health check.
         health_check_period_s=0.5,
         health_check_timeout_s=10.0,
         graceful_shutdown_timeout_s=config.lifecycle.grace_seconds + 5.0,
@@ -277,5 +277,5 @@ def _num_devices(config: Config) -> int:
 
 
 def _threads(number: int) -> dict[str, str]:
-    # Read when torch is loaded, which happens before any code of the replica runs.
+    # torch reads this when it is loaded, which happens before any code of the replica runs.
     return {"OMP_NUM_THREADS": str(number), "PYTHONPATH": ":".join(filter(None, sys.path))}
