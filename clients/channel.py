@@ -89,7 +89,7 @@ class Tls:
 
 
 def _why_no_pem(name: str, pem: bytes) -> str:
-    """What is wrong with what is given for an attribute of ``Tls``; empty if nothing is seen."""
+    """What is wrong with the value of a ``Tls`` attribute; empty if nothing is found."""
     if _PEM not in pem:
         return "holds no PEM"
     kind = "private key" if name == "key" else "certificate"
@@ -110,7 +110,7 @@ def _read_pem(name: str, path: str | os.PathLike[str]) -> bytes:
 
 
 def check_address(address: object, tls: object, name: str = "address") -> None:
-    """Refuse an address at which there can be no server.
+    """Reject an address that cannot be a server's.
 
     Args:
         address: Where the server is.
@@ -140,7 +140,7 @@ def open_channel(library: Any, address: str, tls: Tls | None) -> Any:
 
 
 class ClosedStub:
-    """Takes the place of a closed client's stub: says what gRPC says in terms of its own."""
+    """Replaces a closed client's stub, with an error in terms of the client instead of gRPC's."""
 
     def __getattr__(self, name: str) -> NoReturn:
         raise RuntimeError("the client is closed; make another")

@@ -47,7 +47,7 @@ class FleetStore:
         self._merge = self._state.path / "merge.json"
 
     def close(self) -> None:
-        """Lets another registry use the directory."""
+        """Releases the directory for another registry."""
         self._state.close()
 
     def bind(self, base_name: str, base_digest: str) -> None:
@@ -59,7 +59,7 @@ class FleetStore:
         return self._state.read(sweeps=self._is_first)
 
     def read_base(self) -> Base:
-        """The base as it was saved; one that cannot be read is reported, and is the model's own."""
+        """The saved base; an unreadable one is reported and replaced by the model's own."""
         if not self._merge.exists():
             return Base()
         try:
@@ -69,7 +69,7 @@ class FleetStore:
             return Base()
 
     def save_base(self, base: Base) -> None:
-        """Makes this the base after a restart.
+        """Saves the base for the next start.
 
         Raises:
             StorageFullError, StorageFailedError: What was saved before still holds.

@@ -1,4 +1,4 @@
-"""The verb ``turret cluster``: its flags, and what is missing for it. Ray is loaded last."""
+"""The verb ``turret cluster``: its flags, and checks before Ray is loaded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
-    """Adds the verb and its two verbs; ``text`` is its line in the help."""
+    """Adds the verb and its actions; ``text`` is its line in the help."""
     parser = subparsers.add_parser(
         "cluster",
         help=text,

@@ -1,4 +1,4 @@
-"""The status of a server that ends an asyncio call before it has all that is sent to it."""
+"""The status of a server that ends an asyncio call before it has received all messages."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _is_own(error: grpc.aio.AioRpcError) -> bool:
 
 
 def _error_of(ended: grpc.aio.Call) -> grpc.aio.AioRpcError:
-    """What a call ended with, now: a moment later it may be told something else."""
+    """The error of a call as it is now; gRPC may replace it a moment later."""
     return grpc.aio.AioRpcError(
         _now(ended.code()),
         _now(ended.initial_metadata()),
@@ -59,7 +59,7 @@ def _error_of(ended: grpc.aio.Call) -> grpc.aio.AioRpcError:
 
 
 def _now(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine that has nothing to wait for."""
+    """The result of a coroutine that never waits."""
     try:
         coroutine.send(None)
     except StopIteration as end:

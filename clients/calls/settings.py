@@ -1,4 +1,4 @@
-"""What every call of a client carries, and how long it may take."""
+"""Settings that every call of a client uses: metadata, TLS and deadlines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MOST_SECONDS = 1e9
 
 @dataclass(frozen=True, slots=True)
 class CallSettings:
-    """What every call of a client carries.
+    """Settings that every call of a client uses.
 
     Attributes:
         metadata: Sent with each call; holds the token.
@@ -57,7 +57,7 @@ class CallSettings:
         return cls(metadata, stream_timeout(timeout), policy, tls)
 
     def routed(self, mix: Iterable[adapters_pb2.AdapterWeight]) -> CallSettings:
-        """Those of a call that runs on a mix."""
+        """The settings of a call that runs on a mix."""
         key = routing_key(mix)
         # Metadata cannot carry other keys. They name no adapter, which the server reports.
         if not (key and key.isascii() and key.isprintable()):
@@ -69,7 +69,7 @@ class CallSettings:
         return stream_timeout(self.timeout if timeout is None else timeout)
 
     def failure(self, error: grpc.RpcError, seconds: float | None) -> TurretRpcError:
-        """The error for a call that failed, with what the client knows of it.
+        """The error for a failed call, with details that only the client knows.
 
         Args:
             error: Of a synchronous or an asyncio call.
@@ -87,13 +87,13 @@ class CallSettings:
 
 
 def closed_under_a_call() -> CallCancelledError:
-    """What a call ends with whose client is closed while it runs."""
+    """The error of a call whose client is closed while it runs."""
     said = "the client was closed while the call ran; close it after its calls, or make another"
     return CallCancelledError(grpc.StatusCode.CANCELLED, said)
 
 
 def stream_timeout(timeout: float | None) -> float | None:
-    """The deadline of a stream: None, infinity and what no clock can hold mean none.
+    """The deadline of a stream; None, infinity and values too large for a clock mean none.
 
     Raises:
         TypeError: It is no number of seconds.

@@ -146,7 +146,7 @@ class LabelFigures:
 
 
 def label_figures(pairs: Sequence[LabelPair]) -> dict[str, LabelFigures]:
-    """Each label that is found or right anywhere, by its name."""
+    """Figures for each label that was found or is right for some text, by the label's name."""
     both, found, right = _counts(pairs)
     return {
         label: LabelFigures(

@@ -214,7 +214,7 @@ def _encode(
     examples: Sequence[EvalExample],
     options: EvalOptions,
 ) -> list[_Encoded | None]:
-    """The tokens of all examples; None each where no perplexity is asked for."""
+    """The tokens of all examples; None for each if perplexity is not measured."""
     if "perplexity" not in options.metrics:
         return [None] * len(examples)
     before, after = _special_tokens(client, options.timeout)
@@ -223,7 +223,7 @@ def _encode(
 
 
 def _special_tokens(client: TurretClient, timeout: float | None) -> tuple[int, int]:
-    """How many tokens the tokenizer puts before and after a text: what two texts share there."""
+    """How many tokens the tokenizer adds before and after a text: those that two texts share."""
     first, second = (client.tokenize(text, timeout=timeout).token_ids for text in ("a", "b"))
     before = next((i for i, (x, y) in enumerate(zip(first, second, strict=False)) if x != y), 0)
     reversed_pairs = zip(reversed(first), reversed(second), strict=False)
@@ -304,7 +304,7 @@ def _compare(answer: str, reference: str, options: EvalOptions) -> dict[str, flo
 
 
 def _called(place: str, call: Callable[[], _T]) -> _T:
-    """The call's result; waits and asks again while the server's queue is full."""
+    """The call's result; waits and retries while the server's queue is full."""
     for attempt in range(_MOST_RETRIES + 1):
         try:
             return call()

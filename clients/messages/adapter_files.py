@@ -94,7 +94,7 @@ def _path(directory: object) -> Path:
 
 
 def _has_vocabulary(path: Path) -> bool:
-    """Whether a file of tensors has some of embedding or head: then it may have added tokens."""
+    """Whether tensors of the embedding or the head are present, so that tokens may be added."""
     with path.open("rb") as file:
         size = min(int.from_bytes(file.read(8), "little"), _HEADER_BYTES)
         names = file.read(size)
@@ -102,7 +102,7 @@ def _has_vocabulary(path: Path) -> bool:
 
 
 def _lacking(directory: Path) -> str:
-    """Why a directory is no adapter, and what to do."""
+    """Why a directory is not an adapter, and what to do."""
     what = "adapter_config.json and a .safetensors file"
     if str(directory).startswith(_HUB) and not directory.exists():
         return "is on a hub, from which a server fetches what it loads: `turret adapters load`"
@@ -131,7 +131,7 @@ def _lacking(directory: Path) -> str:
 
 
 def _adapters_below(directory: Path) -> list[str]:
-    """The adapters in a directory, the least far below it, by their paths from it."""
+    """The adapters below a directory, the nearest first, by their relative paths."""
     level = [directory]
     for _ in range(_MOST_LEVELS):
         level = list(itertools.islice(itertools.chain.from_iterable(map(_folders, level)), _MOST))
@@ -142,14 +142,14 @@ def _adapters_below(directory: Path) -> list[str]:
 
 
 def _folders(directory: Path) -> list[Path]:
-    """Those directly in it; none where it may not be read."""
+    """The subdirectories; none if the directory is unreadable."""
     with contextlib.suppress(OSError):
         return [p for p in directory.iterdir() if not p.name.startswith(".") and p.is_dir()]
     return []
 
 
 def _numbered(name: str) -> tuple[str | int, ...]:
-    """A key by which ``checkpoint-1000`` comes after ``checkpoint-500``."""
+    """A sort key that puts ``checkpoint-1000`` after ``checkpoint-500``."""
     return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
 
 

@@ -1,4 +1,4 @@
-"""Plain values into the fields of messages; complaints name the argument."""
+"""Plain values to fields of messages; errors name the argument."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def fill(
 
 
 def _fitting(name: str, value: Any, kind: int) -> Any:
-    """The value as a field of this type takes it."""
+    """The value in the form that a field of this type takes."""
     # Reject bool where int is expected and vice versa: Python and protobuf would accept either.
     is_bool = kind == FieldDescriptor.CPPTYPE_BOOL
     if isinstance(value, bool) and not is_bool:
@@ -106,7 +106,7 @@ def as_real(name: str, value: Any) -> float:
 
 
 def check_text(name: str, value: object) -> None:
-    """Refuse what is no text; bytes are none here, though protobuf takes them for it.
+    """Reject anything but text. Protobuf would accept bytes.
 
     Raises:
         TypeError: It is none; names the argument.
@@ -121,14 +121,14 @@ def check_text(name: str, value: object) -> None:
 
 
 def extend_texts(name: str, field: Any, items: Iterable[Any]) -> None:
-    """Add all of them to a repeated field; of one that does not fit, it alone is told."""
+    """Add all texts to a repeated field; an error concerns only the one that does not fit."""
     for item in items:
         check_text(name, item)
         field.append(item)
 
 
 def extend_ids(name: str, field: Any, items: Iterable[Any]) -> None:
-    """Add token ids to a repeated field, those of numpy and torch too."""
+    """Add token ids, also those of numpy and torch, to a repeated field."""
     ids = [as_whole(name, item) for item in items]
     try:
         field.extend(ids)

@@ -70,7 +70,7 @@ class AdapterWeight:
 
 
 def _here(text: str) -> str:
-    """How a mix that is written as HTTP has it is written here; empty of any other text."""
+    """A mix in HTTP's notation, converted to this one; empty for any other text."""
     if _OF_HTTP.isdisjoint(text):
         return ""
     members = [member.strip().replace("*", "=") for member in text.split("+")]
@@ -139,7 +139,7 @@ def _to_proto(adapter: object) -> adapters_pb2.AdapterWeight:
 
 
 def _plain_name(name: str) -> str:
-    """The name; raises ``ValueError`` if it holds what divides names and weights elsewhere."""
+    """The name; raises ``ValueError`` if it contains a separator of names and weights."""
     check_text("adapters", name)
     if (_OF_HTTP | {"=", "@"}).isdisjoint(name):
         return name

@@ -94,7 +94,7 @@ def _ask(args: argparse.Namespace) -> str:
         except TurretRpcError as error:
             failure = error
         if args.wait and failure is not None and failure.reason in ANSWERED and not said:
-            # What answered may not go away by itself, unlike a server that is not up yet.
+            # Something answered, and may not go away by itself. A server that is not up yet may.
             said = _described(failure, args)
             print(f"{said}; still asking", file=sys.stderr)
         code = answer if failure is None else failure.code.name

@@ -33,7 +33,7 @@ _RANDOM_CHARS = 8  # of mkdtemp
 
 @dataclass(frozen=True, slots=True)
 class FleetFolder:
-    """That of a fleet which this process starts. Nobody else can enter it.
+    """The folder of a fleet that this process starts. Other users cannot enter it.
 
     Attributes:
         path: Absolute.
@@ -45,7 +45,7 @@ class FleetFolder:
 
     @classmethod
     def make(cls, state_dir: Path) -> Self:
-        """Makes one.
+        """Makes a folder.
 
         Args:
             state_dir: The fleet's, absolute; ``state_dirs`` tells it.
@@ -67,13 +67,13 @@ class FleetFolder:
         return cls(path, lock)
 
     def remove(self) -> None:
-        """Removes it, and ends the ingress if that is still there."""
+        """Removes the folder, and ends the ingress if it still runs."""
         _remove(self.path)
         os.close(self.lock)
 
 
 def state_dirs() -> list[Path]:
-    """The state directories of the fleets that this user has started here, and that live."""
+    """The state directories of this user's fleets that were started here and still run."""
     found = []
     for _, lock in _owned():
         try:
@@ -101,7 +101,7 @@ def remove_dead() -> list[Path]:
 
 
 def _owned() -> Iterator[tuple[Path, int]]:
-    """Folders of this user's fleets, each with a descriptor of what is to be locked."""
+    """Folders of this user's fleets, each with a descriptor of the file that its command locks."""
     places = {Path(tempfile.gettempdir()), _SHORT}
     for path in sorted(path for place in places for path in place.glob(f"{_PREFIX}*")):
         try:
@@ -130,7 +130,7 @@ def _remove(path: Path) -> None:
 
 
 def _ingresses(folder: Path) -> Iterator[int]:
-    """Each HAProxy of this user whose configuration lies there; none where there is no /proc."""
+    """Every HAProxy of this user whose configuration is in the folder; none without /proc."""
     below = os.fsencode(folder) + b"/"
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,4 +1,4 @@
-"""What Ray's processes print, without what looks like a failure and is none."""
+"""Filters the output of Ray's processes: it drops lines that only look like failures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ALERT = re.compile(r"^\[ALERT\][^:]*: (.*)$", re.MULTILINE)
 
 
 def cause(text: str) -> str:
-    """What is said at the end of a traceback that Ray has of another process; of others, all."""
+    """The last message of a traceback from another process, as Ray reports it; otherwise all."""
     text = _COLOUR.sub("", text)
     if '  File "' not in text:
         return text
@@ -39,7 +39,7 @@ def cause(text: str) -> str:
 
 
 class LineFilter:
-    """Looks through the lines of all processes, as they come.
+    """Filters the lines of all processes as they arrive.
 
     Args:
         is_stopping: Whether the fleet is being stopped. The ingress then fails at whatever it was
@@ -55,7 +55,7 @@ class LineFilter:
         self._inside: set[object] = set()
 
     def kept(self, source: object, actor: str | None, lines: Sequence[str]) -> list[str]:
-        """What is to be shown of lines.
+        """The lines to show.
 
         Args:
             source: Stands for the stream that the lines come from.

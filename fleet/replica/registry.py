@@ -84,7 +84,7 @@ class ReplicaRegistry(AdapterRegistry):
         self._pinner = ThreadPoolExecutor(1, thread_name_prefix="adapter-pins")
 
     def restore(self) -> int:
-        """What there is comes from the registry; see ``follow``."""
+        """Restores nothing: the registry sends what is registered; see ``follow``."""
         return 0
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ class ReplicaRegistry(AdapterRegistry):
     def load(
         self, name: str, path: str, pinned: bool = False, task: int | None = None
     ) -> AdapterInfo:
-        """Reads an adapter and has it registered everywhere; errors as there.
+        """Reads an adapter and registers it on every replica; errors as in ``AdapterRegistry``.
 
         Raises:
             UnavailableError: The registry cannot be reached.
@@ -166,7 +166,7 @@ class ReplicaRegistry(AdapterRegistry):
                 time.sleep(0.05 * attempt)
 
     def _own_record(self, saved: SavedRegistration) -> AdapterInfo:
-        """What there is now, or, if the name has gone on, what was made."""
+        """The current record, or the record of what was made if the name has changed since."""
         registration = self._table.get(saved.name)
         if registration is not None:
             record = self._record(registration)
@@ -208,7 +208,7 @@ class ReplicaRegistry(AdapterRegistry):
     # State, summed over replicas
 
     def get(self, name: str) -> AdapterInfo:
-        """As there, with what every living replica does with it.
+        """As in ``AdapterRegistry``, with the usage of every living replica.
 
         Raises:
             UnavailableError: The registry cannot be reached.
@@ -216,7 +216,7 @@ class ReplicaRegistry(AdapterRegistry):
         return _with_usage(super().get(name), self._elsewhere(name))
 
     def list(self) -> list[AdapterInfo]:
-        """As there, with what every living replica does with them; errors as ``get``."""
+        """As in ``AdapterRegistry``, with the usage of every living replica; errors as ``get``."""
         elsewhere = self._elsewhere()
         return [_with_usage(record, elsewhere) for record in super().list()]
 
@@ -227,7 +227,7 @@ class ReplicaRegistry(AdapterRegistry):
     # Instructions of the registry
 
     def follow(self, saved: SavedRegistration) -> None:
-        """Makes a name stand for this, and serve."""
+        """Makes a name refer to this registration, and serves it."""
         adapter = Adapter(saved.name, saved.uuid, saved.generation, saved.source, saved.facts)
         with self._lock:
             registration = self._table.get(saved.name)
@@ -261,7 +261,7 @@ class ReplicaRegistry(AdapterRegistry):
             _log.error("cannot pin", extra=log.fields(adapter=saved.name, reason=error))
 
     def shut(self, name: str, uuid: str, is_forced: bool) -> None:
-        """Refuses new requests for a name, and has running ones ended if they must."""
+        """Rejects new requests for a name, and ends running ones if forced."""
         with self._lock:
             registration = self._table.get(name)
             if registration is None or registration.uuid != uuid:
@@ -281,7 +281,7 @@ class ReplicaRegistry(AdapterRegistry):
             self._table.wait_until_unheld(registration, _FORCE_AGAIN_SECONDS)
 
     def forget(self, name: str, uuid: str) -> None:
-        """Makes a name stand for nothing."""
+        """Removes a name."""
         with self._lock:
             registration = self._table.get(name)
             if registration is not None and registration.uuid == uuid:
@@ -296,7 +296,7 @@ class ReplicaRegistry(AdapterRegistry):
         return {record.name: record.uuid for record in super().list()}
 
     def holding(self) -> dict[str, int]:
-        """By key, how many requests hold generations that are replaced or being unloaded."""
+        """By key, the number of requests that hold replaced or closing generations."""
         with self._lock:
             departing = {r: found for r in self._leaving if (found := _departing(r))}
             self._leaving = set(departing)
@@ -304,7 +304,7 @@ class ReplicaRegistry(AdapterRegistry):
             return {adapter.key: adapter.in_flight for adapter in found if adapter.in_flight}
 
     def usage(self) -> Mapping[str, m.Usage]:
-        """What is in memory or in flight, by name; up to a second old."""
+        """Adapters in memory or in use, by name; up to a second old."""
         now = time.monotonic()
         if now - self._usage_time >= _USAGE_SECONDS:
             self._usage_time = now
@@ -329,7 +329,7 @@ class ReplicaRegistry(AdapterRegistry):
 
 
 def _departing(registration: Registration) -> list[Adapter]:
-    """The generations that no new request gets."""
+    """Generations that get no new requests."""
     if registration.state == "ACTIVE" or registration.current.is_retired:
         return list(registration.retired)
     return [registration.current, *registration.retired]

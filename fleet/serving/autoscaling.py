@@ -1,4 +1,4 @@
-"""How many replicas there should be: as many as keep the waiting lines short."""
+"""The number of replicas, chosen to keep the queues short."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FEW = 4
 
 
 def wanted(num_replicas: int, waiting: float, running: float) -> int:
-    """The number of replicas for a load; one more or one fewer at a time.
+    """The number of replicas for a load; it changes by at most one at a time.
 
     Never by the processor's use: a replica that computes one sequence uses all of it. Some
     sequence waits in many a moment, for the step that is computed when it comes: that no line is

@@ -1,4 +1,4 @@
-"""The deployment: what Ray Serve starts, routes to, watches and stops."""
+"""The deployment that Ray Serve starts, routes to, watches and stops."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from turret.v1 import adapters_pb2, inference_pb2
 
 
 def _call(service: str, method: str, *, is_stream: bool) -> Any:
-    """A method of the deployment: Serve looks for one by the name of each of gRPC's."""
+    """A method of the deployment. Serve calls the one with the name of the gRPC method."""
 
     async def answer(self: Any, request: Any, grpc_context: Any) -> Any:
         return await self._server.answer(service, method, request, grpc_context)

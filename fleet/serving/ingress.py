@@ -68,7 +68,7 @@ exec BINARY "$@"
 
 
 def ingress_environment(folder: Path) -> dict[str, str]:
-    """What Ray Serve reads about its ingress.
+    """The environment variables with which Ray Serve configures its ingress.
 
     Args:
         folder: For the files of HAProxy, where ``write_haproxy`` has been.
@@ -100,7 +100,7 @@ def ingress_environment(folder: Path) -> dict[str, str]:
 
 
 def joined_folder() -> Path:
-    """For HAProxy's files where Ray was started before; made, if it is not there.
+    """The folder for HAProxy's files if Ray was started before; created if missing.
 
     It lies where everybody may write, and whoever can write into it commands the ingress: it has to
     be this user's alone.
@@ -121,12 +121,12 @@ def joined_folder() -> Path:
 
 
 def haproxy_path(folder: Path) -> Path:
-    """Where ``write_haproxy`` puts it."""
+    """The path of the program that ``write_haproxy`` writes."""
     return folder / "haproxy"
 
 
 def write_haproxy(folder: Path, host: str | None = None) -> None:
-    """Writes what Serve is to start in HAProxy's place.
+    """Writes the program that Serve starts in place of HAProxy.
 
     Args:
         folder: Of this user alone; what lies there is run.

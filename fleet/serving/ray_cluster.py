@@ -96,7 +96,7 @@ class RayCluster:
     def _open(
         plan: ClusterPlan, host: str, folder: FleetFolder | None, is_stopping: Callable[[], bool]
     ) -> Any:
-        """What Ray says of itself."""
+        """Ray's context, after starting or joining it."""
         path = joined_folder() if folder is None else folder.path
         write_haproxy(path, None if folder is None else host)
         environment = ingress_environment(path)
@@ -125,7 +125,7 @@ class RayCluster:
             )
 
     def dead_process(self) -> str:
-        """Which of Ray's two central processes has died, of those that were started here, or ""."""
+        """The name of a central Ray process, started here, that has died, or ""."""
         from ray._private import worker
 
         node: Any = worker._global_node
@@ -134,7 +134,7 @@ class RayCluster:
         return next((kind for kind, _ in node.dead_processes() if kind in _CENTRAL), "")
 
     def kill(self, state_dir: Path) -> None:
-        """Ends a cluster that was started here and that Ray can no longer end in order."""
+        """Ends a cluster that was started here, if Ray can no longer end it in order."""
         # psutil is a dependency of Ray.
         import psutil
 
@@ -144,7 +144,7 @@ class RayCluster:
         self._remove(state_dir)
 
     def close(self, state_dir: Path) -> None:
-        """Leaves the cluster; ends it if it was started here."""
+        """Leaves the cluster, and ends it if it was started here."""
         import ray
 
         ray.shutdown()
@@ -157,7 +157,7 @@ class RayCluster:
 
 
 def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
-    """Connects to a cluster that runs: by its address, or by what it left in a state directory.
+    """Connects to a running cluster, by its address or by the file in a state directory.
 
     Where neither is said, and no variable of Ray's, it is that of the one fleet which this user has
     started here, or whatever Ray finds.
@@ -209,7 +209,7 @@ def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
 
 
 def _why_deaf(address: str) -> str:
-    """What to say if nobody listens at ``HOST:PORT``, where Ray asks on for minutes; else ""."""
+    """The error if nobody listens at ``HOST:PORT``, where Ray would retry for minutes; else ""."""
     host, _, port = address.rpartition(":")
     if not host:
         return ""

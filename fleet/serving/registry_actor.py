@@ -1,4 +1,4 @@
-"""The fleet's registry as an actor, and the way to it from a replica."""
+"""The fleet's registry as an actor, and a replica's channel to it."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ class RegistryActor:
         self._mark()
 
     def state_dir(self) -> str:
-        """The fleet's."""
+        """The fleet's state directory."""
         return self._state_dir
 
     def owner(self, command: str, takes_over: bool = False) -> str:
-        """Which command ends the fleet when it ends: the one that says so last, or the only one."""
+        """The command whose end ends the fleet: the latest to take over, or the only one."""
         if takes_over or self._owner is None:
             self._owner = command
             self._mark()
         return self._owner
 
     def _mark(self) -> None:
-        """What Ray's next start of this registry is to know: it has no memory but the disk."""
+        """Saves what Ray's next start of this registry must know."""
         replace_file(self._marker, f"{self._run} {self._owner or ''}".encode())
 
     def call(self, method: str, *arguments: Any) -> tuple[Any, Exception | None]:
@@ -109,7 +109,7 @@ def start_registry(state_dir: Path, lease_seconds: float) -> None:
 
 
 def _find_or_make(state_dir: Path, lease_seconds: float) -> tuple[Any, bool]:
-    """The registry's actor, and whether it was made here."""
+    """The registry's actor, and whether this call made it."""
     options: dict[str, Any] = {
         "name": NAME,
         "namespace": NAMESPACE,
@@ -150,7 +150,7 @@ class Ownership:
         self._ask()
 
     def take(self) -> None:
-        """From now on it is this command's; if the registry is away, as soon as that is back."""
+        """Takes ownership; if the registry is away, as soon as it is back."""
         self._is_taking = True
         self._ask()
         if self._is_taking:
@@ -181,7 +181,7 @@ def stop_registry() -> None:
 
 
 class RayChannel:
-    """See ``Channel``; finds the registry by its name whenever it was lost."""
+    """See ``Channel``. It finds the registry by name whenever the connection is lost."""
 
     def __init__(self) -> None:
         self._actor: Any = None

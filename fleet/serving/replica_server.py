@@ -1,4 +1,4 @@
-"""What answers calls in a replica: the composition root of ``server/app.py``, without listeners."""
+"""Answers calls in a replica: the composition root like ``server/app.py``, without listeners."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _MESSAGES = {**vars(inference_pb2), **vars(adapters_pb2)}
 
 
 class ReplicaServer:
-    """Made stopped, inside the running event loop.
+    """Created stopped, inside the running event loop.
 
     Args:
         config: The resolved configuration; its addresses are the fleet's.
@@ -87,7 +87,7 @@ class ReplicaServer:
         self._link: ReplicaLink | None = None
 
     async def start(self) -> None:
-        """Loads the model, joins the fleet and serves what is true there.
+        """Loads the model, joins the fleet, and serves its state.
 
         Raises:
             OSError, ValueError, TurretError: The model or the fleet's state cannot be served.
@@ -114,16 +114,16 @@ class ReplicaServer:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait to be computed."""
+        """The number of sequences that wait."""
         return 0 if self._backend is None else self._backend.engine.num_waiting
 
     @property
     def num_running(self) -> int:
-        """Sequences that are computed."""
+        """The number of sequences that run."""
         return 0 if self._backend is None else self._backend.engine.num_open - self.num_waiting
 
     def check(self) -> None:
-        """Raises UnavailableError if the replica can serve no more, and has to be replaced."""
+        """Raises UnavailableError if the replica can no longer serve and must be replaced."""
         if self._backend is None or self._backend.engine.is_dead:
             raise UnavailableError("the engine is dead")
         if self._link is None or self._link.has_failed:
@@ -137,7 +137,7 @@ class ReplicaServer:
             raise UnavailableError("the replica has lost the fleet's registry")
 
     async def stop(self) -> None:
-        """Takes no further call, lets running ones finish, leaves the fleet."""
+        """Takes no further calls, lets running ones finish, and leaves the fleet."""
         self._gate.close("the replica is shutting down")
         if self._watching is not None:
             self._watching.cancel()
@@ -152,7 +152,7 @@ class ReplicaServer:
             await asyncio.to_thread(self._metrics_server.close)
 
     def _serve_metrics(self) -> MetricsServer | None:
-        """On the first port that no other replica of this machine has."""
+        """Serves metrics on the first port that no other replica of this machine uses."""
         address = self._config.listen.metrics_address
         if address is None:
             return None
@@ -180,7 +180,7 @@ class ReplicaServer:
         return await self._health.Check(request, context)
 
     async def answer(self, service: str, method: str, request: Any, inner: ServeContext) -> Any:
-        """One message for one message, or for a stream of them. An error's answer is empty."""
+        """One message for one message or a stream. The answer of a failed call is empty."""
         context = CallContext(inner)
         call = getattr(self._servicers[service], method)
         answer = await self._run(service, method, context, request, lambda: call(request, context))

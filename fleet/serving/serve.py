@@ -83,7 +83,7 @@ def _end_with_ray(cluster: RayCluster, state_dir: Path, is_over: threading.Event
 
 
 def _refuse(config: Config, error: Exception) -> int:
-    """Say why there is no fleet, in a sentence; returns the exit code."""
+    """Report in a sentence why there is no fleet; returns the exit code."""
     text = str(error)
     why = ray_lines.cause(text)
     if why != text:
@@ -95,7 +95,7 @@ def _refuse(config: Config, error: Exception) -> int:
 
 @contextlib.contextmanager
 def _deferring(listen: Callable[[], None]) -> Iterator[None]:
-    """Has signals wait until the end, where they are listened to again.
+    """Defers signals to the end of the block, when handlers are installed again.
 
     Ray's core takes them over as it connects: one that came then would print its stack, and end
     this process in the middle of its start. The threads that are made inside never get any.
@@ -124,7 +124,7 @@ def _listen(config: Config, stop: threading.Event, hangup: Hangup) -> None:
 
 
 def warn_if_crowded(replicas: int, devices: int) -> None:
-    """Says that there are more replicas than this machine has for them.
+    """Warns if there are more replicas than this machine can run well.
 
     Args:
         replicas: The most that there will be.
@@ -207,7 +207,7 @@ def _end() -> None:
 
 
 def _wait_until_up(stop: threading.Event) -> bool:
-    """Whether the application runs; False if it is to stop before.
+    """Whether the application runs; False if it should stop first.
 
     Raises:
         UnavailableError: It does not start; says why.
@@ -229,7 +229,7 @@ def _wait_until_up(stop: threading.Event) -> bool:
 
 
 def deployment(config: Config, plan: ClusterPlan) -> Application:
-    """What Serve is asked to keep running."""
+    """The deployment for Serve to keep running."""
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
@@ -270,7 +270,7 @@ def deployment(config: Config, plan: ClusterPlan) -> Application:
 
 
 def _num_devices(config: Config) -> int:
-    """GPUs of the cluster; 0 if none is to be used."""
+    """The number of GPUs in the cluster; 0 if none should be used."""
     import ray
 
     return 0 if config.model.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))

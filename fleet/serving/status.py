@@ -11,7 +11,7 @@ from turret.server.basics.counted import counted
 
 
 def print_status(status: FleetStatus) -> None:
-    """What is true everywhere, and one row per replica."""
+    """Print the fleet's state, and one row per replica."""
     base = status.base
     print(f"registry: revision {status.revision}, {counted(status.num_adapters, 'adapter')}")
     members = () if base.merge is None else base.merge.members

@@ -1,4 +1,4 @@
-"""One call, through whichever door it came: its id, what it used, and how it ended."""
+"""One call over any protocol: its id, what it used, and how it ended."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def is_request_id(text: str) -> bool:
 
 
 def request_id_of(sent_ids: Iterable[str | bytes]) -> str:
-    """The first usable one of the ids that a client sent, else one that is made up."""
+    """The first usable id that the client sent, otherwise a new one."""
     usable = (sent for sent in sent_ids if isinstance(sent, str) and is_request_id(sent))
     return next(usable, None) or uuid.uuid4().hex
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Call:
-    """A door begins it and finishes it; what answers it notes what is counted in the end.
+    """A protocol begins and finishes a call; its handler records what is counted at the end.
 
     Attributes:
         method: What was called, as the log shows it.
@@ -116,7 +116,7 @@ class Call:
         log.request_id.set(request_id)
 
     def about(self, mix: Sequence[adapters_pb2.AdapterWeight]) -> None:
-        """Note the adapters that are asked for, before anything is known to be right with them."""
+        """Record the adapters of the request, before it is validated."""
         named = mix[:MAX_MIX_MEMBERS]
         self.adapters = tuple(member.name[:MAX_NAME_CHARS] for member in named)
 
@@ -128,7 +128,7 @@ class Call:
         violations: Iterable[tuple[str, str]] = (),
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Note what the client is told of an error, before ``finish``; the log has no messages."""
+        """Record the error that the client gets, before ``finish``; the log has no messages."""
         self._told = (reason, message)
         self._logged = {"reason": reason}
         fields = dict.fromkeys(filter(None, (_known(path) for path, _ in violations)))
@@ -185,6 +185,6 @@ class Call:
 
 
 def _known(path: str) -> str:
-    """The beginning of a field's path that is made of turret.v1's own names, without indices."""
+    """The start of a field's path, without indices, as far as it has names of turret.v1."""
     names = [part.partition("[")[0] for part in path.split(".")]
     return ".".join(itertools.takewhile(_FIELDS.__contains__, names))

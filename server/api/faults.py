@@ -24,7 +24,7 @@ MAX_MESSAGE_CHARS = 500
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """One of them.
+    """One failed call.
 
     Attributes:
         method: What was called, as the log shows it.
@@ -54,11 +54,11 @@ class Failures:
         self._kept: deque[Failure] = deque(maxlen=MAX_FAILURES)
 
     def add(self, failure: Failure) -> None:
-        """Take one in; the oldest goes when there are too many."""
+        """Add a failure; the oldest is dropped when there are too many."""
         self._kept.append(failure)
 
     def newest(self) -> list[Failure]:
-        """Those that are kept, the newest first."""
+        """The failures that are kept, the newest first."""
         return list(reversed(self._kept))
 
 
@@ -114,7 +114,7 @@ TABLE: dict[type[errors.TurretError], Row] = {
 
 
 def row_of(error: BaseException) -> Row:
-    """The row of the nearest class in the table; INTERNAL for what turret did not raise."""
+    """The row of the nearest class in the table; INTERNAL for errors that are not turret's own."""
     for kind in type(error).__mro__:
         if kind in TABLE:
             return TABLE[kind]
@@ -143,7 +143,7 @@ class Fault:
 
 
 def fault_of(error: BaseException) -> Fault:
-    """What may be told of an error.
+    """The part of an error that clients may know.
 
     What turret did not raise on purpose becomes INTERNAL "internal error", unless it says that
     there was no memory: its text may hold anything, so it stays in the log, and the door has to

@@ -175,12 +175,12 @@ class InputLimits:
 
     @classmethod
     def of(cls, backend: Backend, vocabulary: Vocabulary) -> InputLimits:
-        """Those of the served model, for a request that speaks a vocabulary."""
+        """The limits of the served model, for a request that uses a vocabulary."""
         info, tokenizer = backend.model_info, vocabulary.tokenizer
         most = info.max_model_len
         size = info.vocab_size if vocabulary.own is None else tokenizer.vocab_size
         return cls(size, most, most * tokenizer.longest_token)
 
     def for_tokenize(self) -> InputLimits:
-        """Those of ``Tokenize``: the same texts, but more tokens may come of them."""
+        """The limits of ``Tokenize``: the same on text, but higher on tokens."""
         return InputLimits(self.vocab_size, max(self.max_tokens, MAX_TOKENIZED), self.max_chars)

@@ -1,4 +1,4 @@
-"""Collects everything wrong with a message, so that one answer names it all."""
+"""Collects all errors in a message, so that one answer reports them together."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Violations:
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing more is taken in."""
+        """Whether the limit is reached, so that further violations are dropped."""
         return len(self.found) >= MAX_VIOLATIONS
 
     def check_count(self, count: int, limit: int, path: str) -> bool:
@@ -47,7 +47,7 @@ class Violations:
             self.add(path, description)
 
     def build(self, kind: Callable[..., _T], values: Mapping[str, Any], path: str) -> _T:
-        """A domain object; each value that it refuses is noted and left at its default.
+        """A domain object; every value that it rejects is noted and left at its default.
 
         The domain objects own the ranges and stop at their first complaint, hence the loop.
 

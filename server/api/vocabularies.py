@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Vocabulary:
-    """A tokenizer, and what compiles constraints for it.
+    """A tokenizer, and the compiler of constraints for it.
 
     Args:
         tokenizer: Turns text into tokens and back.
@@ -62,7 +62,7 @@ class Vocabulary:
             self._constraints.close()
 
     def forget(self) -> None:
-        """Keep nothing that was compiled: no request will come for it."""
+        """Drop everything compiled, because no further request will use it."""
         if self._constraints is not None:
             self._constraints.forget()
 
@@ -93,7 +93,7 @@ class Vocabularies:
             vocabulary.close()
 
     async def of(self, weights: Sequence[adapters_pb2.AdapterWeight]) -> Vocabulary:
-        """The vocabulary that a request with these adapters speaks.
+        """The vocabulary for a request with these adapters.
 
         Whether they may stand together is not looked at; names that are not there are passed over.
 

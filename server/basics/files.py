@@ -74,7 +74,7 @@ def remove_directory(path: Path) -> None:
 
 @contextmanager
 def reporting_disk_faults() -> Iterator[None]:
-    """Tells clients what the disk told the server, without its paths.
+    """Reports disk errors to clients without the server's paths.
 
     Raises:
         StorageFullError: A call in the block found no room.
@@ -97,7 +97,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def unwritable(path: Path) -> str:
-    """What keeps a directory from being written, or made, by this user; empty if nothing does."""
+    """Why this user cannot write or make a directory; empty if it is possible."""
     if path.exists():
         if not path.is_dir():
             return "is a file"
@@ -115,7 +115,7 @@ def unwritable(path: Path) -> str:
 
 
 def _refused(folder: Path) -> str:
-    """What a file system that has no permissions to ask about, such as /proc, says when tried."""
+    """The error of an attempt to write, for file systems without permissions, such as /proc."""
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".turret-", dir=folder))
     except OSError as error:
@@ -144,7 +144,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def why_lfs_pointer(begin: bytes) -> str:
-    """Why a file with this beginning is not what its name says; "" where it may be.
+    """Why a file that begins like this is not what its name says; "" if it may be.
 
     Args:
         begin: As many of its first bytes as there are of a pointer's, or all.

@@ -21,7 +21,7 @@ _SHOWN_CHARS = 40
 
 
 def no_adapter_name(name: str) -> str:
-    """What is wrong with what was given as an adapter's name; empty if nothing is."""
+    """What is wrong with an adapter's name; empty if nothing is."""
     if ADAPTER_NAME.fullmatch(name):
         return ""
     if not name:
@@ -102,7 +102,7 @@ class HubId:
 
 
 def model_place(written: str, folder: Path = Path()) -> Path:
-    """Where the model is that somebody wrote down; one of the hub is a path that is its id.
+    """The path of a model given by a user; a model on the hub is a path that equals its id.
 
     Only what is written as an id is one. A path to nothing that reads like an id, once it is
     joined with a folder or rid of its ``./``, becomes absolute: it must not name a stranger's

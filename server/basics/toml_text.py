@@ -1,4 +1,4 @@
-"""TOML as people's editors write it, and what is wrong with it in their words."""
+"""TOML as people write it, with errors in their terms."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def parse_toml(data: bytes) -> dict[str, Any]:
 
 
 def _step(text: str, said: str) -> str:
-    """The line that is meant, and what is often forgotten in one of its kind."""
+    """The line that the error concerns, and a hint about a frequent mistake in such lines."""
     place = _PLACE.search(said)
     line = text.split("\n")[int(place[1]) - 1].strip() if place else ""
     if found := _BARE.fullmatch(line):

@@ -53,7 +53,7 @@ def compute_on_this_thread() -> None:
 
 
 def work_in_background() -> None:
-    """As above, and leave the processor to other threads first, for as long as this one lives.
+    """As above, and also yield the processor to other threads, for as long as this thread lives.
 
     Linux alone has a priority for each thread; elsewhere the work competes like any other.
     """
@@ -85,7 +85,7 @@ def started_pool() -> ThreadPoolExecutor:
 
 
 class Cancellation:
-    """Set from any thread by whoever no longer wants the work; looked at by the one that works."""
+    """Set from any thread that no longer wants the work; checked by the thread that does it."""
 
     def __init__(self) -> None:
         self._cause: Future[TurretError] = Future()
@@ -133,7 +133,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def told_of(error: BaseException, otherwise: str) -> TurretError:
-    """What a caller is told of an error: that there was no memory, or ``otherwise``."""
+    """The error that a caller gets: lack of memory, or ``otherwise``."""
     if isinstance(error, TurretError):
         return error
     if is_out_of_memory(error):

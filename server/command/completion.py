@@ -1,4 +1,4 @@
-"""Scripts with which a shell completes the ``turret`` command, made from its parser."""
+"""Scripts that let a shell complete the ``turret`` command, generated from its parser."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _walk(parser: argparse.ArgumentParser, path: str) -> Iterator[_Verb]:
 
 
 def _kind(action: argparse.Action) -> str:
-    """Whether a flag's value is a path or an adapter, as its name in the help says."""
+    """Whether a flag takes a path or an adapter, according to its placeholder in the help."""
     if action.dest in _OF_ADAPTERS:
         return _ADAPTERS
     shown = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
@@ -105,7 +105,7 @@ def _kind(action: argparse.Action) -> str:
 
 
 def _values(verbs: list[_Verb]) -> str:
-    """A function of bash and zsh alike: ``values`` of a verb's flag, or of an argument's place."""
+    """A function for bash and zsh: the ``values`` of a verb's flag or positional argument."""
     branches = "\n".join(
         "    "
         + "|".join(shlex.quote(f"{verb.path}:{name}") for name in verb.names(flag))
@@ -279,7 +279,7 @@ def _fish(verbs: list[_Verb]) -> str:
 
 
 def _fish_places(verb: _Verb, condition: str) -> list[str]:
-    """What completes the arguments that no flag begins."""
+    """Completions for positional arguments."""
     flags = [name for flag in verb.choices if flag in verb.flags for name in verb.names(flag)]
     lines = []
     for place, (kind, *_) in verb.choices.items():
@@ -293,5 +293,5 @@ def _fish_places(verb: _Verb, condition: str) -> list[str]:
 
 
 def _fish_text(text: str) -> str:
-    """A single-quoted word of fish, which knows two escapes."""
+    """A single-quoted word for fish, which has two escapes."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -1,4 +1,4 @@
-"""Where the ``turret`` command begins: what loads the rest, and takes no time itself."""
+"""The start of the ``turret`` command: it loads the rest, and takes no time itself."""
 
 from __future__ import annotations
 

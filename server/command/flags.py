@@ -55,7 +55,7 @@ def add_flags(parser: argparse.ArgumentParser, hidden: Collection[str] = ()) -> 
 
 
 def read_settings(args: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
-    """What the file, the environment and the flags say, each winning over those before it.
+    """The settings from the file, the environment and the flags; later ones take precedence.
 
     Raises:
         ValueError: A file that cannot be read, or a file or variable that makes no sense; names it.
@@ -97,7 +97,7 @@ def config_from_args(args: argparse.Namespace, environ: Mapping[str, str] = os.e
 
 
 def _argument(setting: Setting) -> dict[str, Any]:
-    """What ``add_argument`` needs for one setting, from its type, default and metadata."""
+    """Keyword arguments of ``add_argument`` for a setting, from its type, default and metadata."""
     default = setting.default
     shown = default
     if setting.unit == "bytes" and isinstance(default, int):

@@ -1,4 +1,4 @@
-"""An argument parser whose errors are two lines: what is wrong, and what to type."""
+"""An argument parser whose errors have two lines: what is wrong, and what to type."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CommandParser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
-        """As argparse's, but the verb itself refuses what it does not know, by its own name."""
+        """As argparse's, but a verb rejects unknown arguments itself, under its own name."""
         self._given = list(sys.argv[1:] if args is None else args)
         # Check flags first: argparse would report an argument that an unknown flag was meant for.
         for flag in self._flags():
@@ -66,7 +66,7 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """As argparse's, but a number that is none is not reported by Python's name of its type."""
+        """As argparse's, but an invalid number is not reported with the name of Python's type."""
         kind = _NUMBERS.get(action.type)
         if kind is None:
             return super()._get_value(action, arg_string)  # type: ignore[misc]
@@ -90,7 +90,7 @@ class CommandParser(argparse.ArgumentParser):
         """The long flags that were given to this verb."""
         words = itertools.takewhile(lambda word: word != "--", self._given)
         if self._subparsers is not None:
-            # What follows belongs to the verb.
+            # Flags behind a verb belong to that verb.
             words = itertools.takewhile(lambda word: word.startswith("-"), words)
         for word in words:
             if word.startswith("--") and " " not in word.partition("=")[0]:
@@ -110,7 +110,7 @@ class CommandParser(argparse.ArgumentParser):
         self.error(f"unrecognized arguments: {flag}{meant}")
 
     def _value_of(self, flag: str) -> str:
-        """What was given with a flag, after ``=`` or as the next word."""
+        """The value given with a flag, after ``=`` or as the next word."""
         words = [*self._given, ""]
         places = (i for i, word in enumerate(words) if word.partition("=")[0] == flag)
         if (index := next(places, None)) is None:

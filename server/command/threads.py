@@ -1,4 +1,4 @@
-"""How many threads compute, and how they wait: set before the libraries that read it are loaded."""
+"""The number of computing threads and how they wait, set before the libraries are loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def available_cpus(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUP) -> int:
 
 
 def use_threads(threads: int | None, *, is_background: bool = False, niceness: int = 0) -> None:
-    """Decide for this process; without effect once torch is loaded.
+    """Set the threads of this process; without effect once torch is loaded.
 
     Args:
         threads: As asked for; None is ``OMP_NUM_THREADS``, else ``available_cpus``.
@@ -44,7 +44,7 @@ def use_threads(threads: int | None, *, is_background: bool = False, niceness: i
 
 
 def _quota(cgroups: Path, own: Path) -> float:
-    """Processors' worth of time, the least of the cgroup's and those above it; inf without."""
+    """The smallest CPU quota of the cgroup and those above it, in processors; inf without one."""
     try:
         lines = own.read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):

@@ -112,7 +112,7 @@ class _Events:
         self._ended: dict[int, Ended] = {}
 
     async def send(self, choices: Choices) -> None:
-        """All of them."""
+        """Send all events."""
         async with contextlib.aclosing(choices.chunks()) as chunks:
             async for index, chunk in chunks:
                 await self._chunk(index, chunk)

@@ -1,4 +1,4 @@
-"""Runs the answers that one request asks for beside each other."""
+"""Runs all answers of one request concurrently."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_ARRIVED = 256
 
 @contextlib.contextmanager
 def blamed_on(place: str) -> Iterator[None]:
-    """Have what is wrong with a prompt say where in the request it lies."""
+    """Report errors in a prompt with the prompt's place in the request."""
     try:
         yield
     except InvalidRequestError as error:

@@ -96,7 +96,7 @@ class Completions:
         prompts: Sequence[_Prompt],
         places: Sequence[str],
     ) -> list[inference_pb2.GenerateResponse]:
-        """Answers of no token: ``max_tokens`` 0 asks for the prompt, and for its logprobs."""
+        """Answers without tokens, for ``max_tokens`` 0: only the prompt and its logprobs."""
         scored = await together(
             [
                 self._score_one(exchange, asked, prompt, place)

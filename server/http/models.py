@@ -18,7 +18,7 @@ OWNER = "turret"
 
 
 class Models:
-    """Lists what ``model`` may be, but for mixes.
+    """Lists the possible values of ``model``, except mixes.
 
     Args:
         inference: Knows the base model.

@@ -1,4 +1,4 @@
-"""What reads the answers to a conversation: tools and reasoning as the model has them."""
+"""Readers of answers to a conversation, which know the model's formats of calls and reasoning."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def make_readers(
 def _constrain(
     message: _Message, grammar: CallsGrammar, fields: Fields, use: ToolUse, names: dict[str, str]
 ) -> None:
-    """Have the answer be calls, or what it must be without them.
+    """Constrain the answer to calls, or to what it must be without calls.
 
     Raises:
         UnenforceableError: A tool's parameters cannot be kept to.
@@ -78,7 +78,7 @@ def _constrain(
         return
     name = names.get(kind) or names.get(f"{kind}.texts") or kind
     if grammar.is_object and kind in ("json_schema", "json_object"):
-        # Of two grammars that begin alike, the one with longer tokens would win: use one schema.
+        # Use one schema: of two grammars that begin alike, the one with longer tokens would win.
         schema = value if kind == "json_schema" else {"type": "object"}
         message.json_schema = json.dumps(grammar.schema_beside(schema), ensure_ascii=False)
         names["json_schema"] = names["json_schema.anyOf[0]"] = name

@@ -1,4 +1,4 @@
-"""POST /v1/responses: one answer to a conversation, of which nothing is kept."""
+"""POST /v1/responses: one answer to a conversation. The server stores nothing of it."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class _Stream:
         self._num_sent = 0
 
     async def send(self, answer: _Answer) -> None:
-        """All of them; an answer that breaks off ends in ``response.failed`` and an error."""
+        """Send all events; an answer that fails ends with ``response.failed`` and an error."""
         try:
             async with contextlib.aclosing(answer.events()) as events:
                 async for some in events:

@@ -1,4 +1,4 @@
-"""The HTTP listener: what is answered where, TLS, limits, start and stop."""
+"""The HTTP listener: routes, TLS, limits, start and stop."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def routes(
     failures: Failures,
     has_admin: bool,
 ) -> list[Route]:
-    """Everything that is answered.
+    """All routes.
 
     Args:
         inference: Answers the data plane.
@@ -117,7 +117,7 @@ def routes(
 
 
 def _answer(path: str, handler: Handler, shape: Shape, names: Mapping[str, str]) -> Route:
-    """What runs on adapters."""
+    """The routes of calls that run on adapters."""
     return Route(
         method="POST",
         path=path,
@@ -158,7 +158,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 class HttpServer:
-    """Everything that answers HTTP. Starts before the model is loaded and says so.
+    """The HTTP server. It starts before the model is loaded and reports that it is starting.
 
     Must be made and used inside the running event loop.
 
@@ -263,7 +263,7 @@ def application(
     shares: Shares,
     failures: Failures,
 ) -> Starlette:
-    """Everything that is answered, as an ASGI application; arguments as ``HttpServer``'s."""
+    """The ASGI application with all routes; arguments are those of ``HttpServer``."""
     assert listen.http_address is not None
     has_admin = listen.admin_address is None
     made = routes(inference, adapters, metrics=metrics, failures=failures, has_admin=has_admin)
@@ -278,7 +278,7 @@ def application(
         ]
     middleware = _cross_origin(listen.http_cors_origin)
     if tokens is None or listen.http_allowed_host:
-        # With tokens no check is needed: a page of another origin does not have one.
+        # Without tokens, check the host: a page of another origin could call the server.
         names = (split_address(listen.http_address)[0], *listen.http_allowed_host)
         middleware.insert(0, Middleware(HostCheck, names=names))
     middleware.insert(0, Middleware(RequestIds))
@@ -311,7 +311,7 @@ def _configuration(
 
 
 def _cross_origin(origins: tuple[str, ...]) -> list[Middleware]:
-    """What lets pages of other origins call."""
+    """The middleware that lets pages of other origins call."""
     if not origins:
         return []
     return [
@@ -326,7 +326,7 @@ def _cross_origin(origins: tuple[str, ...]) -> list[Middleware]:
 
 
 def _meant(request: Request) -> str:
-    """The path that is served, of one with a slip, or a ``/v1`` too few or too many, if any is."""
+    """The served path that a misspelt one may mean, or one with or without ``/v1``; "" if none."""
     parts = [part for part in request.url.path.split("/") if part]
     while parts and parts[0].lower() == "v1":
         del parts[0]
@@ -343,7 +343,7 @@ def _meant(request: Request) -> str:
 
 
 async def _no_route(apart: Collection[str], request: Request, error: Exception) -> Response:
-    """What Starlette itself refuses: a path or a method that is not there.
+    """Reports what Starlette itself rejects: an unknown path or method.
 
     Args:
         apart: Paths that would be, were it not for an address of their own service.

@@ -20,7 +20,7 @@ _MAX_DEADLINE_SECONDS = 30 * 86400.0
 
 
 def _deadline(context: _Context) -> float | None:
-    """The call's deadline on the ``time.monotonic()`` clock; None if there is none to speak of."""
+    """The call's deadline on the ``time.monotonic()`` clock; None for none or one too far off."""
     remaining = context.time_remaining()
     if remaining is None or remaining > _MAX_DEADLINE_SECONDS:
         return None

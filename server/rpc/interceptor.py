@@ -1,4 +1,4 @@
-"""What surrounds every RPC: authorisation, the call's beginning and end, errors as statuses."""
+"""Common handling of all RPCs: authorisation, the call's start and end, errors as statuses."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ _party: contextvars.ContextVar[Party] = contextvars.ContextVar("party")
 
 
 def current_call() -> Call:
-    """The call that the current task answers: gRPC has no other way to hand it to a servicer."""
+    """The call that the current task answers. gRPC has no other way to pass it to a servicer."""
     return _current.get()
 
 
 def current_party() -> Party:
-    """Who asks for what the current task answers."""
+    """The client whose call the current task answers."""
     return _party.get()
 
 
@@ -145,7 +145,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return self._answer(method, handler)
 
     def _answer(self, method: str, handler: Any) -> Any:
-        """A handler that does what the servicer's does, within ``run``.
+        """A handler that runs the servicer's method within ``run``.
 
         One of a single message is made one of a stream of them, which starts before the message
         has arrived: what has begun is counted, and a message is not waited for for ever.
@@ -185,7 +185,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
 
     def _refusal(self, method: str, error: TurretError) -> Any:
-        """A handler that answers with an error and reads no byte of what the client sends.
+        """A handler that answers with an error, without reading what the client sends.
 
         Only a handler of a stream of requests starts before the first message has arrived; the
         two look the same on the wire.
@@ -200,7 +200,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(answer)
 
     async def run(self, method: str, context: Any, body: Callable[[], Awaitable[Any]]) -> Any:
-        """Run a handler's body; turn what it raises into the call's status.
+        """Run a handler's body, and turn its exception into the call's status.
 
         The status is set, not raised: ``context.abort`` keeps its exception in the context, and
         the exception's frames keep the context and the request, a cycle that holds the request's
@@ -268,7 +268,7 @@ def _authorization(metadata: Iterable[tuple[str, str | bytes]]) -> str | bytes |
 
 
 def _elsewhere(service: str) -> ServiceElsewhereError:
-    """For a service that this listener has not, which another one of this server has.
+    """The error for a service that only another listener of this server offers.
 
     The address itself is not told: it may be one of a network that its caller is not in.
     """

@@ -96,7 +96,7 @@ def read_credentials(security: SecurityConfig) -> grpc.ServerCredentials | None:
     files = WatchedFiles(paths, lambda: _certificates(security), "certificates")
 
     def fetch() -> Any:
-        """What the next connection is to see; None for what the last one saw."""
+        """The certificates for the next connection; None if they have not changed."""
         return files.newest if files.look() else None
 
     return grpc.dynamic_ssl_server_credentials(
@@ -105,7 +105,7 @@ def read_credentials(security: SecurityConfig) -> grpc.ServerCredentials | None:
 
 
 class RpcServer:
-    """Everything that answers gRPC. Starts before the model is loaded and says so.
+    """The gRPC server. It starts before the model is loaded and reports that it is starting.
 
     Must be made and used inside the running event loop.
 

@@ -65,11 +65,11 @@ class WatchedFiles(Generic[_T]):
         return True
 
     def forget(self) -> None:
-        """Have the next look read the files, changed or not."""
+        """Make the next look read the files, changed or not."""
         self._seen = None
 
     def _stamp(self) -> _Stamp | None:
-        """What changes when a file is written or replaced; None while one is missing."""
+        """Changes whenever a file is written or replaced; None while one is missing."""
         try:
             stats = [path.stat() for path in self._paths]
         except OSError:
@@ -88,12 +88,12 @@ def bearer_token(authorization: str) -> str | None:
 
 
 def token_digest(token: str) -> bytes:
-    """What is kept of a token: it names the token and does not disclose it."""
+    """The digest that is stored of a token, which identifies it without disclosing it."""
     return hashlib.sha256(token.encode()).digest()
 
 
 def _named(role: str, token: str) -> str:
-    """What to say of a word that is no role, unless it may be a token: those are not repeated."""
+    """How to quote an unknown role in an error: not at all if it may be a token."""
     if set(token.split(",")) <= set(ROLES):
         return "the token comes first; "
     meant = did_you_mean(role, ROLES)
@@ -121,7 +121,7 @@ class TokenTable:
 
     @classmethod
     def parse(cls, path: Path) -> TokenTable:
-        """As :meth:`read`, but says nothing of the file's mode."""
+        """As :meth:`read`, but without a warning about the file's mode."""
         flag = f"--token-file: {path}"
         entries: dict[str, frozenset[str]] = {}
         try:

@@ -64,7 +64,7 @@ _DRAINS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """Adapters that match, of all; no more of them than were asked for."""
+    """Some of the matching adapters, with the number of matches and of all adapters."""
 
     shown: list[adapters_pb2.Adapter]
     num_matching: int
@@ -72,7 +72,7 @@ class Found:
 
 
 class Adapters:
-    """Answers on behalf of the registry behind the gate; doors share one.
+    """Serves adapter calls from the registry behind the gate; all protocols share one instance.
 
     Every method raises UnavailableError while the gate is closed and InvalidRequestError for a
     message with offending fields (all of them listed); what else it raises is the registry's, the
@@ -121,7 +121,7 @@ class Adapters:
         )
 
     async def upload(self, messages: Messages, call: Call) -> adapters_pb2.Adapter:
-        """Take in the files of an adapter: a header, then chunks in the order of its files.
+        """Receive the files of an adapter: a header, then chunks in the order of its files.
 
         Raises:
             QueueFullError: ``MAX_UPLOADS`` are under way.
@@ -235,7 +235,7 @@ class Adapters:
         )
 
     async def find(self, text: str, most: int) -> Found:
-        """The first ``most`` adapters, by name, whose names hold a text; nothing is checked."""
+        """The first ``most`` adapters, by name, whose names contain a text, without validation."""
         registry = self._gate.enter().registry
         records = await asyncio.to_thread(registry.list)
         matching = sorted((r for r in records if text in r.name), key=lambda r: r.name)

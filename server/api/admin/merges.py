@@ -1,4 +1,4 @@
-"""Merges, proto to domain and back."""
+"""Conversion of merges between proto and domain."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OPTIONAL = ("rank", "energy", "density", "seed")
 def checked_fuse_request(
     request: adapters_pb2.FuseAdaptersRequest,
 ) -> tuple[str, tuple[AdapterRef, ...], Combination]:
-    """Name of the result, mix and combination.
+    """The name of the result, its mix and its combination.
 
     Raises:
         InvalidRequestError: Lists every offending field.
@@ -59,7 +59,7 @@ def checked_fuse_request(
 def fuse_response(
     result: FuseResult, adapter: adapters_pb2.Adapter
 ) -> adapters_pb2.FuseAdaptersResponse:
-    """A ``FuseResult``, as the API shows it."""
+    """A ``FuseResult`` in the form of the API."""
     response = adapters_pb2.FuseAdaptersResponse(
         adapter=adapter, relative_error=result.relative_error
     )
@@ -79,7 +79,7 @@ _PRECISIONS: dict[int, Precision | None] = {
 
 
 def checked_merge_request(request: _Request) -> tuple[tuple[AdapterRef, ...], Precision | None]:
-    """The mix and how it is stored.
+    """The mix, and the precision in which it is stored.
 
     Raises:
         InvalidRequestError: Lists every offending field.
@@ -96,7 +96,7 @@ def checked_merge_request(request: _Request) -> tuple[tuple[AdapterRef, ...], Pr
 
 
 def merge_state_message(state: MergeState) -> adapters_pb2.MergeState:
-    """The state, as the API shows it."""
+    """The state in the form of the API."""
     message = adapters_pb2.MergeState(base_generation=state.base_generation)
     merge = state.merge
     if merge is None:

@@ -106,7 +106,7 @@ def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapter
 
 
 def most_seconds(header: adapters_pb2.UploadHeader) -> float:
-    """How long the files of an upload may take to come."""
+    """Time limit in seconds for receiving the files of an upload."""
     return BASE_SECONDS + sum(f.size_bytes for f in header.files) / LEAST_BYTES_PER_SECOND
 
 

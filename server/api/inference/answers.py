@@ -1,4 +1,4 @@
-"""Inference results, domain to proto."""
+"""Conversion of inference results from domain to proto."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from turret.v1 import inference_pb2
 async def outputs_of(
     backend: Backend, request: Request, call: Call
 ) -> AsyncGenerator[Output, None]:
-    """Run a request on behalf of a call; however the call ends, the engine lets go of it.
+    """Run a request on behalf of a call; however the call ends, the engine drops the request.
 
     Raises:
         DeadlineExceededError: After the last output, if the deadline ended the request.
@@ -59,7 +59,7 @@ _T = TypeVar("_T")
 
 
 async def together(work: Sequence[Coroutine[Any, Any, _T]], at_a_time: int) -> list[_T]:
-    """What each returns, in order, with so many of them running at a time.
+    """The results in order, with at most ``at_a_time`` coroutines running.
 
     What the first of them to fail raises is raised; the others are cancelled, and have ended.
     """
@@ -159,14 +159,14 @@ def finish_fields(finish: Finish, stop_token_ids: frozenset[int]) -> dict[str, A
 
 
 class JoinedChunks:
-    """The chunks of an answer, on the way to one message."""
+    """Joins the chunks of an answer into one message."""
 
     def __init__(self) -> None:
         self._response = inference_pb2.GenerateResponse()
         self._texts: list[str] = []
 
     def add(self, chunk: inference_pb2.GenerateChunk) -> None:
-        """Take in the next one, which is changed."""
+        """Add the next chunk, which this modifies."""
         self._texts.append(chunk.text)
         chunk.ClearField("text")
         if not chunk.HasField("usage"):
@@ -176,6 +176,6 @@ class JoinedChunks:
         self._response.MergeFromString(chunk.SerializeToString())
 
     def response(self) -> inference_pb2.GenerateResponse:
-        """All of them together."""
+        """All chunks as one message."""
         self._response.text = "".join(self._texts)
         return self._response

@@ -1,4 +1,4 @@
-"""Conversations, proto to what the chat template takes: turns, tools and calls of them."""
+"""Conversations, from proto to the chat template's form: turns, tools and calls of tools."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TURN_CHARS = 32
 
 
 def check_chat(chat: inference_pb2.Chat, limits: InputLimits, violations: Violations) -> None:
-    """Check a conversation as far as it can be unread.
+    """Check a conversation as far as possible without tokenising it.
 
     Raises:
         PromptTooLongError: It cannot be as few tokens as the limit, whatever they are.
@@ -91,12 +91,12 @@ def _num_chars(chat: inference_pb2.Chat) -> int:
 
 
 def chat_size(chat: inference_pb2.Chat) -> int:
-    """About how many characters the template makes of a conversation."""
+    """The approximate number of characters that the template makes of a conversation."""
     return _num_chars(chat) + _TURN_CHARS * (len(chat.messages) + len(chat.tools))
 
 
 def check_length(length: int, limit: int, unit: str) -> None:
-    """Refuse what is longer than the model can read.
+    """Reject input that is longer than the model can read.
 
     Raises:
         PromptTooLongError: It is.

@@ -1,4 +1,4 @@
-"""What Classify does: labels for each input."""
+"""Implements Classify: labels for each input."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _classification(head: Head, logits: array[float]) -> inference_pb2.Classific
 
 
 def probabilities(head: Head, logits: array[float]) -> list[float] | list[None]:
-    """Of each label; None where the numbers are none of labels."""
+    """The probability of each label; None if the numbers are not those of labels."""
     if head.problem_type == REGRESSION:
         return [None] * len(logits)
     if head.problem_type == SINGLE_LABEL:

@@ -1,4 +1,4 @@
-"""A child process that answers jobs, and that is killed when a job takes too much."""
+"""A child process that answers jobs, and is killed when a job exceeds its limits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ConfinedError(Exception):
 
 
 class Confined:
-    """Runs a program of turret's on what strangers wrote. Thread-safe; one job at a time.
+    """Runs a program of turret's on untrusted input. Thread-safe; one job at a time.
 
     The process starts with the first job and serves the next ones too. After a job that met a
     limit, the next job gets a new process.
@@ -95,7 +95,7 @@ class Confined:
         return _answers(output)
 
     def close(self) -> None:
-        """Kill the process, and with it a job that runs. There will be no other."""
+        """Kill the process and any running job. No further job is possible."""
         self._is_closed = True
         if self._process is not None:
             self._process.kill()
@@ -149,7 +149,7 @@ class Confined:
                     poll.unregister(sink)
 
     def _end_of(self, process: subprocess.Popen[bytes]) -> ConfinedError:
-        """Why the process ended by itself."""
+        """Why the process ended by itself, as an error."""
         code = process.wait()
         if code in (-signal.SIGKILL, -signal.SIGTERM):
             return ConfinedError("its process was ended", is_over_limit=False)

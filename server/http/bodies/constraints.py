@@ -1,4 +1,4 @@
-"""What an answer must match, in the several forms in which clients of this API ask for it."""
+"""The constraint on an answer, in the several forms that clients of this API use for it."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ _FORMATS = ("text", "json_object", "json_schema")
 
 
 def read_constraint(fields: Fields, message: _Message) -> dict[str, str]:
-    """Read the one constraint that a request may have; what is wrong is noted.
+    """Read the only constraint that a request may have; errors are noted.
 
     Returns:
         The client's name of the constraint's field, by that of the message.

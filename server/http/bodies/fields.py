@@ -1,4 +1,4 @@
-"""Typed access to the fields of a JSON object; everything wrong is noted, nothing raises."""
+"""Typed access to the fields of a JSON object. Errors are noted and none is raised."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN_CHARS = 40
 
 
 class Fields:
-    """One object of a request. A field that is null is as good as absent.
+    """One object of a request. A field that is null counts as absent.
 
     Args:
         body: The object.
@@ -45,7 +45,7 @@ class Fields:
         return self._body.keys()
 
     def is_null(self, name: str) -> bool:
-        """Whether a field is absent, or as good as that."""
+        """Whether a field is absent or null."""
         return self._body.get(name) is None
 
     def is_any_of(self, name: str, values: Iterable[Any]) -> bool:
@@ -131,13 +131,13 @@ class Fields:
         return value
 
     def inner(self, name: str) -> Fields:
-        """The fields of an object in a field; of an empty one if there is none."""
+        """The fields of the object in a field; without it, the fields of an empty object."""
         if name not in self.within:
             self.nested(name, self.object(name) or {})
         return self.within[name]
 
     def nested(self, path: str, value: Mapping[str, Any]) -> Fields:
-        """The fields of an object that lies at ``path`` within this one."""
+        """The fields of an object at ``path`` within this one."""
         self.within[path] = Fields(value, self.violations, f"{self.path}{path}.")
         return self.within[path]
 
@@ -158,7 +158,7 @@ def why_no_text(value: Any) -> str | None:
 
 
 def json_text(value: Any) -> tuple[str, str | None]:
-    """A value that was parsed, as JSON again, and what keeps it from that, or None.
+    """A parsed value as JSON again, or what prevents that.
 
     JSON is read with numbers that are larger than any float, which it cannot write.
     """

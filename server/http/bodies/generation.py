@@ -68,7 +68,7 @@ class Asked:
 
 
 def read_asked(fields: Fields, base_name: str, *, least_tokens: int = 1) -> Asked:
-    """Read the fields that both endpoints have; what is wrong is noted in their violations.
+    """Read the fields that both endpoints have; errors are noted in their violations.
 
     Args:
         fields: The request.
@@ -174,7 +174,7 @@ def _read_stop(
 def numbered(
     asked: Asked, prompt: inference_pb2.GenerateRequest, choice: int
 ) -> inference_pb2.GenerateRequest:
-    """The request for one of a prompt's answers: of those with a seed, each has its own.
+    """The request for one of a prompt's answers. With a seed, each answer gets a different one.
 
     Args:
         asked: What is asked for.

@@ -12,7 +12,7 @@ _ROLES = {"developer": "system"}
 
 
 def read_messages(fields: Fields) -> inference_pb2.Chat:
-    """The conversation; what is wrong with it is noted."""
+    """Read the conversation; errors are noted."""
     chat = inference_pb2.Chat()
     turns = fields.array("messages")
     if turns is None and fields.get("messages") is None:

@@ -1,4 +1,4 @@
-"""What ``model`` means: the base, an adapter, or a mix of adapters."""
+"""The meaning of ``model``: the base model, an adapter, or a mix of adapters."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def parse_model(model: str, base_name: str) -> list[adapters_pb2.AdapterWeight]:
 
 
 def _read_model(model: str, base_name: str) -> tuple[list[adapters_pb2.AdapterWeight], list[str]]:
-    """As ``parse_model``, with what is wrong; a member has no weight then."""
+    """Like ``parse_model``, but with the errors; a member with an error has no weight."""
     if model in (BASE, base_name):
         return [], []
     if len(model) > _MOST_MODEL_CHARS:
@@ -119,7 +119,7 @@ def _why_no_weight(name: str, text: str) -> str:
 
 
 def _no_model(model: str, base_name: str) -> AdapterNotFoundError:
-    """The error for a model that has the form of none."""
+    """The error for a model name of no known form."""
     lower = model.lower()
     if lower == base_name.lower():
         form = f"; did you mean {base_name!r}?"

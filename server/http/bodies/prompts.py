@@ -60,7 +60,7 @@ def read_prompts(fields: Fields, name: str, kind: type[_M]) -> dict[str, _M]:
 
 
 def read_inputs(fields: Fields, names: dict[str, str]) -> list[inference_pb2.Input]:
-    """What ``input`` lists, or the one conversation in ``messages``, which is vLLM's.
+    """The entries of ``input``, or the one conversation in ``messages``, which is vLLM's form.
 
     Args:
         fields: The request; what is wrong is noted.

@@ -81,7 +81,7 @@ def refuse_if_wrong(
 
 
 def _slips(whole: Fields) -> Iterator[tuple[Fields, str, str]]:
-    """Names that were sent and mean another, which was not, with the fields they are among."""
+    """Unknown fields sent in place of a known one, each with its object and the known field."""
     compared: set[str] = set()
     for fields in _all_of(whole):
         for name in fields.sent:
@@ -126,7 +126,7 @@ def _meant(name: str, fields: Fields) -> str | None:
 
 
 def _plain(name: str) -> str:
-    """Without what languages write otherwise."""
+    """The name without the differences between languages' naming styles."""
     return name.lower().replace("_", "").replace("-", "")
 
 

@@ -15,7 +15,7 @@ _CHOICES = "must be none, auto, required, a function or allowed_tools"
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """What may come of tools in the answer.
+    """How tools may appear in the answer.
 
     Attributes:
         tools: Those that may be called, by name, with their arguments' JSON schemas (empty: no

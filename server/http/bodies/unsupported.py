@@ -63,7 +63,7 @@ _COMPLETIONS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def refuse_unsupported(fields: Fields, *, is_chat: bool) -> None:
-    """Note every field whose meaning would be lost."""
+    """Note every field that turret would have to ignore."""
     own = _CHAT if is_chat else _COMPLETIONS
     for name, (neutral, why) in (_EVERYWHERE | own).items():
         value = fields.get(name)

@@ -20,7 +20,7 @@ MAX_SEARCH_CHARS = 128
 
 
 class State:
-    """Tells each role what the other paths tell it too, in one answer.
+    """Reports to each role, in one answer, what it can also read from other paths.
 
     Args:
         inference: Knows the base model.
@@ -104,7 +104,7 @@ class State:
 
 
 def _merged(state: adapters_pb2.MergeState) -> dict[str, Any] | None:
-    """What of GetMergeState is shown; None where nothing is merged."""
+    """The parts of GetMergeState to show; None if nothing is merged."""
     if not state.active:
         return None
     precision = adapters_pb2.MergeAdaptersRequest.Precision.Name(state.precision)

@@ -41,7 +41,7 @@ _GZIP = b"\x1f\x8b"
 
 
 class _NoNumberError(ValueError):
-    """What Python's reader takes for a number, and JSON does not."""
+    """A number that Python's parser accepts although it is not JSON."""
 
 
 class _ManyError(Exception):
@@ -145,7 +145,7 @@ def parse(data: bytes, shape: Shape = ANY) -> dict[str, Any]:
 
 
 def _why_no_json(data: bytes, error: Exception) -> str:
-    """What is wrong with a body of which parsing raised this."""
+    """Why a body whose parsing raised this error is not JSON."""
     if not data:
         return "the body is empty: it must be a JSON object"
     if data.startswith(_GZIP):
@@ -186,7 +186,7 @@ _quick = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_number)
 
 
 class _Careful(json.JSONDecoder):
-    """Gives up at the first list or object that is one too many.
+    """A decoder that gives up at the first list or object over the limit.
 
     The C parser would make millions of objects, and no other thread would run meanwhile. This is
     json's parser in Python, which is slow for many numbers and as fast for long texts.

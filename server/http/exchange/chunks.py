@@ -30,7 +30,7 @@ class Chunks:
         self._num_bytes = 0
 
     async def write(self, data: bytes) -> None:
-        """Send some bytes before the event loop waits again.
+        """Send bytes before the event loop waits again.
 
         Waits while the client does not read what it got.
         """

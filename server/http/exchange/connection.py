@@ -1,4 +1,4 @@
-"""Connections over HTTP: what a request may take of time and bytes, and certificates."""
+"""HTTP connections with limits on the time and bytes of a request, and reloadable certificates."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Connection(HttpToolsProtocol):
     async def _answer(
         self, cycle: RequestResponseCycle, app: Any, scope: Any, receive: Any, send: Any
     ) -> None:
-        """The application, told how to send chunks."""
+        """Runs the application, with the extension that sends chunks."""
         is_old = scope["http_version"] == "1.0"
         if not is_old:
             scope.setdefault("extensions", {})[EXTENSION] = Chunks(cycle)

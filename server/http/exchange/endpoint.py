@@ -1,4 +1,4 @@
-"""What surrounds every request: authorisation, the call's beginning and end, errors as answers."""
+"""Common handling of all requests: authorisation, the call's start and end, errors as answers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Exchange:
     _body: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def take_body(self) -> dict[str, Any]:
-        """The object that was sent, once: nobody keeps it while the answer is made."""
+        """Return the object that was sent, once, so that nothing else keeps it in memory."""
         body, self._body = self._body, {}
         return body
 
@@ -73,7 +73,7 @@ Handler = Callable[[Exchange], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """What is answered where.
+    """A path, its method and its handler.
 
     Attributes:
         method: ``GET`` or ``POST``; a POST has a JSON body.
@@ -149,7 +149,7 @@ class Endpoint:
     async def _answered(
         self, scope: Scope, receive: Receive, call: Call, reply: Reply
     ) -> tuple[Code, Refusal | None]:
-        """Answer, or return why not, and the code that is counted."""
+        """Answer, or return the refusal, with the code to count."""
         route = self._route
         headers = Headers(scope=scope)
         names = dict(route.names)
@@ -212,13 +212,13 @@ def _check_head(scope: Scope, headers: Headers) -> None:
 
 
 def _peer(scope: Scope) -> str:
-    """Where the client is, in gRPC's words: through either door it is the same party."""
+    """The client's address in gRPC's form, so that both protocols count one party."""
     host, port = scope.get("client") or ("", 0)
     return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
 
 
 async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Code:
-    """Run a handler for as long as its client stays.
+    """Run a handler until it ends or its client disconnects.
 
     Returns:
         OK, or CANCELLED if the client went away; the handler has ended then.

@@ -1,4 +1,4 @@
-"""The listening socket of the HTTP door: so many connections, each greeted in time."""
+"""The listening socket for HTTP, with limits on connections and on their TLS handshakes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HANDSHAKE_SECONDS = 10.0
 
 
 class _Accepted(socket.socket):
-    """A connection's socket that says when it is closed."""
+    """The socket of a connection, which reports when it is closed."""
 
     __slots__ = ("on_close",)
 

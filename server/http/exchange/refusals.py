@@ -11,7 +11,7 @@ from turret.server.basics.codes import Code
 
 
 class Row(NamedTuple):
-    """How HTTP says a code: the status, and the ``type`` of the error."""
+    """The HTTP form of a code: the status, and the ``type`` of the error."""
 
     status: int
     kind: str
@@ -79,7 +79,7 @@ MAX_MESSAGE_CHARS = 4000
 
 
 class HttpRefusal(Exception):
-    """What only this door refuses: a path, a method, a size, a media type.
+    """A refusal that only HTTP has: of a path, a method, a size or a media type.
 
     Args:
         status: The HTTP status.
@@ -111,7 +111,7 @@ class Refusal:
 
 
 def refusal_of(error: BaseException, names: Mapping[str, str] | None = None) -> Refusal:
-    """How a request that raised is answered.
+    """The refusal for a request that raised this error.
 
     Args:
         error: What was raised. What turret did not raise on purpose becomes "internal error".
@@ -170,7 +170,7 @@ def _said(fault: Fault, names: Mapping[str, str]) -> tuple[str, str | None]:
 
 
 def _next_step(fault: Fault, param: str | None) -> str:
-    """For who names a model that there is not, such as a client's default."""
+    """The next step for a client that names an unknown model, such as its own default."""
     is_one = fault.message.startswith(("adapter not found: ", "the model "))
     is_told = "; " in fault.message or "the current one" in fault.message
     if param is None or not is_one or is_told:
@@ -182,13 +182,13 @@ def _next_step(fault: Fault, param: str | None) -> str:
 def renamed_message(
     message: str, violations: Sequence[tuple[str, str]], renamed: Sequence[tuple[str, str]]
 ) -> str:
-    """A message that begins with what is wrong with which field, with other names of these."""
+    """A message that begins with a field and its error, with the field renamed."""
     said, instead = ("; ".join(f"{p}: {why}" for p, why in each) for each in (violations, renamed))
     return instead + message[len(said) :] if message.startswith(said) else message
 
 
 def renamed_path(path: str, names: Mapping[str, str]) -> str:
-    """The longest entry of ``names`` that begins the path, exchanged for what it stands for."""
+    """The path with its beginning replaced according to the longest matching entry of ``names``."""
     ends = [index for index, char in enumerate(path) if char in ".["]
     for end in (len(path), *reversed(ends)):
         for start in (path[: end + 1] if path[end : end + 1] == "." else "", path[:end]):

@@ -68,7 +68,7 @@ class CallReader:
         self.held = ""
 
     def feed(self, text: str) -> list[Piece]:
-        """What becomes certain with more text."""
+        """The pieces that more text makes certain."""
         self.held += text
         pieces: list[Piece] = []
         if not self.is_begun:

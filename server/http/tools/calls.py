@@ -39,7 +39,7 @@ class Calls:
         self.count = 0
 
     def feed(self, text: str) -> list[Piece]:
-        """What becomes certain with more text."""
+        """The pieces that more text makes certain."""
         self._held += text
         pieces: list[Piece] = []
         while True:
@@ -49,7 +49,7 @@ class Calls:
                 return pieces
 
     def finish(self) -> list[Piece]:
-        """What is left when the answer has ended."""
+        """The pieces that are left when the answer has ended."""
         held = self._skipped
         if self._reader is not None and not self._reader.is_begun:
             held += self._reader.held
@@ -118,7 +118,7 @@ class Calls:
         return self._skipped.rpartition(self._form.begin)[2]
 
     def _take_back(self, read: str) -> list[Piece]:
-        """What was taken for a call is none: it was said."""
+        """Treat text that looked like a call as text of the answer."""
         said, self._skipped = self._skipped + read, ""
         self._state = "text"
         return [Said(said)] if said else []
@@ -144,7 +144,7 @@ class Calls:
         return []
 
     def _in_between(self) -> list[Piece]:
-        """Blanks between calls are nothing that was said."""
+        """Drop blanks between calls, which are not text of the answer."""
         self._held = self._held.lstrip()
         if self._held:
             self._state = "text"

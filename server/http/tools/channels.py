@@ -39,7 +39,7 @@ class Channels:
         self._has_arguments = False
 
     def feed(self, text: str) -> list[Piece]:
-        """What becomes certain with more text."""
+        """The pieces that more text makes certain."""
         self._held += text
         pieces: list[Piece] = []
         while True:
@@ -49,7 +49,7 @@ class Channels:
                 return pieces
 
     def finish(self) -> list[Piece]:
-        """What is left when the answer has ended."""
+        """The pieces that are left when the answer has ended."""
         held, self._held = self._held, ""
         if self._state in ("begin", "header"):
             # Drop a header without a message.
@@ -115,7 +115,7 @@ class Channels:
         return [Thought(text) if self._state == "thought" else Said(text)]
 
     def _end(self) -> list[Piece]:
-        """Of a message."""
+        """The pieces at the end of a message."""
         if self._state != "call":
             return []
         pieces: list[Piece] = [] if self._has_arguments else [CallGrown(self._count, "{}")]
@@ -124,7 +124,7 @@ class Channels:
 
 
 def _until(text: str, marks: tuple[str, ...]) -> tuple[str, str | None]:
-    """What stands before the first of the marks, and that mark."""
+    """The text before the first of the marks, and that mark."""
     places = {mark: place for mark in marks if (place := text.find(mark)) >= 0}
     if not places:
         return text, None
@@ -133,7 +133,7 @@ def _until(text: str, marks: tuple[str, ...]) -> tuple[str, str | None]:
 
 
 def _last_message(header: str) -> str:
-    """A header without the end of the message before it, and its role."""
+    """A header and its role, without the end of the message before it."""
     for end in ENDS:
         header = header.rpartition(end)[2]
     return header

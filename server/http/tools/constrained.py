@@ -1,4 +1,4 @@
-"""What a constraint allows, as the right side of a grammar's rule."""
+"""The right side of the grammar rule for what a constraint allows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SLASH = re.compile(r"(?s)(\\.)|(/)|(\n)")
 
 
 def constrained(kind: str, value: Any) -> str | None:
-    """The rule of an answer; None if there is none that can stand beside others.
+    """The rule for an answer; None if a constraint cannot be combined with other rules.
 
     Args:
         kind: ``json_schema``, ``json_object``, ``regex``, ``grammar`` or ``choice``.

@@ -78,7 +78,7 @@ class AnswerReader:
         return told
 
     def _numbered(self, pieces: list[Piece]) -> list[Piece]:
-        """The pieces without calls that are not to be told; those that are have ids."""
+        """The pieces with ids for calls, without calls beyond the allowed number."""
         told: list[Piece] = []
         for piece in pieces:
             if isinstance(piece, Said | Thought) or self._most is None or piece.index < self._most:

@@ -45,7 +45,7 @@ class XmlReader:
         self.held = ""
 
     def feed(self, text: str) -> list[Piece]:
-        """What becomes certain with more text."""
+        """The pieces that more text makes certain."""
         self.held += text
         pieces: list[Piece] = []
         if not self.is_begun:
@@ -114,7 +114,7 @@ class XmlReader:
 
 
 def _meant(text: str, kinds: frozenset[str]) -> Any:
-    """The value that a text stands for: JSON if it may be, or else the text itself."""
+    """The value of a parameter's text: parsed as JSON if possible, otherwise the text itself."""
     bare = text.strip()
     lowered = bare.lower()
     if lowered in ("true", "false", "null", "none"):

@@ -1,4 +1,4 @@
-"""What /v1/responses is asked for, beside the fields that every endpoint has."""
+"""The fields of /v1/responses that no other endpoint has."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _AS_SENT = ("tools", "tool_choice", "user", "safety_identifier", "prompt_cache_k
 
 @dataclass(slots=True, kw_only=True)
 class Sent:
-    """What an answer repeats of its request, and which parts of the answer were asked for."""
+    """What the answer repeats of its request, and which optional parts the client asked for."""
 
     instructions: str | None
     metadata: dict[str, Any]
@@ -66,7 +66,7 @@ class Sent:
 
 
 def read_sent(fields: Fields, asked: Asked) -> Sent:
-    """Read what only this endpoint has; ``asked`` takes in what it says of the answer."""
+    """Read the fields that only this endpoint has; those about generation go into ``asked``."""
     for name, (neutral, why) in REFUSED.items():
         value = fields.get(name)
         # Compare the types too: 0 equals False in Python.
@@ -110,7 +110,7 @@ def read_sent(fields: Fields, asked: Asked) -> Sent:
 
 
 def refuse_unwritable(fields: Fields, sent: Sent) -> None:
-    """Note what would be repeated as it was sent and cannot be; all has been read before."""
+    """Note repeated fields that cannot be written as JSON; call it after reading all fields."""
     repeated = {name: sent.echoed[name] for name in _AS_SENT}
     for name, value in {
         "metadata": sent.metadata,
