@@ -40,7 +40,7 @@ _ANSWERS = ("closest", "current_generation")
 
 
 def hint_for(key: str, metadata: Mapping[str, str], hints: Mapping[str, str], **known: Any) -> str:
-    """The next step; empty if there is none that is certain.
+    """The next step; empty if none is certain.
 
     Args:
         key: The reason of an error, or the name of its status if it has none.

@@ -118,7 +118,7 @@ def cause_of(code: grpc.StatusCode, said: str) -> tuple[grpc.StatusCode, str, st
 
 
 def address_problem(address: str, *, has_tls: bool) -> str:
-    """What is wrong with an address at which there can be no server; empty where there may be one.
+    """Why no server can be at an address; empty if there may be one.
 
     Without a port gRPC takes 443, which is where servers with TLS may be. Of others with a colon,
     such as unix:PATH and dns:///NAME, gRPC knows best.
@@ -147,7 +147,7 @@ def address_problem(address: str, *, has_tls: bool) -> str:
 
 
 def _port_problem(port: str) -> str:
-    """What is wrong with what follows the last colon; empty where gRPC takes it."""
+    """What is wrong with the port after the last colon; empty if gRPC accepts it."""
     if not port:
         return _NO_PORT
     digits = _PORT_DIGITS.fullmatch(port)
@@ -158,7 +158,7 @@ def _port_problem(port: str) -> str:
 
 
 def _is_service(port: str) -> bool:
-    """Whether it is the name of a port, such as ``http``; gRPC knows two that no file need name."""
+    """Whether it is the name of a port, such as ``http``; gRPC knows two without any file."""
     if port in ("http", "https"):
         return True
     try:

@@ -49,7 +49,7 @@ def check_generation(saved: SavedRegistration, expected: int | None) -> None:
 
 
 def check_same(saved: SavedRegistration, expected: tuple[str, int]) -> None:
-    """Raises AdapterGenerationError if somebody else changed the name meanwhile."""
+    """Raises AdapterGenerationError if another caller changed the name meanwhile."""
     if saved.uuid != expected[0]:
         raise AdapterGenerationError(
             f"adapter {saved.name!r} was unloaded and loaded again meanwhile",

@@ -58,7 +58,7 @@ def _build(config: Config, metrics: Metrics) -> Backend:
 
 
 def _preload(registry: AdapterRegistry, name: str, path: str) -> AdapterInfo:
-    """What the command line asks for wins over what was registered before a restart.
+    """Load an adapter of the command line, replacing one registered before a restart.
 
     Raises:
         PreloadError: The adapter is refused.
@@ -73,7 +73,7 @@ def _preload(registry: AdapterRegistry, name: str, path: str) -> AdapterInfo:
 
 
 class PreloadError(Exception):
-    """An adapter of ``--preload`` that the server refused; the text names the flag."""
+    """An adapter of ``--preload`` that the server rejected; the text names the flag."""
 
 
 class App:
@@ -124,7 +124,7 @@ class App:
         return code
 
     def _say(self, error: Exception) -> None:
-        """Report why nothing is served, as the checks before the start do; nothing follows it."""
+        """Report why the server does not serve, in the form of the checks before the start."""
         if self.config.log.log_format == "text":
             print(f"turret serve: error: {error}", file=sys.stderr, flush=True)
         else:
@@ -315,7 +315,7 @@ class App:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT: the first stops gracefully, the second at once. SIGHUP reloads."""
+        """The first SIGTERM or SIGINT stops gracefully, the second at once. SIGHUP reloads."""
         loop = asyncio.get_running_loop()
         is_main = threading.current_thread() is threading.main_thread()
         kinds = (signal.SIGTERM, signal.SIGINT) if is_main else ()

@@ -1,4 +1,4 @@
-"""Builds what answers requests from the configuration: model, engine, adapter registry."""
+"""Builds the parts that answer requests: model, engine and adapter registry."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ BLOCK_SIZE = 16
 
 
 class Seat(Protocol):
-    """A server's place in a fleet, which makes the parts that are not its own alone."""
+    """A server's place in a fleet, which makes the parts that it shares with other servers."""
 
     def registry(
         self, config: AdapterConfig, base: BaseModel, metrics: Metrics
@@ -228,7 +228,7 @@ def _choose_device(model: ModelConfig) -> torch.device:
 
 
 def _see_only(number: int) -> None:
-    """Make one CUDA device the only one of this process.
+    """Make only one CUDA device visible to this process.
 
     Every thread and every library has device 0 as its current one, so the one that serves is made
     that. It works before CUDA is first used.
@@ -324,7 +324,7 @@ def _build_engine(
 
 @contextlib.contextmanager
 def _on_stream(stream: StepStream, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """What the engine's thread works in."""
+    """The context in which the engine's thread works."""
     if device.type == "cuda":
         # Little work is left to the CPU, so a team of threads would only wait for itself.
         compute_on_this_thread()

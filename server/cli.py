@@ -84,7 +84,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _introduce(config: Config, settings: Settings) -> None:
-    """Say the version and the settings, in the form of the log."""
+    """Log the version and the settings."""
     said = config.describe() if config.log.verbose else settings.describe(config)
     if config.log.log_format == "text":
         print(f"turret {turret.__version__}\n{said}".rstrip(), file=sys.stderr, flush=True)
@@ -96,7 +96,7 @@ def _introduce(config: Config, settings: Settings) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process, without what the interpreter does on its way out.
+    """End the process without the interpreter's own cleanup.
 
     A thread in the middle of a load or of a read from a dead disk must neither keep a stopped
     server alive nor be torn down under its feet; and libraries that count their objects then
@@ -141,7 +141,7 @@ def _completion(args: argparse.Namespace) -> int:
 
 
 def _freeze_heap() -> None:
-    """Have the garbage collector pass over what stays for ever, and look less often.
+    """Exclude permanent objects from garbage collection, and run it less often.
 
     A full collection walks half a million objects of torch's and transformers', during which no
     engine step runs, and adapters, made of many small objects, bring it about again and again.
@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None, *, catches_interrupts: bool = False)
 
 
 def _interrupt(*_: object) -> None:
-    """Ends a call to a server in good order; a second Ctrl-C ends it at once.
+    """End a call to a server cleanly; a second Ctrl-C ends it at once.
 
     An exception in the middle of what the first one unwinds could leave gRPC waiting for ever.
     """
@@ -276,7 +276,7 @@ def _interrupt(*_: object) -> None:
 
 
 def _note_variables(verb: str) -> None:
-    """Note variables that are spelt as none is; what serves does so itself."""
+    """Warn about variables that look misspelt; verbs that serve do this themselves."""
     if not any(n.startswith("TURRET_") and n not in _CLIENT_VARIABLES for n in os.environ):
         return
     from turret.server.command.settings import unknown_variables

@@ -34,7 +34,7 @@ _MIX = (AdapterWeight("json"), AdapterWeight("pirate", 0.7))
 
 
 class ExamplesNotFoundError(Exception):
-    """There is no examples folder where one was looked for."""
+    """No examples folder was found."""
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class Question:
 
     @property
     def is_right(self) -> bool | None:
-        """Whether the answer is the expected one; None where nothing is expected."""
+        """Whether the answer is the expected one; None without an expected answer."""
         if self.expected is None:
             return None
         answer = self.answer.strip()

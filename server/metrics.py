@@ -191,7 +191,7 @@ class Metrics:
                 self._requests.labels(label, code).inc()
 
     def call_finished(self, protocol: str, code: str) -> None:
-        """Count a finished call for its door, ``grpc`` or ``http``."""
+        """Count a finished call for its protocol, ``grpc`` or ``http``."""
         self._calls.labels(protocol, code).inc()
 
     def tokens(self, adapter_names: Sequence[str], *, prompt: int, generated: int) -> None:
@@ -335,7 +335,7 @@ class Metrics:
         self._evictions.labels(tier, reason).inc()
 
     def merge_active(self, active: bool) -> None:
-        """Say whether a merge changes the base model."""
+        """Set whether a merge changes the base model."""
         self._merge_active.set(active)
 
     def info(self, values: Mapping[str, object]) -> None:
@@ -343,7 +343,7 @@ class Metrics:
         self._info.info({key: str(value) for key, value in values.items()})
 
     def _labels_of(self, adapter_names: Iterable[str]) -> list[str]:
-        """The label of each member, each once; a name that is not registered is ``other``."""
+        """The label of each member, without duplicates; ``other`` for unregistered names."""
         labels = dict.fromkeys(self._labels.get(name, OTHER) for name in adapter_names)
         return list(labels) or [BASE]
 

@@ -1,4 +1,4 @@
-"""What makes an operator wait: a bar on the terminal, else a line in the log now and then."""
+"""Progress of long steps: a bar on the terminal, otherwise an occasional log line."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _noted(bar: Progress) -> Iterator[None]:
 
 
 def end_bars() -> None:
-    """Have a terminal's cursor back, which a bar hides, before the end of its work.
+    """Show the cursor again, which a bar hides, before its work has ended.
 
     What a thread loads is not waited for when the process ends.
     """
@@ -71,7 +71,7 @@ def end_bars() -> None:
 
 
 def _lines(now: Callable[[], float]) -> Report:
-    """Logs what takes longer than ``_FIRST_SECONDS``, and again every ``_EVERY_SECONDS``."""
+    """Log steps that take longer than ``_FIRST_SECONDS``, and again every ``_EVERY_SECONDS``."""
     due: dict[str, float] = {}
 
     def report(description: str, done: int, total: int) -> None:

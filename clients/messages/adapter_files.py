@@ -28,11 +28,11 @@ _TOKENIZER = (
     "chat_template.jinja",
 )
 _HEADER_BYTES = 16 << 20
-# Adapters below a directory that is none, the newest checkpoints.
+# Limits on the search for adapters, newest checkpoints first, below a directory that is not one.
 _MOST_TOLD = 5
 _MOST_LEVELS = 3
 _MOST = 200  # searched on each
-# Pickles of a trainer that say nothing of how the weights are kept.
+# A trainer's pickles, which do not show in which format the weights are stored.
 _TRAINERS_OWN = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 _HUB = "hub:"
 _MAY_NOT = "cannot be read by you: have its owner allow it (`chmod -R a+rX`), or copy it"

@@ -87,7 +87,7 @@ AdaptersLike = AdapterLike | Sequence[AdapterLike] | Mapping[str, float]
 
 
 def to_mix(adapters: AdaptersLike) -> list[adapters_pb2.AdapterWeight]:
-    """Convert the adapters of a request; a single one may stand for itself.
+    """Convert the adapters of a request; a single one needs no list.
 
     Raises:
         TypeError: A member has none of the accepted forms.

@@ -73,7 +73,7 @@ def _chat(args: argparse.Namespace, client: TurretClient) -> None:
 
 @dataclass
 class Conversation:
-    """What has been said, and with which adapters to go on."""
+    """The turns so far, and the adapters for the next ones."""
 
     client: TurretClient
     options: GenerateOptions
@@ -85,7 +85,7 @@ class Conversation:
 
     @property
     def prompt(self) -> str:
-        """What stands before the user's input; names the mix. Empty where no one reads it."""
+        """The prompt before the user's input, which names the mix. Empty if nobody reads it."""
         mix = " + ".join(map(str, self.adapters)) or "base"
         return f"[{mix}] > " if sys.stdin.isatty() else ""
 

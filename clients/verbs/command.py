@@ -242,7 +242,7 @@ def given_token(args: argparse.Namespace) -> str | None:
 
 
 def given_tls(args: argparse.Namespace) -> Tls | None:
-    """What the flags say of TLS; None is none.
+    """The TLS settings of the flags; None without any.
 
     Raises:
         OSError: A file cannot be read.

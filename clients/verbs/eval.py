@@ -244,7 +244,7 @@ def _print_table(reports: Sequence[MixReport]) -> None:
 
 
 def _table(reports: Sequence[MixReport], gap: str) -> Table:
-    """A row per mix; ``gap`` stands between a figure and its interval."""
+    """A row per mix; ``gap`` separates a figure and its interval."""
     table = Table()
     table.add_column("mix", overflow="fold")
     for metric in reports[0].metrics:
@@ -288,7 +288,7 @@ def _cell(metric: str, figure: Estimate, gap: str) -> str:
 
 
 def _plain(number: float, digits: int) -> str:
-    """So many digits, and no exponent for what is read without one."""
+    """A number to so many significant digits, with an exponent only beyond a readable range."""
     return f"{number:,.0f}" if 10**digits <= number < 1e9 else f"{number:.{digits}g}"
 
 

@@ -1,4 +1,4 @@
-"""The flags that say how to generate, for the verbs that do."""
+"""The flags for generation options, shared by the verbs that generate."""
 
 from __future__ import annotations
 

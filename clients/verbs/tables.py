@@ -159,7 +159,7 @@ def _identity(adapter: Adapter) -> tuple[str, int]:
 
 
 def print_adapter(adapter: Adapter, *, made: str = "uploaded or fused") -> None:
-    """One row per property; ``made`` says where files came from that are the server's own."""
+    """One row per property; ``made`` describes where the server's own files came from."""
     used = adapter.last_used_time
     rows = {
         "name": adapter.name,
@@ -279,7 +279,7 @@ def _ranks(adapter: Adapter) -> str:
 
 
 def _labels(adapter: Adapter) -> str:
-    """Those of its head; of many the first, as there may be thousands."""
+    """The labels of the adapter's head; only the first if there are many."""
     more = len(adapter.labels) - _MOST_LABELS
     shown = ", ".join(adapter.labels[:_MOST_LABELS])
     return f"{shown} and {more} more (--json has all)" if more > 0 else shown

@@ -157,7 +157,7 @@ class Ownership:
             _log.warning("no registry: the command before keeps the fleet until it is back")
 
     def look(self) -> bool:
-        """Whether to stay: it is this command's, or is to be; as it was, if nobody can say."""
+        """Whether this command owns the fleet or takes it over, as last known if unreachable."""
         self._ask()
         return self.is_own or self._is_taking
 

@@ -171,7 +171,7 @@ class ReplicaServer:
     async def check_service(
         self, request: health_pb2.HealthCheckRequest, context: Any
     ) -> health_pb2.HealthCheckResponse:
-        """What ``grpc.health.v1`` says of a service; Serve's own checks ask ``check``."""
+        """The ``grpc.health.v1`` status of a service; Serve's own checks call ``check``."""
         try:
             self._gate.enter()
             self._health.set_serving(True)

@@ -70,7 +70,7 @@ def run(config: Config, plan: ClusterPlan) -> int:
 
 
 def _end_with_ray(cluster: RayCluster, state_dir: Path, is_over: threading.Event) -> None:
-    """Ends the fleet if Ray's GCS or raylet dies, which nobody starts again.
+    """Ends the fleet if Ray's GCS or raylet dies, because nothing restarts them.
 
     Without this, replicas and the ingress would go on for a minute, and the ingress after that. The
     main thread may wait in a call of Ray's that does not return for as long.

@@ -127,7 +127,7 @@ def _refused(folder: Path) -> str:
 
 
 def read_regular(path: Path) -> bytes:
-    """The contents of a file. A FIFO or a device is refused: its reader could wait for ever.
+    """The contents of a file. A FIFO or a device is rejected, because reading it may never end.
 
     Raises:
         OSError: The file cannot be read, or is not a regular one.

@@ -57,7 +57,7 @@ def script(
 
 
 def verb_paths(parser: argparse.ArgumentParser) -> list[str]:
-    """Every verb with those that it stands below, such as ``adapters load``."""
+    """Every verb with the verbs above it, such as ``adapters load``."""
     return [verb.path for verb in _walk(parser, "") if verb.path]
 
 

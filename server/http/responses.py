@@ -89,7 +89,7 @@ class _Answer:
         self.whole: dict[str, Any] = {}
 
     async def events(self) -> AsyncGenerator[list[Event], None]:
-        """What its items have to tell, as it comes: at first nothing, so that the answer begins.
+        """Lists of events as they arrive. The first may be empty, and then only begins the answer.
 
         Raises:
             TurretError: The answer broke off.

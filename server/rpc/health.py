@@ -32,12 +32,12 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._changed = asyncio.Event()
 
     def set_serving(self, serving: bool) -> None:
-        """Tell every later check and every watcher."""
+        """Set the status for later checks, and notify all watchers."""
         self._status = SERVING if serving else NOT_SERVING
         self._wake()
 
     def close(self) -> None:
-        """NOT_SERVING for good; watchers are told and their calls end."""
+        """Set NOT_SERVING for good; watchers are notified and their calls end."""
         self._is_closed = True
         self.set_serving(False)
 

@@ -59,7 +59,7 @@ class Inference:
         self._gate = gate
 
     async def chat_format(self, adapters: Sequence[adapters_pb2.AdapterWeight] = ()) -> ChatFormat:
-        """The format in which answers to conversations with these adapters are to be read."""
+        """The format of answers to conversations with these adapters."""
         vocabulary = await self._gate.enter().vocabularies.of(adapters)
         return vocabulary.tokenizer.chat_format
 
@@ -211,7 +211,7 @@ class Inference:
 def _prompt_chunk(
     request: Request, first: Output, tokenizer: Tokenizer
 ) -> inference_pb2.GenerateChunk:
-    """The prompt, if it is to be echoed; its log probabilities come with the first output."""
+    """The echoed prompt, if requested; its log probabilities come with the first output."""
     options, ids = request.options, request.prompt_token_ids
     return inference_pb2.GenerateChunk(
         request_id=request.request_id,

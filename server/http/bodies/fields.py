@@ -108,7 +108,7 @@ class Fields:
         return value
 
     def count(self, name: str, least: int = 0) -> int | None:
-        """A limit of so many; one that no message can hold is lowered: the context refuses it."""
+        """A count, lowered to what a message can hold; the context limit rejects it anyway."""
         found = self.integer(name, least, None)
         return None if found is None else min(found, UINT32)
 
@@ -173,7 +173,7 @@ def json_text(value: Any) -> tuple[str, str | None]:
 
 
 def unwritable(value: Any, path: str) -> tuple[str, str] | None:
-    """Where in a parsed value that lies at ``path`` something no JSON can write is, and what."""
+    """The path of the first value that JSON cannot represent, and why; None if there is none."""
     _, why = json_text(value)
     return _unwritable(value, path) if why is not None else None
 

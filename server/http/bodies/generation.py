@@ -106,7 +106,7 @@ def read_asked(fields: Fields, base_name: str, *, least_tokens: int = 1) -> Aske
 
 
 def read_deadline(fields: Fields) -> float | None:
-    """``timeout``, seconds from now, as a ``time.monotonic()`` value; None if there is none."""
+    """``timeout``, in seconds from now, as a ``time.monotonic()`` value; None without one."""
     seconds = fields.number("timeout")
     if seconds is None:
         return None

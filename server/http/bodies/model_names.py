@@ -60,7 +60,7 @@ def mix_of(
 
 
 def parse_model(model: str, base_name: str) -> list[adapters_pb2.AdapterWeight]:
-    """The mix that a name stands for; empty for the base model.
+    """The mix that a model name refers to; empty for the base model.
 
     ``base`` and the base model's name are the base, ``sql`` is an adapter, ``sql+json*-0.5`` a mix;
     ``BASE:`` with the base model's name (or ``base:``) may stand before either.

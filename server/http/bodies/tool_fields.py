@@ -1,4 +1,4 @@
-"""What a request says of tools: which there are, and whether they must be called."""
+"""The tools of a request: which there are, and whether the model must call them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ToolUse:
 
 
 def read_tools(fields: Fields, chat: inference_pb2.Chat, *, is_flat: bool = False) -> ToolUse:
-    """Read ``tools`` and ``tool_choice``, and tell the template of the tools; faults are noted.
+    """Read ``tools`` and ``tool_choice``, and pass the tools to the template; errors are noted.
 
     Args:
         fields: The request.

@@ -116,7 +116,7 @@ def _merged(state: adapters_pb2.MergeState) -> dict[str, Any] | None:
 
 
 def _row(adapter: adapters_pb2.Adapter, is_admin: bool) -> dict[str, Any]:
-    """What /v1/models tells of an adapter; to an administrator what ListAdapters tells."""
+    """An adapter as in /v1/models, or for an administrator as in ListAdapters."""
     row = {
         "name": adapter.name,
         "method": adapter.method,

@@ -1,4 +1,4 @@
-"""A failed request as OpenAI's API says it: a status, and JSON with one ``error``."""
+"""A failed request in the form of OpenAI's API: a status, and JSON with one ``error``."""
 
 from __future__ import annotations
 

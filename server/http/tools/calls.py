@@ -18,7 +18,7 @@ _OPENINGS = {"json": "{", "named": "", "xml": "<"}
 
 
 class Calls:
-    """Splits a growing text into what is said and calls of tools.
+    """Splits a growing text into the answer's text and calls of tools.
 
     What looks like a call and is none, or calls a tool that there is not, is something said.
 

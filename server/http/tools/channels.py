@@ -1,4 +1,4 @@
-"""Takes an answer in channels apart: thoughts, what is said, and calls of tools."""
+"""Splits an answer in channels into thoughts, text, and calls of tools."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ _BEGIN, _END = "<think>", "</think>"
 
 
 class Reasoning:
-    """Splits a growing text into thoughts and what is said after them.
+    """Splits a growing text into thoughts and the text after them.
 
     Args:
         is_open: Whether the prompt has begun the block already.

@@ -59,7 +59,7 @@ def xml_call(index: int, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
 
 
 class _Value:
-    """A parameter's value, with what tells it from others in an error."""
+    """A parameter's value, with what identifies it in an error."""
 
     def __init__(self, tool: str, path: str, root: Mapping[str, Any]) -> None:
         self._tool = tool

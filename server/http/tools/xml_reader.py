@@ -18,7 +18,7 @@ _NEXT = re.compile(rf"\s*(?:{_PARAMETER}([^<>\n]+)>(?:\n|(?=[^\n]))|{_END})")
 
 
 class XmlReader:
-    """Reads a call from ``<function=`` on, and tells its arguments as JSON.
+    """Reads a call from ``<function=`` on, and returns its arguments as JSON.
 
     A parameter's value is text between its tags, whatever its type: the tool's schema says what the
     text stands for. Texts grow as they come, other values come whole.
