@@ -17,15 +17,15 @@ _PEM = b"-----BEGIN"
 _OPTIONS: tuple[tuple[str, int], ...] = (
     # Logprobs with alternatives for a long prompt exceed gRPC's own limit of 4 MiB.
     ("grpc.max_receive_message_length", 64 << 20),
-    # While a call is open: a server, or a proxy before it, that went without a word is found out in
-    # half a minute, and an answer can go on elsewhere. More often than this is taken for abuse.
+    # During a call, detect within half a minute that the server or a proxy has vanished, so that
+    # the answer can continue elsewhere. Servers treat more frequent pings as abuse.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # Of pings that measure the connection, too; as long as one is on its way no other is sent.
+    # This also limits pings that measure the connection; while one is pending, no other is sent.
     ("grpc.http2.ping_timeout_ms", 20_000),
-    # However long the server has nothing to say.
+    # Keep pinging however long the server is silent.
     ("grpc.http2.max_pings_without_data", 0),
-    # A server that comes back is found soon, however long it was away; gRPC's own is two minutes.
+    # Reconnect soon after the server returns; gRPC's own maximum is two minutes.
     ("grpc.max_reconnect_backoff_ms", 4_000),
 )
 
@@ -50,7 +50,7 @@ class Tls:
         for name in ("ca", "certificate", "key"):
             pem = getattr(self, name)
             if not isinstance(pem, bytes | None):
-                # A key is nothing to repeat.
+                # Do not repeat the value, which may be a private key.
                 kind = type(pem).__name__
                 raise ArgumentTypeError(
                     name, f"PEM as bytes, not {kind}; Tls.from_files({name}=...) reads a file"
@@ -89,7 +89,7 @@ class Tls:
 
 
 def _why_no_pem(name: str, pem: bytes) -> str:
-    """What is wrong with what is given for an attribute of ``Tls``; empty if nothing is seen."""
+    """What is wrong with the value of a ``Tls`` attribute; empty if nothing is found."""
     if _PEM not in pem:
         return "holds no PEM"
     kind = "private key" if name == "key" else "certificate"
@@ -98,7 +98,7 @@ def _why_no_pem(name: str, pem: bytes) -> str:
 
 def _read_pem(name: str, path: str | os.PathLike[str]) -> bytes:
     if not isinstance(path, str | os.PathLike):
-        # PEM itself is nothing to repeat.
+        # Do not repeat the value, which may be PEM itself.
         raise ArgumentTypeError(name, f"the path of a PEM file, not {type(path).__name__}")
     try:
         pem = Path(path).read_bytes()
@@ -110,7 +110,7 @@ def _read_pem(name: str, path: str | os.PathLike[str]) -> bytes:
 
 
 def check_address(address: object, tls: object, name: str = "address") -> None:
-    """Refuse an address at which there can be no server.
+    """Reject an address that cannot be a server's.
 
     Args:
         address: Where the server is.
@@ -140,7 +140,7 @@ def open_channel(library: Any, address: str, tls: Tls | None) -> Any:
 
 
 class ClosedStub:
-    """Takes the place of a closed client's stub: says what gRPC says in terms of its own."""
+    """Replaces a closed client's stub, with an error in terms of the client instead of gRPC's."""
 
     def __getattr__(self, name: str) -> NoReturn:
         raise RuntimeError("the client is closed; make another")
@@ -150,7 +150,8 @@ def _options(address: str, tls: Tls | None) -> list[tuple[str, int | str]]:
     options: list[tuple[str, int | str]] = [*_OPTIONS]
     listed = address.removeprefix("ipv4:").removeprefix("ipv6:").split(",")
     if len(listed) > 1:
-        # gRPC names the server by the whole list, which proxies refuse and no certificate has.
+        # By default gRPC uses the whole list as the server's name, which proxies reject and no
+        # certificate contains.
         options.append(("grpc.default_authority", listed[0]))
     if tls is not None and tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", tls.server_name))

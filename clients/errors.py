@@ -1,4 +1,4 @@
-"""What a failed call raises: a class for each kind, with the details that the server sent.
+"""The exceptions of failed calls: a class per kind, with the details that the server sent.
 
 TurretRpcError
 ├── InvalidArgumentError      a field breaks its documented range, or a checkpoint is refused
@@ -35,17 +35,17 @@ from turret.clients.unreached import UNREACHED, cause_of
 
 _DETAILS_KEY = "grpc-status-details-bin"
 _REQUEST_ID_KEY = "x-request-id"
-# Reasons whose message is what is wrong with which field, and nothing else.
+# Reasons whose message only lists which fields are invalid and why.
 _OF_FIELDS = ("INVALID_REQUEST", "ADAPTER_CLASSIFIES", "HEAD_MISSING")
-# How many fields a line lists; ``violations`` has all.
+# Maximum number of fields in a message; ``violations`` has all of them.
 _MOST_TOLD = 8
-# The field of a violation that stands for the fields that the server does not list.
+# The field of a violation that counts the fields that the server does not list.
 COUNTED = "*"
 
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """One field that the server refused.
+    """One field that the server rejected.
 
     Attributes:
         field: The argument, and what in it, such as ``temperature`` or ``messages[0].role``.
@@ -57,7 +57,7 @@ class FieldViolation:
 
 
 class TurretRpcError(Exception):
-    """A call that ended with another status than OK.
+    """A call that ended with a status other than OK.
 
     Attributes:
         code: The status.
@@ -122,11 +122,11 @@ class TurretRpcError(Exception):
         return f"{head}: " + "; ".join(part for part in parts if part)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As pickle and copy make it again: by its attributes, not by a call of the class."""
+        """Pickle and copy restore the attributes, without calling the class."""
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
     def at(self, place: str) -> Self:
-        """The same error, with the place that it concerns in front of what is wrong."""
+        """The same error, with a place before its message."""
         found = copy.copy(self)
         found.place = place
         return found
@@ -134,7 +134,7 @@ class TurretRpcError(Exception):
     @staticmethod
     def from_grpc(error: grpc.RpcError) -> TurretRpcError:
         """Convert gRPC's error, of a synchronous or an asyncio call, to the class of its status."""
-        # Every error that grpc raises for a call is also a grpc.Call; its base class is not.
+        # Every error that grpc raises for a call is also a grpc.Call, but its base class is not.
         code = error.code()  # type: ignore[attr-defined]
         text = error.details() or ""  # type: ignore[attr-defined]
         trailing: dict[str, object] = dict(
@@ -167,7 +167,7 @@ class TurretRpcError(Exception):
 
 
 def _list_of(violations: Sequence[FieldViolation], name_of: Callable[[str], str] = str) -> str:
-    """What is wrong with which field, on one line."""
+    """The invalid fields and their errors, on one line."""
     listed = [v for v in violations if v.field != COUNTED]
     told = [
         f"{name_of(v.field)}: {v.description}" if v.field else v.description
@@ -199,7 +199,7 @@ class AlreadyExistsError(TurretRpcError):
 
 
 class FailedPreconditionError(TurretRpcError):
-    """Not as things are: an adapter in use, pinned, or made for another base; an active merge."""
+    """The state forbids it: an adapter in use, pinned or for another base; an active merge."""
 
 
 class RateLimitedError(TurretRpcError):
@@ -218,25 +218,25 @@ class AbortedError(TurretRpcError):
 
 
 class CallCancelledError(TurretRpcError):
-    """The call was cancelled, or its client closed. A task that is cancelled has none of these."""
+    """The call was cancelled, or its client closed. Cancelled tasks raise CancelledError."""
 
 
 class UnavailableError(TurretRpcError):
-    """A server that is starting or stopping, that was not reached, or that was lost."""
+    """The server is starting or stopping, could not be reached, or was lost."""
 
     @property
     def is_lost(self) -> bool:
-        """Whether a server had begun with the call and is gone, or stops."""
+        """Whether a server had begun with the call, and then stopped or vanished."""
         return self.reason == "CONNECTION_LOST"
 
     @property
     def is_of_server(self) -> bool:
-        """Whether a server has said it, and has done nothing."""
+        """Whether a server reported it, without having begun with the call."""
         return bool(self.reason) and self.reason not in UNREACHED
 
 
 class AnswerCutError(UnavailableError):
-    """A server that stops has ended an answer before its end, and none has given all of it.
+    """A stopping server ended the answer early, and no other server completed it.
 
     Attributes:
         completion: What it had generated; None of a stream, whose last chunk was the last of it.
@@ -250,7 +250,7 @@ class AnswerCutError(UnavailableError):
 
     @classmethod
     def of(cls, completion: Completion | None) -> AnswerCutError:
-        """The error for what had been generated."""
+        """The error for a partial answer."""
         said = "the server is shutting down: it ended the answer before its end; ask again"
         error = cls(grpc.StatusCode.UNAVAILABLE, said, reason="ANSWER_CUT")
         error.completion = completion
@@ -280,7 +280,7 @@ _CLASSES: dict[grpc.StatusCode, type[TurretRpcError]] = {
 
 
 def _details(payload: object) -> Iterable:
-    """The known messages among a status's details; none if there is no readable status."""
+    """The known messages among a status's details; none if the status is unreadable."""
     if not isinstance(payload, bytes):
         return
     status = status_pb2.Status()

@@ -35,12 +35,12 @@ HINTS: Mapping[str, str] = {
     "REQUEST_TOO_LARGE": "shorten the prompt, or spread several inputs over several calls",
     "ANSWER_TOO_LARGE": "ask for less of it (top_n, logprobs), or for fewer inputs in a call",
 }
-# The sentence of an error with one of these tells the next step already.
+# The message of an error with one of these keys already says what to do.
 _ANSWERS = ("closest", "current_generation")
 
 
 def hint_for(key: str, metadata: Mapping[str, str], hints: Mapping[str, str], **known: Any) -> str:
-    """The next step; empty if there is none that is certain.
+    """The next step; empty if none is certain.
 
     Args:
         key: The reason of an error, or the name of its status if it has none.

@@ -7,18 +7,18 @@ import socket
 
 import grpc
 
-# IPv6 hosts without brackets, of which no part is a port, are gRPC's to judge.
+# Leave IPv6 hosts without brackets, in which no part is a port, to gRPC.
 _HOST_PORT = re.compile(
     r"(dns:(//[^/]*/)?)?(?P<host>\[[^\]]*\]|[^:\[\]]+):(?P<port>[^:]*)", re.DOTALL
 )
 _NO_PORT = ": the port is missing"
-# What stands before a colon without being a host.
+# Schemes: words before a colon that are not hosts.
 _SCHEMES = ("unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock", "xds", "google-c2p")
 _MAX_PORT = 65535
 _PORT_DIGITS = re.compile(r"0*([0-9]{1,5})")
 
-# gRPC reports its own failures in words alone. The patterns from here to cause_of() are for these
-# words; they never see a sentence of turret's.
+# gRPC reports its own failures only as text. The patterns from here to cause_of() match that text,
+# never a message of turret's.
 _FAILED = re.compile(
     r"failed to connect to all addresses; last error: [A-Z_]+: (?:ipv[46]:)?(?P<place>.*?):"
     r" (?:Failed to connect to remote host: )?(?P<why>.*)",
@@ -28,14 +28,14 @@ _UNRESOLVED = re.compile(r"errors resolving (?P<place>\S+): \[")
 _TOO_LARGE = re.compile(
     r"(?P<end>SERVER: |CLIENT: )?Received message larger than max \((\d+) vs\. (\d+)\)"
 )
-# The caller itself has ended the call.
+# The caller itself ended the call.
 _OWN_DOING = re.compile("Locally cancelled|Channel closed|Channel is closed")
-# The other end, or a proxy in front of it, has gone without a status; the last one is HAProxy's,
-# when the server that it has just chosen is gone.
+# The other end, or a proxy in front of it, vanished without a status. The last pattern is
+# HAProxy's, when the server that it just chose is gone.
 _LOST = re.compile(
     "RST_STREAM|Stream removed|GOAWAY|Connection reset|Socket closed|http2 header with status: 500"
 )
-# Why a connection failed to something that listens: pattern, reason, meaning.
+# Failures of a connection to something that listens: pattern, reason, meaning.
 _ANSWERED = (
     (
         re.compile(r"Failed parsing HTTP/2|http1\.x server|HTTP/1\."),
@@ -62,16 +62,15 @@ _ANSWERED = (
         "CERTIFICATE_NAME",
         "what answers at {} shows a certificate for another name",
     ),
-    # As a server with TLS does to a client without, and one that wants a certificate to a client
-    # that has none.
+    # A server with TLS does this to a client without it, or without a required certificate.
     (
         re.compile("Socket closed"),
         "CONNECTION_CLOSED",
         "what answers at {} closes the connection",
     ),
 )
-# Reasons of calls that no turret server has taken: something else listens at the address, nothing
-# does, or the connection or the answer broke off.
+# Reasons of calls that no turret server has taken. With ANSWERED something else listens at the
+# address. UNREACHED adds that nothing does, or that the connection or the answer broke off.
 ANSWERED = frozenset(
     ("CLIENT_CERTIFICATE", *(reason for _, reason, _ in _ANSWERED)),
 )
@@ -119,7 +118,7 @@ def cause_of(code: grpc.StatusCode, said: str) -> tuple[grpc.StatusCode, str, st
 
 
 def address_problem(address: str, *, has_tls: bool) -> str:
-    """What is wrong with an address at which there can be no server; empty where there may be one.
+    """Why no server can be at an address; empty if there may be one.
 
     Without a port gRPC takes 443, which is where servers with TLS may be. Of others with a colon,
     such as unix:PATH and dns:///NAME, gRPC knows best.
@@ -148,18 +147,18 @@ def address_problem(address: str, *, has_tls: bool) -> str:
 
 
 def _port_problem(port: str) -> str:
-    """What is wrong with what follows the last colon; empty where gRPC takes it."""
+    """What is wrong with the port after the last colon; empty if gRPC accepts it."""
     if not port:
         return _NO_PORT
     digits = _PORT_DIGITS.fullmatch(port)
-    # gRPC would dial what is left of a number's division by 65536.
+    # gRPC would use a larger number modulo 65536.
     if (digits is not None and int(digits[1]) <= _MAX_PORT) or _is_service(port):
         return ""
     return f" with a port from 0 to {_MAX_PORT}"
 
 
 def _is_service(port: str) -> bool:
-    """Whether it is the name of a port, such as ``http``; gRPC knows two that no file need name."""
+    """Whether it is the name of a port, such as ``http``; gRPC knows two without any file."""
     if port in ("http", "https"):
         return True
     try:

@@ -54,16 +54,16 @@ from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.errors import NotMergedError, TurretError, UnavailableError
 
-# A replica that is further behind takes a snapshot instead.
+# A replica that is further behind gets a snapshot instead.
 _LOG_ENTRIES = 10_000
-# Outcomes that nobody has asked for are kept for so many later ones.
+# At least this many recent outcomes are kept for callers that have yet to ask.
 _KEPT = 4096
 
 Stage = Literal["applying", "draining", "preparing", "done"]
 
 
 class Store(Protocol):
-    """What survives the registry. A call that raises has changed nothing; see ``FleetStore``."""
+    """State that survives the registry. A call that raises changes nothing; see ``FleetStore``."""
 
     def bind(self, base_name: str, base_digest: str) -> None: ...
     def read(self) -> list[SavedRegistration]: ...
@@ -104,7 +104,7 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """Files of a generation that is gone, for when nobody reads them any more."""
+    """Files of a generation that is gone, to be removed when nobody reads them any more."""
 
     key: str
     source: Source
@@ -141,7 +141,7 @@ class Operations:
         return self._by_id[name]
 
     def open(self, stage: Stage) -> Iterator[Operation]:
-        """Those that are in a stage."""
+        """The operations in a stage."""
         return (o for o in list(self._by_id.values()) if o.stage == stage)
 
 
@@ -181,7 +181,7 @@ class FleetRegistry:
     # Replicas
 
     def join(self, join: m.Join, now: float) -> m.Joined:
-        """Counts a replica as living, and tells it everything.
+        """Registers a replica as living, and returns the whole state.
 
         Raises:
             ValueError: Its base model is another one.
@@ -197,7 +197,7 @@ class FleetRegistry:
         )
 
     def report(self, report: m.Report, now: float) -> m.News:
-        """Takes in what a replica knows, and tells it what it does not.
+        """Takes in a replica's report, and returns what is new for it.
 
         Raises:
             NotJoinedError: It was silent for too long, follows another incarnation, or is further
@@ -214,12 +214,12 @@ class FleetRegistry:
         return m.News(entries=entries, lease_seconds=self.members.lease_seconds)
 
     def leave(self, replica: str, now: float) -> None:
-        """A replica stops, and answers nothing any more."""
+        """Removes a replica that stops and answers no more calls."""
         self.members.leave(replica)
         self.tick(now)
 
     def usage(self, name: str = "") -> Mapping[str, Mapping[str, m.Usage]]:
-        """By replica, what it does with which adapter, as it last told; of one name or of all."""
+        """The usage that each replica last reported, of one name or of all."""
         if not name:
             return {replica.name: replica.usage for replica in self.members}
         return {r.name: {name: r.usage[name]} for r in self.members if name in r.usage}
@@ -238,7 +238,7 @@ class FleetRegistry:
     # Callers
 
     def submit(self, proposal: m.Proposal, now: float) -> str:
-        """Accepts a proposal; ``outcome`` tells what comes of it.
+        """Accepts a proposal; ``outcome`` returns its result.
 
         Raises:
             TurretError: It is refused, and nothing has changed. The classes are those of
@@ -262,7 +262,7 @@ class FleetRegistry:
         return operation.id
 
     def outcome(self, operation: str, now: float) -> m.Outcome | None:
-        """What came of a proposal; None while that is open.
+        """The result of a proposal; None while it is open.
 
         Raises:
             TurretError: It came to nothing.
@@ -277,14 +277,14 @@ class FleetRegistry:
         return found.outcome
 
     def cancel(self, operation: str, error: TurretError, now: float) -> None:
-        """Withdraws a merge whose weights are not made yet everywhere; else does nothing."""
+        """Withdraws a merge while some replica still prepares its weights; else does nothing."""
         found = self._operations.find(operation)
         if found.stage == "preparing":
             self._abandon(found, error)
         self.tick(now)
 
     def tick(self, now: float) -> None:
-        """Goes on with whatever can go on; call it now and then."""
+        """Advances all operations that can continue; call it regularly."""
         self.members.expire(now)
         for operation in self._operations.open("preparing"):
             self._go_on_preparing(operation, now)
@@ -331,7 +331,7 @@ class FleetRegistry:
     def _save_new(
         self, saved: SavedRegistration, before: SavedRegistration | None, is_staged: bool
     ) -> SavedRegistration:
-        """Files first and the registration last, or everything as it was."""
+        """Saves the files first and the registration last; a failure leaves all as it was."""
         if is_staged:
             saved = dataclasses.replace(
                 saved, source=self._store.adopt(saved.source, key_of(saved))
@@ -350,7 +350,7 @@ class FleetRegistry:
         """The content is registered already, from this or another place."""
         source = before.source
         if not (proposal.is_staged or source.is_upload):
-            # Known to hold the content; the old path may be gone.
+            # The new source is known to hold the content; the old path may be gone.
             source = proposal.source
         after = dataclasses.replace(before, source=source, pinned=before.pinned or proposal.pinned)
         return self._change(before, after)
@@ -389,7 +389,7 @@ class FleetRegistry:
         proposal, saved = operation.unload
         current = self.state.names.get(saved.name)
         if current is None or current.uuid != saved.uuid:
-            # Another unload got there first.
+            # Another unload has already removed it.
             operation.stage, operation.revision = "applying", self.revision
             return
         held = self.members.held(saved.uuid)
@@ -490,6 +490,6 @@ class FleetRegistry:
 
 
 def _answer(member: LivingReplica, plan: MergePlan) -> tuple[bool, TurretError | None]:
-    """Whether a replica has tried to make a merge's weights, and why it could not."""
+    """A replica's result of preparing a merge's weights, and its error if it failed."""
     prepared = {} if member.report is None else member.report.prepared
     return plan.uuid in prepared, prepared.get(plan.uuid)

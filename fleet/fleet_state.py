@@ -17,7 +17,7 @@ Precision = Literal["NF4", "BF16"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """An adapter of a merge, as it was called then."""
+    """An adapter of a merge, with its name at that time."""
 
     name: str
     uuid: str
@@ -52,7 +52,7 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """The name stands for these weights, and serves."""
+    """The name now refers to these weights, and takes requests."""
 
     saved: SavedRegistration
 
@@ -68,7 +68,7 @@ class Closed:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """The name stands for nothing."""
+    """The name no longer refers to anything."""
 
     name: str
     uuid: str
@@ -76,14 +76,14 @@ class Removed:
 
 @dataclass(frozen=True, slots=True)
 class Preparing:
-    """Every replica is to make the merged weights beside its own; None: no longer."""
+    """Every replica prepares the merged weights beside the current ones; None stops that."""
 
     plan: MergePlan | None
 
 
 @dataclass(frozen=True, slots=True)
 class BaseChanged:
-    """The base is this one."""
+    """The base has changed to this one."""
 
     base: Base
 
@@ -93,7 +93,7 @@ Entry = Registered | Closed | Removed | Preparing | BaseChanged
 
 @dataclass(slots=True)
 class FleetState:
-    """Everything that replicas must agree on; also what a snapshot holds.
+    """Everything that replicas must agree on, which is also the content of a snapshot.
 
     Attributes:
         names: What each name stands for.
@@ -127,16 +127,16 @@ class FleetState:
             case BaseChanged(base):
                 self.base, self.preparing = base, None
 
-    # Who needs whom.
+    # Dependencies between names.
 
     def holders_of(self, digest: str, but: str) -> Iterator[str]:
-        """Names that stand for weights with a digest and stay, but for one."""
+        """Open names that refer to weights with a digest, except one."""
         for name, saved in self.names.items():
             if name != but and saved.facts.digest == digest and name not in self.closed:
                 yield name
 
     def fusions_of(self, digest: str, but: str) -> list[str]:
-        """Names built from the adapter with a digest, but for one."""
+        """Names of fusions built from the adapter with a digest, except one."""
         return [
             name
             for name, saved in self.names.items()
@@ -144,18 +144,18 @@ class FleetState:
         ]
 
     def merged_names(self) -> Mapping[str, MergePlan]:
-        """The names whose weights are in the base, or are on their way into it."""
+        """The names whose weights are in the base, or are being merged into it."""
         plans = [plan for plan in (self.base.merge, self.preparing) if plan is not None]
         return {member.name: plan for plan in plans for member in plan.members}
 
 
 def key_of(saved: SavedRegistration) -> str:
-    """Names a generation and no other, as ``Adapter.key`` does."""
+    """The key of one generation, as ``Adapter.key`` makes it."""
     return f"{saved.uuid}.{saved.generation}"
 
 
 def usable_base(base: Base, names: Mapping[str, SavedRegistration]) -> Base:
-    """The base as saved, without a merge whose members another server has changed since."""
+    """The saved base, without a merge whose members another server has changed since."""
     merge = base.merge
     if merge is None:
         return base

@@ -41,13 +41,13 @@ class FleetStore:
     """
 
     def __init__(self, path: Path, *, is_first: bool) -> None:
-        # How much an upload may take is for the replicas to say, which take it in.
+        # The limit of 0 is unused: replicas receive uploads and enforce their size.
         self._state = StateDir(path, 0)
         self._is_first = is_first
         self._merge = self._state.path / "merge.json"
 
     def close(self) -> None:
-        """Lets another registry use the directory."""
+        """Releases the directory for another registry."""
         self._state.close()
 
     def bind(self, base_name: str, base_digest: str) -> None:
@@ -59,7 +59,7 @@ class FleetStore:
         return self._state.read(sweeps=self._is_first)
 
     def read_base(self) -> Base:
-        """The base as it was saved; one that cannot be read is reported, and is the model's own."""
+        """The saved base; an unreadable one is reported and replaced by the model's own."""
         if not self._merge.exists():
             return Base()
         try:
@@ -69,7 +69,7 @@ class FleetStore:
             return Base()
 
     def save_base(self, base: Base) -> None:
-        """Makes this the base after a restart.
+        """Saves the base for the next start.
 
         Raises:
             StorageFullError, StorageFailedError: What was saved before still holds.
@@ -91,7 +91,7 @@ class FleetStore:
         target = self._state.path / "files" / key
         with reporting_disk_faults():
             if target.exists():
-                # Left by a crash before its generation was written down, so that nobody knows it.
+                # A crash left it before its generation was recorded, so nothing refers to it.
                 remove_directory(target)
             move_directory(self._state.path / source.path, target)
         return dataclasses.replace(source, path=str(target.relative_to(self._state.path)))

@@ -16,7 +16,7 @@ from turret.server.errors import TurretError
 
 
 class Applies(Protocol):
-    """Makes true on the replica what is true in the fleet; see ``ReplicaRegistry``."""
+    """Applies the fleet's state to the replica; see ``ReplicaRegistry``."""
 
     def reset(self, state: FleetState) -> None: ...
     def apply(self, entry: Entry) -> None: ...
@@ -28,7 +28,7 @@ class Applies(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What is to be applied next.
+    """The next change to apply.
 
     Attributes:
         session: The incarnation of the registry and the replica's session whose revision it is.
@@ -42,7 +42,7 @@ class Change:
 
 
 class Follower:
-    """Not thread-safe; what ``Applies`` does may take long, and happens between two calls.
+    """Not thread-safe. ``Applies`` may take long, and runs between two calls.
 
     Args:
         join: Who the replica is.
@@ -56,7 +56,7 @@ class Follower:
         self._join = join
         self._replica = replica
         self._stops_alone = stops_alone
-        # With which incarnation, and since which joining; None: it has to join.
+        # The registry's incarnation and this replica's session there; None if it must join.
         self._session: tuple[str, int] | None = None
         self._received = -1
         self._applied = -1
@@ -67,10 +67,10 @@ class Follower:
         self._changes: deque[Change] = deque()
 
     def next_call(self) -> Join | Report:
-        """What is to be said to the registry next."""
+        """The next message to the registry."""
         if self._session is None:
             return self._join
-        # First how far it is: what is held or made is then at least as new.
+        # Read the progress first: the usage is then at least as recent.
         applied = self._applied
         usage = self._replica.usage()
         waiting, running = self._replica.num_requests()
@@ -88,7 +88,7 @@ class Follower:
         )
 
     def joined(self, answer: Joined, asked: float) -> None:
-        """Takes in a snapshot that was asked for at that time; an old one changes nothing."""
+        """Takes in the snapshot requested at that time; an older one is ignored."""
         if asked <= self._joined_at:
             return
         self._joined_at = asked
@@ -101,7 +101,7 @@ class Follower:
         self._changes.append(Change(session, answer.revision, answer.state))
 
     def told(self, call: Report, news: News, asked: float) -> None:
-        """Takes in the answer to a report; one that came late, or twice, changes nothing."""
+        """Takes in the answer to a report; a late or repeated one is ignored."""
         session = self._session
         if session is None or session != (call.incarnation, call.session):
             return
@@ -114,34 +114,34 @@ class Follower:
                 self._changes.append(Change(session, revision, entry))
 
     def must_join(self, call: Report) -> None:
-        """The registry does not know the replica, or not any more."""
+        """Records that the registry does not know the replica, or no longer does."""
         if self._session == (call.incarnation, call.session):
             self._session = None
 
     def next_change(self) -> Change | None:
-        """What ``apply`` takes next."""
+        """The change for ``apply``; None if there is none."""
         return self._changes.popleft() if self._changes else None
 
     def apply(self, change: Change) -> None:
-        """Makes a change true; blocks. ``done`` then says so."""
+        """Applies a change; blocks. Call ``done`` afterwards."""
         if isinstance(change.what, FleetState):
             self._replica.reset(change.what)
         else:
             self._replica.apply(change.what)
 
     def done(self, change: Change) -> None:
-        """A change is true."""
+        """Records that a change is applied."""
         if change.session == self._session and change.revision > self._applied:
             self._applied = change.revision
             self._has_served = self._has_served or self.is_current
 
     @property
     def is_current(self) -> bool:
-        """Whether everything is true that was when it last joined."""
+        """Whether everything is applied that was true when the replica last joined."""
         return self._session is not None and self._applied >= self._must_apply
 
     def has_lease(self, now: float) -> bool:
-        """Whether the registry waits for this replica before it says that a change is made."""
+        """Whether the registry waits for this replica before it reports a change as made."""
         return now < self._lease_until
 
     def is_serving(self, now: float) -> bool:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 from turret.fleet.messages import ReplicaStatus, Report, Usage
 
-# A replica's lease ends by its own clock when it asked for it, by the registry's when the question
-# arrived and so much later: clocks need not run at the same speed.
+# A replica's lease starts, by the replica's clock, when it asks. The registry waits longer, from
+# when the question arrives, because clocks may run at different speeds.
 CLOCK_SLACK = 1.25
 
 
 @dataclass(slots=True)
 class LivingReplica:
-    """One replica, as the registry last heard of it.
+    """One replica, according to the latest news from it.
 
     Attributes:
         session: Which of its joinings counts. A join that comes late makes it living without its
@@ -34,7 +34,7 @@ class LivingReplica:
         return sum(count for key, count in holding.items() if key.rpartition(".")[0] == uuid)
 
     def status(self, now: float) -> ReplicaStatus:
-        """What an operator may want to know."""
+        """The replica's status, for an operator."""
         usage = list(self.usage.values())
         return ReplicaStatus(
             name=self.name,
@@ -48,7 +48,7 @@ class LivingReplica:
 
 
 class Members:
-    """Leases. Times are one clock's, whichever.
+    """Leases. All times must be of one clock.
 
     Args:
         lease_seconds: How long a replica that says nothing counts as living.
@@ -63,43 +63,43 @@ class Members:
         return iter(self._by_name.values())
 
     def join(self, name: str, now: float) -> int:
-        """Counts a replica that has applied nothing yet; returns its session."""
+        """Adds a replica that has applied nothing yet; returns its session."""
         self._num_sessions += 1
         self._by_name[name] = LivingReplica(name, self._expiry(now), self._num_sessions)
         return self._num_sessions
 
     def renew(self, report: Report, now: float) -> bool:
-        """Takes in a report; False if its session does not count as living."""
+        """Takes in a report; False if its session is not that of a living replica."""
         member = self._by_name.get(report.replica)
         if member is None or member.session != report.session:
             return False
         member.expires = self._expiry(now)
         if report.usage is not None:
             member.usage = report.usage
-        # Reports may overtake each other.
+        # Reports may arrive out of order.
         if member.report is None or report.applied >= member.applied:
             member.applied, member.report = report.applied, report
         return True
 
     def leave(self, name: str) -> None:
-        """A replica that stops is not waited for."""
+        """Forgets a replica that stops."""
         self._by_name.pop(name, None)
 
     def expire(self, now: float) -> None:
-        """Forgets the silent ones."""
+        """Forgets replicas whose lease has ended."""
         for member in [member for member in self if member.expires <= now]:
             del self._by_name[member.name]
 
     def have_applied(self, revision: int) -> bool:
-        """Whether a revision is true on every living replica."""
+        """Whether every living replica has applied a revision."""
         return all(member.applied >= revision for member in self)
 
     def held(self, uuid: str) -> int:
-        """Requests on all of them that hold a registration."""
+        """Requests on all replicas that hold a registration."""
         return sum(member.held(uuid) for member in self)
 
     def is_held(self, key: str) -> bool:
-        """Whether any of them holds a generation, or has not told yet."""
+        """Whether any replica holds a generation, or has not reported yet."""
         return any(member.report is None or key in member.report.holding for member in self)
 
     def _expiry(self, now: float) -> float:

@@ -1,4 +1,4 @@
-"""What replicas and the registry say to each other."""
+"""Messages between replicas and the registry."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Residency = Literal["disk", "host", "device"]
 
 
 class NotJoinedError(Exception):
-    """The registry does not count the replica among the living: it has to join (again)."""
+    """The registry does not count the replica as living: it must join (again)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What one replica does with one adapter."""
+    """One replica's use of one adapter."""
 
     in_flight: int = 0
     residency: Residency = "disk"
@@ -32,7 +32,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Join:
-    """A replica asks for everything that is true.
+    """A replica asks for the whole state.
 
     Attributes:
         replica: Its name, another one after a restart.
@@ -65,7 +65,7 @@ class Joined:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a replica knows, and the question what is new; each one renews its lease.
+    """A replica's state, and a request for news; each report renews its lease.
 
     Attributes:
         replica: Who says it.
@@ -100,7 +100,7 @@ class News:
     lease_seconds: float
 
 
-# What replicas propose, on behalf of a caller.
+# Proposals of replicas, on behalf of a caller.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +127,7 @@ class Register:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pin:
-    """A name is kept in memory and registered, or no longer."""
+    """Keep a name in memory and registered, or no longer."""
 
     name: str
     pinned: bool
@@ -135,7 +135,7 @@ class Pin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unload:
-    """A name is to go once no request on any replica holds it."""
+    """Remove a name once no request on any replica holds it."""
 
     name: str
     is_forced: bool
@@ -145,7 +145,7 @@ class Unload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merge:
-    """A mix is to become part of the base, everywhere or nowhere."""
+    """Merge a mix into the base, on every replica or on none."""
 
     members: tuple[Member, ...]
     precision: Precision
@@ -154,7 +154,7 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class Unmerge:
-    """The base's own weights are to come back."""
+    """Restore the base's own weights."""
 
 
 Proposal = Register | Pin | Unload | Merge | Unmerge
@@ -162,7 +162,7 @@ Proposal = Register | Pin | Unload | Merge | Unmerge
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a proposal: the registration, or the base, that is true everywhere now."""
+    """The result of a proposal: the registration or base that now holds everywhere."""
 
     saved: SavedRegistration | None = None
     base: Base | None = None

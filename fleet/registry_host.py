@@ -1,4 +1,4 @@
-"""The registry with a clock and threads: what a process or an actor makes of the state machine."""
+"""The registry with a clock and threads, for use in a process or an actor."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class RegistryHost:
             return self._registry.join(join, time.monotonic())
 
     def report(self, report: m.Report, wait_seconds: float) -> m.News:
-        """As ``FleetRegistry.report``, but answers only when there is news, or after a time."""
+        """As ``FleetRegistry.report``, but waits until there is news, up to a time limit."""
         end = time.monotonic() + wait_seconds
         with self._changed:
             while True:
                 news = self._registry.report(report, time.monotonic())
-                # What it said may be what others wait for.
+                # The report may contain what other callers wait for.
                 self._changed.notify_all()
                 left = end - time.monotonic()
                 if news.entries or left <= 0 or self._is_closed:
@@ -64,7 +64,7 @@ class RegistryHost:
         return self._now(lambda now: self._registry.submit(proposal, now))
 
     def outcome(self, operation: str, wait_seconds: float) -> m.Outcome | None:
-        """As ``FleetRegistry.outcome``, but says None only after a time."""
+        """As ``FleetRegistry.outcome``, but waits up to a time limit before it returns None."""
         end = time.monotonic() + wait_seconds
         with self._changed:
             while True:

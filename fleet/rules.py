@@ -1,4 +1,4 @@
-"""Whether a change is allowed, by what is true in the whole fleet; the errors of one server."""
+"""Whether the fleet's state allows a change; raises the errors of a single server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from turret.server.errors import (
 
 
 def registered(state: FleetState, name: str) -> SavedRegistration:
-    """What a name stands for.
+    """The registration of a name.
 
     Raises:
         AdapterNotFoundError: Nothing.
@@ -39,7 +39,7 @@ def check_open(state: FleetState, name: str) -> None:
 
 
 def check_generation(saved: SavedRegistration, expected: int | None) -> None:
-    """Raises AdapterGenerationError if it has another; None accepts any."""
+    """Raises AdapterGenerationError if the name has another generation; None accepts any."""
     if expected is not None and saved.generation != expected:
         raise AdapterGenerationError(
             f"adapter {saved.name!r} has generation {saved.generation}, not {expected}: it was"
@@ -49,7 +49,7 @@ def check_generation(saved: SavedRegistration, expected: int | None) -> None:
 
 
 def check_same(saved: SavedRegistration, expected: tuple[str, int]) -> None:
-    """Raises AdapterGenerationError if somebody else changed the name meanwhile."""
+    """Raises AdapterGenerationError if another caller changed the name meanwhile."""
     if saved.uuid != expected[0]:
         raise AdapterGenerationError(
             f"adapter {saved.name!r} was unloaded and loaded again meanwhile",
@@ -59,7 +59,7 @@ def check_same(saved: SavedRegistration, expected: tuple[str, int]) -> None:
 
 
 def check_free(saved: SavedRegistration, facts: AdapterFacts) -> None:
-    """Raises AdapterExistsError if a name stands for other weights."""
+    """Raises AdapterExistsError if the name refers to other weights."""
     if saved.facts.digest != facts.digest:
         raise AdapterExistsError(
             f"adapter name {saved.name!r} is taken by other weights",
@@ -113,7 +113,7 @@ def check_members(state: FleetState, members: tuple[Member, ...]) -> None:
 
 
 def still_held(saved: SavedRegistration, count: int, unload: Unload) -> AdapterInUseError:
-    """The error of an unload that gave up."""
+    """The error of an unload that timed out."""
     why = f"is still held by {counted(count, 'request')} after {unload.timeout_seconds} s"
     return _in_use(saved.name, why, AdapterInUseError if unload.is_forced else AdapterBusyError)
 

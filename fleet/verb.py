@@ -1,4 +1,4 @@
-"""The verb ``turret cluster``: its flags, and what is missing for it. Ray is loaded last."""
+"""The verb ``turret cluster``: its flags, and checks before Ray is loaded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
-    """Adds the verb and its two verbs; ``text`` is its line in the help."""
+    """Adds the verb and its actions; ``text`` is its line in the help."""
     parser = subparsers.add_parser(
         "cluster",
         help=text,
@@ -113,12 +113,12 @@ def serve(args: argparse.Namespace) -> int:
         _complain("serve", *str(error).splitlines(), is_json=is_json)
         return EXIT_USAGE
     note(*settings.notes, is_json=is_json, command="turret cluster serve")
-    # An ingress whose fleet was killed holds its addresses, which are looked at next.
+    # First end an ingress whose fleet was killed: it holds the addresses checked below.
     removed = [] if plan.ray_address is not None else fleet_folder.remove_dead()
-    # Each replica takes the first free port from that of --metrics-address on.
+    # Replicas use the first free ports from --metrics-address on, so do not check that one.
     listened = dataclasses.replace(config.listen, metrics_address=None)
     looked_at = dataclasses.replace(config, listen=listened)
-    # In a cluster that is joined the command may be run again, to change the fleet.
+    # In a cluster that is joined, this may change a running fleet, whose addresses are in use.
     if found := problems(looked_at, may_run=plan.ray_address is not None, any_port=False):
         _complain("serve", *map(settings.blamed, found), is_json=is_json)
         return EXIT_FAILED

@@ -41,9 +41,9 @@ _log = logging.getLogger(__name__)
 
 EXIT_OK = 0
 EXIT_FAILED = 1
-# How long answers that are complete, or refusals, get to reach their clients at the very end.
+# Time at the very end for complete answers and rejections to reach their clients.
 _FLUSH_SECONDS = 2.0
-# How long a server whose engine has failed still answers health checks, with NOT_SERVING.
+# How long health checks get NOT_SERVING after the engine has failed.
 _DEAD_SECONDS = 1.0
 
 Build = Callable[[Config, Metrics], Backend]
@@ -51,14 +51,14 @@ _T = TypeVar("_T")
 
 
 def _build(config: Config, metrics: Metrics) -> Backend:
-    # torch and transformers take seconds to import; the server already listens by then.
+    # The server listens before torch and transformers are imported, which takes seconds.
     from turret.server.build import build_backend
 
     return build_backend(config, metrics)
 
 
 def _preload(registry: AdapterRegistry, name: str, path: str) -> AdapterInfo:
-    """What the command line asks for wins over what was registered before a restart.
+    """Load an adapter of the command line, replacing one registered before a restart.
 
     Raises:
         PreloadError: The adapter is refused.
@@ -73,7 +73,7 @@ def _preload(registry: AdapterRegistry, name: str, path: str) -> AdapterInfo:
 
 
 class PreloadError(Exception):
-    """An adapter of ``--preload`` that the server refused; the text names the flag."""
+    """An adapter of ``--preload`` that the server rejected; the text names the flag."""
 
 
 class App:
@@ -124,7 +124,7 @@ class App:
         return code
 
     def _say(self, error: Exception) -> None:
-        """Report why nothing is served, as the checks before the start do; nothing follows it."""
+        """Report why the server does not serve, in the form of the checks before the start."""
         if self.config.log.log_format == "text":
             print(f"turret serve: error: {error}", file=sys.stderr, flush=True)
         else:
@@ -147,7 +147,7 @@ class App:
         token_file = config.security.token_file
         tokens = TokenTable.parse(token_file) if token_file is not None else None
         self._warn_if_exposed()
-        # Through whichever door its requests come, a party has one share.
+        # A party has one share over all protocols.
         shares = Shares.of(config)
         failures = Failures()
         inference = Inference(self.gate)
@@ -255,7 +255,7 @@ class App:
         if self.rpc is not None:
             self.rpc.health.set_serving(False)
             if is_dead:
-                # Whoever polls hears it before the listener goes.
+                # Give clients that poll the health a chance to see the new status.
                 await asyncio.sleep(_DEAD_SECONDS)
         if backend is not None:
             grace = self.config.lifecycle.grace_seconds
@@ -287,7 +287,7 @@ class App:
                 finish = functools.partial(done.set_result, work())
             except BaseException as error:
                 finish = functools.partial(done.set_exception, error)
-            # The loop is closed if the process stopped meanwhile: nobody waits for this any more.
+            # If the process stopped meanwhile, the loop is closed and nobody waits for the result.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(settle, finish)
 
@@ -315,7 +315,7 @@ class App:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT: the first stops gracefully, the second at once. SIGHUP reloads."""
+        """The first SIGTERM or SIGINT stops gracefully, the second at once. SIGHUP reloads."""
         loop = asyncio.get_running_loop()
         is_main = threading.current_thread() is threading.main_thread()
         kinds = (signal.SIGTERM, signal.SIGINT) if is_main else ()

@@ -1,4 +1,4 @@
-"""Builds what answers requests from the configuration: model, engine, adapter registry."""
+"""Builds the parts that answer requests: model, engine and adapter registry."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ BLOCK_SIZE = 16
 
 
 class Seat(Protocol):
-    """A server's place in a fleet, which makes the parts that are not its own alone."""
+    """A server's place in a fleet, which makes the parts that it shares with other servers."""
 
     def registry(
         self, config: AdapterConfig, base: BaseModel, metrics: Metrics
@@ -178,7 +178,7 @@ def _build_store(
 def _store_type(path: str) -> Callable[..., AdapterStore]:
     if path != "gpu":
         return CpuStore if path == "cpu" else ReferenceStore
-    # Imported where it is used: the other paths run where Triton is not installed.
+    # Import it here: other device paths run where Triton is not installed.
     from turret.server.adapters.device.gpu.store import GpuStore
 
     return GpuStore
@@ -228,7 +228,7 @@ def _choose_device(model: ModelConfig) -> torch.device:
 
 
 def _see_only(number: int) -> None:
-    """Make one CUDA device the only one of this process.
+    """Make only one CUDA device visible to this process.
 
     Every thread and every library has device 0 as its current one, so the one that serves is made
     that. It works before CUDA is first used.
@@ -289,11 +289,11 @@ def _build_engine(
         _warm_up(executor, stream)
 
     def is_ready(sequence: Sequence) -> bool:
-        # Alone, it waits for its adapters in its first step: there is nobody to delay.
+        # A sequence that runs alone waits for its adapters in its first step, as it delays nobody.
         return engine.is_ready(sequence) and (not scheduler.running or runner.is_near(sequence))
 
     engine: Engine
-    # The steps of the gpu path draw one token of each sequence, in a captured graph.
+    # Steps of the GPU path sample one token per sequence, in a captured graph.
     wanted = config.scheduler.speculation if isinstance(executor, TorchExecutor) else "off"
     cost = StepCost()
     scheduler = Scheduler(
@@ -324,12 +324,12 @@ def _build_engine(
 
 @contextlib.contextmanager
 def _on_stream(stream: StepStream, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """What the engine's thread works in."""
+    """The context in which the engine's thread works."""
     if device.type == "cuda":
-        # What is left to the processor is small: a team of threads would only wait for itself.
+        # Little work is left to the CPU, so a team of threads would only wait for itself.
         compute_on_this_thread()
     elif has_native(dtype, device) and has_native_products():
-        # All that is large in a step is a compiled kernel.
+        # Compiled kernels do all the large work of a step, on threads of their own.
         use_own_threads()
         compute_on_this_thread()
     with stream.entered():
@@ -368,7 +368,8 @@ def _kv_bytes(config: Config, decoder: Decoder, store: AdapterStore) -> int:
     rows = [bucket for bucket, _ in executor.forms()]
     taken += captured_bytes(rows, decoder.arch.hidden_size * decoder.dtype.itemsize)
     left = kv_cache_bytes(device, taken)
-    # More than every sequence at its longest, twice over, would only be prefixes nobody asks for.
+    # Beyond twice the memory of all sequences at their longest, blocks would only hold prefixes
+    # that nobody asks for.
     arch = decoder.arch
     most = 2 * max_num_seqs * KvCache.block_bytes(arch, arch.max_model_len, decoder.dtype)
     _log.info("memory planned", extra=log.fields(step_bytes=taken, kv_cache_bytes=min(left, most)))

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from turret.server.config import Config
 
 EXIT_FAILED = 1
-# With these alone nothing is loaded to look for misspelt ones.
+# If no other TURRET variables are set, skip loading the check for misspelt ones.
 _CLIENT_VARIABLES = ("TURRET_ADDRESS", "TURRET_TOKEN", "TURRET_TLS_CA")
 EXIT_INTERRUPTED = 130
-# In the order of the help.
+# Listed in the order of the help.
 _OWN_VERBS = {
     "serve": "run the server",
     "cluster": "run many replicas as one server, or show them",
@@ -36,8 +36,8 @@ _TRAINING = {
     "train": "train an adapter",
     "convert": "turn an adapter that is not served into one that is",
 }
-# What adds the verbs of the fleet and of the trainer. The server imports neither: they are found by
-# name, when the verb is asked for.
+# Functions that add the verbs of the fleet and the trainer. The server imports neither package, so
+# they are found by name when the verb is used.
 _ELSEWHERE = {
     "cluster": "turret.fleet.verb:add_parser",
     "train": "turret.training.verbs:add_parser",
@@ -69,7 +69,7 @@ def _serve(args: argparse.Namespace) -> int:
     level = logging.DEBUG if config.log.verbose else logging.INFO
     log.configure(level, log_format=config.log.log_format)
     if hasattr(signal, "SIGUSR1"):
-        # For a server that hangs: says where, and goes on.
+        # SIGUSR1 prints the stacks of a server that hangs, and lets it continue.
         faulthandler.register(signal.SIGUSR1, all_threads=True)
     _introduce(config, settings)
 
@@ -84,7 +84,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _introduce(config: Config, settings: Settings) -> None:
-    """Say the version and the settings, in the form of the log."""
+    """Log the version and the settings."""
     said = config.describe() if config.log.verbose else settings.describe(config)
     if config.log.log_format == "text":
         print(f"turret {turret.__version__}\n{said}".rstrip(), file=sys.stderr, flush=True)
@@ -96,7 +96,7 @@ def _introduce(config: Config, settings: Settings) -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process, without what the interpreter does on its way out.
+    """End the process without the interpreter's own cleanup.
 
     A thread in the middle of a load or of a read from a dead disk must neither keep a stopped
     server alive nor be torn down under its feet; and libraries that count their objects then
@@ -141,7 +141,7 @@ def _completion(args: argparse.Namespace) -> int:
 
 
 def _freeze_heap() -> None:
-    """Have the garbage collector pass over what stays for ever, and look less often.
+    """Exclude permanent objects from garbage collection, and run it less often.
 
     A full collection walks half a million objects of torch's and transformers', during which no
     engine step runs, and adapters, made of many small objects, bring it about again and again.
@@ -218,8 +218,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     )
     parser.verbs_below = _verbs_below
     parser.add_argument("--version", action="version", version=f"turret {turret.__version__}")
-    # One of CommandParsers passes for none of ArgumentParsers with a type checker: the type is
-    # invariant, and the verbs ask for the latter.
+    # Any is needed because the type of subparsers is invariant: those of CommandParser do not pass
+    # where the verbs expect ArgumentParser's.
     subparsers: Any = parser.add_subparsers(metavar="COMMAND", required=True)
     own = {
         "serve": _add_serve,
@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None, *, catches_interrupts: bool = False)
         Its exit code.
     """
     if argv is not None:
-        # It is a call within somebody else's process.
+        # Another program called this function.
         return _run(argv, catches_interrupts)
     from turret.server.command.streams import with_streams
 
@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None, *, catches_interrupts: bool = False)
 
 
 def _interrupt(*_: object) -> None:
-    """Ends a call to a server in good order; a second Ctrl-C ends it at once.
+    """End a call to a server cleanly; a second Ctrl-C ends it at once.
 
     An exception in the middle of what the first one unwinds could leave gRPC waiting for ever.
     """
@@ -276,7 +276,7 @@ def _interrupt(*_: object) -> None:
 
 
 def _note_variables(verb: str) -> None:
-    """Note variables that are spelt as none is; what serves does so itself."""
+    """Warn about variables that look misspelt; verbs that serve do this themselves."""
     if not any(n.startswith("TURRET_") and n not in _CLIENT_VARIABLES for n in os.environ):
         return
     from turret.server.command.settings import unknown_variables
@@ -299,7 +299,7 @@ def _run(arguments: Sequence[str], catches_interrupts: bool) -> int:
         code: int = args.func(args)
         return code
     except KeyboardInterrupt:
-        # While modules are loaded, or by a verb that has nothing to put in order.
+        # The interrupt came during imports, or in a verb that needs no cleanup.
         return EXIT_INTERRUPTED
 
 

@@ -21,14 +21,14 @@ from turret.server.basics.byte_size import GIB, MIB, format_byte_size
 from turret.server.basics.closest import did_you_mean
 from turret.server.basics.hub_id import ADAPTER_NAME, HUB_SCHEME, HubId, no_adapter_name
 
-# Defaults on a CPU; on CUDA they follow from what is free.
+# Defaults on a CPU. On CUDA they depend on free memory.
 KV_CACHE_BYTES = 256 * MIB
 ADAPTER_DEVICE_BYTES = 512 * MIB
 
-# Of --preload in the listing at the start; each has a line of its own when it is loaded.
+# Number of --preload entries in the startup log; each is logged again when it is loaded.
 _PRELOADS_SHOWN = 3
 
-# What browsers send as Origin: no path, no slash at the end.
+# The Origin header of browsers: no path and no trailing slash.
 _HOST = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", re.IGNORECASE)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+")
 
@@ -42,7 +42,7 @@ def _flag(default: Any, help_text: str, **metadata: Any) -> Any:
 def _at_least(config: object, least: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        # Written so that NaN fails too.
+        # This form also rejects NaN.
         if value is not None and not value >= least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
 

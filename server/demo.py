@@ -27,14 +27,14 @@ from turret.server.server_process import ServerProcess, ServerProcessError
 
 _MAX_TOKENS = 64
 _BASE = "base"
-# Prompts of the example adapters that the base model answers as well, for comparison.
+# Example adapters whose prompts the base model answers too, for comparison.
 _COMPARED = ("pirate", "label")
-# One mix that does both: it answers either prompt in the manner of the adapter made for it.
+# A mix of both adapters answers either prompt in the manner of the adapter trained for it.
 _MIX = (AdapterWeight("json"), AdapterWeight("pirate", 0.7))
 
 
 class ExamplesNotFoundError(Exception):
-    """There is no examples folder where one was looked for."""
+    """No examples folder was found."""
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class Question:
 
     @property
     def is_right(self) -> bool | None:
-        """Whether the answer is the expected one; None where nothing is expected."""
+        """Whether the answer is the expected one; None without an expected answer."""
         if self.expected is None:
             return None
         answer = self.answer.strip()
@@ -92,7 +92,7 @@ def find_examples(given: Path | None) -> Path:
     Raises:
         ExamplesNotFoundError: There is none; says how to name one.
     """
-    # src/turret/__init__.py of a checkout; an installed package has no examples beside it.
+    # Only a checkout (with src/turret/__init__.py) has the examples; an installed package does not.
     checkout = Path(turret.__file__).resolve().parents[2] / "examples"
     candidates = [given] if given is not None else [checkout, Path("examples").resolve()]
     for folder in candidates:
@@ -173,7 +173,7 @@ def _demonstrate(
     try:
         return _converse(console, server, questions, is_once)
     except TurretRpcError as error:
-        # The server was started here, so nobody else has its log.
+        # The demo started this server, so nobody else has its log.
         raise ServerProcessError(f"{error}; the server's last lines:\n{server.log_tail}") from None
 
 
@@ -183,7 +183,7 @@ def _converse(
     console.rule("one batch: the base model, every adapter and a mix")
     asyncio.run(_ask_all(console, server.address, questions))
     if console.is_terminal:
-        # Elsewhere each was printed when it was there.
+        # Without a terminal, each answer was printed as it arrived.
         console.print(_answers(questions))
     console.print(_totals(questions), soft_wrap=not console.is_terminal)
     console.rule(f"per adapter, from http://{server.metrics_address}/metrics")

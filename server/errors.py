@@ -45,7 +45,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Metadata: how many fields are at fault, where an answer has room for fewer.
+# Metadata key: the number of invalid fields, where the answer has no room for all of them.
 VIOLATION_COUNT = "violation_count"
 
 
@@ -75,7 +75,7 @@ class InvalidRequestError(TurretError):
 
     @classmethod
     def of(cls, field: str, description: str) -> InvalidRequestError:
-        """One bad field; the message is readable on its own."""
+        """The error for one field; the message is readable on its own."""
         return cls(f"{field}: {description}", violations=[(field, description)])
 
 
@@ -141,7 +141,7 @@ class AdapterMergedError(AdapterInUseError):
 
 
 class AdapterGenerationError(AdapterError):
-    """The name has another generation than the caller expected."""
+    """The name has a different generation from the one that the caller expected."""
 
     reason = "ADAPTER_GENERATION"
 
@@ -199,14 +199,14 @@ class HubError(TurretError):
 
     @classmethod
     def about(cls, hub_id: object, description: str) -> HubError:
-        """One repository; the message is readable on its own."""
+        """The error for one repository; the message is readable on its own."""
         return cls(
             description, metadata={"repository": str(hub_id)}, violations=[("path", description)]
         )
 
 
 class HubUnavailableError(TurretError):
-    """The hub's end of a download; trying again may help."""
+    """The hub failed during a download; a retry may help."""
 
     reason = "HUB_UNAVAILABLE"
 

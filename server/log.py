@@ -96,7 +96,7 @@ def configure(
 
 
 class _Lines(io.TextIOBase):
-    """A stream that hands on each line; a handler writes whole ones."""
+    """A stream that passes on each line; a handler writes whole lines."""
 
     def __init__(self, take: Callable[[str], None]) -> None:
         self._take = take
@@ -108,7 +108,7 @@ class _Lines(io.TextIOBase):
 
 @contextmanager
 def taken_by(take: Callable[[str], None]) -> Iterator[None]:
-    """While inside, what would be logged to stderr is given to ``take``, a line at a time."""
+    """Within this, log lines go to ``take`` instead of stderr."""
     handlers = [
         each
         for each in logging.getLogger().handlers

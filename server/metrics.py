@@ -22,9 +22,9 @@ from prometheus_client import (
 
 from turret.server.basics.codes import Code
 
-# Adapters with a label value of their own; later ones share "other".
+# Number of adapters with a label value of their own; later ones share "other".
 MAX_ADAPTER_LABELS = 100
-# Names in a label that lists adapters.
+# Maximum number of names in a label that lists adapters.
 MAX_LISTED_ADAPTERS = 100
 BASE = "base"
 OTHER = "other"
@@ -64,7 +64,7 @@ class Metrics:
         ProcessCollector(registry=registry)
         self._max_adapter_labels = max_adapter_labels
         self._lock = threading.Lock()
-        # Both keyed by registered name.
+        # Both dictionaries are keyed by registered name.
         self._labels: dict[str, str] = {}
         self._tiers: dict[str, str] = {}
         self._listed: tuple[str, str, str] | None = None
@@ -191,7 +191,7 @@ class Metrics:
                 self._requests.labels(label, code).inc()
 
     def call_finished(self, protocol: str, code: str) -> None:
-        """Count a finished call for its door, ``grpc`` or ``http``."""
+        """Count a finished call for its protocol, ``grpc`` or ``http``."""
         self._calls.labels(protocol, code).inc()
 
     def tokens(self, adapter_names: Sequence[str], *, prompt: int, generated: int) -> None:
@@ -252,7 +252,7 @@ class Metrics:
         names = (",".join(sorted(some)[:MAX_LISTED_ADAPTERS]) for some in (running, waiting))
         listed = (str(most), next(names), next(names))
         before, self._listed = self._listed, listed
-        # The new series comes before the old one goes: a scrape finds one at any time.
+        # Add the new series before removing the old one, so that every scrape finds one.
         self._adapters_info.labels(*listed).set_to_current_time()
         if before is not None and before != listed:
             self._adapters_info.remove(*before)
@@ -278,7 +278,7 @@ class Metrics:
         with self._lock:
             if name not in self._labels:
                 own = sum(label != OTHER for label in self._labels.values())
-                # No adapter name holds a colon, so a renamed one collides with nothing.
+                # Adapter names contain no colon, so a renamed one collides with nothing.
                 plain = f"adapter:{name}" if name in (BASE, OTHER) else name
                 self._labels[name] = plain if own < self._max_adapter_labels else OTHER
             self._move(name, tier)
@@ -335,7 +335,7 @@ class Metrics:
         self._evictions.labels(tier, reason).inc()
 
     def merge_active(self, active: bool) -> None:
-        """Say whether a merge changes the base model."""
+        """Set whether a merge changes the base model."""
         self._merge_active.set(active)
 
     def info(self, values: Mapping[str, object]) -> None:
@@ -343,7 +343,7 @@ class Metrics:
         self._info.info({key: str(value) for key, value in values.items()})
 
     def _labels_of(self, adapter_names: Iterable[str]) -> list[str]:
-        """The label of each member, each once; a name that is not registered is ``other``."""
+        """The label of each member, without duplicates; ``other`` for unregistered names."""
         labels = dict.fromkeys(self._labels.get(name, OTHER) for name in adapter_names)
         return list(labels) or [BASE]
 

@@ -29,7 +29,7 @@ PATH = "/metrics"
 ROLE = "metrics"
 MAX_CONNECTIONS = 16
 MAX_REQUEST_BYTES = 8192
-# From the connection to the last byte of the answer.
+# Time limit from the connection to the last byte of the answer.
 TIMEOUT_SECONDS = 5.0
 
 
@@ -99,12 +99,12 @@ class MetricsServer:
             if len(self._open) >= MAX_CONNECTIONS:
                 return
             self._open.add(task)
-            # A client that goes away, stays silent or sends no HTTP gets no answer.
+            # A client that disconnects, stays silent or does not send HTTP gets no answer.
             gone = (OSError, EOFError, TimeoutError, asyncio.LimitOverrunError)
             with contextlib.suppress(*gone):
                 async with asyncio.timeout(TIMEOUT_SECONDS):
                     head = await reader.readuntil(b"\r\n\r\n")
-                    # So that drain waits until the system has it all.
+                    # Make drain() wait until the system has taken all bytes.
                     writer.transport.set_write_buffer_limits(0)
                     writer.write(self._answer(head))
                     await writer.drain()

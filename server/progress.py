@@ -1,4 +1,4 @@
-"""What makes an operator wait: a bar on the terminal, else a line in the log now and then."""
+"""Progress of long steps: a bar on the terminal, otherwise an occasional log line."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from turret.server import log
 Report = Callable[[str, int, int], None]
 
 _log = logging.getLogger(__name__)
-# Bars that are drawn.
+# Bars currently shown.
 _drawn: list[Progress] = []
-# What is over sooner is not worth a line.
+# Steps that finish sooner get no log line.
 _FIRST_SECONDS = 3.0
 _EVERY_SECONDS = 10.0
 
@@ -40,7 +40,7 @@ def progress_bar() -> Iterator[Report]:
     def above(line: str) -> None:
         console.print(Text(line), highlight=False, soft_wrap=True)
 
-    # The bar is drawn again behind each line; what is written past it would be glued to it.
+    # Printing above the bar redraws it. A line written past it would end up beside the bar.
     with log.taken_by(above), Progress(*columns, console=console) as bar, _noted(bar):
         tasks = {}
 
@@ -62,7 +62,7 @@ def _noted(bar: Progress) -> Iterator[None]:
 
 
 def end_bars() -> None:
-    """Have a terminal's cursor back, which a bar hides, before the end of its work.
+    """Show the cursor again, which a bar hides, before its work has ended.
 
     What a thread loads is not waited for when the process ends.
     """
@@ -71,7 +71,7 @@ def end_bars() -> None:
 
 
 def _lines(now: Callable[[], float]) -> Report:
-    """Logs what takes longer than ``_FIRST_SECONDS``, and again every ``_EVERY_SECONDS``."""
+    """Log steps that take longer than ``_FIRST_SECONDS``, and again every ``_EVERY_SECONDS``."""
     due: dict[str, float] = {}
 
     def report(description: str, done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Tokens that change while the server runs."""
+"""Reloads bearer tokens while the server runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TokenReloader:
         self._asked = asyncio.Event()
 
     def reload(self) -> None:
-        """Look at once, changed or not."""
+        """Check the file now, changed or not."""
         self._files.forget()
         self._asked.set()
 

@@ -1,4 +1,4 @@
-"""What the asyncio client needs of gRPC; ``calls.blocking`` has the same for the other one."""
+"""The asyncio client's use of gRPC; ``calls.blocking`` has the same for the blocking client."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from turret.clients.calls.settings import CallSettings, closed_under_a_call
 from turret.clients.channel import ClosedStub, Tls, check_address, open_channel
 from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc
 
-# The last event of a call that was cut short takes about 1 ms.
+# Time for the last event of a call that was cut short, which takes about 1 ms.
 _CUT_SECONDS = 0.05
 
 
@@ -48,7 +48,7 @@ class Connection:
         self.adapters: Any = _LoopStub(adapters, self._cuts)
 
     async def close(self) -> None:
-        """Cancel what runs, and make later calls a RuntimeError.
+        """Cancel running calls, and make later ones raise RuntimeError.
 
         Where a call was cut short just before, it takes up to 50 ms, so that gRPC is done with it
         before the event loop may end.
@@ -60,7 +60,7 @@ class Connection:
 
 
 class _LoopStub:
-    """An asyncio stub that is used where it was made: elsewhere gRPC fails in words of its own.
+    """An asyncio stub bound to its event loop: in another one, gRPC fails with an obscure error.
 
     Args:
         stub: gRPC's.
@@ -92,7 +92,7 @@ class _LoopStub:
 
 
 class _CutCalls:
-    """When an asyncio client last cut a call short, and how long gRPC has to do with that.
+    """When an asyncio client last cut a call short, and how long gRPC takes to handle that.
 
     Of a call that is cancelled gRPC drops what is under way, and its last event comes a little
     later, through a queue that all event loops of the process share. After the loop's end, as long
@@ -104,12 +104,12 @@ class _CutCalls:
         self._last = -math.inf
 
     def note(self, call: grpc.aio.Call) -> None:
-        """Take in a call that has ended."""
+        """Record a call that has ended."""
         if call.cancelled():
             self._last = time.monotonic()
 
     async def settle(self) -> None:
-        """Stay in this event loop for as long as there may be such an event."""
+        """Stay in this event loop for as long as such an event may come."""
         left = self._last + _CUT_SECONDS - time.monotonic()
         if left > 0:
             await asyncio.sleep(left)
@@ -126,7 +126,7 @@ def _running_loop() -> asyncio.AbstractEventLoop:
 
 
 class Flag:
-    """Something that happens once."""
+    """An event that happens once."""
 
     def __init__(self) -> None:
         self._is_set = False
@@ -138,13 +138,13 @@ class Flag:
         return self._is_set
 
     async def wait(self, seconds: float) -> bool:
-        """Whether it has happened after this time."""
+        """Wait at most this long; returns whether the event has happened."""
         await asyncio.sleep(seconds)
         return self._is_set
 
 
 class StreamClosedError(Exception):
-    """The caller has closed the stream that is being waited for."""
+    """The caller closed the stream while waiting for it."""
 
 
 class waiting:
@@ -171,7 +171,7 @@ class waiting:
             return
         task = asyncio.current_task()
         if task is not None and task.cancelling() > 0:
-            # Somebody has asked the task to end.
+            # The task itself was cancelled.
             return
         if self._closed is not None and self._closed.is_set():
             raise StreamClosedError from None
@@ -180,7 +180,7 @@ class waiting:
 
 
 async def pause(settings: CallSettings, seconds: float) -> None:
-    """Wait before the next try.
+    """Wait before the next attempt.
 
     Raises:
         CallCancelledError: The client was closed meanwhile.
@@ -191,7 +191,7 @@ async def pause(settings: CallSettings, seconds: float) -> None:
 
 
 def told_early(method: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
-    """A method that takes a stream of messages, whose server may refuse before it has them all."""
+    """A method that takes a stream of messages, which the server may reject before it has all."""
 
     async def send(messages: object, **options: Any) -> Any:
         return await answer_of(method(messages, **options))

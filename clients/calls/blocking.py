@@ -1,4 +1,4 @@
-"""What the synchronous client needs of gRPC; ``calls.aio`` has the same for asyncio."""
+"""The blocking client's use of gRPC; ``calls.aio`` has the same for asyncio."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Connection:
         self.adapters: Any = adapters_pb2_grpc.AdaptersStub(self._channels[-1])
 
     def close(self) -> None:
-        """Cancel what runs, and make later calls a RuntimeError."""
+        """Cancel running calls, and make later ones raise RuntimeError."""
         self.inference = self.adapters = ClosedStub()
         for channel in self._channels:
             channel.close()
 
 
 class StreamClosedError(Exception):
-    """The caller has closed the stream that is being waited for."""
+    """The caller closed the stream while waiting for it."""
 
 
 class waiting:
@@ -70,7 +70,7 @@ class waiting:
 
 
 def pause(settings: CallSettings, seconds: float) -> None:
-    """Wait before the next try.
+    """Wait before the next attempt.
 
     Raises:
         CallCancelledError: The client was closed meanwhile.
@@ -80,5 +80,5 @@ def pause(settings: CallSettings, seconds: float) -> None:
 
 
 def told_early(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that takes a stream of messages; gRPC's own tells of an early refusal."""
+    """A method that takes a stream of messages; gRPC itself reports an early rejection."""
     return method

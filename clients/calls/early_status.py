@@ -1,4 +1,4 @@
-"""The status of a server that ends an asyncio call before it has all that is sent to it."""
+"""The status of a server that ends an asyncio call before it has received all messages."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import grpc
 import grpc.aio
 
-# gRPC's word for a message that it could not send.
+# gRPC's message for a request that it could not send.
 _NOT_SENT = "Internal error from Core"
-# The server's status has come, or comes within milliseconds: it is why nothing can be sent.
+# Limit for the server's status, which explains the failure and arrives within milliseconds.
 _STATUS_SECONDS = 2.0
 
 
@@ -27,7 +27,7 @@ async def answer_of(call: grpc.aio.StreamUnaryCall[Any, Any]) -> Any:
     """
     told: asyncio.Future[grpc.aio.AioRpcError] = asyncio.get_running_loop().create_future()
 
-    # Called for each status that a call is given, not for the last one alone.
+    # gRPC calls this for each status that the call receives, not only for the last one.
     def note(ended: grpc.aio.Call) -> None:
         error = _error_of(ended)
         if not _is_own(error) and not told.done():
@@ -49,7 +49,7 @@ def _is_own(error: grpc.aio.AioRpcError) -> bool:
 
 
 def _error_of(ended: grpc.aio.Call) -> grpc.aio.AioRpcError:
-    """What a call ended with, now: a moment later it may be told something else."""
+    """The error of a call as it is now; gRPC may replace it a moment later."""
     return grpc.aio.AioRpcError(
         _now(ended.code()),
         _now(ended.initial_metadata()),
@@ -59,7 +59,7 @@ def _error_of(ended: grpc.aio.Call) -> grpc.aio.AioRpcError:
 
 
 def _now(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine that has nothing to wait for."""
+    """The result of a coroutine that never waits."""
     try:
         coroutine.send(None)
     except StopIteration as end:

@@ -1,4 +1,4 @@
-"""How far an answer has come, and how the rest of it is asked for when it breaks off."""
+"""The progress of an answer, and the request for its rest when it is interrupted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from turret.v1 import inference_pb2
 
 
 class AnswerProgress:
-    """What has come of a streamed answer.
+    """The part of a streamed answer that has arrived.
 
     Args:
         request: What was asked. A copy is kept, and changed.
@@ -38,7 +38,7 @@ class AnswerProgress:
             self._request.options.token_ids = True
 
     def request(self) -> inference_pb2.GenerateRequest:
-        """What to send: the request, with what was answered so far."""
+        """The request to send, with the answer so far."""
         return self._request
 
     @property
@@ -47,11 +47,11 @@ class AnswerProgress:
         return self._retries.seconds
 
     def timeout(self) -> float | None:
-        """What is left of the deadline, in seconds, for the next try."""
+        """The rest of the deadline, in seconds, for the next attempt."""
         return self._retries.timeout()
 
     def take(self, proto: inference_pb2.GenerateChunk) -> Chunk:
-        """Note a part of the answer; returns it as the caller asked for it.
+        """Record a part of the answer; returns it in the form that the caller asked for.
 
         Raises:
             AnswerCutError: It says that the server ends the request; another may go on.
@@ -67,13 +67,13 @@ class AnswerProgress:
         return chunk
 
     def delay_after(self, failure: TurretRpcError) -> float | None:
-        """Seconds to wait before the request is sent again; None if the failure stands."""
+        """Seconds until the request is sent again; None if the failure is final."""
         if self._has_begun and not self._resume:
             return None
         return self._retries.delay_after(failure, is_broken=self._has_begun)
 
     def end_of_cut(self, failure: TurretRpcError) -> TurretRpcError:
-        """What is raised after the last part of an answer that a server ended.
+        """The error to raise after the last part of an answer that a server ended.
 
         That no other was there to go on is no news beside that.
         """
@@ -86,14 +86,14 @@ class AnswerProgress:
         is_prompt = request.options.echo and not self._has_begun
         self._has_begun = True
         if is_prompt:
-            # It came, and is not wanted again.
+            # The prompt has arrived; do not echo it again.
             request.options.echo = False
             return
-        # The same weights go on, or nothing does.
+        # Pin the generations, so that only the same weights continue the answer.
         for member, use in zip(request.adapters, proto.adapters_used, strict=False):
             member.generation = use.generation
         if proto.text and not (proto.token_ids or request.answer_so_far):
-            # From a server that does not tell the tokens: it could not go on either.
+            # A server that reports no token ids cannot resume the answer either.
             self._resume = False
         if self._resume and proto.token_ids:
             request.answer_so_far.extend(proto.token_ids)

@@ -1,4 +1,4 @@
-"""When a failed call is tried again, and after how long."""
+"""When a failed call is retried, and after how long."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError
 
 _FIRST_DELAY_SECONDS = 0.5
 _MAX_DELAY_SECONDS = 8.0
-# How long a broken answer waits for a server that starts again and loads its model, and how long at
-# most between two tries.
+# Time limit for resuming an interrupted answer while its server restarts and loads the model, and
+# the longest delay between two attempts.
 _RESTART_SECONDS = 60.0
 _RESTART_DELAY_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often a call is tried again.
+    """How often a call is retried.
 
     Tried again is what the server refused with a delay to wait for (``RetryInfo``: a full queue, a
     server that is starting or stopping) and, of calls that change nothing, what did not reach it.
@@ -40,11 +40,11 @@ class RetryPolicy:
 
     @classmethod
     def of(cls, max_retries: int | RetryPolicy) -> RetryPolicy:
-        """A policy as it is, or the usual one with so many tries."""
+        """The given policy, or the default one with this number of retries."""
         return max_retries if isinstance(max_retries, RetryPolicy) else cls(max_retries)
 
     def begin(self, timeout: float | None, *, repeatable: bool = True) -> Retries:
-        """The tries of one call.
+        """The attempts of one call.
 
         Args:
             timeout: Deadline in seconds of all tries together; None means none.
@@ -54,7 +54,7 @@ class RetryPolicy:
 
 
 class Retries:
-    """The tries of one call that are left.
+    """The remaining attempts of one call.
 
     Attributes:
         seconds: The deadline of all tries together; None means none.
@@ -69,18 +69,18 @@ class Retries:
         self._given_up_at: float | None = None
 
     def timeout(self) -> float | None:
-        """What is left of the deadline, in seconds, for the next try."""
+        """The rest of the deadline, in seconds, for the next attempt."""
         if self._deadline is None:
             return None
         return max(self._deadline - time.monotonic(), 0.0)
 
     def renew(self) -> None:
-        """Have all tries again, since the last one has brought something."""
+        """Restore all attempts, because the last one made progress."""
         self._left, self._delay = self._count, _FIRST_DELAY_SECONDS
         self._given_up_at = None
 
     def delay_after(self, error: TurretRpcError, *, is_broken: bool = False) -> float | None:
-        """Seconds to wait before the next try; None if there is none, and the error stands.
+        """Seconds until the next attempt; None if there is none and the error is final.
 
         Args:
             error: What the last try raised.
@@ -97,7 +97,7 @@ class Retries:
             self._left -= 1
         else:
             return None
-        # Clients that were refused together must not come back together.
+        # Add jitter, so that clients rejected together do not retry together.
         delay = self._delay * random.uniform(0.75, 1.0)
         if error.retry_delay is not None:
             delay = max(delay, error.retry_delay)

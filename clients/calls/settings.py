@@ -1,4 +1,4 @@
-"""What every call of a client carries, and how long it may take."""
+"""Settings that every call of a client uses: metadata, TLS and deadlines."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from turret.clients.messages.mix import routing_key
 from turret.v1 import adapters_pb2
 
 _TOKEN_KEY = "authorization"
-# Metadata of a call that runs on adapters: requests of one mix go to one server as far as they can.
+# Metadata of calls that run on adapters: where possible, requests of one mix go to one server.
 ROUTING_KEY = "x-turret-mix"
-# Thirty years. gRPC counts nanoseconds: a deadline for which it has too few reads as one passed.
+# Thirty years. gRPC counts nanoseconds and treats a deadline beyond its range as passed.
 _MOST_SECONDS = 1e9
 
 
 @dataclass(frozen=True, slots=True)
 class CallSettings:
-    """What every call of a client carries.
+    """Settings that every call of a client uses.
 
     Attributes:
         metadata: Sent with each call; holds the token.
@@ -57,9 +57,9 @@ class CallSettings:
         return cls(metadata, stream_timeout(timeout), policy, tls)
 
     def routed(self, mix: Iterable[adapters_pb2.AdapterWeight]) -> CallSettings:
-        """Those of a call that runs on a mix."""
+        """The settings of a call that runs on a mix."""
         key = routing_key(mix)
-        # Others are no adapters' names, and no metadata either: the server says so.
+        # Metadata cannot carry other keys. They name no adapter, which the server reports.
         if not (key and key.isascii() and key.isprintable()):
             return self
         return replace(self, metadata=(*self.metadata, (ROUTING_KEY, key)))
@@ -69,7 +69,7 @@ class CallSettings:
         return stream_timeout(self.timeout if timeout is None else timeout)
 
     def failure(self, error: grpc.RpcError, seconds: float | None) -> TurretRpcError:
-        """The error for a call that failed, with what the client knows of it.
+        """The error for a failed call, with details that only the client knows.
 
         Args:
             error: Of a synchronous or an asyncio call.
@@ -81,19 +81,19 @@ class CallSettings:
         if isinstance(failure, DeadlineExceededError) and seconds:
             failure.metadata["timeout"] = f"{seconds:g}"
         if failure.reason == "CONNECTION_CLOSED" and self.tls is not None:
-            # A server that asks for a certificate says no more than this about a wrong one.
+            # A server that requires a certificate reports a wrong one only by closing.
             failure.reason = "CLIENT_CERTIFICATE"
         return failure
 
 
 def closed_under_a_call() -> CallCancelledError:
-    """What a call ends with whose client is closed while it runs."""
+    """The error of a call whose client is closed while it runs."""
     said = "the client was closed while the call ran; close it after its calls, or make another"
     return CallCancelledError(grpc.StatusCode.CANCELLED, said)
 
 
 def stream_timeout(timeout: float | None) -> float | None:
-    """The deadline of a stream: None, infinity and what no clock can hold mean none.
+    """The deadline of a stream; None, infinity and values too large for a clock mean none.
 
     Raises:
         TypeError: It is no number of seconds.
@@ -101,7 +101,7 @@ def stream_timeout(timeout: float | None) -> float | None:
     """
     if timeout is None:
         return None
-    # Real are numpy's numbers too, and a bool is one to Python.
+    # numpy's numbers are Real too, and in Python so is a bool.
     if not isinstance(timeout, Real) or isinstance(timeout, bool):
         raise ArgumentTypeError("timeout", f"seconds, not {timeout!r}")
     if not timeout > 0:

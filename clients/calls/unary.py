@@ -1,5 +1,5 @@
 # Made from clients/calls/aio_unary.py by `make client`; edit that file instead.
-"""Calls with one response, tried again where that may help."""
+"""Calls with one response, retried where that may help."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def call(
 
 
 def _cut(answer: object) -> AnswerCutError | None:
-    """What is wrong with an answer that its server has ended; None of any other.
+    """The error for an answer that its server ended early; None for any other.
 
     A caller that gives up gets no answer at all, so that this is never its own doing.
     """
@@ -70,5 +70,5 @@ def _cut(answer: object) -> AnswerCutError | None:
 
 
 def _last_word(failure: TurretRpcError, cut: AnswerCutError | None) -> TurretRpcError:
-    """What a call raises: of servers that are not there, rather the half answer of one that was."""
+    """The error that a call raises: a partial answer takes precedence over unreachable servers."""
     return cut if cut is not None and isinstance(failure, UnavailableError) else failure

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 _RESAMPLES = 1000
-# The standard normal's, with 2.5 % above it.
+# The standard normal quantile with 2.5 % above it.
 _Z = 1.959963984540054
 _T = TypeVar("_T")
 
@@ -122,9 +122,9 @@ def estimate_mean(values: Sequence[float]) -> Estimate:
     return Estimate(share, low, high)
 
 
-# How the labels found for texts compare with the right ones, where any number of them may hold.
+# Comparison of the labels found for texts with the right ones, where several labels may hold.
 
-# Of one text: the labels found, and the right ones, each once.
+# Labels found for one text, and its right labels, without duplicates.
 LabelPair = tuple[tuple[str, ...], tuple[str, ...]]
 
 
@@ -146,7 +146,7 @@ class LabelFigures:
 
 
 def label_figures(pairs: Sequence[LabelPair]) -> dict[str, LabelFigures]:
-    """Each label that is found or right anywhere, by its name."""
+    """Figures for each label that was found or is right for some text, by the label's name."""
     both, found, right = _counts(pairs)
     return {
         label: LabelFigures(

@@ -42,13 +42,14 @@ from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.results import Classification
 
 METRICS = ("perplexity", "exact_match", "token_f1", "label_accuracy")
-# Of adapters that classify, which answer nothing else; the second where any number of labels holds.
+# Metrics of adapters that classify, which support no others. The second tuple is for texts that may
+# have several labels.
 CLASS_METRICS = ("accuracy", "macro_f1")
 LABEL_SET_METRICS = ("accuracy", "micro_f1", "macro_f1")
-# Of a label whose probability is more, an adapter says that it holds.
+# A label holds if its probability is above this.
 _HOLDS = 0.5
 _MOST_RETRIES = 30
-# Failures that every line would have had.
+# Failures that would be the same for every line.
 _NOBODYS_LINE = (AuthenticationError, NotFoundError, PermissionDeniedError, UnavailableError)
 
 Mix = tuple[AdapterWeight, ...]
@@ -164,14 +165,14 @@ def evaluate(
         ValueError: A right answer has no tokens.
     """
     for mix in mixes:
-        # A name that is not there is told before the first example, not after many; and once a call
-        # has succeeded, a server that is not reached has gone.
+        # Report an unknown name before the first example. After a successful call, an unreachable
+        # server has gone away rather than never been there.
         _called(mix_name(mix), partial(client.tokenize, "a", adapters=mix, timeout=options.timeout))
     on_progress(0, len(examples) * len(mixes))
     with ThreadPoolExecutor(options.concurrency) as pool:
         try:
             encoded = _encode(client, pool, examples, options)
-            # Example by example: mixes then share batches from the first to the last call.
+            # Order calls by example: mixes then share batches throughout.
             calls = [
                 partial(_judge, client, example, tokens, mix, options)
                 for example, tokens in zip(examples, encoded, strict=True)
@@ -179,10 +180,10 @@ def evaluate(
             ]
             judged = list(_run(pool, calls, on_progress))
         except BaseException as error:
-            # What has not begun never will; the with statement then waits for the rest only.
+            # Cancel calls that have not started. The with statement then waits only for the others.
             pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(error, KeyboardInterrupt):
-                # Whose answers nobody waits for.
+                # Nobody waits for the running calls, so end them too.
                 client.close()
             raise
     return [
@@ -213,7 +214,7 @@ def _encode(
     examples: Sequence[EvalExample],
     options: EvalOptions,
 ) -> list[_Encoded | None]:
-    """The tokens of all examples; None each where no perplexity is asked for."""
+    """The tokens of all examples; None for each if perplexity is not measured."""
     if "perplexity" not in options.metrics:
         return [None] * len(examples)
     before, after = _special_tokens(client, options.timeout)
@@ -222,7 +223,7 @@ def _encode(
 
 
 def _special_tokens(client: TurretClient, timeout: float | None) -> tuple[int, int]:
-    """How many tokens the tokenizer puts before and after a text: what two texts share there."""
+    """How many tokens the tokenizer adds before and after a text: those that two texts share."""
     first, second = (client.tokenize(text, timeout=timeout).token_ids for text in ("a", "b"))
     before = next((i for i, (x, y) in enumerate(zip(first, second, strict=False)) if x != y), 0)
     reversed_pairs = zip(reversed(first), reversed(second), strict=False)
@@ -237,7 +238,7 @@ def _encode_one(
         prompt = client.tokenize(example.prompt, timeout=timeout).token_ids
         if isinstance(example.prompt, str):
             prompt = prompt[: len(prompt) - after]
-        # By itself, as trainers encode it: the answer's first token never merges with the prompt.
+        # Tokenise the answer alone, as trainers do: its first token never merges with the prompt.
         reference = client.tokenize(example.reference, timeout=timeout).token_ids
         reference = reference[before : len(reference) - after]
         if not reference:
@@ -303,7 +304,7 @@ def _compare(answer: str, reference: str, options: EvalOptions) -> dict[str, flo
 
 
 def _called(place: str, call: Callable[[], _T]) -> _T:
-    """The call's result; waits and asks again while the server's queue is full."""
+    """The call's result; waits and retries while the server's queue is full."""
     for attempt in range(_MOST_RETRIES + 1):
         try:
             return call()

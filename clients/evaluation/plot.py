@@ -18,7 +18,7 @@ _STYLE = (
 
 
 def eval_svg(reports: Sequence[MixReport], title: str) -> str:
-    """A document that needs nothing else; whiskers are the 95 % intervals.
+    """A self-contained document; whiskers are the 95 % intervals.
 
     Bars of perplexity grow with its logarithm from 1, those of the other metrics from 0 to 1.
     """

@@ -1,4 +1,4 @@
-"""The lines of a file of examples, for training and evaluation alike: read, or refused in words."""
+"""Reads the lines of a file of examples, for training and evaluation, and explains errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from turret.closest import closest, did_you_mean
 
-# Files that are not there, or hold examples otherwise than as JSON Lines, and what is there.
+# Recognition of missing files and of files in other formats than JSON Lines.
 
 _KINDS = {
     codecs.BOM_UTF16_LE: "is UTF-16 text; save it as UTF-8",
@@ -30,7 +30,7 @@ _FEW = 4
 
 
 def near_files(path: Path) -> str:
-    """The end of a sentence about a file that is not there: which its folder has of its kind."""
+    """The end of a message about a missing file: similar files in its directory."""
     folder = path.absolute().parent
     if not folder.is_dir():
         return f"; there is no directory {folder}"
@@ -204,7 +204,7 @@ class Row:
         return RowError(self.path, self.line, field, problem)
 
     def shape_error(self) -> RowError:
-        """Why this line is of none of the shapes, and how its keys would have to be called."""
+        """Why this line has none of the known shapes, and what its keys should be called."""
         keys, holds = set(self.values), f"a line holds {shapes(is_learned=self.is_learned)}"
         asked = "messages" if "messages" in keys else "prompt"
         texts = ({"text"},) if self.is_learned else ()
@@ -284,7 +284,7 @@ class Row:
 
 
 def shapes(*, is_learned: bool) -> str:
-    """What a line may hold, in words."""
+    """A description of the shapes that a line may have."""
     text = "or text, " if is_learned else ""
     return f"messages, or prompt and completion, {text}or {_LABELS}"
 
@@ -304,7 +304,7 @@ def read_rows(path: Path, *, is_learned: bool) -> Iterator[Row]:
     if problem := other_kind(path, data):
         raise RowError(path, None, None, problem)
     is_empty = True
-    # Not splitlines(): JSON strings may hold U+2028 and other separators as they are.
+    # Do not use splitlines(): JSON strings may contain U+2028 and other separators.
     for line, raw in enumerate(data.split(b"\n"), start=1):
         try:
             text = raw.decode()
@@ -335,7 +335,7 @@ def _json_object(path: Path, line: int, text: str, is_learned: bool) -> dict[str
     except RowError:
         raise
     except (RecursionError, ValueError) as error:
-        # Brackets without end, or a number of thousands of digits.
+        # The line nests too deeply, or has a number of thousands of digits.
         raise RowError(path, line, "line", f"no JSON that can be read: {error}") from error
     if not isinstance(row, dict):
         problem = f"must be a JSON object with {shapes(is_learned=is_learned)}"
@@ -344,12 +344,12 @@ def _json_object(path: Path, line: int, text: str, is_learned: bool) -> dict[str
 
 
 def _how_to_mend(text: str, path: Path) -> str:
-    """What makes JSON of a line that is none, where it looks like a common slip."""
+    """How to turn an invalid line into JSON, for common mistakes."""
     if text.startswith("{'"):
         return ", with keys and texts in double quotes"
     if text.endswith("},"):
         return ", without a comma behind it"
-    # One object over several lines, or several in a line.
+    # Either an object spans several lines, or a line contains several objects.
     if text == "{" or "}{" in text.replace(" ", ""):
         return f"; `jq -c . {shlex.quote(str(path))} >NEW.jsonl` writes them so"
     return ""

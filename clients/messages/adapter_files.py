@@ -19,7 +19,7 @@ from turret.clients.messages.fields import ArgumentTypeError
 from turret.v1 import adapters_pb2
 
 _CHUNK_BYTES = 256 << 10
-# Of a tokenizer, what a server reads.
+# Files of a tokenizer that a server reads.
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -28,17 +28,17 @@ _TOKENIZER = (
     "chat_template.jinja",
 )
 _HEADER_BYTES = 16 << 20
-# Adapters below a directory that is none, the newest checkpoints.
+# Limits on the search for adapters, newest checkpoints first, below a directory that is not one.
 _MOST_TOLD = 5
 _MOST_LEVELS = 3
 _MOST = 200  # searched on each
-# Pickles of a trainer that say nothing of how the weights are kept.
+# A trainer's pickles, which do not show in which format the weights are stored.
 _TRAINERS_OWN = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 _HUB = "hub:"
 _MAY_NOT = "cannot be read by you: have its owner allow it (`chmod -R a+rX`), or copy it"
 _EMPTY = "is empty: a copy of it was cut short, or it was never written; copy or save it again"
 _THERE = "already exists; an export makes a new directory: name another"
-# No directories, no hidden files: an export never writes outside its folder.
+# File names only, not hidden and without directories: an export never writes outside its folder.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
@@ -94,7 +94,7 @@ def _path(directory: object) -> Path:
 
 
 def _has_vocabulary(path: Path) -> bool:
-    """Whether a file of tensors has some of embedding or head: then it may have added tokens."""
+    """Whether tensors of the embedding or the head are present, so that tokens may be added."""
     with path.open("rb") as file:
         size = min(int.from_bytes(file.read(8), "little"), _HEADER_BYTES)
         names = file.read(size)
@@ -102,7 +102,7 @@ def _has_vocabulary(path: Path) -> bool:
 
 
 def _lacking(directory: Path) -> str:
-    """Why a directory is no adapter, and what to do."""
+    """Why a directory is not an adapter, and what to do."""
     what = "adapter_config.json and a .safetensors file"
     if str(directory).startswith(_HUB) and not directory.exists():
         return "is on a hub, from which a server fetches what it loads: `turret adapters load`"
@@ -131,7 +131,7 @@ def _lacking(directory: Path) -> str:
 
 
 def _adapters_below(directory: Path) -> list[str]:
-    """The adapters in a directory, the least far below it, by their paths from it."""
+    """The adapters below a directory, the nearest first, by their relative paths."""
     level = [directory]
     for _ in range(_MOST_LEVELS):
         level = list(itertools.islice(itertools.chain.from_iterable(map(_folders, level)), _MOST))
@@ -142,14 +142,14 @@ def _adapters_below(directory: Path) -> list[str]:
 
 
 def _folders(directory: Path) -> list[Path]:
-    """Those directly in it; none where it may not be read."""
+    """The subdirectories; none if the directory is unreadable."""
     with contextlib.suppress(OSError):
         return [p for p in directory.iterdir() if not p.name.startswith(".") and p.is_dir()]
     return []
 
 
 def _numbered(name: str) -> tuple[str | int, ...]:
-    """A key by which ``checkpoint-1000`` comes after ``checkpoint-500``."""
+    """A sort key that puts ``checkpoint-1000`` after ``checkpoint-500``."""
     return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
 
 
@@ -186,7 +186,7 @@ class ExportWriter:
             self._partial = Path(tempfile.mkdtemp(prefix=f".{self._directory.name}.", dir=parent))
         except OSError as error:
             self._remove_made()
-            # Of the directory that was asked for, not of the one beside it that becomes it.
+            # Name the requested directory, not the temporary one beside it.
             why = f"cannot be made: {error.strerror}; name a place that can be written"
             raise OSError(error.errno, why, str(self._directory)) from None
         self._expected: dict[str, adapters_pb2.FileInfo] = {}
@@ -204,7 +204,7 @@ class ExportWriter:
 
     def _remove_made(self) -> None:
         for above in self._made:
-            # From the innermost outwards; what holds something stays.
+            # Remove the innermost directory first; one that is not empty stays.
             with contextlib.suppress(OSError):
                 above.rmdir()
 
@@ -243,7 +243,7 @@ class ExportWriter:
                 size = file.tell()
             if size != info.size_bytes or (info.sha256 and info.sha256 != digest):
                 raise ValueError(f"export: {name} arrived incomplete or garbled")
-        # mkdtemp made it private to this user; what is exported is an ordinary directory.
+        # mkdtemp made the directory private, but an export is an ordinary directory.
         self._partial.chmod(0o755)
         try:
             self._partial.rename(self._directory)

@@ -18,7 +18,7 @@ from turret.clients.messages.mix import AdaptersLike, to_mix
 from turret.v1 import adapters_pb2 as pb
 
 _Request = TypeVar("_Request")
-# What a message can say; which of it a server takes is its own to tell.
+# Keeps durations within what a message can hold; the server checks its own limit.
 _MOST_SECONDS = 1e9
 
 
@@ -101,7 +101,7 @@ def _enum_value(enum: EnumTypeWrapper, field: str, name: str | None) -> int:
     """The value of that name, in any case; None is unspecified."""
     if name is None:
         return 0
-    # The first name is the unspecified one.
+    # Skip the first name, which means unspecified.
     names = [name.lower() for name in enum.keys()[1:]]
     if not isinstance(name, str) or name.lower() not in names:
         kind = ArgumentValueError if isinstance(name, str) else ArgumentTypeError

@@ -1,4 +1,4 @@
-"""What the adapter calls return. Fields mean what ``adapters.proto`` says of the same name."""
+"""Results of the adapter calls. Fields have the meaning of the same field in ``adapters.proto``."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class ModuleError:
-    """How far one module is from what was asked for.
+    """How far one module is from the exact result.
 
     Attributes:
         module: Its full path in the base model.

@@ -1,4 +1,4 @@
-"""Plain values into the fields of messages; complaints name the argument."""
+"""Plain values to fields of messages; errors name the argument."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def fill(
 
 
 def _fitting(name: str, value: Any, kind: int) -> Any:
-    """The value as a field of this type takes it."""
-    # A bool is an int to Python and to protobuf, which takes either for the other.
+    """The value in the form that a field of this type takes."""
+    # Reject bool where int is expected and vice versa: Python and protobuf would accept either.
     is_bool = kind == FieldDescriptor.CPPTYPE_BOOL
     if isinstance(value, bool) and not is_bool:
         raise ArgumentTypeError(name, f"not a bool, such as {value}")
@@ -106,7 +106,7 @@ def as_real(name: str, value: Any) -> float:
 
 
 def check_text(name: str, value: object) -> None:
-    """Refuse what is no text; bytes are none here, though protobuf takes them for it.
+    """Reject anything but text. Protobuf would accept bytes.
 
     Raises:
         TypeError: It is none; names the argument.
@@ -121,14 +121,14 @@ def check_text(name: str, value: object) -> None:
 
 
 def extend_texts(name: str, field: Any, items: Iterable[Any]) -> None:
-    """Add all of them to a repeated field; of one that does not fit, it alone is told."""
+    """Add all texts to a repeated field; an error concerns only the one that does not fit."""
     for item in items:
         check_text(name, item)
         field.append(item)
 
 
 def extend_ids(name: str, field: Any, items: Iterable[Any]) -> None:
-    """Add token ids to a repeated field, those of numpy and torch too."""
+    """Add token ids, also those of numpy and torch, to a repeated field."""
     ids = [as_whole(name, item) for item in items]
     try:
         field.extend(ids)
@@ -177,7 +177,7 @@ def as_json(name: str, value: object) -> str:
         raise kind(name, str(error)) from None
 
 
-# The fields of requests that a server names, as the arguments that set them.
+# Maps request fields that a server names to the arguments that set them.
 
 # Messages within a request whose fields are arguments of their own.
 _GROUPS = ("sampling.", "stop.", "options.", "chat.", "header.")
@@ -186,12 +186,12 @@ _ARGUMENTS = {
     "token_ids.ids": "prompt",
     "input": "prompt",
     "choice.texts": "choice",
-    # Of UnloadAdapterRequest, which alone has one.
+    # Only UnloadAdapterRequest has this field.
     "timeout": "drain_seconds",
-    # What an upload says of its files is read from them.
+    # The client reads what an upload's header says about its files from the files themselves.
     "header.files": "directory",
 }
-# A prompt among several, and what in it; the rest of a path is in brackets or after a dot.
+# One of several prompts, and the field with its content. Brackets or a dot may follow.
 _WITHIN = re.compile(r"(inputs\[\d+\])\.(?:token_ids\.ids|chat\.messages)")
 
 

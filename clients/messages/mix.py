@@ -13,7 +13,7 @@ from turret.clients.messages.fields import (
 )
 from turret.v1 import adapters_pb2
 
-# What divides members and weights in the name of a model over HTTP; no adapter's name holds it.
+# Separators of members and weights in a model name over HTTP. Adapter names contain neither.
 _OF_HTTP = frozenset("+*")
 
 
@@ -37,7 +37,7 @@ class AdapterWeight:
 
     def __post_init__(self) -> None:
         check_text("name", self.name)
-        # A bool is an int to Python, and so to protobuf.
+        # A bool is an int in Python, so protobuf would accept it.
         if not isinstance(self.weight, Real) or isinstance(self.weight, bool):
             raise ArgumentTypeError("weight", f"a number, not {self.weight!r}")
         if not isinstance(self.generation, int | None) or isinstance(self.generation, bool):
@@ -70,7 +70,7 @@ class AdapterWeight:
 
 
 def _here(text: str) -> str:
-    """How a mix that is written as HTTP has it is written here; empty of any other text."""
+    """A mix in HTTP's notation, converted to this one; empty for any other text."""
     if _OF_HTTP.isdisjoint(text):
         return ""
     members = [member.strip().replace("*", "=") for member in text.split("+")]
@@ -82,12 +82,12 @@ def _here(text: str) -> str:
 _FORMS = 'an adapter is "name", ("name", weight), {"name": weight} or an AdapterWeight'
 # "sql", ("json", -0.5), AdapterWeight("json", generation=2), or the message itself.
 AdapterLike = str | tuple[str, float] | AdapterWeight | adapters_pb2.AdapterWeight
-# One, several, or all of them with their weights: {"sql": 0.5, "json": -0.5}.
+# One adapter, several, or a mapping from adapters to weights: {"sql": 0.5, "json": -0.5}.
 AdaptersLike = AdapterLike | Sequence[AdapterLike] | Mapping[str, float]
 
 
 def to_mix(adapters: AdaptersLike) -> list[adapters_pb2.AdapterWeight]:
-    """Convert the adapters of a request; a single one may stand for itself.
+    """Convert the adapters of a request; a single one needs no list.
 
     Raises:
         TypeError: A member has none of the accepted forms.
@@ -139,7 +139,7 @@ def _to_proto(adapter: object) -> adapters_pb2.AdapterWeight:
 
 
 def _plain_name(name: str) -> str:
-    """The name; raises ``ValueError`` if it holds what divides names and weights elsewhere."""
+    """The name; raises ``ValueError`` if it contains a separator of names and weights."""
     check_text("adapters", name)
     if (_OF_HTTP | {"=", "@"}).isdisjoint(name):
         return name

@@ -1,4 +1,4 @@
-"""What the inference calls return. Fields mean what ``inference.proto`` says of the same name."""
+"""Results of the inference calls. Fields mean what ``inference.proto`` documents for their name."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A part of an answer; what is None or empty by nature comes with the last one.
+    """A part of an answer. Fields that are None or empty until then come with the last part.
 
     Attributes:
         text: Text that the answer grew by; may be empty.
@@ -331,7 +331,7 @@ def _stop(proto: pb.GenerateResponse | pb.GenerateChunk) -> str | int | None:
     return getattr(proto, which) if which else None
 
 
-# What the calls return that ask for vectors or labels instead of text.
+# Results of calls that return vectors or labels instead of text.
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,7 +365,7 @@ class Embeddings:
 
 @dataclass(frozen=True, slots=True)
 class LabelScore:
-    """What a head says of one label.
+    """A head's result for one label.
 
     Attributes:
         label: The label.

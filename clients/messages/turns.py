@@ -20,7 +20,7 @@ from turret.v1 import inference_pb2
 MessageLike = Mapping[str, Any] | tuple[str, str] | inference_pb2.ChatMessage
 
 _TURN_FIELDS = ("content", "tool_calls", "tool_call_id")
-# Of OpenAI's messages, and of answers that are sent back: no chat template here reads them.
+# Keys of OpenAI's messages that returned answers may contain, and that no chat template here reads.
 _PASSED_OVER = ("name", "reasoning_content")
 
 
@@ -38,7 +38,7 @@ def chat_messages(chat: str | Iterable[MessageLike]) -> list[inference_pb2.ChatM
     wanted = "a text, or the turns of a conversation"
     turns = to_messages("messages", several("messages", chat, wanted))
     if not turns:
-        # An empty list is sent as token ids, of which the caller has said nothing.
+        # Without this, an empty list would be sent as token ids, which the caller did not mention.
         raise ArgumentValueError("messages", "at least one turn")
     return turns
 
@@ -85,7 +85,7 @@ def _to_message(place: str, turn: object) -> inference_pb2.ChatMessage:
 
 
 def _of_mapping(place: str, role: Any, rest: Mapping[str, Any]) -> inference_pb2.ChatMessage:
-    # What a library fills in where there is nothing: None, or an empty list of annotations.
+    # Libraries fill unused fields with None or an empty list of annotations.
     given = {key: value for key, value in rest.items() if value is not None and value != []}
     unknown = given.keys() - {*_TURN_FIELDS, *_PASSED_OVER}
     if unknown:
@@ -93,7 +93,7 @@ def _of_mapping(place: str, role: Any, rest: Mapping[str, Any]) -> inference_pb2
         raise ArgumentTypeError(
             place, f"{min(map(str, unknown))!r} is none of a message's keys: {known}"
         )
-    # An answer that is all calls, or all thought, has none and comes back so.
+    # Answers made only of calls or reasoning have no content, and clients return them as such.
     content = rest.get("content")
     content = "" if content is None and role == "assistant" else content
     made = _said(place, role, _content(f"{place}.content", content))

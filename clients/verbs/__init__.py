@@ -10,11 +10,11 @@ import argparse
 import importlib
 import os
 
-# gRPC's library writes lines of C++ about what errors tell as well; this is read when it loads.
+# gRPC's C++ library logs what errors already report. It reads this variable when it is loaded.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-# Each is a module here with ``add_parser``, loaded when it is wanted: what is left out costs a
-# command nothing.
+# Each verb is a module here with ``add_parser``. Modules are imported on demand, so unused verbs
+# cost a command nothing.
 VERBS = {
     "generate": "complete a prompt",
     "chat": "talk to the model",

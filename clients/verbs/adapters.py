@@ -233,7 +233,7 @@ def _replace(args: argparse.Namespace, client: TurretClient) -> None:
 
 
 def _registered(args: argparse.Namespace, client: TurretClient) -> Adapter | None:
-    """What has the name before a change, if it is told.
+    """The adapter with this name before a change; None if it is not reported anyway.
 
     By the list: of a new name the server would show that it was asked for and not there.
     """

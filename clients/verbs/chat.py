@@ -63,17 +63,17 @@ def _chat(args: argparse.Namespace, client: TurretClient) -> None:
                 conversation.take(line)
             except (TurretRpcError, ValueError) as error:
                 if not sys.stdin.isatty():
-                    # Nobody is there who could say it again.
+                    # Without a terminal, nobody can retype the line.
                     raise
                 print_error(error, args, _IN_CHAT)
     except (EOFError, KeyboardInterrupt):
-        # The usual ways to leave; the shell's prompt starts on its own line.
+        # Both are usual ways to leave. The shell's prompt needs a line of its own.
         print()
 
 
 @dataclass
 class Conversation:
-    """What has been said, and with which adapters to go on."""
+    """The turns so far, and the adapters for the next ones."""
 
     client: TurretClient
     options: GenerateOptions
@@ -85,7 +85,7 @@ class Conversation:
 
     @property
     def prompt(self) -> str:
-        """What stands before the user's input; names the mix. Empty where no one reads it."""
+        """The prompt before the user's input, which names the mix. Empty if nobody reads it."""
         mix = " + ".join(map(str, self.adapters)) or "base"
         return f"[{mix}] > " if sys.stdin.isatty() else ""
 
@@ -101,7 +101,7 @@ class Conversation:
             except NotFoundError:
                 raise
             except TurretRpcError:
-                # A token may be for answers alone; these will tell.
+                # The token may not allow this call; then the answers will report unknown names.
                 return
 
     def take(self, line: str) -> None:

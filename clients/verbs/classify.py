@@ -19,7 +19,7 @@ from turret.clients.verbs.command import (
 from turret.clients.verbs.tables import print_table
 from turret.clients.verbs.texts import given_texts, text_parser
 
-# Characters of a text in the table, and labels beside the first.
+# Maximum length of a text in the table, and number of labels beside the first.
 _SHOWN_CHARS, _SHOWN_LABELS = 60, 3
 
 

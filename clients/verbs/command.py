@@ -29,7 +29,7 @@ from turret.clients.verbs.flags import (
 from turret.clients.verbs.hints import HINTS
 
 _DEFAULT_TIMEOUT_SECONDS = 600.0
-# More than so many are only counted, unless --details is given.
+# Longer lists of violations are only counted, unless --details is given.
 _FEW_VIOLATIONS = 8
 
 
@@ -130,7 +130,7 @@ def with_client(
             _print_details(error, args)
             return 1
         except BrokenPipeError:
-            # The reader has enough; nothing may be written there when the process ends either.
+            # The reader has closed the output. Nothing may be written there at exit either.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except (OSError, UnfinishedAnswerError) as error:
@@ -140,7 +140,7 @@ def with_client(
             print_error(error, args)
             return 2
         except KeyboardInterrupt:
-            # Closing the client has cancelled the call; what was being written ends here.
+            # Closing the client has cancelled the call. End the line that was being written.
             said: str = getattr(args, "stopped", "")
             print(f"\n{said}" if said else "", file=sys.stderr)
             return 130
@@ -179,7 +179,7 @@ def print_error(
 
 def _line_of(error: Exception, args: argparse.Namespace, hints: Mapping[str, str]) -> str:
     if isinstance(error, AnswerCutError):
-        # The reader sees what came of the answer, and no call that failed.
+        # The answer itself is visible, so report only how it ended.
         return error.message
     if isinstance(error, TurretRpcError):
         return error.described(hint_of(error, args, hints), lambda field: as_typed(field, args))
@@ -242,7 +242,7 @@ def given_token(args: argparse.Namespace) -> str | None:
 
 
 def given_tls(args: argparse.Namespace) -> Tls | None:
-    """What the flags say of TLS; None is none.
+    """The TLS settings of the flags; None without any.
 
     Raises:
         OSError: A file cannot be read.
@@ -266,7 +266,7 @@ def given_tls(args: argparse.Namespace) -> Tls | None:
 
 def _connect(args: argparse.Namespace) -> TurretClient:
     timeout = _DEFAULT_TIMEOUT_SECONDS if args.timeout is None else args.timeout
-    # Who types a command wants to know at once that no server is there.
+    # On the command line, report an unreachable server at once.
     policy = RetryPolicy(2, unreached=False)
     return TurretClient(
         args.address,

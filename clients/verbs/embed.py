@@ -22,7 +22,7 @@ from turret.clients.verbs.command import (
 from turret.clients.verbs.tables import terminal
 from turret.clients.verbs.texts import given_texts, text_parser
 
-# Characters of a text in the table, and those that are shown however narrow it is.
+# Maximum length of a text in the table, and the length shown however narrow the table is.
 _SHOWN_CHARS, _FEWEST_CHARS = 40, 4
 
 
@@ -75,7 +75,7 @@ def _embed(args: argparse.Namespace, client: TurretClient) -> None:
         print_json(found)
     else:
         for vector in found.vectors:
-            # Nine digits tell a number of single precision from every other.
+            # Nine significant digits identify every single-precision number.
             print(json.dumps([float(f"{value:.9g}") for value in vector]))
 
 
@@ -85,7 +85,7 @@ def _print_cosines(texts: list[str], cosines: list[list[float]]) -> None:
     rows = [[f"{cosine:.3f}" for cosine in row] for row in cosines]
     shown = [" ".join(text[:_SHOWN_CHARS].split()) for text in texts]
     number, figure = len(str(len(texts))), max(len(cell) for row in rows for cell in row)
-    # A border and a space on both sides of each column.
+    # Each column has a border and a space on both sides.
     spare = console.width - 1 - (number + 3)
     longest = max(_FEWEST_CHARS, *map(cell_len, shown))
     text = min(longest, max(_FEWEST_CHARS, spare // 3, spare - 3 - len(texts) * (figure + 3)))
@@ -93,7 +93,7 @@ def _print_cosines(texts: list[str], cosines: list[list[float]]) -> None:
     for start in range(0, len(texts), columns):
         table = Table()
         table.add_column("", justify="right")
-        # What is cut here is a reminder of what was given, and the number stands for it.
+        # A cut text is only a reminder; the number identifies the input.
         table.add_column("text", no_wrap=True, width=text)
         end = min(start + columns, len(texts))
         for other in range(start, end):

@@ -114,7 +114,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _eval(args: argparse.Namespace, client: TurretClient) -> None:
-    # The base model has no head.
+    # The base model has no classification head.
     has_base = not (args.no_base or args.classify)
     mixes: list[Mix] = [*([()] if has_base else []), *args.mixes]
     if not mixes:
@@ -146,7 +146,7 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
         _print_table(reports)
         if reports[0].labels:
             print_table(_label_table(reports))
-    # After the figures: they are there whatever becomes of the files.
+    # Print the figures first, in case the files cannot be written.
     if args.plot is not None:
         args.plot.write_text(eval_svg(reports, args.data.name), encoding="utf-8")
     if args.answers is not None:
@@ -184,7 +184,7 @@ def _judge(
     ) as progress:
         total = len(examples) * len(mixes)
         task = progress.add_task("judging", total=total)
-        # None until the server has answered at all.
+        # None until the server has answered the first call.
         done: int | None = None
 
         def extent() -> str:
@@ -234,17 +234,17 @@ def _print_table(reports: Sequence[MixReport]) -> None:
     table = _table(reports, " ")
     anywhere = console.options.update(width=10_000)
     if console.measure(table, options=anywhere).maximum > console.width:
-        # A figure that breaks inside its interval cannot be read.
+        # A figure is unreadable if a line breaks inside its interval.
         table = _table(reports, "\n")
     print_table(table)
-    # No caption, which a narrow table would break.
+    # Print no caption: a narrow table would break it.
     figures = (figure for report in reports for figure in report.metrics.values())
     unknown = "; [?]: too few, or too alike, to tell" if any(f.low is None for f in figures) else ""
     print(f"{reports[0].extent}; in brackets: 95 % intervals{unknown}")
 
 
 def _table(reports: Sequence[MixReport], gap: str) -> Table:
-    """A row per mix; ``gap`` stands between a figure and its interval."""
+    """A row per mix; ``gap`` separates a figure and its interval."""
     table = Table()
     table.add_column("mix", overflow="fold")
     for metric in reports[0].metrics:
@@ -288,7 +288,7 @@ def _cell(metric: str, figure: Estimate, gap: str) -> str:
 
 
 def _plain(number: float, digits: int) -> str:
-    """So many digits, and no exponent for what is read without one."""
+    """A number to so many significant digits, with an exponent only beyond a readable range."""
     return f"{number:,.0f}" if 10**digits <= number < 1e9 else f"{number:.{digits}g}"
 
 

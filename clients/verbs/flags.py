@@ -1,4 +1,4 @@
-"""The flags that say how to generate, for the verbs that do."""
+"""The flags for generation options, shared by the verbs that generate."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _INTS = {
 }
 _ON_OFF = ("ignore_eos", "include_stop")
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
-# Environment variables that stand for the flags of the same name; the flags win.
+# Environment variables that set the flags of the same name. Flags take precedence.
 ADDRESS_VARIABLE = "TURRET_ADDRESS"
 TOKEN_VARIABLE = "TURRET_TOKEN"
 TLS_CA_VARIABLE = "TURRET_TLS_CA"
 _VARIABLES = {"address": ADDRESS_VARIABLE, "token": TOKEN_VARIABLE, "tls_ca": TLS_CA_VARIABLE}
-# What stands for an argument of the Python client, where that is no flag of the same name.
+# Flags that set an argument of the Python client under another name.
 _TYPED = {
     "stop_token_ids": "--stop-token-id",
     "adapters": "--adapter",
@@ -45,7 +45,7 @@ _TYPED = {
     "certificate": "--tls-cert",
     "key": "--tls-key",
 }
-# Arguments that a flag of the same name sets, those of other verbs included.
+# Arguments that a flag of the same name sets, in any verb.
 _SAME = {
     *(*_FLOATS, *_INTS, *_ON_OFF, *_CONSTRAINTS),
     *("stop", "top_n", "request_id", "address", "token", "timeout"),
@@ -84,7 +84,7 @@ def generation_parser() -> argparse.ArgumentParser:
 
 
 def _add_constraints(parser: argparse.ArgumentParser) -> None:
-    # No exclusive group: a usage keeps one on a line, which this would be too wide for.
+    # An exclusive group would make the usage too wide: argparse keeps it on one line.
     one = parser.add_argument_group("what the answer must be, one of")
     one.add_argument(
         "--json-schema", type=_text_or_file, metavar="FILE", help="JSON that this schema describes"

@@ -22,7 +22,7 @@ from turret.clients.verbs.command import (
 )
 from turret.clients.verbs.flags import generation_options, generation_parser
 
-# What an answer in plain text has no place for.
+# Options that plain text cannot show.
 _JSON_ONLY = ("logprobs", "top_n", "token_ids")
 
 
@@ -79,7 +79,7 @@ def _generate(args: argparse.Namespace, client: TurretClient) -> None:
         raise
     except TurretRpcError as error:
         if last is not None:
-            # Whatever ended it is told on a line of its own.
+            # Print the error on a line of its own.
             print()
         if last is None or not isinstance(error, UnavailableError):
             raise
@@ -99,7 +99,7 @@ def _print_end(last: Chunk | None, wants_stats: bool) -> None:
 def _prompt(args: argparse.Namespace) -> Prompt:
     text = text_argument(args.prompt)
     if not text and (args.chat or args.system is not None):
-        # A chat's template makes a prompt of it all the same, and the answer has no end.
+        # A chat template would still turn it into a prompt, and the answer would not end.
         raise ValueError(f"PROMPT: {'standard input is' if args.prompt == '-' else 'is'} empty")
     for name, given in (("PROMPT", text), ("--system", args.system or "")):
         check_text(name, given)

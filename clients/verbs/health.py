@@ -21,7 +21,7 @@ from turret.clients.verbs.hints import HINTS
 
 _TIMEOUT_SECONDS = 5.0
 _PAUSE_SECONDS = 0.5
-# What a server that starts may answer, and what is heard where there is none yet.
+# Results that may change while a server starts, whether it already listens or not.
 _MAY_CHANGE = ("NOT_SERVING", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 _NO_SERVICE = "the server has no such service; leave --service out"
 _HINTS = {
@@ -94,7 +94,7 @@ def _ask(args: argparse.Namespace) -> str:
         except TurretRpcError as error:
             failure = error
         if args.wait and failure is not None and failure.reason in ANSWERED and not said:
-            # That may not go away by itself; a server that is not there yet will.
+            # Something answered, and may not go away by itself. A server that is not up yet may.
             said = _described(failure, args)
             print(f"{said}; still asking", file=sys.stderr)
         code = answer if failure is None else failure.code.name

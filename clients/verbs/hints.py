@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-# As turret.clients.hints.HINTS; a reason that is not here has no hint. Braces take flags, too.
+# Like turret.clients.hints.HINTS, for the command line. A reason that is not here has no hint.
+# Braces may also name flags.
 HINTS: Mapping[str, str] = {
     "ADAPTER_NOT_FOUND": "`turret adapters list` shows the registered adapters",
     "ADAPTER_EXISTS": "`turret adapters unload {adapter}` frees the name, `turret adapters replace`"

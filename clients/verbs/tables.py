@@ -15,12 +15,12 @@ from rich.text import Text
 from turret.clients.counted import counted
 from turret.clients.messages.adapter_results import Adapter, Fusion, MergeState, ModuleError
 
-# From this share of the change on, its rounding error is worth a warning.
+# Warn if rounding loses this share of the change or more.
 _LOST = 0.5
-# Letters of a name that a table shows on one line; what has no room for them is no table.
+# Characters of a name that must fit on one line. If there is no room for them, print no table.
 _NAME_WIDTH = 16
 _WIDEST = 10_000
-# Labels of a head that are shown.
+# Maximum number of labels of a head to show.
 _MOST_LABELS = 20
 
 
@@ -51,7 +51,7 @@ def print_adapters(
 
 def _table(adapters: Sequence[Adapter]) -> Table:
     table = Table()
-    # A name that is cut is of no use: it folds onto the next line instead.
+    # Fold a long name onto the next line, because a cut one is useless.
     table.add_column("name", overflow="fold")
     table.add_column("method", no_wrap=True)
     table.add_column("ranks")
@@ -103,7 +103,7 @@ def fits(table: Table, console: Console) -> bool:
         least = min(least, _NAME_WIDTH) if column.overflow == "fold" else least
         least = max(least, column.min_width or 0)
         widths.append((most if column.no_wrap else least, most))
-    # A border and a space on both sides of each.
+    # Each column has a border and a space on both sides.
     spare = console.width - 1 - sum(least + 3 for least, _ in widths)
     wanted = sum(most - least for least, most in widths)
     if spare < 0:
@@ -159,7 +159,7 @@ def _identity(adapter: Adapter) -> tuple[str, int]:
 
 
 def print_adapter(adapter: Adapter, *, made: str = "uploaded or fused") -> None:
-    """One row per property; ``made`` says where files came from that are the server's own."""
+    """One row per property; ``made`` describes where the server's own files came from."""
     used = adapter.last_used_time
     rows = {
         "name": adapter.name,
@@ -220,11 +220,11 @@ def mix_text(state: MergeState) -> str:
 def _print_rows(rows: dict[str, str]) -> None:
     table = Table(show_header=False)
     table.add_column(style="bold", no_wrap=True)
-    # A digest that is cut is of no use: it folds onto the next line instead.
+    # Fold a long digest onto the next line, because a cut one is useless.
     table.add_column(overflow="fold")
     for name, value in rows.items():
         if value:
-            # Text and not str: what a checkpoint says may look like rich's markup.
+            # Use Text, not str: text from a checkpoint may look like rich's markup.
             table.add_row(name, Text(value))
     print_table(table)
 
@@ -279,7 +279,7 @@ def _ranks(adapter: Adapter) -> str:
 
 
 def _labels(adapter: Adapter) -> str:
-    """Those of its head; of many the first, as there may be thousands."""
+    """The labels of the adapter's head; only the first if there are many."""
     more = len(adapter.labels) - _MOST_LABELS
     shown = ", ".join(adapter.labels[:_MOST_LABELS])
     return f"{shown} and {more} more (--json has all)" if more > 0 else shown
@@ -292,5 +292,5 @@ def _bytes(count: int) -> str:
         if size < 1024:
             break
         size, unit = size / 1024, larger
-    # Three digits of 1010 would be written 1.01e+03.
+    # Format 1010 with three digits, not as 1.01e+03.
     return f"{size:.0f} {unit}" if size >= 100 else f"{size:.3g} {unit}"

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Self
 
 _PREFIX = "turret-"
-# Locked by the command; in it the path of the fleet's state directory.
+# A file that the command locks. It holds the path of the fleet's state directory.
 _OWNER = "OWNER"
 _MOST_BYTES = 1 << 16
 _KILL_SECONDS = 5.0
 _POLL_SECONDS = 0.02
-# In place of a folder of temporary files whose path is too long. Below a fleet's folder come Ray's
-# id of the node and a socket's name, and HAProxy takes 97 bytes at most.
+# Used if the path of the temporary directory is too long. Below a fleet's folder come Ray's node id
+# and a socket's name, and HAProxy allows 97 bytes in all.
 _SHORT = Path("/tmp")
 _MOST_PATH_BYTES = 97 - len("/metrics.sock") - len("/") - 56
 _RANDOM_CHARS = 8  # of mkdtemp
@@ -33,7 +33,7 @@ _RANDOM_CHARS = 8  # of mkdtemp
 
 @dataclass(frozen=True, slots=True)
 class FleetFolder:
-    """That of a fleet which this process starts. Nobody else can enter it.
+    """The folder of a fleet that this process starts. Other users cannot enter it.
 
     Attributes:
         path: Absolute.
@@ -45,7 +45,7 @@ class FleetFolder:
 
     @classmethod
     def make(cls, state_dir: Path) -> Self:
-        """Makes one.
+        """Makes a folder.
 
         Args:
             state_dir: The fleet's, absolute; ``state_dirs`` tells it.
@@ -62,18 +62,18 @@ class FleetFolder:
         lock = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.write(lock, os.fsencode(state_dir))
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # Whoever finds it finds it locked.
+        # Publish the file only now, so that nobody finds it unlocked.
         unlocked.rename(path / _OWNER)
         return cls(path, lock)
 
     def remove(self) -> None:
-        """Removes it, and ends the ingress if that is still there."""
+        """Removes the folder, and ends the ingress if it still runs."""
         _remove(self.path)
         os.close(self.lock)
 
 
 def state_dirs() -> list[Path]:
-    """The state directories of the fleets that this user has started here, and that live."""
+    """The state directories of this user's fleets that were started here and still run."""
     found = []
     for _, lock in _owned():
         try:
@@ -101,14 +101,14 @@ def remove_dead() -> list[Path]:
 
 
 def _owned() -> Iterator[tuple[Path, int]]:
-    """Folders of this user's fleets, each with a descriptor of what is to be locked."""
+    """Folders of this user's fleets, each with a descriptor of the file that its command locks."""
     places = {Path(tempfile.gettempdir()), _SHORT}
     for path in sorted(path for place in places for path in place.glob(f"{_PREFIX}*")):
         try:
             is_own = stat.S_ISDIR(path.lstat().st_mode) and path.lstat().st_uid == os.getuid()
             lock = os.open(path / _OWNER, os.O_RDONLY | os.O_CLOEXEC) if is_own else -1
         except OSError:
-            # It has just gone, or has no owner: a cluster was joined from it.
+            # The folder has just been removed, or has no owner: a cluster was joined from it.
             continue
         if lock < 0:
             continue
@@ -119,7 +119,7 @@ def _owned() -> Iterator[tuple[Path, int]]:
 
 
 def _remove(path: Path) -> None:
-    # Ray's manager of the ingress ends it in order, but not if it was killed itself.
+    # Ray's manager of the ingress ends it in order, unless the manager itself was killed.
     end = time.monotonic() + _KILL_SECONDS
     while (left := list(_ingresses(path))) and time.monotonic() < end:
         for process in left:
@@ -130,11 +130,11 @@ def _remove(path: Path) -> None:
 
 
 def _ingresses(folder: Path) -> Iterator[int]:
-    """Each HAProxy of this user whose configuration lies there; none where there is no /proc."""
+    """Every HAProxy of this user whose configuration is in the folder; none without /proc."""
     below = os.fsencode(folder) + b"/"
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            # Of a process that has ended, and is only kept for its parent, it is empty.
+            # The command line of a zombie is empty.
             program, *arguments = (process / "cmdline").read_bytes().split(b"\0")
             is_own = process.stat().st_uid == os.getuid()
         except OSError:

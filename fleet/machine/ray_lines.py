@@ -1,12 +1,12 @@
-"""What Ray's processes print, without what looks like a failure and is none."""
+"""Filters the output of Ray's processes: it drops lines that only look like failures."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
 
-# A caller that goes away before there is a replica: Serve cancels its call, and asks nobody how the
-# task that waited for it has ended.
+# Ray prints this when a caller disconnects before a replica was assigned: Serve cancels the call
+# and never retrieves the exception of its task.
 _CANCELLED = (
     re.compile(r"Task exception was never retrieved$"),
     re.compile(
@@ -14,23 +14,23 @@ _CANCELLED = (
     ),
 )
 _CANCELLED_ENDS = "ray.serve.exceptions.RequestCancelledError:"
-# Serve's controller kills itself when it has been asked to end, and its answer with it.
+# When asked to shut down, Serve's controller kills itself before it has answered.
 _CONTROLLER_ENDS = re.compile(
     r"Task ServeController\.graceful_shutdown failed\. .*was killed by `ray\.kill`", re.DOTALL
 )
-# Its advice would open to other machines a fleet that has none.
+# The advice in this warning would open a fleet on one machine to other machines.
 _ONE_MACHINE = re.compile(
     r".*HTTPOptions\.host=\S+ won't accept connections from HAProxy on other nodes"
 )
 _INGRESS = "HAProxyManager"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-# How a traceback ends, and what HAProxy says first of what it stumbles over.
+# The last line of a traceback, and HAProxy's first message about a problem.
 _RAISED = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Exit): *(\S.*)$", re.MULTILINE)
 _ALERT = re.compile(r"^\[ALERT\][^:]*: (.*)$", re.MULTILINE)
 
 
 def cause(text: str) -> str:
-    """What is said at the end of a traceback that Ray has of another process; of others, all."""
+    """The last message of a traceback from another process, as Ray reports it; otherwise all."""
     text = _COLOUR.sub("", text)
     if '  File "' not in text:
         return text
@@ -39,7 +39,7 @@ def cause(text: str) -> str:
 
 
 class LineFilter:
-    """Looks through the lines of all processes, as they come.
+    """Filters the lines of all processes as they arrive.
 
     Args:
         is_stopping: Whether the fleet is being stopped. The ingress then fails at whatever it was
@@ -50,12 +50,12 @@ class LineFilter:
     def __init__(self, is_stopping: Callable[[], bool], has_others: bool = True) -> None:
         self._is_stopping = is_stopping
         self._left_out = [_CONTROLLER_ENDS] if has_others else [_CONTROLLER_ENDS, _ONE_MACHINE]
-        # Of each process the line that may begin what is left out.
+        # By source: a line that may begin a message to leave out.
         self._held: dict[object, str] = {}
         self._inside: set[object] = set()
 
     def kept(self, source: object, actor: str | None, lines: Sequence[str]) -> list[str]:
-        """What is to be shown of lines.
+        """The lines to show.
 
         Args:
             source: Stands for the stream that the lines come from.

@@ -1,4 +1,4 @@
-"""How a replica reaches the registry, and how it waits for what it proposes."""
+"""A replica's connection to the registry, and waiting for its proposals."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from turret.server.basics.work import Cancellation
 from turret.server.errors import TurretError
 
 _WAIT_SECONDS = 2.0
-# Merges are looked after more often, because their callers may go away.
+# Merges check for cancellation more often, because their callers may disconnect.
 _CANCEL_SECONDS = 0.2
 
 
 class Channel(Protocol):
-    """See ``RegistryHost``, whose methods these are. Each blocks.
+    """The methods of ``RegistryHost``. Each blocks.
 
     Every method raises UnavailableError if the registry cannot be reached; whether a proposal was
     accepted is then not known.
@@ -33,7 +33,7 @@ class Channel(Protocol):
 def propose(
     channel: Channel, proposal: m.Proposal, cancellation: Cancellation | None = None
 ) -> m.Outcome:
-    """Proposes something and waits until it is true on every living replica.
+    """Proposes a change and waits until every living replica has applied it.
 
     Args:
         channel: To the registry.

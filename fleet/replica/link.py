@@ -1,4 +1,4 @@
-"""Keeps a replica with the registry: one thread asks what is new, one makes it true."""
+"""Keeps a replica in step with the registry: one thread asks for news, another applies it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from turret.server.errors import UnavailableError
 _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 0.5
-# Of a lease: how long a question without news waits, so that two may be lost.
+# Without news, a report waits for this part of a lease, so that two may be lost.
 _WAITS_PER_LEASE = 3
-# While something is to end on this replica: how often it looks.
+# How often to check while something is ending on this replica.
 _DRAIN_SECONDS = 0.05
 
 
 class ReplicaLink:
-    """Made stopped. ``start`` blocks until all is true that the registry says.
+    """Created stopped. ``start`` blocks until the registry's state is applied.
 
     Args:
         join: Who the replica is.
@@ -50,7 +50,7 @@ class ReplicaLink:
         self._is_away = False
 
     def start(self, timeout_seconds: float) -> None:
-        """Joins, and serves afterwards.
+        """Joins, and then serves.
 
         Raises:
             UnavailableError: The registry was not reached in time.
@@ -66,7 +66,7 @@ class ReplicaLink:
                 raise UnavailableError("the fleet's registry cannot be reached")
 
     def close(self) -> None:
-        """Leaves the fleet: nobody waits for this replica any more."""
+        """Leaves the fleet, so that nobody waits for this replica any more."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -82,11 +82,11 @@ class ReplicaLink:
 
     @property
     def has_failed(self) -> bool:
-        """Whether something cannot be made true here, so that the replica has to end."""
+        """Whether a change cannot be applied here, so that the replica must end."""
         return self._error is not None
 
     def report_soon(self) -> None:
-        """There is something to say."""
+        """Makes the next report go out soon."""
         threading.Thread(target=self._ask, args=(0.0,), name="fleet report", daemon=True).start()
 
     def _watch(self) -> None:
@@ -98,7 +98,7 @@ class ReplicaLink:
                 time.sleep(_RETRY_SECONDS)
 
     def _ask(self, wait_seconds: float) -> bool:
-        """One question and its answer; False if there was none."""
+        """Makes one call to the registry; False if it failed."""
         with self._changed:
             question, asked = self._follower.next_call(), time.monotonic()
         try:
@@ -149,7 +149,7 @@ class ReplicaLink:
             with self._changed:
                 self._follower.done(change)
                 self._changed.notify_all()
-            # Callers wait for it.
+            # Report at once, because callers wait for it.
             self._ask(0.0)
 
     def _fail(self, error: Exception) -> None:

@@ -1,4 +1,4 @@
-"""Merges on one replica: weights are made, and exchanged, when the registry says so."""
+"""Merges on one replica: it prepares and exchanges weights when the registry asks."""
 
 from __future__ import annotations
 
@@ -63,19 +63,19 @@ class ReplicaMerger(Merger):
         self._answers: dict[str, TurretError | None] = {}
         self._made: PreparedMerge | None = None
 
-    # What callers want
+    # Requests of callers
 
     def merge(
         self, refs: Sequence[AdapterRef], precision: Precision | None, cancellation: Cancellation
     ) -> MergeState:
-        """As there, on every replica or on none.
+        """As ``Merger.merge``, on every replica or on none.
 
         Raises:
             UnavailableError: The registry cannot be reached.
         """
         if not refs:
             raise InvalidRequestError.of("adapters", "at least one member")
-        # One replica finds out whether it can be done, and how; the others do the same then.
+        # Try the merge here first, to find out how it can be done. All replicas then do the same.
         with self._only_change():
             if self._state.merge is not None:
                 raise MergeActiveError("a merge is active")
@@ -91,14 +91,14 @@ class ReplicaMerger(Merger):
         return self._state
 
     def unmerge(self, cancellation: Cancellation) -> MergeState:
-        """As there, on every replica."""
+        """As ``Merger.unmerge``, on every replica."""
         propose(self._channel, m.Unmerge(), cancellation)
         return self._state
 
-    # What the registry says
+    # Instructions of the registry
 
     def prepare(self, plan: MergePlan | None) -> None:
-        """Begins to make a plan's weights on a thread of its own; None gives them up."""
+        """Begins to prepare a plan's weights on a thread of its own; None gives them up."""
         with self._lock:
             if plan is not None and self._plan is not None and plan.uuid == self._plan.uuid:
                 return
@@ -113,7 +113,7 @@ class ReplicaMerger(Merger):
             self._making.start()
 
     def prepared(self) -> Mapping[str, TurretError | None]:
-        """By plan, None if its weights are made, or why they cannot be."""
+        """By plan: None if its weights are ready, or why they cannot be made."""
         with self._lock:
             return dict(self._answers)
 
@@ -147,7 +147,7 @@ class ReplicaMerger(Merger):
             self._registry.release(made.mix)
 
     def follow(self, base: Base) -> None:
-        """Makes this the base; blocks until the engine has exchanged the weights.
+        """Switches to this base; blocks until the engine has exchanged the weights.
 
         Raises:
             TurretError: The weights cannot be made, so that the replica cannot serve.
@@ -157,7 +157,7 @@ class ReplicaMerger(Merger):
         if base.generation == self._state.base_generation:
             return
         if self._active is not None:
-            # Two exchanges in a row: in between the base has a number that nobody else gives.
+            # Unmerge and merge: in between, the base has a number that no other state uses.
             number = base.generation if plan is None else -base.generation
             with self._turn:
                 self._apply(self._active, None, Cancellation(), number)
@@ -186,7 +186,7 @@ class ReplicaMerger(Merger):
             self._give_up()
 
     def _renumber(self, generation: int) -> None:
-        """The same weights under another number: a merge came and went while it was away."""
+        """Gives the same weights another number, after a merge that came and went meanwhile."""
         outcome = self._change_base(lambda: self._registry.change_base(self._describe(generation)))
         outcome.result()
         self._state = MergeState(generation)

@@ -33,10 +33,10 @@ from turret.server.hub.adapters import AdapterHub
 
 _log = logging.getLogger(__name__)
 
-# Of a replacement that somebody else was quicker with.
+# Attempts at a replacement while other callers replace the same adapter first.
 _ATTEMPTS = 5
 _FORCE_AGAIN_SECONDS = 0.25
-# Looking at thousands of adapters takes milliseconds, and every change is reported.
+# Looking at thousands of adapters takes milliseconds, and every change goes to the registry.
 _USAGE_SECONDS = 1.0
 _FASTER = ("disk", "host", "device")
 
@@ -77,26 +77,26 @@ class ReplicaRegistry(AdapterRegistry):
         )
         self._channel = channel
         self._replica = replica
-        # Registrations with generations that may be held and that no new request gets.
+        # Registrations that get no new requests, but whose generations may still be held.
         self._leaving: set[Registration] = set()
         self._usage: Mapping[str, m.Usage] = {}
         self._usage_time = float("-inf")
         self._pinner = ThreadPoolExecutor(1, thread_name_prefix="adapter-pins")
 
     def restore(self) -> int:
-        """What there is comes from the registry; see ``follow``."""
+        """Restores nothing: the registry sends what is registered; see ``follow``."""
         return 0
 
     def close(self) -> None:
         self._pinner.shutdown(wait=False, cancel_futures=True)
         super().close()
 
-    # What callers want
+    # Requests of callers
 
     def load(
         self, name: str, path: str, pinned: bool = False, task: int | None = None
     ) -> AdapterInfo:
-        """Reads an adapter and has it registered everywhere; errors as there.
+        """Reads an adapter and registers it on every replica; errors as in ``AdapterRegistry``.
 
         Raises:
             UnavailableError: The registry cannot be reached.
@@ -147,7 +147,7 @@ class ReplicaRegistry(AdapterRegistry):
     def _made(self, proposal: m.Register | m.Pin) -> AdapterInfo:
         saved = propose(self._channel, proposal).saved
         assert saved is not None
-        # Pins read what they keep; those asked for here are waited for.
+        # Wait until the adapters pinned here have been read into memory.
         self._pinner.submit(lambda: None).result()
         return self._own_record(saved)
 
@@ -159,14 +159,14 @@ class ReplicaRegistry(AdapterRegistry):
             try:
                 return self._made(dataclasses.replace(proposal, replaces=replaces))
             except AdapterGenerationError:
-                # The other replacement is true here soon, or this replica is behind.
+                # Another replacement will arrive here soon, or this replica lags behind.
                 if expected is not None or attempt == _ATTEMPTS:
                     raise
                 attempt += 1
                 time.sleep(0.05 * attempt)
 
     def _own_record(self, saved: SavedRegistration) -> AdapterInfo:
-        """What there is now, or, if the name has gone on, what was made."""
+        """The current record, or the record of what was made if the name has changed since."""
         registration = self._table.get(saved.name)
         if registration is not None:
             record = self._record(registration)
@@ -205,10 +205,10 @@ class ReplicaRegistry(AdapterRegistry):
             ),
         )
 
-    # What there is, summed over replicas
+    # State, summed over replicas
 
     def get(self, name: str) -> AdapterInfo:
-        """As there, with what every living replica does with it.
+        """As in ``AdapterRegistry``, with the usage of every living replica.
 
         Raises:
             UnavailableError: The registry cannot be reached.
@@ -216,7 +216,7 @@ class ReplicaRegistry(AdapterRegistry):
         return _with_usage(super().get(name), self._elsewhere(name))
 
     def list(self) -> list[AdapterInfo]:
-        """As there, with what every living replica does with them; errors as ``get``."""
+        """As in ``AdapterRegistry``, with the usage of every living replica; errors as ``get``."""
         elsewhere = self._elsewhere()
         return [_with_usage(record, elsewhere) for record in super().list()]
 
@@ -224,10 +224,10 @@ class ReplicaRegistry(AdapterRegistry):
         usage = self._channel.usage(name)
         return [used for replica, used in usage.items() if replica != self._replica]
 
-    # What the registry says
+    # Instructions of the registry
 
     def follow(self, saved: SavedRegistration) -> None:
-        """Makes a name stand for this, and serve."""
+        """Makes a name refer to this registration, and serves it."""
         adapter = Adapter(saved.name, saved.uuid, saved.generation, saved.source, saved.facts)
         with self._lock:
             registration = self._table.get(saved.name)
@@ -261,7 +261,7 @@ class ReplicaRegistry(AdapterRegistry):
             _log.error("cannot pin", extra=log.fields(adapter=saved.name, reason=error))
 
     def shut(self, name: str, uuid: str, is_forced: bool) -> None:
-        """Refuses new requests for a name, and has running ones ended if they must."""
+        """Rejects new requests for a name, and ends running ones if forced."""
         with self._lock:
             registration = self._table.get(name)
             if registration is None or registration.uuid != uuid:
@@ -274,14 +274,14 @@ class ReplicaRegistry(AdapterRegistry):
             ).start()
 
     def _force(self, registration: Registration) -> None:
-        # Again and again: a request that took its adapters just before the name was closed may
-        # reach the engine after it was told.
+        # Repeat, because a request that took its adapters just before the name was closed may reach
+        # the engine only after the first attempt.
         while registration.state == "DELETING" and registration.in_flight:
             self._end_users(registration.uuid)
             self._table.wait_until_unheld(registration, _FORCE_AGAIN_SECONDS)
 
     def forget(self, name: str, uuid: str) -> None:
-        """Makes a name stand for nothing."""
+        """Removes a name."""
         with self._lock:
             registration = self._table.get(name)
             if registration is not None and registration.uuid == uuid:
@@ -296,7 +296,7 @@ class ReplicaRegistry(AdapterRegistry):
         return {record.name: record.uuid for record in super().list()}
 
     def holding(self) -> dict[str, int]:
-        """By key, how many requests hold generations that are replaced or being unloaded."""
+        """By key, the number of requests that hold replaced or closing generations."""
         with self._lock:
             departing = {r: found for r in self._leaving if (found := _departing(r))}
             self._leaving = set(departing)
@@ -304,12 +304,12 @@ class ReplicaRegistry(AdapterRegistry):
             return {adapter.key: adapter.in_flight for adapter in found if adapter.in_flight}
 
     def usage(self) -> Mapping[str, m.Usage]:
-        """What is in memory or in flight, by name; up to a second old."""
+        """Adapters in memory or in use, by name; up to a second old."""
         now = time.monotonic()
         if now - self._usage_time >= _USAGE_SECONDS:
             self._usage_time = now
             usage = self._look()
-            # The same object as long as it says the same: then it is not told again.
+            # Return the same object while nothing changes, so that it is not reported again.
             if usage != self._usage:
                 self._usage = usage
         return self._usage
@@ -329,7 +329,7 @@ class ReplicaRegistry(AdapterRegistry):
 
 
 def _departing(registration: Registration) -> list[Adapter]:
-    """The generations that no new request gets."""
+    """Generations that get no new requests."""
     if registration.state == "ACTIVE" or registration.current.is_retired:
         return list(registration.retired)
     return [registration.current, *registration.retired]

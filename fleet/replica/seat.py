@@ -30,7 +30,7 @@ from turret.server.hub.adapters import AdapterHub
 
 
 class Seat:
-    """Makes the parts, in this order: registry, merger, link.
+    """Makes the registry, the merger and the link, in this order.
 
     Args:
         name: The replica's; no other has had it.
@@ -77,7 +77,7 @@ class Seat:
         change_base: ChangeBase,
         metrics: MergeMetrics,
     ) -> ReplicaMerger:
-        """The replica's base."""
+        """The merger of the replica's base."""
         assert self._registry is not None
         self._merger = ReplicaMerger(
             self._registry,
@@ -90,7 +90,7 @@ class Seat:
         return self._merger
 
     def link(self, num_requests: Callable[[], tuple[int, int]]) -> ReplicaLink:
-        """What keeps them true; start it when the engine runs, and close it first."""
+        """The link that keeps both up to date; start it when the engine runs, close it first."""
         assert self._registry is not None
         assert self._merger is not None
         base = self._registry.base
@@ -124,7 +124,7 @@ class ReplicaState:
         self._num_requests = num_requests
 
     def reset(self, state: FleetState) -> None:
-        """Makes a snapshot true, whatever was true before; names first, which a merge needs."""
+        """Replaces the whole state by a snapshot; names come first, because a merge needs them."""
         for name, uuid in self._registry.names().items():
             saved = state.names.get(name)
             if saved is None or saved.uuid != uuid:
@@ -137,7 +137,7 @@ class ReplicaState:
         self._merger.prepare(state.preparing)
 
     def apply(self, entry: Entry) -> None:
-        """Makes an entry true."""
+        """Applies an entry."""
         match entry:
             case Registered(saved):
                 self._registry.follow(saved)

@@ -1,20 +1,20 @@
-"""How many replicas there should be: as many as keep the waiting lines short."""
+"""The number of replicas, chosen to keep the queues short."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# What replicas report to Serve, which calls ``policy`` with the latest of it.
+# Metrics that replicas report to Serve, which passes the latest values to ``policy``.
 WAITING = "waiting"
 RUNNING = "running"
-# Sequences that wait on a replica, above which one more is started.
+# Add a replica if more sequences than this wait per replica on average.
 MOST_WAITING = 4
-# Sequences on a replica, below which one fewer would do.
+# Remove a replica if the others would have fewer sequences than this on average.
 FEW = 4
 
 
 def wanted(num_replicas: int, waiting: float, running: float) -> int:
-    """The number of replicas for a load; one more or one fewer at a time.
+    """The number of replicas for a load; it changes by at most one at a time.
 
     Never by the processor's use: a replica that computes one sequence uses all of it. Some
     sequence waits in many a moment, for the step that is computed when it comes: that no line is

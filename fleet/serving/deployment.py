@@ -1,4 +1,4 @@
-"""The deployment: what Ray Serve starts, routes to, watches and stops."""
+"""The deployment that Ray Serve starts, routes to, watches and stops."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from turret.v1 import adapters_pb2, inference_pb2
 
 
 def _call(service: str, method: str, *, is_stream: bool) -> Any:
-    """A method of the deployment: Serve looks for one by the name of each of gRPC's."""
+    """A method of the deployment. Serve calls the one with the name of the gRPC method."""
 
     async def answer(self: Any, request: Any, grpc_context: Any) -> Any:
         return await self._server.answer(service, method, request, grpc_context)
@@ -82,7 +82,7 @@ class Replica(_CALLS):
             if scope["type"] == "http":
                 await made(from_client(scope), receive, send)
             elif scope["type"] == "lifespan":
-                # The replica starts and stops by itself; this only has to be answered.
+                # The replica manages its own start and stop, so just answer the messages.
                 for stage in ("startup", "shutdown"):
                     await receive()
                     await send({"type": f"lifespan.{stage}.complete"})
@@ -90,7 +90,7 @@ class Replica(_CALLS):
         return answer
 
     async def __del__(self) -> None:
-        # Serve awaits it when the replica is to go, after its calls have ended or their time is up.
+        # Serve awaits this when it removes the replica, once its calls have ended or timed out.
         if not self._is_stopped:
             self._is_stopped = True
             await self._server.stop()
@@ -110,7 +110,7 @@ class Replica(_CALLS):
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, grpc_context: Any
     ) -> AsyncIterator[Any]:
-        # A watcher would keep a replica from ending; clients that hear this take it for serving.
+        # A watch would keep a replica from ending. Clients treat this status as serving.
         grpc_context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         grpc_context.set_details("a fleet's health cannot be watched; ask for it")
         return

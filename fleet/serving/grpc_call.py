@@ -1,4 +1,4 @@
-"""A call as Ray Serve hands it over: whose it is, and its gRPC context as turret's code has it."""
+"""A call from Ray Serve: its client's address, and its gRPC context in turret's form."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import grpc
 from starlette.types import Scope
 
 FORWARDED_FOR = "x-forwarded-for"
-# Messages that wait for the client; the engine's thread never waits for this queue.
+# Messages that may wait for the client. The engine's thread never waits for this queue.
 _AHEAD = 1
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 
 def client_address(values: Iterable[str]) -> str | None:
-    """The address of who called the ingress; None if that does not say.
+    """The address of the ingress's client; None if the ingress does not report it.
 
     Args:
         values: Those of every ``x-forwarded-for``, in order. The ingress writes the last one, and
@@ -36,12 +36,12 @@ def client_address(values: Iterable[str]) -> str | None:
 
 
 def as_peer(address: str) -> str:
-    """An address in gRPC's words; its port is not known."""
+    """An address in gRPC's form; its port is unknown."""
     return f"ipv6:[{address}]:0" if ":" in address else f"ipv4:{address}:0"
 
 
 def from_client(scope: Scope) -> Scope:
-    """An HTTP request as its client made it, and not as the ingress did."""
+    """An HTTP request with its client's address instead of the ingress's."""
     name = FORWARDED_FOR.encode()
     sent = (value.decode("latin-1") for key, value in scope["headers"] if key == name)
     address = client_address(sent)
@@ -49,7 +49,7 @@ def from_client(scope: Scope) -> Scope:
 
 
 class ServeContext(Protocol):
-    """What is used of Serve's context (``ray.serve.grpc_util.RayServegRPCContext``)."""
+    """The parts of Serve's context in use (``ray.serve.grpc_util.RayServegRPCContext``)."""
 
     def code(self) -> Any: ...
     def peer(self) -> str: ...
@@ -60,7 +60,7 @@ class ServeContext(Protocol):
 
 
 class CallContext:
-    """What turret's servicers and interceptor use of grpc's context.
+    """The parts of grpc's context that turret's servicers and interceptor use.
 
     A handler on Serve that raises loses its error details; one that sets the status and returns
     does not. The interceptor only ever sets.
@@ -77,13 +77,13 @@ class CallContext:
         return tuple(self._inner.invocation_metadata())
 
     def peer(self) -> str:
-        """The client, which called the ingress; the ingress itself if it does not say for whom."""
+        """The client of the ingress, or the ingress itself if it does not report the client."""
         sent = (v for k, v in self._inner.invocation_metadata() if k == FORWARDED_FOR)
         address = client_address(v for v in sent if isinstance(v, str))
         return self._inner.peer() if address is None else as_peer(address)
 
     def time_remaining(self) -> float | None:
-        """Unknown: Serve does not tell. A client whose deadline passes cancels the call."""
+        """Unknown: Serve does not pass it on. A client whose deadline passes cancels the call."""
         return None
 
     def code(self) -> grpc.StatusCode | None:
@@ -100,18 +100,18 @@ class CallContext:
         self._inner.set_trailing_metadata(list(trailing_metadata))
 
     async def write(self, message: Any) -> None:
-        """Sends a message of a stream, and waits while others wait."""
+        """Sends a message of a stream; waits while others are queued."""
         await self._sent.put(message)
 
     async def messages(self, run: Callable[[], Any]) -> AsyncIterator[Any]:
-        """What ``run`` writes, until it ends; it is cancelled if nobody reads on."""
+        """The messages that ``run`` writes; ``run`` is cancelled if the reader stops."""
         over = object()
 
         async def work() -> None:
             try:
                 await run()
             finally:
-                # If nobody reads on there is no room for it, and no need.
+                # If nobody reads any more, the queue may be full, and the end is not needed.
                 if not working.cancelling():
                     await self._sent.put(over)
 

@@ -35,19 +35,19 @@ _BALANCE = "\n    ".join(
         "srvtcpka-idle 4s",
         "srvtcpka-intvl 2s",
         "srvtcpka-cnt 3",
-        # The same for clients, which nobody else would miss.
+        # Probe clients too, because nothing else would notice that one vanished.
         "option clitcpka",
         "clitcpka-idle 60s",
         "clitcpka-intvl 10s",
         "clitcpka-cnt 3",
-        # Whose a request is, for --max-requests-per-peer.
+        # Pass on the client's address, for --max-requests-per-peer.
         "option forwardfor",
     )
 )
-# See there. It is not imported here: that imports Ray.
+# Named here instead of imported, because importing that module imports Ray.
 _PREPARE = "turret.fleet.serving.ray_worker.prepare"
-# The same on every machine. Short: below it comes Ray's id of the node, and a socket's path has at
-# most 97 characters in HAProxy.
+# The same path on every machine. It is short because Ray's node id comes below it, and HAProxy
+# allows 97 characters for a socket's path.
 _JOINED_FOLDER = "/tmp/turret-{user}"
 # The kernel sends what is on its way to a machine again for a quarter of an hour, and probes no
 # connection meanwhile. HAProxy has a bound for it on each server alone: it is accepted among a
@@ -68,7 +68,7 @@ exec BINARY "$@"
 
 
 def ingress_environment(folder: Path) -> dict[str, str]:
-    """What Ray Serve reads about its ingress.
+    """The environment variables with which Ray Serve configures its ingress.
 
     Args:
         folder: For the files of HAProxy, where ``write_haproxy`` has been.
@@ -84,22 +84,23 @@ def ingress_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
-        # Until every ingress has noticed that a replica is to go; Serve's own is half a minute.
+        # Time for every ingress to notice that a replica is leaving; Serve's default is 30 s.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
-        # One event loop a replica: a token crosses no other, and an upload waits for the disk.
+        # Use one event loop per replica: tokens need not cross to another, and uploads wait for the
+        # disk.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray's own name for what worker processes run first.
+        # Ray's own variable for the function that worker processes run first.
         "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": _PREPARE,
-        # As turret serve has it. With Ray's own, 15, replicas and ingress get a thirtieth of a
-        # processor that somebody else wants too.
+        # Run at the normal priority, as turret serve does. With Ray's default of 15, replicas and
+        # ingress would get a thirtieth of a contended processor.
         "RAY_worker_niceness": "0",
     }
 
 
 def joined_folder() -> Path:
-    """For HAProxy's files where Ray was started before; made, if it is not there.
+    """The folder for HAProxy's files if Ray was started before; created if missing.
 
     It lies where everybody may write, and whoever can write into it commands the ingress: it has to
     be this user's alone.
@@ -120,12 +121,12 @@ def joined_folder() -> Path:
 
 
 def haproxy_path(folder: Path) -> Path:
-    """Where ``write_haproxy`` puts it."""
+    """The path of the program that ``write_haproxy`` writes."""
     return folder / "haproxy"
 
 
 def write_haproxy(folder: Path, host: str | None = None) -> None:
-    """Writes what Serve is to start in HAProxy's place.
+    """Writes the program that Serve starts in place of HAProxy.
 
     Args:
         folder: Of this user alone; what lies there is run.
@@ -139,13 +140,13 @@ def write_haproxy(folder: Path, host: str | None = None) -> None:
     edits = [_BOUNDED] if sys.platform == "linux" else []
     if host is not None:
         shown = re.sub(r"([&/\\])", r"\\\1", f"[{host}]" if ":" in host else host)
-        # Serve has it listen where replicas do, with two pages of its own on every interface.
+        # Serve has it listen where replicas do, and has two more pages on every interface.
         edits += [rf"s/^\( *bind \)127\.0\.0\.1:/\1{shown}:/"]
         edits += [r"s/^\( *bind \)\**:/\1ipv4@127.0.0.1:/"]
     expressions = " ".join(f"-e {shlex.quote(edit)}" for edit in edits or [""])
     script = _SCRIPT.replace("EXPRESSIONS", expressions)
     script = script.replace("BINARY", shlex.quote(_binary(path)))
-    # A fleet that runs may start it at any moment.
+    # A running fleet may start it at any moment.
     replace_file(path, script.encode(), mode=0o700)
 
 

@@ -1,4 +1,4 @@
-"""What ``turret cluster serve`` adds to the flags of ``turret serve``, and what it cannot take."""
+"""The flags that ``turret cluster serve`` adds to those of ``turret serve``, and its limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from turret.server.models.sources.hub_model import hub_model_id
 
 DEFAULT_HTTP_PORT = 8080
 _PLAIN_TEXT = "Ray Serve listens in plain text; let TLS end in front of it, and see docs/fleet.md"
-# Settings of ``turret serve`` that a fleet takes at no time → what to do instead.
+# Settings of ``turret serve`` that a fleet rejects → what to do instead.
 REFUSED: Mapping[str, str] = {
     "preload": (
         "a fleet takes none; load adapters once (`turret adapters load`, from --adapter-root), and"
@@ -29,7 +29,7 @@ _OF_THIS_MACHINE = "auto"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterPlan:
-    """How many replicas there are, and where.
+    """The number of replicas and where they run.
 
     Attributes:
         ray_address: A Ray cluster to join (``auto``, ``HOST:PORT``); None starts one, which ends
@@ -75,7 +75,7 @@ def check_ray_address(address: str | None) -> None:
 
 
 def why_refused(given: Mapping[str, object]) -> str:
-    """Why a fleet takes none of these settings, or "": before they are asked to fit together.
+    """Why a fleet rejects one of these settings, or "". Call it before building a configuration.
 
     What ``turret serve`` asks for beside one of them would be refused next.
     """
@@ -97,7 +97,7 @@ def _is_exposed(address: str) -> bool:
     try:
         return not is_local_address(address)
     except ValueError:
-        # It is none; that is said of it later.
+        # This is not an address; a later check reports that.
         return False
 
 
@@ -136,7 +136,7 @@ def fleet_config(config: Config, *, joins: bool = False) -> Config:
         listen=dataclasses.replace(listen, http_address=http),
         adapters=dataclasses.replace(
             config.adapters,
-            # Replicas run in other directories.
+            # Replicas run in other working directories.
             state_dir=config.adapters.state_dir.absolute(),
             adapter_root=_absolute(config.adapters.adapter_root),
         ),
@@ -146,7 +146,7 @@ def fleet_config(config: Config, *, joins: bool = False) -> Config:
 
 
 def _found_anywhere(model: Path | None) -> Path | None:
-    """A place on this machine by its whole path; the id of a model on the hub as it is."""
+    """A path on this machine made absolute; the id of a model on the hub is unchanged."""
     return model if model is not None and hub_model_id(model) is not None else _absolute(model)
 
 

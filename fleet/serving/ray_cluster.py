@@ -27,15 +27,15 @@ from turret.server.basics.files import replace_file
 from turret.server.errors import UnavailableError
 
 CLUSTER_FILE = "cluster.json"
-# Where everything of a fleet listens, if Ray is started here: all but the ingress and metrics.
+# Address of all a fleet's listeners if Ray is started here, except the ingress and metrics.
 LOOPBACK = "127.0.0.1"
-# Ports that are the same in all of Serve.
+# Serve's ports that two fleets on one machine must not share.
 _PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
-# What ends a fleet; see ``serve.py``, which has them wait while Ray starts.
+# Signals that end a fleet. ``serve.py`` defers them while Ray starts.
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 _OBJECT_STORE_BYTES = 100 << 20
 _CONNECT_SECONDS = 5.0
-# Ray's names of the processes without which nothing of a cluster on one machine can go on.
+# Ray's names for processes that a cluster on one machine cannot lose.
 _CENTRAL = ("gcs_server", "raylet")
 _START_ONE = (
     "`ray start --head` starts one and prints its address; without an address of Ray's this"
@@ -74,7 +74,7 @@ class RayCluster:
         try:
             found = cls._open(plan, host, folder, is_stopping)
         except Exception as error:
-            # No narrower: of a node that does not start Ray raises no class of its own.
+            # Catch all exceptions: Ray has no class of its own for a node that does not start.
             if folder is not None:
                 folder.remove()
             if isinstance(error, UnavailableError):
@@ -96,14 +96,14 @@ class RayCluster:
     def _open(
         plan: ClusterPlan, host: str, folder: FleetFolder | None, is_stopping: Callable[[], bool]
     ) -> Any:
-        """What Ray says of itself."""
+        """Ray's context, after starting or joining it."""
         path = joined_folder() if folder is None else folder.path
         write_haproxy(path, None if folder is None else host)
         environment = ingress_environment(path)
         if folder is not None:
-            # A Ray port is remote code execution for whoever can reach it.
+            # Anyone who can reach a port of Ray can execute code.
             environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-            # Another fleet on this machine has Serve's own.
+            # Serve's default ports may be in use by another fleet on this machine.
             environment |= {f"RAY_SERVE_{name}_PORT": str(_free_port()) for name in _PORTS}
         os.environ.update(environment)
         import ray
@@ -125,7 +125,7 @@ class RayCluster:
             )
 
     def dead_process(self) -> str:
-        """Which of Ray's two central processes has died, of those that were started here, or ""."""
+        """The name of a central Ray process, started here, that has died, or ""."""
         from ray._private import worker
 
         node: Any = worker._global_node
@@ -134,8 +134,8 @@ class RayCluster:
         return next((kind for kind, _ in node.dead_processes() if kind in _CENTRAL), "")
 
     def kill(self, state_dir: Path) -> None:
-        """Ends a cluster that was started here and that Ray can no longer end in order."""
-        # Ray brings it along.
+        """Ends a cluster that was started here, if Ray can no longer end it in order."""
+        # psutil is a dependency of Ray.
         import psutil
 
         for process in psutil.Process().children(recursive=True):
@@ -144,7 +144,7 @@ class RayCluster:
         self._remove(state_dir)
 
     def close(self, state_dir: Path) -> None:
-        """Leaves the cluster; ends it if it was started here."""
+        """Leaves the cluster, and ends it if it was started here."""
         import ray
 
         ray.shutdown()
@@ -157,7 +157,7 @@ class RayCluster:
 
 
 def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
-    """Connects to a cluster that runs: by its address, or by what it left in a state directory.
+    """Connects to a running cluster, by its address or by the file in a state directory.
 
     Where neither is said, and no variable of Ray's, it is that of the one fleet which this user has
     started here, or whatever Ray finds.
@@ -209,7 +209,7 @@ def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
 
 
 def _why_deaf(address: str) -> str:
-    """What to say if nobody listens at ``HOST:PORT``, where Ray asks on for minutes; else ""."""
+    """The error if nobody listens at ``HOST:PORT``, where Ray would retry for minutes; else ""."""
     host, _, port = address.rpartition(":")
     if not host:
         return ""
@@ -250,14 +250,14 @@ def _apart() -> Iterator[None]:
 
     patched: Any = (services, utils)
     popen, set_handler = services.ConsolePopen, utils.set_sigterm_handler
-    # Elsewhere Ray ends its processes by their group.
+    # On other systems Ray ends its processes by their group.
     own = {"process_group": 0} if sys.platform == "linux" else {}
 
     def start(*arguments: Any, preexec_fn: Callable[[], None] | None = None, **keys: Any) -> Any:
         def begin() -> None:
             if preexec_fn is not None:
                 preexec_fn()
-            # Ray has blocked SIGINT on purpose, for those that a terminal sends.
+            # Ray blocks SIGINT on purpose, because terminals send it to the whole group.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
         return popen(*arguments, preexec_fn=begin, **own, **keys)
@@ -278,7 +278,7 @@ def _print_through(lines: LineFilter) -> None:
     if not (sys.stdout.isatty() and sys.stderr.isatty()):
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")
         colours: Any = ray_logging
-        # Of how often a line was repeated.
+        # Print Ray's counts of repeated lines without colour.
         colours._color = str
     patched: Any = worker
     show = patched.print_to_stdstream

@@ -35,7 +35,7 @@ def _listen_locally() -> None:
     Replicas and Serve's fallback proxy answer turret's calls there, past the ingress. When Ray's
     own address is loopback there is no other machine that needs them.
     """
-    # Replicas have one more, for calls between deployments, of the class below Serve's own.
+    # Replicas have a second server for calls between deployments, of the class below Serve's own.
     server: Any = gRPCGenericServer.__mro__[1]
     add = server.add_insecure_port
 
@@ -68,7 +68,7 @@ def _keep_haproxy() -> None:
     async def watch(self: Any, process: Any) -> None:
         await process.wait()
         while self._proc is process and not getattr(self, "_is_stopped", False):
-            # Unless a reload is about to put another process in its place.
+            # Do nothing if a reload is about to replace the process.
             if not self._num_starting:
                 _log.warning("HAProxy has died (%s) and is started again", process.returncode)
                 try:

@@ -1,4 +1,4 @@
-"""The fleet's registry as an actor, and the way to it from a replica."""
+"""The fleet's registry as an actor, and a replica's channel to it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _log = logging.getLogger(__name__)
 
 NAMESPACE = "turret"
 NAME = "turret-registry"
-# Beyond what a call waits for on purpose.
+# Time limit of a call, in addition to the time that it waits on purpose.
 _CALL_SECONDS = 10.0
-# For the directory of a registry that is still ending.
+# Time to wait for the directory of a registry that is still ending.
 _LOCK_SECONDS = 15.0
-# Each waiting replica and caller takes a thread.
+# Each waiting replica or caller takes a thread.
 _MOST_CALLS = 512
 
 _Arguments = TypeVarTuple("_Arguments")
@@ -44,7 +44,7 @@ class RegistryActor:
 
     def __init__(self, state_dir: str, lease_seconds: float, run: str) -> None:
         marker = Path(state_dir) / "registry-run"
-        # Of which run it is, and which command has it.
+        # The marker holds the run, and the command that owns it.
         said = marker.read_text().split() if marker.exists() else []
         is_first = said[:1] != [run]
         store = _open_store(Path(state_dir), is_first=is_first)
@@ -55,18 +55,18 @@ class RegistryActor:
         self._mark()
 
     def state_dir(self) -> str:
-        """The fleet's."""
+        """The fleet's state directory."""
         return self._state_dir
 
     def owner(self, command: str, takes_over: bool = False) -> str:
-        """Which command ends the fleet when it ends: the one that says so last, or the only one."""
+        """The command whose end ends the fleet: the latest to take over, or the only one."""
         if takes_over or self._owner is None:
             self._owner = command
             self._mark()
         return self._owner
 
     def _mark(self) -> None:
-        """What Ray's next start of this registry is to know: it has no memory but the disk."""
+        """Saves what Ray's next start of this registry must know."""
         replace_file(self._marker, f"{self._run} {self._owner or ''}".encode())
 
     def call(self, method: str, *arguments: Any) -> tuple[Any, Exception | None]:
@@ -99,7 +99,7 @@ def start_registry(state_dir: Path, lease_seconds: float) -> None:
         found = ray.get(actor.state_dir.remote(), timeout=_LOCK_SECONDS + 45.0)
     except RayError as error:
         if is_new:
-            # Else it is that of a fleet which serves, and only slow to answer.
+            # Kill only a new actor. One that was there serves a fleet, and is only slow to answer.
             ray.kill(actor)
         cause = str(error).strip().rsplit("\n", 1)[-1]
         verb = "start" if is_new else "answer"
@@ -109,7 +109,7 @@ def start_registry(state_dir: Path, lease_seconds: float) -> None:
 
 
 def _find_or_make(state_dir: Path, lease_seconds: float) -> tuple[Any, bool]:
-    """The registry's actor, and whether it was made here."""
+    """The registry's actor, and whether this call made it."""
     options: dict[str, Any] = {
         "name": NAME,
         "namespace": NAMESPACE,
@@ -117,11 +117,11 @@ def _find_or_make(state_dir: Path, lease_seconds: float) -> tuple[Any, bool]:
         "max_restarts": -1,
         "max_concurrency": _MOST_CALLS,
         "num_cpus": 0,
-        # Where Ray's own truth is: no other machine takes the registry with it.
+        # Run on Ray's head node: the loss of another machine then does not take the registry along.
         "resources": {"node:__internal_head__": 0.001},
     }
-    # Ray's types of actors know no method of the class, hence Any here and in RayChannel, where the
-    # host's own methods say what is sent and what comes back.
+    # Ray's types of actors do not know the class's methods, so this and RayChannel use Any. The
+    # host's own methods state the arguments and results.
     make: Any = ray.remote(RegistryActor)
     try:
         return ray.get_actor(NAME, namespace=NAMESPACE), False
@@ -130,7 +130,7 @@ def _find_or_make(state_dir: Path, lease_seconds: float) -> tuple[Any, bool]:
     try:
         return make.options(**options).remote(str(state_dir), lease_seconds, uuid.uuid4().hex), True
     except ActorAlreadyExistsError:
-        # Another command was quicker.
+        # Another command created the actor first.
         return ray.get_actor(NAME, namespace=NAMESPACE), False
 
 
@@ -150,14 +150,14 @@ class Ownership:
         self._ask()
 
     def take(self) -> None:
-        """From now on it is this command's; if the registry is away, as soon as that is back."""
+        """Takes ownership; if the registry is away, as soon as it is back."""
         self._is_taking = True
         self._ask()
         if self._is_taking:
             _log.warning("no registry: the command before keeps the fleet until it is back")
 
     def look(self) -> bool:
-        """Whether to stay: it is this command's, or is to be; as it was, if nobody can say."""
+        """Whether this command owns the fleet or takes it over, as last known if unreachable."""
         self._ask()
         return self.is_own or self._is_taking
 
@@ -181,7 +181,7 @@ def stop_registry() -> None:
 
 
 class RayChannel:
-    """See ``Channel``; finds the registry by its name whenever it was lost."""
+    """See ``Channel``. It finds the registry by name whenever the connection is lost."""
 
     def __init__(self) -> None:
         self._actor: Any = None

@@ -1,4 +1,4 @@
-"""What answers calls in a replica: the composition root of ``server/app.py``, without listeners."""
+"""Answers calls in a replica: the composition root like ``server/app.py``, without listeners."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from turret.v1 import adapters_pb2, inference_pb2
 _log = logging.getLogger(__name__)
 
 _JOIN_SECONDS = 120.0
-# Replicas of one machine have their metrics on ports that follow each other.
+# The metrics of replicas on one machine use consecutive ports.
 _METRICS_PORTS = 64
 _DESCRIPTORS = {
     "Inference": inference_pb2.DESCRIPTOR.services_by_name["Inference"],
@@ -47,7 +47,7 @@ _MESSAGES = {**vars(inference_pb2), **vars(adapters_pb2)}
 
 
 class ReplicaServer:
-    """Made stopped, inside the running event loop.
+    """Created stopped, inside the running event loop.
 
     Args:
         config: The resolved configuration; its addresses are the fleet's.
@@ -87,7 +87,7 @@ class ReplicaServer:
         self._link: ReplicaLink | None = None
 
     async def start(self) -> None:
-        """Loads the model, joins the fleet and serves what is true there.
+        """Loads the model, joins the fleet, and serves its state.
 
         Raises:
             OSError, ValueError, TurretError: The model or the fleet's state cannot be served.
@@ -114,30 +114,30 @@ class ReplicaServer:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait to be computed."""
+        """The number of sequences that wait."""
         return 0 if self._backend is None else self._backend.engine.num_waiting
 
     @property
     def num_running(self) -> int:
-        """Sequences that are computed."""
+        """The number of sequences that run."""
         return 0 if self._backend is None else self._backend.engine.num_open - self.num_waiting
 
     def check(self) -> None:
-        """Raises UnavailableError if the replica can serve no more, and has to be replaced."""
+        """Raises UnavailableError if the replica can no longer serve and must be replaced."""
         if self._backend is None or self._backend.engine.is_dead:
             raise UnavailableError("the engine is dead")
         if self._link is None or self._link.has_failed:
             raise UnavailableError("the replica cannot follow the fleet")
 
     def _check_serving(self) -> None:
-        # Until Serve has asked ``check``, and replaced the replica.
+        # Reject calls until Serve has called ``check`` and replaced the replica.
         if self._backend is not None and self._backend.engine.is_dead:
             raise UnavailableError("the engine is dead")
         if self._link is None or not self._link.is_serving:
             raise UnavailableError("the replica has lost the fleet's registry")
 
     async def stop(self) -> None:
-        """Takes no further call, lets running ones finish, leaves the fleet."""
+        """Takes no further calls, lets running ones finish, and leaves the fleet."""
         self._gate.close("the replica is shutting down")
         if self._watching is not None:
             self._watching.cancel()
@@ -152,14 +152,14 @@ class ReplicaServer:
             await asyncio.to_thread(self._metrics_server.close)
 
     def _serve_metrics(self) -> MetricsServer | None:
-        """On the first port that no other replica of this machine has."""
+        """Serves metrics on the first port that no other replica of this machine uses."""
         address = self._config.listen.metrics_address
         if address is None:
             return None
         try:
             server = MetricsServer(self.metrics, address, self.tokens, num_ports=_METRICS_PORTS)
         except OSError as error:
-            # A replica that answers is worth more than one that is watched.
+            # A replica without metrics is better than none.
             said = log.fields(address=address, why=error.strerror)
             _log.warning("this replica's metrics cannot be read", extra=said)
             return None
@@ -171,7 +171,7 @@ class ReplicaServer:
     async def check_service(
         self, request: health_pb2.HealthCheckRequest, context: Any
     ) -> health_pb2.HealthCheckResponse:
-        """What ``grpc.health.v1`` says of a service; Serve's own checks ask ``check``."""
+        """The ``grpc.health.v1`` status of a service; Serve's own checks call ``check``."""
         try:
             self._gate.enter()
             self._health.set_serving(True)
@@ -180,7 +180,7 @@ class ReplicaServer:
         return await self._health.Check(request, context)
 
     async def answer(self, service: str, method: str, request: Any, inner: ServeContext) -> Any:
-        """One message for one message, or for a stream of them. An error's answer is empty."""
+        """One message for one message or a stream. The answer of a failed call is empty."""
         context = CallContext(inner)
         call = getattr(self._servicers[service], method)
         answer = await self._run(service, method, context, request, lambda: call(request, context))

@@ -37,7 +37,7 @@ _SERVICES = (
     "turret.v1.adapters_pb2_grpc.add_AdaptersServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 )
-# Serve's own bound, far above --max-queued-requests, which answers instead of waiting.
+# Serve lets calls beyond this wait. --max-queued-requests is far lower, and rejects them.
 _MOST_ONGOING = 1 << 14
 _START_SECONDS = 600.0
 _POLL_SECONDS = 1.0
@@ -70,7 +70,7 @@ def run(config: Config, plan: ClusterPlan) -> int:
 
 
 def _end_with_ray(cluster: RayCluster, state_dir: Path, is_over: threading.Event) -> None:
-    """Ends the fleet if Ray's GCS or raylet dies, which nobody starts again.
+    """Ends the fleet if Ray's GCS or raylet dies, because nothing restarts them.
 
     Without this, replicas and the ingress would go on for a minute, and the ingress after that. The
     main thread may wait in a call of Ray's that does not return for as long.
@@ -83,7 +83,7 @@ def _end_with_ray(cluster: RayCluster, state_dir: Path, is_over: threading.Event
 
 
 def _refuse(config: Config, error: Exception) -> int:
-    """Say why there is no fleet, in a sentence; returns the exit code."""
+    """Report in a sentence why there is no fleet; returns the exit code."""
     text = str(error)
     why = ray_lines.cause(text)
     if why != text:
@@ -95,7 +95,7 @@ def _refuse(config: Config, error: Exception) -> int:
 
 @contextlib.contextmanager
 def _deferring(listen: Callable[[], None]) -> Iterator[None]:
-    """Has signals wait until the end, where they are listened to again.
+    """Defers signals to the end of the block, when handlers are installed again.
 
     Ray's core takes them over as it connects: one that came then would print its stack, and end
     this process in the middle of its start. The threads that are made inside never get any.
@@ -124,7 +124,7 @@ def _listen(config: Config, stop: threading.Event, hangup: Hangup) -> None:
 
 
 def warn_if_crowded(replicas: int, devices: int) -> None:
-    """Says that there are more replicas than this machine has for them.
+    """Warns if there are more replicas than this machine can run well.
 
     Args:
         replicas: The most that there will be.
@@ -146,7 +146,7 @@ def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
 
     from turret.fleet.serving import registry_actor
 
-    # Of this process; that Serve has started, and is found again, is no news to its reader.
+    # In this process, hide Serve's messages: it is no news that Serve has started or was found.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if plan.ray_address is None:
         warn_if_crowded(plan.max_replicas, _num_devices(config))
@@ -154,7 +154,7 @@ def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
     assert config.listen.http_address is not None
     host, port = split_address(config.listen.address)
     if plan.ray_address is None:
-        # Of replicas; the ingress listens on the host that was given, as write_haproxy has it.
+        # Replicas listen here. The ingress listens on the configured host; see write_haproxy.
         host = LOOPBACK
     serve.start(
         proxy_location="EveryNode",
@@ -167,7 +167,7 @@ def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
         registry_actor.start_registry(config.adapters.state_dir, plan.lease_seconds)
         owner = registry_actor.Ownership()
         target = serve.RunTarget(deployment(config, plan), APPLICATION, "/")
-        # SIGTERM is heard while the models are loaded, too.
+        # Do not wait here, so that SIGTERM works while the models load.
         serve.run_many([target], wait_for_applications_running=False)
         if _wait_until_up(stop):
             owner.take()
@@ -183,7 +183,7 @@ def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
                 pass
     finally:
         if owner is None:
-            # What is there is another fleet's.
+            # An application that is there belongs to another fleet.
             if not serve.status().applications:
                 serve.shutdown()
         elif owner.is_own:
@@ -207,7 +207,7 @@ def _end() -> None:
 
 
 def _wait_until_up(stop: threading.Event) -> bool:
-    """Whether the application runs; False if it is to stop before.
+    """Whether the application runs; False if it should stop first.
 
     Raises:
         UnavailableError: It does not start; says why.
@@ -229,7 +229,7 @@ def _wait_until_up(stop: threading.Event) -> bool:
 
 
 def deployment(config: Config, plan: ClusterPlan) -> Application:
-    """What Serve is asked to keep running."""
+    """The deployment for Serve to keep running."""
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
@@ -259,7 +259,7 @@ def deployment(config: Config, plan: ClusterPlan) -> Application:
         name="turret",
         max_ongoing_requests=_MOST_ONGOING,
         ray_actor_options=options,
-        # The death of a replica's process, too, is seen when its health is looked at.
+        # Serve also notices the death of a replica's process only in its health check.
         health_check_period_s=0.5,
         health_check_timeout_s=10.0,
         graceful_shutdown_timeout_s=config.lifecycle.grace_seconds + 5.0,
@@ -270,12 +270,12 @@ def deployment(config: Config, plan: ClusterPlan) -> Application:
 
 
 def _num_devices(config: Config) -> int:
-    """GPUs of the cluster; 0 if none is to be used."""
+    """The number of GPUs in the cluster; 0 if none should be used."""
     import ray
 
     return 0 if config.model.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
 
 
 def _threads(number: int) -> dict[str, str]:
-    # Read when torch is loaded, which happens before any code of the replica runs.
+    # torch reads this when it is loaded, which happens before any code of the replica runs.
     return {"OMP_NUM_THREADS": str(number), "PYTHONPATH": ":".join(filter(None, sys.path))}

@@ -11,7 +11,7 @@ from turret.server.basics.counted import counted
 
 
 def print_status(status: FleetStatus) -> None:
-    """What is true everywhere, and one row per replica."""
+    """Print the fleet's state, and one row per replica."""
     base = status.base
     print(f"registry: revision {status.revision}, {counted(status.num_adapters, 'adapter')}")
     members = () if base.merge is None else base.merge.members
@@ -21,7 +21,7 @@ def print_status(status: FleetStatus) -> None:
         print("no replica has joined yet; the log of `turret cluster serve` says why")
         return
     table = Table()
-    # A name that is cut is of no use: it folds onto the next line instead.
+    # Fold a long name onto the next line, because a cut one is useless.
     table.add_column("replica", overflow="fold")
     for heading in ("revision", "lease", "running", "waiting", "in host", "on device"):
         table.add_column(heading, justify="right")

@@ -1,4 +1,4 @@
-"""One call, through whichever door it came: its id, what it used, and how it ended."""
+"""One call over any protocol: its id, what it used, and how it ended."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from turret.v1 import adapters_pb2, inference_pb2
 _log = logging.getLogger(__name__)
 
 REQUEST_ID_KEY = "x-request-id"
-# The log holds no prompt. Of what a client is told about a refused call, it has the reason, the
-# names of turret.v1's own fields, numbers, and these words of the error's metadata.
+# The log holds no prompts. For a rejected call it holds the reason, names of turret.v1's own
+# fields, numbers, and these entries of the error's metadata.
 _LOGGED_WORDS = ("path", "base_model", "peft_type", "repository", "role", "service")
 _FIELDS = frozenset(
     field.name
@@ -37,14 +37,14 @@ def is_request_id(text: str) -> bool:
 
 
 def request_id_of(sent_ids: Iterable[str | bytes]) -> str:
-    """The first usable one of the ids that a client sent, else one that is made up."""
+    """The first usable id that the client sent, otherwise a new one."""
     usable = (sent for sent in sent_ids if isinstance(sent, str) and is_request_id(sent))
     return next(usable, None) or uuid.uuid4().hex
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Call:
-    """A door begins it and finishes it; what answers it notes what is counted in the end.
+    """A protocol begins and finishes a call; its handler records what is counted at the end.
 
     Attributes:
         method: What was called, as the log shows it.
@@ -116,7 +116,7 @@ class Call:
         log.request_id.set(request_id)
 
     def about(self, mix: Sequence[adapters_pb2.AdapterWeight]) -> None:
-        """Note the adapters that are asked for, before anything is known to be right with them."""
+        """Record the adapters of the request, before it is validated."""
         named = mix[:MAX_MIX_MEMBERS]
         self.adapters = tuple(member.name[:MAX_NAME_CHARS] for member in named)
 
@@ -128,7 +128,7 @@ class Call:
         violations: Iterable[tuple[str, str]] = (),
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Note what the client is told of an error, before ``finish``; the log has no messages."""
+        """Record the error that the client gets, before ``finish``; the log has no messages."""
         self._told = (reason, message)
         self._logged = {"reason": reason}
         fields = dict.fromkeys(filter(None, (_known(path) for path, _ in violations)))
@@ -151,7 +151,7 @@ class Call:
         self._at_end.clear()
         names = self.adapters or ()
         if self._is_counted:
-            # One that ended before its adapters could be read is nobody's, and not the base's.
+            # A call that ended before its adapters were read must not count for the base model.
             if self.adapters is not None:
                 self._metrics.request_finished(names, code.name)
             self._metrics.call_finished(self.protocol, code.name)
@@ -176,7 +176,7 @@ class Call:
             "method": self.method,
             "code": code.name,
             "seconds": round(time.monotonic() - self._started, 3),
-            # A name that is not registered may be any text of the client's.
+            # An unregistered name may be any text from the client.
             "adapters": ",".join(n if self._metrics.is_registered(n) else "?" for n in names),
             "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self.generated_tokens,
@@ -185,6 +185,6 @@ class Call:
 
 
 def _known(path: str) -> str:
-    """The beginning of a field's path that is made of turret.v1's own names, without indices."""
+    """The start of a field's path, without indices, as far as it has names of turret.v1."""
     names = [part.partition("[")[0] for part in path.split(".")]
     return ".".join(itertools.takewhile(_FIELDS.__contains__, names))

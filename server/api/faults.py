@@ -15,16 +15,16 @@ from turret.server import errors
 from turret.server.basics.codes import Code
 from turret.server.basics.work import told_of
 
-# The last calls that failed, through whichever door, for those who watch the server.
+# The latest calls that failed, over any protocol, for operators who watch the server.
 
 MAX_FAILURES = 50
-# Enough to tell what happened; a message repeats what the client sent.
+# The message repeats what the client sent, so limit it to what explains the failure.
 MAX_MESSAGE_CHARS = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """One of them.
+    """One failed call.
 
     Attributes:
         method: What was called, as the log shows it.
@@ -54,11 +54,11 @@ class Failures:
         self._kept: deque[Failure] = deque(maxlen=MAX_FAILURES)
 
     def add(self, failure: Failure) -> None:
-        """Take one in; the oldest goes when there are too many."""
+        """Add a failure; the oldest is dropped when there are too many."""
         self._kept.append(failure)
 
     def newest(self) -> list[Failure]:
-        """Those that are kept, the newest first."""
+        """The failures that are kept, the newest first."""
         return list(reversed(self._kept))
 
 
@@ -66,7 +66,7 @@ class Row(NamedTuple):
     """The code of an error class, and how long a client should wait before a retry."""
 
     code: Code
-    # None: a retry of the same call fails the same way, unless the error itself says otherwise.
+    # None if a retry of the same call fails the same way. The error itself may state another value.
     retry_after_seconds: float | None = None
 
 
@@ -80,7 +80,7 @@ TABLE: dict[type[errors.TurretError], Row] = {
     errors.AdapterNotFoundError: Row(Code.NOT_FOUND),
     errors.AdapterExistsError: Row(Code.ALREADY_EXISTS),
     errors.AdapterCheckpointError: Row(Code.INVALID_ARGUMENT),
-    # Nothing is wrong with the call: the server's files are.
+    # The call is fine, but the server's files have changed.
     errors.AdapterChangedError: Row(Code.FAILED_PRECONDITION),
     errors.AdapterMismatchError: Row(Code.FAILED_PRECONDITION),
     errors.AdapterComponentError: Row(Code.FAILED_PRECONDITION),
@@ -96,11 +96,11 @@ TABLE: dict[type[errors.TurretError], Row] = {
     errors.NotMergedError: Row(Code.FAILED_PRECONDITION),
     errors.ResourceError: Row(Code.RESOURCE_EXHAUSTED, 1.0),
     errors.QueueFullError: Row(Code.RESOURCE_EXHAUSTED, 1.0),
-    # A rank or size over its limit stays over it; what frees up by itself says so in the error.
+    # A rank or size over its limit stays over it. Errors that may pass by themselves say so.
     errors.BudgetExceededError: Row(Code.RESOURCE_EXHAUSTED),
     errors.OutOfMemoryError: Row(Code.RESOURCE_EXHAUSTED, 1.0),
     errors.StorageFullError: Row(Code.RESOURCE_EXHAUSTED),
-    # An operator has to act; until then the same call fails the same way.
+    # A retry fails the same way until an operator acts.
     errors.StorageFailedError: Row(Code.UNAVAILABLE),
     errors.HubError: Row(Code.INVALID_ARGUMENT),
     errors.HubUnavailableError: Row(Code.UNAVAILABLE, 10.0),
@@ -114,7 +114,7 @@ TABLE: dict[type[errors.TurretError], Row] = {
 
 
 def row_of(error: BaseException) -> Row:
-    """The row of the nearest class in the table; INTERNAL for what turret did not raise."""
+    """The row of the nearest class in the table; INTERNAL for errors that are not turret's own."""
     for kind in type(error).__mro__:
         if kind in TABLE:
             return TABLE[kind]
@@ -143,7 +143,7 @@ class Fault:
 
 
 def fault_of(error: BaseException) -> Fault:
-    """What may be told of an error.
+    """The part of an error that clients may know.
 
     What turret did not raise on purpose becomes INTERNAL "internal error", unless it says that
     there was no memory: its text may hold anything, so it stays in the log, and the door has to

@@ -1,4 +1,4 @@
-"""Whether calls are served now, and by what."""
+"""Whether calls are served now, and by which backend."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from turret.server.models.tokenizer import Tokenizer
 
 
-# What answers requests once the model is loaded.
+# The parts that answer requests once the model is loaded.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ class Backend:
     methods: tuple[str, ...]
 
     def close(self) -> None:
-        """Stop fusing and reading; who waits for either is told. Blocks; drain the engine first."""
+        """Stop fusing and reading; waiting callers get an error. Blocks; drain the engine first."""
         self.vocabularies.close()
         self.fuser.close()
         self.registry.close()

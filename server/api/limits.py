@@ -20,31 +20,31 @@ from turret.server.engine.scheduling.request import (
 if TYPE_CHECKING:
     from turret.server.api.vocabularies import Vocabulary
 
-# More members than this are refused before their names are looked up.
+# Longer mixes are rejected before their names are looked up.
 MAX_MIX_MEMBERS = 64
 MAX_NAME_CHARS = 128
-# Messages of a chat, entries of logit_bias and of stop_token_ids: each costs time at every step or
-# before the first, and no client of the field sends as many.
+# Limits on turns of a chat and entries of logit_bias and of stop_token_ids. Each entry costs time
+# at every step or before the first, and no client sends as many.
 MAX_CHAT_MESSAGES = 4096
 MAX_ROLE_CHARS = 64
 MAX_TOOLS = MAX_TOOL_CALLS = 128
 MAX_TOOL_NAME_CHARS = 64
 MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 1024
-# Logprobs of tokens beside the one that was drawn.
+# Alternatives to the sampled token whose log probabilities are returned.
 MAX_TOP_LOGPROBS = MAX_TOP_N
 MAX_REQUEST_ID_CHARS = 128
 MAX_CACHE_SALT_CHARS = 256
-# Of a call that takes several, and the numbers of all vectors that answer it: 32 MiB.
+# Inputs of one call, and numbers in all the vectors of its answer (32 MiB).
 MAX_INPUTS = 2048
 MAX_EMBEDDING_NUMBERS = 8 << 20
-# Of the labels of all inputs of a call: each takes some hundred bytes.
+# Label scores over all inputs of one call; each takes some hundred bytes.
 MAX_LABEL_SCORES = 1 << 20
-# Of Tokenize, which may be asked about more than the model can read.
+# Limit of Tokenize, which also accepts more than the model can read.
 MAX_TOKENIZED = 1 << 17
 MAX_PATH_CHARS = 1024
 MAX_PAGE_TOKEN_CHARS = 256
-# Names of methods, combinations and files, digests in hex.
+# Limit on names of methods, combinations and files, and on hexadecimal digests.
 MAX_WORD_CHARS = 64
 MAX_UPLOAD_FILES = 7
 
@@ -175,12 +175,12 @@ class InputLimits:
 
     @classmethod
     def of(cls, backend: Backend, vocabulary: Vocabulary) -> InputLimits:
-        """Those of the served model, for a request that speaks a vocabulary."""
+        """The limits of the served model, for a request that uses a vocabulary."""
         info, tokenizer = backend.model_info, vocabulary.tokenizer
         most = info.max_model_len
         size = info.vocab_size if vocabulary.own is None else tokenizer.vocab_size
         return cls(size, most, most * tokenizer.longest_token)
 
     def for_tokenize(self) -> InputLimits:
-        """Those of ``Tokenize``: the same texts, but more tokens may come of them."""
+        """The limits of ``Tokenize``: the same on text, but higher on tokens."""
         return InputLimits(self.vocab_size, max(self.max_tokens, MAX_TOKENIZED), self.max_chars)

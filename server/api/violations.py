@@ -1,4 +1,4 @@
-"""Collects everything wrong with a message, so that one answer names it all."""
+"""Collects all errors in a message, so that one answer reports them together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from turret.server.errors import InvalidRequestError
 from turret.v1 import adapters_pb2
 
 _T = TypeVar("_T")
-# A message of a few megabytes can break a rule a million times; an answer lists these many.
+# A message of a few megabytes can break a rule a million times; an answer lists this many.
 MAX_VIOLATIONS = 100
 
 
@@ -24,13 +24,13 @@ class Violations:
     found: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, path: str, description: str) -> None:
-        # What is read twice is told once.
+        # Some fields are read twice: report their violations once.
         if len(self.found) < MAX_VIOLATIONS and (path, description) not in self.found:
             self.found.append((path, description))
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing more is taken in."""
+        """Whether the limit is reached, so that further violations are dropped."""
         return len(self.found) >= MAX_VIOLATIONS
 
     def check_count(self, count: int, limit: int, path: str) -> bool:
@@ -47,7 +47,7 @@ class Violations:
             self.add(path, description)
 
     def build(self, kind: Callable[..., _T], values: Mapping[str, Any], path: str) -> _T:
-        """A domain object; each value that it refuses is noted and left at its default.
+        """A domain object; every value that it rejects is noted and left at its default.
 
         The domain objects own the ranges and stop at their first complaint, hence the loop.
 
@@ -75,7 +75,7 @@ class Violations:
             raise InvalidRequestError(text, violations=self.found)
 
 
-# The adapters that a request runs on, proto to domain.
+# Conversion of a request's adapters from proto to domain.
 
 
 def adapter_refs(

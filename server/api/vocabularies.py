@@ -14,7 +14,7 @@ from turret.server.engine.scheduling.request import OwnText
 from turret.v1 import adapters_pb2
 
 if TYPE_CHECKING:
-    # Doors open before torch is loaded, which takes seconds.
+    # The server listens before torch is loaded, which takes seconds.
     from turret.server.adapters.registry.tokenizers import AdapterTokenizers
     from turret.server.constraints.compiler import ConstraintCompiler
     from turret.server.models.own_tokenizers import OwnTokenizers
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Vocabulary:
-    """A tokenizer, and what compiles constraints for it.
+    """A tokenizer, and the compiler of constraints for it.
 
     Args:
         tokenizer: Turns text into tokens and back.
@@ -62,7 +62,7 @@ class Vocabulary:
             self._constraints.close()
 
     def forget(self) -> None:
-        """Keep nothing that was compiled: no request will come for it."""
+        """Drop everything compiled, because no further request will use it."""
         if self._constraints is not None:
             self._constraints.forget()
 
@@ -82,9 +82,9 @@ class Vocabularies:
         self._base = base
         self._adapters = adapters
         self._tokenizers = tokenizers
-        # Its tokenizer and what came of it: no more than there are tokenizers in memory.
+        # Vocabularies by tokenizer digest and size. There are no more than tokenizers in memory.
         self._made: dict[tuple[str, int], Vocabulary] = {}
-        # By the adapter's key: however many ask for one that is not there, it is read once.
+        # Reads in progress by adapter key, so that concurrent requests share one read.
         self._reading: dict[str, asyncio.Future[Tokenizer]] = {}
 
     def close(self) -> None:
@@ -93,7 +93,7 @@ class Vocabularies:
             vocabulary.close()
 
     async def of(self, weights: Sequence[adapters_pb2.AdapterWeight]) -> Vocabulary:
-        """The vocabulary that a request with these adapters speaks.
+        """The vocabulary for a request with these adapters.
 
         Whether they may stand together is not looked at; names that are not there are passed over.
 
@@ -125,13 +125,13 @@ class Vocabularies:
             )
             self._reading[key] = reading
             reading.add_done_callback(functools.partial(self._was_read, key))
-        # Shielded: others may wait for it.
+        # Shield the read, because other requests may wait for it.
         return await asyncio.shield(reading)
 
     def _was_read(self, key: str, reading: asyncio.Future[Tokenizer]) -> None:
         del self._reading[key]
         if not reading.cancelled():
-            # Looked at: nobody may wait any more.
+            # Retrieve the exception, or asyncio logs it if no request waits any more.
             reading.exception()
 
     def _vocabulary(self, tokenizer: Tokenizer, digest: str, rows: int) -> Vocabulary:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 CHANNEL, MESSAGE = "<|channel|>", "<|message|>"
 MARKS = ("<|start|>", CHANNEL, "<|constrain|>", MESSAGE, "<|end|>", "<|call|>")
-# Those of them that end a message.
+# The marks that end a message.
 ENDS = ("<|end|>", "<|call|>", "<|start|>")
 FUNCTIONS = "functions."
 _THOUGHTS = "analysis"
@@ -23,7 +23,7 @@ _RECIPIENT = re.compile(r"(?:^|[\s>])to=([^\s<]+)")
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Of a message.
+    """The header of a message.
 
     Attributes:
         channel: Its name; empty if there is none.
@@ -35,16 +35,16 @@ class Header:
 
     @classmethod
     def parse(cls, text: str) -> Header:
-        """Read one, with its marks and without ``<|message|>``."""
+        """Parse a header, with its marks and without ``<|message|>``."""
         channel, recipient = _NAME.search(text), _RECIPIENT.search(text)
         return cls(channel[1] if channel else "", recipient[1] if recipient else "")
 
     @property
     def is_thought(self) -> bool:
-        """Whether it is not for the user, and no call of a tool either."""
+        """Whether the message is neither for the user nor a call of a tool."""
         return self.channel == _THOUGHTS and not self.recipient.startswith(FUNCTIONS)
 
     @property
     def is_said(self) -> bool:
-        """Whether it is for the user: the answer, or what is said before a call."""
+        """Whether the message is for the user: the answer, or text before a call."""
         return not self.is_thought and not self.recipient

@@ -1,4 +1,4 @@
-"""What somebody may have meant by a name that does not exist."""
+"""Suggestions for misspelt names."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from turret.closest import closest, did_you_mean
 
 __all__ = ["closest", "did_you_mean", "path_meant"]
 
-# Of a directory no more are looked at.
+# Maximum number of directory entries to compare.
 _MOST_NAMES = 4096
 
 
 def path_meant(path: Path, is_meant: Callable[[Path], bool]) -> str:
-    """The same of a path at which there is nothing, by what is beside it and ``is_meant``."""
+    """A suggestion for a missing path, from entries of its directory that ``is_meant`` accepts."""
     try:
         beside = list(islice(path.absolute().parent.iterdir(), _MOST_NAMES))
         close = closest(path.name, [each.name for each in beside if is_meant(each)])

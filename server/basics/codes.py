@@ -1,4 +1,4 @@
-"""How a call may end, in the words that every door and the metrics share."""
+"""How a call may end, in terms that all protocols and the metrics share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What brings an extra of the package to where it runs."""
+"""The command that installs an optional extra of the package."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from turret.server.errors import StorageFailedError, StorageFullError
 
 _log = logging.getLogger(__name__)
 
-# Written beside its target; whatever has this suffix at the start is left over from a crash.
+# Suffix of a file that is being written beside its target. A crash may leave one behind.
 PARTIAL_SUFFIX = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -74,7 +74,7 @@ def remove_directory(path: Path) -> None:
 
 @contextmanager
 def reporting_disk_faults() -> Iterator[None]:
-    """Tells clients what the disk told the server, without its paths.
+    """Reports disk errors to clients without the server's paths.
 
     Raises:
         StorageFullError: A call in the block found no room.
@@ -90,14 +90,14 @@ def reporting_disk_faults() -> Iterator[None]:
         raise StorageFailedError(f"the server cannot use its disk: {why}") from error
 
 
-# Whether a directory can be written, told before it is needed.
+# Early checks that a directory can be written.
 
-# A disk that is full has room again once something was removed; what there is can be served.
+# A full disk gets room again when something is removed, and existing files can still be served.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def unwritable(path: Path) -> str:
-    """What keeps a directory from being written, or made, by this user; empty if nothing does."""
+    """Why this user cannot write or make a directory; empty if it is possible."""
     if path.exists():
         if not path.is_dir():
             return "is a file"
@@ -115,7 +115,7 @@ def unwritable(path: Path) -> str:
 
 
 def _refused(folder: Path) -> str:
-    """What a file system that has no permissions to ask about, such as /proc, says when tried."""
+    """The error of an attempt to write, for file systems without permissions, such as /proc."""
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".turret-", dir=folder))
     except OSError as error:
@@ -123,11 +123,11 @@ def _refused(folder: Path) -> str:
     return ""
 
 
-# Files that somebody names in a flag, and that may turn out to be something else.
+# Files named by flags, which may not be what they should be.
 
 
 def read_regular(path: Path) -> bytes:
-    """The contents of a file. A FIFO or a device is refused: its reader could wait for ever.
+    """The contents of a file. A FIFO or a device is rejected, because reading it may never end.
 
     Raises:
         OSError: The file cannot be read, or is not a regular one.
@@ -138,13 +138,13 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
-# Git LFS pointers: what a clone has in the place of a large file that was not fetched.
+# Git LFS pointers: small files that stand for a large file that a clone did not fetch.
 
 _LFS_POINTER = b"version https://git-lfs"
 
 
 def why_lfs_pointer(begin: bytes) -> str:
-    """Why a file with this beginning is not what its name says; "" where it may be.
+    """Why a file that begins like this is not what its name says; "" if it may be.
 
     Args:
         begin: As many of its first bytes as there are of a pointer's, or all.

@@ -6,13 +6,13 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# What an adapter may be called.
+# Names of adapters.
 
-# What the base model is called over HTTP, whatever its own name.
+# Name of the base model over HTTP, whatever its own name.
 BASE = "base"
-# By RPC and by --preload.
+# Adapter names that RPCs and --preload accept.
 ADAPTER_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,126}[a-z0-9])?")
-# The same, for who reads no regular expressions.
+# ADAPTER_NAME in words.
 _RULE = (
     "must be at most 128 lower-case letters, digits, '.', '_' and '-', with a letter or digit at"
     " either end"
@@ -21,7 +21,7 @@ _SHOWN_CHARS = 40
 
 
 def no_adapter_name(name: str) -> str:
-    """What is wrong with what was given as an adapter's name; empty if nothing is."""
+    """What is wrong with an adapter's name; empty if nothing is."""
     if ADAPTER_NAME.fullmatch(name):
         return ""
     if not name:
@@ -30,7 +30,7 @@ def no_adapter_name(name: str) -> str:
     return f"{shown!r} is no adapter name: {_RULE}"
 
 
-# What an adapter's path begins with where it is one.
+# Prefix of an adapter path that names a hub repository.
 HUB_SCHEME = "hub:"
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,95})"
 _ID = re.compile(rf"({_PART})/({_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/+-]{{0,254}}))?")
@@ -59,7 +59,7 @@ class HubId:
             ValueError: It is neither.
         """
         match = _ID.fullmatch(text)
-        # As the hub itself has it: the cache's folders are named with two dashes between parts.
+        # A rule of the hub, whose cache separates the parts of a directory name with two dashes.
         if match is None or ".." in text or "--" in text.partition("@")[0]:
             raise ValueError(f"{text!r:.200} is not org/name or org/name@revision")
         return cls(*match.groups())
@@ -102,7 +102,7 @@ class HubId:
 
 
 def model_place(written: str, folder: Path = Path()) -> Path:
-    """Where the model is that somebody wrote down; one of the hub is a path that is its id.
+    """The path of a model given by a user; a model on the hub is a path that equals its id.
 
     Only what is written as an id is one. A path to nothing that reads like an id, once it is
     joined with a folder or rid of its ``./``, becomes absolute: it must not name a stranger's
@@ -116,7 +116,7 @@ def model_place(written: str, folder: Path = Path()) -> Path:
     try:
         is_there = path.exists()
     except OSError:
-        # Below a directory that this user may not enter; whoever reads it says so.
+        # The directory above is not accessible to this user; reading the path reports that.
         is_there = True
     if is_there:
         return path

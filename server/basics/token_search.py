@@ -11,7 +11,7 @@ _CODEC = "utf-32-le" if sys.byteorder == "little" else "utf-32-be"
 
 def last_occurrence(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
     """Where ``wanted`` begins in ``tokens`` for the last time; None if it is not there."""
-    # Backwards, as a search of text: that is linear whatever the two are made of.
+    # Search the reversed tokens as text, which takes linear time for any tokens.
     found = _text(tokens).find(_text(wanted))
     return None if found < 0 else len(tokens) - len(wanted) - found
 

@@ -1,4 +1,4 @@
-"""TOML as people's editors write it, and what is wrong with it in their words."""
+"""TOML as people write it, with errors in their terms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import tomllib
 from typing import Any
 
-# Of a line that is quoted.
+# Maximum length of a quoted line.
 _MOST_SHOWN = 80
 _TWICE = "Cannot overwrite a value"
 _PLACE = re.compile(r"\(at line (\d+), column \d+\)")
@@ -33,7 +33,7 @@ def parse_toml(data: bytes) -> dict[str, Any]:
 
 
 def _step(text: str, said: str) -> str:
-    """The line that is meant, and what is often forgotten in one of its kind."""
+    """The line that the error concerns, and a hint about a frequent mistake in such lines."""
     place = _PLACE.search(said)
     line = text.split("\n")[int(place[1]) - 1].strip() if place else ""
     if found := _BARE.fullmatch(line):
@@ -49,7 +49,7 @@ def toml_value(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        # JSON's strings are TOML's, but for DEL.
+        # JSON strings are valid TOML, except for DEL.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(toml_value, value)) + "]"

@@ -17,7 +17,7 @@ _COMPILERS = ("gcc", "clang")
 
 
 def missing_for_triton() -> str:
-    """What has to be installed before Triton can run a kernel; empty if nothing has."""
+    """What must be installed before Triton can run a kernel; empty if nothing is missing."""
     missing = []
     if "CC" not in os.environ and not any(map(shutil.which, _COMPILERS)):
         missing.append("a C compiler (gcc or clang, or another one that CC names)")
@@ -27,5 +27,5 @@ def missing_for_triton() -> str:
 
 
 def keep_compiled_in(folder: Path, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Have Triton keep what it compiles in a folder, unless the environment names one."""
+    """Make Triton keep what it compiles in a folder, unless the environment names one."""
     environ.setdefault("TRITON_CACHE_DIR", str(folder))

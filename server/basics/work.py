@@ -23,8 +23,8 @@ from typing import Any
 from turret.server.basics.lazy_torch import torch
 from turret.server.errors import OutOfMemoryError, TurretError
 
-# Linux gives it a tenth of the share of a thread at 0. Where no core is free, engine steps give up
-# no more than that, and the work still comes to an end; at 19 it would get a seventieth.
+# Linux gives this niceness a tenth of the share of a thread at 0. If no core is free, engine steps
+# lose no more than that, and the work still finishes; 19 would get a seventieth.
 _BACKGROUND_NICENESS = 10
 _done = threading.local()
 
@@ -38,7 +38,7 @@ def compute_on_this_thread() -> None:
     if getattr(_done, "value", False):
         return
     _done.value = True
-    # torch sets a thread's team size when it is first asked for; later, that would undo this.
+    # torch sets a thread's team size when first asked for it; later, that would undo this.
     torch.get_num_threads()
     folder = Path(torch.__file__).parent / "lib"
     for pattern, function in (
@@ -46,14 +46,14 @@ def compute_on_this_thread() -> None:
         ("libtorch_cpu.so", "MKL_Set_Num_Threads_Local"),
     ):
         for path in folder.glob(pattern):
-            # Already loaded: this finds the library, it does not load another.
+            # The library is already loaded: this looks it up and loads no other.
             set_threads = getattr(ctypes.CDLL(str(path)), function, None)
             if set_threads is not None:
                 set_threads(1)
 
 
 def work_in_background() -> None:
-    """As above, and leave the processor to other threads first, for as long as this one lives.
+    """As above, and also yield the processor to other threads, for as long as this thread lives.
 
     Linux alone has a priority for each thread; elsewhere the work competes like any other.
     """
@@ -62,7 +62,7 @@ def work_in_background() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
 
 
-# Threads that are there before there is work for them.
+# A pool whose threads are all started before there is work for them.
 
 
 def started_pool() -> ThreadPoolExecutor:
@@ -73,7 +73,7 @@ def started_pool() -> ThreadPoolExecutor:
     """
     count = min(32, (os.cpu_count() or 1) + 4)
     pool = ThreadPoolExecutor(count, thread_name_prefix="worker")
-    # Each thread waits for the others, so that none takes the work of two.
+    # Each task waits for all others, so no thread can take two.
     started = threading.Barrier(count + 1)
     for _ in range(count):
         pool.submit(started.wait)
@@ -81,11 +81,11 @@ def started_pool() -> ThreadPoolExecutor:
     return pool
 
 
-# Ends long work on another thread where it can end cleanly.
+# Cancellation of long work on another thread, at a point where it can end cleanly.
 
 
 class Cancellation:
-    """Set from any thread by whoever no longer wants the work; looked at by the one that works."""
+    """Set from any thread that no longer wants the work; checked by the thread that does it."""
 
     def __init__(self) -> None:
         self._cause: Future[TurretError] = Future()
@@ -110,13 +110,13 @@ class Cancellation:
         return future.done()
 
 
-# Which errors say that there was no memory.
+# Detection of errors caused by a lack of memory.
 
-# Torch's allocator has a type for it. The driver, where it loads a kernel or instantiates a graph,
-# a library that makes a handle, Triton, torch on a CPU, and Python where it starts a thread say so
-# in words.
+# Torch's allocator raises a type of its own. Others only say so in the message: the driver (loading
+# a kernel or instantiating a graph), libraries that make a handle, Triton, torch on a CPU, and
+# Python when it starts a thread.
 _WORDS = ("out of memory", "alloc_failed", "can't allocate memory", "can't start new thread")
-# A fork fails with the second one where a limit of processes is reached.
+# fork() fails with EAGAIN where the number of processes is limited.
 _NUMBERS = (errno.ENOMEM, errno.EAGAIN)
 
 
@@ -124,7 +124,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether something may succeed once memory is free again."""
     if isinstance(error, OSError):
         return error.errno in _NUMBERS
-    # Without torch nobody has raised its error.
+    # If torch is not loaded, the error cannot be its own.
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True
@@ -133,7 +133,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def told_of(error: BaseException, otherwise: str) -> TurretError:
-    """What a caller is told of an error: that there was no memory, or ``otherwise``."""
+    """The error that a caller gets: lack of memory, or ``otherwise``."""
     if isinstance(error, TurretError):
         return error
     if is_out_of_memory(error):
@@ -154,10 +154,10 @@ class _PanicsAreErrors(contextlib.ContextDecorator):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Each library has a class of its own, and exports none.
+        # Each library has a PanicException of its own and exports none.
         if kind is not None and kind.__name__ == "PanicException":
             raise RuntimeError(f"panic: {error}") from error
 
 
-# Makes a RuntimeError of one, as a context or a decorator: a thread would end of the panic itself.
+# Context manager and decorator that turns a panic, which would end the thread, into a RuntimeError.
 PANICS_ARE_ERRORS = _PanicsAreErrors()

@@ -1,4 +1,4 @@
-"""Scripts with which a shell completes the ``turret`` command, made from its parser."""
+"""Scripts that let a shell complete the ``turret`` command, generated from its parser."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 _FILES = "<file>"
-# What stands for a value that is no path: nothing is offered for it.
+# Stands for a value that is not a path: completion offers nothing for it.
 _TEXT = "<text>"
-# What stands for an adapter's name: the server that the line is for is asked, which takes 0.15 s,
-# and where none answers within a second nothing is offered.
+# Stands for an adapter's name: completion asks the server of the command line (0.15 s) and offers
+# nothing if none answers within a second.
 _ADAPTERS = "<adapter>"
 _ASKED = "adapters list --json --timeout 1"
-# Nothing of a name is left for a shell to expand.
+# The pattern matches no characters that a shell would expand.
 _NAMES = """sed -n 's/^    "name": "\\([a-z0-9._-]*\\)".*/\\1/p'"""
-# What a path is called in the help.
+# Placeholders that the help uses for paths.
 _PATHS = ("FILE", "DIR", "PATH", "FILE.svg", "CONFIG")
 _OF_ADAPTERS = ("adapters", "mixes")
-# Verbs whose NAME is a new one.
+# Verbs whose NAME is that of a new adapter.
 _NAMING = ("adapters load", "adapters fuse")
 
 
@@ -30,9 +30,9 @@ class _Verb:
     path: str
     verbs: dict[str, str]
     flags: dict[str, str]
-    # By flag, or by the place of an argument that no flag begins.
+    # Keyed by flag, or by position for arguments without one.
     choices: dict[str, tuple[str, ...]]
-    # Of a flag with a letter for short, by the long one.
+    # Short flags, keyed by their long form.
     letters: dict[str, str]
 
     def names(self, flag: str) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ def script(
 
 
 def verb_paths(parser: argparse.ArgumentParser) -> list[str]:
-    """Every verb with those that it stands below, such as ``adapters load``."""
+    """Every verb with the verbs above it, such as ``adapters load``."""
     return [verb.path for verb in _walk(parser, "") if verb.path]
 
 
@@ -95,7 +95,7 @@ def _walk(parser: argparse.ArgumentParser, path: str) -> Iterator[_Verb]:
 
 
 def _kind(action: argparse.Action) -> str:
-    """Whether a flag's value is a path or an adapter, as its name in the help says."""
+    """Whether a flag takes a path or an adapter, according to its placeholder in the help."""
     if action.dest in _OF_ADAPTERS:
         return _ADAPTERS
     shown = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
@@ -105,7 +105,7 @@ def _kind(action: argparse.Action) -> str:
 
 
 def _values(verbs: list[_Verb]) -> str:
-    """A function of bash and zsh alike: ``values`` of a verb's flag, or of an argument's place."""
+    """A function for bash and zsh: the ``values`` of a verb's flag or positional argument."""
     branches = "\n".join(
         "    "
         + "|".join(shlex.quote(f"{verb.path}:{name}") for name in verb.names(flag))
@@ -128,7 +128,7 @@ def _bash(verbs: list[_Verb]) -> str:
         for verb in verbs
     )
     paths = " ".join(shlex.quote(verb.path) for verb in verbs if verb.path)
-    # Bash cuts a line at = and : too.
+    # Bash splits words at = and : too.
     return f"""\
 # bash completion of turret; load it with: source <(turret completion bash)
 _turret_adapters() {{
@@ -176,7 +176,7 @@ def _zsh(verbs: list[_Verb]) -> str:
         for verb in verbs
     )
     paths = " ".join(shlex.quote(verb.path) for verb in verbs if verb.path)
-    # Not `path`, which zsh ties to PATH, and not `words`, which holds the line.
+    # Avoid the names `path`, which zsh ties to PATH, and `words`, which holds the line.
     return f"""\
 #compdef turret
 # zsh completion of turret; load it with: source <(turret completion zsh)
@@ -238,7 +238,8 @@ def _fish(verbs: list[_Verb]) -> str:
         "  command -q $command; or return",
         f"  $command {_ASKED} $at 2>/dev/null </dev/null | {_NAMES}",
         "end",
-        # The first is how many words must stand before, flags apart; the others take a value.
+        # The first argument is the number of words before this place, without flags; the others are
+        # the flags that take a value.
         "function __turret_at",
         "  set -l seen 0",
         "  set -l goes_on",
@@ -278,7 +279,7 @@ def _fish(verbs: list[_Verb]) -> str:
 
 
 def _fish_places(verb: _Verb, condition: str) -> list[str]:
-    """What completes the arguments that no flag begins."""
+    """Completions for positional arguments."""
     flags = [name for flag in verb.choices if flag in verb.flags for name in verb.names(flag)]
     lines = []
     for place, (kind, *_) in verb.choices.items():
@@ -292,5 +293,5 @@ def _fish_places(verb: _Verb, condition: str) -> list[str]:
 
 
 def _fish_text(text: str) -> str:
-    """A single-quoted word of fish, which knows two escapes."""
+    """A single-quoted word for fish, which has two escapes."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -1,4 +1,4 @@
-"""Where the ``turret`` command begins: what loads the rest, and takes no time itself."""
+"""The start of the ``turret`` command: it loads the rest, and takes no time itself."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 
 def main() -> int:
     """Run the command of ``sys.argv``; returns its exit code."""
-    # Until there is somebody to catch a KeyboardInterrupt, Ctrl-C is to end the process without a
-    # traceback. Where it is ignored (a job in the background), it stays so.
+    # Until something catches KeyboardInterrupt, Ctrl-C ends the process without a traceback. If it
+    # is ignored (a background job), it stays ignored.
     is_caught = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_caught:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -55,7 +55,7 @@ def add_flags(parser: argparse.ArgumentParser, hidden: Collection[str] = ()) -> 
 
 
 def read_settings(args: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
-    """What the file, the environment and the flags say, each winning over those before it.
+    """The settings from the file, the environment and the flags; later ones take precedence.
 
     Raises:
         ValueError: A file that cannot be read, or a file or variable that makes no sense; names it.
@@ -79,7 +79,7 @@ def read_settings(args: argparse.Namespace, environ: Mapping[str, str]) -> Setti
 
 def _config_file(text: str) -> Path:
     if not text:
-        # A shell's variable that is not set; as a path it would be this directory.
+        # Reject an unset shell variable, which as a path would mean the current directory.
         raise argparse.ArgumentTypeError("is empty")
     return Path(text)
 
@@ -97,7 +97,7 @@ def config_from_args(args: argparse.Namespace, environ: Mapping[str, str] = os.e
 
 
 def _argument(setting: Setting) -> dict[str, Any]:
-    """What ``add_argument`` needs for one setting, from its type, default and metadata."""
+    """Keyword arguments of ``add_argument`` for a setting, from its type, default and metadata."""
     default = setting.default
     shown = default
     if setting.unit == "bytes" and isinstance(default, int):
@@ -105,7 +105,7 @@ def _argument(setting: Setting) -> dict[str, Any]:
     note = "" if default in (None, ()) or setting.type is bool else f" (default: {shown})"
     keywords: dict[str, Any] = {"help": setting.help + note}
     if setting.type is bool:
-        # --no-… undoes what a file or a variable says.
+        # A --no-… flag overrides a file or a variable.
         return keywords | {"action": argparse.BooleanOptionalAction}
     if setting.choices:
         return keywords | {"choices": setting.choices}

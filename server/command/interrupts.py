@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: as exceptions, and as ends while libraries load.
+"""Ctrl-C, SIGTERM and SIGHUP: raised as exceptions, or ending the process while libraries load.
 
 An exception then passes through C++ code, some of which aborts.
 """
@@ -29,7 +29,7 @@ def exit_code(interrupt: KeyboardInterrupt) -> int:
 
 @contextlib.contextmanager
 def raising_terminated() -> Iterator[None]:
-    """While inside, SIGTERM raises :class:`Terminated`, unless somebody else has taken it."""
+    """Within this, SIGTERM raises :class:`Terminated`, unless another handler is installed."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -47,7 +47,7 @@ def _raise_terminated(*_: object) -> None:
 
 @contextlib.contextmanager
 def ending_at_interrupts(said: str) -> Iterator[None]:
-    """While inside, what would raise ends the process at once, without an exception.
+    """Within this, signals that would raise end the process at once, without an exception.
 
     Args:
         said: The process's last words.
@@ -59,7 +59,7 @@ def ending_at_interrupts(said: str) -> Iterator[None]:
     caught = {kind: how for kind, how in raising.items() if signal.getsignal(kind) is how}
 
     def end(number: int, *_: object) -> None:
-        # A progress bar has hidden it.
+        # A progress bar may have hidden the cursor.
         cursor = _SHOW_CURSOR if sys.stderr.isatty() else ""
         os.write(sys.stderr.fileno(), f"{cursor}\n{said}\n".encode())
         os._exit(128 + number)
@@ -74,23 +74,23 @@ def ending_at_interrupts(said: str) -> Iterator[None]:
 
 
 class Hangup:
-    """Whether a SIGHUP comes of a terminal that closes, which is to end what runs in it."""
+    """Recognises a SIGHUP sent because the terminal closes, which should end the process."""
 
     def __init__(self) -> None:
         self._had_terminal = _has_terminal()
 
     def is_of_terminal(self) -> bool:
-        """Of any other the sender wants files to be read again."""
+        """Whether the terminal has closed. Any other SIGHUP asks for files to be read again."""
         return self._had_terminal and not _has_terminal()
 
 
 def _has_terminal() -> bool:
-    # One that has closed is none any more.
+    # A terminal that has closed no longer counts.
     return any(os.isatty(descriptor) for descriptor in (0, 1, 2))
 
 
 def take_signals_of_a_start(*, is_json: bool) -> None:
-    """Have signals do what they do to a server, until it takes them itself.
+    """Handle signals as a server does, until the server handles them itself.
 
     SIGTERM ends the process with 0 and a line. SIGHUP, which asks for files to be read again, does
     nothing while none is read yet, but where it comes of a terminal that closes.
@@ -102,7 +102,7 @@ def take_signals_of_a_start(*, is_json: bool) -> None:
 
     def end(number: int, *_: object) -> None:
         name = signal.Signals(number).name
-        # By hand: the modules that write the log may be half loaded.
+        # Format the line by hand: the logging modules may be half loaded.
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         told = (
             f'{{"time": "{stamp}", "level": "INFO", "logger": "{__name__}",'
@@ -117,6 +117,6 @@ def take_signals_of_a_start(*, is_json: bool) -> None:
             os._exit(128 + number)
 
     for kind, how in ((signal.SIGTERM, end), (signal.SIGHUP, hang_up)):
-        # What is ignored, as nohup has it, stays so.
+        # Leave ignored signals ignored, for instance under nohup.
         if signal.getsignal(kind) is signal.SIG_DFL:
             signal.signal(kind, how)

@@ -1,4 +1,4 @@
-"""An argument parser whose errors are two lines: what is wrong, and what to type."""
+"""An argument parser whose errors have two lines: what is wrong, and what to type."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from turret.server.basics.closest import closest, did_you_mean
 from turret.server.command.start_lines import refuse, wants_json
 
 EXIT_USAGE = 2
-# Arguments that are texts.
+# Arguments that take a text.
 _TEXTS = ("prompt", "texts")
 _NUMBERS: Mapping[Any, str] = {int: "a whole number", float: "a number"}
 
@@ -40,16 +40,16 @@ class CommandParser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
-        """As argparse's, but the verb itself refuses what it does not know, by its own name."""
+        """As argparse's, but a verb rejects unknown arguments itself, under its own name."""
         self._given = list(sys.argv[1:] if args is None else args)
-        # Before a missing argument is reported: the flag may have been meant for it.
+        # Check flags first: argparse would report an argument that an unknown flag was meant for.
         for flag in self._flags():
             if flag not in self._option_string_actions:
                 self._refuse_flag(flag)
         values, rest = super().parse_known_args(args, namespace)
         if rest and self._subparsers is None:
             if len(rest[0]) > 1 and rest[0].startswith("-"):
-                # A flag and its value may be one word, in quotes.
+                # A flag and its value may be one quoted word.
                 self._refuse_flag(rest[0].partition("=")[0].partition(" ")[0])
             takes_text = any(one.dest in _TEXTS for one in self._get_positional_actions())
             hint = "; quote a text of several words" if takes_text else ""
@@ -66,7 +66,7 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """As argparse's, but a number that is none is not reported by Python's name of its type."""
+        """As argparse's, but an invalid number is not reported with the name of Python's type."""
         kind = _NUMBERS.get(action.type)
         if kind is None:
             return super()._get_value(action, arg_string)  # type: ignore[misc]
@@ -90,7 +90,7 @@ class CommandParser(argparse.ArgumentParser):
         """The long flags that were given to this verb."""
         words = itertools.takewhile(lambda word: word != "--", self._given)
         if self._subparsers is not None:
-            # The verb takes what follows it.
+            # Flags behind a verb belong to that verb.
             words = itertools.takewhile(lambda word: word.startswith("-"), words)
         for word in words:
             if word.startswith("--") and " " not in word.partition("=")[0]:
@@ -110,7 +110,7 @@ class CommandParser(argparse.ArgumentParser):
         self.error(f"unrecognized arguments: {flag}{meant}")
 
     def _value_of(self, flag: str) -> str:
-        """What was given with a flag, after ``=`` or as the next word."""
+        """The value given with a flag, after ``=`` or as the next word."""
         words = [*self._given, ""]
         places = (i for i, word in enumerate(words) if word.partition("=")[0] == flag)
         if (index := next(places, None)) is None:

@@ -1,4 +1,4 @@
-"""What can be told to be wrong before torch is imported and the model is read.
+"""Checks that are possible before torch is imported and the model is read.
 
 A start takes many seconds. What the file system and the ports already say is said in the first one,
 all of it at once. The parts that own these things check them again when they open them.
@@ -50,9 +50,9 @@ from turret.server.models.sources.check import (
 )
 
 _MOST_THREADS = 1024
-# A path with another NAME=PATH behind it.
+# A path that is followed by another NAME=PATH.
 _SEVERAL = re.compile(r"[,\s]\s*[a-z0-9._-]+=")
-# Of a server on this machine to take a connection.
+# Time limit for a connection to a server on this machine.
 _CONNECT_SECONDS = 1.0
 
 
@@ -84,10 +84,10 @@ def problems(config: Config, *, may_run: bool = False, any_port: bool = True) ->
 
 
 def notes(config: Config) -> list[str]:
-    """What looks like a mistake and keeps nothing from starting."""
+    """Likely mistakes that do not keep the server from starting."""
     threads, there = config.model.threads or 0, available_cpus()
     if threads <= there or threads > _most_threads():
-        # More than that are refused.
+        # Counts above _most_threads() are rejected elsewhere.
         return []
     return [
         f"--threads: {threads} of them take turns on {counted(there, 'processor')}, which is slower"
@@ -95,7 +95,7 @@ def notes(config: Config) -> list[str]:
 
 
 def _model(model: Path | None) -> tuple[str, list[str]]:
-    """Its ``model_type``, or what keeps it from being served."""
+    """The model's ``model_type``, or why it cannot be served."""
     try:
         return check_model(model), []
     except InvalidRequestError as error:
@@ -139,7 +139,7 @@ def _memory(config: Config) -> Iterator[str]:
 
 
 def without_cuda() -> str:
-    """Why torch can use no GPU, whatever this machine has; "" if it may."""
+    """Why torch cannot use any GPU of this machine; "" if it may."""
     if not _torch_version().endswith("+cpu"):
         return ""
     return (
@@ -156,7 +156,7 @@ def _torch_version() -> str:
 
 
 def base_sizes(model: Path | None, model_type: str) -> BaseSizes | None:
-    """What is known of a base before it is read; None of a mixture, or where that is too little."""
+    """The sizes of a base that are known before it is read; None for a mixture, or if unknown."""
     size, told = size_of_model(model), told_sizes(model, model_type)
     if size is None or told is None or told.get("experts") is not None:
         return None
@@ -183,10 +183,10 @@ def base_sizes(model: Path | None, model_type: str) -> BaseSizes | None:
 def _adapters(
     config: AdapterConfig, base: str | None, size: BaseSizes | None, *, item_bytes: int
 ) -> Iterator[str]:
-    """``base`` is the name of the base that adapters must be for, None if of any."""
+    """``base`` is the name of the base model that adapters must be for; None allows any."""
 
     def look(root: AdapterRoot, place: str, path: str) -> None:
-        # The methods' declarations, which most starts have no use for.
+        # This loads the declarations of all methods, which most starts do not need.
         from turret.server.adapters.methods.check import check_files
 
         with root.open_directory(place, path) as directory:
@@ -222,7 +222,7 @@ def _adapters(
 
 
 def _look_in_hub(hub: AdapterHub, path: str, look: Callable[[AdapterRoot, str, str], None]) -> None:
-    """Ask for what is not in the cache; look at what is."""
+    """Ask the hub for adapters that are not cached, and check those that are."""
     place = hub.find(path, hub.check(path))
     if hub.root is not None and place is not None:
         look(AdapterRoot(hub.root), place, path)
@@ -277,11 +277,11 @@ def _files(config: SecurityConfig) -> Iterator[str]:
 
 
 def _tls(config: SecurityConfig) -> Iterator[str]:
-    """What gRPC would say in five lines, with a source file each and no name of ours."""
+    """TLS errors, which gRPC would report in five lines each, without naming our flags."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     if config.tls_cert is not None and config.tls_key is not None:
         try:
-            # No password is asked for at the terminal.
+            # An empty password keeps OpenSSL from asking for one at the terminal.
             context.load_cert_chain(config.tls_cert, config.tls_key, password=lambda: b"")
         except ssl.SSLError as error:
             why = (
@@ -321,14 +321,14 @@ def _addresses(config: ListenConfig, any_port: bool) -> Iterator[str]:
 
 
 def _no_socket(path: Path) -> str:
-    """What keeps a unix socket from a path; empty if nothing does."""
+    """Why a unix socket cannot be made at a path; empty if it can."""
     if not path.parent.is_dir():
         return f"{path.parent} is no directory"
     if path.is_dir():
         return f"{path} is a directory; name a file in it, such as unix:{path / 'turret.sock'}"
     if path.exists() and not path.is_socket():
         return f"{path} is a file already, and no socket; name one that is not there"
-    # gRPC would put its own in the place of any; one that a server left behind answers nobody.
+    # gRPC would replace any existing socket. A socket that a dead server left does not answer.
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other, contextlib.suppress(OSError):
         other.settimeout(_CONNECT_SECONDS)
         other.connect(str(path))
@@ -339,14 +339,14 @@ def _no_socket(path: Path) -> str:
 
 
 def _bind(host: str, port: int, any_port: bool) -> str:
-    """What keeps a listener from an address; empty if nothing does."""
+    """Why a listener cannot use an address; empty if it can."""
     try:
         kind, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
         return f"has a host that this machine cannot look up: {host}"
     try:
         with socket.socket(kind, socket.SOCK_STREAM) as listener:
-            # As the listeners do: connections that only just ended do not count.
+            # As the listeners do, ignore connections that only just ended.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(where)
             listener.listen()

@@ -23,8 +23,7 @@ from turret.server.basics.toml_text import parse_toml, toml_value
 from turret.server.config import Config
 
 PREFIX = "TURRET_"
-# Variables of the same prefix that are no settings of the server: the clients', the kernels', the
-# image's.
+# Variables with this prefix that belong to the clients, the kernels or the image.
 _OTHERS = frozenset(
     PREFIX + name for name in ("CONFIG", "TOKEN", "TLS_CA", "ISA", "NATIVE", "HEALTH_FLAGS")
 )
@@ -78,7 +77,7 @@ class Setting:
 
 @dataclass(slots=True)
 class Settings:
-    """Values that were given, by the setting's name, and where.
+    """Values by the setting's name, with where they come from.
 
     Attributes:
         values: Of the settings that were given.
@@ -116,7 +115,7 @@ class Settings:
             raise ValueError(self.blamed(str(error))) from None
 
     def describe(self, config: Config) -> str:
-        """What differs from the defaults, one ``section.field = value`` a line, and who says so."""
+        """Settings that differ from the defaults, a line each, with where they come from."""
         lines = []
         for line in config.changes():
             origin = self.origins.get(line.split(" ", 1)[0].partition(".")[2])
@@ -124,7 +123,7 @@ class Settings:
         return "\n".join(lines)
 
     def blamed(self, message: str) -> str:
-        """The message, and behind it which file or variable set what it calls by its flag."""
+        """The message, followed by the file or variable that set the flag which it names."""
         names = [name.replace("-", "_") for name in _FLAG.findall(message)]
         given = {name: self.origins[name] for name in names if self.origins.get(name)}
         if not given:
@@ -170,7 +169,7 @@ def _setting(section: str, entry: dataclasses.Field[Any], annotation: Any) -> Se
 
 
 def from_text(setting: Setting, text: str) -> object:
-    """A value as a flag gives it; of a repeated setting, one member.
+    """Parse a value as a flag takes it; for a repeated setting, one member.
 
     Raises:
         ValueError: It is none.
@@ -183,7 +182,7 @@ def from_text(setting: Setting, text: str) -> object:
     if setting.is_optional and text == "none":
         return None
     if not text and setting.type in (Path, str):
-        # A shell's variable that is not set; as a path it would be this directory.
+        # Reject an unset shell variable, which as a path would mean the current directory.
         raise ValueError("is empty")
     if setting.unit == "bytes":
         return parse_byte_size(text)
@@ -204,7 +203,7 @@ def from_text(setting: Setting, text: str) -> object:
 
 
 def read_environment(environ: Mapping[str, str]) -> Settings:
-    """The variables that are set; empty ones are not. Commas divide repeated ones.
+    """Settings from non-empty variables; commas separate the values of repeated ones.
 
     Raises:
         ValueError: A value makes no sense; names the variable.
@@ -229,7 +228,7 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
 def unknown_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
     """A note for each ``TURRET_…`` variable that looks like a misspelt one."""
     known = {setting.variable for setting in settings()} | _OTHERS
-    # What all begin with makes none of them alike.
+    # Compare without the prefix that all names share.
     endings = [name.removeprefix(PREFIX) for name in known]
     notes = []
     for name in sorted(environ):

@@ -1,4 +1,4 @@
-"""What ``turret serve`` says before it serves: lines for people, or the log's own as JSON."""
+"""Messages of ``turret serve`` before it serves: plain lines, or JSON as in the log."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _FLAG, _VARIABLE, _JSON = "--log-format", "TURRET_LOG_FORMAT", "json"
 
 
 def wants_json(arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
-    """Whether a flag or a variable asks for JSON, in a command line that may make no sense."""
+    """Whether a flag or a variable asks for JSON, even if the command line is invalid."""
     said = environ.get(_VARIABLE, "")
     for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
         flag, equals, value = word.partition("=")
@@ -19,12 +19,12 @@ def wants_json(arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
 
 
 def refuse(*problems: str, is_json: bool, command: str = "turret serve") -> None:
-    """Say why nothing starts, a line each."""
+    """Report why the server does not start, one line per reason."""
     _say(f"{command}: error", "cannot start", problems, is_json=is_json)
 
 
 def note(*notes: str, is_json: bool, command: str = "turret serve") -> None:
-    """Say what looks like a mistake and keeps nothing from starting, a line each."""
+    """Report likely mistakes that do not keep the server from starting, one line each."""
     _say(f"{command}: note", "a setting may be a mistake", notes, is_json=is_json)
 
 

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, or that take no more, said in a line instead of a traceback."""
+"""Reports standard streams that are closed or full in one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ EXIT_BROKEN_PIPE = 141
 
 
 class OutputError(OSError):
-    """What standard output did not take; the text says so."""
+    """Standard output could not be written; the text says why."""
 
 
 class _Messages(io.FileIO):
-    """Standard error, which never fails: what nobody reads any more is dropped.
+    """Standard error, which never fails: lines that nobody reads are dropped.
 
     A server whose log was read by ``head`` serves on.
     """
@@ -33,7 +33,7 @@ class _Messages(io.FileIO):
 
 
 class _Output(io.FileIO):
-    """Standard output, which fails once: what is written afterwards is dropped.
+    """Standard output, which fails once: later output is dropped.
 
     Else every flush on the way out would fail again, the interpreter's own at the last.
     """
@@ -54,7 +54,7 @@ class _Output(io.FileIO):
 
 
 def with_streams(run: Callable[[], int]) -> int:
-    """Run a command of this process with streams that can be used.
+    """Run a command of this process with usable streams.
 
     Args:
         run: The command. A failure of its output that it does not tell is told here.
@@ -69,14 +69,14 @@ def with_streams(run: Callable[[], int]) -> int:
     try:
         code = run()
     except BrokenPipeError as error:
-        # Who read has enough.
+        # The reader of the output has closed it, which is not an error.
         if error is not output.failure:
             raise
         code = EXIT_BROKEN_PIPE
     except OutputError as error:
         code = _told(error)
     except SystemExit as end:
-        # The parser has said why. It writes its help to whatever takes it, and tells no failure.
+        # The parser has already printed the reason. It ignores failures to write its help.
         if isinstance(end.code, str):
             raise
         code = end.code or 0
@@ -97,7 +97,7 @@ def _told(error: OutputError) -> int:
 
 
 def _open_closed() -> None:
-    """Opens the null device in place of what is closed, before a file or a socket gets its number.
+    """Open the null device for each closed stream, before a file or a socket gets its number.
 
     That would then be read and written by whatever uses the stream, compiled code among it. An
     output that is closed takes nothing, so that a result is not lost without a word.
@@ -113,9 +113,9 @@ def _open_closed() -> None:
 
 
 def _through(raw: io.FileIO, given: TextIO) -> io.TextIOWrapper:
-    """A stream that writes by ``raw``, with all else as it was given."""
+    """A stream that writes to ``raw``, with the other properties of the given one."""
     assert isinstance(given, io.TextIOWrapper)
-    # With python -u there is no buffer.
+    # With python -u standard output has no buffer.
     is_raw = isinstance(given.buffer, io.RawIOBase)
     return io.TextIOWrapper(
         raw if is_raw else io.BufferedWriter(raw),  # type: ignore[arg-type]

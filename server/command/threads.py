@@ -1,4 +1,4 @@
-"""How many threads compute, and how they wait: set before the libraries that read it are loaded."""
+"""The number of computing threads and how they wait, set before the libraries are loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def available_cpus(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUP) -> int:
 
 
 def use_threads(threads: int | None, *, is_background: bool = False, niceness: int = 0) -> None:
-    """Decide for this process; without effect once torch is loaded.
+    """Set the threads of this process; without effect once torch is loaded.
 
     Args:
         threads: As asked for; None is ``OMP_NUM_THREADS``, else ``available_cpus``.
@@ -44,7 +44,7 @@ def use_threads(threads: int | None, *, is_background: bool = False, niceness: i
 
 
 def _quota(cgroups: Path, own: Path) -> float:
-    """Processors' worth of time, the least of the cgroup's and those above it; inf without."""
+    """The smallest CPU quota of the cgroup and those above it, in processors; inf without one."""
     try:
         lines = own.read_text(encoding="ascii").splitlines()
     except (OSError, ValueError):
@@ -55,7 +55,7 @@ def _quota(cgroups: Path, own: Path) -> float:
         if controllers and "cpu" not in controllers.split(","):
             continue
         folder = cgroups / controllers if controllers else cgroups
-        # In a container the path is the host's; what is mounted is the container's own.
+        # In a container the path is the host's, but the mount shows the container's own group.
         parts = Path(path.lstrip("/")).parts
         places = [folder.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)]
         least = min([least, *(_share(place) for place in places)])

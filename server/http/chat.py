@@ -58,7 +58,7 @@ class ChatCompletions:
         make_reader = await make_readers(self._inference, exchange, fields, asked, use)
         refuse_if_wrong(fields, exchange.names, asked.message)
         del fields
-        # Each answer counts its share of what was sent.
+        # Divide the size of the request among its answers.
         exchange.call.message_bytes //= asked.num_choices
         choices = Choices(
             self._inference,
@@ -112,7 +112,7 @@ class _Events:
         self._ended: dict[int, Ended] = {}
 
     async def send(self, choices: Choices) -> None:
-        """All of them."""
+        """Send all events."""
         async with contextlib.aclosing(choices.chunks()) as chunks:
             async for index, chunk in chunks:
                 await self._chunk(index, chunk)
@@ -132,7 +132,7 @@ class _Events:
         pieces = reader.feed(chunk.text)
         if is_last:
             pieces = pieces + reader.finish()
-        # Logprobs are told when their tokens are there, whatever becomes of the text.
+        # Send the logprobs of tokens at once, even if their text is held back or becomes a call.
         logprobs = _logprobs(self._asked, chunk) if chunk.logprobs else None
         for piece in pieces or ([Said("")] if logprobs else []):
             if logprobs is None and isinstance(piece, Said):

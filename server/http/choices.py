@@ -1,4 +1,4 @@
-"""Runs the answers that one request asks for beside each other."""
+"""Runs all answers of one request concurrently."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from turret.server.http.exchange.refusals import renamed_message, renamed_path
 from turret.v1 import inference_pb2
 
 Chunk = inference_pb2.GenerateChunk
-# Chunks of all answers that wait to be written.
+# Maximum number of chunks, over all answers, that wait to be written.
 _MAX_ARRIVED = 256
 
 
 @contextlib.contextmanager
 def blamed_on(place: str) -> Iterator[None]:
-    """Have what is wrong with a prompt say where in the request it lies."""
+    """Report errors in a prompt with the prompt's place in the request."""
     try:
         yield
     except InvalidRequestError as error:
@@ -29,7 +29,7 @@ def blamed_on(place: str) -> Iterator[None]:
         if found == list(error.violations):
             raise
         message = renamed_message(error.message, error.violations, found)
-        # Of one that is alone the message speaks anyway.
+        # Add the prompt's place if the message does not name it. A single prompt needs none.
         if message == error.message and place.endswith("]"):
             message = f"{place}: {message}"
         raise type(error)(message, metadata=error.metadata, violations=found) from None
@@ -96,7 +96,7 @@ class Choices:
     async def _one(self, index: int) -> AsyncGenerator[tuple[int, Chunk], None]:
         message = self._make_message(index)
         answer = self._inference.generate(message, self._exchange.call, self._deadline)
-        # Whoever converts it decides how long it is kept.
+        # Drop our reference so that the message is freed once it is converted.
         del message
         blamed = contextlib.nullcontext()
         if self._places:
@@ -105,14 +105,14 @@ class Choices:
             async with contextlib.aclosing(answer) as chunks:
                 async for chunk in chunks:
                     if chunk.finish_reason == inference_pb2.GenerateResponse.CANCELLED:
-                        # OpenAI's API has no word for half an answer.
+                        # OpenAI's API has no finish reason for an incomplete answer.
                         raise UnavailableError("the server is shutting down: it ended the request")
                     yield index, chunk
 
     async def _many(self) -> AsyncGenerator[tuple[int, Chunk], None]:
-        # None ends an answer.
+        # None marks the end of an answer.
         arrived: asyncio.Queue[tuple[int, Chunk | BaseException | None]]
-        # What a client does not read stays with the engine's streams, which count it.
+        # Bound the queue: unread chunks must stay in the engine's streams, which count them.
         arrived = asyncio.Queue(_MAX_ARRIVED)
         places = asyncio.Semaphore(self._exchange.party.most_at_once)
         begun = [asyncio.Event() for _ in range(0, self._count, self._num_choices)]

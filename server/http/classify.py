@@ -15,7 +15,7 @@ from turret.server.http.bodies.slips import refuse_if_wrong
 from turret.server.http.exchange.endpoint import Exchange
 from turret.v1 import inference_pb2
 
-# More labels than these take over a millisecond to write down.
+# Serialising more labels than this takes over a millisecond.
 _INLINE_SCORES = 512
 
 
@@ -64,7 +64,7 @@ def _item(index: int, classification: inference_pb2.Classification) -> dict[str,
         "index": index,
         "label": classification.label,
         "labels": [score.label for score in scores],
-        # Of a head for numbers, vLLM gives the numbers here.
+        # Regression heads have no probabilities; vLLM returns their numbers here.
         "probs": [score.probability if has_probabilities else score.logit for score in scores],
         "num_classes": len(scores),
     }

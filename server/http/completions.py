@@ -30,7 +30,7 @@ from turret.server.http.exchange.endpoint import Exchange
 from turret.server.http.exchange.template import HOLE, Template
 from turret.v1 import inference_pb2
 
-# What OpenAI's API says where max_tokens is not set.
+# The default of OpenAI's API.
 DEFAULT_MAX_TOKENS = 16
 
 _Prompt = inference_pb2.GenerateRequest
@@ -62,7 +62,7 @@ class Completions:
         exchange.names.update(asked.names)
         refuse_if_wrong(fields, exchange.names, asked.message)
         del fields, read
-        # Each answer counts its share of what was sent.
+        # Divide the size of the request among its answers.
         exchange.call.message_bytes //= len(prompts) * asked.num_choices
         answer_id = f"cmpl-{exchange.call.request_id}"
         body = head(answer_id, "text_completion", asked.model, info)
@@ -96,7 +96,7 @@ class Completions:
         prompts: Sequence[_Prompt],
         places: Sequence[str],
     ) -> list[inference_pb2.GenerateResponse]:
-        """Answers of no token: ``max_tokens`` 0 asks for the prompt, and for its logprobs."""
+        """Answers without tokens, for ``max_tokens`` 0: only the prompt and its logprobs."""
         scored = await together(
             [
                 self._score_one(exchange, asked, prompt, place)

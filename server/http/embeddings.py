@@ -20,7 +20,7 @@ from turret.v1 import inference_pb2
 
 _Embed = inference_pb2.EmbedRequest
 _POOLINGS = {"last": _Embed.LAST, "mean": _Embed.MEAN}
-# More numbers than these take over a millisecond to write down.
+# Serialising more numbers than this takes over a millisecond.
 _INLINE_NUMBERS = 2048
 
 
@@ -75,7 +75,7 @@ def _read_format(fields: Fields) -> Callable[[inference_pb2.Embedding], Any]:
 
 
 def _numbers(embedding: inference_pb2.Embedding) -> list[float]:
-    # Nine digits tell a number of single precision from every other.
+    # Nine significant digits identify every single-precision number.
     return [float(f"{value:.9g}") for value in embedding.values]
 
 

@@ -18,7 +18,7 @@ OWNER = "turret"
 
 
 class Models:
-    """Lists what ``model`` may be, but for mixes.
+    """Lists the possible values of ``model``, except mixes.
 
     Args:
         inference: Knows the base model.
@@ -28,7 +28,7 @@ class Models:
     def __init__(self, inference: Inference, adapters: Adapters) -> None:
         self._inference = inference
         self._adapters = adapters
-        # OpenAI's API wants a time of creation; adapters have none that survives a restart.
+        # OpenAI's API requires a creation time. Adapters have none that survives a restart.
         self._created = int(time.time())
 
     async def list(self, exchange: Exchange) -> None:
@@ -56,7 +56,7 @@ class Models:
         if not members:
             await exchange.reply.json(self._base())
             return
-        # A mix has no card: no digest, method or generation of its own, and no limit to how many.
+        # A mix has no card: it has no digest, method or generation, and there is no end of mixes.
         if len(members) > 1 or members[0].HasField("weight"):
             adapters = " and ".join(f"GET /v1/models/{member.name}" for member in members)
             raise AdapterNotFoundError(

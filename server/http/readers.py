@@ -1,4 +1,4 @@
-"""What reads the answers to a conversation: tools and reasoning as the model has them."""
+"""Readers of answers to a conversation, which know the model's formats of calls and reasoning."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def make_readers(
         except UnenforceableError as error:
             fields.refuse(f"{use.paths[error.tool]}{error.path}", error.why)
         except RecursionError:
-            # A schema that was sent as a text may be as deep as the parser goes.
+            # A schema sent as text may be nested as deeply as the parser allows.
             fields.refuse("tools", "cannot stand beside a schema that is nested so deeply")
     return lambda: AnswerReader(
         form,
@@ -58,7 +58,7 @@ async def make_readers(
 def _constrain(
     message: _Message, grammar: CallsGrammar, fields: Fields, use: ToolUse, names: dict[str, str]
 ) -> None:
-    """Have the answer be calls, or what it must be without them.
+    """Constrain the answer to calls, or to what it must be without calls.
 
     Raises:
         UnenforceableError: A tool's parameters cannot be kept to.
@@ -73,12 +73,12 @@ def _constrain(
         names["grammar"] = "tools"
         return
     value = _value(message, kind)
-    # What cannot be read is left as it is, and refused where it is compiled.
+    # Leave an unreadable constraint as it is: compiling it reports the error.
     if value is None:
         return
     name = names.get(kind) or names.get(f"{kind}.texts") or kind
     if grammar.is_object and kind in ("json_schema", "json_object"):
-        # Two grammars that begin alike would be read as the one with the longer tokens.
+        # Use one schema: of two grammars that begin alike, the one with longer tokens would win.
         schema = value if kind == "json_schema" else {"type": "object"}
         message.json_schema = json.dumps(grammar.schema_beside(schema), ensure_ascii=False)
         names["json_schema"] = names["json_schema.anyOf[0]"] = name

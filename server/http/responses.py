@@ -1,4 +1,4 @@
-"""POST /v1/responses: one answer to a conversation, of which nothing is kept."""
+"""POST /v1/responses: one answer to a conversation. The server stores nothing of it."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class _Answer:
         self.whole: dict[str, Any] = {}
 
     async def events(self) -> AsyncGenerator[list[Event], None]:
-        """What its items have to tell, as it comes: at first nothing, so that the answer begins.
+        """Lists of events as they arrive. The first may be empty, and then only begins the answer.
 
         Raises:
             TurretError: The answer broke off.
@@ -116,7 +116,7 @@ class _Stream:
         self._num_sent = 0
 
     async def send(self, answer: _Answer) -> None:
-        """All of them; an answer that breaks off ends in ``response.failed`` and an error."""
+        """Send all events; an answer that fails ends with ``response.failed`` and an error."""
         try:
             async with contextlib.aclosing(answer.events()) as events:
                 async for some in events:
@@ -126,7 +126,7 @@ class _Stream:
                     for kind, fields in some:
                         await self._event(kind, fields)
         except Exception as error:
-            # Before the first event it is a status.
+            # Before the first event, the error is sent as an HTTP status instead.
             if self._num_sent:
                 refusal = refusal_of(error, NAMES)
                 message = refusal.body["error"]["message"]

@@ -1,4 +1,4 @@
-"""The HTTP listener: what is answered where, TLS, limits, start and stop."""
+"""The HTTP listener: routes, TLS, limits, start and stop."""
 
 from __future__ import annotations
 
@@ -56,13 +56,14 @@ INFERENCE = "turret.v1.Inference"
 ADAPTERS = "turret.v1.Adapters"
 METRICS = "metrics"
 
-# Clients keep connections for later; what they find closed just then fails their next request.
+# Clients reuse idle connections, and a request fails if its connection was just closed.
 KEEP_ALIVE_SECONDS = 75
 BACKLOG = 1024
-# What manages adapters, unless that has an address of its own.
+# Paths for managing adapters. They are not served here if the admin API has its own address.
 ADMIN_PATHS = tuple(f"/v1/{verb}_lora_adapter" for verb in ("load", "unload", "pin", "unpin"))
 _LAST_WORD_SECONDS = 1.0
-# Of two short paths two letters are no slip, and nobody means a longer one by a slip.
+# Suggest by spelling only between these lengths: short paths differ in few letters anyway, and a
+# longer one is not a misspelt path of ours.
 _SHORT_PATH, _LONGEST_PATH = 10, 40
 
 
@@ -74,7 +75,7 @@ def routes(
     failures: Failures,
     has_admin: bool,
 ) -> list[Route]:
-    """Everything that is answered.
+    """All routes.
 
     Args:
         inference: Answers the data plane.
@@ -95,14 +96,14 @@ def routes(
         _answer("/v1/embeddings", Embeddings(inference), shapes.INPUTS, prompts.NAMES),
         _answer("/classify", Classify(inference), shapes.INPUTS, prompts.NAMES),
         _get("/v1/models", models.list, INFERENCE),
-        # A model's name may hold slashes.
+        # Model names may contain slashes.
         _get("/v1/models/{model:path}", models.get, INFERENCE),
         _post("/tokenize", texts.tokenize, INFERENCE, shapes.TOKENIZE, token_routes.NAMES),
         _post("/detokenize", texts.detokenize, INFERENCE, shapes.DETOKENIZE, token_routes.NAMES),
         _get("/health", probes.health, "", logging.DEBUG),
         _get("/metrics", probes.metrics, METRICS, logging.DEBUG),
         _get("/", page.index, "", logging.DEBUG),
-        # Answers each role; whoever has none is refused there.
+        # Open to every role: the handler itself rejects callers without one.
         _get("/console/state", state, "", logging.DEBUG),
         _get("/console/{file}", page.file, "", logging.DEBUG),
     ]
@@ -116,7 +117,7 @@ def routes(
 
 
 def _answer(path: str, handler: Handler, shape: Shape, names: Mapping[str, str]) -> Route:
-    """What runs on adapters."""
+    """The routes of calls that run on adapters."""
     return Route(
         method="POST",
         path=path,
@@ -157,7 +158,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 class HttpServer:
-    """Everything that answers HTTP. Starts before the model is loaded and says so.
+    """The HTTP server. It starts before the model is loaded and reports that it is starting.
 
     Must be made and used inside the running event loop.
 
@@ -242,7 +243,8 @@ class HttpServer:
         server.config.timeout_graceful_shutdown = grace_seconds  # type: ignore[assignment]
         server.should_exit = True
         await self._serving
-        # Cancelled just now: each has a last word to say, but not to a client that does not read.
+        # These tasks were just cancelled. Let each send its last message, but do not wait for a
+        # client that does not read.
         tasks = list(server.server_state.tasks)
         if tasks:
             await asyncio.wait(tasks, timeout=_LAST_WORD_SECONDS)
@@ -261,7 +263,7 @@ def application(
     shares: Shares,
     failures: Failures,
 ) -> Starlette:
-    """Everything that is answered, as an ASGI application; arguments as ``HttpServer``'s."""
+    """The ASGI application with all routes; arguments are those of ``HttpServer``."""
     assert listen.http_address is not None
     has_admin = listen.admin_address is None
     made = routes(inference, adapters, metrics=metrics, failures=failures, has_admin=has_admin)
@@ -269,14 +271,14 @@ def application(
     answered = []
     for route in made:
         endpoint = Endpoint(route, metrics=metrics, tokens=tokens, shares=shares, failures=failures)
-        # A redirect to the path without the slash would be an answer without JSON.
+        # Serve the path with a slash too: a redirect would have no JSON body.
         ends = ("",) if route.path.endswith(("}", "/")) else ("", "/")
         answered += [
             StarletteRoute(f"{route.path}{end}", endpoint, methods=[route.method]) for end in ends
         ]
     middleware = _cross_origin(listen.http_cors_origin)
     if tokens is None or listen.http_allowed_host:
-        # A token is what no page of another name has.
+        # Without tokens, check the host: a page of another origin could call the server.
         names = (split_address(listen.http_address)[0], *listen.http_allowed_host)
         middleware.insert(0, Middleware(HostCheck, names=names))
     middleware.insert(0, Middleware(RequestIds))
@@ -298,7 +300,7 @@ def _configuration(
         ws="none",
         lifespan="off",
         log_config=None,
-        # What goes wrong is answered and logged by the endpoints.
+        # The endpoints answer and log failures themselves.
         log_level="critical",
         access_log=False,
         server_header=False,
@@ -309,7 +311,7 @@ def _configuration(
 
 
 def _cross_origin(origins: tuple[str, ...]) -> list[Middleware]:
-    """What lets pages of other origins call."""
+    """The middleware that lets pages of other origins call."""
     if not origins:
         return []
     return [
@@ -324,7 +326,7 @@ def _cross_origin(origins: tuple[str, ...]) -> list[Middleware]:
 
 
 def _meant(request: Request) -> str:
-    """The path that is served, of one with a slip, or a ``/v1`` too few or too many, if any is."""
+    """The served path that a misspelt one may mean, or one with or without ``/v1``; "" if none."""
     parts = [part for part in request.url.path.split("/") if part]
     while parts and parts[0].lower() == "v1":
         del parts[0]
@@ -341,7 +343,7 @@ def _meant(request: Request) -> str:
 
 
 async def _no_route(apart: Collection[str], request: Request, error: Exception) -> Response:
-    """What Starlette itself refuses: a path or a method that is not there.
+    """Reports what Starlette itself rejects: an unknown path or method.
 
     Args:
         apart: Paths that would be, were it not for an address of their own service.

@@ -17,9 +17,9 @@ from turret.server.api.limits import (
 )
 from turret.server.http.exchange.shape import Shape
 
-# More than any model's context; how many tokens a prompt may have is the model's to say.
+# More than the context of any model. The model's own limit is checked later.
 MAX_TOKEN_IDS = 1 << 20
-# As OpenAI's.
+# OpenAI's limit.
 MAX_METADATA = 16
 
 _CHOICE = Shape(MAX_CHOICES)
@@ -42,7 +42,7 @@ _TOOLS = {
     "tool_choice": Shape(fields={**_ALLOWED, "allowed_tools": Shape(fields=_ALLOWED)}),
 }
 _IDS = Shape(MAX_TOKEN_IDS)
-# One prompt of token ids, or several prompts, of which there may be MAX_PROMPTS.
+# Either one prompt as token ids or a list of prompts, which MAX_PROMPTS limits.
 _PROMPTS = Shape(MAX_TOKEN_IDS, items=_IDS)
 _ITEM = Shape(fields={"content": _PARTS, "output": _PARTS})
 
@@ -60,5 +60,5 @@ RESPONSES = Shape(
 INPUTS = Shape(fields={**_MIX, **_MESSAGES, "input": _PROMPTS})
 TOKENIZE = Shape(fields={**_MIX, **_MESSAGES, **_TOOLS})
 DETOKENIZE = Shape(fields={**_MIX, "tokens": _IDS})
-# Names, paths and flags.
+# Adapters' names, paths and flags.
 ADAPTER = Shape(MAX_METADATA)

@@ -84,7 +84,7 @@ class Tokens:
 def _mix_of(
     fields: Fields, base_name: str, names: dict[str, str]
 ) -> list[adapters_pb2.AdapterWeight]:
-    """As requests have it, but that nothing need be said: then the tokenizer is the base's."""
+    """As in other requests, but without a model the tokenizer is that of the base."""
     if fields.get("model") is None and fields.get("adapters") is None:
         return []
     return mix_of(fields, base_name, names)

@@ -32,17 +32,17 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._changed = asyncio.Event()
 
     def set_serving(self, serving: bool) -> None:
-        """Tell every later check and every watcher."""
+        """Set the status for later checks, and notify all watchers."""
         self._status = SERVING if serving else NOT_SERVING
         self._wake()
 
     def close(self) -> None:
-        """NOT_SERVING for good; watchers are told and their calls end."""
+        """Set NOT_SERVING for good; watchers are notified and their calls end."""
         self._is_closed = True
         self.set_serving(False)
 
     def _wake(self) -> None:
-        # Each event serves one change, so a watcher that is slow to wake misses none.
+        # Every change has an event of its own, so a slow watcher misses none.
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
@@ -50,7 +50,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> health_pb2.HealthCheckResponse:
         if request.service not in self._services:
-            # Set, not raised: see CallInterceptor.run.
+            # Set the status instead of raising: see CallInterceptor.run.
             context.set_code(grpc.StatusCode.NOT_FOUND)
             context.set_details("unknown service")
         return health_pb2.HealthCheckResponse(status=self._status)

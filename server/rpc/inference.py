@@ -15,12 +15,12 @@ from turret.v1 import inference_pb2, inference_pb2_grpc
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
-# gRPC allows a time-out of 11,000 years; no request runs for as long as this.
+# gRPC allows a timeout of 11,000 years; no request runs for as long as this.
 _MAX_DEADLINE_SECONDS = 30 * 86400.0
 
 
 def _deadline(context: _Context) -> float | None:
-    """The call's deadline on the ``time.monotonic()`` clock; None if there is none to speak of."""
+    """The call's deadline on the ``time.monotonic()`` clock; None for none or one too far off."""
     remaining = context.time_remaining()
     if remaining is None or remaining > _MAX_DEADLINE_SECONDS:
         return None
@@ -37,7 +37,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.GenerateRequest, context: _Context
     ) -> inference_pb2.GenerateResponse:
         answer = self._inference.generate_whole(request, current_call(), _deadline(context))
-        # Whoever converts it decides how long it is kept.
+        # Drop our reference so that the message is freed once it is converted.
         del request
         return await answer
 
@@ -50,7 +50,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.ScoreRequest, context: _Context
     ) -> inference_pb2.ScoreResponse:
         answer = self._inference.score(request, current_call(), _deadline(context))
-        # Whoever converts it decides how long it is kept.
+        # Drop our reference so that the message is freed once it is converted.
         del request
         return await answer
 

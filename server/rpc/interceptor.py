@@ -1,4 +1,4 @@
-"""What surrounds every RPC: authorisation, the call's beginning and end, errors as statuses."""
+"""Common handling of all RPCs: authorisation, the call's start and end, errors as statuses."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from turret.server.rpc.status import (
 )
 from turret.v1 import adapters_pb2, inference_pb2
 
-# How many gRPC calls may be under way, whoever makes them.
+# Limits on concurrent gRPC calls over all clients.
 
-# As many as one connection may have (server/rpc/server.py), so that no burst of one is cut.
+# The limit of one connection (server/rpc/server.py), so that a burst on one is not cut.
 MOST_CALLS = 1 << 14
-# Of services that ask for no token: health (a watcher is a call that never ends) and reflection.
+# Limit for services that require no token: health (a watch never ends) and reflection.
 MOST_OPEN_CALLS = 4096
 
 
@@ -41,7 +41,7 @@ class OpenCalls:
     """Counts the calls of all connections. Belongs to one event loop."""
 
     def __init__(self) -> None:
-        # By whether the service asks for no token.
+        # Calls in progress, by whether their service requires no token.
         self._counts = {True: 0, False: 0}
 
     @contextlib.contextmanager
@@ -72,10 +72,10 @@ COUNTED = frozenset(
     f"/turret.v1.Inference/{name}"
     for name in ("Generate", "GenerateStream", "Score", "Embed", "Classify")
 )
-# Those of them that are many requests: each is held as its party's by who answers.
+# Calls with many inputs. Their handlers count each input for the party that sent the call.
 MANY = frozenset(f"/turret.v1.Inference/{name}" for name in ("Embed", "Classify"))
 
-# All that one of a server's addresses answers.
+# Every method that some address of the server answers.
 _METHODS = frozenset(
     f"/{service.full_name}/{method.name}"
     for file in (inference_pb2.DESCRIPTOR, adapters_pb2.DESCRIPTOR)
@@ -94,12 +94,12 @@ _party: contextvars.ContextVar[Party] = contextvars.ContextVar("party")
 
 
 def current_call() -> Call:
-    """The call that the current task answers: gRPC has no other way to hand it to a servicer."""
+    """The call that the current task answers. gRPC has no other way to pass it to a servicer."""
     return _current.get()
 
 
 def current_party() -> Party:
-    """Who asks for what the current task answers."""
+    """The client whose call the current task answers."""
     return _party.get()
 
 
@@ -145,7 +145,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return self._answer(method, handler)
 
     def _answer(self, method: str, handler: Any) -> Any:
-        """A handler that does what the servicer's does, within ``run``.
+        """A handler that runs the servicer's method within ``run``.
 
         One of a single message is made one of a stream of them, which starts before the message
         has arrived: what has begun is counted, and a message is not waited for for ever.
@@ -185,7 +185,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         )
 
     def _refusal(self, method: str, error: TurretError) -> Any:
-        """A handler that answers with an error and reads no byte of what the client sends.
+        """A handler that answers with an error, without reading what the client sends.
 
         Only a handler of a stream of requests starts before the first message has arrived; the
         two look the same on the wire.
@@ -200,7 +200,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(answer)
 
     async def run(self, method: str, context: Any, body: Callable[[], Awaitable[Any]]) -> Any:
-        """Run a handler's body; turn what it raises into the call's status.
+        """Run a handler's body, and turn its exception into the call's status.
 
         The status is set, not raised: ``context.abort`` keeps its exception in the context, and
         the exception's frames keep the context and the request, a cycle that holds the request's
@@ -226,7 +226,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             with self._open_calls.hold(is_open=_service_of(method) not in SERVICE_ROLES), held:
                 response = await body()
             context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
-            # Health sets a status itself.
+            # The health service sets a status itself.
             code = _code(context.code() or grpc.StatusCode.OK)
             return response
         except asyncio.CancelledError:
@@ -268,7 +268,7 @@ def _authorization(metadata: Iterable[tuple[str, str | bytes]]) -> str | bytes |
 
 
 def _elsewhere(service: str) -> ServiceElsewhereError:
-    """For a service that this listener has not, which another one of this server has.
+    """The error for a service that only another listener of this server offers.
 
     The address itself is not told: it may be one of a network that its caller is not in.
     """

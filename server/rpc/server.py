@@ -31,36 +31,35 @@ _log = logging.getLogger(__name__)
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 ADAPTERS_SERVICE = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_name
 
-# Larger than the longest prompt of a model with a million tokens of context would need; uploads
-# come in chunks.
+# Enough for the longest prompt of a model with a context of a million tokens; uploads are chunked.
 MAX_RECEIVE_BYTES = 4 << 20
-# Responses are as large as what the client asked for; its own limit decides.
+# Do not limit responses: clients choose how much they ask for, and have limits of their own.
 _UNLIMITED = -1
-# Calls that the event loop has not taken up yet. gRPC cancels some of them from 1,000 on unless
-# told otherwise; how many requests may wait is for --max-queued-requests to say, with an answer.
+# Calls that the event loop has not accepted yet. By default gRPC cancels some of them from 1,000
+# on. --max-queued-requests limits waiting requests instead, and answers those that it rejects.
 _MAX_PENDING_CALLS = 1 << 16
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
     ("grpc.max_send_message_length", _UNLIMITED),
-    # A second server on the same port would take half of the calls in silence.
+    # Otherwise a second server on the same port silently takes half of the calls.
     ("grpc.so_reuseport", 0),
     ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING_CALLS),
-    # Calls of one connection. Clients that have not heard of the limit yet send more, and those end
-    # with UNAVAILABLE: so it is far above any burst that is meant to be answered.
+    # Concurrent calls of one connection. Clients that do not know the limit yet send more, and
+    # those calls end with UNAVAILABLE, so it is far above any burst that should be answered.
     ("grpc.max_concurrent_streams", 1 << 14),
-    # Connections without a call for so long are closed; clients connect again by themselves.
+    # Close connections after this long without a call; clients reconnect by themselves.
     ("grpc.max_connection_idle_ms", 300_000),
-    # Of TLS and of the first bytes of HTTP/2.
+    # Time limit for the TLS handshake and the first bytes of HTTP/2.
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_metadata_size", 8 << 10),
     ("grpc.absolute_max_metadata_size", 16 << 10),
-    # Find out within a minute and a half that a client is gone, even if it said nothing.
+    # Detect within a minute and a half that a client has vanished.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # Clients may ping idle connections every 10 s, as their load balancers like to, and turret's
-    # own ping those that have a call; pings may come a little closer than they were sent.
+    # Clients may ping idle connections every 10 s, as load balancers often require; turret's own
+    # ping during calls. Pings may arrive a little closer together than they were sent.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
@@ -97,7 +96,7 @@ def read_credentials(security: SecurityConfig) -> grpc.ServerCredentials | None:
     files = WatchedFiles(paths, lambda: _certificates(security), "certificates")
 
     def fetch() -> Any:
-        """What the next connection is to see; None for what the last one saw."""
+        """The certificates for the next connection; None if they have not changed."""
         return files.newest if files.look() else None
 
     return grpc.dynamic_ssl_server_credentials(
@@ -106,7 +105,7 @@ def read_credentials(security: SecurityConfig) -> grpc.ServerCredentials | None:
 
 
 class RpcServer:
-    """Everything that answers gRPC. Starts before the model is loaded and says so.
+    """The gRPC server. It starts before the model is loaded and reports that it is starting.
 
     Must be made and used inside the running event loop.
 
@@ -179,7 +178,7 @@ class RpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-        # Of each listener its own: credentials hand their certificates out to one.
+        # Read them for each listener: a credentials object delivers its certificates to only one.
         credentials = read_credentials(self._security)
         try:
             if credentials is None:

@@ -1,4 +1,4 @@
-"""A fault as gRPC says it: the rich status that a client receives."""
+"""A fault in gRPC's form: the rich status that a client receives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from turret.server.errors import VIOLATION_COUNT, DeadlineExceededError, Invalid
 
 # Request messages on their way from gRPC to a handler.
 
-# A client that sends a message slower than this has gone, or keeps a place that others wait for.
+# A client that sends a message more slowly has gone, or holds a slot that others wait for.
 MESSAGE_SECONDS = 60.0
 
 
@@ -31,7 +31,7 @@ class Received:
     num_bytes: int
 
     def take(self) -> Message | bytes:
-        """The message, once: who takes it decides how long it is kept.
+        """Return the message, once, so that the caller decides how long it is kept.
 
         Raises:
             InvalidRequestError: It is malformed.
@@ -45,7 +45,7 @@ class Received:
 
 
 def tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Received]:
-    """A deserialiser that lets the handler answer for bad bytes.
+    """A deserialiser that passes invalid bytes on, so that the handler reports them.
 
     gRPC itself would report a bug of the server.
     """
@@ -125,7 +125,7 @@ def _shortened(text: str, limit: int) -> str:
 def _bad_request(
     violations: tuple[tuple[str, str], ...], count: int
 ) -> error_details_pb2.BadRequest:
-    """The fields at fault that fit; ``count`` are there in all."""
+    """The invalid fields that fit; there are ``count`` in all."""
     detail = error_details_pb2.BadRequest()
     used = 0
     for index, (field, description) in enumerate(violations):

@@ -1,4 +1,4 @@
-"""How many requests one party may have open at once, and whose cached prefixes it may find."""
+"""Limits on a party's open requests, and whose cached prefixes a party may use."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from turret.server.basics.counted import counted
 from turret.server.config import Config
 from turret.server.errors import QueueFullError
 
-# How many connections a door keeps: few enough that there are descriptors left for files.
+# Limits on connections, which leave enough descriptors for files.
 
-# Of one door. Each costs a descriptor and, over TLS, some tens of kilobytes.
+# Limit of one listening address. A connection costs a descriptor and, with TLS, tens of KB.
 MOST_CONNECTIONS = 4096
-# Descriptors that no connection takes: files of adapters and uploads, the log, the model.
+# Descriptors kept free of connections, for files of adapters and uploads, the log and the model.
 RESERVED_DESCRIPTORS = 512
-# Who runs a server with fewer descriptors than are reserved gets one that answers still.
+# A server with fewer descriptors than the reserve still accepts this many connections.
 _LEAST_CONNECTIONS = 16
 
 
 def most_connections(num_doors: int) -> int:
-    """The bound of each of ``num_doors`` doors; what comes beyond it is closed at once.
+    """The limit for each of ``num_doors`` listening addresses; connections beyond it are closed.
 
     All doors together leave ``RESERVED_DESCRIPTORS``. The process's soft limit of descriptors is
     raised for that, as far as the hard one allows.
@@ -44,10 +44,10 @@ def most_connections(num_doors: int) -> int:
 
 
 _RETRY_SECONDS = 1.0
-# Answers to one call that are with the engine at a time: a list of a thousand prompts must not fill
-# the queue that others wait in.
+# How many requests of one call the engine gets at a time: a list of a thousand prompts must not
+# fill the queue that others wait in.
 MAX_AT_A_TIME = 64
-# Nobody outside of this process can compute a salt, whatever tokens and texts they know.
+# Keeps salts unpredictable outside this process, even for somebody who knows the tokens.
 _SECRET = secrets.token_bytes(32)
 
 
@@ -57,7 +57,7 @@ def peer_address(peer: str) -> str:
 
 
 def salt_of(tenant: bytes, asked: str) -> bytes:
-    """What a request's cached blocks are keyed with; empty where every request may find them.
+    """The salt of a request's cached blocks; empty if every request may use them.
 
     Args:
         tenant: See ``Shares.tenant``.
@@ -91,7 +91,7 @@ class Shares:
 
     @classmethod
     def of(cls, config: Config) -> Shares:
-        """As an operator set them."""
+        """The shares that the operator configured."""
         limits, security = config.scheduler, config.security
         return cls(
             limits.max_requests_per_token,
@@ -100,7 +100,7 @@ class Shares:
         )
 
     def tenant(self, authorization: str | bytes | None) -> bytes:
-        """Names whose cached prefixes a request may find; empty where all requests share them."""
+        """Identifies whose cached prefixes a request may use; empty if all requests share them."""
         if not self._separates_tokens or not isinstance(authorization, str):
             return b""
         return _token_name(authorization)
@@ -139,13 +139,13 @@ class Shares:
 
 
 def _token_name(authorization: str) -> bytes:
-    # By the token alone: the spelling of the header must not make several parties of one.
+    # Use the token alone, so that spellings of the header do not turn one party into several.
     return token_digest(bearer_token(authorization) or authorization)
 
 
 @dataclass(frozen=True, slots=True)
 class Party:
-    """Who asks: its requests are counted together. The fields are as ``Shares.hold`` says."""
+    """The client of a request, whose requests are counted together; see ``Shares.hold``."""
 
     shares: Shares
     authorization: str | bytes | None = None
@@ -166,5 +166,5 @@ class Party:
 
     @property
     def most_at_once(self) -> int:
-        """How many answers to one call are with the engine at once: no more than it may have."""
+        """How many answers of one call the engine gets at once, within the party's own limit."""
         return min(self.shares.least or MAX_AT_A_TIME, MAX_AT_A_TIME)

@@ -15,7 +15,7 @@ from turret.server.basics.closest import did_you_mean
 from turret.server.basics.files import read_regular
 from turret.server.errors import PermissionDeniedError, UnauthenticatedError
 
-# What was read from files, and is read again when they have changed.
+# Values that are read from files, and read again when the files change.
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class WatchedFiles(Generic[_T]):
         self._paths = tuple(paths)
         self._read = read
         self._what = what
-        # Before they are read: what changes meanwhile shows at the next look.
+        # Take the stamp before reading: the next look then notices a change made meanwhile.
         self._seen = self._stamp()
         self.newest = read()
 
@@ -55,7 +55,7 @@ class WatchedFiles(Generic[_T]):
         self._seen = stamp
         try:
             for path in self._paths:
-                # Not every reader refuses a FIFO, and here waiting for one would stop the reload.
+                # Reject a FIFO here: some readers would wait for its writer and block the reload.
                 read_regular(path)
             self.newest = self._read()
         except (OSError, ValueError) as error:
@@ -65,11 +65,11 @@ class WatchedFiles(Generic[_T]):
         return True
 
     def forget(self) -> None:
-        """Have the next look read the files, changed or not."""
+        """Make the next look read the files, changed or not."""
         self._seen = None
 
     def _stamp(self) -> _Stamp | None:
-        """What changes when a file is written or replaced; None while one is missing."""
+        """Changes whenever a file is written or replaced; None while one is missing."""
         try:
             stats = [path.stat() for path in self._paths]
         except OSError:
@@ -88,12 +88,12 @@ def bearer_token(authorization: str) -> str | None:
 
 
 def token_digest(token: str) -> bytes:
-    """What is kept of a token: it names the token and does not disclose it."""
+    """The digest that is stored of a token, which identifies it without disclosing it."""
     return hashlib.sha256(token.encode()).digest()
 
 
 def _named(role: str, token: str) -> str:
-    """What to say of a word that is no role, unless it may be a token: those are not repeated."""
+    """How to quote an unknown role in an error: not at all if it may be a token."""
     if set(token.split(",")) <= set(ROLES):
         return "the token comes first; "
     meant = did_you_mean(role, ROLES)
@@ -121,7 +121,7 @@ class TokenTable:
 
     @classmethod
     def parse(cls, path: Path) -> TokenTable:
-        """As :meth:`read`, but says nothing of the file's mode."""
+        """As :meth:`read`, but without a warning about the file's mode."""
         flag = f"--token-file: {path}"
         entries: dict[str, frozenset[str]] = {}
         try:
@@ -167,11 +167,11 @@ class TokenTable:
 
 # Bearer tokens with roles, and which role each service asks for.
 
-# Services that are not listed (health, reflection) are open: they tell nothing about the content.
+# Services that are not listed (health, reflection) are open: they reveal nothing about the content.
 SERVICE_ROLES = {
     "turret.v1.Inference": "inference",
     "turret.v1.Adapters": "admin",
-    # No service of turret.v1: a door may serve the metrics too.
+    # Not a service of turret.v1: a listening address may serve the metrics too.
     "metrics": "metrics",
 }
 
@@ -213,7 +213,7 @@ def roles_of(tokens: TokenTable | None, authorization: object) -> frozenset[str]
         raise UnauthenticatedError("the call carries no 'authorization: Bearer TOKEN'")
     token = bearer_token(authorization)
     if token is None:
-        # What was sent may be a token, and is not repeated.
+        # The header may contain a token, so the message does not repeat it.
         raise UnauthenticatedError("'authorization' does not have the form 'Bearer TOKEN'")
     roles = tokens.roles_of(token)
     if roles is None:

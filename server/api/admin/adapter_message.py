@@ -25,7 +25,7 @@ RESIDENCIES = {
 
 
 def _sendable(text: str) -> str:
-    """The text with a question mark for each half of a surrogate pair, which no message can hold.
+    """The text with a question mark for each half of a surrogate pair, which protobuf rejects.
 
     Reading refuses such text, but a state directory may hold what an earlier version let in.
     """
@@ -33,7 +33,7 @@ def _sendable(text: str) -> str:
 
 
 def adapter_message(record: AdapterInfo) -> adapters_pb2.Adapter:
-    """A registry record, as the API shows it."""
+    """A registry record in the form of the API."""
     facts = record.facts
     message = adapters_pb2.Adapter(
         name=record.name,
@@ -68,7 +68,7 @@ def adapter_message(record: AdapterInfo) -> adapters_pb2.Adapter:
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
-# gRPC's clients take 4 MiB unless they are told otherwise.
+# gRPC clients accept 4 MiB by default.
 MAX_PAGE_BYTES = 3 << 20
 _CHECK_BYTES = 8
 
@@ -115,7 +115,7 @@ def page_length(page_size: int) -> int:
 
 
 def cut_page(messages: Iterable[adapters_pb2.Adapter]) -> list[adapters_pb2.Adapter]:
-    """As many of the first as may be sent together; one at least, if there is one."""
+    """As many of the first adapters as fit into one message, and at least one."""
     page: list[adapters_pb2.Adapter] = []
     left = MAX_PAGE_BYTES
     for message in messages:

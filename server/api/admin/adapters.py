@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 DEFAULT_UNLOAD_SECONDS = 30.0
 MAX_UNLOAD_SECONDS = 3600.0
-# Each may take up to --max-upload-bytes of the disk before it is known to be any good.
+# Concurrent uploads. Each may take up to --max-upload-bytes of the disk before it is validated.
 MAX_UPLOADS = 8
 _SLOW_CALLS = 32
 _DRAINS = 32
@@ -64,7 +64,7 @@ _DRAINS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """Adapters that match, of all; no more of them than were asked for."""
+    """Some of the matching adapters, with the number of matches and of all adapters."""
 
     shown: list[adapters_pb2.Adapter]
     num_matching: int
@@ -72,7 +72,7 @@ class Found:
 
 
 class Adapters:
-    """Answers on behalf of the registry behind the gate; doors share one.
+    """Serves adapter calls from the registry behind the gate; all protocols share one instance.
 
     Every method raises UnavailableError while the gate is closed and InvalidRequestError for a
     message with offending fields (all of them listed); what else it raises is the registry's, the
@@ -84,7 +84,7 @@ class Adapters:
         self._gate = gate
         self._num_uploads = 0
         self._slow = SlowCalls(_SLOW_CALLS)
-        # Drains wait up to an hour for other people's requests: never in the threads that load.
+        # Drains wait up to an hour for other people's requests: keep them off the loading threads.
         self._drains = SlowCalls(_DRAINS)
 
     def close(self) -> None:
@@ -121,7 +121,7 @@ class Adapters:
         )
 
     async def upload(self, messages: Messages, call: Call) -> adapters_pb2.Adapter:
-        """Take in the files of an adapter: a header, then chunks in the order of its files.
+        """Receive the files of an adapter: a header, then chunks in the order of its files.
 
         Raises:
             QueueFullError: ``MAX_UPLOADS`` are under way.
@@ -162,7 +162,7 @@ class Adapters:
                 task=task_of(header),
             )
         finally:
-            # In a thread of its own: the pool refuses work while the server stops.
+            # Start a thread for it, because the pool rejects work while the server stops.
             threading.Thread(target=staged.discard, name="discard upload").start()
         return adapter_message(record)
 
@@ -179,7 +179,7 @@ class Adapters:
             result = await asyncio.wrap_future(fusing)
         return fuse_response(result, adapter_message(result.record))
 
-    # What there is
+    # Reading the registry
 
     async def get(
         self, message: adapters_pb2.GetAdapterRequest, call: Call
@@ -235,7 +235,7 @@ class Adapters:
         )
 
     async def find(self, text: str, most: int) -> Found:
-        """The first ``most`` adapters, by name, whose names hold a text; nothing is checked."""
+        """The first ``most`` adapters, by name, whose names contain a text, without validation."""
         registry = self._gate.enter().registry
         records = await asyncio.to_thread(registry.list)
         matching = sorted((r for r in records if text in r.name), key=lambda r: r.name)
@@ -269,7 +269,7 @@ class Adapters:
                 chunk = adapters_pb2.FileChunk(path=path, data=data)
                 yield adapters_pb2.ExportAdapterResponse(chunk=chunk)
 
-    # Pins, and the end
+    # Pinning and unloading
 
     async def pin(
         self, message: adapters_pb2.PinAdapterRequest, call: Call
@@ -301,7 +301,7 @@ class Adapters:
         call.adapters = (message.name,)
         is_forced = message.mode == adapters_pb2.UnloadAdapterRequest.FORCE
         mode: UnloadMode = "FORCE" if is_forced else "DRAIN"
-        # A drain that had to wait for its turn would wait for other people's requests.
+        # Start a drain at once: in a queue it would also wait for the requests of other drains.
         run = self._slow.run if is_forced else self._drains.run_now
         await run(
             registry.unload,

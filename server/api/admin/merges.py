@@ -1,4 +1,4 @@
-"""Merges, proto to domain and back."""
+"""Conversion of merges between proto and domain."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from turret.server.adapters.merge.state import MergeState
 
 
-# Fusions, proto to domain and back.
+# Conversion of fusions between proto and domain.
 
 _OPTIONAL = ("rank", "energy", "density", "seed")
 
@@ -28,7 +28,7 @@ _OPTIONAL = ("rank", "energy", "density", "seed")
 def checked_fuse_request(
     request: adapters_pb2.FuseAdaptersRequest,
 ) -> tuple[str, tuple[AdapterRef, ...], Combination]:
-    """Name of the result, mix and combination.
+    """The name of the result, its mix and its combination.
 
     Raises:
         InvalidRequestError: Lists every offending field.
@@ -41,7 +41,7 @@ def checked_fuse_request(
     values: dict[str, Any] = {
         field: getattr(request, field) for field in _OPTIONAL if request.HasField(field)
     }
-    # The empty string is the default of both.
+    # An empty string selects the default.
     for field, path in (("name", "combination"), ("majority_sign_method",) * 2):
         text = getattr(request, path)
         violations.check_chars(text, MAX_WORD_CHARS, path)
@@ -59,7 +59,7 @@ def checked_fuse_request(
 def fuse_response(
     result: FuseResult, adapter: adapters_pb2.Adapter
 ) -> adapters_pb2.FuseAdaptersResponse:
-    """A ``FuseResult``, as the API shows it."""
+    """A ``FuseResult`` in the form of the API."""
     response = adapters_pb2.FuseAdaptersResponse(
         adapter=adapter, relative_error=result.relative_error
     )
@@ -69,7 +69,7 @@ def fuse_response(
 
 
 _Request = adapters_pb2.MergeAdaptersRequest
-# None leaves the choice to the merge.
+# None lets the merge choose.
 _PRECISIONS: dict[int, Precision | None] = {
     _Request.PRECISION_UNSPECIFIED: None,
     _Request.AUTO: None,
@@ -79,7 +79,7 @@ _PRECISIONS: dict[int, Precision | None] = {
 
 
 def checked_merge_request(request: _Request) -> tuple[tuple[AdapterRef, ...], Precision | None]:
-    """The mix and how it is stored.
+    """The mix, and the precision in which it is stored.
 
     Raises:
         InvalidRequestError: Lists every offending field.
@@ -87,7 +87,7 @@ def checked_merge_request(request: _Request) -> tuple[tuple[AdapterRef, ...], Pr
     violations = Violations()
     violations.check(len(request.adapters) > 0, "adapters", "at least one")
     refs = adapter_refs(request.adapters, violations)
-    # It would change nothing, and be in the way of one that does.
+    # A mix of zero weights would change nothing, yet block a merge that does.
     is_nothing = bool(refs) and all(ref.weight == 0 for ref in refs)
     violations.check(not is_nothing, "adapters", "must have a weight other than 0 among them")
     violations.check(request.precision in _PRECISIONS, "precision", "is no value of Precision")
@@ -96,7 +96,7 @@ def checked_merge_request(request: _Request) -> tuple[tuple[AdapterRef, ...], Pr
 
 
 def merge_state_message(state: MergeState) -> adapters_pb2.MergeState:
-    """The state, as the API shows it."""
+    """The state in the form of the API."""
     message = adapters_pb2.MergeState(base_generation=state.base_generation)
     merge = state.merge
     if merge is None:

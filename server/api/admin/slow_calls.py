@@ -1,4 +1,4 @@
-"""Threads for calls that may take long: they must not hold up those that tokenise or list."""
+"""Threads for calls that may take long, so that they do not delay tokenising or listing."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class SlowCalls:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def run(self, call: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-        """What ``call`` returns or raises. It goes on if the caller is cancelled meanwhile."""
+        """Return or raise what ``call`` does. It continues if the caller is cancelled meanwhile."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, functools.partial(call, *args, **kwargs))
 
     async def run_now(self, call: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-        """As ``run``, but waits for no turn.
+        """As ``run``, but without waiting for a turn.
 
         Raises:
             QueueFullError: All threads are taken.
@@ -48,12 +48,12 @@ class SlowCalls:
 
         self._num_running += 1
         running = asyncio.ensure_future(self.run(call, *args, **kwargs))
-        # The thread goes on if the caller is cancelled, and is counted until it is done.
+        # If the caller is cancelled the thread continues, and is counted until it is done.
         running.add_done_callback(ended)
         return await asyncio.shield(running)
 
     async def open(self, call: Callable[[], _T], undo: Callable[[_T], object]) -> _T:
-        """As ``run``; if the caller is cancelled meanwhile, what was opened is closed again."""
+        """As ``run``; if the caller is cancelled meanwhile, the result is closed again."""
         loop = asyncio.get_running_loop()
         opening = loop.run_in_executor(self._threads, call)
         try:

@@ -19,14 +19,14 @@ from turret.server.basics.hub_id import no_adapter_name
 from turret.server.errors import DeadlineExceededError, InvalidRequestError
 from turret.v1 import adapters_pb2
 
-# What a checkpoint is read from; anything else would be kept for nothing.
+# A checkpoint is read from these files; any other file would be stored for nothing.
 _REQUIRED = (CONFIG_FILE, TENSORS_FILE)
 UPLOAD_FILES = (*_REQUIRED, *TOKENIZER_FILES)
 _MOST_BYTES = {CONFIG_FILE: MAX_CONFIG_BYTES, **TOKENIZER_FILES}
 MAX_CHUNK_BYTES = 1 << 20
-# A client that says nothing for so long has gone, or keeps a place that others wait for.
+# A client that is silent for this long has gone, or holds a slot that others wait for.
 IDLE_SECONDS = 60.0
-# Of a whole upload: so long, and what its bytes take at this rate.
+# Time limit of a whole upload: a base, plus the time that its bytes take at this rate.
 BASE_SECONDS = 120.0
 LEAST_BYTES_PER_SECOND = 128 << 10
 
@@ -106,7 +106,7 @@ def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapter
 
 
 def most_seconds(header: adapters_pb2.UploadHeader) -> float:
-    """How long the files of an upload may take to come."""
+    """Time limit in seconds for receiving the files of an upload."""
     return BASE_SECONDS + sum(f.size_bytes for f in header.files) / LEAST_BYTES_PER_SECOND
 
 

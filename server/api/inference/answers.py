@@ -1,4 +1,4 @@
-"""Inference results, domain to proto."""
+"""Conversion of inference results from domain to proto."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from turret.server.engine.scheduling.request import (
 from turret.server.errors import DeadlineExceededError
 from turret.v1 import inference_pb2
 
-# What the engine gives back to a request, counted for its call.
+# The engine's outputs for a request, counted for its call.
 
 
 async def outputs_of(
     backend: Backend, request: Request, call: Call
 ) -> AsyncGenerator[Output, None]:
-    """Run a request on behalf of a call; however the call ends, the engine lets go of it.
+    """Run a request on behalf of a call; however the call ends, the engine drops the request.
 
     Raises:
         DeadlineExceededError: After the last output, if the deadline ended the request.
@@ -36,12 +36,12 @@ async def outputs_of(
     call.rename(request.request_id)
     call.adapters = tuple(ref.name for ref in request.adapters)
     stream = await backend.engine.submit(request)
-    # Also covers a call that dies while nobody iterates.
+    # Also cancel the stream if the call dies while nobody iterates over it.
     call.at_end(stream.cancel)
     is_counted = False
     try:
         async for output in stream:
-            # A call may ask for several answers.
+            # A call may consist of several requests, so add to its counts.
             if not is_counted:
                 call.prompt_tokens += len(request.prompt_token_ids)
                 is_counted = True
@@ -53,13 +53,13 @@ async def outputs_of(
         stream.cancel()
 
 
-# Runs the parts of one call beside each other.
+# Concurrent execution of the parts of one call.
 
 _T = TypeVar("_T")
 
 
 async def together(work: Sequence[Coroutine[Any, Any, _T]], at_a_time: int) -> list[_T]:
-    """What each returns, in order, with so many of them running at a time.
+    """The results in order, with at most ``at_a_time`` coroutines running.
 
     What the first of them to fail raises is raised; the others are cancelled, and have ended.
     """
@@ -159,24 +159,23 @@ def finish_fields(finish: Finish, stop_token_ids: frozenset[int]) -> dict[str, A
 
 
 class JoinedChunks:
-    """The chunks of an answer, on the way to one message."""
+    """Joins the chunks of an answer into one message."""
 
     def __init__(self) -> None:
         self._response = inference_pb2.GenerateResponse()
         self._texts: list[str] = []
 
     def add(self, chunk: inference_pb2.GenerateChunk) -> None:
-        """Take in the next one, which is changed."""
+        """Add the next chunk, which this modifies."""
         self._texts.append(chunk.text)
         chunk.ClearField("text")
         if not chunk.HasField("usage"):
-            # The first tells it, and the last again.
+            # Only the first and the last chunk report the adapters: keep those of the last.
             chunk.ClearField("adapters_used")
-        # Both messages have the same fields under the same numbers: joining the chunks is what the
-        # wire format calls a merge.
+        # Both messages have the same field numbers, so merging in the wire format joins the chunks.
         self._response.MergeFromString(chunk.SerializeToString())
 
     def response(self) -> inference_pb2.GenerateResponse:
-        """All of them together."""
+        """All chunks as one message."""
         self._response.text = "".join(self._texts)
         return self._response

@@ -1,4 +1,4 @@
-"""Conversations, proto to what the chat template takes: turns, tools and calls of them."""
+"""Conversations, from proto to the chat template's form: turns, tools and calls of tools."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from turret.server.models.tokenizer import RenderedChat, Tokenizer
 
 TOOL_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_TOOL_NAME_CHARS}}}")
-# What a turn costs beside its characters, in characters.
+# Cost of every turn and tool, in characters, in addition to its text.
 _TURN_CHARS = 32
 
 
 def check_chat(chat: inference_pb2.Chat, limits: InputLimits, violations: Violations) -> None:
-    """Check a conversation as far as it can be unread.
+    """Check a conversation as far as possible without tokenising it.
 
     Raises:
         PromptTooLongError: It cannot be as few tokens as the limit, whatever they are.
@@ -37,7 +37,7 @@ def check_chat(chat: inference_pb2.Chat, limits: InputLimits, violations: Violat
     violations.check(len(turns) > 0, "chat.messages", "at least one")
     if not violations.check_count(len(turns), MAX_CHAT_MESSAGES, "chat.messages"):
         return
-    # Every list is counted before any of them is read.
+    # Check the length of every list before reading any of them.
     is_counted = violations.check_count(len(chat.tools), MAX_TOOLS, "chat.tools")
     for index, turn in enumerate(turns):
         path = f"chat.messages[{index}].tool_calls"
@@ -91,12 +91,12 @@ def _num_chars(chat: inference_pb2.Chat) -> int:
 
 
 def chat_size(chat: inference_pb2.Chat) -> int:
-    """About how many characters the template makes of a conversation."""
+    """The approximate number of characters that the template makes of a conversation."""
     return _num_chars(chat) + _TURN_CHARS * (len(chat.messages) + len(chat.tools))
 
 
 def check_length(length: int, limit: int, unit: str) -> None:
-    """Refuse what is longer than the model can read.
+    """Reject input that is longer than the model can read.
 
     Raises:
         PromptTooLongError: It is.

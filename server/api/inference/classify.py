@@ -1,4 +1,4 @@
-"""What Classify does: labels for each input."""
+"""Implements Classify: labels for each input."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def classify(
         head, logits = output.head, output.pooled
         assert head is not None
         assert logits is not None
-        # Not known before: the adapter may be replaced until the engine has it.
+        # This cannot be checked earlier: the adapter may be replaced until the engine holds it.
         if count > (most := MAX_LABEL_SCORES // len(logits)):
             raise InvalidRequestError.of(
                 "inputs",
@@ -87,7 +87,7 @@ def _classification(head: Head, logits: array[float]) -> inference_pb2.Classific
 
 
 def probabilities(head: Head, logits: array[float]) -> list[float] | list[None]:
-    """Of each label; None where the numbers are none of labels."""
+    """The probability of each label; None if the numbers are not those of labels."""
     if head.problem_type == REGRESSION:
         return [None] * len(logits)
     if head.problem_type == SINGLE_LABEL:
@@ -99,7 +99,7 @@ def probabilities(head: Head, logits: array[float]) -> list[float] | list[None]:
 
 
 def _sigmoid(logit: float) -> float:
-    # Of a large negative number the exponential would overflow.
+    # Avoid exp() of a large positive number, which overflows.
     if logit >= 0:
         return 1 / (1 + math.exp(-logit))
     return math.exp(logit) / (1 + math.exp(logit))

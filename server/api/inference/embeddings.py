@@ -1,4 +1,4 @@
-"""What Embed does: a vector for each input."""
+"""Implements Embed: a vector for each input."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _KINDS = {
 def pooling_of(
     message: inference_pb2.EmbedRequest, hidden_size: int, violations: Violations
 ) -> Pooling:
-    """How the states are pooled; what is wrong is noted, and left at its default."""
+    """How to pool the hidden states; an invalid value is noted, and left at its default."""
     values: dict[str, Any] = {}
     known = message.pooling in _KINDS
     violations.check(known, "pooling", f"{message.pooling} is no pooling of this version")

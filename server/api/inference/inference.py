@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from turret.server.models.tokenizer import Tokenizer
 
 _T = TypeVar("_T")
-# More tokens than these take over a millisecond to turn into a message.
+# Converting more tokens than this to a message takes over a millisecond.
 _INLINE_TOKENS = 128
 
 
@@ -59,7 +59,7 @@ class Inference:
         self._gate = gate
 
     async def chat_format(self, adapters: Sequence[adapters_pb2.AdapterWeight] = ()) -> ChatFormat:
-        """How answers to conversations with these adapters are to be read."""
+        """The format of answers to conversations with these adapters."""
         vocabulary = await self._gate.enter().vocabularies.of(adapters)
         return vocabulary.tokenizer.chat_format
 
@@ -83,7 +83,7 @@ class Inference:
             call=call,
             deadline=deadline,
         )
-        # Nobody else keeps it: its memory is free while the request waits and runs.
+        # Drop the last reference, so that the message is freed while the request waits and runs.
         del message
         is_echoed = not request.options.echo
         async with contextlib.aclosing(outputs_of(backend, request, call)) as outputs:
@@ -144,7 +144,7 @@ class Inference:
         party: Party,
         deadline: float | None,
     ) -> inference_pb2.EmbedResponse:
-        """A vector for each input, whose requests are counted as the party's.
+        """A vector for each input. Each counts as a request of the party.
 
         Raises:
             DeadlineExceededError: The deadline passed first.
@@ -175,7 +175,7 @@ class Inference:
         refs = adapter_refs(message.adapters, violations)
         violations.raise_if_any()
         if refs:
-            # Nobody computes with them; they must be there all the same.
+            # No step uses these adapters, but they must exist.
             backend.registry.release(backend.registry.acquire(refs))
         ids = await input_token_ids(message, tokenizer, limits)
         check_length(len(ids), limits.max_tokens, "tokens")
@@ -211,7 +211,7 @@ class Inference:
 def _prompt_chunk(
     request: Request, first: Output, tokenizer: Tokenizer
 ) -> inference_pb2.GenerateChunk:
-    """The prompt, if it is to be echoed; its logprobs come with the first output."""
+    """The echoed prompt, if requested; its log probabilities come with the first output."""
     options, ids = request.options, request.prompt_token_ids
     return inference_pb2.GenerateChunk(
         request_id=request.request_id,
@@ -239,5 +239,5 @@ def _chunk(request: Request, output: Output) -> inference_pb2.GenerateChunk:
 
 
 async def _converted(size: int, convert: Callable[[], _T]) -> _T:
-    """What ``convert`` makes; off the event loop if it is about more than a few tokens."""
+    """The result of ``convert``, which runs off the event loop for more than a few tokens."""
     return convert() if size <= _INLINE_TOKENS else await asyncio.to_thread(convert)

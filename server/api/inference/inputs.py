@@ -1,4 +1,4 @@
-"""Calls of several inputs: checked together, run beside each other, summed up."""
+"""Calls with several inputs: their checks, concurrent execution, and summed usage."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from turret.server.api.vocabularies import Vocabulary
 
 _T = TypeVar("_T")
-# Whatever is wrong with these is wrong with the call, not with one of its inputs.
+# Violations of these fields concern the whole call, not one of its inputs.
 _SHARED = ("adapters", "inputs")
 
 
 def check_inputs(
     inputs: Sequence[inference_pb2.Input], limits: InputLimits, violations: Violations
 ) -> None:
-    """Check every input as far as it can be unread.
+    """Check every input as far as possible without tokenising it.
 
     Raises:
         PromptTooLongError: One cannot be as few tokens as the limit, whatever they are.
@@ -59,7 +59,7 @@ def check_inputs(
 
 @contextlib.contextmanager
 def blamed_on(index: int) -> Iterator[None]:
-    """Have what is wrong with an input say which one it is."""
+    """Report errors in an input with that input's path."""
     try:
         yield
     except InvalidRequestError as error:
@@ -89,8 +89,8 @@ def pooled_requests(
     deadline: float | None,
     salt: bytes,
 ) -> Callable[[int], Awaitable[Request]]:
-    """Makes the request for an input, by its index, when it is asked to."""
-    # Each input counts its share of what was sent.
+    """Returns a function that makes the request for an input, given its index."""
+    # Divide the size of the message among its inputs.
     message_bytes = call.message_bytes // len(inputs)
 
     async def make(index: int) -> Request:
@@ -118,7 +118,7 @@ async def run_inputs(
     make: Callable[[int], Awaitable[Request]],
     convert: Callable[[Output], _T],
 ) -> list[tuple[_T, Finish]]:
-    """Run a request for each input, some of them at a time.
+    """Run a request for each input, a limited number at a time.
 
     Args:
         backend: Answers.
@@ -191,7 +191,7 @@ def summed_fields(finishes: Sequence[Finish]) -> dict[str, Any]:
 
 
 def _distinct(finishes: Iterable[Finish]) -> list[AdapterUse]:
-    """Each of the weights that answered, once: as the input that waited for them tells it."""
+    """The weights that answered, without duplicates; cold starts are kept where they occurred."""
     places: dict[tuple[int, int], AdapterUse] = {}
     for finish in finishes:
         for place, use in enumerate(finish.adapters_used):

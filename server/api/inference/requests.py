@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from turret.server.api.vocabularies import Vocabulary
     from turret.server.models.tokenizer import Tokenizer
 
-# Text that takes longer than about a millisecond to tokenise leaves the event loop.
+# Tokenising more text than this takes over a millisecond or so, and leaves the event loop.
 _INLINE_CHARS = 4096
 
 _SAMPLING_SCALARS = (
@@ -57,7 +57,7 @@ Asked = (
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int, violations: Violations, path: str) -> None:
-    # One pass in C; most messages hold no bad id.
+    # Most messages contain no invalid id, and max() finds that out in one pass in C.
     if not ids or max(ids) < vocab_size:
         return
     for index, token_id in enumerate(ids):
@@ -98,7 +98,7 @@ def stop_conditions(
 def constraint_spec(
     message: inference_pb2.GenerateRequest, violations: Violations
 ) -> ConstraintSpec | None:
-    """What the answer must match, not yet compiled; None for any text."""
+    """The constraint on the answer, not yet compiled; None without one."""
     kind = message.WhichOneof("constraint")
     if kind is None or (kind == "json_object" and not message.json_object):
         return None
@@ -140,14 +140,14 @@ def check_input(message: Asked, limits: InputLimits, violations: Violations) -> 
 
 
 def request_salt(call: Call, asked: str, violations: Violations) -> bytes:
-    """The salt of a call's requests, whose message asks for ``asked`` as its ``cache_salt``."""
+    """The salt for the requests of a call whose message sets ``asked`` as its ``cache_salt``."""
     is_short = len(asked) <= MAX_CACHE_SALT_CHARS
     violations.check(is_short, "cache_salt", f"at most {MAX_CACHE_SALT_CHARS} characters")
     return salt_of(call.tenant, asked) if is_short else b""
 
 
 def check_request_id(request_id: str, violations: Violations) -> None:
-    """An empty id is none."""
+    """Check a request id; an empty one means none."""
     violations.check(
         request_id == "" or is_request_id(request_id),
         "request_id",
@@ -216,7 +216,7 @@ async def generate_request(
             "echo": asked.echo,
             "token_ids": asked.token_ids,
             "call_marks": asked.call_marks,
-            # What is not a conversation has no turn of the model's that channels could divide.
+            # Only a conversation has a turn of the model that can be divided into channels.
             "said_only": message.WhichOneof("input") == "chat" and not asked.call_marks,
         },
         "options",
@@ -252,7 +252,7 @@ async def score_request(
     call: Call,
     deadline: float | None,
 ) -> Request:
-    """As ``generate_request``, for prompt logprobs alone."""
+    """As ``generate_request``, but only for the log probabilities of the prompt."""
     violations = Violations()
     check_input(message, limits, violations)
     refs = adapter_refs(message.adapters, violations)

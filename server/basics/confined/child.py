@@ -24,7 +24,7 @@ def main(program: str, cpu_seconds: str, max_bytes: str, *packages: str) -> None
         max_bytes: Limit of the address space.
         packages: Directories to import packages from.
     """
-    # Ctrl-C reaches the whole process group. The parent decides when its children end.
+    # Ctrl-C reaches the whole process group, but the parent decides when its children end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.path += packages

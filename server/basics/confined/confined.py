@@ -1,4 +1,4 @@
-"""A child process that answers jobs, and that is killed when a job takes too much."""
+"""A child process that answers jobs, and is killed when a job exceeds its limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from turret.server.basics.byte_size import format_byte_size
 
-# A job that hardly gets any processor time ends after this.
+# Wall-clock limit, for a job that gets hardly any processor time.
 TIMEOUT_SECONDS = 60.0
 _CHILD = Path(__file__).with_name("child.py")
 _READ_BYTES = 1 << 20
@@ -40,7 +40,7 @@ class ConfinedError(Exception):
 
 
 class Confined:
-    """Runs a program of turret's on what strangers wrote. Thread-safe; one job at a time.
+    """Runs a program of turret's on untrusted input. Thread-safe; one job at a time.
 
     The process starts with the first job and serves the next ones too. After a job that met a
     limit, the next job gets a new process.
@@ -95,7 +95,7 @@ class Confined:
         return _answers(output)
 
     def close(self) -> None:
-        """Kill the process, and with it a job that runs. There will be no other."""
+        """Kill the process and any running job. No further job is possible."""
         self._is_closed = True
         if self._process is not None:
             self._process.kill()
@@ -142,21 +142,21 @@ class Confined:
                     why = f"writes more than {format_byte_size(self._max_answer_bytes)}"
                     raise ConfinedError(why, is_over_limit=True)
             elif left:
-                # A process that has ended says so at its standard output.
+                # If the process has ended, its standard output reports that.
                 with contextlib.suppress(BrokenPipeError):
                     left = left[os.write(sink, left) :]
                 if not left:
                     poll.unregister(sink)
 
     def _end_of(self, process: subprocess.Popen[bytes]) -> ConfinedError:
-        """Why the process ended by itself."""
+        """Why the process ended by itself, as an error."""
         code = process.wait()
         if code in (-signal.SIGKILL, -signal.SIGTERM):
             return ConfinedError("its process was ended", is_over_limit=False)
         if code == -signal.SIGPROF:
             why = f"takes more than {self._cpu_seconds:g} s of processor time"
         elif code == 1:
-            # Python's own exit code after an exception that nobody caught.
+            # Python exits with 1 after an uncaught exception.
             why = f"needs more than {format_byte_size(self._max_bytes)} of memory"
         else:
             why = f"makes its process crash (exit code {code})"

@@ -1,4 +1,4 @@
-"""Parts of an answer that both generation endpoints have, from turret.v1 to OpenAI's JSON."""
+"""Fields that the answers of both generation endpoints share, from turret.v1 to OpenAI's JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _Response = inference_pb2.GenerateResponse
 Ended = inference_pb2.GenerateResponse | inference_pb2.GenerateChunk
 
 FINISH_REASONS = {_Response.STOP: "stop", _Response.LENGTH: "length"}
-# JSON has no infinity; OpenAI's own API says this of a token that cannot be.
+# JSON has no infinity. OpenAI's API reports this value for an impossible token.
 LEAST_LOGPROB = -9999.0
 _REPLACEMENT = "\ufffd"
 
@@ -31,13 +31,13 @@ def head(
 
 
 def stop_reason(answer: Ended) -> str | int | None:
-    """The stop string or token of the request that ended an answer, as vLLM tells it."""
+    """The stop string or token of the request that ended an answer, as vLLM reports it."""
     which = answer.WhichOneof("stop")
     return None if which is None else getattr(answer, which)
 
 
 def usage_of(ended: Sequence[Ended], num_choices: int) -> dict[str, Any]:
-    """What the answers cost together. Answers to one prompt follow each other; it counts once."""
+    """Total usage of the answers. Consecutive answers share a prompt, which is counted once."""
     firsts = ended[::num_choices]
     prompt = sum(answer.usage.prompt_tokens for answer in firsts)
     completion = sum(answer.usage.completion_tokens for answer in ended)
@@ -52,17 +52,17 @@ def usage_of(ended: Sequence[Ended], num_choices: int) -> dict[str, Any]:
 
 
 def adapters_of(ended: Sequence[Ended]) -> list[dict[str, Any]]:
-    """Which weights answered (the first of the answers): turret's own field."""
+    """The weights that produced the answers, according to the first one: turret's own field."""
     return told_uses(ended[0].adapters_used)
 
 
 def told_uses(uses: Iterable[inference_pb2.AdapterUse]) -> list[dict[str, Any]]:
-    """Which weights answered."""
+    """The weights that produced an answer, as JSON."""
     return [
         {
             "name": use.name,
             "generation": use.generation,
-            # The shortest number that is the same in single precision.
+            # Round to the shortest number with the same single-precision value.
             "weight": float(f"{use.weight:.7g}"),
             "cold_start": use.cold_start,
             "load_ms": use.load_ms,
@@ -81,7 +81,7 @@ def _bytes_of(text: str) -> list[int] | None:
 
 
 def chat_logprobs(tokens: Iterable[inference_pb2.TokenLogprob]) -> dict[str, Any]:
-    """Logprobs as /v1/chat/completions has them."""
+    """Log probabilities in the form of /v1/chat/completions."""
     return {
         "content": [
             {
@@ -104,13 +104,13 @@ def chat_logprobs(tokens: Iterable[inference_pb2.TokenLogprob]) -> dict[str, Any
 
 
 class CompletionLogprobs:
-    """Logprobs as /v1/completions has them: parallel lists, with each token's place in the text."""
+    """Log probabilities in the form of /v1/completions: parallel lists, with tokens' offsets."""
 
     def __init__(self) -> None:
         self._offset = 0
 
     def render(self, tokens: Iterable[inference_pb2.TokenLogprob]) -> dict[str, Any]:
-        """The lists of the tokens that come next."""
+        """The lists for the next tokens."""
         lists: dict[str, list[Any]] = {
             "tokens": [],
             "token_logprobs": [],
@@ -121,7 +121,7 @@ class CompletionLogprobs:
             lists["tokens"].append(token.text)
             lists["text_offset"].append(self._offset)
             self._offset += len(token.text)
-            # The first token of a prompt follows nothing.
+            # The first token of a prompt has no log probability.
             known = token.HasField("logprob")
             lists["token_logprobs"].append(finite(token.logprob) if known else None)
             lists["top_logprobs"].append(_by_text(token) if known else None)
@@ -129,7 +129,7 @@ class CompletionLogprobs:
 
 
 def _by_text(token: inference_pb2.TokenLogprob) -> dict[str, float]:
-    """The likeliest tokens and the token itself; of tokens with one text the likeliest counts."""
+    """The likeliest tokens and the sampled one; of those with the same text, the likeliest."""
     found: dict[str, float] = {}
     for text, logprob in (
         *((top.text, top.logprob) for top in token.top),

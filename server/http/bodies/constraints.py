@@ -1,4 +1,4 @@
-"""What an answer must match, in the several forms in which clients of this API ask for it."""
+"""The constraint on an answer, in the several forms that clients of this API use for it."""
 
 from __future__ import annotations
 
@@ -79,14 +79,14 @@ _BY_NAME: dict[str, tuple[str, _Set]] = {
     "choice": ("choice", _choice),
 }
 _FORMS = (
-    # vLLM's newer form, its older one, and what other servers of the field read.
+    # vLLM's newer form, its older one, and the names that other servers accept.
     *(_Form(("structured_outputs", name), *how) for name, how in _BY_NAME.items()),
     *(_Form((f"guided_{name}",), *how) for name, how in _BY_NAME.items()),
     *(_Form((name,), *how) for name, how in _BY_NAME.items() if name != "json"),
     _Form(("json_schema",), *_BY_NAME["json"]),
     _Form(("ebnf",), *_BY_NAME["grammar"]),
 )
-# They would change what is allowed.
+# These options are rejected because they would change what the constraint allows.
 _REFUSED = (
     *("structural_tag", "whitespace_pattern", "disable_any_whitespace"),
     "disable_additional_properties",
@@ -96,7 +96,7 @@ _FORMATS = ("text", "json_object", "json_schema")
 
 
 def read_constraint(fields: Fields, message: _Message) -> dict[str, str]:
-    """Read the one constraint that a request may have; what is wrong is noted.
+    """Read the only constraint that a request may have; errors are noted.
 
     Returns:
         The client's name of the constraint's field, by that of the message.
@@ -106,7 +106,7 @@ def read_constraint(fields: Fields, message: _Message) -> dict[str, str]:
         *outer, name = form.path
         inside = fields.inner(outer[0]) if outer else fields
         value = inside.get(name)
-        # false asks for nothing, as null does; so does the grammar of who always sends one.
+        # Some clients always send an empty grammar. Like false and null, it asks for nothing.
         if value is None or value is False or (value == "" and form.path == ("grammar",)):
             continue
         found.append((form.kind, ".".join(form.path)))
@@ -120,13 +120,13 @@ def read_constraint(fields: Fields, message: _Message) -> dict[str, str]:
     unread = [name for name in outputs.sent if name not in outputs.read]
     unread = next((name for name in unread if not outputs.is_null(name)), None)
     if not found and unread is not None:
-        # It asks for a constraint; an answer without any would be another.
+        # The client asked for a constraint: do not answer without one.
         outputs.refuse(unread[:_SHOWN_CHARS], f"is no constraint; there are {', '.join(_BY_NAME)}")
     found += _read_response_format(fields, message)
     if len(found) > 1:
         names = ", ".join(name for _, name in found)
         fields.refuse(found[1][1], f"an answer has one constraint, not several: {names}")
-    # A choice is a list here, not an object with one.
+    # ``choice`` is a plain list here, but a message with ``texts`` in turret.v1.
     return {(f"{kind}.texts" if kind == "choice" else kind): name for kind, name in found[:1]}
 
 
@@ -169,7 +169,7 @@ def _read_response_format(fields: Fields, message: _Message) -> list[tuple[str, 
         inner = asked.inner("json_schema")
         schema = inner.get("schema")
         why = "must be set" if schema is None else _schema(message, schema)
-        # Of what is no object that is all there is to say.
+        # If ``json_schema`` is no object, that violation is enough.
         if why is not None and isinstance(asked.get("json_schema"), dict | None):
             inner.refuse("schema", why)
         return [("json_schema", "response_format.json_schema.schema")]

@@ -1,4 +1,4 @@
-"""Typed access to the fields of a JSON object; everything wrong is noted, nothing raises."""
+"""Typed access to the fields of a JSON object. Errors are noted and none is raised."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from turret.server.api.violations import Violations
 UINT32 = (1 << 32) - 1
 _HALF_A_PAIR = "holds half of a surrogate pair"
 _TOO_LARGE = "holds a number that is too large: at most 1.8e308"
-# Of a name within a path that a client made up.
+# Maximum length of a client's own field name within a reported path.
 _SHOWN_CHARS = 40
 
 
 class Fields:
-    """One object of a request. A field that is null is as good as absent.
+    """One object of a request. A field that is null counts as absent.
 
     Args:
         body: The object.
@@ -35,7 +35,7 @@ class Fields:
         self._body = body
         self.path = path
         self.violations = violations
-        # A dictionary, as an ordered set.
+        # A dict used as an ordered set.
         self.read: dict[str, None] = {}
         self.within: dict[str, Fields] = {}
 
@@ -45,7 +45,7 @@ class Fields:
         return self._body.keys()
 
     def is_null(self, name: str) -> bool:
-        """Whether a field is absent, or as good as that."""
+        """Whether a field is absent or null."""
         return self._body.get(name) is None
 
     def is_any_of(self, name: str, values: Iterable[Any]) -> bool:
@@ -108,7 +108,7 @@ class Fields:
         return value
 
     def count(self, name: str, least: int = 0) -> int | None:
-        """A limit of so many; one that no message can hold is lowered: the context refuses it."""
+        """A count, lowered to what a message can hold; the context limit rejects it anyway."""
         found = self.integer(name, least, None)
         return None if found is None else min(found, UINT32)
 
@@ -131,13 +131,13 @@ class Fields:
         return value
 
     def inner(self, name: str) -> Fields:
-        """The fields of an object in a field; of an empty one if there is none."""
+        """The fields of the object in a field; without it, the fields of an empty object."""
         if name not in self.within:
             self.nested(name, self.object(name) or {})
         return self.within[name]
 
     def nested(self, path: str, value: Mapping[str, Any]) -> Fields:
-        """The fields of an object that lies at ``path`` within this one."""
+        """The fields of an object at ``path`` within this one."""
         self.within[path] = Fields(value, self.violations, f"{self.path}{path}.")
         return self.within[path]
 
@@ -158,7 +158,7 @@ def why_no_text(value: Any) -> str | None:
 
 
 def json_text(value: Any) -> tuple[str, str | None]:
-    """A value that was parsed, as JSON again, and what keeps it from that, or None.
+    """A parsed value as JSON again, or what prevents that.
 
     JSON is read with numbers that are larger than any float, which it cannot write.
     """
@@ -173,7 +173,7 @@ def json_text(value: Any) -> tuple[str, str | None]:
 
 
 def unwritable(value: Any, path: str) -> tuple[str, str] | None:
-    """Where in a parsed value that lies at ``path`` something no JSON can write is, and what."""
+    """The path of the first value that JSON cannot represent, and why; None if there is none."""
     _, why = json_text(value)
     return _unwritable(value, path) if why is not None else None
 

@@ -11,16 +11,16 @@ from turret.server.http.bodies.fields import Fields, are_token_ids, is_token_id,
 from turret.server.http.bodies.model_names import mix_of
 from turret.v1 import inference_pb2
 
-# As OpenAI's.
+# OpenAI's limit.
 MAX_CHOICES = 128
-# No request runs for as long as this.
+# Longer than any request runs.
 MAX_TIMEOUT_SECONDS = 30 * 86400.0
 
 _NUMBERS = (
     *("temperature", "top_p", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty"),
 )
-# Paths of turret.v1 by the names that clients of this door know.
+# Field paths of turret.v1, mapped to the names of this API.
 NAMES = {
     "sampling.": "",
     "stop.": "",
@@ -68,7 +68,7 @@ class Asked:
 
 
 def read_asked(fields: Fields, base_name: str, *, least_tokens: int = 1) -> Asked:
-    """Read the fields that both endpoints have; what is wrong is noted in their violations.
+    """Read the fields that both endpoints have; errors are noted in their violations.
 
     Args:
         fields: The request.
@@ -106,7 +106,7 @@ def read_asked(fields: Fields, base_name: str, *, least_tokens: int = 1) -> Aske
 
 
 def read_deadline(fields: Fields) -> float | None:
-    """``timeout``, seconds from now, as a ``time.monotonic()`` value; None if there is none."""
+    """``timeout``, in seconds from now, as a ``time.monotonic()`` value; None without one."""
     seconds = fields.number("timeout")
     if seconds is None:
         return None
@@ -121,7 +121,7 @@ def _read_sampling(fields: Fields, sampling: inference_pb2.SamplingParams) -> No
         number = fields.number(name)
         if number is not None:
             setattr(sampling, name, number)
-    # -1 is off in vLLM, and 0 is here.
+    # vLLM disables top_k with -1, turret with 0.
     top_k = fields.count("top_k", -1)
     if top_k is not None:
         sampling.top_k = max(top_k, 0)
@@ -133,7 +133,7 @@ def _read_sampling(fields: Fields, sampling: inference_pb2.SamplingParams) -> No
         if not is_id or isinstance(bias, bool) or not isinstance(bias, int | float):
             fields.refuse("logit_bias", "must map token ids to numbers")
             return
-        # What no float holds is out of range all the same, as is any number over 100.
+        # Clamp integers that no float can hold. Anything beyond 100 is rejected later anyway.
         sampling.logit_bias[int(key)] = max(-1000, min(bias, 1000))
 
 
@@ -174,7 +174,7 @@ def _read_stop(
 def numbered(
     asked: Asked, prompt: inference_pb2.GenerateRequest, choice: int
 ) -> inference_pb2.GenerateRequest:
-    """The request for one of a prompt's answers: of those with a seed, each has its own.
+    """The request for one of a prompt's answers. With a seed, each answer gets a different one.
 
     Args:
         asked: What is asked for.

@@ -7,12 +7,12 @@ from typing import Any
 from turret.server.http.bodies.fields import Fields, why_no_text
 from turret.v1 import inference_pb2
 
-# OpenAI's newer word for what templates call the system's turn.
+# OpenAI's newer name for the role that chat templates call ``system``.
 _ROLES = {"developer": "system"}
 
 
 def read_messages(fields: Fields) -> inference_pb2.Chat:
-    """The conversation; what is wrong with it is noted."""
+    """Read the conversation; errors are noted."""
     chat = inference_pb2.Chat()
     turns = fields.array("messages")
     if turns is None and fields.get("messages") is None:
@@ -30,7 +30,7 @@ def read_messages(fields: Fields) -> inference_pb2.Chat:
             entry.refuse("role", "must be set")
         if role == "function" or entry.get("function_call"):
             entry.refuse("role", "send tool and tool_calls")
-        # Answers that are all calls, or all thought, have none and come back so.
+        # Answers made only of calls or reasoning have no content, and clients return them as such.
         if entry.get("content") is None and role != "assistant":
             entry.refuse("content", "must be set")
         said = chat.messages.add(role=_ROLES.get(role or "", role or ""), content=_content(entry))

@@ -1,4 +1,4 @@
-"""What ``model`` means: the base, an adapter, or a mix of adapters."""
+"""The meaning of ``model``: the base model, an adapter, or a mix of adapters."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from turret.server.errors import AdapterNotFoundError, InvalidRequestError
 from turret.server.http.bodies.fields import Fields
 from turret.v1 import adapters_pb2
 
-# Of an entry of ``adapters``: one that is misspelt would be served with another weight.
+# Reject other fields: with a misspelt ``weight`` the request would run with a different weight.
 _MEMBER_FIELDS = ("name", "weight", "generation")
 _SHOWN_CHARS = 40
-# A weight needs no more digits; with blanks, stars and a prefix a mix of the longest names fits.
+# No weight needs more digits. The limit on the model leaves room for blanks, stars and a prefix.
 _MOST_WEIGHT_CHARS = 32
 _MOST_MODEL_CHARS = 2 * MAX_MIX_MEMBERS * (MAX_NAME_CHARS + _MOST_WEIGHT_CHARS)
 
-# No adapter's name holds a plus, a star or a colon.
+# Adapter names contain no plus, star or colon.
 _MEMBER = re.compile(rf"(?P<name>{ADAPTER_NAME.pattern})(?:\*(?P<weight>.*))?", re.DOTALL)
 _WEIGHT = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 _WEIGHT_RULE = "is a decimal number without an exponent, such as 2, 0.5 or -0.5"
@@ -45,7 +45,7 @@ def mix_of(
     named, wrong = _read_model(model, base_name) if model is not None else ([], [])
     for why in wrong:
         fields.refuse("model", why)
-    # What is wrong with a mix as a whole is wrong with the field that holds it.
+    # Report violations of the whole mix under the field that contains it.
     names["adapters"] = "model"
     typed = fields.get("adapters")
     if typed is None or typed == []:
@@ -60,7 +60,7 @@ def mix_of(
 
 
 def parse_model(model: str, base_name: str) -> list[adapters_pb2.AdapterWeight]:
-    """The mix that a name stands for; empty for the base model.
+    """The mix that a model name refers to; empty for the base model.
 
     ``base`` and the base model's name are the base, ``sql`` is an adapter, ``sql+json*-0.5`` a mix;
     ``BASE:`` with the base model's name (or ``base:``) may stand before either.
@@ -76,7 +76,7 @@ def parse_model(model: str, base_name: str) -> list[adapters_pb2.AdapterWeight]:
 
 
 def _read_model(model: str, base_name: str) -> tuple[list[adapters_pb2.AdapterWeight], list[str]]:
-    """As ``parse_model``, with what is wrong; a member has no weight then."""
+    """Like ``parse_model``, but with the errors; a member with an error has no weight."""
     if model in (BASE, base_name):
         return [], []
     if len(model) > _MOST_MODEL_CHARS:
@@ -119,7 +119,7 @@ def _why_no_weight(name: str, text: str) -> str:
 
 
 def _no_model(model: str, base_name: str) -> AdapterNotFoundError:
-    """The error for a model that has the form of none."""
+    """The error for a model name of no known form."""
     lower = model.lower()
     if lower == base_name.lower():
         form = f"; did you mean {base_name!r}?"

@@ -10,7 +10,7 @@ from turret.server.http.bodies.unsupported import refuse_unsupported
 from turret.v1 import inference_pb2
 
 MAX_PROMPTS = 2048
-# Paths of turret.v1, in calls of several inputs, by the names that clients of this door know.
+# Field paths of turret.v1 in calls with several inputs, mapped to the names of this API.
 NAMES = {"inputs": "input"}
 _CHAT_NAMES = {"inputs": "messages", "inputs[0].chat.": ""}
 
@@ -18,7 +18,7 @@ _M = TypeVar("_M", inference_pb2.GenerateRequest, inference_pb2.Input)
 
 
 def read_prompts(fields: Fields, name: str, kind: type[_M]) -> dict[str, _M]:
-    """A message for each prompt, by where it lies; none if anything is wrong, which is noted.
+    """A message per prompt, by its path in the request; none after an error, which is noted.
 
     Args:
         fields: The request.
@@ -31,7 +31,7 @@ def read_prompts(fields: Fields, name: str, kind: type[_M]) -> dict[str, _M]:
         hint = "; what answers messages is /v1/chat/completions" if is_chat else ""
         fields.refuse(name, f"must be set{hint}")
         return {}
-    # A list of integers is one prompt; an empty list is none.
+    # A list of integers is one prompt; an empty list contains no prompt.
     is_one = isinstance(sent, str) or (
         isinstance(sent, list) and (not sent or not isinstance(sent[0], str | list))
     )
@@ -60,7 +60,7 @@ def read_prompts(fields: Fields, name: str, kind: type[_M]) -> dict[str, _M]:
 
 
 def read_inputs(fields: Fields, names: dict[str, str]) -> list[inference_pb2.Input]:
-    """What ``input`` lists, or the one conversation in ``messages``, which is vLLM's.
+    """The entries of ``input``, or the one conversation in ``messages``, which is vLLM's form.
 
     Args:
         fields: The request; what is wrong is noted.

@@ -17,15 +17,16 @@ from turret.server.http.bodies.fields import UINT32, Fields
 from turret.server.http.bodies.unsupported import refused_fields
 from turret.v1 import inference_pb2
 
-# What is refused when it asks for something need not be spelt well; these two are read somewhere.
+# Rejected fields are neither corrected nor suggested, but some endpoint reads these two.
 _REFUSED = {name for names in refused_fields().values() for name in names} - {"tools", "echo"}
-# No client sends so many; comparing more would take long.
+# No client sends as many unread fields, or names as long; comparing them would take long.
 _MOST_UNREAD, _MOST_CHARS = 32, 40
 _SHORT, _LONG = 4, 8
-# In an object there are few fields to be told from another: one letter of a short name is a slip.
+# Names up to this length are similar only if they have the same letters. The limit is lower inside
+# an object, which has few fields to confuse.
 _SHORT_WITHIN = 2
-# What other servers call a field, as ``_plain`` says it; to ignore it would change the answer
-# without a word. With the fields that it may mean: the first that the endpoint reads.
+# Names that other servers use, normalised by ``_plain``, with the fields that they may mean: the
+# first that the endpoint reads. Ignoring such a name would silently change the answer.
 _LIMITS = ("max_output_tokens", "max_tokens")
 _OTHERS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("maxnewtokens", "maxoutputtokens", "maxtokenstosample"), _LIMITS),
@@ -37,13 +38,13 @@ _OTHERS: dict[str, tuple[str, ...]] = {
     "randomseed": ("seed",),
     "format": ("response_format",),
 }
-# Values of theirs that ask for nothing.
+# Values of these fields that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("npredict", "numpredict"), (-1,)),
     "repeatpenalty": (1,),
     "format": ("",),
 }
-# Fields of which any one, where it was sent, says what is meant by this one.
+# Alternatives to a field: if any of them was sent, a misspelt one is not reported.
 _AS_GOOD: dict[str, tuple[str, ...]] = dict.fromkeys(_LIMITS, (*_LIMITS, "max_completion_tokens"))
 
 
@@ -64,7 +65,7 @@ def refuse_if_wrong(
     violations = fields.violations
     for inside, name, meant in reversed(list(itertools.islice(_slips(fields), MAX_VIOLATIONS))):
         path, instead = inside.path + name, inside.path + meant
-        # The cause comes first, and stands for what would be said of the field that is not there.
+        # Report the misspelling first, in place of violations of the field that it stands for.
         violations.found = [
             each
             for each in violations.found
@@ -80,7 +81,7 @@ def refuse_if_wrong(
 
 
 def _slips(whole: Fields) -> Iterator[tuple[Fields, str, str]]:
-    """Names that were sent and mean another, which was not, with the fields they are among."""
+    """Unknown fields sent in place of a known one, each with its object and the known field."""
     compared: set[str] = set()
     for fields in _all_of(whole):
         for name in fields.sent:
@@ -93,7 +94,7 @@ def _slips(whole: Fields) -> Iterator[tuple[Fields, str, str]]:
             if meant is None:
                 continue
             as_good = (each for each in _AS_GOOD.get(meant, (meant,)) if each in fields.read)
-            # Who sends both knows one from the other.
+            # If the suggested field was sent too, the unknown one is not a misspelling of it.
             if all(map(fields.is_null, as_good)):
                 yield fields, name, meant
 
@@ -125,7 +126,7 @@ def _meant(name: str, fields: Fields) -> str | None:
 
 
 def _plain(name: str) -> str:
-    """Without what languages write otherwise."""
+    """The name without the differences between languages' naming styles."""
     return name.lower().replace("_", "").replace("-", "")
 
 
@@ -139,7 +140,7 @@ def slips_between(name: str, choice: str, short: int = _SHORT) -> int:
     one, other = _plain(name), _plain(choice)
     if one == other:
         return 0
-    # top_a is not top_k, but sede is seed.
+    # Short names need the same letters: ``sede`` may mean seed, but ``top_a`` does not mean top_k.
     is_short = max(len(one), len(other)) <= short and sorted(one) != sorted(other)
     if is_short or abs(len(one) - len(other)) > 2:
         return len(one) + len(other)

@@ -1,4 +1,4 @@
-"""What a request says of tools: which there are, and whether they must be called."""
+"""The tools of a request: which there are, and whether the model must call them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CHOICES = "must be none, auto, required, a function or allowed_tools"
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """What may come of tools in the answer.
+    """How tools may appear in the answer.
 
     Attributes:
         tools: Those that may be called, by name, with their arguments' JSON schemas (empty: no
@@ -32,7 +32,7 @@ class ToolUse:
 
 
 def read_tools(fields: Fields, chat: inference_pb2.Chat, *, is_flat: bool = False) -> ToolUse:
-    """Read ``tools`` and ``tool_choice``, and tell the template of the tools; faults are noted.
+    """Read ``tools`` and ``tool_choice``, and pass the tools to the template; errors are noted.
 
     Args:
         fields: The request.
@@ -53,7 +53,7 @@ def read_tools(fields: Fields, chat: inference_pb2.Chat, *, is_flat: bool = Fals
     is_parallel = fields.flag("parallel_tool_calls", default=True)
     names, must_call = _read_choice(fields, tuple(parameters), is_flat)
     if not must_call:
-        # The model is not told of what it may not call. What it must call is forced.
+        # Hide tools that the model may not call. Required calls are enforced by the grammar.
         may_call = set(names)
         told = [tool for tool in chat.tools if tool.name in may_call]
         del chat.tools[:]

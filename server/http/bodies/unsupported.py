@@ -14,7 +14,7 @@ _OLD_TOOLS = "send tools and tool_choice"
 _NO_TEMPLATE = "the chat template is the model's own"
 _OFF = "is not supported; leave it out"
 _BY_TOKEN = "is not supported; logit_bias makes tokens likelier or not, a constraint forbids others"
-# Of Responses' reasoning.effort, too.
+# Also used for ``reasoning.effort`` of the Responses API.
 NO_EFFORT = "is not supported: a model thinks as its template has it; leave it out, or send 'none'"
 _IN_CHATS = "is for /v1/chat/completions"
 
@@ -63,11 +63,11 @@ _COMPLETIONS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def refuse_unsupported(fields: Fields, *, is_chat: bool) -> None:
-    """Note every field whose meaning would be lost."""
+    """Note every field that turret would have to ignore."""
     own = _CHAT if is_chat else _COMPLETIONS
     for name, (neutral, why) in (_EVERYWHERE | own).items():
         value = fields.get(name)
-        # Compared with its type: True is no 1.
+        # Compare the types too: 1 equals True in Python.
         if value is None or any(type(value) is type(n) and value == n for n in neutral):
             continue
         fields.refuse(name, why)

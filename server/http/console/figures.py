@@ -20,7 +20,7 @@ _GAUGES = {
 }
 _BY_ADAPTER = {
     "turret_requests_total": "requests",
-    # Each token but the first of an answer ends a gap, and each first one a wait.
+    # Together they count every token: the first of an answer ends a wait, each later one a gap.
     "turret_adapter_time_to_first_token_seconds_count": "tokens",
     "turret_adapter_inter_token_seconds_count": "tokens",
 }

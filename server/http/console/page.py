@@ -40,7 +40,7 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    # Asked for again each time, and sent again only if another version is installed.
+    # Browsers revalidate on every load and download again only if another version is installed.
     "cache-control": "no-cache",
 }
 

@@ -14,13 +14,13 @@ from turret.server.http.exchange.endpoint import Exchange
 from turret.server.metrics import Metrics
 from turret.v1 import adapters_pb2
 
-# Rows of the table; a search finds the others.
+# Maximum number of table rows; a search finds other adapters.
 MAX_ADAPTERS = 200
 MAX_SEARCH_CHARS = 128
 
 
 class State:
-    """Tells each role what the other paths tell it too, in one answer.
+    """Reports to each role, in one answer, what it can also read from other paths.
 
     Args:
         inference: Knows the base model.
@@ -56,7 +56,7 @@ class State:
         is_admin = "admin" in roles and self._has_admin
         state: dict[str, Any] = {
             "time": time.time(),
-            # Rates are made of this one: the other may be set.
+            # The page computes rates from this clock, because the wall clock may be set.
             "clock": time.monotonic(),
             "roles": sorted(roles),
             "manages_adapters": self._has_admin,
@@ -104,7 +104,7 @@ class State:
 
 
 def _merged(state: adapters_pb2.MergeState) -> dict[str, Any] | None:
-    """What of GetMergeState is shown; None where nothing is merged."""
+    """The parts of GetMergeState to show; None if nothing is merged."""
     if not state.active:
         return None
     precision = adapters_pb2.MergeAdaptersRequest.Precision.Name(state.precision)
@@ -116,7 +116,7 @@ def _merged(state: adapters_pb2.MergeState) -> dict[str, Any] | None:
 
 
 def _row(adapter: adapters_pb2.Adapter, is_admin: bool) -> dict[str, Any]:
-    """What /v1/models tells of an adapter; to an administrator what ListAdapters tells."""
+    """An adapter as in /v1/models, or for an administrator as in ListAdapters."""
     row = {
         "name": adapter.name,
         "method": adapter.method,
@@ -127,7 +127,7 @@ def _row(adapter: adapters_pb2.Adapter, is_admin: bool) -> dict[str, Any]:
         return row
     return row | {
         "ranks": list(adapter.ranks),
-        # As the command's list has it: what its files hold, wherever it is now.
+        # The size of the adapter's files wherever it is loaded, as in `turret adapters list`.
         "bytes": adapter.bytes_disk,
         "pinned": adapter.pinned,
         "in_flight": adapter.in_flight,

@@ -25,23 +25,23 @@ from turret.server.http.exchange.shape import (
     check_shape,
 )
 
-# As much as the gRPC door takes in one message.
+# The same limit as for a gRPC message.
 MAX_BODY_BYTES = 4 << 20
-# A client that sends its body slower than this has gone, or keeps a place that others wait for.
+# A client that sends its body more slowly has gone, or holds a slot that others wait for.
 BODY_SECONDS = 60.0
-# Parsing more than this takes longer than a millisecond or so, and leaves the event loop.
+# Parsing more than this takes longer than about a millisecond, so it leaves the event loop.
 _INLINE_BYTES = 32 << 10
 # Large bodies are parsed one at a time: one of 4 MiB can make 60 MiB of objects before its shape is
 # known, and bodies of several clients would add up.
 _parser = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="turret-body")
 
-# The stubs of json lack its parsers in Python.
+# The type stubs of json omit its parsers written in Python.
 _json: Any = json
 _GZIP = b"\x1f\x8b"
 
 
 class _NoNumberError(ValueError):
-    """What Python's reader takes for a number, and JSON does not."""
+    """A number that Python's parser accepts although it is not JSON."""
 
 
 class _ManyError(Exception):
@@ -128,7 +128,7 @@ def parse(data: bytes, shape: Shape = ANY) -> dict[str, Any]:
             that is no text, which no answer could say.
     """
     try:
-        # Some editors begin UTF-8 with a mark.
+        # Some editors write a byte order mark before UTF-8.
         text = data.decode("utf-8-sig")
         body = (_Careful() if _may_be_many(data) else _quick).decode(text)
     except RecursionError:
@@ -139,25 +139,25 @@ def parse(data: bytes, shape: Shape = ANY) -> dict[str, Any]:
         raise InvalidRequestError(_why_no_json(data, error)) from None
     if not isinstance(body, dict):
         raise InvalidRequestError("the body must be a JSON object")
-    # Only an escape can write half of a pair: UTF-8 itself has none.
+    # Only escapes can produce half of a surrogate pair: UTF-8 cannot encode one.
     check_shape(body, shape, checks_names=b"\\ud" in data or b"\\uD" in data)
     return body
 
 
 def _why_no_json(data: bytes, error: Exception) -> str:
-    """What is wrong with a body of which parsing raised this."""
+    """Why a body whose parsing raised this error is not JSON."""
     if not data:
         return "the body is empty: it must be a JSON object"
     if data.startswith(_GZIP):
         return "the body is compressed: send the JSON as it is"
-    # Of each letter of JSON, UTF-16 and UTF-32 have a byte that is zero.
+    # UTF-16 and UTF-32 encode every ASCII character with a zero byte.
     if b"\0" in data[:4]:
         return "the body is not UTF-8, as JSON must be: it may be UTF-16"
     if isinstance(error, UnicodeDecodeError):
         return f"the body is not UTF-8, as JSON must be: see byte {error.start}"
     if isinstance(error, json.JSONDecodeError | _NoNumberError):
         return f"the body is no JSON: {error}"
-    # All that remains: an integer that Python does not read.
+    # The remaining case is an integer with more digits than Python parses.
     return f"a number in the body has more than {sys.get_int_max_str_digits()} digits"
 
 
@@ -186,7 +186,7 @@ _quick = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_number)
 
 
 class _Careful(json.JSONDecoder):
-    """Gives up at the first list or object that is one too many.
+    """A decoder that gives up at the first list or object over the limit.
 
     The C parser would make millions of objects, and no other thread would run meanwhile. This is
     json's parser in Python, which is slow for many numbers and as fast for long texts.

@@ -6,9 +6,9 @@ import asyncio
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-# More than this is not held back to be sent with what follows.
+# Send at once when more than this is held back.
 _MAX_HELD_BYTES = 64 << 10
-# Where an ASGI scope has it, among its extensions.
+# Name of the ASGI extension that holds a request's ``Chunks``.
 EXTENSION = "turret.chunks"
 
 
@@ -30,7 +30,7 @@ class Chunks:
         self._num_bytes = 0
 
     async def write(self, data: bytes) -> None:
-        """Send some bytes before the event loop waits again.
+        """Send bytes before the event loop waits again.
 
         Waits while the client does not read what it got.
         """

@@ -1,4 +1,4 @@
-"""Connections over HTTP: what a request may take of time and bytes, and certificates."""
+"""HTTP connections with limits on the time and bytes of a request, and reloadable certificates."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from turret.server.http.exchange.body import MAX_BODY_BYTES
 from turret.server.http.exchange.chunks import EXTENSION, Chunks
 from turret.server.http.exchange.listener import Listener
 
-# From the connection, or from the first byte of a later request, to the end of its head.
+# Time limit for a request's head, from the connection or from the first byte of a later request.
 HEAD_SECONDS = 10.0
-# As the gRPC door allows for metadata.
+# The same as the hard limit on gRPC metadata.
 MAX_HEAD_BYTES = 16 << 10
-# A client that sends on after a refusal has so long, and so many bytes, to read the answer. A
-# connection that is closed while bytes arrive is reset, and the client may lose the answer.
+# A client that keeps sending after a rejection gets this much time, and may send this many bytes,
+# to read the answer. Closing the connection earlier would reset it and could lose the answer.
 LINGER_SECONDS = 5.0
 LINGER_BYTES = MAX_BODY_BYTES
-# Of a request after its head, with what chunks have around their data: a body in chunks of a few
+# Limit on the bytes of a request after its head, with chunk framing. A body in chunks of a few
 # bytes would be many times its size, and each chunk takes time.
 MAX_WIRE_BYTES = MAX_BODY_BYTES + (MAX_BODY_BYTES >> 2)
-# The parser gets at most so many bytes before others have a turn: 10,000 chunks of one byte.
+# The parser takes at most this much (10,000 chunks of one byte) before others get a turn.
 _PIECE_BYTES = 64 << 10
 
 
@@ -50,7 +50,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(**arguments)
         self._listener = listener
         self._pieces: deque[bytes] = deque()
-        # Of a head, or of what comes after it, so far.
+        # Bytes received so far of the current head, or of what follows the head.
         self._num_bytes = 0
         self._is_in_head = True
         self._is_last = False
@@ -62,7 +62,7 @@ class Connection(HttpToolsProtocol):
     async def _answer(
         self, cycle: RequestResponseCycle, app: Any, scope: Any, receive: Any, send: Any
     ) -> None:
-        """The application, told how to send chunks."""
+        """Runs the application, with the extension that sends chunks."""
         is_old = scope["http_version"] == "1.0"
         if not is_old:
             scope.setdefault("extensions", {})[EXTENSION] = Chunks(cycle)
@@ -70,7 +70,7 @@ class Connection(HttpToolsProtocol):
         async def framed(message: Any) -> None:
             is_start = message["type"] == "http.response.start"
             if is_old:
-                # uvicorn knows no answer whose end is that of its connection: tell it no length.
+                # uvicorn does not support answers that end with their connection: hide the length.
                 cycle.chunked_encoding = False
                 cycle.expected_content_length = len(message.get("body", b""))
             self._is_last = (is_start and cycle.more_body) or self._is_last
@@ -79,15 +79,15 @@ class Connection(HttpToolsProtocol):
                 return
             headers = [*message.get("headers", ()), (b"connection", b"close")]
             await send({**message, "headers": headers})
-            # uvicorn would close at once, and the client might lose the answer.
+            # uvicorn would close the connection at once, and the client might lose the answer.
             cycle.keep_alive = True
 
         await app(scope, receive, framed)
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # asyncio does so for sockets that say they are TCP, and accepted ones do not. Without it a
-        # small write waits for the client's acknowledgement of the one before: 40 ms an event.
+        # asyncio does this only for sockets with an explicit TCP protocol, which accepted ones
+        # lack. Without it each event waits 40 ms for the acknowledgement of the one before.
         accepted = transport.get_extra_info("socket")
         accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._listener.met(accepted.fileno())
@@ -120,12 +120,12 @@ class Connection(HttpToolsProtocol):
         super().data_received(data)
         if self.transport.is_closing():
             return
-        # A callback may have begun to count in the middle of a piece.
+        # Allow one piece more: a callback may have reset the count in the middle of a piece.
         most = (MAX_HEAD_BYTES if self._is_in_head else MAX_WIRE_BYTES) + _PIECE_BYTES
         if self._num_bytes > most:
             self.send_400_response("Too many bytes.")
             return
-        # A request under way, or one that is complete: uvicorn has its own timer after that.
+        # A request is running, or has completed: from here on uvicorn has a timer of its own.
         if self.cycle is not None and (not self.cycle.response_complete or self._is_idle()):
             self._forget_head()
         else:
@@ -140,7 +140,7 @@ class Connection(HttpToolsProtocol):
         self._num_bytes, self._is_in_head = 0, False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        # uvicorn would take a trailer after the body for a header.
+        # uvicorn would treat a trailer after the body as a header.
         if self._is_in_head:
             super().on_header(name, value)
 

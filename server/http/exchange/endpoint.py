@@ -1,4 +1,4 @@
-"""What surrounds every request: authorisation, the call's beginning and end, errors as answers."""
+"""Common handling of all requests: authorisation, the call's start and end, errors as answers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Exchange:
     _body: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def take_body(self) -> dict[str, Any]:
-        """The object that was sent, once: nobody keeps it while the answer is made."""
+        """Return the object that was sent, once, so that nothing else keeps it in memory."""
         body, self._body = self._body, {}
         return body
 
@@ -73,7 +73,7 @@ Handler = Callable[[Exchange], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """What is answered where.
+    """A path, its method and its handler.
 
     Attributes:
         method: ``GET`` or ``POST``; a POST has a JSON body.
@@ -131,7 +131,7 @@ class Endpoint:
             headers.getlist(REQUEST_ID_KEY),
             self._metrics,
             protocol="http",
-            # What asks every second would leave no room for others.
+            # Failures of endpoints that are polled would crowd out all others.
             failures=self._failures if route.level > logging.DEBUG else None,
             is_counted=route.is_counted,
             level=route.level,
@@ -140,7 +140,7 @@ class Endpoint:
         code = Code.CANCELLED
         try:
             code, refusal = await self._answered(scope, receive, call, reply)
-            # Sent when the error is gone: its traceback held the body.
+            # Send this only when the error is gone, because its traceback holds the body.
             if refusal is not None:
                 await reply.refuse(refusal)
         finally:
@@ -149,7 +149,7 @@ class Endpoint:
     async def _answered(
         self, scope: Scope, receive: Receive, call: Call, reply: Reply
     ) -> tuple[Code, Refusal | None]:
-        """Answer, or return why not, and the code that is counted."""
+        """Answer, or return the refusal, with the code to count."""
         route = self._route
         headers = Headers(scope=scope)
         names = dict(route.names)
@@ -175,7 +175,7 @@ class Endpoint:
         except ClientGoneError:
             return Code.CANCELLED, None
         except asyncio.CancelledError:
-            # The listener stops. Nothing waits for this task but the client, who is told.
+            # The listener is stopping. Only the client waits for this task, so tell the client.
             why = UnavailableError("the server is shutting down: it ended the request")
             return Code.CANCELLED, refusal_of(why)
         except Exception as error:
@@ -201,7 +201,7 @@ def _check_head(scope: Scope, headers: Headers) -> None:
             f"path and headers must be at most {MAX_HEAD_BYTES} bytes",
             reason="head_too_large",
         )
-    # A proxy in front may have looked at the other one.
+    # A proxy in front may have checked the other header.
     if len(headers.getlist("authorization")) > 1:
         raise HttpRefusal(
             400,
@@ -212,18 +212,18 @@ def _check_head(scope: Scope, headers: Headers) -> None:
 
 
 def _peer(scope: Scope) -> str:
-    """Where the client is, in gRPC's words: through either door it is the same party."""
+    """The client's address in gRPC's form, so that both protocols count one party."""
     host, port = scope.get("client") or ("", 0)
     return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
 
 
 async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Code:
-    """Run a handler for as long as its client stays.
+    """Run a handler until it ends or its client disconnects.
 
     Returns:
         OK, or CANCELLED if the client went away; the handler has ended then.
     """
-    # A task of its own: a handler that waits for the engine learns of nothing else.
+    # Run the handler in its own task: while it waits for the engine, it sees no disconnect.
     work = asyncio.ensure_future(handler(exchange))
     gone = asyncio.ensure_future(_disconnect(receive))
     try:
@@ -242,6 +242,6 @@ async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Cod
 
 
 async def _disconnect(receive: Receive) -> None:
-    # What is left of the body has been read; the server may say so more than once.
+    # The body has been read. The server may report its end more than once before the disconnect.
     while (await receive())["type"] != "http.disconnect":
         pass

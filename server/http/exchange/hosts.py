@@ -56,7 +56,7 @@ class HostCheck:
 
     def _passes(self, host: str) -> bool:
         name = name_of(host)
-        # No browser leaves the header out.
+        # A request without the header does not come from a browser.
         if not host.strip() or name == "localhost" or name.endswith(".localhost"):
             return True
         return name != "" and (name in self._names or is_address(name))

@@ -1,4 +1,4 @@
-"""The listening socket of the HTTP door: so many connections, each greeted in time."""
+"""The listening socket for HTTP, with limits on connections and on their TLS handshakes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-# From the connection to the end of the TLS handshake; asyncio's own limit is a minute.
+# Time limit for the TLS handshake, from the connection on; asyncio's default is a minute.
 HANDSHAKE_SECONDS = 10.0
 
 
 class _Accepted(socket.socket):
-    """A connection's socket that says when it is closed."""
+    """The socket of a connection, which reports when it is closed."""
 
     __slots__ = ("on_close",)
 
@@ -73,7 +73,7 @@ class Listener(socket.socket):
 
 
 def _cut(accepted: socket.socket) -> None:
-    # Not closed: that is for its transport, which reads the end of it now.
+    # Do not close the socket: its transport now reads the end of the stream and closes it.
     try:
         accepted.shutdown(socket.SHUT_RDWR)
     except OSError:

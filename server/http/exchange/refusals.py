@@ -1,4 +1,4 @@
-"""A failed request as OpenAI's API says it: a status, and JSON with one ``error``."""
+"""A failed request in the form of OpenAI's API: a status, and JSON with one ``error``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from turret.server.basics.codes import Code
 
 
 class Row(NamedTuple):
-    """How HTTP says a code: the status, and the ``type`` of the error."""
+    """The HTTP form of a code: the status, and the ``type`` of the error."""
 
     status: int
     kind: str
@@ -48,8 +48,8 @@ _TOKEN = (
     "; send 'authorization: Bearer TOKEN' with a token of the server's --token-file, which OpenAI's"
     " clients do with api_key"
 )
-# Next steps as who asks by HTTP takes them, in place of calls of turret.v1 or where clients of that
-# say their own.
+# Next steps for HTTP clients. They replace those that name calls of turret.v1, and add some that
+# gRPC clients provide themselves.
 _STEPS = {
     "what lies elsewhere can be uploaded": "`turret adapters upload` sends what lies elsewhere",
     "the deadline passed before the request finished": "`timeout` passed before the answer was"
@@ -63,7 +63,7 @@ _STEPS = {
         )
     },
 }
-# What to do next, by the reason of an error.
+# Next steps by the reason of an error.
 _HINTS = {
     "ADAPTER_CLASSIFIES": "POST /classify labels texts",
     "HEAD_MISSING": "POST /v1/chat/completions or /v1/completions for text",
@@ -72,14 +72,14 @@ _HINTS = {
     "ADAPTER_PINNED": "`turret adapters unpin` unpins it",
     **dict.fromkeys(("ADAPTER_MERGED", "MERGE_ACTIVE"), "`turret adapters unmerge` takes it out"),
 }
-# A field of turret.v1 that what is said of another speaks of.
+# A field of turret.v1 that messages about other fields mention.
 _LIMIT = "stop.max_tokens"
-# A page of text is enough; a message repeats what the client sent.
+# The message repeats what the client sent, so limit it to about a page of text.
 MAX_MESSAGE_CHARS = 4000
 
 
 class HttpRefusal(Exception):
-    """What only this door refuses: a path, a method, a size, a media type.
+    """A refusal that only HTTP has: of a path, a method, a size or a media type.
 
     Args:
         status: The HTTP status.
@@ -111,7 +111,7 @@ class Refusal:
 
 
 def refusal_of(error: BaseException, names: Mapping[str, str] | None = None) -> Refusal:
-    """How a request that raised is answered.
+    """The refusal for a request that raised this error.
 
     Args:
         error: What was raised. What turret did not raise on purpose becomes "internal error".
@@ -156,7 +156,7 @@ def _said(fault: Fault, names: Mapping[str, str]) -> tuple[str, str | None]:
     """The message in the client's own field names, and the first field to blame."""
     if not fault.violations:
         is_absent = fault.reason == "ADAPTER_NOT_FOUND"
-        # Paths that manage adapters have them in a field of their own.
+        # Paths that manage adapters have the name in a field of its own.
         param = names.get("name", "model") if is_absent else None
         return fault.message + _next_step(fault, param), param
     limit = renamed_path(_LIMIT, names)
@@ -170,7 +170,7 @@ def _said(fault: Fault, names: Mapping[str, str]) -> tuple[str, str | None]:
 
 
 def _next_step(fault: Fault, param: str | None) -> str:
-    """For who names a model that there is not, such as a client's default."""
+    """The next step for a client that names an unknown model, such as its own default."""
     is_one = fault.message.startswith(("adapter not found: ", "the model "))
     is_told = "; " in fault.message or "the current one" in fault.message
     if param is None or not is_one or is_told:
@@ -182,13 +182,13 @@ def _next_step(fault: Fault, param: str | None) -> str:
 def renamed_message(
     message: str, violations: Sequence[tuple[str, str]], renamed: Sequence[tuple[str, str]]
 ) -> str:
-    """A message that begins with what is wrong with which field, with other names of these."""
+    """A message that begins with a field and its error, with the field renamed."""
     said, instead = ("; ".join(f"{p}: {why}" for p, why in each) for each in (violations, renamed))
     return instead + message[len(said) :] if message.startswith(said) else message
 
 
 def renamed_path(path: str, names: Mapping[str, str]) -> str:
-    """The longest entry of ``names`` that begins the path, exchanged for what it stands for."""
+    """The path with its beginning replaced according to the longest matching entry of ``names``."""
     ends = [index for index, char in enumerate(path) if char in ".["]
     for end in (len(path), *reversed(ends)):
         for start in (path[: end + 1] if path[end : end + 1] == "." else "", path[:end]):

@@ -18,7 +18,7 @@ _DONE = b"data: [DONE]\n\n"
 _EVENTS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
-    # Proxies that buffer would hold the answer back until its end.
+    # Buffering proxies would otherwise hold the answer back until its end.
     "x-accel-buffering": "no",
 }
 
@@ -64,7 +64,7 @@ class Reply:
         await self.whole(dumps(value), status, {**_JSON, **(headers or {})})
 
     async def made_json(self, make: Callable[[], Any], *, is_long: bool) -> None:
-        """Send what ``make`` makes as the whole answer; a long one leaves the event loop free."""
+        """Send what ``make`` returns as the whole answer; a long one is made off the event loop."""
 
         def written() -> bytes:
             return dumps(make())

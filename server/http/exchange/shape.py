@@ -9,11 +9,11 @@ from typing import Any
 
 from turret.server.errors import InvalidRequestError
 
-# Lists and objects inside each other; the API itself needs five levels.
+# Maximum nesting of lists and objects; the API itself needs five levels.
 MAX_DEPTH = 64
-# Lists and objects in a body together. A conversation of 4096 turns with tool calls has 30,000.
+# Maximum number of lists and objects in a body; 4096 turns with tool calls have 30,000.
 MAX_CONTAINERS = 1 << 15
-# Entries of a list or object for which a path states no limit of its own.
+# Maximum number of entries in a list or object for which a path states no limit of its own.
 MAX_ENTRIES = 1 << 14
 MANY = f"the body holds more than {MAX_CONTAINERS} lists and objects"
 _SHOWN_CHARS = 40
@@ -68,7 +68,7 @@ def check_shape(body: dict[str, Any], shape: Shape, *, checks_names: bool) -> No
 
 def _inside(value: Any, shape: Shape, path: str) -> Iterator[tuple[Any, Shape, str]]:
     """The lists and objects directly in one, each with its shape and its path."""
-    # Most lists hold numbers or texts only, and are passed over without a loop.
+    # Most lists hold only numbers or texts: skip them without a loop.
     kinds = map(type, value.values() if isinstance(value, dict) else value)
     if {dict, list}.isdisjoint(kinds):
         return

@@ -7,7 +7,7 @@ from typing import Any
 
 from turret.server.http.exchange.reply import dumps, event_bytes
 
-# Stands where the text will; nothing that a client sends holds it.
+# Placeholder for the text. It is random, so no text from a client contains it.
 HOLE = uuid.uuid4().hex
 
 

@@ -68,7 +68,7 @@ class CallReader:
         self.held = ""
 
     def feed(self, text: str) -> list[Piece]:
-        """What becomes certain with more text."""
+        """The pieces that more text makes certain."""
         self.held += text
         pieces: list[Piece] = []
         if not self.is_begun:
@@ -90,7 +90,7 @@ class CallReader:
             self.held = self.held[head.end() :]
             self.is_begun, self._arguments = True, ObjectEnd()
             return [CallBegun(self._index, name)]
-        # Its fields may come in another order: then it is read as a whole.
+        # The fields may come in another order. Then read the call as a whole.
         end = self._whole.find(self.held[self._num_looked_at :])
         if end is None:
             self._num_looked_at = len(self.held)

@@ -13,12 +13,12 @@ from turret.server.http.tools.xml_reader import XmlReader
 
 _Reader = CallReader | NamedReader | XmlReader
 _READERS: dict[str, type[_Reader]] = {"json": CallReader, "named": NamedReader, "xml": XmlReader}
-# What a call begins with after its mark; a name begins with anything.
+# The text that begins a call after its mark, by syntax. A name may begin with anything.
 _OPENINGS = {"json": "{", "named": "", "xml": "<"}
 
 
 class Calls:
-    """Splits a growing text into what is said and calls of tools.
+    """Splits a growing text into the answer's text and calls of tools.
 
     What looks like a call and is none, or calls a tool that there is not, is something said.
 
@@ -31,15 +31,15 @@ class Calls:
         self._form = FORMS[form]
         self._tools = tools
         self._held = ""
-        # Of what was taken as the beginning of a call, should it be none.
+        # Text skipped as the beginning of a call, kept in case it turns out not to be one.
         self._skipped = ""
         self._reader: _Reader | None = None
-        # begin: of the answer; text; call: where one may begin; after: behind one.
+        # begin: start of the answer; text; call: where a call may begin; after: behind a call.
         self._state = "begin" if self._form.is_bare else "text"
         self.count = 0
 
     def feed(self, text: str) -> list[Piece]:
-        """What becomes certain with more text."""
+        """The pieces that more text makes certain."""
         self._held += text
         pieces: list[Piece] = []
         while True:
@@ -49,12 +49,12 @@ class Calls:
                 return pieces
 
     def finish(self) -> list[Piece]:
-        """What is left when the answer has ended."""
+        """The pieces that are left when the answer has ended."""
         held = self._skipped
         if self._reader is not None and not self._reader.is_begun:
             held += self._reader.held
         if self._reader is None:
-            # What may be the beginning of what closes a call is nothing that was said.
+            # A partial end mark after a call is not part of the text.
             is_end = self._state == "after" and self._form.end.startswith(self._held.strip())
             held += "" if is_end else self._held
         self._held = self._skipped = ""
@@ -118,7 +118,7 @@ class Calls:
         return self._skipped.rpartition(self._form.begin)[2]
 
     def _take_back(self, read: str) -> list[Piece]:
-        """What was taken for a call is none: it was said."""
+        """Treat text that looked like a call as text of the answer."""
         said, self._skipped = self._skipped + read, ""
         self._state = "text"
         return [Said(said)] if said else []
@@ -144,7 +144,7 @@ class Calls:
         return []
 
     def _in_between(self) -> list[Piece]:
-        """Blanks between calls are nothing that was said."""
+        """Drop blanks between calls, which are not text of the answer."""
         self._held = self._held.lstrip()
         if self._held:
             self._state = "text"

@@ -1,4 +1,4 @@
-"""Takes an answer in channels apart: thoughts, what is said, and calls of tools."""
+"""Splits an answer in channels into thoughts, text, and calls of tools."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from turret.server.http.tools.pieces import (
     possible_start,
 )
 
-# Marks, a channel's name and that of a tool are shorter.
+# Longer than any mark together with the names of a channel and a tool.
 _MAX_HEADER_CHARS = 256
 _RECIPIENT = "to="
 
@@ -31,7 +31,7 @@ class Channels:
 
     def __init__(self, names: Container[str]) -> None:
         self._names = names
-        # begin: of the answer; header: before a message's text; then its text, by what it is;
+        # begin: start of the answer; header: before a message's text; then the kind of that text;
         # plain: an answer without messages.
         self._state = "begin"
         self._held = ""
@@ -39,7 +39,7 @@ class Channels:
         self._has_arguments = False
 
     def feed(self, text: str) -> list[Piece]:
-        """What becomes certain with more text."""
+        """The pieces that more text makes certain."""
         self._held += text
         pieces: list[Piece] = []
         while True:
@@ -49,10 +49,10 @@ class Channels:
                 return pieces
 
     def finish(self) -> list[Piece]:
-        """What is left when the answer has ended."""
+        """The pieces that are left when the answer has ended."""
         held, self._held = self._held, ""
         if self._state in ("begin", "header"):
-            # A header without a message says nothing.
+            # Drop a header without a message.
             is_header = held.lstrip().startswith(MARKS) or self._state == "header"
             return [] if is_header or not held else [Said(held)]
         return [*self._grown(held), *self._end()]
@@ -70,7 +70,7 @@ class Channels:
             size = len(text) - max(possible_start(text, m) for m in MARKS)
             self._held = text[size:]
             return self._grown(text[:size])
-        # The mark stays: it is of the next header.
+        # Keep the mark: it begins the next header.
         self._held = self._held[len(text) :]
         pieces = [*self._grown(text), *self._end()]
         self._state = "header"
@@ -88,7 +88,7 @@ class Channels:
         text, found, rest = self._held.partition(MESSAGE)
         if not found:
             if len(text) > _MAX_HEADER_CHARS:
-                # The model has lost its format: all of it is text.
+                # The model no longer follows the format: treat everything as text.
                 self._state, self._held = "plain", ""
                 return [Said(text)]
             return []
@@ -115,7 +115,7 @@ class Channels:
         return [Thought(text) if self._state == "thought" else Said(text)]
 
     def _end(self) -> list[Piece]:
-        """Of a message."""
+        """The pieces at the end of a message."""
         if self._state != "call":
             return []
         pieces: list[Piece] = [] if self._has_arguments else [CallGrown(self._count, "{}")]
@@ -124,7 +124,7 @@ class Channels:
 
 
 def _until(text: str, marks: tuple[str, ...]) -> tuple[str, str | None]:
-    """What stands before the first of the marks, and that mark."""
+    """The text before the first of the marks, and that mark."""
     places = {mark: place for mark in marks if (place := text.find(mark)) >= 0}
     if not places:
         return text, None
@@ -133,7 +133,7 @@ def _until(text: str, marks: tuple[str, ...]) -> tuple[str, str | None]:
 
 
 def _last_message(header: str) -> str:
-    """A header without the end of the message before it, and its role."""
+    """A header and its role, without the end of the message before it."""
     for end in ENDS:
         header = header.rpartition(end)[2]
     return header

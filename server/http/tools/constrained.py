@@ -1,4 +1,4 @@
-"""What a constraint allows, as the right side of a grammar's rule."""
+"""The right side of the grammar rule for what a constraint allows."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from turret.server.http.tools.schemas import json_rule
 
-# What llguidance takes for Lark and not for GBNF.
+# Text that llguidance reads as a Lark grammar, not as GBNF.
 _LARK = re.compile(r"(?m)^\s*(%llguidance\b|start\s*:)")
 _META = re.compile(r"([\\.+*?()|\[\]{}^$#&~/-])")
 _SLASH = re.compile(r"(?s)(\\.)|(/)|(\n)")
 
 
 def constrained(kind: str, value: Any) -> str | None:
-    """The rule of an answer; None if there is none that can stand beside others.
+    """The rule for an answer; None if a constraint cannot be combined with other rules.
 
     Args:
         kind: ``json_schema``, ``json_object``, ``regex``, ``grammar`` or ``choice``.

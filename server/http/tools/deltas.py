@@ -9,7 +9,7 @@ from turret.server.http.tools.reader import AnswerReader
 
 
 def delta_of(piece: Piece) -> dict[str, Any]:
-    """What an event of a stream says of a piece."""
+    """The delta of a stream's event for a piece."""
     if isinstance(piece, Said):
         return {"content": piece.text}
     if isinstance(piece, Thought):

@@ -35,14 +35,14 @@ class Form:
 
 FORMS = {
     "hermes": Form("<tool_call>", "</tool_call>"),
-    # Qwen3-Coder and later models of its makers.
+    # Qwen3-Coder and later Qwen models.
     "xml": Form("<tool_call>", "</tool_call>", syntax="xml"),
     "llama3": Form("<|python_tag|>", separators=";", is_bare=True, parameters="parameters"),
     "mistral": Form("[TOOL_CALLS]", separators=",", is_bare=True, is_list=True),
-    # From version 11 of Mistral's tokenizers on: a mark before each call, no list.
+    # Mistral's tokenizers from version 11 on write a mark before each call instead of a list.
     "mistral11": Form("[TOOL_CALLS]", syntax="named"),
-    # gpt-oss. An answer ends with its call.
+    # gpt-oss: an answer ends with its call.
     "harmony": Form(CHANNEL, syntax="channels"),
 }
-# Between a call's name and its id, and before its arguments, in ``mistral11``.
+# Marks of ``mistral11``: before the id of a call, and before its arguments.
 CALL_ID, ARGUMENTS = "[CALL_ID]", "[ARGS]"

@@ -48,7 +48,7 @@ class CallsGrammar:
         return self._form.is_bare and not self._form.is_list
 
     def alone(self) -> str:
-        """Calls, and nothing else.
+        """A grammar for calls and nothing else.
 
         Raises:
             UnenforceableError: A tool's parameters cannot be kept to in this form.
@@ -56,7 +56,7 @@ class CallsGrammar:
         return "\n".join(["start: calls", *self._rules()])
 
     def beside(self, answer: str) -> str:
-        """Calls, or an answer that a grammar makes.
+        """A grammar for calls, or for an answer that matches a rule.
 
         Args:
             answer: The right side of the answer's rule; its first token is none of a call's.
@@ -73,7 +73,7 @@ class CallsGrammar:
                 "type": "object",
                 "properties": {
                     "name": {"const": name},
-                    # References in each begin at itself.
+                    # The id makes references in each schema relative to that schema.
                     self._form.parameters: {"$id": f"urn:turret:arguments{index}", **schema},
                 },
                 "required": ["name", self._form.parameters],
@@ -84,7 +84,7 @@ class CallsGrammar:
         return {"anyOf": [{"$id": "urn:turret:answer", **answer}, *calls]}
 
     def places(self) -> dict[str, tuple[str, str]]:
-        """Of each rule that is made of a schema: the tool, and the path within its arguments'."""
+        """By rule made from a schema: the tool, and the path within the schema of its arguments."""
         found: dict[str, tuple[str, str]] = {}
         for index, (name, schema) in enumerate(self._schemas()):
             if self._form.syntax != "xml":
@@ -136,7 +136,7 @@ def _all_calls(form: Form, mark: Callable[[str], str], is_parallel: bool) -> Ite
         more = ' (", " call)*' if is_parallel else ""
         yield f'calls: {mark(form.begin)} "[" call{more} "]"'
     elif form.syntax == "channels":
-        # Where marks are no text, nothing that is thought can be taken for one.
+        # When every mark is a special token, the free text of a thought cannot contain one.
         if all(mark(text).startswith("<") for text in MARKS):
             yield f'thought: {mark(CHANNEL)} "analysis" {mark(MESSAGE)} /(?s:.*)/ {mark("<|end|>")}'
             yield f'calls: (thought {mark("<|start|>")} "assistant")? call'

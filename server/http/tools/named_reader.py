@@ -14,7 +14,7 @@ _HEAD = re.compile(
     rf"(?:{re.escape(CALL_ID)}\s*([A-Za-z0-9_-]+)\s*)?"
     rf"(?:{re.escape(ARGUMENTS)})?\s*(?=\{{)"
 )
-# A name, an id and the marks around them are shorter.
+# Longer than any name with its id and marks.
 _MAX_HEAD_CHARS = 256
 
 
@@ -40,7 +40,7 @@ class NamedReader:
         self.held = ""
 
     def feed(self, text: str) -> list[Piece]:
-        """What becomes certain with more text."""
+        """The pieces that more text makes certain."""
         self.held += text
         pieces: list[Piece] = []
         if not self.is_begun:

@@ -1,4 +1,4 @@
-"""What an answer consists of."""
+"""The pieces of an answer."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from turret.server.http.tools.channels import Channels
 from turret.server.http.tools.pieces import CallBegun, Piece, Said, Thought
 from turret.server.http.tools.reasoning import Reasoning
 
-# Mistral's templates take ids of nine characters alone, others any.
+# Mistral's templates accept only ids of nine characters; others accept any.
 _ID_CHARS = {"mistral": 9, "mistral11": 9}
 
 
@@ -78,7 +78,7 @@ class AnswerReader:
         return told
 
     def _numbered(self, pieces: list[Piece]) -> list[Piece]:
-        """The pieces without calls that are not to be told; those that are have ids."""
+        """The pieces with ids for calls, without calls beyond the allowed number."""
         told: list[Piece] = []
         for piece in pieces:
             if isinstance(piece, Said | Thought) or self._most is None or piece.index < self._most:

@@ -8,7 +8,7 @@ _BEGIN, _END = "<think>", "</think>"
 
 
 class Reasoning:
-    """Splits a growing text into thoughts and what is said after them.
+    """Splits a growing text into thoughts and the text after them.
 
     Args:
         is_open: Whether the prompt has begun the block already.
@@ -20,7 +20,7 @@ class Reasoning:
         self._held = ""
 
     def feed(self, text: str) -> list[Piece]:
-        """What becomes certain with more text."""
+        """The pieces that more text makes certain."""
         self._held += text
         pieces: list[Piece] = []
         if self._state == "before":
@@ -47,7 +47,7 @@ class Reasoning:
         return pieces
 
     def finish(self) -> list[Piece]:
-        """What is left when the answer has ended."""
+        """The pieces that are left when the answer has ended."""
         if self._state == "inside" and self._held:
             held, self._held = self._held, ""
             return [Thought(held)]

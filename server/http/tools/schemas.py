@@ -8,7 +8,7 @@ from typing import Any
 
 KINDS = frozenset({"string", "number", "boolean", "null", "array", "object"})
 _DEPTH = 8
-# As between the tokens of any constrained JSON.
+# The same whitespace as between the tokens of any constrained JSON.
 _BLANKS = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,32}"}
 
 

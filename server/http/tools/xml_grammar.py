@@ -11,7 +11,8 @@ from turret.server.http.tools.schemas import UnenforceableError, json_rule, kind
 
 _END = "\n</parameter>\n"
 _NOT_IN_XML = "is not supported where the model writes calls as XML"
-# What would bind several parameters, and what would say more of a text than its length.
+# Unsupported keywords: in objects those that relate several parameters, in texts those that
+# constrain more than the length.
 _OF_OBJECTS = (
     *("$ref", "allOf", "anyOf", "oneOf", "not", "if", "patternProperties", "dependentRequired"),
     *("dependentSchemas", "minProperties"),
@@ -58,7 +59,7 @@ def xml_call(index: int, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
 
 
 class _Value:
-    """A parameter's value, with what tells it from others in an error."""
+    """A parameter's value, with what identifies it in an error."""
 
     def __init__(self, tool: str, path: str, root: Mapping[str, Any]) -> None:
         self._tool = tool

@@ -18,7 +18,7 @@ _NEXT = re.compile(rf"\s*(?:{_PARAMETER}([^<>\n]+)>(?:\n|(?=[^\n]))|{_END})")
 
 
 class XmlReader:
-    """Reads a call from ``<function=`` on, and tells its arguments as JSON.
+    """Reads a call from ``<function=`` on, and returns its arguments as JSON.
 
     A parameter's value is text between its tags, whatever its type: the tool's schema says what the
     text stands for. Texts grow as they come, other values come whole.
@@ -39,13 +39,13 @@ class XmlReader:
         self._tools = tools
         self._schema: Mapping[str, Any] = {}
         self._num_parameters = 0
-        # Of the parameter that is being read: kinds of values that it may have, if there is one.
+        # Kinds of values that the current parameter may have; None between parameters.
         self._kinds: frozenset[str] | None = None
         self.is_begun = self.is_done = self.is_none = False
         self.held = ""
 
     def feed(self, text: str) -> list[Piece]:
-        """What becomes certain with more text."""
+        """The pieces that more text makes certain."""
         self.held += text
         pieces: list[Piece] = []
         if not self.is_begun:
@@ -80,7 +80,7 @@ class XmlReader:
             begun = self.held.lstrip()
             if any(mark.startswith(begun) or begun.startswith(mark) for mark in (_PARAMETER, _END)):
                 return ""
-            # Neither a parameter nor the end: the call ends here, and what follows is said.
+            # Neither a parameter nor the end follows: end the call here; the rest is text.
             self.is_done = True
             return "}"
         self.held = self.held[found.end() :]
@@ -99,7 +99,7 @@ class XmlReader:
     def _value(self, kinds: frozenset[str]) -> str:
         value, found, rest = self.held.partition(_PARAMETER_END)
         if found:
-            # The line's end before the tag is none of the value.
+            # The line break before the closing tag is not part of the value.
             value = value.removesuffix("\n")
             self.held, self._kinds = rest, None
         elif kinds == _TEXT:
@@ -114,11 +114,11 @@ class XmlReader:
 
 
 def _meant(text: str, kinds: frozenset[str]) -> Any:
-    """The value that a text stands for: JSON if it may be, or else the text itself."""
+    """The value of a parameter's text: parsed as JSON if possible, otherwise the text itself."""
     bare = text.strip()
     lowered = bare.lower()
     if lowered in ("true", "false", "null", "none"):
-        # As Python writes them too.
+        # Accept Python's spellings too.
         bare = "null" if lowered == "none" else lowered
     try:
         value = json.loads(bare)

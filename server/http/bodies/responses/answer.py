@@ -81,16 +81,16 @@ class Response:
         return events, whole
 
     def failed(self, message: str, status: int) -> dict[str, Any]:
-        """The answer that broke off."""
+        """The response after an error."""
         code = "rate_limit_exceeded" if status == 429 else "server_error"
         error = {"code": code, "message": message}
         return self.begun() | {"status": "failed", "error": error}
 
     def logprobs_of(self, answer: Ended) -> list[dict[str, Any]]:
-        """The logprobs of an answer or of a part of one, if they were asked for."""
+        """The log probabilities of an answer or of a part of it, if the client asked for them."""
         if not self._sent.has_logprobs:
             return []
-        # Here bytes are always a list.
+        # In the Responses API ``bytes`` is always a list.
         found = chat_logprobs(answer.logprobs)["content"]
         for token in found:
             for one in (token, *token["top_logprobs"]):

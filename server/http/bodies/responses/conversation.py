@@ -14,7 +14,7 @@ _KINDS = "must be message, function_call or function_call_output: there are no o
 
 
 class Conversation:
-    """The turns that instructions and ``input`` make; what is wrong with them is noted.
+    """The turns made from the instructions and ``input``; errors are noted.
 
     A call of a function is part of the assistant's turn before it, if there is one, as an answer
     that says something and then calls is one turn.
@@ -65,7 +65,7 @@ class Conversation:
             )
         elif kind == "item_reference":
             item.refuse("type", STATELESS)
-        # What the model thought in earlier turns it is not told again.
+        # Skip the reasoning of earlier turns: the model does not see it again.
         elif kind != "reasoning":
             item.refuse("type", _KINDS)
 
@@ -87,7 +87,7 @@ class Conversation:
 
 
 def _text_of(item: Fields, name: str) -> str:
-    """A text, or parts that are text."""
+    """The text of a string or of parts that are text."""
     content = item.get(name)
     if not isinstance(content, list):
         if content is None:

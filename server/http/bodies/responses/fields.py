@@ -1,4 +1,4 @@
-"""What /v1/responses is asked for, beside the fields that every endpoint has."""
+"""The fields of /v1/responses that no other endpoint has."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ _REPEATED = {
     "prompt_cache_key": 512,
     "text.format": MAX_CONSTRAINT_CHARS,
 }
-# Not read, or not all of it.
+# Repeated fields that are never parsed, or not completely.
 _AS_SENT = ("tools", "tool_choice", "user", "safety_identifier", "prompt_cache_key")
 
 
 @dataclass(slots=True, kw_only=True)
 class Sent:
-    """What an answer repeats of its request, and which parts of the answer were asked for."""
+    """What the answer repeats of its request, and which optional parts the client asked for."""
 
     instructions: str | None
     metadata: dict[str, Any]
@@ -66,10 +66,10 @@ class Sent:
 
 
 def read_sent(fields: Fields, asked: Asked) -> Sent:
-    """Read what only this endpoint has; ``asked`` takes in what it says of the answer."""
+    """Read the fields that only this endpoint has; those about generation go into ``asked``."""
     for name, (neutral, why) in REFUSED.items():
         value = fields.get(name)
-        # Compared with its type: 0 is no False.
+        # Compare the types too: 0 equals False in Python.
         if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
             fields.refuse(name, why)
     names = read_text_format(fields.inner("text").inner("format"), asked.message)
@@ -110,7 +110,7 @@ def read_sent(fields: Fields, asked: Asked) -> Sent:
 
 
 def refuse_unwritable(fields: Fields, sent: Sent) -> None:
-    """Note what would be repeated as it was sent and cannot be; all has been read before."""
+    """Note repeated fields that cannot be written as JSON; call it after reading all fields."""
     repeated = {name: sent.echoed[name] for name in _AS_SENT}
     for name, value in {
         "metadata": sent.metadata,
@@ -122,7 +122,7 @@ def refuse_unwritable(fields: Fields, sent: Sent) -> None:
             fields.refuse(name, f"at most {most} characters")
             continue
         found = unwritable(value, name)
-        # What is read has been refused where it was.
+        # Skip fields that were already rejected when they were read.
         if found and not any(found[0].startswith(path) for path, _ in fields.violations.found):
             fields.refuse(*found)
 

@@ -1,4 +1,4 @@
-"""The output of a response as it grows: items, and the events that tell of them."""
+"""The output of a response as it grows: items, and the events about them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Event = tuple[str, dict[str, Any]]
 
 
 class Item(Protocol):
-    """One entry of the output; ``place`` says which in every event."""
+    """One entry of the output; ``place`` identifies it in every event."""
 
     def begin(self) -> list[Event]:
         """The events before its content."""
@@ -49,7 +49,7 @@ class Items:
         self.output: list[dict[str, Any]] = []
 
     def feed(self, pieces: Iterable[Piece], logprobs: Logprobs) -> list[Event]:
-        """What is told of more pieces.
+        """The events for more pieces of the answer.
 
         Args:
             pieces: Of the answer.
@@ -61,7 +61,7 @@ class Items:
         for piece in pieces:
             if isinstance(piece, Said):
                 if self._open is not None and not isinstance(self._open, _Message):
-                    # What closed the other item is not said.
+                    # Drop the logprobs of the marks that closed the previous item.
                     self._pending = _last(self._pending, len(piece.text))
                 events += self._in(_Message)
                 events.append(self._grow(piece.text))
@@ -78,7 +78,7 @@ class Items:
         return events
 
     def finish(self, status: str) -> list[Event]:
-        """What is told when the answer has ended, its last item with this status."""
+        """The events at the end of the answer; its last item gets this status."""
         events: list[Event] = []
         if self._open is None:
             events += self._in(_Message)
@@ -87,7 +87,7 @@ class Items:
         return events + self._end(status)
 
     def _id(self, kind: str) -> str:
-        """The first item of an answer has its id, the others a number as well."""
+        """The id of an item: that of the answer, from the second item on with a number."""
         number = len(self.output)
         return f"{kind}_{self._request_id}" + (f"_{number}" if number else "")
 
@@ -113,7 +113,7 @@ class Items:
 
 
 def _last(logprobs: Logprobs, num_chars: int) -> Logprobs:
-    """Those of the tokens that make the last so many characters."""
+    """The log probabilities of the tokens that make up the last characters."""
     for index in reversed(range(len(logprobs))):
         num_chars -= len(logprobs[index]["token"])
         if num_chars <= 0:
@@ -125,7 +125,7 @@ class _Texts(ABC):
     """An item whose content is one part with text."""
 
     prefix: ClassVar[str]
-    # Of the events that tell of the text.
+    # Prefix of the types of its text events.
     kind: ClassVar[str]
 
     def __init__(self, item_id: str, index: int) -> None:
