@@ -29,7 +29,7 @@ from common.report import append_rows, make_console, print_rows
 from common.stopwatch import Part, Recorded, Stopwatch
 from rich.console import Console
 
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.basics.work import compute_on_this_thread
 from turret.server.build import build_backend
 from turret.server.config import AdapterConfig, Config, ModelConfig, SchedulerConfig

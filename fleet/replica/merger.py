@@ -21,7 +21,7 @@ from turret.server.adapters.merge.merger import (
     PreparedMerge,
 )
 from turret.server.adapters.merge.state import MergeState
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.basics.work import Cancellation
 from turret.server.errors import (
     InvalidRequestError,

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.head import Head
-from turret.server.errors import InvalidRequestError, TurretError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterRef:
-    """A member of a request's mix, by name; ``generation`` None means the newest."""
-
-    name: str
-    generation: int | None = None
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        ok = math.isfinite(self.weight) and abs(self.weight) <= 100.0
-        if not ok:
-            why = f"weight of {self.name!r} must be finite and in [-100, 100]"
-            raise InvalidRequestError.of("adapters.weight", why)
+from turret.server.errors import TurretError
 
 
 @dataclass(frozen=True, slots=True)

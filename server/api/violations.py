@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.api.limits import MAX_MIX_MEMBERS
 from turret.server.basics.hub_id import no_adapter_name
 from turret.server.errors import InvalidRequestError

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from turret.server.adapters.adapter import Adapter
 from turret.server.api.limits import MAX_MIX_MEMBERS
-from turret.server.constraints.compiler import KeptConstraints
+from turret.server.constraints.constraint import KeptConstraints
 from turret.server.engine.scheduling.request import OwnText
 from turret.v1 import adapters_pb2
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
-from turret.server.adapters.mix import AdapterRef, Mix
+from turret.server.adapters.mix import Mix
+from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.scheduling.scheduler import Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.runner import StepResult

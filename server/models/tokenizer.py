@@ -283,7 +283,11 @@ def _with_added(base: Any, other: Any) -> Any:
         if (value := getattr(base, part)) is not None:
             setattr(grown, part, value)
     added = other.get_added_tokens_decoder()
-    grown.add_tokens([added[number] for number in sorted(added)])
+    # transformers may add special tokens of its own. Without the vocabulary it gives them numbers
+    # that words have, so they come after the tokens of the file.
+    words = base.get_vocab_size(with_added_tokens=False)
+    order = sorted(added, key=lambda number: (number < words, number))
+    grown.add_tokens([added[number] for number in order])
     (alone,) = grown.encode_batch(["a"])
     if other.post_processor is not None:
         grown.post_processor = other.post_processor

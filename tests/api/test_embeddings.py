@@ -15,7 +15,7 @@ from servers.fakes import MODEL_INFO, finish, hello
 from servers.http_harness import http_harness
 from servers.rpc_harness import failure_of, harness
 
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.api.access import shares
 from turret.server.api.access.shares import MAX_AT_A_TIME, Shares
 from turret.server.api.inference import embeddings, inputs

@@ -18,7 +18,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from turret.server.constraints import compiler as compiler_module
-from turret.server.constraints.compiler import Constraint, ConstraintCompiler, KeptConstraints
+from turret.server.constraints import constraint as constraint_module
+from turret.server.constraints.compiler import ConstraintCompiler
+from turret.server.constraints.constraint import Constraint, KeptConstraints
 from turret.server.constraints.spec import ConstraintSpec, Kind
 from turret.server.errors import BudgetExceededError, InvalidRequestError, QueueFullError
 from turret.server.models.tokenizer import Tokenizer
@@ -212,12 +214,12 @@ async def test_equal_constraints_are_compiled_once(
     # Two texts are not one, and a grammar is no regular expression.
     for other in (("choice", "a", "+"), ("choice", "a+"), ("grammar", 'start: "a+"')):
         assert await compiler.compile(ConstraintSpec(other[0], other[1:])) is not first  # type: ignore[arg-type]
-    monkeypatch.setattr(compiler_module, "MAX_CACHED", 2)
+    monkeypatch.setattr(constraint_module, "MAX_CACHED", 2)
     for i in range(3):
         await compiler.compile(ConstraintSpec("regex", (f"b{i}",)))
     assert len(compiler.kept) == 2
     assert await compiler.compile(spec) is not first
-    monkeypatch.setattr(compiler_module, "MAX_CACHED_BYTES", 1)
+    monkeypatch.setattr(constraint_module, "MAX_CACHED_BYTES", 1)
     await compiler.compile(ConstraintSpec("regex", ("c",)))
     assert (len(compiler.kept), compiler.kept.num_bytes) == (0, 0)
 
@@ -233,7 +235,7 @@ async def test_vocabularies_share_one_budget(
     assert await first.compile(spec) is one
     assert await second.compile(spec) is other
     assert kept.num_bytes == one.num_bytes + other.num_bytes
-    monkeypatch.setattr(compiler_module, "MAX_CACHED_BYTES", 2 * one.num_bytes)
+    monkeypatch.setattr(constraint_module, "MAX_CACHED_BYTES", 2 * one.num_bytes)
     await second.compile(ConstraintSpec("regex", ("b+",)))
     # The one that nobody asked for the longest went, whosever it is.
     assert await second.compile(spec) is other

@@ -11,7 +11,7 @@ from builders.bases.tiny_models import VOCAB_SIZE, save_tiny_model, tiny_tokeniz
 from builders.sequences import mix_of
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.scheduling.request import (
     FinishReason,
     Request,

@@ -14,7 +14,7 @@ from builders.registries import Registries, tiny_base
 from huggingface_hub import constants
 from servers.fake_hub import TOKEN, FakeHub, Repo
 
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.command.preflight import problems

@@ -32,7 +32,8 @@ from turret.server.adapters.fuse.member import (
 )
 from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser, Part
 from turret.server.adapters.fuse.result import FuseResult, ModuleReport
-from turret.server.adapters.mix import AdapterRef, Mix
+from turret.server.adapters.mix import Mix
+from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.basics.work import Cancellation, is_out_of_memory, told_of, work_in_background
 from turret.server.errors import (

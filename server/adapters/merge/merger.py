@@ -21,8 +21,9 @@ import torch
 from turret.server import log
 from turret.server.adapters.base import BaseModel, ChangedBase, Precision
 from turret.server.adapters.merge.state import Merge, MergedAdapter, MergeReport, MergeState
-from turret.server.adapters.mix import AdapterRef, HostResult, Mix
+from turret.server.adapters.mix import HostResult, Mix
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
+from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.weight_update import add_delta, beyond_updates, frobenius_norm
 from turret.server.basics.work import Cancellation, compute_on_this_thread

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.component import COMPONENTS_KEY, ComponentRef
-from turret.server.adapters.mix import BASE_MIX, AdapterRef, Mix
+from turret.server.adapters.mix import BASE_MIX, Mix
+from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registration import Registration
 from turret.server.adapters.residency.leases import Leases
 from turret.server.adapters.residency.metrics import AdapterMetrics

@@ -21,7 +21,8 @@ from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.allowed import NOTHING_SPECIAL, Allowed
 from turret.server.adapters.base import BaseModel, ChangedBase
 from turret.server.adapters.lowering.lowered import Lowered
-from turret.server.adapters.mix import AdapterRef, Mix
+from turret.server.adapters.mix import Mix
+from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.export import AdapterExport
 from turret.server.adapters.registry.installer import Installer
 from turret.server.adapters.registry.name_locks import NameLocks

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf import timestamp_pb2
 
 from turret.server.adapters.fuse.combination import Combination
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.api.limits import MAX_WORD_CHARS
 from turret.server.api.violations import Violations, adapter_refs
 from turret.server.basics.hub_id import no_adapter_name

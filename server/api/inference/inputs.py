@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Itera
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.api.access.shares import Party
 from turret.server.api.call import Call
 from turret.server.api.gate import Backend

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from turret.server.adapters.head import Head
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.basics.counted import counted
-from turret.server.constraints.compiler import MATCHER_BYTES, Constraint
+from turret.server.constraints.constraint import MATCHER_BYTES, Constraint
 from turret.server.errors import InvalidRequestError
 
 # What a request wants from its prompt's final states instead of an answer. No torch.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from builders.methods import make_config, save_adapter
 from method_oracle import check_greedy, check_score, prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.scheduling.request import SamplingParams, StopConditions
 from turret.server.errors import InvalidRequestError
 
@@ -107,7 +108,9 @@ async def test_padding_that_was_cut_off_is_not_drawn(tmp_path: Path) -> None:
     config = make_config("lora", **Q, modules_to_save=BOTH)
     tokenizer = tiny_tokenizer(rows - 2)
     oracle = save_grown(model, config, tmp_path / "fewer", rows=rows, tokenizer=tokenizer)
-    async with EngineHarness.start(twin("llama").folder, tmp_path, adapters=["fewer"]) as harness:
+    base = shutil.copytree(twin("llama").folder, tmp_path / "base")
+    tokenizer.save_pretrained(base)
+    async with EngineHarness.start(base, tmp_path, adapters=["fewer"]) as harness:
         prompt = [token % rows for token in prompt_of(23)]
         request = await own_request(harness, prompt, "fewer", score=True)
         scored = await harness.run(request)

@@ -14,7 +14,7 @@ from method_oracle import check_close, check_methods, oracle_logprobs, prompt_of
 from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.adapters.source import Source
 from turret.server.adapters.weight_update import beyond_updates

@@ -22,7 +22,8 @@ from builders.registries import (
     resident,
 )
 
-from turret.server.adapters.mix import AdapterRef, HostResult
+from turret.server.adapters.mix import HostResult
+from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry import pins
 from turret.server.adapters.residency import leases
 from turret.server.adapters.residency.loader import LoadedAdapter

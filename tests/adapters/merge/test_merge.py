@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from servers.engine_harness import Answer, EngineHarness, make_request
 
 from turret.server.adapters.merge.state import MergeState
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.basics.work import Cancellation
 from turret.server.errors import (
     AdapterNotFoundError,

@@ -16,7 +16,7 @@ from servers.engine_harness import EngineHarness
 
 from turret.server.adapters.base import Precision
 from turret.server.adapters.merge.merger import KEPT_ERROR
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.basics.work import Cancellation
 from turret.server.models.weights.base_linear import DenseLinear, MixedLinear, join_linears
 from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight

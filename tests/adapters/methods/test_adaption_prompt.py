@@ -37,7 +37,7 @@ from torch import nn
 from turret.kernels.cpu import native
 from turret.kernels.gpu.shared import tuning as tuning_module
 from turret.server.adapters.methods.lower import lower_checkpoint
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.weight_update import beyond_updates
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.step.gpu import decode_graphs

@@ -14,7 +14,7 @@ from method_oracle import check_greedy, check_methods, check_score, prompt_of, t
 from peft import PrefixTuningConfig
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.build import BLOCK_SIZE
 from turret.server.engine.scheduling.request import ResponseOptions, StopConditions
 from turret.server.errors import InvalidRequestError, PromptTooLongError

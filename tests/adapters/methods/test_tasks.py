@@ -26,7 +26,7 @@ from servers.engine_harness import EngineHarness, make_request
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.methods.lower import lower_checkpoint
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.errors import AdapterCheckpointError, AdapterExistsError
 

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from turret.server.adapters.mix import AdapterRef, HostResult, Mix
+from turret.server.adapters.mix import HostResult, Mix
+from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry import pins
 from turret.server.adapters.registry.registry import AdapterRegistry, UnloadMode
 from turret.server.errors import AdapterInUseError, AdapterNotFoundError, BudgetExceededError

@@ -22,7 +22,7 @@ from builders.registries import (
     until,
 )
 
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry import pins
 from turret.server.errors import (
     AdapterCheckpointError,

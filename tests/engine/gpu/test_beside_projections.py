@@ -23,7 +23,7 @@ from servers.engine_harness import EngineHarness, make_request
 from turret.kernels.gpu.shared import tuning as tuning_module
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.store import Resident
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.step.gpu import decode_graphs
 

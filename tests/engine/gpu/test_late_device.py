@@ -50,6 +50,7 @@ class _Decoder:
 
     arch = ARCH
     device = CPU
+    dtype = torch.float32
     epoch = 0
 
     def __init__(self, cuda: FakeCuda) -> None:

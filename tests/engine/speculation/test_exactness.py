@@ -17,7 +17,7 @@ from servers.engine_harness import Answer, EngineHarness, make_request
 from servers.planted_drafts import PlantedDrafts
 
 from turret.kernels.cpu import native
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.scheduling.request import Request, SamplingParams
 from turret.server.engine.step import verification
 from turret.server.engine.step.adjustment import Adjustment

@@ -14,7 +14,8 @@ from pathlib import Path
 from builders.adapters import base_of, lora_config, save_peft_adapter, tiny_llama
 
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.mix import AdapterRef, HostResult, Mix
+from turret.server.adapters.mix import HostResult, Mix
+from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.residency.loader import LoadedAdapter
 from turret.server.adapters.source import Source

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 from turret.fleet.replica.seat import Seat
 from turret.server.adapters.head import Head
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.api.gate import Backend
 from turret.server.api.vocabularies import Vocabulary
 from turret.server.build import build_backend

@@ -27,7 +27,8 @@ from simulation.parts import (
 
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.base import ChangedBase
-from turret.server.adapters.mix import AdapterRef, Mix
+from turret.server.adapters.mix import Mix
+from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.name_locks import NameLocks
 from turret.server.adapters.registry.name_table import NameTable
 from turret.server.adapters.registry.registration import Registration

@@ -15,7 +15,7 @@ from method_oracle import check_methods, prompt_of, twin
 from servers.engine_harness import Answer, EngineHarness, make_request
 
 from turret.kernels.cpu import native
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bd-lora": ("bd_lora", {"use_rslora": True}),

@@ -13,7 +13,7 @@ from servers.engine_harness import Answer, EngineHarness, make_request
 from torch import Tensor, nn
 
 from turret.kernels.cpu import native
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "oft": ("oft", {}),

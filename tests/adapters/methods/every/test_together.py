@@ -17,7 +17,7 @@ from servers.engine_harness import Answer, EngineHarness, make_request
 from torch import nn
 
 from turret.kernels.cpu import native
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.scheduling.request import Request
 
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {

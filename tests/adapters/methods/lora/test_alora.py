@@ -25,7 +25,7 @@ from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 
 from turret.kernels.cpu import native
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.scheduling.scheduler import Scheduler, Step
 from turret.server.errors import (

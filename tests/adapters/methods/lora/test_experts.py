@@ -17,7 +17,7 @@ from method_oracle import check_greedy, check_score, oracle_logprobs, prompt_of,
 from safetensors.torch import load_file, save_file
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.basics.work import Cancellation
 from turret.server.errors import BudgetExceededError, InvalidRequestError, TurretError
 

@@ -24,7 +24,7 @@ from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser
 from turret.server.adapters.fuse.result import FuseResult
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.basics.work import Cancellation

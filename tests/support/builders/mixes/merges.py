@@ -12,7 +12,7 @@ from servers.engine_harness import Answer, EngineHarness, make_request
 
 from turret.server.adapters.base import Precision
 from turret.server.adapters.merge.state import MergeState
-from turret.server.adapters.mix import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.basics.work import Cancellation
 
 ARCHITECTURE = "qwen2"
