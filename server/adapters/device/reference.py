@@ -282,7 +282,7 @@ class ReferenceStore(StepStore):
         layout: Shape of the base.
         dtype: Serving dtype.
         device: The CPU.
-        on_moved: Called with every adapter that enters or leaves.
+        max_bytes: Budget of what is in the store.
         on_moved: Called with every adapter that enters or leaves.
     """
 
