@@ -1,9 +1,9 @@
 """Where a kernel replaces an operator's ``add``.
 
-A kernel is earned: by a figure of ``docs/performance.md`` on the cpu path, and on the gpu path,
-where nothing has been measured yet, by what most checkpoints are made of. Everything else is
-``add``, for the rows of one mix at a time (``reference.py``); on the gpu path in steps that are not
-captured.
+A kernel is earned by a measurement. ``bench/results/history.md`` has those of the CPU path; pairs
+and dense updates have none of their own yet. On the GPU path nothing has been measured, so kernels
+serve the operators that most checkpoints are made of. Everything else is ``add``, for the rows of
+one mix at a time (``reference.py``); on the GPU path, a step that needs it is not captured.
 """
 
 from __future__ import annotations
