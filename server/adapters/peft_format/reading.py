@@ -6,6 +6,7 @@ function from tensors to operators asks a ``Module`` for all that it needs.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -27,6 +28,9 @@ def _nothing() -> None:
 
 class Reading:
     """An adapter while it is read: what its modules have in common.
+
+    What a reading holds refers back to it weakly: a cycle would keep the adapter's tensors until
+    the next full garbage collection.
 
     Attributes:
         config: ``adapter_config.json``.
@@ -102,7 +106,7 @@ class Reading:
     def once(self, make: Callable[[Reading], T]) -> T:
         """The result of ``make`` for this adapter, computed at the first call."""
         if make not in self._made:
-            self._made[make] = make(self)
+            self._made[make] = make(weakref.proxy(self))
         return self._made[make]
 
     def warn(self, text: str) -> None:
@@ -125,7 +129,8 @@ class Module:
 
     def __init__(self, name: str, rank: int, tensors: Tensors, reading: Reading) -> None:
         size = reading.base.modules[name]
-        self.name, self.rank, self.tensors, self.reading = name, rank, tensors, reading
+        self.name, self.rank, self.tensors = name, rank, tensors
+        self.reading: Reading = weakref.proxy(reading)
         self.inputs, self.outputs, self.has_bias = (
             size.in_features,
             size.out_features,
