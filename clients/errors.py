@@ -50,10 +50,12 @@ class FieldViolation:
     Attributes:
         field: The argument, and what in it, such as ``temperature`` or ``messages[0].role``.
         description: What is wrong with it.
+        reason: The same for programs, such as ``TOO_MANY_ENTRIES``; empty if the server sent none.
     """
 
     field: str
     description: str
+    reason: str = ""
 
 
 class TurretRpcError(Exception):
@@ -146,7 +148,7 @@ class TurretRpcError(Exception):
                 reason, metadata = detail.reason, dict(detail.metadata)
             elif isinstance(detail, error_details_pb2.BadRequest):
                 violations += [
-                    FieldViolation(argument(v.field), v.description)
+                    FieldViolation(argument(v.field), v.description, v.reason)
                     for v in detail.field_violations
                 ]
             else:

@@ -10,6 +10,7 @@ from turret.server.adapters.ref import AdapterRef
 from turret.server.api.limits import MAX_MIX_MEMBERS
 from turret.server.basics.hub_id import no_adapter_name
 from turret.server.errors import InvalidRequestError
+from turret.server.words import say
 from turret.v1 import adapters_pb2
 
 _T = TypeVar("_T")
@@ -35,12 +36,14 @@ class Violations:
 
     def check_count(self, count: int, limit: int, path: str) -> bool:
         """Note a repeated field of more than ``limit`` entries; returns whether it has no more."""
-        self.check(count <= limit, path, f"at most {limit} entries, not {count}")
+        self.check(count <= limit, path, say("TOO_MANY_ENTRIES", most=limit, found=count))
         return count <= limit
 
     def check_chars(self, text: str, limit: int, path: str) -> None:
         """Note a text of more than ``limit`` characters."""
-        self.check(len(text) <= limit, path, f"at most {limit} characters, not {len(text)}")
+        self.check(
+            len(text) <= limit, path, say("TOO_MANY_CHARACTERS", most=limit, found=len(text))
+        )
 
     def check(self, ok: bool, path: str, description: str) -> None:
         if not ok:

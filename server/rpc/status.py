@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from turret.server.api.faults import Fault
 from turret.server.errors import VIOLATION_COUNT, DeadlineExceededError, InvalidRequestError
+from turret.server.words import Text
 
 # Request messages on their way from gRPC to a handler.
 
@@ -129,12 +130,13 @@ def _bad_request(
     detail = error_details_pb2.BadRequest()
     used = 0
     for index, (field, description) in enumerate(violations):
+        reason = description.reason if isinstance(description, Text) else ""
         field, description = _shortened(field, 200), _shortened(description, 400)
-        used += len(field.encode()) + len(description.encode()) + 8
+        used += len(field.encode()) + len(description.encode()) + len(reason) + 8
         if used > MAX_VIOLATION_BYTES:
             detail.field_violations.add(field="*", description=f"and {count - index} more")
             break
-        detail.field_violations.add(field=field, description=description)
+        detail.field_violations.add(field=field, description=description, reason=reason)
     return detail
 
 

@@ -1,0 +1,3 @@
+"""What only the HTTP API refuses."""
+
+TEXTS: dict[str, str] = {}

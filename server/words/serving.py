@@ -1,0 +1,3 @@
+"""What the server, its model, its engine and its disk cannot do."""
+
+TEXTS: dict[str, str] = {}
