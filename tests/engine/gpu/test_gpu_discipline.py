@@ -299,8 +299,8 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     assert computed.logits is not None
     assert len(computed.logits) == sum(item.samples for item in step.scheduled)
     kernels = set(no_launches)
-    ends = {"decode, base only": "nf4_rotate_kernel", "decode, low rank": "expand_rotated_kernel"}
-    assert {"paged_attention_kernel", ends.get(name, "rope_kv_write_kernel")} <= kernels
+    heads = "nf4_rotate_kernel" if name == "decode, base only" else "rope_kv_write_kernel"
+    assert {"paged_attention_kernel", heads} <= kernels
     assert kernels & {"nf4_matmul_kernel", "nf4_shrink_kernel"}
     adapted = {f"{one}_kernel" for one in ("hadamard_expand", "kronecker", "fusion_gate")}
     is_told = name.endswith("told")

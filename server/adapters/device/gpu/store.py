@@ -17,7 +17,7 @@ from types import MappingProxyType
 import torch
 
 from turret.kernels.expert_routing import Routing
-from turret.kernels.gpu.adapters.expand_on import Expand
+from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
 from turret.kernels.gpu.adapters.segmented_shrink import Shrink, rank_activations
 from turret.kernels.gpu.epilogues import Epilogue
 from turret.kernels.gpu.tables.segment_table import SegmentTable
@@ -74,8 +74,9 @@ class GpuAdapterStep:
     def changes(self, layer: int, projection: str) -> bool:
         """Whether anything of the step is added to what the base multiplies."""
         kinds = self.kinds
-        packed = self.low_rank | kinds.gains | kinds.biases
-        return projection in packed or self._adds(projection)
+        if self.others is not None or projection in self.shelves.by_projection:
+            return True
+        return projection in self.low_rank | kinds.gains | kinds.biases
 
     def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
         if self.others is not None:
@@ -114,30 +115,21 @@ class GpuAdapterStep:
             y, v = base(x), rank_activations(self.table, len(b), x.device)
         gates = self.gates.of(layer, projection, x, v, self.table)
         if bias is not None or projection in self.low_rank | kinds.gains | kinds.biases:
-            expand = Expand(
-                y=y,
-                v=v,
-                b=b,
-                slice_ranks=ranks,
-                table=self.table,
+            segmented_expand(
+                y,
+                v,
+                b,
+                ranks,
+                self.table,
                 gain_delta=None if gain is None else gain[layer],
                 bias=None if delta is None else delta[layer],
                 base_bias=bias,
+                gates=gates,
             )
-            if epilogue is not None and not self._adds(projection):
-                result = epilogue.of_expand(expand)
-                if result is not None:
-                    return result
-            expand.run(gates)
         self.shelves.apply(layer, projection, x, y)
         if self.others is not None:
             self.others.apply(layer, projection, x, y, base)
         return y if epilogue is None else epilogue(y)
-
-    def _adds(self, projection: str) -> bool:
-        """Whether the step has more changes than an expand with an epilogue can finish."""
-        apart = self.others is not None or self.gates.changes(projection)
-        return apart or projection in self.shelves.by_projection
 
 
 class GpuStore(AdapterStore):

@@ -66,9 +66,6 @@ class GpuStepGates:
         tables = self.tables.items()
         return tuple((name, table.data_ptr(), table.shape) for name, table in tables)
 
-    def changes(self, projection: str) -> bool:
-        return projection in self.tables
-
     def of(
         self, layer: int, projection: str, x: torch.Tensor, v: torch.Tensor, table: SegmentTable
     ) -> torch.Tensor | None:
