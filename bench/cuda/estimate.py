@@ -166,12 +166,12 @@ def written_out_work(outputs: int, inner: int, rows: int) -> list[Work]:
 
 
 def nf4_work(outputs: int, inner: int, rows: int, card: Card) -> list[Work]:
-    """``nf4_matmul`` over plain maxima, a launch per 64 rows."""
+    """``nf4_matmul``, a launch per 64 rows."""
     works, weights = [], outputs * inner
     for start in range(0, rows, 64):
         tiles = -(-min(64, rows - start) // 16)
         tiles = 4 if tiles > 2 else tiles
-        instructions, wavefronts = cost("nf4_matmul", card.target, f"TILES={tiles};", "no code2")
+        instructions, wavefronts = cost("nf4_matmul", card.target, f"TILES={tiles};")
         works.append(
             Work(
                 num_bytes=weights * (0.5 + 4 / 64),
@@ -207,8 +207,6 @@ def low_rank_work(
     outs: tuple[int, ...],
     rows_of_rank: list[tuple[int, int]],
     card: Card,
-    *,
-    gemv: bool = False,
 ) -> list[Work]:
     """Shrink and expand of adapters.
 
@@ -217,35 +215,21 @@ def low_rank_work(
         outs: Outputs of each slice.
         rows_of_rank: Of each adapter its rank and its rows.
         card: The device.
-        gemv: Chunks of one row have kernels of their own.
     """
     works: list[Work] = []
     # A chunk has sixteen ranks of sixteen rows, even if fewer are used.
-    chunks = [(rank, 1 if gemv and rows % 16 == 1 else 16, rows) for rank, rows in rows_of_rank]
-    sizes = {
-        16: sum(
-            -(-rank // 16) * 16 * (-(-rows // 16) - (last == 1)) for rank, last, rows in chunks
-        ),
-        1: sum(-(-rank // 16) * 16 for rank, last, _ in chunks if last == 1),
-    }
+    tiles = sum(-(-rank // 16) * 16 * -(-rows // 16) for rank, rows in rows_of_rank)
     ranks = sum(rank for rank, _ in rows_of_rank)
     for kernel, per_rank, forms in (
         ("segmented_shrink", len(outs) * inner, ()),
         ("segmented_expand", sum(outs), ("no gain_delta",)),
     ):
-        instructions = wavefronts = 0.0
-        for block, tiles in sizes.items():
-            if not tiles:
-                continue
-            per = cost(kernel, card.target, f"BLOCK_M={block};", *forms)
-            instructions += tiles * per_rank * per[0]
-            wavefronts += tiles * per_rank * per[1]
+        instructions, wavefronts = cost(kernel, card.target, *forms)
         works.append(
             Work(
                 num_bytes=2 * ranks * per_rank,
-                instructions=instructions,
-                wavefronts=wavefronts,
-                launches=2 if gemv else 1,
+                instructions=tiles * per_rank * instructions,
+                wavefronts=tiles * per_rank * wavefronts,
             )
         )
     return works

@@ -35,7 +35,7 @@ from turret.kernels.gpu.tables.attention_table import AttentionTable
 from turret.kernels.gpu.tables.row_table import RowTable
 from turret.kernels.gpu.tables.sampling_table import SamplingTable
 from turret.kernels.gpu.tables.segment_table import SegmentTable
-from turret.kernels.nf4_matmul import BLOCK, GROUP, NestedAbsmax, Nf4Matrix
+from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
 Launches = Iterable[Callable[[], object]]
 
@@ -88,29 +88,28 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]]:
-    """Tiles and the GEMV form; with and without gain, biases and gates."""
+    """With and without gain, biases and gates."""
     slices, width = len(outs), sum(outs)
     x, y = _empty(_ROWS, inner), _empty(_ROWS, width)
     a, b = _empty(_RANK, slices, inner), [_empty(_RANK, out) for out in outs]
     ranks = _empty(_SLOTS, slices, dtype=torch.int32)
     per_slot = _empty(_SLOTS, width, dtype=torch.float32)
-    for gemv in (False, True):
-        table = _segments(gemv)
+    table = _segments()
 
-        def launch(table: SegmentTable = table) -> None:
-            v = segmented_shrink(x, a, ranks, table)
-            segmented_expand(y, v, b, ranks, table)
-            segmented_expand(
-                y, v, b, ranks, table, gain_delta=per_slot, bias=per_slot, base_bias=_empty(width)
-            )
-            words = _empty(_SLOTS, slices, WORDS, dtype=torch.int64)
-            asked = gate_shrink(x, words, table)
-            gates = fusion_gate(asked, v, words, table, _ROWS)
-            fusion_gate(asked, v, words, _segments(components=64), _ROWS)
-            fusion_gate(asked, v, words, table, _ROWS, _empty(4096, dtype=torch.float32))
-            segmented_expand(y, v, b, ranks, table, gates=gates)
+    def launch() -> None:
+        v = segmented_shrink(x, a, ranks, table)
+        segmented_expand(y, v, b, ranks, table)
+        segmented_expand(
+            y, v, b, ranks, table, gain_delta=per_slot, bias=per_slot, base_bias=_empty(width)
+        )
+        words = _empty(_SLOTS, slices, WORDS, dtype=torch.int64)
+        asked = gate_shrink(x, words, table)
+        gates = fusion_gate(asked, v, words, table, _ROWS)
+        fusion_gate(asked, v, words, _segments(components=64), _ROWS)
+        fusion_gate(asked, v, words, table, _ROWS, _empty(4096, dtype=torch.float32))
+        segmented_expand(y, v, b, ranks, table, gates=gates)
 
-        yield launch
+    yield launch
 
 
 def _by_slot(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]]:
@@ -140,25 +139,13 @@ def _by_slot(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]
 
 
 def _base(inner: int, outs: tuple[int, ...], gated: bool) -> None:
-    """The base product over plain and nested absmax; with the activation, as the server has it."""
-    width = sum(outs)
-    blocks = width * inner // BLOCK
-    groups = -(-blocks // GROUP)
-    packed = _empty(width * inner // 2, dtype=torch.uint8)
-    plain = _empty(blocks, dtype=torch.float32)
-    nf4_dequantize(Nf4Matrix(packed, plain, width, inner), torch.bfloat16)
-    nested = NestedAbsmax(
-        _empty(blocks, dtype=torch.uint8),
-        _empty(256, dtype=torch.float32),
-        _empty(groups, dtype=torch.float32),
-        _empty(groups, dtype=torch.float32),
-    )
-    for absmax in (plain, nested):
-        for rows in (16, 32, _ROWS):
-            nf4_matmul(_empty(rows, inner), Nf4Matrix(packed, absmax, width, inner))
+    """The base product; with the activation, as the server has it."""
+    weight = _weight(inner, sum(outs))
+    nf4_dequantize(weight, torch.bfloat16)
+    for rows in (16, 32, _ROWS):
+        nf4_matmul(_empty(rows, inner), weight)
     a, ranks = _empty(_RANK, len(outs), inner), _empty(_SLOTS, len(outs), dtype=torch.int32)
     for rows in (16, 32, _ROWS):
-        weight = Nf4Matrix(packed, plain, width, inner)
         if rows == 16 or inner >= 4096:
             nf4_shrink(_empty(_ROWS, inner), rows, weight, Shrink(a, ranks, _segments()))
         if gated:
@@ -204,7 +191,7 @@ def _rotation(model: Model, pairs: int, *, is_interleaved: bool = False) -> None
 def _heads_at_once(model: Model, write: KvWrite) -> None:
     """The projection onto heads and the heads, by one launch."""
     inner, outs = model.groups["qkv"]
-    weight, bias = _plain_weight(inner, sum(outs)), _empty(sum(outs))
+    weight, bias = _weight(inner, sum(outs)), _empty(sum(outs))
     if write.divides(128):
         # Compile every form only for the first model: registers depend little on the others'
         # constants.
@@ -213,7 +200,7 @@ def _heads_at_once(model: Model, write: KvWrite) -> None:
                 nf4_rotate(_empty(rows, inner), weight, added, write.rows(0, rows))
 
 
-def _segments(gemv: bool = False, components: int = 8) -> SegmentTable:
+def _segments(components: int = 8) -> SegmentTable:
     return SegmentTable(
         max_rows=_ROWS,
         max_row_rank=256,
@@ -221,11 +208,10 @@ def _segments(gemv: bool = False, components: int = 8) -> SegmentTable:
         max_gates=2,
         max_row_asked=128,
         device=_META,
-        gemv=gemv,
     )
 
 
-def _plain_weight(inner: int, width: int) -> Nf4Matrix:
+def _weight(inner: int, width: int) -> Nf4Matrix:
     packed = _empty(width * inner // 2, dtype=torch.uint8)
     return Nf4Matrix(packed, _empty(width * inner // BLOCK, dtype=torch.float32), width, inner)
 

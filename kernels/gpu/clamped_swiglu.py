@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.shared.dependent_launch import wait_for_launches
 from turret.kernels.gpu.silu_mul import launch_gated
 
 
@@ -22,7 +21,6 @@ def clamped_swiglu_kernel(
     limit,
     BLOCK: tl.constexpr,
 ):
-    wait_for_launches()
     row = tl.program_id(0).to(tl.int64)
     pairs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     cols = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)

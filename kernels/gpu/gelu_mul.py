@@ -8,13 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.shared.dependent_launch import wait_for_launches
 from turret.kernels.gpu.silu_mul import launch_gated
 
 
 @triton.jit
 def gelu_mul_kernel(gate_up_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
-    wait_for_launches()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < width

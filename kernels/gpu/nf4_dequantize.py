@@ -45,7 +45,7 @@ def nf4_dequantize(weight: Nf4Matrix, dtype: torch.dtype) -> torch.Tensor:
     """Write out a quantised weight.
 
     Args:
-        weight: The weight, its maxima plain (not nested); tensors contiguous.
+        weight: The weight, its tensors contiguous.
         dtype: fp16, bf16 or fp32.
 
     Returns:
@@ -53,11 +53,9 @@ def nf4_dequantize(weight: Nf4Matrix, dtype: torch.dtype) -> torch.Tensor:
         multiplies by.
 
     Raises:
-        ValueError: The maxima are nested, or a stride breaks the contract.
+        ValueError: A stride breaks the contract.
     """
     absmax = weight.absmax
-    if not isinstance(absmax, torch.Tensor):
-        raise ValueError("absmax is nested; flatten it first")
     check_contiguous("packed", weight.packed)
     check_contiguous("absmax", absmax)
     shape = (weight.out_features, weight.in_features)

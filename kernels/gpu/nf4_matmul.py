@@ -30,58 +30,22 @@ from turret.kernels.gpu.shared.contract import (
     check_rows,
     check_shape,
 )
-from turret.kernels.gpu.shared.dependent_launch import fetch, is_early, wait_for_launches
 from turret.kernels.gpu.shared.dots import dot
 from turret.kernels.gpu.shared.last_program import is_last
 from turret.kernels.gpu.shared.nf4_codes import code_on, code_pairs
 from turret.kernels.gpu.shared.tuning import Tuning, tuning
 from turret.kernels.gpu.silu_mul import silu_product
-from turret.kernels.nf4_matmul import BLOCK, GROUP, Nf4Matrix
+from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
 MAX_ROWS = 64
 # Most tiles of columns that a weight may have.
 _MAX_COUNTERS = 1 << 14
 _BLOCK = tl.constexpr(BLOCK)
 _HALF = tl.constexpr(BLOCK // 2)
-_GROUP = tl.constexpr(GROUP)
-# Number of blocks that the pipeline loads before it multiplies the first.
-_AHEAD = tl.constexpr(4)
 
 
 @triton.jit
-def block_maximum(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, keep):
-    """Maxima of blocks, fp32, zero where ``keep`` is false."""
-    absmax = tl.load(absmax_ptr + block, mask=keep, other=0)
-    if code2_ptr is not None:
-        scale2 = tl.load(absmax2_ptr + block // _GROUP, mask=keep, other=0.0)
-        offset = tl.load(offset_ptr + block // _GROUP, mask=keep, other=0.0)
-        absmax = tl.load(code2_ptr + absmax.to(tl.int32)) * scale2 + offset
-    return absmax
-
-
-@triton.jit
-def fetch_ahead(packed_ptr, absmax_ptr, first_block, begin, end, inside):
-    """Fetch the first blocks of some columns into the cache while earlier launches still run.
-
-    No launch of a step writes a weight, and what goes to the second-level cache is not read yet.
-    """
-    if is_early():
-        for i in tl.static_range(_AHEAD):
-            block = tl.where(inside, first_block + tl.minimum(begin + i, end - 1), 0)
-            fetch(packed_ptr + block * _HALF)
-            if i == 0:
-                fetch(absmax_ptr + block)
-
-
-@triton.jit
-def wait_fetching(packed_ptr, absmax_ptr, first_block, begin, end, inside):
-    """Wait for earlier launches while the first blocks are being fetched."""
-    fetch_ahead(packed_ptr, absmax_ptr, first_block, begin, end, inside)
-    wait_for_launches()
-
-
-@triton.jit
-def add_tile(acc, x_ptr, x_stride, first_row, num_rows, weight, absmax):
+def _add_tile(acc, x_ptr, x_stride, first_row, num_rows, weight, absmax):
     """Add a block of 64 inputs of 16 rows: the product with the codes, times the maxima."""
     m = first_row + tl.arange(0, 16)
     x_at = x_ptr + m[:, None] * x_stride + tl.arange(0, _BLOCK)[None, :]
@@ -99,16 +63,49 @@ def _store_tile(y_ptr, acc, first_row, num_rows, n, inside, out_features):
 
 
 @triton.jit
-def store_tiles(
-    y_ptr, acc0, acc1, acc2, acc3, num_rows, n, inside, out_features, TILES: tl.constexpr
+def multiply_columns(
+    x_ptr,  # [num_rows, in_features]
+    packed_ptr,  # [out_features, in_features / 2] uint8
+    code_ptr,  # [16] fp32
+    absmax_ptr,  # [out_features, in_features / 64] fp32
+    to_ptr,  # [num_rows, out_features]
+    n,  # [BLOCK_N], the columns
+    inside,
+    begin,  # quantisation blocks of the columns' inputs
+    end,
+    num_rows,
+    x_stride,
+    in_features,
+    out_features,
+    TILES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    """Store the products of up to 64 rows in some columns."""
-    _store_tile(y_ptr, acc0, 0, num_rows, n, inside, out_features)
+    """Store what some inputs give in some columns."""
+    first_block = n * (in_features // _BLOCK)
+    half = tl.arange(0, _HALF)
+    acc0 = tl.zeros((16, BLOCK_N), dtype=tl.float32)
+    acc1, acc2, acc3 = acc0, acc0, acc0
+    for g in range(begin, end):
+        block = first_block + g
+        absmax = tl.load(absmax_ptr + block, mask=inside, other=0.0)
+        byte_at = packed_ptr + block[:, None] * _HALF + half[None, :]
+        byte = tl.load(byte_at, mask=inside[:, None], other=0)
+        even, odd = code_pairs(byte, code_ptr, x_ptr.dtype.element_ty, PTX)
+        weight = tl.trans(tl.reshape(tl.join(even, odd), (BLOCK_N, _BLOCK)))
+        x_at = x_ptr + g * _BLOCK
+        acc0 = _add_tile(acc0, x_at, x_stride, 0, num_rows, weight, absmax)
+        if TILES > 1:
+            acc1 = _add_tile(acc1, x_at, x_stride, 16, num_rows, weight, absmax)
+        if TILES > 2:
+            acc2 = _add_tile(acc2, x_at, x_stride, 32, num_rows, weight, absmax)
+            acc3 = _add_tile(acc3, x_at, x_stride, 48, num_rows, weight, absmax)
+    _store_tile(to_ptr, acc0, 0, num_rows, n, inside, out_features)
     if TILES > 1:
-        _store_tile(y_ptr, acc1, 16, num_rows, n, inside, out_features)
+        _store_tile(to_ptr, acc1, 16, num_rows, n, inside, out_features)
     if TILES > 2:
-        _store_tile(y_ptr, acc2, 32, num_rows, n, inside, out_features)
-        _store_tile(y_ptr, acc3, 48, num_rows, n, inside, out_features)
+        _store_tile(to_ptr, acc2, 32, num_rows, n, inside, out_features)
+        _store_tile(to_ptr, acc3, 48, num_rows, n, inside, out_features)
 
 
 @triton.jit
@@ -125,7 +122,7 @@ def sum_of_parts(
 
 
 @triton.jit
-def _finish(
+def store_sums(
     y_ptr, parts_ptr, column, inside, num_rows, width, out_features, ROWS: tl.constexpr,
     SPLITS: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
@@ -151,10 +148,7 @@ def nf4_matmul_kernel(
     x_ptr,  # [num_rows, in_features]
     packed_ptr,  # [out_features, in_features / 2] uint8
     code_ptr,  # [16] fp32
-    absmax_ptr,  # [out_features, in_features / 64] fp32, or uint8 if nested
-    code2_ptr,  # [256] fp32, or None
-    absmax2_ptr,  # fp32, or None
-    offset_ptr,  # fp32, or None
+    absmax_ptr,  # [out_features, in_features / 64] fp32
     y_ptr,  # [num_rows, out_features], GATED: half as wide
     parts_ptr,  # [SPLITS, num_rows, out_features] fp32, or None
     counters_ptr,  # [tiles of columns] int32
@@ -178,33 +172,17 @@ def nf4_matmul_kernel(
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_n = column < width
     n = shift + column
-    first_block = n * (in_features // _BLOCK)
     begin = tl.program_id(1) * part_blocks
-    last = tl.minimum(begin + part_blocks, in_features // _BLOCK)
-    wait_fetching(packed_ptr, absmax_ptr, first_block, begin, last, inside_n)
-    acc0 = tl.zeros((16, BLOCK_N), dtype=tl.float32)
-    acc1, acc2, acc3 = acc0, acc0, acc0
-    for g in range(begin, last):
-        block = first_block + g
-        absmax = block_maximum(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, inside_n)
-        byte_at = packed_ptr + block[:, None] * _HALF + tl.arange(0, _HALF)[None, :]
-        byte = tl.load(byte_at, mask=inside_n[:, None], other=0)
-        even, odd = code_pairs(byte, code_ptr, x_ptr.dtype.element_ty, PTX)
-        weight = tl.trans(tl.reshape(tl.join(even, odd), (BLOCK_N, _BLOCK)))
-        x_at = x_ptr + g * _BLOCK
-        acc0 = add_tile(acc0, x_at, x_stride, 0, num_rows, weight, absmax)
-        if TILES > 1:
-            acc1 = add_tile(acc1, x_at, x_stride, 16, num_rows, weight, absmax)
-        if TILES > 2:
-            acc2 = add_tile(acc2, x_at, x_stride, 32, num_rows, weight, absmax)
-            acc3 = add_tile(acc3, x_at, x_stride, 48, num_rows, weight, absmax)
     part = tl.program_id(1).to(tl.int64) * num_rows * out_features
-    to = y_ptr if parts_ptr is None else parts_ptr + part
-    store_tiles(to, acc0, acc1, acc2, acc3, num_rows, n, inside_n, out_features, TILES)
+    multiply_columns(
+        x_ptr, packed_ptr, code_ptr, absmax_ptr, y_ptr if parts_ptr is None else parts_ptr + part,
+        n, inside_n, begin, tl.minimum(begin + part_blocks, in_features // _BLOCK), num_rows,
+        x_stride, in_features, out_features, TILES, BLOCK_N, PTX,
+    )  # fmt: skip
     # The outer condition is a constant at compile time, so it must stay apart from the inner one.
     if parts_ptr is not None:  # noqa: SIM102
         if is_last(counters_ptr + tile, 2 * SPLITS if GATED else SPLITS):
-            _finish(
+            store_sums(
                 y_ptr, parts_ptr, column, inside_n, num_rows, width, out_features,
                 16 if TILES == 1 else 32, SPLITS, GATED,
             )  # fmt: skip
@@ -236,15 +214,13 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> to
         ValueError: A shape, dtype or stride breaks the contract, or there are more than 64 rows
             (dequantise once and use a library product).
     """
-    nested = None if isinstance(weight.absmax, torch.Tensor) else weight.absmax
-    absmax = weight.absmax if nested is None else nested.codes
     if gated and weight.out_features % 2:
         raise ValueError(f"out_features is {weight.out_features}; an even number is needed")
     num_rows, in_features = x.shape
     tuned = tuning(x.device)
     out_features = weight.out_features
     width = out_features // 2 if gated else out_features
-    check_product(x, weight, absmax)
+    check_product(x, weight)
     splits, part_blocks = parts_of(out_features, in_features // BLOCK, tuned)
     y = torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
     parts = None
@@ -256,10 +232,7 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> to
         x,
         weight.packed,
         code_on(x.device),
-        absmax,
-        None if nested is None else nested.code2,
-        None if nested is None else nested.absmax2,
-        None if nested is None else nested.offset,
+        weight.absmax,
         y,
         parts,
         counters_on(x.device),
@@ -289,7 +262,6 @@ def options_of(num_rows: int, tuned: Tuning) -> dict[str, Any]:
         "num_stages": tuned.nf4_stages,
         "enable_fp_fusion": True,
         **limit,
-        **tuned.early(),
     }
 
 
@@ -305,14 +277,8 @@ def parts_of(out_features: int, blocks: int, tuned: Tuning) -> tuple[int, int]:
     return parts, triton.cdiv(blocks, parts)
 
 
-def check_product(x: torch.Tensor, weight: Nf4Matrix, absmax: torch.Tensor) -> None:
-    """Raise ValueError unless ``x`` can be multiplied by ``weight``, whose maxima are given.
-
-    Args:
-        x: ``[num_rows, in_features]``.
-        weight: What it is multiplied by.
-        absmax: Its maxima, or their codes.
-    """
+def check_product(x: torch.Tensor, weight: Nf4Matrix) -> None:
+    """Raise ValueError unless ``x``, ``[num_rows, in_features]``, fits a weight."""
     check_float("x", x)
     check_shape("x", x, -1, weight.in_features)
     check_rows("x", x)
@@ -329,5 +295,5 @@ def check_product(x: torch.Tensor, weight: Nf4Matrix, absmax: torch.Tensor) -> N
     # The kernel indexes with 32 bits: 64-bit indices cost registers.
     if size // 2 >= 1 << 31:
         raise ValueError(f"packed has {size // 2} bytes; 2³¹ are too many")
-    check_contiguous("absmax", absmax)
-    check_length("absmax", absmax, size // BLOCK)
+    check_contiguous("absmax", weight.absmax)
+    check_length("absmax", weight.absmax, size // BLOCK)

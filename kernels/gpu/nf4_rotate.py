@@ -17,12 +17,11 @@ from turret.kernels.gpu.kv_write import KvWrite
 from turret.kernels.gpu.nf4_matmul import (
     check_product,
     counters_on,
+    multiply_columns,
     options_of,
     parts_of,
     sum_of_parts,
-    wait_fetching,
 )
-from turret.kernels.gpu.nf4_tile import multiply_columns
 from turret.kernels.gpu.rope_kv_write import pair_of, store_heads
 from turret.kernels.gpu.shared.contract import check_contiguous, check_float, check_shape
 from turret.kernels.gpu.shared.last_program import is_last
@@ -81,7 +80,7 @@ def _store_tile(
 @triton.jit(do_not_specialize=["num_rows", "part_blocks"])
 def nf4_rotate_kernel(
     x_ptr,  # [num_rows, in_features]
-    packed_ptr,  # as in nf4_matmul, its maxima plain
+    packed_ptr,  # as in nf4_matmul
     code_ptr,
     absmax_ptr,
     bias_ptr,  # [out_features] or None
@@ -113,11 +112,8 @@ def nf4_rotate_kernel(
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * part_blocks
     last = tl.minimum(begin + part_blocks, in_features // _BLOCK)
-    wait_fetching(
-        packed_ptr, absmax_ptr, n * (in_features // _BLOCK), begin, last, n < out_features
-    )
     multiply_columns(
-        x_ptr, packed_ptr, code_ptr, absmax_ptr, None, None, None,
+        x_ptr, packed_ptr, code_ptr, absmax_ptr,
         parts_ptr + tl.program_id(1).to(tl.int64) * num_rows * out_features, n, n < out_features,
         begin, last, num_rows, x_stride, in_features, out_features, TILES, BLOCK_N, PTX,
     )  # fmt: skip
@@ -138,7 +134,7 @@ def nf4_rotate(
 
     Args:
         x: ``[num_rows, in_features]``, 1 to 64 rows, fp16, bf16 or fp32; rows may be strided.
-        weight: As for ``nf4_matmul``, its maxima plain; heads of queries first, then of keys, then
+        weight: As for ``nf4_matmul``; heads of queries first, then of keys, then
             of values.
         bias: ``[out_features]`` contiguous, or None.
         write: Of the same rows; a tile of columns holds whole heads (``KvWrite.divides``).
@@ -151,7 +147,7 @@ def nf4_rotate(
         ValueError: A shape, dtype or stride breaks the contract.
     """
     tuned = tuning(x.device)
-    check_product(x, weight, weight.absmax)
+    check_product(x, weight)
     (num_rows, in_features), out_features = x.shape, weight.out_features
     write.check(num_rows, out_features)
     if not write.divides(tuned.nf4_block_n):

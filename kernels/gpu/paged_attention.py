@@ -20,7 +20,6 @@ from turret.kernels.gpu.shared.contract import (
     check_rows,
     check_shape,
 )
-from turret.kernels.gpu.shared.dependent_launch import wait_for_launches
 from turret.kernels.gpu.shared.dots import dot
 from turret.kernels.gpu.shared.last_program import is_last
 from turret.kernels.gpu.shared.tuning import tuning
@@ -199,7 +198,6 @@ def paged_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    wait_for_launches()
     num_work = tl.load(table_ptr) * KV_HEADS
     records_ptr = table_ptr + tl.load(table_ptr + 1)
     m = tl.arange(0, BLOCK_M)
@@ -305,7 +303,6 @@ def paged_attention(
         num_warps=4,
         num_stages=tuned.attention_stages,
         **_LIMITS[tuned.inline_ptx],
-        **tuned.early(),
         enable_fp_fusion=True,
     )
     return out

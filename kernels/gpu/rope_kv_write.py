@@ -15,8 +15,6 @@ from turret.kernels.gpu.shared.contract import (
     check_rows,
     check_shape,
 )
-from turret.kernels.gpu.shared.dependent_launch import wait_for_launches
-from turret.kernels.gpu.shared.tuning import tuning
 
 
 @triton.jit
@@ -110,7 +108,6 @@ def rope_kv_write_kernel(
     INTERLEAVED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    wait_for_launches()
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     h = tl.arange(0, BLOCK)
@@ -192,7 +189,6 @@ def rope_kv_write(
         INTERLEAVED=write.is_interleaved,
         BLOCK=triton.next_power_of_2(half),
         num_warps=1,
-        **tuning(qkv.device).early(),
         enable_fp_fusion=True,
     )
     return q

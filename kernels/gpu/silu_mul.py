@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 
 from turret.kernels.gpu.shared.contract import check_float, check_rows, check_shape
-from turret.kernels.gpu.shared.dependent_launch import wait_for_launches
-from turret.kernels.gpu.shared.tuning import tuning
 
 _BLOCK = 1024
 
@@ -25,7 +23,6 @@ def silu_product(gate, up):
 
 @triton.jit
 def silu_mul_kernel(gate_up_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
-    wait_for_launches()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < width
@@ -77,7 +74,6 @@ def launch_gated(kernel: Any, gate_up: torch.Tensor, *numbers: float) -> torch.T
         *numbers,
         BLOCK=_BLOCK,
         num_warps=4,
-        **tuning(gate_up.device).early(),
         enable_fp_fusion=True,
     )
     return out

@@ -23,37 +23,24 @@ from turret.kernels.gpu.adapters.segmented_shrink import (
 from turret.kernels.gpu.nf4_matmul import (
     check_product,
     counters_on,
-    fetch_ahead,
+    multiply_columns,
     options_of,
     parts_of,
+    store_sums,
 )
-from turret.kernels.gpu.nf4_tile import multiply_columns, store_sums
-from turret.kernels.gpu.shared.dependent_launch import is_early, wait_for_launches
 from turret.kernels.gpu.shared.last_program import is_last
 from turret.kernels.gpu.shared.nf4_codes import code_on
 from turret.kernels.gpu.shared.tuning import tuning
-from turret.kernels.gpu.tables.segment_table import RANK_TILE, TILE_ROWS, TILES
+from turret.kernels.gpu.tables.segment_table import RANK_TILE, TILE_ROWS
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
 _BLOCK = tl.constexpr(BLOCK)
 
 
-@triton.jit
-def _fetch_part(
-    program, packed_ptr, absmax_ptr, in_features, out_features, part_blocks, BLOCK_N: tl.constexpr
-):
-    """Prefetch what a program of the product reads first."""
-    columns = tl.cdiv(out_features, BLOCK_N)
-    n = program % columns * BLOCK_N + tl.arange(0, BLOCK_N)
-    begin, blocks = program // columns * part_blocks, in_features // _BLOCK
-    end = tl.minimum(begin + part_blocks, blocks)
-    fetch_ahead(packed_ptr, absmax_ptr, n * blocks, begin, end, n < out_features)
-
-
 @triton.jit(do_not_specialize=["num_rows", "part_blocks"])
 def nf4_shrink_kernel(
     x_ptr,  # [at least num_rows, in_features]
-    packed_ptr,  # as in nf4_matmul, its maxima plain
+    packed_ptr,  # as in nf4_matmul
     code_ptr,
     absmax_ptr,
     y_ptr,  # [num_rows, out_features]
@@ -76,24 +63,15 @@ def nf4_shrink_kernel(
     SHRINK_PROGRAMS: tl.constexpr,
     NUM_SLICES: tl.constexpr,
     SHRINK_SPLITS: tl.constexpr,
-    LIST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     program = tl.program_id(0)
-    # The outer condition is a constant at compile time, so it must stay apart from the inner one.
-    if is_early():  # noqa: SIM102
-        if program >= SHRINK_PROGRAMS:
-            _fetch_part(
-                program - SHRINK_PROGRAMS, packed_ptr, absmax_ptr, in_features, out_features,
-                part_blocks, BLOCK_N,
-            )  # fmt: skip
-    wait_for_launches()
     if program < SHRINK_PROGRAMS:
         shrink_items(
             program, SHRINK_PROGRAMS, x_ptr, a_ptr, slice_ranks_ptr, v_ptr, table_ptr, x_stride,
-            in_features, v_stride, NUM_SLICES, SHRINK_SPLITS, LIST, BLOCK_M, BLOCK_R, BLOCK_K,
+            in_features, v_stride, NUM_SLICES, SHRINK_SPLITS, BLOCK_M, BLOCK_R, BLOCK_K,
             3,
         )  # fmt: skip
     else:
@@ -107,15 +85,15 @@ def nf4_shrink_kernel(
         if parts_ptr is not None:
             to = parts_ptr + split.to(tl.int64) * num_rows * out_features
         multiply_columns(
-            x_ptr, packed_ptr, code_ptr, absmax_ptr, None, None, None, to, n, inside, begin,
+            x_ptr, packed_ptr, code_ptr, absmax_ptr, to, n, inside, begin,
             tl.minimum(begin + part_blocks, in_features // _BLOCK), num_rows, x_stride, in_features,
             out_features, TILES, BLOCK_N, PTX,
         )  # fmt: skip
         if parts_ptr is not None:  # noqa: SIM102
             if is_last(counters_ptr + tile, SPLITS):
                 store_sums(
-                    y_ptr, parts_ptr, n, inside, num_rows, out_features,
-                    16 if TILES == 1 else 32, SPLITS,
+                    y_ptr, parts_ptr, n, inside, num_rows, out_features, out_features,
+                    16 if TILES == 1 else 32, SPLITS, False,
                 )  # fmt: skip
 
 
@@ -132,8 +110,8 @@ def nf4_shrink(
     Args:
         x: ``[rows, in_features]``, fp16, bf16 or fp32; rows may be strided.
         num_rows: Rows that the base multiplies, 1 to 64 and no more than there are.
-        weight: As for ``nf4_matmul``, its maxima plain.
-        shrink: Its table has no list of one-row chunks (``gemv``).
+        weight: As for ``nf4_matmul``.
+        shrink: What of, and into what.
 
     Returns:
         What ``nf4_matmul`` makes of the first rows and ``segmented_shrink`` of all, bit for bit.
@@ -141,11 +119,9 @@ def nf4_shrink(
     Raises:
         ValueError: A shape, dtype or stride breaks the contract.
     """
-    check_product(x[:num_rows], weight, weight.absmax)
+    check_product(x[:num_rows], weight)
     a, slice_ranks, table = shrink.a, shrink.slice_ranks, shrink.table
     check_shrink(x, a, slice_ranks)
-    if table.gemv:
-        raise ValueError("the table has a list of one-row chunks; segmented_shrink takes those")
     tuned, in_features, out_features = tuning(x.device), x.shape[1], weight.out_features
     columns = triton.cdiv(out_features, tuned.nf4_block_n)
     splits, part_blocks = parts_of(out_features, in_features // BLOCK, tuned)
@@ -175,7 +151,6 @@ def nf4_shrink(
         SHRINK_PROGRAMS=tuned.shrink_programs,
         NUM_SLICES=a.shape[1],
         SHRINK_SPLITS=v.shape[0],
-        LIST=TILES,
         BLOCK_M=TILE_ROWS,
         BLOCK_R=RANK_TILE,
         BLOCK_K=tuned.shrink_block_k,

@@ -22,20 +22,18 @@ from turret.kernels.gpu.shared.contract import (
     check_rows,
     check_shape,
 )
-from turret.kernels.gpu.shared.dependent_launch import wait_for_launches
 from turret.kernels.gpu.shared.dots import split_dot
 from turret.kernels.gpu.shared.tuning import tuning
 from turret.kernels.gpu.tables.segment_table import (
-    ONE_ROW,
+    CHUNKS,
     RANK_TILE,
     RECORD,
     TILE_ROWS,
-    TILES,
     SegmentTable,
 )
 
 MAX_SLICES = 3
-_RECORD = tl.constexpr(RECORD)
+_CHUNKS, _RECORD = tl.constexpr(CHUNKS), tl.constexpr(RECORD)
 
 
 @triton.jit
@@ -75,10 +73,7 @@ def add_update(
             v += tl.load(v_ptr + split * v_stride + at, mask=keep, other=0.0)
         # Scale v, not the result: a row has fewer ranks here (sixteen) than columns.
         v *= scale[:, None]
-        if BLOCK_M == 1:
-            acc += tl.sum(tl.trans(v) * b.to(tl.float32), axis=0)[None, :]
-        else:
-            acc = split_dot(v, b, acc)
+        acc = split_dot(v, b, acc)
     return acc
 
 
@@ -104,17 +99,15 @@ def segmented_expand_kernel(
     gates_slice_stride,
     NUM_SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
-    LIST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    wait_for_launches()
     tiles0 = tl.cdiv(out0, BLOCK_N)
     tiles1 = tiles0 + tl.cdiv(out1, BLOCK_N)
     tiles = tiles1 + tl.cdiv(out2, BLOCK_N)
-    chunks_ptr = table_ptr + tl.load(table_ptr + LIST + 1)
-    num_work = tl.load(table_ptr + LIST) * tiles
+    chunks_ptr = table_ptr + tl.load(table_ptr + _CHUNKS + 1)
+    num_work = tl.load(table_ptr + _CHUNKS) * tiles
     for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
         tile = work % tiles
         s = (tile >= tiles0).to(tl.int32) + (tile >= tiles1).to(tl.int32)
@@ -261,35 +254,29 @@ def segmented_expand(
     tuned = tuning(y.device)
     outs = [slice_b.shape[1] for slice_b in b] + [0] * (MAX_SLICES - len(b))
     pointers = [*b] + [b[0]] * (MAX_SLICES - len(b))
-    for position, block_m in ((TILES, TILE_ROWS), (ONE_ROW, 1)):
-        if position == ONE_ROW and not table.gemv:
-            continue
-        segmented_expand_kernel[(tuned.programs,)](
-            y,
-            v,
-            *pointers,
-            slice_ranks,
-            gain_delta,
-            bias,
-            base_bias,
-            gates,
-            table.buffer,
-            y.stride(0),
-            *outs,
-            v.shape[1],
-            *((0, 0) if gates is None else gates.stride()[:2]),
-            NUM_SLICES=len(b),
-            SPLITS=v.shape[0],
-            LIST=position,
-            BLOCK_M=block_m,
-            BLOCK_N=tuned.expand_block_n,
-            BLOCK_R=RANK_TILE,
-            num_warps=4,
-            num_stages=1,
-            **tuned.early(),
-            **(tuned.registers(255) if position == ONE_ROW else {}),
-            enable_fp_fusion=True,
-        )
+    segmented_expand_kernel[(tuned.programs,)](
+        y,
+        v,
+        *pointers,
+        slice_ranks,
+        gain_delta,
+        bias,
+        base_bias,
+        gates,
+        table.buffer,
+        y.stride(0),
+        *outs,
+        v.shape[1],
+        *((0, 0) if gates is None else gates.stride()[:2]),
+        NUM_SLICES=len(b),
+        SPLITS=v.shape[0],
+        BLOCK_M=TILE_ROWS,
+        BLOCK_N=tuned.expand_block_n,
+        BLOCK_R=RANK_TILE,
+        num_warps=4,
+        num_stages=1,
+        enable_fp_fusion=True,
+    )
 
 
 def check_expand(

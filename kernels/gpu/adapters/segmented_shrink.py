@@ -21,21 +21,19 @@ from turret.kernels.gpu.shared.contract import (
     check_rows,
     check_shape,
 )
-from turret.kernels.gpu.shared.dependent_launch import wait_for_launches
 from turret.kernels.gpu.shared.dots import dot
 from turret.kernels.gpu.shared.tuning import tuning
 from turret.kernels.gpu.tables.segment_table import (
-    ONE_ROW,
+    CHUNKS,
     RANK_TILE,
     RECORD,
     TILE_ROWS,
-    TILES,
     SegmentTable,
 )
 
 # Most parts of a shrink; few, because expand reads each rank once per part.
 _MAX_SPLITS = 16
-_RECORD = tl.constexpr(RECORD)
+_CHUNKS, _RECORD = tl.constexpr(CHUNKS), tl.constexpr(RECORD)
 
 
 @triton.jit
@@ -43,13 +41,13 @@ def shrink_items(
     first,  # work of the list that this program takes first, and
     step,  # how far it is to the next
     x_ptr, a_ptr, slice_ranks_ptr, v_ptr, table_ptr, x_stride, in_features, v_stride,
-    NUM_SLICES: tl.constexpr, SPLITS: tl.constexpr, LIST: tl.constexpr, BLOCK_M: tl.constexpr,
+    NUM_SLICES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute a program's share of a shrink; the arguments are the kernel's."""
-    num_work = tl.load(table_ptr + LIST + 2) * NUM_SLICES * SPLITS
+    num_work = tl.load(table_ptr + _CHUNKS + 2) * NUM_SLICES * SPLITS
     rows_ptr = table_ptr + tl.load(table_ptr + 1)
-    items_ptr = table_ptr + tl.load(table_ptr + LIST + 3)
+    items_ptr = table_ptr + tl.load(table_ptr + _CHUNKS + 3)
     split_width = tl.cdiv(tl.cdiv(in_features, BLOCK_K), SPLITS) * BLOCK_K
     m = tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
@@ -86,10 +84,7 @@ def shrink_items(
             a = tl.load(
                 a_rows + cols[None, :], mask=(r < held)[:, None] & inside[None, :], other=0.0
             )
-            if BLOCK_M == 1:
-                acc += tl.sum(x.to(tl.float32) * a.to(tl.float32), axis=1)[None, :]
-            else:
-                acc = dot(x, tl.trans(a), acc)
+            acc = dot(x, tl.trans(a), acc)
         ranks = (v_base + m * row_stride)[:, None].to(tl.int64) + r[None, :]
         v_split = v_ptr + split.to(tl.int64) * v_stride
         keep = (m < count)[:, None] & (r < rank_end - rank)[None, :]
@@ -108,15 +103,13 @@ def segmented_shrink_kernel(
     v_stride,
     NUM_SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
-    LIST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    wait_for_launches()
     shrink_items(
         tl.program_id(0), tl.num_programs(0), x_ptr, a_ptr, slice_ranks_ptr, v_ptr, table_ptr,
-        x_stride, in_features, v_stride, NUM_SLICES, SPLITS, LIST, BLOCK_M, BLOCK_R, BLOCK_K,
+        x_stride, in_features, v_stride, NUM_SLICES, SPLITS, BLOCK_M, BLOCK_R, BLOCK_K,
         None,
     )  # fmt: skip
 
@@ -169,31 +162,26 @@ def segmented_shrink(
     tuned = tuning(x.device)
     v = empty_parts(table, num_slices, in_features, x.device)
     splits, width = v.shape
-    for position, block_m in ((TILES, TILE_ROWS), (ONE_ROW, 1)):
-        if position == ONE_ROW and not table.gemv:
-            continue
-        segmented_shrink_kernel[(tuned.programs,)](
-            x,
-            a,
-            slice_ranks,
-            v,
-            table.buffer,
-            x.stride(0),
-            in_features,
-            width,
-            NUM_SLICES=num_slices,
-            SPLITS=splits,
-            LIST=position,
-            BLOCK_M=block_m,
-            BLOCK_R=RANK_TILE,
-            BLOCK_K=tuned.shrink_block_k,
-            # Two warps suffice for two tiles of eight ranks: more warps would repeat their
-            # products.
-            num_warps=2,
-            num_stages=3,
-            **tuned.early(),
-            enable_fp_fusion=True,
-        )
+    segmented_shrink_kernel[(tuned.programs,)](
+        x,
+        a,
+        slice_ranks,
+        v,
+        table.buffer,
+        x.stride(0),
+        in_features,
+        width,
+        NUM_SLICES=num_slices,
+        SPLITS=splits,
+        BLOCK_M=TILE_ROWS,
+        BLOCK_R=RANK_TILE,
+        BLOCK_K=tuned.shrink_block_k,
+        # Two warps suffice for two tiles of eight ranks: more warps would repeat their
+        # products.
+        num_warps=2,
+        num_stages=3,
+        enable_fp_fusion=True,
+    )
     return v
 
 

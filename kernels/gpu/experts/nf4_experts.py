@@ -101,7 +101,7 @@ def nf4_experts(
     Args:
         x: ``[num_rows, in_features]`` or ``[num_pairs, in_features]``, fp16, bf16 or fp32; rows may
             be strided.
-        weight: Those of all experts below each other, the maxima plain (not nested).
+        weight: Those of all experts below each other.
         routing: The pairs.
         rows: The row of ``x`` that each pair reads, ``[num_pairs]`` int64; None for its own.
 
@@ -117,8 +117,6 @@ def nf4_experts(
     num_pairs, num_experts = routing.rows.shape[0], routing.ends.shape[0]
     check_shape("x", x, -1 if rows is not None else num_pairs, weight.in_features)
     absmax, size = weight.absmax, weight.out_features * weight.in_features
-    if not isinstance(absmax, torch.Tensor):
-        raise ValueError("absmax is nested; flatten it first")
     if weight.in_features % BLOCK or weight.out_features % num_experts:
         raise ValueError(
             f"a weight of {weight.out_features} × {weight.in_features} for {num_experts} experts;"

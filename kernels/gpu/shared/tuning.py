@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 
-# Lowest compute capability with early launches (``launch_pdl``).
-_EARLY_LAUNCHES = (9, 0)
 # Older versions of Triton omit the fence that Hopper's wgmma needs between an asynchronous copy to
 # shared memory and a product that reads the copied data.
 _FENCES_COPIES = (3, 9)
@@ -42,8 +40,6 @@ class Tuning:
         nf4_stages: Depth of the pipeline of ``nf4_matmul``; four do not fit in 64 KiB (AMD).
         sample_block: Tokens of the vocabulary that the sampler looks at together.
         inline_ptx: Whether kernels may hold PTX: on NVIDIA devices.
-        launch_pdl: Whether the kernels of a decode step are launched before those before them have
-            ended, on devices that can (see ``dependent_launch.py``).
     """
 
     programs: int = 528
@@ -64,8 +60,6 @@ class Tuning:
     nf4_stages: int = 4 if torch.version.hip is None else 3
     sample_block: int = 4096
     inline_ptx: bool = torch.version.hip is None
-    # Off because no GPU has run it yet; bench/gpu.sh compares both.
-    launch_pdl: bool = False
 
     def registers(self, most: int) -> dict[str, int]:
         """Launch option: registers of a thread at most.
@@ -73,15 +67,6 @@ class Tuning:
         Without a limit NVIDIA's assembler keeps to fewer than there are and spills the rest.
         """
         return {"maxnreg": most} if self.inline_ptx else {}
-
-    def early(self, is_behind_kernel: bool = True) -> dict[str, bool]:
-        """Launch option: begin before the launch before has ended.
-
-        Args:
-            is_behind_kernel: Whether what comes before it on its stream is a kernel for sure. No
-                other node of a graph can be overtaken.
-        """
-        return {"launch_pdl": True} if self.launch_pdl and is_behind_kernel else {}
 
 
 # Parameters by torch.cuda.get_device_name; devices that are not listed use the default.
@@ -119,14 +104,4 @@ def tuning(device: torch.device) -> Tuning:
     if device.type == "cpu":
         return _INTERPRETER
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    tuned = _TABLE.get(name, Tuning())
-    if tuned.launch_pdl and device.type == "cuda" and not has_early_launches(device):
-        return replace(tuned, launch_pdl=False)
-    return tuned
-
-
-def has_early_launches(device: torch.device) -> bool:
-    """Whether ``launch_pdl`` is supported: on NVIDIA devices from Hopper on."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= _EARLY_LAUNCHES
+    return _TABLE.get(name, Tuning())

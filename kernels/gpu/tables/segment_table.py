@@ -10,9 +10,9 @@ once. Rows of the base model are segments without components. Segments are cut i
 most ``TILE_ROWS`` rows; expand works per chunk. Chunks are cut into *items*, one per component and
 ``RANK_TILE`` ranks; shrink works per item::
 
-    header   num_rows · rows@ · components@ · 0 | num_chunks · chunks@ · num_items · items@ | same
+    header   num_rows · rows@ · components@ · 0 | num_chunks · chunks@ · num_items · items@
              | num_gates · gates@ · num_questions · questions@
-    rows     row number …                           (the second list: one-row chunks, the GEMV form)
+    rows     row number …
     component  rank_start · rank_end · slot · offset · weight (fp32 bits) · is_gated · 0 · 0
     chunk      position · count · component_begin · component_end · v_base · v_stride · 0 · 0
     item       position · count · rank · rank_end · slot · v_base · v_stride · rank_in_adapter
@@ -43,14 +43,12 @@ from turret.kernels.gpu.tables.staged_buffer import StagedMemory
 RANK_TILE = 16
 # Rows per chunk. The same for all steps, so that every row goes through the same MMA instruction.
 TILE_ROWS = 16
-HEADER = 16
+HEADER = 12
 RECORD = 8
 GATE_RECORD = 12
-# Header positions of the two lists; a kernel takes one of these.
-TILES = 4
-ONE_ROW = 8
-# Header position of the gates.
-GATES = 12
+# Header positions of the chunks and their items, and of the gates and their questions.
+CHUNKS = 4
+GATES = 8
 
 
 @dataclass(slots=True)
@@ -89,8 +87,6 @@ class SegmentTable:
         max_gates: Gated adapters of one row's mix at most.
         rank_capacity: Rows times ranks of a step at most; kernels size ``v`` by it.
         asked_capacity: Rows times vectors that gates ask about at most.
-        gemv: Whether chunks of one row go to the second list. Faster where most rows have adapters
-            of their own, but a row then rounds differently when it shares its adapter with another.
     """
 
     def __init__(
@@ -102,7 +98,6 @@ class SegmentTable:
         device: torch.device,
         max_gates: int = 0,
         max_row_asked: int = 0,
-        gemv: bool = False,
         memory: StagedMemory | None = None,
     ) -> None:
         """Allocate for the largest step.
@@ -114,10 +109,8 @@ class SegmentTable:
             device: Where the kernels run.
             max_gates: Gated adapters of one row's mix.
             max_row_asked: Sum of what they ask about (``GatedMembers.asked``).
-            gemv: See the class.
             memory: What the table is a part of; None for one of its own.
         """
-        self.gemv = gemv
         self.max_rows = max_rows
         self.max_components = max_components
         self.rank_capacity = max_rows * max_row_rank
@@ -153,7 +146,8 @@ class SegmentTable:
             last_of[run.members] = run
         rows: list[int] = []
         components: list[int] = []
-        lists: dict[int, tuple[list[int], list[int]]] = {TILES: ([], []), ONE_ROW: ([], [])}
+        chunks: list[int] = []
+        items: list[int] = []
         gates = _Gates()
         v_base = 0
         for mix, members in segments.items():
@@ -164,7 +158,6 @@ class SegmentTable:
             stride = sum(c.rank_end - c.rank_start for c in mix)
             for start in range(0, len(members), TILE_ROWS):
                 count = min(TILE_ROWS, len(members) - start)
-                chunks, items = lists[ONE_ROW if self.gemv and count == 1 else TILES]
                 position = len(rows) + start
                 base = v_base + start * stride
                 last = first + len(mix)
@@ -180,7 +173,7 @@ class SegmentTable:
             v_base += len(members) * stride
         self._check(len(rows), v_base, segments)
         self._check_gates(gates)
-        return self._assemble(rows, components, lists, gates)
+        return self._assemble(rows, components, (chunks, items), gates)
 
     @staticmethod
     def _add_components(
@@ -222,7 +215,7 @@ class SegmentTable:
     def _assemble(
         rows: list[int],
         components: list[int],
-        lists: dict[int, tuple[list[int], list[int]]],
+        cut: tuple[list[int], list[int]],
         gates: _Gates,
     ) -> list[int]:
         words = [0] * HEADER
@@ -231,9 +224,11 @@ class SegmentTable:
         words.extend(rows)
         words[2] = len(words)
         words.extend(components)
-        every = [(position, RECORD, *found) for position, found in lists.items()]
-        every.append((GATES, GATE_RECORD, gates.gates, gates.questions))
-        for position, record, heads, parts in every:
+        asked = (gates.gates, gates.questions)
+        for position, record, (heads, parts) in (
+            (CHUNKS, RECORD, cut),
+            (GATES, GATE_RECORD, asked),
+        ):
             words[position] = len(heads) // record
             words[position + 1] = len(words)
             words.extend(heads)

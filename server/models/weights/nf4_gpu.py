@@ -29,7 +29,7 @@ class Nf4Product:
     """``x Wᵀ`` for a fused weight.
 
     Args:
-        weight: The weight, its maxima plain, every tensor on the device; or written out,
+        weight: The weight, every tensor on the device; or written out,
             ``[out_features, in_features]``.
         dtype: The dtype of activations.
     """
@@ -72,7 +72,7 @@ class Nf4Product:
         if isinstance(weight, Nf4Matrix) and step:
             for start in range(0, num_decode, step):
                 end = min(start + step, num_decode)
-                if start == 0 and shrink is not None and not shrink.table.gemv:
+                if start == 0 and shrink is not None:
                     y, v = nf4_shrink(x, end, weight, shrink)
                     parts.append(y)
                 else:
@@ -107,7 +107,6 @@ class Nf4Product:
         if isinstance(weight, torch.Tensor):
             return Nf4Product(weight[rows], self._dtype)
         codes, blocks = weight.in_features // 2, weight.in_features // BLOCK
-        assert isinstance(weight.absmax, torch.Tensor)
         matrix = Nf4Matrix(
             weight.packed[rows.start * codes : rows.stop * codes],
             weight.absmax[rows.start * blocks : rows.stop * blocks],
@@ -124,10 +123,9 @@ class Nf4Product:
         if dense:
             return Nf4Product(torch.cat(dense), first._dtype)
         packed = [w for w in weights if isinstance(w, Nf4Matrix)]
-        absmax = [w.absmax for w in packed if isinstance(w.absmax, torch.Tensor)]
         matrix = Nf4Matrix(
             torch.cat([w.packed for w in packed]),
-            torch.cat(absmax),
+            torch.cat([w.absmax for w in packed]),
             sum(w.out_features for w in packed),
             packed[0].in_features,
         )
