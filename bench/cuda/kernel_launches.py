@@ -18,9 +18,7 @@ from turret.kernels.gpu.experts.combine_experts import combine_experts
 from turret.kernels.gpu.experts.expert_updates import add_expert_updates
 from turret.kernels.gpu.experts.nf4_experts import nf4_experts
 from turret.kernels.gpu.experts.route_rows import route_rows
-from turret.kernels.gpu.gates.fusion_gate import fusion_gate
-from turret.kernels.gpu.gates.gate_shrink import gate_shrink
-from turret.kernels.gpu.gates.gate_words import WORDS
+from turret.kernels.gpu.fusion_gate import WORDS, fusion_gate, gate_shrink
 from turret.kernels.gpu.gelu_mul import gelu_mul
 from turret.kernels.gpu.kv_write import KvWrite
 from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
@@ -106,7 +104,6 @@ def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object
         asked = gate_shrink(x, words, table)
         gates = fusion_gate(asked, v, words, table, _ROWS)
         fusion_gate(asked, v, words, _segments(components=64), _ROWS)
-        fusion_gate(asked, v, words, table, _ROWS, _empty(4096, dtype=torch.float32))
         segmented_expand(y, v, b, ranks, table, gates=gates)
 
     yield launch

@@ -21,11 +21,11 @@ Rank activations lie compactly: row ``i`` of a chunk has its ``v_stride`` ranks 
 the mix side by side, component ``c`` from ``offset_c``) at ``v_base + i · v_stride``.
 
 Where components of a mix are those of a gated adapter, each of its chunks has a *gate* besides,
-which names them, and *questions*, ``RANK_TILE`` of the vectors each that the gate's scores begin
-with (queries, prototypes); their products with a row lie as its rank activations do::
+which names them, and *questions*, ``RANK_TILE`` of the query's vectors each; their products with a
+row lie as its rank activations do::
 
     gate       position · count · component · components · column · slot · v_base · v_stride
-               · asked_base · asked_stride · told@ · told_stride
+               · asked_base · asked_stride
     question   position · count · vector · vectors · slot · asked_base · asked_stride · 0
 """
 
@@ -45,7 +45,7 @@ RANK_TILE = 16
 TILE_ROWS = 16
 HEADER = 12
 RECORD = 8
-GATE_RECORD = 12
+GATE_RECORD = 10
 # Header positions of the chunks and their items, and of the gates and their questions.
 CHUNKS = 4
 GATES = 8
@@ -73,7 +73,7 @@ class _Gates:
         asked, vectors = self.asked, gated.asked
         components = (first + gated.begin, gated.end - gated.begin, gated.begin)
         self.gates.extend((position, count, *components, slot, v_base, v_stride))
-        self.gates.extend((asked, vectors, gated.told, gated.told_stride))
+        self.gates.extend((asked, vectors))
         for j in range(0, vectors, RANK_TILE):
             self.questions.extend((position, count, j, vectors, slot, asked + j, vectors, 0))
         self.asked += count * vectors

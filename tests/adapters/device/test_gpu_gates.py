@@ -6,7 +6,6 @@ Planted faults, and how many of the tests here each one fails (tried by hand, on
 - components not moved to their bounds: 3
 - another slice's words: 3
 - expand without the gates: 3
-- what is told read an element further on: 3
 - tables of gains and biases not cleared in the components' slot: 1
 - nor shelves found by slot: 1
 - nor tables of pairs: 1
@@ -23,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from builders.mixes.gates import (
+    D_K,
     INNER,
     LAYOUT,
     MIXES,
@@ -43,7 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from turret.kernels.gpu.adapters.segmented_shrink import Shrink
 from turret.kernels.gpu.shared import tuning as tuning_module
-from turret.server.adapters.device.gpu.gated.components import components_of
+from turret.server.adapters.device.gpu.pack import components_of
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members, StepMembers
@@ -166,7 +166,7 @@ def test_rows_agree_with_the_torch_path() -> None:
 
 
 def test_a_row_has_the_bits_that_it_has_alone() -> None:
-    """Three fusions, two routers and an adapter that is told, in one batch and one by one."""
+    """Three fusions, and by their operator two routers and an adapter that is told."""
     torch.manual_seed(4)
     store = store_of(torch.float16, adapters_of(gates_of(torch.float16)))
     x = torch.randn(NUM_ROWS, INNER).to(DEVICE, torch.float16)
@@ -194,9 +194,8 @@ def signature_of(store: GpuStore, *keys: str) -> Any:
     tables = OneStepTables(4, DEVICE)
     table = tables.load_segments([])
     tables.load_segments = lambda runs: table  # type: ignore[method-assign]
-    given = {key: torch.zeros(4, 2, 3, device=DEVICE) for key in keys if key == "f"}
     runs = [(row, row + 1, ((key, 1.0),)) for row, key in enumerate(keys)]
-    step = store.bind(runs, tables, given)
+    step = store.bind(runs, tables)
     known = table.buffer.data_ptr()
     return repr(step.signature).replace(str(known), "table")
 
@@ -207,7 +206,7 @@ def test_a_step_s_signature_knows_no_gated_adapter() -> None:
     plain = signature_of(store, "other")
     gated = signature_of(store, "a")
     assert gated != plain
-    for keys in ("b", "c", "d", "e", "ab", "bcd", "adbe"):
+    for keys in ("b", "c", "ab", "bca"):
         assert signature_of(store, *keys) == gated, keys
     store.drop("a")
     store.prepare([adapters["b"]])
@@ -221,11 +220,11 @@ def test_adapters_without_gates_and_removed_ones_are_passed_over() -> None:
     store = store_of(torch.float32, adapters_of(gates_of(torch.float32)))
     step = store.bind([(0, 1, (("other", 1.0),))], OneStepTables(4, DEVICE))
     assert not step.changes(0, "qkv")
-    held = store._gates._scores._kept
-    assert set(held) == {"a", "b", "c", "d", "e", "f"}
+    held = store._gates._gated
+    assert set(held) == {"a", "b", "c"}
     store.drop("b")
     store.drop("never there")
-    assert set(held) == {"a", "c", "d", "e", "f"}
+    assert set(held) == {"a", "c"}
     assert store._pack.gates("b") is None
 
 
@@ -262,10 +261,10 @@ def test_a_slot_that_was_another_s_changes_nothing() -> None:
     for key in others.keys() - set(stay):
         used.drop(key)
     used.prepare(adapters.values())
-    own = [place.slot for key in "abde" if (place := used._pack.gates(key))]
-    assert len(own) == 4
+    own = [place.slot for key in "ab" if (place := used._pack.gates(key))]
+    assert len(own) == 2
     assert set(own) <= before
-    runs = [(0, 1, MIXES[0]), (1, 2, MIXES[3]), (2, 3, MIXES[8])]
+    runs = [(0, 1, MIXES[0]), (1, 2, MIXES[3]), (2, 3, MIXES[5])]
     beside = [*runs, *((3 + n, 4 + n, ((key, 1.0),)) for n, key in enumerate(stay))]
     expected, found = project(fresh, runs, x, y), project(used, beside, x, y)
     assert torch.equal(found[:3], expected[:3])
@@ -294,11 +293,12 @@ def test_a_gated_adapter_that_had_to_leave_comes_back_the_same() -> None:
 def test_what_is_stored_of_a_gated_adapter_is_what_it_is_said_to_take() -> None:
     store = store_of(torch.float32, {})
     rank_bytes = 4 * (3 * INNER + WIDTH)
-    for key, modules in gates_of(torch.float32).items():
+    for key in D_K:
+        modules = gates_of(torch.float32)[key]
         operators = operators_of(modules)
         ranks = -(-sum(components_of(operators)) // 8) * 8
         store.prepare([Adapter(key, operators)])
-        kept = sum(tensor.nbytes for tensor in store._gates._scores._kept[key])
+        kept = sum(tensor.nbytes for tensor in store._gates._gated[key].kept)
         assert store.stored_bytes(operators) == ranks * rank_bytes + kept, key
 
 
@@ -315,7 +315,7 @@ class _Counting(TorchDispatchMode):
 def test_a_gated_adapter_enters_by_as_few_launches_however_many_layers() -> None:
     """As it lies in host memory: the layers of each tensor side by side."""
     found: dict[tuple[str, int], int] = {}
-    for key in ("a", "b", "d", "f"):
+    for key in ("a", "b"):
         for num_layers in (2, 24):
             layout = ProjectionLayout(num_layers, LAYOUT.projections)
             modules = {

@@ -309,7 +309,7 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     if is_told:
         # Once for the first pass.
         assert no_launches.count("paged_attention_kernel") == 2 * ARCH.num_layers
-        assert {"fusion_gate_kernel", "segmented_expand_kernel"} <= kernels
+        assert "segmented_expand_kernel" in kernels
 
 
 def test_the_step_that_memory_is_planned_by_runs_on_a_cache_of_two_blocks(no_launches: list[str]):

@@ -5,20 +5,15 @@ Both are as large from the start as their budget: captured steps know where they
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 
 import torch
 
-from turret.server.adapters.device.gpu.gated.components import (
-    components_of,
-    gates_of,
-    moves_of,
-    ranks_of,
-)
 from turret.server.adapters.device.gpu.pieces import by_layers
 from turret.server.adapters.device.gpu.placement import RANK_ALIGNMENT, Place, Placement
+from turret.server.adapters.device.kernels import has_kernel
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.part import Part
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
@@ -56,6 +51,40 @@ class PackedKinds:
             frozenset().union(*(k.gains for k in all_of)),
             frozenset().union(*(k.biases for k in all_of)),
         )
+
+
+def gate_in(operators: ModuleOperators) -> Gate | None:
+    """A module's gate, if the kernels serve it."""
+    gate = operators.get(Gate)
+    return gate if gate is not None and has_kernel(gate, "gpu") else None
+
+
+def gates_of(operators: AdapterOperators) -> list[Gate]:
+    """An adapter's gates in all modules that the kernels serve."""
+    return [gate for ops in operators.modules.values() if (gate := gate_in(ops)) is not None]
+
+
+def components_of(operators: AdapterOperators) -> tuple[int, ...]:
+    """Each component's largest rank, which it occupies in every module; empty without gates."""
+    ranks = [_ranks_of(gate) for gate in gates_of(operators)]
+    return tuple(max(column) for column in zip(*ranks, strict=True))
+
+
+def _ranks_of(gate: Gate) -> tuple[int, ...]:
+    """Each component's rank in one module."""
+    return tuple(end - start for start, end in pairwise(gate.rank_indptr))
+
+
+def moves_of(components: Sequence[int], gate: Gate) -> list[tuple[slice, slice]]:
+    """Source and target ranks of a module's components, with adjacent ranges merged."""
+    moves: list[tuple[int, int, int]] = []
+    targets = accumulate(components, initial=0)
+    for target, (start, end) in zip(targets, pairwise(gate.rank_indptr), strict=False):
+        if moves and moves[-1][1] == start and moves[-1][2] == target:
+            moves[-1] = (moves[-1][0], end, target + end - start)
+        elif end > start:
+            moves.append((start, end, target + end - start))
+    return [(slice(s, e), slice(to - (e - s), to)) for s, e, to in moves]
 
 
 def grown(table: torch.Tensor, num_slots: int) -> torch.Tensor:
@@ -139,10 +168,10 @@ class GpuPackedProjection:
         found, components = self._layout.of(operators, self.name), components_of(operators)
         here = slice(place.rank_start, place.rank_end)
         for s, b in enumerate(self.b):
-            gates = ((i, ops.get(Gate)) for i, of, ops in found if of == s)
+            gates = ((i, gate_in(ops)) for i, of, ops in found if of == s)
             own = [(i, gate) for i, gate in gates if gate is not None]
             # Every component covers as many ranks as the widest one; those past its own are zeros.
-            self._put_ranks(place.slot, s, ((layer, max(ranks_of(gate))) for layer, gate in own))
+            self._put_ranks(place.slot, s, ((layer, max(_ranks_of(gate))) for layer, gate in own))
             for _, run in groupby(own, lambda at: at[1].rank_indptr):
                 alike = list(run)
                 moves = moves_of(components, alike[0][1])

@@ -21,7 +21,7 @@ from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
 from turret.kernels.gpu.adapters.segmented_shrink import Shrink, rank_activations
 from turret.kernels.gpu.epilogues import Epilogue
 from turret.kernels.gpu.tables.segment_table import SegmentTable
-from turret.server.adapters.device.gpu.gated.gates import GpuGates, GpuStepGates
+from turret.server.adapters.device.gpu.gates import GpuGates, GpuStepGates
 from turret.server.adapters.device.gpu.pack import GpuPack, GpuPackedProjection, PackedKinds
 from turret.server.adapters.device.gpu.shelves import GpuShelves, GpuStepShelves
 from turret.server.adapters.device.gpu.tables import GpuTables
@@ -50,7 +50,7 @@ class GpuAdapterStep:
         kinds: Which packed operators the step's adapters have.
         low_rank: Projections with a low-rank update, gated or not.
         shelves: Rows of the shelves.
-        gates: Gates of learned fusions and routers.
+        gates: Gates of learned fusions.
         addresses: Addresses of the tables that this step reads but not every step with adapters
             does.
         others: Rows of operators that have no kernel, or None. Nothing of them is captured.
@@ -210,7 +210,7 @@ class GpuStore(AdapterStore):
             num_decode: How many rows, the first ones, decode (see ``nf4_gpu.py``); None for all.
         """
         kinds = self._pack.kinds({key for _, _, mix in runs for key, _ in mix})
-        segments, gates = self._gates.bind(runs, given)
+        segments, gates = self._gates.bind(runs)
         table, shelves = tables.load_segments(segments), self._shelves.bind(runs, tables)
         count = max((end for _, end, _ in runs), default=0) if num_decode is None else num_decode
         others = self._others.bind(StepMembers((), runs, given), count)
