@@ -7,32 +7,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
-from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
-from turret.kernels.gpu.adapters.kronecker import kronecker
-from turret.kernels.gpu.adapters.nf4_shrink import nf4_shrink
-from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
-from turret.kernels.gpu.adapters.segmented_shrink import Shrink, segmented_shrink
-from turret.kernels.gpu.clamped_swiglu import clamped_swiglu
-from turret.kernels.gpu.experts.combine_experts import combine_experts
-from turret.kernels.gpu.experts.expert_updates import add_expert_updates
-from turret.kernels.gpu.experts.nf4_experts import nf4_experts
-from turret.kernels.gpu.experts.route_rows import route_rows
+from turret.kernels.gpu.activations import clamped_swiglu, gelu_mul, silu_mul
+from turret.kernels.gpu.experts import add_expert_updates, combine_experts, nf4_experts, route_rows
 from turret.kernels.gpu.fusion_gate import WORDS, fusion_gate, gate_shrink
-from turret.kernels.gpu.gelu_mul import gelu_mul
-from turret.kernels.gpu.kv_write import KvWrite
-from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
-from turret.kernels.gpu.nf4_matmul import nf4_matmul
-from turret.kernels.gpu.nf4_rotate import nf4_rotate
+from turret.kernels.gpu.hadamard import hadamard_expand, hadamard_shrink
+from turret.kernels.gpu.kronecker import kronecker
+from turret.kernels.gpu.low_rank import Shrink, nf4_shrink, segmented_expand, segmented_shrink
+from turret.kernels.gpu.nf4 import nf4_dequantize, nf4_matmul, nf4_rotate
 from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
-from turret.kernels.gpu.rope_kv_write import rope_kv_write
+from turret.kernels.gpu.rope_kv_write import KvWrite, rope_kv_write
 from turret.kernels.gpu.sample_rows import sample_rows
-from turret.kernels.gpu.silu_mul import silu_mul
-from turret.kernels.gpu.tables.attention_table import AttentionTable
-from turret.kernels.gpu.tables.row_table import RowTable
-from turret.kernels.gpu.tables.sampling_table import SamplingTable
-from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.kernels.gpu.tables import AttentionTable, RowTable, SamplingTable, SegmentTable
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
 Launches = Iterable[Callable[[], object]]

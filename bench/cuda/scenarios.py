@@ -16,9 +16,8 @@ from cuda.step import DecodeStep, Scenario, kronecker_size
 from cuda.timing import Timing
 from cuda.tune import use
 
-from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
-from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
-from turret.kernels.gpu.shared.tuning import tuning
+from turret.kernels.gpu.common import tuning
+from turret.kernels.gpu.low_rank import segmented_expand, segmented_shrink
 from turret.server.engine.scheduling.scheduler import Step
 
 

@@ -22,17 +22,17 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.adapters.segmented_shrink import shrink_parts
-from turret.kernels.gpu.shared.addresses import pointer_to
-from turret.kernels.gpu.shared.contract import (
+from turret.kernels.gpu.common import (
     check_contiguous,
     check_float,
     check_rows,
     check_shape,
+    dot,
+    pointer_to,
+    tuning,
 )
-from turret.kernels.gpu.shared.dots import dot
-from turret.kernels.gpu.shared.tuning import tuning
-from turret.kernels.gpu.tables.segment_table import (
+from turret.kernels.gpu.low_rank import shrink_parts
+from turret.kernels.gpu.tables import (
     GATE_RECORD,
     GATES,
     RANK_TILE,

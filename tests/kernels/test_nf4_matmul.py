@@ -19,10 +19,9 @@ import pytest
 import torch
 from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio
 
-from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
-from turret.kernels.gpu.nf4_matmul import nf4_matmul, parts_of
-from turret.kernels.gpu.shared.tuning import Tuning
-from turret.kernels.gpu.silu_mul import silu_mul
+from turret.kernels.gpu.activations import silu_mul
+from turret.kernels.gpu.common import Tuning
+from turret.kernels.gpu.nf4 import nf4_dequantize, nf4_matmul, parts_of
 from turret.kernels.nf4_matmul import (
     BLOCK,
     CODE,

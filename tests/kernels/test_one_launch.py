@@ -16,14 +16,10 @@ from kernel_traffic import (
     traffic,
 )
 
-from turret.kernels.gpu.adapters.nf4_shrink import nf4_shrink
-from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
-from turret.kernels.gpu.adapters.segmented_shrink import Shrink, segmented_shrink
-from turret.kernels.gpu.kv_write import KvWrite
-from turret.kernels.gpu.nf4_matmul import nf4_matmul
-from turret.kernels.gpu.nf4_rotate import nf4_rotate
-from turret.kernels.gpu.rope_kv_write import rope_kv_write
-from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.kernels.gpu.low_rank import Shrink, nf4_shrink, segmented_expand, segmented_shrink
+from turret.kernels.gpu.nf4 import nf4_matmul, nf4_rotate
+from turret.kernels.gpu.rope_kv_write import KvWrite, rope_kv_write
+from turret.kernels.gpu.tables import SegmentTable
 from turret.kernels.nf4_matmul import BLOCK, CODE, Nf4Matrix
 from turret.kernels.rope_kv_write import rope_kv_write_reference
 

@@ -41,8 +41,8 @@ from kernel_traffic import DEVICE, error_ratio
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from turret.kernels.gpu.adapters.segmented_shrink import Shrink
-from turret.kernels.gpu.shared import tuning as tuning_module
+from turret.kernels.gpu import common as tuning_module
+from turret.kernels.gpu.low_rank import Shrink
 from turret.server.adapters.device.gpu.pack import components_of
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout
@@ -85,10 +85,23 @@ class Base:
         return self._y.clone()
 
     def part(self, index: int) -> Any:
-        return lambda x: x[:, : [*OUTS.values()][index]].contiguous()
+        return _Part([*OUTS.values()][index])
 
     def with_shrink(self, x: Tensor, shrink: Shrink) -> tuple[Tensor, Tensor]:
         return self(x), shrink(x)
+
+
+class _Part:
+    """A slice of the base."""
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+
+    def alone(self, *, is_decode: bool) -> _Part:
+        return self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x[:, : self._width].contiguous()
 
 
 Gates = Mapping[str, Mapping[str, Gate]]

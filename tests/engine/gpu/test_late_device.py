@@ -12,8 +12,7 @@ import torch
 from fake_cuda import FakeCuda
 from transformers import LlamaConfig
 
-from turret.kernels.gpu.tables import staged_buffer
-from turret.kernels.gpu.tables.attention_table import HEADER
+from turret.kernels.gpu.tables import ATTENTION_HEADER, staged_buffer
 from turret.server.adapters.device.gpu import streams
 from turret.server.adapters.device.gpu import uploads as uploads_module
 from turret.server.adapters.device.gpu.store import GpuStore
@@ -62,7 +61,7 @@ class _Decoder:
 
         def work() -> None:
             # Of the first record: where the sequence's block numbers begin.
-            block = int(table.blocks[int(table.buffer[HEADER + 3])])
+            block = int(table.blocks[int(table.buffer[ATTENTION_HEADER + 3])])
             self.seen.append((step.token_ids.tolist(), step.positions.tolist(), block))
 
         self._cuda.launch(work)

@@ -39,8 +39,8 @@ from turret.kernels.adapters.fusion_gate import (
     given_gate_reference,
     routing_gate_reference,
 )
-from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
 from turret.kernels.gpu.fusion_gate import fusion_gate, gate_shrink
+from turret.kernels.gpu.low_rank import segmented_shrink
 
 INNER, SLICES, D_K = 160, 2, 40
 NUM_ROWS = 48
@@ -88,6 +88,10 @@ def check(pack, x, gates, rows):
                     column += 1
                     continue
                 expected = pack.exact(name, s, x[row])
+                if expected is None:
+                    # A missing slice has no ranks, so its weights do not matter.
+                    column += len(GATED[name].widths)
+                    continue
                 found = gates[row, s, column : column + len(expected)].cpu()
                 assert error_ratio(found, expected) < 1e-4, (row, name, s)
                 column += len(expected)

@@ -40,9 +40,8 @@ from kernel_traffic import (
 )
 
 from turret.kernels.adapters.segments import GatedMembers, LongSegment
-from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
-from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
-from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.kernels.gpu.low_rank import segmented_expand, segmented_shrink
+from turret.kernels.gpu.tables import SegmentTable
 
 INNER, OUTS = 100, (70, 33, 5)
 NAMES = [name for name, _, _ in traffic(make_pack(8, (8,), HALF))]

@@ -18,7 +18,7 @@ import triton
 from checkout import ROOT
 from emulation import defined_kernels
 
-from turret.kernels.gpu.shared.tuning import wgmma_stages
+from turret.kernels.gpu.common import wgmma_stages
 
 # Shared memory of one program: of sm_80's code on any card that runs it (8.6 and 8.9 have 99 KiB,
 # 8.0 has 163), gfx942 64 KiB.

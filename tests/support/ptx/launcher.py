@@ -24,7 +24,7 @@ from ptx.translation import Translation
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from turret.kernels.gpu.shared import tuning
+from turret.kernels.gpu import common as tuning
 
 # Tiles of the interpreter's tests, so that small shapes take several steps; or a GPU's own. Few
 # programs in both, so that they go round their work lists.

@@ -16,8 +16,7 @@ import torch
 
 from turret.kernels.adapters.segments import GatedMembers, LongSegment, SegmentMember
 from turret.kernels.gpu.fusion_gate import WORDS, fusion_gate, gate_shrink
-from turret.kernels.gpu.tables.segment_table import SegmentTable
-from turret.kernels.gpu.tables.staged_buffer import host_tensor, upload
+from turret.kernels.gpu.tables import SegmentTable, host_tensor, upload
 from turret.server.adapters.device.gpu.pack import (
     GpuPack,
     components_of,

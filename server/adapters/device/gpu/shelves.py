@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 import torch
 
 from turret.kernels.expert_routing import Routing
-from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
-from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
-from turret.kernels.gpu.adapters.kronecker import kronecker
-from turret.kernels.gpu.experts.expert_updates import add_expert_updates
-from turret.kernels.gpu.tables.row_table import RowTable
-from turret.kernels.gpu.tables.staged_buffer import upload
+from turret.kernels.gpu.experts import add_expert_updates
+from turret.kernels.gpu.hadamard import hadamard_expand, hadamard_shrink
+from turret.kernels.gpu.kronecker import kronecker
+from turret.kernels.gpu.tables import RowTable, upload
 from turret.server.adapters.device.gpu.pack import grown
 from turret.server.adapters.device.gpu.tables import GpuTables
 from turret.server.adapters.device.kernels import has_kernel

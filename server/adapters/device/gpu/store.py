@@ -17,10 +17,9 @@ from types import MappingProxyType
 import torch
 
 from turret.kernels.expert_routing import Routing
-from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
-from turret.kernels.gpu.adapters.segmented_shrink import Shrink, rank_activations
-from turret.kernels.gpu.epilogues import Epilogue
-from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.kernels.gpu.low_rank import Shrink, rank_activations, segmented_expand
+from turret.kernels.gpu.nf4 import Epilogue
+from turret.kernels.gpu.tables import SegmentTable
 from turret.server.adapters.device.gpu.gates import GpuGates, GpuStepGates
 from turret.server.adapters.device.gpu.pack import GpuPack, GpuPackedProjection, PackedKinds
 from turret.server.adapters.device.gpu.shelves import GpuShelves, GpuStepShelves

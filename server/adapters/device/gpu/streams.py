@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from turret.kernels.gpu.tables.staged_buffer import has_streams
+from turret.kernels.gpu.tables import has_streams
 
 
 class StepStream:

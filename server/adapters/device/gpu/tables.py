@@ -6,8 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 from turret.kernels.adapters.segments import LongSegment
-from turret.kernels.gpu.tables.row_table import RowTable
-from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.kernels.gpu.tables import RowTable, SegmentTable
 
 
 class GpuTables(Protocol):

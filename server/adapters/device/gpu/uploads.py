@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from turret.kernels.gpu.tables.staged_buffer import has_streams
+from turret.kernels.gpu.tables import has_streams
 from turret.server.adapters.device.gpu.pieces import blocks_of
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.gpu.tables.staged_buffer import upload
+from turret.kernels.gpu.tables import upload
 from turret.server.engine.scheduling.sequence import Sequence
 
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import torch
 
-from turret.kernels.gpu.tables.staged_buffer import upload
+from turret.kernels.gpu.tables import upload
 from turret.server.adapters.device.gpu.store import GpuAdapterStep, GpuStore
 from turret.server.adapters.device.vocabulary import VocabularyGroup
 from turret.server.engine.scheduling.scheduler import Step

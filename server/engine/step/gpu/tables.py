@@ -8,11 +8,15 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 
 from turret.kernels.adapters.segments import LongSegment
-from turret.kernels.gpu.tables.attention_table import SPLIT, AttentionTable
-from turret.kernels.gpu.tables.row_table import RowTable
-from turret.kernels.gpu.tables.sampling_table import SamplingTable
-from turret.kernels.gpu.tables.segment_table import SegmentTable
-from turret.kernels.gpu.tables.staged_buffer import StagedMemory, host_tensor
+from turret.kernels.gpu.tables import (
+    SPLIT,
+    AttentionTable,
+    RowTable,
+    SamplingTable,
+    SegmentTable,
+    StagedMemory,
+    host_tensor,
+)
 from turret.server.engine.step.gpu.block_tables import BlockTables, BlockUpdates
 from turret.server.engine.step.rows import StepRows
 from turret.server.models.decoding.arch import Arch

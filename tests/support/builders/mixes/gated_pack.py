@@ -13,7 +13,7 @@ from torch import Tensor
 
 from turret.kernels.adapters.segments import GatedMembers, LongSegment, SegmentMember
 from turret.kernels.gpu.fusion_gate import WORDS
-from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.kernels.gpu.tables import SegmentTable
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ class GatedPack:
             gated.append(GatedMembers(first, len(members), asked))
         return LongSegment(start, end, tuple(members), tuple(gated))
 
-    def exact(self, name: str, s: int, x: Tensor) -> Tensor:
-        """The gates of an adapter's components for one row, float64; 0 in a missing slice."""
-        one, x = self._gated[name], x.double().cpu()
+    def exact(self, name: str, s: int, x: Tensor) -> Tensor | None:
+        """The gates of an adapter's components for one row, float64; None in a missing slice."""
+        x = x.double().cpu()
         if (name, s) not in self._asked:
-            return torch.zeros(len(one.widths), dtype=torch.float64)
+            return None
         asked = self._asked[name, s].double().cpu() @ x
         keys, first = self._keys[name, s].double().cpu(), self._bounds[name][0][0]
         scores = [

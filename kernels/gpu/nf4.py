@@ -17,24 +17,28 @@ activation of the gates times the ups.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.shared.contract import (
+from turret.kernels.gpu.activations import silu_mul, silu_product
+from turret.kernels.gpu.common import (
+    Tuning,
     check_contiguous,
     check_float,
     check_length,
     check_rows,
     check_shape,
+    code_on,
+    code_pairs,
+    dot,
+    is_last,
+    tuning,
 )
-from turret.kernels.gpu.shared.dots import dot
-from turret.kernels.gpu.shared.last_program import is_last
-from turret.kernels.gpu.shared.nf4_codes import code_on, code_pairs
-from turret.kernels.gpu.shared.tuning import Tuning, tuning
-from turret.kernels.gpu.silu_mul import silu_product
+from turret.kernels.gpu.rope_kv_write import KvWrite, pair_of, rope_kv_write, store_heads
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
 MAX_ROWS = 64
@@ -297,3 +301,311 @@ def check_product(x: torch.Tensor, weight: Nf4Matrix) -> None:
         raise ValueError(f"packed has {size // 2} bytes; 2³¹ are too many")
     check_contiguous("absmax", weight.absmax)
     check_length("absmax", weight.absmax, size // BLOCK)
+
+
+# The product of queries, keys and values, and ``rope_kv_write`` of it, in one launch.
+#
+# All programs store their parts of the product, the last one of a tile of columns adds them up,
+# turns the heads of the tile and stores them where they go: the product itself is never written. A
+# tile holds whole heads. The bits are those of the two kernels one after the other.
+
+
+@triton.jit
+def _biased_sum(
+    parts_ptr, bias_ptr, m, n, keep, inside, num_rows, out_features, dtype: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The product in some columns, its bias added after it was rounded, rounded again."""
+    y = sum_of_parts(parts_ptr, m, n, keep, num_rows, out_features, dtype, SPLITS)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+        y = (y + bias[None, :]).to(dtype).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _store_heads(
+    first_head, x_ptr, parts_ptr, bias_ptr, cos_ptr, sin_ptr, kv_slots_ptr, q_ptr,
+    k_cache_ptr, v_cache_ptr, num_rows, out_features, num_heads, kv_heads, pairs,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr, HALF: tl.constexpr, PARTIAL: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Turn the heads of a tile of columns and store them, from the parts of all programs."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    pair = tl.arange(0, BLOCK_N // 2)
+    head = first_head + pair // HALF
+    h = pair % HALF
+    i, j = pair_of(h, HALF, pairs, PARTIAL, INTERLEAVED)
+    num_all = num_heads + 2 * kv_heads
+    inside = head < num_all
+    at_i, at_j = head * 2 * HALF + i, head * 2 * HALF + j
+    for first_row in tl.range(0, num_rows, ROWS, num_stages=1):
+        m = first_row + tl.arange(0, ROWS)
+        live = m < num_rows
+        keep = live[:, None] & inside[None, :]
+        first = _biased_sum(
+            parts_ptr, bias_ptr, m, at_i, keep, inside, num_rows, out_features, dtype, SPLITS
+        )
+        second = _biased_sum(
+            parts_ptr, bias_ptr, m, at_j, keep, inside, num_rows, out_features, dtype, SPLITS
+        )
+        store_heads(
+            first, second, m.to(tl.int64), live, head, h, i, j, cos_ptr, sin_ptr, kv_slots_ptr,
+            q_ptr, k_cache_ptr, v_cache_ptr, num_heads, kv_heads, HALF, pairs,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows", "part_blocks"])
+def nf4_rotate_kernel(
+    x_ptr,  # [num_rows, in_features]
+    packed_ptr,  # as in nf4_matmul
+    code_ptr,
+    absmax_ptr,
+    bias_ptr,  # [out_features] or None
+    parts_ptr,  # [SPLITS, num_rows, out_features] fp32
+    counters_ptr,
+    cos_ptr,  # as in rope_kv_write
+    sin_ptr,
+    kv_slots_ptr,
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    num_rows,
+    x_stride,
+    in_features,
+    out_features,
+    part_blocks,
+    num_heads,
+    kv_heads,
+    pairs,
+    TILES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HALF: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = tl.program_id(1) * part_blocks
+    last = tl.minimum(begin + part_blocks, in_features // _BLOCK)
+    multiply_columns(
+        x_ptr, packed_ptr, code_ptr, absmax_ptr,
+        parts_ptr + tl.program_id(1).to(tl.int64) * num_rows * out_features, n, n < out_features,
+        begin, last, num_rows, x_stride, in_features, out_features, TILES, BLOCK_N, PTX,
+    )  # fmt: skip
+    if is_last(counters_ptr + tile, SPLITS):
+        _store_heads(
+            tile * (BLOCK_N // (2 * HALF)), x_ptr, parts_ptr, bias_ptr, cos_ptr, sin_ptr,
+            kv_slots_ptr, q_ptr, k_cache_ptr, v_cache_ptr, num_rows, out_features, num_heads,
+            kv_heads, pairs, 16 if TILES == 1 else 32, SPLITS, HALF, PARTIAL, INTERLEAVED, BLOCK_N,
+        )  # fmt: skip
+
+
+def nf4_rotate(
+    x: torch.Tensor, weight: Nf4Matrix, bias: torch.Tensor | None, write: KvWrite
+) -> torch.Tensor:
+    """Multiply, turn the heads, store keys and values.
+
+    Launches share counters with those of ``nf4_matmul``: all follow each other on one stream.
+
+    Args:
+        x: ``[num_rows, in_features]``, 1 to 64 rows, fp16, bf16 or fp32; rows may be strided.
+        weight: As for ``nf4_matmul``; heads of queries first, then of keys, then
+            of values.
+        bias: ``[out_features]`` contiguous, or None.
+        write: Of the same rows; a tile of columns holds whole heads (``KvWrite.divides``).
+
+    Returns:
+        Rotated queries, ``[num_rows, num_heads, head_dim]``, dtype of the cache: the bits of
+        ``nf4_matmul``, the bias and ``rope_kv_write`` one after the other.
+
+    Raises:
+        ValueError: A shape, dtype or stride breaks the contract.
+    """
+    tuned = tuning(x.device)
+    check_product(x, weight)
+    (num_rows, in_features), out_features = x.shape, weight.out_features
+    write.check(num_rows, out_features)
+    if not write.divides(tuned.nf4_block_n):
+        raise ValueError(f"heads of {write.head_dim} do not divide {tuned.nf4_block_n} columns")
+    if bias is not None:
+        check_float("bias", bias)
+        check_shape("bias", bias, out_features)
+        check_contiguous("bias", bias)
+    splits, part_blocks = parts_of(out_features, in_features // BLOCK, tuned)
+    shape = (splits, num_rows, out_features)
+    q = write.empty_queries(num_rows, out_features)
+    columns = triton.cdiv(out_features, tuned.nf4_block_n)
+    nf4_rotate_kernel[(columns, splits)](
+        x,
+        weight.packed,
+        code_on(x.device),
+        weight.absmax,
+        bias,
+        torch.empty(shape, dtype=torch.float32, device=x.device),
+        counters_on(x.device),
+        write.cos,
+        write.sin,
+        write.kv_slots,
+        q,
+        write.k_cache,
+        write.v_cache,
+        num_rows,
+        x.stride(0),
+        in_features,
+        out_features,
+        part_blocks,
+        write.num_heads(out_features),
+        write.kv_heads,
+        write.pairs,
+        SPLITS=splits,
+        HALF=write.head_dim // 2,
+        PARTIAL=write.is_partial,
+        INTERLEAVED=write.is_interleaved,
+        **options_of(num_rows, tuned),
+    )
+    return q
+
+
+# Triton form of ``Nf4Matrix.dequantize``: reads the packed weight once, writes it once.
+#
+# For more rows than ``nf4_matmul`` takes: dequantised once, the weight goes to a library's product.
+
+_BLOCKS = 16
+
+
+@triton.jit
+def nf4_dequantize_kernel(
+    packed_ptr,  # [num_blocks, 32] uint8
+    code_ptr,  # [16] fp32
+    absmax_ptr,  # [num_blocks] fp32
+    out_ptr,  # [num_blocks, 32, 2]
+    num_blocks,
+    BLOCKS: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = block < num_blocks
+    at = block[:, None] * _HALF + tl.arange(0, _HALF)[None, :]
+    byte = tl.load(packed_ptr + at, mask=inside[:, None], other=0).to(tl.int32)
+    absmax = tl.load(absmax_ptr + block, mask=inside, other=0.0)[:, None]
+    even = tl.load(code_ptr + (byte >> 4)) * absmax
+    odd = tl.load(code_ptr + (byte & 15)) * absmax
+    # [BLOCKS, 32, 2]: neighbours in memory
+    pairs = tl.join(even, odd).to(out_ptr.dtype.element_ty)
+    out_at = out_ptr + at[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+    tl.store(out_at, pairs, mask=inside[:, None, None])
+
+
+def nf4_dequantize(weight: Nf4Matrix, dtype: torch.dtype) -> torch.Tensor:
+    """Write out a quantised weight.
+
+    Args:
+        weight: The weight, its tensors contiguous.
+        dtype: fp16, bf16 or fp32.
+
+    Returns:
+        ``[out_features, in_features]``, each value rounded once from fp32: what ``nf4_matmul``
+        multiplies by.
+
+    Raises:
+        ValueError: A stride breaks the contract.
+    """
+    absmax = weight.absmax
+    check_contiguous("packed", weight.packed)
+    check_contiguous("absmax", absmax)
+    shape = (weight.out_features, weight.in_features)
+    out = torch.empty(shape, dtype=dtype, device=weight.packed.device)
+    nf4_dequantize_kernel[(triton.cdiv(absmax.numel(), _BLOCKS),)](
+        weight.packed,
+        code_on(weight.packed.device),
+        absmax,
+        out,
+        absmax.numel(),
+        BLOCKS=_BLOCKS,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return out
+
+
+# The operation that follows a fused projection.
+#
+# Where no adapter changes a projection, the base's product can end with it; elsewhere it is a
+# kernel of its own. The bits are the same both ways.
+
+
+class Epilogue(Protocol):
+    """The operation that follows a projection."""
+
+    def __call__(self, y: torch.Tensor) -> torch.Tensor:
+        """Apply it to the finished result, ``[rows, out]``, by a kernel of its own."""
+        ...
+
+    def ends_product(self, bias: torch.Tensor | None, device: torch.device) -> bool:
+        """Whether ``of_product`` can be called."""
+        ...
+
+    def of_product(
+        self, x: torch.Tensor, first_row: int, weight: Nf4Matrix, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Apply it to the base's product with some rows.
+
+        Args:
+            x: Those rows, at most 64, ``[rows, in]``.
+            first_row: The first one's place in the step.
+            weight: The base's.
+            bias: The base's, ``[out]``, or None.
+        """
+        ...
+
+
+class GatedSilu:
+    """The silu of the gates times the ups: ``[rows, out]`` → ``[rows, out / 2]``."""
+
+    def __call__(self, y: torch.Tensor) -> torch.Tensor:
+        return silu_mul(y)
+
+    def ends_product(self, bias: torch.Tensor | None, device: torch.device) -> bool:
+        return bias is None
+
+    def of_product(
+        self, x: torch.Tensor, first_row: int, weight: Nf4Matrix, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        return nf4_matmul(x, weight, gated=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """Turned queries, ``[rows, heads, head_dim]``; keys and values are stored.
+
+    Attributes:
+        write: How they turn and where they go.
+        q_norm: RMSNorm weight of the query heads, ``[head_dim]``, or None.
+        k_norm: The same for the key heads.
+        eps: Of the norms.
+    """
+
+    write: KvWrite
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+    eps: float = 1e-6
+
+    @property
+    def _has_norms(self) -> bool:
+        # Each kernel has its own order for a norm's sum.
+        return self.q_norm is not None or self.k_norm is not None
+
+    def __call__(self, y: torch.Tensor) -> torch.Tensor:
+        norms = {"q_norm": self.q_norm, "k_norm": self.k_norm}
+        return rope_kv_write(y, self.write, eps=self.eps, **norms)
+
+    def ends_product(self, bias: torch.Tensor | None, device: torch.device) -> bool:
+        return not self._has_norms and self.write.divides(tuning(device).nf4_block_n)
+
+    def of_product(
+        self, x: torch.Tensor, first_row: int, weight: Nf4Matrix, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        write = self.write.rows(first_row, first_row + x.shape[-2])
+        return nf4_rotate(x, weight, bias, write)
