@@ -34,7 +34,7 @@ from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.gpu.executor import GpuExecutor
-from turret.server.engine.step.gpu.memory_plan import largest_step
+from turret.server.engine.step.gpu.start import largest_step
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.decoder import DecoderLayer
 from turret.server.models.decoding.gpu_decoder import GpuDecoder

@@ -19,14 +19,14 @@ from turret.kernels.gpu.fusion_gate import WORDS, fusion_gate, gate_shrink
 from turret.kernels.gpu.tables import SegmentTable, host_tensor, upload
 from turret.server.adapters.device.gpu.pack import (
     GpuPack,
+    Place,
     components_of,
     gate_in,
     gates_of,
     grown,
     moves_of,
 )
-from turret.server.adapters.device.gpu.pieces import by_layers
-from turret.server.adapters.device.gpu.placement import Place
+from turret.server.adapters.device.gpu.uploads import by_layers
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
 from turret.server.adapters.device.part import Part

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
+from turret.kernels.adapters.segments import LongSegment
 from turret.kernels.expert_routing import Routing
 from turret.kernels.gpu.experts import add_expert_updates
 from turret.kernels.gpu.hadamard import hadamard_expand, hadamard_shrink
 from turret.kernels.gpu.kronecker import kronecker
-from turret.kernels.gpu.tables import RowTable, upload
+from turret.kernels.gpu.tables import RowTable, SegmentTable, upload
 from turret.server.adapters.device.gpu.pack import grown
-from turret.server.adapters.device.gpu.tables import GpuTables
 from turret.server.adapters.device.kernels import has_kernel
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
@@ -27,6 +28,21 @@ from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.adapters.operators.low_rank import ExpertLowRank
 from turret.server.adapters.operators.operator import Operator
+
+# What the gpu path's parts load a step's metadata into.
+
+
+class GpuTables(Protocol):
+    """Tables of fixed address, of the kind of step at hand."""
+
+    def load_segments(self, runs: Sequence[LongSegment]) -> SegmentTable:
+        """Load and return the segment table."""
+        ...
+
+    def row_table(self, key: Hashable) -> RowTable:
+        """The table of a shelf and a position in the mixes; the same one for the same key."""
+        ...
+
 
 _LEAST_SLOTS = 4
 _Shapes = tuple[tuple[int, ...], ...]

@@ -22,8 +22,7 @@ from turret.kernels.gpu.nf4 import Epilogue
 from turret.kernels.gpu.tables import SegmentTable
 from turret.server.adapters.device.gpu.gates import GpuGates, GpuStepGates
 from turret.server.adapters.device.gpu.pack import GpuPack, GpuPackedProjection, PackedKinds
-from turret.server.adapters.device.gpu.shelves import GpuShelves, GpuStepShelves
-from turret.server.adapters.device.gpu.tables import GpuTables
+from turret.server.adapters.device.gpu.shelves import GpuShelves, GpuStepShelves, GpuTables
 from turret.server.adapters.device.gpu.uploads import Uploads
 from turret.server.adapters.device.kernels import has_kernel
 from turret.server.adapters.device.layout import ProjectionLayout
