@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -70,6 +69,8 @@ from turret.server.progress import progress_bar
 
 _log = logging.getLogger(__name__)
 
+# Triton supports no older NVIDIA device; AMD's have larger numbers.
+_LEAST_CAPABILITY = (8, 0)
 # Positions per KV block; divides the attention tile.
 BLOCK_SIZE = 16
 
@@ -209,41 +210,28 @@ def _build_executor(
 
 
 def _choose_device(model: ModelConfig) -> torch.device:
+    """The device that serves; ``see_only`` has made it the first, if it is a CUDA device."""
     wanted = model.device
-    if wanted.startswith("cuda:"):
-        _see_only(int(wanted.removeprefix("cuda:")))
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cpu":
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise InvalidRequestError.of(
             "device", f"{model.device} was asked for, but torch sees no such CUDA device"
         )
+    capability = torch.cuda.get_device_capability(0)
+    if capability < _LEAST_CAPABILITY:
+        found, least = (".".join(map(str, one)) for one in (capability, _LEAST_CAPABILITY))
+        why = f"compute capability {least} is needed, this GPU has {found}"
+        if wanted != "auto":
+            raise InvalidRequestError.of("device", f"{why}; take --device cpu")
+        _log.warning("serving on the CPU", extra=log.fields(why=why))
+        return torch.device("cpu")
     if missing := missing_for_triton():
         raise InvalidRequestError.of(
             "device", f"CUDA kernels are compiled here, which needs {missing}; or take --device cpu"
         )
     keep_compiled_in(default_cache_dir() / "triton")
     return torch.device("cuda", 0)
-
-
-def _see_only(number: int) -> None:
-    """Make only one CUDA device visible to this process.
-
-    Every thread and every library has device 0 as its current one, so the one that serves is made
-    that. It works before CUDA is first used.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        names = [name.strip() for name in visible.split(",") if name.strip()]
-        if number >= len(names):
-            raise InvalidRequestError.of(
-                "device", f"cuda:{number} was asked for, but CUDA_VISIBLE_DEVICES is {visible!r}"
-            )
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[number]
-    else:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
 
 
 def _build_registry(config: AdapterConfig, base: BaseModel, metrics: Metrics) -> AdapterRegistry:
