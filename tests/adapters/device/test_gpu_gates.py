@@ -51,6 +51,7 @@ from turret.server.adapters.device.reference import ReferenceStore
 from turret.server.adapters.lowering.arena import in_one_block
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.gate import Gate
+from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.low_rank import LowRank
 
 NUM_ROWS = 24
@@ -210,7 +211,7 @@ def signature_of(store: GpuStore, *keys: str) -> Any:
     runs = [(row, row + 1, ((key, 1.0),)) for row, key in enumerate(keys)]
     step = store.bind(runs, tables)
     known = table.buffer.data_ptr()
-    return repr(step.signature).replace(str(known), "table")
+    return step.form, str(step.addresses).replace(str(known), "table")
 
 
 def test_a_step_s_signature_knows_no_gated_adapter() -> None:
@@ -283,6 +284,39 @@ def test_a_slot_that_was_another_s_changes_nothing() -> None:
     assert torch.equal(found[:3], expected[:3])
     for row in range(3, 5):
         assert not torch.equal(found[row], y[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_step_in_a_wider_form_has_the_same_bits(dtype: torch.dtype) -> None:
+    """Kernels of what its rows do without find empty tables: gates, gains, biases, shelves."""
+    torch.manual_seed(8)
+    factors = (torch.randn(OUTS["q"], 4), torch.randn(4, INNER)) * 2
+    hadamard = ModuleOperators(hadamard=Hadamard(*(f.to(DEVICE, dtype) for f in factors)))
+    low = ModuleOperators(
+        low_rank=LowRank(*(torch.randn(8, n).to(DEVICE, dtype) / 8 for n in (INNER, OUTS["k"])))
+    )
+    adapters = {
+        **adapters_of(gates_of(dtype)),
+        "gain 0": neighbours(dtype)["gain 0"],
+        "loha": Adapter("loha", AdapterOperators({"model.layers.0.q": hadamard})),
+        "low": Adapter("low", AdapterOperators({"model.layers.0.k": low})),
+    }
+    store = store_of(dtype, adapters)
+    everything = store.form(((key, 1.0), ("loha", 0.5)) for key in adapters)
+    x = torch.randn(3, INNER).to(DEVICE, dtype)
+    y = torch.randn(3, WIDTH).to(DEVICE, dtype)
+    base: Any = Base(y)
+    for key in ("low", "gain 0", "loha", "a"):
+        runs = [(0, 1, ()), (1, 3, ((key, 0.7),))]
+        found = [
+            store.bind(runs, OneStepTables(NUM_ROWS, DEVICE), form=form).project(
+                0, "qkv", x, bias=None, base=base
+            )
+            for form in (None, everything)
+        ]
+        assert store.form(mix for _, _, mix in runs) < everything
+        assert torch.equal(*found), key
+        assert torch.equal(found[1][0], y[0]), "of the base's row"
 
 
 def test_a_gated_adapter_that_had_to_leave_comes_back_the_same() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -55,6 +56,46 @@ def test_a_body_is_captured_the_second_time_and_replayed_from_then_on():
     assert capture.num_captures == 4, "a new epoch starts afresh"
     graphs.run(1, "a", lambda: body("a"))
     assert capture.num_captures == 5
+
+
+_PROJECTIONS = ("qkv", "o", "gate_up", "down")
+_METHODS: dict[str, list[Any]] = {
+    "lora": [("low rank", p) for p in _PROJECTIONS],
+    "lora on q and v": [("low rank", "qkv")],
+    "dora": [(kind, p) for kind in ("low rank", "gain") for p in _PROJECTIONS],
+    "ia3": [("gain", "qkv"), ("gain", "down")],
+    "loha": [(f"hadamard {slice}", 0) for slice in range(7)],
+    "lokr": [(f"kronecker {slice}", 0) for slice in range(7)],
+}
+
+
+def test_a_fleet_of_six_methods_is_replayed(monkeypatch: pytest.MonkeyPatch):
+    """Half a dozen sequences of some 150 tokens, of any methods; LoRA was captured at the start."""
+    monkeypatch.setattr(decode_graphs, "SIGHTS", 8)
+    capture, draw = FakeCapture(), random.Random(3)
+    graphs, steps, replayed = DecodeGraphs(capture), 6000, 0
+    for bucket in buckets(64):
+        for method in ("lora", "lora on q and v"):
+            graphs.prepare(0, (bucket, frozenset(_METHODS[method]), 0), multiply)
+    prepared, running = capture.num_captures, list[tuple[str, int]]()
+    form: frozenset[Any] = frozenset()
+    for step in range(steps):
+        before = len(running)
+        running = [(method, end) for method, end in running if end > step]
+        while len(running) < 64 and draw.random() < 0.04:
+            running.append((draw.choice([*_METHODS]), step + draw.randint(50, 250)))
+        if not running:
+            replayed += 1
+            continue
+        bucket = next(size for size in buckets(64) if size >= len(running))
+        if len(running) != before or step == 0:
+            form = frozenset(part for method, _ in running for part in _METHODS[method])
+            form = graphs.form_for(bucket, form)
+        seen = capture.num_replays
+        graphs.run(0, (bucket, form, 0), multiply)
+        replayed += capture.num_replays - seen
+    assert replayed > 0.95 * steps
+    assert capture.num_captures - prepared < steps / 200
 
 
 def test_without_capture_every_step_runs():

@@ -8,7 +8,7 @@ all gated adapters of the step together (``kernels/gpu/fusion_gate.py``). Gates 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, groupby, pairwise
 
@@ -18,6 +18,7 @@ from turret.kernels.adapters.segments import GatedMembers, LongSegment, SegmentM
 from turret.kernels.gpu.fusion_gate import WORDS, fusion_gate, gate_shrink
 from turret.kernels.gpu.tables import SegmentTable, host_tensor, upload
 from turret.server.adapters.device.gpu.pack import (
+    Form,
     GpuPack,
     Place,
     components_of,
@@ -43,13 +44,11 @@ class _Gated:
     Attributes:
         bounds: First rank and end of each component, from the adapter's first rank on.
         asked: Length of the longest query.
-        projections: Projections in which it has gates, in any layer.
         kept: Queries and keys; keeps the addresses in the tables valid.
     """
 
     bounds: tuple[tuple[int, int], ...]
     asked: int
-    projections: frozenset[str]
     kept: list[torch.Tensor]
 
 
@@ -63,11 +62,9 @@ class GpuStepGates:
 
     tables: Mapping[str, torch.Tensor]
 
-    @property
-    def signature(self) -> Hashable:
-        """Identifies a step's launches and the addresses they read, but not its adapters."""
-        tables = self.tables.items()
-        return tuple((name, table.data_ptr(), table.shape) for name, table in tables)
+    def addresses(self) -> list[object]:
+        """Addresses and shapes of the tables."""
+        return [(name, t.data_ptr(), t.shape) for name, t in sorted(self.tables.items())]
 
     def of(
         self, layer: int, projection: str, x: torch.Tensor, v: torch.Tensor, table: SegmentTable
@@ -114,15 +111,13 @@ class GpuGates(Part):
         if place is None:
             return
         components, kept = components_of(operators), list[torch.Tensor]()
-        words, projections = dict[str, list[int]](), set[str]()
+        words = dict[str, list[int]]()
         for name in self._layout.projections:
             found = [
                 (s, layer, gate)
                 for layer, s, ops in self._layout.of(operators, name)
                 if (gate := gate_in(ops)) is not None
             ]
-            if found:
-                projections.add(name)
             if found or name in self._tables:
                 words[name] = self._words(name, found, components, kept)
         flat = host_tensor([*chain(*words.values())], torch.int64)
@@ -132,7 +127,7 @@ class GpuGates(Part):
             table[:, place.slot] = part.view(table.shape[0], *table.shape[2:])
         asked = max(len(gate.score.tensors()[0]) for gate in gates_of(operators))
         bounds = tuple(pairwise(accumulate(components, initial=0)))
-        self._gated[key] = _Gated(bounds, asked, frozenset(projections), kept)
+        self._gated[key] = _Gated(bounds, asked, kept)
 
     def remove(self, key: str) -> None:
         self._gated.pop(key, None)
@@ -146,17 +141,17 @@ class GpuGates(Part):
         return more
 
     def bind(
-        self, runs: Sequence[tuple[int, int, Members]]
+        self, runs: Sequence[tuple[int, int, Members]], form: Form
     ) -> tuple[list[LongSegment], GpuStepGates]:
         """The segments of a step, and its gates.
 
         Args:
             runs: Runs of rows: first, end, and their mix.
+            form: What the step launches.
         """
-        used = {key for _, _, mix in runs for key, _ in mix} & self._gated.keys()
         segments = [LongSegment(start, end, *self._members(mix)) for start, end, mix in runs]
-        names = sorted({name for key in used for name in self._gated[key].projections})
-        return segments, GpuStepGates({name: self._tables[name] for name in names})
+        tables = {name: table for name, table in self._tables.items() if (Gate, name) in form}
+        return segments, GpuStepGates(tables)
 
     def _members(self, mix: Members) -> tuple[tuple[SegmentMember, ...], tuple[GatedMembers, ...]]:
         """A mix's members in the request's order, and those that are gated."""

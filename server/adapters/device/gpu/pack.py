@@ -5,7 +5,7 @@ Both are as large from the start as their budget: captured steps know where they
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 
@@ -17,8 +17,12 @@ from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.part import Part
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.gate import Gate
+from turret.server.adapters.operators.low_rank import LowRank
+from turret.server.adapters.operators.vectors import Bias, Gain
 
-# Where adapters lie in packed matrices: a range of ranks and a slot each. No torch.
+# What steps launch: kinds of packed operators with their projections, shelves with positions in
+# the mixes. A step can run in any form that has all of its own: the rest finds empty tables.
+Form = frozenset[tuple[Hashable, Hashable]]
 
 # Rank ranges start at multiples of this.
 RANK_ALIGNMENT = 8
@@ -113,35 +117,6 @@ class Placement:
 # Every slot costs rows in the tables of gains and biases; more are made if a batch needs them.
 _RANKS_PER_SLOT = 16
 _MIN_SLOTS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class PackedKinds:
-    """Which packed operators some adapters have, in any layer: projections that have each."""
-
-    low_rank: frozenset[str] = frozenset()
-    gains: frozenset[str] = frozenset()
-    biases: frozenset[str] = frozenset()
-
-    @classmethod
-    def of(cls, layout: ProjectionLayout, operators: AdapterOperators) -> PackedKinds:
-        found = [
-            (name, ops) for name in layout.projections for _, _, ops in layout.of(operators, name)
-        ]
-        return cls(
-            frozenset(name for name, ops in found if ops.low_rank is not None),
-            frozenset(name for name, ops in found if ops.gain is not None),
-            frozenset(name for name, ops in found if ops.bias is not None),
-        )
-
-    @classmethod
-    def union(cls, kinds: Iterable[PackedKinds]) -> PackedKinds:
-        all_of = list(kinds)
-        return cls(
-            frozenset().union(*(k.low_rank for k in all_of)),
-            frozenset().union(*(k.gains for k in all_of)),
-            frozenset().union(*(k.biases for k in all_of)),
-        )
 
 
 def gate_in(operators: ModuleOperators) -> Gate | None:
@@ -310,11 +285,11 @@ class GpuPackedProjection:
         """Addresses and shapes of the matrices."""
         return [(t.data_ptr(), t.shape) for t in (self.a, *self.b, self.slice_ranks)]
 
-    def optional_addresses(self, kinds: PackedKinds) -> list[object]:
-        """Addresses and shapes of the tables that these kinds of adapters read."""
+    def optional_addresses(self, form: Form) -> list[object]:
+        """Addresses and shapes of the tables that steps of a form read."""
         tables = (
-            self.gain_delta if self.name in kinds.gains else None,
-            self.bias if self.name in kinds.biases else None,
+            self.gain_delta if (Gain, self.name) in form else None,
+            self.bias if (Bias, self.name) in form else None,
         )
         return [None if t is None else (t.data_ptr(), t.shape) for t in tables]
 
@@ -350,7 +325,7 @@ class GpuPack(Part):
             layout.num_layers * (len(slices) * slices[0].in_features + layout.width(name))
             for name, slices in layout.projections.items()
         )
-        self._kinds: dict[str, PackedKinds] = {}
+        self._forms: dict[str, Form] = {}
         ranks = max_bytes // self._rank_bytes // RANK_ALIGNMENT * RANK_ALIGNMENT
         self._placement = Placement(ranks, max(ranks // _RANKS_PER_SLOT, _MIN_SLOTS))
         for projection in self.projections.values():
@@ -366,9 +341,9 @@ class GpuPack(Part):
         """Slots of the tables."""
         return self._placement.num_slots
 
-    def kinds(self, keys: Iterable[str]) -> PackedKinds:
-        """The kinds of operators that these adapters have."""
-        return PackedKinds.union(self._kinds[key] for key in keys)
+    def form(self, key: str) -> Form:
+        """The packed kinds of operators that an adapter has, with their projections."""
+        return self._forms[key]
 
     def gates(self, key: str) -> Place | None:
         """The place of an adapter's gate components: ranks and a slot of their own."""
@@ -385,7 +360,13 @@ class GpuPack(Part):
 
     def insert(self, key: str, operators: AdapterOperators) -> None:
         place = self._place(key, Placement.width_of(operators.rank))
-        self._kinds[key] = PackedKinds.of(self._layout, operators)
+        self._forms[key] = frozenset(
+            (kind, name)
+            for name in self._layout.projections
+            for _, _, ops in self._layout.of(operators, name)
+            for kind in (LowRank, Gain, Bias, Gate)
+            if (gate_in(ops) if kind is Gate else ops.get(kind)) is not None
+        )
         for projection in self.projections.values():
             projection.put(operators, place, self.num_slots)
         if components_of(operators):
@@ -396,7 +377,7 @@ class GpuPack(Part):
     def remove(self, key: str) -> None:
         self._placement.remove(key)
         self._placement.remove(_gates_of(key))
-        self._kinds.pop(key, None)
+        self._forms.pop(key, None)
 
     def _place(self, key: str, width: int) -> Place:
         """A place of ``width`` ranks."""

@@ -1,7 +1,9 @@
 """Decode steps as CUDA graphs: captured once per shape of step, replayed from then on.
 
 A step's launches depend on its bucket (the number of rows, rounded up) and on the kinds of
-operators in it; everything else is data in buffers of fixed address. The common shapes are captured
+operators in it; everything else is data in buffers of fixed address. A step runs in a larger form
+than its own where that is captured: the kernels it has no use for find empty tables. Common shapes
+are captured
 at the start. Another runs as it is, which also compiles what it needs; it is captured once it is
 seen often.
 
@@ -27,6 +29,7 @@ _log = logging.getLogger(__name__)
 # Outputs of a step; the tensors keep their addresses, and a replay overwrites them.
 Outputs = tuple[torch.Tensor, torch.Tensor]
 Body = Callable[[], Outputs]
+Key = tuple[Hashable, frozenset[Any], Hashable]
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _LARGE_BUCKET = 64
@@ -134,15 +137,17 @@ class DecodeGraphs:
         self._epoch: Hashable = None
         self._step = self._resumes = self._failures = 0
         # The latest steps in which a form was seen.
-        self._seen: dict[Hashable, deque[int]] = {}
-        self._graphs: dict[Hashable, tuple[Callable[[], None], Outputs]] = {}
+        self._seen: dict[Key, deque[int]] = {}
+        # By kind, the form of what no graph served, and since when that was noted.
+        self._missing: dict[Hashable, tuple[int, frozenset[Any]]] = {}
+        self._graphs: dict[Key, tuple[Callable[[], None], Outputs]] = {}
 
-    def run(self, epoch: Hashable, key: Hashable, body: Body) -> Outputs:
+    def run(self, epoch: Hashable, key: Key, body: Body) -> Outputs:
         """Run a step, captured if it can be.
 
         Args:
             epoch: Changes when a tensor that bodies read has moved: then all graphs are void.
-            key: Names what the body launches.
+            key: Names what the body launches: kind, form (see ``form_for``), addresses.
             body: The step; it reads and writes at fixed addresses only.
         """
         if self._capture is None:
@@ -158,7 +163,26 @@ class DecodeGraphs:
         replay()
         return outputs
 
-    def prepare(self, epoch: Hashable, key: Hashable, body: Body) -> None:
+    def form_for(self, kind: Hashable, own: frozenset[Any]) -> frozenset[Any]:
+        """The form in which to run a step, so that few graphs serve all.
+
+        That is the smallest captured one that has all of its own form; else one for all steps that
+        no captured one served lately.
+
+        Args:
+            kind: The first part of its key.
+            own: What it launches at least.
+        """
+        wider = [form for of, form, _ in self._graphs if of == kind and form >= own]
+        if wider:
+            return min(wider, key=len)
+        since, union = self._missing.get(kind, (self._step, own))
+        if self._step - since >= WINDOW:
+            since, union = self._step, own
+        self._missing[kind] = since, union | own
+        return union | own
+
+    def prepare(self, epoch: Hashable, key: Key, body: Body) -> None:
         """Capture a step before it is needed; runs it once as it is, which compiles it.
 
         Args:
@@ -186,7 +210,7 @@ class DecodeGraphs:
             self._seen.clear()
             self._epoch = epoch
 
-    def _is_due(self, key: Hashable) -> bool:
+    def _is_due(self, key: Key) -> bool:
         """Note that a form is seen in this step; whether it would be worth a capture."""
         self._step += 1
         if len(self._seen) > 8 * self._capacity:
@@ -196,7 +220,7 @@ class DecodeGraphs:
         is_common = len(sights) == SIGHTS and self._step - sights[0] < WINDOW
         return is_common and self._step >= self._resumes
 
-    def _add(self, capture: Capture, key: Hashable, body: Body) -> bool:
+    def _add(self, capture: Capture, key: Key, body: Body) -> bool:
         """Capture a body; whether it worked.
 
         If memory ran out, what the other graphs held is free now.

@@ -7,10 +7,9 @@ sampler reads the tokens. A step with first passes (X-LoRA) is two, both launche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 import torch
 
@@ -19,9 +18,10 @@ from turret.server.adapters.device.gpu.store import GpuAdapterStep, GpuStore
 from turret.server.adapters.device.store import Resident
 from turret.server.adapters.device.vocabulary import VocabularyGroup
 from turret.server.adapters.mix import Mix
+from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.batch import Rows, runs_of
+from turret.server.engine.step.batch import runs_of
 from turret.server.engine.step.executor import Computed, adapters_of, fill_prefix, sampled_rows
 from turret.server.engine.step.first_passes import (
     NOTHING_TOLD,
@@ -31,7 +31,7 @@ from turret.server.engine.step.first_passes import (
     told_before,
     told_by,
 )
-from turret.server.engine.step.gpu.decode_graphs import Body, Capture, DecodeGraphs, buckets
+from turret.server.engine.step.gpu.decode_graphs import Body, Capture, DecodeGraphs, Key, buckets
 from turret.server.engine.step.gpu.sampler import GpuSampler
 from turret.server.engine.step.gpu.tables import (
     AttentionWords,
@@ -225,7 +225,8 @@ class GpuExecutor:
         tables, adapters = self._decode, None
         if low_rank:
             with tables.adapters():
-                adapters = self.store.bind_form(low_rank, tables)
+                form = frozenset((LowRank, name) for name in low_rank)
+                adapters = self.store.bind((), tables, form=form)
         self._bound = None
         with tables.step():
             if self._sampler is not None:
@@ -320,7 +321,8 @@ class GpuExecutor:
         if members:
             self.store.prepare(members.values())
             given = given_rows(placed, told)
-            adapters = self._bind(tables, its_rows, given, num_decode)
+            with tables.adapters():
+                adapters = self.store.bind(runs_of(its_rows), tables, given, num_decode)
         updates = self._blocks.update([place.item.sequence for place in placed])
         rows = collect_rows(placed, self._cache.block_size, updates.begins)
         with tables.step():
@@ -425,10 +427,10 @@ class GpuExecutor:
         return self.store.epoch, self._blocks.epoch, self._decoder.epoch
 
     @staticmethod
-    def _key(inputs: GpuStep) -> Hashable:
+    def _key(inputs: GpuStep) -> Key:
         """What a decode step launches, and on which adapters' tables."""
-        adapters = None if inputs.adapters is None else inputs.adapters.signature
-        return len(inputs.token_ids), inputs.embedded is not None, adapters
+        kind, adapters = (len(inputs.token_ids), inputs.embedded is not None), inputs.adapters
+        return kind, *((frozenset(), None) if adapters is None else adapters.signature)
 
     def _body(self, tables: StepTables, inputs: GpuStep) -> Body:
         """Everything that a step has the device do once its tables are there."""
@@ -466,23 +468,20 @@ class GpuExecutor:
         adapters = tuple(members.values())
         self.store.prepare(adapters)
         its_rows = [(sequence, range(row, row + 1)) for row, sequence in enumerate(sequences)]
-        self._bound = None
+        embeddings = changed_embeddings(its_rows, self.store, self._decoder.device)
+        step, runs, self._bound = None, runs_of(its_rows), None
+        if adapters:
+            bucket = next(size for size in self._buckets if size >= len(sequences))
+            form = self.store.form(mix for _, _, mix in runs)
+            form = self._graphs.form_for((bucket, bool(embeddings)), form)
+            with self._decode.adapters():
+                step = self.store.bind(runs, self._decode, form=form)
         self._bound = Bound(
             mixes,
             adapters,
             self.store.version,
-            self._bind(self._decode, its_rows) if adapters else None,
-            changed_embeddings(its_rows, self.store, self._decoder.device),
+            step,
+            embeddings,
             changed_heads(its_rows, self.store, self._decoder.device),
         )
         return self._bound
-
-    def _bind(
-        self,
-        tables: StepTables,
-        rows: Rows,
-        given: Mapping[str, torch.Tensor] = MappingProxyType({}),
-        num_decode: int | None = None,
-    ) -> GpuAdapterStep:
-        with tables.adapters():
-            return self.store.bind(runs_of(rows), tables, given, num_decode)
