@@ -27,7 +27,7 @@ MAX_SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 NF4_KERNELS = ("nf4_matmul", "nf4_rotate", "nf4_shrink", "nf4_experts")
 
 
-@pytest.fixture(scope="module", params=["sm_90", pytest.param("", marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[pytest.param("", marks=pytest.mark.long)])
 def compiled(request: pytest.FixtureRequest) -> dict:
     """The compiler's output for one target or all."""
     return compile_ahead(*(["--target", request.param] if request.param else []))
