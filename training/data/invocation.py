@@ -1,7 +1,7 @@
 """Where an aLoRA begins to act: at the last place of its invocation in a prompt.
 
-So the server has it (``server/engine/scheduling/windows.py``): it searches what precedes the answer
-and not the answer itself.
+So the server has it (``server/engine/scheduling/sequence.py``): it searches what precedes the
+answer and not the answer itself.
 """
 
 from __future__ import annotations
