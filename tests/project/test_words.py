@@ -12,6 +12,8 @@ from string import Formatter
 from turret.server.words import adapters, http, requests, serving
 from turret.server.words.text import SUGGESTION
 
+# Functions that take a reason and parameters, and the parameters that they add.
+SAYERS: dict[str, set[str]] = {"say": set(), "check": set(), "_check": set(), "refuse": {"path"}}
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("server", "fleet", "training", "clients", "kernels")
 CATALOGUES = (requests.TEXTS, adapters.TEXTS, serving.TEXTS, http.TEXTS)
@@ -23,11 +25,18 @@ def said() -> Iterator[tuple[str, set[str], bool]]:
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "say":
-                    reason = node.args[0]
-                    assert isinstance(reason, ast.Constant), f"{path}:{node.lineno}"
-                    names = {keyword.arg for keyword in node.keywords if keyword.arg}
-                    yield str(reason.value), names, None not in {k.arg for k in node.keywords}
+                if not isinstance(node, ast.Call):
+                    continue
+                called = getattr(node.func, "id", getattr(node.func, "attr", ""))
+                found = [each.value for each in node.args if isinstance(each, ast.Constant)]
+                reasons = [each for each in found if each in TEXTS]
+                is_passed_on = getattr(node.args[0], "id", "") == "reason" if node.args else False
+                if called not in SAYERS or is_passed_on or not (reasons or called == "say"):
+                    continue
+                assert reasons, f"{path}:{node.lineno}"
+                names = {keyword.arg for keyword in node.keywords if keyword.arg}
+                names |= SAYERS[called]
+                yield reasons[0], names, None not in {k.arg for k in node.keywords}
 
 
 def test_no_reason_stands_twice() -> None:
@@ -59,5 +68,5 @@ def test_a_text_that_is_scrambled_keeps_its_reason_and_parameters() -> None:
         text=True,
         check=True,
     )
-    sentence = "ng zbfg 3 ragevrf, abg 5 TOO_MANY_ENTRIES {'most': 3, 'found': 5}\n"
+    sentence = "zhfg unir ng zbfg 3 ragevrf, abg 5 TOO_MANY_ENTRIES {'most': 3, 'found': 5}\n"
     assert shown.stdout == sentence
