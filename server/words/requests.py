@@ -22,9 +22,9 @@ TEXTS = {
     "TOO_MANY_NUMBERS": "{found} inputs with {numbers} numbers each exceed the limit of"
     " {most_numbers} numbers in an answer; send at most {most} inputs",
     "HOLDS_EMPTY_STRING": "must not contain an empty string",
-    "HOLDS_TOO_LONG_STRING": "must not contain a string of more than {most} characters ({found})",
+    "HOLDS_TOO_LONG_STRING": "must not contain a string of {found} characters; the limit is {most}",
     "HOLDS_NUL": "must not contain a NUL character",
-    "NOT_PRINTABLE_ASCII": "must have at most {most} characters, all printable ASCII",
+    "NOT_PRINTABLE_ASCII": "must be at most {most} printable ASCII characters",
     "NOT_MATCHING": "must match {pattern}",
     "NOT_JSON": "is not valid JSON: {problem}",
     "NOT_A_JSON_OBJECT": "must be a JSON object",
@@ -39,7 +39,7 @@ TEXTS = {
     "NO_MESSAGE_IN_TIME": "no message arrived within {seconds:.0f} seconds",
     "UPLOAD_TOO_SLOW": "the upload took longer than {seconds:.0f} seconds",
     "NOT_FIRST": "must be the first message of an upload",
-    "NOT_A_CHUNK": "must be every message of an upload after the first",
+    "NOT_A_CHUNK": "every message of an upload after the first must be a chunk",
     "NOT_A_DIGEST": "must be empty or 64 lower-case hexadecimal digits",
     "MORE": "and {count} more",
     # Prompts and answers.
@@ -47,8 +47,8 @@ TEXTS = {
     "PROMPT_TOO_LONG": "the prompt has {length} {unit}, more than the limit of {limit}",
     "CONTEXT_TOO_SHORT": "the prompt has {prompt_tokens} tokens, too many for the context of"
     " {max_model_len}",
-    "MAX_TOKENS_TOO_LARGE": "{other} is {max_tokens}, but after a prompt of {prompt_tokens} tokens"
-    " the context of {max_model_len} has room for {room}",
+    "MAX_TOKENS_TOO_LARGE": "{other} is {max_tokens}, but a prompt of {prompt_tokens} tokens"
+    " leaves room for {room} in the context of {max_model_len}",
     "NOT_A_TOKEN": "token {value} is not in the vocabulary of {size} tokens",
     "ANSWER_COMPLETE": "already has {found} tokens, but {other} is {most}",
     "ANSWER_ENDED": "token {index} already ends the answer",
@@ -73,16 +73,18 @@ TEXTS = {
     "TOKENIZER_UNUSABLE": "this model's tokenizer does not support constraints: {problem}",
     # Mixes of adapters.
     "HEAD_MISSING": "none of the adapters has a classification head (SEQ_CLS)",
-    "SEVERAL_HEADS": "only one adapter with a classification head can be used, not {adapters}",
+    "SEVERAL_HEADS": "only one of these adapters with a classification head can be used:"
+    " {adapters}",
     "ADAPTER_CLASSIFIES": "{adapters} was trained to classify (SEQ_CLS) and cannot generate or"
     " score text",
-    "PREFIX_NOT_ALONE": "only one adapter with soft tokens or a prefix can be used, with weight 1:"
-    " {adapters}",
-    "VOCABULARY_NOT_ALONE": "only one adapter with its own vocabulary can be used, with weight 1:"
-    " {adapters}",
+    "PREFIX_NOT_ALONE": "only one adapter with soft tokens or a prefix can be used, and only with"
+    " weight 1: {adapters}",
+    "VOCABULARY_NOT_ALONE": "only one adapter with its own vocabulary can be used, and only with"
+    " weight 1: {adapters}",
     "VOCABULARY_WITH_PARTIAL": "{adapter} has tokens that the base model lacks, so it cannot be"
     " combined with {partial}, which leaves a part of the prompt to the base model",
-    "SEVERAL_FIRST_PASSES": "only one adapter that needs a first pass can be used, not {adapters}",
+    "SEVERAL_FIRST_PASSES": "only one of these adapters, which need a first pass, can be used:"
+    " {adapters}",
     "FIRST_PASS_WITH_PREFIX": "{adapter} needs a first pass over the prompt, so it cannot be"
     " combined with soft tokens or a prefix",
     "MIX_TOO_LARGE": "the adapters of this request need {bytes} bytes of device memory, more than"

@@ -7,7 +7,7 @@ TEXTS = {
     "SHUTTING_DOWN": "the server is shutting down",
     "ENGINE_FAILED": "the engine has failed",
     "PRELOAD_FAILED": "--preload {name}={path}: {problem}",
-    "SERVICE_ELSEWHERE": "the service {service} is not at this address, but at that of {flag}",
+    "SERVICE_ELSEWHERE": "{service} is not available at this address, but at the server's {flag}",
     "CALLER_GONE": "the caller disconnected",
     "DEADLINE_EXCEEDED": "the deadline passed before the request finished",
     "ADAPTER_UNLOADED": "an adapter of this request was unloaded by force",
@@ -22,9 +22,9 @@ TEXTS = {
     " running, which is its limit",
     "PEER_LIMIT_REACHED": "this client address already has {max_requests_per_peer} requests queued"
     " or running, which is its limit",
-    "TOO_MANY_CALLS": "the limit of {most} concurrent calls of this kind is reached",
+    "TOO_MANY_CALLS": "the limit of {most} concurrent calls of this kind has been reached",
     "TOO_MANY_COMPILATIONS": "{most} constraints are already being compiled",
-    "QUEUE_FULL": "the queue is full: it has {max_queued_requests} requests",
+    "QUEUE_FULL": "the queue is full ({max_queued_requests} requests)",
     "QUEUE_MEMORY_FULL": "requests already take {held} bytes of memory, and with this one they"
     " would exceed the limit of {max_queued_bytes}",
     "ANSWER_UNREAD": "the client has left more than {max_unread_bytes} bytes of the answer unread",
@@ -37,7 +37,7 @@ TEXTS = {
     "ROLE_UNKNOWN": "--token-file: {path}: line {line} has an unknown role; roles are {choices}",
     # Memory and disks.
     "OUT_OF_MEMORY": "the server is out of memory",
-    "DEVICE_MEMORY_SHORT": "the device has too little memory to run this request",
+    "DEVICE_MEMORY_SHORT": "the device has too little free memory to run this request",
     "DISK_FULL": "the server's disk is full",
     "DISK_FAILED": "the server cannot use its disk: {problem}",
     "FOLDER_IS_A_FILE": "is a file, not a directory",
@@ -63,7 +63,7 @@ TEXTS = {
     " {file}",
     "MODEL_HAS_NO_CONFIG": "{model} has no config.json, so it is not a Hugging Face model",
     "MODEL_HAS_NO_WEIGHTS": "{model} has no {file}; turret reads weights only as safetensors",
-    "MODEL_NOT_ON_HUB": "{model} is not a directory, and on the hub: {problem}",
+    "MODEL_NOT_ON_HUB": "{model} is neither a directory nor a usable hub repository: {problem}",
     "HUB_CACHE_INCOMPLETE": "the hub is not available, and its cache has only some files of"
     " {model}",
     "NO_EMBEDDED_MODEL": "no model was given, and the embedded model is not installed; pass --model"
@@ -82,7 +82,7 @@ TEXTS = {
     "LFS_POINTER": "is a Git LFS pointer instead of the file; run `git lfs pull` in the clone",
     # What a model is made of.
     "CONFIG_UNSUPPORTED": "{key} {value!q} is not supported; supported are {choices}",
-    "CONFIG_KEY_UNSUPPORTED": "models with {key} are not supported",
+    "CONFIG_KEY_UNSUPPORTED": "models whose config sets {key} are not supported",
     "GRANITE_HYBRID_UNSUPPORTED": "granitemoehybrid models with experts or Mamba layers are not"
     " supported",
     "ROTATION_TOO_WIDE": "models whose heads rotate more features than they have are not supported",
@@ -122,9 +122,9 @@ TEXTS = {
     "TOKENIZER_UNREAD": "the tokenizer could not be read: {problem}",
     "TOKENIZER_DIFFERS": "its {part} differs from the base model's tokenizer; an adapter may only"
     " add tokens",
-    "TOKEN_NUMBER_TAKEN": "has the token {token!q} with number {number}, which is {found} among the"
-    " base model's tokens",
-    "TOKEN_WITHOUT_ROW": "has the token {token!q} with number {number}, but the adapter has rows"
+    "TOKEN_NUMBER_TAKEN": "gives the token {token!q} the number {number}, but added to the base"
+    " model's tokens it would be {found}",
+    "TOKEN_WITHOUT_ROW": "gives the token {token!q} the number {number}, but the adapter has rows"
     " for only {rows} tokens",
     "ADDED_TOKEN_TOO_LONG": "an added token has more than {most} characters",
     "POST_PROCESSOR_UNSUPPORTED": "its post_processor adds more than {most} tokens around a text",
