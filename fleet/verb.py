@@ -9,7 +9,7 @@ import logging
 import os
 from pathlib import Path
 
-from turret.fleet.machine import fleet_folder
+from turret.fleet.serving import fleet_folder
 from turret.fleet.serving.plan import (
     REFUSED,
     ClusterPlan,
@@ -159,7 +159,7 @@ def status(args: argparse.Namespace) -> int:
     if not _has_ray("status"):
         return EXIT_FAILED
     from turret.fleet.serving.ray_cluster import join_as_guest
-    from turret.fleet.serving.status import print_status
+    from turret.fleet.serving.serve import print_status
     from turret.server.errors import UnavailableError
 
     try:

@@ -1,4 +1,4 @@
-"""The flags that ``turret cluster serve`` adds to those of ``turret serve``, and its limits."""
+"""What ``turret cluster serve`` is told: how many replicas, where, and what they cannot be told."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from turret.server.basics.address import is_local_address, split_address
 from turret.server.config import Config
@@ -25,6 +26,13 @@ REFUSED: Mapping[str, str] = {
     "tls_client_ca": _PLAIN_TEXT,
 }
 _OF_THIS_MACHINE = "auto"
+# Metrics that replicas report to Serve, which passes the latest values to ``policy``.
+WAITING = "waiting"
+RUNNING = "running"
+# Add a replica if more sequences than this wait per replica on average.
+MOST_WAITING = 4
+# Remove a replica if the others would have fewer sequences than this on average.
+FEW = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,3 +160,32 @@ def _found_anywhere(model: Path | None) -> Path | None:
 
 def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.absolute()
+
+
+def wanted(num_replicas: int, waiting: float, running: float) -> int:
+    """The number of replicas for a load; it changes by at most one at a time.
+
+    Never by the processor's use: a replica that computes one sequence uses all of it. Some
+    sequence waits in many a moment, for the step that is computed when it comes: that no line is
+    ever seen is too much to ask of replicas that have little to do.
+
+    Args:
+        num_replicas: There are now.
+        waiting: Sequences that wait, on all of them.
+        running: Sequences that run, on all of them.
+    """
+    if waiting > MOST_WAITING * num_replicas:
+        return num_replicas + 1
+    if waiting + running < FEW * (num_replicas - 1):
+        return num_replicas - 1
+    return num_replicas
+
+
+def policy(context: Any) -> tuple[int, dict[str, Any]]:
+    """Serve's form of ``wanted`` (``ray.serve.config.AutoscalingContext``)."""
+    reported = context.aggregated_metrics or {}
+    waiting = sum((reported.get(WAITING) or {}).values())
+    running = sum((reported.get(RUNNING) or {}).values())
+    number = wanted(max(context.current_num_replicas, 1), waiting, running)
+    least, most = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
+    return max(least, min(most, number)), {WAITING: waiting, RUNNING: running}

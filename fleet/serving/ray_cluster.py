@@ -9,26 +9,29 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turret.fleet.machine import fleet_folder
-from turret.fleet.machine.fleet_folder import FleetFolder
-from turret.fleet.machine.ray_lines import LineFilter
-from turret.fleet.serving.ingress import ingress_environment, joined_folder, write_haproxy
+from turret.fleet.serving import fleet_folder
+from turret.fleet.serving.fleet_folder import FleetFolder
+from turret.fleet.serving.ingress import (
+    LOOPBACK,
+    ingress_environment,
+    joined_folder,
+    write_haproxy,
+)
 from turret.fleet.serving.plan import ClusterPlan
 from turret.server.basics.files import replace_file
 from turret.server.errors import UnavailableError
 
 CLUSTER_FILE = "cluster.json"
-# Address of all a fleet's listeners if Ray is started here, except the ingress and metrics.
-LOOPBACK = "127.0.0.1"
 # Serve's ports that two fleets on one machine must not share.
 _PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
 # Signals that end a fleet. ``serve.py`` defers them while Ray starts.
@@ -41,6 +44,28 @@ _START_ONE = (
     "`ray start --head` starts one and prints its address; without an address of Ray's this"
     " command starts its own"
 )
+# Ray prints this when a caller disconnects before a replica was assigned: Serve cancels the call
+# and never retrieves the exception of its task.
+_CANCELLED = (
+    re.compile(r"Task exception was never retrieved$"),
+    re.compile(
+        r"future: <Task .*ProxyResponseGenerator\._await_response\(\).*RequestCancelledError"
+    ),
+)
+_CANCELLED_ENDS = "ray.serve.exceptions.RequestCancelledError:"
+# When asked to shut down, Serve's controller kills itself before it has answered.
+_CONTROLLER_ENDS = re.compile(
+    r"Task ServeController\.graceful_shutdown failed\. .*was killed by `ray\.kill`", re.DOTALL
+)
+# The advice in this warning would open a fleet on one machine to other machines.
+_ONE_MACHINE = re.compile(
+    r".*HTTPOptions\.host=\S+ won't accept connections from HAProxy on other nodes"
+)
+_INGRESS = "HAProxyManager"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# The last line of a traceback, and HAProxy's first message about a problem.
+_RAISED = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Exit): *(\S.*)$", re.MULTILINE)
+_ALERT = re.compile(r"^\[ALERT\][^:]*: (.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,3 +335,59 @@ def _init(ray: Any, *, is_local: bool, **arguments: Any) -> Any:
         return ray.init(logging_level="WARNING", namespace="turret", **arguments)
     finally:
         patched.resolve_ip_for_localhost = resolve
+
+
+def cause(text: str) -> str:
+    """The last message of a traceback from another process, as Ray reports it; otherwise all."""
+    text = _COLOUR.sub("", text)
+    if '  File "' not in text:
+        return text
+    found = _ALERT.search(text) or next(reversed([*_RAISED.finditer(text)]), None)
+    return found[1] if found else text.strip().splitlines()[-1]
+
+
+class LineFilter:
+    """Filters the lines of all processes as they arrive.
+
+    Args:
+        is_stopping: Whether the fleet is being stopped. The ingress then fails at whatever it was
+            about to do.
+        has_others: Whether the fleet may have other machines.
+    """
+
+    def __init__(self, is_stopping: Callable[[], bool], has_others: bool = True) -> None:
+        self._is_stopping = is_stopping
+        self._left_out = [_CONTROLLER_ENDS] if has_others else [_CONTROLLER_ENDS, _ONE_MACHINE]
+        # By source: a line that may begin a message to leave out.
+        self._held: dict[object, str] = {}
+        self._inside: set[object] = set()
+
+    def kept(self, source: object, actor: str | None, lines: Sequence[str]) -> list[str]:
+        """The lines to show.
+
+        Args:
+            source: Stands for the stream that the lines come from.
+            actor: The class of the actor that they are of, if of any.
+            lines: The next ones of that stream.
+        """
+        if actor == _INGRESS and self._is_stopping():
+            return []
+        return [shown for line in lines for shown in self._take(source, line)]
+
+    def _take(self, source: object, line: str) -> list[str]:
+        if source in self._inside:
+            is_last = line.startswith(_CANCELLED_ENDS)
+            if not is_last and line.startswith((" ", "Traceback ")):
+                return []
+            self._inside.remove(source)
+            if is_last:
+                return []
+        held = self._held.pop(source, None)
+        if held is not None and _CANCELLED[1].match(line):
+            self._inside.add(source)
+            return []
+        before = [] if held is None else [held]
+        if _CANCELLED[0].match(line):
+            self._held[source] = line
+            return before
+        return before if any(one.match(line) for one in self._left_out) else [*before, line]

@@ -12,9 +12,8 @@ from typing import Any, TypeVar, TypeVarTuple
 import ray
 from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayError
 
-from turret.fleet import messages as m
-from turret.fleet.fleet_store import FleetStore
-from turret.fleet.registry_host import RegistryHost
+from turret.fleet import protocol as m
+from turret.fleet.registry_host import FleetStore, RegistryHost
 from turret.server.basics.files import replace_file
 from turret.server.errors import TurretError, UnavailableError
 
@@ -47,7 +46,7 @@ class RegistryActor:
         # The marker holds the run, and the command that owns it.
         said = marker.read_text().split() if marker.exists() else []
         is_first = said[:1] != [run]
-        store = _open_store(Path(state_dir), is_first=is_first)
+        store = _open_store(Path(state_dir))
         self._marker, self._run = marker, run
         self._host = RegistryHost(store, lease_seconds=lease_seconds, is_first=is_first)
         self._state_dir = state_dir
@@ -77,11 +76,11 @@ class RegistryActor:
             return None, error.with_traceback(None)
 
 
-def _open_store(path: Path, *, is_first: bool) -> FleetStore:
+def _open_store(path: Path) -> FleetStore:
     end = time.monotonic() + _LOCK_SECONDS
     while True:
         try:
-            return FleetStore(path, is_first=is_first)
+            return FleetStore(path)
         except ValueError:
             if time.monotonic() > end:
                 raise

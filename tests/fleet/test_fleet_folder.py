@@ -16,16 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from turret.fleet.machine import fleet_folder
-from turret.fleet.machine.fleet_folder import FleetFolder
+from turret.fleet.serving import fleet_folder
+from turret.fleet.serving.fleet_folder import FleetFolder
 from turret.fleet.serving.ingress import ingress_environment
 from turret.server import cli
 
 _COMMAND = """
 import os, sys, time
 from pathlib import Path
-from turret.fleet.machine import fleet_folder
-from turret.fleet.machine.fleet_folder import FleetFolder
+from turret.fleet.serving import fleet_folder
+from turret.fleet.serving.fleet_folder import FleetFolder
 fleet_folder._SHORT = Path(os.environ["TMPDIR"])
 print(FleetFolder.make(Path(sys.argv[1])).path, flush=True)
 time.sleep(600)

@@ -12,7 +12,7 @@ from fleets.replicas import Fleet, Wire
 from method_oracle import twin
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.fleet.replica.seat import Seat
+from turret.fleet.replica import Seat
 from turret.server.adapters.merge.merger import Merger
 from turret.server.errors import AdapterInUseError, InvalidRequestError, MergeActiveError
 

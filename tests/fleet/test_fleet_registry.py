@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from fleets.parts import Disk, Replica, facts_of
 
-from turret.fleet import messages as m
-from turret.fleet.fleet_registry import FleetRegistry
+from turret.fleet import protocol as m
+from turret.fleet.registry import FleetRegistry
 from turret.server.adapters.source import Source
 from turret.server.errors import (
     AdapterBusyError,
@@ -168,3 +170,35 @@ def test_use_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         beat(other, first, 2.0)
     assert other.usage() == {"r0": used}
+
+
+def test_a_replica_that_is_far_behind_takes_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turret.fleet.registry._LOG_ENTRIES", 2)
+    registry, (first, _) = fleet()
+    for number in range(3):
+        registry.submit(register(f"a{number}", f"d{number}"), 1.0)
+    question = first.follower.next_call()
+    assert isinstance(question, m.Report)
+    with pytest.raises(m.NotJoinedError):
+        registry.report(question, 1.0)
+    beat(registry, first, 1.0)
+    beat(registry, first, 1.0)
+    assert first.state == registry.state
+
+
+def test_a_merge_whose_member_was_changed_by_another_server_is_not_restored() -> None:
+    disk = Disk()
+    registry, replicas = fleet(disk=disk)
+    registry.submit(register("a", "d1"), 1.0)
+    saved = registry.state.names["a"]
+    member = m.Member(name="a", uuid=saved.uuid, generation=1, weight=1.0)
+    registry.submit(m.Merge(members=(member,), precision="BF16", time=1.0), 1.0)
+    plan = registry.state.preparing
+    assert plan is not None
+    for replica in (*replicas, *replicas):
+        replica.made[plan.uuid] = None
+        beat(registry, replica, 1.0)
+    assert disk.base == m.Base(generation=2, merge=plan)
+    assert FleetRegistry(disk, now=2.0).state.base == disk.base
+    disk.names["a"] = dataclasses.replace(saved, generation=2)
+    assert FleetRegistry(disk, now=3.0).state.base == m.Base(generation=3)

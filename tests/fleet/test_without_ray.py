@@ -18,12 +18,10 @@ import pytest
 from fleets.serving import status_rows
 from grpc_health.v1 import health_pb2
 
-from turret.fleet.fleet_state import Base, Member, MergePlan
-from turret.fleet.machine import fleet_folder
-from turret.fleet.messages import FleetStatus, ReplicaStatus
-from turret.fleet.serving import ingress, ray_cluster, serve
+from turret.fleet.protocol import Base, FleetStatus, Member, MergePlan, ReplicaStatus
+from turret.fleet.serving import fleet_folder, ingress, ray_cluster, serve
 from turret.fleet.serving.plan import REFUSED, ClusterPlan, fleet_config
-from turret.fleet.serving.status import print_status
+from turret.fleet.serving.serve import print_status
 from turret.server import cli
 from turret.server.config import AdapterConfig, Config, ModelConfig, SecurityConfig
 from turret.server.errors import UnavailableError
@@ -392,7 +390,7 @@ def test_a_cluster_that_is_gone_is_said_to_be_at_once(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")  # Ray Serve's own, as it is imported.
 def test_a_replica_answers_every_call_that_there_is() -> None:
     pytest.importorskip("ray")
-    from turret.fleet.serving.deployment import Replica
+    from turret.fleet.serving.application import Replica
 
     files = (inference_pb2, adapters_pb2, health_pb2)
     services = [s for file in files for s in file.DESCRIPTOR.services_by_name.values()]
@@ -418,7 +416,7 @@ def test_a_status_cuts_nothing(
         ReplicaStatus(name=name, revision=23, lease_seconds=4.56, **figures) for name in names
     )
     base = Base(generation=2, merge=plan)
-    status = FleetStatus(incarnation="i", revision=24, num_adapters=1, base=base, replicas=replicas)
+    status = FleetStatus(revision=24, num_adapters=1, base=base, replicas=replicas)
     print_status(status)
     out = capsys.readouterr().out
     lines = out.splitlines()
@@ -435,5 +433,5 @@ def test_a_status_cuts_nothing(
         assert [line for line in lines[2:] if line[0] != " "] == list(names)
         assert {line.split()[-1] for line in lines if line[0] == " "} == told
     assert max(map(len, lines)) <= (columns or 100)
-    print_status(FleetStatus(incarnation="i", revision=1, num_adapters=0, base=Base(), replicas=()))
+    print_status(FleetStatus(revision=1, num_adapters=0, base=Base(), replicas=()))
     assert "no replica has joined yet" in capsys.readouterr().out

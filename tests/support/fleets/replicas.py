@@ -10,12 +10,10 @@ from typing import TypeVar
 
 from builders.registries import tiny_base
 
-from turret.fleet import messages as m
-from turret.fleet.fleet_store import FleetStore
-from turret.fleet.registry_host import RegistryHost
-from turret.fleet.replica.link import ReplicaLink
-from turret.fleet.replica.registry import ReplicaRegistry
-from turret.fleet.replica.seat import Seat
+from turret.fleet import protocol as m
+from turret.fleet.follower import ReplicaLink
+from turret.fleet.registry_host import FleetStore, RegistryHost
+from turret.fleet.replica import ReplicaRegistry, Seat
 from turret.server.adapters.base import BaseModel, ChangedBase, Precision
 from turret.server.adapters.merge.merger import Edit
 from turret.server.adapters.mix import HostResult, Mix
@@ -110,7 +108,7 @@ class Fleet:
         return self._host
 
     def start_registry(self, *, is_first: bool) -> None:
-        self._store = FleetStore(self.state_dir, is_first=is_first)
+        self._store = FleetStore(self.state_dir)
         self._host = RegistryHost(self._store, lease_seconds=LEASE_SECONDS, is_first=is_first)
 
     def stop_registry(self) -> None:
