@@ -37,13 +37,16 @@
     │   └── ServerStartingError      the model is not loaded yet
     └── DeadlineExceededError        the deadline passed before the request finished
 
-``reason`` is an AIP-193 identifier; ``metadata`` repeats what the message interpolates. No gRPC
-here: ``server/rpc/status.py`` holds the one table from class to status code.
+``reason`` is an AIP-193 identifier. Unless it is given, ``metadata`` has the parameters of the
+message, except those that are sentences themselves. No gRPC here: ``server/rpc/status.py`` holds
+the one table from class to status code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from turret.server.words import Text
 
 # Metadata key: the number of invalid fields, where the answer has no room for all of them.
 VIOLATION_COUNT = "violation_count"
@@ -64,7 +67,10 @@ class TurretError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.metadata = metadata or {}
+        if metadata is None:
+            params = message.params.items() if isinstance(message, Text) else ()
+            metadata = {key: str(it) for key, it in params if not isinstance(it, Text)}
+        self.metadata = metadata
         # (field path, description) pairs, reported as google.rpc.BadRequest.
         self.violations = tuple(violations)
         self.retry_after_seconds = retry_after_seconds

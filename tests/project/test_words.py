@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Formatter
 
 from turret.server.words import adapters, http, requests, serving
+from turret.server.words.text import SUGGESTION
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("server", "fleet", "training", "clients", "kernels")
@@ -38,7 +39,7 @@ def test_each_text_has_its_parameters() -> None:
         reason: {name.partition(".")[0] for _, name, _, _ in Formatter().parse(text) if name}
         for reason, text in TEXTS.items()
     }
-    asked = set()
+    asked = {SUGGESTION}
     for reason, names, is_all in said():
         asked.add(reason)
         # A text may leave out what only programs look at.
