@@ -16,6 +16,7 @@ from typing import Protocol
 
 from turret.fleet import protocol as p
 from turret.fleet.protocol import Entry, FleetState, Join, Joined, News, Report, Usage
+from turret.fleet.words import say
 from turret.server import log
 from turret.server.basics.work import Cancellation
 from turret.server.errors import TurretError, UnavailableError
@@ -175,10 +176,9 @@ class Follower:
                 self._received = revision
                 self._changes.append(Change(session, revision, entry))
 
-    def must_join(self, call: Report) -> None:
+    def must_join(self) -> None:
         """Records that the registry does not know the replica, or no longer does."""
-        if self._session == call.session:
-            self._session = None
+        self._session = None
 
     def next_change(self) -> Change | None:
         """The change for ``apply``; None if there is none."""
@@ -255,7 +255,7 @@ class ReplicaLink:
             if self._error is not None:
                 raise self._error
             if not self.is_serving:
-                raise UnavailableError("the fleet's registry cannot be reached")
+                raise UnavailableError(say("REGISTRY_AWAY"))
 
     def close(self) -> None:
         """Leaves the fleet, so that nobody waits for this replica any more."""
@@ -304,9 +304,8 @@ class ReplicaLink:
                 news = self._channel.report(question, wait_seconds)
                 self._take(question, news, asked)
         except p.NotJoinedError:
-            if not isinstance(question, Join):
-                with self._changed:
-                    self._follower.must_join(question)
+            with self._changed:
+                self._follower.must_join()
         except UnavailableError as error:
             if not self._is_away:
                 self._is_away = True

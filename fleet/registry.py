@@ -17,10 +17,10 @@ from typing import Literal, Protocol, assert_never
 
 from turret.fleet import protocol as p
 from turret.fleet.protocol import Base, BaseEntry, FleetState, NameEntry, key_of
+from turret.fleet.words import say
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
-from turret.server.basics.counted import counted
 from turret.server.errors import (
     AdapterBusyError,
     AdapterComponentError,
@@ -181,9 +181,7 @@ class FleetRegistry:
         living.expires = self._expiry(now)
         if report.usage is not None:
             living.usage = report.usage
-        # Reports may arrive out of order.
-        if report.applied >= living.report.applied:
-            living.report = report
+        living.report = report
         self.tick(now)
         first = len(self._log) - (self.revision - report.received)
         entries = tuple(self._log[index] for index in range(max(first, 0), len(self._log)))
@@ -303,9 +301,7 @@ class FleetRegistry:
 
     def _find(self, operation: str) -> Operation:
         if operation not in self._operations:
-            raise UnavailableError(
-                "the fleet's registry was started anew meanwhile; look whether the change was made"
-            )
+            raise UnavailableError(say("REGISTRY_RESTARTED"))
         return self._operations[operation]
 
     def _in_stage(self, stage: Stage) -> Iterator[Operation]:
@@ -343,15 +339,13 @@ class FleetRegistry:
             source=proposal.source,
             facts=facts,
         )
-        saved = self._save_new(saved, before, proposal.is_staged)
+        saved = self._save_new(saved, proposal.is_staged)
         self._publish(NameEntry(name, saved))
         if before is not None:
             self._leave_over(before)
         return self._applying(p.Outcome(saved=saved))
 
-    def _save_new(
-        self, saved: SavedRegistration, before: SavedRegistration | None, is_staged: bool
-    ) -> SavedRegistration:
+    def _save_new(self, saved: SavedRegistration, is_staged: bool) -> SavedRegistration:
         """Saves the files first and the registration last; a failure leaves all as it was."""
         if is_staged:
             source = self._store.keep(saved.source, key_of(saved))
@@ -361,8 +355,6 @@ class FleetRegistry:
         except TurretError:
             if is_staged:
                 self._store.discard(saved.source)
-            if before is not None:
-                self._store.write(before)
             raise
         return saved
 
@@ -392,7 +384,7 @@ class FleetRegistry:
         saved = self._registered(proposal.name)
         _check_generation(saved, proposal.expected_generation)
         if saved.pinned:
-            raise _in_use(saved.name, "is pinned", AdapterPinnedError)
+            raise AdapterPinnedError(say("ADAPTER_KEPT", adapter=saved.name))
         self._check_not_needed(saved)
         is_forced = proposal.is_forced or self.state.closed.get(saved.name, False)
         if self.state.closed.get(saved.name) != is_forced:
@@ -423,8 +415,9 @@ class FleetRegistry:
             operation.stage, operation.revision = "applying", self.revision
         elif operation.deadline is not None and now >= operation.deadline:
             kind = AdapterInUseError if proposal.is_forced else AdapterBusyError
-            why = f"is still held by {counted(held, 'request')} after {proposal.timeout_seconds} s"
-            self._reopen(operation, current, _in_use(saved.name, why, kind))
+            seconds = proposal.timeout_seconds
+            why = say("ADAPTER_STILL_HELD", adapter=saved.name, requests=held, seconds=seconds)
+            self._reopen(operation, current, kind(why))
 
     def _reopen(self, operation: Operation, saved: SavedRegistration, error: TurretError) -> None:
         operation.end(error)
@@ -488,7 +481,7 @@ class FleetRegistry:
         if self.state.preparing is not None:
             self._check_no_merge()
         if self.state.base.merge is None:
-            raise NotMergedError("no merge is active: the base is as it was loaded")
+            raise NotMergedError(say("NOTHING_MERGED"))
         base = Base(generation=self.state.base.generation + 1)
         self._change_base(base)
         return self._applying(p.Outcome(base=base))
@@ -501,12 +494,12 @@ class FleetRegistry:
 
     def _registered(self, name: str) -> SavedRegistration:
         if name not in self.state.names:
-            raise AdapterNotFoundError(f"adapter not found: {name}", metadata={"adapters": name})
+            raise AdapterNotFoundError(say("ADAPTER_MISSING", adapters=name))
         return self.state.names[name]
 
     def _check_open(self, name: str) -> None:
         if name in self.state.closed:
-            raise _in_use(name, "is being unloaded")
+            raise AdapterInUseError(say("ADAPTER_CLOSED", adapter=name))
 
     def _is_elsewhere(self, digest: str, name: str) -> bool:
         """Whether another open name stands for weights."""
@@ -516,10 +509,7 @@ class FleetRegistry:
     def _check_components(self, name: str, facts: AdapterFacts) -> None:
         for digest in facts.components:
             if not self._is_elsewhere(digest, name):
-                raise AdapterComponentError(
-                    f"component with digest {digest} is not registered, or does not stay",
-                    metadata={"digest": digest},
-                )
+                raise AdapterComponentError(say("COMPONENT_MISSING", digest=digest))
 
     def _check_not_needed(self, saved: SavedRegistration) -> None:
         """Refuses if a fusion or a merge needs the weights that a name has.
@@ -530,53 +520,40 @@ class FleetRegistry:
         digest, name = saved.facts.digest, saved.name
         plans = [plan for plan in (self.state.base.merge, self.state.preparing) if plan is not None]
         if any(member.name == name for plan in plans for member in plan.members):
-            raise _in_use(name, "is merged into the base", AdapterMergedError)
+            raise AdapterMergedError(say("ADAPTER_IN_BASE", adapter=name))
         names = self.state.names.values()
         fusions = [s.name for s in names if s.name != name and digest in s.facts.components]
         if fusions and not self._is_elsewhere(digest, name):
-            which = ", ".join(map(repr, fusions))
-            raise _in_use(name, f"is a component of {which}; unload that first")
+            which = ", ".join(fusions)
+            raise AdapterInUseError(say("ADAPTER_FUSED", adapter=name, fusions=which))
 
     def _check_no_merge(self) -> None:
         if self.state.preparing is not None:
-            raise MergeUnderWayError("another merge or unmerge is under way")
+            raise MergeUnderWayError(say("MERGE_IN_PROGRESS"))
         if self.state.base.merge is not None:
-            raise MergeActiveError("a merge is active")
+            raise MergeActiveError(say("MERGE_IS_ACTIVE"))
 
 
 def _check_generation(saved: SavedRegistration, expected: int | None) -> None:
     """Refuses if the name has another generation; None accepts any."""
     if expected is not None and saved.generation != expected:
-        raise AdapterGenerationError(
-            f"adapter {saved.name!r} has generation {saved.generation}, not {expected}: it was"
-            " replaced meanwhile; look at what it is now before it is replaced or unloaded",
-            metadata={"adapter": saved.name, "generation": str(saved.generation)},
-        )
+        found = {"adapter": saved.name, "generation": saved.generation}
+        raise AdapterGenerationError(say("ADAPTER_REPLACED", **found, expected=expected))
 
 
 def _check_same(saved: SavedRegistration, expected: tuple[str, int]) -> None:
     """Refuses if another caller changed the name meanwhile."""
     if saved.uuid != expected[0]:
-        raise AdapterGenerationError(
-            f"adapter {saved.name!r} was unloaded and loaded again meanwhile",
-            metadata={"adapter": saved.name, "generation": str(saved.generation)},
-        )
+        found = {"adapter": saved.name, "generation": saved.generation}
+        raise AdapterGenerationError(say("ADAPTER_LOADED_AGAIN", **found))
     _check_generation(saved, expected[1])
 
 
 def _check_free(saved: SavedRegistration, facts: AdapterFacts) -> None:
     """Refuses if the name refers to other weights."""
     if saved.facts.digest != facts.digest:
-        raise AdapterExistsError(
-            f"adapter name {saved.name!r} is taken by other weights",
-            metadata={"adapter": saved.name, "digest": saved.facts.digest},
-        )
-
-
-def _in_use(
-    name: str, why: str, kind: type[AdapterInUseError] = AdapterInUseError
-) -> AdapterInUseError:
-    return kind(f"adapter {name!r} {why}", metadata={"adapter": name})
+        taken = say("NAME_TAKEN", adapter=saved.name, digest=saved.facts.digest)
+        raise AdapterExistsError(taken)
 
 
 def _usable_base(base: Base, names: Mapping[str, SavedRegistration]) -> Base:

@@ -17,6 +17,7 @@ from typing import Any
 
 from turret.fleet import protocol as p
 from turret.fleet.follower import Channel, ReplicaLink, propose
+from turret.fleet.words import say
 from turret.server import log
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.adapter_info import AdapterInfo
@@ -43,7 +44,6 @@ from turret.server.basics.work import Cancellation
 from turret.server.config import AdapterConfig
 from turret.server.errors import (
     AdapterGenerationError,
-    InvalidRequestError,
     MergeActiveError,
     TurretError,
     UnavailableError,
@@ -175,8 +175,6 @@ class ReplicaRegistry(AdapterRegistry):
         timeout_seconds: float | None = 30.0,
         expected_generation: int | None = None,
     ) -> None:
-        if mode not in ("DRAIN", "FORCE"):
-            raise InvalidRequestError.of("mode", "must be DRAIN or FORCE")
         self._table.find(name)
         proposal = p.Unload(
             name=name,
@@ -354,11 +352,12 @@ class ReplicaMerger(Merger):
             UnavailableError: The registry cannot be reached.
         """
         if not refs:
-            raise InvalidRequestError.of("adapters", "at least one member")
+            # A single server refuses that, too.
+            return super().merge(refs, precision, cancellation)
         # Try the merge here first, to find out how it can be done. All replicas then do the same.
         with self._only_change():
             if self._state.merge is not None:
-                raise MergeActiveError("a merge is active")
+                raise MergeActiveError(say("MERGE_IS_ACTIVE"))
             tried = self._prepare(refs, precision, cancellation)
             self._registry.release(tried.mix)
         members = tuple(
@@ -410,7 +409,7 @@ class ReplicaMerger(Merger):
             preparation.made.set_exception(error)
         except Exception:
             _log.exception("a merge failed", extra=log.fields(plan=plan.uuid))
-            error = UnavailableError("a replica failed to make the merged weights; see its log")
+            error = UnavailableError(say("MERGE_FAILED"))
             preparation.made.set_exception(error)
         else:
             preparation.made.set_result(made)
@@ -420,7 +419,7 @@ class ReplicaMerger(Merger):
         preparation = self._preparation
         if preparation is None:
             return
-        preparation.cancellation.set(UnavailableError("the merge was given up"))
+        preparation.cancellation.set(UnavailableError(say("MERGE_WITHDRAWN")))
         wait([preparation.made])
         self._preparation = None
         if preparation.made.exception() is None:
@@ -486,7 +485,7 @@ class Seat:
             ValueError: There is no state directory.
         """
         if config.state_dir is None:
-            raise ValueError("a fleet needs --state-dir, which all replicas can read")
+            raise ValueError(say("FLEET_NEEDS_STATE"))
         self._registry = ReplicaRegistry(
             self._channel,
             self.name,

@@ -15,8 +15,10 @@ from turret.fleet.serving.plan import (
     ClusterPlan,
     check_ray_address,
     fleet_config,
+    too_small,
     why_refused,
 )
+from turret.fleet.words import say
 from turret.server import log
 from turret.server.basics.extras import how_to_add
 from turret.server.command.flags import add_flags, read_settings
@@ -138,13 +140,13 @@ def _plan(args: argparse.Namespace) -> ClusterPlan:
         ray_address = ray_address or "auto"
     least, most = args.min_replicas, args.max_replicas
     if args.replicas is not None and (least is not None or most is not None):
-        raise ValueError("--replicas: give either it or --min-replicas and --max-replicas")
+        raise ValueError(say("REPLICAS_TWICE"))
     if (least is None) != (most is None):
-        raise ValueError("--min-replicas and --max-replicas need each other")
+        raise ValueError(say("REPLICAS_HALF"))
     if least is None or most is None:
         least = most = 2 if args.replicas is None else args.replicas
     if args.replicas is not None and args.replicas < 1:
-        raise ValueError(f"--replicas must be at least 1, not {args.replicas}")
+        raise ValueError(too_small("replicas", args.replicas))
     return ClusterPlan(
         ray_address=ray_address,
         min_replicas=least,

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from turret.fleet.words import say
 from turret.server.basics.extras import how_to_add
 from turret.server.basics.files import replace_file
 from turret.server.errors import UnavailableError
@@ -122,10 +123,10 @@ def joined_folder() -> Path:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            raise PermissionError("it is another user's, or a link")
+            raise UnavailableError(say("INGRESS_FOLDER_FOREIGN", folder=folder))
         folder.chmod(0o700)
     except OSError as error:
-        raise UnavailableError(f"{folder}, for the files of the ingress: {error}") from None
+        raise UnavailableError(say("INGRESS_FOLDER", folder=folder, cause=error)) from None
     return folder
 
 
@@ -170,7 +171,7 @@ def _binary(own: Path) -> str:
             return str(bundled)
     found = shutil.which("haproxy")
     if found is None:
-        raise UnavailableError(f"HAProxy is not installed; {how_to_add('cluster')}")
+        raise UnavailableError(say("HAPROXY_MISSING", fix=how_to_add("cluster")))
     return found
 
 

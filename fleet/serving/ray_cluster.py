@@ -28,6 +28,7 @@ from turret.fleet.serving.ingress import (
     write_haproxy,
 )
 from turret.fleet.serving.plan import ClusterPlan
+from turret.fleet.words import say
 from turret.server.basics.files import replace_file
 from turret.server.errors import UnavailableError
 
@@ -40,10 +41,6 @@ _OBJECT_STORE_BYTES = 100 << 20
 _CONNECT_SECONDS = 5.0
 # Ray's names for processes that a cluster on one machine cannot lose.
 _CENTRAL = ("gcs_server", "raylet")
-_START_ONE = (
-    "`ray start --head` starts one and prints its address; without an address of Ray's this"
-    " command starts its own"
-)
 # Ray prints this when a caller disconnects before a replica was assigned: Serve cancels the call
 # and never retrieves the exception of its task.
 _CANCELLED = (
@@ -93,8 +90,8 @@ class RayCluster:
         Raises:
             UnavailableError: There is none to join, or none can be started; says why.
         """
-        if plan.ray_address is not None and (why := _why_deaf(plan.ray_address)):
-            raise UnavailableError(f"{why}; {_START_ONE}")
+        if plan.ray_address is not None:
+            _check_listens(plan.ray_address)
         folder = _make_folder(state_dir) if plan.ray_address is None else None
         try:
             found = cls._open(plan, host, folder, is_stopping)
@@ -105,12 +102,9 @@ class RayCluster:
             if isinstance(error, UnavailableError):
                 raise
             if isinstance(error, ConnectionError) and plan.ray_address is not None:
-                where = plan.ray_address
-                what = "runs on this machine" if where == "auto" else "can be joined there"
-                raise UnavailableError(
-                    f"--ray-address: {where}: no Ray cluster {what}; {_START_ONE}"
-                ) from None
-            raise UnavailableError(f"Ray: {error}") from None
+                why = say("RAY_NOT_JOINED", address=plan.ray_address)
+                raise UnavailableError(why) from None
+            raise UnavailableError(say("RAY_FAILED", cause=error)) from None
         if folder is not None:
             state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             said = {"address": found["gcs_address"], "token": os.environ["RAY_AUTH_TOKEN"]}
@@ -193,10 +187,8 @@ def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
     if ray_address is None and state_dir is None and not os.environ.get("RAY_ADDRESS"):
         started = fleet_folder.state_dirs()
         if len(started) > 1:
-            raise UnavailableError(
-                f"{len(started)} fleets run here; --state-dir says which:"
-                f" {', '.join(map(str, started))}"
-            )
+            shown = ", ".join(map(str, started))
+            raise UnavailableError(say("FLEETS_MANY", count=len(started), state_dirs=shown))
         state_dir = next(iter(started), None)
     is_local = ray_address is None and state_dir is not None
     if ray_address is None and state_dir is not None:
@@ -204,56 +196,46 @@ def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
             said = json.loads((state_dir / CLUSTER_FILE).read_bytes())
         except OSError:
             if state_dir.absolute() in fleet_folder.state_dirs():
-                raise UnavailableError(
-                    f"the fleet on {state_dir} has only begun to start"
-                ) from None
-            raise UnavailableError(
-                f"no fleet runs on {state_dir}; `turret cluster serve --state-dir {state_dir}`"
-                " starts one, and --ray-address names a Ray cluster that runs"
-            ) from None
+                why = say("FLEET_STARTING", state_dir=state_dir)
+            else:
+                why = say("FLEET_MISSING", state_dir=state_dir)
+            raise UnavailableError(why) from None
         ray_address = str(said["address"])
-        if _why_deaf(ray_address):
-            raise UnavailableError(
-                f"the fleet on {state_dir} does not answer: it was killed, and `turret cluster"
-                f" serve --state-dir {state_dir}` starts it again"
-            )
+        try:
+            _check_listens(ray_address)
+        except UnavailableError:
+            raise UnavailableError(say("FLEET_KILLED", state_dir=state_dir)) from None
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": said["token"]})
-    elif ray_address is not None and (why := _why_deaf(ray_address)):
-        raise UnavailableError(f"{why}; without it the fleet of this machine is shown")
+    elif ray_address is not None:
+        _check_listens(ray_address)
     import ray
 
     try:
         _init(ray, is_local=is_local, address=ray_address or "auto")
     except ConnectionError as error:
-        raise UnavailableError(
-            f"no fleet can be joined here ({str(error).partition('. ')[0]}); `turret cluster serve`"
-            " starts one, --state-dir and --ray-address say where another is"
-        ) from None
+        raise UnavailableError(say("FLEET_NOT_JOINED", cause=error)) from None
     except (RuntimeError, ValueError) as error:
-        raise UnavailableError(f"Ray: {error}") from None
+        raise UnavailableError(say("RAY_FAILED", cause=error)) from None
 
 
-def _why_deaf(address: str) -> str:
-    """The error if nobody listens at ``HOST:PORT``, where Ray would retry for minutes; else ""."""
+def _check_listens(address: str) -> None:
+    """Raises UnavailableError if nobody listens at ``HOST:PORT``: Ray would retry for minutes."""
     host, _, port = address.rpartition(":")
     if not host:
-        return ""
+        return
     try:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
     except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        return f"--ray-address: no Ray cluster listens at {address} ({why})"
-    return ""
+        cause = getattr(error, "strerror", None) or error
+        raise UnavailableError(say("RAY_DEAF", address=address, cause=cause)) from None
 
 
 def _make_folder(state_dir: Path) -> FleetFolder:
     try:
         return FleetFolder.make(state_dir)
     except OSError as error:
-        raise UnavailableError(
-            f"TMPDIR: no folder for the fleet's sockets can be made ({error.filename}:"
-            f" {error.strerror}); name one of few characters that this user may write to"
-        ) from None
+        cause = f"{error.filename}: {error.strerror}"
+        raise UnavailableError(say("SOCKET_FOLDER", cause=cause)) from None
 
 
 def _free_port() -> int:

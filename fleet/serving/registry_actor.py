@@ -14,6 +14,7 @@ from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayError
 
 from turret.fleet import protocol as m
 from turret.fleet.registry_host import FleetStore, RegistryHost
+from turret.fleet.words import say
 from turret.server.basics.files import replace_file
 from turret.server.errors import TurretError, UnavailableError
 
@@ -101,10 +102,10 @@ def start_registry(state_dir: Path, lease_seconds: float) -> None:
             # Kill only a new actor. One that was there serves a fleet, and is only slow to answer.
             ray.kill(actor)
         cause = str(error).strip().rsplit("\n", 1)[-1]
-        verb = "start" if is_new else "answer"
-        raise UnavailableError(f"the fleet's registry does not {verb}: {cause}") from None
+        action = "start" if is_new else "answer"
+        raise UnavailableError(say("REGISTRY_FAILED", action=action, cause=cause)) from None
     if found != str(state_dir):
-        raise UnavailableError(f"this Ray cluster has a fleet already, on --state-dir {found}")
+        raise UnavailableError(say("FLEET_ELSEWHERE", state_dir=found))
 
 
 def _find_or_make(state_dir: Path, lease_seconds: float) -> tuple[Any, bool]:
@@ -222,10 +223,8 @@ class RayChannel:
             value, error = ray.get(answer, timeout=waits + _CALL_SECONDS)
         except (RayError, GetTimeoutError, ValueError) as lost:
             self._actor = None
-            raise UnavailableError(
-                f"the fleet's registry cannot be reached ({type(lost).__name__}); adapters are"
-                " served on, and can be changed when it is back"
-            ) from None
+            away = say("REGISTRY_AWAY", cause=type(lost).__name__)
+            raise UnavailableError(away) from None
         if error is not None:
             raise error
         return value

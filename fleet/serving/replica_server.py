@@ -19,6 +19,7 @@ from starlette.types import Scope
 import turret
 from turret.fleet.follower import Channel, ReplicaLink
 from turret.fleet.replica import Seat
+from turret.fleet.words import say
 from turret.server import log
 from turret.server.api.access.shares import Shares
 from turret.server.api.access.tokens import TokenTable, authorize
@@ -242,20 +243,20 @@ class ReplicaServer:
     def check(self) -> None:
         """Raises UnavailableError if the replica can no longer serve and must be replaced."""
         if self._backend is None or self._backend.engine.is_dead:
-            raise UnavailableError("the engine is dead")
+            raise UnavailableError(say("ENGINE_DEAD"))
         if self._link is None or self._link.has_failed:
-            raise UnavailableError("the replica cannot follow the fleet")
+            raise UnavailableError(say("REPLICA_FAILED"))
 
     def _check_serving(self) -> None:
         # Reject calls until Serve has called ``check`` and replaced the replica.
         if self._backend is not None and self._backend.engine.is_dead:
-            raise UnavailableError("the engine is dead")
+            raise UnavailableError(say("ENGINE_DEAD"))
         if self._link is None or not self._link.is_serving:
-            raise UnavailableError("the replica has lost the fleet's registry")
+            raise UnavailableError(say("REPLICA_CUT_OFF"))
 
     async def stop(self) -> None:
         """Takes no further calls, lets running ones finish, and leaves the fleet."""
-        self._gate.close("the replica is shutting down")
+        self._gate.close(say("REPLICA_STOPS"))
         if self._watching is not None:
             self._watching.cancel()
         if self._backend is not None:
@@ -350,8 +351,6 @@ def _checked_size(message: Message) -> int:
     """
     size = message.ByteSize()
     if size > MAX_RECEIVE_BYTES:
-        raise BudgetExceededError(
-            f"the message has {size} bytes, the server takes {MAX_RECEIVE_BYTES}",
-            metadata={"bytes": str(size), "max_bytes": str(MAX_RECEIVE_BYTES)},
-        )
+        large = say("MESSAGE_TOO_LARGE", bytes=size, max_bytes=MAX_RECEIVE_BYTES)
+        raise BudgetExceededError(large)
     return size

@@ -19,6 +19,7 @@ from turret.fleet.protocol import FleetStatus
 from turret.fleet.serving import ingress
 from turret.fleet.serving.plan import ClusterPlan
 from turret.fleet.serving.ray_cluster import STOPPING, RayCluster, cause
+from turret.fleet.words import say
 from turret.server import log
 from turret.server.basics.address import split_address
 from turret.server.basics.counted import counted
@@ -222,7 +223,7 @@ def _wait_until_up(stop: threading.Event) -> bool:
         if status in ("DEPLOY_FAILED", "UNHEALTHY") or waited > _START_SECONDS:
             assert found is not None
             reasons = [d.message for d in found.deployments.values() if d.message]
-            raise UnavailableError(f"the replicas do not start: {' '.join(reasons)}")
+            raise UnavailableError(say("REPLICAS_FAILED", cause=" ".join(reasons)))
     return False
 
 

@@ -144,7 +144,7 @@ class World:
                 follower.told(question, letter.answer, letter.asked)
             else:
                 self.counts["expelled"] += 1
-                follower.must_join(question)
+                follower.must_join()
 
     def _at_registry(self, call: Callable[[FleetRegistry], _T]) -> _T | None:
         """Has the registry do something, which may be the last thing that it does."""
