@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from turret.fleet import protocol as p
 from turret.fleet.protocol import Entry, FleetState, Join, Joined, News, Report, Usage
@@ -33,20 +33,40 @@ _WAIT_SECONDS = 2.0
 _CANCEL_SECONDS = 0.2
 
 
-class Channel(Protocol):
-    """The methods of ``RegistryHost``. Each blocks.
+class Channel:
+    """The methods of a ``RegistryHost`` that may be in another process. Each blocks.
 
     Every method raises UnavailableError if the registry cannot be reached; whether a proposal was
     accepted is then not known.
     """
 
-    def join(self, join: p.Join) -> p.Joined: ...
-    def report(self, report: p.Report, wait_seconds: float) -> p.News: ...
-    def submit(self, proposal: p.Proposal) -> str: ...
-    def outcome(self, operation: str, wait_seconds: float) -> p.Outcome | None: ...
-    def cancel(self, operation: str, error: TurretError) -> None: ...
-    def leave(self, replica: str) -> None: ...
-    def usage(self, name: str = "") -> Mapping[str, Mapping[str, p.Usage]]: ...
+    def call(self, wait_seconds: float, method: str, *arguments: Any) -> Any:
+        """What a method of the host returns or raises; it waits so long on purpose."""
+        raise NotImplementedError
+
+    def join(self, join: p.Join) -> p.Joined:
+        return self.call(0.0, "join", join)
+
+    def report(self, report: p.Report, wait_seconds: float) -> p.News:
+        return self.call(wait_seconds, "report", report, wait_seconds)
+
+    def submit(self, proposal: p.Proposal) -> str:
+        return self.call(0.0, "submit", proposal)
+
+    def outcome(self, operation: str, wait_seconds: float) -> p.Outcome | None:
+        return self.call(wait_seconds, "outcome", operation, wait_seconds)
+
+    def cancel(self, operation: str, error: TurretError) -> None:
+        self.call(0.0, "cancel", operation, error)
+
+    def leave(self, replica: str) -> None:
+        self.call(0.0, "leave", replica)
+
+    def usage(self, name: str = "") -> Mapping[str, Mapping[str, p.Usage]]:
+        return self.call(0.0, "usage", name)
+
+    def status(self) -> p.FleetStatus:
+        return self.call(0.0, "status")
 
 
 def propose(

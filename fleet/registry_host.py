@@ -95,7 +95,7 @@ def _base_from(fields: dict[str, Any]) -> p.Base:
 
 
 class RegistryHost:
-    """Thread-safe; a channel for replicas of the same process, too (see ``Channel``).
+    """Thread-safe. Replicas reach its methods by a ``Channel``.
 
     Args:
         store: What survives.

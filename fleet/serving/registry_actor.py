@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, TypeVarTuple
+from typing import Any
 
 import ray
 from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayError
 
 from turret.fleet import protocol as m
+from turret.fleet.follower import Channel
 from turret.fleet.registry_host import FleetStore, RegistryHost
 from turret.fleet.words import say
 from turret.server.basics.files import replace_file
@@ -28,9 +28,6 @@ _CALL_SECONDS = 10.0
 _LOCK_SECONDS = 15.0
 # Each waiting replica or caller takes a thread.
 _MOST_CALLS = 512
-
-_Arguments = TypeVarTuple("_Arguments")
-_T = TypeVar("_T")
 
 
 class RegistryActor:
@@ -180,47 +177,18 @@ def stop_registry() -> None:
         return
 
 
-class RayChannel:
+class RayChannel(Channel):
     """See ``Channel``. It finds the registry by name whenever the connection is lost."""
 
     def __init__(self) -> None:
         self._actor: Any = None
 
-    def join(self, join: m.Join) -> m.Joined:
-        return self._call(0.0, RegistryHost.join, join)
-
-    def report(self, report: m.Report, wait_seconds: float) -> m.News:
-        return self._call(wait_seconds, RegistryHost.report, report, wait_seconds)
-
-    def submit(self, proposal: m.Proposal) -> str:
-        return self._call(0.0, RegistryHost.submit, proposal)
-
-    def outcome(self, operation: str, wait_seconds: float) -> m.Outcome | None:
-        return self._call(wait_seconds, RegistryHost.outcome, operation, wait_seconds)
-
-    def cancel(self, operation: str, error: TurretError) -> None:
-        self._call(0.0, RegistryHost.cancel, operation, error)
-
-    def leave(self, replica: str) -> None:
-        self._call(0.0, RegistryHost.leave, replica)
-
-    def usage(self, name: str = "") -> Mapping[str, Mapping[str, m.Usage]]:
-        return self._call(0.0, RegistryHost.usage, name)
-
-    def status(self) -> m.FleetStatus:
-        return self._call(0.0, RegistryHost.status)
-
-    def _call(
-        self,
-        waits: float,
-        method: Callable[[RegistryHost, *_Arguments], _T],
-        *arguments: *_Arguments,
-    ) -> _T:
+    def call(self, wait_seconds: float, method: str, *arguments: Any) -> Any:
         try:
             if self._actor is None:
                 self._actor = ray.get_actor(NAME, namespace=NAMESPACE)
-            answer = self._actor.call.remote(method.__name__, *arguments)
-            value, error = ray.get(answer, timeout=waits + _CALL_SECONDS)
+            answer = self._actor.call.remote(method, *arguments)
+            value, error = ray.get(answer, timeout=wait_seconds + _CALL_SECONDS)
         except (RayError, GetTimeoutError, ValueError) as lost:
             self._actor = None
             away = say("REGISTRY_AWAY", cause=type(lost).__name__)
