@@ -35,7 +35,7 @@ EARLY_KERNELS = {
 }
 
 
-@pytest.fixture(scope="module", params=["sm_90", pytest.param("", marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[pytest.param("", marks=pytest.mark.long)])
 def compiled(request: pytest.FixtureRequest) -> dict:
     """The compiler's output for one target or all."""
     return compile_ahead(*(["--target", request.param] if request.param else []))
