@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from turret.kernels.gpu import library_products
-from turret.kernels.gpu.library_products import keep_sums_whole
 from turret.kernels.rows.linear import _addmm_in_pieces, row_addmm_, row_linear
 from turret.kernels.rows.product import _in_pieces, row_product
+from turret.server.models.weights import nf4_gpu as library_products
+from turret.server.models.weights.nf4_gpu import keep_sums_whole
 
 CUDA = torch.device("cuda")
 # Rows of a piece, inputs, outputs: prompts through an 8B's projections, and its head.

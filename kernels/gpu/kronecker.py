@@ -13,19 +13,22 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.shared.contract import (
+from turret.kernels.gpu.common import (
     check_contiguous,
     check_float,
     check_rows,
     check_shape,
+    dot,
+    dot_split,
+    split_dot,
+    tuning,
+    wgmma_stages,
 )
-from turret.kernels.gpu.shared.dots import dot, dot_split, split_dot
-from turret.kernels.gpu.shared.tuning import tuning, wgmma_stages
-from turret.kernels.gpu.tables.row_table import HEADER, RowTable
+from turret.kernels.gpu.tables import ROW_HEADER, RowTable
 
 MAX_IN_M = 128
 MAX_RANK = 128
-_HEADER = tl.constexpr(HEADER)
+_HEADER = tl.constexpr(ROW_HEADER)
 
 # A dense second factor [num_slots, out_k, in_n], or its two factors [num_slots, out_k, r] and
 # [num_slots, r, in_n].
