@@ -120,6 +120,7 @@ class Tokenizer:
 
         Raises:
             InvalidRequestError: The directory has no tokenizer that converts to a fast one.
+            OutOfMemoryError: There is no memory to read it.
         """
         from transformers import AutoTokenizer
 
@@ -130,6 +131,8 @@ class Tokenizer:
             if not inner.is_fast:
                 raise ValueError("not a fast tokenizer")
         except (OSError, ValueError) as error:
+            if lacks_memory(error):
+                raise out_of_memory() from error
             # Join the lines of transformers' message.
             why = " ".join(str(error).split())
             raise InvalidRequestError.of(
