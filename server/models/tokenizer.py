@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers.models import WordLevel
 
 from turret.server.basics import channels
-from turret.server.basics.work import PANICS_ARE_ERRORS
+from turret.server.basics.work import LACK_OF_MEMORY_IS_REPORTED, PANICS_ARE_ERRORS
 from turret.server.errors import InvalidRequestError
 from turret.server.models.chat_format import NO_TOOLS, ChatFormat, unknown_role
 from turret.server.models.chat_template import ChatTemplate
@@ -125,14 +125,13 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            inner = AutoTokenizer.from_pretrained(files)
+            with LACK_OF_MEMORY_IS_REPORTED:
+                inner = AutoTokenizer.from_pretrained(files)
             if not inner.chat_template:
                 inner.chat_template = _processor_template(files)
             if not inner.is_fast:
                 raise ValueError("not a fast tokenizer")
         except (OSError, ValueError) as error:
-            if lacks_memory(error):
-                raise out_of_memory() from error
             # Join the lines of transformers' message.
             why = " ".join(str(error).split())
             raise InvalidRequestError.of(

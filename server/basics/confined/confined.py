@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.basics.byte_size import format_byte_size
+from turret.server.basics.work import is_out_of_memory
 
 # Wall-clock limit, for a job that gets hardly any processor time.
 TIMEOUT_SECONDS = 60.0
 _CHILD = Path(__file__).with_name("child.py")
 _READ_BYTES = 1 << 20
+# Exit code of a child that failed before it read a job; see child.py.
+_START_FAILED = 3
 
 
 class ConfinedError(Exception):
@@ -79,13 +82,20 @@ class Confined:
 
         Raises:
             ConfinedError: The job met a limit, or something else ended the process.
+            MemoryError, OSError: There is no memory to start the process.
         """
         line = json.dumps(job, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         output = bytearray()
         with self._lock:
             if self._is_closed:
                 raise ConfinedError("its process was ended", is_over_limit=False)
-            process = self._started()
+            try:
+                process = self._started()
+            except OSError as error:
+                if is_out_of_memory(error):
+                    raise
+                why = f"its process cannot be started: {error.strerror}"
+                raise ConfinedError(why, is_over_limit=False) from error
             try:
                 self._exchange(process, line, output)
             except ConfinedError as error:
@@ -153,6 +163,8 @@ class Confined:
         code = process.wait()
         if code in (-signal.SIGKILL, -signal.SIGTERM):
             return ConfinedError("its process was ended", is_over_limit=False)
+        if code == _START_FAILED:
+            return ConfinedError("its process could not start", is_over_limit=False)
         if code == -signal.SIGPROF:
             why = f"takes more than {self._cpu_seconds:g} s of processor time"
         elif code == 1:
