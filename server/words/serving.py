@@ -1,3 +1,6 @@
 """What the server, its model, its engine and its disk cannot do."""
 
-TEXTS: dict[str, str] = {}
+TEXTS = {
+    "TOO_MANY_UPLOADS": "{most} uploads are under way already",
+    "TOO_MANY_UPLOADS_OF_TOKEN": "this token has {most} uploads under way already",
+}
