@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import resource
 import shutil
@@ -19,6 +20,7 @@ from builders.random_adapters import AdapterSpec, arch_of, write_adapter
 from builders.registries import until
 from chaos.administration import PATHS, Administrator, Operation
 from chaos.disk import filled, read_only, small_disk
+from chaos.memory_group import memory_group
 from chaos.wall_clock import WallClock
 from chaos.zygote import Life, Zygote, running_zygote
 from grpc import StatusCode as Code
@@ -166,6 +168,29 @@ def test_without_descriptors_or_memory_calls_fail_and_the_server_stays(
     assert served.serves()
     assert served.admin.state() == before
     assert "internal error" not in served.life.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_server_that_exceeds_its_groups_memory_comes_back_with_every_adapter(
+    start: Callable[..., Served], tmp_path: Path
+) -> None:
+    """The kernel ends it, as in a container; the limit does not count what it had before."""
+    served = start(tmp_path / "state", "--adapter-host-bytes", "1GiB")
+    names = [f"n{number}" for number in range(400)]
+    with memory_group(f"turret-{served.life.pid}", 12 << 20) as group:
+        (group / "cgroup.procs").write_text(str(served.life.pid))
+        confirmed: list[str] = []
+        with contextlib.suppress(grpc.RpcError):
+            for name in names:
+                served.admin.perform(Operation("load", name, "c"), {})
+                confirmed.append(name)
+        served.life.wait()
+    assert len(confirmed) < len(names)
+    again = start(tmp_path / "state", loads=False)
+    state = again.admin.state()
+    # The load that was cut off may have been saved.
+    assert {"x", "y", *confirmed} <= state.keys() <= {"x", "y", *names[: len(confirmed) + 1]}
+    assert again.admin.generate("x") == served.answers["x"]
 
 
 @pytest.mark.slow
