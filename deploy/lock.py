@@ -1,10 +1,10 @@
-"""Writes constraints.txt: every package of the image, with its version and the hashes of its wheels.
+"""Writes constraints.txt: every package of the image, with its version and its wheels' hashes.
 
     python deploy/lock.py
 
-The script also writes constraints-cluster.txt, which has the additional packages of a fleet's image.
-Run it on a machine that can reach the package index, review the changes, and commit them. Torch is
-not in these files: its builds for a CPU and for CUDA come from a separate index (TORCH_INDEX in the
+The script also writes constraints-cluster.txt, with the additional packages of a fleet's image. Run
+it on a machine that can reach the package index, review the changes, and commit them. Torch is not
+in these files: its builds for a CPU and for CUDA come from a separate index (TORCH_INDEX in the
 Dockerfile) and have different hashes, and the Dockerfile sets its version. The script needs Python
 3.11 and pip 23.
 """
