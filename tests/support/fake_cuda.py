@@ -1,8 +1,8 @@
-"""CUDA's order of events without a GPU: streams that are as late as they may be, and graphs.
+"""Imitates CUDA's streams, events and graphs without a GPU; streams run as late as they may.
 
-A stream runs nothing until somebody waits for it, so a buffer that is overwritten before its copy
-was waited for, or read before it, holds the wrong values here every time. Copies with
-``non_blocking=True`` are put on the current stream; what else is to run there, ``launch`` puts.
+A stream runs nothing until somebody waits for it. So a buffer that is read or overwritten before
+its copy was waited for has the wrong values here every time. Copies with ``non_blocking=True`` are
+put on the current stream, and ``launch`` puts other work there.
 Memory pools and cuBLAS workspaces of graphs follow torch 2.11, or the versions after it.
 """
 
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class FakeStream:
-    """Work in order, none of it done before it is waited for."""
+    """A queue of work that runs in order, but only when somebody waits for it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -42,7 +42,7 @@ class FakeStream:
 
 
 class FakeEvent:
-    """A place in a stream."""
+    """A position in a stream."""
 
     def __init__(self) -> None:
         self._stream: FakeStream | None = None
@@ -53,7 +53,7 @@ class FakeEvent:
         token = self._token = object()
 
         def reached() -> None:
-            # An event that was recorded again stands for the later place.
+            # An event that was recorded again marks the later position.
             if self._token is token:
                 self._done = True
 
@@ -77,7 +77,7 @@ class _Workspace:
 
 
 class _Graph:
-    """A captured body; it multiplies in the workspace that there was when it was captured."""
+    """A captured function. Its products use the workspace that existed when it was captured."""
 
     def __init__(self) -> None:
         self.stream: FakeStream | None = None
@@ -89,14 +89,14 @@ class _Graph:
 
 
 class FakeCuda:
-    """Stands for ``torch.cuda`` inside ``with cuda.installed():``.
+    """Replaces ``torch.cuda`` inside ``with cuda.installed():``.
 
     Args:
         frees_workspaces: The end of a graph frees the workspace of its stream (torch 2.12).
 
     Attributes:
-        default: The stream that is current at first.
-        num_captures: Graphs captured.
+        default: The stream that is current at the beginning.
+        num_captures: Number of graphs that were captured.
     """
 
     def __init__(self, *, frees_workspaces: bool = False) -> None:

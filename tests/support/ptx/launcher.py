@@ -27,8 +27,8 @@ from triton.runtime.jit import JITFunction
 
 from turret.kernels.gpu.shared import tuning
 
-# Tiles of the interpreter's tests, so that small shapes take several steps; or a GPU's own. Few
-# programs in both, so that they go round their work lists.
+# Either the tiles of the interpreter's tests, so that small shapes take several steps, or a GPU's
+# own. Both have few programs, so that each program goes through its work list more than once.
 TILES = {
     "small": replace(tuning.tuning(torch.device("cpu")), inline_ptx=True),
     "device": tuning.Tuning(programs=3),
@@ -38,7 +38,7 @@ _PTX_ONLY = "ptx-only"
 
 
 def bench_module(name: str) -> Any:
-    """A module of bench/, which is a folder of scripts."""
+    """Import a module of bench/, which is a folder of scripts and not a package."""
     folder = str(Path(__file__).resolve().parents[3] / "bench")
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -49,9 +49,9 @@ class Launcher:
     """Takes the place of Triton's launcher.
 
     Attributes:
-        edit: Changes the PTX before it is executed; for faults that tests plant.
+        edit: Changes the PTX before it is executed, so that tests can plant faults.
         backwards: Run the programs of a grid from the last to the first.
-        order: Which launches may still run.
+        order: The launches that may still be running.
         early: Kernels that were launched with ``launch_pdl``.
         launches: How often each kernel was launched.
     """
@@ -68,7 +68,7 @@ class Launcher:
         self._compiled: dict[Any, tuple[Translation, int, int]] = {}
 
     def launch(self, function: Any, args: tuple[Any, ...], grid: Any, keywords: Any) -> None:
-        """Compile what the arguments ask for, and run every program of the grid in turn.
+        """Compile the kernel for the arguments, and run the programs of the grid in turn.
 
         Raises:
             Fault: The kernel broke a rule; the message names kernel, program and instruction.
@@ -117,7 +117,7 @@ class Launcher:
 
 
 def _bits(value: Any, kind: str, memory: GlobalMemory, bases: dict[int, int]) -> int:
-    """An argument as the kernel gets it."""
+    """The bits of an argument as the kernel receives them."""
     if not isinstance(value, torch.Tensor):
         if kind == "fp32":
             return struct.unpack("<I", struct.pack("<f", value))[0]
