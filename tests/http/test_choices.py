@@ -8,10 +8,27 @@ from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+from servers.http_harness import http_harness
+
 from turret.server.api.access.shares import Party, Shares
 from turret.server.http import choices as choices_module
+from turret.server.http import completions
 from turret.server.http.choices import Choices
 from turret.v1 import inference_pb2
+
+
+async def test_answers_are_counted_over_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body of ten kilobytes could ask for a quarter of a million."""
+    async with http_harness() as server:
+        body = {"model": "base", "prompt": ["a"] * 2048, "n": 128}
+        refused = await server.refused("/v1/completions", body)
+        assert (refused.status, refused.param) == (400, "n")
+        assert server.engine.requests == []
+        monkeypatch.setattr(completions, "MAX_ANSWERS", 4)
+        for count, status in ((2, 200), (3, 400)):
+            body = {"model": "base", "prompt": ["a", "b"], "n": count}
+            assert (await server.post("/v1/completions", body)).status_code == status
 
 
 class Talker:
