@@ -46,20 +46,18 @@ class CallSettings:
         cls, token: str | None, timeout: float | None, policy: RetryPolicy, tls: Tls | None
     ) -> CallSettings:
         if not isinstance(token, str | None):
-            raise ArgumentTypeError("token", f"a text, not {type(token).__name__}")
+            raise ArgumentTypeError("token", f"must be a string, not {type(token).__name__}")
         if token and not (token.isascii() and token.isprintable()):
-            raise ArgumentValueError("token", "holds characters that no header can carry")
+            raise ArgumentValueError("token", "must be printable ASCII")
         if token and token.lower().startswith("bearer "):
-            raise ArgumentValueError(
-                "token", "without the word Bearer, which the client writes before it"
-            )
+            raise ArgumentValueError("token", "must not include the word Bearer")
         metadata = ((_TOKEN_KEY, f"Bearer {token}"),) if token else ()
         return cls(metadata, stream_timeout(timeout), policy, tls)
 
     def routed(self, mix: Iterable[adapters_pb2.AdapterWeight]) -> CallSettings:
         """The settings of a call that runs on a mix."""
         key = routing_key(mix)
-        # Metadata cannot carry other keys. They name no adapter, which the server reports.
+        # Metadata cannot contain such names. No adapter has them, which the server reports.
         if not (key and key.isascii() and key.isprintable()):
             return self
         return replace(self, metadata=(*self.metadata, (ROUTING_KEY, key)))
@@ -88,7 +86,7 @@ class CallSettings:
 
 def closed_under_a_call() -> CallCancelledError:
     """The error of a call whose client is closed while it runs."""
-    said = "the client was closed while the call ran; close it after its calls, or make another"
+    said = "the client was closed while the call was running"
     return CallCancelledError(grpc.StatusCode.CANCELLED, said)
 
 
@@ -96,16 +94,14 @@ def stream_timeout(timeout: float | None) -> float | None:
     """The deadline of a stream; None, infinity and values too large for a clock mean none.
 
     Raises:
-        TypeError: It is no number of seconds.
-        ValueError: It is none that lies ahead.
+        TypeError: The value is not a number.
+        ValueError: The number is not positive.
     """
     if timeout is None:
         return None
     # numpy's numbers are Real too, and in Python so is a bool.
     if not isinstance(timeout, Real) or isinstance(timeout, bool):
-        raise ArgumentTypeError("timeout", f"seconds, not {timeout!r}")
+        raise ArgumentTypeError("timeout", f"must be a number of seconds, not {timeout!r}")
     if not timeout > 0:
-        raise ArgumentValueError(
-            "timeout", f"more than 0 seconds, or None for the default, not {timeout!r}"
-        )
+        raise ArgumentValueError("timeout", f"must be more than 0 seconds, not {timeout!r}")
     return float(timeout) if timeout < _MOST_SECONDS else None

@@ -20,6 +20,7 @@ from turret.server.engine.scheduling.request import (
     TokenLogprob,
 )
 from turret.server.errors import DeadlineExceededError
+from turret.server.words import say
 from turret.v1 import inference_pb2
 
 # The engine's outputs for a request, counted for its call.
@@ -48,7 +49,7 @@ async def outputs_of(
             call.generated_tokens += len(output.token_ids)
             yield output
             if output.finish is not None and output.finish.reason is FinishReason.DEADLINE:
-                raise DeadlineExceededError("the deadline passed before the request finished")
+                raise DeadlineExceededError(say("DEADLINE_EXCEEDED"))
     finally:
         stream.cancel()
 
@@ -63,15 +64,18 @@ async def together(work: Sequence[Coroutine[Any, Any, _T]], at_a_time: int) -> l
 
     What the first of them to fail raises is raised; the others are cancelled, and have ended.
     """
-    places = asyncio.Semaphore(at_a_time)
+    results: dict[int, _T] = {}
+    waiting = iter(enumerate(work))
 
-    async def run(one: Coroutine[Any, Any, _T]) -> _T:
-        async with places:
-            return await one
+    async def run_some() -> None:
+        for index, one in waiting:
+            results[index] = await one
 
-    tasks = [asyncio.ensure_future(run(one)) for one in work]
+    # A task for each coroutine would cost the event loop seconds once many clients have gone.
+    tasks = [asyncio.ensure_future(run_some()) for _ in range(min(at_a_time, len(work)))]
     try:
-        return await asyncio.gather(*tasks)
+        await asyncio.gather(*tasks)
+        return [results[index] for index in range(len(work))]
     finally:
         for task in tasks:
             task.cancel()

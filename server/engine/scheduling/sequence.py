@@ -89,7 +89,7 @@ class Sequence:
     Attributes:
         request: What was asked.
         mix: Its adapters, references held until it finishes.
-        stages: Which of them act from which position on (``windows.py``).
+        stages: Which of them act from which position on (``stages_of``).
         arrival: ``time.monotonic()`` seconds when the request was received.
         num_virtual: Positions before the prompt that an adapter fills: soft tokens (computed like
             any token) or a prefix (keys and values come from the adapter).

@@ -1,33 +1,130 @@
-"""Messages between replicas and the registry."""
+"""What a fleet agrees on, and the messages by which its replicas and its registry do so.
+
+No I/O, no clock, no torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from turret.fleet.fleet_state import Base, Entry, FleetState, Member, Precision
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.errors import TurretError
 
+Precision = Literal["NF4", "BF16"]
 Residency = Literal["disk", "host", "device"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """An adapter of a merge, with its name at that time."""
+
+    name: str
+    uuid: str
+    generation: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergePlan:
+    """A mix that becomes part of the base.
+
+    Attributes:
+        uuid: Identifies this plan.
+        members: In the request's order.
+        precision: How every replica stores the merged weights.
+        time: Unix seconds.
+    """
+
+    uuid: str
+    members: tuple[Member, ...]
+    precision: Precision
+    time: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """The base's generation, and the merge that it is the result of, or None."""
+
+    generation: int = 1
+    merge: MergePlan | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NameEntry:
+    """From a revision on, a name stands for this registration, or for nothing.
+
+    Attributes:
+        is_forced: None if the name takes requests. Otherwise it is being unloaded, and this says
+            whether running requests are ended.
+    """
+
+    name: str
+    saved: SavedRegistration | None = None
+    is_forced: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BaseEntry:
+    """From a revision on, this is the base, and a merge is being prepared beside it, or none."""
+
+    base: Base
+    preparing: MergePlan | None = None
+
+
+Entry = NameEntry | BaseEntry
+
+
+@dataclass(slots=True)
+class FleetState:
+    """Everything that replicas must agree on, which is also the content of a snapshot.
+
+    Attributes:
+        names: What each name stands for.
+        closed: Names that take no new requests, and whether running ones are ended.
+        preparing: The merge under way, or None.
+        base: The base that is served.
+    """
+
+    names: dict[str, SavedRegistration] = field(default_factory=dict)
+    closed: dict[str, bool] = field(default_factory=dict)
+    preparing: MergePlan | None = None
+    base: Base = Base()
+
+    def copy(self) -> FleetState:
+        return FleetState(dict(self.names), dict(self.closed), self.preparing, self.base)
+
+    def entries(self) -> Iterator[Entry]:
+        """Entries that make an empty state this one; the base comes last, as it needs names."""
+        for name, saved in self.names.items():
+            yield NameEntry(name, saved, self.closed.get(name))
+        yield BaseEntry(self.base, self.preparing)
+
+    def apply(self, entry: Entry) -> None:
+        if isinstance(entry, BaseEntry):
+            self.base, self.preparing = entry.base, entry.preparing
+            return
+        self.names.pop(entry.name, None)
+        self.closed.pop(entry.name, None)
+        if entry.saved is not None:
+            self.names[entry.name] = entry.saved
+        if entry.is_forced is not None:
+            self.closed[entry.name] = entry.is_forced
+
+
+def key_of(saved: SavedRegistration) -> str:
+    """The key of one generation, as ``Adapter.key`` makes it."""
+    return f"{saved.uuid}.{saved.generation}"
+
+
+# A replica and the registry
 
 
 class NotJoinedError(Exception):
     """The registry does not count the replica as living: it must join (again)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """One replica's use of one adapter."""
-
-    in_flight: int = 0
-    residency: Residency = "disk"
-    bytes_host: int = 0
-    bytes_device: int = 0
-    last_used_time: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,18 +146,27 @@ class Joined:
     """The registry's answer to ``Join``.
 
     Attributes:
-        incarnation: Of the registry; revisions count within one.
-        session: Of the replica, within the incarnation: another one each time that it joins.
+        session: Identifies this joining; revisions count within one run of the registry.
         revision: Of the snapshot.
         state: The snapshot.
         lease_seconds: How long the replica counts as living, from when it asked.
     """
 
-    incarnation: str
-    session: int
+    session: str
     revision: int
     state: FleetState
     lease_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """One replica's use of one adapter."""
+
+    in_flight: int = 0
+    residency: Residency = "disk"
+    bytes_host: int = 0
+    bytes_device: int = 0
+    last_used_time: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,21 +174,19 @@ class Report:
     """A replica's state, and a request for news; each report renews its lease.
 
     Attributes:
-        replica: Who says it.
-        incarnation: Whose entries it follows.
+        replica: Its name.
         session: Since which joining.
-        received: The last revision that it has got.
+        received: The last revision that it has received.
         applied: The last revision that is true on it; read before the rest of the report is made.
         holding: By key, how many requests hold a generation that is replaced or being unloaded.
         prepared: By uuid of a merge, None when its weights are made, or why they cannot be.
-        usage: By name, what is resident, in flight or was ever used; None if the registry has been
-            told the same.
+        usage: By name, what is resident, in flight or was ever used; None if the last report that
+            was answered said the same.
         waiting, running: Requests that wait to be computed, and that are.
     """
 
     replica: str
-    incarnation: str
-    session: int
+    session: str
     received: int
     applied: int
     holding: Mapping[str, int] = field(default_factory=dict)
@@ -100,7 +204,7 @@ class News:
     lease_seconds: float
 
 
-# Proposals of replicas, on behalf of a caller.
+# Proposals of replicas, on behalf of a caller
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +214,7 @@ class Register:
     Attributes:
         name: Well-formed.
         source: Where every replica can read them.
-        facts: What reading told.
+        facts: The facts that reading them found.
         pinned: Whether to pin them too.
         replaces: ``(uuid, generation)`` that they take the place of; None: the name must be free,
             or stand for the same content.
@@ -168,9 +272,12 @@ class Outcome:
     base: Base | None = None
 
 
+# For an operator
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaStatus:
-    """One living replica, for an operator."""
+    """One living replica."""
 
     name: str
     revision: int
@@ -183,9 +290,8 @@ class ReplicaStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetStatus:
-    """The whole fleet, for an operator."""
+    """The whole fleet."""
 
-    incarnation: str
     revision: int
     num_adapters: int
     base: Base
