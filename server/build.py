@@ -65,6 +65,7 @@ from turret.server.models.own_tokenizers import OwnTokenizers
 from turret.server.models.sources.cache import default_cache_dir
 from turret.server.models.tokenizer import Tokenizer
 from turret.server.progress import progress_bar
+from turret.server.words import say
 
 _log = logging.getLogger(__name__)
 
@@ -214,21 +215,17 @@ def _choose_device(model: ModelConfig) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise InvalidRequestError.of(
-            "device", f"{model.device} was asked for, but torch sees no such CUDA device"
-        )
+        raise InvalidRequestError.of("device", say("DEVICE_NOT_FOUND", device=model.device))
     capability = torch.cuda.get_device_capability(0)
     if capability < _LEAST_CAPABILITY:
         found, least = (".".join(map(str, one)) for one in (capability, _LEAST_CAPABILITY))
-        why = f"compute capability {least} is needed, this GPU has {found}"
+        why = say("DEVICE_TOO_OLD", least=least, found=found)
         if wanted != "auto":
-            raise InvalidRequestError.of("device", f"{why}; take --device cpu")
+            raise InvalidRequestError.of("device", why)
         _log.warning("serving on the CPU", extra=log.fields(why=why))
         return torch.device("cpu")
     if missing := missing_for_triton():
-        raise InvalidRequestError.of(
-            "device", f"CUDA kernels are compiled here, which needs {missing}; or take --device cpu"
-        )
+        raise InvalidRequestError.of("device", say("DEVICE_NEEDS", missing=missing))
     keep_compiled_in(default_cache_dir() / "triton")
     return torch.device("cuda", 0)
 

@@ -40,6 +40,9 @@ TEXTS = {
     # Memory and disks.
     "OUT_OF_MEMORY": "the server is out of memory",
     "DEVICE_MEMORY_SHORT": "the device has too little free memory to run this request",
+    "DEVICE_NOT_FOUND": "torch finds no CUDA device for {device}",
+    "DEVICE_TOO_OLD": "compute capability {least} is needed, this GPU has {found}; take cpu",
+    "DEVICE_NEEDS": "CUDA kernels are compiled at the start, which needs {missing}; or take cpu",
     "DEVICE_NOT_VISIBLE": "{device} is not among the devices of CUDA_VISIBLE_DEVICES ({visible})",
     "DISK_FULL": "the server's disk is full",
     "DISK_FAILED": "the server cannot use its disk: {problem}",
