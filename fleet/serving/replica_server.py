@@ -27,6 +27,7 @@ from turret.server.api.admin.adapters import Adapters
 from turret.server.api.faults import Failures
 from turret.server.api.gate import Backend, Gate
 from turret.server.api.inference.inference import Inference
+from turret.server.basics.triton_needs import see_only
 from turret.server.config import Config
 from turret.server.errors import BudgetExceededError, UnavailableError
 from turret.server.metrics import Metrics
@@ -210,9 +211,10 @@ class ReplicaServer:
         Raises:
             OSError, ValueError, TurretError: The model or the fleet's state cannot be served.
         """
+        config = self._config
+        see_only(config.model.device)
         from turret.server.build import build_backend
 
-        config = self._config
         backend = await asyncio.to_thread(build_backend, config, self.metrics, seat=self._seat)
         self._backend = backend
         await backend.engine.start()
