@@ -2,7 +2,7 @@
 
 A state machine without clock, network or thread: every call says what time it is. The registry
 writes a change down first, and publishes it under the next *revision*. The caller has its answer
-when every living replica has applied that revision. docs/fleet-guarantees.md lists what can go
+when every living replica has applied that revision. docs/fleet.md ("Safeguards") lists what can go
 wrong meanwhile, what guards against it, and which test shows that.
 """
 
