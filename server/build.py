@@ -310,7 +310,7 @@ def _build_engine(
         scheduler=scheduler,
         runner=runner,
         adapters=registry,
-        text=tokenizer,
+        tokenizer=tokenizer,
         metrics=metrics,
         max_model_len=arch.max_model_len,
         long_from=arch.long_from,
