@@ -22,6 +22,7 @@ from turret.server.api.faults import Failures
 from turret.server.api.gate import Backend, Gate
 from turret.server.api.inference.inference import Inference
 from turret.server.basics.address import is_local_address
+from turret.server.basics.triton_needs import see_only
 from turret.server.basics.work import started_pool
 from turret.server.command.interrupts import Hangup
 from turret.server.config import Config
@@ -52,7 +53,9 @@ _T = TypeVar("_T")
 
 
 def _build(config: Config, metrics: Metrics) -> Backend:
-    # The server listens before torch and transformers are imported, which takes seconds.
+    # The server listens before torch and transformers are imported, which takes seconds; and a
+    # device is chosen before, since a library asks for devices when it is imported.
+    see_only(config.model.device)
     from turret.server.build import build_backend
 
     return build_backend(config, metrics)

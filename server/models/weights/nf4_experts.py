@@ -77,7 +77,7 @@ class Nf4Experts:
         """
         if self._stacked is not None:
             # Imported here: the other paths run where Triton is not installed.
-            from turret.kernels.gpu.experts.nf4_experts import nf4_experts
+            from turret.kernels.gpu.experts import nf4_experts
 
             return nf4_experts(x, self._stacked, routing, rows)
         x = x if rows is None else x.index_select(0, rows)
