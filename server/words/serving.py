@@ -38,6 +38,7 @@ TEXTS = {
     # Memory and disks.
     "OUT_OF_MEMORY": "the server is out of memory",
     "DEVICE_MEMORY_SHORT": "the device has too little free memory to run this request",
+    "DEVICE_NOT_VISIBLE": "{device} is not available, because CUDA_VISIBLE_DEVICES is {visible!q}",
     "DISK_FULL": "the server's disk is full",
     "DISK_FAILED": "the server cannot use its disk: {problem}",
     "FOLDER_IS_A_FILE": "is a file, not a directory",
