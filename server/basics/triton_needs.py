@@ -38,8 +38,8 @@ def see_only(device: str, environ: MutableMapping[str, str] = os.environ) -> Non
     if visible is not None:
         names = [name.strip() for name in visible.split(",") if name.strip()]
     if number >= len(names):
-        said = say("DEVICE_NOT_VISIBLE", device=device, visible=visible)
-        raise InvalidRequestError.of("device", said)
+        why = say("DEVICE_NOT_VISIBLE", device=device, visible=visible)
+        raise InvalidRequestError.of("device", why)
     environ["CUDA_VISIBLE_DEVICES"] = names[number]
 
 
