@@ -49,7 +49,7 @@ async def own_request(
 ) -> Any:
     """A request whose tokens are those of the adapter that has its own."""
     text = (await harness.vocabulary_of(*names)).own
-    return make_request(prompt, *names, own_text=text, **changes)
+    return make_request(prompt, *names, own_tokenizer=text, **changes)
 
 
 def variants_of(architecture: str) -> dict[str, tuple[str, dict[str, Any]]]:
