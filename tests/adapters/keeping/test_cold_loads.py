@@ -131,6 +131,6 @@ async def test_the_device_budget_holds_and_what_exceeds_it_alone_is_refused(
         answers = await asyncio.gather(*(harness.run(r, on_token=look) for r in asked))
         assert [answer.bits for answer in answers] == [answer.bits for answer in expected]
         assert max(seen) == 2 * one
-        with pytest.raises(BudgetExceededError, match="device memory"):
+        with pytest.raises(BudgetExceededError):
             await harness.run(make_request(PROMPT, *names[:3]))
         assert harness.registry.get(names[0]).in_flight == 0

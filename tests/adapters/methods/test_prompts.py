@@ -168,7 +168,7 @@ async def test_the_context_counts_text_alone(root: Path) -> None:
 )
 async def test_a_mix_holds_one_soft_prompt_at_weight_one(mix: list[AdapterRef], root: Path) -> None:
     async with EngineHarness.start(twin("llama").folder, root, adapters=NAMES) as harness:
-        with pytest.raises(InvalidRequestError, match="at most one adapter with soft tokens"):
+        with pytest.raises(InvalidRequestError):
             await harness.run(make_request(prompt_of(4), *mix))
 
 

@@ -143,7 +143,7 @@ async def test_mixes_are_sums_of_changes(tmp_path: Path) -> None:
         assert switched.prompt_logprobs == lora.prompt_logprobs
         both = await harness.run(make_request(prompt, "0", "deep", score=True))
         assert both.prompt_logprobs not in (alone.prompt_logprobs, lora.prompt_logprobs)
-        with pytest.raises(InvalidRequestError, match="at most one adapter that needs a first"):
+        with pytest.raises(InvalidRequestError):
             await harness.run(make_request(prompt, "deep", "shallow"))
 
 
