@@ -9,7 +9,6 @@ TEXTS: dict[str, str] = {
     "FINDINGS": "{found}",
     "FINDING": "{field}: {why}",
     "FINDING_AND_MORE": "{field}: {why} (and {count} more: {fields})",
-    "AND_MORE": "and {count} more",
     # Keys and values of a config.
     "UNKNOWN_KEY": "unknown key",
     "INVALID_VALUE": "must be {wanted}, not {value!q:.60}",
@@ -132,7 +131,7 @@ TEXTS: dict[str, str] = {
     "NO_CONV1D": "fan_in_fan_out is true but has no effect on the base model's linear modules",
     # Adapters that others are built from.
     "COMPONENTS_MISSING": "adapter {path!q:.200} needs its components: {found}",
-    "COMPONENT_MISSING": "component {component!q:.130} is not listed in {by}",
+    "COMPONENT_UNLISTED": "component {component!q:.130} is not listed in {by}",
     "COMPONENT_NOT_REGISTERED": "component {component!q} is not registered; load the adapter with"
     " digest {digest}",
     "COMPONENT_LEAVING": "component {component!q} is being unloaded or replaced",

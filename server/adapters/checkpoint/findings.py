@@ -118,7 +118,7 @@ def refuse_all(found: Sequence[Finding]) -> None:
 def _reported(found: dict[Finding, None]) -> list[Finding]:
     shown = list(islice(found, MAX_REPORTED))
     if len(found) > len(shown):
-        shown.append(("", say("AND_MORE", count=len(found) - len(shown))))
+        shown.append(("", say("MORE", count=len(found) - len(shown))))
     return shown
 
 
@@ -137,5 +137,5 @@ def _summary(found: Iterable[Finding], causes: Iterable[Text] = ()) -> Text:
         else:
             lines.append(say("FINDING", field=field, why=why))
     if hidden := sum(map(len, kinds[_MOST_KINDS:])):
-        lines.append(say("AND_MORE", count=hidden))
+        lines.append(say("MORE", count=hidden))
     return say("FINDINGS", found="; ".join(lines), first=lines[0])

@@ -87,9 +87,9 @@ def _check_names(adapter: Reading) -> None:
     if twice := listed_twice(known):
         findings.add(COMPONENTS_KEY, twice)
     for name in sorted(named - set(known)):
-        findings.add(ARROW, say("COMPONENT_MISSING", component=name, by=COMPONENTS_KEY))
+        findings.add(ARROW, say("COMPONENT_UNLISTED", component=name, by=COMPONENTS_KEY))
     for name in sorted(set(known) - named):
-        findings.add(COMPONENTS_KEY, say("COMPONENT_MISSING", component=name, by=ARROW))
+        findings.add(COMPONENTS_KEY, say("COMPONENT_UNLISTED", component=name, by=ARROW))
 
 
 def _router(adapter: Reading) -> _Router:

@@ -257,7 +257,7 @@ def _unresolved(config: Mapping[str, Any], names: Iterable[str]) -> Targets:
 
 def _few(warnings: Sequence[Text]) -> tuple[Text, ...]:
     hidden = len(warnings) - _MAX_WARNINGS
-    more = (say("AND_MORE", count=hidden),) if hidden > 0 else ()
+    more = (say("MORE", count=hidden),) if hidden > 0 else ()
     return (*warnings[:_MAX_WARNINGS], *more)
 
 

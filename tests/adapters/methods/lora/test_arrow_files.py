@@ -170,12 +170,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "an expert too few": (
         {"arrow": {"task_adapter_names": TWO[:1], "top_k": 1}},
         "components",
-        "COMPONENT_MISSING",
+        "COMPONENT_UNLISTED",
     ),
     "a stranger": (
         {"arrow": {"task_adapter_names": [*TWO, "x"]}},
         "arrow_config",
-        "COMPONENT_MISSING",
+        "COMPONENT_UNLISTED",
     ),
     "none of them": ({"arrow": {"top_k": 0}}, "arrow_config", "INVALID_ENTRY"),
     "more than there are": ({"arrow": {"top_k": 3}}, "arrow_config", "INVALID_ENTRY"),
