@@ -78,8 +78,11 @@ class Findings:
         report(name, say("WRONG_SHAPE", shape=list(tensor.shape), expected=wanted))
         return False
 
-    def raise_if_any(self) -> None:
+    def raise_if_any(self, **more: str) -> None:
         """Raises what was found; faults of the checkpoint itself come first.
+
+        Args:
+            more: Further metadata of faults of the checkpoint.
 
         Raises:
             AdapterCheckpointError: Unsupported or inconsistent; ``violations`` name everything at
@@ -92,6 +95,7 @@ class Findings:
                 path=self._path,
                 violation_count=len(self._faults),
                 found=_summary(self._faults),
+                **more,
             )
             raise AdapterCheckpointError(text, violations=_reported(self._faults))
         if self._mismatches:
@@ -112,7 +116,7 @@ def refuse_all(found: Sequence[Finding]) -> None:
         InvalidRequestError: Something is.
     """
     if found:
-        raise InvalidRequestError(_summary(found), metadata={}, violations=found)
+        raise InvalidRequestError.of_all(found)
 
 
 def _reported(found: dict[Finding, None]) -> list[Finding]:

@@ -119,13 +119,14 @@ def check_fits(path: str, header: SafetensorsHeader, max_elements: int, item_byt
     """
     elements = header.num_elements
     if elements > max_elements:
-        raise over_host_memory(path, elements * item_bytes, max_elements * item_bytes)
+        needed, budget = elements * item_bytes, max_elements * item_bytes
+        raise over_host_memory(path, needed, budget, elements=elements)
 
 
-def over_host_memory(path: str, needed: int, budget: int) -> BudgetExceededError:
+def over_host_memory(path: str, needed: int, budget: int, **more: int) -> BudgetExceededError:
     """The error for an adapter that takes more bytes than all adapters may have."""
     shown = {"needed": about_bytes(needed), "budget": about_bytes(budget)}
-    return BudgetExceededError(say("OVER_HOST_MEMORY", path=path, bytes=needed, **shown))
+    return BudgetExceededError(say("OVER_HOST_MEMORY", path=path, bytes=needed, **shown, **more))
 
 
 def _parse(text: bytes, data_bytes: int) -> tuple[TensorEntry, ...]:

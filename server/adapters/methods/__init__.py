@@ -50,7 +50,8 @@ def method_for(checkpoint: AdapterCheckpoint) -> AnyMethod:
     """The method a checkpoint was made by.
 
     Raises:
-        AdapterCheckpointError: ``peft_type`` is missing or none of ``METHODS`` accepts it.
+        AdapterCheckpointError: ``peft_type`` is missing or none of ``METHODS`` accepts it;
+            the metadata lists all methods.
     """
     kind = _peft_type_of(checkpoint.config)
     for method in METHODS.values():
@@ -58,7 +59,7 @@ def method_for(checkpoint: AdapterCheckpoint) -> AnyMethod:
             return method
     findings = Findings(checkpoint.path)
     findings.add("peft_type", _why_unserved(kind))
-    findings.raise_if_any()
+    findings.raise_if_any(peft_type=kind[:60], supported=",".join(METHODS))
     raise AssertionError("it was a fault")
 
 

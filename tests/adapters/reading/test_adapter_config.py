@@ -154,6 +154,7 @@ def test_other_peft_types_are_refused_with_what_to_do(root: Path, kind: Any) -> 
     edit_config(root / "a", peft_type=kind)
     error = refusal_of(root)
     assert error.violations[0][0] == "peft_type"
+    assert error.metadata["supported"].split(",") == list(METHODS)
     if kind in UNSERVED:
         assert says("UNSUPPORTED_VALUE", value=kind, why=UNSERVED[kind])(error)
     else:
