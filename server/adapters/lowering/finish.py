@@ -21,7 +21,7 @@ from turret.server.adapters.operators.vectors import Bias
 from turret.server.adapters.operators.vocabulary import VocabularyOperators
 from turret.server.adapters.peft_format.reading import Reading
 from turret.server.adapters.peft_format.refusals import base_name_warning
-from turret.server.words import say
+from turret.server.words import Text, say
 
 _NOTHING: Mapping[str, ModuleOperators] = MappingProxyType({})
 
@@ -37,7 +37,7 @@ def finish(
     ranks: Iterable[int] | None = None,
     scalings: Mapping[str, float] = MappingProxyType({}),
     components: tuple[str, ...] = (),
-    warnings: Iterable[str] = (),
+    warnings: Iterable[Text] = (),
     depends_on_base: bool = True,
 ) -> Lowered:
     """Puts the operators into a block of memory, checks that nothing overflowed, and sums up.

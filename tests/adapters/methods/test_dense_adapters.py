@@ -55,9 +55,8 @@ def test_where_they_are_allowed_their_bytes_are_told(kind: str, tmp_path: Path) 
     reader = loader(tmp_path, kind, allowed=Allowed(dense=True))
     loaded = reader.lower(reader.read(Source("a")))
     assert loaded.operators.num_bytes == loaded.facts.bytes_host == NEEDED
-    assert [t.params for t in loaded.facts.warnings if t.reason == "LARGE_UPDATES"] == [
-        {"bytes": NEEDED}
-    ]
+    warnings: Any = loaded.facts.warnings
+    assert [t.params for t in warnings if t.reason == "LARGE_UPDATES"] == [{"bytes": NEEDED}]
 
 
 def test_over_the_host_budget_none_is_made(tmp_path: Path, monkeypatch: Any) -> None:
@@ -71,7 +70,8 @@ def test_what_has_factors_needs_no_permission(tmp_path: Path) -> None:
     save_adapter(tiny_llama(), make_config("miss", **TARGETS), tmp_path / "a")
     reader = AdapterLoader(tmp_path, base_of(tiny_llama()), 1 << 30, 128)
     loaded = reader.lower(reader.read(Source("a")))
-    assert "LARGE_UPDATES" not in [warning.reason for warning in loaded.facts.warnings]
+    warnings: Any = loaded.facts.warnings
+    assert "LARGE_UPDATES" not in [warning.reason for warning in warnings]
 
 
 async def test_they_count_against_the_device_budget(tmp_path: Path) -> None:
