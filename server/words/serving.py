@@ -40,10 +40,10 @@ TEXTS = {
     # Memory and disks.
     "OUT_OF_MEMORY": "the server is out of memory",
     "DEVICE_MEMORY_SHORT": "the device has too little free memory to run this request",
-    "DEVICE_NOT_FOUND": "torch finds no CUDA device for {device}",
-    "DEVICE_TOO_OLD": "compute capability {least} is needed, this GPU has {found}; take cpu",
-    "DEVICE_NEEDS": "CUDA kernels are compiled at the start, which needs {missing}; or take cpu",
     "DEVICE_NOT_VISIBLE": "{device} is not among the devices of CUDA_VISIBLE_DEVICES ({visible})",
+    "NO_CUDA_DEVICE": "{device} is not available, because torch finds no CUDA device",
+    "GPU_TOO_OLD": "this GPU has compute capability {found}, but {least} is required",
+    "KERNELS_NEED": "GPU kernels are compiled on this machine, which requires {missing}",
     "DISK_FULL": "the server's disk is full",
     "DISK_FAILED": "the server cannot use its disk: {problem}",
     "FOLDER_IS_A_FILE": "is a file, not a directory",

@@ -8,17 +8,16 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from said import says
 
 from turret.server import build
 from turret.server.basics.triton_needs import keep_compiled_in, missing_for_triton, see_only
 from turret.server.build import _choose_device
 from turret.server.config import ModelConfig
 from turret.server.errors import InvalidRequestError
-from turret.server.words import Text
 
 
 def choose(
@@ -65,19 +64,11 @@ def test_one_device_is_seen_and_it_is_number_0(
     assert set(seen) == {left}, "before torch looks for the first time"
 
 
-def refusal(monkeypatch: pytest.MonkeyPatch, wanted: str, visible: str | None, **more: Any) -> Text:
-    """Why a device is refused."""
-    with pytest.raises(InvalidRequestError) as refused:
-        choose(monkeypatch, wanted, visible, **more)
-    ((path, why),) = refused.value.violations
-    assert path == "device"
-    assert isinstance(why, Text)
-    return why
-
-
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
-    assert refusal(monkeypatch, "cuda:2", "4,5").reason == "DEVICE_NOT_VISIBLE"
-    assert refusal(monkeypatch, "cuda:7", None, there=False).reason == "DEVICE_NOT_FOUND"
+    with pytest.raises(InvalidRequestError, check=says("DEVICE_NOT_VISIBLE", visible="4,5")):
+        choose(monkeypatch, "cuda:2", "4,5")
+    with pytest.raises(InvalidRequestError, check=says("NO_CUDA_DEVICE", device="cuda:7")):
+        choose(monkeypatch, "cuda:7", None, there=False)
     assert choose(monkeypatch, "auto", None, there=False)[0] == torch.device("cpu")
     assert choose(monkeypatch, "cpu", None)[0] == torch.device("cpu")
 
@@ -86,8 +77,8 @@ def test_without_a_compiler_no_gpu_serves(monkeypatch: pytest.MonkeyPatch, tmp_p
     """Triton would raise in the first step, after the model was read."""
     monkeypatch.setattr(build, "missing_for_triton", lambda: "a C compiler")
     for wanted in ("auto", "cuda"):
-        why = refusal(monkeypatch, wanted, None)
-        assert (why.reason, why.params) == ("DEVICE_NEEDS", {"missing": "a C compiler"})
+        with pytest.raises(InvalidRequestError, check=says("KERNELS_NEED", missing="a C compiler")):
+            choose(monkeypatch, wanted, None)
     assert choose(monkeypatch, "cpu", None)[0] == torch.device("cpu")
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -120,8 +111,9 @@ def test_a_gpu_that_triton_does_not_support_is_not_taken(
     assert device == torch.device("cpu")
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     for wanted in ("cuda", "cuda:0"):
-        why = refusal(monkeypatch, wanted, None, capability=capability)
-        assert why.reason == "DEVICE_TOO_OLD"
+        with pytest.raises(InvalidRequestError) as refused:
+            choose(monkeypatch, wanted, None, capability=capability)
+        assert [path for path, _ in refused.value.violations] == ["device"]
     assert choose(monkeypatch, "auto", None, capability=(8, 0))[0] == torch.device("cuda", 0)
 
 
