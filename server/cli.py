@@ -18,7 +18,7 @@ import turret
 from turret.server.command.parser import EXIT_USAGE, CommandParser
 
 if TYPE_CHECKING:
-    from turret.server.command.settings import Settings
+    from turret.server.command.flags import Settings
     from turret.server.config import Config
 
 EXIT_FAILED = 1
@@ -28,6 +28,7 @@ EXIT_INTERRUPTED = 130
 # Listed in the order of the help.
 _OWN_VERBS = {
     "serve": "run the server",
+    "config": "show the settings of a server, and where each comes from",
     "cluster": "run many replicas as one server, or show them",
     "demo": "serve the example adapters and send them one mixed batch",
     "completion": "print what makes a shell complete this command",
@@ -48,22 +49,24 @@ _METHOD_NAMES = "turret.training.settings.config:METHOD_NAMES"
 
 def _serve(args: argparse.Namespace) -> int:
     from turret.server import log
-    from turret.server.command.flags import read_settings
+    from turret.server.basics.settings import SettingsError
+    from turret.server.command.flags import Settings, read_settings
     from turret.server.command.preflight import notes, problems
     from turret.server.command.start_lines import note, refuse
     from turret.server.command.threads import use_threads
 
     is_json = getattr(args, "log_format", os.environ.get("TURRET_LOG_FORMAT")) == "json"
+    settings = Settings()
     try:
         settings = read_settings(args, os.environ)
         is_json = settings.values.get("log_format") == "json"
         config = settings.config()
-    except ValueError as error:
-        refuse(*str(error).splitlines(), is_json=is_json)
+    except SettingsError as error:
+        refuse(settings.placed(error.violations), is_json=is_json)
         return EXIT_USAGE
-    note(*settings.notes, *notes(config), is_json=is_json)
+    note(settings.placed([*settings.notes, *notes(config)]), is_json=is_json)
     if found := problems(config):
-        refuse(*map(settings.blamed, found), is_json=is_json)
+        refuse(settings.placed(found), is_json=is_json)
         return EXIT_FAILED
     use_threads(config.model.threads)
     level = logging.DEBUG if config.log.verbose else logging.INFO
@@ -83,9 +86,35 @@ def _serve(args: argparse.Namespace) -> int:
     return asyncio.run(serve())
 
 
+def _config_show(args: argparse.Namespace) -> int:
+    from turret.server.basics.settings import SettingsError
+    from turret.server.command.flags import Settings, read_settings
+    from turret.server.command.start_lines import note, refuse
+
+    settings, command = Settings(), "turret config show"
+    try:
+        settings = read_settings(args, os.environ)
+        config = settings.config()
+    except SettingsError as error:
+        refuse(settings.placed(error.violations), is_json=False, command=command)
+        return EXIT_USAGE
+    note(settings.placed(settings.notes), is_json=False, command=command)
+    if not args.json:
+        print(*settings.lines(config, with_defaults=True), sep="\n")
+        return 0
+    import json
+
+    entries = {
+        key: {"value": value, "origin": origin or "default"}
+        for key, value, origin in settings.entries(config)
+    }
+    print(json.dumps(entries, default=str, ensure_ascii=False, indent=2))
+    return 0
+
+
 def _introduce(config: Config, settings: Settings) -> None:
     """Log the version and the settings."""
-    said = config.describe() if config.log.verbose else settings.describe(config)
+    said = "\n".join(settings.lines(config, with_defaults=config.log.verbose))
     if config.log.log_format == "text":
         print(f"turret {turret.__version__}\n{said}".rstrip(), file=sys.stderr, flush=True)
         return
@@ -116,7 +145,8 @@ def _demo(args: argparse.Namespace) -> int:
         try:
             split_address(getattr(args, flag))
         except ValueError as error:
-            refuse(f"--{flag.replace('_', '-')}: {error}", is_json=False, command="turret demo")
+            place = f"--{flag.replace('_', '-')}"
+            refuse([(place, str(error))], is_json=False, command="turret demo")
             return EXIT_USAGE
     from turret.server.demo import run_demo
 
@@ -166,6 +196,18 @@ def _add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     assert isinstance(parser, CommandParser)
     parser.logs = True
     parser.set_defaults(func=_serve)
+
+
+def _add_config(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from turret.server.command.flags import add_flags
+
+    text = "print every setting of turret serve, and where it comes from"
+    parser = subparsers.add_parser("config", help=_OWN_VERBS["config"])
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    show = verbs.add_parser("show", help=text, description=f"{text.capitalize()}.")
+    show.add_argument("--json", action="store_true", help="print JSON")
+    add_flags(show)
+    show.set_defaults(func=_config_show)
 
 
 def _add_demo(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -223,6 +265,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     subparsers: Any = parser.add_subparsers(metavar="COMMAND", required=True)
     own = {
         "serve": _add_serve,
+        "config": _add_config,
         "demo": _add_demo,
         "completion": _add_completion,
     }
@@ -279,10 +322,10 @@ def _note_variables(verb: str) -> None:
     """Warn about variables that look misspelt; verbs that serve do this themselves."""
     if not any(n.startswith("TURRET_") and n not in _CLIENT_VARIABLES for n in os.environ):
         return
-    from turret.server.command.settings import unknown_variables
+    from turret.server.command.flags import unknown_variables
     from turret.server.command.start_lines import note
 
-    note(*unknown_variables(os.environ), is_json=False, command=f"turret {verb}")
+    note(unknown_variables(os.environ), is_json=False, command=f"turret {verb}")
 
 
 def _run(arguments: Sequence[str], catches_interrupts: bool) -> int:

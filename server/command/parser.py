@@ -58,7 +58,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if self.logs and wants_json(self._given, os.environ):
-            refuse(message, is_json=True)
+            refuse([("", message)], is_json=True)
             self.exit(EXIT_USAGE)
         self.exit(
             EXIT_USAGE,

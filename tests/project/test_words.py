@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from string import Formatter
 
-from turret.server.words import adapters, http, requests, serving
+from turret.server.words import adapters, http, requests, serving, start
 from turret.server.words.text import SUGGESTION
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("server", "fleet", "training", "clients", "kernels")
-CATALOGUES = (requests.TEXTS, adapters.TEXTS, serving.TEXTS, http.TEXTS)
+CATALOGUES = (requests.TEXTS, adapters.TEXTS, serving.TEXTS, http.TEXTS, start.TEXTS)
 TEXTS = {reason: template for each in CATALOGUES for reason, template in each.items()}
 
 

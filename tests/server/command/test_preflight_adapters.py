@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import start_problems
 import torch
 from builders.adapters import base_of, tiny_llama
 from checkout import ROOT
 from safetensors.numpy import load_file, save_file
-from start_problems import found
 
 from turret.server.adapters.base import BaseModule
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
@@ -24,6 +24,13 @@ from turret.server.adapters.peft_format.config.rules import is_number, is_rank
 from turret.server.errors import AdapterCheckpointError
 
 ADAPTERS = ROOT / "examples" / "adapters"
+
+
+def found(*arguments: str) -> list[str]:
+    """What is wrong with the adapter ``a``."""
+    problems = start_problems.found(*arguments)
+    assert {problem.field for problem in problems} <= {"adapters.preload.a"}
+    return [problem.text for problem in problems]
 
 
 def write_adapter(
@@ -70,7 +77,7 @@ def test_adapters_whose_config_says_that_they_are_not_served(
 ) -> None:
     write_adapter(tmp_path / "m", **config)
     (problem,) = found("--adapter-root", str(tmp_path), "--preload", "a=m")
-    assert re.match(f"--preload a=m: (cannot be served: .*)?{said}", problem)
+    assert re.match(f"adapter 'm' (cannot be served: .*)?{said}", problem)
 
 
 def test_adapters_that_the_host_budget_cannot_hold(tmp_path: Path) -> None:
@@ -81,7 +88,7 @@ def test_adapters_that_the_host_budget_cannot_hold(tmp_path: Path) -> None:
         held = (*flags, str(weights * size), "--dtype", dtype)
         assert found(*held) == []
         (problem,) = found(*flags, str(weights * size - 1), "--dtype", dtype)
-        assert problem.startswith("--preload a=m: needs at least ")
+        assert problem.startswith("adapter 'm' needs at least ")
         assert problem.endswith("; `turret serve --adapter-host-bytes SIZE` gives them more")
     (problem,) = found(*flags, "10")
     assert "needs at least 9 KiB of host memory, and all adapters together have 10 bytes" in problem
@@ -105,7 +112,7 @@ def test_adapters_whose_ranks_are_too_large(tmp_path: Path) -> None:
     write_adapter(tmp_path / "m")
     (problem,) = found(*flags)
     assert problem == (
-        "--preload a=m: has rank 4, the server allows 3; `turret serve --max-rank 4` allows it"
+        "adapter 'm' has rank 4, the server allows 3; `turret serve --max-rank 4` allows it"
     )
     # Which rank a pattern gives a module, the base decides; the tensors have the one they have.
     write_adapter(tmp_path / "m", r=8, rank_pattern={"q_proj": 4})
@@ -195,7 +202,7 @@ def test_adapters_of_other_shapes_than_the_base(
     flags = ("--adapter-root", str(tmp_path), "--preload", "a=m")
     write_adapter(tmp_path / "m", width=width, module=module)
     (problem,) = found(*flags)
-    assert problem.startswith("--preload a=m: does not fit base model 'HuggingFaceTB/SmolLM2-")
+    assert problem.startswith("adapter 'm' does not fit base model 'HuggingFaceTB/SmolLM2-")
     assert said in problem
     # The base that it names says more than shapes do; where it may be any, they decide.
     write_adapter(tmp_path / "m", width=64, base_model_name_or_path="meta-llama/Llama-3.1-8B")
@@ -238,7 +245,7 @@ def test_layers_that_the_base_has_not(tensor: str, tmp_path: Path) -> None:
     save_file({name: np.ones((2, 1), np.float32)}, folder / "adapter_model.safetensors")
     (problem,) = found("--adapter-root", str(tmp_path), "--preload", "a=m")
     assert problem == (
-        "--preload a=m: does not fit base model 'HuggingFaceTB/SmolLM2-135M-Instruct': it is for a"
+        "adapter 'm' does not fit base model 'HuggingFaceTB/SmolLM2-135M-Instruct': it is for a"
         f" model of at least 100 layers, the base has 30; {module}.{tensor}: the base model has no"
         f" module '{module}'"
     )
@@ -250,7 +257,7 @@ def test_adapters_that_lack_one_of_two_factors(lacking: str, tmp_path: Path) -> 
     save_file({n: v for n, v in load_file(file).items() if lacking not in n}, file)
     (problem,) = found("--adapter-root", str(tmp_path), "--preload", "a=m")
     assert problem == (
-        f"--preload a=m: cannot be served: model.layers.0.self_attn.q_proj.{lacking}.weight: is"
+        f"adapter 'm' cannot be served: model.layers.0.self_attn.q_proj.{lacking}.weight: is"
         " missing; the module's other tensors are there: have PEFT save the adapter again"
     )
 
@@ -314,7 +321,7 @@ def test_loras_whose_tensors_contradict_their_config(
     assert len(problems) == bool(said)
     if not said:
         return
-    assert problems[0].startswith(f"--preload a=m: cannot be served: {said}")
+    assert problems[0].startswith(f"adapter 'm' cannot be served: {said}")
     projection = BaseModule(_Q, 576, 576, None, lambda: torch.zeros(576, 576))
     base = dataclasses.replace(base_of(tiny_llama()), modules={_Q: projection})
     checkpoint = read_checkpoint(AdapterRoot(tmp_path), "m", max_elements=1 << 20)
