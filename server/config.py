@@ -17,7 +17,6 @@ from turret.server.basics.address import is_local_address, split_address
 from turret.server.basics.byte_size import GIB, MIB
 from turret.server.basics.closest import closest
 from turret.server.basics.hub_id import (
-    ADAPTER_NAME,
     HUB_SCHEME,
     HubId,
     model_place,
@@ -33,7 +32,6 @@ from turret.server.basics.settings import (
     Violation,
     Whole,
     setting,
-    text_of,
 )
 from turret.server.words import say
 
@@ -51,15 +49,12 @@ def _device(value: str) -> str:
     if not _DEVICE.fullmatch(value):
         near = closest(value, ("auto", "cpu", "cuda", "cuda:0"))
         choices = "auto, cpu, cuda, cuda:N"
-        raise ValueError(say("NOT_A_CHOICE", choices=choices, value=value, closest=near))
+        raise ValueError(say("NOT_ONE_OF", choices=choices, value=value, closest=near))
     return value
 
 
 def _host_port(value: str) -> str:
-    try:
-        split_address(value)
-    except ValueError as error:
-        raise ValueError(text_of(error)) from None
+    split_address(value)
     return value
 
 
@@ -247,22 +242,21 @@ class AdapterConfig:
     def _preloads_at_fault(self) -> Iterator[Violation]:
         names = [name for name, _ in self.preload]
         for name in dict.fromkeys(names):
-            if not ADAPTER_NAME.fullmatch(name):
-                text = say("INVALID", why=no_adapter_name(name))
+            if text := no_adapter_name(name):
                 yield Violation("adapters.preload", text)
             elif names.count(name) > 1:
-                yield Violation("adapters.preload", say("GIVEN_TWICE", value=name))
+                yield Violation("adapters.preload", say("DUPLICATE", value=name))
         for name, path in self.preload:
             field = f"adapters.preload.{name}"
             if not path.startswith(HUB_SCHEME):
                 if self.adapter_root is None:
-                    yield Violation(field, say("NEEDS_OTHER", other="--adapter-root"))
+                    yield Violation(field, say("NEEDS_FIELD", other="--adapter-root"))
                 continue
             hub_id = HubId.find(path.removeprefix(HUB_SCHEME))
             if hub_id is None:
                 yield Violation(field, say("NOT_A_HUB_PATH", value=path))
             elif not {"*", hub_id.org} & set(self.adapter_hub):
-                yield Violation(field, say("NEEDS_OTHER", other=f"--adapter-hub {hub_id.org}"))
+                yield Violation(field, say("NEEDS_FIELD", other=f"--adapter-hub {hub_id.org}"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
@@ -304,7 +298,7 @@ class ListenConfig:
             ("http_allowed_host", self.http_allowed_host, _HOST, "a name without a port"),
         ):
             if values and self.http_address is None:
-                text = say("NEEDS_OTHER", other="--http-address")
+                text = say("NEEDS_FIELD", other="--http-address")
                 found.append(Violation(f"listen.{name}", text))
             for value in values:
                 if value != "*" and not form.fullmatch(value):
@@ -349,7 +343,7 @@ class SecurityConfig:
         missing = [name for name, path in pair.items() if path is None]
         for name, path in {**pair, "tls_client_ca": self.tls_client_ca}.items():
             if path is not None and missing:
-                text = say("NEEDS_OTHER", other=f"--{missing[0].replace('_', '-')}")
+                text = say("NEEDS_FIELD", other=f"--{missing[0].replace('_', '-')}")
                 raise SettingsError(Violation(f"security.{name}", text))
 
     @property

@@ -202,7 +202,7 @@ def _text(model: type, place: Sequence[str], error: ErrorDetails) -> Text:
         case "dataclass_type":
             return say("NOT_A_TABLE", value=shown)
         case "greater_than_equal":
-            return say("BELOW_LEAST", least=show(info, limits["ge"]), value=value)
+            return say("TOO_SMALL", least=show(info, limits["ge"]), value=value)
         case "greater_than":
             return say("NOT_ABOVE", bound=f"{limits['gt']:g}", value=value)
         case "less_than":
@@ -210,7 +210,7 @@ def _text(model: type, place: Sequence[str], error: ErrorDetails) -> Text:
         case "literal_error":
             choices = choices_of(info) if info else ()
             near = closest(str(value), choices)
-            return say("NOT_A_CHOICE", choices=", ".join(choices), value=shown, closest=near)
+            return say("NOT_ONE_OF", choices=", ".join(choices), value=value, closest=near)
         case "too_short" | "string_too_short":
             return say("EMPTY")
         case "value_error" | "assertion_error":

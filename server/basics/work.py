@@ -22,6 +22,7 @@ from typing import Any
 
 from turret.server.basics.lazy_torch import torch
 from turret.server.errors import OutOfMemoryError, TurretError
+from turret.server.words import say
 
 # Linux gives this niceness a tenth of the share of a thread at 0. If no core is free, engine steps
 # lose no more than that, and the work still finishes; 19 would get a seventieth.
@@ -132,13 +133,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in text for words in _WORDS)
 
 
-def told_of(error: BaseException, otherwise: str) -> TurretError:
-    """The error that a caller gets: lack of memory, or ``otherwise``."""
+def told_of(error: BaseException, otherwise: str | None = None) -> TurretError:
+    """The error that a caller gets: lack of memory, or ``otherwise``, or an internal one."""
     if isinstance(error, TurretError):
         return error
     if is_out_of_memory(error):
-        return OutOfMemoryError("the server has no memory for this call")
-    return TurretError(otherwise)
+        return OutOfMemoryError(say("OUT_OF_MEMORY"))
+    return TurretError(otherwise or say("INTERNAL"))
 
 
 # Panics of libraries in Rust, which no ``except Exception`` catches.

@@ -111,13 +111,13 @@ def _device(config: ModelConfig, environ: Mapping[str, str]) -> Iterator[Violati
     elif config.device.startswith("cuda") and (missing := missing_for_triton()):
         yield Violation("model.device", say("TRITON_NEEDS", missing=missing))
     if (config.threads or 0) > _most_threads():
-        text = say("ABOVE_MOST", most=_most_threads(), value=config.threads)
+        text = say("TOO_LARGE", most=_most_threads(), value=config.threads)
         yield Violation("model.threads", text)
     for name, choices in (("TURRET_ISA", ISAS), ("TURRET_NATIVE", (*NO_NATIVE, *NATIVE))):
         value = environ.get(name) or choices[-1]
         if (value if name == "TURRET_ISA" else value.lower()) not in choices:
             near = closest(value, choices)
-            text = say("NOT_A_CHOICE", choices=", ".join(choices), value=value, closest=near)
+            text = say("NOT_ONE_OF", choices=", ".join(choices), value=value, closest=near)
             yield Violation(name, text)
 
 

@@ -246,7 +246,7 @@ async def test_what_the_registry_refuses_leaves_no_file(server: Harness, tmp_pat
 def test_an_empty_file_is_named_before_anything_is_sent(name: str, tmp_path: Path) -> None:
     for file in (CONFIG, TENSORS):
         (tmp_path / file).write_bytes(b"" if file == name else b"{}")
-    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / name))} is empty: .*again$"):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
         upload_messages("a", tmp_path, pinned=False, replace=False)
 
 

@@ -43,10 +43,10 @@ from turret.server.api.call import Call
 from turret.server.api.gate import Gate
 from turret.server.api.limits import MAX_PAGE_TOKEN_CHARS, MAX_PATH_CHARS, MAX_WORD_CHARS
 from turret.server.api.violations import Violations
-from turret.server.basics.closest import did_you_mean
-from turret.server.basics.hub_id import no_adapter_name
+from turret.server.basics.closest import closest
 from turret.server.basics.work import Cancellation
 from turret.server.errors import InvalidRequestError, QueueFullError, UnavailableError
+from turret.server.words import say
 from turret.v1 import adapters_pb2
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Adapters:
         """
         registry = self._gate.enter().registry
         if self._num_uploads >= MAX_UPLOADS:
-            raise QueueFullError(f"{MAX_UPLOADS} uploads are under way already")
+            raise QueueFullError(say("TOO_MANY_CALLS", most=MAX_UPLOADS))
         self._num_uploads += 1
         try:
             return await self._receive(registry, messages, call)
@@ -207,16 +207,14 @@ class Adapters:
             after = read_page_token(message.page_token, filters)
         except InvalidRequestError as error:
             violations.found.extend(error.violations)
-        violations.check(
-            message.residency in adapters_pb2.Adapter.Residency.values(),
-            "residency",
-            "is no value of Residency",
-        )
+        violations.check_enum(message, "residency")
         violations.check(
             message.method in ("", *backend.methods),
             "method",
-            f"{message.method!r} is none that this server loads"
-            f"{did_you_mean(message.method, backend.methods) or '; docs/adapters.md lists them'}",
+            "NOT_ONE_OF",
+            value=message.method,
+            choices=", ".join(backend.methods),
+            closest=closest(message.method, backend.methods),
         )
         violations.raise_if_any()
         records = [
@@ -290,10 +288,9 @@ class Adapters:
             QueueFullError: ``_DRAINS`` others wait for requests to end already.
         """
         registry = self._gate.enter().registry
-        modes = adapters_pb2.UnloadAdapterRequest.Mode
         violations = Violations()
-        _check_name(message.name, violations)
-        violations.check(message.mode in modes.values(), "mode", "is no value of Mode")
+        violations.check_name(message.name, "name")
+        violations.check_enum(message, "mode")
         seconds = DEFAULT_UNLOAD_SECONDS
         if message.HasField("timeout"):
             seconds = _unload_seconds(message.timeout, violations)
@@ -345,18 +342,13 @@ def _cancelling(work: Cancellation) -> Iterator[None]:
     try:
         yield
     except asyncio.CancelledError:
-        work.set(UnavailableError("the caller went away"))
+        work.set(UnavailableError(say("CALLER_GONE")))
         raise
-
-
-def _check_name(name: str, violations: Violations) -> None:
-    if why := no_adapter_name(name):
-        violations.add("name", why)
 
 
 def _checked_name(name: str, call: Call) -> str:
     violations = Violations()
-    _check_name(name, violations)
+    violations.check_name(name, "name")
     violations.raise_if_any()
     call.adapters = (name,)
     return name
@@ -370,10 +362,10 @@ def _checked_source(
     message: adapters_pb2.LoadAdapterRequest | adapters_pb2.ReplaceAdapterRequest, call: Call
 ) -> tuple[str, str]:
     violations = Violations()
-    _check_name(message.name, violations)
-    violations.check(message.path != "", "path", "must be set")
+    violations.check_name(message.name, "name")
+    violations.check(message.path != "", "path", "REQUIRED")
     violations.check_chars(message.path, MAX_PATH_CHARS, "path")
-    violations.check("\0" not in message.path, "path", "must not hold a NUL character")
+    violations.check("\0" not in message.path, "path", "HOLDS_NUL")
     violations.raise_if_any()
     call.adapters = (message.name,)
     return message.name, message.path
@@ -384,6 +376,9 @@ def _unload_seconds(timeout: duration_pb2.Duration, violations: Violations) -> f
     violations.check(
         0 <= seconds <= MAX_UNLOAD_SECONDS and abs(timeout.nanos) < 1_000_000_000,
         "timeout",
-        f"must be in [0, {MAX_UNLOAD_SECONDS:.0f}] seconds",
+        "NOT_IN_RANGE",
+        least=0,
+        most=MAX_UNLOAD_SECONDS,
+        value=seconds,
     )
     return seconds

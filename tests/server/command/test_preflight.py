@@ -62,7 +62,7 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
     config.write_text('{"model_type": "llama"}')
     assert "model.safetensors" in said(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
-    assert "pytorch_model.bin" in said(tmp_path)
+    assert "model.safetensors" in said(tmp_path)
     index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file({"a": np.zeros(3, np.float32)}, tmp_path / "1.safetensors")
@@ -269,6 +269,15 @@ def test_directories_that_this_user_may_not_use(
     monkeypatch.setattr(preflight, "check_model", lambda model: "llama")
     root = ("--adapter-root", str(tmp_path), "--preload", "a=b")
     assert reasons(*root) == [("adapters.adapter_root", "FILE_UNREADABLE")]
+
+
+def test_directories_that_this_user_may_not_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mkdtemp(**_: object) -> str:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
     assert reasons("--state-dir", str(tmp_path)) == UNUSABLE
     assert reasons("--state-dir", str(tmp_path / "new")) == UNUSABLE
     with pytest.raises(RunError):
@@ -330,13 +339,13 @@ def test_a_device_an_instruction_set_and_threads_that_are_not_there(
         check_inputs(config, tmp_path)
     assert main(["convert", str(tmp_path), "--output", "x", "--device", "cuda"]) == 1
     assert "--device" in capsys.readouterr().err
-    assert reasons("--threads", "100000") == [("model.threads", "ABOVE_MOST")]
+    assert reasons("--threads", "100000") == [("model.threads", "TOO_LARGE")]
     monkeypatch.setenv("TURRET_ISA", "avx51")
     (problem,) = found()
-    assert (problem.field, problem.text.reason) == ("TURRET_ISA", "NOT_A_CHOICE")
+    assert (problem.field, problem.text.reason) == ("TURRET_ISA", "NOT_ONE_OF")
     monkeypatch.setenv("TURRET_ISA", "")
     monkeypatch.setenv("TURRET_NATIVE", "maybe")
-    assert reasons() == [("TURRET_NATIVE", "NOT_A_CHOICE")]
+    assert reasons() == [("TURRET_NATIVE", "NOT_ONE_OF")]
     monkeypatch.setenv("TURRET_NATIVE", "OFF")
     assert found() == []
 
@@ -368,10 +377,10 @@ def test_adapters_of_the_hub_need_their_organisation(monkeypatch: pytest.MonkeyP
         assert asked.pop() == "hub:acme/sql@v1"
     place = "adapters.preload.a"
     other = ("--adapter-hub", "other", "--preload", "a=hub:acme/sql")
-    assert refused(*other) == {(place, "NEEDS_OTHER")}
+    assert refused(*other) == {(place, "NEEDS_FIELD")}
     every = ("--adapter-hub", "*")
     assert refused(*every, "--preload", "a=hub:sql") == {(place, "NOT_A_HUB_PATH")}
     both = (*every, "--preload", "a=hub", "--preload", "b=hub:acme/sql")
-    assert refused(*both) == {(place, "NEEDS_OTHER")}
+    assert refused(*both) == {(place, "NEEDS_FIELD")}
     expected = {("adapters.adapter_hub", "NOT_AN_ORGANISATION")}
     assert refused("--adapter-hub", "a/b") == expected

@@ -59,8 +59,8 @@ def test_sighup_does_not_end_a_start() -> None:
 @pytest.mark.parametrize(
     ("flags", "code", "place", "reason"),
     [
-        (("--dtype", "bf16"), 2, "--dtype", "NOT_A_CHOICE"),
-        (("--max-rank", "0"), 2, "--max-rank", "BELOW_LEAST"),
+        (("--dtype", "bf16"), 2, "--dtype", "NOT_ONE_OF"),
+        (("--max-rank", "0"), 2, "--max-rank", "TOO_SMALL"),
         (("--adress", "0"), 2, "", "USAGE"),
         (("--adapter-root", "/no/such"), 1, "--adapter-root", "NOT_A_DIRECTORY"),
     ],
@@ -100,7 +100,7 @@ def test_a_fleet_that_cannot_be_told_its_flags_says_so_in_the_form_of_the_log() 
     done = run("cluster", "serve", "--log-format", "json", "--dtype", "bfloat")
     assert done.returncode == 2
     said = json.loads(done.stderr)
-    assert (said["field"], said["reason"]) == ("--dtype", "NOT_A_CHOICE")
+    assert (said["field"], said["reason"]) == ("--dtype", "NOT_ONE_OF")
 
 
 def test_a_token_file_that_makes_no_sense_is_named_with_its_line(tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ class Failure:
     reason: str
     metadata: dict[str, str]
     violations: dict[str, str]
+    reasons: dict[str, str]
     retry_seconds: float | None
     request_id: str
 
@@ -133,6 +134,7 @@ async def failure_of(call: Any) -> Failure:
             reason=info.reason,
             metadata=dict(info.metadata),
             violations={v.field: v.description for v in bad.field_violations},
+            reasons={v.field: v.reason for v in bad.field_violations},
             retry_seconds=retry.retry_delay.ToTimedelta().total_seconds()
             if retry.HasField("retry_delay")
             else None,
