@@ -318,17 +318,17 @@ def is_path(info: FieldInfo) -> bool:
 
 def is_switch(info: FieldInfo) -> bool:
     """Whether a setting is on or off."""
-    return info.annotation is bool
+    return bool in _parts(info)
 
 
 def shown_of(info: FieldInfo) -> str:
     """What stands for the value in a help."""
     extra = info.json_schema_extra
-    if isinstance(extra, dict):
+    if isinstance(extra, dict) and "shown" in extra:
         return str(extra["shown"])
     if choices := choices_of(info):
         return f"{{{','.join(choices)}}}"
     parts = _parts(info)
     if _AS_SECONDS in parts or _AS_BYTES in parts:
         return "SECONDS" if _AS_SECONDS in parts else "SIZE"
-    return "PATH" if Path in parts else "N" if int in parts else "TEXT"
+    return "PATH" if Path in parts else "N" if {int, float} & parts else "TEXT"
