@@ -162,12 +162,20 @@ def _demo(args: argparse.Namespace) -> int:
 def _completion(args: argparse.Namespace) -> int:
     from turret.server.command.completion import script
 
+    print(script(args.shell), end="")
+    return 0
+
+
+def complete() -> None:
+    """Write what a shell may complete, for the line in its environment."""
+    from turret.server.command.completion import complete as offer
+    from turret.server.command.completion import verb_of_line
+
     names = pkgutil.resolve_name(_METHOD_NAMES)
     offers: dict[str, tuple[str, ...]]
     offers = {f"train {verb}:--method": names for verb in ("plan", "run", "sweep")}
     offers["serve:--device"] = ("auto", "cpu", "cuda")
-    print(script(build_parser(None), args.shell, offers), end="")
-    return 0
+    offer(build_parser(verb_of_line() or ""), offers)
 
 
 def _freeze_heap() -> None:
@@ -259,7 +267,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
         prog="turret", description="Many adapters of many methods on one 4-bit base model."
     )
     parser.verbs_below = _verbs_below
-    parser.add_argument("--version", action="version", version=f"turret {turret.__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"turret {turret.__version__}")
     # Any is needed because the type of subparsers is invariant: those of CommandParser do not pass
     # where the verbs expect ArgumentParser's.
     subparsers: Any = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -282,10 +290,16 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
 
 def _verbs_below() -> dict[str, str]:
-    from turret.server.command.completion import verb_paths
-
-    paths = [path for path in verb_paths(build_parser(None)) if " " in path]
-    return {path.rpartition(" ")[2]: f"turret {path}" for path in paths}
+    """Names of verbs below others, with the whole command."""
+    found: dict[str, str] = {}
+    waiting = [build_parser(None)]
+    for parser in waiting:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                waiting += action.choices.values()
+                if parser.prog != "turret":
+                    found |= {name: f"{parser.prog} {name}" for name in action.choices}
+    return found
 
 
 def main(argv: Sequence[str] | None = None, *, catches_interrupts: bool = False) -> int:
