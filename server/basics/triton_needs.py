@@ -16,6 +16,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 from turret.server.errors import InvalidRequestError
+from turret.server.words import say
 
 _COMPILERS = ("gcc", "clang")
 
@@ -37,9 +38,8 @@ def see_only(device: str, environ: MutableMapping[str, str] = os.environ) -> Non
     if visible is not None:
         names = [name.strip() for name in visible.split(",") if name.strip()]
     if number >= len(names):
-        raise InvalidRequestError.of(
-            "device", f"{device} was asked for, but CUDA_VISIBLE_DEVICES is {visible!r}"
-        )
+        why = say("DEVICE_NOT_VISIBLE", device=device, visible=visible)
+        raise InvalidRequestError.of("device", why)
     environ["CUDA_VISIBLE_DEVICES"] = names[number]
 
 

@@ -142,6 +142,28 @@ def told_of(error: BaseException, otherwise: str | None = None) -> TurretError:
     return TurretError(otherwise or say("INTERNAL"))
 
 
+class _LackOfMemoryIsReported(contextlib.ContextDecorator):
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Libraries raise errors of their own while they handle a MemoryError.
+        cause = error
+        while cause is not None and not is_out_of_memory(cause):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise told_of(cause, "") from error
+
+
+# Context manager for code that reads strangers' files: an error that began as a lack of memory
+# becomes an OutOfMemoryError, since the files are not to blame.
+LACK_OF_MEMORY_IS_REPORTED = _LackOfMemoryIsReported()
+
 # Panics of libraries in Rust, which no ``except Exception`` catches.
 
 

@@ -197,7 +197,7 @@ def _adapters(
     field = "adapters.adapter_root"
     if root is not None and not root.is_dir():
         near = None if root.exists() else closest_path(root, Path.is_dir)
-        yield Violation(field, say("NOT_A_DIRECTORY", path=root, closest=near))
+        yield Violation(field, say("FOLDER_MISSING", path=root, closest=near))
     elif root is not None and not os.access(root, os.R_OK | os.X_OK):
         yield Violation(field, say("FILE_UNREADABLE", path=root, why=os.strerror(errno.EACCES)))
     elif root is not None:
@@ -310,7 +310,7 @@ def _addresses(config: ListenConfig, any_port: bool) -> Iterator[Violation]:
 def _no_socket(path: Path) -> Text | None:
     """Why a unix socket cannot be made at a path; None if it can."""
     if not path.parent.is_dir():
-        return say("NOT_A_DIRECTORY", path=path.parent)
+        return say("FOLDER_MISSING", path=path.parent)
     if path.exists() and not path.is_socket():
         return say("NOT_A_SOCKET", path=path)
     # gRPC would replace any existing socket. A socket that a dead server left does not answer.

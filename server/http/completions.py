@@ -9,7 +9,7 @@ from typing import Any
 
 from turret.server.api.inference.answers import together
 from turret.server.api.inference.inference import Inference
-from turret.server.api.limits import MAX_TOP_LOGPROBS
+from turret.server.api.limits import MAX_INPUTS, MAX_TOP_LOGPROBS
 from turret.server.api.violations import Violations
 from turret.server.http.bodies.answer_fields import (
     FINISH_REASONS,
@@ -28,10 +28,13 @@ from turret.server.http.bodies.unsupported import refuse_unsupported
 from turret.server.http.choices import Choices, blamed_on
 from turret.server.http.exchange.endpoint import Exchange
 from turret.server.http.exchange.template import HOLE, Template
+from turret.server.words import say
 from turret.v1 import inference_pb2
 
 # The default of OpenAI's API.
 DEFAULT_MAX_TOKENS = 16
+# Limit of a request's answers, over all its prompts. Each costs a task on the event loop.
+MAX_ANSWERS = MAX_INPUTS
 
 _Prompt = inference_pb2.GenerateRequest
 
@@ -59,11 +62,14 @@ class Completions:
         is_scored = asked.message.stop.max_tokens == 0
         if is_scored and asked.is_stream:
             fields.refuse("stream", "needs max_tokens of at least 1")
+        count = len(prompts) * asked.num_choices
+        if count > MAX_ANSWERS:
+            fields.refuse("n", say("TOO_MANY_ANSWERS", most=MAX_ANSWERS, found=count))
         exchange.names.update(asked.names)
         refuse_if_wrong(fields, exchange.names, asked.message)
         del fields, read
         # Divide the size of the request among its answers.
-        exchange.call.message_bytes //= len(prompts) * asked.num_choices
+        exchange.call.message_bytes //= count
         answer_id = f"cmpl-{exchange.call.request_id}"
         body = head(answer_id, "text_completion", asked.model, info)
         if is_scored:
@@ -76,7 +82,7 @@ class Completions:
                 make_message=lambda index: numbered(
                     asked, prompts[index // asked.num_choices], index % asked.num_choices
                 ),
-                count=len(prompts) * asked.num_choices,
+                count=count,
                 num_choices=asked.num_choices,
                 places=places,
             )

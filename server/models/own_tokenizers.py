@@ -14,7 +14,9 @@ from typing import Any
 from turret.server.adapters.source import TOKENIZER_FILE
 from turret.server.adapters.tokenizer_files import TokenizerFiles
 from turret.server.basics.confined.confined import Confined, ConfinedError
-from turret.server.errors import InvalidRequestError, UnavailableError
+from turret.server.basics.files import reporting_disk_faults
+from turret.server.basics.work import LACK_OF_MEMORY_IS_REPORTED
+from turret.server.errors import InvalidRequestError, TurretError, UnavailableError
 from turret.server.models.tokenizer import Tokenizer, each_text
 from turret.server.words import Text, say
 
@@ -86,6 +88,8 @@ class OwnTokenizers:
 
         Raises:
             InvalidRequestError: It cannot be read.
+            OutOfMemoryError, StorageFullError, StorageFailedError, UnavailableError: The server
+                cannot read any tokenizer now.
             TurretError: What ``read`` raises.
         """
         found = self.find(digest, rows)
@@ -99,16 +103,21 @@ class OwnTokenizers:
         return found
 
     def _read(self, files: Mapping[str, bytes], rows: int) -> Tokenizer:
-        folder = Path(tempfile.mkdtemp(prefix="turret-tokenizer-"))
+        with reporting_disk_faults():
+            folder = Path(tempfile.mkdtemp(prefix="turret-tokenizer-"))
         try:
-            for name, data in files.items():
-                (folder / name).write_bytes(data)
-            (folder / _CONFIG).write_text(json.dumps(self._guesses()))
-            numbers = self._reduce(folder)
-            # The base's end tokens come from its generation config, which the adapter's folder
-            # lacks.
-            tokenizer = Tokenizer.load(folder, self._base.eos_token_ids, rows, self._base)
-        except UnavailableError:
+            # The folder is the server's own, so errors of the disk say nothing about the files.
+            with reporting_disk_faults(), LACK_OF_MEMORY_IS_REPORTED:
+                for name, data in files.items():
+                    (folder / name).write_bytes(data)
+                (folder / _CONFIG).write_text(json.dumps(self._guesses()))
+                numbers = self._reduce(folder)
+                # The base's end tokens come from its generation config, which the adapter's folder
+                # lacks.
+                tokenizer = Tokenizer.load(folder, self._base.eos_token_ids, rows, self._base)
+        except InvalidRequestError as error:
+            raise InvalidRequestError(say("TOKENIZER_INVALID", problem=error.args[0])) from None
+        except TurretError:
             raise
         except Exception as error:
             # Any type of exception is possible, even from Rust; all of them are about the files'

@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers.models import WordLevel
 
 from turret.server.basics import channels
-from turret.server.basics.work import PANICS_ARE_ERRORS
+from turret.server.basics.work import LACK_OF_MEMORY_IS_REPORTED, PANICS_ARE_ERRORS
 from turret.server.errors import InvalidRequestError
 from turret.server.models.chat_format import ChatFormat, unknown_role
 from turret.server.models.chat_template import ChatTemplate
@@ -121,11 +121,13 @@ class Tokenizer:
 
         Raises:
             InvalidRequestError: The directory has no tokenizer that converts to a fast one.
+            OutOfMemoryError: There is no memory to read it.
         """
         from transformers import AutoTokenizer
 
         try:
-            inner = AutoTokenizer.from_pretrained(files)
+            with LACK_OF_MEMORY_IS_REPORTED:
+                inner = AutoTokenizer.from_pretrained(files)
             if not inner.chat_template:
                 inner.chat_template = _processor_template(files)
             if not inner.is_fast:

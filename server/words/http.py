@@ -1,3 +1,5 @@
 """What only the HTTP API refuses."""
 
-TEXTS: dict[str, str] = {}
+TEXTS = {
+    "TOO_MANY_ANSWERS": "all prompts together may have at most {most} answers, not {found}",
+}

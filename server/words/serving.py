@@ -23,6 +23,8 @@ TEXTS = {
     "PEER_LIMIT_REACHED": "this client address already has {max_requests_per_peer} requests queued"
     " or running, which is its limit",
     "TOO_MANY_CALLS": "the limit of {most} concurrent calls of this kind has been reached",
+    "TOO_MANY_UPLOADS_OF_TOKEN": "this token already has {most} uploads under way, which is its"
+    " limit",
     "TOO_MANY_COMPILATIONS": "{most} constraints are already being compiled",
     "QUEUE_FULL": "the queue is full ({max_queued_requests} requests)",
     "QUEUE_MEMORY_FULL": "requests already take {held} bytes of memory, and with this one they"
@@ -38,6 +40,10 @@ TEXTS = {
     # Memory and disks.
     "OUT_OF_MEMORY": "the server is out of memory",
     "DEVICE_MEMORY_SHORT": "the device has too little free memory to run this request",
+    "DEVICE_NOT_VISIBLE": "{device} is not among the devices of CUDA_VISIBLE_DEVICES ({visible})",
+    "NO_CUDA_DEVICE": "{device} is not available, because torch finds no CUDA device",
+    "GPU_TOO_OLD": "this GPU has compute capability {found}, but {least} is required",
+    "KERNELS_NEED": "GPU kernels are compiled on this machine, which requires {missing}",
     "DISK_FULL": "the server's disk is full",
     "DISK_FAILED": "the server cannot use its disk: {problem}",
     "FOLDER_IS_A_FILE": "is a file, not a directory",
@@ -48,6 +54,7 @@ TEXTS = {
     " XDG_CACHE_HOME to another directory",
     # Child processes for untrusted input.
     "PROCESS_KILLED": "its process was killed",
+    "PROCESS_NOT_STARTED": "its process could not be started: {problem}",
     "PROCESS_SILENT": "its process did not answer within {seconds:g} s",
     "PROCESS_CRASHED": "its process crashed with exit code {exit_code}",
     "PROCESS_TIME_LIMIT": "it takes more than {seconds:g} s of processor time",

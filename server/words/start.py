@@ -2,7 +2,7 @@
 
 TEXTS = {
     "INVALID": "{why}",
-    "UNKNOWN_KEY": "is not a setting",
+    "UNKNOWN_SETTING": "is not a setting",
     "UNKNOWN_VARIABLE": "is not a setting of turret",
     "NOT_A_TABLE": "must be a table, not {value}",
     "NOT_A_LIST": "must be a list, not {value}",
@@ -30,7 +30,7 @@ TEXTS = {
     "TORCH_WITHOUT_CUDA": "the installed torch supports only CPUs; `pip install torch` installs one"
     " for NVIDIA GPUs",
     "TRITON_NEEDS": "the kernels for GPUs are compiled here: install {missing}",
-    "NOT_A_DIRECTORY": "{path} is not a directory",
+    "FOLDER_MISSING": "{path} is not a directory",
     "NOT_WRITABLE": "cannot write to {path}",
     "PATH_UNUSABLE": "{path} {why}",
     "STATE_DIR_IN_USE": "another server uses {path}; give this one a directory of its own",

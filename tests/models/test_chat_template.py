@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from said import says, texts_of
 from transformers.utils import chat_template_utils
 
+from turret.server.api.faults import fault_of
+from turret.server.basics.codes import Code
 from turret.server.errors import UnavailableError
 from turret.server.models import chat_template, template_program
 from turret.server.models.chat_template import ChatTemplate
@@ -187,6 +192,39 @@ def test_a_process_that_somebody_ends_is_told_from_a_slow_template() -> None:
     closing.join()
     with pytest.raises(UnavailableError):
         chats.render(TURNS, (), True)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MemoryError(), Code.RESOURCE_EXHAUSTED),
+        (OSError(errno.ENOMEM, "no"), Code.RESOURCE_EXHAUSTED),
+        (OSError(errno.EAGAIN, "no"), Code.RESOURCE_EXHAUSTED),
+        (OSError(errno.EMFILE, "no"), Code.UNAVAILABLE),
+    ],
+)
+def test_a_process_that_cannot_be_started_is_not_blamed_on_the_template(
+    error: Exception, code: Code, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    chats = ChatTemplate("hi", {})
+    monkeypatch.setattr(subprocess, "Popen", fails)
+    with pytest.raises((MemoryError, OSError, UnavailableError)) as raised:
+        chats.render(TURNS, (), True)
+    assert fault_of(raised.value).code is code
+    monkeypatch.undo()
+    assert chats.render(TURNS, (), True) == "hi"
+
+
+def test_a_process_without_memory_at_its_start_is_not_blamed_on_the_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "program.py").write_text("raise MemoryError")
+    monkeypatch.setattr(chat_template, "_PROGRAM", tmp_path / "program.py")
+    with pytest.raises(UnavailableError):
+        ChatTemplate("hi", {}).render(TURNS, (), True)
 
 
 def test_surrogates_and_line_ends_come_back_as_they_are() -> None:

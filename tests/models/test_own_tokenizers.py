@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import string
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.tokenizer_files import read_tokenizer_files
 from turret.server.adapters.tokenizer_files import TokenizerFiles
+from turret.server.errors import OutOfMemoryError, StorageFullError, UnavailableError
 from turret.server.models import own_tokenizers
 from turret.server.models.model_source import resolve_model
 from turret.server.models.own_tokenizers import OwnTokenizers
@@ -184,6 +187,47 @@ def test_a_file_is_read_under_limits(
     taken = says("TOKEN_NUMBER_TAKEN", number=FIRST + 9, found=FIRST + 4)
     with pytest.raises(ValueError, check=taken):
         tokenizers.check(with_rule(files, "added_tokens", said["added_tokens"]), ROWS)
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "expected"),
+    [
+        ("transformers", MemoryError(), OutOfMemoryError),
+        ("transformers, wrapped", MemoryError(), OutOfMemoryError),
+        ("disk", OSError(errno.ENOMEM, "no"), OutOfMemoryError),
+        ("disk", OSError(errno.ENOSPC, "no"), StorageFullError),
+        ("process", OSError(errno.EAGAIN, "no"), OutOfMemoryError),
+        ("process", OSError(errno.EMFILE, "no"), UnavailableError),
+    ],
+)
+def test_what_the_server_lacks_is_not_blamed_on_the_files(
+    tokenizers: OwnTokenizers,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    error: Exception,
+    expected: type[Exception],
+) -> None:
+    files = files_of(tmp_path)
+
+    def fails(*_: object, **__: object) -> Any:
+        try:
+            raise error
+        except MemoryError:
+            if "wrapped" in place:
+                # As transformers does for whatever it did not expect.
+                raise OSError("cannot load the tokenizer")  # noqa: B904
+            raise
+
+    owner, name = {
+        "disk": (Path, "write_bytes"),
+        "process": (subprocess, "Popen"),
+    }.get(place, (AutoTokenizer, "from_pretrained"))
+    monkeypatch.setattr(owner, name, fails)
+    with pytest.raises(expected):
+        tokenizers.check(files, ROWS)
+    monkeypatch.undo()
+    tokenizers.check(files, ROWS)
 
 
 def test_what_is_read_here_is_small(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,8 @@ DEFAULT_UNLOAD_SECONDS = 30.0
 MAX_UNLOAD_SECONDS = 3600.0
 # Concurrent uploads. Each may take up to --max-upload-bytes of the disk before it is validated.
 MAX_UPLOADS = 8
+# One token leaves some for the others.
+MAX_UPLOADS_PER_TOKEN = 6
 _SLOW_CALLS = 32
 _DRAINS = 32
 
@@ -82,7 +85,8 @@ class Adapters:
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        self._num_uploads = 0
+        # Uploads under way, by ``Call.tenant``.
+        self._uploads: Counter[bytes] = Counter()
         self._slow = SlowCalls(_SLOW_CALLS)
         # Drains wait up to an hour for other people's requests: keep them off the loading threads.
         self._drains = SlowCalls(_DRAINS)
@@ -124,17 +128,20 @@ class Adapters:
         """Receive the files of an adapter: a header, then chunks in the order of its files.
 
         Raises:
-            QueueFullError: ``MAX_UPLOADS`` are under way.
+            QueueFullError: ``MAX_UPLOADS`` are under way, or as many as one token may have.
             DeadlineExceededError: The client was silent for too long.
         """
         registry = self._gate.enter().registry
-        if self._num_uploads >= MAX_UPLOADS:
+        if self._uploads.total() >= MAX_UPLOADS:
             raise QueueFullError(say("TOO_MANY_CALLS", most=MAX_UPLOADS))
-        self._num_uploads += 1
+        if call.tenant and self._uploads[call.tenant] >= MAX_UPLOADS_PER_TOKEN:
+            raise QueueFullError(say("TOO_MANY_UPLOADS_OF_TOKEN", most=MAX_UPLOADS_PER_TOKEN))
+        self._uploads[call.tenant] += 1
         try:
             return await self._receive(registry, messages, call)
         finally:
-            self._num_uploads -= 1
+            self._uploads[call.tenant] -= 1
+            self._uploads += Counter()  # Drops tokens without uploads.
 
     async def _receive(
         self, registry: AdapterRegistry, messages: Messages, call: Call

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from turret.server.api.limits import (
     MAX_CHAT_MESSAGES,
+    MAX_CHAT_TOOL_CALLS,
     MAX_ROLE_CHARS,
     MAX_TOOL_CALLS,
     MAX_TOOL_NAME_CHARS,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from turret.server.models.tokenizer import RenderedChat, Tokenizer
 
 TOOL_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_TOOL_NAME_CHARS}}}")
-# Cost of every turn and tool, in characters, in addition to its text.
+# Cost of every turn, call and tool, in characters, in addition to its text.
 _TURN_CHARS = 32
 
 
@@ -41,9 +42,13 @@ def check_chat(chat: inference_pb2.Chat, limits: InputLimits, violations: Violat
         return
     # Check the length of every list before reading any of them.
     is_counted = violations.check_count(len(chat.tools), MAX_TOOLS, "chat.tools")
+    num_calls = 0
     for index, turn in enumerate(turns):
         path = f"chat.messages[{index}].tool_calls"
         is_counted &= violations.check_count(len(turn.tool_calls), MAX_TOOL_CALLS, path)
+        num_calls += len(turn.tool_calls)
+    path = "chat.messages.tool_calls"
+    is_counted &= violations.check_count(num_calls, MAX_CHAT_TOOL_CALLS, path)
     if not is_counted:
         return
     check_length(_num_chars(chat), limits.max_chars, "characters")
@@ -95,7 +100,8 @@ def _num_chars(chat: inference_pb2.Chat) -> int:
 
 def chat_size(chat: inference_pb2.Chat) -> int:
     """The approximate number of characters that the template makes of a conversation."""
-    return _num_chars(chat) + _TURN_CHARS * (len(chat.messages) + len(chat.tools))
+    num_calls = sum(len(turn.tool_calls) for turn in chat.messages)
+    return _num_chars(chat) + _TURN_CHARS * (len(chat.messages) + num_calls + len(chat.tools))
 
 
 def check_length(length: int, limit: int, unit: str) -> None:

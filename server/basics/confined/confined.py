@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.basics.byte_size import format_byte_size
+from turret.server.basics.work import is_out_of_memory
 from turret.server.words import Text, say
 
 # Wall-clock limit, for a job that gets hardly any processor time.
 TIMEOUT_SECONDS = 60.0
 _CHILD = Path(__file__).with_name("child.py")
 _READ_BYTES = 1 << 20
+# Exit code of a child that failed before it read a job; see child.py.
+_START_FAILED = 3
 
 
 class ConfinedError(Exception):
@@ -80,13 +83,20 @@ class Confined:
 
         Raises:
             ConfinedError: The job met a limit, or something else ended the process.
+            MemoryError, OSError: There is no memory to start the process.
         """
         line = json.dumps(job, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         output = bytearray()
         with self._lock:
             if self._is_closed:
                 raise ConfinedError(say("PROCESS_KILLED"), is_over_limit=False)
-            process = self._started()
+            try:
+                process = self._started()
+            except OSError as error:
+                if is_out_of_memory(error):
+                    raise
+                why = say("PROCESS_NOT_STARTED", problem=error.strerror)
+                raise ConfinedError(why, is_over_limit=False) from error
             try:
                 self._exchange(process, line, output)
             except ConfinedError as error:
@@ -154,6 +164,9 @@ class Confined:
         code = process.wait()
         if code in (-signal.SIGKILL, -signal.SIGTERM):
             return ConfinedError(say("PROCESS_KILLED"), is_over_limit=False)
+        if code == _START_FAILED:
+            why = say("PROCESS_NOT_STARTED", problem=f"exit code {code}")
+            return ConfinedError(why, is_over_limit=False)
         if code == -signal.SIGPROF:
             why = say("PROCESS_TIME_LIMIT", seconds=self._cpu_seconds)
         elif code == 1:

@@ -1,1 +1,1 @@
-"""What the bodies of requests and answers hold, field by field."""
+"""The bodies of requests and answers, field by field."""

@@ -1,1 +1,1 @@
-"""One request over HTTP: connection, limits, authorisation, the answer or refusal."""
+"""One request over HTTP: connection, limits, authorisation, the answer or error."""

@@ -96,10 +96,7 @@ class Nf4Weight:
         offset, nested = self.state.offset, self.state.state2
         assert offset is not None
         assert nested is not None
-        # Gives the same result as bitsandbytes' operator, whose first call on a CPU imports torch's
-        # compiler.
-        flat = nested.code[self.state.absmax.int()]
-        flat *= nested.absmax.repeat_interleave(nested.blocksize)[: flat.numel()]
+        flat = bnb_functional.dequantize_blockwise(self.state.absmax, nested)
         return (flat + offset).float()
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:

@@ -1,1 +1,1 @@
-"""Bodies of /v1/responses: what is asked, the conversation, and the items of the answer."""
+"""Bodies of /v1/responses: the request, the conversation, and the items of the answer."""
