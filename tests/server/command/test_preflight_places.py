@@ -35,4 +35,4 @@ def test_a_user_without_a_home_directory_is_told_of_the_variable(
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     (problem,) = found()
     assert problem.field == "model.model"
-    assert "XDG_CACHE_HOME" in problem.text
+    assert problem.text.reason == "NO_HOME_DIRECTORY"
