@@ -21,7 +21,8 @@ from turret.fleet.serving.plan import (
 from turret.fleet.words import say
 from turret.server import log
 from turret.server.basics.extras import how_to_add
-from turret.server.command.flags import add_flags, read_settings
+from turret.server.basics.settings import SettingsError
+from turret.server.command.flags import Settings, add_flags, read_settings
 from turret.server.command.parser import EXIT_USAGE, CommandParser
 from turret.server.command.preflight import problems
 from turret.server.command.start_lines import note, refuse
@@ -104,17 +105,21 @@ def serve(args: argparse.Namespace) -> int:
     if not _has_ray("serve"):
         return EXIT_FAILED
     is_json = getattr(args, "log_format", os.environ.get("TURRET_LOG_FORMAT")) == "json"
+    settings = Settings()
     try:
         plan = _plan(args)
         settings = read_settings(args, os.environ)
         is_json = settings.values.get("log_format") == "json"
         if why := why_refused(settings.values):
-            raise ValueError(settings.blamed(why))
+            raise ValueError(why)
         config = fleet_config(settings.config(), joins=plan.ray_address is not None)
-    except (OSError, ValueError) as error:
-        _complain("serve", *str(error).splitlines(), is_json=is_json)
+    except SettingsError as error:
+        _complain("serve", *settings.placed(error.violations), is_json=is_json)
         return EXIT_USAGE
-    note(*settings.notes, is_json=is_json, command="turret cluster serve")
+    except (OSError, ValueError) as error:
+        _complain("serve", ("", str(error)), is_json=is_json)
+        return EXIT_USAGE
+    note(settings.placed(settings.notes), is_json=is_json, command="turret cluster serve")
     # First end an ingress whose fleet was killed: it holds the addresses checked below.
     removed = [] if plan.ray_address is not None else fleet_folder.remove_dead()
     # Replicas use the first free ports from --metrics-address on, so do not check that one.
@@ -122,7 +127,7 @@ def serve(args: argparse.Namespace) -> int:
     looked_at = dataclasses.replace(config, listen=listened)
     # In a cluster that is joined, this may change a running fleet, whose addresses are in use.
     if found := problems(looked_at, may_run=plan.ray_address is not None, any_port=False):
-        _complain("serve", *map(settings.blamed, found), is_json=is_json)
+        _complain("serve", *settings.placed(found), is_json=is_json)
         return EXIT_FAILED
     level = logging.DEBUG if config.log.verbose else logging.INFO
     log.configure(level, log_format=config.log.log_format)
@@ -167,7 +172,7 @@ def status(args: argparse.Namespace) -> int:
     try:
         check_ray_address(args.ray_address)
     except ValueError as error:
-        _complain("status", str(error))
+        _complain("status", ("", str(error)))
         return EXIT_USAGE
     try:
         join_as_guest(args.ray_address, args.state_dir)
@@ -175,7 +180,7 @@ def status(args: argparse.Namespace) -> int:
 
         print_status(RayChannel().status())
     except UnavailableError as error:
-        _complain("status", str(error))
+        _complain("status", ("", str(error)))
         return EXIT_FAILED
     return 0
 
@@ -183,9 +188,9 @@ def status(args: argparse.Namespace) -> int:
 def _has_ray(verb: str) -> bool:
     if importlib.util.find_spec("ray") is not None:
         return True
-    _complain(verb, f"Ray is not installed; {how_to_add('cluster')}")
+    _complain(verb, ("", f"Ray is not installed; {how_to_add('cluster')}"))
     return False
 
 
-def _complain(verb: str, *found: str, is_json: bool = False) -> None:
-    refuse(*found, is_json=is_json, command=f"turret cluster {verb}")
+def _complain(verb: str, *found: tuple[str, str], is_json: bool = False) -> None:
+    refuse(found, is_json=is_json, command=f"turret cluster {verb}")

@@ -18,7 +18,7 @@ import turret
 from turret.server.command.parser import EXIT_USAGE, CommandParser
 
 if TYPE_CHECKING:
-    from turret.server.command.settings import Settings
+    from turret.server.command.flags import Settings
     from turret.server.config import Config
 
 EXIT_FAILED = 1
@@ -28,6 +28,7 @@ EXIT_INTERRUPTED = 130
 # Listed in the order of the help.
 _OWN_VERBS = {
     "serve": "run the server",
+    "config": "show the settings of a server, and where each comes from",
     "cluster": "run many replicas as one server, or show them",
     "demo": "serve the example adapters and send them one mixed batch",
     "completion": "print what makes a shell complete this command",
@@ -48,22 +49,24 @@ _METHOD_NAMES = "turret.training.settings.config:METHOD_NAMES"
 
 def _serve(args: argparse.Namespace) -> int:
     from turret.server import log
-    from turret.server.command.flags import read_settings
+    from turret.server.basics.settings import SettingsError
+    from turret.server.command.flags import Settings, read_settings
     from turret.server.command.preflight import notes, problems
     from turret.server.command.start_lines import note, refuse
     from turret.server.command.threads import use_threads
 
     is_json = getattr(args, "log_format", os.environ.get("TURRET_LOG_FORMAT")) == "json"
+    settings = Settings()
     try:
         settings = read_settings(args, os.environ)
         is_json = settings.values.get("log_format") == "json"
         config = settings.config()
-    except ValueError as error:
-        refuse(*str(error).splitlines(), is_json=is_json)
+    except SettingsError as error:
+        refuse(settings.placed(error.violations), is_json=is_json)
         return EXIT_USAGE
-    note(*settings.notes, *notes(config), is_json=is_json)
+    note(settings.placed([*settings.notes, *notes(config)]), is_json=is_json)
     if found := problems(config):
-        refuse(*map(settings.blamed, found), is_json=is_json)
+        refuse(settings.placed(found), is_json=is_json)
         return EXIT_FAILED
     use_threads(config.model.threads)
     level = logging.DEBUG if config.log.verbose else logging.INFO
@@ -83,9 +86,35 @@ def _serve(args: argparse.Namespace) -> int:
     return asyncio.run(serve())
 
 
+def _config_show(args: argparse.Namespace) -> int:
+    from turret.server.basics.settings import SettingsError
+    from turret.server.command.flags import Settings, read_settings
+    from turret.server.command.start_lines import note, refuse
+
+    settings, command = Settings(), "turret config show"
+    try:
+        settings = read_settings(args, os.environ)
+        config = settings.config()
+    except SettingsError as error:
+        refuse(settings.placed(error.violations), is_json=False, command=command)
+        return EXIT_USAGE
+    note(settings.placed(settings.notes), is_json=False, command=command)
+    if not args.json:
+        print(*settings.lines(config, with_defaults=True), sep="\n")
+        return 0
+    import json
+
+    entries = {
+        key: {"value": value, "origin": origin or "default"}
+        for key, value, origin in settings.entries(config)
+    }
+    print(json.dumps(entries, default=str, ensure_ascii=False, indent=2))
+    return 0
+
+
 def _introduce(config: Config, settings: Settings) -> None:
     """Log the version and the settings."""
-    said = config.describe() if config.log.verbose else settings.describe(config)
+    said = "\n".join(settings.lines(config, with_defaults=config.log.verbose))
     if config.log.log_format == "text":
         print(f"turret {turret.__version__}\n{said}".rstrip(), file=sys.stderr, flush=True)
         return
@@ -116,7 +145,8 @@ def _demo(args: argparse.Namespace) -> int:
         try:
             split_address(getattr(args, flag))
         except ValueError as error:
-            refuse(f"--{flag.replace('_', '-')}: {error}", is_json=False, command="turret demo")
+            place = f"--{flag.replace('_', '-')}"
+            refuse([(place, str(error))], is_json=False, command="turret demo")
             return EXIT_USAGE
     from turret.server.demo import run_demo
 
@@ -132,12 +162,20 @@ def _demo(args: argparse.Namespace) -> int:
 def _completion(args: argparse.Namespace) -> int:
     from turret.server.command.completion import script
 
+    print(script(args.shell), end="")
+    return 0
+
+
+def complete() -> None:
+    """Write what a shell may complete, for the line in its environment."""
+    from turret.server.command.completion import complete as offer
+    from turret.server.command.completion import verb_of_line
+
     names = pkgutil.resolve_name(_METHOD_NAMES)
     offers: dict[str, tuple[str, ...]]
     offers = {f"train {verb}:--method": names for verb in ("plan", "run", "sweep")}
     offers["serve:--device"] = ("auto", "cpu", "cuda")
-    print(script(build_parser(None), args.shell, offers), end="")
-    return 0
+    offer(build_parser(verb_of_line() or ""), offers)
 
 
 def _freeze_heap() -> None:
@@ -166,6 +204,18 @@ def _add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     assert isinstance(parser, CommandParser)
     parser.logs = True
     parser.set_defaults(func=_serve)
+
+
+def _add_config(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from turret.server.command.flags import add_flags
+
+    text = "print every setting of turret serve, and where it comes from"
+    parser = subparsers.add_parser("config", help=_OWN_VERBS["config"])
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    show = verbs.add_parser("show", help=text, description=f"{text.capitalize()}.")
+    show.add_argument("--json", action="store_true", help="print JSON")
+    add_flags(show)
+    show.set_defaults(func=_config_show)
 
 
 def _add_demo(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -217,12 +267,13 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
         prog="turret", description="Many adapters of many methods on one 4-bit base model."
     )
     parser.verbs_below = _verbs_below
-    parser.add_argument("--version", action="version", version=f"turret {turret.__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"turret {turret.__version__}")
     # Any is needed because the type of subparsers is invariant: those of CommandParser do not pass
     # where the verbs expect ArgumentParser's.
     subparsers: Any = parser.add_subparsers(metavar="COMMAND", required=True)
     own = {
         "serve": _add_serve,
+        "config": _add_config,
         "demo": _add_demo,
         "completion": _add_completion,
     }
@@ -239,10 +290,16 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
 
 def _verbs_below() -> dict[str, str]:
-    from turret.server.command.completion import verb_paths
-
-    paths = [path for path in verb_paths(build_parser(None)) if " " in path]
-    return {path.rpartition(" ")[2]: f"turret {path}" for path in paths}
+    """Names of verbs below others, with the whole command."""
+    found: dict[str, str] = {}
+    waiting = [build_parser(None)]
+    for parser in waiting:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                waiting += action.choices.values()
+                if parser.prog != "turret":
+                    found |= {name: f"{parser.prog} {name}" for name in action.choices}
+    return found
 
 
 def main(argv: Sequence[str] | None = None, *, catches_interrupts: bool = False) -> int:
@@ -279,10 +336,10 @@ def _note_variables(verb: str) -> None:
     """Warn about variables that look misspelt; verbs that serve do this themselves."""
     if not any(n.startswith("TURRET_") and n not in _CLIENT_VARIABLES for n in os.environ):
         return
-    from turret.server.command.settings import unknown_variables
+    from turret.server.command.flags import unknown_variables
     from turret.server.command.start_lines import note
 
-    note(*unknown_variables(os.environ), is_json=False, command=f"turret {verb}")
+    note(unknown_variables(os.environ), is_json=False, command=f"turret {verb}")
 
 
 def _run(arguments: Sequence[str], catches_interrupts: bool) -> int:

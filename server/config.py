@@ -1,153 +1,180 @@
 """What an operator can set: one frozen dataclass per concern.
 
-Each field carries its help text (with the unit) as metadata; ``server/command`` derives flags, the
-file's keys and the variables from it. ``__post_init__`` rejects a bad value with a ``ValueError``
-that names the flag.
+Each field carries its help text; flags, the file's keys, the variables and the docs are made from
+it. A bad value is refused with the name of its field (``basics/settings.py``).
 """
-
-# ruff: noqa: RUF009 -- `_flag` only calls `dataclasses.field`.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator
+from pydantic.dataclasses import dataclass
 
 from turret.server.basics.address import is_local_address, split_address
-from turret.server.basics.byte_size import GIB, MIB, format_byte_size
-from turret.server.basics.closest import did_you_mean
-from turret.server.basics.hub_id import ADAPTER_NAME, HUB_SCHEME, HubId, no_adapter_name
+from turret.server.basics.byte_size import GIB, MIB
+from turret.server.basics.closest import closest
+from turret.server.basics.hub_id import (
+    HUB_SCHEME,
+    HubId,
+    model_place,
+    no_adapter_name,
+)
+from turret.server.basics.settings import (
+    TABLE,
+    Bytes,
+    Names,
+    Place,
+    Seconds,
+    SettingsError,
+    Violation,
+    Whole,
+    setting,
+)
+from turret.server.words import say
 
 # Defaults on a CPU. On CUDA they depend on free memory.
 KV_CACHE_BYTES = 256 * MIB
 ADAPTER_DEVICE_BYTES = 512 * MIB
 
-# Number of --preload entries in the startup log; each is logged again when it is loaded.
-_PRELOADS_SHOWN = 3
-
 # The Origin header of browsers: no path and no trailing slash.
 _HOST = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", re.IGNORECASE)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+")
-
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 
-def _flag(default: Any, help_text: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": help_text, **metadata})
+def _device(value: str) -> str:
+    if not _DEVICE.fullmatch(value):
+        near = closest(value, ("auto", "cpu", "cuda", "cuda:0"))
+        choices = "auto, cpu, cuda, cuda:N"
+        raise ValueError(say("NOT_ONE_OF", choices=choices, value=value, closest=near))
+    return value
 
 
-def _at_least(config: object, least: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        # This form also rejects NaN.
-        if value is not None and not value >= least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+def _host_port(value: str) -> str:
+    split_address(value)
+    return value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def _rpc_address(value: str) -> str:
+    return value if value.startswith("unix:") and value != "unix:" else _host_port(value)
+
+
+def _model(value: Any) -> Any:
+    return model_place(value) if isinstance(value, str) and value else value
+
+
+def _pairs(value: Any) -> Any:
+    """``NAME=PATH``, several as a list or with commas between them; or a table."""
+    if isinstance(value, dict):
+        return list(value.items())
+    parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple):
+        return value
+    return [_pair(part) if isinstance(part, str) else part for part in parts]
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (equals and name and path):
+        raise ValueError(say("NOT_NAME_PATH", value=text))
+    return name, path
+
+
+HostPort = Annotated[str, AfterValidator(_host_port)]
+RpcAddress = Annotated[str, AfterValidator(_rpc_address)]
+Model = Annotated[Place, BeforeValidator(_model)]
+Preloads = Annotated[tuple[tuple[str, str], ...], BeforeValidator(_pairs)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class ModelConfig:
     """Which base model, where and in which precision."""
 
-    model: Path | None = _flag(
+    model: Model | None = setting(
         None,
         "base model: a directory in Hugging Face format, org/name[@revision] of the hub, or a .gguf"
         " file (default: the embedded model)",
-        metavar="DIR|ORG/NAME|FILE",
-        hub=True,
+        shown="DIR|ORG/NAME|FILE",
     )
-    device: str = _flag(
+    device: Annotated[str, AfterValidator(_device)] = setting(
         "auto",
         "where the model runs: auto, cpu, cuda or cuda:N, the N-th visible device from 0",
-        metavar="DEVICE",
+        shown="DEVICE",
     )
-    dtype: Literal["bfloat16", "float16", "float32"] = _flag(
+    dtype: Literal["bfloat16", "float16", "float32"] = setting(
         "bfloat16", "dtype of activations and of the weights that are not 4-bit"
     )
 
-    threads: int | None = _flag(
+    threads: Whole | None = setting(
         None,
         "threads that compute on a CPU (default: OMP_NUM_THREADS, else the processors that affinity"
         " and the container's quota allow)",
-        unit="threads",
+        ge=1,
     )
-    head_screen: bool = _flag(
+    head_screen: bool = setting(
         True,
         "keep an int8 copy of the output head on a CPU, half of the head's bytes, from which the"
         " tokens of greedy steps are told: without it the same tokens, slower (default: keep it)",
     )
 
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "threads")
-        if not _DEVICE.fullmatch(self.device):
-            said = repr(self.device) + did_you_mean(self.device, ("auto", "cpu", "cuda", "cuda:0"))
-            raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, not {said}")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class CacheConfig:
     """Memory of the sequences in flight."""
 
-    kv_cache_bytes: int | None = _flag(
+    kv_cache_bytes: Bytes | None = setting(
         None,
         "size of the paged KV cache (default: 256MiB; on CUDA what the largest step leaves free)",
-        unit="bytes",
+        ge=MIB,
     )
 
-    def __post_init__(self) -> None:
-        _at_least(self, MIB, "kv_cache_bytes")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class SchedulerConfig:
     """How many requests wait, run and fit into one step."""
 
-    max_num_seqs: int | None = _flag(
-        None, "sequences running at once (default: 64; on CUDA 256)", unit="sequences"
+    max_num_seqs: Whole | None = setting(
+        None, "sequences running at once (default: 64; on CUDA 256)", ge=1
     )
-    max_num_batched_tokens: int | None = _flag(
-        None, "tokens computed in one step (default: 512; on CUDA 2048)", unit="tokens"
+    max_num_batched_tokens: Whole | None = setting(
+        None, "tokens computed in one step (default: 512; on CUDA 2048)", ge=1
     )
-    max_queued_requests: int = _flag(
-        1024, "requests waiting before new ones get RESOURCE_EXHAUSTED", unit="requests"
+    max_queued_requests: Whole = setting(
+        1024, "requests waiting before new ones get RESOURCE_EXHAUSTED", ge=1
     )
-    max_queued_bytes: int = _flag(
+    max_queued_bytes: Bytes = setting(
         512 * MIB,
         "memory of requests that wait or run, messages and unread answers too, before new"
         " ones get RESOURCE_EXHAUSTED",
-        unit="bytes",
+        ge=MIB,
     )
-    preempt_after_seconds: float = _flag(
+    preempt_after_seconds: Seconds = setting(
         5.0,
         "how long a request waits before a mix that was served more yields a place; 0 is for ever",
-        unit="seconds",
+        ge=0,
     )
-    speculation: Literal["auto", "prompt", "off"] = _flag(
+    speculation: Literal["auto", "prompt", "off"] = setting(
         "auto",
         "on a CPU, guess tokens and check several in one step, where that pays; answers stay the"
         " same. auto guesses from the request and its adapters' earlier answers, prompt from the"
         " request alone",
     )
-    max_requests_per_token: int = _flag(
-        0, "waiting and running requests of one bearer token; 0 is no limit", unit="requests"
+    max_requests_per_token: Whole = setting(
+        0, "waiting and running requests of one bearer token; 0 is no limit", ge=0
     )
-    max_requests_per_peer: int = _flag(
-        0, "waiting and running requests of one client address; 0 is no limit", unit="requests"
+    max_requests_per_peer: Whole = setting(
+        0, "waiting and running requests of one client address; 0 is no limit", ge=0
     )
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "preempt_after_seconds", "max_requests_per_token")
-        _at_least(self, 0, "max_requests_per_peer")
-        _at_least(self, 1, "max_num_seqs", "max_num_batched_tokens", "max_queued_requests")
-        _at_least(self, MIB, "max_queued_bytes")
         tokens, seqs = self.max_num_batched_tokens, self.max_num_seqs
         if tokens is not None and seqs is not None and tokens < seqs:
-            raise ValueError(
-                "--max-num-batched-tokens must be at least --max-num-seqs: every running sequence "
-                f"decodes one token a step ({tokens} < {seqs})"
-            )
+            # Every running sequence decodes one token in a step.
+            text = say("BELOW_OTHER", other="--max-num-seqs", value=tokens, least=seqs)
+            raise SettingsError(Violation("scheduler.max_num_batched_tokens", text))
 
     def sizes(self, device_type: str) -> tuple[int, int]:
         """``max_num_seqs`` and ``max_num_batched_tokens``, with a device's defaults.
@@ -162,116 +189,123 @@ class SchedulerConfig:
         return min(seqs, tokens), tokens
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class AdapterConfig:
     """Which adapters may be loaded and how much memory they may take."""
 
-    adapter_root: Path | None = _flag(
+    adapter_root: Place | None = setting(
         None, "the only directory adapters are loaded from (default: loading is refused)"
     )
-    state_dir: Path | None = _flag(
+    state_dir: Place | None = setting(
         None,
         "directory that registrations survive a restart in, and that uploads and fused adapters are"
         " kept in; one server and one base model each (default: neither)",
     )
-    adapter_hub: tuple[str, ...] = _flag(
+    adapter_hub: Names = setting(
         (),
         "organisation or user of the Hugging Face hub whose adapters may be loaded, as"
         " hub:org/name[@revision], or '*' for all; repeatable",
-        metavar="ORG",
+        shown="ORG",
     )
-    max_upload_bytes: int = _flag(
-        2 * GIB, "most bytes of one adapter that is uploaded or fetched from the hub", unit="bytes"
+    max_upload_bytes: Bytes = setting(
+        2 * GIB, "most bytes of one adapter that is uploaded or fetched from the hub", ge=1
     )
-    adapter_host_bytes: int = _flag(GIB, "host memory for adapter weights", unit="bytes")
-    adapter_device_bytes: int | None = _flag(
+    adapter_host_bytes: Bytes = setting(GIB, "host memory for adapter weights", ge=1)
+    adapter_device_bytes: Bytes | None = setting(
         None,
         "device memory for adapter weights (default: 512MiB; on CUDA an eighth of what is free)",
-        unit="bytes",
+        ge=1,
     )
-    max_rank: int = _flag(128, "highest rank of an adapter", unit="rank")
-    allow_other_base: bool = _flag(
+    max_rank: Whole = setting(128, "highest rank of an adapter", ge=1)
+    allow_other_base: bool = setting(
         False, "serve adapters that say they were trained for another base model, if shapes fit"
     )
-    allow_dense_adapters: bool = _flag(
+    allow_dense_adapters: bool = setting(
         False, "serve adapters whose updates are as large as the weights they change"
     )
-    preload: tuple[tuple[str, str], ...] = _flag(
+    preload: Preloads = setting(
         (),
         "adapter to load before serving, its path relative to --adapter-root or"
         " hub:org/name[@revision]; repeatable",
+        shown="NAME=PATH",
     )
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "adapter_host_bytes", "adapter_device_bytes", "max_rank")
-        _at_least(self, 1, "max_upload_bytes")
-        names = [name for name, _ in self.preload]
-        for name in names:
-            if not ADAPTER_NAME.fullmatch(name):
-                raise ValueError(f"--preload: {no_adapter_name(name)}")
-            if names.count(name) > 1:
-                raise ValueError(f"--preload: the name {name!r} is given twice")
+        if found := [*self._preloads_at_fault(), *self._hubs_at_fault()]:
+            raise SettingsError(*found)
+
+    def _hubs_at_fault(self) -> Iterator[Violation]:
         for org in self.adapter_hub:
             if org != "*" and HubId.find(f"{org}/name") is None:
-                raise ValueError(f"--adapter-hub: {org!r} is neither '*' nor an organisation")
+                yield Violation("adapters.adapter_hub", say("NOT_AN_ORGANISATION", value=org))
+
+    def _preloads_at_fault(self) -> Iterator[Violation]:
+        names = [name for name, _ in self.preload]
+        for name in dict.fromkeys(names):
+            if text := no_adapter_name(name):
+                yield Violation("adapters.preload", text)
+            elif names.count(name) > 1:
+                yield Violation("adapters.preload", say("DUPLICATE", value=name))
         for name, path in self.preload:
+            field = f"adapters.preload.{name}"
             if not path.startswith(HUB_SCHEME):
                 if self.adapter_root is None:
-                    raise ValueError("--preload needs --adapter-root")
+                    yield Violation(field, say("NEEDS_FIELD", other="--adapter-root"))
                 continue
             hub_id = HubId.find(path.removeprefix(HUB_SCHEME))
             if hub_id is None:
-                raise ValueError(f"--preload {name}: {path!r} is not hub:org/name[@revision]")
-            if not {"*", hub_id.org} & set(self.adapter_hub):
-                raise ValueError(f"--preload {name}: {path!r} needs --adapter-hub {hub_id.org}")
+                yield Violation(field, say("NOT_A_HUB_PATH", value=path))
+            elif not {"*", hub_id.org} & set(self.adapter_hub):
+                yield Violation(field, say("NEEDS_FIELD", other=f"--adapter-hub {hub_id.org}"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class ListenConfig:
     """Where the server listens. Port 0 picks a free port."""
 
-    address: str = _flag("127.0.0.1:50051", "HOST:PORT or unix:PATH of the gRPC server")
-    admin_address: str | None = _flag(
-        None, "separate HOST:PORT for the Adapters service (default: on --address)"
+    address: RpcAddress = setting(
+        "127.0.0.1:50051", "HOST:PORT or unix:PATH of the gRPC server", shown="ADDRESS"
     )
-    metrics_address: str | None = _flag(
-        "127.0.0.1:9464", "HOST:PORT of the Prometheus endpoint, or 'none'"
+    admin_address: RpcAddress | None = setting(
+        None,
+        "separate HOST:PORT for the Adapters service (default: on --address)",
+        shown="ADDRESS",
     )
-    http_address: str | None = _flag(
-        None, "HOST:PORT of the OpenAI-compatible HTTP server (default: none)"
+    metrics_address: HostPort | None = setting(
+        "127.0.0.1:9464",
+        "HOST:PORT of the Prometheus endpoint, or 'none'",
+        shown="ADDRESS",
     )
-    http_cors_origin: tuple[str, ...] = _flag(
+    http_address: HostPort | None = setting(
+        None, "HOST:PORT of the OpenAI-compatible HTTP server (default: none)", shown="ADDRESS"
+    )
+    http_cors_origin: Names = setting(
         (),
         "origin whose pages may call the HTTP server, as https://example.org, or '*'; repeatable",
-        metavar="ORIGIN",
+        shown="ORIGIN",
     )
-    http_allowed_host: tuple[str, ...] = _flag(
+    http_allowed_host: Names = setting(
         (),
         "host name that the HTTP server may be called by, beside localhost and addresses, or '*';"
         " without tokens other names are refused; repeatable",
-        metavar="NAME",
+        shown="NAME",
     )
 
     def __post_init__(self) -> None:
-        for name in ("address", "admin_address", "metrics_address", "http_address"):
-            value = getattr(self, name)
-            takes_path = name in ("address", "admin_address")
-            if value is None or (takes_path and value.startswith("unix:") and value != "unix:"):
-                continue
-            try:
-                split_address(value)
-            except ValueError as error:
-                other = "" if name == "address" else ", nor 'none'"
-                raise ValueError(f"--{name.replace('_', '-')}: {error}{other}") from None
-        for flag, values, form, shown in (
-            ("--http-cors-origin", self.http_cors_origin, _ORIGIN, "SCHEME://HOST[:PORT]"),
-            ("--http-allowed-host", self.http_allowed_host, _HOST, "a name without a port"),
+        found: list[Violation] = []
+        for name, values, form, shown in (
+            ("http_cors_origin", self.http_cors_origin, _ORIGIN, "SCHEME://HOST[:PORT]"),
+            ("http_allowed_host", self.http_allowed_host, _HOST, "a name without a port"),
         ):
             if values and self.http_address is None:
-                raise ValueError(f"{flag} needs --http-address")
+                text = say("NEEDS_FIELD", other="--http-address")
+                found.append(Violation(f"listen.{name}", text))
             for value in values:
                 if value != "*" and not form.fullmatch(value):
-                    raise ValueError(f"{flag}: {value!r} is neither '*' nor {shown}")
+                    text = say("NOT_OF_FORM", value=value, form=shown)
+                    found.append(Violation(f"listen.{name}", text))
+        if found:
+            raise SettingsError(*found)
 
     @property
     def call_addresses(self) -> tuple[str, ...]:
@@ -285,28 +319,32 @@ class ListenConfig:
         return (self.address,) if self.admin_address is None else (self.address, self.admin_address)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class SecurityConfig:
     """Who may call. Without a token file every caller has every role."""
 
-    token_file: Path | None = _flag(None, "file of bearer tokens, a line each: TOKEN ROLE[,ROLE]")
-    tls_cert: Path | None = _flag(None, "PEM certificate chain of the server")
-    tls_key: Path | None = _flag(None, "PEM private key of the server")
-    tls_client_ca: Path | None = _flag(
+    token_file: Place | None = setting(
+        None, "file of bearer tokens, a line each: TOKEN ROLE[,ROLE]"
+    )
+    tls_cert: Place | None = setting(None, "PEM certificate chain of the server")
+    tls_key: Place | None = setting(None, "PEM private key of the server")
+    tls_client_ca: Place | None = setting(
         None, "PEM authorities; clients must then present a certificate (mTLS)"
     )
-    insecure: bool = _flag(False, "serve other machines without TLS or without tokens")
-    share_prefixes: bool = _flag(
+    insecure: bool = setting(False, "serve other machines without TLS or without tokens")
+    share_prefixes: bool = setting(
         False,
         "let requests with different tokens share the prefix cache and drafts: faster, but their"
         " timing then tells what others asked (default: each token has its own)",
     )
 
     def __post_init__(self) -> None:
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("--tls-cert and --tls-key need each other")
-        if self.tls_client_ca is not None and self.tls_cert is None:
-            raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
+        pair = {"tls_cert": self.tls_cert, "tls_key": self.tls_key}
+        missing = [name for name, path in pair.items() if path is None]
+        for name, path in {**pair, "tls_client_ca": self.tls_client_ca}.items():
+            if path is not None and missing:
+                text = say("NEEDS_FIELD", other=f"--{missing[0].replace('_', '-')}")
+                raise SettingsError(Violation(f"security.{name}", text))
 
     @property
     def is_complete(self) -> bool:
@@ -314,29 +352,26 @@ class SecurityConfig:
         return self.tls_cert is not None and self.token_file is not None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class LifecycleConfig:
     """How the server stops."""
 
-    grace_seconds: float = _flag(
-        30.0, "time running requests get to finish after SIGTERM", unit="seconds"
+    grace_seconds: Seconds = setting(
+        30.0, "time running requests get to finish after SIGTERM", ge=0
     )
 
-    def __post_init__(self) -> None:
-        _at_least(self, 0, "grace_seconds")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class LogConfig:
     """What is written to standard error."""
 
-    log_format: Literal["text", "json"] = _flag(
+    log_format: Literal["text", "json"] = setting(
         "text", "text: a line for people, with key=value; json: an object a line"
     )
-    verbose: bool = _flag(False, "log details too, and every setting at the start")
+    verbose: bool = setting(False, "log details too, and every setting at the start")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class Config:
     """The whole server, resolved.
 
@@ -344,54 +379,24 @@ class Config:
         ValueError: A non-local address without TLS and tokens, and no ``--insecure``.
     """
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    adapters: AdapterConfig = field(default_factory=AdapterConfig)
-    listen: ListenConfig = field(default_factory=ListenConfig)
-    security: SecurityConfig = field(default_factory=SecurityConfig)
-    lifecycle: LifecycleConfig = field(default_factory=LifecycleConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    adapters: AdapterConfig = AdapterConfig()
+    listen: ListenConfig = ListenConfig()
+    security: SecurityConfig = SecurityConfig()
+    lifecycle: LifecycleConfig = LifecycleConfig()
+    log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
         if self.security.is_complete or self.security.insecure:
             return
+        found: list[Violation] = []
         for name in ("address", "admin_address", "http_address"):
             address: str | None = getattr(self.listen, name)
             if address is not None and not is_local_address(address):
-                meant = did_you_mean(split_address(address)[0], ("localhost",))
-                raise ValueError(
-                    f"--{name.replace('_', '-')}: {address} is reachable from other machines"
-                    f"{meant or ':'} set --tls-cert, --tls-key and --token-file, or say --insecure"
-                )
-
-    def describe(self) -> str:
-        """The resolved values, one ``section.field = value`` a line."""
-        return "\n".join(line for line, _ in self._lines())
-
-    def changes(self) -> list[str]:
-        """The lines of :meth:`describe` whose values are not the defaults."""
-        return [line for line, is_default in self._lines() if not is_default]
-
-    def _lines(self) -> Iterator[tuple[str, bool]]:
-        for section in dataclasses.fields(self):
-            part = getattr(self, section.name)
-            for entry in dataclasses.fields(part):
-                value: Any = getattr(part, entry.name)
-                shown = _shown(entry, value)
-                yield f"{section.name}.{entry.name} = {shown}", value == entry.default
-
-
-def _shown(entry: dataclasses.Field[Any], value: Any) -> str:
-    """A value as the listing at the start has it."""
-    if value is None and entry.default is not None:
-        return "none"
-    if value is None:
-        return "auto" if "unit" in entry.metadata else "-"
-    if entry.metadata.get("unit") == "bytes":
-        return format_byte_size(value)
-    if entry.name == "preload":
-        pairs = [f"{name}={path}" for name, path in value]
-        more = len(pairs) - _PRELOADS_SHOWN
-        value = (*pairs[:_PRELOADS_SHOWN], *([f"and {more} more"] if more > 0 else []))
-    return (" ".join(value) if isinstance(value, tuple) else str(value)) or "-"
+                meant = closest(split_address(address)[0], ("localhost",))
+                text = say("ADDRESS_EXPOSED", value=address, closest=meant)
+                found.append(Violation(f"listen.{name}", text))
+        if found:
+            raise SettingsError(*found)

@@ -11,22 +11,38 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from turret.server.basics.settings import Violation
+from turret.server.words import Text, say
+
 
 class TrainingError(Exception):
     """Base of the tree. The message is readable on its own."""
 
 
 class ConfigError(TrainingError):
-    """Names the key, as ``method.rank: must be at least 1``."""
+    """Keys of the config that make no sense.
+
+    Attributes:
+        violations: Each with its key.
+        path: The file, if it alone is at fault.
+    """
+
+    def __init__(self, *violations: Violation, path: Path | None = None) -> None:
+        where = "" if path is None else f"{path}: "
+        lines = [f"{key}: {text}" if key else text for key, text in violations]
+        super().__init__("\n".join(f"{where}{line}" for line in lines))
+        self.violations = violations
+        self.path = path
 
     @classmethod
     def of(cls, key: str, problem: str) -> ConfigError:
         """One bad key."""
-        return cls(f"{key}: {problem}")
+        text = problem if isinstance(problem, Text) else say("INVALID", why=problem)
+        return cls(Violation(key, text))
 
 
 class ConfigFileError(ConfigError):
-    """What no machine would take: names the file too, unless the key was given beside it."""
+    """What no machine would take."""
 
 
 class DataError(TrainingError):

@@ -65,11 +65,14 @@ def _add(
     *left_out: str,
 ) -> argparse.ArgumentParser:
     """Add a verb that reads a config, without some of its flags."""
-    from turret.training.settings.flags import config_parser, known_otherwise
+    from turret.training.settings.flags import config_parser
 
     parents = [config_parser(*left_out)]
-    parser = verbs.add_parser(name, help=text, description=text.capitalize(), parents=parents)
-    parser.set_defaults(func=_with_errors(func), known_otherwise=known_otherwise)
+    usage = f"turret train {name} CONFIG [flags]"
+    parser = verbs.add_parser(
+        name, help=text, description=text.capitalize(), parents=parents, usage=usage
+    )
+    parser.set_defaults(func=_with_errors(func))
     return parser
 
 
@@ -81,7 +84,7 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
         from turret.server.command.parser import EXIT_USAGE
         from turret.server.errors import TurretError
         from turret.training.errors import ConfigFileError, TrainingError
-        from turret.training.settings.flags import in_own_words
+        from turret.training.settings.flags import described
 
         # peft imports it first: see ``server/models/weights/nf4.py``.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -99,7 +102,8 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
             print(f"error: {where}{error.strerror or error}{step}", file=sys.stderr)
             return 1
         except (TrainingError, TurretError) as error:
-            print(f"error: {in_own_words(args, str(error))}", file=sys.stderr)
+            for line in described(args, error):
+                print(f"error: {line}", file=sys.stderr)
             return EXIT_USAGE if isinstance(error, ConfigFileError) else 1
         except KeyboardInterrupt as interrupt:
             # Overwrite the ^C that the terminal echoed.
@@ -166,12 +170,12 @@ def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> tuple[Any, Any
     from turret.training.data.examples import check_compared, read_files
     from turret.training.errors import RunError
     from turret.training.settings.config_file import read_config
-    from turret.training.settings.flags import overrides
+    from turret.training.settings.flags import given
     from turret.training.settings.inputs import check_base, check_inputs
 
     if missing := [module for module in _EXTRA if not importlib.util.find_spec(module)]:
         raise RunError(f"{', '.join(missing)} not installed; {how_to_add('train')}")
-    config = read_config(args.config, overrides(args))
+    config = read_config(args.config, args.set, given(args))
     use_threads(args.threads, is_background=True, niceness=args.nice)
     check_inputs(config, args.config.parent, ranks)
     # Read again with the base, which takes seconds to load: a bad line need not wait for it, nor

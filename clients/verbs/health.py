@@ -14,8 +14,10 @@ from turret.clients.verbs.command import (
     given_tls,
     given_token,
     hint_of,
+    json_parser,
     positive_seconds,
     print_error,
+    print_json,
 )
 from turret.clients.verbs.hints import HINTS
 
@@ -38,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="exit 0 if a server is serving, 1 if not",
         description="Ask a server's health service; for container health checks."
         f" Without --timeout it waits {_TIMEOUT_SECONDS:g} s.",
-        parents=[connection_parser()],
+        parents=[json_parser(), connection_parser()],
     )
     parser.add_argument(
         "--service", default="", help="full service name (default: the whole server)"
@@ -64,6 +66,9 @@ def _health(args: argparse.Namespace) -> int:
     except ValueError as error:
         print_error(error, args)
         return 2
+    if args.json:
+        print_json({"status": answer})
+        return 0 if answer == "SERVING" else 1
     if answer == "SERVING":
         print(answer)
         return 0

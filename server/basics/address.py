@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 
+from turret.server.words import say
+
 
 def split_address(address: str) -> tuple[str, int]:
     """``HOST:PORT`` or ``[V6]:PORT`` as (host without brackets, port).
@@ -11,17 +13,11 @@ def split_address(address: str) -> tuple[str, int]:
     Raises:
         ValueError: No port, a port outside 0..65535, or a bare IPv6 host.
     """
-    if address == "unix:":
-        raise ValueError("unix: needs a path, as unix:/run/turret.sock")
-    scheme, is_url, _ = address.partition("://")
-    if is_url and scheme.isalpha():
-        raise ValueError(f"{address!r} is not HOST:PORT: leave {scheme}:// out")
     host, colon, port = address.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{address!r} is not HOST:PORT with a port from 0 to 65535")
-    if ":" in host and not bracketed:
-        raise ValueError(f"{address!r}: write an IPv6 host in brackets, as [::1]:50051")
+    is_port = port.isascii() and port.isdigit() and int(port) <= 65535
+    if not colon or not host or not is_port or (":" in host and not bracketed):
+        raise ValueError(say("NOT_AN_ADDRESS", value=address))
     return (host[1:-1] if bracketed else host), int(port)
 
 

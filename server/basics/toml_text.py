@@ -1,18 +1,12 @@
-"""TOML as people write it, with errors in their terms."""
+"""TOML as people write it."""
 
 from __future__ import annotations
 
 import json
-import re
 import tomllib
 from typing import Any
 
-# Maximum length of a quoted line.
-_MOST_SHOWN = 80
-_TWICE = "Cannot overwrite a value"
-_PLACE = re.compile(r"\(at line (\d+), column \d+\)")
-_BARE = re.compile(r"([\w-]+)\s*=\s*([A-Za-z./~][\w./~@:-]*)")
-_YAML = re.compile(r"([\w-]+):(?:\s+(.*))?")
+from turret.server.words import say
 
 
 def parse_toml(data: bytes) -> dict[str, Any]:
@@ -22,26 +16,9 @@ def parse_toml(data: bytes) -> dict[str, Any]:
         ValueError: It is no UTF-8 or no TOML; says where.
     """
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError("is no UTF-8 text, as TOML is") from None
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        said = str(error).replace(_TWICE, "the same key stands twice")
-        raise ValueError(f"{said}{_step(text, said)}") from None
-
-
-def _step(text: str, said: str) -> str:
-    """The line that the error concerns, and a hint about a frequent mistake in such lines."""
-    place = _PLACE.search(said)
-    line = text.split("\n")[int(place[1]) - 1].strip() if place else ""
-    if found := _BARE.fullmatch(line):
-        return f"; a text stands in quotes: {found[1]} = {json.dumps(found[2])}"
-    if found := _YAML.fullmatch(line):
-        return f"; this is YAML, and TOML has: {found[1]} = {found[2] or '…'}"
-    shown = line if len(line) <= _MOST_SHOWN else f"{line[: _MOST_SHOWN - 1]}…"
-    return f"; the line is {shown!r}" if line else ""
+        return tomllib.loads(data.decode("utf-8-sig"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(say("NOT_TOML", why=str(error))) from None
 
 
 def toml_value(value: object) -> str:

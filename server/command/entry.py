@@ -21,6 +21,8 @@ def main() -> int:
         take_signals_of_a_start(is_json=wants_json(sys.argv, os.environ))
     from turret.server import cli
 
+    if "_ARGCOMPLETE" in os.environ:
+        cli.complete()
     return cli.main(catches_interrupts=is_caught)
 
 

@@ -1,32 +1,146 @@
-"""The command line of ``turret serve``, derived from the dataclasses in ``server/config.py``."""
+"""The settings of ``turret serve``: flags over ``TURRET_…`` variables over a TOML file.
+
+All three are derived from ``server/config.py``. The file has a table for each of its dataclasses
+and the flags' names with underscores as keys: ``[listen]`` holds ``http_address``, whose variable
+is ``TURRET_HTTP_ADDRESS``.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
-import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from turret.server.basics.byte_size import format_byte_size
-from turret.server.basics.closest import path_meant
-from turret.server.command.settings import (
-    Setting,
-    Settings,
-    from_text,
-    read_environment,
-    read_file,
-    settings,
-    unknown_variables,
-)
-from turret.server.config import Config
+from pydantic.fields import FieldInfo
 
+from turret.server.basics.closest import closest, closest_path
+from turret.server.basics.hub_id import model_place
+from turret.server.basics.settings import (
+    Layer,
+    SettingsError,
+    Violation,
+    converted,
+    fields_of,
+    is_listed,
+    is_optional,
+    is_path,
+    is_switch,
+    load,
+    show,
+    shown_of,
+    tables_of,
+    text_of,
+)
+from turret.server.basics.toml_text import parse_toml
+from turret.server.config import Config
+from turret.server.words import Text, say
+
+PREFIX = "TURRET_"
 CONFIG_VARIABLE = "TURRET_CONFIG"
+# Variables with this prefix that belong to the clients, the kernels or the image.
+_OTHERS = frozenset(
+    PREFIX + name for name in ("CONFIG", "TOKEN", "TLS_CA", "ISA", "NATIVE", "HEALTH_FLAGS")
+)
+
+
+@cache
+def settings() -> Mapping[str, tuple[str, FieldInfo]]:
+    """Name of each setting → its table and its field, in the order of the flags."""
+    return {
+        name: (table, info)
+        for table, kind in tables_of(Config).items()
+        for name, info in fields_of(kind).items()
+    }
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def variable_of(name: str) -> str:
+    """The variable of a setting."""
+    return PREFIX + name.upper()
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What was given, and by whom.
+
+    Attributes:
+        layers: The first that has a value wins.
+        notes: What looks like a mistake and changes nothing.
+    """
+
+    layers: tuple[Layer, ...] = ()
+    notes: tuple[Violation, ...] = ()
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Name → value of the settings that were given."""
+        found: dict[str, Any] = {}
+        for layer in reversed(self.layers):
+            for keys in layer.values.values():
+                found |= keys if isinstance(keys, dict) else {}
+        return {n: converted(settings()[n][1], v) for n, v in found.items() if n in settings()}
+
+    def config(self) -> Config:
+        """The checked configuration.
+
+        Raises:
+            SettingsError: Values that are wrong, by themselves or together; all of them.
+        """
+        return load(Config, self.layers)
+
+    def place(self, field: str) -> str:
+        """Where a setting was given: its flag, its variable, or its key in the file."""
+        table, _, name = field.partition(".")
+        name, _, part = name.partition(".")
+        if name not in settings():
+            files = [each.origin for each in self.layers if table in each.values]
+            return f"{files[-1]}: {field}" if files else field
+        shown = self.origin(table, name) or flag_of(name)
+        if shown not in (flag_of(name), variable_of(name)):
+            shown = f"{shown}: {table}.{name}"
+        return f"{shown} {part}" if part else shown
+
+    def placed(self, found: Iterable[Violation]) -> list[tuple[str, Text]]:
+        """Violations with the places where the settings were given."""
+        return [(self.place(field), text) for field, text in found]
+
+    def origin(self, table: str, name: str) -> str:
+        """The flag, the variable or the file that gives a setting; empty for the default."""
+        for layer in self.layers:
+            if name in _keys(layer, table):
+                return layer.origin or flag_of(name)
+        return ""
+
+    def entries(self, config: Config) -> Iterator[tuple[str, Any, str]]:
+        """``table.key``, value and origin of every setting."""
+        for name, (table, _) in settings().items():
+            value = getattr(getattr(config, table), name)
+            yield f"{table}.{name}", value, self.origin(table, name)
+
+    def lines(self, config: Config, *, with_defaults: bool = False) -> list[str]:
+        """The settings with where they come from."""
+        return [
+            f"{key} = {show(settings()[key.partition('.')[2]][1], value)}  ({origin or 'default'})"
+            for key, value, origin in self.entries(config)
+            if with_defaults or origin
+        ]
+
+
+def _keys(layer: Layer, table: str) -> Mapping[str, Any]:
+    keys = layer.values.get(table)
+    return keys if isinstance(keys, dict) else {}
 
 
 def add_flags(parser: argparse.ArgumentParser, hidden: Collection[str] = ()) -> None:
-    """One group a concern, one kebab-case flag a field.
+    """One group a table, one flag a setting.
 
     A flag that is not given leaves no trace in the namespace: a file or a variable may set it.
 
@@ -36,89 +150,109 @@ def add_flags(parser: argparse.ArgumentParser, hidden: Collection[str] = ()) -> 
     """
     parser.add_argument(
         "--config",
-        type=_config_file,
         metavar="PATH",
         default=argparse.SUPPRESS,
         help=f"TOML file of settings; flags and variables win (default: ${CONFIG_VARIABLE})",
     )
-    sections = typing.get_type_hints(Config)
     groups = {
-        name: parser.add_argument_group(name, kind.__doc__) for name, kind in sections.items()
+        name: parser.add_argument_group(name, kind.__doc__)
+        for name, kind in tables_of(Config).items()
     }
-    for setting in settings():
-        keywords = _argument(setting)
-        if setting.name in hidden:
-            keywords["help"] = argparse.SUPPRESS
-        groups[setting.section].add_argument(
-            setting.flag, dest=setting.name, default=argparse.SUPPRESS, **keywords
-        )
+    for name, (table, info) in settings().items():
+        keywords: dict[str, Any] = {"help": argparse.SUPPRESS if name in hidden else _help(info)}
+        if is_switch(info):
+            # A --no-… flag overrides a file or a variable.
+            keywords["action"] = argparse.BooleanOptionalAction
+        else:
+            keywords["metavar"] = shown_of(info)
+            keywords["action"] = "append" if is_listed(info) else "store"
+        groups[table].add_argument(flag_of(name), dest=name, default=argparse.SUPPRESS, **keywords)
+
+
+def _help(info: FieldInfo) -> str:
+    text = info.description or ""
+    if info.default in (None, ()) or is_switch(info):
+        return text
+    return f"{text} (default: {show(info, info.default)})"
 
 
 def read_settings(args: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
-    """The settings from the file, the environment and the flags; later ones take precedence.
+    """The settings of the flags, the environment and the file.
 
     Raises:
-        ValueError: A file that cannot be read, or a file or variable that makes no sense; names it.
+        SettingsError: The file cannot be read, or is no TOML.
     """
     given = vars(args)
-    found = Settings(notes=unknown_variables(environ))
-    file = given.get("config") or environ.get(CONFIG_VARIABLE)
-    if file:
-        try:
-            found.update(read_file(Path(file)))
-        except OSError as error:
-            origin = "--config" if given.get("config") else CONFIG_VARIABLE
-            raise ValueError(f"{origin}: {_why_unread(Path(file), error)}") from None
-    found.update(read_environment(environ))
-    for setting in settings():
-        if setting.name in given:
-            value = given[setting.name]
-            found.put(setting, tuple(value) if setting.is_repeated else value, "")
-    return found
+    flags = {n: given[n] for n in settings() if n in given}
+    layers = [_layer("", flags)]
+    for name in settings():
+        # An empty variable is one that is not set.
+        if text := environ.get(variable_of(name), ""):
+            layers.append(_layer(variable_of(name), {name: text}))
+    origin = "--config" if "config" in given else CONFIG_VARIABLE
+    file = given["config"] if "config" in given else environ.get(CONFIG_VARIABLE) or None
+    if file == "":
+        raise SettingsError(Violation(origin, say("EMPTY")))
+    if file is not None:
+        layers.append(read_file(Path(file), origin))
+    return Settings(tuple(layers), unknown_variables(environ))
 
 
-def _config_file(text: str) -> Path:
-    if not text:
-        # Reject an unset shell variable, which as a path would mean the current directory.
-        raise argparse.ArgumentTypeError("is empty")
-    return Path(text)
+def _layer(origin: str, values: Mapping[str, Any]) -> Layer:
+    tables: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        table, info = settings()[name]
+        is_none = value == "none" and is_optional(info)
+        tables.setdefault(table, {})[name] = None if is_none else value
+    return Layer(origin, tables)
 
 
-def _why_unread(file: Path, error: OSError) -> str:
-    if file.is_dir():
-        return f"{file} is a directory; it is a TOML file of settings"
-    near = "" if file.exists() else path_meant(file, Path.is_file)
-    return f"{file}: {error.strerror}{near}"
+def unknown_variables(environ: Mapping[str, str]) -> tuple[Violation, ...]:
+    """A note for each ``TURRET_…`` variable that looks like a misspelt one."""
+    known = {variable_of(name) for name in settings()} | _OTHERS
+    # Compare without the prefix that all names share.
+    endings = [name.removeprefix(PREFIX) for name in known]
+    notes = []
+    for name in sorted(environ):
+        meant = closest(name.removeprefix(PREFIX), endings) if name.startswith(PREFIX) else None
+        if meant is not None and name not in known:
+            notes.append(Violation(name, say("UNKNOWN_VARIABLE", closest=PREFIX + meant)))
+    return tuple(notes)
+
+
+def read_file(path: Path, origin: str = "--config") -> Layer:
+    """A TOML file; paths in it are relative to the directory that it is in.
+
+    Args:
+        path: Of the file.
+        origin: The flag or variable that names it.
+
+    Raises:
+        SettingsError: It cannot be read, or is no TOML.
+    """
+    try:
+        tables = parse_toml(path.read_bytes())
+    except OSError as error:
+        near = None if path.exists() else closest_path(path, Path.is_file)
+        text = say("FILE_UNREADABLE", path=path, why=error.strerror, closest=near)
+        raise SettingsError(Violation(origin, text)) from None
+    except ValueError as error:
+        raise SettingsError(Violation(str(path), text_of(error))) from None
+    for name, (table, info) in settings().items():
+        keys = tables.get(table)
+        if isinstance(keys, dict) and isinstance(keys.get(name), str) and keys[name]:
+            keys[name] = _from_file(info, name, keys[name], path.parent)
+    return Layer(str(path), tables)
+
+
+def _from_file(info: FieldInfo, name: str, value: str, folder: Path) -> Any:
+    if value == "none" and is_optional(info):
+        return None
+    if is_path(info):
+        return model_place(value, folder) if name == "model" else folder / value
+    return value
 
 
 def config_from_args(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Config:
     """The checked configuration; errors as in :func:`read_settings` and ``Settings.config``."""
     return read_settings(args, environ).config()
-
-
-def _argument(setting: Setting) -> dict[str, Any]:
-    """Keyword arguments of ``add_argument`` for a setting, from its type, default and metadata."""
-    default = setting.default
-    shown = default
-    if setting.unit == "bytes" and isinstance(default, int):
-        shown = format_byte_size(default)
-    note = "" if default in (None, ()) or setting.type is bool else f" (default: {shown})"
-    keywords: dict[str, Any] = {"help": setting.help + note}
-    if setting.type is bool:
-        # A --no-… flag overrides a file or a variable.
-        return keywords | {"action": argparse.BooleanOptionalAction}
-    if setting.choices:
-        return keywords | {"choices": setting.choices}
-    keywords |= {"type": _converter(setting), "metavar": setting.metavar}
-    return keywords | ({"action": "append"} if setting.is_repeated else {})
-
-
-def _converter(setting: Setting) -> Callable[[str], object]:
-    def convert(text: str) -> object:
-        try:
-            return from_text(setting, text)
-        except ValueError as error:
-            # argparse hides the text of a ValueError.
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return convert

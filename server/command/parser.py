@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from turret.server.basics.closest import closest, did_you_mean
+from turret.server.basics.closest import did_you_mean
 from turret.server.command.start_lines import refuse, wants_json
 
 EXIT_USAGE = 2
@@ -20,9 +20,6 @@ _NUMBERS: Mapping[Any, str] = {int: "a whole number", float: "a number"}
 
 class CommandParser(argparse.ArgumentParser):
     """argparse, which suggests the closest flag, verb or choice instead of printing the usage.
-
-    A default named ``known_otherwise``, which a verb of any layer may set, returns flags that the
-    verb lacks → what to type instead, with VALUE in the place of theirs.
 
     Attributes:
         verbs_below: Returns names that are no verb here but one of a verb → the whole command.
@@ -58,7 +55,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if self.logs and wants_json(self._given, os.environ):
-            refuse(message, is_json=True)
+            refuse([("", message)], is_json=True)
             self.exit(EXIT_USAGE)
         self.exit(
             EXIT_USAGE,
@@ -97,23 +94,5 @@ class CommandParser(argparse.ArgumentParser):
                 yield word.partition("=")[0]
 
     def _refuse_flag(self, flag: str) -> NoReturn:
-        known_otherwise: Callable[[], Mapping[str, str]] = (
-            self.get_default("known_otherwise") or dict
-        )
-        others = known_otherwise()
-        plain = flag.lower().replace("_", "-")
-        near = plain if plain in others else closest(plain, [*self._option_string_actions, *others])
-        if near is not None and near in others:
-            meant = f"; did you mean {others[near].replace('VALUE', self._value_of(flag))}?"
-        else:
-            meant = did_you_mean(flag, self._option_string_actions)
+        meant = did_you_mean(flag, self._option_string_actions)
         self.error(f"unrecognized arguments: {flag}{meant}")
-
-    def _value_of(self, flag: str) -> str:
-        """The value given with a flag, after ``=`` or as the next word."""
-        words = [*self._given, ""]
-        places = (i for i, word in enumerate(words) if word.partition("=")[0] == flag)
-        if (index := next(places, None)) is None:
-            return "VALUE"
-        given = words[index].partition("=")[2] or words[index + 1]
-        return "VALUE" if given.startswith("-") or not given else given

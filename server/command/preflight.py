@@ -12,7 +12,6 @@ import errno
 import fcntl
 import importlib.metadata
 import os
-import re
 import socket
 import ssl
 from collections.abc import Callable, Iterator, Mapping
@@ -25,10 +24,10 @@ from turret.server.adapters.checkpoint.no_adapter import check_is_adapter
 from turret.server.api.access.tokens import TokenTable
 from turret.server.basics.address import split_address
 from turret.server.basics.byte_size import about_bytes
-from turret.server.basics.closest import did_you_mean, path_meant
-from turret.server.basics.counted import counted
+from turret.server.basics.closest import closest, closest_path
 from turret.server.basics.files import read_regular, unwritable
 from turret.server.basics.hub_id import HUB_SCHEME
+from turret.server.basics.settings import Violation, text_of
 from turret.server.basics.triton_needs import missing_for_triton
 from turret.server.command.threads import available_cpus
 from turret.server.config import (
@@ -48,17 +47,15 @@ from turret.server.models.sources.check import (
     size_of_model,
     told_sizes,
 )
-from turret.server.words import say
+from turret.server.words import Text, say
 
 _MOST_THREADS = 1024
-# A path that is followed by another NAME=PATH.
-_SEVERAL = re.compile(r"[,\s]\s*[a-z0-9._-]+=")
 # Time limit for a connection to a server on this machine.
 _CONNECT_SECONDS = 1.0
 
 
-def problems(config: Config, *, may_run: bool = False, any_port: bool = True) -> list[str]:
-    """One line for each thing that would keep the server from starting, named by its flag.
+def problems(config: Config, *, may_run: bool = False, any_port: bool = True) -> list[Violation]:
+    """What would keep the server from starting, by setting or variable.
 
     Args:
         config: The resolved configuration.
@@ -84,69 +81,62 @@ def problems(config: Config, *, may_run: bool = False, any_port: bool = True) ->
     ]
 
 
-def notes(config: Config) -> list[str]:
+def notes(config: Config) -> list[Violation]:
     """Likely mistakes that do not keep the server from starting."""
     threads, there = config.model.threads or 0, available_cpus()
     if threads <= there or threads > _most_threads():
         # Counts above _most_threads() are rejected elsewhere.
         return []
-    return [
-        f"--threads: {threads} of them take turns on {counted(there, 'processor')}, which is slower"
-    ]
+    return [Violation("model.threads", say("MORE_THREADS_THAN_CPUS", value=threads, cpus=there))]
 
 
-def _model(model: Path | None) -> tuple[str, list[str]]:
+def _model(model: Path | None) -> tuple[str, list[Violation]]:
     """The model's ``model_type``, or why it cannot be served."""
     try:
         return check_model(model), []
     except InvalidRequestError as error:
-        return "", [f"--{error.message}"]
+        text = error.violations[0][1] if error.violations else error.message
+        return "", [Violation("model.model", text_of(ValueError(text)))]
     except OSError as error:
-        return "", [f"--model: {error.filename}: {error.strerror}"]
+        return "", [Violation("model.model", _unreadable(error.filename, error))]
 
 
-def _device(config: ModelConfig, environ: Mapping[str, str]) -> Iterator[str]:
+def _unreadable(path: object, error: OSError) -> Text:
+    return say("FILE_UNREADABLE", path=path, why=error.strerror)
+
+
+def _device(config: ModelConfig, environ: Mapping[str, str]) -> Iterator[Violation]:
     if config.device.startswith("cuda") and (why := without_cuda()):
-        yield f"--device: {config.device} was asked for, but {why}"
+        yield Violation("model.device", why)
     elif config.device.startswith("cuda") and (missing := missing_for_triton()):
-        yield (
-            f"--device: {config.device} was asked for, whose kernels are compiled here: {missing} "
-            "must be installed"
-        )
+        yield Violation("model.device", say("TRITON_NEEDS", missing=missing))
     if (config.threads or 0) > _most_threads():
-        yield f"--threads: {config.threads} is more than any machine computes with"
-    isa = environ.get("TURRET_ISA") or ISAS[0]
-    if isa not in ISAS:
-        meant = did_you_mean(isa, ISAS)
-        yield f"TURRET_ISA: {isa!r} is none of {', '.join(ISAS)}{meant}"
-    native = environ.get("TURRET_NATIVE") or NATIVE[0]
-    if native.lower() not in (*NATIVE, *NO_NATIVE):
-        yield f"TURRET_NATIVE: {native!r} is none of {', '.join((*NO_NATIVE, *NATIVE))}"
+        text = say("TOO_LARGE", most=_most_threads(), value=config.threads)
+        yield Violation("model.threads", text)
+    for name, choices in (("TURRET_ISA", ISAS), ("TURRET_NATIVE", (*NO_NATIVE, *NATIVE))):
+        value = environ.get(name) or choices[-1]
+        if (value if name == "TURRET_ISA" else value.lower()) not in choices:
+            near = closest(value, choices)
+            text = say("NOT_ONE_OF", choices=", ".join(choices), value=value, closest=near)
+            yield Violation(name, text)
 
 
 def _most_threads() -> int:
     return max(_MOST_THREADS, os.cpu_count() or 1)
 
 
-def _memory(config: Config) -> Iterator[str]:
+def _memory(config: Config) -> Iterator[Violation]:
     wanted = config.cache.kv_cache_bytes or 0
     has_cpu_alone = config.model.device == "cpu" or _torch_version().endswith("+cpu")
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if has_cpu_alone and wanted > there:
-        yield (
-            f"--kv-cache-bytes: {about_bytes(wanted)} is more than this machine's memory,"
-            f" {about_bytes(there)}"
-        )
+        text = say("ABOVE_MEMORY", value=about_bytes(wanted), most=about_bytes(there))
+        yield Violation("cache.kv_cache_bytes", text)
 
 
-def without_cuda() -> str:
-    """Why torch cannot use any GPU of this machine; "" if it may."""
-    if not _torch_version().endswith("+cpu"):
-        return ""
-    return (
-        "torch is installed for CPUs alone (docs/kernels.md); `pip install torch` brings one for"
-        " NVIDIA's GPUs"
-    )
+def without_cuda() -> Text | None:
+    """Why torch cannot use any GPU of this machine; None if it may."""
+    return say("TORCH_WITHOUT_CUDA") if _torch_version().endswith("+cpu") else None
 
 
 def _torch_version() -> str:
@@ -183,7 +173,7 @@ def base_sizes(model: Path | None, model_type: str) -> BaseSizes | None:
 
 def _adapters(
     config: AdapterConfig, base: str | None, size: BaseSizes | None, *, item_bytes: int
-) -> Iterator[str]:
+) -> Iterator[Violation]:
     """``base`` is the name of the base model that adapters must be for; None allows any."""
 
     def look(root: AdapterRoot, place: str, path: str) -> None:
@@ -204,20 +194,19 @@ def _adapters(
 
     root = config.adapter_root
     preload = [(name, path) for name, path in config.preload if not path.startswith(HUB_SCHEME)]
+    field = "adapters.adapter_root"
     if root is not None and not root.is_dir():
-        what = "is no directory" if root.exists() else "does not exist"
-        near = "" if root.exists() else path_meant(root, Path.is_dir)
-        step = near or "; it is the directory in which every adapter has a directory of its own"
-        yield f"--adapter-root: {root} {what}{step}"
+        near = None if root.exists() else closest_path(root, Path.is_dir)
+        yield Violation(field, say("FOLDER_MISSING", path=root, closest=near))
     elif root is not None and not os.access(root, os.R_OK | os.X_OK):
-        yield f"--adapter-root: {root} cannot be read by this user"
+        yield Violation(field, say("FILE_UNREADABLE", path=root, why=os.strerror(errno.EACCES)))
     elif root is not None:
         for name, path in preload:
-            yield from _preload(name, path, lambda path=path: look(AdapterRoot(root), path, path))
+            yield from _preload(name, lambda path=path: look(AdapterRoot(root), path, path))
     hub = AdapterHub(config.adapter_hub, config.max_upload_bytes)
     for name, path in config.preload:
         if path.startswith(HUB_SCHEME):
-            yield from _preload(name, path, lambda path=path: _look_in_hub(hub, path, look))
+            yield from _preload(name, lambda path=path: _look_in_hub(hub, path, look))
     if config.state_dir is not None:
         yield from _state_dir(config.state_dir)
 
@@ -229,53 +218,49 @@ def _look_in_hub(hub: AdapterHub, path: str, look: Callable[[AdapterRoot, str, s
         look(AdapterRoot(hub.root), place, path)
 
 
-def _preload(name: str, path: str, look: Callable[[], None]) -> Iterator[str]:
+def _preload(name: str, look: Callable[[], None]) -> Iterator[Violation]:
     try:
         look()
     except TurretError as error:
-        problem = error.message
-        if _SEVERAL.search(path):
-            problem = "names several: repeat --preload for each; in TURRET_PRELOAD commas part them"
-        yield say("PRELOAD_FAILED", name=name, path=path, problem=problem)
+        yield Violation(f"adapters.preload.{name}", text_of(error))
 
 
-def _state_dir(path: Path) -> Iterator[str]:
+def _state_dir(path: Path) -> Iterator[Violation]:
     lock = path / "LOCK"
+    field = "adapters.state_dir"
     if problem := unwritable(path):
-        yield f"--state-dir: {path} {problem}"
+        yield Violation(field, say("PATH_UNUSABLE", path=path, why=problem))
     elif lock.exists():
         try:
             with lock.open("rb+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield (
-                f"--state-dir: another server uses {path}; stop it, or give this one a directory of"
-                " its own"
-            )
+            yield Violation(field, say("STATE_DIR_IN_USE", path=path))
         except OSError as error:
-            yield f"--state-dir: {lock}: {error.strerror}"
+            yield Violation(field, _unreadable(lock, error))
 
 
-def _files(config: SecurityConfig) -> Iterator[str]:
-    for flag in ("token_file", "tls_cert", "tls_key", "tls_client_ca"):
-        path: Path | None = getattr(config, flag)
+def _files(config: SecurityConfig) -> Iterator[Violation]:
+    for name in ("token_file", "tls_cert", "tls_key", "tls_client_ca"):
+        path: Path | None = getattr(config, name)
         if path is None:
             continue
         try:
             read_regular(path)
         except OSError as error:
-            near = "" if path.exists() else path_meant(path, Path.is_file)
-            yield f"--{flag.replace('_', '-')}: {path}: {error.strerror}{near}"
+            near = None if path.exists() else closest_path(path, Path.is_file)
+            text = say("FILE_UNREADABLE", path=path, why=error.strerror, closest=near)
+            yield Violation(f"security.{name}", text)
             return
     if config.token_file is not None:
         try:
             TokenTable.parse(config.token_file)
         except ValueError as error:
-            yield str(error)
+            yield Violation("security.token_file", text_of(error))
     yield from _tls(config)
 
 
-def _tls(config: SecurityConfig) -> Iterator[str]:
+def _tls(config: SecurityConfig) -> Iterator[Violation]:
     """TLS errors, which gRPC would report in five lines each, without naming our flags."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     if config.tls_cert is not None and config.tls_key is not None:
@@ -283,66 +268,67 @@ def _tls(config: SecurityConfig) -> Iterator[str]:
             # An empty password keeps OpenSSL from asking for one at the terminal.
             context.load_cert_chain(config.tls_cert, config.tls_key, password=lambda: b"")
         except ssl.SSLError as error:
-            why = (
-                "do not belong together"
+            files = {"certificate": config.tls_cert, "key": config.tls_key}
+            text = (
+                say("KEY_OF_ANOTHER_CERTIFICATE", **files)
                 if error.reason == "KEY_VALUES_MISMATCH"
-                else f"hold no PEM certificate and key without a password ({_reason(error)})"
+                else say("NOT_A_KEY_PAIR", why=_reason(error), **files)
             )
-            yield f"--tls-cert, --tls-key: {config.tls_cert} and {config.tls_key} {why}"
+            yield Violation("security.tls_cert", text)
     if config.tls_client_ca is not None:
         try:
             context.load_verify_locations(config.tls_client_ca)
         except ssl.SSLError as error:
-            yield f"--tls-client-ca: {config.tls_client_ca} holds no certificate ({_reason(error)})"
+            text = say("NOT_A_CERTIFICATE", path=config.tls_client_ca, why=_reason(error))
+            yield Violation("security.tls_client_ca", text)
 
 
 def _reason(error: ssl.SSLError) -> str:
     return error.reason or str(error)
 
 
-def _addresses(config: ListenConfig, any_port: bool) -> Iterator[str]:
+def _addresses(config: ListenConfig, any_port: bool) -> Iterator[Violation]:
     taken: dict[tuple[str, int], str] = {}
     for name in ("address", "admin_address", "metrics_address", "http_address"):
         address: str | None = getattr(config, name)
-        flag = f"--{name.replace('_', '-')}"
         if address is None:
             continue
+        field = f"listen.{name}"
         if address.startswith("unix:"):
-            if problem := _no_socket(Path(address.removeprefix("unix:"))):
-                yield f"{flag}: {problem}"
+            if text := _no_socket(Path(address.removeprefix("unix:"))):
+                yield Violation(field, text)
             continue
         host, port = split_address(address)
         if port and (host, port) in taken:
-            yield f"{flag}: {address} is that of {taken[host, port]} already"
-        elif problem := _bind(host, port, any_port):
-            yield f"{flag}: {address} {problem}"
-        taken[host, port] = flag
+            other = f"--{taken[host, port].replace('_', '-')}"
+            yield Violation(field, say("ADDRESS_OF_OTHER", value=address, other=other))
+        elif text := _bind(address, host, port, any_port):
+            yield Violation(field, text)
+        taken[host, port] = name
 
 
-def _no_socket(path: Path) -> str:
-    """Why a unix socket cannot be made at a path; empty if it can."""
+def _no_socket(path: Path) -> Text | None:
+    """Why a unix socket cannot be made at a path; None if it can."""
     if not path.parent.is_dir():
-        return f"{path.parent} is no directory"
-    if path.is_dir():
-        return f"{path} is a directory; name a file in it, such as unix:{path / 'turret.sock'}"
+        return say("FOLDER_MISSING", path=path.parent)
     if path.exists() and not path.is_socket():
-        return f"{path} is a file already, and no socket; name one that is not there"
+        return say("NOT_A_SOCKET", path=path)
     # gRPC would replace any existing socket. A socket that a dead server left does not answer.
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other, contextlib.suppress(OSError):
         other.settimeout(_CONNECT_SECONDS)
         other.connect(str(path))
-        return f"{path} is taken: another process listens there"
+        return say("ADDRESS_TAKEN", value=f"unix:{path}")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        return f"{path.parent} cannot be written by this user; name a socket elsewhere"
-    return ""
+        return say("NOT_WRITABLE", path=path.parent)
+    return None
 
 
-def _bind(host: str, port: int, any_port: bool) -> str:
-    """Why a listener cannot use an address; empty if it can."""
+def _bind(address: str, host: str, port: int, any_port: bool) -> Text | None:
+    """Why a listener cannot use an address; None if it can."""
     try:
         kind, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
-        return f"has a host that this machine cannot look up: {host}"
+        return say("UNKNOWN_HOST", value=address, host=host)
     try:
         with socket.socket(kind, socket.SOCK_STREAM) as listener:
             # As the listeners do, ignore connections that only just ended.
@@ -351,9 +337,9 @@ def _bind(host: str, port: int, any_port: bool) -> str:
             listener.listen()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            instead = "port 0 picks a free one" if any_port else "give it another port"
-            return f"is taken: another process listens there; {instead}"
+            taken = say("PORT_TAKEN", value=address), say("ADDRESS_TAKEN", value=address)
+            return taken[0] if any_port else taken[1]
         if error.errno == errno.EADDRNOTAVAIL:
-            return "is no address of this machine; 0.0.0.0 stands for all that it has"
-        return f"cannot be had: {error.strerror}"
-    return ""
+            return say("ADDRESS_OF_ANOTHER_MACHINE", value=address)
+        return say("ADDRESS_UNUSABLE", value=address, why=error.strerror)
+    return None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 _FLAG, _VARIABLE, _JSON = "--log-format", "TURRET_LOG_FORMAT", "json"
+_REFUSED = "cannot start"
 
 
 def wants_json(arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
@@ -18,26 +19,30 @@ def wants_json(arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
     return said == _JSON
 
 
-def refuse(*problems: str, is_json: bool, command: str = "turret serve") -> None:
-    """Report why the server does not start, one line per reason."""
-    _say(f"{command}: error", "cannot start", problems, is_json=is_json)
+def refuse(
+    found: Iterable[tuple[str, str]], *, is_json: bool, command: str = "turret serve"
+) -> None:
+    """Report why the server does not start, a line for each place and what is wrong there."""
+    _say(f"{command}: error", _REFUSED, found, is_json)
 
 
-def note(*notes: str, is_json: bool, command: str = "turret serve") -> None:
-    """Report likely mistakes that do not keep the server from starting, one line each."""
-    _say(f"{command}: note", "a setting may be a mistake", notes, is_json=is_json)
+def note(found: Iterable[tuple[str, str]], *, is_json: bool, command: str = "turret serve") -> None:
+    """Report likely mistakes that do not keep the server from starting."""
+    _say(f"{command}: note", "a setting may be a mistake", found, is_json)
 
 
-def _say(head: str, message: str, reasons: Sequence[str], *, is_json: bool) -> None:
+def _say(head: str, message: str, found: Iterable[tuple[str, str]], is_json: bool) -> None:
     if not is_json:
-        for reason in reasons:
-            print(f"{head}: {reason}", file=sys.stderr)
+        for place, text in found:
+            print(f"{head}: {place}: {text}" if place else f"{head}: {text}", file=sys.stderr)
         return
     import logging
 
     from turret.server import log
 
     log.configure(log_format="json")
-    level = logging.ERROR if head.endswith("error") else logging.WARNING
-    for reason in reasons:
-        logging.getLogger(__name__).log(level, message, extra=log.fields(reason=reason))
+    level = logging.ERROR if message == _REFUSED else logging.WARNING
+    for place, text in found:
+        reason = getattr(text, "reason", "USAGE")
+        fields = log.fields(reason=reason, field=place, why=str(text))
+        logging.getLogger(__name__).log(level, message, extra=fields)

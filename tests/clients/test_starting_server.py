@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -50,6 +51,8 @@ def test_health_waits_until_the_server_serves(
     assert capsys.readouterr().err == f"{said}; --wait 600 waits until it serves\n"
     assert parse_and_run("health", "--address", address, "--wait", "0.2") == 1
     assert capsys.readouterr().err == f"{said}\n"
+    assert parse_and_run("health", "--address", address, "--json") == 1
+    assert json.loads(capsys.readouterr().out) == {"status": "NOT_SERVING"}
     loaded = threading.Timer(0.3, lambda: servicer.set("", HealthCheckResponse.SERVING))
     loaded.start()
     assert parse_and_run("health", "--address", address, "--wait", "30") == 0

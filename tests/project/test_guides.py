@@ -22,7 +22,7 @@ from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.clients.client import TurretClient
 from turret.server.cli import build_parser
-from turret.server.command.settings import settings
+from turret.server.command.flags import Settings, read_file, settings, variable_of
 
 DOCS = ROOT / "docs"
 EACH_PAGE = pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_commands_over_several_lines_are_found() -> None:
 
 
 def test_the_service_and_the_compose_file_set_what_there_is() -> None:
-    known = {setting.variable for setting in settings()}
+    known = set(map(variable_of, settings()))
     for name in ("turret.service", "compose.yaml"):
         named = set(re.findall(r"\bTURRET_[A-Z_]+", (ROOT / "deploy" / name).read_text()))
         assert named
@@ -118,14 +118,12 @@ def test_the_service_and_the_compose_file_set_what_there_is() -> None:
 
 
 def test_the_config_in_operations_is_one(tmp_path: Path) -> None:
-    from turret.server.command.settings import read_file
-
     blocks = re.findall(r"```toml\n(.*?)```", (DOCS / "operations.md").read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
         tomllib.loads(block)
         (tmp_path / "turret.toml").write_text(block)
-        assert read_file(tmp_path / "turret.toml").values
+        assert Settings((read_file(tmp_path / "turret.toml"),)).config()
 
 
 def blocks_of(page: str, heading: str, language: str) -> list[str]:

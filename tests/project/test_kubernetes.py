@@ -15,8 +15,7 @@ from checkout import ROOT
 from turret.fleet.serving.ingress import ingress_environment
 from turret.fleet.serving.plan import ClusterPlan, fleet_config
 from turret.server.cli import build_parser
-from turret.server.command.flags import config_from_args
-from turret.server.command.settings import read_file
+from turret.server.command.flags import Settings, config_from_args, read_file
 from turret.server.metrics import Metrics
 
 FOLDER = ROOT / "deploy" / "kubernetes"
@@ -177,7 +176,7 @@ def test_the_single_servers_file_makes_a_configuration(tmp_path: Path) -> None:
     data = find("ConfigMap", FOLDER / "statefulset.yaml")["data"]["turret.toml"]
     path = tmp_path / "turret.toml"
     path.write_text(data)
-    config = read_file(path).config()
+    config = Settings((read_file(path),)).config()
     assert config.listen.http_address == "0.0.0.0:8000"
     container = find("StatefulSet", FOLDER / "statefulset.yaml")["spec"]["template"]["spec"]
     (server,) = container["containers"]

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
-from turret.server.command.flags import add_flags, config_from_args
+from turret.server.basics.settings import SettingsError, Violation
+from turret.server.command.flags import Settings, add_flags, read_settings
 from turret.server.command.preflight import problems
 from turret.server.config import Config
 
 
-def parse(*arguments: str) -> Config:
+def read(*arguments: str, environ: Mapping[str, str] | None = None) -> Settings:
     parser = argparse.ArgumentParser()
     add_flags(parser)
-    return config_from_args(parser.parse_args(arguments), {})
+    return read_settings(parser.parse_args(arguments), environ or {})
 
 
-def found(*arguments: str) -> list[str]:
+def parse(*arguments: str, environ: Mapping[str, str] | None = None) -> Config:
+    return read(*arguments, environ=environ).config()
+
+
+def found(*arguments: str) -> list[Violation]:
     free = ("--address", "127.0.0.1:0", "--metrics-address", "none")
     return problems(parse(*free, *arguments))
+
+
+def refused(*arguments: str, environ: Mapping[str, str] | None = None) -> set[tuple[str, str]]:
+    """Field and reason of each setting that makes no sense."""
+    try:
+        parse(*arguments, environ=environ)
+    except SettingsError as error:
+        return {(field, text.reason) for field, text in error.violations}
+    return set()
+
+
+def reasons(*arguments: str) -> list[tuple[str, str]]:
+    """Field and reason of what a start would refuse."""
+    return [(field, text.reason) for field, text in found(*arguments)]

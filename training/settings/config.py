@@ -1,19 +1,28 @@
 """What a person who trains can set: one frozen dataclass a TOML table.
 
-Each field carries its help text as metadata; the commented file of ``turret train init`` and the
-reference in ``docs/training.md`` are made from it. ``None`` means *chosen for you*: by the method
+Each field carries its help text; the commented file of ``turret train init`` and the reference in
+``docs/training.md`` are made from it. ``None`` means *chosen for you*: by the method
 (``training/methods``) or the machine; ``turret train plan`` shows what was chosen.
-``__post_init__`` raises a :class:`ConfigError` that names the key.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from turret.server.basics.closest import did_you_mean
-from turret.training.errors import ConfigError
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
+
+from turret.server.basics.closest import closest
+from turret.server.basics.settings import (
+    TABLE,
+    Name,
+    Names,
+    Number,
+    SettingsError,
+    Violation,
+    Whole,
+)
+from turret.training.words import say
 
 # The methods of ``training/methods``; a test compares. Here, so that a wrong name is refused before
 # torch is loaded.
@@ -23,23 +32,26 @@ METHOD_NAMES = (
 )
 
 
-def _key(help: str, default: Any = dataclasses.MISSING, *, chosen: str = "", sample: Any = None):
+def _key(
+    help: str, default: Any = ..., *, chosen: str = "", sample: Any = None, **rules: Any
+) -> Any:
     """A field with its help, who chooses where it is left out, and a value to show as a sample."""
-    return field(default=default, metadata={"help": help, "chosen": chosen, "sample": sample})
+    extra: Any = {"chosen": chosen, "sample": sample}
+    return Field(default=default, description=help, json_schema_extra=extra, **rules)
 
 
-def _check(key: str, ok: bool, problem: str) -> None:
-    if not ok:
-        raise ConfigError.of(key, problem)
+def _method(value: str) -> str:
+    if value in METHOD_NAMES:
+        return value
+    # p-tuning, P_Tuning and the like are the same word.
+    plain = value.lower().replace("-", "_")
+    near = plain if plain in METHOD_NAMES else closest(plain, METHOD_NAMES)
+    raise ValueError(
+        say("NOT_ONE_OF", choices=", ".join(METHOD_NAMES), value=value[:60], closest=near)
+    )
 
 
-def _check_at_least(table: str, config: Any, least: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _check(f"{table}.{name}", value is None or value >= least, f"must be at least {least:g}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class BaseConfig:
     """The model that is trained on; its weights never change."""
 
@@ -67,39 +79,47 @@ class BaseConfig:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class MethodConfig:
     """The kind of adapter. Keys without meaning for the method are refused."""
 
-    name: str = _key(f"{', '.join(METHOD_NAMES[:-1])} or {METHOD_NAMES[-1]}", "lora")
-    targets: tuple[str, ...] | None = _key(
+    name: Annotated[str, AfterValidator(_method)] = _key(
+        f"{', '.join(METHOD_NAMES[:-1])} or {METHOD_NAMES[-1]}", "lora"
+    )
+    targets: Names | None = _key(
         'linear modules to adapt: one preset (["attention"], ["mlp"], ["all-linear"]) or module '
         "names",
         None,
         chosen="by method",
         sample=("all-linear",),
+        min_length=1,
     )
-    rank: int | None = _key("size of the update's factors", None, chosen="by method", sample=8)
-    alpha: float | None = _key(
+    rank: Whole | None = _key(
+        "size of the update's factors", None, chosen="by method", sample=8, ge=1
+    )
+    alpha: Number | None = _key(
         "the update is scaled by alpha / rank (rslora: alpha / sqrt(rank))",
         None,
         chosen="by method",
         sample=16.0,
+        gt=0,
     )
-    dropout: float | None = _key(
+    dropout: Number | None = _key(
         "share of the adapter's inputs to drop while training",
         None,
         chosen="0",
         sample=0.05,
+        ge=0,
+        lt=1,
     )
     decompose_both: bool | None = _key(
         "LoKr: factorise the small factor too", None, chosen="false", sample=True
     )
-    decompose_factor: int | None = _key(
+    decompose_factor: Whole | None = _key(
         "LoKr: size of the small factor; -1 takes the squarest one", None, chosen="-1", sample=8
     )
-    num_virtual_tokens: int | None = _key(
-        "length of the learned prompt or prefix", None, chosen="by method", sample=16
+    num_virtual_tokens: Whole | None = _key(
+        "length of the learned prompt or prefix", None, chosen="by method", sample=16, ge=1
     )
     prefix_projection: bool | None = _key(
         "prefix tuning: learn the prefix through a two-layer network, which is folded away when "
@@ -108,11 +128,12 @@ class MethodConfig:
         chosen="true",
         sample=False,
     )
-    encoder_hidden_size: int | None = _key(
+    encoder_hidden_size: Whole | None = _key(
         "width of the network that makes a prefix (projected) or a p-tuning prompt",
         None,
         chosen="by method",
         sample=256,
+        ge=1,
     )
     init_text: str | None = _key(
         "prompt tuning: start from the embeddings of this text, repeated or cut to length",
@@ -125,59 +146,46 @@ class MethodConfig:
         None,
         chosen="what the chat template writes before an answer",
         sample="<|im_start|>assistant\n",
+        min_length=1,
     )
-    components: tuple[str, ...] | None = _key(
+    components: Names | None = _key(
         "learned fusion: the adapters to fuse, each a directory or NAME=DIRECTORY",
         None,
         chosen="required there",
         sample=("json=adapters/json", "sql=adapters/sql"),
     )
-    d_k: int | None = _key(
-        "learned fusion: width of queries and keys", None, chosen="by method", sample=8
+    d_k: Whole | None = _key(
+        "learned fusion: width of queries and keys", None, chosen="by method", sample=8, ge=1
     )
-    guidance: float | None = _key(
+    guidance: Number | None = _key(
         "learned fusion: weight of the penalty on gates that leave the component which answers an "
         "example best by itself; 0 for none",
         None,
         chosen="by method",
         sample=0.5,
+        ge=0,
     )
 
-    def __post_init__(self) -> None:
-        if self.name not in METHOD_NAMES:
-            # p-tuning, P_Tuning and the like are the same word.
-            plain = self.name.lower().replace("-", "_")
-            meant = did_you_mean(plain, METHOD_NAMES)
-            if plain in METHOD_NAMES:
-                meant = f"; did you mean {plain!r}?"
-            problem = f"{self.name!r:.60} is none of {', '.join(METHOD_NAMES)}{meant}"
-            raise ConfigError.of("method.name", problem)
-        sizes = ("rank", "num_virtual_tokens", "encoder_hidden_size", "d_k")
-        _check_at_least("method", self, 1, *sizes)
-        _check("method.alpha", self.alpha is None or self.alpha > 0, "must be more than 0")
-        _check("method.dropout", self.dropout is None or 0 <= self.dropout < 1, "must be in [0, 1)")
-        _check("method.guidance", (self.guidance or 0) >= 0, "must be at least 0")
-        for name in ("targets", "invocation"):
-            value = getattr(self, name)
-            _check(f"method.{name}", value is None or len(value) > 0, "must not be empty")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class DataConfig:
     """JSONL files, one object a line: ``messages``, or ``prompt`` and ``completion``, or ``text``.
 
     Paths are relative to the config file.
     """
 
-    train: str = _key("examples to learn from", sample="train.jsonl")
+    train: Name = _key("examples to learn from", sample="train.jsonl")
     validation: str | None = _key(
         "examples to validate on, disjoint from train",
         None,
         chosen="validation_fraction of train",
         sample="validation.jsonl",
     )
-    validation_fraction: float = _key(
-        "share of train set aside where validation is not given; 0 validates nothing", 0.1
+    validation_fraction: Number = _key(
+        "share of train set aside where validation is not given; 0 validates nothing",
+        0.1,
+        ge=0,
+        lt=1,
     )
     task: Literal["generation", "classification"] = _key(
         "generation: completions are texts to learn; classification: they are labels (or lines "
@@ -185,7 +193,7 @@ class DataConfig:
         "for Classify)",
         "generation",
     )
-    max_length: int = _key("most tokens of an example, and of a packed row", 512)
+    max_length: Whole = _key("most tokens of an example, and of a packed row", 512, ge=2)
     too_long: Literal["drop", "truncate", "error"] = _key(
         "what happens to an example over max_length; drop tells how many", "drop"
     )
@@ -200,15 +208,11 @@ class DataConfig:
     packing: bool = _key("put several examples into a row; they do not attend to each other", False)
 
     def __post_init__(self) -> None:
-        _check("data.train", bool(self.train), "is required")
-        fraction = self.validation_fraction
-        _check("data.validation_fraction", 0 <= fraction < 1, "must be in [0, 1)")
-        _check_at_least("data", self, 2, "max_length")
-        is_plain = self.task == "generation" or self.loss_on == "completion"
-        _check("data.loss_on", is_plain, "must be completion: labels are learned")
+        if self.task == "classification" and self.loss_on == "all":
+            raise SettingsError(Violation("data.loss_on", say("LABELS_ARE_LEARNED")))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class OptimizerConfig:
     """AdamW with a linear warm-up and a cosine decay to 0."""
 
@@ -217,50 +221,45 @@ class OptimizerConfig:
         "full (CUDA only; adamw8bit elsewhere)",
         "adamw",
     )
-    learning_rate: float | None = _key(
-        "peak of the schedule", None, chosen="by method", sample=1e-3
+    learning_rate: Number | None = _key(
+        "peak of the schedule", None, chosen="by method", sample=1e-3, gt=0
     )
-    lora_plus_ratio: float | None = _key(
-        "LoRA+: the rate of B is this many times the rate of A",
-        None,
-        chosen="1",
-        sample=16.0,
+    lora_plus_ratio: Number | None = _key(
+        "LoRA+: the rate of B is this many times the rate of A", None, chosen="1", sample=16.0, ge=1
     )
-    weight_decay: float = _key("of AdamW", 0.0)
-    beta1: float = _key("of AdamW", 0.9)
-    beta2: float = _key("of AdamW", 0.999)
-    warmup_fraction: float = _key("share of the steps over which the rate rises", 0.1)
-    max_grad_norm: float = _key("gradients are scaled down to this norm; 0 never does", 1.0)
-
-    def __post_init__(self) -> None:
-        rate = self.learning_rate
-        _check("optimizer.learning_rate", rate is None or rate > 0, "must be more than 0")
-        _check_at_least("optimizer", self, 1, "lora_plus_ratio")
-        _check_at_least("optimizer", self, 0, "weight_decay", "max_grad_norm")
-        for name in ("beta1", "beta2", "warmup_fraction"):
-            _check(f"optimizer.{name}", 0 <= getattr(self, name) < 1, "must be in [0, 1)")
+    weight_decay: Number = _key("of AdamW", 0.0, ge=0)
+    beta1: Number = _key("of AdamW", 0.9, ge=0, lt=1)
+    beta2: Number = _key("of AdamW", 0.999, ge=0, lt=1)
+    warmup_fraction: Number = _key("share of the steps over which the rate rises", 0.1, ge=0, lt=1)
+    max_grad_norm: Number = _key("gradients are scaled down to this norm; 0 never does", 1.0, ge=0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class RunConfig:
     """How long, how much at once, and what is written."""
 
-    output: str = _key(
+    output: Name = _key(
         "directory of the run, relative to the config file; its adapter/ is the result", "run"
     )
-    epochs: float = _key("passes over the training data; where steps is given, what they make", 3.0)
-    steps: int | None = _key("optimizer steps", None, chosen="from epochs", sample=200)
-    batch_size: int = _key("examples (or packed rows) in one pass through the model", 8)
-    gradient_accumulation: int = _key("passes per optimizer step", 1)
+    epochs: Number = _key(
+        "passes over the training data; where steps is given, what they make", 3.0, gt=0
+    )
+    steps: Whole | None = _key("optimizer steps", None, chosen="from epochs", sample=200, ge=1)
+    batch_size: Whole = _key("examples (or packed rows) in one pass through the model", 8, ge=1)
+    gradient_accumulation: Whole = _key("passes per optimizer step", 1, ge=1)
     gradient_checkpointing: bool = _key(
         "compute each layer's activations twice instead of keeping them", False
     )
-    seed: int = _key("of weights, data order and dropout", 0)
-    validate_every: int = _key("steps between validations; the last step always validates", 50)
-    checkpoint_every: int = _key("steps between checkpoints; 0 writes none", 50)
-    keep_checkpoints: int = _key("checkpoints kept, newest first", 2)
-    samples: int = _key(
-        "validation prompts answered at the end, by the base and by the adapter, for the report", 3
+    seed: Whole = _key("of weights, data order and dropout", 0, ge=0)
+    validate_every: Whole = _key(
+        "steps between validations; the last step always validates", 50, ge=1
+    )
+    checkpoint_every: Whole = _key("steps between checkpoints; 0 writes none", 50, ge=0)
+    keep_checkpoints: Whole = _key("checkpoints kept, newest first", 2, ge=1)
+    samples: Whole = _key(
+        "validation prompts answered at the end, by the base and by the adapter, for the report",
+        3,
+        ge=0,
     )
     report_to: Literal["none", "tensorboard"] = _key(
         "tensorboard: also write the metrics as TensorBoard events, in tensorboard/ of the run",
@@ -270,15 +269,8 @@ class RunConfig:
         "of the saved adapter's tensors", "float16"
     )
 
-    def __post_init__(self) -> None:
-        _check("run.output", bool(self.output), "is required")
-        _check("run.epochs", self.epochs > 0, "must be more than 0")
-        at_least_one = ("steps", "batch_size", "gradient_accumulation", "validate_every")
-        _check_at_least("run", self, 1, *at_least_one, "keep_checkpoints")
-        _check_at_least("run", self, 0, "checkpoint_every", "seed", "samples")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class TrainConfig:
     """The whole file."""
 

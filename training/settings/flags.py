@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
 
 from turret.server.basics.hub_id import HubId
-from turret.training.settings.key_names import ELSEWHERE, all_keys, meant_key
+from turret.server.basics.settings import fields_of, is_switch, shown_of, tables_of
+from turret.server.errors import TurretError
+from turret.training.errors import ConfigError
+from turret.training.settings.config import TrainConfig
 
 # A server beside it then comes first, and training takes what that leaves.
 _NICENESS = 5
 _NICEST = 19
-# Short flags for the keys that are changed most.
-_FLAGS = {
-    "--model": ("base.model", "DIR|ORG/NAME"),
-    "--method": ("method.name", "NAME"),
-    "--rank": ("method.rank", "N"),
-    "--train": ("data.train", "FILE"),
-    "--output": ("run.output", "DIR"),
-    "--steps": ("run.steps", "N"),
-    "--seed": ("run.seed", "N"),
-    "--learning-rate": ("optimizer.learning_rate", "RATE"),
-}
 # Flags that take paths relative to the working directory. In the file and with --set, paths are
 # relative to the config file.
-_PATHS = {
-    "--model": "base model",
-    "--train": "JSONL file of examples",
-    "--output": "where the run goes",
-}
+_PATHS = ("--model", "--train", "--validation", "--output")
+# Lists of paths are written in the file.
+_WITHOUT_FLAG = ("method.components",)
+
+
+def flags() -> Iterator[tuple[str, str, FieldInfo]]:
+    """Flag, key and field of every key that has a flag."""
+    for table, kind in tables_of(TrainConfig).items():
+        for name, info in fields_of(kind).items():
+            key = f"{table}.{name}"
+            if key not in _WITHOUT_FLAG:
+                # Two tables have a name: the flags are --method and --optimizer.
+                yield f"--{(table if name == 'name' else name).replace('_', '-')}", key, info
 
 
 def config_parser(*left_out: str) -> argparse.ArgumentParser:
@@ -43,17 +46,23 @@ def config_parser(*left_out: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--set",
         action="append",
-        type=_override,
         default=[],
         metavar="TABLE.KEY=VALUE",
         help="override a key, paths as in the file, from its folder; repeat for more",
     )
-    for flag, (key, metavar) in _FLAGS.items():
-        if flag not in left_out:
-            what = f"--set {key}={metavar}"
-            if flag in _PATHS:
-                what = f"{_PATHS[flag]}, from here: {key}"
-            parser.add_argument(flag, metavar=metavar, help=what)
+    keys = parser.add_argument_group("keys of the config", "paths are relative to this folder")
+    for flag, key, info in flags():
+        if flag in left_out:
+            continue
+        extra: Any = info.json_schema_extra
+        default = extra["chosen"] if info.default is None else info.default
+        note = "" if info.is_required() else f" (default: {default})"
+        text = f"{info.description}{note}".replace("%", "%%")
+        if is_switch(info):
+            action = argparse.BooleanOptionalAction
+            keys.add_argument(flag, dest=key, action=action, default=None, help=text)
+        else:
+            keys.add_argument(flag, dest=key, metavar=shown_of(info), help=text)
     parser.add_argument(
         "--threads",
         type=_threads,
@@ -71,46 +80,47 @@ def config_parser(*left_out: str) -> argparse.ArgumentParser:
     return parser
 
 
-def known_otherwise() -> Mapping[str, str]:
-    """What may be typed for a key that has no flag, or another one, and what sets it here."""
-    names = {key.rpartition(".")[2]: key for key in all_keys()}
-    del names["name"]
-    said = {f"--{name.replace('_', '-')}": key for name, key in (names | ELSEWHERE).items()}
-    flags = {key: flag for flag, (key, _) in _FLAGS.items()}
-    return {
-        word: f"{flags[key]} VALUE" if key in flags else f"--set {key}=VALUE"
-        for word, key in said.items()
-        if word not in _FLAGS
-    }
-
-
-def overrides(args: argparse.Namespace) -> list[str]:
-    """``TABLE.KEY=VALUE`` of every flag that was given; those with names of their own win."""
-    found = list(args.set)
+def given(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Table → key → value of every flag that was given."""
+    found: dict[str, dict[str, Any]] = {}
     for flag, key, value in _given(args):
-        found.append(f"{key}={_from_here(flag, value, args.config.parent)}")
+        table, _, name = key.partition(".")
+        value = _from_here(flag, value, args.config.parent) if flag in _PATHS else value
+        found.setdefault(table, {})[name] = value
     return found
 
 
-def in_own_words(args: argparse.Namespace, said: str) -> str:
-    """What is said of a key, said of the flag that set it: who typed a flag knows no key."""
-    # Said by the server's own check, which knows no config.
-    said = f"base.{said}" if said.startswith("model: ") else said
-    if hasattr(args, "ranks") and said.startswith("method.rank: "):
-        return said.replace("method.rank", "--ranks", 1)
-    for flag, key, _ in _given(args):
-        if said.startswith(f"{key}: "):
-            return said.replace(key, flag, 1)
-    for text in getattr(args, "set", ()):
-        if said.startswith(f"{text.partition('=')[0].strip()}: "):
-            return f"--set {said}"
-    return said
+def described(args: argparse.Namespace, error: Exception) -> list[str]:
+    """A line for each thing that is wrong, with the flag or the key that set it."""
+    if isinstance(error, ConfigError):
+        found, path = error.violations, error.path
+    elif isinstance(error, TurretError) and error.violations:
+        # The server's own check of a model knows no config.
+        found, path = [(f"base.{field}", text) for field, text in error.violations], None
+    else:
+        return [str(error)]
+    places = [(_place(args, key, path), text) for key, text in found]
+    return [f"{place}: {text}" if place else text for place, text in places]
 
 
-def _given(args: argparse.Namespace) -> list[tuple[str, str, str]]:
+def _place(args: argparse.Namespace, key: str, path: Path | None) -> str:
+    """What set a key: the flag, or the key in the file."""
+    if key.startswith("--"):
+        return key
+    if hasattr(args, "ranks") and key == "method.rank":
+        return "--ranks"
+    for flag, named, _ in _given(args):
+        if named == key:
+            return flag
+    if any(text.partition("=")[0].strip() == key for text in getattr(args, "set", ())):
+        return f"--set {key}"
+    return ": ".join(each for each in (str(path or ""), key) if each)
+
+
+def _given(args: argparse.Namespace) -> list[tuple[str, str, Any]]:
     """(flag, key, value)."""
-    values = {flag: getattr(args, flag[2:].replace("-", "_"), None) for flag in _FLAGS}
-    return [(f, _FLAGS[f][0], value) for f, value in values.items() if value is not None]
+    values = [(flag, key, getattr(args, key, None)) for flag, key, _ in flags()]
+    return [(flag, key, value) for flag, key, value in values if value is not None]
 
 
 def _from_here(flag: str, value: str, folder: Path) -> str:
@@ -121,29 +131,8 @@ def _from_here(flag: str, value: str, folder: Path) -> str:
     if flag == "--model" and not Path(value).exists():
         is_path = not (folder / value).exists() and HubId.find(value) is None
     else:
-        is_path = flag in _PATHS
+        is_path = bool(value)
     return str(Path(value).absolute()) if is_path else value
-
-
-def _override(text: str) -> str:
-    """``--set``'s value, with a key that exists."""
-    name, equals, value = text.partition("=")
-    name = name.strip()
-    if not equals or not name:
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is not TABLE.KEY=VALUE")
-    if name not in (keys := all_keys()):
-        meant = meant_key(name)
-        step = f"did you mean {meant}={value}?" if meant else _there_are(name, keys)
-        raise argparse.ArgumentTypeError(f"there is no key {name!r:.80}; {step}")
-    return text
-
-
-def _there_are(name: str, keys: list[str]) -> str:
-    table = name.partition(".")[0]
-    inside = [key for key in keys if key.startswith(f"{table}.")]
-    if inside:
-        return f"there are {', '.join(inside)}"
-    return f"tables are {', '.join(dict.fromkeys(key.partition('.')[0] for key in keys))}"
 
 
 def _threads(text: str) -> int:

@@ -75,9 +75,6 @@ def check_names(model_type: str, known: Sequence[str], targets: Sequence[str]) -
             raise ConfigError.of("method.targets", f"{name!r} stands alone or not at all")
         if name not in known:
             meant = did_you_mean(name, (*known, *PRESETS))
-            if "," in name:
-                several = ", ".join(f'"{each.strip()}"' for each in name.split(","))
-                meant = f"; several are a list: [{several:.80}]"
             raise ConfigError.of(
                 "method.targets",
                 f"{name!r:.60} is no linear module of {model_type}; there are {', '.join(known)}, "

@@ -35,7 +35,8 @@ def said_by_a_start(root: Path, path: str) -> str:
     adapters = AdapterConfig(adapter_root=root, preload=(("a", path),))
     listen = ListenConfig(address="127.0.0.1:0", metrics_address=None)
     (problem,) = problems(Config(adapters=adapters, listen=listen))
-    return problem
+    assert problem.field == "adapters.preload.a"
+    return problem.text
 
 
 def whole_model(folder: Path) -> None:

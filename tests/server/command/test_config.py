@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import re
+import json
 from pathlib import Path
 
 import pytest
+from start_problems import parse, read, refused
 
 from turret.server.basics.byte_size import format_byte_size, parse_byte_size
-from turret.server.command.flags import add_flags, config_from_args
+from turret.server.basics.settings import SettingsError
+from turret.server.cli import main
+from turret.server.command.flags import Settings
 from turret.server.config import (
     Config,
     ListenConfig,
@@ -62,12 +64,6 @@ DEFAULTS = {
     "verbose": False,
 }
 TLS = ["--tls-cert", "c", "--tls-key", "k"]
-
-
-def parse(*arguments: str) -> Config:
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    return config_from_args(parser.parse_args(arguments), {})
 
 
 def test_every_flag_has_its_default() -> None:
@@ -123,74 +119,89 @@ def test_no_byte_sizes(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "field", "reason"),
     [
-        (["--max-num-seqs", "0"], "--max-num-seqs must be at least 1"),
-        (["--max-num-seqs", "8", "--max-num-batched-tokens", "7"], "--max-num-batched-tokens"),
-        (["--max-queued-requests", "-1"], "--max-queued-requests"),
-        (["--kv-cache-bytes", "1000"], "--kv-cache-bytes"),
-        (["--device", "tpu"], "--device"),
-        (["--device", "cuda:"], "--device"),
-        (["--adapter-host-bytes", "0"], "--adapter-host-bytes"),
-        (["--max-rank", "0"], "--max-rank"),
-        (["--grace-seconds", "-1"], "--grace-seconds"),
-        (["--grace-seconds", "nan"], "--grace-seconds"),
-        (["--address", "localhost"], "--address: 'localhost' is not HOST:PORT"),
-        (["--address", "localhost:65536"], "--address"),
-        (["--metrics-address", "::1:9"], "--metrics-address: .* in brackets"),
-        (["--http-address", "unix:/x"], "--http-address: 'unix:/x' is not HOST:PORT"),
-        (["--http-cors-origin", "*"], "--http-cors-origin needs --http-address"),
+        (["--max-num-seqs", "0"], "scheduler.max_num_seqs", "TOO_SMALL"),
+        (
+            ["--max-num-seqs", "8", "--max-num-batched-tokens", "7"],
+            "scheduler.max_num_batched_tokens",
+            "BELOW_OTHER",
+        ),
+        (["--max-queued-requests", "-1"], "scheduler.max_queued_requests", "TOO_SMALL"),
+        (["--kv-cache-bytes", "1000"], "cache.kv_cache_bytes", "TOO_SMALL"),
+        (["--kv-cache-bytes", "many"], "cache.kv_cache_bytes", "NOT_A_SIZE"),
+        (["--device", "tpu"], "model.device", "NOT_ONE_OF"),
+        (["--device", "cuda:"], "model.device", "NOT_ONE_OF"),
+        (["--dtype", "bfloat"], "model.dtype", "NOT_ONE_OF"),
+        (["--model", ""], "model.model", "EMPTY"),
+        (["--adapter-host-bytes", "0"], "adapters.adapter_host_bytes", "TOO_SMALL"),
+        (["--max-rank", "0"], "adapters.max_rank", "TOO_SMALL"),
+        (["--max-rank", "x"], "adapters.max_rank", "NOT_A_WHOLE_NUMBER"),
+        (["--grace-seconds", "-1"], "lifecycle.grace_seconds", "TOO_SMALL"),
+        (["--grace-seconds", "nan"], "lifecycle.grace_seconds", "TOO_SMALL"),
+        (["--grace-seconds", "3 days"], "lifecycle.grace_seconds", "NOT_A_DURATION"),
+        (["--address", "localhost"], "listen.address", "NOT_AN_ADDRESS"),
+        (["--address", "localhost:65536"], "listen.address", "NOT_AN_ADDRESS"),
+        (["--metrics-address", "::1:9"], "listen.metrics_address", "NOT_AN_ADDRESS"),
+        (["--http-address", "unix:/x"], "listen.http_address", "NOT_AN_ADDRESS"),
+        (["--http-cors-origin", "*"], "listen.http_cors_origin", "NEEDS_FIELD"),
         (
             ["--http-address", "[::1]:1", "--http-cors-origin", "https://a.example/"],
-            "--http-cors-origin: 'https://a.example/' is neither",
+            "listen.http_cors_origin",
+            "NOT_OF_FORM",
         ),
-        (["--preload", "a=b"], "--preload needs --adapter-root"),
-        (["--adapter-root", "r", "--preload", "A=b"], "no adapter name: must be"),
-        (["--adapter-root", "r", "--preload", "a=b", "--preload", "a=c"], "given twice"),
-        (["--tls-cert", "c"], "--tls-cert and --tls-key need each other"),
-        (["--tls-client-ca", "c"], "--tls-client-ca needs"),
+        (["--preload", "noequals"], "adapters.preload", "NOT_NAME_PATH"),
+        (["--preload", "a=b"], "adapters.preload.a", "NEEDS_FIELD"),
+        (["--adapter-root", "r", "--preload", "A=b"], "adapters.preload", "NOT_AN_ADAPTER_NAME"),
+        (
+            ["--adapter-root", "r", "--preload", "a=b", "--preload", "a=c"],
+            "adapters.preload",
+            "DUPLICATE",
+        ),
+        (["--tls-cert", "c"], "security.tls_cert", "NEEDS_FIELD"),
+        (["--tls-client-ca", "c"], "security.tls_client_ca", "NEEDS_FIELD"),
     ],
 )
-def test_a_bad_value_is_refused_by_name(arguments: list[str], complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
-        parse(*arguments)
+def test_a_bad_value_is_refused_by_name(arguments: list[str], field: str, reason: str) -> None:
+    assert refused(*arguments) == {(field, reason)}
+
+
+def test_all_bad_values_are_refused_at_once() -> None:
+    assert refused("--max-rank", "0", "--dtype", "b", "--address", "x", "--tls-key", "k") == {
+        ("adapters.max_rank", "TOO_SMALL"),
+        ("model.dtype", "NOT_ONE_OF"),
+        ("listen.address", "NOT_AN_ADDRESS"),
+        ("security.tls_key", "NEEDS_FIELD"),
+    }
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["--preload", "noequals"], ["--kv-cache-bytes", "many"], ["--nothing"]],
+    ("text", "seconds"), [("2", 2.0), ("2.5", 2.5), ("30s", 30.0), ("5min", 300), ("200 ms", 0.2)]
 )
-def test_a_malformed_flag_is_a_usage_error(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as raised:
-        parse(*arguments)
-    assert raised.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
+def test_durations(text: str, seconds: float) -> None:
+    assert parse("--grace-seconds", text).lifecycle.grace_seconds == seconds
 
 
-@pytest.mark.parametrize("flag", ["--address", "--admin-address", "--http-address"])
+@pytest.mark.parametrize("name", ["address", "admin_address", "http_address"])
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "10.0.0.5:1", "example.org:1"])
-def test_an_exposed_address_needs_tls_and_tokens(flag: str, address: str) -> None:
+def test_an_exposed_address_needs_tls_and_tokens(name: str, address: str) -> None:
+    flag = f"--{name.replace('_', '-')}"
     for missing in ([], TLS, ["--token-file", "t"]):
-        told = f"{flag}: {address} is reachable from other machines: set --tls-cert, "
-        with pytest.raises(ValueError, match=re.escape(told)):
-            parse(flag, address, *missing)
+        assert refused(flag, address, *missing) == {(f"listen.{name}", "ADDRESS_EXPOSED")}
     parse(flag, address, *TLS, "--token-file", "t")
     parse(flag, address, "--insecure")
 
 
-def test_a_misspelt_localhost_is_told_before_tls_is_asked_for() -> None:
-    told = "locahost:1 is reachable from other machines; did you mean 'localhost'? set --tls-cert"
-    with pytest.raises(ValueError, match=re.escape(told)):
+def test_a_misspelt_localhost_is_told() -> None:
+    with pytest.raises(SettingsError) as caught:
         parse("--address", "locahost:1")
+    assert caught.value.violations[0].text.params["closest"] == "localhost"
 
 
 def test_a_flag_that_is_given_twice_counts_twice() -> None:
     origins = ["--http-cors-origin", "https://a.example", "--http-cors-origin", "http://b:8"]
     config = parse("--http-address", "localhost:1", *origins)
     assert config.listen.http_cors_origin == ("https://a.example", "http://b:8")
-    assert "listen.http_cors_origin = https://a.example http://b:8" in config.describe()
 
 
 def test_local_addresses() -> None:
@@ -201,27 +212,46 @@ def test_local_addresses() -> None:
     assert split_address("[::1]:50051") == ("::1", 50051)
 
 
-def test_describe_shows_every_value_once() -> None:
-    text = parse("--adapter-root", "r", "--preload", "a=b", "--token-file", "t").describe()
-    lines = text.splitlines()
-    assert len(lines) == len(DEFAULTS)
-    assert "cache.kv_cache_bytes = auto" in lines
-    assert "adapters.preload = a=b" in lines
-    assert "security.token_file = t" in lines
-    assert "model.model = -" in lines
+def lines(settings: Settings, *, with_defaults: bool = False) -> list[str]:
+    return settings.lines(settings.config(), with_defaults=with_defaults)
 
 
-def test_what_was_given_is_described_as_it_was_meant() -> None:
+def test_every_value_is_shown_with_its_origin() -> None:
+    flags = ("--adapter-root", "r", "--preload", "a=b", "--token-file", "t")
+    shown = lines(read(*flags, environ={"TURRET_DTYPE": "float32"}), with_defaults=True)
+    assert len(shown) == len(DEFAULTS)
+    for line in (
+        "cache.kv_cache_bytes = -  (default)",
+        "adapters.preload = a=b  (--preload)",
+        "model.dtype = float32  (TURRET_DTYPE)",
+        "model.model = -  (default)",
+    ):
+        assert line in shown
+
+
+def test_what_was_given_is_shown_as_it_was_meant() -> None:
     sizes = ("--kv-cache-bytes", "900TB", "--adapter-host-bytes", "3GiB")
-    preloads = [part for name in "abcde" for part in ("--preload", f"{name}=x/{name}")]
-    given = ("--metrics-address", "none", *sizes, "--adapter-root", "r", *preloads)
-    assert parse(*given).changes() == [
-        "cache.kv_cache_bytes = 900TB",
-        "adapters.adapter_root = r",
-        "adapters.adapter_host_bytes = 3GiB",
-        "adapters.preload = a=x/a b=x/b c=x/c and 2 more",
-        "listen.metrics_address = none",
+    assert lines(read("--metrics-address", "none", *sizes, "--verbose")) == [
+        "cache.kv_cache_bytes = 900TB  (--kv-cache-bytes)",
+        "adapters.adapter_host_bytes = 3GiB  (--adapter-host-bytes)",
+        "listen.metrics_address = none  (--metrics-address)",
+        "log.verbose = true  (--verbose)",
     ]
+
+
+def test_config_show_prints_what_a_server_would_take(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TURRET_MAX_RANK", "64")
+    assert main(["config", "show", "--json", "--dtype", "float16"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert len(shown) == len(DEFAULTS)
+    assert shown["adapters.max_rank"] == {"value": 64, "origin": "TURRET_MAX_RANK"}
+    assert shown["model.dtype"] == {"value": "float16", "origin": "--dtype"}
+    assert shown["log.verbose"] == {"value": False, "origin": "default"}
+    assert main(["config", "show"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(DEFAULTS)
+    assert main(["config", "show", "--max-rank", "0"]) == 2
 
 
 def test_tls_and_tokens_alone_are_fine_on_loopback() -> None:

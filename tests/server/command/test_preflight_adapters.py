@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import start_problems
 import torch
 from builders.adapters import base_of, tiny_llama
 from checkout import ROOT
 from safetensors.numpy import load_file, save_file
 from said import says
-from start_problems import found
 
 from turret.server.adapters.base import BaseModule
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
@@ -23,6 +23,13 @@ from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.errors import AdapterCheckpointError
 
 ADAPTERS = ROOT / "examples" / "adapters"
+
+
+def found(*arguments: str) -> list[str]:
+    """What is wrong with the adapter ``a``."""
+    problems = start_problems.found(*arguments)
+    assert {problem.field for problem in problems} <= {"adapters.preload.a"}
+    return [problem.text for problem in problems]
 
 
 def write_adapter(

@@ -17,8 +17,9 @@ def test_a_file_that_would_keep_its_reader_waiting_is_refused(flag: str, tmp_pat
         (tmp_path / name).write_text("")
     os.mkfifo(tmp_path / "fifo")
     tls = ("--tls-cert", str(tmp_path / "cert"), "--tls-key", str(tmp_path / "key"))
-    (problem,) = found(*tls, flag, str(tmp_path / "fifo"))
-    assert problem == f"{flag}: {tmp_path / 'fifo'}: is not a regular file"
+    ((field, text),) = found(*tls, flag, str(tmp_path / "fifo"))
+    assert field == f"security.{flag[2:].replace('-', '_')}"
+    assert (text.reason, text.params["path"]) == ("FILE_UNREADABLE", tmp_path / "fifo")
 
 
 def test_a_user_without_a_home_directory_is_told_of_the_variable(
@@ -33,4 +34,5 @@ def test_a_user_without_a_home_directory_is_told_of_the_variable(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     (problem,) = found()
-    assert "no home directory for its quantised weights; XDG_CACHE_HOME names" in problem
+    assert problem.field == "model.model"
+    assert problem.text.reason == "NO_HOME_DIRECTORY"

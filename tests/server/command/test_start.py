@@ -53,19 +53,20 @@ def test_sighup_does_not_end_a_start() -> None:
     flags = ("serve", "--adapter-root", "/no/such", *FREE)
     done = run("turret.server.command.flags", str(int(signal.SIGHUP)), *flags, program=PROGRAM)
     assert done.returncode == 1
-    assert "--adapter-root: /no/such does not exist" in done.stderr
+    assert "--adapter-root: " in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "said"),
+    ("flags", "code", "place", "reason"),
     [
-        (("--dtype", "bf16"), 2, "argument --dtype: invalid choice: 'bf16'"),
-        (("--max-rank", "0"), 2, "--max-rank must be at least 1, not 0"),
-        (("--adapter-root", "/no/such"), 1, "--adapter-root: /no/such does not exist"),
+        (("--dtype", "bf16"), 2, "--dtype", "NOT_ONE_OF"),
+        (("--max-rank", "0"), 2, "--max-rank", "TOO_SMALL"),
+        (("--adress", "0"), 2, "", "USAGE"),
+        (("--adapter-root", "/no/such"), 1, "--adapter-root", "FOLDER_MISSING"),
     ],
 )
 def test_refusals_and_notes_have_the_form_of_the_log(
-    flags: tuple[str, ...], code: int, said: str
+    flags: tuple[str, ...], code: int, place: str, reason: str
 ) -> None:
     misspelt = {"TURRET_ADRESS": "x"}
     for form, environ in (
@@ -76,29 +77,30 @@ def test_refusals_and_notes_have_the_form_of_the_log(
         assert done.returncode == code
         lines = [json.loads(line) for line in done.stderr.splitlines()]
         assert (lines[-1]["level"], lines[-1]["message"]) == ("ERROR", "cannot start")
-        assert lines[-1]["reason"].startswith(said)
+        assert (lines[-1]["field"], lines[-1]["reason"]) == (place, reason)
         if code == 1:
             assert lines[0]["level"] == "WARNING"
-            assert "did you mean 'TURRET_ADDRESS'?" in lines[0]["reason"]
+            assert (lines[0]["field"], lines[0]["reason"]) == ("TURRET_ADRESS", "UNKNOWN_VARIABLE")
 
 
 def test_a_file_of_settings_that_is_not_there_is_named_by_who_asked_for_it() -> None:
-    missing = "no.toml: No such file or directory"
-    for flags, environ, said in (
-        (("--config", "no.toml"), {}, f"--config: {missing}"),
-        ((), {"TURRET_CONFIG": "no.toml"}, f"TURRET_CONFIG: {missing}"),
-        (("--config", "/"), {}, "--config: / is a directory; it is a TOML file of settings"),
-        (("--config", ""), {}, "argument --config: is empty"),
+    for flags, environ, place, reason in (
+        (("--config", "no.toml"), {}, "--config", "FILE_UNREADABLE"),
+        ((), {"TURRET_CONFIG": "no.toml"}, "TURRET_CONFIG", "FILE_UNREADABLE"),
+        (("--config", "/"), {}, "--config", "FILE_UNREADABLE"),
+        (("--config", ""), {}, "--config", "EMPTY"),
     ):
-        done = run("serve", *flags, *FREE, **environ)
+        done = run("serve", "--log-format=json", *flags, *FREE, **environ)
         assert done.returncode == 2
-        assert done.stderr.startswith(f"turret serve: error: {said}\n")
+        said = json.loads(done.stderr)
+        assert (said["field"], said["reason"]) == (place, reason)
 
 
 def test_a_fleet_that_cannot_be_told_its_flags_says_so_in_the_form_of_the_log() -> None:
     done = run("cluster", "serve", "--log-format", "json", "--dtype", "bfloat")
     assert done.returncode == 2
-    assert json.loads(done.stderr)["reason"].endswith("did you mean 'bfloat16'?")
+    said = json.loads(done.stderr)
+    assert (said["field"], said["reason"]) == ("--dtype", "NOT_ONE_OF")
 
 
 def test_a_token_file_that_makes_no_sense_is_named_with_its_line(tmp_path: Path) -> None:
@@ -107,7 +109,6 @@ def test_a_token_file_that_makes_no_sense_is_named_with_its_line(tmp_path: Path)
     file.chmod(0o600)
     done = run("serve", "--token-file", str(file), *FREE)
     assert done.returncode == 1
-    assert done.stderr == (
-        f"turret serve: error: --token-file: {file}: line 2: a word after the token is no"
-        " role; roles are inference, admin, metrics\n"
-    )
+    assert done.stderr.startswith("turret serve: error: --token-file: ")
+    assert str(file) in done.stderr
+    assert "hunter2" not in done.stderr

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import typing
+from typing import Any
 
 from checkout import ROOT
 
+from turret.server.basics.settings import fields_of, tables_of
 from turret.server.basics.toml_text import toml_value
 from turret.training.methods import METHODS
 from turret.training.methods.method import PeftMethod
@@ -19,15 +19,13 @@ PAGE = ROOT / "docs" / "training.md"
 def render_config_reference() -> str:
     """One row a key: its default, or who chooses."""
     lines = ["| key | default | |", "|---|---|---|"]
-    for table, kind in typing.get_type_hints(TrainConfig).items():
-        for entry in dataclasses.fields(kind):
-            if entry.default is None:
-                default = f"*{entry.metadata['chosen']}*"
-            elif entry.default is dataclasses.MISSING:
-                default = "**required**"
-            else:
-                default = f"`{toml_value(entry.default)}`"
-            lines.append(f"| `{table}.{entry.name}` | {default} | {entry.metadata['help']} |")
+    for table, kind in tables_of(TrainConfig).items():
+        for name, info in fields_of(kind).items():
+            extra: Any = info.json_schema_extra
+            default = f"*{extra['chosen']}*" if info.default is None else "**required**"
+            if not info.is_required() and info.default is not None:
+                default = f"`{toml_value(info.default)}`"
+            lines.append(f"| `{table}.{name}` | {default} | {info.description} |")
     return "\n".join(lines)
 
 

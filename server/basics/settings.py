@@ -1,0 +1,334 @@
+"""Settings that several places give: a TOML file, variables, flags. One model checks them all.
+
+The model is a pydantic dataclass with a pydantic dataclass for each table. Errors are collected:
+every setting at fault is reported at once, with a reason.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import is_pydantic_dataclass
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, PydanticKnownError
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource
+
+from turret.server.basics.byte_size import format_byte_size, parse_byte_size
+from turret.server.basics.closest import closest
+from turret.server.basics.toml_text import toml_value
+from turret.server.words import Text, say
+
+T = TypeVar("T")
+TABLE = ConfigDict(extra="forbid")
+"""How the dataclass of a table is configured."""
+_MOST_SHOWN = 60
+_SECONDS = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(ms|s|min|m|h)")
+_SECONDS_OF = {"ms": 0.001, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
+
+
+class Violation(NamedTuple):
+    """What is wrong with one setting.
+
+    Attributes:
+        field: ``table.key``, or the variable where there is no such key.
+        text: Why.
+    """
+
+    field: str
+    text: Text
+
+
+class SettingsError(ValueError):
+    """Settings that make no sense.
+
+    Attributes:
+        violations: All of them.
+    """
+
+    def __init__(self, *violations: Violation) -> None:
+        super().__init__("\n".join(f"{field}: {text}" for field, text in violations))
+        self.violations = violations
+
+
+class Layer(NamedTuple):
+    """What one place gives.
+
+    Attributes:
+        origin: The file or the variable; empty for a flag.
+        values: Table → key → value, as written.
+    """
+
+    origin: str
+    values: Mapping[str, Any]
+
+
+class _Layers(BaseSettings, Generic[T]):
+    """Layers over each other; the first that has a value wins."""
+
+    config: T
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        layers = init_settings()["layers"]
+        return tuple(InitSettingsSource(settings_cls, {"config": each}) for each in layers)
+
+
+def load(model: type[T], layers: Iterable[Layer]) -> T:
+    """The settings.
+
+    Args:
+        model: The dataclass of all tables.
+        layers: The first that has a value wins.
+
+    Raises:
+        SettingsError: Unknown keys, or values that are wrong, by themselves or together.
+    """
+    given: dict[str, Any] = {"layers": [each.values for each in layers] or [{}]}
+    try:
+        return _Layers[model](**given).config
+    except ValidationError as error:
+        raise SettingsError(*_violations(model, error)) from None
+
+
+def fields_of(table: type) -> dict[str, FieldInfo]:
+    """The keys of a table, or the tables of a model."""
+    assert is_pydantic_dataclass(table)
+    return table.__pydantic_fields__
+
+
+def tables_of(model: type) -> dict[str, type]:
+    """The dataclass of each table."""
+    return typing.get_type_hints(model)
+
+
+def all_keys(model: type) -> list[str]:
+    """Every ``table.key``."""
+    return [f"{table}.{key}" for table, kind in tables_of(model).items() for key in fields_of(kind)]
+
+
+def closest_key(model: type, name: str) -> str | None:
+    """The ``table.key`` that was meant by one that there is not."""
+    table, _, last = name.rpartition(".")
+    keys = all_keys(model)
+    own = [key for key in keys if key.startswith(f"{table}.")] or keys
+    for among in (own, keys):
+        names = {key.partition(".")[2]: key for key in reversed(among)}
+        plain = last.replace("-", "_")
+        if meant := plain if plain in names else closest(plain, names):
+            return names[meant]
+    return None
+
+
+def parts_of(annotation: Any) -> set[Any]:
+    """The types that a union, a tuple or an annotated type consists of."""
+    inside = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal or not inside:
+        return {annotation, *inside}
+    return {annotation}.union(*map(parts_of, inside))
+
+
+def _parts(info: FieldInfo) -> set[Any]:
+    return parts_of(info.annotation) | set(info.metadata)
+
+
+def is_bytes(info: FieldInfo) -> bool:
+    """Whether a setting is a size in memory."""
+    return _AS_BYTES in _parts(info)
+
+
+def is_listed(info: FieldInfo) -> bool:
+    """Whether a setting has several values."""
+    return any(typing.get_origin(part) is tuple for part in _parts(info))
+
+
+def choices_of(info: FieldInfo) -> tuple[str, ...]:
+    """The only values of a setting, if they are few."""
+    parts = _parts(info)
+    return next((typing.get_args(p) for p in parts if typing.get_origin(p) is Literal), ())
+
+
+def converted(info: FieldInfo, value: Any) -> Any:
+    """The value in the type of its setting; itself if it has none."""
+    annotated: Any = (
+        Annotated[(info.annotation, *info.metadata)] if info.metadata else (info.annotation)
+    )
+    try:
+        return TypeAdapter(annotated).validate_python(value)
+    except ValidationError:
+        return value
+
+
+def text_of(error: Exception) -> Text:
+    """The sentence of an error."""
+    said = error.args[0] if error.args else ""
+    return said if isinstance(said, Text) else say("INVALID", why=str(error))
+
+
+def _violations(model: type, error: ValidationError) -> Iterator[Violation]:
+    for each in error.errors(include_url=False):
+        cause = each.get("ctx", {}).get("error")
+        if isinstance(cause, SettingsError):
+            yield from cause.violations
+            continue
+        # An index tells little about a list that a variable or a flag gave.
+        place = [str(part) for part in each["loc"][1:] if not isinstance(part, int)]
+        yield Violation(".".join(place[:2]), _text(model, place, each))
+
+
+def _text(model: type, place: Sequence[str], error: ErrorDetails) -> Text:
+    name, value, limits = ".".join(place), error["input"], error.get("ctx", {})
+    shown = toml_value(value)[:_MOST_SHOWN]
+    table = tables_of(model).get(place[0]) if place else None
+    info = fields_of(table).get(place[1]) if table and len(place) > 1 else None
+    match error["type"]:
+        case "unexpected_keyword_argument":
+            near = closest(name, tables_of(model)) if len(place) == 1 else None
+            return say("UNKNOWN_SETTING", closest=near or closest_key(model, name))
+        case "missing" | "missing_keyword_only_argument":
+            return say("REQUIRED")
+        case "dataclass_type":
+            return say("NOT_A_TABLE", value=shown)
+        case "greater_than_equal":
+            return say("TOO_SMALL", least=show(info, limits["ge"]), value=value)
+        case "greater_than":
+            return say("NOT_ABOVE", bound=f"{limits['gt']:g}", value=value)
+        case "less_than":
+            return say("NOT_BELOW", bound=f"{limits['lt']:g}", value=value)
+        case "literal_error":
+            choices = choices_of(info) if info else ()
+            near = closest(str(value), choices)
+            return say("NOT_ONE_OF", choices=", ".join(choices), value=value, closest=near)
+        case "too_short" | "string_too_short":
+            return say("EMPTY")
+        case "value_error" | "assertion_error":
+            return text_of(limits["error"])
+        case "float_parsing" if info and _AS_SECONDS in _parts(info):
+            return say("NOT_A_DURATION", value=shown)
+    for kind, found in _KINDS:
+        if error["type"].startswith(kind):
+            return found(shown)
+    return say("INVALID", why=error["msg"])
+
+
+_KINDS = (
+    ("int", lambda value: say("NOT_A_WHOLE_NUMBER", value=value)),
+    ("float", lambda value: say("NOT_A_NUMBER", value=value)),
+    ("finite", lambda value: say("NOT_A_NUMBER", value=value)),
+    ("bool", lambda value: say("NOT_TRUE_OR_FALSE", value=value)),
+    ("tuple", lambda value: say("NOT_A_LIST", value=value)),
+    ("string", lambda value: say("NOT_A_STRING", value=value)),
+    ("path", lambda value: say("NOT_A_STRING", value=value)),
+)
+
+
+def _no_switch(kind: Literal["int_type", "float_type"], value: Any) -> Any:
+    """Reject true and false, which Python counts as 1 and 0."""
+    if isinstance(value, bool):
+        raise PydanticKnownError(kind)
+    return value
+
+
+def _bytes(value: Any) -> Any:
+    try:
+        return parse_byte_size(value) if isinstance(value, str) else _no_switch("int_type", value)
+    except ValueError:
+        raise ValueError(say("NOT_A_SIZE", value=value)) from None
+
+
+def _seconds(value: Any) -> Any:
+    found = _SECONDS.fullmatch(value.strip()) if isinstance(value, str) else None
+    return float(found[1]) * _SECONDS_OF[found[2]] if found else value
+
+
+def _not_empty(value: Any) -> Any:
+    if value == "":
+        # Reject an unset shell variable, which as a path would mean the current directory.
+        raise ValueError(say("EMPTY"))
+    return value
+
+
+def _split(value: Any) -> Any:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+Whole = Annotated[int, BeforeValidator(lambda value: _no_switch("int_type", value))]
+"""A whole number."""
+Number = Annotated[float, BeforeValidator(lambda value: _no_switch("float_type", value))]
+"""A number."""
+_AS_BYTES = BeforeValidator(_bytes)
+Bytes = Annotated[int, _AS_BYTES]
+"""A size in memory, as ``1048576``, ``512MiB`` or ``2GB``."""
+_AS_SECONDS = BeforeValidator(_seconds)
+Seconds = Annotated[Number, _AS_SECONDS]
+"""A duration, as ``2.5``, ``30s``, ``5m`` or ``200ms``."""
+Name = Annotated[str, Field(min_length=1)]
+"""A text that is not empty."""
+Place = Annotated[Path, BeforeValidator(_not_empty)]
+"""A path; in a file, relative to the file."""
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+"""Several texts: a list, or one text with commas."""
+
+
+def show(info: FieldInfo | None, value: Any) -> str:
+    """A value as people write it."""
+    if value is None:
+        return "-" if info is None or info.default is None else "none"
+    if info is not None and is_bytes(info):
+        return format_byte_size(int(value))
+    if isinstance(value, tuple):
+        return " ".join("=".join(v) if isinstance(v, tuple) else v for v in value) or "-"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def is_optional(info: FieldInfo) -> bool:
+    """Whether None is a value; it is written ``none``."""
+    return types.NoneType in _parts(info)
+
+
+def setting(default: Any, help_text: str, *, shown: str = "", **rules: Any) -> Any:
+    """A field of a table.
+
+    Args:
+        default: Its value where none is given; ``...`` for none.
+        help_text: What it means.
+        shown: Stands for the value in the help.
+        rules: Limits, as pydantic's ``Field`` has them.
+    """
+    extra: Any = {"shown": shown} if shown else None
+    return Field(default=default, description=help_text, json_schema_extra=extra, **rules)
+
+
+def is_path(info: FieldInfo) -> bool:
+    """Whether a setting is a path."""
+    return Path in _parts(info)
+
+
+def is_switch(info: FieldInfo) -> bool:
+    """Whether a setting is on or off."""
+    return bool in _parts(info)
+
+
+def shown_of(info: FieldInfo) -> str:
+    """What stands for the value in a help."""
+    extra = info.json_schema_extra
+    if isinstance(extra, dict) and "shown" in extra:
+        return str(extra["shown"])
+    if choices := choices_of(info):
+        return f"{{{','.join(choices)}}}"
+    parts = _parts(info)
+    if _AS_SECONDS in parts or _AS_BYTES in parts:
+        return "SECONDS" if _AS_SECONDS in parts else "SIZE"
+    return "PATH" if Path in parts else "N" if {int, float} & parts else "TEXT"

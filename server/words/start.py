@@ -1,0 +1,49 @@
+"""What keeps a command from starting: settings, files, addresses."""
+
+TEXTS = {
+    "INVALID": "{why}",
+    "UNKNOWN_SETTING": "is not a setting",
+    "UNKNOWN_VARIABLE": "is not a setting of turret",
+    "NOT_A_TABLE": "must be a table, not {value}",
+    "NOT_A_LIST": "must be a list, not {value}",
+    "NOT_A_STRING": "must be a string, not {value}",
+    "NOT_A_WHOLE_NUMBER": "must be a whole number, not {value}",
+    "NOT_A_NUMBER": "must be a number, not {value}",
+    "NOT_TRUE_OR_FALSE": "must be true or false, not {value}",
+    "NOT_A_SIZE": "must be a size such as 512MiB, 2GB or 1048576, not {value!q}",
+    "NOT_A_DURATION": "must be a duration such as 2.5, 30s or 5min, not {value}",
+    "NOT_AN_ADDRESS": "must be HOST:PORT with a port from 0 to 65535, an IPv6 host in brackets,"
+    " not {value!q}",
+    "NOT_NAME_PATH": "must be NAME=PATH, not {value!q}",
+    "NOT_OF_FORM": "must be * or {form}, not {value!q}",
+    "NOT_AN_ORGANISATION": "must be * or the name of an organisation or user, not {value!q}",
+    "NOT_A_HUB_PATH": "must be a path or hub:org/name[@revision], not {value!q}",
+    "BELOW_OTHER": "must be at least {other} ({least}), not {value}",
+    "NOT_ABOVE": "must be more than {bound}, not {value}",
+    "NOT_BELOW": "must be less than {bound}, not {value}",
+    "ADDRESS_EXPOSED": "{value} can be reached from other machines: set --tls-cert, --tls-key and"
+    " --token-file, or --insecure",
+    "FILE_UNREADABLE": "cannot read {path}: {why}",
+    "NOT_TOML": "is not valid TOML: {why}",
+    "MORE_THREADS_THAN_CPUS": "{value} threads share {cpus} processors, which is slower",
+    "ABOVE_MEMORY": "must be at most this machine's memory, {most}, not {value}",
+    "TORCH_WITHOUT_CUDA": "the installed torch supports only CPUs; `pip install torch` installs one"
+    " for NVIDIA GPUs",
+    "TRITON_NEEDS": "the kernels for GPUs are compiled here: install {missing}",
+    "FOLDER_MISSING": "{path} is not a directory",
+    "NOT_WRITABLE": "cannot write to {path}",
+    "PATH_UNUSABLE": "{path} {why}",
+    "STATE_DIR_IN_USE": "another server uses {path}; give this one a directory of its own",
+    "KEY_OF_ANOTHER_CERTIFICATE": "{key} is not the key of {certificate}",
+    "NOT_A_KEY_PAIR": "{certificate} and {key} must be a PEM certificate and its key without a"
+    " password: {why}",
+    "NOT_A_CERTIFICATE": "{path} has no PEM certificate: {why}",
+    "NOT_A_SOCKET": "{path} exists and is not a socket",
+    "ADDRESS_OF_OTHER": "{value} is already that of {other}",
+    "ADDRESS_TAKEN": "{value} is in use by another process",
+    "PORT_TAKEN": "{value} is in use by another process; port 0 picks a free port",
+    "UNKNOWN_HOST": "cannot look up the host {host}",
+    "ADDRESS_OF_ANOTHER_MACHINE": "{value} is not an address of this machine; 0.0.0.0 stands for"
+    " all of its addresses",
+    "ADDRESS_UNUSABLE": "cannot listen on {value}: {why}",
+}
