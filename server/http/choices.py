@@ -9,8 +9,9 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from turret.server.api.inference.answers import JoinedChunks
 from turret.server.api.inference.inference import Inference
 from turret.server.errors import InvalidRequestError, UnavailableError
-from turret.server.http.exchange.endpoint import Exchange
-from turret.server.http.exchange.refusals import renamed_message, renamed_path
+from turret.server.http.endpoint import Exchange
+from turret.server.http.refusals import renamed_path
+from turret.server.words import say
 from turret.v1 import inference_pb2
 
 Chunk = inference_pb2.GenerateChunk
@@ -26,13 +27,7 @@ def blamed_on(place: str) -> Iterator[None]:
     except InvalidRequestError as error:
         names = {"input": place, "token_ids.ids": place}
         found = [(renamed_path(path, names), why) for path, why in error.violations]
-        if found == list(error.violations):
-            raise
-        message = renamed_message(error.message, error.violations, found)
-        # Add the prompt's place if the message does not name it. A single prompt needs none.
-        if message == error.message and place.endswith("]"):
-            message = f"{place}: {message}"
-        raise type(error)(message, metadata=error.metadata, violations=found) from None
+        raise type(error)(error.message, metadata=error.metadata, violations=found) from None
 
 
 class Choices:
@@ -106,7 +101,7 @@ class Choices:
                 async for chunk in chunks:
                     if chunk.finish_reason == inference_pb2.GenerateResponse.CANCELLED:
                         # OpenAI's API has no finish reason for an incomplete answer.
-                        raise UnavailableError("the server is shutting down: it ended the request")
+                        raise UnavailableError(say("REQUEST_ENDED"))
                     yield index, chunk
 
     async def _many(self) -> AsyncGenerator[tuple[int, Chunk], None]:

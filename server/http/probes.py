@@ -7,7 +7,7 @@ import asyncio
 from prometheus_client.exposition import choose_encoder
 
 from turret.server.api.inference.inference import Inference
-from turret.server.http.exchange.endpoint import Exchange
+from turret.server.http.endpoint import Exchange
 from turret.server.metrics import Metrics
 
 

@@ -7,23 +7,27 @@ from collections.abc import Callable
 from typing import Any
 
 from turret.server.api.inference.inference import Inference
-from turret.server.http.bodies.fields import Fields
-from turret.server.http.bodies.generation import Asked
-from turret.server.http.bodies.tool_fields import ToolUse
-from turret.server.http.exchange.endpoint import Exchange
+from turret.server.errors import InvalidRequestError
+from turret.server.http.asked import Asked, ToolUse
+from turret.server.http.endpoint import Exchange
 from turret.server.http.tools.constrained import constrained
 from turret.server.http.tools.grammar import CallsGrammar
 from turret.server.http.tools.reader import AnswerReader
 from turret.server.http.tools.schemas import UnenforceableError
+from turret.server.words import say
 from turret.v1 import inference_pb2
 
 _Message = inference_pb2.GenerateRequest
 
 
 async def make_readers(
-    inference: Inference, exchange: Exchange, fields: Fields, asked: Asked, use: ToolUse
+    inference: Inference, exchange: Exchange, asked: Asked, use: ToolUse
 ) -> Callable[[], AnswerReader]:
-    """Keep the answers to calls where they must be some; returns what makes a reader of each."""
+    """Keep the answers to calls where they must be some; returns what makes a reader of each.
+
+    Raises:
+        InvalidRequestError: The answer cannot be kept to the tools, or to them and its constraint.
+    """
     message = asked.message
     chat_format = await inference.chat_format(message.adapters)
     form: str | None = chat_format.tools
@@ -39,12 +43,13 @@ async def make_readers(
             has_call_ids=chat_format.has_call_ids,
         )
         try:
-            _constrain(message, grammar, fields, use, exchange.names)
+            _constrain(message, grammar, use, exchange.names)
         except UnenforceableError as error:
-            fields.refuse(f"{use.paths[error.tool]}{error.path}", error.why)
+            place = f"{use.paths[error.tool]}{error.path}"
+            raise InvalidRequestError.of(place, error.text) from None
         except RecursionError:
             # A schema sent as text may be nested as deeply as the parser allows.
-            fields.refuse("tools", "cannot stand beside a schema that is nested so deeply")
+            raise InvalidRequestError.of("tools", say("SCHEMA_TOO_NESTED")) from None
     return lambda: AnswerReader(
         form,
         use.tools,
@@ -56,12 +61,13 @@ async def make_readers(
 
 
 def _constrain(
-    message: _Message, grammar: CallsGrammar, fields: Fields, use: ToolUse, names: dict[str, str]
+    message: _Message, grammar: CallsGrammar, use: ToolUse, names: dict[str, str]
 ) -> None:
     """Constrain the answer to calls, or to what it must be without calls.
 
     Raises:
         UnenforceableError: A tool's parameters cannot be kept to.
+        InvalidRequestError: The constraint cannot be combined with tools.
     """
     kind = message.WhichOneof("constraint")
     if not use.must_call and kind is None:
@@ -88,8 +94,7 @@ def _constrain(
         return
     answer = constrained(kind, value)
     if answer is None:
-        fields.refuse(name, "beside tools a grammar must be Lark, not GBNF")
-        return
+        raise InvalidRequestError.of(name, say("GBNF_BESIDE_TOOLS"))
     message.grammar = grammar.beside(answer)
     names["grammar"] = names["grammar.answer"] = name
 

@@ -10,7 +10,7 @@ from turret.server.api.admin.adapters import Adapters
 from turret.server.api.faults import Failures
 from turret.server.api.inference.inference import Inference
 from turret.server.http.console.figures import figures
-from turret.server.http.exchange.endpoint import Exchange
+from turret.server.http.endpoint import Exchange
 from turret.server.metrics import Metrics
 from turret.v1 import adapters_pb2
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from turret.server.words import Text
+
 KINDS = frozenset({"string", "number", "boolean", "null", "array", "object"})
 _DEPTH = 8
 # The same whitespace as between the tokens of any constrained JSON.
@@ -18,14 +20,14 @@ class UnenforceableError(Exception):
     Args:
         tool: Its name.
         path: Within the schema of its arguments, a dot before each part.
-        why: What is wrong there.
+        text: What is wrong there.
     """
 
-    def __init__(self, tool: str, path: str, why: str) -> None:
-        super().__init__(why)
+    def __init__(self, tool: str, path: str, text: Text) -> None:
+        super().__init__(text)
         self.tool = tool
         self.path = path
-        self.why = why
+        self.text = text
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:

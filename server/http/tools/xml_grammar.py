@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from turret.server.http.tools.schemas import UnenforceableError, json_rule, kinds_of, resolved
+from turret.server.words import Text, say
 
 _END = "\n</parameter>\n"
-_NOT_IN_XML = "is not supported where the model writes calls as XML"
 # Unsupported keywords: in objects those that relate several parameters, in texts those that
 # constrain more than the length.
 _OF_OBJECTS = (
@@ -38,19 +38,23 @@ def xml_call(index: int, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
     """
     for key in _OF_OBJECTS:
         if key in schema:
-            raise UnenforceableError(name, f".{key}", _NOT_IN_XML)
+            raise UnenforceableError(name, f".{key}", say("UNENFORCEABLE_IN_XML"))
     required, properties = schema.get("required", []), schema.get("properties", {})
     if not isinstance(properties, dict):
-        raise UnenforceableError(name, ".properties", "must be an object")
+        raise UnenforceableError(
+            name, ".properties", say("UNENFORCEABLE_SCHEMA", expected="an object")
+        )
     if not isinstance(required, list) or not all(
         isinstance(key, str) and key in properties for key in required
     ):
-        raise UnenforceableError(name, ".required", "must be a list of properties")
+        raise UnenforceableError(
+            name, ".required", say("UNENFORCEABLE_SCHEMA", expected="a list of properties")
+        )
     parts: list[str] = []
     for number, (key, value) in enumerate(properties.items()):
         path, rule = f".properties.{key}", f"value{index}_{number}"
         if not isinstance(value, dict) or re.search(r"[<>\n]", key) or not key:
-            raise UnenforceableError(name, path, _NOT_IN_XML)
+            raise UnenforceableError(name, path, say("UNENFORCEABLE_IN_XML"))
         yield from _Value(name, path, schema).rules(rule, value)
         part = f"{json.dumps(f'<parameter={key}>{chr(10)}')} {rule}"
         parts.append(part if key in required else f"({part})?")
@@ -79,7 +83,7 @@ class _Value:
             definitions = {key: self._root[key] for key in _DEFINITIONS if key in self._root}
             whole = {**definitions, **schema}
             if _REFERENCE.search(json.dumps(whole)):
-                raise self._error("", "references must be to $defs")
+                raise self._error("", say("UNENFORCEABLE_SCHEMA", expected="a reference to $defs"))
             yield f"{rule}: {rule}_json {json.dumps(_END)}"
             yield f"{rule}_json: {json_rule(whole)}"
 
@@ -91,29 +95,31 @@ class _Value:
             if not isinstance(found, dict):
                 break
             schema = found
-        raise self._error(".$ref", "points to nothing in this schema")
+        raise self._error(".$ref", say("UNENFORCEABLE_SCHEMA", expected="a reference within it"))
 
     def _text(self, schema: Mapping[str, Any]) -> str:
         """Any text, of the length that it may have."""
         for key in _OF_TEXTS:
             if key in schema:
-                raise self._error(f".{key}", _NOT_IN_XML)
+                raise self._error(f".{key}", say("UNENFORCEABLE_IN_XML"))
         for several in ("anyOf", "oneOf"):
             members = schema.get(several, [])
             if not isinstance(members, list) or not all(isinstance(m, dict) for m in members):
-                raise self._error(f".{several}", "must be a list of schemas")
+                raise self._error(
+                    f".{several}", say("UNENFORCEABLE_SCHEMA", expected="a list of schemas")
+                )
             for number, member in enumerate(members):
                 if "string" in kinds_of(member, self._root) and set(member) - _NOTES:
-                    raise self._error(f".{several}[{number}]", _NOT_IN_XML)
+                    raise self._error(f".{several}[{number}]", say("UNENFORCEABLE_IN_XML"))
         least, most = schema.get("minLength", 0), schema.get("maxLength")
         if not least and most is None:
             return "/(.|\\n)*/"
         if type(least) is not int or type(most) not in (int, type(None)):
-            raise self._error("", "lengths must be integers")
+            raise self._error("", say("UNENFORCEABLE_SCHEMA", expected="bounded by integers"))
         return f"/(.|\\n){{{least},{'' if most is None else most}}}/"
 
-    def _error(self, path: str, why: str) -> UnenforceableError:
-        return UnenforceableError(self._tool, self._path + path, why)
+    def _error(self, path: str, text: Text) -> UnenforceableError:
+        return UnenforceableError(self._tool, self._path + path, text)
 
 
 def _as_text(value: Any) -> str:

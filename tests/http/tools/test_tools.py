@@ -319,7 +319,7 @@ async def test_a_conversation_with_tools(monkeypatch: pytest.MonkeyPatch) -> Non
     ("body", "param"),
     [
         ({"tools": 3}, "tools"),
-        ({"tools": [{"type": "retrieval"}]}, "tools[0]"),
+        ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].name"),
         ({"tools": [CLOCK, CLOCK]}, "tools"),

@@ -1,1 +1,0 @@
-"""What the bodies of requests and answers hold, field by field."""
