@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.datastructures import Headers, QueryParams
 from starlette.types import Receive, Scope, Send
 
@@ -83,6 +84,8 @@ class Route:
             what everyone may ask.
         names: See ``refusal_of``.
         body: The model of a POST's body.
+        answer: The model of the answer, for the OpenAPI document; None if it is text.
+        summary: One line for the document, which leaves out routes without it.
         is_counted: Whether it runs on adapters.
         level: Of the line that is logged in the end.
     """
@@ -93,6 +96,8 @@ class Route:
     service: str = ""
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     body: type[Body] | None = None
+    answer: type[BaseModel] | None = None
+    summary: str = ""
     is_counted: bool = False
     level: int = logging.INFO
 

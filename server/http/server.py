@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import logging
 import socket
@@ -11,6 +12,7 @@ import ssl
 from collections.abc import Collection, Iterator, Mapping
 
 import uvicorn
+from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -37,11 +39,12 @@ from turret.server.http.console.state import State
 from turret.server.http.endpoint import Endpoint, Handler, Route
 from turret.server.http.middleware import HostCheck, RequestIds
 from turret.server.http.models import ADAPTER_NAMES, Lora, Models
+from turret.server.http.openapi import Reference
 from turret.server.http.probes import Probes
 from turret.server.http.refusals import HttpRefusal, refusal_of
 from turret.server.http.reply import dumps
 from turret.server.http.responses import Responses
-from turret.server.http.schemas import requests
+from turret.server.http.schemas import answers, requests
 from turret.server.http.schemas.fields import Body, slip_of
 from turret.server.http.texts import Classify, Embeddings, Tokens
 from turret.server.metrics import Metrics
@@ -69,6 +72,7 @@ def routes(
     metrics: Metrics,
     failures: Failures,
     has_admin: bool,
+    has_tokens: bool = False,
 ) -> list[Route]:
     """All routes.
 
@@ -78,69 +82,147 @@ def routes(
         metrics: What is counted.
         failures: The last calls that failed.
         has_admin: Whether adapters can be loaded and unloaded here.
+        has_tokens: Whether callers need a token.
     """
+    made: list[Route] = []
+    reference = Reference(lambda: made, has_tokens=has_tokens)
     page = Page()
     state = State(inference, adapters, metrics=metrics, failures=failures, has_admin=has_admin)
     models, probes = Models(inference, adapters), Probes(inference, metrics)
     texts, admin = Tokens(inference), Lora(adapters)
     chat, completions = ChatCompletions(inference), Completions(inference)
-    made = [
-        _answer("/v1/chat/completions", chat, requests.ChatRequest, asked.CHAT_NAMES),
-        _answer("/v1/completions", completions, requests.CompletionRequest, asked.COMPLETION_NAMES),
+    made += [
         _answer(
-            "/v1/responses", Responses(inference), requests.ResponseRequest, asked.RESPONSE_NAMES
+            "/v1/chat/completions",
+            chat,
+            (requests.ChatRequest, answers.ChatCompletion),
+            asked.CHAT_NAMES,
+            "Answer a conversation",
         ),
         _answer(
-            "/v1/embeddings", Embeddings(inference), requests.EmbeddingsRequest, asked.INPUT_NAMES
+            "/v1/completions",
+            completions,
+            (requests.CompletionRequest, answers.Completion),
+            asked.COMPLETION_NAMES,
+            "Continue prompts",
         ),
-        _answer("/classify", Classify(inference), requests.ClassifyRequest, asked.INPUT_NAMES),
-        _get("/v1/models", models.list, INFERENCE),
+        _answer(
+            "/v1/responses",
+            Responses(inference),
+            (requests.ResponseRequest, answers.Response),
+            asked.RESPONSE_NAMES,
+            "Answer a conversation (Responses API); nothing is stored",
+        ),
+        _answer(
+            "/v1/embeddings",
+            Embeddings(inference),
+            (requests.EmbeddingsRequest, answers.Embeddings),
+            asked.INPUT_NAMES,
+            "Embed texts",
+        ),
+        _answer(
+            "/classify",
+            Classify(inference),
+            (requests.ClassifyRequest, answers.Classification),
+            asked.INPUT_NAMES,
+            "Label texts",
+        ),
+        _get("/v1/models", models.list, INFERENCE, answers.ModelList, "List models"),
         # Model names may contain slashes.
-        _get("/v1/models/{model:path}", models.get, INFERENCE),
-        _post("/tokenize", texts.tokenize, INFERENCE, requests.TokenizeRequest, asked.TOKEN_NAMES),
+        _get("/v1/models/{model:path}", models.get, INFERENCE, answers.ModelCard, "Get a model"),
+        _post(
+            "/tokenize",
+            texts.tokenize,
+            INFERENCE,
+            (requests.TokenizeRequest, answers.Tokens),
+            asked.TOKEN_NAMES,
+            "Turn a text or a conversation into tokens",
+        ),
         _post(
             "/detokenize",
             texts.detokenize,
             INFERENCE,
-            requests.DetokenizeRequest,
+            (requests.DetokenizeRequest, answers.Text),
             asked.TOKEN_NAMES,
+            "Turn tokens into a text",
         ),
-        _get("/health", probes.health, "", logging.DEBUG),
-        _get("/metrics", probes.metrics, METRICS, logging.DEBUG),
-        _get("/", page.index, "", logging.DEBUG),
+        _get("/health", probes.health, "", answers.Health, "Whether requests are served"),
+        _get("/metrics", probes.metrics, METRICS, None, "Metrics for Prometheus"),
+        _get("/openapi.json", reference.openapi),
+        _get("/docs", reference.docs),
+        _get("/docs/{file}", reference.file),
+        _get("/", page.index),
         # Open to every role: the handler itself rejects callers without one.
-        _get("/console/state", state, "", logging.DEBUG),
-        _get("/console/{file}", page.file, "", logging.DEBUG),
+        _get("/console/state", state),
+        _get("/console/{file}", page.file),
     ]
     if has_admin:
-        handlers = (admin.load, admin.unload, admin.pin, admin.unpin)
-        for path, handler in zip(ADMIN_PATHS, handlers, strict=True):
-            body = requests.LoadAdapter if handler == admin.load else requests.AdapterName
-            made.append(_post(path, handler, ADAPTERS, body, ADAPTER_NAMES))
+        name = requests.AdapterName
+        for path, handler, body, summary in zip(
+            ADMIN_PATHS,
+            (admin.load, admin.unload, admin.pin, admin.unpin),
+            (requests.LoadAdapter, name, name, name),
+            (
+                "Register an adapter of any method",
+                "Remove an adapter once no request uses it",
+                "Keep an adapter in memory",
+                "Let an adapter leave memory again",
+            ),
+            strict=True,
+        ):
+            made.append(_post(path, handler, ADAPTERS, (body, None), ADAPTER_NAMES, summary))
     return made
 
 
-def _answer(path: str, handler: Handler, body: type[Body], names: Mapping[str, str]) -> Route:
+_Bodies = tuple[type[Body], type[BaseModel] | None]
+
+
+def _answer(
+    path: str, handler: Handler, bodies: _Bodies, names: Mapping[str, str], summary: str
+) -> Route:
     """The routes of calls that run on adapters."""
+    made = _post(path, handler, INFERENCE, bodies, names, summary)
+    return dataclasses.replace(made, is_counted=True)
+
+
+def _get(
+    path: str,
+    handler: Handler,
+    service: str = "",
+    answer: type[BaseModel] | None = None,
+    summary: str = "",
+) -> Route:
+    # Probes and pages are polled, so their calls are not worth a line of the log.
+    level = logging.INFO if service == INFERENCE else logging.DEBUG
+    return Route(
+        method="GET",
+        path=path,
+        handler=handler,
+        service=service,
+        answer=answer,
+        summary=summary,
+        level=level,
+    )
+
+
+def _post(
+    path: str,
+    handler: Handler,
+    service: str,
+    bodies: _Bodies,
+    names: Mapping[str, str],
+    summary: str,
+) -> Route:
     return Route(
         method="POST",
         path=path,
         handler=handler,
-        service=INFERENCE,
+        service=service,
         names=names,
-        body=body,
-        is_counted=True,
+        body=bodies[0],
+        answer=bodies[1],
+        summary=summary,
     )
-
-
-def _get(path: str, handler: Handler, service: str, level: int = logging.INFO) -> Route:
-    return Route(method="GET", path=path, handler=handler, service=service, level=level)
-
-
-def _post(
-    path: str, handler: Handler, service: str, body: type[Body], names: Mapping[str, str]
-) -> Route:
-    return Route(method="POST", path=path, handler=handler, service=service, names=names, body=body)
 
 
 class _Uvicorn(uvicorn.Server):
@@ -268,7 +350,14 @@ def application(
     """The ASGI application with all routes; arguments are those of ``HttpServer``."""
     assert listen.http_address is not None
     has_admin = listen.admin_address is None
-    made = routes(inference, adapters, metrics=metrics, failures=failures, has_admin=has_admin)
+    made = routes(
+        inference,
+        adapters,
+        metrics=metrics,
+        failures=failures,
+        has_admin=has_admin,
+        has_tokens=tokens is not None,
+    )
     apart = () if has_admin else ADMIN_PATHS
     answered = []
     for route in made:

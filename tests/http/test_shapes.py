@@ -47,7 +47,12 @@ def test_parsing_takes_time_that_grows_with_the_bytes(data: bytes) -> None:
 
 async def test_each_list_has_its_limit() -> None:
     async with http_harness() as server:
+        large = set()
         for place in places():
+            # A million token ids take a while, and one type reads them everywhere.
+            if place.most > 10_000 and place.most in large:
+                continue
+            large.add(place.most)
             entry = b'"a"' if place.most == MAX_PROMPTS else b"0"
             content = body_of(place, place.most + 1, most_bytes=MAX_BODY_BYTES, entry=entry)
             content = with_others(place, content) if len(content) < MAX_BODY_BYTES // 2 else content

@@ -482,8 +482,11 @@ Prompts = Annotated[
             "anyOf": [
                 {"type": "string"},
                 _IDS,
-                {"type": "array", "maxItems": MAX_PROMPTS, "items": {"type": "string"}},
-                {"type": "array", "maxItems": MAX_PROMPTS, "items": _IDS},
+                {
+                    "type": "array",
+                    "maxItems": MAX_PROMPTS,
+                    "items": {"anyOf": [{"type": "string"}, _IDS]},
+                },
             ]
         }
     ),
