@@ -74,9 +74,9 @@ bench: setup
 client: setup
 	cd tests/support && ../../$(BIN)/python sync_client.py
 
-# The tables and lists in docs/ that the code says better.
+# The tables and lists in docs/ that the code says better, and the file of all sentences.
 pages: setup
-	cd tests/support && for page in adapters architecture operations rates security training; do \
+	cd tests/support && for page in adapters architecture operations rates security sentences training; do \
 		../../$(BIN)/python -m pages.$${page}_page || exit 1; done
 
 # The documentation as a site, in build/site; a link that leads nowhere fails.

@@ -5,9 +5,6 @@ what is compiled is what they would launch. Needs no GPU. ``kernels/registers.js
 results of several versions of Triton; this replaces the installed one's::
 
     python bench/aot.py --write kernels/registers.json
-
-With ``--early`` kernels that can be launched before those before them have ended are compiled for
-that, and what they access before they wait is counted.
 """
 
 from __future__ import annotations
@@ -29,12 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import triton
 from cuda.compilations import TARGETS, Compilation, recorded
 from cuda.kernel_launches import LAUNCHES
-from cuda.sass import accesses_before_wait, disassemble
 from cuda.work_units import work
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-
-from turret.kernels.gpu.shared import tuning
 
 
 def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
@@ -84,9 +78,6 @@ def _row(targets: list[str], compilation: Compilation) -> dict[str, dict[str, An
         row[name] = resources(compiled, target)
         if target.backend == "cuda":
             row[name].update(work(compilation, compiled))
-        if dict(compilation.options).get("launch_pdl"):
-            sass = disassemble(compiled.asm["cubin"])
-            row[name]["accesses_before_wait"] = accesses_before_wait(sass)
     return row
 
 
@@ -114,13 +105,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="compile only names that contain this")
     parser.add_argument("--target", choices=TARGETS, help="compile for this one (default: all)")
     parser.add_argument("--write", type=Path, help="a file to put the results into")
-    parser.add_argument("--early", action="store_true", help="with launch_pdl, for sm_90")
     args = parser.parse_args()
-    if args.early:
-        if args.target != "sm_90":
-            parser.error("--early is for --target sm_90")
-        # Tensors on the meta device have no device name, so the table's key is empty.
-        tuning._TABLE[""] = tuning.Tuning(launch_pdl=True)
     if args.write and args.target:
         parser.error("--write takes all targets")
     targets = [args.target] if args.target else list(TARGETS)

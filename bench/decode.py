@@ -22,13 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from common.adapters import (
+    row_norms,
+    write_default_methods,
+    write_random_loras,
+    write_random_methods,
+)
 from common.batch import BatchTiming, send_batch
-from common.default_methods import write_default_methods
 from common.floor import read_bandwidth, step_bytes
 from common.machine import CpuMeter, describe, require_idle
 from common.prompts import PromptSource
-from common.random_lora import write_random_loras
-from common.random_methods import row_norms, write_random_methods
 from common.report import append_rows, make_console, print_rows
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console

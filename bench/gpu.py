@@ -20,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from cuda.early import time_early_launches
 from cuda.kernels import KERNELS
 from cuda.sampling import time_sampling
 from cuda.scenarios import one_step, time_low_rank, time_projection, time_step
@@ -35,7 +34,6 @@ PARTS: dict[str, Callable[[Setting], None]] = {
     "projection": time_projection,
     "low rank": time_low_rank,
     "step": time_step,
-    "early launches": time_early_launches,
     "switching": time_switching,
 }
 # Parts that run only if they are named.

@@ -6,7 +6,7 @@ Starts a server per number of registered adapters (random LoRAs made by this scr
 traces in the style of S-LoRA (Gamma arrivals, power-law popularity, fixed seed) to each in turn,
 and on the largest measures what cold loads cost and whether a rare adapter is served beside a
 popular one. Writes one JSON document, prints it as tables, and ends with exit code 1 if a bar was
-missed. ``bench/plot_lifecycle.py`` draws the document.
+missed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.adapters import ALL, ATTENTION, write_random_loras
 from common.machine import CpuMeter, cpu_name, describe, require_idle, slug
-from common.random_lora import ALL, ATTENTION, write_random_loras
 from common.report import RESULTS, make_console, print_rows
 from rich.console import Console
 from scale.bars import Bar, bars_of

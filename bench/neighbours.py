@@ -23,8 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.adapters import write_random_loras
 from common.machine import describe, require_idle
-from common.random_lora import write_random_loras
 from common.report import append_rows, make_console, print_rows
 from common.served import Served
 

@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from common.adapters import write_random_loras
 from common.machine import describe, require_idle
 from common.prompts import Chat, PromptSource
-from common.random_lora import write_random_loras
 from common.report import append_rows, make_console, print_rows
 from common.served import Served
 

@@ -20,11 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.default_methods import INVOCATION, METHODS, write_default_methods
+from common.adapters import (
+    DEFAULT_METHODS,
+    INVOCATION,
+    row_norms,
+    write_default_methods,
+    write_random_loras,
+    write_random_methods,
+)
 from common.floor import read_bandwidth, step_bytes
 from common.machine import describe, require_idle
-from common.random_lora import write_random_loras
-from common.random_methods import row_norms, write_random_methods
 from common.report import append_rows, make_console, print_rows
 from common.stopwatch import Part, Recorded, Stopwatch
 from rich.console import Console
@@ -88,7 +93,7 @@ def scenarios(names: list[str], mixed: list[str], others: list[str], only: str) 
         Scenario(f"mixed methods, {batch}", list(mixed)),
         Scenario(f"default sizes, {batch}", list(others)),
     ]
-    for method in METHODS if only else ():
+    for method in DEFAULT_METHODS if only else ():
         own = [name for name in others if name.endswith(f"-{method}")]
         of_one: list[str | None] = [own[i % len(own)] for i in range(batch)] if own else []
         found += [Scenario(f"{method}, {batch}", of_one)] if own else []

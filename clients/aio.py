@@ -91,7 +91,7 @@ class AsyncTurretClient:
         resume: bool = True,
     ) -> None:
         if not isinstance(resume, bool):
-            raise ArgumentTypeError("resume", f"True or False, not {resume!r}")
+            raise ArgumentTypeError("resume", f"must be True or False, not {resume!r}")
         self._resume = resume
         self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries), tls)
         self._connection = Connection(address, admin_address, tls)

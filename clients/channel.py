@@ -52,16 +52,14 @@ class Tls:
             if not isinstance(pem, bytes | None):
                 # Do not repeat the value, which may be a private key.
                 kind = type(pem).__name__
-                raise ArgumentTypeError(
-                    name, f"PEM as bytes, not {kind}; Tls.from_files({name}=...) reads a file"
-                )
+                raise ArgumentTypeError(name, f"must be PEM as bytes, not {kind}")
             if pem is not None and (why := _why_no_pem(name, pem)):
                 raise ArgumentValueError(name, why)
         if not isinstance(self.server_name, str | None):
-            raise ArgumentTypeError("server_name", f"a text, not {self.server_name!r}")
+            raise ArgumentTypeError("server_name", f"must be a string, not {self.server_name!r}")
         if (self.certificate is None) != (self.key is None):
             missing = "key" if self.key is None else "certificate"
-            raise ArgumentValueError(missing, "is missing; certificate and key come together")
+            raise ArgumentValueError(missing, "is required; set certificate and key together")
 
     @classmethod
     def from_files(
@@ -91,19 +89,19 @@ class Tls:
 def _why_no_pem(name: str, pem: bytes) -> str:
     """What is wrong with the value of a ``Tls`` attribute; empty if nothing is found."""
     if _PEM not in pem:
-        return "holds no PEM"
+        return "has no PEM data"
     kind = "private key" if name == "key" else "certificate"
-    return "" if kind.upper().encode() + b"-----" in pem else f"holds no {kind}"
+    return "" if kind.upper().encode() + b"-----" in pem else f"has no {kind}"
 
 
 def _read_pem(name: str, path: str | os.PathLike[str]) -> bytes:
     if not isinstance(path, str | os.PathLike):
         # Do not repeat the value, which may be PEM itself.
-        raise ArgumentTypeError(name, f"the path of a PEM file, not {type(path).__name__}")
+        raise ArgumentTypeError(name, f"must be the path of a PEM file, not {type(path).__name__}")
     try:
         pem = Path(path).read_bytes()
     except OSError as error:
-        raise type(error)(f"{name}: {path}: {error.strerror}; it takes a PEM file") from None
+        raise type(error)(f"{name}: {path}: {error.strerror}") from None
     if why := _why_no_pem(name, pem):
         raise ArgumentValueError(name, f"{path} {why}")
     return pem
@@ -122,11 +120,9 @@ def check_address(address: object, tls: object, name: str = "address") -> None:
         ArgumentValueError: The address is a URL, or has no port and no TLS.
     """
     if not isinstance(address, str):
-        raise ArgumentTypeError(name, f"HOST:PORT, not {address!r}")
+        raise ArgumentTypeError(name, f"must be HOST:PORT, not {address!r}")
     if not isinstance(tls, Tls | None):
-        raise ArgumentTypeError(
-            "tls", f"a Tls, such as Tls() for the system's roots, or None, not {tls!r}"
-        )
+        raise ArgumentTypeError("tls", f"must be a Tls or None, not {tls!r}")
     if problem := address_problem(address, has_tls=tls is not None):
         raise ArgumentValueError(name, problem)
 
@@ -143,7 +139,7 @@ class ClosedStub:
     """Replaces a closed client's stub, with an error in terms of the client instead of gRPC's."""
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise RuntimeError("the client is closed; make another")
+        raise RuntimeError("the client is closed")
 
 
 def _options(address: str, tls: Tls | None) -> list[tuple[str, int | str]]:

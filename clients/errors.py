@@ -253,7 +253,7 @@ class AnswerCutError(UnavailableError):
     @classmethod
     def of(cls, completion: Completion | None) -> AnswerCutError:
         """The error for a partial answer."""
-        said = "the server is shutting down: it ended the answer before its end; ask again"
+        said = "the server is shutting down and ended the answer early"
         error = cls(grpc.StatusCode.UNAVAILABLE, said, reason="ANSWER_CUT")
         error.completion = completion
         return error

@@ -11,7 +11,7 @@ import grpc
 _HOST_PORT = re.compile(
     r"(dns:(//[^/]*/)?)?(?P<host>\[[^\]]*\]|[^:\[\]]+):(?P<port>[^:]*)", re.DOTALL
 )
-_NO_PORT = ": the port is missing"
+_NO_PORT = "; the port is missing"
 # Schemes: words before a colon that are not hosts.
 _SCHEMES = ("unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock", "xds", "google-c2p")
 _MAX_PORT = 65535
@@ -40,33 +40,33 @@ _ANSWERED = (
     (
         re.compile(r"Failed parsing HTTP/2|http1\.x server|HTTP/1\."),
         "NOT_GRPC",
-        "what answers at {} does not speak gRPC",
+        "the server at {} does not speak gRPC",
     ),
     (
         re.compile("security handshaker"),
         "PEM_UNREADABLE",
-        "the server at {} was not asked: a certificate or key that was given cannot be read",
+        "no connection to {} was made: a certificate or key cannot be read",
     ),
     (
         re.compile("WRONG_VERSION_NUMBER"),
         "TLS_UNSUPPORTED",
-        "what answers at {} does not support TLS",
+        "the server at {} does not support TLS",
     ),
     (
         re.compile("CERTIFICATE_VERIFY_FAILED"),
         "CERTIFICATE_UNTRUSTED",
-        "what answers at {} shows a certificate that the given roots did not sign",
+        "the server at {} presents a certificate that the given roots did not sign",
     ),
     (
         re.compile("Hostname Verification"),
         "CERTIFICATE_NAME",
-        "what answers at {} shows a certificate for another name",
+        "the server at {} presents a certificate for another name",
     ),
     # A server with TLS does this to a client without it, or without a required certificate.
     (
         re.compile("Socket closed"),
         "CONNECTION_CLOSED",
-        "what answers at {} closes the connection",
+        "the server at {} closes the connection",
     ),
 )
 # Reasons of calls that no turret server has taken. With ANSWERED something else listens at the
@@ -88,12 +88,12 @@ def cause_of(code: grpc.StatusCode, said: str) -> tuple[grpc.StatusCode, str, st
     if found := _TOO_LARGE.search(said):
         size, most = found[2], found[3]
         if found["end"] == "CLIENT: ":
-            why = f"the answer has {size} bytes, this client takes at most {most}"
+            why = f"the answer has {size} bytes, more than the {most} that this client accepts"
             return status.INVALID_ARGUMENT, "ANSWER_TOO_LARGE", why
-        why = f"the request has {size} bytes, the server takes at most {most}"
+        why = f"the request has {size} bytes, more than the {most} that the server accepts"
         return status.INVALID_ARGUMENT, "REQUEST_TOO_LARGE", why
     if code is status.DEADLINE_EXCEEDED:
-        return code, "", "no answer in time"
+        return code, "", "the call did not finish in time"
     if code is status.CANCELLED:
         is_lost = _OWN_DOING.search(said) is None
     else:
@@ -126,19 +126,19 @@ def address_problem(address: str, *, has_tls: bool) -> str:
     scheme, colon, rest = address.partition(":")
     is_scheme = colon and scheme in _SCHEMES
     if is_scheme and not rest.strip("/"):
-        wanted = "a path, as unix:/run/turret.sock" if scheme == "unix" else "an address behind it"
-        return f"{scheme}: needs {wanted}"
+        wanted = "a path, such as unix:/run/turret.sock" if scheme == "unix" else "an address"
+        return f"{scheme}: requires {wanted}"
     if scheme.startswith("unix"):
         return ""
     problem = ""
     if any(each.isspace() or not each.isprintable() for each in address):
-        problem = ": it holds a blank"
+        problem = "; it contains white space"
     elif rest.startswith("//") and not is_scheme:
-        problem = f": leave {scheme}:// out"
+        problem = f"; leave out {scheme}://"
     elif "," in address and not is_scheme:
-        problem = ": a list of addresses begins with ipv4: or ipv6:"
+        problem = "; start a list of addresses with ipv4: or ipv6:"
     elif address.startswith("[]") or (colon and not scheme and ":" not in rest):
-        problem = ": the host is missing"
+        problem = "; the host is missing"
     elif (found := _HOST_PORT.fullmatch(address)) and found["host"] not in _SCHEMES:
         problem = _port_problem(found["port"])
     elif not address or not (has_tls or colon):

@@ -1,22 +1,106 @@
-"""A replica's side: it takes what the registry says in order, and says how far it is.
+"""A replica's side: it takes what the registry says in order, and reports how far it is.
 
-A state machine without clock, network or thread: every call says what time it is.
+``Follower`` is a state machine without clock, network or thread: every call says what time it is.
+``ReplicaLink`` runs it: one thread asks for news, another applies it.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from turret.fleet.fleet_state import Entry, FleetState
-from turret.fleet.messages import Join, Joined, News, Report, Usage
-from turret.server.errors import TurretError
+from turret.fleet import protocol as p
+from turret.fleet.protocol import Entry, FleetState, Join, Joined, News, Report, Usage
+from turret.fleet.words import say
+from turret.server import log
+from turret.server.basics.work import Cancellation
+from turret.server.errors import TurretError, UnavailableError
+
+_log = logging.getLogger(__name__)
+
+_RETRY_SECONDS = 0.5
+# Without news, a report waits for this part of a lease, so that two may be lost.
+_WAITS_PER_LEASE = 3
+# How often to check while something is ending on this replica.
+_DRAIN_SECONDS = 0.05
+_WAIT_SECONDS = 2.0
+# Merges check for cancellation more often, because their callers may disconnect.
+_CANCEL_SECONDS = 0.2
+
+
+class Channel:
+    """The methods of a ``RegistryHost`` that may be in another process. Each blocks.
+
+    Every method raises UnavailableError if the registry cannot be reached; whether a proposal was
+    accepted is then not known.
+    """
+
+    def call(self, wait_seconds: float, method: str, *arguments: Any) -> Any:
+        """What a method of the host returns or raises; it waits so long on purpose."""
+        raise NotImplementedError
+
+    def join(self, join: p.Join) -> p.Joined:
+        return self.call(0.0, "join", join)
+
+    def report(self, report: p.Report, wait_seconds: float) -> p.News:
+        return self.call(wait_seconds, "report", report, wait_seconds)
+
+    def submit(self, proposal: p.Proposal) -> str:
+        return self.call(0.0, "submit", proposal)
+
+    def outcome(self, operation: str, wait_seconds: float) -> p.Outcome | None:
+        return self.call(wait_seconds, "outcome", operation, wait_seconds)
+
+    def cancel(self, operation: str, error: TurretError) -> None:
+        self.call(0.0, "cancel", operation, error)
+
+    def leave(self, replica: str) -> None:
+        self.call(0.0, "leave", replica)
+
+    def usage(self, name: str = "") -> Mapping[str, Mapping[str, p.Usage]]:
+        return self.call(0.0, "usage", name)
+
+    def status(self) -> p.FleetStatus:
+        return self.call(0.0, "status")
+
+
+def propose(
+    channel: Channel, proposal: p.Proposal, cancellation: Cancellation | None = None
+) -> p.Outcome:
+    """Proposes a change and waits until every living replica has applied it.
+
+    Args:
+        channel: To the registry.
+        proposal: What is wanted.
+        cancellation: Set when nobody waits any more; a merge that is not everywhere yet is
+            withdrawn then.
+
+    Raises:
+        TurretError: It came to nothing.
+        UnavailableError: The registry cannot be reached, or was started anew meanwhile.
+    """
+    operation = channel.submit(proposal)
+    is_withdrawn = False
+    while True:
+        if cancellation is not None and cancellation.is_set and not is_withdrawn:
+            is_withdrawn = True
+            try:
+                cancellation.check()
+            except TurretError as error:
+                channel.cancel(operation, error)
+        seconds = _WAIT_SECONDS if cancellation is None else _CANCEL_SECONDS
+        outcome = channel.outcome(operation, seconds)
+        if outcome is not None:
+            return outcome
 
 
 class Applies(Protocol):
-    """Applies the fleet's state to the replica; see ``ReplicaRegistry``."""
+    """Applies the fleet's state to the replica; see ``Seat``."""
 
     def reset(self, state: FleetState) -> None: ...
     def apply(self, entry: Entry) -> None: ...
@@ -31,12 +115,12 @@ class Change:
     """The next change to apply.
 
     Attributes:
-        session: The incarnation of the registry and the replica's session whose revision it is.
+        session: The joining that its revision belongs to.
         revision: The one that is true afterwards.
         what: A snapshot, or what changed.
     """
 
-    session: tuple[str, int]
+    session: str
     revision: int
     what: FleetState | Entry
 
@@ -56,8 +140,8 @@ class Follower:
         self._join = join
         self._replica = replica
         self._stops_alone = stops_alone
-        # The registry's incarnation and this replica's session there; None if it must join.
-        self._session: tuple[str, int] | None = None
+        # None while it must join.
+        self._session: str | None = None
         self._received = -1
         self._applied = -1
         self._must_apply = 0
@@ -76,8 +160,7 @@ class Follower:
         waiting, running = self._replica.num_requests()
         return Report(
             replica=self._join.replica,
-            incarnation=self._session[0],
-            session=self._session[1],
+            session=self._session,
             received=self._received,
             applied=applied,
             holding=self._replica.holding(),
@@ -92,7 +175,7 @@ class Follower:
         if asked <= self._joined_at:
             return
         self._joined_at = asked
-        self._session = session = (answer.incarnation, answer.session)
+        self._session = session = answer.session
         self._received = self._must_apply = answer.revision
         self._applied = -1
         self._told_usage = None
@@ -103,7 +186,7 @@ class Follower:
     def told(self, call: Report, news: News, asked: float) -> None:
         """Takes in the answer to a report; a late or repeated one is ignored."""
         session = self._session
-        if session is None or session != (call.incarnation, call.session):
+        if session is None or session != call.session:
             return
         if call.usage is not None:
             self._told_usage = call.usage
@@ -113,10 +196,9 @@ class Follower:
                 self._received = revision
                 self._changes.append(Change(session, revision, entry))
 
-    def must_join(self, call: Report) -> None:
+    def must_join(self) -> None:
         """Records that the registry does not know the replica, or no longer does."""
-        if self._session == (call.incarnation, call.session):
-            self._session = None
+        self._session = None
 
     def next_change(self) -> Change | None:
         """The change for ``apply``; None if there is none."""
@@ -149,3 +231,139 @@ class Follower:
         if self._stops_alone:
             return self.is_current and self.has_lease(now)
         return self._has_served
+
+
+class ReplicaLink:
+    """Created stopped. ``start`` blocks until the registry's state is applied.
+
+    Args:
+        join: Who the replica is.
+        replica: Makes changes true.
+        channel: To the registry.
+        stops_alone: See ``Follower``.
+    """
+
+    def __init__(
+        self,
+        join: Join,
+        replica: Applies,
+        channel: Channel,
+        *,
+        stops_alone: bool = False,
+    ) -> None:
+        self._name = join.replica
+        self._replica = replica
+        self._channel = channel
+        self._follower = Follower(join, replica, stops_alone=stops_alone)
+        self._changed = threading.Condition()
+        self._lease_seconds = 1.0
+        self._is_closed = False
+        self._error: Exception | None = None
+        self._is_away = False
+
+    def start(self, timeout_seconds: float) -> None:
+        """Joins, and then serves.
+
+        Raises:
+            UnavailableError: The registry was not reached in time.
+            TurretError, ValueError: What it says cannot be made true, or it refuses the replica.
+        """
+        for work in (self._watch, self._apply):
+            threading.Thread(target=work, name=f"fleet {work.__name__}", daemon=True).start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._error or self.is_serving, timeout_seconds)
+            if self._error is not None:
+                raise self._error
+            if not self.is_serving:
+                raise UnavailableError(say("REGISTRY_AWAY"))
+
+    def close(self) -> None:
+        """Leaves the fleet, so that nobody waits for this replica any more."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        try:
+            self._channel.leave(self._name)
+        except UnavailableError:
+            return
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether requests may be answered."""
+        return self._error is None and self._follower.is_serving(time.monotonic())
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a change cannot be applied here, so that the replica must end."""
+        return self._error is not None
+
+    def report_soon(self) -> None:
+        """Makes the next report go out soon."""
+        threading.Thread(target=self._ask, args=(0.0,), name="fleet report", daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._is_closed and self._error is None:
+            with self._changed:
+                is_busy = bool(self._replica.holding())
+            wait = _DRAIN_SECONDS if is_busy else self._lease_seconds / _WAITS_PER_LEASE
+            if not self._ask(wait):
+                time.sleep(_RETRY_SECONDS)
+
+    def _ask(self, wait_seconds: float) -> bool:
+        """Makes one call to the registry; False if it failed."""
+        with self._changed:
+            question, asked = self._follower.next_call(), time.monotonic()
+        try:
+            if isinstance(question, Join):
+                joined = self._channel.join(question)
+                with self._changed:
+                    self._follower.joined(joined, asked)
+                    self._lease_seconds = joined.lease_seconds
+                    self._changed.notify_all()
+            else:
+                news = self._channel.report(question, wait_seconds)
+                self._take(question, news, asked)
+        except p.NotJoinedError:
+            with self._changed:
+                self._follower.must_join()
+        except UnavailableError as error:
+            if not self._is_away:
+                self._is_away = True
+                _log.warning("no registry", extra=log.fields(reason=error))
+            return False
+        except ValueError as error:
+            self._fail(error)
+            return False
+        if self._is_away:
+            self._is_away = False
+            _log.info("the registry is back")
+        return True
+
+    def _take(self, question: Report, news: News, asked: float) -> None:
+        with self._changed:
+            self._follower.told(question, news, asked)
+            self._changed.notify_all()
+
+    def _apply(self) -> None:
+        while True:
+            with self._changed:
+                while (change := self._follower.next_change()) is None:
+                    if self._is_closed or self._error is not None:
+                        return
+                    self._changed.wait()
+            try:
+                self._follower.apply(change)
+            except Exception as error:
+                _log.exception("the replica cannot follow the fleet")
+                self._fail(error)
+                return
+            with self._changed:
+                self._follower.done(change)
+                self._changed.notify_all()
+            # Report at once, because callers wait for it.
+            self._ask(0.0)
+
+    def _fail(self, error: Exception) -> None:
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()

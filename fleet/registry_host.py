@@ -1,22 +1,101 @@
-"""The registry with a clock and threads, for use in a process or an actor."""
+"""The registry on a machine: its state on disk, its clock and threads, for a process or an actor.
+
+The directory is that of a single server, with one file more:
+
+    merge.json                 the base's generation and what is merged into it
+
+beside what ``StateDir`` says. A single server reads the same registrations and no merge.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
-from turret.fleet import messages as m
-from turret.fleet.fleet_registry import FleetRegistry, Store
+from turret.fleet import protocol as p
+from turret.fleet.registry import FleetRegistry, Store
+from turret.server import log
+from turret.server.adapters.source import Source
+from turret.server.adapters.state.state_dir import StateDir
+from turret.server.basics.files import (
+    move_directory,
+    remove_directory,
+    replace_file,
+    reporting_disk_faults,
+)
 from turret.server.errors import TurretError
+
+_log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.2
 _T = TypeVar("_T")
 
 
+class FleetStore(StateDir):
+    """The directory of one server, and the merge that is active; see ``Store``.
+
+    Args:
+        path: The state directory; made if it does not exist.
+
+    Raises:
+        OSError: It cannot be used.
+        ValueError: Another server or registry uses it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # The limit of 0 is unused: replicas receive uploads and enforce their size.
+        super().__init__(path, 0)
+        self._merge = self.path / "merge.json"
+
+    def read_base(self) -> p.Base:
+        """The saved base; an unreadable one is reported and replaced by the model's own."""
+        if not self._merge.exists():
+            return p.Base()
+        try:
+            return _base_from(json.loads(self._merge.read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _log.error("cannot restore", extra=log.fields(file=self._merge, reason=error))
+            return p.Base()
+
+    def write_base(self, base: p.Base) -> None:
+        """Saves the base for the next start.
+
+        Raises:
+            StorageFullError, StorageFailedError: What was saved before still holds.
+        """
+        fields = {**dataclasses.asdict(base), "version": 1}
+        with reporting_disk_faults():
+            replace_file(self._merge, json.dumps(fields, indent=1).encode())
+
+    def keep(self, source: Source, key: str) -> Source:
+        """Moves an upload to its place; returns where it is now."""
+        target = self.path / "files" / key
+        with reporting_disk_faults():
+            if target.exists():
+                # A crash left it before its generation was recorded, so nothing refers to it.
+                remove_directory(target)
+            move_directory(self.path / source.path, target)
+        return dataclasses.replace(source, path=str(target.relative_to(self.path)))
+
+
+def _base_from(fields: dict[str, Any]) -> p.Base:
+    if fields["version"] != 1:
+        raise ValueError("is of another version")
+    merge = fields["merge"]
+    if merge is not None:
+        members = tuple(p.Member(**member) for member in merge.pop("members"))
+        merge = p.MergePlan(members=members, **merge)
+    return p.Base(generation=int(fields["generation"]), merge=merge)
+
+
 class RegistryHost:
-    """Thread-safe; a channel for replicas of the same process, too (see ``Channel``).
+    """Thread-safe. Replicas reach its methods by a ``Channel``.
 
     Args:
         store: What survives.
@@ -38,12 +117,12 @@ class RegistryHost:
             self._is_closed = True
             self._changed.notify_all()
 
-    def join(self, join: m.Join) -> m.Joined:
+    def join(self, join: p.Join) -> p.Joined:
         """See ``FleetRegistry``."""
         with self._changed:
             return self._registry.join(join, time.monotonic())
 
-    def report(self, report: m.Report, wait_seconds: float) -> m.News:
+    def report(self, report: p.Report, wait_seconds: float) -> p.News:
         """As ``FleetRegistry.report``, but waits until there is news, up to a time limit."""
         end = time.monotonic() + wait_seconds
         with self._changed:
@@ -59,11 +138,11 @@ class RegistryHost:
                     lambda seen=revision: self._registry.revision > seen or self._is_closed, left
                 )
 
-    def submit(self, proposal: m.Proposal) -> str:
+    def submit(self, proposal: p.Proposal) -> str:
         """See ``FleetRegistry``."""
         return self._now(lambda now: self._registry.submit(proposal, now))
 
-    def outcome(self, operation: str, wait_seconds: float) -> m.Outcome | None:
+    def outcome(self, operation: str, wait_seconds: float) -> p.Outcome | None:
         """As ``FleetRegistry.outcome``, but waits up to a time limit before it returns None."""
         end = time.monotonic() + wait_seconds
         with self._changed:
@@ -82,12 +161,12 @@ class RegistryHost:
         """See ``FleetRegistry``."""
         self._now(lambda now: self._registry.leave(replica, now))
 
-    def usage(self, name: str = "") -> Mapping[str, Mapping[str, m.Usage]]:
+    def usage(self, name: str = "") -> Mapping[str, Mapping[str, p.Usage]]:
         """See ``FleetRegistry``."""
         with self._changed:
             return self._registry.usage(name)
 
-    def status(self) -> m.FleetStatus:
+    def status(self) -> p.FleetStatus:
         """See ``FleetRegistry``."""
         return self._now(lambda now: self._registry.status(now))
 

@@ -9,14 +9,16 @@ import logging
 import os
 from pathlib import Path
 
-from turret.fleet.machine import fleet_folder
+from turret.fleet.serving import fleet_folder
 from turret.fleet.serving.plan import (
     REFUSED,
     ClusterPlan,
     check_ray_address,
     fleet_config,
+    too_small,
     why_refused,
 )
+from turret.fleet.words import say
 from turret.server import log
 from turret.server.basics.extras import how_to_add
 from turret.server.command.flags import add_flags, read_settings
@@ -138,13 +140,13 @@ def _plan(args: argparse.Namespace) -> ClusterPlan:
         ray_address = ray_address or "auto"
     least, most = args.min_replicas, args.max_replicas
     if args.replicas is not None and (least is not None or most is not None):
-        raise ValueError("--replicas: give either it or --min-replicas and --max-replicas")
+        raise ValueError(say("REPLICAS_TWICE"))
     if (least is None) != (most is None):
-        raise ValueError("--min-replicas and --max-replicas need each other")
+        raise ValueError(say("REPLICAS_HALF"))
     if least is None or most is None:
         least = most = 2 if args.replicas is None else args.replicas
     if args.replicas is not None and args.replicas < 1:
-        raise ValueError(f"--replicas must be at least 1, not {args.replicas}")
+        raise ValueError(too_small("replicas", args.replicas))
     return ClusterPlan(
         ray_address=ray_address,
         min_replicas=least,
@@ -159,7 +161,7 @@ def status(args: argparse.Namespace) -> int:
     if not _has_ray("status"):
         return EXIT_FAILED
     from turret.fleet.serving.ray_cluster import join_as_guest
-    from turret.fleet.serving.status import print_status
+    from turret.fleet.serving.serve import print_status
     from turret.server.errors import UnavailableError
 
     try:

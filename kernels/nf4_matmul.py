@@ -1,9 +1,8 @@
 """``y = x Wᵀ`` for an NF4 weight (QLoRA, arXiv 2305.14314, section 3), packed as bitsandbytes does.
 
-Two codes a byte, the first in the high nibble; one absmax per 64 weights of a row, itself
-quantised to 8 bits in groups of 256 (double quantisation)::
+Two codes a byte, the first in the high nibble; one absmax per 64 weights of a row, which is written
+out where a file has it quantised once more (double quantisation)::
 
-    absmax[b] = code2[absmax_q[b]] · absmax2[b // 256] + offset[b // 256]
     W_dq[b·64 + i] = code[nibble] · absmax[b], rounded to the dtype of x
 """
 
@@ -15,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 BLOCK = 64
-GROUP = 256
 CODE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -25,40 +23,18 @@ CODE = (
 
 
 @dataclass(frozen=True, slots=True)
-class NestedAbsmax:
-    """Block maxima, quantised themselves.
-
-    Attributes:
-        codes: ``[out · in / 64]`` uint8.
-        code2: Values of the codes, ``[256]`` fp32.
-        absmax2: ``[ceil(out · in / 64 / 256)]`` fp32.
-        offset: Same shape: fused weights have one offset per module.
-    """
-
-    codes: torch.Tensor
-    code2: torch.Tensor
-    absmax2: torch.Tensor
-    offset: torch.Tensor
-
-    def flat(self) -> torch.Tensor:
-        """The maxima, ``[out · in / 64]`` fp32."""
-        group = torch.arange(self.codes.numel(), device=self.codes.device) // GROUP
-        return self.code2[self.codes.long()] * self.absmax2[group] + self.offset[group]
-
-
-@dataclass(frozen=True, slots=True)
 class Nf4Matrix:
     """A quantised ``[out_features, in_features]`` weight.
 
     Attributes:
         packed: ``[out · in / 2]`` uint8.
-        absmax: ``[out · in / 64]`` fp32, or nested.
+        absmax: ``[out · in / 64]`` fp32.
         out_features: Rows.
         in_features: Columns, a multiple of 64.
     """
 
     packed: torch.Tensor
-    absmax: torch.Tensor | NestedAbsmax
+    absmax: torch.Tensor
     out_features: int
     in_features: int
 
@@ -66,8 +42,7 @@ class Nf4Matrix:
         """``[out, in]`` in ``dtype``."""
         code = torch.tensor(CODE, device=self.packed.device)
         nibbles = torch.stack((self.packed >> 4, self.packed & 15), dim=-1).long()
-        absmax = self.absmax if isinstance(self.absmax, torch.Tensor) else self.absmax.flat()
-        blocks = code[nibbles].view(-1, BLOCK) * absmax[:, None]
+        blocks = code[nibbles].view(-1, BLOCK) * self.absmax[:, None]
         return blocks.view(self.out_features, self.in_features).to(dtype)
 
 

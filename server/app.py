@@ -22,6 +22,7 @@ from turret.server.api.faults import Failures
 from turret.server.api.gate import Backend, Gate
 from turret.server.api.inference.inference import Inference
 from turret.server.basics.address import is_local_address
+from turret.server.basics.triton_needs import see_only
 from turret.server.basics.work import started_pool
 from turret.server.command.interrupts import Hangup
 from turret.server.config import Config
@@ -31,6 +32,7 @@ from turret.server.metrics_server import MetricsServer
 from turret.server.progress import end_bars
 from turret.server.reloading import NOTHING_TO_RELOAD, TokenReloader
 from turret.server.rpc.server import RpcServer
+from turret.server.words import say
 
 if TYPE_CHECKING:
     from turret.server.adapters.adapter_info import AdapterInfo
@@ -51,7 +53,9 @@ _T = TypeVar("_T")
 
 
 def _build(config: Config, metrics: Metrics) -> Backend:
-    # The server listens before torch and transformers are imported, which takes seconds.
+    # The server listens before torch and transformers are imported, which takes seconds; and a
+    # device is chosen before, since a library asks for devices when it is imported.
+    see_only(config.model.device)
     from turret.server.build import build_backend
 
     return build_backend(config, metrics)
@@ -69,7 +73,8 @@ def _preload(registry: AdapterRegistry, name: str, path: str) -> AdapterInfo:
         except AdapterExistsError:
             return registry.replace(name, path)
     except TurretError as error:
-        raise PreloadError(f"--preload {name}={path}: {error.message}") from error
+        said = say("PRELOAD_FAILED", name=name, path=path, problem=error.message)
+        raise PreloadError(said) from error
 
 
 class PreloadError(Exception):
@@ -249,7 +254,7 @@ class App:
         backend = self._backend
         is_dead = backend is not None and backend.engine.is_dead
         has_served = self.gate.is_open
-        self.gate.close("the engine is dead" if is_dead else "the server is shutting down")
+        self.gate.close(say("ENGINE_FAILED") if is_dead else say("SHUTTING_DOWN"))
         if self._watching is not None:
             self._watching.cancel()
         if self.rpc is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -18,7 +17,7 @@ from turret.server import log
 from turret.server.adapters.allowed import Allowed
 from turret.server.adapters.base import BaseModel, Precision
 from turret.server.adapters.device.cpu.store import CpuStore
-from turret.server.adapters.device.gpu.streams import StepStream
+from turret.server.adapters.device.gpu.uploads import StepStream
 from turret.server.adapters.device.reference import ReferenceStore
 from turret.server.adapters.device.store import AdapterStore, StepStore
 from turret.server.adapters.fuse.fuser import Fuser
@@ -44,7 +43,7 @@ from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.speculation import Speculation, StepCost
 from turret.server.engine.step.executor import Executor, TorchExecutor
-from turret.server.engine.step.gpu.memory_plan import (
+from turret.server.engine.step.gpu.start import (
     adapter_bytes,
     captured_bytes,
     kv_cache_bytes,
@@ -70,6 +69,8 @@ from turret.server.progress import progress_bar
 
 _log = logging.getLogger(__name__)
 
+# Triton supports no older NVIDIA device; AMD's have larger numbers.
+_LEAST_CAPABILITY = (8, 0)
 # Positions per KV block; divides the attention tile.
 BLOCK_SIZE = 16
 
@@ -185,7 +186,7 @@ def _store_type(path: str) -> Callable[..., AdapterStore]:
 
 
 def _build_executor(
-    config: Config, decoder: Decoder, cache: KvCache, store: AdapterStore
+    config: Config, decoder: Decoder, cache: KvCache, store: AdapterStore, metrics: Metrics
 ) -> Executor:
     if isinstance(store, StepStore):
         return TorchExecutor(decoder, cache, store, screens_head=config.model.head_screen)
@@ -204,45 +205,33 @@ def _build_executor(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         capture=capture_for(decoder.device, decoder.dtype),
+        on_graphs_off=metrics.cuda_graphs_off,
     )
 
 
 def _choose_device(model: ModelConfig) -> torch.device:
+    """The device that serves; ``see_only`` has made it the first, if it is a CUDA device."""
     wanted = model.device
-    if wanted.startswith("cuda:"):
-        _see_only(int(wanted.removeprefix("cuda:")))
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cpu":
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise InvalidRequestError.of(
             "device", f"{model.device} was asked for, but torch sees no such CUDA device"
         )
+    capability = torch.cuda.get_device_capability(0)
+    if capability < _LEAST_CAPABILITY:
+        found, least = (".".join(map(str, one)) for one in (capability, _LEAST_CAPABILITY))
+        why = f"compute capability {least} is needed, this GPU has {found}"
+        if wanted != "auto":
+            raise InvalidRequestError.of("device", f"{why}; take --device cpu")
+        _log.warning("serving on the CPU", extra=log.fields(why=why))
+        return torch.device("cpu")
     if missing := missing_for_triton():
         raise InvalidRequestError.of(
             "device", f"CUDA kernels are compiled here, which needs {missing}; or take --device cpu"
         )
     keep_compiled_in(default_cache_dir() / "triton")
     return torch.device("cuda", 0)
-
-
-def _see_only(number: int) -> None:
-    """Make only one CUDA device visible to this process.
-
-    Every thread and every library has device 0 as its current one, so the one that serves is made
-    that. It works before CUDA is first used.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        names = [name.strip() for name in visible.split(",") if name.strip()]
-        if number >= len(names):
-            raise InvalidRequestError.of(
-                "device", f"cuda:{number} was asked for, but CUDA_VISIBLE_DEVICES is {visible!r}"
-            )
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[number]
-    else:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
 
 
 def _build_registry(config: AdapterConfig, base: BaseModel, metrics: Metrics) -> AdapterRegistry:
@@ -278,11 +267,11 @@ def _build_engine(
     arch = decoder.arch
     per_block = KvCache.block_bytes(arch, BLOCK_SIZE, decoder.dtype)
     max_num_seqs, max_num_batched_tokens = config.scheduler.sizes(decoder.device.type)
-    num_blocks = _kv_bytes(config, decoder, store) // per_block
+    num_blocks = _kv_bytes(config, decoder, store, metrics) // per_block
     if num_blocks < 2:
         raise InvalidRequestError.of("kv-cache-bytes", f"must be at least {2 * per_block}")
     cache = KvCache(arch, num_blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
-    executor = _build_executor(config, decoder, cache, store)
+    executor = _build_executor(config, decoder, cache, store, metrics)
     runner = Runner(executor, tokenizer.eos_token_ids)
     stream = StepStream(decoder.device)
     if decoder.device.type == "cuda":
@@ -338,7 +327,7 @@ def _on_stream(stream: StepStream, dtype: torch.dtype, device: torch.device) -> 
 
 def _warm_up(executor: Executor, stream: StepStream) -> None:
     from turret.server.engine.step.gpu.executor import GpuExecutor
-    from turret.server.engine.step.gpu.warm_up import warm_up
+    from turret.server.engine.step.gpu.start import warm_up
 
     assert isinstance(executor, GpuExecutor)
     started = time.monotonic()
@@ -349,7 +338,7 @@ def _warm_up(executor: Executor, stream: StepStream) -> None:
     _log.info("decode steps captured", extra=log.fields(seconds=seconds))
 
 
-def _kv_bytes(config: Config, decoder: Decoder, store: AdapterStore) -> int:
+def _kv_bytes(config: Config, decoder: Decoder, store: AdapterStore, metrics: Metrics) -> int:
     """Size of the KV cache: as configured, or what the largest step leaves of a CUDA device."""
     wanted, device = config.cache.kv_cache_bytes, decoder.device
     if wanted is not None:
@@ -361,7 +350,7 @@ def _kv_bytes(config: Config, decoder: Decoder, store: AdapterStore) -> int:
     max_num_seqs, max_num_batched_tokens = config.scheduler.sizes(device.type)
     step = largest_step(max_num_batched_tokens, max_num_seqs, BLOCK_SIZE)
     cache = KvCache(decoder.arch, 2, BLOCK_SIZE, decoder.dtype, device)
-    executor = _build_executor(config, decoder, cache, store)
+    executor = _build_executor(config, decoder, cache, store, metrics)
     runner = Runner(executor, frozenset())
     taken = measure(runner.run, step, device)
     assert isinstance(executor, GpuExecutor)

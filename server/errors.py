@@ -37,13 +37,17 @@
     │   └── ServerStartingError      the model is not loaded yet
     └── DeadlineExceededError        the deadline passed before the request finished
 
-``reason`` is an AIP-193 identifier; ``metadata`` repeats what the message interpolates. No gRPC
-here: ``server/rpc/status.py`` holds the one table from class to status code.
+``reason`` is an AIP-193 identifier. Unless it is given, ``metadata`` has the parameters of the
+message, except those that are sentences themselves. No gRPC here: ``server/rpc/status.py`` holds
+the one table from class to status code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
+
+from turret.server.words import Text
 
 # Metadata key: the number of invalid fields, where the answer has no room for all of them.
 VIOLATION_COUNT = "violation_count"
@@ -64,19 +68,31 @@ class TurretError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.metadata = metadata or {}
+        self.metadata = _metadata_of(message) if metadata is None else metadata
         # (field path, description) pairs, reported as google.rpc.BadRequest.
         self.violations = tuple(violations)
         self.retry_after_seconds = retry_after_seconds
+
+
+def _metadata_of(message: str) -> dict[str, str]:
+    params = message.params.items() if isinstance(message, Text) else ()
+    return {key: str(it) for key, it in params if not isinstance(it, Text)}
 
 
 class InvalidRequestError(TurretError):
     reason = "INVALID_REQUEST"
 
     @classmethod
-    def of(cls, field: str, description: str) -> InvalidRequestError:
+    def of(cls, field: str, description: str) -> Self:
         """The error for one field; the message is readable on its own."""
-        return cls(f"{field}: {description}", violations=[(field, description)])
+        return cls.of_all([(field, description)])
+
+    @classmethod
+    def of_all(cls, violations: Sequence[tuple[str, str]]) -> Self:
+        """The error for several fields; only a single one has parameters as metadata."""
+        message = "; ".join(f"{field}: {description}" for field, description in violations)
+        metadata = _metadata_of(violations[0][1]) if len(violations) == 1 else None
+        return cls(message, metadata=metadata, violations=violations)
 
 
 class PromptTooLongError(InvalidRequestError):

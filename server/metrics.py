@@ -141,6 +141,10 @@ class Metrics:
         self._kv_usage = gauge(
             "turret_kv_usage_ratio", "KV cache blocks that requests hold, of all: 0 to 1."
         )
+        self._cuda_graphs_off = gauge(
+            "turret_cuda_graphs_off",
+            "1 once decode steps on a GPU are no longer captured, because captures failed; slow.",
+        )
         self._adapters_info = gauge(
             "turret_adapters_info",
             "Adapters of running and waiting requests, for routers; the value is the time.",
@@ -256,6 +260,10 @@ class Metrics:
         self._adapters_info.labels(*listed).set_to_current_time()
         if before is not None and before != listed:
             self._adapters_info.remove(*before)
+
+    def cuda_graphs_off(self) -> None:
+        """Decode steps are no longer captured, for the life of the process."""
+        self._cuda_graphs_off.set(1)
 
     def preempted(self, count: int) -> None:
         """Count sequences that lost their KV blocks."""

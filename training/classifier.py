@@ -20,9 +20,8 @@ from turret.server.adapters.head import MULTI_LABEL, SINGLE_LABEL
 from turret.server.adapters.peft_format.classifier_checkpoint import HEAD_NAMES, TASK_TYPE
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.training.adapter_folder import write_adapter
-from turret.training.data.batch import Batch, Row, make_batch
-from turret.training.data.dataset import Dataset
-from turret.training.data.encode import Encoded
+from turret.training.data.batches import Batch, Dataset, Row, make_batch
+from turret.training.data.examples import Encoded
 from turret.training.loss import LossFunction
 from turret.training.settings.resolve import Resolved
 

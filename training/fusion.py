@@ -21,7 +21,7 @@ from turret.server.adapters.component import Component, ComponentRef
 from turret.server.adapters.lowering.components import check_fusable
 from turret.server.adapters.methods.low_rank.learned_fusion import METHOD as LEARNED_FUSION
 from turret.server.adapters.methods.lower import lower_checkpoint
-from turret.training.data.batch import IGNORED, Batch
+from turret.training.data.batches import IGNORED, Batch
 from turret.training.loss import LossFunction
 from turret.training.settings.inputs import component_directories
 

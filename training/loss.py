@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from turret.server.models.families import read_arch
-from turret.training.data.batch import IGNORED, Batch
+from turret.training.data.batches import IGNORED, Batch
 from turret.training.models.base_model import without_peft_warnings
 from turret.training.settings.config import OptimizerConfig
 

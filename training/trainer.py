@@ -23,7 +23,7 @@ from turret.training.classifier import (
     make_loss,
     write_head,
 )
-from turret.training.data.batch import Batch, BatchStream, Row, make_batch
+from turret.training.data.batches import Batch, BatchStream, Row, make_batch
 from turret.training.errors import RunError
 from turret.training.loss import LossFunction, learning_rate, make_optimizer, set_learning_rate
 from turret.training.memory.peak import peak_memory_bytes

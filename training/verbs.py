@@ -163,7 +163,7 @@ def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> tuple[Any, Any
     """The config, and what is known of its base."""
     from turret.server.basics.extras import how_to_add
     from turret.server.command.threads import use_threads
-    from turret.training.data.files import check_compared, read_files
+    from turret.training.data.examples import check_compared, read_files
     from turret.training.errors import RunError
     from turret.training.settings.config_file import read_config
     from turret.training.settings.flags import overrides
@@ -183,8 +183,7 @@ def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> tuple[Any, Any
 
 
 def _digest(args: argparse.Namespace, config: Any) -> str:
-    from turret.training.data.example import data_digest
-    from turret.training.data.files import data_paths
+    from turret.training.data.examples import data_digest, data_paths
 
     return data_digest(*data_paths(config.data, args.config.parent))
 

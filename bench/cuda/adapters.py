@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from turret.kernels.adapters.segments import LongSegment, SegmentMember
-from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.kernels.gpu.tables import SegmentTable
 
 # Ranks of the mixed scenario, dealt in turn.
 MIXED_RANKS = (8, 16, 32, 64, 128)
@@ -59,11 +59,7 @@ def make_pack(
 
 
 def make_table(
-    bounds: Sequence[tuple[int, int]],
-    slot_of_row: Sequence[int],
-    device: torch.device,
-    *,
-    gemv: bool = False,
+    bounds: Sequence[tuple[int, int]], slot_of_row: Sequence[int], device: torch.device
 ) -> SegmentTable:
     """A decode step: one row per entry, slot 0 the base model alone."""
     widest = max(high - low for low, high in bounds)
@@ -72,7 +68,6 @@ def make_table(
         max_row_rank=max(widest, 16),
         max_components=1,
         device=device,
-        gemv=gemv,
     )
     runs = []
     for row, slot in enumerate(slot_of_row):

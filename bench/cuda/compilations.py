@@ -21,7 +21,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg", "launch_pdl")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 # Options that wrappers choose on AMD devices, where ``Tuning`` differs.
 _ON_HIP = {
     "paged_attention_kernel": {"num_stages": 3},

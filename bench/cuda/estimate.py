@@ -21,8 +21,6 @@ LAUNCH_MS = 1.2e-3
 # Passes over a row of logits: for rows that keep all tokens, and approximately for rows with top-k
 # or top-p.
 UNFILTERED_PASSES, FILTERED_PASSES = 3, 17
-# Kernels that finish a projection together with the operation that follows it.
-_EXPANDS = {"qkv": "expand_rotated", "gate_up": "expand_gated"}
 _LANES = 32
 _SCHEDULERS = 4
 
@@ -168,12 +166,12 @@ def written_out_work(outputs: int, inner: int, rows: int) -> list[Work]:
 
 
 def nf4_work(outputs: int, inner: int, rows: int, card: Card) -> list[Work]:
-    """``nf4_matmul`` over plain maxima, a launch per 64 rows."""
+    """``nf4_matmul``, a launch per 64 rows."""
     works, weights = [], outputs * inner
     for start in range(0, rows, 64):
         tiles = -(-min(64, rows - start) // 16)
         tiles = 4 if tiles > 2 else tiles
-        instructions, wavefronts = cost("nf4_matmul", card.target, f"TILES={tiles};", "no code2")
+        instructions, wavefronts = cost("nf4_matmul", card.target, f"TILES={tiles};")
         works.append(
             Work(
                 num_bytes=weights * (0.5 + 4 / 64),
@@ -209,9 +207,6 @@ def low_rank_work(
     outs: tuple[int, ...],
     rows_of_rank: list[tuple[int, int]],
     card: Card,
-    *,
-    gemv: bool = False,
-    expand: str = "segmented_expand",
 ) -> list[Work]:
     """Shrink and expand of adapters.
 
@@ -220,36 +215,21 @@ def low_rank_work(
         outs: Outputs of each slice.
         rows_of_rank: Of each adapter its rank and its rows.
         card: The device.
-        gemv: Chunks of one row have kernels of their own.
-        expand: The kernel that expands.
     """
     works: list[Work] = []
     # A chunk has sixteen ranks of sixteen rows, even if fewer are used.
-    chunks = [(rank, 1 if gemv and rows % 16 == 1 else 16, rows) for rank, rows in rows_of_rank]
-    sizes = {
-        16: sum(
-            -(-rank // 16) * 16 * (-(-rows // 16) - (last == 1)) for rank, last, rows in chunks
-        ),
-        1: sum(-(-rank // 16) * 16 for rank, last, _ in chunks if last == 1),
-    }
+    tiles = sum(-(-rank // 16) * 16 * -(-rows // 16) for rank, rows in rows_of_rank)
     ranks = sum(rank for rank, _ in rows_of_rank)
     for kernel, per_rank, forms in (
         ("segmented_shrink", len(outs) * inner, ()),
-        (expand, sum(outs), ("no gain_delta",)),
+        ("segmented_expand", sum(outs), ("no gain_delta",)),
     ):
-        instructions = wavefronts = 0.0
-        for block, tiles in sizes.items():
-            if not tiles:
-                continue
-            per = cost(kernel, card.target, f"BLOCK_M={block};", *forms)
-            instructions += tiles * per_rank * per[0]
-            wavefronts += tiles * per_rank * per[1]
+        instructions, wavefronts = cost(kernel, card.target, *forms)
         works.append(
             Work(
                 num_bytes=2 * ranks * per_rank,
-                instructions=instructions,
-                wavefronts=wavefronts,
-                launches=2 if gemv else 1,
+                instructions=tiles * per_rank * instructions,
+                wavefronts=tiles * per_rank * wavefronts,
             )
         )
     return works
@@ -303,22 +283,21 @@ def step_work(
         vocab: Logits of a row.
         rows_of_rank: Low-rank adapters, as for ``low_rank_work``.
         card: The device.
-        others: What other adapters add to a projection of so many inputs and outputs, after which
-            rotation and activation are launches of their own.
+        others: What other adapters add to a projection of so many inputs and outputs.
     """
     layer: list[Work] = [attention_work(rows, context, heads, card)]
     hidden = groups["qkv"][0]
     layer += [Work(num_bytes=6 * rows * hidden)] * 2
-    for name, (inner, outs) in groups.items():
+    for inner, outs in groups.values():
         layer += nf4_work(sum(outs), inner, rows, card)
         if rows_of_rank:
-            kernel = _EXPANDS.get(name, "segmented_expand")
-            shrink, expand = low_rank_work(inner, outs, rows_of_rank, card, expand=kernel)
+            shrink, expand = low_rank_work(inner, outs, rows_of_rank, card)
             # The shrink needs no launch: it is launched with the base's product.
             layer += [replace(shrink, launches=0), expand]
         if others is not None:
             layer += others(inner, outs)
-    if others is not None:
+    if rows_of_rank or others is not None:
+        # Behind an adapted projection, rotation and activation are launches of their own.
         layer.append(Work(launches=2))
     head = Work(num_bytes=2 * vocab * hidden + 4 * rows * vocab, flops=2 * vocab * hidden * 64)
     draw = sample_work(rows, vocab, UNFILTERED_PASSES, card)

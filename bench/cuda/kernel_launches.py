@@ -7,45 +7,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from turret.kernels.gpu.adapters.expand_on import (
-    Expand,
-    can_rotate,
-    expand_gated,
-    expand_rotated,
-)
-from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
-from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
-from turret.kernels.gpu.adapters.kronecker import kronecker
-from turret.kernels.gpu.adapters.nf4_shrink import nf4_shrink
-from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
-from turret.kernels.gpu.adapters.segmented_shrink import (
-    Shrink,
-    empty_parts,
-    segmented_shrink,
-)
-from turret.kernels.gpu.clamped_swiglu import clamped_swiglu
-from turret.kernels.gpu.experts.combine_experts import combine_experts
-from turret.kernels.gpu.experts.expert_updates import add_expert_updates
-from turret.kernels.gpu.experts.nf4_experts import nf4_experts
-from turret.kernels.gpu.experts.route_rows import route_rows
-from turret.kernels.gpu.gates.fusion_gate import fusion_gate
-from turret.kernels.gpu.gates.gate_shrink import gate_shrink
-from turret.kernels.gpu.gates.gate_words import WORDS
-from turret.kernels.gpu.gelu_mul import gelu_mul
-from turret.kernels.gpu.kv_write import KvWrite
-from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
-from turret.kernels.gpu.nf4_matmul import nf4_matmul
-from turret.kernels.gpu.nf4_rotate import nf4_rotate
+from turret.kernels.gpu.activations import clamped_swiglu, gelu_mul, silu_mul
+from turret.kernels.gpu.experts import add_expert_updates, combine_experts, nf4_experts, route_rows
+from turret.kernels.gpu.fusion_gate import WORDS, fusion_gate, gate_shrink
+from turret.kernels.gpu.hadamard import hadamard_expand, hadamard_shrink
+from turret.kernels.gpu.kronecker import kronecker
+from turret.kernels.gpu.low_rank import Shrink, nf4_shrink, segmented_expand, segmented_shrink
+from turret.kernels.gpu.nf4 import nf4_dequantize, nf4_matmul, nf4_rotate
 from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
-from turret.kernels.gpu.rope_kv_write import rope_kv_write
+from turret.kernels.gpu.rope_kv_write import KvWrite, rope_kv_write
 from turret.kernels.gpu.sample_rows import sample_rows
-from turret.kernels.gpu.silu_mul import silu_mul
-from turret.kernels.gpu.tables.attention_table import AttentionTable
-from turret.kernels.gpu.tables.row_table import RowTable
-from turret.kernels.gpu.tables.sampling_table import SamplingTable
-from turret.kernels.gpu.tables.segment_table import SegmentTable
-from turret.kernels.nf4_matmul import BLOCK, GROUP, NestedAbsmax, Nf4Matrix
+from turret.kernels.gpu.tables import AttentionTable, RowTable, SamplingTable, SegmentTable
+from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
 Launches = Iterable[Callable[[], object]]
 
@@ -98,29 +72,27 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]]:
-    """Tiles and the GEMV form; with and without gain, biases and gates."""
+    """With and without gain, biases and gates."""
     slices, width = len(outs), sum(outs)
     x, y = _empty(_ROWS, inner), _empty(_ROWS, width)
     a, b = _empty(_RANK, slices, inner), [_empty(_RANK, out) for out in outs]
     ranks = _empty(_SLOTS, slices, dtype=torch.int32)
     per_slot = _empty(_SLOTS, width, dtype=torch.float32)
-    for gemv in (False, True):
-        table = _segments(gemv)
+    table = _segments()
 
-        def launch(table: SegmentTable = table) -> None:
-            v = segmented_shrink(x, a, ranks, table)
-            segmented_expand(y, v, b, ranks, table)
-            segmented_expand(
-                y, v, b, ranks, table, gain_delta=per_slot, bias=per_slot, base_bias=_empty(width)
-            )
-            words = _empty(_SLOTS, slices, WORDS, dtype=torch.int64)
-            asked = gate_shrink(x, words, table)
-            gates = fusion_gate(asked, v, words, table, _ROWS)
-            fusion_gate(asked, v, words, _segments(components=64), _ROWS)
-            fusion_gate(asked, v, words, table, _ROWS, _empty(4096, dtype=torch.float32))
-            segmented_expand(y, v, b, ranks, table, gates=gates)
+    def launch() -> None:
+        v = segmented_shrink(x, a, ranks, table)
+        segmented_expand(y, v, b, ranks, table)
+        segmented_expand(
+            y, v, b, ranks, table, gain_delta=per_slot, bias=per_slot, base_bias=_empty(width)
+        )
+        words = _empty(_SLOTS, slices, WORDS, dtype=torch.int64)
+        asked = gate_shrink(x, words, table)
+        gates = fusion_gate(asked, v, words, table, _ROWS)
+        fusion_gate(asked, v, words, _segments(components=64), _ROWS)
+        segmented_expand(y, v, b, ranks, table, gates=gates)
 
-        yield launch
+    yield launch
 
 
 def _by_slot(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]]:
@@ -150,31 +122,17 @@ def _by_slot(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]
 
 
 def _base(inner: int, outs: tuple[int, ...], gated: bool) -> None:
-    """The base product over plain and nested absmax; with the activation, as the server has it."""
-    width = sum(outs)
-    blocks = width * inner // BLOCK
-    groups = -(-blocks // GROUP)
-    packed = _empty(width * inner // 2, dtype=torch.uint8)
-    plain = _empty(blocks, dtype=torch.float32)
-    nf4_dequantize(Nf4Matrix(packed, plain, width, inner), torch.bfloat16)
-    nested = NestedAbsmax(
-        _empty(blocks, dtype=torch.uint8),
-        _empty(256, dtype=torch.float32),
-        _empty(groups, dtype=torch.float32),
-        _empty(groups, dtype=torch.float32),
-    )
-    for absmax in (plain, nested):
-        for rows in (16, 32, _ROWS):
-            nf4_matmul(_empty(rows, inner), Nf4Matrix(packed, absmax, width, inner))
+    """The base product; with the activation, as the server has it."""
+    weight = _weight(inner, sum(outs))
+    nf4_dequantize(weight, torch.bfloat16)
+    for rows in (16, 32, _ROWS):
+        nf4_matmul(_empty(rows, inner), weight)
     a, ranks = _empty(_RANK, len(outs), inner), _empty(_SLOTS, len(outs), dtype=torch.int32)
     for rows in (16, 32, _ROWS):
-        weight = Nf4Matrix(packed, plain, width, inner)
         if rows == 16 or inner >= 4096:
             nf4_shrink(_empty(_ROWS, inner), rows, weight, Shrink(a, ranks, _segments()))
         if gated:
             nf4_matmul(_empty(rows, inner), weight, gated=True)
-    for full in (False, True) if gated else ():
-        expand_gated(_expand(inner, outs, full))
 
 
 def _attention(model: Model, softcap: float | None = None, has_sinks: bool = False) -> None:
@@ -216,37 +174,16 @@ def _rotation(model: Model, pairs: int, *, is_interleaved: bool = False) -> None
 def _heads_at_once(model: Model, write: KvWrite) -> None:
     """The projection onto heads and the heads, by one launch."""
     inner, outs = model.groups["qkv"]
-    weight, bias = _plain_weight(inner, sum(outs)), _empty(sum(outs))
+    weight, bias = _weight(inner, sum(outs)), _empty(sum(outs))
     if write.divides(128):
         # Compile every form only for the first model: registers depend little on the others'
         # constants.
         for rows in (16, 32, _ROWS) if model.hidden == 4096 and not write.is_partial else (16,):
             for added in (None, bias):
                 nf4_rotate(_empty(rows, inner), weight, added, write.rows(0, rows))
-    for full in (False, True) if not write.is_partial else (False,):
-        expand = _expand(inner, outs, full)
-        if can_rotate(expand, write):
-            expand_rotated(expand, write)
 
 
-def _expand(inner: int, outs: tuple[int, ...], full: bool) -> Expand:
-    """Arguments that finish a projection of low-rank updates alone, or of all kinds of updates."""
-    table, width = _segments(), sum(outs)
-    ranks = _empty(_SLOTS, len(outs), dtype=torch.int32)
-    per_slot = _empty(_SLOTS, width, dtype=torch.float32) if full else None
-    return Expand(
-        y=_empty(_ROWS, width),
-        v=empty_parts(table, len(outs), inner, _META),
-        b=[_empty(_RANK, out) for out in outs],
-        slice_ranks=ranks,
-        table=table,
-        gain_delta=per_slot,
-        bias=per_slot,
-        base_bias=_empty(width) if full else None,
-    )
-
-
-def _segments(gemv: bool = False, components: int = 8) -> SegmentTable:
+def _segments(components: int = 8) -> SegmentTable:
     return SegmentTable(
         max_rows=_ROWS,
         max_row_rank=256,
@@ -254,11 +191,10 @@ def _segments(gemv: bool = False, components: int = 8) -> SegmentTable:
         max_gates=2,
         max_row_asked=128,
         device=_META,
-        gemv=gemv,
     )
 
 
-def _plain_weight(inner: int, width: int) -> Nf4Matrix:
+def _weight(inner: int, width: int) -> Nf4Matrix:
     packed = _empty(width * inner // 2, dtype=torch.uint8)
     return Nf4Matrix(packed, _empty(width * inner // BLOCK, dtype=torch.float32), width, inner)
 

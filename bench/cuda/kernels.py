@@ -12,20 +12,16 @@ from cuda.setting import Setting
 from cuda.step import KV_BLOCK, DecodeStep, random_nf4
 from cuda.tune import use
 
-from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
-from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
-from turret.kernels.gpu.adapters.kronecker import kronecker
-from turret.kernels.gpu.library_products import keep_sums_whole
-from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
-from turret.kernels.gpu.nf4_matmul import nf4_matmul
+from turret.kernels.gpu.activations import silu_mul
+from turret.kernels.gpu.common import tuning
+from turret.kernels.gpu.hadamard import hadamard_expand, hadamard_shrink
+from turret.kernels.gpu.kronecker import kronecker
+from turret.kernels.gpu.nf4 import nf4_dequantize, nf4_matmul
 from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
-from turret.kernels.gpu.shared.tuning import tuning
-from turret.kernels.gpu.silu_mul import silu_mul
-from turret.kernels.gpu.tables.attention_table import SPLIT
-from turret.kernels.gpu.tables.row_table import RowTable
+from turret.kernels.gpu.tables import SPLIT, RowTable
 from turret.kernels.nf4_matmul import Nf4Matrix
-from turret.server.models.weights.nf4_gpu import PROMPT_ROWS
+from turret.server.models.weights.nf4_gpu import PROMPT_ROWS, keep_sums_whole
 
 
 def _rate(num_bytes: int, milliseconds: float) -> float:

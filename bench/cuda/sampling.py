@@ -7,7 +7,7 @@ from cuda import estimate
 from cuda.setting import Setting
 
 from turret.kernels.gpu.sample_rows import sample_rows
-from turret.kernels.gpu.tables.sampling_table import SamplingTable
+from turret.kernels.gpu.tables import SamplingTable
 
 # Temperature, top-p and top-k of each form.
 FORMS = {

@@ -12,8 +12,6 @@ from triton import knobs
 
 _MEMORY = ("LDG", "STG", "LDS", "STS", "LDGSTS", "LDSM", "STSM", "ATOMS", "ATOMG")
 _BARRIER = "BAR"
-# ``griddepcontrol.wait`` in machine code.
-_WAIT = "ACQBULK"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +62,6 @@ def loops(sass: str) -> list[Loop]:
             if target and len(operations) - labels.get(target[1], len(operations)) > 1:
                 found.append(_loop(operations[labels[target[1]] :]))
     return found
-
-
-def accesses_before_wait(sass: str) -> int | None:
-    """Loads and stores before the program waits for other launches; None if it never waits."""
-    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)", sass, re.MULTILINE)
-    if _WAIT not in operations:
-        return None
-    return sum(name in _MEMORY for name in operations[: operations.index(_WAIT)])
 
 
 def _loop(operations: list[str]) -> Loop:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from cuda.kernel_launches import Model
 
-from turret.kernels.gpu.tables.attention_table import SPLIT, AttentionTable
+from turret.kernels.gpu.tables import SPLIT, AttentionTable
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 from turret.kernels.paged_attention import SequenceSpan
 from turret.server.adapters.device.gpu.store import GpuStore

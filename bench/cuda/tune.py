@@ -1,4 +1,4 @@
-"""Searches launch parameters, prints the best as a row for ``kernels/gpu/shared/tuning.py``."""
+"""Searches launch parameters, prints the best as a row for ``kernels/gpu/common.py``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from cuda.adapters import make_pack, make_table
 from cuda.setting import Setting
 from cuda.step import random_nf4
 
-from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
-from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
-from turret.kernels.gpu.nf4_matmul import nf4_matmul
-from turret.kernels.gpu.shared import tuning as tuning_module
-from turret.kernels.gpu.shared.tuning import Tuning
+from turret.kernels.gpu import common as tuning_module
+from turret.kernels.gpu.common import Tuning
+from turret.kernels.gpu.low_rank import segmented_expand, segmented_shrink
+from turret.kernels.gpu.nf4 import nf4_matmul
 
 LOW_RANK = {
     "programs": (264, 528, 1056),

@@ -18,8 +18,8 @@ def work(compilation: Compilation, compiled: Any) -> dict[str, Any]:
 
     ``nf4_matmul``, ``nf4_rotate``, ``nf4_shrink``, ``nf4_experts``: per weight.
     ``segmented_shrink``: per rank and input feature.
-    ``segmented_expand``, ``expand_gated``, ``expand_rotated``: per rank and column, the whole item
-    of one component of 16 ranks, with what follows it.
+    ``segmented_expand``: per rank and column, the whole item of one component of 16 ranks, with
+    what follows it.
     ``paged_attention``: per key; also how many groups of copies may be under way while the loop
     multiplies. Empty for other kernels and targets.
 
@@ -58,9 +58,6 @@ def _unit(compilation: Compilation) -> tuple[str, int, str | None] | None:
         return "rank and input", constants["BLOCK_R"] * constants["BLOCK_K"], None
     if kernel == "segmented_expand_kernel":
         return "rank and column", constants["BLOCK_R"] * constants["BLOCK_N"], "instructions"
-    if kernel in ("expand_gated_kernel", "expand_rotated_kernel"):
-        # The loop handles two tiles of columns.
-        return "rank and column", constants["BLOCK_R"] * 2 * constants["BLOCK_N"], "instructions"
     if kernel == "paged_attention_kernel":
         return "key", constants["TILE"], None
     return None

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.random_lora import ALL, write_random_lora
+from common.adapters import ALL, write_random_lora
 
 from turret.server.models.decoding.arch import Arch
 

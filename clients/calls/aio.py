@@ -77,10 +77,7 @@ class _LoopStub:
 
     def __getattr__(self, name: str) -> Any:
         if _running_loop() is not self._loop:
-            raise RuntimeError(
-                "this AsyncTurretClient was made in another event loop: make one in the async"
-                " function that each asyncio.run(...) runs"
-            )
+            raise RuntimeError("this AsyncTurretClient belongs to another event loop")
         method = getattr(self._stub, name)
 
         def start(*arguments: Any, **options: Any) -> grpc.aio.Call:
@@ -120,8 +117,7 @@ def _running_loop() -> asyncio.AbstractEventLoop:
         return asyncio.get_running_loop()
     except RuntimeError:
         raise RuntimeError(
-            "no event loop runs here: make and use AsyncTurretClient in an async function, which"
-            " asyncio.run(...) runs; TurretClient needs none"
+            "no event loop is running; use AsyncTurretClient inside an async function"
         ) from None
 
 

@@ -34,7 +34,9 @@ class RetryPolicy:
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_retries, int) or isinstance(self.max_retries, bool):
-            raise ArgumentTypeError("max_retries", f"a number of tries, not {self.max_retries!r}")
+            raise ArgumentTypeError(
+                "max_retries", f"must be a whole number, not {self.max_retries!r}"
+            )
         if self.max_retries < 0:
             raise ArgumentValueError("max_retries", f"must be at least 0, not {self.max_retries}")
 

@@ -46,13 +46,11 @@ class CallSettings:
         cls, token: str | None, timeout: float | None, policy: RetryPolicy, tls: Tls | None
     ) -> CallSettings:
         if not isinstance(token, str | None):
-            raise ArgumentTypeError("token", f"a text, not {type(token).__name__}")
+            raise ArgumentTypeError("token", f"must be a string, not {type(token).__name__}")
         if token and not (token.isascii() and token.isprintable()):
-            raise ArgumentValueError("token", "holds characters that no header can carry")
+            raise ArgumentValueError("token", "must be printable ASCII")
         if token and token.lower().startswith("bearer "):
-            raise ArgumentValueError(
-                "token", "without the word Bearer, which the client writes before it"
-            )
+            raise ArgumentValueError("token", "must not include the word Bearer")
         metadata = ((_TOKEN_KEY, f"Bearer {token}"),) if token else ()
         return cls(metadata, stream_timeout(timeout), policy, tls)
 
@@ -88,7 +86,7 @@ class CallSettings:
 
 def closed_under_a_call() -> CallCancelledError:
     """The error of a call whose client is closed while it runs."""
-    said = "the client was closed while the call ran; close it after its calls, or make another"
+    said = "the client was closed while the call was running"
     return CallCancelledError(grpc.StatusCode.CANCELLED, said)
 
 
@@ -103,9 +101,7 @@ def stream_timeout(timeout: float | None) -> float | None:
         return None
     # numpy's numbers are Real too, and in Python so is a bool.
     if not isinstance(timeout, Real) or isinstance(timeout, bool):
-        raise ArgumentTypeError("timeout", f"seconds, not {timeout!r}")
+        raise ArgumentTypeError("timeout", f"must be a number of seconds, not {timeout!r}")
     if not timeout > 0:
-        raise ArgumentValueError(
-            "timeout", f"more than 0 seconds, or None for the default, not {timeout!r}"
-        )
+        raise ArgumentValueError("timeout", f"must be more than 0 seconds, not {timeout!r}")
     return float(timeout) if timeout < _MOST_SECONDS else None

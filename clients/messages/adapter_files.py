@@ -35,9 +35,9 @@ _MOST = 200  # searched on each
 # A trainer's pickles, which do not show in which format the weights are stored.
 _TRAINERS_OWN = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 _HUB = "hub:"
-_MAY_NOT = "cannot be read by you: have its owner allow it (`chmod -R a+rX`), or copy it"
-_EMPTY = "is empty: a copy of it was cut short, or it was never written; copy or save it again"
-_THERE = "already exists; an export makes a new directory: name another"
+_MAY_NOT = "is not readable by this user"
+_EMPTY = "is empty; copy or save it again"
+_THERE = "already exists; export to a new directory"
 # File names only, not hidden and without directories: an export never writes outside its folder.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
@@ -89,7 +89,7 @@ def upload_messages(
 
 def _path(directory: object) -> Path:
     if not isinstance(directory, str | os.PathLike):
-        raise ArgumentTypeError("directory", f"a path, not {directory!r}")
+        raise ArgumentTypeError("directory", f"must be a path, not {directory!r}")
     return Path(directory)
 
 
@@ -105,27 +105,26 @@ def _lacking(directory: Path) -> str:
     """Why a directory is not an adapter, and what to do."""
     what = "adapter_config.json and a .safetensors file"
     if str(directory).startswith(_HUB) and not directory.exists():
-        return "is on a hub, from which a server fetches what it loads: `turret adapters load`"
+        return "is on a hub; load it instead of uploading it"
     if not directory.is_dir():
-        is_there = "is no directory" if directory.exists() else "does not exist"
+        is_there = "is not a directory" if directory.exists() else "does not exist"
         return f"{is_there}; an adapter is a directory with {what}"
     has_config = (directory / "adapter_config.json").is_file()
     below = [] if has_config else _adapters_below(directory)
     if below:
         if len(below) == 1:
-            return f"is no adapter, but holds one; did you mean {str(directory / below[0])!r}?"
+            return (
+                f"is not an adapter, but has one in it; did you mean {str(directory / below[0])!r}?"
+            )
         others = f" and {len(below) - _MOST_TOLD} more" if len(below) > _MOST_TOLD else ""
         shown = f"{', '.join(below[-_MOST_TOLD:])}{others}"
-        return f"is no adapter, but {shown} in it are; name one of them"
+        return f"is not an adapter; pass one of those in it: {shown}"
     pickles = sorted(p.name for p in directory.glob("*.bin") if p.name not in _TRAINERS_OWN)
     if pickles:
-        return (
-            f"{pickles[0]} is a pickle, which can run code, and no server reads it; PEFT's"
-            " save_pretrained(DIR, safe_serialization=True) writes adapter_model.safetensors"
-        )
+        return f"{pickles[0]} is a pickle; save the adapter as safetensors"
     is_model = (directory / "config.json").is_file() and any(directory.glob("model*.safetensors"))
     if is_model and not has_config:
-        return "is a whole model, not an adapter: `turret serve --model` takes it"
+        return "is a whole model, not an adapter"
     lacking = "a .safetensors file" if has_config else "adapter_config.json"
     return f"{lacking} is missing; an adapter has {what}"
 
@@ -187,7 +186,7 @@ class ExportWriter:
         except OSError as error:
             self._remove_made()
             # Name the requested directory, not the temporary one beside it.
-            why = f"cannot be made: {error.strerror}; name a place that can be written"
+            why = f"cannot be created: {error.strerror}"
             raise OSError(error.errno, why, str(self._directory)) from None
         self._expected: dict[str, adapters_pb2.FileInfo] = {}
         self._open: dict[str, BinaryIO] = {}

@@ -29,7 +29,7 @@ def path_text(path: object) -> str:
         TypeError: It is none.
     """
     if not isinstance(path, str | os.PathLike):
-        raise ArgumentTypeError("path", f"a path, not {path!r}")
+        raise ArgumentTypeError("path", f"must be a path, not {path!r}")
     return os.fspath(path)
 
 
@@ -91,7 +91,7 @@ def _duration(seconds: float) -> duration_pb2.Duration:
     is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
     if not is_number or not abs(seconds) < _MOST_SECONDS:
         kind = ArgumentValueError if is_number else ArgumentTypeError
-        raise kind("drain_seconds", f"a number of seconds up to 3600, not {seconds!r}")
+        raise kind("drain_seconds", f"must be a number of seconds up to 3600, not {seconds!r}")
     duration = duration_pb2.Duration()
     duration.FromNanoseconds(round(float(seconds) * 1e9))
     return duration
@@ -105,5 +105,5 @@ def _enum_value(enum: EnumTypeWrapper, field: str, name: str | None) -> int:
     names = [name.lower() for name in enum.keys()[1:]]
     if not isinstance(name, str) or name.lower() not in names:
         kind = ArgumentValueError if isinstance(name, str) else ArgumentTypeError
-        raise kind(field, f"one of {', '.join(names)}, not {name!r}")
+        raise kind(field, f"must be one of {', '.join(names)}, not {name!r}")
     return enum.Value(name.upper())

@@ -69,9 +69,9 @@ def _fitting(name: str, value: Any, kind: int) -> Any:
     # Reject bool where int is expected and vice versa: Python and protobuf would accept either.
     is_bool = kind == FieldDescriptor.CPPTYPE_BOOL
     if isinstance(value, bool) and not is_bool:
-        raise ArgumentTypeError(name, f"not a bool, such as {value}")
+        raise ArgumentTypeError(name, f"must not be a bool ({value})")
     if is_bool and not isinstance(value, bool):
-        raise ArgumentTypeError(name, f"True or False, not {value!r}")
+        raise ArgumentTypeError(name, f"must be True or False, not {value!r}")
     if kind == FieldDescriptor.CPPTYPE_STRING:
         check_text(name, value)
     elif kind in _WHOLE:
@@ -84,9 +84,8 @@ def _fitting(name: str, value: Any, kind: int) -> Any:
 def _within(name: str, number: int, allowed: range) -> int:
     if number in allowed:
         return number
-    if number < allowed.start == 0:
-        raise ArgumentValueError(name, f"must not be negative, is {number}")
-    raise ArgumentValueError(name, f"{number} is too {'large' if number > 0 else 'small'}")
+    least, most = allowed.start, allowed.stop - 1
+    raise ArgumentValueError(name, f"must be between {least} and {most}, not {number}")
 
 
 def as_real(name: str, value: Any) -> float:
@@ -96,13 +95,13 @@ def as_real(name: str, value: Any) -> float:
         ArgumentTypeError, ArgumentValueError: It is no number, or too large for one.
     """
     if isinstance(value, str | bytes):
-        raise ArgumentTypeError(name, f"a number, not {value!r}")
+        raise ArgumentTypeError(name, f"must be a number, not {value!r}")
     try:
         return float(value)
     except OverflowError:
-        raise ArgumentValueError(name, f"{value} is too large") from None
+        raise ArgumentValueError(name, f"is too large for a float: {value}") from None
     except (TypeError, ValueError):
-        raise ArgumentTypeError(name, f"a number, not {value!r}") from None
+        raise ArgumentTypeError(name, f"must be a number, not {value!r}") from None
 
 
 def check_text(name: str, value: object) -> None:
@@ -113,11 +112,11 @@ def check_text(name: str, value: object) -> None:
         ValueError: It holds half of a surrogate pair, as bytes that are not UTF-8 become.
     """
     if not isinstance(value, str):
-        raise ArgumentTypeError(name, f"a text, not {value!r}")
+        raise ArgumentTypeError(name, f"must be a string, not {value!r}")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ArgumentValueError(name, "a text that is not UTF-8") from None
+        raise ArgumentValueError(name, "must be a string that UTF-8 can encode") from None
 
 
 def extend_texts(name: str, field: Any, items: Iterable[Any]) -> None:
@@ -150,7 +149,7 @@ def as_whole(name: str, item: Any) -> int:
             return operator.index(item)
         except TypeError:
             pass
-    raise ArgumentTypeError(name, f"a whole number, not {item!r}")
+    raise ArgumentTypeError(name, f"must be a whole number, not {item!r}")
 
 
 def several(name: str, value: Any, wanted: str) -> Iterable[Any]:
@@ -161,7 +160,7 @@ def several(name: str, value: Any, wanted: str) -> Iterable[Any]:
     """
     if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
         return value
-    raise ArgumentTypeError(name, f"{wanted}, not {value!r}")
+    raise ArgumentTypeError(name, f"must be {wanted}, not {value!r}")
 
 
 def as_json(name: str, value: object) -> str:

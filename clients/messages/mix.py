@@ -39,10 +39,10 @@ class AdapterWeight:
         check_text("name", self.name)
         # A bool is an int in Python, so protobuf would accept it.
         if not isinstance(self.weight, Real) or isinstance(self.weight, bool):
-            raise ArgumentTypeError("weight", f"a number, not {self.weight!r}")
+            raise ArgumentTypeError("weight", f"must be a number, not {self.weight!r}")
         if not isinstance(self.generation, int | None) or isinstance(self.generation, bool):
             raise ArgumentTypeError(
-                "generation", f"a whole number or None, not {self.generation!r}"
+                "generation", f"must be a whole number or None, not {self.generation!r}"
             )
 
     @classmethod
@@ -79,7 +79,7 @@ def _here(text: str) -> str:
     return f"; with a weight it is {members[0]}"
 
 
-_FORMS = 'an adapter is "name", ("name", weight), {"name": weight} or an AdapterWeight'
+_FORMS = '"name", ("name", weight), {"name": weight} or an AdapterWeight'
 # "sql", ("json", -0.5), AdapterWeight("json", generation=2), or the message itself.
 AdapterLike = str | tuple[str, float] | AdapterWeight | adapters_pb2.AdapterWeight
 # One adapter, several, or a mapping from adapters to weights: {"sql": 0.5, "json": -0.5}.
@@ -100,7 +100,7 @@ def to_mix(adapters: AdaptersLike) -> list[adapters_pb2.AdapterWeight]:
         case Mapping():
             return [_to_proto(member) for member in adapters.items()]
     if not isinstance(adapters, Iterable):
-        raise ArgumentTypeError("adapters", f"{_FORMS}, or several, not {adapters!r}")
+        raise ArgumentTypeError("adapters", f"must be {_FORMS}, or a list, not {adapters!r}")
     return [_to_proto(adapter) for adapter in adapters]
 
 
@@ -125,9 +125,9 @@ def _to_proto(adapter: object) -> adapters_pb2.AdapterWeight:
             try:
                 member = AdapterWeight(name, weight)
             except TypeError:
-                raise ArgumentTypeError("adapters", f"{_FORMS}, not {adapter!r}") from None
+                raise ArgumentTypeError("adapters", f"must be {_FORMS}, not {adapter!r}") from None
         case _:
-            raise ArgumentTypeError("adapters", f"{_FORMS}, not {adapter!r}")
+            raise ArgumentTypeError("adapters", f"must be {_FORMS}, not {adapter!r}")
     made = adapters_pb2.AdapterWeight(name=_plain_name(member.name))
     try:
         made.weight = float(member.weight)
@@ -143,6 +143,5 @@ def _plain_name(name: str) -> str:
     check_text("adapters", name)
     if (_OF_HTTP | {"=", "@"}).isdisjoint(name):
         return name
-    meant = '("name", weight) or AdapterWeight.parse("name@generation=weight")'
-    why = f"with a weight it is {meant}, and a mix is a list of members"
-    raise ArgumentValueError("adapters", f"{name!r} is no name; {why}")
+    why = 'is not an adapter name; pass a weight as ("name", weight)'
+    raise ArgumentValueError("adapters", f"{name!r} {why}")

@@ -114,7 +114,7 @@ POOLINGS = {
     "last": inference_pb2.EmbedRequest.LAST,
     "mean": inference_pb2.EmbedRequest.MEAN,
 }
-_PROMPTS = "text, token ids or the turns of a conversation"
+_PROMPTS = "text, token ids or messages"
 _RESPONSE = ("logprobs", "top_n", "echo", "token_ids")
 
 
@@ -138,7 +138,9 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     _set_bias(request.sampling, values.get("logit_bias", {}))
     fill(request.stop, _STOP, values)
     stop = values.get("stop", ())
-    stops = [stop] if isinstance(stop, str) else several("stop", stop, "a text or a list of texts")
+    stops = (
+        [stop] if isinstance(stop, str) else several("stop", stop, "a string or a list of strings")
+    )
     extend_texts("stop", request.stop.stop_strings, stops)
     ids = several("stop_token_ids", values.get("stop_token_ids", ()), "a list of token ids")
     extend_ids("stop_token_ids", request.stop.stop_token_ids, ids)
@@ -148,13 +150,13 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     _set_constraint(request, values)
     for index, tool in enumerate(several("tools", values.get("tools", ()), "a list of tools")):
         if request.WhichOneof("input") != "chat":
-            raise ArgumentTypeError("tools", "only a conversation has tools")
+            raise ArgumentTypeError("tools", "requires messages instead of a prompt")
         request.chat.tools.append(to_tool(f"tools[{index}]", tool))
     return request
 
 
 def _set_bias(sampling: inference_pb2.SamplingParams, bias: Any) -> None:
-    wanted = "token ids with numbers, such as {5: -1.0}"
+    wanted = "must map token ids to numbers"
     if not isinstance(bias, Mapping):
         raise ArgumentTypeError("logit_bias", f"{wanted}, not {bias!r}")
     for token_id, number in bias.items():
@@ -162,25 +164,25 @@ def _set_bias(sampling: inference_pb2.SamplingParams, bias: Any) -> None:
             sampling.logit_bias[as_whole("logit_bias", token_id)] = number
         except (TypeError, ValueError, OverflowError) as error:
             kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentValueError
-            raise kind("logit_bias", f"{wanted}, not {{{token_id!r}: {number!r}}}") from None
+            raise kind("logit_bias", f"{wanted}, not {token_id!r} to {number!r}") from None
 
 
 def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str, Any]) -> None:
     given = [name for name in _CONSTRAINTS if name in values]
     if len(given) > 1:
-        raise ValueError(f"an answer has one constraint, not several: {', '.join(given)}")
+        raise ValueError(f"only one constraint can be set, not {', '.join(given)}")
     schema = values.get("json_schema")
     if isinstance(schema, Mapping):
         values = {**values, "json_schema": as_json("json_schema", schema)}
     elif not isinstance(schema, str | None):
-        raise ArgumentTypeError("json_schema", f"a mapping, or its JSON as a text, not {schema!r}")
+        raise ArgumentTypeError("json_schema", f"must be a mapping or JSON, not {schema!r}")
     fill(request, _CONSTRAINTS[:-1], values)
     choice = values.get("choice")
     if isinstance(choice, str):
-        raise ArgumentTypeError("choice", "several texts, not one")
+        raise ArgumentTypeError("choice", "must be a list of strings, not a string")
     if choice is not None:
         request.choice.SetInParent()
-        extend_texts("choice", request.choice.texts, several("choice", choice, "a list of texts"))
+        extend_texts("choice", request.choice.texts, several("choice", choice, "a list of strings"))
 
 
 def score_request(
@@ -236,7 +238,7 @@ def fill_inputs(field: Any, inputs: str | Sequence[Prompt]) -> None:
     """
     prompts = [inputs] if isinstance(inputs, str) else _items("inputs", inputs)
     if prompts and (all(map(_is_whole, prompts)) or all(isinstance(p, Mapping) for p in prompts)):
-        raise ArgumentTypeError("inputs", "a list of prompts; put a single one into a list")
+        raise ArgumentTypeError("inputs", "must be a list of prompts, not a single prompt")
     for index, prompt in enumerate(prompts):
         set_input(field.add(), prompt, "inputs" if prompt is inputs else f"inputs[{index}]")
 
@@ -279,7 +281,7 @@ def set_input(
     if any(map(is_like_a_turn, items)):
         request.chat.messages.extend(to_messages(place or "messages", items))
     elif items and (any(isinstance(i, str) for i in items) or not any(map(_is_whole, items))):
-        raise ArgumentTypeError(name, f"{_PROMPTS}, not {prompt!r}")
+        raise ArgumentTypeError(name, f"must be {_PROMPTS}, not {prompt!r}")
     else:
         request.token_ids.SetInParent()
         extend_ids(name, request.token_ids.ids, items)
@@ -290,7 +292,7 @@ def _items(name: str, value: Any) -> list[Any]:
     try:
         return list(several(name, value, _PROMPTS))
     except TypeError:
-        raise ArgumentTypeError(name, f"{_PROMPTS}, not {value!r}") from None
+        raise ArgumentTypeError(name, f"must be {_PROMPTS}, not {value!r}") from None
 
 
 def _is_whole(item: object) -> bool:

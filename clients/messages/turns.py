@@ -35,11 +35,11 @@ def chat_messages(chat: str | Iterable[MessageLike]) -> list[inference_pb2.ChatM
         check_text("messages", chat)
         return [inference_pb2.ChatMessage(role="user", content=chat)]
     check_is_no_turn("messages", chat)
-    wanted = "a text, or the turns of a conversation"
+    wanted = "a string or a list of messages"
     turns = to_messages("messages", several("messages", chat, wanted))
     if not turns:
         # Without this, an empty list would be sent as token ids, which the caller did not mention.
-        raise ArgumentValueError("messages", "at least one turn")
+        raise ArgumentValueError("messages", "must not be empty")
     return turns
 
 
@@ -70,7 +70,7 @@ def check_is_no_turn(name: str, value: object) -> None:
     """
     is_pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], str)
     if is_pair or isinstance(value, Mapping | inference_pb2.ChatMessage):
-        raise ArgumentTypeError(name, "the turns of a conversation; put a single one into a list")
+        raise ArgumentTypeError(name, "must be a list of messages, not a single message")
 
 
 def _to_message(place: str, turn: object) -> inference_pb2.ChatMessage:
@@ -81,7 +81,7 @@ def _to_message(place: str, turn: object) -> inference_pb2.ChatMessage:
             return _of_mapping(place, role, rest)
         case (str() as role, str() as content):
             return _said(place, role, content)
-    raise ArgumentTypeError(place, f"a message is a role and a content, not {turn!r}")
+    raise ArgumentTypeError(place, f"must have a role and content, not {turn!r}")
 
 
 def _of_mapping(place: str, role: Any, rest: Mapping[str, Any]) -> inference_pb2.ChatMessage:
@@ -91,14 +91,14 @@ def _of_mapping(place: str, role: Any, rest: Mapping[str, Any]) -> inference_pb2
     if unknown:
         known = ", ".join(("role", *_TURN_FIELDS))
         raise ArgumentTypeError(
-            place, f"{min(map(str, unknown))!r} is none of a message's keys: {known}"
+            place, f"has the unknown key {min(map(str, unknown))!r}; known are {known}"
         )
     # Answers made only of calls or reasoning have no content, and clients return them as such.
     content = rest.get("content")
     content = "" if content is None and role == "assistant" else content
     made = _said(place, role, _content(f"{place}.content", content))
     fill(made, ("tool_call_id",), given, within=f"{place}.")
-    calls = several(f"{place}.tool_calls", given.get("tool_calls", ()), "a list of calls")
+    calls = several(f"{place}.tool_calls", given.get("tool_calls", ()), "a list of tool calls")
     made.tool_calls.extend(
         _to_call(f"{place}.tool_calls[{index}]", call) for index, call in enumerate(calls)
     )
@@ -123,7 +123,7 @@ def _content(place: str, content: Any) -> Any:
             case _:
                 raise ArgumentTypeError(
                     f"{place}[{index}]",
-                    f'the model reads text alone, {{"type": "text", "text": ...}}, not {part!r}',
+                    f'must be {{"type": "text", "text": ...}}, not {part!r}',
                 )
     return "".join(texts)
 
@@ -139,7 +139,7 @@ def _to_call(place: str, call: object) -> inference_pb2.ToolCall:
             if rest.get("id") is not None:
                 fill(made, ("id",), rest, within=f"{place}.")
             return made
-    raise ArgumentTypeError(place, f"a call has a function with name and arguments, not {call!r}")
+    raise ArgumentTypeError(place, f"must have a function with a name and arguments, not {call!r}")
 
 
 def to_tool(place: str, tool: object) -> inference_pb2.Tool:
@@ -161,4 +161,4 @@ def to_tool(place: str, tool: object) -> inference_pb2.Tool:
                 schema = {"parameters": as_json(f"{within}parameters", parameters)}
                 fill(made, ("parameters",), schema, within=within)
             return made
-    raise ArgumentTypeError(place, f"a tool has a function with a name, not {tool!r}")
+    raise ArgumentTypeError(place, f"must have a function with a name, not {tool!r}")

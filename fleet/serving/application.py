@@ -1,4 +1,6 @@
-"""The application for a Ray Serve config file, which KubeRay's ``RayService`` applies.
+"""What Ray Serve starts, routes to, watches, scales and stops: one deployment, as an application.
+
+A Ray Serve config file, which KubeRay's ``RayService`` applies, names the application:
 
     import_path: turret.fleet.serving.application:application
     args: {min_replicas: 2, max_replicas: 8}
@@ -10,19 +12,176 @@ Everything else is in ``TURRET_…`` variables of the containers. HAProxy mode i
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import logging
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from ray.serve import Application
+import grpc
+import ray
+from grpc_health.v1 import health_pb2
+from ray import serve
+from ray.serve.schema import LoggingConfig
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from turret.fleet.serving.plan import ClusterPlan, fleet_config
-from turret.fleet.serving.registry_actor import start_registry
-from turret.fleet.serving.serve import deployment
+from turret.fleet.serving.plan import RUNNING, WAITING, ClusterPlan, fleet_config, policy
+from turret.fleet.serving.registry_actor import RayChannel, start_registry
+from turret.fleet.serving.replica_server import ReplicaServer, from_client
+from turret.server import log
 from turret.server.command.flags import read_settings
+from turret.server.command.threads import available_cpus
+from turret.server.config import Config
+from turret.v1 import adapters_pb2, inference_pb2
+
+# Serve lets calls beyond this wait. --max-queued-requests is far lower, and rejects them.
+_MOST_ONGOING = 1 << 14
 
 
-def application(args: Mapping[str, Any]) -> Application:
+def _call(service: str, method: str, *, is_stream: bool) -> Any:
+    """A method of the deployment. Serve calls the one with the name of the gRPC method."""
+
+    async def answer(self: Any, request: Any, grpc_context: Any) -> Any:
+        return await self._server.answer(service, method, request, grpc_context)
+
+    async def answer_stream(self: Any, request: Any, grpc_context: Any) -> AsyncIterator[Any]:
+        async for message in self._server.answer_stream(service, method, request, grpc_context):
+            yield message
+
+    return answer_stream if is_stream else answer
+
+
+_CALLS: Any = type(
+    "_CALLS",
+    (),
+    {
+        method.name: _call(service.name, method.name, is_stream=method.server_streaming)
+        for file in (inference_pb2, adapters_pb2)
+        for service in file.DESCRIPTOR.services_by_name.values()
+        for method in service.methods
+    },
+)
+
+
+@serve.ingress()
+class Replica(_CALLS):
+    """One engine, and a method for each of turret.v1 and of gRPC's health.
+
+    Args:
+        config: The resolved configuration.
+        stops_alone: See ``ReplicaServer``.
+    """
+
+    async def __init__(self, config: Config, stops_alone: bool) -> None:  # type: ignore[misc]
+        self._is_stopped = True
+        level = logging.DEBUG if config.log.verbose else logging.INFO
+        log.configure(level, log_format=config.log.log_format)
+        name = serve.get_replica_context().replica_id.unique_id
+        self._server = server = ReplicaServer(config, name, RayChannel(), stops_alone=stops_alone)
+        self._config = config
+        await server.start()
+        self._is_stopped = False
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        from turret.server.http.server import application
+
+        server = self._server
+        made = application(
+            self._config.listen,
+            inference=server.inference,
+            adapters=server.adapters,
+            metrics=server.metrics,
+            tokens=server.tokens,
+            shares=server.shares,
+            failures=server.failures,
+        )
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http":
+                await made(from_client(scope), receive, send)
+            elif scope["type"] == "lifespan":
+                # The replica manages its own start and stop, so just answer the messages.
+                for stage in ("startup", "shutdown"):
+                    await receive()
+                    await send({"type": f"lifespan.{stage}.complete"})
+
+        return answer
+
+    async def __del__(self) -> None:
+        # Serve awaits this when it removes the replica, once its calls have ended or timed out.
+        if not self._is_stopped:
+            self._is_stopped = True
+            await self._server.stop()
+
+    async def check_health(self) -> None:
+        self._server.check()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        server = self._server
+        return {WAITING: float(server.num_waiting), RUNNING: float(server.num_running)}
+
+    # grpc.health.v1.Health
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: Any) -> Any:
+        return await self._server.check_service(request, grpc_context)
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, grpc_context: Any
+    ) -> AsyncIterator[Any]:
+        # A watch would keep a replica from ending. Clients treat this status as serving.
+        grpc_context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        grpc_context.set_details("a fleet's health cannot be watched; ask for it")
+        return
+        yield
+
+
+def deployment(config: Config, plan: ClusterPlan) -> serve.Application:
+    """The deployment for Serve to keep running."""
+    threads = config.model.threads or max(1, available_cpus() // plan.max_replicas)
+    options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": _threads(threads)}}
+    if num_devices(config):
+        options |= {"num_gpus": 1}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, threads=threads))
+    scale: dict[str, Any] = {"num_replicas": plan.min_replicas}
+    if plan.max_replicas > plan.min_replicas:
+        path = f"{policy.__module__}:{policy.__name__}"
+        scale = {
+            "autoscaling_config": {
+                "min_replicas": plan.min_replicas,
+                "max_replicas": plan.max_replicas,
+                "upscale_delay_s": 1.0,
+                "downscale_delay_s": 60.0,
+                "metrics_interval_s": 1.0,
+                "look_back_period_s": 2.0,
+                "policy": {"policy_function": path},
+            }
+        }
+    deploy = serve.deployment(
+        name="turret",
+        max_ongoing_requests=_MOST_ONGOING,
+        ray_actor_options=options,
+        # Serve also notices the death of a replica's process only in its health check.
+        health_check_period_s=0.5,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_timeout_s=config.lifecycle.grace_seconds + 5.0,
+        logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
+        **scale,
+    )
+    return deploy(Replica).bind(config, plan.stops_alone)
+
+
+def num_devices(config: Config) -> int:
+    """The number of GPUs in the cluster; 0 if none should be used."""
+    return 0 if config.model.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
+
+
+def _threads(number: int) -> dict[str, str]:
+    # torch reads this when it is loaded, which happens before any code of the replica runs.
+    return {"OMP_NUM_THREADS": str(number), "PYTHONPATH": ":".join(filter(None, sys.path))}
+
+
+def application(args: Mapping[str, Any]) -> serve.Application:
     """Starts the registry, or finds it, and describes the deployment.
 
     Args:

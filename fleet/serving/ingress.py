@@ -6,7 +6,9 @@ that environment for a machine where Ray is started by hand.
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import logging
 import os
 import re
 import shlex
@@ -14,11 +16,21 @@ import shutil
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
+from turret.fleet.words import say
 from turret.server.basics.extras import how_to_add
 from turret.server.basics.files import replace_file
 from turret.server.errors import UnavailableError
 
+_log = logging.getLogger(__name__)
+
+# Address of all a fleet's listeners if Ray is started here, except the ingress and metrics.
+LOOPBACK = "127.0.0.1"
+# Run as a program, this module has another name.
+_PREPARE = "turret.fleet.serving.ingress.prepare"
+_PAUSE_SECONDS = 0.2
+_watching: set[asyncio.Task[None]] = set()
 VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 # Requests of one mix go to one replica, unless that has half as much again as the mean; where none
 # is named, they are dealt out. The value is put into the defaults of HAProxy's configuration as it
@@ -44,8 +56,6 @@ _BALANCE = "\n    ".join(
         "option forwardfor",
     )
 )
-# Named here instead of imported, because importing that module imports Ray.
-_PREPARE = "turret.fleet.serving.ray_worker.prepare"
 # The same path on every machine. It is short because Ray's node id comes below it, and HAProxy
 # allows 97 characters for a socket's path.
 _JOINED_FOLDER = "/tmp/turret-{user}"
@@ -113,10 +123,10 @@ def joined_folder() -> Path:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            raise PermissionError("it is another user's, or a link")
+            raise UnavailableError(say("INGRESS_FOLDER_FOREIGN", folder=folder))
         folder.chmod(0o700)
     except OSError as error:
-        raise UnavailableError(f"{folder}, for the files of the ingress: {error}") from None
+        raise UnavailableError(say("INGRESS_FOLDER", folder=folder, cause=error)) from None
     return folder
 
 
@@ -161,8 +171,85 @@ def _binary(own: Path) -> str:
             return str(bundled)
     found = shutil.which("haproxy")
     if found is None:
-        raise UnavailableError(f"HAProxy is not installed; {how_to_add('cluster')}")
+        raise UnavailableError(say("HAPROXY_MISSING", fix=how_to_add("cluster")))
     return found
+
+
+def prepare() -> None:
+    """Corrects Ray Serve in a worker process, before its first task.
+
+    Ray Serve has no setting for either correction. ``ingress_environment`` names this function to
+    Ray, so that it runs on every machine of the cluster, whoever starts Serve.
+    """
+    import ray
+
+    if ray.util.get_node_ip_address() == LOOPBACK:
+        _listen_locally()
+    _keep_haproxy()
+
+
+def _listen_locally() -> None:
+    """Opens gRPC ports on loopback that Serve would open on every interface.
+
+    Replicas and Serve's fallback proxy answer turret's calls there, past the ingress. When Ray's
+    own address is loopback there is no other machine that needs them.
+    """
+    from ray.serve._private.grpc_util import gRPCGenericServer
+
+    # Replicas have a second server for calls between deployments, of the class below Serve's own.
+    server: Any = gRPCGenericServer.__mro__[1]
+    add = server.add_insecure_port
+
+    def add_local(self: Any, address: str) -> int:
+        port: int = add(self, address.replace("[::]", LOOPBACK))
+        return port
+
+    server.add_insecure_port = add_local
+
+
+def _keep_haproxy() -> None:
+    """Starts HAProxy again as soon as it dies.
+
+    Serve asks three times, ten seconds apart, before it replaces a dead HAProxy.
+    """
+    from ray.serve._private.haproxy import HAProxyApi
+
+    api: Any = HAProxyApi
+    start, stop = api._start_and_wait_for_haproxy, api.stop
+
+    async def start_and_watch(self: Any, *arguments: str, **keys: Any) -> Any:
+        self._num_starting = getattr(self, "_num_starting", 0) + 1
+        try:
+            process = await start(self, *arguments, **keys)
+        finally:
+            self._num_starting -= 1
+        task = asyncio.ensure_future(watch(self, process))
+        _watching.add(task)
+        task.add_done_callback(_watching.discard)
+        return process
+
+    async def watch(self: Any, process: Any) -> None:
+        await process.wait()
+        while self._proc is process and not getattr(self, "_is_stopped", False):
+            # Do nothing if a reload is about to replace the process.
+            if not self._num_starting:
+                _log.warning("HAProxy has died (%s) and is started again", process.returncode)
+                try:
+                    started = await start_and_watch(self)
+                except Exception as error:
+                    _log.error("HAProxy does not start: %s", error)
+                else:
+                    if not getattr(self, "_is_stopped", False):
+                        self._proc = started
+                        return
+                    started.kill()
+            await asyncio.sleep(_PAUSE_SECONDS)
+
+    async def stop_for_good(self: Any) -> None:
+        self._is_stopped = True
+        await stop(self)
+
+    api._start_and_wait_for_haproxy, api.stop = start_and_watch, stop_for_good
 
 
 def _main(arguments: list[str]) -> None:

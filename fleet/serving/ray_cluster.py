@@ -9,26 +9,30 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turret.fleet.machine import fleet_folder
-from turret.fleet.machine.fleet_folder import FleetFolder
-from turret.fleet.machine.ray_lines import LineFilter
-from turret.fleet.serving.ingress import ingress_environment, joined_folder, write_haproxy
+from turret.fleet.serving import fleet_folder
+from turret.fleet.serving.fleet_folder import FleetFolder
+from turret.fleet.serving.ingress import (
+    LOOPBACK,
+    ingress_environment,
+    joined_folder,
+    write_haproxy,
+)
 from turret.fleet.serving.plan import ClusterPlan
+from turret.fleet.words import say
 from turret.server.basics.files import replace_file
 from turret.server.errors import UnavailableError
 
 CLUSTER_FILE = "cluster.json"
-# Address of all a fleet's listeners if Ray is started here, except the ingress and metrics.
-LOOPBACK = "127.0.0.1"
 # Serve's ports that two fleets on one machine must not share.
 _PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
 # Signals that end a fleet. ``serve.py`` defers them while Ray starts.
@@ -37,10 +41,28 @@ _OBJECT_STORE_BYTES = 100 << 20
 _CONNECT_SECONDS = 5.0
 # Ray's names for processes that a cluster on one machine cannot lose.
 _CENTRAL = ("gcs_server", "raylet")
-_START_ONE = (
-    "`ray start --head` starts one and prints its address; without an address of Ray's this"
-    " command starts its own"
+# Ray prints this when a caller disconnects before a replica was assigned: Serve cancels the call
+# and never retrieves the exception of its task.
+_CANCELLED = (
+    re.compile(r"Task exception was never retrieved$"),
+    re.compile(
+        r"future: <Task .*ProxyResponseGenerator\._await_response\(\).*RequestCancelledError"
+    ),
 )
+_CANCELLED_ENDS = "ray.serve.exceptions.RequestCancelledError:"
+# When asked to shut down, Serve's controller kills itself before it has answered.
+_CONTROLLER_ENDS = re.compile(
+    r"Task ServeController\.graceful_shutdown failed\. .*was killed by `ray\.kill`", re.DOTALL
+)
+# The advice in this warning would open a fleet on one machine to other machines.
+_ONE_MACHINE = re.compile(
+    r".*HTTPOptions\.host=\S+ won't accept connections from HAProxy on other nodes"
+)
+_INGRESS = "HAProxyManager"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+# The last line of a traceback, and HAProxy's first message about a problem.
+_RAISED = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Exit): *(\S.*)$", re.MULTILINE)
+_ALERT = re.compile(r"^\[ALERT\][^:]*: (.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +90,8 @@ class RayCluster:
         Raises:
             UnavailableError: There is none to join, or none can be started; says why.
         """
-        if plan.ray_address is not None and (why := _why_deaf(plan.ray_address)):
-            raise UnavailableError(f"{why}; {_START_ONE}")
+        if plan.ray_address is not None:
+            _check_listens(plan.ray_address)
         folder = _make_folder(state_dir) if plan.ray_address is None else None
         try:
             found = cls._open(plan, host, folder, is_stopping)
@@ -80,12 +102,9 @@ class RayCluster:
             if isinstance(error, UnavailableError):
                 raise
             if isinstance(error, ConnectionError) and plan.ray_address is not None:
-                where = plan.ray_address
-                what = "runs on this machine" if where == "auto" else "can be joined there"
-                raise UnavailableError(
-                    f"--ray-address: {where}: no Ray cluster {what}; {_START_ONE}"
-                ) from None
-            raise UnavailableError(f"Ray: {error}") from None
+                why = say("RAY_NOT_JOINED", address=plan.ray_address)
+                raise UnavailableError(why) from None
+            raise UnavailableError(say("RAY_FAILED", cause=error)) from None
         if folder is not None:
             state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             said = {"address": found["gcs_address"], "token": os.environ["RAY_AUTH_TOKEN"]}
@@ -168,10 +187,8 @@ def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
     if ray_address is None and state_dir is None and not os.environ.get("RAY_ADDRESS"):
         started = fleet_folder.state_dirs()
         if len(started) > 1:
-            raise UnavailableError(
-                f"{len(started)} fleets run here; --state-dir says which:"
-                f" {', '.join(map(str, started))}"
-            )
+            shown = ", ".join(map(str, started))
+            raise UnavailableError(say("FLEETS_MANY", count=len(started), state_dirs=shown))
         state_dir = next(iter(started), None)
     is_local = ray_address is None and state_dir is not None
     if ray_address is None and state_dir is not None:
@@ -179,56 +196,46 @@ def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
             said = json.loads((state_dir / CLUSTER_FILE).read_bytes())
         except OSError:
             if state_dir.absolute() in fleet_folder.state_dirs():
-                raise UnavailableError(
-                    f"the fleet on {state_dir} has only begun to start"
-                ) from None
-            raise UnavailableError(
-                f"no fleet runs on {state_dir}; `turret cluster serve --state-dir {state_dir}`"
-                " starts one, and --ray-address names a Ray cluster that runs"
-            ) from None
+                why = say("FLEET_STARTING", state_dir=state_dir)
+            else:
+                why = say("FLEET_MISSING", state_dir=state_dir)
+            raise UnavailableError(why) from None
         ray_address = str(said["address"])
-        if _why_deaf(ray_address):
-            raise UnavailableError(
-                f"the fleet on {state_dir} does not answer: it was killed, and `turret cluster"
-                f" serve --state-dir {state_dir}` starts it again"
-            )
+        try:
+            _check_listens(ray_address)
+        except UnavailableError:
+            raise UnavailableError(say("FLEET_KILLED", state_dir=state_dir)) from None
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": said["token"]})
-    elif ray_address is not None and (why := _why_deaf(ray_address)):
-        raise UnavailableError(f"{why}; without it the fleet of this machine is shown")
+    elif ray_address is not None:
+        _check_listens(ray_address)
     import ray
 
     try:
         _init(ray, is_local=is_local, address=ray_address or "auto")
     except ConnectionError as error:
-        raise UnavailableError(
-            f"no fleet can be joined here ({str(error).partition('. ')[0]}); `turret cluster serve`"
-            " starts one, --state-dir and --ray-address say where another is"
-        ) from None
+        raise UnavailableError(say("FLEET_NOT_JOINED", cause=error)) from None
     except (RuntimeError, ValueError) as error:
-        raise UnavailableError(f"Ray: {error}") from None
+        raise UnavailableError(say("RAY_FAILED", cause=error)) from None
 
 
-def _why_deaf(address: str) -> str:
-    """The error if nobody listens at ``HOST:PORT``, where Ray would retry for minutes; else ""."""
+def _check_listens(address: str) -> None:
+    """Raises UnavailableError if nobody listens at ``HOST:PORT``: Ray would retry for minutes."""
     host, _, port = address.rpartition(":")
     if not host:
-        return ""
+        return
     try:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
     except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        return f"--ray-address: no Ray cluster listens at {address} ({why})"
-    return ""
+        cause = getattr(error, "strerror", None) or error
+        raise UnavailableError(say("RAY_DEAF", address=address, cause=cause)) from None
 
 
 def _make_folder(state_dir: Path) -> FleetFolder:
     try:
         return FleetFolder.make(state_dir)
     except OSError as error:
-        raise UnavailableError(
-            f"TMPDIR: no folder for the fleet's sockets can be made ({error.filename}:"
-            f" {error.strerror}); name one of few characters that this user may write to"
-        ) from None
+        cause = f"{error.filename}: {error.strerror}"
+        raise UnavailableError(say("SOCKET_FOLDER", cause=cause)) from None
 
 
 def _free_port() -> int:
@@ -310,3 +317,59 @@ def _init(ray: Any, *, is_local: bool, **arguments: Any) -> Any:
         return ray.init(logging_level="WARNING", namespace="turret", **arguments)
     finally:
         patched.resolve_ip_for_localhost = resolve
+
+
+def cause(text: str) -> str:
+    """The last message of a traceback from another process, as Ray reports it; otherwise all."""
+    text = _COLOUR.sub("", text)
+    if '  File "' not in text:
+        return text
+    found = _ALERT.search(text) or next(reversed([*_RAISED.finditer(text)]), None)
+    return found[1] if found else text.strip().splitlines()[-1]
+
+
+class LineFilter:
+    """Filters the lines of all processes as they arrive.
+
+    Args:
+        is_stopping: Whether the fleet is being stopped. The ingress then fails at whatever it was
+            about to do.
+        has_others: Whether the fleet may have other machines.
+    """
+
+    def __init__(self, is_stopping: Callable[[], bool], has_others: bool = True) -> None:
+        self._is_stopping = is_stopping
+        self._left_out = [_CONTROLLER_ENDS] if has_others else [_CONTROLLER_ENDS, _ONE_MACHINE]
+        # By source: a line that may begin a message to leave out.
+        self._held: dict[object, str] = {}
+        self._inside: set[object] = set()
+
+    def kept(self, source: object, actor: str | None, lines: Sequence[str]) -> list[str]:
+        """The lines to show.
+
+        Args:
+            source: Stands for the stream that the lines come from.
+            actor: The class of the actor that they are of, if of any.
+            lines: The next ones of that stream.
+        """
+        if actor == _INGRESS and self._is_stopping():
+            return []
+        return [shown for line in lines for shown in self._take(source, line)]
+
+    def _take(self, source: object, line: str) -> list[str]:
+        if source in self._inside:
+            is_last = line.startswith(_CANCELLED_ENDS)
+            if not is_last and line.startswith((" ", "Traceback ")):
+                return []
+            self._inside.remove(source)
+            if is_last:
+                return []
+        held = self._held.pop(source, None)
+        if held is not None and _CANCELLED[1].match(line):
+            self._inside.add(source)
+            return []
+        before = [] if held is None else [held]
+        if _CANCELLED[0].match(line):
+            self._held[source] = line
+            return before
+        return before if any(one.match(line) for one in self._left_out) else [*before, line]

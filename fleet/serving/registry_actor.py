@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, TypeVarTuple
+from typing import Any
 
 import ray
 from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayError
 
-from turret.fleet import messages as m
-from turret.fleet.fleet_store import FleetStore
-from turret.fleet.registry_host import RegistryHost
+from turret.fleet import protocol as m
+from turret.fleet.follower import Channel
+from turret.fleet.registry_host import FleetStore, RegistryHost
+from turret.fleet.words import say
 from turret.server.basics.files import replace_file
 from turret.server.errors import TurretError, UnavailableError
 
@@ -28,9 +28,6 @@ _CALL_SECONDS = 10.0
 _LOCK_SECONDS = 15.0
 # Each waiting replica or caller takes a thread.
 _MOST_CALLS = 512
-
-_Arguments = TypeVarTuple("_Arguments")
-_T = TypeVar("_T")
 
 
 class RegistryActor:
@@ -47,7 +44,7 @@ class RegistryActor:
         # The marker holds the run, and the command that owns it.
         said = marker.read_text().split() if marker.exists() else []
         is_first = said[:1] != [run]
-        store = _open_store(Path(state_dir), is_first=is_first)
+        store = _open_store(Path(state_dir))
         self._marker, self._run = marker, run
         self._host = RegistryHost(store, lease_seconds=lease_seconds, is_first=is_first)
         self._state_dir = state_dir
@@ -77,11 +74,11 @@ class RegistryActor:
             return None, error.with_traceback(None)
 
 
-def _open_store(path: Path, *, is_first: bool) -> FleetStore:
+def _open_store(path: Path) -> FleetStore:
     end = time.monotonic() + _LOCK_SECONDS
     while True:
         try:
-            return FleetStore(path, is_first=is_first)
+            return FleetStore(path)
         except ValueError:
             if time.monotonic() > end:
                 raise
@@ -102,10 +99,10 @@ def start_registry(state_dir: Path, lease_seconds: float) -> None:
             # Kill only a new actor. One that was there serves a fleet, and is only slow to answer.
             ray.kill(actor)
         cause = str(error).strip().rsplit("\n", 1)[-1]
-        verb = "start" if is_new else "answer"
-        raise UnavailableError(f"the fleet's registry does not {verb}: {cause}") from None
+        action = "start" if is_new else "answer"
+        raise UnavailableError(say("REGISTRY_FAILED", action=action, cause=cause)) from None
     if found != str(state_dir):
-        raise UnavailableError(f"this Ray cluster has a fleet already, on --state-dir {found}")
+        raise UnavailableError(say("FLEET_ELSEWHERE", state_dir=found))
 
 
 def _find_or_make(state_dir: Path, lease_seconds: float) -> tuple[Any, bool]:
@@ -180,53 +177,22 @@ def stop_registry() -> None:
         return
 
 
-class RayChannel:
+class RayChannel(Channel):
     """See ``Channel``. It finds the registry by name whenever the connection is lost."""
 
     def __init__(self) -> None:
         self._actor: Any = None
 
-    def join(self, join: m.Join) -> m.Joined:
-        return self._call(0.0, RegistryHost.join, join)
-
-    def report(self, report: m.Report, wait_seconds: float) -> m.News:
-        return self._call(wait_seconds, RegistryHost.report, report, wait_seconds)
-
-    def submit(self, proposal: m.Proposal) -> str:
-        return self._call(0.0, RegistryHost.submit, proposal)
-
-    def outcome(self, operation: str, wait_seconds: float) -> m.Outcome | None:
-        return self._call(wait_seconds, RegistryHost.outcome, operation, wait_seconds)
-
-    def cancel(self, operation: str, error: TurretError) -> None:
-        self._call(0.0, RegistryHost.cancel, operation, error)
-
-    def leave(self, replica: str) -> None:
-        self._call(0.0, RegistryHost.leave, replica)
-
-    def usage(self, name: str = "") -> Mapping[str, Mapping[str, m.Usage]]:
-        return self._call(0.0, RegistryHost.usage, name)
-
-    def status(self) -> m.FleetStatus:
-        return self._call(0.0, RegistryHost.status)
-
-    def _call(
-        self,
-        waits: float,
-        method: Callable[[RegistryHost, *_Arguments], _T],
-        *arguments: *_Arguments,
-    ) -> _T:
+    def call(self, wait_seconds: float, method: str, *arguments: Any) -> Any:
         try:
             if self._actor is None:
                 self._actor = ray.get_actor(NAME, namespace=NAMESPACE)
-            answer = self._actor.call.remote(method.__name__, *arguments)
-            value, error = ray.get(answer, timeout=waits + _CALL_SECONDS)
+            answer = self._actor.call.remote(method, *arguments)
+            value, error = ray.get(answer, timeout=wait_seconds + _CALL_SECONDS)
         except (RayError, GetTimeoutError, ValueError) as lost:
             self._actor = None
-            raise UnavailableError(
-                f"the fleet's registry cannot be reached ({type(lost).__name__}); adapters are"
-                " served on, and can be changed when it is back"
-            ) from None
+            away = say("REGISTRY_AWAY", cause=type(lost).__name__)
+            raise UnavailableError(away) from None
         if error is not None:
             raise error
         return value

@@ -1,20 +1,25 @@
-"""Answers calls in a replica: the composition root like ``server/app.py``, without listeners."""
+"""Answers calls in a replica: the composition root like ``server/app.py``, without listeners.
+
+Ray Serve hands the calls over; ``CallContext`` is their gRPC context in turret's form.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterable
+from ipaddress import ip_address
+from typing import Any, Protocol
 
+import grpc
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
+from starlette.types import Scope
 
 import turret
-from turret.fleet.replica.channel import Channel
-from turret.fleet.replica.link import ReplicaLink
-from turret.fleet.replica.seat import Seat
-from turret.fleet.serving.grpc_call import CallContext, ServeContext
+from turret.fleet.follower import Channel, ReplicaLink
+from turret.fleet.replica import Seat
+from turret.fleet.words import say
 from turret.server import log
 from turret.server.api.access.shares import Shares
 from turret.server.api.access.tokens import TokenTable, authorize
@@ -22,6 +27,7 @@ from turret.server.api.admin.adapters import Adapters
 from turret.server.api.faults import Failures
 from turret.server.api.gate import Backend, Gate
 from turret.server.api.inference.inference import Inference
+from turret.server.basics.triton_needs import see_only
 from turret.server.config import Config
 from turret.server.errors import BudgetExceededError, UnavailableError
 from turret.server.metrics import Metrics
@@ -44,6 +50,119 @@ _DESCRIPTORS = {
     "Adapters": adapters_pb2.DESCRIPTOR.services_by_name["Adapters"],
 }
 _MESSAGES = {**vars(inference_pb2), **vars(adapters_pb2)}
+FORWARDED_FOR = "x-forwarded-for"
+# Messages that may wait for the client. The engine's thread never waits for this queue.
+_AHEAD = 1
+
+Metadata = tuple[tuple[str, str | bytes], ...]
+
+
+def client_address(values: Iterable[str]) -> str | None:
+    """The address of the ingress's client; None if the ingress does not report it.
+
+    Args:
+        values: Those of every ``x-forwarded-for``, in order. The ingress writes the last one, and
+            what comes before is what its caller claims.
+    """
+    last = None
+    for value in values:
+        last = value
+    if last is None:
+        return None
+    try:
+        return str(ip_address(last.rpartition(",")[2].strip()))
+    except ValueError:
+        return None
+
+
+def as_peer(address: str) -> str:
+    """An address in gRPC's form; its port is unknown."""
+    return f"ipv6:[{address}]:0" if ":" in address else f"ipv4:{address}:0"
+
+
+def from_client(scope: Scope) -> Scope:
+    """An HTTP request with its client's address instead of the ingress's."""
+    name = FORWARDED_FOR.encode()
+    sent = (value.decode("latin-1") for key, value in scope["headers"] if key == name)
+    address = client_address(sent)
+    return scope if address is None else {**scope, "client": (address, 0)}
+
+
+class ServeContext(Protocol):
+    """The parts of Serve's context in use (``ray.serve.grpc_util.RayServegRPCContext``)."""
+
+    def code(self) -> Any: ...
+    def peer(self) -> str: ...
+    def invocation_metadata(self) -> Any: ...
+    def set_code(self, code: grpc.StatusCode) -> None: ...
+    def set_details(self, details: str) -> None: ...
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None: ...
+
+
+class CallContext:
+    """The parts of grpc's context that turret's servicers and interceptor use.
+
+    A handler on Serve that raises loses its error details; one that sets the status and returns
+    does not. The interceptor only ever sets.
+
+    Args:
+        inner: Serve's.
+    """
+
+    def __init__(self, inner: ServeContext) -> None:
+        self._inner = inner
+        self._sent: asyncio.Queue[Any] = asyncio.Queue(_AHEAD)
+
+    def invocation_metadata(self) -> Metadata:
+        return tuple(self._inner.invocation_metadata())
+
+    def peer(self) -> str:
+        """The client of the ingress, or the ingress itself if it does not report the client."""
+        sent = (v for k, v in self._inner.invocation_metadata() if k == FORWARDED_FOR)
+        address = client_address(v for v in sent if isinstance(v, str))
+        return self._inner.peer() if address is None else as_peer(address)
+
+    def time_remaining(self) -> float | None:
+        """Unknown: Serve does not pass it on. A client whose deadline passes cancels the call."""
+        return None
+
+    def code(self) -> grpc.StatusCode | None:
+        code = self._inner.code()
+        return code if isinstance(code, grpc.StatusCode) else None
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self._inner.set_code(code)
+
+    def set_details(self, details: str) -> None:
+        self._inner.set_details(details)
+
+    def set_trailing_metadata(self, trailing_metadata: Metadata) -> None:
+        self._inner.set_trailing_metadata(list(trailing_metadata))
+
+    async def write(self, message: Any) -> None:
+        """Sends a message of a stream; waits while others are queued."""
+        await self._sent.put(message)
+
+    async def messages(self, run: Callable[[], Any]) -> AsyncIterator[Any]:
+        """The messages that ``run`` writes; ``run`` is cancelled if the reader stops."""
+        over = object()
+
+        async def work() -> None:
+            try:
+                await run()
+            finally:
+                # If nobody reads any more, the queue may be full, and the end is not needed.
+                if not working.cancelling():
+                    await self._sent.put(over)
+
+        working = asyncio.ensure_future(work())
+        try:
+            while (message := await self._sent.get()) is not over:
+                yield message
+            await working
+        finally:
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
 
 
 class ReplicaServer:
@@ -92,9 +211,10 @@ class ReplicaServer:
         Raises:
             OSError, ValueError, TurretError: The model or the fleet's state cannot be served.
         """
+        config = self._config
+        see_only(config.model.device)
         from turret.server.build import build_backend
 
-        config = self._config
         backend = await asyncio.to_thread(build_backend, config, self.metrics, seat=self._seat)
         self._backend = backend
         await backend.engine.start()
@@ -125,20 +245,20 @@ class ReplicaServer:
     def check(self) -> None:
         """Raises UnavailableError if the replica can no longer serve and must be replaced."""
         if self._backend is None or self._backend.engine.is_dead:
-            raise UnavailableError("the engine is dead")
+            raise UnavailableError(say("ENGINE_DEAD"))
         if self._link is None or self._link.has_failed:
-            raise UnavailableError("the replica cannot follow the fleet")
+            raise UnavailableError(say("REPLICA_FAILED"))
 
     def _check_serving(self) -> None:
         # Reject calls until Serve has called ``check`` and replaced the replica.
         if self._backend is not None and self._backend.engine.is_dead:
-            raise UnavailableError("the engine is dead")
+            raise UnavailableError(say("ENGINE_DEAD"))
         if self._link is None or not self._link.is_serving:
-            raise UnavailableError("the replica has lost the fleet's registry")
+            raise UnavailableError(say("REPLICA_CUT_OFF"))
 
     async def stop(self) -> None:
         """Takes no further calls, lets running ones finish, and leaves the fleet."""
-        self._gate.close("the replica is shutting down")
+        self._gate.close(say("REPLICA_STOPS"))
         if self._watching is not None:
             self._watching.cancel()
         if self._backend is not None:
@@ -233,8 +353,6 @@ def _checked_size(message: Message) -> int:
     """
     size = message.ByteSize()
     if size > MAX_RECEIVE_BYTES:
-        raise BudgetExceededError(
-            f"the message has {size} bytes, the server takes {MAX_RECEIVE_BYTES}",
-            metadata={"bytes": str(size), "max_bytes": str(MAX_RECEIVE_BYTES)},
-        )
+        large = say("MESSAGE_TOO_LARGE", bytes=size, max_bytes=MAX_RECEIVE_BYTES)
+        raise BudgetExceededError(large)
     return size

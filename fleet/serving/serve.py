@@ -1,33 +1,34 @@
-"""Starts a fleet, waits, and stops it."""
+"""Starts a fleet, waits, and stops it; shows one that runs."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from turret.fleet.machine import ray_lines
+from rich.table import Table
+from rich.text import Text
+
+from turret.clients.verbs.tables import print_table
+from turret.fleet.protocol import FleetStatus
+from turret.fleet.serving import ingress
 from turret.fleet.serving.plan import ClusterPlan
-from turret.fleet.serving.ray_cluster import LOOPBACK, STOPPING, RayCluster
+from turret.fleet.serving.ray_cluster import STOPPING, RayCluster, cause
+from turret.fleet.words import say
 from turret.server import log
 from turret.server.basics.address import split_address
+from turret.server.basics.counted import counted
 from turret.server.command.interrupts import Hangup
 from turret.server.command.start_lines import refuse
 from turret.server.command.threads import available_cpus
 from turret.server.config import Config
 from turret.server.errors import UnavailableError
 from turret.server.reloading import NOTHING_TO_RELOAD
-
-if TYPE_CHECKING:
-    from ray.serve import Application
 
 _log = logging.getLogger(__name__)
 
@@ -37,8 +38,6 @@ _SERVICES = (
     "turret.v1.adapters_pb2_grpc.add_AdaptersServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 )
-# Serve lets calls beyond this wait. --max-queued-requests is far lower, and rejects them.
-_MOST_ONGOING = 1 << 14
 _START_SECONDS = 600.0
 _POLL_SECONDS = 1.0
 _WATCH_SECONDS = 0.5
@@ -85,7 +84,7 @@ def _end_with_ray(cluster: RayCluster, state_dir: Path, is_over: threading.Event
 def _refuse(config: Config, error: Exception) -> int:
     """Report in a sentence why there is no fleet; returns the exit code."""
     text = str(error)
-    why = ray_lines.cause(text)
+    why = cause(text)
     if why != text:
         _log.debug("all that Ray said", extra=log.fields(text=text))
         why += "" if config.log.verbose else " (--verbose logs all that Ray said)"
@@ -144,18 +143,18 @@ def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
     from ray.serve.config import HTTPOptions, gRPCOptions
     from ray.serve.schema import LoggingConfig
 
-    from turret.fleet.serving import registry_actor
+    from turret.fleet.serving import application, registry_actor
 
     # In this process, hide Serve's messages: it is no news that Serve has started or was found.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if plan.ray_address is None:
-        warn_if_crowded(plan.max_replicas, _num_devices(config))
+        warn_if_crowded(plan.max_replicas, application.num_devices(config))
     assert config.adapters.state_dir is not None
     assert config.listen.http_address is not None
     host, port = split_address(config.listen.address)
     if plan.ray_address is None:
         # Replicas listen here. The ingress listens on the configured host; see write_haproxy.
-        host = LOOPBACK
+        host = ingress.LOOPBACK
     serve.start(
         proxy_location="EveryNode",
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
@@ -166,7 +165,7 @@ def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
     try:
         registry_actor.start_registry(config.adapters.state_dir, plan.lease_seconds)
         owner = registry_actor.Ownership()
-        target = serve.RunTarget(deployment(config, plan), APPLICATION, "/")
+        target = serve.RunTarget(application.deployment(config, plan), APPLICATION, "/")
         # Do not wait here, so that SIGTERM works while the models load.
         serve.run_many([target], wait_for_applications_running=False)
         if _wait_until_up(stop):
@@ -224,58 +223,29 @@ def _wait_until_up(stop: threading.Event) -> bool:
         if status in ("DEPLOY_FAILED", "UNHEALTHY") or waited > _START_SECONDS:
             assert found is not None
             reasons = [d.message for d in found.deployments.values() if d.message]
-            raise UnavailableError(f"the replicas do not start: {' '.join(reasons)}")
+            raise UnavailableError(say("REPLICAS_FAILED", cause=" ".join(reasons)))
     return False
 
 
-def deployment(config: Config, plan: ClusterPlan) -> Application:
-    """The deployment for Serve to keep running."""
-    from ray import serve
-    from ray.serve.schema import LoggingConfig
-
-    from turret.fleet.serving import autoscaling
-    from turret.fleet.serving.deployment import Replica
-
-    threads = config.model.threads or max(1, available_cpus() // plan.max_replicas)
-    options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": _threads(threads)}}
-    if _num_devices(config):
-        options |= {"num_gpus": 1}
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, threads=threads))
-    scale: dict[str, Any] = {"num_replicas": plan.min_replicas}
-    if plan.max_replicas > plan.min_replicas:
-        policy = {"policy_function": f"{autoscaling.__name__}:{autoscaling.policy.__name__}"}
-        scale = {
-            "autoscaling_config": {
-                "min_replicas": plan.min_replicas,
-                "max_replicas": plan.max_replicas,
-                "upscale_delay_s": 1.0,
-                "downscale_delay_s": 60.0,
-                "metrics_interval_s": 1.0,
-                "look_back_period_s": 2.0,
-                "policy": policy,
-            }
-        }
-    deploy = serve.deployment(
-        name="turret",
-        max_ongoing_requests=_MOST_ONGOING,
-        ray_actor_options=options,
-        # Serve also notices the death of a replica's process only in its health check.
-        health_check_period_s=0.5,
-        health_check_timeout_s=10.0,
-        graceful_shutdown_timeout_s=config.lifecycle.grace_seconds + 5.0,
-        logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
-        **scale,
-    )
-    return deploy(Replica).bind(config, plan.stops_alone)
-
-
-def _num_devices(config: Config) -> int:
-    """The number of GPUs in the cluster; 0 if none should be used."""
-    import ray
-
-    return 0 if config.model.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
-
-
-def _threads(number: int) -> dict[str, str]:
-    # torch reads this when it is loaded, which happens before any code of the replica runs.
-    return {"OMP_NUM_THREADS": str(number), "PYTHONPATH": ":".join(filter(None, sys.path))}
+def print_status(status: FleetStatus) -> None:
+    """Print the fleet's state, and one row per replica."""
+    base = status.base
+    print(f"registry: revision {status.revision}, {counted(status.num_adapters, 'adapter')}")
+    members = () if base.merge is None else base.merge.members
+    merged = ", ".join(f"{m.name}@{m.generation}={m.weight:g}" for m in members)
+    print(f"base: generation {base.generation}{merged and f', merged: {merged}'}")
+    if not status.replicas:
+        print("no replica has joined yet; the log of `turret cluster serve` says why")
+        return
+    table = Table()
+    # Fold a long name onto the next line, because a cut one is useless.
+    table.add_column("replica", overflow="fold")
+    for heading in ("revision", "lease", "running", "waiting", "in host", "on device"):
+        table.add_column(heading, justify="right")
+    for replica in status.replicas:
+        figures = (replica.running, replica.waiting, replica.num_host, replica.num_device)
+        lease = f"{replica.lease_seconds:.1f}s"
+        table.add_row(
+            Text(replica.name), str(replica.revision), lease, *(str(figure) for figure in figures)
+        )
+    print_table(table)

@@ -26,17 +26,12 @@ class GatedMembers:
     Attributes:
         begin: Position of the first one in the segment's members.
         end: Position behind the last one. They share a slot.
-        asked: Queries or prototypes of the adapter in any module at most.
-        told: Where what a first pass has told of the step's first row begins, for an adapter that
-            is told its gates.
-        told_stride: From there to the next row's.
+        asked: Length of the adapter's longest query.
     """
 
     begin: int
     end: int
     asked: int
-    told: int = 0
-    told_stride: int = 0
 
 
 @dataclass(frozen=True, slots=True)

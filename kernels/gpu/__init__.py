@@ -1,1 +1,1 @@
-"""The Triton kernels, one operation a file."""
+"""The Triton kernels, and the tables they read."""

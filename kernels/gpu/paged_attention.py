@@ -14,24 +14,23 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.shared.contract import (
+from turret.kernels.gpu.common import (
     check_contiguous,
     check_float,
     check_rows,
     check_shape,
+    dot,
+    is_last,
+    tuning,
 )
-from turret.kernels.gpu.shared.dependent_launch import wait_for_launches
-from turret.kernels.gpu.shared.dots import dot
-from turret.kernels.gpu.shared.last_program import is_last
-from turret.kernels.gpu.shared.tuning import tuning
-from turret.kernels.gpu.tables.attention_table import RECORD, AttentionTable
+from turret.kernels.gpu.tables import ATTENTION_RECORD, AttentionTable
 
 # Keys per tile, by query rows of a tile; more do not fit in registers.
 _TILES = {16: 64, 32: 32}
 MAX_BLOCK = 32
 # Without this limit, NVIDIA's assembler would spill two registers rather than use more than 168.
 _LIMITS = {True: {"maxnreg": 255}, False: {}}
-_RECORD = tl.constexpr(RECORD)
+_RECORD = tl.constexpr(ATTENTION_RECORD)
 _MASKED = tl.constexpr(-1e30)
 
 
@@ -199,7 +198,6 @@ def paged_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    wait_for_launches()
     num_work = tl.load(table_ptr) * KV_HEADS
     records_ptr = table_ptr + tl.load(table_ptr + 1)
     m = tl.arange(0, BLOCK_M)
@@ -305,7 +303,6 @@ def paged_attention(
         num_warps=4,
         num_stages=tuned.attention_stages,
         **_LIMITS[tuned.inline_ptx],
-        **tuned.early(),
         enable_fp_fusion=True,
     )
     return out

@@ -8,14 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.shared.contract import (
+from turret.kernels.gpu.common import (
     check_contiguous,
     check_float,
     check_rows,
     check_shape,
 )
-from turret.kernels.gpu.shared.dependent_launch import wait_for_launches
-from turret.kernels.gpu.shared.tuning import tuning
 
 
 @triton.jit
@@ -30,7 +28,6 @@ def residual_rms_norm_kernel(
     eps,
     BLOCK: tl.constexpr,
 ):
-    wait_for_launches()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < width
@@ -89,7 +86,6 @@ def residual_rms_norm(
         num_warps=8 if block >= 2048 else 4,
         # A step's first norm follows work of torch, perhaps a copy, so its launch must not be
         # early.
-        **tuning(residual.device).early(update is not None),
         enable_fp_fusion=True,
     )
     return out

@@ -14,9 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.shared.contract import check_rows, check_shape
-from turret.kernels.gpu.shared.tuning import tuning
-from turret.kernels.gpu.tables.sampling_table import ROW
+from turret.kernels.gpu.common import check_rows, check_shape, tuning
+from turret.kernels.gpu.tables import ROW
 
 _ROW = tl.constexpr(ROW)
 _INFINITY_BITS = tl.constexpr(0x7F800000)

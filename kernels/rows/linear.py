@@ -49,7 +49,7 @@ def row_linear(x: torch.Tensor, weight: torch.Tensor, *, probe: bool = True) -> 
 
     Returns:
         ``[num_rows, out_features]``, dtype of ``x``. On devices other than the CPU by library
-        products of one shape, whose sums ``kernels/gpu/library_products.py`` keeps whole.
+        products of one shape, whose sums ``server/models/weights/nf4_gpu.py`` keeps whole.
     """
     if x.device.type != "cpu":
         return linear_in_pieces(x, weight)

@@ -13,6 +13,7 @@ from turret.server import log
 from turret.server.api.faults import MAX_MESSAGE_CHARS, Failure, Failures
 from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_NAME_CHARS, MAX_REQUEST_ID_CHARS
 from turret.server.basics.codes import Code
+from turret.server.errors import VIOLATION_COUNT
 from turret.server.metrics import Metrics
 from turret.v1 import adapters_pb2, inference_pb2
 
@@ -20,8 +21,18 @@ _log = logging.getLogger(__name__)
 
 REQUEST_ID_KEY = "x-request-id"
 # The log holds no prompts. For a rejected call it holds the reason, names of turret.v1's own
-# fields, numbers, and these entries of the error's metadata.
-_LOGGED_WORDS = ("path", "base_model", "peft_type", "repository", "role", "service")
+# fields, and these entries of the error's metadata, which are names and numbers of the server's.
+_LOGGED = frozenset(
+    (
+        *("path", "base_model", "peft_type", "repository", "role", "service"),
+        *("least", "most", "found", "expected", "length", "limit", "size", "seconds"),
+        *("prompt_tokens", "max_tokens", "max_model_len", "room", "rank", "max_rank", "modules"),
+        *("bytes", "max_bytes", "budget_bytes", "free_bytes", "host_bytes", "elements"),
+        *("max_queued_requests", "max_queued_bytes", "max_unread_bytes"),
+        *("max_requests_per_token", "max_requests_per_peer"),
+        *("generation", "current_generation", VIOLATION_COUNT),
+    )
+)
 _FIELDS = frozenset(
     field.name
     for file in (inference_pb2.DESCRIPTOR, adapters_pb2.DESCRIPTOR)
@@ -135,10 +146,8 @@ class Call:
         if fields:
             self._logged["fields"] = ",".join([*fields][:_MOST_LOGGED_FIELDS])
         for key, value in (metadata or {}).items():
-            if value.isdecimal():
-                self._logged[key] = int(value)
-            elif key in _LOGGED_WORDS:
-                self._logged[key] = value
+            if key in _LOGGED:
+                self._logged[key] = int(value) if value.isdecimal() else value
 
     def at_end(self, release: Callable[[], None]) -> None:
         """Have ``finish`` call ``release``, however the call ends; it must not raise."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from turret.server import errors
 from turret.server.basics.codes import Code
 from turret.server.basics.work import told_of
+from turret.server.words import say
 
 # The latest calls that failed, over any protocol, for operators who watch the server.
 
@@ -128,7 +129,8 @@ class Fault:
     Attributes:
         code: Its kind.
         reason: A constant for programs, such as ``ADAPTER_NOT_FOUND``.
-        message: For people.
+        message: For people. Like a description, it is a ``Text`` with a reason and parameters of
+            its own if it is a sentence of the catalogue.
         metadata: Names and numbers that the message speaks of.
         violations: ``(field path, description)`` of what is wrong with the request.
         retry_after_seconds: When to try again; None if that would not help.
@@ -145,14 +147,14 @@ class Fault:
 def fault_of(error: BaseException) -> Fault:
     """The part of an error that clients may know.
 
-    What turret did not raise on purpose becomes INTERNAL "internal error", unless it says that
+    What turret did not raise on purpose becomes INTERNAL, unless it says that
     there was no memory: its text may hold anything, so it stays in the log, and the door has to
     write it there.
     """
-    told = told_of(error, "internal error")
+    told = told_of(error)
     row = row_of(told)
     if row.code is Code.INTERNAL:
-        return Fault(code=Code.INTERNAL, reason="INTERNAL", message="internal error")
+        return Fault(code=Code.INTERNAL, reason="INTERNAL", message=say("INTERNAL"))
     delay = told.retry_after_seconds
     return Fault(
         code=row.code,

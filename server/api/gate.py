@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from turret.server.errors import ServerStartingError, UnavailableError
+from turret.server.words import Text, say
 
 if TYPE_CHECKING:
     from turret.server.adapters.fuse.fuser import Fuser
@@ -63,7 +64,7 @@ class Gate:
     def __init__(self, check: Callable[[], None] = lambda: None) -> None:
         self._check = check
         self._backend: Backend | None = None
-        self._closed_by: str | None = None
+        self._closed_by: Text | None = None
 
     @property
     def is_open(self) -> bool:
@@ -74,7 +75,7 @@ class Gate:
         """Serve from now on."""
         self._backend = backend
 
-    def close(self, reason: str) -> None:
+    def close(self, reason: Text) -> None:
         """Refuse every further call with UNAVAILABLE and this text."""
         self._backend = None
         self._closed_by = reason
@@ -88,7 +89,7 @@ class Gate:
         """
         if self._backend is None:
             if self._closed_by is None:
-                raise ServerStartingError("the server is starting: the model is not loaded yet")
+                raise ServerStartingError(say("SERVER_STARTING"))
             raise UnavailableError(self._closed_by)
         self._check()
         return self._backend

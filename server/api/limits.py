@@ -28,6 +28,8 @@ MAX_NAME_CHARS = 128
 MAX_CHAT_MESSAGES = 4096
 MAX_ROLE_CHARS = 64
 MAX_TOOLS = MAX_TOOL_CALLS = 128
+# Limit of all turns together: checking this many takes about 50 ms of the event loop.
+MAX_CHAT_TOOL_CALLS = 8192
 MAX_TOOL_NAME_CHARS = 64
 MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 1024
@@ -95,7 +97,12 @@ LIMITS = (
     _chars("ChatMessage.role", MAX_ROLE_CHARS, _CHATS),
     _entries("Chat.messages", MAX_CHAT_MESSAGES, _CHATS),
     _entries("Chat.tools", MAX_TOOLS, _CHATS),
-    _entries("ChatMessage.tool_calls", MAX_TOOL_CALLS, _CHATS),
+    Limit(
+        "ChatMessage.tool_calls",
+        f"{MAX_TOOL_CALLS} entries; {MAX_CHAT_TOOL_CALLS} in all turns together",
+        MAX_TOOL_CALLS,
+        _CHATS,
+    ),
     *(
         _chars(field, MAX_TOOL_NAME_CHARS, _CHATS)
         for field in ("ChatMessage.tool_call_id", "ToolCall.id", "ToolCall.name", "Tool.name")

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from google.protobuf.message import Message
+
 from turret.server.adapters.ref import AdapterRef
 from turret.server.api.limits import MAX_MIX_MEMBERS
 from turret.server.basics.hub_id import no_adapter_name
@@ -20,7 +22,7 @@ MAX_VIOLATIONS = 100
 
 @dataclass(slots=True)
 class Violations:
-    """Collects (field path, description) pairs until all of a message has been looked at."""
+    """Collects pairs of a field path and a text until all of a message has been looked at."""
 
     found: list[tuple[str, str]] = field(default_factory=list)
 
@@ -36,18 +38,30 @@ class Violations:
 
     def check_count(self, count: int, limit: int, path: str) -> bool:
         """Note a repeated field of more than ``limit`` entries; returns whether it has no more."""
-        self.check(count <= limit, path, say("TOO_MANY_ENTRIES", most=limit, found=count))
+        self.check(count <= limit, path, "TOO_MANY_ENTRIES", most=limit, found=count)
         return count <= limit
 
     def check_chars(self, text: str, limit: int, path: str) -> None:
         """Note a text of more than ``limit`` characters."""
-        self.check(
-            len(text) <= limit, path, say("TOO_MANY_CHARACTERS", most=limit, found=len(text))
-        )
+        self.check(len(text) <= limit, path, "TOO_MANY_CHARACTERS", most=limit, found=len(text))
 
-    def check(self, ok: bool, path: str, description: str) -> None:
+    def check(self, ok: bool, path: str, reason: str, **params: Any) -> None:
+        """Note what ``say(reason, **params)`` says of a field, unless it is ``ok``."""
         if not ok:
-            self.add(path, description)
+            self.add(path, say(reason, **params))
+
+    def check_enum(self, message: Message, name: str) -> None:
+        """Note a number in an enum field that this version gives no meaning."""
+        kind, value = message.DESCRIPTOR.fields_by_name[name].enum_type, getattr(message, name)
+        assert kind is not None
+        choices = ", ".join(each.name for each in kind.values)
+        is_known = value in kind.values_by_number
+        self.check(is_known, name, "NOT_ONE_OF", value=value, choices=choices)
+
+    def check_name(self, name: str, path: str) -> None:
+        """Note what cannot be the name of an adapter."""
+        if why := no_adapter_name(name):
+            self.add(path, why)
 
     def build(self, kind: Callable[..., _T], values: Mapping[str, Any], path: str) -> _T:
         """A domain object; every value that it rejects is noted and left at its default.
@@ -74,8 +88,7 @@ class Violations:
     def raise_if_any(self) -> None:
         """Raise one InvalidRequestError that lists them all."""
         if self.found:
-            text = "; ".join(f"{path}: {description}" for path, description in self.found)
-            raise InvalidRequestError(text, violations=self.found)
+            raise InvalidRequestError.of_all(self.found)
 
 
 # Conversion of a request's adapters from proto to domain.
@@ -85,17 +98,15 @@ def adapter_refs(
     weights: Sequence[adapters_pb2.AdapterWeight], violations: Violations
 ) -> tuple[AdapterRef, ...]:
     """The members of a mix, in the order of the message."""
-    if len(weights) > MAX_MIX_MEMBERS:
-        violations.add("adapters", f"at most {MAX_MIX_MEMBERS} members, not {len(weights)}")
+    if not violations.check_count(len(weights), MAX_MIX_MEMBERS, "adapters"):
         return ()
     refs: list[AdapterRef] = []
     seen: set[str] = set()
     for index, member in enumerate(weights):
         path = f"adapters[{index}]"
-        if why := no_adapter_name(member.name):
-            violations.add(f"{path}.name", why)
-        elif member.name in seen:
-            violations.add(f"{path}.name", f"{member.name!r} occurs twice")
+        violations.check_name(member.name, f"{path}.name")
+        is_twice = member.name in seen
+        violations.check(not is_twice, f"{path}.name", "DUPLICATE", value=member.name)
         seen.add(member.name)
         values: dict[str, Any] = {"name": member.name}
         for name in ("generation", "weight"):

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from turret.server.errors import StorageFailedError, StorageFullError
+from turret.server.words import Text, say
 
 _log = logging.getLogger(__name__)
 
@@ -84,10 +85,10 @@ def reporting_disk_faults() -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise StorageFullError("the server's disk is full") from error
+            raise StorageFullError(say("DISK_FULL")) from error
         _log.exception("the disk failed")
-        why = os.strerror(error.errno) if error.errno else "unknown"
-        raise StorageFailedError(f"the server cannot use its disk: {why}") from error
+        problem = os.strerror(error.errno) if error.errno else "unknown"
+        raise StorageFailedError(say("DISK_FAILED", problem=problem)) from error
 
 
 # Early checks that a directory can be written.
@@ -96,22 +97,17 @@ def reporting_disk_faults() -> Iterator[None]:
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-def unwritable(path: Path) -> str:
-    """Why this user cannot write or make a directory; empty if it is possible."""
+def unwritable(path: Path) -> Text | None:
+    """Why this user cannot write or make a directory; None if it is possible."""
     if path.exists():
         if not path.is_dir():
-            return "is a file"
-        if not os.access(path, os.W_OK | os.X_OK):
-            return "cannot be written by this user"
-        why = _refused(path)
-        return f"cannot be written: {why}" if why else ""
+            return say("FOLDER_IS_A_FILE")
+        if problem := _refused(path):
+            return say("FOLDER_NOT_WRITABLE", problem=problem)
+        return None
     there = next(folder for folder in path.absolute().parents if folder.exists())
-    if not there.is_dir():
-        return f"cannot be made: {there} is a file"
-    if not os.access(there, os.W_OK | os.X_OK):
-        return f"cannot be made in {there} by this user"
-    why = _refused(there)
-    return f"cannot be made: {there} takes no directory ({why})" if why else ""
+    problem = _refused(there)
+    return say("FOLDER_NOT_CREATABLE", folder=there, problem=problem) if problem else None
 
 
 def _refused(folder: Path) -> str:
@@ -143,12 +139,12 @@ def read_regular(path: Path) -> bytes:
 _LFS_POINTER = b"version https://git-lfs"
 
 
-def why_lfs_pointer(begin: bytes) -> str:
-    """Why a file that begins like this is not what its name says; "" if it may be.
+def why_lfs_pointer(begin: bytes) -> Text | None:
+    """Why a file that begins like this is not what its name says; None if it may be.
 
     Args:
         begin: As many of its first bytes as there are of a pointer's, or all.
     """
     if not begin.startswith(_LFS_POINTER[: max(8, len(begin))]):
-        return ""
-    return "is a Git LFS pointer, not the file itself: `git lfs pull` in the clone fetches it"
+        return None
+    return say("LFS_POINTER")

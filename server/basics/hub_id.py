@@ -6,28 +6,23 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from turret.server.words import Text, say
+
 # Names of adapters.
 
 # Name of the base model over HTTP, whatever its own name.
 BASE = "base"
 # Adapter names that RPCs and --preload accept.
 ADAPTER_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,126}[a-z0-9])?")
-# ADAPTER_NAME in words.
-_RULE = (
-    "must be at most 128 lower-case letters, digits, '.', '_' and '-', with a letter or digit at"
-    " either end"
-)
 _SHOWN_CHARS = 40
 
 
-def no_adapter_name(name: str) -> str:
-    """What is wrong with an adapter's name; empty if nothing is."""
+def no_adapter_name(name: str) -> Text | None:
+    """What is wrong with an adapter's name; None if nothing is."""
     if ADAPTER_NAME.fullmatch(name):
-        return ""
-    if not name:
-        return f"is empty; a name {_RULE}"
+        return None
     shown = name if len(name) <= _SHOWN_CHARS else f"{name[:_SHOWN_CHARS]}..."
-    return f"{shown!r} is no adapter name: {_RULE}"
+    return say("NOT_AN_ADAPTER_NAME", value=shown)
 
 
 # Prefix of an adapter path that names a hub repository.
@@ -61,7 +56,7 @@ class HubId:
         match = _ID.fullmatch(text)
         # A rule of the hub, whose cache separates the parts of a directory name with two dashes.
         if match is None or ".." in text or "--" in text.partition("@")[0]:
-            raise ValueError(f"{text!r:.200} is not org/name or org/name@revision")
+            raise ValueError(say("NOT_A_HUB_ID", value=text[:200]))
         return cls(*match.groups())
 
     @classmethod

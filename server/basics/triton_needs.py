@@ -1,4 +1,6 @@
-"""What Triton needs of a machine with a GPU beside the GPU: it compiles C when it first runs.
+"""Which GPU a process sees, and what Triton needs of a machine beside it.
+
+Triton compiles C when it first runs.
 
 Its driver, and in version 3.6 a launcher for each form of a kernel too, are C that it compiles
 with the machine's compiler against Python's headers. What it compiles goes to a folder of its own
@@ -13,7 +15,32 @@ import sysconfig
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from turret.server.errors import InvalidRequestError
+from turret.server.words import say
+
 _COMPILERS = ("gcc", "clang")
+
+
+def see_only(device: str, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Make ``cuda:N`` the only CUDA device that this process sees; others leave it as it is.
+
+    Every thread and every library has device 0 as its current one, so the one that serves is made
+    that. Call it before anything asks for devices, as bitsandbytes does when it is imported: CUDA
+    reads the variable once.
+
+    Raises:
+        InvalidRequestError: The variable does not list as many.
+    """
+    if not device.startswith("cuda:"):
+        return
+    number, visible = int(device.removeprefix("cuda:")), environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(number)] * (number + 1)
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",") if name.strip()]
+    if number >= len(names):
+        why = say("DEVICE_NOT_VISIBLE", device=device, visible=visible)
+        raise InvalidRequestError.of("device", why)
+    environ["CUDA_VISIBLE_DEVICES"] = names[number]
 
 
 def missing_for_triton() -> str:

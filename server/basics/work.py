@@ -22,6 +22,7 @@ from typing import Any
 
 from turret.server.basics.lazy_torch import torch
 from turret.server.errors import OutOfMemoryError, TurretError
+from turret.server.words import say
 
 # Linux gives this niceness a tenth of the share of a thread at 0. If no core is free, engine steps
 # lose no more than that, and the work still finishes; 19 would get a seventieth.
@@ -132,14 +133,36 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in text for words in _WORDS)
 
 
-def told_of(error: BaseException, otherwise: str) -> TurretError:
-    """The error that a caller gets: lack of memory, or ``otherwise``."""
+def told_of(error: BaseException, otherwise: str | None = None) -> TurretError:
+    """The error that a caller gets: lack of memory, or ``otherwise``, or an internal one."""
     if isinstance(error, TurretError):
         return error
     if is_out_of_memory(error):
-        return OutOfMemoryError("the server has no memory for this call")
-    return TurretError(otherwise)
+        return OutOfMemoryError(say("OUT_OF_MEMORY"))
+    return TurretError(otherwise or say("INTERNAL"))
 
+
+class _LackOfMemoryIsReported(contextlib.ContextDecorator):
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Libraries raise errors of their own while they handle a MemoryError.
+        cause = error
+        while cause is not None and not is_out_of_memory(cause):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise told_of(cause, "") from error
+
+
+# Context manager for code that reads strangers' files: an error that began as a lack of memory
+# becomes an OutOfMemoryError, since the files are not to blame.
+LACK_OF_MEMORY_IS_REPORTED = _LackOfMemoryIsReported()
 
 # Panics of libraries in Rust, which no ``except Exception`` catches.
 

@@ -18,6 +18,7 @@ from turret.server.constraints.grammar import grammar_of, refusal, unforced
 from turret.server.constraints.matcher import Alphabet, alphabet_of, roomy_executor
 from turret.server.constraints.spec import ConstraintSpec
 from turret.server.errors import BudgetExceededError, InvalidRequestError, QueueFullError
+from turret.server.words import say
 
 NUM_THREADS = 2
 # Compiled or waited for, at a time.
@@ -90,7 +91,7 @@ class ConstraintCompiler:
         if future is None:
             if len(self._running) >= MAX_RUNNING:
                 raise QueueFullError(
-                    f"{MAX_RUNNING} constraints are being compiled already",
+                    say("TOO_MANY_COMPILATIONS", most=MAX_RUNNING),
                     retry_after_seconds=_RETRY_SECONDS,
                 )
             loop = asyncio.get_running_loop()
@@ -103,9 +104,8 @@ class ConstraintCompiler:
             async with asyncio.timeout(COMPILE_SECONDS):
                 return await asyncio.shield(future)
         except TimeoutError:
-            raise BudgetExceededError(
-                f"the constraint was not compiled within {COMPILE_SECONDS:.0f} seconds"
-            ) from None
+            said = say("COMPILATION_TOO_SLOW", seconds=COMPILE_SECONDS)
+            raise BudgetExceededError(said) from None
 
     def _keep(self, key: bytes, future: asyncio.Future[Constraint]) -> None:
         del self._running[key]
@@ -150,10 +150,10 @@ class ConstraintCompiler:
     def _read_tokenizer(self) -> _Followable | InvalidRequestError:
         ends = sorted(self._tokens.eos_token_ids)
         if not ends:
-            return InvalidRequestError("this model has no end token, so no answer can be complete")
+            return InvalidRequestError(say("NO_END_TOKEN"))
         try:
             with PANICS_ARE_ERRORS:
                 native = LLTokenizer(self._tokens.serialized(), eos_token=ends, slices=_SLICES)
                 return native, alphabet_of(native, self._tokens.vocab_size)
         except Exception as error:
-            return InvalidRequestError(f"this model's tokenizer cannot be followed: {error}")
+            return InvalidRequestError(say("TOKENIZER_UNUSABLE", problem=error))

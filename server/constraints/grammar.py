@@ -9,6 +9,7 @@ from typing import Any
 
 from turret.server.constraints.spec import ConstraintSpec
 from turret.server.errors import InvalidRequestError
+from turret.server.words import Text, say
 
 # Finds the places in a JSON schema that llguidance rejects: its message contains only the keyword.
 
@@ -26,7 +27,7 @@ MAX_FAULTS = 20
 _Finder = Callable[[str, Any], bool]
 
 
-def schema_faults(schema: dict[str, Any], why: str) -> list[tuple[str, str]]:
+def schema_faults(schema: dict[str, Any], why: str) -> list[tuple[str, Text]]:
     """Find the places in a schema that llguidance's message ``why`` is about.
 
     Returns:
@@ -43,41 +44,42 @@ def schema_faults(schema: dict[str, Any], why: str) -> list[tuple[str, str]]:
     return []
 
 
-def _unsupported(found: re.Match[str]) -> tuple[_Finder, str]:
+def _unsupported(found: re.Match[str]) -> tuple[_Finder, Text]:
     names = set(json.loads(found[1]))
-    return lambda key, _: key in names, "is not supported"
+    return lambda key, _: key in names, say("KEYWORD_UNSUPPORTED")
 
 
-def _format(found: re.Match[str]) -> tuple[_Finder, str]:
+def _format(found: re.Match[str]) -> tuple[_Finder, Text]:
     name = found[1]
-    return lambda key, value: key == "format" and value == name, f"{name!r} is not supported"
+    said = say("FORMAT_UNSUPPORTED", value=name)
+    return lambda key, value: key == "format" and value == name, said
 
 
-def _reference(found: re.Match[str]) -> tuple[_Finder, str]:
+def _reference(found: re.Match[str]) -> tuple[_Finder, Text]:
     target = found[1]
 
     def is_it(key: str, value: Any) -> bool:
         return key == "$ref" and isinstance(value, str) and value.endswith(target)
 
-    return is_it, "points to nothing in this schema"
+    return is_it, say("REFERENCE_UNKNOWN")
 
 
-def _one_of(found: re.Match[str]) -> tuple[_Finder, str]:
-    return lambda key, _: key == "oneOf", "is supported where its members exclude each other: anyOf"
+def _one_of(found: re.Match[str]) -> tuple[_Finder, Text]:
+    return lambda key, _: key == "oneOf", say("ONE_OF_UNSUPPORTED")
 
 
-def _pattern(found: re.Match[str]) -> tuple[_Finder, str]:
-    pattern, what = found[1], " ".join(found[2].split())
-    return lambda key, value: key == "pattern" and value == pattern, what
+def _pattern(found: re.Match[str]) -> tuple[_Finder, Text]:
+    pattern, said = found[1], say("PATTERN_INVALID", problem=" ".join(found[2].split()))
+    return lambda key, value: key == "pattern" and value == pattern, said
 
 
-_COMPLAINTS: tuple[tuple[str, Callable[[re.Match[str]], tuple[_Finder, str]]], ...] = (
+_COMPLAINTS: tuple[tuple[str, Callable[[re.Match[str]], tuple[_Finder, Text]]], ...] = (
     (r"Unimplemented keys: (\[.*\])", _unsupported),
     (r"Unknown format: (.*)", _format),
     (r"Pointer '(.*)' does not exist", _reference),
     (r"Resource '([^'#]*)", _reference),
     (r"oneOf constraints are not supported", _one_of),
-    (r"regex parse error:\n    (.*)\n *\^+\n(error: .*)", _pattern),
+    (r"regex parse error:\n    (.*)\n *\^+\nerror: (.*)", _pattern),
 )
 
 
@@ -148,7 +150,7 @@ def grammar_of(spec: ConstraintSpec) -> str:
         return LLMatcher.grammar_from_lark(any_to_lark(spec.texts[0]))
     except Exception as error:
         # llguidance's converter is written in Python and may raise any exception.
-        why = f"is neither Lark nor GBNF: {shortened(str(error))}"
+        why = say("GRAMMAR_INVALID", problem=shortened(str(error)))
         raise InvalidRequestError.of("grammar", why) from None
 
 
@@ -164,17 +166,15 @@ def unforced(grammar: str) -> str:
 
 def refusal(spec: ConstraintSpec, why: str) -> InvalidRequestError:
     """A constraint that llguidance does not compile, with the parts that are to blame."""
-    faults = []
+    faults: list[tuple[str, Text]] = []
     if spec.kind == "json_schema":
         faults = schema_faults(json.loads(spec.texts[0]), why)
     elif spec.kind == "grammar":
         faults = _rule_faults(spec.texts[0], why)
     elif spec.kind == "regex" and (said := _REGEX_FAULT.search(why)):
-        faults = [("", shortened(said[1] or said[2]))]
-    faults = [(f"{spec.kind}{path}", what) for path, what in faults]
-    faults = faults or [(spec.kind, shortened(why))]
-    message = "; ".join(f"{path}: {what}" for path, what in faults)
-    return InvalidRequestError(message, violations=faults)
+        faults = [("", say("PATTERN_INVALID", problem=shortened(said[1] or said[2])))]
+    faults = faults or [("", say("CONSTRAINT_INVALID", problem=shortened(why)))]
+    return InvalidRequestError.of_all([(f"{spec.kind}{path}", what) for path, what in faults])
 
 
 def shortened(text: str) -> str:
@@ -183,9 +183,9 @@ def shortened(text: str) -> str:
     return text if len(text) <= MAX_FAULT_CHARS else text[:MAX_FAULT_CHARS] + "..."
 
 
-def _rule_faults(text: str, why: str) -> list[tuple[str, str]]:
+def _rule_faults(text: str, why: str) -> list[tuple[str, Text]]:
     """``schema_faults`` for each rule that is a schema; paths begin with the rule's name."""
-    faults: list[tuple[str, str]] = []
+    faults: list[tuple[str, Text]] = []
     for rule, schema in _SCHEMA_RULE.findall(text):
         try:
             found = schema_faults(json.loads(schema), why)
@@ -201,8 +201,8 @@ def _schema_grammar(text: str) -> str:
     try:
         schema = json.loads(text)
         if not isinstance(schema, dict):
-            raise InvalidRequestError.of("json_schema", "must be an object")
+            raise InvalidRequestError.of("json_schema", say("NOT_A_JSON_OBJECT"))
         return LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
     # Python parses some input that llguidance rejects, such as NaN.
     except (ValueError, RecursionError) as error:
-        raise InvalidRequestError.of("json_schema", f"is no JSON: {error}") from None
+        raise InvalidRequestError.of("json_schema", say("NOT_JSON", problem=error)) from None

@@ -14,6 +14,7 @@ import numpy as np
 from turret.server.constraints.grammar import shortened
 from turret.server.constraints.spec import MAX_CONSTRAINT_CHARS
 from turret.server.errors import BudgetExceededError, InvalidRequestError
+from turret.server.words import say
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -168,9 +169,8 @@ class Matcher:
         """
         num_allowed = self._native.validate_tokens(list(token_ids))
         if num_allowed < len(token_ids):
-            raise InvalidRequestError.of(
-                "answer_so_far", f"the constraint forbids its token {num_allowed}"
-            )
+            said = say("TOKEN_FORBIDDEN", index=num_allowed)
+            raise InvalidRequestError.of("answer_so_far", said)
 
     def advance(self, token_id: int) -> None:
         """Take in a token, which the last mask allowed.
@@ -233,12 +233,12 @@ class Matcher:
         self._check_time()
         # llguidance raises an error where a mask would be empty.
         if not self._alphabet.keep_drawable(words):
-            raise BudgetExceededError("no token of the model can go on with the constraint")
+            raise BudgetExceededError(say("CONSTRAINT_DEAD_END"))
         return without(words, withheld)
 
     def _check_time(self) -> None:
         if self._seconds > _FIRST_SECONDS + _TOKEN_SECONDS * len(self._tokens):
-            raise BudgetExceededError("the constraint takes too long to follow")
+            raise BudgetExceededError(say("CONSTRAINT_TOO_SLOW"))
 
     def _forced(self) -> int | None:
         """The one token that may come where only one text may."""
@@ -274,9 +274,8 @@ class Matcher:
         self._seconds += seconds
         self._source.count(seconds)
         if self._native.is_error():
-            raise BudgetExceededError(
-                f"the constraint is too complex to follow: {shortened(self._native.get_error())}"
-            )
+            problem = shortened(self._native.get_error())
+            raise BudgetExceededError(say("CONSTRAINT_TOO_COMPLEX", problem=problem))
 
 
 def without(words: Words, withheld: Collection[int]) -> Words:

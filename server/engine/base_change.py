@@ -7,6 +7,7 @@ from concurrent.futures import Future
 
 from turret.server.adapters.base import ChangedBase
 from turret.server.errors import UnavailableError
+from turret.server.words import say
 
 Change = Callable[[], ChangedBase]
 
@@ -40,7 +41,7 @@ class BaseChange:
         try:
             return self._change()
         except BaseException:
-            self.outcome.set_exception(UnavailableError("the engine has failed"))
+            self.outcome.set_exception(UnavailableError(say("ENGINE_FAILED")))
             raise
 
     def complete(self) -> None:
@@ -50,4 +51,4 @@ class BaseChange:
     def refuse(self) -> None:
         """The engine ends before the change could be made."""
         if self.outcome.set_running_or_notify_cancel():
-            self.outcome.set_exception(UnavailableError("the server is shutting down"))
+            self.outcome.set_exception(UnavailableError(say("SHUTTING_DOWN")))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from turret.server.engine.scheduling.request import StopConditions, TextStream
 from turret.server.errors import InvalidRequestError
+from turret.server.words import say
 
 
 class Detokenizer:
@@ -124,9 +125,7 @@ class AnswerText:
         for index, token in enumerate(tokens):
             self.push(token)
             if self.stopped_by is not None:
-                raise InvalidRequestError.of(
-                    "answer_so_far", f"the answer ends at its token {index}"
-                )
+                raise InvalidRequestError.of("answer_so_far", say("ANSWER_ENDED", index=index))
 
     def flush(self) -> str:
         """Text held back, for an answer that ends for another reason."""

@@ -14,7 +14,6 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 
 from turret.server.adapters.mix import Mix
-from turret.server.basics.counted import counted
 from turret.server.constraints.matcher import start_roomy
 from turret.server.engine.answer import Answer
 from turret.server.engine.base_change import BaseChange, Change
@@ -36,6 +35,7 @@ from turret.server.errors import (
     TurretError,
     UnavailableError,
 )
+from turret.server.words import say
 
 _RETRY_SECONDS = 1.0
 # Converting more tokens than this to text takes over a millisecond, so it leaves the event loop.
@@ -144,25 +144,20 @@ class Engine:
         """
         arrival = time.monotonic()
         if self.is_dead:
-            raise UnavailableError("the engine has failed")
+            raise UnavailableError(say("ENGINE_FAILED"))
         if self._draining or self._thread is None:
-            raise UnavailableError(
-                "the server is shutting down", retry_after_seconds=_RETRY_SECONDS
-            )
+            raise UnavailableError(say("SHUTTING_DOWN"), retry_after_seconds=_RETRY_SECONDS)
         self._check_token_ids(request)
         text = await self._begin_text(request)
         if self._loop.num_waiting >= self._max_queued_requests:
             raise QueueFullError(
-                f"{counted(self._max_queued_requests, 'request')} waiting already",
-                metadata={"max_queued_requests": str(self._max_queued_requests)},
+                say("QUEUE_FULL", max_queued_requests=self._max_queued_requests),
                 retry_after_seconds=_RETRY_SECONDS,
             )
         held = self._held_bytes
         if held and held + request.num_bytes > self._max_queued_bytes:
             raise QueueFullError(
-                f"requests take {held} bytes of memory already, and with this one more than"
-                f" {self._max_queued_bytes}",
-                metadata={"max_queued_bytes": str(self._max_queued_bytes)},
+                say("QUEUE_MEMORY_FULL", held=held, max_queued_bytes=self._max_queued_bytes),
                 retry_after_seconds=_RETRY_SECONDS,
             )
         mix = self._adapters.acquire(request.adapters)
@@ -191,7 +186,7 @@ class Engine:
             UnavailableError: Not started, draining or dead.
         """
         if self._draining or self._thread is None or self.is_dead:
-            raise UnavailableError("the server is shutting down")
+            raise UnavailableError(say("SHUTTING_DOWN"))
         waiting = BaseChange(change)
         # Wake the engine's loop, which may be idle.
         waiting.outcome.add_done_callback(lambda _: self._loop.post(lambda: None))
@@ -284,11 +279,7 @@ class Engine:
             return Sequence(request, mix, arrival)
         if len(soft) > 1 or soft[0][1] != 1.0:
             names = ", ".join(adapter.name for adapter, _ in soft)
-            raise InvalidRequestError.of(
-                "adapters",
-                "a mix holds at most one adapter with soft tokens or a prefix, and at weight 1: "
-                + names,
-            )
+            raise InvalidRequestError.of("adapters", say("PREFIX_NOT_ALONE", adapters=names))
         prefix = soft[0][0].num_prefix_positions
         if prefix == 0:
             return Sequence(request, mix, arrival, num_virtual=soft[0][0].num_soft_tokens)
@@ -310,7 +301,7 @@ class Engine:
             low, high = min(ids, default=0), max(ids, default=0)
             if low < 0 or high >= size:
                 wrong = low if low < 0 else high
-                raise InvalidRequestError.of(name, f"{wrong} is not in the vocabulary of {size}")
+                raise InvalidRequestError.of(name, say("NOT_A_TOKEN", value=wrong, size=size))
 
     def _check_length(self, request: Request, sequence: Sequence) -> int:
         """The most tokens the request may generate. Virtual positions are not counted as text."""
@@ -323,18 +314,12 @@ class Engine:
             wanted = 0
         least = len(request.answer_so_far) + 1 if wanted is None else wanted
         if prompt + least > limit:
-            asked = f" + max_tokens {wanted}" if wanted else ""
-            room = limit - prompt
-            remedy = f"max_tokens can be {room}" if wanted and room > 0 else "shorten the prompt"
-            tokens = f"{prompt} token{'' if prompt == 1 else 's'}"
-            said = f"prompt of {tokens}{asked} exceeds the context of {limit}"
-            raise PromptTooLongError(
-                f"{said}; {remedy}",
-                metadata={"prompt_tokens": str(prompt), "max_model_len": str(limit)},
-                # Repeat the message's own words, so that a client that prints both adds nothing
-                # new.
-                violations=[("input", said)],
-            )
+            lengths = {"prompt_tokens": prompt, "max_model_len": limit}
+            said = say("CONTEXT_TOO_SHORT", **lengths)
+            if wanted and prompt < limit:
+                lengths |= {"max_tokens": wanted, "room": limit - prompt}
+                said = say("MAX_TOKENS_TOO_LARGE", other="stop.max_tokens", **lengths)
+            raise PromptTooLongError(said, violations=[("input", said)])
         return limit - prompt if wanted is None else wanted
 
     def _choose_frequencies(self, sequence: Sequence, max_tokens: int) -> int:

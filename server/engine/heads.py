@@ -9,6 +9,7 @@ from turret.server.errors import (
     HeadMissingError,
     InvalidRequestError,
 )
+from turret.server.words import say
 
 
 def check_heads(request: Request, mix: Mix) -> None:
@@ -23,12 +24,10 @@ def check_heads(request: Request, mix: Mix) -> None:
         if len(names) == 1:
             return
         if names:
-            why = f"the mix has several classification heads, name one: {', '.join(names)}"
-            raise InvalidRequestError.of("adapters", why)
-        raise HeadMissingError.of("adapters", "no adapter has a classification head (SEQ_CLS)")
+            raise InvalidRequestError.of(
+                "adapters", say("SEVERAL_HEADS", adapters=", ".join(names))
+            )
+        raise HeadMissingError.of("adapters", say("HEAD_MISSING"))
     if names and request.pooling is None:
-        raise AdapterClassifiesError.of(
-            "adapters",
-            f"{', '.join(map(repr, names))}: trained to classify (SEQ_CLS), not to write or score"
-            " text",
-        )
+        said = say("ADAPTER_CLASSIFIES", adapters=", ".join(names))
+        raise AdapterClassifiesError.of("adapters", said)

@@ -31,6 +31,7 @@ from turret.server.errors import (
     TurretError,
     UnavailableError,
 )
+from turret.server.words import say
 
 _log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class EngineLoop:
         if sequence.request.deadline is not None:
             self._with_deadline.add(answer)
         if self._stopping or self.is_dead:
-            self._fail(answer, UnavailableError("the server is shutting down"))
+            self._fail(answer, UnavailableError(say("SHUTTING_DOWN")))
             return
 
         def enter() -> None:
@@ -135,10 +136,7 @@ class EngineLoop:
         """Fail every request that uses an adapter."""
         for answer in list(self._answers.values()):
             if any(uuid == member for member, _, _ in answer.sequence.mix.key):
-                error = AdapterUnloadedError(
-                    "an adapter of this request was unloaded by force", metadata={"uuid": uuid}
-                )
-                self._fail(answer, error)
+                self._fail(answer, AdapterUnloadedError(say("ADAPTER_UNLOADED", uuid=uuid)))
         self._flush()
 
     def forget_adapter(self, key: str) -> None:
@@ -279,7 +277,7 @@ class EngineLoop:
         num_preempted = self._scheduler.abandon(step, time.monotonic())
         _log.warning("the device has no memory for a step", extra=log.fields(reason=reason))
         if num_preempted is None:
-            error = BudgetExceededError("the device has no memory to run this request")
+            error = BudgetExceededError(say("DEVICE_MEMORY_SHORT"))
             self._fail(self._answers[step.scheduled[0].sequence], error)
             return
         self._ready.update(s for s in self._scheduler.waiting if s.num_preemptions > 0)
@@ -347,7 +345,7 @@ class EngineLoop:
                 "a request failed", extra=log.fields(request_id=answer.sequence.request.request_id)
             )
             if answer.sequence in self._answers:
-                self._fail(answer, told_of(error, "internal error"))
+                self._fail(answer, told_of(error))
 
     def _cut(self, answer: Answer, reason: FinishReason, now: float) -> None:
         def cut() -> None:
@@ -394,7 +392,7 @@ class EngineLoop:
     def _die(self) -> None:
         self.is_dead = True
         for answer in list(self._answers.values()):
-            self._outbox.append((answer.stream, UnavailableError("the engine has failed")))
+            self._outbox.append((answer.stream, UnavailableError(say("ENGINE_FAILED"))))
             self._adapters.release(answer.sequence.mix)
         self._answers.clear()
         self._refuse_change()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from turret.server.engine.scheduling.request import Output
 from turret.server.errors import BudgetExceededError, TurretError
+from turret.server.words import say
 
 # Unread output of one answer, besides the item to be read next (which may hold a long prompt's
 # logprobs).
@@ -83,10 +84,7 @@ class Stream:
     def _overflow(self) -> None:
         self._overflowed = True
         self._items.clear()
-        error = BudgetExceededError(
-            f"more than {MAX_UNREAD_BYTES} bytes of the answer wait to be read",
-            metadata={"max_unread_bytes": str(MAX_UNREAD_BYTES)},
-        )
+        error = BudgetExceededError(say("ANSWER_UNREAD", max_unread_bytes=MAX_UNREAD_BYTES))
         self._items.append((error, 0))
         self.cancel()
 

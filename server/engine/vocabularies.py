@@ -5,6 +5,7 @@ from __future__ import annotations
 from turret.server.adapters.mix import Mix
 from turret.server.engine.scheduling.request import Request
 from turret.server.errors import InvalidRequestError, UnavailableError
+from turret.server.words import say
 
 
 def check_vocabulary(request: Request, mix: Mix) -> int:
@@ -22,22 +23,13 @@ def check_vocabulary(request: Request, mix: Mix) -> int:
     own = [(a, weight) for a, weight in mix.members if a.facts.vocab_size]
     digest = "" if request.own_text is None else request.own_text.digest
     if len(own) > 1 or any(weight != 1.0 for _, weight in own):
-        raise InvalidRequestError.of(
-            "adapters",
-            "a mix holds at most one adapter with tokens of its own, and at weight 1: "
-            + ", ".join(adapter.name for adapter, _ in own),
-        )
+        names = ", ".join(adapter.name for adapter, _ in own)
+        raise InvalidRequestError.of("adapters", say("VOCABULARY_NOT_ALONE", adapters=names))
     if own and (partial := _parts_of_the_base(mix)):
-        raise InvalidRequestError.of(
-            "adapters",
-            f"{own[0][0].name} has tokens that the base lacks, and where {partial} does not act the"
-            " base computes alone: no request can have both",
-        )
+        said = say("VOCABULARY_WITH_PARTIAL", adapter=own[0][0].name, partial=partial)
+        raise InvalidRequestError.of("adapters", said)
     if digest != (own[0][0].facts.tokenizer if own else ""):
-        raise UnavailableError(
-            "an adapter of this request was replaced by one with another tokenizer while the"
-            " request came in; send it again"
-        )
+        raise UnavailableError(say("TOKENIZER_REPLACED"))
     return own[0][0].facts.vocab_size if own else 0
 
 

@@ -8,14 +8,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from turret.server.basics import channels
-from turret.server.basics.closest import did_you_mean
+from turret.server.basics.closest import closest
+from turret.server.words import Text, say
 
 ToolForm = Literal["hermes", "xml", "llama3", "mistral", "mistral11", "harmony"]
 
-NO_TOOLS = (
-    "this model's chat template knows no tools, or calls them in a form that is not read: leave out"
-    " tools, calls and their results"
-)
 # Texts that mark tool calls, in each format. Tokenizers may have special tokens for them.
 _MARKS: dict[ToolForm, tuple[str, ...]] = {
     "hermes": ("<tool_call>", "</tool_call>"),
@@ -81,8 +78,8 @@ class ChatFormat:
         )
 
 
-def unknown_role(template: object, role: str) -> str:
-    """Why a role is invalid; empty for the common roles and those that occur in the template.
+def unknown_role(template: object, role: str) -> Text | None:
+    """Why a role is invalid; None for the common roles and those that occur in the template.
 
     Many templates write any role that they are given, and the model has learned none but these: an
     answer to another one is not what was asked for, and nothing says so.
@@ -92,7 +89,7 @@ def unknown_role(template: object, role: str) -> str:
         role: Who is said to speak.
     """
     if role in _ROLES:
-        return ""
+        return None
     texts = template.values() if isinstance(template, dict) else (template,)
     word, space, _ = role.partition(" ")
     # For a role of several words, such as Granite's "document 1", the template may contain only its
@@ -101,11 +98,8 @@ def unknown_role(template: object, role: str) -> str:
     if any(
         f"{quote}{name}{quote}" in str(text) for text in texts for name in names for quote in "'\""
     ):
-        return ""
-    return (
-        f"{role!r} is none of {', '.join(_ROLES)}, nor does the model's chat template name it"
-        f"{did_you_mean(role, _ROLES)}"
-    )
+        return None
+    return say("NOT_ONE_OF", value=role, choices=", ".join(_ROLES), closest=closest(role, _ROLES))
 
 
 def _uses_tools(template: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from turret.server.basics.confined.confined import Confined, ConfinedError
 from turret.server.errors import UnavailableError
+from turret.server.words import say
 
 CPU_SECONDS = 2.0
 MAX_BYTES = 256 << 20
@@ -52,7 +53,7 @@ class ChatTemplate:
         """
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         if name not in self._templates:
-            raise ValueError(f"the model has no default one, only {', '.join(self._templates)}")
+            raise ValueError(say("NO_DEFAULT_TEMPLATE", found=", ".join(self._templates)))
         job = {
             "template": self._templates[name],
             "variables": {
@@ -67,8 +68,8 @@ class ChatTemplate:
             (answer,) = (self._short if is_short else self._long).confined.ask(job)
         except ConfinedError as error:
             if error.is_over_limit:
-                raise ValueError(str(error)) from None
-            raise UnavailableError(f"chat template: {error}") from None
+                raise ValueError(*error.args) from None
+            raise UnavailableError(say("CHAT_TEMPLATE_UNANSWERED", problem=error)) from None
         if "error" in answer:
             raise ValueError(answer["error"])
         return answer["text"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from turret.server.adapters.base import BaseExperts, BaseModel, BaseModule, BaseNorm, BaseVocabulary
-from turret.server.adapters.device.gpu.streams import beside_steps
+from turret.server.adapters.device.gpu.uploads import beside_steps
 from turret.server.adapters.device.layout import ExpertShape, ProjectionLayout, SliceShape
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.models.decoding.adapted_linear import AdaptedLinear

@@ -8,6 +8,7 @@ from typing import Any
 
 from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Arch, Experts, Rope
+from turret.server.words import say
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 # Name of the only kind of layer in models whose layers are all alike.
@@ -107,9 +108,10 @@ def read_rope(
     """
     kind = parameters.get("rope_type", "default")
     if kind not in _ROPE_TYPES:
-        raise InvalidRequestError.of(
-            "model", f"rope_type {kind!r} is not served; served are {', '.join(_ROPE_TYPES)}"
+        said = say(
+            "CONFIG_UNSUPPORTED", key="rope_type", value=kind, choices=", ".join(_ROPE_TYPES)
         )
+        raise InvalidRequestError.of("model", said)
     # Imported here so that listing the families does not need torch.
     import torch
 

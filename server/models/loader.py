@@ -21,6 +21,7 @@ from turret.server.models.stored_tensors import StoredTensors
 from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight
 from turret.server.models.weights.nf4_experts import Nf4Experts
 from turret.server.models.weights.router import RouterLinear
+from turret.server.words import say
 
 
 class CheckpointTensors:
@@ -74,7 +75,9 @@ class CheckpointTensors:
 
 def _check_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
     if found != shape:
-        raise InvalidRequestError.of("model", f"{name} is {found}, config says {shape}")
+        raise InvalidRequestError.of(
+            "model", say("SHAPE_MISMATCH", name=name, found=found, expected=shape)
+        )
 
 
 def load_decoder(
@@ -120,7 +123,9 @@ def load_decoder(
             head, arch = own, replace(arch, tie_word_embeddings=False)
     unread = tensors.unread()
     if unread:
-        raise InvalidRequestError.of("model", f"unexpected tensors: {', '.join(unread[:8])}")
+        raise InvalidRequestError.of(
+            "model", say("TENSORS_UNEXPECTED", names=", ".join(unread[:8]))
+        )
     progress("Loading layers", arch.num_layers, arch.num_layers)
     if not gpu:
         prepare_linear(head)

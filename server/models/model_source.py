@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 
 from turret.server.errors import InvalidRequestError
 from turret.server.models.families import read_arch
-from turret.server.models.sources.cache import NAMES
 from turret.server.models.sources.embedded import MODEL_NAME, find_gguf
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.sources.gguf_header import SUFFIX
@@ -37,6 +36,7 @@ from turret.server.models.sources.model_directory import (
 )
 from turret.server.models.stored_tensors import StoredTensors
 from turret.server.models.weights.nf4 import Nf4Weight
+from turret.server.words import say
 
 # Part of the cache key: raise it when the format of the cached files changes.
 _FORMAT = "2"
@@ -128,9 +128,7 @@ def _read_plain(
 
     tensors = StoredTensors(shards, read_arch(AutoConfig.from_pretrained(model)).experts, block)
     if codes := tensors.codes():
-        raise InvalidRequestError.of(
-            "model", f"unexpected tensors of codes: {', '.join(codes[:8])}"
-        )
+        raise InvalidRequestError.of("model", say("TENSORS_UNEXPECTED", names=", ".join(codes[:8])))
     return tensors
 
 
@@ -161,9 +159,8 @@ def _quantize(
     try:
         save_file(out, build / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise InvalidRequestError.of(
-            "model", f"its quantised weights cannot be written to {build.parent}: {error}; {NAMES}"
-        ) from None
+        said = say("CACHE_NOT_WRITABLE", folder=build.parent, problem=error)
+        raise InvalidRequestError.of("model", said) from None
     manifest = {"name": name, "digest": _digest([build / WEIGHTS]), "format": _FORMAT}
     (build / _MANIFEST).write_text(json.dumps(manifest))
 

@@ -14,9 +14,11 @@ from typing import Any
 from turret.server.adapters.source import TOKENIZER_FILE
 from turret.server.adapters.tokenizer_files import TokenizerFiles
 from turret.server.basics.confined.confined import Confined, ConfinedError
-from turret.server.basics.counted import counted
-from turret.server.errors import InvalidRequestError, UnavailableError
+from turret.server.basics.files import reporting_disk_faults
+from turret.server.basics.work import LACK_OF_MEMORY_IS_REPORTED
+from turret.server.errors import InvalidRequestError, TurretError, UnavailableError
 from turret.server.models.tokenizer import Tokenizer, each_text
+from turret.server.words import Text, say
 
 # Most tokenizers kept in memory, since each may have two processes that render chats. Running
 # requests keep theirs even beyond this number.
@@ -86,6 +88,8 @@ class OwnTokenizers:
 
         Raises:
             InvalidRequestError: It cannot be read.
+            OutOfMemoryError, StorageFullError, StorageFailedError, UnavailableError: The server
+                cannot read any tokenizer now.
             TurretError: What ``read`` raises.
         """
         found = self.find(digest, rows)
@@ -99,39 +103,43 @@ class OwnTokenizers:
         return found
 
     def _read(self, files: Mapping[str, bytes], rows: int) -> Tokenizer:
-        folder = Path(tempfile.mkdtemp(prefix="turret-tokenizer-"))
+        with reporting_disk_faults():
+            folder = Path(tempfile.mkdtemp(prefix="turret-tokenizer-"))
         try:
-            for name, data in files.items():
-                (folder / name).write_bytes(data)
-            (folder / _CONFIG).write_text(json.dumps(self._guesses()))
-            numbers = self._reduce(folder)
-            # The base's end tokens come from its generation config, which the adapter's folder
-            # lacks.
-            tokenizer = Tokenizer.load(folder, self._base.eos_token_ids, rows, self._base)
-        except UnavailableError:
-            raise
+            # The folder is the server's own, so errors of the disk say nothing about the files.
+            with reporting_disk_faults(), LACK_OF_MEMORY_IS_REPORTED:
+                for name, data in files.items():
+                    (folder / name).write_bytes(data)
+                (folder / _CONFIG).write_text(json.dumps(self._guesses()))
+                numbers = self._reduce(folder)
+                # The base's end tokens come from its generation config, which the adapter's folder
+                # lacks.
+                tokenizer = Tokenizer.load(folder, self._base.eos_token_ids, rows, self._base)
         except InvalidRequestError as error:
-            raise InvalidRequestError(error.message.replace(str(folder), "the folder")) from None
+            raise InvalidRequestError(say("TOKENIZER_INVALID", problem=error.args[0])) from None
+        except TurretError:
+            raise
         except Exception as error:
             # Any type of exception is possible, even from Rust; all of them are about the files'
-            # content.
-            why = f"is no usable tokenizer: {error}".replace(str(folder), "the folder")
-            raise InvalidRequestError(why) from None
+            # content. Those of libraries name the temporary folder.
+            problem = error.args[0] if error.args else ""
+            if not isinstance(problem, Text):
+                problem = str(error).replace(str(folder), "the folder")
+            raise InvalidRequestError(say("TOKENIZER_INVALID", problem=problem)) from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         for token, number in numbers.items():
             if tokenizer.number_of(token) != number:
+                found = tokenizer.number_of(token)
                 raise InvalidRequestError(
-                    f"has the token {token!r:.60} with number {number}, which would be"
-                    f" {tokenizer.number_of(token)} beside the base model's tokens"
+                    say("TOKEN_NUMBER_TAKEN", token=token[:60], number=number, found=found)
                 )
         known = self._base.beyond(self._base.num_rows)
         for token, number in tokenizer.beyond(rows).items():
             # Some published tokenizers have more tokens than their models have rows.
             if known.get(token) != number:
                 raise InvalidRequestError(
-                    f"has the token {token!r:.60} with number {number}, the adapter has rows for"
-                    f" {counted(rows, 'token')}"
+                    say("TOKEN_WITHOUT_ROW", token=token[:60], number=number, rows=rows)
                 )
         return tokenizer
 
@@ -156,14 +164,11 @@ class OwnTokenizers:
             child.close()
         for part, digest in found["digests"].items():
             if digest not in {expected[part] for expected in self._expected}:
-                raise ValueError(
-                    f"{part} differs from that of the base model's tokenizer, to which an adapter's"
-                    " may only add tokens"
-                )
+                raise ValueError(say("TOKENIZER_DIFFERS", part=part))
         file = found["file"]
         numbers: dict[str, int] = {token["content"]: token["id"] for token in file["added_tokens"]}
         if any(len(token) > MAX_TOKEN_CHARS for token in numbers):
-            raise ValueError(f"an added token has more than {MAX_TOKEN_CHARS} characters")
+            raise ValueError(say("ADDED_TOKEN_TOO_LONG", most=MAX_TOKEN_CHARS))
         if isinstance(file["model"]["vocab"], dict):
             # The tokenizer's rules for text around a prompt need the numbers of these tokens.
             file["model"]["vocab"] = {**self._named(folder), **numbers}
@@ -199,8 +204,8 @@ def _asked(child: Confined, file: Path) -> dict[str, Any]:
         (answer,) = child.ask(str(file))
     except ConfinedError as error:
         if error.is_over_limit:
-            raise ValueError(f"reading it {error}") from None
-        raise UnavailableError(f"reading the tokenizer: {error}") from None
+            raise ValueError(*error.args) from None
+        raise UnavailableError(say("TOKENIZER_UNREAD", problem=error)) from None
     if "error" in answer:
         raise ValueError(answer["error"])
     return answer

@@ -13,6 +13,7 @@ from turret.server.models.decoding.arch import Experts
 from turret.server.models.text_part import text_name
 from turret.server.models.weights.expert_stacks import ExpertStacks
 from turret.server.models.weights.float8 import DTYPE, NOT_USED, SCALES, dequantize_float8
+from turret.server.words import say
 
 _BYTES = "U8"
 _WEIGHT = ".weight"
@@ -101,26 +102,27 @@ class StoredTensors:
 
     def _scaled(self, name: str, codes: torch.Tensor) -> torch.Tensor:
         if name not in self._scales:
-            raise InvalidRequestError.of("model", f"{name} is in 8-bit floats and has no scale")
+            raise InvalidRequestError.of("model", say("SCALE_MISSING", name=name))
         file, stored = self._scales[name]
         try:
             return dequantize_float8(codes, file.get_tensor(stored), self._block)
         except ValueError as error:
-            raise InvalidRequestError.of("model", f"{name} {error}") from None
+            raise InvalidRequestError.of(
+                "model", say("TENSOR_INVALID", name=name, problem=error)
+            ) from None
 
     def _expert(self, name: str, expert: int) -> torch.Tensor:
         file, stored = self._place(name)
         stack = file.get_slice(stored)
         found = (stack.get_shape() or [0])[0]
         if found != self._num_experts:
-            raise InvalidRequestError.of(
-                "model", f"{name} is of {found} experts, config says {self._num_experts}"
-            )
+            said = say("EXPERTS_MISMATCH", name=name, found=found, expected=self._num_experts)
+            raise InvalidRequestError.of("model", said)
         return stack[expert].clone()
 
     def _place(self, name: str) -> tuple[safe_open, str]:
         if name not in self._owner:
-            raise InvalidRequestError.of("model", f"the checkpoint lacks {name}")
+            raise InvalidRequestError.of("model", say("TENSOR_MISSING", name=name))
         return self._owner[name]
 
 

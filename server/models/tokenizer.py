@@ -15,11 +15,12 @@ import tokenizers
 from tokenizers.models import WordLevel
 
 from turret.server.basics import channels
-from turret.server.basics.work import PANICS_ARE_ERRORS
+from turret.server.basics.work import LACK_OF_MEMORY_IS_REPORTED, PANICS_ARE_ERRORS
 from turret.server.errors import InvalidRequestError
-from turret.server.models.chat_format import NO_TOOLS, ChatFormat, unknown_role
+from turret.server.models.chat_format import ChatFormat, unknown_role
 from turret.server.models.chat_template import ChatTemplate
 from turret.server.models.token_stream import SaidStream, TokenStream
+from turret.server.words import say
 
 _BEFORE = "\n"
 _MAX_AROUND = 8
@@ -120,21 +121,21 @@ class Tokenizer:
 
         Raises:
             InvalidRequestError: The directory has no tokenizer that converts to a fast one.
+            OutOfMemoryError: There is no memory to read it.
         """
         from transformers import AutoTokenizer
 
         try:
-            inner = AutoTokenizer.from_pretrained(files)
+            with LACK_OF_MEMORY_IS_REPORTED:
+                inner = AutoTokenizer.from_pretrained(files)
             if not inner.chat_template:
                 inner.chat_template = _processor_template(files)
             if not inner.is_fast:
-                raise ValueError("not a fast tokenizer")
+                raise ValueError(say("TOKENIZER_SLOW"))
         except (OSError, ValueError) as error:
             # Join the lines of transformers' message.
-            why = " ".join(str(error).split())
-            raise InvalidRequestError.of(
-                "model", f"no usable tokenizer in {files}: {why}"
-            ) from error
+            said = say("TOKENIZER_UNREADABLE", path=files, problem=" ".join(str(error).split()))
+            raise InvalidRequestError.of("model", said) from error
         return cls(inner, eos_token_ids, model_vocab_size, base)
 
     def number_of(self, token: str) -> int | None:
@@ -185,15 +186,15 @@ class Tokenizer:
             UnavailableError: See ``ChatTemplate.render``.
         """
         if not self._template:
-            raise InvalidRequestError.of("chat", "this model has no chat template; send a prompt")
+            raise InvalidRequestError.of("chat", say("NO_CHAT_TEMPLATE"))
         for index, message in enumerate(messages):
             if why := unknown_role(self._template, message["role"]):
                 raise InvalidRequestError.of(f"chat.messages[{index}].role", why)
         if self.chat_format.tools is None:
             if tools:
-                raise InvalidRequestError.of("chat.tools", NO_TOOLS)
+                raise InvalidRequestError.of("chat.tools", say("TOOLS_UNSUPPORTED"))
             if any("tool_calls" in m or m["role"] == "tool" for m in messages):
-                raise InvalidRequestError.of("chat.messages", NO_TOOLS)
+                raise InvalidRequestError.of("chat.messages", say("TOOLS_UNSUPPORTED"))
         held: list[str] = []
         # Use letters and digits only: templates change no such text.
         mark = f"turret{uuid.uuid4().hex}x"
@@ -206,7 +207,8 @@ class Tokenizer:
                 messages, tools = each_text(given, lambda text: next(marked))
             text = self._chats.render(messages, tools, is_short)
         except (ValueError, RecursionError) as error:
-            raise InvalidRequestError.of("chat.messages", f"chat template: {error}") from error
+            said = say("CHAT_TEMPLATE_FAILED", problem=error)
+            raise InvalidRequestError.of("chat.messages", said) from error
         parts = re.split(f"{mark}(\\d+)x", text)
         parts[1::2] = [held[int(number)] for number in parts[1::2]]
         return RenderedChat(parts)
@@ -294,7 +296,7 @@ def _with_added(base: Any, other: Any) -> Any:
     (whole,) = grown.encode_batch(["a"])
     around = grown.num_special_tokens_to_add(False)
     if around > _MAX_AROUND or len(whole.ids) != len(alone.ids) + around:
-        raise ValueError(f"post_processor: may only put up to {_MAX_AROUND} tokens around a text")
+        raise ValueError(say("POST_PROCESSOR_UNSUPPORTED", most=_MAX_AROUND))
     return grown
 
 

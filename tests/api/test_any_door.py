@@ -34,6 +34,7 @@ from turret.server.api.inference.inference import Inference
 from turret.server.basics.codes import Code
 from turret.server.engine.scheduling.request import FinishReason, Output, Request
 from turret.server.metrics import Metrics
+from turret.server.words import say
 from turret.v1 import adapters_pb2 as pb
 from turret.v1 import inference_pb2
 
@@ -167,7 +168,7 @@ async def test_a_closed_gate_and_a_bad_message_are_errors_of_turret(house: House
     with pytest.raises(errors.InvalidRequestError) as bad:
         await house.inference.score(inference_pb2.ScoreRequest(top_n=21), house.begin(), None)
     assert {path for path, _ in fault_of(bad.value).violations} == {"input", "top_n"}
-    house.gate.close("the server is shutting down")
+    house.gate.close(say("SHUTTING_DOWN"))
     with pytest.raises(errors.UnavailableError) as closed:
         house.inference.model()
     fault = fault_of(closed.value)

@@ -9,7 +9,9 @@ import pytest
 
 from turret.server.api.call import Call
 from turret.server.basics.codes import Code
+from turret.server.errors import InvalidRequestError
 from turret.server.metrics import Metrics
+from turret.server.words import say
 from turret.v1 import adapters_pb2
 
 
@@ -46,6 +48,15 @@ def test_numbers_of_an_error_are_logged(caplog: pytest.LogCaptureFixture) -> Non
     said = finished(caplog, call)
     assert (said["prompt_tokens"], said["max_model_len"], said["path"]) == (9, 8, "a/b")
     assert "unit" not in said
+
+
+def test_what_a_client_sent_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    call = Call.begin("/x/Generate", (), Metrics())
+    bad = InvalidRequestError.of("stop", say("NOT_ONE_OF", value="4711", choices="a", closest="b"))
+    call.fail(bad.reason, bad.message, violations=bad.violations, metadata=bad.metadata)
+    said = finished(caplog, call)
+    assert (said["reason"], said["fields"]) == ("INVALID_REQUEST", "stop")
+    assert not {"value", "choices", "closest"} & said.keys()
 
 
 def test_an_adapter_is_logged_by_name_if_it_is_registered(caplog: pytest.LogCaptureFixture) -> None:

@@ -64,9 +64,8 @@ async def test_the_labels_of_a_call_are_bounded(monkeypatch: pytest.MonkeyPatch)
         failure = await failure_of(server.inference.Classify(texts("a", "b", "c")))
         refused = await web.refused(PATH, {"model": "sql", "input": ["a", "b", "c"]})
     assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
-    assert failure.violations == {
-        "inputs": "3 times 2 labels are over the 5 of a call: send at most 2 inputs"
-    }
+    assert failure.reasons == {"inputs": "TOO_MANY_NUMBERS"}
+    assert failure.metadata["most"] == "2"
     assert (refused.status, refused.param) == (400, "input")
 
 

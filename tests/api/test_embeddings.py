@@ -111,7 +111,8 @@ async def test_vectors_of_a_call_have_a_limit_together(monkeypatch: pytest.Monke
     async with harness() as server:
         assert len((await server.inference.Embed(texts(*"abc"))).embeddings) == 3
         failure = await failure_of(server.inference.Embed(texts(*"abcd")))
-        assert "at most 3 inputs" in failure.violations["inputs"]
+        assert failure.reasons == {"inputs": "TOO_MANY_NUMBERS"}
+        assert failure.metadata["most"] == "3"
         assert len((await server.inference.Embed(texts(*"abcd", dimensions=6))).embeddings) == 4
 
 

@@ -84,7 +84,7 @@ def test_random_adapters_load(bench: Any, tmp_path: Path):
         num_key_value_heads=2,
         vocab_size=128,
     )
-    names = bench("common.random_lora").write_random_loras(
+    names = bench("common.adapters").write_random_loras(
         tmp_path, 2, arch=read_arch(config), base_model="tiny", rank=4
     )
     assert names == ["lora-00", "lora-01"]
@@ -102,7 +102,7 @@ def test_random_adapters_of_every_method_load(bench: Any, tmp_path: Path):
     model = tiny_llama()
     modules = linear_modules(model)
     norms = {name: module.weight.detach().norm(dim=1) for name, module in modules.items()}
-    made = bench("common.random_methods")
+    made = bench("common.adapters")
     names = made.write_random_methods(
         tmp_path, 12, arch=read_arch(model.config), base_model="tiny", rank=3, norms=norms
     )
@@ -111,7 +111,7 @@ def test_random_adapters_of_every_method_load(bench: Any, tmp_path: Path):
     base = base_of(model)
     lowered = {name: lower_adapter(tmp_path, base, name) for name in names}
     written = {method_for(read_adapter(tmp_path, name)).name for name in names}
-    assert written == set(made.METHODS) - {"rslora"} <= METHODS.keys()
+    assert written == set(made.MIXED_METHODS) - {"rslora"} <= METHODS.keys()
     # What is timed are operators, and other methods have no others: a gate is of a learned fusion,
     # which is built of registered adapters, none of which these files can name; biases are added.
     operators = {kind.name for kind in KERNELS.keys() | {ModulatedBase}} - {ExpertLowRank.name}
@@ -145,9 +145,9 @@ def test_random_adapters_of_default_sizes_load_and_act(bench: Any, tmp_path: Pat
         vocab_size=96,
     )
     model = LlamaForCausalLM(config).eval()
-    made = bench("common.default_methods")
+    made = bench("common.adapters")
     names = made.write_default_methods(tmp_path, 8, arch=read_arch(config), base_model="tiny")
-    assert [name.rpartition("-")[2] for name in names] == [*made.METHODS, "oft"]
+    assert [name.rpartition("-")[2] for name in names] == [*made.DEFAULT_METHODS, "oft"]
     base, plain = base_of(model), logits(model)
     for name in names:
         assert name.endswith(method_for(read_adapter(tmp_path, name)).name)

@@ -10,7 +10,7 @@ from servers.command import parse_and_run
 from turret.clients.channel import Tls
 from turret.clients.client import TurretClient
 
-NO_PORT = "is not HOST:PORT: the port is missing"
+NO_PORT = "is not HOST:PORT; the port is missing"
 WRONG = {
     "localhost:": NO_PORT,
     "dns:localhost:": NO_PORT,
@@ -18,19 +18,19 @@ WRONG = {
     "": NO_PORT,
     "localhost:abc": "is not HOST:PORT with a port from 0 to 65535",
     "localhost:5x": "is not HOST:PORT with a port from 0 to 65535",
-    ":": "is not HOST:PORT: the host is missing",
-    ":50051": "is not HOST:PORT: the host is missing",
-    "[]:1": "is not HOST:PORT: the host is missing",
-    " localhost:1": "is not HOST:PORT: it holds a blank",
-    "localhost:1\n": "is not HOST:PORT: it holds a blank",
-    "a b:1": "is not HOST:PORT: it holds a blank",
-    "HTTPS://a:1": "is not HOST:PORT: leave HTTPS:// out",
-    "tcp://a:1": "is not HOST:PORT: leave tcp:// out",
-    "127.0.0.1:1,127.0.0.1:2": "is not HOST:PORT: a list of addresses begins with ipv4: or ipv6:",
-    "unix:": "unix: needs a path, as unix:/run/turret.sock",
-    "unix://": "unix: needs a path, as unix:/run/turret.sock",
-    "ipv4:": "ipv4: needs an address behind it",
-    "dns:///": "dns: needs an address behind it",
+    ":": "is not HOST:PORT; the host is missing",
+    ":50051": "is not HOST:PORT; the host is missing",
+    "[]:1": "is not HOST:PORT; the host is missing",
+    " localhost:1": "is not HOST:PORT; it contains white space",
+    "localhost:1\n": "is not HOST:PORT; it contains white space",
+    "a b:1": "is not HOST:PORT; it contains white space",
+    "HTTPS://a:1": "is not HOST:PORT; leave out HTTPS://",
+    "tcp://a:1": "is not HOST:PORT; leave out tcp://",
+    "127.0.0.1:1,127.0.0.1:2": "is not HOST:PORT; start a list of addresses with ipv4: or ipv6:",
+    "unix:": "unix: requires a path, such as unix:/run/turret.sock",
+    "unix://": "unix: requires a path, such as unix:/run/turret.sock",
+    "ipv4:": "ipv4: requires an address",
+    "dns:///": "dns: requires an address",
 }
 
 
@@ -38,7 +38,7 @@ WRONG = {
 def test_an_address_that_is_none_is_refused(
     address: str, problem: str, capsys: pytest.CaptureFixture[str]
 ):
-    said = problem if "needs" in problem else f"{address!r} {problem}"
+    said = problem if "requires" in problem else f"{address!r} {problem}"
     for tls in (None, Tls()):
         for name in ("address", "admin_address"):
             with pytest.raises(ValueError, match=re.escape(said)) as raised:

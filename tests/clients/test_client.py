@@ -68,7 +68,7 @@ def test_tools_and_calls_reach_their_fields(client: TurretClient, server: FakeTu
     for wrong in wrong_tools:
         with pytest.raises(TypeError, match="tools"):
             client.chat("hi", tools=wrong)
-    with pytest.raises(TypeError, match="only a conversation"):
+    with pytest.raises(TypeError, match=r"^tools: "):
         client.generate("hi", tools=[{"function": {"name": "f"}}])
     with pytest.raises(TypeError, match="tool_calls"):
         client.chat([{"role": "assistant", "tool_calls": [{}]}])
@@ -120,19 +120,19 @@ def test_every_option_reaches_its_field(client: TurretClient, server: FakeTurret
     ("prompt", "options", "error", "text"),
     [
         ("a", {"max_token": 3}, TypeError, "max_token; did you mean 'max_tokens'"),
-        ("a", {"adapters": "json=0.5"}, ValueError, "'json=0.5' is no name; with a weight"),
-        ("a", {"adapters": "json+sql"}, ValueError, "and a mix is a list of members"),
+        ("a", {"adapters": "json=0.5"}, ValueError, "^adapters: 'json=0.5'"),
+        ("a", {"adapters": "json+sql"}, ValueError, "^adapters: 'json[+]sql'"),
         ("a", {"top_k": -1}, ValueError, "top_k"),
         ("a", {"temperature": "hot"}, TypeError, "temperature"),
         ("a", {"logit_bias": {-1: 0.0}}, ValueError, "logit_bias"),
         ("a", {"adapters": [3]}, TypeError, "AdapterWeight"),
-        ([1, -1], {}, ValueError, "^prompt: must not be negative, is -1$"),
-        ([1, "a"], {}, TypeError, "prompt: text, token ids or the turns"),
+        ([1, -1], {}, ValueError, "^prompt: .* not -1$"),
+        ([1, "a"], {}, TypeError, "^prompt: "),
         (
             [{"role": "user", "content": "a", "nmae": "b"}],
             {},
             TypeError,
-            "'nmae' is none of",
+            "'nmae'",
         ),
     ],
 )
@@ -231,7 +231,7 @@ def test_token_is_sent_with_every_call(server: FakeTurret):
 
 
 def test_tls_needs_certificate_and_key_together():
-    with pytest.raises(ValueError, match="together"):
+    with pytest.raises(ValueError, match=r"^key: "):
         Tls(certificate=b"-----BEGIN CERTIFICATE-----")
 
 
@@ -257,7 +257,7 @@ def test_list_fetches_pages_as_needed(client: TurretClient, server: FakeTurret):
     for request in server.adapters.requests:
         assert request.method == "lora"
         assert request.residency == adapters_pb2.Adapter.HOST
-    with pytest.raises(ValueError, match="residency: one of disk, host, device"):
+    with pytest.raises(ValueError, match=r"^residency: .*disk, host, device"):
         client.adapters.list(residency="moon")
 
 
@@ -277,7 +277,7 @@ def test_adapter_lifecycle(client: TurretClient, server: FakeTurret):
     assert request.timeout.ToMilliseconds() == 1500
     with pytest.raises(TurretRpcError, match="NOT_FOUND"):
         client.adapters.get("new")
-    with pytest.raises(ValueError, match="mode: one of drain, force"):
+    with pytest.raises(ValueError, match=r"^mode: .*drain, force"):
         client.adapters.unload("sql", mode="gently")
 
 
@@ -299,13 +299,13 @@ def test_fuse_and_merge(client: TurretClient, server: FakeTurret):
 
 
 def test_upload_sends_the_adapter_and_nothing_else(client, server, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no: does not exist; an adapter is a directory "):
+    with pytest.raises(FileNotFoundError, match="no: "):
         client.adapters.upload("up", tmp_path / "no")
-    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing; an adapter has"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
         client.adapters.upload("up", tmp_path)
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).touch()
-    with pytest.raises(FileNotFoundError, match="is a whole model, not an adapter: `turret serve"):
+    with pytest.raises(FileNotFoundError, match="whole model"):
         client.adapters.upload("up", tmp_path)
     (tmp_path / "model.safetensors").unlink()
     for name, data in PEFT_FILES.items():

@@ -101,12 +101,12 @@ def test_nothing_less_will_do(pem: Path, address: str, missing: str):
         ([], "(CONNECTION_CLOSED)"),
         (["--tls"], "(CERTIFICATE_UNTRUSTED)"),
         (["--tls-ca", "server.crt"], "(CERTIFICATE_NAME)"),
-        (["--tls-ca", "text"], "holds no PEM"),
-        (["--tls-ca", "server.key"], "server.key holds no certificate"),
+        (["--tls-ca", "text"], "has no PEM data"),
+        (["--tls-ca", "server.key"], "server.key has no certificate"),
         (["--tls-cert", "server.key", "--tls-key", "server.key"], "error: --tls-cert: "),
         (
             ["--tls-cert", "server.crt", "--tls-key", "server.crt"],
-            "server.crt holds no private key",
+            "server.crt has no private key",
         ),
     ],
 )
@@ -198,4 +198,4 @@ def test_the_command_says_of_a_server_without_tls_that_it_has_none(
 def test_a_pem_file_that_is_not_there_is_told_by_its_argument(tmp_path: Path):
     with pytest.raises(FileNotFoundError) as raised:
         Tls.from_files(ca=tmp_path / "a")
-    assert str(raised.value).endswith("a: No such file or directory; it takes a PEM file")
+    assert str(raised.value).endswith("a: No such file or directory")

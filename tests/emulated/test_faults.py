@@ -11,11 +11,10 @@ from kernel_traffic import HALF, make_pack, traffic
 from ptx.fault import Fault
 from ptx.launcher import emulated
 
-from turret.kernels.gpu import nf4_matmul as nf4
-from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
+from turret.kernels.gpu import nf4
+from turret.kernels.gpu.low_rank import segmented_shrink
 from turret.kernels.gpu.paged_attention import paged_attention
-from turret.kernels.gpu.tables.attention_table import AttentionTable
-from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.kernels.gpu.tables import AttentionTable, SegmentTable
 from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.kernels.paged_attention import SequenceSpan
 

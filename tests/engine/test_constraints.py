@@ -15,6 +15,7 @@ import torch
 from builders.bases.tiny_models import EOS, VOCAB_SIZE, save_tiny_model
 from builders.constraints import compiled, make_tokenizer
 from builders.sequences import mix_of
+from said import says
 from servers.engine_harness import GREEDY, EngineHarness, make_request
 
 from turret.kernels.cpu import native
@@ -177,9 +178,7 @@ async def test_an_answer_that_broke_off_goes_on_in_its_place(
             rest = await harness.run(constrained(schema, sampling=sampling, answer_so_far=begun))
             assert (*begun, *rest.token_ids) == whole.token_ids
         begun = (*whole.token_ids[:3], whole.token_ids[0])
-        with pytest.raises(
-            InvalidRequestError, match="answer_so_far: the constraint forbids its token 3"
-        ):
+        with pytest.raises(InvalidRequestError, check=says("TOKEN_FORBIDDEN", index=3)):
             await harness.run(constrained(schema, sampling=sampling, answer_so_far=begun))
 
 
@@ -296,7 +295,7 @@ async def test_what_cannot_be_followed_ends_its_own_request_alone(model: Path) -
         beside = make_request(PROMPT, max_tokens=20)
         alone = await harness.run(beside)
         failing = constrained(wide, sampling=GREEDY)
-        with pytest.raises(BudgetExceededError, match="too complex"):
+        with pytest.raises(BudgetExceededError, check=says("CONSTRAINT_TOO_COMPLEX")):
             await harness.run(failing)
         assert (await harness.run(beside)).bits == alone.bits
 
@@ -317,7 +316,7 @@ def test_a_fault_of_the_library_is_no_fault_of_the_engine(
     (mask,) = masks.take().values()
     assert isinstance(mask, TokenMask)
     assert mask.error is not None
-    assert mask.error.message == "internal error"
+    assert mask.error.reason == "INTERNAL"
     assert masks.take() == {}
     masks = Masks(frozenset({EOS}), is_late=True)
     masks.begin([sequence])
@@ -326,7 +325,7 @@ def test_a_fault_of_the_library_is_no_fault_of_the_engine(
     assert late.settle(5) is None
     mask = late.make()
     assert mask.error is not None
-    assert mask.error.message == "internal error"
+    assert mask.error.reason == "INTERNAL"
 
 
 @pytest.mark.parametrize("by_torch", [False, True])

@@ -123,7 +123,13 @@ async def answers(tiny: tuple[Path, Path], *, together: bool) -> list[Answer]:
         return [await harness.run(request) for request in requests]
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+first, *others = LIBRARIES
+
+
+@pytest.mark.parametrize(
+    "library",
+    [first, *(pytest.param(name, marks=pytest.mark.long) for name in others)],
+)
 async def test_answers_are_those_given_alone(
     library: str, tiny: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 from builders.methods import make_config, save_adapter
 from method_oracle import twin
+from said import says
 from servers.engine_harness import GREEDY, EngineHarness, make_request
 
 from turret.server.engine.scheduling.request import (
@@ -132,13 +133,13 @@ async def test_an_answer_that_has_ended_does_not_go_on(engine: EngineHarness) ->
     stopped = replace(
         request, stop=StopConditions(stop_token_ids=frozenset({token}), ignore_eos=True)
     )
-    with pytest.raises(InvalidRequestError, match=f"ends at its token {first}"):
+    with pytest.raises(InvalidRequestError, check=says("ANSWER_ENDED", index=first)):
         await engine.run(replace(stopped, answer_so_far=whole.token_ids))
-    with pytest.raises(InvalidRequestError, match="max_tokens"):
+    with pytest.raises(InvalidRequestError, check=says("ANSWER_COMPLETE")):
         replace(request, answer_so_far=whole.token_ids)
-    with pytest.raises(InvalidRequestError, match="prompt"):
+    with pytest.raises(InvalidRequestError, check=says("CONFLICTS_WITH", other="answer_so_far")):
         replace(request, answer_so_far=(1,), options=ResponseOptions(echo=True))
-    with pytest.raises(InvalidRequestError, match="vocabulary"):
+    with pytest.raises(InvalidRequestError, check=says("NOT_A_TOKEN", value=1 << 20)):
         await engine.run(replace(request, answer_so_far=(1 << 20,)))
     endless = replace(request, stop=StopConditions(ignore_eos=True))
     with pytest.raises(PromptTooLongError):

@@ -7,6 +7,7 @@ import weakref
 from threading import Event
 
 import pytest
+from said import says
 
 from turret.server.engine.scheduling.request import (
     Finish,
@@ -99,7 +100,7 @@ async def test_an_answer_that_nobody_reads_ends() -> None:
         held.stream.deliver(part)
     assert held.num_cancels == 1
     assert held.num_bytes == 0
-    with pytest.raises(BudgetExceededError, match="wait to be read"):
+    with pytest.raises(BudgetExceededError, check=says("ANSWER_UNREAD")):
         await anext(held.stream)
     with pytest.raises(StopAsyncIteration):
         await anext(held.stream)

@@ -16,16 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from turret.fleet.machine import fleet_folder
-from turret.fleet.machine.fleet_folder import FleetFolder
+from turret.fleet.serving import fleet_folder
+from turret.fleet.serving.fleet_folder import FleetFolder
 from turret.fleet.serving.ingress import ingress_environment
+from turret.fleet.words import say
 from turret.server import cli
 
 _COMMAND = """
 import os, sys, time
 from pathlib import Path
-from turret.fleet.machine import fleet_folder
-from turret.fleet.machine.fleet_folder import FleetFolder
+from turret.fleet.serving import fleet_folder
+from turret.fleet.serving.fleet_folder import FleetFolder
 fleet_folder._SHORT = Path(os.environ["TMPDIR"])
 print(FleetFolder.make(Path(sys.argv[1])).path, flush=True)
 time.sleep(600)
@@ -163,10 +164,11 @@ def test_status_asks_the_fleet_that_runs(
     one, other = tmp_path / "one", tmp_path / "other"
     folder = FleetFolder.make(one)
     assert cli.main(["cluster", "status"]) == 1
-    assert f"the fleet on {one} has only begun to start" in capsys.readouterr().err
+    assert say("FLEET_STARTING", state_dir=one) in capsys.readouterr().err
     with running(sys.executable, "-c", _COMMAND, other):
         assert cli.main(["cluster", "status"]) == 1
-    assert f"2 fleets run here; --state-dir says which: {one}, {other}" in capsys.readouterr().err
+    several = say("FLEETS_MANY", count=2, state_dirs=f"{one}, {other}")
+    assert several in capsys.readouterr().err
     folder.remove()
     assert cli.main(["cluster", "status", "--state-dir", str(one)]) == 1
-    assert "--ray-address names a Ray cluster" in capsys.readouterr().err
+    assert say("FLEET_MISSING", state_dir=one) in capsys.readouterr().err

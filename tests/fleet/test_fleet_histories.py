@@ -10,10 +10,9 @@ from fleets.world import World
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from turret.fleet import fleet_registry, follower
-from turret.fleet.fleet_registry import FleetRegistry
+from turret.fleet import follower, registry
 from turret.fleet.follower import Follower
-from turret.fleet.members import Members
+from turret.fleet.registry import FleetRegistry
 
 NUM_HISTORIES = 700
 NUM_ACTIONS = 150
@@ -93,10 +92,10 @@ def _acknowledge_at_once(self: FleetRegistry, revision: int, now: float) -> bool
 
 
 def _do_not_wait_for_old_leases(self: FleetRegistry, revision: int, now: float) -> bool:
-    return self.members.have_applied(revision)
+    return all(r.report.applied >= revision for r in self._living.values())
 
 
-def _forget_who_holds(self: Members, uuid: str) -> int:
+def _forget_who_holds(self: FleetRegistry, uuid: str) -> int:
     return 0
 
 
@@ -110,12 +109,12 @@ def _say_it_is_applied(self: Follower, change: follower.Change) -> None:
     [
         (FleetRegistry, "_is_applied", _acknowledge_at_once),
         (FleetRegistry, "_is_applied", _do_not_wait_for_old_leases),
-        (Members, "held", _forget_who_holds),
-        (Members, "is_held", lambda self, key: False),
+        (FleetRegistry, "_held", _forget_who_holds),
+        (FleetRegistry, "_is_held", lambda self, key: False),
         (Follower, "done", _say_it_is_applied),
-        (fleet_registry, "CLOCK_SLACK", 0.5),
-        (fleet_registry.rules, "check_same", lambda saved, expected: None),
-        (fleet_registry.rules, "check_not_needed", lambda state, saved: None),
+        (registry, "CLOCK_SLACK", 0.5),
+        (registry, "_check_same", lambda saved, expected: None),
+        (FleetRegistry, "_check_not_needed", lambda self, saved: None),
     ],
 )
 def test_mistakes_are_found(

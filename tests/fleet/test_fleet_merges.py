@@ -12,9 +12,9 @@ from fleets.replicas import Fleet, Wire
 from method_oracle import twin
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.fleet.replica.seat import Seat
+from turret.fleet.replica import Seat
 from turret.server.adapters.merge.merger import Merger
-from turret.server.errors import AdapterInUseError, InvalidRequestError, MergeActiveError
+from turret.server.errors import AdapterMergedError, InvalidRequestError, MergeActiveError
 
 
 async def answer(server: EngineHarness) -> tuple[tuple[int, ...], int]:
@@ -44,7 +44,7 @@ async def test_a_merge_is_everywhere_or_nowhere(
             await asyncio.to_thread(first.registry.load, name, name)
         plain = await answer(first)
         assert plain == await answer(second)
-        with pytest.raises(InvalidRequestError, match="cannot be merged"):
+        with pytest.raises(InvalidRequestError):
             await merge(first, "prompt_tuning")
 
         def fail(*args: object) -> None:
@@ -64,7 +64,7 @@ async def test_a_merge_is_everywhere_or_nowhere(
         assert merged != plain
         with pytest.raises(MergeActiveError):
             await merge(first, "lora")
-        with pytest.raises(AdapterInUseError, match="merged into the base"):
+        with pytest.raises(AdapterMergedError):
             await asyncio.to_thread(first.registry.unload, "lora")
         # A replica that comes later serves no other base, and one server agrees.
         third = await start("r2")

@@ -15,8 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
-from turret.fleet.serving.grpc_call import CallContext, from_client
-from turret.fleet.serving.replica_server import ReplicaServer
+from turret.fleet.serving.replica_server import CallContext, ReplicaServer, from_client
 from turret.server.api.access.shares import Shares
 from turret.server.config import Config, ListenConfig
 from turret.server.errors import AdapterNotFoundError, QueueFullError

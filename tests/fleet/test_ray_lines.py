@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from turret.fleet.machine.ray_lines import LineFilter, cause
+from turret.fleet.serving.ray_cluster import LineFilter, cause
 
 # As Ray 2.60 and Python 3.11 print it.
 NOISE = """\
@@ -89,7 +89,7 @@ def test_the_ingress_is_heard_until_the_fleet_is_stopped() -> None:
 _PATCHED = """
 import os, signal
 from ray._private import ray_logging, services, utils, worker
-from turret.fleet.machine.ray_lines import LineFilter
+from turret.fleet.serving.ray_cluster import LineFilter
 from turret.fleet.serving import ray_cluster
 
 ray_cluster._print_through(LineFilter(lambda: True))

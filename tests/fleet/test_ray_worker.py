@@ -17,12 +17,12 @@ import grpc.aio
 from ray._private import ray_constants
 from ray.serve._private import grpc_util
 from ray.serve._private.haproxy import HAProxyApi
-from turret.fleet.serving import ray_worker
+from turret.fleet.serving import ingress
 from turret.fleet.serving.ingress import ingress_environment
 from pathlib import Path
 
 hook = ingress_environment(Path("/"))[ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR]
-assert hook == f"{ray_worker.__name__}.{ray_worker.prepare.__name__}"
+assert hook == f"{ingress.__name__}.{ingress.prepare.__name__}"
 
 
 class Process:
@@ -50,8 +50,8 @@ async def start(self, *arguments):
 
 
 HAProxyApi._start_and_wait_for_haproxy = start
-ray_worker._listen_locally()
-ray_worker._keep_haproxy()
+ingress._listen_locally()
+ingress._keep_haproxy()
 
 
 async def main():

@@ -146,12 +146,14 @@ def test_a_registry_of_a_running_fleet_that_does_not_answer_lives_on(
 ) -> None:
     ray.named = running = Handle(Serving(tmp_path))
     running.silent = GetTimeoutError("timed out")
-    with pytest.raises(UnavailableError, match="registry does not answer: timed out"):
+    with pytest.raises(UnavailableError) as refused:
         module.start_registry(tmp_path, 5.0)
+    assert refused.value.metadata == {"action": "answer", "cause": "timed out"}
     running.silent = None
     module.start_registry(tmp_path, 5.0)
-    with pytest.raises(UnavailableError, match=f"a fleet already, on --state-dir {tmp_path}"):
+    with pytest.raises(UnavailableError) as refused:
         module.start_registry(tmp_path / "other", 5.0)
+    assert refused.value.metadata == {"state_dir": str(tmp_path)}
     assert (ray.named, ray.made, ray.killed) == (running, [], [])
 
 
@@ -159,8 +161,10 @@ def test_a_registry_that_was_made_here_and_does_not_start_is_ended(
     ray: StubRay, module: Any, tmp_path: Path
 ) -> None:
     ray.silent = RayError("The actor died:\nValueError: the directory is another server's")
-    with pytest.raises(UnavailableError, match="does not start: ValueError: the directory is"):
+    with pytest.raises(UnavailableError) as refused:
         module.start_registry(tmp_path, 5.0)
+    why = "ValueError: the directory is another server's"
+    assert refused.value.metadata == {"action": "start", "cause": why}
     assert ray.killed == ray.made
     ray.silent = None
     module.start_registry(tmp_path, 5.0)
@@ -177,8 +181,9 @@ def test_a_registry_that_another_command_made_meanwhile_is_found(
         ray.named = others
 
     ray.before_make = make
-    with pytest.raises(UnavailableError, match="does not answer"):
+    with pytest.raises(UnavailableError) as refused:
         module.start_registry(tmp_path, 5.0)
+    assert refused.value.metadata["action"] == "answer"
     assert (ray.named, ray.killed) == (others, [])
 
 

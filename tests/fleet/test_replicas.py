@@ -14,9 +14,9 @@ from servers.fake_hub import fake_hub
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.errors import (
+    AdapterBusyError,
     AdapterExistsError,
     AdapterGenerationError,
-    AdapterInUseError,
     AdapterNotFoundError,
     UnavailableError,
 )
@@ -124,7 +124,7 @@ def test_an_unload_that_gives_up_leaves_it_serving(fleet: Fleet) -> None:
     first, second = fleet.start(), fleet.start()
     first.registry.load("a", "a")
     mix = second.registry.acquire(refs("a"))
-    with pytest.raises(AdapterInUseError, match="held by 1 request "):
+    with pytest.raises(AdapterBusyError):
         first.registry.unload("a", timeout_seconds=0.3)
     until(lambda: not _is_refused(second.registry, "a"))
     ended: list[str] = []

@@ -230,7 +230,7 @@ def test_a_merge_is_every_replicas_and_that_of_one_which_comes_later(fleet: Serv
         assert "merged: sql@1=1" in fleet.status()
         with pytest.raises(TurretRpcError) as refused:
             client.adapters.unload("sql")
-        assert refused.value.reason == "ADAPTER_IN_USE"
+        assert refused.value.reason == "ADAPTER_MERGED"
         fleet.replicas()[0].kill()
         fleet.wait_until_whole(2)
         assert everywhere(fleet, "base") == merged

@@ -13,20 +13,23 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fleets.serving import status_rows
 from grpc_health.v1 import health_pb2
 
-from turret.fleet.fleet_state import Base, Member, MergePlan
-from turret.fleet.machine import fleet_folder
-from turret.fleet.messages import FleetStatus, ReplicaStatus
-from turret.fleet.serving import ingress, ray_cluster, serve
+from turret.fleet import verb
+from turret.fleet.protocol import Base, FleetStatus, Member, MergePlan, ReplicaStatus
+from turret.fleet.serving import fleet_folder, ingress, plan, ray_cluster, serve
 from turret.fleet.serving.plan import REFUSED, ClusterPlan, fleet_config
-from turret.fleet.serving.status import print_status
+from turret.fleet.serving.serve import print_status
+from turret.fleet.words import say
 from turret.server import cli
+from turret.server.basics.extras import how_to_add
 from turret.server.config import AdapterConfig, Config, ModelConfig, SecurityConfig
 from turret.server.errors import UnavailableError
+from turret.server.words import Text
 from turret.v1 import adapters_pb2, inference_pb2
 
 _CHECK = """
@@ -89,41 +92,50 @@ def test_cluster_says_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for verb in ("serve", "status"):
-        assert cli.main(["cluster", verb]) == 1
+    for action in ("serve", "status"):
+        assert cli.main(["cluster", action]) == 1
         assert "pip install 'turret[cluster]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("flags", "why"),
+    ("flags", "reason"),
     [
-        ("", "needs --state-dir"),
-        ("--state-dir s --replicas 0", "--replicas must be at least 1"),
-        ("--state-dir s --min-replicas 2", "need each other"),
-        ("--state-dir s --min-replicas 3 --max-replicas 2", "at least --min-replicas"),
-        ("--state-dir s --replicas 2 --max-replicas 3", "give either"),
-        ("--state-dir s --lease-seconds 0.1", "--lease-seconds"),
-        ("--state-dir s --address unix:x", "HOST:PORT"),
-        ("--state-dir s --address 127.0.0.1:0", "need a port each"),
-        ("--state-dir s --http-address 127.0.0.2:8080", "one host"),
-        ("--state-dir s --admin-address 127.0.0.1:1", "tokens say who"),
-        ("--state-dir s --tls-cert a --tls-key b", "plain text"),
-        ("--state-dir s --adapter-root . --preload a=b", "load adapters once"),
-        ("--preload a=b", "--preload: a fleet takes none; load adapters once"),
-        ("--state-dir s --tls-key b", "--tls-key: Ray Serve listens in plain text"),
-        ("--state-dir s --tls-client-ca c", "--tls-client-ca: Ray Serve listens in plain text"),
-        ("--state-dir s --address 0.0.0.0:50051", "a fleet listens in plain text: say --insecure"),
-        ("--state-dir s --http-address 0.0.0.0:1", "--http-address: 0.0.0.0:1 is reachable"),
-        ("--state-dir s --ray-address nope", "--ray-address: 'nope' is not HOST:PORT, as `ray"),
-        ("--state-dir s --ray-address local", "--ray-address: 'local' is not HOST:PORT, as `ray"),
+        ("", "FLEET_NEEDS_STATE"),
+        ("--state-dir s --replicas 0", "FLAG_TOO_SMALL"),
+        ("--state-dir s --min-replicas 2", "REPLICAS_HALF"),
+        ("--state-dir s --min-replicas 3 --max-replicas 2", "REPLICAS_CROSSED"),
+        ("--state-dir s --replicas 2 --max-replicas 3", "REPLICAS_TWICE"),
+        ("--state-dir s --lease-seconds 0.1", "FLAG_TOO_SMALL"),
+        ("--state-dir s --address unix:x", "FLEET_NEEDS_PORT"),
+        ("--state-dir s --address 127.0.0.1:0", "FLEET_TWO_PORTS"),
+        ("--state-dir s --http-address 127.0.0.2:8080", "FLEET_ONE_HOST"),
+        ("--state-dir s --admin-address 127.0.0.1:1", "FLEET_ONE_ADDRESS"),
+        ("--state-dir s --tls-cert a --tls-key b", "FLEET_NO_TLS"),
+        ("--state-dir s --adapter-root . --preload a=b", "FLEET_NO_PRELOAD"),
+        ("--preload a=b", "FLEET_NO_PRELOAD"),
+        ("--state-dir s --tls-key b", "FLEET_NO_TLS"),
+        ("--state-dir s --tls-client-ca c", "FLEET_NO_TLS"),
+        ("--state-dir s --address 0.0.0.0:50051", "FLEET_EXPOSED"),
+        ("--state-dir s --http-address 0.0.0.0:1", "FLEET_EXPOSED"),
+        ("--state-dir s --ray-address nope", "NOT_A_RAY_ADDRESS"),
+        ("--state-dir s --ray-address local", "NOT_A_RAY_ADDRESS"),
     ],
 )
 def test_flags_that_a_fleet_cannot_take(
-    flags: str, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    said: list[Text] = []
+    for module in (plan, verb):
+
+        def record(reason: str, **params: Any) -> Text:
+            said.append(say(reason, **params))
+            return said[-1]
+
+        monkeypatch.setattr(module, "say", record)
     assert cli.main(["cluster", "serve", *flags.split()]) == 2
-    assert why in capsys.readouterr().err
+    assert [text.reason for text in said] == [reason]
+    assert said[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("joins", [False, True])
@@ -160,7 +172,7 @@ def test_status_of_no_address(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert cli.main(["cluster", "status", "--ray-address", "ray://x:1"]) == 2
-    assert "--ray-address: 'ray://x:1' is not HOST:PORT" in capsys.readouterr().err
+    assert say("NOT_A_RAY_ADDRESS", address="ray://x:1") in capsys.readouterr().err
 
 
 def test_no_folder_for_the_sockets_is_one_sentence(
@@ -168,7 +180,7 @@ def test_no_folder_for_the_sockets_is_one_sentence(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
     monkeypatch.setattr(fleet_folder, "_SHORT", tmp_path / "absent")
-    with pytest.raises(UnavailableError, match="TMPDIR: no folder for the fleet's sockets"):
+    with pytest.raises(UnavailableError, match="absent"):
         ray_cluster.RayCluster.open(ClusterPlan(), "127.0.0.1", tmp_path, lambda: False)
 
 
@@ -213,8 +225,9 @@ def test_a_fleet_on_a_cluster_of_others_needs_tokens() -> None:
     """Its replicas listen for other machines' ingresses, also where --address is loopback."""
     config = Config(adapters=AdapterConfig(state_dir=Path("state")))
     assert fleet_config(config)
-    with pytest.raises(ValueError, match="--token-file"):
+    with pytest.raises(ValueError) as refused:  # noqa: PT011
         fleet_config(config, joins=True)
+    assert refused.value.args[0].reason == "FLEET_NEEDS_TOKENS"
     for security in (SecurityConfig(token_file=Path("tokens")), SecurityConfig(insecure=True)):
         assert fleet_config(dataclasses.replace(config, security=security), joins=True)
 
@@ -266,19 +279,22 @@ def test_the_files_of_the_ingress_are_nobody_elses(
     mine = tmp_path / "mine"
     mine.mkdir()
     place.symlink_to(mine)
-    with pytest.raises(UnavailableError, match="another user's, or a link"):
+    with pytest.raises(UnavailableError) as refused:
         ingress.joined_folder()
+    assert refused.value.metadata.keys() == {"folder"}
     place.unlink()
     place.write_text("")
-    with pytest.raises(UnavailableError, match="File exists"):
+    with pytest.raises(UnavailableError) as refused:
         ingress.joined_folder()
+    assert "cause" in refused.value.metadata
     place.unlink()
     place.mkdir()
     owner = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
     place.rename(tmp_path / f"turret-{os.getuid()}")
-    with pytest.raises(UnavailableError, match="another user's, or a link"):
+    with pytest.raises(UnavailableError) as refused:
         ingress.joined_folder()
+    assert refused.value.metadata.keys() == {"folder"}
 
 
 def test_the_sockets_of_the_ingress_have_paths_that_haproxy_takes() -> None:
@@ -368,8 +384,9 @@ def test_there_has_to_be_an_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("shutil.which", lambda name: None)
     # A variable that names what is written here names no other.
     monkeypatch.setenv(ingress.VARIABLE, str(ingress.haproxy_path(tmp_path)))
-    with pytest.raises(UnavailableError, match="HAProxy is not installed"):
+    with pytest.raises(UnavailableError) as refused:
         ingress.write_haproxy(tmp_path)
+    assert refused.value.metadata == {"fix": how_to_add("cluster")}
     monkeypatch.setenv(ingress.VARIABLE, "/opt/it's/haproxy")
     ingress.write_haproxy(tmp_path)
     assert "'/opt/it'\"'\"'s/haproxy'" in ingress.haproxy_path(tmp_path).read_text()
@@ -380,19 +397,24 @@ def test_a_cluster_that_is_gone_is_said_to_be_at_once(tmp_path: Path) -> None:
         # Bound, and nobody listens.
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(UnavailableError, match=f"no Ray cluster listens at {address}"):
-            ray_cluster.join_as_guest(address, None)
-        plan = ClusterPlan(ray_address=address)
-        with pytest.raises(UnavailableError, match=f"no Ray cluster listens at {address}"):
-            ray_cluster.RayCluster.open(plan, "127.0.0.1", tmp_path, lambda: False)
-    with pytest.raises(UnavailableError, match="no fleet runs on"):
-        ray_cluster.join_as_guest(None, tmp_path / "absent")
+        joining = ClusterPlan(ray_address=address)
+        for call in (
+            lambda: ray_cluster.join_as_guest(address, None),
+            lambda: ray_cluster.RayCluster.open(joining, "127.0.0.1", tmp_path, lambda: False),
+        ):
+            with pytest.raises(UnavailableError) as refused:
+                call()
+            assert refused.value.metadata["address"] == address
+    absent = tmp_path / "absent"
+    with pytest.raises(UnavailableError) as refused:
+        ray_cluster.join_as_guest(None, absent)
+    assert refused.value.metadata == {"state_dir": str(absent)}
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray Serve's own, as it is imported.
 def test_a_replica_answers_every_call_that_there_is() -> None:
     pytest.importorskip("ray")
-    from turret.fleet.serving.deployment import Replica
+    from turret.fleet.serving.application import Replica
 
     files = (inference_pb2, adapters_pb2, health_pb2)
     services = [s for file in files for s in file.DESCRIPTOR.services_by_name.values()]
@@ -418,7 +440,7 @@ def test_a_status_cuts_nothing(
         ReplicaStatus(name=name, revision=23, lease_seconds=4.56, **figures) for name in names
     )
     base = Base(generation=2, merge=plan)
-    status = FleetStatus(incarnation="i", revision=24, num_adapters=1, base=base, replicas=replicas)
+    status = FleetStatus(revision=24, num_adapters=1, base=base, replicas=replicas)
     print_status(status)
     out = capsys.readouterr().out
     lines = out.splitlines()
@@ -435,5 +457,5 @@ def test_a_status_cuts_nothing(
         assert [line for line in lines[2:] if line[0] != " "] == list(names)
         assert {line.split()[-1] for line in lines if line[0] == " "} == told
     assert max(map(len, lines)) <= (columns or 100)
-    print_status(FleetStatus(incarnation="i", revision=1, num_adapters=0, base=Base(), replicas=()))
+    print_status(FleetStatus(revision=1, num_adapters=0, base=Base(), replicas=()))
     assert "no replica has joined yet" in capsys.readouterr().out

@@ -25,12 +25,9 @@ from turret.kernels.activations import (
     gelu_mul_reference,
     silu_mul_reference,
 )
-from turret.kernels.gpu.clamped_swiglu import clamped_swiglu
-from turret.kernels.gpu.gelu_mul import gelu_mul
-from turret.kernels.gpu.kv_write import KvWrite
+from turret.kernels.gpu.activations import clamped_swiglu, gelu_mul, silu_mul
 from turret.kernels.gpu.rms_norm import residual_rms_norm
-from turret.kernels.gpu.rope_kv_write import rope_kv_write
-from turret.kernels.gpu.silu_mul import silu_mul
+from turret.kernels.gpu.rope_kv_write import KvWrite, rope_kv_write
 from turret.kernels.rms_norm import residual_rms_norm_reference
 from turret.kernels.rope_kv_write import rope_kv_write_reference
 from turret.kernels.rows.elementwise import row_clamped_swiglu

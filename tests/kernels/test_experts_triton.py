@@ -8,11 +8,8 @@ from kernel_traffic import DEVICE, DTYPES, MAX_ERROR, error_ratio
 from ptx.addresses import address_of
 
 from turret.kernels.expert_routing import Routing, combine_reference, route_reference
-from turret.kernels.gpu.experts.combine_experts import combine_experts
-from turret.kernels.gpu.experts.expert_updates import add_expert_updates
-from turret.kernels.gpu.experts.nf4_experts import nf4_experts
-from turret.kernels.gpu.experts.route_rows import route_rows
-from turret.kernels.gpu.tables.row_table import RowTable
+from turret.kernels.gpu.experts import add_expert_updates, combine_experts, nf4_experts, route_rows
+from turret.kernels.gpu.tables import RowTable
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
 

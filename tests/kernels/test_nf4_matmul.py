@@ -19,15 +19,12 @@ import pytest
 import torch
 from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio
 
-from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
-from turret.kernels.gpu.nf4_matmul import nf4_matmul, parts_of
-from turret.kernels.gpu.shared.tuning import Tuning
-from turret.kernels.gpu.silu_mul import silu_mul
+from turret.kernels.gpu.activations import silu_mul
+from turret.kernels.gpu.common import Tuning
+from turret.kernels.gpu.nf4 import nf4_dequantize, nf4_matmul, parts_of
 from turret.kernels.nf4_matmul import (
     BLOCK,
     CODE,
-    GROUP,
-    NestedAbsmax,
     Nf4Matrix,
     nf4_matmul_reference,
 )
@@ -41,14 +38,10 @@ def quantize(out_features: int, in_features: int) -> tuple[Nf4Matrix, torch.Tens
     packed, state = bnb.quantize_4bit(
         dense, blocksize=64, quant_type="nf4", compress_statistics=True
     )
-    groups = state.state2.absmax.numel()
-    absmax = NestedAbsmax(
-        state.absmax.view(-1).to(DEVICE),
-        state.state2.code.float().to(DEVICE),
-        state.state2.absmax.float().to(DEVICE),
-        torch.full((groups,), float(state.offset), device=DEVICE),
+    absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    matrix = Nf4Matrix(
+        packed.view(-1).to(DEVICE), absmax.view(-1).to(DEVICE), out_features, in_features
     )
-    matrix = Nf4Matrix(packed.view(-1).to(DEVICE), absmax, out_features, in_features)
     return matrix, bnb.dequantize_4bit(packed, state).to(DEVICE)
 
 
@@ -59,29 +52,11 @@ def test_dequantisation_is_bitsandbytes_own(shape):
     assert torch.equal(matrix.dequantize(torch.bfloat16), dequantized.bfloat16())
 
 
-def test_fused_modules_keep_their_own_offsets():
-    (first, dense_first), (second, dense_second) = quantize(GROUP, 64), quantize(GROUP, 64)
-    parts = [m.absmax for m in (first, second) if isinstance(m.absmax, NestedAbsmax)]
-    absmax = NestedAbsmax(
-        torch.cat([p.codes for p in parts]),
-        parts[0].code2,
-        torch.cat([p.absmax2 for p in parts]),
-        torch.cat([p.offset for p in parts]),
-    )
-    packed = torch.cat((first.packed, second.packed))
-    fused = Nf4Matrix(packed, absmax, 2 * GROUP, 64)
-    assert parts[0].offset[0] != parts[1].offset[0]
-    assert torch.equal(fused.dequantize(torch.float32), torch.cat((dense_first, dense_second)))
-    x = torch.randn(3, 64).to(DEVICE, HALF)
-    assert error_ratio(nf4_matmul(x, fused), nf4_matmul_reference(x, fused)) < MAX_ERROR[HALF]
-
-
 def served(matrix: Nf4Matrix, dtype: torch.dtype) -> torch.Tensor:
     """The weight that Triton multiplies by, fp64: a rounded value times an fp32 maximum."""
     nibbles = torch.stack((matrix.packed >> 4, matrix.packed & 15), dim=-1).long()
     values = torch.tensor(CODE, device=DEVICE).to(dtype).double()[nibbles]
-    absmax = matrix.absmax.flat() if isinstance(matrix.absmax, NestedAbsmax) else matrix.absmax
-    blocks = values.view(-1, BLOCK) * absmax.double()[:, None]
+    blocks = values.view(-1, BLOCK) * matrix.absmax.double()[:, None]
     return blocks.view(matrix.out_features, matrix.in_features)
 
 
@@ -95,10 +70,6 @@ def test_product(num_rows, shape, dtype):
     assert error_ratio(nf4_matmul_reference(x, matrix), expected) < MAX_ERROR[dtype]
     y = nf4_matmul(x, matrix)
     assert error_ratio(y, x.double() @ served(matrix, dtype).T) < MAX_ERROR[dtype]
-    assert isinstance(matrix.absmax, NestedAbsmax)
-    plain = Nf4Matrix(matrix.packed, matrix.absmax.flat(), *shape)
-    # The compiler fuses a nested maximum's product and sum.
-    assert error_ratio(nf4_matmul(x, plain), y) < MAX_ERROR[dtype] / 10
     if num_rows > 1:
         assert torch.equal(nf4_matmul(x[1:2], matrix), y[1:2]), "a row depends on its mates"
 
@@ -108,11 +79,9 @@ def test_product(num_rows, shape, dtype):
 def test_a_gated_product_has_the_bits_of_two_kernels(num_rows, shape, dtype):
     """300 outputs: tiles of gates end where those of ups begin."""
     matrix, _ = quantize(*shape)
-    assert isinstance(matrix.absmax, NestedAbsmax)
-    plain = Nf4Matrix(matrix.packed, matrix.absmax.flat(), *shape)
     x = torch.randn(num_rows, shape[1]).to(DEVICE, dtype)
     for _ in range(2):
-        assert torch.equal(nf4_matmul(x, plain, gated=True), silu_mul(nf4_matmul(x, plain)))
+        assert torch.equal(nf4_matmul(x, matrix, gated=True), silu_mul(nf4_matmul(x, matrix)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -141,11 +110,7 @@ def test_the_parts_of_a_sum_depend_on_the_weight_alone():
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_writing_the_weight_out(shape, dtype):
     matrix, _ = quantize(*shape)
-    assert isinstance(matrix.absmax, NestedAbsmax)
-    plain = Nf4Matrix(matrix.packed, matrix.absmax.flat(), *shape)
-    assert torch.equal(nf4_dequantize(plain, dtype), matrix.dequantize(dtype))
-    with pytest.raises(ValueError, match="nested"):
-        nf4_dequantize(matrix, dtype)
+    assert torch.equal(nf4_dequantize(matrix, dtype), matrix.dequantize(dtype))
 
 
 def test_breaches_of_the_contract_are_refused():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -12,24 +11,15 @@ from kernel_traffic import (
     DTYPES,
     HALF,
     MAX_ERROR,
-    Pack,
     error_ratio,
     make_pack,
     traffic,
-    update_in_float64,
 )
 
-from turret.kernels.adapters.segments import LongSegment
-from turret.kernels.gpu.adapters.expand_on import Expand, expand_gated, expand_rotated
-from turret.kernels.gpu.adapters.nf4_shrink import nf4_shrink
-from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
-from turret.kernels.gpu.adapters.segmented_shrink import Shrink, segmented_shrink
-from turret.kernels.gpu.kv_write import KvWrite
-from turret.kernels.gpu.nf4_matmul import nf4_matmul
-from turret.kernels.gpu.nf4_rotate import nf4_rotate
-from turret.kernels.gpu.rope_kv_write import rope_kv_write
-from turret.kernels.gpu.silu_mul import silu_mul
-from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.kernels.gpu.low_rank import Shrink, nf4_shrink, segmented_expand, segmented_shrink
+from turret.kernels.gpu.nf4 import nf4_matmul, nf4_rotate
+from turret.kernels.gpu.rope_kv_write import KvWrite, rope_kv_write
+from turret.kernels.gpu.tables import SegmentTable
 from turret.kernels.nf4_matmul import BLOCK, CODE, Nf4Matrix
 from turret.kernels.rope_kv_write import rope_kv_write_reference
 
@@ -55,7 +45,6 @@ def product_in_float64(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
     """By the values as they are multiplied: rounded codes times maxima."""
     nibbles = torch.stack((weight.packed >> 4, weight.packed & 15), dim=-1).long()
     values = torch.tensor(CODE, device=DEVICE).to(x.dtype).double()[nibbles]
-    assert isinstance(weight.absmax, torch.Tensor)
     blocks = values.view(-1, BLOCK) * weight.absmax.double()[:, None]
     return x.double() @ blocks.view(weight.out_features, weight.in_features).T
 
@@ -126,72 +115,6 @@ def test_a_product_and_its_heads(rows, inner, turn, dtype):
         assert torch.equal(alone, q[:1]), "a row depends on its mates"
 
 
-def covered(runs: list[LongSegment], num_rows: int) -> list[LongSegment]:
-    """Rows in no run belong to the base model."""
-    known = {row for run in runs for row in range(run.start, run.end)}
-    return [*runs, *(LongSegment(r, r + 1, ()) for r in range(num_rows) if r not in known)]
-
-
-def make_expand(
-    pack: Pack, name: str, inner: int, outs: tuple[int, ...], dtype: torch.dtype, extra: bool
-) -> tuple[Expand, torch.Tensor]:
-    """A step's arguments and, without ``extra``, what they should give, float64."""
-    runs, num_rows = next((runs, rows) for found, runs, rows in traffic(pack) if found == name)
-    table = SegmentTable(max_rows=64, max_row_rank=256, max_components=4, device=DEVICE)
-    table.load(covered(runs, num_rows))
-    x = torch.randn(num_rows, inner).to(DEVICE, dtype)
-    y = torch.randn(num_rows, sum(outs)).to(DEVICE, dtype)
-    more: dict[str, Any] = {}
-    if extra:
-        more = {"gain_delta": pack.gain_delta, "bias": pack.bias}
-        more["base_bias"] = torch.randn(sum(outs)).to(DEVICE, dtype)
-    v = segmented_shrink(x, pack.a, pack.slice_ranks, table)
-    made = Expand(y=y, v=v, b=pack.b, slice_ranks=pack.slice_ranks, table=table, **more)
-    return made, y.double() + update_in_float64(pack, runs, x, outs)
-
-
-def plainly(made: Expand) -> torch.Tensor:
-    """By ``segmented_expand``."""
-    other = replace(made, y=made.y.clone())
-    other.run()
-    return other.y
-
-
-@pytest.mark.parametrize(
-    ("name", "extra"), [("mixes", False), ("run of 17", False), ("base rows between", True)]
-)
-@pytest.mark.parametrize("dtype", WIDTHS)
-def test_an_expand_and_the_activation(name, extra, dtype):
-    outs = (70, 70)
-    made, exact = make_expand(make_pack(40, outs, dtype, RANKS), name, 40, outs, dtype, extra)
-    before = made.y.clone()
-    found = expand_gated(made)
-    assert torch.equal(found, silu_mul(plainly(made)))
-    assert torch.equal(made.y, before)
-    if not extra:
-        gate, up = exact.chunk(2, dim=1)
-        assert error_ratio(found, gate * gate.sigmoid() * up) < 2 * MAX_ERROR[dtype]
-
-
-@pytest.mark.parametrize(
-    ("name", "extra", "turn"),
-    [
-        ("mixes", False, WHOLE),
-        ("run of 17", False, NEIGHBOURS),
-        ("base rows between", True, WHOLE),
-    ],
-)
-@pytest.mark.parametrize("dtype", WIDTHS)
-def test_an_expand_and_the_heads(name, extra, turn, dtype):
-    outs = tuple(heads * HEAD_DIM for heads in (HEADS, KV_HEADS, KV_HEADS))
-    made, exact = make_expand(make_pack(40, outs, dtype, RANKS), name, 40, outs, dtype, extra)
-    write = make_write(len(made.y), dtype, *turn)
-    q, other = expand_rotated(made, write), emptied(write)
-    assert_same_heads(q, write, rope_kv_write(plainly(made), other), other)
-    if not extra:
-        assert_near_float64(q, write, exact)
-
-
 @pytest.mark.parametrize(
     ("name", "inner", "base_rows"),
     [("mixes", 128, 5), ("run of 17", 64, 17), ("base rows between", 64, 1), ("empty", 64, 3)],
@@ -227,18 +150,3 @@ def test_breaches_of_the_contract_are_refused():
         nf4_rotate(x[:1], weight, None, replace(write.rows(0, 1), kv_slots=write.kv_slots))
     with pytest.raises(ValueError, match="x is"):
         nf4_rotate(x.expand(2, -1, -1), weight, None, write)
-    pack = make_pack(64, (80, 64), HALF)
-    table = SegmentTable(max_rows=4, max_row_rank=256, max_components=4, device=DEVICE, gemv=True)
-    table.load([LongSegment(0, 2, ())])
-    with pytest.raises(ValueError, match="one-row chunks"):
-        nf4_shrink(x, 2, weight, Shrink(pack.a, pack.slice_ranks, table))
-    v = segmented_shrink(x, pack.a, pack.slice_ranks, table)
-    y = torch.zeros(2, 144, device=DEVICE, dtype=HALF)
-    made = Expand(y=y, v=v, b=pack.b, slice_ranks=pack.slice_ranks, table=table)
-    with pytest.raises(ValueError, match="one-row chunks"):
-        expand_gated(made)
-    plain = SegmentTable(max_rows=4, max_row_rank=256, max_components=4, device=DEVICE)
-    plain.load([LongSegment(0, 2, ())])
-    made = Expand(y=y, v=v, b=pack.b, slice_ranks=pack.slice_ranks, table=plain)
-    with pytest.raises(ValueError, match="as many ups"):
-        expand_gated(made)

@@ -24,7 +24,7 @@ import torch
 from kernel_traffic import DEVICE, DTYPES, HALF, error_ratio
 
 from turret.kernels.gpu.paged_attention import paged_attention
-from turret.kernels.gpu.tables.attention_table import RECORD, SPLIT, AttentionTable
+from turret.kernels.gpu.tables import ATTENTION_RECORD, SPLIT, AttentionTable
 from turret.kernels.paged_attention import SequenceSpan, paged_attention_reference, plan_attention
 
 BLOCK = 16
@@ -220,7 +220,7 @@ def test_decoding_rows_are_spread_beside_a_prompt():
     step = Step((2, 4, 32, None), HALF, [(1, 700, 0), (33, 270, 0), (1, 300, 0)])
     table = step.table(spread=5)
     words = table.buffer.tolist()
-    records = [words[words[1] + RECORD * i :][:RECORD] for i in range(words[0])]
+    records = [words[words[1] + ATTENTION_RECORD * i :][:ATTENTION_RECORD] for i in range(words[0])]
     assert [r[0] for r in records if r[8] == 3] == [0, 0, 0]
     assert [r[0] for r in records if r[8] == 2] == [34, 34]
     # The prompt's items take two splits each, in one record.

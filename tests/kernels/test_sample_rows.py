@@ -26,7 +26,7 @@ import torch
 from kernel_traffic import DEVICE
 
 from turret.kernels.gpu.sample_rows import sample_rows
-from turret.kernels.gpu.tables.sampling_table import SamplingTable
+from turret.kernels.gpu.tables import SamplingTable
 
 INF = float("inf")
 # The interpreter takes a while for each.

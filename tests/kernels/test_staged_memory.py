@@ -10,8 +10,7 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 
-from turret.kernels.gpu.tables import staged_buffer
-from turret.kernels.gpu.tables.staged_buffer import StagedMemory, StagedPart, host_tensor
+from turret.kernels.gpu.tables import StagedMemory, StagedPart, host_tensor, staged_buffer
 
 CPU = torch.device("cpu")
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+from said import says, texts_of
 from transformers.utils import chat_template_utils
 
+from turret.server.api.faults import fault_of
+from turret.server.basics.codes import Code
 from turret.server.errors import UnavailableError
 from turret.server.models import chat_template, template_program
 from turret.server.models.chat_template import ChatTemplate
@@ -84,7 +90,7 @@ def test_templates_know_what_they_know_in_transformers() -> None:
 def test_the_template_for_tools_is_taken_where_there_are_tools() -> None:
     both = ChatTemplate({"default": "a", "tool_use": "b"}, {})
     assert [both.render(TURNS, tools, True) for tools in ((), TOOLS)] == ["a", "b"]
-    with pytest.raises(ValueError, match="no default one, only other"):
+    with pytest.raises(ValueError, check=says("NO_DEFAULT_TEMPLATE", found="other")):
         ChatTemplate({"other": "a"}, {}).render(TURNS, (), True)
 
 
@@ -112,17 +118,17 @@ LONG = ["{{ 'a' * 10**7 }}", "{% for i in range(20000) %}{{ 'a' * 999 }}{% endfo
 
 
 @pytest.mark.parametrize(
-    ("templates", "why"),
+    ("templates", "limits"),
     [
-        (SLOW, r"takes more than 0\.3 s of processor time"),
-        (LARGE, "needs more than 128MiB of memory|takes more than"),
-        (LONG, "writes more than 8MiB"),
-        (["{{ raise_exception('a' * 10**6) }}"], "^a{1000}$"),
-        (["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"], "recursion"),
+        (SLOW, {"PROCESS_TIME_LIMIT"}),
+        (LARGE, {"PROCESS_MEMORY_LIMIT", "PROCESS_TIME_LIMIT"}),
+        (LONG, {"PROCESS_OUTPUT_LIMIT"}),
+        (["{{ raise_exception('a' * 10**6) }}"], set()),
+        (["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"], set()),
     ],
 )
 def test_a_hostile_template_ends_and_the_next_one_renders(
-    templates: list[str], why: str, monkeypatch: pytest.MonkeyPatch
+    templates: list[str], limits: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chat_template, "CPU_SECONDS", 0.3)
     monkeypatch.setattr(chat_template, "MAX_BYTES", 128 << 20)
@@ -131,8 +137,12 @@ def test_a_hostile_template_ends_and_the_next_one_renders(
     for template in templates:
         # As if somebody's message had made it hostile.
         monkeypatch.setattr(chats, "_templates", {"default": template})
-        with pytest.raises(ValueError, match=why):
+        with pytest.raises(ValueError, check=lambda error: str(error) != "") as refused:
             chats.render(TURNS, (), True)
+        reasons = [text.reason for text in texts_of(refused.value)]
+        assert set(reasons) <= limits
+        assert len(reasons) == (len(limits) > 0)
+        assert len(str(refused.value)) <= 1000
         monkeypatch.setattr(chats, "_templates", {"default": "{{ messages|length }}"})
         assert chats.render(TURNS, (), True) == "3"
     assert os.times().user - before.user < 1.0, "a part was computed in this process"
@@ -147,7 +157,7 @@ def test_long_conversations_and_other_templates_delay_no_short_one(
     ends: dict[int, float] = {}
 
     def render(number: int, chats: ChatTemplate, turns: Any, is_short: bool) -> None:
-        with pytest.raises(ValueError, match="takes more than"):
+        with pytest.raises(ValueError, check=says("PROCESS_TIME_LIMIT")):
             chats.render(turns, (), is_short)
         ends[number] = time.monotonic()
 
@@ -182,6 +192,39 @@ def test_a_process_that_somebody_ends_is_told_from_a_slow_template() -> None:
     closing.join()
     with pytest.raises(UnavailableError):
         chats.render(TURNS, (), True)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MemoryError(), Code.RESOURCE_EXHAUSTED),
+        (OSError(errno.ENOMEM, "no"), Code.RESOURCE_EXHAUSTED),
+        (OSError(errno.EAGAIN, "no"), Code.RESOURCE_EXHAUSTED),
+        (OSError(errno.EMFILE, "no"), Code.UNAVAILABLE),
+    ],
+)
+def test_a_process_that_cannot_be_started_is_not_blamed_on_the_template(
+    error: Exception, code: Code, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    chats = ChatTemplate("hi", {})
+    monkeypatch.setattr(subprocess, "Popen", fails)
+    with pytest.raises((MemoryError, OSError, UnavailableError)) as raised:
+        chats.render(TURNS, (), True)
+    assert fault_of(raised.value).code is code
+    monkeypatch.undo()
+    assert chats.render(TURNS, (), True) == "hi"
+
+
+def test_a_process_without_memory_at_its_start_is_not_blamed_on_the_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "program.py").write_text("raise MemoryError")
+    monkeypatch.setattr(chat_template, "_PROGRAM", tmp_path / "program.py")
+    with pytest.raises(UnavailableError):
+        ChatTemplate("hi", {}).render(TURNS, (), True)
 
 
 def test_surrogates_and_line_ends_come_back_as_they_are() -> None:

@@ -28,7 +28,7 @@ from method_oracle import (
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.kernels.cpu import native
-from turret.kernels.gpu.shared import tuning as tuning_module
+from turret.kernels.gpu import common as tuning_module
 from turret.kernels.rows.trial import forget_choices
 from turret.server.engine.scheduling.request import FinishReason, StopConditions
 from turret.server.engine.step.gpu import decode_graphs

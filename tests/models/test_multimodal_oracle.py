@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from servers.engine_harness import EngineHarness, make_request
 from transformers import AutoConfig
 
-from turret.kernels.gpu.shared import tuning as tuning_module
+from turret.kernels.gpu import common as tuning_module
 from turret.server.engine.step.gpu import decode_graphs
 from turret.server.errors import AdapterMismatchError
 from turret.server.models.text_part import text_name

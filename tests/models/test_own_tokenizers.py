@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import string
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +15,14 @@ from typing import Any
 import pytest
 from builders.added_tokens import ADDED, FIRST, ROWS, grown_tokenizer
 from builders.bases.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
+from said import says
 from transformers import AutoTokenizer
 
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.tokenizer_files import read_tokenizer_files
 from turret.server.adapters.tokenizer_files import TokenizerFiles
+from turret.server.errors import OutOfMemoryError, StorageFullError, UnavailableError
 from turret.server.models import own_tokenizers
 from turret.server.models.model_source import resolve_model
 from turret.server.models.own_tokenizers import OwnTokenizers
@@ -91,7 +95,7 @@ def with_rule(files: TokenizerFiles, part: str, rule: Any) -> TokenizerFiles:
 
 def test_what_the_library_panics_of_is_refused(tokenizers: OwnTokenizers, tmp_path: Path) -> None:
     files = with_rule(files_of(tmp_path), "post_processor", UNKNOWN_BEFORE)
-    with pytest.raises(ValueError, match="no usable tokenizer: panic"):
+    with pytest.raises(ValueError, check=says("TOKENIZER_INVALID")):
         tokenizers.check(files, ROWS)
 
 
@@ -128,23 +132,28 @@ REPEATED = {
 
 
 @pytest.mark.parametrize(
-    ("part", "rule", "why"),
+    ("part", "rule", "reason"),
     [
-        ("pre_tokenizer", SPLIT, "pre_tokenizer differs"),
-        ("normalizer", {"type": "Sequence", "normalizers": [DOUBLING] * 40}, "normalizer differs"),
-        ("normalizer", {**DOUBLING, "pattern": SLOW}, "normalizer differs"),
-        ("decoder", {**DOUBLING, "pattern": SLOW}, "decoder differs"),
-        ("decoder", TOO_SHORT, "decoder differs"),
-        ("model", {"type": "WordPiece", "unk_token": "a", "vocab": {"a": 0}}, "model differs"),
-        ("post_processor", REPEATED, "post_processor: may only put up to 8 tokens around"),
+        ("pre_tokenizer", SPLIT, "TOKENIZER_DIFFERS"),
+        (
+            "normalizer",
+            {"type": "Sequence", "normalizers": [DOUBLING] * 40},
+            "TOKENIZER_DIFFERS",
+        ),
+        ("normalizer", {**DOUBLING, "pattern": SLOW}, "TOKENIZER_DIFFERS"),
+        ("decoder", {**DOUBLING, "pattern": SLOW}, "TOKENIZER_DIFFERS"),
+        ("decoder", TOO_SHORT, "TOKENIZER_DIFFERS"),
+        ("model", {"type": "WordPiece", "unk_token": "a", "vocab": {"a": 0}}, "TOKENIZER_DIFFERS"),
+        ("post_processor", REPEATED, "POST_PROCESSOR_UNSUPPORTED"),
     ],
 )
 def test_rules_that_are_not_the_bases_are_refused_and_never_run(
-    tokenizers: OwnTokenizers, tmp_path: Path, part: str, rule: dict[str, Any], why: str
+    tokenizers: OwnTokenizers, tmp_path: Path, part: str, rule: dict[str, Any], reason: str
 ) -> None:
     kinds = {"max_input_chars_per_word": 1 << 30, "continuing_subword_prefix": ""}
     rule = {**rule, **kinds} if part == "model" else rule
-    with pytest.raises(ValueError, match=f"no usable tokenizer: {why}"):
+    params = {"part": part} if reason == "TOKENIZER_DIFFERS" else {}
+    with pytest.raises(ValueError, check=says(reason, **params)):
         tokenizers.check(with_rule(files_of(tmp_path), part, rule), ROWS)
 
 
@@ -154,7 +163,7 @@ def test_a_vocabulary_that_is_not_the_bases_is_refused(
     files = files_of(tmp_path)
     model = json.loads(files.files["tokenizer.json"])["model"]
     for change in ({"vocab": {**model["vocab"], "turrets": 260}}, {"dropout": 0.5}):
-        with pytest.raises(ValueError, match="model differs from that of the base model's"):
+        with pytest.raises(ValueError, check=says("TOKENIZER_DIFFERS", part="model")):
             tokenizers.check(with_rule(files, "model", {**model, **change}), ROWS)
 
 
@@ -164,19 +173,61 @@ def test_a_file_is_read_under_limits(
     files = files_of(tmp_path)
     large = TokenizerFiles({"tokenizer.json": b"[" + b"[],[]," * 1_000_000}, "x", 0)
     monkeypatch.setattr(own_tokenizers, "MAX_BYTES", 160 << 20)
-    with pytest.raises(ValueError, match="reading it needs more than 160MiB of memory"):
+    with pytest.raises(ValueError, check=says("PROCESS_MEMORY_LIMIT", most="160MiB")):
         tokenizers.check(large, ROWS)
     monkeypatch.setattr(own_tokenizers, "CPU_SECONDS", 0.01)
-    with pytest.raises(ValueError, match=r"takes more than 0\.01 s|needs more"):
+    with pytest.raises(ValueError, check=says("TOKENIZER_INVALID")):
         tokenizers.check(large, ROWS)
     monkeypatch.undo()
     said = json.loads(files.files["tokenizer.json"])
     said["added_tokens"][-1]["content"] = "x" * 1025
-    with pytest.raises(ValueError, match="added token has more than 1024 characters"):
+    with pytest.raises(ValueError, check=says("ADDED_TOKEN_TOO_LONG", most=1024)):
         tokenizers.check(with_rule(files, "added_tokens", said["added_tokens"]), ROWS)
     said["added_tokens"][-1] = {**said["added_tokens"][-1], "content": "xyzzy", "id": FIRST + 9}
-    with pytest.raises(ValueError, match=f"number {FIRST + 9}, which would be {FIRST + 4}"):
+    taken = says("TOKEN_NUMBER_TAKEN", number=FIRST + 9, found=FIRST + 4)
+    with pytest.raises(ValueError, check=taken):
         tokenizers.check(with_rule(files, "added_tokens", said["added_tokens"]), ROWS)
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "expected"),
+    [
+        ("transformers", MemoryError(), OutOfMemoryError),
+        ("transformers, wrapped", MemoryError(), OutOfMemoryError),
+        ("disk", OSError(errno.ENOMEM, "no"), OutOfMemoryError),
+        ("disk", OSError(errno.ENOSPC, "no"), StorageFullError),
+        ("process", OSError(errno.EAGAIN, "no"), OutOfMemoryError),
+        ("process", OSError(errno.EMFILE, "no"), UnavailableError),
+    ],
+)
+def test_what_the_server_lacks_is_not_blamed_on_the_files(
+    tokenizers: OwnTokenizers,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    error: Exception,
+    expected: type[Exception],
+) -> None:
+    files = files_of(tmp_path)
+
+    def fails(*_: object, **__: object) -> Any:
+        try:
+            raise error
+        except MemoryError:
+            if "wrapped" in place:
+                # As transformers does for whatever it did not expect.
+                raise OSError("cannot load the tokenizer")  # noqa: B904
+            raise
+
+    owner, name = {
+        "disk": (Path, "write_bytes"),
+        "process": (subprocess, "Popen"),
+    }.get(place, (AutoTokenizer, "from_pretrained"))
+    monkeypatch.setattr(owner, name, fails)
+    with pytest.raises(expected):
+        tokenizers.check(files, ROWS)
+    monkeypatch.undo()
+    tokenizers.check(files, ROWS)
 
 
 def test_what_is_read_here_is_small(

@@ -83,7 +83,7 @@ def test_image_is_made_from_one_that_cannot_change():
     assert stages == ["${PYTHON_IMAGE}", "${PYTHON_IMAGE}"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_image_warms_the_cache_that_the_server_reads(tmp_path: Path):
     """The build step that prepares the embedded model, as it is written, in a home of its own.
 

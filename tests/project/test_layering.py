@@ -18,8 +18,8 @@ FORBIDDEN = {
         "server/adapters/lowering/arena.py",
         "from turret.server.adapters import registry",
     ): "adapters",
-    ("fleet/follower.py", "from turret.fleet.replica import link"): "fleet",
-    ("fleet/replica/link.py", "import ray"): "the fleet's state machines need no Ray",
+    ("fleet/follower.py", "from turret.fleet import replica"): "fleet",
+    ("fleet/replica.py", "import ray"): "the fleet's state machines need no Ray",
     ("clients/client.py", "import torch"): "the doors and clients need no torch",
     ("server/api/call.py", "import grpc"): "gRPC is one door of two",
 }

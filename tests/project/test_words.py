@@ -9,11 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from string import Formatter
 
-from turret.server.words import adapters, http, requests, serving
+from pages.sentences_page import PAGE, catalogues, rendered
 
+from turret.server import errors
+from turret.server.words.text import SUGGESTION
+
+# Functions that take a reason and parameters, and the parameters that they add.
+SAYERS: dict[str, set[str]] = {"say": set(), "check": set(), "_check": set(), "refuse": {"path"}}
+ROOMS = ("api", "basics", "constraints", "engine", "models", "rpc")
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("server", "fleet", "training", "clients", "kernels")
-CATALOGUES = (requests.TEXTS, adapters.TEXTS, serving.TEXTS, http.TEXTS)
+CATALOGUES = tuple(catalogues().values())
 TEXTS = {reason: template for each in CATALOGUES for reason, template in each.items()}
 
 
@@ -22,15 +28,26 @@ def said() -> Iterator[tuple[str, set[str], bool]]:
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "say":
-                    reason = node.args[0]
-                    assert isinstance(reason, ast.Constant), f"{path}:{node.lineno}"
-                    names = {keyword.arg for keyword in node.keywords if keyword.arg}
-                    yield str(reason.value), names, None not in {k.arg for k in node.keywords}
+                if not isinstance(node, ast.Call):
+                    continue
+                called = getattr(node.func, "id", getattr(node.func, "attr", ""))
+                found = [each.value for each in node.args if isinstance(each, ast.Constant)]
+                reasons = [each for each in found if each in TEXTS]
+                is_passed_on = getattr(node.args[0], "id", "") == "reason" if node.args else False
+                if called not in SAYERS or is_passed_on or not (reasons or called == "say"):
+                    continue
+                assert reasons, f"{path}:{node.lineno}"
+                names = {keyword.arg for keyword in node.keywords if keyword.arg}
+                names |= SAYERS[called]
+                yield reasons[0], names, None not in {k.arg for k in node.keywords}
 
 
 def test_no_reason_stands_twice() -> None:
     assert len(TEXTS) == sum(map(len, CATALOGUES))
+
+
+def test_the_golden_file_shows_every_sentence() -> None:
+    assert PAGE.read_text() == rendered(), "run `make pages`, and read what changes"
 
 
 def test_each_text_has_its_parameters() -> None:
@@ -38,12 +55,35 @@ def test_each_text_has_its_parameters() -> None:
         reason: {name.partition(".")[0] for _, name, _, _ in Formatter().parse(text) if name}
         for reason, text in TEXTS.items()
     }
-    asked = set()
+    asked = {SUGGESTION}
     for reason, names, is_all in said():
         asked.add(reason)
         # A text may leave out what only programs look at.
         assert wanted[reason] <= names or not is_all, reason
     assert asked == TEXTS.keys()
+
+
+def test_no_error_says_more_than_the_catalogue() -> None:
+    """In the rooms whose errors all come from it."""
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
+    free = []
+    for room in ROOMS:
+        for path in (ROOT / "server" / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                match node:
+                    case ast.Call(func=ast.Name(id=name), args=[text, *_]) if name in kinds:
+                        pass
+                    case ast.Call(func=ast.Attribute(value=ast.Name(id=name)), args=[_, text]) if (
+                        name in kinds
+                    ):
+                        pass
+                    case ast.Call(func=ast.Attribute(attr="add"), args=[_, text]):
+                        pass
+                    case _:
+                        continue
+                if isinstance(text, ast.Constant | ast.JoinedStr | ast.BinOp):
+                    free.append(f"{path}:{node.lineno}")
+    assert free == []
 
 
 def test_a_text_that_is_scrambled_keeps_its_reason_and_parameters() -> None:
@@ -58,5 +98,5 @@ def test_a_text_that_is_scrambled_keeps_its_reason_and_parameters() -> None:
         text=True,
         check=True,
     )
-    sentence = "ng zbfg 3 ragevrf, abg 5 TOO_MANY_ENTRIES {'most': 3, 'found': 5}\n"
+    sentence = "zhfg unir ng zbfg 3 ragevrf, abg 5 TOO_MANY_ENTRIES {'most': 3, 'found': 5}\n"
     assert shown.stdout == sentence

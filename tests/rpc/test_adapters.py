@@ -159,11 +159,10 @@ async def test_filters_hold_over_pages() -> None:
         assert await _pages(server, residency=pb.Adapter.DISK, method="lora") == [["cold-c"]]
         assert await _pages(server, method="loha") == [[]]
         failure = await failure_of(server.adapters.ListAdapters(List(method="lorra")))
-        assert failure.violations == {
-            "method": "'lorra' is none that this server loads; did you mean 'lora'?"
-        }
+        assert failure.reasons == {"method": "NOT_ONE_OF"}
+        assert (failure.metadata["value"], failure.metadata["closest"]) == ("lorra", "lora")
         failure = await failure_of(server.adapters.ListAdapters(List(method="qwerty")))
-        assert failure.violations["method"].endswith("loads; docs/adapters.md lists them")
+        assert "closest" not in failure.metadata
         token = (
             await server.adapters.ListAdapters(List(page_size=1, method="dora"))
         ).next_page_token

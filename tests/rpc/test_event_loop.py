@@ -15,6 +15,10 @@ from builders.bases.tiny_models import save_tiny_model
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from servers.server_under_test import ServerUnderTest, start_server
 
+from turret.server.api.inference.chats import check_chat
+from turret.server.api.limits import InputLimits
+from turret.server.api.violations import Violations
+from turret.server.words import Text
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 # Each of the messages below once took between 300 ms and 8 s.
@@ -32,6 +36,12 @@ def _generate(**fields: object) -> inference_pb2.GenerateRequest:
 def _chat(count: int, role: str, content: str) -> inference_pb2.GenerateRequest:
     turn = inference_pb2.ChatMessage(role=role, content=content)
     return _generate(chat=inference_pb2.Chat(messages=[turn] * count))
+
+
+def _called(turns: int, calls: int) -> inference_pb2.Chat:
+    call = inference_pb2.ToolCall(name="f", arguments="{}")
+    turn = inference_pb2.ChatMessage(role="assistant", tool_calls=[call] * calls)
+    return inference_pb2.Chat(messages=[turn] * turns)
 
 
 def _ids(count: int, token: int) -> inference_pb2.TokenIds:
@@ -61,6 +71,8 @@ def _messages() -> dict[str, object]:
         "empty turns": _chat(400_000, "user", ""),
         "as many turns as fit": _chat(4096, "user", ""),
         "turns without role": _chat(1_900_000, "", ""),
+        "tool calls": _generate(chat=_called(3400, 128)),
+        "as many tool calls as fit": _generate(chat=_called(64, 128)),
         "a long role": _chat(1, "a b " * 1_000_000, ""),
         "biases": biased,
         "stop ids": stops,
@@ -135,6 +147,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest
     model = save_tiny_model("llama", folder / "model")
     with start_server(folder, "--model", str(model)) as server:
         yield server
+
+
+def test_tool_calls_are_counted_before_they_are_read() -> None:
+    violations = Violations()
+    limits = InputLimits(vocab_size=1, max_tokens=1 << 20, max_chars=1 << 30)
+    check_chat(_called(4096, 128), limits, violations)
+    ((path, description),) = violations.found
+    assert path == "chat.messages.tool_calls"
+    assert isinstance(description, Text)
+    assert description.reason == "TOO_MANY_ENTRIES"
+    assert description.params == {"most": 8192, "found": 4096 * 128}
+    check_chat(_called(64, 128), limits, allowed := Violations())
+    assert not allowed.found
 
 
 def test_no_message_stops_the_event_loop(server: ServerUnderTest) -> None:

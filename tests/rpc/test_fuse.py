@@ -93,18 +93,19 @@ async def test_every_offending_field_is_listed(
 
 
 async def test_what_is_no_name_is_quoted(server: Harness) -> None:
-    for name, said in (
-        ("JSON", "'JSON' is no adapter name: must be at most 128 lower-case letters"),
-        ("json,pirate", "'json,pirate' is no adapter name: must be"),
-        ("A" * 500, f"'{'A' * 40}...' is no adapter name: must be"),
-        ("", "is empty; a name must be at most 128 lower-case letters"),
+    for name, shown in (
+        ("JSON", "JSON"),
+        ("json,pirate", "json,pirate"),
+        ("A" * 500, f"{'A' * 40}..."),
+        ("", ""),
     ):
         failure = await failure_of(server.adapters.FuseAdapters(fuse(name, combination="svd")))
-        assert failure.violations["name"].startswith(said)
+        assert failure.reasons == {"name": "NOT_AN_ADAPTER_NAME"}
+        assert failure.metadata == {"value": shown}
         member = pb.AdapterWeight(name=name)
         fused = pb.FuseAdaptersRequest(name="c", adapters=[member], combination="svd")
         failure = await failure_of(server.adapters.FuseAdapters(fused))
-        assert failure.violations["adapters[0].name"].startswith(said)
+        assert failure.reasons == {"adapters[0].name": "NOT_AN_ADAPTER_NAME"}
 
 
 async def test_other_refusals(server: Harness) -> None:

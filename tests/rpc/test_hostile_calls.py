@@ -18,6 +18,7 @@ from builders.registries import until
 from servers import raw_grpc
 from servers.server_under_test import ServerUnderTest, start_server
 
+from turret.clients.errors import TurretRpcError
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 GENERATE = "/turret.v1.Inference/Generate"
@@ -234,17 +235,17 @@ def test_one_party_has_no_more_than_its_share(model: Path, tmp_path: Path) -> No
                 next(stream)
             return streams
 
-        def refusal(token: str) -> str:
+        def refusal(token: str) -> Any:
             with pytest.raises(grpc.RpcError) as caught:
                 stub.Generate(_request(), metadata=_bearer(token))
             error: Any = caught.value
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            return error.details()
+            return TurretRpcError.from_grpc(error).metadata
 
         first = open_streams("first", 3)
-        assert "token" in refusal("first")
+        assert "max_requests_per_token" in refusal("first")
         second = open_streams("second", 2)
-        assert "peer" in refusal("second")
+        assert "max_requests_per_peer" in refusal("second")
         for stream in (*first, *second):
             stream.cancel()
         deadline = time.monotonic() + 30

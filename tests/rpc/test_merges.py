@@ -63,7 +63,7 @@ async def test_every_bad_field_is_named() -> None:
         assert list(failure.violations) == ["adapters[0].name", "adapters[1].weight", "precision"]
         nothing = [pb.AdapterWeight(name="a", weight=0), pb.AdapterWeight(name="b", weight=0)]
         failure = await failure_of(server.adapters.MergeAdapters(Merge(adapters=nothing)))
-        assert failure.violations == {"adapters": "must have a weight other than 0 among them"}
+        assert failure.reasons == {"adapters": "NO_WEIGHT"}
         assert server.merger.calls == []
 
 

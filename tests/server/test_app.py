@@ -36,6 +36,7 @@ from turret.server.command.flags import add_flags, read_settings
 from turret.server.config import AdapterConfig, SecurityConfig
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import AdapterCheckpointError
+from turret.server.words import say
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
 
@@ -150,7 +151,7 @@ async def test_shutdown_refuses_new_calls_and_lets_running_ones_finish() -> None
     assert parts.engine.drained == [7]
     assert seen["probe"] == (False, "NOT_SERVING")
     assert seen["refused"].code is grpc.StatusCode.UNAVAILABLE
-    assert "shutting down" in seen["refused"].message
+    assert seen["refused"].reason == "UNAVAILABLE"
 
 
 async def test_a_dead_engine_ends_the_process_with_an_error() -> None:
@@ -205,8 +206,9 @@ async def test_a_preload_that_fails_ends_the_process_with_an_error(
     assert await asyncio.wait_for(make_app(parts, adapters=adapters).run(), 10) == 1
     assert not {"draining", "stopped"} & {record.message for record in caplog.records}
     assert parts.engine.drained, "the engine was started, so it must be stopped"
-    said = "--preload sql=a: adapter 'a' cannot be served: rank_pattern is wrong\n"
-    assert capsys.readouterr().err == f"turret serve: error: {said}"
+    problem = "adapter 'a' cannot be served: rank_pattern is wrong"
+    said = say("PRELOAD_FAILED", name="sql", path="a", problem=problem)
+    assert capsys.readouterr().err == f"turret serve: error: {said}\n"
 
 
 async def test_a_token_file_that_is_none_is_said_as_other_settings_are(
@@ -217,7 +219,7 @@ async def test_a_token_file_that_is_none_is_said_as_other_settings_are(
     file.write_text("a secret inference\n")
     security = SecurityConfig(token_file=file)
     assert await asyncio.wait_for(make_app(Parts(), security=security).run(), 10) == 1
-    said = f"turret serve: error: --token-file: {file}: line 1 is not TOKEN ROLE[,ROLE]\n"
+    said = f"turret serve: error: {say('TOKEN_LINE_MALFORMED', path=file, line=1)}\n"
     assert capsys.readouterr().err == said
 
 

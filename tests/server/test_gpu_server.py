@@ -24,7 +24,7 @@ from method_oracle import prompt_of, twin
 
 from turret.clients.aio import AdapterWeight, AsyncTurretClient
 from turret.clients.messages.results import Completion
-from turret.kernels.gpu.shared import tuning as tuning_module
+from turret.kernels.gpu import common as tuning_module
 from turret.server.app import App
 from turret.server.build import build_backend
 from turret.server.config import (

@@ -32,6 +32,7 @@ SERIES = {
     "turret_sequences": {"state"},
     "turret_kv_blocks": {"state"},
     "turret_kv_usage_ratio": set(),
+    "turret_cuda_graphs_off": set(),
     "turret_adapters_info": {"max_lora", "running_lora_adapters", "waiting_lora_adapters"},
     "turret_preemptions_total": set(),
     "turret_spec_decode_num_draft_tokens_total": set(),
@@ -57,6 +58,7 @@ def exercise(metrics: Metrics) -> None:
     metrics.queued(0.01)
     metrics.first_token(0.02, ["sql"])
     metrics.inter_token(0.003, ["sql"])
+    metrics.cuda_graphs_off()
     metrics.step("decode", seconds=0.004, num_tokens=8, num_adapters=2)
     metrics.sequences(waiting=1, running=2)
     metrics.kv_blocks(free=3, used=4)

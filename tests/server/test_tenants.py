@@ -140,7 +140,7 @@ async def test_a_salt_keeps_the_requests_of_one_token_apart(
         assert await doors.rpc("alice") == 0
         # To know a salt does not help another token.
         assert await doors.rpc("bob", salt="red") == 0
-        with pytest.raises(grpc.aio.AioRpcError, match="cache_salt: at most 256 characters"):
+        with pytest.raises(grpc.aio.AioRpcError, match="cache_salt: "):
             await doors.rpc("alice", salt="s" * 257)
 
 

@@ -24,7 +24,7 @@ from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.mix import Mix
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.operators.gate import Gate, PrototypeScore, QueryScore
+from turret.server.adapters.operators.gate import Gate, QueryScore
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.vocabulary import VocabularyOperators, VocabularyRows
 from turret.server.engine.scheduling.request import Request, SamplingParams
@@ -151,17 +151,15 @@ class Vocabulary(Adapter):
 
 
 class Gated(Adapter):
-    """A learned fusion on every projection, or a router if it has no queries."""
+    """A learned fusion on every projection."""
 
-    def __init__(self, key: str, components: int, d_k: int = 0) -> None:
+    def __init__(self, key: str, components: int, d_k: int) -> None:
         super().__init__(key)
         ranks = components * RANK
         indptr = tuple(range(0, ranks + 1, RANK))
 
         def module(out: int, inner: int) -> ModuleOperators:
-            score = PrototypeScore(torch.zeros(components, inner), 2, 1.0)
-            if d_k:
-                score = QueryScore(torch.zeros(d_k, inner).half(), torch.zeros(ranks, d_k))
+            score = QueryScore(torch.zeros(d_k, inner).half(), torch.zeros(ranks, d_k))
             factors = torch.zeros(ranks, inner).half(), torch.zeros(ranks, out).half()
             return ModuleOperators(gate=Gate(*factors, score, indptr))
 

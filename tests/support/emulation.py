@@ -31,7 +31,6 @@ KERNEL_TESTS = (
 )
 # These choose target and tiles themselves.
 FAULT_TESTS = "tests/emulated/test_faults.py"
-EARLY_TESTS = "tests/emulated/test_early_launches.py"
 
 
 def run_emulated(*arguments: str) -> str:

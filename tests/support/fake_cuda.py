@@ -1,5 +1,8 @@
 """CUDA's order of events without a GPU: streams that are as late as they may be, and graphs.
 
+As torch does, it has 32 streams of a priority and hands them out in turn. A stream that captures
+refuses to wait or to be waited for, and work of other threads; such a call spoils the capture.
+
 A stream runs nothing until somebody waits for it, so a buffer that is overwritten before its copy
 was waited for, or read before it, holds the wrong values here every time. Copies with
 ``non_blocking=True`` are put on the current stream; what else is to run there, ``launch`` puts.
@@ -24,15 +27,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class FakeStream:
     """Work in order, none of it done before it is waited for."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, priority: int = 0) -> None:
         self.name = name
+        self.priority = priority
         self.pending: deque[Callable[[], None]] = deque()
+        self.capturing: _Graph | None = None
+
+    def refuse(self) -> None:
+        """Raise, and spoil the capture, if the stream captures."""
+        if self.capturing is not None:
+            self.capturing.is_spoiled = True
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
     def synchronize(self) -> None:
+        self.refuse()
         while self.pending:
             self.pending.popleft()()
 
     def wait_event(self, event: FakeEvent) -> None:
+        self.refuse()
         self.pending.append(event.synchronize)
 
     def wait_stream(self, other: FakeStream) -> None:
@@ -49,6 +62,7 @@ class FakeEvent:
         self._done = True
 
     def record(self, stream: FakeStream) -> None:
+        stream.refuse()
         self._stream, self._done = stream, False
         token = self._token = object()
 
@@ -82,6 +96,8 @@ class _Graph:
     def __init__(self) -> None:
         self.stream: FakeStream | None = None
         self.workspace: _Workspace | None = None
+        self.thread = threading.get_ident()
+        self.is_spoiled = False
 
     def replay(self) -> None:
         if self.workspace is not None and self.workspace.is_freed:
@@ -97,6 +113,7 @@ class FakeCuda:
     Attributes:
         default: The stream that is current at first.
         num_captures: Graphs captured.
+        handed_out: Every stream that was asked for, in order.
     """
 
     def __init__(self, *, frees_workspaces: bool = False) -> None:
@@ -104,7 +121,8 @@ class FakeCuda:
         self.num_captures = 0
         self._frees_workspaces = frees_workspaces
         self._currents: dict[int, FakeStream] = {}
-        self._streams = 0
+        self.handed_out: list[FakeStream] = []
+        self._streams: dict[int, list[FakeStream]] = {}
         self._capturing: _Graph | None = None
         self._pool: int | None = None
         self._pools = 0
@@ -133,13 +151,16 @@ class FakeCuda:
 
     def launch(self, work: Callable[[], None]) -> None:
         """Put work on the current stream."""
+        capturing = self.current.capturing
+        if capturing is not None and capturing.thread != threading.get_ident():
+            self.current.refuse()
         self.current.pending.append(work)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Replace what the server uses of ``torch.cuda``, and products, which need a workspace."""
         names = {
-            "Stream": lambda *_, **__: self._make_stream(),
+            "Stream": lambda _=None, priority=0: self._make_stream(priority),
             "Event": lambda **_: FakeEvent(),
             "stream": self._use,
             "default_stream": lambda *_: self.default,
@@ -162,9 +183,13 @@ class FakeCuda:
             stack.enter_context(_LateCopies(self))
             yield
 
-    def _make_stream(self) -> FakeStream:
-        self._streams += 1
-        return FakeStream(f"stream {self._streams}")
+    def _make_stream(self, priority: int = 0) -> FakeStream:
+        pool = self._streams.setdefault(
+            priority, [FakeStream(f"stream {n} of {priority}", priority) for n in range(32)]
+        )
+        asked = sum(stream.priority == priority for stream in self.handed_out)
+        self.handed_out.append(pool[asked % len(pool)])
+        return self.handed_out[-1]
 
     @contextlib.contextmanager
     def _use(self, stream: FakeStream) -> Iterator[None]:
@@ -193,10 +218,13 @@ class FakeCuda:
             raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
         graph.stream, self._capturing, self._pool = stream, graph, pool
         before, self.current = self.current, stream
+        stream.capturing = graph
         try:
             yield
+            if graph.is_spoiled:
+                raise RuntimeError("CUDA error: operation failed due to a previous error")
         finally:
-            self._capturing = self._pool = None
+            self._capturing = self._pool = stream.capturing = None
         # Not after an error: the end of a capture that has failed raises before it gets here.
         self.current = before
         self.num_captures += 1

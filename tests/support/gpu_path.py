@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from turret.kernels.adapters.segments import LongSegment
-from turret.kernels.gpu.shared import tuning as tuning_module
-from turret.kernels.gpu.shared.tuning import Tuning
-from turret.kernels.gpu.tables.row_table import RowTable
-from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.kernels.gpu import common as tuning_module
+from turret.kernels.gpu.common import Tuning
+from turret.kernels.gpu.tables import RowTable, SegmentTable
 from turret.server.engine.step.gpu.decode_graphs import Body, Outputs
 
 # The interpreter's time goes by operations, not by their size. Several splits and passes still.

@@ -16,7 +16,7 @@ from builders.training import resolve_tiny, write_jsonl
 from rich.console import Console
 
 from turret.server.cli import main
-from turret.training.data.example import Example, read_examples
+from turret.training.data.examples import Example, read_examples
 from turret.training.errors import ConfigError, DataError
 from turret.training.methods import METHODS as TRAINED
 from turret.training.plan import Plan

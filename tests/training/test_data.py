@@ -10,10 +10,15 @@ import pytest
 from builders.bases.tiny_models import EOS, tiny_tokenizer
 from builders.training import CHAT, TURNS, resolve_tiny, write_jsonl
 
-from turret.training.data.batch import IGNORED, BatchStream, make_batch, pack_rows, single_rows
-from turret.training.data.dataset import split
-from turret.training.data.encode import Encoded, encode, encode_all
-from turret.training.data.example import Example
+from turret.training.data.batches import (
+    IGNORED,
+    BatchStream,
+    make_batch,
+    pack_rows,
+    single_rows,
+    split,
+)
+from turret.training.data.examples import Encoded, Example, encode, encode_all
 from turret.training.errors import DataError
 from turret.training.settings.config import DataConfig
 

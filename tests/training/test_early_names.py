@@ -10,7 +10,7 @@ import pytest
 from command_modules import loaded_and_said_by
 
 from turret.server.models.sources.check import name_of_model
-from turret.training.data.example import data_digest
+from turret.training.data.examples import data_digest
 from turret.training.run.folder import RunFolder
 from turret.training.run.resuming import versions
 from turret.training.settings.config_file import build_config

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.training.data.batch import IGNORED, make_batch
+from turret.training.data.batches import IGNORED, make_batch
 from turret.training.errors import ConfigError
 from turret.training.loss import LossFunction
 from turret.training.models.base_model import find_base, load_model

@@ -10,7 +10,7 @@ import pytest
 from checkout import ROOT
 from pages.training_page import PAGE, rendered
 
-from turret.training.data.example import read_examples
+from turret.training.data.examples import read_examples
 from turret.training.errors import DataError
 from turret.training.settings.config import METHOD_NAMES
 

@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from turret.server.models.sources.model_directory import weight_files
 from turret.training.classifier import classifier_loss
-from turret.training.data.batch import Batch, make_batch
+from turret.training.data.batches import Batch, make_batch
 from turret.training.loss import LossFunction
 from turret.training.memory.peak import resident_bytes
 from turret.training.models.base_model import DTYPES, empty_model

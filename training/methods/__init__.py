@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from turret.training.errors import ConfigError
-from turret.training.methods.alora import ALORA
-from turret.training.methods.hra import HRA
-from turret.training.methods.ia3 import IA3
 from turret.training.methods.learned_fusion import LEARNED_FUSION
-from turret.training.methods.lora import DORA, LORA, RSLORA
+from turret.training.methods.linear import (
+    ALORA,
+    DORA,
+    HRA,
+    IA3,
+    LORA,
+    MISS,
+    OFT,
+    RSLORA,
+    SHIRA,
+    VBLORA,
+)
 from turret.training.methods.lycoris import LOHA, LOKR
 from turret.training.methods.method import Method
-from turret.training.methods.miss import MISS
-from turret.training.methods.oft import OFT
 from turret.training.methods.prompts import P_TUNING, PREFIX_TUNING, PROMPT_TUNING
-from turret.training.methods.shira import SHIRA
-from turret.training.methods.vblora import VBLORA
 
 METHODS: Mapping[str, Method] = {
     method.name: method

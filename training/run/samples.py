@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from turret.training.data.encode import Encoded
+from turret.training.data.examples import Encoded
 from turret.training.models.base_model import without_peft_warnings
 
 # Longer answers tell no more about a run; on a CPU every token costs a pass through the model.

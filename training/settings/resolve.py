@@ -13,8 +13,8 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 
 from turret.server.basics.counted import counted
-from turret.training.data.dataset import Dataset, load_dataset
-from turret.training.data.invocation import invocation_of
+from turret.training.data.batches import Dataset, load_dataset
+from turret.training.data.examples import invocation_of
 from turret.training.errors import ConfigError
 from turret.training.methods import method_named
 from turret.training.methods.method import Method

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from turret.server.adapters.operators.circulant import Circulant
 from turret.server.adapters.operators.dense import Dense
-from turret.server.adapters.operators.gate import Gate
+from turret.server.adapters.operators.gate import Gate, QueryScore
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.input_blocks import InputBlocks
 from turret.server.adapters.operators.kronecker import Kronecker
@@ -71,7 +71,7 @@ KERNELS: Mapping[type[Operator], Mapping[str, Kernel]] = {
     Circulant: {"cpu": Kernel("adapters/circulant.c")},
     Sparse: {"cpu": Kernel("adapters/sparse.c")},
     Dense: {"cpu": Kernel("adapters/dense.c")},
-    Gate: {"gpu": Kernel("gates/gate_shrink, gates/fusion_gate")},
+    Gate: {"gpu": Kernel("fusion_gate", lambda gate: isinstance(gate.score, QueryScore))},
 }
 
 

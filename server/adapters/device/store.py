@@ -19,8 +19,8 @@ from turret.server.adapters.operators.token_router import TokenRouter
 
 if TYPE_CHECKING:
     # Only for type checkers: the other paths run where Triton is not installed.
-    from turret.kernels.gpu.adapters.segmented_shrink import Shrink
-    from turret.kernels.gpu.epilogues import Epilogue
+    from turret.kernels.gpu.low_rank import Shrink
+    from turret.kernels.gpu.nf4 import Epilogue
 
 # Called with every adapter that enters or leaves a store.
 OnMoved = Callable[[Any], None]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from turret.server.api.access.tokens import bearer_token, token_digest
-from turret.server.basics.counted import counted
 from turret.server.config import Config
 from turret.server.errors import QueueFullError
+from turret.server.words import say
 
 # Limits on connections, which leave enough descriptors for files.
 
@@ -123,11 +123,12 @@ class Shares:
         for party in limited:
             limit = self._limits[party[0]]
             if self._open[party] >= limit:
-                raise QueueFullError(
-                    f"this {party[0]} has {counted(limit, 'request')} waiting or running already",
-                    metadata={f"max_requests_per_{party[0]}": str(limit)},
-                    retry_after_seconds=_RETRY_SECONDS,
+                said = (
+                    say("TOKEN_LIMIT_REACHED", max_requests_per_token=limit)
+                    if party[0] == "token"
+                    else say("PEER_LIMIT_REACHED", max_requests_per_peer=limit)
                 )
+                raise QueueFullError(said, retry_after_seconds=_RETRY_SECONDS)
         self._open.update(limited)
         try:
             yield

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from turret.server import log
-from turret.server.basics.closest import did_you_mean
 from turret.server.basics.files import read_regular
 from turret.server.errors import PermissionDeniedError, UnauthenticatedError
+from turret.server.words import say
 
 # Values that are read from files, and read again when the files change.
 
@@ -78,7 +78,6 @@ class WatchedFiles(Generic[_T]):
 
 
 ROLES = ("inference", "admin", "metrics")
-_ALL_ROLES = ", ".join(ROLES)
 
 
 def bearer_token(authorization: str) -> str | None:
@@ -90,14 +89,6 @@ def bearer_token(authorization: str) -> str | None:
 def token_digest(token: str) -> bytes:
     """The digest that is stored of a token, which identifies it without disclosing it."""
     return hashlib.sha256(token.encode()).digest()
-
-
-def _named(role: str, token: str) -> str:
-    """How to quote an unknown role in an error: not at all if it may be a token."""
-    if set(token.split(",")) <= set(ROLES):
-        return "the token comes first; "
-    meant = did_you_mean(role, ROLES)
-    return f"{role!r} is no role{meant}; " if meant else "a word after the token is no role; "
 
 
 class TokenTable:
@@ -122,29 +113,29 @@ class TokenTable:
     @classmethod
     def parse(cls, path: Path) -> TokenTable:
         """As :meth:`read`, but without a warning about the file's mode."""
-        flag = f"--token-file: {path}"
         entries: dict[str, frozenset[str]] = {}
         try:
             text = read_regular(path).decode()
         except UnicodeDecodeError:
-            raise ValueError(f"{flag} is no UTF-8 text") from None
+            raise ValueError(say("TOKEN_FILE_NOT_TEXT", path=path)) from None
         for number, line in enumerate(text.splitlines(), start=1):
             words = line.split()
             if not words or words[0].startswith("#"):
                 continue
-            where = f"{flag}: line {number}"
             if len(words) != 2:
-                raise ValueError(f"{where} is not TOKEN ROLE[,ROLE]")
+                raise ValueError(say("TOKEN_LINE_MALFORMED", path=path, line=number))
             token, roles = words[0], frozenset(words[1].split(","))
             if not (token.isascii() and token.isprintable()):
-                raise ValueError(f"{where}: a token must be printable ASCII")
-            if unknown := sorted(roles - set(ROLES)):
-                raise ValueError(f"{where}: {_named(unknown[0], token)}roles are {_ALL_ROLES}")
+                raise ValueError(say("TOKEN_NOT_ASCII", path=path, line=number))
+            if not roles <= set(ROLES):
+                # The unknown word may be a token, so the message does not repeat it.
+                roles_known = ", ".join(ROLES)
+                raise ValueError(say("ROLE_UNKNOWN", path=path, line=number, choices=roles_known))
             if token in entries:
-                raise ValueError(f"{where} repeats the token of an earlier line")
+                raise ValueError(say("TOKEN_DUPLICATE", path=path, line=number))
             entries[token] = roles
         if not entries:
-            raise ValueError(f"{flag} holds no token: a line each, TOKEN ROLE[,ROLE]")
+            raise ValueError(say("TOKEN_FILE_EMPTY", path=path))
         return cls(entries.items())
 
     def replace(self, other: TokenTable) -> None:
@@ -194,11 +185,7 @@ def authorize(tokens: TokenTable | None, service: str, authorization: object) ->
     if role is None:
         return
     if role not in roles_of(tokens, authorization):
-        raise PermissionDeniedError(
-            f"this needs a token with the role {role!r}: one whose line in the server's token file"
-            " names that role",
-            metadata={"service": service, "role": role},
-        )
+        raise PermissionDeniedError(say("ROLE_MISSING", role=role, service=service))
 
 
 def roles_of(tokens: TokenTable | None, authorization: object) -> frozenset[str]:
@@ -210,12 +197,12 @@ def roles_of(tokens: TokenTable | None, authorization: object) -> frozenset[str]
     if tokens is None:
         return frozenset(ROLES)
     if not isinstance(authorization, str):
-        raise UnauthenticatedError("the call carries no 'authorization: Bearer TOKEN'")
+        raise UnauthenticatedError(say("TOKEN_MISSING"))
     token = bearer_token(authorization)
     if token is None:
         # The header may contain a token, so the message does not repeat it.
-        raise UnauthenticatedError("'authorization' does not have the form 'Bearer TOKEN'")
+        raise UnauthenticatedError(say("TOKEN_MALFORMED"))
     roles = tokens.roles_of(token)
     if roles is None:
-        raise UnauthenticatedError("the token is unknown")
+        raise UnauthenticatedError(say("TOKEN_UNKNOWN"))
     return roles

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from google.protobuf import timestamp_pb2
 
 from turret.server.errors import InvalidRequestError
+from turret.server.words import say
 from turret.v1 import adapters_pb2
 
 if TYPE_CHECKING:
@@ -97,9 +98,7 @@ def read_page_token(token: str, filters: str) -> str:
         data = b""
     check, name = data[:_CHECK_BYTES], data[_CHECK_BYTES:]
     if not name or check != _check(name, filters):
-        raise InvalidRequestError.of(
-            "page_token", "is not a next_page_token of a list with the same filters"
-        )
+        raise InvalidRequestError.of("page_token", say("NOT_A_PAGE_TOKEN"))
     return name.decode("ascii", "replace")
 
 
@@ -110,7 +109,7 @@ def page_length(page_size: int) -> int:
         InvalidRequestError: Negative.
     """
     if page_size < 0:
-        raise InvalidRequestError.of("page_size", "must be >= 0")
+        raise InvalidRequestError.of("page_size", say("TOO_SMALL", least=0, value=page_size))
     return min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
 
 

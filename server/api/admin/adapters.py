@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,10 +44,10 @@ from turret.server.api.call import Call
 from turret.server.api.gate import Gate
 from turret.server.api.limits import MAX_PAGE_TOKEN_CHARS, MAX_PATH_CHARS, MAX_WORD_CHARS
 from turret.server.api.violations import Violations
-from turret.server.basics.closest import did_you_mean
-from turret.server.basics.hub_id import no_adapter_name
+from turret.server.basics.closest import closest
 from turret.server.basics.work import Cancellation
 from turret.server.errors import InvalidRequestError, QueueFullError, UnavailableError
+from turret.server.words import say
 from turret.v1 import adapters_pb2
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ DEFAULT_UNLOAD_SECONDS = 30.0
 MAX_UNLOAD_SECONDS = 3600.0
 # Concurrent uploads. Each may take up to --max-upload-bytes of the disk before it is validated.
 MAX_UPLOADS = 8
+# One token leaves some for the others.
+MAX_UPLOADS_PER_TOKEN = 6
 _SLOW_CALLS = 32
 _DRAINS = 32
 
@@ -82,7 +85,8 @@ class Adapters:
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        self._num_uploads = 0
+        # Uploads under way, by ``Call.tenant``.
+        self._uploads: Counter[bytes] = Counter()
         self._slow = SlowCalls(_SLOW_CALLS)
         # Drains wait up to an hour for other people's requests: keep them off the loading threads.
         self._drains = SlowCalls(_DRAINS)
@@ -124,17 +128,20 @@ class Adapters:
         """Receive the files of an adapter: a header, then chunks in the order of its files.
 
         Raises:
-            QueueFullError: ``MAX_UPLOADS`` are under way.
+            QueueFullError: ``MAX_UPLOADS`` are under way, or as many as one token may have.
             DeadlineExceededError: The client was silent for too long.
         """
         registry = self._gate.enter().registry
-        if self._num_uploads >= MAX_UPLOADS:
-            raise QueueFullError(f"{MAX_UPLOADS} uploads are under way already")
-        self._num_uploads += 1
+        if self._uploads.total() >= MAX_UPLOADS:
+            raise QueueFullError(say("TOO_MANY_CALLS", most=MAX_UPLOADS))
+        if call.tenant and self._uploads[call.tenant] >= MAX_UPLOADS_PER_TOKEN:
+            raise QueueFullError(say("TOO_MANY_UPLOADS_OF_TOKEN", most=MAX_UPLOADS_PER_TOKEN))
+        self._uploads[call.tenant] += 1
         try:
             return await self._receive(registry, messages, call)
         finally:
-            self._num_uploads -= 1
+            self._uploads[call.tenant] -= 1
+            self._uploads += Counter()  # Drops tokens without uploads.
 
     async def _receive(
         self, registry: AdapterRegistry, messages: Messages, call: Call
@@ -207,16 +214,14 @@ class Adapters:
             after = read_page_token(message.page_token, filters)
         except InvalidRequestError as error:
             violations.found.extend(error.violations)
-        violations.check(
-            message.residency in adapters_pb2.Adapter.Residency.values(),
-            "residency",
-            "is no value of Residency",
-        )
+        violations.check_enum(message, "residency")
         violations.check(
             message.method in ("", *backend.methods),
             "method",
-            f"{message.method!r} is none that this server loads"
-            f"{did_you_mean(message.method, backend.methods) or '; docs/adapters.md lists them'}",
+            "NOT_ONE_OF",
+            value=message.method,
+            choices=", ".join(backend.methods),
+            closest=closest(message.method, backend.methods),
         )
         violations.raise_if_any()
         records = [
@@ -290,10 +295,9 @@ class Adapters:
             QueueFullError: ``_DRAINS`` others wait for requests to end already.
         """
         registry = self._gate.enter().registry
-        modes = adapters_pb2.UnloadAdapterRequest.Mode
         violations = Violations()
-        _check_name(message.name, violations)
-        violations.check(message.mode in modes.values(), "mode", "is no value of Mode")
+        violations.check_name(message.name, "name")
+        violations.check_enum(message, "mode")
         seconds = DEFAULT_UNLOAD_SECONDS
         if message.HasField("timeout"):
             seconds = _unload_seconds(message.timeout, violations)
@@ -345,18 +349,13 @@ def _cancelling(work: Cancellation) -> Iterator[None]:
     try:
         yield
     except asyncio.CancelledError:
-        work.set(UnavailableError("the caller went away"))
+        work.set(UnavailableError(say("CALLER_GONE")))
         raise
-
-
-def _check_name(name: str, violations: Violations) -> None:
-    if why := no_adapter_name(name):
-        violations.add("name", why)
 
 
 def _checked_name(name: str, call: Call) -> str:
     violations = Violations()
-    _check_name(name, violations)
+    violations.check_name(name, "name")
     violations.raise_if_any()
     call.adapters = (name,)
     return name
@@ -370,10 +369,10 @@ def _checked_source(
     message: adapters_pb2.LoadAdapterRequest | adapters_pb2.ReplaceAdapterRequest, call: Call
 ) -> tuple[str, str]:
     violations = Violations()
-    _check_name(message.name, violations)
-    violations.check(message.path != "", "path", "must be set")
+    violations.check_name(message.name, "name")
+    violations.check(message.path != "", "path", "REQUIRED")
     violations.check_chars(message.path, MAX_PATH_CHARS, "path")
-    violations.check("\0" not in message.path, "path", "must not hold a NUL character")
+    violations.check("\0" not in message.path, "path", "HOLDS_NUL")
     violations.raise_if_any()
     call.adapters = (message.name,)
     return message.name, message.path
@@ -384,6 +383,9 @@ def _unload_seconds(timeout: duration_pb2.Duration, violations: Violations) -> f
     violations.check(
         0 <= seconds <= MAX_UNLOAD_SECONDS and abs(timeout.nanos) < 1_000_000_000,
         "timeout",
-        f"must be in [0, {MAX_UNLOAD_SECONDS:.0f}] seconds",
+        "NOT_IN_RANGE",
+        least=0,
+        most=MAX_UNLOAD_SECONDS,
+        value=seconds,
     )
     return seconds

@@ -10,7 +10,6 @@ from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.ref import AdapterRef
 from turret.server.api.limits import MAX_WORD_CHARS
 from turret.server.api.violations import Violations, adapter_refs
-from turret.server.basics.hub_id import no_adapter_name
 from turret.server.errors import InvalidRequestError
 from turret.v1 import adapters_pb2
 
@@ -34,9 +33,8 @@ def checked_fuse_request(
         InvalidRequestError: Lists every offending field.
     """
     violations = Violations()
-    if why := no_adapter_name(request.name):
-        violations.add("name", why)
-    violations.check(len(request.adapters) > 0, "adapters", "at least one")
+    violations.check_name(request.name, "name")
+    violations.check(len(request.adapters) > 0, "adapters", "EMPTY")
     refs = adapter_refs(request.adapters, violations)
     values: dict[str, Any] = {
         field: getattr(request, field) for field in _OPTIONAL if request.HasField(field)
@@ -85,12 +83,12 @@ def checked_merge_request(request: _Request) -> tuple[tuple[AdapterRef, ...], Pr
         InvalidRequestError: Lists every offending field.
     """
     violations = Violations()
-    violations.check(len(request.adapters) > 0, "adapters", "at least one")
+    violations.check(len(request.adapters) > 0, "adapters", "EMPTY")
     refs = adapter_refs(request.adapters, violations)
     # A mix of zero weights would change nothing, yet block a merge that does.
     is_nothing = bool(refs) and all(ref.weight == 0 for ref in refs)
-    violations.check(not is_nothing, "adapters", "must have a weight other than 0 among them")
-    violations.check(request.precision in _PRECISIONS, "precision", "is no value of Precision")
+    violations.check(not is_nothing, "adapters", "NO_WEIGHT")
+    violations.check_enum(request, "precision")
     violations.raise_if_any()
     return refs, _PRECISIONS[request.precision]
 

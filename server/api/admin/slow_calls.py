@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from turret.server.errors import QueueFullError
+from turret.server.words import say
 
 _T = TypeVar("_T")
 
@@ -41,7 +42,7 @@ class SlowCalls:
             QueueFullError: All threads are taken.
         """
         if self._num_running >= self._num_threads:
-            raise QueueFullError(f"{self._num_threads} such calls are under way already")
+            raise QueueFullError(say("TOO_MANY_CALLS", most=self._num_threads))
 
         def ended(_: Any) -> None:
             self._num_running -= 1

@@ -15,8 +15,8 @@ from turret.server.adapters.source import (
 )
 from turret.server.api.limits import MAX_UPLOAD_FILES, MAX_WORD_CHARS
 from turret.server.api.violations import Violations
-from turret.server.basics.hub_id import no_adapter_name
 from turret.server.errors import DeadlineExceededError, InvalidRequestError
+from turret.server.words import say
 from turret.v1 import adapters_pb2
 
 # A checkpoint is read from these files; any other file would be stored for nothing.
@@ -45,9 +45,7 @@ async def next_message(messages: Messages) -> adapters_pb2.UploadAdapterRequest 
         async with asyncio.timeout(IDLE_SECONDS):
             return await anext(messages, None)
     except TimeoutError:
-        raise DeadlineExceededError(
-            f"no message of the upload came for {IDLE_SECONDS:.0f} seconds"
-        ) from None
+        raise DeadlineExceededError(say("NO_MESSAGE_IN_TIME", seconds=IDLE_SECONDS)) from None
 
 
 def task_of(
@@ -66,40 +64,39 @@ def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapter
         InvalidRequestError: It is not; lists every offending field.
     """
     if message is None or message.WhichOneof("part") != "header":
-        raise InvalidRequestError.of("header", "must be the first message")
+        raise InvalidRequestError.of("header", say("NOT_FIRST"))
     header = message.header
     violations = Violations()
-    if why := no_adapter_name(header.name):
-        violations.add("header.name", why)
+    violations.check_name(header.name, "header.name")
     violations.check(
         header.replace or not header.HasField("expected_generation"),
         "header.expected_generation",
-        "needs replace",
+        "NEEDS_FIELD",
+        other="header.replace",
     )
     violations.check_count(len(header.files), MAX_UPLOAD_FILES, "header.files")
     files = header.files[: MAX_UPLOAD_FILES + 1]
     names = [file.path for file in files]
     for required in _REQUIRED:
-        violations.check(required in names, "header.files", f"must hold {required}")
+        violations.check(required in names, "header.files", "LACKS", required=required)
     for index, file in enumerate(files):
         where = f"header.files[{index}]"
+        name, size = file.path, file.size_bytes
         violations.check(
-            file.path in UPLOAD_FILES, f"{where}.path", f"must be one of {', '.join(UPLOAD_FILES)}"
+            name in UPLOAD_FILES,
+            f"{where}.path",
+            "NOT_ONE_OF",
+            value=name,
+            choices=", ".join(UPLOAD_FILES),
         )
-        violations.check(
-            file.path not in names[:index], f"{where}.path", "names a file a second time"
-        )
-        violations.check(file.size_bytes >= 1, f"{where}.size_bytes", "must be at least 1")
-        most = _MOST_BYTES.get(file.path)
-        violations.check(
-            most is None or file.size_bytes <= most,
-            f"{where}.size_bytes",
-            f"must be at most {most}",
-        )
+        violations.check(name not in names[:index], f"{where}.path", "DUPLICATE", value=name)
+        violations.check(size >= 1, f"{where}.size_bytes", "TOO_SMALL", least=1, value=size)
+        most = _MOST_BYTES.get(name, size)
+        violations.check(size <= most, f"{where}.size_bytes", "TOO_LARGE", most=most, value=size)
         violations.check(
             file.sha256 == "" or _SHA256.fullmatch(file.sha256) is not None,
             f"{where}.sha256",
-            "must be 64 lower-case hex digits, or empty",
+            "NOT_A_DIGEST",
         )
     violations.raise_if_any()
     return header
@@ -128,17 +125,22 @@ async def receive_chunks(
         async with asyncio.timeout(seconds):
             await _receive_all(messages, write)
     except TimeoutError:
-        raise DeadlineExceededError(f"the upload took longer than {seconds:.0f} seconds") from None
+        raise DeadlineExceededError(say("UPLOAD_TOO_SLOW", seconds=seconds)) from None
 
 
 async def _receive_all(messages: Messages, write: Callable[[str, bytes], Awaitable[Any]]) -> None:
     while (message := await next_message(messages)) is not None:
         if message.WhichOneof("part") != "chunk":
-            raise InvalidRequestError.of("chunk", "must be every message after the first")
-        if len(message.chunk.data) > MAX_CHUNK_BYTES:
-            raise InvalidRequestError.of("chunk.data", f"must be at most {MAX_CHUNK_BYTES} bytes")
-        if len(message.chunk.path) > MAX_WORD_CHARS:
-            raise InvalidRequestError.of(
-                "chunk.path", f"must be at most {MAX_WORD_CHARS} characters"
-            )
+            raise InvalidRequestError.of("chunk", say("NOT_A_CHUNK"))
+        size = len(message.chunk.data)
+        violations = Violations()
+        violations.check(
+            size <= MAX_CHUNK_BYTES,
+            "chunk.data",
+            "TOO_MANY_BYTES",
+            most=MAX_CHUNK_BYTES,
+            found=size,
+        )
+        violations.check_chars(message.chunk.path, MAX_WORD_CHARS, "chunk.path")
+        violations.raise_if_any()
         await write(message.chunk.path, message.chunk.data)

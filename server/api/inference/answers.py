@@ -20,6 +20,7 @@ from turret.server.engine.scheduling.request import (
     TokenLogprob,
 )
 from turret.server.errors import DeadlineExceededError
+from turret.server.words import say
 from turret.v1 import inference_pb2
 
 # The engine's outputs for a request, counted for its call.
@@ -48,7 +49,7 @@ async def outputs_of(
             call.generated_tokens += len(output.token_ids)
             yield output
             if output.finish is not None and output.finish.reason is FinishReason.DEADLINE:
-                raise DeadlineExceededError("the deadline passed before the request finished")
+                raise DeadlineExceededError(say("DEADLINE_EXCEEDED"))
     finally:
         stream.cancel()
 

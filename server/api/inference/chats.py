@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from turret.server.api.limits import (
     MAX_CHAT_MESSAGES,
+    MAX_CHAT_TOOL_CALLS,
     MAX_ROLE_CHARS,
     MAX_TOOL_CALLS,
     MAX_TOOL_NAME_CHARS,
@@ -17,13 +19,14 @@ from turret.server.api.limits import (
 from turret.server.api.violations import Violations
 from turret.server.constraints.spec import MAX_CONSTRAINT_CHARS
 from turret.server.errors import PromptTooLongError
+from turret.server.words import say
 from turret.v1 import inference_pb2
 
 if TYPE_CHECKING:
     from turret.server.models.tokenizer import RenderedChat, Tokenizer
 
 TOOL_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_TOOL_NAME_CHARS}}}")
-# Cost of every turn and tool, in characters, in addition to its text.
+# Cost of every turn, call and tool, in characters, in addition to its text.
 _TURN_CHARS = 32
 
 
@@ -34,45 +37,50 @@ def check_chat(chat: inference_pb2.Chat, limits: InputLimits, violations: Violat
         PromptTooLongError: It cannot be as few tokens as the limit, whatever they are.
     """
     turns = chat.messages
-    violations.check(len(turns) > 0, "chat.messages", "at least one")
+    violations.check(len(turns) > 0, "chat.messages", "EMPTY")
     if not violations.check_count(len(turns), MAX_CHAT_MESSAGES, "chat.messages"):
         return
     # Check the length of every list before reading any of them.
     is_counted = violations.check_count(len(chat.tools), MAX_TOOLS, "chat.tools")
+    num_calls = 0
     for index, turn in enumerate(turns):
         path = f"chat.messages[{index}].tool_calls"
         is_counted &= violations.check_count(len(turn.tool_calls), MAX_TOOL_CALLS, path)
+        num_calls += len(turn.tool_calls)
+    path = "chat.messages.tool_calls"
+    is_counted &= violations.check_count(num_calls, MAX_CHAT_TOOL_CALLS, path)
     if not is_counted:
         return
     check_length(_num_chars(chat), limits.max_chars, "characters")
     for index, turn in enumerate(turns):
         path = f"chat.messages[{index}]"
-        violations.check(
-            1 <= len(turn.role) <= MAX_ROLE_CHARS,
-            f"{path}.role",
-            "must be set" if not turn.role else f"at most {MAX_ROLE_CHARS} characters",
-        )
+        violations.check(turn.role != "", f"{path}.role", "REQUIRED")
+        violations.check_chars(turn.role, MAX_ROLE_CHARS, f"{path}.role")
         violations.check_chars(turn.tool_call_id, MAX_TOOL_NAME_CHARS, f"{path}.tool_call_id")
         for number, call in enumerate(turn.tool_calls):
             _check_call(call, violations, f"{path}.tool_calls[{number}]")
     for index, tool in enumerate(chat.tools):
         _check_tool(tool, violations, f"chat.tools[{index}]")
-    names = [tool.name for tool in chat.tools]
-    violations.check(len(set(names)) == len(names), "chat.tools", "names must differ")
+    names = Counter(tool.name for tool in chat.tools)
+    for name, count in names.most_common(1):
+        violations.check(count == 1, "chat.tools", "DUPLICATE", value=name)
 
 
 def _check_call(call: inference_pb2.ToolCall, violations: Violations, path: str) -> None:
     violations.check_chars(call.id, MAX_TOOL_NAME_CHARS, f"{path}.id")
-    is_name = TOOL_NAME.fullmatch(call.name) is not None
-    violations.check(is_name, f"{path}.name", f"must match {TOOL_NAME.pattern}")
+    _check_name(call.name, violations, f"{path}.name")
     _check_object(call.arguments, violations, f"{path}.arguments")
 
 
 def _check_tool(tool: inference_pb2.Tool, violations: Violations, path: str) -> None:
-    is_name = TOOL_NAME.fullmatch(tool.name) is not None
-    violations.check(is_name, f"{path}.name", f"must match {TOOL_NAME.pattern}")
+    _check_name(tool.name, violations, f"{path}.name")
     violations.check_chars(tool.parameters, MAX_CONSTRAINT_CHARS, f"{path}.parameters")
     _check_object(tool.parameters, violations, f"{path}.parameters")
+
+
+def _check_name(name: str, violations: Violations, path: str) -> None:
+    is_name = TOOL_NAME.fullmatch(name) is not None
+    violations.check(is_name, path, "NOT_MATCHING", pattern=TOOL_NAME.pattern)
 
 
 def _check_object(text: str, violations: Violations, path: str) -> None:
@@ -80,7 +88,7 @@ def _check_object(text: str, violations: Violations, path: str) -> None:
         is_object = text == "" or isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
         is_object = False
-    violations.check(is_object, path, "must be a JSON object")
+    violations.check(is_object, path, "NOT_A_JSON_OBJECT")
 
 
 def _num_chars(chat: inference_pb2.Chat) -> int:
@@ -92,7 +100,8 @@ def _num_chars(chat: inference_pb2.Chat) -> int:
 
 def chat_size(chat: inference_pb2.Chat) -> int:
     """The approximate number of characters that the template makes of a conversation."""
-    return _num_chars(chat) + _TURN_CHARS * (len(chat.messages) + len(chat.tools))
+    num_calls = sum(len(turn.tool_calls) for turn in chat.messages)
+    return _num_chars(chat) + _TURN_CHARS * (len(chat.messages) + num_calls + len(chat.tools))
 
 
 def check_length(length: int, limit: int, unit: str) -> None:
@@ -102,12 +111,8 @@ def check_length(length: int, limit: int, unit: str) -> None:
         PromptTooLongError: It is.
     """
     if length > limit:
-        said = f"prompt of {length} {unit} exceeds the {limit} that there may be"
-        raise PromptTooLongError(
-            said,
-            metadata={"length": str(length), "limit": str(limit), "unit": unit},
-            violations=[("input", said)],
-        )
+        said = say("PROMPT_TOO_LONG", length=length, limit=limit, unit=unit)
+        raise PromptTooLongError(said, violations=[("input", said)])
 
 
 def render_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer, is_short: bool) -> RenderedChat:

@@ -18,9 +18,9 @@ from turret.server.api.inference.inputs import (
 from turret.server.api.inference.requests import check_request_id, request_salt
 from turret.server.api.limits import MAX_LABEL_SCORES, InputLimits
 from turret.server.api.violations import Violations, adapter_refs
-from turret.server.basics.counted import counted
 from turret.server.engine.scheduling.request import Output, Pooling
 from turret.server.errors import InvalidRequestError
+from turret.server.words import say
 from turret.v1 import inference_pb2
 
 
@@ -62,8 +62,13 @@ async def classify(
         if count > (most := MAX_LABEL_SCORES // len(logits)):
             raise InvalidRequestError.of(
                 "inputs",
-                f"{count} times {len(logits)} labels are over the {MAX_LABEL_SCORES} of a call:"
-                f" send at most {counted(most, 'input')}",
+                say(
+                    "TOO_MANY_NUMBERS",
+                    most=most,
+                    found=count,
+                    numbers=len(logits),
+                    most_numbers=MAX_LABEL_SCORES,
+                ),
             )
         return _classification(head, logits)
 

@@ -32,23 +32,27 @@ def pooling_of(
 ) -> Pooling:
     """How to pool the hidden states; an invalid value is noted, and left at its default."""
     values: dict[str, Any] = {}
-    known = message.pooling in _KINDS
-    violations.check(known, "pooling", f"{message.pooling} is no pooling of this version")
-    if known:
+    violations.check_enum(message, "pooling")
+    if message.pooling in _KINDS:
         values["kind"] = _KINDS[message.pooling]
     if message.HasField("normalize"):
         values["normalize"] = message.normalize
     dimensions = hidden_size
     if message.HasField("dimensions"):
         fits = 1 <= message.dimensions <= hidden_size
-        violations.check(fits, "dimensions", f"must be in [1, {hidden_size}]")
+        violations.check(
+            fits, "dimensions", "NOT_IN_RANGE", least=1, most=hidden_size, value=message.dimensions
+        )
         dimensions = values["dimensions"] = message.dimensions if fits else hidden_size
     most = MAX_EMBEDDING_NUMBERS // dimensions
     violations.check(
         len(message.inputs) <= most,
         "inputs",
-        f"{len(message.inputs)} vectors of {dimensions} numbers are over the"
-        f" {MAX_EMBEDDING_NUMBERS} of a call: send at most {most} inputs",
+        "TOO_MANY_NUMBERS",
+        most=most,
+        found=len(message.inputs),
+        numbers=dimensions,
+        most_numbers=MAX_EMBEDDING_NUMBERS,
     )
     return Pooling(**values)
 

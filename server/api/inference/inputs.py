@@ -25,7 +25,8 @@ from turret.server.engine.scheduling.request import (
     Request,
     Timing,
 )
-from turret.server.errors import InvalidRequestError, PromptTooLongError, UnavailableError
+from turret.server.errors import InvalidRequestError, UnavailableError
+from turret.server.words import say
 from turret.v1 import inference_pb2
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def check_inputs(
     Raises:
         PromptTooLongError: One cannot be as few tokens as the limit, whatever they are.
     """
-    violations.check(len(inputs) > 0, "inputs", "at least one")
+    violations.check(len(inputs) > 0, "inputs", "EMPTY")
     if not violations.check_count(len(inputs), MAX_INPUTS, "inputs"):
         return
     for index, each in enumerate(inputs):
@@ -65,11 +66,8 @@ def blamed_on(index: int) -> Iterator[None]:
     except InvalidRequestError as error:
         if any(path.startswith(_SHARED) for path, _ in error.violations):
             raise
-        found = [(_path(index, path), why) for path, why in error.violations]
-        said = "; ".join(f"{path}: {why}" for path, why in found)
-        if isinstance(error, PromptTooLongError) or not found:
-            said = f"inputs[{index}]: {error.message}"
-        raise type(error)(said, metadata=error.metadata, violations=found) from None
+        found = error.violations or [("", error.message)]
+        raise type(error).of_all([(_path(index, path), why) for path, why in found]) from None
 
 
 def _path(index: int, path: str) -> str:
@@ -163,7 +161,7 @@ async def _last(
             if output.finish is None:
                 continue
             if output.finish.reason is FinishReason.CANCELLED:
-                raise UnavailableError("the server is shutting down: it ended the request")
+                raise UnavailableError(say("SHUTTING_DOWN"))
             if output.finish.reason is not FinishReason.DEADLINE:
                 return convert(output), output.finish
     raise AssertionError("a request ends with a finish, or raises")

@@ -13,6 +13,7 @@ from turret.server.api.inference.chats import chat_size, check_chat, check_lengt
 from turret.server.api.limits import (
     MAX_CACHE_SALT_CHARS,
     MAX_LOGIT_BIASES,
+    MAX_REQUEST_ID_CHARS,
     MAX_STOP_TOKEN_IDS,
     InputLimits,
 )
@@ -25,6 +26,7 @@ from turret.server.engine.scheduling.request import (
     SamplingParams,
     StopConditions,
 )
+from turret.server.words import say
 from turret.v1 import inference_pb2
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ def _check_ids(ids: Sequence[int], vocab_size: int, violations: Violations, path
         return
     for index, token_id in enumerate(ids):
         if token_id >= vocab_size:
-            violations.add(f"{path}[{index}]", f"{token_id} is not in [0, {vocab_size})")
+            violations.add(f"{path}[{index}]", say("NOT_A_TOKEN", value=token_id, size=vocab_size))
             if violations.is_full:
                 return
 
@@ -77,7 +79,7 @@ def sampling_params(
         values["logit_bias"] = dict(message.logit_bias)
         for token_id in message.logit_bias:
             if token_id >= vocab_size:
-                violations.add(path, f"token id {token_id} is not in [0, {vocab_size})")
+                violations.add(path, say("NOT_A_TOKEN", value=token_id, size=vocab_size))
     return violations.build(SamplingParams, values, "sampling")
 
 
@@ -109,13 +111,13 @@ def constraint_spec(
         if not violations.check_count(len(message.choice.texts), MAX_CHOICES, path):
             return None
         texts = tuple(message.choice.texts)
-        violations.check(len(texts) > 0, path, "at least one")
-        violations.check(all(texts), path, "must not contain an empty string")
+        violations.check(len(texts) > 0, path, "EMPTY")
+        violations.check(all(texts), path, "HOLDS_EMPTY_STRING")
     else:
         texts, path = (getattr(message, kind),), kind
     spec = ConstraintSpec(kind, texts)
-    is_short = spec.num_chars <= MAX_CONSTRAINT_CHARS
-    violations.check(is_short, path, f"at most {MAX_CONSTRAINT_CHARS} characters")
+    size, most = spec.num_chars, MAX_CONSTRAINT_CHARS
+    violations.check(size <= most, path, "TOO_MANY_CHARACTERS", most=most, found=size)
     return spec
 
 
@@ -127,12 +129,12 @@ def check_input(message: Asked, limits: InputLimits, violations: Violations) -> 
     """
     which = message.WhichOneof("input")
     if which is None:
-        violations.add("input", "set one of prompt, chat and token_ids")
+        violations.add("input", say("ONE_REQUIRED", choices="prompt, chat, token_ids"))
     elif which == "chat":
         check_chat(message.chat, limits, violations)
     elif which == "token_ids":
         ids = message.token_ids.ids
-        violations.check(len(ids) > 0, "token_ids.ids", "at least one")
+        violations.check(len(ids) > 0, "token_ids.ids", "EMPTY")
         check_length(len(ids), limits.max_tokens, "tokens")
         _check_ids(ids, limits.vocab_size, violations, "token_ids.ids")
     else:
@@ -141,9 +143,8 @@ def check_input(message: Asked, limits: InputLimits, violations: Violations) -> 
 
 def request_salt(call: Call, asked: str, violations: Violations) -> bytes:
     """The salt for the requests of a call whose message sets ``asked`` as its ``cache_salt``."""
-    is_short = len(asked) <= MAX_CACHE_SALT_CHARS
-    violations.check(is_short, "cache_salt", f"at most {MAX_CACHE_SALT_CHARS} characters")
-    return salt_of(call.tenant, asked) if is_short else b""
+    violations.check_chars(asked, MAX_CACHE_SALT_CHARS, "cache_salt")
+    return salt_of(call.tenant, asked[:MAX_CACHE_SALT_CHARS])
 
 
 def check_request_id(request_id: str, violations: Violations) -> None:
@@ -151,7 +152,8 @@ def check_request_id(request_id: str, violations: Violations) -> None:
     violations.check(
         request_id == "" or is_request_id(request_id),
         "request_id",
-        "at most 128 printable ASCII characters",
+        "NOT_PRINTABLE_ASCII",
+        most=MAX_REQUEST_ID_CHARS,
     )
 
 

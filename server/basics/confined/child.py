@@ -13,6 +13,8 @@ import runpy
 import signal
 import sys
 
+_START_FAILED = 3
+
 
 def main(program: str, cpu_seconds: str, max_bytes: str, *packages: str) -> None:
     """Answer jobs until standard input ends.
@@ -28,7 +30,11 @@ def main(program: str, cpu_seconds: str, max_bytes: str, *packages: str) -> None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.path += packages
-    answers = runpy.run_path(program)["answers"]
+    try:
+        answers = runpy.run_path(program)["answers"]
+    except Exception:
+        # No job is to blame for a lack of memory here.
+        sys.exit(_START_FAILED)
     resource.setrlimit(resource.RLIMIT_AS, (int(max_bytes), int(max_bytes)))
     output = sys.stdout.buffer
     for line in sys.stdin.buffer:

@@ -18,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.basics.byte_size import format_byte_size
+from turret.server.basics.work import is_out_of_memory
+from turret.server.words import Text, say
 
 # Wall-clock limit, for a job that gets hardly any processor time.
 TIMEOUT_SECONDS = 60.0
 _CHILD = Path(__file__).with_name("child.py")
 _READ_BYTES = 1 << 20
+# Exit code of a child that failed before it read a job; see child.py.
+_START_FAILED = 3
 
 
 class ConfinedError(Exception):
@@ -33,7 +37,7 @@ class ConfinedError(Exception):
         answers: The answers that came before.
     """
 
-    def __init__(self, why: str, *, is_over_limit: bool) -> None:
+    def __init__(self, why: Text, *, is_over_limit: bool) -> None:
         super().__init__(why)
         self.is_over_limit = is_over_limit
         self.answers: list[Any] = []
@@ -79,13 +83,20 @@ class Confined:
 
         Raises:
             ConfinedError: The job met a limit, or something else ended the process.
+            MemoryError, OSError: There is no memory to start the process.
         """
         line = json.dumps(job, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         output = bytearray()
         with self._lock:
             if self._is_closed:
-                raise ConfinedError("its process was ended", is_over_limit=False)
-            process = self._started()
+                raise ConfinedError(say("PROCESS_KILLED"), is_over_limit=False)
+            try:
+                process = self._started()
+            except OSError as error:
+                if is_out_of_memory(error):
+                    raise
+                why = say("PROCESS_NOT_STARTED", problem=error.strerror)
+                raise ConfinedError(why, is_over_limit=False) from error
             try:
                 self._exchange(process, line, output)
             except ConfinedError as error:
@@ -131,7 +142,7 @@ class Confined:
         while output != b"\n" and output[-2:] != b"\n\n":
             events = dict(poll.poll(max(0.0, end - time.monotonic()) * 1000))
             if not events:
-                why = f"its process did not answer within {TIMEOUT_SECONDS:g} s"
+                why = say("PROCESS_SILENT", seconds=TIMEOUT_SECONDS)
                 raise ConfinedError(why, is_over_limit=False)
             if events.get(source):
                 piece = os.read(source, _READ_BYTES)
@@ -139,7 +150,7 @@ class Confined:
                     raise self._end_of(process)
                 output += piece
                 if len(output) > self._max_answer_bytes:
-                    why = f"writes more than {format_byte_size(self._max_answer_bytes)}"
+                    why = say("PROCESS_OUTPUT_LIMIT", most=format_byte_size(self._max_answer_bytes))
                     raise ConfinedError(why, is_over_limit=True)
             elif left:
                 # If the process has ended, its standard output reports that.
@@ -152,14 +163,17 @@ class Confined:
         """Why the process ended by itself, as an error."""
         code = process.wait()
         if code in (-signal.SIGKILL, -signal.SIGTERM):
-            return ConfinedError("its process was ended", is_over_limit=False)
+            return ConfinedError(say("PROCESS_KILLED"), is_over_limit=False)
+        if code == _START_FAILED:
+            why = say("PROCESS_NOT_STARTED", problem=f"exit code {code}")
+            return ConfinedError(why, is_over_limit=False)
         if code == -signal.SIGPROF:
-            why = f"takes more than {self._cpu_seconds:g} s of processor time"
+            why = say("PROCESS_TIME_LIMIT", seconds=self._cpu_seconds)
         elif code == 1:
             # Python exits with 1 after an uncaught exception.
-            why = f"needs more than {format_byte_size(self._max_bytes)} of memory"
+            why = say("PROCESS_MEMORY_LIMIT", most=format_byte_size(self._max_bytes))
         else:
-            why = f"makes its process crash (exit code {code})"
+            why = say("PROCESS_CRASHED", exit_code=code)
         return ConfinedError(why, is_over_limit=True)
 
 

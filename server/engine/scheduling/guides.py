@@ -11,6 +11,7 @@ from turret.server.adapters.mix import Mix
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.errors import InvalidRequestError
+from turret.server.words import say
 
 
 def add_guide(sequence: Sequence) -> None:
@@ -26,15 +27,10 @@ def add_guide(sequence: Sequence) -> None:
         return
     if len(guided) > 1:
         names = ", ".join(adapter.name for adapter in guided)
-        raise InvalidRequestError.of(
-            "adapters", f"a mix holds at most one adapter that needs a first pass: {names}"
-        )
+        raise InvalidRequestError.of("adapters", say("SEVERAL_FIRST_PASSES", adapters=names))
     if sequence.num_virtual:
-        raise InvalidRequestError.of(
-            "adapters",
-            f"{guided[0].name} needs a first pass over the prompt, before which another adapter of"
-            " the mix puts soft tokens or a prefix; request them apart",
-        )
+        said = say("FIRST_PASS_WITH_PREFIX", adapter=guided[0].name)
+        raise InvalidRequestError.of("adapters", said)
     is_base = guided[0].first_pass == "base"
     own = mix.part([] if is_base else [(guided[0], 1.0)])
     sequence.guide = _guide_of(sequence.request, own, sequence)

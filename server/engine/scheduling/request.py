@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,9 +10,9 @@ from typing import Protocol
 
 from turret.server.adapters.head import Head
 from turret.server.adapters.ref import AdapterRef
-from turret.server.basics.counted import counted
 from turret.server.constraints.constraint import MATCHER_BYTES, Constraint
 from turret.server.errors import InvalidRequestError
+from turret.server.words import say
 
 # What a request wants from its prompt's final states instead of an answer. No torch.
 
@@ -98,9 +97,17 @@ class FinishReason(enum.Enum):
     DEADLINE = "deadline"
 
 
-def _check(ok: bool, name: str, rule: str) -> None:
+def _check(ok: bool, name: str, reason: str, **params: object) -> None:
     if not ok:
-        raise InvalidRequestError.of(name, rule)
+        raise InvalidRequestError.of(name, say(reason, **params))
+
+
+def _check_range(name: str, value: float, least: float, most: float) -> None:
+    _check(least <= value <= most, name, "NOT_IN_RANGE", least=least, most=most, value=value)
+
+
+def _check_least(name: str, value: int, least: int) -> None:
+    _check(value >= least, name, "TOO_SMALL", least=least, value=value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,24 +129,17 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        t = self.temperature
-        _check(0.0 <= t <= 100.0, "sampling.temperature", "must be in [0, 100]; 0 is greedy")
-        _check(self.top_k >= 0, "sampling.top_k", "must be >= 0; 0 is off")
-        _check(0.0 < self.top_p <= 1.0, "sampling.top_p", "must be in (0, 1]")
-        _check(0.0 <= self.min_p <= 1.0, "sampling.min_p", "must be in [0, 1]")
-        r = self.repetition_penalty
-        _check(
-            0.01 <= r <= 100.0, "sampling.repetition_penalty", "must be in [0.01, 100]; 1 is off"
-        )
-        for name in ("presence_penalty", "frequency_penalty"):
-            _check(-2.0 <= getattr(self, name) <= 2.0, f"sampling.{name}", "must be in [-2, 2]")
+        _check_range("sampling.temperature", self.temperature, 0, 100)
+        _check_least("sampling.top_k", self.top_k, 0)
+        p = self.top_p
+        _check(0.0 < p <= 1.0, "sampling.top_p", "NOT_IN_RANGE_ABOVE", above=0, most=1, value=p)
+        _check_range("sampling.min_p", self.min_p, 0, 1)
+        _check_range("sampling.repetition_penalty", self.repetition_penalty, 0.01, 100)
+        _check_range("sampling.presence_penalty", self.presence_penalty, -2, 2)
+        _check_range("sampling.frequency_penalty", self.frequency_penalty, -2, 2)
         for token_id, bias in self.logit_bias.items():
-            _check(token_id >= 0, "sampling.logit_bias", f"token id {token_id} is negative")
-            _check(
-                math.isfinite(bias) and -100.0 <= bias <= 100.0,
-                "sampling.logit_bias",
-                f"bias of token {token_id} must be in [-100, 100]",
-            )
+            _check_least("sampling.logit_bias", token_id, 0)
+            _check_range("sampling.logit_bias", bias, -100, 100)
 
     @property
     def is_greedy(self) -> bool:
@@ -159,20 +159,20 @@ class StopConditions:
 
     def __post_init__(self) -> None:
         most = self.max_tokens
-        _check(most is None or most >= 1, "stop.max_tokens", "must be at least 1")
-        _check(self.min_tokens >= 0, "stop.min_tokens", "must be at least 0")
-        is_within = most is None or self.min_tokens <= most
-        _check(is_within, "stop.min_tokens", f"must be at most stop.max_tokens, {most}")
-        n = len(self.stop_strings)
-        _check(n <= MAX_STOP_STRINGS, "stop.stop_strings", f"at most {MAX_STOP_STRINGS}")
+        if most is not None:
+            _check_least("stop.max_tokens", most, 1)
+        least, other = self.min_tokens, "stop.max_tokens"
+        _check_least("stop.min_tokens", least, 0)
+        is_within = most is None or least <= most
+        _check(is_within, "stop.min_tokens", "EXCEEDS_FIELD", other=other, most=most, value=least)
+        path, count = "stop.stop_strings", len(self.stop_strings)
+        is_short = count <= MAX_STOP_STRINGS
+        _check(is_short, path, "TOO_MANY_ENTRIES", most=MAX_STOP_STRINGS, found=count)
         for text in self.stop_strings:
-            _check(text != "", "stop.stop_strings", "must not contain an empty string")
-            _check(
-                len(text) <= MAX_STOP_STRING_CHARS,
-                "stop.stop_strings",
-                f"each at most {MAX_STOP_STRING_CHARS} characters",
-            )
-        _check(all(t >= 0 for t in self.stop_token_ids), "stop.stop_token_ids", "must be >= 0")
+            size, longest = len(text), MAX_STOP_STRING_CHARS
+            _check(text != "", path, "HOLDS_EMPTY_STRING")
+            _check(size <= longest, path, "HOLDS_TOO_LONG_STRING", most=longest, found=size)
+        _check_least("stop.stop_token_ids", min(self.stop_token_ids, default=0), 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,8 +191,9 @@ class ResponseOptions:
     said_only: bool = False
 
     def __post_init__(self) -> None:
-        _check(0 <= self.top_n <= MAX_TOP_N, "options.top_n", f"must be in [0, {MAX_TOP_N}]")
-        _check(self.top_n == 0 or self.logprobs, "options.top_n", "needs options.logprobs")
+        _check_range("options.top_n", self.top_n, 0, MAX_TOP_N)
+        is_told = self.top_n == 0 or self.logprobs
+        _check(is_told, "options.top_n", "NEEDS_FIELD", other="options.logprobs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,17 +225,21 @@ class Request:
 
     def __post_init__(self) -> None:
         assert not self.score or self.pooling is None, "a prompt is scored or pooled"
-        _check(len(self.prompt_token_ids) > 0, "input", "the prompt has no tokens")
+        _check(len(self.prompt_token_ids) > 0, "input", "NO_TOKENS")
         most, so_far = self.stop.max_tokens, len(self.answer_so_far)
         _check(
             most is None or so_far < most,
             "answer_so_far",
-            f"has {counted(so_far, 'token')} already, and stop.max_tokens is {most}",
+            "ANSWER_COMPLETE",
+            found=so_far,
+            other="stop.max_tokens",
+            most=most,
         )
         _check(
             not (so_far and self.options.echo),
             "options.echo",
-            "the prompt came with the beginning of the answer; leave it out with answer_so_far",
+            "CONFLICTS_WITH",
+            other="answer_so_far",
         )
 
     @property

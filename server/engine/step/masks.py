@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from turret.server.constraints.matcher import Matcher, Words, roomy_executor
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.errors import TurretError
+from turret.server.words import say
 
 _log = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def _failed(error: BaseException) -> TokenMask:
     if isinstance(error, TurretError):
         return TokenMask(None, error)
     _log.error("a constraint failed", exc_info=error)
-    return TokenMask(None, TurretError("internal error"))
+    return TokenMask(None, TurretError(say("INTERNAL")))
 
 
 # The allowed next tokens of a sequence, computed now or on demand.

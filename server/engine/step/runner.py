@@ -21,6 +21,7 @@ from turret.server.engine.step.rows import Placed
 from turret.server.engine.step.sampler import Draw, top_of
 from turret.server.engine.step.verification import draw_tokens, likeliest_draws
 from turret.server.errors import BudgetExceededError
+from turret.server.words import say
 
 # Vocabulary logits of prompt positions are made this many rows at a time: 64 rows of a 150,000
 # token vocabulary are 38 MB in fp32.
@@ -112,11 +113,8 @@ class Runner:
         if self.fits(sequence, ()):
             return None
         needed = self._needed_bytes((sequence,))
-        return BudgetExceededError(
-            f"the mix needs {needed} bytes of device memory, the budget for all adapters is"
-            f" {self._store.max_bytes}",
-            metadata={"bytes": str(needed), "budget_bytes": str(self._store.max_bytes)},
-        )
+        budget = self._store.max_bytes
+        return BudgetExceededError(say("MIX_TOO_LARGE", bytes=needed, budget_bytes=budget))
 
     def _needed_bytes(self, sequences: Iterable[Sequence]) -> int:
         """Bytes that their adapters take when stored together; each counts once."""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from turret.kernels.gpu.tables.staged_buffer import upload
+from turret.kernels.gpu.tables import upload
 from turret.server.adapters.device.store import AdapterStore
 from turret.server.adapters.device.vocabulary import VocabularyChange, VocabularyGroup
 from turret.server.engine.scheduling.sequence import Sequence

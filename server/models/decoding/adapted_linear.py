@@ -11,8 +11,8 @@ from turret.server.adapters.device.store import AdapterStep
 
 if TYPE_CHECKING:
     # Imported for types only: the GPU benchmark builds layers where bitsandbytes is not installed.
-    from turret.kernels.gpu.adapters.segmented_shrink import Shrink
-    from turret.kernels.gpu.epilogues import Epilogue
+    from turret.kernels.gpu.low_rank import Shrink
+    from turret.kernels.gpu.nf4 import Epilogue
     from turret.server.adapters.device.gpu.store import GpuAdapterStep
     from turret.server.models.weights.base_linear import BaseLinear
     from turret.server.models.weights.nf4_gpu import Nf4Product

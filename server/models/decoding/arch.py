@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from turret.server.errors import InvalidRequestError
+from turret.server.words import say
 
 if TYPE_CHECKING:
     import torch
@@ -301,12 +302,10 @@ def check_served(arch: Arch) -> None:
     Raises:
         InvalidRequestError: They do not; names everything that is missing.
     """
-    missing = []
-    if isinstance(arch.activation, str) and arch.activation not in ACTIVATIONS:
-        missing.append(f"activation {arch.activation!r} (there is {', '.join(ACTIVATIONS)})")
+    kind = arch.activation
+    if isinstance(kind, str) and kind not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        said = say("CONFIG_UNSUPPORTED", key="activation", value=kind, choices=known)
+        raise InvalidRequestError.of("model", said)
     if any(2 * len(rope.inv_freq) > arch.head_dim for rope in arch.ropes.values()):
-        missing.append("heads that rotate more features than they have")
-    if missing:
-        raise InvalidRequestError.of(
-            "model", f"{arch.model_type} needs what is not served: {'; '.join(missing)}"
-        )
+        raise InvalidRequestError.of("model", say("ROTATION_TOO_WIDE"))

@@ -14,21 +14,18 @@ import torch
 import torch.nn.functional as F
 
 from turret.kernels.expert_routing import Routing
-from turret.kernels.gpu.clamped_swiglu import clamped_swiglu
-from turret.kernels.gpu.epilogues import GatedSilu, Heads
-from turret.kernels.gpu.experts.combine_experts import combine_experts
-from turret.kernels.gpu.experts.route_rows import route_rows
-from turret.kernels.gpu.gelu_mul import gelu_mul
-from turret.kernels.gpu.kv_write import KvWrite
-from turret.kernels.gpu.library_products import keep_sums_whole
+from turret.kernels.gpu.activations import clamped_swiglu, gelu_mul, silu_mul
+from turret.kernels.gpu.experts import combine_experts, route_rows
+from turret.kernels.gpu.nf4 import GatedSilu, Heads
 from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
-from turret.kernels.gpu.silu_mul import silu_mul
-from turret.kernels.gpu.tables.attention_table import AttentionTable
+from turret.kernels.gpu.rope_kv_write import KvWrite
+from turret.kernels.gpu.tables import AttentionTable
 from turret.server.adapters.device.gpu.store import GpuAdapterStep
 from turret.server.models.decoding.arch import Arch, ClampedSwiglu
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer, StepInput
 from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.weights.nf4_gpu import keep_sums_whole
 
 # Libraries choose their algorithm by shape: the head's product always has this many rows.
 _HEAD_ROWS = 64

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from turret.kernels.gpu.tables.staged_buffer import upload
+from turret.kernels.gpu.tables import upload
 from turret.server.models.decoding.arch import Arch
 
 

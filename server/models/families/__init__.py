@@ -10,6 +10,7 @@ from typing import Any
 from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import MODULES, Arch, check_served
 from turret.server.models.family import Family
+from turret.server.words import say
 
 
 def _discover() -> dict[str, Family]:
@@ -80,9 +81,8 @@ def read_arch(config: Any) -> Arch:
 def not_served(kind: object) -> InvalidRequestError:
     """The refusal of a ``model_type``, which lists those that are served."""
     served = ", ".join(served_types())
-    return InvalidRequestError.of(
-        "model", f"model_type {kind!r} is not served; served are {served}"
-    )
+    said = say("CONFIG_UNSUPPORTED", key="model_type", value=kind, choices=served)
+    return InvalidRequestError.of("model", said)
 
 
 def _text_parts() -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Arch, LayerNorms
 from turret.server.models.family import Family, read_decoder, read_ropes, read_windows
+from turret.server.words import say
 
 
 def _read_1(config: Any, **own: Any) -> Arch:
@@ -41,11 +42,8 @@ def _read_2(config: Any, **own: Any) -> Arch:
 def _read_3(config: Any) -> Arch:
     """Read Gemma 3: normed query and key heads, frequencies by kind of layer, no score cap."""
     if config.use_bidirectional_attention:
-        raise InvalidRequestError.of(
-            "model",
-            "a gemma3_text with use_bidirectional_attention embeds texts; models that generate"
-            " them are served",
-        )
+        said = say("CONFIG_KEY_UNSUPPORTED", key="use_bidirectional_attention")
+        raise InvalidRequestError.of("model", said)
     return _read_2(config, qk_norm="head", attention_softcap=None, **read_ropes(config))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import MODULES, Arch
 from turret.server.models.family import Family, read_decoder, without_rope
+from turret.server.words import say
 
 _MODULES_4 = {
     **MODULES,
@@ -31,11 +32,7 @@ def _read_4(config: Any) -> Arch:
     """Read Granite 4: other MLP names, gate and up in one module; some models do not rotate."""
     layers = config.num_hidden_layers
     if config.num_local_experts or {*config.layer_types} & {"mamba", "linear_attention"}:
-        raise InvalidRequestError.of(
-            "model",
-            "a granitemoehybrid with experts or Mamba layers is not served; those that have"
-            " attention and an MLP in every layer are",
-        )
+        raise InvalidRequestError.of("model", say("GRANITE_HYBRID_UNSUPPORTED"))
     rotates = [config.position_embedding_type == "rope"] * layers
     return _read(
         config,

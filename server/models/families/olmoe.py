@@ -7,6 +7,7 @@ from typing import Any
 from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Arch, Experts
 from turret.server.models.family import Family, read_decoder
+from turret.server.words import say
 
 
 def _experts(config: Any) -> Experts:
@@ -21,9 +22,7 @@ def _experts(config: Any) -> Experts:
 
 def _read(config: Any) -> Arch:
     if config.clip_qkv is not None:
-        raise InvalidRequestError.of(
-            "model", "an olmoe with clip_qkv is not served; those that do not clip are"
-        )
+        raise InvalidRequestError.of("model", say("CONFIG_KEY_UNSUPPORTED", key="clip_qkv"))
     return read_decoder(config, qk_norm="projection", experts=_experts(config))
 
 

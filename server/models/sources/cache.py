@@ -7,9 +7,7 @@ from pathlib import Path
 
 from turret.server.basics.files import unwritable
 from turret.server.errors import InvalidRequestError
-
-# Advice if the cache directory is not writable.
-NAMES = "XDG_CACHE_HOME names another place for them"
+from turret.server.words import say
 
 
 def default_cache_dir() -> Path:
@@ -21,9 +19,7 @@ def default_cache_dir() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if root.startswith("~"):
         # This happens in a container whose user id has no entry in the password file.
-        raise InvalidRequestError.of(
-            "model", f"there is no home directory for its quantised weights; {NAMES}"
-        )
+        raise InvalidRequestError.of("model", say("NO_HOME_DIRECTORY"))
     return Path(root) / "turret"
 
 
@@ -36,6 +32,5 @@ def check_cache_dir() -> None:
     folder = default_cache_dir()
     problem = unwritable(folder)
     if problem and not any(folder.glob("nf4-*")):
-        raise InvalidRequestError.of(
-            "model", f"its quantised weights have no place: {folder} {problem}; {NAMES}"
-        )
+        said = say("CACHE_NOT_WRITABLE", folder=folder, problem=problem)
+        raise InvalidRequestError.of("model", said)

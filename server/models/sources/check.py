@@ -24,11 +24,12 @@ from turret.server.models.sources.hub_model import (
 )
 from turret.server.models.sources.model_directory import (
     check_model_directory,
+    has_tokenizer,
     is_4bit,
     model_name,
     read_config,
-    why_no_tokenizer,
 )
+from turret.server.words import say
 
 # Larger than any real size of a model.
 _MOST = 1 << 24
@@ -57,8 +58,8 @@ def check_model(model: Path | None) -> str:
         check_cache_dir()
         return kind
     config = check_model_directory(model)
-    if why := why_no_tokenizer(path.name for path in model.iterdir()):
-        raise InvalidRequestError.of("model", f"{model} {why}")
+    if not has_tokenizer(path.name for path in model.iterdir()):
+        raise InvalidRequestError.of("model", say("NO_TOKENIZER", model=model))
     if not is_4bit(config):
         check_cache_dir()
     return text_type(config)

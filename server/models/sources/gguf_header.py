@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from turret.server.errors import InvalidRequestError
 from turret.server.models.sources.gguf_layouts import LAYOUTS, WANTED, layout_of
+from turret.server.words import say
 
 SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
@@ -49,14 +50,10 @@ def check_gguf(path: Path) -> str:
     said = _said_by(path)
     architecture = said.get("general.architecture", "")
     if not isinstance(architecture, str) or not architecture:
-        raise refuse(path, "is no GGUF file of version 2 or 3 that names its architecture")
+        raise refuse(path, "GGUF_INVALID")
     if architecture not in LAYOUTS:
         served = ", ".join(sorted(LAYOUTS))
-        raise refuse(
-            path,
-            f"is of architecture {architecture!r:.80}; of GGUF files {served} are served, others as"
-            " a directory in Hugging Face format",
-        )
+        raise refuse(path, "GGUF_ARCHITECTURE", value=architecture[:80], choices=served)
     prefix = f"{architecture}."
     return layout_of(
         architecture, {key.removeprefix(prefix): value for key, value in said.items()}
@@ -79,8 +76,7 @@ def check_whole(path: Path) -> None:
             # Other damage is reported by the gguf reader.
             return
     if size < whole:
-        step = "copy or download it again"
-        raise refuse(path, f"is cut short: {size:,} bytes, and its tensors end further on; {step}")
+        raise refuse(path, "FILE_DAMAGED")
 
 
 def gguf_size(path: Path) -> tuple[int, int, int] | None:
@@ -131,9 +127,9 @@ def _said_by(path: Path) -> dict[str, Any]:
         return {}
 
 
-def refuse(path: Path, why: str) -> InvalidRequestError:
+def refuse(path: Path, reason: str, **params: object) -> InvalidRequestError:
     """Make the error that refuses a file."""
-    return InvalidRequestError.of("model", f"{path} {why}")
+    return InvalidRequestError.of("model", say(reason, path=path, **params))
 
 
 def _keys(file: BinaryIO) -> dict[str, Any]:

@@ -69,23 +69,23 @@ def read_rope_parameters(
     scales = {float(said[key]) for key in _ATTENTION_FACTORS if key in said}
     if freqs is not None:
         if kind != "none" or long is not None:
-            raise refuse(path, f"scales its rotary positions by factors and by {kind!r} at once")
+            raise refuse(path, "GGUF_ROPE_UNSUPPORTED", kind=kind)
         return {**rope, **_llama3(path, rope["rope_theta"], head_dim, freqs)}
     if long is not None and short is not None and kind in ("none", "longrope"):
         rope |= {
             "rope_type": "longrope",
             "long_factor": _values(long),
             "short_factor": _values(short),
-            "original_max_position_embeddings": _original(path, said, "longrope"),
+            "original_max_position_embeddings": _original(path, said),
         }
     elif kind == "none" and long is short is None:
         rope["rope_type"] = "default"
     elif kind in ("linear", "yarn") and "rope.scaling.factor" in said and long is short is None:
         rope |= {"rope_type": kind, "factor": float(said["rope.scaling.factor"])}
     else:
-        raise refuse(path, f"scales its rotary positions by {kind!r}, which is not read here")
+        raise refuse(path, "GGUF_ROPE_UNSUPPORTED", kind=kind)
     if rope["rope_type"] == "yarn":
-        rope["original_max_position_embeddings"] = _original(path, said, "yarn")
+        rope["original_max_position_embeddings"] = _original(path, said)
         rope |= {name: float(said[key]) for key, name in _YARN.items() if key in said}
         if "mscale_all_dim" in rope:
             # llama.cpp uses mscale 1 whenever mscale_all_dim is present.
@@ -94,13 +94,13 @@ def read_rope_parameters(
         if scales:
             rope["attention_factor"] = scales.pop()
     elif not scales <= {1.0}:
-        raise refuse(path, "scales what rotates by a factor and says not why")
+        raise refuse(path, "GGUF_ROPE_UNSUPPORTED", kind=kind)
     return rope
 
 
-def _original(path: Path, said: Mapping[str, Any], kind: str) -> int:
+def _original(path: Path, said: Mapping[str, Any]) -> int:
     if _ORIGINAL not in said:
-        raise refuse(path, f"scales its rotary positions by {kind} and lacks the original length")
+        raise refuse(path, "GGUF_KEY_MISSING", key=_ORIGINAL)
     return int(said[_ORIGINAL])
 
 
@@ -125,4 +125,4 @@ def _llama3(path: Path, theta: float, head_dim: int, freqs: ReaderTensor) -> dic
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         if found.shape == plain.shape and torch.allclose(plain / scaled, found, rtol=1e-3):
             return rope
-    raise refuse(path, "scales its rotary positions by factors that are not Llama 3.1's or 3.2's")
+    raise refuse(path, "GGUF_ROPE_UNSUPPORTED", kind="llama3")

@@ -54,9 +54,9 @@ class GgufTensors:
             other = self._other(part)
             known = self._name(block, part, kind)
             if kind not in _KINDS or (known is None and other is None):
-                raise refuse(path, f"holds a tensor that nobody knows here: {name}")
+                raise refuse(path, "TENSORS_UNEXPECTED", names=name)
             if other is not None and f"{block}.{other}.{kind}" not in tensors:
-                raise refuse(path, f"lacks {block}.{other}.{kind}")
+                raise refuse(path, "TENSOR_MISSING", name=f"{block}.{other}.{kind}")
             if known is not None:
                 self._names[name] = known
 

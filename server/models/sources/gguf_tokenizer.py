@@ -52,7 +52,7 @@ def read_gguf_tokenizer(path: Path, fields: Mapping[str, Any], layout: GgufLayou
     pre = fields.get(_PRE, "default")
     is_bytes = fields.get("tokenizer.ggml.model") == "gpt2"
     if is_bytes and pre not in _KNOWN:
-        raise refuse(path, f"splits texts by the rules of {pre!r}, which are not read here")
+        raise refuse(path, "GGUF_TOKENIZER_UNSUPPORTED", pre=pre)
     kind: Any = AutoTokenizer if layout.tokenizer == "auto" else PreTrainedTokenizerFast
     tokenizer = kind.from_pretrained(path.parent, gguf_file=path.name, **_bos_rule(fields))
     if is_bytes and pre in _AS_LLAMA3:

@@ -25,10 +25,12 @@ from turret.server.models.sources.model_directory import (
     WEIGHTS,
     check_config,
     check_model_directory,
+    files_missing,
+    has_tokenizer,
     indexed_files,
     read_config,
-    why_no_tokenizer,
 )
+from turret.server.words import Text, say
 
 # Configs, tokenizers and chat templates, at the top of the repository.
 _SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -58,7 +60,7 @@ def check_hub_model(hub_id: HubId) -> str:
     try:
         repository, folder = _describe(hub_id)
     except (HubError, HubUnavailableError) as error:
-        raise _refuse(f"there is no directory {hub_id}, and {error.message}") from None
+        raise _refuse(say("MODEL_NOT_ON_HUB", model=hub_id, problem=error.message)) from None
     if all((folder / name).is_file() for name in _weights(repository, folder)):
         check_model_directory(folder)
     return text_type(read_config(folder))
@@ -104,36 +106,30 @@ def _describe(hub_id: HubId) -> tuple[Repository, Path]:
     repository = find_repository(hub_id, may_be_old=True)
     files = repository.files
     if repository.is_cached and not (_CONFIG in files and {WEIGHTS, INDEX} & set(files)):
-        raise _refuse(f"the cache has only some files of {hub_id}, and the hub cannot be asked")
+        raise _refuse(say("HUB_CACHE_INCOMPLETE", model=hub_id))
     if _CONFIG not in files:
-        raise _refuse(f"{hub_id} {_what_else(files)}")
+        raise _refuse(_what_else(hub_id, files))
     _check_weights(hub_id, files)
-    if why := why_no_tokenizer(files):
-        raise _refuse(f"{hub_id} {why}")
+    if not has_tokenizer(files):
+        raise _refuse(say("NO_TOKENIZER", model=hub_id))
     wanted = [name for name in (_CONFIG, INDEX) if name in files]
     folder = download(repository, wanted, lambda _: None)
     check_config(read_config(folder), str(hub_id))
     return repository, folder
 
 
-def _what_else(files: Mapping[str, int]) -> str:
+def _what_else(hub_id: HubId, files: Mapping[str, int]) -> Text:
     if _ADAPTER_CONFIG in files:
-        return "is an adapter, not a base model: name its base here, and load it with --adapter-hub"
+        return say("MODEL_IS_AN_ADAPTER", model=hub_id)
     ggufs = [name for name in files if name.endswith(".gguf")]
     if ggufs:
-        return (
-            f"holds GGUF files; fetch one (hf download …) and give --model the file, as {ggufs[0]}"
-        )
-    return "has no config.json, so it is no model in Hugging Face format"
+        return say("MODEL_IS_GGUF", model=hub_id, file=ggufs[0])
+    return say("MODEL_HAS_NO_CONFIG", model=hub_id)
 
 
 def _check_weights(hub_id: HubId, files: Iterable[str]) -> None:
-    files = set(files)
-    if not files.isdisjoint((WEIGHTS, INDEX)):
-        return
-    pickles = sorted(name for name in files if name.endswith((".bin", ".pth")))
-    has = f" and has {pickles[0]}: a pickle can run code and is not read" if pickles else ""
-    raise _refuse(f"{hub_id} has no {WEIGHTS}; only safetensors is read{has}")
+    if {WEIGHTS, INDEX}.isdisjoint(files):
+        raise _refuse(say("MODEL_HAS_NO_WEIGHTS", model=hub_id, file=WEIGHTS))
 
 
 def _small(files: Iterable[str]) -> list[str]:
@@ -151,8 +147,7 @@ def _weights(repository: Repository, folder: Path) -> list[str]:
     names = indexed_files(folder / INDEX)
     lacking = [name for name in names if name not in repository.files]
     if lacking:
-        where = "the cache of " if repository.is_cached else ""
-        raise _refuse(f"{where}{repository.id} lacks {lacking[0]}, which its {INDEX} names")
+        raise _refuse(files_missing(repository.id, lacking, names))
     return names
 
 

@@ -6,14 +6,14 @@ import fnmatch
 import json
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from turret.server.basics.counted import counted
 from turret.server.basics.files import why_lfs_pointer
 from turret.server.errors import InvalidRequestError
 from turret.server.models import families
+from turret.server.words import Text, say
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -24,7 +24,6 @@ _TOKENIZERS = ("tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "tekken.
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 # The limit that safetensors itself has.
 _MAX_HEADER_BYTES = 100_000_000
-_AGAIN = "copy or download it again"
 _HUB_CACHE = re.compile(r".*/models--(.+?)--(.+)/snapshots/[0-9a-f]{40}")
 
 
@@ -41,15 +40,9 @@ def check_model_directory(model: Path) -> dict[str, Any]:
         InvalidRequestError: Says what is there instead, and what to do.
     """
     if not model.exists():
-        raise _refuse(
-            f"{model} does not exist; a model is a directory in Hugging Face format, a .gguf file"
-            " or org/name of the Hugging Face hub"
-        )
+        raise _refuse(say("MODEL_NOT_FOUND", model=model))
     if not model.is_dir():
-        raise _refuse(
-            f"{model} is a file; a model is a directory in Hugging Face format, with config.json,"
-            " the tokenizer's files and *.safetensors, or a .gguf file"
-        )
+        raise _refuse(say("MODEL_IS_A_FILE", model=model))
     config = read_config(model)
     check_config(config, model)
     for file in weight_files(model):
@@ -75,21 +68,15 @@ def check_config(config: dict[str, Any], model: Path | str) -> None:
         return
     method = quantization.get("quant_method")
     if method not in _READ:
-        raise _refuse(
-            f"{model} is quantised with {method!r}; turret serves plain checkpoints, MXFP4 and FP8"
-            " ones, which it quantises itself, and bitsandbytes 4-bit ones"
-        )
+        raise _refuse(say("QUANTIZATION_UNSUPPORTED", model=model, value=method))
 
 
-def why_no_tokenizer(names: Iterable[str]) -> str:
-    """Explain why no file of these names is a tokenizer; "" if one is."""
-    for name in names:
-        is_one = any(fnmatch.fnmatch(name, pattern) for pattern in _TOKENIZERS)
-        if is_one and name != _TOKENIZER_CONFIG:
-            return ""
-    return (
-        "has no tokenizer.json (nor tokenizer.model), without which no text becomes tokens: copy"
-        " the tokenizer's files from where the weights come from"
+def has_tokenizer(names: Iterable[str]) -> bool:
+    """Whether one of the files is a tokenizer."""
+    return any(
+        fnmatch.fnmatch(name, pattern) and name != _TOKENIZER_CONFIG
+        for name in names
+        for pattern in _TOKENIZERS
     )
 
 
@@ -124,7 +111,7 @@ def scale_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
         return None
     are_two = isinstance(sizes, list) and len(sizes) == 2
     if not are_two or not all(type(size) is int and size > 0 for size in sizes):
-        raise _refuse(f"weight_block_size is {sizes!r:.60}, must be two positive numbers")
+        raise _refuse(say("BLOCK_SIZE_INVALID", value=str(sizes)[:60]))
     return sizes[0], sizes[1]
 
 
@@ -139,21 +126,17 @@ def weight_files(folder: Path) -> list[Path]:
         names = indexed_files(index)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise _refuse(
-                f"{folder} lacks {len(missing)} of the {counted(len(names), 'file')} that {INDEX}"
-                f" names, such as {missing[0]}: the download is not complete"
-            )
+            raise _refuse(files_missing(folder, missing, names))
         return [folder / name for name in names]
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
-    if pickles:
-        raise _refuse(
-            f"{folder} has {pickles[0]} and no {WEIGHTS}; only safetensors is read, since a pickle"
-            " can run code. transformers converts: AutoModelForCausalLM.from_pretrained(DIR)"
-            ".save_pretrained(NEW)"
-        )
-    raise _refuse(f"{folder} has no {WEIGHTS}; only safetensors is read")
+    raise _refuse(say("MODEL_HAS_NO_WEIGHTS", model=folder, file=WEIGHTS))
+
+
+def files_missing(model: object, missing: Sequence[str], names: Sequence[str]) -> Text:
+    """The text about files of an index that are not there."""
+    found = {"missing": len(missing), "count": len(names), "name": missing[0]}
+    return say("FILES_MISSING", model=model, index=INDEX, **found)
 
 
 def _check_whole(file: Path) -> None:
@@ -164,24 +147,20 @@ def _check_whole(file: Path) -> None:
     size = file.stat().st_size
     with file.open("rb") as opened:
         word = opened.read(8)
-        if why := why_lfs_pointer(word) if word else "is empty; " + _AGAIN:
-            raise _refuse(f"{file} {why}")
+        if word and (why := why_lfs_pointer(word)):
+            raise _refuse(say("FILE_UNUSABLE", path=file, problem=why))
         (length,) = struct.unpack("<Q", word.ljust(8, b"\0"))
-        if length > _MAX_HEADER_BYTES:
-            raise _refuse(f"{file} is no safetensors file; {_AGAIN}")
-        text = opened.read(length)
+        text = opened.read(length) if length <= _MAX_HEADER_BYTES else b""
     if len(word) < 8 or len(text) < length:
-        raise _refuse(f"{file} is cut short: it ends inside its header; {_AGAIN}")
+        raise _refuse(say("FILE_DAMAGED", path=file))
     try:
         table: dict[str, Any] = json.loads(text)
         ends = [entry["data_offsets"][1] for name, entry in table.items() if name[:2] != "__"]
         whole = 8 + length + max(ends, default=0)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise _refuse(f"{file} has a damaged header; {_AGAIN}") from None
-    if size < whole:
-        raise _refuse(f"{file} is cut short: it has {size:,} of {whole:,} bytes; {_AGAIN}")
-    if size > whole:
-        raise _refuse(f"{file} is damaged: {size:,} bytes, {whole:,} by its header; {_AGAIN}")
+        raise _refuse(say("FILE_DAMAGED", path=file)) from None
+    if size != whole:
+        raise _refuse(say("FILE_WRONG_SIZE", path=file, found=size, expected=whole))
 
 
 def indexed_files(index: Path) -> list[str]:
@@ -192,17 +171,17 @@ def indexed_files(index: Path) -> list[str]:
     """
     data = index.read_bytes()
     if why := why_lfs_pointer(data):
-        raise _refuse(f"{index} {why}")
+        raise _refuse(say("FILE_UNUSABLE", path=index, problem=why))
     try:
         names = set(json.loads(data)["weight_map"].values())
         paths = {name: PurePosixPath(name) for name in names}
     except (ValueError, KeyError, TypeError, AttributeError):
         paths = {}
     if not paths:
-        raise _refuse(f"{index} names no files of weights: it is damaged")
+        raise _refuse(say("FILE_DAMAGED", path=index))
     outside = [name for name, path in paths.items() if path.is_absolute() or ".." in path.parts]
     if outside:
-        raise _refuse(f"{index} names {outside[0]!r:.80}, which is not below its directory")
+        raise _refuse(say("INDEX_LEAVES_DIRECTORY", path=index, name=outside[0][:80]))
     return sorted(paths)
 
 
@@ -215,23 +194,19 @@ def read_config(model: Path) -> dict[str, Any]:
     path = model / "config.json"
     if not path.is_file():
         if (model / "adapter_config.json").is_file():
-            raise _refuse(
-                f"{model} is an adapter, not a base model: name its base, and give `turret serve"
-                " --adapter-root` the directory that adapters lie in"
-            )
+            raise _refuse(say("MODEL_IS_AN_ADAPTER", model=model))
         if ggufs := sorted(model.glob("*.gguf")):
-            others = f" or another of its {len(ggufs)}" if len(ggufs) > 1 else ""
-            raise _refuse(f"{model} holds GGUF files; give --model the file, {ggufs[0]}{others}")
-        raise _refuse(f"{model} has no config.json; a model is a directory in Hugging Face format")
+            raise _refuse(say("MODEL_IS_GGUF", model=model, file=ggufs[0]))
+        raise _refuse(say("MODEL_HAS_NO_CONFIG", model=model))
     data = path.read_bytes()
     if why := why_lfs_pointer(data):
-        raise _refuse(f"{path} {why}")
+        raise _refuse(say("FILE_UNUSABLE", path=path, problem=why))
     try:
         config = json.loads(data)
     except ValueError as error:
-        raise _refuse(f"{path} is no JSON: {error}") from None
+        raise _refuse(say("FILE_NOT_JSON", path=path, problem=error)) from None
     if not isinstance(config, dict):
-        raise _refuse(f"{path} is no JSON object")
+        raise _refuse(say("FILE_NOT_A_JSON_OBJECT", path=path))
     return config
 
 

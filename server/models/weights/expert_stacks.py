@@ -17,6 +17,7 @@ import torch
 
 from turret.server.errors import InvalidRequestError
 from turret.server.models.weights.mxfp4 import BYTES, dequantize_mxfp4
+from turret.server.words import say
 
 _CODES, _EXPONENTS, _BIAS = "_blocks", "_scales", "_bias"
 
@@ -58,11 +59,11 @@ class ExpertStacks:
         for name in self.names:
             codes = name.removesuffix(_EXPONENTS) + _CODES
             if name.endswith(_EXPONENTS) and codes not in self.names:
-                raise InvalidRequestError.of("model", f"the checkpoint has {name}, not {codes}")
+                raise InvalidRequestError.of("model", say("TENSOR_MISSING", name=codes))
 
     def _add(self, stack: str, parts: list[str]) -> None:
         if other := next((self.parts[part][0] for part in parts if part in self.parts), None):
-            raise InvalidRequestError.of("model", f"{other} and {stack} are the same weights")
+            raise InvalidRequestError.of("model", say("TENSORS_DUPLICATE", name=stack, other=other))
         self.parts |= {part: (stack, expert) for expert, part in enumerate(parts)}
 
     def read(self, name: str, read: Callable[[str, int], torch.Tensor]) -> torch.Tensor:
@@ -82,14 +83,13 @@ class ExpertStacks:
             is_mxfp4 = tensor.ndim == 3 and tensor.shape[2] == BYTES
             is_mxfp4 &= tensor.dtype == exponents.dtype == torch.uint8
             if not is_mxfp4 or exponents.shape != tensor.shape[:2]:
-                raise InvalidRequestError.of(
-                    "model",
-                    f"{stack} and its scales are no MXFP4: an expert has {_form(tensor)} and"
-                    f" {_form(exponents)}",
-                )
+                forms = {"found": _form(tensor), "scales": _form(exponents)}
+                raise InvalidRequestError.of("model", say("NOT_MXFP4", name=stack, **forms))
             return dequantize_mxfp4(tensor, exponents)
         if tensor.ndim != (1 if stack.endswith(_BIAS) else 2):
-            raise InvalidRequestError.of("model", f"{stack}: an expert has {_form(tensor)}")
+            raise InvalidRequestError.of(
+                "model", say("EXPERT_SHAPE_UNSUPPORTED", name=stack, found=_form(tensor))
+            )
         return tensor.T if tensor.ndim == 2 else tensor
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from turret.server.words import say
+
 DTYPE = "F8_E4M3"
 # Suffixes of a weight's scale. DeepSeek's files call it inverse but mean this same factor.
 SCALES = ("_scale_inv", "_scale")
@@ -39,6 +41,6 @@ def dequantize_float8(
     scale = scale.reshape(-1, 1) if scale.dim() == 1 else scale
     expected = -(-out // rows), -(-inner // columns)
     if tuple(scale.shape) != expected:
-        raise ValueError(f"has scales {list(scale.shape)}, its blocks are {list(expected)}")
+        raise ValueError(say("SCALES_MISMATCH", found=list(scale.shape), expected=list(expected)))
     spread = scale.repeat_interleave(rows, 0)[:out].repeat_interleave(columns, 1)[:, :inner]
     return values * spread

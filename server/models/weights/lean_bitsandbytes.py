@@ -1,14 +1,15 @@
 """``bitsandbytes.functional``, imported in a tenth of its time.
 
-bitsandbytes hands a few functions to ``torch.compile`` as it is imported, which imports torch's
-compiler: seconds of processor time in every server's start. They are what it has for devices
-without kernels of its own, and it calls them uncompiled where they do not compile.
+bitsandbytes imports torch's compiler, which takes seconds of processor time and 70 MiB. It hands a
+few functions to ``torch.compile`` when it is imported; those are for devices without kernels of its
+own, and are called uncompiled where they do not compile. Later, the first call of each of its
+operators would import the compiler in order to keep the operator out of it. A server that runs out
+of memory during that import could not call the operator until it restarts.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections.abc import Callable, Iterator
 
@@ -18,21 +19,23 @@ __all__ = ["functional"]
 
 
 def _as_it_is(function: Callable[..., object] | None = None, **_: object) -> object:
-    """Replaces ``torch.compile``, both called directly and as a decorator with arguments."""
+    """Replaces both functions of torch, called directly and as a decorator with arguments."""
     return _as_it_is if function is None else function
 
 
 @contextlib.contextmanager
-def _nothing_compiled() -> Iterator[None]:
-    compiles = functools.partial(setattr, torch, "compile", torch.compile)
-    setattr(torch, "compile", _as_it_is)  # noqa: B010
+def _without_compiler() -> Iterator[None]:
+    replaced = {name: getattr(torch, name) for name in ("compile", "_disable_dynamo")}
+    for name in replaced:
+        setattr(torch, name, _as_it_is)
     try:
         yield
     finally:
-        compiles()
+        for name, function in replaced.items():
+            setattr(torch, name, function)
 
 
 # bitsandbytes warns at import that an optional kernel of the hub is not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-with _nothing_compiled():
+with _without_compiler():
     from bitsandbytes import functional

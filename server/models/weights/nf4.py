@@ -26,6 +26,7 @@ from turret.server.models.weights.nf4_cpu import (
     nf4_product,
     pack,
 )
+from turret.server.words import say
 
 if TYPE_CHECKING:
     from turret.server.models.weights.nf4_gpu import Nf4Product
@@ -72,11 +73,8 @@ class Nf4Weight:
         }
         state = bnb_functional.QuantState.from_dict(parts, device=torch.device("cpu"))
         if state.quant_type != "nf4" or state.blocksize != BLOCKSIZE:
-            raise InvalidRequestError.of(
-                "model",
-                f"{name} is {state.quant_type} with block {state.blocksize}; turret serves nf4 "
-                f"with block {BLOCKSIZE}",
-            )
+            found = {"kind": state.quant_type, "block": state.blocksize, "expected": BLOCKSIZE}
+            raise InvalidRequestError.of("model", say("NOT_NF4", name=name, **found))
         return cls(tensors[name], state)
 
     def to_tensors(self, name: str) -> dict[str, torch.Tensor]:
@@ -98,10 +96,7 @@ class Nf4Weight:
         offset, nested = self.state.offset, self.state.state2
         assert offset is not None
         assert nested is not None
-        # Gives the same result as bitsandbytes' operator, whose first call on a CPU imports torch's
-        # compiler.
-        flat = nested.code[self.state.absmax.int()]
-        flat *= nested.absmax.repeat_interleave(nested.blocksize)[: flat.numel()]
+        flat = bnb_functional.dequantize_blockwise(self.state.absmax, nested)
         return (flat + offset).float()
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:

@@ -12,6 +12,7 @@ from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.server.errors import InvalidRequestError
 from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Linear, Nf4Weight
 from turret.server.models.weights.nf4_cpu import nf4_expert_products
+from turret.server.words import say
 
 
 class Nf4Experts:
@@ -54,11 +55,8 @@ class Nf4Experts:
 
     def _stack(self, experts: Sequence[Sequence[Nf4Weight]], device: torch.device) -> Nf4Matrix:
         if self.in_features % BLOCKSIZE:
-            raise InvalidRequestError.of(
-                "model",
-                f"experts of {self.in_features} inputs are not served on a GPU; multiples of"
-                f" {BLOCKSIZE} are",
-            )
+            said = say("EXPERT_WIDTH_UNSUPPORTED", width=self.in_features, multiple=BLOCKSIZE)
+            raise InvalidRequestError.of("model", said)
         slices = [weight for expert in experts for weight in expert]
         packed = torch.cat([weight.packed.view(-1) for weight in slices]).to(device)
         absmax = torch.cat([weight.absmax() for weight in slices]).to(device)
@@ -79,7 +77,7 @@ class Nf4Experts:
         """
         if self._stacked is not None:
             # Imported here: the other paths run where Triton is not installed.
-            from turret.kernels.gpu.experts.nf4_experts import nf4_experts
+            from turret.kernels.gpu.experts import nf4_experts
 
             return nf4_experts(x, self._stacked, routing, rows)
         x = x if rows is None else x.index_select(0, rows)

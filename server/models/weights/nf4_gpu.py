@@ -13,13 +13,49 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.gpu.adapters.nf4_shrink import nf4_shrink
-from turret.kernels.gpu.adapters.segmented_shrink import Shrink
-from turret.kernels.gpu.epilogues import Epilogue
-from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
-from turret.kernels.gpu.nf4_matmul import nf4_matmul
-from turret.kernels.gpu.shared.tuning import tuning
+from turret.kernels.gpu.common import tuning
+from turret.kernels.gpu.low_rank import Shrink, nf4_shrink
+from turret.kernels.gpu.nf4 import Epilogue, nf4_dequantize, nf4_matmul
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
+
+# Settings under which a library's product gives a row the same bits wherever it is.
+#
+# Rows go to the library in pieces of one shape, so it takes one algorithm. What is left is how that
+# algorithm sums: a reduction that is cut among programs (split-K) may give a row bits that depend
+# on its place in the piece, and sums parts in the dtype of activations besides. Both are switched
+# off. ``tests/kernels/test_library_products.py`` permutes rows on a GPU.
+
+# Rows and columns of a trial product: torch rejects products whose sums it cannot keep whole.
+_TRIAL = 64
+
+
+def keep_sums_whole(device: torch.device) -> bool:
+    """Set torch up for the process, before the first product and before anything is captured.
+
+    Args:
+        device: Of the products; other than CUDA devices need no settings.
+
+    Returns:
+        Whether sums are never cut. Otherwise this version of torch takes no such setting; parts
+        are summed in fp32.
+    """
+    if device.type != "cuda":
+        return True
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_tf32 = False
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    try:
+        matmul.allow_bf16_reduced_precision_reduction = (False, False)
+        matmul.allow_fp16_reduced_precision_reduction = (False, False)
+        for dtype in (torch.bfloat16, torch.float16):
+            trial = torch.zeros(_TRIAL, _TRIAL, dtype=dtype, device=device)
+            F.linear(trial, trial)
+    except (RuntimeError, TypeError):
+        matmul.allow_bf16_reduced_precision_reduction = False
+        matmul.allow_fp16_reduced_precision_reduction = False
+        return False
+    return True
+
 
 # Libraries choose their algorithm by shape: prompts are multiplied in pieces of one shape.
 PROMPT_ROWS = 256
@@ -29,7 +65,7 @@ class Nf4Product:
     """``x Wᵀ`` for a fused weight.
 
     Args:
-        weight: The weight, its maxima plain, every tensor on the device; or written out,
+        weight: The weight, every tensor on the device; or written out,
             ``[out_features, in_features]``.
         dtype: The dtype of activations.
     """
@@ -72,7 +108,7 @@ class Nf4Product:
         if isinstance(weight, Nf4Matrix) and step:
             for start in range(0, num_decode, step):
                 end = min(start + step, num_decode)
-                if start == 0 and shrink is not None and not shrink.table.gemv:
+                if start == 0 and shrink is not None:
                     y, v = nf4_shrink(x, end, weight, shrink)
                     parts.append(y)
                 else:
@@ -107,7 +143,6 @@ class Nf4Product:
         if isinstance(weight, torch.Tensor):
             return Nf4Product(weight[rows], self._dtype)
         codes, blocks = weight.in_features // 2, weight.in_features // BLOCK
-        assert isinstance(weight.absmax, torch.Tensor)
         matrix = Nf4Matrix(
             weight.packed[rows.start * codes : rows.stop * codes],
             weight.absmax[rows.start * blocks : rows.stop * blocks],
@@ -124,10 +159,9 @@ class Nf4Product:
         if dense:
             return Nf4Product(torch.cat(dense), first._dtype)
         packed = [w for w in weights if isinstance(w, Nf4Matrix)]
-        absmax = [w.absmax for w in packed if isinstance(w.absmax, torch.Tensor)]
         matrix = Nf4Matrix(
             torch.cat([w.packed for w in packed]),
-            torch.cat(absmax),
+            torch.cat([w.absmax for w in packed]),
             sum(w.out_features for w in packed),
             packed[0].in_features,
         )

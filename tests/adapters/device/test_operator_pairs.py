@@ -18,7 +18,7 @@ from kernel_traffic import circulant, error_ratio
 from torch import Tensor
 
 from turret.kernels.cpu.native import library
-from turret.kernels.gpu.shared import tuning as tuning_module
+from turret.kernels.gpu import common as tuning_module
 from turret.server.adapters.device.cpu.store import CpuStore
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape

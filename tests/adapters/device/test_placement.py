@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from turret.server.adapters.device.gpu.placement import RANK_ALIGNMENT, Placement
+from turret.server.adapters.device.gpu.pack import RANK_ALIGNMENT, Placement
 
 CAPACITY = 256
 RANKS = (0, 1, 8, 12, 64, 70)

@@ -24,7 +24,9 @@ from builders.registries import Registries, stage_directory
 from checkout import ROOT
 from servers.crash_worker import Entry, Operation, entries_of, open_registry, perform
 
-NUM_KILLS = 110
+NUM_KILLS = 50
+# Most lines that a worker prints before it is killed; an operation prints two.
+MOST_LINES = 16
 
 State = dict[str, Entry]
 
@@ -72,13 +74,20 @@ class Life:
             workers.stdout.readline()
         )
         self.restored = _state(entries)
-        time.sleep(random.Random(seed).uniform(0.0, 0.05))
-        os.kill(pid, signal.SIGKILL)
+        moment = random.Random(seed)
+        # Counted in lines, so that a busy machine gets as far as an idle one.
+        lines_left = moment.randrange(MOST_LINES)
+        pause = moment.uniform(0.0, 0.005)
         self.last = self.restored
         self.pending: Operation | None = None
         self.operations: list[str] = []
+        if lines_left == 0:
+            _kill(pid, pause)
         for line in workers.stdout:
             kind, *rest = json.loads(line)
+            lines_left -= 1
+            if lines_left == 0:
+                _kill(pid, pause)
             if kind == "over":
                 return
             if kind == "begin":
@@ -88,6 +97,12 @@ class Life:
                 self.operations.append(self.pending.kind)
                 self.last, self.pending = _state(rest[0]), None
         raise AssertionError("the workers ended")
+
+
+def _kill(pid: int, pause: float) -> None:
+    """Kill a process within its next operations."""
+    time.sleep(pause)
+    os.kill(pid, signal.SIGKILL)
 
 
 def _state(entries: dict[str, list[Any]]) -> State:

@@ -35,7 +35,7 @@ from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 
 from turret.kernels.cpu import native
-from turret.kernels.gpu.shared import tuning as tuning_module
+from turret.kernels.gpu import common as tuning_module
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.weight_update import beyond_updates

@@ -23,7 +23,7 @@ from method_oracle import (
 )
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.kernels.gpu.shared import tuning as tuning_module
+from turret.kernels.gpu import common as tuning_module
 from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduler

@@ -16,7 +16,7 @@ from turret.clients.aio import AsyncTurretClient
 from turret.clients.client import TurretClient
 from turret.clients.errors import CallCancelledError
 
-SAID = "CANCELLED: the client was closed while the call ran; close it after its calls, or make"
+SAID = "CANCELLED: the client was closed"
 SLOW = "slow"
 
 

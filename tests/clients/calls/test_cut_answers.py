@@ -17,7 +17,7 @@ from turret.clients.client import TurretClient
 from turret.clients.errors import AnswerCutError, NotFoundError, UnavailableError
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
-CUT = "the server is shutting down: it ended the answer before its end; ask again"
+CUT = "the server is shutting down and ended the answer early"
 _CANCELLED, _STOP = inference_pb2.GenerateResponse.CANCELLED, inference_pb2.GenerateResponse.STOP
 
 

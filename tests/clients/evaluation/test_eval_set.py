@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from turret.clients.evaluation.rows import EvalExample, RowError, read_eval_set
-from turret.training.data.example import read_examples
+from turret.training.data.examples import read_examples
 from turret.training.errors import DataError
 
 

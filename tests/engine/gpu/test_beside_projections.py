@@ -20,7 +20,7 @@ from gpu_path import FakeCapture, use_coarse_tiles
 from method_oracle import check_greedy, prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.kernels.gpu.shared import tuning as tuning_module
+from turret.kernels.gpu import common as tuning_module
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.store import Resident
 from turret.server.adapters.ref import AdapterRef

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from fake_cuda import FakeCuda
 from gpu_path import FakeCapture
 
-from turret.server.engine.step.gpu.decode_graphs import CudaCapture, DecodeGraphs, buckets
+from turret.server.engine.step.gpu import decode_graphs
+from turret.server.engine.step.gpu.decode_graphs import WINDOW, CudaCapture, DecodeGraphs, buckets
 
 CPU = torch.device("cpu")
 
@@ -54,6 +56,46 @@ def test_a_body_is_captured_the_second_time_and_replayed_from_then_on():
     assert capture.num_captures == 4, "a new epoch starts afresh"
     graphs.run(1, "a", lambda: body("a"))
     assert capture.num_captures == 5
+
+
+_PROJECTIONS = ("qkv", "o", "gate_up", "down")
+_METHODS: dict[str, list[Any]] = {
+    "lora": [("low rank", p) for p in _PROJECTIONS],
+    "lora on q and v": [("low rank", "qkv")],
+    "dora": [(kind, p) for kind in ("low rank", "gain") for p in _PROJECTIONS],
+    "ia3": [("gain", "qkv"), ("gain", "down")],
+    "loha": [(f"hadamard {slice}", 0) for slice in range(7)],
+    "lokr": [(f"kronecker {slice}", 0) for slice in range(7)],
+}
+
+
+def test_a_fleet_of_six_methods_is_replayed(monkeypatch: pytest.MonkeyPatch):
+    """Half a dozen sequences of some 150 tokens, of any methods; LoRA was captured at the start."""
+    monkeypatch.setattr(decode_graphs, "SIGHTS", 8)
+    capture, draw = FakeCapture(), random.Random(3)
+    graphs, steps, replayed = DecodeGraphs(capture), 6000, 0
+    for bucket in buckets(64):
+        for method in ("lora", "lora on q and v"):
+            graphs.prepare(0, (bucket, frozenset(_METHODS[method]), 0), multiply)
+    prepared, running = capture.num_captures, list[tuple[str, int]]()
+    form: frozenset[Any] = frozenset()
+    for step in range(steps):
+        before = len(running)
+        running = [(method, end) for method, end in running if end > step]
+        while len(running) < 64 and draw.random() < 0.04:
+            running.append((draw.choice([*_METHODS]), step + draw.randint(50, 250)))
+        if not running:
+            replayed += 1
+            continue
+        bucket = next(size for size in buckets(64) if size >= len(running))
+        if len(running) != before or step == 0:
+            form = frozenset(part for method, _ in running for part in _METHODS[method])
+            form = graphs.form_for(bucket, form)
+        seen = capture.num_replays
+        graphs.run(0, (bucket, form, 0), multiply)
+        replayed += capture.num_replays - seen
+    assert replayed > 0.95 * steps
+    assert capture.num_captures - prepared < steps / 200
 
 
 def test_without_capture_every_step_runs():
@@ -121,18 +163,52 @@ def test_graphs_share_a_pool_until_they_are_dropped():
     assert cuda.num_captures == 3 * 2
 
 
-def test_without_graphs_it_goes_on_where_capturing_fails(caplog: pytest.LogCaptureFixture):
-    class Broken(FakeCapture):
-        def __call__(self, body: Any) -> Any:
-            super().__call__(body)
-            raise RuntimeError("operation not permitted when stream is capturing")
+class Broken(FakeCapture):
+    """Fails the first so many times."""
 
-    capture = Broken()
-    graphs = DecodeGraphs(capture)
-    results = [graphs.run(0, "a", multiply)[0] for _ in range(4)]
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self._left = times
+
+    def __call__(self, body: Any) -> Any:
+        found = super().__call__(body)
+        if self._left:
+            self._left -= 1
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return found
+
+
+def test_a_capture_that_failed_is_tried_again(caplog: pytest.LogCaptureFixture):
+    capture, offs = Broken(2), list[str]()
+    graphs = DecodeGraphs(capture, on_off=lambda: offs.append("off"))
+    results = [graphs.run(0, "a", multiply)[0] for _ in range(2 * WINDOW + 4)]
     assert all(torch.equal(result, results[0]) for result in results)
-    assert capture.num_captures == 1
+    assert capture.num_captures == 3
+    assert capture.num_replays > 0
+    assert not offs
     assert "without CUDA graphs" in caplog.text
+
+
+def test_after_three_failures_in_a_row_graphs_stay_off_and_that_is_told():
+    capture, offs = Broken(9), list[str]()
+    graphs = DecodeGraphs(capture, on_off=lambda: offs.append("off"))
+    for _ in range(5 * WINDOW):
+        graphs.run(0, "a", multiply)
+    assert capture.num_captures == 3
+    assert offs == ["off"]
+
+
+def test_a_form_that_is_seen_now_and_then_is_not_captured(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(decode_graphs, "SIGHTS", 8)
+    capture = FakeCapture()
+    graphs = DecodeGraphs(capture)
+    for step in range(40 * 33):
+        graphs.run(0, "rare" if step % 40 == 0 else f"once, {step}", multiply)
+    assert capture.num_captures == 0
+    for _ in range(8):
+        assert capture.num_captures == 0
+        graphs.run(0, "common", multiply)
+    assert capture.num_captures == 1
 
 
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(caplog: pytest.LogCaptureFixture):

@@ -9,7 +9,7 @@ import torch
 from builders.sequences import sequence_with
 from fake_cuda import FakeCuda, FakeEvent
 
-from turret.kernels.gpu.tables.sampling_table import SamplingTable
+from turret.kernels.gpu.tables import SamplingTable
 from turret.server.engine.scheduling.request import StopConditions
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.gpu import sampler as gpu_sampler

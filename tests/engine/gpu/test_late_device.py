@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest.mock import patch
 
@@ -12,20 +13,21 @@ import torch
 from fake_cuda import FakeCuda
 from transformers import LlamaConfig
 
-from turret.kernels.gpu.tables import staged_buffer
-from turret.kernels.gpu.tables.attention_table import HEADER
-from turret.server.adapters.device.gpu import streams
+from turret.kernels.gpu import tables as staged_buffer
+from turret.kernels.gpu.tables import ATTENTION_HEADER
 from turret.server.adapters.device.gpu import uploads as uploads_module
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.mix import Mix
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.low_rank import LowRank
+from turret.server.adapters.peft_format.dora_gain import dora_gain
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.gpu.block_tables import BlockTables
+from turret.server.engine.step.gpu.decode_graphs import CudaCapture, DecodeGraphs
 from turret.server.engine.step.gpu.executor import GpuExecutor
+from turret.server.engine.step.gpu.tables import BlockTables
 from turret.server.engine.step.runner import DeviceFullError, Runner
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.families import read_arch
@@ -62,7 +64,7 @@ class _Decoder:
 
         def work() -> None:
             # Of the first record: where the sequence's block numbers begin.
-            block = int(table.blocks[int(table.buffer[HEADER + 3])])
+            block = int(table.blocks[int(table.buffer[ATTENTION_HEADER + 3])])
             self.seen.append((step.token_ids.tolist(), step.positions.tolist(), block))
 
         self._cuda.launch(work)
@@ -81,7 +83,6 @@ def cuda() -> Iterator[FakeCuda]:
         fake.installed(),
         patch.object(BlockTables, "write", late_write),
         patch.object(staged_buffer, "has_streams", lambda device: True),
-        patch.object(streams, "has_streams", lambda device: True),
         patch.object(uploads_module, "has_streams", lambda device: True),
     ):
         yield fake
@@ -221,7 +222,7 @@ def test_whoever_finds_no_memory_the_step_can_come_again(
 def test_steps_have_a_stream_of_their_own(cuda: FakeCuda):
     """After what was there before them, and before what comes after them."""
     order: list[str] = []
-    stream = streams.StepStream(CPU)
+    stream = uploads_module.StepStream(CPU)
     cuda.launch(lambda: order.append("loaded weights"))
     with stream.entered():
         assert cuda.current is not cuda.default
@@ -239,7 +240,58 @@ def test_steps_have_a_stream_of_their_own(cuda: FakeCuda):
 def test_work_beside_the_steps_begins_after_them_and_is_over_at_the_end(cuda: FakeCuda):
     order: list[str] = []
     cuda.launch(lambda: order.append("merged weights"))
-    with streams.beside_steps(CPU):
+    with uploads_module.beside_steps(CPU):
         cuda.launch(lambda: order.append("norms"))
         assert order == []
     assert order == ["merged weights", "norms"]
+
+
+def dora_norms(weight: torch.Tensor) -> torch.Tensor:
+    """The gain of a DoRA, computed beside the steps, as a load does."""
+    a, b = torch.ones(4, weight.shape[1]), torch.ones(weight.shape[0], 4)
+    with uploads_module.beside_steps(CPU):
+        return dora_gain(torch.ones(len(weight)), a, b, 0.5, weight)
+
+
+def test_loads_beside_captures_take_few_streams_and_none_of_theirs(cuda: FakeCuda):
+    """Torch hands 32 streams out in turn; the 33rd load must not get the one that captures."""
+    graphs = DecodeGraphs(CudaCapture(CPU, torch.float32))
+    steps = uploads_module.StepStream(CPU)
+    captures, loads = [s for s in cuda.handed_out if s.priority == -1], list[torch.Tensor]()
+    with ThreadPoolExecutor(2) as pool, steps.entered():
+
+        def body() -> tuple[torch.Tensor, torch.Tensor]:
+            jobs = [pool.submit(dora_norms, torch.ones(8, 8)) for _ in range(33)]
+            loads.extend(job.result() for job in jobs)
+            return torch.zeros(1), torch.zeros(1)
+
+        graphs.prepare(0, "a", body)
+    assert cuda.num_captures == 1
+    assert len(loads) == 2 * 33, "the step itself, and its capture"
+    assert all(torch.equal(norms, loads[0]) for norms in loads)
+    assert len(set(captures)) == 2
+    others = [s for s in cuda.handed_out if s not in captures]
+    assert len(others) == len(set(others)) <= 2
+
+
+@pytest.mark.parametrize("spoil", ["synchronize", "wait_stream", "launch"])
+def test_what_a_capturing_stream_refuses_spoils_the_capture(cuda: FakeCuda, spoil: str):
+    stream = torch.cuda.Stream(CPU, priority=-1)
+
+    def disturb() -> None:
+        with torch.cuda.stream(stream):
+            if spoil == "launch":
+                cuda.launch(lambda: None)
+            elif spoil == "wait_stream":
+                stream.wait_stream(torch.cuda.default_stream(CPU))
+            else:
+                stream.synchronize()
+
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(RuntimeError, match="previous error"),
+        torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream),
+        pytest.raises(RuntimeError, match="when stream is capturing"),
+    ):
+        pool.submit(disturb).result()
+    stream.synchronize()

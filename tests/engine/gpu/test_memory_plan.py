@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from turret.server.config import GIB, SchedulerConfig
-from turret.server.engine.step.gpu.memory_plan import (
+from turret.server.engine.step.gpu.start import (
     adapter_bytes,
     captured_bytes,
     kv_cache_bytes,

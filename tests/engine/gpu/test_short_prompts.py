@@ -8,8 +8,8 @@ from turret.server.adapters.mix import Mix
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduled
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.gpu.memory_plan import largest_step
-from turret.server.engine.step.gpu.row_order import is_fused
+from turret.server.engine.step.gpu.executor import is_fused
+from turret.server.engine.step.gpu.start import largest_step
 
 
 def scheduled(prompt: int, computed: int, num_new: int) -> Scheduled:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from said import says
 
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.guides import add_guide
@@ -108,9 +109,9 @@ def test_a_guide_has_the_tokens_of_its_sequence() -> None:
 
 
 def test_one_first_pass_and_nothing_before_the_prompt() -> None:
-    with pytest.raises(InvalidRequestError, match="at most one adapter that needs a first pass"):
+    with pytest.raises(InvalidRequestError, check=says("SEVERAL_FIRST_PASSES")):
         sequence_of([1], ROUTED, CONSTANT)
-    with pytest.raises(InvalidRequestError, match="before which another adapter"):
+    with pytest.raises(InvalidRequestError, check=says("FIRST_PASS_WITH_PREFIX")):
         sequence_of([1], ROUTED, PLAIN, num_virtual=2)
 
 

@@ -22,10 +22,9 @@ import pytest
 import torch
 from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio
 
-from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
-from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
-from turret.kernels.gpu.adapters.kronecker import kronecker
-from turret.kernels.gpu.tables.row_table import RowTable
+from turret.kernels.gpu.hadamard import hadamard_expand, hadamard_shrink
+from turret.kernels.gpu.kronecker import kronecker
+from turret.kernels.gpu.tables import RowTable
 
 SLOTS = 4
 # Rank of the factors, input width, widths of the slices.

@@ -1,6 +1,6 @@
 """``fusion_gate``: the reference against float64, Triton against the same.
 
-Planted faults, and how many of ``test_gates`` (without one-row chunks), ``test_gates_in_fp32`` and
+Planted faults, and how many of ``test_gates``, ``test_gates_in_fp32`` and
 ``test_no_gates_and_no_questions`` each one fails (tried by hand):
 
 - first part of v only: 2
@@ -9,14 +9,7 @@ Planted faults, and how many of ``test_gates`` (without one-row chunks), ``test_
 - key dimensions past the first block dropped: 2
 - keys of the first component for all: 2
 - every question of an adapter is the first: 2
-- prototypes rounded to the serving dtype: 1
 - position counted from the adapter's first component: 2
-- signs kept: 2
-- of equals the last: 2
-- no temperature: 2
-- a component too many: 2
-- told of the first module for all: 3
-- told of the step's first row: 3
 
 In the reference, of all tests here:
 
@@ -37,8 +30,6 @@ from builders.mixes.gated_pack import (
     PLAIN,
     Fusion,
     GatedPack,
-    Router,
-    Told,
     routed_in_float64,
 )
 from kernel_traffic import DEVICE, HALF, error_ratio
@@ -48,10 +39,8 @@ from turret.kernels.adapters.fusion_gate import (
     given_gate_reference,
     routing_gate_reference,
 )
-from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
-from turret.kernels.gpu.gates.fusion_gate import fusion_gate
-from turret.kernels.gpu.gates.gate_shrink import gate_shrink
-from turret.kernels.gpu.gates.gate_words import prototype_words
+from turret.kernels.gpu.fusion_gate import fusion_gate, gate_shrink
+from turret.kernels.gpu.low_rank import segmented_shrink
 
 INNER, SLICES, D_K = 160, 2, 40
 NUM_ROWS = 48
@@ -60,23 +49,16 @@ GATED = {
     "fusion": Fusion((8, 16, 5), (40, 40)),
     "narrow": Fusion((8, 8), (24, 7)),
     "half": Fusion((32, 24, 4, 8), (None, 16)),
-    "router": Router((4, 8, 4), 2, 0.3),
-    "tied": Router((8, 8, 8, 8, 8), 1, 1.0, tied=True),
-    "many": Router((2,) * 9, 16, 2.5),
-    "told": Told((4, 8), (2, 0)),
-    "also told": Told((8, 8, 8), (0, 1)),
+    "many": Fusion((2,) * 9, (16, 5)),
 }
 MIXES = [
     [("fusion", 1.0)],
     [("narrow", 0.5), ("plain", 1.0), ("half", -1.0)],
     [("plain", 1.0)],
     [("half", 1.0)],
-    [("router", 1.0)],
-    [("plain", 0.3), ("tied", 1.0), ("fusion", 1.0)],
+    [("plain", 0.3), ("half", 1.0), ("fusion", 1.0)],
     [("many", 1.0)],
-    [("fusion", 1.0), ("narrow", 1.0), ("router", 1.0)],
-    [("told", 1.0)],
-    [("also told", 1.0), ("told", 0.5), ("many", 1.0)],
+    [("fusion", 1.0), ("narrow", 1.0), ("half", 1.0)],
     [],
 ]
 
@@ -84,17 +66,17 @@ MIXES = [
 def runs_of(pack):
     """One row each, and segments of less and of more rows than a chunk has."""
     runs = [pack.run(row, row + 1, mix) for row, mix in enumerate(MIXES)]
-    return [*runs, pack.run(12, 15, MIXES[5]), pack.run(15, 40, MIXES[7])]
+    return [*runs, pack.run(12, 15, MIXES[4]), pack.run(15, 40, MIXES[6])]
 
 
 def mix_of(row):
-    return MIXES[5 if 12 <= row < 15 else 7 if row >= 15 else row]
+    return MIXES[4 if 12 <= row < 15 else 6 if row >= 15 else row]
 
 
 def gates_by(pack, table, x):
     v = segmented_shrink(x, pack.a, pack.slice_ranks, table)
     asked = gate_shrink(x, pack.words, table)
-    return fusion_gate(asked, v, pack.words, table, NUM_ROWS, pack.told)
+    return fusion_gate(asked, v, pack.words, table, NUM_ROWS)
 
 
 def check(pack, x, gates, rows):
@@ -105,7 +87,11 @@ def check(pack, x, gates, rows):
                 if name == PLAIN:
                     column += 1
                     continue
-                expected = pack.exact(name, s, x[row], row)
+                expected = pack.exact(name, s, x[row])
+                if expected is None:
+                    # A missing slice has no ranks, so its weights do not matter.
+                    column += len(GATED[name].widths)
+                    continue
                 found = gates[row, s, column : column + len(expected)].cpu()
                 assert error_ratio(found, expected) < 1e-4, (row, name, s)
                 column += len(expected)
@@ -114,12 +100,11 @@ def check(pack, x, gates, rows):
 @pytest.fixture(scope="module")
 def pack():
     torch.manual_seed(5)
-    return GatedPack(INNER, SLICES, GATED, HALF, NUM_ROWS)
+    return GatedPack(INNER, SLICES, GATED, HALF)
 
 
-@pytest.mark.parametrize("gemv", [False, True])
-def test_gates(pack, gemv):
-    table = pack.table(gemv=gemv)
+def test_gates(pack):
+    table = pack.table()
     table.load(runs_of(pack))
     # Behind every row lies what must not be read.
     wide = torch.full((NUM_ROWS, INNER + 9), float("nan"), device=DEVICE, dtype=HALF)
@@ -129,7 +114,7 @@ def test_gates(pack, gemv):
 
 
 def test_gates_in_fp32():
-    found = GatedPack(64, SLICES, GATED, torch.float32, NUM_ROWS)
+    found = GatedPack(64, SLICES, GATED, torch.float32)
     table = found.table()
     table.load(runs_of(found))
     x = torch.randn(NUM_ROWS, 64, device=DEVICE)
@@ -154,19 +139,13 @@ def test_a_row_has_the_same_bits_alone_and_in_a_table_of_another_size(pack):
             assert column <= 16
 
 
-def test_no_gates_and_no_questions(pack):
-    """A step of others, and one of adapters that ask nothing, write where they should: nowhere."""
+def test_no_gates(pack):
+    """A step of others writes nowhere."""
     x = torch.randn(NUM_ROWS, INNER).to(DEVICE, HALF)
     table = pack.table()
     table.load([pack.run(0, 30, [(PLAIN, 1.0)]), pack.run(30, 31, [])])
     gates_by(pack, table, x)
-    assert table.buffer[12].item() == 0
-    table.load([pack.run(3, 20, [("told", 1.0)])])
-    gates = gates_by(pack, table, x).cpu()
-    assert table.buffer[12].item() == 2
-    assert table.buffer[14].item() == 0
-    for row in range(3, 20):
-        assert torch.equal(gates[row, 0, :2].double(), pack.exact("told", 0, x[row], row))
+    assert table.buffer[8].item() == 0
 
 
 def test_steps_over_the_capacity_are_refused(pack):
@@ -276,15 +255,10 @@ def test_breaches_of_the_contract_are_refused(pack):
     with pytest.raises(ValueError, match="int64"):
         gate_shrink(x, pack.words.int(), table)
     with pytest.raises(ValueError, match="words is"):
-        gate_shrink(x, pack.words[..., :4], table)
+        gate_shrink(x, pack.words[..., :3], table)
     with pytest.raises(ValueError, match="stride"):
         gate_shrink(x.t().contiguous().t(), pack.words, table)
     with pytest.raises(ValueError, match="asked is"):
         fusion_gate(asked[:, 1:], v, pack.words, table, NUM_ROWS)
     with pytest.raises(ValueError, match="v is"):
         fusion_gate(asked, v[:, 1:], pack.words, table, NUM_ROWS)
-    with pytest.raises(ValueError, match="told is"):
-        fusion_gate(asked, v, pack.words, table, NUM_ROWS, torch.zeros(4).half())
-    for top_k, temperature in ((0, 1.0), (1, 0.0)):
-        with pytest.raises(ValueError, match="above 0"):
-            prototype_words(0, 2, top_k, temperature)

@@ -40,22 +40,20 @@ from kernel_traffic import (
 )
 
 from turret.kernels.adapters.segments import GatedMembers, LongSegment
-from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
-from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
-from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.kernels.gpu.low_rank import segmented_expand, segmented_shrink
+from turret.kernels.gpu.tables import SegmentTable
 
 INNER, OUTS = 100, (70, 33, 5)
 NAMES = [name for name, _, _ in traffic(make_pack(8, (8,), HALF))]
 
 
-def make_table(gemv: bool = False, max_gates: int = 0) -> SegmentTable:
+def make_table(max_gates: int = 0) -> SegmentTable:
     return SegmentTable(
         max_rows=64,
         max_row_rank=256,
         max_components=4,
         max_gates=max_gates,
         device=DEVICE,
-        gemv=gemv,
     )
 
 
@@ -92,12 +90,11 @@ def test_traffic(name, dtype):
         assert error_ratio(out[adapted], expected[adapted]) < MAX_ERROR[dtype]
 
 
-@pytest.mark.parametrize("gemv", [False, True])
-def test_shrink_is_rank_exact(gemv):
+def test_shrink_is_rank_exact():
     pack = make_pack(INNER, OUTS, HALF)
     x = torch.randn(18, INNER).to(DEVICE, HALF)
     slots = (3, 5, 6, 2)
-    table = make_table(gemv=gemv)
+    table = make_table()
     table.load([LongSegment(0, 18, pack.mix(*((slot, 1.0) for slot in slots)))])
     v = segmented_shrink(x, pack.a, pack.slice_ranks, table).sum(0)
     widths = [pack.bounds[slot][1] - pack.bounds[slot][0] for slot in slots]
@@ -111,45 +108,7 @@ def test_shrink_is_rank_exact(gemv):
             assert held == 0 or error_ratio(part[:, :held, s], expected) < 2e-6, (slot, s)
 
 
-@pytest.mark.parametrize("name", ["distinct", "mixes", "zipf", "decode beside prefill"])
-def test_gemv_rows(name):
-    pack = make_pack(INNER, OUTS, HALF)
-    runs, num_rows = shape_of(pack, name)
-    x = torch.randn(num_rows, INNER).to(DEVICE, HALF)
-    y = torch.randn(num_rows, sum(OUTS)).to(DEVICE, HALF)
-    table = make_table(gemv=True)
-    table.load(runs)
-    expected = y.double() + update_in_float64(pack, runs, x, OUTS)
-    adapted = rows_of(runs)
-    assert error_ratio(run(pack, table, x, y)[adapted], expected[adapted]) < MAX_ERROR[HALF]
-
-
-@pytest.mark.parametrize("dtype", [HALF, torch.float32])
-def test_gemv_rows_round_differently_from_tiles(dtype):
-    """Why they are off: a row would change its bits when another one joins its segment.
-
-    They cannot be made equal: a tensor core adds the sixteen products of a step in an order and a
-    precision of its own, which no sequence of fused multiply-adds repeats.
-    """
-    pack = make_pack(INNER, OUTS, dtype)
-    x = torch.randn(1, INNER).to(DEVICE, dtype)
-    y = torch.zeros(1, sum(OUTS)).to(DEVICE, dtype)
-    found = []
-    for gemv in (False, True):
-        table = make_table(gemv=gemv)
-        table.load([LongSegment(0, 1, pack.mix((6, 1.0)))])
-        v = segmented_shrink(x, pack.a, pack.slice_ranks, table)
-        found.append((v[:, : 128 * len(OUTS)].clone(), run(pack, table, x, y)))
-    (tiles, out), (gemv_v, gemv_out) = found
-    assert not torch.equal(tiles, gemv_v)
-    assert error_ratio(gemv_out, out) < MAX_ERROR[dtype]
-    assert not SegmentTable(max_rows=1, max_row_rank=16, max_components=1, device=DEVICE).gemv, (
-        "off unless asked for"
-    )
-
-
-@pytest.mark.parametrize("gemv", [False, True])
-def test_gain_biases_and_gates(gemv):
+def test_gain_biases_and_gates():
     pack = make_pack(INNER, OUTS, HALF)
     runs, num_rows = shape_of(pack, "base rows between")
     # All but a mix's second member.
@@ -160,7 +119,7 @@ def test_gain_biases_and_gates(gemv):
     gates = torch.rand(num_rows, len(OUTS), 4, device=DEVICE)
     # Nobody computes those of other members.
     gates[:, :, 1:] = float("nan")
-    table = make_table(gemv=gemv, max_gates=1)
+    table = make_table(max_gates=1)
     table.load(runs)
     out = run(
         pack, table, x, y,
@@ -181,14 +140,13 @@ def test_gain_biases_and_gates(gemv):
             assert error_ratio(out[row], expected) < MAX_ERROR[HALF], row
 
 
-@pytest.mark.parametrize("gemv", [False, True])
-def test_gates_of_others_leave_a_row_its_bits(gemv):
+def test_gates_of_others_leave_a_row_its_bits():
     pack = make_pack(INNER, OUTS, HALF)
     runs, num_rows = shape_of(pack, "decode beside prefill")
     x = torch.randn(num_rows, INNER).to(DEVICE, HALF)
     y = torch.randn(num_rows, sum(OUTS)).to(DEVICE, HALF)
     extra = {"gain_delta": pack.gain_delta, "bias": pack.bias}
-    table = make_table(gemv=gemv, max_gates=1)
+    table = make_table(max_gates=1)
     table.load(runs)
     without = run(pack, table, x, y, **extra)
     table.load([*runs[:2], replace(runs[2], gated=(GatedMembers(1, 2, 0),)), *runs[3:]])

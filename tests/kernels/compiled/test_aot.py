@@ -17,25 +17,17 @@ import pytest
 import triton
 from checkout import ROOT
 from emulation import defined_kernels
-from ptx.launcher import bench_module
 
-from turret.kernels.gpu.shared.tuning import wgmma_stages
+from turret.kernels.gpu.common import wgmma_stages
 
 # Shared memory of one program: of sm_80's code on any card that runs it (8.6 and 8.9 have 99 KiB,
 # 8.0 has 163), gfx942 64 KiB.
 MAX_SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 # The base's product, alone and with what else a launch of it does.
 NF4_KERNELS = ("nf4_matmul", "nf4_rotate", "nf4_shrink", "nf4_experts")
-# Those that ever begin before the launch before has ended.
-EARLY_KERNELS = {
-    *("nf4_matmul", "nf4_rotate", "nf4_shrink"),
-    *("residual_rms_norm", "rope_kv_write", "paged_attention"),
-    *("silu_mul", "gelu_mul", "clamped_swiglu"),
-    *("segmented_shrink", "segmented_expand", "expand_gated", "expand_rotated"),
-}
 
 
-@pytest.fixture(scope="module", params=["sm_90", pytest.param("", marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[pytest.param("", marks=pytest.mark.long)])
 def compiled(request: pytest.FixtureRequest) -> dict:
     """The compiler's output for one target or all."""
     return compile_ahead(*(["--target", request.param] if request.param else []))
@@ -85,32 +77,20 @@ def over(versions: dict, kernel: str, allowed: Callable[[str], float]) -> dict[s
 
 
 def nf4_limit(name: str) -> float:
-    """Of plain maxima, which the server has; nested ones cost their look-up."""
-    nested = 0.5 * (" nf4_matmul[" in f" {name}" and "no code2" not in name)
     if "TILES=" not in name:
         # Of experts: up to 16 pairs.
         return 7.0
-    return {"1": 7.0, "2": 8.5, "4": 11.0}[name.split("TILES=")[1][0]] + nested
-
-
-def one_row(name: str) -> bool:
-    return "BLOCK_M=1;" in name
+    return {"1": 7.0, "2": 8.5, "4": 11.0}[name.split("TILES=")[1][0]]
 
 
 def expand_limit(name: str) -> float:
     """Two and a half times fewer than with tiles of 64 columns."""
-    before = (59.9, 54.0)
+    before = 59.9
     if "no gates" in name:
-        before = (84.3, 72.4)
+        before = 84.3
     elif "gates" in name.split("16 |")[0]:
-        before = (54.5, 50.8)
-    return before[one_row(name)] / 2.5
-
-
-def ended_limit(name: str) -> float:
-    """The same without one-row forms and gates, and what follows: silu, or rotation and stores."""
-    before = 54.5 if "no gain_delta" in name else 84.3
-    return before / 2.5 + (6.0 if "expand_gated[" in name else 12.5)
+        before = 54.5
+    return before / 2.5
 
 
 @pytest.mark.slow
@@ -130,8 +110,6 @@ def test_work_per_unit_is_within_bounds(compiled):
     for kernel in NF4_KERNELS:
         assert over(versions, kernel, nf4_limit) == {}
     assert over(versions, "segmented_expand", expand_limit) == {}
-    for kernel in ("expand_gated", "expand_rotated"):
-        assert over(versions, kernel, ended_limit) == {}
 
 
 @pytest.mark.slow
@@ -145,46 +123,10 @@ def test_the_table_is_current(compiled, recorded):
     assert any(len(known) == len(compiled["kernels"]) for known in recorded.values())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("only", ["nf4_rotate", pytest.param("", marks=pytest.mark.long)])
-def test_early_launches_keep_to_the_bounds(only):
-    """Neither does the assembler move a load or a store before the wait, nor does that spill."""
-    found = compile_ahead("--early", "--target", "sm_90", "--only", only)
-    rows = rows_of({found["triton"]: found["kernels"]})
-    early = {name: used for name, _, used in rows if "accesses_before_wait" in used}
-    assert len(early) >= 12
-    assert {name: used for name, used in early.items() if used["accesses_before_wait"] != 0} == {}
-    assert {name: used for name, used in early.items() if used["spills"]} == {}
-    versions = {found["triton"]: found["kernels"]}
-    kernels = [kernel for kernel in NF4_KERNELS if kernel.startswith(only)]
-    for kernel in kernels:
-        assert over(versions, kernel, nf4_limit) == {}
-    if not only:
-        assert over(versions, "segmented_expand", expand_limit) == {}
-        assert {name.split(" ")[1].split("[")[0] for name in early} == EARLY_KERNELS
-
-
-SASS = """
-        /*0000*/                   LDC R1, c[0x0][0x28] ;
-        /*0010*/                   CCTL.E.PF2 [R2] ;
-{before}        /*0030*/                   ACQBULK ;
-        /*0040*/              @!P0 LDG.E R7, desc[UR4][R4.64] ;
-        /*0050*/                   EXIT ;
-"""
-LOAD = "        /*0020*/              @!P0 LDG.E.U8 R7, desc[UR4][R4.64] ;\n"
-
-
-def test_a_load_before_the_wait_is_seen():
-    count = bench_module("cuda.sass").accesses_before_wait
-    assert count(SASS.format(before="")) == 0
-    assert count(SASS.format(before=LOAD)) == 1
-    assert count(SASS.format(before=LOAD).replace("ACQBULK", "NOP")) is None
-
-
 def test_the_table_holds_no_spill_and_everything_fits(recorded):
     """The committed one, without compiling anything."""
     rows = rows_of(recorded)
-    assert len(rows) > 1300
+    assert len(rows) > 800
     assert [(name, target, used) for name, target, used in rows if used["spills"]] == []
     large = [row for row in rows if row[2]["shared_bytes"] > MAX_SHARED_BYTES[row[1]]]
     assert large == []
@@ -208,17 +150,13 @@ def test_the_table_keeps_to_the_bounds(recorded):
     for kernel in NF4_KERNELS:
         assert over(recorded, kernel, nf4_limit) == {}
     assert over(recorded, "segmented_expand", expand_limit) == {}
-    for kernel in ("expand_gated", "expand_rotated"):
-        assert over(recorded, kernel, ended_limit) == {}
-    assert (
-        over(recorded, "segmented_shrink", lambda name: 5.5 if "BLOCK_M=1;" in name else 3.5) == {}
-    )
+    assert over(recorded, "segmented_shrink", lambda name: 3.5) == {}
 
 
 def test_a_bound_is_a_bound():
     """The checks above see a form that takes too much."""
     row = {"sm_90": {"instructions": 11.1}}
-    versions = {"x": {"nf4_matmul[TILES=4; no code2]": row, "nf4_sum[PARTS=2]": {"sm_90": {}}}}
+    versions = {"x": {"nf4_matmul[TILES=4]": row, "nf4_sum[PARTS=2]": {"sm_90": {}}}}
     assert list(over(versions, "nf4_matmul", nf4_limit).values()) == [11.1]
 
 

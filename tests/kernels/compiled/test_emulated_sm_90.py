@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from emulation import EARLY_TESTS, FAULT_TESTS, KERNEL_TESTS, run_emulated
+from emulation import FAULT_TESTS, KERNEL_TESTS, run_emulated
 
 pytestmark = [
     pytest.mark.slow,
@@ -21,10 +21,6 @@ def test_kernels(dtype, tiles):
 
 def test_planted_faults():
     run_emulated("--emulated-dtype=bfloat16", FAULT_TESTS)
-
-
-def test_early_launches():
-    run_emulated("--emulated-dtype=bfloat16", EARLY_TESTS)
 
 
 @pytest.mark.long

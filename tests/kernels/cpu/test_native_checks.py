@@ -75,6 +75,7 @@ def test_the_checks_pass_on_emulated_tiles(tmp_path: Path) -> None:
         assert assert_no_failures(str(real)) == printed
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which(AARCH64) is None, reason=f"{AARCH64} is not installed")
 @pytest.mark.skipif(QEMU is None, reason="qemu-user is not installed")
 def test_the_checks_pass_on_aarch64(tmp_path: Path) -> None:
@@ -187,14 +188,14 @@ def tiles(tmp_path_factory: pytest.TempPathFactory) -> Objects:
 
 
 @needs_cc
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault: str, tmp_path: Path, plain: Objects) -> None:
     assert_fails(plain.with_fault(*FAULTS[fault], tmp_path))
 
 
 @needs_cc
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("fault", TILE_FAULTS)
 def test_a_planted_fault_of_tiles_is_found(fault: str, tmp_path: Path, tiles: Objects) -> None:
     assert_fails(tiles.with_fault(*TILE_FAULTS[fault], tmp_path))

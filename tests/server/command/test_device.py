@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -10,13 +13,19 @@ import pytest
 import torch
 
 from turret.server import build
-from turret.server.basics.triton_needs import keep_compiled_in, missing_for_triton
+from turret.server.basics.triton_needs import keep_compiled_in, missing_for_triton, see_only
 from turret.server.build import _choose_device
 from turret.server.config import ModelConfig
 from turret.server.errors import InvalidRequestError
 
 
-def choose(monkeypatch: pytest.MonkeyPatch, wanted: str, visible: str | None, there: bool = True):
+def choose(
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: str,
+    visible: str | None,
+    there: bool = True,
+    capability: tuple[int, int] = (9, 0),
+):
     """The device, and what this process sees of the machine's."""
     # Set first, so that what the server sets is undone too.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
@@ -29,7 +38,9 @@ def choose(monkeypatch: pytest.MonkeyPatch, wanted: str, visible: str | None, th
         return there
 
     monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setenv("TRITON_CACHE_DIR", "kept")
+    see_only(wanted)
     return _choose_device(ModelConfig(device=wanted)), seen
 
 
@@ -89,3 +100,50 @@ def test_triton_writes_where_the_server_may(monkeypatch: pytest.MonkeyPatch, tmp
     choose(monkeypatch, "cuda", None)
     choose(monkeypatch, "cpu", None)
     assert kept == [tmp_path / "turret" / "triton"]
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
+def test_a_gpu_that_triton_does_not_support_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], caplog: pytest.LogCaptureFixture
+):
+    device, _ = choose(monkeypatch, "auto", None, capability=capability)
+    assert device == torch.device("cpu")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    for wanted in ("cuda", "cuda:0"):
+        with pytest.raises(InvalidRequestError) as refused:
+            choose(monkeypatch, wanted, None, capability=capability)
+        assert [path for path, _ in refused.value.violations] == ["device"]
+    assert choose(monkeypatch, "auto", None, capability=(8, 0))[0] == torch.device("cuda", 0)
+
+
+_FIRST_QUESTION = """
+import os, torch
+seen = []
+def count():
+    seen.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return 0
+torch.cuda.is_available = lambda: count() > 0
+torch._C._cuda_getDeviceCount = count
+from turret.server.app import _build
+from turret.server.config import Config, ModelConfig
+from turret.server.errors import InvalidRequestError
+from turret.server.metrics import Metrics
+try:
+    _build(Config(model=ModelConfig(device="cuda:1")), Metrics())
+except InvalidRequestError as error:
+    assert [path for path, _ in error.violations] == ["device"], error
+print(seen)
+"""
+
+
+def test_whoever_asks_first_sees_the_device_that_was_chosen(tmp_path: Path):
+    """Libraries ask when they are imported, and CUDA reads the variable once."""
+    environ = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    done = subprocess.run(
+        [sys.executable, "-c", _FIRST_QUESTION],
+        env=environ, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen = ast.literal_eval(done.stdout.strip().splitlines()[-1])
+    assert seen
+    assert set(seen) == {"1"}

@@ -53,8 +53,15 @@ class Administrator:
         self._root = root
 
     def state(self) -> State:
-        answer = self._stub.ListAdapters(pb.ListAdaptersRequest(page_size=100), timeout=SECONDS)
-        return {a.name: Entry(a.uuid, a.generation, a.digest, a.pinned) for a in answer.adapters}
+        request = pb.ListAdaptersRequest(page_size=100)
+        state: State = {}
+        while True:
+            answer = self._stub.ListAdapters(request, timeout=SECONDS)
+            for a in answer.adapters:
+                state[a.name] = Entry(a.uuid, a.generation, a.digest, a.pinned)
+            if not answer.next_page_token:
+                return state
+            request.page_token = answer.next_page_token
 
     def is_merged(self) -> bool:
         state = self._stub.GetMergeState(pb.GetMergeStateRequest(), timeout=SECONDS)

@@ -7,15 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from turret.fleet.fleet_state import (
+from turret.fleet.follower import Change, Follower
+from turret.fleet.protocol import (
     Base,
     Entry,
     FleetState,
-    Preparing,
+    Join,
+    Usage,
     key_of,
 )
-from turret.fleet.follower import Change, Follower
-from turret.fleet.messages import Join, Usage
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
@@ -74,13 +74,13 @@ class Disk:
     def bind(self, base_name: str, base_digest: str) -> None:
         assert base_name == base_digest == "base"
 
-    def read(self) -> list[SavedRegistration]:
+    def read(self, *, sweeps: bool) -> list[SavedRegistration]:
         return list(self.names.values())
 
     def read_base(self) -> Base:
         return self.base
 
-    def save(self, saved: SavedRegistration) -> None:
+    def write(self, saved: SavedRegistration) -> None:
         self._begin_write()
         self.names[saved.name] = saved
         self._note(saved.name, (saved.uuid, saved.generation))
@@ -98,12 +98,12 @@ class Disk:
         if past[-1] != now:
             past.append(now)
 
-    def save_base(self, base: Base) -> None:
+    def write_base(self, base: Base) -> None:
         self._begin_write()
         self.base = base
         self._step()
 
-    def adopt(self, source: Source, key: str) -> Source:
+    def keep(self, source: Source, key: str) -> Source:
         self._begin_write()
         self.files[f"files/{key}"] = self.files.pop(source.path)
         self._step()
@@ -158,7 +158,7 @@ class Replica:
     def apply(self, entry: Entry) -> None:
         self.state.apply(entry)
         self._end_forced()
-        if isinstance(entry, Preparing) and entry.plan is None:
+        if self.state.preparing is None:
             self.made.clear()
 
     def _end_forced(self) -> None:

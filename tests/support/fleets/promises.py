@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fleets.parts import Disk, Replica
 
-from turret.fleet import messages as m
+from turret.fleet import protocol as m
 
 NAMES = ("a", "b")
 

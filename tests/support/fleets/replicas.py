@@ -3,63 +3,38 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from builders.registries import tiny_base
 
-from turret.fleet import messages as m
-from turret.fleet.fleet_store import FleetStore
-from turret.fleet.registry_host import RegistryHost
-from turret.fleet.replica.link import ReplicaLink
-from turret.fleet.replica.registry import ReplicaRegistry
-from turret.fleet.replica.seat import Seat
+from turret.fleet.follower import Channel, ReplicaLink
+from turret.fleet.registry_host import FleetStore, RegistryHost
+from turret.fleet.replica import ReplicaRegistry, Seat
 from turret.server.adapters.base import BaseModel, ChangedBase, Precision
 from turret.server.adapters.merge.merger import Edit
 from turret.server.adapters.mix import HostResult, Mix
 from turret.server.config import AdapterConfig
-from turret.server.errors import TurretError, UnavailableError
+from turret.server.errors import UnavailableError
 from turret.server.metrics import Metrics
 
-_T = TypeVar("_T")
 LEASE_SECONDS = 1.0
 
 
-class Wire:
+class Wire(Channel):
     """A channel that can be cut."""
 
     def __init__(self, host: Callable[[], RegistryHost | None]) -> None:
         self._host = host
         self.is_cut = False
 
-    def _there(self) -> RegistryHost:
+    def call(self, wait_seconds: float, method: str, *arguments: Any) -> Any:
         host = self._host()
         if self.is_cut or host is None:
             raise UnavailableError("the fleet's registry cannot be reached")
-        return host
-
-    def join(self, join: m.Join) -> m.Joined:
-        return self._there().join(join)
-
-    def report(self, report: m.Report, wait_seconds: float) -> m.News:
-        return self._there().report(report, wait_seconds)
-
-    def submit(self, proposal: m.Proposal) -> str:
-        return self._there().submit(proposal)
-
-    def outcome(self, operation: str, wait_seconds: float) -> m.Outcome | None:
-        return self._there().outcome(operation, wait_seconds)
-
-    def cancel(self, operation: str, error: TurretError) -> None:
-        self._there().cancel(operation, error)
-
-    def leave(self, replica: str) -> None:
-        self._there().leave(replica)
-
-    def usage(self, name: str = "") -> Mapping[str, Mapping[str, m.Usage]]:
-        return self._there().usage(name)
+        return getattr(host, method)(*arguments)
 
 
 class Started:
@@ -110,7 +85,7 @@ class Fleet:
         return self._host
 
     def start_registry(self, *, is_first: bool) -> None:
-        self._store = FleetStore(self.state_dir, is_first=is_first)
+        self._store = FleetStore(self.state_dir)
         self._host = RegistryHost(self._store, lease_seconds=LEASE_SECONDS, is_first=is_first)
 
     def stop_registry(self) -> None:

@@ -14,9 +14,9 @@ from typing import TypeVar
 from fleets.parts import Crash, Disk, Replica, facts_of
 from fleets.promises import NAMES, Caller, Promises
 
-from turret.fleet import messages as m
-from turret.fleet.fleet_registry import FleetRegistry
-from turret.fleet.fleet_state import Member, key_of
+from turret.fleet import protocol as m
+from turret.fleet.protocol import Member, key_of
+from turret.fleet.registry import FleetRegistry
 from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.errors import InvalidRequestError, TurretError, UnavailableError
@@ -144,7 +144,7 @@ class World:
                 follower.told(question, letter.answer, letter.asked)
             else:
                 self.counts["expelled"] += 1
-                follower.must_join(question)
+                follower.must_join()
 
     def _at_registry(self, call: Callable[[FleetRegistry], _T]) -> _T | None:
         """Has the registry do something, which may be the last thing that it does."""

@@ -68,10 +68,6 @@ class Cta:
         self._memory.barrier(self._number)
         self.shared.barrier()
 
-    def wait_for_launches(self) -> None:
-        """``griddepcontrol.wait`` of all threads."""
-        self._memory.wait(self._number)
-
     def finish(self) -> None:
         """Check that the program may end.
 
@@ -79,7 +75,6 @@ class Cta:
             Fault: Something is under way, or was not waited for.
         """
         self.shared.finish()
-        self._memory.finish(self._number)
 
     def spread(self, value: Value) -> np.ndarray:
         """One value per thread."""
@@ -215,10 +210,6 @@ class Cta:
             )
             data[live] = np.stack(words, axis=1).view(u1)
         self.shared.copy(at, data, self._warps[chosen])
-
-    def prefetch(self, address: Value) -> None:
-        """``prefetch.global.L2``."""
-        self._memory.prefetch(self.spread(address))
 
     # Tensor cores
 

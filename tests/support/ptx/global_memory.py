@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
 
 import numpy as np
 from ptx.fault import Fault
-from ptx.launch_order import Written
 from ptx.numbers import UNSIGNED, Value, i8, u8
 
 # Addresses begin here; storages are this far apart at least.
@@ -72,39 +70,15 @@ class Storage:
         """Room for a program number per two bytes."""
         return np.full(-(-self.data.size // 2), -1, dtype=np.int32)
 
-    @property
-    def host(self) -> int:
-        """Where the memory is in this process, whatever a launch calls it."""
-        return int(self.data.ctypes.data)
-
-    def written_by(self, launch: str) -> Written | None:
-        """What the launch wrote here; None if nothing."""
-        if self.writer is None and not self.counters:
-            return None
-        pairs = self.pairs() >= 0 if self.writer is None else self.writer >= 0
-        for at in self.counters:
-            pairs[at // 2 : at // 2 + 2] = True
-        return Written(launch, self.host, pairs)
-
 
 class GlobalMemory:
     """Loads and stores with checks: bounds, alignment, no two programs of a launch in conflict.
 
     A program may read what another wrote if an atomic addition that releases, after a barrier
     behind the write, came before one of its own to the same word that acquires.
-
-    Until a program of an early launch has waited for the launches before, it reads nothing that
-    they write and writes nothing at all: allocators give memory that a launch before still uses to
-    one behind it.
-
-    Args:
-        unfinished: What launches write that may still run; None if all have ended.
     """
 
-    def __init__(self, unfinished: Sequence[Written] | None = None) -> None:
-        self._unfinished = unfinished
-        # Programs that know of no unfinished launch any more.
-        self._waited: set[int] = set()
+    def __init__(self) -> None:
         self._storages: list[Storage] = []
         self._bases: list[int] = []
         self._next = _FIRST
@@ -147,8 +121,6 @@ class GlobalMemory:
     def load(self, address: np.ndarray, size: int, count: int, program: int) -> list[Value]:
         """``count`` elements of ``size`` bytes per thread, ``[threads]`` unsigned each."""
         storage, offset = self._at(address, size * count, "load")
-        if self._is_beside(program):
-            self._check_finished(storage.host + offset, size * count)
         if (storage.writer is not None or storage.counters) and self._is_foreign(
             storage, _pairs(offset, size * count), program
         ):
@@ -168,8 +140,6 @@ class GlobalMemory:
         """Write elements of ``size`` bytes, one array per element, after so many barriers."""
         if size == 1:
             raise Fault("a store of one byte: races are followed in pairs of bytes")
-        if self._is_beside(program):
-            raise Fault("a store before the program has waited for the launches before")
         storage, offset = self._at(address, size * len(values), "store")
         pairs = _pairs(offset, size * len(values))
         if self._is_foreign(storage, pairs, program):
@@ -197,8 +167,6 @@ class GlobalMemory:
             barriers: How many it has passed.
             semantics: ``relaxed`` or ``acq_rel``.
         """
-        if self._is_beside(program):
-            raise Fault("an atomic addition before the program has waited for the launches before")
         storage, offset = self._at(np.array([address], dtype=u8), 4, "atomic addition")
         at = int(offset[0])
         if self._is_foreign(storage, _pairs(offset, 4), program, counted=False):
@@ -212,40 +180,6 @@ class GlobalMemory:
         old = int(storage.views[4][at // 4])
         storage.views[4][at // 4] = (old + value) & 0xFFFFFFFF
         return old
-
-    def prefetch(self, address: np.ndarray) -> None:
-        """Check that a tensor is there: what is fetched to the second-level cache is not read."""
-        self._at(address, 1, "prefetch")
-
-    def wait(self, program: int) -> None:
-        """The program has waited for the launches before."""
-        self._waited.add(program)
-
-    def finish(self, program: int) -> None:
-        """The program ends.
-
-        Raises:
-            Fault: It has not waited, and whoever waits for its launch waits for none before.
-        """
-        if self._is_beside(program):
-            raise Fault("the program ends and has not waited for the launches before")
-
-    def written(self, launch: str) -> list[Written]:
-        """What the launch has written so far."""
-        found = (storage.written_by(launch) for storage in self._storages)
-        return [written for written in found if written is not None]
-
-    def _is_beside(self, program: int) -> bool:
-        return self._unfinished is not None and program not in self._waited
-
-    def _check_finished(self, addresses: np.ndarray, size: int) -> None:
-        """Raise Fault where a launch that may still run writes."""
-        for other in reversed(self._unfinished or ()):
-            if other.overlaps(addresses, size):
-                raise Fault(
-                    f"race: a load of {size} bytes from {int(addresses.min()):#x} on, which "
-                    f"{other.by} writes, before the program has waited for it"
-                )
 
     def barrier(self, program: int) -> None:
         """All threads of a program know what one of them acquired."""

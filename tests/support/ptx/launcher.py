@@ -7,7 +7,7 @@ import itertools
 import struct
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,12 @@ from ptx.addresses import reached
 from ptx.cta import Cta, Launch
 from ptx.fault import Fault
 from ptx.global_memory import GlobalMemory
-from ptx.launch_order import LaunchOrder
 from ptx.program import parse
 from ptx.translation import Translation
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from turret.kernels.gpu.shared import tuning
+from turret.kernels.gpu import common as tuning
 
 # Tiles of the interpreter's tests, so that small shapes take several steps; or a GPU's own. Few
 # programs in both, so that they go round their work lists.
@@ -51,8 +50,6 @@ class Launcher:
     Attributes:
         edit: Changes the PTX before it is executed; for faults that tests plant.
         backwards: Run the programs of a grid from the last to the first.
-        order: Which launches may still run.
-        early: Kernels that were launched with ``launch_pdl``.
         launches: How often each kernel was launched.
     """
 
@@ -63,8 +60,6 @@ class Launcher:
         self.edit = edit
         self.backwards = False
         self.launches: dict[str, int] = {}
-        self.order = LaunchOrder()
-        self.early: set[str] = set()
         self._compiled: dict[Any, tuple[Translation, int, int]] = {}
 
     def launch(self, function: Any, args: tuple[Any, ...], grid: Any, keywords: Any) -> None:
@@ -73,13 +68,9 @@ class Launcher:
         Raises:
             Fault: The kernel broke a rule; the message names kernel, program and instruction.
         """
-        name, early = function.__name__, bool(keywords.get("launch_pdl"))
-        with self.order.launch(name, early) as unfinished:
-            memory = GlobalMemory(unfinished)
-            self._run(function, args, grid, keywords, memory)
-            self.order.ended(memory.written(name))
+        name = function.__name__
+        self._run(function, args, grid, keywords, GlobalMemory())
         self.launches[name] = self.launches.get(name, 0) + 1
-        self.early |= {name} if early else set()
 
     def _run(
         self, function: Any, args: tuple[Any, ...], grid: Any, keywords: Any, memory: GlobalMemory
@@ -162,7 +153,6 @@ def emulated(
     *,
     tiles: str = "device",
     edit: Callable[[str], str] | None = None,
-    launch_pdl: bool = False,
 ) -> Iterator[Launcher]:
     """Run the kernels that are launched inside on CPU tensors in the emulator.
 
@@ -170,9 +160,7 @@ def emulated(
         target: ``sm_80`` or ``sm_90``.
         tiles: ``small`` or ``device``.
         edit: See ``Launcher``.
-        launch_pdl: See ``Tuning``. Torch's operations are launches then, too.
     """
-    tuned = replace(TILES[tiles], launch_pdl=launch_pdl)
     launcher = Launcher(target, edit)
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
@@ -180,9 +168,8 @@ def emulated(
 
     with (
         patch.object(JITFunction, "run", run),
-        patch.object(tuning, "_INTERPRETER", tuned),
+        patch.object(tuning, "_INTERPRETER", TILES[tiles]),
         _without_assembler(),
-        launcher.order.watching() if launch_pdl else nullcontext(),
     ):
         tuning.tuning.cache_clear()
         try:

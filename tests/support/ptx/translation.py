@@ -215,8 +215,6 @@ class Translation:
             yield "cta.barrier()"
         elif name == "fence":
             yield "cta.shared.fence()"
-        elif name in ("griddepcontrol", "prefetch"):
-            yield self._ahead(ins)
         elif name in ("ld", "st"):
             yield self._memory(ins, name, rest)
         elif name == "cp":
@@ -231,19 +229,6 @@ class Translation:
             yield from self._move(ins)
         else:
             yield self._compute(ins, name)
-
-    def _ahead(self, ins: Instruction) -> str:
-        """What a program does while launches before it may still run."""
-        if ins.guard is not None:
-            raise NotImplementedError(f"{ins}: guarded")
-        if ins.opcode == "griddepcontrol.wait":
-            return "cta.wait_for_launches()"
-        if ins.opcode == "griddepcontrol.launch_dependents":
-            # The next launch is taken to begin as early as it may in any case.
-            return "pass"
-        if ins.opcode != "prefetch.global.L2":
-            raise NotImplementedError(str(ins))
-        return f"cta.prefetch({self._address(ins.operands[0])})"
 
     def _compute(self, ins: Instruction, name: str) -> str:
         to, *sources = ins.operands

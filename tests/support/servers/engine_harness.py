@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from turret.fleet.replica.seat import Seat
+from turret.fleet.replica import Seat
 from turret.server.adapters.head import Head
 from turret.server.adapters.ref import AdapterRef
 from turret.server.api.gate import Backend

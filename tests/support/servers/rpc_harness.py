@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
 from turret.clients.calls.early_status import answer_of
-from turret.server.api.access.shares import MOST_CONNECTIONS
+from turret.server.api.access.shares import MOST_CONNECTIONS, Shares
 from turret.server.api.access.tokens import TokenTable
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.gate import Backend, Gate
@@ -56,6 +56,7 @@ async def harness(
     listen: ListenConfig | None = None,
     security: SecurityConfig | None = None,
     tokens: TokenTable | None = None,
+    shares: Shares | None = None,
     serving: bool = True,
     registry: Any = None,
     merger: FakeMerger | None = None,
@@ -76,6 +77,7 @@ async def harness(
         adapters=adapters,
         metrics=metrics,
         tokens=tokens,
+        shares=shares,
         most_connections=most_connections,
     )
     await rpc.start()
@@ -100,6 +102,7 @@ class Failure:
     reason: str
     metadata: dict[str, str]
     violations: dict[str, str]
+    reasons: dict[str, str]
     retry_seconds: float | None
     request_id: str
 
@@ -133,6 +136,7 @@ async def failure_of(call: Any) -> Failure:
             reason=info.reason,
             metadata=dict(info.metadata),
             violations={v.field: v.description for v in bad.field_violations},
+            reasons={v.field: v.reason for v in bad.field_violations},
             retry_seconds=retry.retry_delay.ToTimedelta().total_seconds()
             if retry.HasField("retry_delay")
             else None,

@@ -59,7 +59,10 @@ class ServerUnderTest:
 
 @contextlib.contextmanager
 def start_server(
-    folder: Path, *flags: str, environment: Mapping[str, str] | None = None
+    folder: Path,
+    *flags: str,
+    environment: Mapping[str, str] | None = None,
+    user: int | None = None,
 ) -> Iterator[ServerUnderTest]:
     """Run ``turret serve`` until the block ends, then stop it with SIGTERM.
 
@@ -67,6 +70,7 @@ def start_server(
         folder: For the adapter root and the log.
         flags: Further flags.
         environment: Variables of the server in addition to this process's.
+        user: Number of the user, and group, that it runs as; None is this process's.
 
     Raises:
         AssertionError: It did not start, or SIGTERM did not end it with exit code 0.
@@ -80,7 +84,15 @@ def start_server(
         *("--adapter-root", str(root), *flags),
     ]
     variables = {**os.environ, **(environment or {})}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=variables)
+    groups: tuple[int, ...] | None = None if user is None else ()
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        env=variables,
+        user=user,
+        group=user,
+        extra_groups=groups,
+    )
     addresses: dict[str, str] = {}
     is_up = threading.Event()
     reader = threading.Thread(target=_follow, args=(process, log, addresses, is_up), daemon=True)

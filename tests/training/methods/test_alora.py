@@ -14,10 +14,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.training.data.batch import make_batch
-from turret.training.data.encode import Encoded, encode
-from turret.training.data.example import Example
-from turret.training.data.invocation import invocation_before_answers, invocation_of
+from turret.training.data.batches import make_batch
+from turret.training.data.examples import (
+    Encoded,
+    Example,
+    encode,
+    invocation_before_answers,
+    invocation_of,
+)
 from turret.training.errors import ConfigError, DataError
 from turret.training.models.base_model import load_model, without_peft_warnings
 from turret.training.run.samples import draw_samples

@@ -24,8 +24,8 @@ from method_oracle import prompt_of, twin
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
-from turret.training.data.batch import IGNORED, Batch, make_batch, pack_rows
-from turret.training.data.encode import Encoded
+from turret.training.data.batches import IGNORED, Batch, make_batch, pack_rows
+from turret.training.data.examples import Encoded
 from turret.training.errors import ConfigError
 from turret.training.fusion import FusionLoss, FusionModel, read_components
 from turret.training.loss import LossFunction

@@ -20,9 +20,8 @@ from turret.clients.evaluation.answer_metrics import (
 )
 from turret.server.engine.scheduling.request import Pooling
 from turret.training.classifier import MultiLabelLoss, label_scores, make_loss
-from turret.training.data.batch import make_batch
-from turret.training.data.encode import encode_prompt
-from turret.training.data.example import Example, read_examples
+from turret.training.data.batches import make_batch
+from turret.training.data.examples import Example, encode_prompt, read_examples
 from turret.training.errors import DataError
 from turret.training.memory.estimate import estimate_memory
 from turret.training.run.folder import read_metrics

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from turret.training import trainer
 from turret.training.models.base_model import find_base, load_model
-from turret.training.data.batch import make_batch, pack_rows
+from turret.training.data.batches import make_batch, pack_rows
 from turret.training.errors import RunError
 from turret.training.loss import HEAD_ROWS, LossFunction
 from turret.training.run.folder import read_metrics

@@ -54,6 +54,7 @@ def test_every_method_has_an_estimate(tiny_llama: Path, tmp_path: Path, name: st
     assert 2 * (small.step - gradients) < large.step - gradients < 5 * small.step
 
 
+@pytest.mark.long
 def test_the_estimate_is_near_the_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """On a model whose step needs a good part of what the process and its libraries do."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -16,7 +16,7 @@ from builders.training import resolve_tiny, write_jsonl
 from rich.console import Console
 
 from turret.server.cli import main
-from turret.training.data.encode import Encoded
+from turret.training.data.examples import Encoded
 from turret.training.models.base_model import without_peft_warnings
 from turret.training.report import Curve, curves_svg, render_report, smoothed
 from turret.training.run import progress

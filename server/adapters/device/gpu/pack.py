@@ -5,57 +5,152 @@ Both are as large from the start as their budget: captured steps know where they
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 
 import torch
 
-from turret.server.adapters.device.gpu.gated.components import (
-    components_of,
-    gates_of,
-    moves_of,
-    ranks_of,
-)
-from turret.server.adapters.device.gpu.pieces import by_layers
-from turret.server.adapters.device.gpu.placement import RANK_ALIGNMENT, Place, Placement
+from turret.server.adapters.device.gpu.uploads import by_layers
+from turret.server.adapters.device.kernels import has_kernel
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.part import Part
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.gate import Gate
+from turret.server.adapters.operators.low_rank import LowRank
+from turret.server.adapters.operators.vectors import Bias, Gain
+
+# What steps launch: kinds of packed operators with their projections, shelves with positions in
+# the mixes. A step can run in any form that has all of its own: the rest finds empty tables.
+Form = frozenset[tuple[Hashable, Hashable]]
+
+# Rank ranges start at multiples of this.
+RANK_ALIGNMENT = 8
+
+
+@dataclass(slots=True)
+class Place:
+    """Ranks ``[rank_start, rank_end)`` of every matrix, and a slot of every table."""
+
+    rank_start: int
+    rank_end: int
+    slot: int
+
+
+class Placement:
+    """Gives places to adapters, by key.
+
+    Args:
+        capacity: Ranks there are places for.
+        num_slots: Number of slots at first, without the neutral slot 0.
+
+    Attributes:
+        num_slots: Slots there are places for, slot 0 included.
+    """
+
+    def __init__(self, capacity: int, num_slots: int) -> None:
+        self._capacity = capacity
+        self._places: dict[str, Place] = {}
+        self.num_slots = num_slots + 1
+
+    @property
+    def places(self) -> Mapping[str, Place]:
+        return self._places
+
+    @staticmethod
+    def width_of(rank: int) -> int:
+        """Number of ranks that an adapter with this largest rank occupies."""
+        return -(-rank // RANK_ALIGNMENT) * RANK_ALIGNMENT
+
+    def has_room(self, width: int) -> bool:
+        """Whether ``width`` ranks are free side by side."""
+        return self._find(width) is not None
+
+    def has_slots(self, count: int) -> bool:
+        """Whether ``count`` slots are free, so that no table has to grow."""
+        return len(self._places) + count < self.num_slots
+
+    def put(self, key: str, width: int) -> Place:
+        """Places an adapter at the first gap that fits; the caller has made room."""
+        start = self._find(width)
+        assert start is not None, "the pack makes room before an adapter is placed"
+        place = self._places[key] = Place(start, start + width, self._find_slot())
+        return place
+
+    def remove(self, key: str) -> None:
+        self._places.pop(key, None)
+
+    def compact(self) -> list[tuple[int, int, int]]:
+        """Bring all adapters together at the front.
+
+        Returns:
+            What moved: first rank and end, and the first rank from now on. No adapter moves up, and
+            made in this order within the same matrices no move overwrites what a later one takes.
+        """
+        cursor, moves = 0, []
+        for place in sorted(self._places.values(), key=lambda place: place.rank_start):
+            size = place.rank_end - place.rank_start
+            moves.append((place.rank_start, place.rank_end, cursor))
+            place.rank_start = cursor
+            cursor = place.rank_end = cursor + size
+        return moves
+
+    def _find(self, width: int) -> int | None:
+        if width == 0:
+            return 0
+        taken = sorted((p.rank_start, p.rank_end) for p in self._places.values())
+        cursor = 0
+        for start, end in (*taken, (self._capacity, self._capacity)):
+            if cursor + width <= start:
+                return cursor
+            cursor = max(cursor, end)
+        return None
+
+    def _find_slot(self) -> int:
+        taken = {place.slot for place in self._places.values()}
+        slot = next(i for i in range(1, len(taken) + 2) if i not in taken)
+        while self.num_slots <= slot:
+            self.num_slots *= 2
+        return slot
+
 
 # Every slot costs rows in the tables of gains and biases; more are made if a batch needs them.
 _RANKS_PER_SLOT = 16
 _MIN_SLOTS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class PackedKinds:
-    """Which packed operators some adapters have, in any layer: projections that have each."""
+def gate_in(operators: ModuleOperators) -> Gate | None:
+    """A module's gate, if the kernels serve it."""
+    gate = operators.get(Gate)
+    return gate if gate is not None and has_kernel(gate, "gpu") else None
 
-    low_rank: frozenset[str] = frozenset()
-    gains: frozenset[str] = frozenset()
-    biases: frozenset[str] = frozenset()
 
-    @classmethod
-    def of(cls, layout: ProjectionLayout, operators: AdapterOperators) -> PackedKinds:
-        found = [
-            (name, ops) for name in layout.projections for _, _, ops in layout.of(operators, name)
-        ]
-        return cls(
-            frozenset(name for name, ops in found if ops.low_rank is not None),
-            frozenset(name for name, ops in found if ops.gain is not None),
-            frozenset(name for name, ops in found if ops.bias is not None),
-        )
+def gates_of(operators: AdapterOperators) -> list[Gate]:
+    """An adapter's gates in all modules that the kernels serve."""
+    return [gate for ops in operators.modules.values() if (gate := gate_in(ops)) is not None]
 
-    @classmethod
-    def union(cls, kinds: Iterable[PackedKinds]) -> PackedKinds:
-        all_of = list(kinds)
-        return cls(
-            frozenset().union(*(k.low_rank for k in all_of)),
-            frozenset().union(*(k.gains for k in all_of)),
-            frozenset().union(*(k.biases for k in all_of)),
-        )
+
+def components_of(operators: AdapterOperators) -> tuple[int, ...]:
+    """Each component's largest rank, which it occupies in every module; empty without gates."""
+    ranks = [_ranks_of(gate) for gate in gates_of(operators)]
+    return tuple(max(column) for column in zip(*ranks, strict=True))
+
+
+def _ranks_of(gate: Gate) -> tuple[int, ...]:
+    """Each component's rank in one module."""
+    return tuple(end - start for start, end in pairwise(gate.rank_indptr))
+
+
+def moves_of(components: Sequence[int], gate: Gate) -> list[tuple[slice, slice]]:
+    """Source and target ranks of a module's components, with adjacent ranges merged."""
+    moves: list[tuple[int, int, int]] = []
+    targets = accumulate(components, initial=0)
+    for target, (start, end) in zip(targets, pairwise(gate.rank_indptr), strict=False):
+        if moves and moves[-1][1] == start and moves[-1][2] == target:
+            moves[-1] = (moves[-1][0], end, target + end - start)
+        elif end > start:
+            moves.append((start, end, target + end - start))
+    return [(slice(s, e), slice(to - (e - s), to)) for s, e, to in moves]
 
 
 def grown(table: torch.Tensor, num_slots: int) -> torch.Tensor:
@@ -139,10 +234,10 @@ class GpuPackedProjection:
         found, components = self._layout.of(operators, self.name), components_of(operators)
         here = slice(place.rank_start, place.rank_end)
         for s, b in enumerate(self.b):
-            gates = ((i, ops.get(Gate)) for i, of, ops in found if of == s)
+            gates = ((i, gate_in(ops)) for i, of, ops in found if of == s)
             own = [(i, gate) for i, gate in gates if gate is not None]
             # Every component covers as many ranks as the widest one; those past its own are zeros.
-            self._put_ranks(place.slot, s, ((layer, max(ranks_of(gate))) for layer, gate in own))
+            self._put_ranks(place.slot, s, ((layer, max(_ranks_of(gate))) for layer, gate in own))
             for _, run in groupby(own, lambda at: at[1].rank_indptr):
                 alike = list(run)
                 moves = moves_of(components, alike[0][1])
@@ -190,11 +285,11 @@ class GpuPackedProjection:
         """Addresses and shapes of the matrices."""
         return [(t.data_ptr(), t.shape) for t in (self.a, *self.b, self.slice_ranks)]
 
-    def optional_addresses(self, kinds: PackedKinds) -> list[object]:
-        """Addresses and shapes of the tables that these kinds of adapters read."""
+    def optional_addresses(self, form: Form) -> list[object]:
+        """Addresses and shapes of the tables that steps of a form read."""
         tables = (
-            self.gain_delta if self.name in kinds.gains else None,
-            self.bias if self.name in kinds.biases else None,
+            self.gain_delta if (Gain, self.name) in form else None,
+            self.bias if (Bias, self.name) in form else None,
         )
         return [None if t is None else (t.data_ptr(), t.shape) for t in tables]
 
@@ -230,7 +325,7 @@ class GpuPack(Part):
             layout.num_layers * (len(slices) * slices[0].in_features + layout.width(name))
             for name, slices in layout.projections.items()
         )
-        self._kinds: dict[str, PackedKinds] = {}
+        self._forms: dict[str, Form] = {}
         ranks = max_bytes // self._rank_bytes // RANK_ALIGNMENT * RANK_ALIGNMENT
         self._placement = Placement(ranks, max(ranks // _RANKS_PER_SLOT, _MIN_SLOTS))
         for projection in self.projections.values():
@@ -246,9 +341,9 @@ class GpuPack(Part):
         """Slots of the tables."""
         return self._placement.num_slots
 
-    def kinds(self, keys: Iterable[str]) -> PackedKinds:
-        """The kinds of operators that these adapters have."""
-        return PackedKinds.union(self._kinds[key] for key in keys)
+    def form(self, key: str) -> Form:
+        """The packed kinds of operators that an adapter has, with their projections."""
+        return self._forms[key]
 
     def gates(self, key: str) -> Place | None:
         """The place of an adapter's gate components: ranks and a slot of their own."""
@@ -265,7 +360,13 @@ class GpuPack(Part):
 
     def insert(self, key: str, operators: AdapterOperators) -> None:
         place = self._place(key, Placement.width_of(operators.rank))
-        self._kinds[key] = PackedKinds.of(self._layout, operators)
+        self._forms[key] = frozenset(
+            (kind, name)
+            for name in self._layout.projections
+            for _, _, ops in self._layout.of(operators, name)
+            for kind in (LowRank, Gain, Bias, Gate)
+            if (gate_in(ops) if kind is Gate else ops.get(kind)) is not None
+        )
         for projection in self.projections.values():
             projection.put(operators, place, self.num_slots)
         if components_of(operators):
@@ -276,7 +377,7 @@ class GpuPack(Part):
     def remove(self, key: str) -> None:
         self._placement.remove(key)
         self._placement.remove(_gates_of(key))
-        self._kinds.pop(key, None)
+        self._forms.pop(key, None)
 
     def _place(self, key: str, width: int) -> Place:
         """A place of ``width`` ranks."""

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
+from turret.kernels.adapters.segments import LongSegment
 from turret.kernels.expert_routing import Routing
-from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
-from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
-from turret.kernels.gpu.adapters.kronecker import kronecker
-from turret.kernels.gpu.experts.expert_updates import add_expert_updates
-from turret.kernels.gpu.tables.row_table import RowTable
-from turret.kernels.gpu.tables.staged_buffer import upload
-from turret.server.adapters.device.gpu.pack import grown
-from turret.server.adapters.device.gpu.tables import GpuTables
+from turret.kernels.gpu.experts import add_expert_updates
+from turret.kernels.gpu.hadamard import hadamard_expand, hadamard_shrink
+from turret.kernels.gpu.kronecker import kronecker
+from turret.kernels.gpu.tables import RowTable, SegmentTable, upload
+from turret.server.adapters.device.gpu.pack import Form, grown
 from turret.server.adapters.device.kernels import has_kernel
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
@@ -29,6 +28,21 @@ from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.adapters.operators.low_rank import ExpertLowRank
 from turret.server.adapters.operators.operator import Operator
+
+# What the gpu path's parts load a step's metadata into.
+
+
+class GpuTables(Protocol):
+    """Tables of fixed address, of the kind of step at hand."""
+
+    def load_segments(self, runs: Sequence[LongSegment]) -> SegmentTable:
+        """Load and return the segment table."""
+        ...
+
+    def row_table(self, key: Hashable) -> RowTable:
+        """The table of a shelf and a position in the mixes; the same one for the same key."""
+        ...
+
 
 _LEAST_SLOTS = 4
 _Shapes = tuple[tuple[int, ...], ...]
@@ -133,12 +147,10 @@ class GpuStepShelves:
     Attributes:
         columns: The columns of each slice, by projection.
         by_projection: Shelves with the tables of their rows, by position in the mixes.
-        signature: Names the shelves and how many tables each has: the launches of a step.
     """
 
     columns: Mapping[str, Sequence[slice]]
     by_projection: dict[str, list[tuple[Shelf, list[RowTable]]]] = field(default_factory=dict)
-    signature: tuple[tuple[Hashable, int], ...] = ()
 
     def apply(self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add the updates of one layer's fused projection to ``y``, in place."""
@@ -160,6 +172,10 @@ class GpuStepShelves:
             rank, factors = shelf.key.shapes[0][1], shelf.tables[0][layer]
             for table in tables:
                 add_expert_updates(x, y, factors, rank, table, routing, rows)
+
+    def addresses(self) -> list[object]:
+        """Every address and shape that a captured graph depends on."""
+        return [shelf.addresses() for found in self.by_projection.values() for shelf, _ in found]
 
     def _of(self, layer: int, projection: str) -> Iterable[tuple[Shelf, list[RowTable]]]:
         found = self.by_projection.get(projection, ())
@@ -205,38 +221,41 @@ class GpuShelves(Part):
         for shelf in self._shelves.values():
             shelf.remove(key)
 
-    def bind(self, runs: Sequence[tuple[int, int, Members]], tables: GpuTables) -> GpuStepShelves:
+    def form(self, mix: Members) -> Iterable[tuple[ShelfKey, int]]:
+        """The shelves that rows of a mix use, with their positions in it."""
+        for place, shelf in self._shelves.items():
+            count = sum(key in shelf.slots for key, _ in mix)
+            yield from ((place, position) for position in range(count))
+
+    def bind(
+        self, runs: Sequence[tuple[int, int, Members]], tables: GpuTables, form: Form
+    ) -> GpuStepShelves:
         """Load a step's tables.
 
         Args:
             runs: Runs of rows: first, end, and their mix.
             tables: Hold the row tables.
+            form: What the step launches.
         """
         step = GpuStepShelves(self._columns)
-        used = {key for _, _, mix in runs for key, _ in mix}
-        signature: list[tuple[Hashable, int]] = []
         for place, shelf in sorted(self._shelves.items(), key=lambda item: item[0].order):
-            # Empty shelves are kept, so skip those that this step does not use.
-            if used.isdisjoint(shelf.slots):
-                continue
-            bound = _loaded(place, shelf, runs, tables)
-            step.by_projection.setdefault(place.projection, []).append((shelf, bound))
-            signature.append((place, len(bound)))
-        return GpuStepShelves(self._columns, step.by_projection, tuple(signature))
-
-    def addresses(self) -> list[object]:
-        """Every address and shape that a captured graph depends on."""
-        found = sorted(self._shelves.items(), key=lambda item: item[0].order)
-        return [shelf.addresses() for _, shelf in found]
+            if count := sum(kind == place for kind, _ in form):
+                bound = _loaded(place, shelf, runs, tables, count)
+                step.by_projection.setdefault(place.projection, []).append((shelf, bound))
+        return step
 
 
 def _loaded(
-    place: ShelfKey, shelf: Shelf, runs: Sequence[tuple[int, int, Members]], tables: GpuTables
+    place: ShelfKey,
+    shelf: Shelf,
+    runs: Sequence[tuple[int, int, Members]],
+    tables: GpuTables,
+    count: int,
 ) -> list[RowTable]:
-    """The tables of a shelf's rows, by position in the mixes."""
+    """The tables of a shelf's rows, by ``count`` positions in the mixes."""
     found = [[(shelf.slots[key], w) for key, w in mix if key in shelf.slots] for _, _, mix in runs]
     bound = []
-    for j in range(max((len(members) for members in found), default=0)):
+    for j in range(count):
         rows: dict[int, tuple[int, float]] = {}
         for (start, end, _), members in zip(runs, found, strict=True):
             if len(members) > j:
@@ -244,7 +263,7 @@ def _loaded(
         if shelf.is_addressed:
             # Experts look rows up by number, so every row up to the last needs an entry; slot -1
             # means none.
-            rows = {row: rows.get(row, (-1, 0.0)) for row in range(max(rows) + 1)}
+            rows = {row: rows.get(row, (-1, 0.0)) for row in range(max(rows, default=-1) + 1)}
         table = tables.row_table((place, j))
         slots, weights = [slot for slot, _ in rows.values()], [w for _, w in rows.values()]
         table.load(list(rows), slots, weights)

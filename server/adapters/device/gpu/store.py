@@ -10,21 +10,19 @@ operator without a kernel is launched as it is.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 
 from turret.kernels.expert_routing import Routing
-from turret.kernels.gpu.adapters.expand_on import Expand
-from turret.kernels.gpu.adapters.segmented_shrink import Shrink, rank_activations
-from turret.kernels.gpu.epilogues import Epilogue
-from turret.kernels.gpu.tables.segment_table import SegmentTable
-from turret.server.adapters.device.gpu.gated.gates import GpuGates, GpuStepGates
-from turret.server.adapters.device.gpu.pack import GpuPack, GpuPackedProjection, PackedKinds
-from turret.server.adapters.device.gpu.shelves import GpuShelves, GpuStepShelves
-from turret.server.adapters.device.gpu.tables import GpuTables
+from turret.kernels.gpu.low_rank import Shrink, rank_activations, segmented_expand
+from turret.kernels.gpu.nf4 import Epilogue
+from turret.kernels.gpu.tables import SegmentTable
+from turret.server.adapters.device.gpu.gates import GpuGates, GpuStepGates
+from turret.server.adapters.device.gpu.pack import Form, GpuPack, GpuPackedProjection
+from turret.server.adapters.device.gpu.shelves import GpuShelves, GpuStepShelves, GpuTables
 from turret.server.adapters.device.gpu.uploads import Uploads
 from turret.server.adapters.device.kernels import has_kernel
 from turret.server.adapters.device.layout import ProjectionLayout
@@ -32,6 +30,9 @@ from turret.server.adapters.device.members import Members, StepMembers
 from turret.server.adapters.device.reference import Reference, StepReference
 from turret.server.adapters.device.store import AdapterStore, BaseProduct, OnMoved, Resident
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
+from turret.server.adapters.operators.gate import Gate
+from turret.server.adapters.operators.low_rank import LowRank
+from turret.server.adapters.operators.vectors import Bias, Gain
 
 # Runs of rows as (first, end, mix).
 Runs = Sequence[tuple[int, int, Members]]
@@ -47,10 +48,9 @@ class GpuAdapterStep:
     Attributes:
         projections: The pack's matrices.
         table: The step's segments; every row of the step is in it.
-        kinds: Which packed operators the step's adapters have.
-        low_rank: Projections with a low-rank update, gated or not.
+        form: What it launches.
         shelves: Rows of the shelves.
-        gates: Gates of learned fusions and routers.
+        gates: Gates of learned fusions.
         addresses: Addresses of the tables that this step reads but not every step with adapters
             does.
         others: Rows of operators that have no kernel, or None. Nothing of them is captured.
@@ -58,8 +58,7 @@ class GpuAdapterStep:
 
     projections: Mapping[str, GpuPackedProjection]
     table: SegmentTable
-    kinds: PackedKinds
-    low_rank: frozenset[str]
+    form: Form
     shelves: GpuStepShelves
     gates: GpuStepGates
     addresses: Hashable
@@ -68,14 +67,13 @@ class GpuAdapterStep:
     @property
     def signature(self) -> Hashable:
         """Identifies a step's launches and the addresses they read; see the module."""
-        kinds = (self.low_rank, self.kinds.gains, self.kinds.biases)
-        return (kinds, self.shelves.signature, self.gates.signature, self.addresses)
+        return self.form, self.addresses
 
     def changes(self, layer: int, projection: str) -> bool:
         """Whether anything of the step is added to what the base multiplies."""
-        kinds = self.kinds
-        packed = self.low_rank | kinds.gains | kinds.biases
-        return projection in packed or self._adds(projection)
+        if self.others is not None or projection in self.shelves.by_projection:
+            return True
+        return any((kind, projection) in self.form for kind in (LowRank, Gain, Bias))
 
     def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
         if self.others is not None:
@@ -103,41 +101,32 @@ class GpuAdapterStep:
         epilogue: Epilogue | None = None,
     ) -> torch.Tensor:
         """See ``AdapterStep``; with an epilogue, what that makes of the projection."""
-        packed, kinds = self.projections[projection], self.kinds
-        gain = packed.gain_delta if projection in kinds.gains else None
-        delta = packed.bias if projection in kinds.biases else None
+        packed, has_ranks = self.projections[projection], (LowRank, projection) in self.form
+        gain = packed.gain_delta if (Gain, projection) in self.form else None
+        delta = packed.bias if (Bias, projection) in self.form else None
         (a, b), ranks = packed.layers[layer], packed.slice_ranks[layer]
-        if projection in self.low_rank:
+        if has_ranks:
             y, v = base.with_shrink(x, Shrink(a, ranks, self.table))
         else:
             # No adapter of the step has ranks here, so v is never read.
             y, v = base(x), rank_activations(self.table, len(b), x.device)
         gates = self.gates.of(layer, projection, x, v, self.table)
-        if bias is not None or projection in self.low_rank | kinds.gains | kinds.biases:
-            expand = Expand(
-                y=y,
-                v=v,
-                b=b,
-                slice_ranks=ranks,
-                table=self.table,
+        if has_ranks or any(one is not None for one in (gain, delta, bias)):
+            segmented_expand(
+                y,
+                v,
+                b,
+                ranks,
+                self.table,
                 gain_delta=None if gain is None else gain[layer],
                 bias=None if delta is None else delta[layer],
                 base_bias=bias,
+                gates=gates,
             )
-            if epilogue is not None and not self._adds(projection):
-                result = epilogue.of_expand(expand)
-                if result is not None:
-                    return result
-            expand.run(gates)
         self.shelves.apply(layer, projection, x, y)
         if self.others is not None:
             self.others.apply(layer, projection, x, y, base)
         return y if epilogue is None else epilogue(y)
-
-    def _adds(self, projection: str) -> bool:
-        """Whether the step has more changes than an expand with an epilogue can finish."""
-        apart = self.others is not None or self.gates.changes(projection)
-        return apart or projection in self.shelves.by_projection
 
 
 class GpuStore(AdapterStore):
@@ -201,12 +190,21 @@ class GpuStore(AdapterStore):
         """The addresses that every captured step with adapters depends on."""
         return [projection.addresses() for projection in self._pack.projections.values()]
 
+    def form(self, mixes: Iterable[Members]) -> Form:
+        """What a step of these mixes launches."""
+        parts = set[tuple[Hashable, Hashable]]()
+        for mix in {tuple(mix) for mix in mixes}:
+            parts.update(*(self._pack.form(key) for key, _ in mix), self._shelves.form(mix))
+        # Components of gates are ranks like any other.
+        return frozenset(parts | {(LowRank, name) for kind, name in parts if kind is Gate})
+
     def bind(
         self,
         runs: Runs,
         tables: GpuTables,
         given: Mapping[str, torch.Tensor] = MappingProxyType({}),
         num_decode: int | None = None,
+        form: Form | None = None,
     ) -> GpuAdapterStep:
         """Load a step's tables.
 
@@ -216,46 +214,25 @@ class GpuStore(AdapterStore):
             tables: Where the metadata goes.
             given: Scalings that first passes computed; see ``StepMembers``.
             num_decode: How many rows, the first ones, decode (see ``nf4_gpu.py``); None for all.
+            form: What it is to launch, at least what its rows need; None for that.
         """
-        kinds = self._pack.kinds({key for _, _, mix in runs for key, _ in mix})
-        segments, gates = self._gates.bind(runs, given)
-        table, shelves = tables.load_segments(segments), self._shelves.bind(runs, tables)
+        form = self.form(mix for _, _, mix in runs) if form is None else form
+        segments, gates = self._gates.bind(runs, form)
+        table, shelves = tables.load_segments(segments), self._shelves.bind(runs, tables, form)
         count = max((end for _, end, _ in runs), default=0) if num_decode is None else num_decode
-        others = self._others.bind(StepMembers((), runs, given), count)
-        return self._bound(table, kinds, shelves, gates, others)
-
-    def bind_form(self, low_rank: frozenset[str], tables: GpuTables) -> GpuAdapterStep:
-        """A step without rows that launches low-rank updates in some projections, and no more.
-
-        Args:
-            low_rank: The projections with low-rank updates.
-            tables: Receive the metadata of a step without rows.
-        """
-        shelves = self._shelves.bind((), tables)
-        kinds = PackedKinds(low_rank)
-        return self._bound(tables.load_segments(()), kinds, shelves, GpuStepGates({}), None)
-
-    def _bound(
-        self,
-        table: SegmentTable,
-        kinds: PackedKinds,
-        shelves: GpuStepShelves,
-        gates: GpuStepGates,
-        others: StepReference | None,
-    ) -> GpuAdapterStep:
         projections = self._pack.projections
         known = [
             (table.buffer.data_ptr(), table.rank_capacity, table.max_components),
-            [projection.optional_addresses(kinds) for projection in projections.values()],
-            self._shelves.addresses() if shelves.signature else None,
+            [projection.optional_addresses(form) for projection in projections.values()],
+            shelves.addresses(),
+            gates.addresses(),
         ]
         return GpuAdapterStep(
             projections=projections,
             table=table,
-            kinds=kinds,
-            low_rank=kinds.low_rank.union(gates.tables),
+            form=form,
             shelves=shelves,
             gates=gates,
             addresses=repr(known),
-            others=others,
+            others=self._others.bind(StepMembers((), runs, given), count),
         )

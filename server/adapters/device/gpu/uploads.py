@@ -6,17 +6,164 @@ there; the stream of the steps waits for them by an event, at the first use and 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
-from turret.kernels.gpu.tables.staged_buffer import has_streams
-from turret.server.adapters.device.gpu.pieces import blocks_of
+from turret.kernels.gpu.tables import has_streams
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
+
+# Every thread's stream for work beside the steps, by device.
+_beside = threading.local()
+
+
+class StepStream:
+    """The stream of the engine's steps. Nothing else is on it, so nothing else holds steps up.
+
+    Args:
+        device: Where the steps are computed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # High priority: steps go before work beside them when both want the device.
+        self._stream = torch.cuda.Stream(device, priority=-1) if has_streams(device) else None
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Give the calling thread's work to it, after all that the thread's stream has to do."""
+        if self._stream is None:
+            yield
+            return
+        before = torch.cuda.current_stream()
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(self._stream):
+            yield
+        before.wait_stream(self._stream)
+
+
+@contextlib.contextmanager
+def beside_steps(device: torch.device) -> Iterator[None]:
+    """Give the calling thread's work a stream of its own, after all on the default stream.
+
+    There the weights are made that such work reads; the steps, on theirs, write nothing that it
+    reads. The work is over at the end of the block. A thread keeps its stream: torch hands out 32
+    of a priority and then begins again, with streams that others use.
+    """
+    if not has_streams(device):
+        yield
+        return
+    streams: dict[torch.device, torch.cuda.Stream] = _beside.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = torch.cuda.Stream(device)
+    stream = streams[device]
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+# Tensors as few: what lies evenly in memory, or side by side, is one.
+
+_ALIGNMENT = 16
+# Largest gap between neighbouring tensors of a block: groups of them begin on cache lines.
+_MAX_GAP_BYTES = 64
+
+
+def by_layers(found: Iterable[tuple[int, torch.Tensor]]) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Join the tensors of an adapter's layers where they lie one behind the other.
+
+    Those of an adapter are in one block, equal shapes side by side (``lowering/arena.py``), so that
+    as a rule there is one piece, and a device copies it in one go.
+
+    Args:
+        found: Layers, rising, and a tensor of each.
+
+    Yields:
+        Layers, and their tensors, ``[layers, …]``, on the same memory.
+    """
+    run: list[tuple[int, torch.Tensor]] = []
+    for layer, tensor in found:
+        if run and not _continues(run, layer, tensor):
+            yield _joined(run)
+            run = []
+        run.append((layer, tensor))
+    if run:
+        yield _joined(run)
+
+
+def _continues(run: list[tuple[int, torch.Tensor]], layer: int, tensor: torch.Tensor) -> bool:
+    last_layer, last = run[-1]
+    alike = (
+        layer == last_layer + 1
+        and tensor.shape == last.shape
+        and tensor.dtype == last.dtype
+        and tensor.is_contiguous()
+        and last.is_contiguous()
+        and _memory(tensor) == _memory(last) != 0
+    )
+    step = tensor.storage_offset() - last.storage_offset()
+    return alike and step > 0 and all(step == _step(pair) for pair in pairwise(run[-2:]))
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _step(pair: tuple[tuple[int, torch.Tensor], tuple[int, torch.Tensor]]) -> int:
+    (_, first), (_, second) = pair
+    return int(second.storage_offset()) - int(first.storage_offset())
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """All of the memory that a tensor's storage occupies."""
+    storage = tensor.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+def _joined(run: list[tuple[int, torch.Tensor]]) -> tuple[slice, torch.Tensor]:
+    layer, first = run[0]
+    step = _step((run[0], run[1])) if len(run) > 1 else first.numel()
+    shape = (len(run), *first.shape)
+    return slice(layer, layer + len(run)), first.as_strided(shape, (step, *first.stride()))
+
+
+def blocks_of(
+    tensors: Sequence[torch.Tensor],
+) -> tuple[list[tuple[torch.Tensor, int]], list[int], int]:
+    """The host memory that tensors lie in, to be copied elsewhere in few goes.
+
+    Args:
+        tensors: Contiguous.
+
+    Returns:
+        Blocks of that memory, ``[bytes]`` uint8, and where each is to begin; where each tensor
+        begins then, as aligned as it is here; and how long all is, in bytes.
+    """
+    offsets = [0] * len(tensors)
+    blocks: list[tuple[torch.Tensor, int]] = []
+    start = begin = end = 0
+    for number in sorted(range(len(tensors)), key=lambda number: tensors[number].data_ptr()):
+        tensor = tensors[number]
+        if not tensor.numel():
+            continue
+        place, memory = tensor.data_ptr(), _memory(tensor)
+        if not blocks or _memory(blocks[-1][0]) != memory or place > end + _MAX_GAP_BYTES:
+            start = -(-(start + end - begin) // _ALIGNMENT) * _ALIGNMENT
+            begin = max(memory, place - place % _ALIGNMENT)
+            end = begin
+        else:
+            blocks.pop()
+        end = max(end, place + tensor.nbytes)
+        offsets[number] = start + place - begin
+        blocks.append((_bytes_of(tensor)[begin - memory : end - memory], start))
+    return blocks, offsets, start + end - begin
+
 
 _CHUNK_BYTES = 16 << 20
 _NUM_CHUNKS = 8

@@ -1,17 +1,21 @@
 """Decode steps as CUDA graphs: captured once per shape of step, replayed from then on.
 
 A step's launches depend on its bucket (the number of rows, rounded up) and on the kinds of
-operators in it; everything else is data in buffers of fixed address. The common shapes are captured
-at the start. Another that is seen for the first time runs as it is, which also compiles what it
-needs; the second time it is captured.
+operators in it; everything else is data in buffers of fixed address. A step runs in a larger form
+than its own where that is captured: the kernels it has no use for find empty tables. Common shapes
+are captured
+at the start. Another runs as it is, which also compiles what it needs; it is captured once it is
+seen often.
 
 Graphs are dropped all together, never one alone: from torch 2.12 on, the end of a graph frees the
-cuBLAS workspace that all graphs captured on its stream multiply in.
+cuBLAS workspace that all graphs captured on its stream multiply in. What was in use comes back the
+next time it is seen.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
@@ -25,9 +29,13 @@ _log = logging.getLogger(__name__)
 # Outputs of a step; the tensors keep their addresses, and a replay overwrites them.
 Outputs = tuple[torch.Tensor, torch.Tensor]
 Body = Callable[[], Outputs]
+Key = tuple[Hashable, frozenset[Any], Hashable]
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _LARGE_BUCKET = 64
+# A step is captured at its eighth sight within so many steps. After a capture that failed as many
+# go by before the next; three failures in a row are the last.
+SIGHTS, WINDOW, _MAX_FAILURES = 8, 256, 3
 # Any product makes cuBLAS allocate its workspace; this one costs nothing.
 _SMALL_PRODUCT = 16
 
@@ -65,7 +73,9 @@ class CudaCapture:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._operand = torch.zeros(_SMALL_PRODUCT, _SMALL_PRODUCT, dtype=dtype, device=device)
-        self._stream = torch.cuda.Stream(device)
+        # Of the steps' priority: kernels of a graph keep that of the stream they were captured on.
+        # The steps' own stream is the only other of it.
+        self._stream = torch.cuda.Stream(device, priority=-1)
         self._pool: Any = None
 
     def __call__(self, body: Body) -> tuple[Callable[[], None], Outputs]:
@@ -112,39 +122,67 @@ class DecodeGraphs:
     Args:
         capture: Captures a body, or None to run every step as it is.
         capacity: Graphs kept; one more, and all of them are captured anew as they are needed.
+        on_off: Called when capturing is given up, so that steps stay slow.
     """
 
-    def __init__(self, capture: Capture | None, capacity: int = 128) -> None:
+    def __init__(
+        self,
+        capture: Capture | None,
+        capacity: int = 128,
+        on_off: Callable[[], None] = lambda: None,
+    ) -> None:
         self._capture = capture
+        self._on_off = on_off
         self._capacity = capacity
         self._epoch: Hashable = None
-        self._seen: set[Hashable] = set()
-        self._graphs: dict[Hashable, tuple[Callable[[], None], Outputs]] = {}
+        self._step = self._resumes = self._failures = 0
+        # The latest steps in which a form was seen.
+        self._seen: dict[Key, deque[int]] = {}
+        # By kind, the form of what no graph served, and since when that was noted.
+        self._missing: dict[Hashable, tuple[int, frozenset[Any]]] = {}
+        self._graphs: dict[Key, tuple[Callable[[], None], Outputs]] = {}
 
-    def run(self, epoch: Hashable, key: Hashable, body: Body) -> Outputs:
+    def run(self, epoch: Hashable, key: Key, body: Body) -> Outputs:
         """Run a step, captured if it can be.
 
         Args:
             epoch: Changes when a tensor that bodies read has moved: then all graphs are void.
-            key: Names what the body launches.
+            key: Names what the body launches: kind, form (see ``form_for``), addresses.
             body: The step; it reads and writes at fixed addresses only.
         """
         if self._capture is None:
             return body()
         self._enter(epoch)
+        is_due = self._is_due(key)
         if key not in self._graphs:
-            if key not in self._seen:
-                self._seen.add(key)
-                return body()
-            if len(self._graphs) == self._capacity:
+            if is_due and len(self._graphs) == self._capacity:
                 self.drop()
-            if not self._add(self._capture, key, body):
+            if not is_due or not self._add(self._capture, key, body):
                 return body()
         replay, outputs = self._graphs[key]
         replay()
         return outputs
 
-    def prepare(self, epoch: Hashable, key: Hashable, body: Body) -> None:
+    def form_for(self, kind: Hashable, own: frozenset[Any]) -> frozenset[Any]:
+        """The form in which to run a step, so that few graphs serve all.
+
+        That is the smallest captured one that has all of its own form; else one for all steps that
+        no captured one served lately.
+
+        Args:
+            kind: The first part of its key.
+            own: What it launches at least.
+        """
+        wider = [form for of, form, _ in self._graphs if of == kind and form >= own]
+        if wider:
+            return min(wider, key=len)
+        since, union = self._missing.get(kind, (self._step, own))
+        if self._step - since >= WINDOW:
+            since, union = self._step, own
+        self._missing[kind] = since, union | own
+        return union | own
+
+    def prepare(self, epoch: Hashable, key: Key, body: Body) -> None:
         """Capture a step before it is needed; runs it once as it is, which compiles it.
 
         Args:
@@ -155,7 +193,6 @@ class DecodeGraphs:
         if self._capture is None:
             return
         self._enter(epoch)
-        self._seen.add(key)
         body()
         # Do not capture so many steps that the first ones are dropped again.
         if key not in self._graphs and len(self._graphs) < self._capacity:
@@ -173,11 +210,20 @@ class DecodeGraphs:
             self._seen.clear()
             self._epoch = epoch
 
-    def _add(self, capture: Capture, key: Hashable, body: Body) -> bool:
+    def _is_due(self, key: Key) -> bool:
+        """Note that a form is seen in this step; whether it would be worth a capture."""
+        self._step += 1
+        if len(self._seen) > 8 * self._capacity:
+            self._seen.clear()
+        sights = self._seen.setdefault(key, deque(maxlen=SIGHTS))
+        sights.append(self._step)
+        is_common = len(sights) == SIGHTS and self._step - sights[0] < WINDOW
+        return is_common and self._step >= self._resumes
+
+    def _add(self, capture: Capture, key: Key, body: Body) -> bool:
         """Capture a body; whether it worked.
 
-        If memory ran out, what the other graphs held is free now; after any other failure no step
-        is captured any more.
+        If memory ran out, what the other graphs held is free now.
         """
         try:
             self._graphs[key] = capture(body)
@@ -186,7 +232,12 @@ class DecodeGraphs:
             if is_out_of_memory(error):
                 _log.warning("no memory to capture a decode step; all CUDA graphs were dropped")
                 return False
+            self._failures += 1
+            self._resumes = self._step + WINDOW
             _log.exception("a decode step could not be captured; going on without CUDA graphs")
-            self._capture = None
+            if self._failures == _MAX_FAILURES:
+                self._capture = None
+                self._on_off()
             return False
+        self._failures = 0
         return True

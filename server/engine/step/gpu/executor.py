@@ -7,19 +7,21 @@ sampler reads the tokens. A step with first passes (X-LoRA) is two, both launche
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 
 import torch
 
-from turret.kernels.gpu.tables.staged_buffer import upload
+from turret.kernels.gpu.tables import upload
 from turret.server.adapters.device.gpu.store import GpuAdapterStep, GpuStore
+from turret.server.adapters.device.store import Resident
 from turret.server.adapters.device.vocabulary import VocabularyGroup
-from turret.server.engine.scheduling.scheduler import Step
+from turret.server.adapters.mix import Mix
+from turret.server.adapters.operators.low_rank import LowRank
+from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.batch import Rows, runs_of
+from turret.server.engine.step.batch import runs_of
 from turret.server.engine.step.executor import Computed, adapters_of, fill_prefix, sampled_rows
 from turret.server.engine.step.first_passes import (
     NOTHING_TOLD,
@@ -29,12 +31,14 @@ from turret.server.engine.step.first_passes import (
     told_before,
     told_by,
 )
-from turret.server.engine.step.gpu.block_tables import BlockTables, BlockUpdates
-from turret.server.engine.step.gpu.decode_graphs import Body, Capture, DecodeGraphs, buckets
-from turret.server.engine.step.gpu.kept import Bound, Prepared
-from turret.server.engine.step.gpu.row_order import generates, in_order, is_fused
+from turret.server.engine.step.gpu.decode_graphs import Body, Capture, DecodeGraphs, Key, buckets
 from turret.server.engine.step.gpu.sampler import GpuSampler
-from turret.server.engine.step.gpu.tables import StepTables
+from turret.server.engine.step.gpu.tables import (
+    AttentionWords,
+    BlockTables,
+    BlockUpdates,
+    StepTables,
+)
 from turret.server.engine.step.rows import (
     Placed,
     StepRows,
@@ -51,6 +55,86 @@ from turret.server.engine.step.vocabulary_plan import (
 from turret.server.models.decoding.gpu_decoder import GpuDecoder, GpuStep
 from turret.server.models.decoding.kv_cache import KvCache
 
+# What the host keeps from one decode step for the next.
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What the rows of a decode step do with adapters: the same until another sequence comes.
+
+    Attributes:
+        mixes: Of every row. Held, so that none is mistaken for a later one.
+        adapters: What the store was asked to hold.
+        version: Of the store, when the tables were loaded.
+        step: The tables; None where every row is the base model's.
+        embeddings: Rows whose embeddings adapters change.
+        heads: Rows whose heads they change.
+    """
+
+    mixes: tuple[Mix, ...]
+    adapters: tuple[Resident, ...]
+    version: int
+    step: GpuAdapterStep | None
+    embeddings: list[VocabularyGroup]
+    heads: list[VocabularyGroup]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The part of a decode step that does not depend on the tokens of the step before.
+
+    Attributes:
+        sequences: One row each.
+        computed: How many tokens of each are in the cache before the step.
+        begins: Where the block numbers of each begin on the device.
+        positions: Of every row.
+        attention: What attention is told.
+        numbers: How tokens are drawn; empty without a sampler.
+    """
+
+    sequences: list[Sequence]
+    computed: list[int]
+    begins: list[int]
+    positions: list[int]
+    attention: AttentionWords
+    numbers: list[float]
+
+    def fits(self, sequences: list[Sequence], begins: list[int]) -> bool:
+        """Whether it is of a step of these sequences as they are now."""
+        if self.sequences != sequences or self.begins != begins:
+            return False
+        return self.computed == [sequence.num_computed for sequence in sequences]
+
+
+# The order of a step's rows: how each is multiplied depends on its own sequence alone.
+
+# Prompts with at most this many positions are multiplied like decoding rows.
+_SHORT_PROMPT = 64
+
+
+def generates(sequence: Sequence) -> bool:
+    """Whether its one new row is the last generated token's, so that the next is drawn from it."""
+    return sequence.prompt_end <= sequence.num_computed == len(sequence.tokens) - 1
+
+
+def in_order(items: SequenceOf[Scheduled]) -> list[Placed]:
+    """Their rows, those that are fused before the others (see ``nf4_gpu.py``)."""
+    placed, row = [], 0
+    for item in sorted(items, key=lambda item: not is_fused(item)):
+        placed.append(Placed(item, row))
+        row += item.num_new
+    return placed
+
+
+def is_fused(item: Scheduled) -> bool:
+    """Whether its rows go through ``nf4_matmul``: what decodes, and short prompts.
+
+    A step with any other row writes all weights out, which costs every row of it more than many
+    decode steps. The whole prompt decides, not the chunk: how a prompt is cut depends on the batch.
+    """
+    sequence = item.sequence
+    return sequence.num_computed >= sequence.prompt_end or sequence.prompt_end <= _SHORT_PROMPT
+
 
 class GpuExecutor:
     """Computes steps on the gpu path.
@@ -63,6 +147,7 @@ class GpuExecutor:
         max_num_seqs: Sequences of a step at most.
         max_num_batched_tokens: Rows of a step at most.
         capture: Captures decode steps, or None to launch every kernel of every step.
+        on_graphs_off: Called when no step is captured any more, because captures failed.
     """
 
     def __init__(
@@ -74,13 +159,14 @@ class GpuExecutor:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         capture: Capture | None,
+        on_graphs_off: Callable[[], None] = lambda: None,
     ) -> None:
         self.store: GpuStore = store
         self._decoder = decoder
         self._cache = cache
         self._max_num_seqs = max_num_seqs
         self._buckets = buckets(max_num_seqs)
-        self._graphs = DecodeGraphs(capture)
+        self._graphs = DecodeGraphs(capture, on_off=on_graphs_off)
         self._sampler: GpuSampler | None = None
         device, max_len = decoder.device, decoder.arch.max_model_len
         self._blocks = BlockTables(max_num_seqs, -(-max_len // cache.block_size), device)
@@ -139,7 +225,8 @@ class GpuExecutor:
         tables, adapters = self._decode, None
         if low_rank:
             with tables.adapters():
-                adapters = self.store.bind_form(low_rank, tables)
+                form = frozenset((LowRank, name) for name in low_rank)
+                adapters = self.store.bind((), tables, form=form)
         self._bound = None
         with tables.step():
             if self._sampler is not None:
@@ -234,7 +321,8 @@ class GpuExecutor:
         if members:
             self.store.prepare(members.values())
             given = given_rows(placed, told)
-            adapters = self._bind(tables, its_rows, given, num_decode)
+            with tables.adapters():
+                adapters = self.store.bind(runs_of(its_rows), tables, given, num_decode)
         updates = self._blocks.update([place.item.sequence for place in placed])
         rows = collect_rows(placed, self._cache.block_size, updates.begins)
         with tables.step():
@@ -339,10 +427,10 @@ class GpuExecutor:
         return self.store.epoch, self._blocks.epoch, self._decoder.epoch
 
     @staticmethod
-    def _key(inputs: GpuStep) -> Hashable:
+    def _key(inputs: GpuStep) -> Key:
         """What a decode step launches, and on which adapters' tables."""
-        adapters = None if inputs.adapters is None else inputs.adapters.signature
-        return len(inputs.token_ids), inputs.embedded is not None, adapters
+        kind, adapters = (len(inputs.token_ids), inputs.embedded is not None), inputs.adapters
+        return kind, *((frozenset(), None) if adapters is None else adapters.signature)
 
     def _body(self, tables: StepTables, inputs: GpuStep) -> Body:
         """Everything that a step has the device do once its tables are there."""
@@ -380,23 +468,20 @@ class GpuExecutor:
         adapters = tuple(members.values())
         self.store.prepare(adapters)
         its_rows = [(sequence, range(row, row + 1)) for row, sequence in enumerate(sequences)]
-        self._bound = None
+        embeddings = changed_embeddings(its_rows, self.store, self._decoder.device)
+        step, runs, self._bound = None, runs_of(its_rows), None
+        if adapters:
+            bucket = next(size for size in self._buckets if size >= len(sequences))
+            form = self.store.form(mix for _, _, mix in runs)
+            form = self._graphs.form_for((bucket, bool(embeddings)), form)
+            with self._decode.adapters():
+                step = self.store.bind(runs, self._decode, form=form)
         self._bound = Bound(
             mixes,
             adapters,
             self.store.version,
-            self._bind(self._decode, its_rows) if adapters else None,
-            changed_embeddings(its_rows, self.store, self._decoder.device),
+            step,
+            embeddings,
             changed_heads(its_rows, self.store, self._decoder.device),
         )
         return self._bound
-
-    def _bind(
-        self,
-        tables: StepTables,
-        rows: Rows,
-        given: Mapping[str, torch.Tensor] = MappingProxyType({}),
-        num_decode: int | None = None,
-    ) -> GpuAdapterStep:
-        with tables.adapters():
-            return self.store.bind(runs_of(rows), tables, given, num_decode)

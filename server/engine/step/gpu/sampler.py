@@ -14,8 +14,7 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from turret.kernels.gpu.sample_rows import sample_rows
-from turret.kernels.gpu.tables.sampling_table import SamplingTable
-from turret.kernels.gpu.tables.staged_buffer import has_streams, upload
+from turret.kernels.gpu.tables import SamplingTable, has_streams, upload
 from turret.kernels.token_mask import apply_token_mask
 from turret.server.engine.scheduling.request import SamplingParams, StopConditions
 from turret.server.engine.scheduling.sequence import Sequence

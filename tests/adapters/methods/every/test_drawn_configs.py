@@ -25,7 +25,7 @@ from turret.server.adapters.lowering.wavelets import WAVELETS
 from turret.server.adapters.methods.transforms import frod as frod_method
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
 
-EXAMPLES = 20
+EXAMPLES = 10
 # A failure names its config; looking for a smaller one would take minutes.
 DRAWING = settings(
     max_examples=EXAMPLES,

@@ -104,7 +104,7 @@ async def staggered(harness: EngineHarness, requests: list[Request]) -> list[Ans
 
 
 @pytest.mark.parametrize("formulation", ["float32", "bfloat16", "bfloat16 by torch"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("qwen2", marks=pytest.mark.long)])
 async def test_each_request_gets_the_bits_it_gets_alone(
     architecture: str, formulation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,14 +12,8 @@ from ptx.addresses import address_of
 from torch import Tensor
 
 from turret.kernels.adapters.segments import GatedMembers, LongSegment, SegmentMember
-from turret.kernels.gpu.gates.gate_words import (
-    NO_WORDS,
-    Words,
-    prototype_words,
-    query_words,
-    told_words,
-)
-from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.kernels.gpu.fusion_gate import WORDS
+from turret.kernels.gpu.tables import SegmentTable
 
 
 @dataclass(frozen=True)
@@ -30,25 +24,6 @@ class Fusion:
     d_k: tuple[int | None, ...]
 
 
-@dataclass(frozen=True)
-class Router:
-    """Scored by prototypes; ``tied``: the first two are equally similar, and mostly the most."""
-
-    widths: tuple[int, ...]
-    top_k: int
-    temperature: float
-    tied: bool = False
-
-
-@dataclass(frozen=True)
-class Told:
-    """Told by a first pass; a slice is one of its router's modules."""
-
-    widths: tuple[int, ...]
-    modules: tuple[int, ...]
-
-
-Gated = Fusion | Router | Told
 # Adapter and weight; those that are not gated have a name of their own.
 Named = Sequence[tuple[str, float]]
 PLAIN = "plain"
@@ -62,16 +37,14 @@ class GatedPack:
         a: ``[ranks, slices, in]``.
         slice_ranks: ``[slots, slices]`` int32.
         words: ``[slots, slices, WORDS]`` int64.
-        told: Flat, of ``num_rows`` rows.
     """
 
     def __init__(
         self,
         inner: int,
         num_slices: int,
-        gated: Mapping[str, Gated],
+        gated: Mapping[str, Fusion],
         dtype: torch.dtype,
-        num_rows: int,
     ) -> None:
         self._gated, self._inner = gated, inner
         self.num_slices, self.dtype = num_slices, dtype
@@ -93,43 +66,25 @@ class GatedPack:
         # By name and slice: what is asked, and the keys.
         self._asked: dict[tuple[str, int], Tensor] = {}
         self._keys: dict[tuple[str, int], Tensor] = {}
-        rows = [[NO_WORDS] * num_slices for _ in range(len(gated) + 2)]
+        rows = [[[0] * WORDS] * num_slices for _ in range(len(gated) + 2)]
         for name, one in gated.items():
             for s in range(num_slices):
                 rows[self._slots[name]][s] = self._make(name, one, s)
         self.words = torch.tensor(rows, device=DEVICE)
-        of_module = {n: torch.randn(num_rows, 3, len(g.widths)) for n, g in self._told().items()}
-        self._of_module = of_module
-        flat = [values.flatten() for values in of_module.values()]
-        self.told = torch.cat(flat).to(DEVICE) if flat else None
 
-    def _told(self) -> dict[str, Told]:
-        return {name: one for name, one in self._gated.items() if isinstance(one, Told)}
-
-    def _make(self, name: str, one: Gated, s: int) -> Words:
+    def _make(self, name: str, one: Fusion, s: int) -> list[int]:
         """Make an adapter's tensors in a slice; the words that say where they are."""
         slot, bounds = self._slots[name], self._bounds[name]
-        if isinstance(one, Fusion) and one.d_k[s] is None:
+        d_k = one.d_k[s]
+        if d_k is None:
             # Missing: nothing of it may be read.
             self.a[bounds[0][0] : bounds[-1][1], s] = float("nan")
-            return NO_WORDS
+            return [0] * WORDS
         self.slice_ranks[slot, s] = max(one.widths)
-        if isinstance(one, Told):
-            return told_words(one.modules[s])
-        if isinstance(one, Router):
-            found = torch.randn(len(one.widths), self._inner) / self._inner**0.5
-            if one.tied:
-                found[0] *= 4
-                found[1] = -found[0]
-            self._asked[name, s] = found.to(DEVICE)
-            address = address_of(self._asked[name, s])
-            return prototype_words(address, len(one.widths), one.top_k, one.temperature)
-        d_k = one.d_k[s]
-        assert d_k is not None
         query = torch.randn(d_k, self._inner) / self._inner**0.5
         self._asked[name, s] = query.to(DEVICE, self.dtype)
         self._keys[name, s] = torch.randn(sum(one.widths), d_k, device=DEVICE)
-        return query_words(address_of(self._asked[name, s]), address_of(self._keys[name, s]), d_k)
+        return [address_of(self._asked[name, s]), address_of(self._keys[name, s]), d_k, 0]
 
     def table(self, max_rows: int = 64, **sizes: int | bool) -> SegmentTable:
         """Room for mixes of some of the adapters."""
@@ -147,28 +102,16 @@ class GatedPack:
             first, slot = len(members), self._slots[name]
             members += [SegmentMember(*bound, slot, weight) for bound in self._bounds[name]]
             one = self._gated[name]
-            asked, told, stride = 0, 0, 0
-            if isinstance(one, Fusion):
-                asked = max(d_k or 0 for d_k in one.d_k)
-            elif isinstance(one, Router):
-                asked = len(one.widths)
-            else:
-                before = list(self._of_module)[: list(self._of_module).index(name)]
-                told = sum(self._of_module[other].numel() for other in before)
-                stride = 3 * len(one.widths)
-            gated.append(GatedMembers(first, len(members), asked, told, stride))
+            asked = max(d_k or 0 for d_k in one.d_k)
+            gated.append(GatedMembers(first, len(members), asked))
         return LongSegment(start, end, tuple(members), tuple(gated))
 
-    def exact(self, name: str, s: int, x: Tensor, row: int) -> Tensor:
-        """The gates of an adapter's components for one row, float64; 0 in a missing slice."""
-        one, x = self._gated[name], x.double().cpu()
-        if isinstance(one, Told):
-            return self._of_module[name][row, one.modules[s]].double()
+    def exact(self, name: str, s: int, x: Tensor) -> Tensor | None:
+        """The gates of an adapter's components for one row, float64; None in a missing slice."""
+        x = x.double().cpu()
         if (name, s) not in self._asked:
-            return torch.zeros(len(one.widths), dtype=torch.float64)
+            return None
         asked = self._asked[name, s].double().cpu() @ x
-        if isinstance(one, Router):
-            return routed_in_float64(asked, one.top_k, one.temperature)
         keys, first = self._keys[name, s].double().cpu(), self._bounds[name][0][0]
         scores = [
             asked @ (keys[low - first : high - first].T @ (self.a[low:high, s].double().cpu() @ x))
@@ -177,7 +120,7 @@ class GatedPack:
         return torch.stack(scores).softmax(0)
 
 
-def _ends(gated: Mapping[str, Gated]) -> dict[str, int]:
+def _ends(gated: Mapping[str, Fusion]) -> dict[str, int]:
     """Where the ranks of each end, behind those before."""
     return dict(zip(gated, accumulate(sum(one.widths) for one in gated.values()), strict=True))
 

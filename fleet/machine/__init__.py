@@ -1,1 +1,0 @@
-"""What a fleet has on the machine that started it: a folder, an ingress, what Ray prints there."""

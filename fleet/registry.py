@@ -1,0 +1,565 @@
+"""The one place that decides what names stand for: it alone assigns uuid and generation.
+
+A state machine without clock, network or thread: every call says what time it is. The registry
+writes a change down first, and publishes it under the next *revision*. The caller has its answer
+when every living replica has applied that revision. docs/fleet.md ("What guards against what")
+lists what can go wrong meanwhile, what guards against it, and which test shows that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid as uuids
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, assert_never
+
+from turret.fleet import protocol as p
+from turret.fleet.protocol import Base, BaseEntry, FleetState, NameEntry, key_of
+from turret.fleet.words import say
+from turret.server.adapters.facts import AdapterFacts
+from turret.server.adapters.source import Source
+from turret.server.adapters.state.saved_registration import SavedRegistration
+from turret.server.errors import (
+    AdapterBusyError,
+    AdapterComponentError,
+    AdapterExistsError,
+    AdapterGenerationError,
+    AdapterInUseError,
+    AdapterMergedError,
+    AdapterNotFoundError,
+    AdapterPinnedError,
+    MergeActiveError,
+    MergeUnderWayError,
+    NotMergedError,
+    TurretError,
+    UnavailableError,
+)
+
+# A replica's lease starts, by the replica's clock, when it asks. The registry waits longer, from
+# when the question arrives, because clocks may run at different speeds.
+CLOCK_SLACK = 1.25
+# A replica that is further behind gets a snapshot instead.
+_LOG_ENTRIES = 10_000
+# At least this many recent outcomes are kept for callers that have yet to ask.
+_KEPT = 4096
+
+Stage = Literal["applying", "draining", "preparing", "done"]
+
+
+class Store(Protocol):
+    """State that survives the registry. A call that raises changes nothing; see ``FleetStore``."""
+
+    def bind(self, base_name: str, base_digest: str) -> None: ...
+    def read(self, *, sweeps: bool) -> list[SavedRegistration]: ...
+    def read_base(self) -> Base: ...
+    def write(self, saved: SavedRegistration) -> None: ...
+    def remove(self, name: str) -> None: ...
+    def write_base(self, base: Base) -> None: ...
+    def keep(self, source: Source, key: str) -> Source: ...
+    def discard(self, source: Source) -> None: ...
+
+
+@dataclass(slots=True)
+class LivingReplica:
+    """One replica that holds a lease, according to the latest news from it."""
+
+    name: str
+    session: str
+    expires: float
+    report: p.Report
+    usage: Mapping[str, p.Usage] = field(default_factory=dict)
+
+    def status(self, now: float) -> p.ReplicaStatus:
+        usage = list(self.usage.values())
+        return p.ReplicaStatus(
+            name=self.name,
+            revision=self.report.applied,
+            lease_seconds=max(self.expires - now, 0.0),
+            running=self.report.running,
+            waiting=self.report.waiting,
+            num_host=sum(each.residency != "disk" for each in usage),
+            num_device=sum(each.residency == "device" for each in usage),
+        )
+
+
+@dataclass(slots=True)
+class Operation:
+    """One accepted proposal.
+
+    Attributes:
+        id: The caller asks by it; no other run of the registry makes the same.
+        stage: ``draining`` waits for requests to end, ``preparing`` for merged weights to be made,
+            ``applying`` for the revision to be true on every living replica.
+        revision: The last one that it has committed.
+        outcome: What the caller gets.
+        error: What the caller gets instead.
+        unload: What the caller of an unload said, and the registration that it meant.
+        deadline: When an unload gives up; None is never.
+    """
+
+    id: str
+    stage: Stage
+    revision: int
+    outcome: p.Outcome = field(default_factory=p.Outcome)
+    error: TurretError | None = None
+    unload: tuple[p.Unload, SavedRegistration] | None = None
+    deadline: float | None = None
+
+    def end(self, error: TurretError | None = None) -> None:
+        self.stage, self.error = "done", error
+
+
+class FleetRegistry:
+    """One run of the registry. Not thread-safe.
+
+    Args:
+        store: What survives.
+        now: The time.
+        lease_seconds: How long a silent replica is waited for.
+        is_first: No replica follows an earlier run any more. Otherwise replicas may still serve
+            what that one said, so that for the length of a lease nothing is said to be done.
+        new_uuid: Makes names that are never made again.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        now: float,
+        lease_seconds: float = 5.0,
+        is_first: bool = True,
+        new_uuid: Callable[[], str] = lambda: uuids.uuid4().hex,
+    ) -> None:
+        self._store = store
+        self._new_uuid = new_uuid
+        self._lease_seconds = lease_seconds
+        self.revision = 0
+        names = {saved.name: saved for saved in store.read(sweeps=is_first)}
+        self.state = FleetState(names, base=_usable_base(store.read_base(), names))
+        self._living: dict[str, LivingReplica] = {}
+        self._log: deque[tuple[int, p.Entry]] = deque(maxlen=_LOG_ENTRIES)
+        self._operations: dict[str, Operation] = {}
+        # Uploaded generations that are gone, and since when: their files go when nobody reads them.
+        self._leftovers: list[tuple[SavedRegistration, int]] = []
+        self._quiet_until = now if is_first else self._expiry(now)
+
+    # Replicas
+
+    def join(self, join: p.Join, now: float) -> p.Joined:
+        """Registers a replica as living, and returns the whole state.
+
+        Raises:
+            ValueError: Its base model is another one.
+        """
+        self._store.bind(join.base_name, join.base_digest)
+        session = self._new_uuid()
+        nothing = p.Report(replica=join.replica, session=session, received=-1, applied=-1)
+        self._living[join.replica] = LivingReplica(
+            join.replica, session, self._expiry(now), nothing
+        )
+        return p.Joined(
+            session=session,
+            revision=self.revision,
+            state=self.state.copy(),
+            lease_seconds=self._lease_seconds,
+        )
+
+    def report(self, report: p.Report, now: float) -> p.News:
+        """Takes in a replica's report, and returns what is new for it.
+
+        Raises:
+            NotJoinedError: It was silent for too long, joined an earlier run, or is further behind
+                than the log goes back.
+        """
+        living = self._living.get(report.replica)
+        oldest = self._log[0][0] if self._log else self.revision + 1
+        is_known = living is not None and living.session == report.session
+        if living is None or not is_known or report.received < oldest - 1:
+            raise p.NotJoinedError(report.replica)
+        living.expires = self._expiry(now)
+        if report.usage is not None:
+            living.usage = report.usage
+        living.report = report
+        self.tick(now)
+        first = len(self._log) - (self.revision - report.received)
+        entries = tuple(self._log[index] for index in range(max(first, 0), len(self._log)))
+        return p.News(entries=entries, lease_seconds=self._lease_seconds)
+
+    def leave(self, replica: str, now: float) -> None:
+        """Removes a replica that stops and answers no more calls."""
+        self._living.pop(replica, None)
+        self.tick(now)
+
+    def usage(self, name: str = "") -> Mapping[str, Mapping[str, p.Usage]]:
+        """The usage that each replica last reported, of one name or of all."""
+        replicas = self._living.values()
+        if not name:
+            return {replica.name: replica.usage for replica in replicas}
+        return {r.name: {name: r.usage[name]} for r in replicas if name in r.usage}
+
+    def status(self, now: float) -> p.FleetStatus:
+        """The whole fleet, for an operator."""
+        self._expire(now)
+        return p.FleetStatus(
+            revision=self.revision,
+            num_adapters=len(self.state.names),
+            base=self.state.base,
+            replicas=tuple(living.status(now) for living in self._living.values()),
+        )
+
+    def _expiry(self, now: float) -> float:
+        return now + self._lease_seconds * CLOCK_SLACK
+
+    def _expire(self, now: float) -> None:
+        self._living = {name: r for name, r in self._living.items() if r.expires > now}
+
+    def _is_applied(self, revision: int, now: float) -> bool:
+        """Whether a revision is true wherever requests may be answered."""
+        is_everywhere = all(r.report.applied >= revision for r in self._living.values())
+        return now >= self._quiet_until and is_everywhere
+
+    def _held(self, uuid: str) -> int:
+        """Requests on all replicas that hold any generation of a registration."""
+        holding = [item for r in self._living.values() for item in r.report.holding.items()]
+        return sum(count for key, count in holding if key.rpartition(".")[0] == uuid)
+
+    def _is_held(self, key: str) -> bool:
+        """Whether any replica holds a generation."""
+        return any(key in r.report.holding for r in self._living.values())
+
+    # Callers
+
+    def submit(self, proposal: p.Proposal, now: float) -> str:
+        """Accepts a proposal; ``outcome`` returns its result.
+
+        Raises:
+            TurretError: It is refused, and nothing has changed. The classes are those of
+                ``AdapterRegistry`` and ``Merger``.
+        """
+        self.tick(now)
+        match proposal:
+            case p.Register():
+                operation = self._register(proposal)
+            case p.Pin():
+                operation = self._pin(proposal)
+            case p.Unload():
+                operation = self._unload(proposal, now)
+            case p.Merge():
+                operation = self._merge(proposal)
+            case p.Unmerge():
+                operation = self._unmerge()
+            case _:
+                assert_never(proposal)
+        self.tick(now)
+        return operation.id
+
+    def outcome(self, operation: str, now: float) -> p.Outcome | None:
+        """The result of a proposal; None while it is open.
+
+        Raises:
+            TurretError: It came to nothing.
+            UnavailableError: It was made to another run of the registry.
+        """
+        self.tick(now)
+        found = self._find(operation)
+        if found.stage != "done":
+            return None
+        if found.error is not None:
+            raise found.error
+        return found.outcome
+
+    def cancel(self, operation: str, error: TurretError, now: float) -> None:
+        """Withdraws a merge while some replica still prepares its weights; else does nothing."""
+        found = self._find(operation)
+        if found.stage == "preparing":
+            self._abandon(found, error)
+        self.tick(now)
+
+    def tick(self, now: float) -> None:
+        """Advances all operations that can continue; call it regularly."""
+        self._expire(now)
+        for operation in self._in_stage("preparing"):
+            self._go_on_preparing(operation, now)
+        for operation in self._in_stage("draining"):
+            self._go_on_draining(operation, now)
+        for operation in self._in_stage("applying"):
+            if self._is_applied(operation.revision, now):
+                operation.end()
+        self._discard_leftovers(now)
+
+    def _begin(self, operation: Operation) -> Operation:
+        self._operations[operation.id] = operation
+        if len(self._operations) > 2 * _KEPT:
+            for old in [o for o in self._operations.values() if o.stage == "done"][:_KEPT]:
+                del self._operations[old.id]
+        return operation
+
+    def _applying(self, outcome: p.Outcome) -> Operation:
+        return self._begin(Operation(self._new_uuid(), "applying", self.revision, outcome))
+
+    def _find(self, operation: str) -> Operation:
+        if operation not in self._operations:
+            raise UnavailableError(say("REGISTRY_RESTARTED"))
+        return self._operations[operation]
+
+    def _in_stage(self, stage: Stage) -> Iterator[Operation]:
+        return (o for o in list(self._operations.values()) if o.stage == stage)
+
+    def _publish(self, entry: p.Entry) -> None:
+        self.state.apply(entry)
+        self.revision += 1
+        self._log.append((self.revision, entry))
+
+    # Weights
+
+    def _register(self, proposal: p.Register) -> Operation:
+        name, facts = proposal.name, proposal.facts
+        self._check_open(name)
+        before = self.state.names.get(name)
+        if proposal.replaces is not None:
+            before = self._registered(name)
+            _check_same(before, proposal.replaces)
+        elif before is not None:
+            _check_free(before, facts)
+        if before is not None and before.facts.digest == facts.digest:
+            return self._confirm(before, proposal)
+        self._check_components(name, facts)
+        if before is None:
+            uuid, generation = self._new_uuid(), 1
+        else:
+            self._check_not_needed(before)
+            uuid, generation = before.uuid, before.generation + 1
+        saved = SavedRegistration(
+            name=name,
+            uuid=uuid,
+            generation=generation,
+            pinned=proposal.pinned or (before is not None and before.pinned),
+            source=proposal.source,
+            facts=facts,
+        )
+        saved = self._save_new(saved, proposal.is_staged)
+        self._publish(NameEntry(name, saved))
+        if before is not None:
+            self._leave_over(before)
+        return self._applying(p.Outcome(saved=saved))
+
+    def _save_new(self, saved: SavedRegistration, is_staged: bool) -> SavedRegistration:
+        """Saves the files first and the registration last; a failure leaves all as it was."""
+        if is_staged:
+            source = self._store.keep(saved.source, key_of(saved))
+            saved = dataclasses.replace(saved, source=source)
+        try:
+            self._store.write(saved)
+        except TurretError:
+            if is_staged:
+                self._store.discard(saved.source)
+            raise
+        return saved
+
+    def _confirm(self, before: SavedRegistration, proposal: p.Register) -> Operation:
+        """The content is registered already, from this or another place."""
+        source = before.source
+        if not (proposal.is_staged or source.is_upload):
+            # The new source is known to hold the content; the old path may be gone.
+            source = proposal.source
+        after = dataclasses.replace(before, source=source, pinned=before.pinned or proposal.pinned)
+        return self._change(before, after)
+
+    def _pin(self, proposal: p.Pin) -> Operation:
+        before = self._registered(proposal.name)
+        self._check_open(proposal.name)
+        return self._change(before, dataclasses.replace(before, pinned=proposal.pinned))
+
+    def _change(self, before: SavedRegistration, after: SavedRegistration) -> Operation:
+        if after != before:
+            self._store.write(after)
+            self._publish(NameEntry(after.name, after))
+        return self._applying(p.Outcome(saved=after))
+
+    # The end of a name
+
+    def _unload(self, proposal: p.Unload, now: float) -> Operation:
+        saved = self._registered(proposal.name)
+        _check_generation(saved, proposal.expected_generation)
+        if saved.pinned:
+            raise AdapterPinnedError(say("ADAPTER_KEPT", adapter=saved.name))
+        self._check_not_needed(saved)
+        is_forced = proposal.is_forced or self.state.closed.get(saved.name, False)
+        if self.state.closed.get(saved.name) != is_forced:
+            self._publish(NameEntry(saved.name, saved, is_forced))
+        seconds = proposal.timeout_seconds
+        deadline = None if seconds is None else now + seconds
+        operation = Operation(self._new_uuid(), "draining", self.revision, deadline=deadline)
+        operation.unload = (proposal, saved)
+        return self._begin(operation)
+
+    def _go_on_draining(self, operation: Operation, now: float) -> None:
+        assert operation.unload is not None
+        proposal, saved = operation.unload
+        current = self.state.names.get(saved.name)
+        if current is None or current.uuid != saved.uuid:
+            # Another unload has already removed it.
+            operation.stage, operation.revision = "applying", self.revision
+            return
+        held = self._held(saved.uuid)
+        if held == 0 and self._is_applied(operation.revision, now):
+            try:
+                self._store.remove(saved.name)
+            except TurretError as error:
+                self._reopen(operation, current, error)
+                return
+            self._publish(NameEntry(saved.name))
+            self._leave_over(current)
+            operation.stage, operation.revision = "applying", self.revision
+        elif operation.deadline is not None and now >= operation.deadline:
+            kind = AdapterInUseError if proposal.is_forced else AdapterBusyError
+            seconds = proposal.timeout_seconds
+            why = say("ADAPTER_STILL_HELD", adapter=saved.name, requests=held, seconds=seconds)
+            self._reopen(operation, current, kind(why))
+
+    def _reopen(self, operation: Operation, saved: SavedRegistration, error: TurretError) -> None:
+        operation.end(error)
+        others = self._in_stage("draining")
+        if not any(o.unload is not None and o.unload[1].uuid == saved.uuid for o in others):
+            self._publish(NameEntry(saved.name, saved))
+
+    def _leave_over(self, saved: SavedRegistration) -> None:
+        if saved.source.is_upload:
+            self._leftovers.append((saved, self.revision))
+
+    def _discard_leftovers(self, now: float) -> None:
+        kept: list[tuple[SavedRegistration, int]] = []
+        for saved, revision in self._leftovers:
+            if self._is_applied(revision, now) and not self._is_held(key_of(saved)):
+                self._store.discard(saved.source)
+            else:
+                kept.append((saved, revision))
+        self._leftovers = kept
+
+    # The base
+
+    def _merge(self, proposal: p.Merge) -> Operation:
+        self._check_no_merge()
+        for member in proposal.members:
+            saved = self._registered(member.name)
+            self._check_open(member.name)
+            _check_same(saved, (member.uuid, member.generation))
+        plan = p.MergePlan(
+            uuid=self._new_uuid(),
+            members=proposal.members,
+            precision=proposal.precision,
+            time=proposal.time,
+        )
+        self._publish(BaseEntry(self.state.base, plan))
+        return self._begin(Operation(self._new_uuid(), "preparing", self.revision))
+
+    def _go_on_preparing(self, operation: Operation, now: float) -> None:
+        plan = self.state.preparing
+        assert plan is not None
+        prepared = [replica.report.prepared for replica in self._living.values()]
+        made = [answers[plan.uuid] for answers in prepared if plan.uuid in answers]
+        failed = next((error for error in made if error is not None), None)
+        if failed is not None:
+            self._abandon(operation, failed)
+        elif made and len(made) == len(prepared) and self._is_applied(operation.revision, now):
+            base = Base(generation=self.state.base.generation + 1, merge=plan)
+            try:
+                self._change_base(base)
+            except TurretError as error:
+                self._abandon(operation, error)
+                return
+            operation.stage, operation.revision = "applying", self.revision
+            operation.outcome = p.Outcome(base=base)
+
+    def _abandon(self, operation: Operation, error: TurretError) -> None:
+        self._publish(BaseEntry(self.state.base))
+        operation.end(error)
+
+    def _unmerge(self) -> Operation:
+        if self.state.preparing is not None:
+            self._check_no_merge()
+        if self.state.base.merge is None:
+            raise NotMergedError(say("NOTHING_MERGED"))
+        base = Base(generation=self.state.base.generation + 1)
+        self._change_base(base)
+        return self._applying(p.Outcome(base=base))
+
+    def _change_base(self, base: Base) -> None:
+        self._store.write_base(base)
+        self._publish(BaseEntry(base))
+
+    # Checks; each raises the error of a single server
+
+    def _registered(self, name: str) -> SavedRegistration:
+        if name not in self.state.names:
+            raise AdapterNotFoundError(say("ADAPTER_MISSING", adapters=name))
+        return self.state.names[name]
+
+    def _check_open(self, name: str) -> None:
+        if name in self.state.closed:
+            raise AdapterInUseError(say("ADAPTER_CLOSED", adapter=name))
+
+    def _is_elsewhere(self, digest: str, name: str) -> bool:
+        """Whether another open name stands for weights."""
+        others = (s for s in self.state.names.values() if s.name != name)
+        return any(s.facts.digest == digest and s.name not in self.state.closed for s in others)
+
+    def _check_components(self, name: str, facts: AdapterFacts) -> None:
+        for digest in facts.components:
+            if not self._is_elsewhere(digest, name):
+                raise AdapterComponentError(say("COMPONENT_MISSING", digest=digest))
+
+    def _check_not_needed(self, saved: SavedRegistration) -> None:
+        """Refuses if a fusion or a merge needs the weights that a name has.
+
+        A replica that starts while a merge is active makes the merged weights from its members'
+        files, so that they have to stay.
+        """
+        digest, name = saved.facts.digest, saved.name
+        plans = [plan for plan in (self.state.base.merge, self.state.preparing) if plan is not None]
+        if any(member.name == name for plan in plans for member in plan.members):
+            raise AdapterMergedError(say("ADAPTER_IN_BASE", adapter=name))
+        names = self.state.names.values()
+        fusions = [s.name for s in names if s.name != name and digest in s.facts.components]
+        if fusions and not self._is_elsewhere(digest, name):
+            which = ", ".join(fusions)
+            raise AdapterInUseError(say("ADAPTER_FUSED", adapter=name, fusions=which))
+
+    def _check_no_merge(self) -> None:
+        if self.state.preparing is not None:
+            raise MergeUnderWayError(say("MERGE_IN_PROGRESS"))
+        if self.state.base.merge is not None:
+            raise MergeActiveError(say("MERGE_IS_ACTIVE"))
+
+
+def _check_generation(saved: SavedRegistration, expected: int | None) -> None:
+    """Refuses if the name has another generation; None accepts any."""
+    if expected is not None and saved.generation != expected:
+        found = {"adapter": saved.name, "generation": saved.generation}
+        raise AdapterGenerationError(say("ADAPTER_REPLACED", **found, expected=expected))
+
+
+def _check_same(saved: SavedRegistration, expected: tuple[str, int]) -> None:
+    """Refuses if another caller changed the name meanwhile."""
+    if saved.uuid != expected[0]:
+        found = {"adapter": saved.name, "generation": saved.generation}
+        raise AdapterGenerationError(say("ADAPTER_LOADED_AGAIN", **found))
+    _check_generation(saved, expected[1])
+
+
+def _check_free(saved: SavedRegistration, facts: AdapterFacts) -> None:
+    """Refuses if the name refers to other weights."""
+    if saved.facts.digest != facts.digest:
+        taken = say("NAME_TAKEN", adapter=saved.name, digest=saved.facts.digest)
+        raise AdapterExistsError(taken)
+
+
+def _usable_base(base: Base, names: Mapping[str, SavedRegistration]) -> Base:
+    """The saved base, without a merge whose members another server has changed since."""
+    for member in () if base.merge is None else base.merge.members:
+        saved = names.get(member.name)
+        if saved is None or (saved.uuid, saved.generation) != (member.uuid, member.generation):
+            return Base(generation=base.generation + 1)
+    return base

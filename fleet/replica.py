@@ -1,0 +1,556 @@
+"""A replica's adapters and base: they follow the registry, and propose what callers want.
+
+Changes that callers ask for are read and checked here, proposed to the registry, and true on every
+replica before they are answered. A replica only reads the state directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+from turret.fleet import protocol as p
+from turret.fleet.follower import Channel, ReplicaLink, propose
+from turret.fleet.words import say
+from turret.server import log
+from turret.server.adapters.adapter import Adapter
+from turret.server.adapters.adapter_info import AdapterInfo
+from turret.server.adapters.allowed import Allowed
+from turret.server.adapters.base import BaseModel, ChangedBase, Precision
+from turret.server.adapters.merge.merger import (
+    ChangeBase,
+    Edit,
+    MergeMetrics,
+    Merger,
+    PreparedMerge,
+)
+from turret.server.adapters.merge.state import MergeState
+from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.registry.registration import Registration
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.registry.unloads import UnloadMode
+from turret.server.adapters.residency.metrics import AdapterMetrics
+from turret.server.adapters.source import Source
+from turret.server.adapters.state.saved_registration import SavedRegistration
+from turret.server.adapters.state.shared_state_dir import SharedStateDir
+from turret.server.adapters.state.staged_upload import StagedUpload
+from turret.server.basics.work import Cancellation
+from turret.server.config import AdapterConfig
+from turret.server.errors import (
+    AdapterGenerationError,
+    MergeActiveError,
+    TurretError,
+    UnavailableError,
+)
+from turret.server.hub.adapters import AdapterHub
+
+_log = logging.getLogger(__name__)
+
+# Attempts at a replacement while other callers replace the same adapter first.
+_ATTEMPTS = 5
+_FORCE_AGAIN_SECONDS = 0.25
+# Looking at thousands of adapters takes milliseconds, and every change goes to the registry.
+_USAGE_SECONDS = 1.0
+_FASTER = ("disk", "host", "device")
+
+
+class ReplicaRegistry(AdapterRegistry):
+    """See ``AdapterRegistry``; here the fleet's registry decides, and weights are read lazily.
+
+    Args:
+        channel: To the registry.
+        replica: This replica's name.
+        arguments, options: Those of ``AdapterRegistry``.
+    """
+
+    def __init__(self, channel: Channel, replica: str, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._channel = channel
+        self._replica = replica
+        # Registrations that get no new requests, but whose generations may still be held.
+        self._leaving: set[Registration] = set()
+        self._usage: Mapping[str, p.Usage] = {}
+        self._usage_time = float("-inf")
+        self._pinner = ThreadPoolExecutor(1, thread_name_prefix="adapter-pins")
+
+    def restore(self) -> int:
+        """Restores nothing: the registry sends what is registered; see ``follow``."""
+        return 0
+
+    def close(self) -> None:
+        self._pinner.shutdown(wait=False, cancel_futures=True)
+        super().close()
+
+    # Requests of callers. Beside the errors of ``AdapterRegistry``, each raises UnavailableError if
+    # the fleet's registry cannot be reached.
+
+    def load(
+        self, name: str, path: str, pinned: bool = False, task: int | None = None
+    ) -> AdapterInfo:
+        with self._changing(name):
+            return self._made(self._checked(name, self._loader.find(path, task), pinned=pinned))
+
+    def replace(
+        self,
+        name: str,
+        path: str,
+        expected_generation: int | None = None,
+        task: int | None = None,
+    ) -> AdapterInfo:
+        with self._changing(name):
+            self._table.check_generation(name, expected_generation)
+            self._table.find(name)
+            proposal = self._checked(name, self._loader.find(path, task))
+            return self._replaced(proposal, expected_generation)
+
+    def upload(
+        self,
+        name: str,
+        staged: StagedUpload,
+        pinned: bool = False,
+        replace: bool = False,
+        expected_generation: int | None = None,
+        task: int | None = None,
+    ) -> AdapterInfo:
+        source = dataclasses.replace(self._state.staged_source(staged, name), task=task)
+        with self._changing(name):
+            self._table.check_generation(name, expected_generation)
+            proposal = self._checked(name, source, pinned=pinned, is_staged=True)
+            if not replace:
+                return self._made(proposal)
+            return self._replaced(proposal, expected_generation)
+
+    def _checked(
+        self, name: str, source: Source, *, pinned: bool = False, is_staged: bool = False
+    ) -> p.Register:
+        """A proposal, once the weights have been read."""
+        facts = self._installer.inspect(source)
+        return p.Register(name=name, source=source, facts=facts, pinned=pinned, is_staged=is_staged)
+
+    def _made(self, proposal: p.Register | p.Pin) -> AdapterInfo:
+        saved = propose(self._channel, proposal).saved
+        assert saved is not None
+        # Wait until the adapters pinned here have been read into memory.
+        self._pinner.submit(lambda: None).result()
+        registration = self._table.get(saved.name)
+        if registration is not None:
+            record = self._record(registration)
+            if (record.uuid, record.generation) == (saved.uuid, saved.generation):
+                return record
+        # The name has changed again meanwhile, so return the record of what was made.
+        return Registration(_adapter(saved)).record()
+
+    def _replaced(self, proposal: p.Register, expected: int | None) -> AdapterInfo:
+        attempt = 1
+        while True:
+            current = self._table.find(proposal.name).current
+            replaces = (current.uuid, current.generation)
+            try:
+                return self._made(dataclasses.replace(proposal, replaces=replaces))
+            except AdapterGenerationError:
+                # Another replacement will arrive here soon, or this replica lags behind.
+                if expected is not None or attempt == _ATTEMPTS:
+                    raise
+                attempt += 1
+                time.sleep(0.05 * attempt)
+
+    def pin(self, name: str) -> AdapterInfo:
+        self._table.find(name)
+        return self._made(p.Pin(name=name, pinned=True))
+
+    def unpin(self, name: str) -> AdapterInfo:
+        self._table.find(name)
+        return self._made(p.Pin(name=name, pinned=False))
+
+    def unload(
+        self,
+        name: str,
+        mode: UnloadMode = "DRAIN",
+        timeout_seconds: float | None = 30.0,
+        expected_generation: int | None = None,
+    ) -> None:
+        self._table.find(name)
+        proposal = p.Unload(
+            name=name,
+            is_forced=mode == "FORCE",
+            timeout_seconds=timeout_seconds,
+            expected_generation=expected_generation,
+        )
+        propose(self._channel, proposal)
+
+    def get(self, name: str) -> AdapterInfo:
+        return _with_usage(super().get(name), self._elsewhere(name))
+
+    def list(self) -> list[AdapterInfo]:
+        elsewhere = self._elsewhere()
+        return [_with_usage(record, elsewhere) for record in super().list()]
+
+    def _elsewhere(self, name: str = "") -> list[Mapping[str, p.Usage]]:
+        usage = self._channel.usage(name)
+        return [used for replica, used in usage.items() if replica != self._replica]
+
+    # Instructions of the registry
+
+    def follow(self, entry: p.NameEntry) -> None:
+        """Makes a name stand for what an entry says."""
+        saved = entry.saved
+        with self._lock:
+            registration = self._table.get(entry.name)
+            if registration is not None and (saved is None or registration.uuid != saved.uuid):
+                self._table.drop(registration)
+                self._leaving.add(registration)
+                registration = None
+            if saved is None:
+                return
+            if registration is None:
+                registration = Registration(_adapter(saved))
+                self._table.add(registration)
+            elif registration.current.generation != saved.generation:
+                self._table.swap(registration, _adapter(saved))
+                self._leaving.add(registration)
+            else:
+                registration.current.source = saved.source
+            if entry.is_forced is None:
+                registration.state = "ACTIVE"
+            else:
+                registration.state = "DELETING"
+                self._leaving.add(registration)
+            needs_pin = saved.pinned != registration.current.pinned
+        if needs_pin:
+            self._pinner.submit(self._follow_pin, registration, saved)
+        if entry.is_forced:
+            threading.Thread(
+                target=self._force, args=(registration,), name="force unload", daemon=True
+            ).start()
+
+    def _follow_pin(self, registration: Registration, saved: SavedRegistration) -> None:
+        with self._lock:
+            is_current = registration.current.generation == saved.generation
+            if not is_current or self._table.get(saved.name) is not registration:
+                return
+        try:
+            if saved.pinned:
+                self._pins.pin(registration)
+            else:
+                self._pins.unpin(registration)
+        except TurretError as error:
+            _log.error("cannot pin", extra=log.fields(adapter=saved.name, reason=error))
+
+    def _force(self, registration: Registration) -> None:
+        # Repeat, because a request that took its adapters just before the name was closed may reach
+        # the engine only after the first attempt.
+        while registration.state == "DELETING" and registration.in_flight:
+            self._end_users(registration.uuid)
+            self._table.wait_until_unheld(registration, _FORCE_AGAIN_SECONDS)
+
+    def names(self) -> set[str]:
+        """Every name that stands for something here."""
+        return {record.name for record in super().list()}
+
+    def holding(self) -> dict[str, int]:
+        """By key, the number of requests that hold replaced or closing generations."""
+        with self._lock:
+            departing = {r: found for r in self._leaving if (found := _departing(r))}
+            self._leaving = set(departing)
+            found = [adapter for adapters in departing.values() for adapter in adapters]
+            return {adapter.key: adapter.in_flight for adapter in found if adapter.in_flight}
+
+    def usage(self) -> Mapping[str, p.Usage]:
+        """Adapters in memory or in use, by name; up to a second old."""
+        now = time.monotonic()
+        if now - self._usage_time >= _USAGE_SECONDS:
+            self._usage_time = now
+            usage = {
+                record.name: p.Usage(
+                    in_flight=record.in_flight,
+                    residency=record.residency,
+                    bytes_host=record.bytes_host,
+                    bytes_device=record.bytes_device,
+                    last_used_time=record.last_used_time,
+                )
+                for record in self._table.records()
+                if record.in_flight or record.residency != "disk" or record.last_used_time
+            }
+            # Return the same object while nothing changes, so that it is not reported again.
+            if usage != self._usage:
+                self._usage = usage
+        return self._usage
+
+
+def _adapter(saved: SavedRegistration) -> Adapter:
+    return Adapter(saved.name, saved.uuid, saved.generation, saved.source, saved.facts)
+
+
+def _departing(registration: Registration) -> list[Adapter]:
+    """Generations that get no new requests."""
+    if registration.state == "ACTIVE" or registration.current.is_retired:
+        return list(registration.retired)
+    return [registration.current, *registration.retired]
+
+
+def _with_usage(record: AdapterInfo, elsewhere: Sequence[Mapping[str, p.Usage]]) -> AdapterInfo:
+    """A replica's record with what the others do: bytes and requests summed, the fastest tier.
+
+    Args:
+        record: Of the replica that is asked.
+        elsewhere: By name, what each other replica does.
+    """
+    used = [usage[record.name] for usage in elsewhere if record.name in usage]
+    if not used:
+        return record
+    times = [each.last_used_time for each in (record, *used) if each.last_used_time is not None]
+    return dataclasses.replace(
+        record,
+        bytes_host=record.bytes_host + sum(each.bytes_host for each in used),
+        bytes_device=record.bytes_device + sum(each.bytes_device for each in used),
+        residency=max((each.residency for each in (record, *used)), key=_FASTER.index),
+        in_flight=record.in_flight + sum(each.in_flight for each in used),
+        last_used_time=max(times, default=None),
+    )
+
+
+@dataclass(slots=True)
+class _Preparation:
+    """A plan whose merged weights are being made, or are made, or cannot be made."""
+
+    plan: p.MergePlan
+    cancellation: Cancellation = field(default_factory=Cancellation)
+    made: Future[PreparedMerge] = field(default_factory=Future)
+
+
+class ReplicaMerger(Merger):
+    """See ``Merger``. One thread gives instructions; callers come from any.
+
+    Args:
+        channel: To the fleet's registry.
+        arguments, options: Those of ``Merger``.
+
+    Attributes:
+        on_prepared: Called when a plan's weights are made, or cannot be.
+    """
+
+    def __init__(self, channel: Channel, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._channel = channel
+        self.on_prepared: Callable[[], None] = lambda: None
+        self._preparation: _Preparation | None = None
+
+    # Requests of callers
+
+    def merge(
+        self, refs: Sequence[AdapterRef], precision: Precision | None, cancellation: Cancellation
+    ) -> MergeState:
+        """As ``Merger.merge``, on every replica or on none.
+
+        Raises:
+            UnavailableError: The registry cannot be reached.
+        """
+        if not refs:
+            # A single server refuses that, too.
+            return super().merge(refs, precision, cancellation)
+        # Try the merge here first, to find out how it can be done. All replicas then do the same.
+        with self._only_change():
+            if self._state.merge is not None:
+                raise MergeActiveError(say("MERGE_IS_ACTIVE"))
+            tried = self._prepare(refs, precision, cancellation)
+            self._registry.release(tried.mix)
+        members = tuple(
+            p.Member(name=a.name, uuid=a.uuid, generation=a.generation, weight=a.weight)
+            for a in tried.merge.adapters
+        )
+        proposal = p.Merge(members=members, precision=tried.merge.precision, time=time.time())
+        del tried
+        propose(self._channel, proposal, cancellation)
+        return self._state
+
+    def unmerge(self, cancellation: Cancellation) -> MergeState:
+        """As ``Merger.unmerge``, on every replica."""
+        propose(self._channel, p.Unmerge(), cancellation)
+        return self._state
+
+    # Instructions of the registry
+
+    def prepare(self, plan: p.MergePlan | None) -> None:
+        """Begins to prepare a plan's weights on a thread of its own; None gives them up."""
+        before = self._preparation
+        if plan is not None and before is not None and plan.uuid == before.plan.uuid:
+            return
+        self._give_up()
+        if plan is not None:
+            self._preparation = preparation = _Preparation(plan)
+            threading.Thread(
+                target=self._make, args=(preparation,), name="merge", daemon=True
+            ).start()
+
+    def prepared(self) -> Mapping[str, TurretError | None]:
+        """By plan: None if its weights are ready, or why they cannot be made."""
+        preparation = self._preparation
+        if preparation is None or not preparation.made.done():
+            return {}
+        error = preparation.made.exception()
+        assert error is None or isinstance(error, TurretError)
+        return {preparation.plan.uuid: error}
+
+    def _make(self, preparation: _Preparation) -> None:
+        plan = preparation.plan
+        refs = [
+            AdapterRef(name=member.name, generation=member.generation, weight=member.weight)
+            for member in plan.members
+        ]
+        try:
+            made = self._prepare(refs, plan.precision, preparation.cancellation)
+        except TurretError as error:
+            preparation.made.set_exception(error)
+        except Exception:
+            _log.exception("a merge failed", extra=log.fields(plan=plan.uuid))
+            error = UnavailableError(say("MERGE_FAILED"))
+            preparation.made.set_exception(error)
+        else:
+            preparation.made.set_result(made)
+        self.on_prepared()
+
+    def _give_up(self) -> None:
+        preparation = self._preparation
+        if preparation is None:
+            return
+        preparation.cancellation.set(UnavailableError(say("MERGE_WITHDRAWN")))
+        wait([preparation.made])
+        self._preparation = None
+        if preparation.made.exception() is None:
+            self._registry.release(preparation.made.result().mix)
+
+    def follow(self, base: p.Base) -> None:
+        """Switches to this base; blocks until the engine has exchanged the weights.
+
+        Raises:
+            TurretError: The weights cannot be made, so that the replica cannot serve.
+            UnavailableError: The engine stops.
+        """
+        plan = base.merge
+        if base.generation == self._state.base_generation:
+            return
+        if self._active is not None:
+            # Unmerge and merge: in between, the base has a number that no other state uses.
+            number = base.generation if plan is None else -base.generation
+            with self._turn:
+                self._apply(self._active, None, Cancellation(), number)
+        self.prepare(plan)
+        if self._preparation is not None:
+            try:
+                made = self._preparation.made.result()
+                with self._turn:
+                    self._apply(made.edit, made.merge, Cancellation(), base.generation)
+            finally:
+                self._give_up()
+        elif base.generation != self._state.base_generation:
+            # The same weights get another number, after a merge that came and went meanwhile.
+            self._change_base(lambda: self._renumbered(base.generation)).result()
+            self._state = MergeState(base.generation)
+
+    def _renumbered(self, generation: int) -> ChangedBase:
+        return self._registry.change_base(self._describe(generation))
+
+
+class Seat:
+    """A replica's place in a fleet: makes the registry, the merger and the link, in this order.
+
+    It applies the fleet's state to both; see ``Applies``.
+
+    Args:
+        name: The replica's; no other has had it.
+        channel: To the fleet's registry.
+        stops_alone: Serve nothing while the registry is away; see ``Follower``.
+    """
+
+    def __init__(self, name: str, channel: Channel, *, stops_alone: bool = False) -> None:
+        self.name = name
+        self._channel = channel
+        self._stops_alone = stops_alone
+        self._registry: ReplicaRegistry
+        self._merger: ReplicaMerger
+        self.num_requests: Callable[[], tuple[int, int]] = lambda: (0, 0)
+
+    def registry(
+        self, config: AdapterConfig, base: BaseModel, metrics: AdapterMetrics
+    ) -> ReplicaRegistry:
+        """The replica's adapters.
+
+        Raises:
+            ValueError: There is no state directory.
+        """
+        if config.state_dir is None:
+            raise ValueError(say("FLEET_NEEDS_STATE"))
+        self._registry = ReplicaRegistry(
+            self._channel,
+            self.name,
+            config.adapter_root,
+            base,
+            config.adapter_host_bytes,
+            config.max_rank,
+            metrics,
+            state=SharedStateDir(config.state_dir, config.max_upload_bytes),
+            allowed=Allowed(config.allow_other_base, config.allow_dense_adapters),
+            hub=AdapterHub(config.adapter_hub, config.max_upload_bytes),
+        )
+        return self._registry
+
+    def merger(
+        self,
+        *,
+        edit: Callable[[Precision], Edit],
+        describe: Callable[[int], BaseModel],
+        change_base: ChangeBase,
+        metrics: MergeMetrics,
+    ) -> ReplicaMerger:
+        """The merger of the replica's base."""
+        self._merger = ReplicaMerger(
+            self._channel,
+            self._registry,
+            edit=edit,
+            describe=describe,
+            change_base=change_base,
+            metrics=metrics,
+        )
+        return self._merger
+
+    def link(self, num_requests: Callable[[], tuple[int, int]]) -> ReplicaLink:
+        """The link that keeps both up to date; start it when the engine runs, close it first.
+
+        Args:
+            num_requests: Requests that wait to be computed, and that are.
+        """
+        base = self._registry.base
+        self.num_requests = num_requests
+        join = p.Join(replica=self.name, base_name=base.name, base_digest=base.digest)
+        link = ReplicaLink(join, self, self._channel, stops_alone=self._stops_alone)
+        self._merger.on_prepared = link.report_soon
+        return link
+
+    def reset(self, state: p.FleetState) -> None:
+        """Replaces the whole state by a snapshot."""
+        for name in self._registry.names() - state.names.keys():
+            self.apply(p.NameEntry(name))
+        for entry in state.entries():
+            self.apply(entry)
+
+    def apply(self, entry: p.Entry) -> None:
+        if isinstance(entry, p.NameEntry):
+            self._registry.follow(entry)
+        else:
+            self._merger.follow(entry.base)
+            self._merger.prepare(entry.preparing)
+
+    def holding(self) -> Mapping[str, int]:
+        return self._registry.holding()
+
+    def prepared(self) -> Mapping[str, TurretError | None]:
+        return self._merger.prepared()
+
+    def usage(self) -> Mapping[str, p.Usage]:
+        return self._registry.usage()

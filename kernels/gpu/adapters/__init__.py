@@ -1,1 +1,0 @@
-"""What adapters add to a projection, for the rows of a step at once."""

@@ -1,0 +1,328 @@
+"""What several kernels are made of: checks of arguments, launch parameters, functions inside them.
+
+Wrappers check shapes, dtypes and strides on the host, never values on the device.
+"""
+
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from turret.kernels.nf4_matmul import CODE
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_float(name: str, tensor: torch.Tensor, like: torch.dtype | None = None) -> None:
+    """Require fp16, bf16 or fp32, or exactly ``like``.
+
+    Raises:
+        ValueError: Another dtype.
+    """
+    if like is not None and tensor.dtype != like:
+        raise ValueError(f"{name} is {tensor.dtype}; {like} is needed")
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{name} is {tensor.dtype}; fp16, bf16 or fp32 is needed")
+
+
+def check_shape(name: str, tensor: torch.Tensor, *shape: int) -> None:
+    """Require a shape; -1 stands for any size.
+
+    Raises:
+        ValueError: Another shape.
+    """
+    actual = tuple(tensor.shape)
+    fits = len(actual) == len(shape) and all(
+        want in (-1, have) for have, want in zip(actual, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} is {list(actual)}; {list(shape)} is needed (-1: any)")
+
+
+def check_rows(name: str, tensor: torch.Tensor) -> None:
+    """Require that the last dimension is contiguous.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name} has stride {tensor.stride(-1)} in its last dimension; 1 is needed"
+        )
+
+
+def check_contiguous(name: str, tensor: torch.Tensor) -> None:
+    """Require a contiguous tensor.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} is not contiguous: strides {tensor.stride()}")
+
+
+def check_length(name: str, tensor: torch.Tensor, count: int) -> None:
+    """Require a number of elements.
+
+    Raises:
+        ValueError: It has another.
+    """
+    if tensor.numel() != count:
+        raise ValueError(f"{name} has {tensor.numel()} elements; {count} are needed")
+
+
+# Launch parameters per device. Found off the serving path by ``bench/gpu.py --tune``.
+
+# Older versions of Triton omit the fence that Hopper's wgmma needs between an asynchronous copy to
+# shared memory and a product that reads the copied data.
+_FENCES_COPIES = (3, 9)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """Launch parameters.
+
+    Those that decide the order of a sum (``*_split*``, ``shrink_block_k``, ``nf4_*``) are fixed per
+    device and never depend on the step: a row's bits must not.
+
+    Attributes:
+        programs: Programs of the kernels that loop over a device-side work list.
+        shrink_programs: Programs of a shrink that is launched with the base's product.
+        shrink_split_k: Input features per part of the reduction over them, about; 2 to 16 parts.
+        shrink_block_k: Input features per step of that reduction.
+        expand_block_n: Output columns per tile.
+        hadamard_splits: Parts of the reduction over the input features.
+        hadamard_block_k: As ``shrink_block_k``, at rank 16; halved as the rank doubles.
+        hadamard_block_n: Output columns per tile; halved at rank 64.
+        kronecker_block_l: Columns of ``w2`` per step of its reduction.
+        nf4_block_n: Output columns per program.
+        nf4_programs: Programs up to which a narrow weight's input features are cut into parts.
+        nf4_part_blocks: Quantisation blocks of a part at least.
+        nf4_pass_rows: Decoding rows per call of ``nf4_matmul``, at most 64; 0 where writing the
+            weight out and a library's product is faster.
+        attention_stages: Depth of the pipeline over keys. Block numbers come before their keys: 5
+            keep two tiles of keys and values under way, 3 none.
+        nf4_stages: Depth of the pipeline of ``nf4_matmul``; four do not fit in 64 KiB (AMD).
+        sample_block: Tokens of the vocabulary that the sampler looks at together.
+        inline_ptx: Whether kernels may hold PTX: on NVIDIA devices.
+    """
+
+    programs: int = 528
+    shrink_programs: int = 264
+    shrink_split_k: int = 1024
+    shrink_block_k: int = 256
+    expand_block_n: int = 256
+    hadamard_splits: int = 4
+    hadamard_block_k: int = 128
+    hadamard_block_n: int = 64
+    kronecker_block_l: int = 32
+    nf4_block_n: int = 128
+    nf4_programs: int = 512
+    nf4_part_blocks: int = 16
+    nf4_pass_rows: int = 64
+    # AMD devices have 64 KiB of shared memory, too little for two tiles in flight.
+    attention_stages: int = 5 if torch.version.hip is None else 3
+    nf4_stages: int = 4 if torch.version.hip is None else 3
+    sample_block: int = 4096
+    inline_ptx: bool = torch.version.hip is None
+
+    def registers(self, most: int) -> dict[str, int]:
+        """Launch option: registers of a thread at most.
+
+        Without a limit NVIDIA's assembler keeps to fewer than there are and spills the rest.
+        """
+        return {"maxnreg": most} if self.inline_ptx else {}
+
+
+# Parameters by torch.cuda.get_device_name; devices that are not listed use the default.
+_TABLE: dict[str, Tuning] = {}
+
+# Few programs and small tiles, so that loops over work lists and splits are exercised.
+_INTERPRETER = Tuning(
+    programs=3,
+    shrink_programs=2,
+    shrink_split_k=64,
+    shrink_block_k=32,
+    expand_block_n=32,
+    hadamard_splits=2,
+    hadamard_block_k=32,
+    hadamard_block_n=32,
+    kronecker_block_l=32,
+    nf4_block_n=32,
+    nf4_programs=16,
+    nf4_part_blocks=1,
+    nf4_pass_rows=4,
+    sample_block=64,
+    inline_ptx=False,
+)
+
+
+def wgmma_stages(stages: int) -> int:
+    """Pipeline depth for tiles of 64 rows: 1, so no concurrent copies, if Triton lacks a fence."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return stages if version >= _FENCES_COPIES else 1
+
+
+@functools.cache
+def tuning(device: torch.device) -> Tuning:
+    """The parameters for a device (on the CPU: for Triton's interpreter)."""
+    if device.type == "cpu":
+        return _INTERPRETER
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return _TABLE.get(name, Tuning())
+
+
+# Tensors that kernels find by their addresses.
+
+
+@triton.jit
+def pointer_to(address, like_ptr):
+    """An address as a pointer; memory of its own begins at a multiple of 16."""
+    return tl.multiple_of(address.to(tl.pointer_type(like_ptr.dtype.element_ty)), 16)
+
+
+# Products inside kernels that keep fp32 accuracy of an fp32 operand on tensor cores.
+
+
+@triton.jit
+def dot(x, w, acc):
+    """``acc + x w`` for operands of one dtype; fp32 operands multiply as fp32, not as TF32."""
+    return tl.dot(x, w, acc, input_precision="ieee")
+
+
+@triton.jit
+def split_dot(x, w, acc):
+    """``acc + x w`` for an fp32 ``x`` and a narrower ``w``.
+
+    ``x`` is split into a high and a low part of ``w``'s dtype: together 16 (bf16) or 22 (fp16) bits
+    of mantissa, at twice the tensor-core work, of which kernels bound by memory have plenty.
+    """
+    if w.dtype == tl.float32:
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    else:
+        high = x.to(w.dtype)
+        low = (x - high.to(tl.float32)).to(w.dtype)
+        acc = tl.dot(high, w, acc)
+        acc = tl.dot(low, w, acc)
+    return acc
+
+
+@triton.jit
+def dot_split(w, x, acc):
+    """``acc + w x``, as ``split_dot`` with the fp32 operand on the right."""
+    if w.dtype == tl.float32:
+        acc = tl.dot(w, x, acc, input_precision="ieee")
+    else:
+        high = x.to(w.dtype)
+        low = (x - high.to(tl.float32)).to(w.dtype)
+        acc = tl.dot(w, high, acc)
+        acc = tl.dot(w, low, acc)
+    return acc
+
+
+# Which program of a launch finishes what several of them have written in parts.
+#
+# A program stores its part, then adds one to a counter. The addition releases what its program
+# wrote (the barrier puts the stores of all its threads before it) and acquires what the others
+# released, so whoever finds that it is the last may read every part. It reads them in their order,
+# not in that of the arrivals: the result does not depend on who is last. The counter is zero again
+# afterwards, for the next launch. Parts are read past the first-level cache
+# (``cache_modifier=".cg"``).
+
+
+@triton.jit
+def is_last(
+    counter_ptr,  # int32, zero before the launch
+    arrivals,  # programs that add to it, each once
+):
+    """Whether all other programs have stored their parts."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == arrivals - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+# The sixteen NF4 values in a kernel: packed bytes to pairs of neighbouring weights.
+#
+# On NVIDIA devices the values are looked up in registers: ``prmt`` picks bytes of two words by the
+# low three bits of a code, the fourth bit chooses between two such picks. Two words hold the low
+# bytes of the values, two the high bytes, so a weight costs two and a half instructions and no
+# memory; a gathered load would take a trip through shared memory for each. Elsewhere it is
+# gathered, from the same rounded values: the bits are the same.
+
+
+def _lookup(dtype: torch.dtype) -> str:
+    """PTX that turns four bytes (``$4``) into four even (``$0, $1``) and four odd values."""
+    bits = torch.tensor(CODE).to(dtype).view(torch.int16).tolist()
+    words = {}
+    for name, shift in (("low", 0), ("high", 8)):
+        for part in range(4):
+            values = [(b >> shift) & 255 for b in bits[4 * part : 4 * part + 4]]
+            words[f"{name}{part}"] = f"0x{sum(v << 8 * i for i, v in enumerate(values)):08x}"
+    lines = [
+        ".reg .b32 code, upper, first, second, low, high, picks, chosen;",
+        # ``code`` has the codes without their fourth bit. ``upper`` uses that bit to select byte i
+        # or i + 4.
+        "and.b32 code, $4, 0x77777777;",
+        "shr.u32 upper, $4, 1;",
+        "lop3.b32 upper, upper, 0x44444444, 0x32103210, 0xEA;",
+    ]
+    for half in range(2):
+        picks, chosen = "code", "upper"
+        if half:
+            lines += ["shr.u32 picks, code, 16;", "shr.u32 chosen, upper, 16;"]
+            picks, chosen = "picks", "chosen"
+        for name in ("low", "high"):
+            lines += [
+                f"prmt.b32 first, {words[name + '0']}, {words[name + '1']}, {picks};",
+                f"prmt.b32 second, {words[name + '2']}, {words[name + '3']}, {picks};",
+                f"prmt.b32 {name}, first, second, {chosen};",
+            ]
+        # The high nibble of a byte is its even column.
+        lines += [
+            f"prmt.b32 ${half}, low, high, 0x7351;",
+            f"prmt.b32 ${2 + half}, low, high, 0x6240;",
+        ]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+_BF16 = tl.constexpr(_lookup(torch.bfloat16))
+_FP16 = tl.constexpr(_lookup(torch.float16))
+
+
+@functools.cache
+def code_on(device: torch.device) -> torch.Tensor:
+    """The sixteen values, ``[16]`` fp32, copied to each device once."""
+    return torch.tensor(CODE, device=device)
+
+
+@triton.jit
+def code_pairs(byte, code_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
+    """Values of the even and the odd columns of packed bytes, rounded to ``dtype``.
+
+    Args:
+        byte: uint8, any shape.
+        code_ptr: ``[16]`` fp32.
+        dtype: Of the values.
+        PTX: Whether inline PTX may be used.
+    """
+    if PTX and dtype == tl.bfloat16:
+        even, odd = tl.inline_asm_elementwise(
+            _BF16, "=r,=r,=r,=r,r", [byte], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    elif PTX and dtype == tl.float16:
+        even, odd = tl.inline_asm_elementwise(
+            _FP16, "=r,=r,=r,=r,r", [byte], (tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    else:
+        wide = byte.to(tl.int32)
+        even = tl.load(code_ptr + (wide >> 4)).to(dtype)
+        odd = tl.load(code_ptr + (wide & 15)).to(dtype)
+    return even, odd

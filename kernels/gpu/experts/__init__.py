@@ -1,1 +1,0 @@
-"""Mixtures of experts: who goes where, the experts' products, and their sum."""

@@ -1,0 +1,315 @@
+"""Triton form of ``fusion_gate``: weights of a learned fusion's components.
+
+Two launches for all gated adapters of a step. ``gate_shrink`` multiplies rows by queries, ``q = Wq
+x``, a shrink of its own; a program takes a question of the segment table (a chunk of rows, 16
+vectors of their adapter), one slice and one part of the input features. ``fusion_gate`` scores and
+weighs; a program takes a gate of the table (a chunk of rows, the components of one adapter) and one
+slice.
+
+Queries and keys lie in memory of each adapter's own and are found by their addresses: however
+different adapters are, a step launches the same. A slot's words of a slice, int64::
+
+    query@ · keys@ · d_k · 0
+
+A module without a gate has zeros there, and its components have no ranks.
+"""
+
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from turret.kernels.gpu.common import (
+    check_contiguous,
+    check_float,
+    check_rows,
+    check_shape,
+    dot,
+    pointer_to,
+    tuning,
+)
+from turret.kernels.gpu.low_rank import shrink_parts
+from turret.kernels.gpu.tables import (
+    GATE_RECORD,
+    GATES,
+    RANK_TILE,
+    RECORD,
+    TILE_ROWS,
+    SegmentTable,
+)
+
+WORDS = 4
+_RECORD, _GATE_RECORD = tl.constexpr(RECORD), tl.constexpr(GATE_RECORD)
+_GATES, _WORDS = tl.constexpr(GATES), tl.constexpr(WORDS)
+
+
+@triton.jit
+def gate_shrink_kernel(
+    x_ptr,  # [num_rows, in_features]
+    words_ptr,  # [num_slots, NUM_SLICES, WORDS] int64
+    asked_ptr,  # [SPLITS, asked_capacity * NUM_SLICES] fp32
+    table_ptr,
+    x_stride,
+    in_features,
+    asked_width,
+    NUM_SLICES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    num_work = tl.load(table_ptr + _GATES + 2) * NUM_SLICES * SPLITS
+    rows_ptr = table_ptr + tl.load(table_ptr + 1)
+    questions_ptr = table_ptr + tl.load(table_ptr + _GATES + 3)
+    split_width = tl.cdiv(tl.cdiv(in_features, BLOCK_K), SPLITS) * BLOCK_K
+    m = tl.arange(0, BLOCK_M)
+    r = tl.arange(0, BLOCK_R)
+    for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
+        split = work % SPLITS
+        s = (work // SPLITS) % NUM_SLICES
+        question_ptr = questions_ptr + (work // (SPLITS * NUM_SLICES)) * _RECORD
+        live = m < tl.load(question_ptr + 1)
+        first = tl.load(question_ptr + 2)
+        slot = tl.load(question_ptr + 4)
+        rows = tl.load(rows_ptr + tl.load(question_ptr) + m, mask=live, other=0).to(tl.int64)
+        own_ptr = words_ptr + (slot * NUM_SLICES + s) * _WORDS
+        # A missing slice has no vectors, so it reads nothing.
+        left = tl.load(own_ptr + 2).to(tl.int32) - first
+        held = (r < left)[:, None]
+        start = split * split_width
+        end = tl.where(left > 0, tl.minimum(start + split_width, in_features), start)
+        x_rows = x_ptr + rows[:, None] * x_stride
+        w_rows = pointer_to(tl.load(own_ptr), x_ptr)
+        w_rows += (first + r).to(tl.int64)[:, None] * in_features
+        acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        for k0 in range(start, end, BLOCK_K):
+            cols = k0 + tl.arange(0, BLOCK_K)[None, :]
+            x = tl.load(x_rows + cols, mask=live[:, None] & (cols < end), other=0.0)
+            w = tl.load(w_rows + cols, mask=held & (cols < end), other=0.0)
+            acc = dot(x, tl.trans(w), acc)
+        row_stride = tl.load(question_ptr + 6)
+        asked = (tl.load(question_ptr + 5) + m * row_stride)[:, None].to(tl.int64) + r[None, :]
+        keep = live[:, None] & (r < tl.load(question_ptr + 3) - first)[None, :]
+        asked_split = asked_ptr + split.to(tl.int64) * asked_width
+        tl.store(asked_split + asked * NUM_SLICES + s, acc, mask=keep)
+
+
+@triton.jit
+def _parts(ptr, at, stride, keep, SPLITS: tl.constexpr):
+    """The sum of the parts of a shrink at some places, in their order."""
+    total = tl.load(ptr + at, mask=keep, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(ptr + split * stride + at, mask=keep, other=0.0)
+    return total
+
+
+@triton.jit
+def _score(
+    asked_ptr,  # queries of the gate's first row, in the slice
+    asked_stride,
+    asked_row,
+    live,
+    v_ptr,  # rank activations of the chunk's first row, this component and slice
+    v_stride,
+    row_stride,
+    keys_ptr,  # [ranks, d_k] fp32, at the component's first rank
+    num_ranks,
+    d_k,
+    NUM_SLICES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``q · (Wk B) v`` of one component, ``[BLOCK_M]`` fp32."""
+    m = tl.arange(0, BLOCK_M)[:, None]
+    score = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    for j in range(0, num_ranks, BLOCK_R):
+        ranks = j + tl.arange(0, BLOCK_R)
+        held = ranks < num_ranks
+        products = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        for d0 in range(0, d_k, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
+            inside = d < d_k
+            q_at = (m * asked_row + d[None, :]) * NUM_SLICES
+            keep = live[:, None] & inside[None, :]
+            q = _parts(asked_ptr, q_at, asked_stride, keep, SPLITS)
+            keys_at = keys_ptr + ranks[None, :] * d_k + d[:, None]
+            keys = tl.load(keys_at, mask=held[None, :] & inside[:, None], other=0.0)
+            products = dot(q, keys, products)
+        v_at = (m * row_stride + ranks[None, :]) * NUM_SLICES
+        v = _parts(v_ptr, v_at, v_stride, live[:, None] & held[None, :], SPLITS)
+        score += tl.sum(products * v, axis=1)
+    return score
+
+
+@triton.jit
+def fusion_gate_kernel(
+    asked_ptr,  # [SPLITS, asked_capacity * NUM_SLICES] fp32
+    v_ptr,  # [SPLITS, rank_capacity * NUM_SLICES] fp32
+    words_ptr,  # [num_slots, NUM_SLICES, WORDS] int64
+    gates_ptr,  # [num_rows, NUM_SLICES, max_components] fp32
+    table_ptr,
+    asked_stride,
+    v_stride,
+    max_components,
+    NUM_SLICES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows_ptr = table_ptr + tl.load(table_ptr + 1)
+    components_ptr = table_ptr + tl.load(table_ptr + 2)
+    list_ptr = table_ptr + tl.load(table_ptr + _GATES + 1)
+    m = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_C)[None, :]
+    for work in range(
+        tl.program_id(0), tl.load(table_ptr + _GATES) * NUM_SLICES, tl.num_programs(0)
+    ):
+        s = work % NUM_SLICES
+        gate_ptr = list_ptr + (work // NUM_SLICES) * _GATE_RECORD
+        live = m < tl.load(gate_ptr + 1)
+        # Use 32-bit indices: the wrapper rejects sizes from 2³¹ on, and 64 bits would not fit in
+        # registers.
+        rows = tl.load(rows_ptr + tl.load(gate_ptr) + m, mask=live, other=0)
+        component_ptr = components_ptr + tl.load(gate_ptr + 2) * _RECORD
+        count = tl.load(gate_ptr + 3)
+        own_ptr = words_ptr + (tl.load(gate_ptr + 5) * NUM_SLICES + s) * _WORDS
+        keep = live[:, None] & (columns < count)
+        scores = tl.where(keep, 0.0, float("-inf"))
+        d_k = tl.load(own_ptr + 2).to(tl.int32)
+        keys_ptr = pointer_to(tl.load(own_ptr + 1), asked_ptr)
+        asked_at = asked_ptr + s + tl.load(gate_ptr + 8) * NUM_SLICES
+        first = tl.load(component_ptr)
+        for c in range(count):
+            own = component_ptr + c * _RECORD
+            rank = tl.load(own)
+            v_at = v_ptr + s + (tl.load(gate_ptr + 6) + tl.load(own + 3)) * NUM_SLICES
+            score = _score(
+                asked_at, asked_stride, tl.load(gate_ptr + 9), live, v_at, v_stride,
+                tl.load(gate_ptr + 7), keys_ptr + (rank - first) * d_k, tl.load(own + 1) - rank,
+                d_k, NUM_SLICES, SPLITS, BLOCK_M, BLOCK_R, BLOCK_D,
+            )  # fmt: skip
+            scores = tl.where(keep & (columns == c), score[:, None], scores)
+        top = tl.max(scores, axis=1)
+        weights = tl.exp(scores - tl.where(live, top, 0.0)[:, None])
+        # Components are added one by one: the order of a tree would depend on the table's width.
+        total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        for c in range(count):
+            total += tl.sum(tl.where(columns == c, weights, 0.0), axis=1)
+        at = (rows * NUM_SLICES + s)[:, None] * max_components + tl.load(gate_ptr + 4) + columns
+        tl.store(gates_ptr + at, weights / tl.where(live, total, 1.0)[:, None], mask=keep)
+
+
+def gate_shrink(x: torch.Tensor, words: torch.Tensor, table: SegmentTable) -> torch.Tensor:
+    """Multiply every gated row by the queries of its adapters.
+
+    Args:
+        x: Activations, ``[num_rows, in_features]``, fp16, bf16 or fp32; rows may be strided.
+        words: Of the gates by slot, ``[num_slots, num_slices, WORDS]`` int64, contiguous; see the
+            module. Addresses are multiples of 16; queries are ``[d_k, in_features]``, dtype of
+            ``x``, keys ``(Wk B)ᵀ`` of all components, ``[ranks, d_k]`` fp32.
+        table: The step's segments, loaded.
+
+    Returns:
+        ``[splits, asked_capacity · num_slices]`` fp32, for ``fusion_gate``: a row's queries where
+        ``segment_table`` says, the slice innermost; the sum over the first axis is what was asked.
+        Places of no row are undefined.
+
+    Raises:
+        ValueError: A shape, dtype or stride breaks the contract. Values on the device, addresses
+            among them, are not checked: that would synchronise.
+    """
+    check_float("x", x)
+    check_shape("x", x, -1, -1)
+    check_rows("x", x)
+    _check_words(words)
+    num_slices, in_features = words.shape[1], x.shape[1]
+    tuned = tuning(x.device)
+    splits, width = shrink_parts(in_features, x.device), table.asked_capacity * num_slices
+    asked = torch.empty(splits, width, dtype=torch.float32, device=x.device)
+    gate_shrink_kernel[(tuned.programs,)](
+        x,
+        words,
+        asked,
+        table.buffer,
+        x.stride(0),
+        in_features,
+        width,
+        NUM_SLICES=num_slices,
+        SPLITS=splits,
+        BLOCK_M=TILE_ROWS,
+        BLOCK_R=RANK_TILE,
+        BLOCK_K=tuned.shrink_block_k,
+        num_warps=2,
+        num_stages=3,
+        enable_fp_fusion=True,
+    )
+    return asked
+
+
+def fusion_gate(
+    asked: torch.Tensor, v: torch.Tensor, words: torch.Tensor, table: SegmentTable, num_rows: int
+) -> torch.Tensor:
+    """Compute the gates of a step.
+
+    Args:
+        asked: Result of ``gate_shrink`` for the same table.
+        v: Result of ``segmented_shrink`` for the same table.
+        words: Of the gates by slot, as for ``gate_shrink``.
+        table: The step's segments. The gated members of a mix that are one adapter's share one
+            softmax.
+        num_rows: Rows of the step.
+
+    Returns:
+        ``[num_rows, num_slices, max_components]`` fp32, by position in the row's mix, for
+        ``segmented_expand``. Undefined for members that are not gated.
+
+    Raises:
+        ValueError: A shape, dtype or stride breaks the contract.
+    """
+    _check_words(words)
+    num_slices = words.shape[1]
+    check_shape("v", v, -1, table.rank_capacity * num_slices)
+    check_shape("asked", asked, v.shape[0], table.asked_capacity * num_slices)
+    shape = (num_rows, num_slices, table.max_components)
+    gates = torch.empty(shape, dtype=torch.float32, device=v.device)
+    for name, values in {"asked": asked, "v": v, "gates": gates}.items():
+        check_float(name, values, torch.float32)
+        check_contiguous(name, values)
+        if values.numel() >= 1 << 31:
+            raise ValueError(f"{name} has {values.numel()} elements; 2³¹ are too many")
+    tuned = tuning(v.device)
+    fusion_gate_kernel[(tuned.programs,)](
+        asked,
+        v,
+        words,
+        gates,
+        table.buffer,
+        asked.shape[1],
+        v.shape[1],
+        table.max_components,
+        NUM_SLICES=num_slices,
+        SPLITS=v.shape[0],
+        BLOCK_M=TILE_ROWS,
+        BLOCK_C=triton.next_power_of_2(table.max_components),
+        BLOCK_R=RANK_TILE,
+        BLOCK_D=16,
+        num_warps=4,
+        num_stages=1,
+        **tuned.registers(255),
+        enable_fp_fusion=True,
+    )
+    return gates
+
+
+def _check_words(values: torch.Tensor) -> None:
+    check_shape("words", values, -1, -1, WORDS)
+    check_contiguous("words", values)
+    if values.dtype != torch.int64:
+        raise ValueError(f"words is {values.dtype}; torch.int64 is needed")

@@ -1,1 +1,0 @@
-"""Weights of the components of gated adapters, between shrink and expand."""

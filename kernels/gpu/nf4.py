@@ -1,0 +1,611 @@
+"""Triton form of ``nf4_matmul``: multiply by the codes in registers, for 1 to 64 rows.
+
+Bound by the half byte per weight, so by how few instructions a weight takes. A program takes a tile
+of output columns and walks the input features by quantisation block: one product of the rows with
+the block's sixteen-valued codes on tensor cores, times the block's maximum in fp32. Up to four
+tiles of 16 rows share the decoded codes. Every row goes through the same tensor-core instruction in
+the same order, so its bits do not depend on how many rows there are.
+
+Where a weight has few columns, the input features are cut into parts at fixed places that depend on
+the weight's shape alone; the last program of a tile of columns to be done adds the parts in their
+order. A weight of gates and ups can be finished further there: then all that is written is the
+activation of the gates times the ups.
+"""
+
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import triton
+import triton.language as tl
+
+from turret.kernels.gpu.activations import silu_mul, silu_product
+from turret.kernels.gpu.common import (
+    Tuning,
+    check_contiguous,
+    check_float,
+    check_length,
+    check_rows,
+    check_shape,
+    code_on,
+    code_pairs,
+    dot,
+    is_last,
+    tuning,
+)
+from turret.kernels.gpu.rope_kv_write import KvWrite, pair_of, rope_kv_write, store_heads
+from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
+
+MAX_ROWS = 64
+# Most tiles of columns that a weight may have.
+_MAX_COUNTERS = 1 << 14
+_BLOCK = tl.constexpr(BLOCK)
+_HALF = tl.constexpr(BLOCK // 2)
+
+
+@triton.jit
+def _add_tile(acc, x_ptr, x_stride, first_row, num_rows, weight, absmax):
+    """Add a block of 64 inputs of 16 rows: the product with the codes, times the maxima."""
+    m = first_row + tl.arange(0, 16)
+    x_at = x_ptr + m[:, None] * x_stride + tl.arange(0, _BLOCK)[None, :]
+    x = tl.load(x_at, mask=(m < num_rows)[:, None], other=0.0)
+    product = dot(x, weight, tl.zeros(acc.shape, dtype=tl.float32))
+    return acc + product * absmax[None, :]
+
+
+@triton.jit
+def _store_tile(y_ptr, acc, first_row, num_rows, n, inside, out_features):
+    m = first_row + tl.arange(0, 16)
+    y_at = y_ptr + m[:, None] * out_features + n[None, :]
+    keep = (m < num_rows)[:, None] & inside[None, :]
+    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def multiply_columns(
+    x_ptr,  # [num_rows, in_features]
+    packed_ptr,  # [out_features, in_features / 2] uint8
+    code_ptr,  # [16] fp32
+    absmax_ptr,  # [out_features, in_features / 64] fp32
+    to_ptr,  # [num_rows, out_features]
+    n,  # [BLOCK_N], the columns
+    inside,
+    begin,  # quantisation blocks of the columns' inputs
+    end,
+    num_rows,
+    x_stride,
+    in_features,
+    out_features,
+    TILES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Store what some inputs give in some columns."""
+    first_block = n * (in_features // _BLOCK)
+    half = tl.arange(0, _HALF)
+    acc0 = tl.zeros((16, BLOCK_N), dtype=tl.float32)
+    acc1, acc2, acc3 = acc0, acc0, acc0
+    for g in range(begin, end):
+        block = first_block + g
+        absmax = tl.load(absmax_ptr + block, mask=inside, other=0.0)
+        byte_at = packed_ptr + block[:, None] * _HALF + half[None, :]
+        byte = tl.load(byte_at, mask=inside[:, None], other=0)
+        even, odd = code_pairs(byte, code_ptr, x_ptr.dtype.element_ty, PTX)
+        weight = tl.trans(tl.reshape(tl.join(even, odd), (BLOCK_N, _BLOCK)))
+        x_at = x_ptr + g * _BLOCK
+        acc0 = _add_tile(acc0, x_at, x_stride, 0, num_rows, weight, absmax)
+        if TILES > 1:
+            acc1 = _add_tile(acc1, x_at, x_stride, 16, num_rows, weight, absmax)
+        if TILES > 2:
+            acc2 = _add_tile(acc2, x_at, x_stride, 32, num_rows, weight, absmax)
+            acc3 = _add_tile(acc3, x_at, x_stride, 48, num_rows, weight, absmax)
+    _store_tile(to_ptr, acc0, 0, num_rows, n, inside, out_features)
+    if TILES > 1:
+        _store_tile(to_ptr, acc1, 16, num_rows, n, inside, out_features)
+    if TILES > 2:
+        _store_tile(to_ptr, acc2, 32, num_rows, n, inside, out_features)
+        _store_tile(to_ptr, acc3, 48, num_rows, n, inside, out_features)
+
+
+@triton.jit
+def sum_of_parts(
+    parts_ptr, m, n, keep, num_rows, out_features, dtype: tl.constexpr, SPLITS: tl.constexpr
+):
+    """Some rows and columns of the product, rounded to ``dtype``, as fp32."""
+    at = parts_ptr + m[:, None] * out_features + n[None, :]
+    total = tl.load(at, mask=keep, other=0.0, cache_modifier=".cg")
+    for split in tl.static_range(1, SPLITS):
+        part_at = at + split * num_rows * out_features
+        total += tl.load(part_at, mask=keep, other=0.0, cache_modifier=".cg")
+    return total.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def store_sums(
+    y_ptr, parts_ptr, column, inside, num_rows, width, out_features, ROWS: tl.constexpr,
+    SPLITS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of columns of the result from the parts of all programs."""
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    for first in tl.range(0, num_rows, ROWS, num_stages=1):
+        m = first + tl.arange(0, ROWS)
+        keep = (m < num_rows)[:, None] & inside[None, :]
+        y = sum_of_parts(
+            parts_ptr, m, column, keep, num_rows, out_features, dtype, SPLITS
+        )  # fmt: skip
+        if GATED:
+            up = sum_of_parts(
+                parts_ptr, m, width + column, keep, num_rows, out_features, dtype, SPLITS
+            )
+            y = silu_product(y, up)
+        tl.store(y_ptr + m[:, None] * width + column[None, :], y.to(dtype), mask=keep)
+
+
+# Compile once for all numbers of rows that need the same number of tiles.
+@triton.jit(do_not_specialize=["num_rows", "part_blocks"])
+def nf4_matmul_kernel(
+    x_ptr,  # [num_rows, in_features]
+    packed_ptr,  # [out_features, in_features / 2] uint8
+    code_ptr,  # [16] fp32
+    absmax_ptr,  # [out_features, in_features / 64] fp32
+    y_ptr,  # [num_rows, out_features], GATED: half as wide
+    parts_ptr,  # [SPLITS, num_rows, out_features] fp32, or None
+    counters_ptr,  # [tiles of columns] int32
+    num_rows,
+    x_stride,
+    in_features,
+    out_features,
+    part_blocks,  # quantisation blocks of a program
+    TILES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    # Columns of the result; the columns of the ups follow those of the gates.
+    tile, width, shift = tl.program_id(0), out_features, 0
+    if GATED:
+        width = out_features // 2
+        tiles = tl.cdiv(width, BLOCK_N)
+        shift, tile = tile // tiles * width, tile % tiles
+    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_n = column < width
+    n = shift + column
+    begin = tl.program_id(1) * part_blocks
+    part = tl.program_id(1).to(tl.int64) * num_rows * out_features
+    multiply_columns(
+        x_ptr, packed_ptr, code_ptr, absmax_ptr, y_ptr if parts_ptr is None else parts_ptr + part,
+        n, inside_n, begin, tl.minimum(begin + part_blocks, in_features // _BLOCK), num_rows,
+        x_stride, in_features, out_features, TILES, BLOCK_N, PTX,
+    )  # fmt: skip
+    # The outer condition is a constant at compile time, so it must stay apart from the inner one.
+    if parts_ptr is not None:  # noqa: SIM102
+        if is_last(counters_ptr + tile, 2 * SPLITS if GATED else SPLITS):
+            store_sums(
+                y_ptr, parts_ptr, column, inside_n, num_rows, width, out_features,
+                16 if TILES == 1 else 32, SPLITS, GATED,
+            )  # fmt: skip
+
+
+@functools.cache
+def counters_on(device: torch.device) -> torch.Tensor:
+    """Counters that are zero between launches; launches on one stream may share them."""
+    return torch.zeros(_MAX_COUNTERS, dtype=torch.int32, device=device)
+
+
+def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> torch.Tensor:
+    """Multiply by a quantised weight without writing it out.
+
+    Launches share counters: they have to follow each other on one stream.
+
+    Args:
+        x: ``[num_rows, in_features]``, 1 to 64 rows, fp16, bf16 or fp32; rows may be strided.
+        weight: The weight; its tensors contiguous, on the device of ``x``.
+        gated: Multiply the silu of the first half of the outputs by the second half; the bits are
+            those of ``silu_mul`` on the product.
+
+    Returns:
+        ``[num_rows, out_features]`` (``gated``: half as many), dtype of ``x``, one rounding from
+        fp32 (and one after the activation). A weight is its value of ``CODE``, rounded to the dtype
+        of ``x``, times its block's maximum, not rounded.
+
+    Raises:
+        ValueError: A shape, dtype or stride breaks the contract, or there are more than 64 rows
+            (dequantise once and use a library product).
+    """
+    if gated and weight.out_features % 2:
+        raise ValueError(f"out_features is {weight.out_features}; an even number is needed")
+    num_rows, in_features = x.shape
+    tuned = tuning(x.device)
+    out_features = weight.out_features
+    width = out_features // 2 if gated else out_features
+    check_product(x, weight)
+    splits, part_blocks = parts_of(out_features, in_features // BLOCK, tuned)
+    y = torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
+    parts = None
+    if splits > 1 or gated:
+        shape = (splits, num_rows, out_features)
+        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
+    tiles = triton.cdiv(width, tuned.nf4_block_n)
+    nf4_matmul_kernel[(2 * tiles if gated else tiles, splits)](
+        x,
+        weight.packed,
+        code_on(x.device),
+        weight.absmax,
+        y,
+        parts,
+        counters_on(x.device),
+        num_rows,
+        x.stride(0),
+        in_features,
+        out_features,
+        part_blocks,
+        SPLITS=splits,
+        GATED=gated,
+        **options_of(num_rows, tuned),
+    )
+    return y
+
+
+def options_of(num_rows: int, tuned: Tuning) -> dict[str, Any]:
+    """Compile and launch options of kernels that multiply this many rows."""
+    tiles = triton.cdiv(num_rows, 16)
+    # Without this limit, NVIDIA's assembler would spill two registers rather than use more than
+    # 168.
+    limit = tuned.registers(255) if tiles > 1 else {}
+    return {
+        "TILES": 4 if tiles > 2 else tiles,
+        "BLOCK_N": tuned.nf4_block_n,
+        "PTX": tuned.inline_ptx,
+        "num_warps": 4,
+        "num_stages": tuned.nf4_stages,
+        "enable_fp_fusion": True,
+        **limit,
+    }
+
+
+def parts_of(out_features: int, blocks: int, tuned: Tuning) -> tuple[int, int]:
+    """How many parts the input features are cut into, and quantisation blocks of a part.
+
+    Of the weight's shape alone: the order of a row's sum may not depend on the other rows.
+    """
+    columns = triton.cdiv(out_features, tuned.nf4_block_n)
+    parts = 1
+    while 2 * parts * columns <= tuned.nf4_programs and blocks >= 2 * parts * tuned.nf4_part_blocks:
+        parts *= 2
+    return parts, triton.cdiv(blocks, parts)
+
+
+def check_product(x: torch.Tensor, weight: Nf4Matrix) -> None:
+    """Raise ValueError unless ``x``, ``[num_rows, in_features]``, fits a weight."""
+    check_float("x", x)
+    check_shape("x", x, -1, weight.in_features)
+    check_rows("x", x)
+    num_rows, in_features = x.shape
+    if not 1 <= num_rows <= MAX_ROWS:
+        raise ValueError(f"{num_rows} rows; 1 to {MAX_ROWS} are supported")
+    if in_features % BLOCK:
+        raise ValueError(f"in_features is {in_features}; a multiple of {BLOCK} is needed")
+    if weight.out_features > _MAX_COUNTERS * 16:
+        raise ValueError(f"out_features is {weight.out_features}; over {_MAX_COUNTERS * 16}")
+    size = weight.out_features * weight.in_features
+    check_contiguous("packed", weight.packed)
+    check_length("packed", weight.packed, size // 2)
+    # The kernel indexes with 32 bits: 64-bit indices cost registers.
+    if size // 2 >= 1 << 31:
+        raise ValueError(f"packed has {size // 2} bytes; 2³¹ are too many")
+    check_contiguous("absmax", weight.absmax)
+    check_length("absmax", weight.absmax, size // BLOCK)
+
+
+# The product of queries, keys and values, and ``rope_kv_write`` of it, in one launch.
+#
+# All programs store their parts of the product, the last one of a tile of columns adds them up,
+# turns the heads of the tile and stores them where they go: the product itself is never written. A
+# tile holds whole heads. The bits are those of the two kernels one after the other.
+
+
+@triton.jit
+def _biased_sum(
+    parts_ptr, bias_ptr, m, n, keep, inside, num_rows, out_features, dtype: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The product in some columns, its bias added after it was rounded, rounded again."""
+    y = sum_of_parts(parts_ptr, m, n, keep, num_rows, out_features, dtype, SPLITS)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+        y = (y + bias[None, :]).to(dtype).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _store_heads(
+    first_head, x_ptr, parts_ptr, bias_ptr, cos_ptr, sin_ptr, kv_slots_ptr, q_ptr,
+    k_cache_ptr, v_cache_ptr, num_rows, out_features, num_heads, kv_heads, pairs,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr, HALF: tl.constexpr, PARTIAL: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Turn the heads of a tile of columns and store them, from the parts of all programs."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    pair = tl.arange(0, BLOCK_N // 2)
+    head = first_head + pair // HALF
+    h = pair % HALF
+    i, j = pair_of(h, HALF, pairs, PARTIAL, INTERLEAVED)
+    num_all = num_heads + 2 * kv_heads
+    inside = head < num_all
+    at_i, at_j = head * 2 * HALF + i, head * 2 * HALF + j
+    for first_row in tl.range(0, num_rows, ROWS, num_stages=1):
+        m = first_row + tl.arange(0, ROWS)
+        live = m < num_rows
+        keep = live[:, None] & inside[None, :]
+        first = _biased_sum(
+            parts_ptr, bias_ptr, m, at_i, keep, inside, num_rows, out_features, dtype, SPLITS
+        )
+        second = _biased_sum(
+            parts_ptr, bias_ptr, m, at_j, keep, inside, num_rows, out_features, dtype, SPLITS
+        )
+        store_heads(
+            first, second, m.to(tl.int64), live, head, h, i, j, cos_ptr, sin_ptr, kv_slots_ptr,
+            q_ptr, k_cache_ptr, v_cache_ptr, num_heads, kv_heads, HALF, pairs,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows", "part_blocks"])
+def nf4_rotate_kernel(
+    x_ptr,  # [num_rows, in_features]
+    packed_ptr,  # as in nf4_matmul
+    code_ptr,
+    absmax_ptr,
+    bias_ptr,  # [out_features] or None
+    parts_ptr,  # [SPLITS, num_rows, out_features] fp32
+    counters_ptr,
+    cos_ptr,  # as in rope_kv_write
+    sin_ptr,
+    kv_slots_ptr,
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    num_rows,
+    x_stride,
+    in_features,
+    out_features,
+    part_blocks,
+    num_heads,
+    kv_heads,
+    pairs,
+    TILES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HALF: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = tl.program_id(1) * part_blocks
+    last = tl.minimum(begin + part_blocks, in_features // _BLOCK)
+    multiply_columns(
+        x_ptr, packed_ptr, code_ptr, absmax_ptr,
+        parts_ptr + tl.program_id(1).to(tl.int64) * num_rows * out_features, n, n < out_features,
+        begin, last, num_rows, x_stride, in_features, out_features, TILES, BLOCK_N, PTX,
+    )  # fmt: skip
+    if is_last(counters_ptr + tile, SPLITS):
+        _store_heads(
+            tile * (BLOCK_N // (2 * HALF)), x_ptr, parts_ptr, bias_ptr, cos_ptr, sin_ptr,
+            kv_slots_ptr, q_ptr, k_cache_ptr, v_cache_ptr, num_rows, out_features, num_heads,
+            kv_heads, pairs, 16 if TILES == 1 else 32, SPLITS, HALF, PARTIAL, INTERLEAVED, BLOCK_N,
+        )  # fmt: skip
+
+
+def nf4_rotate(
+    x: torch.Tensor, weight: Nf4Matrix, bias: torch.Tensor | None, write: KvWrite
+) -> torch.Tensor:
+    """Multiply, turn the heads, store keys and values.
+
+    Launches share counters with those of ``nf4_matmul``: all follow each other on one stream.
+
+    Args:
+        x: ``[num_rows, in_features]``, 1 to 64 rows, fp16, bf16 or fp32; rows may be strided.
+        weight: As for ``nf4_matmul``; heads of queries first, then of keys, then
+            of values.
+        bias: ``[out_features]`` contiguous, or None.
+        write: Of the same rows; a tile of columns holds whole heads (``KvWrite.divides``).
+
+    Returns:
+        Rotated queries, ``[num_rows, num_heads, head_dim]``, dtype of the cache: the bits of
+        ``nf4_matmul``, the bias and ``rope_kv_write`` one after the other.
+
+    Raises:
+        ValueError: A shape, dtype or stride breaks the contract.
+    """
+    tuned = tuning(x.device)
+    check_product(x, weight)
+    (num_rows, in_features), out_features = x.shape, weight.out_features
+    write.check(num_rows, out_features)
+    if not write.divides(tuned.nf4_block_n):
+        raise ValueError(f"heads of {write.head_dim} do not divide {tuned.nf4_block_n} columns")
+    if bias is not None:
+        check_float("bias", bias)
+        check_shape("bias", bias, out_features)
+        check_contiguous("bias", bias)
+    splits, part_blocks = parts_of(out_features, in_features // BLOCK, tuned)
+    shape = (splits, num_rows, out_features)
+    q = write.empty_queries(num_rows, out_features)
+    columns = triton.cdiv(out_features, tuned.nf4_block_n)
+    nf4_rotate_kernel[(columns, splits)](
+        x,
+        weight.packed,
+        code_on(x.device),
+        weight.absmax,
+        bias,
+        torch.empty(shape, dtype=torch.float32, device=x.device),
+        counters_on(x.device),
+        write.cos,
+        write.sin,
+        write.kv_slots,
+        q,
+        write.k_cache,
+        write.v_cache,
+        num_rows,
+        x.stride(0),
+        in_features,
+        out_features,
+        part_blocks,
+        write.num_heads(out_features),
+        write.kv_heads,
+        write.pairs,
+        SPLITS=splits,
+        HALF=write.head_dim // 2,
+        PARTIAL=write.is_partial,
+        INTERLEAVED=write.is_interleaved,
+        **options_of(num_rows, tuned),
+    )
+    return q
+
+
+# Triton form of ``Nf4Matrix.dequantize``: reads the packed weight once, writes it once.
+#
+# For more rows than ``nf4_matmul`` takes: dequantised once, the weight goes to a library's product.
+
+_BLOCKS = 16
+
+
+@triton.jit
+def nf4_dequantize_kernel(
+    packed_ptr,  # [num_blocks, 32] uint8
+    code_ptr,  # [16] fp32
+    absmax_ptr,  # [num_blocks] fp32
+    out_ptr,  # [num_blocks, 32, 2]
+    num_blocks,
+    BLOCKS: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = block < num_blocks
+    at = block[:, None] * _HALF + tl.arange(0, _HALF)[None, :]
+    byte = tl.load(packed_ptr + at, mask=inside[:, None], other=0).to(tl.int32)
+    absmax = tl.load(absmax_ptr + block, mask=inside, other=0.0)[:, None]
+    even = tl.load(code_ptr + (byte >> 4)) * absmax
+    odd = tl.load(code_ptr + (byte & 15)) * absmax
+    # [BLOCKS, 32, 2]: neighbours in memory
+    pairs = tl.join(even, odd).to(out_ptr.dtype.element_ty)
+    out_at = out_ptr + at[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+    tl.store(out_at, pairs, mask=inside[:, None, None])
+
+
+def nf4_dequantize(weight: Nf4Matrix, dtype: torch.dtype) -> torch.Tensor:
+    """Write out a quantised weight.
+
+    Args:
+        weight: The weight, its tensors contiguous.
+        dtype: fp16, bf16 or fp32.
+
+    Returns:
+        ``[out_features, in_features]``, each value rounded once from fp32: what ``nf4_matmul``
+        multiplies by.
+
+    Raises:
+        ValueError: A stride breaks the contract.
+    """
+    absmax = weight.absmax
+    check_contiguous("packed", weight.packed)
+    check_contiguous("absmax", absmax)
+    shape = (weight.out_features, weight.in_features)
+    out = torch.empty(shape, dtype=dtype, device=weight.packed.device)
+    nf4_dequantize_kernel[(triton.cdiv(absmax.numel(), _BLOCKS),)](
+        weight.packed,
+        code_on(weight.packed.device),
+        absmax,
+        out,
+        absmax.numel(),
+        BLOCKS=_BLOCKS,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return out
+
+
+# The operation that follows a fused projection.
+#
+# Where no adapter changes a projection, the base's product can end with it; elsewhere it is a
+# kernel of its own. The bits are the same both ways.
+
+
+class Epilogue(Protocol):
+    """The operation that follows a projection."""
+
+    def __call__(self, y: torch.Tensor) -> torch.Tensor:
+        """Apply it to the finished result, ``[rows, out]``, by a kernel of its own."""
+        ...
+
+    def ends_product(self, bias: torch.Tensor | None, device: torch.device) -> bool:
+        """Whether ``of_product`` can be called."""
+        ...
+
+    def of_product(
+        self, x: torch.Tensor, first_row: int, weight: Nf4Matrix, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Apply it to the base's product with some rows.
+
+        Args:
+            x: Those rows, at most 64, ``[rows, in]``.
+            first_row: The first one's place in the step.
+            weight: The base's.
+            bias: The base's, ``[out]``, or None.
+        """
+        ...
+
+
+class GatedSilu:
+    """The silu of the gates times the ups: ``[rows, out]`` → ``[rows, out / 2]``."""
+
+    def __call__(self, y: torch.Tensor) -> torch.Tensor:
+        return silu_mul(y)
+
+    def ends_product(self, bias: torch.Tensor | None, device: torch.device) -> bool:
+        return bias is None
+
+    def of_product(
+        self, x: torch.Tensor, first_row: int, weight: Nf4Matrix, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        return nf4_matmul(x, weight, gated=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """Turned queries, ``[rows, heads, head_dim]``; keys and values are stored.
+
+    Attributes:
+        write: How they turn and where they go.
+        q_norm: RMSNorm weight of the query heads, ``[head_dim]``, or None.
+        k_norm: The same for the key heads.
+        eps: Of the norms.
+    """
+
+    write: KvWrite
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+    eps: float = 1e-6
+
+    @property
+    def _has_norms(self) -> bool:
+        # Each kernel has its own order for a norm's sum.
+        return self.q_norm is not None or self.k_norm is not None
+
+    def __call__(self, y: torch.Tensor) -> torch.Tensor:
+        norms = {"q_norm": self.q_norm, "k_norm": self.k_norm}
+        return rope_kv_write(y, self.write, eps=self.eps, **norms)
+
+    def ends_product(self, bias: torch.Tensor | None, device: torch.device) -> bool:
+        return not self._has_norms and self.write.divides(tuning(device).nf4_block_n)
+
+    def of_product(
+        self, x: torch.Tensor, first_row: int, weight: Nf4Matrix, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        write = self.write.rows(first_row, first_row + x.shape[-2])
+        return nf4_rotate(x, weight, bias, write)

@@ -1,1 +1,0 @@
-"""What several kernels are made of, and how they are launched."""

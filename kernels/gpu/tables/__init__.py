@@ -1,1 +1,0 @@
-"""What differs between two steps of a shape, in device buffers of fixed address."""

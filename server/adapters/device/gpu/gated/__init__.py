@@ -1,1 +1,0 @@
-"""Gated adapters (learned fusions, Arrow, X-LoRA) on the gpu path."""

@@ -1,0 +1,255 @@
+"""Learned fusions on the gpu path: their components are members of the one pack.
+
+To the kernels, the components of a gated adapter are members of a mix like any other, so that the
+step's own shrink and expand take them along. Between the two, two launches weigh them per row, for
+all gated adapters of the step together (``kernels/gpu/fusion_gate.py``). Gates with other scores
+(Arrow, X-LoRA) are left to their operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, groupby, pairwise
+
+import torch
+
+from turret.kernels.adapters.segments import GatedMembers, LongSegment, SegmentMember
+from turret.kernels.gpu.fusion_gate import WORDS, fusion_gate, gate_shrink
+from turret.kernels.gpu.tables import SegmentTable, host_tensor, upload
+from turret.server.adapters.device.gpu.pack import (
+    Form,
+    GpuPack,
+    Place,
+    components_of,
+    gate_in,
+    gates_of,
+    grown,
+    moves_of,
+)
+from turret.server.adapters.device.gpu.uploads import by_layers
+from turret.server.adapters.device.layout import ProjectionLayout
+from turret.server.adapters.device.members import Members
+from turret.server.adapters.device.part import Part
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
+from turret.server.adapters.operators.gate import Gate
+
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Gated:
+    """A gated adapter.
+
+    Attributes:
+        bounds: First rank and end of each component, from the adapter's first rank on.
+        asked: Length of the longest query.
+        kept: Queries and keys; keeps the addresses in the tables valid.
+    """
+
+    bounds: tuple[tuple[int, int], ...]
+    asked: int
+    kept: list[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class GpuStepGates:
+    """The gates of a step.
+
+    Attributes:
+        tables: Per projection in which an adapter of the step has gates, the table of all scores.
+    """
+
+    tables: Mapping[str, torch.Tensor]
+
+    def addresses(self) -> list[object]:
+        """Addresses and shapes of the tables."""
+        return [(name, t.data_ptr(), t.shape) for name, t in sorted(self.tables.items())]
+
+    def of(
+        self, layer: int, projection: str, x: torch.Tensor, v: torch.Tensor, table: SegmentTable
+    ) -> torch.Tensor | None:
+        """The component weights for ``segmented_expand``, if some are gated.
+
+        Args:
+            layer: Layer number.
+            projection: Fused projection.
+            x: Its input.
+            v: The rank activations from the step's shrink.
+            table: The step's segments.
+        """
+        if projection not in self.tables:
+            return None
+        words = self.tables[projection][layer]
+        asked = gate_shrink(x, words, table)
+        return fusion_gate(asked, v, words, table, x.shape[0])
+
+
+class GpuGates(Part):
+    """The gated adapters of the gpu path, by key.
+
+    Queries and keys differ in length from adapter to adapter, so each has them in memory of its
+    own. Tables by slot of the pack say where: a step launches the same whichever adapters it has,
+    and what was captured stays valid when they come and go.
+
+    Args:
+        layout: Shape of the base.
+        pack: Holds their components' factors; an adapter enters it first.
+        device: Where the kernels run.
+    """
+
+    def __init__(self, layout: ProjectionLayout, pack: GpuPack, device: torch.device) -> None:
+        self._layout = layout
+        self._pack = pack
+        self._device = device
+        self._gated: dict[str, _Gated] = {}
+        # By projection, ``[layers, slots, slices, WORDS]`` int64; see ``fusion_gate.py``.
+        self._tables: dict[str, torch.Tensor] = {}
+
+    def insert(self, key: str, operators: AdapterOperators) -> None:
+        place = self._pack.gates(key)
+        if place is None:
+            return
+        components, kept = components_of(operators), list[torch.Tensor]()
+        words = dict[str, list[int]]()
+        for name in self._layout.projections:
+            found = [
+                (s, layer, gate)
+                for layer, s, ops in self._layout.of(operators, name)
+                if (gate := gate_in(ops)) is not None
+            ]
+            if found or name in self._tables:
+                words[name] = self._words(name, found, components, kept)
+        flat = host_tensor([*chain(*words.values())], torch.int64)
+        parts = upload(flat, self._device).split([len(part) for part in words.values()])
+        for name, part in zip(words, parts, strict=True):
+            table = self._grown(name)
+            table[:, place.slot] = part.view(table.shape[0], *table.shape[2:])
+        asked = max(len(gate.score.tensors()[0]) for gate in gates_of(operators))
+        bounds = tuple(pairwise(accumulate(components, initial=0)))
+        self._gated[key] = _Gated(bounds, asked, kept)
+
+    def remove(self, key: str) -> None:
+        self._gated.pop(key, None)
+
+    def extra_bytes(self, operators: AdapterOperators) -> int:
+        """Bytes of keys beyond those in host memory: the pack's ranks determine their layout."""
+        ranks, more = sum(components_of(operators)), 0
+        for gate in gates_of(operators):
+            _, keys = gate.score.tensors()
+            more += (ranks - len(keys)) * keys.shape[1] * keys.itemsize
+        return more
+
+    def bind(
+        self, runs: Sequence[tuple[int, int, Members]], form: Form
+    ) -> tuple[list[LongSegment], GpuStepGates]:
+        """The segments of a step, and its gates.
+
+        Args:
+            runs: Runs of rows: first, end, and their mix.
+            form: What the step launches.
+        """
+        segments = [LongSegment(start, end, *self._members(mix)) for start, end, mix in runs]
+        tables = {name: table for name, table in self._tables.items() if (Gate, name) in form}
+        return segments, GpuStepGates(tables)
+
+    def _members(self, mix: Members) -> tuple[tuple[SegmentMember, ...], tuple[GatedMembers, ...]]:
+        """A mix's members in the request's order, and those that are gated."""
+        members: list[SegmentMember] = []
+        found: list[GatedMembers] = []
+        for key, weight in mix:
+            members.append(_member(self._pack.places[key], weight))
+            adapter, place = self._gated.get(key), self._pack.gates(key)
+            if adapter is None or place is None:
+                continue
+            begin, first = len(members), place.rank_start
+            members += [
+                SegmentMember(first + low, first + high, place.slot, weight)
+                for low, high in adapter.bounds
+            ]
+            found.append(GatedMembers(begin, len(members), adapter.asked))
+        return tuple(members), tuple(found)
+
+    def _grown(self, name: str) -> torch.Tensor:
+        table = self._tables.get(name)
+        if table is None:
+            shape = (self._layout.num_layers, 0, len(self._layout.projections[name]), WORDS)
+            table = torch.zeros(shape, dtype=torch.int64, device=self._device)
+        if table.shape[1] < self._pack.num_slots:
+            table = grown(table, self._pack.num_slots)
+        self._tables[name] = table
+        return table
+
+    def _words(
+        self,
+        name: str,
+        found: Iterable[tuple[int, int, Gate]],
+        components: Sequence[int],
+        kept: list[torch.Tensor],
+    ) -> list[int]:
+        """An adapter's words in a projection, ``[layers, slices, WORDS]`` in one row.
+
+        Args:
+            name: The projection.
+            found: Slice, layer and gate.
+            components: Ranks of each component in the pack.
+            kept: Receives what the words point at.
+        """
+        count = len(self._layout.projections[name])
+        words = [[[0] * WORDS for _ in range(count)] for _ in range(self._layout.num_layers)]
+        by_slice = sorted(found, key=lambda at: at[:2])
+        for (s, _), run in groupby(by_slice, lambda at: (at[0], _form(at[2]))):
+            alike = [(layer, gate) for _, layer, gate in run]
+            moves = moves_of(components, alike[0][1])
+
+            def laid(
+                keys: torch.Tensor, moves: Sequence[tuple[slice, slice]] = moves
+            ) -> torch.Tensor:
+                """Keys by the component's ranks in the pack."""
+                own = keys.new_zeros(len(keys), sum(components), keys.shape[2])
+                for ranks, target in moves:
+                    own[:, target] = keys[:, ranks]
+                return own
+
+            tensors = [(layer, gate.score.tensors()) for layer, gate in alike]
+            queries = _apart(((layer, query) for layer, (query, _) in tensors), kept)
+            keys = _apart(((layer, keys) for layer, (_, keys) in tensors), kept, laid)
+            for (layer, (query, _)), q, k in zip(tensors, queries, keys, strict=True):
+                words[layer][s] = [q, k, len(query), 0]
+        return [word for layer in words for own in layer for word in own]
+
+
+def _member(place: Place, weight: float) -> SegmentMember:
+    return SegmentMember(place.rank_start, place.rank_end, place.slot, weight)
+
+
+def _form(gate: Gate) -> tuple[object, ...]:
+    """The properties that gates must share to be copied together."""
+    return gate.rank_indptr, *(t.shape for t in gate.score.tensors())
+
+
+def _apart(
+    found: Iterable[tuple[int, torch.Tensor]],
+    kept: list[torch.Tensor],
+    laid: Callable[[torch.Tensor], torch.Tensor] = lambda stack: stack,
+) -> list[int]:
+    """Copy tensors of several layers, few at a time, to aligned memory of their own.
+
+    Args:
+        found: Layers, rising, and a tensor of each.
+        kept: List that the copies are added to.
+        laid: Turns the tensors of some layers, ``[layers, …]``, into what is to be copied.
+
+    Returns:
+        Where each begins.
+    """
+    places: list[int] = []
+    for _, stack in by_layers(found):
+        values = laid(stack).flatten(1)
+        size, item = values.shape[1], values.itemsize
+        step = -(-size * item // _ALIGNMENT) * _ALIGNMENT
+        own = values.new_empty(len(values), step // item)
+        own[:, :size] = values
+        kept.append(own)
+        places += range(own.data_ptr(), own.data_ptr() + len(values) * step, step)
+    return places

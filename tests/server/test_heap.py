@@ -1,0 +1,76 @@
+"""Cycles that requests leave are collected under the settings that a server has."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+from servers.http_harness import http_harness
+from servers.rpc_harness import failure_of, harness
+
+from turret.server import cli
+from turret.v1 import inference_pb2
+
+ROUNDS = 40
+# The collector's first threshold is divided by this, so that few requests reach it.
+DIVISOR = 200
+
+
+@pytest.fixture
+def frozen_heap() -> Iterator[int]:
+    """The collector as a server sets it, on a small scale; the value is its first threshold."""
+    thresholds = gc.get_threshold()
+    cli._freeze_heap()
+    first, *others = gc.get_threshold()
+    gc.set_threshold(first // DIVISOR, *others)
+    yield first // DIVISOR
+    gc.set_threshold(*thresholds)
+    gc.unfreeze()
+
+
+async def most_gathered(ask: Callable[[], Awaitable[None]]) -> int:
+    """How many more objects there are at any time during ``ROUNDS`` of requests than before."""
+    for _ in range(4):
+        await ask()
+    gc.collect()
+    before, most = len(gc.get_objects()), 0
+    for _ in range(ROUNDS):
+        await ask()
+        most = max(most, len(gc.get_objects()) - before)
+    return most
+
+
+BODIES: tuple[tuple[str, dict[str, Any], int], ...] = (
+    ("/v1/completions", {"model": "base", "prompt": "a"}, 200),
+    ("/v1/completions", {"model": "base", "prompt": "a", "temperature": "x"}, 400),
+    ("/v1/chat/completions", {"model": "base", "messages": [{}]}, 400),
+    ("/v1/completions", {"model": "Nothing!", "prompt": "a"}, 404),
+    ("/v1/nothing", {}, 404),
+)
+
+
+async def test_objects_of_http_requests_do_not_gather(frozen_heap: int) -> None:
+    async with http_harness() as server:
+
+        async def ask() -> None:
+            for path, body, status in BODIES:
+                assert (await server.post(path, body)).status_code == status
+            await server.settle()
+
+        assert await most_gathered(ask) < 4 * frozen_heap
+
+
+async def test_objects_of_grpc_calls_do_not_gather(frozen_heap: int) -> None:
+    async with harness() as server:
+
+        async def ask() -> None:
+            for _ in range(2):
+                await server.inference.Generate(inference_pb2.GenerateRequest(prompt="a"))
+                bad = inference_pb2.GenerateRequest(prompt="a", request_id="x" * 200)
+                failure = await failure_of(server.inference.Generate(bad))
+                assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
+
+        assert await most_gathered(ask) < 4 * frozen_heap

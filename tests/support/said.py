@@ -1,0 +1,31 @@
+"""What an error says, by reason and parameters instead of words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from turret.server.words import Text
+
+
+def texts_of(value: object) -> Iterator[Text]:
+    """The texts of an error, of its violations, and those within them."""
+    if isinstance(value, BaseException):
+        for part in (*value.args, *(text for _, text in getattr(value, "violations", ()))):
+            yield from texts_of(part)
+    elif isinstance(value, Text):
+        yield value
+        for part in value.params.values():
+            yield from texts_of(part)
+
+
+def says(reason: str, **params: Any) -> Callable[[BaseException], bool]:
+    """A check for ``pytest.raises``: the error has a text of this reason with these parameters."""
+
+    def check(error: BaseException) -> bool:
+        return any(
+            text.reason == reason and params.items() <= dict(text.params).items()
+            for text in texts_of(error)
+        )
+
+    return check

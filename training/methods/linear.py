@@ -1,0 +1,336 @@
+"""Methods that change linear modules.
+
+LoRA (arXiv 2106.09685), rsLoRA (2312.03732) and DoRA (2402.09353).
+
+aLoRA (arXiv 2504.12397): a LoRA that acts from its invocation in the prompt on.
+
+What comes before is the base's, so that its keys and values are those of every other request.
+
+IA3 (arXiv 2205.05638): one learned factor per output, or per input of the feed-forward.
+
+OFT (arXiv 2306.07280): blocks of the input are turned before the base multiplies them.
+
+HRA (arXiv 2405.17484): the input is reflected at learned planes, one after another.
+
+PEFT's layer multiplies the base's weight by a matrix of the reflections, which a packed weight does
+not allow, and keeps a matrix of ``in × in`` for each reflection until the backward pass: gigabytes
+for the smallest model. The layer here reflects the input. All else is PEFT's, the files too.
+
+MiSS (arXiv 2409.15371): one matrix per module, which every piece of the input meets.
+
+VB-LoRA (arXiv 2405.15179): both factors are cut from one bank of vectors that modules share.
+
+SHiRA (arXiv 2406.13175): a few entries of each weight, at places that are drawn, are trained.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.hra import layer as hra
+from peft.tuners.ia3 import IA3Layer
+from peft.tuners.shira import layer as shira
+
+from turret.server.adapters.methods.transforms.oft import dividing
+from turret.training.data.examples import invocation_before_answers, invocation_of
+from turret.training.methods.method import PeftMethod, Settings
+from turret.training.models.base_model import TrainingBase
+from turret.training.settings.config import MethodConfig
+from turret.training.settings.ranks import module_sizes
+
+_COMMON = {"targets": ("all-linear",), "rank": 8, "dropout": 0.0}
+
+
+def _twice_rank(config: Settings, base: TrainingBase) -> float:
+    return 2.0 * config.rank
+
+
+def _lora_config(config: Settings, base: TrainingBase, **flags: Any) -> peft.PeftConfig:
+    return peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
+        **flags,
+    )
+
+
+LORA = PeftMethod(
+    name="lora",
+    learning_rate=1e-3,
+    defaults={**_COMMON, "alpha": _twice_rank},
+    peft_config=_lora_config,
+)
+RSLORA = PeftMethod(
+    name="rslora",
+    learning_rate=1e-3,
+    # The scale falls with the square root of the rank; at rank 16 it is LoRA's default.
+    defaults={**_COMMON, "alpha": 8.0},
+    peft_config=partial(_lora_config, use_rslora=True),
+)
+DORA = PeftMethod(
+    name="dora",
+    learning_rate=1e-3,
+    defaults={**_COMMON, "alpha": _twice_rank},
+    peft_config=partial(_lora_config, use_dora=True),
+)
+
+
+def _written_by_the_template(config: Settings, base: TrainingBase) -> str:
+    return invocation_before_answers(base.tokenizer)
+
+
+def _alora_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+    made = LORA.peft_config(config, base)
+    assert isinstance(made, peft.LoraConfig)
+    tokens = invocation_of(base.tokenizer, config.invocation).tokens
+    made.alora_invocation_tokens = list(tokens)
+    return made
+
+
+ALORA = PeftMethod(
+    name="alora",
+    learning_rate=1e-3,
+    # aLoRA acts on fewer tokens than LoRA; a higher rank compensates.
+    defaults={**LORA.defaults, "rank": 32, "invocation": _written_by_the_template},
+    peft_config=_alora_config,
+)
+
+
+def _ia3_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+    targets: list[str] = list(config.targets)
+    return peft.IA3Config(
+        task_type="CAUSAL_LM",
+        target_modules=targets,
+        # The paper scales the feed-forward's inner activations: the input of the last product.
+        feedforward_modules=[name for name in targets if name == "down_proj"],
+    )
+
+
+class _Ia3Method(PeftMethod):
+    def attach(self, model: Any, config: Settings, base: TrainingBase) -> Any:
+        dtype = model.dtype
+        attached = super().attach(model, config, base)
+        for module in attached.modules():
+            if isinstance(module, IA3Layer) and isinstance(module, torch.nn.Module):
+                # PEFT's 4-bit layer answers in float32, which attention then refuses to mix.
+                module.register_forward_hook(lambda module, inputs, out: out.to(dtype))
+        return attached
+
+
+IA3 = _Ia3Method(
+    name="ia3",
+    learning_rate=1e-2,
+    # The paper's choice: keys, values and the feed-forward.
+    defaults={"targets": ("k_proj", "v_proj", "down_proj")},
+    peft_config=_ia3_config,
+)
+
+
+def _oft_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+    # Blocks of b inputs cost what a LoRA of rank b / 2 costs.
+    return peft.OFTConfig(
+        task_type="CAUSAL_LM",
+        oft_block_size=2 * config.rank,
+        module_dropout=config.dropout,
+        target_modules=list(config.targets),
+    )
+
+
+def _largest_block(config: Settings, base: TrainingBase) -> int:
+    sizes = module_sizes(base.arch.projections, config.targets)
+    return max(dividing(inner, 2 * config.rank) for _, _, inner in sizes)
+
+
+def _other_blocks(config: Settings, base: TrainingBase) -> tuple[str, ...]:
+    """Where no blocks of the size that was asked for make up a module's inputs."""
+    wanted = 2 * config.rank
+    widths = sorted({inner for _, _, inner in module_sizes(base.arch.projections, config.targets)})
+    made = [f"{dividing(width, wanted)} of {width}" for width in widths if width % wanted]
+    if not made:
+        return ()
+    return (
+        f"method.rank {config.rank} asks for blocks of {wanted} inputs, which do not divide all"
+        f" modules; the nearest that do are trained: {', '.join(made)}",
+    )
+
+
+OFT = PeftMethod(
+    name="oft",
+    learning_rate=1e-3,
+    defaults={"targets": ("all-linear",), "rank": 16, "dropout": 0.0},
+    peft_config=_oft_config,
+    rank_served=_largest_block,
+    remarks=_other_blocks,
+)
+
+
+class ReflectedLinear(hra.HRALinear):
+    """A linear module, packed or not, with an HRA adapter on it."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``W R x + b``; ``[..., in]`` → ``[..., out]``, in the dtype of ``x``."""
+        if not self.disable_adapters:
+            for name in self.active_adapters:
+                if name in self.hra_u:
+                    x = reflect(x, self.hra_u[name])
+        return self.base_layer(x, *args, **kwargs)
+
+
+def reflect(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """``R x`` with ``R = Π (I − 2 v_i v_iᵀ)``, ``v_i`` the columns of ``u`` at length 1.
+
+    As ``I − V T Vᵀ``, where ``T⁻¹`` is the upper triangle of ``Vᵀ V`` with halves on its diagonal
+    (the compact WY form: Schreiber, Van Loan 1989; Joffrain et al. 2006).
+
+    Args:
+        x: ``[..., in]``, any float dtype.
+        u: ``[in, r]`` fp32, no column of zeros.
+
+    Returns:
+        ``[..., in]`` in the dtype of ``x``; computed in that of ``u``.
+    """
+    v = u / u.norm(dim=0)
+    overlaps = (v.T @ v).triu(1)
+    triangle = overlaps + 0.5 * torch.eye(v.shape[1], dtype=v.dtype, device=v.device)
+    flat = x.to(v.dtype).flatten(0, -2)
+    shares = torch.linalg.solve_triangular(triangle, (flat @ v).T, upper=True)
+    return (flat - shares.T @ v.T).view(x.shape).to(x.dtype)
+
+
+def _hra_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+    return peft.HRAConfig(task_type="CAUSAL_LM", r=config.rank, target_modules=list(config.targets))
+
+
+class _HraMethod(PeftMethod):
+    def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
+        attached = super().attach(model, config, base)
+        for layer in attached.modules():
+            if isinstance(layer, hra.HRALinear):
+                layer.__class__ = ReflectedLinear
+        return attached
+
+
+HRA = _HraMethod(
+    name="hra",
+    learning_rate=5e-3,
+    defaults={"targets": ("all-linear",), "rank": 8},
+    peft_config=_hra_config,
+)
+
+
+def _miss_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+    return peft.MissConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        miss_dropout=config.dropout,
+        target_modules=list(config.targets),
+    )
+
+
+MISS = PeftMethod(
+    name="miss",
+    learning_rate=1e-3,
+    defaults={"targets": ("all-linear",), "rank": 16, "dropout": 0.0},
+    peft_config=_miss_config,
+)
+
+
+# PEFT's default; smaller if the base's dimensions are not divisible by it.
+_VECTOR_LENGTH = 256
+
+
+def _vblora_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+    sizes = [
+        size for _, *both in module_sizes(base.arch.projections, config.targets) for size in both
+    ]
+    return peft.VBLoRAConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        vector_length=math.gcd(_VECTOR_LENGTH, *sizes),
+        vblora_dropout=config.dropout,
+        target_modules=list(config.targets),
+    )
+
+
+VBLORA = PeftMethod(
+    name="vblora",
+    # A single rate; PEFT's example uses 1e-3 for the vector bank and 1e-2 for the logits.
+    learning_rate=1e-2,
+    defaults={"targets": ("all-linear",), "rank": 4, "dropout": 0.0},
+    peft_config=_vblora_config,
+)
+
+
+def _shira_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+    # The run's seed is set before a method is attached.
+    seed = int(torch.randint(1 << 31, ()))
+    made = peft.ShiraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        random_seed=seed,
+        target_modules=list(config.targets),
+    )
+    made.mask_fn = _MaskDrawer(seed)
+    return made
+
+
+class _MaskDrawer:
+    """PEFT's ``random_mask``, on the CPU whatever holds the weight, and once for a shape.
+
+    Modules of one shape have the same places there too; the permutation of a large weight's entries
+    takes seconds.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._places: dict[tuple[int, int, int], torch.Tensor] = {}
+
+    def __call__(
+        self, base_layer: Any, r: int, random_seed: int | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        out, inner = base_layer.out_features, base_layer.in_features
+        key = (out, inner, r)
+        if key not in self._places:
+            drawn = torch.randperm(out * inner, generator=torch.Generator().manual_seed(self._seed))
+            # A copy: a view would keep all of them.
+            self._places[key] = drawn[: r * (out + inner)].clone()
+        mask = torch.zeros(out * inner, dtype=torch.bool)
+        mask[self._places[key]] = True
+        return mask.view(out, inner)
+
+
+class _ShiraMethod(PeftMethod):
+    def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
+        attached = super().attach(model, config, base)
+        if model.device.type == "meta":
+            _use_shapes(attached)
+        return attached
+
+
+def _use_shapes(model: Any) -> None:
+    """Let layers without memory work, where neither sparse nor packed weights are there."""
+    for layer in model.modules():
+        if isinstance(layer, shira.Linear):
+            layer.quantization_backend = None
+            layer.get_delta_weight = partial(_delta_shape, layer)
+
+
+def _delta_shape(layer: shira.Linear, adapter: str) -> torch.Tensor:
+    """A tensor of the weight's shape and the values' gradient, which takes no more than they do."""
+    return layer.shira_weight[adapter].sum().expand(layer.out_features, layer.in_features)
+
+
+SHIRA = _ShiraMethod(
+    name="shira",
+    learning_rate=1e-3,
+    defaults={"targets": ("all-linear",), "rank": 8},
+    peft_config=_shira_config,
+    # SHiRA's rank only sets the number of trained entries; serving needs no rank for it.
+    rank_served=lambda config, base: 0,
+)
