@@ -12,7 +12,7 @@ from turret.server.api.violations import Violations
 from turret.server.errors import InvalidRequestError
 from turret.server.http.endpoint import Exchange
 from turret.server.http.model_names import Mix, mix_of, named_in
-from turret.server.http.schemas.fields import Sent
+from turret.server.http.schemas.fields import Sent, not_one_of
 from turret.server.http.schemas.requests import (
     Asking,
     FlatTool,
@@ -167,17 +167,6 @@ def _set_stop(body: Generating, stop: inference_pb2.StopConditions, names: dict[
     stop.stop_token_ids.extend(body.stop_token_ids)
 
 
-def check_limits(message: _Message) -> None:
-    """Refuse a least number of tokens that is above the most, in the words of this API.
-
-    Raises:
-        InvalidRequestError: It is.
-    """
-    stop = message.stop
-    if stop.HasField("max_tokens") and stop.min_tokens > stop.max_tokens:
-        raise InvalidRequestError.of("min_tokens", say("TOO_LARGE", most=stop.max_tokens))
-
-
 def _set_constraint(body: Generating, message: _Message, names: dict[str, str]) -> None:
     """Set the only constraint that a request may have, in any of the forms that clients use."""
     outputs, form = body.structured_outputs, body.response_format
@@ -328,7 +317,7 @@ def _chosen(choice: Any, names: tuple[str, ...]) -> tuple[tuple[str, ...], bool]
         return names, False
     if choice == "required":
         if not names:
-            raise InvalidRequestError.of("tool_choice", say("NEEDS_FIELD", needed="tools"))
+            raise InvalidRequestError.of("tool_choice", say("NEEDS_FIELD", other="tools"))
         return names, True
     if choice.get("type") == "allowed_tools":
         is_flat = not isinstance(choice.get("allowed_tools"), dict)
@@ -345,7 +334,7 @@ def _allowed(
 ) -> tuple[tuple[str, ...], bool]:
     mode, tools = allowed.get("mode"), allowed.get("tools")
     if mode not in ("auto", "required"):
-        why = say("NOT_ONE_OF", choices="auto, required")
+        why = not_one_of(mode, "auto, required")
         raise InvalidRequestError.of(f"{place}.mode", why)
     found = {_function_name(each) for each in tools} if isinstance(tools, list) else set()
     if not found or not found <= set(names):

@@ -20,7 +20,6 @@ from turret.server.http.asked import (
     Asked,
     asked_of,
     chat_of,
-    check_limits,
     numbered,
     read_asking,
     tools_of,
@@ -50,7 +49,6 @@ class ChatCompletions:
         info = self._inference.model()
         body, mix = read_asking(exchange, ChatRequest, info.name)
         asked = asked_of(body, mix, exchange.names)
-        check_limits(asked.message)
         options = asked.message.options
         options.logprobs, options.top_n = body.logprobs, body.top_logprobs or 0
         prompt = inference_pb2.GenerateRequest(chat=chat_of(body.messages))

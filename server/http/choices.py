@@ -27,7 +27,7 @@ def blamed_on(place: str) -> Iterator[None]:
     except InvalidRequestError as error:
         names = {"input": place, "token_ids.ids": place}
         found = [(renamed_path(path, names), why) for path, why in error.violations]
-        raise type(error)(error.message, metadata=error.metadata, violations=found) from None
+        raise type(error).of_all(found) from None
 
 
 class Choices:

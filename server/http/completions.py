@@ -19,7 +19,7 @@ from turret.server.http.answers import (
     stop_reason,
     usage_of,
 )
-from turret.server.http.asked import Asked, asked_of, check_limits, numbered, read_asking
+from turret.server.http.asked import Asked, asked_of, numbered, read_asking
 from turret.server.http.choices import Choices, blamed_on
 from turret.server.http.endpoint import Exchange
 from turret.server.http.reply import HOLE, Template
@@ -49,7 +49,6 @@ class Completions:
         options.top_n = body.logprobs or 0
         if not stop.HasField("max_tokens"):
             stop.max_tokens = DEFAULT_MAX_TOKENS
-        check_limits(asked.message)
         places = [f"prompt{place}" for place in body.prompt]
         prompts = [
             _Prompt(prompt=each)
@@ -60,7 +59,7 @@ class Completions:
         del body
         is_scored = stop.max_tokens == 0
         if is_scored and asked.is_stream:
-            raise InvalidRequestError.of("stream", say("NEEDS_FIELD", needed="max_tokens"))
+            raise InvalidRequestError.of("stream", say("NEEDS_FIELD", other="max_tokens"))
         # Divide the size of the request among its answers.
         exchange.call.message_bytes //= len(prompts) * asked.num_choices
         answer_id = f"cmpl-{exchange.call.request_id}"

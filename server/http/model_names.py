@@ -98,7 +98,7 @@ def read_model(model: str, base_name: str) -> tuple[Mix, list[Text]]:
             raise _no_model(model, base_name)
         name, weight = match["name"], match["weight"]
         if name in members:
-            wrong.append(say("TWICE_IN_MIX", name=name))
+            wrong.append(say("DUPLICATE", value=name))
             continue
         members[name] = adapters_pb2.AdapterWeight(name=name)
         if weight is None:
@@ -118,11 +118,11 @@ def _no_model(model: str, base_name: str) -> AdapterNotFoundError:
     """The error for a model name of no known form."""
     lower, shown = model.lower(), model[:_MOST_ECHOED]
     if lower == base_name.lower():
-        text = say("MODEL_MISSPELT", model=shown, meant=base_name)
+        text = say("NO_SUCH_MODEL", model=shown, closest=base_name)
     elif all(_MEMBER.fullmatch(part.strip()) for part in lower.split("+")):
-        text = say("MODEL_MISSPELT", model=shown, meant=lower[:_MOST_ECHOED])
+        text = say("NO_SUCH_MODEL", model=shown, closest=lower[:_MOST_ECHOED])
     elif not set("=*+@").isdisjoint(model):
-        text = say("MODEL_NOT_A_MIX", model=shown, meant="sql+json*-0.5")
+        text = say("MODEL_NOT_A_MIX", model=shown, step="sql+json*-0.5")
     else:
         text = say("NO_SUCH_MODEL", model=shown)
     return AdapterNotFoundError(text, metadata={"adapter": shown})

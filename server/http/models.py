@@ -67,7 +67,7 @@ class Models:
             return
         # A mix has no card: it has no digest, method or generation, and there is no end of mixes.
         if len(members) > 1 or members[0].HasField("weight"):
-            text = say("MODEL_IS_A_MIX", model=name[:200], meant=members[0].name)
+            text = say("MODEL_IS_A_MIX", model=name[:200], step=members[0].name)
             raise AdapterNotFoundError(text, metadata={"adapter": name[:200]})
         question = adapters_pb2.GetAdapterRequest(name=members[0].name)
         adapter = await self._adapters.get(question, exchange.call)

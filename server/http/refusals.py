@@ -44,7 +44,7 @@ OPENAI_CODES = {
     "PROMPT_TOO_LONG": "context_length_exceeded",
     "UNAUTHENTICATED": "invalid_api_key",
     "QUEUE_FULL": "rate_limit_exceeded",
-    **dict.fromkeys(("URL_MISSPELT", "URL_ELSEWHERE", "METHOD_NOT_ALLOWED"), "unknown_url"),
+    **dict.fromkeys(("URL_ELSEWHERE", "METHOD_NOT_ALLOWED"), "unknown_url"),
 }
 # Next steps for HTTP clients, by the reason of an error.
 _STEPS: dict[str, Text] = {
@@ -60,7 +60,7 @@ _STEPS: dict[str, Text] = {
     "DEADLINE_EXCEEDED": say("STEP_TIMEOUT"),
 }
 # Errors whose fields say all that their message says. The messages of others say more.
-_ABOUT_FIELDS = ("INVALID_REQUEST", "ADAPTER_CLASSIFIES", "HEAD_MISSING")
+_ABOUT_FIELDS = ("INVALID_REQUEST", "PROMPT_TOO_LONG", "ADAPTER_CLASSIFIES", "HEAD_MISSING")
 # The message repeats what the client sent, so limit it to about a page of text.
 MAX_MESSAGE_CHARS = 4000
 
@@ -106,12 +106,11 @@ def refusal_of(error: BaseException, names: Mapping[str, str] | None = None) -> 
         return Refusal(status=error.status, code=error.code, body=body, headers=headers)
     fault = fault_of(error)
     row = TABLE[fault.code]
-    wrong = [(renamed_path(path, names or {}), why) for path, why in fault.violations]
+    wrong = [_renamed(path, why, names or {}) for path, why in fault.violations]
     message, reason, param = fault.message, fault.reason, None
     if wrong:
         param = wrong[0][0]
-        # One of several prompts has to be named.
-        if reason in _ABOUT_FIELDS or param.endswith("]"):
+        if reason in _ABOUT_FIELDS:
             message = "; ".join(f"{path}: {why}" for path, why in wrong)
     elif reason == "ADAPTER_NOT_FOUND":
         # Paths that manage adapters have the name in a field of its own.
@@ -145,7 +144,15 @@ def _body(message: str, kind: str, param: str | None, reason: str) -> dict[str, 
 def _suggests(message: str) -> bool:
     """Whether a message has a next step already."""
     params = getattr(message, "params", {})
-    return "meant" in params or "closest" in params
+    return "closest" in params or "step" in params
+
+
+def _renamed(path: str, why: str, names: Mapping[str, str]) -> tuple[str, str]:
+    """A violation in the client's own names, also of the other field that it mentions."""
+    if isinstance(why, Text) and "other" in why.params:
+        reason = why.reason
+        why = say(reason, **{**why.params, "other": renamed_path(why.params["other"], names)})
+    return renamed_path(path, names), why
 
 
 def renamed_path(path: str, names: Mapping[str, str]) -> str:

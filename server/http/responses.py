@@ -14,7 +14,6 @@ from turret.server.http.answers import FINISH_REASONS, Ended, adapters_of, chat_
 from turret.server.http.asked import (
     RESPONSE_NAMES,
     asked_of,
-    check_limits,
     numbered,
     read_asking,
     tools_of,
@@ -51,7 +50,6 @@ class Responses:
         if body.max_output_tokens is not None:
             message.stop.max_tokens = body.max_output_tokens
             exchange.names["stop.max_tokens"] = "max_output_tokens"
-        check_limits(message)
         message.options.logprobs = _wants_logprobs(body)
         message.options.top_n = body.top_logprobs or 0
         _set_text_format(body.text.format, message, exchange.names)

@@ -448,7 +448,7 @@ async def _no_route(apart: Collection[str], request: Request, error: Exception) 
         methods = " or ".join(each for each in allowed.split(", ") if each != "HEAD")
         text = say("METHOD_NOT_ALLOWED", method=method, path=path, allowed=methods)
     elif meant := _meant(request):
-        text = say("URL_MISSPELT", method=method, path=path, meant=meant)
+        text = say("UNKNOWN_URL", method=method, path=path, closest=meant)
     else:
         text = say("UNKNOWN_URL", method=method, path=path)
     refusal = refusal_of(HttpRefusal(status, code, text))

@@ -28,7 +28,7 @@ async def test_a_task_is_registered() -> None:
         (LOAD, {"lora_name": "a"}, {"lora_path": "required"}),
         (LOAD, {"name": "a", "lora_path": "b"}, {"lora_name": "required"}),
         (LOAD, ADAPTER | {"task": "sql"}, {"task": "wrong_type"}),
-        (LOAD, ADAPTER | {"load_inplace": True, "pinned": True}, {"pinned": "excludes_field"}),
+        (LOAD, ADAPTER | {"load_inplace": True, "pinned": True}, {"pinned": "conflicts_with"}),
         (UNLOAD, {}, {"lora_name": "required"}),
         (UNLOAD, {"lora_name": 3}, {"lora_name": "wrong_type"}),
     ],

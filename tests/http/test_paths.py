@@ -41,5 +41,5 @@ async def test_a_slip_in_a_path_is_told(path: str, meant: str) -> None:
         assert (refused.status, refused.code) == (404, "unknown_url")
         text = say("UNKNOWN_URL", method="POST", path=path)
         if meant:
-            text = say("URL_MISSPELT", method="POST", path=path, meant=meant)
+            text = say("UNKNOWN_URL", method="POST", path=path, closest=meant)
         assert refused.message == text

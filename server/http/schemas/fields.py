@@ -84,6 +84,11 @@ def read(model: type[M], raw: dict[str, Any]) -> Sent[M]:
     return Sent(None if wrong else body, wrong, raw)
 
 
+def not_one_of(value: Any, choices: str) -> Text:
+    """What is wrong with a value that is none of the choices; a long one is cut."""
+    return say("NOT_ONE_OF", value=str(value)[:_MOST_CHARS], choices=choices)
+
+
 def wrong_at(text: Text, *place: str | int) -> ValidationError:
     """What a validator raises for a value, or for a place within it."""
     kind = PydanticCustomError("said", "{text}", {"text": text})
@@ -243,7 +248,7 @@ def _misspelt(
         # If the field itself was sent too, the unknown one is not a misspelling of it.
         as_good = _shape(model).names.intersection(_AS_GOOD.get(meant, (meant,)))
         if meant and all(sent.get(each) is None for each in as_good):
-            why = say("MISSPELT_FIELD", name=name, meant=meant)
+            why = say("UNKNOWN_FIELD", name=name, closest=meant)
             yield _Unknown(path + name, why, path + meant)
         elif issubclass(model, ClosedBody):
             shown = name[:_MOST_CHARS]
@@ -289,18 +294,18 @@ _SAID: dict[str, Callable[[dict[str, Any], Any], Text]] = {
     "dict_type": lambda ctx, _: say("WRONG_TYPE", expected="an object"),
     "model_type": lambda ctx, _: say("WRONG_TYPE", expected="an object"),
     "finite_number": lambda ctx, _: say("NUMBER_TOO_LARGE"),
-    "greater_than": lambda ctx, _: say("NOT_ABOVE", bound=ctx["gt"]),
-    "greater_than_equal": lambda ctx, _: say("TOO_SMALL", least=ctx["ge"]),
-    "less_than_equal": lambda ctx, _: say("TOO_LARGE", most=ctx["le"]),
+    "greater_than": lambda ctx, value: say("NOT_ABOVE", bound=ctx["gt"], value=value),
+    "greater_than_equal": lambda ctx, value: say("TOO_SMALL", least=ctx["ge"], value=value),
+    "less_than_equal": lambda ctx, value: say("TOO_LARGE", most=ctx["le"], value=value),
     "too_short": lambda ctx, _: say("TOO_FEW_ENTRIES", least=ctx["min_length"]),
     "too_long": lambda ctx, value: say(
         "TOO_MANY_ENTRIES", most=ctx["max_length"], found=len(value)
     ),
-    "string_too_short": lambda ctx, _: say("EMPTY_TEXT"),
+    "string_too_short": lambda ctx, _: say("EMPTY"),
     "string_too_long": lambda ctx, value: say(
         "TOO_MANY_CHARACTERS", most=ctx["max_length"], found=len(value)
     ),
-    "literal_error": lambda ctx, _: say("NOT_ONE_OF", choices=ctx["expected"]),
+    "literal_error": lambda ctx, value: not_one_of(value, ctx["expected"]),
 }
 
 

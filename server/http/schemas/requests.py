@@ -37,6 +37,7 @@ from turret.server.http.schemas.fields import (
     Texts,
     TokenIds,
     ignored,
+    not_one_of,
     short,
     text_of,
     unsupported,
@@ -225,10 +226,10 @@ class Generating(Asking):
     @model_validator(mode="after")
     def _sends_every_answer(self) -> Generating:
         if self.best_of not in (None, self.n):
-            raise wrong_at(say("NOT_ONE_OF", choices=self.n), "best_of")
+            raise wrong_at(not_one_of(self.best_of, str(self.n)), "best_of")
         for index, text in enumerate(self.stop):
             if not text:
-                raise wrong_at(say("EMPTY_TEXT"), "stop", index)
+                raise wrong_at(say("EMPTY"), "stop", index)
             if len(text) > MAX_STOP_STRING_CHARS:
                 most, found = MAX_STOP_STRING_CHARS, len(text)
                 raise wrong_at(say("TOO_MANY_CHARACTERS", most=most, found=found), "stop", index)
@@ -295,7 +296,7 @@ class FlatTool(FunctionTool, _Typed):
 def _choice_of_tools(value: Any) -> Any:
     if value in ("none", "auto", "required") or isinstance(value, dict):
         return value
-    raise wrong_at(say("NOT_ONE_OF", choices="none, auto, required, a function, allowed_tools"))
+    raise wrong_at(not_one_of(value, "none, auto, required, a function, allowed_tools"))
 
 
 ToolChoice = Annotated[
@@ -324,7 +325,7 @@ class ChatRequest(Generating, _ChatOnly):
     @model_validator(mode="after")
     def _has_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise wrong_at(say("NEEDS_FIELD", needed="logprobs"), "top_logprobs")
+            raise wrong_at(say("NEEDS_FIELD", other="logprobs"), "top_logprobs")
         return self
 
 
@@ -391,7 +392,7 @@ class TokenizeRequest(Asking, _ChatOnly):
         _has_either(self.messages, self.prompt, "prompt")
         _adds_special_tokens(self.add_special_tokens, self.messages)
         if self.messages is None and self.tools:
-            raise wrong_at(say("NEEDS_FIELD", needed="messages"), "tools")
+            raise wrong_at(say("NEEDS_FIELD", other="messages"), "tools")
         return self
 
 
@@ -406,7 +407,7 @@ def _has_either(messages: object, other: object, name: str) -> None:
     if messages is None and other is None:
         raise wrong_at(say("REQUIRED"), name)
     if messages is not None and other is not None:
-        raise wrong_at(say("EXCLUDES_FIELD", other="messages"), name)
+        raise wrong_at(say("CONFLICTS_WITH", other="messages"), name)
 
 
 def _adds_special_tokens(sent: bool | None, messages: object) -> None:
@@ -466,7 +467,7 @@ class Item(Body):
             if self.role is None:
                 raise wrong_at(say("REQUIRED"), "role")
             if self.role not in roles:
-                raise wrong_at(say("NOT_ONE_OF", choices=", ".join(roles)), "role")
+                raise wrong_at(not_one_of(self.role, ", ".join(roles)), "role")
             self.content = _item_text(self.content, "content")
         elif self.type == "function_call_output":
             self.output = _item_text(self.output, "output")
@@ -474,7 +475,7 @@ class Item(Body):
             raise wrong_at(say("NOTHING_STORED"), "type")
         elif self.type not in ("function_call", "function_call_output", "reasoning"):
             kinds = "message, function_call, function_call_output"
-            raise wrong_at(say("NOT_ONE_OF", choices=kinds), "type")
+            raise wrong_at(not_one_of(self.type, kinds), "type")
         return self
 
 
@@ -539,5 +540,5 @@ class LoadAdapter(AdapterName):
     @model_validator(mode="after")
     def _pins_new_adapters(self) -> LoadAdapter:
         if self.load_inplace and self.pinned:
-            raise wrong_at(say("EXCLUDES_FIELD", other="load_inplace"), "pinned")
+            raise wrong_at(say("CONFLICTS_WITH", other="load_inplace"), "pinned")
         return self

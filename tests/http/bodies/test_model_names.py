@@ -90,7 +90,7 @@ async def test_what_is_wrong_with_a_mix_is_said_of_model() -> None:
             ("sql*", "not_a_weight"),
             ("sql*1e1", "not_a_weight"),
             ("a*1*2", "not_a_weight"),
-            ("sql+json+sql", "twice_in_mix"),
+            ("sql+json+sql", "duplicate"),
         ):
             refused = await server.refused(CHAT, {"messages": TURNS, "model": model})
             assert (refused.status, refused.param, refused.code) == (400, "model", code)
@@ -177,9 +177,9 @@ async def test_a_mix_is_not_looked_up() -> None:
 async def test_an_unknown_field_of_an_adapter_is_refused() -> None:
     async with http_harness() as server:
         for entry, violations in (
-            ({"nam": "sql"}, {"adapters[0].nam": "misspelt_field"}),
+            ({"nam": "sql"}, {"adapters[0].nam": "unknown_field"}),
             ({"name": "sql", "x": 1}, {"adapters[0].x": "unknown_field"}),
-            ({"name": "sql", "wieght": 2}, {"adapters[0].wieght": "misspelt_field"}),
+            ({"name": "sql", "wieght": 2}, {"adapters[0].wieght": "unknown_field"}),
         ):
             body = {"model": "base", "messages": TURNS, "adapters": [entry]}
             assert (await server.refused(CHAT, body)).violations == violations
