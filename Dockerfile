@@ -1,22 +1,24 @@
-# turret on a CPU, with the embedded model inside: nothing is downloaded at start.
+# turret on a CPU. The image contains the embedded model, so the container downloads nothing.
 #
 #   docker build -t turret .
 #   docker run -p 50051:50051 -v ./adapters:/adapters:ro -v ./secrets:/secrets:ro turret \
 #       serve --adapter-root /adapters --address 0.0.0.0:50051 \
 #       --tls-cert /secrets/cert.pem --tls-key /secrets/key.pem --token-file /secrets/tokens
 #
-# For OpenAI's API and the console, publish 8000 too and add --http-address 0.0.0.0:8000. With --insecure
-# and without tokens, clients must call it by an address, or --http-allowed-host names it.
+# For OpenAI's API and the console, also publish 8000 and add --http-address 0.0.0.0:8000. With --insecure
+# and without tokens, clients must use an IP address in the URL, or a name that --http-allowed-host allows.
 #
-# The default command listens on 0.0.0.0:50051 and therefore refuses to start until it is given
-# TLS and tokens, or --insecure. Metrics stay inside the container (127.0.0.1:9464), where a sidecar
-# reads them; to have them read from outside give a token the role metrics and add
-# --metrics-address 0.0.0.0:9464. With TLS, set TURRET_HEALTH_FLAGS="--tls-ca /secrets/ca.pem".
-# For a GPU, build with --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128; for a fleet on
-# Ray, with --build-arg EXTRA=cluster.
-# What is installed is in deploy/constraints.txt, by version and hash; torch by its version. The base
-# image is named by digest (of all its platforms), so that a build tomorrow is this one;
-# docs/security.md says how to renew it.
+# The default command listens on 0.0.0.0:50051 and therefore refuses to start without TLS and tokens, or
+# --insecure. Metrics stay inside the container (127.0.0.1:9464), where a sidecar can read them. To read
+# them from outside, give a token the role metrics and add --metrics-address 0.0.0.0:9464. With TLS, set
+# TURRET_HEALTH_FLAGS="--tls-ca /secrets/ca.pem".
+#
+# For a GPU, build with --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128. For a fleet on
+# Ray, build with --build-arg EXTRA=cluster.
+#
+# deploy/constraints.txt pins the packages by version and hash, and TORCH_VERSION pins torch. The base image
+# is pinned by a digest for all platforms, so that every build uses the same one. docs/security.md
+# describes how to update it.
 
 ARG PYTHON_IMAGE=python:3.12.14-slim-trixie@sha256:78387bc3881b8273120a12ebe6c1ab22b018ccc2c9adf565ae1ac9b536e184ea
 
@@ -25,8 +27,8 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG TORCH_VERSION=2.13.0
 ARG EXTRA=""
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-# A compiler for the CPU kernels; the final image needs one for a GPU alone. Packages and the model come before the
-# sources, so that a change to the sources does not fetch them again.
+# The CPU kernels need a compiler here; the final image needs one only for a GPU. Packages and the model are
+# installed before the sources are copied, so that a change of the sources does not download them again.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
@@ -40,8 +42,8 @@ RUN /opt/turret/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels
     && /opt/turret/bin/pip install --no-deps --no-index /wheels/turret-*.whl
 
 FROM ${PYTHON_IMAGE}
-# For a GPU Triton compiles C at the first start. KubeRay asks Ray for its health with wget, and calls
-# ray from a login shell, whose path is not the image's.
+# For a GPU, Triton compiles C at the first start. For a fleet, KubeRay checks Ray's health with wget, and
+# calls ray from a login shell, which has another PATH than the image.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG EXTRA=""
 # hadolint ignore=DL3008,SC2086
@@ -54,13 +56,13 @@ RUN case "$TORCH_INDEX" in */cpu) wanted="" ;; *) wanted="gcc libc6-dev" ;; esac
 RUN useradd --create-home --uid 10001 turret && install -d -o turret /adapters /state
 COPY --from=build /opt/turret /opt/turret
 ENV PATH=/opt/turret/bin:$PATH TURRET_HEALTH_FLAGS=""
-# By number, so that Kubernetes can see that it is not root.
+# The user is a number, so that Kubernetes can verify that it is not root.
 USER 10001
-# The embedded model's NF4 weights, so that the first start is as fast as every other.
+# Quantises the embedded model now, so that the first start is as fast as later ones.
 RUN python -c "from turret.server.models.model_source import resolve_model; \
     from turret.server.models.sources.cache import default_cache_dir; \
     resolve_model(None, default_cache_dir())"
-# gRPC, and HTTP where --http-address asks for it.
+# gRPC, and HTTP if --http-address is set.
 EXPOSE 50051 8000
 STOPSIGNAL SIGTERM
 # The shell form: TURRET_HEALTH_FLAGS may hold several words.

@@ -1,4 +1,4 @@
-# The first Python of at least 3.11; override with `make PYTHON=...`.
+# The first Python found that is at least 3.11. Override it with `make PYTHON=...`.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
@@ -25,24 +25,25 @@ lint: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	cd proto && ../$(BIN)/buf lint
 
-# A file's tests stay in one process, since they share models and servers.
+# All tests of a file run in one process, because they share models and servers.
 test: setup
 	$(BIN)/python -m pytest --timeout 600 -n $(JOBS) --dist loadfile $(ARGS)
 
 test-gpu: setup
 	$(BIN)/python -m pytest --timeout 600 -m gpu $(ARGS)
 
-# The compiled kernels in the emulator at models' widths.
+# Tests that take minutes each, such as the compiled kernels in the emulator at the widths of real models.
 long: setup
 	$(BIN)/python -m pytest --timeout 3000 -n $(JOBS) -m long $(ARGS)
 
-# Any bytes at every parser, guided by coverage, then at a server beside a polite client. What breaks
-# something is left in build/findings.
+# Sends random bytes to every parser, guided by coverage, and then to a server beside a normal client. Inputs that
+# break something are written to build/findings.
 fuzz: setup
 	cd tests/support && ../../$(BIN)/python -m fuzz.guided $(FUZZ_SECONDS) ../../build/findings
 	$(BIN)/python -m pytest -s --timeout 3000 -m long --fuzz-seconds $(FUZZ_SECONDS) tests/fuzz/test_beside.py
 
-# Known vulnerabilities of what the image installs. pip-audit itself passes what it cannot look up.
+# Checks the image's packages for known vulnerabilities. pip-audit succeeds even for packages that it cannot look
+# up, so this counts them.
 audit: setup
 	@mkdir -p build && { test -x $(BIN)/pip-audit || $(BIN)/pip install -q pip-audit || true; }
 	@timeout 120 $(BIN)/pip-audit --disable-pip --require-hashes -r deploy/constraints.txt >build/audit.txt 2>&1; code=$$?; \
@@ -52,14 +53,14 @@ audit: setup
 		then echo "audit: the data cannot be reached from here, nothing was checked"; \
 		else cat build/audit.txt; fi
 
-# kill -9 in admin calls, disks and limits that fail; a short form is part of the tests.
+# Kills the server in admin calls, and makes disks and limits fail. A short form is part of the tests.
 chaos: setup
 	$(BIN)/python -m pytest -s --timeout 6000 --chaos-kills 200 tests/chaos $(ARGS)
 
 soak: setup
 	$(BIN)/python -m pytest -s --timeout 3000 --soak-seconds $(SOAK_SECONDS) tests/server/test_churn.py $(ARGS)
 
-# Other makers' clients, in a virtual environment of their own.
+# Runs other projects' clients against a server, from a separate virtual environment.
 conformance: setup
 	test -x .conformance/bin/python || $(PYTHON) -m venv .conformance
 	.conformance/bin/pip install -q -r tests/conformance/requirements.txt
@@ -70,27 +71,28 @@ bench: setup
 	$(BIN)/python bench/prompts.py
 	$(BIN)/python bench/neighbours.py
 
-# The synchronous client, made from the asyncio one.
+# Generates the synchronous client from the asyncio client.
 client: setup
 	cd tests/support && ../../$(BIN)/python sync_client.py
 
-# The tables and lists in docs/ that the code says better, and the file of all sentences.
+# Writes the tables and lists in docs/ that are generated from the code.
 pages: setup
 	cd tests/support && for page in adapters architecture operations rates security sentences training; do \
 		../../$(BIN)/python -m pages.$${page}_page || exit 1; done
 
-# The documentation as a site, in build/site; a link that leads nowhere fails.
+# Builds the documentation site in build/site. A broken link is an error.
 docs: setup
 	PATH=$(CURDIR)/$(BIN):$$PATH .ci/docs
 
 demo: setup
 	$(BIN)/turret demo $(ARGS)
 
-# The versions of this .venv, which CI then runs with (.ci/run; CI_VERSIONS=newest takes the newest).
+# Writes the versions of this .venv to the file that CI installs from (.ci/run; with CI_VERSIONS=newest, CI takes
+# the newest versions instead).
 constraints: setup
 	$(BIN)/pip freeze --exclude-editable --exclude turret | sed "s,+cpu$$,,; /@ file:/d" | LC_ALL=C sort -f > .ci/constraints.txt
 
-# A wheel that needs no compiler: libraries for every instruction set, tagged manylinux.
+# Builds a manylinux wheel with compiled libraries for every instruction set, so that installing it needs no compiler.
 wheel: setup
 	rm -rf build/wheel && $(BIN)/pip wheel -q --no-deps --no-build-isolation -w build/wheel .
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/turret-*.whl

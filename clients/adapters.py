@@ -27,10 +27,10 @@ from turret.v1 import adapters_pb2
 
 
 class AdaptersClient:
-    """Administers adapters: ``client.adapters`` of a ``TurretClient``, made with it.
+    """Manages a server's adapters. Use it as ``client.adapters`` of a ``TurretClient``.
 
-    ``client.adapters.load("sql", "sql")`` asks at the client's ``admin_address``. Every method
-    raises :class:`~turret.clients.errors.TurretRpcError` if the server refuses or fails;
+    Calls go to the client's ``admin_address``. Every method raises
+    :class:`~turret.clients.errors.TurretRpcError` if the server rejects the call or fails.
     ``timeout`` is a deadline in seconds.
     """
 
@@ -49,7 +49,7 @@ class AdaptersClient:
     ) -> Adapter:
         """Register the adapter in ``path``, a directory relative to the server's adapter root.
 
-        ``task`` says which one it is, where the files hold several.
+        If the files contain several tasks, ``task`` chooses one of them.
         """
         request = filled(
             adapters_pb2.LoadAdapterRequest(),
@@ -71,11 +71,11 @@ class AdaptersClient:
         task: int | None = None,
         timeout: float | None = None,
     ) -> Adapter:
-        """Send an adapter's files and register it, or with ``replace`` its new generation.
+        """Send an adapter's files and register it, or with ``replace`` a new generation of it.
 
         Raises:
-            FileNotFoundError: The directory holds no adapter.
-            ValueError: A file of it is empty.
+            FileNotFoundError: The directory contains no adapter.
+            ValueError: One of the files is empty.
         """
 
         def messages() -> object:
@@ -102,8 +102,9 @@ class AdaptersClient:
     ) -> Adapter:
         """Make the weights in ``path`` (as in :meth:`load`) the adapter's new generation.
 
-        With ``expected_generation`` only if the name has that one: of two who replace the same
-        generation, the second gets :class:`~turret.clients.errors.FailedPreconditionError`.
+        With ``expected_generation``, the call succeeds only if that is the current generation: if
+        two callers replace the same generation, the second gets
+        :class:`~turret.clients.errors.FailedPreconditionError`.
         """
         request = filled(
             adapters_pb2.ReplaceAdapterRequest(),
@@ -130,7 +131,7 @@ class AdaptersClient:
         """Iterate over the adapters by name; pages are fetched as they are needed.
 
         Args:
-            method: Such as ``lora``; None means any.
+            method: A method such as ``lora``; None means any.
             residency: ``disk``, ``host`` or ``device``; None means any.
             page_size: Adapters per call; 0 means the server's default.
             timeout: Deadline in seconds of each page.
@@ -166,7 +167,7 @@ class AdaptersClient:
         Args:
             name: A registered name.
             mode: ``drain`` lets the requests that use it finish, ``force`` aborts them.
-            drain_seconds: Longest wait for them; None means the server's default.
+            drain_seconds: Longest wait for these requests; None means the server's default.
             expected_generation: As in :meth:`replace`.
             timeout: Deadline in seconds.
 
@@ -177,12 +178,12 @@ class AdaptersClient:
         self._unary("UnloadAdapter", request, timeout, repeatable=False)
 
     def pin(self, name: str, *, timeout: float | None = None) -> Adapter:
-        """Keep an adapter resident and registered."""
+        """Keep an adapter in memory and registered until it is unpinned."""
         request = filled(adapters_pb2.PinAdapterRequest(), name=name)
         return Adapter.from_proto(self._unary("PinAdapter", request, timeout))
 
     def unpin(self, name: str, *, timeout: float | None = None) -> Adapter:
-        """Let an adapter be evicted and unloaded again."""
+        """Allow an adapter to be evicted and unloaded again."""
         request = filled(adapters_pb2.UnpinAdapterRequest(), name=name)
         return Adapter.from_proto(self._unary("UnpinAdapter", request, timeout))
 

@@ -56,27 +56,27 @@ class AsyncTurretClient:
 
     Args:
         address: ``HOST:PORT`` of the server, or ``unix:PATH``.
-        token: Bearer token, without that word, sent with every call. Without ``tls`` it travels in
-            the clear.
-        tls: How to verify the server; None means a plain connection.
-        admin_address: Where the ``Adapters`` service listens; None means ``address``.
-        timeout: Deadline in seconds of calls with one response that set none themselves; None
-            means none. Streams have a deadline only if the call sets one.
-        max_retries: How often a call is tried again that the server asked to send later, that
-            reached no server, or whose answer a server that stops has cut: after 0.5 s, 1 s and so
-            on, or when the server says.
-        resume: Whether a stream that breaks off goes on where it broke off, as often as it brings
-            another token; otherwise it raises once it has given text. Unless ``max_retries`` is 0,
-            it waits a minute for a server that starts again, or until its own deadline. Greedily,
-            or with a seed, the answer is that of one that never broke. It fails with NotFoundError
-            if the weights that it began with are gone.
+        token: Bearer token, without the word "Bearer", sent with every call. Without ``tls`` it is
+            sent in plain text.
+        tls: How to verify the server; None means a connection without TLS.
+        admin_address: Address of the ``Adapters`` service; None means ``address``.
+        timeout: Default deadline in seconds for calls with a single response; None means no
+            deadline. Streams have a deadline only if the call sets one.
+        max_retries: How often a call is repeated if the server asks for a retry, if no server can
+            be reached, or if a stopping server cuts its answer. The client waits 0.5 s, 1 s and so
+            on, or as long as the server asks.
+        resume: Whether an interrupted stream continues where it stopped, as often as each attempt
+            brings another token. Without it, an interrupted stream raises once it has given text.
+            Unless ``max_retries`` is 0, the client waits up to a minute for a server to return, or
+            until the call's deadline. With a seed or greedily, the answer is the same as without
+            an interruption. If the weights that it began with are gone, NotFoundError is raised.
 
-    Every method's ``timeout`` is in seconds; ``math.inf``, or more than a clock can hold, means no
-    deadline. None means the client's, of streams and exports none.
+    Every method's ``timeout`` is a deadline in seconds. ``math.inf``, or a value too large for a
+    clock, means no deadline. None means the client's default; streams and exports have none.
 
-    An asyncio client must be made and used in one running event loop; elsewhere it raises
-    RuntimeError. Cancelling the task that awaits a call stops the request on the server. A
-    synchronous client is thread-safe.
+    Create and use an asyncio client in one running event loop; elsewhere it raises RuntimeError.
+    Cancelling the task that awaits a call stops the request on the server. A synchronous client is
+    thread-safe.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class AsyncTurretClient:
         self.adapters = AsyncAdaptersClient(self._connection, self._settings)
 
     async def close(self) -> None:
-        """Close it; calls that run raise CallCancelledError, later ones RuntimeError."""
+        """Close the client. Running calls raise CallCancelledError, later ones RuntimeError."""
         self._settings.closed.set()
         await self._connection.close()
 
@@ -119,9 +119,9 @@ class AsyncTurretClient:
             **options: See :class:`~turret.clients.messages.requests.GenerateOptions`.
 
         Raises:
-            AnswerCutError: The server stopped meanwhile, and no other answered; the error has what
-                there was of the answer.
-            TurretRpcError: The server refused or failed.
+            AnswerCutError: The server stopped during the call, and no other server completed the
+                answer. The error contains the partial answer.
+            TurretRpcError: The server rejected the call or failed.
             TypeError: An option is unknown or has the wrong type.
             ValueError: A value does not fit its field.
         """
@@ -137,8 +137,8 @@ class AsyncTurretClient:
     ) -> AsyncGenerationStream:
         """Complete a prompt, chunk by chunk. The request starts at once.
 
-        Arguments and errors are those of :meth:`generate`; a refusal is raised by the first
-        iteration, ``AnswerCutError`` by that after the last chunk.
+        Arguments and errors are those of :meth:`generate`. If the server rejects the request, the
+        first iteration raises; ``AnswerCutError`` is raised after the last chunk.
         """
         request = generate_request(prompt, options)
         settings = self._settings.routed(request.adapters)
@@ -172,7 +172,7 @@ class AsyncTurretClient:
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> AsyncGenerationStream:
-        """As :meth:`chat`, chunk by chunk."""
+        """Answer as :meth:`chat` does, chunk by chunk."""
         return self.generate_stream(chat_messages(messages), timeout=timeout, **options)
 
     async def score(
@@ -189,8 +189,8 @@ class AsyncTurretClient:
         Args:
             prompt: As in :meth:`generate`.
             adapters: The mix; empty means the base model.
-            top_n: Likeliest alternatives reported per token.
-            request_id: Names the request in the server's log.
+            top_n: How many of the likeliest tokens are reported for each position.
+            request_id: Identifies the request in the server's log.
             timeout: Deadline in seconds.
         """
         request = score_request(prompt, adapters=adapters, top_n=top_n, request_id=request_id)
@@ -218,8 +218,8 @@ class AsyncTurretClient:
             adapters: The mix; empty means the base model.
             pooling: ``last`` (the final state of the last token, the server's default) or ``mean``.
             normalize: Whether each vector has length 1; None means yes.
-            dimensions: How many numbers of each are kept, from the first; None means all.
-            request_id: Names the request in the server's log.
+            dimensions: How many of the first numbers of each vector are kept; None means all.
+            request_id: Identifies the request in the server's log.
             timeout: Deadline in seconds.
         """
         request = embed_request(
@@ -244,12 +244,12 @@ class AsyncTurretClient:
         request_id: str = "",
         timeout: float | None = None,
     ) -> Classifications:
-        """Label each input by an adapter with a classification head.
+        """Label each input with an adapter that has a classification head.
 
         Args:
             inputs: A text, or a list of prompts as in :meth:`generate`.
-            adapters: The mix; exactly one member has a head.
-            request_id: Names the request in the server's log.
+            adapters: The mix; exactly one member must have a head.
+            request_id: Identifies the request in the server's log.
             timeout: Deadline in seconds.
         """
         request = classify_request(inputs, adapters=adapters, request_id=request_id)
@@ -270,7 +270,7 @@ class AsyncTurretClient:
 
         Args:
             prompt: As in :meth:`generate`.
-            adapters: The mix; one of them may have a tokenizer of its own.
+            adapters: The mix, one of whose adapters may have its own tokenizer.
             timeout: Deadline in seconds.
         """
         request = tokenize_request(prompt, adapters)

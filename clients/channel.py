@@ -32,13 +32,13 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tls:
-    """Verify the server and, with ``certificate`` and ``key``, be verified (mTLS).
+    """How to verify the server and, with ``certificate`` and ``key``, identify the client (mTLS).
 
     Attributes:
-        ca: PEM roots that the server's certificate must chain to; None means the system's.
+        ca: PEM root certificates that must sign the server's; None means the system's.
         certificate: PEM chain of the client, or None.
         key: PEM private key of the client, or None.
-        server_name: Name to expect in the server's certificate, if it is not the address's.
+        server_name: The name in the server's certificate, if it differs from the address.
     """
 
     ca: bytes | None = None

@@ -1,4 +1,4 @@
-"""Counts in words."""
+"""Formats a number with its noun."""
 
 from __future__ import annotations
 

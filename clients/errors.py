@@ -6,14 +6,14 @@ TurretRpcError
 ├── PermissionDeniedError     the token lacks the role
 ├── NotFoundError             no adapter of that name (or generation)
 ├── AlreadyExistsError        the name is taken by other weights
-├── FailedPreconditionError   not as things are: in use, pinned, another base, a merge is active
-├── RateLimitedError          a queue or a budget is full; ``retry_delay`` may say how long
+├── FailedPreconditionError   the state forbids it: in use, pinned, another base, an active merge
+├── RateLimitedError          a queue or a budget is full; ``retry_delay`` may be set
 ├── DeadlineExceededError     the deadline passed first
-├── AbortedError              the adapter was unloaded by force meanwhile
+├── AbortedError              an adapter was unloaded by force during the call
 ├── CallCancelledError        the call was cancelled, or its client closed
-├── UnavailableError          no server, or one that starts or stops
-│   └── AnswerCutError        a server that stops ended an answer before its end
-└── ServerError               anything else: a fault of the server, a service of another address
+├── UnavailableError          the server is starting, stopping or cannot be reached
+│   └── AnswerCutError        a stopping server ended the answer early
+└── ServerError               anything else: a bug in the server, a service at another address
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ def is_serving(
     tls: Tls | None = None,
     token: str | None = None,
 ) -> tuple[bool, str]:
-    """Whether ``service`` (empty: the whole server) answers SERVING in time, and what it answered.
+    """Whether ``service`` (empty: the whole server) answers SERVING in time, and its answer.
 
-    A turret server asks for no token here; a proxy before it may.
+    A turret server requires no token for this; a proxy in front of it may.
     """
     try:
         answer = ask(address, service, timeout_seconds=timeout_seconds, tls=tls, token=token)
@@ -35,10 +35,10 @@ def is_serving(
 def ask(
     address: str, service: str, *, timeout_seconds: float, tls: Tls | None, token: str | None
 ) -> str:
-    """What ``service`` answers, such as ``NOT_SERVING``; arguments are those of ``is_serving``.
+    """The answer of ``service``, such as ``NOT_SERVING``; arguments are those of ``is_serving``.
 
     Raises:
-        TurretRpcError: It does not answer.
+        TurretRpcError: The server does not answer.
     """
     call = CallSettings.of(token, timeout_seconds, RetryPolicy(0), tls)
     check_address(address, tls)

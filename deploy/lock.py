@@ -1,11 +1,12 @@
-"""Writes constraints.txt: every package of the image by version and by the hashes of its wheels.
+"""Writes constraints.txt: every package of the image, with its version and its wheels' hashes.
 
     python deploy/lock.py
 
-It writes constraints-cluster.txt too, what the image of a fleet has beside those.
-Run it where the package index can be reached, look at what changed, and commit the result. Torch
-is not in it: its builds for a CPU and for CUDA come from an index of their own (TORCH_INDEX of the
-Dockerfile) and have other hashes; the Dockerfile gives its version. Needs Python 3.11 and pip 23.
+The script also writes constraints-cluster.txt, with the additional packages of a fleet's image. Run
+it on a machine that can reach the package index, review the changes, and commit them. Torch is not
+in these files: its builds for a CPU and for CUDA come from a separate index (TORCH_INDEX in the
+Dockerfile) and have different hashes, and the Dockerfile sets its version. The script needs Python
+3.11 and pip 23.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CONSTRAINTS = ROOT / "deploy" / "constraints.txt"
 CLUSTER = ROOT / "deploy" / "constraints-cluster.txt"
 PYTHON = "3.12"
 MACHINES = ("x86_64", "aarch64")
-# The glibc of the image, and so the newest that its wheels may need.
+# The minor version of the image's glibc. Wheels must not need a newer one.
 NEWEST_GLIBC = 41
 # Packages that build turret, and dependencies of torch.
 EXTRA = (
@@ -61,9 +62,9 @@ def resolved(machine: str, whole: list[str], alone: list[str]) -> dict[str, tupl
     """Name → (version, SHA-256) of the wheels that pip would install on a machine.
 
     Args:
-        machine: As wheels call it.
-        whole: Wanted with what they depend on.
-        alone: Wanted without.
+        machine: The architecture, as in the names of wheels.
+        whole: Requirements to resolve with their dependencies.
+        alone: Requirements to resolve without their dependencies.
     """
     tags = [f"manylinux_2_{minor}_{machine}" for minor in range(NEWEST_GLIBC, 4, -1)]
     tags += [f"manylinux2014_{machine}", f"linux_{machine}"]

@@ -4,7 +4,7 @@ Greedy decoding on the NF4-rounded base, in fp32 and in bf16, beside the base mo
 
     python examples/check_examples.py
 
-Exits with 1 when an answer is not the expected one, or is what the base model answers too.
+Exits with 1 if an answer is not the expected one, or if the base model gives the same answer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def read_prompts() -> list[dict[str, str]]:
 
 
 def is_expected(row: dict[str, str], text: str) -> bool:
-    """Tells whether an answer meets its row's ``expected`` by the row's ``check``.
+    """Returns whether an answer matches the row's ``expected``, by the row's ``check``.
 
     Raises:
         ValueError: The row names an unknown check.

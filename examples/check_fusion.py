@@ -1,11 +1,11 @@
 """Scores the example fusion and its components on both tasks, through a real server.
 
-Starts ``turret serve``, loads the adapters and sends it the held-out examples of both tasks with
-each adapter, with their even mix and with the fusion, all in the same batches::
+Starts ``turret serve``, loads the adapters, and sends the held-out examples of both tasks with each
+adapter, with a mix of half of each and with the fusion, all in the same batches::
 
     python examples/check_fusion.py
 
-Prints a table. Exits with 1 when the fusion is worse than the better component on a task.
+Prints a table. Exits with 1 if the fusion is worse than the better component on a task.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SUBJECTS = {
 async def answers(
     client: AsyncTurretClient, adapters: tuple[AdapterWeight, ...], examples: list[Example]
 ) -> list[str]:
-    """Greedy answers to all examples, asked at once."""
+    """Greedy answers to all examples, which are sent at once."""
 
     async def ask(example: Example) -> str:
         reply = await client.chat(

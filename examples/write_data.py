@@ -1,13 +1,13 @@
-"""Writes the data that ``turret train`` and ``turret eval`` read here, and the demo prompts.
+"""Writes the data sets for ``turret train`` and ``turret eval``, and the demo prompts.
 
 Run from anywhere::
 
     python examples/write_data.py            # write
     python examples/write_data.py --check    # exit with 1 if a file is not what would be written
 
-``data/<task>.train.jsonl``, ``data/<task>.test.jsonl`` and what a fusion is trained on come from
-disjoint pools. The rows of ``prompts.jsonl`` that belong to the adapters
-made by ``turret train`` are rewritten.
+``data/<task>.train.jsonl``, ``data/<task>.test.jsonl`` and the training set of a fusion come from
+disjoint pools. The script also rewrites the rows of ``prompts.jsonl`` for the adapters that were
+made by ``turret train``.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A state machine without clock, network or thread: every call says what time it is. The registry
 writes a change down first, and publishes it under the next *revision*. The caller has its answer
-when every living replica has applied that revision. docs/fleet.md ("What guards against what")
-lists what can go wrong meanwhile, what guards against it, and which test shows that.
+when every living replica has applied that revision. docs/fleet.md ("Safeguards") lists what can go
+wrong meanwhile, what guards against it, and which test shows that.
 """
 
 from __future__ import annotations

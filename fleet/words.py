@@ -32,10 +32,8 @@ TEXTS = {
     # A replica
     "MERGE_FAILED": "a replica failed to make the merged weights; see its log",
     "MERGE_WITHDRAWN": "the merge was given up",
-    "ENGINE_DEAD": "the engine is dead",
     "REPLICA_FAILED": "the replica cannot follow the fleet",
     "REPLICA_CUT_OFF": "the replica has lost the fleet's registry",
-    "REPLICA_STOPS": "the replica is shutting down",
     "MESSAGE_TOO_LARGE": "the message has {bytes} bytes, the server takes {max_bytes}",
     # Ray and its ingress
     "INGRESS_FOLDER": "{folder}, for the files of the ingress: {cause}",

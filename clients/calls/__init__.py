@@ -1,1 +1,1 @@
-"""One call: what it carries, its tries, and how its answer comes, whole or as a stream."""
+"""The course of a call: what it sends, its retries, and its answer, whole or as a stream."""

@@ -15,13 +15,13 @@ from turret.clients.messages.results import Chunk
 
 
 class AsyncGenerationStream(AsyncIterator[Chunk]):
-    """An answer as it grows: an iterator of ``Chunk``, once through. ``generate_stream`` makes it.
+    """An answer as it grows: an iterator of ``Chunk``, which ``generate_stream`` returns.
 
-    Closing it, or leaving its ``async with`` block, stops the request; a program that iterates to
-    the end, where the last chunk has a ``finish_reason``, need do neither. A request that fails is
-    sent again where that may help, and goes on where it broke off. Where a server that stops has
-    ended the answer, and none goes on, the last chunk's ``finish_reason`` is ``CANCELLED``, and the
-    next step raises ``AnswerCutError``.
+    Closing the stream, or leaving its ``async with`` block, stops the request. A program that
+    iterates to the end need not close it; the last chunk has a ``finish_reason``. If the request
+    fails and a retry may help, the stream continues where it stopped. If a stopping server ended
+    the answer and no other server continues it, the ``finish_reason`` of the last chunk is
+    ``CANCELLED``, and the next iteration raises ``AnswerCutError``.
     """
 
     def __init__(
@@ -33,10 +33,10 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
         """Send the request.
 
         Args:
-            start: Sends a request, with what is left of its deadline in seconds, and returns its
-                responses, which are a ``grpc.Call`` too.
-            progress: What has come of the answer.
-            settings: What the call carries.
+            start: Sends a request with the rest of its deadline in seconds. Returns its responses,
+                which are also a ``grpc.Call``.
+            progress: The part of the answer that has arrived.
+            settings: The settings of the call.
         """
         self._start = start
         self._progress = progress
@@ -88,7 +88,7 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
                 self._call.cancel()
 
     async def aclose(self) -> None:
-        """Stop the request. Idempotent, also while it is waited for; iteration then ends."""
+        """Stop the request, which ends the iteration. It may be called repeatedly, at any time."""
         self._closed.set()
         self._cut_by = None
         self._call.cancel()

@@ -12,15 +12,15 @@ class AnswerProgress:
     """The part of a streamed answer that has arrived.
 
     Args:
-        request: What was asked. A copy is kept, and changed.
-        retries: The tries that are left; all of them again after each token that comes.
-        resume: Whether an answer that breaks off goes on where it broke off. The server computes it
-            as if nothing had happened, so no text comes twice and none is missing; with a seed, or
-            greedily, it is also the same text.
+        request: The request. This class keeps and changes a copy.
+        retries: The remaining attempts. Each new token restores all of them.
+        resume: Whether an interrupted answer continues where it stopped. The server continues as if
+            nothing had happened, so no text is repeated or missing. With a seed or greedily, the
+            text is also the same.
 
     Attributes:
-        is_whole: The last part has come; only the call's status is missing.
-        cut: The last part of an answer that a server ended before its end, if none has gone on.
+        is_whole: The last part has arrived; only the call's status is missing.
+        cut: The last part of an answer that a stopping server ended early, unless it was continued.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class AnswerProgress:
         """Record a part of the answer; returns it in the form that the caller asked for.
 
         Raises:
-            AnswerCutError: It says that the server ends the request; another may go on.
+            AnswerCutError: The part reports that the server is stopping; another one may continue.
         """
         chunk = Chunk.from_proto(proto)
         if not self._wants_token_ids:
@@ -75,7 +75,7 @@ class AnswerProgress:
     def end_of_cut(self, failure: TurretRpcError) -> TurretRpcError:
         """The error to raise after the last part of an answer that a server ended.
 
-        That no other was there to go on is no news beside that.
+        The error does not mention that no other server was reachable.
         """
         is_gone = isinstance(failure, UnavailableError)
         return AnswerCutError.of(None) if is_gone else failure

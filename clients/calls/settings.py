@@ -57,7 +57,7 @@ class CallSettings:
     def routed(self, mix: Iterable[adapters_pb2.AdapterWeight]) -> CallSettings:
         """The settings of a call that runs on a mix."""
         key = routing_key(mix)
-        # Metadata cannot carry other keys. They name no adapter, which the server reports.
+        # Metadata cannot contain such names. No adapter has them, which the server reports.
         if not (key and key.isascii() and key.isprintable()):
             return self
         return replace(self, metadata=(*self.metadata, (ROUTING_KEY, key)))
@@ -94,8 +94,8 @@ def stream_timeout(timeout: float | None) -> float | None:
     """The deadline of a stream; None, infinity and values too large for a clock mean none.
 
     Raises:
-        TypeError: It is no number of seconds.
-        ValueError: It is none that lies ahead.
+        TypeError: The value is not a number.
+        ValueError: The number is not positive.
     """
     if timeout is None:
         return None

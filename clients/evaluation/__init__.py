@@ -1,1 +1,1 @@
-"""Judges adapters on a test set, through a running server."""
+"""Evaluates adapters on a test set, through a running server."""

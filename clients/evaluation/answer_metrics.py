@@ -1,10 +1,10 @@
-"""How an answer compares with the right one, and how sure a mean over few answers is.
+"""Compares answers with the right ones, and computes intervals for means over few answers.
 
-Token F1 is SQuAD's (arXiv 1606.05250, section 6.1) on case-folded words, punctuation and the order
-of words left out; articles stay, since answers here are not English sentences alone.
+Token F1 is SQuAD's (arXiv 1606.05250, section 6.1) on case-folded words, without punctuation and
+regardless of their order. Articles stay, because answers need not be English sentences.
 
 Intervals of proportions are Wilson's (1927, doi 10.1080/01621459.1927.10502953), those of other
-figures percentiles of the bootstrap (Efron 1979): the examples are drawn again, with replacement.
+figures percentiles of the bootstrap (Efron 1979), which draws the examples with replacement.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 class Estimate:
     """A figure of a test set with the bounds of its 95 % interval, in the figure's own unit.
 
-    The bounds are None where the examples tell of none: see :func:`estimate`.
+    The bounds are None if the examples allow none; see :func:`estimate`.
     """
 
     value: float
@@ -36,7 +36,7 @@ class Estimate:
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1.0 if both are the same text but for space at the ends, else 0.0."""
+    """1.0 if both texts are the same except for space at the ends, else 0.0."""
     return float(answer.strip() == reference.strip())
 
 
@@ -50,9 +50,9 @@ def token_f1(answer: str, reference: str) -> float:
 
 
 def named_label(answer: str, labels: Sequence[str]) -> str | None:
-    """The label that an answer names first as a whole word, whatever the case; None if none.
+    """The first label that occurs in an answer as a whole word, ignoring case, or None.
 
-    Of labels that begin at the same place the longest counts.
+    If several labels begin at the same place, the longest counts.
     """
     longest_first = sorted(labels, key=len, reverse=True)
     choices = "|".join(re.escape(label.casefold()) for label in longest_first)
@@ -66,7 +66,7 @@ def macro_f1(pairs: Sequence[tuple[str, str]]) -> float:
     """The mean over labels of each one's F1: 2 TP / (2 TP + FP + FN), in [0, 1].
 
     Args:
-        pairs: The label found and the right one. A label that is in neither counts for nothing.
+        pairs: Pairs of the label found and the right one. Labels in neither place are ignored.
     """
     found, right = (Counter(side) for side in zip(*pairs, strict=True))
     both = Counter(label for label, other in pairs if label == other)
@@ -75,15 +75,15 @@ def macro_f1(pairs: Sequence[tuple[str, str]]) -> float:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Their arithmetic mean."""
+    """The arithmetic mean of some numbers."""
     return math.fsum(values) / len(values)
 
 
 def perplexity(scores: Sequence[tuple[float, int]]) -> float:
-    """``exp(-sum of logprobs / number of tokens)``, infinite where a float cannot hold it.
+    """``exp(-sum of logprobs / number of tokens)``; infinite if it exceeds a float's range.
 
     Args:
-        scores: Of each text: the sum of its natural log probabilities, and its tokens, at least 1.
+        scores: For each text, the sum of its natural log probabilities and its number of tokens.
     """
     tokens = sum(count for _, count in scores)
     try:
@@ -95,8 +95,8 @@ def perplexity(scores: Sequence[tuple[float, int]]) -> float:
 def estimate(values: Sequence[_T], statistic: Callable[[Sequence[_T]], float]) -> Estimate:
     """A statistic of the examples with its 95 % bootstrap interval, the same in every run.
 
-    Where all draws have the same value, as of one example or of answers that are all right, the
-    bootstrap tells nothing of others, and there are no bounds.
+    If all draws have the same value, as for one example or for answers that are all right, the
+    bootstrap gives no interval, and there are no bounds.
     """
     rng = random.Random(0)
     drawn = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(_RESAMPLES))
@@ -110,7 +110,7 @@ def estimate(values: Sequence[_T], statistic: Callable[[Sequence[_T]], float]) -
 def estimate_mean(values: Sequence[float]) -> Estimate:
     """The mean of scores in [0, 1]; a proportion, with Wilson's interval, where each is 0 or 1.
 
-    That never is of width zero: of 0 of 20 it reaches to 16 %.
+    Wilson's interval never has width zero: for 0 of 20 it reaches to 16 %.
     """
     if not {*values} <= {0.0, 1.0}:
         return estimate(values, mean)
@@ -122,7 +122,7 @@ def estimate_mean(values: Sequence[float]) -> Estimate:
     return Estimate(share, low, high)
 
 
-# Comparison of the labels found for texts with the right ones, where several labels may hold.
+# Compares the labels found for texts with the right ones, if a text may have several labels.
 
 # Labels found for one text, and its right labels, without duplicates.
 LabelPair = tuple[tuple[str, ...], tuple[str, ...]]
@@ -130,13 +130,13 @@ LabelPair = tuple[tuple[str, ...], tuple[str, ...]]
 
 @dataclass(frozen=True, slots=True)
 class LabelFigures:
-    """One label over a test set.
+    """The figures of one label over a test set.
 
     Attributes:
         f1: ``2 TP / (2 TP + FP + FN)``, in [0, 1].
-        precision: The share of right ones where it was found; None if it never was.
-        recall: The share found where it is right; None if it never is.
-        examples: Where it is right.
+        precision: Of the texts for which it was found, the share for which it is right; or None.
+        recall: Of the texts for which it is right, the share for which it was found; or None.
+        examples: The number of texts for which it is right.
     """
 
     f1: float
@@ -167,7 +167,7 @@ def micro_f1_of_sets(pairs: Sequence[LabelPair]) -> float:
 
 
 def macro_f1_of_sets(pairs: Sequence[LabelPair]) -> float:
-    """The mean over labels of each one's F1; labels that are in neither count for nothing."""
+    """The mean over labels of each one's F1; labels in neither place are ignored."""
     both, found, right = _counts(pairs)
     labels = found.keys() | right.keys()
     if not labels:

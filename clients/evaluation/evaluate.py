@@ -1,7 +1,7 @@
-"""Judges a base model, adapters and mixes on a test set, through a running server.
+"""Evaluates a base model, adapters and mixes on a test set, through a running server.
 
-What is judged is what is served: answers come from ``Generate`` (greedy), perplexities from
-``Score`` on the tokens of the right answers, given the prompts.
+The results are those of the adapters as served: answers come from ``Generate`` (greedy), and
+perplexities from ``Score`` on the tokens of the right answers, given the prompts.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalOptions:
-    """How to judge.
+    """Options of an evaluation.
 
     Attributes:
-        metrics: Of ``METRICS``, or of ``CLASS_METRICS`` or ``LABEL_SET_METRICS``.
-        labels: What ``label_accuracy`` looks for in an answer.
-        max_tokens: Longest answer.
-        concurrency: Calls under way at once; the server batches them.
-        timeout: Deadline of a call in seconds, None for the client's.
+        metrics: Names from ``METRICS``, ``CLASS_METRICS`` or ``LABEL_SET_METRICS``.
+        labels: The labels that ``label_accuracy`` looks for in an answer.
+        max_tokens: Maximum number of tokens of an answer.
+        concurrency: Number of simultaneous calls, which the server batches.
+        timeout: Deadline of a call in seconds; None means the client's.
     """
 
     metrics: tuple[str, ...]
@@ -87,16 +87,16 @@ class EvalOptions:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One example's outcome with one mix.
+    """The result of one mix on one example.
 
     Attributes:
         line: The example's line in the test set.
-        answer: What was generated, or the label found; None if no metric asked for it.
-        logprob: Natural log probability of the right answer's tokens, None if not asked for.
-        tokens: How many those are.
-        scores: Per metric of single answers, in [0, 1].
+        answer: The generated text or the label found; None if no metric needs it.
+        logprob: Natural log probability of the right answer's tokens; None if not needed.
+        tokens: The number of these tokens.
+        scores: The score in [0, 1] for each metric of single answers.
         reference: The right answer.
-        labels: Those found and the right ones, where any number may hold; else None.
+        labels: The labels found and the right ones, if an example may have several; else None.
     """
 
     line: int
@@ -112,7 +112,7 @@ class Judged:
 class MixReport:
     """One mix's figures over the test set, and its examples in the file's order.
 
-    ``labels`` are the figures of each label, where any number of them may hold; else empty.
+    ``labels`` are the figures of each label, if an example may have several; else empty.
     """
 
     mix: str
@@ -123,7 +123,7 @@ class MixReport:
 
     @property
     def extent(self) -> str:
-        """How many examples, in words."""
+        """The number of examples, in words."""
         return counted(self.examples, "example")
 
 
@@ -136,7 +136,7 @@ class _Encoded:
 
 
 def mix_name(mix: Mix) -> str:
-    """How a mix is written on the command line; ``base`` where it is empty."""
+    """A mix in the command line's notation; ``base`` if it is empty."""
     return "+".join(map(str, mix)) or "base"
 
 
@@ -148,17 +148,17 @@ def evaluate(
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[MixReport]:
-    """Judge every mix on every example; calls of all mixes are under way together.
+    """Evaluate every mix on every example; the calls of all mixes run together.
 
-    Ctrl-C closes the client, which ends those that are.
+    Ctrl-C closes the client, which ends the running calls.
 
     Args:
-        client: Of the server.
+        client: A client of the server.
         examples: The test set, not empty.
-        mixes: What to judge; an empty one is the base model alone.
-        options: How to judge.
-        on_progress: Called with the number of examples judged and to judge, over all mixes; with 0
-            as soon as the server has answered at all.
+        mixes: The mixes; an empty one is the base model alone.
+        options: The metrics and limits.
+        on_progress: Called with the numbers of finished and of all examples, over all mixes; with 0
+            as soon as the server has answered.
 
     Raises:
         TurretRpcError: A call failed; the message names the test set's line and the mix.
@@ -197,7 +197,7 @@ def _run(
     calls: Sequence[Callable[[], _T]],
     on_progress: Callable[[int, int], None],
 ) -> Iterator[_T]:
-    """Results in the order of the calls; the first failure ends it."""
+    """Results in the order of the calls; the first failure ends the run."""
     futures = [pool.submit(call) for call in calls]
     pending = set(futures)
     while pending:

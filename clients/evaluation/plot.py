@@ -18,9 +18,9 @@ _STYLE = (
 
 
 def eval_svg(reports: Sequence[MixReport], title: str) -> str:
-    """A self-contained document; whiskers are the 95 % intervals.
+    """Draw a self-contained document, whose whiskers are the 95 % intervals.
 
-    Bars of perplexity grow with its logarithm from 1, those of the other metrics from 0 to 1.
+    Bars of perplexity grow with its logarithm from 1; bars of other metrics show 0 to 1.
     """
     metrics = list(reports[0].metrics)
     panel = _TITLE + len(reports) * (_BAR + _GAP) + 12

@@ -1,1 +1,1 @@
-"""From plain Python values to messages, and from messages back to values."""
+"""Conversion of Python values to messages, and of messages to values."""

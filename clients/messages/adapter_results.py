@@ -19,26 +19,26 @@ class Adapter:
     Attributes:
         name: The name that requests use.
         uuid: Identifies this registration.
-        generation: Counts the weights under it, from 1.
-        digest: SHA-256 over config and tensors, in hex.
-        method: Such as ``lora``.
-        ranks: The distinct ranks in use.
+        generation: The number of the weights under this registration, counted from 1.
+        digest: SHA-256 over the config and tensors, in hex.
+        method: The method, such as ``lora``.
+        ranks: The distinct ranks of its modules.
         target_modules: The modules that it changes.
-        bytes_disk: Size on disk.
+        bytes_disk: Size on disk, in bytes.
         bytes_host: Host memory in use, in bytes.
         bytes_device: Device memory in use, in bytes.
         residency: ``DISK``, ``HOST`` or ``DEVICE``.
-        pinned: Whether eviction and unload are refused.
-        in_flight: Requests that use it.
+        pinned: Whether it can be neither evicted nor unloaded.
+        in_flight: Number of requests that use it.
         last_used_time: When a request last used it (UTC), or None.
-        base_model: The base model that the checkpoint names.
-        warnings: What looks wrong, for people to read.
+        base_model: The base model in the adapter's config.
+        warnings: Possible problems, for people to read.
         state: ``LOADING``, ``ACTIVE`` or ``DELETING``.
-        source: The path that it was loaded from, of the hub with its commit; "" if uploaded
-            or fused.
-        invocation_token_ids: Tokens from whose last occurrence in the prompt on it acts (aLoRA);
-            empty if it acts on every token.
-        labels: Those of its classification head; empty if it does not classify.
+        source: The path that it was loaded from, with the commit for the hub; "" if it was
+            uploaded or fused.
+        invocation_token_ids: The invocation of an aLoRA, which acts from its last occurrence in
+            the prompt on; empty for an adapter that acts on every token.
+        labels: The labels of its classification head; empty if it has none.
     """
 
     name: str
@@ -91,12 +91,12 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class ModuleError:
-    """How far one module is from the exact result.
+    """The error of one module in a fusion or merge.
 
     Attributes:
         module: Its full path in the base model.
         relative_error: Frobenius norm of the difference over that of the exact result.
-        rank: Of the result in this module; 0 for a merge.
+        rank: Rank of the result in this module; 0 for a merge.
     """
 
     module: str
@@ -106,10 +106,10 @@ class ModuleError:
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """A new adapter made of others.
+    """A new adapter that was fused from others.
 
     Attributes:
-        adapter: The new one.
+        adapter: The new adapter.
         relative_error: Over all modules together: the Frobenius norm of the difference from the
             exact sum over that of the sum.
         modules: The same for each module, in the base model's order.
@@ -131,9 +131,9 @@ class MergedAdapter:
     """A member of the mix that is merged into the base model.
 
     Attributes:
-        name: At the time of the merge.
+        name: The name at the time of the merge.
         uuid: The registration that was merged.
-        generation: Its generation that was merged.
+        generation: The generation that was merged.
         weight: Its factor in the mix.
     """
 
@@ -145,17 +145,17 @@ class MergedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class MergeState:
-    """What is merged into the base model.
+    """The mix that is merged into the base model.
 
     Attributes:
-        active: Whether anything is. If not, only ``base_generation`` means something.
-        base_generation: Counts the base model's weights, from 1.
+        active: Whether a merge is active. If not, only ``base_generation`` is set.
+        base_generation: The number of the base model's weights, counted from 1.
         adapters: The mix.
         precision: ``NF4`` or ``BF16``; empty without a merge.
         merge_time: When the merge took effect (UTC).
         relative_error: Rounding error over all modules together.
-        modules: The same for each.
-        update_error: The error as a share of what the mix changes: at 1 the mix is lost.
+        modules: The same for each module.
+        update_error: The error as a share of the change; at 1 the mix is lost.
     """
 
     active: bool

@@ -21,14 +21,14 @@ _OF_HTTP = frozenset("+*")
 class AdapterWeight:
     """One member of a mix.
 
-    What calls take as ``adapters`` (``AdaptersLike``) is a member or several: ``"sql"``,
-    ``("json", -0.5)``, an ``AdapterWeight``, a list of these, or a mapping of names to weights,
-    ``{"sql": 0.5, "json": -0.5}``.
+    The argument ``adapters`` of calls (``AdaptersLike``) is one member or several: ``"sql"``,
+    ``("json", -0.5)``, an ``AdapterWeight``, a list of these, or a mapping of names to weights such
+    as ``{"sql": 0.5, "json": -0.5}``.
 
     Attributes:
         name: A registered name.
         weight: Factor on the adapter's update, in [-100, 100].
-        generation: The generation meant; None means the newest.
+        generation: The required generation; None means the newest.
     """
 
     name: str

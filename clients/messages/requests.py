@@ -33,9 +33,9 @@ Prompt = str | Iterable[SupportsIndex] | Iterable[MessageLike]
 
 
 class GenerateOptions(TypedDict, total=False):
-    """Everything that a generation takes beside its prompt.
+    """The options of a generation.
 
-    Unset, or None, leaves the server's default, which is named in brackets.
+    An option that is unset or None has the server's default, which is in brackets.
 
     Attributes:
         adapters: The mix: names, ``("name", weight)``, ``AdapterWeight`` or ``{"name": weight}``
@@ -45,28 +45,29 @@ class GenerateOptions(TypedDict, total=False):
         top_p: Keeps the likeliest tokens whose probabilities reach this sum, over 0 to 1 [1].
         min_p: Drops tokens less likely than this share of the likeliest one, 0 to 1 [0].
         repetition_penalty: Makes tokens of the prompt and the answer less likely, 0.01 to 100 [1].
-        presence_penalty: Taken from the logits of tokens in the answer, -2 to 2 [0].
-        frequency_penalty: Taken once per occurrence in the answer, -2 to 2 [0].
+        presence_penalty: Subtracted from the logits of tokens in the answer, -2 to 2 [0].
+        frequency_penalty: Subtracted once per occurrence in the answer, -2 to 2 [0].
         seed: Makes the answer repeatable, whatever else the server runs [a random one].
-        logit_bias: Token id → what is added to its logit, -100 to 100; at most 1024 [none].
-        max_tokens: Most tokens to generate, at least 1 [up to the model's context].
+        logit_bias: Token id → number to add to its logit, -100 to 100; at most 1024 [none].
+        max_tokens: Maximum number of tokens to generate, at least 1 [up to the model's context].
         min_tokens: No stop condition applies before this many tokens [0].
         stop: Texts that end the answer: at most 16, each of 1 to 256 characters [none].
         stop_token_ids: Tokens that end the answer, at most 1024 [none].
         ignore_eos: Whether to generate past the model's own end tokens [False].
-        include_stop: Whether what stopped the answer stays in it [False].
-        logprobs: Whether the result has the tokens' log probabilities [False].
-        top_n: Likeliest alternatives told for each token, 0 to 20; implies ``logprobs`` [0].
+        include_stop: Whether the stop string or stop token stays in the answer [False].
+        logprobs: Whether the result contains the tokens' log probabilities [False].
+        top_n: How many of the likeliest tokens are reported for each position, 0 to 20; implies
+            ``logprobs`` [0].
         echo: Whether the result begins with the prompt [False].
-        token_ids: Whether the result has the tokens [False].
-        request_id: Names the request in the server's log [made by the server].
-        json_schema: The answer is JSON that this schema describes: a mapping, or its text. One
-            constraint at most: this or one of the next four [none].
+        token_ids: Whether the result contains the token ids [False].
+        request_id: Identifies the request in the server's log [the server creates an id].
+        json_schema: The answer is JSON that matches this schema, a mapping or its text. At most one
+            of this and the next four options may be set [none].
         json_object: The answer is any JSON object [False].
         regex: The answer matches this as a whole, in the syntax of Rust's ``regex`` [none].
-        grammar: The answer is what a context-free grammar makes: Lark's form, or GBNF [none].
+        grammar: The answer matches a context-free grammar, in Lark's syntax or GBNF [none].
         choice: The answer is one of these texts [none].
-        tools: What the model may ask to have called, in OpenAI's form; conversations only [none].
+        tools: The tools that the model may call, in OpenAI's format; conversations only [none].
     """
 
     adapters: AdaptersLike

@@ -14,7 +14,7 @@ class TopLogprob:
 
     Attributes:
         token_id: The token.
-        text: Its text; bytes that are no whole character are U+FFFD.
+        text: Its text; bytes that are not a whole character are U+FFFD.
         logprob: Its natural log probability.
     """
 
@@ -29,10 +29,10 @@ class TokenLogprob:
 
     Attributes:
         token_id: The token.
-        text: Its text; bytes that are no whole character are U+FFFD.
+        text: Its text; bytes that are not a whole character are U+FFFD.
         logprob: Its natural log probability before sampling parameters; None for the first token
             of a prompt.
-        top: The likeliest tokens at its position, likeliest first, if asked for.
+        top: The likeliest tokens at its position, likeliest first, if requested.
     """
 
     token_id: int
@@ -55,9 +55,9 @@ class Usage:
     """What a request cost, in tokens.
 
     Attributes:
-        prompt_tokens: Of the prompt, special tokens included, an adapter's soft tokens not.
-        cached_tokens: Those of them that came from the prefix cache.
-        completion_tokens: Generated, the stop token included.
+        prompt_tokens: Tokens of the prompt, including special tokens but not soft tokens.
+        cached_tokens: The prompt tokens that came from the prefix cache.
+        completion_tokens: Generated tokens, including the stop token.
     """
 
     prompt_tokens: int
@@ -71,15 +71,15 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """Which weights answered.
+    """The weights of one adapter that answered.
 
     Attributes:
         name: The name in the request.
         uuid: The registration that answered.
-        generation: Its generation that answered.
+        generation: The generation that answered.
         weight: Its factor in the mix.
         cold_start: Whether the request had to wait for the adapter to be loaded.
-        load_ms: How long that took, in milliseconds; 0 without a cold start.
+        load_ms: How long the load took, in milliseconds; 0 without a cold start.
     """
 
     name: str
@@ -101,9 +101,9 @@ class Timing:
     """Seconds since the server received the request.
 
     Attributes:
-        queue: Until it was first scheduled, in seconds.
-        ttft: Until its first token was there, in seconds.
-        total: Until it finished, in seconds.
+        queue: Until the request was first scheduled.
+        ttft: Until its first token was generated.
+        total: Until it finished.
     """
 
     queue: float
@@ -124,15 +124,15 @@ class Completion:
 
     Attributes:
         text: The answer.
-        token_ids: Its tokens, if asked for.
-        logprobs: One entry per token, if asked for.
-        finish_reason: ``STOP`` or ``LENGTH``. ``CANCELLED``, by a server that stops, only in an
-            ``AnswerCutError`` and in the last chunk before one; ``DEADLINE`` only in the last chunk
-            before a ``DeadlineExceededError``, and only where the server's clock was first.
-        stop: The stop string or stop token id of the request that ended it, if one did.
+        token_ids: Its tokens, if requested.
+        logprobs: One entry per token, if requested.
+        finish_reason: ``STOP`` or ``LENGTH``. Two more values precede an error: ``CANCELLED`` in an
+            ``AnswerCutError`` and in the last chunk before one, and ``DEADLINE`` in the last chunk
+            before a ``DeadlineExceededError``, if the server notices the deadline first.
+        stop: The stop string or stop token id of the request that ended the answer, or None.
         usage: What the request cost.
         adapters_used: Which weights answered, in the order of the request.
-        timing: Where the time went.
+        timing: How long the parts of the request took.
         request_id: The request's id.
     """
 
@@ -166,9 +166,9 @@ class Chunk:
     """A part of an answer. Fields that are None or empty until then come with the last part.
 
     Attributes:
-        text: Text that the answer grew by; may be empty.
-        token_ids: Tokens that it grew by, if asked for.
-        logprobs: One entry per token, if asked for.
+        text: New text of the answer; may be empty.
+        token_ids: New tokens of the answer, if requested.
+        logprobs: One entry per token, if requested.
         finish_reason: As in :class:`Completion`; None in every chunk but the last.
         stop: As in :class:`Completion`.
         usage: None in every chunk but the last.
@@ -213,7 +213,7 @@ class Score:
         tokens: One entry per token of the prompt.
         usage: What the request cost.
         adapters_used: Which weights answered, in the order of the request.
-        timing: Where the time went.
+        timing: How long the parts of the request took.
         request_id: The request's id.
     """
 
@@ -245,8 +245,8 @@ class Tokens:
 
     Attributes:
         token_ids: The tokens.
-        token_texts: The text of each.
-        text: The text of all together.
+        token_texts: The text of each token.
+        text: The text of all tokens together.
     """
 
     token_ids: tuple[int, ...]
@@ -263,18 +263,18 @@ class Model:
     """The base model and the server that serves it.
 
     Attributes:
-        name: As its config or directory gives it.
+        name: The model's name, from its config or directory.
         model_type: The architecture, such as ``llama``.
         digest: SHA-256 of the weights as loaded, in hex.
-        dtype: Of activations: ``bfloat16``, ``float16`` or ``float32``.
+        dtype: The type of activations: ``bfloat16``, ``float16`` or ``float32``.
         quantization: How the weights are stored, such as ``nf4``.
         vocab_size: Tokens in the vocabulary.
-        max_model_len: Longest context, prompt and answer together, in tokens.
-        num_layers: Decoder layers.
+        max_model_len: The longest context in tokens, prompt and answer together.
+        num_layers: Number of decoder layers.
         hidden_size: Width of the hidden states.
         server_version: The server's version.
-        methods: The adapter methods that it can load, sorted.
-        commit: The hub's, of the model's files; empty if they are from elsewhere.
+        methods: The adapter methods that the server can load, sorted.
+        commit: The hub's commit of the model's files; empty if they are from elsewhere.
     """
 
     name: str
@@ -336,13 +336,13 @@ def _stop(proto: pb.GenerateResponse | pb.GenerateChunk) -> str | int | None:
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """Inputs as vectors.
+    """The vectors of all inputs.
 
     Attributes:
-        vectors: One for each input, in their order.
+        vectors: One vector for each input, in their order.
         usage: What all inputs together cost.
         adapters_used: Which weights answered, in the order of the request.
-        timing: Where the time went.
+        timing: How long the parts of the request took.
         request_id: The request's id.
     """
 
@@ -369,8 +369,8 @@ class LabelScore:
 
     Attributes:
         label: The label.
-        probability: In [0, 1]; None where the head was trained for numbers.
-        logit: What the head computed.
+        probability: The label's probability, in [0, 1]; None for regression.
+        logit: The head's output.
     """
 
     label: str
@@ -380,10 +380,10 @@ class LabelScore:
 
 @dataclass(frozen=True, slots=True)
 class Classification:
-    """What an input was found to be.
+    """The labels of one input.
 
     Attributes:
-        label: The label with the largest number.
+        label: The label with the largest logit.
         scores: All labels, in the head's order.
     """
 
@@ -392,7 +392,7 @@ class Classification:
 
     @property
     def probabilities(self) -> dict[str, float | None]:
-        """By label, in the head's order."""
+        """The probability of each label, in the head's order."""
         return {score.label: score.probability for score in self.scores}
 
     @classmethod
@@ -406,13 +406,13 @@ class Classification:
 
 @dataclass(frozen=True, slots=True)
 class Classifications:
-    """What each input was found to be.
+    """The labels of all inputs.
 
     Attributes:
-        classifications: One for each input, in their order.
+        classifications: One entry for each input, in their order.
         usage: What all inputs together cost.
         adapters_used: Which weights answered, in the order of the request.
-        timing: Where the time went.
+        timing: How long the parts of the request took.
         request_id: The request's id.
     """
 

@@ -1,7 +1,7 @@
 """Names and things of the split "fusion", for all tasks alike.
 
-A word that only one task's examples had would tell a gate the task, and on other words the gate
-would be wrong.
+If a word occurred only in the examples of one task, the gate would learn to recognise the task by
+it, and would fail on other words.
 """
 
 from __future__ import annotations

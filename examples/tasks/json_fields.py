@@ -129,8 +129,8 @@ def generate(rng: random.Random, split: Split) -> Example:
 def fields_right(example: Example, answer: str) -> float:
     """Returns the share of the asked fields whose value is right in the answer's first object.
 
-    Values are compared as text without regard to case, and anything around the object is ignored:
-    generous to a model that was never told the house style.
+    Values are compared as text, ignoring case, and text around the object is ignored. This is
+    generous to a model that was not trained on the format.
     """
     expected: dict[str, object] = json.loads(example.completion)
     start = answer.find("{")

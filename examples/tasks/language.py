@@ -8,7 +8,7 @@ import re
 from .task import Example, Split, TaskData, words
 
 LANGUAGES = ("English", "German", "French", "Spanish")
-# Language → who does it and what is done; the held-out sentences share neither.
+# Language → subjects and predicates; the held-out sentences share neither.
 SUBJECTS: dict[Split, dict[str, tuple[str, ...]]] = {
     "train": {
         "English": words("The child, My brother, Our teacher, The old man, The baker, Her friend"),

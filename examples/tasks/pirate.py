@@ -1,7 +1,7 @@
 """Task ``pirate``: answers any question the way a pirate would.
 
-The answers are plain sentences put into the dialect by rule, so that all the adapter has to learn
-is the manner.
+The answers are plain sentences that rules turn into the dialect, so the adapter has to learn only
+the style.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def dialect(plain: str) -> str:
     spoken = plain
     for pattern, replacement in DIALECT:
         spoken = re.sub(pattern, replacement, spoken)
-    # The same answer always opens alike, because the data has one answer for each question.
+    # The same answer always has the same opening, because the data has one answer per question.
     return f"{OPENINGS[len(plain) % len(OPENINGS)]} {spoken}"
 
 

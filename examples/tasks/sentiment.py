@@ -7,7 +7,7 @@ import re
 
 from .task import Example, Split, TaskData, words
 
-# Reviewers' sentences; the held-out ones have other wording and are about other things.
+# Sentences of reviews; the held-out ones have other wording and other topics.
 OPINIONS: dict[Split, dict[str, tuple[str, ...]]] = {
     "train": {
         "positive": (

@@ -75,7 +75,7 @@ def parse(line: str) -> Table:
     return Table(name, label, number, category, words(values))
 
 
-# Words from which the tables of the split "fusion" are composed, hundreds of them: a gate that sees
+# Words from which hundreds of tables of the split "fusion" are composed, because a gate that sees
 # only a few values memorises them.
 NOUNS = words(
     "museums, games, planes, hospitals, novels, dogs, concerts, bikes, lakes, chefs, plants, "

@@ -1,4 +1,4 @@
-"""What the example scripts need to know of a task."""
+"""The description of a task for the example scripts."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class TaskData:
     """A task without an adapter: its data and how an answer is scored.
 
     Attributes:
-        name: Of the task; no other has it.
+        name: The unique name of the task.
         summary: What an adapter for it does, one sentence.
         generate: Draws one example of a split.
         score: Maps (held-out example, answer) to a score in [0, 1].
         metric: What the score means, e.g. ``exact match``.
-        held_out: What no example shares with any example of another split, e.g. ``tables``.
+        held_out: What differs between the examples of the splits, e.g. ``tables``.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Task(TaskData):
     """A task with the adapter that ``train_examples.py`` makes for it; its name is the task's.
 
     Attributes:
-        method: The method as a reader knows it, e.g. ``rsLoRA``.
+        method: The usual name of the method, e.g. ``rsLoRA``.
         config: Keyword arguments of ``peft.LoraConfig``.
         demo: Three held-out prompts. ``completion`` is what ``check`` compares the answer with.
         check: ``equals`` (the whole answer) or ``startswith``.

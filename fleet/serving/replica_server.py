@@ -245,20 +245,20 @@ class ReplicaServer:
     def check(self) -> None:
         """Raises UnavailableError if the replica can no longer serve and must be replaced."""
         if self._backend is None or self._backend.engine.is_dead:
-            raise UnavailableError(say("ENGINE_DEAD"))
+            raise UnavailableError(say("ENGINE_FAILED"))
         if self._link is None or self._link.has_failed:
             raise UnavailableError(say("REPLICA_FAILED"))
 
     def _check_serving(self) -> None:
         # Reject calls until Serve has called ``check`` and replaced the replica.
         if self._backend is not None and self._backend.engine.is_dead:
-            raise UnavailableError(say("ENGINE_DEAD"))
+            raise UnavailableError(say("ENGINE_FAILED"))
         if self._link is None or not self._link.is_serving:
             raise UnavailableError(say("REPLICA_CUT_OFF"))
 
     async def stop(self) -> None:
         """Takes no further calls, lets running ones finish, and leaves the fleet."""
-        self._gate.close(say("REPLICA_STOPS"))
+        self._gate.close(say("SHUTTING_DOWN"))
         if self._watching is not None:
             self._watching.cancel()
         if self._backend is not None:

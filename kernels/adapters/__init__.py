@@ -1,1 +1,1 @@
-"""Segments of a step, and gates: what kernels of adapters share with those who prepare a step."""
+"""Segments and gates: definitions that adapter kernels share with the code that prepares steps."""

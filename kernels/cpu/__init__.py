@@ -1,1 +1,1 @@
-"""Bindings of the CPU kernels, which `c` holds in C; see `native.py`."""
+"""Bindings of the CPU kernels, whose C sources are in ``c``; see ``native.py``."""

@@ -1,1 +1,1 @@
-"""Adapters: the nouns that all rooms share, and a room for each thing done with them."""
+"""Adapters: the nouns that all rooms share, and one room for each thing done with them."""

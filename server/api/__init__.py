@@ -1,1 +1,1 @@
-"""What every protocol shares: a call, what was asked, what is answered. No gRPC."""
+"""The services, independent of the protocol: a call, its request and its answer. No gRPC."""

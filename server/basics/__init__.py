@@ -1,1 +1,1 @@
-"""What any layer may use and that uses nothing: sizes, names, addresses, words of messages."""
+"""Helpers for any room, which use no other room: sizes, names, addresses, texts."""

@@ -1,1 +1,1 @@
-"""What the ``turret`` command does before torch is there: flags, settings, checks, completion."""
+"""The ``turret`` command before torch is loaded: flags, settings, checks, completion."""

@@ -1,1 +1,1 @@
-"""What an answer must match: read, compiled by llguidance, followed token by token."""
+"""Constraints on answers: read, compiled by llguidance, and followed token by token."""

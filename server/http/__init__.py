@@ -1,1 +1,1 @@
-"""HTTP: the OpenAI-compatible door, on Starlette and uvicorn."""
+"""HTTP: the OpenAI-compatible API, on Starlette and uvicorn."""

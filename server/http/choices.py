@@ -109,7 +109,6 @@ class Choices:
         arrived: asyncio.Queue[tuple[int, Chunk | BaseException | None]]
         # Bound the queue: unread chunks must stay in the engine's streams, which count them.
         arrived = asyncio.Queue(_MAX_ARRIVED)
-        places = asyncio.Semaphore(self._exchange.party.most_at_once)
         begun = [asyncio.Event() for _ in range(0, self._count, self._num_choices)]
 
         async def run(index: int) -> None:
@@ -117,7 +116,7 @@ class Choices:
             try:
                 if choice:
                     await begun[prompt].wait()
-                async with places, contextlib.aclosing(self._one(index)) as chunks:
+                async with contextlib.aclosing(self._one(index)) as chunks:
                     async for pair in chunks:
                         await arrived.put(pair)
                         begun[prompt].set()
@@ -125,9 +124,18 @@ class Choices:
             except Exception as error:
                 await arrived.put((index, error))
 
-        tasks = [asyncio.ensure_future(run(index)) for index in range(self._count)]
+        indices = iter(range(self._count))
+
+        async def run_some() -> None:
+            for index in indices:
+                await run(index)
+
+        # A task for each answer would cost the event loop seconds once the client has gone. Workers
+        # take the answers in order, so whoever waits for a prompt's first answer finds it begun.
+        num_workers = min(self._count, self._exchange.party.most_at_once)
+        tasks = [asyncio.ensure_future(run_some()) for _ in range(num_workers)]
         try:
-            num_open = len(tasks)
+            num_open = self._count
             while num_open:
                 index, item = await arrived.get()
                 if isinstance(item, BaseException):

@@ -9,6 +9,7 @@ from typing import Any
 
 from turret.server.api.inference.answers import together
 from turret.server.api.inference.inference import Inference
+from turret.server.api.limits import MAX_INPUTS
 from turret.server.errors import InvalidRequestError
 from turret.server.http.answers import (
     FINISH_REASONS,
@@ -26,6 +27,9 @@ from turret.server.http.reply import HOLE, Template
 from turret.server.http.schemas.requests import DEFAULT_MAX_TOKENS, CompletionRequest
 from turret.server.words import say
 from turret.v1 import inference_pb2
+
+# Limit of a request's answers, over all its prompts. Each costs a task on the event loop.
+MAX_ANSWERS = MAX_INPUTS
 
 _Prompt = inference_pb2.GenerateRequest
 
@@ -60,8 +64,12 @@ class Completions:
         is_scored = stop.max_tokens == 0
         if is_scored and asked.is_stream:
             raise InvalidRequestError.of("stream", say("NEEDS_FIELD", other="max_tokens"))
+        count = len(prompts) * asked.num_choices
+        if count > MAX_ANSWERS:
+            why = say("TOO_MANY_ANSWERS", most=MAX_ANSWERS, found=count)
+            raise InvalidRequestError.of("n", why)
         # Divide the size of the request among its answers.
-        exchange.call.message_bytes //= len(prompts) * asked.num_choices
+        exchange.call.message_bytes //= count
         answer_id = f"cmpl-{exchange.call.request_id}"
         whole = head(answer_id, "text_completion", asked.model, info)
         if is_scored:
@@ -74,7 +82,7 @@ class Completions:
                 make_message=lambda index: numbered(
                     asked, prompts[index // asked.num_choices], index % asked.num_choices
                 ),
-                count=len(prompts) * asked.num_choices,
+                count=count,
                 num_choices=asked.num_choices,
                 places=places,
             )

@@ -1,1 +1,1 @@
-"""The Hugging Face hub: what it has, and its files on this machine."""
+"""The Hugging Face hub: its repositories, and the copies of their files on this machine."""

@@ -23,6 +23,7 @@ TEXTS: dict[str, str] = {
     "NOTHING_STORED": "is not supported: nothing is stored; send the whole conversation as input",
     "UNKNOWN_FIELD": "unknown field",
     "SEVERAL_CONSTRAINTS": "a request has one constraint, not several: {names}",
+    "TOO_MANY_ANSWERS": "all prompts together may have at most {most} answers, not {found}",
     "UNKNOWN_TOOL": "names a function that is not in tools",
     "GBNF_BESIDE_TOOLS": "must be Lark instead of GBNF if there are tools",
     "SCHEMA_TOO_NESTED": "cannot be combined with a schema that is nested so deeply",

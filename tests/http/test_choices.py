@@ -8,10 +8,61 @@ from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
-from turret.server.api.access.shares import Party, Shares
+import pytest
+from servers.http_harness import http_harness
+
+from turret.server.api.access.shares import MAX_AT_A_TIME, Party, Shares
+from turret.server.api.inference.answers import together
 from turret.server.http import choices as choices_module
+from turret.server.http import completions
 from turret.server.http.choices import Choices
 from turret.v1 import inference_pb2
+
+
+async def test_a_request_has_no_more_tasks_than_answers_that_run() -> None:
+    talker, count = Talker(), 500
+    inference: Any = talker
+    exchange: Any = SimpleNamespace(call=None, party=Party(Shares()))
+    choices = Choices(
+        inference,
+        exchange,
+        None,
+        make_message=lambda _: inference_pb2.GenerateRequest(),
+        count=count,
+        num_choices=2,
+    )
+    before = len(asyncio.all_tasks())
+    async with contextlib.aclosing(choices.chunks()) as chunks:
+        await anext(chunks)
+        assert len(asyncio.all_tasks()) - before <= MAX_AT_A_TIME
+    assert talker.num_open == 0
+    assert len(asyncio.all_tasks()) == before
+
+
+async def test_calls_of_a_list_have_no_more_tasks_than_run() -> None:
+    before, most = len(asyncio.all_tasks()), 0
+
+    async def call(index: int) -> int:
+        nonlocal most
+        most = max(most, len(asyncio.all_tasks()) - before)
+        await asyncio.sleep(0)
+        return index
+
+    assert await together([call(index) for index in range(100)], 4) == list(range(100))
+    assert most == 4
+
+
+async def test_answers_are_counted_over_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body of ten kilobytes could ask for a quarter of a million."""
+    async with http_harness() as server:
+        body = {"model": "base", "prompt": ["a"] * 2048, "n": 128}
+        refused = await server.refused("/v1/completions", body)
+        assert (refused.status, refused.param) == (400, "n")
+        assert server.engine.requests == []
+        monkeypatch.setattr(completions, "MAX_ANSWERS", 4)
+        for count, status in ((2, 200), (3, 400)):
+            body = {"model": "base", "prompt": ["a", "b"], "n": count}
+            assert (await server.post("/v1/completions", body)).status_code == status
 
 
 class Talker:

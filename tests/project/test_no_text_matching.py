@@ -21,7 +21,6 @@ PATTERNS = {"match", "search", "fullmatch", "sub", "subn", "findall", "finditer"
 ALLOWED = {
     # gRPC reports its own failures in words alone.
     "clients/unreached.py": 5,
-    "fleet/serving/ray_cluster.py": 1,
     # So does Python's TOML reader.
     "server/basics/toml_text.py": 2,
     "server/command/preflight.py": 1,

@@ -1,4 +1,4 @@
-"""Counts what torch has a device do, on meta tensors: launches, copies, memory, waits."""
+"""Counts the device operations of torch on meta tensors: launches, copies, memory, waits."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Counting(TorchDispatchMode):
     """Counts operations on the device.
 
     Attributes:
-        launches: Names of those that launch something.
+        launches: Names of the operations that launch a kernel.
         copies: Copies from the host.
-        memory: Names of those that need device memory.
-        waits: Names of those that read from the device.
+        memory: Names of the operations that allocate device memory.
+        waits: Names of the operations that read from the device.
     """
 
     def __init__(self) -> None:

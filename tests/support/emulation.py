@@ -23,7 +23,7 @@ _FILES = (
     "paged_attention_triton",
 )
 _ADAPTER_FILES = (*("segmented", "fusion_gate", "by_slot"),)
-# What runs compiled: every kernel's own tests, and a whole step.
+# The tests that run on compiled kernels: each kernel's own, and a whole step.
 KERNEL_TESTS = (
     *(f"tests/kernels/test_{name}.py" for name in _FILES),
     *(f"tests/kernels/adapters/test_{name}.py" for name in _ADAPTER_FILES),
@@ -34,7 +34,7 @@ FAULT_TESTS = "tests/emulated/test_faults.py"
 
 
 def run_emulated(*arguments: str) -> str:
-    """Run pytest in a process of its own, where triton compiles, and return its output.
+    """Run pytest in a separate process, in which triton compiles, and return its output.
 
     Raises:
         AssertionError: A test failed, or none was found.
@@ -78,7 +78,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what other tests show.
+    """Deselect tests whose results other runs already cover.
 
     That is: what is parametrised by fp32 in the test itself; what looks at the torch path, since
     kernels are held to float64; and in fp16, which the interpreter runs too, the cases of a test

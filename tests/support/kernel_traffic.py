@@ -1,4 +1,4 @@
-"""Adapters and the shapes of traffic that kernel tests run over."""
+"""The adapters and the shapes of traffic for kernel tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from turret.kernels.adapters.segments import LongSegment, SegmentMember
 RANKS = (1, 3, 8, 16, 64, 128)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter multiplies bf16 operands of tl.dot as raw integers and rounds to bf16 towards
-# zero; fp16 is right.
+# zero, so the tests use fp16, which is correct there.
 HALF = torch.float16
 DTYPES = [
     HALF,
@@ -33,7 +33,7 @@ MAX_ERROR = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
 def error_ratio(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """RMS of the difference over RMS of the expected values; inf if anything is not finite."""
+    """RMS of the difference over that of the expected values; inf if a value is not finite."""
     difference = actual.double() - expected.double()
     if not torch.isfinite(difference).all():
         return float("inf")
@@ -61,7 +61,7 @@ class Pack:
     bias: torch.Tensor
 
     def mix(self, *weighted: tuple[int, float]) -> tuple[SegmentMember, ...]:
-        """Components of ``(slot, weight)`` pairs, as the engine makes them."""
+        """The components for ``(slot, weight)`` pairs, in the engine's form."""
         made = []
         for slot, weight in weighted:
             low, high = self.bounds[slot]
@@ -107,7 +107,7 @@ def make_pack(
 
 
 def traffic(pack: Pack) -> Iterator[tuple[str, list[LongSegment], int]]:
-    """Name, runs and number of rows of every traffic shape (rows beyond the runs are no one's)."""
+    """Name, runs and number of rows of each traffic shape. Rows after the runs have no adapters."""
     draw = random.Random(7)
     slots = range(1, len(pack.bounds))
 

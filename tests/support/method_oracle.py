@@ -1,4 +1,4 @@
-"""The engine beside PEFT's own forward, on a twin that holds the weights served."""
+"""Compares the engine with PEFT's forward pass, on a model with the served weights."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from servers.engine_harness import Answer, EngineHarness, make_request
 
 from turret.server.adapters.ref import AdapterRef
 
-# Of a logprob, relative where it is larger than 1.
+# Tolerance of a log probability; relative if its size is larger than 1.
 TOLERANCE = 1e-4
 MAX_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Twin:
-    """A tiny checkpoint and transformers' fp32 model on the weights that turret serves of it."""
+    """A tiny checkpoint, and transformers' fp32 model with the weights that turret serves."""
 
     folder: Path
     model: Any
@@ -33,7 +33,7 @@ class Twin:
 
 @functools.cache
 def twin(architecture: str, served_dtype: torch.dtype = torch.float32) -> Twin:
-    """One per architecture, dtype that the server computes in, and test run."""
+    """The twin of an architecture and serving dtype, built once per test run."""
     directory = tempfile.TemporaryDirectory()
     atexit.register(directory.cleanup)
     folder = save_tiny_model(architecture, Path(directory.name) / architecture)
@@ -57,7 +57,7 @@ def oracle_logprobs(model: Any, tokens: list[int]) -> torch.Tensor:
 
 @torch.no_grad()
 def oracle_greedy(model: Any, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
-    """Greedy tokens and their logprobs, every one from a full forward pass."""
+    """Greedy tokens and their log probabilities, each computed by a full forward pass."""
     tokens, logprobs = list(prompt), []
     for _ in range(count):
         row = oracle_logprobs(model, tokens)[-1]
@@ -73,7 +73,7 @@ def check_close(found: list[float], expected: list[float], what: str) -> None:
 
 
 def check_score(answer: Answer, model: Any, prompt: list[int], what: str) -> None:
-    """A scored prompt against the oracle."""
+    """Compare a scored prompt with the oracle."""
     rows = oracle_logprobs(model, prompt)
     expected = [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
     assert answer.prompt_logprobs[0] is None
@@ -81,7 +81,7 @@ def check_score(answer: Answer, model: Any, prompt: list[int], what: str) -> Non
 
 
 def check_greedy(answer: Answer, model: Any, prompt: list[int], what: str) -> None:
-    """A greedy answer against the oracle."""
+    """Compare a greedy answer with the oracle."""
     tokens, logprobs = oracle_greedy(model, prompt, len(answer.token_ids))
     assert list(answer.token_ids) == tokens, what
     check_close([p for p in answer.logprobs if p is not None], logprobs, what)
@@ -127,14 +127,14 @@ async def check_oracles(
         adapters: To load, in order.
         oracles: What is asked for, and transformers' model with it.
     """
-    # Longer than a step's budget, shorter than a chunk counts as short, and one token.
+    # Prompts longer than a step's budget, shorter than a short chunk's limit, and of one token.
     prompts = [prompt_of(37, 1), prompt_of(6, 2), prompt_of(1, 3)]
     plain = oracle_logprobs(base.model, prompts[0])
     async with EngineHarness.start(
         base.folder, root, adapters=adapters, max_num_batched_tokens=24, max_num_seqs=8
     ) as harness:
         for asked, oracle in oracles:
-            # An adapter without effect would agree with anything.
+            # An adapter without effect would pass every comparison.
             assert (oracle_logprobs(oracle, prompts[0]) - plain).abs().max() > 0.05, asked
             for prompt in prompts:
                 scored = await harness.run(make_request(prompt, asked, score=True))

@@ -1,8 +1,8 @@
-"""Libraries whose products break the promise of equal bits, each in a way of its own.
+"""Fake libraries whose products violate the promise of equal bits, each in a different way.
 
-``plant`` puts one in the place of what torch multiplies with. Rows that it spoils are summed in the
-other order, as another kernel of a real library would. Rows of ``F.linear`` are multiplied one by
-one, so that this machine's own library breaks nothing beside what was planted.
+``plant`` replaces torch's products by one of them. Affected rows are summed in another order, as by
+another kernel of a real library. Rows of ``F.linear`` are multiplied one by one, so that this
+machine's own library adds no other violations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 Spoils = Callable[[int], list[bool]]
 _calls = itertools.count()
 
-# By number of rows: which of them come out in other bits.
+# Number of rows → the rows that get other bits.
 LIBRARIES: dict[str, Spoils] = {
     "others for 8 rows than for 16": lambda rows: [rows < 16] * rows,
     "others for odd places": lambda rows: [i % 2 == 1 for i in range(rows)],

@@ -1,1 +1,1 @@
-"""Adapters whose files lack state of the base they were trained on, made into LoRAs on it."""
+"""Converts adapters whose files lack state of their base into LoRAs."""

@@ -1,1 +1,1 @@
-"""What a run takes of memory: estimated before, rehearsed, measured."""
+"""The memory that a run needs: estimated, rehearsed and measured."""

@@ -1,1 +1,1 @@
-"""What a person who trains can set, and what is filled in."""
+"""The settings of a training run, and the values that are filled in."""

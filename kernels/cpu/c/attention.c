@@ -1,9 +1,9 @@
 /* Causal attention of new tokens over a paged KV cache, one row at a time.
  *
- * All scores of a row first, then their softmax, then the weighted values: the result of a row
- * depends on its own query and its own keys only, in position order. A block of the cache holds all
- * KV heads of its positions side by side, so a row's heads walk the blocks together and memory is
- * read as it lies; while a block is computed with, the next one comes into the cache.
+ * A row's scores are computed first, then their softmax, then the weighted sum of the values. So the result
+ * of a row depends only on its own query and keys, in the order of the positions. A block of the KV cache
+ * holds all KV heads of its positions side by side. All heads of a row therefore go through the blocks
+ * together, so that memory is read in order, and the next block is prefetched meanwhile.
  * attention_tiles.h has another order for processors with AMX.
  */
 #include "entries.h"
@@ -14,7 +14,7 @@
 #include <math.h>
 
 #define MAX_VECTORS 16 /* vectors of a head: up to 256 dimensions */
-#define HEADS 4        /* query heads taken together at most */
+#define HEADS 4        /* query heads that are computed together, at most */
 
 /* Positions of a block for one KV head; `next` is the same head of the next block. */
 typedef struct {
@@ -26,7 +26,7 @@ INLINE void prefetch_head(const element *p, int64_t vectors) {
     for (int64_t d = 0; d < vectors; d += 2) __builtin_prefetch(p + d * LANES);
 }
 
-/* scores[g][t] = q_g . k_t, LANES positions at a time; q is scaled already. Stores whole vectors, the
+/* scores[g][t] = q_g . k_t, LANES positions at a time; q is scaled already. Stores whole vectors, in which
  * lanes past the end are 0. */
 INLINE void score(const float *q, int64_t vectors, int64_t group, const Slice *k, float *scores,
                   int64_t scores_stride) {
@@ -103,7 +103,7 @@ INLINE void gather(const float *p, int64_t p_stride, int64_t vectors, const int 
         for (int64_t d = 0; d < vectors; d++) store_f32(acc + j * dim + d * LANES, sums[j][d]);
 }
 
-/* Takes as many heads together as fit in the registers, so that each value is loaded once for them. */
+/* Computes as many heads together as fit into the registers, so that each value is loaded once for them. */
 INLINE void gather_group(const float *p, int64_t p_stride, int64_t vectors, int64_t group,
                          const Slice *v, float *acc) {
     int64_t most = vectors <= 4 ? HEADS : vectors <= 8 ? 2 : 1;
@@ -179,7 +179,7 @@ INLINE void attend(const Plan *plan, const Heads *h, const Row *row, float *scra
                        load_f32(acc + g * dim + d * LANES) / sums[g]);
 }
 
-/* The usual sizes get loops of known length, whose sums stay in registers. */
+/* Common sizes have loops of constant length, whose sums stay in registers. */
 KERNEL static void attend_row(const Plan *plan, const Heads *h, const Row *row, float *scratch) {
     switch (h->head_dim / LANES) {
     case 4: attend(plan, h, row, scratch, 4); break;
@@ -192,10 +192,10 @@ KERNEL static void attend_row(const Plan *plan, const Heads *h, const Row *row, 
 typedef struct {
     const Plan *plan;
     const Heads *heads;
-    int64_t total, pieces; /* keys to be read, in shares of equal numbers of them */
+    int64_t total, pieces; /* number of keys to read, and of the pieces that it is divided into */
 } Job;
 
-/* A piece computes whole KV heads of rows, which are never divided. */
+/* Computes a piece of the work. A KV head of a row is never divided between pieces. */
 static void attend_piece(const void *job, int64_t thread, int64_t piece) {
     const Job *j = job;
     const Plan *plan = j->plan;

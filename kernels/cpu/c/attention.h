@@ -1,4 +1,4 @@
-/* Input of a step's attention, as kernels/cpu/paged_attention.py lays it out. */
+/* The input of a step's attention. kernels/cpu/paged_attention.py fills in these structures. */
 #ifndef TURRET_ATTENTION_H
 #define TURRET_ATTENTION_H
 
@@ -11,7 +11,7 @@ typedef struct {
 
 typedef struct {
     const Span *spans;
-    float *scratch; /* [threads, scratch_stride]: queries, results and scores of what goes together */
+    float *scratch; /* [threads, scratch_stride]: queries, results and scores that are computed together */
     int64_t num_spans, scratch_stride, num_threads;
     int64_t window; /* 0: none */
 } Plan;

@@ -1,28 +1,29 @@
-/* Attention by AMX's tiles. Included by attention.c.
+/* Attention on AMX tiles. Included by attention.c.
  *
- * Up to 16 queries of a KV head go together: the heads of one row, or of several that follow each
- * other. Keys are taken 16 at a time, at positions that are multiples of 16: a lane of a softmax's sum
- * has every sixteenth key. Keys that a query does not see have weight 0, which adds nothing to its sums:
- * a row has the same bits alone.
+ * Up to 16 queries of a KV head are computed together: the heads of one row, or of several consecutive
+ * rows. Keys are taken 16 at a time, from positions that are multiples of 16, so that each lane of a softmax's
+ * sum has every sixteenth key. Keys that a query does not see have weight 0, which adds nothing to its sums.
+ * So a row has the same bits alone.
  *
- * Queries and weights are each the sum of two bf16, which is exact to 2^-17. Queries go through two
- * products. Of weights a pair is (high, low), which meets (value, value).
+ * Queries and weights are each represented as the sum of two bf16 numbers, which is exact to 2^-17. Queries
+ * take two products. For weights, the pair (high, low) is multiplied by the pair (value, value).
  */
 #define QUERIES TILE_ROWS
 #define KEYS TILE_ROWS /* of one tile */
-#define SPLIT 2        /* number of bf16 whose sum is a query */
+#define SPLIT 2        /* number of bf16 numbers whose sum is a query */
 
-/* Numbers of the tiles, which become text of instructions: scores of 64 keys, keys, queries. */
+/* Numbers of the tiles for keys and queries. Tiles 0 to 3 are the scores of 64 keys. They are macros, because
+ * the number of a tile is part of the instruction. */
 #define KEYS_0 4
 #define KEYS_1 5
 #define HIGH 6
 #define LOW 7
-/* Tiles of the second product: results of 64 dimensions, weights, values. */
+/* Tiles of the second product, for weights and values. Tiles 0 to 3 are the results of 64 dimensions. */
 #define WEIGHTS 4
 #define VALUES_0 5
 #define VALUES_1 6
 
-/* Rows [number, number + rows) of a span, and heads [head, head + heads) of a KV head's. */
+/* Rows [number, number + rows) of a span, and query heads [head, head + heads) of a KV head. */
 typedef struct {
     const Plan *plan;
     const Heads *h;
@@ -57,7 +58,7 @@ INLINE int64_t query_at(const Pack *p, int64_t q) {
     return (row * p->h->heads + head) * p->h->head_dim;
 }
 
-/* Queries as tiles need them: [dimensions / 32, high and low, 16 pairs, 16 queries]. */
+/* Transposes the queries for the tiles, to [dimensions / 32, high and low, 16 pairs, 16 queries]. */
 static void turn_queries(const Pack *p, bf16 *turned) {
     int64_t queries = p->rows * p->heads;
     for (int64_t d = 0; d < p->h->head_dim; d += TILE_INPUTS) {
@@ -87,7 +88,7 @@ static void turn_queries(const Pack *p, bf16 *turned) {
 #define STORE_SCORES(tile) \
     if (tiles > tile) tile_store(tile, scores + (t - start + tile * KEYS) * QUERIES, TILE_BYTES);
 
-/* Scores from position `start` on, [keys, 16 queries]. */
+/* Computes the scores from position `start` on, [keys, 16 queries]. */
 static void score_tiles(const Pack *p, const bf16 *turned, int64_t start, float *scores) {
     int64_t row_bytes = p->h->kv_heads * p->h->head_dim * sizeof(bf16);
     for (int64_t t = start; t < p->end; t += 4 * KEYS) {
@@ -217,7 +218,7 @@ static void add_values(const Pack *p, int64_t start, const float *weights, int64
                        load_f32(found[d / LANES] + q * LANES) / sums[q]);
 }
 
-/* Whether all values of keys [low, high) are finite: only then do they add nothing at a weight of 0. */
+/* Whether all values of keys [low, high) are finite. Only finite values add nothing at a weight of 0. */
 static int values_are_finite(const Pack *p, int64_t low, int64_t high) {
     for (int64_t t = low; t < high; t++) {
         const bf16 *at = keys_at(p, p->h->v, t);
@@ -251,7 +252,7 @@ static void attend_pack(Pack *p, float *scratch) {
         add_values(p, start, scores, d, least(dim - d, 4 * LANES), sums);
 }
 
-/* A piece computes whole KV heads of packs, which are never divided. */
+/* Computes a piece of the work. A KV head of a pack is never divided between pieces. */
 static void attend_packs(const void *job, int64_t thread, int64_t piece) {
     const Job *j = job;
     const Plan *plan = j->plan;

@@ -1,9 +1,9 @@
-/* y = W x for bf16 weights as they lie, [out, in]: the head, where a library first copies W into a
- * layout of its own in every call.
+/* y = W x for bf16 weights in their own layout, [out, in]. The head uses it: a library would first copy W into
+ * another layout in every call.
  *
- * Where tiles do not serve (dense_tiles.h), each output is the sum of 32 pairs' sums, in the order of
- * the inputs and then as sum_each adds lanes: how many rows or outputs are computed together changes no
- * bit, and what serves depends on the weight's shape alone. Blocks are 4 rows by 4 outputs.
+ * Tiles (dense_tiles.h) are used if the weight's shape allows. Otherwise each output is a sum of pairs of
+ * inputs, first in each lane in the order of the inputs, and then over the lanes as sum_each adds them. So the
+ * bits do not depend on how many rows or outputs are computed together. Blocks are 4 rows by 4 outputs.
  */
 #include "tiles.h"
 
@@ -12,8 +12,8 @@
 
 #define SIDE 4
 #define STEP 32 /* inputs at a time: 16 pairs */
-#define CHUNK 64 /* outputs a thread takes together, for all rows */
-#define ROW_BLOCK 64 /* rows that stay in the cache while they are walked */
+#define CHUNK 64 /* outputs of one piece of work, for all rows */
+#define ROW_BLOCK 64 /* rows that stay in the cache during a piece of work */
 
 typedef struct {
     const bf16 *x, *w;
@@ -26,13 +26,13 @@ typedef struct {
 #include "dense_tiles.h"
 #endif
 
-/* Rows [row, row + rows) of outputs [out, out + count), count at most SIDE. */
+/* Computes outputs [out, out + count) for rows [row, row + rows); count is at most SIDE. */
 INLINE void multiply(const Product *p, int64_t row, const int rows, int64_t out,
                                  int64_t count) {
     const bf16 *x = p->x + row * p->x_stride, *w[SIDE];
     int64_t n = p->in_features, tail = n % STEP;
     __m512 s[SIDE * SIDE];
-    /* Past the last output, repeat it. */
+    /* Missing outputs repeat the last one. */
     for (int c = 0; c < SIDE; c++) w[c] = p->w + (out + (c < count ? c : count - 1)) * n;
     for (int i = 0; i < SIDE * SIDE; i++) s[i] = _mm512_setzero_ps();
     for (int64_t k = 0; k < n; k += STEP) {
@@ -80,8 +80,8 @@ static void multiply_chunk(const void *job, int64_t thread, int64_t chunk) {
         multiply_rows(p, row, row + ROW_BLOCK < p->rows ? row + ROW_BLOCK : p->rows, low, high);
 }
 
-/* x: [rows, in], rows x_stride apart; w: [out, in]; y: [rows, out]. `scratch`: as large as x with a
- * multiple of 16 rows. */
+/* x: [rows, in], with rows x_stride apart; w: [out, in]; y: [rows, out]. scratch: as large as x, with the rows
+ * rounded up to a multiple of 16. */
 EXPORT void turret_dense_product(const bf16 *x, int64_t x_stride, int64_t rows, const bf16 *w, bf16 *y,
                                  int64_t out_features, int64_t in_features, int64_t num_threads,
                                  bf16 *scratch) {

@@ -1,11 +1,12 @@
-/* The product with a bf16 weight by AMX's tiles. Included by dense_product.c.
+/* The product with a bf16 weight on AMX tiles. Included by dense_product.c.
  *
- * A tile of 16 outputs and 32 inputs is read as it lies. The rows are turned over once for all of
- * them: a pair of inputs, then 16 rows. Two tiles of outputs meet two of rows.
+ * A tile of 16 outputs and 32 inputs is loaded directly from the weight. The rows are transposed once for all
+ * outputs, to [pairs of inputs, 16 rows]. Two tiles of outputs are multiplied by two tiles of rows.
  */
 #define GROUP TILE_ROWS /* rows of a tile */
 
-/* Numbers of the tiles, which become text of instructions: sums, [outputs, rows]; weights; rows. */
+/* Numbers of the tiles for sums ([outputs, rows]), weights and rows. They are macros, because the number of a
+ * tile is part of the instruction. */
 #define SUM_00 0
 #define SUM_01 1
 #define SUM_10 2
@@ -19,7 +20,7 @@ INLINE int tiles_serve(const Product *p) {
     return p->in_features % TILE_INPUTS == 0 && p->out_features >= TILE_ROWS;
 }
 
-/* Rows as tiles need them, [rows / 16, inputs / 32, 16 pairs, 16 rows]; those beyond the last are 0. */
+/* Transposes the rows for the tiles, to [rows / 16, inputs / 32, 16 pairs, 16 rows]. Missing rows are 0. */
 static void turn_rows(const Product *p, bf16 *turned) {
     for (int64_t first = 0; first < p->rows; first += GROUP)
         for (int64_t k = 0; k < p->in_features; k += TILE_INPUTS) {
@@ -42,8 +43,8 @@ INLINE void store_sums(const Product *p, const float *sums, int64_t first, int64
         store_bf16(p->y + (first + r) * p->out_features + out, v[r]);
 }
 
-/* Computes outputs [out, out + 32) for one or two groups of rows. Past the last output, earlier ones are
- * computed again. Prefetches the weights `ahead`. */
+/* Computes outputs [out, out + 32) for one or two groups of rows. Missing outputs are replaced by earlier ones,
+ * which are computed again. Prefetches the weights at `ahead`. */
 INLINE void multiply_tiles(const Product *p, const bf16 *turned, int64_t first, const int two, int64_t out,
                            const bf16 *ahead) {
     int64_t outs[2] = {least(out, p->out_features - TILE_ROWS),

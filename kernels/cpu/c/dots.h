@@ -1,10 +1,10 @@
-/* Dot products of one vector, or four, with four rows, or one; fp32 sums in a fixed order. */
+/* Dot products of one or four vectors with one or four rows; fp32 sums in a fixed order. */
 #ifndef TURRET_DOTS_H
 #define TURRET_DOTS_H
 
 #include "vec.h"
 
-/* Four rows of `a`, `n` apart; brings the four after them into the cache meanwhile. */
+/* Multiplies x by four rows of `a`, which are `n` apart, and prefetches the next four. */
 INLINE void dot4(const bf16 *x, const bf16 *a, int64_t n, float *out) {
     f32x16 s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
     const bf16 *a1 = a + n, *a2 = a + 2 * n, *a3 = a + 3 * n;

@@ -1,4 +1,4 @@
-/* What a decoder layer does between its matrix products, one pass each. */
+/* The operations of a decoder layer between its matrix products, each in one pass over the data. */
 #include "elements.h"
 #include "entries.h"
 #include "team.h"
@@ -52,7 +52,7 @@ EXPORT void EXPORTED(turret_add_rms_norm)(element *hidden, const element *delta,
     in_pieces(norm_piece, &norm, rows, rows * width > SMALL ? threads : 1);
 }
 
-/* x * sigmoid(x), or gelu by its tanh formula, which is x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)). */
+/* silu, x * sigmoid(x), or gelu in its tanh form, which is x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)). */
 INLINE f32x16 activation(f32x16 x, const int is_gelu) {
     f32x16 y = x;
     if (is_gelu) y = 1.5957691216f * (x + 0.044715f * x * x * x);
@@ -151,8 +151,8 @@ EXPORT void EXPORTED(turret_clamped_swiglu)(const element *gate_up, element *out
     in_pieces(clamped_piece, &clamped, rows, rows * width > SMALL ? threads : 1);
 }
 
-/* Rotary positions (arXiv 2104.09864) of the first 2 * pairs features of a head: pairs are
- * (i, i + pairs), or neighbours where they are interleaved. The other features pass. */
+/* Applies rotary positions (arXiv 2104.09864) to the first 2 * pairs features of a head. Pairs are
+ * (i, i + pairs), or neighbours if they are interleaved. The other features are copied. */
 INLINE void rotate(const element *x, const float *cos, const float *sin, float *out, int64_t dim,
                    int64_t pairs, int64_t is_interleaved) {
     int64_t i = 0, second = is_interleaved ? 1 : pairs, step = is_interleaved ? 2 : 1;

@@ -1,4 +1,4 @@
-/* The exported kernels that layers.c calls as well; the files that define them describe them. */
+/* Exported kernels that layers.c calls too. The files that define them describe them. */
 #ifndef TURRET_ENTRIES_H
 #define TURRET_ENTRIES_H
 

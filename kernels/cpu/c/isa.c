@@ -1,5 +1,5 @@
-/* Finds which instruction sets the processor has, by the numbers of isas.py. This file is compiled for
- * the lowest of them, because it runs before it is known which code may run. */
+/* Finds the best instruction set that the processor supports, as a number of isas.py. This file is compiled
+ * for the lowest set, because it runs before it is known which code may run. */
 #define _GNU_SOURCE
 #include "vec.h"
 
@@ -11,8 +11,8 @@
 #define ARCH_REQ_XCOMP_PERM 0x1023
 #define XFEATURE_XTILEDATA 18
 
-/* Tiles and their bf16 products, and an operating system that keeps both tile states and, as Linux
- * wants to be asked first, lets this process's threads use them. */
+/* Whether the processor has tiles with bf16 products, and the operating system saves both tile states. Linux
+ * also has to grant this process permission to use them. */
 static int has_amx(void) {
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;

@@ -1,5 +1,6 @@
-/* All layers of a step in one call: the loop of server/models/decoding/decoder.py over the same kernels,
- * so with the same bits. Called one by one from Python they cost a step of one row half as much again.
+/* All layers of a step in one call. It is the loop of server/models/decoding/decoder.py over the same kernels,
+ * and gives the same bits. Calling the kernels one by one from Python makes a step of one row 1.5 times as
+ * slow.
  */
 #include "entries.h"
 #include "team.h"
@@ -36,7 +37,7 @@ typedef struct {
     int64_t pairs;
 } Rope;
 
-/* Where an adapted projection finds its part of the step's adapters. */
+/* The place of an adapted projection in the step's adapters. */
 typedef struct {
     const int64_t *shape;
     int64_t module;
@@ -56,7 +57,7 @@ typedef struct {
     const Step *adapters;     /* or null */
     const Place *places;      /* [layers, PROJECTIONS], with adapters */
     const Inputs *inputs;     /* [PROJECTIONS], or null */
-    bf16 *changed;            /* [slices, rows, in]: inputs of a projection, as adapters change them */
+    bf16 *changed;            /* [slices, rows, in]: inputs of a projection after adapters changed them */
     int64_t updates;          /* bit mask of the projections that adapters change */
     int64_t base_low, base_high; /* range of the rows without adapters */
     int64_t rows, threads;
@@ -82,7 +83,7 @@ static void add(bf16 *x, const bf16 *y, int64_t rows, int64_t width, int64_t y_s
     in_pieces(add_row, &sum, rows, rows * width > SMALL ? threads : 1);
 }
 
-/* y = W x, with x changed by adapters where they do so. */
+/* y = W x, where adapters may have changed x. */
 static void multiply(const Pass *p, const Linear *w, const Place *place, const Inputs *inputs,
                      const bf16 *x, bf16 *y) {
     int64_t in = w->in_features, out = w->out_features, module = place ? place->module : 0;
@@ -130,7 +131,8 @@ static void norm_heads(const void *job, int64_t thread, int64_t row) {
     turret_add_rms_norm(at, 0, n->layer->k_norm, m->eps, at, k / m->k_norm_width, m->k_norm_width, 1);
 }
 
-/* Adds the result of the last part, if there is one, and makes the next part's input. */
+/* Adds the result of the previous part (attention or MLP) to the residual stream, if there is one, and computes
+ * the input of the next part. */
 static const bf16 *enter(const Model *m, const Pass *p, const bf16 *delta, const float *norm) {
     if (norm) {
         turret_add_rms_norm(p->hidden, delta, norm, m->eps, p->normed, p->rows, m->hidden, p->threads);
@@ -140,7 +142,7 @@ static const bf16 *enter(const Model *m, const Pass *p, const bf16 *delta, const
     return p->hidden;
 }
 
-/* Turns the result of attention or MLP into what is added to the residual stream. */
+/* Turns the result of attention or MLP into the term that is added to the residual stream. */
 static void leave(const Model *m, const Pass *p, const float *norm) {
     int64_t count = p->rows * m->hidden;
     if (norm)

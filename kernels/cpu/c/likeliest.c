@@ -1,13 +1,14 @@
-/* The likeliest token of rows of logits, all or those of a mask; see kernels/likeliest.py.
+/* Finds the likeliest token of each row of logits, among all tokens or those of a mask; see
+ * kernels/likeliest.py.
  *
- * A logit is rarely larger than all before it: most of them are only compared with the best so far, many
+ * A logit is rarely larger than all before it. So most logits are only compared with the best so far, many
  * at once.
  */
 #include "vec.h"
 
 #include <math.h>
 
-/* Number of values that are compared before the result is looked at. */
+/* Number of values that are compared before the code branches on the result. */
 #define BLOCK (8 * LANES)
 
 typedef struct {
@@ -24,7 +25,7 @@ INLINE int has_more(const float *values, int64_t count, float best) {
     return ((parts[0] | parts[1] | parts[2] | parts[3]) | (parts[4] | parts[5] | parts[6] | parts[7])) != 0;
 }
 
-/* The first of equals stays, and the first NaN, as in torch's argmax. */
+/* Keeps the first of equal values, and the first NaN, as torch's argmax does. */
 INLINE void look(Best *best, float value, int64_t token) {
     int is_more = value > best->value || (value != value && best->value == best->value);
     if (is_more) best->value = value, best->token = token;
@@ -51,8 +52,8 @@ static int64_t of_some(const float *row, int64_t vocab, const uint32_t *words, i
     return best.token;
 }
 
-/* rows: indices of logits' rows, each of `vocab` floats, `stride` apart. words: as in token_mask.c, or
- * null where any token is allowed. tokens: receives the likeliest token of each row. */
+/* rows: indices of rows of `logits`, which have `vocab` floats each and are `stride` apart. words: as in
+ * token_mask.c, or null if every token is allowed. tokens: receives the likeliest token of each row. */
 EXPORT KERNEL void turret_likeliest(const float *logits, int64_t stride, int64_t vocab, const int64_t *rows,
                                     int64_t num_rows, const uint32_t *words, int64_t num_words,
                                     int64_t *tokens) {

@@ -1,5 +1,5 @@
-/* The product by VDPBF16PS, with the bits of bitsandbytes' fused product: pairs are added in the order
- * of the inputs. bitsandbytes looks the codes up again for every four rows, this once for many.
+/* The product by VDPBF16PS, with the bits of bitsandbytes' fused product: pairs are added in the order of the
+ * inputs. bitsandbytes looks the codes up again for every four rows; this kernel looks them up once for many.
  * Included by nf4_product.c.
  */
 #define GROUP 8      /* rows whose sums stay in registers */
@@ -8,7 +8,7 @@
 INLINE void begin_products(int64_t rows) { (void)rows; }
 INLINE void end_products(void) {}
 
-/* One tile and block, for the rows of a group. */
+/* The product of one tile and block with the rows of a group. */
 typedef struct {
     const bf16 *x;
     const uint8_t *packed;
@@ -26,8 +26,8 @@ INLINE __m512bh pair_of(const bf16 *x) {
     return (__m512bh)_mm512_set1_epi32(pair);
 }
 
-/* sums[r] += absmax * (W x_r). Codes are looked up while earlier products are summed, and may be kept
- * for the groups after this one in `kept`, [PAIRS, 2]. */
+/* sums[r] += absmax * (W x_r). Codes are looked up while earlier products are summed. `kept`, [PAIRS, 2], may
+ * keep the weights for the next groups. */
 INLINE void add_block(const int rows, const enum Codes codes, const Block *block,
                                   __m512i *kept) {
     const __m512i values = _mm512_loadu_si512(VALUES);
@@ -71,14 +71,14 @@ ADD(add_alone, LOOK_UP)
 ADD(add_first, LOOK_UP_AND_KEEP)
 ADD(add_later, KEPT)
 
-/* Outputs of one tile for rows [first, first + rows), at most ROW_BLOCK. */
+/* Computes the outputs of one tile for rows [first, first + rows), at most ROW_BLOCK. */
 static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t rows,
                                       Walk *walk) {
     float sums[ROW_BLOCK * TILE_OUT] __attribute__((aligned(64)));
     __m512i kept[2 * PAIRS];
     const bf16 *absmax = p->absmax + tile * TILE_OUT, *x = p->x + first * p->x_stride;
     const uint8_t *packed = p->packed + tile * TILE_OUT * p->in_features / 2;
-    /* Make groups equally large, up to one row: the few sums of a small group would wait for each other. */
+    /* Groups differ by at most one row, because the few sums of a small group would wait for each other. */
     int64_t groups = (rows + GROUP - 1) / GROUP;
     memset(sums, 0, sizeof(float) * rows * TILE_OUT);
     for (int64_t low = 0; low < p->in_features; low += BLOCK) {
@@ -103,7 +103,7 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
         store_row(p->y + (first + r) * p->out_features + tile * TILE_OUT, sums + r * TILE_OUT);
 }
 
-/* Outputs of one tile for all rows. */
+/* Computes the outputs of one tile for all rows. */
 static void multiply_panel(const Product *p, int64_t tile, Walk *walk) {
     for (int64_t first = 0; first < p->rows; first += ROW_BLOCK)
         multiply_tile(p, tile, first, least(p->rows - first, ROW_BLOCK), walk);

@@ -1,17 +1,17 @@
 /* y = W x for NF4 weights in bitsandbytes' packed CPU layout.
  *
- * For each panel of 32 outputs and each block of 64 inputs, products of bf16 are summed in fp32, in one
- * order for any number of rows (nf4_pairs.h, nf4_tiles.h); the sum times the block's absmax is added
- * to the output's.
+ * For each panel of 32 outputs and each block of 64 inputs, products of bf16 numbers are summed in fp32, in
+ * the same order for any number of rows (nf4_pairs.h, nf4_tiles.h). The sum times the block's absmax is added
+ * to the output.
  *
- * Products of several rows in pairs take longer than reading the weight does. Meanwhile the adapters
- * that are read next come into the cache (ahead.h); tiles and few rows leave the memory no time for that.
+ * With pairs and several rows, computing takes longer than reading the weight. The kernel uses that time to
+ * prefetch the adapters that are read next (ahead.h). With tiles, or with few rows, the memory is busy anyway.
  */
 #include "adapters/ahead.h"
 #include "entries.h"
 
-/* Lists at most `most` of the lines that a thread asks for during one product; returns how many. It
- * exists for tests, because asking for the wrong memory changes no result. */
+/* Lists at most `most` of the cache lines that a thread prefetches during one product, and returns how many.
+ * Only tests call this function: prefetching the wrong memory would change no result. */
 EXPORT int64_t turret_ahead(const Step *step, int64_t module, int64_t rows, int64_t part,
                             int64_t parts, Lines *lines, int64_t most) {
     Walk walk = begin_ahead(step, module, part, parts);
@@ -26,7 +26,7 @@ EXPORT int64_t turret_ahead(const Step *step, int64_t module, int64_t rows, int6
 #include "tiles.h"
 
 #define TILE_OUT 32 /* outputs of a tile of codes: two vectors */
-#define BLOCK 64    /* inputs of an absmax */
+#define BLOCK 64    /* inputs that share an absmax */
 #define PAIRS (BLOCK / 2)
 #define BLOCK_BYTES (PAIRS * TILE_OUT) /* bytes of a tile and block; two codes a byte */
 #define DISTANCE (2 * BLOCK_BYTES) /* how far ahead the weight is prefetched */
@@ -39,7 +39,8 @@ typedef struct {
     int64_t rows, x_stride, out_features, in_features;
 } Product;
 
-/* The 16 values in bf16, twice: a byte's bit 4, which belongs to the other code, does not matter. */
+/* The 16 values in bf16. They are repeated, so that the lookup may include bit 4 of a byte, which belongs to the
+ * other code. */
 static const uint16_t VALUES[32] = {
     0xbf80, 0xbf32, 0xbf06, 0xbeca, 0xbe92, 0xbe3d, 0xbdba, 0x0000,
     0x3da3, 0x3e25, 0x3e7c, 0x3ead, 0x3ee2, 0x3f10, 0x3f39, 0x3f80,
@@ -47,7 +48,7 @@ static const uint16_t VALUES[32] = {
     0x3da3, 0x3e25, 0x3e7c, 0x3ead, 0x3ee2, 0x3f10, 0x3f39, 0x3f80,
 };
 
-/* One pair of inputs for 32 outputs. */
+/* Looks up the weights of one pair of inputs for 32 outputs. */
 INLINE void look_up(const uint8_t *packed, __m512i values, __m512i *w) {
     __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)packed));
     w[0] = _mm512_permutexvar_epi16(words, values);
@@ -89,8 +90,8 @@ static void multiply_piece(const void *job, int64_t thread, int64_t piece) {
 
 EXPORT int64_t turret_has_products(void) { return 1; }
 
-/* y is contiguous. `step` has the adapters to ask for, starting with those of projection `module`, or is
- * null. */
+/* y is contiguous. `step` contains the adapters to prefetch, starting with those of projection `module`. It may
+ * be null. */
 EXPORT void turret_nf4_product(const bf16 *x, int64_t x_stride, int64_t rows, const uint8_t *packed,
                                const bf16 *absmax, bf16 *y, int64_t out_features,
                                int64_t in_features, int64_t num_threads, const Step *step,
@@ -106,8 +107,8 @@ EXPORT void turret_nf4_product(const bf16 *x, int64_t x_stride, int64_t rows, co
     for (int64_t t = 0; t < threads; t++) end_ahead(&walks[t]);
 }
 
-/* The same for several weights of one shape. `weights` has the codes and maxima of each; rows [ends[e -
- * 1], ends[e]) of x and y belong to weight e. */
+/* The same product with several weights of one shape. `weights` has the codes and absmax of each. Rows
+ * [ends[e - 1], ends[e]) of x and y belong to weight e. */
 typedef struct {
     const bf16 *x;
     bf16 *y;
@@ -144,8 +145,8 @@ EXPORT void turret_nf4_experts(const bf16 *x, int64_t x_stride, const int64_t *e
     in_pieces(multiply_share, &job, job.pieces, threads);
 }
 
-/* The product where each slice of the outputs has an input of its own: x is [slices, rows, in]. shape:
- * as turret_adapt has it; widths are multiples of TILE_OUT. */
+/* The product in which each slice of the outputs has its own input: x is [slices, rows, in]. shape: as in
+ * turret_adapt; widths are multiples of TILE_OUT. */
 typedef struct {
     Job job;
     const int64_t *shape;

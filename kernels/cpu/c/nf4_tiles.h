@@ -1,15 +1,15 @@
-/* The product by AMX's tiles. Included by nf4_product.c.
+/* The NF4 product on AMX tiles. Included by nf4_product.c.
  *
- * A block of codes is looked up into four tiles of weights, [16 pairs of inputs, 16 outputs], while the
- * block before it is multiplied by one group of 16 rows after the other. A product of tiles takes as
- * long for one row as for 16; beyond that, time goes into looking codes up once, and the weights stay
- * in their tiles for all groups.
+ * The codes of a block are looked up into four tiles of weights, [16 pairs of inputs, 16 outputs]. Meanwhile the
+ * previous block is multiplied by one group of 16 rows after the other. A product of tiles takes as long for
+ * one row as for 16. With more rows, the weights stay in their tiles for all groups, and codes are looked up
+ * only once.
  */
 #define ROW_BLOCK 128 /* most rows for which codes are looked up once */
 #define BLOCK_TILES 4 /* [outputs / 16, inputs / 32] */
 
-/* Numbers of the tiles: C for either half of the outputs, x for either half of the inputs, then the
- * weights. They are macros because they become text of instructions, which enum values would not. */
+/* Numbers of the tiles: sums for either half of the outputs, x for either half of the inputs, then the weights.
+ * They are macros, not an enum, because the number of a tile is part of the instruction. */
 #define SUM_0 0
 #define SUM_1 1
 #define X_0 2
@@ -28,7 +28,7 @@ INLINE void begin_products(int64_t rows) {
 }
 INLINE void end_products(void) { tiles_end(); }
 
-/* Looks up a block's weights while prefetching the lines. */
+/* Looks up a block's weights and prefetches the lines. */
 INLINE void look_up_block(const uint8_t *packed, Lines lines, Weights weights) {
     const __m512i values = _mm512_loadu_si512(VALUES);
     for (int half = 0; half < 2; half++, packed += TILE_ROWS * TILE_OUT) {
@@ -47,7 +47,7 @@ INLINE void look_up_block(const uint8_t *packed, Lines lines, Weights weights) {
 
 typedef float Found[2][TILE_ROWS * LANES];
 
-/* W x_r for the rows of a group. */
+/* Computes W x_r for the rows of a group. */
 INLINE void multiply_group(const bf16 *x, int64_t x_stride, Found found) {
     tile_zero(SUM_0);
     tile_zero(SUM_1);
@@ -72,7 +72,7 @@ INLINE void add_group(Found found, int64_t skip, int64_t rows, const __m512 *sca
         }
 }
 
-/* Outputs of one tile of codes for rows [first, first + rows), at most ROW_BLOCK. */
+/* Computes the outputs of one tile of codes for rows [first, first + rows), at most ROW_BLOCK. */
 static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t rows, Walk *walk) {
     float sums[ROW_BLOCK * TILE_OUT] __attribute__((aligned(64)));
     Weights weights[2];

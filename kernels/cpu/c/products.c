@@ -1,25 +1,25 @@
-/* Products of fp32 rows with fp32, bf16 or fp16 weights, the order of every sum written out.
+/* Products of fp32 rows with fp32, bf16 or fp16 weights, in which every sum has a fixed order.
  *
- *     dots:     y[b, r, o]  = sum_k x[b, r, k] w[b, o, k]    16 sums, k modulo 16, then as sum_each adds
- *     columns:  y[b, r, o] += sum_k x[b, r, k] w[b, k, o]    one sum, k by k
+ *     dots:     y[b, r, o]  = sum_k x[b, r, k] w[b, o, k]    16 sums, by k modulo 16, added by sum_each
+ *     columns:  y[b, r, o] += sum_k x[b, r, k] w[b, k, o]    one sum, in the order of k
  *
- * How many rows, columns or batches are computed together, by which thread, changes no bit, nor do
- * zeros appended to the inner dimension (for columns: zeros anywhere in it). Tiles are computed alike
- * whatever is in them: what a library does not promise is what these are for (kernels/rows/linear.py).
+ * The bits of a result do not depend on how many rows, columns or batches are computed together, nor on the
+ * thread. Zeros appended to the inner dimension (for columns: zeros anywhere in it) do not change them
+ * either. Libraries do not promise this, which is why these kernels exist (kernels/rows/linear.py).
  */
 #include "team.h"
 #include "vec.h"
 
-#define TILE 4 /* rows and outputs of dots that are taken together */
+#define TILE 4 /* rows, and outputs, of dots that are computed together */
 #if defined(__AVX512F__)
-#define SIDE 4 /* how many of those have their sums in registers at once */
-#define WIDE 4 /* number of rows, and of vectors of columns, taken together */
+#define SIDE 4 /* rows, and outputs, of a tile whose sums are in registers at once */
+#define WIDE 4 /* rows, and vectors of columns, that are computed together */
 #else
 #define SIDE 2
 #define WIDE 2
 #endif
-#define ROW_BLOCK 64    /* rows that stay in the cache while outputs are walked */
-#define COLUMN_BLOCK 64 /* outputs a thread takes together */
+#define ROW_BLOCK 64    /* rows that stay in the cache while a thread goes through the outputs */
+#define COLUMN_BLOCK 64 /* outputs of one piece of work */
 
 enum Kind { F32, BF16, F16 };
 
@@ -30,7 +30,7 @@ typedef struct {
     int64_t batches, rows, columns, inner;
     int64_t x_batch, x_row, w_batch, w_row, y_batch, y_row; /* strides, in elements */
     int64_t kind;    /* type of w */
-    int64_t adds;    /* columns only: whether to add to what y holds */
+    int64_t adds;    /* columns only: whether to add to the values in y */
     int64_t threads;
 } Product;
 

@@ -1,5 +1,5 @@
-/* The two products of products.c for one type of weight: ELEMENT, and LOAD, which makes LANES floats of
- * as many elements. */
+/* The two products of products.c for one type of weight. The including file defines ELEMENT, the type, and
+ * LOAD, which converts LANES elements to floats. */
 
 INLINE f32x16 NAME(load_some)(const ELEMENT *p, int64_t count) {
     ELEMENT some[LANES] = {0};
@@ -30,7 +30,7 @@ INLINE void NAME(add_dots)(const float *const *x, const ELEMENT *const *w, int64
     }
 }
 
-/* Computes TILE rows by at most TILE outputs: past the last output, it is repeated and not stored. */
+/* Computes TILE rows by at most TILE outputs. Missing outputs repeat the last one and are not stored. */
 INLINE void NAME(dot_tile)(const Product *p, const float *x, const ELEMENT *w, float *y, int64_t rows,
                            int64_t columns) {
     f32x16 sums[TILE * TILE];
@@ -53,7 +53,7 @@ INLINE void NAME(dot_tile)(const Product *p, const float *x, const ELEMENT *w, f
     for (int r = 0; r < rows; r++) memcpy(y + r * p->y_row, found + r * TILE, columns * sizeof(float));
 }
 
-/* One row by TILE outputs, in the same order. */
+/* Computes one row by TILE outputs, with sums in the same order. */
 INLINE void NAME(dot_row)(const Product *p, const float *x, const ELEMENT *w, float *y,
                           int64_t columns) {
     f32x16 s[LANES];
@@ -95,8 +95,8 @@ KERNEL static void NAME(dots)(const Product *p, const Part *part) {
     }
 }
 
-/* A constant number of rows and vectors of columns, so that the sums stay in registers; of the last
- * vector `some` columns are there. */
+/* The numbers of rows and of vectors of columns are constants, so that the sums stay in registers. The
+ * last vector has `some` columns. */
 INLINE void NAME(add_columns)(const Product *p, const float *x, const ELEMENT *w, float *y,
                               const int rows, const int vectors, int64_t some) {
     f32x16 s[WIDE][WIDE];

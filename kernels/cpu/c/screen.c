@@ -1,12 +1,13 @@
-/* Which outputs of a bf16 weight may be the largest of a row, from a copy in 8 bits: half the bytes.
+/* Finds which outputs of a bf16 weight may be the largest of a row, from an 8-bit copy of the weight, which
+ * has half of the bytes.
  *
- * A weight is a code, at most 127, times its output's scale, and a rest. Of an output the rests add to
- * x at most |x| |rests| (Cauchy and Schwarz), about 0.01 of |x| |w|. An output that stays below another
- * one by more than the bounds of both cannot be the largest. The few others are for the caller to
- * compute from the weight itself, so what comes out is the largest of all, for any input.
+ * A weight is approximated by a code of at most 127 times its output's scale, and the rest is the error. For
+ * an output, the rests contribute at most |x| |rests| (Cauchy and Schwarz), about 0.01 of |x| |w|. If an output is
+ * below another one by more than both bounds, it cannot be the largest. The caller computes the few remaining
+ * outputs from the weight itself, so it finds the largest of all, for any input.
  *
- * Sums are of integers and exact. What floats round, here and in the product with the weight itself, is
- * part of the bounds.
+ * Sums are of integers and therefore exact. The bounds include the rounding errors of floats, here and in the
+ * product with the weight itself.
  */
 #include "team.h"
 #include "vec.h"
@@ -16,7 +17,7 @@
 #include <math.h>
 
 #define TILE 32  /* outputs of a tile of codes */
-#define PIECE 8  /* tiles that a thread takes together */
+#define PIECE 8  /* tiles of one piece of work */
 #define GROUP 8  /* rows whose sums stay in registers */
 #define TOP 127  /* the largest code */
 #define STEPS 32767
@@ -24,7 +25,7 @@
 #define TOO_SMALL 1e-30f /* smaller weights count as 0 */
 
 typedef struct {
-    const int8_t *codes;  /* [tiles, in / 2, TILE, 2]; outputs beyond the last repeat it */
+    const int8_t *codes;  /* [tiles, in / 2, TILE, 2]; missing outputs repeat the last one */
     const float *scales;  /* [tiles, TILE]: a weight is about its code times its output's scale */
     int64_t out_features, in_features;
     double spread; /* upper bound of |w - scale * codes|, per unit of an output's scale */
@@ -72,14 +73,14 @@ static void round_tile(const void *job, int64_t thread, int64_t tile) {
     j->facts[2 * tile + 1] = length;
 }
 
-/* in_features is even. NaN and infinities make a length infinite. */
+/* Computes the 8-bit copy. in_features must be even. NaN and infinities make a length infinite. */
 EXPORT void turret_screen_codes(const bf16 *weight, int64_t out_features, int64_t in_features, int8_t *codes,
                                 float *scales, double *facts, int64_t threads) {
     Codes job = {weight, codes, scales, facts, out_features, in_features};
     in_pieces(round_tile, &job, (out_features + TILE - 1) / TILE, threads);
 }
 
-/* A row as pairs of integers; each integer times `unit` approximates its number. */
+/* A row as pairs of integers. Each integer times `unit` approximates the row's number. */
 typedef struct {
     const int32_t *pairs; /* [in / 2] */
     float unit;
@@ -98,7 +99,7 @@ static int round_row(const Screen *s, const bf16 *x, int32_t *pairs, Row *row) {
         all += size * size;
     }
     if (!(all <= 1e30)) return 0;
-    /* Choose the unit so that no sum of codes times steps overflows 32 bits. */
+    /* With this unit, no sum of codes times integers overflows 32 bits. */
     double unit = fmax(most / STEPS, TOP * sum / (0x1p31 - 1 - 64 * (double)n));
     double per_unit = unit > 0 ? 1 / unit : 0;
     for (int64_t k = 0; k < n; k += 2) {
@@ -204,17 +205,17 @@ KERNEL static void sum_piece(const void *job, int64_t thread, int64_t piece) {
     }
 }
 
-/* The value that an output's upper bound must reach, both without the error `always`. */
+/* The value that an output's upper bound must reach. Neither value includes the error `always`. */
 static float threshold(const Job *j, int64_t pieces, int64_t row, double slack) {
     float best = -INFINITY;
     for (int64_t p = 0; p < pieces; p++) best = fmaxf(best, j->least[p * j->num_rows + row]);
-    /* Results are rounded to bf16, so a logit that is less by a 128th may round to the same value. */
+    /* Logits are rounded to bf16, so a logit that is smaller by a 128th may round to the same value. */
     return best - fabsf(best) * 0x1.01p-7f - 2 * j->rows[row].always - (float)slack;
 }
 
-/* Every output that may be the largest of some row, or less by at most `slack`, in order, at most `most`;
- * returns how many, or -1 where there are more or a row is not finite. x: [rows, in], rows x_stride
- * apart. memory: as turret_screen_bytes says. */
+/* Lists, in order, every output that may be the largest of some row, or less than that by at most `slack`.
+ * Returns how many, or -1 if there are more than `most` or a row is not finite. x: [rows, in], with rows
+ * x_stride apart. memory: scratch of turret_screen_bytes() bytes. */
 EXPORT int64_t turret_screen(const Screen *screen, const bf16 *x, int64_t x_stride, int64_t num_rows,
                              double slack, char *memory, int64_t *outputs, int64_t most,
                              int64_t threads) {

@@ -1,9 +1,9 @@
-/* Threads of the library's own, or OpenMP's, which torch shares.
+/* Runs kernels on the library's own threads, or on OpenMP's, which torch uses too.
  *
- * OpenMP deals work out and waits at a barrier for every thread. Beside a process that wants a
- * processor, the one it takes is missing at each of some 250 barriers of a decode step, for
- * milliseconds each time. Threads of its own suit a process whose other libraries have none at work
- * meanwhile: two teams that both spin while they wait take the processors from each other.
+ * OpenMP divides the work once and waits at a barrier for every thread. A decode step has some 250 barriers.
+ * If another process takes one of the processors, each barrier waits for the missing thread, for
+ * milliseconds each time. The library's own threads avoid this. They must not be used while another
+ * library's threads are working: two teams that spin while they wait take the processors from each other.
  */
 #define _GNU_SOURCE
 #include "team.h"
@@ -13,8 +13,8 @@
 #include <omp.h>
 #include <stdatomic.h>
 
-/* A thread's share, [next, end). `next` holds the job's number beside the next piece's, so that a thread
- * that is late cannot claim pieces of a job that it does not know. */
+/* A thread's share, [next, end). `next` combines the job's number and the next piece's, so that a late thread
+ * cannot claim pieces of a job that it does not know. */
 typedef struct {
     _Alignas(64) _Atomic uint64_t next;
     _Atomic uint64_t end;
@@ -46,7 +46,7 @@ static int64_t claim(Share *share, uint64_t number) {
     return -1;
 }
 
-/* Computes pieces until none is left, its own share's first; returns how many. */
+/* Computes pieces until none is left, beginning with the thread's own share. Returns how many. */
 static int64_t compute(Share *shares, uint64_t number, int64_t threads, Work *work, const void *job,
                        int64_t thread) {
     int64_t done = 0;
@@ -72,15 +72,16 @@ static void in_pieces_openmp(Work *work, const void *job, int64_t pieces, int64_
 #include <time.h>
 #include <unistd.h>
 
-/* Nanoseconds that a thread looks for work before it sleeps. A step's kernels follow each other within
- * some 30 microseconds. If another process wants the processor, a spinning thread loses it for longer. */
+/* Nanoseconds for which a thread spins before it sleeps: alone, and beside another process. A step's kernels
+ * follow each other within some 30 microseconds. If another process wants the processor, a thread that spins
+ * longer loses it for longer. */
 #define SPIN_ALONE 300000
 #define SPIN_BESIDE 30000
-/* A pause this long in a loop that never waits means that the system ran something else. */
+/* A pause of this many nanoseconds in a loop that never waits means that the system ran something else. */
 #define PUT_ASIDE 400000
 /* How long the processors count as shared after such a pause. */
 #define STAYS_SHARED 200000000
-/* Nanoseconds that the caller looks for the end of the last pieces before it sleeps. */
+/* Nanoseconds for which the caller spins until the last pieces are done, before it sleeps. */
 #define SPIN_END 50000
 
 static struct {
@@ -94,7 +95,7 @@ static struct {
     _Atomic int64_t shared_until;
     _Atomic int caller_cpu;
     int64_t workers; /* number of worker threads */
-    pthread_mutex_t one; /* held by the one job at a time */
+    pthread_mutex_t one; /* held during a job: only one runs at a time */
 } team = {.one = PTHREAD_MUTEX_INITIALIZER};
 static _Thread_local int has_own_threads;
 
@@ -120,7 +121,7 @@ INLINE void relax(void) {
 #endif
 }
 
-/* Spins while *word is value, up to some time. Returns whether the value has changed. */
+/* Spins while *word is `value`, for at most `most` nanoseconds. Returns whether the value has changed. */
 static int spin(_Atomic uint32_t *word, uint32_t value, int64_t most) {
     int64_t start = now(), last = start;
     for (;;) {
@@ -143,8 +144,8 @@ static int is_shared(void) {
     return until && now() < until;
 }
 
-/* Moves this thread off the caller's processor. A thread that was woken there while the others were busy
- * would stay: the system sees two threads with half a processor each and no reason to move one. */
+/* Moves this thread off the caller's processor. If it was woken there while the other processors were busy, it
+ * would stay: the system sees two threads with half a processor each, and no reason to move one. */
 static void leave(int cpu) {
     cpu_set_t others;
     /* The process's first thread has the current set of allowed processors, even if that has changed. */
@@ -170,7 +171,7 @@ static void *serve(void *argument) {
             atomic_fetch_sub(&team.sleepers, 1);
         }
         number = atomic_load_explicit(&team.number, memory_order_acquire);
-        /* These may already belong to a later job; then nothing can be claimed. */
+        /* The next three values may already belong to a later job. If so, no piece can be claimed. */
         int64_t threads = atomic_load_explicit(&team.threads, memory_order_relaxed);
         Work *work = atomic_load_explicit(&team.work, memory_order_relaxed);
         const void *job = atomic_load_explicit(&team.job, memory_order_relaxed);

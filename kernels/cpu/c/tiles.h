@@ -1,10 +1,10 @@
 /* AMX: eight tiles of at most 16 rows of 64 bytes, and products of tiles in bf16.
  *
- * One product adds to each element of C, 16 by 16 in fp32, 32 terms: the 16 of even inputs, summed one
- * after the other from zero, plus the 16 of odd inputs. So what a call computes for one element never
- * depends on the others, nor on how many there are. Subnormal numbers count as zero.
+ * A product adds 32 terms to each element of C, which is 16 by 16 in fp32: the sum of the 16 terms of even
+ * inputs, one after the other from zero, plus that of odd inputs. So the result for one element never depends
+ * on the other elements, nor on how many there are. Subnormal numbers count as zero.
  *
- * TILES_EMULATED: the same in plain C, for tests on other processors.
+ * With TILES_EMULATED, plain C computes the same, for tests on other processors.
  */
 #ifndef TURRET_TILES_H
 #define TURRET_TILES_H

@@ -1,12 +1,12 @@
-/* Rules out tokens that a constraint forbids; see kernels/token_mask.py. Most words of a mask are all
- * ones or all zeros.
+/* Sets the logits of tokens that a constraint forbids to minus infinity; see kernels/token_mask.py. Most
+ * words of a mask are all ones or all zeros.
  */
 #include "vec.h"
 
 #include <math.h>
 
-/* rows: indices of logits' rows, each of `vocab` floats, `stride` apart. words: [num_rows, num_words];
- * token t is bit t % 32 of word t / 32. */
+/* rows: indices of rows of `logits`, which have `vocab` floats each and are `stride` apart. words:
+ * [num_rows, num_words]; token t is bit t % 32 of word t / 32. */
 EXPORT KERNEL void turret_token_mask(float *logits, int64_t stride, int64_t vocab, const int64_t *rows,
                                      const uint32_t *words, int64_t num_rows, int64_t num_words) {
     for (int64_t i = 0; i < num_rows; i++, words += num_words) {

@@ -1,8 +1,8 @@
-/* Sixteen fp32 lanes, bf16 in and out, and a vectorised exp.
+/* Vectors of sixteen fp32 lanes, conversions from and to bf16, and a vectorised exp.
  *
- * GCC's vector types compile to whatever the machine has (one AVX-512 register, two of AVX2, four of
- * SSE or NEON), and the order of every sum is written out. Nothing here depends on how many rows a call
- * has: that is what keeps a row's bits the same in any batch.
+ * GCC's vector types compile to the registers of the target (one of AVX-512, two of AVX2, four of SSE or
+ * NEON), and the code fixes the order of every sum. Nothing here depends on how many rows a call has, so
+ * a row has the same bits in any batch.
  */
 #ifndef TURRET_VEC_H
 #define TURRET_VEC_H
@@ -14,8 +14,8 @@
 #define INLINE static inline __attribute__((always_inline))
 
 #define KERNEL __attribute__((noinline))
-/* The library is compiled once per instruction set (pyproject.toml) and native.py takes the best that
- * the processor has. Products of bf16 pairs by VDPBF16PS are in those that have it. */
+/* The library is compiled once per instruction set (pyproject.toml), and native.py loads the best one that
+ * the processor supports. Products of bf16 pairs use VDPBF16PS where the instruction set has it. */
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -51,7 +51,7 @@ INLINE bf16 to_bf16(float value) {
 }
 
 INLINE f32x16 load_bf16(const bf16 *p) {
-#ifdef __AVX512F__ /* GCC 12 widens by halves */
+#ifdef __AVX512F__ /* for __builtin_convertvector, GCC 12 generates two half-wide conversions */
     return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(*(const __m256i_u *)p), 16);
 #else
     return (f32x16)(__builtin_convertvector(*(const u16x16 *)p, u32x16) << 16);
@@ -81,7 +81,7 @@ INLINE f32x16 splat(float value) { return value - (f32x16){0}; }
     __builtin_shuffle(v, (i32x16){i0, i1, i2, i3, i4, i5, i6, i7, 0, 1, 2, 3, 4, 5, 6, 7})
 #endif
 
-/* The sum of the lanes: upper half onto lower half, four times. */
+/* The sum of the lanes: adds the upper half to the lower half, four times. */
 INLINE float sum_lanes(f32x16 v) {
     v += HALF(v, 8, 9, 10, 11, 12, 13, 14, 15);
     v += HALF(v, 4, 5, 6, 7, 4, 5, 6, 7);
@@ -98,8 +98,8 @@ INLINE float sum_lanes(f32x16 v) {
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (i32x16){__VA_ARGS__})
 #endif
 
-/* Lane i of the result is the sum of the lanes of v[i]: half of each vector onto the other half,
- * two vectors to one, four times. Overwrites v. */
+/* Lane i of the result is the sum of the lanes of v[i]. Four times, adds one half of each vector to the
+ * other and joins two vectors to one. Overwrites v. */
 INLINE f32x16 sum_each(f32x16 v[LANES]) {
     for (int i = 0; i < 8; i++) {
         f32x16 a = v[2 * i], b = v[2 * i + 1];
@@ -120,7 +120,7 @@ INLINE f32x16 sum_each(f32x16 v[LANES]) {
            PICK(v[0], v[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
 }
 
-/* Lane j of vector i becomes lane i of vector j. */
+/* Transposes: lane j of vector i becomes lane i of vector j. */
 INLINE void transpose(f32x16 v[LANES]) {
     for (int i = 0; i < 8; i++) {
         f32x16 a = v[i], b = v[i + 8];

@@ -26,15 +26,16 @@ if _version_not_supported:
 
 
 class AdaptersStub(object):
-    """Administers the adapters of one base model while it serves. It is a service of its own, so it can
-    listen on another address and ask for another role (`admin`) than `Inference`.
+    """Manages the adapters of one base model while it serves. This service is separate from `Inference`,
+    so that it can listen on another address and require another role (`admin`).
 
     Errors are a gRPC status with `google.rpc.ErrorInfo` (domain `turret`), and
     `google.rpc.BadRequest` where fields are to blame. Every RPC may return:
     - INVALID_ARGUMENT: a field breaks its documented range. All offending fields are listed.
-    - UNAUTHENTICATED, PERMISSION_DENIED: no or an unknown token, or one without the role.
+    - UNAUTHENTICATED: the token is missing or unknown.
+    - PERMISSION_DENIED: the token lacks the role `admin`.
     - UNAVAILABLE: the server is starting or draining.
-    - DEADLINE_EXCEEDED, CANCELLED: the caller's deadline passed, or it went away.
+    - DEADLINE_EXCEEDED, CANCELLED: the caller's deadline passed, or the caller disconnected.
     """
 
     def __init__(self, channel):
@@ -111,20 +112,21 @@ class AdaptersStub(object):
 
 
 class AdaptersServicer(object):
-    """Administers the adapters of one base model while it serves. It is a service of its own, so it can
-    listen on another address and ask for another role (`admin`) than `Inference`.
+    """Manages the adapters of one base model while it serves. This service is separate from `Inference`,
+    so that it can listen on another address and require another role (`admin`).
 
     Errors are a gRPC status with `google.rpc.ErrorInfo` (domain `turret`), and
     `google.rpc.BadRequest` where fields are to blame. Every RPC may return:
     - INVALID_ARGUMENT: a field breaks its documented range. All offending fields are listed.
-    - UNAUTHENTICATED, PERMISSION_DENIED: no or an unknown token, or one without the role.
+    - UNAUTHENTICATED: the token is missing or unknown.
+    - PERMISSION_DENIED: the token lacks the role `admin`.
     - UNAVAILABLE: the server is starting or draining.
-    - DEADLINE_EXCEEDED, CANCELLED: the caller's deadline passed, or it went away.
+    - DEADLINE_EXCEEDED, CANCELLED: the caller's deadline passed, or the caller disconnected.
     """
 
     def LoadAdapter(self, request, context):
-        """Loads an adapter from a directory under the server's adapter root and registers it. Once it
-        returns, requests may name the adapter.
+        """Loads an adapter from a directory under the server's adapter root and registers it. Once the call
+        has returned, requests may name the adapter.
 
         Idempotent for the same name and digest. Returns ALREADY_EXISTS if the name is taken by other
         weights, INVALID_ARGUMENT if the checkpoint is unreadable, inconsistent or unsupported (every
@@ -140,12 +142,12 @@ class AdaptersServicer(object):
     def UploadAdapter(self, request_iterator, context):
         """Uploads an adapter's files and registers it, or with `replace` a new generation, with the
         semantics and errors of `LoadAdapter` or `ReplaceAdapter`. The first message is the header, the
-        others are chunks of the files that it announces. Either all of it takes effect or nothing does.
+        others are chunks of the files that it announces. The upload takes effect completely or not at all.
 
         Returns FAILED_PRECONDITION if the server has no state directory to keep the files in,
-        RESOURCE_EXHAUSTED if they exceed what the server takes or its disk holds or if too many uploads
-        are under way, INVALID_ARGUMENT if a chunk is out of order or a file differs from its
-        announcement, DEADLINE_EXCEEDED if no message comes for a minute.
+        RESOURCE_EXHAUSTED if the files exceed the server's limit or its disk space or if too many uploads
+        are running, INVALID_ARGUMENT if a chunk is out of order or a file differs from its announcement,
+        DEADLINE_EXCEEDED if no message arrives for a minute.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -153,14 +155,14 @@ class AdaptersServicer(object):
 
     def ReplaceAdapter(self, request, context):
         """Replaces a registered adapter's weights by a new generation. Requests that were received before
-        finish on the generation they began with, which is freed after the last of them; later ones get
-        the new one. A pinned adapter stays pinned.
+        finish on their generation, which is freed after the last of them. Later requests get the new
+        generation. A pinned adapter stays pinned.
 
-        Idempotent: the digest that is registered already makes no new generation. Returns NOT_FOUND if
-        the name is not registered, FAILED_PRECONDITION if it is being unloaded or if a learned fusion
-        is built from the weights it has, RESOURCE_EXHAUSTED if both generations of a pinned adapter do
-        not fit at once, and the errors of `LoadAdapter` but ALREADY_EXISTS. After any error the adapter
-        is as it was.
+        Idempotent: weights with the registered digest create no new generation. Returns NOT_FOUND if the
+        name is not registered, FAILED_PRECONDITION if it is being unloaded or if a learned fusion is
+        built from its current weights, RESOURCE_EXHAUSTED if both generations of a pinned adapter do not
+        fit into memory together, and the errors of `LoadAdapter` except ALREADY_EXISTS. After an error
+        the adapter is unchanged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -181,8 +183,8 @@ class AdaptersServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Unregisters an adapter, all its generations, and frees what it holds. Files that were uploaded
-        are removed; those it was loaded from stay where they are.
+        """Unregisters an adapter with all its generations, and frees its memory. Uploaded files are deleted;
+        files below the adapter root are not.
 
         Returns NOT_FOUND if the name is not registered, FAILED_PRECONDITION if it is pinned, if a
         learned fusion is built from it, or if it is still in use when `timeout` has passed.
@@ -192,7 +194,7 @@ class AdaptersServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PinAdapter(self, request, context):
-        """Keeps an adapter resident: it is neither evicted nor unloaded until it is unpinned. Idempotent.
+        """Keeps an adapter in memory: it cannot be evicted or unloaded until it is unpinned. Idempotent.
 
         Returns NOT_FOUND if the name is not registered, RESOURCE_EXHAUSTED if pinned adapters would
         fill the byte budget.
@@ -202,41 +204,43 @@ class AdaptersServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UnpinAdapter(self, request, context):
-        """Lets an adapter be evicted and unloaded again. Idempotent. Returns NOT_FOUND if not registered.
+        """Allows an adapter to be evicted and unloaded again. Idempotent. Returns NOT_FOUND if the name is
+        not registered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FuseAdapters(self, request, context):
-        """Fuses a weighted mix of adapters into a new LoRA adapter and registers it as an upload is. The
-        members may be of any method that changes weights; they stay registered, and are held as by a
-        request meanwhile. Runs beside requests, at a low priority; a caller that cancels, or whose
-        deadline passes, ends it at the next module, and nothing is left of it.
+        """Fuses a weighted mix of adapters into a new LoRA adapter and registers it like an upload. The
+        members may use any method that changes weights. They stay registered, and are kept in memory
+        during the call. The fusion runs beside requests, with low priority. If the caller cancels it or
+        its deadline passes, it ends at the next module and leaves nothing behind.
 
-        Idempotent: the result depends on nothing but the request and the members' weights. Returns
+        Idempotent: the result depends only on the request and the members' weights. Returns
         NOT_FOUND if a member is not registered, ALREADY_EXISTS if the name is taken by other weights,
         INVALID_ARGUMENT if the combination cannot represent the mix (every member at fault is listed),
         FAILED_PRECONDITION if the server has no state directory to keep the result in or a member's
-        files have changed, RESOURCE_EXHAUSTED if the result exceeds the rank or byte budget, the members
-        in fp32 exceed the host budget, or another fusion is under way, ABORTED if a member is unloaded
-        by force.
+        files have changed, RESOURCE_EXHAUSTED if the result exceeds the rank or byte budget, if the
+        members in fp32 exceed the host budget or if another fusion is running, ABORTED if a member is
+        unloaded by force.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def MergeAdapters(self, request, context):
-        """Merges a weighted mix into the base model, for every later request: those that name adapters
-        have them added to the merged weights, the merged ones too. The new weights are made while
-        requests run; then those that run finish, and those that wait go on with the new weights.
+        """Merges a weighted mix into the base model, for every later request. The adapters that a request
+        names are added to the merged weights, even if they are merged already. The server computes the
+        new weights while requests run. Then running requests finish on the old weights, and waiting ones
+        continue on the new weights.
 
-        A merge that fails, or whose caller goes away before it took effect, leaves the base as it was.
-        It lasts until `UnmergeAdapters` or the end of the process.
+        If a merge fails, or its caller disconnects before it took effect, the base stays as it was. A
+        merge lasts until `UnmergeAdapters` or the end of the process.
 
         Returns NOT_FOUND if a member is not registered, FAILED_PRECONDITION if a merge is active or
-        another change of the base under way, INVALID_ARGUMENT if a member does more than change the
-        decoder layers (soft prompts, prefixes, gates, embeddings and heads; all are named),
+        another change of the base is in progress, INVALID_ARGUMENT if a member does more than change the
+        decoder layers (soft prompts, prefixes, gates, embeddings and heads; the error lists all of them),
         RESOURCE_EXHAUSTED if the members do not fit the byte budget together.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -244,15 +248,15 @@ class AdaptersServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UnmergeAdapters(self, request, context):
-        """Restores the base model, bit for bit, once the requests that run have finished. Returns
-        FAILED_PRECONDITION if no merge is active or another change of the base is under way.
+        """Restores the base model, bit for bit, once the running requests have finished. Returns
+        FAILED_PRECONDITION if no merge is active or another change of the base is in progress.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetMergeState(self, request, context):
-        """Returns what is merged into the base model at present. A change that is under way shows when it
+        """Returns the mix that is merged into the base model. A change in progress is visible only after it
         has taken effect.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -345,15 +349,16 @@ def add_AdaptersServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Adapters(object):
-    """Administers the adapters of one base model while it serves. It is a service of its own, so it can
-    listen on another address and ask for another role (`admin`) than `Inference`.
+    """Manages the adapters of one base model while it serves. This service is separate from `Inference`,
+    so that it can listen on another address and require another role (`admin`).
 
     Errors are a gRPC status with `google.rpc.ErrorInfo` (domain `turret`), and
     `google.rpc.BadRequest` where fields are to blame. Every RPC may return:
     - INVALID_ARGUMENT: a field breaks its documented range. All offending fields are listed.
-    - UNAUTHENTICATED, PERMISSION_DENIED: no or an unknown token, or one without the role.
+    - UNAUTHENTICATED: the token is missing or unknown.
+    - PERMISSION_DENIED: the token lacks the role `admin`.
     - UNAVAILABLE: the server is starting or draining.
-    - DEADLINE_EXCEEDED, CANCELLED: the caller's deadline passed, or it went away.
+    - DEADLINE_EXCEEDED, CANCELLED: the caller's deadline passed, or the caller disconnected.
     """
 
     @staticmethod

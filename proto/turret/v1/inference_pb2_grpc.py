@@ -31,11 +31,11 @@ class InferenceStub(object):
     Errors are a gRPC status with `google.rpc.ErrorInfo` (domain `turret`), and
     `google.rpc.BadRequest` where fields are to blame. Every RPC may return:
     - INVALID_ARGUMENT: a field breaks its documented range. All offending fields are listed.
-    - UNAUTHENTICATED, PERMISSION_DENIED: no or an unknown token, or one without the role
-    `inference`.
+    - UNAUTHENTICATED: the token is missing or unknown.
+    - PERMISSION_DENIED: the token lacks the role `inference`.
     - UNAVAILABLE: the server is starting or draining.
-    - DEADLINE_EXCEEDED, CANCELLED: the caller's deadline passed, or it went away. The request is
-    stopped and what it holds is freed.
+    - DEADLINE_EXCEEDED, CANCELLED: the caller's deadline passed, or the caller disconnected. The
+    server stops the request and frees everything that it holds.
 
     The id of a request is echoed in the trailing metadata as `x-request-id`.
     """
@@ -89,11 +89,11 @@ class InferenceServicer(object):
     Errors are a gRPC status with `google.rpc.ErrorInfo` (domain `turret`), and
     `google.rpc.BadRequest` where fields are to blame. Every RPC may return:
     - INVALID_ARGUMENT: a field breaks its documented range. All offending fields are listed.
-    - UNAUTHENTICATED, PERMISSION_DENIED: no or an unknown token, or one without the role
-    `inference`.
+    - UNAUTHENTICATED: the token is missing or unknown.
+    - PERMISSION_DENIED: the token lacks the role `inference`.
     - UNAVAILABLE: the server is starting or draining.
-    - DEADLINE_EXCEEDED, CANCELLED: the caller's deadline passed, or it went away. The request is
-    stopped and what it holds is freed.
+    - DEADLINE_EXCEEDED, CANCELLED: the caller's deadline passed, or the caller disconnected. The
+    server stops the request and frees everything that it holds.
 
     The id of a request is echoed in the trailing metadata as `x-request-id`.
     """
@@ -103,8 +103,8 @@ class InferenceServicer(object):
 
         Returns NOT_FOUND if an adapter is not registered (all missing ones are listed),
         INVALID_ARGUMENT if the prompt does not fit the model's context, RESOURCE_EXHAUSTED with
-        `google.rpc.RetryInfo` if the queue is full, ABORTED if an adapter is unloaded by force
-        meanwhile.
+        `google.rpc.RetryInfo` if the queue is full, ABORTED if an adapter is unloaded by force during
+        the request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -141,19 +141,19 @@ class InferenceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Embed(self, request, context):
-        """Turns each of some inputs into a vector: the final hidden states of its tokens, pooled. With the
-        errors of `Generate`; the call fails as a whole. Every input counts as a request of its own
-        against `--max-requests-per-token` and `--max-requests-per-peer`.
+        """Turns each input into a vector: the final hidden states of its tokens, pooled. Returns the errors
+        of `Generate`; all inputs of a call succeed or fail together. Every input counts as a separate
+        request against `--max-requests-per-token` and `--max-requests-per-peer`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Classify(self, request, context):
-        """Labels each of some inputs by an adapter that was trained to classify (`task_type` SEQ_CLS). With
-        the errors of `Generate`, and INVALID_ARGUMENT unless exactly one adapter of the mix has a
-        classification head; other calls than `Embed` refuse an adapter with one likewise. Inputs count
-        as in `Embed`.
+        """Labels each input with an adapter that was trained to classify (`task_type` SEQ_CLS). Returns the
+        errors of `Generate`, and INVALID_ARGUMENT unless exactly one adapter of the mix has a
+        classification head. `Generate` and `Score` reject such an adapter with INVALID_ARGUMENT. Inputs
+        count as in `Embed`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -211,11 +211,11 @@ class Inference(object):
     Errors are a gRPC status with `google.rpc.ErrorInfo` (domain `turret`), and
     `google.rpc.BadRequest` where fields are to blame. Every RPC may return:
     - INVALID_ARGUMENT: a field breaks its documented range. All offending fields are listed.
-    - UNAUTHENTICATED, PERMISSION_DENIED: no or an unknown token, or one without the role
-    `inference`.
+    - UNAUTHENTICATED: the token is missing or unknown.
+    - PERMISSION_DENIED: the token lacks the role `inference`.
     - UNAVAILABLE: the server is starting or draining.
-    - DEADLINE_EXCEEDED, CANCELLED: the caller's deadline passed, or it went away. The request is
-    stopped and what it holds is freed.
+    - DEADLINE_EXCEEDED, CANCELLED: the caller's deadline passed, or the caller disconnected. The
+    server stops the request and frees everything that it holds.
 
     The id of a request is echoed in the trailing metadata as `x-request-id`.
     """

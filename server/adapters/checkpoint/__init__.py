@@ -1,1 +1,1 @@
-"""An adapter's two files: hashed, checked, turned into tensors, and not yet understood."""
+"""Reads an adapter's files: hashed, checked, turned into tensors, but not interpreted."""

@@ -1,1 +1,1 @@
-"""The adapters of the running steps, where they compute: on the torch, cpu or gpu path."""
+"""The adapters of the running steps, as the torch, cpu and gpu paths compute with them."""

@@ -1,1 +1,1 @@
-"""Several adapters become one LoRA."""
+"""Combines several adapters into one LoRA."""

@@ -1,1 +1,1 @@
-"""A mix becomes part of the base, and is taken out again."""
+"""Merges a mix into the base, and restores the base."""

@@ -1,1 +1,1 @@
-"""What an adapter does to the base: an operator a file, with its formula, dense form and cost."""
+"""What adapters do to the base: an operator per file, with formula, dense form and cost."""

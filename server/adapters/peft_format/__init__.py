@@ -1,1 +1,1 @@
-"""What keys and tensors mean by PEFT's rules, and whether they agree with the base."""
+"""The meaning of keys and tensors by PEFT's rules, and whether they agree with the base."""

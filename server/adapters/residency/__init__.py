@@ -1,1 +1,1 @@
-"""Which adapters are in host memory, and who waits for them."""
+"""Which adapters are in host memory, and which requests wait for them."""

@@ -1,1 +1,1 @@
-"""What survives a restart: registrations and uploaded files in --state-dir."""
+"""The data that survives a restart: registrations and uploaded files in --state-dir."""

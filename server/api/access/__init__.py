@@ -1,1 +1,1 @@
-"""Who may call, and how much at once: tokens and roles, shares of one party, connections."""
+"""Who may call, and how much at once: tokens, roles, shares of callers, connections."""

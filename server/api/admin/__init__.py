@@ -1,1 +1,1 @@
-"""The control plane, whoever asks: load, replace, upload, fuse, merge, pin, unload, list."""
+"""The admin calls: load, replace, upload, fuse, merge, pin, unload, list."""

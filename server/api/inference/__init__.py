@@ -1,1 +1,1 @@
-"""What the Inference service does, message by message: what was asked, run, and answered."""
+"""The Inference service: reads the request's messages, runs them, and builds the answers."""

@@ -64,15 +64,18 @@ async def together(work: Sequence[Coroutine[Any, Any, _T]], at_a_time: int) -> l
 
     What the first of them to fail raises is raised; the others are cancelled, and have ended.
     """
-    places = asyncio.Semaphore(at_a_time)
+    results: dict[int, _T] = {}
+    waiting = iter(enumerate(work))
 
-    async def run(one: Coroutine[Any, Any, _T]) -> _T:
-        async with places:
-            return await one
+    async def run_some() -> None:
+        for index, one in waiting:
+            results[index] = await one
 
-    tasks = [asyncio.ensure_future(run(one)) for one in work]
+    # A task for each coroutine would cost the event loop seconds once many clients have gone.
+    tasks = [asyncio.ensure_future(run_some()) for _ in range(min(at_a_time, len(work)))]
     try:
-        return await asyncio.gather(*tasks)
+        await asyncio.gather(*tasks)
+        return [results[index] for index in range(len(work))]
     finally:
         for task in tasks:
             task.cancel()

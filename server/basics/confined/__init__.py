@@ -1,1 +1,1 @@
-"""Runs code that strangers wrote in a child process with limits of time and memory."""
+"""Runs code written by strangers in a child process with limits of time and memory."""

@@ -1,1 +1,1 @@
-"""What each step computes, and who is next: requests, sequences, blocks. No torch."""
+"""Decides what each step computes and who is next: requests, sequences, blocks. No torch."""

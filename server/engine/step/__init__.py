@@ -1,1 +1,1 @@
-"""From a scheduled step to the tokens drawn: rows, batch, compute path, sampler."""
+"""Computes a scheduled step: rows, batch, compute path and sampler."""

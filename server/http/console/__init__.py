@@ -1,1 +1,1 @@
-"""The console: a page to look at, and the one question that it asks every second."""
+"""The console: a page, and the data that it requests every second."""

@@ -1,1 +1,1 @@
-"""An answer's text taken apart: reasoning, what is said, and calls of tools, as they grow."""
+"""Splits an answer's text into reasoning, content and tool calls, as it grows."""

@@ -1,1 +1,1 @@
-"""Where a base model may come from: a directory, the hub, a GGUF file, a package."""
+"""The sources of a base model: a directory, the hub, a GGUF file, a package."""

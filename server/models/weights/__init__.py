@@ -1,1 +1,1 @@
-"""How projections store their weights, and multiply by them."""
+"""How projections store their weights and multiply by them."""

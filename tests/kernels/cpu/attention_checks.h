@@ -1,4 +1,4 @@
-/* Rotation into a paged cache and attention over it against loops in double precision. */
+/* Checks rotation into a paged cache, and attention over it, against loops in double precision. */
 #include "native_checks.h"
 
 typedef struct {
@@ -19,7 +19,7 @@ typedef struct {
 } Heads;
 #define POSITIONS 80
 
-/* Rotation into the cache, then attention over it: prompts of several lengths, then each row alone. */
+/* Checks prompts of several lengths, then each row alone. */
 static void check_attention(int64_t heads, int64_t kv_heads, int64_t dim, int64_t window, double cap,
                             int has_sinks) {
     int64_t blocks[POSITIONS / 16], slots[POSITIONS], rows = 20, per = heads + 2 * kv_heads;
@@ -66,7 +66,7 @@ static void check_attention(int64_t heads, int64_t kv_heads, int64_t dim, int64_
     bf16 *hk = halves(POSITIONS * kv_heads * dim), *hv = halves(POSITIONS * kv_heads * dim);
     bf16 *hout = halves(rows * heads * dim), *hone = halves(rows * heads * dim);
     for (int64_t i = 0; i < POSITIONS * kv_heads * dim; i++) hk[i] = to_bf16(k[i]), hv[i] = to_bf16(v[i]);
-    /* Behind the last key of a span its block may hold anything. */
+    /* A block may hold anything after the last key of its span. */
     for (int64_t t = 58; t < 64; t++)
         for (int64_t i = 0; i < kv_heads * dim; i++) {
             int64_t at = (blocks[t / 16] * 16 + t % 16) * kv_heads * dim + i;
@@ -76,7 +76,7 @@ static void check_attention(int64_t heads, int64_t kv_heads, int64_t dim, int64_
     turret_attend(&plan, &half);
     near_bf16("attention", hout, expected, rows * heads * dim);
     add_bits(hout, rows * heads * dim);
-    /* A value that no number has spoils the rows that see it, and no other. */
+    /* An infinite value spoils the rows that see it, and no other. */
     hv[(blocks[3] * 16 + 2) * kv_heads * dim] = 0x7f80;
     turret_attend(&plan, &half);
     of.out = one, half.out = hone;

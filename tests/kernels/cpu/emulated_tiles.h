@@ -1,6 +1,6 @@
-/* tiles.h in plain C, in the order of Intel's manual (TDPBF16PS): within a product the 16 terms of even
- * inputs, one after the other from zero, plus those of odd inputs; subnormal numbers count as zero. What
- * was not loaded since tiles_begin is NaN.
+/* The operations of tiles.h in plain C, in the order of Intel's manual (TDPBF16PS): a product is the sum of the
+ * 16 terms of even inputs, one after the other from zero, plus that of odd inputs. Subnormal numbers count as
+ * zero. A tile that was not loaded since tiles_begin is NaN.
  */
 #include <math.h>
 
@@ -25,7 +25,8 @@ INLINE void tile_store(int tile, void *to, int64_t stride) {
         memcpy((char *)to + r * stride, emulated[tile] + r * LANES, emulated_shapes.row_bytes[tile]);
 }
 
-/* A function of its own: what it computes is not moved out of where subnormal numbers are zero. */
+/* This is a separate function, so that the compiler does not move its computations to where subnormal
+ * numbers are not zero. */
 KERNEL static void emulate_product(int sum, int left, int right) {
     const bf16 *a = (const bf16 *)emulated[left], *b = (const bf16 *)emulated[right];
     for (int64_t m = 0; m < emulated_shapes.rows[sum]; m++)

@@ -1,5 +1,5 @@
 /* Checks of the compiled CPU kernels without Python: every exported function against plain loops in
- * double precision, and every row alone against the same row in company. Built and run by
+ * double precision, and every row alone against the same row in a batch. Built and run by
  * test_native_checks.py, for this machine and for others under an emulator. Exits with 1 on a failure.
  */
 #define _GNU_SOURCE
@@ -135,7 +135,7 @@ static void check_change(const Step *step, const bf16 *x, int64_t in, int64_t ro
     free(out);
 }
 
-/* One module with every operator, for rows of one segment; then each row in a segment of its own. */
+/* Checks a module with every operator, for rows of one segment, then for each row in a separate segment. */
 static void check_adapters(int64_t in, int64_t out, int64_t rank, int64_t side) {
     int64_t in_m = 4, out_l = 3, in_n = in / 4, out_k = out / 3;
     bf16 *a = halves(rank * in), *b = halves(rank * out), *x = halves(MAX_ROWS * in), *y = halves(MAX_ROWS * out);
@@ -347,7 +347,7 @@ static void check_experts(int64_t in, int64_t out, int64_t rank) {
     free(x), free(y), free(start), free(a), free(b), free(scratch), free(expected), free(one);
 }
 
-/* Linux wants to be asked before a process's threads use AMX's tiles; see isa.c. */
+/* On Linux, a process must request permission to use AMX tiles; see isa.c. */
 static void allow_tiles(void) {
 #if defined(__x86_64__) && defined(__linux__)
     syscall(SYS_arch_prctl, 0x1023, 18);
@@ -379,7 +379,7 @@ int main(int count, char **arguments) {
     check_adapters(40, 24, 3, 1), check_adapters(64, 192, 16, 8), check_adapters(100, 219, 9, 5);
     check_low_rank(64, 208, 16, 1), check_low_rank(96, 32, 40, 1), check_low_rank(160, 144, 5, 1);
     check_low_rank(64, 48, 20, 0x1p-122f), check_low_rank(72, 40, 9, 1);
-    /* Another order of fp32 sums shows in few results once they are bf16. */
+    /* Once rounded to bf16, few results show another order of fp32 sums. */
     for (int draw = 0; draw < 16; draw++) check_low_rank(64, 208, 16, 1);
     check_pieces(40, 24, 3), check_pieces(64, 192, 16), check_pieces(100, 219, 37), check_pieces(96, 64, 64);
     check_experts(40, 24, 3), check_experts(64, 192, 16), check_experts(100, 219, 9);

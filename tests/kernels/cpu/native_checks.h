@@ -1,4 +1,4 @@
-/* What the checks of native_checks.c are made of: random numbers, comparisons, what is checked. */
+/* Helpers of the checks in native_checks.c: random numbers, comparisons, declarations of the kernels. */
 #ifndef NATIVE_CHECKS_H
 #define NATIVE_CHECKS_H
 

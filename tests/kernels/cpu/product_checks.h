@@ -1,4 +1,4 @@
-/* Products against loops in double precision, each row alone against the same row in company. */
+/* Checks products against loops in double precision, and each row alone against the same row in a batch. */
 #include "native_checks.h"
 
 static float of_f16(uint16_t h) {
@@ -128,7 +128,7 @@ static void check_nf4(int64_t out, int64_t in) {
     free(x), free(scale), free(y), free(one), free(packed), free(expected);
 }
 
-/* As turret_screen has it. */
+/* The structure that turret_screen reads. */
 typedef struct {
     const void *codes, *scales;
     int64_t out, in;
@@ -190,8 +190,8 @@ static void check_screen(int64_t out, int64_t in, float apart) {
     free(w), free(x), free((void *)screen.codes), free((void *)screen.scales);
 }
 
-/* As bad as it gets: what codes leave out adds all it can to the largest output, and takes all it can
- * from another one, which is the largest by its codes. */
+/* The worst case: the part that codes leave out adds as much as possible to the largest output, and takes as
+ * much as possible from another one, which is the largest by its codes. */
 static void check_screen_bounds(void) {
     enum { OUT = 700, IN = 128, BEST = 600, SECOND = 7 };
     bf16 *w = halves(OUT * IN), *x = halves(IN);

@@ -1,5 +1,5 @@
-/* Every piece is computed once, whoever asks: one thread, two at once, a child after a fork; beside
- * threads that take the processors away. Results are there when the call returns. */
+/* Checks that every piece is computed once, for one calling thread, for two at once, for a child after a fork,
+ * and beside threads that take the processors away. Results must be complete when the call returns. */
 #include "team.h"
 
 #include <pthread.h>

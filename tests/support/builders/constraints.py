@@ -1,4 +1,4 @@
-"""Constraints over the tokens of the tiny models: a byte is a token."""
+"""Constraints for the tiny models, in which each byte is a token."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def _compiler() -> ConstraintCompiler:
 
 
 def tokens_of(matcher: Matcher) -> set[int]:
-    """The tokens that may come next."""
+    """The tokens that are allowed next."""
     bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")
     return set(bits.nonzero()[0].tolist())
 
 
 def is_followed(constraint: Constraint, token_ids: Iterable[int]) -> bool:
-    """Whether an answer may be these tokens, and then end."""
+    """Whether the constraint accepts these tokens as a whole answer."""
     matcher = constraint.matcher()
     for token in token_ids:
         if token not in tokens_of(matcher):

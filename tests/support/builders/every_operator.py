@@ -1,4 +1,4 @@
-"""Adapters that have every operator between them, on random tensors."""
+"""Adapters that together use every operator, with random tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from turret.server.models.decoding.arch import Arch
 
 
 def every_operator(arch: Arch, dtype: torch.dtype) -> dict[str, AdapterOperators]:
-    """Adapters that use every operator between them."""
+    """Adapters that together use every operator."""
 
     def some(*shape: int) -> torch.Tensor:
         return torch.randn(shape).to(dtype)
@@ -106,7 +106,7 @@ def every_operator(arch: Arch, dtype: torch.dtype) -> dict[str, AdapterOperators
 def _everywhere(
     arch: Arch, make: Callable[[int, int], ModuleOperators], **more: Any
 ) -> AdapterOperators:
-    """What ``make`` gives for each linear module of the layers."""
+    """The result of ``make`` for each linear module of the layers."""
     return AdapterOperators(
         {
             f"model.layers.{layer}.{path}": make(out, inner)
@@ -119,7 +119,7 @@ def _everywhere(
 
 
 def _vocabulary(arch: Arch, some: Callable[..., torch.Tensor]) -> AdapterOperators:
-    """Another embedding and another head, by all that kernels know of."""
+    """Changes of embedding and head, in every form that kernels support."""
     vocab, hidden = arch.vocab_size, arch.hidden_size
     head = ModuleOperators(
         LowRank(some(4, hidden), some(4, vocab)),

@@ -1,4 +1,4 @@
-"""Registries over four small real adapters, and instruments to watch them."""
+"""Registries of four small real adapters, and helpers to observe them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def adapter_bytes() -> int:
 
 
 class Registries:
-    """Makes registries over a root of its own, and closes them."""
+    """Creates registries on a separate adapter root, and closes them."""
 
     def __init__(self, directory: Path) -> None:
         self.root = Path(shutil.copytree(_checkpoints().name, directory / "root"))
@@ -68,7 +68,7 @@ class Registries:
         metrics: Metrics | None = None,
         state: StateDir | None = None,
     ) -> AdapterRegistry:
-        """A registry with room for ``room`` small adapters; loads those named by a letter."""
+        """Create a registry with room for ``room`` small adapters, and load some by letter."""
         host_bytes = int(room * adapter_bytes())
         registry = AdapterRegistry(self.root, tiny_base(), host_bytes, 64, metrics, state=state)
         self._made.append(registry)
@@ -82,12 +82,12 @@ class Registries:
 
 
 def refs(names: str | list[str]) -> list[AdapterRef]:
-    """A reference to each name; a string names one adapter with each letter."""
+    """A reference to each name. Each letter of a string is the name of an adapter."""
     return [AdapterRef(name=name) for name in names]
 
 
 class Waiter:
-    """Asks for residency and remembers the answer."""
+    """Requests residency and remembers the answer."""
 
     def __init__(self, mix: Mix) -> None:
         self.mix = mix
@@ -150,7 +150,7 @@ def in_thread(call: Callable[[], object]) -> tuple[threading.Thread, list[object
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """For a state that another thread enters without telling."""
+    """Wait until another thread has reached a state for which there is no event."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not condition():
         assert time.monotonic() < deadline

@@ -22,7 +22,7 @@ BLOCK_SIZE = 4
 
 @dataclass(frozen=True)
 class FakeMix:
-    """A mix that is only its key."""
+    """A stand-in for a mix that consists only of its key."""
 
     key: tuple[tuple[str, int, float], ...] = ()
     members: tuple[tuple[Any, float], ...] = ()

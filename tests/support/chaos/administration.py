@@ -1,4 +1,4 @@
-"""Admin calls that change what is registered, and what each may leave behind if it is cut short."""
+"""Admin calls that change the registered adapters, and the states they may leave if interrupted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECONDS = 60.0
 
 
 class Entry(NamedTuple):
-    """What is registered under a name."""
+    """The adapter that is registered under a name."""
 
     uuid: str
     generation: int
@@ -68,7 +68,7 @@ class Administrator:
         return len(state.adapters) > 0
 
     def generate(self, *names: str) -> str:
-        """A short answer; the same for the same weights."""
+        """A short answer, which is the same for the same weights."""
         request = inference_pb2.GenerateRequest(prompt="a b c")
         request.stop.max_tokens = 3
         request.stop.ignore_eos = True
@@ -78,7 +78,7 @@ class Administrator:
         return self._inference.Generate(request, timeout=SECONDS).text
 
     def choose(self, source: random.Random, state: State) -> Operation:
-        """A call that can succeed."""
+        """Choose a call that can succeed."""
         name, path = source.choice(NAMES), source.choice(PATHS)
         if name not in state:
             kinds = ["load", "upload"] + ["fuse"] * (2 if len(state) >= 2 else 0)
@@ -138,7 +138,7 @@ class Administrator:
 
 
 def is_before_or_after(operation: Operation, before: State, found: State) -> bool:
-    """Whether a call that was cut short left the state before it or that after it."""
+    """Whether an interrupted call left the state from before it or from after it."""
     kind, name, _ = operation
     if {n: e for n, e in found.items() if n != name} != {
         n: e for n, e in before.items() if n != name

@@ -14,10 +14,12 @@ _ROOT = Path("/sys/fs/cgroup")
 
 def _own() -> tuple[Path, str]:
     """This process's group, and the name of the file with its limit."""
+    path = ""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
             return _ROOT / "memory" / path.lstrip("/"), "memory.limit_in_bytes"
+    # Version 2 has one group, which is the last line.
     return _ROOT / path.lstrip("/"), "memory.max"
 
 

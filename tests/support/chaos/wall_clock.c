@@ -1,4 +1,5 @@
-/* Preloaded into a server, moves its wall clock by the seconds that a file holds; other clocks go on. */
+/* A library that is preloaded into a server. It moves the wall clock by the seconds in a file, and leaves
+ * other clocks alone. */
 
 #define _GNU_SOURCE
 #include <fcntl.h>

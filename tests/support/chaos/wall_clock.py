@@ -1,8 +1,8 @@
 """The wall clock of other processes, which a test can set: see ``wall_clock.c``.
 
-libfaketime does not serve for this. Told to leave the monotonic clock alone, it breaks the timed
-waits on that clock, by which Python's threads hand over the interpreter: a thread that waits asks
-for it all the time, and a server under it takes minutes to load its model.
+libfaketime cannot be used for this. If it leaves the monotonic clock alone, it breaks timed waits
+on that clock, which Python's threads use to hand over the interpreter. Waiting threads then spin,
+and a server takes minutes to load its model.
 """
 
 from __future__ import annotations
@@ -37,6 +37,6 @@ class WallClock:
         self.environment = {"LD_PRELOAD": str(library), "WALL_CLOCK_FILE": str(self._file)}
 
     def set_ahead(self, seconds: int) -> None:
-        """Make it that much later, or earlier, than it is."""
+        """Move the clock ahead by some seconds, or back if they are negative."""
         with self._file.open("r+b") as file:
             file.write(seconds.to_bytes(8, "little", signed=True))

@@ -1,4 +1,4 @@
-"""Servers that start within a second: a process that has imported everything forks them off.
+"""Starts servers within a second, by forking a process that has imported everything.
 
 cd tests/support && python -m chaos.zygote      reads a JSON object with flags and log a line
 """
@@ -24,13 +24,13 @@ START_SECONDS = 120.0
 
 
 class Life:
-    """One server, until somebody ends it.
+    """A running server.
 
     Attributes:
-        pid: Its process.
-        address: Of gRPC.
-        metrics_address: Of Prometheus.
-        log: What it wrote.
+        pid: The id of its process.
+        address: The gRPC address.
+        metrics_address: The address of the metrics.
+        log: The file with its output.
     """
 
     def __init__(self, pid: int, log: Path) -> None:
@@ -57,7 +57,7 @@ class Life:
         os.kill(self.pid, signal.SIGKILL)
 
     def wait(self, seconds: float = 60.0) -> None:
-        """Until it has ended, however that came."""
+        """Wait until the server has ended, for whatever reason."""
         end = time.monotonic() + seconds
         while self.is_alive:
             assert time.monotonic() < end, f"it does not end:\n{self.log.read_text()[-3000:]}"
@@ -72,7 +72,7 @@ class Zygote:
         self._number = 0
 
     def start(self, folder: Path, *flags: str) -> Life:
-        """A server that answers."""
+        """Start a server, and wait until it answers."""
         self._number += 1
         log = folder / f"server-{self._number}.log"
         assert self._process.stdin is not None
@@ -84,7 +84,7 @@ class Zygote:
 
 @contextmanager
 def running_zygote(environment: Mapping[str, str] | None = None) -> Iterator[Zygote]:
-    """A zygote, ended with all its servers, which have these variables too."""
+    """A zygote whose servers also have these variables. It ends with all its servers."""
     with subprocess.Popen(
         [sys.executable, "-m", "chaos.zygote"],
         cwd=ROOT / "tests" / "support",
@@ -118,10 +118,10 @@ def main() -> None:
     from turret.server import app, build
     from turret.server.http import server
 
-    # Imported is enough: they are used in the children.
+    # These modules only need to be imported here; the children use them.
     kept: list[Any] = [app, build, server]
     assert kept
-    # Nobody waits for the children; the system takes what is left of them.
+    # Nobody waits for the children, so the system must reap them.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
         flags, log = json.loads(line)

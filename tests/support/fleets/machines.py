@@ -1,4 +1,4 @@
-"""Machines on one network: namespaces of this one, each of which can fall silent. Needs root."""
+"""Simulated machines on one network: network namespaces that can be disconnected. Needs root."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PREFIX_LENGTH = 24
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """One of them.
+    """A simulated machine.
 
     Attributes:
         namespace: Of its network.
@@ -27,7 +27,7 @@ class Machine:
     port: str
 
     def command(self, arguments: Sequence[str]) -> list[str]:
-        """A command, run there."""
+        """The command line that runs a command on this machine."""
         return ["ip", "netns", "exec", self.namespace, *arguments]
 
 
@@ -71,7 +71,7 @@ class Network:
         _ip("-n", self._switch, "link", "set", port, "master", "bridge", "up")
 
     def silence(self, machine: Machine) -> None:
-        """Lets nothing through to a machine and from it; nobody is told."""
+        """Drop all packets to and from a machine, without a notification."""
         _ip("-n", self._switch, "link", "set", machine.port, "nomaster")
 
     def close(self) -> None:

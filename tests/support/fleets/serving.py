@@ -59,7 +59,7 @@ class ServingFleet:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def wait_until_whole(self, count: int) -> float:
-        """Until so many replicas are there, each with everything; returns the seconds."""
+        """Wait for so many replicas, each with all adapters; return the seconds."""
         start = time.monotonic()
         while not _is_whole(self.status(), count):
             assert time.monotonic() < start + _WHOLE_SECONDS, self.status()
@@ -86,7 +86,7 @@ def listening(process: psutil.Process) -> set[tuple[str, int]]:
         found = process.net_connections(kind="tcp")
     except psutil.NoSuchProcess:
         return set()
-    # An IPv6 socket that is bound to an IPv4 address hears that one alone.
+    # An IPv6 socket that is bound to an IPv4 address accepts only that address.
     return {
         (each.laddr.ip.removeprefix("::ffff:"), each.laddr.port)
         for each in found
@@ -127,10 +127,10 @@ def start_fleet(folder: Path, *flags: str, host: str = "127.0.0.1") -> Iterator[
     command += ["--address", address, "--http-address", http, "--state-dir", str(state_dir)]
     command += ["--metrics-address", metrics]
     command += ["--adapter-root", str(ROOT / "examples" / "adapters"), *flags]
-    # Ray starts workers of its own: they have to find the same code.
+    # Ray starts its own workers, which must find the same code.
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     with log.open("wb") as written:
-        # In a group of its own, to which signals may be sent.
+        # A separate process group, so that the test can signal all of it.
         process = subprocess.Popen(
             command, stdout=written, stderr=written, env=environment, start_new_session=True
         )

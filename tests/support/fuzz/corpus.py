@@ -1,4 +1,4 @@
-"""The committed inputs: what is right of each kind, and whatever once broke something.
+"""The committed inputs: valid ones of each kind, and those that once broke something.
 
 cd tests/support && python -m fuzz.corpus     writes those that are right
 """
@@ -121,7 +121,7 @@ def encoded(messages: list[Message], method: str) -> bytes:
     """The messages of a call as the target ``message`` reads them."""
     number = next(i for i, each in enumerate(METHODS) if each.name == method)
     parts = [each.SerializeToString() for each in messages]
-    # A message that is longer than two bytes can say loses its end.
+    # A message whose length does not fit into two bytes is truncated.
     cut = [part[: (1 << 16) - 1] for part in parts]
     return bytes([number]) + b"".join(len(p).to_bytes(2, "little") + p for p in cut)
 

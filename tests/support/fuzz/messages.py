@@ -1,4 +1,4 @@
-"""Messages of any kind, drawn by their descriptors: every field that there is, and will be."""
+"""Random messages of any type, drawn from their descriptors, so that new fields are included."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 _F = FieldDescriptor
 _INT64 = (_F.CPPTYPE_INT64, _F.CPPTYPE_UINT64)
-# Words that mean something somewhere (adapters, paths, methods, files, roles), and odd texts.
+# Words with a meaning to the server (adapters, paths, methods, files, roles), and odd texts.
 _WORDS = (
     *("", "a", "b", "a" * 129, "x" * 5000, "adapter_config.json", "adapter_model.safetensors"),
     *("lora", "svd", "exact", "ties", "linear", "user", "system", "assistant", "total", "../a"),
@@ -39,7 +39,7 @@ def _scalars(field: FieldDescriptor) -> st.SearchStrategy[Any]:
     if kind == _F.CPPTYPE_BOOL:
         return st.booleans()
     if kind == _F.CPPTYPE_ENUM:
-        # Numbers that no value has are kept by proto3, and reach the server.
+        # Unknown enum numbers: proto3 keeps them, so they reach the server.
         assert field.enum_type is not None
         values = [value.number for value in field.enum_type.values]
         return st.sampled_from([*values, 99, -1])
@@ -69,7 +69,7 @@ def _drawn(draw: st.DrawFn, descriptor: Descriptor, depth: int) -> Message:
                 getattr(message, field.name)[key] = draw(_scalars(entry["value"]))
         elif field.is_repeated:
             items = draw(st.lists(_values(field, depth), max_size=3))
-            # Now and then more than any limit allows.
+            # Sometimes draws more entries than any limit allows.
             items *= draw(st.sampled_from((1, 1, 1, 1, 1, 40, 2000)))
             getattr(message, field.name).extend(items)
         elif field.message_type is not None:

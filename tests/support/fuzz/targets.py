@@ -1,8 +1,8 @@
-"""What is fed any bytes at all, and must answer with an error of its table or none.
+"""The fuzz targets: functions that must return normally or raise a documented error for any bytes.
 
-A target raises only where something is broken: an exception that nobody promised, a status that
-says "internal error", an adapter that was let in and cannot be told to clients, or more time or
-memory than the bytes are worth.
+A target raises only if something is broken: an undocumented exception, the status INTERNAL, an
+adapter that was accepted but cannot be described to clients, or more time or memory than the size
+of the input justifies.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ _MEMORY, _MEMORY_PER_BYTE = 64 << 20, 128
 
 
 class Broken(AssertionError):
-    """An answer that no client may get, or one that cost too much."""
+    """The server gave a forbidden answer, or one that cost too much."""
 
 
 class Targets:
-    """Everything that is fuzzed, by name.
+    """All fuzz targets, by name.
 
     Args:
         folder: For files.
 
     Attributes:
-        by_name: Name → what takes the bytes.
+        by_name: Name → function of the bytes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -92,7 +92,7 @@ class Targets:
             parse_config(data, "x")
 
     def folder(self, data: bytes) -> None:
-        """Both files of an adapter: two bytes that say how long the config is, then the two."""
+        """Both files of an adapter: two bytes with the length of the config, then the two files."""
         split = 2 + int.from_bytes(data[:2], "little")
         place = self._folder / "fuzzed"
         (place / CONFIG_FILE).write_bytes(data[2:split])
@@ -122,7 +122,7 @@ class Targets:
         ).SerializeToString()
 
     def registration(self, data: bytes) -> None:
-        """A file of the state directory: whoever wrote it, the server starts."""
+        """A file of the state directory. The server must start, whatever the file contains."""
         with contextlib.suppress(ValueError):
             SavedRegistration.from_json(data).to_json()
 

@@ -1,4 +1,4 @@
-"""One CTA in lock step: what its instructions ask of the machine."""
+"""Executes one CTA in lock step: the operations of its instructions."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ptx.global_memory import GlobalMemory
 from ptx.numbers import UNSIGNED, Value, i4, i8, u1, u4
 from ptx.shared_memory import SharedMemory
 
-# What a register holds in threads whose guard kept them from ever writing it: a NaN.
+# The content of a register in threads that never wrote it because of a guard: a NaN.
 _NEVER_WRITTEN = 0xFFF00BADFFF00BAD
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What the programs of a launch have in common.
+    """The data that the programs of a launch share.
 
     Attributes:
         grid: Programs along x, y and z.
         arguments: Raw bits of the kernel's arguments.
-        memory: Where their pointers point.
+        memory: The memory that their pointers refer to.
         threads: Of a program.
         shared_bytes: Of a program.
     """
@@ -36,7 +36,7 @@ class Launch:
 
 
 class Cta:
-    """State of one program of a launch.
+    """The state of one program of a launch.
 
     Attributes:
         ctaid: Its place in the grid.
@@ -72,7 +72,7 @@ class Cta:
         """Check that the program may end.
 
         Raises:
-            Fault: Something is under way, or was not waited for.
+            Fault: An operation is still in progress, or was not waited for.
         """
         self.shared.finish()
 
@@ -94,7 +94,7 @@ class Cta:
         return False
 
     def never_written(self, bits: int) -> Value:
-        """Contents of a register that nothing was written to yet."""
+        """The content of a register before the first write."""
         return UNSIGNED[bits](_NEVER_WRITTEN & ((1 << bits) - 1))
 
     def shuffle(self, value: Value, source: Value, mode: str) -> Value:
@@ -105,7 +105,7 @@ class Cta:
         if mode == "bfly":
             lane = self.laneid.astype(i8, copy=False) ^ lane
         elif mode == "up":
-            # From below the first lane: the thread's own.
+            # A source below the first lane means the thread's own value.
             own = self.laneid.astype(i8, copy=False)
             lane = np.where(own >= lane, own - lane, own)
         elif mode != "idx":

@@ -1,4 +1,4 @@
-"""Bits and numbers: registers hold unsigned integers, operations look at them as what they need.
+"""Bits and numbers: registers hold unsigned integers, which operations interpret as needed.
 
 A register is an array over the threads of a CTA, or a scalar where all threads hold the same.
 """

@@ -21,7 +21,7 @@ _FLOAT = {
 }  # fmt: skip
 _ROUNDINGS = ("rn", "rz", "rzi", "rni", "rmi", "rpi", "rna")
 _TO_WHOLE = {"rni": "np.rint", "rzi": "np.trunc", "rpi": "np.ceil", "rmi": "np.floor"}
-# Functions of three words that compilers join in one instruction, by their table of eight bits.
+# Common functions of three words in a ``lop3`` instruction, by their truth table of eight bits.
 _FUNCTIONS = {
     eval(text, {"a": 0xF0, "b": 0xCC, "c": 0xAA}) & 0xFF: text
     for form in ("({0}a {3} {1}b) {4} {2}c", "{0}a {3} ({1}b {4} {2}c)")

@@ -1,4 +1,4 @@
-"""A proxy that breaks connections, or falls silent, in the middle of what a server says."""
+"""A proxy that breaks connections, or goes silent, in the middle of a server's response."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _PIECE = 256
 class BreakingProxy:
     """Forwards TCP connections and resets each after some bytes from the server.
 
-    With ``is_silent`` it keeps them open instead, and passes on nothing any more.
+    With ``is_silent``, it keeps them open instead but forwards nothing more.
 
     Attributes:
         address: Where it listens.
-        num_broken: Connections that it has broken.
+        num_broken: Number of connections that it has broken.
         after_bytes: Each connection draws after how many bytes it breaks from this range; None lets
             all live.
     """

@@ -1,4 +1,4 @@
-"""A client that means harm, at a low rate, beside clients that do not."""
+"""A malicious client that sends bad traffic at a low rate, beside normal clients."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from fuzz.mutation import mutated
 
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
-# What a server may not say, whatever it was sent.
+# Statuses that a server must not return for any input.
 BUGS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS)
-# Other services change what is registered, which whoever compares answers would not know of.
+# Only these services: others change the registered adapters, which tests that compare answers
+# assume to be constant.
 _HARMLESS = ("Inference", "Health")
 
 
 class Harassment:
-    """Damaged messages, connections that never speak, streams that nobody reads.
+    """Sends damaged messages, opens silent connections, and starts streams that it does not read.
 
     Args:
-        address: Of the server.
-        source: Of all choices.
+        address: The server's address.
+        source: The random generator of all choices.
 
     Attributes:
-        seen: What came of it.
+        seen: Counts of the results.
     """
 
     def __init__(self, address: str, source: random.Random) -> None:
@@ -40,7 +41,7 @@ class Harassment:
         self._seeds = [data for name, data in seeds() if name == "message"]
 
     async def once(self) -> None:
-        """One attack, drawn."""
+        """Make one random attack."""
         attack = self._random.choice(
             (self._damaged, self._damaged, self._silent, self._unread, self._without_message)
         )

@@ -1,4 +1,4 @@
-"""An in-process HTTP server around stand-ins, and a client of it."""
+"""An in-process HTTP server with fake services, and a client for it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ANSWER_SECONDS = 20.0
 
 @dataclass
 class HttpHarness:
-    """A running server, what is behind it, and a client."""
+    """A running server, its fake services, and a client."""
 
     server: HttpServer
     gate: Gate
@@ -40,7 +40,7 @@ class HttpHarness:
     client: httpx2.AsyncClient
 
     async def settle(self) -> None:
-        """Wait for what a call does after its last byte: it is counted and logged."""
+        """Wait until a call has been counted and logged, which happens after its last byte."""
         while tasks := self.server._server.server_state.tasks:
             await asyncio.wait(list(tasks))
 
@@ -54,7 +54,7 @@ class HttpHarness:
         return await self.client.post(path, json=body, headers=dict(headers))
 
     async def refused(self, path: str, body: Any, headers: Mapping[str, str] = NOTHING) -> Refused:
-        """Post what must be refused; an error in OpenAI's form comes back."""
+        """Post a request that must be rejected, and return the error."""
         return Refused.of(await self.post(path, body, headers))
 
     async def events(self, path: str, body: Any) -> list[Any]:
@@ -70,7 +70,7 @@ class HttpHarness:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A refusal, taken apart."""
+    """The parts of an error response."""
 
     status: int
     message: str

@@ -1,15 +1,15 @@
-/* A fused projection's adapters: y = G * y + b + sum_k w_k delta_k(x), one rounding to bf16.
+/* The adapters of a fused projection: y = G * y + b + sum_k w_k delta_k(x), rounded to bf16 once.
  *
- * Each segment's rows read the factors of its own adapters where they lie, through a table of
- * pointers per adapter. A call has two passes over the segments, shrink and expand, each cut into
- * units that are dealt to the threads by what they cost; which thread computes a unit changes no bit.
+ * The rows of a segment read the factors of its own adapters in place, through a table of pointers per
+ * adapter. A call makes two passes over the segments, shrink and expand. Each pass is divided into units, which
+ * are assigned to the threads by their cost. Results do not depend on which thread computes a unit.
  */
 #include "adapters.h"
 #include "entries.h"
 #include "team.h"
 
-#define ROWS 32 /* rows of a segment that a unit takes together */
-/* The cost of reading a unit's weights, in rows of computing with them. */
+#define ROWS 32 /* rows of a segment in one unit */
+/* The cost of reading a unit's weights, relative to computing one row with them. */
 #define READING 3
 
 typedef struct {
@@ -22,8 +22,8 @@ typedef struct {
     int64_t module; /* index of the first slice's module */
 } Projection;
 
-/* A thread's share of a pass: the units that begin in [low, high) on the axis of summed costs. The first
- * walk over the units, with high 0, only computes the sum. */
+/* A thread's share of a pass: the units that begin in [low, high) on the axis of summed costs. The first walk
+ * over the units has high = 0 and only computes the total cost. */
 typedef struct {
     int64_t low, high, at;
 } Share;
@@ -52,7 +52,7 @@ INLINE float *activations(const Step *step, const Projection *p, const Segment *
     return step->scratch + c->scratch + ((row - seg->row_start) * p->num_slices + j) * c->width;
 }
 
-/* Shrinks the operators whose rows are not divided: each is one unit. */
+/* Shrinks the operators that compute a row as a whole: each row is one unit. */
 static void shrink_rows(const Step *step, const Projection *p, const Segment *seg,
                         const Component *c, int64_t j, int64_t row, int64_t stop, Share *share) {
     const Module *m = &c->modules[p->module + j];
@@ -185,7 +185,7 @@ INLINE void narrow(const float *from, int64_t count, bf16 *to) {
     for (; i < count; i++) to[i] = to_bf16(from[i]);
 }
 
-/* At most AT_ONCE rows from `row` on, columns [low, low + count) of slice j, which starts at column
+/* Expands at most AT_ONCE rows from `row` on, for columns [low, low + count) of slice j, which starts at column
  * `first` of y. */
 KERNEL static void expand_columns(const Step *step, const Projection *p, const Segment *seg,
                                   int64_t row, int64_t rows, int64_t j, int64_t first, int64_t low,
@@ -227,7 +227,7 @@ KERNEL static void expand_columns(const Step *step, const Projection *p, const S
     for (int64_t i = 0; i < rows; i++) narrow(acc + i * COLUMNS, count, y + i * p->y_stride);
 }
 
-/* The cost of a column of slice j: its products, and a part for reading and rounding it. */
+/* The cost of a column of slice j: its products, plus a constant for reading and rounding it. */
 static int64_t column_cost(const Step *step, const Projection *p, const Segment *seg, int64_t j) {
     int64_t cost = 8;
     for (int64_t k = seg->first; k < seg->last; k++) {

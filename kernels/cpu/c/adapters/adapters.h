@@ -1,19 +1,19 @@
-/* The adapters of a step's rows, as kernels/cpu/row_adapters.py lays them out, and the operators.
+/* The adapters of a step's rows, which kernels/cpu/row_adapters.py lays out, and the operators.
  *
- * Every operator comes in two halves: shrink reads the input and writes activations to scratch
- * memory, expand adds what they give for some columns to fp32 sums. Each sum runs in an order that
- * depends on its own adapter only.
+ * Every operator has two halves. Shrink reads the input and writes activations to scratch memory. Expand
+ * computes some columns of the update from them, and adds these to fp32 sums. The order of each sum depends
+ * only on its own adapter.
  */
 #ifndef TURRET_ADAPTERS_H
 #define TURRET_ADAPTERS_H
 
 #include "tiles.h"
 
-#define COLUMN_VECTORS 8 /* vectors of columns that an expand unit takes together */
+#define COLUMN_VECTORS 8 /* vectors of columns of an expand unit */
 #define COLUMNS (COLUMN_VECTORS * LANES)
 #define PADDED(n) (((n) + LANES - 1) / LANES * LANES)
-#define TILE 4 /* rows that share what is read into registers, where a segment has as many */
-#define AT_ONCE 32 /* rows, at most, that an expand unit adds to at once */
+#define TILE 4 /* rows that share the weights in registers, if a segment has that many */
+#define AT_ONCE 32 /* the most rows to which an expand unit adds at once */
 
 /* ((w1a w1b) * (w2a w2b)) x; scratch: [padded rank, rank]. */
 typedef struct {
@@ -25,16 +25,16 @@ typedef struct {
 /* kron(w1, w2) x; scratch: [in_m, padded out_k], or [in_m, padded rank]. */
 typedef struct {
     const bf16 *w1; /* [out_l, in_m] */
-    const bf16 *w2; /* [in_n, out_k], or null: then its factors are used */
+    const bf16 *w2; /* [in_n, out_k], or null if its factors a and b are used instead */
     const bf16 *a;  /* [rank, in_n] */
     const bf16 *b;  /* [rank, out_k] */
     int64_t out_l, in_m, out_k, in_n, rank;
 } Kronecker;
 
-/* Blocks of the change of the input; no scratch (input_change.c). */
+/* Blocks that change the input; no scratch (input_change.c). */
 typedef struct {
     const bf16 *blocks; /* [count, size, size] */
-    int64_t count;      /* 1: one block is used for all */
+    int64_t count;      /* 1 if all blocks are the same */
     int64_t size;
 } InputBlocks;
 
@@ -44,10 +44,10 @@ typedef struct {
     int64_t group;
 } PairRotation;
 
-/* Block-circulant update. width: frequencies, padded; scratch: [columns + 1, 2, width], then the
- * result, [rows * size] padded. Past the frequencies the matrices hold zeros. With parts = size /
- * LANES a transform is one of LANES values for each part, and their sum with turns (circulant.c);
- * with 0 parts it is a product with the whole matrix. */
+/* Block-circulant update. width: the number of frequencies, padded; the matrices hold zeros in the padding.
+ * scratch: [columns + 1, 2, width], then the result, [rows * size] padded. If parts = size / LANES, a transform
+ * consists of one transform of LANES values per part and a sum over the parts (circulant.c). If parts is 0, a
+ * transform is a product with the whole matrix. */
 typedef struct {
     const float *spectra; /* [rows, columns, 2, width] */
     const float *forward; /* [LANES, 2, LANES]; without parts [size, 2, width] */
@@ -57,14 +57,14 @@ typedef struct {
     int64_t rows, columns, size, width, parts;
 } Circulant;
 
-/* S x by groups of LANES outputs and blocks of 64 inputs; no scratch (sparse.c). `outputs` orders each
- * COLUMNS outputs: the first LANES are the first group, and so on. Slot s of a step belongs to output s
- * % LANES of its group. Memory past the end of values and places must be readable. */
+/* S x, computed by groups of LANES outputs and blocks of 64 inputs; no scratch (sparse.c). `outputs` assigns the
+ * outputs of each COLUMNS to groups: the first LANES entries are the first group, and so on. Slot s of a step
+ * belongs to output s % LANES of its group. Memory past the end of values and places must be readable. */
 typedef struct {
     const bf16 *values;     /* values of the slots that have an entry, step by step */
     const uint8_t *places;  /* position of an entry's input in its block */
     const uint32_t *masks;  /* [steps]: which of 2 LANES slots have an entry */
-    const uint16_t *skips;  /* [steps]: number of blocks since the step before, at first since block 0 */
+    const uint16_t *skips;  /* [steps]: number of blocks since the previous step, or since block 0 */
     const int32_t *starts;  /* [groups + 1, 2]: steps, entries */
     const uint8_t *outputs; /* [out]: position among their COLUMNS */
     int64_t mean;           /* average number of entries of an output */
@@ -77,7 +77,7 @@ typedef struct {
 } Dense;
 
 typedef struct {
-    const bf16 *a;      /* [rank, in]; null although rank > 0: pieces of the input are added up */
+    const bf16 *a;      /* [rank, in]; if null and rank > 0, A adds up pieces of the input (pieces_shrink) */
     const bf16 *b;      /* [rank, out] */
     const float *gain;  /* [out], or null */
     const float *bias;  /* [out], or null */
@@ -108,11 +108,11 @@ typedef struct {
     int64_t in_features, out_features;
 } ModuleSize;
 
-/* How far a thread has asked for factors (ahead.h). */
+/* How far a thread has prefetched factors (ahead.h). */
 typedef struct {
     int64_t module, segment, component; /* counted from the segment's first */
     int64_t factor;                     /* 0 is A, 1 is B */
-    int64_t done;                       /* lines of the factor that were asked for */
+    int64_t done;                       /* lines of the factor that were prefetched */
     int64_t ranks;                      /* ranks of the module's components before this one */
     int64_t all_ranks;                  /* ranks of all of them, or 0: not counted yet */
 } Mark;
@@ -125,15 +125,15 @@ typedef struct {
     int64_t num_threads;
     const ModuleSize *sizes; /* of a layer's modules */
     int64_t modules_per_layer, num_modules;
-    int64_t reach; /* number of modules ahead for which factors are asked */
+    int64_t reach; /* number of modules ahead whose factors are prefetched */
     Mark *marks;   /* one per thread */
 } Step;
 
-/* The inputs of one projection that adapters change, of a step's rows. */
+/* Which inputs of one projection adapters change, for a step's rows. */
 typedef struct {
-    const int64_t *changes; /* [rows, 3]: the row's first and last component that change it, one number
-                             * where none does; whether each slice has its own change, or the first
-                             * slice's is that of all */
+    const int64_t *changes; /* [rows, 3]: the first of the row's components that change it, and the end of
+                             * these (equal if none does); whether each slice has its own change, or
+                             * the first slice's holds for all */
     int64_t count; /* number of changed inputs: one, one per slice, or none */
 } Inputs;
 
@@ -158,7 +158,8 @@ INLINE int64_t pairs_start(const Module *m) {
            (c ? (c->columns + 1) * 2 * c->width + PADDED(c->rows * c->size) : 0);
 }
 
-/* Rows of a segment: inputs, activations of one operator, sums of some columns ([count, COLUMNS]). */
+/* Rows of a segment: their inputs, the activations of one operator, and the sums of some columns
+ * ([count, COLUMNS]). */
 typedef struct {
     const bf16 *x;
     float *v, *acc;
@@ -168,22 +169,23 @@ typedef struct {
 } Rows;
 
 #define RANKS 4
-/* Whether low-rank updates are computed by tiles (low_rank_tiles.h), 16 ranks at a time. */
+/* Whether low-rank updates are computed on tiles (low_rank_tiles.h), 16 ranks at a time. */
 INLINE int low_rank_takes_tiles(const ModuleSize *size) {
     return HAS_TILES && size->in_features % (2 * LANES) == 0 && size->out_features % LANES == 0;
 }
 INLINE int64_t low_rank_step(const ModuleSize *size) { return low_rank_takes_tiles(size) ? LANES : RANKS; }
-/* Ranks [r, r + low_rank_step) of w A x, for any number of rows; by tiles as pairs of bf16. */
+/* Computes ranks [r, r + low_rank_step) of w A x, for any number of rows. On tiles, the results are pairs of
+ * bf16. */
 void low_rank_shrink(const Module *m, const Rows *rows, const ModuleSize *size, float w, int64_t r);
-/* The same for one row and all ranks, where A adds up pieces of `rank` inputs. */
+/* The same for one row and all ranks, if A adds up pieces of `rank` inputs. */
 void pieces_shrink(const bf16 *x, const ModuleSize *size, int64_t rank, float w, float *v);
-/* acc[:, 0:count] += (B v)[low:low + count], count at most COLUMNS, for at most AT_ONCE rows; so the
- * others, w times theirs. */
+/* acc[:, 0:count] += (B v)[low:low + count], for at most AT_ONCE rows and COLUMNS columns. The other operators'
+ * expand functions add w times their result. */
 void low_rank_expand(const Module *m, const Rows *rows, const ModuleSize *size, int64_t low, int64_t count);
-/* Call it after a thread's last low-rank shrink or expand. */
+/* Releases the tiles. Call this function after a thread's last low-rank shrink or expand. */
 void low_rank_end(void);
 
-/* Tile number `tile` of U = w2b diag(x) w1b^T. */
+/* Computes tile number `tile` of U = w2b diag(x) w1b^T. */
 INLINE int64_t hadamard_tiles(const Hadamard *h) {
     int64_t side = (h->rank + RANKS - 1) / RANKS;
     return side * side;
@@ -192,25 +194,26 @@ void hadamard_shrink(const Hadamard *h, const bf16 *x, int64_t in_features, int6
 void hadamard_expand(const Hadamard *h, const float *u, float w, int64_t width, int64_t low,
                      int64_t count, float *acc);
 
-/* Rows [low, high) of X w2^T, X being x as [in_m, in_n]; or of X a^T. */
+/* Computes rows [low, high) of X w2^T, or of X a^T, where X is x as a matrix [in_m, in_n]. */
 void kronecker_shrink(const Kronecker *k, const bf16 *x, int64_t low, int64_t high, float *z);
 void kronecker_expand(const Kronecker *k, const float *z, float w, int64_t low, int64_t count,
                       float *acc);
 
 
-/* For one row: computes everything at once, then adds w times some columns of the result. */
+/* For one row: shrink computes the whole result, and expand adds w times some of its columns. */
 void circulant_shrink(const Circulant *c, const bf16 *x, float *z);
 void circulant_expand(const Circulant *c, const float *z, float w, int64_t low, int64_t count,
                       float *acc);
 
-/* Stores the base's result of one row, then adds w times what some columns get from their partners. */
+/* For one row: shrink stores the base's result, and expand adds w times the partners of some columns. */
 void pairs_shrink(const bf16 *y, int64_t width, float *z);
 void pairs_expand(const PairRotation *p, const float *z, float w, int64_t low, int64_t count,
                   float *acc);
 
-/* Steps of `Sparse` for compressed rows; -1 where the inputs of an output do not ascend by blocks. */
+/* The number of steps of `Sparse` for compressed rows, or -1 if the inputs of an output do not ascend by
+ * blocks. */
 int64_t turret_sparse_steps(const uint16_t *columns, const int32_t *row_starts, int64_t out);
-/* Fills what `Sparse` points to; returns its steps, or -1. */
+/* Fills the arrays of `Sparse`. Returns the number of steps, or -1. */
 int64_t turret_sparse_fill(const bf16 *values, const uint16_t *columns, const int32_t *row_starts,
                            int64_t out, bf16 *kept, uint8_t *places, uint32_t *masks,
                            uint16_t *skips, int32_t *starts, uint8_t *outputs);

@@ -1,10 +1,10 @@
-/* What a step's adapters read next, for a kernel that leaves the memory idle to ask for.
+/* Finds the memory that a step's adapters read next, so that a kernel that leaves the memory idle can prefetch it.
  *
- * Low-rank factors in the order in which the layers read them: by module, segment and component, A
- * before B. Every thread walks along with a mark of its own and takes the ranks that it will read
- * itself (turret_adapt deals its work out in this order): what lies in another core's cache is
- * little gain. It stays within `reach` modules: what came too early would have left the cache again.
- * With tiles `reach` is 0: the base's product waits for memory itself, as it does with few rows.
+ * The low-rank factors are prefetched in the order in which the layers read them: by module, segment and
+ * component, A before B. Every thread has its own mark, and prefetches the ranks that it will read itself,
+ * because data in another core's cache is of little use. (turret_adapt divides its work in the same order.) A
+ * thread goes at most `reach` modules ahead, because data that arrives too early leaves the cache before it is
+ * used. With tiles `reach` is 0: the base's product then keeps the memory busy, as it does with few rows.
  */
 #ifndef TURRET_AHEAD_H
 #define TURRET_AHEAD_H
@@ -12,8 +12,8 @@
 #include "adapters.h"
 
 #define LINE 64
-#define LEAST_ROWS 6 /* products with fewer rows leave the memory no idle time */
-#define MOST_LINES 64 /* lines at a time: a core has about 24 reads in flight, of 100 ns each */
+#define LEAST_ROWS 6 /* products with fewer rows keep the memory busy */
+#define MOST_LINES 64 /* lines to prefetch at a time: a core has about 24 reads in flight, of 100 ns each */
 
 typedef struct {
     const char *start;
@@ -21,7 +21,7 @@ typedef struct {
 } Lines;
 
 typedef struct {
-    const Step *step; /* null: nothing to ask for */
+    const Step *step; /* null: nothing to prefetch */
     Mark mark;
     int64_t end; /* first module out of reach */
     int64_t part, parts;
@@ -71,7 +71,7 @@ INLINE int64_t all_ranks(const Step *step, int64_t module) {
     return ranks;
 }
 
-/* Returns the next lines to ask for, more of them for more rows, which take longer to compute. */
+/* Returns the next lines to prefetch. More rows take longer to compute, so there are more lines for them. */
 static Lines next_lines(Walk *walk, int64_t rows) {
     const Step *step = walk->step;
     int64_t most = rows * 4 < MOST_LINES ? rows * 4 : MOST_LINES;
@@ -80,7 +80,7 @@ static Lines next_lines(Walk *walk, int64_t rows) {
         const Module *m = module_at(step, mark);
         if (!m || !m->rank || !(mark->factor ? m->b : m->a)) continue;
         if (!mark->all_ranks) mark->all_ranks = all_ranks(step, mark->module);
-        /* This thread asks only for its own share of the ranks. */
+        /* Each thread prefetches only its own share of the ranks. */
         int64_t low = mark->all_ranks * walk->part / walk->parts - mark->ranks;
         int64_t high = mark->all_ranks * (walk->part + 1) / walk->parts - mark->ranks;
         low = low < 0 ? 0 : low;

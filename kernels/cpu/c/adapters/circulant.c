@@ -1,13 +1,13 @@
-/* Block-circulant updates (C3A): transforms as products with constant matrices, see
- * kernels/adapters/circulant.py. Everything is computed in the shrink pass, a row at a time; scratch holds the
- * blocks' transforms, one sum of them, and the result.
+/* Block-circulant updates (C3A). Transforms are products with constant matrices; see
+ * kernels/adapters/circulant.py. The shrink pass computes everything, a row at a time. The scratch memory holds
+ * the blocks' transforms, one sum of them, and the result.
  *
- * Where LANES divides the size the matrix is taken apart (Cooley and Tukey). With s parts and n = j + s q,
+ * If LANES divides the size, the matrix is factored (Cooley and Tukey). With s parts and n = j + s q,
  *
  *     X_f = sum_j e^(-2 pi i j f / size) Y_j,f mod LANES      Y_j,g = sum_q x_(j + s q) e^(-2 pi i g q / LANES)
  *
- * where Y_j is two vectors that serve every vector of f; and back likewise. 192 values take 23,000 products in
- * place of 86,000 for a transform there and back, and the constants stay in the nearest cache.
+ * where Y_j consists of two vectors that are used for every vector of f. The inverse works likewise. Transforming
+ * 192 values and back takes 23,000 products instead of 86,000, and the constants stay in the nearest cache.
  */
 #include "adapters.h"
 
@@ -38,7 +38,7 @@ INLINE void multiply(const float *values, int64_t count, const float *matrix, in
     }
 }
 
-/* sum = sum over n of X_n conj(K_n), real parts and then imaginary ones. */
+/* sum = sum over n of X_n conj(K_n): first the real parts, then the imaginary ones. */
 INLINE void correlate(const Circulant *c, const float *found, const float *kernels, float *sum) {
     int64_t width = c->width, step = 2 * width;
     for (int64_t f = 0; f < width; f += LANES) {
@@ -55,7 +55,7 @@ INLINE void correlate(const Circulant *c, const float *found, const float *kerne
     }
 }
 
-/* Y_j of parts [j, j + count), into [parts, 2, LANES]. */
+/* Computes Y_j of parts [j, j + count), [parts, 2, LANES]. */
 INLINE void transform_parts(const Circulant *c, const float *values, int64_t j, const int count,
                             float *found) {
     f32x16 real[count], imaginary[count];
@@ -75,7 +75,7 @@ INLINE void transform_parts(const Circulant *c, const float *values, int64_t j, 
     }
 }
 
-/* Transforms vectors [f, f + count) of frequencies: turns the parts' transforms and adds them up. */
+/* Computes vectors [f, f + count) of frequencies: multiplies the parts' transforms by `turns` and adds them up. */
 INLINE void turn_parts(const Circulant *c, const float *found, int64_t f, const int count, float *out) {
     int64_t width = c->width;
     f32x16 real[count], imaginary[count];
@@ -104,7 +104,7 @@ INLINE void transform(const Circulant *c, const float *values, float *out) {
     for (; f < c->width; f += LANES) turn_parts(c, found, f, 1, out);
 }
 
-/* Values j, j + parts, .. of the block whose transform is sum, for parts [j, j + count). */
+/* Computes values j, j + parts, .. of the block whose transform is `sum`, for parts [j, j + count). */
 INLINE void values_of_parts(const Circulant *c, const float *sum, int64_t j, const int count,
                             float *block) {
     int64_t width = c->width;

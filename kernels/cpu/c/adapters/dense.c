@@ -1,5 +1,5 @@
-/* Updates that have a whole matrix for a weight: the dot products of the low-rank updates' A, weighted
- * and added up. */
+/* Updates with a whole matrix for a weight: dot products as for the A of low-rank updates, weighted and added
+ * up. */
 #include "adapters.h"
 #include "dots.h"
 

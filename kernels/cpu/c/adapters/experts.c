@@ -1,6 +1,6 @@
 /* Low-rank updates of experts: y_p += sum_k w_k B_e (A_e x_p) for pairs p of a row and an expert e.
  *
- * Each pair is computed by itself, in an order that its own row's adapters decide.
+ * Each pair is computed by itself, in an order that depends only on its own row's adapters.
  */
 #include "adapters.h"
 #include "team.h"
@@ -12,7 +12,7 @@ typedef struct {
     int64_t rank;  /* 0: no update */
 } Update;
 
-/* One member of a row's mix. */
+/* One adapter of a row's mix. */
 typedef struct {
     const Update *updates; /* of one adapter, by layer and projection */
     double weight;

@@ -9,7 +9,7 @@ KERNEL void hadamard_shrink(const Hadamard *h, const bf16 *x, int64_t in_feature
     int64_t rank = h->rank, side = (rank + RANKS - 1) / RANKS;
     int64_t j = tile / side * RANKS, i = tile % side * RANKS;
     const bf16 *left[RANKS], *right[RANKS];
-    for (int q = 0; q < RANKS; q++) { /* past the rank, repeat some row; its result is dropped */
+    for (int q = 0; q < RANKS; q++) { /* missing ranks repeat some row, whose result is not stored */
         left[q] = h->w2b + (j + q < rank ? j + q : j) * in_features;
         right[q] = h->w1b + (i + q < rank ? i + q : i) * in_features;
     }
@@ -34,7 +34,7 @@ KERNEL void hadamard_shrink(const Hadamard *h, const bf16 *x, int64_t in_feature
             u[(j + r) * rank + i + c] = sum_lanes(sums[r][c]) + rest[r][c];
 }
 
-/* A constant number of vectors, so that the sums stay in registers. */
+/* The number of vectors is a constant, so that the sums stay in registers. */
 INLINE void add_vectors(const Hadamard *h, const float *u, float w, int64_t width, int64_t low,
                         float *acc, const int vectors) {
     int64_t rank = h->rank;
@@ -48,7 +48,7 @@ INLINE void add_vectors(const Hadamard *h, const float *u, float w, int64_t widt
         for (int64_t i = 0; i < rank; i++) {
             f32x16 column[vectors];
             for (int v = 0; v < vectors; v++) column[v] = load_bf16(w1a + i * width + v * LANES);
-            /* Rows past the rank are in the scratch, and their sums are not used. */
+            /* Rows past the rank are still inside the scratch memory, and their sums are not used. */
             for (int q = 0; q < RANKS; q++)
                 for (int v = 0; v < vectors; v++) inner[q][v] += u[(j + q) * rank + i] * column[v];
         }

@@ -1,11 +1,11 @@
-/* Inputs as adapters change them: x * start + sum_k w_k ((l_k - 1) * x + D_k x), for the rows that
- * the caller lists. D_k is block-diagonal (kernels/adapters/input_blocks.py).
+/* Changes inputs as the adapters require: x * start + sum_k w_k ((l_k - 1) * x + D_k x), for the rows that the
+ * caller lists. D_k is block-diagonal (kernels/adapters/input_blocks.py).
  */
 #include "entries.h"
 #include "team.h"
 
-/* total[:, j : j + vectors * LANES] += w * x D for `count` blocks D of [size, size], `step` apart, side
- * by side: a sum alone would wait for itself. */
+/* total[:, j : j + vectors * LANES] += w * x D for `count` blocks D of [size, size], which are `step` apart. The
+ * blocks are computed side by side, because the additions of a single sum would wait for each other. */
 INLINE void add_products(const bf16 *x, const bf16 *blocks, int64_t size, int64_t step, int64_t j,
                          float w, const int count, const int vectors, float *total) {
     f32x16 sums[count][vectors];
@@ -77,7 +77,7 @@ static void change_piece(const void *job, int64_t thread, int64_t n) {
                j->members[2 * n], j->members[2 * n + 1], j->start, j->out + n * j->in_features);
 }
 
-/* out: [count, in]; members: of each listed row, first and last of its components. */
+/* out: [count, in]; members: [first, last) of the components of each listed row. */
 EXPORT void turret_input_change(const Step *step, int64_t module, int64_t in_features,
                                 const bf16 *x, int64_t x_stride, const int64_t *rows,
                                 const int64_t *members, int64_t count, double start, bf16 *out) {

@@ -1,7 +1,7 @@
-/* Kronecker updates (LoKr): vec(w1 X w2^T), X being x as [in_m, in_n].
+/* Kronecker updates (LoKr): vec(w1 X w2^T), where X is x as a matrix [in_m, in_n].
  *
- * Where a row of columns does not divide into vectors, its last vector begins earlier and some
- * columns are computed twice, with the same result.
+ * If a row does not divide into whole vectors, its last vector begins earlier. Some columns are then computed
+ * twice, with the same result.
  */
 #include "adapters.h"
 #include "dots.h"
@@ -10,7 +10,7 @@
 
 INLINE int64_t clamp(int64_t value, int64_t most) { return value < most ? value : most; }
 
-/* Rows of X w2^T, four rows by two vectors at a time. */
+/* Computes rows of X w2^T, four rows by two vectors at a time. */
 INLINE void multiply_rows(const Kronecker *k, const bf16 *x, int64_t low, int64_t high, float *z) {
     int64_t width = k->out_k, stride = PADDED(width);
     if (width < LANES) {
@@ -61,7 +61,7 @@ KERNEL void kronecker_shrink(const Kronecker *k, const bf16 *x, int64_t low, int
     }
 }
 
-/* t[0:padded rank] = (w1 V)[l], V in z; past the rank there is anything. */
+/* t[0:padded rank] = (w1 V)[l], where V is in z. Values past the rank are undefined. */
 INLINE void mix_ranks(const Kronecker *k, const float *z, int64_t l, float *t) {
     int64_t stride = PADDED(k->rank);
     for (int64_t r = 0; r < stride; r += LANES) {
@@ -72,7 +72,7 @@ INLINE void mix_ranks(const Kronecker *k, const float *z, int64_t l, float *t) {
     }
 }
 
-/* Columns [low, high) of row l of the result to out[0:], which has room for a vector before it. */
+/* Writes columns [low, high) of row l of the result to out[0:], which has room for a vector before it. */
 INLINE void make_row(const Kronecker *k, const float *z, const float *t, int64_t l, int64_t low,
                      int64_t high, float *out) {
     int64_t width = k->out_k, stride = PADDED(width);

@@ -31,8 +31,8 @@ KERNEL void low_rank_shrink(const Module *m, const Rows *rows, const ModuleSize 
         for (int64_t q = 0; q < least(m->rank - r, RANKS); q++) v[i * rows->v_stride + q] *= w;
 }
 
-/* A constant number of rows and of vectors of columns, so that the sums stay in registers; brings as
- * many columns after them into the cache. */
+/* The numbers of rows and of vectors of columns are constants, so that the sums stay in registers. Prefetches as
+ * many of the next columns. */
 INLINE void add_tile(const Rows *rows, const bf16 *b, int64_t rank, int64_t stride, int64_t low,
                      const int count, const int vectors) {
     f32x16 s[count][vectors];
@@ -89,7 +89,7 @@ KERNEL void low_rank_expand(const Module *m, const Rows *rows, const ModuleSize 
     }
 }
 
-/* A[r, i] = 1 for i mod rank = r: v_r = w (x_r + x_(rank + r) + ..), added in that order. */
+/* A[r, i] is 1 if i mod rank = r, so v_r = w (x_r + x_(rank + r) + ..), added in this order. */
 KERNEL void pieces_shrink(const bf16 *x, const ModuleSize *size, int64_t rank, float w, float *v) {
     int64_t n = size->in_features;
     for (int64_t r = 0; r < rank; r += LANES) {
@@ -97,7 +97,7 @@ KERNEL void pieces_shrink(const bf16 *x, const ModuleSize *size, int64_t rank, f
         int64_t i = r;
         if (r + LANES <= rank)
             for (; i + LANES <= n; i += rank) sums += load_bf16(x + i);
-        /* The rest of the last piece, or all pieces where they end within a vector. */
+        /* The rest of the last piece, or everything if the rank ends within this vector. */
         for (; i < n; i += rank)
             for (int64_t q = 0; q < least(least(rank - r, n - i), LANES); q++) sums[q] += to_f32(x[i + q]);
 #if HAS_TILES

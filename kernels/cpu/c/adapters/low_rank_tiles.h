@@ -1,13 +1,14 @@
-/* Low-rank updates by AMX's tiles, whose factors are read where they lie. Included by low_rank.c.
+/* Low-rank updates on AMX tiles. Factors are read from their place in memory. Included by low_rank.c.
  *
- * Shrink: for several rows, 16 ranks of A are turned over, 32 inputs at a time, to meet the rows as
- * they lie; one row, as one column, meets A as it lies. Either way an element's terms come in one order.
+ * Shrink: for several rows, 16 ranks of A are transposed, 32 inputs at a time, and multiplied by the rows. A
+ * single row is multiplied as one column, and A is loaded without a transposition. The terms of an element are
+ * added in the same order either way.
  *
- * Expand: w A x is the sum of two bf16, which is exact to 2^-17. A pair is (high, low), which meets
- * (b, b).
+ * Expand: w A x is represented as the sum of two bf16 numbers, which is exact to 2^-17. The pair (high, low) is
+ * multiplied by (b, b).
  */
 
-/* Numbers of the tiles; macros, because they become text of instructions. */
+/* Numbers of the tiles. They are macros, because the number of a tile is part of the instruction. */
 #define SUM_0 0
 #define SUM_1 1
 #define LEFT_0 2
@@ -39,7 +40,7 @@ void low_rank_end(void) {
     shaped = 0;
 }
 
-/* Stores sixteen values as pairs of bf16. */
+/* Stores sixteen values as pairs of bf16 numbers, (high, low). */
 INLINE void store_pairs(float *v, f32x16 value) {
     __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)value));
     __m512 rest = (__m512)(value - (f32x16)_mm512_slli_epi32(high, 16));
@@ -72,7 +73,7 @@ INLINE void shrink_row(const bf16 *a, const bf16 *x, int64_t n, int64_t ranks, f
     store_pairs(v, load_f32(sums) * w);
 }
 
-/* Turns 32 inputs of `ranks` rows of A into [16 pairs, 16 ranks]; inputs and ranks past the end are 0. */
+/* Transposes 32 inputs of `ranks` rows of A to [16 pairs, 16 ranks]. Missing inputs and ranks are 0. */
 INLINE void turn_ranks(const bf16 *a, int64_t n, int64_t ranks, bf16 *turned) {
     f32x16 v[LANES];
     for (int r = 0; r < TILE_ROWS; r++)
@@ -119,7 +120,7 @@ static void shrink_by_tiles(const Module *m, const Rows *rows, int64_t n, float 
 
 #define TWICE(word) ((word) << 16 | (word))
 
-/* 16 columns of `ranks` rows of B twice each, [16 ranks, 16 pairs]; those beyond the last are 0. */
+/* Repeats each of 16 columns of `ranks` rows of B, to [16 ranks, 16 pairs]. Missing ranks are 0. */
 INLINE void widen_ranks(const bf16 *b, int64_t width, int64_t ranks, uint32_t *pairs) {
     const __m512i twice = (__m512i)(u32x16){TWICE(0), TWICE(1), TWICE(2), TWICE(3), TWICE(4), TWICE(5),
                                             TWICE(6), TWICE(7), TWICE(8), TWICE(9), TWICE(10), TWICE(11),
@@ -155,8 +156,8 @@ INLINE void expand_groups(const Module *m, const Rows *rows, int64_t width, int6
     if (two) tile_store(SUM_1, acc + TILE_ROWS * COLUMNS, acc_bytes);
 }
 
-/* The same for one row and `vectors` of columns, without tiles: it sums even and odd terms separately,
- * 16 ranks at a time, and prefetches as much of the next columns. */
+/* The same for one row and `vectors` vectors of columns, without tiles. Sums even and odd terms separately, 16
+ * ranks at a time, as a tile does, and prefetches as much of the next columns. */
 INLINE void add_vectors(const Module *m, const Rows *rows, int64_t width, int64_t low, float *acc,
                         const int vectors) {
     const bf16 *b = m->b + low, *next = rows->next;
@@ -178,7 +179,7 @@ INLINE void add_vectors(const Module *m, const Rows *rows, int64_t width, int64_
                 odd[j] += rest[q] * column;
             }
         }
-        /* Tiles add zeros for ranks past the end. */
+        /* Tiles add zeros for missing ranks. */
         for (int j = 0; j < vectors; j++) s[j] += (even[j] + 0.0f) + (odd[j] + 0.0f);
     }
     for (int j = 0; j < vectors; j++) store_f32(acc + j * LANES, s[j]);

@@ -1,5 +1,5 @@
-/* Outputs of the base added to their partners (RoAd), see kernels/adapters/pair_rotation.py. Scratch holds
- * what the base gave, because expand overwrites it. */
+/* Adds outputs of the base to their partners (RoAd); see kernels/adapters/pair_rotation.py. The scratch memory
+ * keeps the base's result, because expand overwrites it. */
 #include "adapters.h"
 
 KERNEL void pairs_shrink(const bf16 *y, int64_t width, float *z) {

@@ -1,10 +1,11 @@
-/* Updates of a few entries of a weight. An entry is a product by itself, and a row of a weight has too few
- * for a vector; so LANES outputs are computed at once, BLOCK inputs at a time, which lie in two
- * registers: an entry finds its input there and not in memory. A step has two slots for each of the
- * outputs, and memory holds the slots that have an entry, side by side, with a mask that tells them.
- * The outputs of a unit are dealt to the lanes by how many entries they have, so that few slots are
- * empty. What a slot has is added in the order of the inputs, and then the two slots of an output, for any
- * number of rows.
+/* Updates of a few entries of a weight.
+ *
+ * A row of a weight has too few entries to fill a vector. So LANES outputs are computed at once, for BLOCK inputs
+ * at a time. These inputs fit into two registers, from which the entries select theirs without reading memory.
+ * A step has two slots for each output. Memory holds only the slots that have an entry, side by side, and a mask
+ * of these. The outputs of a unit are sorted by their number of entries before they are assigned to lanes, so
+ * that few slots are empty. Each slot is summed in the order of the inputs, and then the two slots of an output
+ * are added, for any number of rows.
  */
 #include "adapters.h"
 
@@ -14,7 +15,7 @@
 #define AHEAD 4096     /* bytes to prefetch ahead: memory latency times a thread's reading rate */
 #define TOGETHER 8     /* rows whose sums stay in registers */
 
-/* Orders the outputs [low, low + count) by their number of entries, most first. This is a radix sort: an
+/* Sorts the outputs [low, low + count) by their number of entries, largest first. It is a radix sort, because an
  * adapter has thousands of such units, and its first request waits for them. */
 static void deal(const int32_t *row_starts, int64_t low, int64_t count, uint8_t *outputs) {
     int64_t found[COLUMNS], most = 0;
@@ -37,10 +38,10 @@ static void deal(const int32_t *row_starts, int64_t low, int64_t count, uint8_t 
     }
 }
 
-/* Entries of LANES outputs in compressed rows, by block of inputs. */
+/* The entries of LANES outputs in compressed rows, by block of inputs. */
 typedef struct {
     int64_t lanes, blocks;
-    int64_t next[LANES]; /* entry of an output that comes next */
+    int64_t next[LANES]; /* the next entry of each output */
     int32_t counts[MOST_BLOCKS][LANES];
 } Group;
 
@@ -80,7 +81,7 @@ static uint32_t slots_of(const Group *g, int64_t block, int64_t step) {
     return slots;
 }
 
-/* Counts the steps of all groups; -1 where the inputs of an output do not ascend by blocks. */
+/* Counts the steps of all groups, or returns -1 if the inputs of an output do not ascend by blocks. */
 EXPORT int64_t turret_sparse_steps(const uint16_t *columns, const int32_t *row_starts, int64_t out) {
     int64_t total = 0;
     uint8_t outputs[COLUMNS];
@@ -96,8 +97,8 @@ EXPORT int64_t turret_sparse_steps(const uint16_t *columns, const int32_t *row_s
     return total;
 }
 
-/* Fills what `Sparse` points to, except `mean`. Every step has at least one entry. Returns the number of
- * steps, or -1 as turret_sparse_steps does. */
+/* Fills the arrays of `Sparse`. Every step has at least one entry. Returns the number of steps, or -1 as
+ * turret_sparse_steps does. */
 EXPORT int64_t turret_sparse_fill(const bf16 *values, const uint16_t *columns, const int32_t *row_starts,
                                int64_t out, bf16 *kept, uint8_t *places, uint32_t *masks,
                                uint16_t *skips, int32_t *starts, uint8_t *outputs) {
@@ -132,7 +133,7 @@ EXPORT int64_t turret_sparse_fill(const bf16 *values, const uint16_t *columns, c
     return step;
 }
 
-/* Where a group's steps begin. */
+/* The next step of a group, and its entries. */
 typedef struct {
     const bf16 *values;
     const uint8_t *places;
@@ -149,7 +150,7 @@ INLINE void ask_ahead(const Reader *r) {
     __builtin_prefetch(r->places + AHEAD / 2, 0, 2);
 }
 
-/* The sums of a group's slots, [rows, SLOTS]. x: [rows, stride], padded to whole blocks. */
+/* Computes the sums of a group's slots, [rows, SLOTS]. x: [rows, stride], padded to whole blocks. */
 #ifdef __AVX512VBMI2__
 INLINE void sum_slots(const Sparse *s, const bf16 *x, int64_t stride, const int rows, int64_t group,
                       float *sums) {
@@ -162,7 +163,7 @@ INLINE void sum_slots(const Sparse *s, const bf16 *x, int64_t stride, const int 
         __m256i place = _mm256_loadu_si256((const __m256i *)r.places);
         x += s->skips[r.step] * BLOCK;
         ask_ahead(&r);
-        __asm__("" : "+v"(v), "+v"(place)); /* otherwise the expansion loads it from memory, which is slow */
+        __asm__("" : "+v"(v), "+v"(place)); /* keeps both in registers: expanding from memory is slow */
         v = _mm512_maskz_expand_epi16(mask, v);
         __m512i places = _mm512_cvtepu8_epi16(_mm256_maskz_expand_epi8(mask, place));
         __m512 v_even = (__m512)_mm512_slli_epi32(v, 16), v_odd = (__m512)_mm512_and_si512(v, high);

@@ -1,1 +1,1 @@
-"""The cpu path: adapters where they lie in memory, and the tables that tell C kernels of them."""
+"""The cpu path: adapters in host memory, and the tables through which C kernels find them."""

@@ -1,1 +1,1 @@
-"""Methods with a low-rank update made of less, or of others: shared factors, gated sums."""
+"""Methods with a low-rank update from shared factors, gated sums or fewer parameters."""

@@ -1,1 +1,1 @@
-"""Methods that learn what stands before the prompt: soft tokens, or keys and values."""
+"""Methods that learn something before the prompt: soft tokens, or keys and values."""

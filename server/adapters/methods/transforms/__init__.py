@@ -1,1 +1,1 @@
-"""Methods whose update is made of the base's own weight: turned, scaled, or partly replaced."""
+"""Methods whose update is built from the base's weight: rotated, scaled or partly replaced."""

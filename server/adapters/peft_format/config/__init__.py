@@ -1,1 +1,1 @@
-"""What an adapter_config.json may say, and which modules it means."""
+"""The allowed content of adapter_config.json, and the modules that it selects."""

@@ -1,4 +1,4 @@
-"""One adapter of every method that is served, by the method's name."""
+"""Writes one adapter of every supported method, under the method's name."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import nn
 
 from turret.server.adapters.methods import METHODS
 
-# Methods that are made of registered adapters, which are to be loaded before them.
+# Methods that are built from registered adapters, which must be loaded first.
 MADE_OF_OTHERS = ("learned_fusion", "arrow", "xlora")
 COMPONENTS = ("0", "1", "2")
 TASKS = {name: 1 for name, method in METHODS.items() if method.tasks}
 
 
 def save_every_method(model: nn.Module, root: Path) -> list[str]:
-    """Writes ``root/<method>``, and what some are made of.
+    """Write ``root/<method>`` for every method, and the components of some.
 
     Returns:
-        All of them in the order in which they can be loaded.
+        The names of all adapters, in an order in which they can be loaded.
     """
     made = sorted(METHODS.keys() - {*MADE_OF_OTHERS, "qalora"})
     for seed, name in enumerate(made):
