@@ -24,14 +24,12 @@ from turret.server.http.asked import (
     read_asking,
     tools_of,
 )
-from turret.server.http.choices import Choices
+from turret.server.http.choices import Choices, make_readers
 from turret.server.http.endpoint import Exchange
-from turret.server.http.readers import make_readers
 from turret.server.http.reply import HOLE, Template
 from turret.server.http.schemas.requests import ChatRequest
-from turret.server.http.tools.deltas import delta_of, message_of
-from turret.server.http.tools.pieces import Said
-from turret.server.http.tools.reader import AnswerReader
+from turret.server.http.tools.calls import Said
+from turret.server.http.tools.reader import AnswerReader, delta_of, message_of
 from turret.v1 import inference_pb2
 
 

@@ -18,10 +18,9 @@ from turret.server.http.asked import (
     read_asking,
     tools_of,
 )
-from turret.server.http.choices import Choices
+from turret.server.http.choices import Choices, make_readers
 from turret.server.http.endpoint import Exchange
 from turret.server.http.items import Event, Items
-from turret.server.http.readers import make_readers
 from turret.server.http.refusals import refusal_of
 from turret.server.http.reply import Reply
 from turret.server.http.schemas.requests import Item, ResponseRequest, TextFormat

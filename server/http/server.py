@@ -35,12 +35,11 @@ from turret.server.http.chat import ChatCompletions
 from turret.server.http.completions import Completions
 from turret.server.http.connection import Connection, Listener, tls_context
 from turret.server.http.console.page import Page
-from turret.server.http.console.state import State
+from turret.server.http.console.state import Probes, State
 from turret.server.http.endpoint import Endpoint, Handler, Route
 from turret.server.http.middleware import HostCheck, RequestIds
 from turret.server.http.models import ADAPTER_NAMES, Lora, Models
 from turret.server.http.openapi import Reference
-from turret.server.http.probes import Probes
 from turret.server.http.refusals import HttpRefusal, refusal_of
 from turret.server.http.reply import dumps
 from turret.server.http.responses import Responses
