@@ -66,6 +66,7 @@ from turret.server.models.own_tokenizers import OwnTokenizers
 from turret.server.models.sources.cache import default_cache_dir
 from turret.server.models.tokenizer import Tokenizer
 from turret.server.progress import progress_bar
+from turret.server.words import say
 
 _log = logging.getLogger(__name__)
 
@@ -215,21 +216,17 @@ def _choose_device(model: ModelConfig) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise InvalidRequestError.of(
-            "device", f"{model.device} was asked for, but torch sees no such CUDA device"
-        )
+        raise InvalidRequestError.of("device", say("NO_CUDA_DEVICE", device=model.device))
     capability = torch.cuda.get_device_capability(0)
     if capability < _LEAST_CAPABILITY:
         found, least = (".".join(map(str, one)) for one in (capability, _LEAST_CAPABILITY))
-        why = f"compute capability {least} is needed, this GPU has {found}"
+        why = say("GPU_TOO_OLD", found=found, least=least)
         if wanted != "auto":
-            raise InvalidRequestError.of("device", f"{why}; take --device cpu")
+            raise InvalidRequestError.of("device", why)
         _log.warning("serving on the CPU", extra=log.fields(why=why))
         return torch.device("cpu")
     if missing := missing_for_triton():
-        raise InvalidRequestError.of(
-            "device", f"CUDA kernels are compiled here, which needs {missing}; or take --device cpu"
-        )
+        raise InvalidRequestError.of("device", say("KERNELS_NEED", missing=missing))
     keep_compiled_in(default_cache_dir() / "triton")
     return torch.device("cuda", 0)
 
@@ -267,9 +264,11 @@ def _build_engine(
     arch = decoder.arch
     per_block = KvCache.block_bytes(arch, BLOCK_SIZE, decoder.dtype)
     max_num_seqs, max_num_batched_tokens = config.scheduler.sizes(decoder.device.type)
-    num_blocks = _kv_bytes(config, decoder, store, metrics) // per_block
+    num_bytes = _kv_bytes(config, decoder, store, metrics)
+    num_blocks = num_bytes // per_block
     if num_blocks < 2:
-        raise InvalidRequestError.of("kv-cache-bytes", f"must be at least {2 * per_block}")
+        said = say("TOO_SMALL", least=2 * per_block, value=num_bytes)
+        raise InvalidRequestError.of("kv-cache-bytes", said)
     cache = KvCache(arch, num_blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
     executor = _build_executor(config, decoder, cache, store, metrics)
     runner = Runner(executor, tokenizer.eos_token_ids)
@@ -299,7 +298,7 @@ def _build_engine(
         scheduler=scheduler,
         runner=runner,
         adapters=registry,
-        text=tokenizer,
+        tokenizer=tokenizer,
         metrics=metrics,
         max_model_len=arch.max_model_len,
         long_from=arch.long_from,

@@ -45,7 +45,7 @@ the one table from class to status code.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 from turret.server.words import Text
 
@@ -69,8 +69,9 @@ class TurretError(Exception):
         super().__init__(message)
         self.message = message
         self.metadata = _metadata_of(message) if metadata is None else metadata
-        # (field path, description) pairs, reported as google.rpc.BadRequest.
-        self.violations = tuple(violations)
+        # (field path, description) pairs, reported as google.rpc.BadRequest. Descriptions are
+        # Texts, unless another process sent them.
+        self.violations: tuple[tuple[str, Any], ...] = tuple(violations)
         self.retry_after_seconds = retry_after_seconds
 
 

@@ -116,7 +116,7 @@ def check_text(name: str, value: object) -> None:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ArgumentValueError(name, "must be a string that UTF-8 can encode") from None
+        raise ArgumentValueError(name, "must be valid UTF-8") from None
 
 
 def extend_texts(name: str, field: Any, items: Iterable[Any]) -> None:

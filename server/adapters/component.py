@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from turret.server.adapters.peft_format.config.rules import invalid
+from turret.server.adapters.peft_format.config.vocabulary_rules import listed_twice
 from turret.server.errors import AdapterComponentError
+from turret.server.words import Text, say
 
 if TYPE_CHECKING:
     from turret.server.adapters.operators.adapter_operators import AdapterOperators
@@ -55,21 +58,28 @@ class Component:
 FindComponent = Callable[[ComponentRef], Component]
 
 
-def is_components(value: Any) -> str | None:
+def is_components(value: Any) -> Text | None:
     """The fault in the value of ``components``, or None."""
     if not isinstance(value, list) or not MIN_COMPONENTS <= len(value) <= MAX_COMPONENTS:
-        return f"must be a list of {MIN_COMPONENTS} to {MAX_COMPONENTS} components"
+        return invalid(value, f"a list of {MIN_COMPONENTS} to {MAX_COMPONENTS} components")
     for i, item in enumerate(value):
         if not isinstance(item, dict) or item.keys() != _FIELDS:
-            return f"[{i}] must be an object with the keys name and digest, and no others"
+            return _entry(i, item, "an object with the keys name and digest alone")
         name, digest = item["name"], item["digest"]
         if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME_CHARS:
-            return f"[{i}].name must be a string of 1 to {_MAX_NAME_CHARS} characters"
+            return _entry(i, name, f"a name of 1 to {_MAX_NAME_CHARS} characters")
         if not isinstance(digest, str) or _DIGEST.fullmatch(digest) is None:
-            return f"[{i}].digest must be a SHA-256 in lower-case hex"
-    if len({item["digest"] for item in value}) < len(value):
-        return "names the same digest twice"
-    return None
+            return _entry(i, digest, "a SHA-256 in lower-case hex")
+    return listed_twice([item["digest"] for item in value])
+
+
+def _entry(index: int, value: Any, wanted: str) -> Text:
+    return say("INVALID_ENTRY", entry=index, why=invalid(value, wanted))
+
+
+def unfit(component: Component, why: str) -> Text:
+    """The fault of a component that cannot be part of this adapter."""
+    return say("UNFIT_COMPONENT", component=component.ref.name, method=component.method, why=why)
 
 
 def component_refs(config: Mapping[str, Any]) -> tuple[ComponentRef, ...]:
@@ -86,8 +96,5 @@ def find_no_component(ref: ComponentRef) -> NoReturn:
     Raises:
         AdapterComponentError: Always.
     """
-    raise AdapterComponentError(
-        f"component {ref.name!r} is not registered",
-        metadata={"component": ref.name, "digest": ref.digest},
-        violations=[(COMPONENTS_KEY, f"{ref.name!r} is not registered")],
-    )
+    text = say("COMPONENT_NOT_REGISTERED", component=ref.name, digest=ref.digest)
+    raise AdapterComponentError(text, violations=[(COMPONENTS_KEY, text)])

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from turret.server.errors import InvalidRequestError
+from turret.server.words import say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,5 +20,5 @@ class AdapterRef:
     def __post_init__(self) -> None:
         ok = math.isfinite(self.weight) and abs(self.weight) <= 100.0
         if not ok:
-            why = f"weight of {self.name!r} must be finite and in [-100, 100]"
+            why = say("INVALID_VALUE", value=self.weight, wanted="from -100 to 100")
             raise InvalidRequestError.of("adapters.weight", why)

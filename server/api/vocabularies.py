@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from turret.server.adapters.adapter import Adapter
 from turret.server.api.limits import MAX_MIX_MEMBERS
 from turret.server.constraints.constraint import KeptConstraints
-from turret.server.engine.scheduling.request import OwnText
+from turret.server.engine.scheduling.request import AdapterTokenizer
 from turret.v1 import adapters_pb2
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Vocabulary:
         self,
         tokenizer: Tokenizer,
         constraints: ConstraintCompiler | None = None,
-        own: OwnText | None = None,
+        own: AdapterTokenizer | None = None,
         kept: KeptConstraints | None = None,
     ) -> None:
         self.tokenizer = tokenizer
@@ -141,7 +141,7 @@ class Vocabularies:
             gone = [key for key in self._made if key == mine or key not in self._tokenizers]
             for key in gone:
                 self._made.pop(key).forget()
-            own = OwnText(digest, tokenizer)
+            own = AdapterTokenizer(digest, tokenizer)
             made = Vocabulary(tokenizer, own=own, kept=self._base.kept)
             self._made[mine] = made
         return made

@@ -48,6 +48,7 @@ from turret.server.models.sources.check import (
     size_of_model,
     told_sizes,
 )
+from turret.server.words import say
 
 _MOST_THREADS = 1024
 # A path that is followed by another NAME=PATH.
@@ -232,12 +233,10 @@ def _preload(name: str, path: str, look: Callable[[], None]) -> Iterator[str]:
     try:
         look()
     except TurretError as error:
-        why = error.message.removeprefix(f"adapter {path!r} ")
-        if path.startswith(HUB_SCHEME):
-            why = why.removeprefix(f"path {path!r} ")
+        problem = error.message
         if _SEVERAL.search(path):
-            why = "names several: repeat --preload for each; in TURRET_PRELOAD commas part them"
-        yield f"--preload {name}={path}: {why}"
+            problem = "names several: repeat --preload for each; in TURRET_PRELOAD commas part them"
+        yield say("PRELOAD_FAILED", name=name, path=path, problem=problem)
 
 
 def _state_dir(path: Path) -> Iterator[str]:

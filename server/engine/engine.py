@@ -22,7 +22,7 @@ from turret.server.engine.heads import check_heads
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.ports import Adapters, EngineMetrics, Runs
 from turret.server.engine.scheduling.guides import add_guide
-from turret.server.engine.scheduling.request import Request, Text
+from turret.server.engine.scheduling.request import Request, RequestTokenizer
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.speculation import Drafter
@@ -49,7 +49,7 @@ class Engine:
         scheduler: Made for the same cache and adapters as ``runner``.
         runner: Computes steps.
         adapters: Resolves and holds adapters.
-        text: The tokenizer.
+        tokenizer: That of the base.
         metrics: Counts.
         max_model_len: Most tokens (prompt and output) of one sequence.
         max_queued_requests: Most requests waiting; one more is refused.
@@ -71,7 +71,7 @@ class Engine:
         scheduler: Scheduler,
         runner: Runs,
         adapters: Adapters,
-        text: Text,
+        tokenizer: RequestTokenizer,
         metrics: EngineMetrics,
         max_model_len: int,
         max_queued_requests: int,
@@ -84,7 +84,7 @@ class Engine:
         self._long_from = long_from
         self._speculates = speculates
         self._adapters = adapters
-        self._text = text
+        self._tokenizer = tokenizer
         self._max_queued_requests = max_queued_requests
         self._max_queued_bytes = max_queued_bytes
         self._held_bytes = 0  # counted on the event loop
@@ -224,7 +224,7 @@ class Engine:
             sequence,
             stream,
             text,
-            token_text=self._text_of(request).token_text,
+            token_text=self._tokenizer_of(request).token_text,
             max_tokens=max_tokens,
         )
 
@@ -245,16 +245,17 @@ class Engine:
             prompt_end=sequence.prompt_end,
             max_tokens=max_tokens,
             end_ids=stop.stop_token_ids
-            | (frozenset() if stop.ignore_eos else self._text_of(request).eos_token_ids),
+            | (frozenset() if stop.ignore_eos else self._tokenizer_of(request).eos_token_ids),
         )
 
-    def _text_of(self, request: Request) -> Text:
+    def _tokenizer_of(self, request: Request) -> RequestTokenizer:
         """The tokenizer of the request's tokens: the adapter's own, or the base's."""
-        return self._text if request.own_text is None else request.own_text.text
+        own = request.own_tokenizer
+        return self._tokenizer if own is None else own.tokenizer
 
     async def _begin_text(self, request: Request) -> AnswerText:
         """Start the answer's text, including the answer so far that the request carries."""
-        own = self._text_of(request)
+        own = self._tokenizer_of(request)
         text = AnswerText(
             own.stream(request.options.call_marks, request.options.said_only),
             request.stop,
@@ -290,7 +291,7 @@ class Engine:
         )
 
     def _check_token_ids(self, request: Request) -> None:
-        size = self._text_of(request).vocab_size
+        size = self._tokenizer_of(request).vocab_size
         for name, ids in (
             ("input.token_ids", request.prompt_token_ids),
             ("answer_so_far", request.answer_so_far),

@@ -21,7 +21,7 @@ def check_vocabulary(request: Request, mix: Mix) -> int:
         UnavailableError: The adapter was replaced since the request was tokenised.
     """
     own = [(a, weight) for a, weight in mix.members if a.facts.vocab_size]
-    digest = "" if request.own_text is None else request.own_text.digest
+    digest = "" if request.own_tokenizer is None else request.own_tokenizer.digest
     if len(own) > 1 or any(weight != 1.0 for _, weight in own):
         names = ", ".join(adapter.name for adapter, _ in own)
         raise InvalidRequestError.of("adapters", say("VOCABULARY_NOT_ALONE", adapters=names))

@@ -103,7 +103,7 @@ def parse(data: bytes) -> dict[str, Any]:
             data.removeprefix(_BYTE_ORDER_MARK), allow_inf_nan=False, cache_strings="none"
         )
     except ValueError as error:
-        raise InvalidRequestError(say("INVALID_JSON", problem=error)) from None
+        raise InvalidRequestError(say("BODY_NOT_JSON", problem=error)) from None
     if not isinstance(body, dict):
         raise InvalidRequestError(say("BODY_NOT_OBJECT"))
     return body

@@ -1,3 +1,192 @@
 """What is wrong with an adapter, or with what is asked of one."""
 
-TEXTS: dict[str, str] = {}
+_MERGE_FIRST = "merge the adapter into the resized base model and serve the result"
+
+TEXTS: dict[str, str] = {
+    # Everything that is wrong with one adapter, or with one request.
+    "ADAPTER_UNUSABLE": "adapter {path!q:.200} cannot be served: {found}",
+    "ADAPTER_MISFIT": "adapter {path!q:.200} does not fit base model {base_model!q:.200}: {found}",
+    "FINDINGS": "{found}",
+    "FINDING": "{field}: {why}",
+    "FINDING_AND_MORE": "{field}: {why} (and {count} more: {fields})",
+    # Keys and values of a config.
+    "UNKNOWN_KEY": "unknown key",
+    "INVALID_VALUE": "must be {wanted}, not {value!q:.60}",
+    "INVALID_ENTRY": "{entry!q:.60}: {why}",
+    "UNSUPPORTED_VALUE": "{value!q:.60} is not supported: {why}",
+    "UNKNOWN_METHOD": "unknown method {value!q:.60}; docs/adapters.md lists those supported",
+    "SET_EXACTLY_ONE": "exactly one of {keys} must be 0",
+    "NOT_DIVISIBLE": "{size} {what} cannot be divided by {by}",
+    "WRONG_COUNT": "has {found} {what}, expected {expected}",
+    "SELECTS_NOTHING": "selects no module that this method can adapt",
+    "SELECTED_TWICE": "selects {module!q:.120}, as {other} does",
+    "NOT_ADAPTABLE": "method {method} cannot adapt module {module!q:.120}",
+    "INVALID_PATTERN": "{pattern!q:.120} is not a valid regular expression: {why}",
+    "SLOW_PATTERN": "pattern {pattern!q:.120} takes too much time or memory to match",
+    "UNTRIED_PATTERN": "pattern {pattern!q:.120} was not tried because another one is too slow",
+    "TOO_MANY_PATTERNS": "{count} patterns are too many for {modules} modules",
+    "NO_TASKS": "a {method} adapter has no tasks; omit it",
+    "MISSING_TASK": "is required: choose a task from 0 to {most}",
+    # Tensors.
+    "NO_TENSORS": "has no tensors of this method",
+    "WRONG_SHAPE": "has shape {shape}, expected {expected}",
+    "WRONG_DTYPE": "has dtype {dtype}, expected {expected}",
+    "WRONG_RANK": "has rank {rank}, but {by} has {expected}; use the config saved with the weights",
+    "MISSING_TENSOR": "is missing, but {by} requires it",
+    "UNEXPECTED_TENSOR": "is in the file, but {by} excludes it; use the config saved with the file",
+    "UNKNOWN_TENSOR": "unknown tensor; every tensor in the file must be used",
+    "LYCORIS_LAYOUT": "has a name in LyCORIS layout; convert the adapter as docs/adapters.md shows",
+    "WHOLE_WEIGHT": "is a whole weight; only those of embed_tokens and lm_head are supported",
+    "DUPLICATE_TENSOR": "duplicates {other!q:.200}",
+    "DIFFERENT_COPY": "must be equal to {other!q:.200}, but differs",
+    "CHANGED_BASE_WEIGHT": "differs from the base model's weight; if it was trained, add the module"
+    " to modules_to_save",
+    "NOT_FINITE": "contains NaN or infinity in {dtype}",
+    "INVALID_INDICES": "contains an index that is negative or not below {limits}",
+    "INVALID_TENSOR": "is invalid: {why}",
+    "NO_HEAD_TENSOR": "is {value}, but the file has no score.weight",
+    "ADAPTS_EXPERT": "adapts an expert, which only LoRA can",
+    # What does not fit the base.
+    "NO_SUCH_MODULE": "the base model has no module {module!q:.200}",
+    "NO_BASE_BIAS": "the base model has no bias there",
+    "ZERO_BASE_WEIGHT": "the base model's weight is 0 there, which no gain can change",
+    "DIFFERS_FROM_BASE": "is {value}, but the base model has {expected}",
+    "WRONG_MODEL_TYPE": "is for {expected} models, but the base model is of type {model_type}",
+    "WRONG_WIDTH": "maps {inputs} to {outputs} features, but the base model's module maps"
+    " {base_inputs} to {base_outputs}",
+    "WRONG_INPUTS": "its {module} takes {found} features, the base model's {expected}",
+    "TOO_MANY_LAYERS": "it is for a model with at least {found} layers; the base has {expected}",
+    "ADAPTS_VISION": "it adapts the {part}, but only a model's language model is served; train it"
+    " without the vision layers",
+    "TRAINED_FOR": "trained for {trained!q:.200}, served is {served!q:.200}",
+    "OTHER_BASE": "adapter {path!q:.200} was trained for {trained_for!q:.200}, not for"
+    " {base_model!q:.200}; if both have the same weights, start the server with --allow-other-base",
+    # Rows of embedding and head.
+    "UNEQUAL_ROWS": "has {rows} rows, but {other} has {expected}",
+    "TOO_MANY_ADDED_ROWS": "has {rows} rows, the base model {base_rows}; at most {most} more are"
+    f" supported: {_MERGE_FIRST}",
+    "NEEDS_ALL_TOKENS": f"needs a base model with all of its tokens; {_MERGE_FIRST}",
+    "MISSING_ROWS": "the rows of tokens {first} to {last}, which the base model lacks, are not in"
+    " the file; add {module} to modules_to_save as well",
+    "ADAPTER_LACKS_TOKENIZER": "is missing: the adapter has rows for {rows} tokens, the base model"
+    " for {base_rows}; save its tokenizer beside the weights",
+    "UNUSABLE_TOKENIZER": "cannot be used: {why}",
+    "TOKENIZER_CODE": "a tokenizer with code of its own is not supported",
+    # Files.
+    "BAD_PATH": "adapter path {path!q:.200}: {why}",
+    "BAD_FILE": "file {file!q:.200}: {why}",
+    "PATH_LENGTH": "must have 1 to {most} characters, not {found}",
+    "PATH_CHARACTERS": "must not contain control characters or backslashes",
+    "PATH_OUTSIDE_ROOT": "must be relative to the adapter root and stay inside it",
+    "LINK_OUTSIDE_ROOT": "leaves the adapter root through a symbolic link",
+    "NO_ADAPTER_ROOT": "the server was started without --adapter-root",
+    "NO_SUCH_PATH": "does not exist in the adapter root {root}",
+    "MISSING_FILE": "does not exist",
+    "NOT_A_FILE": "is not a regular file",
+    "NOT_A_DIRECTORY": "is not a directory; use the one that contains adapter_config.json",
+    "NOT_AN_ADAPTER": "contains no adapter_config.json",
+    "WHOLE_MODEL": "is a model, not an adapter; serve it with turret serve --model",
+    "PICKLE": "is a pickle file, which is never read because it can run code; save the adapter with"
+    " safe_serialization=True",
+    "CANNOT_READ": "cannot be read: {why}",
+    "READ_FORBIDDEN": "cannot be read by the server's user {user}; allow it with chmod -R a+rX",
+    "NO_FILE_OPENS": "the server cannot open files: {why}",
+    "NOT_UTF8": "is not UTF-8",
+    "INVALID_JSON": "is not valid JSON: {why}",
+    "INVALID_SAFETENSORS": "is not a valid safetensors file: {why}",
+    "FILE_TOO_LARGE": "has more than {most} bytes",
+    "FILE_CUT_SHORT": "ends after {found} of {needed} bytes; copy it again",
+    "FILE_CHANGED": "changed while it was read",
+    # Limits of the server.
+    "RANK_OVER_LIMIT": "{name} is {rank}, but the server's --max-rank is {max_rank}",
+    "RANK_TOO_COSTLY": "LoHa rank {rank} is too large for {modules} modules; convert the adapter"
+    " with PEFT's save_as_lora",
+    "OVER_HOST_MEMORY": "adapter {path!q:.200} needs {needed} of host memory, but all adapters"
+    " together may use {budget}; raise --adapter-host-bytes",
+    "PINNED_LEAVE_NO_ROOM": "{adapters} needs {bytes} bytes of host memory, but pinned adapters"
+    " leave {free_bytes}; unpin one or raise --adapter-host-bytes",
+    "NO_ROOM_TO_PIN": "no room in host memory to pin adapter {adapter!q} ({bytes} bytes)",
+    "DENSE_NOT_ALLOWED": "{method} adapter {path!q:.200} has updates as large as the weights that"
+    " they change ({bytes} bytes); start the server with {flag} to serve it",
+    "DENSE_OVER_BUDGET": "{method} adapter {path!q:.200} needs {bytes} bytes of host memory, but"
+    " all adapters together may use {host_bytes}; raise --adapter-host-bytes",
+    # Warnings about an adapter that is served.
+    "AMBIGUOUS_PATTERNS": "{field}: {count} patterns match {module!q:.120} ({patterns}); the first"
+    " one is used",
+    "TRAINED_FOR_ANOTHER_BASE": "trained for base model {trained!q:.200} but served on"
+    " {served!q:.200}: the shapes fit, but the weights may differ",
+    "IS_TASK": "task {task} of the {count} in its files",
+    "DRAWN_AGAIN": "{names} are not in the file, so they were drawn again from {seed} as in PEFT",
+    "SOLVED_FROM_BASE": "{names} is not in the file, so it was computed from the 4-bit weights,"
+    " whose error changes the update by about {share:.0%}",
+    "NOISY_UPDATE": "turns the error of the 4-bit weights into {share:.0%} of the trained update",
+    "DECOMPOSED_FROM_BASE": "its untrained singular values are not in the file, so they were"
+    " computed from the 4-bit weights",
+    "ARROW_WITHOUT_SEED": "rng_seed is null; this server always uses 0, while PEFT draws a new seed"
+    " at every load",
+    "COMPONENTS_ADAPT_MORE": "its components adapt {count} modules that it does not target; there,"
+    " the base alone is used",
+    "LARGE_UPDATES": "its updates are as large as the weights that they change: {bytes} bytes in"
+    " host memory and again on the device",
+    "NO_CONV1D": "fan_in_fan_out is true but has no effect on the base model's linear modules",
+    # Adapters that others are built from.
+    "COMPONENTS_MISSING": "adapter {path!q:.200} needs its components: {found}",
+    "COMPONENT_UNLISTED": "component {component!q:.130} is not listed in {by}",
+    "COMPONENT_NOT_REGISTERED": "component {component!q} is not registered; load the adapter with"
+    " digest {digest}",
+    "COMPONENT_LEAVING": "component {component!q} is being unloaded or replaced",
+    "COMPONENT_IS_OTHER": "component {component!q} has digest {found}, expected {digest}",
+    "UNFIT_COMPONENT": "component {component!q} ({method}) cannot be used: {why}",
+    "NESTED_COMPONENT": "component {component!q} is built from components itself, which is not"
+    " supported",
+    "UNEQUAL_RANKS": "components have different ranks ({ranks}) in {module}, but use_gks needs one",
+    "PART_OF_XLORA": "is missing: PEFT saves X-LoRA in parts; join them with turret convert",
+    # Fusions and merges.
+    "WRONG_COMBINATION": "applies to {owners}, not to {found}",
+    "NOT_FUSABLE": "adapter {adapter!q} ({method}) cannot be fused: {why}",
+    "NOT_MERGEABLE": "adapter {adapter!q} ({method}) cannot be merged: its {parts} is not a change"
+    " of the decoder layers' weights",
+    "MERGE_OVERFLOWS": "the merged weights of {module} are not finite",
+    "NOTHING_TO_FUSE": "no adapter of the mix changes any module",
+    "NAME_IS_MEMBER": "{adapter!q} is a member of the mix; choose another name",
+    "RANK_REQUIRED": "set rank or energy, because no member has a rank",
+    "UNEQUAL_MEMBERS": "members have different ranks in {module} ({ranks}); use {other} instead",
+    "FUSED_RANK": "the fusion needs rank {rank} in {module}, but the server's --max-rank is"
+    " {max_rank}",
+    "MEMBERS_OVER_BUDGET": "the members need {bytes} bytes in fp32, but adapters may use"
+    " {host_bytes}; raise --adapter-host-bytes",
+    "FUSION_UNDER_WAY": "another fusion is running; try again when it has ended",
+    "UNLOADED_WHILE_FUSED": "adapter {adapter!q} was unloaded while it was being fused",
+    "EMPTY_MIX": "must name at least one adapter",
+    "MERGE_ACTIVE": "a merge is active; unmerge it first",
+    "NOT_MERGED": "no merge is active",
+    "MERGE_UNDER_WAY": "another merge or unmerge is running",
+    # Registered adapters.
+    "ADAPTER_NOT_FOUND": "adapter not found: {adapters}",
+    "OTHER_GENERATION": "adapter {adapters!q} has no generation {generation}; the current one is"
+    " {current_generation}",
+    "BEING_UNLOADED": "adapter {adapters!q} is being unloaded",
+    "ADAPTER_EXISTS": "adapter {adapter!q} already exists with other weights",
+    "ADAPTER_GENERATION": "adapter {adapter!q} has generation {generation}, expected {expected}",
+    "ADAPTER_PINNED": "adapter {adapter!q} is pinned; unpin it first",
+    "ADAPTER_HELD": "adapter {adapter!q} is still used by {requests} requests after {seconds} s",
+    "ADAPTER_IS_COMPONENT": "adapter {adapter!q} is a component of {fusions}; unload that first",
+    "FILES_CHANGED": "the files of adapter {adapter!q} ({path}) changed after it was loaded;"
+    " replace the adapter to serve the new files",
+    "FILES_LOST": "the files of adapter {adapter!q} ({path}) are missing or damaged; restore them,"
+    " or replace the adapter",
+    "CHANGED_DURING_EXPORT": "{path} changed while it was exported",
+    # Uploads and the state directory.
+    "STATE_DIR_REQUIRED": "uploaded and fused adapters need a server with --state-dir",
+    "STATE_DIR_TAKEN": "--state-dir: another server uses {path}",
+    "STATE_OF_OTHER_BASE": "--state-dir: {path} contains adapters of base model {found!q}, not of"
+    " {base_model!q}; use another directory",
+    "STATE_DISK_FULL": "the disk of --state-dir has {free} free, but {needed} are needed",
+    "UPLOAD_TOO_LARGE": "the files have {bytes} bytes, but the server's --max-upload-bytes is"
+    " {max_upload_bytes}",
+    "UPLOAD_OVER": "the upload has ended",
+    "LONGER_THAN_ANNOUNCED": "has more than the {size} bytes announced",
+    "FILES_INTERLEAVE": "starts before {other!q} is complete; send one file after the other",
+    "FILE_NOT_ANNOUNCED": "is not in the header, or was sent before",
+    "WRONG_SHA256": "does not have the announced SHA-256; send it again",
+}

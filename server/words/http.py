@@ -2,7 +2,7 @@
 
 TEXTS: dict[str, str] = {
     # Bodies.
-    "INVALID_JSON": "the body is not valid JSON: {problem}",
+    "BODY_NOT_JSON": "the body is not valid JSON: {problem}",
     "BODY_NOT_OBJECT": "the body must be a JSON object",
     "BODY_TOO_NESTED": "the body has more than {most} lists and objects",
     "REQUEST_TOO_LARGE": "the body must be at most {most} bytes",

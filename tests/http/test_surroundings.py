@@ -215,7 +215,7 @@ async def test_other_paths_and_methods_are_refused_in_the_same_form() -> None:
         ):
             refused = await server.refused(path, {})
             assert (refused.status, refused.code) == (404, "unknown_url")
-            assert f"{meant}\"" in refused.message
+            assert f'{meant}"' in refused.message
         answer = await server.client.get(COMPLETIONS)
         assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
         assert answer.json()["error"]["code"] == "unknown_url"

@@ -19,10 +19,10 @@ def texts_of(value: object) -> Iterator[Text]:
             yield from texts_of(part)
 
 
-def says(reason: str, **params: Any) -> Callable[[BaseException], bool]:
+def says(reason: str, **params: Any) -> Callable[[object], bool]:
     """A check for ``pytest.raises``: the error has a text of this reason with these parameters."""
 
-    def check(error: BaseException) -> bool:
+    def check(error: object) -> bool:
         return any(
             text.reason == reason and params.items() <= dict(text.params).items()
             for text in texts_of(error)

@@ -25,6 +25,7 @@ from turret.server.adapters.methods.kit import (
     optionally,
     torch,
 )
+from turret.server.words import say
 from turret.training.conversion.made_lora import MadeLora, peft_generator
 from turret.training.errors import RunError
 
@@ -84,15 +85,16 @@ def _check(m: Module) -> None:
     total = 0
     for i in range(_clusters(m)):
         if f"adamss_A.{i}" not in m or len(m.tensors[f"adamss_B.{i}"].shape) != 2:
-            m.fault(f"adamss_A.{i}", "or its adamss_B is missing or no matrix")
+            m.fault(f"adamss_A.{i}", say("INVALID_TENSOR", why="adamss_B is not its counterpart"))
             return
         total += m.extent(f"adamss_B.{i}", 0)
     if _clusters(m) > m.outputs:
         # PEFT makes no cluster without rows.
-        why = f"has {m.outputs} outputs, fewer than clusters in the file"
+        expected = f"at least {_clusters(m)}, one for each cluster"
+        why = say("WRONG_COUNT", found=m.outputs, what="outputs", expected=expected)
         m.reading.fault(m.name, why)
     if total != m.outputs:
-        m.misfit(f"has {m.outputs} outputs, its clusters {total}")
+        m.misfit(say("WRONG_COUNT", found=m.outputs, what="outputs", expected=total))
 
 
 def convert(m: Module) -> MadeLora:

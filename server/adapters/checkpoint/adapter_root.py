@@ -19,52 +19,42 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from turret.server.adapters.checkpoint.near_paths import (
-    MOST_COMPARED,
-    folder_hint,
-    hub_hint,
-    inside,
-    what_instead,
-)
+from turret.server.basics.closest import closest
+from turret.server.basics.hub_id import HUB_SCHEME, HubId
 from turret.server.basics.work import is_out_of_memory
 from turret.server.errors import AdapterCheckpointError, StorageFailedError
+from turret.server.words import Text, say
 
 MAX_PATH_CHARS = 1024
 # Most path components to walk for one path, links included, so that link loops end.
 _MAX_STEPS = 2048
 # Levels below a directory to search for adapters; LLaMA-Factory nests them three deep.
 _MOST_LEVELS = 3
-_MOST_CHECKPOINTS = 5  # most checkpoints that one error message lists
+# Most names to compare a missing one with; takes a millisecond or two.
+_MOST_COMPARED = 200
 # O_PATH needs no permission to list the directory.
 _DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 _LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # O_NONBLOCK keeps the open from hanging on a FIFO.
 _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.EIO)
-_LEAVES = (
-    "leaves the adapter root through a symbolic link; put the files themselves there, name a root"
-    " that holds both, or upload them"
-)
 
 
-def refuse(path: str, why: str) -> AdapterCheckpointError:
+def refuse(path: str, why: Text) -> AdapterCheckpointError:
     """The error for a path below the root."""
     shown = path if len(path) <= MAX_PATH_CHARS else path[:64] + "…"
-    return AdapterCheckpointError(
-        f"path {shown!r} {why}", metadata={"path": shown}, violations=[("path", why)]
-    )
+    return AdapterCheckpointError(say("BAD_PATH", path=shown, why=why), violations=[("path", why)])
 
 
-def _cannot_be_read(error: OSError) -> str:
+def _cannot_be_read(error: OSError) -> Text:
     """The reason; for a permission error, also which user needs read access."""
-    why = f"cannot be read: {error.strerror}"
     if not isinstance(error, PermissionError):
-        return why
+        return say("CANNOT_READ", why=error.strerror)
     try:
         user = pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
         user = str(os.geteuid())
-    return f"{why}; let the server's user, {user}, read it (`chmod -R a+rX`)"
+    return say("READ_FORBIDDEN", user=user)
 
 
 def _raise_if_exhausted(error: OSError | ValueError) -> None:
@@ -72,7 +62,7 @@ def _raise_if_exhausted(error: OSError | ValueError) -> None:
     if is_out_of_memory(error):
         raise error
     if isinstance(error, OSError) and error.errno in _EXHAUSTED:
-        raise StorageFailedError(f"no file can be opened now: {error.strerror}") from None
+        raise StorageFailedError(say("NO_FILE_OPENS", why=error.strerror)) from None
 
 
 class AdapterDirectory:
@@ -118,27 +108,19 @@ class AdapterDirectory:
             return False
         return True
 
-    def holds_others(self, file: str) -> str:
-        """A message about adapters below this directory, which have ``file``; empty without any.
+    def adapter_below(self, file: str) -> str | None:
+        """The path of the last directory below this one that has ``file``, if there is one.
 
-        Lists only adapters at the shallowest level that has any.
+        Directories on a deeper level count only if no level above has one.
         """
-        below: list[str] = []
         level = self._directories("")
         for _ in range(_MOST_LEVELS):
             below = [name for name in level if self._may_have(f"{name}/{file}")]
             if below:
-                break
+                return str(PurePosixPath(self._path, max(below, key=_numbered)))
             deeper = itertools.chain.from_iterable(self._directories(f"{n}/") for n in level)
-            level = list(itertools.islice(deeper, MOST_COMPARED))
-        below.sort(key=_numbered)
-        others = len(below) - _MOST_CHECKPOINTS
-        more = f" and {others} more" if others > 0 else ""
-        if len(below) == 1:
-            meant = PurePosixPath(self._path, below[0])
-            return f"is no adapter, but holds one; did you mean {str(meant)!r}?"
-        shown = ", ".join(below[-_MOST_CHECKPOINTS:])
-        return f"is no adapter, but {shown}{more} in it are; name one of them" if below else ""
+            level = list(itertools.islice(deeper, _MOST_COMPARED))
+        return None
 
     def _directories(self, below: str) -> list[str]:
         """Paths of the visible directories in ``below``, which is empty or ends in a slash."""
@@ -194,15 +176,15 @@ class AdapterDirectory:
             if isinstance(opened, str):
                 opened, _ = self._root.walk(self._parts, opened, _FILE, shown)
         except FileNotFoundError:
-            raise refuse(shown, "does not exist") from None
+            raise refuse(shown, say("MISSING_FILE")) from None
         except OSError as error:
             _raise_if_exhausted(error)
             is_loop = error.errno == errno.ELOOP
-            why = "does not exist" if is_loop else _cannot_be_read(error)
+            why = say("MISSING_FILE") if is_loop else _cannot_be_read(error)
             raise refuse(shown, why) from None
         if not stat.S_ISREG(os.fstat(opened).st_mode):
             os.close(opened)
-            raise refuse(shown, "is not a regular file")
+            raise refuse(shown, say("NOT_A_FILE"))
         return os.fdopen(opened, "rb")
 
 
@@ -228,29 +210,27 @@ class AdapterRoot:
         """
         shown = path if shown is None else shown
         if not path or len(path) > MAX_PATH_CHARS:
-            raise refuse(shown, f"must have 1 to {MAX_PATH_CHARS} characters")
+            raise refuse(shown, say("PATH_LENGTH", most=MAX_PATH_CHARS, found=len(path)))
         if any(ord(char) < 32 or char in "\\\x7f" for char in path):
-            raise refuse(shown, "must not contain control characters or backslashes")
+            raise refuse(shown, say("PATH_CHARACTERS"))
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts:
-            why = "must be relative to the adapter root and stay inside it"
-            meant = "" if self._root is None else inside(self._root, pure)
-            raise refuse(shown, f"{why}{meant or '; what lies elsewhere can be uploaded'}")
+            raise refuse(shown, say("PATH_OUTSIDE_ROOT"))
+        on_hub = f"{HUB_SCHEME}{path}" if HubId.find(path) else None
         if self._root is None:
-            why = "cannot be loaded: the server was started without --adapter-root"
-            raise refuse(shown, f"{why}{hub_hint(path)}")
+            raise refuse(shown, say("NO_ADAPTER_ROOT", closest=on_hub))
         try:
             descriptor, parts = self.walk([], str(pure), _DIRECTORY, shown)
         except NotADirectoryError:
-            raise refuse(shown, f"is not a directory{folder_hint(pure)}") from None
+            raise refuse(shown, say("NOT_A_DIRECTORY")) from None
         except (OSError, ValueError) as error:
             _raise_if_exhausted(error)
             if isinstance(error, PermissionError):
                 raise refuse(shown, _cannot_be_read(error)) from None
             if shown != path:
-                raise refuse(shown, "does not exist any more") from None
-            where = f"does not exist under the adapter root {self._root}"
-            raise refuse(shown, f"{where}{what_instead(self._root, path)}") from None
+                raise refuse(shown, say("MISSING_FILE")) from None
+            near = _closest_path(self._root, pure) or on_hub
+            raise refuse(shown, say("NO_SUCH_PATH", root=self._root, closest=near)) from None
         return AdapterDirectory(self, descriptor, parts, shown)
 
     def walk(self, start: list[str], rest: str, flags: int, shown: str) -> tuple[int, list[str]]:
@@ -282,7 +262,7 @@ class AdapterRoot:
                     # Resolve .. by the names walked so far; the system would follow a directory
                     # that was moved meanwhile.
                     if not walked:
-                        raise refuse(shown, _LEAVES)
+                        raise refuse(shown, say("LINK_OUTSIDE_ROOT"))
                     pending[:0] = walked[:-1]
                     opened = os.open(self._root, _DIRECTORY)
                     walked = []
@@ -309,7 +289,27 @@ class AdapterRoot:
         for target in (Path(rest), Path(os.path.realpath(rest))):
             if target.is_relative_to(self._root):
                 return _names(str(target.relative_to(self._root)))
-        raise refuse(shown, _LEAVES)
+        raise refuse(shown, say("LINK_OUTSIDE_ROOT"))
+
+
+def _closest_path(root: Path, path: PurePosixPath) -> str | None:
+    """The directory whose path differs only slightly, in the first name that does not exist.
+
+    Only names are compared; nothing that is found here is opened.
+    """
+    for number, name in enumerate(path.parts):
+        before = root.joinpath(*path.parts[:number])
+        if os.path.isdir(before / name):
+            continue
+        try:
+            with os.scandir(before) as entries:
+                names = [entry.name for entry in itertools.islice(entries, _MOST_COMPARED)]
+        except OSError:
+            return None
+        near = closest(name, names)
+        meant = "/".join((*path.parts[:number], near or name, *path.parts[number + 1 :]))
+        return meant if near is not None and os.path.isdir(root / meant) else None
+    return None
 
 
 def _numbered(name: str) -> list[str | int]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Protocol
 
-from turret.server.errors import VIOLATION_COUNT, AdapterCheckpointError, AdapterMismatchError
+from turret.server.errors import AdapterCheckpointError, AdapterMismatchError, InvalidRequestError
+from turret.server.words import Text, say
 
 # A hostile file can break thousands of rules; the answer stays readable and small.
 MAX_REPORTED = 64
-# Most characters of findings in a message; the first one is always included whole. The error's
-# violations list all that are reported.
-_MOST_CHARS = 400
-# Most characters of the field names that a message lists after those findings.
-_MOST_NAMES = 600
-# If more fields than this share a fault, the message counts them instead of listing them.
+# Most kinds of findings that a message describes, and most other fields that it lists for each.
+# The error's violations have all that are reported.
+_MOST_KINDS = 5
 _MOST_ALIKE = 3
+
+Finding = tuple[str, Text]
 
 
 class HasShape(Protocol):
@@ -37,17 +37,17 @@ class Findings:
     def __init__(self, path: str, base: str = "") -> None:
         self._path = path
         self._base = base
-        # Starts the message about a mismatch, because one cause often explains many wrong shapes.
-        self.cause = ""
+        # Start the message about a mismatch, because one cause often explains many wrong shapes.
+        self.causes: tuple[Text, ...] = ()
         # Dictionaries serve as ordered sets, so a fault that two checks find is reported once.
-        self._faults: dict[tuple[str, str], None] = {}
-        self._mismatches: dict[tuple[str, str], None] = {}
+        self._faults: dict[Finding, None] = {}
+        self._mismatches: dict[Finding, None] = {}
 
-    def add(self, field: str, why: str) -> None:
+    def add(self, field: str, why: Text) -> None:
         """A fault of the checkpoint itself: ``field`` names a key, a file or a tensor."""
         self._faults.setdefault((field, why))
 
-    def mismatch(self, field: str, why: str) -> None:
+    def mismatch(self, field: str, why: Text) -> None:
         """Adds a finding that may be correct in itself but does not fit this base."""
         self._mismatches.setdefault((field, why))
 
@@ -55,7 +55,7 @@ class Findings:
         """Everything that another part of the same checkpoint's reading found."""
         self._faults |= other._faults
         self._mismatches |= other._mismatches
-        self.cause = self.cause or other.cause
+        self.causes = self.causes or other.causes
 
     @property
     def fields(self) -> frozenset[str]:
@@ -75,11 +75,14 @@ class Findings:
             return True
         wanted = " or ".join(str(list(shape)) for shape in shapes)
         report = self.mismatch if of_base else self.add
-        report(name, f"has shape {list(tensor.shape)}, expected {wanted}")
+        report(name, say("WRONG_SHAPE", shape=list(tensor.shape), expected=wanted))
         return False
 
-    def raise_if_any(self) -> None:
+    def raise_if_any(self, **more: str) -> None:
         """Raises what was found; faults of the checkpoint itself come first.
+
+        Args:
+            more: Further metadata of faults of the checkpoint.
 
         Raises:
             AdapterCheckpointError: Unsupported or inconsistent; ``violations`` name everything at
@@ -87,65 +90,56 @@ class Findings:
             AdapterMismatchError: Sound, but for another base; likewise.
         """
         if self._faults:
-            shown, text = _summary(self._faults, _MOST_NAMES)
-            raise AdapterCheckpointError(
-                f"adapter {self._path!r} cannot be served: {text}",
-                metadata={"path": self._path, VIOLATION_COUNT: str(len(self._faults))},
-                violations=shown,
+            text = say(
+                "ADAPTER_UNUSABLE",
+                path=self._path,
+                violation_count=len(self._faults),
+                found=_summary(self._faults),
+                **more,
             )
+            raise AdapterCheckpointError(text, violations=_reported(self._faults))
         if self._mismatches:
-            shown, text = _summary(self._mismatches)
-            cause = self.cause and f"{self.cause}; "
-            raise AdapterMismatchError(
-                f"adapter {self._path!r} does not fit base model {self._base!r}: {cause}{text}",
-                metadata={
-                    "path": self._path,
-                    "base_model": self._base,
-                    VIOLATION_COUNT: str(len(self._mismatches)),
-                },
-                violations=shown,
+            text = say(
+                "ADAPTER_MISFIT",
+                path=self._path,
+                base_model=self._base,
+                violation_count=len(self._mismatches),
+                found=_summary(self._mismatches, self.causes),
             )
+            raise AdapterMismatchError(text, violations=_reported(self._mismatches))
 
 
-def _summary(
-    found: dict[tuple[str, str], None], most_names: int = 0
-) -> tuple[list[tuple[str, str]], str]:
-    """The findings to report, and as one sentence the first of them and the fields of others.
+def refuse_all(found: Sequence[Finding]) -> None:
+    """Raises one error for all that is wrong with a request.
 
-    Args:
-        found: All of them.
-        most_names: Most characters of those other fields.
+    Raises:
+        InvalidRequestError: Something is.
     """
-    shown = list(found)[:MAX_REPORTED]
-    # A fault that all layers share is reported once.
-    alike = Counter(why for _, why in found)
-    folded: set[str] = set()
-    lines: list[str] = []
-    told, size = 0, 0
-    rest: list[str] = []
-    for field, why in found:
-        if why in folded:
-            continue
-        others = alike[why] - 1 if alike[why] > _MOST_ALIKE and field else 0
-        name = f"{field} and {others} others" if others else field
-        line = f"{name}: {why}" if name else why
-        if rest or (lines and size + len(line) > _MOST_CHARS):
-            rest.append(field)
-            continue
-        lines.append(line)
-        size += len(line)
-        told += 1 + others
-        if others:
-            folded.add(why)
-    text, named = "; ".join(lines), 0
-    for field in rest[: MAX_REPORTED - len(lines)]:
-        if named + len(field) > most_names:
-            break
-        text += f"{', ' if named else '; also '}{field}"
-        named += len(field)
-        told += 1
-    if hidden := len(found) - told:
-        text += f"; and {hidden} more"
+    if found:
+        raise InvalidRequestError.of_all(found)
+
+
+def _reported(found: dict[Finding, None]) -> list[Finding]:
+    shown = list(islice(found, MAX_REPORTED))
     if len(found) > len(shown):
-        shown.append(("", f"and {len(found) - len(shown)} more"))
-    return shown, text
+        shown.append(("", say("MORE", count=len(found) - len(shown))))
+    return shown
+
+
+def _summary(found: Iterable[Finding], causes: Iterable[Text] = ()) -> Text:
+    """One sentence for each reason, about the first field with it."""
+    alike: dict[str, list[Finding]] = {}
+    for field, why in found:
+        alike.setdefault(why.reason, []).append((field, why))
+    kinds = list(alike.values())
+    lines = list(causes)
+    for (field, why), *others in kinds[:_MOST_KINDS]:
+        if others:
+            fields = ", ".join(name for name, _ in others[:_MOST_ALIKE])
+            count = len(others)
+            lines.append(say("FINDING_AND_MORE", field=field, why=why, count=count, fields=fields))
+        else:
+            lines.append(say("FINDING", field=field, why=why))
+    if hidden := sum(map(len, kinds[_MOST_KINDS:])):
+        lines.append(say("MORE", count=hidden))
+    return say("FINDINGS", found="; ".join(lines), first=lines[0])

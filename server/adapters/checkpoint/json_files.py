@@ -6,11 +6,11 @@ from typing import Any
 
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.no_adapter import COPY_AGAIN
-from turret.server.adapters.checkpoint.strict_json import parse_object
+from turret.server.adapters.checkpoint.strict_json import FormatError, parse_object
 from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, PROVENANCE_FILE
 from turret.server.basics.files import why_lfs_pointer
 from turret.server.errors import AdapterCheckpointError
+from turret.server.words import say
 
 # Values of these keys stay in memory and on disk, and go to every client that lists adapters.
 _NAMES = ("base_model_name_or_path", "revision")
@@ -26,17 +26,17 @@ def parse_config(data: bytes, path: str) -> dict[str, Any]:
     findings = Findings(path)
     config: dict[str, Any] = {}
     if len(data) > MAX_CONFIG_BYTES:
-        findings.add(CONFIG_FILE, f"is larger than {MAX_CONFIG_BYTES} bytes")
+        findings.add(CONFIG_FILE, say("FILE_TOO_LARGE", most=MAX_CONFIG_BYTES))
     else:
         try:
             config = parse_object(data)
-        except ValueError as error:
-            findings.add(CONFIG_FILE, why_lfs_pointer(data) or f"{error}; {COPY_AGAIN}")
+        except FormatError as error:
+            is_pointer = why_lfs_pointer(data)
+            findings.add(CONFIG_FILE, say("LFS_POINTER") if is_pointer else error.why)
     for key in _NAMES:
         value = config.get(key)
         if isinstance(value, str) and len(value) > MAX_NAME_CHARS:
-            why = f"has {len(value)} characters, at most {MAX_NAME_CHARS} are served"
-            findings.add(key, why)
+            findings.add(key, say("TOO_MANY_CHARACTERS", most=MAX_NAME_CHARS, found=len(value)))
     findings.raise_if_any()
     return config
 

@@ -23,14 +23,16 @@ from turret.server.adapters.checkpoint.digest_cache import DigestCache, stamp_of
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.finite import all_finite
 from turret.server.adapters.checkpoint.json_files import parse_config, read_base_digest
-from turret.server.adapters.checkpoint.no_adapter import NOT_FINITE, check_is_adapter
+from turret.server.adapters.checkpoint.no_adapter import check_is_adapter
 from turret.server.adapters.checkpoint.safetensors_header import (
     TensorEntry,
     check_fits,
     read_header,
 )
+from turret.server.adapters.checkpoint.strict_json import FormatError
 from turret.server.adapters.checkpoint.tensor_names import canonical_names, text_prefix
 from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE
+from turret.server.words import say
 
 # Domain prefix of every digest. Change it when the definition of the digest changes.
 _DIGEST_DOMAIN = b"turret-adapter-1\0"
@@ -92,7 +94,7 @@ def read_checkpoint(
         tensors, prefix = _read_tensors(file, file_bytes, path, unhashed, max_elements, item_bytes)
         if digest is not None and stamp_of(config_file.fileno(), file.fileno()) != stamp:
             findings = Findings(path)
-            findings.add(TENSORS_FILE, "changed while it was read")
+            findings.add(TENSORS_FILE, say("FILE_CHANGED"))
             findings.raise_if_any()
     if digest is None:
         digest = hashed.hexdigest()
@@ -130,15 +132,15 @@ def _read_tensors(
     findings = Findings(path)
     try:
         header = read_header(file, file_bytes)
-    except ValueError as error:
-        findings.add(TENSORS_FILE, str(error))
+    except FormatError as error:
+        findings.add(TENSORS_FILE, error.why)
         findings.raise_if_any()
         raise
     check_fits(path, header, max_elements, item_bytes)
     names = canonical_names([entry.name for entry in header.entries], findings)
     data = _read_data(file, header.entries[-1].end if header.entries else 0)
     if data is None or file.read(1):
-        findings.add(TENSORS_FILE, "changed while it was read")
+        findings.add(TENSORS_FILE, say("FILE_CHANGED"))
         findings.raise_if_any()
     assert data is not None
     if digest is not None:
@@ -182,5 +184,5 @@ def _tensors_in(
         is_finite = not dtype.is_floating_point or all_finite(values)
         for entry, flat in zip(run, values.split([e.num_elements for e in run]), strict=True):
             if not is_finite and not all_finite(flat):
-                findings.add(entry.name, NOT_FINITE)
+                findings.add(entry.name, say("NOT_FINITE", dtype=entry.dtype))
             yield entry, flat.view(entry.shape)

@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from turret.server.adapters.checkpoint.no_adapter import COPY_AGAIN
-from turret.server.adapters.checkpoint.strict_json import parse_object
+from turret.server.adapters.checkpoint.strict_json import FormatError, parse_object
 from turret.server.basics.byte_size import about_bytes
 from turret.server.basics.files import why_lfs_pointer
 from turret.server.errors import BudgetExceededError
+from turret.server.words import say
 
 # 80 layers of 7 modules with 4 tensors each need about half a megabyte.
 MAX_HEADER_BYTES = 8 << 20
@@ -80,25 +80,29 @@ def read_header(file: BinaryIO, file_bytes: int) -> SafetensorsHeader:
         file_bytes: Size of the whole file.
 
     Raises:
-        ValueError: The file breaks the format or its limits; the text is fit for a client.
+        FormatError: The file breaks the format or its limits.
     """
     word = file.read(8)
+    if why_lfs_pointer(word):
+        raise FormatError(say("LFS_POINTER"))
     if len(word) != 8:
-        raise ValueError(f"is too short for a safetensors file; {COPY_AGAIN}")
-    if why := why_lfs_pointer(word):
-        raise ValueError(why)
+        raise _cut_short(file_bytes, 8)
     (length,) = struct.unpack("<Q", word)
     if length > MAX_HEADER_BYTES:
-        why = f"its header would be {length} bytes long, at most {MAX_HEADER_BYTES} are read"
-        raise ValueError(f"is no safetensors file, or damaged: {why}; {COPY_AGAIN}")
-    if length > file_bytes - 8:
-        why = f"it has {file_bytes} bytes, its header alone {length}"
-        raise ValueError(f"is cut short: {why}; {COPY_AGAIN}")
+        raise _invalid(f"its header would have {length} bytes, more than {MAX_HEADER_BYTES}")
     text = file.read(length)
     if len(text) != length:
-        raise ValueError(f"ends inside its header; {COPY_AGAIN}")
+        raise _cut_short(file_bytes, 8 + length)
     parse = _parse_shared if length <= _MAX_SHARED_BYTES else _parse
     return SafetensorsHeader(word + text, parse(text, file_bytes - 8 - length))
+
+
+def _invalid(why: str) -> FormatError:
+    return FormatError(say("INVALID_SAFETENSORS", why=why))
+
+
+def _cut_short(found: int, needed: int) -> FormatError:
+    return FormatError(say("FILE_CUT_SHORT", found=found, needed=needed))
 
 
 def check_fits(path: str, header: SafetensorsHeader, max_elements: int, item_bytes: int) -> None:
@@ -115,23 +119,22 @@ def check_fits(path: str, header: SafetensorsHeader, max_elements: int, item_byt
     """
     elements = header.num_elements
     if elements > max_elements:
-        needed, there = about_bytes(elements * item_bytes), about_bytes(max_elements * item_bytes)
-        raise BudgetExceededError(
-            f"adapter {path!r} needs at least {needed} of host memory, and all adapters together"
-            f" have {there}; `turret serve --adapter-host-bytes SIZE` gives them more",
-            metadata={"path": path, "elements": str(elements)},
-        )
+        needed, budget = elements * item_bytes, max_elements * item_bytes
+        raise over_host_memory(path, needed, budget, elements=elements)
+
+
+def over_host_memory(path: str, needed: int, budget: int, **more: int) -> BudgetExceededError:
+    """The error for an adapter that takes more bytes than all adapters may have."""
+    shown = {"needed": about_bytes(needed), "budget": about_bytes(budget)}
+    return BudgetExceededError(say("OVER_HOST_MEMORY", path=path, bytes=needed, **shown, **more))
 
 
 def _parse(text: bytes, data_bytes: int) -> tuple[TensorEntry, ...]:
     """The entries, in file order."""
-    try:
-        table = parse_object(text)
-    except ValueError as error:
-        raise ValueError(f"{error}; {COPY_AGAIN}") from None
+    table = parse_object(text)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, Mapping):
-        raise ValueError("__metadata__ must be an object")
+        raise _invalid("__metadata__ must be an object")
     entries = sorted(
         (_entry(name, spec) for name, spec in table.items()), key=lambda e: (e.begin, e.end)
     )
@@ -150,22 +153,22 @@ def _is_index(value: Any) -> bool:
 
 def _entry(name: str, spec: Any) -> TensorEntry:
     if not isinstance(spec, dict) or spec.keys() != _FIELDS:
-        raise ValueError(f"tensor {name!r} must have exactly dtype, shape and data_offsets")
+        raise _invalid(f"tensor {name!r} must have exactly dtype, shape and data_offsets")
     dtype = spec["dtype"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise ValueError(f"tensor {name!r}: dtype {dtype!r} is not one of {list(ITEM_BYTES)}")
+        raise _invalid(f"tensor {name!r}: dtype {dtype!r} is not one of {list(ITEM_BYTES)}")
     shape, offsets = spec["shape"], spec["data_offsets"]
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
-        raise ValueError(f"tensor {name!r}: shape must be a list of at most {MAX_DIMENSIONS}")
+        raise _invalid(f"tensor {name!r}: shape must be a list of at most {MAX_DIMENSIONS}")
     for extent in shape:
         if not _is_index(extent) or extent >= MAX_EXTENT:
-            raise ValueError(f"tensor {name!r}: shape {shape} is out of range")
+            raise _invalid(f"tensor {name!r}: shape {shape} is out of range")
     is_pair = isinstance(offsets, list) and len(offsets) == 2
     if not is_pair or not (_is_index(offsets[0]) and _is_index(offsets[1])):
-        raise ValueError(f"tensor {name!r}: data_offsets must be two non-negative integers")
+        raise _invalid(f"tensor {name!r}: data_offsets must be two non-negative integers")
     begin, end = offsets
     if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise ValueError(f"tensor {name!r}: {end - begin} bytes do not hold {shape} {dtype}")
+        raise _invalid(f"tensor {name!r}: {end - begin} bytes do not hold {shape} {dtype}")
     return TensorEntry(name, dtype, tuple(shape), begin, end)
 
 
@@ -173,8 +176,9 @@ def _check_tiling(entries: list[TensorEntry], data_bytes: int) -> None:
     at = 0
     for entry in entries:
         if entry.begin != at:
-            raise ValueError(f"tensor {entry.name!r} starts at {entry.begin}, expected {at}")
+            raise _invalid(f"tensor {entry.name!r} starts at {entry.begin}, expected {at}")
         at = entry.end
     if at != data_bytes:
-        short = "is cut short: " if at > data_bytes else ""
-        raise ValueError(f"{short}tensors end at {at}, the data at {data_bytes}; {COPY_AGAIN}")
+        if at > data_bytes:
+            raise _cut_short(data_bytes, at)
+        raise _invalid(f"tensors end at {at}, the data at {data_bytes}")

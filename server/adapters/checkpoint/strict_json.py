@@ -5,19 +5,33 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from turret.server.words import Text, say
+
 # Longest key of the outermost object: error messages repeat it, and no format needs more.
 MAX_KEY_CHARS = 512
 
 
-class _Repeated(ValueError):
-    pass
+class FormatError(ValueError):
+    """A file breaks its format.
+
+    Attributes:
+        why: The fault, fit for a client.
+    """
+
+    def __init__(self, why: Text) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+def _no_json(why: object) -> FormatError:
+    return FormatError(say("INVALID_JSON", why=str(why)))
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise _Repeated(f"key {key!r:.80} appears twice")
+            raise ValueError(f"key {key!r:.80} appears twice")
         result[key] = value
     return result
 
@@ -33,26 +47,26 @@ def parse_object(data: bytes) -> dict[str, Any]:
         The object. Every string in it can be encoded as UTF-8, so it can be sent to a client.
 
     Raises:
-        ValueError: Anything else; the text is fit for a client.
+        FormatError: Anything else.
     """
     try:
         value = json.loads(data.decode(), object_pairs_hook=_pairs, parse_constant=_constant)
     except UnicodeDecodeError:
-        raise ValueError("is not UTF-8") from None
+        raise _no_json("it is not UTF-8") from None
     except RecursionError:
-        raise ValueError("is nested too deeply") from None
+        raise _no_json("it is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"is not valid JSON: {error}") from None
+        raise _no_json(error) from None
     if not isinstance(value, dict):
-        raise ValueError("must hold a JSON object")
+        raise _no_json("it must be an object")
     for key in value:
         if len(key) > MAX_KEY_CHARS:
-            raise ValueError(f"key {key[:60]!r}… is longer than {MAX_KEY_CHARS} characters")
+            raise _no_json(f"key {key[:60]!r}… is longer than {MAX_KEY_CHARS} characters")
     # UTF-8 cannot encode surrogates, so only a \u escape can produce one.
     if b"\\u" in data:
         for key, item in value.items():
             if not (_is_text(key) and _is_text(item)):
-                raise ValueError(f"key {key!r} holds half of a surrogate pair, which is not text")
+                raise _no_json(f"key {key!r} holds half of a surrogate pair")
     return value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.words import say
 
 # Name of the tensor in methods that learn a prompt.
 PROMPT_EMBEDDINGS = "prompt_embeddings"
@@ -86,7 +87,7 @@ def canonical_names(names: Sequence[str], findings: Findings) -> dict[str, str]:
     for name in names:
         canonical = canonical_name(name)
         if canonical in first:
-            findings.add(name, f"is the same parameter as {first[canonical]!r}")
+            findings.add(name, say("DUPLICATE_TENSOR", other=first[canonical]))
             continue
         first[canonical] = name
         result[name] = canonical

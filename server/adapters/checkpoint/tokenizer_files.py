@@ -14,9 +14,10 @@ from typing import Any
 
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.strict_json import parse_object
+from turret.server.adapters.checkpoint.strict_json import FormatError, parse_object
 from turret.server.adapters.source import TOKENIZER_FILE, TOKENIZER_FILES
 from turret.server.adapters.tokenizer_files import TokenizerFiles
+from turret.server.words import say
 
 _CONFIG = "tokenizer_config.json"
 _DOMAIN = b"turret-tokenizer-1\0"
@@ -63,7 +64,7 @@ def read_tokenizer_files(directory: AdapterDirectory, findings: Findings) -> Tok
         with directory.open_file(name) as file:
             data = file.read(most + 1)
         if len(data) > most:
-            findings.add(name, f"is larger than {most} bytes")
+            findings.add(name, say("FILE_TOO_LARGE", most=most))
             return None
         checked = _checked(name, data, findings)
         if checked is None:
@@ -90,8 +91,11 @@ def _checked(name: str, data: bytes, findings: Findings) -> bytes | None:
             # This file has millions of keys; the tokenizers library parses it, just as strictly.
             return data
         content = parse_object(data)
-    except ValueError as error:
-        findings.add(name, str(error))
+    except UnicodeDecodeError:
+        findings.add(name, say("NOT_UTF8"))
+        return None
+    except FormatError as error:
+        findings.add(name, error.why)
         return None
     return data if name != _CONFIG else _checked_config(content, findings)
 
@@ -99,11 +103,12 @@ def _checked(name: str, data: bytes, findings: Findings) -> bytes | None:
 def _checked_config(content: Mapping[str, Any], findings: Findings) -> bytes | None:
     for key in _CODE:
         if content.get(key):
-            findings.add(_CONFIG, f"{key}: a tokenizer with code of its own is not read")
+            findings.add(f"{_CONFIG}[{key}]", say("TOKENIZER_CODE"))
             return None
     said = {key: value for key, value in content.items() if key in _SAID}
     kind = said.get("tokenizer_class")
     if kind is not None and not (isinstance(kind, str) and kind.isidentifier()):
-        findings.add(_CONFIG, "tokenizer_class: must be the name of a class")
+        wanted = "the name of a class"
+        findings.add(f"{_CONFIG}[tokenizer_class]", say("INVALID_VALUE", value=kind, wanted=wanted))
         return None
     return json.dumps(said).encode()

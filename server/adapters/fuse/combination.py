@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from turret.server.errors import InvalidRequestError
+from turret.server.adapters.checkpoint.findings import Finding, refuse_all
+from turret.server.adapters.peft_format.config.rules import invalid
+from turret.server.words import say
 
 # Keep every direction: the factors side by side.
 CONCATENATED = frozenset({"exact", "cat"})
@@ -45,12 +47,10 @@ class Combination:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        found = [("combination", f"must be one of {', '.join(NAMES)}")]
+        found = [("combination", invalid(self.name, f"one of {', '.join(NAMES)}"))]
         if self.name in NAMES:
             found = [*self._misplaced(), *self._out_of_range()]
-        if found:
-            text = "; ".join(f"{field}: {why}" for field, why in found)
-            raise InvalidRequestError(text, violations=found)
+        refuse_all(found)
 
     @property
     def is_concatenated(self) -> bool:
@@ -74,7 +74,7 @@ class Combination:
         """TIES (arXiv 2306.01708): entries whose sign is outvoted do not count."""
         return "ties" in self.name
 
-    def _misplaced(self) -> list[tuple[str, str]]:
+    def _misplaced(self) -> list[Finding]:
         found = []
         for field, belongs, owners in (
             ("rank", self.is_on_updates, "the svd combinations"),
@@ -84,23 +84,24 @@ class Combination:
             ("seed", self.prunes_at_random, "dare combinations"),
         ):
             if not belongs and getattr(self, field) is not None:
-                found.append((field, f"is for {owners}, not for {self.name}"))
+                found.append((field, say("WRONG_COMBINATION", owners=owners, found=self.name)))
         if self.rank is not None and self.energy is not None:
-            found.append(("energy", "excludes rank"))
+            found.append(("energy", say("CONFLICTS_WITH", other="rank")))
         if self.prunes and self.density is None:
-            found.append(("density", f"is required for {self.name}"))
+            found.append(("density", say("REQUIRED")))
         return found
 
-    def _out_of_range(self) -> list[tuple[str, str]]:
+    def _out_of_range(self) -> list[Finding]:
         found = []
         if self.rank is not None and self.rank < 1:
-            found.append(("rank", "must be at least 1"))
+            found.append(("rank", invalid(self.rank, "at least 1")))
         for field in ("energy", "density"):
             share = getattr(self, field)
             if share is not None and not 0.0 < share <= 1.0:
-                found.append((field, "must be in (0, 1]"))
+                found.append((field, invalid(share, "above 0 and at most 1")))
         if self.majority_sign_method not in (None, *SIGN_METHODS):
-            found.append(("majority_sign_method", f"must be one of {', '.join(SIGN_METHODS)}"))
+            why = invalid(self.majority_sign_method, f"one of {', '.join(SIGN_METHODS)}")
+            found.append(("majority_sign_method", why))
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
-            found.append(("seed", "must be an unsigned 64-bit integer"))
+            found.append(("seed", invalid(self.seed, "an unsigned 64-bit integer")))
         return found

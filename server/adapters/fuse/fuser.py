@@ -34,10 +34,10 @@ from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser, P
 from turret.server.adapters.fuse.result import FuseResult, ModuleReport
 from turret.server.adapters.mix import Mix
 from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.registry.name_table import name_taken
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.basics.work import Cancellation, is_out_of_memory, told_of, work_in_background
 from turret.server.errors import (
-    AdapterExistsError,
     AdapterNotFoundError,
     AdapterUnloadedError,
     BudgetExceededError,
@@ -45,6 +45,7 @@ from turret.server.errors import (
     QueueFullError,
     UnavailableError,
 )
+from turret.server.words import say
 
 _log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class Fuser:
         job = _Job(cancellation)
         with self._lock:
             if self._job is not None:
-                raise QueueFullError("a fusion is under way already, and one runs at a time")
+                raise QueueFullError(say("FUSION_UNDER_WAY"))
             self._job = job
         context = contextvars.copy_context()
         try:
@@ -141,10 +142,7 @@ class Fuser:
             if found and self._job is not None:
                 name = found[0].name
                 self._job.cancellation.set(
-                    AdapterUnloadedError(
-                        f"adapter {name!r} was unloaded while it was fused",
-                        metadata={"adapter": name},
-                    )
+                    AdapterUnloadedError(say("UNLOADED_WHILE_FUSED", adapter=name))
                 )
 
     def close(self) -> None:
@@ -164,7 +162,7 @@ class Fuser:
     ) -> FuseResult:
         try:
             if name in {ref.name for ref in refs}:
-                raise InvalidRequestError.of("name", f"{name!r} is a member of the mix")
+                raise InvalidRequestError.of("name", say("NAME_IS_MEMBER", adapter=name))
             self._registry.check_room(0)
             with self._lock:
                 mix = job.mix = self._registry.acquire(refs)
@@ -187,11 +185,8 @@ class Fuser:
         served = self._registry.base.dtype.itemsize
         needed = sum(a.host_bytes_needed * 4 // served for a, _ in mix.members)
         if needed > self._host_bytes:
-            raise BudgetExceededError(
-                f"the members take {needed} bytes in fp32, the budget for adapters is"
-                f" {self._host_bytes}",
-                metadata={"bytes": str(needed), "host_bytes": str(self._host_bytes)},
-            )
+            text = say("MEMBERS_OVER_BUDGET", bytes=needed, host_bytes=self._host_bytes)
+            raise BudgetExceededError(text)
         members = []
         for adapter, weight in mix.members:
             cancellation.check()
@@ -212,12 +207,8 @@ class Fuser:
         self._check_free(name, list(work))
         rank = rank_of_result(members, combination)
         if rank > self._max_rank:
-            why = f"is {rank}, the server allows {self._max_rank} (--max-rank)"
-            raise BudgetExceededError(
-                f"rank: {why}",
-                metadata={"rank": str(rank), "max_rank": str(self._max_rank)},
-                violations=[("rank", why)],
-            )
+            text = say("RANK_OVER_LIMIT", name="rank", rank=rank, max_rank=self._max_rank)
+            raise BudgetExceededError(text, violations=[("rank", text)])
         fuser = ModuleFuser(combination, rank, self._max_rank)
         for path, parts in work.items():
             fuser.check(parts, base.modules[path])
@@ -241,10 +232,7 @@ class Fuser:
             return
         changed = sorted({path.rsplit(".", 1)[-1] for path in paths})
         if record.facts.method != METHOD or list(record.facts.target_modules) != changed:
-            raise AdapterExistsError(
-                f"adapter name {name!r} is taken by other weights; unload it or choose another",
-                metadata={"adapter": name, "digest": record.facts.digest},
-            )
+            raise name_taken(name, record.facts.digest)
 
     def _install(self, name: str, files: FusedFiles, cancellation: Cancellation) -> AdapterInfo:
         staged = self._registry.stage(files.announced())
@@ -263,7 +251,7 @@ def _work(members: Sequence[Member], base: BaseModel) -> dict[str, list[Part]]:
     }
     work = {path: parts for path, parts in work.items() if parts}
     if not work:
-        raise InvalidRequestError.of("adapters", "none of them changes any module")
+        raise InvalidRequestError.of("adapters", say("NOTHING_TO_FUSE"))
     return work
 
 
@@ -295,4 +283,4 @@ class _Progress:
 
 
 def _shutting_down() -> UnavailableError:
-    return UnavailableError("the server is shutting down")
+    return UnavailableError(say("SHUTTING_DOWN"))

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from turret.server.adapters.adapter import Adapter
+from turret.server.adapters.checkpoint.findings import Finding, refuse_all
 from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.fuse.module_fuser import Part
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.weight_update import beyond_low_rank, beyond_updates
 from turret.server.errors import InvalidRequestError
+from turret.server.words import say
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +44,13 @@ def check_prompts(adapters: Sequence[Adapter]) -> None:
     Raises:
         InvalidRequestError: Names the members that do what no LoRA can.
     """
-    found: list[tuple[int, Adapter, str]] = []
+    found: list[Finding] = []
     for index, adapter in enumerate(adapters):
         if adapter.num_soft_tokens or adapter.num_prefix_positions:
-            found.append(
-                (index, adapter, "puts tokens or keys before the prompt, which no LoRA can")
-            )
+            found.append(_unfit(index, adapter, "it puts tokens or keys before the prompt"))
         if adapter.invocation:
-            found.append((index, adapter, "acts from its invocation on, which no fused LoRA would"))
-    _refuse(found)
+            found.append(_unfit(index, adapter, "it acts only from its invocation on"))
+    refuse_all(found)
 
 
 def check_operators(members: Sequence[Member], combination: Combination) -> None:
@@ -59,24 +59,18 @@ def check_operators(members: Sequence[Member], combination: Combination) -> None
     Raises:
         InvalidRequestError: Names all of them, and what each has that does not fit.
     """
-    found: list[tuple[int, Adapter, str]] = []
+    found: list[Finding] = []
     for index, member in enumerate(members):
-        operators = member.lowered.operators
-        if member.adapter.facts.vocab_size:
-            found.append((index, member.adapter, "has a vocabulary of its own"))
+        operators, adapter = member.lowered.operators, member.adapter
+        if adapter.facts.vocab_size:
+            found.append(_unfit(index, adapter, "it has a vocabulary of its own"))
         elif extra := beyond_updates(operators):
-            found.append(
-                (index, member.adapter, f"has a {' and a '.join(extra)}, no weight update")
-            )
-        elif combination.is_on_updates:
-            continue
-        elif extra := beyond_low_rank(operators):
-            why = (
-                f"has a {' and a '.join(extra)}, and {combination.name} takes low-rank factors"
-                " alone; the svd combinations take it"
-            )
-            found.append((index, member.adapter, why))
-    _refuse(found)
+            why = f"its {' and '.join(extra)} is not a weight update"
+            found.append(_unfit(index, adapter, why))
+        elif not combination.is_on_updates and (extra := beyond_low_rank(operators)):
+            why = f"{combination.name} needs low-rank factors, and it has a {' and a '.join(extra)}"
+            found.append(_unfit(index, adapter, why))
+    refuse_all(found)
 
 
 def rank_of_result(members: Sequence[Member], combination: Combination) -> int:
@@ -89,14 +83,10 @@ def rank_of_result(members: Sequence[Member], combination: Combination) -> int:
         return combination.rank
     ranks = [rank for member in members for rank in member.lowered.ranks]
     if not ranks and combination.is_on_updates and combination.energy is None:
-        raise InvalidRequestError.of("rank", "set it, or energy: no member has a rank to go by")
+        raise InvalidRequestError.of("rank", say("RANK_REQUIRED"))
     return max(ranks, default=1)
 
 
-def _refuse(found: Sequence[tuple[int, Adapter, str]]) -> None:
-    if found:
-        described = [(i, f"{a.name!r} ({a.facts.method}) {why}") for i, a, why in found]
-        raise InvalidRequestError(
-            "; ".join(why for _, why in described),
-            violations=[(f"adapters[{index}].name", why) for index, why in described],
-        )
+def _unfit(index: int, adapter: Adapter, why: str) -> Finding:
+    text = say("NOT_FUSABLE", adapter=adapter.name, method=adapter.facts.method, why=why)
+    return f"adapters[{index}].name", text

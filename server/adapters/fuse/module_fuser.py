@@ -20,6 +20,7 @@ from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.weight_update import add_delta, frobenius_norm, has_update, is_low_rank
 from turret.server.errors import BudgetExceededError, InvalidRequestError
+from turret.server.words import say
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +97,10 @@ class ModuleFuser:
             self._check_budget(sum(p.low_rank.rank for p in parts if p.weight), module, "adapters")
         elif not combination.is_on_updates and len({p.low_rank.rank for p in parts}) > 1:
             ranks = ", ".join(f"{part.name!r} {part.low_rank.rank}" for part in parts)
-            why = f"{combination.name} needs members of one rank; in {module.name}: {ranks}"
             of_updates = f"{combination.name}_svd"
             other = of_updates if of_updates in ON_UPDATES else "svd"
-            raise InvalidRequestError.of("adapters", f"{why}; {other} takes any ranks")
+            text = say("UNEQUAL_MEMBERS", ranks=ranks, module=module.name, other=other)
+            raise InvalidRequestError.of("adapters", text)
 
     def fuse(self, parts: Sequence[Part], module: BaseModule) -> FusedModule:
         """Fuses what the members do to one module; at least one of them does something.
@@ -165,13 +166,8 @@ class ModuleFuser:
 
     def _check_budget(self, rank: int, module: BaseModule, field: str) -> None:
         if rank > self._max_rank:
-            why = f"{self._combination.name} needs rank {rank} in {module.name}, the server allows"
-            advice = "" if field == "energy" else "; svd with a rank approximates"
-            raise BudgetExceededError(
-                f"{why} {self._max_rank}{advice}",
-                metadata={"rank": str(rank), "max_rank": str(self._max_rank)},
-                violations=[(field, f"{why} {self._max_rank}")],
-            )
+            text = say("FUSED_RANK", rank=rank, module=module.name, max_rank=self._max_rank)
+            raise BudgetExceededError(text, violations=[(field, text)])
 
 
 def _with_update(parts: Sequence[Part]) -> list[Part]:

@@ -17,12 +17,13 @@ from turret.server.adapters.component import (
     Component,
     FindComponent,
     component_refs,
+    unfit,
 )
 from turret.server.adapters.operators.gate import Gate, GivenScore, PrototypeScore, QueryScore
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.peft_format.reading import Reading
-from turret.server.basics.counted import counted
 from turret.server.errors import AdapterComponentError
+from turret.server.words import Text, say
 
 # Names, for messages, of operators that a component must not have.
 _WORDS = {
@@ -61,10 +62,9 @@ def find_components(
         except AdapterComponentError as error:
             missing += error.violations
     if missing:
-        why = "; ".join(text for _, text in missing)
+        found = "; ".join(text for _, text in missing)
         raise AdapterComponentError(
-            f"adapter {checkpoint.path!r} cannot be served without its components: {why}",
-            metadata={"path": checkpoint.path},
+            say("COMPONENTS_MISSING", path=checkpoint.path, found=say("FINDINGS", found=found)),
             violations=missing,
         )
     check_fusable(components, checkpoint.path)
@@ -81,11 +81,8 @@ def check_fusable(components: Sequence[Component], path: str) -> None:
     for component in components:
         others = _other_operators(component)
         if others:
-            findings.add(
-                COMPONENTS_KEY,
-                f"{component.ref.name!r} ({component.method}) has {' and '.join(others)}; only"
-                " low-rank updates can be fused, and those without biases",
-            )
+            why = f"it has {' and '.join(others)}, and only low-rank updates can be fused"
+            findings.add(COMPONENTS_KEY, unfit(component, why))
     findings.raise_if_any()
 
 
@@ -143,13 +140,8 @@ def filled_up(rows: torch.Tensor, multiple: int) -> torch.Tensor:
     return F.pad(rows, (0, 0, 0, -rows.shape[0] % multiple)).contiguous()
 
 
-def left_out(components: Sequence[Component], modules: Collection[str]) -> list[str]:
+def left_out(components: Sequence[Component], modules: Collection[str]) -> list[Text]:
     """A warning about modules that components adapt and the gated adapter does not."""
     adapted = {name for component in components for name in component.operators.modules}
     count = len(adapted.difference(modules))
-    if count == 0:
-        return []
-    return [
-        f"components adapt {counted(count, 'module')} that the fusion does not target: of the base"
-        " alone there"
-    ]
+    return [say("COMPONENTS_ADAPT_MORE", count=count)] if count else []

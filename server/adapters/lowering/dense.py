@@ -9,6 +9,7 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoi
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.dense import Dense
 from turret.server.errors import BudgetExceededError
+from turret.server.words import Text, say
 
 ALLOW = "--allow-dense-adapters"
 
@@ -32,18 +33,10 @@ def check_dense(checkpoint: AdapterCheckpoint, base: BaseModel, max_bytes: int |
     if needed <= max_bytes:
         return
     kind = str(checkpoint.config.get("peft_type")).upper()
-    what = (
-        f"adapter {checkpoint.path!r} is {kind}: its updates are as large as the weights they"
-        f" change and would take {needed} bytes"
-    )
-    limit = (
-        f", the budget for all adapters is {max_bytes}; `turret serve --adapter-host-bytes` sets it"
-        if max_bytes
-        else f", which is served only with `turret serve {ALLOW}`"
-    )
-    raise BudgetExceededError(
-        what + limit, metadata={"path": checkpoint.path, "bytes": str(needed), "flag": ALLOW}
-    )
+    facts = {"path": checkpoint.path, "method": kind, "bytes": needed}
+    if max_bytes:
+        raise BudgetExceededError(say("DENSE_OVER_BUDGET", **facts, host_bytes=max_bytes))
+    raise BudgetExceededError(say("DENSE_NOT_ALLOWED", **facts, flag=ALLOW))
 
 
 def _folders(path: str) -> Iterator[str]:
@@ -52,15 +45,9 @@ def _folders(path: str) -> Iterator[str]:
         yield path
 
 
-def dense_warnings(operators: AdapterOperators) -> tuple[str, ...]:
+def dense_warnings(operators: AdapterOperators) -> tuple[Text, ...]:
     """The warnings about an adapter's whole matrices, if it has any."""
     modules = [*operators.modules.values(), *([operators.head] if operators.head else [])]
     parts = (part for module in modules for part in module.operators)
     total = sum(part.num_bytes for part in parts if isinstance(part, Dense))
-    if not total:
-        return ()
-    why = (
-        f"its updates are as large as the weights they change: {total} bytes in host memory and"
-        " again on the device, all of which a step with the adapter reads"
-    )
-    return (why,)
+    return (say("LARGE_UPDATES", bytes=total),) if total else ()

@@ -21,8 +21,8 @@ from turret.server.adapters.operators.vectors import Bias
 from turret.server.adapters.operators.vocabulary import VocabularyOperators
 from turret.server.adapters.peft_format.reading import Reading
 from turret.server.adapters.peft_format.refusals import base_name_warning
+from turret.server.words import Text, say
 
-_NO_CONV1D = "fan_in_fan_out is true; the base model's modules are linear, where it has no effect"
 _NOTHING: Mapping[str, ModuleOperators] = MappingProxyType({})
 
 
@@ -37,7 +37,7 @@ def finish(
     ranks: Iterable[int] | None = None,
     scalings: Mapping[str, float] = MappingProxyType({}),
     components: tuple[str, ...] = (),
-    warnings: Iterable[str] = (),
+    warnings: Iterable[Text] = (),
     depends_on_base: bool = True,
 ) -> Lowered:
     """Puts the operators into a block of memory, checks that nothing overflowed, and sums up.
@@ -67,9 +67,9 @@ def finish(
     if not is_finite:
         for name, module in blocked.items():
             if not all(map(all_finite, module.tensors())):
-                findings.add(name, f"is not finite once scaled and rounded to {base.dtype}")
+                findings.add(name, say("NOT_FINITE", dtype=base.dtype))
     if prompt is not None and not all(map(all_finite, prompt.tensors())):
-        findings.add(PROMPT_EMBEDDINGS, f"is not finite once rounded to {base.dtype}")
+        findings.add(PROMPT_EMBEDDINGS, say("NOT_FINITE", dtype=base.dtype))
     findings.raise_if_any()
     base_model = checkpoint.config.get("base_model_name_or_path") or ""
     name_warning = base_name_warning(base_model, base.name)
@@ -85,7 +85,7 @@ def finish(
         warnings=(
             *(() if found is None else found.targets.warnings),
             *((name_warning,) if name_warning else ()),
-            *((_NO_CONV1D,) if checkpoint.config.get("fan_in_fan_out") is True else ()),
+            *((say("NO_CONV1D"),) if checkpoint.config.get("fan_in_fan_out") is True else ()),
             *warnings,
         ),
         num_soft_tokens=0 if is_prefix else positions,

@@ -9,6 +9,7 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoi
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.head import Head
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
+from turret.server.words import Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Lowered:
     ranks: tuple[int, ...]
     target_modules: tuple[str, ...]
     base_model: str
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Text, ...] = ()
     num_soft_tokens: int = 0
     num_prefix_positions: int = 0
     scalings: Mapping[str, float] = field(default_factory=dict)

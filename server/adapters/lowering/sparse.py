@@ -7,9 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from turret.server.adapters.base import BaseModule
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.operators.sparse import MAX_SPARSE_INPUTS, Sparse
+from turret.server.adapters.operators.sparse import Sparse
 
 
 def sparse_of(
@@ -39,15 +37,6 @@ def sparse_of(
         columns=(places % shape[1]).to(torch.int32).to(torch.uint16),
         row_starts=starts.to(torch.int32),
     )
-
-
-def check_width(name: str, module: BaseModule, findings: Findings) -> bool:
-    """Whether 16 bits can index a module's inputs; else adds a fault."""
-    if module.in_features <= MAX_SPARSE_INPUTS:
-        return True
-    why = f"has {module.in_features} inputs; sparse updates are served up to {MAX_SPARSE_INPUTS}"
-    findings.add(name, why)
-    return False
 
 
 def place_drawer(seed: int) -> Callable[[int, int], torch.Tensor]:

@@ -20,6 +20,7 @@ import torch
 
 from turret.server import log
 from turret.server.adapters.base import BaseModel, ChangedBase, Precision
+from turret.server.adapters.checkpoint.findings import refuse_all
 from turret.server.adapters.merge.state import Merge, MergedAdapter, MergeReport, MergeState
 from turret.server.adapters.mix import HostResult, Mix
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
@@ -33,6 +34,7 @@ from turret.server.errors import (
     MergeUnderWayError,
     NotMergedError,
 )
+from turret.server.words import say
 
 _log = logging.getLogger(__name__)
 
@@ -130,9 +132,9 @@ class Merger:
         """
         with self._only_change():
             if self._state.merge is not None:
-                raise MergeActiveError("a merge is active")
+                raise MergeActiveError(say("MERGE_ACTIVE"))
             if not refs:
-                raise InvalidRequestError.of("adapters", "at least one member")
+                raise InvalidRequestError.of("adapters", say("EMPTY_MIX"))
             prepared = self._prepare(refs, precision, cancellation)
             try:
                 self._apply(prepared.edit, prepared.merge, cancellation)
@@ -184,14 +186,14 @@ class Merger:
         """
         with self._only_change():
             if self._active is None:
-                raise NotMergedError("no merge is active: the base is as it was loaded")
+                raise NotMergedError(say("NOT_MERGED"))
             self._apply(self._active, None, cancellation)
         return self._state
 
     @contextlib.contextmanager
     def _only_change(self) -> Iterator[None]:
         if not self._turn.acquire(blocking=False):
-            raise MergeUnderWayError("another merge or unmerge is under way")
+            raise MergeUnderWayError(say("MERGE_UNDER_WAY"))
         try:
             yield
         finally:
@@ -253,12 +255,10 @@ def _check_mergeable(mix: Mix) -> None:
         if adapter.facts.vocab_size:
             beyond += ("vocabulary",)
         if beyond:
-            reasons.append(
-                f"{adapter.name!r} ({adapter.facts.method}) cannot be merged: its"
-                f" {' and '.join(beyond)} is no change of the decoder layers' weights"
-            )
-    if reasons:
-        raise InvalidRequestError("; ".join(reasons), violations=[("adapters", r) for r in reasons])
+            method, parts = adapter.facts.method, " and ".join(beyond)
+            text = say("NOT_MERGEABLE", adapter=adapter.name, method=method, parts=parts)
+            reasons.append(("adapters", text))
+    refuse_all(reasons)
 
 
 def _build(
@@ -311,10 +311,7 @@ def _build(
         if is_over and len(errors) >= _TRIAL_MODULES:
             return None
     if overflown:
-        raise InvalidRequestError(
-            f"the merged weights are not finite in {', '.join(overflown)}",
-            violations=[("adapters", f"{path} overflows") for path in overflown],
-        )
+        refuse_all([("adapters", say("MERGE_OVERFLOWS", module=path)) for path in overflown])
     if _ratio(squares["error"], squares["update"]) > most_error:
         return None
     edit.join()

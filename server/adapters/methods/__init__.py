@@ -12,15 +12,14 @@ from typing import Any
 
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.no_adapter import holds_integers
 from turret.server.adapters.lowering.method import LinearMethod, Method
 from turret.server.adapters.methods.prompt_kit import SoftTokens
 from turret.server.adapters.methods.unserved import UNSERVED
-from turret.server.basics.closest import did_you_mean
-from turret.server.errors import AdapterCheckpointError
+from turret.server.basics.closest import closest
+from turret.server.words import Text, say
 
+_FLOATS = "floating-point numbers"
 AnyMethod = LinearMethod | Method | SoftTokens
-_TABLE = "docs/adapters.md has a table of all that are served"
 
 
 def _discover() -> dict[str, AnyMethod]:
@@ -51,19 +50,17 @@ def method_for(checkpoint: AdapterCheckpoint) -> AnyMethod:
     """The method a checkpoint was made by.
 
     Raises:
-        AdapterCheckpointError: ``peft_type`` is missing or none of ``METHODS`` accepts it; the
-            message says what may have been meant, the metadata lists all methods.
+        AdapterCheckpointError: ``peft_type`` is missing or none of ``METHODS`` accepts it;
+            the metadata lists all methods.
     """
     kind = _peft_type_of(checkpoint.config)
     for method in METHODS.values():
         if kind in method.peft_types and method.accepts(checkpoint.config):
             return method
-    why = _why_unserved(kind)
-    raise AdapterCheckpointError(
-        f"adapter {checkpoint.path!r} cannot be served: peft_type {why}",
-        metadata={"path": checkpoint.path, "peft_type": kind[:60], "supported": ",".join(METHODS)},
-        violations=[("peft_type", why)],
-    )
+    findings = Findings(checkpoint.path)
+    findings.add("peft_type", _why_unserved(kind))
+    findings.raise_if_any(peft_type=kind[:60], supported=",".join(METHODS))
+    raise AssertionError("it was a fault")
 
 
 def check_common(checkpoint: AdapterCheckpoint, method: AnyMethod) -> None:
@@ -77,9 +74,9 @@ def check_common(checkpoint: AdapterCheckpoint, method: AnyMethod) -> None:
         if not tensor.is_floating_point() and not any(
             f".{part}." in f".{name}." for part in method.integers
         ):
-            findings.add(name, holds_integers(method.name))
+            findings.add(name, say("WRONG_DTYPE", dtype=tensor.dtype, expected=_FLOATS))
     if checkpoint.task is not None and method.tasks is None:
-        findings.add("task", f"is {checkpoint.task}, but a {method.name} adapter has no tasks")
+        findings.add("task", say("NO_TASKS", method=method.name))
     findings.raise_if_any()
 
 
@@ -89,11 +86,10 @@ def _peft_type_of(config: Mapping[str, Any]) -> str:
     return value.upper() if isinstance(value, str) else ""
 
 
-def _why_unserved(kind: str) -> str:
+def _why_unserved(kind: str) -> Text:
     if not kind:
-        return f"is required: PEFT writes what made the adapter there, such as LORA; {_TABLE}"
+        return say("REQUIRED")
     if kind in UNSERVED:
-        return f"{kind!r} is not supported by this version: {UNSERVED[kind]}"
+        return say("UNSUPPORTED_VALUE", value=kind, why=UNSERVED[kind])
     served = {one for method in METHODS.values() for one in method.peft_types}
-    meant = did_you_mean(kind, sorted({*served, *UNSERVED}))
-    return f"{kind!r:.60} is not supported by this version{meant}; {_TABLE}"
+    return say("UNKNOWN_METHOD", value=kind, closest=closest(kind, sorted({*served, *UNSERVED})))

@@ -15,12 +15,12 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoi
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.json_files import parse_config, read_base_digest
-from turret.server.adapters.checkpoint.no_adapter import lacks_tokenizer
 from turret.server.adapters.checkpoint.safetensors_header import (
     SafetensorsHeader,
     check_fits,
     read_header,
 )
+from turret.server.adapters.checkpoint.strict_json import FormatError
 from turret.server.adapters.checkpoint.tensor_names import canonical_names, text_prefix
 from turret.server.adapters.methods import AnyMethod, check_common, method_for
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
@@ -33,6 +33,7 @@ from turret.server.adapters.source import (
     TENSORS_FILE,
     TOKENIZER_FILE,
 )
+from turret.server.words import say
 
 _BASE = "base_model_name_or_path"
 # Names of whole matrices with a row for each token.
@@ -101,8 +102,8 @@ def _header(directory: AdapterDirectory, findings: Findings) -> SafetensorsHeade
     with directory.open_file(TENSORS_FILE) as file:
         try:
             return read_header(file, os.fstat(file.fileno()).st_size)
-        except ValueError as error:
-            findings.add(TENSORS_FILE, str(error))
+        except FormatError as error:
+            findings.add(TENSORS_FILE, error.why)
     return SafetensorsHeader(b"", ())
 
 
@@ -130,4 +131,6 @@ def _check_tokens(checkpoint: AdapterCheckpoint, base: BaseSizes, findings: Find
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     rows = max((shapes[name][0] for name in _ALL_TOKENS if shapes.get(name)), default=0)
     if 0 < base.vocab_size < rows:
-        findings.add(TOKENIZER_FILE, lacks_tokenizer(rows, base.vocab_size))
+        findings.add(
+            TOKENIZER_FILE, say("ADAPTER_LACKS_TOKENIZER", rows=rows, base_rows=base.vocab_size)
+        )

@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from turret.server.adapters.checkpoint.no_adapter import OTHER_TRAINING, SAVE_AGAIN
 from turret.server.adapters.component import Component
 from turret.server.adapters.lowering.method import LinearMethod, Method, Pieces
 from turret.server.adapters.lowering.pieces import (
@@ -38,12 +37,14 @@ from turret.server.adapters.lowering.pieces import (
     sparse,
 )
 from turret.server.adapters.peft_format.config.rules import (
+    invalid,
     is_bool,
     is_count,
     is_number,
     is_one_of,
     is_optional_bool,
     is_optional_text,
+    is_positive,
     is_rank,
     is_seed,
     optional,
@@ -77,6 +78,7 @@ from turret.server.adapters.peft_format.shapes import (
     when,
 )
 from turret.server.basics.lazy_torch import torch
+from turret.server.words import Text, say
 
 if TYPE_CHECKING:
     from turret.server.adapters.operators.low_rank import LowRank
@@ -92,10 +94,8 @@ __all__ = [
     "LYCORIS",
     "LYCORIS_IGNORED",
     "MAX_LIST_ITEMS",
-    "OTHER_TRAINING",
     "OUT",
     "PATTERNS",
-    "SAVE_AGAIN",
     "START",
     "TARGETS",
     "UNREAD",
@@ -113,6 +113,7 @@ __all__ = [
     "Shape",
     "Shared",
     "Stop",
+    "Text",
     "always",
     "bias",
     "cayley",
@@ -133,6 +134,7 @@ __all__ = [
     "indices",
     "input_blocks",
     "input_gain",
+    "invalid",
     "is_bool",
     "is_count",
     "is_number",
@@ -140,6 +142,7 @@ __all__ = [
     "is_optional_bool",
     "is_optional_module_selector",
     "is_optional_text",
+    "is_positive",
     "is_rank",
     "is_rank_pattern",
     "is_saved",
@@ -152,6 +155,7 @@ __all__ = [
     "optional",
     "optionally",
     "pairs",
+    "say",
     "scaled_low_rank",
     "sparse",
     "times_weight",
@@ -195,15 +199,15 @@ def is_saved(adapter: Module | Reading) -> bool:
     return adapter.config.get("save_projection", True)
 
 
-def needs_seed(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def needs_seed(config: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
     """Reports a config that leaves these matrices out and has no seed to draw them from."""
     if not config.get("save_projection", True) and "projection_prng_key" not in config:
-        yield "projection_prng_key", "is required; save_projection is false"
+        yield "projection_prng_key", say("REQUIRED")
 
 
-def drawn(names: str, seed: str = "projection_prng_key") -> str:
+def drawn(names: str, seed: str = "projection_prng_key") -> Text:
     """The warning for an adapter whose fixed tensors were drawn again."""
-    return f"{names} are not in the file; they were drawn again from {seed}, as PEFT does"
+    return say("DRAWN_AGAIN", names=names, seed=seed)
 
 
 def fixed_projections(adapter: Reading, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,16 +241,21 @@ def check_coefficients(m: Module, role: str) -> None:
     """Reports a coefficient vector that is empty, or longer than the weight has entries."""
     shape, size = tuple(m.tensors[role].shape), m.inputs * m.outputs
     if len(shape) != 1 or not shape[0]:
-        m.fault(role, "must be a vector with at least one coefficient")
+        wanted = "a vector with at least one coefficient"
+        m.fault(role, say("WRONG_SHAPE", shape=list(shape), expected=wanted))
     elif shape[0] > size:
-        m.misfit(f"has {shape[0]} of {size} coefficients", role)
+        m.misfit(
+            say("WRONG_COUNT", found=shape[0], what="coefficients", expected=f"at most {size}"),
+            role,
+        )
 
 
 def check_places(module: Module) -> None:
     """Reports a module with more inputs than a sparse update can index."""
     most = 1 << 16
     if module.inputs > most:
-        why = f"has {module.inputs} inputs; sparse updates are served up to {most}"
+        expected = f"at most {most} for a sparse update"
+        why = say("WRONG_COUNT", found=module.inputs, what="inputs", expected=expected)
         module.reading.fault(module.name, why)
 
 

@@ -22,6 +22,7 @@ from turret.server.adapters.peft_format.refusals import check_rank
 from turret.server.adapters.peft_format.vocabulary.checkpoint import VocabularyPart, take_vocabulary
 from turret.server.adapters.peft_format.vocabulary.resized import FittedCheckpoint, fit_vocabulary
 from turret.server.errors import AdapterCheckpointError
+from turret.server.words import Text, say
 
 
 def lower_checkpoint(
@@ -71,6 +72,7 @@ def lower_checkpoint(
         if not findings.fields:
             raise
         for field, why in error.violations:
+            assert isinstance(why, Text)
             findings.add(field, why)
     findings.raise_if_any()
     assert lowered is not None  # otherwise there was a fault
@@ -88,8 +90,7 @@ def _with_vocabulary(lowered: Lowered, fitted: FittedCheckpoint) -> Lowered:
         return lowered
     findings = fitted.findings
     if lowered.operators.invocation is not None:
-        why = "tokens before the invocation are the base's, which has no rows for added ones"
-        findings.add(INVOCATION, why)
+        findings.add(INVOCATION, say("CONFLICTS_WITH", other="added tokens"))
         findings.raise_if_any()
     operators, leaves = lowered.operators, set[str]()
     if fitted.added is not None:

@@ -23,6 +23,7 @@ from turret.server.adapters.peft_format.config.vocabulary_rules import (
     is_modules_to_save,
 )
 from turret.server.adapters.peft_format.refusals import check_task, task_warning
+from turret.server.words import say
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +108,7 @@ class SoftTokens(MethodKeys):
         required = ("num_virtual_tokens", "token_dim", *self.required)
         for name in required:
             if name not in config:
-                findings.add(name, "is required")
+                findings.add(name, say("REQUIRED"))
         self._check_base(config, base, findings)
         if not findings.fields & {*required}:
             width = self._width(config, base, findings)
@@ -122,7 +123,7 @@ class SoftTokens(MethodKeys):
     ) -> None:
         width = config.get("token_dim")
         if isinstance(width, int) and width != base.hidden_size:
-            why = f"is {width}, the base model's hidden size is {base.hidden_size}"
+            why = say("DIFFERS_FROM_BASE", value=width, expected=base.hidden_size)
             findings.mismatch("token_dim", why)
 
     def _width(
@@ -181,7 +182,7 @@ class KeysAndValues(SoftTokens):
             value = config.get(name)
             # The config rules report wrong types.
             if isinstance(value, int) and value != served:
-                findings.mismatch(name, f"is {value}, the base model's is {served}")
+                findings.mismatch(name, say("DIFFERS_FROM_BASE", value=value, expected=served))
 
     def _width(
         self, config: Mapping[str, Any], base: BaseModel | BaseSizes, findings: Findings
@@ -203,11 +204,10 @@ def _check_tensors(
 ) -> None:
     for name in checkpoint.tensors:
         if name not in shapes:
-            known = " and ".join(shapes)
-            findings.add(name, f"is not a tensor this method knows; the file holds {known}")
+            findings.add(name, say("UNKNOWN_TENSOR"))
     for name, shape in shapes.items():
         tensor = checkpoint.tensors.get(name)
         if tensor is None:
-            findings.add(name, "is missing")
+            findings.add(name, say("MISSING_TENSOR", by="the config"))
         else:
             findings.check_shape(name, tensor, shape, of_base=False)

@@ -23,8 +23,10 @@ from turret.server.adapters.head import (
     SINGLE_LABEL,
     Head,
 )
-from turret.server.basics.counted import counted
+from turret.server.adapters.peft_format.config.rules import invalid
+from turret.server.adapters.peft_format.config.vocabulary_rules import listed_twice
 from turret.server.basics.lazy_torch import torch
+from turret.server.words import say
 
 if TYPE_CHECKING:
     from turret.server.adapters.operators.classifier import Classifier
@@ -73,14 +75,14 @@ def take_classifier(checkpoint: AdapterCheckpoint, base: BaseModel) -> Classifie
         if match is None:
             rest[name] = tensor
         elif match[1] in found:
-            findings.add(name, f"is a second {match[1]} of a classification head")
+            findings.add(name, say("DUPLICATE_TENSOR", other=f"score.{match[1]}"))
         else:
             found[match[1]] = tensor
             _check_shape(name, tensor, base, findings)
     classifier, head = None, None
     weight = found.get("weight")
     if weight is None:
-        findings.add("task_type", f"is {TASK_TYPE}, but the files hold no score.weight: no head")
+        findings.add("task_type", say("NO_HEAD_TENSOR", value=TASK_TYPE))
     elif not (findings.fields or findings.mismatched):
         classifier = _classifier(weight, found.get("bias"), findings)
         head = _head(config, len(weight), findings)
@@ -112,24 +114,24 @@ def _without_head(config: Mapping[str, Any]) -> dict[str, Any]:
 def _check_shape(name: str, tensor: torch.Tensor, base: BaseModel, findings: Findings) -> None:
     if name.endswith("bias"):
         if tensor.ndim != 1:
-            findings.add(name, f"has shape {list(tensor.shape)}, expected one number per label")
+            _wrong_shape(name, tensor, "one number per label", findings)
         return
     count = tensor.shape[0] if tensor.ndim == 2 else 0
     if not 1 <= count <= MAX_LABELS:
-        shape = list(tensor.shape)
-        findings.add(name, f"has shape {shape}, expected 1 to {MAX_LABELS} labels by hidden size")
+        _wrong_shape(name, tensor, f"1 to {MAX_LABELS} labels by hidden size", findings)
     else:
         findings.check_shape(name, tensor, (count, base.hidden_size))
+
+
+def _wrong_shape(name: str, tensor: torch.Tensor, expected: str, findings: Findings) -> None:
+    findings.add(name, say("WRONG_SHAPE", shape=list(tensor.shape), expected=expected))
 
 
 def _classifier(
     weight: torch.Tensor, bias: torch.Tensor | None, findings: Findings
 ) -> Classifier | None:
     if bias is not None and len(bias) != len(weight):
-        findings.add(
-            "score.bias",
-            f"has {counted(len(bias), 'number')}, the weight {counted(len(weight), 'label')}",
-        )
+        _wrong_shape("score.bias", bias, f"[{len(weight)}]", findings)
         return None
     from turret.server.adapters.operators.classifier import Classifier
 
@@ -140,11 +142,10 @@ def _classifier(
 def _head(config: Mapping[str, Any], count: int, findings: Findings) -> Head:
     num_labels = config.get("num_labels")
     if num_labels is not None and num_labels != count:
-        findings.add("num_labels", f"is {num_labels!r:.40}, the head has {counted(count, 'label')}")
+        findings.add("num_labels", invalid(num_labels, str(count)))
     problem = config.get("problem_type")
     if problem is not None and problem not in PROBLEM_TYPES:
-        known = ", ".join(PROBLEM_TYPES)
-        findings.add("problem_type", f"is {problem!r:.60}; served values: {known}, null")
+        findings.add("problem_type", invalid(problem, f"{', '.join(PROBLEM_TYPES)} or null"))
     if problem not in PROBLEM_TYPES:
         # A single number is one label that applies or does not.
         problem = SINGLE_LABEL if count > 1 else MULTI_LABEL
@@ -159,20 +160,19 @@ def _labels(config: Mapping[str, Any], count: int, findings: Findings) -> tuple[
         is_map = isinstance(by_label, Mapping) and all(type(i) is int for i in by_label.values())
         turned = {str(i): label for label, i in by_label.items()} if is_map else None
         if turned is None or (by_id is not None and turned != by_id):
-            why = "must give each label the id that id2label has it under"
-            findings.add("label2id", why)
+            findings.add("label2id", invalid(by_label, "the reverse of id2label"))
             return plain
         by_id = turned
     if by_id is None:
         return plain
     if not isinstance(by_id, Mapping) or by_id.keys() != {str(index) for index in range(count)}:
-        findings.add("id2label", f"must be an object with the keys 0 to {count - 1}")
+        findings.add("id2label", invalid(by_id, f"an object with the keys 0 to {count - 1}"))
         return plain
     labels = tuple(by_id[str(index)] for index in range(count))
     if not all(isinstance(label, str) and 0 < len(label) <= MAX_LABEL_CHARS for label in labels):
-        findings.add("id2label", f"labels are texts of 1 to {MAX_LABEL_CHARS} characters")
+        findings.add("id2label", invalid(by_id, f"labels of 1 to {MAX_LABEL_CHARS} characters"))
         return plain
-    if len(set(labels)) < count:
-        findings.add("id2label", "holds a label twice")
+    if twice := listed_twice(labels):
+        findings.add("id2label", twice)
         return plain
     return labels

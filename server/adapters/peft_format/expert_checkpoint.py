@@ -27,12 +27,12 @@ from turret.server.adapters.base import BaseExperts, BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.finite import all_finite
-from turret.server.adapters.checkpoint.no_adapter import LEFT_OUT
 from turret.server.adapters.operators.low_rank import ExpertLowRank
 from turret.server.adapters.peft_format.config.lora_rules import LORA_KEYS, VARIANTS
 from turret.server.adapters.peft_format.config.rules import Rules, Used, check_config
 from turret.server.adapters.peft_format.config.targets import Targets, resolve_targets
 from turret.server.adapters.peft_format.refusals import check_rank
+from turret.server.words import say
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _INNER = ".base_layer"
@@ -99,10 +99,10 @@ def take_experts(
         else:
             updates, ranks = reader.read_modules(selection)
         for name in tensors.keys() - reader.used:
-            findings.add(name, LEFT_OUT)
+            findings.add(name, say("UNEXPECTED_TENSOR", by="the config"))
     for name, update in updates.items():
         if not all(map(all_finite, update.tensors())):
-            findings.add(name, f"is not finite once scaled and rounded to {base.dtype}")
+            findings.add(name, say("NOT_FINITE", dtype=base.dtype))
     left = replace(checkpoint, tensors=rest, config=config, is_partial=True)
     return ExpertPart(updates, ranks, left, findings)
 
@@ -128,7 +128,7 @@ def _split(
         for old, new in base.renamed.items():
             renamed = renamed.replace(old, new)
         if renamed in rest:
-            findings.add(name, f"is the same parameter as {renamed!r}")
+            findings.add(name, say("DUPLICATE_TENSOR", other=renamed))
         rest[renamed] = tensor
     return ours, rest
 
@@ -174,10 +174,10 @@ def _check_method(
 ) -> None:
     if not is_lora:
         for name in tensors:
-            findings.add(name, "adapts an expert; that is served of LoRA alone")
+            findings.add(name, say("ADAPTS_EXPERT"))
     for key in _NOT_SERVED:
         if config.get(key):
-            findings.add(key, "cannot be combined with LoRA on experts")
+            findings.add(key, say("CONFLICTS_WITH", other="LoRA on experts"))
 
 
 class _Reader:
@@ -232,7 +232,7 @@ class _Reader:
             for expert in range(experts.count)
         ]
         if not selection.get("target_modules"):
-            self._findings.add("target_modules", "names no module of the experts in the file")
+            self._findings.add("target_modules", say("SELECTS_NOTHING"))
             return {}, ()
         targets = self._resolve(selection, names)
         factors = self._factors(targets)
@@ -296,7 +296,7 @@ class _Reader:
     def _take(self, name: str, shape: tuple[int, int]) -> torch.Tensor | None:
         tensor = self._tensors.get(name)
         if tensor is None:
-            self._findings.add(name, "is missing; the config targets it")
+            self._findings.add(name, say("MISSING_TENSOR", by="the config"))
             return None
         self.used.add(name)
         return tensor if self._findings.check_shape(name, tensor, shape) else None

@@ -17,22 +17,15 @@ from typing import Any
 
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.no_adapter import (
-    LEFT_OUT,
-    NO_TENSORS,
-    OTHER_TRAINING,
-    SAVE_AGAIN,
-    lacks_switch,
-    lacks_switched,
-)
 from turret.server.adapters.peft_format.config.rules import MethodKeys
 from turret.server.adapters.peft_format.config.targets import Targets, resolve_targets
 from turret.server.adapters.peft_format.reading import Base, Module, Reading, Tensors
 from turret.server.adapters.peft_format.refusals import (
-    cause_of_mismatch,
+    causes_of_mismatch,
     check_rank,
     check_task,
     is_lycoris,
+    report_width,
     why_unknown,
 )
 from turret.server.adapters.peft_format.shapes import (
@@ -46,6 +39,7 @@ from turret.server.adapters.peft_format.shapes import (
     tensor,
 )
 from turret.server.adapters.source import TENSORS_FILE
+from turret.server.words import say
 
 _BIAS = "bias"
 # PEFT saves a targeted module's own bias under base_layer, any other under its usual name.
@@ -156,13 +150,13 @@ class LinearFormat(MethodKeys):
         self.check_config(config, findings)
         for name in self._required:
             if name not in config:
-                findings.add(name, "is required")
+                findings.add(name, say("REQUIRED"))
         reading = Reading(checkpoint, base, findings)
         found = self._sort(checkpoint.tensors, reading)
         adapted = {name: roles for name, roles in found.items() if roles.keys() - {_BIAS}}
         needs = self.needs_tensors(config) if callable(self.needs_tensors) else self.needs_tensors
         if needs and not (adapted or findings.mismatched or checkpoint.is_partial):
-            findings.add(TENSORS_FILE, NO_TENSORS)
+            findings.add(TENSORS_FILE, say("NO_TENSORS"))
         targets = self._resolve(config, base, findings)
         if targets is not None:
             if not needs:
@@ -184,7 +178,7 @@ class LinearFormat(MethodKeys):
                     self._check_module(module, switched_on)
             self._check_biases(reading, found)
         if findings.mismatched:
-            findings.cause = cause_of_mismatch(config, checkpoint.tensors, base)
+            findings.causes = causes_of_mismatch(config, checkpoint.tensors, base)
         findings.raise_if_any()
         assert targets is not None  # otherwise one of its keys had a fault
         if self.tasks is not None:
@@ -204,7 +198,7 @@ class LinearFormat(MethodKeys):
         """Reports tensors that are missing or have another shape as faults, or as mismatches."""
         others = module.tensors.keys() - switched_on.keys()
         for role in others:
-            module.fault(role, lacks_switch(str(self.all_tensors[role].switch)))
+            module.fault(role, say("UNEXPECTED_TENSOR", by=self.all_tensors[role].switch))
         fits = not others
         try:
             # Compute all sizes first: if they do not go together, no single tensor is at fault.
@@ -213,14 +207,14 @@ class LinearFormat(MethodKeys):
                 fits &= self._check_tensor(module, role, spec, wanted[role])
             if fits and self.check is not None:
                 self.check(module)
-        except Misfit as why:
-            module.misfit(str(why))
+        except Misfit as error:
+            module.misfit(error.why)
             return
         except Stop:
             return
         most = None if self.most_rank is None else self.most_rank(module.inputs, module.outputs)
         if fits and most is not None and module.rank > most:
-            module.misfit(f"takes a rank of {most} at most, the config says {module.rank}")
+            module.misfit(say("NOT_IN_RANGE", least=1, most=most, value=module.rank), "rank")
 
     def _check_tensor(
         self, module: Module, role: str, spec: Tensor, wanted: list[tuple[int, ...]] | None
@@ -228,16 +222,15 @@ class LinearFormat(MethodKeys):
         found = module.tensors.get(role)
         if wanted is None:
             if found is not None:
-                module.fault(role, LEFT_OUT)
+                module.fault(role, say("UNEXPECTED_TENSOR", by="the config"))
             return found is None
         if found is None:
             if spec.is_optional:
                 return True
-            why = f"is missing; the module's other tensors are there: {SAVE_AGAIN}"
-            module.fault(role, why if spec.switch is None else lacks_switched(spec.switch))
+            module.fault(role, say("MISSING_TENSOR", by=spec.switch or "the config"))
             return False
         if spec.must_be_integers and found.is_floating_point():
-            module.fault(role, "must hold integers")
+            module.fault(role, say("WRONG_DTYPE", dtype=found.dtype, expected="integers"))
             return False
         shape = tuple(found.shape)
         return not wanted or shape in wanted or self._wrong_shape(module, role, spec, shape)
@@ -268,18 +261,15 @@ class LinearFormat(MethodKeys):
 
     def _report_rank(self, module: Module, role: str, rank: int) -> None:
         """Reports a rank that is not the config's; later tensors are compared with this rank."""
+        by = module.ranked_by or "the config"
+        module.fault(role, say("WRONG_RANK", rank=rank, by=by, expected=module.rank))
         if not module.ranked_by:
-            why = f"has rank {rank}, the config says {module.rank}; {OTHER_TRAINING}"
-            module.fault(role, why)
             module.rank, module.ranked_by = rank, role
-        else:
-            module.fault(role, f"has rank {rank}, {module.ranked_by} has {module.rank}")
 
     def _report_factors(self, module: Module) -> None:
         assert self.factors is not None
-        theirs = f"{module.extent(self.factors[0], -1)} -> {module.extent(self.factors[1], 0)}"
-        ours = f"{module.inputs} -> {module.outputs}"
-        module.misfit(f"the adapter maps {theirs}, the base model {ours}")
+        down, up = self.factors
+        report_width(module, module.extent(down, -1), module.extent(up, 0))
 
     def _sort(self, tensors: Tensors, reading: Reading) -> dict[str, dict[str, Any]]:
         """Gives every tensor a module and a role, or else reports a fault or mismatch."""
@@ -295,11 +285,11 @@ class LinearFormat(MethodKeys):
             if role is None or is_lycoris(full_name):
                 findings.add(full_name, why_unknown(full_name))
             elif name in base.other_modules:
-                findings.add(full_name, f"{name!r} cannot be adapted by this version")
+                findings.add(full_name, say("NOT_ADAPTABLE", module=name, method=self.name))
             elif name not in base.modules:
-                findings.mismatch(full_name, f"the base model has no module {name!r}")
+                findings.mismatch(full_name, say("NO_SUCH_MODULE", module=name))
             elif role in modules.setdefault(name, {}):
-                findings.add(full_name, f"is a second {role} of {name!r}")
+                findings.add(full_name, say("DUPLICATE_TENSOR", other=f"{name}.{role}"))
             else:
                 modules[name][role] = found
         return modules
@@ -336,16 +326,16 @@ class LinearFormat(MethodKeys):
         self, targets: Targets, adapted: Mapping[str, Tensors], base: Base, findings: Findings
     ) -> None:
         for name in sorted(targets.targeted & base.other_modules):
-            findings.add("target_modules", f"{name!r} cannot be adapted by this version")
+            findings.add("target_modules", say("NOT_ADAPTABLE", module=name, method=self.name))
         # A module that does not fit has been reported already, so do not report it as missing.
         misfits = bool(findings.mismatched)
         for name in base.modules:
             if name in adapted and name not in targets.targeted:
                 role = next(role for role in self.tensors if role in adapted[name])
-                findings.add(f"{name}.{role}", LEFT_OUT)
+                findings.add(f"{name}.{role}", say("UNEXPECTED_TENSOR", by="target_modules"))
             elif name in targets.targeted and name not in adapted and not misfits:
                 first = next(iter(self.tensors))
-                findings.add(f"{name}.{first}", "is missing; the config targets the module")
+                findings.add(f"{name}.{first}", say("MISSING_TENSOR", by="target_modules"))
 
     def _check_biases(self, reading: Reading, found: Mapping[str, Tensors]) -> None:
         """Checks the ``bias`` key against the biases in the file."""
@@ -357,11 +347,11 @@ class LinearFormat(MethodKeys):
             is_promised = said == "all" or (said in self.bias and name in reading.targets.targeted)
             if bias is None:
                 if is_promised and module.has_bias and not findings.mismatched:
-                    findings.add(field, f"is missing; bias is {said!r:.20}")
+                    findings.add(field, say("MISSING_TENSOR", by="bias"))
             elif not is_promised:
-                findings.add(field, f"is there, but bias is {said!r:.20}")
+                findings.add(field, say("UNEXPECTED_TENSOR", by="bias"))
             elif module.has_bias is False:
-                findings.mismatch(field, "the base model has no bias there")
+                findings.mismatch(field, say("NO_BASE_BIAS"))
             elif findings.check_shape(field, bias, (module.out_features,)):
                 reading.biases[name] = bias
 
@@ -369,21 +359,21 @@ class LinearFormat(MethodKeys):
         findings = reading.findings
         if not reading.modules:
             if reading.shared or self.shared:
-                findings.add("target_modules", "selects no module of the base model")
+                findings.add("target_modules", say("SELECTS_NOTHING"))
             return
         wanted = self.shared(reading) if callable(self.shared) else self.shared
         for name in reading.shared.keys() - wanted.keys():
-            findings.add(name, "belongs to no module")
+            findings.add(name, say("UNKNOWN_TENSOR"))
         for name, shape in wanted.items():
             spec, found = tensor(shape), reading.shared.get(name)
             shapes = spec.wanted(reading)
             if shapes is None:
                 if found is not None:
-                    findings.add(name, f"is there, but {spec.switch or 'the config'} rules it out")
+                    findings.add(name, say("UNEXPECTED_TENSOR", by=spec.switch or "the config"))
             elif found is None:
-                findings.add(name, "is missing; modules share it")
+                findings.add(name, say("MISSING_TENSOR", by="the config"))
             elif spec.must_be_integers and found.is_floating_point():
-                findings.add(name, "must hold integers")
+                findings.add(name, say("WRONG_DTYPE", dtype=found.dtype, expected="integers"))
             elif shapes:
                 (dims,) = shapes
                 sizes = tuple(size_of(dim, reading) for dim in dims)

@@ -16,6 +16,7 @@ from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.component import Component, FindComponent, find_no_component
 from turret.server.adapters.peft_format.config.targets import Targets
 from turret.server.basics.lazy_torch import torch
+from turret.server.words import Text
 
 T = TypeVar("T")
 Base = BaseModel | BaseSizes
@@ -63,7 +64,7 @@ class Reading:
         self.biases: dict[str, torch.Tensor] = {}
         self.ranks: dict[str, int] = {}
         self.findings = findings
-        self.warnings: dict[str, None] = {}
+        self.warnings: dict[Text, None] = {}
         self.depends_on_base = False
         self.beside: Callable[[], object] = _nothing
         self.find_component: FindComponent = find_no_component
@@ -86,7 +87,7 @@ class Reading:
         """The config's rank."""
         return self.config["r"]
 
-    def fault(self, name: str, why: str) -> None:
+    def fault(self, name: str, why: Text) -> None:
         """Reports a fault of a key or of a tensor, by its full name."""
         self.findings.add(name, why)
 
@@ -109,7 +110,7 @@ class Reading:
             self._made[make] = make(weakref.proxy(self))
         return self._made[make]
 
-    def warn(self, text: str) -> None:
+    def warn(self, text: Text) -> None:
         """Adds a warning for the operator."""
         self.warnings.setdefault(text)
 
@@ -151,11 +152,11 @@ class Module:
         shape = self.tensors[role].shape if role in self.tensors else ()
         return shape[axis] if -len(shape) <= axis < len(shape) else 0
 
-    def fault(self, field: str, why: str) -> None:
+    def fault(self, field: str, why: Text) -> None:
         """Reports a fault of a tensor, by its role."""
         self.reading.findings.add(f"{self.name}.{field}", why)
 
-    def misfit(self, why: str, field: str = "") -> None:
+    def misfit(self, why: Text, field: str = "") -> None:
         """Reports that the module, or one of its tensors, does not fit the base."""
         self.reading.findings.mismatch(f"{self.name}.{field}" if field else self.name, why)
 
@@ -184,7 +185,7 @@ class Module:
         """The result of ``make`` for the whole adapter, computed for the first module that asks."""
         return self.reading.once(make)
 
-    def warn(self, text: str) -> None:
+    def warn(self, text: Text) -> None:
         """Adds a warning for the operator."""
         self.reading.warnings.setdefault(text)
 

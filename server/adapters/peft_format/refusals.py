@@ -9,8 +9,9 @@ from typing import Any
 from turret.server.adapters.base import BaseModel, BaseSizes
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.no_adapter import WHOLE_WEIGHT
+from turret.server.adapters.peft_format.reading import Module
 from turret.server.errors import AdapterMismatchError, BudgetExceededError
+from turret.server.words import Text, say
 
 # Suffixes that publishers add to a model's name for repackaged versions of the same weights.
 _REPACKAGED = re.compile(
@@ -27,7 +28,6 @@ _LOCAL = re.compile(r"^(?:[/~.]|[a-z]:/)|/.*/", re.IGNORECASE)
 # LyCORIS joins a module's path into one word after a prefix, and stores alpha as a tensor.
 _LYCORIS_PREFIXES = ("lycoris_", "lora_unet_", "lora_te_")
 _LYCORIS_SUFFIXES = (".alpha", ".dora_scale", ".scalar", ".on_input")
-_UNKNOWN = "is not a tensor this method knows; every tensor must be used"
 
 
 def normalise_base_name(name: str) -> str:
@@ -48,16 +48,13 @@ def normalise_base_name(name: str) -> str:
     return text.removeprefix("meta-").replace("_", "-")
 
 
-def base_name_warning(adapter_base: str, served_base: str) -> str | None:
+def base_name_warning(adapter_base: str, served_base: str) -> Text | None:
     """A warning when the names differ."""
     if not adapter_base or not served_base:
         return None
     if normalise_base_name(adapter_base) == normalise_base_name(served_base):
         return None
-    return (
-        f"trained for base model {adapter_base!r:.200}, served on {served_base!r:.200}:"
-        " shapes fit, the weights may not"
-    )
+    return say("TRAINED_FOR_ANOTHER_BASE", trained=adapter_base, served=served_base)
 
 
 def is_other_base(adapter_base: str, served_base: str) -> bool:
@@ -81,14 +78,8 @@ def of_other_base(path: str, trained: str, served: str) -> AdapterMismatchError:
         trained: The base that it names.
         served: The base's name.
     """
-    return AdapterMismatchError(
-        f"adapter {path!r} was trained for {trained!r:.200}, served is {served!r:.200}: even where"
-        " the shapes fit, its answers are wrong on other weights; serve the base that it was"
-        " trained for, or, if both are the same weights, let turret serve --allow-other-base take"
-        " it",
-        metadata={"path": path, "base_model": served, "trained_for": trained[:200]},
-        violations=[("base_model_name_or_path", f"is {trained!r:.200}")],
-    )
+    text = say("OTHER_BASE", path=path, base_model=served, trained_for=trained)
+    return AdapterMismatchError(text, violations=[("base_model_name_or_path", text)])
 
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -97,10 +88,10 @@ _A = (".lora_A.weight", ".hada_w1_b", ".lora_A")
 _VISION = ("vision_tower.", "visual.", "multi_modal_projector.", "vision_model.")
 
 
-def cause_of_mismatch(
+def causes_of_mismatch(
     config: Mapping[str, Any], tensors: Mapping[str, Any], base: BaseModel | BaseSizes
-) -> str:
-    """The likeliest cause, and what the adapter was trained for; "" if nothing stands out.
+) -> tuple[Text, ...]:
+    """The likeliest cause, and what the adapter was trained for, as far as they are known.
 
     Args:
         config: ``adapter_config.json``.
@@ -108,52 +99,51 @@ def cause_of_mismatch(
         base: The base model as served, or what is known of it.
     """
     causes = (_vision(tensors), too_many_layers(tensors, base.num_layers), _width(tensors, base))
-    cause = next((text for text in causes if text), "")
-    names = trained_for_another(config, base.name)
-    return "; ".join(text for text in (cause, names) if text)
-
-
-def trained_for_another(config: Mapping[str, Any], base: str) -> str:
-    """A clause saying that the config names another base; "" if it does not."""
+    cause = next((text for text in causes if text), None)
     trained = config.get("base_model_name_or_path")
     # If the names are equal, leave them out: they would contradict the cause.
-    is_other = trained and trained != base
-    return f"trained for {trained!r:.200}, served is {base!r:.200}" if is_other else ""
+    is_other = trained and trained != base.name
+    names = say("TRAINED_FOR", trained=trained, served=base.name) if is_other else None
+    return tuple(text for text in (cause, names) if text)
 
 
-def _vision(names: Iterable[str]) -> str:
+def _vision(names: Iterable[str]) -> Text | None:
     for name in names:
         own = name.removeprefix("model.")
         if own.startswith(_VISION):
-            return (
-                f"it adapts the {own.partition('.')[0]}, and only the language model of a model of"
-                " text and images is served: train with target_modules that leave the other out, as"
-                " Unsloth does with finetune_vision_layers=False"
-            )
-    return ""
+            return say("ADAPTS_VISION", part=own.partition(".")[0])
+    return None
 
 
-def too_many_layers(names: Iterable[str], num_layers: int) -> str:
-    """A clause saying that the base lacks layers of some tensors; "" if it has them all."""
+def too_many_layers(names: Iterable[str], num_layers: int) -> Text | None:
+    """The fault of tensors of layers that the base lacks; None if it has them all."""
     found = [int(match[1]) for name in names if (match := _LAYER.search(name))]
     count = max(found, default=-1) + 1
     if count <= num_layers:
-        return ""
-    return f"it is for a model of at least {count} layers, the base has {num_layers}"
+        return None
+    return say("TOO_MANY_LAYERS", found=count, expected=num_layers)
 
 
-def _width(tensors: Mapping[str, Any], base: BaseModel | BaseSizes) -> str:
+def _width(tensors: Mapping[str, Any], base: BaseModel | BaseSizes) -> Text | None:
     for name, tensor in tensors.items():
         for suffix in _A:
             module = base.modules.get(name.removesuffix(suffix))
             if not name.endswith(suffix) or module is None or len(tensor.shape) != 2:
                 continue
             if tensor.shape[1] != module.in_features:
-                leaf = module.name.rpartition(".")[2]
-                return (
-                    f"its {leaf} takes {tensor.shape[1]} features, the base's {module.in_features}"
+                return say(
+                    "WRONG_INPUTS",
+                    module=module.name.rpartition(".")[2],
+                    found=tensor.shape[1],
+                    expected=module.in_features,
                 )
-    return ""
+    return None
+
+
+def report_width(module: Module, inputs: int, outputs: int) -> None:
+    """Reports an update whose inputs and outputs are not those of the base's module."""
+    sizes = {"base_inputs": module.inputs, "base_outputs": module.outputs}
+    module.misfit(say("WRONG_WIDTH", inputs=inputs, outputs=outputs, **sizes))
 
 
 def check_rank(path: str, rank: int, max_rank: int | None, *, name: str = "rank") -> None:
@@ -163,11 +153,8 @@ def check_rank(path: str, rank: int, max_rank: int | None, *, name: str = "rank"
         BudgetExceededError: It is over.
     """
     if max_rank is not None and rank > max_rank:
-        raise BudgetExceededError(
-            f"adapter {path!r} has {name} {rank}, the server allows {max_rank};"
-            f" `turret serve --max-rank {rank}` allows it",
-            metadata={"path": path, name: str(rank), "max_rank": str(max_rank)},
-        )
+        text = say("RANK_OVER_LIMIT", path=path, name=name, rank=rank, max_rank=max_rank)
+        raise BudgetExceededError(text)
 
 
 def check_task(checkpoint: AdapterCheckpoint, count_key: str, findings: Findings) -> int:
@@ -182,20 +169,17 @@ def check_task(checkpoint: AdapterCheckpoint, count_key: str, findings: Findings
     if not isinstance(count, int) or count_key in findings.fields:
         return 0
     if checkpoint.task is None and count > 1:
-        why = (
-            f"is required: the files hold the tasks 0 to {count - 1}, and an adapter is one of them"
-        )
-        findings.add("task", why)
+        findings.add("task", say("MISSING_TASK", most=count - 1))
     elif checkpoint.task is not None and checkpoint.task >= count:
-        findings.add("task", f"is {checkpoint.task}, the files hold the tasks 0 to {count - 1}")
+        findings.add("task", say("NOT_IN_RANGE", least=0, most=count - 1, value=checkpoint.task))
     else:
         return checkpoint.task or 0
     return 0
 
 
-def task_warning(task: int, count: int) -> tuple[str, ...]:
+def task_warning(task: int, count: int) -> tuple[Text, ...]:
     """The warning for an adapter that is one of several tasks in its files."""
-    return (f"is task {task} of the {count} in its files",) if count > 1 else ()
+    return (say("IS_TASK", task=task, count=count),) if count > 1 else ()
 
 
 def is_lycoris(name: str) -> bool:
@@ -203,21 +187,15 @@ def is_lycoris(name: str) -> bool:
     return name.startswith(_LYCORIS_PREFIXES)
 
 
-def why_unknown(name: str) -> str:
+def why_unknown(name: str) -> Text:
     """The reason for rejecting a tensor that a method does not use."""
     if is_lycoris(name) or name.endswith(_LYCORIS_SUFFIXES):
-        return (
-            "is named as LyCORIS names its tensors; save the adapter in PEFT's layout"
-            " (docs/adapters.md says how)"
-        )
-    if name.endswith((".hada_t1", ".hada_t2", ".lokr_t2")):
-        return "belongs to a convolution; the models served have none"
-    if name.endswith(".weight") and ".lora_" not in name:
-        return WHOLE_WEIGHT
-    return _UNKNOWN
+        return say("LYCORIS_LAYOUT")
+    is_whole = name.endswith(".weight") and ".lora_" not in name
+    return say("WHOLE_WEIGHT") if is_whole else say("UNKNOWN_TENSOR")
 
 
 def unknown_tensors(names: Iterable[str], findings: Findings) -> None:
     """Reports tensors that a method does not use."""
     for name in names:
-        findings.add(name, _UNKNOWN)
+        findings.add(name, say("UNKNOWN_TENSOR"))

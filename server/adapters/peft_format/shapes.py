@@ -14,9 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from turret.server.words import Text, say
+
 
 class Misfit(Exception):
-    """Raised when the sizes of base and adapter do not go together; the text is the reason."""
+    """Raised when the sizes of base and adapter do not go together."""
+
+    def __init__(self, why: Text) -> None:
+        super().__init__(why)
+        self.why = why
 
 
 class Stop(Exception):
@@ -67,7 +73,7 @@ def _dim(value: Dim | int) -> Dim:
 def _divided(module: Any, one: Dim, other: Dim) -> int:
     size, by = one.of(module), other.of(module)
     if by < 1 or size % by:
-        raise Misfit(f"has {size} {one.what}, which {by} does not divide")
+        raise Misfit(say("NOT_DIVISIBLE", size=size, what=one.what, by=by))
     return size // by
 
 

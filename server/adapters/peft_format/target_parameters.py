@@ -13,6 +13,7 @@ from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.peft_format.config.lora_rules import LORA_KEYS
 from turret.server.adapters.peft_format.config.rules import Rules, Used, check_config
 from turret.server.adapters.peft_format.config.targets import ALL_LINEAR, resolve_targets
+from turret.server.words import say
 
 _KEY = "target_parameters"
 # Keys that PEFT ignores for parameters, or rejects together with them.
@@ -38,24 +39,24 @@ def name_modules(
     targets, modules = config.get(_KEY), config.get("target_modules")
     if not targets or not isinstance(targets, list):
         if modules == [] and not checkpoint.is_partial:
-            findings.add("target_modules", "is empty, and there are no target_parameters")
+            findings.add("target_modules", say("SELECTS_NOTHING"))
         return checkpoint
     for key in _ALONE:
         if config.get(key):
-            findings.add(key, "cannot be combined with target_parameters")
+            findings.add(key, say("CONFLICTS_WITH", other=_KEY))
     if config.get("bias", "none") != "none":
-        findings.add("bias", "cannot be combined with target_parameters")
+        findings.add("bias", say("CONFLICTS_WITH", other=_KEY))
     chosen: dict[str, None] = {}
     for target in targets:
         ending = f".{target}"
         hits = [name for name in base.modules if f".{name}.weight".endswith(ending)]
         if not hits:
-            findings.add(_KEY, f"{target!r:.120} is no weight of a linear module")
+            findings.add(_KEY, say("NO_SUCH_MODULE", module=target))
         chosen |= dict.fromkeys(hits)
     if modules:
         sizes = {"r": 1, "lora_alpha": 1, "target_modules": modules}
         for name in resolve_targets(sizes, list(chosen), (), findings).targeted:
-            findings.add("target_modules", f"chooses {name!r:.120}, as target_parameters does")
+            findings.add("target_modules", say("SELECTED_TWICE", module=name, other=_KEY))
     selected = {"target_modules": _both(modules, list(chosen))}
     changed = {**config, **selected, **_patterns(config, list(chosen), findings)}
     return replace(checkpoint, config=changed)

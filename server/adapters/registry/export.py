@@ -26,6 +26,7 @@ from turret.server.adapters.source import (
     Source,
 )
 from turret.server.errors import AdapterChangedError
+from turret.server.words import say
 
 CHUNK_BYTES = 256 << 10
 
@@ -101,10 +102,8 @@ class AdapterExport:
                 digest.update(data)
                 yield announced.name, data
             if digest.hexdigest() != announced.sha256:
-                raise AdapterChangedError(
-                    f"{self._source.shown}/{announced.name} changed while it was exported",
-                    metadata={"path": self._source.shown},
-                )
+                path = f"{self._source.shown}/{announced.name}"
+                raise AdapterChangedError(say("CHANGED_DURING_EXPORT", path=path))
 
     def _check_digest(self) -> None:
         config = self._files[CONFIG_FILE]

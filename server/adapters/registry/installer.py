@@ -10,7 +10,7 @@ from turret.server import log
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.component import component_refs
 from turret.server.adapters.facts import AdapterFacts
-from turret.server.adapters.registry.name_table import NameTable
+from turret.server.adapters.registry.name_table import NameTable, name_taken
 from turret.server.adapters.registry.pins import Pins
 from turret.server.adapters.registry.registration import Registration
 from turret.server.adapters.residency.leases import Leases
@@ -19,7 +19,7 @@ from turret.server.adapters.source import Source
 from turret.server.adapters.state.no_state_dir import NoStateDir
 from turret.server.adapters.state.staged_upload import StagedUpload
 from turret.server.adapters.state.state_dir import StateDir
-from turret.server.errors import AdapterExistsError, TurretError
+from turret.server.errors import TurretError
 
 _log = logging.getLogger(__name__)
 
@@ -75,10 +75,7 @@ class Installer:
             self._confirm(before, source, pinned)
             return before
         if before is not None and not replace:
-            raise AdapterExistsError(
-                f"adapter name {name!r} is taken by other weights",
-                metadata={"adapter": name, "digest": before.current.digest},
-            )
+            raise name_taken(name, before.current.digest)
         digests = [ref.digest for ref in component_refs(checkpoint.config)]
         with (
             self._table.awaiting(digests),

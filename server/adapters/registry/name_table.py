@@ -6,11 +6,12 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.adapter_info import AdapterInfo
+from turret.server.adapters.checkpoint.findings import refuse_all
 from turret.server.adapters.component import COMPONENTS_KEY, ComponentRef
 from turret.server.adapters.mix import BASE_MIX, Mix
 from turret.server.adapters.ref import AdapterRef
@@ -21,33 +22,34 @@ from turret.server.adapters.source import Source
 from turret.server.basics.closest import closest
 from turret.server.errors import (
     AdapterComponentError,
+    AdapterExistsError,
     AdapterGenerationError,
     AdapterInUseError,
     AdapterNotFoundError,
-    InvalidRequestError,
 )
+from turret.server.words import Text, say
 
 # Most registered names to compare a missing one with.
 _MOST_COMPARED = 256
 
 
-def in_use_error(
-    name: str, why: str, kind: type[AdapterInUseError] = AdapterInUseError
-) -> AdapterInUseError:
-    return kind(f"adapter {name!r} {why}", metadata={"adapter": name})
+def name_taken(name: str, digest: str) -> AdapterExistsError:
+    """The error for a name that other weights have."""
+    return AdapterExistsError(say("ADAPTER_EXISTS", adapter=name, digest=digest))
 
 
-def _not_found(
-    missing: Mapping[str, str], names: Sequence[str] = (), **metadata: str
-) -> AdapterNotFoundError:
-    """The error for missing names, each with a reason: "" if it is not registered at all."""
-    metadata["adapters"] = ",".join(missing)
-    said = ", ".join(name + why for name, why in missing.items())
-    near = closest(next(iter(missing)), names) if len(missing) == 1 else None
-    if near is not None:
-        metadata["closest"] = near
-        said += f"; did you mean {near!r}?"
-    return AdapterNotFoundError(f"adapter not found: {said}", metadata=metadata)
+def other_generation(name: str, generation: int, current: Adapter) -> Text:
+    """Why a generation of a name is not found."""
+    return say(
+        "OTHER_GENERATION",
+        adapters=name,
+        generation=generation,
+        current_generation=current.generation,
+    )
+
+
+def _not_found(name: str, names: Sequence[str] = ()) -> Text:
+    return say("ADAPTER_NOT_FOUND", adapters=name, closest=closest(name, names))
 
 
 class NameTable:
@@ -87,7 +89,7 @@ class NameTable:
         with self._changed:
             registration = self._by_name.get(name)
         if registration is None:
-            raise _not_found({name: ""}, self._some_names())
+            raise AdapterNotFoundError(_not_found(name, self._some_names()))
         return registration
 
     def _some_names(self) -> list[str]:
@@ -115,9 +117,9 @@ class NameTable:
         """Raises AdapterInUseError if it is being unloaded, AdapterNotFoundError if it was."""
         with self._changed:
             if self._by_name.get(registration.name) is not registration:
-                raise _not_found({registration.name: ""})
+                raise AdapterNotFoundError(_not_found(registration.name))
             if registration.state != "ACTIVE":
-                raise in_use_error(registration.name, "is being unloaded")
+                raise AdapterInUseError(say("BEING_UNLOADED", adapters=registration.name))
 
     def add(self, registration: Registration) -> None:
         """Lets requests name it."""
@@ -171,18 +173,14 @@ class NameTable:
                 if registration.current.digest == ref.digest and registration.is_staying:
                     return registration.current.source
             named = self._by_name.get(ref.name)
+        facts = {"component": ref.name, "digest": ref.digest}
         if named is None:
-            why = "is not registered"
+            text = say("COMPONENT_NOT_REGISTERED", **facts)
         elif named.current.digest == ref.digest:
-            why = "is being unloaded or replaced"
+            text = say("COMPONENT_LEAVING", **facts)
         else:
-            why = f"stands for other weights (digest {named.current.digest}) than the fusion names"
-        why = f"{ref.name!r} {why}; load the adapter with digest {ref.digest}"
-        raise AdapterComponentError(
-            f"component {why}",
-            metadata={"component": ref.name, "digest": ref.digest},
-            violations=[(COMPONENTS_KEY, why)],
-        )
+            text = say("COMPONENT_IS_OTHER", **facts, found=named.current.digest)
+        raise AdapterComponentError(text, violations=[(COMPONENTS_KEY, text)])
 
     @contextmanager
     def awaiting(self, digests: Sequence[str]) -> Iterator[None]:
@@ -218,11 +216,8 @@ class NameTable:
         with self._changed:
             found = self.find(name).current.generation
         if found != expected:
-            raise AdapterGenerationError(
-                f"adapter {name!r} has generation {found}, not {expected}: it was replaced"
-                " meanwhile; look at what it is now before it is replaced or unloaded",
-                metadata={"adapter": name, "generation": str(found)},
-            )
+            text = say("ADAPTER_GENERATION", adapter=name, generation=found, expected=expected)
+            raise AdapterGenerationError(text)
 
     def check_not_component(self, registration: Registration) -> None:
         """Raises AdapterInUseError if a fusion needs its weights and no other name has them."""
@@ -235,7 +230,8 @@ class NameTable:
             if not fusions and self._awaited[digest] == 0:
                 return
         which = ", ".join(map(repr, fusions)) or "an adapter that is being loaded"
-        raise in_use_error(registration.name, f"is a component of {which}; unload that first")
+        text = say("ADAPTER_IS_COMPONENT", adapter=registration.name, fusions=which)
+        raise AdapterInUseError(text)
 
     def wait_until_unheld(self, registration: Registration, timeout_seconds: float | None) -> None:
         """Returns when no mix holds it, or after the timeout; the caller looks which."""
@@ -247,27 +243,21 @@ class NameTable:
         if not refs:
             return BASE_MIX
         repeated = [name for name, count in Counter(r.name for r in refs).items() if count > 1]
-        if repeated:
-            raise InvalidRequestError(
-                f"adapters: named more than once: {', '.join(repeated)}",
-                violations=[("adapters", f"{name!r} is named more than once") for name in repeated],
-            )
+        refuse_all([("adapters", say("DUPLICATE", value=name)) for name in repeated])
         with self._changed:
             found: list[tuple[Registration, float]] = []
-            missing: dict[str, str] = {}
-            current: dict[str, str] = {}
+            missing: dict[str, Text] = {}
             for ref in refs:
                 registration = self._by_name.get(ref.name)
-                why = _why_missing(ref, registration)
-                if why is not None or registration is None:
-                    missing[ref.name] = why or ""
-                    if registration is not None:
-                        generation = registration.current.generation
-                        current["current_generation"] = str(generation)
+                if registration is None:
+                    missing[ref.name] = _not_found(ref.name, self._some_names())
+                elif why := _why_missing(ref, registration):
+                    missing[ref.name] = why
                 else:
                     found.append((registration, ref.weight))
             if missing:
-                raise _not_found(missing, self._some_names(), **current)
+                text, *others = missing.values()
+                raise AdapterNotFoundError(_not_found(",".join(missing)) if others else text)
             now = time.time()
             for registration, _ in found:
                 registration.last_used_time = now
@@ -313,13 +303,10 @@ class NameTable:
             self._on_gone(adapter)
 
 
-def _why_missing(ref: AdapterRef, registration: Registration | None) -> str | None:
-    """None if the ref resolves; else the text to append to its name."""
-    if registration is None:
-        return ""
+def _why_missing(ref: AdapterRef, registration: Registration) -> Text | None:
+    """None if the ref resolves."""
     if registration.state != "ACTIVE":
-        return " (being unloaded)"
-    newest = registration.current.generation
-    if ref.generation is not None and ref.generation != newest:
-        return f" (generation {ref.generation}; the current one is {newest}, as the name alone is)"
+        return say("BEING_UNLOADED", adapters=ref.name)
+    if ref.generation is not None and ref.generation != registration.current.generation:
+        return other_generation(ref.name, ref.generation, registration.current)
     return None

@@ -12,6 +12,7 @@ from turret.server.adapters.residency.leases import Leases
 from turret.server.adapters.state.no_state_dir import NoStateDir
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.errors import BudgetExceededError
+from turret.server.words import say
 
 PIN_TIMEOUT_SECONDS = 60.0
 RETRY_SECONDS = 1.0
@@ -77,9 +78,5 @@ class Pins:
 
 
 def _no_room(adapter: Adapter) -> BudgetExceededError:
-    return BudgetExceededError(
-        f"no room in host memory to pin adapter {adapter.name!r}"
-        f" ({adapter.host_bytes_needed} bytes)",
-        metadata={"adapter": adapter.name, "bytes": str(adapter.host_bytes_needed)},
-        retry_after_seconds=RETRY_SECONDS,
-    )
+    text = say("NO_ROOM_TO_PIN", adapter=adapter.name, bytes=adapter.host_bytes_needed)
+    return BudgetExceededError(text, retry_after_seconds=RETRY_SECONDS)

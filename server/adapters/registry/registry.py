@@ -26,7 +26,7 @@ from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.export import AdapterExport
 from turret.server.adapters.registry.installer import Installer
 from turret.server.adapters.registry.name_locks import NameLocks
-from turret.server.adapters.registry.name_table import NameTable
+from turret.server.adapters.registry.name_table import NameTable, other_generation
 from turret.server.adapters.registry.pins import Pins
 from turret.server.adapters.registry.registration import Registration
 from turret.server.adapters.registry.tokenizers import AdapterTokenizers
@@ -283,11 +283,7 @@ class AdapterRegistry:
             with self._lock:
                 adapter, record = registration.current, registration.record()
             if generation is not None and generation != adapter.generation:
-                raise AdapterNotFoundError(
-                    f"adapter not found: {name} (generation {generation}; the current one is"
-                    f" {adapter.generation})",
-                    metadata={"adapters": name, "current_generation": str(adapter.generation)},
-                )
+                raise AdapterNotFoundError(other_generation(name, generation, adapter))
             try:
                 root = self._loader.root_of(adapter.source)
                 return AdapterExport(root, adapter.source, record)

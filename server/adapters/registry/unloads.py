@@ -9,18 +9,19 @@ from collections.abc import Callable
 from typing import Literal
 
 from turret.server.adapters.adapter import Adapter
+from turret.server.adapters.peft_format.config.rules import invalid
 from turret.server.adapters.registry.name_locks import NameLocks
-from turret.server.adapters.registry.name_table import NameTable, in_use_error
+from turret.server.adapters.registry.name_table import NameTable
 from turret.server.adapters.registry.registration import Registration
 from turret.server.adapters.state.no_state_dir import NoStateDir
 from turret.server.adapters.state.state_dir import StateDir
-from turret.server.basics.counted import counted
 from turret.server.errors import (
     AdapterBusyError,
     AdapterInUseError,
     AdapterPinnedError,
     InvalidRequestError,
 )
+from turret.server.words import say
 
 UnloadMode = Literal["DRAIN", "FORCE"]
 
@@ -66,12 +67,12 @@ class Unloads:
     ) -> None:
         """See ``AdapterRegistry.unload``."""
         if mode not in ("DRAIN", "FORCE"):
-            raise InvalidRequestError.of("mode", "must be DRAIN or FORCE")
+            raise InvalidRequestError.of("mode", invalid(mode, "DRAIN or FORCE"))
         with self._lock:
             registration = self._table.find(name)
             self._table.check_generation(name, expected_generation)
             if registration.current.pinned:
-                raise in_use_error(name, "is pinned", AdapterPinnedError)
+                raise AdapterPinnedError(say("ADAPTER_PINNED", adapter=name))
             self._table.check_not_component(registration)
             registration.state = "DELETING"
             registration.unloaders += 1
@@ -105,14 +106,11 @@ class Unloads:
             if self._table.get(name) is not registration:
                 return  # another unload was faster
             if registration.in_flight:
-                raise in_use_error(
-                    name,
-                    f"is still held by {counted(registration.in_flight, 'request')} after"
-                    f" {timeout_seconds} s",
-                    AdapterInUseError if mode == "FORCE" else AdapterBusyError,
-                )
+                kind = AdapterInUseError if mode == "FORCE" else AdapterBusyError
+                count, waited = registration.in_flight, timeout_seconds
+                raise kind(say("ADAPTER_HELD", adapter=name, requests=count, seconds=waited))
             if registration.current.pinned:
-                raise in_use_error(name, "was pinned meanwhile", AdapterPinnedError)
+                raise AdapterPinnedError(say("ADAPTER_PINNED", adapter=name))
         # No request can acquire the adapter now: it is being deleted, and changes of the name wait.
         self._state.remove(name)
         self._table.remove(registration)

@@ -25,6 +25,7 @@ from turret.server.adapters.residency.metrics import AdapterMetrics
 from turret.server.adapters.source import Source
 from turret.server.basics.work import told_of
 from turret.server.errors import BudgetExceededError, TurretError, UnavailableError
+from turret.server.words import say
 
 PATIENCE_SECONDS = 1.0
 _log = logging.getLogger(__name__)
@@ -239,11 +240,8 @@ class Leases:
         if needed <= free:
             return None
         names = " + ".join(a.name for a in lease.adapters if not a.pinned)
-        return BudgetExceededError(
-            f"{names} needs {needed} bytes of host memory, and pinned adapters leave {free} of"
-            " --adapter-host-bytes; unpin one, or allow more",
-            metadata={"bytes": str(needed), "free_bytes": str(free)},
-        )
+        text = say("PINNED_LEAVE_NO_ROOM", adapters=names, bytes=needed, free_bytes=free)
+        return BudgetExceededError(text)
 
     def _must_wait(self, lease: _Lease) -> bool:
         if not self._line:
@@ -370,4 +368,4 @@ class Leases:
 
 
 def _shutting_down() -> UnavailableError:
-    return UnavailableError("the server is shutting down")
+    return UnavailableError(say("SHUTTING_DOWN"))

@@ -14,8 +14,8 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoi
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.digest_cache import DigestCache
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.no_adapter import lacks_tokenizer
 from turret.server.adapters.checkpoint.reader import read_checkpoint
+from turret.server.adapters.checkpoint.safetensors_header import over_host_memory
 from turret.server.adapters.checkpoint.tokenizer_files import read_tokenizer_files
 from turret.server.adapters.component import (
     COMPONENTS_KEY,
@@ -36,9 +36,9 @@ from turret.server.adapters.tokenizer_files import TokenizerFiles
 from turret.server.basics.work import compute_on_this_thread
 from turret.server.errors import (
     AdapterCheckpointError,
-    BudgetExceededError,
 )
 from turret.server.hub.adapters import AdapterHub
+from turret.server.words import say
 
 # Takes a tokenizer and the number of vocabulary rows; raises ValueError if it is unusable.
 CheckTokenizer = Callable[[TokenizerFiles, int], None]
@@ -153,7 +153,9 @@ class AdapterLoader:
         named = vocabulary.size if vocabulary.named is None else vocabulary.named
         if rows and not named <= rows <= vocabulary.size:
             findings = Findings(checkpoint.path)
-            findings.add(TOKENIZER_FILE, lacks_tokenizer(rows, vocabulary.size))
+            findings.add(
+                TOKENIZER_FILE, say("ADAPTER_LACKS_TOKENIZER", rows=rows, base_rows=vocabulary.size)
+            )
             findings.raise_if_any()
         return checkpoint
 
@@ -185,11 +187,7 @@ class AdapterLoader:
         base = self.base
         method, lowered = self._lowered(checkpoint, base, self._read_component)
         if lowered.num_bytes > self._host_bytes:
-            raise BudgetExceededError(
-                f"adapter {checkpoint.path!r} needs {lowered.num_bytes} bytes of host memory, the"
-                f" budget for all adapters is {self._host_bytes} (--adapter-host-bytes)",
-                metadata={"path": checkpoint.path, "bytes": str(lowered.num_bytes)},
-            )
+            raise over_host_memory(checkpoint.path, lowered.num_bytes, self._host_bytes)
         if not self._allowed.other_base:
             check_same_base(checkpoint, base)
         generation = base.generation if lowered.depends_on_base else None
@@ -205,14 +203,14 @@ class AdapterLoader:
             self.check_tokenizer(files, rows)
         except ValueError as error:
             findings = Findings(checkpoint.path)
-            findings.add(TOKENIZER_FILE, str(error))
+            findings.add(TOKENIZER_FILE, say("UNUSABLE_TOKENIZER", why=error.args[0]))
             findings.raise_if_any()
 
     def _read_component(self, ref: ComponentRef) -> Component:
         checkpoint = self._read_same(ref.name, self._find_source(ref), ref.digest)
         if COMPONENTS_KEY in checkpoint.config:
-            why = f"{ref.name!r} is built from components itself, which is not served"
-            raise AdapterCheckpointError(f"components: {why}", violations=[(COMPONENTS_KEY, why)])
+            text = say("NESTED_COMPONENT", component=ref.name)
+            raise AdapterCheckpointError(text, violations=[(COMPONENTS_KEY, text)])
         method, lowered = self._lowered(checkpoint, self.base, find_no_component)
         return Component(ref, method, lowered.operators, lowered.ranks, lowered.scalings)
 

@@ -6,6 +6,7 @@ import logging
 
 from turret.server.adapters.source import Source
 from turret.server.errors import AdapterChangedError, AdapterCheckpointError
+from turret.server.words import say
 
 _log = logging.getLogger(__name__)
 
@@ -19,11 +20,8 @@ def changed(name: str, source: Source, digest: str, found: str) -> AdapterChange
         digest: Digest of the registered files.
         found: Digest of the files that are there now.
     """
-    return AdapterChangedError(
-        f"adapter {name!r} changed on disk since it was loaded{_from(source)}; replace"
-        " the adapter to serve the new files",
-        metadata={"adapter": name, "path": source.shown, "digest": digest, "found_digest": found},
-    )
+    facts = {"adapter": name, "path": source.shown, "digest": digest}
+    return AdapterChangedError(say("FILES_CHANGED", **facts, found_digest=found))
 
 
 def lost(name: str, source: Source, error: AdapterCheckpointError) -> AdapterChangedError:
@@ -39,13 +37,4 @@ def lost(name: str, source: Source, error: AdapterCheckpointError) -> AdapterCha
     if isinstance(error, AdapterChangedError):
         return error
     _log.warning("adapter %r cannot be read again: %s", name, error)
-    return AdapterChangedError(
-        f"adapter {name!r}: its files are gone{_from(source)}, or broken; put them back,"
-        " or replace or unload the adapter",
-        metadata={"adapter": name, "path": source.shown},
-    )
-
-
-def _from(source: Source) -> str:
-    """A phrase with the path of an adapter's files; "" if the server keeps them itself."""
-    return "" if source.is_upload else f" from {source.path!r}"
+    return AdapterChangedError(say("FILES_LOST", adapter=name, path=source.shown))

@@ -10,6 +10,7 @@ from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
 from turret.server.errors import StateDirRequiredError
+from turret.server.words import say
 
 if TYPE_CHECKING:
     from turret.server.adapters.adapter import Adapter
@@ -49,6 +50,4 @@ class NoStateDir:
 
 
 def _required() -> StateDirRequiredError:
-    return StateDirRequiredError(
-        "uploaded and fused adapters need a place on the server: start it with --state-dir"
-    )
+    return StateDirRequiredError(say("STATE_DIR_REQUIRED"))

@@ -17,6 +17,7 @@ from turret.server.basics.files import (
     sync_directory,
 )
 from turret.server.errors import InvalidRequestError
+from turret.server.words import Text, say
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +71,7 @@ class StagedUpload:
             assert self._file is not None
             self._written += len(data)
             if self._written > self._current.size_bytes:
-                raise _refuse(
-                    name, f"is longer than the {self._current.size_bytes} bytes announced"
-                )
+                raise _refuse(name, say("LONGER_THAN_ANNOUNCED", size=self._current.size_bytes))
             self._file.write(data)
             self._hash.update(data)
             if self._written == self._current.size_bytes:
@@ -89,7 +88,7 @@ class StagedUpload:
             for name in self._missing:
                 got = self._written if self._current and self._current.name == name else 0
                 size = self._missing[name].size_bytes
-                raise _refuse(name, f"ended after {got} of {size} bytes")
+                raise _refuse(name, say("FILE_CUT_SHORT", found=got, needed=size))
             sync_directory(self.directory)
 
     def move(self, target: Path) -> None:
@@ -112,11 +111,9 @@ class StagedUpload:
 
     def _begin(self, name: str) -> None:
         if self._current is not None:
-            raise _refuse(
-                name, f"comes before {self._current.name} is complete: files must not interleave"
-            )
+            raise _refuse(name, say("FILES_INTERLEAVE", other=self._current.name))
         if name not in self._missing:
-            raise _refuse(name, "is not announced in the header, or came already")
+            raise _refuse(name, say("FILE_NOT_ANNOUNCED"))
         self._current, self._written = self._missing[name], 0
         self._hash = hashlib.sha256()
         self._file = (self.directory / name).open("xb")
@@ -130,16 +127,15 @@ class StagedUpload:
         self._file = None
         name, expected = self._current.name, self._current.sha256
         if expected and expected != self._hash.hexdigest():
-            raise _refuse(name, "does not have the announced SHA-256: it arrived garbled")
+            raise _refuse(name, say("WRONG_SHA256"))
         del self._missing[name]
         self._current = None
 
     def _check_open(self) -> None:
         if self._is_over:
-            raise InvalidRequestError("the upload was given up")
+            raise InvalidRequestError(say("UPLOAD_OVER"))
 
 
-def _refuse(name: str, why: str) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"file {name!r:.200} {why}", violations=[("chunk", f"{name!r} {why}")]
-    )
+def _refuse(name: str, why: Text) -> InvalidRequestError:
+    text = say("BAD_FILE", file=name, why=why)
+    return InvalidRequestError(text, violations=[("chunk", text)])

@@ -37,6 +37,7 @@ from turret.server.basics.files import (
     reporting_disk_faults,
 )
 from turret.server.errors import BudgetExceededError, StorageFullError
+from turret.server.words import say
 
 if TYPE_CHECKING:
     # Only for type checkers: importing it would load torch.
@@ -90,11 +91,10 @@ class StateDir:
             return
         base: dict[str, Any] = json.loads(path.read_bytes())
         if base.get("digest") != base_digest:
-            raise ValueError(
-                f"--state-dir: {self.path} holds adapters of {base.get('name')!r} (digest"
-                f" {str(base.get('digest'))[:12]}), not of {base_name!r} (digest"
-                f" {base_digest[:12]}); use a directory for each base model"
+            text = say(
+                "STATE_OF_OTHER_BASE", path=self.path, found=base.get("name"), base_model=base_name
             )
+            raise ValueError(text)
 
     def read(self, *, sweeps: bool = True) -> list[SavedRegistration]:
         """Every registration, by name, after removing what a crash left half done.
@@ -211,21 +211,13 @@ def source_of(staged: StagedUpload, state_dir: Path, name: str) -> Source:
 
 def check_room_in(path: Path, num_bytes: int, most: int) -> None:
     """Raises what ``StateDir.stage`` raises for files of this size."""
-    sizes = {"bytes": str(num_bytes), "max_upload_bytes": str(most)}
     if num_bytes > most:
-        raise BudgetExceededError(
-            f"the files have {num_bytes} bytes, the server takes {most} (--max-upload-bytes)",
-            metadata=sizes,
-        )
+        raise BudgetExceededError(say("UPLOAD_TOO_LARGE", bytes=num_bytes, max_upload_bytes=most))
     with reporting_disk_faults():
         free = shutil.disk_usage(path).free
     if num_bytes + MIN_FREE_BYTES > free:
-        needed, kept = about_bytes(num_bytes), about_bytes(MIN_FREE_BYTES)
-        raise StorageFullError(
-            f"the disk of --state-dir is full: it has {about_bytes(free)} free, {needed} are"
-            f" needed, and {kept} are kept free",
-            metadata={"bytes": str(num_bytes)},
-        )
+        shown = {"free": about_bytes(free), "needed": about_bytes(num_bytes + MIN_FREE_BYTES)}
+        raise StorageFullError(say("STATE_DISK_FULL", bytes=num_bytes, **shown))
 
 
 def _lock(path: Path) -> int:
@@ -235,5 +227,5 @@ def _lock(path: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise ValueError(f"--state-dir: another server uses {path.parent}") from None
+        raise ValueError(say("STATE_DIR_TAKEN", path=path.parent)) from None
     return descriptor

@@ -100,7 +100,7 @@ def pooled_requests(
             deadline=deadline,
             message_bytes=message_bytes,
             pooling=pooling,
-            own_text=vocabulary.own,
+            own_tokenizer=vocabulary.own,
             salt=salt,
         )
 

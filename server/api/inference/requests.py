@@ -241,7 +241,7 @@ async def generate_request(
         message_bytes=call.message_bytes,
         answer_so_far=tuple(message.answer_so_far),
         constraint=constraint,
-        own_text=vocabulary.own,
+        own_tokenizer=vocabulary.own,
         salt=salt,
     )
 
@@ -267,7 +267,7 @@ async def score_request(
         request_id=message.request_id or call.request_id,
         prompt_token_ids=tuple(await input_token_ids(message, vocabulary.tokenizer, limits)),
         adapters=refs,
-        own_text=vocabulary.own,
+        own_tokenizer=vocabulary.own,
         salt=salt,
         options=options,
         deadline=deadline,

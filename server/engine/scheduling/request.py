@@ -45,17 +45,14 @@ class Pooling:
     classifies: bool = False
 
 
-# The tokenizer as the engine sees it: the base's, or that of an adapter with its own.
-
-
 class TextStream(Protocol):
     """Decodes token by token (``server/models/tokenizer.py``)."""
 
     def push(self, token_id: int) -> str: ...
 
 
-class Text(Protocol):
-    """What the engine needs of a tokenizer."""
+class RequestTokenizer(Protocol):
+    """What the engine needs of a tokenizer: the base's, or that of an adapter with its own."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -66,16 +63,16 @@ class Text(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class OwnText:
-    """The tokenizer that a request's tokens are of, where that is an adapter's.
+class AdapterTokenizer:
+    """The tokenizer that an adapter brings.
 
     Attributes:
         digest: Of its files (``AdapterFacts.tokenizer``).
-        text: The tokenizer.
+        tokenizer: The tokenizer.
     """
 
     digest: str
-    text: Text
+    tokenizer: RequestTokenizer
 
 
 MAX_TOP_N = 20
@@ -203,8 +200,8 @@ class Request:
     ``deadline`` is a ``time.monotonic()`` value in seconds. ``score`` asks for prompt logprobs
     only: nothing is generated. ``message_bytes`` is the size of the message that asks, which is
     kept while the request waits or runs. ``answer_so_far`` are tokens that an earlier answer began
-    with: this one goes on after them. ``constraint`` is what the answer must match. ``own_text`` is
-    the tokenizer of all its tokens, where an adapter has its own. Requests find each other's cached
+    with: this one goes on after them. ``constraint`` is what the answer must match.
+    ``own_tokenizer`` made its tokens, if an adapter has one. Requests find each other's cached
     prefixes and drafts only if their ``salt`` is the same.
     """
 
@@ -220,7 +217,7 @@ class Request:
     answer_so_far: tuple[int, ...] = ()
     constraint: Constraint | None = None
     pooling: Pooling | None = None
-    own_text: OwnText | None = None
+    own_tokenizer: AdapterTokenizer | None = None
     salt: bytes = b""
 
     def __post_init__(self) -> None:
@@ -258,7 +255,7 @@ class Request:
 
     def ends(self, usual: frozenset[int]) -> frozenset[int]:
         """The tokens that end its answer: the model's, unless an adapter has its own tokenizer."""
-        return usual if self.own_text is None else self.own_text.text.eos_token_ids
+        return usual if self.own_tokenizer is None else self.own_tokenizer.tokenizer.eos_token_ids
 
     @property
     def wants_prompt_logprobs(self) -> bool:

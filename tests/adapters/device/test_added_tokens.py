@@ -11,6 +11,7 @@ from builders.added_tokens import END, FIRST, ROWS, save_grown
 from builders.bases.tiny_models import tiny_tokenizer
 from builders.methods import make_config, save_adapter
 from method_oracle import check_greedy, check_score, prompt_of, twin
+from said import says
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters.ref import AdapterRef
@@ -49,7 +50,7 @@ async def own_request(
 ) -> Any:
     """A request whose tokens are those of the adapter that has its own."""
     text = (await harness.vocabulary_of(*names)).own
-    return make_request(prompt, *names, own_text=text, **changes)
+    return make_request(prompt, *names, own_tokenizer=text, **changes)
 
 
 def variants_of(architecture: str) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -201,7 +202,7 @@ async def test_a_mix_has_one_vocabulary(tmp_path: Path) -> None:
             [AdapterRef(name="one", weight=0.5)],
             [AdapterRef(name="one", weight=0.0)],
         ):
-            with pytest.raises(InvalidRequestError, match="at most one adapter with tokens of its"):
+            with pytest.raises(InvalidRequestError, check=says("VOCABULARY_NOT_ALONE")):
                 await harness.run(await own_request(harness, [65], *mix))
 
 
@@ -215,7 +216,7 @@ async def test_what_the_base_computes_alone_has_no_added_tokens(tmp_path: Path) 
         twin("llama").folder, tmp_path, adapters=["grown", "invoked"]
     ) as harness:
         mix = [AdapterRef(name="grown"), AdapterRef(name="invoked")]
-        with pytest.raises(InvalidRequestError, match="the base computes alone"):
+        with pytest.raises(InvalidRequestError, check=says("VOCABULARY_WITH_PARTIAL")):
             await harness.run(await own_request(harness, [FIRST, 65], *mix))
         assert (await harness.run(make_request([70, 65], "invoked"))).token_ids
 

@@ -11,6 +11,7 @@ import torch
 from builders.adapters import edit_config, edit_tensors
 from builders.methods import load_adapter, make_config, save_adapter
 from method_oracle import check_close, check_methods, oracle_logprobs, prompt_of, twin
+from said import says
 from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 
@@ -242,7 +243,7 @@ def test_a_base_matrix_saved_along_must_be_the_bases(tmp_path: Path) -> None:
     directory = save(tmp_path, "lora", target_modules=["embed_tokens"])
     assert load(tmp_path).facts.target_modules == ("embed_tokens",)
     edit_tensors(directory, edited(f"{EMBEDDING}.base_layer.weight", lambda m: m + 1e-3))
-    with pytest.raises(AdapterCheckpointError, match="differs from the base model's"):
+    with pytest.raises(AdapterCheckpointError, check=says("CHANGED_BASE_WEIGHT")):
         load(tmp_path)
 
 
@@ -252,11 +253,11 @@ def test_budgets_count_the_vocabulary(tmp_path: Path) -> None:
     matrix = 258 * 128 * 4
     assert matrix < loaded.facts.bytes_host < 1.2 * matrix
     assert loaded.facts.target_modules == ("lm_head", "q_proj")
-    with pytest.raises(BudgetExceededError, match="--adapter-host-bytes"):
+    with pytest.raises(BudgetExceededError, check=says("OVER_HOST_MEMORY")):
         load(tmp_path, host_bytes=loaded.facts.bytes_host - 1)
     save(tmp_path, "lora", target_modules=["embed_tokens"], r=6)
     assert load(tmp_path).facts.ranks == (6,)
-    with pytest.raises(BudgetExceededError, match="rank 6, the server allows 5"):
+    with pytest.raises(BudgetExceededError, check=says("RANK_OVER_LIMIT", rank=6, max_rank=5)):
         load(tmp_path, max_rank=5)
 
 

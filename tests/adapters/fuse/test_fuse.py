@@ -15,6 +15,7 @@ from builders.adapters import BASE_NAME, base_of, load_with_peft, logits, tiny_l
 from builders.methods import make_config, save_adapter
 from builders.mixes.fuse import Fusions, difference, truncated
 from builders.mixes.fusions import save_fusion
+from said import says
 
 from turret.server.adapters.fuse import module_fuser as fused_module
 from turret.server.adapters.fuse.combination import Combination
@@ -185,18 +186,18 @@ def test_one_module_is_dense_at_a_time(fusions: Fusions, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("mix", "settings", "kind", "names"),
+    ("mix", "settings", "kind", "indexes"),
     [
-        ({"lora": 1, "dora": 1, "ia3": 1}, {}, InvalidRequestError, {1: "gain", 2: "input gain"}),
+        ({"lora": 1, "dora": 1, "ia3": 1}, {}, InvalidRequestError, {1, 2}),
         (
             {"loha": 1, "lokr": 1},
             {"how": "linear"},
             InvalidRequestError,
-            {0: "hadamard", 1: "kron"},
+            {0, 1},
         ),
-        ({"lora": 1, "prefix_tuning": 1}, {"how": "svd"}, InvalidRequestError, {1: "before the"}),
-        ({"prompt_tuning": 1}, {}, InvalidRequestError, {0: "before the prompt"}),
-        ({"gated": 1, "lora": 1}, {"how": "svd"}, InvalidRequestError, {0: "gate, no weight"}),
+        ({"lora": 1, "prefix_tuning": 1}, {"how": "svd"}, InvalidRequestError, {1}),
+        ({"prompt_tuning": 1}, {}, InvalidRequestError, {0}),
+        ({"gated": 1, "lora": 1}, {"how": "svd"}, InvalidRequestError, {0}),
     ],
 )
 def test_members_that_do_not_fit_are_named(
@@ -204,16 +205,15 @@ def test_members_that_do_not_fit_are_named(
     mix: Mapping[str, float],
     settings: dict[str, Any],
     kind: type[TurretError],
-    names: dict[int, str],
+    indexes: set[int],
 ) -> None:
     with pytest.raises(kind) as raised:
         fusions.fuse(mix, **settings)
     found = dict(raised.value.violations)
-    assert found.keys() == {f"adapters[{index}].name" for index in names}
-    for index, why in names.items():
-        described = found[f"adapters[{index}].name"]
-        assert why in described
-        assert repr(list(mix)[index]) in described
+    assert found.keys() == {f"adapters[{index}].name" for index in indexes}
+    for index in indexes:
+        text = found[f"adapters[{index}].name"]
+        assert (text.reason, text.params["adapter"]) == ("NOT_FUSABLE", list(mix)[index])
 
 
 @pytest.mark.parametrize(("how", "other"), [("linear", "svd"), ("ties", "ties_svd")])
@@ -222,7 +222,7 @@ def test_members_of_several_ranks_are_told_a_combination_for_them(
 ) -> None:
     mix = {"lora": 1.0, "narrow": 1.0}
     density = {} if how == "linear" else {"density": 0.5}
-    with pytest.raises(InvalidRequestError, match=f"; {other} takes any ranks$"):
+    with pytest.raises(InvalidRequestError, check=says("UNEQUAL_MEMBERS", other=other)):
         fusions.fuse(mix, how=how, **density)
     assert fusions.fuse(mix, how=other, rank=8, **density)
 
@@ -286,7 +286,7 @@ def test_members_must_fit_the_budget_in_fp32(tmp_path: Path) -> None:
     fuser = Fuser(tight, host_bytes=size, max_rank=64)
     # One of them is just as large in fp32 as the budget; in bf16 both fit.
     assert fuser.start("c", refs[:1], Combination(), Cancellation()).result(60).record.name == "c"
-    with pytest.raises(BudgetExceededError, match="in fp32"):
+    with pytest.raises(BudgetExceededError, check=says("MEMBERS_OVER_BUDGET")):
         fuser.start("d", refs, Combination(), Cancellation()).result(60)
     fuser.close()
     tight.close()
@@ -297,7 +297,7 @@ def test_fusing_needs_a_state_directory(tmp_path: Path) -> None:
     registry = AdapterRegistry(tmp_path, base_of(tiny_llama()), 1 << 28, 64)
     registry.load("a", "a")
     fuser = Fuser(registry, host_bytes=1 << 28, max_rank=64)
-    with pytest.raises(StateDirRequiredError, match="--state-dir"):
+    with pytest.raises(StateDirRequiredError, check=says("STATE_DIR_REQUIRED")):
         fuser.start("b", [AdapterRef(name="a")], Combination(), Cancellation()).result(60)
     fuser.close()
     registry.close()

@@ -13,6 +13,7 @@ import pytest
 from builders.adapters import base_of
 from builders.mixes.fuse import Fusions, Turnstile, cancellations, model
 from builders.registries import WAIT_SECONDS, in_thread, until
+from said import says
 
 from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser
 from turret.server.adapters.registry.registry import AdapterRegistry
@@ -113,7 +114,7 @@ def test_unload_waits_for_it_or_ends_it(fusions: Fusions, monkeypatch: pytest.Mo
     thread, results = in_thread(lambda: fusions.registry.unload("b", "FORCE"))
     until(lambda: fusions.registry.get("b").state == "DELETING")
     turnstile.opened.set()
-    with pytest.raises(AdapterUnloadedError, match="'b' was unloaded"):
+    with pytest.raises(AdapterUnloadedError, check=says("UNLOADED_WHILE_FUSED", adapter="b")):
         running.result(WAIT_SECONDS)
     thread.join(WAIT_SECONDS)
     assert results == [None]
@@ -143,11 +144,11 @@ def test_closing_ends_it(fusions: Fusions, monkeypatch: pytest.MonkeyPatch) -> N
     thread, _ = in_thread(fusions.close)
     assert asked.wait(WAIT_SECONDS)
     turnstile.opened.set()
-    with pytest.raises(UnavailableError, match="shutting down"):
+    with pytest.raises(UnavailableError, check=says("SHUTTING_DOWN")):
         running.result(WAIT_SECONDS)
     thread.join(WAIT_SECONDS)
     check_nothing_is_left(fusions)
-    with pytest.raises(UnavailableError, match="shutting down"):
+    with pytest.raises(UnavailableError, check=says("SHUTTING_DOWN")):
         fusions.start(MIX)
 
 
@@ -156,7 +157,7 @@ def test_a_retry_finds_the_result_and_other_content_is_refused(fusions: Fusions)
     again = fusions.fuse(MIX, name="both")
     assert (again.record.uuid, again.record.generation) == (first.record.uuid, 1)
     assert again.modules == first.modules
-    with pytest.raises(AdapterExistsError, match="taken by other weights"):
+    with pytest.raises(AdapterExistsError, check=says("ADAPTER_EXISTS")):
         fusions.fuse({"a": 1.0, "b": 0.75}, name="both")
     assert len(list((fusions.state / "files").iterdir())) == 1
 
@@ -203,7 +204,7 @@ def test_a_result_too_large_ends_the_work_at_once(
     fusions.add("a")
     turnstile = Turnstile(monkeypatch)
     turnstile.opened.set()
-    with pytest.raises(BudgetExceededError, match="the server takes 4096"):
+    with pytest.raises(BudgetExceededError, check=says("UPLOAD_TOO_LARGE", max_upload_bytes=4096)):
         fusions.fuse({"a": 1.0})
     # Of rank 4 and fp32, the first two modules have 2048 and 1536 bytes, the third 1536.
     assert turnstile.passed == 3

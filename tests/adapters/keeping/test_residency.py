@@ -21,6 +21,7 @@ from builders.registries import (
     refs,
     resident,
 )
+from said import says
 
 from turret.server.adapters.mix import HostResult
 from turret.server.adapters.ref import AdapterRef
@@ -133,18 +134,14 @@ def test_changed_files_fail_the_request_and_no_other(make: Registries) -> None:
     waiter = Waiter(registry.acquire(refs("a")))
     error = waiter.wait().error
     assert isinstance(error, AdapterChangedError)
-    assert str(error).startswith(
-        "adapter 'a' changed on disk since it was loaded from 'a'; replace"
-    )
+    assert says("FILES_CHANGED", adapter="a", path="a")(error)
     assert other.members[0][0].operators is not None
     registry.release(waiter.mix)
     shutil.rmtree(make.root / "a")
     missing = Waiter(registry.acquire(refs("a")))
     error = missing.wait().error
     assert isinstance(error, AdapterChangedError)
-    assert str(error).startswith(
-        "adapter 'a': its files are gone from 'a', or broken; put them back"
-    )
+    assert says("FILES_LOST", adapter="a", path="a")(error)
     assert str(make.root) not in str(error)
     assert not error.violations
     registry.release(missing.mix)
@@ -283,7 +280,7 @@ def test_pinned_adapters_stay(make: Registries) -> None:
     for name in "bcd":
         registry.load(name, name)
     assert resident(registry) == "ad"
-    with pytest.raises(AdapterInUseError, match="pinned"):
+    with pytest.raises(AdapterInUseError, check=says("ADAPTER_PINNED")):
         registry.unload("a", "FORCE")
     assert not registry.unpin("a").pinned
     registry.unload("a")
@@ -315,7 +312,7 @@ def test_pins_that_leave_no_room_are_refused(
     registry.unpin("b")
     busy = registry.acquire(refs("b"))
     monkeypatch.setattr(pins, "PIN_TIMEOUT_SECONDS", 0.05)
-    with pytest.raises(BudgetExceededError, match="no room"):
+    with pytest.raises(BudgetExceededError, check=says("NO_ROOM_TO_PIN")):
         registry.pin("a")
     registry.release(busy)
     assert registry.pin("a").pinned

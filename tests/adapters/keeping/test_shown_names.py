@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from builders.registries import Registries, stage_directory
+from said import says
 
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
@@ -33,16 +34,16 @@ def test_messages_name_an_upload_and_not_where_it_is_kept(make: Registries, tmp_
     registry = start()
     config = make.root / "a" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "r": 3}))
-    with pytest.raises(AdapterCheckpointError, match="'wrong'") as refused:
+    with pytest.raises(
+        AdapterCheckpointError, check=says("ADAPTER_UNUSABLE", path="wrong")
+    ) as refused:
         registry.upload("wrong", stage_directory(registry, make.root / "a"))
     errors: list[TurretError] = [refused.value]
     registry.upload("up", stage_directory(registry, make.root / "b"))
     for _ in range(2):
         shutil.move(tmp_path / "state" / "files", tmp_path / "elsewhere")
         (tmp_path / "state" / "files").mkdir()
-        with pytest.raises(
-            AdapterChangedError, match="'up': its files are gone, or broken"
-        ) as gone:
+        with pytest.raises(AdapterChangedError, check=says("FILES_LOST", adapter="up")) as gone:
             registry.export("up")
         errors.append(gone.value)
         shutil.rmtree(tmp_path / "state" / "files")
@@ -51,7 +52,7 @@ def test_messages_name_an_upload_and_not_where_it_is_kept(make: Registries, tmp_
         registry = start()
     kept = next((tmp_path / "state" / "files").iterdir())
     shutil.copy(make.root / "c" / "adapter_model.safetensors", kept)
-    with pytest.raises(AdapterChangedError, match="'up' changed") as changed:
+    with pytest.raises(AdapterChangedError, check=says("FILES_CHANGED", adapter="up")) as changed:
         registry.export("up")
     for error in (*errors, changed.value):
         told = f"{error.message} {dict(error.metadata)} {error.violations}"

@@ -20,6 +20,7 @@ from builders.registries import (
     stage_directory,
     until,
 )
+from said import says
 
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state import state_dir
@@ -246,18 +247,17 @@ def test_an_upload_over_the_limits_is_refused_before_it_is_sent(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = start()
-    with pytest.raises(BudgetExceededError, match=r"takes 1048576 \(--max-upload-bytes\)"):
+    with pytest.raises(BudgetExceededError, check=says("UPLOAD_TOO_LARGE")):
         registry.stage([UploadedFile("x", 1 << 20), UploadedFile("y", 1)])
     free = shutil.disk_usage("/")._replace(free=state_dir.MIN_FREE_BYTES + 9)
     monkeypatch.setattr(state_dir.shutil, "disk_usage", lambda path: free)
-    why = r"it has 16 MiB free, 10 bytes are needed, and 16 MiB are kept free"
-    with pytest.raises(StorageFullError, match=why):
+    with pytest.raises(StorageFullError, check=says("STATE_DISK_FULL", bytes=10)):
         registry.stage([UploadedFile("x", 10)])
     registry.stage([UploadedFile("x", 9)]).discard()
 
 
 def test_uploads_need_a_state_directory(make: Registries) -> None:
-    with pytest.raises(StateDirRequiredError, match="--state-dir"):
+    with pytest.raises(StateDirRequiredError, check=says("STATE_DIR_REQUIRED")):
         make().stage([UploadedFile("x", 1)])
 
 
@@ -266,44 +266,44 @@ def test_chunks_must_come_as_announced(start: Start) -> None:
     sha = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"  # of "foo"
     files = [UploadedFile("x", 3, sha), UploadedFile("y", 4)]
 
-    def refuse(why: str, *chunks: tuple[str, bytes], finish: bool = False) -> None:
+    def refuse(reason: str, *chunks: tuple[str, bytes], finish: bool = False) -> None:
         staged = registry.stage(files)
         steps = [functools.partial(staged.write, *chunk) for chunk in chunks]
         *steps, last = [*steps, staged.finish] if finish else steps
         for step in steps:
             step()
-        with pytest.raises(InvalidRequestError, match=why):
+        with pytest.raises(InvalidRequestError, check=says(reason)):
             last()
         staged.discard()
         assert not staged.directory.exists()
 
-    refuse("not announced", ("z", b"1"))
-    refuse("before x is complete", ("x", b"f"), ("y", b"1"))
-    refuse("longer than the 3 bytes", ("x", b"fo"), ("x", b"oo"))
-    refuse("came already", ("x", b"foo"), ("x", b"o"))
-    refuse("garbled", ("x", b"bar"))
-    refuse("'y' ended after 0 of 4", ("x", b"foo"), finish=True)
-    refuse("'y' ended after 2 of 4", ("x", b"foo"), ("y", b"ab"), finish=True)
+    refuse("FILE_NOT_ANNOUNCED", ("z", b"1"))
+    refuse("FILES_INTERLEAVE", ("x", b"f"), ("y", b"1"))
+    refuse("LONGER_THAN_ANNOUNCED", ("x", b"fo"), ("x", b"oo"))
+    refuse("FILE_NOT_ANNOUNCED", ("x", b"foo"), ("x", b"o"))
+    refuse("WRONG_SHA256", ("x", b"bar"))
+    refuse("FILE_CUT_SHORT", ("x", b"foo"), finish=True)
+    refuse("FILE_CUT_SHORT", ("x", b"foo"), ("y", b"ab"), finish=True)
     staged = registry.stage(files)
     for name, data in (("y", b"ab"), ("y", b"cd"), ("x", b"foo")):
         staged.write(name, data)
     staged.finish()
     assert (staged.directory / "y").read_bytes() == b"abcd"
     staged.discard()
-    with pytest.raises(InvalidRequestError, match="given up"):
+    with pytest.raises(InvalidRequestError, check=says("UPLOAD_OVER")):
         staged.write("x", b"")
 
 
 def test_one_server_and_one_base_model_per_directory(tmp_path: Path) -> None:
     state = StateDir(tmp_path / "deep" / "state", 1)
     state.bind("m", "d" * 64)
-    with pytest.raises(ValueError, match="another server uses"):
+    with pytest.raises(ValueError, check=says("STATE_DIR_TAKEN")):
         StateDir(tmp_path / "deep" / "state", 1)
     state.close()
     state.close()
     again = StateDir(tmp_path / "deep" / "state", 1)
     again.bind("renamed", "d" * 64)
-    with pytest.raises(ValueError, match="holds adapters of 'm'"):
+    with pytest.raises(ValueError, check=says("STATE_OF_OTHER_BASE", found="m")):
         again.bind("m", "e" * 64)
     again.close()
 

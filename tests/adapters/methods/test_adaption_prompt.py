@@ -31,6 +31,7 @@ from method_oracle import (
     prompt_of,
     twin,
 )
+from said import says
 from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 
@@ -319,5 +320,5 @@ def test_only_the_models_that_peft_trains_it_on_take_it(tmp_path: Path) -> None:
     assert beyond_updates(lowered.operators) == ("prompt that layers attend to",)
     other = copy.copy(base)
     object.__setattr__(other, "model_type", "qwen2")
-    with pytest.raises(AdapterMismatchError, match="is for llama and mistral"):
+    with pytest.raises(AdapterMismatchError, check=says("WRONG_MODEL_TYPE", model_type="qwen2")):
         lower_checkpoint(read_adapter(tmp_path), other)

@@ -9,6 +9,7 @@ import pytest
 from builders.adapters import base_of, tiny_llama
 from builders.methods import make_config, save_adapter
 from method_oracle import prompt_of, twin
+from said import says
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters.allowed import Allowed
@@ -45,9 +46,7 @@ def test_they_are_refused_with_the_flag_and_the_bytes(kind: str, tmp_path: Path)
     reader = loader(tmp_path, kind)
     with pytest.raises(BudgetExceededError) as caught:
         reader.lower(reader.read(Source("a")))
-    assert f"is {kind}" in caught.value.message
-    assert f"would take {NEEDED} bytes" in caught.value.message
-    assert "`turret serve --allow-dense-adapters`" in caught.value.message
+    assert says("DENSE_NOT_ALLOWED", method=kind, flag="--allow-dense-adapters")(caught.value)
     assert caught.value.metadata["bytes"] == str(NEEDED)
 
 
@@ -56,13 +55,14 @@ def test_where_they_are_allowed_their_bytes_are_told(kind: str, tmp_path: Path) 
     reader = loader(tmp_path, kind, allowed=Allowed(dense=True))
     loaded = reader.lower(reader.read(Source("a")))
     assert loaded.operators.num_bytes == loaded.facts.bytes_host == NEEDED
-    assert any(f"{NEEDED} bytes" in warning for warning in loaded.facts.warnings)
+    warnings: Any = loaded.facts.warnings
+    assert [t.params for t in warnings if t.reason == "LARGE_UPDATES"] == [{"bytes": NEEDED}]
 
 
 def test_over_the_host_budget_none_is_made(tmp_path: Path, monkeypatch: Any) -> None:
     reader = loader(tmp_path, "FOURIERFT", NEEDED - 1, Allowed(dense=True))
     monkeypatch.setattr("torch.fft.ifft2", lambda *_: pytest.fail("it was made"))
-    with pytest.raises(BudgetExceededError, match=f"{NEEDED} bytes.*--adapter-host-bytes"):
+    with pytest.raises(BudgetExceededError, check=says("DENSE_OVER_BUDGET", bytes=NEEDED)):
         reader.lower(reader.read(Source("a")))
 
 
@@ -70,7 +70,8 @@ def test_what_has_factors_needs_no_permission(tmp_path: Path) -> None:
     save_adapter(tiny_llama(), make_config("miss", **TARGETS), tmp_path / "a")
     reader = AdapterLoader(tmp_path, base_of(tiny_llama()), 1 << 30, 128)
     loaded = reader.lower(reader.read(Source("a")))
-    assert not any("as large as the weights" in warning for warning in loaded.facts.warnings)
+    warnings: Any = loaded.facts.warnings
+    assert "LARGE_UPDATES" not in [warning.reason for warning in warnings]
 
 
 async def test_they_count_against_the_device_budget(tmp_path: Path) -> None:
@@ -93,5 +94,5 @@ async def test_they_count_against_the_device_budget(tmp_path: Path) -> None:
     async with EngineHarness.start(
         base.folder, tmp_path, adapters=["first"], adapter_device_bytes=needed // 2
     ) as harness:
-        with pytest.raises(BudgetExceededError, match=str(needed)):
+        with pytest.raises(BudgetExceededError, check=says("MIX_TOO_LARGE", bytes=needed)):
             await harness.run(make_request(prompt_of(5), "first"))

@@ -29,6 +29,7 @@ from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.errors import AdapterCheckpointError, AdapterExistsError
+from turret.server.words import say
 
 TASKS = 3
 
@@ -62,7 +63,7 @@ async def test_each_task_is_what_peft_computes(method: str, tmp_path: Path) -> N
         for task in range(TASKS):
             name = f"task-{task}"
             info = harness.registry.load(name, "a", task=task)
-            assert info.facts.warnings[-1] == f"is task {task} of the {TASKS} in its files"
+            assert info.facts.warnings[-1] == say("IS_TASK", task=task, count=TASKS)
             oracle = _OfTask(load_adapter(base.model, tmp_path / "a"), task)
             answer = await harness.run(make_request(prompt, name, score=True))
             expected = oracle_logprobs(oracle, prompt)
@@ -148,9 +149,9 @@ def test_a_task_must_be_named_where_there_are_several(method: str, tmp_path: Pat
     save_adapter(tiny_llama(), make_config(method), tmp_path / "a")
     checkpoint = read_adapter(tmp_path)
     ((field, why),) = refusal(checkpoint)
-    assert (field, "0 to 2" in why) == ("task", True)
+    assert (field, why) == ("task", say("MISSING_TASK", most=2))
     ((field, why),) = refusal(checkpoint.of_task(3))
-    assert (field, "is 3" in why) == ("task", True)
+    assert (field, why) == ("task", say("NOT_IN_RANGE", least=0, most=2, value=3))
 
 
 def test_the_only_task_need_not_be_named(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_the_only_task_need_not_be_named(tmp_path: Path) -> None:
 def test_an_adapter_without_tasks_is_none(tmp_path: Path) -> None:
     save_adapter(tiny_llama(), make_config("lora"), tmp_path / "a")
     ((field, why),) = refusal(read_adapter(tmp_path).of_task(0))
-    assert (field, "no tasks" in why) == ("task", True)
+    assert (field, why.reason) == ("task", "NO_TASKS")
 
 
 async def test_a_task_survives_a_restart(tmp_path: Path) -> None:

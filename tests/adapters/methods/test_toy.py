@@ -17,6 +17,7 @@ import torch
 from builders.adapters import base_of, read_adapter, sizes_of, tiny_llama
 from method_oracle import check_greedy, prompt_of, twin
 from safetensors.torch import save_file
+from said import says
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters import methods
@@ -120,13 +121,13 @@ def test_a_method_cannot_forget_the_limit_on_ranks(
     checkpoint = read_adapter(tmp_path / "root")
     name, lowered = lower_checkpoint(checkpoint, base, 5)
     assert (name, lowered.ranks) == ("plain", (2, 5))
-    with pytest.raises(BudgetExceededError, match="rank 5, the server allows 4"):
+    with pytest.raises(BudgetExceededError, check=says("RANK_OVER_LIMIT", rank=5, max_rank=4)):
         lower_checkpoint(checkpoint, base, 4)
     # Nor can it forget the check of a header.
     with AdapterRoot(tmp_path / "root").open_directory("a") as directory:
         sizes = sizes_of(base)
         check_files(directory, "a", base=sizes, base_name=None, max_rank=5)
-        with pytest.raises(BudgetExceededError, match="rank 5, the server allows 4"):
+        with pytest.raises(BudgetExceededError, check=says("RANK_OVER_LIMIT", rank=5, max_rank=4)):
             check_files(directory, "a", base=sizes, base_name=None, max_rank=4)
 
 

@@ -21,6 +21,7 @@ from method_oracle import (
     prompt_of,
     twin,
 )
+from said import says
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.kernels.gpu import common as tuning_module
@@ -143,7 +144,7 @@ async def test_mixes_are_sums_of_changes(tmp_path: Path) -> None:
         assert switched.prompt_logprobs == lora.prompt_logprobs
         both = await harness.run(make_request(prompt, "0", "deep", score=True))
         assert both.prompt_logprobs not in (alone.prompt_logprobs, lora.prompt_logprobs)
-        with pytest.raises(InvalidRequestError, match="at most one adapter that needs a first"):
+        with pytest.raises(InvalidRequestError, check=says("SEVERAL_FIRST_PASSES")):
             await harness.run(make_request(prompt, "deep", "shallow"))
 
 

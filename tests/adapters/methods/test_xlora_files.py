@@ -17,6 +17,7 @@ from builders.bases.tiny_models import tiny_config
 from builders.mixes.xloras import KINDS, lower_xlora, save_loras, save_xlora
 from peft import XLoraConfig
 from safetensors.torch import load_file
+from said import says
 from transformers import AutoModelForCausalLM
 
 from turret.server.adapters.base import BaseModel
@@ -27,7 +28,8 @@ from turret.server.cli import main
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
 from turret.server.models.families import read_arch
 
-CLASSIFIER = "base_model.internal_xlora_classifier.layers"
+LAYERS = "internal_xlora_classifier.layers"
+CLASSIFIER = f"base_model.{LAYERS}"
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +51,10 @@ def lower(root: Path, base: BaseModel | None = None) -> Lowered:
     return lower_xlora(root, "deep", base or base_of(make_llama()), "012")
 
 
-def refusal(root: Path) -> str:
+def refusal(root: Path) -> AdapterCheckpointError:
     with pytest.raises(AdapterCheckpointError) as caught:
         lower(root)
-    return str(caught.value)
+    return caught.value
 
 
 def convert(root: Path, *more: str) -> int:
@@ -79,39 +81,38 @@ def test_it_says_what_runs_before_it(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "field", "reason"),
     [
-        ({"components": ...}, "components: is required; `turret convert"),
-        ({"top_k_lora": 4}, "top_k_lora: is 4, more than 3 components"),
-        ({"softmax_temperature": 0}, "softmax_temperature: must be above 0"),
-        ({"xlora_depth": 2}, "layers.6.weight: is no tensor of the classifier"),
-        ({"xlora_depth": 4}, "layers.9: is missing"),
-        ({"xlora_dropout_p": 0.0}, "layers.3.bias and 3 others: is no tensor"),
-        ({"layerwise_scalings": False}, "components: are 3; the classifier has 42 outputs"),
-        ({"xlora_size": 21}, "layers.0.weight: has shape [20, 64], expected [21, 64]"),
-        ({"hidden_size": 32}, "layers.0.weight: has shape [20, 64], expected [20, 32]"),
-        ({"what": 1}, "what: is unknown"),
+        ({"components": ...}, "components", "PART_OF_XLORA"),
+        ({"top_k_lora": 4}, "top_k_lora", "NOT_IN_RANGE"),
+        ({"softmax_temperature": 0}, "softmax_temperature", "INVALID_VALUE"),
+        ({"xlora_depth": 2}, f"{CLASSIFIER}.6.weight", "UNKNOWN_TENSOR"),
+        ({"xlora_depth": 4}, f"{LAYERS}.9", "PART_OF_XLORA"),
+        ({"xlora_dropout_p": 0.0}, f"{CLASSIFIER}.3.bias", "UNKNOWN_TENSOR"),
+        ({"layerwise_scalings": False}, "internal_xlora_classifier", "WRONG_COUNT"),
+        ({"xlora_size": 21}, f"{LAYERS}.0.weight", "WRONG_SHAPE"),
+        ({"hidden_size": 32}, f"{LAYERS}.0.weight", "WRONG_SHAPE"),
+        ({"what": 1}, "what", "UNKNOWN_KEY"),
     ],
 )
 def test_what_contradicts_is_refused_by_name(
-    changes: dict[str, Any], said: str, root: Path
+    changes: dict[str, Any], field: str, reason: str, root: Path
 ) -> None:
     edit_config(root / "deep", **changes)
-    assert said in refusal(root)
+    assert (field, reason) in [(name, why.reason) for name, why in refusal(root).violations]
 
 
-def test_a_classifier_without_its_first_layer_is_refused_with_the_way_out(root: Path) -> None:
+def test_a_classifier_without_its_first_layer_is_refused(root: Path) -> None:
     edit_tensors(
         root / "deep", lambda t: {name: v for name, v in t.items() if ".layers.0." not in name}
     )
-    said = refusal(root)
-    assert "layers.0: is missing: PEFT leaves it out since 0.20" in said
-    assert "`turret convert DIR --output NEW`" in said
+    found = [(name, why.reason) for name, why in refusal(root).violations]
+    assert found == [(f"{LAYERS}.0", "PART_OF_XLORA")]
 
 
 def test_another_base_s_states_are_a_mismatch(root: Path) -> None:
     base = dataclasses.replace(base_of(make_llama()), hidden_size=65)
-    with pytest.raises(AdapterMismatchError, match="hidden_size"):
+    with pytest.raises(AdapterMismatchError, check=says("DIFFERS_FROM_BASE", expected=65)):
         lower(root, base)
 
 
@@ -133,7 +134,7 @@ def test_a_component_that_is_no_plain_lora_is_refused(root: Path) -> None:
     config = json.loads((root / "deep" / "adapter_config.json").read_text())
     config["components"][0]["digest"] = read_adapter(root, "0").digest
     edit_config(root / "deep", components=config["components"])
-    assert "only low-rank updates" in refusal(root)
+    assert says("UNFIT_COMPONENT", method="dora")(refusal(root))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "glm4", "granitemoehybrid", "phi3"])

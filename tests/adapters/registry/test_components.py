@@ -14,6 +14,7 @@ from builders.adapters import edit_config, edit_tensors, read_adapter, tiny_llam
 from builders.methods import make_config, save_adapter
 from builders.mixes.fusions import PREFIX, save_fusion
 from builders.registries import Waiter, in_thread, refs, stage_directory, tiny_base
+from said import says
 
 from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.fuse.combination import Combination
@@ -113,60 +114,56 @@ def test_missing_components_are_all_named(open_registry: Any, root: Path) -> Non
     error = refusal(lambda: registry.load("f", "f"), AdapterComponentError, "FAILED_PRECONDITION")
     assert fields_of(error) == ["components", "components"]
     digest = read_adapter(root, "b").digest
-    assert "'a' is not registered" in error.message
-    assert f"'b' is not registered; load the adapter with digest {digest}" in error.message
+    assert says("COMPONENT_NOT_REGISTERED", component="a")(error)
+    assert says("COMPONENT_NOT_REGISTERED", component="b", digest=digest)(error)
     assert [record.name for record in registry.list()] == []
     registry.load("a", "a")
     registry.load("b", "dora")
     error = refusal(lambda: registry.load("f", "f"), AdapterComponentError, "FAILED_PRECONDITION")
     assert len(error.violations) == 1
     wrong = read_adapter(root, "dora").digest
-    assert f"'b' stands for other weights (digest {wrong})" in error.message
+    assert says("COMPONENT_IS_OTHER", component="b", found=wrong)(error)
 
 
 @pytest.mark.parametrize(
-    ("component", "why"),
+    ("component", "reason"),
     [
-        ("dora", "'dora' (dora) has a gain"),
-        ("loha", "'loha' (loha) has a Hadamard update"),
-        ("lokr", "'lokr' (lokr) has a Kronecker update"),
-        ("ia3", "'ia3' (ia3) has a gain and an input gain"),
-        ("bias", "'bias' (lora) has a bias"),
-        ("prompt", "'prompt' (prompt_tuning) has soft tokens or a prefix"),
-        ("prefix", "'prefix' (prefix_tuning) has soft tokens or a prefix"),
-        ("f", "'f' is built from components itself"),
+        *((name, "UNFIT_COMPONENT") for name in ("dora", "loha", "lokr", "ia3", "bias")),
+        ("prompt", "UNFIT_COMPONENT"),
+        ("prefix", "UNFIT_COMPONENT"),
+        ("f", "NESTED_COMPONENT"),
     ],
 )
 def test_components_that_cannot_be_fused_are_named(
-    component: str, why: str, open_registry: Any, root: Path
+    component: str, reason: str, open_registry: Any, root: Path
 ) -> None:
     save_fusion(tiny_llama(), root, "g", ("a", component), ("q_proj",))
     registry = open_registry("ab")
     registry.load(component, component)
     error = refusal(lambda: registry.load("g", "g"), AdapterCheckpointError, "INVALID_ARGUMENT")
-    assert why in error.message
+    assert says(reason, component=component)(error)
     assert fields_of(error) == ["components"]
 
 
 BAD_COMPONENTS = {
-    "one": ([{"name": "a", "digest": "0" * 64}], "2 to 16"),
-    "none": ([], "2 to 16"),
-    "no list": ("a", "2 to 16"),
-    "no object": (["a", "b"], "[0] must be an object"),
-    "more keys": ([{"name": "a", "digest": "0" * 64, "weight": 1}] * 2, "[0] must be an object"),
-    "no digest": ([{"name": "a"}] * 2, "[0] must be an object"),
-    "bad digest": ([{"name": "a", "digest": "A" * 64}] * 2, "[0].digest must be a SHA-256"),
-    "bad name": ([{"name": "", "digest": "0" * 64}] * 2, "[0].name must be a string"),
-    "twice": ([{"name": "a", "digest": "0" * 64}] * 2, "the same digest twice"),
+    "one": ([{"name": "a", "digest": "0" * 64}], "INVALID_VALUE"),
+    "none": ([], "INVALID_VALUE"),
+    "no list": ("a", "INVALID_VALUE"),
+    "no object": (["a", "b"], "INVALID_ENTRY"),
+    "more keys": ([{"name": "a", "digest": "0" * 64, "weight": 1}] * 2, "INVALID_ENTRY"),
+    "no digest": ([{"name": "a"}] * 2, "INVALID_ENTRY"),
+    "bad digest": ([{"name": "a", "digest": "A" * 64}] * 2, "INVALID_ENTRY"),
+    "bad name": ([{"name": "", "digest": "0" * 64}] * 2, "INVALID_ENTRY"),
+    "twice": ([{"name": "a", "digest": "0" * 64}] * 2, "DUPLICATE"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_COMPONENTS)
 def test_bad_components_are_refused(case: str, open_registry: Any, root: Path) -> None:
-    value, why = BAD_COMPONENTS[case]
+    value, reason = BAD_COMPONENTS[case]
     edit_config(root / "f", components=value)
     error = refusal(lambda: open_registry("abf"), AdapterCheckpointError, "INVALID_ARGUMENT")
-    assert why in error.message
+    assert ("components", reason) in [(name, why.reason) for name, why in error.violations]
 
 
 def test_every_wrong_key_and_tensor_is_named_at_once(open_registry: Any, root: Path) -> None:
@@ -210,7 +207,8 @@ def test_a_module_that_no_component_adapts_is_refused(open_registry: Any, root: 
 def test_modules_left_out_are_a_warning(open_registry: Any, root: Path) -> None:
     save_fusion(tiny_llama(), root, "g", ("a", "b"), ("v_proj",))
     registry = open_registry("ab")
-    assert "4 modules that the fusion does not target" in registry.load("g", "g").facts.warnings[0]
+    (warning,) = registry.load("g", "g").facts.warnings
+    assert (warning.reason, warning.params) == ("COMPONENTS_ADAPT_MORE", {"count": 4})
 
 
 def test_another_base_s_fusion_is_a_mismatch(open_registry: Any, root: Path) -> None:
@@ -227,7 +225,7 @@ def test_another_base_s_fusion_is_a_mismatch(open_registry: Any, root: Path) -> 
 def test_d_k_counts_as_a_rank(open_registry: Any) -> None:
     registry = open_registry("ab", max_rank=7)
     error = refusal(lambda: registry.load("f", "f"), BudgetExceededError, "RESOURCE_EXHAUSTED")
-    assert "d_k 8" in error.message
+    assert says("RANK_OVER_LIMIT", name="d_k", rank=8)(error)
 
 
 @pytest.mark.parametrize("mode", ["DRAIN", "FORCE"])
@@ -235,7 +233,7 @@ def test_a_component_cannot_leave_before_its_fusion(mode: Any, open_registry: An
     registry = open_registry("abf")
     for call in (lambda: registry.unload("a", mode), lambda: registry.replace("a", "dora")):
         error = refusal(call, AdapterInUseError, "FAILED_PRECONDITION")
-        assert "'a' is a component of 'f'" in error.message
+        assert says("ADAPTER_IS_COMPONENT", adapter="a", fusions="'f'")(error)
     # It serves on, and what does not change its content is fine.
     registry.release(registry.acquire(refs("a")))
     assert registry.replace("a", "a").generation == 1
@@ -315,7 +313,7 @@ def test_components_stay_while_a_fusion_of_them_is_loading(open_registry: Any) -
     thread, results = in_thread(lambda: registry.load("f", "f"))
     assert entered.wait(10)
     error = refusal(lambda: registry.unload("a"), AdapterInUseError, "FAILED_PRECONDITION")
-    assert "that is being loaded" in error.message
+    assert says("ADAPTER_IS_COMPONENT", adapter="a")(error)
     refusal(lambda: registry.replace("b", "dora"), AdapterInUseError, "FAILED_PRECONDITION")
     proceed.set()
     thread.join(10)
@@ -331,7 +329,7 @@ def test_a_component_on_its_way_out_is_not_there(open_registry: Any) -> None:
     while registry.get("a").state != "DELETING":
         pass
     error = refusal(lambda: registry.load("f", "f"), AdapterComponentError, "FAILED_PRECONDITION")
-    assert "is being unloaded or replaced" in error.message
+    assert says("COMPONENT_LEAVING", component="a")(error)
     registry.release(mix)
     thread.join(10)
     assert results == [None]
@@ -343,5 +341,5 @@ def test_a_learned_fusion_cannot_be_fused_into_a_lora(open_registry: Any, tmp_pa
     fuser = Fuser(registry, host_bytes=1 << 28, max_rank=64)
     future = fuser.start("g", refs("af"), combination, Cancellation())
     error = refusal(lambda: future.result(60), InvalidRequestError, "INVALID_ARGUMENT")
-    assert "'f' (learned_fusion) has a gate, no weight update" in error.message
+    assert says("NOT_FUSABLE", adapter="f")(error)
     fuser.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from builders.registries import Registries, stage_directory, until
+from said import says
 
 from turret.server.adapters.registry.export import AdapterExport
 from turret.server.adapters.state.state_dir import StateDir
@@ -54,5 +55,5 @@ def test_an_export_that_finds_its_files_gone_looks_again(
     # Where nothing has changed, the files are simply not there.
     registry.load("c", "c")
     shutil.rmtree(make.root / "c")
-    with pytest.raises(AdapterChangedError, match="'c': its files are gone from 'c'"):
+    with pytest.raises(AdapterChangedError, check=says("FILES_LOST", adapter="c", path="c")):
         registry.export("c")

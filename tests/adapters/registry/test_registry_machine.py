@@ -82,8 +82,8 @@ class RegistryMachine(RuleBasedStateMachine):
             return
         with pytest.raises(AdapterNotFoundError) as caught:
             self.registry.acquire(refs)
-        missing = ", ".join(name for name in names if name not in self.registered)
-        assert str(caught.value) == f"adapter not found: {missing}"
+        missing = ",".join(name for name in names if name not in self.registered)
+        assert caught.value.metadata["adapters"] == missing
 
     @precondition(lambda self: any(not held.has_asked for held in self.held))
     @rule(index=st.integers(0, 100))

@@ -21,6 +21,7 @@ from builders.registries import (
     resident,
     until,
 )
+from said import says
 
 from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry import pins
@@ -92,7 +93,7 @@ def test_an_older_generation_is_not_found(make: Registries) -> None:
     registry = make(load="a")
     running = registry.acquire(refs("a"))
     registry.replace("a", "b")
-    with pytest.raises(AdapterNotFoundError, match="generation 1; the current one is 2"):
+    with pytest.raises(AdapterNotFoundError, check=says("OTHER_GENERATION", generation=1)):
         registry.acquire([AdapterRef(name="a", generation=1)])
     registry.release(registry.acquire([AdapterRef(name="a", generation=2)]))
     registry.release(running)
@@ -114,7 +115,7 @@ def test_what_cannot_be_replaced(make: Registries) -> None:
     mix = registry.acquire(refs("a"))
     thread, _ = in_thread(lambda: registry.unload("a", "DRAIN", WAIT_SECONDS))
     until(lambda: registry.get("a").state == "DELETING")
-    with pytest.raises(AdapterInUseError, match="being unloaded"):
+    with pytest.raises(AdapterInUseError, check=says("BEING_UNLOADED")):
         registry.replace("a", "b")
     registry.release(mix)
     thread.join(WAIT_SECONDS)
@@ -131,7 +132,7 @@ def test_of_two_who_expect_the_same_generation_one_changes_it(make: Registries) 
         lambda: registry.replace("a", "b", 1),
         lambda: registry.unload("a", expected_generation=3),
     ):
-        with pytest.raises(AdapterGenerationError, match="has generation 2"):
+        with pytest.raises(AdapterGenerationError, check=says("ADAPTER_GENERATION", generation=2)):
             refused()
     with pytest.raises(AdapterNotFoundError):
         registry.replace("nobody", "b", 1)
@@ -188,7 +189,7 @@ def test_a_pin_moves_to_the_new_generation(make: Registries) -> None:
     for name in "bcd":
         registry.load(name, name)
     assert "a" in resident(registry)
-    with pytest.raises(AdapterInUseError, match="pinned"):
+    with pytest.raises(AdapterInUseError, check=says("ADAPTER_PINNED")):
         registry.unload("a")
     registry.unpin("a")
     registry.unload("a")
@@ -227,7 +228,7 @@ def test_unload_waits_for_every_generation(make: Registries) -> None:
     for path in "bcd":
         mixes.append(registry.acquire(refs("a")))
         registry.replace("a", path)
-    with pytest.raises(AdapterInUseError, match="still held by 3 requests"):
+    with pytest.raises(AdapterInUseError, check=says("ADAPTER_HELD", requests=3)):
         registry.unload("a", "DRAIN", 0.0)
     for mix in mixes:
         registry.release(mix)
@@ -317,7 +318,7 @@ def test_a_pin_that_gives_up_leaves_nothing_behind(
     monkeypatch.setattr(pins, "PIN_TIMEOUT_SECONDS", 0.05)
     registry = make(2, load="ab")
     busy = registry.acquire(refs("ab"))
-    with pytest.raises(BudgetExceededError, match="no room"):
+    with pytest.raises(BudgetExceededError, check=says("NO_ROOM_TO_PIN")):
         registry.load("c", "c", pinned=True)
     assert [record.name for record in registry.list()] == ["a", "b"]
     registry.release(busy)

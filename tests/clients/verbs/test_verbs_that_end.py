@@ -87,12 +87,12 @@ def test_an_answer_that_the_server_cuts_is_no_success(run: Run):
 
 def test_text_that_is_no_utf8_is_named(run: Run):
     code, _, err = run("generate", "caf\udcff")
-    assert (code, err) == (2, "error: PROMPT: a text that is not UTF-8\n")
+    assert (code, err) == (2, "error: PROMPT: must be valid UTF-8\n")
     code, _, err = run("generate", "caf\udcff", "--chat")
-    assert (code, err) == (2, "error: PROMPT: a text that is not UTF-8\n")
+    assert (code, err) == (2, "error: PROMPT: must be valid UTF-8\n")
     for verb in (("generate", "a"), ("chat",)):
         code, _, err = run(*verb, "--system", "caf\udcff")
-        assert (code, err) == (2, "error: --system: a text that is not UTF-8\n")
+        assert (code, err) == (2, "error: --system: must be valid UTF-8\n")
 
 
 def test_a_reader_that_has_enough_is_no_error(server: FakeTurret):

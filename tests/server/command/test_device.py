@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from said import says
 
 from turret.server import build
 from turret.server.basics.triton_needs import keep_compiled_in, missing_for_triton, see_only
@@ -64,9 +65,9 @@ def test_one_device_is_seen_and_it_is_number_0(
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(InvalidRequestError, match="CUDA_VISIBLE_DEVICES is '4,5'"):
+    with pytest.raises(InvalidRequestError, check=says("DEVICE_NOT_VISIBLE", visible="4,5")):
         choose(monkeypatch, "cuda:2", "4,5")
-    with pytest.raises(InvalidRequestError, match="cuda:7 was asked for"):
+    with pytest.raises(InvalidRequestError, check=says("NO_CUDA_DEVICE", device="cuda:7")):
         choose(monkeypatch, "cuda:7", None, there=False)
     assert choose(monkeypatch, "auto", None, there=False)[0] == torch.device("cpu")
     assert choose(monkeypatch, "cpu", None)[0] == torch.device("cpu")
@@ -76,7 +77,7 @@ def test_without_a_compiler_no_gpu_serves(monkeypatch: pytest.MonkeyPatch, tmp_p
     """Triton would raise in the first step, after the model was read."""
     monkeypatch.setattr(build, "missing_for_triton", lambda: "a C compiler")
     for wanted in ("auto", "cuda"):
-        with pytest.raises(InvalidRequestError, match="needs a C compiler; or take --device cpu"):
+        with pytest.raises(InvalidRequestError, check=says("KERNELS_NEED", missing="a C compiler")):
             choose(monkeypatch, wanted, None)
     assert choose(monkeypatch, "cpu", None)[0] == torch.device("cpu")
     monkeypatch.delenv("CC", raising=False)

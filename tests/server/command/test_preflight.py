@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from checkout import ROOT
 from safetensors.numpy import save_file
+from said import says
 from start_problems import found, parse
 
 from turret.server.cli import main
@@ -136,22 +137,21 @@ def test_adapters_that_are_not_there(tmp_path: Path) -> None:
     assert found("--adapter-root", str(tmp_path / "hotl")) == [f"--adapter-root: {said}"]
     root = ("--adapter-root", str(ADAPTERS))
     assert found(*root, "--preload", "a=json") == []
-    assert "did you mean 'json'?" in found(*root, "--preload", "a=jsn")[0]
+    assert says("NO_SUCH_PATH", closest="json")(found(*root, "--preload", "a=jsn")[0])
     for several in ("a=json,b=sql", "a=json b=sql"):
         assert "names several: repeat --preload for each" in found(*root, "--preload", several)[0]
-    said = found(*root, "--preload", "a=nothing-like-it")[0]
-    assert f"under the adapter root {ADAPTERS}, which has " in said
-    assert " json, label, " in said
+    assert says("NO_SUCH_PATH", root=ADAPTERS)(found(*root, "--preload", "a=nothing-like-it")[0])
     checkpoint = tmp_path / "run" / "checkpoint-30"
     checkpoint.mkdir(parents=True)
     (checkpoint / "adapter_config.json").touch()
     (checkpoint / "adapter_model.bin").touch()
     root = ("--adapter-root", str(tmp_path))
-    assert "did you mean 'run/checkpoint-30'?" in found(*root, "--preload", "a=run")[0]
-    assert "safe_serialization" in found(*root, "--preload", "a=run/checkpoint-30")[0]
-    assert "stay inside it" in found(*root, "--preload", "a=../x")[0]
+    is_near = says("NOT_AN_ADAPTER", closest="run/checkpoint-30")
+    assert is_near(found(*root, "--preload", "a=run")[0])
+    assert says("PICKLE")(found(*root, "--preload", "a=run/checkpoint-30")[0])
+    assert says("PATH_OUTSIDE_ROOT")(found(*root, "--preload", "a=../x")[0])
     root = ("--adapter-root", str(ADAPTERS / "json"))
-    assert "whose path below it is '.'" in found(*root, "--preload", "json=json")[0]
+    assert says("NO_SUCH_PATH")(found(*root, "--preload", "json=json")[0])
     assert found(*root, "--preload", "json=.") == []
 
 
@@ -287,12 +287,12 @@ def test_quantised_weights_without_a_place(tmp_path: Path, monkeypatch: pytest.M
     )
 
 
-def test_the_newest_checkpoint_is_named_last(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_suggested(tmp_path: Path) -> None:
     for number in (500, 1000, 90):
         (tmp_path / "run" / f"checkpoint-{number}").mkdir(parents=True)
         (tmp_path / "run" / f"checkpoint-{number}" / "adapter_config.json").touch()
     (problem,) = found("--adapter-root", str(tmp_path), "--preload", "a=run")
-    assert "but checkpoint-90, checkpoint-500, checkpoint-1000 in it are" in problem
+    assert says("NOT_AN_ADAPTER", closest="run/checkpoint-1000")(problem)
 
 
 def test_a_path_that_is_nowhere_is_no_repository_of_the_hub(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,13 @@ import torch
 from builders.adapters import base_of, tiny_llama
 from checkout import ROOT
 from safetensors.numpy import load_file, save_file
+from said import says
 from start_problems import found
 
 from turret.server.adapters.base import BaseModule
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.methods.lower import lower_checkpoint
-from turret.server.adapters.peft_format.config.rules import is_number, is_rank
 from turret.server.errors import AdapterCheckpointError
 
 ADAPTERS = ROOT / "examples" / "adapters"
@@ -46,31 +45,28 @@ def write_adapter(
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "reason"),
     [
-        ({"peft_type": "LROA"}, "peft_type 'LROA' is not supported by this version; did you mean"),
-        ({"peft_type": "PSOFT"}, "peft_type 'PSOFT' is not .* `turret convert DIR --base MODEL"),
-        ({"peft_type": None}, "peft_type is required: "),
-        (
-            {"r": 8},
-            r"lora_A\.weight: has rank 4, the config says 8; adapter_config\.json may",
-        ),
-        *(({"r": r}, f"r: {is_rank(r)}$") for r in ("four", -1, 0, 4.0, True, None)),
+        ({"peft_type": "LROA"}, "UNKNOWN_METHOD"),
+        ({"peft_type": "PSOFT"}, "ADAPTER_UNUSABLE"),
+        ({"peft_type": None}, "ADAPTER_UNUSABLE"),
+        ({"r": 8}, "WRONG_RANK"),
+        *(({"r": r}, "INVALID_VALUE") for r in ("four", -1, 0, 4.0, True, None)),
         *(
-            ({"peft_type": kind, "r": "four"}, f"r: {is_rank('four')}$")
+            ({"peft_type": kind, "r": "four"}, "INVALID_VALUE")
             for kind in ("VERA", "SHIRA", "MISS", "RANDLORA")
         ),
-        ({"peft_type": "WIBBLE"}, "peft_type 'WIBBLE' is not supported by this version; docs"),
-        ({"peft_type": "LOKR", "alpha": "x"}, "alpha: must be a number in .*, not 'x'$"),
-        ({"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}, "was trained for 'meta-llama/"),
+        ({"peft_type": "WIBBLE"}, "UNKNOWN_METHOD"),
+        ({"peft_type": "LOKR", "alpha": "x"}, "INVALID_VALUE"),
+        ({"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}, "OTHER_BASE"),
     ],
 )
 def test_adapters_whose_config_says_that_they_are_not_served(
-    config: dict[str, Any], said: str, tmp_path: Path
+    config: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     write_adapter(tmp_path / "m", **config)
     (problem,) = found("--adapter-root", str(tmp_path), "--preload", "a=m")
-    assert re.match(f"--preload a=m: (cannot be served: .*)?{said}", problem)
+    assert says(reason)(problem)
 
 
 def test_adapters_that_the_host_budget_cannot_hold(tmp_path: Path) -> None:
@@ -81,16 +77,15 @@ def test_adapters_that_the_host_budget_cannot_hold(tmp_path: Path) -> None:
         held = (*flags, str(weights * size), "--dtype", dtype)
         assert found(*held) == []
         (problem,) = found(*flags, str(weights * size - 1), "--dtype", dtype)
-        assert problem.startswith("--preload a=m: needs at least ")
-        assert problem.endswith("; `turret serve --adapter-host-bytes SIZE` gives them more")
+        assert says("OVER_HOST_MEMORY", bytes=weights * size)(problem)
     (problem,) = found(*flags, "10")
-    assert "needs at least 9 KiB of host memory, and all adapters together have 10 bytes" in problem
+    assert says("OVER_HOST_MEMORY", needed="9 KiB", budget="10 bytes")(problem)
 
 
 def test_adapters_of_another_base_where_that_is_allowed_or_not_certain(tmp_path: Path) -> None:
     flags = ("--adapter-root", str(tmp_path), "--preload", "a=m")
     folder = write_adapter(tmp_path / "m", base_model_name_or_path="meta-llama/Llama-3.1-8B")
-    assert "serve the base that it was trained for" in found(*flags)[0]
+    assert says("OTHER_BASE")(found(*flags)[0])
     assert found(*flags, "--allow-other-base") == []
     # A digest tells more than a name, and what it is of is read with the model.
     (folder / "provenance.json").write_text('{"base": {"digest": "00"}}')
@@ -104,9 +99,7 @@ def test_adapters_whose_ranks_are_too_large(tmp_path: Path) -> None:
     flags = ("--adapter-root", str(tmp_path), "--preload", "a=m", "--max-rank", "3")
     write_adapter(tmp_path / "m")
     (problem,) = found(*flags)
-    assert problem == (
-        "--preload a=m: has rank 4, the server allows 3; `turret serve --max-rank 4` allows it"
-    )
+    assert says("RANK_OVER_LIMIT", rank=4, max_rank=3)(problem)
     # Which rank a pattern gives a module, the base decides; the tensors have the one they have.
     write_adapter(tmp_path / "m", r=8, rank_pattern={"q_proj": 4})
     assert found(*flags) == [problem]
@@ -172,37 +165,32 @@ def test_ranks_of_every_kind(
     if rank:
         (problem,) = found(*flags, str(rank - 1))
         what = "block size" if config.get("peft_type") == "BOFT" else "rank"
-        assert f"has {what} {rank}, the server allows {rank - 1}" in problem
+        assert says("RANK_OVER_LIMIT", name=what, rank=rank, max_rank=rank - 1)(problem)
 
 
 @pytest.mark.parametrize(
-    ("width", "module", "said"),
+    ("width", "module", "reason", "params"),
     [
-        (
-            64,
-            "0.self_attn.q_proj",
-            "its q_proj takes 64 features, the base's 576; model.layers.0.self_attn.q_proj: ",
-        ),
-        (64, "29.mlp.down_proj", "model.layers.29.mlp.down_proj: the adapter maps 64 -> 64"),
-        (576, "30.mlp.up_proj", "it is for a model of at least 31 layers, the base has 30"),
-        (576, "0.self_attn.qkv_proj", "has no module 'model.layers.0.self_attn.qkv_proj'"),
-        (64, "0.self_attn.other", "has no module 'model.layers.0.self_attn.other'"),
+        (64, "0.self_attn.q_proj", "WRONG_INPUTS", {"found": 64, "expected": 576}),
+        (64, "29.mlp.down_proj", "WRONG_INPUTS", {"found": 64, "expected": 1536}),
+        (576, "30.mlp.up_proj", "TOO_MANY_LAYERS", {"found": 31, "expected": 30}),
+        (576, "0.self_attn.qkv_proj", "NO_SUCH_MODULE", {}),
+        (64, "0.self_attn.other", "NO_SUCH_MODULE", {}),
     ],
 )
 def test_adapters_of_other_shapes_than_the_base(
-    width: int, module: str, said: str, tmp_path: Path
+    width: int, module: str, reason: str, params: dict[str, Any], tmp_path: Path
 ) -> None:
     flags = ("--adapter-root", str(tmp_path), "--preload", "a=m")
     write_adapter(tmp_path / "m", width=width, module=module)
     (problem,) = found(*flags)
-    assert problem.startswith("--preload a=m: does not fit base model 'HuggingFaceTB/SmolLM2-")
-    assert said in problem
+    assert says("ADAPTER_MISFIT", base_model="HuggingFaceTB/SmolLM2-135M-Instruct")(problem)
+    assert says(reason, **params)(problem)
     # The base that it names says more than shapes do; where it may be any, they decide.
     write_adapter(tmp_path / "m", width=64, base_model_name_or_path="meta-llama/Llama-3.1-8B")
-    assert "was trained for 'meta-llama/Llama-3.1-8B', served is" in found(*flags)[0]
+    assert says("OTHER_BASE", trained_for="meta-llama/Llama-3.1-8B")(found(*flags)[0])
     (problem,) = found(*flags, "--allow-other-base")
-    assert "trained for 'meta-llama/Llama-3.1-8B', served is 'HuggingFaceTB/Smol" in problem
-    assert "does not fit base model" in problem
+    assert says("ADAPTER_MISFIT")(problem)
 
 
 def test_shapes_of_a_base_in_a_directory(tmp_path: Path) -> None:
@@ -218,7 +206,7 @@ def test_shapes_of_a_base_in_a_directory(tmp_path: Path) -> None:
     for config in ({**sizes, "model_type": "llama"}, vision):
         (base / "config.json").write_text(json.dumps(config))
         (problem,) = found(*flags)
-        assert "takes 576 features, the base's 64" in problem
+        assert says("WRONG_INPUTS", found=576, expected=64)(problem)
     (base / "config.json").write_text('{"model_type": "llama", "hidden_size": 576}')
     assert found(*flags) == []
 
@@ -237,11 +225,7 @@ def test_layers_that_the_base_has_not(tensor: str, tmp_path: Path) -> None:
     name = f"base_model.model.{module}.{tensor}"
     save_file({name: np.ones((2, 1), np.float32)}, folder / "adapter_model.safetensors")
     (problem,) = found("--adapter-root", str(tmp_path), "--preload", "a=m")
-    assert problem == (
-        "--preload a=m: does not fit base model 'HuggingFaceTB/SmolLM2-135M-Instruct': it is for a"
-        f" model of at least 100 layers, the base has 30; {module}.{tensor}: the base model has no"
-        f" module '{module}'"
-    )
+    assert says("TOO_MANY_LAYERS", found=100, expected=30)(problem)
 
 
 @pytest.mark.parametrize("lacking", ["lora_A", "lora_B"])
@@ -249,78 +233,81 @@ def test_adapters_that_lack_one_of_two_factors(lacking: str, tmp_path: Path) -> 
     file = write_adapter(tmp_path / "m") / "adapter_model.safetensors"
     save_file({n: v for n, v in load_file(file).items() if lacking not in n}, file)
     (problem,) = found("--adapter-root", str(tmp_path), "--preload", "a=m")
-    assert problem == (
-        f"--preload a=m: cannot be served: model.layers.0.self_attn.q_proj.{lacking}.weight: is"
-        " missing; the module's other tensors are there: have PEFT save the adapter again"
-    )
+    assert says("FINDING", field=f"{_Q}.{lacking}.weight")(problem)
+    assert says("MISSING_TENSOR")(problem)
 
 
 _Q = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize(
-    ("config", "tensors", "said"),
+    ("config", "tensors", "field", "reason"),
     [
-        ({"use_dora": True}, {}, f"{_Q}.lora_magnitude_vector: is missing; use_dora is set"),
+        ({"use_dora": True}, {}, f"{_Q}.lora_magnitude_vector", "MISSING_TENSOR"),
         (
             {},
             {f"{_Q}.lora_magnitude_vector.weight": np.ones(576, np.float32)},
-            f"{_Q}.lora_magnitude_vector: is there, but use_dora is not set",
+            f"{_Q}.lora_magnitude_vector",
+            "UNEXPECTED_TENSOR",
         ),
-        ({}, {"foo.weight": np.ones(4, np.float32)}, "foo.weight: is a whole weight; only those"),
+        ({}, {"foo.weight": np.ones(4, np.float32)}, "foo.weight", "WHOLE_WEIGHT"),
         (
             {},
             {f"{_Q}.lora_A.weight": np.ones((4, 576), np.int8)},
-            f"{_Q}.lora_A.weight: holds integers, which lora does not",
+            f"{_Q}.lora_A.weight",
+            "WRONG_DTYPE",
         ),
         (
             {"target_modules": ["proj_q"]},
             {},
-            f"{_Q}.lora_A.weight: is there, but the config leaves it out; adapter_config.json may"
-            " be of another training: take the one that was saved beside adapter_model.safetensors",
+            f"{_Q}.lora_A.weight",
+            "UNEXPECTED_TENSOR",
         ),
-        *(({"lora_alpha": v}, {}, f"lora_alpha: {is_number(v)}") for v in ("x", None, 1e30, True)),
-        ({"use_rslora": 1}, {}, "use_rslora: must be true or false, not 1"),
-        ({"init_lora_weights": "pissa"}, {}, "init_lora_weights: is 'pissa': the adapter was"),
-        ({"alpha_pattern": {"q": "x"}}, {}, f"alpha_pattern: 'q' {is_number('x')}"),
-        ({"lora_alhpa": 8}, {}, "lora_alhpa: is unknown to this version; did you mean 'lora_al"),
-        ({"wibble": 8}, {}, "wibble: is unknown to this version; if it does not change"),
+        *(({"lora_alpha": v}, {}, "lora_alpha", "INVALID_VALUE") for v in ("x", None, 1e30, True)),
+        ({"use_rslora": 1}, {}, "use_rslora", "INVALID_VALUE"),
+        ({"init_lora_weights": "pissa"}, {}, "init_lora_weights", "UNSUPPORTED_VALUE"),
+        ({"alpha_pattern": {"q": "x"}}, {}, "alpha_pattern", "INVALID_ENTRY"),
+        ({"lora_alhpa": 8}, {}, "lora_alhpa", "UNKNOWN_KEY"),
+        ({"wibble": 8}, {}, "wibble", "UNKNOWN_KEY"),
         (
             {"task_type": "SEQ_CLS", "lora_alpha": "x"},
             {"score.weight": np.ones((2, 576), np.float32)},
-            f"lora_alpha: {is_number('x')}",
+            "lora_alpha",
+            "INVALID_VALUE",
         ),
         # These are served: all targets, a head, and a suffix of several names.
-        ({"target_modules": r"model\.layers\.0\.self_attn\.q_proj"}, {}, ""),
-        ({"task_type": "SEQ_CLS"}, {"score.weight": np.ones((2, 576), np.float32)}, ""),
-        ({"target_modules": ["0.self_attn.q_proj"]}, {}, ""),
-        ({"target_modules": [_Q]}, {}, ""),
+        ({"target_modules": r"model\.layers\.0\.self_attn\.q_proj"}, {}, "", ""),
+        ({"task_type": "SEQ_CLS"}, {"score.weight": np.ones((2, 576), np.float32)}, "", ""),
+        ({"target_modules": ["0.self_attn.q_proj"]}, {}, "", ""),
+        ({"target_modules": [_Q]}, {}, "", ""),
         (
             {"use_dora": True},
             {f"{_Q}.lora_magnitude_vector": np.ones(576, np.float32)},
+            "",
             "",
         ),
     ],
 )
 def test_loras_whose_tensors_contradict_their_config(
-    config: dict[str, Any], tensors: dict[str, Any], said: str, tmp_path: Path
+    config: dict[str, Any], tensors: dict[str, Any], field: str, reason: str, tmp_path: Path
 ) -> None:
-    """In the words of a load: what a load of the same folder says is compared."""
+    """A load of the same folder reports the same."""
     folder = write_adapter(tmp_path / "m", **config)
     file = folder / "adapter_model.safetensors"
     more = {f"base_model.model.{name}": values for name, values in tensors.items()}
     save_file(load_file(file) | more, file)
     problems = found("--adapter-root", str(tmp_path), "--preload", "a=m")
-    assert len(problems) == bool(said)
-    if not said:
+    assert len(problems) == bool(field)
+    if not field:
         return
-    assert problems[0].startswith(f"--preload a=m: cannot be served: {said}")
+    assert says("ADAPTER_UNUSABLE")(problems[0])
+    assert says(reason)(problems[0])
     projection = BaseModule(_Q, 576, 576, None, lambda: torch.zeros(576, 576))
     base = dataclasses.replace(base_of(tiny_llama()), modules={_Q: projection})
     checkpoint = read_checkpoint(AdapterRoot(tmp_path), "m", max_elements=1 << 20)
     with pytest.raises(AdapterCheckpointError) as raised:
         lower_checkpoint(checkpoint, base)
-    assert f"cannot be served: {said}" in raised.value.message
+    assert (field, reason) in [(name, why.reason) for name, why in raised.value.violations]
 
 
 @pytest.mark.parametrize(
@@ -345,32 +332,31 @@ def test_tokens_of_its_own_without_their_tokenizer(
     if has_tokenizer:
         (folder / "tokenizer.json").write_text("{}")
     problems = found("--adapter-root", str(tmp_path), "--preload", "a=m")
-    said = f"rows for {rows} tokens, the base model for 49152, and only its own tokenizer tells"
+    lacks = says("ADAPTER_LACKS_TOKENIZER", rows=rows, base_rows=49152)
     is_refused = rows > 49152 and not has_tokenizer
-    assert [said in problem for problem in problems] == [True] * is_refused
+    assert [lacks(problem) for problem in problems] == [True] * is_refused
 
 
 def test_a_lora_without_tensors(tmp_path: Path) -> None:
     save_file({}, write_adapter(tmp_path / "m") / "adapter_model.safetensors")
     (problem,) = found("--adapter-root", str(tmp_path), "--preload", "a=m")
-    assert "adapter_model.safetensors: holds no tensors of this method" in problem
+    assert says("NO_TENSORS")(problem)
 
 
 def test_adapters_whose_tensors_are_damaged(tmp_path: Path) -> None:
     flags = ("--adapter-root", str(tmp_path), "--preload", "a=m")
     file = write_adapter(tmp_path / "m") / "adapter_model.safetensors"
     whole = file.read_bytes()
-    for damaged, said in (
-        (whole[:50], "is cut short: it has 50 bytes, its header alone 2"),
-        (whole[:-1], "is cut short: tensors end at 18432, the data at 18431"),
-        (whole[:4], "is too short for a safetensors file"),
-        (whole[:8] + b"?" + whole[9:], "is not valid JSON"),
+    for damaged, reason in (
+        (whole[:50], "FILE_CUT_SHORT"),
+        (whole[:-1], "FILE_CUT_SHORT"),
+        (whole[:4], "FILE_CUT_SHORT"),
+        (whole[:8] + b"?" + whole[9:], "INVALID_JSON"),
     ):
         file.write_bytes(damaged)
         (problem,) = found(*flags)
-        assert said in problem
-        assert problem.endswith("; copy the file again, or have PEFT save the adapter again")
+        assert says(reason)(problem)
     file.write_bytes(whole)
     assert found(*flags) == []
     (tmp_path / "m" / "adapter_config.json").write_text("{")
-    assert "adapter_config.json: is not valid JSON" in found(*flags)[0]
+    assert says("INVALID_JSON")(found(*flags)[0])

@@ -16,7 +16,6 @@ from turret.server.adapters.peft_format.config.lora_rules import (
     LORA_REFUSED,
     VARIANTS,
 )
-from turret.server.basics.counted import counted
 
 # Number of ranks that are left after pruning.
 _N = extent("lora_E", 0)
@@ -24,25 +23,18 @@ _N = extent("lora_E", 0)
 _EPSILON = 1e-5
 _UNREAD = "AdaLoRA's layers do not read it"
 _SCHEDULE = "schedule of the pruning"
-_TOGETHER = "cannot be combined with AdaLoRA"
+_TOGETHER = "it cannot be combined with AdaLoRA"
 
 
-def _is_alpha(value: Any) -> str | None:
-    problem = is_number(value)
-    if problem is None and value <= 0:
-        # PEFT would replace 0 by a rank, and that rank changes during training.
-        return "must be greater than 0"
-    return problem
-
-
-def _is_masks(value: Any) -> str | None:
+def _is_masks(value: Any) -> Text | None:
     if value is None:
         return None
     if not isinstance(value, Mapping) or len(value) > MAX_LIST_ITEMS:
-        return f"must be an object with at most {MAX_LIST_ITEMS} keys"
+        return invalid(value, f"an object with at most {MAX_LIST_ITEMS} keys")
     for key, mask in value.items():
         if not isinstance(mask, list) or not all(isinstance(kept, bool) for kept in mask):
-            return f"{key!r} must be a list of true and false"
+            why = invalid(mask, "a list of true and false")
+            return say("INVALID_ENTRY", entry=key, why=why)
     return None
 
 
@@ -53,16 +45,16 @@ def _check_masks(adapter: Reading) -> None:
     for key, mask in (adapter.config.get("rank_pattern") or {}).items():
         name = key.removesuffix(".default").removesuffix(".lora_E")
         if name not in ranks:
-            adapter.fault("rank_pattern", f"{key!r:.120} is no adapted module's lora_E")
+            adapter.fault("rank_pattern", say("NO_SUCH_MODULE", module=name))
         elif len(mask) != start:
-            why = f"{key!r:.120} masks {counted(len(mask), 'rank')}, init_r is {start}"
-            adapter.fault("rank_pattern", why)
+            why = say("WRONG_COUNT", found=len(mask), what="ranks", expected=start)
+            adapter.fault("rank_pattern", say("INVALID_ENTRY", entry=key, why=why))
         else:
             ranks[name] = sum(mask)
     for name, rank in ranks.items():
         there = _N.of(adapter.modules[name])
         if there != rank:
-            why = f"has rank {there}, the config says {rank}; {OTHER_TRAINING}"
+            why = say("WRONG_RANK", rank=there, by="the config", expected=rank)
             adapter.fault(f"{name}.lora_E", why)
 
 
@@ -81,7 +73,8 @@ METHOD = LinearMethod(
         **LORA_KEYS,
         **EXCLUDE,
         "init_r": is_rank,
-        "lora_alpha": _is_alpha,
+        # PEFT would replace 0 by a rank, and that rank changes during training.
+        "lora_alpha": is_positive,
         "rank_pattern": _is_masks,
     },
     ignored={
@@ -101,7 +94,7 @@ METHOD = LinearMethod(
     refused={
         **LORA_REFUSED,
         **dict.fromkeys(VARIANTS, ((False, None), _TOGETHER)),
-        "lora_bias": ((False, None), "has no effect on AdaLoRA; train without it"),
+        "lora_bias": ((False, None), "it has no effect on AdaLoRA; train without it"),
         "target_parameters": ((None, []), _TOGETHER),
     },
     bias=("lora_only",),

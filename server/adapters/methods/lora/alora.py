@@ -12,21 +12,23 @@ from typing import TYPE_CHECKING
 
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.lora.lora import METHOD as LORA
+from turret.server.adapters.operators.module_names import EMBEDDING
 from turret.server.adapters.peft_format.config.lora_rules import INVOCATION
 
 if TYPE_CHECKING:
     from turret.server.adapters.lowering.lowered import Lowered
 
-_EVERYWHERE = "acts before the invocation too, where the tokens must be the base's"
+_EVERYWHERE = "it changes tokens before the invocation, which the base alone must compute"
 
 
 def _check(adapter: Reading) -> None:
     if adapter.is_partial:
         # PEFT has no aLoRA layer for embeddings; it would adapt all tokens.
-        adapter.fault("target_modules", f"names the embedding, whose LoRA {_EVERYWHERE}")
+        adapter.fault("target_modules", say("UNSUPPORTED_VALUE", value=EMBEDDING, why=_EVERYWHERE))
     last, size = max(adapter.config[INVOCATION]), adapter.base.vocab_size
     if 0 < size <= last:
-        adapter.findings.mismatch(INVOCATION, f"holds {last}, the base model has {size} tokens")
+        why = say("NOT_IN_RANGE", least=0, most=size - 1, value=last)
+        adapter.findings.mismatch(INVOCATION, why)
 
 
 def _complete(lowered: Lowered, adapter: Reading) -> Lowered:

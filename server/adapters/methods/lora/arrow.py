@@ -17,11 +17,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from turret.server.adapters.component import COMPONENTS_KEY, Component, is_components
+from turret.server.adapters.component import COMPONENTS_KEY, Component, is_components, unfit
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.lora.lora import METHOD as LORA
 from turret.server.adapters.methods.lora.lora import A, B
 from turret.server.adapters.peft_format.config.lora_rules import ARROW
+from turret.server.adapters.peft_format.config.vocabulary_rules import listed_twice
 
 if TYPE_CHECKING:
     pass
@@ -30,29 +31,23 @@ if TYPE_CHECKING:
 _ITERATIONS, _EPS = 15, 1e-8
 _DEFAULTS = {"top_k": 3, "router_temperature": 1.0, "use_gks": False}
 _NO_UPDATE = "a router has no update of its own"
-_PLAIN = "create_arrow_model makes a router without it"
-_NO_SEED = (
-    "rng_seed is null: PEFT searches for prototypes from another start at every load; here it is"
-    " always that of seed 0"
-)
+_PLAIN = "a router from create_arrow_model has none"
 
 
-def _is_names(value: Any) -> str | None:
+def _is_names(value: Any) -> Text | None:
     is_list = isinstance(value, list) and all(isinstance(name, str) for name in value)
-    if is_list and len(set(value)) == len(value):
-        return None
-    return "must be a list of different names of components"
+    return listed_twice(value) if is_list else invalid(value, "a list of names of components")
 
 
-def _is_arrow(value: Any) -> str | None:
+def _is_arrow(value: Any) -> Text | None:
     problem = LORA.keys[ARROW](value)
     if problem is not None or not isinstance(value, Mapping):
-        return problem or "must be an object"
+        return problem or invalid(value, "an object")
     config = {**_DEFAULTS, **value}
     general = config.get("gks_adapter_names") or []
     checks = (
         ("top_k", is_rank(config["top_k"])),
-        ("router_temperature", is_number(config["router_temperature"])),
+        ("router_temperature", is_positive(config["router_temperature"])),
         ("use_gks", is_bool(config["use_gks"])),
         ("rng_seed", None if config.get("rng_seed") is None else is_seed(config["rng_seed"])),
         ("task_adapter_names", _is_names(config.get("task_adapter_names"))),
@@ -60,17 +55,15 @@ def _is_arrow(value: Any) -> str | None:
     )
     for key, why in checks:
         if why is not None:
-            return f"{key} {why}"
-    if config["router_temperature"] <= 0:
-        return f"router_temperature must be above 0, not {config['router_temperature']!r:.60}"
-    experts = config["task_adapter_names"]
-    if not 0 < config["top_k"] <= len(experts):
-        return f"top_k is {config['top_k']!r:.60}, but there are {len(experts)} experts"
+            return say("INVALID_ENTRY", entry=key, why=why)
+    experts, top_k = config["task_adapter_names"], config["top_k"]
+    if not top_k <= len(experts):
+        why = say("NOT_IN_RANGE", least=1, most=len(experts), value=top_k)
+        return say("INVALID_ENTRY", entry="top_k", why=why)
     if config["use_gks"] != bool(general):
-        return "use_gks must be true if gks_adapter_names has names, and false if it has none"
-    if set(experts) & set(general):
-        return "names the same component as an expert and as a general one"
-    return None
+        why = invalid(config["use_gks"], "true if gks_adapter_names has names, else false")
+        return say("INVALID_ENTRY", entry="use_gks", why=why)
+    return listed_twice([*experts, *general])
 
 
 class _Router(NamedTuple):
@@ -87,23 +80,23 @@ def _check_names(adapter: Reading) -> None:
     """Checks the two lists of names against the components."""
     config, findings = adapter.config, adapter.findings
     if not adapter.modules:
-        findings.add("target_modules", "selects no module of the base")
+        findings.add("target_modules", say("SELECTS_NOTHING"))
     arrow = config[ARROW]
     named = {*arrow["task_adapter_names"], *(arrow.get("gks_adapter_names") or [])}
     known = [item["name"] for item in config[COMPONENTS_KEY]]
-    if len(set(known)) < len(known):
-        findings.add(COMPONENTS_KEY, "has the same name twice")
+    if twice := listed_twice(known):
+        findings.add(COMPONENTS_KEY, twice)
     for name in sorted(named - set(known)):
-        findings.add(ARROW, f"names {name!r:.130}, which is not among the components")
+        findings.add(ARROW, say("COMPONENT_UNLISTED", component=name, by=COMPONENTS_KEY))
     for name in sorted(set(known) - named):
-        findings.add(COMPONENTS_KEY, f"has {name!r:.130}, which arrow_config does not name")
+        findings.add(COMPONENTS_KEY, say("COMPONENT_UNLISTED", component=name, by=ARROW))
 
 
 def _router(adapter: Reading) -> _Router:
     by_name = {component.ref.name: component for component in adapter.once(components_of)}
     config = {**_DEFAULTS, **adapter.config[ARROW]}
     if config.get("rng_seed") is None:
-        adapter.warn(_NO_SEED)
+        adapter.warn(say("ARROW_WITHOUT_SEED"))
     return _Router(
         experts=[by_name[name] for name in config["task_adapter_names"]],
         general=[by_name[name] for name in config.get("gks_adapter_names") or []],
@@ -135,17 +128,16 @@ def _updates(adapter: Reading) -> dict[str, list[_Expert]]:
     router, modules, findings = adapter.once(_router), tuple(adapter.modules), adapter.findings
     read: dict[str, _Read] = {}
     for component in (*router.experts, *router.general):
-        who = f"{component.ref.name!r} ({component.method})"
         held = {name: update_of(component, name) for name in modules}
         lacking = [name for name, update in held.items() if update is None]
         if lacking:
-            why = f"{who} does not adapt {lacking[0]}, which the router targets"
-            findings.add(COMPONENTS_KEY, f"{why}; {len(lacking)} of {len(held)} are missing")
+            why = "it does not adapt all modules that the router targets"
+            findings.add(COMPONENTS_KEY, unfit(component, why))
         scalings = {name: component.scalings.get(name, 1.0) for name in modules}
         if 0 in scalings.values():
-            findings.add(COMPONENTS_KEY, f"{who} has a scaling of 0, which hides what it learned")
+            findings.add(COMPONENTS_KEY, unfit(component, "it has a scaling of 0"))
         if router.general and component.method != "lora":
-            findings.add(COMPONENTS_KEY, f"{who} is no LoRA; use_gks subtracts factors of LoRAs")
+            findings.add(COMPONENTS_KEY, unfit(component, "use_gks needs a plain LoRA"))
         read[component.ref.name] = held, scalings
     findings.raise_if_any()
     made: dict[str, list[_Expert]] = {}
@@ -157,7 +149,7 @@ def _updates(adapter: Reading) -> dict[str, list[_Expert]]:
         shapes = {one.a.shape for one in (*experts, *general)}
         if general and len(shapes) > 1:
             ranks = ", ".join(str(shape[0]) for shape in sorted(shapes))
-            findings.add(COMPONENTS_KEY, f"have ranks {ranks} in {name}; use_gks needs one rank")
+            findings.add(COMPONENTS_KEY, say("UNEQUAL_RANKS", ranks=ranks, module=name))
         elif general:
             a = torch.stack([one.a for one in general]).mean(0)
             b = torch.stack([one.b for one in general]).mean(0)

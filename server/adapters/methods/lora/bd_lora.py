@@ -26,17 +26,17 @@ def _blocked(m: Module) -> list[str]:
 def _shape(m: Module, role: str) -> Shape:
     blocked, blocks = _blocked(m), _BLOCKS.of(m)
     if len(blocked) > 1:
-        m.reading.fault(_KEY, f"makes both factors of {m.name!r:.120} block-diagonal")
+        m.reading.fault(_KEY, say("CONFLICTS_WITH", other="both factors of a module"))
         raise Stop
     if blocked and m.rank % blocks:
-        m.reading.fault(_KEY, f"nblocks, {blocks}, does not divide rank {m.rank}")
+        m.reading.fault(_KEY, say("NOT_DIVISIBLE", size=m.rank, what="ranks", by=blocks))
         raise Stop
     if role == A:
         return (R, IN / _BLOCKS) if A in blocked else (R, IN)
     if B not in blocked:
         return OUT, R
     if m.outputs % blocks:
-        raise Misfit(f"has {m.outputs} outputs, which {blocks} does not divide")
+        raise Misfit(say("NOT_DIVISIBLE", size=m.outputs, what="outputs", by=blocks))
     return OUT, R / _BLOCKS
 
 

@@ -18,7 +18,7 @@ from turret.server.adapters.methods.lora.lora import METHOD as LORA
 def _check(m: Module) -> None:
     smaller = min(m.inputs, m.outputs)
     if m.rank >= smaller:
-        m.misfit(f"has {smaller} singular values, no more than the rank {m.rank}")
+        m.misfit(say("NOT_IN_RANGE", least=1, most=smaller - 1, value=m.rank), "rank")
 
 
 def _operators(m: Module) -> Iterator[Piece]:

@@ -39,12 +39,12 @@ def _is_plain(config: Mapping[str, Any]) -> bool:
     )
 
 
-def _conflicts(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _conflicts(config: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
     first, *others = [key for key in VARIANTS if config.get(key)] or [""]
     for key in others:
-        yield key, f"cannot be combined with {first}"
+        yield key, say("CONFLICTS_WITH", other=first)
     if config.get("use_dora") is True and config.get("lora_bias") is True:
-        yield "lora_bias", "cannot be combined with use_dora"
+        yield "lora_bias", say("CONFLICTS_WITH", other="use_dora")
 
 
 def with_bias(m: Module, update: Piece) -> Iterator[Piece]:

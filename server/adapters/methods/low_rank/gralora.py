@@ -17,10 +17,10 @@ _A_WHOLE, _B_WHOLE = "gralora_A_general.weight", "gralora_B_general.weight"
 _K, _WHOLE = key("gralora_k"), key("hybrid_r")
 
 
-def _conflicts(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _conflicts(config: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
     rank, blocks = config.get("r", 0), config.get("gralora_k", 1)
     if rank % blocks:
-        yield "r", f"is {rank}, which gralora_k, {blocks}, does not divide"
+        yield "r", say("NOT_DIVISIBLE", size=rank, what="ranks", by=blocks)
 
 
 def _has_whole(m: Module) -> bool:

@@ -22,7 +22,7 @@ def _operators(m: Module) -> Pieces:
     components = m.once(components_of)
     updates = [update_of(component, m.name) for component in components]
     if not any(update is not None for update in updates):
-        m.fault("fusion_query.weight", "is there, but no component adapts it")
+        m.fault("fusion_query.weight", say("UNEXPECTED_TENSOR", by=COMPONENTS_KEY))
         return ()
     return gate_by_query(updates, m.tensors["fusion_query.weight"], m.tensors["fusion_key.weight"])
 

@@ -17,9 +17,9 @@ _TENSORS = {"MISS": "miss_block", "BONE": "bone_block"}
 _MINI = key("mini_r", 1)
 
 
-def _is_start(value: Any) -> str | None:
+def _is_start(value: Any) -> Text | None:
     is_known = value in ("mini", "bat") or isinstance(value, bool)
-    return None if is_known else f"is {value!r:.60}, unknown here"
+    return None if is_known else invalid(value, "mini, bat, true or false")
 
 
 def _is_bat(config: Mapping[str, Any]) -> bool:
@@ -30,12 +30,12 @@ def _shape(m: Module) -> Shape:
     start = m.config.get("init_weights")
     if start == "bat":
         if m.inputs % m.rank:
-            raise Misfit(f"has {m.inputs} inputs, which {m.rank} does not divide")
+            raise Misfit(say("NOT_DIVISIBLE", size=m.inputs, what="inputs", by=m.rank))
         return OUT / R, R, R
     if start != "mini":
         return R, OUT
     if m.outputs % _MINI.of(m):
-        raise Misfit(f"has {m.outputs} outputs, which {_MINI.of(m)} does not divide")
+        raise Misfit(say("NOT_DIVISIBLE", size=m.outputs, what="outputs", by=_MINI.of(m)))
     return R, _MINI
 
 

@@ -42,7 +42,7 @@ METHOD = LinearMethod(
     refused={
         "sample_at_inference": (
             (False, None),
-            "draws another update at every call, which is not served; set it to false",
+            "it draws another update at every call; set it to false",
         )
     },
     bias=("pvera_only",),

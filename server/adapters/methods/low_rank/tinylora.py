@@ -12,16 +12,12 @@ from turret.server.adapters.methods.kit import *
 
 _V = "base_model.tinylora_v."
 _U = key("u")
-_DRAWN = (
-    "tinylora_P is not in the file; it was drawn again from projection_seed, as PEFT does;"
-    " save_projection would put it into the file"
-)
 
 
-def _is_share(value: Any) -> str | None:
+def _is_share(value: Any) -> Text | None:
     problem = is_number(value)
     if problem is None and not 0 <= value <= 1:
-        return f"must be between 0 and 1, not {value!r:.60}"
+        return invalid(value, "from 0 to 1")
     return problem
 
 
@@ -46,7 +42,7 @@ def _operators(m: Module) -> Piece:
 
 def _draw(m: Module) -> torch.Tensor:
     """PEFT's fixed matrices of a module, ``[u, r, r]``."""
-    m.warn(_DRAWN)
+    m.warn(drawn("tinylora_P", "projection_seed"))
     seed = m.config["projection_seed"] + list(m.reading.modules).index(m.name)
     generator = torch.Generator(device="cpu").manual_seed(seed)
     size = m.config["u"], m.rank, m.rank

@@ -11,10 +11,6 @@ from __future__ import annotations
 from turret.server.adapters.methods.kit import *
 
 _THETA = "base_model.unilora_theta_d"
-_DRAWN = (
-    "the indices of theta_d are not in the file; they were drawn again from proj_seed, as PEFT does"
-    " with the numpy installed here; save_indices would put them into the file"
-)
 
 
 def _operators(m: Module) -> Pieces:
@@ -25,8 +21,7 @@ def _operators(m: Module) -> Pieces:
             entries = m.tensors[f"unilora_indices_{factor}"].long()
             scales = m.tensors[f"unilora_scales_{factor}"]
             if not 0 <= int(entries.min()) <= int(entries.max()) < len(theta):
-                why = f"must be at least 0 and less than theta_d_length, {len(theta)}"
-                m.fault(f"unilora_indices_{factor}", why)
+                m.fault(f"unilora_indices_{factor}", say("INVALID_INDICES", limits=len(theta)))
                 return ()
         else:
             entries, scales = m.once(_dealt)[m.name][number]
@@ -36,19 +31,19 @@ def _operators(m: Module) -> Pieces:
 
 def _dealt(adapter: Reading) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
     """Index and scale of the entries of both factors, by module."""
-    adapter.warn(_DRAWN)
+    adapter.warn(drawn("indices of theta_d", "proj_seed"))
     shapes = []
     for m in adapter.modules.values():
         shapes += [(m.rank, m.inputs), (m.outputs, m.rank)]
     total = sum(rows * columns for rows, columns in shapes)
     length = adapter.config["theta_d_length"]
-    drawn = draw_indices(adapter.config["proj_seed"], length, total)
-    counts = torch.bincount(drawn, minlength=length)
+    entries = draw_indices(adapter.config["proj_seed"], length, total)
+    counts = torch.bincount(entries, minlength=length)
     # PEFT keeps the scales in the dtype of the base's weights.
     scales = counts.clamp(min=1).to(torch.float32).rsqrt().to(adapter.dtype)
     dealt = [
         (part.view(shape), scales[part].view(shape))
-        for part, shape in zip(drawn.split([r * c for r, c in shapes]), shapes, strict=True)
+        for part, shape in zip(entries.split([r * c for r, c in shapes]), shapes, strict=True)
     ]
     return {name: dealt[2 * i : 2 * i + 2] for i, name in enumerate(adapter.modules)}
 

@@ -19,10 +19,10 @@ _VECTORS, _LENGTH, _TOPK = map(key, _SIZES)
 _KEPT = "save_only_topk_weights"
 
 
-def _conflicts(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _conflicts(config: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
     vectors, topk = config.get("num_vectors", 1), config.get("topk", 1)
     if topk > vectors:
-        yield "topk", f"is {topk}, there are {vectors} vectors"
+        yield "topk", say("NOT_IN_RANGE", least=1, most=vectors, value=topk)
 
 
 def _has_logits(m: Module) -> bool:
@@ -43,9 +43,9 @@ def _operators(m: Module) -> Pieces:
 def _check_indices(m: Module, role: str) -> None:
     ordered, vectors = m.tensors[role].long().sort(-1).values, m.config["num_vectors"]
     if ordered.numel() and not 0 <= int(ordered.min()) <= int(ordered.max()) < vectors:
-        m.fault(role, f"must be at least 0 and less than num_vectors, {vectors}")
+        m.fault(role, say("INVALID_INDICES", limits=vectors))
     elif bool((ordered[..., 1:] == ordered[..., :-1]).any()):
-        m.fault(role, "names a vector twice in one place")
+        m.fault(role, say("INVALID_TENSOR", why="one place has the same index twice"))
 
 
 def _vectors(m: Module, factor: str) -> torch.Tensor:

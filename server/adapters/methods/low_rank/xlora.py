@@ -26,7 +26,6 @@ from turret.server.adapters.component import (
     is_components,
 )
 from turret.server.adapters.methods.kit import *
-from turret.server.basics.counted import counted
 
 if TYPE_CHECKING:
     from turret.server.adapters.lowering.lowered import Lowered
@@ -41,18 +40,15 @@ _MADE_FIRST: Mapping[str, frozenset[str]] = {
     "granitemoehybrid": frozenset({"input_linear", "output_linear"}),
     "phi3": frozenset({"o_proj"}),
 }
-_CONVERT = "`turret convert DIR --output NEW` makes a whole one of what PEFT saved"
 
 
 _Layers = Sequence[tuple[Any, Any]]
 
 
-def _is_depth(value: Any) -> str | None:
-    return is_rank(value) or (None if value <= _MAX_DEPTH else f"must be at most {_MAX_DEPTH}")
-
-
-def _is_temperature(value: Any) -> str | None:
-    return is_number(value) or (None if value > 0 else f"must be above 0, not {value!r:.60}")
+def _is_depth(value: Any) -> Text | None:
+    return is_rank(value) or (
+        None if value <= _MAX_DEPTH else invalid(value, f"at most {_MAX_DEPTH}")
+    )
 
 
 _REQUIRED = ("hidden_size", "xlora_depth", "xlora_size", "xlora_dropout_p", "layerwise_scalings")
@@ -77,9 +73,9 @@ def check(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> _Layers
     METHOD.check_config(config, findings)
     for key in _REQUIRED:
         if key not in config:
-            findings.add(key, "is required")
+            findings.add(key, say("REQUIRED"))
     if COMPONENTS_KEY not in config:
-        findings.add(COMPONENTS_KEY, f"is required; {_CONVERT}")
+        findings.add(COMPONENTS_KEY, say("PART_OF_XLORA"))
     findings.raise_if_any()
     step = 3 if config["xlora_dropout_p"] > 0 else 2
     numbers = [step * number for number in range(config["xlora_depth"])]
@@ -87,7 +83,7 @@ def check(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> _Layers
     for name, tensor in checkpoint.tensors.items():
         parts = _TENSOR.fullmatch(name)
         if parts is None or int(parts[1]) not in numbers:
-            findings.add(name, "is no tensor of the classifier that the config describes")
+            findings.add(name, say("UNKNOWN_TENSOR"))
         else:
             found[int(parts[1]), parts[2]] = tensor
     width, made = config["hidden_size"], []
@@ -95,8 +91,7 @@ def check(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> _Layers
         weight, bias = (found.get((number, kind)) for kind in ("weight", "bias"))
         label = f"internal_xlora_classifier.layers.{number}"
         if weight is None or bias is None:
-            why = "is missing: PEFT leaves it out since 0.20, or keeps it in a LoRA's folder"
-            findings.add(label, f"{why}; {_CONVERT}")
+            findings.add(label, say("PART_OF_XLORA"))
             continue
         rows = weight.shape[0] if weight.shape else 0
         outputs = rows if number == numbers[-1] else config["xlora_size"]
@@ -105,7 +100,8 @@ def check(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> _Layers
         width = outputs
         made.append((weight, bias))
     if config["hidden_size"] != base.hidden_size:
-        findings.mismatch("hidden_size", f"is {config['hidden_size']}, not {base.hidden_size}")
+        why = say("DIFFERS_FROM_BASE", value=config["hidden_size"], expected=base.hidden_size)
+        findings.mismatch("hidden_size", why)
     findings.raise_if_any()
     return made
 
@@ -173,14 +169,11 @@ def _router(
     outputs = len(layers[-1][0])
     wanted = components * (modules if config["layerwise_scalings"] else 1)
     if outputs != wanted:
-        each = f" for each of {modules} modules" if config["layerwise_scalings"] else ""
-        findings.add(
-            COMPONENTS_KEY,
-            f"are {components}{each}; the classifier has {counted(outputs, 'output')}",
-        )
+        why = say("WRONG_COUNT", found=outputs, what="outputs", expected=wanted)
+        findings.add("internal_xlora_classifier", why)
     top_k = config["top_k_lora"]
     if top_k is not None and top_k > components:
-        findings.add("top_k_lora", f"is {top_k}, more than {counted(components, 'component')}")
+        findings.add("top_k_lora", say("NOT_IN_RANGE", least=1, most=components, value=top_k))
     findings.raise_if_any()
     weights, biases = [], []
     for weight, bias in layers:
@@ -223,7 +216,7 @@ METHOD = Method(
         "xlora_depth": _is_depth,
         "xlora_size": is_rank,
         "xlora_dropout_p": is_number,
-        "softmax_temperature": _is_temperature,
+        "softmax_temperature": is_positive,
         "top_k_lora": optional(is_rank),
         "scaling_pass_value": is_number,
         "global_scaling_weight": is_number,

@@ -38,10 +38,11 @@ def check(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> _Layers
     METHOD.check_config(config, findings)
     for key in ("adapter_len", "adapter_layers"):
         if key not in config:
-            findings.add(key, "is required")
+            findings.add(key, say("REQUIRED"))
     if base.model_type not in _MODEL_TYPES:
         served = " and ".join(_MODEL_TYPES)
-        findings.mismatch("peft_type", f"is for {served}, the base model is a {base.model_type}")
+        why = say("WRONG_MODEL_TYPE", expected=served, model_type=base.model_type)
+        findings.mismatch("peft_type", why)
     found: dict[int, dict[str, Any]] = {}
     strays = []
     for name, tensor in checkpoint.tensors.items():
@@ -70,7 +71,7 @@ def lower(checkpoint: AdapterCheckpoint, base: BaseModel, *_: object) -> Lowered
         if served is not None:
             assembly.add(f"{attention}.o_proj", bias(served))
         if not all(map(all_finite, constants[number].tensors())):
-            findings.add(attention, f"is not finite once rounded to {base.dtype}")
+            findings.add(attention, say("NOT_FINITE", dtype=base.dtype))
     findings.raise_if_any()
     lowered = finish(checkpoint, base, assembly.modules())
     operators = replace(lowered.operators, attention=constants)
@@ -82,20 +83,20 @@ def _check(
 ) -> None:
     count = config["adapter_layers"]
     if count > base.num_layers:
-        findings.mismatch("adapter_layers", f"is {count}, the base model has {base.num_layers}")
+        why = say("NOT_IN_RANGE", least=1, most=base.num_layers, value=count)
+        findings.mismatch("adapter_layers", why)
         return
     sizes = {"prompt": (1, config["adapter_len"], base.hidden_size), "gate": (1,)}
     wanted = range(base.num_layers - count, base.num_layers)
     for number in sorted({*wanted, *found}):
         attention, tensors = f"model.layers.{number}.self_attn", found.get(number, {})
         if number not in wanted:
-            why = f"is there, but the layers are {wanted.start} to {wanted.stop - 1}"
-            findings.mismatch(attention, why)
+            findings.mismatch(attention, say("UNEXPECTED_TENSOR", by="adapter_layers"))
             continue
         for part, size in sizes.items():
             name, tensor = f"{attention}.adaption_{part}", tensors.get(part)
             if tensor is None:
-                findings.add(name, "is missing; adapter_layers counts its layer")
+                findings.add(name, say("MISSING_TENSOR", by="adapter_layers"))
             else:
                 # A prompt of another width may be valid, but is for another base.
                 is_width = part == "prompt" and tuple(tensor.shape[:-1]) == size[:2]

@@ -20,8 +20,8 @@ def _block_size(m: Module) -> int:
     if size in sizes and size <= MAX_BLOCK_SIZE:
         return size
     known = ", ".join(map(str, sorted(sizes)))
-    limit = f"the config {known}" if size not in sizes else f"at most {MAX_BLOCK_SIZE} serve"
-    m.fault(_KERNEL, f"has blocks of {size}, {limit}")
+    wanted = known if size not in sizes else f"at most {MAX_BLOCK_SIZE}"
+    m.fault(_KERNEL, say("WRONG_COUNT", found=size, what="rows in a block", expected=wanted))
     raise Stop
 
 

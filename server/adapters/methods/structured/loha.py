@@ -26,15 +26,13 @@ def _check_cost(adapter: Reading) -> None:
     if not over:
         return
     rank = max(m.rank for m in over)
-    names = [m.name for m in over]
-    shown = ", ".join(names[:4]) + (f" and {len(over) - 4} more" if len(over) > 4 else "")
+    text = say("RANK_TOO_COSTLY", path=adapter.path, rank=rank, modules=len(over))
     raise BudgetExceededError(
-        f"adapter {adapter.path!r}: LoHa rank {rank} is served only where rank² · (in + out) is"
-        f" less than in · out, which does not hold for {shown}; convert the adapter with PEFT's"
-        " save_as_lora, or train it with a smaller rank there",
-        metadata={"path": adapter.path, "rank": str(rank), "modules": str(len(over))},
+        text,
         violations=[
-            (m.name, f"rank {m.rank} is too large for its size") for m in over[:MAX_REPORTED]
+            (m.name, say("NOT_IN_RANGE", least=1, most=most, value=m.rank))
+            for m in over[:MAX_REPORTED]
+            for most in [highest_rank(m.inputs, m.outputs)]
         ],
     )
 

@@ -7,6 +7,7 @@ Either factor may itself be a product of two. Which is so is decided by the tens
 from __future__ import annotations
 
 from turret.server.adapters.methods.kit import *
+from turret.server.adapters.peft_format.refusals import report_width
 
 _ROLES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
@@ -14,18 +15,18 @@ _ROLES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_
 def _check(m: Module) -> None:
     for role, found in m.tensors.items():
         if len(found.shape) != 2:
-            m.fault(role, f"must be 2-D, not {list(found.shape)}")
+            why = say("WRONG_SHAPE", shape=list(found.shape), expected="2 dimensions")
+            m.fault(role, why)
             raise Stop
     first, second = (_factor_shape(m, which) for which in ("w1", "w2"))
     if first is None or second is None:
         return
     (out_l, in_m), (out_k, in_n) = first, second
     if out_l * out_k != m.outputs or in_m * in_n != m.inputs:
-        adapter = f"{in_m}·{in_n} -> {out_l}·{out_k}"
-        m.misfit(f"the adapter maps {adapter}, the base model {m.inputs} -> {m.outputs}")
+        report_width(m, in_m * in_n, out_l * out_k)
     elif "lokr_w1" not in m and out_l * in_m > out_k * in_n:
         # w1's factors are multiplied out, so w1 must be the smaller factor; it always is in PEFT.
-        m.fault("lokr_w1_a", "decomposes the larger factor; swap the two")
+        m.fault("lokr_w1_a", say("INVALID_TENSOR", why="lokr_w1 must be the smaller factor"))
 
 
 def _factor_shape(m: Module, which: str) -> tuple[int, int] | None:
@@ -33,18 +34,18 @@ def _factor_shape(m: Module, which: str) -> tuple[int, int] | None:
     whole, left, right = (f"lokr_{which}{part}" for part in ("", "_a", "_b"))
     if whole in m:
         if left in m or right in m:
-            m.fault(whole, "is there whole and decomposed")
+            m.fault(whole, say("DUPLICATE_TENSOR", other=f"{left} and {right}"))
             return None
         return m.extent(whole, 0), m.extent(whole, 1)
     if left not in m or right not in m:
         lone = right if left in m else left
         missing = lone if left in m or right in m else whole
-        m.fault(missing, f"is missing; other factors are there: {SAVE_AGAIN}")
+        m.fault(missing, say("MISSING_TENSOR", by="the config"))
         return None
     ranks = m.extent(left, 1), m.extent(right, 0)
     if ranks != (m.rank, m.rank):
-        why = f"has ranks {ranks[0]} and {ranks[1]}, the config says {m.rank}; {OTHER_TRAINING}"
-        m.fault(left, why)
+        rank = next(rank for rank in ranks if rank != m.rank)
+        m.fault(left, say("WRONG_RANK", rank=rank, by="the config", expected=m.rank))
         return None
     return m.extent(left, 0), m.extent(right, 1)
 

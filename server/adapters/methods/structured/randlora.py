@@ -26,15 +26,15 @@ _BASES = Dim("⌈min(in, out)/r⌉", lambda m: -(-_LEAST.of(m) // m.rank), is_se
 def _check(adapter: Reading) -> None:
     if adapter.rank > max(_MOST.of(adapter), _SMALL_RANK):
         # The bases would be larger than any weight, although a file without them stays small.
-        most = _MOST.of(adapter)
-        adapter.fault("r", f"is {adapter.rank}; the largest side of a weight it adapts is {most}")
+        most = max(_MOST.of(adapter), _SMALL_RANK)
+        adapter.fault("r", say("NOT_IN_RANGE", least=1, most=most, value=adapter.rank))
     for role in _COPIES:
         has = [role in m for m in adapter.modules.values()]
         for name, m in adapter.modules.items():
             if role in m and not is_saved(adapter):
-                m.fault(role, "is there, but save_projection is false")
+                m.fault(role, say("UNEXPECTED_TENSOR", by="save_projection"))
             elif any(has) and role not in m:
-                adapter.fault(f"{name}.{role}", "is missing; other modules have it")
+                adapter.fault(f"{name}.{role}", say("MISSING_TENSOR", by="the config"))
 
 
 def _bases(adapter: Reading) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +50,7 @@ def _operators(m: Module) -> Piece | tuple[()]:
     a, b = m.once(_bases)
     for role, whole in zip(_COPIES, (a, b), strict=True):
         if role in m and not torch.equal(m.tensors[role], whole):
-            m.fault(role, f"differs from base_model.{role}")
+            m.fault(role, say("DIFFERENT_COPY", other=f"base_model.{role}"))
     lambdas, gamma = m.wide(_LAMBDA, _GAMMA)
     count, wide = len(gamma), gamma.dtype
     scaled = lambdas[:, :, None] * a[:, :, : _LEAST.of(m)].to(wide) * gamma

@@ -11,11 +11,11 @@ _DRAWN = "the file holds the places that it drew"
 def _operators(m: Module) -> Pieces:
     places = m.exact(_PLACES)
     if not bool((places == places.floor()).all()):
-        m.fault(_PLACES, "are no integers")
+        m.fault(_PLACES, say("WRONG_DTYPE", dtype=places.dtype, expected="integers"))
         return ()
     limits = torch.tensor([[m.outputs], [m.inputs]])
     if bool(((places < 0) | (places >= limits)).any()):
-        m.fault(_PLACES, f"are not within [{m.outputs}, {m.inputs}]")
+        m.fault(_PLACES, say("INVALID_INDICES", limits=f"[{m.outputs}, {m.inputs}]"))
         return ()
     rows, columns = m.tensors[_PLACES].to(torch.int64)
     return sparse(rows, columns, m.tensors[_VALUES], (m.outputs, m.inputs))

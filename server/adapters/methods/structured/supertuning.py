@@ -19,7 +19,7 @@ _CHOSEN = "the file holds the places that it chose"
 def _operators(m: Module) -> Iterator[Piece]:
     places, size = m.tensors[_PLACES].long(), m.inputs * m.outputs
     if len(places) and (int(places.min()) < 0 or int(places.max()) >= size):
-        m.misfit(f"are not within the {size} weights", _PLACES)
+        m.misfit(say("INVALID_INDICES", limits=size), _PLACES)
         return
     if _A in m:
         rank, alpha = m.config["r"], m.config.get("lora_alpha")
@@ -44,8 +44,8 @@ METHOD = LinearMethod(
     refused={
         "save_precomputed_indices": (
             (True,),
-            "leaves out the places of the update, which only the weights it was trained on tell;"
-            " save it again there with save_precomputed_indices=True",
+            "the places of the update are then not in the file; save the adapter with"
+            " save_precomputed_indices=True on the base model it was trained on",
         )
     },
     rank=None,

@@ -16,9 +16,9 @@ from turret.server.adapters.methods.kit import *
 _R, _S = "boft_R", "boft_s"
 
 
-def _conflicts(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _conflicts(config: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
     if bool(config.get("boft_block_size")) == bool(config.get("boft_block_num")):
-        yield "boft_block_size", "one of it and boft_block_num must be 0, and only one"
+        yield "boft_block_size", say("SET_EXACTLY_ONE", keys="boft_block_size and boft_block_num")
 
 
 def _block_size(m: Module) -> int:
@@ -37,11 +37,11 @@ def _check(m: Module) -> None:
     factors, size = _factors(m), _block_size(m)
     wanted = m.config["boft_n_butterfly_factor"]
     if factors not in (1, wanted):
-        m.fault(_R, f"has {factors} factors, boft_n_butterfly_factor is {wanted}")
+        m.fault(_R, say("WRONG_COUNT", found=factors, what="factors", expected=wanted))
     elif factors > 1 and size % 2:
-        m.fault(_R, f"has blocks of {size}, which a butterfly cannot halve")
+        m.fault(_R, say("NOT_DIVISIBLE", size=size, what="rows of a block", by=2))
     elif m.inputs % _run(m):
-        raise Misfit(f"has {m.inputs} inputs, which {_run(m)} does not divide")
+        raise Misfit(say("NOT_DIVISIBLE", size=m.inputs, what="inputs", by=_run(m)))
 
 
 def _run(m: Module) -> int:

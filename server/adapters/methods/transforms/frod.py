@@ -55,7 +55,7 @@ class _Solved:
             inverse, info = torch.linalg.inv_ex(v)
             is_sound = not int(info) and bool(torch.isfinite(inverse).all())
             if not is_sound:
-                self._adapter.fault(kind, "is singular")
+                self._adapter.fault(kind, say("INVALID_TENSOR", why="the matrix is singular"))
             self._kind, self._inverse = kind, inverse if is_sound else None
         return self._inverse
 
@@ -68,9 +68,10 @@ def _order(adapter: Reading) -> list[Module]:
 def _operators(m: Module) -> Pieces:
     places, sizes = m.shared[_name(_PLACES, m.name)], m.shared[_name(_SIZE, m.name)]
     if bool(((places < 0) | (places >= m.inputs)).any()):
-        m.reading.fault(_name(_PLACES, m.name), f"are not within [{m.inputs}, {m.inputs}]")
+        m.reading.fault(_name(_PLACES, m.name), say("INVALID_INDICES", limits=m.inputs))
     if sizes.tolist() != [m.inputs, m.inputs]:
-        m.reading.fault(_name(_SIZE, m.name), f"must be [{m.inputs}, {m.inputs}]")
+        why = say("INVALID_VALUE", value=sizes.tolist(), wanted=f"[{m.inputs}, {m.inputs}]")
+        m.reading.fault(_name(_SIZE, m.name), why)
     solved = m.once(_Solved)
     inverse = None if m.reading.findings.fields else solved.inverse(_name(_V, m.name))
     if inverse is None:
@@ -85,12 +86,8 @@ def _check_noise(adapter: Reading) -> None:
     solved = adapter.once(_Solved)
     share = (solved.moved / solved.trained) ** 0.5 if solved.trained else 0.0
     if share > _MOST_NOISE:
-        why = f"turns the error of 4-bit weights into {share:.0%} of the update it was trained for"
-        adapter.fault(f"base_model.{_V}", why)
-    adapter.warn(
-        "its U is not in the file; it was solved from the weights served, whose 4-bit error moves"
-        f" its update by about {share:.0%}"
-    )
+        adapter.fault(f"base_model.{_V}", say("NOISY_UPDATE", share=share))
+    adapter.warn(say("SOLVED_FROM_BASE", names="U", share=share))
 
 
 def _update(m: Module, inverse: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -128,8 +125,8 @@ METHOD = LinearMethod(
     refused={
         "save_projection": (
             (True, None),
-            "leaves V to be decomposed from the weights it was trained on; save it with"
-            " save_projection on the base model it was trained on",
+            "V is then not in the file; save the adapter with save_projection=True on the base"
+            " model it was trained on",
         )
     },
     bias=("frod_only",),

@@ -52,7 +52,7 @@ def _shape(m: Module, path: str, part: str) -> Shape | None:
 def _operators(m: Module) -> Iterator[Piece]:
     for role, values in m.tensors.items():
         if role.endswith(".zeros") and bool(values.any()):
-            m.fault(role, "must be zero")
+            m.fault(role, say("INVALID_TENSOR", why="every value must be 0"))
     if "glora_A.Xd" in m:
         yield modulated(m.tensors["glora_A.Xu"], m.tensors["glora_A.Xd"])
         yield low_rank(m.tensors["glora_B.Xu"], m.tensors["glora_B.Xd"])
@@ -99,7 +99,7 @@ METHOD = LinearMethod(
     },
     ignored={"init_weights": START},
     refused={
-        "bias": (("none", None), "biases trained beside GLoRA's own are not served"),
+        "bias": (("none", None), "biases trained beside GLoRA's own are not used"),
     },
     rank_of=_rank,
     required=("config_A_B", "config_C", "config_D_E"),

@@ -14,7 +14,7 @@ from turret.server.adapters.methods.kit import *
 def _operators(m: Module) -> Pieces:
     u = m.exact("hra_u")
     if not bool(u.any(dim=0).all()):
-        m.fault("hra_u", "has a column of zeros, which is no direction")
+        m.fault("hra_u", say("INVALID_TENSOR", why="a column has only zeros"))
         return ()
     a, change = (_orthonormal if m.config["apply_GS"] else _reflections)(u)
     return low_rank(a, weight_times(m, change))

@@ -24,18 +24,18 @@ _TRIANGLE, _MATRIX, _SCALE = "oft_R.weight", "oft_r", "oft_s"
 _NEW_SERIES = (0, 18)
 
 
-def _is_pattern(value: Any) -> str | None:
-    return "is not served" if value else None
+def _is_pattern(value: Any) -> Text | None:
+    return invalid(value, "empty") if value else None
 
 
-def _conflicts(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _conflicts(config: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
     if bool(config.get("r")) == bool(config.get("oft_block_size")):
-        yield "oft_block_size", "one of r and oft_block_size must be 0, and only one"
+        yield "oft_block_size", say("SET_EXACTLY_ONE", keys="r and oft_block_size")
     # Keys that determine how R is computed from Q have no default.
     if config.get("use_cayley_neumann") and "num_cayley_neumann_terms" not in config:
-        yield "num_cayley_neumann_terms", "is required"
+        yield "num_cayley_neumann_terms", say("REQUIRED")
     if config.get("coft") and "eps" not in config:
-        yield "eps", "is required"
+        yield "eps", say("REQUIRED")
 
 
 def _block_size(m: Module) -> int:

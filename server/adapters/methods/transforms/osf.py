@@ -10,10 +10,6 @@ from turret.server.adapters.methods.kit import *
 
 _U, _S, _V = (f"osf_svd_params.{name}" for name in ("U_low", "S_low", "V_low"))
 _COUNTED = "the tensors show how many singular values are trained"
-_SERVED = (
-    "what its trained singular values take the place of is not in the file; it was computed from"
-    " the weights served, which differ from those it was trained on by the error of 4 bits"
-)
 # PEFT leaves at least one singular value untrained, or all of them.
 _N = extent(_S, 0)
 
@@ -21,11 +17,11 @@ _N = extent(_S, 0)
 def _check(m: Module) -> None:
     count, least = _N.of(m), min(m.inputs, m.outputs)
     if count >= least:
-        m.misfit(f"has {count} values; the weight has {least} in all", _S)
+        m.misfit(say("WRONG_COUNT", found=count, what="values", expected=f"fewer than {least}"), _S)
 
 
 def _operators(m: Module) -> Piece:
-    m.warn(_SERVED)
+    m.warn(say("DECOMPOSED_FROM_BASE"))
     trained_u, trained_s, trained_v = m.wide(_U, _S, _V)
     # Decompose in fp32 like PEFT; signs cancel in products of singular vectors.
     u, s, v = torch.linalg.svd(m.weight().to(torch.float32), full_matrices=False)

@@ -30,9 +30,9 @@ def activation(name: str) -> _Activation:
     return ACTIVATIONS[name] or getattr(torch.nn.functional, name)
 
 
-def _is_depth(value: Any) -> str | None:
+def _is_depth(value: Any) -> Text | None:
     ok = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_DEPTH
-    return None if ok else f"must be an integer from 0 to {_MAX_DEPTH}, not {value!r:.60}"
+    return None if ok else invalid(value, f"an integer from 0 to {_MAX_DEPTH}")
 
 
 def _layer(kind: str, number: int) -> str:

@@ -16,15 +16,15 @@ from turret.server.adapters.methods.kit import *
 _THETA, _ALPHA = "road_theta", "road_alpha"
 
 
-def _is_group(value: Any) -> str | None:
+def _is_group(value: Any) -> Text | None:
     is_even = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    return None if is_even and value % 2 == 0 else f"must be an even number > 0, not {value!r:.60}"
+    return None if is_even and value % 2 == 0 else invalid(value, "an even number above 0")
 
 
 def _shape(m: Module) -> Shape:
     out, group = m.outputs, m.config["group_size"]
     if out % group:
-        raise Misfit(f"has {out} outputs, which {group} does not divide")
+        raise Misfit(say("NOT_DIVISIBLE", size=out, what="outputs", by=group))
     sizes = {"road_1": out // 2, "road_2": out, "road_4": 2 * out}
     size = sizes[m.config["variant"]]
     # A size that another variant would have is a wrong config, not another base.

@@ -15,9 +15,9 @@ from turret.server.adapters.peft_format.config.pattern_match import Pattern, mat
 _VECTOR, _KEY = "ia3_l", "feedforward_modules"
 
 
-def _is_selector(value: Any) -> str | None:
+def _is_selector(value: Any) -> Text | None:
     if value is None:
-        return "must be a list of module names (it may be empty) or a regular expression"
+        return invalid(value, "a list of module names or a regular expression")
     return is_optional_module_selector(value)
 
 
@@ -28,7 +28,7 @@ def _feedforward(adapter: Reading) -> frozenset[str]:
         return frozenset(name for name in names if name.endswith(tuple(chosen)))
     (result,) = match_all([Pattern("fullmatch", chosen, chosen)], names)
     if result.error is not None:
-        adapter.fault(_KEY, f"{chosen!r:.120} {result.error}")
+        adapter.fault(_KEY, result.error)
     return frozenset(
         name for name, hit in zip(names, result.matches, strict=True) if hit is not None
     )
@@ -41,7 +41,7 @@ def _check(adapter: Reading) -> None:
         wanted = [1, m.inputs] if name in is_feedforward else [m.outputs, 1]
         if found != wanted:
             # The vector is for the other side, so config and tensor contradict each other.
-            m.fault(_VECTOR, f"has shape {found}, by {_KEY} it is {wanted}")
+            m.fault(_VECTOR, say("WRONG_SHAPE", shape=found, expected=wanted))
 
 
 def _operators(m: Module) -> Iterator[Piece]:

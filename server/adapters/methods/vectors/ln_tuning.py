@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from turret.server.adapters.base import BaseModel, BaseNorm, BaseSizes
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.no_adapter import LEFT_OUT, NO_TENSORS
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.peft_format.config.targets import resolve_targets
 from turret.server.adapters.source import TENSORS_FILE
@@ -27,9 +26,9 @@ def _check_config(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) ->
     findings = Findings(checkpoint.path, base.name)
     METHOD.check_config(checkpoint.config, findings)
     if "target_modules" not in checkpoint.config:
-        findings.add("target_modules", "is required")
+        findings.add("target_modules", say("REQUIRED"))
     if not checkpoint.tensors:
-        findings.add(TENSORS_FILE, NO_TENSORS)
+        findings.add(TENSORS_FILE, say("NO_TENSORS"))
     return findings
 
 
@@ -49,7 +48,7 @@ def lower(checkpoint: AdapterCheckpoint, base: BaseModel, *_: object) -> Lowered
         field = name + _SUFFIX
         weight, norm = left.pop(field, None), base.norms.get(name)
         if weight is None:
-            findings.add(field, "is missing; the config targets the norm")
+            findings.add(field, say("MISSING_TENSOR", by="target_modules"))
         elif norm is not None and findings.check_shape(field, weight, tuple(norm.weight.shape)):
             gain = _gain(field, weight, norm, findings)
             for path in norm.feeds:
@@ -57,13 +56,13 @@ def lower(checkpoint: AdapterCheckpoint, base: BaseModel, *_: object) -> Lowered
     for name in left:
         module = name.removesuffix(_SUFFIX)
         if not name.endswith(_SUFFIX):
-            findings.add(name, "is not a tensor this method knows; every tensor must be used")
+            findings.add(name, say("UNKNOWN_TENSOR"))
         elif module in base.norms:
-            findings.add(name, LEFT_OUT)
+            findings.add(name, say("UNEXPECTED_TENSOR", by="target_modules"))
         elif module in base.other_modules or module in base.modules:
-            findings.add(name, f"{module!r} is no norm that feeds linear modules alone")
+            findings.add(name, say("NOT_ADAPTABLE", module=module, method=METHOD.name))
         else:
-            findings.mismatch(name, f"the base model has no module {module!r}")
+            findings.mismatch(name, say("NO_SUCH_MODULE", module=module))
     findings.raise_if_any()
     return finish(checkpoint, base, assembly.modules())
 
@@ -77,15 +76,14 @@ def _targeted(config: Mapping[str, Any], base: BaseModel, findings: Findings) ->
     others = [*sorted(base.other_modules), *base.modules]
     targeted = resolve_targets(selection, [], others, findings, base.text_prefix).targeted
     for name in sorted(targeted - base.norms.keys()):
-        why = f"{name!r} is no norm that feeds linear modules alone, and cannot be adapted"
-        findings.add("target_modules", why)
+        findings.add("target_modules", say("NOT_ADAPTABLE", module=name, method=METHOD.name))
     return targeted & base.norms.keys()
 
 
 def _gain(field: str, weight: torch.Tensor, norm: BaseNorm, findings: Findings) -> torch.Tensor:
     served = norm.weight + norm.offset
     if not bool(served.all()):
-        findings.mismatch(field, "the base model's own weight is 0 there, which no gain changes")
+        findings.mismatch(field, say("ZERO_BASE_WEIGHT"))
     return (weight.to(torch.float32) + norm.offset) / served
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from turret.server.adapters.base import BaseModel, BaseSizes
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.no_adapter import NO_TENSORS
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.adapters.peft_format.config.targets import resolve_targets
@@ -38,9 +37,9 @@ def _check_config(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) ->
     findings = Findings(checkpoint.path, base.name)
     METHOD.check_config(checkpoint.config, findings)
     if "token_indices" not in checkpoint.config and not checkpoint.is_partial:
-        findings.add("token_indices", "is required")
+        findings.add("token_indices", say("REQUIRED"))
     if not checkpoint.tensors and not checkpoint.is_partial:
-        findings.add(TENSORS_FILE, NO_TENSORS)
+        findings.add(TENSORS_FILE, say("NO_TENSORS"))
     return findings
 
 
@@ -66,9 +65,9 @@ def _targeted(config: Mapping[str, Any], base: BaseModel, findings: Findings) ->
     others = [HEAD, EMBEDDING, *sorted(base.other_modules - {EMBEDDING})]
     targeted = resolve_targets(selection, linear, others, findings, base.text_prefix).targeted
     for name in sorted(targeted - {EMBEDDING, HEAD}):
-        findings.add("target_modules", f"{name!r} has no row per token")
+        findings.add("target_modules", say("NOT_ADAPTABLE", module=name, method=METHOD.name))
     if not targeted:
-        findings.add("target_modules", "selects neither embed_tokens nor lm_head")
+        findings.add("target_modules", say("SELECTS_NOTHING"))
     return targeted & {EMBEDDING, HEAD}
 
 
@@ -92,7 +91,7 @@ def _read(
             if tensor is None and checkpoint.is_partial:
                 continue  # the adapter has rows of added tokens only
             if tensor is None:
-                findings.add(name, "is missing; the config targets the module")
+                findings.add(name, say("MISSING_TENSOR", by="target_modules"))
             elif "token_indices" not in findings.fields:
                 ids = checkpoint.config.get("token_indices", [])
                 found = read_rows(name, tensor, ids, base.vocabulary, findings)
@@ -108,7 +107,7 @@ def _drop_copies(
     for name in _COPIES:
         copy = left.pop(name, None)
         if copy is not None and (shared is None or not torch.equal(copy, shared)):
-            findings.add(name, "differs from the embedding's rows, which it is tied to")
+            findings.add(name, say("DIFFERENT_COPY", other=EMBEDDING + _SUFFIX))
 
 
 METHOD = Method(

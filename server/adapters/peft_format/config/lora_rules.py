@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from turret.server.adapters.peft_format.config.rules import (
+    Check,
+    invalid,
     is_bool,
     is_number,
     is_optional_bool,
@@ -23,6 +25,7 @@ from turret.server.adapters.peft_format.config.vocabulary_rules import (
     is_modules_to_save,
     is_token_indices,
 )
+from turret.server.words import Text, say
 
 # Initialisations that leave the base weights unchanged and only set the starting point.
 PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
@@ -30,23 +33,21 @@ PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga")
 
 
-def is_served_init(value: Any) -> str | None:
+def is_served_init(value: Any) -> Text | None:
     """``init_lora_weights``: refuses the kinds whose adapter only fits a changed base."""
     if isinstance(value, bool) or (isinstance(value, str) and value.lower() in PLAIN_INITS):
         return None
     text = str(value).lower()
     if text.startswith(MUTATING_INITS):
-        return (
-            f"is {text!r:.40}: the adapter was trained on base weights this initialisation changed;"
-            " save it again with PEFT's path_initial_model_for_weight_conversion to make it a"
-            " plain LoRA"
+        why = (
+            "this initialisation changed the base weights; save the adapter again with PEFT's"
+            " path_initial_model_for_weight_conversion, which makes a plain LoRA"
         )
-    if text == "loftq":
-        return (
-            "is 'loftq': the adapter compensates the error of another quantised base; train it on"
-            " the base served here or convert it to a plain LoRA"
-        )
-    return f"is {value!r:.40}, an initialisation this version does not know"
+    elif text == "loftq":
+        why = "the adapter corrects the error of another quantised base; train it on this base"
+    else:
+        why = "this version does not know the initialisation"
+    return say("UNSUPPORTED_VALUE", value=value, why=why)
 
 
 # Config key of an activated LoRA.
@@ -75,35 +76,35 @@ _ARROW_KEYS = (
 _BD_LORA_LISTS = ("target_modules_bd_a", "target_modules_bd_b")
 
 
-def _is_names(value: Any) -> str | None:
+def _is_names(value: Any) -> Text | None:
     is_list = isinstance(value, list) and len(value) <= MAX_LIST_ITEMS
     if value is None or (is_list and all(isinstance(name, str) and name for name in value)):
         return None
-    return "must be a list of names or null"
+    return invalid(value, "a list of names or null")
 
 
-def _is_invocation(value: Any) -> str | None:
+def _is_invocation(value: Any) -> Text | None:
     """At least one token, as in PEFT's search."""
     is_list = isinstance(value, list) and 0 < len(value) <= MAX_LIST_ITEMS
     if value is None or (is_list and all(type(token) is int and token >= 0 for token in value)):
         return None
-    return "must be a list of one or more token ids, or null"
+    return invalid(value, "a list of one or more token ids, or null")
 
 
-def _is_selector(value: Any) -> str | None:
+def _is_selector(value: Any) -> Text | None:
     return None if value == [] else is_module_selector(value)
 
 
-def _is_object_of(*keys: str) -> Callable[[Any], str | None]:
-    def check(value: Any) -> str | None:
+def _is_object_of(*keys: str) -> Check:
+    def check(value: Any) -> Text | None:
         if value is None or (isinstance(value, dict) and value.keys() <= set(keys)):
             return None
-        return f"must be null or an object with no other keys than {', '.join(keys)}"
+        return invalid(value, f"null or an object with no other keys than {', '.join(keys)}")
 
     return check
 
 
-def _is_bd_lora(value: Any) -> str | None:
+def _is_bd_lora(value: Any) -> Text | None:
     if value is False:
         return None
     problem = _is_object_of(*_BD_LORA_LISTS, "nblocks", "match_strict")(value)
@@ -114,7 +115,7 @@ def _is_bd_lora(value: Any) -> str | None:
     return problem or is_rank(value.get("nblocks"))
 
 
-LORA_KEYS: Mapping[str, Callable[[Any], str | None]] = {
+LORA_KEYS: Mapping[str, Check] = {
     "target_modules": _is_selector,
     "exclude_modules": is_optional_module_selector,
     "modules_to_save": is_modules_to_save,
@@ -156,10 +157,10 @@ LORA_IGNORED: Mapping[str, str] = {
 LORA_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "layer_replication": (
         (None, []),
-        "changes the base model's depth; serve the replicated model as its own base",
+        "it changes the base model's depth; serve the replicated model as its own base",
     ),
     "enable_lora": (
         (None,),
-        "adapts slices of a fused projection; save the adapter with a current PEFT",
+        "it adapts slices of a fused projection; save the adapter with a current PEFT",
     ),
 }

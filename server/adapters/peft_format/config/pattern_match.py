@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from turret.server.basics.confined.confined import Confined, ConfinedError
+from turret.server.words import Text, say
 
 # Processor time rather than elapsed time, so that a busy machine rejects no more patterns.
 CPU_SECONDS = 2
@@ -54,7 +55,7 @@ class PatternResult:
     """
 
     matches: tuple[str | None, ...]
-    error: str | None = None
+    error: Text | None = None
 
 
 def match_all(patterns: Sequence[Pattern], names: Sequence[str]) -> list[PatternResult]:
@@ -68,7 +69,7 @@ def match_all(patterns: Sequence[Pattern], names: Sequence[str]) -> list[Pattern
     child: list[int] = []
     for i, pattern in enumerate(patterns):
         if len(pattern.plain) > MAX_PATTERN_CHARS:
-            why = f"pattern is longer than {MAX_PATTERN_CHARS} characters"
+            why = say("TOO_MANY_CHARACTERS", most=MAX_PATTERN_CHARS, found=len(pattern.plain))
             results[i] = PatternResult((None,) * len(names), why)
         elif _BACKTRACKING.isdisjoint(pattern.plain):
             results[i] = _match_here(pattern, names)
@@ -86,21 +87,25 @@ def _match_here(pattern: Pattern, names: Sequence[str]) -> PatternResult:
             warnings.simplefilter("ignore")
             match = getattr(re.compile(pattern.regex), pattern.mode)
     except re.error as error:
-        return PatternResult((None,) * len(names), f"is not a regular expression: {error}")
+        return _not_regular(pattern, len(names), str(error))
     found = (match(name) for name in names)
     return PatternResult(
         tuple(None if m is None else m.groupdict().get("idx") or "" for m in found)
     )
 
 
+def _not_regular(pattern: Pattern, count: int, why: str) -> PatternResult:
+    return PatternResult((None,) * count, say("INVALID_PATTERN", pattern=pattern.plain, why=why))
+
+
 def _match_in_child(patterns: Sequence[Pattern], names: Sequence[str]) -> list[PatternResult]:
     """Runs one isolated interpreter (standard library only) over the patterns in order."""
     nothing: tuple[None, ...] = (None,) * len(names)
-    slow = PatternResult(nothing, "cannot be matched in reasonable time and memory")
-    unknown = PatternResult(nothing, "was not checked: another pattern is too slow")
+    slow = [PatternResult(nothing, say("SLOW_PATTERN", pattern=p.plain)) for p in patterns]
+    untried = [PatternResult(nothing, say("UNTRIED_PATTERN", pattern=p.plain)) for p in patterns]
     with _one_child:
         if not _too_slow.keys().isdisjoint(patterns):
-            return [slow if pattern in _too_slow else unknown for pattern in patterns]
+            return [slow[i] if p in _too_slow else untried[i] for i, p in enumerate(patterns)]
         child = Confined(
             _PROGRAM,
             cpu_seconds=CPU_SECONDS,
@@ -115,10 +120,10 @@ def _match_in_child(patterns: Sequence[Pattern], names: Sequence[str]) -> list[P
         finally:
             child.close()
         rows = [
-            PatternResult(nothing, f"is not a regular expression: {answer['error']}")
+            _not_regular(pattern, len(names), answer["error"])
             if isinstance(answer, dict)
             else PatternResult(tuple(answer))
-            for answer in answers
+            for pattern, answer in zip(patterns, answers, strict=False)
         ]
         # The child works in order, so the first pattern without an answer is the one at fault.
         if len(rows) < len(patterns):
@@ -126,5 +131,6 @@ def _match_in_child(patterns: Sequence[Pattern], names: Sequence[str]) -> list[P
                 _too_slow[patterns[len(rows)]] = None
             if len(_too_slow) > _MAX_SLOW:
                 _too_slow.popitem(last=False)
-            rows += [slow] + [unknown] * (len(patterns) - len(rows) - 1)
+            first = len(rows)
+            rows += [slow[first], *untried[first + 1 :]]
         return rows

@@ -6,20 +6,26 @@ key as "probably fine" is how servers come to compute the wrong function without
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.basics.closest import did_you_mean
+from turret.server.basics.closest import closest
+from turret.server.words import Text, say
+
+# Returns the fault in a value, or None.
+Check = Callable[[Any], Text | None]
+_MAX_SEED = 2**63
 
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """A key that the method reads. ``check`` returns the fault in a value, or None."""
+    """A key that the method reads."""
 
-    check: Callable[[Any], str | None]
+    check: Check
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +43,6 @@ class Rejected:
     advice: str
 
 
-_MAX_SEED = 2**63
-
 Rule = Used | Irrelevant | Rejected
 Rules = Mapping[str, Rule]
 
@@ -48,64 +52,70 @@ def same(value: Any, other: Any) -> bool:
     return type(value) is type(other) and value == other
 
 
-def is_bool(value: Any) -> str | None:
-    return None if isinstance(value, bool) else f"must be true or false, not {value!r:.60}"
+def invalid(value: Any, wanted: str) -> Text:
+    """The fault of a value that is not what it has to be."""
+    return say("INVALID_VALUE", value=value, wanted=wanted)
 
 
-def is_optional_bool(value: Any) -> str | None:
+def is_bool(value: Any) -> Text | None:
+    return None if isinstance(value, bool) else invalid(value, "true or false")
+
+
+def is_optional_bool(value: Any) -> Text | None:
     return None if value is None else is_bool(value)
 
 
-def is_rank(value: Any) -> str | None:
+def is_rank(value: Any) -> Text | None:
     ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    return None if ok else f"must be an integer >= 1, not {value!r:.60}"
+    return None if ok else invalid(value, "an integer of at least 1")
 
 
-def is_count(value: Any) -> str | None:
+def is_count(value: Any) -> Text | None:
     ok = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return None if ok else f"must be an integer >= 0, not {value!r:.60}"
+    return None if ok else invalid(value, "an integer of at least 0")
 
 
-def is_seed(value: Any) -> str | None:
+def is_seed(value: Any) -> Text | None:
     ok = isinstance(value, int) and not isinstance(value, bool) and -_MAX_SEED <= value < _MAX_SEED
-    return None if ok else f"must be a 64-bit integer, not {value!r:.60}"
+    return None if ok else invalid(value, "a 64-bit integer")
 
 
-def is_number(value: Any) -> str | None:
+def is_number(value: Any) -> Text | None:
     # Such values stay exactly representable in fp32 arithmetic; the limit also excludes infinities.
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e9
-    return None if ok else f"must be a number in [-1e9, 1e9], not {value!r:.60}"
+    return None if ok else invalid(value, "a number from -1e9 to 1e9")
 
 
-def is_optional_text(value: Any) -> str | None:
-    return None if value is None or isinstance(value, str) else "must be a string or null"
+def is_positive(value: Any) -> Text | None:
+    return is_number(value) or (None if value > 0 else invalid(value, "greater than 0"))
 
 
-def is_text(value: Any) -> str | None:
-    return None if isinstance(value, str) else "must be a string"
+def is_optional_text(value: Any) -> Text | None:
+    return None if value is None else is_text(value)
 
 
-def optional(check: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+def is_text(value: Any) -> Text | None:
+    return None if isinstance(value, str) else invalid(value, "a string")
+
+
+def optional(check: Check) -> Check:
     """A check that also takes null."""
     return lambda value: None if value is None else check(value)
 
 
-def is_one_of(*allowed: Any) -> Callable[[Any], str | None]:
-    def check(value: Any) -> str | None:
+def is_one_of(*allowed: Any) -> Check:
+    def check(value: Any) -> Text | None:
         if any(same(value, one) for one in allowed):
             return None
-        return f"is {value!r:.60}; served values: {', '.join(map(repr, allowed))}"
+        return invalid(value, " or ".join(map(json.dumps, allowed)))
 
     return check
 
 
-def _is_task(value: Any) -> str | None:
+def _is_task(value: Any) -> Text | None:
     if value in (None, "CAUSAL_LM", "FEATURE_EXTRACTION"):
         return None
-    return (
-        f"is {value!r:.60}; the base is a causal language model, for which PEFT writes CAUSAL_LM,"
-        " SEQ_CLS, FEATURE_EXTRACTION or nothing: train it on such a base"
-    )
+    return invalid(value, "CAUSAL_LM, SEQ_CLS, FEATURE_EXTRACTION or null")
 
 
 COMMON_RULES: Rules = {
@@ -129,21 +139,18 @@ def check_config(config: Mapping[str, Any], rules: Rules, findings: Findings) ->
             case None:
                 # PEFT adds keys in newer versions; null means that such a feature is off.
                 if value is not None:
-                    meant = did_you_mean(key, rules)
-                    advice = meant or "; if it does not change the forward pass, remove it"
-                    findings.add(key, f"is unknown to this version{advice}")
+                    findings.add(key, say("UNKNOWN_KEY", closest=closest(key, rules)))
             case Used(check):
                 problem = check(value)
                 if problem is not None:
                     findings.add(key, problem)
             case Rejected(off, advice):
                 if not any(same(value, one) for one in off):
-                    findings.add(key, advice)
+                    findings.add(key, say("UNSUPPORTED_VALUE", value=value, why=advice))
             case Irrelevant():
                 pass
 
 
-Check = Callable[[Any], str | None]
 Config = Mapping[str, Any]
 
 
@@ -183,7 +190,7 @@ class MethodKeys:
     ignored: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
     bias: tuple[str, ...] = ()
-    conflicts: Callable[[Config], Iterable[tuple[str, str]]] | None = None
+    conflicts: Callable[[Config], Iterable[tuple[str, Text]]] | None = None
     accepts: Callable[[Config], bool] = _accepts_all
     is_dense: Callable[[Config], bool] = _never
     on_vocabulary: bool = False

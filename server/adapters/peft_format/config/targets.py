@@ -20,7 +20,8 @@ from turret.server.adapters.peft_format.config.pattern_match import (
     PatternResult,
     match_all,
 )
-from turret.server.adapters.peft_format.config.rules import is_number, is_rank
+from turret.server.adapters.peft_format.config.rules import Check, invalid, is_number, is_rank
+from turret.server.words import Text, say
 
 ALL_LINEAR = "all-linear"
 MAX_LIST_ITEMS = 4096
@@ -30,6 +31,7 @@ _MAX_WARNINGS = 16
 _SHOWN_PATTERNS = 4
 # Most pairs of pattern and name, about fifteen seconds; experts can have thirty thousand names.
 _MAX_MATCHES = 1 << 24
+_REGEX = "a regular expression in target_modules"
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 
@@ -48,7 +50,7 @@ class Targets:
     targeted: frozenset[str]
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Text, ...] = ()
     is_rank_stabilised: bool = False
 
     def scaling(self, name: str) -> float:
@@ -65,38 +67,38 @@ def _is_string_list(value: Any) -> bool:
     )
 
 
-def is_module_selector(value: Any) -> str | None:
+def is_module_selector(value: Any) -> Text | None:
     """A non-empty list of names, or one regular expression."""
     if (isinstance(value, str) and value) or (_is_string_list(value) and value):
         return None
-    return "must be a non-empty list of module names or a regular expression"
+    return invalid(value, "a non-empty list of module names or a regular expression")
 
 
-def is_optional_module_selector(value: Any) -> str | None:
+def is_optional_module_selector(value: Any) -> Text | None:
     if value is None or isinstance(value, str) or _is_string_list(value):
         return None
-    return "must be a list of module names, a regular expression or null"
+    return invalid(value, "a list of module names, a regular expression or null")
 
 
-def is_layer_indexes(value: Any) -> str | None:
+def is_layer_indexes(value: Any) -> Text | None:
     items = value if isinstance(value, list) else [value]
     if value is None or all(isinstance(i, int) and not isinstance(i, bool) for i in items):
         return None
-    return "must be an integer, a list of integers or null"
+    return invalid(value, "an integer, a list of integers or null")
 
 
-def is_pattern_of(check: Any) -> Any:
+def is_pattern_of(check: Check) -> Check:
     """Checks a ``{regular expression: value}`` object (null counts as empty)."""
 
-    def check_pattern(value: Any) -> str | None:
+    def check_pattern(value: Any) -> Text | None:
         if value is None:
             return None
         if not isinstance(value, Mapping) or len(value) > MAX_LIST_ITEMS:
-            return f"must be an object with at most {MAX_LIST_ITEMS} keys"
+            return invalid(value, f"an object with at most {MAX_LIST_ITEMS} keys")
         for key, item in value.items():
             problem = check(item)
             if problem is not None:
-                return f"{key!r} {problem}"
+                return say("INVALID_ENTRY", entry=key, why=problem)
         return None
 
     return check_pattern
@@ -124,7 +126,7 @@ class _Patterns:
         """Matches all patterns; False, with a fault, if that would take too long."""
         wanted = list(self._wanted)
         if len(wanted) * len(self._names) > _MAX_MATCHES:
-            why = f"{len(wanted)} patterns in all are too many for {len(self._names)} modules"
+            why = say("TOO_MANY_PATTERNS", count=len(wanted), modules=len(self._names))
             for field in dict(wanted):
                 self._findings.add(field, why)
             return False
@@ -132,7 +134,7 @@ class _Patterns:
         for (field, pattern), result in zip(wanted, results, strict=True):
             self._results[pattern] = result
             if result.error is not None:
-                self._findings.add(field, f"{pattern.plain!r:.120} {result.error}")
+                self._findings.add(field, result.error)
         return True
 
     def group(self, pattern: Pattern, name: str) -> str | None:
@@ -166,11 +168,11 @@ def _check_combination(config: Mapping[str, Any], findings: Findings) -> None:
     is_regex = isinstance(config.get("target_modules"), str)
     layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
     if is_regex and layers is not None:
-        findings.add("layers_to_transform", "has no effect with a target_modules string")
+        findings.add("layers_to_transform", say("CONFLICTS_WITH", other=_REGEX))
     if is_regex and pattern is not None:
-        findings.add("layers_pattern", "has no effect with a target_modules string")
+        findings.add("layers_pattern", say("CONFLICTS_WITH", other=_REGEX))
     if pattern and layers is None:
-        findings.add("layers_pattern", "needs layers_to_transform")
+        findings.add("layers_pattern", say("NEEDS_FIELD", other="layers_to_transform"))
 
 
 def resolve_targets(
@@ -225,7 +227,7 @@ def resolve_targets(
     # "all-linear" means all linear modules but the output head.
     linear = {name_in_training(name, text_prefix) for name in linear_names if name != HEAD}
     targeted = [name for name in own_names if not is_excluded(name) and is_targeted(name)]
-    warnings: list[str] = []
+    warnings: list[Text] = []
 
     def values(field: str, regexes: dict[str, Pattern], default: Any) -> dict[str, Any]:
         table = config.get(field) or {}
@@ -253,16 +255,15 @@ def _unresolved(config: Mapping[str, Any], names: Iterable[str]) -> Targets:
     return Targets(frozenset(), ranks, dict.fromkeys(ranks, alpha))
 
 
-def _few(warnings: Sequence[str]) -> tuple[str, ...]:
+def _few(warnings: Sequence[Text]) -> tuple[Text, ...]:
     hidden = len(warnings) - _MAX_WARNINGS
-    more = (f"and {hidden} more of these warnings",) if hidden > 0 else ()
+    more = (say("MORE", count=hidden),) if hidden > 0 else ()
     return (*warnings[:_MAX_WARNINGS], *more)
 
 
-def _ambiguity(field: str, hits: Sequence[str], name: str) -> str:
+def _ambiguity(field: str, hits: Sequence[str], name: str) -> Text:
     shown = ", ".join(f"{hit!r:.60}" for hit in hits[:_SHOWN_PATTERNS])
-    more = f" and {len(hits) - _SHOWN_PATTERNS} more" if len(hits) > _SHOWN_PATTERNS else ""
-    return f"{field}: {shown}{more} all match {name!r:.120}; the first one counts"
+    return say("AMBIGUOUS_PATTERNS", field=field, count=len(hits), patterns=shown, module=name)
 
 
 def _layer_patterns(patterns: _Patterns, config: Mapping[str, Any]) -> list[Pattern]:

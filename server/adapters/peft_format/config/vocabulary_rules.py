@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
+from turret.server.adapters.peft_format.config.rules import invalid
+from turret.server.words import Text, say
 
 _NAMES = {name: module for module in (EMBEDDING, HEAD) for name in (module, module.split(".")[-1])}
 _MAX_IDS = 1 << 20
@@ -16,53 +19,54 @@ def vocabulary_module(name: str) -> str | None:
     return _NAMES.get(name)
 
 
-def is_modules_to_save(value: Any) -> str | None:
+def is_modules_to_save(value: Any) -> Text | None:
     """``modules_to_save``: embedding and head are served, other modules are not."""
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        return "must be a list of module names or null"
+        return invalid(value, "a list of module names or null")
     others = [name for name in value if vocabulary_module(name) is None]
     if not others:
         return None
-    return (
-        f"names {', '.join(map(repr, others)):.120}: whole modules are served for embed_tokens and"
-        " lm_head only; another whole matrix costs as much as the base's own; express the change"
-        " as LoRA"
-    )
+    why = "only embed_tokens and lm_head are served as whole modules; express the change as LoRA"
+    return say("UNSUPPORTED_VALUE", value=others, why=why)
 
 
-def is_head_to_save(value: Any) -> str | None:
+def is_head_to_save(value: Any) -> Text | None:
     """``modules_to_save`` of methods whose prompt PEFT embeds by the base's own matrix."""
     problem = is_modules_to_save(value)
     if problem is None and EMBEDDING in map(vocabulary_module, value or ()):
-        return (
-            "names the embedding, which PEFT saves but does not use beside soft tokens; train it"
-            " with another method"
-        )
+        why = "PEFT does not use a saved embedding beside soft tokens; train it with another method"
+        return say("UNSUPPORTED_VALUE", value=value, why=why)
     return problem
 
 
-def is_token_indices(value: Any) -> str | None:
+def is_token_indices(value: Any) -> Text | None:
     """``trainable_token_indices``: a list of ids for the embedding, or lists by module."""
     if value is None or isinstance(value, list):
         return None if value is None else is_token_list(value)
     if not isinstance(value, Mapping):
-        return "must be a list of token ids, an object of such lists by module, or null"
+        return invalid(value, "a list of token ids, an object of such lists by module, or null")
     for name, ids in value.items():
         if vocabulary_module(name) is None:
-            return f"names {name!r:.60}; only embed_tokens and lm_head have a row per token"
+            return say("NOT_ADAPTABLE", module=name, method="trainable_tokens")
         problem = is_token_list(ids)
         if problem is not None:
-            return f"{name!r} {problem}"
+            return say("INVALID_ENTRY", entry=name, why=problem)
     return None
 
 
-def is_token_list(value: Any) -> str | None:
+def is_token_list(value: Any) -> Text | None:
     ok = isinstance(value, list) and 0 < len(value) <= _MAX_IDS
     if not ok or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
-        return "must be a non-empty list of token ids"
-    return None if len(set(value)) == len(value) else "holds a token id twice"
+        return invalid(value, "a non-empty list of token ids")
+    return listed_twice(value)
+
+
+def listed_twice(values: Sequence[Any]) -> Text | None:
+    """The fault of a list that names a value more than once."""
+    twice = next((value for value, count in Counter(values).items() if count > 1), None)
+    return None if twice is None else say("DUPLICATE", value=twice)
 
 
 def token_ids_by_module(value: Any, *, is_tied: bool) -> dict[str, list[int]]:

@@ -15,7 +15,6 @@ import torch
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.no_adapter import LEFT_OUT
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.adapters.operators.vocabulary import (
     EmbeddingLowRank,
@@ -53,7 +52,9 @@ from turret.server.adapters.peft_format.vocabulary.rows import (
     read_matrix,
     read_rows,
 )
+from turret.server.words import say
 
+_TOKENS = "trainable_token_indices"
 # The config keys that determine whether and how LoRA adapts the embedding.
 _TARGET_RULES: Rules = {
     name: Used(LORA_KEYS[name])
@@ -100,7 +101,7 @@ def take_vocabulary(
         if module is None or role is None:
             rest[name] = tensor
         elif role in found[module]:
-            findings.add(name, f"is a second {role} of {module!r}")
+            findings.add(name, say("DUPLICATE_TENSOR", other=found[module][role][0]))
         else:
             found[module][role] = (name, tensor)
     rows = _trained_rows(config, found, base, findings)
@@ -119,7 +120,7 @@ def take_vocabulary(
         base = replace(base, other_modules=base.other_modules - {EMBEDDING})
     else:
         for name, _ in (found[EMBEDDING][role] for role in LOW_RANK if role in found[EMBEDDING]):
-            findings.add(name, "is part of a LoRA, the config names another method")
+            findings.add(name, say("UNEXPECTED_TENSOR", by="peft_type"))
     embedding, head = rows.get(EMBEDDING), rows.get(HEAD)
     operators = None
     if embedding is not None or head is not None or low_rank is not None:
@@ -144,7 +145,7 @@ def _trained_rows(
     config: Mapping[str, Any], found: Mapping[str, Found], base: BaseModel, findings: Findings
 ) -> dict[str, VocabularyRows | None]:
     """``trainable_token_indices``; a key at fault is reported by the method's rules."""
-    value = config.get("trainable_token_indices")
+    value = config.get(_TOKENS)
     rows: dict[str, VocabularyRows | None] = {}
     if is_token_indices(value) is not None:
         return rows
@@ -164,9 +165,9 @@ def _trained_rows(
         if tensor is not None and ids is not None:
             rows[module] = read_rows(name, tensor, ids, base.vocabulary, findings)
         elif tensor is not None:
-            findings.add(name, "is there, but trainable_token_indices leaves it out")
+            findings.add(name, say("UNEXPECTED_TENSOR", by=_TOKENS))
         elif ids is not None:
-            findings.add(name, "is missing; trainable_token_indices names the module")
+            findings.add(name, say("MISSING_TENSOR", by=_TOKENS))
     return rows
 
 
@@ -191,7 +192,7 @@ def _whole_matrices(
         name, tensor = found[module].get(WHOLE, (f"{module}.weight", None))
         if module in saved:
             if tensor is None:
-                findings.add(name, "is missing; modules_to_save names the module")
+                findings.add(name, say("MISSING_TENSOR", by="modules_to_save"))
                 continue
             _check_alone(module, found[module], findings)
             same = found[EMBEDDING].get(WHOLE, (name, tensor))[1]
@@ -211,7 +212,7 @@ def _check_alone(module: str, found: Found, findings: Findings) -> None:
     for role in (ROWS, *LOW_RANK):
         if role in found:
             name = found[role][0]
-            findings.add(name, f"is there beside a whole {module!r}: which one counts?")
+            findings.add(name, say("UNEXPECTED_TENSOR", by="modules_to_save"))
 
 
 def _check_unchanged(
@@ -222,8 +223,7 @@ def _check_unchanged(
     if findings.check_shape(name, tensor, tuple(matrix.shape)) and len(
         changed_rows(tensor, matrix)
     ):
-        why = "differs from the base model's; if it was trained, name the module in modules_to_save"
-        findings.add(name, why)
+        findings.add(name, say("CHANGED_BASE_WEIGHT"))
 
 
 def _low_rank(
@@ -241,15 +241,15 @@ def _low_rank(
     if EMBEDDING not in targets.targeted:
         for role in LOW_RANK:
             if role in found:
-                findings.add(found[role][0], LEFT_OUT)
+                findings.add(found[role][0], say("UNEXPECTED_TENSOR", by="target_modules"))
         return None, {}
     changes = tied_targets(config, targets, base)
     if ROWS in found:
-        findings.add(found[ROWS][0], "cannot be combined with LoRA on the embedding")
+        findings.add(found[ROWS][0], say("CONFLICTS_WITH", other="LoRA on the embedding"))
     b = found.get(B, (f"{EMBEDDING}.lora_embedding_B", None))
     for role_name, tensor in ((name, a), b):
         if tensor is None:
-            findings.add(role_name, "is missing; the config targets the module")
+            findings.add(role_name, say("MISSING_TENSOR", by="target_modules"))
     if a is None or b[1] is None:
         return None, changes
     rank = targets.ranks[EMBEDDING]
@@ -260,7 +260,9 @@ def _low_rank(
     is_fit &= findings.check_shape(b[0], b[1], (hidden, rank), of_base=False)
     gain = None
     if (MAGNITUDE in found) != (config.get("use_dora") is True):
-        why = "use_dora and the tensor go together; one of them is missing"
+        by = "use_dora"
+        is_there = MAGNITUDE in found
+        why = say("UNEXPECTED_TENSOR", by=by) if is_there else say("MISSING_TENSOR", by=by)
         findings.add(f"{EMBEDDING}.lora_magnitude_vector", why)
         is_fit = False
     if not is_fit:
@@ -280,7 +282,7 @@ def _low_rank(
         a.T.to(base.dtype).contiguous(), scaled.to(base.dtype).contiguous(), gain
     )
     if not all(bool(torch.isfinite(tensor).all()) for tensor in result.tensors()):
-        findings.add(name, f"is not finite once scaled and rounded to {base.dtype}")
+        findings.add(name, say("NOT_FINITE", dtype=base.dtype))
         return None, changes
     return result, changes
 

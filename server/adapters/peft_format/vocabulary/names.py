@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.basics.lazy_torch import torch
+from turret.server.words import say
 
 WHOLE, FROZEN, ROWS, A, B, MAGNITUDE = "weight", "base", "rows", "a", "b", "magnitude"
 _SUFFIXES = {
@@ -60,5 +61,5 @@ def without_wrappers(
         known = result.setdefault(usual, copy)
         is_alike = (known.dtype, known.shape) == (copy.dtype, copy.shape)
         if not is_alike or not torch.equal(known, copy):
-            findings.add(name, f"differs from {usual!r}: which one counts?")
+            findings.add(name, say("DIFFERENT_COPY", other=usual))
     return result

@@ -41,13 +41,10 @@ from turret.server.adapters.peft_format.vocabulary.names import (
     without_wrappers,
 )
 from turret.server.adapters.peft_format.vocabulary.rows import changed_rows
+from turret.server.words import say
 
 # Most rows beyond the base's: they take memory, and an extra product in every step.
 MAX_ADDED_ROWS = 4096
-WAY_OUT = (
-    "merge the adapter into the base that was resized (PEFT's merge_and_unload) and serve that"
-    " model, or train without adding tokens"
-)
 _HEAD_A, _HEAD_B = f"{HEAD}.lora_A.weight", f"{HEAD}.lora_B.weight"
 _HEAD_BIAS = f"{HEAD}.lora_B.bias"
 _HEAD_MAGNITUDES = (f"{HEAD}.lora_magnitude_vector", f"{HEAD}.lora_magnitude_vector.weight")
@@ -191,25 +188,20 @@ def _size(parts: _Parts, base: BaseModel, findings: Findings) -> int:
         return 0
     name = next((n for n, rows in sizes.items() if rows != own), "trainable_token_indices")
     if len(found) > 1:
-        told = ", ".join(f"{n} has {rows}" for n, rows in sizes.items())
-        findings.add(name, f"is of a vocabulary of another size than another matrix: {told}")
+        other, expected = next((n, rows) for n, rows in sizes.items() if rows != sizes[name])
+        findings.add(name, say("UNEQUAL_ROWS", rows=sizes[name], other=other, expected=expected))
         return 0
     size = found.pop()
     if most >= size:
-        findings.add("trainable_token_indices", f"names token {most}, {name} has {size} rows")
+        why = say("NOT_IN_RANGE", least=0, most=size - 1, value=most)
+        findings.add("trainable_token_indices", why)
         return 0
     if size - own > MAX_ADDED_ROWS:
-        why = (
-            f"has {size} rows, the base model has {own} tokens: a vocabulary with more than"
-            f" {MAX_ADDED_ROWS} rows beyond the base's is not served; {WAY_OUT}"
-        )
+        why = say("TOO_MANY_ADDED_ROWS", rows=size, base_rows=own, most=MAX_ADDED_ROWS)
         findings.mismatch(name, why)
         return 0
     if parts.tensor(EMBEDDING, MAGNITUDE) is not None:
-        why = (
-            f"is the norm of a column of all tokens, of which the base model lacks some; {WAY_OUT}"
-        )
-        findings.mismatch(parts.found[EMBEDDING][MAGNITUDE][0], why)
+        findings.mismatch(parts.found[EMBEDDING][MAGNITUDE][0], say("NEEDS_ALL_TOKENS"))
         return 0
     return size
 
@@ -237,11 +229,7 @@ def _added(
         head = _with_head_update(head, parts, config, targets, base, findings)
     for name, rows in ((EMBEDDING, embedding), (HEAD, head)):
         if rows is None:
-            leaf = name.rpartition(".")[2]
-            why = (
-                f"the rows of tokens {first} to {size - 1}, which the base model lacks, are not in"
-                f" the file; name {leaf} in modules_to_save or trainable_token_indices as well"
-            )
+            why = say("MISSING_ROWS", first=first, last=size - 1, module=name.rpartition(".")[2])
             findings.mismatch(f"{name}.weight", why)
     if embedding is None or head is None:
         return None
@@ -250,7 +238,7 @@ def _added(
     shape = size - first, base.hidden_size
     for name, rows in ((EMBEDDING, added.embedding), (HEAD, added.head)):
         if findings.check_shape(f"{name}.weight", rows, shape) and not torch.isfinite(rows).all():
-            findings.add(f"{name}.weight", f"is not finite once rounded to {base.dtype}")
+            findings.add(f"{name}.weight", say("NOT_FINITE", dtype=base.dtype))
     return added
 
 
@@ -303,8 +291,7 @@ def _with_head_update(
     if a is None or b is None or targets is None or HEAD not in targets.targeted:
         return rows
     if _HEAD_BIAS in parts.tensors:
-        why = f"is of a head with more tokens than the base's, which has no bias; {WAY_OUT}"
-        findings.mismatch(_HEAD_BIAS, why)
+        findings.mismatch(_HEAD_BIAS, say("NEEDS_ALL_TOKENS"))
     if not a.ndim == b.ndim == 2 or (a.shape[0], a.shape[1]) != (b.shape[1], rows.shape[1]):
         return rows
     first = base.vocabulary.size

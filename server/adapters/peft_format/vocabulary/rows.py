@@ -7,6 +7,7 @@ import torch
 from turret.server.adapters.base import BaseVocabulary
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.operators.vocabulary import VocabularyRows
+from turret.server.words import say
 
 # Rows compared at once: 8,192 rows of 4,096 numbers take 128 MB in fp32.
 _ROWS_PER_BLOCK = 8192
@@ -16,8 +17,7 @@ def check_vocabulary(name: str, rows: int, base: BaseVocabulary, findings: Findi
     """Whether a matrix has a row per token of the base."""
     if rows == base.size:
         return True
-    why = f"has {rows} rows, the base model has {base.size} tokens"
-    findings.mismatch(name, why)
+    findings.mismatch(name, say("WRONG_COUNT", found=rows, what="tokens", expected=base.size))
     return False
 
 
@@ -27,7 +27,7 @@ def read_rows(
     """Trained rows of some tokens; they come in the order of the config's ids."""
     over = [i for i in ids if i >= base.size]
     if over:
-        why = f"is trained for token {over[0]}, the base model has {base.size} tokens"
+        why = say("NOT_IN_RANGE", least=0, most=base.size - 1, value=over[0])
         findings.mismatch(name, why)
         return None
     if not findings.check_shape(name, tensor, (len(ids), base.embedding.shape[1])):
@@ -46,7 +46,7 @@ def read_matrix(
 ) -> VocabularyRows | None:
     """The rows of a whole matrix that differ from the base's; None if all are the same."""
     if tensor.ndim != 2:
-        findings.add(name, f"must be 2-D, not {list(tensor.shape)}")
+        findings.add(name, say("WRONG_SHAPE", shape=list(tensor.shape), expected="2 dimensions"))
         return None
     if not check_vocabulary(name, tensor.shape[0], base, findings):
         return None
@@ -81,5 +81,5 @@ def _owned(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _finite(name: str, rows: VocabularyRows, findings: Findings) -> VocabularyRows | None:
     if bool(torch.isfinite(rows.values).all()):
         return rows
-    findings.add(name, f"is not finite once rounded to {rows.values.dtype}")
+    findings.add(name, say("NOT_FINITE", dtype=rows.values.dtype))
     return None

@@ -25,6 +25,7 @@ from builders.registries import tiny_base
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from peft import ArrowConfig, LoraConfig
+from said import says
 
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.component import Component, ComponentRef
@@ -157,40 +158,56 @@ def refusal(root: Path, kind: type[TurretError]) -> TurretError:
 
 
 TWO = ["wide-0", "wide-1"]
-# A change of the config (``arrow``: of arrow_config), the key that is named, and a part of why.
+# A change of the config (``arrow``: of arrow_config), the key that is named, and the reason.
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
-    "no components": ({"components": ...}, "components", "is required"),
-    "no experts": ({"arrow": {"task_adapter_names": None}}, "arrow_config", "task_adapter_names"),
+    "no components": ({"components": ...}, "components", "REQUIRED"),
+    "no experts": ({"arrow": {"task_adapter_names": None}}, "arrow_config", "INVALID_ENTRY"),
     "an expert twice": (
         {"arrow": {"task_adapter_names": [*TWO, TWO[0]]}},
         "arrow_config",
-        "different",
+        "INVALID_ENTRY",
     ),
     "an expert too few": (
         {"arrow": {"task_adapter_names": TWO[:1], "top_k": 1}},
         "components",
-        "does not name",
+        "COMPONENT_UNLISTED",
     ),
-    "a stranger": ({"arrow": {"task_adapter_names": [*TWO, "x"]}}, "arrow_config", "not among"),
-    "none of them": ({"arrow": {"top_k": 0}}, "arrow_config", "top_k"),
-    "more than there are": ({"arrow": {"top_k": 3}}, "arrow_config", "there are 2 experts"),
-    "no temperature": ({"arrow": {"router_temperature": 0}}, "arrow_config", "above 0"),
-    "a temperature of words": ({"arrow": {"router_temperature": "1"}}, "arrow_config", "number"),
-    "a seed of words": ({"arrow": {"rng_seed": "1"}}, "arrow_config", "rng_seed"),
-    "nothing to subtract": ({"arrow": {"use_gks": True}}, "arrow_config", "use_gks"),
-    "no subtraction": ({"arrow": {"gks_adapter_names": ["x"]}}, "arrow_config", "use_gks"),
+    "a stranger": (
+        {"arrow": {"task_adapter_names": [*TWO, "x"]}},
+        "arrow_config",
+        "COMPONENT_UNLISTED",
+    ),
+    "none of them": ({"arrow": {"top_k": 0}}, "arrow_config", "INVALID_ENTRY"),
+    "more than there are": ({"arrow": {"top_k": 3}}, "arrow_config", "INVALID_ENTRY"),
+    "no temperature": ({"arrow": {"router_temperature": 0}}, "arrow_config", "INVALID_ENTRY"),
+    "a temperature of words": (
+        {"arrow": {"router_temperature": "1"}},
+        "arrow_config",
+        "INVALID_ENTRY",
+    ),
+    "a seed of words": ({"arrow": {"rng_seed": "1"}}, "arrow_config", "INVALID_ENTRY"),
+    "nothing to subtract": ({"arrow": {"use_gks": True}}, "arrow_config", "INVALID_ENTRY"),
+    "no subtraction": ({"arrow": {"gks_adapter_names": ["x"]}}, "arrow_config", "INVALID_ENTRY"),
     "an expert of both kinds": (
         {"arrow": {"gks_adapter_names": TWO[:1], "use_gks": True}},
         "arrow_config",
-        "as an expert and as a general one",
+        "DUPLICATE",
     ),
-    "an unknown key": ({"arrow": {"jitter": 0.1}}, "arrow_config", "no other keys"),
-    "a bias": ({"bias": "all"}, "bias", "without it"),
-    "a head": ({"modules_to_save": ["lm_head"]}, "modules_to_save", "without it"),
-    "rows": ({"trainable_token_indices": [3]}, "trainable_token_indices", "without it"),
-    "another variant": ({"use_dora": True}, "arrow_config", "use_dora"),
-    "a start that moves the base": ({"init_lora_weights": "pissa"}, "init_lora_weights", "pissa"),
-    "modules that are not there": ({"target_modules": ["w"]}, "target_modules", "no module"),
+    "an unknown key": ({"arrow": {"jitter": 0.1}}, "arrow_config", "INVALID_VALUE"),
+    "a bias": ({"bias": "all"}, "bias", "UNSUPPORTED_VALUE"),
+    "a head": ({"modules_to_save": ["lm_head"]}, "modules_to_save", "UNSUPPORTED_VALUE"),
+    "rows": ({"trainable_token_indices": [3]}, "trainable_token_indices", "UNSUPPORTED_VALUE"),
+    "another variant": ({"use_dora": True}, "arrow_config", "CONFLICTS_WITH"),
+    "a start that moves the base": (
+        {"init_lora_weights": "pissa"},
+        "init_lora_weights",
+        "UNSUPPORTED_VALUE",
+    ),
+    "modules that are not there": (
+        {"target_modules": ["w"]},
+        "target_modules",
+        "SELECTS_NOTHING",
+    ),
 }
 
 
@@ -198,23 +215,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 def test_each_key_that_does_not_fit_is_refused_by_name(
     case: str, made: Path, tmp_path: Path
 ) -> None:
-    changes, field, why = REFUSED[case]
+    changes, field, reason = REFUSED[case]
     root = saved(made, tmp_path, *TWO)
     arrow = changes.get("arrow", {})
     directory = write_router(root, "router", TWO, ALL, **arrow)
     edit_config(directory, **{key: value for key, value in changes.items() if key != "arrow"})
     error = refusal(root, AdapterCheckpointError)
-    assert any(name == field and why in text for name, text in error.violations), error
+    assert (field, reason) in [(name, why.reason) for name, why in error.violations]
 
 
-# Experts, general LoRAs, and what is said.
+# Experts, general LoRAs, and the component at fault.
 UNFIT: dict[str, tuple[list[str], list[str], str]] = {
-    "another target": (["wide-0", "narrow-0"], [], "'narrow-0' (lora) does not adapt"),
-    "a gain": (["wide-0", "dora"], [], "'dora' (dora) has a gain"),
-    "a bias": (["wide-0", "bias"], [], "'bias' (lora) has a bias"),
-    "a scaling of 0": (["wide-0", "off"], [], "'off' (lora) has a scaling of 0"),
-    "factors of another kind": (TWO, ["vera"], "'vera' (vera) is no LoRA"),
-    "another rank": (TWO, ["rank-2"], "have ranks 2, 4"),
+    "another target": (["wide-0", "narrow-0"], [], "narrow-0"),
+    "a gain": (["wide-0", "dora"], [], "dora"),
+    "a bias": (["wide-0", "bias"], [], "bias"),
+    "a scaling of 0": (["wide-0", "off"], [], "off"),
+    "factors of another kind": (TWO, ["vera"], "vera"),
+    "another rank": (TWO, ["rank-2"], ""),
 }
 OTHERS = {
     "dora": ("dora", {}),
@@ -227,7 +244,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("case", UNFIT)
 def test_components_that_do_not_fit_are_named(case: str, made: Path, tmp_path: Path) -> None:
-    experts, general, why = UNFIT[case]
+    experts, general, culprit = UNFIT[case]
     for name in (*experts, *general):
         if name in OTHERS:
             method, keys = OTHERS[name]
@@ -237,7 +254,11 @@ def test_components_that_do_not_fit_are_named(case: str, made: Path, tmp_path: P
     arrow = {"gks_adapter_names": general, "use_gks": bool(general)}
     directory = write_router(tmp_path, "router", [*experts, *general], ALL, top_k=1)
     edit_config(directory, arrow_config={"top_k": 1, "task_adapter_names": experts, **arrow})
-    assert why in str(refusal(tmp_path, AdapterCheckpointError))
+    error = refusal(tmp_path, AdapterCheckpointError)
+    if culprit:
+        assert says("UNFIT_COMPONENT", component=culprit)(error)
+    else:
+        assert says("UNEQUAL_RANKS", ranks="2, 4")(error)
 
 
 def test_experts_of_other_methods_and_ranks_are_routed(made: Path, tmp_path: Path) -> None:
@@ -253,9 +274,11 @@ def test_experts_of_other_methods_and_ranks_are_routed(made: Path, tmp_path: Pat
     assert isinstance(score, PrototypeScore)
     assert (score.top_k, score.temperature) == (2, 0.5)
     assert lowered.ranks == (2, 4, 16)
-    warnings = " ".join(lowered.warnings)
-    assert "12 modules that the fusion does not target" in warnings
-    assert "rng_seed is null" in warnings
+    assert {text.reason for text in lowered.warnings} == {
+        "COMPONENTS_ADAPT_MORE",
+        "ARROW_WITHOUT_SEED",
+    }
+    assert {"count": 12} in [text.params for text in lowered.warnings]
     # The direction that the expert's update amplifies most, as the SVD of it has it.
     dense = (gate.b[:4].T @ gate.a[:4]).double()
     first = torch.linalg.svd(dense).Vh[0]
@@ -268,9 +291,11 @@ def test_a_file_that_peft_wrote_must_fit_the_base(made: Path, tmp_path: Path) ->
     lower(root, "router", base_of(model()))
     key = f"base_model.model.{Q}.lora_A.weight"
     edit_tensors(root / "router", lambda tensors: {**tensors, key: torch.zeros(4, 32)})
-    assert Q in str(refusal(root, AdapterMismatchError))
+    ((field, _),) = refusal(root, AdapterMismatchError).violations
+    assert field.startswith(Q)
     edit_tensors(root / "router", lambda tensors: {f"{key}.x": torch.zeros(1)})
-    assert f"{Q}.lora_A.weight.x" in str(refusal(root, AdapterCheckpointError))
+    ((field, _),) = refusal(root, AdapterCheckpointError).violations
+    assert field == f"{Q}.lora_A.weight.x"
 
 
 def test_every_key_that_peft_writes_has_a_rule(made: Path, tmp_path: Path) -> None:
@@ -295,7 +320,7 @@ def registry(made: Path, tmp_path: Path) -> Iterator[AdapterRegistry]:
 
 def test_components_must_be_registered_and_stay(registry: AdapterRegistry) -> None:
     registry.load("wide-0", "wide-0")
-    with pytest.raises(AdapterComponentError, match="'wide-1' is not registered"):
+    with pytest.raises(AdapterComponentError, check=says("COMPONENTS_MISSING")):
         registry.load("router", "router")
     registry.load("another-name", "wide-1")
     assert registry.load("router", "router").facts.method == "arrow"

@@ -19,6 +19,7 @@ from builders.adapters import (
     tiny_llama,
     with_operators,
 )
+from said import says
 
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
@@ -294,7 +295,7 @@ def test_reports_ranks_targets_and_base_warnings(tmp_path: Path) -> None:
     assert lowered.target_modules == ("q_proj", "v_proj")
     assert lowered.base_model == "x/Other"
     assert len(lowered.warnings) == 1
-    assert "x/Other" in lowered.warnings[0]
+    assert lowered.warnings[0].params["trained"] == "x/Other"
     edit_config(directory, base_model_name_or_path="unsloth/Tiny-Llama-unsloth-bnb-4bit")
     assert lower(directory, base_of(model)).warnings == ()
 
@@ -308,7 +309,7 @@ def test_ambiguous_patterns_follow_the_file_and_warn(tmp_path: Path) -> None:
     lowered = lower(directory, base_of(model))
     found = logits(with_operators(model, [(lowered.operators, 1.0)]))
     assert relative_error(found, expected) < 1e-6
-    assert "alpha_pattern" in lowered.warnings[0]
+    assert lowered.warnings[0].params["field"] == "alpha_pattern"
 
 
 def test_rank_over_the_limit_is_a_budget_error(tmp_path: Path) -> None:
@@ -316,7 +317,7 @@ def test_rank_over_the_limit_is_a_budget_error(tmp_path: Path) -> None:
     directory = tmp_path / "adapter"
     save_peft_adapter(model, lora_config(r=9), directory)
     assert lower(directory, base_of(model), max_rank=9).ranks == (9,)
-    with pytest.raises(BudgetExceededError, match="rank 9, the server allows 8"):
+    with pytest.raises(BudgetExceededError, check=says("RANK_OVER_LIMIT", rank=9, max_rank=8)):
         lower(directory, base_of(model), max_rank=8)
 
 
@@ -340,7 +341,7 @@ def test_overflow_of_the_serving_dtype_is_refused(tmp_path: Path) -> None:
     model = tiny_llama()
     directory = tmp_path / "adapter"
     save_peft_adapter(model, lora_config(lora_alpha=1e8), directory)
-    with pytest.raises(AdapterCheckpointError, match="not finite once scaled"):
+    with pytest.raises(AdapterCheckpointError, check=says("NOT_FINITE")):
         lower(directory, base_of(model, dtype=torch.float16))
 
 
