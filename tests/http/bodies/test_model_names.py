@@ -171,7 +171,7 @@ async def test_a_mix_is_not_looked_up() -> None:
         for name in ("sql+json*-0.5", "base:sql*2"):
             refused = Refused.of(await server.client.get(f"/v1/models/{name}"))
             assert (refused.status, refused.code) == (404, "model_not_found")
-            assert "GET /v1/models/sql" in refused.message
+            assert "/sql " in refused.message
 
 
 async def test_an_unknown_field_of_an_adapter_is_refused() -> None:

@@ -171,7 +171,7 @@ async def test_the_last_failures_are_told_with_their_ids() -> None:
         assert (wrong["method"], wrong["protocol"]) == ("POST /v1/completions", "http")
         assert (full["code"], full["adapters"]) == ("RESOURCE_EXHAUSTED", ["sql"])
         assert len(full["message"]) == MAX_MESSAGE_CHARS
-        assert (bug["code"], bug["message"]) == ("INTERNAL", "internal error")
+        assert (bug["code"], bug["reason"]) == ("INTERNAL", "INTERNAL")
         for _ in range(MAX_FAILURES + 5):
             await http.post("/v1/completions", {**ASK, "temperature": -1})
         await http.settle()
