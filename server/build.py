@@ -11,8 +11,7 @@ from typing import Protocol
 
 import torch
 
-from turret.kernels.cpu.native import has_native, has_native_products
-from turret.kernels.cpu.threads import use_own_threads
+from turret.kernels.cpu.native import has_native, has_native_products, use_own_threads
 from turret.server import log
 from turret.server.adapters.allowed import Allowed
 from turret.server.adapters.base import BaseModel, Precision

@@ -131,7 +131,7 @@ def _weight_of(module: Any) -> Callable[[], torch.Tensor]:
 # A linear module with a trained gate over frozen low-rank updates.
 #
 # AdapterFusion (arXiv 2005.00247, section 3.2) in rank space, as the server computes it
-# (``kernels/adapters/fusion_gate.py``), with gradients for the query and the key alone::
+# (``kernels/fusion_gate.py``), with gradients for the query and the key alone::
 #
 # v_k = A_k x          α = softmax_k((Wq x) · (Wk B_k) v_k)          y = W x + b + Σ_k α_k B_k v_k
 

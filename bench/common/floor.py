@@ -38,8 +38,8 @@ def step_bytes(
 ) -> dict[str, float]:
     """Bytes of the weights, keys and values of a decode step, by part, with ``loras`` LoRAs in it.
 
-    The head is the whole one. Greedy steps on a CPU read half of it (``kernels/screen.py``) and may
-    take less.
+    The head is the whole one. Greedy steps on a CPU read half of it (``kernels/likeliest.py``) and
+    may take less.
     """
     slices = [entry for group in arch.linears().values() for entry in group]
     weights = arch.num_layers * sum(out * inner for _, out, inner in slices)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.adapters.segments import LongSegment, SegmentMember
-from turret.kernels.gpu.tables import SegmentTable
+from turret.kernels.gpu.tables import LongSegment, SegmentMember, SegmentTable
 
 # Ranks of the mixed scenario, dealt in turn.
 MIXED_RANKS = (8, 16, 32, 64, 128)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from turret.kernels.cpu.native import by_element
-from turret.kernels.cpu.threads import num_threads
+from turret.kernels.cpu.native import by_element, num_threads
 
 
 def add_rms_norm(
@@ -53,7 +52,7 @@ def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def clamped_swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
-    """``(up + 1) · gate · σ(alpha · gate)``, clamped; see ``kernels/activations.py``.
+    """``(up + 1) · gate · σ(alpha · gate)``, clamped; see ``kernels/between.py``.
 
     Args:
         gate_up: ``[rows, 2·width]`` bf16 or fp32, contiguous; gates and ups alternate.

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from turret.kernels.cpu.native import functions
-from turret.kernels.cpu.threads import num_threads
+from turret.kernels.cpu.native import functions, num_threads
 from turret.kernels.expert_routing import Routing
 
 _LANES = 16  # of vec.h: the activations of a member begin at multiples of it

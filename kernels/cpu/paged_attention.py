@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from turret.kernels.cpu.native import by_element
-from turret.kernels.cpu.threads import num_threads
+from turret.kernels.cpu.native import by_element, num_threads
 from turret.kernels.paged_attention import SequenceSpan
 
 _LANES = 16

@@ -10,8 +10,7 @@ import ctypes
 
 import torch
 
-from turret.kernels.cpu.native import functions
-from turret.kernels.cpu.threads import num_threads
+from turret.kernels.cpu.native import functions, has_native_products, num_threads
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -88,3 +87,41 @@ def _product(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, *, adds: bool) -
         *(y.stride(0), y.stride(1)),
         *(_KINDS[w.dtype], int(adds), num_threads()),
     )
+
+
+# ``y = x Wᵀ`` for a wide bf16 weight and the few rows of a step.
+
+_GROUP = 16  # rows of a tile
+
+
+def serves_dense(weight: torch.Tensor) -> bool:
+    """Whether ``dense_product`` supports a weight."""
+    is_bf16 = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return is_bf16 and has_native_products()
+
+
+def dense_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Multiply rows by a weight that is read as it lies; only where ``serves_dense``.
+
+    Args:
+        x: ``[rows, in]`` bf16.
+        weight: ``[out, in]`` bf16, contiguous.
+
+    Returns:
+        ``[rows, out]`` bf16, summed in fp32; a row's bits are the same in any batch.
+    """
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.bfloat16)
+    scratch = torch.empty(-(-x.shape[0] // _GROUP) * _GROUP, x.shape[1], dtype=torch.bfloat16)
+    functions().turret_dense_product(
+        x.data_ptr(),
+        x.stride(0),
+        x.shape[0],
+        weight.data_ptr(),
+        y.data_ptr(),
+        *weight.shape,
+        num_threads(),
+        scratch.data_ptr(),
+    )
+    return y

@@ -22,9 +22,8 @@ from typing import NamedTuple
 import torch
 
 from turret.kernels.cpu.circulant import CirculantFactors
-from turret.kernels.cpu.native import functions, isa
+from turret.kernels.cpu.native import functions, isa, num_threads
 from turret.kernels.cpu.sparse import SparseBlocks
-from turret.kernels.cpu.threads import num_threads
 
 # Share of a thread's cache for factors that are read ahead. The base's weights pass through it too.
 _AHEAD_BYTES = 3 << 19

@@ -82,7 +82,7 @@ def row_softcap_(x: torch.Tensor, cap: float) -> torch.Tensor:
     return torch.div(-2.0 * cap, x, out=x).add_(cap)
 
 
-# The gate of gpt-oss, see ``kernels/activations.py``; its bits do not depend on the batch. It uses
+# The gate of gpt-oss, see ``kernels/between.py``; its bits do not depend on the batch. It uses
 # the exponential of ``exp.py`` and operations that are exact to the last bit.
 
 

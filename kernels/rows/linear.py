@@ -11,10 +11,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.cpu.dense_product import dense_product, serves_dense
 from turret.kernels.cpu.native import has_kernels
-from turret.kernels.cpu.products import add_column_products_, dot_products
-from turret.kernels.rows.ordered_product import ordered_columns, ordered_product
+from turret.kernels.cpu.products import (
+    add_column_products_,
+    dense_product,
+    dot_products,
+    serves_dense,
+)
 from turret.kernels.rows.trial import (
     LARGEST,
     SAMPLE_ROWS,
@@ -25,6 +28,59 @@ from turret.kernels.rows.trial import (
     most_sizes,
     size_formulations,
 )
+
+# Products by elementwise operations of torch alone: the order of every sum is written here.
+#
+# An elementwise product or sum is rounded correctly, whatever computes it. Slow: what serves where
+# there are no compiled kernels and no library product passed its trial (``trial.py``).
+
+# Size of the fp32 temporary of one piece of rows, in elements: 4 MiB stay in the cache.
+_PIECE_ELEMENTS = 1 << 20
+
+
+def ordered_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """``x wᵀ``, neighbours added to each other until one is left.
+
+    Args:
+        x: ``[rows, inner]``.
+        w: ``[columns, inner]``. Zeros appended to the inner dimension of both change no bit.
+
+    Returns:
+        ``[rows, columns]`` fp32.
+    """
+    inner = x.shape[1]
+    if inner == 0:
+        return x.new_zeros(x.shape[0], w.shape[0], dtype=torch.float32)
+    more = (1 << (inner - 1).bit_length()) - inner
+    x, w = F.pad(x.float(), (0, more)), F.pad(w.float(), (0, more))
+    out = torch.empty(x.shape[0], w.shape[0])
+    columns = max(1, _PIECE_ELEMENTS // w.shape[1])
+    rows = max(1, _PIECE_ELEMENTS // (w.shape[1] * min(columns, max(w.shape[0], 1))))
+    for r in range(0, x.shape[0], rows):
+        for c in range(0, w.shape[0], columns):
+            terms = x[r : r + rows].unsqueeze(1) * w[c : c + columns]
+            while terms.shape[2] > 1:
+                terms = terms[..., ::2] + terms[..., 1::2]
+            out[r : r + rows, c : c + columns] = terms[..., 0]
+    return out
+
+
+def ordered_columns(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """``x w``, term by term; zeros anywhere in the inner dimension change no bit.
+
+    Args:
+        x: ``[rows, inner]``.
+        w: ``[inner, columns]``.
+
+    Returns:
+        ``[rows, columns]`` fp32.
+    """
+    x, w = x.float(), w.float()
+    out = x.new_zeros(x.shape[0], w.shape[1])
+    for k in range(w.shape[0]):
+        out += x[:, k : k + 1] * w[k]
+    return out
+
 
 # Columns of one library product, for weights whose shape changes from step to step.
 _COLUMNS = 64
@@ -229,3 +285,54 @@ def _keeps_zeros(formulation: Formulation, dtype: torch.dtype, out_features: int
                 return False
     v = torch.randn(SAMPLE_ROWS, 8, generator=generator).to(dtype).repeat(1, span // 8)
     return keeps_rows(lambda v: formulation.call(v, b), v, most_sizes())
+
+
+# ``x wᵀ`` per row for a small matrix per row, the bits of a row the same in any batch.
+#
+# Where ``row_linear`` multiplies vectors, this multiplies ``[m, k]`` matrices: one per row of the
+# step, by a weight of its own or by a shared one. On a CPU the order of every sum is ours
+# (``cpu/products.c``, or ``ordered_product.py`` where there are no compiled kernels).
+
+
+def row_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Multiply a matrix per row by a weight per row or by one for all.
+
+    Args:
+        x: ``[num_rows, m, k]``, fp32.
+        w: ``[num_rows, n, k]`` or, shared by all rows, ``[n, k]``; fp32. Appending zero rows or
+            columns changes no bit of the rest.
+
+    Returns:
+        ``[num_rows, m, n]``, fp32. On devices other than the CPU by library products of one shape.
+    """
+    num_rows, m, _ = x.shape
+    if has_kernels(x.device):
+        if w.dim() == 3:
+            return dot_products(x, w)
+        return dot_products(x.reshape(1, num_rows * m, -1), w.unsqueeze(0)).view(num_rows, m, -1)
+    if x.device.type != "cpu":
+        return _in_pieces(x, w)
+    if w.dim() == 2:
+        return ordered_product(x.reshape(num_rows * m, -1), w).view(num_rows, m, -1)
+    out = x.new_empty(num_rows, m, w.shape[1])
+    for row in range(num_rows):
+        out[row] = ordered_product(x[row], w[row])
+    return out
+
+
+def _in_pieces(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Compute in pieces of one shape, since a library chooses its algorithm by the shape."""
+    num_rows, m, _ = x.shape
+    if w.dim() == 2:
+        return linear_in_pieces(x.reshape(num_rows * m, -1), w).view(num_rows, m, -1)
+    missing = -num_rows % PIECE_ROWS
+    pairs = (F.pad(t, (0, 0, 0, 0, 0, missing)).split(PIECE_ROWS) for t in (x, w))
+    pieces = [torch.bmm(a, b.transpose(1, 2)) for a, b in zip(*pairs, strict=True)]
+    return torch.cat(pieces)[:num_rows]
+
+
+def select_slot(table: torch.Tensor, slots: torch.Tensor | int) -> torch.Tensor:
+    """Pick from ``[num_slots, …]`` in fp32: ``[num_rows, …]`` for a tensor, ``[…]`` for an int."""
+    if isinstance(slots, int):
+        return table[slots].float()
+    return table.index_select(0, slots).float()

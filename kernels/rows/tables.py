@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from turret.kernels.cpu.native import has_kernels
 from turret.kernels.cpu.products import column_products
-from turret.kernels.rows.ordered_product import ordered_product
+from turret.kernels.rows.linear import ordered_product
 from turret.kernels.rows.trial import Formulation, Sizes, cancelling, choose
 
 ROWS = 4

@@ -18,9 +18,9 @@ from turret.server.models.families import read_arch
 from turret.server.models.model_source import ModelSource, Progress, no_progress
 from turret.server.models.sources.model_directory import weight_files
 from turret.server.models.stored_tensors import StoredTensors
+from turret.server.models.weights.expert_stacks import RouterLinear
 from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight
 from turret.server.models.weights.nf4_experts import Nf4Experts
-from turret.server.models.weights.router import RouterLinear
 from turret.server.words import say
 
 

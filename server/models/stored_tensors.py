@@ -10,10 +10,76 @@ from safetensors import safe_open
 
 from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Experts
-from turret.server.models.text_part import text_name
 from turret.server.models.weights.expert_stacks import ExpertStacks
-from turret.server.models.weights.float8 import DTYPE, NOT_USED, SCALES, dequantize_float8
 from turret.server.words import say
+
+# Which tensors of a checkpoint are the language model's, and what it alone calls them.
+#
+# A checkpoint of a model of text and images holds a language model, a vision tower and what joins
+# the two. Only the language model is read; requests are text.
+
+# Prefixes of the language model within a multimodal model, as checkpoints write them (the names
+# before transformers 4.52) and as current models do.
+_TEXT = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+)
+# The other modules of these models.
+_OTHERS = ("vision_tower.", "multi_modal_projector.", "visual.")
+_SKIPPED = (*_OTHERS, *(f"model.{name}" for name in _OTHERS))
+
+
+def text_name(name: str) -> str | None:
+    """The tensor's name in the language model; None if it belongs to another part."""
+    if name.startswith(_SKIPPED):
+        return None
+    for prefix, own in _TEXT:
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    return name
+
+
+# Weights in 8-bit floats (E4M3, arXiv 2209.05433) with a scale, or one for each of their blocks.
+#
+# So Ministral 3, Qwen3's ``-FP8`` releases and llm-compressor's older checkpoints are stored.
+
+DTYPE = "F8_E4M3"
+# Suffixes of a weight's scale. DeepSeek's files call it inverse but mean this same factor.
+SCALES = ("_scale_inv", "_scale")
+# Scales for 8-bit activations and KV caches, which turret does not use.
+NOT_USED = (".activation_scale", ".input_scale", ".k_scale", ".v_scale", ".kv_scale")
+
+
+def dequantize_float8(
+    codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None
+) -> torch.Tensor:
+    """The numbers that a weight stands for.
+
+    Args:
+        codes: ``[out, in]`` float8_e4m3fn.
+        scale: A number, or ``[⌈out / rows⌉, ⌈in / columns⌉]``, in any float.
+        block: Rows and columns that have a scale in common; needed for more scales than one.
+
+    Returns:
+        ``[out, in]`` fp32.
+
+    Raises:
+        ValueError: There are not as many scales as blocks.
+    """
+    values, scale = codes.float(), scale.float()
+    if scale.numel() == 1:
+        return values * scale.reshape(())
+    out, inner = values.shape
+    # Without a block size, each row of the weight has one scale.
+    rows, columns = block or (1, inner)
+    scale = scale.reshape(-1, 1) if scale.dim() == 1 else scale
+    expected = -(-out // rows), -(-inner // columns)
+    if tuple(scale.shape) != expected:
+        raise ValueError(say("SCALES_MISMATCH", found=list(scale.shape), expected=list(expected)))
+    spread = scale.repeat_interleave(rows, 0)[:out].repeat_interleave(columns, 1)[:, :inner]
+    return values * spread
+
 
 _BYTES = "U8"
 _WEIGHT = ".weight"

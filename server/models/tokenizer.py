@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers.decoders import DecodeStream
 from tokenizers.models import WordLevel
 
 from turret.server.basics import channels
@@ -19,8 +20,67 @@ from turret.server.basics.work import LACK_OF_MEMORY_IS_REPORTED, PANICS_ARE_ERR
 from turret.server.errors import InvalidRequestError
 from turret.server.models.chat_format import ChatFormat, unknown_role
 from turret.server.models.chat_template import ChatTemplate
-from turret.server.models.token_stream import SaidStream, TokenStream
 from turret.server.words import say
+
+# Tokens of an answer become text, one at a time.
+
+
+class TokenStream:
+    """Decodes one sequence token by token.
+
+    Text appears only when complete: a character that spans several byte tokens comes with its last
+    one, and word-initial spaces are right.
+
+    Args:
+        backend: The tokenizer.
+        shown: Special tokens that are text, by their ids; the others are none.
+    """
+
+    def __init__(self, backend: Any, shown: Mapping[int, str]) -> None:
+        self._backend = backend
+        self._shown = shown
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the text that became certain (often one word, sometimes none)."""
+        with PANICS_ARE_ERRORS:
+            text = self._stream.step(self._backend, token_id) or ""
+        return text + self._shown[token_id] if token_id in self._shown else text
+
+
+class SaidStream(TokenStream):
+    """Keeps only the messages meant for the user, for answers in channels.
+
+    An answer that begins with no mark is text from its beginning, as one is that had to match
+    something else.
+
+    Args:
+        backend: The tokenizer.
+        marks: Special tokens of channels, by their ids.
+    """
+
+    def __init__(self, backend: Any, marks: Mapping[int, str]) -> None:
+        super().__init__(backend, {})
+        self._marks = marks
+        # Text of the current message's header so far; None outside a header.
+        self._header: str | None = None
+        self._is_said = True
+
+    def push(self, token_id: int) -> str:
+        text, mark = super().push(token_id), self._marks.get(token_id)
+        if mark == channels.MESSAGE:
+            self._is_said = channels.Header.parse(self._header or "").is_said
+            self._header = None
+        elif mark in channels.ENDS:
+            self._header = ""
+        elif mark is not None:
+            self._header = (self._header or "") + mark
+        elif self._header is not None:
+            self._header += text
+        elif self._is_said:
+            return text
+        return ""
+
 
 _BEFORE = "\n"
 _MAX_AROUND = 8

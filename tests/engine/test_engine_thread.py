@@ -10,8 +10,7 @@ import torch
 from method_oracle import twin
 from servers.engine_harness import EngineHarness
 
-from turret.kernels.cpu.native import has_native_products
-from turret.kernels.cpu.threads import num_threads
+from turret.kernels.cpu.native import has_native_products, num_threads
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

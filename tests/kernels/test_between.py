@@ -20,16 +20,16 @@ import torch
 import torch.nn.functional as F
 from kernel_traffic import DEVICE, DTYPES, HALF, error_ratio
 
-from turret.kernels.activations import (
+from turret.kernels.between import (
     clamped_swiglu_reference,
     gelu_mul_reference,
+    residual_rms_norm_reference,
+    rope_kv_write_reference,
     silu_mul_reference,
 )
 from turret.kernels.gpu.activations import clamped_swiglu, gelu_mul, silu_mul
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.rope_kv_write import KvWrite, rope_kv_write
-from turret.kernels.rms_norm import residual_rms_norm_reference
-from turret.kernels.rope_kv_write import rope_kv_write_reference
 from turret.kernels.rows.elementwise import row_clamped_swiglu
 
 BOUND = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}

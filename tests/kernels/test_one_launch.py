@@ -16,12 +16,12 @@ from kernel_traffic import (
     traffic,
 )
 
+from turret.kernels.between import rope_kv_write_reference
 from turret.kernels.gpu.low_rank import Shrink, nf4_shrink, segmented_expand, segmented_shrink
 from turret.kernels.gpu.nf4 import nf4_matmul, nf4_rotate
 from turret.kernels.gpu.rope_kv_write import KvWrite, rope_kv_write
 from turret.kernels.gpu.tables import SegmentTable
 from turret.kernels.nf4_matmul import BLOCK, CODE, Nf4Matrix
-from turret.kernels.rope_kv_write import rope_kv_write_reference
 
 HEADS, KV_HEADS, HEAD_DIM, SLOTS = 3, 1, 16, 80
 # Some over a tile of 16.

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from turret.kernels.cpu import native
+from turret.kernels.likeliest import MOST_ROWS, Screen
 from turret.kernels.rows.linear import row_linear
-from turret.kernels.screen import MOST_ROWS, Screen
 
 Make = Callable[[torch.Generator, int, int], torch.Tensor]
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 
-from turret.kernels.gpu.tables import StagedMemory, StagedPart, host_tensor, staged_buffer
+from turret.kernels.gpu import tables as staged_buffer
+from turret.kernels.gpu.tables import StagedMemory, StagedPart, host_tensor
 
 CPU = torch.device("cpu")
 

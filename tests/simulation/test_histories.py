@@ -17,9 +17,8 @@ from turret.server.engine import loop
 from turret.server.engine.loop import EngineLoop
 from turret.server.engine.scheduling.drafts import Drafts
 from turret.server.engine.scheduling.held_blocks import HeldBlocks
-from turret.server.engine.scheduling.scheduled import Scheduled
 from turret.server.engine.scheduling.scheduler import Scheduler
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Scheduled, Sequence
 
 NUM_HISTORIES = 2000
 NUM_ACTIONS = 50

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from turret.kernels.adapters.segments import LongSegment
 from turret.kernels.gpu import common as tuning_module
 from turret.kernels.gpu.common import Tuning
-from turret.kernels.gpu.tables import RowTable, SegmentTable
+from turret.kernels.gpu.tables import LongSegment, RowTable, SegmentTable
 from turret.server.engine.step.gpu.decode_graphs import Body, Outputs
 
 # The interpreter's time goes by operations, not by their size. Several splits and passes still.

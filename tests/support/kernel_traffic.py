@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from turret.kernels.adapters.segments import LongSegment, SegmentMember
+from turret.kernels.gpu.tables import LongSegment, SegmentMember
 
 RANKS = (1, 3, 8, 16, 64, 128)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

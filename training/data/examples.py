@@ -24,8 +24,8 @@ row's number in its batch.
 
 Where an aLoRA begins to act: at the last place of its invocation in a prompt.
 
-So the server has it (``server/engine/scheduling/windows.py``): it searches what precedes the answer
-and not the answer itself.
+So the server has it (``server/engine/scheduling/sequence.py``): it searches what precedes the
+answer and not the answer itself.
 
 Examples to token ids, as the server will see them, and which of them to learn.
 

@@ -39,31 +39,27 @@ class Kernel(NamedTuple):
 KERNELS: Mapping[type[Operator], Mapping[str, Kernel]] = {
     LowRank: {
         "cpu": Kernel("adapters/low_rank.c"),
-        "gpu": Kernel("adapters/segmented_shrink, adapters/segmented_expand"),
+        "gpu": Kernel("low_rank"),
     },
     ExpertLowRank: {
         "cpu": Kernel("adapters/experts.c"),
-        "gpu": Kernel("experts/expert_updates"),
+        "gpu": Kernel("experts"),
     },
     Gain: {
         "cpu": Kernel("adapters/adapters.c"),
-        "gpu": Kernel("adapters/segmented_expand"),
+        "gpu": Kernel("low_rank"),
     },
     Bias: {
         "cpu": Kernel("adapters/adapters.c"),
-        "gpu": Kernel("adapters/segmented_expand"),
+        "gpu": Kernel("low_rank"),
     },
     Hadamard: {
         "cpu": Kernel("adapters/hadamard.c"),
-        "gpu": Kernel(
-            "adapters/hadamard_shrink, adapters/hadamard_expand", lambda update: update.rank <= 64
-        ),
+        "gpu": Kernel("hadamard", lambda update: update.rank <= 64),
     },
     Kronecker: {
         "cpu": Kernel("adapters/kronecker.c"),
-        "gpu": Kernel(
-            "adapters/kronecker", lambda update: max(update.w1.shape[1], update.rank) <= 128
-        ),
+        "gpu": Kernel("kronecker", lambda update: max(update.w1.shape[1], update.rank) <= 128),
     },
     InputGain: {"cpu": Kernel("adapters/input_change.c")},
     InputBlocks: {"cpu": Kernel("adapters/input_change.c")},

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.adapters.fusion_gate import GATE_MULTIPLE
+from turret.kernels.fusion_gate import GATE_MULTIPLE
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.component import (

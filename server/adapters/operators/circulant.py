@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 
 from turret.kernels.cpu.circulant import CirculantFactors, spectrum, transforms
-from turret.kernels.rows.product import row_product
+from turret.kernels.rows.linear import row_product
 from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
 
 

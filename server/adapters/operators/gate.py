@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.adapters.fusion_gate import (
+from turret.kernels.fusion_gate import (
     GATE_MULTIPLE,
     fusion_gate_reference,
     routing_gate_reference,

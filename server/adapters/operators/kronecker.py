@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.rows.product import row_product
+from turret.kernels.rows.linear import row_product
 from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight, pieces
 
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.rows.linear import row_linear
-from turret.kernels.rows.product import row_product
+from turret.kernels.rows.linear import row_linear, row_product
 
 
 @dataclass(frozen=True, slots=True)

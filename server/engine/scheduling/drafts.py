@@ -11,8 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from turret.server.engine.scheduling.block_pool import BlockPool
-from turret.server.engine.scheduling.scheduled import Scheduled
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Scheduled, Sequence
 from turret.server.engine.speculation import Speculation
 
 

@@ -27,8 +27,7 @@ from turret.server.engine.scheduling.drafts import Drafts
 from turret.server.engine.scheduling.fair_queue import FairQueue
 from turret.server.engine.scheduling.held_blocks import HeldBlocks
 from turret.server.engine.scheduling.length_forecast import LengthForecast
-from turret.server.engine.scheduling.scheduled import Scheduled, Step
-from turret.server.engine.scheduling.sequence import Sequence, SequenceState
+from turret.server.engine.scheduling.sequence import Scheduled, Sequence, SequenceState, Step
 from turret.server.engine.speculation import Speculation, StepCost
 
 # Share of the blocks that is kept free for answers that grow longer than forecast.

@@ -3,17 +3,71 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from turret.server.basics.token_search import last_occurrence
 from turret.server.engine.scheduling.block_pool import next_key
 from turret.server.engine.scheduling.request import Request
-from turret.server.engine.scheduling.windows import Stage, stages_of
 from turret.server.engine.speculation import Drafter
 
 if TYPE_CHECKING:
-    # Imported for types only: the scheduler and its tests run without torch.
     from turret.server.adapters.mix import Mix
+
+
+# The position in a sequence from which each of its adapters acts. No torch.
+#
+# An activated adapter (``Adapter.invocation``) acts from the last occurrence of its invocation in
+# the prompt on, in what is generated after it too; where there is none it never acts. What is
+# generated is not searched, so that the answer to a prompt does not depend on how it is cut, broken
+# off or computed again.
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The adapters that act from a position on, until the next stage.
+
+    Attributes:
+        start: The first position.
+        mix: Part of the request's mix, in its order.
+    """
+
+    start: int
+    mix: Mix
+
+
+def stages_of(mix: Mix, prompt: SequenceOf[int], num_virtual: int) -> tuple[Stage, ...]:
+    """The stages of a request, in the order of their positions.
+
+    Args:
+        mix: All its adapters.
+        prompt: Its text's tokens.
+        num_virtual: Positions before them.
+
+    Returns:
+        The first begins at 0, without any activated adapter; it is the whole mix if there is none.
+    """
+    starts = {
+        index: None if found is None else num_virtual + found
+        for index, (adapter, _) in enumerate(mix.members)
+        if adapter.invocation
+        for found in [last_occurrence(prompt, adapter.invocation)]
+    }
+    if not starts:
+        return (Stage(0, mix),)
+
+    def acting(position: int | None) -> Mix:
+        members = [
+            member
+            for index, member in enumerate(mix.members)
+            if index not in starts
+            or (position is not None and (start := starts[index]) is not None and start <= position)
+        ]
+        return mix.part(members)
+
+    begins = sorted({start for start in starts.values() if start is not None})
+    return (Stage(0, acting(None)), *(Stage(start, acting(start)) for start in begins))
 
 
 class SequenceState(enum.Enum):
@@ -35,7 +89,7 @@ class Sequence:
     Attributes:
         request: What was asked.
         mix: Its adapters, references held until it finishes.
-        stages: Which of them act from which position on (``windows.py``).
+        stages: Which of them act from which position on (``stages_of``).
         arrival: ``time.monotonic()`` seconds when the request was received.
         num_virtual: Positions before the prompt that an adapter fills: soft tokens (computed like
             any token) or a prefix (keys and values come from the adapter).
@@ -136,3 +190,46 @@ class Sequence:
             salt = self.request.salt if self.num_virtual in block else b""
             tokens = self.tokens[start : start + block_size]
             self.keys.append(next_key(self.keys[-1], tokens, changes, salt=salt))
+
+
+# What a step computes, as the scheduler has chosen it. No torch.
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """Compute ``num_new`` tokens of a sequence, from its ``num_computed`` on, with one mix.
+
+    Those of ``draft`` come behind them: guesses at the next ones.
+    """
+
+    sequence: Sequence
+    num_new: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Positions to be computed."""
+        return self.num_new + len(self.draft)
+
+    @property
+    def samples(self) -> bool:
+        """Whether this completes the tokens known so far, so that a next one can be drawn."""
+        return self.sequence.num_computed + self.num_new == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One engine iteration.
+
+    Attributes:
+        scheduled: What to compute.
+        new_blocks: Blocks that changed owner, to be zeroed first.
+        num_preempted: Sequences that lost their blocks.
+        presets: Then to be filled from the sequence's adapter: its blocks from this index up to
+            its ``num_preset`` positions.
+    """
+
+    scheduled: tuple[Scheduled, ...]
+    new_blocks: tuple[int, ...]
+    num_preempted: int
+    presets: tuple[tuple[Sequence, int], ...] = ()

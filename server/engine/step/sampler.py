@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from turret.kernels.likeliest import likeliest_tokens
+from turret.kernels.likeliest import apply_token_mask, likeliest_tokens
 from turret.kernels.rows.elementwise import row_log_softmax
-from turret.kernels.token_mask import apply_token_mask
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.adjustment import Adjustment

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from turret.server.engine.scheduling.scheduled import Scheduled
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Scheduled, Sequence
 from turret.server.engine.step.executor import Draws
 from turret.server.engine.step.masks import LateMask, Mask
 from turret.server.engine.step.sampler import NOTHING_DRAWN, Draw

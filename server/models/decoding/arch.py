@@ -50,7 +50,7 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class ClampedSwiglu:
-    """An activation of gates and ups that alternate; see ``kernels/activations.py``."""
+    """An activation of gates and ups that alternate; see ``kernels/between.py``."""
 
     alpha: float
     limit: float

@@ -22,9 +22,8 @@ from turret.kernels.cpu.layers import (
     NativeRope,
     run_layers,
 )
-from turret.kernels.cpu.native import has_native_products
+from turret.kernels.cpu.native import has_native_products, num_threads
 from turret.kernels.cpu.paged_attention import NativeAttentionPlan
-from turret.kernels.cpu.threads import num_threads
 from turret.server.adapters.device.cpu.store import CpuStep
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import Arch

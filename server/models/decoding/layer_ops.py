@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from turret.kernels.between import residual_rms_norm_reference, rotate_heads
 from turret.kernels.cpu.native import has_layer_ops
 from turret.kernels.paged_attention import (
     SequenceSpan,
@@ -18,8 +19,6 @@ from turret.kernels.paged_attention import (
     plan_attention,
     prepare_attention,
 )
-from turret.kernels.rms_norm import residual_rms_norm_reference
-from turret.kernels.rope_kv_write import rotate_heads
 from turret.kernels.rows.elementwise import row_clamped_swiglu, row_gelu, row_silu
 from turret.server.adapters.device.store import AdapterStep
 from turret.server.models.decoding.arch import Arch, ClampedSwiglu

@@ -7,8 +7,7 @@ import math
 
 import torch
 
-from turret.kernels.likeliest import likeliest_tokens
-from turret.kernels.screen import MOST_ROWS, Screen
+from turret.kernels.likeliest import MOST_ROWS, Screen, likeliest_tokens
 from turret.server.models.decoding.decoder import Decoder
 
 # AMX's tiles need at least this many outputs. Each output is computed separately, but with fewer

@@ -240,7 +240,7 @@ class Nf4Linear:
         """
         if self.product is None:
             return self.dequantize(index)
-        from turret.server.models.weights.served_rows import ServedRows
+        from turret.server.models.weights.nf4_gpu import ServedRows
 
         like = self._dtype, self._device
         return ServedRows(self.product, self._rows(index), self.in_features, like)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from turret.kernels.cpu.native import functions, has_kernels, has_native_products
+from turret.kernels.cpu.native import functions, has_kernels, has_native_products, num_threads
 from turret.kernels.cpu.row_adapters import Ahead
-from turret.kernels.cpu.threads import num_threads
 from turret.kernels.rows.trial import (
     SAMPLE_ROWS,
     Formulation,

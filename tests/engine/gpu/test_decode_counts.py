@@ -105,12 +105,10 @@ def test_gated_adapters_launch_the_same_however_many(launched: list[str]):
             Decoding(adapters).run(executor)
         # One that was never here needs no graph of its own either.
         Decoding([Gated("late", 7, 48)]).run(executor)
-        assert capture.num_captures == 1
-        # Those without gates have theirs.
+        # Those without gates run in the same form: their gates are none.
         for _ in range(2):
             Decoding([lora]).run(executor)
-        assert capture.num_captures == 2
-        assert "fusion_gate_kernel" not in capture.launches
+        assert capture.num_captures == 1
     assert executor._epoch() == epoch
 
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from turret.server.basics.token_search import last_occurrence
 from turret.server.engine.scheduling.request import Request, StopConditions
-from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.scheduling.windows import stages_of
+from turret.server.engine.scheduling.sequence import Sequence, stages_of
 
 tokens = st.lists(st.integers(0, 2) | st.sampled_from([0xD800, 0xFEFF, 0x10FFFF]), max_size=12)
 

@@ -8,9 +8,8 @@ import pytest
 from builders.sequences import BLOCK_SIZE, sequence_of
 
 from turret.server.engine.scheduling.block_pool import BlockPool
-from turret.server.engine.scheduling.scheduled import Scheduled
 from turret.server.engine.scheduling.scheduler import Scheduler
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Scheduled, Sequence
 from turret.server.engine.speculation import Drafter, MixMemory, Speculation, StepCost, StepValue
 
 

@@ -10,8 +10,7 @@ import torch
 from builders.sequences import sequence_with
 
 from turret.server.engine.scheduling.request import StopConditions
-from turret.server.engine.scheduling.scheduled import Scheduled
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Scheduled, Sequence
 from turret.server.engine.step.adjustment import Adjustment
 from turret.server.engine.step.sampler import NO_MASKS, Draw, Sampler
 from turret.server.engine.step.verification import draw_tokens

@@ -34,7 +34,7 @@ from builders.mixes.gated_pack import (
 )
 from kernel_traffic import DEVICE, HALF, error_ratio
 
-from turret.kernels.adapters.fusion_gate import (
+from turret.kernels.fusion_gate import (
     fusion_gate_reference,
     given_gate_reference,
     routing_gate_reference,

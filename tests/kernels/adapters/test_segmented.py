@@ -39,9 +39,8 @@ from kernel_traffic import (
     update_in_float64,
 )
 
-from turret.kernels.adapters.segments import GatedMembers, LongSegment
 from turret.kernels.gpu.low_rank import segmented_expand, segmented_shrink
-from turret.kernels.gpu.tables import SegmentTable
+from turret.kernels.gpu.tables import GatedMembers, LongSegment, SegmentTable
 
 INNER, OUTS = 100, (70, 33, 5)
 NAMES = [name for name, _, _ in traffic(make_pack(8, (8,), HALF))]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from kernel_traffic import error_ratio
 
-from turret.kernels.cpu.dense_product import dense_product, serves_dense
+from turret.kernels.cpu.products import dense_product, serves_dense
 
 MAX_ERROR = 4e-3  # one rounding to bf16 makes up to 2.3e-3 of the RMS
 

@@ -37,7 +37,7 @@ EACH_TIME = ("MKL as on any processor", "torch and oneDNN with AVX2")
 SCRIPT = """
 import torch
 import torch.nn.functional as F
-from turret.kernels.rms_norm import row_rms_norm
+from turret.kernels.between import row_rms_norm
 from turret.kernels.rows.elementwise import row_exp_
 from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
 from turret.kernels.rows.elementwise import row_silu

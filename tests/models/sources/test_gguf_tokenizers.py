@@ -12,8 +12,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer
 
 from turret.server.errors import InvalidRequestError
+from turret.server.models.sources.gguf_file import read_gguf_tokenizer
 from turret.server.models.sources.gguf_layouts import LAYOUTS
-from turret.server.models.sources.gguf_tokenizer import read_gguf_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 # What Gemma's begins with; a run of spaces is stored as spaces.

@@ -18,7 +18,7 @@ from turret.server.errors import InvalidRequestError
 from turret.server.models.model_source import ModelSource, resolve_model
 from turret.server.models.sources.cache import default_cache_dir
 from turret.server.models.sources.model_directory import scale_block
-from turret.server.models.weights.float8 import dequantize_float8
+from turret.server.models.stored_tensors import dequantize_float8
 
 WEIGHTS = "model.safetensors"
 # Of E4M3.

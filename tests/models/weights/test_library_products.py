@@ -10,8 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from turret.kernels.rows.linear import _addmm_in_pieces, row_addmm_, row_linear
-from turret.kernels.rows.product import _in_pieces, row_product
+from turret.kernels.rows.linear import (
+    _addmm_in_pieces,
+    _in_pieces,
+    row_addmm_,
+    row_linear,
+    row_product,
+)
 from turret.server.models.weights import nf4_gpu as library_products
 from turret.server.models.weights.nf4_gpu import keep_sums_whole
 

@@ -15,8 +15,7 @@ from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.residency.loader import LoadedAdapter
 from turret.server.adapters.source import Source
 from turret.server.engine.scheduling.block_pool import BlockPool
-from turret.server.engine.scheduling.scheduled import Scheduled, Step
-from turret.server.engine.scheduling.sequence import Sequence, SequenceState
+from turret.server.engine.scheduling.sequence import Scheduled, Sequence, SequenceState, Step
 from turret.server.engine.speculation import Drafter
 from turret.server.engine.step.runner import DeviceFullError, StepResult
 from turret.server.engine.step.sampler import Draw

@@ -10,7 +10,7 @@ from turret.kernels.cpu.expert_adapters import ExpertAdapters, ExpertTable
 from turret.kernels.expert_routing import Routing
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import StepMembers
-from turret.server.adapters.device.part import Part
+from turret.server.adapters.device.store import Part
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 

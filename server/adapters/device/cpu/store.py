@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from turret.kernels.cpu.native import num_threads
 from turret.kernels.cpu.row_adapters import RowAdapters, RowSegment
-from turret.kernels.cpu.threads import num_threads
 from turret.kernels.expert_routing import Routing
 from turret.server.adapters.device.cpu.experts import CpuExpertUpdates, CpuStepExperts
 from turret.server.adapters.device.cpu.inputs import StepInputs

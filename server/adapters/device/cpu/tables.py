@@ -27,7 +27,7 @@ from turret.kernels.cpu.sparse import SparseBlocks, blocks_bytes
 from turret.kernels.rows.tables import COLUMNS, padded
 from turret.server.adapters.device.kernels import KERNELS
 from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.device.part import Part
+from turret.server.adapters.device.store import Part
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.circulant import Circulant
 from turret.server.adapters.operators.dense import Dense

@@ -14,9 +14,15 @@ from itertools import accumulate, chain, groupby, pairwise
 
 import torch
 
-from turret.kernels.adapters.segments import GatedMembers, LongSegment, SegmentMember
 from turret.kernels.gpu.fusion_gate import WORDS, fusion_gate, gate_shrink
-from turret.kernels.gpu.tables import SegmentTable, host_tensor, upload
+from turret.kernels.gpu.tables import (
+    GatedMembers,
+    LongSegment,
+    SegmentMember,
+    SegmentTable,
+    host_tensor,
+    upload,
+)
 from turret.server.adapters.device.gpu.pack import (
     Form,
     GpuPack,
@@ -30,7 +36,7 @@ from turret.server.adapters.device.gpu.pack import (
 from turret.server.adapters.device.gpu.uploads import by_layers
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
-from turret.server.adapters.device.part import Part
+from turret.server.adapters.device.store import Part
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.gate import Gate
 

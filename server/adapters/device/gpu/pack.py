@@ -14,7 +14,7 @@ import torch
 from turret.server.adapters.device.gpu.uploads import by_layers
 from turret.server.adapters.device.kernels import has_kernel
 from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.device.part import Part
+from turret.server.adapters.device.store import Part
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.low_rank import LowRank

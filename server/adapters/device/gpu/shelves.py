@@ -12,17 +12,16 @@ from typing import Protocol
 
 import torch
 
-from turret.kernels.adapters.segments import LongSegment
 from turret.kernels.expert_routing import Routing
 from turret.kernels.gpu.experts import add_expert_updates
 from turret.kernels.gpu.hadamard import hadamard_expand, hadamard_shrink
 from turret.kernels.gpu.kronecker import kronecker
-from turret.kernels.gpu.tables import RowTable, SegmentTable, upload
+from turret.kernels.gpu.tables import LongSegment, RowTable, SegmentTable, upload
 from turret.server.adapters.device.gpu.pack import Form, grown
 from turret.server.adapters.device.kernels import has_kernel
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
-from turret.server.adapters.device.part import Part
+from turret.server.adapters.device.store import Part
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.kronecker import Kronecker

@@ -6,7 +6,7 @@
 
 ``Δ_k(x) = B_k A_k x`` is the component's own update, its scale included, and 0 where it does not
 adapt the module. The paper's value matrix is the identity here. ``Wk B_k`` is folded at load, so
-the score is taken in rank space (``kernels/adapters/fusion_gate.py``).
+the score is taken in rank space (``kernels/fusion_gate.py``).
 
 The checkpoint holds ``…fusion_query.weight`` ``[d_k, in]`` and ``…fusion_key.weight``
 ``[d_k, out]`` per module; the components are registered adapters that the config names by digest.

@@ -161,7 +161,7 @@ def _router(
     Raises:
         AdapterCheckpointError: Its outputs or ``top_k_lora`` do not go with the components.
     """
-    from turret.kernels.adapters.fusion_gate import GATE_MULTIPLE, given_gate_reference
+    from turret.kernels.fusion_gate import GATE_MULTIPLE, given_gate_reference
     from turret.server.adapters.lowering.components import filled_up
     from turret.server.adapters.operators.token_router import TokenRouter
 

@@ -1,6 +1,6 @@
 """LoHa (FedPara, arXiv 2108.06098): ``Δ(x) = s·((w1a w1b) ⊙ (w2a w2b)) x``, ``s = alpha/r``.
 
-Computed in rank space (``kernels/adapters/hadamard_shrink.py``), which needs ``r² (in + out)``
+Computed in rank space (``server/adapters/operators/hadamard.py``), which needs ``r² (in + out)``
 products per token where a dense update needs ``in · out``. For a square module the first is fewer
 while ``r² < d/2``; past that the adapter is refused.
 """

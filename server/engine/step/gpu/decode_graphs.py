@@ -29,7 +29,8 @@ _log = logging.getLogger(__name__)
 # Outputs of a step; the tensors keep their addresses, and a replay overwrites them.
 Outputs = tuple[torch.Tensor, torch.Tensor]
 Body = Callable[[], Outputs]
-Key = tuple[Hashable, frozenset[Any], Hashable]
+# Kind (rows, and whether embeddings are made before), form and addresses.
+Key = Any
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _LARGE_BUCKET = 64

@@ -15,7 +15,7 @@ import torch
 
 from turret.kernels.gpu.sample_rows import sample_rows
 from turret.kernels.gpu.tables import SamplingTable, has_streams, upload
-from turret.kernels.token_mask import apply_token_mask
+from turret.kernels.likeliest import apply_token_mask
 from turret.server.engine.scheduling.request import SamplingParams, StopConditions
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.adjustment import Adjustment

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.adapters.segments import LongSegment
 from turret.kernels.gpu.tables import (
     SPLIT,
     AttentionTable,
+    LongSegment,
     RowTable,
     SamplingTable,
     SegmentTable,

@@ -42,7 +42,7 @@ from turret.server.models.loader import load_decoder
 from turret.server.models.model_source import resolve_model
 from turret.server.models.sources.cache import default_cache_dir
 from turret.server.models.sources.embedded import find_gguf
-from turret.server.models.text_part import text_name
+from turret.server.models.stored_tensors import text_name
 
 BOS, EOS = 256, 257
 VOCAB_SIZE = 258

@@ -11,9 +11,8 @@ from kernel_traffic import DEVICE
 from ptx.addresses import address_of
 from torch import Tensor
 
-from turret.kernels.adapters.segments import GatedMembers, LongSegment, SegmentMember
 from turret.kernels.gpu.fusion_gate import WORDS
-from turret.kernels.gpu.tables import SegmentTable
+from turret.kernels.gpu.tables import GatedMembers, LongSegment, SegmentMember, SegmentTable
 
 
 @dataclass(frozen=True)

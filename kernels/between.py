@@ -1,0 +1,195 @@
+"""What is computed between projections, in torch: norms, activations, rotation.
+
+Residual addition and RMSNorm (arXiv 1910.07467) are one operation:
+
+``residual ← residual + update`` (rounded to its dtype, as the residual stream is stored), then
+``normed = residual / sqrt(mean(residual²) + eps) ⊙ weight``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from turret.kernels.rows.trial import SAMPLE_ROWS, by_rows
+
+
+def residual_rms_norm_reference(
+    residual: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Add in place and normalise; the oracle of the Triton kernel.
+
+    Args:
+        residual: ``[num_rows, width]``, fp16, bf16 or fp32; becomes the sum.
+        update: Same shape and dtype, or None (only normalise).
+        weight: ``[width]``, same dtype or fp32.
+        eps: Added to the mean square.
+
+    Returns:
+        ``[num_rows, width]``, dtype of ``residual``.
+    """
+    if update is not None:
+        residual += update
+    return row_rms_norm(residual, weight, eps)
+
+
+def row_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm by torch.
+
+    Args:
+        x: ``[num_rows, width]``, fp16, bf16 or fp32.
+        weight: ``[width]``, same dtype or fp32.
+        eps: Added to the mean square.
+
+    Returns:
+        ``[num_rows, width]``, dtype of ``x``; on a CPU a row's bits are the same in any batch.
+    """
+
+    def compute(rows: torch.Tensor) -> torch.Tensor:
+        if rows.dtype == weight.dtype:
+            return F.rms_norm(rows, weight.shape, weight, eps)
+        return F.rms_norm(rows.float(), weight.shape, weight.float(), eps).to(rows.dtype)
+
+    def sample() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(SAMPLE_ROWS, x.shape[1], generator=generator).to(x.dtype)
+
+    if x.device.type != "cpu":
+        return compute(x)
+    return by_rows("norm", (x.dtype, weight.dtype, x.shape[1]), compute, x, sample)
+
+
+# ``silu(gate) ⊙ up`` (SwiGLU, arXiv 2002.05202) over a fused gate·up projection.
+
+
+def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
+    """Multiply in fp32; the oracle of the Triton kernel.
+
+    Args:
+        gate_up: ``[num_rows, 2 · width]``, the gates first; fp16, bf16 or fp32.
+
+    Returns:
+        ``[num_rows, width]``, one rounding to the dtype of ``gate_up``.
+    """
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+# ``gelu(gate) ⊙ up`` over a fused gate·up projection, by gelu's tanh formula (arXiv 1606.08415).
+
+
+def gelu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
+    """Multiply in fp32; the oracle of the Triton kernel.
+
+    Args:
+        gate_up: ``[num_rows, 2 · width]``, the gates first; fp16, bf16 or fp32.
+
+    Returns:
+        ``[num_rows, width]``, one rounding to the dtype of ``gate_up``.
+    """
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
+
+
+# The gate of gpt-oss (arXiv 2508.10925) over a fused projection of gates and ups.
+#
+# ::
+#
+#     g = min(gate, limit)    u = min(max(up, -limit), limit)    (u + 1) · g · σ(alpha · g)
+#
+# Gates and ups alternate: its checkpoints have them so, and so have adapters.
+
+
+def clamped_swiglu_reference(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """Compute in fp32; the oracle of the Triton kernel.
+
+    Args:
+        gate_up: ``[num_rows, 2 · width]``, gates at even columns; fp16, bf16 or fp32.
+        alpha: Gain of the sigmoid.
+        limit: Of gates and ups.
+
+    Returns:
+        ``[num_rows, width]``, one rounding to the dtype of ``gate_up``.
+    """
+    gate, up = gate_up.float().unflatten(1, (-1, 2)).unbind(-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return ((up + 1) * gate * (alpha * gate).sigmoid()).to(gate_up.dtype)
+
+
+# Head norms, rotary positions and the KV write: what stands between qkv and attention.
+#
+# Rotary positions (RoFormer, arXiv 2104.09864) turn the first ``2 · pairs`` features of a head;
+# they pair ``(i, i + pairs)``, as most Hugging Face checkpoints lay them out, or neighbours.
+
+
+def rope_kv_write_reference(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv_slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    is_interleaved: bool = False,
+) -> torch.Tensor:
+    """Rotate in fp32 and store; the oracle of the Triton kernel.
+
+    Args:
+        qkv: ``[num_rows, (num_heads + 2 · kv_heads) · head_dim]``, fp16, bf16 or fp32.
+        cos: ``[num_rows, pairs]`` fp32.
+        sin: Same shape.
+        kv_slots: ``block · block_size + offset`` per row, ``[num_rows]`` int64.
+        k_cache: One layer's keys, ``[num_blocks, block_size, kv_heads, head_dim]``, written.
+        v_cache: One layer's values, same shape, written.
+        q_norm: RMSNorm weight of the query heads, ``[head_dim]``, fp32 or as ``qkv``, or None.
+        k_norm: The same for the key heads.
+        eps: Of the norms.
+        is_interleaved: Whether neighbouring features make a pair.
+
+    Returns:
+        Rotated queries, ``[num_rows, num_heads, head_dim]``, dtype of the cache.
+    """
+    kv_heads, head_dim = k_cache.shape[2:]
+    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    num_heads = heads.shape[1] - 2 * kv_heads
+    q, k, v = heads.split((num_heads, kv_heads, kv_heads), dim=1)
+    if q_norm is not None:
+        q = row_rms_norm(q.flatten(0, 1), q_norm, eps).view(q.shape)
+    if k_norm is not None:
+        k = row_rms_norm(k.flatten(0, 1), k_norm, eps).view(k.shape)
+    k = rotate_heads(k, cos, sin, is_interleaved=is_interleaved)
+    k_cache.flatten(0, 1)[kv_slots] = k.to(k_cache.dtype)
+    v_cache.flatten(0, 1)[kv_slots] = v.to(v_cache.dtype)
+    return rotate_heads(q, cos, sin, is_interleaved=is_interleaved).to(k_cache.dtype)
+
+
+def rotate_heads(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, is_interleaved: bool = False
+) -> torch.Tensor:
+    """Rotary positions on ``[rows, heads, head_dim]``, any float dtype; fp32 result.
+
+    Args:
+        x: See above.
+        cos: ``[rows, pairs]`` fp32.
+        sin: Same shape.
+        is_interleaved: Whether neighbouring features make a pair, not (i, i + pairs).
+    """
+    x = x.float()
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    out = x.clone()
+    first, second = _pairs(x, cos.shape[-1], is_interleaved)
+    out_first, out_second = _pairs(out, cos.shape[-1], is_interleaved)
+    # Separate products and sums round alike in vector loops and in the scalar loops for the rest.
+    torch.mul(first, cos, out=out_first).sub_(second * sin)
+    torch.mul(second, cos, out=out_second).add_(first * sin)
+    return out
+
+
+def _pairs(x: torch.Tensor, count: int, is_interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the first and second features of the pairs, ``[rows, heads, count]`` each."""
+    if is_interleaved:
+        return x[..., 0 : 2 * count : 2], x[..., 1 : 2 * count : 2]
+    return x[..., :count], x[..., count : 2 * count]
