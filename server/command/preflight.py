@@ -328,7 +328,7 @@ def _bind(address: str, host: str, port: int, any_port: bool) -> Text | None:
     try:
         kind, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
-        return say("UNKNOWN_HOST", value=address, host=host)
+        return say("HOST_NOT_RESOLVED", value=address, host=host)
     try:
         with socket.socket(kind, socket.SOCK_STREAM) as listener:
             # As the listeners do, ignore connections that only just ended.

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from turret.server.api.inference.inference import Inference
-from turret.server.api.limits import MAX_TOP_LOGPROBS
-from turret.server.api.violations import Violations
-from turret.server.http.bodies.answer_fields import (
+from turret.server.http.answers import (
     FINISH_REASONS,
     Ended,
     adapters_of,
@@ -18,19 +16,20 @@ from turret.server.http.bodies.answer_fields import (
     stop_reason,
     usage_of,
 )
-from turret.server.http.bodies.fields import Fields
-from turret.server.http.bodies.generation import Asked, numbered, read_asked
-from turret.server.http.bodies.messages import read_messages
-from turret.server.http.bodies.slips import refuse_if_wrong
-from turret.server.http.bodies.tool_fields import read_tools
-from turret.server.http.bodies.unsupported import refuse_unsupported
-from turret.server.http.choices import Choices
-from turret.server.http.exchange.endpoint import Exchange
-from turret.server.http.exchange.template import HOLE, Template
-from turret.server.http.readers import make_readers
-from turret.server.http.tools.deltas import delta_of, message_of
-from turret.server.http.tools.pieces import Said
-from turret.server.http.tools.reader import AnswerReader
+from turret.server.http.asked import (
+    Asked,
+    asked_of,
+    chat_of,
+    numbered,
+    read_asking,
+    tools_of,
+)
+from turret.server.http.choices import Choices, make_readers
+from turret.server.http.endpoint import Exchange
+from turret.server.http.reply import HOLE, Template
+from turret.server.http.schemas.requests import ChatRequest
+from turret.server.http.tools.calls import Said
+from turret.server.http.tools.reader import AnswerReader, delta_of, message_of
 from turret.v1 import inference_pb2
 
 
@@ -46,18 +45,14 @@ class ChatCompletions:
 
     async def __call__(self, exchange: Exchange) -> None:
         info = self._inference.model()
-        violations = Violations()
-        fields = Fields(exchange.take_body(), violations)
-        asked = read_asked(fields, info.name)
-        exchange.call.about(asked.message.adapters)
-        refuse_unsupported(fields, is_chat=True)
-        _read_logprobs(fields, asked.message.options)
-        prompt = inference_pb2.GenerateRequest(chat=read_messages(fields))
-        exchange.names.update(asked.names)
-        use = read_tools(fields, prompt.chat)
-        make_reader = await make_readers(self._inference, exchange, fields, asked, use)
-        refuse_if_wrong(fields, exchange.names, asked.message)
-        del fields
+        body, mix = read_asking(exchange, ChatRequest, info.name)
+        asked = asked_of(body, mix, exchange.names)
+        options = asked.message.options
+        options.logprobs, options.top_n = body.logprobs, body.top_logprobs or 0
+        prompt = inference_pb2.GenerateRequest(chat=chat_of(body.messages))
+        use = tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, prompt.chat)
+        del body
+        make_reader = await make_readers(self._inference, exchange, asked, use)
         # Divide the size of the request among its answers.
         exchange.call.message_bytes //= asked.num_choices
         choices = Choices(
@@ -74,11 +69,11 @@ class ChatCompletions:
             await _Events(exchange, asked, first, make_reader).send(choices)
             return
         answers = await choices.whole()
-        body = head(answer_id, "chat.completion", asked.model, info)
-        body["choices"] = []
+        whole = head(answer_id, "chat.completion", asked.model, info)
+        whole["choices"] = []
         for index, answer in enumerate(answers):
             reader = make_reader()
-            body["choices"].append(
+            whole["choices"].append(
                 {
                     "index": index,
                     "message": message_of(reader, answer.text),
@@ -87,9 +82,9 @@ class ChatCompletions:
                     "stop_reason": stop_reason(answer),
                 }
             )
-        body["usage"] = usage_of(answers, asked.num_choices)
-        body["adapters_used"] = adapters_of(answers)
-        await exchange.reply.json(body)
+        whole["usage"] = usage_of(answers, asked.num_choices)
+        whole["adapters_used"] = adapters_of(answers)
+        await exchange.reply.json(whole)
 
 
 class _Events:
@@ -160,11 +155,3 @@ def _finish_reason(answer: Ended, reader: AnswerReader) -> str:
 
 def _logprobs(asked: Asked, answer: Ended) -> dict[str, Any] | None:
     return chat_logprobs(answer.logprobs) if asked.message.options.logprobs else None
-
-
-def _read_logprobs(fields: Fields, options: inference_pb2.ResponseOptions) -> None:
-    options.logprobs = fields.flag("logprobs")
-    top = fields.integer("top_logprobs", 0, MAX_TOP_LOGPROBS)
-    if top and not options.logprobs:
-        fields.refuse("top_logprobs", "needs logprobs")
-    options.top_n = top or 0

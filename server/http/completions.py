@@ -9,9 +9,9 @@ from typing import Any
 
 from turret.server.api.inference.answers import together
 from turret.server.api.inference.inference import Inference
-from turret.server.api.limits import MAX_INPUTS, MAX_TOP_LOGPROBS
-from turret.server.api.violations import Violations
-from turret.server.http.bodies.answer_fields import (
+from turret.server.api.limits import MAX_INPUTS
+from turret.server.errors import InvalidRequestError
+from turret.server.http.answers import (
     FINISH_REASONS,
     CompletionLogprobs,
     Ended,
@@ -20,19 +20,14 @@ from turret.server.http.bodies.answer_fields import (
     stop_reason,
     usage_of,
 )
-from turret.server.http.bodies.fields import Fields
-from turret.server.http.bodies.generation import Asked, numbered, read_asked
-from turret.server.http.bodies.prompts import read_prompts
-from turret.server.http.bodies.slips import refuse_if_wrong
-from turret.server.http.bodies.unsupported import refuse_unsupported
+from turret.server.http.asked import Asked, asked_of, numbered, read_asking
 from turret.server.http.choices import Choices, blamed_on
-from turret.server.http.exchange.endpoint import Exchange
-from turret.server.http.exchange.template import HOLE, Template
+from turret.server.http.endpoint import Exchange
+from turret.server.http.reply import HOLE, Template
+from turret.server.http.schemas.requests import DEFAULT_MAX_TOKENS, CompletionRequest
 from turret.server.words import say
 from turret.v1 import inference_pb2
 
-# The default of OpenAI's API.
-DEFAULT_MAX_TOKENS = 16
 # Limit of a request's answers, over all its prompts. Each costs a task on the event loop.
 MAX_ANSWERS = MAX_INPUTS
 
@@ -51,27 +46,32 @@ class Completions:
 
     async def __call__(self, exchange: Exchange) -> None:
         info = self._inference.model()
-        violations = Violations()
-        fields = Fields(exchange.take_body(), violations)
-        asked = read_asked(fields, info.name, least_tokens=0)
-        exchange.call.about(asked.message.adapters)
-        refuse_unsupported(fields, is_chat=False)
-        _read_options(fields, asked.message)
-        read = read_prompts(fields, "prompt", _Prompt)
-        places, prompts = list(read), list(read.values())
-        is_scored = asked.message.stop.max_tokens == 0
+        body, mix = read_asking(exchange, CompletionRequest, info.name)
+        asked = asked_of(body, mix, exchange.names)
+        options, stop = asked.message.options, asked.message.stop
+        options.echo, options.logprobs = body.echo, body.logprobs is not None
+        options.top_n = body.logprobs or 0
+        if not stop.HasField("max_tokens"):
+            stop.max_tokens = DEFAULT_MAX_TOKENS
+        places = [f"prompt{place}" for place in body.prompt]
+        prompts = [
+            _Prompt(prompt=each)
+            if isinstance(each, str)
+            else _Prompt(token_ids=inference_pb2.TokenIds(ids=each))
+            for each in body.prompt.values()
+        ]
+        del body
+        is_scored = stop.max_tokens == 0
         if is_scored and asked.is_stream:
-            fields.refuse("stream", "needs max_tokens of at least 1")
+            raise InvalidRequestError.of("stream", say("NEEDS_FIELD", other="max_tokens"))
         count = len(prompts) * asked.num_choices
         if count > MAX_ANSWERS:
-            fields.refuse("n", say("TOO_MANY_ANSWERS", most=MAX_ANSWERS, found=count))
-        exchange.names.update(asked.names)
-        refuse_if_wrong(fields, exchange.names, asked.message)
-        del fields, read
+            why = say("TOO_MANY_ANSWERS", most=MAX_ANSWERS, found=count)
+            raise InvalidRequestError.of("n", why)
         # Divide the size of the request among its answers.
         exchange.call.message_bytes //= count
         answer_id = f"cmpl-{exchange.call.request_id}"
-        body = head(answer_id, "text_completion", asked.model, info)
+        whole = head(answer_id, "text_completion", asked.model, info)
         if is_scored:
             answers = await self._score(exchange, asked, prompts, places)
         else:
@@ -87,13 +87,13 @@ class Completions:
                 places=places,
             )
             if asked.is_stream:
-                await _send_events(exchange, asked, choices, body)
+                await _send_events(exchange, asked, choices, whole)
                 return
             answers = await choices.whole()
-        body["choices"] = [_choice(asked, index, answer) for index, answer in enumerate(answers)]
-        body["usage"] = usage_of(answers, asked.num_choices)
-        body["adapters_used"] = adapters_of(answers)
-        await exchange.reply.json(body)
+        whole["choices"] = [_choice(asked, index, answer) for index, answer in enumerate(answers)]
+        whole["usage"] = usage_of(answers, asked.num_choices)
+        whole["adapters_used"] = adapters_of(answers)
+        await exchange.reply.json(whole)
 
     async def _score(
         self,
@@ -195,13 +195,3 @@ def _growing(index: int) -> dict[str, Any]:
         "finish_reason": None,
         "stop_reason": None,
     }
-
-
-def _read_options(fields: Fields, message: inference_pb2.GenerateRequest) -> None:
-    options = message.options
-    options.echo = fields.flag("echo")
-    top = fields.integer("logprobs", 0, MAX_TOP_LOGPROBS)
-    options.logprobs = top is not None
-    options.top_n = top or 0
-    if not message.stop.HasField("max_tokens"):
-        message.stop.max_tokens = DEFAULT_MAX_TOKENS

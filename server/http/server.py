@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import logging
 import socket
@@ -11,6 +12,7 @@ import ssl
 from collections.abc import Collection, Iterator, Mapping
 
 import uvicorn
+from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -28,29 +30,24 @@ from turret.server.api.inference.inference import Inference
 from turret.server.basics.address import split_address
 from turret.server.basics.codes import Code
 from turret.server.config import ListenConfig, SecurityConfig
-from turret.server.http import lora, shapes
-from turret.server.http import tokens as token_routes
-from turret.server.http.bodies import generation, prompts
-from turret.server.http.bodies.responses import fields as response_fields
-from turret.server.http.bodies.slips import slips_between
+from turret.server.http import asked
 from turret.server.http.chat import ChatCompletions
-from turret.server.http.classify import Classify
 from turret.server.http.completions import Completions
+from turret.server.http.connection import Connection, Listener, tls_context
 from turret.server.http.console.page import Page
-from turret.server.http.console.state import State
-from turret.server.http.embeddings import Embeddings
-from turret.server.http.exchange.connection import Connection, tls_context
-from turret.server.http.exchange.endpoint import Endpoint, Handler, Route
-from turret.server.http.exchange.hosts import HostCheck
-from turret.server.http.exchange.listener import Listener
-from turret.server.http.exchange.refusals import HttpRefusal, refusal_of
-from turret.server.http.exchange.reply import dumps
-from turret.server.http.exchange.request_ids import RequestIds
-from turret.server.http.exchange.shape import Shape
-from turret.server.http.models import Models
-from turret.server.http.probes import Probes
+from turret.server.http.console.state import Probes, State
+from turret.server.http.endpoint import Endpoint, Handler, Route
+from turret.server.http.middleware import HostCheck, RequestIds
+from turret.server.http.models import ADAPTER_NAMES, Lora, Models
+from turret.server.http.openapi import Reference
+from turret.server.http.refusals import HttpRefusal, refusal_of
+from turret.server.http.reply import dumps
 from turret.server.http.responses import Responses
+from turret.server.http.schemas import answers, requests
+from turret.server.http.schemas.fields import Body, slip_of
+from turret.server.http.texts import Classify, Embeddings, Tokens
 from turret.server.metrics import Metrics
+from turret.server.words import say
 
 INFERENCE = "turret.v1.Inference"
 ADAPTERS = "turret.v1.Adapters"
@@ -62,9 +59,9 @@ BACKLOG = 1024
 # Paths for managing adapters. They are not served here if the admin API has its own address.
 ADMIN_PATHS = tuple(f"/v1/{verb}_lora_adapter" for verb in ("load", "unload", "pin", "unpin"))
 _LAST_WORD_SECONDS = 1.0
-# Suggest by spelling only between these lengths: short paths differ in few letters anyway, and a
-# longer one is not a misspelt path of ours.
-_SHORT_PATH, _LONGEST_PATH = 10, 40
+# Shorter paths differ in few letters anyway, so they are not suggested by their spelling.
+_SHORT_PATH = 10
+_MOST_ECHOED = 200
 
 
 def routes(
@@ -74,6 +71,7 @@ def routes(
     metrics: Metrics,
     failures: Failures,
     has_admin: bool,
+    has_tokens: bool = False,
 ) -> list[Route]:
     """All routes.
 
@@ -83,61 +81,146 @@ def routes(
         metrics: What is counted.
         failures: The last calls that failed.
         has_admin: Whether adapters can be loaded and unloaded here.
+        has_tokens: Whether callers need a token.
     """
+    made: list[Route] = []
+    reference = Reference(lambda: made, has_tokens=has_tokens)
     page = Page()
     state = State(inference, adapters, metrics=metrics, failures=failures, has_admin=has_admin)
     models, probes = Models(inference, adapters), Probes(inference, metrics)
-    texts, admin = token_routes.Tokens(inference), lora.Lora(adapters)
+    texts, admin = Tokens(inference), Lora(adapters)
     chat, completions = ChatCompletions(inference), Completions(inference)
-    made = [
-        _answer("/v1/chat/completions", chat, shapes.CHAT, generation.CHAT_NAMES),
-        _answer("/v1/completions", completions, shapes.COMPLETIONS, generation.COMPLETION_NAMES),
-        _answer("/v1/responses", Responses(inference), shapes.RESPONSES, response_fields.NAMES),
-        _answer("/v1/embeddings", Embeddings(inference), shapes.INPUTS, prompts.NAMES),
-        _answer("/classify", Classify(inference), shapes.INPUTS, prompts.NAMES),
-        _get("/v1/models", models.list, INFERENCE),
+    made += [
+        _answer(
+            "/v1/chat/completions",
+            chat,
+            (requests.ChatRequest, answers.ChatCompletion),
+            asked.CHAT_NAMES,
+            "Answer a conversation",
+        ),
+        _answer(
+            "/v1/completions",
+            completions,
+            (requests.CompletionRequest, answers.Completion),
+            asked.COMPLETION_NAMES,
+            "Continue prompts",
+        ),
+        _answer(
+            "/v1/responses",
+            Responses(inference),
+            (requests.ResponseRequest, answers.Response),
+            asked.RESPONSE_NAMES,
+            "Answer a conversation (Responses API); nothing is stored",
+        ),
+        _answer(
+            "/v1/embeddings",
+            Embeddings(inference),
+            (requests.EmbeddingsRequest, answers.Embeddings),
+            asked.INPUT_NAMES,
+            "Embed texts",
+        ),
+        _answer(
+            "/classify",
+            Classify(inference),
+            (requests.ClassifyRequest, answers.Classification),
+            asked.INPUT_NAMES,
+            "Label texts",
+        ),
+        _get("/v1/models", models.list, INFERENCE, answers.ModelList, "List models"),
         # Model names may contain slashes.
-        _get("/v1/models/{model:path}", models.get, INFERENCE),
-        _post("/tokenize", texts.tokenize, INFERENCE, shapes.TOKENIZE, token_routes.NAMES),
-        _post("/detokenize", texts.detokenize, INFERENCE, shapes.DETOKENIZE, token_routes.NAMES),
-        _get("/health", probes.health, "", logging.DEBUG),
-        _get("/metrics", probes.metrics, METRICS, logging.DEBUG),
-        _get("/", page.index, "", logging.DEBUG),
+        _get("/v1/models/{model:path}", models.get, INFERENCE, answers.ModelCard, "Get a model"),
+        _post(
+            "/tokenize",
+            texts.tokenize,
+            INFERENCE,
+            (requests.TokenizeRequest, answers.Tokens),
+            asked.TOKEN_NAMES,
+            "Turn a text or a conversation into tokens",
+        ),
+        _post(
+            "/detokenize",
+            texts.detokenize,
+            INFERENCE,
+            (requests.DetokenizeRequest, answers.Text),
+            asked.TOKEN_NAMES,
+            "Turn tokens into a text",
+        ),
+        _get("/health", probes.health, "", answers.Health, "Whether requests are served"),
+        _get("/metrics", probes.metrics, METRICS, None, "Metrics for Prometheus"),
+        _get("/openapi.json", reference.openapi),
+        _get("/docs", reference.docs),
+        _get("/docs/{file}", reference.file),
+        _get("/", page.index),
         # Open to every role: the handler itself rejects callers without one.
-        _get("/console/state", state, "", logging.DEBUG),
-        _get("/console/{file}", page.file, "", logging.DEBUG),
+        _get("/console/state", state),
+        _get("/console/{file}", page.file),
     ]
     if has_admin:
-        handlers = (admin.load, admin.unload, admin.pin, admin.unpin)
-        pairs = zip(ADMIN_PATHS, handlers, strict=True)
-        made += [
-            _post(path, handler, ADAPTERS, shapes.ADAPTER, lora.NAMES) for path, handler in pairs
-        ]
+        name = requests.AdapterName
+        for path, handler, body, summary in zip(
+            ADMIN_PATHS,
+            (admin.load, admin.unload, admin.pin, admin.unpin),
+            (requests.LoadAdapter, name, name, name),
+            (
+                "Register an adapter of any method",
+                "Remove an adapter once no request uses it",
+                "Keep an adapter in memory",
+                "Let an adapter leave memory again",
+            ),
+            strict=True,
+        ):
+            made.append(_post(path, handler, ADAPTERS, (body, None), ADAPTER_NAMES, summary))
     return made
 
 
-def _answer(path: str, handler: Handler, shape: Shape, names: Mapping[str, str]) -> Route:
+_Bodies = tuple[type[Body], type[BaseModel] | None]
+
+
+def _answer(
+    path: str, handler: Handler, bodies: _Bodies, names: Mapping[str, str], summary: str
+) -> Route:
     """The routes of calls that run on adapters."""
+    made = _post(path, handler, INFERENCE, bodies, names, summary)
+    return dataclasses.replace(made, is_counted=True)
+
+
+def _get(
+    path: str,
+    handler: Handler,
+    service: str = "",
+    answer: type[BaseModel] | None = None,
+    summary: str = "",
+) -> Route:
+    # Probes and pages are polled, so their calls are not worth a line of the log.
+    level = logging.INFO if service == INFERENCE else logging.DEBUG
+    return Route(
+        method="GET",
+        path=path,
+        handler=handler,
+        service=service,
+        answer=answer,
+        summary=summary,
+        level=level,
+    )
+
+
+def _post(
+    path: str,
+    handler: Handler,
+    service: str,
+    bodies: _Bodies,
+    names: Mapping[str, str],
+    summary: str,
+) -> Route:
     return Route(
         method="POST",
         path=path,
         handler=handler,
-        service=INFERENCE,
+        service=service,
         names=names,
-        shape=shape,
-        is_counted=True,
-    )
-
-
-def _get(path: str, handler: Handler, service: str, level: int = logging.INFO) -> Route:
-    return Route(method="GET", path=path, handler=handler, service=service, level=level)
-
-
-def _post(
-    path: str, handler: Handler, service: str, shape: Shape, names: Mapping[str, str]
-) -> Route:
-    return Route(
-        method="POST", path=path, handler=handler, service=service, names=names, shape=shape
+        body=bodies[0],
+        answer=bodies[1],
+        summary=summary,
     )
 
 
@@ -266,7 +349,14 @@ def application(
     """The ASGI application with all routes; arguments are those of ``HttpServer``."""
     assert listen.http_address is not None
     has_admin = listen.admin_address is None
-    made = routes(inference, adapters, metrics=metrics, failures=failures, has_admin=has_admin)
+    made = routes(
+        inference,
+        adapters,
+        metrics=metrics,
+        failures=failures,
+        has_admin=has_admin,
+        has_tokens=tokens is not None,
+    )
     apart = () if has_admin else ADMIN_PATHS
     answered = []
     for route in made:
@@ -336,10 +426,7 @@ def _meant(request: Request) -> str:
     wanted = (f"/v1/{named}", f"/{named}", f"/v1/{named}s")
     if found := next((path for path in wanted if path in served), ""):
         return found
-    if len(named) > _LONGEST_PATH:
-        return ""
-    slips = ((slips_between(wanted[0], path), path) for path in served if len(path) > _SHORT_PATH)
-    return min((each for each in slips if each[0] <= 2), default=(0, ""))[1]
+    return slip_of(wanted[0], (path for path in served if len(path) > _SHORT_PATH))
 
 
 async def _no_route(apart: Collection[str], request: Request, error: Exception) -> Response:
@@ -352,14 +439,17 @@ async def _no_route(apart: Collection[str], request: Request, error: Exception) 
     """
     status = error.status_code if isinstance(error, HTTPException) else 500
     code = Code.NOT_FOUND if status == 404 else Code.UNIMPLEMENTED
-    text = f"{request.method} {request.url.path} is not served here"
-    if request.url.path.rstrip("/") in apart:
-        text += ": this server has adapters managed at its admin address alone, over gRPC"
-    elif status == 404 and (meant := _meant(request)):
-        text += f"; did you mean {meant}?"
-    allowed = (getattr(error, "headers", None) or {}).get("Allow")
-    if status == 405 and allowed:
-        text += f", but {' and '.join(m for m in allowed.split(', ') if m != 'HEAD')}"
-    refusal = refusal_of(HttpRefusal(status, code, text, reason="unknown_url"))
+    method, path = request.method, request.url.path[:_MOST_ECHOED]
+    allowed = (getattr(error, "headers", None) or {}).get("Allow", "")
+    if path.rstrip("/") in apart:
+        text = say("URL_ELSEWHERE", method=method, path=path)
+    elif status == 405:
+        methods = " or ".join(each for each in allowed.split(", ") if each != "HEAD")
+        text = say("METHOD_NOT_ALLOWED", method=method, path=path, allowed=methods)
+    elif meant := _meant(request):
+        text = say("UNKNOWN_URL", method=method, path=path, closest=meant)
+    else:
+        text = say("UNKNOWN_URL", method=method, path=path)
+    refusal = refusal_of(HttpRefusal(status, code, text))
     headers = {**refusal.headers, **(getattr(error, "headers", None) or {})}
     return Response(dumps(refusal.body), status, headers=headers, media_type="application/json")

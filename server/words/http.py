@@ -1,5 +1,57 @@
 """What only the HTTP API refuses."""
 
-TEXTS = {
+TEXTS: dict[str, str] = {
+    # Bodies.
+    "BODY_NOT_JSON": "the body is not valid JSON: {problem}",
+    "BODY_NOT_OBJECT": "the body must be a JSON object",
+    "BODY_TOO_NESTED": "the body has more than {most} lists and objects",
+    "REQUEST_TOO_LARGE": "the body must be at most {most} bytes",
+    "REQUEST_TIMEOUT": "the body did not arrive within {seconds} seconds",
+    "UNSUPPORTED_MEDIA_TYPE": (
+        "the body must be uncompressed JSON with the header content-type: application/json"
+    ),
+    # Fields.
+    "WRONG_TYPE": "must be {expected}",
+    "TOO_LONG": "must be at most {most} characters as JSON",
+    "NUMBER_TOO_LARGE": "must not contain numbers above 1.8e308",
+    "TOO_FEW_ENTRIES": "must have at least {least} entries",
+    "NOT_TEXT": "must be a text part; the model reads nothing else",
+    "NOT_A_BIAS": "must map token ids to numbers from -100 to 100; see the entry {token}",
+    "NOT_SUPPORTED": "is not supported; leave it out",
+    "NOT_SUPPORTED_USE": "is not supported; use {instead}",
+    "NOTHING_STORED": "is not supported: nothing is stored; send the whole conversation as input",
+    "UNKNOWN_FIELD": "unknown field",
+    "SEVERAL_CONSTRAINTS": "a request has one constraint, not several: {names}",
     "TOO_MANY_ANSWERS": "all prompts together may have at most {most} answers, not {found}",
+    "UNKNOWN_TOOL": "names a function that is not in tools",
+    "GBNF_BESIDE_TOOLS": "must be Lark instead of GBNF if there are tools",
+    "SCHEMA_TOO_NESTED": "cannot be combined with a schema that is nested so deeply",
+    "UNENFORCEABLE_IN_XML": "is not supported for models that write calls as XML",
+    "UNENFORCEABLE_SCHEMA": "must be {expected} for models that write calls as XML",
+    # Models.
+    "NEEDS_BASE_MODEL": "requires the base model as model",
+    "NO_SUCH_MODEL": "the model {model!q} does not exist",
+    "MODEL_NOT_A_MIX": "the model {model!q} does not exist; write a mix as {step}",
+    "MODEL_IS_A_MIX": "{model!q} is a mix; GET /v1/models/{step} describes its first adapter",
+    "NOT_A_WEIGHT": (
+        "the weight {weight!q} of {name!q} is not a decimal number without an exponent, such as 0.5"
+    ),
+    # Requests.
+    "HEAD_TOO_LARGE": "the path and headers must be at most {most} bytes",
+    "DUPLICATE_HEADER": "the request has more than one {header} header",
+    "UNKNOWN_HOST": "unknown host {host!q}; use the server's address, or --http-allowed-host",
+    "UNKNOWN_URL": "{method} {path} is not served",
+    "URL_ELSEWHERE": "{method} {path} is served at the admin address only, over gRPC",
+    "METHOD_NOT_ALLOWED": "{path} does not support {method}; use {allowed}",
+    "REQUEST_ENDED": "the server is shutting down and ended the request",
+    # Next steps, added to errors by their reasons.
+    "STEP_CLASSIFY": "POST /classify labels texts",
+    "STEP_GENERATE": "use /v1/chat/completions or /v1/completions for text",
+    "STEP_REPLACE": "load_inplace replaces it, /v1/unload_lora_adapter removes it",
+    "STEP_FORCE": "`turret adapters unload --force` ends these requests",
+    "STEP_UNPIN": "`turret adapters unpin` unpins it",
+    "STEP_UNMERGE": "`turret adapters unmerge` restores the base model",
+    "STEP_LIST_MODELS": "GET /v1/models lists the models",
+    "STEP_TOKEN": "send the header `authorization: Bearer TOKEN` (api_key in OpenAI's clients)",
+    "STEP_TIMEOUT": "set a higher `timeout`, or ask for less",
 }

@@ -13,6 +13,7 @@ TEXTS = {
     "NOT_ONE_OF": "must be one of {choices}, not {value!q}",
     "NOT_IN_RANGE": "must be between {least!q:.30} and {most!q:.30}, not {value!q:.30}",
     "NOT_IN_RANGE_ABOVE": "must be greater than {above:g} and at most {most:g}, not {value:g}",
+    "NOT_ABOVE": "must be greater than {bound}, not {value}",
     "TOO_SMALL": "must be at least {least}, not {value}",
     "TOO_LARGE": "must be at most {most}, not {value}",
     "EXCEEDS_FIELD": "must be at most {other} ({most}), not {value}",

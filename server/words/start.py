@@ -19,7 +19,6 @@ TEXTS = {
     "NOT_AN_ORGANISATION": "must be * or the name of an organisation or user, not {value!q}",
     "NOT_A_HUB_PATH": "must be a path or hub:org/name[@revision], not {value!q}",
     "BELOW_OTHER": "must be at least {other} ({least}), not {value}",
-    "NOT_ABOVE": "must be more than {bound}, not {value}",
     "NOT_BELOW": "must be less than {bound}, not {value}",
     "ADDRESS_EXPOSED": "{value} can be reached from other machines: set --tls-cert, --tls-key and"
     " --token-file, or --insecure",
@@ -42,7 +41,7 @@ TEXTS = {
     "ADDRESS_OF_OTHER": "{value} is already that of {other}",
     "ADDRESS_TAKEN": "{value} is in use by another process",
     "PORT_TAKEN": "{value} is in use by another process; port 0 picks a free port",
-    "UNKNOWN_HOST": "cannot look up the host {host}",
+    "HOST_NOT_RESOLVED": "cannot look up the host {host}",
     "ADDRESS_OF_ANOTHER_MACHINE": "{value} is not an address of this machine; 0.0.0.0 stands for"
     " all of its addresses",
     "ADDRESS_UNUSABLE": "cannot listen on {value}: {why}",

@@ -19,7 +19,7 @@ from turret.server.api.inference import classify as classify_api
 from turret.server.api.inference.classify import probabilities
 from turret.server.engine.scheduling.request import Output, Pooling, Request
 from turret.server.errors import InvalidRequestError
-from turret.server.http import classify as classify_module
+from turret.server.http import texts as texts_module
 from turret.v1 import adapters_pb2, inference_pb2
 
 Classify, Input = inference_pb2.ClassifyRequest, inference_pb2.Input
@@ -116,13 +116,13 @@ async def test_vllms_form_of_labels() -> None:
 async def test_many_labels_are_written_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """2,048 inputs with 77 labels each take a quarter of a second."""
     threads: list[bool] = []
-    write = classify_module._item
+    write = texts_module._labels
 
     def watched(index: int, classification: inference_pb2.Classification) -> dict[str, Any]:
         threads.append(threading.current_thread() is threading.main_thread())
         return write(index, classification)
 
-    monkeypatch.setattr(classify_module, "_item", watched)
+    monkeypatch.setattr(texts_module, "_labels", watched)
     async with http_harness() as server:
         for count, is_inline in ((2, True), (300, False)):
             threads.clear()

@@ -11,14 +11,13 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import grpc
 import psutil
 import pytest
 from builders.bases.tiny_models import save_tiny_model
 from fuzz.doors import METHODS
-from fuzz.large import Large, bodies, fields_read, messages
+from fuzz.large import Large, bodies, messages
 from servers.server_under_test import ServerUnderTest, start_server
 
 JSON = {"content-type": "application/json"}
@@ -88,16 +87,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest
         yield started
 
 
-def test_large_messages_hold_nobody_up(server: ServerUnderTest, tmp_path: Path) -> None:
+def test_large_messages_hold_nobody_up(server: ServerUnderTest) -> None:
     """Each field at one endpoint; all of them, with all values, are tried by the test below."""
-    read = fields_read(tmp_path)
-    _try(server, itertools.chain(bodies(read, is_short=True), messages()), MOST_SECONDS)
+    _try(server, itertools.chain(bodies(is_short=True), messages()), MOST_SECONDS)
 
 
 @pytest.mark.long
-def test_no_large_message_holds_anybody_up(server: ServerUnderTest, tmp_path: Path) -> None:
-    read = fields_read(tmp_path)
-    _try(server, itertools.chain(bodies(read, is_short=False), messages()), STRICT_SECONDS)
+def test_no_large_message_holds_anybody_up(server: ServerUnderTest) -> None:
+    _try(server, itertools.chain(bodies(is_short=False), messages()), STRICT_SECONDS)
 
 
 def _try(server: ServerUnderTest, sent: Iterable[Large], most_seconds: float) -> None:

@@ -214,9 +214,9 @@ async def test_an_error_is_a_status_before_the_first_event_and_an_event_after_it
         server.engine.script = failing(QueueFullError("later"))
         *_, last = await server.events(path, body)
         assert last["error"]["code"] == "rate_limit_exceeded"
-        for reason, status, code, said in (
-            (FinishReason.DEADLINE, 504, "deadline_exceeded", "complete; send a higher one"),
-            (FinishReason.CANCELLED, 503, "unavailable", "the server is shutting down"),
+        for reason, status, code in (
+            (FinishReason.DEADLINE, 504, "deadline_exceeded"),
+            (FinishReason.CANCELLED, 503, "unavailable"),
         ):
 
             async def script(
@@ -227,7 +227,7 @@ async def test_an_error_is_a_status_before_the_first_event_and_an_event_after_it
 
             server.engine.script = script
             refused = await server.refused(path, body | {"stream": False})
-            assert (refused.status, said in refused.message) == (status, True)
+            assert (refused.status, refused.code) == (status, code)
             *_, last = await server.events(path, body)
             assert last["error"]["code"] == code
 

@@ -21,8 +21,8 @@ from servers.http_harness import HttpHarness, Refused, http_harness
 from turret.server.api.access.shares import Shares
 from turret.server.api.access.tokens import TokenTable
 from turret.server.config import ListenConfig, SecurityConfig
-from turret.server.http.exchange import connection
-from turret.server.http.exchange.connection import MAX_HEAD_BYTES, Connection
+from turret.server.http import connection
+from turret.server.http.connection import MAX_HEAD_BYTES, Connection
 from turret.server.http.server import HttpServer
 
 PROMPT = {"model": "base", "prompt": "a"}

@@ -64,5 +64,5 @@ async def test_it_listens_while_loading_and_finishes_what_runs_while_stopping() 
     assert parts.engine.drained == [7]
     assert seen["health"] == 503
     assert seen["refused"].status_code == 503
-    assert "shutting down" in seen["refused"].json()["error"]["message"]
+    assert seen["refused"].json()["error"]["code"] == "unavailable"
     assert seen["refused"].headers["retry-after"] == "1"

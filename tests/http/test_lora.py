@@ -22,19 +22,20 @@ async def test_a_task_is_registered() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "said"),
+    ("path", "body", "violations"),
     [
-        (LOAD, {}, "lora_name: must be set; lora_path: must be set"),
-        (LOAD, {"lora_name": "a"}, "lora_path: must be set"),
-        (LOAD, {"name": "a", "lora_path": "b"}, "lora_name: must be set"),
-        (LOAD, ADAPTER | {"task": "sql"}, "task: must be an integer"),
-        (UNLOAD, {}, "lora_name: must be set"),
-        (UNLOAD, {"lora_name": 3}, "lora_name: must be a string"),
+        (LOAD, {}, {"lora_name": "required", "lora_path": "required"}),
+        (LOAD, {"lora_name": "a"}, {"lora_path": "required"}),
+        (LOAD, {"name": "a", "lora_path": "b"}, {"lora_name": "required"}),
+        (LOAD, ADAPTER | {"task": "sql"}, {"task": "wrong_type"}),
+        (LOAD, ADAPTER | {"load_inplace": True, "pinned": True}, {"pinned": "conflicts_with"}),
+        (UNLOAD, {}, {"lora_name": "required"}),
+        (UNLOAD, {"lora_name": 3}, {"lora_name": "wrong_type"}),
     ],
 )
 async def test_what_is_missing_or_wrong_is_named(
-    path: str, body: dict[str, Any], said: str
+    path: str, body: dict[str, Any], violations: dict[str, str]
 ) -> None:
     async with http_harness() as server:
         refused = await server.refused(path, body)
-        assert (refused.status, refused.message) == (400, said)
+        assert (refused.status, refused.violations) == (400, violations)

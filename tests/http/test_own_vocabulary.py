@@ -89,7 +89,7 @@ async def test_a_chat_has_the_adapters_template(doors: Doors) -> None:
     """Special tokens in what people say are text; those of the template are tokens."""
     body = {"messages": ASK, "max_tokens": 6, "temperature": 0, "logprobs": True}
     refused = await doors.http.refused("/v1/chat/completions", {"model": "base", **body})
-    assert "no chat template" in refused.message
+    assert refused.code == "no_chat_template"
     answer = (await doors.http.post("/v1/chat/completions", {"model": "grown", **body})).json()
     tokens = (await doors.http.post("/tokenize", {"model": "grown", "messages": ASK})).json()
     prompt = tokens["tokens"]
@@ -204,14 +204,14 @@ async def test_a_tokenizer_travels_with_its_adapter(
                 _request(adapters=[adapters_pb2.AdapterWeight(name="up")], prompt="turret")
             )
         )
-        assert (failure.reason, "send it again" in failure.message) == ("UNAVAILABLE", True)
+        assert failure.reason == "UNAVAILABLE"
 
 
 async def test_it_is_neither_merged_nor_fused(doors: Doors) -> None:
     """The base that came of it would have another number of tokens."""
     merge = adapters_pb2.MergeAdaptersRequest(adapters=WITH)
     failure = await failure_of(doors.rpc.adapters.MergeAdapters(merge))
-    assert "tokens and vocabulary is no change of the decoder layers' weights" in failure.message
+    assert failure.reasons == {"adapters": "NOT_MERGEABLE"}
     fuse = adapters_pb2.FuseAdaptersRequest(name="fused", adapters=WITH)
     failure = await failure_of(doors.rpc.adapters.FuseAdapters(fuse))
-    assert "has a vocabulary of its own" in failure.message
+    assert "grown" in failure.message

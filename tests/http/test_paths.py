@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from servers.http_harness import http_harness
 
+from turret.server.words import say
+
 
 async def test_a_slash_at_the_end_of_a_path_makes_no_difference() -> None:
     async with http_harness() as server:
@@ -36,6 +38,8 @@ async def test_a_slash_at_the_end_of_a_path_makes_no_difference() -> None:
 async def test_a_slip_in_a_path_is_told(path: str, meant: str) -> None:
     async with http_harness() as server:
         refused = await server.refused(path, {})
-        hint = f"; did you mean {meant}?" if meant else ""
         assert (refused.status, refused.code) == (404, "unknown_url")
-        assert refused.message == f"POST {path} is not served here{hint}"
+        text = say("UNKNOWN_URL", method="POST", path=path)
+        if meant:
+            text = say("UNKNOWN_URL", method="POST", path=path, closest=meant)
+        assert refused.message == text

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 import time
 import weakref
 from typing import Any
 
 import pytest
 from servers.http_harness import HttpHarness, Refused, http_harness
-from servers.limits_of_bodies import body_of, places
+from servers.limits_of_bodies import body_of, places, with_others
 
 from turret.server import errors
-from turret.server.http.bodies.fields import Fields, is_longer
-from turret.server.http.exchange import endpoint
-from turret.server.http.exchange.body import MAX_BODY_BYTES, parse
-from turret.server.http.exchange.shape import MAX_CONTAINERS, MAX_ENTRIES
+from turret.server.http import endpoint
+from turret.server.http.body import MAX_BODY_BYTES, MAX_CONTAINERS, parse
+from turret.server.http.schemas.fields import MAX_PROMPTS, Sent, is_longer, read
+from turret.server.http.schemas.requests import CompletionRequest
 
 JSON = {"content-type": "application/json"}
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
-TURN = {"role": "user", "content": "a"}
+LIMITED = ("too_many_entries", "too_long")
 
 
 @pytest.mark.parametrize(
@@ -46,43 +45,43 @@ def test_parsing_takes_time_that_grows_with_the_bytes(data: bytes) -> None:
     assert time.thread_time() - start < 3
 
 
-async def test_no_list_is_read_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit is told by its field, and not one object was made of the request's fields."""
-    made = []
-    original = Fields.__init__
-
-    def counted(self: Fields, *args: Any) -> None:
-        made.append(self)
-        original(self, *args)
-
-    monkeypatch.setattr(Fields, "__init__", counted)
+async def test_each_list_has_its_limit() -> None:
     async with http_harness() as server:
+        large = set()
         for place in places():
-            content = body_of(place, place.most + 1, most_bytes=MAX_BODY_BYTES)
+            # A million token ids take a while, and one type reads them everywhere.
+            if place.most > 10_000 and place.most in large:
+                continue
+            large.add(place.most)
+            entry = b'"a"' if place.most == MAX_PROMPTS else b"0"
+            content = body_of(place, place.most + 1, most_bytes=MAX_BODY_BYTES, entry=entry)
+            content = with_others(place, content) if len(content) < MAX_BODY_BYTES // 2 else content
             answer = await server.client.post(place.path, content=content, headers=JSON)
             refused = Refused.of(answer)
-            assert (refused.status, refused.param) == (400, place.blamed), place
-            said = f"at most {place.most} entries, not {place.most + 1}"
-            assert refused.message == f"{place.blamed}: {said}"
-    assert made == []
+            assert refused.status == 400, place
+            # The first wrong entry may be found before the end of the list.
+            assert any(
+                path.startswith(f"{place.blamed}[") or (path == place.blamed and code in LIMITED)
+                for path, code in refused.violations.items()
+            ), place
 
 
-async def test_what_has_no_limit_of_its_own_has_the_common_one() -> None:
+async def test_the_number_of_lists_and_objects_has_a_limit() -> None:
     async with http_harness() as server:
-        for name in ("x", "user"):
-            body = {"model": "base", "prompt": "a", name: [0] * (MAX_ENTRIES + 1)}
-            refused = await server.refused(COMPLETIONS, body)
-            assert (refused.status, refused.param) == (400, name)
-        body = {f"x{number}": 0 for number in range(MAX_ENTRIES + 1)}
-        assert (await server.refused(COMPLETIONS, body)).status == 400
         for many in (b"[],", b"{},", b"[[[]]],"):
             content = b'{"model": "base", "x": [%b0]}' % (many * 500_000)
             answer = await server.client.post(COMPLETIONS, content=content, headers=JSON)
-            assert answer.status_code == 400
+            assert Refused.of(answer).code == "body_too_nested"
         calls = [{"role": "assistant", "tool_calls": [{}] * 128}] * (MAX_CONTAINERS // 128)
         refused = await server.refused(CHAT, {"model": "base", "messages": calls})
-        said = f"the body holds more than {MAX_CONTAINERS} lists and objects"
-        assert (refused.status, refused.message) == (400, said)
+        assert (refused.status, refused.code) == (400, "body_too_nested")
+
+
+async def test_unknown_fields_are_ignored_however_many_there_are() -> None:
+    for name, value in (("x", [0] * 1_000_000), ("user", ["a"] * 100_000)):
+        assert read(CompletionRequest, {"model": "base", "prompt": "a", name: value}).body
+    body = {f"x{number}": 0 for number in range(300_000)}
+    assert read(CompletionRequest, {"model": "base", "prompt": "a", **body}).body
 
 
 def test_a_text_may_hold_any_number_of_brackets() -> None:
@@ -92,13 +91,6 @@ def test_a_text_may_hold_any_number_of_brackets() -> None:
     for is_ascii in (True, False):
         data = json.dumps(body, ensure_ascii=is_ascii).encode()
         assert parse(data) == body
-    for bad in (b'{"a": [1,]}', b'{"a" 1}', b'{"a": NaN}', b'{"a": "\x00"}', b'{"a": 1} x'):
-        with pytest.raises(errors.InvalidRequestError) as quick:
-            parse(bad)
-        with pytest.raises(errors.InvalidRequestError) as careful:
-            parse(bad[:1] + b'"x": "' + b"[" * 40_000 + b'", ' + bad[1:])
-        said = [re.sub(r"[0-9]+", "", str(each.value)) for each in (quick, careful)]
-        assert said[0] == said[1]
 
 
 async def test_the_longest_conversation_is_within_the_limits() -> None:
@@ -125,9 +117,10 @@ async def test_the_longest_conversation_is_within_the_limits() -> None:
         (RESPONSES, {"user": "x" * 600}, "user"),
         (
             RESPONSES,
-            {"text": {"format": {"type": "json_object", "x": "x" * 70_000}}},
+            {"text": {"format": {"type": "json_schema", "schema": {"x": "x" * 70_000}}}},
             "text.format",
         ),
+        (RESPONSES, {"tool_choice": {"x": "x" * 20_000}}, "tool_choice"),
     ],
 )
 async def test_what_is_repeated_or_compiled_is_bounded(
@@ -158,13 +151,13 @@ async def _post_and_watch(
 ) -> tuple[int, bool]:
     """The status of the answer, and whether the body was freed without the garbage collector."""
     found: list[weakref.ref[_Body]] = []
-    read = endpoint.read_json
+    read_json = endpoint.read_json
 
-    async def watched(*args: Any) -> tuple[dict[str, Any], int]:
-        parsed, size = await read(*args)
-        kept = _Body(parsed)
-        found.append(weakref.ref(kept))
-        return kept, size
+    async def watched(*args: Any) -> tuple[Sent[Any], int]:
+        sent, size = await read_json(*args)
+        sent.raw = _Body(sent.raw)
+        found.append(weakref.ref(sent.raw))
+        return sent, size
 
     gc.collect()
     gc.disable()

@@ -25,14 +25,13 @@ from turret.server.api.inference.inference import Inference
 from turret.server.basics.codes import Code
 from turret.server.config import ListenConfig
 from turret.server.engine.scheduling.request import Output, Request
-from turret.server.http.bodies.generation import MAX_CHOICES
-from turret.server.http.bodies.prompts import MAX_PROMPTS
-from turret.server.http.bodies.responses import fields as response_fields
-from turret.server.http.bodies.unsupported import refused_fields
-from turret.server.http.exchange.body import BODY_SECONDS, MAX_BODY_BYTES, MAX_DEPTH, parse
-from turret.server.http.exchange.refusals import TABLE, refusal_of, renamed_path
+from turret.server.http.body import BODY_SECONDS, MAX_BODY_BYTES
+from turret.server.http.refusals import TABLE, refusal_of, renamed_path
+from turret.server.http.schemas.fields import MAX_PROMPTS
+from turret.server.http.schemas.requests import MAX_ANSWERS
 from turret.server.http.server import routes
 from turret.server.metrics import Metrics
+from turret.server.words import say
 
 TOKENS = TokenTable(
     [
@@ -50,9 +49,9 @@ def test_every_code_has_a_status() -> None:
     for kind in FAULTS:
         refusal = refusal_of(kind("why"))
         assert refusal.status == TABLE[refusal.code].status
-        said = "internal error" if refusal.code is Code.INTERNAL else "why"
-        assert refusal.body["error"]["message"].startswith(said)
-    assert refusal_of(ValueError("secret")).body["error"]["message"] == "internal error"
+        is_told = refusal.code is not Code.INTERNAL
+        assert refusal.body["error"]["message"].startswith("why") == is_told
+    assert "secret" not in str(refusal_of(ValueError("secret")).body)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +72,7 @@ async def test_an_error_of_the_engine_becomes_a_status(
     async with http_harness() as server:
         server.engine.refuse = error
         refused = await server.refused(COMPLETIONS, PROMPT)
-        assert (refused.status, refused.code, refused.message) == (status, code, "x")
+        assert (refused.status, refused.code) == (status, code)
         assert refused.headers.get("retry-after") == retry
         assert refused.headers["x-should-retry"] == ("false" if retry is None else "true")
         counted = refusal_of(error).code.name
@@ -85,7 +84,8 @@ async def test_a_bug_is_told_to_the_log_alone(caplog: pytest.LogCaptureFixture) 
     async with http_harness() as server:
         server.engine.refuse = RuntimeError("secret")
         refused = await server.refused(COMPLETIONS, PROMPT)
-        assert (refused.status, refused.message) == (500, "internal error")
+        assert (refused.status, refused.code) == (500, "internal")
+        assert "secret" not in refused.message
     assert any(r.exc_info and "secret" in str(r.exc_info[1]) for r in caplog.records)
 
 
@@ -94,11 +94,7 @@ async def test_fields_are_named_as_the_client_knows_them() -> None:
         body = {"temperature": -3, "stop": [""], "logprobs": 21, "model": "base", "prompt": "a"}
         refused = await server.refused(COMPLETIONS, body)
         assert (refused.status, refused.kind) == (400, "invalid_request_error")
-        assert refused.param == "logprobs"
-        assert refused.message == (
-            "logprobs: must be in [0, 20]; temperature: must be in [0, 100]; 0 is greedy; "
-            "stop: must not contain an empty string"
-        )
+        assert refused.violations == {"temperature": "too_small", "logprobs": "too_large"}
     assert renamed_path("stop.stop_strings[2]", {"stop.": "", "stop.stop_strings": "stop"}) == (
         "stop[2]"
     )
@@ -133,26 +129,13 @@ async def test_a_role_opens_its_paths_and_no_others() -> None:
             assert seen == expected, token
 
 
-@pytest.mark.parametrize(
-    ("sent", "said"),
-    [
-        (None, "the call carries no 'authorization: Bearer TOKEN'"),
-        ("Bearer other", "the token is unknown"),
-        *(
-            (sent, "'authorization' does not have the form 'Bearer TOKEN'")
-            for sent in ("ask", "Basic ask", "Bearer")
-        ),
-    ],
-)
-async def test_who_has_no_token_is_told_how_to_send_one(sent: str | None, said: str) -> None:
+@pytest.mark.parametrize("sent", [None, "Bearer other", "ask", "Basic ask", "Bearer"])
+async def test_who_has_no_token_is_told_how_to_send_one(sent: str | None) -> None:
     async with http_harness(tokens=TOKENS) as server:
         headers = {} if sent is None else {"authorization": sent}
         refused = await server.refused(COMPLETIONS, PROMPT, headers)
-        assert refused.status == 401
-        assert refused.message == (
-            f"{said}; send 'authorization: Bearer TOKEN' with a token of the server's"
-            " --token-file, which OpenAI's clients do with api_key"
-        )
+        assert (refused.status, refused.code) == (401, "invalid_api_key")
+        assert refused.message.endswith(say("STEP_TOKEN"))
 
 
 async def test_no_byte_is_read_of_who_may_not_call() -> None:
@@ -221,39 +204,10 @@ async def test_a_body_has_limits() -> None:
         assert server.engine.requests == []
 
 
-def test_nesting_has_a_limit() -> None:
-    def nested(depth: int) -> bytes:
-        return b'{"a":' * (depth - 1) + b'{"b":"[[[[{{{{"}' + b"}" * (depth - 1)
-
-    assert "a" in parse(nested(MAX_DEPTH))
-    with pytest.raises(errors.InvalidRequestError, match="nested more than"):
-        parse(nested(MAX_DEPTH + 1))
-    for data in (b"[" * 1_000_000, b'"' + b"[" * 1_000_000, b'{"a' + b'"' * 99 + b"[" * 100_000):
-        with pytest.raises(errors.InvalidRequestError):
-            parse(data)
-
-
-def test_a_name_that_is_no_text_is_refused_at_any_depth() -> None:
-    """No answer could say it: JSON can write half of a surrogate pair, and UTF-8 cannot."""
-    for data, told in (
-        (rb'{"m\ud800del": 1}', r"the name 'm\ud800del' holds half of a surrogate pair"),
-        (rb'{"\ude00\ud83d": 1}', r"the name '\ude00\ud83d' holds half of a surrogate pair"),
-        (
-            rb'{"a": [1, {"b": [[{"\uDC00": 1}]]}]}',
-            r"a[1].b[0][0]: the name '\udc00' holds half of a surrogate pair",
-        ),
-    ):
-        with pytest.raises(errors.InvalidRequestError) as caught:
-            parse(data)
-        assert str(caught.value) == told
-    assert parse(rb'{"\ud83d\ude00": "\ud800"}') == {"😀": "\ud800"}
-
-
 async def test_other_paths_and_methods_are_refused_in_the_same_form() -> None:
     async with http_harness() as server:
         refused = await server.refused("/v1/nothing", {})
         assert (refused.status, refused.code) == (404, "unknown_url")
-        assert refused.message == "POST /v1/nothing is not served here"
         for path, meant in (
             ("/chat/completions", "/v1/chat/completions"),
             ("/v1/v1/completions", COMPLETIONS),
@@ -261,12 +215,11 @@ async def test_other_paths_and_methods_are_refused_in_the_same_form() -> None:
             ("/v1/classify", "/classify"),
         ):
             refused = await server.refused(path, {})
-            said = f"POST {path} is not served here; did you mean {meant}?"
-            assert (refused.status, refused.message) == (404, said)
+            assert (refused.status, refused.code) == (404, "unknown_url")
+            assert f'{meant}"' in refused.message
         answer = await server.client.get(COMPLETIONS)
         assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
-        said = f"GET {COMPLETIONS} is not served here, but POST"
-        assert answer.json()["error"]["message"] == said
+        assert answer.json()["error"]["code"] == "unknown_url"
         for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
             assert (await server.refused(path, {})).status == 400
     apart = ListenConfig(http_address="127.0.0.1:0", admin_address="127.0.0.1:0")
@@ -274,8 +227,7 @@ async def test_other_paths_and_methods_are_refused_in_the_same_form() -> None:
         body = {"lora_name": "a", "lora_path": "a"}
         for path in ("/v1/load_lora_adapter", "/v1/pin_lora_adapter"):
             refused = await server.refused(path, body)
-            assert refused.status == 404
-            assert "managed at its admin address alone" in refused.message
+            assert (refused.status, refused.code) == (404, "unknown_url")
 
 
 async def test_a_closed_gate_is_said_and_health_shows_it() -> None:
@@ -332,23 +284,17 @@ def test_the_page_names_every_path_field_and_status() -> None:
     )
     for route in made:
         path = route.path.replace("{model:path}", "{model}")
-        if path == "/console/{file}":
+        if path in ("/console/{file}", "/docs/{file}"):
             # The page's own files.
             continue
         assert f"{route.method} {path}`" in page, path
         role = SERVICE_ROLES.get(route.service, "none")
         (line,) = [line for line in page.splitlines() if f"{route.method} {path}`" in line]
         assert line.split("|")[2].strip() == role, path
-    for where, names in refused_fields().items():
-        (line,) = [line for line in page.splitlines() if line.startswith(f"- {where}")]
-        assert re.findall(r"`(\w+)`", line) == names, where
-    for name in response_fields.REFUSED:
-        assert f"`{name}`" in page, name
     for row in TABLE.values():
         if row.status not in (200, 499):
             assert f"| {row.status} | `{row.kind}` |" in page, row
-    assert f"nested at most {MAX_DEPTH} deep" in page
-    assert f"`n` is at most {MAX_CHOICES}" in page
+    assert f"`n` is at most {MAX_ANSWERS}" in page
     assert f"a list of prompts at most {MAX_PROMPTS} long" in page.replace("\n", " ")
     assert f"answered {MAX_AT_A_TIME} at a time" in page
     assert (MAX_BODY_BYTES, BODY_SECONDS) == (4 << 20, 60)

@@ -23,9 +23,7 @@ ALLOWED = {
     "clients/unreached.py": 5,
     # So does Python's TOML reader.
     "server/basics/toml_text.py": 2,
-    "server/command/preflight.py": 1,
     "server/command/settings.py": 1,
-    "server/http/exchange/refusals.py": 6,
     "server/models/own_tokenizers.py": 1,
     "training/conversion/kinds.py": 1,
     "training/settings/config_file.py": 1,

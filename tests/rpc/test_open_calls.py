@@ -20,7 +20,7 @@ from turret.server.api.access import shares
 from turret.server.api.access.shares import MOST_CONNECTIONS, most_connections
 from turret.server.api.admin.slow_calls import SlowCalls
 from turret.server.errors import QueueFullError
-from turret.server.http.exchange import listener
+from turret.server.http import connection as listener
 from turret.server.rpc import interceptor, status
 from turret.v1 import inference_pb2
 

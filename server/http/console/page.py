@@ -6,8 +6,9 @@ import hashlib
 from pathlib import Path
 
 from turret.server.basics.codes import Code
-from turret.server.http.exchange.endpoint import Exchange
-from turret.server.http.exchange.refusals import HttpRefusal
+from turret.server.http.endpoint import Exchange
+from turret.server.http.refusals import HttpRefusal
+from turret.server.words import say
 
 FOLDER = Path(__file__).parent / "static"
 INDEX = "index.html"
@@ -74,9 +75,8 @@ class Page:
         """
         name = exchange.path["file"]
         if name not in self._files:
-            raise HttpRefusal(
-                404, Code.NOT_FOUND, "the console has no such file", reason="unknown_url"
-            )
+            text = say("UNKNOWN_URL", method="GET", path=f"/console/{name[:200]}")
+            raise HttpRefusal(404, Code.NOT_FOUND, text)
         await self._send(exchange, name)
 
     async def _send(self, exchange: Exchange, name: str) -> None:

@@ -1,18 +1,76 @@
-"""GET /console/state: what the console shows, as far as the visitor's roles reach."""
+"""What those who watch the server ask for: the console every second, probes, metrics."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from typing import Any
+
+from prometheus_client.exposition import choose_encoder
 
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.faults import Failures
 from turret.server.api.inference.inference import Inference
-from turret.server.http.console.figures import figures
-from turret.server.http.exchange.endpoint import Exchange
+from turret.server.http.endpoint import Exchange
 from turret.server.metrics import Metrics
 from turret.v1 import adapters_pb2
+
+_SPANS = {
+    "turret_time_to_first_token_seconds": "first_token",
+    "turret_inter_token_seconds": "inter_token",
+    "turret_queue_seconds": "queue",
+    "turret_step_seconds": "step",
+}
+_GAUGES = {
+    "turret_sequences": ("sequences", "state"),
+    "turret_kv_blocks": ("kv_blocks", "state"),
+    "turret_adapter_bytes": ("adapter_bytes", "tier"),
+}
+_BY_ADAPTER = {
+    "turret_requests_total": "requests",
+    # Together they count every token: the first of an answer ends a wait, each later one a gap.
+    "turret_adapter_time_to_first_token_seconds_count": "tokens",
+    "turret_adapter_inter_token_seconds_count": "tokens",
+}
+_SAMPLES = (
+    *(f"{name}_{end}" for name in _SPANS for end in ("sum", "count")),
+    *_GAUGES,
+    *_BY_ADAPTER,
+)
+
+
+def figures(metrics: Metrics) -> dict[str, Any]:
+    """What the metrics hold now; takes milliseconds.
+
+    Returns:
+        ``{sum, count}`` in seconds by span (``first_token``, ``inter_token``, ``queue``, ``step``),
+        counts by state (``sequences``, ``kv_blocks``), bytes by tier (``adapter_bytes``), and
+        ``traffic``: by adapter label the finished ``requests``, those of them that failed
+        (``errors``), and the ``tokens`` generated so far.
+    """
+    found: dict[str, Any] = {name: {"sum": 0.0, "count": 0} for name in _SPANS.values()}
+    found |= {name: {} for name, _ in _GAUGES.values()}
+    traffic: defaultdict[str, dict[str, float]] = defaultdict(
+        lambda: {"requests": 0, "errors": 0, "tokens": 0}
+    )
+    families = metrics.registry.restricted_registry(_SAMPLES).collect()
+    for sample in (sample for family in families for sample in family.samples):
+        name, labels = sample.name, sample.labels
+        if name in _GAUGES:
+            group, label = _GAUGES[name]
+            found[group][labels[label]] = sample.value
+        elif name in _BY_ADAPTER:
+            entry = traffic[labels["adapter"]]
+            entry[_BY_ADAPTER[name]] += sample.value
+            if labels.get("code", "OK") not in ("OK", "CANCELLED"):
+                entry["errors"] += sample.value
+        else:
+            span, _, end = name.rpartition("_")
+            # Steps have a series for each phase.
+            found[_SPANS[span]][end] += sample.value
+    return found | {"traffic": traffic}
+
 
 # Maximum number of table rows; a search finds other adapters.
 MAX_ADAPTERS = 200
@@ -134,3 +192,31 @@ def _row(adapter: adapters_pb2.Adapter, is_admin: bool) -> dict[str, Any]:
         "warnings": list(adapter.warnings),
         "last_used": adapter.last_used_time.seconds if adapter.HasField("last_used_time") else None,
     }
+
+
+class Probes:
+    """Answers those who watch the server.
+
+    Args:
+        inference: Knows whether calls are served.
+        metrics: What is counted.
+    """
+
+    def __init__(self, inference: Inference, metrics: Metrics) -> None:
+        self._inference = inference
+        self._metrics = metrics
+
+    async def health(self, exchange: Exchange) -> None:
+        """200 while calls are served.
+
+        Raises:
+            UnavailableError: The server is starting, draining or dead.
+        """
+        self._inference.model()
+        await exchange.reply.json({"status": "ok"})
+
+    async def metrics(self, exchange: Exchange) -> None:
+        """Every series, as text for Prometheus."""
+        encode, content_type = choose_encoder(exchange.headers.get("accept", ""))
+        body = await asyncio.to_thread(encode, self._metrics.registry)
+        await exchange.reply.whole(body, 200, {"content-type": content_type})

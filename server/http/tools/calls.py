@@ -1,15 +1,464 @@
-"""Takes calls of tools from a growing answer, in each of the forms that models write them in."""
+"""Calls of tools in a growing answer, in each of the forms that models write them in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import json
+import re
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from turret.server.http.tools.call_reader import CallReader
-from turret.server.http.tools.forms import FORMS
-from turret.server.http.tools.named_reader import NamedReader
-from turret.server.http.tools.pieces import Piece, Said, possible_start
-from turret.server.http.tools.xml_reader import XmlReader
+from turret.server.basics.channels import CHANNEL
+from turret.server.words import Text
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """Text of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """Text of the reasoning before the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallBegun:
+    """A call of a tool begins, the ``index``-th of the answer from 0.
+
+    Its id is empty until the answer's reader has given it one, unless the model wrote one.
+    """
+
+    index: int
+    name: str
+    call_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CallGrown:
+    """A call's arguments, JSON, grow by ``text``."""
+
+    index: int
+    text: str
+
+
+Piece = Said | Thought | CallBegun | CallGrown
+
+
+def possible_start(text: str, mark: str) -> int:
+    """Characters at the end of ``text`` that may be the beginning of ``mark``."""
+    for size in range(min(len(mark) - 1, len(text)), 0, -1):
+        if text.endswith(mark[:size]):
+            return size
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a model writes calls.
+
+    Attributes:
+        begin: Before the first call of an answer, or each one.
+        end: After it.
+        separators: What else may stand between two calls.
+        is_bare: Calls may come without ``begin`` where the answer begins with them.
+        is_list: Calls are entries of a JSON list.
+        parameters: What the field with the arguments is called.
+        syntax: Of one call: ``{"name": ..., "arguments": {...}}`` (json), a name and then the
+            arguments (named), ``<function=NAME>`` with a ``<parameter=NAME>`` for each (xml), or a
+            message to the tool (channels; see ``server/basics/channels.py``).
+    """
+
+    begin: str
+    end: str = ""
+    separators: str = ""
+    is_bare: bool = False
+    is_list: bool = False
+    parameters: str = "arguments"
+    syntax: Literal["json", "named", "xml", "channels"] = "json"
+
+
+FORMS = {
+    "hermes": Form("<tool_call>", "</tool_call>"),
+    # Qwen3-Coder and later Qwen models.
+    "xml": Form("<tool_call>", "</tool_call>", syntax="xml"),
+    "llama3": Form("<|python_tag|>", separators=";", is_bare=True, parameters="parameters"),
+    "mistral": Form("[TOOL_CALLS]", separators=",", is_bare=True, is_list=True),
+    # Mistral's tokenizers from version 11 on write a mark before each call instead of a list.
+    "mistral11": Form("[TOOL_CALLS]", syntax="named"),
+    # gpt-oss: an answer ends with its call.
+    "harmony": Form(CHANNEL, syntax="channels"),
+}
+# Marks of ``mistral11``: before the id of a call, and before its arguments.
+CALL_ID, ARGUMENTS = "[CALL_ID]", "[ARGS]"
+
+
+KINDS = frozenset({"string", "number", "boolean", "null", "array", "object"})
+_DEPTH = 8
+# The same whitespace as between the tokens of any constrained JSON.
+_BLANKS = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,32}"}
+
+
+class UnenforceableError(Exception):
+    """A grammar cannot keep to a tool's parameters.
+
+    Args:
+        tool: Its name.
+        path: Within the schema of its arguments, a dot before each part.
+        text: What is wrong there.
+    """
+
+    def __init__(self, tool: str, path: str, text: Text) -> None:
+        super().__init__(text)
+        self.tool = tool
+        self.path = path
+        self.text = text
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """The right side of a rule, on one line: JSON that a schema describes."""
+    return f"%json {json.dumps({**schema, 'x-guidance': _BLANKS})}"
+
+
+def kinds_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str]:
+    """The JSON types that a value may have, ``integer`` counted as ``number``.
+
+    Args:
+        schema: Of the value; what is no schema says that it is a text.
+        root: Where ``#/...`` references begin.
+        depth: Of references and alternatives so far.
+    """
+    if not isinstance(schema, dict) or depth > _DEPTH:
+        return frozenset({"string"})
+    if "$ref" in schema:
+        return kinds_of(resolved(schema["$ref"], root), root, depth + 1)
+    if "const" in schema or isinstance(schema.get("enum"), list):
+        return frozenset(map(kind_of, schema.get("enum", [schema.get("const")])))
+    named = schema.get("type")
+    if named is not None:
+        names = named if isinstance(named, list) else [named]
+        found = frozenset("number" if name == "integer" else str(name) for name in names)
+        return found & KINDS or frozenset({"string"})
+    for several in ("anyOf", "oneOf", "allOf"):
+        members = schema.get(several)
+        if isinstance(members, list) and members:
+            return frozenset().union(*(kinds_of(one, root, depth + 1) for one in members))
+    return KINDS
+
+
+def resolved(reference: Any, root: Any) -> Any:
+    """What a reference within a schema points to, or None."""
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return None
+    found = root
+    for part in reference[1:].split("/")[1:]:
+        part = part.replace("~1", "/").replace("~0", "~")
+        if not isinstance(found, dict):
+            return None
+        found = found.get(part)
+    return found
+
+
+def kind_of(value: Any) -> str:
+    """The JSON type of a value, without ``integer``."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, int | float):
+        return "number"
+    if isinstance(value, str):
+        return "string"
+    return "array" if isinstance(value, list) else "object"
+
+
+_JSON_HEAD = re.compile(
+    r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
+_JSON_TAIL = re.compile(r"\s*\}")
+
+
+class ObjectEnd:
+    """Finds where a JSON object ends, however its text is cut."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._in_string = False
+        self._is_escaped = False
+
+    def find(self, text: str) -> int | None:
+        """The place after the closing bracket, from the next character on; None if further on."""
+        for place, character in enumerate(text):
+            if self._in_string:
+                if self._is_escaped:
+                    self._is_escaped = False
+                elif character == "\\":
+                    self._is_escaped = True
+                elif character == '"':
+                    self._in_string = False
+            elif character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if self._depth <= 0:
+                    return place + 1
+        return None
+
+
+class CallReader:
+    """Reads a call from the bracket that opens it on.
+
+    Args:
+        index: Which call of the answer it is.
+        names: Of the tools there are.
+
+    Attributes:
+        is_done: The call is complete.
+        is_none: It turned out to be something else; ``held`` has all of it.
+        held: Text that is not read yet: what follows a complete call.
+    """
+
+    def __init__(self, index: int, names: Container[str]) -> None:
+        self._index = index
+        self._names = names
+        self._whole = ObjectEnd()
+        self._num_looked_at = 0
+        self._arguments: ObjectEnd | None = None
+        self._is_closing = False
+        self.is_begun = self.is_done = self.is_none = False
+        self.held = ""
+
+    def feed(self, text: str) -> list[Piece]:
+        """The pieces that more text makes certain."""
+        self.held += text
+        pieces: list[Piece] = []
+        if not self.is_begun:
+            pieces += self._begin()
+        if self._arguments is not None:
+            pieces += self._grow(self._arguments)
+        if self._is_closing and (tail := _JSON_TAIL.match(self.held)):
+            self.held = self.held[tail.end() :]
+            self._is_closing, self.is_done = False, True
+        return pieces
+
+    def _begin(self) -> list[Piece]:
+        head = _JSON_HEAD.match(self.held)
+        if head is not None:
+            name = _loaded(head[1])
+            if name not in self._names:
+                self.is_none = True
+                return []
+            self.held = self.held[head.end() :]
+            self.is_begun, self._arguments = True, ObjectEnd()
+            return [CallBegun(self._index, name)]
+        # The fields may come in another order. Then read the call as a whole.
+        end = self._whole.find(self.held[self._num_looked_at :])
+        if end is None:
+            self._num_looked_at = len(self.held)
+            return []
+        end += self._num_looked_at
+        call = _loaded(self.held[:end])
+        name = call.get("name") if isinstance(call, dict) else None
+        if not isinstance(name, str) or name not in self._names:
+            self.is_none = True
+            return []
+        arguments = call.get("arguments", call.get("parameters", {}))
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        self.held = self.held[end:]
+        self.is_begun = self.is_done = True
+        return [CallBegun(self._index, name), CallGrown(self._index, arguments)]
+
+    def _grow(self, arguments: ObjectEnd) -> list[Piece]:
+        end = arguments.find(self.held)
+        if end is not None:
+            self._arguments, self._is_closing = None, True
+        end = len(self.held) if end is None else end
+        grown, self.held = self.held[:end], self.held[end:]
+        return [CallGrown(self._index, grown)] if grown else []
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+_NAMED_HEAD = re.compile(
+    r"\s*([A-Za-z0-9_.-]+)\s*"
+    rf"(?:{re.escape(CALL_ID)}\s*([A-Za-z0-9_-]+)\s*)?"
+    rf"(?:{re.escape(ARGUMENTS)})?\s*(?=\{{)"
+)
+# Longer than any name with its id and marks.
+_MAX_HEAD_CHARS = 256
+
+
+class NamedReader:
+    """Reads a call from its name on.
+
+    Args:
+        index: Which call of the answer it is.
+        names: Of the tools there are.
+
+    Attributes:
+        is_begun: The call's name is known.
+        is_done: The call is complete.
+        is_none: It turned out to be something else; ``held`` has all of it.
+        held: Text that is not read yet: what follows a complete call.
+    """
+
+    def __init__(self, index: int, names: Container[str]) -> None:
+        self._index = index
+        self._names = names
+        self._arguments = ObjectEnd()
+        self.is_begun = self.is_done = self.is_none = False
+        self.held = ""
+
+    def feed(self, text: str) -> list[Piece]:
+        """The pieces that more text makes certain."""
+        self.held += text
+        pieces: list[Piece] = []
+        if not self.is_begun:
+            head = _NAMED_HEAD.match(self.held)
+            if head is None or head[1] not in self._names:
+                self.is_none = "{" in self.held or len(self.held) > _MAX_HEAD_CHARS
+                return []
+            self.held = self.held[head.end() :]
+            self.is_begun = True
+            pieces.append(CallBegun(self._index, head[1], head[2] or ""))
+        end = self._arguments.find(self.held)
+        self.is_done = end is not None
+        grown = self.held[:end]
+        self.held = self.held[len(grown) :]
+        return [*pieces, CallGrown(self._index, grown)] if grown else pieces
+
+
+_XML_BEGIN, _XML_END = "<function=", "</function>"
+_PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
+_ONLY_TEXT = frozenset({"string"})
+_XML_HEAD = re.compile(rf"\s*{_XML_BEGIN}([^<>\n]{{1,64}})>")
+_XML_NEXT = re.compile(rf"\s*(?:{_PARAMETER}([^<>\n]+)>(?:\n|(?=[^\n]))|{_XML_END})")
+
+
+class XmlReader:
+    """Reads a call from ``<function=`` on, and returns its arguments as JSON.
+
+    A parameter's value is text between its tags, whatever its type: the tool's schema says what the
+    text stands for. Texts grow as they come, other values come whole.
+
+    Args:
+        index: Which call of the answer it is.
+        tools: Those there are, with their arguments' JSON schemas.
+
+    Attributes:
+        is_begun: The call's name is known.
+        is_done: The call is complete.
+        is_none: It turned out to be something else; ``held`` has all of it.
+        held: Text that is not read yet: what follows a complete call.
+    """
+
+    def __init__(self, index: int, tools: Mapping[str, Mapping[str, Any]]) -> None:
+        self._index = index
+        self._tools = tools
+        self._schema: Mapping[str, Any] = {}
+        self._num_parameters = 0
+        # Kinds of values that the current parameter may have; None between parameters.
+        self._kinds: frozenset[str] | None = None
+        self.is_begun = self.is_done = self.is_none = False
+        self.held = ""
+
+    def feed(self, text: str) -> list[Piece]:
+        """The pieces that more text makes certain."""
+        self.held += text
+        pieces: list[Piece] = []
+        if not self.is_begun:
+            pieces += self._begin()
+        grown = ""
+        while self.is_begun and not self.is_done:
+            before = len(self.held), self._kinds
+            grown += self._between() if self._kinds is None else self._value(self._kinds)
+            if before == (len(self.held), self._kinds):
+                break
+        return [*pieces, CallGrown(self._index, grown)] if grown else pieces
+
+    def _begin(self) -> list[Piece]:
+        head = _XML_HEAD.match(self.held)
+        if head is None:
+            begun = self.held.lstrip()
+            is_open = begun.startswith(_XML_BEGIN) and len(begun) < 80 and "\n" not in begun
+            self.is_none = not (_XML_BEGIN.startswith(begun) or is_open)
+            return []
+        if head[1] not in self._tools:
+            self.is_none = True
+            return []
+        self.held = self.held[head.end() :]
+        self.is_begun = True
+        self._schema = self._tools[head[1]]
+        return [CallBegun(self._index, head[1]), CallGrown(self._index, "{")]
+
+    def _between(self) -> str:
+        """Up to a value, or the end of the call."""
+        found = _XML_NEXT.match(self.held)
+        if found is None:
+            begun = self.held.lstrip()
+            marks = (_PARAMETER, _XML_END)
+            if any(mark.startswith(begun) or begun.startswith(mark) for mark in marks):
+                return ""
+            # Neither a parameter nor the end follows: end the call here; the rest is text.
+            self.is_done = True
+            return "}"
+        self.held = self.held[found.end() :]
+        name = found[1]
+        if name is None:
+            self.is_done = True
+            return "}"
+        properties = self._schema.get("properties")
+        schema = properties.get(name) if isinstance(properties, dict) else None
+        self._kinds = kinds_of(schema, self._schema)
+        comma = ", " if self._num_parameters else ""
+        self._num_parameters += 1
+        opening = '"' if self._kinds == _ONLY_TEXT else ""
+        return f"{comma}{json.dumps(name, ensure_ascii=False)}: {opening}"
+
+    def _value(self, kinds: frozenset[str]) -> str:
+        value, found, rest = self.held.partition(_PARAMETER_END)
+        if found:
+            # The line break before the closing tag is not part of the value.
+            value = value.removesuffix("\n")
+            self.held, self._kinds = rest, None
+        elif kinds == _ONLY_TEXT:
+            ends = (f"\n{_PARAMETER_END}", _PARAMETER_END)
+            size = len(value) - max(possible_start(value, end) for end in ends)
+            value, self.held = value[:size], value[size:]
+        else:
+            return ""
+        if kinds != _ONLY_TEXT:
+            return json.dumps(_meant(value, kinds), ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False)[1:-1] + ('"' if found else "")
+
+
+def _meant(text: str, kinds: frozenset[str]) -> Any:
+    """The value of a parameter's text: parsed as JSON if possible, otherwise the text itself."""
+    bare = text.strip()
+    lowered = bare.lower()
+    if lowered in ("true", "false", "null", "none"):
+        # Accept Python's spellings too.
+        bare = "null" if lowered == "none" else lowered
+    try:
+        value = json.loads(bare)
+    except (ValueError, RecursionError):
+        return text
+    if "string" in kinds and kind_of(value) not in kinds:
+        return text
+    return value
+
 
 _Reader = CallReader | NamedReader | XmlReader
 _READERS: dict[str, type[_Reader]] = {"json": CallReader, "named": NamedReader, "xml": XmlReader}

@@ -1,16 +1,201 @@
-"""An answer to a conversation, taken apart as its text grows."""
+"""Takes an answer apart as its text grows: reasoning, channels, what is said, calls of tools."""
 
 from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
-from turret.server.http.tools.calls import Calls
-from turret.server.http.tools.channels import Channels
-from turret.server.http.tools.pieces import CallBegun, Piece, Said, Thought
-from turret.server.http.tools.reasoning import Reasoning
+from turret.server.basics.channels import CHANNEL, ENDS, FUNCTIONS, MARKS, MESSAGE, Header
+from turret.server.http.tools.calls import (
+    CallBegun,
+    CallGrown,
+    Calls,
+    Piece,
+    Said,
+    Thought,
+    possible_start,
+)
+
+_BEGIN, _END = "<think>", "</think>"
+
+
+class Reasoning:
+    """Splits a growing text into thoughts and the text after them.
+
+    Args:
+        is_open: Whether the prompt has begun the block already.
+    """
+
+    def __init__(self, is_open: bool) -> None:
+        # before → inside → trimmed (blanks after the block) → after; or before → after.
+        self._state = "inside" if is_open else "before"
+        self._held = ""
+
+    def feed(self, text: str) -> list[Piece]:
+        """The pieces that more text makes certain."""
+        self._held += text
+        pieces: list[Piece] = []
+        if self._state == "before":
+            begun = self._held.lstrip()
+            if begun.startswith(_BEGIN):
+                self._state, self._held = "inside", begun.removeprefix(_BEGIN)
+            elif not _BEGIN.startswith(begun):
+                self._state = "after"
+        if self._state == "inside":
+            thought, found, rest = self._held.partition(_END)
+            if found:
+                self._state, self._held = "trimmed", rest
+            else:
+                size = len(thought) - possible_start(thought, _END)
+                thought, self._held = thought[:size], thought[size:]
+            if thought:
+                pieces.append(Thought(thought))
+        if self._state == "trimmed":
+            self._held = self._held.lstrip()
+            if self._held:
+                self._state = "after"
+        if self._state == "after":
+            pieces += self._let_go()
+        return pieces
+
+    def finish(self) -> list[Piece]:
+        """The pieces that are left when the answer has ended."""
+        if self._state == "inside" and self._held:
+            held, self._held = self._held, ""
+            return [Thought(held)]
+        return self._let_go()
+
+    def _let_go(self) -> list[Piece]:
+        held, self._held = self._held, ""
+        return [Said(held)] if held else []
+
+
+# Longer than any mark together with the names of a channel and a tool.
+_MAX_HEADER_CHARS = 256
+_RECIPIENT = "to="
+
+
+class Channels:
+    """Splits a growing text with its marks; see ``server/basics/channels.py``.
+
+    An answer that begins as no message does is something said, and so is a call of a tool that
+    there is not.
+
+    Args:
+        names: Of the tools that may be called.
+    """
+
+    def __init__(self, names: Container[str]) -> None:
+        self._names = names
+        # begin: start of the answer; header: before a message's text; then the kind of that text;
+        # plain: an answer without messages.
+        self._state = "begin"
+        self._held = ""
+        self._count = 0
+        self._has_arguments = False
+
+    def feed(self, text: str) -> list[Piece]:
+        """The pieces that more text makes certain."""
+        self._held += text
+        pieces: list[Piece] = []
+        while True:
+            before = self._state, len(self._held)
+            pieces += self._step()
+            if before == (self._state, len(self._held)):
+                return pieces
+
+    def finish(self) -> list[Piece]:
+        """The pieces that are left when the answer has ended."""
+        held, self._held = self._held, ""
+        if self._state in ("begin", "header"):
+            # Drop a header without a message.
+            is_header = held.lstrip().startswith(MARKS) or self._state == "header"
+            return [] if is_header or not held else [Said(held)]
+        return [*self._grown(held), *self._end()]
+
+    def _step(self) -> list[Piece]:
+        if self._state == "begin":
+            return self._begin()
+        if self._state == "header":
+            return self._read_header()
+        if self._state == "plain":
+            text, self._held = self._held, ""
+            return self._grown(text)
+        text, mark = _until(self._held, (*ENDS, CHANNEL))
+        if mark is None:
+            size = len(text) - max(possible_start(text, m) for m in MARKS)
+            self._held = text[size:]
+            return self._grown(text[:size])
+        # Keep the mark: it begins the next header.
+        self._held = self._held[len(text) :]
+        pieces = [*self._grown(text), *self._end()]
+        self._state = "header"
+        return pieces
+
+    def _begin(self) -> list[Piece]:
+        begun = self._held.lstrip()
+        if begun.startswith((*MARKS, _RECIPIENT)):
+            self._state = "header"
+        elif not any(start.startswith(begun) for start in (*MARKS, _RECIPIENT)):
+            self._state = "plain"
+        return []
+
+    def _read_header(self) -> list[Piece]:
+        text, found, rest = self._held.partition(MESSAGE)
+        if not found:
+            if len(text) > _MAX_HEADER_CHARS:
+                # The model no longer follows the format: treat everything as text.
+                self._state, self._held = "plain", ""
+                return [Said(text)]
+            return []
+        self._held = rest
+        header = Header.parse(_last_message(text))
+        if header.is_thought:
+            self._state = "thought"
+            return []
+        name = header.recipient.removeprefix(FUNCTIONS)
+        if header.recipient.startswith(FUNCTIONS) and name in self._names:
+            self._state, self._has_arguments = "call", False
+            return [CallBegun(self._count, name)]
+        self._state = "said"
+        return [] if header.is_said else [Said(text + MESSAGE)]
+
+    def _grown(self, text: str) -> list[Piece]:
+        if self._state == "call" and not self._has_arguments:
+            text = text.lstrip()
+            self._has_arguments = bool(text)
+        if not text:
+            return []
+        if self._state == "call":
+            return [CallGrown(self._count, text)]
+        return [Thought(text) if self._state == "thought" else Said(text)]
+
+    def _end(self) -> list[Piece]:
+        """The pieces at the end of a message."""
+        if self._state != "call":
+            return []
+        pieces: list[Piece] = [] if self._has_arguments else [CallGrown(self._count, "{}")]
+        self._count += 1
+        return pieces
+
+
+def _until(text: str, marks: tuple[str, ...]) -> tuple[str, str | None]:
+    """The text before the first of the marks, and that mark."""
+    places = {mark: place for mark in marks if (place := text.find(mark)) >= 0}
+    if not places:
+        return text, None
+    mark = min(places, key=places.__getitem__)
+    return text[: places[mark]], mark
+
+
+def _last_message(header: str) -> str:
+    """A header and its role, without the end of the message before it."""
+    for end in ENDS:
+        header = header.rpartition(end)[2]
+    return header
+
 
 # Mistral's templates accept only ids of nine characters; others accept any.
 _ID_CHARS = {"mistral": 9, "mistral11": 9}
@@ -92,3 +277,42 @@ class AnswerReader:
     def _new_id(self) -> str:
         digits = uuid.uuid4().hex
         return digits[:9] if self._id_chars == 9 else f"call_{digits[: self._id_chars]}"
+
+
+def delta_of(piece: Piece) -> dict[str, Any]:
+    """The delta of a stream's event for a piece."""
+    if isinstance(piece, Said):
+        return {"content": piece.text}
+    if isinstance(piece, Thought):
+        return {"reasoning_content": piece.text}
+    call: dict[str, Any] = {"index": piece.index}
+    if isinstance(piece, CallBegun):
+        function = {"name": piece.name, "arguments": ""}
+        call |= {"id": piece.call_id, "type": "function", "function": function}
+    else:
+        call["function"] = {"arguments": piece.text}
+    return {"tool_calls": [call]}
+
+
+def message_of(reader: AnswerReader, text: str) -> dict[str, Any]:
+    """A whole answer as a message of the assistant."""
+    said: list[str] = []
+    thought: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for piece in (*reader.feed(text), *reader.finish()):
+        if isinstance(piece, Said):
+            said.append(piece.text)
+        elif isinstance(piece, Thought):
+            thought.append(piece.text)
+        elif isinstance(piece, CallBegun):
+            function = {"name": piece.name, "arguments": ""}
+            calls.append({"id": piece.call_id, "type": "function", "function": function})
+        else:
+            calls[-1]["function"]["arguments"] += piece.text
+    content = "".join(said)
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if thought:
+        message["reasoning_content"] = "".join(thought)
+    if calls:
+        message |= {"content": content or None, "tool_calls": calls}
+    return message

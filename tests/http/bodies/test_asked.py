@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 import pytest
-from servers.http_harness import HttpHarness, http_harness
+from servers.http_harness import HttpHarness, Refused, http_harness
 
 from turret.server.constraints.spec import ConstraintSpec
-from turret.server.engine.scheduling.request import Request
+from turret.server.engine.scheduling.request import Request, SamplingParams
 from turret.server.errors import (
     AdapterClassifiesError,
     AdapterExistsError,
@@ -18,6 +18,8 @@ from turret.server.errors import (
     MergeActiveError,
     TurretError,
 )
+from turret.server.http.schemas.requests import Generating
+from turret.server.words import say
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 JSON = {"content-type": "application/json"}
@@ -81,7 +83,7 @@ async def test_what_is_not_sent_has_the_defaults_of_both_worlds() -> None:
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"tools": [{"type": "function"}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
         ({"response_format": "json_object"}, "response_format"),
@@ -115,7 +117,7 @@ async def test_what_is_not_sent_has_the_defaults_of_both_worlds() -> None:
         ({"seed": 1 << 64}, "seed"),
         ({"stop": 3}, "stop"),
         ({"stop": ["a", 3]}, "stop[1]"),
-        ({"stop": "\ud800"}, "stop[0]"),
+        ({"stop": ["a", ""]}, "stop[1]"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"logit_bias": {"1": 10**400}}, "logit_bias"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
@@ -129,7 +131,6 @@ async def test_what_is_not_sent_has_the_defaults_of_both_worlds() -> None:
         ({"messages": [{"role": "user", "contents": "hi"}]}, "messages[0].contents"),
         ({"messages": [{"role": "system", "content": None}]}, "messages[0].content"),
         ({"messages": [{"role": "tool", "tool_call_id": "a"}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": "\udc00"}]}, "messages[0].content"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages[0].content[0]",
@@ -151,8 +152,7 @@ async def test_conversations_and_prompts_refuse_alike(name: str) -> None:
         for path, sent in ((CHAT, {"messages": TURNS}), (COMPLETIONS, {"prompt": "a"})):
             refused = await server.refused(path, {"model": "base", name: "x", **sent})
             assert (refused.status, refused.param) == (400, name), path
-            steps = "leave it out", "send tools and tool_choice", "is for /v1/chat/completions"
-            assert refused.message.endswith(steps)
+            assert refused.code in ("not_supported", "not_supported_use")
 
 
 async def test_what_asks_for_nothing_is_let_pass() -> None:
@@ -173,85 +173,93 @@ async def test_a_limit_that_no_message_holds_is_the_context_s_to_refuse() -> Non
             request = await asked(server, CHAT, **{name: 10**12})
             assert request.stop.max_tokens == (1 << 32) - 1
         refused = await server.refused(CHAT, {"messages": TURNS, "model": "base", "max_tokens": -2})
-        assert refused.message == "max_tokens: must be at least 1"
+        assert (refused.param, refused.code) == ("max_tokens", "too_small")
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "said"),
+    ("path", "body", "param", "code"),
     [
-        (CHAT, {"max_tokens": 0}, "max_tokens: must be at least 1"),
-        (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens: must be at least 1"),
-        ("/v1/responses", {"max_tokens": 0}, "max_tokens: must be at least 1"),
-        (COMPLETIONS, {"max_tokens": -1}, "max_tokens: must be at least 0"),
-        (COMPLETIONS, {"min_tokens": 17}, "min_tokens: must be at most max_tokens, 16"),
-        (CHAT, {"min_tokens": 3, "max_tokens": 2}, "min_tokens: must be at most max_tokens, 2"),
-        (
-            CHAT,
-            {"min_tokens": 3, "max_completion_tokens": 2},
-            "min_tokens: must be at most max_completion_tokens, 2",
-        ),
-        (
-            "/v1/responses",
-            {"min_tokens": 3, "max_output_tokens": 2},
-            "min_tokens: must be at most max_output_tokens, 2",
-        ),
-        (CHAT, {"min_tokens": -1}, "min_tokens: must be at least 0"),
-        (CHAT, {"top_k": -2}, "top_k: must be at least -1"),
-        *((COMPLETIONS, {"logprobs": n}, "logprobs: must be in [0, 20]") for n in (-1, 21)),
-        *(
-            (path, {"logprobs": True, "top_logprobs": n}, "top_logprobs: must be in [0, 20]")
-            for path in (CHAT, "/v1/responses")
-            for n in (-1, 21)
-        ),
-        (
-            CHAT,
-            {"response_format": "json_object"},
-            'response_format: must be an object, such as {"type": "json_object"}',
-        ),
-        (
-            CHAT,
-            {"messages": None, "prompt": "a"},
-            "messages: must be set; what continues a prompt is /v1/completions",
-        ),
-        (
-            COMPLETIONS,
-            {"prompt": None, "messages": TURNS},
-            "prompt: must be set; what answers messages is /v1/chat/completions",
-        ),
-        (
-            "/v1/responses",
-            {"input": None, "messages": TURNS},
-            "input: must be set; what answers messages is /v1/chat/completions",
-        ),
+        (CHAT, {"max_tokens": 0}, "max_tokens", "too_small"),
+        (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens", "too_small"),
+        ("/v1/responses", {"max_tokens": 0}, "max_tokens", "too_small"),
+        (COMPLETIONS, {"max_tokens": -1}, "max_tokens", "too_small"),
+        (COMPLETIONS, {"min_tokens": 17}, "min_tokens", "exceeds_field"),
+        (CHAT, {"min_tokens": 3, "max_tokens": 2}, "min_tokens", "exceeds_field"),
+        (CHAT, {"min_tokens": 3, "max_completion_tokens": 2}, "min_tokens", "exceeds_field"),
+        ("/v1/responses", {"min_tokens": 3, "max_output_tokens": 2}, "min_tokens", "exceeds_field"),
+        (CHAT, {"min_tokens": -1}, "min_tokens", "too_small"),
+        (CHAT, {"top_k": -2}, "top_k", "too_small"),
+        (COMPLETIONS, {"logprobs": -1}, "logprobs", "too_small"),
+        (COMPLETIONS, {"logprobs": 21}, "logprobs", "too_large"),
+        (CHAT, {"logprobs": True, "top_logprobs": -1}, "top_logprobs", "too_small"),
+        (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "too_large"),
+        ("/v1/responses", {"top_logprobs": 21}, "top_logprobs", "too_large"),
+        (CHAT, {"top_p": 0}, "top_p", "not_above"),
+        (CHAT, {"response_format": "json_object"}, "response_format", "wrong_type"),
+        (CHAT, {"messages": None, "prompt": "a"}, "messages", "required"),
+        (COMPLETIONS, {"prompt": None, "messages": TURNS}, "prompt", "required"),
+        ("/v1/responses", {"input": None, "messages": TURNS}, "input", "required"),
+        (CHAT, {"guided_json": {}, "regex": "a"}, "regex", "several_constraints"),
+        (CHAT, {"stop": ["a"] * 17}, "stop", "too_many_entries"),
+        (CHAT, {"stop": "a" * 257}, "stop[0]", "too_many_characters"),
+        (CHAT, {"cache_salt": "a" * 257}, "cache_salt", "too_many_characters"),
     ],
 )
-async def test_what_a_field_may_be_is_told_in_one_go(
-    path: str, body: dict[str, Any], said: str
+async def test_each_fault_has_one_field_and_one_reason(
+    path: str, body: dict[str, Any], param: str, code: str
 ) -> None:
     given = {CHAT: {"messages": TURNS}, COMPLETIONS: {"prompt": "a"}}.get(path, {"input": "a"})
     async with http_harness() as server:
         refused = await server.refused(path, {"model": "base", **given, **body})
-        assert (refused.status, refused.message) == (400, said)
+        assert (refused.status, refused.param, refused.code) == (400, param, code)
+        assert refused.violations == {param: code}
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("sent", "param"),
     [
-        (HeadMissingError.of("adapters", "no head"), "/v1/chat/completions or /v1/completions "),
-        (AdapterClassifiesError.of("adapters", "a head"), "; POST /classify labels texts"),
-        (AdapterExistsError("is taken"), "/v1/unload_lora_adapter removes it"),
-        (
-            InvalidRequestError.of("path", "is '/a'; what lies elsewhere can be uploaded"),
-            "; `turret adapters upload` sends what lies elsewhere",
-        ),
-        (MergeActiveError("is merged"), "; `turret adapters unmerge` takes it out"),
+        (b'"temperature": 1e999', "temperature"),
+        (b'"guided_json": {"maximum": 1e999}', "guided_json"),
+        (b'"tools": [{"function": {"parameters": {"a": 1e999}}}]', "tools[0].function.parameters"),
     ],
 )
-async def test_a_next_step_is_a_path_of_this_door(error: TurretError, told: str) -> None:
+async def test_numbers_that_no_float_holds_are_refused(sent: bytes, param: str) -> None:
+    body = b'{"model": "base", "messages": [{"role": "user", "content": "a"}], %b}' % sent
+    async with http_harness() as server:
+        refused = Refused.of(await server.client.post(CHAT, content=body, headers=JSON))
+        assert refused.violations[param] == "number_too_large"
+
+
+def test_the_ranges_of_the_model_are_those_of_the_engine() -> None:
+    """Each bound is accepted by both, and what is beyond it by neither."""
+    for name, info in Generating.model_fields.items():
+        if name not in SamplingParams.__dataclass_fields__:
+            continue
+        for bound in info.metadata:
+            limit = getattr(bound, "ge", getattr(bound, "le", getattr(bound, "gt", None)))
+            if limit is None or name in ("seed", "top_k"):
+                continue
+            step = -0.001 if hasattr(bound, "le") else 0.001
+            SamplingParams(**{name: limit + step})
+            with pytest.raises(InvalidRequestError):
+                SamplingParams(**{name: limit - step})
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "step"),
+    [
+        (HeadMissingError.of("adapters", "no head"), "head_missing", "STEP_GENERATE"),
+        (AdapterClassifiesError.of("adapters", "a"), "adapter_classifies", "STEP_CLASSIFY"),
+        (AdapterExistsError("is taken"), "adapter_exists", "STEP_REPLACE"),
+        (MergeActiveError("is merged"), "merge_active", "STEP_UNMERGE"),
+    ],
+)
+async def test_a_next_step_is_a_path_of_this_api(error: TurretError, code: str, step: str) -> None:
     async with http_harness() as server:
         server.engine.refuse = error
         refused = await server.refused("/classify", {"model": "base", "input": "a"})
-        assert told in refused.message
+        assert refused.code == code
+        assert refused.message.endswith(say(step))
 
 
 async def test_a_chat_is_rendered_by_its_turns() -> None:

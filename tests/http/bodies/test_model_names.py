@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -55,7 +54,7 @@ async def test_adapters_may_be_typed() -> None:
             (CHAT, {"model": "sql", "adapters": adapters}, "adapters"),
             (CHAT, {"model": "base", "adapters": ["sql"]}, "adapters[0]"),
             (CHAT, {"model": "base", "adapters": [{"weight": 1}]}, "adapters[0].name"),
-            (CHAT, {"model": "base", "adapters": [{"nam": "sql"}]}, "adapters[0]"),
+            (CHAT, {"model": "base", "adapters": [{"nam": "sql"}]}, "adapters[0].nam"),
             (CHAT, {"model": "sql*101"}, "model"),
             (CHAT, {"model": "json+sql*1e3"}, "model"),
             (CHAT, {"model": "sql+sql"}, "model"),
@@ -82,45 +81,38 @@ async def test_adapters_may_be_typed() -> None:
             refused = await server.refused(CHAT, {"messages": TURNS, "model": model})
             assert (refused.status, refused.code) == (404, "model_not_found"), model
             assert refused.param == "model"
-            is_mix = "*" in model or "+" in model
-            assert ("a mix is written as" if is_mix else "GET /v1/models") in refused.message
 
 
 async def test_what_is_wrong_with_a_mix_is_said_of_model() -> None:
-    rule = "one is a decimal number without an exponent, such as 2, 0.5 or -0.5"
     async with http_harness() as server:
-        for model, why in (
-            ("sql*x", f"'x' is no weight of 'sql': {rule}"),
-            ("sql*", f"'' is no weight of 'sql': {rule}"),
-            ("sql*1e1", f"'1e1' is no weight of 'sql': {rule}"),
-            ("a*1*2", f"'1*2' is no weight of 'a': {rule}"),
-            ("json+sql*1000", "weight of 'sql' must be finite and in [-100, 100]"),
-            ("sql+json+sql", "'sql' occurs twice"),
+        for model, code in (
+            ("sql*x", "not_a_weight"),
+            ("sql*", "not_a_weight"),
+            ("sql*1e1", "not_a_weight"),
+            ("a*1*2", "not_a_weight"),
+            ("sql+json+sql", "duplicate"),
         ):
             refused = await server.refused(CHAT, {"messages": TURNS, "model": model})
-            assert (refused.status, refused.message) == (400, f"model: {why}")
+            assert (refused.status, refused.param, refused.code) == (400, "model", code)
             looked_up = Refused.of(await server.client.get(f"/v1/models/{model}"))
-            assert (looked_up.status, looked_up.message) == (400, f"model: {why}")
+            assert (looked_up.status, looked_up.param, looked_up.code) == (400, "model", code)
+        refused = await server.refused(CHAT, {"messages": TURNS, "model": "json+sql*1000"})
+        assert (refused.status, refused.param) == (400, "model")
         both = await server.refused(CHAT, {"messages": TURNS, "model": "a*x", "temperature": "hot"})
-        assert both.message.endswith("; temperature: must be a number")
+        assert both.violations == {"model": "not_a_weight", "temperature": "wrong_type"}
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
-    [
-        ("SQL", ": adapters are named in lower case; GET /v1/models lists what there is"),
-        ("SQL*2+json", ": adapters are named in lower case; GET /v1/models lists"),
-        ("FAKE", "; did you mean 'fake'?"),
-        ("sql=2", "; a mix is written as sql+json*-0.5"),
-    ],
+    ("model", "meant"),
+    [("SQL", "sql"), ("SQL*2+json", "sql*2+json"), ("FAKE", "fake"), ("sql=2", "sql+json*-0.5")],
 )
-async def test_what_may_be_meant_by_a_model_that_there_is_not(model: str, said: str) -> None:
+async def test_what_may_be_meant_by_a_model_that_there_is_not(model: str, meant: str) -> None:
     async with http_harness() as server:
         asked_for = await server.refused(CHAT, {"messages": TURNS, "model": model})
         looked_up = Refused.of(await server.client.get(f"/v1/models/{model}"))
         for refused in (asked_for, looked_up):
             assert (refused.status, refused.code) == (404, "model_not_found")
-            assert refused.message.startswith(f"the model {model!r} does not exist{said}")
+            assert meant in refused.message
 
 
 async def test_an_adapter_that_is_not_there_is_blamed_on_the_field_that_names_it() -> None:
@@ -153,7 +145,7 @@ async def test_adapters_of_another_kind_are_blamed_on_their_field() -> None:
                 sent = {"model": "base", "adapters": adapters, **body}
                 refused = await server.refused(path, sent)
                 assert (refused.status, refused.param) == (400, "adapters"), path
-                assert refused.message == "adapters: must be a list of objects with a name"
+                assert refused.code == "wrong_type"
 
 
 async def test_a_refused_request_is_counted_for_the_adapters_that_it_names() -> None:
@@ -179,30 +171,15 @@ async def test_a_mix_is_not_looked_up() -> None:
         for name in ("sql+json*-0.5", "base:sql*2"):
             refused = Refused.of(await server.client.get(f"/v1/models/{name}"))
             assert (refused.status, refused.code) == (404, "model_not_found")
-            assert "mixes are neither listed nor looked up" in refused.message
-            assert "GET /v1/models/sql" in refused.message
+            assert "/sql " in refused.message
 
 
-async def test_a_misspelt_field_of_an_adapter_is_told() -> None:
+async def test_an_unknown_field_of_an_adapter_is_refused() -> None:
     async with http_harness() as server:
-        for entry, told in (
-            ({"nam": "sql"}, "adapters[0]: knows no 'nam'; did you mean 'name'?;"),
-            ({"x": 1}, "adapters[0]: knows no 'x'; there are name, weight, generation;"),
-            (
-                {"name": "sql", "wieght": 2},
-                "adapters[0]: knows no 'wieght'; did you mean 'weight'?",
-            ),
+        for entry, violations in (
+            ({"nam": "sql"}, {"adapters[0].nam": "unknown_field"}),
+            ({"name": "sql", "x": 1}, {"adapters[0].x": "unknown_field"}),
+            ({"name": "sql", "wieght": 2}, {"adapters[0].wieght": "unknown_field"}),
         ):
             body = {"model": "base", "messages": TURNS, "adapters": [entry]}
-            answer = await server.client.post(CHAT, content=json.dumps(body), headers=JSON)
-            unset = "" if "name" in entry else " adapters[0].name: must be set"
-            assert answer.json()["error"]["message"] == told + unset
-
-
-async def test_a_name_that_is_no_text_is_told_by_its_place() -> None:
-    async with http_harness() as server:
-        body = {"model": "base", "messages": TURNS, "adapters": [{"\ud800": 1}]}
-        answer = await server.client.post(CHAT, content=json.dumps(body), headers=JSON)
-        error = answer.json()["error"]
-        assert (answer.status_code, error["param"]) == (400, "adapters[0]")
-        assert error["message"] == r"adapters[0]: the name '\ud800' holds half of a surrogate pair"
+            assert (await server.refused(CHAT, body)).violations == violations

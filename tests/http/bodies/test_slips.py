@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 from servers.http_harness import http_harness
 
-from turret.server.http.bodies.slips import slips_between
-
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TURNS = [{"role": "user", "content": "hi"}]
 # Of other servers and newer clients, and what is close to a field without being a slip of it.
@@ -79,7 +77,8 @@ async def test_a_misspelt_field_is_refused(path: str, sent: str, meant: str) -> 
     async with http_harness() as server:
         refused = await server.refused(path, {"model": "base", **BODIES[path], sent: 0})
         assert (refused.status, refused.param) == (400, sent)
-        assert refused.message == f"{sent}: is no field of this request; did you mean {meant!r}?"
+        assert refused.violations == {sent: "unknown_field"}
+        assert meant in refused.message
 
 
 async def test_what_stands_for_a_required_field_is_the_cause_alone() -> None:
@@ -93,8 +92,7 @@ async def test_what_stands_for_a_required_field_is_the_cause_alone() -> None:
             body: dict[str, Any] = {"model": "base", **BODIES[path]}
             body[sent] = body.pop(meant)
             refused = await server.refused(path, body)
-            said = f"{sent}: is no field of this request; did you mean {meant!r}?"
-            assert (refused.param, refused.message) == (sent, said)
+            assert refused.violations == {sent: "unknown_field"}
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
@@ -157,8 +155,8 @@ async def test_a_misspelt_field_of_an_object_within_is_refused(
     async with http_harness() as server:
         refused = await server.refused(path, {"model": "base", **BODIES[path], **body})
         assert (refused.status, refused.param) == (400, sent)
-        where = sent.rpartition(".")[0]
-        assert refused.message == f"{sent}: is no field of {where}; did you mean {meant!r}?"
+        assert refused.violations[sent] == "unknown_field"
+        assert meant in refused.message
 
 
 async def test_a_field_without_a_name_is_no_slip() -> None:
@@ -190,8 +188,7 @@ async def test_structured_outputs_without_a_constraint_are_refused() -> None:
     async with http_harness() as server:
         refused = await server.refused(CHAT, {"model": "base", **body})
         assert (refused.status, refused.param) == (400, "structured_outputs.schema")
-        there = "json, json_object, regex, grammar, choice"
-        assert refused.message.endswith(f": is no constraint; there are {there}")
+        assert refused.code == "unknown_field"
 
 
 async def test_one_answer_names_all_that_is_wrong() -> None:
@@ -199,38 +196,16 @@ async def test_one_answer_names_all_that_is_wrong() -> None:
     async with http_harness() as server:
         refused = await server.refused(CHAT, {"model": "base", "messages": TURNS, **wrong})
         assert (refused.status, refused.param) == (400, "min_token")
+        assert refused.violations.keys() == wrong.keys()
         for field in wrong:
             assert refused.message.count(f"{field}: ") == 1, field
 
 
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        ("jsn", "; did you mean 'json_object', any object, or 'json_schema', with a schema?"),
-        ("json_shema", "; did you mean 'json_schema'?"),
-        ("xml", ""),
-    ],
-)
-async def test_a_kind_of_response_format_that_there_is_not(kind: str, said: str) -> None:
+async def test_a_kind_of_response_format_that_there_is_not() -> None:
     async with http_harness() as server:
         for path, body in (
-            (CHAT, {"response_format": {"type": kind}}),
-            ("/v1/responses", {"text": {"format": {"type": kind}}}),
+            (CHAT, {"response_format": {"type": "xml"}}),
+            ("/v1/responses", {"text": {"format": {"type": "xml"}}}),
         ):
             refused = await server.refused(path, {"model": "base", **BODIES[path], **body})
-            end = f"type: must be text, json_object or json_schema{said}"
-            assert (refused.status, refused.message.endswith(end)) == (400, True), refused.message
-
-
-def test_slips_are_counted() -> None:
-    for one, other, slips in (
-        ("stream", "steam", 1),
-        ("max_tokens", "maxTokens", 0),
-        ("model", "modle", 1),
-        ("frequency_penalty", "frequncy_penality", 2),
-        ("stop", "seed", 8),
-        ("seed", "sede", 1),
-        ("top_k", "top_p", 8),
-        ("n", "k", 2),
-    ):
-        assert slips_between(one, other) == slips, (one, other)
+            assert (refused.status, refused.code) == (400, "not_one_of")

@@ -16,9 +16,9 @@ from turret.server.api.faults import MAX_FAILURES, MAX_MESSAGE_CHARS
 from turret.server.basics.work import Cancellation
 from turret.server.config import ListenConfig
 from turret.server.errors import AdapterNotFoundError, ResourceError
-from turret.server.http import lora
 from turret.server.http.console.state import MAX_ADAPTERS
-from turret.server.http.exchange.refusals import refusal_of
+from turret.server.http.models import ADAPTER_NAMES
+from turret.server.http.refusals import refusal_of
 
 STATIC = ROOT / "server" / "http" / "console" / "static"
 ASK: Any = {"model": "base", "prompt": "a"}
@@ -171,7 +171,7 @@ async def test_the_last_failures_are_told_with_their_ids() -> None:
         assert (wrong["method"], wrong["protocol"]) == ("POST /v1/completions", "http")
         assert (full["code"], full["adapters"]) == ("RESOURCE_EXHAUSTED", ["sql"])
         assert len(full["message"]) == MAX_MESSAGE_CHARS
-        assert (bug["code"], bug["message"]) == ("INTERNAL", "internal error")
+        assert (bug["code"], bug["reason"]) == ("INTERNAL", "INTERNAL")
         for _ in range(MAX_FAILURES + 5):
             await http.post("/v1/completions", {**ASK, "temperature": -1})
         await http.settle()
@@ -203,17 +203,13 @@ async def test_pins_come_and_go() -> None:
         assert (wrong.status, wrong.param) == (400, "lora_name")
 
 
-@pytest.mark.parametrize(
-    ("names", "param", "base"),
-    [(lora.NAMES, "lora_name", ""), ({}, "model", ", and 'base' is the base model")],
-)
+@pytest.mark.parametrize(("names", "param"), [(ADAPTER_NAMES, "lora_name"), ({}, "model")])
 def test_an_adapter_that_is_not_there_is_told_by_the_field_that_names_it(
-    names: dict[str, str], param: str, base: str
+    names: dict[str, str], param: str
 ) -> None:
     refusal = refusal_of(AdapterNotFoundError("adapter not found: 'x'"), names)
     said = refusal.body["error"]
-    assert (refusal.status, said["param"]) == (404, param)
-    assert said["message"] == f"adapter not found: 'x'; GET /v1/models lists what there is{base}"
+    assert (refusal.status, said["param"], said["code"]) == (404, param, "model_not_found")
 
 
 NAMES = ("localhost", "LOCALHOST.", "a.localhost:80", "127.0.0.1:8000", "[::1]:8000", "10.0.0.7")

@@ -152,7 +152,7 @@ async def test_an_answer_that_breaks_off_says_so() -> None:
         ("conversation", "conv_1", None),
         ("background", True, False),
         ("prompt", {"id": "p"}, None),
-        ("tools[0]", [{"type": "web_search"}], []),
+        ("tools[0].type", [{"type": "web_search"}], []),
         ("tools[0].name", [{"type": "function"}], None),
         ("tool_choice", "required", "auto"),
         ("tool_choice", {"type": "function", "name": "f"}, "none"),

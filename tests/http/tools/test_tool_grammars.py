@@ -18,10 +18,9 @@ from turret.server.constraints.constraint import Constraint
 from turret.server.constraints.spec import ConstraintSpec
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import InvalidRequestError
+from turret.server.http.tools.calls import CallBegun, CallGrown, UnenforceableError
 from turret.server.http.tools.grammar import CallsGrammar
-from turret.server.http.tools.pieces import CallBegun, CallGrown
 from turret.server.http.tools.reader import AnswerReader
-from turret.server.http.tools.schemas import UnenforceableError
 from turret.server.models.chat_format import ChatFormat
 from turret.server.models.tokenizer import RenderedChat, Tokenizer
 

@@ -1,23 +1,20 @@
 """The largest messages that every field of every endpoint can be sent, through both doors.
 
-Which fields there are is read from what declares them: the shapes of the HTTP routes, the names
-that their handlers ask for, and the descriptors of the protos. A new field is found by itself.
+Which fields there are is read from what declares them: the models of the HTTP routes and the
+descriptors of the protos. A new field is found by itself.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from fuzz.doors import METHODS, Doors
+from fuzz.doors import METHODS
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
-from servers.limits_of_bodies import body_of, places, posts, with_others
+from servers.limits_of_bodies import body_of, fields, places, with_others
 
-from turret.server.http.bodies.fields import Fields
-from turret.server.http.exchange.body import MAX_BODY_BYTES
+from turret.server.http.body import MAX_BODY_BYTES
 
 # gRPC's own limit of a message, less what is around the field.
 _MAX_MESSAGE_BYTES = (4 << 20) - 64
@@ -44,36 +41,10 @@ class Large:
         return f"{self.target} {self.what}"
 
 
-def fields_read(folder: Path) -> dict[str, set[str]]:
-    """Of every HTTP endpoint, the fields of the body that its handler asks for."""
-    found: dict[str, set[str]] = {}
-    original = Fields.__init__
-    made: list[Fields] = []
-
-    def kept(self: Fields, *args: object) -> None:
-        original(self, *args)  # type: ignore[arg-type]
-        made.append(self)
-
-    doors = Doors(folder)
-    try:
-        Fields.__init__ = kept  # type: ignore[method-assign]
-        for route in posts():
-            for body in ({}, {"model": "base", "messages": [], "prompt": "", "input": ""}):
-                doors.post(route.path, json.dumps(body).encode())
-                names = (name for each in made if not each.path for name in each.read)
-                found.setdefault(route.path, set()).update(names)
-                made.clear()
-    finally:
-        Fields.__init__ = original  # type: ignore[method-assign]
-        doors.close()
-    return found
-
-
-def bodies(read: dict[str, set[str]], *, is_short: bool) -> Iterator[Large]:
+def bodies(*, is_short: bool) -> Iterator[Large]:
     """Bodies for every list of every endpoint, and for every field that is read.
 
     Args:
-        read: See ``fields_read``.
         is_short: Whether each limit is tried at one endpoint with one kind of value alone, and of
             the other fields one in four.
     """
@@ -89,7 +60,7 @@ def bodies(read: dict[str, set[str]], *, is_short: bool) -> Iterator[Large]:
                 body = body_of(place, count, most_bytes=MAX_BODY_BYTES - 200, entry=entry)
                 data = with_others(place, body)
                 yield Large(place.path, f"{place.blamed}: {len(data)} bytes of {entry!r}", data)
-    for path, names in read.items():
+    for path, names in fields().items():
         for name in sorted(names):
             if is_short and name in seen:
                 continue

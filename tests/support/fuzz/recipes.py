@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from turret.server.http.exchange.body import MAX_BODY_BYTES
+from turret.server.http.body import MAX_BODY_BYTES
 
 # What a body is made of. A recipe is pairs of bytes: which piece, and how often, as a power of two.
 PIECES = (

@@ -78,13 +78,14 @@ class Refused:
     param: str | None
     code: str
     headers: Mapping[str, str]
+    violations: Mapping[str, str]
 
     @classmethod
     def of(cls, answer: httpx2.Response) -> Refused:
         body = answer.json()
         assert body.keys() == {"error"}
         error = body["error"]
-        assert error.keys() == {"message", "type", "param", "code"}
+        assert error.keys() - {"violations"} == {"message", "type", "param", "code"}
         return cls(
             answer.status_code,
             error["message"],
@@ -92,6 +93,7 @@ class Refused:
             error["param"],
             error["code"],
             answer.headers,
+            {each["param"]: each["code"] for each in error.get("violations", ())},
         )
 
 

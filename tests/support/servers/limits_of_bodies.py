@@ -1,8 +1,7 @@
-"""Every list and object in the bodies of HTTP requests that has a limit, found in the routes."""
+"""Every list and object in the bodies of HTTP requests that has a limit, found in the schemas."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,8 +11,7 @@ from turret.server.api.admin.adapters import Adapters
 from turret.server.api.faults import Failures
 from turret.server.api.gate import Gate
 from turret.server.api.inference.inference import Inference
-from turret.server.http.exchange.endpoint import Route
-from turret.server.http.exchange.shape import MAX_ENTRIES, Shape
+from turret.server.http.endpoint import Route
 from turret.server.http.server import routes
 from turret.server.metrics import Metrics
 
@@ -55,21 +53,34 @@ def posts() -> list[Route]:
 
 
 def places() -> list[Place]:
-    """All of them, with a field that no endpoint knows for the limit that is common to the rest."""
+    """All of them."""
     found = []
     for route in posts():
-        unknown = {"unknown": Shape(MAX_ENTRIES)}
-        fields = dataclasses.replace(route.shape, fields={**route.shape.fields, **unknown})
-        found += list(_within(route.path, (), fields))
+        assert route.body is not None
+        schema = route.body.model_json_schema()
+        found += list(_within(route.path, (), schema, schema.get("$defs", {})))
     return found
 
 
-def _within(path: str, steps: tuple[str | int, ...], shape: Shape) -> Iterator[Place]:
-    yield Place(path, steps, shape.most)
-    for name, inside in shape.fields.items():
-        yield from _within(path, (*steps, name), inside)
-    if shape.items is not None:
-        yield from _within(path, (*steps, 0), shape.items)
+def fields() -> dict[str, set[str]]:
+    """Of every endpoint, the fields of its body."""
+    schemas = {route.path: route.body.model_json_schema() for route in posts() if route.body}
+    return {path: set(schema["properties"]) for path, schema in schemas.items()}
+
+
+def _within(
+    path: str, steps: tuple[str | int, ...], schema: Mapping[str, Any], definitions: Any
+) -> Iterator[Place]:
+    if "$ref" in schema:
+        schema = definitions[schema["$ref"].rpartition("/")[2]]
+    if "maxItems" in schema or "maxProperties" in schema:
+        yield Place(path, steps, schema.get("maxItems") or schema["maxProperties"])
+    for name, inside in schema.get("properties", {}).items():
+        yield from _within(path, (*steps, name), inside, definitions)
+    for inside in schema.get("anyOf", ()):
+        yield from _within(path, steps, inside, definitions)
+    if isinstance(schema.get("items"), dict):
+        yield from _within(path, (*steps, 0), schema["items"], definitions)
 
 
 def body_of(place: Place, count: int, *, most_bytes: int, entry: bytes = b"0") -> bytes:

@@ -1,4 +1,4 @@
-"""HTTP connections with limits on the time and bytes of a request, and reloadable certificates."""
+"""Connections: limits on their number, time and bytes, chunks of streams, certificates."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import functools
 import socket
 import ssl
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from turret.server.api.access.tokens import WatchedFiles
 from turret.server.config import SecurityConfig
-from turret.server.http.exchange.body import MAX_BODY_BYTES
-from turret.server.http.exchange.chunks import EXTENSION, Chunks
-from turret.server.http.exchange.listener import Listener
+from turret.server.http.body import MAX_BODY_BYTES
 
 # Time limit for a request's head, from the connection or from the first byte of a later request.
 HEAD_SECONDS = 10.0
@@ -30,6 +29,12 @@ LINGER_BYTES = MAX_BODY_BYTES
 MAX_WIRE_BYTES = MAX_BODY_BYTES + (MAX_BODY_BYTES >> 2)
 # The parser takes at most this much (10,000 chunks of one byte) before others get a turn.
 _PIECE_BYTES = 64 << 10
+# Time limit for the TLS handshake, from the connection on; asyncio's default is a minute.
+HANDSHAKE_SECONDS = 10.0
+# Send at once when more than this is held back.
+_MAX_HELD_BYTES = 64 << 10
+# Name of the ASGI extension that holds a request's ``Chunks``.
+EXTENSION = "turret.chunks"
 
 
 class Connection(HttpToolsProtocol):
@@ -172,6 +177,118 @@ class Connection(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+
+class Chunks:
+    """Writes what comes at once as one chunk.
+
+    An event of a few bytes passes no layer between here and the socket; and of a stream whose
+    tokens have piled up, all that are there go out together. The head, and the last chunk, go the
+    ordinary way: uvicorn keeps no count of what is between them.
+
+    Args:
+        cycle: The request that is answered, by HTTP/1.1 and without a length.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._loop = asyncio.get_running_loop()
+        self._held: list[bytes] = []
+        self._num_bytes = 0
+
+    async def write(self, data: bytes) -> None:
+        """Send bytes before the event loop waits again.
+
+        Waits while the client does not read what it got.
+        """
+        if not self._held:
+            self._loop.call_soon(self.flush)
+        self._held.append(data)
+        self._num_bytes += len(data)
+        cycle = self._cycle
+        if cycle.flow.write_paused or self._num_bytes > _MAX_HELD_BYTES:
+            self.flush()
+            if cycle.flow.write_paused and not cycle.disconnected:
+                await cycle.flow.drain()
+
+    def flush(self) -> None:
+        """Send now what is held."""
+        if not self._held:
+            return
+        data = b"".join(self._held)
+        self._held.clear()
+        self._num_bytes = 0
+        if not (self._cycle.disconnected or self._cycle.response_complete):
+            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+
+class _Accepted(socket.socket):
+    """The socket of a connection, which reports when it is closed."""
+
+    __slots__ = ("on_close",)
+
+    on_close: Callable[[], None]
+
+    def close(self) -> None:
+        was_open = self.fileno() >= 0
+        super().close()
+        if was_open:
+            self.on_close()
+
+
+class Listener(socket.socket):
+    """Accepts connections up to a bound; those beyond it are closed at once.
+
+    asyncio may use it as any listening socket. It counts what it has accepted until that is
+    closed, handshakes under way included. Belongs to one event loop.
+
+    Args:
+        family: ``socket.AF_INET`` or ``AF_INET6``.
+        most: Connections open at once.
+    """
+
+    def __init__(self, family: socket.AddressFamily, most: int) -> None:
+        super().__init__(family, socket.SOCK_STREAM)
+        self._most = most
+        self._unmet: dict[int, asyncio.TimerHandle] = {}
+        self.num_open = 0
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection.
+
+        Raises:
+            ConnectionAbortedError: It was one too many, and is closed; asyncio accepts on.
+            OSError: As any socket's.
+        """
+        plain, address = super().accept()
+        descriptor = plain.detach()
+        accepted = _Accepted(self.family, self.type, self.proto, fileno=descriptor)
+        accepted.on_close = lambda: self._ended(descriptor)
+        self.num_open += 1
+        if self.num_open > self._most:
+            accepted.close()
+            raise ConnectionAbortedError("too many connections")
+        loop = asyncio.get_running_loop()
+        self._unmet[descriptor] = loop.call_later(HANDSHAKE_SECONDS, _cut, accepted)
+        return accepted, address
+
+    def met(self, descriptor: int) -> None:
+        """The handshake of a connection is over; without TLS that is so at once."""
+        timer = self._unmet.pop(descriptor, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _ended(self, descriptor: int) -> None:
+        self.num_open -= 1
+        self.met(descriptor)
+
+
+def _cut(accepted: socket.socket) -> None:
+    # Do not close the socket: its transport now reads the end of the stream and closes it.
+    try:
+        accepted.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return
 
 
 def tls_context(security: SecurityConfig) -> ssl.SSLContext | None:

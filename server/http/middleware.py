@@ -1,8 +1,9 @@
-"""Which names a server may be called by, against pages that rebind their own name to its address.
+"""What every request passes: the check of its host name, and the id that its answer gets.
 
-A page of evil.example may have its name resolve to this server after it was loaded; its requests
-then are of the same origin for the browser, and only their Host header tells. An address in the
-header cannot have been rebound, and neither can localhost, so both pass.
+The check of the host name protects against DNS rebinding: a page of evil.example may have its name
+resolve to this server after the page was loaded. The browser then takes its requests for requests
+of the same origin, and only their Host header shows the difference. An IP address in the header
+cannot have been rebound, and neither can localhost, so both pass.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import ipaddress
 import re
 from collections.abc import Iterable
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from turret.server.api.call import REQUEST_ID_KEY, request_id_of
 from turret.server.basics.codes import Code
-from turret.server.http.exchange.refusals import HttpRefusal, refusal_of
-from turret.server.http.exchange.reply import dumps
+from turret.server.http.refusals import HttpRefusal, refusal_of
+from turret.server.http.reply import dumps
+from turret.server.words import say
 
 ANY = "*"
 _SHOWN_CHARS = 200
@@ -42,13 +45,7 @@ class HostCheck:
             await self._app(scope, receive, send)
             return
         refusal = refusal_of(
-            HttpRefusal(
-                421,
-                Code.PERMISSION_DENIED,
-                f"this server is not known as {host[:_SHOWN_CHARS]!r}: call it by its address, or"
-                " start it with --http-allowed-host",
-                reason="unknown_host",
-            )
+            HttpRefusal(421, Code.PERMISSION_DENIED, say("UNKNOWN_HOST", host=host[:_SHOWN_CHARS]))
         )
         await Response(
             dumps(refusal.body), refusal.status, refusal.headers, media_type="application/json"
@@ -78,3 +75,23 @@ def is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+class RequestIds:
+    """Adds ``x-request-id`` to answers that lack it: to other paths, methods and host names.
+
+    Args:
+        app: Answers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                sent = Headers(scope=scope).getlist(REQUEST_ID_KEY)
+                MutableHeaders(scope=message).setdefault(REQUEST_ID_KEY, request_id_of(sent))
+            await send(message)
+
+        await self._app(scope, receive, named)

@@ -1,17 +1,18 @@
-"""What is written to a client: one JSON answer, or a stream of server-sent events."""
+"""Writes the answer: one JSON object, or a stream of server-sent events."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.types import Send
 
 from turret.server.api.call import REQUEST_ID_KEY, Call
-from turret.server.http.exchange.chunks import Chunks
-from turret.server.http.exchange.refusals import Refusal
+from turret.server.http.connection import Chunks
+from turret.server.http.refusals import Refusal
 
 _JSON = {"content-type": "application/json"}
 _DONE = b"data: [DONE]\n\n"
@@ -112,3 +113,22 @@ class Reply:
             self._chunks.flush()
         self.is_ended = is_last
         await self._send({"type": "http.response.body", "body": body, "more_body": not is_last})
+
+
+# Placeholder for the text. It is random, so no text from a client contains it.
+HOLE = uuid.uuid4().hex
+
+
+class Template:
+    """The bytes of an event around its text, made once.
+
+    Args:
+        value: The event, with ``HOLE`` for the text.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._before, _, self._after = event_bytes(value).partition(dumps(HOLE))
+
+    def event(self, text: str) -> bytes:
+        """The event with this text."""
+        return self._before + dumps(text) + self._after

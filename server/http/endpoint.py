@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.datastructures import Headers, QueryParams
 from starlette.types import Receive, Scope, Send
 
@@ -19,13 +20,13 @@ from turret.server.api.call import REQUEST_ID_KEY, Call
 from turret.server.api.faults import Failures
 from turret.server.basics.codes import Code
 from turret.server.errors import UnavailableError
-from turret.server.http.exchange.body import ClientGoneError, read_body, read_json
-from turret.server.http.exchange.chunks import EXTENSION
-from turret.server.http.exchange.connection import MAX_HEAD_BYTES
-from turret.server.http.exchange.refusals import HttpRefusal, Refusal, refusal_of
-from turret.server.http.exchange.reply import Reply
-from turret.server.http.exchange.shape import ANY, Shape
+from turret.server.http.body import ClientGoneError, read_body, read_json
+from turret.server.http.connection import EXTENSION, MAX_HEAD_BYTES
+from turret.server.http.refusals import HttpRefusal, Refusal, refusal_of
+from turret.server.http.reply import Reply
+from turret.server.http.schemas.fields import Body, Sent
 from turret.server.metrics import Metrics
+from turret.server.words import say
 
 _log = logging.getLogger(__name__)
 
@@ -52,12 +53,12 @@ class Exchange:
     party: Party
     names: dict[str, str]
     _tokens: TokenTable | None = None
-    _body: dict[str, Any] = dataclasses.field(default_factory=dict)
+    _sent: Sent[Any] = dataclasses.field(default_factory=Sent)
 
-    def take_body(self) -> dict[str, Any]:
+    def take_body(self) -> Sent[Any]:
         """Return the object that was sent, once, so that nothing else keeps it in memory."""
-        body, self._body = self._body, {}
-        return body
+        sent, self._sent = self._sent, Sent()
+        return sent
 
     def roles(self) -> frozenset[str]:
         """The client's roles.
@@ -82,7 +83,9 @@ class Route:
         service: The service of turret.v1 whose role is asked for (see ``authorize``); empty for
             what everyone may ask.
         names: See ``refusal_of``.
-        shape: How large the lists and objects of a POST's body may be.
+        body: The model of a POST's body.
+        answer: The model of the answer, for the OpenAPI document; None if it is text.
+        summary: One line for the document, which leaves out routes without it.
         is_counted: Whether it runs on adapters.
         level: Of the line that is logged in the end.
     """
@@ -92,7 +95,9 @@ class Route:
     handler: Handler
     service: str = ""
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    shape: Shape = ANY
+    body: type[Body] | None = None
+    answer: type[BaseModel] | None = None
+    summary: str = ""
     is_counted: bool = False
     level: int = logging.INFO
 
@@ -167,8 +172,8 @@ class Endpoint:
                 names=names,
             )
             call.tenant = exchange.party.tenant
-            if route.method == "POST":
-                exchange._body, call.message_bytes = await read_json(receive, headers, route.shape)
+            if route.body is not None:
+                exchange._sent, call.message_bytes = await read_json(receive, headers, route.body)
             else:
                 await read_body(receive, headers)
             return await _answer(route.handler, exchange, receive), None
@@ -176,13 +181,13 @@ class Endpoint:
             return Code.CANCELLED, None
         except asyncio.CancelledError:
             # The listener is stopping. Only the client waits for this task, so tell the client.
-            why = UnavailableError("the server is shutting down: it ended the request")
+            why = UnavailableError(say("REQUEST_ENDED"))
             return Code.CANCELLED, refusal_of(why)
         except Exception as error:
             refusal = refusal_of(error, names)
             said = refusal.body["error"]
             call.fail(
-                said["code"].upper(),
+                getattr(error, "reason", said["code"].upper()),
                 said["message"],
                 violations=getattr(error, "violations", ()),
                 metadata=getattr(error, "metadata", None),
@@ -195,20 +200,11 @@ class Endpoint:
 def _check_head(scope: Scope, headers: Headers) -> None:
     size = len(scope["raw_path"]) + len(scope["query_string"])
     if size + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD_BYTES:
-        raise HttpRefusal(
-            431,
-            Code.INVALID_ARGUMENT,
-            f"path and headers must be at most {MAX_HEAD_BYTES} bytes",
-            reason="head_too_large",
-        )
+        raise HttpRefusal(431, Code.INVALID_ARGUMENT, say("HEAD_TOO_LARGE", most=MAX_HEAD_BYTES))
     # A proxy in front may have checked the other header.
     if len(headers.getlist("authorization")) > 1:
-        raise HttpRefusal(
-            400,
-            Code.INVALID_ARGUMENT,
-            "more than one authorization header",
-            reason="duplicate_header",
-        )
+        text = say("DUPLICATE_HEADER", header="authorization")
+        raise HttpRefusal(400, Code.INVALID_ARGUMENT, text)
 
 
 def _peer(scope: Scope) -> str:

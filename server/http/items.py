@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar, Protocol
 
-from turret.server.http.tools.pieces import CallBegun, Piece, Said, Thought
+from turret.server.http.tools.calls import CallBegun, Piece, Said, Thought
 
 Logprobs = list[dict[str, Any]]
 # The event's type, and its fields beside the type and the number.

@@ -1,0 +1,349 @@
+"""Turns the bodies of requests into the messages of ``turret.v1``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from turret.server.api.violations import Violations
+from turret.server.errors import InvalidRequestError
+from turret.server.http.endpoint import Exchange
+from turret.server.http.model_names import Mix, mix_of, named_in
+from turret.server.http.schemas.fields import Sent, not_one_of
+from turret.server.http.schemas.requests import (
+    Asking,
+    FlatTool,
+    FunctionTool,
+    Generating,
+    InputsRequest,
+    Message,
+    Tool,
+)
+from turret.server.words import say
+from turret.v1 import inference_pb2
+
+_Message = inference_pb2.GenerateRequest
+_A = TypeVar("_A", bound=Asking)
+
+# Field paths of turret.v1, or beginnings of paths that end in a dot, as this API names them.
+NAMES = {
+    "sampling.": "",
+    "stop.": "",
+    "stop.stop_strings": "stop",
+    "stop.include_stop": "include_stop_str_in_output",
+}
+CHAT_NAMES = {
+    **NAMES,
+    "input": "messages",
+    "chat": "messages",
+    "chat.messages": "messages",
+    "chat.tools": "tools",
+    "options.top_n": "top_logprobs",
+}
+COMPLETION_NAMES = {
+    **NAMES,
+    "input": "prompt",
+    "token_ids.ids": "prompt",
+    "options.top_n": "logprobs",
+    "top_n": "logprobs",
+}
+RESPONSE_NAMES = {
+    **CHAT_NAMES,
+    "input": "input",
+    "chat": "input",
+    "chat.messages": "input",
+    "stop.max_tokens": "max_output_tokens",
+}
+INPUT_NAMES = {"inputs": "input"}
+_CHAT_INPUT_NAMES = {"inputs": "messages", "inputs[0].chat.": ""}
+TOKEN_NAMES = {
+    "input": "prompt",
+    "token_ids.ids": "tokens",
+    "chat": "messages",
+    "chat.messages": "messages",
+    "chat.tools": "tools",
+}
+# OpenAI's newer name for the role that chat templates call ``system``.
+_ROLES = {"developer": "system"}
+
+
+def read_asking(exchange: Exchange, kind: type[_A], base_name: str) -> tuple[_A, Mix]:
+    """The body of a request, and the adapters that it asks for.
+
+    Raises:
+        AdapterNotFoundError: ``model`` is not the name of anything.
+        InvalidRequestError: Lists everything that is wrong with it.
+    """
+    sent: Sent[_A] = exchange.take_body()
+    mix, wrong = named_in(sent.raw, base_name)
+    exchange.call.about(mix)
+    if wrong or sent.wrong:
+        # These fields are this API's own, not those of turret.v1.
+        exchange.names.clear()
+        Violations([*wrong, *sent.wrong]).raise_if_any()
+    assert isinstance(sent.body, kind)
+    # Report what is wrong with the mix as a whole under the field that contains it.
+    place = "adapters" if sent.body.adapters else "model"
+    exchange.names.update(name=place, adapters=place)
+    return sent.body, mix_of(sent.body.adapters) or mix
+
+
+def deadline_of(body: Asking) -> float | None:
+    """``timeout``, in seconds from now, as a ``time.monotonic()`` value; None without one."""
+    return None if body.timeout is None else time.monotonic() + body.timeout
+
+
+@dataclass(slots=True, kw_only=True)
+class Asked:
+    """What a request asks for, whatever its prompt.
+
+    Attributes:
+        model: The name that it gives, as it stands in the answer.
+        message: Everything but the input.
+        num_choices: Answers to each prompt.
+        is_stream: Whether the answer comes in events.
+        includes_usage: Whether the last event has the usage.
+        deadline: ``time.monotonic()`` seconds, or None.
+    """
+
+    model: str
+    message: _Message
+    num_choices: int
+    is_stream: bool
+    includes_usage: bool
+    deadline: float | None
+
+
+def asked_of(body: Generating, mix: Mix, names: dict[str, str]) -> Asked:
+    """What a request for an answer asks for; adds its own names for fields to ``names``.
+
+    Raises:
+        InvalidRequestError: It has several constraints, or its limits do not fit together.
+    """
+    message = _Message(adapters=mix, cache_salt=body.cache_salt)
+    _set_sampling(body, message.sampling)
+    _set_stop(body, message.stop, names)
+    _set_constraint(body, message, names)
+    return Asked(
+        model=body.model,
+        message=message,
+        num_choices=body.n,
+        is_stream=body.stream,
+        includes_usage=body.stream_options.include_usage and body.stream,
+        deadline=deadline_of(body),
+    )
+
+
+def _set_sampling(body: Generating, sampling: inference_pb2.SamplingParams) -> None:
+    for name in (
+        *("temperature", "top_p", "min_p", "repetition_penalty"),
+        *("presence_penalty", "frequency_penalty"),
+    ):
+        number = getattr(body, name)
+        if number is not None:
+            setattr(sampling, name, number)
+    # vLLM disables top_k with -1, turret with 0.
+    if body.top_k is not None:
+        sampling.top_k = max(body.top_k, 0)
+    if body.seed is not None:
+        sampling.seed = body.seed % (1 << 64)
+    sampling.logit_bias.update(body.logit_bias)
+
+
+def _set_stop(body: Generating, stop: inference_pb2.StopConditions, names: dict[str, str]) -> None:
+    limit, name = body.max_tokens, "max_tokens"
+    if body.max_completion_tokens is not None:
+        limit, name = body.max_completion_tokens, "max_completion_tokens"
+    if limit is not None:
+        stop.max_tokens, names["stop.max_tokens"] = limit, name
+    if body.min_tokens:
+        stop.min_tokens = body.min_tokens
+    stop.ignore_eos = body.ignore_eos
+    stop.include_stop = body.include_stop_str_in_output or body.include_stop
+    stop.stop_strings.extend(body.stop)
+    stop.stop_token_ids.extend(body.stop_token_ids)
+
+
+def _set_constraint(body: Generating, message: _Message, names: dict[str, str]) -> None:
+    """Set the only constraint that a request may have, in any of the forms that clients use."""
+    outputs, form = body.structured_outputs, body.response_format
+    # Some clients always send an empty grammar. Like false and null, it asks for nothing.
+    found: list[tuple[str, Any, str]] = [
+        ("json_schema", body.guided_json, "guided_json"),
+        ("json_object", body.guided_json_object, "guided_json_object"),
+        ("regex", body.guided_regex, "guided_regex"),
+        ("grammar", body.guided_grammar, "guided_grammar"),
+        ("choice", body.guided_choice, "guided_choice"),
+        ("json_schema", body.json_schema, "json_schema"),
+        ("json_object", body.json_object, "json_object"),
+        ("regex", body.regex, "regex"),
+        ("grammar", body.grammar or None, "grammar"),
+        ("grammar", body.ebnf, "ebnf"),
+        ("choice", body.choice, "choice"),
+    ]
+    if outputs is not None:
+        found += [
+            ("json_schema", outputs.json_, "structured_outputs.json"),
+            *(
+                (kind, getattr(outputs, kind), f"structured_outputs.{kind}")
+                for kind in ("json_object", "regex", "grammar", "choice")
+            ),
+        ]
+    if form is not None and form.type == "json_object":
+        found.append(("json_object", True, "response_format"))
+    if form is not None and form.type == "json_schema" and form.json_schema is not None:
+        place = "response_format.json_schema.schema"
+        found.append(("json_schema", form.json_schema.schema_, place))
+    found = [each for each in found if each[1] is not None and each[1] is not False]
+    if len(found) > 1:
+        together = ", ".join(name for _, _, name in found)
+        raise InvalidRequestError.of(found[1][2], say("SEVERAL_CONSTRAINTS", names=together))
+    for kind, value, name in found:
+        if kind == "choice":
+            # It is a plain list here, and a message with ``texts`` in turret.v1.
+            message.choice.texts.extend(value)
+            names["choice.texts"] = name
+        else:
+            setattr(message, kind, value)
+            names[kind] = name
+
+
+def numbered(asked: Asked, prompt: _Message, choice: int) -> _Message:
+    """The request for one of a prompt's answers. With a seed, each answer gets a different one.
+
+    Args:
+        asked: What is asked for.
+        prompt: The input alone.
+        choice: Which of the answers, from 0, which keeps the seed that was sent.
+    """
+    message = _Message()
+    message.CopyFrom(asked.message)
+    message.MergeFrom(prompt)
+    if choice and message.sampling.HasField("seed"):
+        message.sampling.seed = (message.sampling.seed + choice) % (1 << 64)
+    return message
+
+
+def chat_of(messages: list[Message]) -> inference_pb2.Chat:
+    """A conversation."""
+    chat = inference_pb2.Chat()
+    for each in messages:
+        turn = chat.messages.add(
+            role=_ROLES.get(each.role, each.role),
+            content=each.content or "",
+            tool_call_id=each.tool_call_id,
+        )
+        for call in each.tool_calls:
+            function = call.function
+            turn.tool_calls.add(id=call.id, name=function.name, arguments=function.arguments)
+    return chat
+
+
+def inputs_of(body: InputsRequest, names: dict[str, str]) -> list[inference_pb2.Input]:
+    """The entries of ``input``, or the one conversation in ``messages``, which is vLLM's form."""
+    if body.messages is not None:
+        names.update(_CHAT_INPUT_NAMES)
+        return [inference_pb2.Input(chat=chat_of(body.messages))]
+    inputs = []
+    for index, (place, value) in enumerate((body.input or {}).items()):
+        names.update(
+            {f"inputs[{index}]{within}": f"input{place}" for within in ("", ".token_ids.ids")}
+        )
+        inputs.append(
+            inference_pb2.Input(prompt=value)
+            if isinstance(value, str)
+            else inference_pb2.Input(token_ids=inference_pb2.TokenIds(ids=value))
+        )
+    return inputs
+
+
+# Tools.
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """How tools may appear in the answer.
+
+    Attributes:
+        tools: Those that may be called, by name, with their arguments' JSON schemas (empty: no
+            arguments); none if tools are not to be called.
+        must_call: Whether the answer has to be calls.
+        is_parallel: Whether there may be several.
+        paths: Of each tool, where the schema of its arguments lies in the request.
+    """
+
+    tools: Mapping[str, Mapping[str, Any]]
+    must_call: bool
+    is_parallel: bool
+    paths: Mapping[str, str]
+
+
+def tools_of(
+    tools: list[Tool] | list[FlatTool], choice: Any, is_parallel: bool, chat: inference_pb2.Chat
+) -> ToolUse:
+    """How a request uses its tools; those that the model may see go into ``chat``.
+
+    Raises:
+        InvalidRequestError: ``tool_choice`` is not a choice of the tools.
+    """
+    functions: dict[str, FunctionTool] = {}
+    paths: dict[str, str] = {}
+    for index, tool in enumerate(tools):
+        function = tool.function if isinstance(tool, Tool) else tool
+        inner = ".function" if isinstance(tool, Tool) else ""
+        paths[function.name] = f"tools[{index}]{inner}.parameters"
+        functions[function.name] = function
+        schema = json.dumps(function.parameters, ensure_ascii=False) if function.parameters else ""
+        chat.tools.add(name=function.name, description=function.description, parameters=schema)
+    names, must_call = _chosen(choice, tuple(functions))
+    if not must_call:
+        # Hide tools that the model may not call. Required calls are enforced by the grammar.
+        shown = [tool for tool in chat.tools if tool.name in set(names)]
+        del chat.tools[:]
+        chat.tools.extend(shown)
+    return ToolUse(
+        {name: functions[name].parameters for name in names}, must_call, is_parallel, paths
+    )
+
+
+def _chosen(choice: Any, names: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:
+    """The tools that may be called, and whether the answer has to be calls."""
+    if choice == "none":
+        return (), False
+    if choice == "auto":
+        return names, False
+    if choice == "required":
+        if not names:
+            raise InvalidRequestError.of("tool_choice", say("NEEDS_FIELD", other="tools"))
+        return names, True
+    if choice.get("type") == "allowed_tools":
+        is_flat = not isinstance(choice.get("allowed_tools"), dict)
+        place = "tool_choice" if is_flat else "tool_choice.allowed_tools"
+        return _allowed(choice if is_flat else choice["allowed_tools"], names, place)
+    name = _function_name(choice)
+    if choice.get("type") != "function" or name not in names:
+        raise InvalidRequestError.of("tool_choice", say("UNKNOWN_TOOL"))
+    return (name,), True
+
+
+def _allowed(
+    allowed: dict[str, Any], names: tuple[str, ...], place: str
+) -> tuple[tuple[str, ...], bool]:
+    mode, tools = allowed.get("mode"), allowed.get("tools")
+    if mode not in ("auto", "required"):
+        why = not_one_of(mode, "auto, required")
+        raise InvalidRequestError.of(f"{place}.mode", why)
+    found = {_function_name(each) for each in tools} if isinstance(tools, list) else set()
+    if not found or not found <= set(names):
+        raise InvalidRequestError.of(f"{place}.tools", say("UNKNOWN_TOOL"))
+    return tuple(name for name in names if name in found), mode == "required"
+
+
+def _function_name(value: Any) -> str:
+    """The name of a function, in an object of its own or in the tool itself."""
+    function = value.get("function", value) if isinstance(value, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""

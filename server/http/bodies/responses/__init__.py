@@ -1,1 +1,0 @@
-"""Bodies of /v1/responses: the request, the conversation, and the items of the answer."""

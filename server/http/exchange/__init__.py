@@ -1,1 +1,0 @@
-"""One request over HTTP: connection, limits, authorisation, the answer or error."""

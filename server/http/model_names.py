@@ -1,0 +1,128 @@
+"""The meaning of ``model``: the base model, an adapter, or a mix of adapters."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_NAME_CHARS
+from turret.server.api.violations import Violations, adapter_refs
+from turret.server.basics.hub_id import ADAPTER_NAME, BASE
+from turret.server.errors import AdapterNotFoundError
+from turret.server.http.schemas.requests import Member
+from turret.server.words import Text, say
+from turret.v1 import adapters_pb2
+
+_SHOWN_CHARS = 40
+# No weight needs more digits. The limit on the model leaves room for blanks, stars and a prefix.
+_MOST_WEIGHT_CHARS = 32
+_MOST_MODEL_CHARS = 2 * MAX_MIX_MEMBERS * (MAX_NAME_CHARS + _MOST_WEIGHT_CHARS)
+_MOST_ECHOED = 200
+
+# Adapter names contain no plus, star or colon.
+_MEMBER = re.compile(rf"(?P<name>{ADAPTER_NAME.pattern})(?:\*(?P<weight>.*))?", re.DOTALL)
+_WEIGHT = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
+
+Mix = list[adapters_pb2.AdapterWeight]
+
+
+def named_in(raw: dict[str, Any], base_name: str) -> tuple[Mix, list[tuple[str, Text]]]:
+    """The mix that a parsed request names, and what is wrong with that.
+
+    Works for requests that are refused too, which are counted for the adapters that they name.
+
+    Raises:
+        AdapterNotFoundError: See ``read_model``.
+    """
+    model, typed = raw.get("model"), raw.get("adapters")
+    mix, invalid = read_model(model, base_name) if isinstance(model, str) else ([], [])
+    wrong = [("model", why) for why in invalid]
+    if isinstance(typed, list) and typed:
+        if mix:
+            wrong.append(("adapters", say("NEEDS_BASE_MODEL")))
+        names = (each.get("name") for each in typed[:MAX_MIX_MEMBERS] if isinstance(each, dict))
+        mix = [adapters_pb2.AdapterWeight(name=name) for name in names if isinstance(name, str)]
+    return mix, wrong
+
+
+def mix_of(members: list[Member]) -> Mix:
+    """The mix that the field ``adapters`` lists."""
+    return [
+        adapters_pb2.AdapterWeight(
+            name=member.name, weight=member.weight, generation=member.generation
+        )
+        for member in members
+    ]
+
+
+def parse_model(model: str, base_name: str) -> Mix:
+    """The mix that a model name refers to; empty for the base model.
+
+    ``base`` and the base model's name are the base, ``sql`` is an adapter, ``sql+json*-0.5`` a mix;
+    ``BASE:`` with the base model's name (or ``base:``) may stand before either.
+
+    Raises:
+        AdapterNotFoundError: It has none of these forms.
+        InvalidRequestError: It has one, but an invalid weight, or an adapter that occurs twice.
+    """
+    mix, wrong = read_model(model, base_name)
+    violations = Violations()
+    for text in wrong:
+        violations.add("model", text)
+    violations.raise_if_any()
+    return mix
+
+
+def read_model(model: str, base_name: str) -> tuple[Mix, list[Text]]:
+    """Like ``parse_model``, but returns what is wrong; a member with an error has no weight.
+
+    Raises:
+        AdapterNotFoundError: As ``parse_model``.
+    """
+    if model in (BASE, base_name):
+        return [], []
+    if len(model) > _MOST_MODEL_CHARS:
+        return [], [say("TOO_MANY_CHARACTERS", most=_MOST_MODEL_CHARS, found=len(model))]
+    if (num_members := model.count("+") + 1) > MAX_MIX_MEMBERS:
+        return [], [say("TOO_MANY_ENTRIES", most=MAX_MIX_MEMBERS, found=num_members)]
+    rest = model
+    for prefix in (base_name, BASE):
+        if model.startswith(f"{prefix}:"):
+            rest = model[len(prefix) + 1 :]
+            break
+    members: dict[str, adapters_pb2.AdapterWeight] = {}
+    wrong: list[Text] = []
+    for part in rest.split("+"):
+        match = _MEMBER.fullmatch(part.strip())
+        if match is None:
+            raise _no_model(model, base_name)
+        name, weight = match["name"], match["weight"]
+        if name in members:
+            wrong.append(say("DUPLICATE", value=name))
+            continue
+        members[name] = adapters_pb2.AdapterWeight(name=name)
+        if weight is None:
+            continue
+        if len(weight) > _MOST_WEIGHT_CHARS or _WEIGHT.fullmatch(weight) is None:
+            wrong.append(say("NOT_A_WEIGHT", name=name, weight=weight[:_SHOWN_CHARS]))
+            continue
+        violations = Violations()
+        adapter_refs([adapters_pb2.AdapterWeight(name=name, weight=float(weight))], violations)
+        wrong += [why for _, why in violations.found]  # type: ignore[misc]
+        if not violations.found:
+            members[name].weight = float(weight)
+    return list(members.values()), wrong
+
+
+def _no_model(model: str, base_name: str) -> AdapterNotFoundError:
+    """The error for a model name of no known form."""
+    lower, shown = model.lower(), model[:_MOST_ECHOED]
+    if lower == base_name.lower():
+        text = say("NO_SUCH_MODEL", model=shown, closest=base_name)
+    elif all(_MEMBER.fullmatch(part.strip()) for part in lower.split("+")):
+        text = say("NO_SUCH_MODEL", model=shown, closest=lower[:_MOST_ECHOED])
+    elif not set("=*+@").isdisjoint(model):
+        text = say("MODEL_NOT_A_MIX", model=shown, step="sql+json*-0.5")
+    else:
+        text = say("NO_SUCH_MODEL", model=shown)
+    return AdapterNotFoundError(text, metadata={"adapter": shown})

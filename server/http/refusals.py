@@ -1,0 +1,165 @@
+"""A failed request in the form of OpenAI's API: a status, and JSON with one ``error``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from turret.server.api.faults import fault_of
+from turret.server.basics.codes import Code
+from turret.server.words import Text, say
+
+
+class Row(NamedTuple):
+    """The HTTP form of a code: the status, and the ``type`` of the error."""
+
+    status: int
+    kind: str
+
+
+TABLE: dict[Code, Row] = {
+    Code.OK: Row(200, ""),
+    # The status that proxies log for a client that went away; no client sees it.
+    Code.CANCELLED: Row(499, "server_error"),
+    Code.UNKNOWN: Row(500, "server_error"),
+    Code.INVALID_ARGUMENT: Row(400, "invalid_request_error"),
+    Code.DEADLINE_EXCEEDED: Row(504, "timeout_error"),
+    Code.NOT_FOUND: Row(404, "invalid_request_error"),
+    Code.ALREADY_EXISTS: Row(409, "conflict_error"),
+    Code.PERMISSION_DENIED: Row(403, "permission_error"),
+    Code.RESOURCE_EXHAUSTED: Row(429, "rate_limit_error"),
+    Code.FAILED_PRECONDITION: Row(409, "conflict_error"),
+    Code.ABORTED: Row(409, "conflict_error"),
+    Code.OUT_OF_RANGE: Row(400, "invalid_request_error"),
+    Code.UNIMPLEMENTED: Row(501, "not_implemented_error"),
+    Code.INTERNAL: Row(500, "server_error"),
+    Code.UNAVAILABLE: Row(503, "server_error"),
+    Code.DATA_LOSS: Row(500, "server_error"),
+    Code.UNAUTHENTICATED: Row(401, "authentication_error"),
+}
+# Reasons that OpenAI's API has a word for; the others are turret's own, in lower case.
+OPENAI_CODES = {
+    "ADAPTER_NOT_FOUND": "model_not_found",
+    "PROMPT_TOO_LONG": "context_length_exceeded",
+    "UNAUTHENTICATED": "invalid_api_key",
+    "QUEUE_FULL": "rate_limit_exceeded",
+    **dict.fromkeys(("URL_ELSEWHERE", "METHOD_NOT_ALLOWED"), "unknown_url"),
+}
+# Next steps for HTTP clients, by the reason of an error.
+_STEPS: dict[str, Text] = {
+    "ADAPTER_NOT_FOUND": say("STEP_LIST_MODELS"),
+    "ADAPTER_CLASSIFIES": say("STEP_CLASSIFY"),
+    "HEAD_MISSING": say("STEP_GENERATE"),
+    "ADAPTER_EXISTS": say("STEP_REPLACE"),
+    "ADAPTER_BUSY": say("STEP_FORCE"),
+    "ADAPTER_PINNED": say("STEP_UNPIN"),
+    "ADAPTER_MERGED": say("STEP_UNMERGE"),
+    "MERGE_ACTIVE": say("STEP_UNMERGE"),
+    "UNAUTHENTICATED": say("STEP_TOKEN"),
+    "DEADLINE_EXCEEDED": say("STEP_TIMEOUT"),
+}
+# Errors whose fields say all that their message says. The messages of others say more.
+_ABOUT_FIELDS = ("INVALID_REQUEST", "PROMPT_TOO_LONG", "ADAPTER_CLASSIFIES", "HEAD_MISSING")
+# The message repeats what the client sent, so limit it to about a page of text.
+MAX_MESSAGE_CHARS = 4000
+
+
+class HttpRefusal(Exception):
+    """A refusal that only HTTP has: of a path, a method, a size or a media type.
+
+    Args:
+        status: The HTTP status.
+        code: What the log and the metrics call it.
+        text: What is wrong.
+    """
+
+    def __init__(self, status: int, code: Code, text: Text) -> None:
+        super().__init__(text)
+        self.status = status
+        self.code = code
+        self.text = text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """What is sent: ``body`` as JSON after ``status`` and ``headers``."""
+
+    status: int
+    code: Code
+    body: dict[str, Any]
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def refusal_of(error: BaseException, names: Mapping[str, str] | None = None) -> Refusal:
+    """The refusal for a request that raised this error.
+
+    Args:
+        error: What was raised. What turret did not raise on purpose becomes "internal error".
+        names: Field paths of turret.v1, or beginnings of paths that end in a dot, to the names
+            that the client knows them by.
+    """
+    headers = {"x-should-retry": "false"}
+    if isinstance(error, HttpRefusal):
+        kind = "invalid_request_error" if error.status < 500 else TABLE[error.code].kind
+        body = _body(error.text, kind, None, error.text.reason)
+        return Refusal(status=error.status, code=error.code, body=body, headers=headers)
+    fault = fault_of(error)
+    row = TABLE[fault.code]
+    wrong = [_renamed(path, why, names or {}) for path, why in fault.violations]
+    message, reason, param = fault.message, fault.reason, None
+    if wrong:
+        param = wrong[0][0]
+        if reason in _ABOUT_FIELDS:
+            message = "; ".join(f"{path}: {why}" for path, why in wrong)
+    elif reason == "ADAPTER_NOT_FOUND":
+        # Paths that manage adapters have the name in a field of its own.
+        param = (names or {}).get("name", "model")
+    if reason == "INVALID_REQUEST":
+        reason = getattr(wrong[0][1] if wrong else message, "reason", reason)
+    # One step at most: a suggestion is one already.
+    if fault.reason in _STEPS and not _suggests(fault.message):
+        message = f"{message}; {_STEPS[fault.reason]}"
+    if fault.retry_after_seconds is not None:
+        seconds = str(max(1, round(fault.retry_after_seconds)))
+        headers = {"x-should-retry": "true", "retry-after": seconds}
+    if fault.code is Code.UNAUTHENTICATED:
+        headers["www-authenticate"] = "Bearer"
+    body = _body(message, row.kind, param, reason)
+    if wrong:
+        body["error"]["violations"] = [
+            {"param": path, "code": getattr(why, "reason", fault.reason).lower(), "message": why}
+            for path, why in wrong
+        ]
+    return Refusal(status=row.status, code=fault.code, body=body, headers=headers)
+
+
+def _body(message: str, kind: str, param: str | None, reason: str) -> dict[str, Any]:
+    if len(message) > MAX_MESSAGE_CHARS:
+        message = f"{message[:MAX_MESSAGE_CHARS]}..."
+    code = OPENAI_CODES.get(reason, reason.lower())
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _suggests(message: str) -> bool:
+    """Whether a message has a next step already."""
+    params = getattr(message, "params", {})
+    return "closest" in params or "step" in params
+
+
+def _renamed(path: str, why: str, names: Mapping[str, str]) -> tuple[str, str]:
+    """A violation in the client's own names, also of the other field that it mentions."""
+    if isinstance(why, Text) and "other" in why.params:
+        reason = why.reason
+        why = say(reason, **{**why.params, "other": renamed_path(why.params["other"], names)})
+    return renamed_path(path, names), why
+
+
+def renamed_path(path: str, names: Mapping[str, str]) -> str:
+    """The path with its beginning replaced according to the longest matching entry of ``names``."""
+    ends = [index for index, char in enumerate(path) if char in ".["]
+    for end in (len(path), *reversed(ends)):
+        for start in (path[: end + 1] if path[end : end + 1] == "." else "", path[:end]):
+            if start in names:
+                return names[start] + path[len(start) :]
+    return path

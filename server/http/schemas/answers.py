@@ -1,0 +1,176 @@
+"""The bodies of answers, for the OpenAPI document. A test compares them with real answers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Violation(Answer):
+    param: str = Field(description="A field of the request.")
+    code: str = Field(description="What is wrong with it, for programs.")
+    message: str
+
+
+class Error(Answer):
+    message: str = Field(description="For people; may change.")
+    type: str
+    param: str | None = Field(description="The first field that is wrong.")
+    code: str = Field(description="The reason, for programs.")
+    violations: list[Violation] = Field([], description="Every field that is wrong.")
+
+
+class Failure(Answer):
+    """An error in the form of OpenAI's API."""
+
+    error: Error
+
+
+class AdapterUse(Answer):
+    name: str
+    generation: int
+    weight: float
+    cold_start: bool = Field(description="Whether the request waited for the adapter to load.")
+    load_ms: float
+
+
+class CachedTokens(Answer):
+    cached_tokens: int
+
+
+class Usage(Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+
+
+class InputUsage(Answer):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class _Generated(Answer):
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: Usage
+    adapters_used: list[AdapterUse]
+
+
+class _Choice(Answer):
+    index: int
+    logprobs: dict[str, Any] | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    stop_reason: str | int | None = Field(description="The stop string or token that ended it.")
+
+
+class AssistantMessage(Answer):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    reasoning_content: str = ""
+    tool_calls: list[dict[str, Any]] = []
+
+
+class ChatChoice(_Choice):
+    message: AssistantMessage
+
+
+class ChatCompletion(_Generated):
+    choices: list[ChatChoice]
+
+
+class TextChoice(_Choice):
+    text: str
+
+
+class Completion(_Generated):
+    choices: list[TextChoice]
+
+
+class Response(BaseModel):
+    """OpenAI's response object; it repeats fields of the request."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete", "in_progress", "failed"]
+    model: str
+    output: list[dict[str, Any]] = Field(description="Items: message, reasoning, function_call.")
+    usage: dict[str, Any] | None
+    adapters_used: list[AdapterUse]
+
+
+class Embedding(Answer):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class Embeddings(Answer):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: InputUsage
+    adapters_used: list[AdapterUse]
+
+
+class Labels(Answer):
+    index: int
+    label: str
+    labels: list[str]
+    probs: list[float] = Field(description="Of each label, in their order.")
+    num_classes: int
+
+
+class Classification(Answer):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    system_fingerprint: str
+    data: list[Labels]
+    usage: InputUsage
+    adapters_used: list[AdapterUse]
+
+
+class Tokens(Answer):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Text(Answer):
+    prompt: str
+
+
+class ModelCard(Answer):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int | None = None
+    aliases: list[str] = []
+    method: str | None = None
+    generation: int | None = None
+    residency: str | None = None
+
+
+class ModelList(Answer):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Health(Answer):
+    status: Literal["ok"]

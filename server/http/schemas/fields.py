@@ -1,0 +1,507 @@
+"""Reads the object of a request into its model, and collects everything that is wrong with it."""
+
+from __future__ import annotations
+
+import functools
+import json
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from turret.closest import closest
+from turret.server.api.limits import MAX_CONSTRAINT_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+from turret.server.api.violations import MAX_VIOLATIONS
+from turret.server.words import Text, say
+
+UINT32 = (1 << 32) - 1
+# More than the context of any model. The model's own limit is checked later.
+MAX_TOKEN_IDS = 1 << 20
+MAX_PROMPTS = 2048
+# No client sends as many unknown fields, or names as long; comparing them would take long.
+_MOST_UNKNOWN, _MOST_CHARS = 32, 40
+# One letter in five: "stops" for "stop", but not "top_a" for "top_k".
+_LEAST_RATIO = 0.8
+# Longer lists are refused by their length, so nothing in them is looked at.
+_MOST_OBJECTS = 4096
+
+Violation = tuple[str, Text]
+M = TypeVar("M", bound="Body")
+
+
+class Body(BaseModel):
+    """An object of a request. A field that is null counts as absent."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class ClosedBody(Body):
+    """An object without room for unknown fields: each of them would change the answer."""
+
+
+@dataclass(slots=True)
+class Sent(Generic[M]):
+    """The object of a request.
+
+    Attributes:
+        body: The model made of it; None if anything is wrong.
+        wrong: What is wrong, by field.
+        raw: The object as it was parsed, for the fields that are needed even if it is wrong.
+    """
+
+    body: M | None = None
+    wrong: list[Violation] = field(default_factory=list)
+    raw: dict[str, Any] = field(default_factory=dict)
+
+
+def read(model: type[M], raw: dict[str, Any]) -> Sent[M]:
+    """Read a parsed object. The time that it takes grows with the size of the object."""
+    unknown: list[_Unknown] = []
+    tidied = _tidied(model, raw, "", unknown)
+    wrong: list[Violation] = []
+    body = None
+    try:
+        body = model.model_validate(tidied)
+    except ValidationError as error:
+        wrong = list(_violations(error))
+    # A misspelt field is the cause of what is wrong with the field that it stands for.
+    stands_for = tuple(each.meant for each in unknown if each.meant)
+    wrong = [each for each in wrong if not _is_within(each[0], stands_for)]
+    wrong = [*((each.path, each.why) for each in unknown), *wrong][:MAX_VIOLATIONS]
+    return Sent(None if wrong else body, wrong, raw)
+
+
+def not_one_of(value: Any, choices: str) -> Text:
+    """What is wrong with a value that is none of the choices; a long one is cut."""
+    return say("NOT_ONE_OF", value=str(value)[:_MOST_CHARS], choices=choices)
+
+
+def wrong_at(text: Text, *place: str | int) -> ValidationError:
+    """What a validator raises for a value, or for a place within it."""
+    kind = PydanticCustomError("said", "{text}", {"text": text})
+    return ValidationError.from_exception_data(
+        "value", [InitErrorDetails(type=kind, loc=place, input=None)]
+    )
+
+
+# Fields that are refused or ignored.
+
+
+def unsupported(*neutral: Any, instead: str = "") -> Any:
+    """A field that is refused, unless it is null or one of the values that ask for nothing.
+
+    Args:
+        neutral: Those values.
+        instead: What to use instead.
+    """
+    note = "Not supported" + (f": use {instead}." if instead else ".")
+    return Field(
+        None,
+        description=note,
+        deprecated=True,
+        json_schema_extra={"x-neutral": list(neutral), "x-instead": instead},
+    )
+
+
+def ignored() -> Any:
+    """A field that other servers know, and that makes no difference here."""
+    return Field(None, description="Ignored.", json_schema_extra={"x-ignored": True})
+
+
+# Names that other servers use, without capitals and underscores, with the fields that they mean.
+# Ignoring them would silently change the answer.
+_LIMITS = ("max_output_tokens", "max_tokens")
+_FOREIGN: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("maxnewtokens", "maxoutputtokens", "maxtokenstosample"), _LIMITS),
+    **dict.fromkeys(("npredict", "numpredict", "maxlength"), _LIMITS),
+    **dict.fromkeys(("stopsequence", "stopsequences", "stopwords"), ("stop",)),
+    **dict.fromkeys(("stopstrings", "stoppingstrings", "antiprompt"), ("stop",)),
+    "temp": ("temperature",),
+    "repeatpenalty": ("repetition_penalty",),
+    "randomseed": ("seed",),
+    "format": ("response_format",),
+}
+# Values of these that ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {"repeatpenalty": (1,), "format": ("",)}
+_NEUTRAL |= {"npredict": (-1,), "numpredict": (-1,)}
+# If any of these was sent, no other name for the limit is reported.
+_AS_GOOD: dict[str, tuple[str, ...]] = dict.fromkeys(_LIMITS, (*_LIMITS, "max_completion_tokens"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Unknown:
+    """A field that is refused before the model sees it; ``meant`` is the path it stands for."""
+
+    path: str
+    why: Text
+    meant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """The fields of a model.
+
+    Attributes:
+        names: All of them.
+        used: Those that are neither refused nor ignored.
+        within: The models that some hold, and whether in a list.
+        refused: Those that are refused, with the values that ask for nothing and what to use.
+    """
+
+    names: frozenset[str]
+    used: tuple[str, ...]
+    within: dict[str, tuple[type[Body], bool]]
+    refused: dict[str, tuple[list[Any], str]]
+
+
+@functools.cache
+def _shape(model: type[Body]) -> _Shape:
+    fields = {info.alias or name: info for name, info in model.model_fields.items()}
+    within = {name: _model_in(info.annotation) for name, info in fields.items()}
+    extra = {
+        name: info.json_schema_extra
+        for name, info in fields.items()
+        if isinstance(info.json_schema_extra, dict)
+    }
+    refused: Any = {
+        name: (more["x-neutral"], more["x-instead"])
+        for name, more in extra.items()
+        if "x-neutral" in more
+    }
+    return _Shape(
+        frozenset(fields),
+        tuple(sorted(fields.keys() - extra.keys())),
+        {n: m for n, m in within.items() if m},
+        refused,
+    )
+
+
+def _model_in(annotation: Any) -> tuple[type[Body], bool] | None:
+    """The model that a field holds, by itself or in a list, and whether it is in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Body):
+        return annotation, False
+    is_list = get_origin(annotation) is list
+    found = next(filter(None, map(_model_in, get_args(annotation))), None)
+    return found and (found[0], is_list or found[1])
+
+
+def _tidied(
+    model: type[Body], value: dict[str, Any], path: str, found: list[_Unknown]
+) -> dict[str, Any]:
+    """The object without nulls and unknown fields; notes those that must not be ignored."""
+    shape = _shape(model)
+    kept: dict[str, Any] = {}
+    unknown: list[str] = []
+    for name, each in value.items():
+        if each is None:
+            continue
+        if name not in shape.names:
+            unknown.append(name)
+        elif name in shape.refused:
+            neutral, instead = shape.refused[name]
+            # Compare the types too: 1 equals True in Python.
+            if not any(type(each) is type(one) and each == one for one in neutral):
+                found.append(_Unknown(path + name, _not_supported(instead)))
+        elif name in shape.within:
+            inner, is_list = shape.within[name]
+            if isinstance(each, dict) and not is_list:
+                each = _tidied(inner, each, f"{path}{name}.", found)
+            elif isinstance(each, list) and is_list and len(each) <= _MOST_OBJECTS:
+                each = [
+                    _tidied(inner, one, f"{path}{name}[{index}].", found)
+                    if isinstance(one, dict)
+                    else one
+                    for index, one in enumerate(each)
+                ]
+            kept[name] = each
+        else:
+            kept[name] = each
+    if len(found) < MAX_VIOLATIONS:
+        found.extend(_misspelt(model, unknown[:_MOST_UNKNOWN], value, path))
+    return kept
+
+
+def _not_supported(instead: str) -> Text:
+    return say("NOT_SUPPORTED_USE", instead=instead) if instead else say("NOT_SUPPORTED")
+
+
+def _misspelt(
+    model: type[Body], unknown: Iterable[str], sent: dict[str, Any], path: str
+) -> Iterator[_Unknown]:
+    for name in unknown:
+        meant = _meant(model, name) if len(name) <= _MOST_CHARS else ""
+        if not path and sent[name] in _NEUTRAL.get(_plain(name), ()):
+            continue
+        # If the field itself was sent too, the unknown one is not a misspelling of it.
+        as_good = _shape(model).names.intersection(_AS_GOOD.get(meant, (meant,)))
+        if meant and all(sent.get(each) is None for each in as_good):
+            why = say("UNKNOWN_FIELD", name=name, closest=meant)
+            yield _Unknown(path + name, why, path + meant)
+        elif issubclass(model, ClosedBody):
+            shown = name[:_MOST_CHARS]
+            yield _Unknown(path + shown, say("UNKNOWN_FIELD", name=shown))
+
+
+@functools.lru_cache(maxsize=4096)
+def _meant(model: type[Body], name: str) -> str:
+    """The field that a client meant by an unknown name; "" if the name has another meaning."""
+    shape = _shape(model)
+    for each in _FOREIGN.get(_plain(name), ()):
+        if each in shape.names and "model" in shape.names:
+            return each
+    return slip_of(name, shape.used)
+
+
+def slip_of(name: str, choices: Iterable[str]) -> str:
+    """The choice that differs from a name by a slip, or "". Most unknown names are not slips."""
+    meant = closest(name, choices)
+    if meant is None:
+        return ""
+    one, other = _plain(name), _plain(meant)
+    is_alike = SequenceMatcher(None, one, other).ratio() >= _LEAST_RATIO
+    is_slip = abs(len(one) - len(other)) <= 2 and (is_alike or sorted(one) == sorted(other))
+    return meant if is_slip else ""
+
+
+def _plain(name: str) -> str:
+    """The name without the differences between languages' naming styles."""
+    return name.lower().replace("_", "").replace("-", "")
+
+
+# pydantic's errors as violations.
+
+_SAID: dict[str, Callable[[dict[str, Any], Any], Text]] = {
+    "said": lambda ctx, _: ctx["text"],
+    "missing": lambda ctx, _: say("REQUIRED"),
+    "string_type": lambda ctx, _: say("WRONG_TYPE", expected="a string"),
+    "bool_type": lambda ctx, _: say("WRONG_TYPE", expected="true or false"),
+    "int_type": lambda ctx, _: say("WRONG_TYPE", expected="an integer"),
+    "float_type": lambda ctx, _: say("WRONG_TYPE", expected="a number"),
+    "list_type": lambda ctx, _: say("WRONG_TYPE", expected="a list"),
+    "dict_type": lambda ctx, _: say("WRONG_TYPE", expected="an object"),
+    "model_type": lambda ctx, _: say("WRONG_TYPE", expected="an object"),
+    "finite_number": lambda ctx, _: say("NUMBER_TOO_LARGE"),
+    "greater_than": lambda ctx, value: say("NOT_ABOVE", bound=ctx["gt"], value=value),
+    "greater_than_equal": lambda ctx, value: say("TOO_SMALL", least=ctx["ge"], value=value),
+    "less_than_equal": lambda ctx, value: say("TOO_LARGE", most=ctx["le"], value=value),
+    "too_short": lambda ctx, _: say("TOO_FEW_ENTRIES", least=ctx["min_length"]),
+    "too_long": lambda ctx, value: say(
+        "TOO_MANY_ENTRIES", most=ctx["max_length"], found=len(value)
+    ),
+    "string_too_short": lambda ctx, _: say("EMPTY"),
+    "string_too_long": lambda ctx, value: say(
+        "TOO_MANY_CHARACTERS", most=ctx["max_length"], found=len(value)
+    ),
+    "literal_error": lambda ctx, value: not_one_of(value, ctx["expected"]),
+}
+
+
+def _violations(error: ValidationError) -> Iterator[Violation]:
+    for each in error.errors(include_url=False)[:MAX_VIOLATIONS]:
+        said = _SAID[each["type"]](each.get("ctx", {}), each["input"])
+        yield _path(each["loc"]), said
+
+
+def _path(places: tuple[str | int, ...]) -> str:
+    path = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in places)
+    return path.removeprefix(".")
+
+
+def _is_within(path: str, others: tuple[str, ...]) -> bool:
+    return any(path == each or path.startswith((f"{each}.", f"{each}[")) for each in others)
+
+
+# The types of fields.
+
+
+def _integral(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def are_token_ids(values: list[Any]) -> bool:
+    """Whether all are integers that a message can hold; there may be a million of them."""
+    if values and set(map(type, values)) != {int}:
+        return False
+    try:
+        array("I", values)
+    except OverflowError:
+        return False
+    return True
+
+
+def _token_ids(most: int) -> PlainValidator:
+    def check(value: Any) -> list[int]:
+        if isinstance(value, list) and len(value) > most:
+            raise wrong_at(say("TOO_MANY_ENTRIES", most=most, found=len(value)))
+        if not isinstance(value, list) or not are_token_ids(value):
+            raise wrong_at(say("WRONG_TYPE", expected="a list of token ids"))
+        return value
+
+    return PlainValidator(check)
+
+
+def is_longer(value: Any, most: int) -> bool:
+    """Whether a parsed value has more than ``most`` characters as JSON, blanks left out.
+
+    It looks at no more than it must, where writing the JSON would look at all of it.
+    """
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            most -= sum(map(len, each))
+            waiting.extend(each.values())
+        elif isinstance(each, list):
+            waiting.extend(each)
+        elif isinstance(each, str):
+            most -= len(each)
+        most -= 1
+        if most < len(waiting):
+            return True
+    return False
+
+
+def short(most: int) -> BeforeValidator:
+    """Refuses a value that is longer than so many characters as JSON, or no JSON at all."""
+
+    def check(value: Any) -> Any:
+        _json_text(value, most)
+        return value
+
+    return BeforeValidator(check)
+
+
+def _json_text(value: Any, most: int) -> str:
+    if is_longer(value, most):
+        raise wrong_at(say("TOO_LONG", most=most))
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        # Numbers such as 1e999 are JSON, but no float holds them.
+        raise wrong_at(say("NUMBER_TOO_LARGE")) from None
+
+
+def _schema_text(value: Any) -> Any:
+    """A JSON schema as text; a text is taken as it is."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict):
+        raise wrong_at(say("WRONG_TYPE", expected="an object"))
+    return _json_text(value, MAX_CONSTRAINT_CHARS)
+
+
+def _prompts(value: Any) -> dict[str, str | list[int]]:
+    """The prompts of a string, token ids, or a list of either, by their places in the field."""
+    # A list of integers is one prompt; an empty list contains no prompt.
+    is_one = isinstance(value, str) or (
+        isinstance(value, list) and (not value or not isinstance(value[0], str | list))
+    )
+    values = [value] if is_one else value
+    if not isinstance(values, list):
+        raise wrong_at(say("WRONG_TYPE", expected="a string, token ids, or a list of either"))
+    if len(values) > MAX_PROMPTS:
+        raise wrong_at(say("TOO_MANY_ENTRIES", most=MAX_PROMPTS, found=len(values)))
+    for index, each in enumerate(values):
+        if isinstance(each, str):
+            continue
+        place = () if is_one else (index,)
+        if not isinstance(each, list) or not each or not are_token_ids(each):
+            raise wrong_at(say("WRONG_TYPE", expected="a string or token ids"), *place)
+        if len(each) > MAX_TOKEN_IDS:
+            raise wrong_at(say("TOO_MANY_ENTRIES", most=MAX_TOKEN_IDS, found=len(each)), *place)
+    return {"" if is_one else f"[{index}]": each for index, each in enumerate(values)}
+
+
+def text_of(value: Any, kinds: Iterable[str], *place: str) -> str:
+    """A text, or the texts of parts that have one of these types, joined."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise wrong_at(say("WRONG_TYPE", expected="a string or a list of text parts"), *place)
+    for index, part in enumerate(value):
+        if not isinstance(part, dict) or part.get("type") not in (*kinds,):
+            raise wrong_at(say("NOT_TEXT"), *place, index)
+        if not isinstance(part.get("text"), str):
+            raise wrong_at(say("WRONG_TYPE", expected="a string"), *place, index, "text")
+    return "".join(part["text"] for part in value)
+
+
+def _content(*kinds: str) -> WithJsonSchema:
+    part = {
+        "type": "object",
+        "properties": {"type": {"enum": list(kinds)}, "text": {"type": "string"}},
+        "required": ["type", "text"],
+    }
+    return WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": part}]})
+
+
+_ID = {"type": "integer", "minimum": 0, "maximum": UINT32}
+_IDS = {"type": "array", "maxItems": MAX_TOKEN_IDS, "items": _ID}
+ITEM_PARTS = ("input_text", "output_text", "text")
+
+Number = Annotated[float, Field(strict=True)]
+Int = Annotated[int, BeforeValidator(_integral)]
+# A count, lowered to what a message can hold; the context limit rejects it anyway.
+Count = Annotated[Int, AfterValidator(lambda value: min(value, UINT32))]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+StopTexts = Annotated[
+    Texts,
+    BeforeValidator(_listed),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "maxItems": MAX_STOP_STRINGS, "items": {"type": "string"}},
+            ]
+        }
+    ),
+]
+TokenIds = Annotated[list[int], _token_ids(MAX_TOKEN_IDS), WithJsonSchema(_IDS)]
+StopTokenIds = Annotated[
+    list[int],
+    _token_ids(MAX_STOP_TOKEN_IDS),
+    WithJsonSchema({**_IDS, "maxItems": MAX_STOP_TOKEN_IDS}),
+]
+Prompts = Annotated[
+    dict[str, str | list[int]],
+    PlainValidator(_prompts),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                _IDS,
+                {
+                    "type": "array",
+                    "maxItems": MAX_PROMPTS,
+                    "items": {"anyOf": [{"type": "string"}, _IDS]},
+                },
+            ]
+        }
+    ),
+]
+Schema = Annotated[
+    str,
+    BeforeValidator(_schema_text),
+    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}]}),
+]
+Content = Annotated[str, BeforeValidator(lambda value: text_of(value, ("text",))), _content("text")]
+# Read by the item that holds it: only some have a content that is text.
+ItemContent = Annotated[Any, _content(*ITEM_PARTS)]
+Function = Literal["function"]

@@ -1,0 +1,544 @@
+"""The bodies of requests, one model for each endpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+
+from turret.server.api.limits import (
+    MAX_CACHE_SALT_CHARS,
+    MAX_CHAT_MESSAGES,
+    MAX_CHOICES,
+    MAX_CONSTRAINT_CHARS,
+    MAX_LOGIT_BIASES,
+    MAX_MIX_MEMBERS,
+    MAX_STOP_STRING_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_TOOL_CALLS,
+    MAX_TOOLS,
+    MAX_TOP_LOGPROBS,
+)
+from turret.server.http.schemas.fields import (
+    ITEM_PARTS,
+    UINT32,
+    Body,
+    ClosedBody,
+    Content,
+    Count,
+    Function,
+    Int,
+    ItemContent,
+    Number,
+    Prompts,
+    Schema,
+    StopTexts,
+    StopTokenIds,
+    Texts,
+    TokenIds,
+    ignored,
+    not_one_of,
+    short,
+    text_of,
+    unsupported,
+    wrong_at,
+)
+from turret.server.words import say
+
+# OpenAI's limits.
+MAX_ANSWERS = 128
+MAX_METADATA = 16
+# Longer than any request runs.
+MAX_TIMEOUT_SECONDS = 30 * 86400.0
+# The default of OpenAI's API for completions.
+DEFAULT_MAX_TOKENS = 16
+
+_CONSTRAINT = "The answer must match it. A request has one constraint."
+
+
+class Member(ClosedBody):
+    """An adapter of a mix."""
+
+    name: str
+    weight: Number | None = Field(None, description="From -100 to 100; 1 by default.")
+    generation: Int | None = Field(None, ge=0, le=(1 << 64) - 1)
+
+
+class Asking(Body):
+    """What every request that runs on adapters may have."""
+
+    model: str = Field(
+        description="The base model's name, `base`, an adapter, or a mix such as `sql+json*-0.5`."
+    )
+    adapters: list[Member] = Field(
+        [], max_length=MAX_MIX_MEMBERS, description="The mix, if `model` names the base."
+    )
+    cache_salt: str = Field(
+        "",
+        max_length=MAX_CACHE_SALT_CHARS,
+        description="Only requests with the same salt share cached prefixes.",
+    )
+    timeout: Number | None = Field(
+        None, gt=0, le=MAX_TIMEOUT_SECONDS, description="Seconds until the request is given up."
+    )
+
+    structural_tag: Any = unsupported(instead="another constraint")
+    guided_whitespace_pattern: Any = unsupported()
+    use_beam_search: Any = unsupported(False)
+    length_penalty: Any = unsupported(1, 1.0)
+    prompt_logprobs: Any = unsupported(instead="`echo` with `logprobs`")
+    truncate_prompt_tokens: Any = unsupported()
+    allowed_token_ids: Any = unsupported(instead="`logit_bias` or a constraint")
+    bad_words: Any = unsupported([], instead="`logit_bias` or a constraint")
+    logits_processors: Any = unsupported([])
+    skip_special_tokens: Any = unsupported(True)
+    return_token_ids: Any = unsupported(False)
+    return_tokens_as_token_ids: Any = unsupported(False)
+    priority: Any = unsupported(0)
+    lora: Any = unsupported([], instead="`model`")
+    lora_path: Any = unsupported(instead="`model`")
+    suffix: Any = unsupported("")
+    prompt_embeds: Any = unsupported()
+    functions: Any = unsupported([], instead="`tools`")
+    function_call: Any = unsupported("none", "auto", instead="`tool_choice`")
+
+
+class _ChatOnly(Body):
+    """What conversations refuse, beside the fields of ``Asking``."""
+
+    modalities: Any = unsupported(["text"])
+    audio: Any = unsupported()
+    prediction: Any = unsupported()
+    web_search_options: Any = unsupported()
+    reasoning_effort: Any = unsupported("none")
+    add_generation_prompt: Any = unsupported(True)
+    continue_final_message: Any = unsupported(False)
+    chat_template: Any = unsupported()
+    chat_template_kwargs: Any = unsupported({})
+    documents: Any = unsupported([])
+
+
+class StreamOptions(Body):
+    include_usage: bool = Field(default=False, description="Whether the last event has the usage.")
+
+
+class StructuredOutputs(ClosedBody):
+    """vLLM's form of a constraint."""
+
+    json_: Schema | None = Field(None, alias="json", description="A JSON schema.")
+    json_object: bool = Field(False, description="Any JSON object.")
+    regex: str | None = None
+    grammar: str | None = Field(None, description="Lark or GBNF.")
+    choice: Texts | None = Field(None, min_length=1, max_length=MAX_CHOICES)
+    disable_fallback: Any = ignored()
+    structural_tag: Any = unsupported(False)
+    whitespace_pattern: Any = unsupported(False)
+    disable_any_whitespace: Any = unsupported(False)
+    disable_additional_properties: Any = unsupported(False)
+
+
+class JsonSchema(Body):
+    name: Any = None
+    schema_: Schema = Field(alias="schema")
+
+
+class ResponseFormat(Body):
+    """OpenAI's form of a constraint."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise wrong_at(say("REQUIRED"), "json_schema", "schema")
+        return self
+
+
+def _biases(value: Any) -> dict[int, float]:
+    if not isinstance(value, dict):
+        raise wrong_at(say("WRONG_TYPE", expected="an object"))
+    if len(value) > MAX_LOGIT_BIASES:
+        raise wrong_at(say("TOO_MANY_ENTRIES", most=MAX_LOGIT_BIASES, found=len(value)))
+    for key, bias in value.items():
+        is_id = key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) <= UINT32
+        if not is_id or type(bias) not in (int, float) or not -100 <= bias <= 100:
+            raise wrong_at(say("NOT_A_BIAS", token=key[:10]))
+    return {int(key): bias for key, bias in value.items()}
+
+
+class Generating(Asking):
+    """What a request for an answer may have, whatever its prompt."""
+
+    temperature: Number | None = Field(None, ge=0, le=100, description="0 is greedy.")
+    top_p: Number | None = Field(None, gt=0, le=1)
+    top_k: Count | None = Field(None, ge=-1, description="0 and -1 are off.")
+    min_p: Number | None = Field(None, ge=0, le=1)
+    repetition_penalty: Number | None = Field(None, ge=0.01, le=100, description="1 is off.")
+    presence_penalty: Number | None = Field(None, ge=-2, le=2)
+    frequency_penalty: Number | None = Field(None, ge=-2, le=2)
+    seed: Int | None = Field(
+        None,
+        ge=-(1 << 63),
+        le=(1 << 64) - 1,
+        description="Answer i of n is the one that seed + i gets alone.",
+    )
+    logit_bias: Annotated[
+        dict[int, float],
+        PlainValidator(_biases),
+        WithJsonSchema(
+            {
+                "type": "object",
+                "maxProperties": MAX_LOGIT_BIASES,
+                "additionalProperties": {"type": "number"},
+            }
+        ),
+    ] = Field({}, description="Token ids and what is added to their logits, from -100 to 100.")
+    n: Int = Field(1, ge=1, le=MAX_ANSWERS, description="Answers to each prompt.")
+    best_of: Int | None = Field(None, ge=1, le=MAX_ANSWERS, description="Must equal n.")
+    max_tokens: Count | None = Field(None, ge=1)
+    max_completion_tokens: Count | None = Field(
+        None, ge=1, description="OpenAI's newer name for max_tokens."
+    )
+    min_tokens: Count = Field(0, ge=0)
+    stop: StopTexts = Field([], max_length=MAX_STOP_STRINGS, description="Texts that end it.")
+    stop_token_ids: StopTokenIds = Field([])
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    include_stop: bool = False
+    stream: bool = Field(False, description="Send server-sent events instead of one answer.")
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
+
+    response_format: ResponseFormat | None = Field(None, description=_CONSTRAINT)
+    structured_outputs: StructuredOutputs | None = Field(None, description=_CONSTRAINT)
+    guided_json: Schema | None = None
+    guided_json_object: bool = False
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+    guided_choice: Texts | None = Field(None, min_length=1, max_length=MAX_CHOICES)
+    json_object: bool = False
+    json_schema: Schema | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    ebnf: str | None = None
+    choice: Texts | None = Field(None, min_length=1, max_length=MAX_CHOICES)
+
+    @model_validator(mode="after")
+    def _sends_every_answer(self) -> Generating:
+        if self.best_of not in (None, self.n):
+            raise wrong_at(not_one_of(self.best_of, str(self.n)), "best_of")
+        for index, text in enumerate(self.stop):
+            if not text:
+                raise wrong_at(say("EMPTY"), "stop", index)
+            if len(text) > MAX_STOP_STRING_CHARS:
+                most, found = MAX_STOP_STRING_CHARS, len(text)
+                raise wrong_at(say("TOO_MANY_CHARACTERS", most=most, found=found), "stop", index)
+        return self
+
+
+# Conversations.
+
+
+class CalledFunction(Body):
+    name: str = ""
+    arguments: str = Field("", description="A JSON object, as text.")
+
+
+class ToolCall(Body):
+    id: str = ""
+    type: Any = "function"
+    function: CalledFunction
+
+
+class Message(Body):
+    """A turn of a conversation."""
+
+    role: str = Field(description="A role of the chat template; `developer` is `system`.")
+    content: Content | None = Field(None, description="Optional for the assistant.")
+    name: Any = ignored()
+    tool_calls: list[ToolCall] = Field([], max_length=MAX_TOOL_CALLS)
+    tool_call_id: str = ""
+    function_call: Any = unsupported({}, "", instead="`tool_calls`")
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Message:
+        if self.role == "function":
+            raise wrong_at(say("NOT_SUPPORTED_USE", instead="`tool`"), "role")
+        # Answers made only of calls or reasoning have no content, and clients return them as such.
+        if self.content is None and self.role != "assistant":
+            raise wrong_at(say("REQUIRED"), "content")
+        return self
+
+
+Messages = Annotated[list[Message], Field(max_length=MAX_CHAT_MESSAGES)]
+Parameters = Annotated[dict[str, Any], short(MAX_CONSTRAINT_CHARS)]
+
+
+class FunctionTool(Body):
+    name: str
+    description: str = ""
+    parameters: Parameters = Field({}, description="A JSON schema of the arguments.")
+    strict: Any = Field(None, description="Forced calls always keep to the schema.")
+
+
+class _Typed(Body):
+    type: Function
+
+
+class Tool(_Typed):
+    function: FunctionTool
+
+
+class FlatTool(FunctionTool, _Typed):
+    """A tool as the Responses API has it."""
+
+
+def _choice_of_tools(value: Any) -> Any:
+    if value in ("none", "auto", "required") or isinstance(value, dict):
+        return value
+    raise wrong_at(not_one_of(value, "none, auto, required, a function, allowed_tools"))
+
+
+ToolChoice = Annotated[
+    str | dict[str, Any],
+    PlainValidator(_choice_of_tools),
+    short(16 << 10),
+    WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}),
+]
+
+
+class ChatRequest(Generating, _ChatOnly):
+    """Asks for the answer to a conversation."""
+
+    messages: Messages
+    logprobs: bool = False
+    top_logprobs: Int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="Needs logprobs.")
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    echo: Any = unsupported(False)
+    add_special_tokens: Any = unsupported(False)
+    user: Any = ignored()
+    metadata: Any = ignored()
+    store: Any = ignored()
+
+    @model_validator(mode="after")
+    def _has_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise wrong_at(say("NEEDS_FIELD", other="logprobs"), "top_logprobs")
+        return self
+
+
+class CompletionRequest(Generating):
+    """Asks for what follows each prompt."""
+
+    prompt: Prompts
+    echo: bool = False
+    logprobs: Int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    max_tokens: Count | None = Field(
+        None, ge=0, description=f"{DEFAULT_MAX_TOKENS} by default; 0 scores the prompt."
+    )
+    max_completion_tokens: Count | None = Field(None, ge=0)
+    tools: Any = unsupported([], instead="/v1/chat/completions")
+    add_special_tokens: Any = unsupported(True, instead="token ids")
+    user: Any = ignored()
+
+
+class InputsRequest(Asking, _ChatOnly):
+    """Asks for something about texts, token ids, or one conversation."""
+
+    input: Prompts | None = Field(None, description="Either input or messages is required.")
+    messages: Messages | None = Field(None, description="One conversation.")
+    echo: Any = unsupported(False)
+    tools: Any = unsupported([])
+    add_special_tokens: bool | None = None
+    user: Any = ignored()
+
+    @model_validator(mode="after")
+    def _has_one_input(self) -> InputsRequest:
+        _has_either(self.messages, self.input, "input")
+        _adds_special_tokens(self.add_special_tokens, self.messages)
+        return self
+
+
+class EmbeddingsRequest(InputsRequest):
+    """Asks for vectors."""
+
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Int | None = Field(None, ge=0, le=UINT32)
+    pooling: Literal["last", "mean"] | None = None
+    normalize: bool | None = Field(None, description="true by default.")
+
+
+class ClassifyRequest(InputsRequest):
+    """Asks for labels."""
+
+
+class TokenizeRequest(Asking, _ChatOnly):
+    """Asks for the tokens of a text, or of a conversation as the chat template renders it."""
+
+    model: str | None = Field(None, description="The base model's tokenizer by default.")  # type: ignore[assignment]
+    prompt: str | None = Field(None, description="Either prompt or messages is required.")
+    messages: Messages | None = None
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    return_token_strs: bool = False
+    echo: Any = unsupported(False)
+    add_special_tokens: bool | None = None
+
+    @model_validator(mode="after")
+    def _has_one_input(self) -> TokenizeRequest:
+        _has_either(self.messages, self.prompt, "prompt")
+        _adds_special_tokens(self.add_special_tokens, self.messages)
+        if self.messages is None and self.tools:
+            raise wrong_at(say("NEEDS_FIELD", other="messages"), "tools")
+        return self
+
+
+class DetokenizeRequest(Asking):
+    """Asks for the text of tokens."""
+
+    model: str | None = Field(None, description="The base model's tokenizer by default.")  # type: ignore[assignment]
+    tokens: TokenIds
+
+
+def _has_either(messages: object, other: object, name: str) -> None:
+    if messages is None and other is None:
+        raise wrong_at(say("REQUIRED"), name)
+    if messages is not None and other is not None:
+        raise wrong_at(say("CONFLICTS_WITH", other="messages"), name)
+
+
+def _adds_special_tokens(sent: bool | None, messages: object) -> None:
+    # The chat template writes special tokens itself, and a text always gets them.
+    if sent is not None and sent is not (messages is None):
+        raise wrong_at(say("NOT_SUPPORTED"), "add_special_tokens")
+
+
+# The Responses API.
+
+
+class TextFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    name: str | None = None
+    strict: bool | None = None
+    description: str | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> TextFormat:
+        if self.type == "json_schema" and self.schema_ is None:
+            raise wrong_at(say("REQUIRED"), "schema")
+        return self
+
+
+class TextOptions(Body):
+    format: Annotated[TextFormat, short(MAX_CONSTRAINT_CHARS)] | None = None
+    verbosity: Any = ignored()
+
+
+class Reasoning(Body):
+    effort: Any = unsupported("none")
+    summary: Any = ignored()
+
+
+def _item_text(value: Any, place: str) -> str:
+    if value is None:
+        raise wrong_at(say("REQUIRED"), place)
+    return text_of(value, ITEM_PARTS, place)
+
+
+class Item(Body):
+    """An item of a conversation: a message, a call of a function, or its output."""
+
+    type: str = "message"
+    role: str | None = None
+    content: ItemContent = None
+    call_id: str = ""
+    name: str = ""
+    arguments: str = ""
+    output: ItemContent = None
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Item:
+        if self.type == "message":
+            roles = ("user", "assistant", "system", "developer")
+            if self.role is None:
+                raise wrong_at(say("REQUIRED"), "role")
+            if self.role not in roles:
+                raise wrong_at(not_one_of(self.role, ", ".join(roles)), "role")
+            self.content = _item_text(self.content, "content")
+        elif self.type == "function_call_output":
+            self.output = _item_text(self.output, "output")
+        elif self.type == "item_reference":
+            raise wrong_at(say("NOTHING_STORED"), "type")
+        elif self.type not in ("function_call", "function_call_output", "reasoning"):
+            kinds = "message, function_call, function_call_output"
+            raise wrong_at(not_one_of(self.type, kinds), "type")
+        return self
+
+
+def _as_item(value: Any) -> Any:
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+
+
+def _or_text(schema: dict[str, Any]) -> None:
+    """Adds to the schema of ``input`` that a text is a conversation of one message."""
+    items = {name: schema.pop(name) for name in ("type", "items", "minItems", "maxItems")}
+    schema["anyOf"] = [{"type": "string"}, items]
+
+
+ShortText = Annotated[str, Field(max_length=512)]
+
+
+class ResponseRequest(Generating, _ChatOnly):
+    """Asks for the answer to a conversation; nothing of it is stored."""
+
+    input: Annotated[list[Item], BeforeValidator(_as_item)] = Field(
+        min_length=1, max_length=MAX_CHAT_MESSAGES, json_schema_extra=_or_text
+    )
+    instructions: str | None = None
+    max_output_tokens: Count | None = Field(None, ge=1)
+    n: Int = Field(1, ge=1, le=1)
+    include: Texts = Field([], max_length=MAX_METADATA)
+    top_logprobs: Int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    metadata: Annotated[dict[str, Any], short(16 << 10)] = Field({}, max_length=MAX_METADATA)
+    text: TextOptions = Field(default_factory=TextOptions)
+    reasoning: Reasoning = Field(default_factory=Reasoning)
+    tools: list[FlatTool] = Field([], max_length=MAX_TOOLS)
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    user: ShortText | None = None
+    safety_identifier: ShortText | None = None
+    prompt_cache_key: ShortText | None = None
+    store: Any = unsupported(False)
+    previous_response_id: Any = unsupported()
+    conversation: Any = unsupported()
+    background: Any = unsupported(False)
+    prompt: Any = unsupported(instead="`input`")
+    truncation: Any = unsupported("disabled")
+    context_management: Any = unsupported([])
+    moderation: Any = unsupported()
+    echo: Any = unsupported(False)
+    add_special_tokens: Any = unsupported(False)
+
+
+# Adapters, with vLLM's fields.
+
+
+class AdapterName(Body):
+    lora_name: str
+
+
+class LoadAdapter(AdapterName):
+    lora_path: str = Field(description="A directory below --adapter-root.")
+    load_inplace: bool = Field(False, description="Replace the adapter of this name.")
+    pinned: bool = Field(False, description="Keep it in memory.")
+    task: Int | None = Field(None, ge=0, le=UINT32, description="One of several tasks.")
+
+    @model_validator(mode="after")
+    def _pins_new_adapters(self) -> LoadAdapter:
+        if self.load_inplace and self.pinned:
+            raise wrong_at(say("CONFLICTS_WITH", other="load_inplace"), "pinned")
+        return self

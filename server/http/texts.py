@@ -1,0 +1,173 @@
+"""POST /v1/embeddings, /classify, /tokenize and /detokenize: what can be asked about texts."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from typing import Any
+
+from turret.server.api.inference.inference import Inference
+from turret.server.http.answers import head, told_uses
+from turret.server.http.asked import chat_of, deadline_of, inputs_of, read_asking, tools_of
+from turret.server.http.endpoint import Exchange
+from turret.server.http.schemas.requests import (
+    ClassifyRequest,
+    DetokenizeRequest,
+    EmbeddingsRequest,
+    TokenizeRequest,
+)
+from turret.v1 import inference_pb2
+
+_Embed = inference_pb2.EmbedRequest
+_POOLINGS = {"last": _Embed.LAST, "mean": _Embed.MEAN, None: _Embed.POOLING_UNSPECIFIED}
+# Serialising more numbers, or more labels, than this takes over a millisecond.
+_INLINE_NUMBERS, _INLINE_SCORES = 2048, 512
+
+
+class Embeddings:
+    """Turns texts into vectors.
+
+    Args:
+        inference: What answers.
+    """
+
+    def __init__(self, inference: Inference) -> None:
+        self._inference = inference
+
+    async def __call__(self, exchange: Exchange) -> None:
+        info = self._inference.model()
+        body, mix = read_asking(exchange, EmbeddingsRequest, info.name)
+        message = _Embed(
+            adapters=mix,
+            inputs=inputs_of(body, exchange.names),
+            cache_salt=body.cache_salt,
+            pooling=_POOLINGS[body.pooling],
+            dimensions=body.dimensions,
+        )
+        if body.normalize is not None:
+            message.normalize = body.normalize
+        model, is_base64 = body.model, body.encoding_format == "base64"
+        deadline = deadline_of(body)
+        del body
+        answer = await self._inference.embed(message, exchange.call, exchange.party, deadline)
+        count = sum(len(each.values) for each in answer.embeddings)
+        await exchange.reply.made_json(
+            lambda: _embeddings(answer, model, is_base64), is_long=count > _INLINE_NUMBERS
+        )
+
+
+def _embeddings(answer: inference_pb2.EmbedResponse, model: str, is_base64: bool) -> dict[str, Any]:
+    tokens = answer.usage.prompt_tokens
+    encode = _base64 if is_base64 else _numbers
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": encode(each)}
+            for index, each in enumerate(answer.embeddings)
+        ],
+        "model": model,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        "adapters_used": told_uses(answer.adapters_used),
+    }
+
+
+def _numbers(embedding: inference_pb2.Embedding) -> list[float]:
+    # Nine significant digits identify every single-precision number.
+    return [float(f"{value:.9g}") for value in embedding.values]
+
+
+def _base64(embedding: inference_pb2.Embedding) -> str:
+    """Little-endian single precision."""
+    values = embedding.values
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+
+
+class Classify:
+    """Labels texts, with vLLM's fields.
+
+    Args:
+        inference: What answers.
+    """
+
+    def __init__(self, inference: Inference) -> None:
+        self._inference = inference
+
+    async def __call__(self, exchange: Exchange) -> None:
+        info = self._inference.model()
+        body, mix = read_asking(exchange, ClassifyRequest, info.name)
+        message = inference_pb2.ClassifyRequest(
+            adapters=mix, inputs=inputs_of(body, exchange.names), cache_salt=body.cache_salt
+        )
+        deadline, model = deadline_of(body), body.model
+        del body
+        answer = await self._inference.classify(message, exchange.call, exchange.party, deadline)
+        begun = head(f"classify-{exchange.call.request_id}", "list", model, info)
+        count = sum(len(each.scores) for each in answer.classifications)
+        await exchange.reply.made_json(
+            lambda: begun | _classifications(answer), is_long=count > _INLINE_SCORES
+        )
+
+
+def _classifications(answer: inference_pb2.ClassifyResponse) -> dict[str, Any]:
+    tokens = answer.usage.prompt_tokens
+    return {
+        "data": [_labels(index, each) for index, each in enumerate(answer.classifications)],
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        "adapters_used": told_uses(answer.adapters_used),
+    }
+
+
+def _labels(index: int, classification: inference_pb2.Classification) -> dict[str, Any]:
+    scores = classification.scores
+    has_probabilities = all(score.HasField("probability") for score in scores)
+    return {
+        "index": index,
+        "label": classification.label,
+        "labels": [score.label for score in scores],
+        # Regression heads have no probabilities; vLLM returns their numbers here.
+        "probs": [score.probability if has_probabilities else score.logit for score in scores],
+        "num_classes": len(scores),
+    }
+
+
+class Tokens:
+    """Turns text into tokens and back, with vLLM's fields.
+
+    Args:
+        inference: Has the tokenizer.
+    """
+
+    def __init__(self, inference: Inference) -> None:
+        self._inference = inference
+
+    async def tokenize(self, exchange: Exchange) -> None:
+        """The tokens of ``prompt``, or of ``messages`` as the chat template renders them."""
+        info = self._inference.model()
+        body, mix = read_asking(exchange, TokenizeRequest, info.name)
+        message = inference_pb2.TokenizeRequest(adapters=mix)
+        if body.messages is None:
+            message.prompt = body.prompt or ""
+        else:
+            message.chat.CopyFrom(chat_of(body.messages))
+            tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, message.chat)
+        wants_texts = body.return_token_strs
+        answer = await self._inference.tokenize(message)
+        await exchange.reply.json(
+            {
+                "count": len(answer.token_ids),
+                "max_model_len": info.max_model_len,
+                "tokens": list(answer.token_ids),
+                "token_strs": list(answer.token_texts) if wants_texts else None,
+            }
+        )
+
+    async def detokenize(self, exchange: Exchange) -> None:
+        """The text of ``tokens``, special tokens included."""
+        body, mix = read_asking(exchange, DetokenizeRequest, self._inference.model().name)
+        if not body.tokens:
+            await exchange.reply.json({"prompt": ""})
+            return
+        ids = inference_pb2.TokenIds(ids=body.tokens)
+        message = inference_pb2.TokenizeRequest(token_ids=ids, adapters=mix)
+        answer = await self._inference.tokenize(message)
+        await exchange.reply.json({"prompt": answer.text})

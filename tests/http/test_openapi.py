@@ -1,0 +1,106 @@
+"""The OpenAPI document describes what the server does, and the page that shows it works alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx2
+import jsonschema
+import pytest
+from servers.http_harness import Refused, http_harness
+
+from turret.server.api.access.tokens import TokenTable
+
+TURNS = [{"role": "user", "content": "hi"}]
+# A request for each documented path that has a body.
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"model": "sql", "messages": TURNS, "logprobs": True},
+    "/v1/completions": {"model": "base", "prompt": ["a", [1, 2]], "logprobs": 1, "n": 2},
+    "/v1/responses": {"model": "base", "input": TURNS},
+    "/v1/embeddings": {"model": "sql", "input": "a"},
+    "/classify": {"model": "sql", "input": "a"},
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [1]},
+    "/v1/load_lora_adapter": {"lora_name": "a", "lora_path": "a"},
+    "/v1/pin_lora_adapter": {"lora_name": "a"},
+    "/v1/unpin_lora_adapter": {"lora_name": "a"},
+    "/v1/unload_lora_adapter": {"lora_name": "a"},
+}
+
+
+def check(answer: httpx2.Response, operation: dict[str, Any], document: dict[str, Any]) -> None:
+    """Compare an answer with what an operation says of its status."""
+    kind = answer.headers["content-type"].partition(";")[0]
+    schema = operation["responses"][str(answer.status_code)]["content"][kind]["schema"]
+    if kind == "application/json":
+        jsonschema.validate(answer.json(), {**schema, "components": document["components"]})
+
+
+async def test_each_answer_and_error_has_the_documented_form() -> None:
+    async with http_harness() as server:
+        document = (await server.client.get("/openapi.json")).json()
+        assert document["openapi"].startswith("3.1")
+        asked = set()
+        # The order in which an adapter comes and goes.
+        for path in (*BODIES, *document["paths"]):
+            for method, operation in document["paths"][path].items():
+                if (path, method) in asked:
+                    continue
+                asked.add((path, method))
+                url = path.replace("{model}", "base")
+                if method == "get":
+                    answer = await server.client.get(url)
+                else:
+                    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+                    whole = {**schema, "components": document["components"]}
+                    jsonschema.validate(BODIES[path], whole)
+                    answer = await server.post(url, BODIES[path])
+                    refused = await server.post(url, {"lora_name": 3, "model": 3})
+                    assert refused.status_code == 400
+                    check(refused, operation, document)
+                assert answer.status_code == 200, (path, answer.text)
+                check(answer, operation, document)
+        assert len(asked) == 15
+
+
+async def test_what_is_not_supported_is_marked() -> None:
+    async with http_harness() as server:
+        document = (await server.client.get("/openapi.json")).json()
+    fields = document["components"]["schemas"]["ChatRequest"]["properties"]
+    refused = {name for name, field in fields.items() if field.get("deprecated")}
+    assert {"audio", "functions", "prompt_logprobs", "use_beam_search"} <= refused
+    assert not refused & {"messages", "model", "tools", "temperature"}
+    assert fields["temperature"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 100}
+
+
+async def test_tokens_are_asked_for_where_a_role_is_needed() -> None:
+    tokens = TokenTable([("a", frozenset({"inference"}))])
+    async with http_harness(tokens=tokens) as server:
+        document = (await server.client.get("/openapi.json")).json()
+        assert document["paths"]["/v1/models"]["get"]["security"] == [{"token": []}]
+        assert "security" not in document["paths"]["/health"]["get"]
+        assert (await server.client.get("/docs")).status_code == 200
+    async with http_harness() as server:
+        document = (await server.client.get("/openapi.json")).json()
+        assert "securitySchemes" not in document["components"]
+
+
+async def test_the_page_loads_nothing_from_elsewhere() -> None:
+    async with http_harness() as server:
+        page = await server.client.get("/docs")
+        assert "http:" not in page.text
+        assert "https:" not in page.text
+        assert "script-src 'self'" in page.headers["content-security-policy"]
+        for name in ("swagger-ui.css", "swagger-ui-bundle.js", "start.js"):
+            assert f"/docs/{name}" in page.text
+            assert (await server.client.get(f"/docs/{name}")).status_code == 200
+        for name in ("redoc.standalone.js", "..%2fcore.py"):
+            refused = Refused.of(await server.client.get(f"/docs/{name}"))
+            assert (refused.status, refused.code) == (404, "unknown_url")
+
+
+@pytest.mark.parametrize("path", ["/docs", "/openapi.json"])
+async def test_the_document_is_behind_the_check_of_the_host(path: str) -> None:
+    async with http_harness() as server:
+        answer = await server.client.get(path, headers={"host": "evil.example"})
+        assert answer.status_code == 421
