@@ -88,7 +88,7 @@ def _refuse(config: Config, error: Exception) -> int:
     if why != text:
         _log.debug("all that Ray said", extra=log.fields(text=text))
         why += "" if config.log.verbose else " (--verbose logs all that Ray said)"
-    refuse(why, is_json=config.log.log_format == "json", command="turret cluster serve")
+    refuse([("", why)], is_json=config.log.log_format == "json", command="turret cluster serve")
     return 1
 
 

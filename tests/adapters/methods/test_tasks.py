@@ -29,7 +29,7 @@ from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.errors import AdapterCheckpointError, AdapterExistsError
-from turret.server.words import say
+from turret.server.words import Text, say
 
 TASKS = 3
 
@@ -46,7 +46,7 @@ class _OfTask(torch.nn.Module):
             return self._model(input_ids=input_ids, task_ids=torch.tensor([self._task]))
 
 
-def refusal(checkpoint: AdapterCheckpoint) -> list[tuple[str, str]]:
+def refusal(checkpoint: AdapterCheckpoint) -> list[tuple[str, Text]]:
     with pytest.raises(AdapterCheckpointError) as caught:
         lower_checkpoint(checkpoint, base_of(tiny_llama()))
     return list(caught.value.violations)

@@ -163,51 +163,51 @@ def test_the_plan_counts_products_per_token(runs: dict[str, Resolved], name: str
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("overrides", "key"),
     [
-        (["method.name=qlora"], "method.name: 'qlora' is none of lora, rslora, dora, alora, miss"),
-        (["method.name=ia3", "method.rank=4"], "method.rank: has no meaning for ia3"),
-        (["method.name=loha", "method.rank=7"], "method.rank: LoHa is served up to rank 6 on"),
-        (["method.targets=c_attn"], "method.targets: 'c_attn' is no linear module of llama"),
-        (["method.targets=['mlp', 'q_proj']"], "method.targets: 'mlp' stands alone or not at all"),
+        (["method.name=qlora"], "method.name"),
+        (["method.name=ia3", "method.rank=4"], "method.rank"),
+        (["method.name=loha", "method.rank=7"], "method.rank"),
+        (["method.targets=c_attn"], "method.targets"),
+        (["method.targets=['mlp', 'q_proj']"], "method.targets"),
         (
             ["method.name=ia3", "optimizer.lora_plus_ratio=4"],
-            "optimizer.lora_plus_ratio: has no meaning for ia3",
+            "optimizer.lora_plus_ratio",
         ),
-        (["method.name=p_tuning", "data.packing=true"], "data.packing: p_tuning stands before one"),
-        (["method.name=hra", "method.rank=3"], "method.rank: must be even: HRA starts from pairs"),
+        (["method.name=p_tuning", "data.packing=true"], "data.packing"),
+        (["method.name=hra", "method.rank=3"], "method.rank"),
         (
             ["method.name=hra", "method.rank=130"],
-            "method.rank: at most 128 on these modules, which is as much as q_proj takes",
+            "method.rank",
         ),
         (
             ["method.name=miss", "method.targets=down_proj", "method.rank=193"],
-            "method.rank: at most 192 on these modules, which is as much as down_proj takes",
+            "method.rank",
         ),
-        (["method.name=shira", "method.rank=43"], "method.rank: at most 42, where all entries of"),
-        (["method.name=alora"], "method.invocation: is required: no chat template of this model"),
-        (["method.invocation=x"], "method.invocation: has no meaning for lora"),
+        (["method.name=shira", "method.rank=43"], "method.rank"),
+        (["method.name=alora"], "method.invocation"),
+        (["method.invocation=x"], "method.invocation"),
         (
             ["method.name=alora", "method.invocation=:", "data.packing=true"],
-            "data.packing: alora acts on one end of a row",
+            "data.packing",
         ),
         (
             ["method.name=alora", "method.invocation=:", "data.task=classification"],
-            "data.task: alora is for answers",
+            "data.task",
         ),
         (
             ["method.name=prefix_tuning", "run.gradient_checkpointing=true"],
-            "run.gradient_checkpointing: prefix_tuning passes",
+            "run.gradient_checkpointing",
         ),
-        (["data.max_length=513"], "data.max_length: the model's context ends at 512"),
+        (["data.max_length=513"], "data.max_length"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(
-    tiny_llama: Path, tmp_path: Path, overrides: list[str], message: str
+    tiny_llama: Path, tmp_path: Path, overrides: list[str], key: str
 ):
     with pytest.raises(ConfigError) as caught:
         resolve_tiny(tmp_path, tiny_llama, *overrides)
-    assert str(caught.value).startswith(message)
+    assert [found for found, _ in caught.value.violations] == [key]
 
 
 HIGHEST = [
@@ -292,8 +292,9 @@ def test_the_command_that_serves_allows_the_rank(
     checkpoint = read_checkpoint(root, "adapter", max_elements=1 << 30)
     lower_checkpoint(checkpoint, served_base(resolved.base), max(served, 128))
     if served:
-        with pytest.raises(BudgetExceededError, match=f"serve --max-rank {served}`"):
+        with pytest.raises(BudgetExceededError) as refused:
             lower_checkpoint(checkpoint, served_base(resolved.base), served - 1)
+        assert refused.value.metadata["max_rank"] == str(served - 1)
 
 
 def test_what_was_chosen_is_in_the_config(tiny_llama: Path, tmp_path: Path):

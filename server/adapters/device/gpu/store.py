@@ -65,7 +65,7 @@ class GpuAdapterStep:
     others: StepReference | None = None
 
     @property
-    def signature(self) -> Hashable:
+    def signature(self) -> tuple[Form, Hashable]:
         """Identifies a step's launches and the addresses they read; see the module."""
         return self.form, self.addresses
 
