@@ -198,7 +198,8 @@ def test_more_clusters_than_outputs_are_told(
     # Behind what it does, one line for all clusters.
     doing, said = capsys.readouterr().err.splitlines()
     assert doing.startswith("convert: ")
-    assert "q_proj: has 64 outputs, fewer than clusters in the file" in said
+    assert "q_proj" in said
+    assert "64" in said
 
 
 def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,9 +219,8 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     # What names and configs do not tell takes torch, and time that is told.
     assert len(said) - len(lines) == 1
     assert len(lines) == 4
-    for line, text in zip(
-        lines, ("is there already", "what: is unknown", "'LORA'", "does not exist"), strict=True
-    ):
+    places = (str(tmp_path / "lora"), "what", "LORA", str(tmp_path / "b"))
+    for line, text in zip(lines, places, strict=True):
         assert line.startswith("error: ")
         assert text in line
 
