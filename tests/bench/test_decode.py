@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import time
 from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -239,43 +236,3 @@ def test_the_load_of_others_leaves_out_ones_own(bench: Any, monkeypatch: pytest.
 
 def test_names_of_result_files(bench: Any):
     assert bench("common.machine").slug("AMD EPYC(TM) 9655") == "amd-epyc-tm-9655"
-
-
-async def test_fusing_compares_windows_with_and_without_a_fusion(bench: Any):
-    """Half of the tokens arrive while a fusion runs, and every started one is taken off again."""
-    fusing = bench("fusing")
-    active = 0
-
-    class Adapters:
-        async def fuse(self, name: str, mix: Any, **_: Any) -> None:
-            nonlocal active
-            active += 1
-            try:
-                await asyncio.sleep(0.05)
-            finally:
-                active -= 1
-
-        async def unload(self, name: str) -> None:
-            assert name.startswith("fused-")
-
-    class Client:
-        adapters = Adapters()
-
-        async def generate_stream(self, prompt: list[int], **_: Any) -> Any:
-            for number in range(3):
-                await asyncio.sleep(0.08 if active else 0.01)
-                yield SimpleNamespace(token_ids=(number,))
-
-        async def __aenter__(self) -> Client:
-            return self
-
-        async def __aexit__(self, *_: object) -> None: ...
-
-    args = SimpleNamespace(batch=4, pairs=2, window=0.4)
-    names = [f"lora-{number}" for number in range(8)]
-    with patch.object(fusing, "AsyncTurretClient", lambda address: Client()):
-        plain, beside, done = await fusing.measure("nowhere", names, args)
-    assert len(plain) == len(beside) == 2
-    assert len(done) >= 4
-    assert active == 0
-    assert max(beside) < min(plain)

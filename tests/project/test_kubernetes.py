@@ -143,8 +143,8 @@ def test_the_gateway_leads_to_what_tokens_of_inference_may_ask_for() -> None:
     (rule,) = find("HTTPRoute", path)["spec"]["rules"]
     led = [match["path"]["value"] for match in rule["matches"]]
     served = (ROOT / "server" / "http" / "server.py").read_text()
-    routes = re.findall(r'_answer\("(/[^"]+)"', served)
-    routes += re.findall(r'_(?:get|post)\("(/[^"]+)".*INFERENCE', served)
+    routes = re.findall(r'_answer\(\s*"(/[^"]+)"', served)
+    routes += re.findall(r'_(?:get|post)\(\s*"(/[^"]+)",\s*[\w.]+,\s*INFERENCE', served)
     assert len(routes) >= 9
     assert [each for each in routes if not each.startswith(tuple(led))] == []
     # Envoy can ask for gRPC's health where the server speaks HTTP/2 alone.

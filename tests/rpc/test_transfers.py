@@ -180,7 +180,7 @@ async def test_export_names_what_it_cannot_find(server: Harness, tmp_path: Path)
     path.unlink()
     gone = await failure_of(export(pb.ExportAdapterRequest(name="a")))
     assert (gone.code, gone.reason) == (Code.FAILED_PRECONDITION, "ADAPTER_CHANGED")
-    assert gone.message.startswith("adapter 'a': its files are gone from 'a', or broken; put them")
+    assert gone.metadata == {"adapter": "a", "path": "a"}
 
 
 async def test_a_header_lists_every_offence(server: Harness) -> None:

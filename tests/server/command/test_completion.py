@@ -12,6 +12,7 @@ import pytest
 from checkout import ROOT
 from servers.server_under_test import ServerUnderTest
 
+from turret.clients.client import TurretClient
 from turret.server.command.completion import script
 
 
@@ -62,5 +63,8 @@ def test_what_is_completed(line: str, expected: set[str], tmp_path: Path) -> Non
 
 
 def test_adapters_are_those_of_the_server(live_server: ServerUnderTest, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "examples" / "adapters" / "json", live_server.adapter_root / "json")
+    with TurretClient(live_server.address) as client:
+        client.adapters.load("json", "json")
     names = completed(f"turret adapters get --address {live_server.address} ", tmp_path)
     assert "json" in names
