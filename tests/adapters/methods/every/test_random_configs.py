@@ -24,7 +24,7 @@ from turret.server.adapters.base import BaseModel
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
 
 METHODS = ("lora", "rslora", "dora", "loha", "lokr", "ia3", "adalora", "vera")
-CONFIGS_PER_METHOD = 16
+CONFIGS_PER_METHOD = 25
 # Below it, every module of the model is cheaper in rank space than dense.
 MAX_LOHA_RANK = 4
 
