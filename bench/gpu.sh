@@ -32,7 +32,7 @@ if $has_gpu && "$PYTHON" -c 'import pytest' 2>/dev/null; then
         --import-mode=importlib -W "ignore::pytest.PytestUnknownMarkWarning" \
         -k "not reference and not torch_path" \
         tests/engine/gpu/test_decode_graphs.py tests/adapters/device/test_uploads.py \
-        tests/kernels/test_library_products.py tests/kernels/test_nf4_matmul.py \
+        tests/models/weights/test_library_products.py tests/kernels/test_nf4_matmul.py \
         tests/kernels/test_one_launch.py tests/kernels/test_paged_attention_triton.py \
         tests/kernels/test_between.py tests/kernels/test_sample_rows.py \
         tests/kernels/adapters/test_segmented.py tests/kernels/adapters/test_by_slot.py \

@@ -23,7 +23,7 @@ from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 # Rows go to the library in pieces of one shape, so it takes one algorithm. What is left is how that
 # algorithm sums: a reduction that is cut among programs (split-K) may give a row bits that depend
 # on its place in the piece, and sums parts in the dtype of activations besides. Both are switched
-# off. ``tests/kernels/test_library_products.py`` permutes rows on a GPU.
+# off. ``tests/models/weights/test_library_products.py`` permutes rows on a GPU.
 
 # Rows and columns of a trial product: torch rejects products whose sums it cannot keep whole.
 _TRIAL = 64
