@@ -13,7 +13,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "tiles"), [("bfloat16", "device"), ("float16", "small")])
+@pytest.mark.parametrize(
+    ("dtype", "tiles"),
+    [pytest.param("bfloat16", "device", marks=pytest.mark.long), ("float16", "small")],
+)
 def test_kernels(dtype, tiles):
     options = ("--emulate=sm_80", f"--emulated-dtype={dtype}", f"--emulated-tiles={tiles}")
     run_emulated(*options, "--every-kernel", *KERNEL_TESTS)

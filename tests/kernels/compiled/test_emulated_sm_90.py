@@ -13,7 +13,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "tiles"), [("bfloat16", "small"), ("float16", "device")])
+@pytest.mark.parametrize(
+    ("dtype", "tiles"),
+    [("bfloat16", "small"), pytest.param("float16", "device", marks=pytest.mark.long)],
+)
 def test_kernels(dtype, tiles):
     options = ("--emulate=sm_90", f"--emulated-dtype={dtype}", f"--emulated-tiles={tiles}")
     run_emulated(*options, "--every-kernel", *KERNEL_TESTS)
