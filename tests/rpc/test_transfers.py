@@ -367,7 +367,6 @@ async def test_uploads_need_a_state_directory(tmp_path: Path) -> None:
         failure = await failure_of(upload(server, tmp_path / "root" / "a"))
     registries.close()
     assert (failure.code, failure.reason) == (Code.FAILED_PRECONDITION, "STATE_DIR_REQUIRED")
-    assert "--state-dir" in failure.message
 
 
 async def test_an_abandoned_export_closes_its_files(
