@@ -384,7 +384,7 @@ class FleetRegistry:
         saved = self._registered(proposal.name)
         _check_generation(saved, proposal.expected_generation)
         if saved.pinned:
-            raise AdapterPinnedError(say("ADAPTER_KEPT", adapter=saved.name))
+            raise AdapterPinnedError(say("ADAPTER_PINNED", adapter=saved.name))
         self._check_not_needed(saved)
         is_forced = proposal.is_forced or self.state.closed.get(saved.name, False)
         if self.state.closed.get(saved.name) != is_forced:
@@ -416,7 +416,7 @@ class FleetRegistry:
         elif operation.deadline is not None and now >= operation.deadline:
             kind = AdapterInUseError if proposal.is_forced else AdapterBusyError
             seconds = proposal.timeout_seconds
-            why = say("ADAPTER_STILL_HELD", adapter=saved.name, requests=held, seconds=seconds)
+            why = say("ADAPTER_HELD", adapter=saved.name, requests=held, seconds=seconds)
             self._reopen(operation, current, kind(why))
 
     def _reopen(self, operation: Operation, saved: SavedRegistration, error: TurretError) -> None:
@@ -481,7 +481,7 @@ class FleetRegistry:
         if self.state.preparing is not None:
             self._check_no_merge()
         if self.state.base.merge is None:
-            raise NotMergedError(say("NOTHING_MERGED"))
+            raise NotMergedError(say("NOT_MERGED"))
         base = Base(generation=self.state.base.generation + 1)
         self._change_base(base)
         return self._applying(p.Outcome(base=base))
@@ -494,12 +494,12 @@ class FleetRegistry:
 
     def _registered(self, name: str) -> SavedRegistration:
         if name not in self.state.names:
-            raise AdapterNotFoundError(say("ADAPTER_MISSING", adapters=name))
+            raise AdapterNotFoundError(say("ADAPTER_NOT_FOUND", adapters=name))
         return self.state.names[name]
 
     def _check_open(self, name: str) -> None:
         if name in self.state.closed:
-            raise AdapterInUseError(say("ADAPTER_CLOSED", adapter=name))
+            raise AdapterInUseError(say("BEING_UNLOADED", adapters=name))
 
     def _is_elsewhere(self, digest: str, name: str) -> bool:
         """Whether another open name stands for weights."""
@@ -525,20 +525,20 @@ class FleetRegistry:
         fusions = [s.name for s in names if s.name != name and digest in s.facts.components]
         if fusions and not self._is_elsewhere(digest, name):
             which = ", ".join(fusions)
-            raise AdapterInUseError(say("ADAPTER_FUSED", adapter=name, fusions=which))
+            raise AdapterInUseError(say("ADAPTER_IS_COMPONENT", adapter=name, fusions=which))
 
     def _check_no_merge(self) -> None:
         if self.state.preparing is not None:
-            raise MergeUnderWayError(say("MERGE_IN_PROGRESS"))
+            raise MergeUnderWayError(say("MERGE_UNDER_WAY"))
         if self.state.base.merge is not None:
-            raise MergeActiveError(say("MERGE_IS_ACTIVE"))
+            raise MergeActiveError(say("MERGE_ACTIVE"))
 
 
 def _check_generation(saved: SavedRegistration, expected: int | None) -> None:
     """Refuses if the name has another generation; None accepts any."""
     if expected is not None and saved.generation != expected:
         found = {"adapter": saved.name, "generation": saved.generation}
-        raise AdapterGenerationError(say("ADAPTER_REPLACED", **found, expected=expected))
+        raise AdapterGenerationError(say("ADAPTER_GENERATION", **found, expected=expected))
 
 
 def _check_same(saved: SavedRegistration, expected: tuple[str, int]) -> None:
@@ -552,7 +552,7 @@ def _check_same(saved: SavedRegistration, expected: tuple[str, int]) -> None:
 def _check_free(saved: SavedRegistration, facts: AdapterFacts) -> None:
     """Refuses if the name refers to other weights."""
     if saved.facts.digest != facts.digest:
-        taken = say("NAME_TAKEN", adapter=saved.name, digest=saved.facts.digest)
+        taken = say("ADAPTER_EXISTS", adapter=saved.name, digest=saved.facts.digest)
         raise AdapterExistsError(taken)
 
 

@@ -357,7 +357,7 @@ class ReplicaMerger(Merger):
         # Try the merge here first, to find out how it can be done. All replicas then do the same.
         with self._only_change():
             if self._state.merge is not None:
-                raise MergeActiveError(say("MERGE_IS_ACTIVE"))
+                raise MergeActiveError(say("MERGE_ACTIVE"))
             tried = self._prepare(refs, precision, cancellation)
             self._registry.release(tried.mix)
         members = tuple(

@@ -1,4 +1,4 @@
-"""Every sentence of the fleet's errors, by its reason."""
+"""The sentences of errors that only a fleet has; the others are the server's."""
 
 from turret.server.words import adapters, http, requests, serving
 from turret.server.words.text import sayer
@@ -11,24 +11,9 @@ TEXTS = {
         "the fleet's registry was restarted meanwhile; check whether the change was made"
     ),
     "FLEET_ELSEWHERE": "this Ray cluster already has a fleet, with --state-dir {state_dir}",
-    "ADAPTER_MISSING": "adapter not found: {adapters}",
-    "ADAPTER_CLOSED": "adapter {adapter!q} is being unloaded",
-    "ADAPTER_KEPT": "adapter {adapter!q} is pinned",
     "ADAPTER_IN_BASE": "adapter {adapter!q} is merged into the base",
-    "ADAPTER_FUSED": "adapter {adapter!q} is a component of {fusions}; unload that first",
-    "ADAPTER_STILL_HELD": (
-        "adapter {adapter!q} is still in use after {seconds} s (requests: {requests})"
-    ),
-    "ADAPTER_REPLACED": (
-        "adapter {adapter!q} has generation {generation}, not {expected}; look at it again before"
-        " you replace or unload it"
-    ),
     "ADAPTER_LOADED_AGAIN": "adapter {adapter!q} was unloaded and loaded again meanwhile",
-    "NAME_TAKEN": "adapter name {adapter!q} is taken by other weights",
     "COMPONENT_MISSING": "the component with digest {digest} is not registered, or does not stay",
-    "MERGE_IS_ACTIVE": "a merge is active",
-    "MERGE_IN_PROGRESS": "another merge or unmerge is under way",
-    "NOTHING_MERGED": "no merge is active: the base is as it was loaded",
     # A replica
     "MERGE_FAILED": "a replica failed to make the merged weights; see its log",
     "MERGE_WITHDRAWN": "the merge was given up",
