@@ -196,7 +196,7 @@ def _text(model: type, place: Sequence[str], error: ErrorDetails) -> Text:
     match error["type"]:
         case "unexpected_keyword_argument":
             near = closest(name, tables_of(model)) if len(place) == 1 else None
-            return say("UNKNOWN_SETTING", closest=near or closest_key(model, name))
+            return say("UNKNOWN_FIELD", closest=near or closest_key(model, name))
         case "missing" | "missing_keyword_only_argument":
             return say("REQUIRED")
         case "dataclass_type":

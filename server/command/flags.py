@@ -17,7 +17,8 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from turret.server.basics.closest import closest, closest_path
+from turret.server.basics.closest import closest
+from turret.server.basics.files import unreadable
 from turret.server.basics.hub_id import model_place
 from turret.server.basics.settings import (
     Layer,
@@ -233,9 +234,7 @@ def read_file(path: Path, origin: str = "--config") -> Layer:
     try:
         tables = parse_toml(path.read_bytes())
     except OSError as error:
-        near = None if path.exists() else closest_path(path, Path.is_file)
-        text = say("FILE_UNREADABLE", path=path, why=error.strerror, closest=near)
-        raise SettingsError(Violation(origin, text)) from None
+        raise SettingsError(Violation(origin, unreadable(path, error))) from None
     except ValueError as error:
         raise SettingsError(Violation(str(path), text_of(error))) from None
     for name, (table, info) in settings().items():

@@ -79,11 +79,10 @@ TEXTS = {
     " model",
     "FILES_MISSING": "{model} lacks files that {index} lists, such as {name} ({missing} of"
     " {count}); download it again",
-    "FILE_UNUSABLE": "{path} {problem}",
+    "PATH_UNUSABLE": "{path} {problem}",
     "FILE_DAMAGED": "{path} is damaged or incomplete; copy or download it again",
     "FILE_WRONG_SIZE": "{path} has {found:,} bytes instead of {expected:,}; copy or download it"
     " again",
-    "FILE_NOT_JSON": "{path} is not valid JSON: {problem}",
     "FILE_NOT_A_JSON_OBJECT": "{path} is not a JSON object",
     "INDEX_LEAVES_DIRECTORY": "{path} lists {name!q}, which is outside its directory",
     "LFS_POINTER": "is a Git LFS pointer instead of the file; run `git lfs pull` in the clone",

@@ -99,11 +99,11 @@ def wrong(error: ConfigError) -> set[tuple[str, str, str | None]]:
         (
             ["method.rnak=8", "runs.steps=1", "run.rank=1", "x.y=1", "optimizer.zzz=1"],
             {
-                ("method.rnak", "UNKNOWN_SETTING", "method.rank"),
-                ("run.rank", "UNKNOWN_SETTING", "method.rank"),
-                ("runs", "UNKNOWN_SETTING", "run"),
-                ("x", "UNKNOWN_SETTING", None),
-                ("optimizer.zzz", "UNKNOWN_SETTING", None),
+                ("method.rnak", "UNKNOWN_FIELD", "method.rank"),
+                ("run.rank", "UNKNOWN_FIELD", "method.rank"),
+                ("runs", "UNKNOWN_FIELD", "run"),
+                ("x", "UNKNOWN_FIELD", None),
+                ("optimizer.zzz", "UNKNOWN_FIELD", None),
             },
         ),
         (["method.name=lorra"], {("method.name", "NOT_ONE_OF", "lora")}),
@@ -150,7 +150,7 @@ def test_a_bad_value_is_refused_by_name(
         ("[data]\ntrain = a.jsonl\n", ("", "NOT_TOML", None)),
         ("method: lora\n", ("", "NOT_TOML", None)),
         ("[data]\ntrain = 'a'\ntrain = 'b'\n", ("", "NOT_TOML", None)),
-        ("rank = 8\n[data]\ntrain = 'a'\n", ("rank", "UNKNOWN_SETTING", "method.rank")),
+        ("rank = 8\n[data]\ntrain = 'a'\n", ("rank", "UNKNOWN_FIELD", "method.rank")),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path: Path, text: str, expected: tuple[str, str, str | None]):

@@ -259,10 +259,10 @@ def test_every_setting_has_a_variable_and_a_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("[listn]\n", {("listn", "UNKNOWN_SETTING", "listen")}),
-        ("max_rank = 3\n", {("max_rank", "UNKNOWN_SETTING", "adapters.max_rank")}),
-        ("[listen]\nadress = 3\n", {("listen.adress", "UNKNOWN_SETTING", "listen.address")}),
-        ("[listen]\nmax_rank = 3\n", {("listen.max_rank", "UNKNOWN_SETTING", "adapters.max_rank")}),
+        ("[listn]\n", {("listn", "UNKNOWN_FIELD", "listen")}),
+        ("max_rank = 3\n", {("max_rank", "UNKNOWN_FIELD", "adapters.max_rank")}),
+        ("[listen]\nadress = 3\n", {("listen.adress", "UNKNOWN_FIELD", "listen.address")}),
+        ("[listen]\nmax_rank = 3\n", {("listen.max_rank", "UNKNOWN_FIELD", "adapters.max_rank")}),
         ("[adapters]\nmax_rank = true\n", {("adapters.max_rank", "NOT_A_WHOLE_NUMBER", None)}),
         ("[adapters]\nmax_rank = 0\n", {("adapters.max_rank", "TOO_SMALL", None)}),
         ("[cache]\na = 1\na = 2\n", {("t.toml", "NOT_TOML", None)}),
@@ -280,9 +280,9 @@ def test_every_setting_has_a_variable_and_a_key(tmp_path: Path) -> None:
         (
             "a = 3\n[b]\n[cache]\nc = 1\n[adapters]\nmax_rank = 0\n",
             {
-                ("a", "UNKNOWN_SETTING", None),
-                ("b", "UNKNOWN_SETTING", None),
-                ("cache.c", "UNKNOWN_SETTING", None),
+                ("a", "UNKNOWN_FIELD", None),
+                ("b", "UNKNOWN_FIELD", None),
+                ("cache.c", "UNKNOWN_FIELD", None),
                 ("adapters.max_rank", "TOO_SMALL", None),
             },
         ),

@@ -58,7 +58,7 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text("{")
     assert said(config).reason == "MODEL_IS_A_FILE"
-    assert said(tmp_path).reason == "FILE_NOT_JSON"
+    assert says("NOT_JSON")(said(tmp_path))
     config.write_text('{"model_type": "bert"}')
     assert "bert" in said(tmp_path)
     assert ", ".join(served_types()) in said(tmp_path)
@@ -197,7 +197,7 @@ def test_addresses_that_cannot_be_had() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         (problem,) = problems(parse("--address", "127.0.0.1:0", "--metrics-address", address))
-        assert (problem.field, problem.text.reason) == ("listen.metrics_address", "PORT_TAKEN")
+        assert (problem.field, problem.text.reason) == ("listen.metrics_address", "ADDRESS_TAKEN")
         assert problem.text.params["value"] == address
     both = ("--address", "127.0.0.1:1", "--http-address", "127.0.0.1:1")
     *_, problem = problems(parse(*both))
@@ -327,7 +327,7 @@ def test_a_device_an_instruction_set_and_threads_that_are_not_there(
     monkeypatch.setattr(preflight, "_torch_version", lambda: "2.13.0")
     assert found("--device", "cuda:1") == []
     monkeypatch.setattr(preflight, "missing_for_triton", lambda: "a C compiler")
-    assert reasons("--device", "cuda:1") == [("model.device", "TRITON_NEEDS")]
+    assert reasons("--device", "cuda:1") == [("model.device", "KERNELS_NEED")]
     assert found("--device", "cpu") == []
     monkeypatch.setattr(preflight, "_torch_version", lambda: "2.13.0+cpu")
     (tmp_path / "t.jsonl").touch()
