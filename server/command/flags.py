@@ -23,6 +23,7 @@ from turret.server.basics.hub_id import model_place
 from turret.server.basics.settings import (
     Layer,
     SettingsError,
+    Typed,
     Violation,
     converted,
     fields_of,
@@ -204,7 +205,8 @@ def _layer(origin: str, values: Mapping[str, Any]) -> Layer:
     for name, value in values.items():
         table, info = settings()[name]
         is_none = value == "none" and is_optional(info)
-        tables.setdefault(table, {})[name] = None if is_none else value
+        given = Typed(value) if isinstance(value, str) else value
+        tables.setdefault(table, {})[name] = None if is_none else given
     return Layer(origin, tables)
 
 
