@@ -91,19 +91,21 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 123\
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    ("spoil", "reason"),
     [
-        lambda _: b"",
-        lambda _: POINTER,
-        lambda data: data[:5],
-        lambda data: data[:40],
-        lambda data: data[:-1],
-        lambda data: data + b"0",
-        lambda data: data.replace(b"data_offsets", b"DATA_OFFSETS"),
-        lambda _: b"<!doctype html><title>Sign in",
+        (lambda _: b"", "FILE_DAMAGED"),
+        (lambda _: POINTER, "LFS_POINTER"),
+        (lambda data: data[:5], "FILE_DAMAGED"),
+        (lambda data: data[:40], "FILE_DAMAGED"),
+        (lambda data: data[:-1], "FILE_WRONG_SIZE"),
+        (lambda data: data + b"0", "FILE_WRONG_SIZE"),
+        (lambda data: data.replace(b"data_offsets", b"DATA_OFFSETS"), "FILE_DAMAGED"),
+        (lambda _: b"<!doctype html><title>Sign in", "FILE_DAMAGED"),
     ],
 )
-def test_weights_that_are_not_whole(spoil: Callable[[bytes], bytes], tmp_path: Path) -> None:
+def test_weights_that_are_not_whole(
+    spoil: Callable[[bytes], bytes], reason: str, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     names = ("1.safetensors", "2.safetensors")
     for name in names:
@@ -116,6 +118,7 @@ def test_weights_that_are_not_whole(spoil: Callable[[bytes], bytes], tmp_path: P
     broken.write_bytes(spoil(broken.read_bytes()))
     (problem,) = found("--model", str(tmp_path))
     assert problem.field == "model.model"
+    assert says(reason)(problem.text)
     assert str(broken) in problem.text
 
 
@@ -125,6 +128,7 @@ def test_a_pointer_in_the_place_of_a_models_json(name: str, tmp_path: Path) -> N
     (tmp_path / name).write_bytes(POINTER)
     (problem,) = found("--model", str(tmp_path))
     assert problem.field == "model.model"
+    assert says("LFS_POINTER")(problem.text)
     assert str(tmp_path / name) in problem.text
 
 
