@@ -325,7 +325,7 @@ def _bind(address: str, host: str, port: int) -> Text | None:
     try:
         kind, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
-        return say("HOST_NOT_RESOLVED", value=address, host=host)
+        return say("HOST_NOT_RESOLVED", host=host)
     try:
         with socket.socket(kind, socket.SOCK_STREAM) as listener:
             # As the listeners do, ignore connections that only just ended.

@@ -133,7 +133,7 @@ _FOREIGN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("maxnewtokens", "maxoutputtokens", "maxtokenstosample"), _LIMITS),
     **dict.fromkeys(("npredict", "numpredict", "maxlength"), _LIMITS),
     **dict.fromkeys(("stopsequence", "stopsequences", "stopwords"), ("stop",)),
-    **dict.fromkeys(("stopstrings", "stoppingstrings", "antiprompt"), ("stop",)),
+    "stopstrings": ("stop",),
     "temp": ("temperature",),
     "repeatpenalty": ("repetition_penalty",),
     "randomseed": ("seed",),
