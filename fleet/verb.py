@@ -126,7 +126,7 @@ def serve(args: argparse.Namespace) -> int:
     listened = dataclasses.replace(config.listen, metrics_address=None)
     looked_at = dataclasses.replace(config, listen=listened)
     # In a cluster that is joined, this may change a running fleet, whose addresses are in use.
-    if found := problems(looked_at, may_run=plan.ray_address is not None, any_port=False):
+    if found := problems(looked_at, may_run=plan.ray_address is not None):
         _complain("serve", *settings.placed(found), is_json=is_json)
         return EXIT_FAILED
     level = logging.DEBUG if config.log.verbose else logging.INFO

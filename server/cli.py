@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import turret
+from turret.server.command.interrupts import EXIT_INTERRUPTED
 from turret.server.command.parser import EXIT_USAGE, CommandParser
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1
 # If no other TURRET variables are set, skip loading the check for misspelt ones.
 _CLIENT_VARIABLES = ("TURRET_ADDRESS", "TURRET_TOKEN", "TURRET_TLS_CA")
-EXIT_INTERRUPTED = 130
 # Listed in the order of the help.
 _OWN_VERBS = {
     "serve": "run the server",

@@ -29,6 +29,7 @@ from turret.server.basics.settings import (
     Place,
     Seconds,
     SettingsError,
+    Switch,
     Violation,
     Whole,
     setting,
@@ -114,7 +115,7 @@ class ModelConfig:
         " and the container's quota allow)",
         ge=1,
     )
-    head_screen: bool = setting(
+    head_screen: Switch = setting(
         True,
         "keep an int8 copy of the output head on a CPU, half of the head's bytes, from which the"
         " tokens of greedy steps are told: without it the same tokens, slower (default: keep it)",
@@ -217,10 +218,10 @@ class AdapterConfig:
         ge=1,
     )
     max_rank: Whole = setting(128, "highest rank of an adapter", ge=1)
-    allow_other_base: bool = setting(
+    allow_other_base: Switch = setting(
         False, "serve adapters that say they were trained for another base model, if shapes fit"
     )
-    allow_dense_adapters: bool = setting(
+    allow_dense_adapters: Switch = setting(
         False, "serve adapters whose updates are as large as the weights they change"
     )
     preload: Preloads = setting(
@@ -331,8 +332,8 @@ class SecurityConfig:
     tls_client_ca: Place | None = setting(
         None, "PEM authorities; clients must then present a certificate (mTLS)"
     )
-    insecure: bool = setting(False, "serve other machines without TLS or without tokens")
-    share_prefixes: bool = setting(
+    insecure: Switch = setting(False, "serve other machines without TLS or without tokens")
+    share_prefixes: Switch = setting(
         False,
         "let requests with different tokens share the prefix cache and drafts: faster, but their"
         " timing then tells what others asked (default: each token has its own)",
@@ -368,7 +369,7 @@ class LogConfig:
     log_format: Literal["text", "json"] = setting(
         "text", "text: a line for people, with key=value; json: an object a line"
     )
-    verbose: bool = setting(False, "log details too, and every setting at the start")
+    verbose: Switch = setting(False, "log details too, and every setting at the start")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from turret.server.basics.closest import closest_path
 from turret.server.errors import StorageFailedError, StorageFullError
 from turret.server.words import Text, say
 
@@ -93,9 +94,6 @@ def reporting_disk_faults() -> Iterator[None]:
 
 # Early checks that a directory can be written.
 
-# A full disk gets room again when something is removed, and existing files can still be served.
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
 
 def unwritable(path: Path) -> Text | None:
     """Why this user cannot write or make a directory; None if it is possible."""
@@ -115,7 +113,8 @@ def _refused(folder: Path) -> str:
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".turret-", dir=folder))
     except OSError as error:
-        return "" if error.errno in _NO_SPACE else error.strerror or str(error)
+        # A full disk gets room again when something is removed.
+        return "" if error.errno in _FULL else error.strerror or str(error)
     return ""
 
 
@@ -132,6 +131,12 @@ def read_regular(path: Path) -> bytes:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "is not a regular file", str(path))
         return file.read()
+
+
+def unreadable(path: Path, error: OSError) -> Text:
+    """Why a file that a user named cannot be read."""
+    near = None if path.exists() else closest_path(path, Path.is_file)
+    return say("FILE_UNREADABLE", path=path, why=error.strerror, closest=near)
 
 
 # Git LFS pointers: small files that stand for a large file that a clone did not fetch.

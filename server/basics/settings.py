@@ -196,7 +196,7 @@ def _text(model: type, place: Sequence[str], error: ErrorDetails) -> Text:
     match error["type"]:
         case "unexpected_keyword_argument":
             near = closest(name, tables_of(model)) if len(place) == 1 else None
-            return say("UNKNOWN_SETTING", closest=near or closest_key(model, name))
+            return say("UNKNOWN_FIELD", closest=near or closest_key(model, name))
         case "missing" | "missing_keyword_only_argument":
             return say("REQUIRED")
         case "dataclass_type":
@@ -215,7 +215,7 @@ def _text(model: type, place: Sequence[str], error: ErrorDetails) -> Text:
             return say("EMPTY")
         case "value_error" | "assertion_error":
             return text_of(limits["error"])
-        case "float_parsing" if info and _AS_SECONDS in _parts(info):
+        case "float_type" | "float_parsing" if info and _AS_SECONDS in _parts(info):
             return say("NOT_A_DURATION", value=shown)
     for kind, found in _KINDS:
         if error["type"].startswith(kind):
@@ -234,16 +234,27 @@ _KINDS = (
 )
 
 
-def _no_switch(kind: Literal["int_type", "float_type"], value: Any) -> Any:
-    """Reject true and false, which Python counts as 1 and 0."""
-    if isinstance(value, bool):
-        raise PydanticKnownError(kind)
-    return value
+class Typed(str):
+    """A value of a flag or a variable, which have only text for numbers and switches."""
+
+
+def _exact(kind: Literal["int_type", "float_type", "bool_type"]) -> BeforeValidator:
+    """Reject values of other types. pydantic would convert them, as true to 1 and "3" to 3."""
+
+    def check(value: Any) -> Any:
+        is_switch = isinstance(value, bool)
+        if not isinstance(value, Typed) and (
+            isinstance(value, str) or is_switch != (kind == "bool_type")
+        ):
+            raise PydanticKnownError(kind)
+        return value
+
+    return BeforeValidator(check)
 
 
 def _bytes(value: Any) -> Any:
     try:
-        return parse_byte_size(value) if isinstance(value, str) else _no_switch("int_type", value)
+        return parse_byte_size(value) if isinstance(value, str) else value
     except ValueError:
         raise ValueError(say("NOT_A_SIZE", value=value)) from None
 
@@ -264,12 +275,14 @@ def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
-Whole = Annotated[int, BeforeValidator(lambda value: _no_switch("int_type", value))]
+Switch = Annotated[bool, _exact("bool_type")]
+"""True or false."""
+Whole = Annotated[int, _exact("int_type")]
 """A whole number."""
-Number = Annotated[float, BeforeValidator(lambda value: _no_switch("float_type", value))]
+Number = Annotated[float, _exact("float_type")]
 """A number."""
 _AS_BYTES = BeforeValidator(_bytes)
-Bytes = Annotated[int, _AS_BYTES]
+Bytes = Annotated[Whole, _AS_BYTES]
 """A size in memory, as ``1048576``, ``512MiB`` or ``2GB``."""
 _AS_SECONDS = BeforeValidator(_seconds)
 Seconds = Annotated[Number, _AS_SECONDS]

@@ -17,11 +17,13 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from turret.server.basics.closest import closest, closest_path
+from turret.server.basics.closest import closest
+from turret.server.basics.files import unreadable
 from turret.server.basics.hub_id import model_place
 from turret.server.basics.settings import (
     Layer,
     SettingsError,
+    Typed,
     Violation,
     converted,
     fields_of,
@@ -203,7 +205,8 @@ def _layer(origin: str, values: Mapping[str, Any]) -> Layer:
     for name, value in values.items():
         table, info = settings()[name]
         is_none = value == "none" and is_optional(info)
-        tables.setdefault(table, {})[name] = None if is_none else value
+        given = Typed(value) if isinstance(value, str) else value
+        tables.setdefault(table, {})[name] = None if is_none else given
     return Layer(origin, tables)
 
 
@@ -233,9 +236,7 @@ def read_file(path: Path, origin: str = "--config") -> Layer:
     try:
         tables = parse_toml(path.read_bytes())
     except OSError as error:
-        near = None if path.exists() else closest_path(path, Path.is_file)
-        text = say("FILE_UNREADABLE", path=path, why=error.strerror, closest=near)
-        raise SettingsError(Violation(origin, text)) from None
+        raise SettingsError(Violation(origin, unreadable(path, error))) from None
     except ValueError as error:
         raise SettingsError(Violation(str(path), text_of(error))) from None
     for name, (table, info) in settings().items():

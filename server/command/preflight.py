@@ -25,7 +25,7 @@ from turret.server.api.access.tokens import TokenTable
 from turret.server.basics.address import split_address
 from turret.server.basics.byte_size import about_bytes
 from turret.server.basics.closest import closest, closest_path
-from turret.server.basics.files import read_regular, unwritable
+from turret.server.basics.files import read_regular, unreadable, unwritable
 from turret.server.basics.hub_id import HUB_SCHEME
 from turret.server.basics.settings import Violation, text_of
 from turret.server.basics.triton_needs import missing_for_triton
@@ -54,13 +54,12 @@ _MOST_THREADS = 1024
 _CONNECT_SECONDS = 1.0
 
 
-def problems(config: Config, *, may_run: bool = False, any_port: bool = True) -> list[Violation]:
+def problems(config: Config, *, may_run: bool = False) -> list[Violation]:
     """What would keep the server from starting, by setting or variable.
 
     Args:
         config: The resolved configuration.
         may_run: What uses the state directory and the addresses may be what is to be changed.
-        any_port: Whether port 0, which picks a free one, is an address.
     """
     adapters = dataclasses.replace(config.adapters, state_dir=None) if may_run else config.adapters
     model_type, of_model = _model(config.model.model)
@@ -77,7 +76,7 @@ def problems(config: Config, *, may_run: bool = False, any_port: bool = True) ->
             item_bytes=4 if config.model.dtype == "float32" else 2,
         ),
         *_files(config.security),
-        *([] if may_run else _addresses(config.listen, any_port)),
+        *([] if may_run else _addresses(config.listen)),
     ]
 
 
@@ -109,7 +108,7 @@ def _device(config: ModelConfig, environ: Mapping[str, str]) -> Iterator[Violati
     if config.device.startswith("cuda") and (why := without_cuda()):
         yield Violation("model.device", why)
     elif config.device.startswith("cuda") and (missing := missing_for_triton()):
-        yield Violation("model.device", say("TRITON_NEEDS", missing=missing))
+        yield Violation("model.device", say("KERNELS_NEED", missing=missing))
     if (config.threads or 0) > _most_threads():
         text = say("TOO_LARGE", most=_most_threads(), value=config.threads)
         yield Violation("model.threads", text)
@@ -229,7 +228,7 @@ def _state_dir(path: Path) -> Iterator[Violation]:
     lock = path / "LOCK"
     field = "adapters.state_dir"
     if problem := unwritable(path):
-        yield Violation(field, say("PATH_UNUSABLE", path=path, why=problem))
+        yield Violation(field, say("PATH_UNUSABLE", path=path, problem=problem))
     elif lock.exists():
         try:
             with lock.open("rb+") as file:
@@ -248,9 +247,7 @@ def _files(config: SecurityConfig) -> Iterator[Violation]:
         try:
             read_regular(path)
         except OSError as error:
-            near = None if path.exists() else closest_path(path, Path.is_file)
-            text = say("FILE_UNREADABLE", path=path, why=error.strerror, closest=near)
-            yield Violation(f"security.{name}", text)
+            yield Violation(f"security.{name}", unreadable(path, error))
             return
     if config.token_file is not None:
         try:
@@ -287,7 +284,7 @@ def _reason(error: ssl.SSLError) -> str:
     return error.reason or str(error)
 
 
-def _addresses(config: ListenConfig, any_port: bool) -> Iterator[Violation]:
+def _addresses(config: ListenConfig) -> Iterator[Violation]:
     taken: dict[tuple[str, int], str] = {}
     for name in ("address", "admin_address", "metrics_address", "http_address"):
         address: str | None = getattr(config, name)
@@ -302,7 +299,7 @@ def _addresses(config: ListenConfig, any_port: bool) -> Iterator[Violation]:
         if port and (host, port) in taken:
             other = f"--{taken[host, port].replace('_', '-')}"
             yield Violation(field, say("ADDRESS_OF_OTHER", value=address, other=other))
-        elif text := _bind(address, host, port, any_port):
+        elif text := _bind(address, host, port):
             yield Violation(field, text)
         taken[host, port] = name
 
@@ -318,17 +315,17 @@ def _no_socket(path: Path) -> Text | None:
         other.settimeout(_CONNECT_SECONDS)
         other.connect(str(path))
         return say("ADDRESS_TAKEN", value=f"unix:{path}")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        return say("NOT_WRITABLE", path=path.parent)
+    if problem := unwritable(path.parent):
+        return say("PATH_UNUSABLE", path=path.parent, problem=problem)
     return None
 
 
-def _bind(address: str, host: str, port: int, any_port: bool) -> Text | None:
+def _bind(address: str, host: str, port: int) -> Text | None:
     """Why a listener cannot use an address; None if it can."""
     try:
         kind, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
-        return say("HOST_NOT_RESOLVED", value=address, host=host)
+        return say("HOST_NOT_RESOLVED", host=host)
     try:
         with socket.socket(kind, socket.SOCK_STREAM) as listener:
             # As the listeners do, ignore connections that only just ended.
@@ -337,8 +334,7 @@ def _bind(address: str, host: str, port: int, any_port: bool) -> Text | None:
             listener.listen()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            taken = say("PORT_TAKEN", value=address), say("ADDRESS_TAKEN", value=address)
-            return taken[0] if any_port else taken[1]
+            return say("ADDRESS_TAKEN", value=address)
         if error.errno == errno.EADDRNOTAVAIL:
             return say("ADDRESS_OF_ANOTHER_MACHINE", value=address)
         return say("ADDRESS_UNUSABLE", value=address, why=error.strerror)

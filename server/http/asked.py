@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from turret.server.api.inference.inference import Inference
 from turret.server.api.violations import Violations
 from turret.server.errors import InvalidRequestError
 from turret.server.http.endpoint import Exchange
@@ -70,25 +71,38 @@ TOKEN_NAMES = {
 _ROLES = {"developer": "system"}
 
 
-def read_asking(exchange: Exchange, kind: type[_A], base_name: str) -> tuple[_A, Mix]:
-    """The body of a request, and the adapters that it asks for.
+class Asks:
+    """Answers requests of one kind.
 
-    Raises:
-        AdapterNotFoundError: ``model`` is not the name of anything.
-        InvalidRequestError: Lists everything that is wrong with it.
+    Args:
+        inference: What answers.
     """
-    sent: Sent[_A] = exchange.take_body()
-    mix, wrong = named_in(sent.raw, base_name)
-    exchange.call.about(mix)
-    if wrong or sent.wrong:
-        # These fields are this API's own, not those of turret.v1.
-        exchange.names.clear()
-        Violations([*wrong, *sent.wrong]).raise_if_any()
-    assert isinstance(sent.body, kind)
-    # Report what is wrong with the mix as a whole under the field that contains it.
-    place = "adapters" if sent.body.adapters else "model"
-    exchange.names.update(name=place, adapters=place)
-    return sent.body, mix_of(sent.body.adapters) or mix
+
+    def __init__(self, inference: Inference) -> None:
+        self._inference = inference
+
+    def _read(
+        self, exchange: Exchange, kind: type[_A]
+    ) -> tuple[inference_pb2.GetModelResponse, _A, Mix]:
+        """The base model, the body of a request, and the adapters that it asks for.
+
+        Raises:
+            AdapterNotFoundError: ``model`` is not the name of anything.
+            InvalidRequestError: Lists everything that is wrong with it.
+        """
+        info = self._inference.model()
+        sent: Sent[_A] = exchange.take_body()
+        mix, wrong = named_in(sent.raw, info.name)
+        exchange.call.about(mix)
+        if wrong or sent.wrong:
+            # These fields are this API's own, not those of turret.v1.
+            exchange.names.clear()
+            Violations([*wrong, *sent.wrong]).raise_if_any()
+        assert isinstance(sent.body, kind)
+        # Report what is wrong with the mix as a whole under the field that contains it.
+        place = "adapters" if sent.body.adapters else "model"
+        exchange.names.update(name=place, adapters=place)
+        return info, sent.body, mix_of(sent.body.adapters) or mix
 
 
 def deadline_of(body: Asking) -> float | None:

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from turret.server.api.inference.inference import Inference
 from turret.server.http.answers import (
     FINISH_REASONS,
     Ended,
@@ -18,10 +17,10 @@ from turret.server.http.answers import (
 )
 from turret.server.http.asked import (
     Asked,
+    Asks,
     asked_of,
     chat_of,
     numbered,
-    read_asking,
     tools_of,
 )
 from turret.server.http.choices import Choices, make_readers
@@ -33,19 +32,11 @@ from turret.server.http.tools.reader import AnswerReader, delta_of, message_of
 from turret.v1 import inference_pb2
 
 
-class ChatCompletions:
-    """Answers conversations.
-
-    Args:
-        inference: What answers.
-    """
-
-    def __init__(self, inference: Inference) -> None:
-        self._inference = inference
+class ChatCompletions(Asks):
+    """Answers conversations."""
 
     async def __call__(self, exchange: Exchange) -> None:
-        info = self._inference.model()
-        body, mix = read_asking(exchange, ChatRequest, info.name)
+        info, body, mix = self._read(exchange, ChatRequest)
         asked = asked_of(body, mix, exchange.names)
         options = asked.message.options
         options.logprobs, options.top_n = body.logprobs, body.top_logprobs or 0

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from turret.server.api.inference.answers import together
-from turret.server.api.inference.inference import Inference
 from turret.server.api.limits import MAX_INPUTS
 from turret.server.errors import InvalidRequestError
 from turret.server.http.answers import (
@@ -20,7 +19,7 @@ from turret.server.http.answers import (
     stop_reason,
     usage_of,
 )
-from turret.server.http.asked import Asked, asked_of, numbered, read_asking
+from turret.server.http.asked import Asked, Asks, asked_of, numbered
 from turret.server.http.choices import Choices, blamed_on
 from turret.server.http.endpoint import Exchange
 from turret.server.http.reply import HOLE, Template
@@ -34,19 +33,11 @@ MAX_ANSWERS = MAX_INPUTS
 _Prompt = inference_pb2.GenerateRequest
 
 
-class Completions:
-    """Continues prompts.
-
-    Args:
-        inference: What answers.
-    """
-
-    def __init__(self, inference: Inference) -> None:
-        self._inference = inference
+class Completions(Asks):
+    """Continues prompts."""
 
     async def __call__(self, exchange: Exchange) -> None:
-        info = self._inference.model()
-        body, mix = read_asking(exchange, CompletionRequest, info.name)
+        info, body, mix = self._read(exchange, CompletionRequest)
         asked = asked_of(body, mix, exchange.names)
         options, stop = asked.message.options, asked.message.stop
         options.echo, options.logprobs = body.echo, body.logprobs is not None

@@ -8,14 +8,13 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from turret.server.api.inference.inference import Inference
 from turret.server.errors import InvalidRequestError
 from turret.server.http.answers import FINISH_REASONS, Ended, adapters_of, chat_logprobs, usage_of
 from turret.server.http.asked import (
     RESPONSE_NAMES,
+    Asks,
     asked_of,
     numbered,
-    read_asking,
     tools_of,
 )
 from turret.server.http.choices import Choices, make_readers
@@ -31,19 +30,11 @@ from turret.v1 import inference_pb2
 LOGPROBS = "message.output_text.logprobs"
 
 
-class Responses:
-    """Answers conversations as OpenAI's Responses API does.
-
-    Args:
-        inference: What answers.
-    """
-
-    def __init__(self, inference: Inference) -> None:
-        self._inference = inference
+class Responses(Asks):
+    """Answers conversations as OpenAI's Responses API does."""
 
     async def __call__(self, exchange: Exchange) -> None:
-        info = self._inference.model()
-        body, mix = read_asking(exchange, ResponseRequest, info.name)
+        _, body, mix = self._read(exchange, ResponseRequest)
         asked = asked_of(body, mix, exchange.names)
         message = asked.message
         if body.max_output_tokens is not None:

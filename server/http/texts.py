@@ -6,9 +6,8 @@ import base64
 import struct
 from typing import Any
 
-from turret.server.api.inference.inference import Inference
 from turret.server.http.answers import head, told_uses
-from turret.server.http.asked import chat_of, deadline_of, inputs_of, read_asking, tools_of
+from turret.server.http.asked import Asks, chat_of, deadline_of, inputs_of, tools_of
 from turret.server.http.endpoint import Exchange
 from turret.server.http.schemas.requests import (
     ClassifyRequest,
@@ -24,19 +23,11 @@ _POOLINGS = {"last": _Embed.LAST, "mean": _Embed.MEAN, None: _Embed.POOLING_UNSP
 _INLINE_NUMBERS, _INLINE_SCORES = 2048, 512
 
 
-class Embeddings:
-    """Turns texts into vectors.
-
-    Args:
-        inference: What answers.
-    """
-
-    def __init__(self, inference: Inference) -> None:
-        self._inference = inference
+class Embeddings(Asks):
+    """Turns texts into vectors."""
 
     async def __call__(self, exchange: Exchange) -> None:
-        info = self._inference.model()
-        body, mix = read_asking(exchange, EmbeddingsRequest, info.name)
+        _, body, mix = self._read(exchange, EmbeddingsRequest)
         message = _Embed(
             adapters=mix,
             inputs=inputs_of(body, exchange.names),
@@ -82,19 +73,11 @@ def _base64(embedding: inference_pb2.Embedding) -> str:
     return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
 
 
-class Classify:
-    """Labels texts, with vLLM's fields.
-
-    Args:
-        inference: What answers.
-    """
-
-    def __init__(self, inference: Inference) -> None:
-        self._inference = inference
+class Classify(Asks):
+    """Labels texts, with vLLM's fields."""
 
     async def __call__(self, exchange: Exchange) -> None:
-        info = self._inference.model()
-        body, mix = read_asking(exchange, ClassifyRequest, info.name)
+        info, body, mix = self._read(exchange, ClassifyRequest)
         message = inference_pb2.ClassifyRequest(
             adapters=mix, inputs=inputs_of(body, exchange.names), cache_salt=body.cache_salt
         )
@@ -130,20 +113,12 @@ def _labels(index: int, classification: inference_pb2.Classification) -> dict[st
     }
 
 
-class Tokens:
-    """Turns text into tokens and back, with vLLM's fields.
-
-    Args:
-        inference: Has the tokenizer.
-    """
-
-    def __init__(self, inference: Inference) -> None:
-        self._inference = inference
+class Tokens(Asks):
+    """Turns text into tokens and back, with vLLM's fields."""
 
     async def tokenize(self, exchange: Exchange) -> None:
         """The tokens of ``prompt``, or of ``messages`` as the chat template renders them."""
-        info = self._inference.model()
-        body, mix = read_asking(exchange, TokenizeRequest, info.name)
+        info, body, mix = self._read(exchange, TokenizeRequest)
         message = inference_pb2.TokenizeRequest(adapters=mix)
         if body.messages is None:
             message.prompt = body.prompt or ""
@@ -163,7 +138,7 @@ class Tokens:
 
     async def detokenize(self, exchange: Exchange) -> None:
         """The text of ``tokens``, special tokens included."""
-        body, mix = read_asking(exchange, DetokenizeRequest, self._inference.model().name)
+        _, body, mix = self._read(exchange, DetokenizeRequest)
         if not body.tokens:
             await exchange.reply.json({"prompt": ""})
             return

@@ -10,7 +10,6 @@ TEXTS: dict[str, str] = {
     "FINDING": "{field}: {why}",
     "FINDING_AND_MORE": "{field}: {why} (and {count} more: {fields})",
     # Keys and values of a config.
-    "UNKNOWN_KEY": "unknown key",
     "INVALID_VALUE": "must be {wanted}, not {value!q:.60}",
     "INVALID_ENTRY": "{entry!q:.60}: {why}",
     "UNSUPPORTED_VALUE": "{value!q:.60} is not supported: {why}",
@@ -21,7 +20,6 @@ TEXTS: dict[str, str] = {
     "SELECTS_NOTHING": "selects no module that this method can adapt",
     "SELECTED_TWICE": "selects {module!q:.120}, as {other} does",
     "NOT_ADAPTABLE": "method {method} cannot adapt module {module!q:.120}",
-    "INVALID_PATTERN": "{pattern!q:.120} is not a valid regular expression: {why}",
     "SLOW_PATTERN": "pattern {pattern!q:.120} takes too much time or memory to match",
     "UNTRIED_PATTERN": "pattern {pattern!q:.120} was not tried because another one is too slow",
     "TOO_MANY_PATTERNS": "{count} patterns are too many for {modules} modules",
@@ -92,7 +90,6 @@ TEXTS: dict[str, str] = {
     "READ_FORBIDDEN": "cannot be read by the server's user {user}; allow it with chmod -R a+rX",
     "NO_FILE_OPENS": "the server cannot open files: {why}",
     "NOT_UTF8": "is not UTF-8",
-    "INVALID_JSON": "is not valid JSON: {why}",
     "INVALID_SAFETENSORS": "is not a valid safetensors file: {why}",
     "FILE_TOO_LARGE": "has more than {most} bytes",
     "FILE_CUT_SHORT": "ends after {found} of {needed} bytes; copy it again",
@@ -178,7 +175,6 @@ TEXTS: dict[str, str] = {
     "CHANGED_DURING_EXPORT": "{path} changed while it was exported",
     # Uploads and the state directory.
     "STATE_DIR_REQUIRED": "uploaded and fused adapters need a server with --state-dir",
-    "STATE_DIR_TAKEN": "--state-dir: another server uses {path}",
     "STATE_OF_OTHER_BASE": "--state-dir: {path} contains adapters of base model {found!q}, not of"
     " {base_model!q}; use another directory",
     "STATE_DISK_FULL": "the disk of --state-dir has {free} free, but {needed} are needed",

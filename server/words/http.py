@@ -20,7 +20,6 @@ TEXTS: dict[str, str] = {
     "NOT_SUPPORTED": "is not supported; leave it out",
     "NOT_SUPPORTED_USE": "is not supported; use {instead}",
     "NOTHING_STORED": "is not supported: nothing is stored; send the whole conversation as input",
-    "UNKNOWN_FIELD": "unknown field",
     "SEVERAL_CONSTRAINTS": "a request has one constraint, not several: {names}",
     "TOO_MANY_ANSWERS": "all prompts together may have at most {most} answers, not {found}",
     "UNKNOWN_TOOL": "names a function that is not in tools",

@@ -3,6 +3,7 @@
 TEXTS = {
     "DID_YOU_MEAN": "; did you mean {closest!q}?",
     # Any field.
+    "UNKNOWN_FIELD": "unknown field",
     "REQUIRED": "is required",
     "ONE_REQUIRED": "one of these is required: {choices}",
     "NEEDS_FIELD": "requires {other}",

@@ -30,13 +30,12 @@ TEXTS = {
     "QUEUE_MEMORY_FULL": "requests already take {held} bytes of memory, and with this one they"
     " would exceed the limit of {max_queued_bytes}",
     "ANSWER_UNREAD": "the client has left more than {max_unread_bytes} bytes of the answer unread",
-    "TOKEN_FILE_NOT_TEXT": "--token-file: {path} is not UTF-8 text",
-    "TOKEN_FILE_EMPTY": "--token-file: {path} has no line of the form TOKEN ROLE[,ROLE]",
-    "TOKEN_LINE_MALFORMED": "--token-file: {path}: line {line} is not of the form"
-    " TOKEN ROLE[,ROLE]",
-    "TOKEN_NOT_ASCII": "--token-file: {path}: the token in line {line} is not printable ASCII",
-    "TOKEN_DUPLICATE": "--token-file: {path}: line {line} repeats the token of an earlier line",
-    "ROLE_UNKNOWN": "--token-file: {path}: line {line} has an unknown role; roles are {choices}",
+    "TOKEN_FILE_NOT_TEXT": "{path} is not UTF-8 text",
+    "TOKEN_FILE_EMPTY": "{path} has no line of the form TOKEN ROLE[,ROLE]",
+    "TOKEN_LINE_MALFORMED": "{path}: line {line} is not of the form TOKEN ROLE[,ROLE]",
+    "TOKEN_NOT_ASCII": "{path}: the token in line {line} is not printable ASCII",
+    "TOKEN_DUPLICATE": "{path}: line {line} repeats the token of an earlier line",
+    "ROLE_UNKNOWN": "{path}: line {line} has an unknown role; roles are {choices}",
     # Memory and disks.
     "OUT_OF_MEMORY": "the server is out of memory",
     "DEVICE_MEMORY_SHORT": "the device has too little free memory to run this request",
@@ -79,11 +78,10 @@ TEXTS = {
     " model",
     "FILES_MISSING": "{model} lacks files that {index} lists, such as {name} ({missing} of"
     " {count}); download it again",
-    "FILE_UNUSABLE": "{path} {problem}",
+    "PATH_UNUSABLE": "{path} {problem}",
     "FILE_DAMAGED": "{path} is damaged or incomplete; copy or download it again",
     "FILE_WRONG_SIZE": "{path} has {found:,} bytes instead of {expected:,}; copy or download it"
     " again",
-    "FILE_NOT_JSON": "{path} is not valid JSON: {problem}",
     "FILE_NOT_A_JSON_OBJECT": "{path} is not a JSON object",
     "INDEX_LEAVES_DIRECTORY": "{path} lists {name!q}, which is outside its directory",
     "LFS_POINTER": "is a Git LFS pointer instead of the file; run `git lfs pull` in the clone",

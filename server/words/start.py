@@ -2,7 +2,6 @@
 
 TEXTS = {
     "INVALID": "{why}",
-    "UNKNOWN_SETTING": "is not a setting",
     "UNKNOWN_VARIABLE": "is not a setting of turret",
     "NOT_A_TABLE": "must be a table, not {value}",
     "NOT_A_LIST": "must be a list, not {value}",
@@ -28,19 +27,15 @@ TEXTS = {
     "ABOVE_MEMORY": "must be at most this machine's memory, {most}, not {value}",
     "TORCH_WITHOUT_CUDA": "the installed torch supports only CPUs; `pip install torch` installs one"
     " for NVIDIA GPUs",
-    "TRITON_NEEDS": "the kernels for GPUs are compiled here: install {missing}",
     "FOLDER_MISSING": "{path} is not a directory",
-    "NOT_WRITABLE": "cannot write to {path}",
-    "PATH_UNUSABLE": "{path} {why}",
     "STATE_DIR_IN_USE": "another server uses {path}; give this one a directory of its own",
     "KEY_OF_ANOTHER_CERTIFICATE": "{key} is not the key of {certificate}",
     "NOT_A_KEY_PAIR": "{certificate} and {key} must be a PEM certificate and its key without a"
     " password: {why}",
     "NOT_A_CERTIFICATE": "{path} has no PEM certificate: {why}",
     "NOT_A_SOCKET": "{path} exists and is not a socket",
-    "ADDRESS_OF_OTHER": "{value} is already that of {other}",
+    "ADDRESS_OF_OTHER": "{value} is already used by {other}",
     "ADDRESS_TAKEN": "{value} is in use by another process",
-    "PORT_TAKEN": "{value} is in use by another process; port 0 picks a free port",
     "HOST_NOT_RESOLVED": "cannot look up the host {host}",
     "ADDRESS_OF_ANOTHER_MACHINE": "{value} is not an address of this machine; 0.0.0.0 stands for"
     " all of its addresses",

@@ -94,7 +94,11 @@ async def test_fields_are_named_as_the_client_knows_them() -> None:
         body = {"temperature": -3, "stop": [""], "logprobs": 21, "model": "base", "prompt": "a"}
         refused = await server.refused(COMPLETIONS, body)
         assert (refused.status, refused.kind) == (400, "invalid_request_error")
-        assert refused.violations == {"temperature": "too_small", "logprobs": "too_large"}
+        assert refused.violations == {
+            "temperature": "too_small",
+            "stop[0]": "empty",
+            "logprobs": "too_large",
+        }
     assert renamed_path("stop.stop_strings[2]", {"stop.": "", "stop.stop_strings": "stop"}) == (
         "stop[2]"
     )

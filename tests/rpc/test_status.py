@@ -68,7 +68,7 @@ PROMPT = inference_pb2.GenerateRequest(prompt="hi")
 def test_what_has_no_room_in_an_answer_is_counted() -> None:
     findings = Findings("a")
     for layer in range(200):
-        findings.add(f"layers.{layer}.{'x' * 100}", say("UNKNOWN_KEY"))
+        findings.add(f"layers.{layer}.{'x' * 100}", say("UNKNOWN_FIELD"))
     with pytest.raises(errors.AdapterCheckpointError) as refused:
         findings.raise_if_any()
     status = to_rich_status(fault_of(refused.value))

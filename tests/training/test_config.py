@@ -99,11 +99,11 @@ def wrong(error: ConfigError) -> set[tuple[str, str, str | None]]:
         (
             ["method.rnak=8", "runs.steps=1", "run.rank=1", "x.y=1", "optimizer.zzz=1"],
             {
-                ("method.rnak", "UNKNOWN_SETTING", "method.rank"),
-                ("run.rank", "UNKNOWN_SETTING", "method.rank"),
-                ("runs", "UNKNOWN_SETTING", "run"),
-                ("x", "UNKNOWN_SETTING", None),
-                ("optimizer.zzz", "UNKNOWN_SETTING", None),
+                ("method.rnak", "UNKNOWN_FIELD", "method.rank"),
+                ("run.rank", "UNKNOWN_FIELD", "method.rank"),
+                ("runs", "UNKNOWN_FIELD", "run"),
+                ("x", "UNKNOWN_FIELD", None),
+                ("optimizer.zzz", "UNKNOWN_FIELD", None),
             },
         ),
         (["method.name=lorra"], {("method.name", "NOT_ONE_OF", "lora")}),
@@ -111,8 +111,9 @@ def wrong(error: ConfigError) -> set[tuple[str, str, str | None]]:
         (["method.rank=0"], {("method.rank", "TOO_SMALL", None)}),
         (["method.rank=8.5"], {("method.rank", "NOT_A_WHOLE_NUMBER", None)}),
         (["method.rank=true"], {("method.rank", "NOT_A_WHOLE_NUMBER", None)}),
+        (["method.rank='8'"], {("method.rank", "NOT_A_WHOLE_NUMBER", None)}),
         (["method.alpha=0"], {("method.alpha", "NOT_ABOVE", None)}),
-        (["data.packing=7"], {("data.packing", "NOT_TRUE_OR_FALSE", None)}),
+        (["data.packing=1"], {("data.packing", "NOT_TRUE_OR_FALSE", None)}),
         (["base.weights=int8"], {("base.weights", "NOT_ONE_OF", None)}),
         (["optimizer.beta1=1"], {("optimizer.beta1", "NOT_BELOW", None)}),
         (["method.targets=[]"], {("method.targets", "EMPTY", None)}),
@@ -150,7 +151,7 @@ def test_a_bad_value_is_refused_by_name(
         ("[data]\ntrain = a.jsonl\n", ("", "NOT_TOML", None)),
         ("method: lora\n", ("", "NOT_TOML", None)),
         ("[data]\ntrain = 'a'\ntrain = 'b'\n", ("", "NOT_TOML", None)),
-        ("rank = 8\n[data]\ntrain = 'a'\n", ("rank", "UNKNOWN_SETTING", "method.rank")),
+        ("rank = 8\n[data]\ntrain = 'a'\n", ("rank", "UNKNOWN_FIELD", "method.rank")),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path: Path, text: str, expected: tuple[str, str, str | None]):

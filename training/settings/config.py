@@ -19,6 +19,7 @@ from turret.server.basics.settings import (
     Names,
     Number,
     SettingsError,
+    Switch,
     Violation,
     Whole,
 )
@@ -112,7 +113,7 @@ class MethodConfig:
         ge=0,
         lt=1,
     )
-    decompose_both: bool | None = _key(
+    decompose_both: Switch | None = _key(
         "LoKr: factorise the small factor too", None, chosen="false", sample=True
     )
     decompose_factor: Whole | None = _key(
@@ -121,7 +122,7 @@ class MethodConfig:
     num_virtual_tokens: Whole | None = _key(
         "length of the learned prompt or prefix", None, chosen="by method", sample=16, ge=1
     )
-    prefix_projection: bool | None = _key(
+    prefix_projection: Switch | None = _key(
         "prefix tuning: learn the prefix through a two-layer network, which is folded away when "
         "saved",
         None,
@@ -205,7 +206,9 @@ class DataConfig:
     loss_on: Literal["completion", "all"] = _key(
         "tokens to learn: completions and assistants' turns, or prompts as well", "completion"
     )
-    packing: bool = _key("put several examples into a row; they do not attend to each other", False)
+    packing: Switch = _key(
+        "put several examples into a row; they do not attend to each other", False
+    )
 
     def __post_init__(self) -> None:
         if self.task == "classification" and self.loss_on == "all":
@@ -247,7 +250,7 @@ class RunConfig:
     steps: Whole | None = _key("optimizer steps", None, chosen="from epochs", sample=200, ge=1)
     batch_size: Whole = _key("examples (or packed rows) in one pass through the model", 8, ge=1)
     gradient_accumulation: Whole = _key("passes per optimizer step", 1, ge=1)
-    gradient_checkpointing: bool = _key(
+    gradient_checkpointing: Switch = _key(
         "compute each layer's activations twice instead of keeping them", False
     )
     seed: Whole = _key("of weights, data order and dropout", 0, ge=0)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from turret.server.basics.closest import closest_path
+from turret.server.basics.files import unreadable
 from turret.server.basics.settings import (
     Layer,
     SettingsError,
@@ -49,10 +49,9 @@ def read_config(
         text = say("FILE_UNREADABLE", path=path, why=error.strerror, closest=near)
         raise ConfigFileError(Violation("", text)) from error
     except OSError as error:
-        near = None if path.exists() else closest_path(path, Path.is_file)
-        if isinstance(error, FileNotFoundError) and near is None:
-            raise ConfigFileError(Violation("", say("NO_CONFIG", path=path))) from error
-        text = say("FILE_UNREADABLE", path=path, why=error.strerror, closest=near)
+        text = unreadable(path, error)
+        if isinstance(error, FileNotFoundError) and "closest" not in text.params:
+            text = say("NO_CONFIG", path=path)
         raise ConfigFileError(Violation("", text)) from error
     except ValueError as error:
         raise ConfigFileError(Violation("", text_of(error)), path=path) from error

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from turret.server.basics.hub_id import HubId
-from turret.server.basics.settings import fields_of, is_switch, shown_of, tables_of
+from turret.server.basics.settings import Typed, fields_of, is_switch, shown_of, tables_of
 from turret.server.errors import TurretError
 from turret.training.errors import ConfigError
 from turret.training.settings.config import TrainConfig
@@ -86,7 +86,7 @@ def given(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for flag, key, value in _given(args):
         table, _, name = key.partition(".")
         value = _from_here(flag, value, args.config.parent) if flag in _PATHS else value
-        found.setdefault(table, {})[name] = value
+        found.setdefault(table, {})[name] = Typed(value) if isinstance(value, str) else value
     return found
 
 

@@ -52,7 +52,7 @@ def check_inputs(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -
         )
         raise ConfigError.of("data.validation", problem)
     if config.base.device == "cuda" and (why := without_cuda()):
-        raise ConfigError.of("base.device", f"cuda was asked for, but {why}")
+        raise ConfigError.of("base.device", why)
     for each in with_ranks(config, ranks):
         check_fit(each)
     if config.method.name == "learned_fusion":

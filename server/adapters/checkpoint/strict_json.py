@@ -24,7 +24,7 @@ class FormatError(ValueError):
 
 
 def _no_json(why: object) -> FormatError:
-    return FormatError(say("INVALID_JSON", why=str(why)))
+    return FormatError(say("NOT_JSON", problem=str(why)))
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -227,5 +227,5 @@ def _lock(path: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise ValueError(say("STATE_DIR_TAKEN", path=path.parent)) from None
+        raise ValueError(say("STATE_DIR_IN_USE", path=path.parent)) from None
     return descriptor

@@ -23,7 +23,12 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from turret.closest import closest
-from turret.server.api.limits import MAX_CONSTRAINT_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+from turret.server.api.limits import (
+    MAX_CONSTRAINT_CHARS,
+    MAX_STOP_STRING_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
 from turret.server.api.violations import MAX_VIOLATIONS
 from turret.server.words import Text, say
 
@@ -128,7 +133,7 @@ _FOREIGN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("maxnewtokens", "maxoutputtokens", "maxtokenstosample"), _LIMITS),
     **dict.fromkeys(("npredict", "numpredict", "maxlength"), _LIMITS),
     **dict.fromkeys(("stopsequence", "stopsequences", "stopwords"), ("stop",)),
-    **dict.fromkeys(("stopstrings", "stoppingstrings", "antiprompt"), ("stop",)),
+    "stopstrings": ("stop",),
     "temp": ("temperature",),
     "repeatpenalty": ("repetition_penalty",),
     "randomseed": ("seed",),
@@ -462,7 +467,8 @@ Int = Annotated[int, BeforeValidator(_integral)]
 Count = Annotated[Int, AfterValidator(lambda value: min(value, UINT32))]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 StopTexts = Annotated[
-    Texts,
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_STRING_CHARS)]],
+    Field(fail_fast=True),
     BeforeValidator(_listed),
     WithJsonSchema(
         {

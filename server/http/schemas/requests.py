@@ -13,7 +13,6 @@ from turret.server.api.limits import (
     MAX_CONSTRAINT_CHARS,
     MAX_LOGIT_BIASES,
     MAX_MIX_MEMBERS,
-    MAX_STOP_STRING_CHARS,
     MAX_STOP_STRINGS,
     MAX_TOOL_CALLS,
     MAX_TOOLS,
@@ -227,12 +226,6 @@ class Generating(Asking):
     def _sends_every_answer(self) -> Generating:
         if self.best_of not in (None, self.n):
             raise wrong_at(not_one_of(self.best_of, str(self.n)), "best_of")
-        for index, text in enumerate(self.stop):
-            if not text:
-                raise wrong_at(say("EMPTY"), "stop", index)
-            if len(text) > MAX_STOP_STRING_CHARS:
-                most, found = MAX_STOP_STRING_CHARS, len(text)
-                raise wrong_at(say("TOO_MANY_CHARACTERS", most=most, found=found), "stop", index)
         return self
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Container, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -211,51 +212,61 @@ class ObjectEnd:
         return None
 
 
-class CallReader:
-    """Reads a call from the bracket that opens it on.
+class CallReader(ABC):
+    """Reads one call, in one of the forms.
 
     Args:
         index: Which call of the answer it is.
-        names: Of the tools there are.
+        tools: Those there are, with their arguments' JSON schemas.
 
     Attributes:
+        is_begun: The call's name is known.
         is_done: The call is complete.
         is_none: It turned out to be something else; ``held`` has all of it.
         held: Text that is not read yet: what follows a complete call.
     """
 
-    def __init__(self, index: int, names: Container[str]) -> None:
+    def __init__(self, index: int, tools: Mapping[str, Mapping[str, Any]]) -> None:
         self._index = index
-        self._names = names
-        self._whole = ObjectEnd()
-        self._num_looked_at = 0
-        self._arguments: ObjectEnd | None = None
-        self._is_closing = False
+        self._tools = tools
         self.is_begun = self.is_done = self.is_none = False
         self.held = ""
 
     def feed(self, text: str) -> list[Piece]:
         """The pieces that more text makes certain."""
         self.held += text
-        pieces: list[Piece] = []
-        if not self.is_begun:
-            pieces += self._begin()
-        if self._arguments is not None:
-            pieces += self._grow(self._arguments)
-        if self._is_closing and (tail := _JSON_TAIL.match(self.held)):
-            self.held = self.held[tail.end() :]
-            self._is_closing, self.is_done = False, True
-        return pieces
+        pieces = [] if self.is_begun else self._begin()
+        grown = self._grow() if self.is_begun and not self.is_done else ""
+        return [*pieces, CallGrown(self._index, grown)] if grown else pieces
+
+    @abstractmethod
+    def _begin(self) -> list[Piece]:
+        """The pieces of a call whose name is now known."""
+
+    @abstractmethod
+    def _grow(self) -> str:
+        """More of the arguments."""
+
+
+class JsonReader(CallReader):
+    """Reads a call from the bracket that opens it on."""
+
+    def __init__(self, index: int, tools: Mapping[str, Mapping[str, Any]]) -> None:
+        super().__init__(index, tools)
+        self._whole = ObjectEnd()
+        self._num_looked_at = 0
+        self._arguments = ObjectEnd()
+        self._is_closing = False
 
     def _begin(self) -> list[Piece]:
         head = _JSON_HEAD.match(self.held)
         if head is not None:
             name = _loaded(head[1])
-            if name not in self._names:
+            if name not in self._tools:
                 self.is_none = True
                 return []
             self.held = self.held[head.end() :]
-            self.is_begun, self._arguments = True, ObjectEnd()
+            self.is_begun = True
             return [CallBegun(self._index, name)]
         # The fields may come in another order. Then read the call as a whole.
         end = self._whole.find(self.held[self._num_looked_at :])
@@ -265,7 +276,7 @@ class CallReader:
         end += self._num_looked_at
         call = _loaded(self.held[:end])
         name = call.get("name") if isinstance(call, dict) else None
-        if not isinstance(name, str) or name not in self._names:
+        if not isinstance(name, str) or name not in self._tools:
             self.is_none = True
             return []
         arguments = call.get("arguments", call.get("parameters", {}))
@@ -275,13 +286,17 @@ class CallReader:
         self.is_begun = self.is_done = True
         return [CallBegun(self._index, name), CallGrown(self._index, arguments)]
 
-    def _grow(self, arguments: ObjectEnd) -> list[Piece]:
-        end = arguments.find(self.held)
-        if end is not None:
-            self._arguments, self._is_closing = None, True
-        end = len(self.held) if end is None else end
-        grown, self.held = self.held[:end], self.held[end:]
-        return [CallGrown(self._index, grown)] if grown else []
+    def _grow(self) -> str:
+        grown = ""
+        if not self._is_closing:
+            end = self._arguments.find(self.held)
+            self._is_closing = end is not None
+            grown = self.held[:end]
+            self.held = self.held[len(grown) :]
+        if self._is_closing and (tail := _JSON_TAIL.match(self.held)):
+            self.held = self.held[tail.end() :]
+            self.is_done = True
+        return grown
 
 
 def _loaded(text: str) -> Any:
@@ -300,44 +315,28 @@ _NAMED_HEAD = re.compile(
 _MAX_HEAD_CHARS = 256
 
 
-class NamedReader:
-    """Reads a call from its name on.
+class NamedReader(CallReader):
+    """Reads a call from its name on."""
 
-    Args:
-        index: Which call of the answer it is.
-        names: Of the tools there are.
-
-    Attributes:
-        is_begun: The call's name is known.
-        is_done: The call is complete.
-        is_none: It turned out to be something else; ``held`` has all of it.
-        held: Text that is not read yet: what follows a complete call.
-    """
-
-    def __init__(self, index: int, names: Container[str]) -> None:
-        self._index = index
-        self._names = names
+    def __init__(self, index: int, tools: Mapping[str, Mapping[str, Any]]) -> None:
+        super().__init__(index, tools)
         self._arguments = ObjectEnd()
-        self.is_begun = self.is_done = self.is_none = False
-        self.held = ""
 
-    def feed(self, text: str) -> list[Piece]:
-        """The pieces that more text makes certain."""
-        self.held += text
-        pieces: list[Piece] = []
-        if not self.is_begun:
-            head = _NAMED_HEAD.match(self.held)
-            if head is None or head[1] not in self._names:
-                self.is_none = "{" in self.held or len(self.held) > _MAX_HEAD_CHARS
-                return []
-            self.held = self.held[head.end() :]
-            self.is_begun = True
-            pieces.append(CallBegun(self._index, head[1], head[2] or ""))
+    def _begin(self) -> list[Piece]:
+        head = _NAMED_HEAD.match(self.held)
+        if head is None or head[1] not in self._tools:
+            self.is_none = "{" in self.held or len(self.held) > _MAX_HEAD_CHARS
+            return []
+        self.held = self.held[head.end() :]
+        self.is_begun = True
+        return [CallBegun(self._index, head[1], head[2] or "")]
+
+    def _grow(self) -> str:
         end = self._arguments.find(self.held)
         self.is_done = end is not None
         grown = self.held[:end]
         self.held = self.held[len(grown) :]
-        return [*pieces, CallGrown(self._index, grown)] if grown else pieces
+        return grown
 
 
 _XML_BEGIN, _XML_END = "<function=", "</function>"
@@ -347,46 +346,19 @@ _XML_HEAD = re.compile(rf"\s*{_XML_BEGIN}([^<>\n]{{1,64}})>")
 _XML_NEXT = re.compile(rf"\s*(?:{_PARAMETER}([^<>\n]+)>(?:\n|(?=[^\n]))|{_XML_END})")
 
 
-class XmlReader:
+class XmlReader(CallReader):
     """Reads a call from ``<function=`` on, and returns its arguments as JSON.
 
     A parameter's value is text between its tags, whatever its type: the tool's schema says what the
     text stands for. Texts grow as they come, other values come whole.
-
-    Args:
-        index: Which call of the answer it is.
-        tools: Those there are, with their arguments' JSON schemas.
-
-    Attributes:
-        is_begun: The call's name is known.
-        is_done: The call is complete.
-        is_none: It turned out to be something else; ``held`` has all of it.
-        held: Text that is not read yet: what follows a complete call.
     """
 
     def __init__(self, index: int, tools: Mapping[str, Mapping[str, Any]]) -> None:
-        self._index = index
-        self._tools = tools
+        super().__init__(index, tools)
         self._schema: Mapping[str, Any] = {}
         self._num_parameters = 0
         # Kinds of values that the current parameter may have; None between parameters.
         self._kinds: frozenset[str] | None = None
-        self.is_begun = self.is_done = self.is_none = False
-        self.held = ""
-
-    def feed(self, text: str) -> list[Piece]:
-        """The pieces that more text makes certain."""
-        self.held += text
-        pieces: list[Piece] = []
-        if not self.is_begun:
-            pieces += self._begin()
-        grown = ""
-        while self.is_begun and not self.is_done:
-            before = len(self.held), self._kinds
-            grown += self._between() if self._kinds is None else self._value(self._kinds)
-            if before == (len(self.held), self._kinds):
-                break
-        return [*pieces, CallGrown(self._index, grown)] if grown else pieces
 
     def _begin(self) -> list[Piece]:
         head = _XML_HEAD.match(self.held)
@@ -402,6 +374,15 @@ class XmlReader:
         self.is_begun = True
         self._schema = self._tools[head[1]]
         return [CallBegun(self._index, head[1]), CallGrown(self._index, "{")]
+
+    def _grow(self) -> str:
+        grown = ""
+        while not self.is_done:
+            before = len(self.held), self._kinds
+            grown += self._between() if self._kinds is None else self._value(self._kinds)
+            if before == (len(self.held), self._kinds):
+                break
+        return grown
 
     def _between(self) -> str:
         """Up to a value, or the end of the call."""
@@ -460,8 +441,11 @@ def _meant(text: str, kinds: frozenset[str]) -> Any:
     return value
 
 
-_Reader = CallReader | NamedReader | XmlReader
-_READERS: dict[str, type[_Reader]] = {"json": CallReader, "named": NamedReader, "xml": XmlReader}
+_READERS: dict[str, type[CallReader]] = {
+    "json": JsonReader,
+    "named": NamedReader,
+    "xml": XmlReader,
+}
 # The text that begins a call after its mark, by syntax. A name may begin with anything.
 _OPENINGS = {"json": "{", "named": "", "xml": "<"}
 
@@ -482,7 +466,7 @@ class Calls:
         self._held = ""
         # Text skipped as the beginning of a call, kept in case it turns out not to be one.
         self._skipped = ""
-        self._reader: _Reader | None = None
+        self._reader: CallReader | None = None
         # begin: start of the answer; text; call: where a call may begin; after: behind a call.
         self._state = "begin" if self._form.is_bare else "text"
         self.count = 0

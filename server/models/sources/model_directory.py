@@ -148,7 +148,7 @@ def _check_whole(file: Path) -> None:
     with file.open("rb") as opened:
         word = opened.read(8)
         if word and (why := why_lfs_pointer(word)):
-            raise _refuse(say("FILE_UNUSABLE", path=file, problem=why))
+            raise _refuse(say("PATH_UNUSABLE", path=file, problem=why))
         (length,) = struct.unpack("<Q", word.ljust(8, b"\0"))
         text = opened.read(length) if length <= _MAX_HEADER_BYTES else b""
     if len(word) < 8 or len(text) < length:
@@ -171,7 +171,7 @@ def indexed_files(index: Path) -> list[str]:
     """
     data = index.read_bytes()
     if why := why_lfs_pointer(data):
-        raise _refuse(say("FILE_UNUSABLE", path=index, problem=why))
+        raise _refuse(say("PATH_UNUSABLE", path=index, problem=why))
     try:
         names = set(json.loads(data)["weight_map"].values())
         paths = {name: PurePosixPath(name) for name in names}
@@ -200,11 +200,13 @@ def read_config(model: Path) -> dict[str, Any]:
         raise _refuse(say("MODEL_HAS_NO_CONFIG", model=model))
     data = path.read_bytes()
     if why := why_lfs_pointer(data):
-        raise _refuse(say("FILE_UNUSABLE", path=path, problem=why))
+        raise _refuse(say("PATH_UNUSABLE", path=path, problem=why))
     try:
         config = json.loads(data)
     except ValueError as error:
-        raise _refuse(say("FILE_NOT_JSON", path=path, problem=error)) from None
+        raise _refuse(
+            say("PATH_UNUSABLE", path=path, problem=say("NOT_JSON", problem=error))
+        ) from None
     if not isinstance(config, dict):
         raise _refuse(say("FILE_NOT_A_JSON_OBJECT", path=path))
     return config

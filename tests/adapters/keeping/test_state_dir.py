@@ -297,7 +297,7 @@ def test_chunks_must_come_as_announced(start: Start) -> None:
 def test_one_server_and_one_base_model_per_directory(tmp_path: Path) -> None:
     state = StateDir(tmp_path / "deep" / "state", 1)
     state.bind("m", "d" * 64)
-    with pytest.raises(ValueError, check=says("STATE_DIR_TAKEN")):
+    with pytest.raises(ValueError, check=says("STATE_DIR_IN_USE")):
         StateDir(tmp_path / "deep" / "state", 1)
     state.close()
     state.close()

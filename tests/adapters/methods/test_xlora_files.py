@@ -92,7 +92,7 @@ def test_it_says_what_runs_before_it(root: Path) -> None:
         ({"layerwise_scalings": False}, "internal_xlora_classifier", "WRONG_COUNT"),
         ({"xlora_size": 21}, f"{LAYERS}.0.weight", "WRONG_SHAPE"),
         ({"hidden_size": 32}, f"{LAYERS}.0.weight", "WRONG_SHAPE"),
-        ({"what": 1}, "what", "UNKNOWN_KEY"),
+        ({"what": 1}, "what", "UNKNOWN_FIELD"),
     ],
 )
 def test_what_contradicts_is_refused_by_name(

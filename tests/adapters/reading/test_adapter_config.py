@@ -297,7 +297,7 @@ def test_a_flood_of_findings_stays_small(
     findings = Findings("a", "the base")
     for i in range(10 * MAX_REPORTED):
         for _ in range(2):
-            getattr(findings, kind)(f"key{i}", say("UNKNOWN_KEY", number=i))
+            getattr(findings, kind)(f"key{i}", say("UNKNOWN_FIELD", number=i))
     with pytest.raises(error) as caught:
         findings.raise_if_any()
     assert len(caught.value.violations) == MAX_REPORTED + 1

@@ -130,7 +130,7 @@ def test_an_unknown_key_that_is_null_passes(directory: Path) -> None:
     edit_config(directory, base_model_name_or_path="", a_key_of_tomorrow=None)
     load(directory)
     edit_config(directory, a_key_of_tomorrow=False)
-    with pytest.raises(AdapterCheckpointError, check=says("UNKNOWN_KEY")):
+    with pytest.raises(AdapterCheckpointError, check=says("UNKNOWN_FIELD")):
         load(directory)
 
 

@@ -96,7 +96,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "a whole model": (whole_model, "path", "WHOLE_MODEL"),
     "a pointer": (pointer(TENSORS_FILE), TENSORS_FILE, "LFS_POINTER"),
     "a pointer of a config": (pointer(CONFIG_FILE), CONFIG_FILE, "LFS_POINTER"),
-    "a config that was cut": (cut(CONFIG_FILE, 9), CONFIG_FILE, "INVALID_JSON"),
+    "a config that was cut": (cut(CONFIG_FILE, 9), CONFIG_FILE, "NOT_JSON"),
     "weights that were cut": (cut(TENSORS_FILE, 90), TENSORS_FILE, "FILE_CUT_SHORT"),
     "one byte too few": (cut(TENSORS_FILE, -1), TENSORS_FILE, "FILE_CUT_SHORT"),
     "no bytes": (cut(TENSORS_FILE, 0), TENSORS_FILE, "FILE_CUT_SHORT"),

@@ -8,6 +8,7 @@ import pytest
 from servers.http_harness import http_harness
 
 from turret.server.errors import PromptTooLongError
+from turret.server.words import say
 
 # What is sent, and where what is wrong with it lies; {} is the field's name.
 WRONG: tuple[tuple[Any, str], ...] = (
@@ -53,6 +54,28 @@ async def test_the_engine_s_own_words_name_the_prompt_too(path: str, field: str)
         assert refused.param == f"{field}[0]"
         assert refused.message.startswith(f"{field}[0]: ")
         assert refused.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "limit"),
+    [
+        ("/v1/completions", {"prompt": "a"}, "max_tokens"),
+        ("/v1/completions", {"prompt": "a"}, "max_completion_tokens"),
+        ("/v1/responses", {"input": "a"}, "max_output_tokens"),
+        ("/v1/responses", {"input": "a"}, "max_tokens"),
+    ],
+)
+async def test_a_limit_is_called_as_it_was_sent(
+    path: str, given: dict[str, Any], limit: str
+) -> None:
+    numbers = {"max_tokens": 99, "prompt_tokens": 7, "room": 57, "max_model_len": 64}
+    async with http_harness() as server:
+        said = say("MAX_TOKENS_TOO_LARGE", other="stop.max_tokens", **numbers)
+        server.engine.refuse = PromptTooLongError(said, violations=[("input", said)])
+        refused = await server.refused(path, {"model": "base", **given, limit: 99})
+        assert refused.message.endswith(say("MAX_TOKENS_TOO_LARGE", other=limit, **numbers))
+        refused = await server.refused(path, {"model": "base", **given, limit: 2, "min_tokens": 3})
+        assert refused.message.endswith(say("EXCEEDS_FIELD", other=limit, most=2, value=3))
 
 
 async def test_a_prompt_alone_is_not_told_from_others() -> None:

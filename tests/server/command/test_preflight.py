@@ -58,7 +58,7 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text("{")
     assert said(config).reason == "MODEL_IS_A_FILE"
-    assert said(tmp_path).reason == "FILE_NOT_JSON"
+    assert says("NOT_JSON")(said(tmp_path))
     config.write_text('{"model_type": "bert"}')
     assert "bert" in said(tmp_path)
     assert ", ".join(served_types()) in said(tmp_path)
@@ -91,19 +91,21 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 123\
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    ("spoil", "reason"),
     [
-        lambda _: b"",
-        lambda _: POINTER,
-        lambda data: data[:5],
-        lambda data: data[:40],
-        lambda data: data[:-1],
-        lambda data: data + b"0",
-        lambda data: data.replace(b"data_offsets", b"DATA_OFFSETS"),
-        lambda _: b"<!doctype html><title>Sign in",
+        (lambda _: b"", "FILE_DAMAGED"),
+        (lambda _: POINTER, "LFS_POINTER"),
+        (lambda data: data[:5], "FILE_DAMAGED"),
+        (lambda data: data[:40], "FILE_DAMAGED"),
+        (lambda data: data[:-1], "FILE_WRONG_SIZE"),
+        (lambda data: data + b"0", "FILE_WRONG_SIZE"),
+        (lambda data: data.replace(b"data_offsets", b"DATA_OFFSETS"), "FILE_DAMAGED"),
+        (lambda _: b"<!doctype html><title>Sign in", "FILE_DAMAGED"),
     ],
 )
-def test_weights_that_are_not_whole(spoil: Callable[[bytes], bytes], tmp_path: Path) -> None:
+def test_weights_that_are_not_whole(
+    spoil: Callable[[bytes], bytes], reason: str, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     names = ("1.safetensors", "2.safetensors")
     for name in names:
@@ -116,6 +118,7 @@ def test_weights_that_are_not_whole(spoil: Callable[[bytes], bytes], tmp_path: P
     broken.write_bytes(spoil(broken.read_bytes()))
     (problem,) = found("--model", str(tmp_path))
     assert problem.field == "model.model"
+    assert says(reason)(problem.text)
     assert str(broken) in problem.text
 
 
@@ -125,6 +128,7 @@ def test_a_pointer_in_the_place_of_a_models_json(name: str, tmp_path: Path) -> N
     (tmp_path / name).write_bytes(POINTER)
     (problem,) = found("--model", str(tmp_path))
     assert problem.field == "model.model"
+    assert says("LFS_POINTER")(problem.text)
     assert str(tmp_path / name) in problem.text
 
 
@@ -197,7 +201,7 @@ def test_addresses_that_cannot_be_had() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         (problem,) = problems(parse("--address", "127.0.0.1:0", "--metrics-address", address))
-        assert (problem.field, problem.text.reason) == ("listen.metrics_address", "PORT_TAKEN")
+        assert (problem.field, problem.text.reason) == ("listen.metrics_address", "ADDRESS_TAKEN")
         assert problem.text.params["value"] == address
     both = ("--address", "127.0.0.1:1", "--http-address", "127.0.0.1:1")
     *_, problem = problems(parse(*both))
@@ -327,7 +331,7 @@ def test_a_device_an_instruction_set_and_threads_that_are_not_there(
     monkeypatch.setattr(preflight, "_torch_version", lambda: "2.13.0")
     assert found("--device", "cuda:1") == []
     monkeypatch.setattr(preflight, "missing_for_triton", lambda: "a C compiler")
-    assert reasons("--device", "cuda:1") == [("model.device", "TRITON_NEEDS")]
+    assert reasons("--device", "cuda:1") == [("model.device", "KERNELS_NEED")]
     assert found("--device", "cpu") == []
     monkeypatch.setattr(preflight, "_torch_version", lambda: "2.13.0+cpu")
     (tmp_path / "t.jsonl").touch()
@@ -338,8 +342,10 @@ def test_a_device_an_instruction_set_and_threads_that_are_not_there(
         optimizer=OptimizerConfig(),
         run=RunConfig(),
     )
-    with pytest.raises(ConfigError, match=r"^base\.device: "):
+    with pytest.raises(ConfigError) as refused_config:
         check_inputs(config, tmp_path)
+    ((key, why),) = refused_config.value.violations
+    assert (key, why.reason) == ("base.device", "TORCH_WITHOUT_CUDA")
     assert main(["convert", str(tmp_path), "--output", "x", "--device", "cuda"]) == 1
     assert "--device" in capsys.readouterr().err
     assert reasons("--threads", "100000") == [("model.threads", "TOO_LARGE")]

@@ -274,8 +274,8 @@ _Q = "model.layers.0.self_attn.q_proj"
         ({"use_rslora": 1}, {}, "use_rslora", "INVALID_VALUE"),
         ({"init_lora_weights": "pissa"}, {}, "init_lora_weights", "UNSUPPORTED_VALUE"),
         ({"alpha_pattern": {"q": "x"}}, {}, "alpha_pattern", "INVALID_ENTRY"),
-        ({"lora_alhpa": 8}, {}, "lora_alhpa", "UNKNOWN_KEY"),
-        ({"wibble": 8}, {}, "wibble", "UNKNOWN_KEY"),
+        ({"lora_alhpa": 8}, {}, "lora_alhpa", "UNKNOWN_FIELD"),
+        ({"wibble": 8}, {}, "wibble", "UNKNOWN_FIELD"),
         (
             {"task_type": "SEQ_CLS", "lora_alpha": "x"},
             {"score.weight": np.ones((2, 576), np.float32)},
@@ -358,7 +358,7 @@ def test_adapters_whose_tensors_are_damaged(tmp_path: Path) -> None:
         (whole[:50], "FILE_CUT_SHORT"),
         (whole[:-1], "FILE_CUT_SHORT"),
         (whole[:4], "FILE_CUT_SHORT"),
-        (whole[:8] + b"?" + whole[9:], "INVALID_JSON"),
+        (whole[:8] + b"?" + whole[9:], "NOT_JSON"),
     ):
         file.write_bytes(damaged)
         (problem,) = found(*flags)
@@ -366,4 +366,4 @@ def test_adapters_whose_tensors_are_damaged(tmp_path: Path) -> None:
     file.write_bytes(whole)
     assert found(*flags) == []
     (tmp_path / "m" / "adapter_config.json").write_text("{")
-    assert says("INVALID_JSON")(found(*flags)[0])
+    assert says("NOT_JSON")(found(*flags)[0])

@@ -109,6 +109,6 @@ def test_a_token_file_that_makes_no_sense_is_named_with_its_line(tmp_path: Path)
     file.chmod(0o600)
     done = run("serve", "--token-file", str(file), *FREE)
     assert done.returncode == 1
-    assert done.stderr.startswith("turret serve: error: --token-file: ")
+    assert done.stderr.startswith(f"turret serve: error: --token-file: {file}: ")
     assert str(file) in done.stderr
     assert "hunter2" not in done.stderr

@@ -95,7 +95,10 @@ def _match_here(pattern: Pattern, names: Sequence[str]) -> PatternResult:
 
 
 def _not_regular(pattern: Pattern, count: int, why: str) -> PatternResult:
-    return PatternResult((None,) * count, say("INVALID_PATTERN", pattern=pattern.plain, why=why))
+    return PatternResult(
+        (None,) * count,
+        say("INVALID_ENTRY", entry=pattern.plain, why=say("PATTERN_INVALID", problem=why)),
+    )
 
 
 def _match_in_child(patterns: Sequence[Pattern], names: Sequence[str]) -> list[PatternResult]:

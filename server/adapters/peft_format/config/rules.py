@@ -139,7 +139,7 @@ def check_config(config: Mapping[str, Any], rules: Rules, findings: Findings) ->
             case None:
                 # PEFT adds keys in newer versions; null means that such a feature is off.
                 if value is not None:
-                    findings.add(key, say("UNKNOWN_KEY", closest=closest(key, rules)))
+                    findings.add(key, say("UNKNOWN_FIELD", closest=closest(key, rules)))
             case Used(check):
                 problem = check(value)
                 if problem is not None:
