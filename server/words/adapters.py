@@ -70,7 +70,6 @@ TEXTS: dict[str, str] = {
     " the file; add {module} to modules_to_save as well",
     "ADAPTER_LACKS_TOKENIZER": "is missing: the adapter has rows for {rows} tokens, the base model"
     " for {base_rows}; save its tokenizer beside the weights",
-    "UNUSABLE_TOKENIZER": "cannot be used: {why}",
     "TOKENIZER_CODE": "a tokenizer with code of its own is not supported",
     # Files.
     "BAD_PATH": "adapter path {path!q:.200}: {why}",
