@@ -46,7 +46,7 @@ TEXTS: dict[str, str] = {
     "INVALID_TENSOR": "is invalid: {why}",
     "NO_HEAD_TENSOR": "is {value}, but the file has no score.weight",
     "ADAPTS_EXPERT": "adapts an expert, which only LoRA can",
-    # What does not fit the base.
+    # Differences from the base model.
     "NO_SUCH_MODULE": "the base model has no module {module!q:.200}",
     "NO_BASE_BIAS": "the base model has no bias there",
     "ZERO_BASE_WEIGHT": "the base model's weight is 0 there, which no gain can change",
