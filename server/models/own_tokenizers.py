@@ -63,12 +63,9 @@ class OwnTokenizers:
             rows: How many tokens the adapter has rows for.
 
         Raises:
-            ValueError: It cannot be read, or has tokens without a row.
+            InvalidRequestError: It cannot be read, or has tokens without a row.
         """
-        try:
-            self.get(files.digest, rows, lambda: files)
-        except InvalidRequestError as error:
-            raise ValueError(error.message) from None
+        self.get(files.digest, rows, lambda: files)
 
     def __contains__(self, key: tuple[str, int]) -> bool:
         """Whether the tokenizer with this digest and number of rows is in memory."""
@@ -116,16 +113,15 @@ class OwnTokenizers:
                 # lacks.
                 tokenizer = Tokenizer.load(folder, self._base.eos_token_ids, rows, self._base)
         except InvalidRequestError as error:
-            raise InvalidRequestError(say("TOKENIZER_INVALID", problem=error.args[0])) from None
+            ((_, text),) = error.violations
+            raise _invalid(text.params["problem"], folder) from None
         except TurretError:
             raise
         except Exception as error:
             # Any type of exception is possible, even from Rust; all of them are about the files'
-            # content. Those of libraries name the temporary folder.
-            problem = error.args[0] if error.args else ""
-            if not isinstance(problem, Text):
-                problem = str(error).replace(str(folder), "the folder")
-            raise InvalidRequestError(say("TOKENIZER_INVALID", problem=problem)) from None
+            # content.
+            found = (part for part in error.args if isinstance(part, Text))
+            raise _invalid(next(found, str(error)), folder) from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         for token, number in numbers.items():
@@ -197,6 +193,14 @@ class OwnTokenizers:
         except (OSError, ValueError):
             return {}
         return {key: config[key] for key in _GUESSED if key in config}
+
+
+def _invalid(problem: str, folder: Path) -> InvalidRequestError:
+    """The error for files that are not a tokenizer."""
+    if not isinstance(problem, Text):
+        # Libraries name the temporary folder.
+        problem = problem.replace(str(folder), "the folder")
+    return InvalidRequestError(say("TOKENIZER_INVALID", problem=problem))
 
 
 def _asked(child: Confined, file: Path) -> dict[str, Any]:

@@ -13,10 +13,8 @@ from turret.server.models.decoding.arch import Experts
 from turret.server.models.weights.expert_stacks import ExpertStacks
 from turret.server.words import say
 
-# Which tensors of a checkpoint are the language model's, and what it alone calls them.
-#
-# A checkpoint of a model of text and images holds a language model, a vision tower and what joins
-# the two. Only the language model is read; requests are text.
+# The checkpoint of a multimodal model has a language model, a vision tower and a projector between
+# them. Only the language model is read, because requests are text.
 
 # Prefixes of the language model within a multimodal model, as checkpoints write them (the names
 # before transformers 4.52) and as current models do.
@@ -41,8 +39,7 @@ def text_name(name: str) -> str | None:
 
 
 # Weights in 8-bit floats (E4M3, arXiv 2209.05433) with a scale, or one for each of their blocks.
-#
-# So Ministral 3, Qwen3's ``-FP8`` releases and llm-compressor's older checkpoints are stored.
+# Ministral 3, Qwen3's ``-FP8`` releases and older checkpoints of llm-compressor use this format.
 
 DTYPE = "F8_E4M3"
 # Suffixes of a weight's scale. DeepSeek's files call it inverse but mean this same factor.

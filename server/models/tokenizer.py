@@ -22,8 +22,6 @@ from turret.server.models.chat_format import ChatFormat, unknown_role
 from turret.server.models.chat_template import ChatTemplate
 from turret.server.words import say
 
-# Tokens of an answer become text, one at a time.
-
 
 class TokenStream:
     """Decodes one sequence token by token.

@@ -44,7 +44,7 @@ TEXTS: dict[str, str] = {
     "INVALID_TENSOR": "is invalid: {why}",
     "NO_HEAD_TENSOR": "is {value}, but the file has no score.weight",
     "ADAPTS_EXPERT": "adapts an expert, which only LoRA can",
-    # What does not fit the base.
+    # Differences from the base model.
     "NO_SUCH_MODULE": "the base model has no module {module!q:.200}",
     "NO_BASE_BIAS": "the base model has no bias there",
     "ZERO_BASE_WEIGHT": "the base model's weight is 0 there, which no gain can change",
@@ -68,7 +68,6 @@ TEXTS: dict[str, str] = {
     " the file; add {module} to modules_to_save as well",
     "ADAPTER_LACKS_TOKENIZER": "is missing: the adapter has rows for {rows} tokens, the base model"
     " for {base_rows}; save its tokenizer beside the weights",
-    "UNUSABLE_TOKENIZER": "cannot be used: {why}",
     "TOKENIZER_CODE": "a tokenizer with code of its own is not supported",
     # Files.
     "BAD_PATH": "adapter path {path!q:.200}: {why}",

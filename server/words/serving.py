@@ -13,7 +13,7 @@ TEXTS = {
     "ADAPTER_UNLOADED": "an adapter of this request was unloaded by force",
     "TOKENIZER_REPLACED": "an adapter of this request was replaced by one with another tokenizer;"
     " send the request again",
-    # Who may call, and how much.
+    # Access, and limits of callers.
     "TOKEN_MISSING": "the call has no authorization header with a bearer token",
     "TOKEN_MALFORMED": 'the authorization header is not of the form "Bearer TOKEN"',
     "TOKEN_UNKNOWN": "the bearer token is unknown",
@@ -85,7 +85,7 @@ TEXTS = {
     "FILE_NOT_A_JSON_OBJECT": "{path} is not a JSON object",
     "INDEX_LEAVES_DIRECTORY": "{path} lists {name!q}, which is outside its directory",
     "LFS_POINTER": "is a Git LFS pointer instead of the file; run `git lfs pull` in the clone",
-    # What a model is made of.
+    # Contents of a model.
     "CONFIG_UNSUPPORTED": "{key} {value!q} is not supported; supported are {choices}",
     "CONFIG_KEY_UNSUPPORTED": "models whose config sets {key} are not supported",
     "GRANITE_HYBRID_UNSUPPORTED": "granitemoehybrid models with experts or Mamba layers are not"

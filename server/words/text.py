@@ -24,7 +24,9 @@ class _Sentences(Formatter):
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
         if conversion == "q":
-            return json.dumps(value, ensure_ascii=False, default=str)
+            text = json.dumps(value, ensure_ascii=False, default=str)
+            # JSON leaves some line ends and control characters of Unicode as they are.
+            return text if text.isprintable() else json.dumps(value, default=str)
         return super().convert_field(value, conversion)
 
 

@@ -110,7 +110,8 @@ async def test_gemma_begins_with_one_bos(tmp_path: Path) -> None:
 async def test_a_template_that_takes_no_system_turn_says_so(tmp_path: Path) -> None:
     tokenizer, _ = load("gemma", tmp_path)
     turns = [{"role": "system", "content": "Be kind."}, *TURNS]
-    with pytest.raises(InvalidRequestError, check=says("CHAT_TEMPLATE_FAILED")) as refused:
+    failed = says("CHAT_TEMPLATE_FAILED")
+    with pytest.raises(InvalidRequestError, match="no system role", check=failed) as refused:
         tokenizer.encode_chat(turns)
     assert refused.value.violations[0][0] == "chat.messages"
     async with http_harness(serving=False) as http:

@@ -13,6 +13,7 @@ from string import Formatter
 from pages.sentences_page import PAGE, catalogues, rendered
 
 from turret.server import errors
+from turret.server.words import say
 from turret.server.words.text import SUGGESTION
 
 # Functions that take a reason and parameters, and the parameters that they add.
@@ -86,6 +87,12 @@ def test_no_error_says_more_than_the_catalogue() -> None:
                 if isinstance(text, ast.Constant | ast.JoinedStr | ast.BinOp):
                     free.append(f"{path}:{node.lineno}")
     assert free == []
+
+
+def test_a_quoted_value_is_printable_whatever_it_holds() -> None:
+    assert '"ü"' in say("DUPLICATE", value="ü")
+    for code in range(0x11000):
+        assert say("DUPLICATE", value=f"ü{chr(code)}").isprintable(), hex(code)
 
 
 def test_a_text_that_is_scrambled_keeps_its_reason_and_parameters() -> None:

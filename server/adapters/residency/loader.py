@@ -34,13 +34,12 @@ from turret.server.adapters.residency.lost_files import changed, lost
 from turret.server.adapters.source import TOKENIZER_FILE, Source
 from turret.server.adapters.tokenizer_files import TokenizerFiles
 from turret.server.basics.work import compute_on_this_thread
-from turret.server.errors import (
-    AdapterCheckpointError,
-)
+from turret.server.errors import AdapterCheckpointError, InvalidRequestError
 from turret.server.hub.adapters import AdapterHub
 from turret.server.words import say
 
-# Takes a tokenizer and the number of vocabulary rows; raises ValueError if it is unusable.
+# Takes a tokenizer and the number of vocabulary rows; raises InvalidRequestError if it
+# is unusable.
 CheckTokenizer = Callable[[TokenizerFiles, int], None]
 
 
@@ -201,9 +200,9 @@ class AdapterLoader:
     def _check(self, checkpoint: AdapterCheckpoint, files: TokenizerFiles, rows: int) -> None:
         try:
             self.check_tokenizer(files, rows)
-        except ValueError as error:
+        except InvalidRequestError as error:
             findings = Findings(checkpoint.path)
-            findings.add(TOKENIZER_FILE, say("UNUSABLE_TOKENIZER", why=error.args[0]))
+            findings.add(TOKENIZER_FILE, error.args[0])
             findings.raise_if_any()
 
     def _read_component(self, ref: ComponentRef) -> Component:

@@ -59,7 +59,7 @@ DEFAULT_UNLOAD_SECONDS = 30.0
 MAX_UNLOAD_SECONDS = 3600.0
 # Concurrent uploads. Each may take up to --max-upload-bytes of the disk before it is validated.
 MAX_UPLOADS = 8
-# One token leaves some for the others.
+# A token cannot have all of them.
 MAX_UPLOADS_PER_TOKEN = 6
 _SLOW_CALLS = 32
 _DRAINS = 32

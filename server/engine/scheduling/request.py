@@ -14,7 +14,7 @@ from turret.server.constraints.constraint import MATCHER_BYTES, Constraint
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say
 
-# What a request wants from its prompt's final states instead of an answer. No torch.
+# Requests for a pooled vector of the prompt's final states instead of an answer. No torch.
 
 
 class PoolingKind(enum.Enum):

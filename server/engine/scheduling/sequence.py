@@ -16,12 +16,9 @@ if TYPE_CHECKING:
     from turret.server.adapters.mix import Mix
 
 
-# The position in a sequence from which each of its adapters acts. No torch.
-#
 # An activated adapter (``Adapter.invocation``) acts from the last occurrence of its invocation in
-# the prompt on, in what is generated after it too; where there is none it never acts. What is
-# generated is not searched, so that the answer to a prompt does not depend on how it is cut, broken
-# off or computed again.
+# the prompt on, and on the generated tokens; without an occurrence it never acts. Generated tokens
+# are not searched: otherwise an answer would depend on how it is cut, broken off or resumed.
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,9 +187,6 @@ class Sequence:
             salt = self.request.salt if self.num_virtual in block else b""
             tokens = self.tokens[start : start + block_size]
             self.keys.append(next_key(self.keys[-1], tokens, changes, salt=salt))
-
-
-# What a step computes, as the scheduler has chosen it. No torch.
 
 
 @dataclass(frozen=True, slots=True)

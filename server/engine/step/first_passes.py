@@ -16,7 +16,7 @@ from turret.server.adapters.operators.token_router import TokenRouter
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.engine.step.rows import Placed
 
-# The scalings of an adapter's components, told by states after a first pass (X-LoRA).
+# X-LoRA computes the scalings of an adapter's components from the states of a first pass.
 
 
 def scalings(router: TokenRouter, states: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ def told_by(
     for key, sequences in waiting.items():
         router = store.router(key)
         assert router is not None
-        # One router call for all sequences of an adapter.
+        # The router runs once for all sequences of an adapter.
         parts = [states[slice(*rows[s.guide])] for s in sequences if s.guide is not None]
         found = scalings(router, torch.cat(parts)).split([len(part) for part in parts])
         told |= {s: Told(key, some) for s, some in zip(sequences, found, strict=True)}

@@ -18,12 +18,11 @@ from turret.kernels.gpu.low_rank import Shrink, nf4_shrink
 from turret.kernels.gpu.nf4 import Epilogue, nf4_dequantize, nf4_matmul
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
-# Settings under which a library's product gives a row the same bits wherever it is.
-#
-# Rows go to the library in pieces of one shape, so it takes one algorithm. What is left is how that
-# algorithm sums: a reduction that is cut among programs (split-K) may give a row bits that depend
-# on its place in the piece, and sums parts in the dtype of activations besides. Both are switched
-# off. ``tests/models/weights/test_library_products.py`` permutes rows on a GPU.
+# A row must get the same bits wherever it is in a library's product. Rows go to the library in
+# pieces of one shape, so it always takes the same algorithm, but a reduction that is split among
+# programs (split-K) may depend on the row's place, and adds its parts in the dtype of activations.
+# ``keep_sums_whole`` switches both off; ``tests/models/weights/test_library_products.py`` permutes
+# rows on a GPU.
 
 # Rows and columns of a trial product: torch rejects products whose sums it cannot keep whole.
 _TRIAL = 64
@@ -179,11 +178,8 @@ def _in_pieces(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[:num_rows]
 
 
-# The rows of a weight on the gpu path, as they are multiplied, made when they are asked for.
-
-
 class ServedRows:
-    """A part of a fused weight; ``rows[start:stop]`` writes out that much of it on the device.
+    """Some rows of a fused weight; ``rows[start:stop]`` dequantizes them on the device.
 
     Args:
         product: The fused weight.

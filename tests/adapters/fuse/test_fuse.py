@@ -186,18 +186,18 @@ def test_one_module_is_dense_at_a_time(fusions: Fusions, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("mix", "settings", "kind", "indexes"),
+    ("mix", "settings", "kind", "names"),
     [
-        ({"lora": 1, "dora": 1, "ia3": 1}, {}, InvalidRequestError, {1, 2}),
+        ({"lora": 1, "dora": 1, "ia3": 1}, {}, InvalidRequestError, {1: "gain", 2: "input gain"}),
         (
             {"loha": 1, "lokr": 1},
             {"how": "linear"},
             InvalidRequestError,
-            {0, 1},
+            {0: "hadamard", 1: "kron"},
         ),
-        ({"lora": 1, "prefix_tuning": 1}, {"how": "svd"}, InvalidRequestError, {1}),
-        ({"prompt_tuning": 1}, {}, InvalidRequestError, {0}),
-        ({"gated": 1, "lora": 1}, {"how": "svd"}, InvalidRequestError, {0}),
+        ({"lora": 1, "prefix_tuning": 1}, {"how": "svd"}, InvalidRequestError, {1: "prompt"}),
+        ({"prompt_tuning": 1}, {}, InvalidRequestError, {0: "prompt"}),
+        ({"gated": 1, "lora": 1}, {"how": "svd"}, InvalidRequestError, {0: "gate"}),
     ],
 )
 def test_members_that_do_not_fit_are_named(
@@ -205,15 +205,16 @@ def test_members_that_do_not_fit_are_named(
     mix: Mapping[str, float],
     settings: dict[str, Any],
     kind: type[TurretError],
-    indexes: set[int],
+    names: dict[int, str],
 ) -> None:
     with pytest.raises(kind) as raised:
         fusions.fuse(mix, **settings)
     found = dict(raised.value.violations)
-    assert found.keys() == {f"adapters[{index}].name" for index in indexes}
-    for index in indexes:
+    assert found.keys() == {f"adapters[{index}].name" for index in names}
+    for index, operator in names.items():
         text = found[f"adapters[{index}].name"]
         assert (text.reason, text.params["adapter"]) == ("NOT_FUSABLE", list(mix)[index])
+        assert operator in text.params["why"]
 
 
 @pytest.mark.parametrize(("how", "other"), [("linear", "svd"), ("ties", "ties_svd")])

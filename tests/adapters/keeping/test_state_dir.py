@@ -247,7 +247,9 @@ def test_an_upload_over_the_limits_is_refused_before_it_is_sent(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = start()
-    with pytest.raises(BudgetExceededError, check=says("UPLOAD_TOO_LARGE")):
+    with pytest.raises(
+        BudgetExceededError, check=says("UPLOAD_TOO_LARGE", max_upload_bytes=1 << 20)
+    ):
         registry.stage([UploadedFile("x", 1 << 20), UploadedFile("y", 1)])
     free = shutil.disk_usage("/")._replace(free=state_dir.MIN_FREE_BYTES + 9)
     monkeypatch.setattr(state_dir.shutil, "disk_usage", lambda path: free)
@@ -266,24 +268,27 @@ def test_chunks_must_come_as_announced(start: Start) -> None:
     sha = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"  # of "foo"
     files = [UploadedFile("x", 3, sha), UploadedFile("y", 4)]
 
-    def refuse(reason: str, *chunks: tuple[str, bytes], finish: bool = False) -> None:
+    def refuse(
+        check: Callable[[object], bool], *chunks: tuple[str, bytes], finish: bool = False
+    ) -> None:
         staged = registry.stage(files)
         steps = [functools.partial(staged.write, *chunk) for chunk in chunks]
         *steps, last = [*steps, staged.finish] if finish else steps
         for step in steps:
             step()
-        with pytest.raises(InvalidRequestError, check=says(reason)):
+        with pytest.raises(InvalidRequestError, check=check):
             last()
         staged.discard()
         assert not staged.directory.exists()
 
-    refuse("FILE_NOT_ANNOUNCED", ("z", b"1"))
-    refuse("FILES_INTERLEAVE", ("x", b"f"), ("y", b"1"))
-    refuse("LONGER_THAN_ANNOUNCED", ("x", b"fo"), ("x", b"oo"))
-    refuse("FILE_NOT_ANNOUNCED", ("x", b"foo"), ("x", b"o"))
-    refuse("WRONG_SHA256", ("x", b"bar"))
-    refuse("FILE_CUT_SHORT", ("x", b"foo"), finish=True)
-    refuse("FILE_CUT_SHORT", ("x", b"foo"), ("y", b"ab"), finish=True)
+    refuse(says("FILE_NOT_ANNOUNCED"), ("z", b"1"))
+    refuse(says("FILES_INTERLEAVE", other="x"), ("x", b"f"), ("y", b"1"))
+    refuse(says("LONGER_THAN_ANNOUNCED", size=3), ("x", b"fo"), ("x", b"oo"))
+    refuse(says("FILE_NOT_ANNOUNCED"), ("x", b"foo"), ("x", b"o"))
+    refuse(says("WRONG_SHA256"), ("x", b"bar"))
+    refuse(says("FILE_CUT_SHORT", found=0, needed=4), ("x", b"foo"), finish=True)
+    half = says("FILE_CUT_SHORT", found=2, needed=4)
+    refuse(half, ("x", b"foo"), ("y", b"ab"), finish=True)
     staged = registry.stage(files)
     for name, data in (("y", b"ab"), ("y", b"cd"), ("x", b"foo")):
         staged.write(name, data)

@@ -221,7 +221,8 @@ async def test_what_overflows_is_refused_by_module(server: EngineHarness, root: 
     save_file({name: tensor * 1e19 for name, tensor in load_file(file).items()}, file)
     server.registry.load("huge", "huge")
     mix = [AdapterRef(name="huge", weight=100.0)]
-    with pytest.raises(InvalidRequestError, check=says("MERGE_OVERFLOWS")):
+    first = says("MERGE_OVERFLOWS", module="model.layers.0.self_attn.o_proj")
+    with pytest.raises(InvalidRequestError, check=first):
         await asyncio.to_thread(server.merger.merge, mix, "BF16", Cancellation())
     assert server.merger.state == MergeState(1)
 

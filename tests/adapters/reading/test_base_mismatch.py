@@ -139,7 +139,7 @@ def test_a_message_stays_short(directory: Path) -> None:
         return {name.replace(".layers.", ".layers.9"): tensor for name, tensor in tensors.items()}
 
     edit_tensors(directory, elsewhere)
-    with pytest.raises(AdapterMismatchError) as caught:
+    with pytest.raises(AdapterMismatchError, check=says("TOO_MANY_LAYERS", found=92)) as caught:
         load(directory)
     assert len(caught.value.message) < 900
     assert len(caught.value.violations) > 4

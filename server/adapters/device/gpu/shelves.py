@@ -28,8 +28,6 @@ from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.adapters.operators.low_rank import ExpertLowRank
 from turret.server.adapters.operators.operator import Operator
 
-# What the gpu path's parts load a step's metadata into.
-
 
 class GpuTables(Protocol):
     """Tables of fixed address, of the kind of step at hand."""

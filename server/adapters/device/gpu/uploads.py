@@ -68,7 +68,7 @@ def beside_steps(device: torch.device) -> Iterator[None]:
     stream.synchronize()
 
 
-# Tensors as few: what lies evenly in memory, or side by side, is one.
+# Tensors that are adjacent or evenly spaced in memory are copied as one.
 
 _ALIGNMENT = 16
 # Largest gap between neighbouring tensors of a block: groups of them begin on cache lines.

@@ -26,7 +26,8 @@ def _blocked(m: Module) -> list[str]:
 def _shape(m: Module, role: str) -> Shape:
     blocked, blocks = _blocked(m), _BLOCKS.of(m)
     if len(blocked) > 1:
-        m.reading.fault(_KEY, say("CONFLICTS_WITH", other="both factors of a module"))
+        why = "both of its factors would be block-diagonal"
+        m.reading.fault(_KEY, say("UNSUPPORTED_VALUE", value=m.name, why=why))
         raise Stop
     if blocked and m.rank % blocks:
         m.reading.fault(_KEY, say("NOT_DIVISIBLE", size=m.rank, what="ranks", by=blocks))

@@ -293,7 +293,7 @@ def test_lokr_factors_must_be_one_factor_each(tmp_path: Path) -> None:
     assert f"{Q}.lokr_w2" in named(refusal_of(tmp_path))
     directory = save(tmp_path, "lokr", target_modules=["q_proj"])
     edit_tensors(directory, lambda tensors: {**tensors, f"{KEY}.lokr_w1": torch.ones(8, 7)})
-    with pytest.raises(AdapterMismatchError, check=says("WRONG_WIDTH", inputs=56)):
+    with pytest.raises(AdapterMismatchError, check=says("WRONG_WIDTH", inputs=56, outputs=64)):
         lower_adapter(tmp_path, base_of(tiny_llama()))
 
     def swap(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

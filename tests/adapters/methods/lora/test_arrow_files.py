@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,55 +158,91 @@ def refusal(root: Path, kind: type[TurretError]) -> TurretError:
 
 
 TWO = ["wide-0", "wide-1"]
-# A change of the config (``arrow``: of arrow_config), the key that is named, and the reason.
-REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
-    "no components": ({"components": ...}, "components", "REQUIRED"),
-    "no experts": ({"arrow": {"task_adapter_names": None}}, "arrow_config", "INVALID_ENTRY"),
+# A change of the config (``arrow``: of arrow_config), the key that is named, and what it says.
+REFUSED: dict[str, tuple[dict[str, Any], str, Callable[[object], bool]]] = {
+    "no components": ({"components": ...}, "components", says("REQUIRED")),
+    "no experts": (
+        {"arrow": {"task_adapter_names": None}},
+        "arrow_config",
+        says("INVALID_ENTRY", entry="task_adapter_names"),
+    ),
     "an expert twice": (
         {"arrow": {"task_adapter_names": [*TWO, TWO[0]]}},
         "arrow_config",
-        "INVALID_ENTRY",
+        says("DUPLICATE", value=TWO[0]),
     ),
     "an expert too few": (
         {"arrow": {"task_adapter_names": TWO[:1], "top_k": 1}},
         "components",
-        "COMPONENT_UNLISTED",
+        says("COMPONENT_UNLISTED", component=TWO[1]),
     ),
     "a stranger": (
         {"arrow": {"task_adapter_names": [*TWO, "x"]}},
         "arrow_config",
-        "COMPONENT_UNLISTED",
+        says("COMPONENT_UNLISTED", component="x"),
     ),
-    "none of them": ({"arrow": {"top_k": 0}}, "arrow_config", "INVALID_ENTRY"),
-    "more than there are": ({"arrow": {"top_k": 3}}, "arrow_config", "INVALID_ENTRY"),
-    "no temperature": ({"arrow": {"router_temperature": 0}}, "arrow_config", "INVALID_ENTRY"),
+    "none of them": (
+        {"arrow": {"top_k": 0}},
+        "arrow_config",
+        says("INVALID_ENTRY", entry="top_k"),
+    ),
+    "more than there are": (
+        {"arrow": {"top_k": 3}},
+        "arrow_config",
+        says("NOT_IN_RANGE", most=2, value=3),
+    ),
+    "no temperature": (
+        {"arrow": {"router_temperature": 0}},
+        "arrow_config",
+        says("INVALID_ENTRY", entry="router_temperature"),
+    ),
     "a temperature of words": (
         {"arrow": {"router_temperature": "1"}},
         "arrow_config",
-        "INVALID_ENTRY",
+        says("INVALID_ENTRY", entry="router_temperature"),
     ),
-    "a seed of words": ({"arrow": {"rng_seed": "1"}}, "arrow_config", "INVALID_ENTRY"),
-    "nothing to subtract": ({"arrow": {"use_gks": True}}, "arrow_config", "INVALID_ENTRY"),
-    "no subtraction": ({"arrow": {"gks_adapter_names": ["x"]}}, "arrow_config", "INVALID_ENTRY"),
+    "a seed of words": (
+        {"arrow": {"rng_seed": "1"}},
+        "arrow_config",
+        says("INVALID_ENTRY", entry="rng_seed"),
+    ),
+    "nothing to subtract": (
+        {"arrow": {"use_gks": True}},
+        "arrow_config",
+        says("INVALID_ENTRY", entry="use_gks"),
+    ),
+    "no subtraction": (
+        {"arrow": {"gks_adapter_names": ["x"]}},
+        "arrow_config",
+        says("INVALID_ENTRY", entry="use_gks"),
+    ),
     "an expert of both kinds": (
         {"arrow": {"gks_adapter_names": TWO[:1], "use_gks": True}},
         "arrow_config",
-        "DUPLICATE",
+        says("DUPLICATE", value=TWO[0]),
     ),
-    "an unknown key": ({"arrow": {"jitter": 0.1}}, "arrow_config", "INVALID_VALUE"),
-    "a bias": ({"bias": "all"}, "bias", "UNSUPPORTED_VALUE"),
-    "a head": ({"modules_to_save": ["lm_head"]}, "modules_to_save", "UNSUPPORTED_VALUE"),
-    "rows": ({"trainable_token_indices": [3]}, "trainable_token_indices", "UNSUPPORTED_VALUE"),
-    "another variant": ({"use_dora": True}, "arrow_config", "CONFLICTS_WITH"),
+    "an unknown key": ({"arrow": {"jitter": 0.1}}, "arrow_config", says("INVALID_VALUE")),
+    "a bias": ({"bias": "all"}, "bias", says("UNSUPPORTED_VALUE")),
+    "a head": ({"modules_to_save": ["lm_head"]}, "modules_to_save", says("UNSUPPORTED_VALUE")),
+    "rows": (
+        {"trainable_token_indices": [3]},
+        "trainable_token_indices",
+        says("UNSUPPORTED_VALUE"),
+    ),
+    "another variant": (
+        {"use_dora": True},
+        "arrow_config",
+        says("CONFLICTS_WITH", other="use_dora"),
+    ),
     "a start that moves the base": (
         {"init_lora_weights": "pissa"},
         "init_lora_weights",
-        "UNSUPPORTED_VALUE",
+        says("UNSUPPORTED_VALUE", value="pissa"),
     ),
     "modules that are not there": (
         {"target_modules": ["w"]},
         "target_modules",
-        "SELECTS_NOTHING",
+        says("SELECTS_NOTHING"),
     ),
 }
 
@@ -215,13 +251,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 def test_each_key_that_does_not_fit_is_refused_by_name(
     case: str, made: Path, tmp_path: Path
 ) -> None:
-    changes, field, reason = REFUSED[case]
+    changes, field, check = REFUSED[case]
     root = saved(made, tmp_path, *TWO)
     arrow = changes.get("arrow", {})
     directory = write_router(root, "router", TWO, ALL, **arrow)
     edit_config(directory, **{key: value for key, value in changes.items() if key != "arrow"})
     error = refusal(root, AdapterCheckpointError)
-    assert (field, reason) in [(name, why.reason) for name, why in error.violations]
+    assert any(name == field and check(why) for name, why in error.violations), error
 
 
 # Experts, general LoRAs, and the component at fault.
@@ -320,7 +356,8 @@ def registry(made: Path, tmp_path: Path) -> Iterator[AdapterRegistry]:
 
 def test_components_must_be_registered_and_stay(registry: AdapterRegistry) -> None:
     registry.load("wide-0", "wide-0")
-    with pytest.raises(AdapterComponentError, check=says("COMPONENTS_MISSING")):
+    not_registered = says("COMPONENT_NOT_REGISTERED", component="wide-1")
+    with pytest.raises(AdapterComponentError, check=not_registered):
         registry.load("router", "router")
     registry.load("another-name", "wide-1")
     assert registry.load("router", "router").facts.method == "arrow"
