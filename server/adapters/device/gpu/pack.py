@@ -20,8 +20,9 @@ from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.vectors import Bias, Gain
 
-# What steps launch: kinds of packed operators with their projections, shelves with positions in
-# the mixes. A step can run in any form that has all of its own: the rest finds empty tables.
+# The launches of a step, as kinds of packed operators with their projections, and shelves with
+# positions in the mixes. A step can run in any form that contains its own: kernels that it has no
+# use for find empty tables.
 Form = frozenset[tuple[Hashable, Hashable]]
 
 # Rank ranges start at multiples of this.

@@ -28,11 +28,9 @@ from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.adapters.operators.low_rank import ExpertLowRank
 from turret.server.adapters.operators.operator import Operator
 
-# What the gpu path's parts load a step's metadata into.
-
 
 class GpuTables(Protocol):
-    """Tables of fixed address, of the kind of step at hand."""
+    """Tables of fixed address for the metadata of one kind of step."""
 
     def load_segments(self, runs: Sequence[LongSegment]) -> SegmentTable:
         """Load and return the segment table."""
