@@ -167,12 +167,14 @@ class DecodeGraphs:
         """The form in which to run a step, so that few graphs serve all.
 
         That is the smallest captured one that has all of its own form; else one for all steps that
-        no captured one served lately.
+        no captured one served lately. Where steps are not captured, it is the step's own.
 
         Args:
             kind: The first part of its key.
             own: What it launches at least.
         """
+        if self._capture is None:
+            return own
         wider = [form for of, form, _ in self._graphs if of == kind and form >= own]
         if wider:
             return min(wider, key=len)
