@@ -10,7 +10,6 @@ results of several versions of Triton; this replaces the installed one's::
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import re
@@ -57,23 +56,20 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
     return used
 
 
-def table(only: str, targets: list[str], report: Callable[[str], None]) -> dict[str, Any]:
-    """Compile everything whose name contains ``only``, for these targets."""
+def table(only: str, report: Callable[[str], None]) -> dict[str, Any]:
+    """Compile everything whose name contains ``only``, for all targets."""
     wanted = [c for c in recorded(LAUNCHES) if only in c.name()]
     rows = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for compilation, row in zip(
-            wanted, pool.map(functools.partial(_row, targets), wanted), strict=True
-        ):
+        for compilation, row in zip(wanted, pool.map(_row, wanted), strict=True):
             rows[compilation.name()] = row
             report(f"{compilation.name()}: {row}")
     return {"triton": triton.__version__, "kernels": rows}
 
 
-def _row(targets: list[str], compilation: Compilation) -> dict[str, dict[str, Any]]:
+def _row(compilation: Compilation) -> dict[str, dict[str, Any]]:
     row = {}
-    for name in targets:
-        target = TARGETS[name]
+    for name, target in TARGETS.items():
         compiled = compilation.compile(target)
         row[name] = resources(compiled, target)
         if target.backend == "cuda":
@@ -103,13 +99,9 @@ def write(path: Path, result: dict[str, Any], only: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every Triton kernel ahead of time.")
     parser.add_argument("--only", default="", help="compile only names that contain this")
-    parser.add_argument("--target", choices=TARGETS, help="compile for this one (default: all)")
     parser.add_argument("--write", type=Path, help="a file to put the results into")
     args = parser.parse_args()
-    if args.write and args.target:
-        parser.error("--write takes all targets")
-    targets = [args.target] if args.target else list(TARGETS)
-    result = table(args.only, targets, lambda line: print(line, file=sys.stderr))
+    result = table(args.only, lambda line: print(line, file=sys.stderr))
     if args.write:
         write(args.write, result, args.only)
     else:

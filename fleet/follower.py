@@ -140,7 +140,7 @@ class Follower:
         self._join = join
         self._replica = replica
         self._stops_alone = stops_alone
-        # None while it must join.
+        # The session is None while the replica must join.
         self._session: str | None = None
         self._received = -1
         self._applied = -1

@@ -90,48 +90,24 @@ class ReplicaRegistry(AdapterRegistry):
     # Requests of callers. Beside the errors of ``AdapterRegistry``, each raises UnavailableError if
     # the fleet's registry cannot be reached.
 
-    def load(
-        self, name: str, path: str, pinned: bool = False, task: int | None = None
-    ) -> AdapterInfo:
-        with self._changing(name):
-            return self._made(self._checked(name, self._loader.find(path, task), pinned=pinned))
-
-    def replace(
+    def _put(
         self,
         name: str,
-        path: str,
-        expected_generation: int | None = None,
-        task: int | None = None,
-    ) -> AdapterInfo:
-        with self._changing(name):
-            self._table.check_generation(name, expected_generation)
-            self._table.find(name)
-            proposal = self._checked(name, self._loader.find(path, task))
-            return self._replaced(proposal, expected_generation)
-
-    def upload(
-        self,
-        name: str,
-        staged: StagedUpload,
+        source: Source,
+        *,
+        staged: StagedUpload | None = None,
         pinned: bool = False,
         replace: bool = False,
         expected_generation: int | None = None,
-        task: int | None = None,
     ) -> AdapterInfo:
-        source = dataclasses.replace(self._state.staged_source(staged, name), task=task)
-        with self._changing(name):
-            self._table.check_generation(name, expected_generation)
-            proposal = self._checked(name, source, pinned=pinned, is_staged=True)
-            if not replace:
-                return self._made(proposal)
-            return self._replaced(proposal, expected_generation)
-
-    def _checked(
-        self, name: str, source: Source, *, pinned: bool = False, is_staged: bool = False
-    ) -> p.Register:
-        """A proposal, once the weights have been read."""
+        if replace:
+            self._table.find(name)
         facts = self._installer.inspect(source)
-        return p.Register(name=name, source=source, facts=facts, pinned=pinned, is_staged=is_staged)
+        is_staged = staged is not None
+        proposal = p.Register(
+            name=name, source=source, facts=facts, pinned=pinned, is_staged=is_staged
+        )
+        return self._replaced(proposal, expected_generation) if replace else self._made(proposal)
 
     def _made(self, proposal: p.Register | p.Pin) -> AdapterInfo:
         saved = propose(self._channel, proposal).saved

@@ -125,7 +125,7 @@ def serve(args: argparse.Namespace) -> int:
     # Replicas use the first free ports from --metrics-address on, so do not check that one.
     listened = dataclasses.replace(config.listen, metrics_address=None)
     looked_at = dataclasses.replace(config, listen=listened)
-    # In a cluster that is joined, this may change a running fleet, whose addresses are in use.
+    # If this command joins a cluster, it may change a running fleet, which uses the addresses.
     if found := problems(looked_at, may_run=plan.ray_address is not None):
         _complain("serve", *settings.placed(found), is_json=is_json)
         return EXIT_FAILED

@@ -91,9 +91,7 @@ def gelu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
     return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
 
 
-# The gate of gpt-oss (arXiv 2508.10925) over a fused projection of gates and ups.
-#
-# ::
+# The gate of gpt-oss (arXiv 2508.10925) over a fused projection of gates and ups::
 #
 #     g = min(gate, limit)    u = min(max(up, -limit), limit)    (u + 1) · g · σ(alpha · g)
 #

@@ -133,7 +133,7 @@ def _weight_of(module: Any) -> Callable[[], torch.Tensor]:
 # AdapterFusion (arXiv 2005.00247, section 3.2) in rank space, as the server computes it
 # (``kernels/fusion_gate.py``), with gradients for the query and the key alone::
 #
-# v_k = A_k x          α = softmax_k((Wq x) · (Wk B_k) v_k)          y = W x + b + Σ_k α_k B_k v_k
+#     v_k = A_k x        α = softmax_k((Wq x) · (Wk B_k) v_k)        y = W x + b + Σ_k α_k B_k v_k
 
 # (A, B) of a component: ``[rank, in]`` and ``[out, rank]`` with the scale folded in; None where the
 # component does not adapt the module.
@@ -308,7 +308,7 @@ class FusionModel(nn.Module):
 # at all of it. So each example also pulls every gate towards the component that answers it best by
 # itself::
 #
-# loss = CE + guidance · mean(−log α_best)
+#     loss = CE + guidance · mean(−log α_best)
 #
 # over the modules and over the positions up to the last one that is learned. Which component that
 # is comes from the components' own losses, not from a label.

@@ -134,7 +134,7 @@ def _lora_keys(rank: int, **more: Any) -> Keys:
     return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", **more}
 
 
-# By method: the config's own entries by rank, with a scale of 1, and a module's tensors.
+# Method → the config's own entries by rank, with a scale of 1, and a module's tensors.
 _OF_RANK: Mapping[str, tuple[Callable[[int], Keys], Callable[[Site], Tensors]]] = {
     "lora": (_lora_keys, _low_rank),
     "rslora": (lambda r: {**_lora_keys(r, use_rslora=True), "lora_alpha": r**0.5}, _low_rank),
@@ -157,7 +157,7 @@ _PROMPTS = {
     "p_tuning": "P_TUNING",
 }
 MIXED_METHODS = (*_OF_RANK, *_PROMPTS)
-# By method: its rank, config entries and tensors, in PEFT's default sizes.
+# Method → its rank, config entries and tensors, in PEFT's default sizes.
 _DEFAULT: Mapping[str, tuple[int, Keys, Callable[[Site], Tensors]]] = {
     "oft": (
         0,

@@ -45,7 +45,7 @@ def scenarios(setting: Setting) -> list[Scenario]:
 
 
 def time_projection(setting: Setting) -> None:
-    """Shrink and expand over qkv: ours, the GEMV form, and three baselines."""
+    """Shrink and expand over qkv: ours, and three baselines."""
     inner, outs = setting.model.groups["qkv"]
     x = setting.random(setting.rows, inner)
     for scenario in scenarios(setting):
@@ -94,7 +94,7 @@ def time_projection(setting: Setting) -> None:
 
 
 def time_low_rank(setting: Setting) -> None:
-    """Shrink and expand over qkv with other tiles and parts than those of ``tuning.py``."""
+    """Shrink and expand over qkv with other tiles and parts than those of ``Tuning``."""
     inner, outs = setting.model.groups["qkv"]
     x, tuned = setting.random(setting.rows, inner), tuning(setting.device)
     y = setting.random(setting.rows, sum(outs))

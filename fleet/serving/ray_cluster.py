@@ -340,7 +340,7 @@ class LineFilter:
     def __init__(self, is_stopping: Callable[[], bool], has_others: bool = True) -> None:
         self._is_stopping = is_stopping
         self._left_out = [_CONTROLLER_ENDS] if has_others else [_CONTROLLER_ENDS, _ONE_MACHINE]
-        # By source: a line that may begin a message to leave out.
+        # Source → a line that may begin a message to leave out.
         self._held: dict[object, str] = {}
         self._inside: set[object] = set()
 

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayError
 
-from turret.fleet import protocol as m
+from turret.fleet import protocol as p
 from turret.fleet.follower import Channel
 from turret.fleet.registry_host import FleetStore, RegistryHost
 from turret.fleet.words import say
@@ -70,7 +70,7 @@ class RegistryActor:
         """What a method of ``RegistryHost`` returns, or raises."""
         try:
             return getattr(self._host, method)(*arguments), None
-        except (TurretError, ValueError, m.NotJoinedError) as error:
+        except (TurretError, ValueError, p.NotJoinedError) as error:
             return None, error.with_traceback(None)
 
 

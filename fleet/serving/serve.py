@@ -145,7 +145,7 @@ def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
 
     from turret.fleet.serving import application, registry_actor
 
-    # In this process, hide Serve's messages: it is no news that Serve has started or was found.
+    # Hide Serve's messages in this process: it is no news that Serve has started or was found.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if plan.ray_address is None:
         warn_if_crowded(plan.max_replicas, application.num_devices(config))

@@ -8,7 +8,7 @@ results within rounding, slower.
 
 The libraries leave OpenMP's symbols to the process, so they share torch's thread pool: a second
 pool would make every parallel region sleep at its barrier. A thread that leaves torch no pool has
-threads of the library's own (``threads.py``).
+threads of the library's own (``use_own_threads``).
 """
 
 from __future__ import annotations

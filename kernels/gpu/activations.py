@@ -53,10 +53,9 @@ def launch_gated(kernel: Any, gate_up: torch.Tensor, *numbers: float) -> torch.T
     """Launch a kernel that multiplies an activation of the gates by the ups.
 
     Args:
-        kernel: Takes input, output, the input's stride, the width, what else it needs, and BLOCK;
-            waits for the launches before.
+        kernel: Takes input, output, the input's stride, the width, ``numbers`` and BLOCK.
         gate_up: As in ``silu_mul``, and so are the result and the errors.
-        numbers: What else it needs.
+        numbers: Further arguments of the kernel.
     """
     check_float("gate_up", gate_up)
     check_rows("gate_up", gate_up)
@@ -79,9 +78,6 @@ def launch_gated(kernel: Any, gate_up: torch.Tensor, *numbers: float) -> torch.T
     return out
 
 
-# Triton form of ``gelu_mul``: reads gate and up once, writes their product.
-
-
 @triton.jit
 def gelu_mul_kernel(gate_up_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -97,22 +93,8 @@ def gelu_mul_kernel(gate_up_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
 
 
 def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """Multiply the gelu of the gates by the ups, gelu by its tanh formula.
-
-    Args:
-        gate_up: ``[num_rows, 2 · width]``, the gates first; fp16, bf16 or fp32; rows may be
-            strided.
-
-    Returns:
-        ``[num_rows, width]``, dtype of ``gate_up``, contiguous.
-
-    Raises:
-        ValueError: A shape, dtype or stride breaks the contract.
-    """
+    """Multiply the gelu of the gates, by its tanh formula, by the ups; else as ``silu_mul``."""
     return launch_gated(gelu_mul_kernel, gate_up)
-
-
-# Triton form of ``clamped_swiglu``: reads gates and ups once, writes their product.
 
 
 @triton.jit

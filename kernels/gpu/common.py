@@ -1,4 +1,4 @@
-"""What several kernels are made of: checks of arguments, launch parameters, functions inside them.
+"""Shared parts of the kernels: checks of arguments, launch parameters, functions inside kernels.
 
 Wrappers check shapes, dtypes and strides on the host, never values on the device.
 """
@@ -226,14 +226,13 @@ def dot_split(w, x, acc):
     return acc
 
 
-# Which program of a launch finishes what several of them have written in parts.
+# The last program of a launch adds up the parts that all of them have stored.
 #
-# A program stores its part, then adds one to a counter. The addition releases what its program
-# wrote (the barrier puts the stores of all its threads before it) and acquires what the others
-# released, so whoever finds that it is the last may read every part. It reads them in their order,
-# not in that of the arrivals: the result does not depend on who is last. The counter is zero again
-# afterwards, for the next launch. Parts are read past the first-level cache
-# (``cache_modifier=".cg"``).
+# A program stores its part, then adds one to a counter. The addition releases the program's stores
+# (the barrier puts those of all its threads before it) and acquires the stores that the others
+# released, so the program that finds itself the last may read every part. It adds them in a fixed
+# order, so the result does not depend on which program is last. It resets the counter for the next
+# launch. Parts are read past the first-level cache (``cache_modifier=".cg"``).
 
 
 @triton.jit

@@ -52,8 +52,8 @@ def route_rows_kernel(
     is_open = inside
     for j in range(per_token):
         best = tl.max(tl.where(is_open, left, float("-inf")), axis=0)
-        # Of equal scores the first wins. A NaN equals nothing: if no score matches, the first open
-        # one is taken.
+        # The first of equal scores wins. A NaN equals nothing: if no score matches, take the first
+        # open one.
         number = tl.min(tl.where(is_open & (left == best), numbers, num_experts), axis=0)
         first = tl.min(tl.where(is_open, numbers, num_experts - 1), axis=0)
         number = tl.where(number < num_experts, number, first)
@@ -107,9 +107,9 @@ def route_rows(scores: torch.Tensor, per_token: int, *, normalizes: bool) -> Rou
 # The products of all experts of a layer in one launch, by their NF4 codes in registers.
 #
 # A program takes up to 16 pairs of one expert and a tile of its output columns, and walks the input
-# features by quantisation block, as ``nf4_matmul`` does. Which pairs it takes it finds itself, from
-# where the pairs of each expert end: the host knows only how many pairs there are. There are
-# programs for the worst case; those that find nothing to do end. Every pair goes through the same
+# features by quantisation block, as ``nf4_matmul`` does. A program finds its pairs from where the
+# pairs of each expert end, because the host knows only how many pairs there are. There are programs
+# for the worst case; those that find nothing to do end. Every pair goes through the same
 # tensor-core instruction in the same order, whichever others its expert got.
 
 _TILE = 16

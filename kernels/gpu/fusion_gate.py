@@ -31,7 +31,7 @@ from turret.kernels.gpu.common import (
     pointer_to,
     tuning,
 )
-from turret.kernels.gpu.low_rank import shrink_parts
+from turret.kernels.gpu.low_rank import empty_parts, shrink_options
 from turret.kernels.gpu.tables import (
     GATE_RECORD,
     GATES,
@@ -218,7 +218,7 @@ def gate_shrink(x: torch.Tensor, words: torch.Tensor, table: SegmentTable) -> to
 
     Returns:
         ``[splits, asked_capacity · num_slices]`` fp32, for ``fusion_gate``: a row's queries where
-        ``segment_table`` says, the slice innermost; the sum over the first axis is what was asked.
+        ``tables.py`` says, the slice innermost; the sum over the first axis is what was asked.
         Places of no row are undefined.
 
     Raises:
@@ -230,25 +230,18 @@ def gate_shrink(x: torch.Tensor, words: torch.Tensor, table: SegmentTable) -> to
     check_rows("x", x)
     _check_words(words)
     num_slices, in_features = words.shape[1], x.shape[1]
-    tuned = tuning(x.device)
-    splits, width = shrink_parts(in_features, x.device), table.asked_capacity * num_slices
-    asked = torch.empty(splits, width, dtype=torch.float32, device=x.device)
-    gate_shrink_kernel[(tuned.programs,)](
+    asked = empty_parts(table.asked_capacity * num_slices, in_features, x.device)
+    gate_shrink_kernel[(tuning(x.device).programs,)](
         x,
         words,
         asked,
         table.buffer,
         x.stride(0),
         in_features,
-        width,
+        asked.shape[1],
         NUM_SLICES=num_slices,
-        SPLITS=splits,
-        BLOCK_M=TILE_ROWS,
-        BLOCK_R=RANK_TILE,
-        BLOCK_K=tuned.shrink_block_k,
-        num_warps=2,
-        num_stages=3,
-        enable_fp_fusion=True,
+        SPLITS=asked.shape[0],
+        **shrink_options(x.device),
     )
     return asked
 

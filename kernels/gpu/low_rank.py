@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -134,11 +135,6 @@ class Shrink:
         return segmented_shrink(x, self.a, self.slice_ranks, self.table)
 
 
-def rank_activations(table: SegmentTable, num_slices: int, device: torch.device) -> torch.Tensor:
-    """An undefined tensor in place of rank activations, for a step without ranks."""
-    return torch.empty(1, table.rank_capacity * num_slices, dtype=torch.float32, device=device)
-
-
 def segmented_shrink(
     x: torch.Tensor, a: torch.Tensor, slice_ranks: torch.Tensor, table: SegmentTable
 ) -> torch.Tensor:
@@ -158,7 +154,7 @@ def segmented_shrink(
         table: The step's segments, loaded.
 
     Returns:
-        ``[splits, rank_capacity · num_slices]``, fp32, laid out as ``segment_table`` says with the
+        ``[splits, rank_capacity · num_slices]``, fp32, laid out as ``tables.py`` says with the
         slice innermost; the sum over the first axis is ``v``. Places of no row are undefined.
 
     Raises:
@@ -167,10 +163,8 @@ def segmented_shrink(
     """
     check_shrink(x, a, slice_ranks)
     num_slices, in_features = a.shape[1:]
-    tuned = tuning(x.device)
-    v = empty_parts(table, num_slices, in_features, x.device)
-    splits, width = v.shape
-    segmented_shrink_kernel[(tuned.programs,)](
+    v = empty_parts(table.rank_capacity * num_slices, in_features, x.device)
+    segmented_shrink_kernel[(tuning(x.device).programs,)](
         x,
         a,
         slice_ranks,
@@ -178,34 +172,33 @@ def segmented_shrink(
         table.buffer,
         x.stride(0),
         in_features,
-        width,
+        v.shape[1],
         NUM_SLICES=num_slices,
-        SPLITS=splits,
-        BLOCK_M=TILE_ROWS,
-        BLOCK_R=RANK_TILE,
-        BLOCK_K=tuned.shrink_block_k,
-        # Two warps suffice for two tiles of eight ranks: more warps would repeat their
-        # products.
-        num_warps=2,
-        num_stages=3,
-        enable_fp_fusion=True,
+        SPLITS=v.shape[0],
+        **shrink_options(x.device),
     )
     return v
 
 
-def empty_parts(
-    table: SegmentTable, num_slices: int, in_features: int, device: torch.device
-) -> torch.Tensor:
-    """Allocate the result of a shrink of this many inputs; its first axis is the splits."""
-    splits, width = shrink_parts(in_features, device), table.rank_capacity * num_slices
+def empty_parts(width: int, in_features: int, device: torch.device) -> torch.Tensor:
+    """Allocate the result of a shrink, ``[splits, width]`` fp32."""
+    # The number of splits depends only on the projection's inputs, so that the order of a row's sum
+    # is the same in every step.
+    splits = max(2, min(_MAX_SPLITS, triton.cdiv(in_features, tuning(device).shrink_split_k)))
     return torch.empty(splits, width, dtype=torch.float32, device=device)
 
 
-def shrink_parts(in_features: int, device: torch.device) -> int:
-    """Number of parts into which a shrink cuts this many inputs."""
-    # Depend only on the projection's width: the order of a row's sum may not vary between steps.
-    parts = triton.cdiv(in_features, tuning(device).shrink_split_k)
-    return max(2, min(_MAX_SPLITS, parts))
+def shrink_options(device: torch.device) -> dict[str, Any]:
+    """Compile and launch options of kernels that only shrink."""
+    return {
+        "BLOCK_M": TILE_ROWS,
+        "BLOCK_R": RANK_TILE,
+        "BLOCK_K": tuning(device).shrink_block_k,
+        # Two warps suffice for two tiles of eight ranks: more warps would repeat their products.
+        "num_warps": 2,
+        "num_stages": 3,
+        "enable_fp_fusion": True,
+    }
 
 
 def check_shrink(x: torch.Tensor, a: torch.Tensor, slice_ranks: torch.Tensor) -> None:
@@ -222,12 +215,12 @@ def check_shrink(x: torch.Tensor, a: torch.Tensor, slice_ranks: torch.Tensor) ->
         raise ValueError(f"slice_ranks is {slice_ranks.dtype}; torch.int32 is needed")
 
 
-# Triton form of ``segmented_expand`` with the whole epilogue of an adapted projection.
+# Triton form of ``segmented_expand``: gain, biases and all updates of a row, in one pass.
 #
-# One pass over the base result: gain, biases and all updates of a row are added in fp32 and rounded
-# once. A program takes a chunk of rows and a tile of columns of one slice; it adds the parts of
-# shrink's reduction up as it reads them. Components come in the request's order, so the result is
-# deterministic and does not depend on the batch.
+# Everything is added to the base result in fp32 and rounded once. A program takes a chunk of rows
+# and a tile of columns of one slice; it adds the parts of shrink's reduction up as it reads them.
+# Components come in the request's order, so the result is deterministic and does not depend on the
+# batch.
 
 MAX_SLICES = 3
 
@@ -401,7 +394,7 @@ def _expand_tile(
             )  # fmt: skip
         base = base.to(tl.float32)
         if gain_delta_ptr is not None:
-            # All rows of a chunk have the same mix.
+            # The rows of a chunk share a mix, and so a gain.
             base = base * gain[None, :]
         if base_bias_ptr is not None:
             base_bias = tl.load(base_bias_ptr + y_cols, mask=inside, other=0.0)
@@ -523,8 +516,8 @@ def check_expand(
 #
 # The first programs take the shrink's work list, the others are those of ``nf4_matmul``. A shrink's
 # bytes, a few hundredths of the weight's, are read while the weight's are, and a launch is saved.
-# Both compute what their own kernels do, bit for bit: a shrink's products are the same instructions
-# in the same order with four warps as with two, of which two repeat what the others do.
+# The bits are those of the two separate kernels: a shrink's products are the same instructions in
+# the same order with four warps as with two, because the other two warps repeat them.
 
 _BLOCK = tl.constexpr(BLOCK)
 
@@ -603,10 +596,10 @@ def nf4_shrink(
         x: ``[rows, in_features]``, fp16, bf16 or fp32; rows may be strided.
         num_rows: Rows that the base multiplies, 1 to 64 and no more than there are.
         weight: As for ``nf4_matmul``.
-        shrink: What of, and into what.
+        shrink: The arguments of the shrink.
 
     Returns:
-        What ``nf4_matmul`` makes of the first rows and ``segmented_shrink`` of all, bit for bit.
+        The bits of ``nf4_matmul`` on the first rows, and of ``segmented_shrink`` on all.
 
     Raises:
         ValueError: A shape, dtype or stride breaks the contract.
@@ -620,7 +613,7 @@ def nf4_shrink(
     y = torch.empty(num_rows, out_features, dtype=x.dtype, device=x.device)
     shape = (splits, num_rows, out_features)
     parts = torch.empty(shape, dtype=torch.float32, device=x.device) if splits > 1 else None
-    v = empty_parts(table, a.shape[1], in_features, x.device)
+    v = empty_parts(table.rank_capacity * a.shape[1], in_features, x.device)
     nf4_shrink_kernel[(tuned.shrink_programs + columns * splits,)](
         x,
         weight.packed,

@@ -1,4 +1,4 @@
-"""Triton form of ``nf4_matmul``: multiply by the codes in registers, for 1 to 64 rows.
+"""Products with NF4 weights: ``nf4_matmul`` multiplies by the codes in registers, for 1 to 64 rows.
 
 Bound by the half byte per weight, so by how few instructions a weight takes. A program takes a tile
 of output columns and walks the input features by quantisation block: one product of the rows with
@@ -305,9 +305,9 @@ def check_product(x: torch.Tensor, weight: Nf4Matrix) -> None:
 
 # The product of queries, keys and values, and ``rope_kv_write`` of it, in one launch.
 #
-# All programs store their parts of the product, the last one of a tile of columns adds them up,
-# turns the heads of the tile and stores them where they go: the product itself is never written. A
-# tile holds whole heads. The bits are those of the two kernels one after the other.
+# Every program stores its part of the product. The last one of a tile of columns adds the parts up,
+# turns the heads of the tile and stores them: the product itself is never written. A tile holds
+# whole heads. The bits are those of the two kernels one after the other.
 
 
 @triton.jit
@@ -530,10 +530,8 @@ def nf4_dequantize(weight: Nf4Matrix, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-# The operation that follows a fused projection.
-#
-# Where no adapter changes a projection, the base's product can end with it; elsewhere it is a
-# kernel of its own. The bits are the same both ways.
+# The operation that follows a fused projection ends the base's product if no adapter changes the
+# projection; otherwise it has its own kernel. The bits are the same both ways.
 
 
 class Epilogue(Protocol):
@@ -594,7 +592,7 @@ class Heads:
 
     @property
     def _has_norms(self) -> bool:
-        # Each kernel has its own order for a norm's sum.
+        # ``nf4_rotate`` would sum a norm in another order than ``rope_kv_write``.
         return self.q_norm is not None or self.k_norm is not None
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,6 @@ from turret.kernels.gpu.common import (
     check_shape,
 )
 
-# Where the heads of a step's rows go, for kernels that store them beside their own work.
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvWrite:

@@ -83,7 +83,7 @@ def _keep_mass(row_ptr, vocab, top, temperature, top_p, limit, ties, BLOCK: tl.c
     _, nearer, _, _ = _tokens_within(row_ptr, vocab, top, temperature, limit - 1, BLOCK)
     count, mass, _, _ = _tokens_within(row_ptr, vocab, top, temperature, limit, BLOCK)
     weight = tl.exp(-limit.to(tl.float32, bitcast=True))
-    # Where ties were cut, count only the mass of the kept ones.
+    # If ties were cut, count only the mass of the kept ones.
     mass = tl.where(ties < count, tl.minimum(mass, nearer + ties.to(tl.float32) * weight), mass)
     wanted = top_p * mass
     low = tl.full((), 0, dtype=tl.int32)

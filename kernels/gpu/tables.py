@@ -12,10 +12,8 @@ import torch
 
 from turret.kernels.paged_attention import SequenceSpan
 
-# Which rows of a step use which adapters of a pack: what the gpu path's segment table is made of.
-#
-# Adapters of the step live side by side in a pack: adapter ``k`` owns the ranks ``[lo_k, hi_k)`` of
-# every packed matrix.
+# Adapters of the step lie side by side in a pack: adapter ``k`` owns the ranks ``[lo_k, hi_k)`` of
+# every packed matrix. Segments say which rows use which of them.
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,10 +237,9 @@ class StagedPart:
         return self._memory.staging_of(self._staging)[:size]
 
 
-# Rows that use tables by slot (Hadamard, Kronecker, fusion), on the device.
+# Rows that use tables by slot (Hadamard, Kronecker, experts), in an int32 buffer on the device.
 #
-# One int32 buffer of fixed address: a step costs one asynchronous copy, and a captured CUDA graph
-# replays with any later step, because kernels read the count from it::
+# A captured CUDA graph replays with any later step, because kernels read the count from here::
 #
 #     count · 0 · 0 · 0 | rows [capacity] | slots [capacity] | weights [capacity] (fp32 bits)
 
@@ -328,10 +325,9 @@ class SamplingTable:
 
 # Segment metadata on the device: which rows of a step use which adapters.
 #
-# One int32 buffer of fixed address and size holds everything, its sub-tables found through a
-# header, so a step costs one asynchronous copy of the bytes it uses, kernels take one pointer, and
-# a captured CUDA graph replays with any later step: kernels loop over as many work units as the
-# header says.
+# An int32 buffer holds everything; a header says where its sub-tables are. So a step copies only
+# the bytes that it uses, kernels take one pointer, and a captured CUDA graph replays with any later
+# step: kernels loop over as many work units as the header says.
 #
 # A *segment* is all rows that share a mix, in any order and wherever they are in the step (rows are
 # gathered through ``rows``): decode requests of one adapter are one segment and read its weights
@@ -349,9 +345,9 @@ class SamplingTable:
 # Rank activations lie compactly: row ``i`` of a chunk has its ``v_stride`` ranks (all components of
 # the mix side by side, component ``c`` from ``offset_c``) at ``v_base + i · v_stride``.
 #
-# Where components of a mix are those of a gated adapter, each of its chunks has a *gate* besides,
-# which names them, and *questions*, ``RANK_TILE`` of the query's vectors each; their products with
-# a row lie as its rank activations do::
+# If a mix contains the components of a gated adapter, each of its chunks also has a *gate*, which
+# names them, and *questions*, each of ``RANK_TILE`` of the query's vectors. The products of a row
+# with these vectors lie as its rank activations do::
 #
 #     gate       position · count · component · components · column · slot · v_base · v_stride
 #                · asked_base · asked_stride
@@ -563,8 +559,8 @@ class SegmentTable:
 # either spread, one split a record, so that a long context fills the device, or whole, all its
 # splits in one record, and then nothing is written in between. Both add splits up in the same
 # order, so the bits are the same, and each item is free to be either, whatever else is in the step.
-# As far as there is scratch, sequences are spread: those of fewest items first, which leave most of
-# the device idle otherwise, and of them the longest. Their records come first::
+# Sequences are spread as far as there is scratch memory: those with the fewest items first, because
+# they would leave most of the device idle, and among these the longest. Their records come first::
 #
 #     header   num_records · records@ · 0 · 0
 #     record   row · tokens · position · blocks@ · padding · split_begin · split_end

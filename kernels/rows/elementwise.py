@@ -60,8 +60,8 @@ def row_silu(x: torch.Tensor) -> torch.Tensor:
 
 # gelu by its tanh formula (arXiv 1606.08415), whose bits do not depend on the batch.
 #
-# ``gelu(x) = x / (1 + e^−y)`` with ``y = 2 √(2/π) (x + 0.044715 x³)``: the exponential of
-# ``exp.py``, and operations that are exact to the last bit.
+# ``gelu(x) = x / (1 + e^−y)`` with ``y = 2 √(2/π) (x + 0.044715 x³)``, by ``row_exp_`` and
+# operations that are exact to the last bit.
 
 
 def row_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -71,8 +71,8 @@ def row_gelu(x: torch.Tensor) -> torch.Tensor:
     return torch.div(wide, row_exp_(y).add_(1.0)).to(x.dtype)
 
 
-# ``c · tanh(x / c)``, which keeps scores and logits within ±c; its bits do not depend on the batch.
-# It uses the exponential of ``exp.py`` and operations that are exact to the last bit.
+# ``c · tanh(x / c)``, which keeps scores and logits within ±c; its bits do not depend on the batch,
+# for the same reason as gelu's.
 
 
 def row_softcap_(x: torch.Tensor, cap: float) -> torch.Tensor:
@@ -82,8 +82,8 @@ def row_softcap_(x: torch.Tensor, cap: float) -> torch.Tensor:
     return torch.div(-2.0 * cap, x, out=x).add_(cap)
 
 
-# The gate of gpt-oss, see ``kernels/between.py``; its bits do not depend on the batch. It uses
-# the exponential of ``exp.py`` and operations that are exact to the last bit.
+# The gate of gpt-oss, see ``kernels/between.py``; its bits do not depend on the batch, for the same
+# reason as gelu's.
 
 
 def row_clamped_swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:

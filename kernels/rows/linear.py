@@ -1,9 +1,9 @@
 """``y = x Wᵀ`` whose rows do not depend on how many rows are computed together.
 
 A request's tokens must not depend on its batch mates, and a library promises no bits. On a CPU the
-order of every sum is ours where there are compiled kernels (``cpu/products.c``,
-``cpu/dense_product.c``). Elsewhere a library product serves in calls that were tried on this
-machine (``trial.py``), or else a product of elementwise operations (``ordered_product.py``).
+order of every sum is ours where there are compiled kernels (``cpu/c/products.c``,
+``cpu/c/dense_product.c``). Elsewhere a library product serves in calls that were tried on this
+machine (``trial.py``), or else a product of elementwise operations (``ordered_product``).
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from turret.kernels.rows.trial import (
 
 # Products by elementwise operations of torch alone: the order of every sum is written here.
 #
-# An elementwise product or sum is rounded correctly, whatever computes it. Slow: what serves where
-# there are no compiled kernels and no library product passed its trial (``trial.py``).
+# Elementwise products and sums are rounded correctly on any machine, but they are slow.
 
 # Size of the fp32 temporary of one piece of rows, in elements: 4 MiB stay in the cache.
 _PIECE_ELEMENTS = 1 << 20
@@ -287,11 +286,8 @@ def _keeps_zeros(formulation: Formulation, dtype: torch.dtype, out_features: int
     return keeps_rows(lambda v: formulation.call(v, b), v, most_sizes())
 
 
-# ``x wᵀ`` per row for a small matrix per row, the bits of a row the same in any batch.
-#
-# Where ``row_linear`` multiplies vectors, this multiplies ``[m, k]`` matrices: one per row of the
-# step, by a weight of its own or by a shared one. On a CPU the order of every sum is ours
-# (``cpu/products.c``, or ``ordered_product.py`` where there are no compiled kernels).
+# ``row_product`` multiplies a small matrix per row of the step, where ``row_linear`` multiplies a
+# vector. The bits of a row are the same in any batch here, too.
 
 
 def row_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -329,10 +325,3 @@ def _in_pieces(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     pairs = (F.pad(t, (0, 0, 0, 0, 0, missing)).split(PIECE_ROWS) for t in (x, w))
     pieces = [torch.bmm(a, b.transpose(1, 2)) for a, b in zip(*pairs, strict=True)]
     return torch.cat(pieces)[:num_rows]
-
-
-def select_slot(table: torch.Tensor, slots: torch.Tensor | int) -> torch.Tensor:
-    """Pick from ``[num_slots, …]`` in fp32: ``[num_rows, …]`` for a tensor, ``[…]`` for an int."""
-    if isinstance(slots, int):
-        return table[slots].float()
-    return table.index_select(0, slots).float()

@@ -64,10 +64,10 @@ def launches(run: Callable[[], object]) -> Counter[str]:
 
 
 def test_launches_of_a_layer():
-    """Seven for the base, beside the draw; adapters add expands, and what else ended a product."""
+    """Seven for the base, and the draw; adapters add expands, and separate rotation and silu."""
     step = make_step(64)
     base = launches(lambda: step.run(step.plan([None] * len(SLOT_OF_ROW))))
-    # One of the norms is behind the last layer.
+    # The third norm follows the last layer.
     others = {"residual_rms_norm": 3, "paged_attention": 1, "sample_rows": 1}
     assert base == {"nf4_rotate": 1, "nf4_matmul": 3, **others}
     adapted = launches(lambda: step.run(step.plan(adapters_of(step, "lora"))))

@@ -44,7 +44,7 @@ def _is_few(value: Any) -> str | None:
     return None if value <= _MAX_CLUSTERS else f"must be at most {_MAX_CLUSTERS}"
 
 
-# What training chose by.
+# Keys that only training uses.
 _CHOOSING = (
     *("use_asa", "asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval"),
     *("asa_importance_beta", "asa_uncertainty_beta", "asa_schedule_exponent"),

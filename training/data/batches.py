@@ -1,11 +1,7 @@
-"""From examples to the rows of batches.
+"""From examples to the rows of a run, and from rows to batches.
 
-The training and validation rows of a run.
-
-Which examples make up which batch.
-
-It is a function of seed and position alone, so that a resumed run sees what the uninterrupted one
-would have seen.
+A batch is a function of seed and position alone, so that a resumed run sees the batches that the
+uninterrupted run would have seen.
 """
 
 from __future__ import annotations

@@ -1,36 +1,17 @@
-"""From a data file to tokens, and which of them to learn.
+"""Examples: from the lines of a data file to token ids, and which of these to learn.
 
-The files that a config names, and what they say against themselves before torch is loaded.
-
-Reads examples: JSONL, one object a line, in one of three shapes.
+A file is JSONL. A line has one of these shapes, and no other keys:
 
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
     {"prompt": "…", "completion": "…"}
     {"text": "…"}
 
-Where any number of labels hold, they stand in the answer's place:
+If any number of labels may hold, labels replace the answer:
 
     {"messages": [{"role": "user", "content": "…"}], "labels": ["…", "…"]}
     {"prompt": "…", "labels": []}
 
-A line of another shape, or with other keys beside these, is an error that names file, line and
-field. Blank lines are skipped.
-
-Examples of a classification: what stands before the answer, and which label the answer is.
-
-The label's number stands at the end, as the only token to learn: what the model makes of the last
-token before it is what a classification head sees. Where any number of labels may hold, it is the
-row's number in its batch.
-
-Where an aLoRA begins to act: at the last place of its invocation in a prompt.
-
-So the server has it (``server/engine/scheduling/sequence.py``): it searches what precedes the
-answer and not the answer itself.
-
-Examples to token ids, as the server will see them, and which of them to learn.
-
-What stands before an answer is tokenised on its own, and the answer on its own: so it is when the
-server tokenises a prompt and the model goes on from there.
+Blank lines are skipped. Reading needs no torch, so that errors are reported before it is loaded.
 """
 
 from __future__ import annotations
@@ -227,6 +208,10 @@ def _example(row: Row) -> Example:
     return Example(row.path, row.line, prompt=prompt, completion=completion)
 
 
+# Examples of a classification: the label's number is the last token, and the only one to learn. A
+# classification head sees what the model computes for the token before it. If any number of labels
+# may hold, the row's number in its batch takes the place of the label's number.
+
 _LONG = f"a label has at most {MAX_LABEL_CHARS} characters"
 
 
@@ -329,6 +314,9 @@ def _numbers(example: Example, numbers: dict[str, int]) -> tuple[int, ...]:
     return tuple(sorted(numbers[label] for label in right_labels(example)))
 
 
+# An aLoRA acts from the last occurrence of its invocation before the answer, as in the server
+# (``server/engine/scheduling/sequence.py``).
+
 _KEY = "method.invocation"
 
 
@@ -400,6 +388,10 @@ def invocation_before_answers(tokenizer: Any) -> str:
         problem = "is required: no chat template of this model writes one before an answer"
         raise ConfigError.of(_KEY, problem)
     return text
+
+
+# Prompt and answer are tokenised separately, because the server tokenises a prompt alone before the
+# model continues it.
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,27 +1,4 @@
-"""Methods that change linear modules.
-
-LoRA (arXiv 2106.09685), rsLoRA (2312.03732) and DoRA (2402.09353).
-
-aLoRA (arXiv 2504.12397): a LoRA that acts from its invocation in the prompt on.
-
-What comes before is the base's, so that its keys and values are those of every other request.
-
-IA3 (arXiv 2205.05638): one learned factor per output, or per input of the feed-forward.
-
-OFT (arXiv 2306.07280): blocks of the input are turned before the base multiplies them.
-
-HRA (arXiv 2405.17484): the input is reflected at learned planes, one after another.
-
-PEFT's layer multiplies the base's weight by a matrix of the reflections, which a packed weight does
-not allow, and keeps a matrix of ``in × in`` for each reflection until the backward pass: gigabytes
-for the smallest model. The layer here reflects the input. All else is PEFT's, the files too.
-
-MiSS (arXiv 2409.15371): one matrix per module, which every piece of the input meets.
-
-VB-LoRA (arXiv 2405.15179): both factors are cut from one bank of vectors that modules share.
-
-SHiRA (arXiv 2406.13175): a few entries of each weight, at places that are drawn, are trained.
-"""
+"""Methods that change linear modules."""
 
 from __future__ import annotations
 
@@ -41,6 +18,8 @@ from turret.training.methods.method import PeftMethod, Settings
 from turret.training.models.base_model import TrainingBase
 from turret.training.settings.config import MethodConfig
 from turret.training.settings.ranks import module_sizes
+
+# LoRA (arXiv 2106.09685), rsLoRA (2312.03732) and DoRA (2402.09353).
 
 _COMMON = {"targets": ("all-linear",), "rank": 8, "dropout": 0.0}
 
@@ -81,6 +60,10 @@ DORA = PeftMethod(
 )
 
 
+# aLoRA (arXiv 2504.12397): a LoRA that acts from its invocation in the prompt on. The base computes
+# the tokens before, so their keys and values are shared with all other requests.
+
+
 def _written_by_the_template(config: Settings, base: TrainingBase) -> str:
     return invocation_before_answers(base.tokenizer)
 
@@ -100,6 +83,9 @@ ALORA = PeftMethod(
     defaults={**LORA.defaults, "rank": 32, "invocation": _written_by_the_template},
     peft_config=_alora_config,
 )
+
+
+# IA3 (arXiv 2205.05638): one learned factor per output, or per input of the feed-forward.
 
 
 def _ia3_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
@@ -130,6 +116,9 @@ IA3 = _Ia3Method(
     defaults={"targets": ("k_proj", "v_proj", "down_proj")},
     peft_config=_ia3_config,
 )
+
+
+# OFT (arXiv 2306.07280): blocks of the input are rotated before the base multiplies them.
 
 
 def _oft_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
@@ -168,6 +157,13 @@ OFT = PeftMethod(
     rank_served=_largest_block,
     remarks=_other_blocks,
 )
+
+
+# HRA (arXiv 2405.17484): the input is reflected at learned planes, one after another.
+#
+# PEFT's layer multiplies the base's weight by a matrix of the reflections, which a packed weight
+# does not allow, and keeps a matrix of ``in × in`` for each reflection until the backward pass:
+# gigabytes for the smallest model. The layer here reflects the input. Everything else is PEFT's.
 
 
 class ReflectedLinear(hra.HRALinear):
@@ -224,6 +220,9 @@ HRA = _HraMethod(
 )
 
 
+# MiSS (arXiv 2409.15371): one matrix per module, which every piece of the input meets.
+
+
 def _miss_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     return peft.MissConfig(
         task_type="CAUSAL_LM",
@@ -240,6 +239,8 @@ MISS = PeftMethod(
     peft_config=_miss_config,
 )
 
+
+# VB-LoRA (arXiv 2405.15179): both factors are cut from one bank of vectors that modules share.
 
 # PEFT's default; smaller if the base's dimensions are not divisible by it.
 _VECTOR_LENGTH = 256
@@ -265,6 +266,9 @@ VBLORA = PeftMethod(
     defaults={"targets": ("all-linear",), "rank": 4, "dropout": 0.0},
     peft_config=_vblora_config,
 )
+
+
+# SHiRA (arXiv 2406.13175): a few entries of each weight, at random places, are trained.
 
 
 def _shira_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:

@@ -1,21 +1,4 @@
-"""LoHa and LoKr on 4-bit weights.
-
-The update of LoHa (FedPara, arXiv 2108.06098) with its gradients, in rank space.
-
-The update ``ΔW = s·(w1a w1b) ⊙ (w2a w2b)`` is the low-rank update ``s·K Q`` of rank ``r²`` with the
-row-wise and column-wise Khatri-Rao products ::
-
-    K[o, ij] = w1a[o, i] · w2a[o, j]        [out, r²]
-    Q[ij, c] = w1b[i, c] · w2b[j, c]        [r², in]
-
-so ``y = s·(x Qᵀ) Kᵀ``. That takes ``r² (in + out)`` products a token where ΔW takes ``in · out``:
-fewer for every rank that the server serves. ΔW is never built, and what autograd keeps is ``x`` as
-it came, the factors, and ``x Qᵀ`` with ``r²`` numbers a token.
-
-LoHa (arXiv 2108.06098) and LoKr (2309.14859).
-
-PEFT attaches them to dense modules only; here are the layers for 4-bit ones.
-"""
+"""LoHa (FedPara, arXiv 2108.06098) and LoKr (LyCORIS, arXiv 2309.14859) on 4-bit weights."""
 
 from __future__ import annotations
 
@@ -35,6 +18,18 @@ from turret.training.methods.method import PeftMethod, Settings
 from turret.training.models.base_model import TrainingBase
 from turret.training.settings.presets import expand_targets
 from turret.training.settings.ranks import highest_loha_rank, module_sizes
+
+# The update of LoHa with its gradients, in rank space.
+#
+# The update ``ΔW = s·(w1a w1b) ⊙ (w2a w2b)`` is the low-rank update ``s·K Q`` of rank ``r²``, with
+# the row-wise and column-wise Khatri-Rao products::
+#
+#     K[o, ij] = w1a[o, i] · w2a[o, j]        [out, r²]
+#     Q[ij, c] = w1b[i, c] · w2b[j, c]        [r², in]
+#
+# so ``y = s·(x Qᵀ) Kᵀ``. That takes ``r² (in + out)`` products a token where ΔW takes ``in · out``:
+# fewer for every rank that the server serves. ΔW is never built, and autograd keeps ``x`` in its
+# own dtype, the factors, and ``x Qᵀ`` with ``r²`` numbers a token.
 
 
 class HadamardProduct(torch.autograd.Function):
@@ -103,14 +98,13 @@ def _rows(w1b: torch.Tensor, w2b: torch.Tensor) -> torch.Tensor:
     return (w1b[:, None, :] * w2b[None, :, :]).flatten(0, 1)
 
 
-# The update of LoKr (LyCORIS, arXiv 2309.14859) with its gradients, factor by factor.
+# The update of LoKr with its gradients, factor by factor. ``X`` is ``x`` as a row-major matrix
+# ``[in_m, in_n]``::
 #
-# With ``x`` read as a matrix ``X`` of ``[in_m, in_n]``, row-major::
+#     y = s·kron(w1, w2) x = s·vec(w1 · X · w2ᵀ),         w2 whole, or w2a w2b
 #
-# y = s·kron(w1, w2) x = s·vec(w1 · X · w2ᵀ),         w2 whole, or w2a w2b
-#
-# Neither ``kron(w1, w2)`` nor a decomposed ``w2`` is built, and what autograd keeps is ``x`` as it
-# came and the factors: the products between them are computed again on the way back.
+# Neither ``kron(w1, w2)`` nor a decomposed ``w2`` is built, and autograd keeps ``x`` in its own
+# dtype and the factors: the products between them are computed again on the way back.
 
 
 class KroneckerProduct(torch.autograd.Function):
@@ -168,7 +162,7 @@ def _inner_products(
     return inners
 
 
-# LoHa and LoKr on an NF4 base (QLoRA, arXiv 2305.14314), which PEFT has no layers for.
+# Layers for an NF4 base (QLoRA, arXiv 2305.14314), which PEFT lacks.
 #
 # PEFT takes a ``Linear4bit`` for a linear layer, reads the shape of its packed weight, and adds a
 # dense update of that shape. The layers here take the shape from the features and add the update as

@@ -35,11 +35,11 @@ from turret.server.progress import progress_bar
 from turret.training.errors import ConfigError
 from turret.training.models.mixture import load_4bit, put_experts
 
-# What PEFT makes its libraries warn of, about which a user can do nothing.
+# PEFT causes warnings about which a user can do nothing.
 #
-# It calls transformers by names that transformers has deprecated, makes sparse tensors without
-# saying whether their places be checked (SHiRA's are drawn inside the weight), and says of every
-# module that OFT's blocks are of another size there, which a note has said once.
+# PEFT uses names that transformers has deprecated, makes sparse tensors without saying whether to
+# check their places (SHiRA's are drawn inside the weight), and warns for every module whose OFT
+# blocks have another size, which a note of turret's reports once.
 
 _DEPRECATED = ("is_gradient_checkpointing", "past_key_values")
 
@@ -238,7 +238,7 @@ def _load_nf4(base: TrainingBase, dtype: torch.dtype) -> Any:
             # Beside quantised weights transformers keeps the checkpoint's dtype.
             parameter.data = parameter.data.to(dtype)
     for module in _nf4_modules(model).values():
-        # In eval mode, bitsandbytes' CPU path repacks the weight in place. After that the product
+        # bitsandbytes' CPU path in eval mode repacks the weight in place. After that the product
         # has no gradient, even back in training mode.
         module.support_avx512bf16_for_cpu = False
         # Dtype of the backward pass's weights; the checkpoint's bfloat16 would round again.

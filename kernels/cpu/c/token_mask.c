@@ -1,4 +1,4 @@
-/* Sets the logits of tokens that a constraint forbids to minus infinity; see kernels/token_mask.py. Most
+/* Sets the logits of tokens that a constraint forbids to minus infinity; see kernels/likeliest.py. Most
  * words of a mask are all ones or all zeros.
  */
 #include "vec.h"

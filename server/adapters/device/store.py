@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from turret.kernels.gpu.nf4 import Epilogue
 
 
-# The parts of a store: each holds some kinds of operators of the adapters in it.
-
-
 class Part(ABC):
     """Some operators of every adapter in a store, by adapter key."""
 
@@ -42,14 +39,6 @@ class Part(ABC):
     def extra_bytes(self, operators: AdapterOperators) -> int:
         """Bytes an adapter takes here past those that its operators take in host memory."""
         return 0
-
-
-class StepPart(Protocol):
-    """A step's rows of a part whose updates are added to the result."""
-
-    def apply(self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add the updates of one layer's fused projection to ``y``, in place."""
-        ...
 
 
 # Called with every adapter that enters or leaves a store.

@@ -35,6 +35,7 @@ from turret.server.adapters.residency.leases import Leases
 from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.adapters.residency.lost_files import lost
 from turret.server.adapters.residency.metrics import AdapterMetrics, NoAdapterMetrics
+from turret.server.adapters.source import Source
 from turret.server.adapters.state.no_state_dir import NoStateDir
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
 from turret.server.adapters.state.state_dir import StateDir
@@ -180,8 +181,7 @@ class AdapterRegistry:
             StorageFullError: The registration cannot be written.
         """
         with self._changing(name):
-            source = self._loader.find(path, task)
-            return self._record(self._installer.install(name, source, pinned=pinned))
+            return self._put(name, self._loader.find(path, task), pinned=pinned)
 
     def replace(
         self,
@@ -206,7 +206,7 @@ class AdapterRegistry:
         with self._changing(name):
             self._table.check_generation(name, expected_generation)
             source = self._loader.find(path, task)
-            return self._record(self._installer.install(name, source, replace=True))
+            return self._put(name, source, replace=True, expected_generation=expected_generation)
 
     def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
         """Begins an upload; give the finished object to ``upload``, and discard it in the end.
@@ -234,9 +234,29 @@ class AdapterRegistry:
         source = dataclasses.replace(self._state.staged_source(staged, name), task=task)
         with self._changing(name):
             self._table.check_generation(name, expected_generation)
-            return self._record(
-                self._installer.install(name, source, staged=staged, pinned=pinned, replace=replace)
+            return self._put(
+                name,
+                source,
+                staged=staged,
+                pinned=pinned,
+                replace=replace,
+                expected_generation=expected_generation,
             )
+
+    def _put(
+        self,
+        name: str,
+        source: Source,
+        *,
+        staged: StagedUpload | None = None,
+        pinned: bool = False,
+        replace: bool = False,
+        expected_generation: int | None = None,
+    ) -> AdapterInfo:
+        """Registers the files of a source; see ``Installer.install``."""
+        return self._record(
+            self._installer.install(name, source, staged=staged, pinned=pinned, replace=replace)
+        )
 
     @contextlib.contextmanager
     def _changing(self, name: str) -> Iterator[None]:

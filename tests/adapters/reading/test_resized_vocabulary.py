@@ -173,9 +173,9 @@ def tokenizer_of(folder: Path, **files: Any) -> None:
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({"tokenizer": "{"}, "UNUSABLE_TOKENIZER"),
-        ({"tokenizer": "[]"}, "UNUSABLE_TOKENIZER"),
-        ({"tokenizer_config": {"tokenizer_class": "CanineTokenizer"}}, "UNUSABLE_TOKENIZER"),
+        ({"tokenizer": "{"}, "TOKENIZER_INVALID"),
+        ({"tokenizer": "[]"}, "TOKENIZER_INVALID"),
+        ({"tokenizer_config": {"tokenizer_class": "CanineTokenizer"}}, "TOKENIZER_INVALID"),
         ({"tokenizer_config": "[]"}, "NOT_JSON"),
         ({"tokenizer_config": {"auto_map": {"AutoTokenizer": ["x.Y", None]}}}, "TOKENIZER_CODE"),
         ({"tokenizer_config": {"tokenizer_class": "../x"}}, "INVALID_VALUE"),

@@ -103,9 +103,9 @@ def test_gated_adapters_launch_the_same_however_many(launched: list[str]):
         epoch = executor._epoch()
         for adapters in (fusions[:2], fusions, [lora, fusions[1]]):
             Decoding(adapters).run(executor)
-        # One that was never here needs no graph of its own either.
+        # An adapter that comes later needs no graph of its own either.
         Decoding([Gated("late", 7, 48)]).run(executor)
-        # Those without gates run in the same form: their gates are none.
+        # Adapters without gates run in the same form, with empty tables of gates.
         for _ in range(2):
             Decoding([lora]).run(executor)
         assert capture.num_captures == 1

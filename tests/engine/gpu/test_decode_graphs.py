@@ -196,6 +196,8 @@ def test_after_three_failures_in_a_row_graphs_stay_off_and_that_is_told():
         graphs.run(0, "a", multiply)
     assert capture.num_captures == 3
     assert offs == ["off"]
+    forms = [frozenset({name}) for name in "ab"]
+    assert [graphs.form_for("kind", form) for form in forms] == forms
 
 
 def test_a_form_that_is_seen_now_and_then_is_not_captured(monkeypatch: pytest.MonkeyPatch):

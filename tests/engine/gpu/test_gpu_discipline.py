@@ -299,7 +299,7 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     assert computed.logits is not None
     assert len(computed.logits) == sum(item.samples for item in step.scheduled)
     kernels = set(no_launches)
-    # Of the routed adapters nothing is left to kernels.
+    # Kernels compute nothing of the routed adapters.
     is_plain = name in ("decode, base only", "prompts, told")
     heads = "nf4_rotate_kernel" if is_plain else "rope_kv_write_kernel"
     assert {"paged_attention_kernel", heads} <= kernels

@@ -32,7 +32,7 @@ CASES = {
 }
 
 # What the promise rests on; where the libraries break it at its plainest is printed first.
-# One library of other vendors and one of fewer instructions; `make long` has the others too.
+# A library for other vendors, and one with fewer instructions; `make long` runs all of them.
 EACH_TIME = ("MKL as on any processor", "torch and oneDNN with AVX2")
 SCRIPT = """
 import torch

@@ -1,5 +1,5 @@
 /* Block-circulant updates (C3A). Transforms are products with constant matrices; see
- * kernels/adapters/circulant.py. The shrink pass computes everything, a row at a time. The scratch memory holds
+ * server/adapters/operators/circulant.py. The shrink pass computes everything, a row at a time. The scratch memory holds
  * the blocks' transforms, one sum of them, and the result.
  *
  * If LANES divides the size, the matrix is factored (Cooley and Tukey). With s parts and n = j + s q,

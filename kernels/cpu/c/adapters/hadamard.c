@@ -1,4 +1,4 @@
-/* Hadamard updates (LoHa) in rank space; see kernels/adapters/hadamard_shrink.py for the formula.
+/* Hadamard updates (LoHa) in rank space; see server/adapters/operators/hadamard.py.
  *
  *     u[j, i] = sum_x w2b[j, x] x w1b[i, x]      delta_o = sum_j w2a[j, o] sum_i u[j, i] w1a[i, o]
  */

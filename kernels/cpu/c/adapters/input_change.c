@@ -1,5 +1,5 @@
 /* Changes inputs as the adapters require: x * start + sum_k w_k ((l_k - 1) * x + D_k x), for the rows that the
- * caller lists. D_k is block-diagonal (kernels/adapters/input_blocks.py).
+ * caller lists. D_k is block-diagonal (server/adapters/operators/input_blocks.py).
  */
 #include "entries.h"
 #include "team.h"

@@ -1,4 +1,4 @@
-/* Adds outputs of the base to their partners (RoAd); see kernels/adapters/pair_rotation.py. The scratch memory
+/* Adds outputs of the base to their partners (RoAd); see server/adapters/operators/pair_rotation.py. The scratch memory
  * keeps the base's result, because expand overwrites it. */
 #include "adapters.h"
 

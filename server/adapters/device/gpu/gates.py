@@ -109,7 +109,7 @@ class GpuGates(Part):
         self._pack = pack
         self._device = device
         self._gated: dict[str, _Gated] = {}
-        # By projection, ``[layers, slots, slices, WORDS]`` int64; see ``fusion_gate.py``.
+        # Projection → ``[layers, slots, slices, WORDS]`` int64; see ``fusion_gate.py``.
         self._tables: dict[str, torch.Tensor] = {}
 
     def insert(self, key: str, operators: AdapterOperators) -> None:

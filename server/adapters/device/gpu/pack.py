@@ -20,8 +20,9 @@ from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.vectors import Bias, Gain
 
-# The launches of a step: kinds of packed operators with their projections, and shelves with
-# positions in the mixes. A step may run in a wider form; kernels without rows find empty tables.
+# The launches of a step, as kinds of packed operators with their projections, and shelves with
+# positions in the mixes. A step can run in any form that contains its own: kernels that it has no
+# use for find empty tables.
 Form = frozenset[tuple[Hashable, Hashable]]
 
 # Rank ranges start at multiples of this.

@@ -30,7 +30,7 @@ from turret.server.adapters.operators.operator import Operator
 
 
 class GpuTables(Protocol):
-    """Tables of fixed address, of the kind of step at hand."""
+    """Tables of fixed address for the metadata of one kind of step."""
 
     def load_segments(self, runs: Sequence[LongSegment]) -> SegmentTable:
         """Load and return the segment table."""

@@ -17,7 +17,7 @@ from types import MappingProxyType
 import torch
 
 from turret.kernels.expert_routing import Routing
-from turret.kernels.gpu.low_rank import Shrink, rank_activations, segmented_expand
+from turret.kernels.gpu.low_rank import Shrink, segmented_expand
 from turret.kernels.gpu.nf4 import Epilogue
 from turret.kernels.gpu.tables import SegmentTable
 from turret.server.adapters.device.gpu.gates import GpuGates, GpuStepGates
@@ -109,7 +109,8 @@ class GpuAdapterStep:
             y, v = base.with_shrink(x, Shrink(a, ranks, self.table))
         else:
             # No adapter of the step has ranks here, so v is never read.
-            y, v = base(x), rank_activations(self.table, len(b), x.device)
+            shape = (1, self.table.rank_capacity * len(b))
+            y, v = base(x), torch.empty(shape, dtype=torch.float32, device=x.device)
         gates = self.gates.of(layer, projection, x, v, self.table)
         if has_ranks or any(one is not None for one in (gain, delta, bias)):
             segmented_expand(

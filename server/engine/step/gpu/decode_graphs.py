@@ -2,10 +2,9 @@
 
 A step's launches depend on its bucket (the number of rows, rounded up) and on the kinds of
 operators in it; everything else is data in buffers of fixed address. A step runs in a larger form
-than its own where that is captured: the kernels it has no use for find empty tables. Common shapes
-are captured
-at the start. Another runs as it is, which also compiles what it needs; it is captured once it is
-seen often.
+than its own if that is captured: the kernels it has no use for find empty tables. Common shapes are
+captured at the start. Another shape is launched kernel by kernel, which also compiles them, and is
+captured once it is seen often.
 
 Graphs are dropped all together, never one alone: from torch 2.12 on, the end of a graph frees the
 cuBLAS workspace that all graphs captured on its stream multiply in. What was in use comes back the
@@ -74,8 +73,8 @@ class CudaCapture:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._operand = torch.zeros(_SMALL_PRODUCT, _SMALL_PRODUCT, dtype=dtype, device=device)
-        # Of the steps' priority: kernels of a graph keep that of the stream they were captured on.
-        # The steps' own stream is the only other of it.
+        # Kernels of a graph keep the priority of the stream that they were captured on, so it is
+        # that of ``StepStream``, the only other stream of this priority.
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._pool: Any = None
 
@@ -139,7 +138,7 @@ class DecodeGraphs:
         self._step = self._resumes = self._failures = 0
         # The latest steps in which a form was seen.
         self._seen: dict[Key, deque[int]] = {}
-        # By kind, the form of what no graph served, and since when that was noted.
+        # Kind → the step from which on steps were noted that no graph served, and their joint form.
         self._missing: dict[Hashable, tuple[int, frozenset[Any]]] = {}
         self._graphs: dict[Key, tuple[Callable[[], None], Outputs]] = {}
 
@@ -168,12 +167,14 @@ class DecodeGraphs:
         """The form in which to run a step, so that few graphs serve all.
 
         That is the smallest captured one that has all of its own form; else one for all steps that
-        no captured one served lately.
+        no captured one served lately. Where steps are not captured, it is the step's own.
 
         Args:
             kind: The first part of its key.
             own: What it launches at least.
         """
+        if self._capture is None:
+            return own
         wider = [form for of, form, _ in self._graphs if of == kind and form >= own]
         if wider:
             return min(wider, key=len)

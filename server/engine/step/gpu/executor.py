@@ -55,8 +55,6 @@ from turret.server.engine.step.vocabulary_plan import (
 from turret.server.models.decoding.gpu_decoder import GpuDecoder, GpuStep
 from turret.server.models.decoding.kv_cache import KvCache
 
-# What the host keeps from one decode step for the next.
-
 
 @dataclass(frozen=True, slots=True)
 class Bound:
@@ -105,8 +103,6 @@ class Prepared:
             return False
         return self.computed == [sequence.num_computed for sequence in sequences]
 
-
-# The order of a step's rows: how each is multiplied depends on its own sequence alone.
 
 # Prompts with at most this many positions are multiplied like decoding rows.
 _SHORT_PROMPT = 64
