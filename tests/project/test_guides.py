@@ -13,11 +13,11 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from checkout import ROOT
+from servers.loaded_examples import examples_loaded
 from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.clients.client import TurretClient
@@ -151,19 +151,6 @@ def test_the_router_made_by_hand_is_loaded_and_answers(
         shutil.rmtree(root / "router")
     assert router.method == "arrow"
     assert "Nora" in capsys.readouterr().out
-
-
-@contextlib.contextmanager
-def examples_loaded(server: ServerUnderTest, *names: str) -> Iterator[TurretClient]:
-    """A client of a server that has these of the example adapters."""
-    with TurretClient(server.address) as client:
-        for name in names:
-            shutil.copytree(ROOT / "examples" / "adapters" / name, server.adapter_root / name)
-            client.adapters.load(name, name)
-        yield client
-        for name in names:
-            client.adapters.unload(name)
-            shutil.rmtree(server.adapter_root / name)
 
 
 def test_the_python_of_the_first_page_prints_what_it_says(

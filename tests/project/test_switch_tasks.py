@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import subprocess
 import sys
 from collections import Counter
 
 import pytest
 from checkout import ROOT
+from servers.loaded_examples import examples_loaded
 from servers.server_under_test import ServerUnderTest
-
-from turret.clients.client import TurretClient
 
 EXAMPLES = ROOT / "examples"
 TASKS = ("json", "sql", "label")
@@ -24,15 +22,9 @@ TASKS = ("json", "sql", "label")
 def test_tasks_are_answered_and_a_switch_computes_what_its_adapter_has_not(
     live_server: ServerUnderTest,
 ) -> None:
-    with TurretClient(live_server.address) as client:
-        for name in TASKS:
-            shutil.copytree(EXAMPLES / "adapters" / name, live_server.adapter_root / name)
-            client.adapters.load(name, name)
+    with examples_loaded(live_server, *TASKS):
         command = [sys.executable, EXAMPLES / "switch_tasks.py", "--address", live_server.address]
         result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        for name in TASKS:
-            client.adapters.unload(name)
-            shutil.rmtree(live_server.adapter_root / name)
     assert result.returncode == 0, result.stdout + result.stderr
     answers, _, table = result.stdout.partition("turn adapter prompt cached computed\n")
     assert answers.count(" ok: ") == 9

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT
+from servers.loaded_examples import examples_loaded
 from servers.server_under_test import ServerUnderTest
 
-from turret.clients.client import TurretClient
 from turret.server.command.completion import script
 
 
@@ -63,8 +63,6 @@ def test_what_is_completed(line: str, expected: set[str], tmp_path: Path) -> Non
 
 
 def test_adapters_are_those_of_the_server(live_server: ServerUnderTest, tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "examples" / "adapters" / "json", live_server.adapter_root / "json")
-    with TurretClient(live_server.address) as client:
-        client.adapters.load("json", "json")
-    names = completed(f"turret adapters get --address {live_server.address} ", tmp_path)
+    with examples_loaded(live_server, "json"):
+        names = completed(f"turret adapters get --address {live_server.address} ", tmp_path)
     assert "json" in names
