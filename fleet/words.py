@@ -1,6 +1,6 @@
 """The sentences of errors that only a fleet has; the others are the server's."""
 
-from turret.server.words import adapters, http, requests, serving
+from turret.server.words import adapters, http, requests, serving, start
 from turret.server.words.text import sayer
 
 TEXTS = {
@@ -51,30 +51,22 @@ TEXTS = {
         "no fleet can be joined here ({cause}); --state-dir and --ray-address say where one is"
     ),
     # Settings of ``turret cluster serve``
-    "FLEET_NO_PRELOAD": (
-        "--{flag}: a fleet does not preload; load adapters once with `turret adapters load`"
-    ),
-    "FLEET_ONE_ADDRESS": "--{flag}: a fleet has one address; tokens say who may change it",
-    "FLEET_NO_TLS": "--{flag}: Ray Serve listens in plain text; let TLS end in front of it",
-    "FLEET_EXPOSED": (
-        "--{flag}: {address} is reachable from other machines, and a fleet listens in plain text;"
-        " set --insecure, and let TLS end in front of it"
-    ),
-    "FLEET_NEEDS_TOKENS": (
-        "--token-file: replicas on a Ray cluster that the fleet joins are reachable from other"
-        " machines; set it, or set --insecure"
-    ),
-    "FLEET_NEEDS_STATE": "a fleet needs --state-dir, which all replicas can read",
-    "FLEET_NEEDS_PORT": "--address: a fleet listens on HOST:PORT",
-    "FLEET_ONE_HOST": "--http-address: a fleet listens on one host, that of --address ({host})",
-    "FLEET_TWO_PORTS": "--address and --http-address need a port each, and not the same",
-    "FLAG_TOO_SMALL": "--{flag} must be at least {least}, not {found}",
-    "REPLICAS_CROSSED": "--max-replicas must be at least --min-replicas ({most} < {fewest})",
-    "REPLICAS_TWICE": "--replicas: give either it or --min-replicas and --max-replicas",
-    "REPLICAS_HALF": "--min-replicas and --max-replicas need each other",
-    "NOT_A_RAY_ADDRESS": (
-        "--ray-address: {address!q} is neither HOST:PORT, as `ray start --head` prints it, nor auto"
-    ),
+    "FLEET_NO_PRELOAD": "does not work in a fleet; load adapters once with `turret adapters load`",
+    "FLEET_ONE_ADDRESS": "does not work in a fleet, which has one address; the token file says who"
+    " may change adapters",
+    "FLEET_NO_TLS": "does not work in a fleet, which listens in plain text; let TLS end in front"
+    " of it",
+    "FLEET_EXPOSED": "{address} can be reached from other machines, and a fleet listens in plain"
+    " text; set --insecure, and let TLS end in front of it",
+    "FLEET_NEEDS_TOKENS": "is required on a Ray cluster that the fleet joins, because its replicas"
+    " can be reached from other machines; set it, or set --insecure",
+    "FLEET_NEEDS_STATE": "is required in a fleet; every replica must be able to read it",
+    "FLEET_NEEDS_PORT": "must be HOST:PORT in a fleet",
+    "FLEET_ONE_HOST": "must have the host of --address, {host}, in a fleet",
+    "FLEET_TWO_PORTS": "must have a port other than that of --address, and neither may be 0",
+    "REPLICAS_TWICE": "excludes --min-replicas and --max-replicas",
+    "NOT_A_RAY_ADDRESS": "must be HOST:PORT, as `ray start --head` prints it, or auto, not"
+    " {value!q}",
 }
 
-say = sayer(requests.TEXTS, adapters.TEXTS, serving.TEXTS, http.TEXTS, TEXTS)
+say = sayer(requests.TEXTS, adapters.TEXTS, serving.TEXTS, http.TEXTS, start.TEXTS, TEXTS)

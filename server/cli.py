@@ -12,15 +12,11 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import turret
 from turret.server.command.interrupts import EXIT_INTERRUPTED
 from turret.server.command.parser import EXIT_USAGE, CommandParser
-
-if TYPE_CHECKING:
-    from turret.server.command.flags import Settings
-    from turret.server.config import Config
 
 EXIT_FAILED = 1
 # If no other TURRET variables are set, skip loading the check for misspelt ones.
@@ -49,22 +45,16 @@ _METHOD_NAMES = "turret.training.settings.config:METHOD_NAMES"
 
 def _serve(args: argparse.Namespace) -> int:
     from turret.server import log
-    from turret.server.basics.settings import SettingsError
-    from turret.server.command.flags import Settings, read_settings
+    from turret.server.command.flags import resolved
     from turret.server.command.preflight import notes, problems
-    from turret.server.command.start_lines import note, refuse
+    from turret.server.command.start_lines import introduce, note, refuse
     from turret.server.command.threads import use_threads
 
-    is_json = getattr(args, "log_format", os.environ.get("TURRET_LOG_FORMAT")) == "json"
-    settings = Settings()
-    try:
-        settings = read_settings(args, os.environ)
-        is_json = settings.values.get("log_format") == "json"
-        config = settings.config()
-    except SettingsError as error:
-        refuse(settings.placed(error.violations), is_json=is_json)
+    if not (found := resolved(args, "turret serve")):
         return EXIT_USAGE
-    note(settings.placed([*settings.notes, *notes(config)]), is_json=is_json)
+    settings, config = found
+    is_json = config.log.log_format == "json"
+    note(settings.placed(notes(config)), is_json=is_json)
     if found := problems(config):
         refuse(settings.placed(found), is_json=is_json)
         return EXIT_FAILED
@@ -74,7 +64,7 @@ def _serve(args: argparse.Namespace) -> int:
     if hasattr(signal, "SIGUSR1"):
         # SIGUSR1 prints the stacks of a server that hangs, and lets it continue.
         faulthandler.register(signal.SIGUSR1, all_threads=True)
-    _introduce(config, settings)
+    introduce(config.log, settings.lines(config, with_defaults=config.log.verbose))
 
     import asyncio
 
@@ -87,18 +77,11 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _config_show(args: argparse.Namespace) -> int:
-    from turret.server.basics.settings import SettingsError
-    from turret.server.command.flags import Settings, read_settings
-    from turret.server.command.start_lines import note, refuse
+    from turret.server.command.flags import resolved
 
-    settings, command = Settings(), "turret config show"
-    try:
-        settings = read_settings(args, os.environ)
-        config = settings.config()
-    except SettingsError as error:
-        refuse(settings.placed(error.violations), is_json=False, command=command)
+    if not (found := resolved(args, "turret config show")):
         return EXIT_USAGE
-    note(settings.placed(settings.notes), is_json=False, command=command)
+    settings, config = found
     if not args.json:
         print(*settings.lines(config, with_defaults=True), sep="\n")
         return 0
@@ -110,18 +93,6 @@ def _config_show(args: argparse.Namespace) -> int:
     }
     print(json.dumps(entries, default=str, ensure_ascii=False, indent=2))
     return 0
-
-
-def _introduce(config: Config, settings: Settings) -> None:
-    """Log the version and the settings."""
-    said = "\n".join(settings.lines(config, with_defaults=config.log.verbose))
-    if config.log.log_format == "text":
-        print(f"turret {turret.__version__}\n{said}".rstrip(), file=sys.stderr, flush=True)
-        return
-    from turret.server import log
-
-    fields = log.fields(version=turret.__version__, settings=said.splitlines())
-    logging.getLogger(__name__).info("starting", extra=fields)
 
 
 def _leave(code: int) -> NoReturn:

@@ -26,10 +26,12 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from turret.fleet.serving.plan import RUNNING, WAITING, ClusterPlan, fleet_config, policy
+from turret.fleet.config import ClusterConfig
 from turret.fleet.serving.registry_actor import RayChannel, start_registry
 from turret.fleet.serving.replica_server import ReplicaServer, from_client
+from turret.fleet.serving.scaling import RUNNING, WAITING, policy
 from turret.server import log
+from turret.server.basics.settings import Layer, load
 from turret.server.command.flags import read_settings
 from turret.server.command.threads import available_cpus
 from turret.server.config import Config
@@ -69,16 +71,17 @@ class Replica(_CALLS):
     """One engine, and a method for each of turret.v1 and of gRPC's health.
 
     Args:
-        config: The resolved configuration.
-        stops_alone: See ``ReplicaServer``.
+        config: The fleet's, with absolute paths.
     """
 
-    async def __init__(self, config: Config, stops_alone: bool) -> None:  # type: ignore[misc]
+    async def __init__(self, config: ClusterConfig) -> None:  # type: ignore[misc]
         self._is_stopped = True
         level = logging.DEBUG if config.log.verbose else logging.INFO
         log.configure(level, log_format=config.log.log_format)
         name = serve.get_replica_context().replica_id.unique_id
-        self._server = server = ReplicaServer(config, name, RayChannel(), stops_alone=stops_alone)
+        self._server = server = ReplicaServer(
+            config, name, RayChannel(), stops_alone=config.fleet.stop_without_registry
+        )
         self._config = config
         await server.start()
         self._is_stopped = False
@@ -136,20 +139,20 @@ class Replica(_CALLS):
         yield
 
 
-def deployment(config: Config, plan: ClusterPlan) -> serve.Application:
+def deployment(config: ClusterConfig) -> serve.Application:
     """The deployment for Serve to keep running."""
-    threads = config.model.threads or max(1, available_cpus() // plan.max_replicas)
+    threads = config.model.threads or max(1, available_cpus() // config.fleet.most)
     options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": _threads(threads)}}
     if num_devices(config):
         options |= {"num_gpus": 1}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, threads=threads))
-    scale: dict[str, Any] = {"num_replicas": plan.min_replicas}
-    if plan.max_replicas > plan.min_replicas:
+    scale: dict[str, Any] = {"num_replicas": config.fleet.fewest}
+    if config.fleet.most > config.fleet.fewest:
         path = f"{policy.__module__}:{policy.__name__}"
         scale = {
             "autoscaling_config": {
-                "min_replicas": plan.min_replicas,
-                "max_replicas": plan.max_replicas,
+                "min_replicas": config.fleet.fewest,
+                "max_replicas": config.fleet.most,
                 "upscale_delay_s": 1.0,
                 "downscale_delay_s": 60.0,
                 "metrics_interval_s": 1.0,
@@ -168,7 +171,7 @@ def deployment(config: Config, plan: ClusterPlan) -> serve.Application:
         logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
         **scale,
     )
-    return deploy(Replica).bind(config, plan.stops_alone)
+    return deploy(Replica).bind(config)
 
 
 def num_devices(config: Config) -> int:
@@ -185,16 +188,14 @@ def application(args: Mapping[str, Any]) -> serve.Application:
     """Starts the registry, or finds it, and describes the deployment.
 
     Args:
-        args: ``min_replicas``, ``max_replicas``, ``lease_seconds``, ``stops_alone``; see
-            ``ClusterPlan``.
+        args: The settings of ``FleetConfig`` other than ``ray_address``.
 
     Raises:
-        ValueError: A value or variable that makes no sense; names it.
+        SettingsError: A value or variable that makes no sense; names it.
         UnavailableError: The registry does not start.
     """
-    plan = ClusterPlan(ray_address="auto", **args)
-    settings = read_settings(argparse.Namespace(), os.environ)
-    config = fleet_config(settings.config(), joins=True)
-    assert config.adapters.state_dir is not None
-    start_registry(config.adapters.state_dir, plan.lease_seconds)
-    return deployment(config, plan)
+    environment = read_settings(argparse.Namespace(), os.environ, ClusterConfig)
+    given = Layer("args", {"fleet": {**args, "ray_address": "auto"}})
+    config = load(ClusterConfig, (given, *environment.layers)).for_replicas()
+    start_registry(config.state_dir, config.fleet.lease_seconds)
+    return deployment(config)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from turret.fleet.config import FleetConfig
 from turret.fleet.serving import fleet_folder
 from turret.fleet.serving.fleet_folder import FleetFolder
 from turret.fleet.serving.ingress import (
@@ -27,7 +28,6 @@ from turret.fleet.serving.ingress import (
     joined_folder,
     write_haproxy,
 )
-from turret.fleet.serving.plan import ClusterPlan
 from turret.fleet.words import say
 from turret.server.basics.files import replace_file
 from turret.server.errors import UnavailableError
@@ -77,12 +77,12 @@ class RayCluster:
 
     @classmethod
     def open(
-        cls, plan: ClusterPlan, host: str, state_dir: Path, is_stopping: Callable[[], bool]
+        cls, config: FleetConfig, host: str, state_dir: Path, is_stopping: Callable[[], bool]
     ) -> RayCluster:
         """Starts Ray in this process's tree, on loopback, behind a token; or joins it.
 
         Args:
-            plan: Which of the two.
+            config: Which of the two.
             host: Where the fleet listens.
             state_dir: The fleet's.
             is_stopping: See ``LineFilter``.
@@ -90,19 +90,19 @@ class RayCluster:
         Raises:
             UnavailableError: There is none to join, or none can be started; says why.
         """
-        if plan.ray_address is not None:
-            _check_listens(plan.ray_address)
-        folder = _make_folder(state_dir) if plan.ray_address is None else None
+        if config.ray_address is not None:
+            _check_listens(config.ray_address)
+        folder = _make_folder(state_dir) if config.ray_address is None else None
         try:
-            found = cls._open(plan, host, folder, is_stopping)
+            found = cls._open(config, host, folder, is_stopping)
         except Exception as error:
             # Catch all exceptions: Ray has no class of its own for a node that does not start.
             if folder is not None:
                 folder.remove()
             if isinstance(error, UnavailableError):
                 raise
-            if isinstance(error, ConnectionError) and plan.ray_address is not None:
-                why = say("RAY_NOT_JOINED", address=plan.ray_address)
+            if isinstance(error, ConnectionError) and config.ray_address is not None:
+                why = say("RAY_NOT_JOINED", address=config.ray_address)
                 raise UnavailableError(why) from None
             raise UnavailableError(say("RAY_FAILED", cause=error)) from None
         if folder is not None:
@@ -113,7 +113,7 @@ class RayCluster:
 
     @staticmethod
     def _open(
-        plan: ClusterPlan, host: str, folder: FleetFolder | None, is_stopping: Callable[[], bool]
+        config: FleetConfig, host: str, folder: FleetFolder | None, is_stopping: Callable[[], bool]
     ) -> Any:
         """Ray's context, after starting or joining it."""
         path = joined_folder() if folder is None else folder.path
@@ -131,12 +131,12 @@ class RayCluster:
         with _apart():
             if folder is None:
                 variables = {"env_vars": environment}
-                return _init(ray, is_local=False, address=plan.ray_address, runtime_env=variables)
+                return _init(ray, is_local=False, address=config.ray_address, runtime_env=variables)
             return _init(
                 ray,
                 is_local=True,
                 address="local",
-                num_cpus=plan.max_replicas,
+                num_cpus=config.most,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 _node_ip_address=LOOPBACK,

@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from turret.clients.verbs.tables import print_table
+from turret.fleet.config import ClusterConfig
 from turret.fleet.protocol import FleetStatus
 from turret.fleet.serving import ingress
-from turret.fleet.serving.plan import ClusterPlan
 from turret.fleet.serving.ray_cluster import STOPPING, RayCluster, cause
 from turret.fleet.words import say
 from turret.server import log
@@ -43,28 +43,27 @@ _POLL_SECONDS = 1.0
 _WATCH_SECONDS = 0.5
 
 
-def run(config: Config, plan: ClusterPlan) -> int:
+def run(config: ClusterConfig) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit code."""
-    assert config.adapters.state_dir is not None
     stop = threading.Event()
     listen = functools.partial(_listen, config, stop, Hangup())
     listen()
     try:
         with _deferring(listen):
             host, _ = split_address(config.listen.address)
-            cluster = RayCluster.open(plan, host, config.adapters.state_dir, stop.is_set)
+            cluster = RayCluster.open(config.fleet, host, config.state_dir, stop.is_set)
     except UnavailableError as error:
         return _refuse(config, error)
     is_over = threading.Event()
-    watch = functools.partial(_end_with_ray, cluster, config.adapters.state_dir, is_over)
+    watch = functools.partial(_end_with_ray, cluster, config.state_dir, is_over)
     threading.Thread(target=watch, name="ray-watch", daemon=True).start()
     try:
-        return 0 if stop.is_set() else _serve(config, plan, stop)
+        return 0 if stop.is_set() else _serve(config, stop)
     except (UnavailableError, RuntimeError, ValueError) as error:
         return _refuse(config, error)
     finally:
         is_over.set()
-        cluster.close(config.adapters.state_dir)
+        cluster.close(config.state_dir)
         _log.info("stopped")
 
 
@@ -138,7 +137,7 @@ def warn_if_crowded(replicas: int, devices: int) -> None:
         _log.warning("more replicas than processors: they slow each other down", extra=said)
 
 
-def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
+def _serve(config: ClusterConfig, stop: threading.Event) -> int:
     from ray import serve
     from ray.serve.config import HTTPOptions, gRPCOptions
     from ray.serve.schema import LoggingConfig
@@ -147,12 +146,11 @@ def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
 
     # Hide Serve's messages in this process: it is no news that Serve has started or was found.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    if plan.ray_address is None:
-        warn_if_crowded(plan.max_replicas, application.num_devices(config))
-    assert config.adapters.state_dir is not None
+    if config.fleet.ray_address is None:
+        warn_if_crowded(config.fleet.most, application.num_devices(config))
     assert config.listen.http_address is not None
     host, port = split_address(config.listen.address)
-    if plan.ray_address is None:
+    if config.fleet.ray_address is None:
         # Replicas listen here. The ingress listens on the configured host; see write_haproxy.
         host = ingress.LOOPBACK
     serve.start(
@@ -163,9 +161,9 @@ def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
     )
     owner = None
     try:
-        registry_actor.start_registry(config.adapters.state_dir, plan.lease_seconds)
+        registry_actor.start_registry(config.state_dir, config.fleet.lease_seconds)
         owner = registry_actor.Ownership()
-        target = serve.RunTarget(application.deployment(config, plan), APPLICATION, "/")
+        target = serve.RunTarget(application.deployment(config), APPLICATION, "/")
         # Do not wait here, so that SIGTERM works while the models load.
         serve.run_many([target], wait_for_applications_running=False)
         if _wait_until_up(stop):
@@ -175,7 +173,7 @@ def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
                 extra=log.fields(
                     address=config.listen.address,
                     http=config.listen.http_address,
-                    replicas=plan.min_replicas,
+                    replicas=config.fleet.fewest,
                 ),
             )
             while not stop.wait(_POLL_SECONDS) and owner.look():

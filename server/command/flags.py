@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic.fields import FieldInfo
 
@@ -38,8 +38,11 @@ from turret.server.basics.settings import (
     text_of,
 )
 from turret.server.basics.toml_text import parse_toml
+from turret.server.command.start_lines import note, refuse
 from turret.server.config import Config
 from turret.server.words import Text, say
+
+C = TypeVar("C", bound=Config)
 
 PREFIX = "TURRET_"
 CONFIG_VARIABLE = "TURRET_CONFIG"
@@ -50,11 +53,11 @@ _OTHERS = frozenset(
 
 
 @cache
-def settings() -> Mapping[str, tuple[str, FieldInfo]]:
+def settings(model: type[Config] = Config) -> Mapping[str, tuple[str, FieldInfo]]:
     """Name of each setting → its table and its field, in the order of the flags."""
     return {
         name: (table, info)
-        for table, kind in tables_of(Config).items()
+        for table, kind in tables_of(model).items()
         for name, info in fields_of(kind).items()
     }
 
@@ -70,14 +73,16 @@ def variable_of(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(Generic[C]):
     """What was given, and by whom.
 
     Attributes:
+        model: What they are settings of.
         layers: The first that has a value wins.
         notes: What looks like a mistake and changes nothing.
     """
 
+    model: type[C]
     layers: tuple[Layer, ...] = ()
     notes: tuple[Violation, ...] = ()
 
@@ -88,21 +93,25 @@ class Settings:
         for layer in reversed(self.layers):
             for keys in layer.values.values():
                 found |= keys if isinstance(keys, dict) else {}
-        return {n: converted(settings()[n][1], v) for n, v in found.items() if n in settings()}
+        return {
+            n: converted(settings(self.model)[n][1], v)
+            for n, v in found.items()
+            if n in settings(self.model)
+        }
 
-    def config(self) -> Config:
+    def config(self) -> C:
         """The checked configuration.
 
         Raises:
             SettingsError: Values that are wrong, by themselves or together; all of them.
         """
-        return load(Config, self.layers)
+        return load(self.model, self.layers)
 
     def place(self, field: str) -> str:
         """Where a setting was given: its flag, its variable, or its key in the file."""
         table, _, name = field.partition(".")
         name, _, part = name.partition(".")
-        if name not in settings():
+        if name not in settings(self.model):
             files = [each.origin for each in self.layers if table in each.values]
             return f"{files[-1]}: {field}" if files else field
         shown = self.origin(table, name) or flag_of(name)
@@ -121,16 +130,17 @@ class Settings:
                 return layer.origin or flag_of(name)
         return ""
 
-    def entries(self, config: Config) -> Iterator[tuple[str, Any, str]]:
+    def entries(self, config: C) -> Iterator[tuple[str, Any, str]]:
         """``table.key``, value and origin of every setting."""
-        for name, (table, _) in settings().items():
+        for name, (table, _) in settings(self.model).items():
             value = getattr(getattr(config, table), name)
             yield f"{table}.{name}", value, self.origin(table, name)
 
-    def lines(self, config: Config, *, with_defaults: bool = False) -> list[str]:
+    def lines(self, config: C, *, with_defaults: bool = False) -> list[str]:
         """The settings with where they come from."""
+        fields = settings(self.model)
         return [
-            f"{key} = {show(settings()[key.partition('.')[2]][1], value)}  ({origin or 'default'})"
+            f"{key} = {show(fields[key.partition('.')[2]][1], value)}  ({origin or 'default'})"
             for key, value, origin in self.entries(config)
             if with_defaults or origin
         ]
@@ -141,15 +151,20 @@ def _keys(layer: Layer, table: str) -> Mapping[str, Any]:
     return keys if isinstance(keys, dict) else {}
 
 
-def add_flags(parser: argparse.ArgumentParser, hidden: Collection[str] = ()) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, model: type[Config] = Config, hidden: Collection[str] = ()
+) -> None:
     """One group a table, one flag a setting.
 
     A flag that is not given leaves no trace in the namespace: a file or a variable may set it.
 
     Args:
         parser: Gets them.
+        model: Has the settings.
         hidden: Names of settings that its help leaves out.
     """
+    # argparse would list all flags before it explains them.
+    parser.usage = "%(prog)s [FLAG ...]"
     parser.add_argument(
         "--config",
         metavar="PATH",
@@ -158,9 +173,9 @@ def add_flags(parser: argparse.ArgumentParser, hidden: Collection[str] = ()) -> 
     )
     groups = {
         name: parser.add_argument_group(name, kind.__doc__)
-        for name, kind in tables_of(Config).items()
+        for name, kind in tables_of(model).items()
     }
-    for name, (table, info) in settings().items():
+    for name, (table, info) in settings(model).items():
         keywords: dict[str, Any] = {"help": argparse.SUPPRESS if name in hidden else _help(info)}
         if is_switch(info):
             # A --no-… flag overrides a file or a variable.
@@ -178,41 +193,45 @@ def _help(info: FieldInfo) -> str:
     return f"{text} (default: {show(info, info.default)})"
 
 
-def read_settings(args: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
+def read_settings(
+    args: argparse.Namespace, environ: Mapping[str, str], model: type[C] = Config
+) -> Settings[C]:
     """The settings of the flags, the environment and the file.
 
     Raises:
         SettingsError: The file cannot be read, or is no TOML.
     """
     given = vars(args)
-    flags = {n: given[n] for n in settings() if n in given}
-    layers = [_layer("", flags)]
-    for name in settings():
+    flags = {n: given[n] for n in settings(model) if n in given}
+    layers = [_layer("", flags, model)]
+    for name in settings(model):
         # An empty variable is one that is not set.
         if text := environ.get(variable_of(name), ""):
-            layers.append(_layer(variable_of(name), {name: text}))
+            layers.append(_layer(variable_of(name), {name: text}, model))
     origin = "--config" if "config" in given else CONFIG_VARIABLE
     file = given["config"] if "config" in given else environ.get(CONFIG_VARIABLE) or None
     if file == "":
         raise SettingsError(Violation(origin, say("EMPTY")))
     if file is not None:
-        layers.append(read_file(Path(file), origin))
-    return Settings(tuple(layers), unknown_variables(environ))
+        layers.append(read_file(Path(file), origin, model))
+    return Settings(model, tuple(layers), unknown_variables(environ, model))
 
 
-def _layer(origin: str, values: Mapping[str, Any]) -> Layer:
+def _layer(origin: str, values: Mapping[str, Any], model: type[Config]) -> Layer:
     tables: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
-        table, info = settings()[name]
+        table, info = settings(model)[name]
         is_none = value == "none" and is_optional(info)
         given = Typed(value) if isinstance(value, str) else value
         tables.setdefault(table, {})[name] = None if is_none else given
     return Layer(origin, tables)
 
 
-def unknown_variables(environ: Mapping[str, str]) -> tuple[Violation, ...]:
+def unknown_variables(
+    environ: Mapping[str, str], model: type[Config] = Config
+) -> tuple[Violation, ...]:
     """A note for each ``TURRET_…`` variable that looks like a misspelt one."""
-    known = {variable_of(name) for name in settings()} | _OTHERS
+    known = {variable_of(name) for name in settings(model)} | _OTHERS
     # Compare without the prefix that all names share.
     endings = [name.removeprefix(PREFIX) for name in known]
     notes = []
@@ -223,12 +242,13 @@ def unknown_variables(environ: Mapping[str, str]) -> tuple[Violation, ...]:
     return tuple(notes)
 
 
-def read_file(path: Path, origin: str = "--config") -> Layer:
+def read_file(path: Path, origin: str = "--config", model: type[Config] = Config) -> Layer:
     """A TOML file; paths in it are relative to the directory that it is in.
 
     Args:
         path: Of the file.
         origin: The flag or variable that names it.
+        model: Has the settings.
 
     Raises:
         SettingsError: It cannot be read, or is no TOML.
@@ -239,7 +259,7 @@ def read_file(path: Path, origin: str = "--config") -> Layer:
         raise SettingsError(Violation(origin, unreadable(path, error))) from None
     except ValueError as error:
         raise SettingsError(Violation(str(path), text_of(error))) from None
-    for name, (table, info) in settings().items():
+    for name, (table, info) in settings(model).items():
         keys = tables.get(table)
         if isinstance(keys, dict) and isinstance(keys.get(name), str) and keys[name]:
             keys[name] = _from_file(info, name, keys[name], path.parent)
@@ -254,6 +274,18 @@ def _from_file(info: FieldInfo, name: str, value: str, folder: Path) -> Any:
     return value
 
 
-def config_from_args(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Config:
-    """The checked configuration; errors as in :func:`read_settings` and ``Settings.config``."""
-    return read_settings(args, environ).config()
+def resolved(
+    args: argparse.Namespace, command: str, model: type[C] = Config
+) -> tuple[Settings[C], C] | None:
+    """The settings of the process and the configuration; None if an error was reported."""
+    is_json = getattr(args, "log_format", os.environ.get("TURRET_LOG_FORMAT")) == "json"
+    settings = Settings(model)
+    try:
+        settings = read_settings(args, os.environ, model)
+        is_json = settings.values.get("log_format") == "json"
+        config = settings.config()
+    except SettingsError as error:
+        refuse(settings.placed(error.violations), is_json=is_json, command=command)
+        return None
+    note(settings.placed(settings.notes), is_json=is_json, command=command)
+    return settings, config

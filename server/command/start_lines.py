@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import turret
+
+if TYPE_CHECKING:
+    from turret.server.config import LogConfig
 
 _FLAG, _VARIABLE, _JSON = "--log-format", "TURRET_LOG_FORMAT", "json"
 _REFUSED = "cannot start"
@@ -29,6 +35,20 @@ def refuse(
 def note(found: Iterable[tuple[str, str]], *, is_json: bool, command: str = "turret serve") -> None:
     """Report likely mistakes that do not keep the server from starting."""
     _say(f"{command}: note", "a setting may be a mistake", found, is_json)
+
+
+def introduce(config: LogConfig, settings: Sequence[str]) -> None:
+    """Report the version and the settings."""
+    if config.log_format == "text":
+        said = "\n".join([f"turret {turret.__version__}", *settings])
+        print(said, file=sys.stderr, flush=True)
+        return
+    import logging
+
+    from turret.server import log
+
+    fields = log.fields(version=turret.__version__, settings=settings)
+    logging.getLogger(__name__).info("starting", extra=fields)
 
 
 def _say(head: str, message: str, found: Iterable[tuple[str, str]], is_json: bool) -> None:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from turret.fleet.serving.plan import policy, wanted
+from turret.fleet.serving.scaling import policy, wanted
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import importlib.util
 import inspect
 import json
@@ -13,23 +13,23 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fleets.serving import status_rows
 from grpc_health.v1 import health_pb2
+from pydantic import ValidationError
 
-from turret.fleet import verb
+from turret.fleet.config import REFUSED, ClusterConfig, FleetConfig
 from turret.fleet.protocol import Base, FleetStatus, Member, MergePlan, ReplicaStatus
-from turret.fleet.serving import fleet_folder, ingress, plan, ray_cluster, serve
-from turret.fleet.serving.plan import REFUSED, ClusterPlan, fleet_config
+from turret.fleet.serving import fleet_folder, ingress, ray_cluster, serve
 from turret.fleet.serving.serve import print_status
 from turret.fleet.words import say
 from turret.server import cli
 from turret.server.basics.extras import how_to_add
-from turret.server.config import AdapterConfig, Config, ModelConfig, SecurityConfig
+from turret.server.basics.settings import SettingsError
+from turret.server.command.flags import add_flags, read_settings
+from turret.server.config import AdapterConfig, ModelConfig, SecurityConfig
 from turret.server.errors import UnavailableError
-from turret.server.words import Text
 from turret.v1 import adapters_pb2, inference_pb2
 
 _CHECK = """
@@ -71,11 +71,10 @@ class Cluster:
 
 serve.RayCluster = Cluster
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
-adapters = types.SimpleNamespace(state_dir="x")
 security = types.SimpleNamespace(token_file=None)
 listen = types.SimpleNamespace(address="127.0.0.1:1")
-config = types.SimpleNamespace(adapters=adapters, security=security, listen=listen)
-print(serve.run(config, None))
+config = types.SimpleNamespace(state_dir="x", security=security, listen=listen, fleet=None)
+print(serve.run(config))
 """
 
 
@@ -98,44 +97,55 @@ def test_cluster_says_what_is_missing(
 
 
 @pytest.mark.parametrize(
-    ("flags", "reason"),
+    ("flags", "found"),
     [
-        ("", "FLEET_NEEDS_STATE"),
-        ("--state-dir s --replicas 0", "FLAG_TOO_SMALL"),
-        ("--state-dir s --min-replicas 2", "REPLICAS_HALF"),
-        ("--state-dir s --min-replicas 3 --max-replicas 2", "REPLICAS_CROSSED"),
-        ("--state-dir s --replicas 2 --max-replicas 3", "REPLICAS_TWICE"),
-        ("--state-dir s --lease-seconds 0.1", "FLAG_TOO_SMALL"),
-        ("--state-dir s --address unix:x", "FLEET_NEEDS_PORT"),
-        ("--state-dir s --address 127.0.0.1:0", "FLEET_TWO_PORTS"),
-        ("--state-dir s --http-address 127.0.0.2:8080", "FLEET_ONE_HOST"),
-        ("--state-dir s --admin-address 127.0.0.1:1", "FLEET_ONE_ADDRESS"),
-        ("--state-dir s --tls-cert a --tls-key b", "FLEET_NO_TLS"),
-        ("--state-dir s --adapter-root . --preload a=b", "FLEET_NO_PRELOAD"),
-        ("--preload a=b", "FLEET_NO_PRELOAD"),
-        ("--state-dir s --tls-key b", "FLEET_NO_TLS"),
-        ("--state-dir s --tls-client-ca c", "FLEET_NO_TLS"),
-        ("--state-dir s --address 0.0.0.0:50051", "FLEET_EXPOSED"),
-        ("--state-dir s --http-address 0.0.0.0:1", "FLEET_EXPOSED"),
-        ("--state-dir s --ray-address nope", "NOT_A_RAY_ADDRESS"),
-        ("--state-dir s --ray-address local", "NOT_A_RAY_ADDRESS"),
+        ("", {"adapters.state_dir": "FLEET_NEEDS_STATE"}),
+        ("--replicas 0", {"fleet.replicas": "TOO_SMALL"}),
+        ("--min-replicas 2", {"fleet.min_replicas": "NEEDS_FIELD"}),
+        ("--min-replicas 3 --max-replicas 2", {"fleet.max_replicas": "BELOW_OTHER"}),
+        ("--replicas 2 --min-replicas 1 --max-replicas 3", {"fleet.replicas": "REPLICAS_TWICE"}),
+        ("--lease-seconds 0.1", {"fleet.lease_seconds": "TOO_SMALL"}),
+        ("--state-dir s --address unix:x", {"listen.address": "FLEET_NEEDS_PORT"}),
+        ("--state-dir s --address 127.0.0.1:0", {"listen.http_address": "FLEET_TWO_PORTS"}),
+        ("--state-dir s --http-address 127.0.0.2:8080", {"listen.http_address": "FLEET_ONE_HOST"}),
+        (
+            "--state-dir s --admin-address 127.0.0.1:1",
+            {"listen.admin_address": "FLEET_ONE_ADDRESS"},
+        ),
+        (
+            "--tls-cert a --tls-key b",
+            {
+                "security.tls_cert": "FLEET_NO_TLS",
+                "security.tls_key": "FLEET_NO_TLS",
+                "adapters.state_dir": "FLEET_NEEDS_STATE",
+            },
+        ),
+        ("--state-dir s --adapter-root . --preload a=b", {"adapters.preload": "FLEET_NO_PRELOAD"}),
+        (
+            "--state-dir s --address 0.0.0.0:1 --http-address 0.0.0.0:2",
+            {"listen.address": "FLEET_EXPOSED", "listen.http_address": "FLEET_EXPOSED"},
+        ),
+        ("--ray-address nope", {"fleet.ray_address": "NOT_A_RAY_ADDRESS"}),
+        ("--ray-address local", {"fleet.ray_address": "NOT_A_RAY_ADDRESS"}),
+        ("--state-dir s --ray-address auto", {"security.token_file": "FLEET_NEEDS_TOKENS"}),
     ],
 )
-def test_flags_that_a_fleet_cannot_take(
-    flags: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_settings_that_a_fleet_cannot_take(flags: str, found: dict[str, str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, ClusterConfig)
+    settings = read_settings(parser.parse_args(flags.split()), {}, ClusterConfig)
+    with pytest.raises(SettingsError) as refused:
+        settings.config()
+    assert {field: text.reason for field, text in refused.value.violations} == found
+
+
+def test_a_setting_that_a_fleet_cannot_take_ends_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    said: list[Text] = []
-    for module in (plan, verb):
-
-        def record(reason: str, **params: Any) -> Text:
-            said.append(say(reason, **params))
-            return said[-1]
-
-        monkeypatch.setattr(module, "say", record)
-    assert cli.main(["cluster", "serve", *flags.split()]) == 2
-    assert [text.reason for text in said] == [reason]
-    assert said[0] in capsys.readouterr().err
+    assert cli.main(["cluster", "serve", "--log-format", "json"]) == 2
+    said = json.loads(capsys.readouterr().err)
+    assert (said["reason"], said["field"]) == ("FLEET_NEEDS_STATE", "--state-dir")
 
 
 @pytest.mark.parametrize("joins", [False, True])
@@ -146,15 +156,15 @@ def test_only_a_fleet_that_was_joined_is_changed_by_another_command(
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: object() if name == "ray" else find(name)
     )
-    monkeypatch.setattr("turret.fleet.serving.serve.run", lambda config, plan: 7)
+    monkeypatch.setattr("turret.fleet.serving.serve.run", lambda config: 7)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        flags = ["--state-dir", str(tmp_path), "--address", address]
+        flags = ["--state-dir", str(tmp_path), "--address", address, "--log-format", "json"]
         flags += ["--ray-address", "10.0.0.1:6379", "--insecure"] if joins else []
         assert cli.main(["cluster", "serve", *flags]) == (7 if joins else 1)
-    said = capsys.readouterr().err
-    assert (address in said) is not joins
-    assert "port 0" not in said
+    said = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    refused = [line["field"] for line in said if "reason" in line]
+    assert refused == ([] if joins else ["--address"])
 
 
 def test_its_help_has_no_flag_that_a_fleet_cannot_take(capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,7 +182,7 @@ def test_status_of_no_address(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert cli.main(["cluster", "status", "--ray-address", "ray://x:1"]) == 2
-    assert say("NOT_A_RAY_ADDRESS", address="ray://x:1") in capsys.readouterr().err
+    assert say("NOT_A_RAY_ADDRESS", value="ray://x:1") in capsys.readouterr().err
 
 
 def test_no_folder_for_the_sockets_is_one_sentence(
@@ -181,7 +191,7 @@ def test_no_folder_for_the_sockets_is_one_sentence(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
     monkeypatch.setattr(fleet_folder, "_SHORT", tmp_path / "absent")
     with pytest.raises(UnavailableError, match="absent"):
-        ray_cluster.RayCluster.open(ClusterPlan(), "127.0.0.1", tmp_path, lambda: False)
+        ray_cluster.RayCluster.open(FleetConfig(), "127.0.0.1", tmp_path, lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -213,8 +223,8 @@ def test_a_model_of_the_hub_stays_one(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def model_of(model: str) -> str:
         adapters = AdapterConfig(state_dir=Path("state"))
-        config = Config(model=ModelConfig(model=Path(model)), adapters=adapters)
-        return str(fleet_config(config).model.model)
+        config = ClusterConfig(model=ModelConfig(model=Path(model)), adapters=adapters)
+        return str(config.for_replicas().model.model)
 
     assert model_of("acme/tiny@v1") == "acme/tiny@v1"
     assert model_of("here") == str(tmp_path / "here")
@@ -223,13 +233,12 @@ def test_a_model_of_the_hub_stays_one(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_fleet_on_a_cluster_of_others_needs_tokens() -> None:
     """Its replicas listen for other machines' ingresses, also where --address is loopback."""
-    config = Config(adapters=AdapterConfig(state_dir=Path("state")))
-    assert fleet_config(config)
-    with pytest.raises(ValueError) as refused:  # noqa: PT011
-        fleet_config(config, joins=True)
-    assert refused.value.args[0].reason == "FLEET_NEEDS_TOKENS"
+    adapters, fleet = AdapterConfig(state_dir=Path("state")), FleetConfig(ray_address="auto")
+    assert ClusterConfig(adapters=adapters)
+    with pytest.raises(ValidationError, match=say("FLEET_NEEDS_TOKENS")):
+        ClusterConfig(adapters=adapters, fleet=fleet)
     for security in (SecurityConfig(token_file=Path("tokens")), SecurityConfig(insecure=True)):
-        assert fleet_config(dataclasses.replace(config, security=security), joins=True)
+        assert ClusterConfig(adapters=adapters, fleet=fleet, security=security)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "10.0.0.5", "0.0.0.0", "::1", "fleet.example"])
@@ -397,7 +406,7 @@ def test_a_cluster_that_is_gone_is_said_to_be_at_once(tmp_path: Path) -> None:
         # Bound, and nobody listens.
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        joining = ClusterPlan(ray_address=address)
+        joining = FleetConfig(ray_address=address)
         for call in (
             lambda: ray_cluster.join_as_guest(address, None),
             lambda: ray_cluster.RayCluster.open(joining, "127.0.0.1", tmp_path, lambda: False),

@@ -23,6 +23,7 @@ from servers.server_under_test import ServerUnderTest, start_server
 from turret.clients.client import TurretClient
 from turret.server.cli import build_parser
 from turret.server.command.flags import Settings, read_file, settings, variable_of
+from turret.server.config import Config
 
 DOCS = ROOT / "docs"
 EACH_PAGE = pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_the_config_in_operations_is_one(tmp_path: Path) -> None:
     for block in blocks:
         tomllib.loads(block)
         (tmp_path / "turret.toml").write_text(block)
-        assert Settings((read_file(tmp_path / "turret.toml"),)).config()
+        assert Settings(Config, (read_file(tmp_path / "turret.toml"),)).config()
 
 
 def blocks_of(page: str, heading: str, language: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import re
@@ -12,10 +13,12 @@ import pytest
 import yaml
 from checkout import ROOT
 
+from turret.fleet.config import REFUSED, ClusterConfig, FleetConfig
 from turret.fleet.serving.ingress import ingress_environment
-from turret.fleet.serving.plan import ClusterPlan, fleet_config
+from turret.server.basics.settings import SettingsError
 from turret.server.cli import build_parser
-from turret.server.command.flags import Settings, config_from_args, read_file
+from turret.server.command.flags import Settings, read_file, read_settings
+from turret.server.config import Config
 from turret.server.metrics import Metrics
 
 FOLDER = ROOT / "deploy" / "kubernetes"
@@ -76,8 +79,7 @@ def test_pods_are_confined(path: Path) -> None:
 def test_the_fleets_variables_make_a_configuration() -> None:
     data = find("ConfigMap", FOLDER / "rayservice.yaml")["data"]
     mine = {name: value for name, value in data.items() if name.startswith("TURRET_")}
-    args = build_parser("serve").parse_args(["serve"])
-    config = fleet_config(config_from_args(args, mine))
+    config = read_settings(argparse.Namespace(), mine, ClusterConfig).config()
     assert config.listen.address == "0.0.0.0:50051"
     assert data["RAY_AUTH_MODE"] == "token"
     ingress = ingress_environment(Path("/tmp/turret-ingress"))
@@ -98,10 +100,10 @@ def test_variables_that_a_fleet_cannot_honour_are_refused(variable: str, value: 
     data = find("ConfigMap", FOLDER / "rayservice.yaml")["data"]
     mine = {name: text for name, text in data.items() if name.startswith("TURRET_")}
     mine |= {"TURRET_TLS_KEY": "k", "TURRET_TLS_CERT": "c"} if "TLS" in variable else {}
-    args = build_parser("serve").parse_args(["serve"])
-    config = config_from_args(args, {**mine, f"TURRET_{variable}": value})
-    with pytest.raises(ValueError, match=f"--{variable.lower().replace('_', '-')[:3]}.*: "):
-        fleet_config(config)
+    mine[f"TURRET_{variable}"] = value
+    with pytest.raises(SettingsError) as refused:
+        read_settings(argparse.Namespace(), mine, ClusterConfig).config()
+    assert REFUSED[variable.lower()].reason in {text.reason for _, text in refused.value.violations}
 
 
 def test_each_replicas_metrics_can_be_read() -> None:
@@ -164,7 +166,7 @@ def test_the_serve_config_names_things_that_exist() -> None:
         module, _, function = name.rpartition(".")
         assert callable(getattr(importlib.import_module(module), function))
     (application,) = serve["applications"]
-    ClusterPlan(**application["args"])
+    FleetConfig(**application["args"])
     module, _, name = application["import_path"].partition(":")
     path = ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")
     assert f"def {name}(" in path.read_text()
@@ -176,7 +178,7 @@ def test_the_single_servers_file_makes_a_configuration(tmp_path: Path) -> None:
     data = find("ConfigMap", FOLDER / "statefulset.yaml")["data"]["turret.toml"]
     path = tmp_path / "turret.toml"
     path.write_text(data)
-    config = Settings((read_file(path),)).config()
+    config = Settings(Config, (read_file(path),)).config()
     assert config.listen.http_address == "0.0.0.0:8000"
     container = find("StatefulSet", FOLDER / "statefulset.yaml")["spec"]["template"]["spec"]
     (server,) = container["containers"]

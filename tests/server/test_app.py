@@ -31,7 +31,8 @@ from turret.clients.probe import is_serving
 from turret.server import log, progress
 from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.app import App
-from turret.server.cli import _introduce, main
+from turret.server.cli import main
+from turret.server.command.start_lines import introduce
 from turret.server.config import AdapterConfig, SecurityConfig
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import AdapterCheckpointError
@@ -390,7 +391,8 @@ def test_a_log_of_json_says_version_and_settings_too(
     handler.setFormatter(log.JsonFormatter())
     monkeypatch.setattr(logging.getLogger("turret"), "handlers", [handler])
     monkeypatch.setattr(logging.getLogger("turret"), "level", logging.INFO)
-    _introduce(settings.config(), settings)
+    config = settings.config()
+    introduce(config.log, settings.lines(config, with_defaults=config.log.verbose))
     said = json.loads(capsys.readouterr().err)
     assert said["version"] == turret.__version__
     assert "adapters.max_rank = 64  (TURRET_MAX_RANK)" in said["settings"]

@@ -1,0 +1,163 @@
+"""What ``turret cluster serve`` can be told: what each replica serves, and how many there are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import AfterValidator
+from pydantic.dataclasses import dataclass
+
+from turret.fleet.words import say
+from turret.server.basics.address import is_local_address, split_address
+from turret.server.basics.settings import (
+    TABLE,
+    Seconds,
+    SettingsError,
+    Switch,
+    Violation,
+    Whole,
+    setting,
+)
+from turret.server.config import Config
+from turret.server.models.sources.hub_model import hub_model_id
+
+DEFAULT_HTTP_PORT = 8080
+_OF_THIS_MACHINE = "auto"
+REFUSED = {
+    "preload": say("FLEET_NO_PRELOAD"),
+    "admin_address": say("FLEET_ONE_ADDRESS"),
+    **dict.fromkeys(("tls_cert", "tls_key", "tls_client_ca"), say("FLEET_NO_TLS")),
+}
+"""Settings of ``turret serve`` that a fleet rejects, with the refusals."""
+
+
+def as_ray_address(value: str) -> str:
+    """The address of a Ray cluster.
+
+    Raises:
+        ValueError: It is neither ``HOST:PORT`` nor ``auto``.
+    """
+    if value != _OF_THIS_MACHINE:
+        try:
+            split_address(value)
+        except ValueError:
+            raise ValueError(say("NOT_A_RAY_ADDRESS", value=value)) from None
+    return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
+class FleetConfig:
+    """How many replicas, and on which machines."""
+
+    replicas: Whole | None = setting(None, "replicas (default: 2)", ge=1)
+    min_replicas: Whole | None = setting(None, "fewest, if the number follows the load", ge=1)
+    max_replicas: Whole | None = setting(
+        None, "most; one is added while more than four sequences wait on each", ge=1
+    )
+    ray_address: Annotated[str, AfterValidator(as_ray_address)] | None = setting(
+        None,
+        "Ray cluster to join: HOST:PORT, or auto for this machine's (default: start one)",
+        shown="ADDRESS",
+    )
+    lease_seconds: Seconds = setting(
+        5.0, "how long changes of adapters wait for a replica that is silent", ge=1
+    )
+    stop_without_registry: Switch = setting(
+        False, "replicas answer UNAVAILABLE while the registry is away, instead of serving on"
+    )
+
+    def __post_init__(self) -> None:
+        least, most = self.min_replicas, self.max_replicas
+        if (least is None) != (most is None):
+            given, other = ("max", "min") if least is None else ("min", "max")
+            text = say("NEEDS_FIELD", other=f"--{other}-replicas")
+            raise SettingsError(Violation(f"fleet.{given}_replicas", text))
+        if least is not None and self.replicas is not None:
+            raise SettingsError(Violation("fleet.replicas", say("REPLICAS_TWICE")))
+        if least is not None and most is not None and most < least:
+            text = say("BELOW_OTHER", other="--min-replicas", value=most, least=least)
+            raise SettingsError(Violation("fleet.max_replicas", text))
+
+    @property
+    def fewest(self) -> int:
+        """The replicas that there always are."""
+        return self.min_replicas or self.replicas or 2
+
+    @property
+    def most(self) -> int:
+        """The replicas that there are under load."""
+        return self.max_replicas or self.fewest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
+class ClusterConfig(Config):
+    """The whole fleet. Its tables other than ``fleet`` are those of every replica."""
+
+    fleet: FleetConfig = FleetConfig()
+
+    def __post_init__(self) -> None:
+        if found := [*self._refused(), *self._exposed(), *self._addresses()]:
+            raise SettingsError(*found)
+
+    def _refused(self) -> Iterator[Violation]:
+        for table in ("listen", "security", "adapters"):
+            for name, text in REFUSED.items():
+                if getattr(getattr(self, table), name, None):
+                    yield Violation(f"{table}.{name}", text)
+        if self.adapters.state_dir is None:
+            yield Violation("adapters.state_dir", say("FLEET_NEEDS_STATE"))
+
+    def _exposed(self) -> Iterator[Violation]:
+        if self.security.insecure:
+            return
+        for name in ("address", "http_address"):
+            value = getattr(self.listen, name)
+            if value is not None and not is_local_address(value):
+                yield Violation(f"listen.{name}", say("FLEET_EXPOSED", address=value))
+        if self.fleet.ray_address is not None and self.security.token_file is None:
+            yield Violation("security.token_file", say("FLEET_NEEDS_TOKENS"))
+
+    def _addresses(self) -> Iterator[Violation]:
+        if self.listen.address.startswith("unix:"):
+            yield Violation("listen.address", say("FLEET_NEEDS_PORT"))
+            return
+        (host, port), (http_host, http_port) = map(split_address, (self.listen.address, self.http))
+        if http_host != host:
+            yield Violation("listen.http_address", say("FLEET_ONE_HOST", host=host))
+        if 0 in (port, http_port) or port == http_port:
+            yield Violation("listen.http_address", say("FLEET_TWO_PORTS"))
+
+    @property
+    def http(self) -> str:
+        """``HOST:PORT`` of the HTTP server."""
+        host = self.listen.address.rpartition(":")[0]
+        return self.listen.http_address or f"{host}:{DEFAULT_HTTP_PORT}"
+
+    @property
+    def state_dir(self) -> Path:
+        """What all replicas share."""
+        assert self.adapters.state_dir is not None
+        return self.adapters.state_dir
+
+    def for_replicas(self) -> Self:
+        """The same with absolute paths, because replicas run in other working directories."""
+        model = self.model.model
+        if model is not None and hub_model_id(model) is None:
+            model = model.absolute()
+        adapters, security = self.adapters, self.security
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(self.model, model=model),
+            listen=dataclasses.replace(self.listen, http_address=self.http),
+            adapters=dataclasses.replace(
+                adapters,
+                state_dir=self.state_dir.absolute(),
+                adapter_root=adapters.adapter_root and adapters.adapter_root.absolute(),
+            ),
+            security=dataclasses.replace(
+                security, token_file=security.token_file and security.token_file.absolute()
+            ),
+        )
