@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import json
 import logging
 from pathlib import Path
 
@@ -96,6 +95,7 @@ def status(args: argparse.Namespace) -> int:
     """Runs ``turret cluster status``."""
     if not _has_ray("status"):
         return EXIT_FAILED
+    from turret.clients.verbs.command import print_json
     from turret.fleet.serving.ray_cluster import join_as_guest
     from turret.fleet.serving.serve import print_status
     from turret.server.errors import UnavailableError
@@ -110,10 +110,7 @@ def status(args: argparse.Namespace) -> int:
         from turret.fleet.serving.registry_actor import RayChannel
 
         found = RayChannel().status()
-        if args.json:
-            print(json.dumps(dataclasses.asdict(found), indent=2))
-        else:
-            print_status(found)
+        print_json(found) if args.json else print_status(found)
     except UnavailableError as error:
         _complain("status", ("", str(error)))
         return EXIT_FAILED

@@ -85,13 +85,13 @@ def _config_show(args: argparse.Namespace) -> int:
     if not args.json:
         print(*settings.lines(config, with_defaults=True), sep="\n")
         return 0
-    import json
+    from turret.clients.verbs.command import print_json
 
     entries = {
         key: {"value": value, "origin": origin or "default"}
         for key, value, origin in settings.entries(config)
     }
-    print(json.dumps(entries, default=str, ensure_ascii=False, indent=2))
+    print_json(entries)
     return 0
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -31,11 +32,28 @@ class Plan:
         resolved: The run.
         rows: What and how much, line by line.
         estimate: Of its memory; None for a fusion, whose components are part of it.
+        cost: Of serving its adapter; None for a fusion.
     """
 
     resolved: Resolved
     rows: tuple[tuple[str, str], ...]
-    estimate: MemoryEstimate | None
+    estimate: MemoryEstimate | None = None
+    cost: ServingCost | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """The resolved config, the extent of the run and its costs, as JSON has them."""
+        dataset, (memory, cost) = self.resolved.dataset, (self.estimate, self.cost)
+        return {
+            "config": self.resolved.config,
+            "data": {
+                "examples": dataset.num_examples,
+                "tokens": dataset.num_tokens,
+                "rows": len(dataset.train),
+                "validation_rows": len(dataset.validation),
+            },
+            "memory": memory and asdict(memory) | {"total": memory.total},
+            "served": cost,
+        }
 
     def print(self, console: Console) -> None:
         """The resolved config, what it trains, what that needs, and what serving it costs."""
@@ -49,10 +67,13 @@ class Plan:
         for line in drawn.get().splitlines():
             console.print(Text(line.rstrip()), soft_wrap=True)
 
-    def measured(self) -> str:
-        """Run two steps in another process, and compare their peak with the estimate."""
+    def peak(self) -> int:
+        """Run two steps in another process, and measure the most bytes that they take."""
         with tempfile.TemporaryDirectory() as scratch:
-            peak = measure_peak(self.resolved, Path(scratch))
+            return measure_peak(self.resolved, Path(scratch))
+
+    def compared(self, peak: int) -> str:
+        """A measured peak beside the estimate."""
         told = f"measured peak {peak / _MIB:.0f} MiB"
         if self.estimate is None:
             return told
@@ -66,9 +87,9 @@ def make_plan(resolved: Resolved) -> Plan:
         rows.append(("server", f"turret serve{flag}; by itself it allows {SERVED_RANK}"))
     if resolved.config.method.components is not None:
         why = "not estimated for a fusion, whose components are part of it; --measure tells it"
-        return Plan(resolved, (*rows, ("memory", why)), None)
-    estimate = estimate_memory(resolved)
-    return Plan(resolved, (*rows, *_costs(resolved, estimate, serving_cost(resolved))), estimate)
+        return Plan(resolved, (*rows, ("memory", why)))
+    estimate, cost = estimate_memory(resolved), serving_cost(resolved)
+    return Plan(resolved, (*rows, *_costs(resolved, estimate, cost)), estimate, cost)
 
 
 def _extent(resolved: Resolved) -> Iterator[tuple[str, str]]:

@@ -37,6 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     init.set_defaults(func=_with_errors(_init))
     plan = _add(verbs, "plan", "show what a run will do and cost", _plan)
     plan.add_argument("--measure", action="store_true", help="run two steps and measure the memory")
+    plan.add_argument("--json", action="store_true", help="print JSON")
     run = _add(verbs, "run", "train an adapter", _run)
     how = run.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
@@ -55,6 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         metavar="N,N,…",
         help="which (default: 2,4,8,16,32)",
     )
+    sweep.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add(
@@ -224,12 +226,19 @@ def _plan(args: argparse.Namespace) -> None:
         listen({"kind": "phase", "text": "estimating the memory"})
         plan = make_plan(resolved)
     # While a bar is drawn, what goes to standard output would go where the bar does.
-    plan.print(_console())
+    if not args.json:
+        plan.print(_console())
+    peak = None
     if args.measure:
         with training_progress(None, "plan", stays=False) as listen:
             listen({"kind": "phase", "text": "measuring the memory of two steps"})
-            told = plan.measured()
-        print(told)
+            peak = plan.peak()
+    if args.json:
+        from turret.clients.verbs.command import print_json
+
+        print_json({**plan.figures(), "measured_peak": peak})
+    elif peak is not None:
+        print(plan.compared(peak))
 
 
 def _console() -> Any:
@@ -266,6 +275,11 @@ def _sweep(args: argparse.Namespace) -> None:
         from turret.training.sweep import sweep
 
         results = sweep(config, args.config.parent, args.ranks, training_progress)
+    if args.json:
+        from turret.clients.verbs.command import print_json
+
+        print_json([result.figures() for result in results])
+        return
     table = Table("rank", "validation loss", "trained weights", "adapter", "products", "seconds")
     done = []
     for result in results:

@@ -164,7 +164,7 @@ def add_flags(
         hidden: Names of settings that its help leaves out.
     """
     # argparse would list all flags before it explains them.
-    parser.usage = "%(prog)s [FLAG ...]"
+    parser.usage = "%(prog)s [flags]"
     parser.add_argument(
         "--config",
         metavar="PATH",

@@ -303,7 +303,7 @@ def test_a_config_that_is_not_there(tmp_path: Path) -> None:
 def test_no_line_of_a_plan_ends_in_blanks(tmp_path: Path, tiny_llama: Path) -> None:
     resolved = resolve_tiny(tmp_path, tiny_llama)
     written = io.StringIO()
-    plan = Plan(resolved, (("data", "1 example"), ("steps", "one of a row " * 20)), None)
+    plan = Plan(resolved, (("data", "1 example"), ("steps", "one of a row " * 20)))
     plan.print(Console(file=written, width=10_000))
     lines = written.getvalue().splitlines()
     assert " data   1 example" in lines

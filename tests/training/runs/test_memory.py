@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -79,17 +79,18 @@ def test_the_estimate_is_near_the_peak(tmp_path: Path, monkeypatch: pytest.Monke
         '[base]\nmodel = "model"\ndtype = "float32"\ndevice = "cpu"\n'
         '[data]\ntrain = "train.jsonl"\nvalidation_fraction = 0\n'
     )
-    command = [sys.executable, "-m", "turret.server.cli", "train", "plan", str(file), "--measure"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    joined = " ".join(done.stdout.split())
-    numbers = re.findall(
-        r"memory (\d+) MiB|largest step (\d+)|process (\d+)|peak (\d+) MiB", joined
-    )
-    total, step, process, peak = (int("".join(found)) for found in numbers)
-    assert step > process / 2
-    assert total == pytest.approx(peak, rel=0.2)
+    command = [sys.executable, "-m", "turret.server.cli", "train", "plan", str(file)]
+    command += ["--measure", "--json"]
+    plan = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    memory, peak = plan["memory"], plan["measured_peak"]
+    assert memory["step"] > memory["process"] / 2
+    assert memory["total"] == pytest.approx(peak, rel=0.2)
     # The model's own share too, without the process that both have.
-    assert total - process == pytest.approx(peak - process, rel=0.3)
+    own = peak - memory["process"]
+    assert memory["total"] - memory["process"] == pytest.approx(own, rel=0.3)
+    assert plan["data"] == {"examples": 8, "tokens": 8 * 251, "rows": 8, "validation_rows": 0}
+    assert plan["config"]["base"]["dtype"] == "float32"
+    assert plan["served"]["file_bytes"] > 0
 
 
 @pytest.mark.parametrize(
