@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import importlib
 import importlib.util
 import logging
@@ -217,7 +218,7 @@ def _plan(args: argparse.Namespace) -> None:
 
     from turret.training.run.progress import training_progress
 
-    with training_progress(None, "plan", stays=False) as listen:
+    with training_progress(None, "plan", stays=False, is_quiet=args.quiet) as listen:
         listen({"kind": "phase", "text": "reading the base model and the data"})
         resolved = _resolve(args, config)
 
@@ -230,7 +231,7 @@ def _plan(args: argparse.Namespace) -> None:
         plan.print(_console())
     peak = None
     if args.measure:
-        with training_progress(None, "plan", stays=False) as listen:
+        with training_progress(None, "plan", stays=False, is_quiet=args.quiet) as listen:
             listen({"kind": "phase", "text": "measuring the memory of two steps"})
             peak = plan.peak()
     if args.json:
@@ -269,12 +270,13 @@ def _sweep(args: argparse.Namespace) -> None:
     from turret.clients.verbs.tables import print_table
     from turret.training.run.progress import training_progress
 
-    with training_progress(None, "sweep") as listen:
+    announce = functools.partial(training_progress, is_quiet=args.quiet)
+    with announce(None, "sweep") as listen:
         listen({"kind": "phase", "text": "reading the base model"})
         _load(args, "turret.training.sweep")
         from turret.training.sweep import sweep
 
-        results = sweep(config, args.config.parent, args.ranks, training_progress)
+        results = sweep(config, args.config.parent, args.ranks, announce)
     if args.json:
         from turret.clients.verbs.command import print_json
 
@@ -339,7 +341,7 @@ def _run(args: argparse.Namespace) -> None:
 
     from turret.training.run.progress import training_progress
 
-    with output.held(), training_progress(None) as listen:
+    with output.held(), training_progress(None, is_quiet=args.quiet) as listen:
         listen({"kind": "phase", "text": "reading the base model and the data"})
         resolved = _resolve(args, config)
 

@@ -50,6 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         default="cpu",
         help="where it was trained, if that is here: decompositions differ (default: %(default)s)",
     )
+    parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
     parser.set_defaults(func=_convert)
 
 
@@ -75,7 +76,7 @@ def _convert(args: argparse.Namespace) -> int:
     from turret.training.run.progress import training_progress
 
     try:
-        with training_progress(None, "convert", stays=False) as listen:
+        with training_progress(None, "convert", stays=False, is_quiet=args.quiet) as listen:
             with ending_at_interrupts("stopped"):
                 import torch
 

@@ -28,6 +28,7 @@ def training_progress(
     title: str = "training",
     *,
     stays: bool = True,
+    is_quiet: bool = False,
     line_seconds: float = LINE_SECONDS,
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Yield a listener for the lines of ``metrics.jsonl`` and the trainer's events; on stderr.
@@ -36,9 +37,10 @@ def training_progress(
         num_steps: Of the run; None until its event ``begin`` says so.
         title: What the lines begin with.
         stays: Whether the bar is still to be seen afterwards.
+        is_quiet: Whether to show neither the bar nor the lines.
         line_seconds: Off a terminal, most seconds between two lines.
     """
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, quiet=is_quiet)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -46,7 +48,7 @@ def training_progress(
         TextColumn("{task.fields[now]}"),
         _Times(table_column=Column(no_wrap=True)),
     )
-    is_drawn = console.is_terminal
+    is_drawn = console.is_terminal and not is_quiet
     with _Bar(*columns, console=console, transient=not stays, disable=not is_drawn) as bar:
         task = bar.add_task(title, total=num_steps, now="")
         shown = _Shown(console, title, num_steps, lambda **fields: bar.update(task, **fields))

@@ -77,6 +77,7 @@ def config_parser(*left_out: str) -> argparse.ArgumentParser:
         metavar="N",
         help="how far to step back for others, a server above all; 0 to 19 (default: %(default)s)",
     )
+    parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
     return parser
 
 

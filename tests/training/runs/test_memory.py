@@ -80,8 +80,10 @@ def test_the_estimate_is_near_the_peak(tmp_path: Path, monkeypatch: pytest.Monke
         '[data]\ntrain = "train.jsonl"\nvalidation_fraction = 0\n'
     )
     command = [sys.executable, "-m", "turret.server.cli", "train", "plan", str(file)]
-    command += ["--measure", "--json"]
-    plan = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    command += ["--measure", "--json", "--quiet"]
+    done = subprocess.run(command, capture_output=True, check=True)
+    assert done.stderr == b""
+    plan = json.loads(done.stdout)
     memory, peak = plan["memory"], plan["measured_peak"]
     assert memory["step"] > memory["process"] / 2
     assert memory["total"] == pytest.approx(peak, rel=0.2)
