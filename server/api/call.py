@@ -121,6 +121,11 @@ class Call:
         log.request_id.set(call.request_id)
         return call
 
+    @property
+    def party(self) -> bytes:
+        """Whose turn its requests use while they wait: the token's, or the call's own."""
+        return self.tenant or self.request_id.encode()
+
     def rename(self, request_id: str) -> None:
         """Take the id that the request message itself carries."""
         self.request_id = request_id

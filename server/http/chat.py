@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from turret.server.http.answers import (
@@ -61,21 +61,12 @@ class ChatCompletions(Asks):
             return
         answers = await choices.whole()
         whole = head(answer_id, "chat.completion", asked.model, info)
-        whole["choices"] = []
-        for index, answer in enumerate(answers):
-            reader = make_reader()
-            whole["choices"].append(
-                {
-                    "index": index,
-                    "message": message_of(reader, answer.text),
-                    "logprobs": _logprobs(asked, answer),
-                    "finish_reason": _finish_reason(answer, reader),
-                    "stop_reason": stop_reason(answer),
-                }
-            )
         whole["usage"] = usage_of(answers, asked.num_choices)
         whole["adapters_used"] = adapters_of(answers)
-        await exchange.reply.json(whole)
+        size = sum(len(answer.logprobs) for answer in answers) * (1 + options.top_n)
+        await exchange.reply.made_json(
+            lambda: whole | {"choices": _choices(asked, answers, make_reader)}, size
+        )
 
 
 class _Events:
@@ -137,6 +128,22 @@ class _Events:
     def _value(self, index: int, delta: Any, logprobs: Any, **end: Any) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
         return {**self._first, "choices": [choice | end], **self._nothing}
+
+
+def _choices(
+    asked: Asked,
+    answers: Iterable[inference_pb2.GenerateResponse],
+    make_reader: Callable[[], AnswerReader],
+) -> Iterator[dict[str, Any]]:
+    for index, answer in enumerate(answers):
+        reader = make_reader()
+        yield {
+            "index": index,
+            "message": message_of(reader, answer.text),
+            "logprobs": _logprobs(asked, answer),
+            "finish_reason": _finish_reason(answer, reader),
+            "stop_reason": stop_reason(answer),
+        }
 
 
 def _finish_reason(answer: Ended, reader: AnswerReader) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from turret.server.api.inference.answers import together
+from turret.server.api.inference.answers import converted, together
 from turret.server.api.limits import MAX_INPUTS
 from turret.server.errors import InvalidRequestError
 from turret.server.http.answers import (
@@ -22,7 +23,7 @@ from turret.server.http.answers import (
 from turret.server.http.asked import Asked, Asks, asked_of, numbered
 from turret.server.http.choices import Choices, blamed_on
 from turret.server.http.endpoint import Exchange
-from turret.server.http.reply import HOLE, Template
+from turret.server.http.reply import HOLE, Template, event_bytes
 from turret.server.http.schemas.requests import DEFAULT_MAX_TOKENS, CompletionRequest
 from turret.server.words import say
 from turret.v1 import inference_pb2
@@ -81,10 +82,8 @@ class Completions(Asks):
                 await _send_events(exchange, asked, choices, whole)
                 return
             answers = await choices.whole()
-        whole["choices"] = [_choice(asked, index, answer) for index, answer in enumerate(answers)]
-        whole["usage"] = usage_of(answers, asked.num_choices)
-        whole["adapters_used"] = adapters_of(answers)
-        await exchange.reply.json(whole)
+        size = count + sum(len(answer.logprobs) for answer in answers) * (1 + options.top_n)
+        await exchange.reply.made_json(lambda: whole | _whole(asked, answers), size)
 
     async def _score(
         self,
@@ -127,6 +126,14 @@ class Completions(Asks):
         return answer
 
 
+def _whole(asked: Asked, answers: Sequence[inference_pb2.GenerateResponse]) -> dict[str, Any]:
+    return {
+        "choices": (_choice(asked, index, answer) for index, answer in enumerate(answers)),
+        "usage": usage_of(answers, asked.num_choices),
+        "adapters_used": adapters_of(answers),
+    }
+
+
 def _choice(asked: Asked, index: int, answer: Ended) -> dict[str, Any]:
     logprobs = None
     if asked.message.options.logprobs:
@@ -159,22 +166,32 @@ async def _send_events(
                     templates[index] = Template({**first, "choices": [_growing(index)], **nothing})
                 await exchange.reply.send_event(templates[index].event(chunk.text))
                 continue
-            logprobs = None
-            if asked.message.options.logprobs:
-                logprobs = offsets[index].render(chunk.logprobs)
-            choice = {
-                "index": index,
-                "text": chunk.text,
-                "logprobs": logprobs,
-                "finish_reason": FINISH_REASONS[chunk.finish_reason] if is_last else None,
-                "stop_reason": stop_reason(chunk),
-            }
-            await exchange.reply.event({**first, "choices": [choice], **nothing})
+            size = len(chunk.logprobs) * (1 + asked.message.options.top_n)
+            event = functools.partial(_event, asked, first, nothing, index, chunk, offsets[index])
+            await exchange.reply.send_event(await converted(size, event))
     if asked.includes_usage:
         answers = [ended[index] for index in sorted(ended)]
         end = {"usage": usage_of(answers, asked.num_choices), "adapters_used": adapters_of(answers)}
         await exchange.reply.event({**first, "choices": [], **end})
     await exchange.reply.end_events()
+
+
+def _event(
+    asked: Asked,
+    first: dict[str, Any],
+    nothing: dict[str, Any],
+    index: int,
+    chunk: inference_pb2.GenerateChunk,
+    offsets: CompletionLogprobs,
+) -> bytes:
+    choice = {
+        "index": index,
+        "text": chunk.text,
+        "logprobs": offsets.render(chunk.logprobs) if asked.message.options.logprobs else None,
+        "finish_reason": FINISH_REASONS.get(chunk.finish_reason),
+        "stop_reason": stop_reason(chunk),
+    }
+    return event_bytes({**first, "choices": [choice], **nothing})
 
 
 def _growing(index: int) -> dict[str, Any]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from pydantic_core import to_json
 from starlette.types import Send
 
 from turret.server.api.call import REQUEST_ID_KEY, Call
+from turret.server.api.inference.answers import converted
 from turret.server.http.connection import Chunks
 from turret.server.http.refusals import Refusal
 
@@ -24,12 +24,22 @@ _EVENTS = {
 }
 
 
-_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
-
-
 def dumps(value: Any) -> bytes:
     """JSON as UTF-8, on one line."""
-    return _encode(value).encode()
+    return to_json(value, inf_nan_mode="null")
+
+
+def _object(value: Mapping[str, Any]) -> bytes:
+    """An object as JSON, whose lists are encoded item by item.
+
+    The encoder holds the interpreter's lock while it runs.
+    """
+    parts = []
+    for key, each in value.items():
+        is_list = isinstance(each, list | Iterator)
+        part = b"[%b]" % b",".join(map(dumps, each)) if is_list else dumps(each)
+        parts.append(b"%b:%b" % (dumps(key), part))
+    return b"{%b}" % b",".join(parts)
 
 
 def event_bytes(value: Any, name: str = "") -> bytes:
@@ -64,13 +74,14 @@ class Reply:
         """Send a value as the whole answer."""
         await self.whole(dumps(value), status, {**_JSON, **(headers or {})})
 
-    async def made_json(self, make: Callable[[], Any], *, is_long: bool) -> None:
-        """Send what ``make`` returns as the whole answer; a long one is made off the event loop."""
+    async def made_json(self, make: Callable[[], Mapping[str, Any]], size: int) -> None:
+        """Send an object as the whole answer; a large one is made off the event loop.
 
-        def written() -> bytes:
-            return dumps(make())
-
-        body = await asyncio.to_thread(written) if is_long else written()
+        Args:
+            make: Returns the object; its iterators become lists.
+            size: See ``converted``.
+        """
+        body = await converted(size, lambda: _object(make()))
         await self.whole(body, 200, _JSON)
 
     async def whole(self, body: bytes, status: int, headers: Mapping[str, str]) -> None:

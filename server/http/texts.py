@@ -19,8 +19,8 @@ from turret.v1 import inference_pb2
 
 _Embed = inference_pb2.EmbedRequest
 _POOLINGS = {"last": _Embed.LAST, "mean": _Embed.MEAN, None: _Embed.POOLING_UNSPECIFIED}
-# Serialising more numbers, or more labels, than this takes over a millisecond.
-_INLINE_NUMBERS, _INLINE_SCORES = 2048, 512
+# Numbers, and labels, that take as long to serialise as a token with its log probability.
+_NUMBERS_PER_TOKEN, _SCORES_PER_TOKEN = 16, 4
 
 
 class Embeddings(Asks):
@@ -43,7 +43,7 @@ class Embeddings(Asks):
         answer = await self._inference.embed(message, exchange.call, exchange.party, deadline)
         count = sum(len(each.values) for each in answer.embeddings)
         await exchange.reply.made_json(
-            lambda: _embeddings(answer, model, is_base64), is_long=count > _INLINE_NUMBERS
+            lambda: _embeddings(answer, model, is_base64), count // _NUMBERS_PER_TOKEN
         )
 
 
@@ -87,7 +87,7 @@ class Classify(Asks):
         begun = head(f"classify-{exchange.call.request_id}", "list", model, info)
         count = sum(len(each.scores) for each in answer.classifications)
         await exchange.reply.made_json(
-            lambda: begun | _classifications(answer), is_long=count > _INLINE_SCORES
+            lambda: begun | _classifications(answer), count // _SCORES_PER_TOKEN
         )
 
 

@@ -150,6 +150,8 @@ class Tokenizer:
         self._template: str | dict[str, str] | None = template if is_usable else None
         self.chat_format = ChatFormat.of(self._template, special)
         self._chats = ChatTemplate(self._template or "", inner.special_tokens_map)
+        # Texts of single tokens, by id: log probabilities need thousands of them in each step.
+        self._texts: dict[int, str] = {}
         # Special tokens' texts, with their token ids when read as ordinary text.
         self._as_text = _special_as_text(backend)
         # Finds special tokens in texts in linear time, however many there are.
@@ -294,10 +296,12 @@ class Tokenizer:
         """Text of a whole sequence, with special tokens if ``special``."""
         return self._backend.decode(list(token_ids), skip_special_tokens=not special)
 
-    @PANICS_ARE_ERRORS
     def token_text(self, token_id: int) -> str:
         """Text of one token on its own, special tokens shown."""
-        return self._backend.decode([token_id], skip_special_tokens=False)
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self.decode([token_id], special=True)
+        return text
 
     def stream(self, call_marks: bool = False, said_only: bool = False) -> TokenStream:
         """An incremental decoder for one sequence.

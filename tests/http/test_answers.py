@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from turret.server.engine.scheduling.request import (
     TopLogprob,
 )
 from turret.server.errors import AdapterNotFoundError, QueueFullError
+from turret.server.http import reply
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TURNS = [{"role": "user", "content": "hi"}]
@@ -163,6 +165,28 @@ async def test_no_tokens_score_the_prompt() -> None:
         assert answer["choices"][0]["finish_reason"] == "length"
         server.engine.refuse = QueueFullError("full")
         assert (await server.refused(COMPLETIONS, body)).status == 429
+
+
+async def test_a_large_answer_is_built_off_the_event_loop_and_in_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The encoder lets no other thread run, so it must not get thousands of answers at once."""
+    encoded: list[tuple[str, int]] = []
+    original = reply.dumps
+
+    def dumps(value: Any) -> bytes:
+        data = original(value)
+        encoded.append((threading.current_thread().name, len(data)))
+        return data
+
+    monkeypatch.setattr(reply, "dumps", dumps)
+    async with http_harness() as server:
+        body = {"model": "base", "prompt": ["a b"] * 100, "max_tokens": 0, "echo": True}
+        answer = await server.post("/v1/completions", body | {"logprobs": 1})
+        assert len(answer.json()["choices"]) == 100
+        whole = len(answer.content)
+    assert max(size for _, size in encoded) < whole / 50
+    assert threading.main_thread().name not in {name for name, _ in encoded}
 
 
 async def test_a_logprob_is_a_number_of_json() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from google.protobuf import duration_pb2
@@ -57,6 +58,23 @@ async def outputs_of(
 # Concurrent execution of the parts of one call.
 
 _T = TypeVar("_T")
+# Converting more tokens than this takes over a millisecond.
+_INLINE_TOKENS = 128
+# One thread converts the large answers of all callers: several would contend with the event loop
+# and the engine for the interpreter's lock.
+_converter = ThreadPoolExecutor(1, thread_name_prefix="turret-answer")
+
+
+async def converted(size: int, convert: Callable[[], _T]) -> _T:
+    """The result of ``convert``, which runs off the event loop for more than a few tokens.
+
+    Args:
+        size: Number of tokens, including alternatives.
+        convert: Converts them.
+    """
+    if size <= _INLINE_TOKENS:
+        return convert()
+    return await asyncio.get_running_loop().run_in_executor(_converter, convert)
 
 
 async def together(work: Sequence[Coroutine[Any, Any, _T]], at_a_time: int) -> list[_T]:

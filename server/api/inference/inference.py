@@ -6,11 +6,10 @@ nor tell the engine that a caller has gone.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import turret
 from turret.server.api.access.shares import Party
@@ -19,6 +18,7 @@ from turret.server.api.gate import Gate
 from turret.server.api.inference.answers import (
     JoinedChunks,
     adapter_uses,
+    converted,
     finish_fields,
     outputs_of,
     token_logprobs,
@@ -41,10 +41,6 @@ from turret.v1 import adapters_pb2, inference_pb2
 
 if TYPE_CHECKING:
     from turret.server.models.tokenizer import Tokenizer
-
-_T = TypeVar("_T")
-# Converting more tokens than this to a message takes over a millisecond.
-_INLINE_TOKENS = 128
 
 
 class Inference:
@@ -90,9 +86,9 @@ class Inference:
             async for output in outputs:
                 if not is_echoed:
                     is_echoed = True
-                    size = len(request.prompt_token_ids)
+                    size = len(request.prompt_token_ids) * (1 + request.options.top_n)
                     prompt = functools.partial(_prompt_chunk, request, output, vocabulary.tokenizer)
-                    yield await _converted(size, prompt)
+                    yield await converted(size, prompt)
                 yield _chunk(request, output)
 
     async def generate_whole(
@@ -129,12 +125,8 @@ class Inference:
         response = inference_pb2.ScoreResponse(request_id=request.request_id)
         async with contextlib.aclosing(outputs_of(backend, request, call)) as outputs:
             async for output in outputs:
-                tokens = output.prompt_logprobs
-                response.tokens.extend(
-                    await _converted(len(tokens), functools.partial(token_logprobs, tokens))
-                )
-                if output.finish is not None:
-                    response.MergeFrom(inference_pb2.ScoreResponse(**usage_fields(output.finish)))
+                size = len(output.prompt_logprobs) * (1 + request.options.top_n)
+                await converted(size, functools.partial(_add_scores, response, output))
         return response
 
     async def embed(
@@ -179,7 +171,7 @@ class Inference:
             backend.registry.release(backend.registry.acquire(refs))
         ids = await input_token_ids(message, tokenizer, limits)
         check_length(len(ids), limits.max_tokens, "tokens")
-        return await _converted(
+        return await converted(
             len(ids),
             lambda: inference_pb2.TokenizeResponse(
                 token_ids=ids,
@@ -238,6 +230,7 @@ def _chunk(request: Request, output: Output) -> inference_pb2.GenerateChunk:
     )
 
 
-async def _converted(size: int, convert: Callable[[], _T]) -> _T:
-    """The result of ``convert``, which runs off the event loop for more than a few tokens."""
-    return convert() if size <= _INLINE_TOKENS else await asyncio.to_thread(convert)
+def _add_scores(response: inference_pb2.ScoreResponse, output: Output) -> None:
+    response.tokens.extend(token_logprobs(output.prompt_logprobs))
+    if output.finish is not None:
+        response.MergeFrom(inference_pb2.ScoreResponse(**usage_fields(output.finish)))

@@ -102,6 +102,7 @@ def pooled_requests(
             pooling=pooling,
             own_tokenizer=vocabulary.own,
             salt=salt,
+            party=call.party,
         )
 
     return make

@@ -243,6 +243,7 @@ async def generate_request(
         constraint=constraint,
         own_tokenizer=vocabulary.own,
         salt=salt,
+        party=call.party,
     )
 
 
@@ -269,6 +270,7 @@ async def score_request(
         adapters=refs,
         own_tokenizer=vocabulary.own,
         salt=salt,
+        party=call.party,
         options=options,
         deadline=deadline,
         message_bytes=call.message_bytes,

@@ -1,4 +1,4 @@
-"""The waiting line: least served mix first, and within a mix first come, first served. No torch.
+"""The waiting line: least served mix first, and within a mix the parties in turn. No torch.
 
 Virtual token counters (VTC, arXiv 2401.00588) per group, a group being one mix of adapters (the
 bare base is one too): every token computed for a group advances its counter, and the waiting group
@@ -12,30 +12,82 @@ of its own mix included.
 Nor does an endless stream of newcomers, each at that lowest counter, keep out a group that is
 ahead of them: nobody enters below the counter of a group that had got its exact share all along
 (the virtual time of fair queueing, Parekh and Gallager 1993), which catches up with any lead.
+
+Within a mix, the requests of one party (a token, or a call if there are no tokens) are in line one
+turn after the other, so a call with a thousand prompts delays the next party by one of them. The
+turn at which a party enters advances in the same way: by one for each round of the parties.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
+import math
 from collections.abc import Callable, Hashable, Iterator
+from operator import itemgetter
 from typing import Generic, Protocol, TypeVar
 
 
 class Grouped(Protocol):
-    """Anything that belongs to a group."""
+    """Anything that belongs to a group, and to a party that shares the group with others."""
 
     @property
     def group(self) -> Hashable: ...
 
+    @property
+    def party(self) -> Hashable: ...
+
 
 T = TypeVar("T", bound=Grouped)
+
+
+class _Line(Generic[T]):
+    """The items of one group, in the order of their turns."""
+
+    def __init__(self) -> None:
+        # Each with its turn; those of the same turn in the order in which they came.
+        self._items: list[tuple[float, T]] = []
+        # The turn at which a party enters that does not wait yet.
+        self._now = 0.0
+        # Party → number of its items and the last of their turns.
+        self._parties: dict[Hashable, tuple[int, float]] = {}
+
+    def __iter__(self) -> Iterator[T]:
+        return (item for _, item in self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def push(self, item: T) -> None:
+        count, last = self._parties.get(item.party, (0, -math.inf))
+        turn = max(self._now, last + 1)
+        self._parties[item.party] = (count + 1, turn)
+        bisect.insort_right(self._items, (turn, item), key=itemgetter(0))
+
+    def push_front(self, item: T) -> None:
+        turn = self._items[0][0] if self._items else self._now
+        count, last = self._parties.get(item.party, (0, turn))
+        self._parties[item.party] = (count + 1, last)
+        self._items.insert(0, (turn, item))
+
+    def remove(self, item: T) -> None:
+        index = next((i for i, (_, each) in enumerate(self._items) if each is item), None)
+        if index is None:
+            raise ValueError("not waiting")
+        del self._items[index]
+        self._now += 1 / len(self._parties)
+        if self._items:
+            # Items that were cancelled, not served, must not delay those who enter.
+            self._now = min(self._now, self._items[0][0] + 1)
+        count, last = self._parties.pop(item.party)
+        if count > 1:
+            self._parties[item.party] = (count - 1, last)
 
 
 class FairQueue(Generic[T]):
     """Waiting items by group. Report to ``charge`` what was served."""
 
     def __init__(self) -> None:
-        self._lines: dict[Hashable, deque[T]] = {}
+        self._lines: dict[Hashable, _Line[T]] = {}
         self._served: dict[Hashable, float] = {}
         self._running: dict[Hashable, int] = {}
         self._fair_share = 0.0
@@ -49,13 +101,13 @@ class FairQueue(Generic[T]):
             yield from line
 
     def push(self, item: T) -> None:
-        """Join the end of the group's line."""
-        self._line(item.group).append(item)
+        """Join the group's line, at the party's next turn."""
+        self._line(item.group).push(item)
         self._length += 1
 
     def push_front(self, item: T) -> None:
         """Return a preempted item to the head of its group's line."""
-        self._line(item.group).appendleft(item)
+        self._line(item.group).push_front(item)
         self._length += 1
 
     def peek(self, ready: Callable[[T], bool]) -> T | None:
@@ -110,11 +162,11 @@ class FairQueue(Generic[T]):
         """Take back a charge for tokens that were not computed after all, at once."""
         self.charge(group, -num_tokens)
 
-    def _line(self, group: Hashable) -> deque[T]:
+    def _line(self, group: Hashable) -> _Line[T]:
         line = self._lines.get(group)
         if line is None:
             self._served.setdefault(group, self._floor())
-            line = self._lines[group] = deque()
+            line = self._lines[group] = _Line()
         return line
 
     def _floor(self) -> float:

@@ -202,7 +202,8 @@ class Request:
     kept while the request waits or runs. ``answer_so_far`` are tokens that an earlier answer began
     with: this one goes on after them. ``constraint`` is what the answer must match.
     ``own_tokenizer`` made its tokens, if an adapter has one. Requests find each other's cached
-    prefixes and drafts only if their ``salt`` is the same.
+    prefixes and drafts only if their ``salt`` is the same. ``party`` tells whose turn it uses
+    while it waits (see ``FairQueue``).
     """
 
     request_id: str
@@ -219,6 +220,7 @@ class Request:
     pooling: Pooling | None = None
     own_tokenizer: AdapterTokenizer | None = None
     salt: bytes = b""
+    party: bytes = b""
 
     def __post_init__(self) -> None:
         assert not self.score or self.pooling is None, "a prompt is scored or pooled"

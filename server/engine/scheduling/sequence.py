@@ -165,6 +165,11 @@ class Sequence:
         return self.mix.key
 
     @property
+    def party(self) -> bytes:
+        """Requests of the same mix take turns by party."""
+        return self.request.party
+
+    @property
     def active_mix(self) -> Mix:
         """The adapters that act on the next token to be computed."""
         if len(self.stages) == 1:

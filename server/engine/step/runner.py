@@ -18,7 +18,7 @@ from turret.server.engine.step.executor import Computed, Executor
 from turret.server.engine.step.masks import Masks
 from turret.server.engine.step.pooler import Pooler
 from turret.server.engine.step.rows import Placed
-from turret.server.engine.step.sampler import Draw, top_of
+from turret.server.engine.step.sampler import Draw, tops_of
 from turret.server.engine.step.verification import draw_tokens, likeliest_draws
 from turret.server.errors import BudgetExceededError
 from turret.server.words import say
@@ -183,7 +183,7 @@ class Runner:
     def _scored(
         rows: torch.Tensor, targets: list[int], position: int, top_n: int
     ) -> Iterable[PromptLogprob]:
-        for offset, (row, token) in enumerate(zip(rows, targets, strict=True)):
-            yield PromptLogprob(
-                position + offset, Draw(token, float(row[token]), top_of(row, top_n))
-            )
+        found = rows.gather(1, torch.tensor(targets).unsqueeze(1))[:, 0].tolist()
+        tops = tops_of(rows, top_n)
+        for offset, (token, logprob, top) in enumerate(zip(targets, found, tops, strict=True)):
+            yield PromptLogprob(position + offset, Draw(token, logprob, top))

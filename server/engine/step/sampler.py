@@ -176,8 +176,8 @@ class Sampler:
         for row, sequence in zip(rows, sequences, strict=True):
             options = sequence.request.options
             if options.logprobs:
-                logprobs = row_log_softmax(row.unsqueeze(0))[0]
-                out.append((logprobs, top_of(logprobs, options.top_n)))
+                logprobs = row_log_softmax(row.unsqueeze(0))
+                out.append((logprobs[0], tops_of(logprobs, options.top_n)[0]))
             else:
                 out.append(None)
         return out
@@ -281,12 +281,11 @@ def _mask_own(row: torch.Tensor, mask: TokenMask | None) -> None:
         apply_token_mask(row.unsqueeze(0), torch.zeros(1, dtype=torch.int64).to(row.device), words)
 
 
-def top_of(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    """The ``count`` likeliest (token id, logprob) of ``[vocab]``, likeliest first."""
-    if count == 0:
-        return ()
-    values, ids = logprobs.topk(min(count, logprobs.shape[0]))
-    return tuple(zip(ids.tolist(), values.tolist(), strict=True))
+def tops_of(logprobs: torch.Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
+    """The ``count`` likeliest (token id, logprob) of each row, likeliest first."""
+    values, ids = logprobs.topk(min(count, logprobs.shape[1]))
+    rows = zip(ids.tolist(), values.tolist(), strict=True)
+    return [tuple(zip(*row, strict=True)) for row in rows]
 
 
 def _sample_filtered(scaled: torch.Tensor, params: SamplingParams, uniform: float) -> int:

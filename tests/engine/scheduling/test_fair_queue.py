@@ -26,6 +26,7 @@ class Item:
     group: str
     number: int = 0
     is_ready: bool = True
+    party: str = ""
 
 
 def is_ready(item: Item) -> bool:
@@ -175,6 +176,43 @@ def test_a_burst_of_a_rare_group_alternates_with_the_popular_one() -> None:
     served = [serve_one(queue).group for _ in range(40)]
     assert served.count("rare") == 20
     assert max(served[:k].count("rare") - k / 2 for k in range(1, 41)) <= 1
+
+
+def test_a_party_with_many_requests_delays_another_of_its_group_by_one() -> None:
+    queue: FairQueue[Item] = FairQueue()
+    for number in range(64):
+        queue.push(Item("base", number, party="bulk"))
+    for _ in range(10):
+        serve_one(queue)
+    for number in range(3):
+        queue.push(Item("base", number, party="other"))
+    served = [serve_one(queue) for _ in range(7)]
+    assert [item.party for item in served] == ["bulk", "other"] * 3 + ["bulk"]
+    assert [item.number for item in served if item.party == "other"] == [0, 1, 2]
+
+
+def test_requests_that_a_party_withdraws_delay_nobody() -> None:
+    queue: FairQueue[Item] = FairQueue()
+    items = [Item("base", number, party="bulk") for number in range(64)]
+    for item in items:
+        queue.push(item)
+    for item in items[32:]:
+        queue.remove(item)
+    queue.push(Item("base", party="other"))
+    assert "other" in [serve_one(queue).party for _ in range(3)]
+
+
+def test_newcomers_do_not_keep_out_a_party_of_their_group() -> None:
+    queue: FairQueue[Item] = FairQueue()
+    for number in range(50):
+        queue.push(Item("base", number, party="bulk"))
+    queue.push(Item("base", party="first"))
+    served = []
+    for number in range(100):
+        queue.push(Item("base", party=f"newcomer {number}"))
+        served.append(serve_one(queue).party)
+    # Two wait beside it in each round, and one more for each that it is served itself.
+    assert served.count("bulk") >= 10
 
 
 def queue_times(

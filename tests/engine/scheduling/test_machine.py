@@ -233,6 +233,7 @@ class Item:
     group: str
     number: int
     arrival: float = 0.0
+    party: str = ""
 
 
 def always(_: Item) -> bool:
