@@ -18,7 +18,7 @@ from turret.server.words.text import SUGGESTION
 
 # Functions that take a reason and parameters, and the parameters that they add.
 SAYERS: dict[str, set[str]] = {"say": set(), "check": set(), "_check": set(), "refuse": {"path"}}
-ROOMS = ("adapters", "api", "basics", "constraints", "engine", "http", "models", "rpc")
+ROOMS = ("adapters", "api", "basics", "constraints", "engine", "http", "hub", "models", "rpc")
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("server", "fleet", "training", "clients", "kernels")
 CATALOGUES = tuple(catalogues().values())
