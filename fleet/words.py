@@ -1,7 +1,7 @@
 """The sentences of errors that only a fleet has; the others are the server's."""
 
 from turret.server.words import adapters, http, requests, serving, start
-from turret.server.words.text import sayer
+from turret.words import sayer
 
 TEXTS = {
     # The registry

@@ -215,11 +215,9 @@ class HubError(TurretError):
     reason = "HUB_REPOSITORY"
 
     @classmethod
-    def about(cls, hub_id: object, description: str) -> HubError:
-        """The error for one repository; the message is readable on its own."""
-        return cls(
-            description, metadata={"repository": str(hub_id)}, violations=[("path", description)]
-        )
+    def of(cls, description: Text) -> HubError:
+        """The error for one repository."""
+        return cls(description, violations=[("path", description)])
 
 
 class HubUnavailableError(TurretError):

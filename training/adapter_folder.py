@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.training.errors import RunError
+from turret.training.words import say
 
 
 def write_adapter(
@@ -34,10 +35,7 @@ def write_adapter(
         kept = dtype if tensor.is_floating_point() else tensor.dtype
         tensors[name] = tensor.detach().to("cpu", kept).contiguous()
         if not bool(torch.isfinite(tensors[name]).all()):
-            raise RunError(
-                "the run diverged; lower optimizer.learning_rate (--learning-rate):"
-                f" {name} is not finite in {dtype}"
-            )
+            raise RunError(say("WEIGHT_NOT_FINITE", name=name, dtype=dtype))
     # ``save_file`` raises no OSErrors and makes files that only their owner can read.
     (folder / TENSORS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
     # Sets have no order of their own: sorting keeps the file the same from run to run.

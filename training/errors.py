@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from turret.server.basics.settings import Violation
-from turret.server.words import Text, say
+from turret.words import Text
 
 
 class TrainingError(Exception):
@@ -35,10 +35,9 @@ class ConfigError(TrainingError):
         self.path = path
 
     @classmethod
-    def of(cls, key: str, problem: str) -> ConfigError:
+    def of(cls, key: str, problem: Text) -> ConfigError:
         """One bad key."""
-        text = problem if isinstance(problem, Text) else say("INVALID", why=problem)
-        return cls(Violation(key, text))
+        return cls(Violation(key, problem))
 
 
 class ConfigFileError(ConfigError):
@@ -46,13 +45,24 @@ class ConfigFileError(ConfigError):
 
 
 class DataError(TrainingError):
-    """Names file, line and field, as ``train.jsonl:7: messages[2].role: …``."""
+    """Names file, line and field, as ``train.jsonl:7: messages[2].role: …``.
+
+    Attributes:
+        problem: What is wrong there.
+    """
+
+    def __init__(self, problem: Text, place: str = "") -> None:
+        super().__init__(f"{place}: {problem}" if place else problem)
+        self.problem = problem
 
     @classmethod
-    def of(cls, path: Path, line: int, field: str, problem: str) -> DataError:
+    def of(cls, path: Path, line: int, field: str, problem: Text) -> DataError:
         """One bad field of one example."""
-        return cls(f"{path}:{line}: {field}: {problem}")
+        return cls(problem, f"{path}:{line}: {field}")
 
 
 class RunError(TrainingError):
     """The run directory's content and what was asked for do not fit together."""
+
+    def __init__(self, text: Text) -> None:
+        super().__init__(text)

@@ -23,6 +23,7 @@ from turret.training.settings.inputs import base_place, with_ranks
 from turret.training.settings.modules import check_method
 from turret.training.settings.resolve import resolve
 from turret.training.trainer import Listener, Result, Trainer
+from turret.training.words import say
 
 
 class Announce(Protocol):
@@ -126,7 +127,7 @@ def _run_rank(config: TrainConfig, folder: Path, rank: int, announce: Announce) 
         resolved = resolve(config, folder)
         result = _train(Trainer(resolved, listen), RunFolder(Path(resolved.config.run.output)))
     if result.validation_loss is None:
-        raise RunError(f"{result.folder.path} has no validation loss")
+        raise RunError(say("NO_VALIDATION_LOSS", path=result.folder.path))
     cost = serving_cost(resolved)
     return RankResult(
         rank=rank,

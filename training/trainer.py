@@ -41,6 +41,7 @@ from turret.training.run.samples import draw_samples
 from turret.training.settings.config_file import render_config
 from turret.training.settings.fit import PROMPTS
 from turret.training.settings.resolve import Resolved
+from turret.training.words import say
 
 # Told every line of metrics.jsonl, and what happens between them: ``kind`` is ``begin`` (with
 # ``steps``), ``phase`` (with ``text``: what is under way) or ``note`` (``text`` for the reader).
@@ -209,10 +210,8 @@ class Trainer:
         )
         free = shutil.disk_usage(there).free
         if free < needed:
-            raise RunError(
-                f"{there}: the disk has {about_bytes(free)} free, and the run will write"
-                f" {about_bytes(needed)}; free some, or name another --output"
-            )
+            about = {"free": about_bytes(free), "needed": about_bytes(needed)}
+            raise RunError(say("RUN_DISK_FULL", path=there, **about))
 
     def _say(self, text: str) -> None:
         self._listen({"kind": "phase", "text": text})
@@ -316,7 +315,7 @@ class _Loop:
             loss.backward()
             total += loss.item()
         if not total < float("inf"):
-            raise RunError(f"the loss of step {step + 1} is {total}; lower optimizer.learning_rate")
+            raise RunError(say("LOSS_NOT_FINITE", step=step + 1, loss=total))
         limit = self._config.optimizer.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit)
         rate = learning_rate(step, self._num_steps, self._config.optimizer)

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from turret.training.words import say
+
 # Packages of the `train` extra.
 _EXTRA = ("peft", "accelerate", "tensorboard")
 _WIDEST = 10_000
@@ -133,11 +135,10 @@ def _init(args: argparse.Namespace) -> None:
             file.write(render_commented())
     except FileExistsError:
         if args.file.is_dir():
-            raise RunError(f"{args.file} is a directory; name a file in it") from None
-        raise RunError(f"{args.file} is there already; name another file, or remove it") from None
+            raise RunError(say("PATH_IS_A_DIRECTORY", path=args.file)) from None
+        raise RunError(say("PATH_EXISTS", path=args.file)) from None
     except FileNotFoundError:
-        folder = shlex.quote(str(args.file.parent))
-        raise RunError(f"{args.file.parent} does not exist; `mkdir -p {folder}` makes it") from None
+        raise RunError(say("PATH_MISSING", path=args.file.parent)) from None
     print(
         f"{args.file} is written; name the examples in it (data.train, now train.jsonl), then:"
         f" turret train plan {shlex.quote(str(args.file))}"
@@ -148,9 +149,9 @@ def _ranks(text: str) -> tuple[int, ...]:
     try:
         ranks = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not N,N,… of whole numbers") from None
+        raise argparse.ArgumentTypeError(say("NOT_RANKS", value=text)) from None
     if min(ranks) < 1:
-        raise argparse.ArgumentTypeError("ranks must be at least 1")
+        raise argparse.ArgumentTypeError(say("TOO_SMALL", least=1, value=min(ranks)))
     return tuple(dict.fromkeys(ranks))
 
 
@@ -161,8 +162,7 @@ class _Once(argparse.Action):
         before = getattr(namespace, self.dest)
         if before is not self.default:
             both = ",".join(str(rank) for rank in dict.fromkeys((*before, *values)))
-            why = f"stands twice (--rank is read as it is); all in one are --ranks {both}"
-            raise argparse.ArgumentError(self, why)
+            raise argparse.ArgumentError(self, say("RANKS_TWICE", value=both))
         setattr(namespace, self.dest, values)
 
 
@@ -177,7 +177,7 @@ def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> tuple[Any, Any
     from turret.training.settings.inputs import check_base, check_inputs
 
     if missing := [module for module in _EXTRA if not importlib.util.find_spec(module)]:
-        raise RunError(f"{', '.join(missing)} not installed; {how_to_add('train')}")
+        raise RunError(say("NOT_INSTALLED", packages=", ".join(missing), step=how_to_add("train")))
     config = read_config(args.config, args.set, given(args))
     use_threads(args.threads, is_background=True, niceness=args.nice)
     check_inputs(config, args.config.parent, ranks)
@@ -308,7 +308,7 @@ def _check_sweep(config: Any, output: Path, ranks: Sequence[int], data: str, bas
     from turret.training.settings.inputs import with_ranks
 
     if RunFolder(output).facts.exists():
-        raise RunError(f"{output} holds a run, and no sweep; --output DIR writes somewhere else")
+        raise RunError(say("OUTPUT_IS_A_RUN", path=output))
     for rank, each in zip(ranks, with_ranks(config, ranks), strict=True):
         run = RunFolder(rank_folder(output, rank))
         if run.facts.exists():

@@ -1,12 +1,133 @@
 """Every sentence of the trainer's errors, by its reason."""
 
-from turret.server.words import requests, start
-from turret.server.words.text import sayer
+from turret.clients import words as clients
+from turret.server.words import adapters, http, requests, serving, start
+from turret.words import Text as Text
+from turret.words import sayer
+
+_TRAINED_BASE = (
+    "pass the base that the adapter was trained on, with the --dtype and --device of training"
+)
 
 TEXTS = {
+    # The config and its values.
     "NO_CONFIG": "{path} does not exist; `turret train init` writes one",
     "NOT_KEY_VALUE": "must be TABLE.KEY=VALUE, not {value!q}",
+    "NOT_INSTALLED": "{packages} not installed; {step}",
     "LABELS_ARE_LEARNED": 'must be "completion" for a classification, whose labels are learned',
+    "ENTRIES_NOT_IN_RANGE": "must have {least} to {most} entries, not {found}",
+    "NOT_RANKS": "must be whole numbers separated by commas, not {value!q:.60}",
+    "RANKS_TWICE": "was passed more than once; use --ranks {value}",
+    # Settings that do not go together.
+    "VALUE_UNSUPPORTED_BY": "{value} is not supported by {method}",
+    "KEY_UNSUPPORTED_BY": "is not supported by {method}; its keys are {choices}",
+    "ODD_RANK": "must be even for hra, not {value}",
+    "RANK_TOO_HIGH": "must be at most {most} for {method} on these modules, not {value};"
+    " {module} is the smallest",
+    "EXCEEDS_CONTEXT": "must be at most {most}, the context length of the model, not {value}",
+    "IS_TRAINING_FILE": "{path} is data.train as well; omit it to hold out"
+    " data.validation_fraction of the examples",
+    "VALIDATION_EMPTY": "holds out none of the {found} examples in {path}, but a sweep compares"
+    " validation losses; raise it or set data.validation",
+    "SAME_COMPONENT_NAME": "two components have the same name; write NAME=DIRECTORY",
+    # Modules.
+    "PRESET_NOT_ALONE": "{value!q} cannot be combined with other targets",
+    "UNKNOWN_TARGET": "unknown module {value!q:.60}; {model_type} has {choices}, and the presets"
+    " are {presets}",
+    "NO_TARGETS": "{value!q} selects no trainable module of {model_type}; use attention",
+    "EXPERTS_UNSUPPORTED_BY": "{module} belongs to experts, which {method} cannot train; use"
+    " attention, or one of {choices}",
+    "FUSION_OF_EXPERTS": "learned_fusion does not support models with experts",
+    # The base.
+    "EXPERTS_NEED_NF4": "must be nf4 or nf4-dense for a mixture of experts",
+    "GGUF_NEEDS_NF4": "must be nf4 or nf4-dense for a GGUF file",
+    "TEXT_PART_NEEDS_NF4": "must be nf4 for the text part of a multimodal model",
+    "WEIGHTS_ARE_QUANTIZED": "must be nf4 or nf4-dense, because the weights in {path} are"
+    " quantized",
+    "NO_TEXT_MODEL": "transformers has no text-only class for {model_type}",
+    # Examples.
+    "LABEL_COUNT": "{path} has {found} different labels; {least} to {most} are supported",
+    "LABELS_NEED_CLASSIFICATION": 'requires data.task = "classification"',
+    "NO_LABEL": "has no label; a classification needs prompt and completion",
+    "UNKNOWN_LABEL": "the label {value!q:.60} is not in the training file",
+    "ALSO_IN_TRAINING": "is the same as line {line} of the training file",
+    "TOO_MANY_TOKENS": "has {found} tokens, more than data.max_length ({most})",
+    "HAS_NO_TOKENS": "has no tokens",
+    "NOTHING_TO_LEARN": "has no tokens to learn",
+    "ALL_TOO_LONG": "{path}: every example is longer than data.max_length ({most}); the shortest"
+    " has {found} tokens",
+    "NEEDS_CHAT_TEMPLATE": "requires a chat template, which this model lacks; use prompt and"
+    " completion",
+    "TEMPLATE_REWRITES": "makes the chat template change the messages before it",
+    "INVOCATION_MISSING": "does not contain the invocation {value!q:.60} before the last answer",
+    "INVOCATION_SPLIT": "contains {value!q:.60}, but not as the tokens {tokens}; choose a"
+    " method.invocation that starts and ends with special tokens or line breaks",
+    "INVOCATION_REQUIRED": "is required, because the chat template writes no text before an answer",
+    # Runs.
+    "PATH_EXISTS": "{path} already exists; choose another path or remove it",
+    "OUTPUT_UNUSABLE": "{path} {problem}; choose another --output",
+    "OUTPUT_NOT_EMPTY": "{path} is not empty and contains no run; choose another --output",
+    "OUTPUT_IS_A_RUN": "{path} contains a run, not a sweep; choose another --output",
+    "RUN_FINISHED": "{path} contains a finished run; pass --overwrite to train again",
+    "RUN_WITHOUT_REPORT": "{path} contains a finished run without its report; `{command}` writes"
+    " the report, --overwrite trains again",
+    "RUN_UNFINISHED": "{path} contains an unfinished run; pass --resume to continue it or"
+    " --overwrite to start again",
+    "NO_RUN_TO_RESUME": "{path} contains no run; omit --resume to start one",
+    "RUN_IN_USE": "another `turret train` uses {path}; wait until it ends, or choose another"
+    " --output",
+    "RUN_DIFFERS": "{path} cannot be resumed: {found}; choose another --output to start a new run",
+    "RUN_SETTINGS_DIFFER": "{path} cannot be resumed: {found}; `{command}` resumes it with its own"
+    " settings, and another --output starts a new run",
+    "DIFFERENCE": "{key} was {before} and is now {after}",
+    "DIGEST_CHANGED": "{key} has changed",
+    "EXAMPLES_CHANGED": "the examples have changed (data.digest)",
+    "NOT_A_RUN": "{path} is not a run of turret train: {why}",
+    "NO_RUN_FACTS": "{path} is not a run of turret train, because it has no {name}; pass the"
+    " directory of run.output",
+    "RUN_DISK_FULL": "the disk of {path} has {free} free, but the run needs {needed}; free some"
+    " space or choose another --output",
+    "LOSS_NOT_FINITE": "the loss of step {step} is {loss}; lower optimizer.learning_rate",
+    "WEIGHT_NOT_FINITE": "{name} is not finite in {dtype}; lower optimizer.learning_rate",
+    "REHEARSAL_KILLED": "the measuring process was killed, perhaps because memory ran out; lower"
+    " run.batch_size or data.max_length",
+    "REHEARSAL_FAILED": "the measuring process failed: {problem:.500}",
+    "NO_VALIDATION_LOSS": "{path} has no validation loss",
+    "LOHA_RANK_TOO_HIGH": "LoHa rank {rank} costs more than a dense update on a module with"
+    " {inputs} inputs and {outputs} outputs; choose a lower rank",
+    # Conversions.
+    "NOT_PEFT_FOLDER": "{path} has no {file}; pass the directory that PEFT's save_pretrained wrote",
+    "NOT_CONVERTED": "{path}: peft_type {value!q:.60} cannot be converted, only {choices};"
+    " `turret serve` may serve the adapter as it is",
+    "NEEDS_BASE": "{method} requires --base, the model that the adapter was trained on",
+    "BASE_IS_GGUF": "{path} is a GGUF file; pass the checkpoint that the adapter was trained on",
+    "BASE_NOT_FOUND": "{path} does not exist; pass the directory of the base model or its hub id,"
+    " org/name",
+    "BASE_IS_4BIT": "{path} is 4-bit; pass the 16-bit or 32-bit checkpoint that the adapter was"
+    " trained on",
+    "TENSOR_QUANTIZED": "{name} is {dtype}, which is quantized",
+    "LORA_COUNT": "the adapter consists of {expected} LoRAs, but {found} were passed",
+    "XLORA_NO_LORAS": "adapters must be an object that names the LoRAs",
+    "XLORA_NAME": "adapters has the name {value!q:.60}, but PEFT supports only numbers from 0",
+    "XLORA_NUMBERS": "xlora_depth and xlora_dropout_p must be numbers",
+    "XLORA_NO_CLASSIFIER": "{name} is in none of the adapter's files, because PEFT 0.20 and later"
+    " omit it from {path}; save the adapter again",
+    "XLORA_TRAINED_LORAS": "LoRA {number} was trained too (use_trainable_adapters), but PEFT 0.20"
+    " and later do not save all of its layers; save the adapter with PEFT 0.19",
+    "XLORA_NO_ORIGINAL": "PEFT 0.20 and later do not save all layers of LoRA {number}, and {path},"
+    " from which it was made, is not an adapter; pass all LoRAs in order, each with --lora",
+    "XLORA_OTHER_LORA": "{path} is not LoRA {number}: {name} differs",
+    "ADAMSS_CLUSTERS": "{name}: the base gives clusters of {expected} rows, but the file has"
+    f" {{found}}; {_TRAINED_BASE}",
+    "ADAMSS_OTHER_WEIGHT": f"{{path}}: adamss_newB belongs to another weight; {_TRAINED_BASE}",
 }
 
-say = sayer(requests.TEXTS, start.TEXTS, TEXTS)
+say = sayer(
+    clients.TEXTS,
+    requests.TEXTS,
+    adapters.TEXTS,
+    serving.TEXTS,
+    http.TEXTS,
+    start.TEXTS,
+    TEXTS,
+)

@@ -12,72 +12,71 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turret.closest import closest, did_you_mean
+from turret.clients.words import Text, say
+from turret.closest import closest
 
 # Recognition of missing files and of files in other formats than JSON Lines.
 
 _KINDS = {
-    codecs.BOM_UTF16_LE: "is UTF-16 text; save it as UTF-8",
-    codecs.BOM_UTF16_BE: "is UTF-16 text; save it as UTF-8",
-    b"\x1f\x8b": "is compressed; `gunzip` it first",
-    b"PK\x03\x04": "is a ZIP archive or a spreadsheet; write its rows as JSON, one object a line",
-    b"PAR1": "is a Parquet file; write its rows as JSON, one object a line",
+    codecs.BOM_UTF16_LE: "FILE_IS_UTF16",
+    codecs.BOM_UTF16_BE: "FILE_IS_UTF16",
+    b"\x1f\x8b": "FILE_IS_COMPRESSED",
+    b"PK\x03\x04": "FILE_IS_ZIP",
+    b"PAR1": "FILE_IS_PARQUET",
 }
 _CONFIGS = (".toml", ".yaml", ".yml")
-_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_DELIMITERS = ",;\t"
 
 _FEW = 4
 
 
-def near_files(path: Path) -> str:
-    """The end of a message about a missing file: similar files in its directory."""
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        return f"; there is no directory {folder}"
+def missing_file(path: Path) -> Text:
+    """Reports a missing file, and similar files in its directory."""
+    path = path.absolute()
+    if not path.parent.is_dir():
+        return say("FOLDER_MISSING", path=path.parent)
     try:
-        there = sorted(each.name for each in folder.glob(f"*{path.suffix}") if each.is_file())
+        there = sorted(each.name for each in path.parent.glob(f"*{path.suffix}") if each.is_file())
     except OSError:
-        return ""
+        there = []
     stems = {Path(name).stem: name for name in there}
     if near := closest(path.stem, stems):
-        return f"; did you mean {stems[near]!r}?"
-    more = ", …" if len(there) > _FEW else ""
-    return f"; its directory has {', '.join(there[:_FEW])}{more}" if path.suffix and there else ""
+        return say("PATH_MISSING", path=path, closest=stems[near])
+    if not (path.suffix and there):
+        return say("PATH_MISSING", path=path)
+    names = ", ".join(there[:_FEW]) + (", …" if len(there) > _FEW else "")
+    return say("PATH_MISSING_BESIDE", path=path, names=names)
 
 
-def other_kind(path: Path, data: bytes) -> str:
-    """What a file is and what to do with it, such as ``is compressed; …``; "" for JSON Lines.
+def other_kind(path: Path, data: bytes) -> Text | None:
+    """Reports a file that is not JSON Lines; None for one that may be.
 
     Args:
         path: As commands name it.
         data: All of it, or as much as its first two lines have.
     """
     if path.suffix in _CONFIGS:
-        return "is a config by its name, and no examples; those are a JSON object a line (.jsonl)"
-    for start, problem in _KINDS.items():
+        return say("FILE_IS_A_CONFIG")
+    for start, reason in _KINDS.items():
         if data.startswith(start):
-            return problem
+            return say(reason)
+    shown = shlex.quote(str(path))
     text = data.removeprefix(codecs.BOM_UTF8).lstrip()
     if text.startswith(b"["):
-        of_objects = text[1:].lstrip().startswith((b"{", b"]"))
-        step = f"`jq -c '.[]' {shlex.quote(str(path))} >NEW.jsonl` writes its objects one a line"
-        return f"is a JSON array; {step if of_objects else 'every line must be a JSON object'}"
+        if not text[1:].lstrip().startswith((b"{", b"]")):
+            return say("FILE_IS_AN_ARRAY")
+        return say("FILE_IS_AN_ARRAY_OF_OBJECTS", command=f"jq -c '.[]' {shown} >NEW.jsonl")
     first, _, rest = text.partition(b"\n")
     if first.startswith((b"{", b'"{')):
-        return ""
+        return None
     head, row = (line.decode("utf-8", "replace") for line in (first, rest.partition(b"\n")[0]))
-    for delimiter, name in _DELIMITERS.items():
+    for delimiter in _DELIMITERS:
         if delimiter in head and delimiter in row:
-            return _table(path, delimiter, name)
-    return ""
-
-
-def _table(path: Path, delimiter: str, name: str) -> str:
-    given = "" if delimiter == "," else f", delimiter={delimiter!r}"
-    reader = f"csv.DictReader(sys.stdin{given})"
-    code = f"import csv, json, sys; [print(json.dumps(row)) for row in {reader}]"
-    command = f'python3 -c "{code}" <{shlex.quote(str(path))} >NEW.jsonl'
-    return f"is a table with {name} (CSV); `{command}` makes lines of it"
+            given = "" if delimiter == "," else f", delimiter={delimiter!r}"
+            reader = f"csv.DictReader(sys.stdin{given})"
+            code = f"import csv, json, sys; [print(json.dumps(row)) for row in {reader}]"
+            return say("FILE_IS_A_TABLE", command=f'python3 -c "{code}" <{shown} >NEW.jsonl')
+    return None
 
 
 # Reads a test set: JSON Lines with questions and the answers that are right.
@@ -126,20 +125,16 @@ def read_eval_set(
         RowError: A row has another form, or there is none.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path.absolute()} does not exist{near_files(path)}")
+        raise FileNotFoundError(missing_file(path))
     if path.is_dir():
-        near = near_files(Path(f"{path}.jsonl"))
-        raise IsADirectoryError(
-            f"{path} is a directory; a test set is a JSONL file of examples{near}"
-        )
+        raise IsADirectoryError(say("PATH_IS_A_DIRECTORY", path=path))
     examples: list[EvalExample] = []
     for row in read_rows(path, is_learned=False):
         if len(examples) == limit:
             break
         examples.append(_example(row, is_raw=is_raw))
         if (examples[-1].labels is None) != (examples[0].labels is None):
-            problem = "all rows have labels in place of answers, or none has"
-            raise RowError(path, row.line, "labels", problem)
+            raise row.error("labels", say("MIXED_LABELS"))
     return examples
 
 
@@ -165,21 +160,34 @@ def _chat(row: Row) -> EvalExample:
     if is_labelled:
         return EvalExample(row.line, said, "", row.labels())
     if len(said) == 1:
-        raise row.error("messages", "nothing stands before the answer")
+        raise row.error("messages", say("NOTHING_BEFORE_ANSWER"))
     return EvalExample(row.line, said[:-1], said[-1][1])
 
 
 ROLES = ("system", "user", "assistant")
 _HALF = re.compile("[\ud800-\udfff]")
-_LABELS = "labels in an answer's place"
 
 
 class RowError(ValueError):
-    """A file of examples that cannot be used; the text names file, line and field."""
+    """A file of examples that cannot be used; the message names file, line and field.
 
-    def __init__(self, path: Path, line: int | None, field: str | None, problem: str) -> None:
-        place = str(path) if line is None else f"{path}:{line}"
-        super().__init__(f"{place}: {problem}" if field is None else f"{place}: {field}: {problem}")
+    Attributes:
+        path: The file.
+        line: From 1; None if the whole file is at fault.
+        field: What of the line; None if the whole file is at fault.
+        problem: What is wrong with it.
+        place: File, line and field, as the message has them.
+    """
+
+    def __init__(self, path: Path, line: int | None, field: str | None, problem: Text) -> None:
+        self.place = ":".join(map(str, (path, line))) if line is not None else str(path)
+        if field is not None:
+            self.place = f"{self.place}: {field}"
+        super().__init__(f"{self.place}: {problem}")
+        self.path = path
+        self.line = line
+        self.field = field
+        self.problem = problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,13 +207,13 @@ class Row:
     values: dict[str, Any]
     is_learned: bool
 
-    def error(self, field: str, problem: str) -> RowError:
+    def error(self, field: str, problem: Text) -> RowError:
         """What is wrong with a field of this line."""
         return RowError(self.path, self.line, field, problem)
 
     def shape_error(self) -> RowError:
         """Why this line has none of the known shapes, and what its keys should be called."""
-        keys, holds = set(self.values), f"a line holds {shapes(is_learned=self.is_learned)}"
+        keys = set(self.values)
         asked = "messages" if "messages" in keys else "prompt"
         texts = ({"text"},) if self.is_learned else ()
         labelled = ({asked, "labels"},) if "labels" in keys else ()
@@ -213,35 +221,34 @@ class Row:
         for shape in filter(keys.intersection, known):
             others, missing = sorted(keys - shape), sorted(shape - keys)
             if not others or not (self.is_learned or missing):
-                return self.error(missing[0], f"is missing; {holds}")
-            meant = did_you_mean(others[0], missing)
-            return self.error(others[0], f"is unexpected here; {holds}{meant}")
-        there = f"; it holds {', '.join(sorted(keys)):.80}" if keys else ""
-        near = (did_you_mean(key, set().union(*known)) for key in sorted(keys))
-        meant = next(filter(None, near), "")
-        return self.error("line", f"must hold {shapes(is_learned=self.is_learned)}{there}{meant}")
+                return self.error(missing[0], say("MISSING_KEY", keys=_keys(self.is_learned)))
+            near = closest(others[0], missing)
+            text = say("UNEXPECTED_KEY", keys=_keys(self.is_learned), closest=near)
+            return self.error(others[0], text)
+        found = (closest(key, set().union(*known)) for key in sorted(keys))
+        near = next(filter(None, found), None)
+        text = say("NOT_AN_EXAMPLE", keys=_keys(self.is_learned), closest=near)
+        return self.error("line", text)
 
     def text(self, field: str, value: Any, *, may_be_empty: bool = False) -> str:
         """A value that is a text."""
         if not isinstance(value, str):
-            shown = "null" if value is None else f"{value!r:.40}"
-            raise self.error(field, f"must be a string, not {shown}")
+            raise self.error(field, say("NOT_A_STRING", value=_shown(value)))
         if half := _HALF.search(value):
-            problem = f"holds half of a character, \\u{ord(half[0]):x}; write its other half too"
-            raise self.error(field, problem)
+            raise self.error(field, say("HALF_CHARACTER", value=f"\\u{ord(half[0]):x}"))
         if not value and not (may_be_empty and self.is_learned):
-            raise self.error(field, "is empty")
+            raise self.error(field, say("EMPTY"))
         return value
 
     def labels(self) -> tuple[str, ...]:
         """All labels that hold, each once."""
         labels = self.values["labels"]
         if not isinstance(labels, list):
-            raise self.error("labels", f"must be a list of texts, not {labels!r:.40}")
+            raise self.error("labels", say("NOT_A_LIST", value=_shown(labels)))
         for index, label in enumerate(labels):
             self.text(f"labels[{index}]", label)
             if label in labels[:index]:
-                raise self.error(f"labels[{index}]", f"is {label!r:.40} once more")
+                raise self.error(f"labels[{index}]", say("DUPLICATE", value=label[:40]))
         return tuple(labels)
 
     def turns(self, *, is_answered: bool = True) -> tuple[dict[str, str], ...]:
@@ -252,41 +259,34 @@ class Row:
         """
         value = self.values["messages"]
         if not isinstance(value, list):
-            raise self.error("messages", f"must be a list of messages, not {value!r:.40}")
+            raise self.error("messages", say("NOT_A_LIST", value=_shown(value)))
         if not value:
-            problem = "is empty; the user's message and the answer stand in it, or remove the line"
-            if not is_answered:
-                problem = "is empty; what the labels are of stands in it, or remove the line"
-            raise self.error("messages", problem)
+            raise self.error("messages", say("EMPTY"))
         turns = tuple(self._turn(f"messages[{i}]", turn) for i, turn in enumerate(value))
         if (turns[-1]["role"] == "assistant") != is_answered:
-            does = "learned" if self.is_learned else "judged"
-            problem = f"the last message must be the assistant's: it is what is {does}"
-            if not is_answered:
-                problem = (
-                    f"the last message must not be the assistant's: the labels are what is {does}"
-                )
+            problem = say("LAST_IS_NO_ANSWER" if is_answered else "LAST_IS_ANSWER")
             raise self.error(f"messages[{len(turns) - 1}].role", problem)
         return turns
 
     def _turn(self, field: str, turn: Any) -> dict[str, str]:
         keys = set(turn) if isinstance(turn, dict) else set()
         if keys != {"role", "content"} and (self.is_learned or not keys >= {"role", "content"}):
-            alone = " alone" if self.is_learned else ""
-            raise self.error(field, f"must be an object with role and content{alone}")
+            raise self.error(field, say("MESSAGE_HAS_MORE" if self.is_learned else "NOT_A_MESSAGE"))
         role = turn["role"]
         if self.is_learned and role not in ROLES:
-            problem = f"must be one of {', '.join(ROLES)}, not {role!r:.40}"
-            raise self.error(f"{field}.role", problem)
+            text = say("NOT_ONE_OF", choices=", ".join(ROLES), value=role)
+            raise self.error(f"{field}.role", text)
         may_be_empty = role != "assistant"
         content = self.text(f"{field}.content", turn["content"], may_be_empty=may_be_empty)
         return {"role": self.text(f"{field}.role", role), "content": content}
 
 
-def shapes(*, is_learned: bool) -> str:
-    """A description of the shapes that a line may have."""
-    text = "or text, " if is_learned else ""
-    return f"messages, or prompt and completion, {text}or {_LABELS}"
+def _shown(value: Any) -> str:
+    return f"{json.dumps(value, ensure_ascii=False):.40}"
+
+
+def _keys(is_learned: bool) -> Text:
+    return say("TRAINING_EXAMPLE_KEYS" if is_learned else "EXAMPLE_KEYS")
 
 
 def read_rows(path: Path, *, is_learned: bool) -> Iterator[Row]:
@@ -309,13 +309,12 @@ def read_rows(path: Path, *, is_learned: bool) -> Iterator[Row]:
         try:
             text = raw.decode()
         except UnicodeDecodeError as error:
-            problem = f"no UTF-8: {error.reason}"
-            raise RowError(path, line, f"byte {error.start + 1}", problem) from error
+            raise RowError(path, line, f"byte {error.start + 1}", say("NOT_UTF8")) from error
         if text.strip():
             is_empty = False
             yield Row(path, line, _json_object(path, line, text, is_learned), is_learned)
     if is_empty:
-        problem = f"holds no example; a line is a JSON object with {shapes(is_learned=is_learned)}"
+        problem = say("NO_EXAMPLES", keys=_keys(is_learned))
         raise RowError(path, None, None, problem)
 
 
@@ -323,33 +322,32 @@ def _json_object(path: Path, line: int, text: str, is_learned: bool) -> dict[str
     def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         counts = Counter(key for key, _ in pairs)
         if twice := next((key for key, count in counts.items() if count > 1), None):
-            raise RowError(path, line, twice, "stands twice in one object")
+            raise RowError(path, line, twice, say("DUPLICATE_KEY"))
         return dict(pairs)
 
     try:
         row = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        step = _how_to_mend(text.strip(), path)
-        problem = f"no JSON: {error.msg}; every line must be a JSON object by itself{step}"
+        problem = _no_json(error.msg, text.strip(), path)
         raise RowError(path, line, f"column {error.colno}", problem) from error
     except RowError:
         raise
     except (RecursionError, ValueError) as error:
         # The line nests too deeply, or has a number of thousands of digits.
-        raise RowError(path, line, "line", f"no JSON that can be read: {error}") from error
+        raise RowError(path, line, "line", say("NOT_JSON", problem=error)) from error
     if not isinstance(row, dict):
-        problem = f"must be a JSON object with {shapes(is_learned=is_learned)}"
-        raise RowError(path, line, "line", problem)
+        raise RowError(path, line, "line", say("NOT_AN_EXAMPLE", keys=_keys(is_learned)))
     return row
 
 
-def _how_to_mend(text: str, path: Path) -> str:
-    """How to turn an invalid line into JSON, for common mistakes."""
+def _no_json(problem: str, text: str, path: Path) -> Text:
+    """Reports a line that is not JSON, and how to mend common mistakes."""
     if text.startswith("{'"):
-        return ", with keys and texts in double quotes"
+        return say("SINGLE_QUOTES", problem=problem)
     if text.endswith("},"):
-        return ", without a comma behind it"
+        return say("TRAILING_COMMA", problem=problem)
     # Either an object spans several lines, or a line contains several objects.
     if text == "{" or "}{" in text.replace(" ", ""):
-        return f"; `jq -c . {shlex.quote(str(path))} >NEW.jsonl` writes them so"
-    return ""
+        command = f"jq -c . {shlex.quote(str(path))} >NEW.jsonl"
+        return say("NOT_ONE_OBJECT", problem=problem, command=command)
+    return say("LINE_NOT_JSON", problem=problem)

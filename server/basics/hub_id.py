@@ -32,6 +32,11 @@ _ID = re.compile(rf"({_PART})/({_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/+-]{{0,254}}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+def not_a_hub_id(text: str) -> Text:
+    """Reports that a text names no repository."""
+    return say("NOT_A_HUB_ID", value=text[:200])
+
+
 @dataclass(frozen=True, slots=True)
 class HubId:
     """A repository, and which state of it.
@@ -56,7 +61,7 @@ class HubId:
         match = _ID.fullmatch(text)
         # A rule of the hub, whose cache separates the parts of a directory name with two dashes.
         if match is None or ".." in text or "--" in text.partition("@")[0]:
-            raise ValueError(say("NOT_A_HUB_ID", value=text[:200]))
+            raise ValueError(not_a_hub_id(text))
         return cls(*match.groups())
 
     @classmethod

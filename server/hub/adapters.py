@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from turret.server.adapters.checkpoint.adapter_root import refuse
+from turret.server.adapters.checkpoint.no_adapter import refuse_missing_tensors
 from turret.server.adapters.source import (
     CONFIG_FILE,
     PROVENANCE_FILE,
@@ -15,15 +17,15 @@ from turret.server.adapters.source import (
     TOKENIZER_FILES,
 )
 from turret.server.basics.files import reporting_disk_faults
-from turret.server.basics.hub_id import HUB_SCHEME, HubId
+from turret.server.basics.hub_id import HUB_SCHEME, HubId, not_a_hub_id
 from turret.server.errors import (
-    AdapterCheckpointError,
     BudgetExceededError,
     HubUnavailableError,
     QueueFullError,
 )
 from turret.server.hub.download import download
 from turret.server.hub.repository import Repository, cache_dir, find_repository
+from turret.server.words import say
 
 # Value of --adapter-hub that allows every organisation.
 ANY = "*"
@@ -143,31 +145,29 @@ class AdapterHub:
 
     def _check_size(self, path: str, size: int) -> None:
         if size > self._max_bytes:
+            most = self._max_bytes
             raise BudgetExceededError(
-                f"adapter {path!r} has {size} bytes, at most {self._max_bytes} are taken"
-                " (--max-upload-bytes)",
-                metadata={"path": path, "bytes": str(size)},
+                say("UPLOAD_TOO_LARGE", path=path, bytes=size, max_upload_bytes=most)
             )
 
     def _checked(self, path: str) -> HubId:
         if not self._allowed:
-            raise _refuse(
-                path,
-                "cannot be loaded: the server was started without --adapter-hub, which names the"
-                " organisations whose adapters it may fetch",
-            )
-        try:
-            hub_id = HubId.parse(path.removeprefix(HUB_SCHEME))
-        except ValueError:
-            raise _refuse(path, "is neither hub:org/name nor hub:org/name@revision") from None
+            raise refuse(path, say("HUB_NOT_ALLOWED"))
+        name = path.removeprefix(HUB_SCHEME)
+        hub_id = HubId.find(name)
+        if hub_id is None:
+            raise refuse(path, not_a_hub_id(name))
         if self._allowed.isdisjoint((ANY, hub_id.org)):
-            names = ", ".join(sorted(self._allowed))
-            raise _refuse(path, f"is of {hub_id.org}; --adapter-hub allows {names}")
+            choices = ", ".join(sorted(self._allowed))
+            raise refuse(
+                path,
+                say("HUB_ORGANISATION_NOT_ALLOWED", organisation=hub_id.org, choices=choices),
+            )
         return hub_id
 
     def _download(self, path: str, repository: Repository, names: Sequence[str], size: int) -> None:
         if not self._places.acquire(blocking=False):
-            raise QueueFullError(f"{MAX_DOWNLOADS} downloads from the hub are under way already")
+            raise QueueFullError(say("TOO_MANY_DOWNLOADS", most=MAX_DOWNLOADS))
         seconds = LEAST_SECONDS + size / LEAST_BYTES_PER_SECOND
         ends_at = time.monotonic() + seconds
         left, failures = size, []
@@ -193,11 +193,12 @@ class AdapterHub:
         thread.start()
         thread.join(seconds)
         if left < 0:
-            raise HubUnavailableError(f"{path}: more bytes came than the hub announced")
+            raise HubUnavailableError(say("HUB_SENT_TOO_MUCH", path=path))
         if thread.is_alive() or (failures and isinstance(failures[0], _Stopped)):
+            name = repository.id.repository
+            found = size - left
             raise HubUnavailableError(
-                f"{path}: {size - left} of {size} bytes came in {seconds:.0f} seconds; try again,"
-                f" or run hf download {repository.id.repository} on the server's machine"
+                say("HUB_TOO_SLOW", path=path, found=found, needed=size, seconds=seconds, name=name)
             )
         if failures:
             raise failures[0]
@@ -212,28 +213,13 @@ def _names(path: str, files: Mapping[str, int]) -> list[str]:
     """The files to fetch.
 
     Raises:
-        AdapterCheckpointError: The two that an adapter has are not there; says what is.
+        AdapterCheckpointError: The config or the tensors of an adapter are missing.
     """
-    lacking = [name for name in _NEEDED if name not in files]
-    if not lacking:
-        return [name for name in (*_NEEDED, PROVENANCE_FILE) if name in files]
     below = sorted(name for name in files if name.endswith(f"/{CONFIG_FILE}"))
-    pickles = sorted(name for name in files if "/" not in name and name.endswith(".bin"))
-    if CONFIG_FILE in lacking and below:
-        why = f"is no adapter, but {below[0].rpartition('/')[0]} in it is; load it from a directory"
-    elif CONFIG_FILE in lacking:
-        why = f"is no adapter: the repository has no {CONFIG_FILE}"
-    elif pickles:
-        why = (
-            f"has {pickles[0]} and no {TENSORS_FILE}: pickle files are never read; PEFT's"
-            f" save_pretrained(…, safe_serialization=True) writes {TENSORS_FILE}"
-        )
-    else:
-        why = f"has no {TENSORS_FILE}"
-    raise _refuse(path, why)
-
-
-def _refuse(path: str, why: str) -> AdapterCheckpointError:
-    return AdapterCheckpointError(
-        f"path {path!r:.200} {why}", metadata={"path": path[:200]}, violations=[("path", why)]
-    )
+    if CONFIG_FILE not in files and below:
+        raise refuse(path, say("ADAPTER_BELOW_TOP", folder=below[0].rpartition("/")[0]))
+    if CONFIG_FILE not in files:
+        raise refuse(path, say("NOT_AN_ADAPTER"))
+    if TENSORS_FILE not in files:
+        refuse_missing_tensors(path, sorted(name for name in files if "/" not in name))
+    return [name for name in (*_NEEDED, PROVENANCE_FILE) if name in files]

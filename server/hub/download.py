@@ -12,6 +12,7 @@ from turret.server.basics.hub_id import HubId
 from turret.server.errors import HubUnavailableError
 from turret.server.hub.faults import refusal
 from turret.server.hub.repository import ASK_SECONDS, Repository, cache_dir
+from turret.server.words import say
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ def _fetch(hub_id: HubId, name: str, on_bytes: OnBytes) -> None:
         if error.errno is not None:
             raise
         # The bytes that arrived differ from what the hub announced.
-        raise HubUnavailableError(f"{name} of {hub_id} did not arrive whole: {error}") from None
+        text = say("HUB_FILE_INCOMPLETE", file=name, repository=hub_id, problem=error)
+        raise HubUnavailableError(text) from None
 
 
 def _bar(on_bytes: OnBytes) -> Any:

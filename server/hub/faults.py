@@ -1,4 +1,4 @@
-"""Turns the errors of huggingface_hub into messages with a next step."""
+"""Turns the errors of huggingface_hub into errors of the server."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from turret.server.basics.hub_id import HubId
 from turret.server.errors import HubError, HubUnavailableError
-
-_TOKEN = "set HF_TOKEN or run hf auth login"
+from turret.server.words import say
 
 
 def refusal(hub_id: HubId, error: Exception) -> HubError | HubUnavailableError:
@@ -23,47 +22,36 @@ def refusal(hub_id: HubId, error: Exception) -> HubError | HubUnavailableError:
         RevisionNotFoundError,
     )
 
-    where, name = _without_password(constants.ENDPOINT), hub_id.repository
+    about = {
+        "repository": str(hub_id),
+        "name": hub_id.repository,
+        "hub": without_password(constants.ENDPOINT),
+    }
     if isinstance(error, OfflineModeIsEnabled):
-        return HubUnavailableError(
-            f"{hub_id} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE keeps it"
-            f" from being fetched; unset it, or bring the files there with hf download {name}"
-        )
+        return HubUnavailableError(say("HUB_OFFLINE", folder=constants.HF_HUB_CACHE, **about))
     # Check for this class first: it is a subclass of RepositoryNotFoundError.
     if isinstance(error, GatedRepoError):
-        return HubError.about(
-            hub_id, f"{name} is gated: accept its terms at {where}/{name}, then {_TOKEN}"
-        )
+        return HubError.of(say("HUB_GATED", **about))
     if isinstance(error, DisabledRepoError):
-        return HubError.about(hub_id, f"{name} was disabled by {where}")
+        return HubError.of(say("HUB_DISABLED", **about))
     if isinstance(error, RevisionNotFoundError):
-        return HubError.about(
-            hub_id, f"{name} has no revision {hub_id.revision!r}; see {where}/{name}"
-        )
+        return HubError.of(say("HUB_NO_REVISION", revision=hub_id.revision, **about))
     if isinstance(error, RemoteEntryNotFoundError):
-        return HubError.about(hub_id, f"{hub_id} lacks a file that it lists; see {where}/{name}")
+        return HubError.of(say("HUB_FILE_GONE", **about))
     if isinstance(error, RepositoryNotFoundError):
-        return HubError.about(
-            hub_id,
-            f"{where} has no model {name!r} that this machine may see; check its spelling, and if"
-            f" it is private, {_TOKEN}",
-        )
+        return HubError.of(say("HUB_NO_REPOSITORY", **about))
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         if status in (401, 403):
-            return HubError.about(
-                hub_id, f"{where} refuses {name} to this machine's token ({status}); {_TOKEN}"
-            )
-        if status < 500 and status not in (408, 429):
-            return HubError.about(hub_id, f"{where} answered {status} when asked for {hub_id}")
-        return HubUnavailableError(f"{where} answered {status} when asked for {hub_id}")
-    return HubUnavailableError(
-        f"{where} cannot be reached for {hub_id} ({type(error).__name__}: {error!s:.200}); check"
-        " the network, HF_ENDPOINT and the proxy's variables"
-    )
+            return HubError.of(say("HUB_FORBIDDEN", status=status, **about))
+        text = say("HUB_STATUS", status=status, **about)
+        is_final = status < 500 and status not in (408, 429)
+        return HubError.of(text) if is_final else HubUnavailableError(text)
+    problem = f"{type(error).__name__}: {error!s:.200}"
+    return HubUnavailableError(say("HUB_NOT_REACHED", problem=problem, **about))
 
 
-def _without_password(url: str) -> str:
+def without_password(url: str) -> str:
     """A mirror's address without the user name and password, as clients may see it."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

@@ -16,7 +16,8 @@ from pathlib import Path
 from turret.server import log
 from turret.server.basics.hub_id import HubId
 from turret.server.errors import HubError, HubUnavailableError
-from turret.server.hub.faults import refusal
+from turret.server.hub.faults import refusal, without_password
+from turret.server.words import say
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def find_repository(hub_id: HubId, *, may_be_old: bool) -> Repository:
         HubUnavailableError: The hub does not answer, and the cache has nothing.
     """
     import httpx2
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
@@ -87,7 +88,8 @@ def find_repository(hub_id: HubId, *, may_be_old: bool) -> Repository:
             )
         return cached
     if info.sha is None or not hub_id.at(info.sha).is_commit:
-        raise HubError.about(hub_id, f"the hub names no commit of {hub_id}")
+        hub = without_password(constants.ENDPOINT)
+        raise HubError.of(say("HUB_NO_COMMIT", hub=hub, repository=hub_id))
     files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     _remember(hub_id, info.sha)
     return Repository(hub_id.at(info.sha), files)

@@ -1,7 +1,7 @@
 """Every sentence of the server's errors, by its reason."""
 
-from turret.server.words import adapters, http, requests, serving, start
-from turret.server.words.text import Text as Text
-from turret.server.words.text import sayer
+from turret.server.words import adapters, http, hub, requests, serving, start
+from turret.words import Text as Text
+from turret.words import sayer
 
-say = sayer(requests.TEXTS, adapters.TEXTS, serving.TEXTS, http.TEXTS, start.TEXTS)
+say = sayer(requests.TEXTS, adapters.TEXTS, serving.TEXTS, http.TEXTS, hub.TEXTS, start.TEXTS)

@@ -88,7 +88,6 @@ TEXTS: dict[str, str] = {
     "CANNOT_READ": "cannot be read: {why}",
     "READ_FORBIDDEN": "cannot be read by the server's user {user}; allow it with chmod -R a+rX",
     "NO_FILE_OPENS": "the server cannot open files: {why}",
-    "NOT_UTF8": "is not UTF-8",
     "INVALID_SAFETENSORS": "is not a valid safetensors file: {why}",
     "FILE_TOO_LARGE": "has more than {most} bytes",
     "FILE_CUT_SHORT": "ends after {found} of {needed} bytes; copy it again",

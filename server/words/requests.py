@@ -1,25 +1,12 @@
 """What is wrong with a request: its fields, its size, what it names."""
 
 TEXTS = {
-    "DID_YOU_MEAN": "; did you mean {closest!q}?",
     # Any field.
-    "UNKNOWN_FIELD": "unknown field",
-    "REQUIRED": "is required",
     "ONE_REQUIRED": "one of these is required: {choices}",
-    "NEEDS_FIELD": "requires {other}",
-    "CONFLICTS_WITH": "cannot be combined with {other}",
-    "EMPTY": "must not be empty",
-    "DUPLICATE": "{value!q} is listed more than once",
     "LACKS": "must include {required}",
-    "NOT_ONE_OF": "must be one of {choices}, not {value!q}",
-    "NOT_IN_RANGE": "must be between {least!q:.30} and {most!q:.30}, not {value!q:.30}",
     "NOT_IN_RANGE_ABOVE": "must be greater than {above:g} and at most {most:g}, not {value:g}",
-    "NOT_ABOVE": "must be greater than {bound}, not {value}",
-    "TOO_SMALL": "must be at least {least}, not {value}",
-    "TOO_LARGE": "must be at most {most}, not {value}",
     "EXCEEDS_FIELD": "must be at most {other} ({most}), not {value}",
     "TOO_MANY_ENTRIES": "must have at most {most} entries, not {found}",
-    "TOO_MANY_CHARACTERS": "must have at most {most} characters, not {found}",
     "TOO_MANY_BYTES": "must have at most {most} bytes, not {found}",
     "TOO_MANY_NUMBERS": "{found} inputs with {numbers} numbers each exceed the limit of"
     " {most_numbers} numbers in an answer; send at most {most} inputs",
@@ -28,8 +15,6 @@ TEXTS = {
     "HOLDS_NUL": "must not contain a NUL character",
     "NOT_PRINTABLE_ASCII": "must be at most {most} printable ASCII characters",
     "NOT_MATCHING": "must match {pattern}",
-    "NOT_JSON": "is not valid JSON: {problem}",
-    "NOT_A_JSON_OBJECT": "must be a JSON object",
     "NOT_AN_ADAPTER_NAME": "{value!q} is not a valid adapter name; use at most 128 lower-case"
     ' letters, digits, ".", "_" and "-", with a letter or digit at both ends',
     "NOT_A_HUB_ID": "{value!q} is not of the form org/name or org/name@revision",

@@ -4,11 +4,6 @@ TEXTS = {
     "INVALID": "{why}",
     "UNKNOWN_VARIABLE": "is not a setting of turret",
     "NOT_A_TABLE": "must be a table, not {value}",
-    "NOT_A_LIST": "must be a list, not {value}",
-    "NOT_A_STRING": "must be a string, not {value}",
-    "NOT_A_WHOLE_NUMBER": "must be a whole number, not {value}",
-    "NOT_A_NUMBER": "must be a number, not {value}",
-    "NOT_TRUE_OR_FALSE": "must be true or false, not {value}",
     "NOT_A_SIZE": "must be a size such as 512MiB, 2GB or 1048576, not {value!q}",
     "NOT_A_DURATION": "must be a duration such as 2.5, 30s or 5min, not {value}",
     "NOT_AN_ADDRESS": "must be HOST:PORT with a port from 0 to 65535, an IPv6 host in brackets,"
@@ -21,13 +16,11 @@ TEXTS = {
     "NOT_BELOW": "must be less than {bound}, not {value}",
     "ADDRESS_EXPOSED": "{value} can be reached from other machines: set --tls-cert, --tls-key and"
     " --token-file, or --insecure",
-    "FILE_UNREADABLE": "cannot read {path}: {why}",
     "NOT_TOML": "is not valid TOML: {why}",
     "MORE_THREADS_THAN_CPUS": "{value} threads share {cpus} processors, which is slower",
     "ABOVE_MEMORY": "must be at most this machine's memory, {most}, not {value}",
     "TORCH_WITHOUT_CUDA": "the installed torch supports only CPUs; `pip install torch` installs one"
     " for NVIDIA GPUs",
-    "FOLDER_MISSING": "{path} is not a directory",
     "STATE_DIR_IN_USE": "another server uses {path}; give this one a directory of its own",
     "KEY_OF_ANOTHER_CERTIFICATE": "{key} is not the key of {certificate}",
     "NOT_A_KEY_PAIR": "{certificate} and {key} must be a PEM certificate and its key without a"

@@ -14,13 +14,13 @@ from pages.sentences_page import PAGE, catalogues, rendered
 
 from turret.server import errors
 from turret.server.words import say
-from turret.server.words.text import SUGGESTION
+from turret.words import SUGGESTION
 
 # Functions that take a reason and parameters, and the parameters that they add.
 SAYERS: dict[str, set[str]] = {"say": set(), "check": set(), "_check": set(), "refuse": {"path"}}
-ROOMS = ("adapters", "api", "basics", "constraints", "engine", "http", "models", "rpc")
+ROOMS = ("adapters", "api", "basics", "constraints", "engine", "http", "hub", "models", "rpc")
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("server", "fleet", "training", "clients", "kernels")
+FOLDERS = ("src/turret", "server", "fleet", "training", "clients", "kernels")
 CATALOGUES = tuple(catalogues().values())
 TEXTS = {reason: template for each in CATALOGUES for reason, template in each.items()}
 
@@ -33,7 +33,12 @@ def said() -> Iterator[tuple[str, set[str], bool]]:
                 if not isinstance(node, ast.Call):
                     continue
                 called = getattr(node.func, "id", getattr(node.func, "attr", ""))
-                found = [each.value for each in node.args if isinstance(each, ast.Constant)]
+                parts = [
+                    each
+                    for arg in node.args
+                    for each in ([arg.body, arg.orelse] if isinstance(arg, ast.IfExp) else [arg])
+                ]
+                found = [each.value for each in parts if isinstance(each, ast.Constant)]
                 reasons = [each for each in found if each in TEXTS]
                 is_passed_on = getattr(node.args[0], "id", "") == "reason" if node.args else False
                 if called not in SAYERS or is_passed_on or not (reasons or called == "say"):
@@ -41,7 +46,21 @@ def said() -> Iterator[tuple[str, set[str], bool]]:
                 assert reasons, f"{path}:{node.lineno}"
                 names = {keyword.arg for keyword in node.keywords if keyword.arg}
                 names |= SAYERS[called]
-                yield reasons[0], names, None not in {k.arg for k in node.keywords}
+                for reason in reasons:
+                    yield reason, names, None not in {k.arg for k in node.keywords}
+
+
+def in_tables() -> set[str]:
+    """Reasons that are values of a dictionary, from which they are passed on."""
+    return {
+        value.value
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Dict)
+        for value in node.values
+        if isinstance(value, ast.Constant) and value.value in TEXTS
+    }
 
 
 def test_no_reason_and_no_sentence_stands_twice() -> None:
@@ -58,7 +77,7 @@ def test_each_text_has_its_parameters() -> None:
         reason: {name.partition(".")[0] for _, name, _, _ in Formatter().parse(text) if name}
         for reason, text in TEXTS.items()
     }
-    asked = {SUGGESTION}
+    asked = {SUGGESTION} | in_tables()
     for reason, names, is_all in said():
         asked.add(reason)
         # A text may leave out what only programs look at.

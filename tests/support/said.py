@@ -11,7 +11,8 @@ from turret.server.words import Text
 def texts_of(value: object) -> Iterator[Text]:
     """The texts of an error, of its violations, and those within them."""
     if isinstance(value, BaseException):
-        for part in (*value.args, *(text for _, text in getattr(value, "violations", ()))):
+        violations = (text for _, text in getattr(value, "violations", ()))
+        for part in (*value.args, getattr(value, "problem", None), *violations):
             yield from texts_of(part)
     elif isinstance(value, Text):
         yield value

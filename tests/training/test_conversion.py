@@ -23,6 +23,7 @@ from turret.training.conversion import psoft
 from turret.training.conversion.clusters import cluster_rows
 from turret.training.conversion.converter import CONVERTED
 from turret.training.conversion.kinds import KINDS
+from turret.training.words import say
 
 SEED = 123456789  # of PEFT's clusters
 PSOFT = [
@@ -159,7 +160,8 @@ def test_another_base_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     make(peft.AdamssConfig, tmp_path, **ADAMSS[0])
     tiny_llama(attention_bias=True, seed=1).save_pretrained(tmp_path / "base")
     assert convert(tmp_path) == 1
-    assert "adamss_newB is of another weight" in capsys.readouterr().err
+    path = "model.layers.0.mlp.down_proj"
+    assert str(say("ADAMSS_OTHER_WEIGHT", path=path)) in capsys.readouterr().err
     assert not (tmp_path / "lora").exists()
     assert not list(tmp_path.glob(".converting*"))
 
@@ -178,7 +180,8 @@ def test_clusters_of_other_sizes_are_told(
 
     edit_tensors(tmp_path / "a", move_a_row)
     assert convert(tmp_path) == 1
-    assert "gives clusters of" in capsys.readouterr().err
+    words, _, _ = say("ADAMSS_CLUSTERS", name="N", expected="X", found="Y").partition(" X ")
+    assert words.removeprefix("N") in capsys.readouterr().err
 
 
 def test_more_clusters_than_outputs_are_told(
@@ -231,7 +234,7 @@ def test_a_quantised_base_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantized}))
     assert convert(tmp_path) == 1
-    assert "is 4-bit" in capsys.readouterr().err
+    assert str(say("BASE_IS_4BIT", path=tmp_path / "base")) in capsys.readouterr().err
 
 
 def test_a_base_of_another_name_is_noted(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from turret.training.data.examples import data_digest
 from turret.training.run.folder import RunFolder
 from turret.training.run.resuming import versions
 from turret.training.settings.config_file import build_config
+from turret.training.words import say
 
 
 def write_config(folder: Path, *lines: str) -> str:
@@ -51,46 +53,35 @@ def test_the_data_are_read_before_the_hub_is_asked(tmp_path: Path):
     config = write_config(tmp_path, '{"messages": []}')
     code, modules, err = loaded_and_said_by("train", "plan", config, "--model", "org/name")
     assert code == 1
-    assert err.startswith(f"error: {tmp_path}/t.jsonl:1: messages: is empty; ")
+    assert err == f"error: {tmp_path}/t.jsonl:1: messages: {say('EMPTY')}\n"
     assert not modules & {"torch", "huggingface_hub"}
 
 
 @pytest.mark.parametrize(
-    ("lines", "flags", "said"),
-    [
-        (1, (), "has 1 example, and data.validation_fraction is 0.1; add examples, or"),
-        (
-            *(3, ("--set", "data.validation_fraction=0")),
-            "has 3 examples, and data.validation_fraction is 0; set data.validation_fraction=0.1",
-        ),
-    ],
+    ("lines", "flags"), [(1, ()), (3, ("--set", "data.validation_fraction=0"))]
 )
 def test_a_sweep_without_a_row_to_validate_on_ends_before_torch(
-    lines: int, flags: tuple[str, ...], said: str, tmp_path: Path
+    lines: int, flags: tuple[str, ...], tmp_path: Path
 ):
     config = write_config(tmp_path, *(f'{{"text": "{line}"}}' for line in range(lines)))
     code, modules, err = loaded_and_said_by("train", "sweep", config, *flags)
     assert code == 1
-    assert "data.validation_fraction: no example is left to validate on, " in err
-    assert said in err
+    assert str(say("VALIDATION_EMPTY", path=tmp_path / "t.jsonl", found=lines)) in err
     assert "torch" not in modules
 
 
 @pytest.mark.parametrize(
-    ("table", "key", "value", "said"),
+    ("table", "key", "value", "now"),
     [
-        ("method", "rank", 4, "method.rank 4 (here 8)"),
-        ("optimizer", "learning_rate", 1.0, "optimizer.learning_rate 1.0 (here 0.001)"),
-        ("data", "digest", "0", "other examples (data.digest)"),
-        ("base", "name", "acme/llama", "another base, acme/llama (here HuggingFaceTB/SmolLM2"),
-        (
-            *("method", "targets", ["q_proj", "o_proj"]),
-            'method.targets ["q_proj", "o_proj"] (here ["q_proj", "k_proj", "v_proj", "o_proj"])',
-        ),
+        ("method", "rank", 4, "8"),
+        ("optimizer", "learning_rate", 1.0, "0.001"),
+        ("data", "digest", "0", None),
+        ("base", "name", "acme/llama", json.dumps(name_of_model(None))),
+        (*("method", "targets", ["q_proj", "o_proj"]), '["q_proj", "k_proj", "v_proj", "o_proj"]'),
     ],
 )
 def test_what_is_left_out_and_the_examples_are_compared_before_torch(
-    table: str, key: str, value: Any, said: str, tmp_path: Path
+    table: str, key: str, value: Any, now: str | None, tmp_path: Path
 ):
     config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
     run = RunFolder(tmp_path / "run")
@@ -106,5 +97,6 @@ def test_what_is_left_out_and_the_examples_are_compared_before_torch(
         "train", "run", config, "--resume", "--set", "method.targets=attention"
     )
     assert code == 1
-    assert f"cannot be resumed, since the run there has {said}" in err
+    differs = say("DIFFERENCE", key=f"{table}.{key}", before=json.dumps(value), after=now)
+    assert str(say("EXAMPLES_CHANGED") if now is None else differs) in err
     assert "torch" not in modules

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from command_modules import loaded_and_said_by
+from said import says
 
 from turret.server.basics.settings import all_keys
 from turret.server.cli import main
@@ -110,5 +111,5 @@ def test_a_value_is_refused_by_the_name_that_was_typed(
 
 
 def test_modules_are_suggested_by_the_closest_name():
-    with pytest.raises(ConfigError, match="all-linear"):
+    with pytest.raises(ConfigError, check=says("UNKNOWN_TARGET", closest="all-linear")):
         check_targets("llama", ["linear"])

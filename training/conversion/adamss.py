@@ -25,9 +25,9 @@ from turret.server.adapters.methods.kit import (
     optionally,
     torch,
 )
-from turret.server.words import say
 from turret.training.conversion.made_lora import MadeLora, peft_generator
 from turret.training.errors import RunError
+from turret.training.words import say
 
 _DOWN = "adamss_newB"
 _MAX_CLUSTERS = 4096
@@ -119,10 +119,8 @@ def convert(m: Module) -> MadeLora:
     labels = cluster_rows(left.numpy(), len(ups), _CLUSTER_SEED)
     rows = [np.flatnonzero(labels == i) for i in range(len(ups))]
     if [len(some) for some in rows] != [len(up) for up in ups]:
-        raise RunError(
-            f"{m.name}: the base gives clusters of {[len(some) for some in rows]} rows, the file"
-            f" has {[len(up) for up in ups]}; {_ADVICE}"
-        )
+        counts = {"expected": list(map(len, rows)), "found": list(map(len, ups))}
+        raise RunError(say("ADAMSS_CLUSTERS", name=m.name, **counts))
     starts = np.cumsum([0, *(len(one) for one in downs)]).tolist()
     inner = torch.zeros(m.outputs, starts[-1], dtype=torch.float64)
     for some, up, (start, end) in zip(rows, ups, pairwise(starts), strict=True):
@@ -133,11 +131,6 @@ def convert(m: Module) -> MadeLora:
     if bias is None:
         return MadeLora(a.float(), b.float(), None)
     return MadeLora(a[:, :-1].float().contiguous(), b.float(), (b @ a[:, -1]).float())
-
-
-_ADVICE = (
-    "name the base it was trained on, in the dtype of training (--dtype), on its device (--device)"
-)
 
 
 def _left_vectors(weight: torch.Tensor, down: torch.Tensor, seed: int, path: str) -> torch.Tensor:
@@ -165,7 +158,7 @@ def _left_vectors(weight: torch.Tensor, down: torch.Tensor, seed: int, path: str
     found = solved / solved.norm(dim=0)
     excess = (found.T @ found - torch.eye(len(down), dtype=torch.float64)).abs().max()
     if float(excess) > _FAR:
-        raise RunError(f"{path}: adamss_newB is of another weight; {_ADVICE}")
+        raise RunError(say("ADAMSS_OTHER_WEIGHT", path=path))
     return found.float()
 
 

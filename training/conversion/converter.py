@@ -14,10 +14,10 @@ import torch
 
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.fuse.lora_files import lora_config
 from turret.server.adapters.peft_format.refusals import base_name_warning
 from turret.server.basics.counted import counted
-from turret.server.errors import AdapterCheckpointError
 from turret.server.models.sources.hub_model import Progress
 from turret.training.adapter_folder import write_adapter
 from turret.training.conversion.kinds import (
@@ -30,6 +30,7 @@ from turret.training.conversion.kinds import (
 from turret.training.conversion.made_lora import MadeLora
 from turret.training.conversion.plain_base import read_plain_base
 from turret.training.conversion.xlora import read_folder, split_xlora
+from turret.training.words import say
 
 _PREFIX = "base_model.model."
 
@@ -117,11 +118,9 @@ def _convert_all(
     # Whether it is one to serve is for the LoRA's reader to say.
     config.pop("task_type", None)
     if not isinstance(names, list):
-        raise AdapterCheckpointError(
-            f"adapter {checkpoint.path!r}: modules_to_save must be a list",
-            metadata={"path": checkpoint.path},
-            violations=[("modules_to_save", "must be a list")],
-        )
+        findings = Findings(checkpoint.path)
+        findings.add("modules_to_save", say("NOT_A_LIST", value=f"{names!r:.60}"))
+        findings.raise_if_any()
     saved = {
         name: tensor
         for name, tensor in checkpoint.tensors.items()

@@ -22,6 +22,7 @@ from turret.server.models.sources.model_directory import (
 from turret.training.conversion import adamss, psoft
 from turret.training.conversion.made_lora import MadeLora
 from turret.training.errors import RunError
+from turret.training.words import say
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +65,18 @@ def check_conversion(adapter: Path, model: Path | None, output: Path) -> None:
             is missing.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunError(f"{output} is there already; name another --output, or remove it")
+        raise RunError(say("PATH_EXISTS", path=output))
     if not adapter.is_dir():
-        what = "is a file" if adapter.exists() else "does not exist"
-        raise RunError(f"{adapter} {what}; name the directory that PEFT's save_pretrained wrote")
+        raise RunError(say("FOLDER_MISSING", path=adapter))
     file = adapter / CONFIG_FILE
     if not file.is_file():
-        why = f"there is no {CONFIG_FILE} in {adapter}"
-        raise RunError(f"{why}; name the directory that PEFT's save_pretrained wrote")
+        raise RunError(say("NOT_PEFT_FOLDER", path=adapter, file=CONFIG_FILE))
     kind = parse_config(file.read_bytes()[: MAX_CONFIG_BYTES + 1], str(adapter)).get("peft_type")
     if kind not in KINDS:
         raise not_converted(str(adapter), kind)
     if model is None:
         if kind != XLORA:
-            raise RunError(f"{kind} needs --base, the model it was trained on")
+            raise RunError(say("NEEDS_BASE", method=kind))
     elif hub_model_id(model) is None:
         check_plain_base(model)
 
@@ -92,25 +91,20 @@ def check_plain_base(model: Path) -> Mapping[str, Any]:
         InvalidRequestError: A GGUF file, no model, or a quantised one.
     """
     if model.suffix == SUFFIX:
-        why = "a GGUF file is no base that adapters are trained on; name the checkpoint it is of"
-        raise InvalidRequestError.of("base", why)
+        raise InvalidRequestError.of("base", say("BASE_IS_GGUF", path=model))
     if not model.exists():
-        why = f"{model} does not exist; name the directory of the checkpoint that was trained on"
-        raise InvalidRequestError.of("base", f"{why}, or org/name of the Hugging Face hub")
+        raise InvalidRequestError.of("base", say("BASE_NOT_FOUND", path=model))
     try:
         said = check_model_directory(model)
         weight_files(model)
     except InvalidRequestError as error:
-        raise InvalidRequestError.of("base", error.message.removeprefix("model: ")) from None
+        found = [("base", text) for _, text in error.violations]
+        raise InvalidRequestError.of_all(found) from None
     if is_4bit(said):
-        why = f"{model} is 4-bit; name the 16-bit or 32-bit checkpoint that was trained on"
-        raise InvalidRequestError.of("base", why)
+        raise InvalidRequestError.of("base", say("BASE_IS_4BIT", path=model))
     return said
 
 
 def not_converted(path: str, kind: object) -> RunError:
     """The refusal of a ``peft_type``."""
-    return RunError(
-        f"{path}: peft_type {kind!r:.60} is not converted, only {', '.join(KINDS)} are; `turret"
-        " serve` takes others as they are, or says what to do with them"
-    )
+    return RunError(say("NOT_CONVERTED", path=path, value=kind, choices=", ".join(KINDS)))

@@ -20,6 +20,7 @@ from turret.server.models.sources.model_directory import (
 )
 from turret.server.models.stored_tensors import StoredTensors
 from turret.training.conversion.kinds import check_plain_base
+from turret.training.words import say
 
 _WEIGHT, _BIAS = ".weight", ".bias"
 
@@ -60,7 +61,8 @@ def _weight(
 ) -> torch.Tensor:
     tensor = tensors.get(name)
     if not tensor.is_floating_point():
-        raise InvalidRequestError.of("base", f"{name} holds {tensor.dtype}, which is quantised")
+        text = say("TENSOR_QUANTIZED", name=name, dtype=tensor.dtype)
+        raise InvalidRequestError.of("base", text)
     return tensor.to(dtype or tensor.dtype).to(device, torch.float32)
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from turret.server.basics.hub_id import model_place
+from turret.training.words import say
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -62,7 +63,7 @@ def _convert(args: argparse.Namespace) -> int:
     from turret.training.errors import RunError, TrainingError
 
     if args.device == "cuda" and (why := without_cuda()):
-        print(f"error: --device: cuda was asked for, but {why}", file=sys.stderr)
+        print(f"error: --device: {why}", file=sys.stderr)
         return 1
     try:
         check_conversion(args.adapter, args.base, args.output)
@@ -82,7 +83,7 @@ def _convert(args: argparse.Namespace) -> int:
 
                 from turret.training.conversion.converter import convert
             if args.device == "cuda" and not torch.cuda.is_available():
-                raise RunError("--device cuda: torch finds no GPU here")
+                raise RunError(say("NO_CUDA_DEVICE", device="--device cuda"))
             done = convert(
                 args.adapter,
                 args.base,

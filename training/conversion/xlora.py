@@ -22,6 +22,7 @@ from turret.server.adapters.component import COMPONENTS_KEY
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.training.adapter_folder import write_adapter
 from turret.training.errors import RunError
+from turret.training.words import say
 
 # Name of the classifier's folder, a sibling of the LoRAs' folders.
 ROUTER = "xlora"
@@ -59,7 +60,7 @@ def split_xlora(
     config = checkpoint.config
     paths = _paths(config)
     if loras and len(loras) != len(paths):
-        raise RunError(f"it is made of {len(paths)} LoRAs; {len(loras)} are given")
+        raise RunError(say("LORA_COUNT", expected=len(paths), found=len(loras)))
     folders = {
         number: read_folder(adapter / str(number), f"{adapter}/{number}")
         for number in range(len(paths))
@@ -88,13 +89,11 @@ def _paths(config: Mapping[str, Any]) -> list[Path]:
     """
     adapters = config.get("adapters")
     if not isinstance(adapters, dict) or not adapters:
-        raise RunError("adapters: must be an object that names its LoRAs")
+        raise RunError(say("XLORA_NO_LORAS"))
     names = [str(number) for number in range(len(adapters))]
     strange = sorted(adapters.keys() - set(names))
     if strange:
-        raise RunError(
-            f"adapters: PEFT runs none whose names are not their numbers, as {strange[0]!r:.60}"
-        )
+        raise RunError(say("XLORA_NAME", value=strange[0]))
     return [Path(str(adapters[name])) for name in names]
 
 
@@ -104,7 +103,7 @@ def _classifier(
     """Its tensors by PEFT's names, from wherever they are."""
     depth, dropout = (checkpoint.config.get(key) for key in ("xlora_depth", "xlora_dropout_p"))
     if type(depth) is not int or not 0 < depth <= 64 or not isinstance(dropout, int | float):
-        raise RunError("xlora_depth and xlora_dropout_p must be there, and numbers")
+        raise RunError(say("XLORA_NUMBERS"))
     whole = {}
     for number in range(0, depth * (step := 3 if dropout > 0 else 2), step):
         for kind in ("weight", "bias"):
@@ -114,10 +113,7 @@ def _classifier(
             if own is not None and bare in own.tensors:
                 found.append(own.tensors[bare])
             if not found:
-                raise RunError(
-                    f"{name} is in none of its files: PEFT 0.20 and later leave it out of the main"
-                    f" one, and {checkpoint.path}/{number} does not have it; save it again"
-                )
+                raise RunError(say("XLORA_NO_CLASSIFIER", name=name, path=checkpoint.path))
             whole[name] = found[0]
     return whole
 
@@ -142,17 +138,10 @@ def _original(
     if config.get("use_trainable_adapters"):
         if is_whole:
             return None
-        raise RunError(
-            f"LoRA {number} was trained along (use_trainable_adapters), and PEFT 0.20 and later"
-            " leave layers of it out: it is in no file; save it with PEFT 0.19"
-        )
+        raise RunError(say("XLORA_TRAINED_LORAS", number=number))
     original = given or path
     if not (original / CONFIG_FILE).is_file():
-        raise RunError(
-            f"PEFT 0.20 and later leave layers out of LoRA {number}, and {original}, which it was"
-            " made of, is no adapter here; name all that it was made of, in their order, each with"
-            " --lora DIR"
-        )
+        raise RunError(say("XLORA_NO_ORIGINAL", number=number, path=original))
     if saved is not None:
         _check_same(number, saved, original)
     return original
@@ -165,7 +154,7 @@ def _check_same(number: int, saved: AdapterCheckpoint, original: Path) -> None:
         if _is_lora(name):
             other = whole.get(name.removeprefix(_LORA_PREFIX))
             if other is None or not torch.equal(other.float(), tensor.float()):
-                raise RunError(f"{original} is another LoRA than number {number}: {name} differs")
+                raise RunError(say("XLORA_OTHER_LORA", path=original, number=number, name=name))
 
 
 def _write_lora(folder: Path, saved: AdapterCheckpoint | None, original: Path | None) -> None:

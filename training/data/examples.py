@@ -25,10 +25,10 @@ from typing import Any
 
 from turret.clients.evaluation.rows import Row, RowError, read_rows
 from turret.server.adapters.head import MAX_LABEL_CHARS, MAX_LABELS
-from turret.server.basics.counted import counted
 from turret.server.basics.token_search import last_occurrence
 from turret.training.errors import ConfigError, DataError
 from turret.training.settings.config import DataConfig
+from turret.training.words import Text, say
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +108,8 @@ def check_compared(files: DataFiles, config: DataConfig) -> None:
     fraction, there = config.validation_fraction, len(files.train)
     if files.validation is not None or num_set_aside(there, fraction):
         return
-    step = "add examples" if fraction else "set data.validation_fraction=0.1"
-    problem = (
-        f"no example is left to validate on, and a sweep compares validation losses:"
-        f" {files.paths[0]} has {counted(there, 'example')}, and data.validation_fraction is"
-        f" {fraction:g}; {step}, or name a file of others with data.validation"
-    )
-    raise ConfigError.of("data.validation_fraction", problem)
+    text = say("VALIDATION_EMPTY", path=files.paths[0], found=there)
+    raise ConfigError.of("data.validation_fraction", text)
 
 
 def _content(example: Example) -> object:
@@ -125,7 +120,7 @@ def _content(example: Example) -> object:
 def _check_answered(examples: Sequence[Example]) -> None:
     for example in examples:
         if example.labels is not None:
-            raise example.error("labels", 'are learned with data.task = "classification" alone')
+            raise example.error("labels", say("LABELS_NEED_CLASSIFICATION"))
 
 
 def _check_disjoint(train: Sequence[Example], validation: Sequence[Example]) -> None:
@@ -133,9 +128,7 @@ def _check_disjoint(train: Sequence[Example], validation: Sequence[Example]) -> 
     for example in validation:
         line = seen.get(_content(example))
         if line is not None:
-            raise DataError(
-                f"{example.path}:{example.line}: line: is line {line} of the training file too"
-            )
+            raise example.error("line", say("ALSO_IN_TRAINING", line=line))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +151,7 @@ class Example:
     completion: str = ""
     labels: tuple[str, ...] | None = None
 
-    def error(self, field: str, problem: str) -> DataError:
+    def error(self, field: str, problem: Text) -> DataError:
         """What is wrong with a field of this example."""
         return DataError.of(self.path, self.line, field, problem)
 
@@ -173,9 +166,10 @@ def read_examples(path: Path) -> list[Example]:
     try:
         return [_example(row) for row in read_rows(path, is_learned=True)]
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
+        why = error.strerror or error
+        raise DataError(say("FILE_UNREADABLE", path=path, why=why)) from error
     except RowError as error:
-        raise DataError(str(error)) from error
+        raise DataError(error.problem, error.place) from error
 
 
 def data_digest(*paths: Path) -> str:
@@ -212,8 +206,6 @@ def _example(row: Row) -> Example:
 # classification head sees what the model computes for the token before it. If any number of labels
 # may hold, the row's number in its batch takes the place of the label's number.
 
-_LONG = f"a label has at most {MAX_LABEL_CHARS} characters"
-
 
 def right_labels(example: Example) -> tuple[str, ...]:
     """Those that hold: its labels, or its completion, or its last message."""
@@ -234,10 +226,9 @@ def labels_of(examples: Sequence[Example]) -> tuple[str, ...]:
     labels = tuple(sorted({label for example in examples for label in right_labels(example)}))
     least = 1 if is_multi_label else 2
     if not least <= len(labels) <= MAX_LABELS:
+        limits = {"least": least, "most": MAX_LABELS}
         path = examples[0].path
-        raise DataError(
-            f"{path}: holds {counted(len(labels), 'label')}, {least} to {MAX_LABELS} are learned"
-        )
+        raise DataError(say("LABEL_COUNT", path=path, found=len(labels), **limits))
     return labels
 
 
@@ -250,15 +241,14 @@ def check_labelled(examples: Iterable[Example], *, is_multi_label: bool) -> None
     for example in examples:
         field = "text" if example.messages is None else "messages"
         if example.messages is None and example.prompt is None:
-            raise example.error(field, "has no label; a line holds a prompt and its label")
+            raise example.error(field, say("NO_LABEL"))
         if (example.labels is not None) != is_multi_label:
-            problem = "stand on the first line: all lines have labels, or none has"
-            if not is_multi_label:
-                problem = "are missing on the first line: all lines have labels, or none has"
-            raise example.error("labels", problem)
+            raise example.error("labels", say("MIXED_LABELS"))
         field = "labels" if is_multi_label else "completion"
-        if any(len(label) > MAX_LABEL_CHARS for label in right_labels(example)):
-            raise example.error(field, _LONG)
+        longest = max(map(len, right_labels(example)), default=0)
+        if longest > MAX_LABEL_CHARS:
+            text = say("TOO_MANY_CHARACTERS", most=MAX_LABEL_CHARS, found=longest)
+            raise example.error(field, text)
 
 
 def encode_labelled(
@@ -286,8 +276,8 @@ def encode_labelled(
         item = encode_prompt(tokenizer, example, config)
         if len(item.tokens) > max_length:
             if config.too_long == "error":
-                problem = f"{len(item.tokens)} tokens, data.max_length is {max_length}"
-                raise example.error("line", problem)
+                text = say("TOO_MANY_TOKENS", found=len(item.tokens), most=max_length)
+                raise example.error("line", text)
             if config.too_long == "drop":
                 dropped += 1
                 shortest = min(shortest, len(item.tokens))
@@ -295,7 +285,7 @@ def encode_labelled(
             item = replace(item, tokens=item.tokens[:max_length])
             truncated += 1
         if not item.tokens:
-            raise example.error("prompt", "has no token")
+            raise example.error("prompt", say("HAS_NO_TOKENS"))
         learned = (*[False] * len(item.tokens), True)
         if example.labels is not None:
             item = replace(item, labels=right)
@@ -310,7 +300,7 @@ def _numbers(example: Example, numbers: dict[str, int]) -> tuple[int, ...]:
     field = "completion" if example.labels is None else "labels"
     for label in right_labels(example):
         if label not in numbers:
-            raise example.error(field, f"the label {label!r:.60} is none of train's")
+            raise example.error(field, say("UNKNOWN_LABEL", value=label))
     return tuple(sorted(numbers[label] for label in right_labels(example)))
 
 
@@ -348,14 +338,12 @@ class Invocation:
             return start
         field = "messages" if example.messages is not None else "prompt"
         field = "text" if field == "prompt" and example.prompt is None else field
-        problem = f"holds no {self.text!r:.60} before its last answer, where {_KEY} begins to act"
+        text = say("INVOCATION_MISSING", value=self.text)
         if self.text in tokenizer.decode(list(prompt)):
-            problem = (
-                f"holds {self.text!r:.60} in other tokens than {list(self.tokens)!s:.60}: the"
-                f" tokenizer joins its ends with what is beside it; choose a {_KEY} that begins"
-                " and ends with special tokens, or with line breaks"
-            )
-        raise example.error(field, problem)
+            # The tokenizer joins its ends with what is beside it.
+            tokens = f"{list(self.tokens)!s:.60}"
+            text = say("INVOCATION_SPLIT", value=self.text, tokens=tokens)
+        raise example.error(field, text)
 
 
 def invocation_of(tokenizer: Any, text: str) -> Invocation:
@@ -366,7 +354,7 @@ def invocation_of(tokenizer: Any, text: str) -> Invocation:
     """
     tokens = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not tokens:
-        raise ConfigError.of(_KEY, f"{text!r:.60} has no token")
+        raise ConfigError.of(_KEY, say("HAS_NO_TOKENS"))
     return Invocation(text, tokens)
 
 
@@ -385,8 +373,7 @@ def invocation_before_answers(tokenizer: Any) -> str:
         )
         text = opened[len(asked) :] if opened.startswith(asked) else ""
     if not text:
-        problem = "is required: no chat template of this model writes one before an answer"
-        raise ConfigError.of(_KEY, problem)
+        raise ConfigError.of(_KEY, say("INVOCATION_REQUIRED"))
     return text
 
 
@@ -451,8 +438,8 @@ def encode_all(
         length = len(item.tokens)
         if length > max_length:
             if config.too_long == "error":
-                problem = f"{length} tokens, data.max_length is {max_length}"
-                raise example.error("line", problem)
+                text = say("TOO_MANY_TOKENS", found=length, most=max_length)
+                raise example.error("line", text)
             learned = item.learned[:max_length]
             item = replace(item, tokens=item.tokens[:max_length], learned=learned)
             if config.too_long == "drop" or not any(item.learned):
@@ -461,7 +448,7 @@ def encode_all(
                 continue
             truncated += 1
         if not any(item.learned):
-            raise example.error("line", "has no token to learn")
+            raise example.error("line", say("NOTHING_TO_LEARN"))
         encoded.append(item)
     if not encoded:
         raise none_left(path, max_length, shortest)
@@ -470,10 +457,7 @@ def encode_all(
 
 def none_left(path: Path | None, max_length: int, shortest: int) -> DataError:
     """All of a file's examples are too long; ``shortest`` is the tokens of the shortest of them."""
-    return DataError(
-        f"{path}: every example is longer than data.max_length = {max_length}: the shortest has"
-        f" {shortest} tokens; raise it"
-    )
+    return DataError(say("ALL_TOO_LONG", path=path, most=max_length, found=shortest))
 
 
 def encode(
@@ -539,9 +523,7 @@ def encode_prompt(tokenizer: Any, example: Example, config: DataConfig) -> Encod
 
 def _check_template(tokenizer: Any, example: Example) -> None:
     if not tokenizer.chat_template:
-        raise example.error(
-            "messages", "this model has no chat template; use prompt and completion"
-        )
+        raise example.error("messages", say("NEEDS_CHAT_TEMPLATE"))
 
 
 def _turns_before_answer(messages: Sequence[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
@@ -566,8 +548,7 @@ def _encode_chat(
         opened = _render(tokenizer, example, messages[:index], is_open=True)
         closed = _render(tokenizer, example, messages[: index + 1], is_open=False)
         if not (opened.startswith(done) and closed.startswith(opened)):
-            problem = "the chat template renders what precedes it differently once it follows"
-            raise example.error(f"messages[{index}]", problem)
+            raise example.error(f"messages[{index}]", say("TEMPLATE_REWRITES"))
         pieces.append((_ids(tokenizer, opened[len(done) :]), False))
         answer, rest = _split_at_end(tokenizer, _ids(tokenizer, closed[len(opened) :]))
         pieces += [(answer, True), (rest, False)]
@@ -584,7 +565,7 @@ def _render(
         )
     except Exception as error:
         # jinja raises many kinds; all of them are about the messages.
-        raise example.error("messages", f"chat template: {error}") from error
+        raise example.error("messages", say("CHAT_TEMPLATE_FAILED", problem=error)) from error
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

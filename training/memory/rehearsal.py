@@ -17,6 +17,7 @@ from turret.training.memory.peak import peak_memory_bytes
 from turret.training.settings.config_file import read_config, render_config
 from turret.training.settings.resolve import Resolved, resolve
 from turret.training.trainer import attach, trainable
+from turret.training.words import Text, say
 
 _STEPS = 2
 
@@ -40,13 +41,12 @@ def measure_peak(resolved: Resolved, scratch: Path) -> int:
     return int(done.stdout)
 
 
-def _why_failed(done: subprocess.CompletedProcess[str]) -> str:
-    step = "a lower run.batch_size or data.max_length takes less memory"
+def _why_failed(done: subprocess.CompletedProcess[str]) -> Text:
     if done.returncode == -signal.SIGKILL:
         # The system's own answer where memory runs out.
-        return f"the measuring process was killed, for want of memory perhaps; {step}"
+        return say("REHEARSAL_KILLED")
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return f"the measuring process failed: {last:.500}; {step}"
+    return say("REHEARSAL_FAILED", problem=last)
 
 
 def rehearse(config_file: Path) -> int:

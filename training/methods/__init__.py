@@ -21,6 +21,7 @@ from turret.training.methods.linear import (
 from turret.training.methods.lycoris import LOHA, LOKR
 from turret.training.methods.method import Method
 from turret.training.methods.prompts import P_TUNING, PREFIX_TUNING, PROMPT_TUNING
+from turret.training.words import say
 
 METHODS: Mapping[str, Method] = {
     method.name: method
@@ -38,5 +39,6 @@ def method_named(name: str) -> Method:
         ConfigError: There is none of this name; lists those there are.
     """
     if name not in METHODS:
-        raise ConfigError.of("method.name", f"{name!r:.60} is none of {', '.join(METHODS)}")
+        text = say("NOT_ONE_OF", choices=", ".join(METHODS), value=name[:60])
+        raise ConfigError.of("method.name", text)
     return METHODS[name]

@@ -17,6 +17,7 @@ from turret.training.methods.method import fill_in
 from turret.training.models.base_model import TrainingBase
 from turret.training.settings.config import MethodConfig
 from turret.training.settings.inputs import check_components, component_directories
+from turret.training.words import say
 
 _KEY = "method.components"
 
@@ -29,8 +30,7 @@ class LearnedFusionMethod:
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
         config = fill_in(config, base, self.defaults)
         if base.arch.experts is not None:
-            why = f"{base.arch.model_type} has experts, which a learned fusion does not gate"
-            raise ConfigError.of("method.name", why)
+            raise ConfigError.of("method.name", say("FUSION_OF_EXPERTS"))
         check_components(config.components or (), Path())
         return config
 
@@ -47,7 +47,7 @@ class LearnedFusionMethod:
         try:
             components = read_components(component_directories(config.components), model)
         except TurretError as error:
-            raise ConfigError.of(_KEY, error.message) from error
+            raise ConfigError.of(_KEY, say("INVALID", why=error.message)) from error
         return FusionModel(model, components, config.d_k)
 
     def loss(self, model: Any, config: MethodConfig, device: str) -> LossFunction:

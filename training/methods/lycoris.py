@@ -18,6 +18,7 @@ from turret.training.methods.method import PeftMethod, Settings
 from turret.training.models.base_model import TrainingBase
 from turret.training.settings.presets import expand_targets
 from turret.training.settings.ranks import highest_loha_rank, module_sizes
+from turret.training.words import say
 
 # The update of LoHa with its gradients, in rank space.
 #
@@ -183,10 +184,7 @@ class Nf4LohaLinear(loha.Linear):
         assert wide is not None
         assert high is not None
         if r * r * (wide + high) >= wide * high:
-            raise ValueError(
-                f"LoHa rank {r} on a module of {wide} inputs and {high} outputs costs more than a "
-                "dense update (rank² · (in + out) must be less than in · out); choose a lower one"
-            )
+            raise ValueError(say("LOHA_RANK_TOO_HIGH", rank=r, inputs=wide, outputs=high))
         super().create_adapter_parameters(adapter_name, r, (high, wide))
 
     def get_delta_weight(

@@ -34,6 +34,7 @@ from turret.server.models.weights.nf4 import Nf4Weight
 from turret.server.progress import progress_bar
 from turret.training.errors import ConfigError
 from turret.training.models.mixture import load_4bit, put_experts
+from turret.training.words import say
 
 # PEFT causes warnings about which a user can do nothing.
 #
@@ -146,8 +147,7 @@ def _config_of(files: Path) -> Any:
     if text is config:
         return config
     if type(text) not in AutoModelForCausalLM._model_mapping:
-        why = f"transformers has no language model alone for {config.model_type}"
-        raise ConfigError.of("base.model", why)
+        raise ConfigError.of("base.model", say("NO_TEXT_MODEL", model_type=config.model_type))
     return text
 
 
@@ -275,11 +275,8 @@ def _make_dense(model: Any, dtype: torch.dtype) -> None:
 
 def _load_full(base: TrainingBase, dtype: torch.dtype) -> Any:
     if base.arch.experts is not None:
-        raise ConfigError.of(
-            "base.weights",
-            "a mixture of experts is trained on nf4 or nf4-dense: its experts are"
-            " modules there, which transformers does not have",
-        )
+        # Only there are the experts modules of their own.
+        raise ConfigError.of("base.weights", say("EXPERTS_NEED_NF4"))
     if base.directory is None:
         found = open_gguf(find_gguf())
         model = AutoModelForCausalLM.from_config(found.config, dtype=torch.bfloat16)
@@ -289,10 +286,10 @@ def _load_full(base: TrainingBase, dtype: torch.dtype) -> Any:
         return model.to(dtype)
     directory = base.source.files
     if base.directory.suffix == SUFFIX:
-        raise ConfigError.of("base.weights", "a GGUF file is trained on nf4 or nf4-dense")
+        raise ConfigError.of("base.weights", say("GGUF_NEEDS_NF4"))
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if config["model_type"] != base.config.model_type:
-        raise ConfigError.of("base.weights", "the text part of a model is trained on nf4 alone")
+        raise ConfigError.of("base.weights", say("TEXT_PART_NEEDS_NF4"))
     if config.get("quantization_config") is not None:
-        raise ConfigError.of("base.weights", f"{directory} holds quantised weights only")
+        raise ConfigError.of("base.weights", say("WEIGHTS_ARE_QUANTIZED", path=directory))
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)

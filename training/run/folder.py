@@ -46,6 +46,7 @@ from turret.server.basics.files import PARTIAL_SUFFIX, replace_file, unwritable
 from turret.server.basics.hub_id import ADAPTER_NAME
 from turret.training.errors import RunError
 from turret.training.settings.ranks import SERVED_RANK
+from turret.training.words import say
 
 if TYPE_CHECKING:
     # Types only: importing it would load torch.
@@ -109,26 +110,24 @@ class RunFolder:
             RunError: It may not; says which flag would let it.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"{self.path} is a file; --output DIR writes somewhere else")
+            problem = say("FOLDER_IS_A_FILE")
+            raise RunError(say("OUTPUT_UNUSABLE", path=self.path, problem=problem))
         has_run = self.facts.exists()
         if overwrite and has_run:
             return
         if self.is_finished:
-            without = "" if self.report.exists() else f" without its page; {self._how_to_report()}"
-            raise RunError(f"{self.path} holds a finished run{without}; --overwrite trains anew")
+            if self.report.exists():
+                raise RunError(say("RUN_FINISHED", path=self.path))
+            command = self._report_command()
+            raise RunError(say("RUN_WITHOUT_REPORT", path=self.path, command=command))
         if has_run and not resume:
-            raise RunError(
-                f"{self.path} holds an unfinished run; --resume goes on with it, --overwrite"
-                " begins anew"
-            )
+            raise RunError(say("RUN_UNFINISHED", path=self.path))
         if resume and not has_run:
-            raise RunError(f"{self.path} holds no run to resume; leave --resume out to begin one")
+            raise RunError(say("NO_RUN_TO_RESUME", path=self.path))
         if not resume and self.path.exists() and any(self.path.iterdir()):
-            raise RunError(
-                f"{self.path} is not empty, and no run; --output DIR writes somewhere else"
-            )
+            raise RunError(say("OUTPUT_NOT_EMPTY", path=self.path))
         if problem := unwritable(self.path):
-            raise RunError(f"{self.path} {problem}; --output DIR writes somewhere else")
+            raise RunError(say("OUTPUT_UNUSABLE", path=self.path, problem=problem))
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -155,10 +154,7 @@ class RunFolder:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(
-                f"{self.path} is in use by another `turret train`; wait for its end, or --output"
-                " DIR writes somewhere else"
-            ) from None
+            raise RunError(say("RUN_IN_USE", path=self.path)) from None
         except OSError:
             # A file system of a network that has no locks: all that is lost is the warning.
             pass
@@ -193,7 +189,10 @@ class RunFolder:
 
     def _how_to_report(self) -> str:
         samples = "" if self.samples.exists() else ", without answers"
-        return f"`turret train report {shlex.quote(str(self.path))}` writes it{samples}"
+        return f"`{self._report_command()}` writes it{samples}"
+
+    def _report_command(self) -> str:
+        return f"turret train report {shlex.quote(str(self.path))}"
 
     def _why_no_checkpoint(self) -> str:
         run = self.read_facts().get("config", {}).get("run", {})
@@ -213,12 +212,10 @@ class RunFolder:
         try:
             return json.loads(self.facts.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
-            raise RunError(
-                f"{self.path} is no run of turret train: it has no {self.facts.name}; name the"
-                " directory that run.output or --output named"
-            ) from None
+            text = say("NO_RUN_FACTS", path=self.path, name=self.facts.name)
+            raise RunError(text) from None
         except (OSError, ValueError) as error:
-            raise RunError(f"{self.path} is no run of turret train: {error}") from error
+            raise RunError(say("NOT_A_RUN", path=self.path, why=error)) from error
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         replace_file(self.facts, (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode())

@@ -20,6 +20,7 @@ from turret.training.settings.fit import DEFAULTS
 from turret.training.settings.inputs import ToldBase
 from turret.training.settings.presets import expand_targets
 from turret.training.settings.targets import PRESETS
+from turret.training.words import Text, say
 
 _PARTS = ("base", "data", "config", "versions")
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -61,13 +62,12 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
     ]
     if not found:
         return
-    run, step = RunFolder(folder), "another --output begins a new run"
+    run = RunFolder(folder)
+    about = {"path": folder, "found": ", ".join(each.text for each in found)}
     if not run.is_finished and all(each.key.startswith("config.") for each in found):
-        own = shlex.quote(str(run.config))
-        step = f"`turret train run {own} --resume` goes on with its own settings, {step}"
-    raise RunError(
-        f"{folder} cannot be resumed, since the run there has {', '.join(map(str, found))}; {step}"
-    )
+        command = f"turret train run {shlex.quote(str(run.config))} --resume"
+        raise RunError(say("RUN_SETTINGS_DIFFER", command=command, **about))
+    raise RunError(say("RUN_DIFFERS", **about))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +76,16 @@ class _Difference:
     there: Any
     here: Any
 
-    def __str__(self) -> str:
+    @property
+    def text(self) -> Text:
         # A config's keys are known by what the file and --set call them.
         name = self.key.removeprefix("config.")
         if name == "data.digest":
-            return f"other examples ({name})"
-        if name == "base.name":
-            return f"another base, {self.there} (here {self.here})"
+            return say("EXAMPLES_CHANGED")
         if name.endswith("digest"):
-            return f"another {name}"
-        return f"{name} {self._shown(self.there)} (here {self._shown(self.here)})"
+            return say("DIGEST_CHANGED", key=name)
+        before, after = self._shown(self.there), self._shown(self.here)
+        return say("DIFFERENCE", key=name, before=before, after=after)
 
     @staticmethod
     def _shown(value: Any) -> str:

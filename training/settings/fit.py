@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from turret.training.errors import ConfigError
 from turret.training.settings.config import MethodConfig, TrainConfig
+from turret.training.words import say
 
 _FACTORS = ("targets", "rank", "alpha", "dropout")
 # Keys of ``MethodConfig`` that each method reads; a test compares them with training/methods.
@@ -59,11 +60,9 @@ PROMPTS = ("prefix_tuning", "prompt_tuning", "p_tuning")
 WITH_FACTORS = ("lora", "rslora", "dora", "alora")
 # Methods that the server takes on the experts of a mixture.
 ON_EXPERTS = ("lora", "rslora")
-# Methods that cannot be trained to classify, and why.
-_WITHOUT_HEAD = {
-    "learned_fusion": "learns a gate, not a head",
-    "alora": "is for answers: it may change nothing before its invocation",
-}
+# Methods that cannot be trained to classify: the first learns a gate, and the second does not
+# change the text before its invocation.
+_WITHOUT_HEAD = ("learned_fusion", "alora")
 
 
 def check_fit(config: TrainConfig) -> None:
@@ -78,21 +77,23 @@ def check_fit(config: TrainConfig) -> None:
     name = config.method.name
     _check_keys(config.method)
     if name == "hra" and (config.method.rank or 0) % 2:
-        problem = "must be even: HRA starts from pairs of reflections that undo each other"
-        raise ConfigError.of("method.rank", problem)
-    if config.data.packing and name in PROMPTS:
-        problem = f"{name} stands before one text, not before each of several in a row"
-        raise ConfigError.of("data.packing", problem)
-    if config.data.packing and name == "alora":
-        problem = "alora acts on one end of a row, not on that of each of several in it"
-        raise ConfigError.of("data.packing", problem)
+        # HRA starts from pairs of reflections that undo each other.
+        raise ConfigError.of("method.rank", say("ODD_RANK", value=config.method.rank))
+    # These methods act on one place of a row, which a packed row has several times.
+    if config.data.packing and name in (*PROMPTS, "alora"):
+        raise _unsupported("data.packing", "true", name)
     if config.data.task == "classification" and name in _WITHOUT_HEAD:
-        raise ConfigError.of("data.task", f"{name} {_WITHOUT_HEAD[name]}")
+        raise _unsupported("data.task", "classification", name)
+    # Checkpointing switches off the cache, in which a prefix passes its keys and values.
     if config.run.gradient_checkpointing and name == "prefix_tuning":
-        problem = "prefix_tuning passes its keys and values in a cache, which it switches off"
-        raise ConfigError.of("run.gradient_checkpointing", problem)
-    if config.optimizer.lora_plus_ratio is not None and name not in WITH_FACTORS:
-        raise ConfigError.of("optimizer.lora_plus_ratio", f"has no meaning for {name}")
+        raise _unsupported("run.gradient_checkpointing", "true", name)
+    ratio = config.optimizer.lora_plus_ratio
+    if ratio is not None and name not in WITH_FACTORS:
+        raise _unsupported("optimizer.lora_plus_ratio", ratio, name)
+
+
+def _unsupported(key: str, value: object, method: str) -> ConfigError:
+    return ConfigError.of(key, say("VALUE_UNSUPPORTED_BY", value=value, method=method))
 
 
 def _check_keys(config: MethodConfig) -> None:
@@ -100,7 +101,5 @@ def _check_keys(config: MethodConfig) -> None:
     for entry in dataclasses.fields(config):
         given = getattr(config, entry.name) is not None
         if given and entry.name != "name" and entry.name not in keys:
-            raise ConfigError.of(
-                f"method.{entry.name}",
-                f"has no meaning for {config.name}, which has {', '.join(keys)}",
-            )
+            text = say("KEY_UNSUPPORTED_BY", method=config.name, choices=", ".join(keys))
+            raise ConfigError.of(f"method.{entry.name}", text)

@@ -14,6 +14,7 @@ from turret.server.basics.settings import Typed, fields_of, is_switch, shown_of,
 from turret.server.errors import TurretError
 from turret.training.errors import ConfigError
 from turret.training.settings.config import TrainConfig
+from turret.training.words import say
 
 # A server beside it then comes first, and training takes what that leaves.
 _NICENESS = 5
@@ -137,14 +138,17 @@ def _from_here(flag: str, value: str, folder: Path) -> str:
 
 
 def _threads(text: str) -> int:
-    return _whole(text, "must be a whole number from 1 on", range(1, 1 << 16))
+    return _whole(text, 1, (1 << 16) - 1)
 
 
 def _niceness(text: str) -> int:
-    return _whole(text, f"must be 0 to {_NICEST}", range(_NICEST + 1))
+    return _whole(text, 0, _NICEST)
 
 
-def _whole(text: str, problem: str, among: range) -> int:
-    if not text.isdecimal() or int(text) not in among:
-        raise argparse.ArgumentTypeError(f"{problem}, not {text!r:.40}")
+def _whole(text: str, least: int, most: int) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(say("NOT_A_WHOLE_NUMBER", value=f"{text!r:.40}"))
+    if not least <= int(text) <= most:
+        shown = {"least": least, "most": most, "value": int(text)}
+        raise argparse.ArgumentTypeError(say("NOT_IN_RANGE", **shown))
     return int(text)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from turret.clients.evaluation.rows import near_files
+from turret.clients.evaluation.rows import missing_file
 from turret.server.adapters.component import MAX_COMPONENTS, MIN_COMPONENTS
 from turret.server.basics.hub_id import model_place
 from turret.server.command.preflight import without_cuda
@@ -17,6 +17,7 @@ from turret.training.settings.config import BaseConfig, DataConfig, TrainConfig
 from turret.training.settings.fit import check_fit
 from turret.training.settings.modules import check_method
 from turret.training.settings.targets import check_targets, told_projections
+from turret.training.words import say
 
 _COMPONENTS = "method.components"
 
@@ -38,19 +39,17 @@ def check_inputs(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -
             continue
         path = folder / name
         if not path.is_file():
-            what = "is a directory" if path.is_dir() else "does not exist"
-            if path.exists() and not path.is_dir():
-                what = "is no regular file, and is read more than once"
-            near = "" if path.exists() else near_files(path)
-            problem = f"{path.absolute()} {what}; it is a JSONL file of examples{near}"
-            raise ConfigError.of(f"data.{key}", problem)
+            text = missing_file(path)
+            if path.is_dir():
+                text = say("PATH_IS_A_DIRECTORY", path=path.absolute())
+            elif path.exists():
+                # Pipes cannot be read twice.
+                text = say("PATH_UNUSABLE", path=path.absolute(), problem=say("NOT_A_FILE"))
+            raise ConfigError.of(f"data.{key}", text)
     validation = config.data.validation
     if validation is not None and (folder / validation).samefile(folder / config.data.train):
-        problem = (
-            f"{folder / validation} is data.train; leave it out, and data.validation_fraction of"
-            " the examples are set aside"
-        )
-        raise ConfigError.of("data.validation", problem)
+        text = say("IS_TRAINING_FILE", path=folder / validation)
+        raise ConfigError.of("data.validation", text)
     if config.base.device == "cuda" and (why := without_cuda()):
         raise ConfigError.of("base.device", why)
     for each in with_ranks(config, ranks):
@@ -109,7 +108,8 @@ def check_max_length(config: DataConfig, context: int) -> None:
         ConfigError: ``max_length`` is more.
     """
     if config.max_length > context:
-        raise ConfigError.of("data.max_length", f"the model's context ends at {context}")
+        text = say("EXCEEDS_CONTEXT", most=context, value=config.max_length)
+        raise ConfigError.of("data.max_length", text)
 
 
 def with_ranks(config: TrainConfig, ranks: Sequence[int]) -> list[TrainConfig]:
@@ -145,13 +145,14 @@ def check_components(entries: Sequence[str], folder: Path) -> None:
     """
     directories = component_directories(entries, folder)
     if len(directories) < len(entries):
-        raise ConfigError.of(_COMPONENTS, "two have the same name; write NAME=DIRECTORY")
+        raise ConfigError.of(_COMPONENTS, say("SAME_COMPONENT_NAME"))
     if not MIN_COMPONENTS <= len(directories) <= MAX_COMPONENTS:
-        problem = f"must name {MIN_COMPONENTS} to {MAX_COMPONENTS} different adapters"
-        raise ConfigError.of(_COMPONENTS, problem)
-    for name, path in directories.items():
+        limits = {"least": MIN_COMPONENTS, "most": MAX_COMPONENTS}
+        text = say("ENTRIES_NOT_IN_RANGE", found=len(directories), **limits)
+        raise ConfigError.of(_COMPONENTS, text)
+    for path in directories.values():
         if not path.is_dir():
-            raise ConfigError.of(_COMPONENTS, f"{name}: {path} is no directory")
+            raise ConfigError.of(_COMPONENTS, say("FOLDER_MISSING", path=path))
 
 
 def base_place(config: BaseConfig, folder: Path) -> Path | None:

@@ -8,6 +8,7 @@ from turret.server.models.decoding.arch import ROUTER, Experts, Projections
 from turret.training.errors import ConfigError
 from turret.training.settings.fit import ON_EXPERTS
 from turret.training.settings.targets import PRESETS, check_names, is_targeted
+from turret.training.words import say
 
 
 def module_names(projections: Projections, preset: str) -> tuple[str, ...]:
@@ -59,8 +60,8 @@ def expand_targets(projections: Projections, targets: Sequence[str]) -> tuple[st
     if len(targets) == 1 and targets[0] in PRESETS:
         found = module_names(projections, targets[0])
         if not found:
-            why = f"{projections.model_type} has no module to train here; attention has"
-            raise ConfigError.of("method.targets", why)
+            text = say("NO_TARGETS", value=targets[0], model_type=projections.model_type)
+            raise ConfigError.of("method.targets", text)
         return found
     check_names(projections.model_type, module_names(projections, "all-linear"), targets)
     return tuple(dict.fromkeys(targets))
@@ -79,8 +80,6 @@ def check_experts(method: str, projections: Projections, targets: Sequence[str])
     """
     named = [name for name in expert_names(projections) if name in targets]
     if named and method not in ON_EXPERTS:
-        raise ConfigError.of(
-            "method.targets",
-            f"{named[0]} is of experts, which take {' and '.join(ON_EXPERTS)} alone; {method} takes"
-            " attention",
-        )
+        choices = ", ".join(ON_EXPERTS)
+        text = say("EXPERTS_UNSUPPORTED_BY", module=named[0], method=method, choices=choices)
+        raise ConfigError.of("method.targets", text)

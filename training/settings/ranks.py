@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 
 from turret.server.adapters.methods.kit import LinearMethod
 from turret.server.adapters.methods.low_rank import miss
@@ -12,6 +11,7 @@ from turret.server.adapters.methods.transforms import hra
 from turret.server.config import AdapterConfig
 from turret.server.models.decoding.arch import Projections
 from turret.training.errors import ConfigError
+from turret.training.words import say
 
 # The server's default --max-rank.
 SERVED_RANK = AdapterConfig().max_rank
@@ -46,9 +46,13 @@ def check_rank(method: str, sizes: Sequence[Size], rank: int) -> None:
     Raises:
         ConfigError: Says how high it may be.
     """
-    problem = _PROBLEMS[method](sizes, rank) if method in _PROBLEMS and sizes else None
-    if problem is not None:
-        raise ConfigError.of("method.rank", problem)
+    if method not in _HIGHEST or not sizes:
+        return
+    limits = [(_HIGHEST[method](inner, out), name) for name, out, inner in sizes]
+    highest, module = min(limits, key=lambda limit: limit[0])
+    if rank > highest:
+        text = say("RANK_TOO_HIGH", most=highest, method=method, value=rank, module=module)
+        raise ConfigError.of("method.rank", text)
 
 
 def highest_loha_rank(sizes: Sequence[Size]) -> int:
@@ -56,45 +60,21 @@ def highest_loha_rank(sizes: Sequence[Size]) -> int:
     return min(highest_rank(inner, out) for _, out, inner in sizes)
 
 
-def _over_both_sides(sizes: Sequence[Size], rank: int) -> str | None:
-    """Of an update ``B A``, whose rank is at most the weight's."""
-    name, out, inner = min(sizes, key=lambda size: min(size[1:]))
-    if rank <= min(out, inner):
-        return None
-    return (
-        f"at most {min(out, inner)} on these modules: {name} has {inner} inputs and {out} outputs,"
-        " and no update of it has a higher rank"
-    )
-
-
-def _over_most(method: LinearMethod, sizes: Sequence[Size], rank: int) -> str | None:
-    """A rank over the one that the server takes on the smallest of the modules."""
+def _most_rank(method: LinearMethod) -> Callable[[int, int], int]:
     assert method.most_rank is not None
-    limits = [(method.most_rank(inner, out), name) for name, out, inner in sizes]
-    most, name = min(limits, key=lambda limit: limit[0])
-    if rank <= most:
-        return None
-    return f"at most {most} on these modules, which is as much as {name} takes"
+    return method.most_rank
 
 
-def _over_loha(sizes: Sequence[Size], rank: int) -> str | None:
-    highest = highest_loha_rank(sizes)
-    if rank <= highest:
-        return None
-    return f"LoHa is served up to rank {highest} on these modules of this base"
+def _highest_shira_rank(inner: int, out: int) -> int:
+    """SHiRA trains rank · (out + in) entries of a weight, which has out · in."""
+    return out * inner // (out + inner)
 
 
-def _over_entries(sizes: Sequence[Size], rank: int) -> str | None:
-    """Of SHiRA's, which trains rank · (out + in) entries of a weight."""
-    highest = min(out * inner // (out + inner) for _, out, inner in sizes)
-    if rank <= highest:
-        return None
-    return f"at most {highest}, where all entries of one of these modules are trained"
-
-
-_PROBLEMS: Mapping[str, Callable[[Sequence[Size], int], str | None]] = {
-    **dict.fromkeys(("lora", "rslora", "dora", "alora", "vblora"), _over_both_sides),
-    **{method.name: partial(_over_most, method) for method in (hra.METHOD, miss.METHOD)},
-    "loha": _over_loha,
-    "shira": _over_entries,
+# Highest rank by the inputs and outputs of a module. That of an update ``B A`` is at most the
+# weight's.
+_HIGHEST: Mapping[str, Callable[[int, int], int]] = {
+    **dict.fromkeys(("lora", "rslora", "dora", "alora", "vblora"), min),
+    **{method.name: _most_rank(method) for method in (hra.METHOD, miss.METHOD)},
+    "loha": highest_rank,
+    "shira": _highest_shira_rank,
 }

@@ -30,6 +30,7 @@ from turret.training.settings.config import (
 from turret.training.settings.fit import check_fit
 from turret.training.settings.inputs import base_place, check_components, component_directories
 from turret.training.settings.modules import check_method
+from turret.training.words import say
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ def _rooted(config: MethodConfig, folder: Path) -> MethodConfig:
 def _resolve_base(config: BaseConfig, directory: Path | None) -> BaseConfig:
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda:
-        raise ConfigError.of("base.device", "there is no CUDA device")
+        raise ConfigError.of("base.device", say("NO_CUDA_DEVICE", device="cuda"))
     device = config.device or ("cuda" if has_cuda else "cpu")
     has_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else has_avx512bf16()
     return replace(

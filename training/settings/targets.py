@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from turret.server.basics.closest import did_you_mean
+from turret.server.basics.closest import closest
 from turret.server.models.decoding.arch import MODULES, Projections
 from turret.server.models.families import FAMILIES
 from turret.server.models.sources.check import told_sizes
 from turret.training.errors import ConfigError
+from turret.training.words import say
 
 PRESETS = ("attention", "mlp", "all-linear")
 _ATTENTION_GROUPS = ("qkv", "o")
@@ -72,11 +73,14 @@ def check_names(model_type: str, known: Sequence[str], targets: Sequence[str]) -
         return
     for name in targets:
         if name in PRESETS:
-            raise ConfigError.of("method.targets", f"{name!r} stands alone or not at all")
+            raise ConfigError.of("method.targets", say("PRESET_NOT_ALONE", value=name))
         if name not in known:
-            meant = did_you_mean(name, (*known, *PRESETS))
-            raise ConfigError.of(
-                "method.targets",
-                f"{name!r:.60} is no linear module of {model_type}; there are {', '.join(known)}, "
-                f"and the presets {', '.join(PRESETS)}{meant}",
+            text = say(
+                "UNKNOWN_TARGET",
+                value=name,
+                model_type=model_type,
+                choices=", ".join(known),
+                presets=", ".join(PRESETS),
+                closest=closest(name, (*known, *PRESETS)),
             )
+            raise ConfigError.of("method.targets", text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory, refuse
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
@@ -23,19 +25,27 @@ def check_is_adapter(directory: AdapterDirectory, path: str) -> None:
     Raises:
         AdapterCheckpointError: It does.
     """
-    has_tensors = directory.has(TENSORS_FILE)
     if not directory.has(CONFIG_FILE):
         if _is_model(directory.names()):
             raise refuse(path, say("WHOLE_MODEL"))
         raise refuse(path, say("NOT_AN_ADAPTER", closest=directory.adapter_below(CONFIG_FILE)))
-    if has_tensors:
-        return  # other files beside the tensors are never opened
+    # Other files beside the tensors are never opened.
+    if not directory.has(TENSORS_FILE):
+        refuse_missing_tensors(path, directory.names())
+
+
+def refuse_missing_tensors(path: str, names: Iterable[str]) -> None:
+    """Refuse an adapter without its tensors; ``names`` are those of its other files.
+
+    Raises:
+        AdapterCheckpointError: Always; a pickle file is named, if there is one.
+    """
     findings = Findings(path)
-    for name in directory.names():
+    for name in names:
         if name.endswith(_PICKLE_SUFFIXES) and not name.startswith(_TRAINERS_OWN):
             findings.add(name, say("PICKLE"))
-    findings.raise_if_any()
-    findings.add(TENSORS_FILE, say("MISSING_FILE"))
+    if not findings.fields:
+        findings.add(TENSORS_FILE, say("MISSING_FILE"))
     findings.raise_if_any()
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from said import says, texts_of
 
 from turret.clients.evaluation.rows import EvalExample, RowError, read_eval_set
 from turret.training.data.examples import read_examples
@@ -13,90 +14,98 @@ from turret.training.errors import DataError
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("data", "reason"),
     [
-        (b"prompt,completion\na,b\n", "is a table with commas (CSV); `python3 -c "),
-        (b"prompt;completion\na;b\n", "csv.DictReader(sys.stdin, delimiter=';')"),
-        (b'[{"prompt": "a", "completion": "b"}]', "is a JSON array; `jq -c '.[]' "),
-        (b"\x1f\x8b\x08", "is compressed; `gunzip` it first"),
+        (b"prompt,completion\na,b\n", "FILE_IS_A_TABLE"),
+        (b"prompt;completion\na;b\n", "FILE_IS_A_TABLE"),
+        (b'[{"prompt": "a", "completion": "b"}]', "FILE_IS_AN_ARRAY_OF_OBJECTS"),
+        (b"\x1f\x8b\x08", "FILE_IS_COMPRESSED"),
     ],
 )
-def test_a_file_of_another_kind_is_told_as_such(tmp_path: Path, data: bytes, message: str):
+def test_a_file_of_another_kind_is_told_as_such(tmp_path: Path, data: bytes, reason: str):
     path = tmp_path / "set.jsonl"
     path.write_bytes(data)
     with pytest.raises(RowError) as raised:
         read_eval_set(path)
-    assert message in str(raised.value)
+    assert (raised.value.path, raised.value.problem.reason) == (path, reason)
+    if b";" in data:
+        assert "csv.DictReader(sys.stdin, delimiter=';')" in raised.value.problem.params["command"]
 
 
 def test_a_config_is_no_test_set(tmp_path: Path):
     path = tmp_path / "hotel.toml"
     path.write_text("# a, b\n# c, d\n[data]\n")
-    with pytest.raises(RowError, match=r"toml: is a config by its name, and no examples;"):
+    with pytest.raises(RowError, check=says("FILE_IS_A_CONFIG")):
         read_eval_set(path)
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("row", "field", "reason"),
     [
-        ("{", ":2: column 2: no JSON: "),
-        ("[" * 100_000, ":2: line: no JSON that can be read: "),
-        ("[1]", ":2: line: must be a JSON object with messages, or prompt and completion, or"),
-        ('{"text": "a"}', ":2: line: must hold messages, or prompt and completion, or labels"),
-        ('{"prompt": "a"}', ":2: completion: is missing; a line holds messages, or prompt and"),
-        ('{"prompt": "a", "labels": []}', ":2: labels: all rows have labels in place of answers"),
-        ('{"prompt": "a", "labels": "b"}', ":2: labels: must be a list of texts"),
-        ('{"prompt": "a", "labels": ["b", "b"]}', ":2: labels[1]: is 'b' once more"),
-        ('{"prompt": "a", "labels": [""]}', ":2: labels[0]: is empty"),
-        ('{"completion": "a"}', ":2: prompt: is missing; "),
-        ('{"prompt": "a", "prompt": "b"}', ":2: prompt: stands twice in one object"),
-        ('{"prompt": 3, "completion": "a"}', ":2: prompt: must be a string, not 3"),
-        ('{"prompt": "", "completion": "a"}', ":2: prompt: is empty"),
-        ('{"prompt": "a", "completion": ""}', ":2: completion: is empty"),
-        ('{"messages": "a"}', ":2: messages: must be a list of messages, not 'a'"),
-        ('{"messages": []}', ":2: messages: is empty; the user's message and the answer stand"),
-        ('{"messages": [{"role": "user"}]}', ":2: messages[0]: must be an object with role and"),
-        ('{"messages": [{"role": 3, "content": "a"}]}', ":2: messages[0].role: must be a string"),
+        ("{", "column 2", "NOT_ONE_OBJECT"),
+        ("[" * 100_000, "line", "NOT_JSON"),
+        ("[1]", "line", "NOT_AN_EXAMPLE"),
+        ('{"text": "a"}', "line", "NOT_AN_EXAMPLE"),
+        ('{"prompt": "a"}', "completion", "MISSING_KEY"),
+        ('{"prompt": "a", "labels": []}', "labels", "MIXED_LABELS"),
+        ('{"prompt": "a", "labels": "b"}', "labels", "NOT_A_LIST"),
+        ('{"prompt": "a", "labels": ["b", "b"]}', "labels[1]", "DUPLICATE"),
+        ('{"prompt": "a", "labels": [""]}', "labels[0]", "EMPTY"),
+        ('{"completion": "a"}', "prompt", "MISSING_KEY"),
+        ('{"prompt": "a", "prompt": "b"}', "prompt", "DUPLICATE_KEY"),
+        ('{"prompt": 3, "completion": "a"}', "prompt", "NOT_A_STRING"),
+        ('{"prompt": "", "completion": "a"}', "prompt", "EMPTY"),
+        ('{"prompt": "a", "completion": ""}', "completion", "EMPTY"),
+        ('{"messages": "a"}', "messages", "NOT_A_LIST"),
+        ('{"messages": []}', "messages", "EMPTY"),
+        ('{"messages": [{"role": "user"}]}', "messages[0]", "NOT_A_MESSAGE"),
+        ('{"messages": [{"role": 3, "content": "a"}]}', "messages[0].role", "NOT_A_STRING"),
         (
             '{"messages": [{"role": "user", "content": null}]}',
-            ":2: messages[0].content: must be a string, not null",
+            "messages[0].content",
+            "NOT_A_STRING",
         ),
         (
             '{"messages": [{"role": "user", "content": "a"}]}',
-            ":2: messages[0].role: the last message must be the assistant's: it is what is judged",
+            "messages[0].role",
+            "LAST_IS_NO_ANSWER",
         ),
         (
             '{"messages": [{"role": "assistant", "content": "a"}]}',
-            ":2: messages: nothing stands before the answer",
+            "messages",
+            "NOTHING_BEFORE_ANSWER",
         ),
     ],
 )
-def test_a_bad_row_is_named(tmp_path: Path, row: str, message: str):
+def test_a_bad_row_is_named(tmp_path: Path, row: str, field: str, reason: str):
     path = tmp_path / "test.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' + row + "\n")
     with pytest.raises(RowError) as raised:
         read_eval_set(path)
-    assert str(raised.value).startswith(f"{path}{message}")
+    error = raised.value
+    assert (error.line, error.field, error.problem.reason) == (2, field, reason)
+    assert str(error).startswith(f"{path}:2: {field}: ")
 
 
 @pytest.mark.parametrize(
-    ("text", "step"),
+    ("text", "reason"),
     [
-        ('{\n  "prompt": "a",\n  "completion": "b"\n}\n', None),
-        ('{"prompt": "a", "completion": "b"} {"prompt": "c", "completion": "d"}\n', None),
-        ('{"prompt": "a", "completion": "b"},\n', ", without a comma behind it"),
-        ("{'prompt': 'a', 'completion': 'b'}\n", ", with keys and texts in double quotes"),
-        ("hello\n", ""),
+        ('{\n  "prompt": "a",\n  "completion": "b"\n}\n', "NOT_ONE_OBJECT"),
+        (
+            '{"prompt": "a", "completion": "b"} {"prompt": "c", "completion": "d"}\n',
+            "NOT_ONE_OBJECT",
+        ),
+        ('{"prompt": "a", "completion": "b"},\n', "TRAILING_COMMA"),
+        ("{'prompt': 'a', 'completion': 'b'}\n", "SINGLE_QUOTES"),
+        ("hello\n", "LINE_NOT_JSON"),
     ],
 )
-def test_lines_that_are_no_objects_are_told_how_to_be(text: str, step: str | None, tmp_path: Path):
+def test_lines_that_are_no_objects_are_told_how_to_be(text: str, reason: str, tmp_path: Path):
     path = tmp_path / "test.jsonl"
     path.write_text(text)
     with pytest.raises(RowError) as raised:
         read_eval_set(path)
-    if step is None:
-        step = f"; `jq -c . {path} >NEW.jsonl` writes them so"
-    assert str(raised.value).endswith(f"; every line must be a JSON object by itself{step}")
+    assert raised.value.problem.reason == reason
 
 
 def test_a_file_that_is_not_there_is_told_with_what_is(
@@ -104,29 +113,32 @@ def test_a_file_that_is_not_there_is_told_with_what_is(
 ):
     monkeypatch.chdir(tmp_path)
 
-    def said(name: str) -> str:
+    def said(name: str) -> tuple[str, dict[str, str]]:
         with pytest.raises(FileNotFoundError) as raised:
             read_eval_set(Path(name))
-        return str(raised.value)
+        (text,) = texts_of(raised.value)
+        return text.reason, {key: str(value) for key, value in text.params.items()}
 
-    assert said("test.jsonl") == f"{tmp_path}/test.jsonl does not exist"
-    assert said("no/t.jsonl").endswith(f"; there is no directory {tmp_path}/no")
+    path = f"{tmp_path}/test.jsonl"
+    assert said("test.jsonl") == ("PATH_MISSING", {"path": path})
+    assert said("no/t.jsonl") == ("FOLDER_MISSING", {"path": f"{tmp_path}/no"})
     for name in ("a.jsonl", "b.jsonl", "tests.jsonl", "c.txt"):
         (tmp_path / name).touch()
-    assert said("test.jsonl") == (
-        f"{tmp_path}/test.jsonl does not exist; did you mean 'tests.jsonl'?"
-    )
-    assert said("zzz.jsonl").endswith("; its directory has a.jsonl, b.jsonl, tests.jsonl")
-    assert said("zzz.csv").endswith("zzz.csv does not exist")
+    assert said("test.jsonl") == ("PATH_MISSING", {"path": path, "closest": "tests.jsonl"})
+    beside = {"path": f"{tmp_path}/zzz.jsonl", "names": "a.jsonl, b.jsonl, tests.jsonl"}
+    assert said("zzz.jsonl") == ("PATH_MISSING_BESIDE", beside)
+    assert said("zzz.csv") == ("PATH_MISSING", {"path": f"{tmp_path}/zzz.csv"})
 
 
 def test_other_bytes_and_no_rows_are_named(tmp_path: Path):
     path = tmp_path / "test.jsonl"
     path.write_bytes(b"\n\xff\n")
-    with pytest.raises(RowError, match="jsonl:2: byte 1: no UTF-8: "):
+    with pytest.raises(RowError) as raised:
         read_eval_set(path)
+    error = raised.value
+    assert (error.line, error.field, error.problem.reason) == (2, "byte 1", "NOT_UTF8")
     path.write_bytes(b"\n \n")
-    with pytest.raises(RowError, match="jsonl: holds no example; a line is a JSON object"):
+    with pytest.raises(RowError, check=says("NO_EXAMPLES")):
         read_eval_set(path)
 
 
@@ -147,23 +159,21 @@ def test_other_keys_of_a_row_and_roles_of_a_template_are_passed_over(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "field", "reason", "near"),
     [
-        ({"promt": "a", "completion": "b"}, "promt: is unexpected here; a line holds messages, or"),
-        ({"zzz": "a"}, "line: must hold messages, or prompt and completion, or "),
+        ({"promt": "a", "completion": "b"}, "promt", "UNEXPECTED_KEY", "prompt"),
+        ({"zzz": "a"}, "line", "NOT_AN_EXAMPLE", None),
     ],
 )
 def test_training_and_evaluation_say_the_same_of_a_key_that_is_none(
-    row: dict[str, str], said: str, tmp_path: Path
+    row: dict[str, str], field: str, reason: str, near: str | None, tmp_path: Path
 ):
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{json.dumps(row)}\n")
-    heard = []
-    for read, error in ((read_eval_set, RowError), (read_examples, DataError)):
+    kinds = ((read_eval_set, RowError, "EXAMPLE_KEYS"),)
+    for read, error, keys in (*kinds, (read_examples, DataError, "TRAINING_EXAMPLE_KEYS")):
         with pytest.raises(error) as raised:
             read(path)
-        assert str(raised.value).startswith(f"{path}:1: {said}")
-        heard.append(str(raised.value))
-    # Plain text is learned, and has no answer to judge.
-    assert heard[0] == heard[1].replace("or text, ", "")
-    assert heard[0].endswith("; did you mean 'prompt'?") == ("promt" in row)
+        assert str(raised.value).startswith(f"{path}:1: {field}: ")
+        text, of_keys = texts_of(raised.value)
+        assert (text.reason, text.params.get("closest"), of_keys.reason) == (reason, near, keys)

@@ -12,9 +12,12 @@ PAGE = ROOT / "tests" / "project" / "golden" / "sentences.txt"
 def catalogues() -> dict[str, dict[str, str]]:
     """The catalogues of the source tree, by the path of their file."""
     found: dict[str, dict[str, str]] = {}
-    for path in sorted((*ROOT.glob("*/words/*.py"), *ROOT.glob("*/words.py"))):
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        texts = getattr(importlib.import_module(f"turret.{name}"), "TEXTS", None)
+    source = ROOT / "src" / "turret"
+    folders = [path for path in source.iterdir() if path.is_dir()]
+    own = (each for folder in folders for each in (*folder.glob("words/*.py"), folder / "words.py"))
+    for path in sorted(each for each in (source / "words.py", *own) if each.exists()):
+        name = ".".join(path.relative_to(source.parent).with_suffix("").parts)
+        texts = getattr(importlib.import_module(name), "TEXTS", None)
         if texts is not None:
             found[str(path.relative_to(ROOT))] = texts
     return found

@@ -10,6 +10,7 @@ import torch
 from builders.bases.tiny_models import save_tiny_model
 from builders.training import resolve_tiny, write_jsonl
 from safetensors.torch import load_file
+from said import says
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.clients.evaluation.answer_metrics import macro_f1
@@ -135,14 +136,14 @@ def test_what_cannot_be_classified_is_refused_by_name(model: Path, tmp_path: Pat
             resolve_tiny(tmp_path, model, *RUN, override)
     rows = [{"prompt": str(n), "completion": "same"} for n in range(4)]
     write_jsonl(path, rows)
-    with pytest.raises(DataError, match="holds 1 label,"):
+    with pytest.raises(DataError, check=says("LABEL_COUNT", found=1)):
         resolve_tiny(tmp_path, model, *RUN)
     write_jsonl(path, [*rows, {"text": "no label"}])
-    with pytest.raises(DataError, match="has no label"):
+    with pytest.raises(DataError, check=says("NO_LABEL")):
         resolve_tiny(tmp_path, model, *RUN, "data.validation_fraction=0")
     write_jsonl(path, [*rows, {"prompt": "x", "completion": "other"}])
     write_jsonl(tmp_path / "held.jsonl", [{"prompt": "y", "completion": "third"}])
-    with pytest.raises(DataError, match="'third'"):
+    with pytest.raises(DataError, check=says("UNKNOWN_LABEL", value="third")):
         resolve_tiny(tmp_path, model, *RUN, "data.validation=held.jsonl")
 
 

@@ -230,5 +230,5 @@ def test_checkpointed_layers_give_the_same_gradients(run_folder: Path, tiny_llam
 
 
 def test_a_negative_guidance_is_refused(run_folder: Path, tiny_llama: Path) -> None:
-    with pytest.raises(ConfigError, match=r"method\.guidance: must be at least 0"):
+    with pytest.raises(ConfigError, match=r"^method\.guidance: "):
         resolve_fusion(run_folder, tiny_llama, "method.guidance=-0.1")

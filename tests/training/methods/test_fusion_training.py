@@ -14,6 +14,7 @@ from builders.mixes.fusions import DenseFusion
 from builders.training import resolve_tiny, write_jsonl, write_words
 from method_oracle import check_score, oracle_logprobs, prompt_of, twin
 from safetensors.torch import save_file
+from said import says
 from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 
@@ -181,21 +182,22 @@ async def test_the_trainer_trains_a_fusion(components: Path, tiny_llama: Path) -
 
 
 @pytest.mark.parametrize(
-    ("override", "why"),
+    ("override", "reason"),
     [
-        ("method.d_k=0", "method.d_k: must be at least 1"),
-        ("method.rank=4", "method.rank: has no meaning for learned_fusion"),
-        ("method.components=['a=a/adapter']", "must name 2 to 16 different adapters"),
-        ("method.components=['a/adapter', 'b/adapter']", "two have the same name"),
-        ("method.components=['a=a/adapter', 'none']", "is no directory"),
+        ("method.d_k=0", "TOO_SMALL"),
+        ("method.rank=4", "KEY_UNSUPPORTED_BY"),
+        ("method.components=['a=a/adapter']", "ENTRIES_NOT_IN_RANGE"),
+        ("method.components=['a/adapter', 'b/adapter']", "SAME_COMPONENT_NAME"),
+        ("method.components=['a=a/adapter', 'none']", "FOLDER_MISSING"),
     ],
 )
 def test_what_cannot_be_fused_is_refused(
-    components: Path, tiny_llama: Path, override: str, why: str
+    components: Path, tiny_llama: Path, override: str, reason: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve_tiny(components, tiny_llama, "method.name=learned_fusion", BOTH, override)
-    assert why in str(caught.value)
+    ((key, text),) = caught.value.violations
+    assert (key, text.reason) == (override.partition("=")[0], reason)
 
 
 def test_a_component_of_another_base_stops_the_run(components: Path, tiny_llama: Path) -> None:
@@ -203,7 +205,7 @@ def test_a_component_of_another_base_stops_the_run(components: Path, tiny_llama:
     save_adapter(model, make_config("lora"), components / "other")
     other = "method.components=['a=a/adapter', 'other']"
     resolved = resolve_tiny(components, tiny_llama, "method.name=learned_fusion", other)
-    with pytest.raises(ConfigError, match="does not fit base model"):
+    with pytest.raises(ConfigError, check=says("ADAPTER_MISFIT")):
         attach(resolved)
 
 

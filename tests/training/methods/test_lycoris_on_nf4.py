@@ -12,6 +12,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from builders.methods import load_adapter, make_config
 from method_oracle import check_score, oracle_logprobs, prompt_of, twin
 from peft import get_peft_model
+from said import says
 from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -245,7 +246,7 @@ def test_dropout_drops_outputs_in_training_alone(method: str):
 def test_a_rank_that_costs_more_than_a_dense_update_is_refused():
     register_nf4_layers()
     base = nn.ModuleDict({"q_proj": Linear4bit(64, 64, bias=False)})
-    with pytest.raises(ValueError, match="LoHa rank 6 on a module of 64 inputs and 64 outputs"):
+    with pytest.raises(ValueError, check=says("LOHA_RANK_TOO_HIGH", rank=6, inputs=64)):
         get_peft_model(base, make_config("loha", r=6, task_type=None))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from builders.bases.tiny_models import save_tiny_model, tiny_tokenizer
 from builders.training import resolve_tiny, write_jsonl
+from said import says
 from servers.engine_harness import EngineHarness, make_request
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForSequenceClassification
@@ -145,42 +146,44 @@ def test_a_conversation_is_asked_as_it_stands() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("row", "field", "reason"),
     [
-        ({"prompt": "a", "labels": "b"}, "labels: must be a list of texts, not 'b'"),
-        ({"prompt": "a", "labels": ["b", 1]}, "labels[1]: must be a string, not 1"),
-        ({"prompt": "a", "labels": ["b", "b"]}, "labels[1]: is 'b' once more"),
-        ({"prompt": "a", "labels": ["b" * 257]}, "labels: a label has at most 256 characters"),
-        ({"labels": ["b"]}, "prompt: is missing"),
-        ({"prompt": "a", "labels": [], "x": 1}, "x: is unexpected here"),
-        ({"text": "a", "labels": []}, "text: is unexpected here"),
+        ({"prompt": "a", "labels": "b"}, "labels", "NOT_A_LIST"),
+        ({"prompt": "a", "labels": ["b", 1]}, "labels[1]", "NOT_A_STRING"),
+        ({"prompt": "a", "labels": ["b", "b"]}, "labels[1]", "DUPLICATE"),
+        ({"prompt": "a", "labels": ["b" * 257]}, "labels", "TOO_MANY_CHARACTERS"),
+        ({"labels": ["b"]}, "prompt", "MISSING_KEY"),
+        ({"prompt": "a", "labels": [], "x": 1}, "x", "UNEXPECTED_KEY"),
+        ({"text": "a", "labels": []}, "text", "UNEXPECTED_KEY"),
         (
             {"messages": [{"role": "assistant", "content": "a"}], "labels": []},
-            "messages[0].role: the last message must not be the assistant's",
+            "messages[0].role",
+            "LAST_IS_ANSWER",
         ),
-        ({"prompt": "a", "completion": "b"}, "labels: stand on the first line: all lines have"),
+        ({"prompt": "a", "completion": "b"}, "labels", "MIXED_LABELS"),
     ],
 )
 def test_a_bad_line_is_refused_by_name(
-    model: Path, tmp_path: Path, row: dict, message: str
+    model: Path, tmp_path: Path, row: dict, field: str, reason: str
 ) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a", "labels": ["c"]}, row])
     with pytest.raises(DataError) as caught:
         resolve_tiny(tmp_path, model, *RUN)
-    assert str(caught.value).startswith(f"{path}:2: {message}")
+    assert str(caught.value).startswith(f"{path}:2: {field}: ")
+    assert caught.value.problem.reason == reason
 
 
 def test_labels_that_are_not_learned_are_refused(model: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [{"prompt": f"{n}", "labels": []} for n in "abc"])
-    with pytest.raises(DataError, match="holds 0 labels, 1 to 4096 are learned"):
+    with pytest.raises(DataError, check=says("LABEL_COUNT", found=0)):
         resolve_tiny(tmp_path, model, *RUN)
-    with pytest.raises(DataError, match=r'jsonl:1: labels: are learned with data.task = "class'):
+    with pytest.raises(DataError, check=says("LABELS_NEED_CLASSIFICATION")):
         resolve_tiny(tmp_path, model)
     write_jsonl(path, [{"prompt": f"{n}", "completion": n} for n in "abc"])
     write_jsonl(tmp_path / "held.jsonl", [{"prompt": "d", "labels": ["a"]}])
-    with pytest.raises(DataError, match=r"held.jsonl:1: labels: are missing on the first line"):
+    with pytest.raises(DataError, check=says("MIXED_LABELS")):
         resolve_tiny(tmp_path, model, *RUN, "data.validation=held.jsonl")
     write_jsonl(path, [{"prompt": f"{n}", "labels": [n]} for n in "abc"])
     write_jsonl(tmp_path / "held.jsonl", [{"prompt": "d", "labels": ["a", "d"]}])
-    with pytest.raises(DataError, match="the label 'd' is none of train's"):
+    with pytest.raises(DataError, check=says("UNKNOWN_LABEL", value="d")):
         resolve_tiny(tmp_path, model, *RUN, "data.validation=held.jsonl")

@@ -1,6 +1,7 @@
 """What must not change a result: packing, accumulation, checkpointing, seeds, a kill."""
 
 from __future__ import annotations
+from turret.training.words import say
 
 import argparse
 import errno
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from said import says
 import torch
 from builders.bases.tiny_models import save_tiny_model
 from builders.training import resolve_tiny, write_words
@@ -176,7 +178,7 @@ def test_a_directory_is_neither_overwritten_nor_mixed_up(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run = train(tmp_path, tiny_llama, "run")
-    with pytest.raises(RunError, match="holds a finished run without its page; .*; --overwrite"):
+    with pytest.raises(RunError, check=says("RUN_WITHOUT_REPORT")):
         train(tmp_path, tiny_llama, "run")
     before = adapter_bytes(run)
     # What is not the run's own stays: another run below it, and what somebody put there.
@@ -191,32 +193,31 @@ def test_a_directory_is_neither_overwritten_nor_mixed_up(
     assert {"next/adapter/notes.txt", "other/notes.txt", "notes.txt"} <= kept
     assert "adapter/old" not in kept
     shutil.rmtree(run / "adapter")
-    with pytest.raises(
-        RunError, match="holds an unfinished run; --resume goes on with it, --overwrite"
-    ):
+    with pytest.raises(RunError, check=says("RUN_UNFINISHED")):
         train(tmp_path, tiny_llama, "run", "run.seed=1")
-    own = r"`turret train run .*/run/config.toml --resume` goes on"
-    with pytest.raises(
-        RunError, match=rf"the run there has method.dropout 0.0 \(here 0.1\); {own}"
-    ):
+    command = f"turret train run {run}/config.toml --resume"
+    found = say("DIFFERENCE", key="method.dropout", before="0.0", after="0.1")
+    differ = says("RUN_SETTINGS_DIFFER", found=found, command=command)
+    with pytest.raises(RunError, check=differ):
         train(tmp_path, tiny_llama, "run", "run.seed=1", "method.dropout=0.1", resume=True)
     write_words(tmp_path / "train.jsonl", count=23)
-    with pytest.raises(RunError, match=r"data.digest"):
+    with pytest.raises(RunError, check=lambda error: say("EXAMPLES_CHANGED") in str(error)):
         train(tmp_path, tiny_llama, "run", "run.seed=1", resume=True)
-    with pytest.raises(RunError, match="holds no run to resume"):
+    with pytest.raises(RunError, check=says("NO_RUN_TO_RESUME")):
         train(tmp_path, tiny_llama, "other", resume=True)
     write_words(tmp_path / "train.jsonl")
     facts = json.loads((run / "run.json").read_text())
     facts["base"]["digest"] = "0"
     (run / "run.json").write_text(json.dumps(facts))
+    changed = say("DIGEST_CHANGED", key="base.digest")
     # Before the base is loaded.
     monkeypatch.setattr(trainer, "attach", None)
-    with pytest.raises(RunError, match=r"the run there has another base.digest; another --output"):
+    with pytest.raises(RunError, check=says("RUN_DIFFERS", found=changed)):
         train(tmp_path, tiny_llama, "run", "run.seed=1", resume=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     for overwrite in (False, True):
-        with pytest.raises(RunError, match="is not empty, and no run"):
+        with pytest.raises(RunError, check=says("OUTPUT_NOT_EMPTY")):
             train(tmp_path, tiny_llama, "mine", overwrite=overwrite)
 
 
@@ -240,7 +241,7 @@ def test_a_disk_without_room_is_told_before_training(
 ):
     usage = shutil.disk_usage(tmp_path)._replace(free=2000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(RunError, match=f"{tmp_path}: the disk has 1.95 KiB free, and the run will"):
+    with pytest.raises(RunError, check=says("RUN_DISK_FULL", free="1.95 KiB")):
         train(tmp_path, tiny_llama, "out")
     assert not (tmp_path / "out").exists()
 

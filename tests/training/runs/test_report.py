@@ -1,6 +1,7 @@
 """The page about a run, and the answers before and after that it shows."""
 
 from __future__ import annotations
+from turret.training.words import say
 
 import io
 import json
@@ -167,7 +168,8 @@ def test_the_command_writes_the_page(run: RunFolder, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.strip() == str(run.report)
     assert run.report.read_text(encoding="utf-8") == render_report(run)
     assert main(["train", "report", str(run.path / "adapter")]) == 1
-    assert "is no run of turret train" in capsys.readouterr().err
+    text = say("NO_RUN_FACTS", path=run.path / "adapter", name="run.json")
+    assert str(text) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning", "p_tuning", "dora", "ia3"])

@@ -1,10 +1,12 @@
 """The directory of a run: one run at a time, and what is said of it."""
 
 from __future__ import annotations
+from turret.training.words import say
 
 from pathlib import Path
 
 import pytest
+from said import says
 from command_modules import loaded_and_said_by
 
 from turret.training.errors import RunError
@@ -16,11 +18,11 @@ def test_two_runs_do_not_write_into_one_directory(tmp_path: Path):
     (tmp_path / "t.toml").write_text('[data]\ntrain = "t.jsonl"\n')
     (tmp_path / "t.jsonl").write_text('{"text": "a"}\n')
     with run.held():
-        with pytest.raises(RunError, match="is in use by another `turret train`"), run.held():
+        with pytest.raises(RunError, check=says("RUN_IN_USE")), run.held():
             pass
         code, modules, err = loaded_and_said_by("train", "run", str(tmp_path / "t.toml"))
         assert code == 1
-        assert err.startswith(f"error: {run.path} is in use by another `turret train`; wait for")
+        assert err == f"error: {say('RUN_IN_USE', path=run.path)}\n"
         assert "torch" not in modules
         run.write_facts({})
     with run.held():

@@ -17,6 +17,35 @@ from typing import Any
 _IS_SCRAMBLED = os.environ.get("PSEUDOLOCALE") == "rot13"
 # Reason of the text that ends a sentence with a suggestion.
 SUGGESTION = "DID_YOU_MEAN"
+# Sentences about any field, value or file. Each part of turret has a catalogue of its others.
+TEXTS = {
+    "DID_YOU_MEAN": "; did you mean {closest!q}?",
+    # Fields.
+    "UNKNOWN_FIELD": "unknown field",
+    "REQUIRED": "is required",
+    "NEEDS_FIELD": "requires {other}",
+    "CONFLICTS_WITH": "cannot be combined with {other}",
+    "EMPTY": "must not be empty",
+    "DUPLICATE": "{value!q} is listed more than once",
+    # Values.
+    "NOT_ONE_OF": "must be one of {choices}, not {value!q}",
+    "NOT_IN_RANGE": "must be between {least!q:.30} and {most!q:.30}, not {value!q:.30}",
+    "NOT_ABOVE": "must be greater than {bound}, not {value}",
+    "TOO_SMALL": "must be at least {least}, not {value}",
+    "TOO_LARGE": "must be at most {most}, not {value}",
+    "TOO_MANY_CHARACTERS": "must have at most {most} characters, not {found}",
+    "NOT_A_LIST": "must be a list, not {value}",
+    "NOT_A_STRING": "must be a string, not {value}",
+    "NOT_A_NUMBER": "must be a number, not {value}",
+    "NOT_A_WHOLE_NUMBER": "must be a whole number, not {value}",
+    "NOT_TRUE_OR_FALSE": "must be true or false, not {value}",
+    "NOT_A_JSON_OBJECT": "must be a JSON object",
+    "NOT_JSON": "is not valid JSON: {problem}",
+    # Files.
+    "NOT_UTF8": "is not UTF-8",
+    "FILE_UNREADABLE": "cannot read {path}: {why}",
+    "FOLDER_MISSING": "{path} is not a directory",
+}
 
 
 class _Sentences(Formatter):
@@ -53,9 +82,9 @@ def sayer(*catalogues: Mapping[str, str]) -> Callable[..., Text]:
     """The function that makes a text by its reason; ``closest`` adds a suggestion to it.
 
     Args:
-        catalogues: Templates of ``str.format`` by their reasons.
+        catalogues: Templates of ``str.format`` by their reasons, beside those of this module.
     """
-    templates = {reason: each[reason] for each in catalogues for reason in each}
+    templates = {reason: each[reason] for each in (TEXTS, *catalogues) for reason in each}
 
     def say(reason: str, /, *, closest: str | None = None, **params: Any) -> Text:
         template = templates[reason]

@@ -1,0 +1,32 @@
+"""What the hub does not give: repositories, revisions, files."""
+
+_SIGN_IN = "set HF_TOKEN or run `hf auth login`"
+
+TEXTS = {
+    # Adapters that may be loaded from the hub.
+    "HUB_NOT_ALLOWED": "the server was started without --adapter-hub, which lists the"
+    " organisations whose adapters it may load",
+    "HUB_ORGANISATION_NOT_ALLOWED": "belongs to {organisation}; --adapter-hub allows {choices}",
+    "ADAPTER_BELOW_TOP": "contains no adapter_config.json at its top, only in {folder}; download"
+    " that directory and load it from --adapter-root",
+    "TOO_MANY_DOWNLOADS": "{most} downloads from the hub are already under way",
+    # Repositories.
+    "HUB_OFFLINE": "{repository} is not in the cache {folder}, and HF_HUB_OFFLINE is set; unset"
+    " it, or download the files with `hf download {name}`",
+    "HUB_GATED": f"{{name}} is gated; accept its terms at {{hub}}/{{name}}, then {_SIGN_IN}",
+    "HUB_DISABLED": "{name} has been disabled on {hub}",
+    "HUB_NO_REVISION": "{name} has no revision {revision!q}; see {hub}/{name}",
+    "HUB_NO_REPOSITORY": "{hub} has no model {name!q} that this machine can access; check its name,"
+    f" and for a private model, {_SIGN_IN}",
+    "HUB_FORBIDDEN": f"{{hub}} denied access to {{name}} (status {{status}}); {_SIGN_IN}",
+    "HUB_STATUS": "{hub} answered a request for {repository} with status {status}",
+    "HUB_NOT_REACHED": "{hub} cannot be reached for {repository} ({problem}); check the network,"
+    " HF_ENDPOINT and the proxy settings",
+    "HUB_NO_COMMIT": "{hub} reports no commit for {repository}",
+    # Downloads.
+    "HUB_FILE_GONE": "{repository} lists a file that {hub} does not have",
+    "HUB_FILE_INCOMPLETE": "{file} of {repository} did not arrive completely: {problem}",
+    "HUB_SENT_TOO_MUCH": "{path}: the hub sent more bytes than it announced",
+    "HUB_TOO_SLOW": "{path}: only {found} of {needed} bytes arrived within {seconds:.0f} seconds;"
+    " try again, or run `hf download {name}` on the server's machine",
+}
