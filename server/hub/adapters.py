@@ -10,6 +10,7 @@ from pathlib import Path
 from turret.server.adapters.source import (
     CONFIG_FILE,
     PROVENANCE_FILE,
+    TEMPLATE_FILES,
     TENSORS_FILE,
     TOKENIZER_FILE,
     TOKENIZER_FILES,
@@ -216,7 +217,7 @@ def _names(path: str, files: Mapping[str, int]) -> list[str]:
     """
     lacking = [name for name in _NEEDED if name not in files]
     if not lacking:
-        return [name for name in (*_NEEDED, PROVENANCE_FILE) if name in files]
+        return [name for name in (*_NEEDED, PROVENANCE_FILE, *TEMPLATE_FILES) if name in files]
     below = sorted(name for name in files if name.endswith(f"/{CONFIG_FILE}"))
     pickles = sorted(name for name in files if "/" not in name and name.endswith(".bin"))
     if CONFIG_FILE in lacking and below:

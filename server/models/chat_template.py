@@ -64,6 +64,14 @@ class ChatTemplate:
                 **self._variables,
             },
         }
+        return self._ask(job, is_short)
+
+    def check(self) -> None:
+        """Compile the templates. Blocks; errors are those of ``render``."""
+        for template in self._templates.values():
+            self._ask({"template": template}, is_short=True)
+
+    def _ask(self, job: Mapping[str, Any], is_short: bool) -> str:
         try:
             (answer,) = (self._short if is_short else self._long).confined.ask(job)
         except ConfinedError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import uuid
@@ -15,6 +16,7 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 from tokenizers.models import WordLevel
 
+from turret.server.adapters.chat_template import OwnTemplate
 from turret.server.basics import channels
 from turret.server.basics.work import LACK_OF_MEMORY_IS_REPORTED, PANICS_ARE_ERRORS
 from turret.server.errors import InvalidRequestError
@@ -144,12 +146,11 @@ class Tokenizer:
         # The token that the tokenizer puts before every text, or None.
         bos = None if inner.bos_token is None else backend.token_to_id(inner.bos_token)
         self._bos: int | None = bos if bos in self._ids("", add_special_tokens=True)[:1] else None
-        special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
         template = inner.chat_template
-        is_usable = isinstance(template, str | dict) and bool(template)
-        self._template: str | dict[str, str] | None = template if is_usable else None
-        self.chat_format = ChatFormat.of(self._template, special)
-        self._chats = ChatTemplate(self._template or "", inner.special_tokens_map)
+        if not isinstance(template, str | dict) or not template:
+            template = {} if base is None else base._templates
+        templates = {"default": template} if isinstance(template, str) else template
+        self._set_templates(templates, inner.special_tokens_map)
         # Special tokens' texts, with their token ids when read as ordinary text.
         self._as_text = _special_as_text(backend)
         # Finds special tokens in texts in linear time, however many there are.
@@ -195,6 +196,46 @@ class Tokenizer:
             said = say("TOKENIZER_UNREADABLE", path=files, problem=" ".join(str(error).split()))
             raise InvalidRequestError.of("model", said) from error
         return cls(inner, eos_token_ids, model_vocab_size, base)
+
+    def with_template(self, own: OwnTemplate) -> Tokenizer:
+        """This tokenizer with an adapter's chat template; itself if nothing would be different.
+
+        Answers end at the adapter's end token too.
+        """
+        tokens = {**self._variables, **own.tokens}
+        variables = {name: token for name, token in tokens.items() if token is not None}
+        end = own.tokens.get("eos_token")
+        number = None if end is None else self.number_of(end)
+        ends = self.eos_token_ids
+        if number is not None and number < self.num_rows:
+            ends |= {number}
+        content = own.templates, variables, ends
+        if content == (self._templates, self._variables, self.eos_token_ids):
+            return self
+        made = copy.copy(self)
+        made.eos_token_ids = ends
+        made._set_templates(own.templates, variables)
+        return made
+
+    def _set_templates(self, templates: Mapping[str, str], variables: Mapping[str, str]) -> None:
+        """Chat templates by name (none without one), and the special tokens that they write."""
+        added = self._backend.get_added_tokens_decoder().items()
+        special = {token.content: number for number, token in added if token.special}
+        self._templates, self._variables = templates, variables
+        self.chat_format = ChatFormat.of(templates, special)
+        self._chats = ChatTemplate(templates, variables)
+
+    def check_template(self) -> None:
+        """Compile the chat template. Blocks.
+
+        Raises:
+            InvalidRequestError: It is not a template.
+            UnavailableError: See ``ChatTemplate.render``.
+        """
+        try:
+            self._chats.check()
+        except ValueError as error:
+            raise InvalidRequestError(say("CHAT_TEMPLATE_INVALID", problem=error)) from error
 
     def number_of(self, token: str) -> int | None:
         """The number of a token by its text; None if there is no such token."""
@@ -243,10 +284,10 @@ class Tokenizer:
                 role that nobody knows, or the template refuses the messages or takes too much.
             UnavailableError: See ``ChatTemplate.render``.
         """
-        if not self._template:
+        if not self._templates:
             raise InvalidRequestError.of("chat", say("NO_CHAT_TEMPLATE"))
         for index, message in enumerate(messages):
-            if why := unknown_role(self._template, message["role"]):
+            if why := unknown_role(self._templates, message["role"]):
                 raise InvalidRequestError.of(f"chat.messages[{index}].role", why)
         if self.chat_format.tools is None:
             if tools:

@@ -14,6 +14,7 @@ from turret.server.api.limits import (
     MAX_LOGIT_BIASES,
     MAX_MIX_MEMBERS,
     MAX_STOP_STRINGS,
+    MAX_TEMPLATE_CHARS,
     MAX_TOOL_CALLS,
     MAX_TOOLS,
     MAX_TOP_LOGPROBS,
@@ -529,6 +530,11 @@ class LoadAdapter(AdapterName):
     load_inplace: bool = Field(False, description="Replace the adapter of this name.")
     pinned: bool = Field(False, description="Keep it in memory.")
     task: Int | None = Field(None, ge=0, le=UINT32, description="One of several tasks.")
+    chat_template: str = Field(
+        "",
+        max_length=MAX_TEMPLATE_CHARS,
+        description="A Jinja template to use instead of the one in the adapter's files.",
+    )
 
     @model_validator(mode="after")
     def _pins_new_adapters(self) -> LoadAdapter:
