@@ -137,7 +137,11 @@ def fleet_config(config: Config, *, joins: bool = False) -> Config:
             state_dir=config.adapters.state_dir.absolute(),
             adapter_root=_absolute(config.adapters.adapter_root),
         ),
-        model=dataclasses.replace(config.model, model=_found_anywhere(config.model.model)),
+        model=dataclasses.replace(
+            config.model,
+            model=_found_anywhere(config.model.model),
+            chat_template=_absolute(config.model.chat_template),
+        ),
         security=dataclasses.replace(security, token_file=_absolute(security.token_file)),
     )
 

@@ -225,6 +225,11 @@ class Tokenizer:
         self.chat_format = ChatFormat.of(templates, special)
         self._chats = ChatTemplate(templates, variables)
 
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self._templates)
+
     def check_template(self) -> None:
         """Compile the chat template. Blocks.
 

@@ -103,9 +103,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def serving(model: Path, root: Path, *names: str, state: Path) -> AsyncIterator[Doors]:
+async def serving(
+    model: Path, root: Path, *names: str, state: Path, template: Path | None = None
+) -> AsyncIterator[Doors]:
     async with contextlib.AsyncExitStack() as stack:
-        start = EngineHarness.start(model, root, adapters=names, state_dir=state)
+        start = EngineHarness.start(
+            model, root, adapters=names, state_dir=state, chat_template=template
+        )
         engine = await stack.enter_async_context(start)
         http = await stack.enter_async_context(http_harness(serving=False))
         rpc = await stack.enter_async_context(harness(serving=False))
@@ -288,3 +292,19 @@ async def test_a_base_without_a_template_has_conversations_for_adapters_that_bri
         question = inference_pb2.TokenizeRequest(chat=chat)
         failure = await failure_of(doors.rpc.inference.Tokenize(question))
         assert failure.reasons == {"chat": "NO_CHAT_TEMPLATE"}
+
+
+async def test_a_template_can_be_set_for_the_base(root: Path, base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "t.jinja"
+    file.write_text(OTHER)
+    names = ("own", "plain")
+    async with serving(base, root, *names, state=tmp_path / "a", template=file) as doors:
+        other = rendered(root / "config")
+        assert await doors.tokens("base") == await doors.tokens("plain") == other
+        assert await doors.tokens("own") == rendered(root / "own")
+    built_in = Path("chatml")
+    async with serving(base, root, *names, state=tmp_path / "b", template=built_in) as doors:
+        answer = await doors.http.post("/tokenize", {"model": "base", "messages": ASK})
+        back = await doors.http.post("/detokenize", {"model": "base", **answer.json()})
+        text = "<|im_start|>user\nhi <eos><|im_end|>\n<|im_start|>assistant\n"
+        assert back.json()["prompt"] == text
