@@ -8,7 +8,7 @@ import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from turret.server.basics import channels
 from turret.server.basics.work import LACK_OF_MEMORY_IS_REPORTED, PANICS_ARE_ERRORS
 from turret.server.errors import InvalidRequestError
 from turret.server.models.chat_format import ChatFormat, unknown_role
-from turret.server.models.chat_template import ChatTemplate
+from turret.server.models.chat_template import USUAL, ChatTemplate, Rendering
 from turret.server.words import say
 
 
@@ -96,6 +96,11 @@ class RenderedChat:
     """
 
     parts: Sequence[str]
+
+    @property
+    def opens_reasoning(self) -> bool:
+        """Whether the answer begins within a block of reasoning."""
+        return self.parts[-1].rstrip().endswith("<think>")
 
     @property
     def num_chars(self) -> int:
@@ -277,8 +282,9 @@ class Tokenizer:
         *,
         special: bool = False,
         is_short: bool = True,
+        how: Rendering = USUAL,
     ) -> RenderedChat:
-        """Apply the chat template and open the assistant's turn. Blocks.
+        """Apply the chat template. Blocks.
 
         Special tokens come from the template alone: in roles, contents and tools their texts are
         text, as with ``split_special_tokens`` in transformers, unless ``special``. So nobody whose
@@ -305,11 +311,19 @@ class Tokenizer:
 
         try:
             if not special:
-                given, texts = [list(messages), list(tools)], list[str]()
+                given, texts = [list(messages), list(tools), dict(how.variables)], list[str]()
                 each_text(given, lambda text: texts.append(text) or text)
                 marked = iter(self._marked(texts, mark, held))
-                messages, tools = each_text(given, lambda text: next(marked))
-            text = self._chats.render(messages, tools, is_short)
+                messages, tools, variables = each_text(given, lambda text: next(marked))
+                how = replace(how, variables=variables)
+            if how.continues:
+                *before, last = messages
+                # The space shows whether the template keeps spaces at the end of a message.
+                end, final = f"{mark}end ", last["content"]
+                messages = [*before, {**last, "content": final + end}]
+                text = _cut(self._chats.render(messages, tools, is_short, how), final, end)
+            else:
+                text = self._chats.render(messages, tools, is_short, how)
         except (ValueError, RecursionError) as error:
             said = say("CHAT_TEMPLATE_FAILED", problem=error)
             raise InvalidRequestError.of("chat.messages", said) from error
@@ -330,7 +344,7 @@ class Tokenizer:
         return ids
 
     def encode_chat(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), **how: bool
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), **how: Any
     ) -> list[int]:
         """``render_chat``, then ``encode_rendered``."""
         return self.encode_rendered(self.render_chat(messages, tools, **how))
@@ -380,6 +394,18 @@ class Tokenizer:
         # ``encode`` would hold the interpreter's lock; ``encode_batch`` does not.
         (found,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
         return list(found.ids)
+
+
+def _cut(text: str, final: str, end: str) -> str:
+    """A text up to ``end``, which was put behind the final message, as transformers cuts it.
+
+    Raises:
+        ValueError: The template has changed the message.
+    """
+    place = text.rfind(end.strip())
+    if place < 0 or final.strip() not in text:
+        raise ValueError(say("CANNOT_CONTINUE"))
+    return text[:place] if text.startswith(end, place) else text[:place].rstrip()
 
 
 def _with_added(base: Any, other: Any) -> Any:

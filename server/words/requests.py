@@ -58,6 +58,7 @@ TEXTS = {
     "NO_CHAT_TEMPLATE": "this model has no chat template; send a prompt instead, or start the"
     " server with --chat-template",
     "NO_DEFAULT_TEMPLATE": "the model has no default chat template, only {found}",
+    "CANNOT_CONTINUE": "the final message cannot be continued: the template changes it",
     "CHAT_TEMPLATE_FAILED": "the chat template failed: {problem}",
     "TOOLS_UNSUPPORTED": "this model's chat template does not support tools",
     # Constraints.

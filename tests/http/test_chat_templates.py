@@ -308,3 +308,129 @@ async def test_a_template_can_be_set_for_the_base(root: Path, base: Path, tmp_pa
         back = await doors.http.post("/detokenize", {"model": "base", **answer.json()})
         text = "<|im_start|>user\nhi <eos><|im_end|>\n<|im_start|>assistant\n"
         assert back.json()["prompt"] == text
+
+
+THINKING = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if reasoning_effort %}effort={{ reasoning_effort }};{% endif %}{{ extra }}"
+    "{% if add_generation_prompt %}[assistant]"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>"
+    "{% else %}<think>{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def thinking(base: Path, root: Path) -> Path:
+    save(root, "thinking")
+    with_template(root / "thinking", THINKING)
+    return root / "thinking"
+
+
+def as_text(folder: Path, messages: Any, **variables: Any) -> str:
+    theirs: Any = AutoTokenizer.from_pretrained(folder)
+    how = {"add_generation_prompt": True, **variables}
+    return theirs.apply_chat_template(messages, tokenize=False, **how)
+
+
+async def test_variables_of_the_template_are_set_as_in_transformers(
+    doors: Doors, thinking: Path
+) -> None:
+    await doors.rpc.adapters.LoadAdapter(
+        adapters_pb2.LoadAdapterRequest(name="thinking", path="thinking")
+    )
+    asked = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " so far "}]
+
+    async def text_of(**fields: Any) -> str:
+        body = {"model": "thinking", "messages": asked, **fields}
+        answer = await doors.http.post("/tokenize", body)
+        assert answer.status_code == 200, answer.text
+        return tiny_tokenizer().decode(answer.json()["tokens"])
+
+    for fields, variables in (
+        ({"chat_template_kwargs": {"enable_thinking": False, "extra": "x"}}, None),
+        ({"reasoning_effort": "low"}, {"reasoning_effort": "low", "enable_thinking": True}),
+        ({"reasoning_effort": "none"}, {"reasoning_effort": "none", "enable_thinking": False}),
+        ({"add_generation_prompt": False}, {"add_generation_prompt": False}),
+        ({"continue_final_message": True}, None),
+        (
+            {
+                "reasoning_effort": "high",
+                "chat_template_kwargs": {"enable_thinking": False, "extra": [1]},
+            },
+            {"reasoning_effort": "high", "enable_thinking": False, "extra": [1]},
+        ),
+    ):
+        expected: dict[str, Any] = variables or dict(fields)
+        expected = expected.pop("chat_template_kwargs", expected)
+        if "continue_final_message" in expected:
+            expected["add_generation_prompt"] = False
+        assert await text_of(**fields) == as_text(thinking, asked, **expected), fields
+    # A special token in a variable is text.
+    assert "<eos>" in await text_of(chat_template_kwargs={"extra": "<eos>"})
+    answer = await doors.http.post(
+        "/tokenize",
+        {"model": "thinking", "messages": asked, "chat_template_kwargs": {"extra": "<eos>"}},
+    )
+    assert EOS not in answer.json()["tokens"]
+    wanted = {"effort": "low"}
+    response = await doors.http.post(
+        "/v1/responses",
+        {"model": "thinking", "input": "hi", "reasoning": wanted, "max_output_tokens": 1},
+    )
+    told = response.json()
+    expected_text = as_text(thinking, asked[:1], reasoning_effort="low", enable_thinking=True)
+    assert told["usage"]["input_tokens"] == len(tiny_tokenizer()(expected_text)["input_ids"])
+    assert told["reasoning"]["effort"] == "low"
+
+
+async def test_reasoning_is_read_where_the_prompt_begins_it(doors: Doors, thinking: Path) -> None:
+    await doors.rpc.adapters.LoadAdapter(
+        adapters_pb2.LoadAdapterRequest(name="thinking", path="thinking")
+    )
+    (letter,) = tiny_tokenizer()("b")["input_ids"]
+    body = {"model": "thinking", "max_tokens": 2, "logit_bias": {str(letter): 100}}
+    half = [*ASK, {"role": "assistant", "content": "<think>so"}]
+    for messages, fields, is_thought in (
+        (ASK, {}, True),
+        (ASK, {"reasoning_effort": "none"}, False),
+        (ASK, {"add_generation_prompt": False}, False),
+        (half, {"continue_final_message": True}, True),
+        ([*ASK, {**half[1], "content": "So"}], {"continue_final_message": True}, False),
+    ):
+        sent = {**body, "temperature": 0, "messages": messages, **fields}
+        answer = await doors.http.post("/v1/chat/completions", sent)
+        message = answer.json()["choices"][0]["message"]
+        thought, said = message.get("reasoning_content", ""), message["content"]
+        assert (thought, said) == (("bb", "") if is_thought else ("", "bb")), fields
+
+
+async def test_variables_that_make_no_sense_are_refused(doors: Doors) -> None:
+    chat = {"model": "own", "messages": ASK}
+    for path, fields, param in (
+        ("/v1/chat/completions", {"chat_template_kwargs": 3}, "chat_template_kwargs"),
+        (
+            "/v1/chat/completions",
+            {"chat_template_kwargs": {"messages": []}},
+            "chat_template_kwargs.messages",
+        ),
+        ("/v1/chat/completions", {"reasoning_effort": "much"}, "reasoning_effort"),
+        (
+            "/v1/chat/completions",
+            {"add_generation_prompt": True, "continue_final_message": True},
+            "continue_final_message",
+        ),
+        ("/tokenize", {"chat_template_kwargs": {"x": "y" * 70000}}, "chat_template_kwargs"),
+        ("/v1/embeddings", {"chat_template_kwargs": {"tools": 1}}, "chat_template_kwargs.tools"),
+    ):
+        refused = await doors.http.refused(path, {**chat, **fields})
+        assert (refused.status, refused.param) == (400, param), fields
+    plain = {"model": "own", "prompt": "hi", "chat_template_kwargs": {"a": 1}}
+    assert (await doors.http.refused("/tokenize", plain)).param == "chat_template_kwargs"
+    named = [{"role": "user", "content": "hi"}]
+    given = inference_pb2.Chat(
+        messages=[inference_pb2.ChatMessage(**named[0])], chat_template_kwargs="[]"
+    )
+    failure = await failure_of(
+        doors.rpc.inference.Tokenize(inference_pb2.TokenizeRequest(chat=given))
+    )
+    assert failure.reasons == {"chat.chat_template_kwargs": "NOT_A_JSON_OBJECT"}
