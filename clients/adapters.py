@@ -45,11 +45,13 @@ class AdaptersClient:
         *,
         pinned: bool = False,
         task: int | None = None,
+        chat_template: str | None = None,
         timeout: float | None = None,
     ) -> Adapter:
         """Register the adapter in ``path``, a directory relative to the server's adapter root.
 
-        If the files contain several tasks, ``task`` chooses one of them.
+        If the files contain several tasks, ``task`` chooses one of them. ``chat_template`` is a
+        Jinja template to use instead of the one in the files.
         """
         request = filled(
             adapters_pb2.LoadAdapterRequest(),
@@ -57,6 +59,7 @@ class AdaptersClient:
             path=path_text(path),
             pinned=pinned,
             task=task,
+            chat_template=chat_template,
         )
         return Adapter.from_proto(self._unary("LoadAdapter", request, timeout))
 
@@ -69,6 +72,7 @@ class AdaptersClient:
         replace: bool = False,
         expected_generation: int | None = None,
         task: int | None = None,
+        chat_template: str | None = None,
         timeout: float | None = None,
     ) -> Adapter:
         """Send an adapter's files and register it, or with ``replace`` a new generation of it.
@@ -86,6 +90,7 @@ class AdaptersClient:
                 replace=replace,
                 expected_generation=expected_generation,
                 task=task,
+                chat_template=chat_template,
             )
 
         send = told_early(self._connection.adapters.UploadAdapter)
@@ -98,6 +103,7 @@ class AdaptersClient:
         *,
         expected_generation: int | None = None,
         task: int | None = None,
+        chat_template: str | None = None,
         timeout: float | None = None,
     ) -> Adapter:
         """Make the weights in ``path`` (as in :meth:`load`) the adapter's new generation.
@@ -112,6 +118,7 @@ class AdaptersClient:
             path=path_text(path),
             expected_generation=expected_generation,
             task=task,
+            chat_template=chat_template,
         )
         return Adapter.from_proto(self._unary("ReplaceAdapter", request, timeout, repeatable=False))
 

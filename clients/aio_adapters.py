@@ -46,11 +46,13 @@ class AsyncAdaptersClient:
         *,
         pinned: bool = False,
         task: int | None = None,
+        chat_template: str | None = None,
         timeout: float | None = None,
     ) -> Adapter:
         """Register the adapter in ``path``, a directory relative to the server's adapter root.
 
-        If the files contain several tasks, ``task`` chooses one of them.
+        If the files contain several tasks, ``task`` chooses one of them. ``chat_template`` is a
+        Jinja template to use instead of the one in the files.
         """
         request = filled(
             adapters_pb2.LoadAdapterRequest(),
@@ -58,6 +60,7 @@ class AsyncAdaptersClient:
             path=path_text(path),
             pinned=pinned,
             task=task,
+            chat_template=chat_template,
         )
         return Adapter.from_proto(await self._unary("LoadAdapter", request, timeout))
 
@@ -70,6 +73,7 @@ class AsyncAdaptersClient:
         replace: bool = False,
         expected_generation: int | None = None,
         task: int | None = None,
+        chat_template: str | None = None,
         timeout: float | None = None,
     ) -> Adapter:
         """Send an adapter's files and register it, or with ``replace`` a new generation of it.
@@ -87,6 +91,7 @@ class AsyncAdaptersClient:
                 replace=replace,
                 expected_generation=expected_generation,
                 task=task,
+                chat_template=chat_template,
             )
 
         send = told_early(self._connection.adapters.UploadAdapter)
@@ -99,6 +104,7 @@ class AsyncAdaptersClient:
         *,
         expected_generation: int | None = None,
         task: int | None = None,
+        chat_template: str | None = None,
         timeout: float | None = None,
     ) -> Adapter:
         """Make the weights in ``path`` (as in :meth:`load`) the adapter's new generation.
@@ -113,6 +119,7 @@ class AsyncAdaptersClient:
             path=path_text(path),
             expected_generation=expected_generation,
             task=task,
+            chat_template=chat_template,
         )
         return Adapter.from_proto(
             await self._unary("ReplaceAdapter", request, timeout, repeatable=False)

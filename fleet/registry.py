@@ -323,7 +323,7 @@ class FleetRegistry:
             _check_same(before, proposal.replaces)
         elif before is not None:
             _check_free(before, facts)
-        if before is not None and before.facts.digest == facts.digest:
+        if before is not None and before.facts.content == facts.content:
             return self._confirm(before, proposal)
         self._check_components(name, facts)
         if before is None:
@@ -551,7 +551,7 @@ def _check_same(saved: SavedRegistration, expected: tuple[str, int]) -> None:
 
 def _check_free(saved: SavedRegistration, facts: AdapterFacts) -> None:
     """Refuses if the name refers to other weights."""
-    if saved.facts.digest != facts.digest:
+    if saved.facts.content != facts.content:
         taken = say("ADAPTER_EXISTS", adapter=saved.name, digest=saved.facts.digest)
         raise AdapterExistsError(taken)
 

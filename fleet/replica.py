@@ -23,6 +23,7 @@ from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.allowed import Allowed
 from turret.server.adapters.base import BaseModel, ChangedBase, Precision
+from turret.server.adapters.chat_template import OwnTemplate
 from turret.server.adapters.merge.merger import (
     ChangeBase,
     Edit,
@@ -99,10 +100,11 @@ class ReplicaRegistry(AdapterRegistry):
         pinned: bool = False,
         replace: bool = False,
         expected_generation: int | None = None,
+        chat_template: OwnTemplate | None = None,
     ) -> AdapterInfo:
         if replace:
             self._table.find(name)
-        facts = self._installer.inspect(source)
+        facts = self._installer.inspect(name, source, chat_template)
         is_staged = staged is not None
         proposal = p.Register(
             name=name, source=source, facts=facts, pinned=pinned, is_staged=is_staged

@@ -54,6 +54,7 @@ from turret.server.errors import InvalidRequestError
 from turret.server.hub.adapters import AdapterHub
 from turret.server.metrics import Metrics
 from turret.server.models.base_edit import BaseEdit
+from turret.server.models.base_template import base_template
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.describe import describe_base, describe_projections
@@ -120,6 +121,8 @@ def build_backend(
         source = resolve_model(config.model.model, default_cache_dir(), progress)
         decoder = load_decoder(source, dtype=dtype, device=device, gpu=gpu, progress=progress)
     tokenizer = Tokenizer.load(source.files, eos_token_ids(source.files), decoder.arch.vocab_size)
+    if config.model.chat_template is not None:
+        tokenizer = tokenizer.with_template(base_template(config.model.chat_template))
     own = OwnTokenizers(tokenizer, source.files / "config.json")
     describe = functools.partial(describe_base, decoder, source, named=tokenizer.vocab_size)
     base = describe(1)
@@ -135,6 +138,7 @@ def build_backend(
             model=source.name,
             seconds=round(time.monotonic() - started, 2),
             path=path,
+            chat_template=_template_shown(config.model, tokenizer),
             adapter_device_bytes=store.max_bytes,
             **formulations(decoder, is_head_screened=is_screened),
         ),
@@ -159,6 +163,12 @@ def build_backend(
         model_info=_model_info(decoder, source, engine),
         methods=tuple(sorted(METHODS)),
     )
+
+
+def _template_shown(model: ModelConfig, tokenizer: Tokenizer) -> str:
+    if model.chat_template is not None:
+        return str(model.chat_template)
+    return "the model's own" if tokenizer.has_template else "none"
 
 
 def _build_store(

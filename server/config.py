@@ -100,6 +100,12 @@ class ModelConfig:
         " file (default: the embedded model)",
         shown="DIR|ORG/NAME|FILE",
     )
+    chat_template: Place | None = setting(
+        None,
+        "chat template of the base model: a file in Jinja, or chatml for the built-in one (default:"
+        " the model's own)",
+        shown="FILE|chatml",
+    )
     device: Annotated[str, AfterValidator(_device)] = setting(
         "auto",
         "where the model runs: auto, cpu, cuda or cuda:N, the N-th visible device from 0",

@@ -19,14 +19,9 @@ from turret.clients.messages.fields import ArgumentTypeError
 from turret.v1 import adapters_pb2
 
 _CHUNK_BYTES = 256 << 10
-# Files of a tokenizer that a server reads.
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+# Files of a chat template and, if an adapter has its own tokens, of their tokenizer.
+_TEMPLATE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_TOKENIZER = ("tokenizer.json", "added_tokens.json")
 _HEADER_BYTES = 16 << 20
 # Limits on the search for adapters, newest checkpoints first, below a directory that is not one.
 _MOST_TOLD = 5
@@ -50,12 +45,13 @@ def upload_messages(
     replace: bool,
     expected_generation: int | None = None,
     task: int | None = None,
+    chat_template: str | None = None,
 ) -> Iterator[adapters_pb2.UploadAdapterRequest]:
     """Return the messages of one upload: the header, then the files in pieces.
 
-    Sends ``adapter_config.json`` and every ``*.safetensors`` of the directory, the tokenizer where
-    the weights are about the vocabulary, and nothing else: a training run leaves optimizer states
-    and other private things beside them.
+    Sends ``adapter_config.json``, every ``*.safetensors`` of the directory, the chat template, the
+    tokenizer where the weights are about the vocabulary, and nothing else: a training run leaves
+    optimizer states and other private things beside them.
 
     Raises:
         FileNotFoundError: The directory lacks one of them.
@@ -68,6 +64,7 @@ def upload_messages(
         replace=replace,
         expected_generation=expected_generation,
         task=task,
+        chat_template=chat_template,
     )
     directory = _path(directory)
     if directory.is_dir() and not os.access(directory, os.R_OK | os.X_OK):
@@ -75,8 +72,8 @@ def upload_messages(
     paths = [directory / "adapter_config.json", *sorted(directory.glob("*.safetensors"))]
     if not paths[0].is_file() or len(paths) == 1:
         raise FileNotFoundError(f"{directory}: {_lacking(directory)}")
-    if any(map(_has_vocabulary, paths[1:])):
-        paths += [path for name in _TOKENIZER if (path := directory / name).is_file()]
+    beside = _TEMPLATE + (_TOKENIZER if any(map(_has_vocabulary, paths[1:])) else ())
+    paths += [path for name in beside if (path := directory / name).is_file()]
     for path in paths:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

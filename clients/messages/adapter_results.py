@@ -39,6 +39,9 @@ class Adapter:
         invocation_token_ids: The invocation of an aLoRA, which acts from its last occurrence in
             the prompt on; empty for an adapter that acts on every token.
         labels: The labels of its classification head; empty if it has none.
+        chat_template: Where the chat template comes from that conversations with it use: one of its
+            files, ``request`` if it was loaded with one, ``members`` for a fused adapter; "" if it
+            has none and the base's is used.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Adapter:
     source: str = ""
     invocation_token_ids: tuple[int, ...] = ()
     labels: tuple[str, ...] = ()
+    chat_template: str = ""
 
     @classmethod
     def from_proto(cls, proto: pb.Adapter) -> Adapter:
@@ -86,6 +90,7 @@ class Adapter:
             source=proto.source,
             invocation_token_ids=tuple(proto.invocation_token_ids),
             labels=tuple(proto.labels),
+            chat_template=proto.chat_template,
         )
 
 

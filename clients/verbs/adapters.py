@@ -15,6 +15,7 @@ from turret.clients.verbs.command import (
     print_json,
     with_client,
 )
+from turret.clients.verbs.flags import file_text
 from turret.clients.verbs.tables import (
     mix_text,
     print_adapter,
@@ -83,6 +84,7 @@ def _add_lifecycle(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     load.add_argument("path", metavar="PATH", help="relative to the server's adapter root")
     load.add_argument("--pin", action="store_true", help="pin it at once")
     _add_task(load)
+    _add_template(load)
     unload = _action(actions, "unload", "unregister an adapter", _unload)
     unload.add_argument("--force", action="store_true", help="abort the requests that use it")
     unload.add_argument(
@@ -99,12 +101,22 @@ def _add_expected(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_template(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--chat-template",
+        type=file_text,
+        metavar="FILE",
+        help="use the Jinja template in FILE instead of the adapter's own",
+    )
+
+
 def _add_transfers(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     upload = _action(actions, "upload", "send a directory of this machine and register it", _upload)
     upload.add_argument("directory", type=Path, metavar="DIR", help="in PEFT's layout")
     upload.add_argument("--pin", action="store_true", help="pin it at once")
     upload.add_argument("--replace", action="store_true", help="as a new generation of NAME")
     _add_task(upload)
+    _add_template(upload)
     replace = _action(
         actions,
         "replace",
@@ -115,6 +127,7 @@ def _add_transfers(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     _add_expected(upload)
     _add_expected(replace)
     _add_task(replace)
+    _add_template(replace)
     export = _action(actions, "export", "write an adapter to a new directory", _export)
     export.add_argument("directory", type=Path, metavar="DIR", help="on this machine")
     export.add_argument("--generation", type=int, metavar="N", help="which (default: the newest)")
@@ -179,7 +192,12 @@ def _get(args: argparse.Namespace, client: TurretClient) -> None:
 def _load(args: argparse.Namespace, client: TurretClient) -> None:
     before = _registered(args, client)
     adapter = client.adapters.load(
-        args.name, args.path, pinned=args.pin, task=args.task, timeout=args.timeout
+        args.name,
+        args.path,
+        pinned=args.pin,
+        task=args.task,
+        chat_template=args.chat_template,
+        timeout=args.timeout,
     )
     print_json(adapter) if args.json else print_change("loaded", adapter, before)
 
@@ -215,6 +233,7 @@ def _upload(args: argparse.Namespace, client: TurretClient) -> None:
         replace=args.replace,
         expected_generation=args.expected_generation,
         task=args.task,
+        chat_template=args.chat_template,
         timeout=args.timeout,
     )
     print_json(adapter) if args.json else print_change("uploaded", adapter, before)
@@ -227,6 +246,7 @@ def _replace(args: argparse.Namespace, client: TurretClient) -> None:
         args.path,
         expected_generation=args.expected_generation,
         task=args.task,
+        chat_template=args.chat_template,
         timeout=args.timeout,
     )
     print_json(adapter) if args.json else print_change("replaced", adapter, before)

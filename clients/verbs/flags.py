@@ -92,7 +92,7 @@ def _add_constraints(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--json-object", action="store_true", default=None, help="a JSON object")
     one.add_argument("--regex", metavar="REGEX", help="text that it matches as a whole")
     one.add_argument(
-        "--grammar", type=_file, metavar="FILE", help="what a Lark or GBNF grammar makes"
+        "--grammar", type=file_text, metavar="FILE", help="what a Lark or GBNF grammar makes"
     )
     one.add_argument("--choice", action="append", metavar="TEXT", help="one of these; repeatable")
 
@@ -102,10 +102,11 @@ def _flag(name: str) -> str:
 
 
 def _text_or_file(text: str) -> str:
-    return text if text.lstrip().startswith("{") else _file(text)
+    return text if text.lstrip().startswith("{") else file_text(text)
 
 
-def _file(path: str) -> str:
+def file_text(path: str) -> str:
+    """The text of a file, for the ``type`` of a flag."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -143,13 +143,15 @@ def print_change(verb: str, adapter: Adapter, before: Adapter | None) -> None:
             changes.append(f"read from {adapter.source!r} from now on, not from {before.source!r}")
         nothing = "nothing else changed" if changes else "nothing changed"
         changed = ", and ".join([*changes, nothing])
-        print(f"{changed}: {adapter.name}@{adapter.generation} has these weights already")
+        print(f"{changed}: {adapter.name}@{adapter.generation} has this content already")
         return
     ranks = f" of rank {_ranks(adapter)}" if adapter.ranks else ""
     print(
         f"{verb} {adapter.name}@{adapter.generation}: {adapter.method}{ranks},"
         f" {_bytes(adapter.bytes_disk)}, {_where(adapter)}"
     )
+    if adapter.chat_template:
+        print(f"chat template: {adapter.chat_template}")
     for warning in adapter.warnings:
         print(f"warning: {warning}")
 
@@ -178,6 +180,7 @@ def print_adapter(adapter: Adapter, *, made: str = "uploaded or fused") -> None:
         "last used": "never" if used is None else used.isoformat(sep=" ", timespec="seconds"),
         "base model": adapter.base_model,
         "source": adapter.source or made,
+        "chat template": adapter.chat_template or "the base model's",
         "acts from": " ".join(map(str, adapter.invocation_token_ids)),
         "warnings": "\n".join(adapter.warnings),
     }

@@ -30,6 +30,8 @@ class AdapterFacts:
             tokenizer of its own; else 0.
         tokenizer: SHA-256 over the files of its own tokenizer, hex; empty where its requests have
             the base's.
+        chat_template: The chat template that it brings, as ``OwnTemplate`` writes it; empty
+            without one.
     """
 
     digest: str
@@ -49,3 +51,9 @@ class AdapterFacts:
     vocab_size: int = 0
     tokenizer: str = ""
     first_pass: str = ""
+    chat_template: str = ""
+
+    @property
+    def content(self) -> tuple[str, str]:
+        """What tells it from other adapters: the digest of its weights, and its chat template."""
+        return self.digest, self.chat_template

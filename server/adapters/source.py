@@ -20,6 +20,12 @@ TOKENIZER_FILES = {
     "added_tokens.json": 4 << 20,
     "chat_template.jinja": 256 << 10,
 }
+# Those of them that a chat template and its special tokens are read from, whatever tokens an
+# adapter has.
+TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+TEMPLATE_FILES = (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, TEMPLATE_FILE)
 # ``turret train`` writes this file beside its adapters; reading it is optional.
 PROVENANCE_FILE = "provenance.json"
 

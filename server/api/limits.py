@@ -49,6 +49,7 @@ MAX_PAGE_TOKEN_CHARS = 256
 # Limit on names of methods, combinations and files, and on hexadecimal digests.
 MAX_WORD_CHARS = 64
 MAX_UPLOAD_FILES = 7
+MAX_TEMPLATE_CHARS = 1 << 18
 
 _REQUESTS, _ADAPTERS = "server/api/inference/requests.py", "server/api/admin/adapters.py"
 _MIX = "server/api/violations.py"
@@ -110,6 +111,7 @@ LIMITS = (
     _text("ToolCall.arguments", _CHATS),
     _text("Tool.description", _CHATS),
     _chars("Tool.parameters", MAX_CONSTRAINT_CHARS, _CHATS),
+    _chars("Chat.chat_template_kwargs", MAX_CONSTRAINT_CHARS, _CHATS),
     Limit("TokenIds.ids", f"the model's context; {MAX_TOKENIZED} in Tokenize", None, _REQUESTS),
     Limit("GenerateRequest.answer_so_far", "the model's context", None, _REQUESTS),
     _entries("SamplingParams.logit_bias", MAX_LOGIT_BIASES),
@@ -155,6 +157,10 @@ LIMITS = (
     _chars("FuseAdaptersRequest.majority_sign_method", MAX_WORD_CHARS, _FUSE),
     _chars("LoadAdapterRequest.path", MAX_PATH_CHARS),
     _chars("ReplaceAdapterRequest.path", MAX_PATH_CHARS),
+    *(
+        _chars(f"{message}.chat_template", MAX_TEMPLATE_CHARS, _UPLOADS)
+        for message in ("LoadAdapterRequest", "ReplaceAdapterRequest", "UploadHeader")
+    ),
     _chars("ListAdaptersRequest.page_token", MAX_PAGE_TOKEN_CHARS),
     _chars("ListAdaptersRequest.method", MAX_WORD_CHARS),
     _chars("UploadHeader.name", MAX_NAME_CHARS, _UPLOADS),

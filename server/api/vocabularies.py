@@ -1,4 +1,4 @@
-"""The tokenizer of a request: the base's, or that of an adapter which has its own."""
+"""The tokenizer of a request, with its chat template: the base's, or those of its adapters."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from turret.v1 import adapters_pb2
 if TYPE_CHECKING:
     # The server listens before torch is loaded, which takes seconds.
     from turret.server.adapters.registry.tokenizers import AdapterTokenizers
+    from turret.server.adapters.tokenizer_files import TokenizerFiles
     from turret.server.constraints.compiler import ConstraintCompiler
-    from turret.server.models.own_tokenizers import OwnTokenizers
+    from turret.server.models.own_tokenizers import Key, OwnTokenizers
     from turret.server.models.tokenizer import Tokenizer
 
 
@@ -30,6 +31,8 @@ class Vocabulary:
         own: How the engine knows it; None for the base's.
         kept: Of the vocabularies that share a budget for what is compiled, where ``constraints`` is
             not there; None for a budget of its own.
+        like: A vocabulary with the same tokens and end tokens, whose compiler is used; None for a
+            compiler of its own.
     """
 
     def __init__(
@@ -38,7 +41,9 @@ class Vocabulary:
         constraints: ConstraintCompiler | None = None,
         own: AdapterTokenizer | None = None,
         kept: KeptConstraints | None = None,
+        like: Vocabulary | None = None,
     ) -> None:
+        self._like = like
         self.tokenizer = tokenizer
         self.own = own
         if constraints is not None:
@@ -49,6 +54,8 @@ class Vocabulary:
     @property
     def constraints(self) -> ConstraintCompiler:
         """Belongs to one event loop, as the vocabulary does."""
+        if self._like is not None:
+            return self._like.constraints
         if self._constraints is None:
             from turret.server.constraints.compiler import ConstraintCompiler
 
@@ -72,7 +79,7 @@ class Vocabularies:
 
     Args:
         base: Of the base model.
-        adapters: Knows which adapters have their own.
+        adapters: Knows which adapters have their own tokenizer or chat template.
         tokenizers: Reads them.
     """
 
@@ -82,10 +89,10 @@ class Vocabularies:
         self._base = base
         self._adapters = adapters
         self._tokenizers = tokenizers
-        # Vocabularies by tokenizer digest and size. There are no more than tokenizers in memory.
-        self._made: dict[tuple[str, int], Vocabulary] = {}
-        # Reads in progress by adapter key, so that concurrent requests share one read.
-        self._reading: dict[str, asyncio.Future[Tokenizer]] = {}
+        # There are no more vocabularies than tokenizers in memory.
+        self._made: dict[Key, Vocabulary] = {}
+        # Reads in progress, so that concurrent requests share one read.
+        self._reading: dict[Key, asyncio.Future[Tokenizer]] = {}
 
     def close(self) -> None:
         """Compile and render nothing more."""
@@ -102,46 +109,47 @@ class Vocabularies:
         """
         if not 0 < len(weights) <= MAX_MIX_MEMBERS:
             return self._base
-        adapter = self._adapters.find(weight.name for weight in weights)
-        if adapter is None:
+        adapter, chat_template = self._adapters.find(weight.name for weight in weights)
+        if adapter is None and not chat_template:
             return self._base
-        rows = adapter.facts.vocab_size
-        digest = adapter.facts.tokenizer
-        tokenizer = self._tokenizers.find(digest, rows)
+        key: Key = ("", 0, chat_template)
+        if adapter is not None:
+            key = adapter.facts.tokenizer, adapter.facts.vocab_size, chat_template
+        tokenizer = self._tokenizers.find(key)
         if tokenizer is None:
-            tokenizer = await self._read(adapter)
-        return self._vocabulary(tokenizer, digest, rows)
+            tokenizer = await self._read(key, adapter)
+        return self._vocabulary(tokenizer, key)
 
-    async def _read(self, adapter: Adapter) -> Tokenizer:
-        key, facts = adapter.key, adapter.facts
+    async def _read(self, key: Key, adapter: Adapter | None) -> Tokenizer:
+        def files() -> TokenizerFiles:
+            assert adapter is not None, "the base's tokenizer is in memory"
+            return self._adapters.read(adapter)
+
         reading = self._reading.get(key)
         if reading is None:
-            reading = asyncio.get_running_loop().run_in_executor(
-                None,
-                self._tokenizers.get,
-                facts.tokenizer,
-                facts.vocab_size,
-                lambda: self._adapters.read(adapter),
-            )
+            loop = asyncio.get_running_loop()
+            reading = loop.run_in_executor(None, self._tokenizers.get, key, files)
             self._reading[key] = reading
             reading.add_done_callback(functools.partial(self._was_read, key))
         # Shield the read, because other requests may wait for it.
         return await asyncio.shield(reading)
 
-    def _was_read(self, key: str, reading: asyncio.Future[Tokenizer]) -> None:
+    def _was_read(self, key: Key, reading: asyncio.Future[Tokenizer]) -> None:
         del self._reading[key]
         if not reading.cancelled():
             # Retrieve the exception, or asyncio logs it if no request waits any more.
             reading.exception()
 
-    def _vocabulary(self, tokenizer: Tokenizer, digest: str, rows: int) -> Vocabulary:
-        made = self._made.get((digest, rows))
+    def _vocabulary(self, tokenizer: Tokenizer, mine: Key) -> Vocabulary:
+        made = self._made.get(mine)
         if made is None or made.tokenizer is not tokenizer:
-            mine = digest, rows
             gone = [key for key in self._made if key == mine or key not in self._tokenizers]
             for key in gone:
                 self._made.pop(key).forget()
-            own = AdapterTokenizer(digest, tokenizer)
-            made = Vocabulary(tokenizer, own=own, kept=self._base.kept)
+            digest, _, chat_template = mine
+            own = AdapterTokenizer((digest, chat_template), tokenizer)
+            is_like = not digest and tokenizer.eos_token_ids == self._base.tokenizer.eos_token_ids
+            like = self._base if is_like else None
+            made = Vocabulary(tokenizer, own=own, kept=self._base.kept, like=like)
             self._made[mine] = made
         return made

@@ -39,6 +39,7 @@ from turret.server.config import (
 )
 from turret.server.errors import InvalidRequestError, TurretError
 from turret.server.hub.adapters import AdapterHub
+from turret.server.models.base_template import base_template
 from turret.server.models.decoding.arch import LAYER_PREFIX, MODULES, Projections
 from turret.server.models.families import FAMILIES
 from turret.server.models.sources.check import (
@@ -68,6 +69,7 @@ def problems(config: Config, *, may_run: bool = False) -> list[Violation]:
     return [
         *of_model,
         *_device(config.model, os.environ),
+        *_template(config.model.chat_template),
         *_memory(config),
         *_adapters(
             adapters,
@@ -98,6 +100,15 @@ def _model(model: Path | None) -> tuple[str, list[Violation]]:
         return "", [Violation("model.model", text_of(ValueError(text)))]
     except OSError as error:
         return "", [Violation("model.model", _unreadable(error.filename, error))]
+
+
+def _template(path: Path | None) -> Iterator[Violation]:
+    try:
+        if path is not None:
+            base_template(path)
+    except InvalidRequestError as error:
+        ((_, text),) = error.violations
+        yield Violation("model.chat_template", text)
 
 
 def _unreadable(path: object, error: OSError) -> Text:

@@ -1,7 +1,8 @@
-"""Which requests an adapter with a vocabulary of its own takes."""
+"""Which requests an adapter with its own vocabulary or chat template takes."""
 
 from __future__ import annotations
 
+from turret.server.adapters.chat_template import template_of
 from turret.server.adapters.mix import Mix
 from turret.server.engine.scheduling.request import Request
 from turret.server.errors import InvalidRequestError, UnavailableError
@@ -21,14 +22,15 @@ def check_vocabulary(request: Request, mix: Mix) -> int:
         UnavailableError: The adapter was replaced since the request was tokenised.
     """
     own = [(a, weight) for a, weight in mix.members if a.facts.vocab_size]
-    digest = "" if request.own_tokenizer is None else request.own_tokenizer.digest
+    made_by = ("", "") if request.own_tokenizer is None else request.own_tokenizer.content
     if len(own) > 1 or any(weight != 1.0 for _, weight in own):
         names = ", ".join(adapter.name for adapter, _ in own)
         raise InvalidRequestError.of("adapters", say("VOCABULARY_NOT_ALONE", adapters=names))
     if own and (partial := _parts_of_the_base(mix)):
         said = say("VOCABULARY_WITH_PARTIAL", adapter=own[0][0].name, partial=partial)
         raise InvalidRequestError.of("adapters", said)
-    if digest != (own[0][0].facts.tokenizer if own else ""):
+    digest = own[0][0].facts.tokenizer if own else ""
+    if made_by != (digest, template_of(adapter.facts for adapter, _ in mix.members)):
         raise UnavailableError(say("TOKENIZER_REPLACED"))
     return own[0][0].facts.vocab_size if own else 0
 

@@ -16,6 +16,7 @@ from turret.server.http.model_names import Mix, mix_of, named_in
 from turret.server.http.schemas.fields import Sent, not_one_of
 from turret.server.http.schemas.requests import (
     Asking,
+    ChatOnly,
     FlatTool,
     FunctionTool,
     Generating,
@@ -41,7 +42,7 @@ CHAT_NAMES = {
     "input": "messages",
     "chat": "messages",
     "chat.messages": "messages",
-    "chat.tools": "tools",
+    "chat.": "",
     "options.top_n": "top_logprobs",
 }
 COMPLETION_NAMES = {
@@ -65,7 +66,7 @@ TOKEN_NAMES = {
     "token_ids.ids": "tokens",
     "chat": "messages",
     "chat.messages": "messages",
-    "chat.tools": "tools",
+    "chat.": "",
 }
 # OpenAI's newer name for the role that chat templates call ``system``.
 _ROLES = {"developer": "system"}
@@ -241,6 +242,19 @@ def numbered(asked: Asked, prompt: _Message, choice: int) -> _Message:
     return message
 
 
+def set_rendering(body: ChatOnly, chat: inference_pb2.Chat) -> None:
+    """Set how a conversation is rendered; the variables that a request names itself come first."""
+    variables = dict(body.chat_template_kwargs)
+    if body.effort is not None:
+        variables.setdefault("reasoning_effort", body.effort)
+        variables.setdefault("enable_thinking", body.effort != "none")
+    if variables:
+        chat.chat_template_kwargs = json.dumps(variables, ensure_ascii=False)
+    if body.add_generation_prompt is not None:
+        chat.add_generation_prompt = body.add_generation_prompt
+    chat.continue_final_message = body.continue_final_message
+
+
 def chat_of(messages: list[Message]) -> inference_pb2.Chat:
     """A conversation."""
     chat = inference_pb2.Chat()
@@ -260,7 +274,9 @@ def inputs_of(body: InputsRequest, names: dict[str, str]) -> list[inference_pb2.
     """The entries of ``input``, or the one conversation in ``messages``, which is vLLM's form."""
     if body.messages is not None:
         names.update(_CHAT_INPUT_NAMES)
-        return [inference_pb2.Input(chat=chat_of(body.messages))]
+        chat = chat_of(body.messages)
+        set_rendering(body, chat)
+        return [inference_pb2.Input(chat=chat)]
     inputs = []
     for index, (place, value) in enumerate((body.input or {}).items()):
         names.update(

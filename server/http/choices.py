@@ -160,7 +160,7 @@ _Request = inference_pb2.GenerateRequest
 
 
 async def make_readers(
-    inference: Inference, exchange: Exchange, asked: Asked, use: ToolUse
+    inference: Inference, exchange: Exchange, asked: Asked, use: ToolUse, chat: inference_pb2.Chat
 ) -> Callable[[], AnswerReader]:
     """Keep the answers to calls where they must be some; returns what makes a reader of each.
 
@@ -168,7 +168,7 @@ async def make_readers(
         InvalidRequestError: The answer cannot be kept to the tools, or to them and its constraint.
     """
     message = asked.message
-    chat_format = await inference.chat_format(message.adapters)
+    chat_format = await inference.chat_format(message.adapters, chat)
     form: str | None = chat_format.tools
     is_free = message.WhichOneof("constraint") is None
     message.options.call_marks = chat_format.has_channels
@@ -194,7 +194,7 @@ async def make_readers(
         use.tools,
         is_parallel=use.is_parallel,
         has_reasoning=is_free and not use.must_call and chat_format.has_reasoning,
-        is_open=chat_format.opens_reasoning,
+        is_open=bool(chat_format.opens_reasoning),
         has_channels=chat_format.has_channels,
     )
 

@@ -113,11 +113,17 @@ class Lora:
         body = _read(exchange, LoadAdapter)
         name, path = body.lora_name, body.lora_path
         if body.load_inplace:
-            new = adapters_pb2.ReplaceAdapterRequest(name=name, path=path, task=body.task)
+            new = adapters_pb2.ReplaceAdapterRequest(
+                name=name, path=path, task=body.task, chat_template=body.chat_template
+            )
             await self._adapters.replace(new, exchange.call)
         else:
             first = adapters_pb2.LoadAdapterRequest(
-                name=name, path=path, pinned=body.pinned, task=body.task
+                name=name,
+                path=path,
+                pinned=body.pinned,
+                task=body.task,
+                chat_template=body.chat_template,
             )
             await self._adapters.load(first, exchange.call)
         await _succeed(exchange, name, "added successfully")

@@ -15,6 +15,7 @@ from turret.server.http.asked import (
     Asks,
     asked_of,
     numbered,
+    set_rendering,
     tools_of,
 )
 from turret.server.http.choices import Choices, make_readers
@@ -46,10 +47,11 @@ class Responses(Asks):
         prompt = inference_pb2.GenerateRequest(
             chat=_chat_of(body.input, body.instructions, exchange.names)
         )
+        set_rendering(body, prompt.chat)
         use = tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, prompt.chat)
         response = Response(exchange.call.request_id, body)
         del body
-        make_reader = await make_readers(self._inference, exchange, asked, use)
+        make_reader = await make_readers(self._inference, exchange, asked, use, prompt.chat)
         choices = Choices(
             self._inference,
             exchange,
@@ -144,6 +146,7 @@ class Response:
         self._created = int(time.time())
         self._has_logprobs = _wants_logprobs(body)
         self._repeated = {
+            "reasoning": {"effort": body.effort, "summary": None},
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "model": body.model,
@@ -180,7 +183,6 @@ class Response:
             "max_tool_calls": None,
             "output": [],
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
             "service_tier": "default",
             "store": False,
             "truncation": "disabled",

@@ -12,6 +12,7 @@ from turret.server.adapters.checkpoint.no_adapter import refuse_missing_tensors
 from turret.server.adapters.source import (
     CONFIG_FILE,
     PROVENANCE_FILE,
+    TEMPLATE_FILES,
     TENSORS_FILE,
     TOKENIZER_FILE,
     TOKENIZER_FILES,
@@ -222,4 +223,4 @@ def _names(path: str, files: Mapping[str, int]) -> list[str]:
         raise refuse(path, say("NOT_AN_ADAPTER"))
     if TENSORS_FILE not in files:
         refuse_missing_tensors(path, sorted(name for name in files if "/" not in name))
-    return [name for name in (*_NEEDED, PROVENANCE_FILE) if name in files]
+    return [name for name in (*_NEEDED, PROVENANCE_FILE, *TEMPLATE_FILES) if name in files]

@@ -37,7 +37,8 @@ class ChatFormat:
     Attributes:
         tools: The form in which the model calls tools; None if it is told of none.
         has_reasoning: Whether answers may begin with ``<think>...</think>``.
-        opens_reasoning: Whether the prompt ends in ``<think>``.
+        opens_reasoning: Whether the prompt ends in ``<think>``; None if that depends on the
+            template's variables.
         marks: Special tokens that stand around calls, and around channels, by their texts.
         has_call_ids: Whether a call has an id of the model's own.
         has_channels: Whether answers are messages in channels: of thoughts, of calls, of what is
@@ -46,7 +47,7 @@ class ChatFormat:
 
     tools: ToolForm | None = None
     has_reasoning: bool = False
-    opens_reasoning: bool = False
+    opens_reasoning: bool | None = False
     marks: Mapping[str, int] = field(default_factory=dict)
     has_call_ids: bool = False
     has_channels: bool = False
@@ -65,13 +66,14 @@ class ChatFormat:
         if not isinstance(template, str):
             return cls()
         last = template.rpartition("add_generation_prompt")[2]
-        opens = bool(_OPENS.search(last)) and "</think>" not in last
+        opens = bool(_OPENS.search(last))
+        may_close = opens and "</think>" in last
         form, has_channels = _form(template), _has_channels(template)
         marks = channels.MARKS if has_channels else () if form is None else _MARKS[form]
         return cls(
             form,
             "<think>" in template,
-            opens,
+            None if may_close else opens,
             {mark: special[mark] for mark in marks if special and mark in special},
             form == "mistral11" and "[CALL_ID]" in template,
             has_channels,

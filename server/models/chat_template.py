@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,24 @@ MAX_BYTES = 256 << 20
 # Twice the largest message that a client can send.
 MAX_TEXT_BYTES = 8 << 20
 _PROGRAM = Path(__file__).with_name("template_program.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """How a conversation is rendered.
+
+    Attributes:
+        variables: More variables for the template.
+        begins_turn: Whether the text ends with the beginning of the assistant's turn.
+        continues: Whether the text ends with the content of the last message.
+    """
+
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    begins_turn: bool = True
+    continues: bool = False
+
+
+USUAL = Rendering()
 
 
 class ChatTemplate:
@@ -44,8 +63,9 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]],
         is_short: bool,
+        how: Rendering = USUAL,
     ) -> str:
-        """The text of a conversation up to the assistant's turn. Blocks.
+        """The text of a conversation, with the last message whole. Blocks.
 
         Raises:
             ValueError: The template refuses the messages, fails, or takes too much.
@@ -60,10 +80,19 @@ class ChatTemplate:
                 "messages": messages,
                 "tools": tools or None,
                 "documents": None,
-                "add_generation_prompt": True,
+                "add_generation_prompt": how.begins_turn,
                 **self._variables,
+                **how.variables,
             },
         }
+        return self._ask(job, is_short)
+
+    def check(self) -> None:
+        """Compile the templates. Blocks; errors are those of ``render``."""
+        for template in self._templates.values():
+            self._ask({"template": template}, is_short=True)
+
+    def _ask(self, job: Mapping[str, Any], is_short: bool) -> str:
         try:
             (answer,) = (self._short if is_short else self._long).confined.ask(job)
         except ConfinedError as error:

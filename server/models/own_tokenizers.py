@@ -1,4 +1,4 @@
-"""Tokenizers that adapters bring, the latest used of them in memory."""
+"""Tokenizers and chat templates that adapters bring, the latest used of them in memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from turret.server.adapters.chat_template import OwnTemplate
 from turret.server.adapters.source import TOKENIZER_FILE
 from turret.server.adapters.tokenizer_files import TokenizerFiles
 from turret.server.basics.confined.confined import Confined, ConfinedError
@@ -19,6 +20,11 @@ from turret.server.basics.work import LACK_OF_MEMORY_IS_REPORTED
 from turret.server.errors import InvalidRequestError, TurretError, UnavailableError
 from turret.server.models.tokenizer import Tokenizer, each_text
 from turret.server.words import Text, say
+
+# A tokenizer: the digest of its files and its number of rows (empty and 0 for the base's), and its
+# chat template in the form of ``AdapterFacts`` (empty for the one in its files).
+Key = tuple[str, int, str]
+BASE_TOKENIZER: Key = ("", 0, "")
 
 # Most tokenizers kept in memory, since each may have two processes that render chats. Running
 # requests keep theirs even beyond this number.
@@ -52,49 +58,62 @@ class OwnTokenizers:
         self._base = base
         self._config = config
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, int], Tokenizer] = OrderedDict()
+        self._kept: OrderedDict[Key, Tokenizer] = OrderedDict()
         self._expected: list[dict[str, str]] | None = None
 
-    def check(self, files: TokenizerFiles, rows: int) -> None:
-        """Read a tokenizer, and keep it for the first request.
+    def check(self, files: TokenizerFiles | None, rows: int, chat_template: str) -> None:
+        """Read an adapter's tokenizer and chat template, and keep them for the first request.
 
         Args:
-            files: Its files.
+            files: The tokenizer's files; None for the base's tokenizer.
             rows: How many tokens the adapter has rows for.
+            chat_template: See ``Key``.
 
         Raises:
-            InvalidRequestError: It cannot be read, or has tokens without a row.
+            InvalidRequestError: They cannot be read, or there are tokens without a row.
         """
-        self.get(files.digest, rows, lambda: files)
+        if files is None:
+            self.get(("", 0, chat_template), _no_files)
+        else:
+            self.get((files.digest, rows, chat_template), lambda: files)
 
-    def __contains__(self, key: tuple[str, int]) -> bool:
-        """Whether the tokenizer with this digest and number of rows is in memory."""
+    def __contains__(self, key: Key) -> bool:
+        """Whether a tokenizer is in memory."""
         with self._lock:
             return key in self._kept
 
-    def find(self, digest: str, rows: int) -> Tokenizer | None:
+    def find(self, key: Key) -> Tokenizer | None:
         """Find the tokenizer in memory, or None, and mark it as used."""
         with self._lock:
-            found = self._kept.get((digest, rows))
+            found = self._kept.get(key)
             if found is not None:
-                self._kept.move_to_end((digest, rows))
+                self._kept.move_to_end(key)
             return found
 
-    def get(self, digest: str, rows: int, read: Callable[[], TokenizerFiles]) -> Tokenizer:
+    def get(self, key: Key, read: Callable[[], TokenizerFiles]) -> Tokenizer:
         """Return the tokenizer, reading it if it is not in memory.
 
         Raises:
-            InvalidRequestError: It cannot be read.
+            InvalidRequestError: It or its chat template cannot be read.
             OutOfMemoryError, StorageFullError, StorageFailedError, UnavailableError: The server
                 cannot read any tokenizer now.
             TurretError: What ``read`` raises.
         """
-        found = self.find(digest, rows)
+        if key == BASE_TOKENIZER:
+            return self._base
+        found = self.find(key)
         if found is None:
-            found = self._read(read().files, rows)
+            digest, rows, chat_template = key
+            if chat_template:
+                plain = self.get((digest, rows, ""), read)
+                found = plain.with_template(OwnTemplate.from_json(chat_template))
+                if found is not plain:
+                    found.check_template()
+            else:
+                found = self._read(read().files, rows)
             with self._lock:
                 # Another thread may have read it meanwhile: keep and return the first one.
-                found = self._kept.setdefault((digest, rows), found)
+                found = self._kept.setdefault(key, found)
                 while len(self._kept) > MAX_KEPT:
                     self._kept.popitem(last=False)
         return found
@@ -193,6 +212,10 @@ class OwnTokenizers:
         except (OSError, ValueError):
             return {}
         return {key: config[key] for key in _GUESSED if key in config}
+
+
+def _no_files() -> TokenizerFiles:
+    raise AssertionError("the base's tokenizer is in memory")
 
 
 def _invalid(problem: str, folder: Path) -> InvalidRequestError:

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import Template, nodes
-from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
@@ -25,12 +25,15 @@ _MAX_ERROR_CHARS = 1000
 
 
 def answers(job: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """The text that a template makes of its variables, or its error."""
+    """The text that a template makes of its variables (none: it is only compiled), or its error."""
     try:
-        yield {"text": _compiled(job["template"]).render(job["variables"])}
+        template = _compiled(job["template"])
+        yield {"text": template.render(job["variables"]) if "variables" in job else ""}
     except MemoryError:
         # End the process: it has no memory left.
         raise
+    except TemplateSyntaxError as error:
+        yield {"error": f"line {error.lineno}: {error.message}"[:_MAX_ERROR_CHARS]}
     except Exception as error:
         yield {"error": str(error)[:_MAX_ERROR_CHARS]}
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 from tokenizers.models import WordLevel
 
+from turret.server.adapters.chat_template import OwnTemplate
 from turret.server.basics import channels
 from turret.server.basics.work import LACK_OF_MEMORY_IS_REPORTED, PANICS_ARE_ERRORS
 from turret.server.errors import InvalidRequestError
 from turret.server.models.chat_format import ChatFormat, unknown_role
-from turret.server.models.chat_template import ChatTemplate
+from turret.server.models.chat_template import USUAL, ChatTemplate, Rendering
 from turret.server.words import say
 
 
@@ -96,6 +98,11 @@ class RenderedChat:
     parts: Sequence[str]
 
     @property
+    def opens_reasoning(self) -> bool:
+        """Whether the answer begins within a block of reasoning."""
+        return self.parts[-1].rstrip().endswith("<think>")
+
+    @property
     def num_chars(self) -> int:
         """Length of the whole text."""
         return sum(map(len, self.parts))
@@ -144,12 +151,11 @@ class Tokenizer:
         # The token that the tokenizer puts before every text, or None.
         bos = None if inner.bos_token is None else backend.token_to_id(inner.bos_token)
         self._bos: int | None = bos if bos in self._ids("", add_special_tokens=True)[:1] else None
-        special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
         template = inner.chat_template
-        is_usable = isinstance(template, str | dict) and bool(template)
-        self._template: str | dict[str, str] | None = template if is_usable else None
-        self.chat_format = ChatFormat.of(self._template, special)
-        self._chats = ChatTemplate(self._template or "", inner.special_tokens_map)
+        if not isinstance(template, str | dict) or not template:
+            template = {} if base is None else base._templates
+        templates = {"default": template} if isinstance(template, str) else template
+        self._set_templates(templates, inner.special_tokens_map)
         # Texts of single tokens, by id: log probabilities need thousands of them in each step.
         self._texts: dict[int, str] = {}
         # Special tokens' texts, with their token ids when read as ordinary text.
@@ -198,6 +204,51 @@ class Tokenizer:
             raise InvalidRequestError.of("model", said) from error
         return cls(inner, eos_token_ids, model_vocab_size, base)
 
+    def with_template(self, own: OwnTemplate) -> Tokenizer:
+        """This tokenizer with an adapter's chat template; itself if nothing would be different.
+
+        Answers end at the adapter's end token too.
+        """
+        tokens = {**self._variables, **own.tokens}
+        variables = {name: token for name, token in tokens.items() if token is not None}
+        end = own.tokens.get("eos_token")
+        number = None if end is None else self.number_of(end)
+        ends = self.eos_token_ids
+        if number is not None and number < self.num_rows:
+            ends |= {number}
+        content = own.templates, variables, ends
+        if content == (self._templates, self._variables, self.eos_token_ids):
+            return self
+        made = copy.copy(self)
+        made.eos_token_ids = ends
+        made._set_templates(own.templates, variables)
+        return made
+
+    def _set_templates(self, templates: Mapping[str, str], variables: Mapping[str, str]) -> None:
+        """Chat templates by name (none without one), and the special tokens that they write."""
+        added = self._backend.get_added_tokens_decoder().items()
+        special = {token.content: number for number, token in added if token.special}
+        self._templates, self._variables = templates, variables
+        self.chat_format = ChatFormat.of(templates, special)
+        self._chats = ChatTemplate(templates, variables)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self._templates)
+
+    def check_template(self) -> None:
+        """Compile the chat template. Blocks.
+
+        Raises:
+            InvalidRequestError: It is not a template.
+            UnavailableError: See ``ChatTemplate.render``.
+        """
+        try:
+            self._chats.check()
+        except ValueError as error:
+            raise InvalidRequestError(say("CHAT_TEMPLATE_INVALID", problem=error)) from error
+
     def number_of(self, token: str) -> int | None:
         """The number of a token by its text; None if there is no such token."""
         return self._backend.token_to_id(token)
@@ -233,8 +284,9 @@ class Tokenizer:
         *,
         special: bool = False,
         is_short: bool = True,
+        how: Rendering = USUAL,
     ) -> RenderedChat:
-        """Apply the chat template and open the assistant's turn. Blocks.
+        """Apply the chat template. Blocks.
 
         Special tokens come from the template alone: in roles, contents and tools their texts are
         text, as with ``split_special_tokens`` in transformers, unless ``special``. So nobody whose
@@ -245,10 +297,10 @@ class Tokenizer:
                 role that nobody knows, or the template refuses the messages or takes too much.
             UnavailableError: See ``ChatTemplate.render``.
         """
-        if not self._template:
+        if not self._templates:
             raise InvalidRequestError.of("chat", say("NO_CHAT_TEMPLATE"))
         for index, message in enumerate(messages):
-            if why := unknown_role(self._template, message["role"]):
+            if why := unknown_role(self._templates, message["role"]):
                 raise InvalidRequestError.of(f"chat.messages[{index}].role", why)
         if self.chat_format.tools is None:
             if tools:
@@ -261,11 +313,19 @@ class Tokenizer:
 
         try:
             if not special:
-                given, texts = [list(messages), list(tools)], list[str]()
+                given, texts = [list(messages), list(tools), dict(how.variables)], list[str]()
                 each_text(given, lambda text: texts.append(text) or text)
                 marked = iter(self._marked(texts, mark, held))
-                messages, tools = each_text(given, lambda text: next(marked))
-            text = self._chats.render(messages, tools, is_short)
+                messages, tools, variables = each_text(given, lambda text: next(marked))
+                how = replace(how, variables=variables)
+            if how.continues:
+                *before, last = messages
+                # The space shows whether the template keeps spaces at the end of a message.
+                end, final = f"{mark}end ", last["content"]
+                messages = [*before, {**last, "content": final + end}]
+                text = _cut(self._chats.render(messages, tools, is_short, how), final, end)
+            else:
+                text = self._chats.render(messages, tools, is_short, how)
         except (ValueError, RecursionError) as error:
             said = say("CHAT_TEMPLATE_FAILED", problem=error)
             raise InvalidRequestError.of("chat.messages", said) from error
@@ -286,7 +346,7 @@ class Tokenizer:
         return ids
 
     def encode_chat(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), **how: bool
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), **how: Any
     ) -> list[int]:
         """``render_chat``, then ``encode_rendered``."""
         return self.encode_rendered(self.render_chat(messages, tools, **how))
@@ -338,6 +398,18 @@ class Tokenizer:
         # ``encode`` would hold the interpreter's lock; ``encode_batch`` does not.
         (found,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
         return list(found.ids)
+
+
+def _cut(text: str, final: str, end: str) -> str:
+    """A text up to ``end``, which was put behind the final message, as transformers cuts it.
+
+    Raises:
+        ValueError: The template has changed the message.
+    """
+    place = text.rfind(end.strip())
+    if place < 0 or final.strip() not in text:
+        raise ValueError(say("CANNOT_CONTINUE"))
+    return text[:place] if text.startswith(end, place) else text[:place].rstrip()
 
 
 def _with_added(base: Any, other: Any) -> Any:

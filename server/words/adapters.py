@@ -68,6 +68,8 @@ TEXTS: dict[str, str] = {
     " the file; add {module} to modules_to_save as well",
     "ADAPTER_LACKS_TOKENIZER": "is missing: the adapter has rows for {rows} tokens, the base model"
     " for {base_rows}; save its tokenizer beside the weights",
+    "CHAT_TEMPLATE_TOO_LARGE": "has a chat template of more than {most} bytes",
+    "CHAT_TEMPLATE_INVALID": "invalid chat template: {problem}",
     "TOKENIZER_CODE": "a tokenizer with code of its own is not supported",
     # Files.
     "BAD_PATH": "adapter path {path!q:.200}: {why}",
@@ -161,7 +163,7 @@ TEXTS: dict[str, str] = {
     "OTHER_GENERATION": "adapter {adapters!q} has no generation {generation}; the current one is"
     " {current_generation}",
     "BEING_UNLOADED": "adapter {adapters!q} is being unloaded",
-    "ADAPTER_EXISTS": "adapter {adapter!q} already exists with other weights",
+    "ADAPTER_EXISTS": "adapter {adapter!q} already exists with other content",
     "ADAPTER_GENERATION": "adapter {adapter!q} has generation {generation}, expected {expected}",
     "ADAPTER_PINNED": "adapter {adapter!q} is pinned; unpin it first",
     "ADAPTER_HELD": "adapter {adapter!q} is still used by {requests} requests after {seconds} s",

@@ -40,8 +40,10 @@ TEXTS = {
     "ANSWER_COMPLETE": "already has {found} tokens, but {other} is {most}",
     "ANSWER_ENDED": "token {index} already ends the answer",
     "TOKEN_FORBIDDEN": "the constraint does not allow token {index}",
-    "NO_CHAT_TEMPLATE": "this model has no chat template; send a prompt instead",
+    "NO_CHAT_TEMPLATE": "this model has no chat template; send a prompt instead, or start the"
+    " server with --chat-template",
     "NO_DEFAULT_TEMPLATE": "the model has no default chat template, only {found}",
+    "CANNOT_CONTINUE": "the final message cannot be continued: the template changes it",
     "CHAT_TEMPLATE_FAILED": "the chat template failed: {problem}",
     "TOOLS_UNSUPPORTED": "this model's chat template does not support tools",
     # Constraints.

@@ -31,7 +31,7 @@ class Adapters:
     def find(self, names: Iterable[str]) -> Any:
         (name,) = names
         facts = SimpleNamespace(tokenizer=f"digest of {name}", vocab_size=5)
-        return SimpleNamespace(key=name, facts=facts)
+        return SimpleNamespace(key=name, facts=facts), ""
 
     def read(self, adapter: Any) -> TokenizerFiles:
         self.read_names.append(adapter.key)

@@ -53,7 +53,7 @@ def tokenizers(tmp_path: Path) -> OwnTokenizers:
 
 def test_what_transformers_reads_is_read(tokenizers: OwnTokenizers, tmp_path: Path) -> None:
     files = files_of(tmp_path)
-    found = tokenizers.get(files.digest, ROWS, lambda: files)
+    found = tokenizers.get((files.digest, ROWS, ""), lambda: files)
     expected: Any = grown_tokenizer()
     for text in ("a turret", "<|user|>x<|end|>", "<call>turretturret</call>"):
         assert found.encode(text) == expected(text)["input_ids"]
@@ -71,11 +71,11 @@ def test_the_latest_are_kept(
 ) -> None:
     monkeypatch.setattr(own_tokenizers, "MAX_KEPT", 2)
     files = files_of(tmp_path)
-    made = [tokenizers.get(files.digest, rows, lambda: files) for rows in (270, 271)]
-    assert tokenizers.get(files.digest, 270, lambda: files) is made[0]
-    tokenizers.check(files, 272)
-    assert tokenizers.find(files.digest, 270) is made[0]
-    assert tokenizers.find(files.digest, 271) is None
+    made = [tokenizers.get((files.digest, rows, ""), lambda: files) for rows in (270, 271)]
+    assert tokenizers.get((files.digest, 270, ""), lambda: files) is made[0]
+    tokenizers.check(files, 272, "")
+    assert tokenizers.find((files.digest, 270, "")) is made[0]
+    assert tokenizers.find((files.digest, 271, "")) is None
 
 
 # Rules that the library takes, and panics of when it follows them: a token that is put before every
@@ -101,7 +101,7 @@ def with_rule(files: TokenizerFiles, part: str, rule: Any) -> TokenizerFiles:
 def test_what_the_library_panics_of_is_refused(tokenizers: OwnTokenizers, tmp_path: Path) -> None:
     files = with_rule(files_of(tmp_path), "post_processor", UNKNOWN_BEFORE)
     with pytest.raises(InvalidRequestError, check=says("TOKENIZER_INVALID")):
-        tokenizers.check(files, ROWS)
+        tokenizers.check(files, ROWS, "")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_rules_that_are_not_the_bases_are_refused_and_never_run(
     rule = {**rule, **kinds} if part == "model" else rule
     params = {"part": part} if reason == "TOKENIZER_DIFFERS" else {}
     with pytest.raises(InvalidRequestError, check=says(reason, **params)):
-        tokenizers.check(with_rule(files_of(tmp_path), part, rule), ROWS)
+        tokenizers.check(with_rule(files_of(tmp_path), part, rule), ROWS, "")
 
 
 def test_a_vocabulary_that_is_not_the_bases_is_refused(
@@ -169,7 +169,7 @@ def test_a_vocabulary_that_is_not_the_bases_is_refused(
     model = json.loads(files.files["tokenizer.json"])["model"]
     for change in ({"vocab": {**model["vocab"], "turrets": 260}}, {"dropout": 0.5}):
         with pytest.raises(InvalidRequestError, check=says("TOKENIZER_DIFFERS", part="model")):
-            tokenizers.check(with_rule(files, "model", {**model, **change}), ROWS)
+            tokenizers.check(with_rule(files, "model", {**model, **change}), ROWS, "")
 
 
 def test_a_file_is_read_under_limits(
@@ -179,20 +179,20 @@ def test_a_file_is_read_under_limits(
     large = TokenizerFiles({"tokenizer.json": b"[" + b"[],[]," * 1_000_000}, "x", 0)
     monkeypatch.setattr(own_tokenizers, "MAX_BYTES", 160 << 20)
     with pytest.raises(InvalidRequestError, check=says("PROCESS_MEMORY_LIMIT", most="160MiB")):
-        tokenizers.check(large, ROWS)
+        tokenizers.check(large, ROWS, "")
     monkeypatch.setattr(own_tokenizers, "CPU_SECONDS", 0.01)
     limits = says("PROCESS_TIME_LIMIT"), says("PROCESS_MEMORY_LIMIT")
     with pytest.raises(InvalidRequestError, check=lambda e: any(says_it(e) for says_it in limits)):
-        tokenizers.check(large, ROWS)
+        tokenizers.check(large, ROWS, "")
     monkeypatch.undo()
     said = json.loads(files.files["tokenizer.json"])
     said["added_tokens"][-1]["content"] = "x" * 1025
     with pytest.raises(InvalidRequestError, check=says("ADDED_TOKEN_TOO_LONG", most=1024)):
-        tokenizers.check(with_rule(files, "added_tokens", said["added_tokens"]), ROWS)
+        tokenizers.check(with_rule(files, "added_tokens", said["added_tokens"]), ROWS, "")
     said["added_tokens"][-1] = {**said["added_tokens"][-1], "content": "xyzzy", "id": FIRST + 9}
     taken = says("TOKEN_NUMBER_TAKEN", number=FIRST + 9, found=FIRST + 4)
     with pytest.raises(InvalidRequestError, check=taken):
-        tokenizers.check(with_rule(files, "added_tokens", said["added_tokens"]), ROWS)
+        tokenizers.check(with_rule(files, "added_tokens", said["added_tokens"]), ROWS, "")
 
 
 @pytest.mark.parametrize(
@@ -231,9 +231,9 @@ def test_what_the_server_lacks_is_not_blamed_on_the_files(
     }.get(place, (AutoTokenizer, "from_pretrained"))
     monkeypatch.setattr(owner, name, fails)
     with pytest.raises(expected):
-        tokenizers.check(files, ROWS)
+        tokenizers.check(files, ROWS, "")
     monkeypatch.undo()
-    tokenizers.check(files, ROWS)
+    tokenizers.check(files, ROWS, "")
 
 
 def test_what_is_read_here_is_small(
@@ -249,7 +249,7 @@ def test_what_is_read_here_is_small(
 
     files = files_of(tmp_path)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", seen)
-    tokenizers.check(files, ROWS)
+    tokenizers.check(files, ROWS, "")
     assert len(sizes) == 1
     assert sizes[0] < len(files.files["tokenizer.json"]) / 2
 
@@ -277,7 +277,7 @@ def test_older_files_and_other_special_tokens_are_read_as_transformers_does(
     with AdapterRoot(tmp_path).open_directory("own") as directory:
         files = read_tokenizer_files(directory, Findings("own"))
     assert files is not None
-    found = OwnTokenizers(base, base_files / "config.json").get("x", 1 << 20, lambda: files)
+    found = OwnTokenizers(base, base_files / "config.json").get(("x", 1 << 20, ""), lambda: files)
     for text in ("a turret and a tower", "<begin>hi<end>", "für 日本 🎉", ""):
         ids = found.encode(text)
         assert ids[:1] == [theirs.bos_token_id]
@@ -301,7 +301,7 @@ def test_many_special_tokens_are_found_in_a_text_in_linear_time(
     grown = grown_tokenizer("{{ messages[0].content }}")
     grown.add_tokens(words, special_tokens=True)
     files = files_of(tmp_path, grown)
-    found = tokenizers.get(files.digest, FIRST + 4200, lambda: files)
+    found = tokenizers.get((files.digest, FIRST + 4200, ""), lambda: files)
     text = "".join(draw.choices(string.ascii_letters, k=50_000)) + words[0] + words[1] + "b"
     before = time.thread_time()
     chat = found.render_chat([{"role": "user", "content": text}])

@@ -12,7 +12,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "uuid", "generation", "digest", "method", "ranks", "target_modules", "bytes_disk", "bytes_host", "bytes_device", "residency", "pinned", "in_flight", "last_used_time", "base_model", "warnings", "state", "source", "invocation_token_ids", "labels", "vocab_size")
+    __slots__ = ("name", "uuid", "generation", "digest", "method", "ranks", "target_modules", "bytes_disk", "bytes_host", "bytes_device", "residency", "pinned", "in_flight", "last_used_time", "base_model", "warnings", "state", "source", "invocation_token_ids", "labels", "vocab_size", "chat_template")
     class Residency(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         RESIDENCY_UNSPECIFIED: _ClassVar[Adapter.Residency]
@@ -54,6 +54,7 @@ class Adapter(_message.Message):
     INVOCATION_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     name: str
     uuid: str
     generation: int
@@ -75,7 +76,8 @@ class Adapter(_message.Message):
     invocation_token_ids: _containers.RepeatedScalarFieldContainer[int]
     labels: _containers.RepeatedScalarFieldContainer[str]
     vocab_size: int
-    def __init__(self, name: _Optional[str] = ..., uuid: _Optional[str] = ..., generation: _Optional[int] = ..., digest: _Optional[str] = ..., method: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., target_modules: _Optional[_Iterable[str]] = ..., bytes_disk: _Optional[int] = ..., bytes_host: _Optional[int] = ..., bytes_device: _Optional[int] = ..., residency: _Optional[_Union[Adapter.Residency, str]] = ..., pinned: bool = ..., in_flight: _Optional[int] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_model: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., state: _Optional[_Union[Adapter.State, str]] = ..., source: _Optional[str] = ..., invocation_token_ids: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[str]] = ..., vocab_size: _Optional[int] = ...) -> None: ...
+    chat_template: str
+    def __init__(self, name: _Optional[str] = ..., uuid: _Optional[str] = ..., generation: _Optional[int] = ..., digest: _Optional[str] = ..., method: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., target_modules: _Optional[_Iterable[str]] = ..., bytes_disk: _Optional[int] = ..., bytes_host: _Optional[int] = ..., bytes_device: _Optional[int] = ..., residency: _Optional[_Union[Adapter.Residency, str]] = ..., pinned: bool = ..., in_flight: _Optional[int] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_model: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., state: _Optional[_Union[Adapter.State, str]] = ..., source: _Optional[str] = ..., invocation_token_ids: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[str]] = ..., vocab_size: _Optional[int] = ..., chat_template: _Optional[str] = ...) -> None: ...
 
 class AdapterWeight(_message.Message):
     __slots__ = ("name", "generation", "weight")
@@ -88,16 +90,18 @@ class AdapterWeight(_message.Message):
     def __init__(self, name: _Optional[str] = ..., generation: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
-    __slots__ = ("name", "path", "pinned", "task")
+    __slots__ = ("name", "path", "pinned", "task", "chat_template")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
+    CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     pinned: bool
     task: int
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., pinned: bool = ..., task: _Optional[int] = ...) -> None: ...
+    chat_template: str
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., pinned: bool = ..., task: _Optional[int] = ..., chat_template: _Optional[str] = ...) -> None: ...
 
 class FileInfo(_message.Message):
     __slots__ = ("path", "size_bytes", "sha256")
@@ -118,20 +122,22 @@ class FileChunk(_message.Message):
     def __init__(self, path: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
-    __slots__ = ("name", "pinned", "replace", "files", "expected_generation", "task")
+    __slots__ = ("name", "pinned", "replace", "files", "expected_generation", "task", "chat_template")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
+    CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     name: str
     pinned: bool
     replace: bool
     files: _containers.RepeatedCompositeFieldContainer[FileInfo]
     expected_generation: int
     task: int
-    def __init__(self, name: _Optional[str] = ..., pinned: bool = ..., replace: bool = ..., files: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ..., expected_generation: _Optional[int] = ..., task: _Optional[int] = ...) -> None: ...
+    chat_template: str
+    def __init__(self, name: _Optional[str] = ..., pinned: bool = ..., replace: bool = ..., files: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ..., expected_generation: _Optional[int] = ..., task: _Optional[int] = ..., chat_template: _Optional[str] = ...) -> None: ...
 
 class UploadAdapterRequest(_message.Message):
     __slots__ = ("header", "chunk")
@@ -142,16 +148,18 @@ class UploadAdapterRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., chunk: _Optional[_Union[FileChunk, _Mapping]] = ...) -> None: ...
 
 class ReplaceAdapterRequest(_message.Message):
-    __slots__ = ("name", "path", "expected_generation", "task")
+    __slots__ = ("name", "path", "expected_generation", "task", "chat_template")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
+    CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     expected_generation: int
     task: int
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., expected_generation: _Optional[int] = ..., task: _Optional[int] = ...) -> None: ...
+    chat_template: str
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., expected_generation: _Optional[int] = ..., task: _Optional[int] = ..., chat_template: _Optional[str] = ...) -> None: ...
 
 class GetAdapterRequest(_message.Message):
     __slots__ = ("name",)

@@ -35,6 +35,7 @@ class AdapterCheckpoint:
         text_prefix: What stood before the language model's names where the adapter was trained
             on a model of text and images; "" if nothing did.
         tokenizer: Its own, where it needs one, or None. The digest includes it.
+        chat_template: See ``AdapterFacts``. The digest does not include it.
     """
 
     path: str
@@ -47,6 +48,12 @@ class AdapterCheckpoint:
     task: int | None = None
     text_prefix: str = ""
     tokenizer: TokenizerFiles | None = None
+    chat_template: str = ""
+
+    @property
+    def content(self) -> tuple[str, str]:
+        """See ``AdapterFacts.content``."""
+        return self.digest, self.chat_template
 
     def of_task(self, task: int | None) -> AdapterCheckpoint:
         """A copy for one task of the files: another adapter, with its own digest."""

@@ -1,25 +1,33 @@
-"""The tokenizer in an adapter's folder: its files as bytes, and not yet understood.
+"""The tokenizer and the chat template in an adapter's folder.
 
-Adapters with tokens that the base lacks bring one. Only files with known names are opened, only as
-large as they may be; of the config only keys that are known to say nothing but what texts and
-tokens are: others name files, classes and code.
+Adapters with tokens that the base lacks bring a tokenizer, whose files are read as bytes and not
+yet understood. Only files with known names are opened, only as large as they may be; of the config
+only keys that are known to say nothing but what texts and tokens are: others name files, classes
+and code. A chat template is read whatever tokens an adapter has, as transformers finds it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+from turret.server.adapters.chat_template import MAX_TEMPLATE_BYTES, OwnTemplate
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.strict_json import FormatError, parse_object
-from turret.server.adapters.source import TOKENIZER_FILE, TOKENIZER_FILES
+from turret.server.adapters.source import (
+    SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    TOKENIZER_FILES,
+)
 from turret.server.adapters.tokenizer_files import TokenizerFiles
 from turret.server.words import say
 
-_CONFIG = "tokenizer_config.json"
 _DOMAIN = b"turret-tokenizer-1\0"
 _TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # Config keys that are passed to transformers. Others (paths, repository names, training settings)
@@ -42,6 +50,8 @@ _SAID = frozenset(
     )
 )
 _CODE = ("auto_map", "custom_code")
+# Templates that are used, by the names that older tokenizers give them.
+_TEMPLATES = ("default", "tool_use")
 
 
 def read_tokenizer_files(directory: AdapterDirectory, findings: Findings) -> TokenizerFiles | None:
@@ -58,16 +68,12 @@ def read_tokenizer_files(directory: AdapterDirectory, findings: Findings) -> Tok
         return None
     found: dict[str, bytes] = {}
     read: dict[str, bytes] = {}
-    for name, most in TOKENIZER_FILES.items():
+    for name in TOKENIZER_FILES:
         if not directory.has(name):
             continue
-        with directory.open_file(name) as file:
-            data = file.read(most + 1)
-        if len(data) > most:
-            findings.add(name, say("FILE_TOO_LARGE", most=most))
-            return None
-        checked = _checked(name, data, findings)
-        if checked is None:
+        data = _data(directory, name, findings)
+        checked = None if data is None else _checked(name, data, findings)
+        if data is None or checked is None:
             return None
         read[name], found[name] = data, checked
     return TokenizerFiles(found, tokenizer_digest(read), sum(map(len, read.values())))
@@ -79,6 +85,97 @@ def tokenizer_digest(files: Mapping[str, bytes]) -> str:
     for name, data in files.items():
         digest.update(f"{name}\0{len(data)}\0".encode() + data)
     return digest.hexdigest()
+
+
+def read_chat_template(
+    directory: AdapterDirectory, findings: Findings, given: OwnTemplate | None = None
+) -> str:
+    """Reads the chat template of a folder, with the special tokens that it writes.
+
+    Args:
+        directory: The adapter's.
+        findings: Receives the faults of a file, by its name.
+        given: The template to use instead. Special tokens that it does not name are the folder's.
+
+    Returns:
+        The form that ``AdapterFacts.chat_template`` has; empty without a template.
+
+    Raises:
+        AdapterCheckpointError: A file leads out of the root, or is no regular file.
+    """
+    config = _object(directory, TOKENIZER_CONFIG_FILE, findings)
+    if given is None:
+        given = _template(directory, config, findings)
+    if not given.templates:
+        return ""
+    if any(len(text.encode()) > MAX_TEMPLATE_BYTES for text in given.templates.values()):
+        findings.add(given.origin, say("CHAT_TEMPLATE_TOO_LARGE", most=MAX_TEMPLATE_BYTES))
+    tokens = _special_tokens(_object(directory, SPECIAL_TOKENS_FILE, findings) | config)
+    used = {
+        name: token
+        for name, token in tokens.items()
+        if name == "eos_token" or any(name in text for text in given.templates.values())
+    }
+    template = OwnTemplate(given.origin, given.templates, {**used, **given.tokens})
+    return sys.intern(template.to_json())
+
+
+def _template(
+    directory: AdapterDirectory, config: Mapping[str, Any], findings: Findings
+) -> OwnTemplate:
+    """The template of a folder, without special tokens: in its own file, or in the config."""
+    if directory.has(TEMPLATE_FILE):
+        origin, value = TEMPLATE_FILE, _text(directory, TEMPLATE_FILE, findings)
+    else:
+        origin, value = TOKENIZER_CONFIG_FILE, config.get("chat_template")
+    if isinstance(value, list):
+        # Older tokenizers have several templates, each an object with a name.
+        each = (one for one in value if isinstance(one, dict))
+        value = {str(one.get("name")): one.get("template") for one in each}
+    named = value if isinstance(value, dict) else {"default": value}
+    found = {name: named.get(name) for name in _TEMPLATES}
+    return OwnTemplate(origin, {n: t for n, t in found.items() if isinstance(t, str) and t.strip()})
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str | None]:
+    """Texts of the special tokens that a config names, by their keys."""
+    tokens: dict[str, str | None] = {}
+    for key in (f"{kind}_token" for kind in _TOKENS if f"{kind}_token" in config):
+        value = config[key]
+        text = value.get("content") if isinstance(value, dict) else value
+        tokens[key] = text if isinstance(text, str) else None
+    return tokens
+
+
+def _object(directory: AdapterDirectory, name: str, findings: Findings) -> dict[str, Any]:
+    """A JSON file of the folder; empty without it."""
+    data = _data(directory, name, findings) if directory.has(name) else None
+    try:
+        return {} if data is None else parse_object(data)
+    except FormatError as error:
+        findings.add(name, error.why)
+        return {}
+
+
+def _text(directory: AdapterDirectory, name: str, findings: Findings) -> str:
+    """A text file of the folder, with line ends as transformers reads them."""
+    try:
+        text = (_data(directory, name, findings) or b"").decode()
+    except UnicodeDecodeError:
+        findings.add(name, say("NOT_UTF8"))
+        return ""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _data(directory: AdapterDirectory, name: str, findings: Findings) -> bytes | None:
+    """A file of the folder, or None if it is too large."""
+    most = TOKENIZER_FILES[name]
+    with directory.open_file(name) as file:
+        data = file.read(most + 1)
+    if len(data) <= most:
+        return data
+    findings.add(name, say("FILE_TOO_LARGE", most=most))
+    return None
 
 
 def _checked(name: str, data: bytes, findings: Findings) -> bytes | None:
@@ -97,18 +194,21 @@ def _checked(name: str, data: bytes, findings: Findings) -> bytes | None:
     except FormatError as error:
         findings.add(name, error.why)
         return None
-    return data if name != _CONFIG else _checked_config(content, findings)
+    return data if name != TOKENIZER_CONFIG_FILE else _checked_config(content, findings)
 
 
 def _checked_config(content: Mapping[str, Any], findings: Findings) -> bytes | None:
     for key in _CODE:
         if content.get(key):
-            findings.add(f"{_CONFIG}[{key}]", say("TOKENIZER_CODE"))
+            findings.add(f"{TOKENIZER_CONFIG_FILE}[{key}]", say("TOKENIZER_CODE"))
             return None
     said = {key: value for key, value in content.items() if key in _SAID}
     kind = said.get("tokenizer_class")
     if kind is not None and not (isinstance(kind, str) and kind.isidentifier()):
         wanted = "the name of a class"
-        findings.add(f"{_CONFIG}[tokenizer_class]", say("INVALID_VALUE", value=kind, wanted=wanted))
+        findings.add(
+            f"{TOKENIZER_CONFIG_FILE}[tokenizer_class]",
+            say("INVALID_VALUE", value=kind, wanted=wanted),
+        )
         return None
     return json.dumps(said).encode()

@@ -21,6 +21,7 @@ import torch
 from turret.server import log
 from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.base import BaseModel
+from turret.server.adapters.chat_template import MEMBERS, OwnTemplate, template_of
 from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.fuse.factors import ratio
 from turret.server.adapters.fuse.lora_files import METHOD, FusedFiles
@@ -174,7 +175,8 @@ class Fuser:
                 self._registry.release(mix)
             named = [member.lowered.base_model for member in members if member.lowered.base_model]
             files = FusedFiles(modules, base, named[0] if named else base.name)
-            return _result(self._install(name, files, job.cancellation), modules)
+            template = _template(mix)
+            return _result(self._install(name, files, template, job.cancellation), modules)
         finally:
             self._end(job)
 
@@ -234,11 +236,17 @@ class Fuser:
         if record.facts.method != METHOD or list(record.facts.target_modules) != changed:
             raise name_taken(name, record.facts.digest)
 
-    def _install(self, name: str, files: FusedFiles, cancellation: Cancellation) -> AdapterInfo:
+    def _install(
+        self,
+        name: str,
+        files: FusedFiles,
+        chat_template: OwnTemplate | None,
+        cancellation: Cancellation,
+    ) -> AdapterInfo:
         staged = self._registry.stage(files.announced())
         try:
             files.write(staged, cancellation.check)
-            return self._registry.upload(name, staged)
+            return self._registry.upload(name, staged, chat_template=chat_template)
         finally:
             staged.discard()
 
@@ -253,6 +261,12 @@ def _work(members: Sequence[Member], base: BaseModel) -> dict[str, list[Part]]:
     if not work:
         raise InvalidRequestError.of("adapters", say("NOTHING_TO_FUSE"))
     return work
+
+
+def _template(mix: Mix) -> OwnTemplate | None:
+    """The chat template of the mix, which is that of the result too."""
+    text = template_of(adapter.facts for adapter, _ in mix.members)
+    return replace(OwnTemplate.from_json(text), origin=MEMBERS) if text else None
 
 
 def _result(record: AdapterInfo, modules: Mapping[str, FusedModule]) -> FuseResult:

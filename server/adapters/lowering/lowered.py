@@ -68,6 +68,7 @@ class Lowered:
             problem_type="" if self.head is None else self.head.problem_type,
             vocab_size=self.vocab_size,
             first_pass=_first_pass(self.operators),
+            chat_template=checkpoint.chat_template,
         )
 
 

@@ -9,18 +9,21 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from turret.server.adapters.adapter_info import AdapterInfo
+from turret.server.adapters.chat_template import origin_of
 from turret.server.adapters.checkpoint.adapter_checkpoint import (
     digest_of_task,
     digest_with_tokenizer,
 )
-from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory, AdapterRoot
+from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.json_files import parse_config
 from turret.server.adapters.checkpoint.reader import begin_digest
-from turret.server.adapters.checkpoint.tokenizer_files import tokenizer_digest
+from turret.server.adapters.checkpoint.tokenizer_files import read_chat_template, tokenizer_digest
 from turret.server.adapters.residency.lost_files import changed
 from turret.server.adapters.source import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
+    TEMPLATE_FILES,
     TENSORS_FILE,
     TOKENIZER_FILES,
     Source,
@@ -63,8 +66,11 @@ class AdapterExport:
         try:
             with root.open_directory(source.place, source.shown) as directory:
                 names = [CONFIG_FILE, TENSORS_FILE]
-                if record.facts.tokenizer:
-                    names += [name for name in TOKENIZER_FILES if directory.has(name)]
+                beside = TOKENIZER_FILES if record.facts.tokenizer else ()
+                if origin_of(record.facts.chat_template) in TEMPLATE_FILES:
+                    self._check_template(directory)
+                    beside = beside or TEMPLATE_FILES
+                names += [name for name in beside if directory.has(name)]
                 for name in names:
                     self._files[name] = directory.open_file(name)
             self.files = tuple(_describe(name, file) for name, file in self._files.items())
@@ -104,6 +110,11 @@ class AdapterExport:
             if digest.hexdigest() != announced.sha256:
                 path = f"{self._source.shown}/{announced.name}"
                 raise AdapterChangedError(say("CHANGED_DURING_EXPORT", path=path))
+
+    def _check_template(self, directory: AdapterDirectory) -> None:
+        facts, findings = self.record.facts, Findings(self._source.shown)
+        if read_chat_template(directory, findings) != facts.chat_template or findings.fields:
+            raise changed(self.record.name, self._source, facts.digest, facts.digest)
 
     def _check_digest(self) -> None:
         config = self._files[CONFIG_FILE]

@@ -8,6 +8,8 @@ from contextlib import nullcontext
 
 from turret.server import log
 from turret.server.adapters.adapter import Adapter
+from turret.server.adapters.chat_template import OwnTemplate, origin_of
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.component import component_refs
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.registry.name_table import NameTable, name_taken
@@ -50,6 +52,7 @@ class Installer:
         staged: StagedUpload | None = None,
         pinned: bool = False,
         replace: bool = False,
+        chat_template: OwnTemplate | None = None,
     ) -> Registration:
         """Reads ``source`` and registers it under ``name``.
 
@@ -60,6 +63,7 @@ class Installer:
             pinned: Whether to pin it too.
             replace: Whether the name must be registered already. If not, it must not be, unless
                 with the same content.
+            chat_template: The chat template to use instead of the one in the files.
 
         Raises:
             AdapterNotFoundError, AdapterExistsError: As ``replace`` says.
@@ -70,8 +74,8 @@ class Installer:
         before = self._table.find(name) if replace else self._table.get(name)
         if before is not None:
             self._table.check_active(before)
-        checkpoint = self._loader.read(source)
-        if before is not None and before.current.digest == checkpoint.digest:
+        checkpoint = self._read(name, source, chat_template)
+        if before is not None and before.current.facts.content == checkpoint.content:
             self._confirm(before, source, pinned)
             return before
         if before is not None and not replace:
@@ -86,9 +90,19 @@ class Installer:
             del checkpoint
             return self._enter(name, source, loaded, before, staged=staged, pinned=pinned)
 
-    def inspect(self, source: Source) -> AdapterFacts:
+    def inspect(
+        self, name: str, source: Source, chat_template: OwnTemplate | None = None
+    ) -> AdapterFacts:
         """Reads files as ``install`` would, and keeps nothing of them; errors as there."""
-        return self._loader.lower(self._loader.read(source)).facts
+        return self._loader.lower(self._read(name, source, chat_template)).facts
+
+    def _read(
+        self, name: str, source: Source, chat_template: OwnTemplate | None
+    ) -> AdapterCheckpoint:
+        checkpoint = self._loader.read_new(source, chat_template)
+        origin = origin_of(checkpoint.chat_template) or "the base model's"
+        _log.info("adapter read", extra=log.fields(adapter=name, chat_template=origin))
+        return checkpoint
 
     def _enter(
         self,

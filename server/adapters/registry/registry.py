@@ -20,6 +20,7 @@ from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.allowed import NOTHING_SPECIAL, Allowed
 from turret.server.adapters.base import BaseModel, ChangedBase
+from turret.server.adapters.chat_template import OwnTemplate
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.mix import Mix
 from turret.server.adapters.ref import AdapterRef
@@ -70,7 +71,7 @@ class AdapterRegistry:
     Attributes:
         on_force_unload: Listeners, called with the uuid of an adapter whose users must end now;
             they still have to release their mixes. Whoever acquires mixes adds one.
-        tokenizers: The adapters' own tokenizers.
+        tokenizers: The adapters' own tokenizers and chat templates.
     """
 
     def __init__(
@@ -165,12 +166,18 @@ class AdapterRegistry:
     # New weights
 
     def load(
-        self, name: str, path: str, pinned: bool = False, task: int | None = None
+        self,
+        name: str,
+        path: str,
+        pinned: bool = False,
+        task: int | None = None,
+        chat_template: OwnTemplate | None = None,
     ) -> AdapterInfo:
         """Reads an adapter and registers it; blocks, so call it off the engine thread.
 
         ``path`` is below the adapter root, or ``hub:org/name[@revision]``. The same content under
         the same name is accepted again and changes at most the pin and where it is read from.
+        ``chat_template`` is used instead of the one in the files.
 
         Raises:
             InvalidRequestError: Malformed name.
@@ -181,7 +188,8 @@ class AdapterRegistry:
             StorageFullError: The registration cannot be written.
         """
         with self._changing(name):
-            return self._put(name, self._loader.find(path, task), pinned=pinned)
+            source = self._loader.find(path, task)
+            return self._put(name, source, pinned=pinned, chat_template=chat_template)
 
     def replace(
         self,
@@ -189,6 +197,7 @@ class AdapterRegistry:
         path: str,
         expected_generation: int | None = None,
         task: int | None = None,
+        chat_template: OwnTemplate | None = None,
     ) -> AdapterInfo:
         """Makes the adapter in ``path`` the next generation of a registered name.
 
@@ -206,7 +215,13 @@ class AdapterRegistry:
         with self._changing(name):
             self._table.check_generation(name, expected_generation)
             source = self._loader.find(path, task)
-            return self._put(name, source, replace=True, expected_generation=expected_generation)
+            return self._put(
+                name,
+                source,
+                replace=True,
+                expected_generation=expected_generation,
+                chat_template=chat_template,
+            )
 
     def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
         """Begins an upload; give the finished object to ``upload``, and discard it in the end.
@@ -229,6 +244,7 @@ class AdapterRegistry:
         replace: bool = False,
         expected_generation: int | None = None,
         task: int | None = None,
+        chat_template: OwnTemplate | None = None,
     ) -> AdapterInfo:
         """Registers finished files; as ``load`` does, or with ``replace`` as ``replace`` does."""
         source = dataclasses.replace(self._state.staged_source(staged, name), task=task)
@@ -241,6 +257,7 @@ class AdapterRegistry:
                 pinned=pinned,
                 replace=replace,
                 expected_generation=expected_generation,
+                chat_template=chat_template,
             )
 
     def _put(
@@ -252,10 +269,18 @@ class AdapterRegistry:
         pinned: bool = False,
         replace: bool = False,
         expected_generation: int | None = None,
+        chat_template: OwnTemplate | None = None,
     ) -> AdapterInfo:
         """Registers the files of a source; see ``Installer.install``."""
         return self._record(
-            self._installer.install(name, source, staged=staged, pinned=pinned, replace=replace)
+            self._installer.install(
+                name,
+                source,
+                staged=staged,
+                pinned=pinned,
+                replace=replace,
+                chat_template=chat_template,
+            )
         )
 
     @contextlib.contextmanager

@@ -1,10 +1,11 @@
-"""Which adapters have a tokenizer of their own, and its files."""
+"""Which adapters have a tokenizer or a chat template of their own, and the tokenizer's files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from turret.server.adapters.adapter import Adapter
+from turret.server.adapters.chat_template import template_of
 from turret.server.adapters.registry.name_table import NameTable
 from turret.server.adapters.residency.loader import AdapterLoader, CheckTokenizer
 from turret.server.adapters.residency.lost_files import changed, lost
@@ -20,19 +21,18 @@ class AdapterTokenizers:
         self._loader = loader
 
     def check_with(self, check: CheckTokenizer) -> None:
-        """Have the tokenizers of adapters that are loaded from now on checked."""
+        """Have the tokenizers and templates of adapters that are loaded from now on checked."""
         self._loader.check_tokenizer = check
 
-    def find(self, names: Iterable[str]) -> Adapter | None:
-        """The first of some adapters that has one; names that are not there are passed over.
+    def find(self, names: Iterable[str]) -> tuple[Adapter | None, str]:
+        """The adapter of a mix that has its own tokenizer, and the mix's ``template_of``.
 
-        Nothing is held: a name may stand for another generation when its request is submitted.
+        Names that are not there are passed over. Nothing is held: a name may stand for another
+        generation when its request is submitted.
         """
-        for name in names:
-            registration = self._table.get(name)
-            if registration is not None and registration.current.facts.tokenizer:
-                return registration.current
-        return None
+        found = [r.current for name in names if (r := self._table.get(name)) is not None]
+        own = next((adapter for adapter in found if adapter.facts.tokenizer), None)
+        return own, template_of(adapter.facts for adapter in found)
 
     def read(self, adapter: Adapter) -> TokenizerFiles:
         """The files of an adapter that has one; blocks.

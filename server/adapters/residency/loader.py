@@ -10,13 +10,17 @@ from pathlib import Path
 
 from turret.server.adapters.allowed import NOTHING_SPECIAL, Allowed
 from turret.server.adapters.base import BaseModel
+from turret.server.adapters.chat_template import OwnTemplate, origin_of
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.digest_cache import DigestCache
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.checkpoint.safetensors_header import over_host_memory
-from turret.server.adapters.checkpoint.tokenizer_files import read_tokenizer_files
+from turret.server.adapters.checkpoint.tokenizer_files import (
+    read_chat_template,
+    read_tokenizer_files,
+)
 from turret.server.adapters.component import (
     COMPONENTS_KEY,
     Component,
@@ -36,14 +40,14 @@ from turret.server.adapters.tokenizer_files import TokenizerFiles
 from turret.server.basics.work import compute_on_this_thread
 from turret.server.errors import AdapterCheckpointError, InvalidRequestError
 from turret.server.hub.adapters import AdapterHub
-from turret.server.words import say
+from turret.server.words import Text, say
 
-# Takes a tokenizer and the number of vocabulary rows; raises InvalidRequestError if it
-# is unusable.
-CheckTokenizer = Callable[[TokenizerFiles, int], None]
+# Takes a tokenizer (None for the base's), the number of vocabulary rows, and a chat template (empty
+# for the tokenizer's); raises InvalidRequestError if they are unusable.
+CheckTokenizer = Callable[[TokenizerFiles | None, int, str], None]
 
 
-def _take_any_tokenizer(files: TokenizerFiles, rows: int) -> None:
+def _take_any_tokenizer(files: TokenizerFiles | None, rows: int, chat_template: str) -> None:
     """Checks nothing; for programs that answer no requests."""
 
 
@@ -68,8 +72,8 @@ class AdapterLoader:
 
     Attributes:
         base: The base model as served; may be set at any time.
-        check_tokenizer: Refuses an adapter's own tokenizer that cannot be served; set it before the
-            first is loaded.
+        check_tokenizer: Refuses an adapter's own tokenizer or chat template that cannot be served;
+            set it before the first is loaded.
 
     Args:
         root: The allow-listed adapter root; None refuses every path.
@@ -140,6 +144,25 @@ class AdapterLoader:
         )
         return self._with_tokenizer(checkpoint, source).of_task(source.task)
 
+    def read_new(
+        self, source: Source, chat_template: OwnTemplate | None = None
+    ) -> AdapterCheckpoint:
+        """As ``read``, with the chat template.
+
+        Only a new adapter's is read: the registration keeps the template, so that later changes of
+        the file have no effect.
+
+        Args:
+            source: Where the files are.
+            chat_template: The template to use instead of the one in the files.
+        """
+        checkpoint = self.read(source)
+        findings = Findings(source.shown)
+        with self.root_of(source).open_directory(source.place, source.shown) as directory:
+            template = read_chat_template(directory, findings, chat_template)
+        findings.raise_if_any()
+        return replace(checkpoint, chat_template=template)
+
     def _with_tokenizer(self, checkpoint: AdapterCheckpoint, source: Source) -> AdapterCheckpoint:
         """The checkpoint with the tokenizer in its folder, if its tokens may not be the base's."""
         vocabulary = self.base.vocabulary
@@ -193,16 +216,19 @@ class AdapterLoader:
         facts = lowered.facts(checkpoint, method)
         if checkpoint.tokenizer is not None:
             rows = facts.vocab_size or base.vocabulary.size
-            self._check(checkpoint, checkpoint.tokenizer, rows)
             facts = replace(facts, vocab_size=rows, tokenizer=checkpoint.tokenizer.digest)
+        if checkpoint.tokenizer is not None or checkpoint.chat_template:
+            self._check(checkpoint, facts)
         return LoadedAdapter(facts, lowered.operators, generation)
 
-    def _check(self, checkpoint: AdapterCheckpoint, files: TokenizerFiles, rows: int) -> None:
+    def _check(self, checkpoint: AdapterCheckpoint, facts: AdapterFacts) -> None:
         try:
-            self.check_tokenizer(files, rows)
+            self.check_tokenizer(checkpoint.tokenizer, facts.vocab_size, checkpoint.chat_template)
         except InvalidRequestError as error:
+            why: Text = error.args[0]
+            is_template = why.reason == "CHAT_TEMPLATE_INVALID"
             findings = Findings(checkpoint.path)
-            findings.add(TOKENIZER_FILE, error.args[0])
+            findings.add(origin_of(facts.chat_template) if is_template else TOKENIZER_FILE, why)
             findings.raise_if_any()
 
     def _read_component(self, ref: ComponentRef) -> Component:

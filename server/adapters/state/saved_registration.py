@@ -15,9 +15,9 @@ from turret.server.adapters.source import Source
 
 # Raise the version when fields change, and keep reading older ones. Version 2 added components to
 # the facts, 3 a source's task, 4 the invocation, 5 labels, 6 the size of the vocabulary and the
-# tokenizer, 7 the first pass.
-_VERSION = 7
-_READ_VERSIONS = (1, 2, 3, 4, 5, 6, 7)
+# tokenizer, 7 the first pass, 8 the chat template.
+_VERSION = 8
+_READ_VERSIONS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -89,7 +89,7 @@ def _typed(kind: Any, values: Any) -> dict[str, Any]:
             if not isinstance(value, list) or any(type(part) is not item for part in value):
                 raise TypeError(f"{name} is no list of {item.__name__}")
             value = _shared(tuple(value))
-        elif name in ("method", "base_model") and isinstance(value, str):
+        elif name in ("method", "base_model", "chat_template") and isinstance(value, str):
             value = sys.intern(value)
         checked[name] = value
     return checked

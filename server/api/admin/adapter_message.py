@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from google.protobuf import timestamp_pb2
 
+from turret.server.adapters.chat_template import origin_of
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say
 from turret.v1 import adapters_pb2
@@ -57,6 +58,7 @@ def adapter_message(record: AdapterInfo) -> adapters_pb2.Adapter:
         invocation_token_ids=facts.invocation,
         labels=map(_sendable, facts.labels),
         vocab_size=facts.vocab_size,
+        chat_template=origin_of(facts.chat_template),
     )
     if record.last_used_time is not None:
         stamp = timestamp_pb2.Timestamp()

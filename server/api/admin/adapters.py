@@ -34,11 +34,13 @@ from turret.server.api.admin.merges import (
 from turret.server.api.admin.slow_calls import SlowCalls
 from turret.server.api.admin.uploads import (
     Messages,
+    check_template,
     checked_header,
     most_seconds,
     next_message,
     receive_chunks,
     task_of,
+    template_of,
 )
 from turret.server.api.call import Call
 from turret.server.api.gate import Gate
@@ -105,7 +107,12 @@ class Adapters:
         name, path = _checked_source(message, call)
         return adapter_message(
             await self._slow.run(
-                registry.load, name, path, pinned=message.pinned, task=task_of(message)
+                registry.load,
+                name,
+                path,
+                pinned=message.pinned,
+                task=task_of(message),
+                chat_template=template_of(message),
             )
         )
 
@@ -121,6 +128,7 @@ class Adapters:
                 path,
                 expected_generation=_expected_generation(message),
                 task=task_of(message),
+                chat_template=template_of(message),
             )
         )
 
@@ -167,6 +175,7 @@ class Adapters:
                 replace=header.replace,
                 expected_generation=_expected_generation(header),
                 task=task_of(header),
+                chat_template=template_of(header),
             )
         finally:
             # Start a thread for it, because the pool rejects work while the server stops.
@@ -373,6 +382,7 @@ def _checked_source(
     violations.check(message.path != "", "path", "REQUIRED")
     violations.check_chars(message.path, MAX_PATH_CHARS, "path")
     violations.check("\0" not in message.path, "path", "HOLDS_NUL")
+    check_template(message, violations)
     violations.raise_if_any()
     call.adapters = (message.name,)
     return message.name, message.path

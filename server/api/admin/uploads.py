@@ -7,13 +7,14 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+from turret.server.adapters.chat_template import REQUEST, OwnTemplate
 from turret.server.adapters.source import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
     TENSORS_FILE,
     TOKENIZER_FILES,
 )
-from turret.server.api.limits import MAX_UPLOAD_FILES, MAX_WORD_CHARS
+from turret.server.api.limits import MAX_TEMPLATE_CHARS, MAX_UPLOAD_FILES, MAX_WORD_CHARS
 from turret.server.api.violations import Violations
 from turret.server.errors import DeadlineExceededError, InvalidRequestError
 from turret.server.words import say
@@ -48,13 +49,25 @@ async def next_message(messages: Messages) -> adapters_pb2.UploadAdapterRequest 
         raise DeadlineExceededError(say("NO_MESSAGE_IN_TIME", seconds=IDLE_SECONDS)) from None
 
 
-def task_of(
-    message: adapters_pb2.LoadAdapterRequest
-    | adapters_pb2.ReplaceAdapterRequest
-    | adapters_pb2.UploadHeader,
-) -> int | None:
+_New = (
+    adapters_pb2.LoadAdapterRequest | adapters_pb2.ReplaceAdapterRequest | adapters_pb2.UploadHeader
+)
+
+
+def task_of(message: _New) -> int | None:
     """The task that a message names, or None."""
     return message.task if message.HasField("task") else None
+
+
+def template_of(message: _New) -> OwnTemplate | None:
+    """The chat template that a message sends for an adapter, or None."""
+    text = message.chat_template
+    return OwnTemplate(REQUEST, {"default": text}) if text else None
+
+
+def check_template(message: _New, violations: Violations, path: str = "chat_template") -> None:
+    """Check the chat template that a message sends for an adapter, but not its syntax."""
+    violations.check_chars(message.chat_template, MAX_TEMPLATE_CHARS, path)
 
 
 def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapters_pb2.UploadHeader:
@@ -74,6 +87,7 @@ def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapter
         "NEEDS_FIELD",
         other="header.replace",
     )
+    check_template(header, violations, "header.chat_template")
     violations.check_count(len(header.files), MAX_UPLOAD_FILES, "header.files")
     files = header.files[: MAX_UPLOAD_FILES + 1]
     names = [file.path for file in files]

@@ -19,6 +19,7 @@ from turret.server.api.limits import (
 from turret.server.api.violations import Violations
 from turret.server.constraints.spec import MAX_CONSTRAINT_CHARS
 from turret.server.errors import PromptTooLongError
+from turret.server.models.chat_template import Rendering
 from turret.server.words import say
 from turret.v1 import inference_pb2
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 TOOL_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_TOOL_NAME_CHARS}}}")
 # Cost of every turn, call and tool, in characters, in addition to its text.
 _TURN_CHARS = 32
+# Variables of a chat template that fields of their own set.
+_FIELDS = ("messages", "tools", "add_generation_prompt")
 
 
 def check_chat(chat: inference_pb2.Chat, limits: InputLimits, violations: Violations) -> None:
@@ -61,9 +64,25 @@ def check_chat(chat: inference_pb2.Chat, limits: InputLimits, violations: Violat
             _check_call(call, violations, f"{path}.tool_calls[{number}]")
     for index, tool in enumerate(chat.tools):
         _check_tool(tool, violations, f"chat.tools[{index}]")
+    _check_rendering(chat, violations)
     names = Counter(tool.name for tool in chat.tools)
     for name, count in names.most_common(1):
         violations.check(count == 1, "chat.tools", "DUPLICATE", value=name)
+
+
+def _check_rendering(chat: inference_pb2.Chat, violations: Violations) -> None:
+    path, text = "chat.chat_template_kwargs", chat.chat_template_kwargs
+    violations.check_chars(text, MAX_CONSTRAINT_CHARS, path)
+    variables = _json(text)
+    violations.check(isinstance(variables, dict), path, "NOT_A_JSON_OBJECT")
+    for name in _FIELDS if isinstance(variables, dict) else ():
+        violations.check(name not in variables, f"{path}.{name}", "CONFLICTS_WITH", other=name)
+    violations.check(
+        not (chat.continue_final_message and chat.add_generation_prompt),
+        "chat.continue_final_message",
+        "CONFLICTS_WITH",
+        other="add_generation_prompt",
+    )
 
 
 def _check_call(call: inference_pb2.ToolCall, violations: Violations, path: str) -> None:
@@ -84,18 +103,22 @@ def _check_name(name: str, violations: Violations, path: str) -> None:
 
 
 def _check_object(text: str, violations: Violations, path: str) -> None:
+    violations.check(isinstance(_json(text), dict), path, "NOT_A_JSON_OBJECT")
+
+
+def _json(text: str) -> Any:
+    """A value; an empty object for an empty text, and None for one that is not JSON."""
     try:
-        is_object = text == "" or isinstance(json.loads(text), dict)
+        return json.loads(text) if text else {}
     except (ValueError, RecursionError):
-        is_object = False
-    violations.check(is_object, path, "NOT_A_JSON_OBJECT")
+        return None
 
 
 def _num_chars(chat: inference_pb2.Chat) -> int:
     said = sum(len(turn.content) for turn in chat.messages)
     called = sum(len(call.arguments) for turn in chat.messages for call in turn.tool_calls)
     told = sum(len(tool.description) + len(tool.parameters) for tool in chat.tools)
-    return said + called + told
+    return said + called + told + len(chat.chat_template_kwargs)
 
 
 def chat_size(chat: inference_pb2.Chat) -> int:
@@ -119,7 +142,16 @@ def render_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer, is_short: bool) 
     """The text of a checked conversation; errors are those of ``Tokenizer.render_chat``."""
     turns = [_turn(message) for message in chat.messages]
     tools = [_tool(tool) for tool in chat.tools]
-    return tokenizer.render_chat(turns, tools, special=chat.special_tokens, is_short=is_short)
+    return tokenizer.render_chat(
+        turns, tools, special=chat.special_tokens, is_short=is_short, how=_rendering(chat)
+    )
+
+
+def _rendering(chat: inference_pb2.Chat) -> Rendering:
+    continues = chat.continue_final_message
+    has_begin = chat.HasField("add_generation_prompt")
+    begins = chat.add_generation_prompt if has_begin else not continues
+    return Rendering(_object(chat.chat_template_kwargs), begins, continues)
 
 
 def _turn(message: inference_pb2.ChatMessage) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from turret.server.api.inference.embeddings import embed
 from turret.server.api.inference.requests import (
     check_input,
     check_length,
+    format_of,
     generate_request,
     input_token_ids,
     score_request,
@@ -54,10 +55,13 @@ class Inference:
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
 
-    async def chat_format(self, adapters: Sequence[adapters_pb2.AdapterWeight] = ()) -> ChatFormat:
-        """The format of answers to conversations with these adapters."""
-        vocabulary = await self._gate.enter().vocabularies.of(adapters)
-        return vocabulary.tokenizer.chat_format
+    async def chat_format(
+        self, adapters: Sequence[adapters_pb2.AdapterWeight], chat: inference_pb2.Chat
+    ) -> ChatFormat:
+        """The format of answers to a conversation with these adapters; see ``format_of``."""
+        backend = self._gate.enter()
+        vocabulary = await backend.vocabularies.of(adapters)
+        return await format_of(chat, vocabulary.tokenizer, InputLimits.of(backend, vocabulary))
 
     async def generate(
         self, message: inference_pb2.GenerateRequest, call: Call, deadline: float | None

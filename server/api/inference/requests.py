@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from turret.server.api.access.shares import salt_of
@@ -31,7 +32,8 @@ from turret.v1 import inference_pb2
 
 if TYPE_CHECKING:
     from turret.server.api.vocabularies import Vocabulary
-    from turret.server.models.tokenizer import Tokenizer
+    from turret.server.models.chat_format import ChatFormat
+    from turret.server.models.tokenizer import RenderedChat, Tokenizer
 
 # Tokenising more text than this takes over a millisecond or so, and leaves the event loop.
 _INLINE_CHARS = 4096
@@ -157,6 +159,44 @@ def check_request_id(request_id: str, violations: Violations) -> None:
     )
 
 
+async def rendered_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer) -> RenderedChat:
+    """The text of a checked conversation; errors are those of ``Tokenizer.render_chat``."""
+    is_short = chat_size(chat) <= _INLINE_CHARS
+    return await asyncio.get_running_loop().run_in_executor(
+        tokenizer.chat_executor(is_short),
+        functools.partial(render_chat, chat, tokenizer, is_short),
+    )
+
+
+async def format_of(
+    chat: inference_pb2.Chat, tokenizer: Tokenizer, limits: InputLimits
+) -> ChatFormat:
+    """The format of answers to a conversation.
+
+    Fields of the conversation may decide whether an answer begins with reasoning. Invalid fields
+    are not reported here, because the request for the answer reports them.
+
+    Raises:
+        InvalidRequestError, UnavailableError: See ``Tokenizer.render_chat``.
+        PromptTooLongError: It cannot be as few tokens as the limit, whatever they are.
+    """
+    found = tokenizer.chat_format
+    is_usual = not (chat.chat_template_kwargs or chat.HasField("add_generation_prompt"))
+    is_known = is_usual and not chat.continue_final_message and found.opens_reasoning is not None
+    if not found.has_reasoning or is_known:
+        return found
+    violations = Violations()
+    check_chat(chat, limits, violations)
+    if violations.found:
+        return found
+    if chat.continue_final_message:
+        begun = chat.messages[-1].content
+        opens = begun.rfind("<think>") > begun.rfind("</think>")
+    else:
+        opens = (await rendered_chat(chat, tokenizer)).opens_reasoning
+    return replace(found, opens_reasoning=opens)
+
+
 async def input_token_ids(message: Asked, tokenizer: Tokenizer, limits: InputLimits) -> list[int]:
     """The tokens of a checked ``input``; long texts are tokenised off the event loop.
 
@@ -168,11 +208,7 @@ async def input_token_ids(message: Asked, tokenizer: Tokenizer, limits: InputLim
     if which == "token_ids":
         return list(message.token_ids.ids)
     if which == "chat":
-        is_short = chat_size(message.chat) <= _INLINE_CHARS
-        chat = await asyncio.get_running_loop().run_in_executor(
-            tokenizer.chat_executor(is_short),
-            functools.partial(render_chat, message.chat, tokenizer, is_short),
-        )
+        chat = await rendered_chat(message.chat, tokenizer)
         size = chat.num_chars
         check_length(size, limits.max_chars, "characters")
         encode = functools.partial(tokenizer.encode_rendered, chat)

@@ -64,14 +64,15 @@ class RequestTokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AdapterTokenizer:
-    """The tokenizer that an adapter brings.
+    """The tokenizer of a mix with a tokenizer or a chat template of its own.
 
     Attributes:
-        digest: Of its files (``AdapterFacts.tokenizer``).
+        content: ``AdapterFacts.tokenizer`` of the member that brings it, and the mix's chat
+            template (``template_of``); empty where the base's are used.
         tokenizer: The tokenizer.
     """
 
-    digest: str
+    content: tuple[str, str]
     tokenizer: RequestTokenizer
 
 

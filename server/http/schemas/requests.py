@@ -14,6 +14,7 @@ from turret.server.api.limits import (
     MAX_LOGIT_BIASES,
     MAX_MIX_MEMBERS,
     MAX_STOP_STRINGS,
+    MAX_TEMPLATE_CHARS,
     MAX_TOOL_CALLS,
     MAX_TOOLS,
     MAX_TOP_LOGPROBS,
@@ -102,19 +103,39 @@ class Asking(Body):
     function_call: Any = unsupported("none", "auto", instead="`tool_choice`")
 
 
-class _ChatOnly(Body):
-    """What conversations refuse, beside the fields of ``Asking``."""
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+_EFFORT = "Sets the template's variables `reasoning_effort` and `enable_thinking` (false for none)."
+_RENDERING = ("chat_template_kwargs", "reasoning_effort", "continue_final_message")
+Variables = Annotated[dict[str, Any], short(MAX_CONSTRAINT_CHARS)]
+
+
+class ChatOnly(Body):
+    """What conversations may have, beside the fields of ``Asking``, and what they refuse."""
+
+    chat_template_kwargs: Variables = Field(
+        {}, description="Variables for the chat template, such as `enable_thinking`."
+    )
+    reasoning_effort: Effort | None = Field(None, description=_EFFORT)
+    add_generation_prompt: bool | None = Field(
+        None,
+        description="Whether the prompt ends with the beginning of the assistant's turn. true by"
+        " default, unless continue_final_message.",
+    )
+    continue_final_message: bool = Field(
+        False, description="Whether the answer continues the last message."
+    )
 
     modalities: Any = unsupported(["text"])
     audio: Any = unsupported()
     prediction: Any = unsupported()
     web_search_options: Any = unsupported()
-    reasoning_effort: Any = unsupported("none")
-    add_generation_prompt: Any = unsupported(True)
-    continue_final_message: Any = unsupported(False)
     chat_template: Any = unsupported()
-    chat_template_kwargs: Any = unsupported({})
-    documents: Any = unsupported([])
+    documents: Any = unsupported([], instead="`chat_template_kwargs`")
+
+    @property
+    def effort(self) -> str | None:
+        """How hard the model should think."""
+        return self.reasoning_effort
 
 
 class StreamOptions(Body):
@@ -300,7 +321,7 @@ ToolChoice = Annotated[
 ]
 
 
-class ChatRequest(Generating, _ChatOnly):
+class ChatRequest(Generating, ChatOnly):
     """Asks for the answer to a conversation."""
 
     messages: Messages
@@ -337,7 +358,7 @@ class CompletionRequest(Generating):
     user: Any = ignored()
 
 
-class InputsRequest(Asking, _ChatOnly):
+class InputsRequest(Asking, ChatOnly):
     """Asks for something about texts, token ids, or one conversation."""
 
     input: Prompts | None = Field(None, description="Either input or messages is required.")
@@ -350,6 +371,7 @@ class InputsRequest(Asking, _ChatOnly):
     @model_validator(mode="after")
     def _has_one_input(self) -> InputsRequest:
         _has_either(self.messages, self.input, "input")
+        _needs_messages(self, self.messages)
         _adds_special_tokens(self.add_special_tokens, self.messages)
         return self
 
@@ -367,7 +389,7 @@ class ClassifyRequest(InputsRequest):
     """Asks for labels."""
 
 
-class TokenizeRequest(Asking, _ChatOnly):
+class TokenizeRequest(Asking, ChatOnly):
     """Asks for the tokens of a text, or of a conversation as the chat template renders it."""
 
     model: str | None = Field(None, description="The base model's tokenizer by default.")  # type: ignore[assignment]
@@ -383,6 +405,7 @@ class TokenizeRequest(Asking, _ChatOnly):
     @model_validator(mode="after")
     def _has_one_input(self) -> TokenizeRequest:
         _has_either(self.messages, self.prompt, "prompt")
+        _needs_messages(self, self.messages)
         _adds_special_tokens(self.add_special_tokens, self.messages)
         if self.messages is None and self.tools:
             raise wrong_at(say("NEEDS_FIELD", other="messages"), "tools")
@@ -401,6 +424,13 @@ def _has_either(messages: object, other: object, name: str) -> None:
         raise wrong_at(say("REQUIRED"), name)
     if messages is not None and other is not None:
         raise wrong_at(say("CONFLICTS_WITH", other="messages"), name)
+
+
+def _needs_messages(body: ChatOnly, messages: object) -> None:
+    """Reject fields of a conversation without one."""
+    for name in _RENDERING if messages is None else ():
+        if getattr(body, name):
+            raise wrong_at(say("NEEDS_FIELD", other="messages"), name)
 
 
 def _adds_special_tokens(sent: bool | None, messages: object) -> None:
@@ -432,7 +462,7 @@ class TextOptions(Body):
 
 
 class Reasoning(Body):
-    effort: Any = unsupported("none")
+    effort: Effort | None = Field(default=None, description=_EFFORT)
     summary: Any = ignored()
 
 
@@ -485,7 +515,7 @@ def _or_text(schema: dict[str, Any]) -> None:
 ShortText = Annotated[str, Field(max_length=512)]
 
 
-class ResponseRequest(Generating, _ChatOnly):
+class ResponseRequest(Generating, ChatOnly):
     """Asks for the answer to a conversation; nothing of it is stored."""
 
     input: Annotated[list[Item], BeforeValidator(_as_item)] = Field(
@@ -516,6 +546,10 @@ class ResponseRequest(Generating, _ChatOnly):
     echo: Any = unsupported(False)
     add_special_tokens: Any = unsupported(False)
 
+    @property
+    def effort(self) -> str | None:
+        return self.reasoning.effort or self.reasoning_effort
+
 
 # Adapters, with vLLM's fields.
 
@@ -529,6 +563,11 @@ class LoadAdapter(AdapterName):
     load_inplace: bool = Field(False, description="Replace the adapter of this name.")
     pinned: bool = Field(False, description="Keep it in memory.")
     task: Int | None = Field(None, ge=0, le=UINT32, description="One of several tasks.")
+    chat_template: str = Field(
+        "",
+        max_length=MAX_TEMPLATE_CHARS,
+        description="A Jinja template to use instead of the one in the adapter's files.",
+    )
 
     @model_validator(mode="after")
     def _pins_new_adapters(self) -> LoadAdapter:

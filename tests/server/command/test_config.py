@@ -24,6 +24,7 @@ from turret.server.config import (
 # Every flag of the design, with its default.
 DEFAULTS = {
     "model": None,
+    "chat_template": None,
     "adapter_root": None,
     "adapter_hub": (),
     "address": "127.0.0.1:50051",

@@ -215,6 +215,22 @@ def test_a_missing_token_file_is_named(tmp_path: Path) -> None:
     assert reasons("--token-file", str(tmp_path / "tokens")) == expected
 
 
+def test_a_chat_template_is_checked_before_the_model_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "template"
+    for content, reason in (
+        (None, "FILE_UNREADABLE"),
+        (b"{% if %}", "CHAT_TEMPLATE_INVALID"),
+        (b"\xff", "NOT_UTF8"),
+        (b"x" * ((256 << 10) + 1), "FILE_TOO_LARGE"),
+    ):
+        if content is not None:
+            file.write_bytes(content)
+        assert reasons("--chat-template", str(file)) == [("model.chat_template", reason)]
+    file.write_text("{{ messages[0].content }}")
+    assert reasons("--chat-template", str(file)) == []
+    assert reasons("--chat-template", "chatml") == []
+
+
 def key_pair(folder: Path, name: str) -> tuple[str, str]:
     """A certificate that signed itself, and its key, as paths of PEM files."""
     certificate, key = str(folder / f"{name}.crt"), str(folder / f"{name}.key")

@@ -115,13 +115,20 @@ class EngineHarness:
         gpu: bool = False,
         seat: Seat | None = None,
         state_dir: Path | None = None,
+        chat_template: Path | None = None,
     ) -> AsyncIterator[EngineHarness]:
         """Build and start an engine, load ``adapters`` (each from the directory of its name).
 
         ``gpu`` takes the gpu path, in Triton's interpreter; with a ``seat`` it is a replica.
         """
         config = Config(
-            model=ModelConfig(model=model, device="cpu", dtype=dtype, head_screen=head_screen),
+            model=ModelConfig(
+                model=model,
+                device="cpu",
+                dtype=dtype,
+                head_screen=head_screen,
+                chat_template=chat_template,
+            ),
             cache=CacheConfig(kv_cache_bytes=kv_cache_bytes),
             scheduler=SchedulerConfig(
                 max_num_seqs=max_num_seqs,
