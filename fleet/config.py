@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass
@@ -19,7 +19,10 @@ from turret.server.basics.settings import (
     Switch,
     Violation,
     Whole,
+    fields_of,
+    is_path,
     setting,
+    tables_of,
 )
 from turret.server.config import Config
 from turret.server.models.sources.hub_model import hub_model_id
@@ -144,20 +147,13 @@ class ClusterConfig(Config):
 
     def for_replicas(self) -> Self:
         """The same with absolute paths, because replicas run in other working directories."""
-        model = self.model.model
-        if model is not None and hub_model_id(model) is None:
-            model = model.absolute()
-        adapters, security = self.adapters, self.security
-        return dataclasses.replace(
-            self,
-            model=dataclasses.replace(self.model, model=model),
-            listen=dataclasses.replace(self.listen, http_address=self.http),
-            adapters=dataclasses.replace(
-                adapters,
-                state_dir=self.state_dir.absolute(),
-                adapter_root=adapters.adapter_root and adapters.adapter_root.absolute(),
-            ),
-            security=dataclasses.replace(
-                security, token_file=security.token_file and security.token_file.absolute()
-            ),
-        )
+        tables: dict[str, Any] = {}
+        for name, kind in tables_of(type(self)).items():
+            table = getattr(self, name)
+            paths = {n: getattr(table, n) for n, info in fields_of(kind).items() if is_path(info)}
+            if name == "model" and table.model is not None and hub_model_id(table.model):
+                del paths["model"]
+            absolute = {key: path.absolute() for key, path in paths.items() if path is not None}
+            tables[name] = dataclasses.replace(table, **absolute)
+        tables["listen"] = dataclasses.replace(tables["listen"], http_address=self.http)
+        return dataclasses.replace(self, **tables)
