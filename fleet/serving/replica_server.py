@@ -36,7 +36,7 @@ from turret.server.reloading import TokenReloader
 from turret.server.rpc.adapters import AdaptersServicer
 from turret.server.rpc.health import HealthServicer
 from turret.server.rpc.inference import InferenceServicer
-from turret.server.rpc.interceptor import CallInterceptor, current_call
+from turret.server.rpc.interceptor import CallInterceptor, authorization_of, current_call
 from turret.server.rpc.server import MAX_RECEIVE_BYTES
 from turret.v1 import adapters_pb2, inference_pb2
 
@@ -336,8 +336,7 @@ class ReplicaServer:
         metadata = context.invocation_metadata()
 
         async def checked() -> Any:
-            sent = next((value for key, value in metadata if key == "authorization"), None)
-            authorize(self.tokens, full, sent)
+            authorize(self.tokens, full, authorization_of(metadata))
             if isinstance(request, Message):
                 current_call().message_bytes = _checked_size(request)
             return await body()

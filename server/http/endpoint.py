@@ -202,9 +202,13 @@ def _check_head(scope: Scope, headers: Headers) -> None:
     if size + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD_BYTES:
         raise HttpRefusal(431, Code.INVALID_ARGUMENT, say("HEAD_TOO_LARGE", most=MAX_HEAD_BYTES))
     # A proxy in front may have checked the other header.
-    if len(headers.getlist("authorization")) > 1:
-        text = say("DUPLICATE_HEADER", header="authorization")
-        raise HttpRefusal(400, Code.INVALID_ARGUMENT, text)
+    for name in ("authorization", "host"):
+        if len(headers.getlist(name)) > 1:
+            text = say("DUPLICATE_HEADER", header=name)
+            raise HttpRefusal(400, Code.INVALID_ARGUMENT, text)
+    # RFC 9112, section 3.2.
+    if "host" not in headers and scope["http_version"] == "1.1":
+        raise HttpRefusal(400, Code.INVALID_ARGUMENT, say("HOST_MISSING"))
 
 
 def _peer(scope: Scope) -> str:

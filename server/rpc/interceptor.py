@@ -138,7 +138,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return None
         try:
             metadata = handler_call_details.invocation_metadata or ()
-            authorize(self._tokens, _service_of(method), _authorization(metadata))
+            authorize(self._tokens, _service_of(method), authorization_of(metadata))
             if handler is None:
                 raise _elsewhere(_service_of(method))
         except TurretError as error:
@@ -218,7 +218,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             level=logging.INFO if _service_of(method) in SERVICE_ROLES else logging.DEBUG,
         )
         _current.set(call)
-        party = Party(self._shares, _authorization(metadata), context.peer())
+        party = Party(self._shares, authorization_of(metadata), context.peer())
         _party.set(party)
         call.tenant = party.tenant
         code = Code.INTERNAL
@@ -264,8 +264,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             call.finish(code)
 
 
-def _authorization(metadata: Iterable[tuple[str, str | bytes]]) -> str | bytes | None:
-    return next((value for key, value in metadata if key == "authorization"), None)
+def authorization_of(metadata: Iterable[tuple[str, str | bytes]]) -> str | bytes | None:
+    """The call's only ``authorization``; None if it has several."""
+    found = [value for key, value in metadata if key == "authorization"]
+    # Of several, a proxy in front may have checked another one.
+    return found[0] if len(found) == 1 else None
 
 
 def _elsewhere(service: str) -> ServiceElsewhereError:

@@ -38,6 +38,7 @@ TEXTS: dict[str, str] = {
     # Requests.
     "HEAD_TOO_LARGE": "the path and headers must be at most {most} bytes",
     "DUPLICATE_HEADER": "the request has more than one {header} header",
+    "HOST_MISSING": "the request has no host header",
     "UNKNOWN_HOST": "unknown host {host!q}; use the server's address, or --http-allowed-host",
     "UNKNOWN_URL": "{method} {path} is not served",
     "URL_ELSEWHERE": "{method} {path} is served at the admin address only, over gRPC",

@@ -224,6 +224,22 @@ async def test_a_second_authorization_header_is_refused() -> None:
             assert answer.status_code == status
 
 
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"1.1\r\n", 400),
+        (b"1.1\r\nhost: localhost\r\nhost: localhost\r\n", 400),
+        (b"1.1\r\nhost: localhost\r\nHOST: evil.example\r\n", 400),
+        (b"1.1\r\nhost:\r\n", 200),
+        (b"1.0\r\n", 200),
+    ],
+)
+async def test_a_request_has_one_host(head: bytes, status: int) -> None:
+    async with http_harness() as server:
+        sent = b"GET /health HTTP/" + head + b"connection: close\r\n\r\n"
+        assert (await answered(server, sent)).split()[1] == str(status).encode()
+
+
 async def answered(server: HttpHarness, sent: bytes) -> bytes:
     """Everything that comes back until the server closes the connection."""
     reader, writer = await opened(server.server.address)

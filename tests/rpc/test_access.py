@@ -72,6 +72,10 @@ async def test_a_role_opens_its_service_and_no_other(token_file: Path) -> None:
                 adapters_pb2.ListAdaptersRequest(), metadata=metadata
             )
             assert (await code_of(model), await code_of(listing)) == codes
+        # With two tokens a proxy in front may have checked the other one.
+        both = _bearer("alpha-secret") + _bearer("gamma-secret")
+        model = server.inference.GetModel(inference_pb2.GetModelRequest(), metadata=both)
+        assert await code_of(model) == "UNAUTHENTICATED"
 
 
 async def test_refusals_are_rich_and_cover_streams(
