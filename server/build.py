@@ -159,7 +159,12 @@ def build_backend(
         fuser=fuser,
         merger=merger,
         tokenizer=tokenizer,
-        vocabularies=Vocabularies(vocabulary, registry.tokenizers, own),
+        vocabularies=Vocabularies(
+            vocabulary,
+            registry.tokenizers,
+            own,
+            trusts_templates=config.security.trust_request_chat_template,
+        ),
         model_info=_model_info(decoder, source, engine),
         methods=tuple(sorted(METHODS)),
     )

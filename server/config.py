@@ -338,6 +338,9 @@ class SecurityConfig:
     tls_client_ca: Place | None = setting(
         None, "PEM authorities; clients must then present a certificate (mTLS)"
     )
+    trust_request_chat_template: Switch = setting(
+        False, "accept chat templates in requests, as vLLM's flag of this name does"
+    )
     insecure: Switch = setting(False, "serve other machines without TLS or without tokens")
     share_prefixes: Switch = setting(
         False,

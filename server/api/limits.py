@@ -111,6 +111,7 @@ LIMITS = (
     _text("ToolCall.arguments", _CHATS),
     _text("Tool.description", _CHATS),
     _chars("Tool.parameters", MAX_CONSTRAINT_CHARS, _CHATS),
+    _chars("Chat.chat_template", MAX_TEMPLATE_CHARS, "server/api/vocabularies.py"),
     _chars("Chat.chat_template_kwargs", MAX_CONSTRAINT_CHARS, _CHATS),
     Limit("TokenIds.ids", f"the model's context; {MAX_TOKENIZED} in Tokenize", None, _REQUESTS),
     Limit("GenerateRequest.answer_so_far", "the model's context", None, _REQUESTS),

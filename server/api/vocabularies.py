@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from turret.server.adapters.adapter import Adapter
-from turret.server.api.limits import MAX_MIX_MEMBERS
+from turret.server.adapters.chat_template import REQUEST, OwnTemplate
+from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_TEMPLATE_CHARS
 from turret.server.constraints.constraint import KeptConstraints
 from turret.server.engine.scheduling.request import AdapterTokenizer
+from turret.server.errors import InvalidRequestError
+from turret.server.words import say
 from turret.v1 import adapters_pb2
 
 if TYPE_CHECKING:
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
     from turret.server.constraints.compiler import ConstraintCompiler
     from turret.server.models.own_tokenizers import Key, OwnTokenizers
     from turret.server.models.tokenizer import Tokenizer
+
+
+_FIELD = "chat.chat_template"
 
 
 class Vocabulary:
@@ -81,16 +87,23 @@ class Vocabularies:
         base: Of the base model.
         adapters: Knows which adapters have their own tokenizer or chat template.
         tokenizers: Reads them.
+        trusts_templates: Whether requests may bring a chat template.
     """
 
     def __init__(
-        self, base: Vocabulary, adapters: AdapterTokenizers, tokenizers: OwnTokenizers
+        self,
+        base: Vocabulary,
+        adapters: AdapterTokenizers,
+        tokenizers: OwnTokenizers,
+        *,
+        trusts_templates: bool = False,
     ) -> None:
+        self._trusts_templates = trusts_templates
         self._base = base
         self._adapters = adapters
         self._tokenizers = tokenizers
-        # There are no more vocabularies than tokenizers in memory.
-        self._made: dict[Key, Vocabulary] = {}
+        # By tokenizer and by the chat template of the mix, which a request's may replace.
+        self._made: dict[tuple[Key, str], Vocabulary] = {}
         # Reads in progress, so that concurrent requests share one read.
         self._reading: dict[Key, asyncio.Future[Tokenizer]] = {}
 
@@ -99,26 +112,48 @@ class Vocabularies:
         for vocabulary in (self._base, *self._made.values()):
             vocabulary.close()
 
-    async def of(self, weights: Sequence[adapters_pb2.AdapterWeight]) -> Vocabulary:
+    async def of(
+        self, weights: Sequence[adapters_pb2.AdapterWeight], chat_template: str = ""
+    ) -> Vocabulary:
         """The vocabulary for a request with these adapters.
+
+        Args:
+            weights: The adapters.
+            chat_template: The chat template that the request brings; empty without one.
 
         Whether they may stand together is not looked at; names that are not there are passed over.
 
         Raises:
             AdapterChangedError, AdapterCheckpointError: An adapter's tokenizer is not what it was.
+            InvalidRequestError: The request may not bring a template, or it is not one.
         """
-        if not 0 < len(weights) <= MAX_MIX_MEMBERS:
+        self._check_trust(chat_template)
+        adapter, own = None, ""
+        if 0 < len(weights) <= MAX_MIX_MEMBERS:
+            adapter, own = self._adapters.find(weight.name for weight in weights)
+        template = _replaced(own, chat_template) if chat_template else own
+        if adapter is None and not template:
             return self._base
-        adapter, chat_template = self._adapters.find(weight.name for weight in weights)
-        if adapter is None and not chat_template:
-            return self._base
-        key: Key = ("", 0, chat_template)
+        key: Key = ("", 0, template)
         if adapter is not None:
-            key = adapter.facts.tokenizer, adapter.facts.vocab_size, chat_template
+            key = adapter.facts.tokenizer, adapter.facts.vocab_size, template
         tokenizer = self._tokenizers.find(key)
         if tokenizer is None:
-            tokenizer = await self._read(key, adapter)
-        return self._vocabulary(tokenizer, key)
+            try:
+                tokenizer = await self._read(key, adapter)
+            except InvalidRequestError as error:
+                if not chat_template or error.args[0].reason != "CHAT_TEMPLATE_INVALID":
+                    raise
+                raise InvalidRequestError.of(_FIELD, error.args[0]) from None
+        return self._vocabulary(tokenizer, key, own)
+
+    def _check_trust(self, chat_template: str) -> None:
+        if chat_template and not self._trusts_templates:
+            raise InvalidRequestError.of(_FIELD, say("TEMPLATE_NOT_TRUSTED"))
+        found, most = len(chat_template), MAX_TEMPLATE_CHARS
+        if found > most:
+            why = say("TOO_MANY_CHARACTERS", most=most, found=found)
+            raise InvalidRequestError.of(_FIELD, why)
 
     async def _read(self, key: Key, adapter: Adapter | None) -> Tokenizer:
         def files() -> TokenizerFiles:
@@ -140,16 +175,27 @@ class Vocabularies:
             # Retrieve the exception, or asyncio logs it if no request waits any more.
             reading.exception()
 
-    def _vocabulary(self, tokenizer: Tokenizer, mine: Key) -> Vocabulary:
+    def _vocabulary(self, tokenizer: Tokenizer, key: Key, own: str) -> Vocabulary:
+        mine = key, own
         made = self._made.get(mine)
         if made is None or made.tokenizer is not tokenizer:
-            gone = [key for key in self._made if key == mine or key not in self._tokenizers]
-            for key in gone:
-                self._made.pop(key).forget()
-            digest, _, chat_template = mine
-            own = AdapterTokenizer((digest, chat_template), tokenizer)
+            # There are no more vocabularies than tokenizers in memory.
+            gone = [each for each in self._made if each == mine or each[0] not in self._tokenizers]
+            for each in gone:
+                self._made.pop(each).forget()
+            digest, _, _ = key
             is_like = not digest and tokenizer.eos_token_ids == self._base.tokenizer.eos_token_ids
-            like = self._base if is_like else None
-            made = Vocabulary(tokenizer, own=own, kept=self._base.kept, like=like)
+            made = Vocabulary(
+                tokenizer,
+                own=AdapterTokenizer((digest, own), tokenizer),
+                kept=self._base.kept,
+                like=self._base if is_like else None,
+            )
             self._made[mine] = made
         return made
+
+
+def _replaced(own: str, chat_template: str) -> str:
+    """A request's template, with the special tokens of the one that it replaces."""
+    tokens = OwnTemplate.from_json(own).tokens if own else {}
+    return OwnTemplate(REQUEST, {"default": chat_template}, tokens).to_json()

@@ -253,6 +253,7 @@ def set_rendering(body: ChatOnly, chat: inference_pb2.Chat) -> None:
     if body.add_generation_prompt is not None:
         chat.add_generation_prompt = body.add_generation_prompt
     chat.continue_final_message = body.continue_final_message
+    chat.chat_template = body.chat_template
 
 
 def chat_of(messages: list[Message]) -> inference_pb2.Chat:

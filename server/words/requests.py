@@ -42,6 +42,8 @@ TEXTS = {
     "TOKEN_FORBIDDEN": "the constraint does not allow token {index}",
     "NO_CHAT_TEMPLATE": "this model has no chat template; send a prompt instead, or start the"
     " server with --chat-template",
+    "TEMPLATE_NOT_TRUSTED": "is not accepted; the server was started without"
+    " --trust-request-chat-template",
     "NO_DEFAULT_TEMPLATE": "the model has no default chat template, only {found}",
     "CANNOT_CONTINUE": "the final message cannot be continued: the template changes it",
     "CHAT_TEMPLATE_FAILED": "the chat template failed: {problem}",

@@ -104,11 +104,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.asynccontextmanager
 async def serving(
-    model: Path, root: Path, *names: str, state: Path, template: Path | None = None
+    model: Path,
+    root: Path,
+    *names: str,
+    state: Path,
+    template: Path | None = None,
+    trusts: bool = False,
 ) -> AsyncIterator[Doors]:
     async with contextlib.AsyncExitStack() as stack:
         start = EngineHarness.start(
-            model, root, adapters=names, state_dir=state, chat_template=template
+            model,
+            root,
+            adapters=names,
+            state_dir=state,
+            chat_template=template,
+            trusts_templates=trusts,
         )
         engine = await stack.enter_async_context(start)
         http = await stack.enter_async_context(http_harness(serving=False))
@@ -344,7 +354,8 @@ async def test_variables_of_the_template_are_set_as_in_transformers(
         body = {"model": "thinking", "messages": asked, **fields}
         answer = await doors.http.post("/tokenize", body)
         assert answer.status_code == 200, answer.text
-        return tiny_tokenizer().decode(answer.json()["tokens"])
+        text: Any = tiny_tokenizer().decode(answer.json()["tokens"])
+        return text
 
     for fields, variables in (
         ({"chat_template_kwargs": {"enable_thinking": False, "extra": "x"}}, None),
@@ -426,11 +437,43 @@ async def test_variables_that_make_no_sense_are_refused(doors: Doors) -> None:
         assert (refused.status, refused.param) == (400, param), fields
     plain = {"model": "own", "prompt": "hi", "chat_template_kwargs": {"a": 1}}
     assert (await doors.http.refused("/tokenize", plain)).param == "chat_template_kwargs"
-    named = [{"role": "user", "content": "hi"}]
-    given = inference_pb2.Chat(
-        messages=[inference_pb2.ChatMessage(**named[0])], chat_template_kwargs="[]"
-    )
+    turn = inference_pb2.ChatMessage(role="user", content="hi")
+    given = inference_pb2.Chat(messages=[turn], chat_template_kwargs="[]")
     failure = await failure_of(
         doors.rpc.inference.Tokenize(inference_pb2.TokenizeRequest(chat=given))
     )
     assert failure.reasons == {"chat.chat_template_kwargs": "NOT_A_JSON_OBJECT"}
+
+
+async def test_a_request_brings_a_template_only_where_that_is_allowed(
+    doors: Doors, base: Path, root: Path, tmp_path: Path
+) -> None:
+    asked = {"messages": ASK, "chat_template": OTHER}
+    for path in ("/v1/chat/completions", "/tokenize", "/v1/embeddings"):
+        refused = await doors.http.refused(path, {"model": "own", **asked})
+        assert (refused.status, refused.param) == (400, "chat_template")
+    chat = inference_pb2.Chat(
+        messages=[inference_pb2.ChatMessage(role="user", content="hi")], chat_template=OTHER
+    )
+    message = inference_pb2.TokenizeRequest(chat=chat)
+    failure = await failure_of(doors.rpc.inference.Tokenize(message))
+    assert failure.reasons == {"chat.chat_template": "TEMPLATE_NOT_TRUSTED"}
+    names = ("own", "ends", "config")
+    async with serving(base, root, *names, state=tmp_path / "b", trusts=True) as trusting:
+        other = await trusting.tokens("config")
+        for name in ("base", "own", "config"):
+            assert await trusting.tokens(name, chat_template=OTHER) == other
+        # Its end token is still the adapter's, as transformers has it.
+        assert await trusting.tokens("ends", chat_template=OWN) != await trusting.tokens("own")
+        body = {"max_tokens": 2, "temperature": 0, **asked}
+        for name in ("base", "own"):
+            answer = await trusting.http.post("/v1/chat/completions", {"model": name, **body})
+            assert answer.json()["usage"]["prompt_tokens"] == len(other)
+        answer = await trusting.http.post("/v1/embeddings", {"model": "own", **asked})
+        assert answer.json()["usage"]["prompt_tokens"] == len(other)
+        broken = {"model": "own", "messages": ASK, "chat_template": "{% if %}"}
+        refused = await trusting.http.refused("/tokenize", broken)
+        assert (refused.status, refused.param) == (400, "chat_template")
+        broken["chat_template"] = "x" * ((1 << 18) + 1)
+        refused = await trusting.http.refused("/tokenize", broken)
+        assert refused.param == "chat_template"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from array import array
 
@@ -43,7 +44,7 @@ async def classify(
     request_id = message.request_id or call.request_id
     make = pooled_requests(
         message.inputs,
-        vocabulary,
+        functools.partial(backend.vocabularies.of, message.adapters),
         limits,
         call,
         adapters=refs,

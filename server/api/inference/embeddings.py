@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from turret.server.api.access.shares import Party
@@ -89,7 +90,7 @@ async def embed(
     request_id = message.request_id or call.request_id
     make = pooled_requests(
         message.inputs,
-        vocabulary,
+        functools.partial(backend.vocabularies.of, message.adapters),
         limits,
         call,
         adapters=refs,

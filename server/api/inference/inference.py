@@ -60,7 +60,7 @@ class Inference:
     ) -> ChatFormat:
         """The format of answers to a conversation with these adapters; see ``format_of``."""
         backend = self._gate.enter()
-        vocabulary = await backend.vocabularies.of(adapters)
+        vocabulary = await backend.vocabularies.of(adapters, chat.chat_template)
         return await format_of(chat, vocabulary.tokenizer, InputLimits.of(backend, vocabulary))
 
     async def generate(
@@ -75,7 +75,7 @@ class Inference:
         """
         backend = self._gate.enter()
         call.about(message.adapters)
-        vocabulary = await backend.vocabularies.of(message.adapters)
+        vocabulary = await backend.vocabularies.of(message.adapters, message.chat.chat_template)
         request = await generate_request(
             message,
             vocabulary,
@@ -117,7 +117,7 @@ class Inference:
         """
         backend = self._gate.enter()
         call.about(message.adapters)
-        vocabulary = await backend.vocabularies.of(message.adapters)
+        vocabulary = await backend.vocabularies.of(message.adapters, message.chat.chat_template)
         request = await score_request(
             message,
             vocabulary,
@@ -163,7 +163,7 @@ class Inference:
     ) -> inference_pb2.TokenizeResponse:
         """The tokens of a prompt, a chat or token ids, and their text."""
         backend = self._gate.enter()
-        vocabulary = await backend.vocabularies.of(message.adapters)
+        vocabulary = await backend.vocabularies.of(message.adapters, message.chat.chat_template)
         tokenizer = vocabulary.tokenizer
         violations = Violations()
         limits = InputLimits.of(backend, vocabulary).for_tokenize()

@@ -77,7 +77,7 @@ def _path(index: int, path: str) -> str:
 
 def pooled_requests(
     inputs: Sequence[inference_pb2.Input],
-    vocabulary: Vocabulary,
+    vocabulary_for: Callable[[str], Awaitable[Vocabulary]],
     limits: InputLimits,
     call: Call,
     *,
@@ -87,11 +87,15 @@ def pooled_requests(
     deadline: float | None,
     salt: bytes,
 ) -> Callable[[int], Awaitable[Request]]:
-    """Returns a function that makes the request for an input, given its index."""
+    """Returns a function that makes the request for an input, given its index.
+
+    ``vocabulary_for`` finds the vocabulary for an input, by the chat template that it brings.
+    """
     # Divide the size of the message among its inputs.
     message_bytes = call.message_bytes // len(inputs)
 
     async def make(index: int) -> Request:
+        vocabulary = await vocabulary_for(inputs[index].chat.chat_template)
         ids = await input_token_ids(inputs[index], vocabulary.tokenizer, limits)
         return Request(
             request_id=request_id,

@@ -105,7 +105,7 @@ class Asking(Body):
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 _EFFORT = "Sets the template's variables `reasoning_effort` and `enable_thinking` (false for none)."
-_RENDERING = ("chat_template_kwargs", "reasoning_effort", "continue_final_message")
+_RENDERING = ("chat_template", "chat_template_kwargs", "reasoning_effort", "continue_final_message")
 Variables = Annotated[dict[str, Any], short(MAX_CONSTRAINT_CHARS)]
 
 
@@ -129,7 +129,11 @@ class ChatOnly(Body):
     audio: Any = unsupported()
     prediction: Any = unsupported()
     web_search_options: Any = unsupported()
-    chat_template: Any = unsupported()
+    chat_template: str = Field(
+        "",
+        max_length=MAX_TEMPLATE_CHARS,
+        description="A Jinja template to use instead. Needs --trust-request-chat-template.",
+    )
     documents: Any = unsupported([], instead="`chat_template_kwargs`")
 
     @property

@@ -101,7 +101,6 @@ async def test_what_is_not_sent_has_the_defaults_of_both_worlds() -> None:
         ({"structural_tag": {}}, "structural_tag"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"modalities": ["text", "audio"]}, "modalities"),
-        ({"chat_template": "x"}, "chat_template"),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"n": 0}, "n"),

@@ -58,6 +58,7 @@ DEFAULTS = {
     "tls_cert": None,
     "tls_key": None,
     "tls_client_ca": None,
+    "trust_request_chat_template": False,
     "insecure": False,
     "share_prefixes": False,
     "grace_seconds": 30.0,

@@ -24,6 +24,7 @@ from turret.server.config import (
     Config,
     ModelConfig,
     SchedulerConfig,
+    SecurityConfig,
 )
 from turret.server.engine.scheduling.request import (
     Finish,
@@ -116,6 +117,7 @@ class EngineHarness:
         seat: Seat | None = None,
         state_dir: Path | None = None,
         chat_template: Path | None = None,
+        trusts_templates: bool = False,
     ) -> AsyncIterator[EngineHarness]:
         """Build and start an engine, load ``adapters`` (each from the directory of its name).
 
@@ -142,6 +144,7 @@ class EngineHarness:
                 state_dir=state_dir,
                 allow_dense_adapters=True,
             ),
+            security=SecurityConfig(trust_request_chat_template=trusts_templates),
         )
         metrics = Metrics()
         # What is made of a test's model goes beside it, not into the user's cache.

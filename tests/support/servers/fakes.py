@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from turret.server.adapters.adapter_info import AdapterInfo
+from turret.server.adapters.chat_template import OwnTemplate
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.head import SINGLE_LABEL, Head
 from turret.server.adapters.merge.state import Merge, MergedAdapter, MergeReport, MergeState
@@ -213,7 +214,12 @@ class FakeRegistry:
     is_closed: bool = False
 
     def load(
-        self, name: str, path: str, pinned: bool = False, task: int | None = None
+        self,
+        name: str,
+        path: str,
+        pinned: bool = False,
+        task: int | None = None,
+        chat_template: OwnTemplate | None = None,
     ) -> AdapterInfo:
         digest = f"digest of {path}" if task is None else f"digest of task {task} of {path}"
         if name in self.records:
@@ -226,6 +232,7 @@ class FakeRegistry:
             generation=1,
             facts=AdapterFacts(
                 digest=digest,
+                chat_template="" if chat_template is None else chat_template.to_json(),
                 method="dora" if name.endswith("-dora") else "lora",
                 ranks=(4, 8),
                 target_modules=("q_proj",),
@@ -252,10 +259,12 @@ class FakeRegistry:
         path: str,
         expected_generation: int | None = None,
         task: int | None = None,
+        chat_template: OwnTemplate | None = None,
     ) -> AdapterInfo:
         generation = self.get(name).generation + 1
         del self.records[name]
-        self.records[name] = replace(self.load(name, path, task=task), generation=generation)
+        loaded = self.load(name, path, task=task, chat_template=chat_template)
+        self.records[name] = replace(loaded, generation=generation)
         return self.records[name]
 
     def get(self, name: str) -> AdapterInfo:
@@ -351,7 +360,7 @@ class FakeVocabularies(Vocabularies):
     def __init__(self, base: Vocabulary) -> None:
         self._only = base
 
-    async def of(self, weights: Any) -> Vocabulary:
+    async def of(self, weights: Any, chat_template: str = "") -> Vocabulary:
         return self._only
 
     def close(self) -> None:
