@@ -32,6 +32,7 @@ from turret.server.adapters.merge.merger import (
     PreparedMerge,
 )
 from turret.server.adapters.merge.state import MergeState
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registration import Registration
 from turret.server.adapters.registry.registry import AdapterRegistry
@@ -455,7 +456,11 @@ class Seat:
         self.num_requests: Callable[[], tuple[int, int]] = lambda: (0, 0)
 
     def registry(
-        self, config: AdapterConfig, base: BaseModel, metrics: AdapterMetrics
+        self,
+        config: AdapterConfig,
+        base: BaseModel,
+        metrics: AdapterMetrics,
+        admit: Callable[[AdapterOperators], None],
     ) -> ReplicaRegistry:
         """The replica's adapters.
 
@@ -475,6 +480,7 @@ class Seat:
             state=SharedStateDir(config.state_dir, config.max_upload_bytes),
             allowed=Allowed(config.allow_other_base, config.allow_dense_adapters),
             hub=AdapterHub(config.adapter_hub, config.max_upload_bytes),
+            admit=admit,
         )
         return self._registry
 

@@ -22,6 +22,7 @@ from turret.server.adapters.device.store import AdapterStore, StepStore
 from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.merge.merger import ChangeBase, Edit, Merger
 from turret.server.adapters.methods import METHODS
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.api.gate import Backend
@@ -45,9 +46,9 @@ from turret.server.engine.step.executor import Executor, TorchExecutor
 from turret.server.engine.step.gpu.start import (
     adapter_bytes,
     captured_bytes,
-    kv_cache_bytes,
     largest_step,
     measure,
+    spare_bytes,
 )
 from turret.server.engine.step.runner import Runner
 from turret.server.errors import InvalidRequestError
@@ -76,11 +77,15 @@ _LEAST_CAPABILITY = (8, 0)
 BLOCK_SIZE = 16
 
 
+# Gets ready for an adapter that is being loaded, or raises.
+Admit = Callable[[AdapterOperators], None]
+
+
 class Seat(Protocol):
     """A server's place in a fleet, which makes the parts that it shares with other servers."""
 
     def registry(
-        self, config: AdapterConfig, base: BaseModel, metrics: Metrics
+        self, config: AdapterConfig, base: BaseModel, metrics: Metrics, admit: Admit
     ) -> AdapterRegistry: ...
 
     def merger(
@@ -129,7 +134,7 @@ def build_backend(
     path = "gpu" if gpu else "cpu" if has_native(dtype, device) else "torch"
     store = _build_store(path, config.adapters, decoder, metrics)
     make_registry = _build_registry if seat is None else seat.registry
-    registry = make_registry(config.adapters, base, metrics)
+    registry = make_registry(config.adapters, base, metrics, store.admit)
     registry.tokenizers.check_with(own.check)
     engine, is_screened = _build_engine(config, metrics, decoder, store, registry, tokenizer)
     _log.info(
@@ -245,7 +250,9 @@ def _choose_device(model: ModelConfig) -> torch.device:
     return torch.device("cuda", 0)
 
 
-def _build_registry(config: AdapterConfig, base: BaseModel, metrics: Metrics) -> AdapterRegistry:
+def _build_registry(
+    config: AdapterConfig, base: BaseModel, metrics: Metrics, admit: Admit
+) -> AdapterRegistry:
     state = None
     if config.state_dir is not None:
         state = StateDir(config.state_dir, config.max_upload_bytes)
@@ -259,6 +266,7 @@ def _build_registry(config: AdapterConfig, base: BaseModel, metrics: Metrics) ->
         state=state,
         allowed=Allowed(config.allow_other_base, config.allow_dense_adapters),
         hub=AdapterHub(config.adapter_hub, config.max_upload_bytes),
+        admit=admit,
     )
     count = registry.restore()
     if state is not None:
@@ -352,12 +360,13 @@ def _warm_up(executor: Executor, stream: StepStream) -> None:
 
 
 def _kv_bytes(config: Config, decoder: Decoder, store: AdapterStore, metrics: Metrics) -> int:
-    """Size of the KV cache: as configured, or what the largest step leaves of a CUDA device."""
+    """Size of the KV cache: as configured, or what all else leaves of a CUDA device."""
     wanted, device = config.cache.kv_cache_bytes, decoder.device
     if wanted is not None:
         return wanted
     if device.type != "cuda":
         return KV_CACHE_BYTES
+    from turret.server.adapters.device.gpu.store import GpuStore
     from turret.server.engine.step.gpu.executor import GpuExecutor
 
     max_num_seqs, max_num_batched_tokens = config.scheduler.sizes(device.type)
@@ -365,16 +374,19 @@ def _kv_bytes(config: Config, decoder: Decoder, store: AdapterStore, metrics: Me
     cache = KvCache(decoder.arch, 2, BLOCK_SIZE, decoder.dtype, device)
     executor = _build_executor(config, decoder, cache, store, metrics)
     runner = Runner(executor, frozenset())
-    taken = measure(runner.run, step, device)
+    taken = {"step_bytes": measure(runner.run, step, device)}
     assert isinstance(executor, GpuExecutor)
+    assert isinstance(store, GpuStore)
     rows = [bucket for bucket, _ in executor.forms()]
-    taken += captured_bytes(rows, decoder.arch.hidden_size * decoder.dtype.itemsize)
-    left = kv_cache_bytes(device, taken)
+    row_bytes = decoder.arch.hidden_size * decoder.dtype.itemsize
+    taken |= {"captured_bytes": captured_bytes(rows, row_bytes)}
+    taken |= {"adapter_bytes": store.later_bytes, "spare_bytes": spare_bytes(device)}
+    left = torch.cuda.mem_get_info(device)[0] - sum(taken.values())
     # Beyond twice the memory of all sequences at their longest, blocks would only hold prefixes
     # that nobody asks for.
     arch = decoder.arch
     most = 2 * max_num_seqs * KvCache.block_bytes(arch, arch.max_model_len, decoder.dtype)
-    _log.info("memory planned", extra=log.fields(step_bytes=taken, kv_cache_bytes=min(left, most)))
+    _log.info("memory planned", extra=log.fields(**taken, kv_cache_bytes=min(left, most)))
     return min(left, most)
 
 

@@ -220,7 +220,7 @@ class AdapterConfig:
     adapter_host_bytes: Bytes = setting(GIB, "host memory for adapter weights", ge=1)
     adapter_device_bytes: Bytes | None = setting(
         None,
-        "device memory for adapter weights (default: 512MiB; on CUDA an eighth of what is free)",
+        "device memory for adapter weights (default: 512MiB; on CUDA a seventh of what is free)",
         ge=1,
     )
     max_rank: Whole = setting(128, "highest rank of an adapter", ge=1)

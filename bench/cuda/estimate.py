@@ -238,13 +238,13 @@ def low_rank_work(
 def hadamard_work(
     inner: int, outs: tuple[int, ...], adapters: int, rank: int, rows: int
 ) -> list[Work]:
-    """Both steps, the second one a launch for each slice, its products of split halves."""
+    """Both steps of each slice, a launch each, the second one's products of split halves."""
     features = len(outs) * inner + sum(outs)
     return [
         Work(
             num_bytes=4 * adapters * rank * features,
             flops=4 * rows * rank**2 * features,
-            launches=1 + len(outs),
+            launches=2 * len(outs),
         )
     ]
 

@@ -101,20 +101,19 @@ def _by_slot(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]
     x, y = _empty(_ROWS, inner), _empty(_ROWS, sum(outs))
 
     def hadamard(rank: int) -> None:
-        factors = _empty(_SLOTS, len(outs), rank, inner)
-        u = hadamard_shrink(x, factors, factors, table)
-        wide = [_empty(_SLOTS, out, rank) for out in outs]
-        hadamard_expand(y, u, wide, wide, table)
+        factors = _empty(_SLOTS, 4, dtype=torch.int64)
+        u = hadamard_shrink(x, factors, rank, table)
+        for out in outs:
+            hadamard_expand(y[:, :out], u, factors, table)
 
     def kron(out: int) -> None:
         for factor in (8, 64, 128):
             if inner % factor or out % factor:
                 continue
-            w1 = _empty(_SLOTS, factor, factor)
-            whole = _empty(_SLOTS, out // factor, inner // factor)
-            pair = (_empty(_SLOTS, out // factor, 16), _empty(_SLOTS, 16, inner // factor))
-            kronecker(x, y[:, :out], w1, whole, table)
-            kronecker(x, y[:, :out], w1, pair, table)
+            (o, n), first = (out // factor, inner // factor), (factor, factor)
+            for shapes in ([first, (o, n)], [first, (o, 16), (16, n)]):
+                factors = _empty(_SLOTS, len(shapes), dtype=torch.int64)
+                kronecker(x, y[:, :out], factors, shapes, table)
 
     for rank in (8, 16, 32, 64):
         yield lambda rank=rank: hadamard(rank)

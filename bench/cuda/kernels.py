@@ -194,27 +194,36 @@ def _row_table(setting: Setting, slots: int) -> RowTable:
     return table
 
 
+def _addresses(found: list[list[torch.Tensor]], device: torch.device) -> torch.Tensor:
+    """Where the factors of each slot lie, ``[slots, factors]``."""
+    return torch.tensor([[tensor.data_ptr() for tensor in own] for own in found], device=device)
+
+
 def hadamard(setting: Setting) -> None:
-    """LoHa over the qkv projection, every row one of 8 adapters."""
-    inner, outs = setting.model.groups["qkv"]
+    """LoHa over the q projection, every row one of 8 adapters."""
+    inner, (out, *_) = setting.model.groups["qkv"]
     slots, rank = 8, setting.rank
-    w1b, w2b = (setting.random(slots, len(outs), rank, inner) * inner**-0.5 for _ in range(2))
-    w1a, w2a = ([setting.random(slots, out, rank) for out in outs] for _ in range(2))
+    found = [
+        [
+            part
+            for _ in range(2)
+            for part in (setting.random(out, rank), setting.random(rank, inner) * inner**-0.5)
+        ]
+        for _ in range(slots)
+    ]
+    factors = _addresses(found, setting.device)
     x = setting.random(setting.rows, inner)
     table = _row_table(setting, slots)
 
     def run(y: torch.Tensor) -> None:
-        hadamard_expand(y, hadamard_shrink(x, w1b, w2b, table), w1a, w2a, table)
+        hadamard_expand(y[:, :out], hadamard_shrink(x, factors, rank, table), factors, table)
 
-    exact = []
-    for s in range(len(outs)):
-        left = w1a[s][0].double() @ w1b[0, s].double()
-        right = w2a[s][0].double() @ w2b[0, s].double()
-        exact.append((left * right) @ x[0].double())
-    size = sum(t.nbytes for t in (w1b, w2b, *w1a, *w2a))
+    w1a, w1b, w2a, w2b = (part.double() for part in found[0])
+    exact = ((w1a @ w1b) * (w2a @ w2b)) @ x[0].double()
+    size = sum(t.nbytes for own in found for t in own)
     _by_slot(
-        setting, "hadamard", f"qkv 8 adapters r={rank}", run, torch.cat(exact),
-        lambda _: estimate.hadamard_work(inner, outs, slots, rank, setting.rows), size,
+        setting, "hadamard", f"q 8 adapters r={rank}", run, exact,
+        lambda _: estimate.hadamard_work(inner, (out,), slots, rank, setting.rows), size,
     )  # fmt: skip
 
 
@@ -223,16 +232,17 @@ def kron(setting: Setting) -> None:
     inner, (out,) = setting.model.groups["o"]
     slots = 8
     factor = 64 if inner % 64 == 0 and inner >= 4096 else 8
-    small = setting.random(slots, factor, factor) * factor**-0.5
-    large = setting.random(slots, out // factor, inner // factor) * (inner // factor) ** -0.5
+    shapes = [(factor, factor), (out // factor, inner // factor)]
+    found = [[setting.random(*shape) * shape[1] ** -0.5 for shape in shapes] for _ in range(slots)]
+    factors = _addresses(found, setting.device)
     x = setting.random(setting.rows, inner)
     table = _row_table(setting, slots)
-    exact = torch.kron(small[0].double(), large[0].double()) @ x[0].double()
-    sizes = [(small[0].numel(), large[0].numel())]
+    exact = torch.kron(*(part.double() for part in found[0])) @ x[0].double()
+    sizes = [(found[0][0].numel(), found[0][1].numel())]
     _by_slot(
         setting, "kronecker", f"o 8 adapters {factor}x{factor}",
-        lambda y: kronecker(x, y, small, large, table), exact,
-        lambda _: estimate.kronecker_work(sizes, slots), small.nbytes + large.nbytes,
+        lambda y: kronecker(x, y, factors, shapes, table), exact,
+        lambda _: estimate.kronecker_work(sizes, slots), sum(t.nbytes for t in found[0]) * slots,
     )  # fmt: skip
 
 

@@ -77,6 +77,18 @@ def check_length(name: str, tensor: torch.Tensor, count: int) -> None:
         raise ValueError(f"{name} has {tensor.numel()} elements; {count} are needed")
 
 
+def check_addresses(name: str, tensor: torch.Tensor, count: int) -> None:
+    """Require ``[slots, count]`` addresses, contiguous.
+
+    Raises:
+        ValueError: Another shape, dtype or stride.
+    """
+    check_shape(name, tensor, -1, count)
+    check_contiguous(name, tensor)
+    if tensor.dtype != torch.int64:
+        raise ValueError(f"{name} is {tensor.dtype}; int64 addresses are needed")
+
+
 # Launch parameters per device. Found off the serving path by ``bench/gpu.py --tune``.
 
 # Older versions of Triton omit the fence that Hopper's wgmma needs between an asynchronous copy to

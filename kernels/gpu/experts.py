@@ -10,6 +10,7 @@ import triton.language as tl
 
 from turret.kernels.expert_routing import Routing, sort_pairs
 from turret.kernels.gpu.common import (
+    check_addresses,
     check_contiguous,
     check_float,
     check_length,
@@ -405,10 +406,7 @@ def _check(
         check_rows(name, tensor)
     check_shape("y", y, num_pairs, -1)
     check_shape("x", x, -1 if gathers else num_pairs, -1)
-    check_shape("factors", factors, -1, 2)
-    if factors.dtype != torch.int64:
-        raise ValueError(f"factors is {factors.dtype}; torch.int64 is needed")
-    check_contiguous("factors", factors)
+    check_addresses("factors", factors, 2)
 
 
 # Triton form of ``combine_reference``: the sum of what a row's experts gave.

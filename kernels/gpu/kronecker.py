@@ -9,17 +9,20 @@ one), so it comes from cache.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from turret.kernels.gpu.common import (
-    check_contiguous,
+    check_addresses,
     check_float,
     check_rows,
     check_shape,
     dot,
     dot_split,
+    pointer_to,
     split_dot,
     tuning,
     wgmma_stages,
@@ -29,10 +32,6 @@ from turret.kernels.gpu.tables import ROW_HEADER, RowTable
 MAX_IN_M = 128
 MAX_RANK = 128
 _HEADER = tl.constexpr(ROW_HEADER)
-
-# A dense second factor [num_slots, out_k, in_n], or its two factors [num_slots, out_k, r] and
-# [num_slots, r, in_n].
-SecondFactor = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 @triton.jit
@@ -74,9 +73,8 @@ def _inner(
 def kronecker_kernel(
     x_ptr,  # [num_rows, in_m * in_n]
     y_ptr,  # [num_rows, out_l * out_k]
-    w1_ptr,  # [num_slots, out_l, in_m]
-    w2_ptr,  # [num_slots, out_k, in_n], or w2b [num_slots, rank, in_n]
-    w2a_ptr,  # [num_slots, out_k, rank] or None
+    factors_ptr,  # [num_slots, COUNT] int64: where w1 [out_l, in_m] lies, then w2 [out_k, in_n] or
+    # its factors w2a [out_k, rank] and w2b [rank, in_n]
     table_ptr,
     x_stride,
     y_stride,
@@ -86,6 +84,7 @@ def kronecker_kernel(
     out_k,
     rank,
     capacity,
+    COUNT: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -97,42 +96,51 @@ def kronecker_kernel(
     for work in range(tl.program_id(0), tl.load(table_ptr) * tiles, tl.num_programs(0)):
         at = table_ptr + _HEADER + work // tiles
         row = tl.load(at).to(tl.int64)
-        slot = tl.load(at + capacity).to(tl.int64)
+        factors = factors_ptr + tl.load(at + capacity).to(tl.int64) * COUNT
         weight = tl.load(at + 2 * capacity).to(tl.float32, bitcast=True)
-        start = (work % tiles) * BLOCK_N
-        n = start + tl.arange(0, BLOCK_N)
-        x_row = x_ptr + row * x_stride
-        if w2a_ptr is None:
-            w2_at = w2_ptr + slot * out_k * in_n
-            inner = _inner(
-                x_row, w2_at, in_n, 1, out_k, start, in_m, in_n, BLOCK_J, BLOCK_N, BLOCK_L
-            )
-        else:
-            w2_at = w2_ptr + slot * rank * in_n
-            low = _inner(x_row, w2_at, in_n, 1, rank, 0, in_m, in_n, BLOCK_J, BLOCK_R, BLOCK_L)
-            r = tl.arange(0, BLOCK_R)
-            w2a = tl.load(
-                w2a_ptr + slot * out_k * rank + n[None, :] * rank + r[:, None],
-                mask=(n < out_k)[None, :] & (r < rank)[:, None],
-                other=0.0,
-            )
-            inner = split_dot(low, w2a, tl.zeros((BLOCK_J, BLOCK_N), dtype=tl.float32))
-        for i0 in range(0, out_l, BLOCK_I):
-            i = i0 + tl.arange(0, BLOCK_I)
-            w1 = tl.load(
-                w1_ptr + (slot * out_l + i)[:, None] * in_m + j[None, :],
-                mask=(i < out_l)[:, None] & (j < in_m)[None, :],
-                other=0.0,
-            )
-            delta = dot_split(w1, inner, tl.zeros((BLOCK_I, BLOCK_N), dtype=tl.float32))
-            y_at = y_ptr + row * y_stride + i[:, None] * out_k + n[None, :]
-            keep = (i < out_l)[:, None] & (n < out_k)[None, :]
-            base = tl.load(y_at, mask=keep, other=0.0).to(tl.float32)
-            tl.store(y_at, (base + weight * delta).to(y_ptr.dtype.element_ty), mask=keep)
+        address = tl.load(factors)
+        if address != 0:
+            w1_ptr = pointer_to(address, x_ptr)
+            # The last one is as wide as the input.
+            wide_ptr = pointer_to(tl.load(factors + COUNT - 1), x_ptr)
+            start = (work % tiles) * BLOCK_N
+            n = start + tl.arange(0, BLOCK_N)
+            x_row = x_ptr + row * x_stride
+            if COUNT == 2:
+                inner = _inner(
+                    x_row, wide_ptr, in_n, 1, out_k, start, in_m, in_n, BLOCK_J, BLOCK_N, BLOCK_L
+                )
+            else:
+                low = _inner(
+                    x_row, wide_ptr, in_n, 1, rank, 0, in_m, in_n, BLOCK_J, BLOCK_R, BLOCK_L
+                )
+                r = tl.arange(0, BLOCK_R)
+                w2a = tl.load(
+                    pointer_to(tl.load(factors + 1), x_ptr) + n[None, :] * rank + r[:, None],
+                    mask=(n < out_k)[None, :] & (r < rank)[:, None],
+                    other=0.0,
+                )
+                inner = split_dot(low, w2a, tl.zeros((BLOCK_J, BLOCK_N), dtype=tl.float32))
+            for i0 in range(0, out_l, BLOCK_I):
+                i = i0 + tl.arange(0, BLOCK_I)
+                w1 = tl.load(
+                    w1_ptr + i[:, None] * in_m + j[None, :],
+                    mask=(i < out_l)[:, None] & (j < in_m)[None, :],
+                    other=0.0,
+                )
+                delta = dot_split(w1, inner, tl.zeros((BLOCK_I, BLOCK_N), dtype=tl.float32))
+                y_at = y_ptr + row * y_stride + i[:, None] * out_k + n[None, :]
+                keep = (i < out_l)[:, None] & (n < out_k)[None, :]
+                base = tl.load(y_at, mask=keep, other=0.0).to(tl.float32)
+                tl.store(y_at, (base + weight * delta).to(y_ptr.dtype.element_ty), mask=keep)
 
 
 def kronecker(
-    x: torch.Tensor, y: torch.Tensor, w1: torch.Tensor, w2: SecondFactor, table: RowTable
+    x: torch.Tensor,
+    y: torch.Tensor,
+    factors: torch.Tensor,
+    shapes: Sequence[Sequence[int]],
+    table: RowTable,
 ) -> None:
     """Add the updates of the table's rows in place, one rounding to the dtype of ``y``.
 
@@ -141,27 +149,35 @@ def kronecker(
             be strided.
         y: Base results of one slice, ``[num_rows, out_l · out_k]``, dtype of ``x``; rows may be
             strided.
-        w1: ``[num_slots, out_l, in_m]``, dtype of ``x``, contiguous, in_m ≤ 128.
-        w2: ``[num_slots, out_k, in_n]``, or ``(w2a, w2b)``: ``[num_slots, out_k, r]`` and
-            ``[num_slots, r, in_n]``, r ≤ 128; dtype of ``x``, contiguous.
+        factors: Addresses by slot, ``[num_slots, len(shapes)]`` int64, contiguous. What lies there
+            has the dtype of ``x``, is contiguous, and begins at a multiple of 16 bytes. 0 for a
+            slot without an update.
+        shapes: Of w1, ``[out_l, in_m]``, in_m ≤ 128, and w2, ``[out_k, in_n]``, or the factors of
+            w2, ``[out_k, r]`` and ``[r, in_n]``, r ≤ 128.
         table: Which rows, with which slots and weights.
 
     Raises:
-        ValueError: A shape, dtype or stride breaks the contract.
+        ValueError: A shape, dtype or stride breaks the contract. What lies at the addresses is not
+            checked: that would synchronise.
     """
-    w2a, dense = (None, w2) if isinstance(w2, torch.Tensor) else w2
-    out_l, in_m = w1.shape[1:]
-    in_n = dense.shape[2]
-    rank = 0 if w2a is None else dense.shape[1]
-    out_k = dense.shape[1] if w2a is None else w2a.shape[1]
-    _check(x, y, w1, dense, w2a)
+    (out_l, in_m), *_, (rank, in_n) = shapes
+    out_k, rank = shapes[1][0], rank if len(shapes) == 3 else 0
+    check_float("x", x)
+    check_float("y", y, x.dtype)
+    check_rows("x", x)
+    check_rows("y", y)
+    check_addresses("factors", factors, len(shapes))
+    check_shape("x", x, -1, in_m * in_n)
+    check_shape("y", y, x.shape[0], out_l * out_k)
+    if rank > MAX_RANK:
+        raise ValueError(f"rank {rank} is over {MAX_RANK}")
+    if in_m > MAX_IN_M:
+        raise ValueError(f"in_m is {in_m}; at most {MAX_IN_M} is supported")
     tuned = tuning(x.device)
     kronecker_kernel[(tuned.programs,)](
         x,
         y,
-        w1,
-        dense,
-        w2a,
+        factors,
         table.buffer,
         x.stride(0),
         y.stride(0),
@@ -171,6 +187,7 @@ def kronecker(
         out_k,
         rank,
         table.capacity,
+        COUNT=len(shapes),
         BLOCK_J=max(16, triton.next_power_of_2(in_m)),
         BLOCK_R=max(16, triton.next_power_of_2(rank)),
         BLOCK_I=16,
@@ -181,30 +198,3 @@ def kronecker(
         **(tuned.registers(255) if in_m <= 16 else {}),
         enable_fp_fusion=True,
     )
-
-
-def _check(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    w1: torch.Tensor,
-    dense: torch.Tensor,
-    w2a: torch.Tensor | None,
-) -> None:
-    check_float("x", x)
-    check_float("y", y, x.dtype)
-    check_rows("x", x)
-    check_rows("y", y)
-    slots, out_l, in_m = w1.shape
-    if w2a is not None:
-        check_shape("w2a", w2a, slots, -1, dense.shape[1])
-        if dense.shape[1] > MAX_RANK:
-            raise ValueError(f"rank {dense.shape[1]} is over {MAX_RANK}")
-    if in_m > MAX_IN_M:
-        raise ValueError(f"in_m is {in_m}; at most {MAX_IN_M} is supported")
-    check_shape("w2", dense, slots, -1, -1)
-    check_shape("x", x, -1, in_m * dense.shape[2])
-    check_shape("y", y, x.shape[0], out_l * (dense if w2a is None else w2a).shape[1])
-    for name, factor in (("w1", w1), ("w2", dense), ("w2a", w2a)):
-        if factor is not None:
-            check_float(name, factor, x.dtype)
-            check_contiguous(name, factor)

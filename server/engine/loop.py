@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from turret.server import log
+from turret.server.adapters.device.store import AdapterMemoryError
 from turret.server.adapters.mix import HostResult
 from turret.server.basics.work import told_of
 from turret.server.engine.answer import Answer, uses_of
@@ -39,6 +40,10 @@ Outbox = list[tuple[Stream, Output | TurretError]]
 
 # A lock's time-out overflows at some 292 years; after an hour the loop just looks again.
 _MAX_WAIT_SECONDS = 3600.0
+
+
+def _uses(sequence: Sequence, key: str | None) -> bool:
+    return any(adapter.key == key for adapter, _ in sequence.mix.members)
 
 
 class EngineLoop:
@@ -263,6 +268,9 @@ class EngineLoop:
         except DeviceFullError as error:
             self._abandon(step, str(error))
             return
+        except AdapterMemoryError as error:
+            self._abandon(step, str(error), error.key)
+            return
         now = time.monotonic()
         self._scheduler.complete(step, now - start)
         for item in step.scheduled:
@@ -272,13 +280,24 @@ class EngineLoop:
         self._flush()
         self._observer.step(step, result, now - start)
 
-    def _abandon(self, step: Step, reason: str) -> None:
-        """Go on after a step that the device had no memory for, with smaller ones."""
-        num_preempted = self._scheduler.abandon(step, time.monotonic())
+    def _abandon(self, step: Step, reason: str, key: str | None = None) -> None:
+        """Go on after a step that the device had no memory for.
+
+        Args:
+            step: The step.
+            reason: Told in the log.
+            key: The adapter that there was no memory for: its requests end. If None, steps become
+                smaller.
+        """
+        num_preempted = self._scheduler.abandon(step, time.monotonic(), is_too_large=key is None)
         _log.warning("the device has no memory for a step", extra=log.fields(reason=reason))
+        ended = [item.sequence for item in step.scheduled if _uses(item.sequence, key)]
         if num_preempted is None:
+            ended = [step.scheduled[0].sequence]
+        for sequence in ended:
             error = BudgetExceededError(say("DEVICE_MEMORY_SHORT"))
-            self._fail(self._answers[step.scheduled[0].sequence], error)
+            self._fail(self._answers[sequence], error)
+        if num_preempted is None:
             return
         self._ready.update(s for s in self._scheduler.waiting if s.num_preemptions > 0)
         self._observer.preempted(num_preempted)

@@ -39,6 +39,8 @@ TEXTS = {
     # Memory and disks.
     "OUT_OF_MEMORY": "the server is out of memory",
     "DEVICE_MEMORY_SHORT": "the device has too little free memory to run this request",
+    "OVER_DEVICE_MEMORY": "the adapter needs {bytes} bytes of device memory, but at most"
+    " {budget_bytes} are available for it; raise --adapter-device-bytes",
     "DEVICE_NOT_VISIBLE": "{device} is not among the devices of CUDA_VISIBLE_DEVICES ({visible})",
     "NO_CUDA_DEVICE": "{device} is not available, because torch finds no CUDA device",
     "GPU_TOO_OLD": "this GPU has compute capability {found}, but {least} is required",

@@ -10,7 +10,9 @@ from unittest.mock import patch
 
 import pytest
 from builders.registries import Gate, Registries, refs, until
+from said import says
 
+from turret.server.adapters.device.store import AdapterMemoryError
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.engine.answer import Answer
 from turret.server.engine.detokenizer import AnswerText
@@ -198,6 +200,30 @@ def test_a_request_that_never_fits_ends_alone(make: Registries) -> None:
         driven.finish("small", "large")
     assert set(driven.errors) == {"large"}
     assert isinstance(driven.errors["large"], BudgetExceededError)
+
+
+def test_an_adapter_without_memory_ends_its_own_requests_alone(make: Registries) -> None:
+    """Nobody else is preempted, and steps stay as large."""
+    driven = Driven(make(2, load="ab"))
+    runner, sizes = FakeRunner(), list[int]()
+
+    def run(step: Step) -> StepResult:
+        sizes.append(len(step.scheduled))
+        for item in step.scheduled:
+            for adapter, _ in item.sequence.mix.members:
+                if adapter.name == "b":
+                    raise AdapterMemoryError(adapter.key)
+        return FakeRunner.run(runner, step)
+
+    with patch.object(driven.loop._runner, "run", run):
+        for number in range(4):
+            driven.ask(f"a{number}", "a", max_tokens=3)
+        for number in range(2):
+            driven.ask(f"b{number}", "b", max_tokens=3)
+        driven.finish(*(f"a{number}" for number in range(4)), "b0", "b1")
+    assert set(driven.errors) == {"b0", "b1"}
+    assert all(says("DEVICE_MEMORY_SHORT")(error) for error in driven.errors.values())
+    assert sizes[:2] == [6, 4]
 
 
 def test_a_ready_request_does_not_wait_for_one_of_its_mix_that_is_not(make: Registries) -> None:

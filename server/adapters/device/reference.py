@@ -201,7 +201,7 @@ class Reference(Part):
             for layer, s, ops in self._layout.of(operators, name):
                 taken = [self._moved(part) for part in ops.operators if self._takes(part)]
                 if taken:
-                    gain = None if ops.gain is None else ops.gain.to(self._device)
+                    gain = None if ops.gain is None else self._own(ops.gain)
                     module = _Module(s, taken, gain)
                     held.modules.setdefault((layer, name), []).append(module)
         for name in self._layout.experts:
@@ -219,15 +219,24 @@ class Reference(Part):
     def _moved(self, operator: O) -> O:
         if self._device.type == "cpu":
             return operator
-        return operator.with_tensors(tensor.to(self._device) for tensor in operator.tensors())
+        return operator.with_tensors(self._own(tensor) for tensor in operator.tensors())
+
+    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device; elsewhere than on the CPU, not a view of an upload's memory."""
+        return tensor.to(self._device, copy=self._device.type != "cpu")
 
     def remove(self, key: str) -> None:
         self._held.pop(key, None)
 
     def extra_bytes(self, operators: AdapterOperators) -> int:
-        modules = (part for ops in operators.modules.values() for part in ops.operators)
         others = (*(operators.experts or {}).values(), *(operators.attention or {}).values())
-        return sum(part.prepared_bytes for part in (*modules, *others) if self._takes(part))
+        more = sum(part.prepared_bytes for part in others if self._takes(part))
+        for ops in operators.modules.values():
+            taken = [part for part in ops.operators if self._takes(part)]
+            more += sum(part.prepared_bytes for part in taken)
+            if taken and ops.gain is not None and self._device.type != "cpu":
+                more += ops.gain.nbytes
+        return more
 
     def bind(self, members: StepMembers, num_decode: int | None = None) -> StepReference | None:
         """The step's rows, or None if no row's adapters are here.

@@ -15,6 +15,8 @@ from turret.server.adapters.device.members import StepMembers
 from turret.server.adapters.device.vocabulary import VocabularyChange, vocabulary_change
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.token_router import TokenRouter
+from turret.server.errors import BudgetExceededError
+from turret.server.words import say
 
 if TYPE_CHECKING:
     from turret.kernels.gpu.low_rank import Shrink
@@ -32,13 +34,17 @@ class Part(ABC):
     def remove(self, key: str) -> None:
         """Forget an adapter; unknown ones are ignored."""
 
-    def has_room(self, operators: AdapterOperators) -> bool:
-        """Whether an adapter goes in without growing what every step reads."""
-        return True
-
     def extra_bytes(self, operators: AdapterOperators) -> int:
         """Bytes an adapter takes here past those that its operators take in host memory."""
         return 0
+
+
+class AdapterMemoryError(Exception):
+    """The device had no memory for an adapter. Its ``key`` names it; nothing was computed."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"no memory for adapter {key}")
+        self.key = key
 
 
 # Called with every adapter that enters or leaves a store.
@@ -140,10 +146,14 @@ class AdapterStep(Protocol):
 
 @dataclass(slots=True)
 class _Entry:
-    """An adapter in a store."""
+    """An adapter in a store.
+
+    ``operators`` are those in host memory: what is on the device is held by the parts alone.
+    """
 
     adapter: Resident
-    operators: AdapterOperators
+    operators: AdapterOperators | None
+    needs: tuple[int, ...]
     last_step: int
 
 
@@ -159,12 +169,16 @@ class AdapterStore:
         max_bytes: Budget of what is in the store. The scheduler keeps what runs together within
             it; idle adapters give way.
         on_moved: Called with every adapter that enters or leaves.
+
+    Attributes:
+        budgets: Bytes of each kind of memory that adapters take.
     """
 
     def __init__(
         self, parts: Sequence[Part], device: torch.device, max_bytes: int, on_moved: OnMoved
     ) -> None:
         self.max_bytes = max_bytes
+        self.budgets: tuple[int, ...] = (max_bytes,)
         self._parts = parts
         self._device = device
         self._on_moved = on_moved
@@ -181,6 +195,25 @@ class AdapterStore:
     def stored_bytes(self, operators: AdapterOperators) -> int:
         """Bytes that an adapter takes in the store."""
         return operators.num_bytes + sum(part.extra_bytes(operators) for part in self._parts)
+
+    def needs(self, operators: AdapterOperators) -> tuple[int, ...]:
+        """Bytes that an adapter takes of each kind of memory; see ``budgets``."""
+        return (self.stored_bytes(operators),)
+
+    def admit(self, operators: AdapterOperators) -> None:
+        """Get ready for an adapter that is being loaded; on the loading thread.
+
+        Raises:
+            BudgetExceededError: It could never be in the store.
+        """
+        for needed, budget in zip(self.needs(operators), self.budgets, strict=True):
+            if needed > budget:
+                why = say("OVER_DEVICE_MEMORY", bytes=needed, budget_bytes=budget)
+                raise BudgetExceededError(why)
+
+    def is_refused(self, key: str) -> bool:
+        """Whether the device had no memory for an adapter just now."""
+        return False
 
     def is_near(self, adapter: Resident) -> bool:
         """Whether a step that uses an adapter can begin without waiting for a copy of it.
@@ -237,8 +270,8 @@ class AdapterStore:
 
     def _insert(self, adapter: Resident) -> None:
         operators = self._operators(adapter)
-        num_bytes = self.stored_bytes(operators)
-        while not self._has_room(operators, num_bytes) and self._drop_idle():
+        needs = self.needs(operators)
+        while not self._has_room(needs) and self._drop_idle():
             pass
         try:
             for part in self._parts:
@@ -251,21 +284,20 @@ class AdapterStore:
                     for tensor in operators.router.tensors()
                 )
                 self._routers[adapter.key] = operators.router.with_tensors(moved)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError):
             # Leave no trace of an adapter that is not stored: the step may be retried.
             for part in self._parts:
                 part.remove(adapter.key)
             raise
         if change is not None:
             self._vocabularies[adapter.key] = change
-        self._entries[adapter.key] = _Entry(adapter, operators, self._step)
-        adapter.bytes_device = num_bytes
+        self._entries[adapter.key] = _Entry(adapter, adapter.operators, needs, self._step)
+        adapter.bytes_device = sum(needs)
         self._on_moved(adapter)
 
-    def _has_room(self, operators: AdapterOperators, num_bytes: int) -> bool:
-        if self.adapter_bytes + num_bytes > self.max_bytes:
-            return False
-        return all(part.has_room(operators) for part in self._parts)
+    def _has_room(self, needs: tuple[int, ...]) -> bool:
+        taken = zip(*(entry.needs for entry in self._entries.values()), needs, strict=True)
+        return all(sum(each) <= most for each, most in zip(taken, self.budgets, strict=True))
 
     def _drop_idle(self) -> bool:
         """Forget the adapter that was used longest ago and not in this step, if there is one."""

@@ -110,8 +110,14 @@ class Gate(Operator):
 
     @property
     def prepared_bytes(self) -> int:
-        is_asked = isinstance(self.score, QueryScore)
-        return self.a.nbytes + self.score.num_bytes if is_asked else 0
+        components = self.a.shape[0] * torch.int64.itemsize
+        if isinstance(self.score, QueryScore):
+            return components + self.a.nbytes + self.score.query.nbytes
+        if isinstance(self.score, PrototypeScore):
+            rows, columns = self.score.prototypes.shape
+            padded = -(-rows // GATE_MULTIPLE) * GATE_MULTIPLE
+            return components + padded * columns * self.score.prototypes.itemsize
+        return components
 
     def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
         found = row_linear(x, self._down)

@@ -23,6 +23,7 @@ from turret.server.adapters.base import BaseModel, ChangedBase
 from turret.server.adapters.chat_template import OwnTemplate
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.mix import Mix
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.export import AdapterExport
 from turret.server.adapters.registry.installer import Installer
@@ -67,6 +68,8 @@ class AdapterRegistry:
         load_threads: Background reads at a time.
         allowed: Exceptions to what is refused by default.
         hub: Where paths that begin with ``hub:`` lead; None refuses them.
+        admit: Called with every adapter's operators as it is read; raises where they cannot be
+            served.
 
     Attributes:
         on_force_unload: Listeners, called with the uuid of an adapter whose users must end now;
@@ -87,6 +90,7 @@ class AdapterRegistry:
         load_threads: int = 2,
         allowed: Allowed = NOTHING_SPECIAL,
         hub: AdapterHub | None = None,
+        admit: Callable[[AdapterOperators], None] = lambda operators: None,
     ) -> None:
         self._state = kept = NoStateDir() if state is None else state
         self._loader = loader = AdapterLoader(
@@ -98,6 +102,7 @@ class AdapterRegistry:
             find_source=lambda ref: self._table.source_of(ref),
             allowed=allowed,
             hub=hub,
+            admit=admit,
         )
         self._lock = lock = threading.RLock()
         self._metrics: AdapterMetrics = metrics or NoAdapterMetrics()

@@ -84,6 +84,7 @@ class AdapterLoader:
         find_source: Where the files of a registered component are; raises AdapterComponentError.
         allowed: Exceptions to what is refused by default.
         hub: Where paths that begin with ``hub:`` lead; None refuses them.
+        admit: Called with every adapter's operators; raises where they cannot be served.
     """
 
     def __init__(
@@ -97,7 +98,9 @@ class AdapterLoader:
         find_source: Callable[[ComponentRef], Source] = find_no_component,
         allowed: Allowed = NOTHING_SPECIAL,
         hub: AdapterHub | None = None,
+        admit: Callable[[AdapterOperators], None] = lambda operators: None,
     ) -> None:
+        self._admit = admit
         self.check_tokenizer: CheckTokenizer = _take_any_tokenizer
         self._root = AdapterRoot(root)
         self._hub = hub or AdapterHub()
@@ -212,6 +215,7 @@ class AdapterLoader:
             raise over_host_memory(checkpoint.path, lowered.num_bytes, self._host_bytes)
         if not self._allowed.other_base:
             check_same_base(checkpoint, base)
+        self._admit(lowered.operators)
         generation = base.generation if lowered.depends_on_base else None
         facts = lowered.facts(checkpoint, method)
         if checkpoint.tokenizer is not None:

@@ -183,11 +183,16 @@ class Scheduler:
         self.waiting.charge(sequence.group, count)
         self._drafts.accepted(sequence, count)
 
-    def abandon(self, step: Step, now: float = 0.0) -> int | None:
+    def abandon(self, step: Step, now: float = 0.0, *, is_too_large: bool = True) -> int | None:
         """Undo a step that the device had no memory for: nothing of it was computed.
 
         The sequence that was admitted last is preempted, and later steps are smaller: half the
         tokens, one sequence less. With every sequence that ends, that is loosened.
+
+        Args:
+            step: The step.
+            now: When, in seconds.
+            is_too_large: Whether a smaller step would help.
 
         Returns:
             How many sequences were preempted; None if no step could be smaller than this one, of
@@ -199,14 +204,17 @@ class Scheduler:
             self.waiting.refund(item.sequence.group, item.num_new)
         sequences = [item.sequence for item in step.scheduled]
         tokens = sum(item.num_new for item in step.scheduled)
-        is_least = len(sequences) == 1 and tokens <= self._max_num_seqs
-        if is_least and not step.scheduled[0].draft:
-            return None
-        self._drafts.is_paused = True
-        # Keep enough tokens for a decode step of all sequences.
-        self._num_tokens = max(tokens // 2, self._max_num_seqs)
-        self._num_seqs = max(len(self.running) - 1, 1)
-        victims = {max(sequences, key=self.running.index)} if len(sequences) > 1 else set()
+        victims = set[Sequence]()
+        if is_too_large:
+            is_least = len(sequences) == 1 and tokens <= self._max_num_seqs
+            if is_least and not step.scheduled[0].draft:
+                return None
+            self._drafts.is_paused = True
+            # Keep enough tokens for a decode step of all sequences.
+            self._num_tokens = max(tokens // 2, self._max_num_seqs)
+            self._num_seqs = max(len(self.running) - 1, 1)
+            if len(sequences) > 1:
+                victims.add(max(sequences, key=self.running.index))
         if step.presets:
             # Their prefix blocks are already findable by key but may not have been filled.
             self.blocks.forget_cached()

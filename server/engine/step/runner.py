@@ -62,13 +62,14 @@ class Runner:
         self._masks = Masks(stop_token_ids, is_late=self._sampler.takes_late_masks)
         self._pooler = Pooler()
         # Adapter key → bytes on the device. Cached because it is summed over every module.
-        self._stored_bytes: dict[str, int] = {}
+        self._needs: dict[str, tuple[int, ...]] = {}
 
     def run(self, step: Step) -> StepResult:
         """Compute a step. Keys and values of its tokens are in the cache afterwards.
 
         Raises:
             DeviceFullError: Not even with what could be freed; a smaller step may succeed.
+            AdapterMemoryError: There is no memory for an adapter.
         """
         reason = ""
         for _ in range(2):
@@ -97,7 +98,7 @@ class Runner:
 
     def fits(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
         """Whether a sequence's adapters, which are in host memory, fit beside the running ones."""
-        return self._needed_bytes((sequence, *running)) <= self._store.max_bytes
+        return self._missing((sequence, *running)) is None
 
     def is_near(self, sequence: Sequence) -> bool:
         """Whether a sequence's adapters, which are in host memory, are on the device or almost.
@@ -109,23 +110,30 @@ class Runner:
         return all(near)
 
     def refusal(self, sequence: Sequence) -> BudgetExceededError | None:
-        """Why a sequence could not even run alone, or None."""
-        if self.fits(sequence, ()):
+        """Why a sequence could not even run alone, or not now; or None."""
+        if any(self._store.is_refused(adapter.key) for adapter, _ in sequence.mix.members):
+            return BudgetExceededError(say("DEVICE_MEMORY_SHORT"))
+        missing = self._missing((sequence,))
+        if missing is None:
             return None
-        needed = self._needed_bytes((sequence,))
-        budget = self._store.max_bytes
+        needed, budget = missing
         return BudgetExceededError(say("MIX_TOO_LARGE", bytes=needed, budget_bytes=budget))
 
-    def _needed_bytes(self, sequences: Iterable[Sequence]) -> int:
-        """Bytes that their adapters take when stored together; each counts once."""
-        distinct = {a.key: a for s in sequences for a, _ in s.mix.members}
-        return sum(self._bytes_of(adapter) for adapter in distinct.values())
+    def _missing(self, sequences: Iterable[Sequence]) -> tuple[int, int] | None:
+        """What their adapters take when stored together, and the budget that this exceeds.
 
-    def _bytes_of(self, adapter: Resident) -> int:
-        known = self._stored_bytes.get(adapter.key)
+        Each counts once. None if there is room.
+        """
+        distinct = {a.key: a for s in sequences for a, _ in s.mix.members}
+        needed = zip(*map(self._needs_of, distinct.values()), strict=True)
+        pairs = zip(map(sum, needed), self._store.budgets, strict=False)
+        return next((pair for pair in pairs if pair[0] > pair[1]), None)
+
+    def _needs_of(self, adapter: Resident) -> tuple[int, ...]:
+        known = self._needs.get(adapter.key)
         if known is None:
             assert adapter.operators is not None, "its request is ready or runs"
-            known = self._stored_bytes[adapter.key] = self._store.stored_bytes(adapter.operators)
+            known = self._needs[adapter.key] = self._store.needs(adapter.operators)
         return known
 
     @property
@@ -135,7 +143,7 @@ class Runner:
 
     def forget_adapter(self, key: str) -> None:
         """Drop an adapter that is gone."""
-        self._stored_bytes.pop(key, None)
+        self._needs.pop(key, None)
         self._store.drop(key)
 
     def forget(self, sequence: Sequence) -> None:

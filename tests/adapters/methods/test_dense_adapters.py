@@ -92,7 +92,7 @@ async def test_they_count_against_the_device_budget(tmp_path: Path) -> None:
         on_device = [harness.registry.get(name).bytes_device for name in ("first", "second")]
         assert sorted(on_device) == [0, needed]
     async with EngineHarness.start(
-        base.folder, tmp_path, adapters=["first"], adapter_device_bytes=needed // 2
+        base.folder, tmp_path, adapter_device_bytes=needed // 2
     ) as harness:
-        with pytest.raises(BudgetExceededError, check=says("MIX_TOO_LARGE", bytes=needed)):
-            await harness.run(make_request(prompt_of(5), "first"))
+        with pytest.raises(BudgetExceededError, check=says("OVER_DEVICE_MEMORY", bytes=needed)):
+            harness.registry.load("first", "first")

@@ -48,7 +48,7 @@ MIX = [("both", 0.5), ("tokens", -0.75), ("norm", 1.0), ("loha", -1.0)]
 # The prompt's step; then one runs as it is, one is captured, one is replayed.
 NUM_TOKENS = 4
 # Device memory for one adapter and a little more.
-LITTLE = 430_000
+LITTLE = 853_000
 
 
 @pytest.fixture(autouse=True)

@@ -340,7 +340,8 @@ def test_an_adapter_enters_the_pack_by_one_copy():
     with torch.no_grad(), watched() as copies:
         executor.store.prepare([adapters["low"], adapters["other"]])
     assert copies.waits == []
-    assert copies.uploads == 2
+    # Where the factors on shelves lie is another table.
+    assert copies.uploads == 3
     with torch.no_grad(), watched() as copies:
         executor.store.prepare([adapters["gated"]])
     assert copies.waits == []

@@ -11,13 +11,16 @@ from unittest.mock import patch
 import pytest
 import torch
 from fake_cuda import FakeCuda
+from said import says
 from transformers import LlamaConfig
 
 from turret.kernels.gpu import tables as staged_buffer
 from turret.kernels.gpu.tables import ATTENTION_HEADER
 from turret.server.adapters.device.gpu import uploads as uploads_module
+from turret.server.adapters.device.gpu.pack import GpuPack
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
+from turret.server.adapters.device.store import AdapterMemoryError
 from turret.server.adapters.mix import Mix
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.low_rank import LowRank
@@ -192,6 +195,37 @@ def test_idle_adapters_give_way_to_a_step_that_finds_no_memory(cuda: FakeCuda):
         runner.run(Step((Scheduled(sequence, 2),), (), 0))
     size = executor.store.stored_bytes(used.operators)
     assert here == [(size, size), (0, size)]
+
+
+def test_an_adapter_that_finds_no_memory_costs_nobody_their_graphs(cuda: FakeCuda):
+    executor, _ = _executor(cuda)
+    runner = Runner(executor, frozenset())
+    adapters: Any = [_Adapter(key) for key in "ab"]
+    idle, used = adapters
+    executor.store.prepare(adapters[:1])
+    mix = Mix(((used, 1.0),))
+    sequence = Sequence(Request(request_id="r", prompt_token_ids=(1, 2, 3)), mix, 0.0)
+    sequence.blocks = [3]
+    step = Step((Scheduled(sequence, 2),), (), 0)
+    dropped, tried = list[str](), list[str]()
+
+    def full(pack: GpuPack, key: str, operators: AdapterOperators) -> None:
+        tried.append(key)
+        raise torch.OutOfMemoryError("full")
+
+    with (
+        patch.object(GpuPack, "insert", full),
+        patch.object(DecodeGraphs, "drop", lambda self: dropped.append("graphs")),
+    ):
+        for _ in range(3):
+            with pytest.raises(AdapterMemoryError):
+                runner.run(step)
+    assert tried == ["b", "b"], "once more after idle ones have left, and then not for a while"
+    assert dropped == []
+    assert idle.bytes_device == 0
+    refusal = runner.refusal(sequence)
+    assert refusal is not None
+    assert says("DEVICE_MEMORY_SHORT")(refusal)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ all gated adapters of the step together (``kernels/gpu/fusion_gate.py``). Gates 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, groupby, pairwise
 
@@ -30,17 +30,14 @@ from turret.server.adapters.device.gpu.pack import (
     components_of,
     gate_in,
     gates_of,
-    grown,
     moves_of,
 )
-from turret.server.adapters.device.gpu.uploads import by_layers
+from turret.server.adapters.device.gpu.uploads import aligned, apart
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
 from turret.server.adapters.device.store import Part
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.gate import Gate
-
-_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +126,11 @@ class GpuGates(Part):
         flat = host_tensor([*chain(*words.values())], torch.int64)
         parts = upload(flat, self._device).split([len(part) for part in words.values()])
         for name, part in zip(words, parts, strict=True):
-            table = self._grown(name)
+            if name not in self._tables:
+                shape = (len(self._layout.projections[name]), WORDS)
+                shape = (self._layout.num_layers, self._pack.num_slots, *shape)
+                self._tables[name] = torch.zeros(shape, dtype=torch.int64, device=self._device)
+            table = self._tables[name]
             table[:, place.slot] = part.view(table.shape[0], *table.shape[2:])
         asked = max(len(gate.score.tensors()[0]) for gate in gates_of(operators))
         bounds = tuple(pairwise(accumulate(components, initial=0)))
@@ -142,8 +143,9 @@ class GpuGates(Part):
         """Bytes of keys beyond those in host memory: the pack's ranks determine their layout."""
         ranks, more = sum(components_of(operators)), 0
         for gate in gates_of(operators):
-            _, keys = gate.score.tensors()
-            more += (ranks - len(keys)) * keys.shape[1] * keys.itemsize
+            query, keys = gate.score.tensors()
+            laid = ranks * keys.shape[1] * keys.itemsize
+            more += aligned(laid) + aligned(query.nbytes) - keys.nbytes - query.nbytes
         return more
 
     def bind(
@@ -175,16 +177,6 @@ class GpuGates(Part):
             ]
             found.append(GatedMembers(begin, len(members), adapter.asked))
         return tuple(members), tuple(found)
-
-    def _grown(self, name: str) -> torch.Tensor:
-        table = self._tables.get(name)
-        if table is None:
-            shape = (self._layout.num_layers, 0, len(self._layout.projections[name]), WORDS)
-            table = torch.zeros(shape, dtype=torch.int64, device=self._device)
-        if table.shape[1] < self._pack.num_slots:
-            table = grown(table, self._pack.num_slots)
-        self._tables[name] = table
-        return table
 
     def _words(
         self,
@@ -218,8 +210,9 @@ class GpuGates(Part):
                 return own
 
             tensors = [(layer, gate.score.tensors()) for layer, gate in alike]
-            queries = _apart(((layer, query) for layer, (query, _) in tensors), kept)
-            keys = _apart(((layer, keys) for layer, (_, keys) in tensors), kept, laid)
+            device = self._device
+            queries = apart(((layer, query) for layer, (query, _) in tensors), kept, device)
+            keys = apart(((layer, keys) for layer, (_, keys) in tensors), kept, device, laid)
             for (layer, (query, _)), q, k in zip(tensors, queries, keys, strict=True):
                 words[layer][s] = [q, k, len(query), 0]
         return [word for layer in words for own in layer for word in own]
@@ -232,30 +225,3 @@ def _member(place: Place, weight: float) -> SegmentMember:
 def _form(gate: Gate) -> tuple[object, ...]:
     """The properties that gates must share to be copied together."""
     return gate.rank_indptr, *(t.shape for t in gate.score.tensors())
-
-
-def _apart(
-    found: Iterable[tuple[int, torch.Tensor]],
-    kept: list[torch.Tensor],
-    laid: Callable[[torch.Tensor], torch.Tensor] = lambda stack: stack,
-) -> list[int]:
-    """Copy tensors of several layers, few at a time, to aligned memory of their own.
-
-    Args:
-        found: Layers, rising, and a tensor of each.
-        kept: List that the copies are added to.
-        laid: Turns the tensors of some layers, ``[layers, …]``, into what is to be copied.
-
-    Returns:
-        Where each begins.
-    """
-    places: list[int] = []
-    for _, stack in by_layers(found):
-        values = laid(stack).flatten(1)
-        size, item = values.shape[1], values.itemsize
-        step = -(-size * item // _ALIGNMENT) * _ALIGNMENT
-        own = values.new_empty(len(values), step // item)
-        own[:, :size] = values
-        kept.append(own)
-        places += range(own.data_ptr(), own.data_ptr() + len(values) * step, step)
-    return places

@@ -1,6 +1,6 @@
 """Low-rank updates side by side in wide matrices; gains and biases in tables.
 
-Both are as large from the start as their budget: captured steps know where they are.
+Both are made once, as large as their budget, and never move: captured steps know where they are.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from itertools import accumulate, groupby, pairwise
 
 import torch
 
+from turret.kernels.gpu.fusion_gate import WORDS
 from turret.server.adapters.device.gpu.uploads import by_layers
 from turret.server.adapters.device.kernels import has_kernel
 from turret.server.adapters.device.layout import ProjectionLayout
@@ -43,16 +44,11 @@ class Placement:
 
     Args:
         capacity: Ranks there are places for.
-        num_slots: Number of slots at first, without the neutral slot 0.
-
-    Attributes:
-        num_slots: Slots there are places for, slot 0 included.
     """
 
-    def __init__(self, capacity: int, num_slots: int) -> None:
+    def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._places: dict[str, Place] = {}
-        self.num_slots = num_slots + 1
 
     @property
     def places(self) -> Mapping[str, Place]:
@@ -66,10 +62,6 @@ class Placement:
     def has_room(self, width: int) -> bool:
         """Whether ``width`` ranks are free side by side."""
         return self._find(width) is not None
-
-    def has_slots(self, count: int) -> bool:
-        """Whether ``count`` slots are free, so that no table has to grow."""
-        return len(self._places) + count < self.num_slots
 
     def put(self, key: str, width: int) -> Place:
         """Places an adapter at the first gap that fits; the caller has made room."""
@@ -109,15 +101,12 @@ class Placement:
 
     def _find_slot(self) -> int:
         taken = {place.slot for place in self._places.values()}
-        slot = next(i for i in range(1, len(taken) + 2) if i not in taken)
-        while self.num_slots <= slot:
-            self.num_slots *= 2
-        return slot
+        return next(i for i in range(1, len(taken) + 2) if i not in taken)
 
 
-# Every slot costs rows in the tables of gains and biases; more are made if a batch needs them.
+# An adapter takes at least so many ranks: each has a slot, which costs rows in the tables of gains
+# and biases.
 _RANKS_PER_SLOT = 16
-_MIN_SLOTS = 8
 
 
 def gate_in(operators: ModuleOperators) -> Gate | None:
@@ -154,13 +143,6 @@ def moves_of(components: Sequence[int], gate: Gate) -> list[tuple[slice, slice]]
     return [(slice(s, e), slice(to - (e - s), to)) for s, e, to in moves]
 
 
-def grown(table: torch.Tensor, num_slots: int) -> torch.Tensor:
-    """A larger table, ``[layers, slots, …]``, with the old content followed by zeros."""
-    larger = table.new_zeros(table.shape[0], num_slots, *table.shape[2:])
-    larger[:, : table.shape[1]] = table
-    return larger
-
-
 class GpuPackedProjection:
     """The matrices and tables of one fused projection kind (``qkv``, ``o``, …), all layers.
 
@@ -171,31 +153,33 @@ class GpuPackedProjection:
         layers: Per layer, its views of ``a`` and ``b``.
         slice_ranks: How many ranks every adapter has in every module, ``[layers, slots, slices]``
             int32.
-        gain_delta: ``g − 1`` per slot, ``[layers, slots, sum(out)]`` fp32, or None (no gains yet).
-        bias: ``[layers, slots, sum(out)]`` fp32, or None.
+        gain_delta: ``g − 1`` per slot, ``[layers, slots, sum(out)]`` fp32.
+        bias: ``[layers, slots, sum(out)]`` fp32.
     """
 
     def __init__(
-        self, layout: ProjectionLayout, name: str, dtype: torch.dtype, device: torch.device
+        self,
+        layout: ProjectionLayout,
+        name: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        ranks: int,
+        num_slots: int,
     ) -> None:
         self.name = name
         self.slices = layout.projections[name]
         self.columns = layout.columns(name)
         self._layout = layout
-        self._like = {"dtype": dtype, "device": device}
-        self.gain_delta: torch.Tensor | None = None
-        self.bias: torch.Tensor | None = None
-        self.reserve(0, 1)
+        layers, count = layout.num_layers, len(self.slices)
 
-    def reserve(self, ranks: int, num_slots: int) -> None:
-        """Allocates empty matrices and tables for ``ranks`` and ``num_slots``, slot 0 included."""
-        layers, count = self._layout.num_layers, len(self.slices)
-        shape = (layers, ranks, count, self.slices[0].in_features)
-        self.a = torch.zeros(shape, **self._like)
-        self.b = [torch.zeros(layers, ranks, s.out_features, **self._like) for s in self.slices]
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(layers, *shape, dtype=dtype, device=device)
+
+        self.a = zeros(ranks, count, self.slices[0].in_features, dtype=dtype)
+        self.b = [zeros(ranks, s.out_features, dtype=dtype) for s in self.slices]
         self.layers = [(self.a[i], [b[i] for b in self.b]) for i in range(layers)]
-        shape = (layers, num_slots, count)
-        self.slice_ranks = torch.zeros(shape, dtype=torch.int32, device=self._like["device"])
+        self.slice_ranks = zeros(num_slots, count, dtype=torch.int32)
+        self.gain_delta, self.bias = (zeros(num_slots, layout.width(name)) for _ in range(2))
 
     def move(self, moves: Iterable[tuple[int, int, int]]) -> None:
         """Move ranks down within the matrices.
@@ -210,9 +194,10 @@ class GpuPackedProjection:
                     # Copy first, because source and target may overlap.
                     matrix[:, first : first + end - start] = matrix[:, start:end].clone()
 
-    def put(self, operators: AdapterOperators, place: Place, num_slots: int) -> None:
+    def put(self, operators: AdapterOperators, place: Place) -> None:
         """Copy an adapter's factors, gains and biases into a place; clears what that held."""
-        found = self._cleared(operators, place, num_slots)
+        self._clear(place)
+        found = self._layout.of(operators, self.name)
         for s, columns in enumerate(self.columns):
             own = [(layer, ops) for layer, of, ops in found if of == s]
             factors = [(i, ops.low_rank) for i, ops in own if ops.low_rank is not None]
@@ -223,15 +208,13 @@ class GpuPackedProjection:
             for layers, factor in by_layers((i, low_rank.b) for i, low_rank in factors):
                 self.b[s][layers, start : start + factor.shape[1]] = factor
             for layers, gain in by_layers((i, ops.gain) for i, ops in own if ops.gain is not None):
-                assert self.gain_delta is not None
                 self.gain_delta[layers, place.slot, columns] = gain - 1.0
             for layers, bias in by_layers((i, ops.bias) for i, ops in own if ops.bias is not None):
-                assert self.bias is not None
                 self.bias[layers, place.slot, columns] = bias
 
-    def put_gates(self, operators: AdapterOperators, place: Place, num_slots: int) -> None:
+    def put_gates(self, operators: AdapterOperators, place: Place) -> None:
         """Copies the factors of an adapter's gates into a place that holds nothing else."""
-        self._cleared(AdapterOperators({}), place, num_slots)
+        self._clear(place)
         found, components = self._layout.of(operators, self.name), components_of(operators)
         here = slice(place.rank_start, place.rank_end)
         for s, b in enumerate(self.b):
@@ -249,30 +232,11 @@ class GpuPackedProjection:
                     for ranks, target in moves:
                         b[layers, here][:, target] = factor[:, ranks]
 
-    def _cleared(
-        self, operators: AdapterOperators, place: Place, num_slots: int
-    ) -> list[tuple[int, int, ModuleOperators]]:
-        """Zeroes a place in tables that exist or are needed; returns the adapter's operators."""
-        found = self._layout.of(operators, self.name)
-        # A table that exists covers every slot: adapters without an entry must read zeros.
-        if self.gain_delta is not None or any(ops.gain is not None for _, _, ops in found):
-            self.gain_delta = self._widened(self.gain_delta, num_slots)
-        if self.bias is not None or any(ops.bias is not None for _, _, ops in found):
-            self.bias = self._widened(self.bias, num_slots)
-        if self.slice_ranks.shape[1] < num_slots:
-            self.slice_ranks = grown(self.slice_ranks, num_slots)
+    def _clear(self, place: Place) -> None:
         for table in (self.gain_delta, self.bias, self.slice_ranks):
-            if table is not None:
-                table[:, place.slot] = 0
+            table[:, place.slot] = 0
         for matrix in (self.a, *self.b) if place.rank_end > place.rank_start else ():
             matrix[:, place.rank_start : place.rank_end] = 0
-        return found
-
-    def _widened(self, table: torch.Tensor | None, num_slots: int) -> torch.Tensor:
-        if table is None:
-            shape = (self._layout.num_layers, 0, self._layout.width(self.name))
-            table = torch.zeros(shape, device=self._like["device"])
-        return table if table.shape[1] >= num_slots else grown(table, num_slots)
 
     def _put_ranks(self, slot: int, s: int, own: Iterable[tuple[int, int]]) -> None:
         """Records an adapter's ranks in a slice, by layer."""
@@ -281,18 +245,6 @@ class GpuPackedProjection:
         for (rank, _), run in groupby(enumerate(own), lambda at: (at[1][1], at[1][0] - at[0])):
             layers = [layer for _, (layer, _) in run]
             self.slice_ranks[layers[0] : layers[-1] + 1, slot, s].fill_(rank)
-
-    def addresses(self) -> list[object]:
-        """Addresses and shapes of the matrices."""
-        return [(t.data_ptr(), t.shape) for t in (self.a, *self.b, self.slice_ranks)]
-
-    def optional_addresses(self, form: Form) -> list[object]:
-        """Addresses and shapes of the tables that steps of a form read."""
-        tables = (
-            self.gain_delta if (Gain, self.name) in form else None,
-            self.bias if (Bias, self.name) in form else None,
-        )
-        return [None if t is None else (t.data_ptr(), t.shape) for t in tables]
 
 
 class GpuPack(Part):
@@ -308,39 +260,46 @@ class GpuPack(Part):
         layout: Shape of the base.
         dtype: Serving dtype.
         device: Where the matrices are.
-        max_bytes: Budget.
+        max_bytes: Most bytes of all matrices and tables, those of gates included.
 
     Attributes:
         projections: The matrices, by name.
+        num_slots: Slots of the tables, the neutral slot 0 included.
+        budget: Bytes that adapters may take; see ``bytes_of``.
+        num_bytes: Bytes of all matrices and tables.
     """
 
     def __init__(
         self, layout: ProjectionLayout, dtype: torch.dtype, device: torch.device, max_bytes: int
     ) -> None:
         self._layout = layout
-        self.projections = {
-            name: GpuPackedProjection(layout, name, dtype, device) for name in layout.projections
-        }
         # Bytes that one rank takes over all modules.
         self._rank_bytes = dtype.itemsize * sum(
             layout.num_layers * (len(slices) * slices[0].in_features + layout.width(name))
             for name, slices in layout.projections.items()
         )
+        slot_bytes = sum(
+            layout.num_layers * (8 * layout.width(name) + (4 + 8 * WORDS) * len(slices))
+            for name, slices in layout.projections.items()
+        )
+        # Bytes that an adapter takes for each of its ranks, its share of the tables included.
+        self._share = self._rank_bytes + -(-slot_bytes // _RANKS_PER_SLOT)
+        count = max(max_bytes - slot_bytes, 0) // (self._share * _RANKS_PER_SLOT)
+        ranks = count * _RANKS_PER_SLOT
+        self.num_slots = count + 1
+        self.budget = ranks * self._share
+        self.num_bytes = ranks * self._rank_bytes + self.num_slots * slot_bytes
         self._forms: dict[str, Form] = {}
-        ranks = max_bytes // self._rank_bytes // RANK_ALIGNMENT * RANK_ALIGNMENT
-        self._placement = Placement(ranks, max(ranks // _RANKS_PER_SLOT, _MIN_SLOTS))
-        for projection in self.projections.values():
-            projection.reserve(ranks, self._placement.num_slots)
+        self._placement = Placement(ranks)
+        self.projections = {
+            name: GpuPackedProjection(layout, name, dtype, device, ranks, self.num_slots)
+            for name in layout.projections
+        }
 
     @property
     def places(self) -> Mapping[str, Place]:
         """Each adapter's place, by key."""
         return self._placement.places
-
-    @property
-    def num_slots(self) -> int:
-        """Slots of the tables."""
-        return self._placement.num_slots
 
     def form(self, key: str) -> Form:
         """The packed kinds of operators that an adapter has, with their projections."""
@@ -350,14 +309,19 @@ class GpuPack(Part):
         """The place of an adapter's gate components: ranks and a slot of their own."""
         return self.places.get(_gates_of(key))
 
-    def has_room(self, operators: AdapterOperators) -> bool:
-        return self._placement.has_slots(2 if components_of(operators) else 1)
+    def bytes_of(self, operators: AdapterOperators) -> int:
+        """Bytes that an adapter takes here: the same number of ranks in every module."""
+        widths = [Placement.width_of(operators.rank)]
+        if components_of(operators):
+            widths.append(Placement.width_of(_sum_of(operators)))
+        return sum(max(width, _RANKS_PER_SLOT) for width in widths) * self._share
 
     def extra_bytes(self, operators: AdapterOperators) -> int:
-        """Bytes of unused ranks: an adapter occupies the same number of ranks in every module."""
-        widths = Placement.width_of(operators.rank), Placement.width_of(_sum_of(operators))
-        held = sum(gate.a.nbytes + gate.b.nbytes for gate in gates_of(operators))
-        return sum(widths) * self._rank_bytes - operators.num_low_rank_bytes - held
+        held = operators.num_low_rank_bytes
+        held += sum(gate.a.nbytes + gate.b.nbytes for gate in gates_of(operators))
+        for module in operators.modules.values():
+            held += sum(t.nbytes for t in (module.gain, module.bias) if t is not None)
+        return self.bytes_of(operators) - held
 
     def insert(self, key: str, operators: AdapterOperators) -> None:
         place = self._place(key, Placement.width_of(operators.rank))
@@ -369,11 +333,11 @@ class GpuPack(Part):
             if (gate_in(ops) if kind is Gate else ops.get(kind)) is not None
         )
         for projection in self.projections.values():
-            projection.put(operators, place, self.num_slots)
+            projection.put(operators, place)
         if components_of(operators):
             place = self._place(_gates_of(key), Placement.width_of(_sum_of(operators)))
             for projection in self.projections.values():
-                projection.put_gates(operators, place, self.num_slots)
+                projection.put_gates(operators, place)
 
     def remove(self, key: str) -> None:
         self._placement.remove(key)

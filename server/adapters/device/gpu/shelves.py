@@ -1,7 +1,7 @@
 """Operators that lie by themselves on the gpu path: Hadamard, Kronecker, low rank of experts.
 
-A *shelf* is the tables of one operator of one shape in one place, with a slot for each adapter.
-Rows find their adapter's slot in a row table, one for each position in their mixes.
+A *shelf* says of one operator of one shape in one place where each adapter's tensors lie. Rows find
+their adapter's slot in a row table, one for each position in their mixes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from turret.kernels.gpu.experts import add_expert_updates
 from turret.kernels.gpu.hadamard import hadamard_expand, hadamard_shrink
 from turret.kernels.gpu.kronecker import kronecker
 from turret.kernels.gpu.tables import LongSegment, RowTable, SegmentTable, upload
-from turret.server.adapters.device.gpu.pack import Form, grown
+from turret.server.adapters.device.gpu.pack import Form, GpuPack
+from turret.server.adapters.device.gpu.uploads import aligned, apart
 from turret.server.adapters.device.kernels import has_kernel
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
@@ -41,7 +42,6 @@ class GpuTables(Protocol):
         ...
 
 
-_LEAST_SLOTS = 4
 _Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -64,77 +64,72 @@ class ShelfKey:
 
 
 class Shelf:
-    """The tensors of adapters by slot, in all layers.
+    """Where the tensors of adapters lie, by slot of the pack, in all layers.
+
+    Each adapter's are in memory of their own, so that nothing moves when another comes.
 
     Attributes:
         slots: Slot numbers by adapter key.
         layers: Layers in which some adapter has the operator.
-        tables: Per tensor ``[layers, slots, …]``. Of experts one, which says where each adapter's
-            factors lie, ``[layers, slots, 2]`` int64 (0: nowhere): they are large, a table with a
-            slot for each would leave room for others that do not come.
+        table: Addresses, ``[layers, slots, tensors]`` int64; 0 for a layer that an adapter does not
+            change.
     """
 
     def __init__(
-        self, key: ShelfKey, num_layers: int, dtype: torch.dtype, device: torch.device
+        self,
+        key: ShelfKey,
+        num_layers: int,
+        num_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.key = key
         self.slots: dict[str, int] = {}
         self.layers: set[int] = set()
-        self._like = {"dtype": dtype, "device": device}
-        # Tensors of expert factors by adapter; keeps the addresses in the table valid.
+        self._dtype = dtype
+        # Tensors by adapter; keeps the addresses in the table valid.
         self._kept: dict[str, list[torch.Tensor]] = {}
-        self.is_addressed = key.kind is ExpertLowRank
-        if self.is_addressed:
-            self.tables = [torch.zeros(num_layers, 0, 2, dtype=torch.int64, device=device)]
-        else:
-            self.tables = [torch.zeros(num_layers, 0, *shape, **self._like) for shape in key.shapes]
+        shape = (num_layers, num_slots, len(key.shapes))
+        self.table = torch.zeros(shape, dtype=torch.int64, device=device)
 
-    def put(self, key: str, found: Mapping[int, Operator]) -> None:
-        """Take in an adapter's operators, by layer."""
-        slot = next(i for i in range(len(self.slots) + 1) if i not in self.slots.values())
-        held = self.tables[0].shape[1]
-        if slot >= held:
-            self.tables = [grown(table, max(_LEAST_SLOTS, 2 * held)) for table in self.tables]
+    @property
+    def is_addressed(self) -> bool:
+        """Whether rows are looked up by their number."""
+        return self.key.kind is ExpertLowRank
+
+    def put(self, key: str, slot: int, found: Mapping[int, Operator]) -> torch.Tensor:
+        """Take in an adapter's operators, by layer.
+
+        Returns:
+            What its slot is to hold, ``[layers, tensors]`` on the host.
+        """
+        table, kept = self.table, self._kept.setdefault(key, [])
+        words = torch.zeros(table.shape[0], table.shape[2], dtype=torch.int64)
+        for n in range(table.shape[2]):
+            tensors = ((layer, operator.tensors()[n]) for layer, operator in found.items())
+            places = apart(tensors, kept, table.device, lambda stack: stack.to(self._dtype))
+            words[list(found), n] = torch.tensor(places)
         self.slots[key] = slot
         self.layers.update(found)
-        if self.is_addressed:
-            self._put_addresses(key, found)
-            return
-        for table in self.tables:
-            table[:, slot] = 0
-        for layer, operator in found.items():
-            for table, tensor in zip(self.tables, operator.tensors(), strict=True):
-                table[layer, slot] = tensor
-
-    def _put_addresses(self, key: str, found: Mapping[int, Operator]) -> None:
-        (table,) = self.tables
-        addresses = torch.zeros(len(table), 2, dtype=torch.int64)
-        kept = self._kept[key] = []
-        for layer, operator in found.items():
-            own = [tensor.to(**self._like, copy=True) for tensor in operator.tensors()]
-            addresses[layer] = torch.tensor([tensor.data_ptr() for tensor in own])
-            kept += own
-        table[:, self.slots[key]] = upload(addresses, table.device)
+        return words
 
     def remove(self, key: str) -> None:
-        """Forgets an adapter. Its slot keeps its content, but no step reads it."""
+        """Forgets an adapter. Its addresses stay in the table, but no step reads them."""
         self.slots.pop(key, None)
         self._kept.pop(key, None)
 
     def add(self, layer: int, table: RowTable, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add the updates of the table's rows to ``y``, the slice's columns, in place."""
-        factors = [factor[layer] for factor in self.tables]
+        factors, shapes = self.table[layer], self.key.shapes
         if self.key.kind is Hadamard:
-            w1a, w1b, w2a, w2b = factors
-            u = hadamard_shrink(x, w1b.unsqueeze(1), w2b.unsqueeze(1), table)
-            hadamard_expand(y, u, [w1a], [w2a], table)
+            u = hadamard_shrink(x, factors, shapes[0][1], table)
+            hadamard_expand(y, u, factors, table)
         else:
-            w1, *second = factors
-            kronecker(x, y, w1, second[0] if len(second) == 1 else (second[0], second[1]), table)
+            kronecker(x, y, factors, shapes, table)
 
     def addresses(self) -> list[object]:
-        """Addresses and shapes of the tables, and the layers that use them."""
-        return [self.key, sorted(self.layers), [(t.data_ptr(), t.shape) for t in self.tables]]
+        """The address of the table, and the layers that use it."""
+        return [self.key, sorted(self.layers), self.table.data_ptr()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +161,7 @@ class GpuStepShelves:
     ) -> None:
         """Add the updates of one layer's projection of experts to ``y``, in place."""
         for shelf, tables in self._of(layer, projection):
-            rank, factors = shelf.key.shapes[0][1], shelf.tables[0][layer]
+            rank, factors = shelf.key.shapes[0][1], shelf.table[layer]
             for table in tables:
                 add_expert_updates(x, y, factors, rank, table, routing, rows)
 
@@ -180,29 +175,51 @@ class GpuStepShelves:
 
 
 class GpuShelves(Part):
-    """All shelves; made when an adapter needs them.
+    """All shelves: made when an adapter needs them, gone with the last that does.
 
     Args:
         layout: Shape of the base.
+        pack: Gives adapters their slots; an adapter enters it first.
         dtype: Serving dtype.
         device: Where the tables are.
     """
 
-    def __init__(self, layout: ProjectionLayout, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, layout: ProjectionLayout, pack: GpuPack, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._layout = layout
-        self._like = (layout.num_layers, dtype, device)
+        self._pack = pack
+        self._like = (layout.num_layers, pack.num_slots, dtype, device)
         self._columns = {name: layout.columns(name) for name in layout.projections}
         self._shelves: dict[ShelfKey, Shelf] = {}
 
     def insert(self, key: str, operators: AdapterOperators) -> None:
+        slot, words = self._pack.places[key].slot, dict[ShelfKey, torch.Tensor]()
+        for place, parts in self._by_shelf(operators).items():
+            if place not in self._shelves:
+                self._shelves[place] = Shelf(place, *self._like)
+            words[place] = self._shelves[place].put(key, slot, parts)
+        if words:
+            flat = upload(torch.cat([one.flatten() for one in words.values()]), self._like[-1])
+            split = flat.split([one.numel() for one in words.values()])
+            for (place, one), part in zip(words.items(), split, strict=True):
+                self._shelves[place].table[:, slot] = part.view(one.shape)
+
+    def extra_bytes(self, operators: AdapterOperators) -> int:
+        """Bytes of the tables, and those that fill tensors up to where the next begins."""
+        more = 0
+        for place, parts in self._by_shelf(operators).items():
+            more += 8 * self._like[0] * self._like[1] * len(place.shapes)
+            tensors = [tensor for part in parts.values() for tensor in part.tensors()]
+            more += sum(aligned(tensor.nbytes) - tensor.nbytes for tensor in tensors)
+        return more
+
+    def _by_shelf(self, operators: AdapterOperators) -> dict[ShelfKey, dict[int, Operator]]:
         found: dict[ShelfKey, dict[int, Operator]] = {}
         for name, s, layer, part in self._parts(operators):
             shapes = tuple(tuple(tensor.shape) for tensor in part.tensors())
             found.setdefault(ShelfKey(type(part), name, s, shapes), {})[layer] = part
-        for place, parts in found.items():
-            if place not in self._shelves:
-                self._shelves[place] = Shelf(place, *self._like)
-            self._shelves[place].put(key, parts)
+        return found
 
     def _parts(self, operators: AdapterOperators) -> Iterable[tuple[str, int, int, Operator]]:
         for name in self._layout.projections:
@@ -215,8 +232,10 @@ class GpuShelves(Part):
                 yield name, -1, layer, update
 
     def remove(self, key: str) -> None:
-        for shelf in self._shelves.values():
+        for place, shelf in list(self._shelves.items()):
             shelf.remove(key)
+            if not shelf.slots:
+                del self._shelves[place]
 
     def form(self, mix: Members) -> Iterable[tuple[ShelfKey, int]]:
         """The shelves that rows of a mix use, with their positions in it."""

@@ -1,15 +1,17 @@
 """The gpu path's store: Triton kernels for what has one, and the operators' own ``add`` besides.
 
-A step's metadata is in tables of fixed address, so what a step launches depends only on which kinds
-of operators it has and on where the tables of those kinds are (``GpuAdapterStep.signature``), and
-on where the pack is, which never moves but where more adapters come together than it has slots for
-(``GpuStore.epoch``): as long as both stay the same, a captured CUDA graph stays valid. The first
-adapter of a kind voids no graph that does without that kind. A step in which some row has an
-operator without a kernel is launched as it is.
+A step's metadata is in tables of fixed address, and the pack never moves, so what a step launches
+depends only on which kinds of operators it has and on where the tables of those kinds are
+(``GpuAdapterStep.signature``): as long as that stays the same, a captured CUDA graph stays valid. A
+step in which some row has an operator without a kernel is launched as it is.
+
+One part of the budget is the pack, which exists from the start; everything else of adapters has the
+other part, and is allocated as they come.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -28,17 +30,27 @@ from turret.server.adapters.device.kernels import has_kernel
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members, StepMembers
 from turret.server.adapters.device.reference import Reference, StepReference
-from turret.server.adapters.device.store import AdapterStore, BaseProduct, OnMoved, Resident
+from turret.server.adapters.device.store import (
+    AdapterMemoryError,
+    AdapterStore,
+    BaseProduct,
+    OnMoved,
+    Resident,
+)
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.vectors import Bias, Gain
+from turret.server.basics.work import is_out_of_memory
 
 # Runs of rows as (first, end, mix).
 Runs = Sequence[tuple[int, int, Members]]
 
-# Copies on their way to the device may take one part in this many of the budget, in addition to it.
-_STAGED_SHARE = 8
+# The part of the budget for what is not in the pack, and copies on their way to the device in
+# addition to the budget: one part in this many each.
+_OTHER_SHARE, _STAGED_SHARE = 4, 8
+# How long an adapter that the device had no memory for is refused without another try.
+_REFUSED_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +153,7 @@ class GpuStore(AdapterStore):
         on_moved: Called with every adapter that is packed or forgotten.
 
     Attributes:
-        epoch: Moves whenever the pack does, so that what was captured must be forgotten.
+        later_bytes: Bytes that will be allocated as adapters come.
         version: Moves whenever an adapter enters or leaves: tables that were loaded before may say
             wrong places.
     """
@@ -154,23 +166,33 @@ class GpuStore(AdapterStore):
         max_bytes: int,
         on_moved: OnMoved = lambda _: None,
     ) -> None:
-        self._pack = GpuPack(layout, dtype, device, max_bytes)
-        self._shelves = GpuShelves(layout, dtype, device)
+        self._pack = GpuPack(layout, dtype, device, max_bytes - max_bytes // _OTHER_SHARE)
+        self._shelves = GpuShelves(layout, self._pack, dtype, device)
         self._gates = GpuGates(layout, self._pack, device)
         self._uploads = Uploads(device, max_bytes // _STAGED_SHARE)
         self._others = Reference(layout, device, lambda one: not has_kernel(one, "gpu"))
         parts = (self._pack, self._shelves, self._gates, self._others)
         super().__init__(parts, device, max_bytes, on_moved)
-        self.epoch = self.version = 0
-        self._known = self._addresses()
+        self.budgets = (self._pack.budget, max(max_bytes - self._pack.num_bytes, 0))
+        self.later_bytes = self.budgets[1] + max_bytes // _STAGED_SHARE
+        self.version = 0
+        # When the device had no memory for an adapter, in seconds.
+        self._refused: dict[str, float] = {}
 
     def _operators(self, adapter: Resident) -> AdapterOperators:
         return self._uploads.take(adapter.key, super()._operators(adapter))
+
+    def needs(self, operators: AdapterOperators) -> tuple[int, ...]:
+        packed = self._pack.bytes_of(operators)
+        return packed, self.stored_bytes(operators) - packed
 
     def is_near(self, adapter: Resident) -> bool:
         if adapter.key in self._entries:
             return True
         return self._uploads.is_near(adapter.key, super()._operators(adapter))
+
+    def is_refused(self, key: str) -> bool:
+        return time.monotonic() - self._refused.get(key, -_REFUSED_SECONDS) < _REFUSED_SECONDS
 
     def drop(self, key: str) -> None:
         super().drop(key)
@@ -178,18 +200,30 @@ class GpuStore(AdapterStore):
         self._uploads.drop(key)
 
     def _insert(self, adapter: Resident) -> None:
+        if self.is_refused(adapter.key):
+            raise AdapterMemoryError(adapter.key)
         # Even a failed insert changes the version: other adapters may have moved or left.
         self.version += 1
-        super()._insert(adapter)
+        if not self._try_insert(adapter):
+            # Captured steps are everybody's, so they stay.
+            self.drop_idle()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            if not self._try_insert(adapter):
+                self._refused[adapter.key] = time.monotonic()
+                raise AdapterMemoryError(adapter.key)
+        self._refused.pop(adapter.key, None)
         self._uploads.taken()
-        known = self._addresses()
-        if known != self._known:
-            self.epoch += 1
-            self._known = known
 
-    def _addresses(self) -> list[object]:
-        """The addresses that every captured step with adapters depends on."""
-        return [projection.addresses() for projection in self._pack.projections.values()]
+    def _try_insert(self, adapter: Resident) -> bool:
+        """Whether there was memory. Not the caller's handler: it would keep the tensors alive."""
+        try:
+            super()._insert(adapter)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
 
     def form(self, mixes: Iterable[Members]) -> Form:
         """What a step of these mixes launches."""
@@ -221,15 +255,13 @@ class GpuStore(AdapterStore):
         segments, gates = self._gates.bind(runs, form)
         table, shelves = tables.load_segments(segments), self._shelves.bind(runs, tables, form)
         count = max((end for _, end, _ in runs), default=0) if num_decode is None else num_decode
-        projections = self._pack.projections
         known = [
             (table.buffer.data_ptr(), table.rank_capacity, table.max_components),
-            [projection.optional_addresses(form) for projection in projections.values()],
             shelves.addresses(),
             gates.addresses(),
         ]
         return GpuAdapterStep(
-            projections=projections,
+            projections=self._pack.projections,
             table=table,
             form=form,
             shelves=shelves,

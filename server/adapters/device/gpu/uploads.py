@@ -126,6 +126,40 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
+def apart(
+    found: Iterable[tuple[int, torch.Tensor]],
+    kept: list[torch.Tensor],
+    device: torch.device,
+    laid: Callable[[torch.Tensor], torch.Tensor] = lambda stack: stack,
+) -> list[int]:
+    """Copy tensors of several layers, few at a time, to aligned memory of their own.
+
+    Args:
+        found: Layers, rising, and a tensor of each.
+        kept: List that the copies are added to.
+        device: Where the copies go.
+        laid: Turns the tensors of some layers, ``[layers, …]``, into what is to be copied.
+
+    Returns:
+        Where each begins.
+    """
+    places: list[int] = []
+    for _, stack in by_layers(found):
+        values = laid(stack).flatten(1)
+        size, item = values.shape[1], values.itemsize
+        step = aligned(size * item)
+        own = torch.empty(len(values), step // item, dtype=values.dtype, device=device)
+        own[:, :size] = values
+        kept.append(own)
+        places += range(own.data_ptr(), own.data_ptr() + len(values) * step, step)
+    return places
+
+
+def aligned(num_bytes: int) -> int:
+    """Bytes that a tensor takes where ``apart`` puts it."""
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
 def _joined(run: list[tuple[int, torch.Tensor]]) -> tuple[slice, torch.Tensor]:
     layer, first = run[0]
     step = _step((run[0], run[1])) if len(run) > 1 else first.numel()
@@ -154,7 +188,7 @@ def blocks_of(
             continue
         place, memory = tensor.data_ptr(), _memory(tensor)
         if not blocks or _memory(blocks[-1][0]) != memory or place > end + _MAX_GAP_BYTES:
-            start = -(-(start + end - begin) // _ALIGNMENT) * _ALIGNMENT
+            start = aligned(start + end - begin)
             begin = max(memory, place - place % _ALIGNMENT)
             end = begin
         else:
@@ -246,7 +280,7 @@ class Uploads:
 
     Args:
         device: Where they go.
-        max_bytes: Most bytes on their way and not yet used.
+        max_bytes: Most bytes on their way, or used by steps that are not over.
         clock: Seconds; tests have their own.
         ring: The pinned memory, made at the first upload if None.
         submit: Tests have their own.
@@ -295,7 +329,8 @@ class Uploads:
     def take(self, key: str, operators: AdapterOperators) -> AdapterOperators:
         """An adapter's operators on the device, for what the current stream is given from now on.
 
-        The soft prompt stays where it is.
+        The soft prompt stays where it is; so does everything of an adapter that nobody announced
+        and that finds no room, to be copied from there, which the step waits for.
 
         Raises:
             torch.OutOfMemoryError: There is no memory for it.
@@ -310,7 +345,13 @@ class Uploads:
                 memory[begin : begin + len(block)] = block
             return plan.moved(memory.to(self._device, non_blocking=True))
         staged = self._staged.pop(key, None)
-        arriving = self._copy(_Plan(operators)) if staged is None else staged.copying.result()
+        if staged is not None:
+            arriving = staged.copying.result()
+        else:
+            plan = _Plan(operators)
+            if self._held() + plan.num_bytes > self._max_bytes:
+                return operators
+            arriving = self._copy(plan)
         torch.cuda.current_stream().wait_event(arriving.arrived)
         self._leaving.append((None, arriving.memory))
         return arriving.operators
@@ -319,10 +360,9 @@ class Uploads:
         """Frees the memory of used adapters once the current stream gets to this point."""
         if self._stream is None:
             return
-        kept = [(event, memory) for event, memory in self._leaving if not (event and event.query())]
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream())
-        self._leaving = [(known or event, memory) for known, memory in kept]
+        self._leaving = [(known or event, memory) for known, memory in self._leaving]
 
     def drop(self, key: str) -> None:
         """Forget an adapter that is gone."""
@@ -332,12 +372,17 @@ class Uploads:
         """Have an adapter copied, if there is room for it."""
         plan = _Plan(operators)
         self._forget_unused()
-        on_the_way = sum(staged.num_bytes for staged in self._staged.values())
-        if on_the_way + plan.num_bytes > self._max_bytes:
+        if self._held() + plan.num_bytes > self._max_bytes:
             return False
         copying = self._run(lambda: self._copy(plan))
         self._staged[key] = _Staged(copying, plan.num_bytes, self._clock())
         return True
+
+    def _held(self) -> int:
+        """Bytes that copies take on the device."""
+        self._leaving = [one for one in self._leaving if not (one[0] and one[0].query())]
+        used = sum(memory.nbytes for _, memory in self._leaving)
+        return used + sum(staged.num_bytes for staged in self._staged.values())
 
     def _run(self, copy: Callable[[], _Arriving]) -> Future[_Arriving]:
         if self._submit is None:

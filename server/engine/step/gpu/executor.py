@@ -266,10 +266,7 @@ class GpuExecutor:
         self._last = self._prepared = None
 
     def free_memory(self) -> None:
-        """Give back captured steps, idle adapters and what torch's allocator holds.
-
-        Updates of experts, heads and scores lie beside the pack, which is as large as the budget.
-        """
+        """Give back captured steps, idle adapters and what torch's allocator holds."""
         self._graphs.drop()
         self.store.drop_idle()
         if self._decoder.device.type == "cuda":
@@ -420,7 +417,7 @@ class GpuExecutor:
 
     def _epoch(self) -> Hashable:
         """Changes when something has moved that every captured step reads."""
-        return self.store.epoch, self._blocks.epoch, self._decoder.epoch
+        return self._blocks.epoch, self._decoder.epoch
 
     @staticmethod
     def _key(inputs: GpuStep) -> Key:

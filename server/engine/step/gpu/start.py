@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from turret.server.engine.step.gpu.executor import GpuExecutor
 
 # Share of the memory left free by the model.
-_ADAPTER_SHARE = 0.125
-# Share of the device's memory for captured steps, adapters being loaded, and a merge's second copy
-# of a projection.
+_ADAPTER_SHARE = 1 / 7
+# Share of the device's memory for what captured steps and libraries keep, gaps between allocations,
+# and a merge's second copy of a projection.
 _SPARE_SHARE = 0.05
 
 
@@ -34,18 +34,9 @@ def adapter_bytes(device: torch.device) -> int:
     return int(_ADAPTER_SHARE * torch.cuda.mem_get_info(device)[0])
 
 
-def kv_cache_bytes(device: torch.device, step_bytes: int) -> int:
-    """What is left for the KV cache, everything else being allocated.
-
-    Args:
-        device: The device.
-        step_bytes: What the largest step takes while it runs.
-
-    Returns:
-        Bytes; 0 or less if the step alone does not fit.
-    """
-    free, total = torch.cuda.mem_get_info(device)
-    return free - step_bytes - int(_SPARE_SHARE * total)
+def spare_bytes(device: torch.device) -> int:
+    """What the plan leaves free."""
+    return int(_SPARE_SHARE * torch.cuda.mem_get_info(device)[1])
 
 
 def captured_bytes(rows: Iterable[int], row_bytes: int) -> int:
