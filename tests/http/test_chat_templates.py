@@ -339,7 +339,7 @@ def thinking(base: Path, root: Path) -> Path:
 def as_text(folder: Path, messages: Any, **variables: Any) -> str:
     theirs: Any = AutoTokenizer.from_pretrained(folder)
     how = {"add_generation_prompt": True, **variables}
-    return theirs.apply_chat_template(messages, tokenize=False, **how)
+    return str(theirs.apply_chat_template(messages, tokenize=False, **how))
 
 
 async def test_variables_of_the_template_are_set_as_in_transformers(

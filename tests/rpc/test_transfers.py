@@ -47,8 +47,8 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def upload(server: Harness, directory: Path, name: str = "up", **flags: Any) -> Any:
-    messages = upload_messages(name, directory, **{"pinned": False, "replace": False} | flags)
-    return server.adapters.UploadAdapter(messages)
+    settings: dict[str, Any] = {"pinned": False, "replace": False} | flags
+    return server.adapters.UploadAdapter(upload_messages(name, directory, **settings))
 
 
 def announced(directory: Path, **changes: Any) -> list[pb.FileInfo]:

@@ -196,11 +196,12 @@ def test_what_precedes_the_last_invocation_is_masked() -> None:
 
 
 def test_an_example_without_the_invocation_is_refused_by_name() -> None:
-    for field, told in (
-        ("messages", {"messages": NAMING}),
-        ("prompt", {"prompt": "one", "completion": "four"}),
-        ("text", {"completion": "four"}),
-    ):
+    cases: dict[str, dict[str, Any]] = {
+        "messages": {"messages": NAMING},
+        "prompt": {"prompt": "one", "completion": "four"},
+        "text": {"completion": "four"},
+    }
+    for field, told in cases.items():
         with pytest.raises(DataError, match=rf"^train.jsonl:7: {field}: ") as refused:
             encoded("four", **told)
         assert says("INVOCATION_MISSING", value="four")(refused.value)
