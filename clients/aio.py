@@ -46,6 +46,7 @@ from turret.clients.messages.results import (
     Tokens,
 )
 from turret.clients.messages.turns import MessageLike, chat_messages
+from turret.clients.words import say
 from turret.v1 import inference_pb2
 
 __all__ = ["AdapterWeight", "AsyncGenerationStream", "AsyncTurretClient", "Tls", "TurretRpcError"]
@@ -91,7 +92,7 @@ class AsyncTurretClient:
         resume: bool = True,
     ) -> None:
         if not isinstance(resume, bool):
-            raise ArgumentTypeError("resume", f"must be True or False, not {resume!r}")
+            raise ArgumentTypeError("resume", say("NOT_TRUE_OR_FALSE", value=repr(resume)))
         self._resume = resume
         self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries), tls)
         self._connection = Connection(address, admin_address, tls)

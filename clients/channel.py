@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 
 import grpc
 
-from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError
+from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError, not_of_type
 from turret.clients.unreached import address_problem
+from turret.clients.words import Text, say
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 _PEM = b"-----BEGIN"
@@ -52,14 +53,16 @@ class Tls:
             if not isinstance(pem, bytes | None):
                 # Do not repeat the value, which may be a private key.
                 kind = type(pem).__name__
-                raise ArgumentTypeError(name, f"must be PEM as bytes, not {kind}")
+                raise ArgumentTypeError(name, say("NOT_OF_TYPE", wanted="PEM as bytes", value=kind))
             if pem is not None and (why := _why_no_pem(name, pem)):
                 raise ArgumentValueError(name, why)
         if not isinstance(self.server_name, str | None):
-            raise ArgumentTypeError("server_name", f"must be a string, not {self.server_name!r}")
+            raise ArgumentTypeError(
+                "server_name", say("NOT_A_STRING", value=repr(self.server_name))
+            )
         if (self.certificate is None) != (self.key is None):
-            missing = "key" if self.key is None else "certificate"
-            raise ArgumentValueError(missing, "is required; set certificate and key together")
+            missing, other = ("key", "certificate")[:: 1 if self.key is None else -1]
+            raise ArgumentValueError(missing, say("REQUIRED_WITH", other=other))
 
     @classmethod
     def from_files(
@@ -86,24 +89,26 @@ class Tls:
         return grpc.ssl_channel_credentials(self.ca, self.key, self.certificate)
 
 
-def _why_no_pem(name: str, pem: bytes) -> str:
-    """What is wrong with the value of a ``Tls`` attribute; empty if nothing is found."""
+def _why_no_pem(name: str, pem: bytes) -> Text | None:
+    """What is wrong with the value of a ``Tls`` attribute; None if nothing is found."""
     if _PEM not in pem:
-        return "has no PEM data"
-    kind = "private key" if name == "key" else "certificate"
-    return "" if kind.upper().encode() + b"-----" in pem else f"has no {kind}"
+        return say("NO_PEM")
+    if name == "key":
+        return None if b"PRIVATE KEY-----" in pem else say("NO_PRIVATE_KEY")
+    return None if b"CERTIFICATE-----" in pem else say("NO_CERTIFICATE")
 
 
 def _read_pem(name: str, path: str | os.PathLike[str]) -> bytes:
     if not isinstance(path, str | os.PathLike):
         # Do not repeat the value, which may be PEM itself.
-        raise ArgumentTypeError(name, f"must be the path of a PEM file, not {type(path).__name__}")
+        kind = type(path).__name__
+        raise ArgumentTypeError(name, say("NOT_OF_TYPE", wanted="the path of a file", value=kind))
     try:
         pem = Path(path).read_bytes()
     except OSError as error:
         raise type(error)(f"{name}: {path}: {error.strerror}") from None
     if why := _why_no_pem(name, pem):
-        raise ArgumentValueError(name, f"{path} {why}")
+        raise ArgumentValueError(name, say("PATH_UNUSABLE", path=path, problem=why))
     return pem
 
 
@@ -120,9 +125,9 @@ def check_address(address: object, tls: object, name: str = "address") -> None:
         ArgumentValueError: The address is a URL, or has no port and no TLS.
     """
     if not isinstance(address, str):
-        raise ArgumentTypeError(name, f"must be HOST:PORT, not {address!r}")
+        raise not_of_type(name, "HOST:PORT", address)
     if not isinstance(tls, Tls | None):
-        raise ArgumentTypeError("tls", f"must be a Tls or None, not {tls!r}")
+        raise not_of_type("tls", "a Tls or None", tls)
     if problem := address_problem(address, has_tls=tls is not None):
         raise ArgumentValueError(name, problem)
 
@@ -139,7 +144,7 @@ class ClosedStub:
     """Replaces a closed client's stub, with an error in terms of the client instead of gRPC's."""
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise RuntimeError("the client is closed")
+        raise RuntimeError(say("CLIENT_CLOSED"))
 
 
 def _options(address: str, tls: Tls | None) -> list[tuple[str, int | str]]:

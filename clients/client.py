@@ -45,6 +45,7 @@ from turret.clients.messages.results import (
     Tokens,
 )
 from turret.clients.messages.turns import MessageLike, chat_messages
+from turret.clients.words import say
 from turret.v1 import inference_pb2
 
 __all__ = ["AdapterWeight", "GenerationStream", "Tls", "TurretClient", "TurretRpcError"]
@@ -90,7 +91,7 @@ class TurretClient:
         resume: bool = True,
     ) -> None:
         if not isinstance(resume, bool):
-            raise ArgumentTypeError("resume", f"must be True or False, not {resume!r}")
+            raise ArgumentTypeError("resume", say("NOT_TRUE_OR_FALSE", value=repr(resume)))
         self._resume = resume
         self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries), tls)
         self._connection = Connection(address, admin_address, tls)

@@ -7,11 +7,12 @@ import socket
 
 import grpc
 
+from turret.clients.words import Text, say
+
 # Leave IPv6 hosts without brackets, in which no part is a port, to gRPC.
 _HOST_PORT = re.compile(
     r"(dns:(//[^/]*/)?)?(?P<host>\[[^\]]*\]|[^:\[\]]+):(?P<port>[^:]*)", re.DOTALL
 )
-_NO_PORT = "; the port is missing"
 # Schemes: words before a colon that are not hosts.
 _SCHEMES = ("unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock", "xds", "google-c2p")
 _MAX_PORT = 65535
@@ -117,8 +118,8 @@ def cause_of(code: grpc.StatusCode, said: str) -> tuple[grpc.StatusCode, str, st
     return code, "NOT_REACHED", why
 
 
-def address_problem(address: str, *, has_tls: bool) -> str:
-    """Why no server can be at an address; empty if there may be one.
+def address_problem(address: str, *, has_tls: bool) -> Text | None:
+    """Why no server can be at an address; None if there may be one.
 
     Without a port gRPC takes 443, which is where servers with TLS may be. Of others with a colon,
     such as unix:PATH and dns:///NAME, gRPC knows best.
@@ -126,35 +127,34 @@ def address_problem(address: str, *, has_tls: bool) -> str:
     scheme, colon, rest = address.partition(":")
     is_scheme = colon and scheme in _SCHEMES
     if is_scheme and not rest.strip("/"):
-        wanted = "a path, such as unix:/run/turret.sock" if scheme == "unix" else "an address"
-        return f"{scheme}: requires {wanted}"
+        is_path = scheme == "unix"
+        return say("SCHEME_WITHOUT_PATH" if is_path else "SCHEME_WITHOUT_ADDRESS", scheme=scheme)
     if scheme.startswith("unix"):
-        return ""
-    problem = ""
+        return None
     if any(each.isspace() or not each.isprintable() for each in address):
-        problem = "; it contains white space"
-    elif rest.startswith("//") and not is_scheme:
-        problem = f"; leave out {scheme}://"
-    elif "," in address and not is_scheme:
-        problem = "; start a list of addresses with ipv4: or ipv6:"
-    elif address.startswith("[]") or (colon and not scheme and ":" not in rest):
-        problem = "; the host is missing"
-    elif (found := _HOST_PORT.fullmatch(address)) and found["host"] not in _SCHEMES:
-        problem = _port_problem(found["port"])
-    elif not address or not (has_tls or colon):
-        problem = _NO_PORT
-    return f"{address!r} is not HOST:PORT{problem}" if problem else ""
+        return say("ADDRESS_WITH_SPACE", value=address)
+    if rest.startswith("//") and not is_scheme:
+        return say("ADDRESS_WITH_SCHEME", value=address, scheme=f"{scheme}://")
+    if "," in address and not is_scheme:
+        return say("ADDRESS_LIST", value=address)
+    if address.startswith("[]") or (colon and not scheme and ":" not in rest):
+        return say("ADDRESS_WITHOUT_HOST", value=address)
+    if (found := _HOST_PORT.fullmatch(address)) and found["host"] not in _SCHEMES:
+        return _port_problem(address, found["port"])
+    if not address or not (has_tls or colon):
+        return say("ADDRESS_WITHOUT_PORT", value=address)
+    return None
 
 
-def _port_problem(port: str) -> str:
-    """What is wrong with the port after the last colon; empty if gRPC accepts it."""
+def _port_problem(address: str, port: str) -> Text | None:
+    """What is wrong with the port after the last colon; None if gRPC accepts it."""
     if not port:
-        return _NO_PORT
+        return say("ADDRESS_WITHOUT_PORT", value=address)
     digits = _PORT_DIGITS.fullmatch(port)
     # gRPC would use a larger number modulo 65536.
     if (digits is not None and int(digits[1]) <= _MAX_PORT) or _is_service(port):
-        return ""
-    return f" with a port from 0 to {_MAX_PORT}"
+        return None
+    return say("PORT_NOT_IN_RANGE", value=address, most=_MAX_PORT)
 
 
 def _is_service(port: str) -> bool:

@@ -22,8 +22,7 @@ TEXTS = {
     "VALUE_UNSUPPORTED_BY": "{value} is not supported by {method}",
     "KEY_UNSUPPORTED_BY": "is not supported by {method}; its keys are {choices}",
     "ODD_RANK": "must be even for hra, not {value}",
-    "RANK_TOO_HIGH": "must be at most {most} for {method} on these modules, not {value};"
-    " {module} is the smallest",
+    "RANK_TOO_HIGH": "must be at most {most}, the limit of {method} on {module}, not {value}",
     "EXCEEDS_CONTEXT": "must be at most {most}, the context length of the model, not {value}",
     "IS_TRAINING_FILE": "{path} is data.train as well; omit it to hold out"
     " data.validation_fraction of the examples",

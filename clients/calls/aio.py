@@ -15,6 +15,7 @@ import grpc.aio
 from turret.clients.calls.early_status import answer_of
 from turret.clients.calls.settings import CallSettings, closed_under_a_call
 from turret.clients.channel import ClosedStub, Tls, check_address, open_channel
+from turret.clients.words import say
 from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc
 
 # Time for the last event of a call that was cut short, which takes about 1 ms.
@@ -77,7 +78,7 @@ class _LoopStub:
 
     def __getattr__(self, name: str) -> Any:
         if _running_loop() is not self._loop:
-            raise RuntimeError("this AsyncTurretClient belongs to another event loop")
+            raise RuntimeError(say("OTHER_EVENT_LOOP"))
         method = getattr(self._stub, name)
 
         def start(*arguments: Any, **options: Any) -> grpc.aio.Call:
@@ -116,9 +117,7 @@ def _running_loop() -> asyncio.AbstractEventLoop:
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
-        raise RuntimeError(
-            "no event loop is running; use AsyncTurretClient inside an async function"
-        ) from None
+        raise RuntimeError(say("NO_EVENT_LOOP")) from None
 
 
 class Flag:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from turret.clients.errors import RateLimitedError, TurretRpcError, UnavailableError
 from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError
+from turret.clients.words import say
 
 _FIRST_DELAY_SECONDS = 0.5
 _MAX_DELAY_SECONDS = 8.0
@@ -35,10 +36,12 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         if not isinstance(self.max_retries, int) or isinstance(self.max_retries, bool):
             raise ArgumentTypeError(
-                "max_retries", f"must be a whole number, not {self.max_retries!r}"
+                "max_retries", say("NOT_A_WHOLE_NUMBER", value=repr(self.max_retries))
             )
         if self.max_retries < 0:
-            raise ArgumentValueError("max_retries", f"must be at least 0, not {self.max_retries}")
+            raise ArgumentValueError(
+                "max_retries", say("TOO_SMALL", least=0, value=self.max_retries)
+            )
 
     @classmethod
     def of(cls, max_retries: int | RetryPolicy) -> RetryPolicy:

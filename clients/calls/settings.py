@@ -14,6 +14,7 @@ from turret.clients.channel import Tls
 from turret.clients.errors import CallCancelledError, DeadlineExceededError, TurretRpcError
 from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError
 from turret.clients.messages.mix import routing_key
+from turret.clients.words import say
 from turret.v1 import adapters_pb2
 
 _TOKEN_KEY = "authorization"
@@ -46,11 +47,11 @@ class CallSettings:
         cls, token: str | None, timeout: float | None, policy: RetryPolicy, tls: Tls | None
     ) -> CallSettings:
         if not isinstance(token, str | None):
-            raise ArgumentTypeError("token", f"must be a string, not {type(token).__name__}")
+            raise ArgumentTypeError("token", say("NOT_A_STRING", value=type(token).__name__))
         if token and not (token.isascii() and token.isprintable()):
-            raise ArgumentValueError("token", "must be printable ASCII")
+            raise ArgumentValueError("token", say("NOT_ASCII"))
         if token and token.lower().startswith("bearer "):
-            raise ArgumentValueError("token", "must not include the word Bearer")
+            raise ArgumentValueError("token", say("INCLUDES_BEARER"))
         metadata = ((_TOKEN_KEY, f"Bearer {token}"),) if token else ()
         return cls(metadata, stream_timeout(timeout), policy, tls)
 
@@ -101,7 +102,7 @@ def stream_timeout(timeout: float | None) -> float | None:
         return None
     # numpy's numbers are Real too, and in Python so is a bool.
     if not isinstance(timeout, Real) or isinstance(timeout, bool):
-        raise ArgumentTypeError("timeout", f"must be a number of seconds, not {timeout!r}")
+        raise ArgumentTypeError("timeout", say("NOT_A_NUMBER", value=repr(timeout)))
     if not timeout > 0:
-        raise ArgumentValueError("timeout", f"must be more than 0 seconds, not {timeout!r}")
+        raise ArgumentValueError("timeout", say("NOT_ABOVE", bound=0, value=timeout))
     return float(timeout) if timeout < _MOST_SECONDS else None

@@ -40,6 +40,7 @@ from turret.clients.evaluation.answer_metrics import (
 from turret.clients.evaluation.rows import EvalExample
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.results import Classification
+from turret.clients.words import say
 
 METRICS = ("perplexity", "exact_match", "token_f1", "label_accuracy")
 # Metrics of adapters that classify, which support no others. The second tuple is for texts that may
@@ -242,7 +243,7 @@ def _encode_one(
         reference = client.tokenize(example.reference, timeout=timeout).token_ids
         reference = reference[before : len(reference) - after]
         if not reference:
-            raise ValueError(f"line {example.line}: the right answer has no tokens")
+            raise ValueError(say("ANSWER_WITHOUT_TOKENS", line=example.line))
         return _Encoded(prompt, reference)
 
     return _called(f"line {example.line}", ask)
@@ -290,7 +291,7 @@ def _judge(
 def _held(found: Classification, place: str) -> tuple[str, ...]:
     probabilities = found.probabilities
     if None in probabilities.values():
-        raise ValueError(f"{place}: the adapter was trained for numbers, and gives no labels")
+        raise ValueError(say("NO_LABELS_OF_ADAPTER", place=place))
     return tuple(label for label, share in probabilities.items() if (share or 0.0) > _HOLDS)
 
 

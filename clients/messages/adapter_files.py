@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from turret.clients.messages.adapter_requests import filled
-from turret.clients.messages.fields import ArgumentTypeError
+from turret.clients.messages.fields import not_of_type
+from turret.clients.words import Text, say
 from turret.v1 import adapters_pb2
 
 _CHUNK_BYTES = 256 << 10
@@ -30,9 +31,6 @@ _MOST = 200  # searched on each
 # A trainer's pickles, which do not show in which format the weights are stored.
 _TRAINERS_OWN = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 _HUB = "hub:"
-_MAY_NOT = "is not readable by this user"
-_EMPTY = "is empty; copy or save it again"
-_THERE = "already exists; export to a new directory"
 # File names only, not hidden and without directories: an export never writes outside its folder.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
@@ -68,10 +66,10 @@ def upload_messages(
     )
     directory = _path(directory)
     if directory.is_dir() and not os.access(directory, os.R_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, _MAY_NOT, str(directory))
+        raise PermissionError(errno.EACCES, say("DIRECTORY_NOT_READABLE"), str(directory))
     paths = [directory / "adapter_config.json", *sorted(directory.glob("*.safetensors"))]
     if not paths[0].is_file() or len(paths) == 1:
-        raise FileNotFoundError(f"{directory}: {_lacking(directory)}")
+        raise FileNotFoundError(_lacking(directory))
     beside = _TEMPLATE + (_TOKENIZER if any(map(_has_vocabulary, paths[1:])) else ())
     paths += [path for name in beside if (path := directory / name).is_file()]
     for path in paths:
@@ -79,14 +77,14 @@ def upload_messages(
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
         if not size:
-            raise ValueError(f"{path} {_EMPTY}")
+            raise ValueError(say("FILE_EMPTY", path=path))
         header.files.add(path=path.name, size_bytes=size, sha256=digest)
     return _messages(header, paths)
 
 
 def _path(directory: object) -> Path:
     if not isinstance(directory, str | os.PathLike):
-        raise ArgumentTypeError("directory", f"must be a path, not {directory!r}")
+        raise not_of_type("directory", "a path", directory)
     return Path(directory)
 
 
@@ -98,32 +96,34 @@ def _has_vocabulary(path: Path) -> bool:
     return any(name in names for name in (b"embed_tokens", b"lm_head"))
 
 
-def _lacking(directory: Path) -> str:
+def _lacking(directory: Path) -> Text:
     """Why a directory is not an adapter, and what to do."""
-    what = "adapter_config.json and a .safetensors file"
     if str(directory).startswith(_HUB) and not directory.exists():
-        return "is on a hub; load it instead of uploading it"
+        return say("ADAPTER_ON_HUB", path=directory)
+    if not directory.exists():
+        return say("PATH_MISSING", path=directory)
     if not directory.is_dir():
-        is_there = "is not a directory" if directory.exists() else "does not exist"
-        return f"{is_there}; an adapter is a directory with {what}"
-    has_config = (directory / "adapter_config.json").is_file()
-    below = [] if has_config else _adapters_below(directory)
+        return say("NOT_AN_ADAPTER_DIRECTORY", path=directory)
+    if (directory / "adapter_config.json").is_file():
+        pickles = _pickles(directory)
+        if not pickles:
+            return say("NO_SAFETENSORS", path=directory)
+        return say("ADAPTER_IS_PICKLED", path=directory, file=pickles[0])
+    below = _adapters_below(directory)
+    if len(below) == 1:
+        return say("ADAPTER_BELOW", path=directory, closest=str(directory / below[0]))
     if below:
-        if len(below) == 1:
-            return (
-                f"is not an adapter, but has one in it; did you mean {str(directory / below[0])!r}?"
-            )
-        others = f" and {len(below) - _MOST_TOLD} more" if len(below) > _MOST_TOLD else ""
-        shown = f"{', '.join(below[-_MOST_TOLD:])}{others}"
-        return f"is not an adapter; pass one of those in it: {shown}"
-    pickles = sorted(p.name for p in directory.glob("*.bin") if p.name not in _TRAINERS_OWN)
-    if pickles:
-        return f"{pickles[0]} is a pickle; save the adapter as safetensors"
-    is_model = (directory / "config.json").is_file() and any(directory.glob("model*.safetensors"))
-    if is_model and not has_config:
-        return "is a whole model, not an adapter"
-    lacking = "a .safetensors file" if has_config else "adapter_config.json"
-    return f"{lacking} is missing; an adapter has {what}"
+        shown = ", ".join(below[-_MOST_TOLD:]) + (", …" if len(below) > _MOST_TOLD else "")
+        return say("ADAPTERS_BELOW", path=directory, count=len(below), names=shown)
+    if pickles := _pickles(directory):
+        return say("ADAPTER_IS_PICKLED", path=directory, file=pickles[0])
+    if (directory / "config.json").is_file() and any(directory.glob("model*.safetensors")):
+        return say("ADAPTER_IS_A_MODEL", path=directory)
+    return say("NO_ADAPTER_CONFIG", path=directory)
+
+
+def _pickles(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.glob("*.bin") if p.name not in _TRAINERS_OWN)
 
 
 def _adapters_below(directory: Path) -> list[str]:
@@ -174,7 +174,7 @@ class ExportWriter:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._directory = _path(directory)
         if self._directory.exists():
-            raise FileExistsError(f"{self._directory} {_THERE}")
+            raise FileExistsError(say("EXPORT_EXISTS", path=self._directory))
         parent = self._directory.parent
         self._made = [above for above in self._directory.parents if not above.exists()]
         try:
@@ -215,13 +215,13 @@ class ExportWriter:
                 self.adapter = message.header.adapter
                 for info in message.header.files:
                     if not _FILE_NAME.fullmatch(info.path) or info.path in self._expected:
-                        raise ValueError(f"export: unacceptable file name {info.path!r}")
+                        raise ValueError(say("EXPORT_FILE_NAME", name=info.path))
                     self._expected[info.path] = info
                     self._open[info.path] = (self._partial / info.path).open("xb")
             case "chunk" if message.chunk.path in self._open:
                 self._open[message.chunk.path].write(message.chunk.data)
             case _:
-                raise ValueError("export: a message is out of order")
+                raise ValueError(say("EXPORT_OUT_OF_ORDER"))
 
     def finish(self) -> adapters_pb2.Adapter:
         """Check every file's size and digest, move them into place and return the adapter.
@@ -231,18 +231,18 @@ class ExportWriter:
             FileExistsError: The directory has appeared meanwhile.
         """
         if self.adapter is None:
-            raise ValueError("export: the server sent no header")
+            raise ValueError(say("EXPORT_WITHOUT_HEADER"))
         for name, info in self._expected.items():
             self._open[name].close()
             with (self._partial / name).open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 size = file.tell()
             if size != info.size_bytes or (info.sha256 and info.sha256 != digest):
-                raise ValueError(f"export: {name} arrived incomplete or garbled")
+                raise ValueError(say("EXPORT_FILE_DAMAGED", name=name))
         # mkdtemp made the directory private, but an export is an ordinary directory.
         self._partial.chmod(0o755)
         try:
             self._partial.rename(self._directory)
         except OSError as error:
-            raise FileExistsError(f"{self._directory} {_THERE}") from error
+            raise FileExistsError(say("EXPORT_EXISTS", path=self._directory)) from error
         return self.adapter

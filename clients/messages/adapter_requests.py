@@ -13,8 +13,10 @@ from turret.clients.messages.fields import (
     ArgumentTypeError,
     ArgumentValueError,
     fill,
+    not_of_type,
 )
 from turret.clients.messages.mix import AdaptersLike, to_mix
+from turret.clients.words import say
 from turret.v1 import adapters_pb2 as pb
 
 _Request = TypeVar("_Request")
@@ -29,7 +31,7 @@ def path_text(path: object) -> str:
         TypeError: It is none.
     """
     if not isinstance(path, str | os.PathLike):
-        raise ArgumentTypeError("path", f"must be a path, not {path!r}")
+        raise not_of_type("path", "a path", path)
     return os.fspath(path)
 
 
@@ -91,7 +93,8 @@ def _duration(seconds: float) -> duration_pb2.Duration:
     is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
     if not is_number or not abs(seconds) < _MOST_SECONDS:
         kind = ArgumentValueError if is_number else ArgumentTypeError
-        raise kind("drain_seconds", f"must be a number of seconds up to 3600, not {seconds!r}")
+        wanted = "a number of seconds from 0 to 3600"
+        raise kind("drain_seconds", say("NOT_OF_TYPE", wanted=wanted, value=repr(seconds)))
     duration = duration_pb2.Duration()
     duration.FromNanoseconds(round(float(seconds) * 1e9))
     return duration
@@ -105,5 +108,5 @@ def _enum_value(enum: EnumTypeWrapper, field: str, name: str | None) -> int:
     names = [name.lower() for name in enum.keys()[1:]]
     if not isinstance(name, str) or name.lower() not in names:
         kind = ArgumentValueError if isinstance(name, str) else ArgumentTypeError
-        raise kind(field, f"must be one of {', '.join(names)}, not {name!r}")
+        raise kind(field, say("NOT_ONE_OF", choices=", ".join(names), value=name))
     return enum.Value(name.upper())

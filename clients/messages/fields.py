@@ -10,6 +10,8 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 
+from turret.clients.words import Text, say
+
 _WHOLE = {
     FieldDescriptor.CPPTYPE_INT32: range(-(2**31), 2**31),
     FieldDescriptor.CPPTYPE_INT64: range(-(2**63), 2**63),
@@ -27,7 +29,7 @@ class ArgumentError(Exception):
         problem: What is wrong with it.
     """
 
-    def __init__(self, argument: str, problem: str) -> None:
+    def __init__(self, argument: str, problem: Text) -> None:
         super().__init__(argument, problem)
         self.argument = argument
         self.problem = problem
@@ -69,9 +71,9 @@ def _fitting(name: str, value: Any, kind: int) -> Any:
     # Reject bool where int is expected and vice versa: Python and protobuf would accept either.
     is_bool = kind == FieldDescriptor.CPPTYPE_BOOL
     if isinstance(value, bool) and not is_bool:
-        raise ArgumentTypeError(name, f"must not be a bool ({value})")
+        raise ArgumentTypeError(name, say("IS_A_BOOLEAN", value=value))
     if is_bool and not isinstance(value, bool):
-        raise ArgumentTypeError(name, f"must be True or False, not {value!r}")
+        raise ArgumentTypeError(name, say("NOT_TRUE_OR_FALSE", value=repr(value)))
     if kind == FieldDescriptor.CPPTYPE_STRING:
         check_text(name, value)
     elif kind in _WHOLE:
@@ -84,8 +86,8 @@ def _fitting(name: str, value: Any, kind: int) -> Any:
 def _within(name: str, number: int, allowed: range) -> int:
     if number in allowed:
         return number
-    least, most = allowed.start, allowed.stop - 1
-    raise ArgumentValueError(name, f"must be between {least} and {most}, not {number}")
+    limits = {"least": allowed.start, "most": allowed.stop - 1}
+    raise ArgumentValueError(name, say("NOT_IN_RANGE", value=number, **limits))
 
 
 def as_real(name: str, value: Any) -> float:
@@ -95,13 +97,13 @@ def as_real(name: str, value: Any) -> float:
         ArgumentTypeError, ArgumentValueError: It is no number, or too large for one.
     """
     if isinstance(value, str | bytes):
-        raise ArgumentTypeError(name, f"must be a number, not {value!r}")
+        raise ArgumentTypeError(name, say("NOT_A_NUMBER", value=repr(value)))
     try:
         return float(value)
     except OverflowError:
-        raise ArgumentValueError(name, f"is too large for a float: {value}") from None
+        raise ArgumentValueError(name, say("TOO_LARGE_FOR_A_FLOAT", value=value)) from None
     except (TypeError, ValueError):
-        raise ArgumentTypeError(name, f"must be a number, not {value!r}") from None
+        raise ArgumentTypeError(name, say("NOT_A_NUMBER", value=repr(value))) from None
 
 
 def check_text(name: str, value: object) -> None:
@@ -112,11 +114,11 @@ def check_text(name: str, value: object) -> None:
         ValueError: It holds half of a surrogate pair, as bytes that are not UTF-8 become.
     """
     if not isinstance(value, str):
-        raise ArgumentTypeError(name, f"must be a string, not {value!r}")
+        raise ArgumentTypeError(name, say("NOT_A_STRING", value=repr(value)))
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ArgumentValueError(name, "must be valid UTF-8") from None
+        raise ArgumentValueError(name, say("NOT_UTF8")) from None
 
 
 def extend_texts(name: str, field: Any, items: Iterable[Any]) -> None:
@@ -149,7 +151,7 @@ def as_whole(name: str, item: Any) -> int:
             return operator.index(item)
         except TypeError:
             pass
-    raise ArgumentTypeError(name, f"must be a whole number, not {item!r}")
+    raise ArgumentTypeError(name, say("NOT_A_WHOLE_NUMBER", value=repr(item)))
 
 
 def several(name: str, value: Any, wanted: str) -> Iterable[Any]:
@@ -160,7 +162,12 @@ def several(name: str, value: Any, wanted: str) -> Iterable[Any]:
     """
     if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
         return value
-    raise ArgumentTypeError(name, f"must be {wanted}, not {value!r}")
+    raise not_of_type(name, wanted, value)
+
+
+def not_of_type(name: str, wanted: str, value: object) -> ArgumentTypeError:
+    """The error for an argument that is not ``wanted``, which describes its type."""
+    return ArgumentTypeError(name, say("NOT_OF_TYPE", wanted=wanted, value=repr(value)))
 
 
 def as_json(name: str, value: object) -> str:
@@ -173,7 +180,7 @@ def as_json(name: str, value: object) -> str:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentValueError
-        raise kind(name, str(error)) from None
+        raise kind(name, say("NOT_JSON", problem=error)) from None
 
 
 # Maps request fields that a server names to the arguments that set them.

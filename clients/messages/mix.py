@@ -10,7 +10,9 @@ from turret.clients.messages.fields import (
     ArgumentTypeError,
     ArgumentValueError,
     check_text,
+    not_of_type,
 )
+from turret.clients.words import Text, say
 from turret.v1 import adapters_pb2
 
 # Separators of members and weights in a model name over HTTP. Adapter names contain neither.
@@ -39,11 +41,9 @@ class AdapterWeight:
         check_text("name", self.name)
         # A bool is an int in Python, so protobuf would accept it.
         if not isinstance(self.weight, Real) or isinstance(self.weight, bool):
-            raise ArgumentTypeError("weight", f"must be a number, not {self.weight!r}")
+            raise ArgumentTypeError("weight", say("NOT_A_NUMBER", value=repr(self.weight)))
         if not isinstance(self.generation, int | None) or isinstance(self.generation, bool):
-            raise ArgumentTypeError(
-                "generation", f"must be a whole number or None, not {self.generation!r}"
-            )
+            raise not_of_type("generation", "a whole number or None", self.generation)
 
     @classmethod
     def parse(cls, text: str) -> AdapterWeight:
@@ -59,24 +59,24 @@ class AdapterWeight:
         name, at, generation = head.partition("@")
         try:
             if not name or not _OF_HTTP.isdisjoint(name):
-                raise ValueError("no name")
+                raise ValueError
             return cls(name, float(weight) if equals else 1.0, int(generation) if at else None)
         except ValueError:
-            raise ValueError(f"{text!r} is not NAME[@GENERATION][=WEIGHT]{_here(text)}") from None
+            raise ValueError(_no_member(text)) from None
 
     def __str__(self) -> str:
         generation = "" if self.generation is None else f"@{self.generation}"
         return f"{self.name}{generation}" + ("" if self.weight == 1.0 else f"={self.weight:g}")
 
 
-def _here(text: str) -> str:
-    """A mix in HTTP's notation, converted to this one; empty for any other text."""
+def _no_member(text: str) -> Text:
+    """Reports a text that is not a member of a mix; HTTP's notation is converted to this one."""
     if _OF_HTTP.isdisjoint(text):
-        return ""
+        return say("NOT_A_MIX_MEMBER", value=text)
     members = [member.strip().replace("*", "=") for member in text.split("+")]
-    if len(members) > 1:
-        return f"; the members of a mix are given one by one: {', '.join(members)}"
-    return f"; with a weight it is {members[0]}"
+    if len(members) == 1:
+        return say("NOT_A_MIX_MEMBER", value=text, closest=members[0])
+    return say("HTTP_MIX", value=text, members=", ".join(members))
 
 
 _FORMS = '"name", ("name", weight), {"name": weight} or an AdapterWeight'
@@ -100,7 +100,7 @@ def to_mix(adapters: AdaptersLike) -> list[adapters_pb2.AdapterWeight]:
         case Mapping():
             return [_to_proto(member) for member in adapters.items()]
     if not isinstance(adapters, Iterable):
-        raise ArgumentTypeError("adapters", f"must be {_FORMS}, or a list, not {adapters!r}")
+        raise not_of_type("adapters", f"{_FORMS}, or a list", adapters)
     return [_to_proto(adapter) for adapter in adapters]
 
 
@@ -125,16 +125,17 @@ def _to_proto(adapter: object) -> adapters_pb2.AdapterWeight:
             try:
                 member = AdapterWeight(name, weight)
             except TypeError:
-                raise ArgumentTypeError("adapters", f"must be {_FORMS}, not {adapter!r}") from None
+                raise not_of_type("adapters", _FORMS, adapter) from None
         case _:
-            raise ArgumentTypeError("adapters", f"must be {_FORMS}, not {adapter!r}")
+            raise not_of_type("adapters", _FORMS, adapter)
     made = adapters_pb2.AdapterWeight(name=_plain_name(member.name))
     try:
         made.weight = float(member.weight)
         if member.generation is not None:
             made.generation = member.generation
     except (ValueError, OverflowError) as error:
-        raise ArgumentValueError("adapters", f"{adapter!r}: {error}") from None
+        text = say("INVALID_ADAPTER", value=repr(adapter), problem=error)
+        raise ArgumentValueError("adapters", text) from None
     return made
 
 
@@ -143,5 +144,4 @@ def _plain_name(name: str) -> str:
     check_text("adapters", name)
     if (_OF_HTTP | {"=", "@"}).isdisjoint(name):
         return name
-    why = 'is not an adapter name; pass a weight as ("name", weight)'
-    raise ArgumentValueError("adapters", f"{name!r} {why}")
+    raise ArgumentValueError("adapters", say("NOT_A_PLAIN_NAME", value=name))

@@ -15,6 +15,7 @@ from turret.clients.messages.fields import (
     extend_ids,
     extend_texts,
     fill,
+    not_of_type,
     several,
 )
 from turret.clients.messages.mix import AdaptersLike, to_mix
@@ -25,7 +26,8 @@ from turret.clients.messages.turns import (
     to_messages,
     to_tool,
 )
-from turret.closest import did_you_mean
+from turret.clients.words import say
+from turret.closest import closest
 from turret.v1 import inference_pb2
 
 # Text, token ids (an array of them, too), or the turns of a conversation.
@@ -129,8 +131,9 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     unknown = options.keys() - GenerateOptions.__annotations__.keys()
     if unknown:
         known = list(GenerateOptions.__annotations__)
-        meant = did_you_mean(min(unknown), known)
-        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}{meant}")
+        near = closest(min(unknown), known)
+        names = ", ".join(sorted(unknown))
+        raise TypeError(say("UNKNOWN_OPTIONS", names=names, closest=near))
     values: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
     request = inference_pb2.GenerateRequest(adapters=to_mix(values.get("adapters", ())))
     fill(request, ("request_id",), values)
@@ -151,36 +154,37 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     _set_constraint(request, values)
     for index, tool in enumerate(several("tools", values.get("tools", ()), "a list of tools")):
         if request.WhichOneof("input") != "chat":
-            raise ArgumentTypeError("tools", "requires messages instead of a prompt")
+            raise ArgumentTypeError("tools", say("NEEDS_FIELD", other="messages"))
         request.chat.tools.append(to_tool(f"tools[{index}]", tool))
     return request
 
 
 def _set_bias(sampling: inference_pb2.SamplingParams, bias: Any) -> None:
-    wanted = "must map token ids to numbers"
+    wanted = "a mapping from token ids to numbers"
     if not isinstance(bias, Mapping):
-        raise ArgumentTypeError("logit_bias", f"{wanted}, not {bias!r}")
+        raise not_of_type("logit_bias", wanted, bias)
     for token_id, number in bias.items():
         try:
             sampling.logit_bias[as_whole("logit_bias", token_id)] = number
         except (TypeError, ValueError, OverflowError) as error:
             kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentValueError
-            raise kind("logit_bias", f"{wanted}, not {token_id!r} to {number!r}") from None
+            text = say("NOT_OF_TYPE", wanted=wanted, value=f"{token_id!r} to {number!r}")
+            raise kind("logit_bias", text) from None
 
 
 def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str, Any]) -> None:
     given = [name for name in _CONSTRAINTS if name in values]
     if len(given) > 1:
-        raise ValueError(f"only one constraint can be set, not {', '.join(given)}")
+        raise ValueError(say("SEVERAL_CONSTRAINTS", names=", ".join(given)))
     schema = values.get("json_schema")
     if isinstance(schema, Mapping):
         values = {**values, "json_schema": as_json("json_schema", schema)}
     elif not isinstance(schema, str | None):
-        raise ArgumentTypeError("json_schema", f"must be a mapping or JSON, not {schema!r}")
+        raise not_of_type("json_schema", "a mapping or JSON", schema)
     fill(request, _CONSTRAINTS[:-1], values)
     choice = values.get("choice")
     if isinstance(choice, str):
-        raise ArgumentTypeError("choice", "must be a list of strings, not a string")
+        raise not_of_type("choice", "a list of strings", choice)
     if choice is not None:
         request.choice.SetInParent()
         extend_texts("choice", request.choice.texts, several("choice", choice, "a list of strings"))
@@ -211,7 +215,7 @@ def embed_request(
     if pooling is not None:
         if not isinstance(pooling, str) or pooling not in POOLINGS:
             kind = ArgumentValueError if isinstance(pooling, str) else ArgumentTypeError
-            raise kind("pooling", f"one of {', '.join(POOLINGS)}, not {pooling!r}")
+            raise kind("pooling", say("NOT_ONE_OF", choices=", ".join(POOLINGS), value=pooling))
         request.pooling = POOLINGS[pooling]
     values = {"normalize": normalize, "dimensions": dimensions, "request_id": request_id}
     fill(request, tuple(values), {k: v for k, v in values.items() if v is not None})
@@ -239,7 +243,7 @@ def fill_inputs(field: Any, inputs: str | Sequence[Prompt]) -> None:
     """
     prompts = [inputs] if isinstance(inputs, str) else _items("inputs", inputs)
     if prompts and (all(map(_is_whole, prompts)) or all(isinstance(p, Mapping) for p in prompts)):
-        raise ArgumentTypeError("inputs", "must be a list of prompts, not a single prompt")
+        raise ArgumentTypeError("inputs", say("SINGLE_PROMPT"))
     for index, prompt in enumerate(prompts):
         set_input(field.add(), prompt, "inputs" if prompt is inputs else f"inputs[{index}]")
 
@@ -282,7 +286,7 @@ def set_input(
     if any(map(is_like_a_turn, items)):
         request.chat.messages.extend(to_messages(place or "messages", items))
     elif items and (any(isinstance(i, str) for i in items) or not any(map(_is_whole, items))):
-        raise ArgumentTypeError(name, f"must be {_PROMPTS}, not {prompt!r}")
+        raise not_of_type(name, _PROMPTS, prompt)
     else:
         request.token_ids.SetInParent()
         extend_ids(name, request.token_ids.ids, items)
@@ -293,7 +297,7 @@ def _items(name: str, value: Any) -> list[Any]:
     try:
         return list(several(name, value, _PROMPTS))
     except TypeError:
-        raise ArgumentTypeError(name, f"must be {_PROMPTS}, not {value!r}") from None
+        raise not_of_type(name, _PROMPTS, value) from None
 
 
 def _is_whole(item: object) -> bool:

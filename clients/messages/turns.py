@@ -11,8 +11,10 @@ from turret.clients.messages.fields import (
     as_json,
     check_text,
     fill,
+    not_of_type,
     several,
 )
+from turret.clients.words import say
 from turret.v1 import inference_pb2
 
 # {"role": "user", "content": "hi"}, ("user", "hi"), or the message itself. A mapping is one of
@@ -39,7 +41,7 @@ def chat_messages(chat: str | Iterable[MessageLike]) -> list[inference_pb2.ChatM
     turns = to_messages("messages", several("messages", chat, wanted))
     if not turns:
         # Without this, an empty list would be sent as token ids, which the caller did not mention.
-        raise ArgumentValueError("messages", "must not be empty")
+        raise ArgumentValueError("messages", say("EMPTY"))
     return turns
 
 
@@ -70,7 +72,7 @@ def check_is_no_turn(name: str, value: object) -> None:
     """
     is_pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], str)
     if is_pair or isinstance(value, Mapping | inference_pb2.ChatMessage):
-        raise ArgumentTypeError(name, "must be a list of messages, not a single message")
+        raise ArgumentTypeError(name, say("SINGLE_MESSAGE"))
 
 
 def _to_message(place: str, turn: object) -> inference_pb2.ChatMessage:
@@ -81,7 +83,7 @@ def _to_message(place: str, turn: object) -> inference_pb2.ChatMessage:
             return _of_mapping(place, role, rest)
         case (str() as role, str() as content):
             return _said(place, role, content)
-    raise ArgumentTypeError(place, f"must have a role and content, not {turn!r}")
+    raise not_of_type(place, "a message with role and content", turn)
 
 
 def _of_mapping(place: str, role: Any, rest: Mapping[str, Any]) -> inference_pb2.ChatMessage:
@@ -90,9 +92,8 @@ def _of_mapping(place: str, role: Any, rest: Mapping[str, Any]) -> inference_pb2
     unknown = given.keys() - {*_TURN_FIELDS, *_PASSED_OVER}
     if unknown:
         known = ", ".join(("role", *_TURN_FIELDS))
-        raise ArgumentTypeError(
-            place, f"has the unknown key {min(map(str, unknown))!r}; known are {known}"
-        )
+        key = min(map(str, unknown))
+        raise ArgumentTypeError(place, say("UNKNOWN_MESSAGE_KEY", value=key, choices=known))
     # Answers made only of calls or reasoning have no content, and clients return them as such.
     content = rest.get("content")
     content = "" if content is None and role == "assistant" else content
@@ -121,10 +122,8 @@ def _content(place: str, content: Any) -> Any:
             case {"type": "text", "text": str() as text}:
                 texts.append(text)
             case _:
-                raise ArgumentTypeError(
-                    f"{place}[{index}]",
-                    f'must be {{"type": "text", "text": ...}}, not {part!r}',
-                )
+                wanted = '{"type": "text", "text": ...}'
+                raise not_of_type(f"{place}[{index}]", wanted, part)
     return "".join(texts)
 
 
@@ -139,7 +138,7 @@ def _to_call(place: str, call: object) -> inference_pb2.ToolCall:
             if rest.get("id") is not None:
                 fill(made, ("id",), rest, within=f"{place}.")
             return made
-    raise ArgumentTypeError(place, f"must have a function with a name and arguments, not {call!r}")
+    raise not_of_type(place, "a call with a function, its name and its arguments", call)
 
 
 def to_tool(place: str, tool: object) -> inference_pb2.Tool:
@@ -161,4 +160,4 @@ def to_tool(place: str, tool: object) -> inference_pb2.Tool:
                 schema = {"parameters": as_json(f"{within}parameters", parameters)}
                 fill(made, ("parameters",), schema, within=within)
             return made
-    raise ArgumentTypeError(place, f"must have a function with a name, not {tool!r}")
+    raise not_of_type(place, "a tool with a function and its name", tool)

@@ -20,6 +20,7 @@ from turret.clients.verbs.command import (
 from turret.clients.verbs.flags import generation_options, generation_parser
 from turret.clients.verbs.generate import summary
 from turret.clients.verbs.hints import HINTS
+from turret.clients.words import say
 
 _HELP = """\
 /adapter NAME[@GENERATION][=WEIGHT] ...   answer with this mix from now on
@@ -135,7 +136,7 @@ class Conversation:
             case "/stats":
                 print(self.last_summary)
             case _ if command.startswith("/"):
-                raise ValueError(f"unknown command {command}; /help lists them")
+                raise ValueError(say("UNKNOWN_CHAT_COMMAND", value=command))
             case _:
                 self._answer(line)
 

@@ -27,6 +27,7 @@ from turret.clients.verbs.flags import (
     flag_of,
 )
 from turret.clients.verbs.hints import HINTS
+from turret.clients.words import say
 
 _DEFAULT_TIMEOUT_SECONDS = 600.0
 # Longer lists of violations are only counted, unless --details is given.
@@ -218,9 +219,9 @@ def positive_seconds(text: str) -> float:
     try:
         seconds = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds") from None
+        raise argparse.ArgumentTypeError(say("NOT_SECONDS", value=text)) from None
     if not seconds > 0:
-        raise argparse.ArgumentTypeError("must be more than 0")
+        raise argparse.ArgumentTypeError(say("NOT_ABOVE", bound=0, value=text))
     return seconds
 
 
@@ -234,12 +235,11 @@ def given_token(args: argparse.Namespace) -> str | None:
         try:
             return args.token_from.read_text(encoding="utf-8").strip()
         except OSError as error:
-            why = error.strerror
+            about = {"path": args.token_from, "why": error.strerror}
+            raise OSError(say("FLAG_FILE_UNREADABLE", flag="--token-from", **about)) from None
         except UnicodeDecodeError:
-            why = "is no UTF-8 text"
-        raise OSError(
-            f"--token-from {args.token_from}: {why}; it takes a file that holds the token alone"
-        )
+            text = say("FLAG_FILE_NOT_UTF8", flag="--token-from", path=args.token_from)
+            raise OSError(text) from None
     return args.token or os.environ.get(TOKEN_VARIABLE)
 
 
@@ -253,10 +253,13 @@ def given_tls(args: argparse.Namespace) -> Tls | None:
     if args.tls or args.tls_ca or args.tls_cert or args.tls_key or args.tls_server_name:
         for name in ("tls_ca", "tls_cert", "tls_key"):
             path: Path | None = getattr(args, name)
-            if path is not None and not path.is_file():
-                raise FileNotFoundError(f"{flag_of(name, args)}: there is no file {path}")
-            if path is not None and not os.access(path, os.R_OK):
-                raise PermissionError(f"{flag_of(name, args)}: may not read {path}")
+            if path is not None:
+                try:
+                    path.read_bytes()
+                except OSError as error:
+                    about = {"path": path, "why": error.strerror}
+                    text = say("FLAG_FILE_UNREADABLE", flag=flag_of(name, args), **about)
+                    raise OSError(text) from None
         return Tls.from_files(
             ca=args.tls_ca,
             certificate=args.tls_cert,

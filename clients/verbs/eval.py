@@ -37,6 +37,7 @@ from turret.clients.verbs.command import (
     with_client,
 )
 from turret.clients.verbs.tables import print_table, terminal
+from turret.clients.words import say
 
 _DESCRIPTION = """\
 Judge the base model, adapters and mixes on a test set through a running server. A line of the file
@@ -119,16 +120,16 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
     mixes: list[Mix] = [*([()] if has_base else []), *args.mixes]
     if not mixes:
         flag = "--classify" if args.classify else "--no-base"
-        raise ValueError(f"nothing to judge: {flag} needs at least one --mix")
+        raise ValueError(say("NO_MIX", flag=flag))
     if len({mix_name(mix) for mix in mixes}) < len(mixes):
-        raise ValueError("--mix: each mix may be judged once")
+        raise ValueError(say("SAME_MIX_TWICE"))
     for flag, path in (("--plot", args.plot), ("--answers", args.answers)):
         if path is not None:
             _check_output(flag, path, args.data)
     examples = read_eval_set(args.data, is_raw=args.raw, limit=args.limit)
     first = examples[0]
     if first.labels is not None and not args.classify:
-        raise RowError(args.data, first.line, "labels", "are judged with --classify")
+        raise RowError(args.data, first.line, "labels", say("LABELS_NEED_CLASSIFY"))
     metrics = _metrics(args.metrics, args.labels, args.classify)
     options = EvalOptions(
         metrics=metrics if first.labels is None else LABEL_SET_METRICS,
@@ -155,14 +156,17 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
 
 def _check_output(flag: str, path: Path, data: Path) -> None:
     """Refuse, before anything is asked, what cannot be written or is the test set."""
-    if path.is_dir():
-        raise ValueError(f"{flag}: {path} is a directory; name a file in it")
-    if not path.parent.is_dir():
-        raise ValueError(f"{flag}: {path.parent} is no directory")
     if path.exists() and data.exists() and path.samefile(data):
-        raise ValueError(f"{flag}: {path} is the test set; name another file")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{flag}: {path} cannot be written by this user; name another file")
+        raise ValueError(say("IS_TEST_SET", flag=flag, path=path))
+    problem = None
+    if path.is_dir():
+        problem = say("PATH_IS_A_DIRECTORY", path=path)
+    elif not path.parent.is_dir():
+        problem = say("FOLDER_MISSING", path=path.parent)
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        problem = say("PATH_NOT_WRITABLE", path=path)
+    if problem is not None:
+        raise ValueError(say("FLAG_PATH_UNUSABLE", flag=flag, problem=problem))
 
 
 def _judge(
@@ -202,10 +206,8 @@ def _judge(
         except UnavailableError as error:
             if done is None:
                 raise
-            said = f" ({error.message})" if error.is_of_server else ""
-            raise UnfinishedAnswerError(
-                f"the server went away{said} {extent()}; see its log, and ask again"
-            ) from error
+            text = say("EVALUATION_CUT", done=extent())
+            raise UnfinishedAnswerError(text) from error
     args.stopped = ""
     return reports
 
@@ -213,19 +215,19 @@ def _judge(
 def _metrics(asked: Sequence[str] | None, labels: Sequence[str], classify: bool) -> tuple[str, ...]:
     if classify:
         if asked is not None or labels:
-            raise ValueError("--classify has metrics of its own: leave out --metric and --labels")
+            raise ValueError(say("CLASSIFY_HAS_METRICS"))
         return CLASS_METRICS
     if asked is None:
         return METRICS if labels else METRICS[:-1]
     if "label_accuracy" in asked and not labels:
-        raise ValueError("--metric label_accuracy needs --labels")
+        raise ValueError(say("METRIC_NEEDS_LABELS"))
     return tuple(metric for metric in METRICS if metric in asked)
 
 
 def _check_labels(path: Path, examples: Sequence[EvalExample], labels: Sequence[str]) -> None:
     for example in examples:
         if example.reference not in labels:
-            problem = f"the right answer {example.reference!r} is none of --labels"
+            problem = say("ANSWER_NOT_A_LABEL", value=example.reference)
             raise RowError(path, example.line, "completion", problem)
 
 
@@ -313,36 +315,34 @@ def _answers(reports: Sequence[MixReport], examples: Sequence[EvalExample]) -> s
 
 def _metric(text: str) -> str:
     if text in LABEL_SET_METRICS[1:]:
-        why = "of adapters that classify, with --classify in place of --metric"
-        raise argparse.ArgumentTypeError(f"{text} is told {why}")
+        raise argparse.ArgumentTypeError(say("METRIC_NEEDS_CLASSIFY", value=text))
     return text
 
 
 def _mix(text: str) -> Mix:
     if "," in text:
-        one, *others = (part.strip() for part in text.split(","))
-        apart = f"those to compare are -m {' -m '.join([one, *others])}"
-        together = f"a mix is {'+'.join([one, *others])}"
-        raise argparse.ArgumentTypeError(f"{text!r} holds a comma: {together}, {apart}")
+        parts = [part.strip() for part in text.split(",")]
+        forms = {"mix": "+".join(parts), "mixes": f"-m {' -m '.join(parts)}"}
+        raise argparse.ArgumentTypeError(say("COMMA_IN_MIX", value=text, **forms))
     return tuple(adapter_weight(member.strip()) for member in text.split("+"))
 
 
 def _labels(text: str) -> tuple[str, ...]:
     labels = tuple(label.strip() for label in text.split(","))
     if not all(labels) or len(set(labels)) < len(labels):
-        raise argparse.ArgumentTypeError("labels must differ and not be empty")
+        raise argparse.ArgumentTypeError(say("LABELS_NOT_DISTINCT"))
     return labels
 
 
 def _svg(text: str) -> Path:
     path = Path(text)
     if path.suffix.lower() != ".svg":
-        meant = path.with_suffix(".svg")
-        raise argparse.ArgumentTypeError(f"{text}: only SVG is written; name it {meant}")
+        instead = path.with_suffix(".svg")
+        raise argparse.ArgumentTypeError(say("NOT_SVG", value=text, instead=instead))
     return path
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r:.40}")
+        raise argparse.ArgumentTypeError(say("NOT_POSITIVE", value=text))
     return int(text)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from turret.clients.messages.requests import GenerateOptions
+from turret.clients.words import say
 
 _FLOATS = {
     "temperature": "0 is greedy (default: 1)",
@@ -110,8 +111,8 @@ def file_text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "is no UTF-8 text"
-        raise argparse.ArgumentTypeError(f"{path}: {why}") from None
+        why = error.strerror if isinstance(error, OSError) else error.reason
+        raise argparse.ArgumentTypeError(say("FILE_UNREADABLE", path=path, why=why)) from None
 
 
 def as_typed(argument: str, args: argparse.Namespace) -> str:
@@ -147,7 +148,7 @@ def generation_options(args: argparse.Namespace) -> GenerateOptions:
     """
     given = [_flag(name) for name in _CONSTRAINTS if getattr(args, name) is not None]
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)}: the answer can be one of these alone")
+        raise ValueError(say("FLAGS_CONFLICT", flags=", ".join(given)))
     return GenerateOptions(
         temperature=args.temperature,
         top_k=args.top_k,

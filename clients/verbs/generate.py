@@ -21,6 +21,7 @@ from turret.clients.verbs.command import (
     with_client,
 )
 from turret.clients.verbs.flags import generation_options, generation_parser
+from turret.clients.words import say
 
 # Options that plain text cannot show.
 _JSON_ONLY = ("logprobs", "top_n", "token_ids")
@@ -58,7 +59,7 @@ def _generate(args: argparse.Namespace, client: TurretClient) -> None:
     prompt = _prompt(args)
     unseen = [flag for flag in _JSON_ONLY if getattr(args, flag)]
     if unseen and not args.json:
-        raise ValueError(f"--{unseen[0].replace('_', '-')} shows in JSON alone: add --json")
+        raise ValueError(say("FLAG_NEEDS_JSON", flag=f"--{unseen[0].replace('_', '-')}"))
     if args.json:
         options["logprobs"] = args.logprobs or None
         options["top_n"] = args.top_n
@@ -83,10 +84,7 @@ def _generate(args: argparse.Namespace, client: TurretClient) -> None:
             print()
         if last is None or not isinstance(error, UnavailableError):
             raise
-        said = f" ({error.message})" if error.is_of_server else ""
-        raise UnfinishedAnswerError(
-            f"the server went away in the middle of the answer{said}; ask again, and see its log"
-        ) from error
+        raise UnfinishedAnswerError(say("ANSWER_LOST")) from error
     _print_end(last, args.stats)
 
 
@@ -100,7 +98,7 @@ def _prompt(args: argparse.Namespace) -> Prompt:
     text = text_argument(args.prompt)
     if not text and (args.chat or args.system is not None):
         # A chat template would still turn it into a prompt, and the answer would not end.
-        raise ValueError(f"PROMPT: {'standard input is' if args.prompt == '-' else 'is'} empty")
+        raise ValueError(say("STANDARD_INPUT_EMPTY" if args.prompt == "-" else "PROMPT_EMPTY"))
     for name, given in (("PROMPT", text), ("--system", args.system or "")):
         check_text(name, given)
     if args.system is not None:

@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from turret.clients.words import say
+
 
 def text_parser() -> argparse.ArgumentParser:
     """``TEXT ...`` and ``--file``, as a parent parser."""
@@ -35,11 +37,10 @@ def given_texts(args: argparse.Namespace) -> list[str]:
     if args.file is not None:
         try:
             texts += _lines(args.file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            at = f"{error.reason} at byte {error.start + 1}"
-            raise ValueError(f"--file {args.file}: is no UTF-8 text ({at})") from None
+        except UnicodeDecodeError:
+            raise ValueError(say("FLAG_FILE_NOT_UTF8", flag="--file", path=args.file)) from None
     if not texts:
-        raise ValueError("no text: give some, - for standard input, or --file")
+        raise ValueError(say("NO_TEXTS"))
     return texts
 
 

@@ -59,7 +59,7 @@ class CommandParser(argparse.ArgumentParser):
             self.exit(EXIT_USAGE)
         self.exit(
             EXIT_USAGE,
-            f"{self.prog}: error: {message}\n{self.prog} --help shows what there is\n",
+            f"{self.prog}: error: {message}\nrun `{self.prog} --help` for help\n",
         )
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:

@@ -7,7 +7,7 @@ TEXTS = {
     "SHUTTING_DOWN": "the server is shutting down",
     "ENGINE_FAILED": "the engine has failed",
     "PRELOAD_FAILED": "--preload {name}={path}: {problem}",
-    "SERVICE_ELSEWHERE": "{service} is not available at this address, but at the server's {flag}",
+    "SERVICE_ELSEWHERE": "{service} is served at the server's {flag}, not at this address",
     "CALLER_GONE": "the caller disconnected",
     "DEADLINE_EXCEEDED": "the deadline passed before the request finished",
     "ADAPTER_UNLOADED": "an adapter of this request was unloaded by force",
@@ -80,7 +80,6 @@ TEXTS = {
     " model",
     "FILES_MISSING": "{model} lacks files that {index} lists, such as {name} ({missing} of"
     " {count}); download it again",
-    "PATH_UNUSABLE": "{path} {problem}",
     "FILE_DAMAGED": "{path} is damaged or incomplete; copy or download it again",
     "FILE_WRONG_SIZE": "{path} has {found:,} bytes instead of {expected:,}; copy or download it"
     " again",

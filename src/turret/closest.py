@@ -26,6 +26,6 @@ def closest(word: str, choices: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """``"; did you mean 'sql'?"`` where a choice is close to the word, else nothing."""
+    """``; did you mean "sql"?`` where a choice is close to the word, else nothing."""
     close = closest(word, choices)
-    return "" if close is None else f"; did you mean {close!r}?"
+    return "" if close is None else f'; did you mean "{close}"?'

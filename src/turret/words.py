@@ -27,6 +27,7 @@ TEXTS = {
     "CONFLICTS_WITH": "cannot be combined with {other}",
     "EMPTY": "must not be empty",
     "DUPLICATE": "{value!q} is listed more than once",
+    "SEVERAL_CONSTRAINTS": "a request has one constraint, not several: {names}",
     # Values.
     "NOT_ONE_OF": "must be one of {choices}, not {value!q}",
     "NOT_IN_RANGE": "must be between {least!q:.30} and {most!q:.30}, not {value!q:.30}",
@@ -44,6 +45,7 @@ TEXTS = {
     # Files.
     "NOT_UTF8": "is not UTF-8",
     "FILE_UNREADABLE": "cannot read {path}: {why}",
+    "PATH_UNUSABLE": "{path} {problem}",
     "FOLDER_MISSING": "{path} is not a directory",
 }
 

@@ -2,46 +2,47 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
+from said import says
 from servers.command import parse_and_run
 
 from turret.clients.channel import Tls
 from turret.clients.client import TurretClient
+from turret.clients.unreached import address_problem
 
-NO_PORT = "is not HOST:PORT; the port is missing"
 WRONG = {
-    "localhost:": NO_PORT,
-    "dns:localhost:": NO_PORT,
-    "dns:///localhost:": NO_PORT,
-    "": NO_PORT,
-    "localhost:abc": "is not HOST:PORT with a port from 0 to 65535",
-    "localhost:5x": "is not HOST:PORT with a port from 0 to 65535",
-    ":": "is not HOST:PORT; the host is missing",
-    ":50051": "is not HOST:PORT; the host is missing",
-    "[]:1": "is not HOST:PORT; the host is missing",
-    " localhost:1": "is not HOST:PORT; it contains white space",
-    "localhost:1\n": "is not HOST:PORT; it contains white space",
-    "a b:1": "is not HOST:PORT; it contains white space",
-    "HTTPS://a:1": "is not HOST:PORT; leave out HTTPS://",
-    "tcp://a:1": "is not HOST:PORT; leave out tcp://",
-    "127.0.0.1:1,127.0.0.1:2": "is not HOST:PORT; start a list of addresses with ipv4: or ipv6:",
-    "unix:": "unix: requires a path, such as unix:/run/turret.sock",
-    "unix://": "unix: requires a path, such as unix:/run/turret.sock",
-    "ipv4:": "ipv4: requires an address",
-    "dns:///": "dns: requires an address",
+    "localhost:": "ADDRESS_WITHOUT_PORT",
+    "dns:localhost:": "ADDRESS_WITHOUT_PORT",
+    "dns:///localhost:": "ADDRESS_WITHOUT_PORT",
+    "": "ADDRESS_WITHOUT_PORT",
+    "localhost:abc": "PORT_NOT_IN_RANGE",
+    "localhost:5x": "PORT_NOT_IN_RANGE",
+    ":": "ADDRESS_WITHOUT_HOST",
+    ":50051": "ADDRESS_WITHOUT_HOST",
+    "[]:1": "ADDRESS_WITHOUT_HOST",
+    " localhost:1": "ADDRESS_WITH_SPACE",
+    "localhost:1\n": "ADDRESS_WITH_SPACE",
+    "a b:1": "ADDRESS_WITH_SPACE",
+    "HTTPS://a:1": "ADDRESS_WITH_SCHEME",
+    "tcp://a:1": "ADDRESS_WITH_SCHEME",
+    "127.0.0.1:1,127.0.0.1:2": "ADDRESS_LIST",
+    "unix:": "SCHEME_WITHOUT_PATH",
+    "unix://": "SCHEME_WITHOUT_PATH",
+    "ipv4:": "SCHEME_WITHOUT_ADDRESS",
+    "dns:///": "SCHEME_WITHOUT_ADDRESS",
 }
 
 
-@pytest.mark.parametrize(("address", "problem"), WRONG.items(), ids=map(repr, WRONG))
+@pytest.mark.parametrize(("address", "reason"), WRONG.items(), ids=map(repr, WRONG))
 def test_an_address_that_is_none_is_refused(
-    address: str, problem: str, capsys: pytest.CaptureFixture[str]
+    address: str, reason: str, capsys: pytest.CaptureFixture[str]
 ):
-    said = problem if "requires" in problem else f"{address!r} {problem}"
+    said = address_problem(address, has_tls=False)
+    assert said is not None
+    assert said.reason == reason
     for tls in (None, Tls()):
         for name in ("address", "admin_address"):
-            with pytest.raises(ValueError, match=re.escape(said)) as raised:
+            with pytest.raises(ValueError, check=says(reason)) as raised:
                 TurretClient(tls=tls, **{name: address})  # type: ignore[arg-type]
             assert str(raised.value) == f"{name}: {said}"
     for verb in (["health"], ["generate", "a"]):

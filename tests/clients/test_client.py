@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from said import says
 from servers.fake_turret import FOREVER, PEFT_FILES, FakeAdapters, FakeTurret, fake_turret
 
 from turret.clients.aio import AsyncTurretClient
@@ -119,9 +120,9 @@ def test_every_option_reaches_its_field(client: TurretClient, server: FakeTurret
 @pytest.mark.parametrize(
     ("prompt", "options", "error", "text"),
     [
-        ("a", {"max_token": 3}, TypeError, "max_token; did you mean 'max_tokens'"),
-        ("a", {"adapters": "json=0.5"}, ValueError, "^adapters: 'json=0.5'"),
-        ("a", {"adapters": "json+sql"}, ValueError, "^adapters: 'json[+]sql'"),
+        ("a", {"max_token": 3}, TypeError, "max_token; .*max_tokens"),
+        ("a", {"adapters": "json=0.5"}, ValueError, "^adapters: .json=0.5. "),
+        ("a", {"adapters": "json+sql"}, ValueError, "^adapters: .json[+]sql. "),
         ("a", {"top_k": -1}, ValueError, "top_k"),
         ("a", {"temperature": "hot"}, TypeError, "temperature"),
         ("a", {"logit_bias": {-1: 0.0}}, ValueError, "logit_bias"),
@@ -132,7 +133,7 @@ def test_every_option_reaches_its_field(client: TurretClient, server: FakeTurret
             [{"role": "user", "content": "a", "nmae": "b"}],
             {},
             TypeError,
-            "'nmae'",
+            "nmae",
         ),
     ],
 )
@@ -299,13 +300,13 @@ def test_fuse_and_merge(client: TurretClient, server: FakeTurret):
 
 
 def test_upload_sends_the_adapter_and_nothing_else(client, server, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no: "):
+    with pytest.raises(FileNotFoundError, check=says("PATH_MISSING")):
         client.adapters.upload("up", tmp_path / "no")
-    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
+    with pytest.raises(FileNotFoundError, check=says("NO_ADAPTER_CONFIG")):
         client.adapters.upload("up", tmp_path)
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).touch()
-    with pytest.raises(FileNotFoundError, match="whole model"):
+    with pytest.raises(FileNotFoundError, check=says("ADAPTER_IS_A_MODEL")):
         client.adapters.upload("up", tmp_path)
     (tmp_path / "model.safetensors").unlink()
     for name, data in PEFT_FILES.items():
@@ -319,7 +320,7 @@ def test_upload_sends_the_adapter_and_nothing_else(client, server, tmp_path):
 def test_export_is_all_or_nothing(client: TurretClient, server: FakeTurret, tmp_path):
     target = tmp_path / "deep" / "sql"
     server.adapters.garble = True
-    with pytest.raises(ValueError, match="incomplete"):
+    with pytest.raises(ValueError, check=says("EXPORT_FILE_DAMAGED")):
         client.adapters.export("sql", target)
     with pytest.raises(TurretRpcError, match="NOT_FOUND"):
         client.adapters.export("nope", target)

@@ -52,7 +52,7 @@ class SavedRegistration:
         """
         fields = json.loads(data)
         if not isinstance(fields, dict) or fields.pop("version", None) not in _READ_VERSIONS:
-            raise ValueError(f"is no registration of version {_VERSION} or before")
+            raise ValueError(f"is not a registration of version {_VERSION} or earlier")
         try:
             source = Source(**_typed(Source, fields.pop("source")))
             if source.is_upload:
@@ -60,7 +60,7 @@ class SavedRegistration:
             facts = AdapterFacts(**_typed(AdapterFacts, fields.pop("facts")))
             return cls(source=source, facts=facts, **_typed(cls, fields))
         except (KeyError, TypeError) as error:
-            raise ValueError(f"is no registration: {error}") from None
+            raise ValueError(f"is not a registration: {error}") from None
 
 
 # Annotations are strings in this module, so these names identify the types.
@@ -75,7 +75,7 @@ def _typed(kind: Any, values: Any) -> dict[str, Any]:
         TypeError: They are no object, or one has another type.
     """
     if not isinstance(values, dict):
-        raise TypeError("an object is missing")
+        raise TypeError("must be an object")
     types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
     checked: dict[str, Any] = {}
     for name, value in values.items():
@@ -83,11 +83,11 @@ def _typed(kind: Any, values: Any) -> dict[str, Any]:
         if wanted.endswith(_OPTIONAL):
             wanted = "" if value is None else wanted.removesuffix(_OPTIONAL)
         if wanted in _TYPES and type(value) is not _TYPES[wanted]:
-            raise TypeError(f"{name} is no {wanted}")
+            raise TypeError(f"{name} must be of type {wanted}")
         if wanted.startswith("tuple"):
             item = _TYPES[wanted.removeprefix("tuple[").removesuffix(", ...]")]
             if not isinstance(value, list) or any(type(part) is not item for part in value):
-                raise TypeError(f"{name} is no list of {item.__name__}")
+                raise TypeError(f"{name} must be a list of {item.__name__}")
             value = _shared(tuple(value))
         elif name in ("method", "base_model", "chat_template") and isinstance(value, str):
             value = sys.intern(value)

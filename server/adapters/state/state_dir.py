@@ -114,7 +114,7 @@ class StateDir:
             try:
                 saved = SavedRegistration.from_json(path.read_bytes())
                 if path.name != f"{saved.name}.json":
-                    raise ValueError(f"is about {saved.name!r}")
+                    raise ValueError(f"is the registration of {saved.name!r}")
             except (OSError, ValueError) as error:
                 _log.error("cannot restore", extra=log.fields(file=path, reason=error))
                 is_complete = False

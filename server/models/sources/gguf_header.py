@@ -182,7 +182,7 @@ def _end_of_tensors(file: BinaryIO) -> int:
         _text(file)
         (num_sizes,) = struct.unpack("<I", file.read(4))
         if num_sizes > _MAX_SIZES:
-            raise ValueError("a tensor of that many dimensions")
+            raise ValueError("a tensor has too many dimensions")
         *sizes, kind, offset = struct.unpack(f"<{num_sizes}QIQ", file.read(8 * num_sizes + 12))
         numbers, block = _BLOCKS.get(kind, (1, 0))
         ends.append(offset + math.prod(sizes) // numbers * block)
@@ -204,11 +204,11 @@ def _skip_value(file: BinaryIO, kind: int) -> None:
         for _ in range(count):
             _skip_value(file, inner)
     else:
-        raise ValueError("a type that there is not")
+        raise ValueError("a value has an unknown type")
 
 
 def _text(file: BinaryIO) -> str:
     (length,) = struct.unpack("<Q", file.read(8))
     if length > _MAX_TEXT:
-        raise struct.error("a text that long is none")
+        raise struct.error("a string is too long")
     return file.read(length).decode()

@@ -23,6 +23,7 @@ from servers.fake_turret import FakeInference, FakeTurret, abort, fake_turret
 
 from turret.clients.verbs import add_verbs
 from turret.clients.verbs.eval import _plain
+from turret.clients.words import say
 from turret.v1 import inference_pb2
 
 BOS = 1
@@ -245,8 +246,8 @@ def test_a_server_that_goes_away_is_said_to_be_gone(
 
     monkeypatch.setattr(server.inference, "_accept", close)
     code, _, err = run(capitals)
-    gone = "error: the server went away after 0 of 3 answers; nothing was written; see its log"
-    assert (code, err) == (1, f"{gone}, and ask again\n")
+    gone = say("EVALUATION_CUT", done="after 0 of 3 answers; nothing was written")
+    assert (code, err) == (1, f"error: {gone}\n")
     monkeypatch.setattr(server.inference, "is_closed", True)
     assert "(CONNECTION_LOST)" in run(capitals)[2]
 
@@ -299,10 +300,13 @@ def test_files_that_cannot_be_written_are_told_before_anything_is_asked(
     run: Run, capitals: Path, server: FakeTurret, tmp_path: Path
 ):
     (tmp_path / "d.svg").mkdir()
-    names = {"no/x.svg": "no is no directory", "d.svg": "d.svg is a directory; name a file in it"}
+    names = {
+        "no/x.svg": say("FOLDER_MISSING", path=tmp_path / "no"),
+        "d.svg": say("PATH_IS_A_DIRECTORY", path=tmp_path / "d.svg"),
+    }
     for flag, name in itertools.product(("--plot", "--answers"), names):
         code, _, err = run(capitals, flag, str(tmp_path / name))
-        assert (code, err.endswith(f"{flag}: {tmp_path}/{names[name]}\n")) == (2, True), err
+        assert (code, err.endswith(f"{flag}: {names[name]}\n")) == (2, True), err
     assert not server.inference.requests
     code, out, err = run(capitals, "--answers", "/dev/full")
     assert (code, "exact match" in out, "No space left" in err) == (1, True, True)
@@ -311,10 +315,10 @@ def test_files_that_cannot_be_written_are_told_before_anything_is_asked(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--no-base"], "--no-base needs at least one --mix"),
-        (["-m", "sql", "-m", "sql=1.0"], "each mix may be judged once"),
-        (["--metric", "label_accuracy"], "needs --labels"),
-        (["--labels", "Lima,Muscat"], "capitals.jsonl:2: completion: the right answer"),
+        (["--no-base"], say("NO_MIX", flag="--no-base")),
+        (["-m", "sql", "-m", "sql=1.0"], say("SAME_MIX_TWICE")),
+        (["--metric", "label_accuracy"], say("METRIC_NEEDS_LABELS")),
+        (["--labels", "Lima,Muscat"], say("ANSWER_NOT_A_LABEL", value="N'Djamena")),
     ],
 )
 def test_arguments_that_make_no_sense_exit_2(
@@ -330,13 +334,13 @@ def test_a_picture_of_another_kind_is_refused_at_once(
 ):
     with pytest.raises(SystemExit):
         run(capitals, "--plot", "figures.png")
-    assert "only SVG is written; name it figures.svg" in capsys.readouterr().err
+    assert say("NOT_SVG", value="figures.png", instead="figures.svg") in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_there_exits_1(run: Run, tmp_path: Path):
     code, _, err = run(tmp_path / "none.jsonl")
     assert (code, "none.jsonl" in err) == (1, True)
-    assert "is a directory; a test set is a JSONL file of examples" in run(tmp_path)[2]
+    assert say("PATH_IS_A_DIRECTORY", path=tmp_path) in run(tmp_path)[2]
 
 
 def test_labels_are_judged_by_accuracy_and_macro_f1(
@@ -395,4 +399,4 @@ def test_sets_of_labels_are_judged_by_every_f1(run: Run, tmp_path: Path):
     assert re.search(r"Lima\W+100.0%\W+50.0%", out)
     code, _, err = run(path, "-m", "sql")
     assert code != 0
-    assert "sets.jsonl:1: labels: are judged with --classify" in err
+    assert f"sets.jsonl:1: labels: {say('LABELS_NEED_CLASSIFY')}" in err

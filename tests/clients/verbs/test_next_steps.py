@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -17,6 +18,7 @@ from turret.clients.errors import ServerError
 from turret.clients.hints import HINTS as OF_PYTHON
 from turret.clients.unreached import UNREACHED
 from turret.clients.verbs.hints import HINTS
+from turret.clients.words import say
 from turret.server import errors
 from turret.server.api.faults import fault_of
 from turret.server.errors import (
@@ -93,33 +95,38 @@ def test_a_mix_without_a_head_is_sent_to_the_verbs_for_it(
 
 
 @pytest.mark.parametrize(
-    ("files", "expected"),
+    ("files", "reason", "params"),
     [
-        (["a/b/adapter_config.json"], "did you mean '{0}/a/b'?"),
+        (["a/b/adapter_config.json"], "ADAPTER_BELOW", {"closest": "{}/a/b"}),
         (
             ["training_args.bin", *(f"checkpoint-{n}/adapter_config.json" for n in (500, 1000))],
-            "checkpoint-500, checkpoint-1000",
+            "ADAPTERS_BELOW",
+            {"count": 2, "names": "checkpoint-500, checkpoint-1000"},
         ),
-        (["adapter_config.json", "training_args.bin"], "a .safetensors file is missing; an adapt"),
-        (["adapter_config.json", "adapter_model.bin"], "adapter_model.bin is a pickle"),
-        ([".x/adapter_config.json"], "adapter_config.json is missing; an adapter has adapter_con"),
+        (["adapter_config.json", "training_args.bin"], "NO_SAFETENSORS", {}),
+        (
+            ["adapter_config.json", "adapter_model.bin"],
+            "ADAPTER_IS_PICKLED",
+            {"file": "adapter_model.bin"},
+        ),
+        ([".x/adapter_config.json"], "NO_ADAPTER_CONFIG", {}),
     ],
 )
 def test_an_upload_says_where_the_adapter_is(
-    run: Run, server: FakeTurret, tmp_path: Path, files: list[str], expected: str
+    run: Run, server: FakeTurret, tmp_path: Path, files: list[str], reason: str, params: Any
 ):
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     code, _, err = run("adapters", "upload", "up", str(tmp_path))
-    assert (code, err.startswith(f"error: {tmp_path}: ")) == (1, True), err
-    assert expected.format(tmp_path) in err
+    said = {key: str(value).format(tmp_path) for key, value in params.items()}
+    assert (code, err) == (1, f"error: {say(reason, path=tmp_path, **said)}\n")
     assert server.adapters.files == {}
 
 
 def test_an_upload_from_the_hub_is_a_load(run: Run, server: FakeTurret):
     err = run("adapters", "upload", "up", "hub:acme/x")[2]
-    assert err.startswith("error: hub:acme/x: ")
+    assert err.startswith("error: hub:acme/x ")
 
 
 def _refuse_mix(_request: object, context: grpc.ServicerContext) -> None:
@@ -219,7 +226,7 @@ def _abort(context: grpc.ServicerContext, error: TurretError) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "said"), [("", "PROMPT: is empty"), ("-", "PROMPT: standard input is empty")]
+    ("argument", "said"), [("", say("PROMPT_EMPTY")), ("-", say("STANDARD_INPUT_EMPTY"))]
 )
 @pytest.mark.parametrize("flags", [("--chat",), ("--system", "a")])
 def test_a_chat_of_nothing_is_refused(
@@ -238,7 +245,7 @@ def test_a_test_set_is_not_written_over(run: Run, server: FakeTurret, tmp_path: 
     code, _, err = run("eval", str(data), flag, str(tmp_path / "link.svg"))
     assert (code, err) == (
         2,
-        f"error: {flag}: {tmp_path}/link.svg is the test set; name another file\n",
+        f"error: {say('IS_TEST_SET', flag=flag, path=tmp_path / 'link.svg')}\n",
     )
     assert "completion" in data.read_text()
 
@@ -248,7 +255,7 @@ def test_texts_of_a_file_that_is_no_text(run: Run, server: FakeTurret, tmp_path:
     code, _, err = run("embed", "--file", str(tmp_path / "f"))
     assert (code, err) == (
         2,
-        f"error: --file {tmp_path}/f: is no UTF-8 text (invalid start byte at byte 3)\n",
+        f"error: {say('FLAG_FILE_NOT_UTF8', flag='--file', path=tmp_path / 'f')}\n",
     )
 
 

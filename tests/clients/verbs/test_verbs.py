@@ -21,6 +21,7 @@ from turret.clients.client import TurretClient
 from turret.clients.counted import counted as of_client
 from turret.clients.errors import AuthenticationError
 from turret.clients.verbs.hints import HINTS
+from turret.clients.words import say
 from turret.server.basics.counted import counted as of_server
 from turret.v1 import adapters_pb2
 
@@ -41,6 +42,9 @@ def test_generate_streams_the_text(run: Run, server: FakeTurret):
     assert request.sampling.top_k == 3
     assert not request.sampling.HasField("temperature")
     assert not request.stop.HasField("ignore_eos")
+
+
+GONE = "No such file or directory"
 
 
 def test_generate_json_and_chat(run: Run, server: FakeTurret):
@@ -70,7 +74,7 @@ def test_generate_asks_for_a_constraint(run: Run, server: FakeTurret, tmp_path):
     assert list(server.inference.requests[-1].choice.texts) == ["x", "y z"]
     assert run("generate", "a")[0] == 0
     assert server.inference.requests[-1].WhichOneof("constraint") is None
-    said = "error: --json-object and --regex: the answer can be one of these alone\n"
+    said = f"error: {say('FLAGS_CONFLICT', flags='--json-object, --regex')}\n"
     for verb in (["generate", "a"], ["chat"]):
         assert run(*verb, "--regex", "a", "--json-object") == (2, "", said)
     with pytest.raises(SystemExit) as ended:
@@ -100,7 +104,8 @@ def test_one_thing_is_no_plural(counted: Callable[[int, str], str]):
 
 def test_usage_errors_exit_2(run: Run, capsys):
     code, _, err = run("generate", "a", "--top-k", "-1")
-    assert (code, err) == (2, "error: --top-k: must be between 0 and 4294967295, not -1\n")
+    text = say("NOT_IN_RANGE", least=0, most=4294967295, value=-1)
+    assert (code, err) == (2, f"error: --top-k: {text}\n")
     for arguments in (["-a", "sql=much"], ["-a", "=1"], ["--timeout", "0"], ["--token", "a"] * 2):
         with pytest.raises(SystemExit) as raised:
             parse_and_run("generate", *arguments)
@@ -115,10 +120,13 @@ def test_token_comes_from_flag_or_file(run: Run, server: FakeTurret, tmp_path):
     run("generate", "a", "--token-from", str(tmp_path / "token"))
     assert server.inference.metadata["authorization"] == "Bearer t2"
     (tmp_path / "bytes").write_bytes(b"\xff")
-    for name, why in (("none", "No such file or directory"), ("bytes", "is no UTF-8 text")):
+    none = {"path": tmp_path / "none", "why": "No such file or directory"}
+    for name, said in (
+        ("none", say("FLAG_FILE_UNREADABLE", flag="--token-from", **none)),
+        ("bytes", say("FLAG_FILE_NOT_UTF8", flag="--token-from", path=tmp_path / "bytes")),
+    ):
         code, _, err = run("generate", "a", "--token-from", str(tmp_path / name))
-        step = "it takes a file that holds the token alone"
-        assert (code, err) == (1, f"error: --token-from {tmp_path / name}: {why}; {step}\n")
+        assert (code, err) == (1, f"error: {said}\n")
 
 
 def test_environment_stands_for_connection_flags(server: FakeTurret, capsys, monkeypatch, tmp_path):
@@ -131,7 +139,7 @@ def test_environment_stands_for_connection_flags(server: FakeTurret, capsys, mon
     monkeypatch.setenv("TURRET_TLS_CA", str(tmp_path / "ca.pem"))
     capsys.readouterr()
     assert parse_and_run("generate", "a") == 1
-    assert "there is no file" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("error: TURRET_TLS_CA: ")
 
 
 def test_errors_say_what_to_do_next(run: Run, server: FakeTurret, capsys):
@@ -166,11 +174,11 @@ def test_errors_say_what_to_do_next(run: Run, server: FakeTurret, capsys):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--address", "127.0.0.1"], "'127.0.0.1' is not HOST:PORT; the port is missing"),
-        (["--address", "http://127.0.0.1:1"], "leave out http://"),
-        (["--token", "Bearer t"], "--token: must not include the word Bearer"),
-        (["--token", "ü"], "--token: must be printable ASCII"),
-        (["--logprobs"], "--logprobs shows in JSON alone: add --json"),
+        (["--address", "127.0.0.1"], say("ADDRESS_WITHOUT_PORT", value="127.0.0.1")),
+        (["--address", "http://127.0.0.1:1"], "--address: "),
+        (["--token", "Bearer t"], say("INCLUDES_BEARER")),
+        (["--token", "ü"], say("NOT_ASCII")),
+        (["--logprobs"], say("FLAG_NEEDS_JSON", flag="--logprobs")),
     ],
 )
 def test_flags_that_cannot_work_are_told_by_name(arguments: list[str], complaint: str, capfd):
@@ -183,14 +191,16 @@ def test_flags_that_cannot_work_are_told_by_name(arguments: list[str], complaint
 def test_values_that_no_flag_takes_are_told_by_flag(capsys, tmp_path):
     none = str(tmp_path / "none")
     for arguments, complaint in (
-        (["--timeout", "soon"], "argument --timeout: 'soon' is no number of seconds"),
+        (["--timeout", "soon"], f"argument --timeout: {say('NOT_SECONDS', value='soon')}"),
         (
             ["-a", "json+pirate*0.7"],
-            "'json+pirate*0.7' is not NAME[@GENERATION][=WEIGHT]; the members of a mix are given"
-            " one by one: json, pirate=0.7",
+            say("HTTP_MIX", value="json+pirate*0.7", members="json, pirate=0.7"),
         ),
-        (["-a", "json*0.5"], "[=WEIGHT]; with a weight it is json=0.5"),
-        (["--json-schema", none], f"argument --json-schema: {none}: No such file or directory"),
+        (["-a", "json*0.5"], say("NOT_A_MIX_MEMBER", value="json*0.5", closest="json=0.5")),
+        (
+            ["--json-schema", none],
+            say("FILE_UNREADABLE", path=none, why="No such file or directory"),
+        ),
     ):
         with pytest.raises(SystemExit):
             parse_and_run("generate", "a", *arguments)

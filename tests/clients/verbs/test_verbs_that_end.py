@@ -14,6 +14,7 @@ import pytest
 from checkout import ROOT
 from servers.fake_turret import CUT, FOREVER, GONE, FakeTurret
 
+from turret.clients.words import say
 from turret.server import cli
 
 Run = Callable[..., tuple[int, str, str]]
@@ -81,18 +82,17 @@ def test_an_answer_that_the_server_cuts_is_no_success(run: Run):
     assert (code, json.loads(out)["finish_reason"], err) == (1, "CANCELLED", cut)
     code, out, err = run("generate", f"a {GONE}")
     assert (code, out) == (1, f"a{GONE}\n")
-    went = "the server went away in the middle of the answer; ask again, and see its log"
-    assert err == f"error: {went}\n"
+    assert err == f"error: {say('ANSWER_LOST')}\n"
 
 
 def test_text_that_is_no_utf8_is_named(run: Run):
     code, _, err = run("generate", "caf\udcff")
-    assert (code, err) == (2, "error: PROMPT: must be valid UTF-8\n")
+    assert (code, err) == (2, f"error: PROMPT: {say('NOT_UTF8')}\n")
     code, _, err = run("generate", "caf\udcff", "--chat")
-    assert (code, err) == (2, "error: PROMPT: must be valid UTF-8\n")
+    assert (code, err) == (2, f"error: PROMPT: {say('NOT_UTF8')}\n")
     for verb in (("generate", "a"), ("chat",)):
         code, _, err = run(*verb, "--system", "caf\udcff")
-        assert (code, err) == (2, "error: --system: must be valid UTF-8\n")
+        assert (code, err) == (2, f"error: --system: {say('NOT_UTF8')}\n")
 
 
 def test_a_reader_that_has_enough_is_no_error(server: FakeTurret):
