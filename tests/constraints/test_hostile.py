@@ -36,6 +36,7 @@ HOSTILE = {
 }  # fmt: skip
 HOSTILE_REGEXES = {
     "nested counts": "((a{0,1000}){0,1000}){0,1000}",
+    "exact counts": "(a{500}){500}",
     "look back": "(.|\n)*a(.|\n){2000}",
     "long": "ab" * (MAX_CONSTRAINT_CHARS // 2),
     "alternatives": "|".join(f"w{i}" for i in range(9000)),
