@@ -11,6 +11,7 @@ from builders.registries import Registries, in_thread, refs, stage_directory, ti
 from fleets.replicas import Fleet
 from servers.fake_hub import fake_hub
 
+from turret.server.adapters.chat_template import REQUEST, OwnTemplate
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.errors import (
@@ -49,6 +50,21 @@ def test_what_one_loads_all_serve_under_the_same_identity(fleet: Fleet) -> None:
         first.registry.replace("a", "c", expected_generation=1)
     with pytest.raises(AdapterExistsError):
         second.registry.load("a", "c")
+
+
+def test_a_chat_template_is_the_same_on_every_replica(fleet: Fleet, root: Path) -> None:
+    (root / "a" / "chat_template.jinja").write_text("one")
+    first, second = fleet.start(), fleet.start()
+    loaded = first.registry.load("a", "a")
+    assert OwnTemplate.from_json(loaded.facts.chat_template).templates == {"default": "one"}
+    assert second.registry.get("a").facts == loaded.facts
+    given = OwnTemplate(REQUEST, {"default": "two"})
+    with pytest.raises(AdapterExistsError):
+        second.registry.load("a", "a", chat_template=given)
+    replaced = second.registry.replace("a", "a", chat_template=given)
+    assert (replaced.generation, replaced.facts.digest) == (2, loaded.facts.digest)
+    assert second.registry.tokenizers.find(["a"]) == (None, given.to_json())
+    until(lambda: first.registry.tokenizers.find(["a"]) == (None, given.to_json()))
 
 
 def test_what_the_hub_has_is_of_one_commit_everywhere(

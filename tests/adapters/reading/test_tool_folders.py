@@ -20,6 +20,7 @@ from builders.adapters import (
 )
 from said import says
 
+from turret.server.adapters.chat_template import origin_of
 from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.adapters.source import Source
 from turret.server.errors import AdapterCheckpointError
@@ -65,6 +66,12 @@ UNSLOTH_MAPPING = {
     "parent_library": "transformers.models.llama.modeling_llama",
     "unsloth_fixed": True,
 }
+READ = {
+    "chat_template.jinja": b"{{ messages }}",
+    "special_tokens_map.json": b'{"eos_token": {"content": "</s>", "lstrip": false}}',
+    "tokenizer_config.json": b'{"auto_map": {"AutoTokenizer": ["a.b", null]}, "bos_token": null,'
+    b' "chat_template": "{{ messages[0].content }}"}',
+}
 # Tool → folder, files beside, the config's own words.
 TOOLS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "unsloth": (
@@ -106,12 +113,14 @@ def test_a_tools_folder_loads_as_it_is(tool: str, tmp_path: Path) -> None:
     oracle = load_with_peft(model, folder)
     for name in beside:
         (folder / name).parent.mkdir(exist_ok=True)
-        # Read by nobody: a pickle that opens nothing, JSON that is none.
-        (folder / name).write_bytes(b"\x80\x04x")
+        # Only these are read. The others are a pickle that opens nothing, and JSON that is none.
+        (folder / name).write_bytes(READ.get(name, b"\x80\x04x"))
     base = base_of(model, name="org/Tiny-Llama-1B")
     loader = AdapterLoader(tmp_path, base, 1 << 30, 64)
-    loaded = loader.lower(loader.read(Source(path)))
+    loaded = loader.lower(loader.read_new(Source(path)))
     assert loaded.facts.warnings == ()
+    origins = {"chat_template.jinja", "tokenizer_config.json"} & {*beside}
+    assert origin_of(loaded.facts.chat_template) == min(origins, default="")
     assert loaded.facts.base_model == said["base_model_name_or_path"]
     found = logits(with_operators(model, [(loaded.operators, 1.0)]))
     torch.testing.assert_close(found, logits(oracle), rtol=1e-4, atol=1e-5)

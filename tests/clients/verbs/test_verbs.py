@@ -269,7 +269,7 @@ def test_weights_that_are_there_already_replace_nothing(
     assert run("adapters", "replace", "sql", "other")[1].startswith("replaced sql@2: lora")
     server.adapters.adapters["sql"].source = SAME
     assert run("adapters", "replace", "sql", SAME)[1] == (
-        "nothing changed: sql@2 has these weights already\n"
+        "nothing changed: sql@2 has this content already\n"
     )
     # What is loaded or uploaded again, too; a pin may be new.
     same = "nothing else changed: sql@2 has these weights already\n"

@@ -98,7 +98,7 @@ class Targets:
         (place / CONFIG_FILE).write_bytes(data[2:split])
         (place / TENSORS_FILE).write_bytes(data[split:])
         try:
-            loaded = self._loader.lower(self._loader.read(Source("fuzzed")))
+            loaded = self._loader.lower(self._loader.read_new(Source("fuzzed")))
         except TurretError:
             return
         saved = SavedRegistration(
