@@ -43,7 +43,7 @@ TEXTS: dict[str, str] = {
     "INVALID_INDICES": "contains an index that is negative or not below {limits}",
     "INVALID_TENSOR": "is invalid: {why}",
     "NO_HEAD_TENSOR": "is {value}, but the file has no score.weight",
-    "ADAPTS_EXPERT": "adapts an expert, which only LoRA can",
+    "ADAPTS_EXPERT": "adapts an expert, which only LoRA supports",
     # Differences from the base model.
     "NO_SUCH_MODULE": "the base model has no module {module!q:.200}",
     "NO_BASE_BIAS": "the base model has no bias there",
@@ -116,7 +116,8 @@ TEXTS: dict[str, str] = {
     "DRAWN_AGAIN": "{names} are not in the file, so they were drawn again from {seed} as in PEFT",
     "SOLVED_FROM_BASE": "{names} is not in the file, so it was computed from the 4-bit weights,"
     " whose error changes the update by about {share:.0%}",
-    "NOISY_UPDATE": "turns the error of the 4-bit weights into {share:.0%} of the trained update",
+    "NOISY_UPDATE": "cannot be used with the 4-bit weights, whose error changes the update by"
+    " {share:.0%}",
     "DECOMPOSED_FROM_BASE": "its untrained singular values are not in the file, so they were"
     " computed from the 4-bit weights",
     "ARROW_WITHOUT_SEED": "rng_seed is null; this server always uses 0, while PEFT draws a new seed"
@@ -139,10 +140,10 @@ TEXTS: dict[str, str] = {
     "UNEQUAL_RANKS": "components have different ranks ({ranks}) in {module}, but use_gks needs one",
     "PART_OF_XLORA": "is missing: PEFT saves X-LoRA in parts; join them with turret convert",
     # Fusions and merges.
-    "WRONG_COMBINATION": "applies to {owners}, not to {found}",
+    "WRONG_COMBINATION": "applies only to {owners}, not to {found}",
     "NOT_FUSABLE": "adapter {adapter!q} ({method}) cannot be fused: {why}",
-    "NOT_MERGEABLE": "adapter {adapter!q} ({method}) cannot be merged: its {parts} is not a change"
-    " of the decoder layers' weights",
+    "NOT_MERGEABLE": "adapter {adapter!q} ({method}) cannot be merged, because it has more than"
+    " updates of the decoder layers' weights: {parts}",
     "MERGE_OVERFLOWS": "the merged weights of {module} are not finite",
     "NOTHING_TO_FUSE": "no adapter of the mix changes any module",
     "NAME_IS_MEMBER": "{adapter!q} is a member of the mix; choose another name",
