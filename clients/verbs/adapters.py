@@ -181,7 +181,9 @@ def _list(args: argparse.Namespace, client: TurretClient) -> None:
     print_adapters(adapters, others=list(others), method=args.method)
     merged = client.adapters.get_merge_state(timeout=args.timeout)
     if merged.active:
-        print(f"merged into the base: {mix_text(merged)}; `turret adapters merge-state` says how")
+        print(
+            f"merged into the base: {mix_text(merged)}; `turret adapters merge-state` shows details"
+        )
 
 
 def _get(args: argparse.Namespace, client: TurretClient) -> None:

@@ -52,11 +52,12 @@ TEXTS: dict[str, str] = {
     "WRONG_MODEL_TYPE": "is for {expected} models, but the base model is of type {model_type}",
     "WRONG_WIDTH": "maps {inputs} to {outputs} features, but the base model's module maps"
     " {base_inputs} to {base_outputs}",
-    "WRONG_INPUTS": "its {module} takes {found} features, the base model's {expected}",
-    "TOO_MANY_LAYERS": "it is for a model with at least {found} layers; the base has {expected}",
-    "ADAPTS_VISION": "it adapts the {part}, but only a model's language model is served; train it"
-    " without the vision layers",
-    "TRAINED_FOR": "trained for {trained!q:.200}, served is {served!q:.200}",
+    "WRONG_INPUTS": "its {module} takes {found} features, but the base model's takes {expected}",
+    "TOO_MANY_LAYERS": "it is for a model with at least {found} layers, but the base model has"
+    " {expected}",
+    "ADAPTS_VISION": "it adapts the {part}, but only the language model is served; train it without"
+    " the vision layers",
+    "TRAINED_FOR": "it was trained for {trained!q:.200}, but the base is {served!q:.200}",
     "OTHER_BASE": "adapter {path!q:.200} was trained for {trained_for!q:.200}, not for"
     " {base_model!q:.200}; if both have the same weights, start the server with --allow-other-base",
     # Rows of embedding and head.
@@ -142,8 +143,8 @@ TEXTS: dict[str, str] = {
     # Fusions and merges.
     "WRONG_COMBINATION": "applies only to {owners}, not to {found}",
     "NOT_FUSABLE": "adapter {adapter!q} ({method}) cannot be fused: {why}",
-    "NOT_MERGEABLE": "adapter {adapter!q} ({method}) cannot be merged, because it has more than"
-    " updates of the decoder layers' weights: {parts}",
+    "NOT_MERGEABLE": "adapter {adapter!q} ({method}) cannot be merged: a merge cannot include its"
+    " {parts}",
     "MERGE_OVERFLOWS": "the merged weights of {module} are not finite",
     "NOTHING_TO_FUSE": "no adapter of the mix changes any module",
     "NAME_IS_MEMBER": "{adapter!q} is a member of the mix; choose another name",

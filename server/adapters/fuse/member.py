@@ -65,7 +65,7 @@ def check_operators(members: Sequence[Member], combination: Combination) -> None
         if adapter.facts.vocab_size:
             found.append(_unfit(index, adapter, "it has a vocabulary of its own"))
         elif extra := beyond_updates(operators):
-            why = f"it has more than weight updates: {' and '.join(extra)}"
+            why = f"a fusion cannot include its {' and '.join(extra)}"
             found.append(_unfit(index, adapter, why))
         elif not combination.is_on_updates and (extra := beyond_low_rank(operators)):
             why = (
