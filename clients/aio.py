@@ -66,11 +66,12 @@ class AsyncTurretClient:
         max_retries: How often a call is repeated if the server asks for a retry, if no server can
             be reached, or if a stopping server cuts its answer. The client waits 0.5 s, 1 s and so
             on, or as long as the server asks.
-        resume: Whether an interrupted stream continues where it stopped, as often as each attempt
-            brings another token. Without it, an interrupted stream raises once it has given text.
-            Unless ``max_retries`` is 0, the client waits up to a minute for a server to return, or
-            until the call's deadline. With a seed or greedily, the answer is the same as without
-            an interruption. If the weights that it began with are gone, NotFoundError is raised.
+        resume: Whether an interrupted stream continues where it stopped, as long as each attempt
+            brings another token. If False, a stream that is interrupted after its first text
+            raises. Unless ``max_retries`` is 0, the client waits up to a minute for a server to
+            return, or until the call's deadline. With a seed or greedily, the answer is the same
+            as without an interruption. If the weights that it began with are gone, NotFoundError
+            is raised.
 
     Every method's ``timeout`` is a deadline in seconds. ``math.inf``, or a value too large for a
     clock, means no deadline. None means the client's default; streams and exports have none.

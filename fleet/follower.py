@@ -1,7 +1,7 @@
-"""A replica's side: it takes what the registry says in order, and reports how far it is.
+"""A replica's side of the fleet: applies the registry's changes in order and reports progress.
 
-``Follower`` is a state machine without clock, network or thread: every call says what time it is.
-``ReplicaLink`` runs it: one thread asks for news, another applies it.
+``Follower`` is a state machine without clock, network or thread: its methods take the time as an
+argument. ``ReplicaLink`` runs it: one thread asks for changes, another applies them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from turret.server.errors import TurretError, UnavailableError
 _log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 0.5
-# Without news, a report waits for this part of a lease, so that two may be lost.
+# Without news, the registry answers a report after a third of a lease, so that two may be lost.
 _WAITS_PER_LEASE = 3
-# How often to check while something is ending on this replica.
+# Interval of reports while requests hold a generation that was replaced or is being unloaded.
 _DRAIN_SECONDS = 0.05
 _WAIT_SECONDS = 2.0
 # Merges check for cancellation more often, because their callers may disconnect.
@@ -41,7 +41,7 @@ class Channel:
     """
 
     def call(self, wait_seconds: float, method: str, *arguments: Any) -> Any:
-        """What a method of the host returns or raises; it waits so long on purpose."""
+        """Call a method of the host, which may wait for ``wait_seconds`` before it answers."""
         raise NotImplementedError
 
     def join(self, join: p.Join) -> p.Joined:
@@ -75,14 +75,14 @@ def propose(
     """Proposes a change and waits until every living replica has applied it.
 
     Args:
-        channel: To the registry.
-        proposal: What is wanted.
-        cancellation: Set when nobody waits any more; a merge that is not everywhere yet is
-            withdrawn then.
+        channel: The connection to the registry.
+        proposal: The change.
+        cancellation: Set when the caller no longer waits. A merge whose weights are still being
+            prepared is then withdrawn.
 
     Raises:
-        TurretError: It came to nothing.
-        UnavailableError: The registry cannot be reached, or was started anew meanwhile.
+        TurretError: The change was rejected or failed.
+        UnavailableError: The registry cannot be reached, or was restarted meanwhile.
     """
     operation = channel.submit(proposal)
     is_withdrawn = False
@@ -115,9 +115,9 @@ class Change:
     """The next change to apply.
 
     Attributes:
-        session: The joining that its revision belongs to.
-        revision: The one that is true afterwards.
-        what: A snapshot, or what changed.
+        session: The session that the revision belongs to.
+        revision: The revision that the replica has reached afterwards.
+        what: A snapshot of the whole state, or one change of it.
     """
 
     session: str
@@ -126,14 +126,16 @@ class Change:
 
 
 class Follower:
-    """Not thread-safe. ``Applies`` may take long, and runs between two calls.
+    """Tracks which changes a replica has received and applied.
+
+    Not thread-safe, except that ``apply``, which may take long, may run during other calls.
 
     Args:
-        join: Who the replica is.
-        replica: Makes changes true.
-        stops_alone: Serve nothing while the lease has lapsed. Without it a replica that hears
-            nothing of the registry goes on with what it knows: exact under each generation that
-            it names, but perhaps behind a change that the others have made.
+        join: Identifies the replica.
+        replica: Applies the changes.
+        stops_alone: Whether the replica stops serving when its lease has expired. If False, a
+            replica that cannot reach the registry continues with the state that it has. Answers
+            are exact for the generation that they report, but it may be an old one.
     """
 
     def __init__(self, join: Join, replica: Applies, *, stops_alone: bool = False) -> None:
@@ -171,7 +173,7 @@ class Follower:
         )
 
     def joined(self, answer: Joined, asked: float) -> None:
-        """Takes in the snapshot requested at that time; an older one is ignored."""
+        """Takes in the snapshot that was requested at the time ``asked``; ignores an older one."""
         if asked <= self._joined_at:
             return
         self._joined_at = asked
@@ -184,7 +186,7 @@ class Follower:
         self._changes.append(Change(session, answer.revision, answer.state))
 
     def told(self, call: Report, news: News, asked: float) -> None:
-        """Takes in the answer to a report; a late or repeated one is ignored."""
+        """Takes in the answer to a report; ignores a late or repeated one."""
         session = self._session
         if session is None or session != call.session:
             return
@@ -219,7 +221,7 @@ class Follower:
 
     @property
     def is_current(self) -> bool:
-        """Whether everything is applied that was true when the replica last joined."""
+        """Whether the replica has applied the state that it got when it last joined."""
         return self._session is not None and self._applied >= self._must_apply
 
     def has_lease(self, now: float) -> bool:
@@ -234,12 +236,12 @@ class Follower:
 
 
 class ReplicaLink:
-    """Created stopped. ``start`` blocks until the registry's state is applied.
+    """Connects a replica to the registry: runs a ``Follower`` on two threads.
 
     Args:
-        join: Who the replica is.
-        replica: Makes changes true.
-        channel: To the registry.
+        join: Identifies the replica.
+        replica: Applies the changes.
+        channel: The connection to the registry.
         stops_alone: See ``Follower``.
     """
 
@@ -262,11 +264,12 @@ class ReplicaLink:
         self._is_away = False
 
     def start(self, timeout_seconds: float) -> None:
-        """Joins, and then serves.
+        """Joins the fleet, and blocks until the registry's state is applied.
 
         Raises:
             UnavailableError: The registry was not reached in time.
-            TurretError, ValueError: What it says cannot be made true, or it refuses the replica.
+            TurretError, ValueError: The state cannot be applied, or the registry rejects the
+                replica.
         """
         for work in (self._watch, self._apply):
             threading.Thread(target=work, name=f"fleet {work.__name__}", daemon=True).start()
@@ -278,7 +281,7 @@ class ReplicaLink:
                 raise UnavailableError(say("REGISTRY_AWAY"))
 
     def close(self) -> None:
-        """Leaves the fleet, so that nobody waits for this replica any more."""
+        """Leaves the fleet, so that the registry no longer waits for this replica."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -329,14 +332,14 @@ class ReplicaLink:
         except UnavailableError as error:
             if not self._is_away:
                 self._is_away = True
-                _log.warning("no registry", extra=log.fields(reason=error))
+                _log.warning("the registry cannot be reached", extra=log.fields(reason=error))
             return False
         except ValueError as error:
             self._fail(error)
             return False
         if self._is_away:
             self._is_away = False
-            _log.info("the registry is back")
+            _log.info("the registry can be reached again")
         return True
 
     def _take(self, question: Report, news: News, asked: float) -> None:

@@ -1,8 +1,8 @@
-"""The one place that decides what names stand for: it alone assigns uuid and generation.
+"""The fleet's registry of names: the only place that assigns uuids and generations.
 
-A state machine without clock, network or thread: every call says what time it is. The registry
-writes a change down first, and publishes it under the next *revision*. The caller has its answer
-when every living replica has applied that revision. docs/fleet.md ("Safeguards") lists what can go
+The registry is a state machine without clock, network or thread: its methods take the time as an
+argument. It saves a change first, and publishes it under the next *revision*. It answers the caller
+once every living replica has applied that revision. docs/fleet.md ("Safeguards") lists what can go
 wrong meanwhile, what guards against it, and which test shows that.
 """
 
@@ -37,12 +37,12 @@ from turret.server.errors import (
     UnavailableError,
 )
 
-# A replica's lease starts, by the replica's clock, when it asks. The registry waits longer, from
-# when the question arrives, because clocks may run at different speeds.
+# A replica counts its lease from when it sends a report, the registry from when the report arrives.
+# The registry also waits longer by this factor, because clocks may run at different speeds.
 CLOCK_SLACK = 1.25
 # A replica that is further behind gets a snapshot instead.
 _LOG_ENTRIES = 10_000
-# At least this many recent outcomes are kept for callers that have yet to ask.
+# Minimum number of recent outcomes that are kept for callers that have yet to ask for them.
 _KEPT = 4096
 
 Stage = Literal["applying", "draining", "preparing", "done"]
@@ -63,7 +63,7 @@ class Store(Protocol):
 
 @dataclass(slots=True)
 class LivingReplica:
-    """One replica that holds a lease, according to the latest news from it."""
+    """A replica that holds a lease, as its latest report describes it."""
 
     name: str
     session: str
@@ -89,14 +89,14 @@ class Operation:
     """One accepted proposal.
 
     Attributes:
-        id: The caller asks by it; no other run of the registry makes the same.
-        stage: ``draining`` waits for requests to end, ``preparing`` for merged weights to be made,
-            ``applying`` for the revision to be true on every living replica.
-        revision: The last one that it has committed.
+        id: Identifies the operation, across all runs of the registry.
+        stage: ``draining`` waits for requests to end, ``preparing`` for replicas to compute merged
+            weights, ``applying`` for every living replica to apply the revision.
+        revision: The last revision that the operation has published.
         outcome: What the caller gets.
         error: What the caller gets instead.
-        unload: What the caller of an unload said, and the registration that it meant.
-        deadline: When an unload gives up; None is never.
+        unload: The proposal of an unload, and the registration that it refers to.
+        deadline: When an unload gives up; None means never.
     """
 
     id: str
@@ -115,12 +115,12 @@ class FleetRegistry:
     """One run of the registry. Not thread-safe.
 
     Args:
-        store: What survives.
-        now: The time.
-        lease_seconds: How long a silent replica is waited for.
-        is_first: No replica follows an earlier run any more. Otherwise replicas may still serve
-            what that one said, so that for the length of a lease nothing is said to be done.
-        new_uuid: Makes names that are never made again.
+        store: The state that survives a restart.
+        now: The current time.
+        lease_seconds: How long the registry waits for a silent replica.
+        is_first: Whether no replica follows an earlier run any more. If False, replicas may still
+            serve that run's state, so no change is reported as done for the length of a lease.
+        new_uuid: Returns a new unique id.
     """
 
     def __init__(
@@ -141,7 +141,8 @@ class FleetRegistry:
         self._living: dict[str, LivingReplica] = {}
         self._log: deque[tuple[int, p.Entry]] = deque(maxlen=_LOG_ENTRIES)
         self._operations: dict[str, Operation] = {}
-        # Uploaded generations that are gone, and since when: their files go when nobody reads them.
+        # Uploaded generations that are gone, with the revision that removed each. Their files are
+        # deleted once no replica uses them.
         self._leftovers: list[tuple[SavedRegistration, int]] = []
         self._quiet_until = now if is_first else self._expiry(now)
 
@@ -151,7 +152,7 @@ class FleetRegistry:
         """Registers a replica as living, and returns the whole state.
 
         Raises:
-            ValueError: Its base model is another one.
+            ValueError: The replica serves another base model.
         """
         self._store.bind(join.base_name, join.base_digest)
         session = self._new_uuid()
@@ -167,11 +168,11 @@ class FleetRegistry:
         )
 
     def report(self, report: p.Report, now: float) -> p.News:
-        """Takes in a replica's report, and returns what is new for it.
+        """Takes in a replica's report, and returns the changes that the replica lacks.
 
         Raises:
-            NotJoinedError: It was silent for too long, joined an earlier run, or is further behind
-                than the log goes back.
+            NotJoinedError: The replica was silent for too long, joined an earlier run, or lacks
+                changes that are no longer in the log.
         """
         living = self._living.get(report.replica)
         oldest = self._log[0][0] if self._log else self.revision + 1
@@ -188,12 +189,12 @@ class FleetRegistry:
         return p.News(entries=entries, lease_seconds=self._lease_seconds)
 
     def leave(self, replica: str, now: float) -> None:
-        """Removes a replica that stops and answers no more calls."""
+        """Removes a replica that is stopping and answers no more calls."""
         self._living.pop(replica, None)
         self.tick(now)
 
     def usage(self, name: str = "") -> Mapping[str, Mapping[str, p.Usage]]:
-        """The usage that each replica last reported, of one name or of all."""
+        """The usage that each replica last reported, of one adapter or of all."""
         replicas = self._living.values()
         if not name:
             return {replica.name: replica.usage for replica in replicas}
@@ -216,12 +217,12 @@ class FleetRegistry:
         self._living = {name: r for name, r in self._living.items() if r.expires > now}
 
     def _is_applied(self, revision: int, now: float) -> bool:
-        """Whether a revision is true wherever requests may be answered."""
+        """Whether every replica that may answer requests has applied a revision."""
         is_everywhere = all(r.report.applied >= revision for r in self._living.values())
         return now >= self._quiet_until and is_everywhere
 
     def _held(self, uuid: str) -> int:
-        """Requests on all replicas that hold any generation of a registration."""
+        """The number of requests, on all replicas, that hold a generation of a registration."""
         holding = [item for r in self._living.values() for item in r.report.holding.items()]
         return sum(count for key, count in holding if key.rpartition(".")[0] == uuid)
 
@@ -235,8 +236,8 @@ class FleetRegistry:
         """Accepts a proposal; ``outcome`` returns its result.
 
         Raises:
-            TurretError: It is refused, and nothing has changed. The classes are those of
-                ``AdapterRegistry`` and ``Merger``.
+            TurretError: The proposal is rejected, and nothing has changed. The classes are those
+                of ``AdapterRegistry`` and ``Merger``.
         """
         self.tick(now)
         match proposal:
@@ -259,8 +260,8 @@ class FleetRegistry:
         """The result of a proposal; None while it is open.
 
         Raises:
-            TurretError: It came to nothing.
-            UnavailableError: It was made to another run of the registry.
+            TurretError: The change failed.
+            UnavailableError: The proposal was made to an earlier run of the registry.
         """
         self.tick(now)
         found = self._find(operation)
@@ -271,7 +272,7 @@ class FleetRegistry:
         return found.outcome
 
     def cancel(self, operation: str, error: TurretError, now: float) -> None:
-        """Withdraws a merge while some replica still prepares its weights; else does nothing."""
+        """Withdraws a merge whose weights are still being prepared; otherwise does nothing."""
         found = self._find(operation)
         if found.stage == "preparing":
             self._abandon(found, error)
@@ -312,7 +313,7 @@ class FleetRegistry:
         self.revision += 1
         self._log.append((self.revision, entry))
 
-    # Weights
+    # Registering
 
     def _register(self, proposal: p.Register) -> Operation:
         name, facts = proposal.name, proposal.facts
@@ -359,7 +360,7 @@ class FleetRegistry:
         return saved
 
     def _confirm(self, before: SavedRegistration, proposal: p.Register) -> Operation:
-        """The content is registered already, from this or another place."""
+        """Updates source and pin of a registration that already has the proposed content."""
         source = before.source
         if not (proposal.is_staged or source.is_upload):
             # The new source is known to hold the content; the old path may be gone.
@@ -378,7 +379,7 @@ class FleetRegistry:
             self._publish(NameEntry(after.name, after))
         return self._applying(p.Outcome(saved=after))
 
-    # The end of a name
+    # Unloading
 
     def _unload(self, proposal: p.Unload, now: float) -> Operation:
         saved = self._registered(proposal.name)
@@ -502,7 +503,7 @@ class FleetRegistry:
             raise AdapterInUseError(say("BEING_UNLOADED", adapters=name))
 
     def _is_elsewhere(self, digest: str, name: str) -> bool:
-        """Whether another open name stands for weights."""
+        """Whether another name, which is not being unloaded, has the same weights."""
         others = (s for s in self.state.names.values() if s.name != name)
         return any(s.facts.digest == digest and s.name not in self.state.closed for s in others)
 
@@ -512,10 +513,10 @@ class FleetRegistry:
                 raise AdapterComponentError(say("COMPONENT_MISSING", digest=digest))
 
     def _check_not_needed(self, saved: SavedRegistration) -> None:
-        """Refuses if a fusion or a merge needs the weights that a name has.
+        """Raises if a fusion or a merge needs the weights of a name.
 
-        A replica that starts while a merge is active makes the merged weights from its members'
-        files, so that they have to stay.
+        A replica that starts while a merge is active computes the merged weights from the members'
+        files, so the files must stay.
         """
         digest, name = saved.facts.digest, saved.name
         plans = [plan for plan in (self.state.base.merge, self.state.preparing) if plan is not None]
@@ -535,14 +536,14 @@ class FleetRegistry:
 
 
 def _check_generation(saved: SavedRegistration, expected: int | None) -> None:
-    """Refuses if the name has another generation; None accepts any."""
+    """Raises if the name has another generation; None accepts any."""
     if expected is not None and saved.generation != expected:
         found = {"adapter": saved.name, "generation": saved.generation}
         raise AdapterGenerationError(say("ADAPTER_GENERATION", **found, expected=expected))
 
 
 def _check_same(saved: SavedRegistration, expected: tuple[str, int]) -> None:
-    """Refuses if another caller changed the name meanwhile."""
+    """Raises if another caller changed the name meanwhile."""
     if saved.uuid != expected[0]:
         found = {"adapter": saved.name, "generation": saved.generation}
         raise AdapterGenerationError(say("ADAPTER_LOADED_AGAIN", **found))
@@ -550,7 +551,7 @@ def _check_same(saved: SavedRegistration, expected: tuple[str, int]) -> None:
 
 
 def _check_free(saved: SavedRegistration, facts: AdapterFacts) -> None:
-    """Refuses if the name refers to other weights."""
+    """Raises if the name refers to other weights."""
     if saved.facts.content != facts.content:
         taken = say("ADAPTER_EXISTS", adapter=saved.name, digest=saved.facts.digest)
         raise AdapterExistsError(taken)

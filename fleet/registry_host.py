@@ -1,10 +1,10 @@
-"""The registry on a machine: its state on disk, its clock and threads, for a process or an actor.
+"""Runs the registry in a process or an actor, with a clock, a thread, and its state on disk.
 
-The directory is that of a single server, with one file more:
+The state directory has what ``StateDir`` describes, and one more file:
 
     merge.json                 the base's generation and what is merged into it
 
-beside what ``StateDir`` says. A single server reads the same registrations and no merge.
+A single server can read the same registrations; it ignores the merge.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _T = TypeVar("_T")
 
 
 class FleetStore(StateDir):
-    """The directory of one server, and the merge that is active; see ``Store``.
+    """The state directory of one server, and the active merge; see ``Store``.
 
     Args:
-        path: The state directory; made if it does not exist.
+        path: The state directory; created if it does not exist.
 
     Raises:
-        OSError: It cannot be used.
-        ValueError: Another server or registry uses it.
+        OSError: The directory cannot be used.
+        ValueError: Another server or registry uses the directory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,7 +54,7 @@ class FleetStore(StateDir):
         self._merge = self.path / "merge.json"
 
     def read_base(self) -> p.Base:
-        """The saved base; an unreadable one is reported and replaced by the model's own."""
+        """The saved base; one that cannot be read is logged, and the model's own returned."""
         if not self._merge.exists():
             return p.Base()
         try:
@@ -67,18 +67,18 @@ class FleetStore(StateDir):
         """Saves the base for the next start.
 
         Raises:
-            StorageFullError, StorageFailedError: What was saved before still holds.
+            StorageFullError, StorageFailedError: The base was not saved; the last one still is.
         """
         fields = {**dataclasses.asdict(base), "version": 1}
         with reporting_disk_faults():
             replace_file(self._merge, json.dumps(fields, indent=1).encode())
 
     def keep(self, source: Source, key: str) -> Source:
-        """Moves an upload to its place; returns where it is now."""
+        """Moves an upload to its permanent place; returns its new source."""
         target = self.path / "files" / key
         with reporting_disk_faults():
             if target.exists():
-                # A crash left it before its generation was recorded, so nothing refers to it.
+                # A crash left this directory before its generation was saved: nothing uses it.
                 remove_directory(target)
             move_directory(self.path / source.path, target)
         return dataclasses.replace(source, path=str(target.relative_to(self.path)))
@@ -86,7 +86,7 @@ class FleetStore(StateDir):
 
 def _base_from(fields: dict[str, Any]) -> p.Base:
     if fields["version"] != 1:
-        raise ValueError("is of another version")
+        raise ValueError("unsupported version")
     merge = fields["merge"]
     if merge is not None:
         members = tuple(p.Member(**member) for member in merge.pop("members"))
@@ -95,11 +95,11 @@ def _base_from(fields: dict[str, Any]) -> p.Base:
 
 
 class RegistryHost:
-    """Thread-safe. Replicas reach its methods by a ``Channel``.
+    """A ``FleetRegistry`` with a clock. Thread-safe; replicas call it through a ``Channel``.
 
     Args:
-        store: What survives.
-        lease_seconds: How long a silent replica is waited for.
+        store: The state that survives a restart.
+        lease_seconds: How long the registry waits for a silent replica.
         is_first: See ``FleetRegistry``.
     """
 
@@ -112,7 +112,7 @@ class RegistryHost:
         threading.Thread(target=self._tick, name="fleet-registry", daemon=True).start()
 
     def close(self) -> None:
-        """Ends the clock."""
+        """Stops the thread that advances operations."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -128,7 +128,7 @@ class RegistryHost:
         with self._changed:
             while True:
                 news = self._registry.report(report, time.monotonic())
-                # The report may contain what other callers wait for.
+                # Other callers may be waiting for what this report contains.
                 self._changed.notify_all()
                 left = end - time.monotonic()
                 if news.entries or left <= 0 or self._is_closed:

@@ -5,24 +5,26 @@ from turret.words import sayer
 
 TEXTS = {
     # The registry
-    "REGISTRY_AWAY": "the fleet's registry cannot be reached; adapters that are loaded are served",
-    "REGISTRY_FAILED": "the fleet's registry does not {action}: {cause}",
+    "REGISTRY_AWAY": "the fleet's registry cannot be reached; loaded adapters are still served",
+    "REGISTRY_FAILED": "the fleet's registry did not {action}: {cause}",
     "REGISTRY_RESTARTED": (
         "the fleet's registry was restarted meanwhile; check whether the change was made"
     ),
     "FLEET_ELSEWHERE": "this Ray cluster already has a fleet, with --state-dir {state_dir}",
     "ADAPTER_IN_BASE": "adapter {adapter!q} is merged into the base",
     "ADAPTER_LOADED_AGAIN": "adapter {adapter!q} was unloaded and loaded again meanwhile",
-    "COMPONENT_MISSING": "the component with digest {digest} is not registered, or does not stay",
+    "COMPONENT_MISSING": (
+        "the component with digest {digest} is not registered, or is being unloaded"
+    ),
     # A replica
-    "MERGE_FAILED": "a replica failed to make the merged weights; see its log",
-    "MERGE_WITHDRAWN": "the merge was given up",
+    "MERGE_FAILED": "a replica failed to compute the merged weights; see its log",
+    "MERGE_WITHDRAWN": "the merge was cancelled",
     "REPLICA_FAILED": "the replica cannot follow the fleet",
     "REPLICA_CUT_OFF": "the replica has lost the fleet's registry",
-    "MESSAGE_TOO_LARGE": "the message has {bytes} bytes, the server takes {max_bytes}",
+    "MESSAGE_TOO_LARGE": "the message has {bytes} bytes; the server's limit is {max_bytes}",
     # Ray and its ingress
-    "INGRESS_FOLDER": "{folder}, for the files of the ingress: {cause}",
-    "INGRESS_FOLDER_FOREIGN": "{folder}, for the files of the ingress, is another user's or a link",
+    "INGRESS_FOLDER": "cannot use {folder} for the files of the ingress: {cause}",
+    "INGRESS_FOLDER_FOREIGN": "{folder}, for the files of the ingress, is a link or another user's",
     "HAPROXY_MISSING": "HAProxy is not installed; {fix}",
     "RAY_FAILED": "Ray: {cause}",
     "RAY_DEAF": (
@@ -34,37 +36,38 @@ TEXTS = {
         " and prints its address"
     ),
     "SOCKET_FOLDER": (
-        "TMPDIR: no folder for the fleet's sockets can be made ({cause}); choose a short path that"
-        " this user may write to"
+        "TMPDIR: cannot create a directory for the fleet's sockets ({cause}); choose a short path"
+        " that this user can write to"
     ),
-    "REPLICAS_FAILED": "the replicas do not start: {cause}",
-    "FLEETS_MANY": "{count} fleets run here; choose one with --state-dir: {state_dirs}",
+    "REPLICAS_FAILED": "the replicas failed to start: {cause}",
+    "FLEETS_MANY": "{count} fleets are running here; choose one with --state-dir: {state_dirs}",
     "FLEET_STARTING": "the fleet on {state_dir} is still starting",
     "FLEET_MISSING": (
-        "no fleet runs on {state_dir}; `turret cluster serve --state-dir {state_dir}` starts one"
+        "no fleet is running on {state_dir}; start one with `turret cluster serve --state-dir"
+        " {state_dir}`"
     ),
     "FLEET_KILLED": (
         "the fleet on {state_dir} was killed; start it again with `turret cluster serve --state-dir"
         " {state_dir}`"
     ),
     "FLEET_NOT_JOINED": (
-        "no fleet can be joined here ({cause}); --state-dir and --ray-address say where one is"
+        "no fleet can be joined here ({cause}); choose one with --state-dir or --ray-address"
     ),
     # Settings of ``turret cluster serve``
-    "FLEET_NO_PRELOAD": "does not work in a fleet; load adapters once with `turret adapters load`",
-    "FLEET_ONE_ADDRESS": "does not work in a fleet, which has one address; the token file says who"
-    " may change adapters",
-    "FLEET_NO_TLS": "does not work in a fleet, which listens in plain text; let TLS end in front"
-    " of it",
+    "FLEET_NO_PRELOAD": "is not supported in a fleet; load adapters with `turret adapters load`",
+    "FLEET_ONE_ADDRESS": "is not supported in a fleet, which has one address; the token file"
+    " decides who may change adapters",
+    "FLEET_NO_TLS": "is not supported in a fleet, which listens in plain text; terminate TLS in a"
+    " proxy",
     "FLEET_EXPOSED": "{address} can be reached from other machines, and a fleet listens in plain"
-    " text; set --insecure, and let TLS end in front of it",
+    " text; terminate TLS in a proxy, and set --insecure",
     "FLEET_NEEDS_TOKENS": "is required on a Ray cluster that the fleet joins, because its replicas"
     " can be reached from other machines; set it, or set --insecure",
     "FLEET_NEEDS_STATE": "is required in a fleet; every replica must be able to read it",
     "FLEET_NEEDS_PORT": "must be HOST:PORT in a fleet",
     "FLEET_ONE_HOST": "must have the host of --address, {host}, in a fleet",
     "FLEET_TWO_PORTS": "must have a port other than that of --address, and neither may be 0",
-    "REPLICAS_TWICE": "excludes --min-replicas and --max-replicas",
+    "REPLICAS_TWICE": "cannot be combined with --min-replicas and --max-replicas",
     "NOT_A_RAY_ADDRESS": "must be HOST:PORT, as `ray start --head` prints it, or auto, not"
     " {value!q}",
 }

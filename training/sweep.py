@@ -1,4 +1,4 @@
-"""``turret train sweep``: the same run at several ranks, and what each rank buys."""
+"""``turret train sweep``: trains at several ranks, and reports the loss and cost of each."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class Announce(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RankResult:
-    """One rank.
+    """The result of one rank.
 
     Attributes:
         rank: ``method.rank``.
-        validation_loss: At the end, nats per learned token.
-        num_parameters: Trained weights.
-        file_bytes: Of the adapter's tensors.
-        relative_multiply_adds: Added to each token served, over the base's.
-        seconds: Of training.
-        what_next: Where the adapter is, and what serves it.
+        validation_loss: The final loss, in nats per learned token.
+        num_parameters: The number of trained weights.
+        file_bytes: The size of the adapter's tensors.
+        relative_multiply_adds: The multiply-adds that the adapter adds per token, over the base's.
+        seconds: The duration of the training.
+        what_next: The path of the adapter, and the commands to serve and ask it.
     """
 
     rank: int
@@ -55,7 +55,7 @@ class RankResult:
     what_next: str
 
     def figures(self) -> dict[str, float]:
-        """All but the text, as ``sweep.json`` has them."""
+        """The fields without ``what_next``, for ``sweep.json``."""
         return {key: v for key, v in dataclasses.asdict(self).items() if key != "what_next"}
 
 
@@ -64,14 +64,14 @@ def sweep(
 ) -> Iterator[RankResult]:
     """Train every rank into ``OUTPUT/rank-N`` and write ``OUTPUT/sweep.json`` at the end.
 
-    Ranks that are finished already are not trained again, so a sweep that was stopped goes on. All
-    of them are checked at once, and trained as results are asked for.
+    Ranks that are already finished are not trained again, so a sweep that was stopped continues.
+    All ranks are checked at once; each is trained when its result is requested.
 
     Args:
-        config: As read; its rank is replaced. There is something to validate on.
-        folder: The config's paths are relative to this.
-        ranks: At least one.
-        announce: Shows each run.
+        config: The config of the run, whose rank is replaced. It must have validation examples.
+        folder: The directory that the config's paths are relative to.
+        ranks: At least one rank.
+        announce: Shows the progress of each run.
 
     Raises:
         ConfigError: The method has no rank, or cannot have one of these.
@@ -94,7 +94,7 @@ def _results(
 
 
 def _check_ranks(config: TrainConfig, folder: Path, ranks: Sequence[int]) -> None:
-    """Refuse the last rank before the first one has been trained."""
+    """Check all ranks, before any of them is trained."""
     configs = with_ranks(config, ranks)
 
     def check(projections: Projections) -> None:
@@ -123,7 +123,7 @@ def _run_rank(config: TrainConfig, folder: Path, rank: int, announce: Announce) 
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, output=output))
     with announce(None, f"rank {rank}") as listen:
         if RunFolder(folder / output).is_finished:
-            listen({"kind": "note", "text": f"rank {rank}: is trained already"})
+            listen({"kind": "note", "text": f"rank {rank} is already trained"})
         resolved = resolve(config, folder)
         result = _train(Trainer(resolved, listen), RunFolder(Path(resolved.config.run.output)))
     if result.validation_loss is None:

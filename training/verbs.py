@@ -140,7 +140,7 @@ def _init(args: argparse.Namespace) -> None:
     except FileNotFoundError:
         raise RunError(say("PATH_MISSING", path=args.file.parent)) from None
     print(
-        f"{args.file} is written; name the examples in it (data.train, now train.jsonl), then:"
+        f"wrote {args.file}; set data.train in it (now train.jsonl) to your examples, then run:"
         f" turret train plan {shlex.quote(str(args.file))}"
     )
 

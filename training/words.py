@@ -13,7 +13,7 @@ TEXTS = {
     # The config and its values.
     "NO_CONFIG": "{path} does not exist; `turret train init` writes one",
     "NOT_KEY_VALUE": "must be TABLE.KEY=VALUE, not {value!q}",
-    "NOT_INSTALLED": "{packages} not installed; {step}",
+    "NOT_INSTALLED": "not installed: {packages}; {step}",
     "LABELS_ARE_LEARNED": 'must be "completion" for a classification, whose labels are learned',
     "ENTRIES_NOT_IN_RANGE": "must have {least} to {most} entries, not {found}",
     "NOT_RANKS": "must be whole numbers separated by commas, not {value!q:.60}",
@@ -88,9 +88,9 @@ TEXTS = {
     " space or choose another --output",
     "LOSS_NOT_FINITE": "the loss of step {step} is {loss}; lower optimizer.learning_rate",
     "WEIGHT_NOT_FINITE": "{name} is not finite in {dtype}; lower optimizer.learning_rate",
-    "REHEARSAL_KILLED": "the measuring process was killed, perhaps because memory ran out; lower"
-    " run.batch_size or data.max_length",
-    "REHEARSAL_FAILED": "the measuring process failed: {problem:.500}",
+    "REHEARSAL_KILLED": "the process that measures memory was killed, perhaps because memory ran"
+    " out; lower run.batch_size or data.max_length",
+    "REHEARSAL_FAILED": "the process that measures memory failed: {problem:.500}",
     "NO_VALIDATION_LOSS": "{path} has no validation loss",
     "LOHA_RANK_TOO_HIGH": "LoHa rank {rank} costs more than a dense update on a module with"
     " {inputs} inputs and {outputs} outputs; choose a lower rank",

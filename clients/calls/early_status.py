@@ -18,9 +18,9 @@ _STATUS_SECONDS = 2.0
 async def answer_of(call: grpc.aio.StreamUnaryCall[Any, Any]) -> Any:
     """Await the response to a stream of messages.
 
-    When a server refuses before it has them all, gRPC's asyncio client fails to send the next one,
-    and puts an INTERNAL of its own in the place of the server's status, before or after it comes
-    (https://github.com/grpc/grpc/issues/36066). Here the server's is raised.
+    If the server rejects the call before it has received all messages, gRPC's asyncio client fails
+    to send the next one, and may replace the server's status with an INTERNAL of its own
+    (https://github.com/grpc/grpc/issues/36066). This function raises the server's status.
 
     Raises:
         grpc.aio.AioRpcError: The call failed.

@@ -43,7 +43,7 @@ class AnswerProgress:
 
     @property
     def seconds(self) -> float | None:
-        """The deadline of the whole answer; None means none."""
+        """The seconds that the whole answer may take; None means no limit."""
         return self._retries.seconds
 
     def timeout(self) -> float | None:
@@ -54,7 +54,7 @@ class AnswerProgress:
         """Record a part of the answer; returns it in the form that the caller asked for.
 
         Raises:
-            AnswerCutError: The part reports that the server is stopping; another one may continue.
+            AnswerCutError: The server is stopping; another server may continue the answer.
         """
         chunk = Chunk.from_proto(proto)
         if not self._wants_token_ids:

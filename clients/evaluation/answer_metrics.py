@@ -3,8 +3,8 @@
 Token F1 is SQuAD's (arXiv 1606.05250, section 6.1) on case-folded words, without punctuation and
 regardless of their order. Articles stay, because answers need not be English sentences.
 
-Intervals of proportions are Wilson's (1927, doi 10.1080/01621459.1927.10502953), those of other
-figures percentiles of the bootstrap (Efron 1979), which draws the examples with replacement.
+Intervals of proportions are Wilson's (1927, doi 10.1080/01621459.1927.10502953). Those of other
+figures are percentiles of the bootstrap (Efron 1979), which draws the examples with replacement.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Estimate:
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1.0 if both texts are the same except for space at the ends, else 0.0."""
+    """1.0 if both texts are the same except for whitespace at the ends, else 0.0."""
     return float(answer.strip() == reference.strip())
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of the shares of common words in either text, in [0, 1]."""
+    """Harmonic mean of the common words' share in each of the two texts, in [0, 1]."""
     given, right = (Counter(re.findall(r"\w+", t.casefold())) for t in (answer, reference))
     if not given or not right:
         return float(given == right)
@@ -108,9 +108,10 @@ def estimate(values: Sequence[_T], statistic: Callable[[Sequence[_T]], float]) -
 
 
 def estimate_mean(values: Sequence[float]) -> Estimate:
-    """The mean of scores in [0, 1]; a proportion, with Wilson's interval, where each is 0 or 1.
+    """The mean of scores in [0, 1] with its interval: Wilson's if every score is 0 or 1.
 
-    Wilson's interval never has width zero: for 0 of 20 it reaches to 16 %.
+    Otherwise the interval is the bootstrap's. Wilson's interval never has width zero: for 0 of 20,
+    it reaches to 16 %.
     """
     if not {*values} <= {0.0, 1.0}:
         return estimate(values, mean)
@@ -122,7 +123,7 @@ def estimate_mean(values: Sequence[float]) -> Estimate:
     return Estimate(share, low, high)
 
 
-# Compares the labels found for texts with the right ones, if a text may have several labels.
+# Metrics for texts that may have several labels.
 
 # Labels found for one text, and its right labels, without duplicates.
 LabelPair = tuple[tuple[str, ...], tuple[str, ...]]

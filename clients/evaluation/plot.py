@@ -18,9 +18,9 @@ _STYLE = (
 
 
 def eval_svg(reports: Sequence[MixReport], title: str) -> str:
-    """Draw a self-contained document, whose whiskers are the 95 % intervals.
+    """Return a self-contained SVG document, whose whiskers are the 95 % intervals.
 
-    Bars of perplexity grow with its logarithm from 1; bars of other metrics show 0 to 1.
+    Bars of perplexity have a log scale that begins at 1; those of other metrics run from 0 to 1.
     """
     metrics = list(reports[0].metrics)
     panel = _TITLE + len(reports) * (_BAR + _GAP) + 12
@@ -48,7 +48,7 @@ def _panel(reports: Sequence[MixReport], metric: str, top: int) -> list[str]:
         share = math.log(max(value, 1.0)) / (full or 1.0) if is_log else value
         return round(_LABELS + _PANEL * min(share, 1.0), 1)
 
-    name = metric.replace("_", " ") + (" (less is better, log scale)" if is_log else "")
+    name = metric.replace("_", " ") + (" (lower is better, log scale)" if is_log else "")
     bottom = top + _TITLE + len(reports) * (_BAR + _GAP)
     parts = [
         f'<text x="8" y="{top + 22}" class="m">{name}</text>',

@@ -1,4 +1,4 @@
-"""An adapter's files on their way to and from a server."""
+"""Reads an adapter's files for an upload, and writes those of an export."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ _HEADER_BYTES = 16 << 20
 # Limits on the search for adapters, newest checkpoints first, below a directory that is not one.
 _MOST_TOLD = 5
 _MOST_LEVELS = 3
-_MOST = 200  # searched on each
+# Maximum number of directories to search on each level.
+_MOST = 200
 # A trainer's pickles, which do not show in which format the weights are stored.
 _TRAINERS_OWN = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 _HUB = "hub:"
@@ -47,13 +48,14 @@ def upload_messages(
 ) -> Iterator[adapters_pb2.UploadAdapterRequest]:
     """Return the messages of one upload: the header, then the files in pieces.
 
-    Sends ``adapter_config.json``, every ``*.safetensors`` of the directory, the chat template, the
-    tokenizer where the weights are about the vocabulary, and nothing else: a training run leaves
-    optimizer states and other private things beside them.
+    The files are ``adapter_config.json``, every ``*.safetensors`` of the directory, the chat
+    template and, if the weights change the vocabulary, the tokenizer. Nothing else is sent, because
+    a training run leaves optimizer states and other private files beside them.
 
     Raises:
-        FileNotFoundError: The directory lacks one of them.
-        ValueError: One of them is empty.
+        FileNotFoundError: ``adapter_config.json`` or the weights are missing.
+        PermissionError: The directory is not readable.
+        ValueError: A file is empty.
     """
     header = filled(
         adapters_pb2.UploadHeader(),
@@ -163,12 +165,12 @@ def _messages(
 class ExportWriter:
     """Writes an export to a new directory, which appears only once every file is complete.
 
-    Use as a context manager; leave it without :meth:`finish` and nothing remains, of the
-    directories above that it made neither.
+    Use it as a context manager. A block that ends without :meth:`finish` leaves nothing behind,
+    neither files nor parent directories.
 
     Raises:
-        FileExistsError: The directory is already there.
-        OSError: It cannot be made.
+        FileExistsError: The directory already exists.
+        OSError: The directory cannot be created.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -227,7 +229,7 @@ class ExportWriter:
         """Check every file's size and digest, move them into place and return the adapter.
 
         Raises:
-            ValueError: A file is incomplete or garbled, or nothing came.
+            ValueError: A file is incomplete or garbled, or the server sent nothing.
             FileExistsError: The directory has appeared meanwhile.
         """
         if self.adapter is None:

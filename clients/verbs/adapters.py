@@ -181,7 +181,9 @@ def _list(args: argparse.Namespace, client: TurretClient) -> None:
     print_adapters(adapters, others=list(others), method=args.method)
     merged = client.adapters.get_merge_state(timeout=args.timeout)
     if merged.active:
-        print(f"merged into the base: {mix_text(merged)}; `turret adapters merge-state` says how")
+        print(
+            f"merged into the base: {mix_text(merged)}; `turret adapters merge-state` shows details"
+        )
 
 
 def _get(args: argparse.Namespace, client: TurretClient) -> None:
@@ -293,7 +295,7 @@ def _merge(args: argparse.Namespace, client: TurretClient) -> None:
         return
     print_merge_state(state)
     again = state.adapters[0].name
-    print(f"every request has it until `turret adapters unmerge`; -a {again} adds it a second time")
+    print(f"every request uses it until `turret adapters unmerge`; -a {again} applies it twice")
 
 
 def _unmerge(args: argparse.Namespace, client: TurretClient) -> None:
@@ -302,7 +304,7 @@ def _unmerge(args: argparse.Namespace, client: TurretClient) -> None:
     if args.json:
         print_json(state)
     else:
-        print(f"took {mix_text(before)} out of the base; base generation {state.base_generation}")
+        print(f"unmerged {mix_text(before)}; base generation {state.base_generation}")
 
 
 def _merge_state(args: argparse.Namespace, client: TurretClient) -> None:

@@ -38,7 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--labels-only", action="store_true", help="print the labels alone, one a line"
     )
     parser.add_argument(
-        "--request-id", default="", metavar="ID", help="names the request in the server's log"
+        "--request-id", default="", metavar="ID", help="identifies the request in the server's log"
     )
     parser.set_defaults(func=with_client(_classify))
 

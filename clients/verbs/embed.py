@@ -52,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="print the cosine of every two texts instead; with --json a list of numbers a text",
     )
     parser.add_argument(
-        "--request-id", default="", metavar="ID", help="names the request in the server's log"
+        "--request-id", default="", metavar="ID", help="identifies the request in the server's log"
     )
     parser.set_defaults(func=with_client(_embed))
 

@@ -44,7 +44,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--logprobs", action="store_true", help="with --json: log probabilities")
     parser.add_argument("--top-n", type=int, metavar="N", help="with --json: alternatives")
     parser.add_argument("--token-ids", action="store_true", help="with --json: token ids")
-    parser.add_argument("--request-id", metavar="ID", help="names the request in the server's log")
+    parser.add_argument(
+        "--request-id", metavar="ID", help="identifies the request in the server's log"
+    )
     parser.add_argument(
         "--stats", action="store_true", help="print usage and timing to standard error"
     )

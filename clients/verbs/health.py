@@ -1,4 +1,4 @@
-"""``turret health``: whether a server serves, as an exit code."""
+"""``turret health``: exits with 0 if a server is serving."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _TIMEOUT_SECONDS = 5.0
 _PAUSE_SECONDS = 0.5
 # Results that may change while a server starts, whether it already listens or not.
 _MAY_CHANGE = ("NOT_SERVING", "UNAVAILABLE", "DEADLINE_EXCEEDED")
-_NO_SERVICE = "the server has no such service; leave --service out"
+_NO_SERVICE = "the server has no such service; omit --service"
 _HINTS = {
     **HINTS,
-    "DEADLINE_EXCEEDED": "--timeout waits longer for an answer from {address}",
+    "DEADLINE_EXCEEDED": "raise --timeout to wait longer for {address}",
     "NOT_FOUND": _NO_SERVICE,
 }
 
@@ -38,8 +38,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "health",
         help="exit 0 if a server is serving, 1 if not",
-        description="Ask a server's health service; for container health checks."
-        f" Without --timeout it waits {_TIMEOUT_SECONDS:g} s.",
+        description="Query a server's health service, for example as a container's health check."
+        f" The default --timeout is {_TIMEOUT_SECONDS:g} s.",
         parents=[json_parser(), connection_parser()],
     )
     parser.add_argument(
@@ -49,7 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--wait",
         type=positive_seconds,
         metavar="SECONDS",
-        help="ask again for so long, until it serves, for a server that starts (default: ask once)",
+        help="ask repeatedly until the server is serving, for at most SECONDS (default: ask once)",
     )
     parser.set_defaults(func=_health)
 
@@ -81,8 +81,8 @@ def _health(args: argparse.Namespace) -> int:
 
 
 def _not_serving(waited: float | None) -> str:
-    loads = ": the server loads its model, or stops"
-    return f"{loads}; --wait 600 waits until it serves" if waited is None else loads
+    loads = ": the server is loading its model or stopping"
+    return f"{loads}; --wait 600 waits until it is serving" if waited is None else loads
 
 
 def _ask(args: argparse.Namespace) -> str:
@@ -99,9 +99,9 @@ def _ask(args: argparse.Namespace) -> str:
         except TurretRpcError as error:
             failure = error
         if args.wait and failure is not None and failure.reason in ANSWERED and not said:
-            # Something answered, and may not go away by itself. A server that is not up yet may.
+            # Something answered, so this is not just a server that has yet to start: print it now.
             said = _described(failure, args)
-            print(f"{said}; still asking", file=sys.stderr)
+            print(f"{said}; retrying", file=sys.stderr)
         code = answer if failure is None else failure.code.name
         if code not in _MAY_CHANGE or time.monotonic() + _PAUSE_SECONDS > end:
             if failure is not None:

@@ -33,7 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("prompt", metavar="PROMPT", help="text; - reads standard input")
     parser.add_argument("--top-n", type=int, default=0, metavar="N", help="alternatives per token")
     parser.add_argument(
-        "--request-id", default="", metavar="ID", help="names the request in the server's log"
+        "--request-id", default="", metavar="ID", help="identifies the request in the server's log"
     )
     parser.set_defaults(func=with_client(_score))
 
@@ -66,7 +66,7 @@ def _table(score: Score, *, with_top: bool) -> Table:
     if with_top:
         table.add_column("likeliest", overflow="fold")
     for token in score.tokens:
-        # Text and not str: a token may look like rich's markup.
+        # Use Text, not str: a token may look like rich's markup.
         row = [
             str(token.token_id),
             Text(repr(token.text)),

@@ -1,4 +1,4 @@
-"""Adapters, fusions and merges as tables for the terminal."""
+"""Prints adapters, fusions and merges as tables."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _MOST_LABELS = 20
 def print_adapters(
     adapters: Sequence[Adapter], *, others: Sequence[Adapter] = (), method: str | None = None
 ) -> None:
-    """One row per adapter, or a few lines where the terminal has no room for a table.
+    """Print one row per adapter, or a few lines each if the terminal is too narrow for a table.
 
     Args:
-        adapters: What there is to show.
-        others: All that are registered, where none of them is among those.
-        method: Those of which were asked for.
+        adapters: The adapters to show.
+        others: All registered adapters; used only if ``adapters`` is empty.
+        method: The method that ``adapters`` were filtered by, if any.
     """
     if not adapters:
         print(_none(others, method))
@@ -73,7 +73,7 @@ def _table(adapters: Sequence[Adapter]) -> Table:
 
 
 def print_table(table: Table, console: Console | None = None) -> None:
-    """A table, or a line per cell where the terminal has no room for one."""
+    """Print a table, or one line per cell if the terminal is too narrow for it."""
     console = console or terminal()
     if fits(table, console):
         console.print(table)
@@ -92,8 +92,8 @@ def print_table(table: Table, console: Console | None = None) -> None:
 def fits(table: Table, console: Console) -> bool:
     """Set the columns' widths so that no word or number is cut; false if there is no room.
 
-    Columns that fold may break words of more than a few letters; rich, left alone, cuts others'
-    numbers for the sake of long texts.
+    Columns that fold may break long words. By itself, rich would cut numbers of other columns to
+    make room for long texts.
     """
     wide = console.options.update(width=_WIDEST)
     widths: list[tuple[int, int]] = []
@@ -120,7 +120,7 @@ def _none(others: Sequence[Adapter], method: str | None) -> str:
     methods = Counter(adapter.method for adapter in others)
     if method is None or method in methods:
         where = Counter(_where(adapter) for adapter in others)
-        return f"no such adapter is registered; {_counts(where)}"
+        return f"no registered adapter matches; {_counts(where)}"
     return f"no adapter of method {method!r} is registered; {_counts(methods)}"
 
 
@@ -130,17 +130,17 @@ def _counts(kinds: Counter[str]) -> str:
 
 
 def print_change(verb: str, adapter: Adapter, before: Adapter | None) -> None:
-    """One line on an adapter that was registered or replaced, and one per warning.
+    """Print a line about an adapter that was registered or replaced, and one per warning.
 
     Args:
-        verb: What was asked for, in the past.
-        adapter: As it is now.
-        before: As it was; the server keeps the generation where the weights are the same.
+        verb: What was done, such as ``loaded``.
+        adapter: The adapter as it is now.
+        before: The adapter as it was, if it existed. With the same weights, its generation stays.
     """
     if before is not None and _identity(before) == _identity(adapter):
         changes = ["pinned"] if adapter.pinned and not before.pinned else []
         if adapter.source != before.source:
-            changes.append(f"read from {adapter.source!r} from now on, not from {before.source!r}")
+            changes.append(f"now read from {adapter.source!r} instead of {before.source!r}")
         nothing = "nothing else changed" if changes else "nothing changed"
         changed = ", and ".join([*changes, nothing])
         print(f"{changed}: {adapter.name}@{adapter.generation} has this content already")
@@ -161,7 +161,7 @@ def _identity(adapter: Adapter) -> tuple[str, int]:
 
 
 def print_adapter(adapter: Adapter, *, made: str = "uploaded or fused") -> None:
-    """One row per property; ``made`` describes where the server's own files came from."""
+    """Print one row per property; ``made`` describes the origin of files without a source."""
     used = adapter.last_used_time
     rows = {
         "name": adapter.name,
@@ -181,21 +181,21 @@ def print_adapter(adapter: Adapter, *, made: str = "uploaded or fused") -> None:
         "base model": adapter.base_model,
         "source": adapter.source or made,
         "chat template": adapter.chat_template or "the base model's",
-        "acts from": " ".join(map(str, adapter.invocation_token_ids)),
+        "invocation tokens": " ".join(map(str, adapter.invocation_token_ids)),
         "warnings": "\n".join(adapter.warnings),
     }
     _print_rows(rows)
 
 
 def print_fusion(fusion: Fusion) -> None:
-    """The new adapter, then what was lost."""
+    """Print the new adapter, then the errors of the fusion."""
     print_adapter(fusion.adapter, made="fused")
     _print_errors(fusion.relative_error, fusion.modules)
     _print_kinds(fusion.modules)
 
 
 def print_merge_state(state: MergeState) -> None:
-    """What is merged, and what was lost."""
+    """Print the mix that is merged, and the errors of the merge."""
     if not state.active:
         print(f"nothing is merged; base generation {state.base_generation}")
         return
@@ -209,14 +209,14 @@ def print_merge_state(state: MergeState) -> None:
     _print_rows(rows)
     _print_errors(state.relative_error, state.modules)
     share = state.update_error
-    print(f"the rounding error is {share:.1%} of what the adapters change")
+    print(f"the rounding error is {share:.1%} of the adapters' update")
     if share >= _LOST:
-        advice = "; --precision bf16 keeps it" if state.precision == "NF4" else ""
-        print(f"warning: most of it is lost{advice}")
+        advice = "; use --precision bf16 to keep it" if state.precision == "NF4" else ""
+        print(f"warning: most of the update is lost{advice}")
 
 
 def mix_text(state: MergeState) -> str:
-    """The mix that is merged, as one writes it."""
+    """The mix that is merged, such as ``sql@1=0.5, json@2=1``."""
     return ", ".join(f"{a.name}@{a.generation}={a.weight:g}" for a in state.adapters)
 
 
@@ -263,12 +263,12 @@ def _print_kinds(modules: Iterable[ModuleError]) -> None:
 
 
 def terminal() -> Console:
-    """The terminal; a file or a pipe takes lines of any length."""
+    """A console as wide as the terminal; for a file or a pipe, lines may have any length."""
     return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=_WIDEST)
 
 
 def _where(adapter: Adapter) -> str:
-    """The best tier that an adapter is in, and what else concerns its staying there."""
+    """The fastest tier that an adapter is in, whether it is pinned, and any unusual state."""
     parts = [adapter.residency.lower()]
     if adapter.pinned:
         parts.append("pinned")
@@ -289,7 +289,7 @@ def _labels(adapter: Adapter) -> str:
 
 
 def _bytes(count: int) -> str:
-    """Binary units, three digits, as the console has them: ``512 B``, ``1.25 MiB``."""
+    """A size in binary units with three digits, as in the web console: ``1.25 MiB``."""
     size, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:

@@ -1,7 +1,7 @@
-"""Ray, started or joined, with its ingress as a fleet needs it.
+"""Starts or joins Ray, and configures Ray Serve's ingress for a fleet.
 
-Ray Serve's HAProxy is set up by the environment of the processes that it starts, so that all of it
-has to be there before Ray is imported.
+Ray Serve configures its HAProxy from its processes' environment variables. All of them must be set
+before Ray is imported.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class RayCluster:
     """A Ray cluster that this process drives.
 
     Attributes:
-        folder: Its files, if it was started here; else None.
+        folder: The cluster's files if it was started here, else None.
     """
 
     folder: FleetFolder | None
@@ -82,13 +82,13 @@ class RayCluster:
         """Starts Ray in this process's tree, on loopback, behind a token; or joins it.
 
         Args:
-            config: Which of the two.
-            host: Where the fleet listens.
-            state_dir: The fleet's.
+            config: Its ``ray_address`` is that of the cluster to join; None starts one.
+            host: The host that the fleet listens on.
+            state_dir: The fleet's state directory.
             is_stopping: See ``LineFilter``.
 
         Raises:
-            UnavailableError: There is none to join, or none can be started; says why.
+            UnavailableError: No cluster can be joined or started; the message gives the reason.
         """
         if config.ray_address is not None:
             _check_listens(config.ray_address)
@@ -115,7 +115,7 @@ class RayCluster:
     def _open(
         config: FleetConfig, host: str, folder: FleetFolder | None, is_stopping: Callable[[], bool]
     ) -> Any:
-        """Ray's context, after starting or joining it."""
+        """Start or join Ray, and return its context."""
         path = joined_folder() if folder is None else folder.path
         write_haproxy(path, None if folder is None else host)
         environment = ingress_environment(path)
@@ -153,7 +153,7 @@ class RayCluster:
         return next((kind for kind, _ in node.dead_processes() if kind in _CENTRAL), "")
 
     def kill(self, state_dir: Path) -> None:
-        """Ends a cluster that was started here, if Ray can no longer end it in order."""
+        """Kills a cluster that was started here and that Ray can no longer shut down."""
         # psutil is a dependency of Ray.
         import psutil
 
@@ -178,11 +178,11 @@ class RayCluster:
 def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
     """Connects to a running cluster, by its address or by the file in a state directory.
 
-    Where neither is said, and no variable of Ray's, it is that of the one fleet which this user has
-    started here, or whatever Ray finds.
+    Without either, and without ``RAY_ADDRESS``, it is the cluster of the one fleet that this user
+    has started on this machine, or else the one that Ray finds.
 
     Raises:
-        UnavailableError: There is none, or there are several.
+        UnavailableError: There is no cluster, or this user has several fleets.
     """
     if ray_address is None and state_dir is None and not os.environ.get("RAY_ADDRESS"):
         started = fleet_folder.state_dirs()
@@ -219,7 +219,7 @@ def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
 
 
 def _check_listens(address: str) -> None:
-    """Raises UnavailableError if nobody listens at ``HOST:PORT``: Ray would retry for minutes."""
+    """Raises UnavailableError if nothing listens at ``HOST:PORT``; Ray would retry for minutes."""
     host, _, port = address.rpartition(":")
     if not host:
         return
@@ -247,17 +247,17 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def _apart() -> Iterator[None]:
-    """Leaves it to this process to end what Ray starts, in order.
+    """Lets only this process shut down the processes that Ray starts.
 
-    Ray's processes get groups of their own: a signal to this process's group, as a terminal or
-    ``timeout`` sends it, reaches this process alone. They do not inherit that signals wait. And Ray
-    sets no handler of its own for SIGTERM, which would end this process in the middle of its start.
+    Each of Ray's processes gets its own process group, so a signal that a terminal or ``timeout``
+    sends to this process's group does not reach them. They do not inherit that SIGTERM is blocked.
+    Ray's own SIGTERM handler is not installed, because it would end this process during startup.
     """
     from ray._private import services, utils
 
     patched: Any = (services, utils)
     popen, set_handler = services.ConsolePopen, utils.set_sigterm_handler
-    # On other systems Ray ends its processes by their group.
+    # On other systems, Ray ends its processes through their group.
     own = {"process_group": 0} if sys.platform == "linux" else {}
 
     def start(*arguments: Any, preexec_fn: Callable[[], None] | None = None, **keys: Any) -> Any:
@@ -279,7 +279,7 @@ def _apart() -> Iterator[None]:
 
 
 def _print_through(lines: LineFilter) -> None:
-    """Has what Ray's processes print pass a filter; before Ray is initialised, which binds it."""
+    """Filter what Ray's processes print. Call this before Ray is initialised."""
     from ray._private import ray_logging, worker
 
     if not (sys.stdout.isatty() and sys.stderr.isatty()):
@@ -303,9 +303,10 @@ def _init(ray: Any, *, is_local: bool, **arguments: Any) -> Any:
 
     Args:
         ray: The package.
-        is_local: Ray was or is started by a command of turret's, on ``LOOPBACK``. Ray would replace
-            that by an address that other machines can reach, and listen on every interface.
-        arguments: Ray's.
+        is_local: Whether a command of turret starts Ray, or has started it, on ``LOOPBACK``. Ray
+            would replace that with an address that other machines can reach, and listen on every
+            interface.
+        arguments: The arguments of ``ray.init``.
     """
     from ray._private import services
 
@@ -320,7 +321,7 @@ def _init(ray: Any, *, is_local: bool, **arguments: Any) -> Any:
 
 
 def cause(text: str) -> str:
-    """The last message of a traceback from another process, as Ray reports it; otherwise all."""
+    """The last message if the text is a traceback from another process, else the whole text."""
     text = _COLOUR.sub("", text)
     if '  File "' not in text:
         return text
@@ -329,12 +330,12 @@ def cause(text: str) -> str:
 
 
 class LineFilter:
-    """Filters the lines of all processes as they arrive.
+    """Drops lines of Ray's processes that would only confuse an operator.
 
     Args:
-        is_stopping: Whether the fleet is being stopped. The ingress then fails at whatever it was
-            about to do.
-        has_others: Whether the fleet may have other machines.
+        is_stopping: Whether the fleet is being stopped. Lines of the ingress are then dropped,
+            because it fails at whatever it was doing.
+        has_others: Whether the fleet may use other machines.
     """
 
     def __init__(self, is_stopping: Callable[[], bool], has_others: bool = True) -> None:
@@ -348,9 +349,9 @@ class LineFilter:
         """The lines to show.
 
         Args:
-            source: Stands for the stream that the lines come from.
-            actor: The class of the actor that they are of, if of any.
-            lines: The next ones of that stream.
+            source: Identifies the stream that the lines come from.
+            actor: The class of the actor that printed the lines, if any.
+            lines: The next lines of that stream.
         """
         if actor == _INGRESS and self._is_stopping():
             return []

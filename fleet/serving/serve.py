@@ -233,7 +233,7 @@ def print_status(status: FleetStatus) -> None:
     merged = ", ".join(f"{m.name}@{m.generation}={m.weight:g}" for m in members)
     print(f"base: generation {base.generation}{merged and f', merged: {merged}'}")
     if not status.replicas:
-        print("no replica has joined yet; the log of `turret cluster serve` says why")
+        print("no replica has joined yet; see the log of `turret cluster serve`")
         return
     table = Table()
     # Fold a long name onto the next line, because a cut one is useless.

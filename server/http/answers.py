@@ -1,4 +1,4 @@
-"""Fields that the answers of both generation endpoints share, from turret.v1 to OpenAI's JSON."""
+"""Converts the fields that both generation endpoints share, from turret.v1 to OpenAI's JSON."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class CompletionLogprobs:
 
 
 def _by_text(token: inference_pb2.TokenLogprob) -> dict[str, float]:
-    """The likeliest tokens and the sampled one; of those with the same text, the likeliest."""
+    """The likeliest tokens and the sampled one; if several have one text, the likeliest."""
     found: dict[str, float] = {}
     for text, logprob in (
         *((top.text, top.logprob) for top in token.top),

@@ -43,7 +43,7 @@ TEXTS: dict[str, str] = {
     "INVALID_INDICES": "contains an index that is negative or not below {limits}",
     "INVALID_TENSOR": "is invalid: {why}",
     "NO_HEAD_TENSOR": "is {value}, but the file has no score.weight",
-    "ADAPTS_EXPERT": "adapts an expert, which only LoRA can",
+    "ADAPTS_EXPERT": "adapts an expert, which only LoRA supports",
     # Differences from the base model.
     "NO_SUCH_MODULE": "the base model has no module {module!q:.200}",
     "NO_BASE_BIAS": "the base model has no bias there",
@@ -52,11 +52,12 @@ TEXTS: dict[str, str] = {
     "WRONG_MODEL_TYPE": "is for {expected} models, but the base model is of type {model_type}",
     "WRONG_WIDTH": "maps {inputs} to {outputs} features, but the base model's module maps"
     " {base_inputs} to {base_outputs}",
-    "WRONG_INPUTS": "its {module} takes {found} features, the base model's {expected}",
-    "TOO_MANY_LAYERS": "it is for a model with at least {found} layers; the base has {expected}",
-    "ADAPTS_VISION": "it adapts the {part}, but only a model's language model is served; train it"
-    " without the vision layers",
-    "TRAINED_FOR": "trained for {trained!q:.200}, served is {served!q:.200}",
+    "WRONG_INPUTS": "its {module} takes {found} features, but the base model's takes {expected}",
+    "TOO_MANY_LAYERS": "it is for a model with at least {found} layers, but the base model has"
+    " {expected}",
+    "ADAPTS_VISION": "it adapts the {part}, but only the language model is served; train it without"
+    " the vision layers",
+    "TRAINED_FOR": "it was trained for {trained!q:.200}, but the base is {served!q:.200}",
     "OTHER_BASE": "adapter {path!q:.200} was trained for {trained_for!q:.200}, not for"
     " {base_model!q:.200}; if both have the same weights, start the server with --allow-other-base",
     # Rows of embedding and head.
@@ -116,7 +117,8 @@ TEXTS: dict[str, str] = {
     "DRAWN_AGAIN": "{names} are not in the file, so they were drawn again from {seed} as in PEFT",
     "SOLVED_FROM_BASE": "{names} is not in the file, so it was computed from the 4-bit weights,"
     " whose error changes the update by about {share:.0%}",
-    "NOISY_UPDATE": "turns the error of the 4-bit weights into {share:.0%} of the trained update",
+    "NOISY_UPDATE": "cannot be used with the 4-bit weights, whose error changes the update by"
+    " {share:.0%}",
     "DECOMPOSED_FROM_BASE": "its untrained singular values are not in the file, so they were"
     " computed from the 4-bit weights",
     "ARROW_WITHOUT_SEED": "rng_seed is null; this server always uses 0, while PEFT draws a new seed"
@@ -139,10 +141,10 @@ TEXTS: dict[str, str] = {
     "UNEQUAL_RANKS": "components have different ranks ({ranks}) in {module}, but use_gks needs one",
     "PART_OF_XLORA": "is missing: PEFT saves X-LoRA in parts; join them with turret convert",
     # Fusions and merges.
-    "WRONG_COMBINATION": "applies to {owners}, not to {found}",
+    "WRONG_COMBINATION": "applies only to {owners}, not to {found}",
     "NOT_FUSABLE": "adapter {adapter!q} ({method}) cannot be fused: {why}",
-    "NOT_MERGEABLE": "adapter {adapter!q} ({method}) cannot be merged: its {parts} is not a change"
-    " of the decoder layers' weights",
+    "NOT_MERGEABLE": "adapter {adapter!q} ({method}) cannot be merged: a merge cannot include its"
+    " {parts}",
     "MERGE_OVERFLOWS": "the merged weights of {module} are not finite",
     "NOTHING_TO_FUSE": "no adapter of the mix changes any module",
     "NAME_IS_MEMBER": "{adapter!q} is a member of the mix; choose another name",

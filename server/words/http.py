@@ -24,7 +24,7 @@ TEXTS: dict[str, str] = {
     "TOO_MANY_ANSWERS": "all prompts together may have at most {most} answers, not {found}",
     "UNKNOWN_TOOL": "names a function that is not in tools",
     "GBNF_BESIDE_TOOLS": "must be Lark instead of GBNF if there are tools",
-    "SCHEMA_TOO_NESTED": "cannot be combined with a schema that is nested so deeply",
+    "SCHEMA_TOO_NESTED": "cannot be combined with such a deeply nested schema",
     "UNENFORCEABLE_IN_XML": "is not supported for models that write calls as XML",
     "UNENFORCEABLE_SCHEMA": "must be {expected} for models that write calls as XML",
     # Models.

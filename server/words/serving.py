@@ -96,7 +96,7 @@ TEXTS = {
     " 4-bit, MXFP4 and FP8",
     "BLOCK_SIZE_INVALID": "weight_block_size must be two positive numbers, not {value}",
     "SHAPE_MISMATCH": "{name} has the shape {found}, but the config implies {expected}",
-    "EXPERTS_MISMATCH": "{name} has {found} experts, but the config says {expected}",
+    "EXPERTS_MISMATCH": "{name} has {found} experts, but the config has {expected}",
     "TENSOR_MISSING": "the checkpoint lacks the tensor {name}",
     "TENSORS_UNEXPECTED": "the checkpoint has tensors that the model does not use: {names}",
     "TENSORS_DUPLICATE": "{name} and {other} hold the same weights",
@@ -109,7 +109,7 @@ TEXTS = {
     "EXPERT_SHAPE_UNSUPPORTED": "{name} has an expert of unsupported shape {found}",
     "EXPERT_WIDTH_UNSUPPORTED": "experts with {width} inputs are not supported on a GPU, only"
     " multiples of {multiple}",
-    "GGUF_INVALID": "{path} is not a GGUF file of version 2 or 3 with an architecture",
+    "GGUF_INVALID": "{path} is not a GGUF file of version 2 or 3, or has no architecture",
     "GGUF_ARCHITECTURE": "{path} has the architecture {value!q}; supported as GGUF are {choices}",
     "GGUF_UNREADABLE": "{path} cannot be read: {problem}",
     "GGUF_SPLIT": "{path} is one part of a model; join the parts with llama-gguf-split --merge",
@@ -117,8 +117,8 @@ TEXTS = {
     "GGUF_KEY_UNSUPPORTED": "{path} has the key {key}, which is not supported",
     "GGUF_HEADS_DIFFER": "{path} has layers with different numbers of key-value heads, which is not"
     " supported",
-    "GGUF_HEADS_UNSUPPORTED": "{path} has heads that rotate in part or whose values and keys differ"
-    " in width, which is not supported",
+    "GGUF_HEADS_UNSUPPORTED": "{path} has attention heads with partial rotary positions, or with"
+    " keys and values of different widths, which is not supported",
     "GGUF_ROPE_UNSUPPORTED": "{path} scales its rotary positions in an unsupported way ({kind})",
     "GGUF_TOKENIZER_UNSUPPORTED": "{path} has a tokenizer with unsupported rules ({pre})",
     # Tokenizers.

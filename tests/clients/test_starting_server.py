@@ -47,8 +47,8 @@ def test_health_waits_until_the_server_serves(
     address, servicer = starting
     monkeypatch.setattr(verb, "_PAUSE_SECONDS", 0.05)
     assert parse_and_run("health", "--address", address) == 1
-    said = "NOT_SERVING: the server loads its model, or stops"
-    assert capsys.readouterr().err == f"{said}; --wait 600 waits until it serves\n"
+    said = "NOT_SERVING: the server is loading its model or stopping"
+    assert capsys.readouterr().err == f"{said}; --wait 600 waits until it is serving\n"
     assert parse_and_run("health", "--address", address, "--wait", "0.2") == 1
     assert capsys.readouterr().err == f"{said}\n"
     assert parse_and_run("health", "--address", address, "--json") == 1
@@ -71,7 +71,7 @@ def test_health_does_not_wait_for_what_does_not_change(
     assert parse_and_run("health", "--address", address, "--tls", "--wait", "0.1") == 1
     told = capsys.readouterr().err.splitlines()
     assert told[0].startswith("UNAVAILABLE (TLS_UNSUPPORTED): ")
-    assert told[0].endswith("; still asking")
+    assert told[0].endswith("; retrying")
     assert len(told) == 2
     # Nothing listens on this port, and may by and by.
     assert parse_and_run("health", "--address", "127.0.0.1:1", "--wait", "0.1") == 1

@@ -37,11 +37,11 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What was done.
+    """The result of a conversion.
 
     Attributes:
-        done: In a sentence.
-        notes: What to know about it.
+        done: A sentence about the result.
+        notes: Warnings and remarks.
     """
 
     done: str
@@ -84,7 +84,7 @@ def convert(
         with _new_folder(output) as build:
             names = split_xlora(checkpoint, adapter, build, loras)
         *components, router = (f"{output}/{name}" for name in names)
-        return Conversion(f"{router}: to be loaded after {', '.join(components)}")
+        return Conversion(f"load {router} after {', '.join(components)}")
     assert model is not None  # or it was refused
     base = read_plain_base(model, dtype, device, progress)
     base = replace(base, text_prefix=checkpoint.text_prefix)

@@ -23,14 +23,15 @@ _STEPS = 2
 
 
 def measure_peak(resolved: Resolved, scratch: Path) -> int:
-    """Peak bytes, of the kind that ``memory_peak`` tells.
+    """Peak memory in bytes, of the kind that ``memory_peak`` reports.
 
     Args:
-        resolved: The run; nothing of it is written.
+        resolved: The run, which writes nothing.
         scratch: An empty directory.
 
     Raises:
-        RunError: The process failed, for want of memory perhaps; holds the last of what it said.
+        RunError: The process failed, perhaps because memory ran out. The message has the last line
+            that it printed.
     """
     config = scratch / "config.toml"
     config.write_text(render_config(resolved.config), encoding="utf-8")
@@ -43,7 +44,7 @@ def measure_peak(resolved: Resolved, scratch: Path) -> int:
 
 def _why_failed(done: subprocess.CompletedProcess[str]) -> Text:
     if done.returncode == -signal.SIGKILL:
-        # The system's own answer where memory runs out.
+        # The system kills a process this way when memory runs out.
         return say("REHEARSAL_KILLED")
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     return say("REHEARSAL_FAILED", problem=last)

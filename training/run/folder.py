@@ -313,7 +313,7 @@ def what_next(resolved: Resolved, folder: RunFolder) -> str:
         f"serve it:  turret serve{model} --adapter-root {root} --preload {name}=adapter"
         f"{max_rank_flag(resolved)}\n"
         f"ask it:    turret {verb}{chat} -a {name} 'YOUR PROMPT'\n"
-        f"renew it:  turret adapters replace {name} adapter  (where that server runs already)"
+        f"update it: turret adapters replace {name} adapter  (if the server is already running)"
     )
 
 

@@ -39,25 +39,25 @@ class Member:
 
 
 def check_prompts(adapters: Sequence[Adapter]) -> None:
-    """Refuses what the facts alone rule out, before anything is read.
+    """Rejects members that their facts alone rule out, before anything is read.
 
     Raises:
-        InvalidRequestError: Names the members that do what no LoRA can.
+        InvalidRequestError: Lists the members that no LoRA can represent.
     """
     found: list[Finding] = []
     for index, adapter in enumerate(adapters):
         if adapter.num_soft_tokens or adapter.num_prefix_positions:
             found.append(_unfit(index, adapter, "it puts tokens or keys before the prompt"))
         if adapter.invocation:
-            found.append(_unfit(index, adapter, "it acts only from its invocation on"))
+            found.append(_unfit(index, adapter, "it acts only after its invocation"))
     refuse_all(found)
 
 
 def check_operators(members: Sequence[Member], combination: Combination) -> None:
-    """Refuses members that the combination cannot represent.
+    """Rejects members that the combination cannot represent.
 
     Raises:
-        InvalidRequestError: Names all of them, and what each has that does not fit.
+        InvalidRequestError: Lists all of them, each with the part that does not fit.
     """
     found: list[Finding] = []
     for index, member in enumerate(members):
@@ -65,19 +65,22 @@ def check_operators(members: Sequence[Member], combination: Combination) -> None
         if adapter.facts.vocab_size:
             found.append(_unfit(index, adapter, "it has a vocabulary of its own"))
         elif extra := beyond_updates(operators):
-            why = f"its {' and '.join(extra)} is not a weight update"
+            why = f"a fusion cannot include its {' and '.join(extra)}"
             found.append(_unfit(index, adapter, why))
         elif not combination.is_on_updates and (extra := beyond_low_rank(operators)):
-            why = f"{combination.name} needs low-rank factors, and it has a {' and a '.join(extra)}"
+            why = (
+                f"{combination.name} needs low-rank factors, but it has a"
+                f" {' and a '.join(extra)}; use a combination with svd"
+            )
             found.append(_unfit(index, adapter, why))
     refuse_all(found)
 
 
 def rank_of_result(members: Sequence[Member], combination: Combination) -> int:
-    """Singular values to keep at most, for the combinations that end in an SVD.
+    """Maximum number of singular values to keep, for combinations that end in an SVD.
 
     Raises:
-        InvalidRequestError: None was asked for, and no member has a rank to go by.
+        InvalidRequestError: The request sets no rank, and no member has one.
     """
     if combination.rank is not None:
         return combination.rank

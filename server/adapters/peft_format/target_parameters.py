@@ -1,4 +1,4 @@
-"""LoRA on parameters by name (``target_parameters``): of linear modules, it is plain LoRA."""
+"""LoRA of parameters chosen by name (``target_parameters``); on linear modules, plain LoRA."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _SIZES: Rules = {key: Used(LORA_KEYS[key]) for key in ("r", "lora_alpha", *_PATT
 def name_modules(
     checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes, findings: Findings
 ) -> AdapterCheckpoint:
-    """The checkpoint with ``target_modules`` naming the modules whose weights are targeted as well.
+    """The checkpoint with the modules of the targeted weights added to ``target_modules``.
 
-    A parameter that is no linear module's weight is a fault, and so are keys beside it that would
-    choose otherwise. A malformed list is left to the rules. Parameters of experts were taken out
-    before.
+    Reports parameters that are not weights of linear modules, and keys that conflict with
+    ``target_parameters``. A malformed list is left to the rules. Parameters of experts have
+    already been removed.
     """
     config = checkpoint.config
     targets, modules = config.get(_KEY), config.get("target_modules")
@@ -65,9 +65,9 @@ def name_modules(
 def _patterns(
     config: Mapping[str, Any], chosen: list[str], findings: Findings
 ) -> dict[str, dict[str, Any]]:
-    """The patterns, preceded by those that apply to the chosen modules.
+    """The config's patterns, preceded by one for each chosen module.
 
-    PEFT matches them with a parameter's name, which ends in ``.weight``.
+    PEFT matches the patterns with a parameter's name, which ends in ``.weight``.
     """
     present = [key for key in _PATTERNS if config.get(key)]
     selection = {key: config.get(key) for key in _SIZES}
@@ -85,7 +85,7 @@ def _patterns(
 
 
 def _both(modules: object, chosen: list[str]) -> object:
-    """A selector for the modules of a selector and some more, given by their paths."""
+    """A value of ``target_modules`` that selects what ``modules`` does, and the chosen paths."""
     if not modules:
         return chosen
     if isinstance(modules, str) and modules.lower() != ALL_LINEAR:

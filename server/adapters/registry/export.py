@@ -1,4 +1,4 @@
-"""An adapter's files on their way out, byte for byte as they were loaded."""
+"""Exports an adapter's files, byte for byte as they were loaded."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ class ExportedFile:
 
 
 class AdapterExport:
-    """An adapter's files, open: an unload or a replacement meanwhile does not harm the export.
+    """An adapter's open files, so that an unload or a replacement does not affect the export.
 
-    Making one reads the files once, to know that they are still what was loaded. Use it as a
-    context manager. Blocks on the disk.
+    The constructor reads the files once, to check that they are the ones that were loaded. It
+    blocks on the disk. Use the object as a context manager.
 
     Args:
-        root: What ``source`` is relative to.
+        root: The directory that ``source`` is relative to.
         source: Where the files are.
         record: The adapter, as clients see it.
 
     Raises:
-        AdapterChangedError: The files are not those that were loaded.
-        AdapterCheckpointError: They cannot be opened.
+        AdapterChangedError: The files are not the ones that were loaded.
+        AdapterCheckpointError: The files cannot be opened.
     """
 
     def __init__(self, root: AdapterRoot, source: Source, record: AdapterInfo) -> None:
@@ -95,10 +95,10 @@ class AdapterExport:
             file.close()
 
     def chunks(self) -> Iterator[tuple[str, bytes]]:
-        """Name and next bytes, file after file.
+        """Yield a file's name and its next bytes, file after file.
 
         Raises:
-            AdapterChangedError: A file was written to meanwhile.
+            AdapterChangedError: A file changed during the export.
         """
         for announced in self.files:
             file = self._files[announced.name]

@@ -1,4 +1,4 @@
-"""One change of a name at a time, while other names change too."""
+"""Lets only one thread at a time change a name; other names can change meanwhile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class NameLocks:
-    """Locks by name. Not re-entrant; take the registry's lock inside, never outside."""
+    """One lock per name. Not re-entrant. The registry's lock may be taken inside, never outside."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -16,7 +16,7 @@ class NameLocks:
 
     @contextmanager
     def only(self, name: str) -> Iterator[None]:
-        """Waits until no other thread is in such a block for the name."""
+        """Holds the lock of a name; waits if another thread holds it."""
         with self._changed:
             self._changed.wait_for(lambda: name not in self._taken)
             self._taken.add(name)

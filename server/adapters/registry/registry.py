@@ -1,7 +1,7 @@
 """The adapters of one server: load, upload, replace, resolve for requests, pin, unload, restore.
 
-Every method is thread-safe. Names are changed one at a time (``NameLocks``). The lock that engine
-steps may have to wait for is never held while a file is read or written.
+Every method is thread-safe. Each name is changed by one thread at a time (``NameLocks``). Engine
+steps may wait for the registry's lock, so it is never held while a file is read or written.
 """
 
 from __future__ import annotations
@@ -57,23 +57,24 @@ class AdapterRegistry:
     """All adapters of one base model.
 
     Args:
-        root: Directory adapters are loaded from; nothing outside is ever opened. None: no such.
+        root: Directory that adapters are loaded from; nothing outside is opened. With None, only
+            the hub and uploads are available.
         base: The base model as served.
         host_bytes: Budget for operators in host memory, all adapters together.
-        max_rank: Largest rank served.
+        max_rank: Highest rank that an adapter may have.
         metrics: Receives counts; see ``AdapterMetrics``.
-        state: Where registrations survive a restart and uploads live. None: neither.
+        state: Keeps registrations and uploads across restarts. None keeps neither.
         on_unloaded: Called with the key of a generation that is gone (unloaded, or replaced and no
             longer in use), so that copies of its operators can go too. May be set later.
-        load_threads: Background reads at a time.
-        allowed: Exceptions to what is refused by default.
-        hub: Where paths that begin with ``hub:`` lead; None refuses them.
-        admit: Called with every adapter's operators as it is read; raises where they cannot be
+        load_threads: Maximum number of adapters that are read in the background at once.
+        allowed: Exceptions to what is rejected by default.
+        hub: Finds adapters whose paths begin with ``hub:``; None rejects such paths.
+        admit: Called with the operators of every adapter that is read; raises if they cannot be
             served.
 
     Attributes:
-        on_force_unload: Listeners, called with the uuid of an adapter whose users must end now;
-            they still have to release their mixes. Whoever acquires mixes adds one.
+        on_force_unload: Listeners, called with the uuid of an adapter whose requests must end now.
+            The requests still have to release their mixes. Code that acquires mixes adds one.
         tokenizers: The adapters' own tokenizers and chat templates.
     """
 
@@ -124,7 +125,7 @@ class AdapterRegistry:
 
     @property
     def host_bytes_used(self) -> int:
-        """Bytes of operators in host memory, those being read included."""
+        """Bytes of operators in host memory, including those being read."""
         return self._leases.used_bytes
 
     @property
@@ -133,19 +134,19 @@ class AdapterRegistry:
         return self._loader.base
 
     def change_base(self, base: BaseModel) -> ChangedBase:
-        """Makes later reads lower to another base; call it between two steps.
+        """Uses another base for later reads; call it between two steps.
 
-        Adapters that were computed from the base before (DoRA's gains are) are computed again,
-        those that nobody holds when they are next asked for.
+        Adapters that were computed from the old base, such as DoRA's gains, are computed again.
+        Those that are neither held nor pinned are computed again when they are next requested.
         """
         self._loader.base = base
         stale = self._leases.change_base(base.generation)
         return ChangedBase(base.generation, stale)
 
     def restore(self) -> int:
-        """Registers what the state directory knows, without reading weights; call it first.
+        """Registers the adapters in the state directory without reading weights; call it first.
 
-        Pinned adapters are read at once; one that cannot be is reported and left unpinned.
+        Pinned adapters are read at once. One that cannot be read is logged and left unpinned.
 
         Returns:
             How many adapters were registered.
@@ -178,19 +179,19 @@ class AdapterRegistry:
         task: int | None = None,
         chat_template: OwnTemplate | None = None,
     ) -> AdapterInfo:
-        """Reads an adapter and registers it; blocks, so call it off the engine thread.
+        """Reads an adapter and registers it. Blocks, so do not call it on the engine thread.
 
         ``path`` is below the adapter root, or ``hub:org/name[@revision]``. The same content under
-        the same name is accepted again and changes at most the pin and where it is read from.
+        the same name is accepted again, and changes at most the pin and the source.
         ``chat_template`` is used instead of the one in the files.
 
         Raises:
-            InvalidRequestError: Malformed name.
-            AdapterExistsError, AdapterInUseError: It has other content, or is being unloaded.
-            HubError, HubUnavailableError, QueueFullError: The hub's files cannot be had.
+            InvalidRequestError: The name is malformed.
+            AdapterExistsError, AdapterInUseError: The name has other content, or is being unloaded.
+            HubError, HubUnavailableError, QueueFullError: The hub's files cannot be downloaded.
             AdapterCheckpointError, AdapterMismatchError, AdapterComponentError: See the loader.
-            BudgetExceededError: Rank or bytes over the limits, or no room for a pinned adapter.
-            StorageFullError: The registration cannot be written.
+            BudgetExceededError: The rank or size exceeds a limit, or a pinned adapter has no room.
+            StorageFullError: The registration cannot be saved.
         """
         with self._changing(name):
             source = self._loader.find(path, task)
@@ -206,14 +207,14 @@ class AdapterRegistry:
     ) -> AdapterInfo:
         """Makes the adapter in ``path`` the next generation of a registered name.
 
-        Requests that hold the generation before finish on it; it is freed after the last of them.
-        A pinned adapter stays pinned, and for that both generations must fit at once. The same
-        content is accepted again and makes no new generation; it is read from ``path`` then.
+        Requests that hold the previous generation finish on it; the last of them frees it. A pinned
+        adapter stays pinned, so both generations must fit in memory at once. The same content makes
+        no new generation, but is read from ``path`` from then on.
 
         Raises:
-            AdapterNotFoundError: Not registered.
-            AdapterGenerationError: It has another generation than the expected one.
-            AdapterInUseError: Being unloaded, or a component of a fusion.
+            AdapterNotFoundError: The name is not registered.
+            AdapterGenerationError: The generation is not the expected one.
+            AdapterInUseError: The adapter is being unloaded, or is a component of a fusion.
             AdapterCheckpointError, AdapterMismatchError, AdapterComponentError,
                 BudgetExceededError, StorageFullError: As ``load`` does.
         """
@@ -229,11 +230,11 @@ class AdapterRegistry:
             )
 
     def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
-        """Begins an upload; give the finished object to ``upload``, and discard it in the end.
+        """Begins an upload. Pass the finished object to ``upload``, and discard it afterwards.
 
         Raises:
             StateDirRequiredError: The server has no state directory.
-            BudgetExceededError, StorageFullError: Too large.
+            BudgetExceededError, StorageFullError: The files are too large.
         """
         return self._state.stage(files)
 
@@ -251,7 +252,7 @@ class AdapterRegistry:
         task: int | None = None,
         chat_template: OwnTemplate | None = None,
     ) -> AdapterInfo:
-        """Registers finished files; as ``load`` does, or with ``replace`` as ``replace`` does."""
+        """Registers uploaded files, as ``load`` does, or as ``replace`` does if that is set."""
         source = dataclasses.replace(self._state.staged_source(staged, name), task=task)
         with self._changing(name):
             self._table.check_generation(name, expected_generation)
@@ -313,7 +314,7 @@ class AdapterRegistry:
         """A snapshot of one adapter.
 
         Raises:
-            AdapterNotFoundError: Not registered.
+            AdapterNotFoundError: The name is not registered.
         """
         return self._record(self._table.find(name))
 
@@ -346,7 +347,7 @@ class AdapterRegistry:
                     raise lost(name, adapter.source, error) from None
 
     def reread(self, adapter: Adapter, base: BaseModel) -> Lowered:
-        """Lowers a generation from its files, for a base of another dtype than the one served.
+        """Lowers a generation from its files, for a base whose dtype is not the served one's.
 
         Raises:
             AdapterChangedError: The files have changed since, or are gone.
@@ -359,11 +360,11 @@ class AdapterRegistry:
         """Keeps an adapter in host memory and registered; reads it first if it is on disk.
 
         Raises:
-            AdapterNotFoundError: Not registered.
-            AdapterInUseError: Being unloaded.
-            AdapterChangedError: Its files changed.
-            BudgetExceededError: No room within ``pins.PIN_TIMEOUT_SECONDS``.
-            StorageFullError: The pin cannot be written.
+            AdapterNotFoundError: The name is not registered.
+            AdapterInUseError: The adapter is being unloaded.
+            AdapterChangedError: The adapter's files have changed.
+            BudgetExceededError: There was no room within ``pins.PIN_TIMEOUT_SECONDS``.
+            StorageFullError: The pin cannot be saved.
         """
         with self._names.only(name):
             registration = self._table.find(name)
@@ -374,7 +375,8 @@ class AdapterRegistry:
         """Lets an adapter be evicted and unloaded again.
 
         Raises:
-            AdapterNotFoundError, StorageFullError: Not registered; it cannot be written.
+            AdapterNotFoundError: The name is not registered.
+            StorageFullError: The change cannot be saved.
         """
         with self._names.only(name):
             registration = self._table.find(name)
@@ -390,17 +392,18 @@ class AdapterRegistry:
         timeout_seconds: float | None = 30.0,
         expected_generation: int | None = None,
     ) -> None:
-        """Removes an adapter, all generations, once no request holds it; blocks until then.
+        """Removes all generations of an adapter; blocks until no request holds one.
 
-        New requests are refused from the start. ``DRAIN`` lets running ones finish; ``FORCE`` has
-        them ended. After the timeout (None: never) the adapter serves again. Files that were
-        uploaded are removed, others stay.
+        New requests are rejected at once. ``DRAIN`` lets running ones finish; ``FORCE`` ends them.
+        If the timeout passes first (None means no timeout), the adapter is served again. Uploaded
+        files are removed; others stay.
 
         Raises:
-            AdapterNotFoundError: Not registered.
-            AdapterGenerationError: It has another generation than the expected one.
-            AdapterInUseError: Pinned, a component of a fusion, or still held after the timeout.
-            InvalidRequestError: Unknown mode.
+            AdapterNotFoundError: The name is not registered.
+            AdapterGenerationError: The generation is not the expected one.
+            AdapterInUseError: The adapter is pinned, is a component of a fusion, or is still held
+                after the timeout.
+            InvalidRequestError: The mode is unknown.
         """
         self._unloads.unload(name, mode, timeout_seconds, expected_generation)
 
@@ -424,8 +427,8 @@ class AdapterRegistry:
     def acquire(self, refs: Sequence[AdapterRef]) -> Mix:
         """Resolves a request's adapters, all or none, and counts them in flight.
 
-        The mix must be given to ``release`` once. Before the operators are used,
-        ``Mix.ensure_host`` must have said that they are resident.
+        The mix must be passed to ``release`` once. Before the operators are used,
+        ``Mix.ensure_host`` must have reported that they are resident.
 
         Raises:
             InvalidRequestError: A name appears twice.
@@ -439,7 +442,7 @@ class AdapterRegistry:
         self._table.release(mix)
 
     def close(self) -> None:
-        """Stops background reads; callers that wait for one get an UnavailableError."""
+        """Stops background reads; callers that are waiting for one get an UnavailableError."""
         self._leases.shutdown()
         self._janitor.shutdown(wait=True)
         self._state.close()

@@ -1,4 +1,4 @@
-"""Calls of tools in a growing answer, in each of the forms that models write them in."""
+"""Finds tool calls in a streamed answer, in each of the formats that models use."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Thought:
 
 @dataclass(frozen=True, slots=True)
 class CallBegun:
-    """A call of a tool begins, the ``index``-th of the answer from 0.
+    """The beginning of a tool call: the answer's ``index``-th, counted from 0.
 
-    Its id is empty until the answer's reader has given it one, unless the model wrote one.
+    ``call_id`` is empty unless the model wrote an id; ``reader.py`` then creates one.
     """
 
     index: int
@@ -41,7 +41,7 @@ class CallBegun:
 
 @dataclass(frozen=True, slots=True)
 class CallGrown:
-    """A call's arguments, JSON, grow by ``text``."""
+    """The next piece of a call's arguments, which are JSON."""
 
     index: int
     text: str
@@ -51,7 +51,7 @@ Piece = Said | Thought | CallBegun | CallGrown
 
 
 def possible_start(text: str, mark: str) -> int:
-    """Characters at the end of ``text`` that may be the beginning of ``mark``."""
+    """The number of characters at the end of ``text`` that may begin ``mark``."""
     for size in range(min(len(mark) - 1, len(text)), 0, -1):
         if text.endswith(mark[:size]):
             return size
@@ -63,15 +63,15 @@ class Form:
     """How a model writes calls.
 
     Attributes:
-        begin: Before the first call of an answer, or each one.
-        end: After it.
-        separators: What else may stand between two calls.
-        is_bare: Calls may come without ``begin`` where the answer begins with them.
-        is_list: Calls are entries of a JSON list.
-        parameters: What the field with the arguments is called.
-        syntax: Of one call: ``{"name": ..., "arguments": {...}}`` (json), a name and then the
-            arguments (named), ``<function=NAME>`` with a ``<parameter=NAME>`` for each (xml), or a
-            message to the tool (channels; see ``server/basics/channels.py``).
+        begin: The mark before the first call of an answer, or before each one.
+        end: The mark after a call, if there is one.
+        separators: Characters that may separate two calls.
+        is_bare: Whether an answer may begin with a call without ``begin``.
+        is_list: Whether calls are entries of a JSON list.
+        parameters: The name of the field with the arguments.
+        syntax: The syntax of a call: ``{"name": ..., "arguments": {...}}`` (json), a name and then
+            the arguments (named), ``<function=NAME>`` with a ``<parameter=NAME>`` for each (xml),
+            or a message to the tool (channels; see ``server/basics/channels.py``).
     """
 
     begin: str
@@ -91,7 +91,7 @@ FORMS = {
     "mistral": Form("[TOOL_CALLS]", separators=",", is_bare=True, is_list=True),
     # Mistral's tokenizers from version 11 on write a mark before each call instead of a list.
     "mistral11": Form("[TOOL_CALLS]", syntax="named"),
-    # gpt-oss: an answer ends with its call.
+    # gpt-oss: a call ends the answer.
     "harmony": Form(CHANNEL, syntax="channels"),
 }
 # Marks of ``mistral11``: before the id of a call, and before its arguments.
@@ -105,11 +105,11 @@ _BLANKS = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x0
 
 
 class UnenforceableError(Exception):
-    """A grammar cannot keep to a tool's parameters.
+    """A grammar cannot enforce the schema of a tool's parameters.
 
     Args:
-        tool: Its name.
-        path: Within the schema of its arguments, a dot before each part.
+        tool: The tool's name.
+        path: The faulty part of the schema, with a dot before each step.
         text: What is wrong there.
     """
 
@@ -121,7 +121,7 @@ class UnenforceableError(Exception):
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
-    """The right side of a rule, on one line: JSON that a schema describes."""
+    """The right side of a grammar rule, on one line, for JSON that matches a schema."""
     return f"%json {json.dumps({**schema, 'x-guidance': _BLANKS})}"
 
 
@@ -129,9 +129,9 @@ def kinds_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str]:
     """The JSON types that a value may have, ``integer`` counted as ``number``.
 
     Args:
-        schema: Of the value; what is no schema says that it is a text.
-        root: Where ``#/...`` references begin.
-        depth: Of references and alternatives so far.
+        schema: The value's schema. A value whose schema is invalid counts as a string.
+        root: The schema in which ``#/...`` references are looked up.
+        depth: The number of references and alternatives followed so far.
     """
     if not isinstance(schema, dict) or depth > _DEPTH:
         return frozenset({"string"})
@@ -184,7 +184,7 @@ _JSON_TAIL = re.compile(r"\s*\}")
 
 
 class ObjectEnd:
-    """Finds where a JSON object ends, however its text is cut."""
+    """Finds the end of a JSON object whose text arrives in pieces."""
 
     def __init__(self) -> None:
         self._depth = 0
@@ -192,7 +192,7 @@ class ObjectEnd:
         self._is_escaped = False
 
     def find(self, text: str) -> int | None:
-        """The place after the closing bracket, from the next character on; None if further on."""
+        """The offset in the next piece after the closing bracket; None if it has yet to come."""
         for place, character in enumerate(text):
             if self._in_string:
                 if self._is_escaped:
@@ -213,17 +213,17 @@ class ObjectEnd:
 
 
 class CallReader(ABC):
-    """Reads one call, in one of the forms.
+    """Reads one call, in one of the formats.
 
     Args:
-        index: Which call of the answer it is.
-        tools: Those there are, with their arguments' JSON schemas.
+        index: The call's number in the answer, from 0.
+        tools: The JSON schema of the arguments of each known tool.
 
     Attributes:
         is_begun: The call's name is known.
         is_done: The call is complete.
-        is_none: It turned out to be something else; ``held`` has all of it.
-        held: Text that is not read yet: what follows a complete call.
+        is_none: The text turned out not to be a call; ``held`` has all of it.
+        held: Text that is not read yet. After a complete call, the text that follows it.
     """
 
     def __init__(self, index: int, tools: Mapping[str, Mapping[str, Any]]) -> None:
@@ -249,7 +249,7 @@ class CallReader(ABC):
 
 
 class JsonReader(CallReader):
-    """Reads a call from the bracket that opens it on."""
+    """Reads a call that begins with its opening bracket."""
 
     def __init__(self, index: int, tools: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__(index, tools)
@@ -316,7 +316,7 @@ _MAX_HEAD_CHARS = 256
 
 
 class NamedReader(CallReader):
-    """Reads a call from its name on."""
+    """Reads a call that begins with its name."""
 
     def __init__(self, index: int, tools: Mapping[str, Mapping[str, Any]]) -> None:
         super().__init__(index, tools)
@@ -347,10 +347,10 @@ _XML_NEXT = re.compile(rf"\s*(?:{_PARAMETER}([^<>\n]+)>(?:\n|(?=[^\n]))|{_XML_EN
 
 
 class XmlReader(CallReader):
-    """Reads a call from ``<function=`` on, and returns its arguments as JSON.
+    """Reads a call that begins with ``<function=``, and returns its arguments as JSON.
 
-    A parameter's value is text between its tags, whatever its type: the tool's schema says what the
-    text stands for. Texts grow as they come, other values come whole.
+    A parameter's value is plain text between tags; the tool's schema determines its type. Strings
+    are returned as they arrive, other values once they are complete.
     """
 
     def __init__(self, index: int, tools: Mapping[str, Mapping[str, Any]]) -> None:
@@ -385,7 +385,7 @@ class XmlReader(CallReader):
         return grown
 
     def _between(self) -> str:
-        """Up to a value, or the end of the call."""
+        """The JSON up to the next value, or to the end of the call."""
         found = _XML_NEXT.match(self.held)
         if found is None:
             begun = self.held.lstrip()
@@ -451,13 +451,13 @@ _OPENINGS = {"json": "{", "named": "", "xml": "<"}
 
 
 class Calls:
-    """Splits a growing text into the answer's text and calls of tools.
+    """Splits an answer that arrives in pieces into text and tool calls.
 
-    What looks like a call and is none, or calls a tool that there is not, is something said.
+    Text that looks like a call but is not one, or calls an unknown tool, stays text.
 
     Args:
         form: How the model writes calls: a key of ``FORMS``.
-        tools: Those there are, with their arguments' JSON schemas.
+        tools: The JSON schema of the arguments of each known tool.
     """
 
     def __init__(self, form: str, tools: Mapping[str, Mapping[str, Any]]) -> None:
@@ -467,7 +467,8 @@ class Calls:
         # Text skipped as the beginning of a call, kept in case it turns out not to be one.
         self._skipped = ""
         self._reader: CallReader | None = None
-        # begin: start of the answer; text; call: where a call may begin; after: behind a call.
+        # begin: start of the answer; text; call: where a call may begin or continue;
+        # after: after a call, before its end mark; between: after the end mark.
         self._state = "begin" if self._form.is_bare else "text"
         self.count = 0
 
@@ -577,7 +578,7 @@ class Calls:
         return []
 
     def _in_between(self) -> list[Piece]:
-        """Drop blanks between calls, which are not text of the answer."""
+        """Drop whitespace between calls, which is not text of the answer."""
         self._held = self._held.lstrip()
         if self._held:
             self._state = "text"

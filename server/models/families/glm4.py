@@ -1,4 +1,4 @@
-"""GLM-4: norms before and after, neighbouring features rotate, gate and up are one module."""
+"""GLM-4: norms also after attention and MLP, interleaved rotary embedding, fused gate and up."""
 
 from __future__ import annotations
 

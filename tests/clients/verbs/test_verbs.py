@@ -272,10 +272,10 @@ def test_weights_that_are_there_already_replace_nothing(
         "nothing changed: sql@2 has this content already\n"
     )
     # What is loaded or uploaded again, too; a pin may be new.
-    same = "nothing else changed: sql@2 has these weights already\n"
+    same = "nothing else changed: sql@2 has this content already\n"
     assert run("adapters", "load", "sql", SAME)[1] == same.replace("else ", "")
     assert run("adapters", "load", "sql", SAME, "--pin")[1] == f"pinned, and {same}"
-    moved = f"read from 'x/{SAME}' from now on, not from {SAME!r}, and "
+    moved = f"now read from 'x/{SAME}' instead of {SAME!r}, and "
     assert run("adapters", "load", "sql", f"x/{SAME}")[1] == f"{moved}{same}"
     (tmp_path / "adapter_config.json").write_text(SAME)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
@@ -358,15 +358,15 @@ def test_adapters_fuse_merge_and_unmerge(run: Run, server: FakeTurret):
     code, out, _ = run("adapters", "merge", "-a", "sql=0.5", "--precision", "bf16")
     assert "sql@1=0.5" in out
     assert "bf16" in out
-    assert "the rounding error is 75.0% of what the adapters change" in out
-    assert "warning: most of it is lost" in out
-    assert out.endswith("`turret adapters unmerge`; -a sql adds it a second time\n")
-    assert "second time" not in run("adapters", "merge-state")[1]
-    said = "merged into the base: sql@1=0.5; `turret adapters merge-state` says how\n"
+    assert "the rounding error is 75.0% of the adapters' update" in out
+    assert "warning: most of the update is lost" in out
+    assert out.endswith("`turret adapters unmerge`; -a sql applies it twice\n")
+    assert "applies it twice" not in run("adapters", "merge-state")[1]
+    said = "merged into the base: sql@1=0.5; `turret adapters merge-state` shows details\n"
     assert run("adapters", "list")[1].endswith(said)
     assert isinstance(json.loads(run("adapters", "list", "--json")[1]), list)
     taken = run("adapters", "unmerge")[1]
-    assert taken == "took sql@1=0.5 out of the base; base generation 3\n"
+    assert taken == "unmerged sql@1=0.5; base generation 3\n"
     assert "merged" not in run("adapters", "list")[1]
     assert run("adapters", "merge-state")[1] == "nothing is merged; base generation 3\n"
 

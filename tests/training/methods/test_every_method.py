@@ -368,7 +368,7 @@ def test_a_sweep_compares_ranks(tiny_llama: Path, tmp_path: Path):
     assert f"--adapter-root {tmp_path}/run/rank-4 --preload rank-4=adapter" in first[1].what_next
     # The data are plain texts, and the model has no chat template.
     assert "\nask it:    turret generate -a rank-4 'YOUR PROMPT'\n" in first[1].what_next
-    assert "\nrenew it:  turret adapters replace rank-4 adapter  (where " in first[1].what_next
+    assert "\nupdate it: turret adapters replace rank-4 adapter  (if " in first[1].what_next
     assert RunFolder(tmp_path / "run" / "rank-1").report.exists()
     # Finished ranks are not trained again.
     again = list(sweep(config, tmp_path, (1, 4, 2), announce))

@@ -1,4 +1,4 @@
-"""How PEFT calls what it saves of embedding and head."""
+"""The names under which PEFT saves tensors of the embedding and the head."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BY_NAME = {
     for suffix, role in _SUFFIXES.items()
     if module == EMBEDDING or role not in LOW_RANK
 } | {
-    # Beside a learned prompt, PEFT's prefix is "base_model."; canonical names look like this then.
+    # With a learned prompt, PEFT's prefix is only "base_model.", which leaves these names.
     "embed_tokens.weight": (EMBEDDING, WHOLE),
     f"base_model.{HEAD}.weight": (HEAD, WHOLE),
 }
@@ -35,7 +35,7 @@ BY_NAME = {
 Found = dict[str, tuple[str, "torch.Tensor"]]
 
 # With ``save_embedding_layers``, which a resized vocabulary sets, PEFT also saves the content of
-# its wrappers. Maps the names that this adds to the usual ones.
+# its wrappers. This maps those additional names to the usual ones.
 _WRAPPED = {
     f"{module}{suffix}": f"{module}{usual}"
     for module in (EMBEDDING, HEAD)
@@ -50,7 +50,7 @@ _WRAPPED = {
 def without_wrappers(
     tensors: Mapping[str, torch.Tensor], findings: Findings
 ) -> Mapping[str, torch.Tensor]:
-    """The tensors by their usual names; duplicates must be equal."""
+    """The tensors by their usual names. Reports duplicates that are not equal."""
     if _WRAPPED.keys().isdisjoint(tensors):
         return tensors
     result = {name: tensor for name, tensor in tensors.items() if name not in _WRAPPED}

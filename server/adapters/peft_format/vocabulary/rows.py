@@ -1,4 +1,4 @@
-"""Makes rows of embedding and head from tensors of a file."""
+"""Reads the rows of the embedding and the head that an adapter changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ROWS_PER_BLOCK = 8192
 
 
 def check_vocabulary(name: str, rows: int, base: BaseVocabulary, findings: Findings) -> bool:
-    """Whether a matrix has a row per token of the base."""
+    """Check that a matrix has one row per token of the base."""
     if rows == base.size:
         return True
     findings.mismatch(name, say("WRONG_COUNT", found=rows, what="tokens", expected=base.size))
@@ -24,7 +24,7 @@ def check_vocabulary(name: str, rows: int, base: BaseVocabulary, findings: Findi
 def read_rows(
     name: str, tensor: torch.Tensor, ids: list[int], base: BaseVocabulary, findings: Findings
 ) -> VocabularyRows | None:
-    """Trained rows of some tokens; they come in the order of the config's ids."""
+    """The trained rows of some tokens. The tensor has them in the order of the config's ids."""
     over = [i for i in ids if i >= base.size]
     if over:
         why = say("NOT_IN_RANGE", least=0, most=base.size - 1, value=over[0])
@@ -55,7 +55,7 @@ def read_matrix(
     ids = changed_rows(tensor, base_matrix)
     if not len(ids):
         return None
-    # Once most rows differ, picking some costs more than it saves.
+    # If most rows differ, selecting them costs more than it saves.
     if 2 * len(ids) > base.size:
         return _finite(name, VocabularyRows(None, _owned(tensor, base_matrix.dtype)), findings)
     values = tensor.index_select(0, ids).to(base_matrix.dtype).contiguous()
@@ -63,7 +63,7 @@ def read_matrix(
 
 
 def changed_rows(tensor: torch.Tensor, base_matrix: torch.Tensor) -> torch.Tensor:
-    """Ids of the rows that differ, once both are in the coarser of the two dtypes."""
+    """Ids of the rows that differ if both matrices are cast to the coarser of their dtypes."""
     served = base_matrix.cpu()
     found = []
     for start in range(0, len(tensor), _ROWS_PER_BLOCK):
