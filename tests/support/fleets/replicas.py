@@ -42,7 +42,9 @@ class Started:
 
     def __init__(self, seat: Seat, wire: Wire, config: AdapterConfig) -> None:
         self.wire = wire
-        self.registry: ReplicaRegistry = seat.registry(config, tiny_base(), Metrics())
+        self.registry: ReplicaRegistry = seat.registry(
+            config, tiny_base(), Metrics(), lambda _: None
+        )
         seat.merger(
             edit=_no_edit, describe=_no_base, change_base=_change_at_once, metrics=Metrics()
         )
