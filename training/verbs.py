@@ -35,7 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         nargs="?",
         default=Path("train.toml"),
         metavar="FILE",
-        help="where (default: train.toml)",
+        help="file to write (default: train.toml)",
     )
     init.set_defaults(func=_with_errors(_init))
     plan = _add(verbs, "plan", "show what a run will do and cost", _plan)
@@ -43,8 +43,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     plan.add_argument("--json", action="store_true", help="print JSON")
     run = _add(verbs, "run", "train an adapter", _run)
     how = run.add_mutually_exclusive_group()
-    how.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    how.add_argument("--overwrite", action="store_true", help="first remove what a run left there")
+    how.add_argument("--resume", action="store_true", help="continue a run that was stopped")
+    how.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="first remove an earlier run from the output directory",
+    )
     text = "write a run's report.html again"
     report = verbs.add_parser("report", help=text, description=text.capitalize())
     report.add_argument("run", type=Path, metavar="DIR", help="directory of the run")
@@ -57,7 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         type=_ranks,
         default=_RANKS,
         metavar="N,N,…",
-        help="which (default: 2,4,8,16,32)",
+        help="ranks to train (default: 2,4,8,16,32)",
     )
     sweep.add_argument("--json", action="store_true", help="print JSON")
 
@@ -82,7 +86,7 @@ def _add(
 
 
 def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
-    """Turn what the user can get wrong into one line and an exit code."""
+    """Turn a user's mistakes into a one-line error and an exit code."""
 
     def run(args: argparse.Namespace) -> int:
         from turret.server.command.interrupts import exit_code, raising_terminated

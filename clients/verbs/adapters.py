@@ -43,7 +43,7 @@ _COMBINATIONS = (
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb and its actions."""
-    parser = subparsers.add_parser("adapters", help="administer adapters")
+    parser = subparsers.add_parser("adapters", help="manage adapters")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     _add_lifecycle(actions)
     _add_transfers(actions)
@@ -52,7 +52,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _add_task(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--task", type=int, metavar="N", help="which one, from 0, where the files hold several"
+        "--task",
+        type=int,
+        metavar="N",
+        help="number of the task, from 0, if the files hold several",
     )
 
 
@@ -76,19 +79,26 @@ def _action(
 
 
 def _add_lifecycle(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    listing = _action(actions, "list", "list what is registered", _list, named=False)
-    listing.add_argument("--method", metavar="METHOD", help="this method alone")
-    listing.add_argument("--residency", choices=("disk", "host", "device"), help="this tier alone")
+    listing = _action(actions, "list", "list the registered adapters", _list, named=False)
+    listing.add_argument("--method", metavar="METHOD", help="only adapters of this method")
+    listing.add_argument(
+        "--residency", choices=("disk", "host", "device"), help="only adapters in this tier"
+    )
     _action(actions, "get", "show one adapter", _get)
-    load = _action(actions, "load", "register a directory of the server's machine", _load)
-    load.add_argument("path", metavar="PATH", help="relative to the server's adapter root")
-    load.add_argument("--pin", action="store_true", help="pin it at once")
+    load = _action(actions, "load", "register a directory on the server's machine", _load)
+    load.add_argument(
+        "path", metavar="PATH", help="directory, relative to the server's --adapter-root"
+    )
+    load.add_argument("--pin", action="store_true", help="also pin the adapter")
     _add_task(load)
     _add_template(load)
     unload = _action(actions, "unload", "unregister an adapter", _unload)
     unload.add_argument("--force", action="store_true", help="abort the requests that use it")
     unload.add_argument(
-        "--wait", type=float, metavar="SECONDS", help="longest wait for them (default: 30)"
+        "--wait",
+        type=float,
+        metavar="SECONDS",
+        help="how long to wait for running requests (default: 30)",
     )
     _add_expected(unload)
     _action(actions, "pin", "keep an adapter resident", _pin)
@@ -97,7 +107,7 @@ def _add_lifecycle(actions: argparse._SubParsersAction[argparse.ArgumentParser])
 
 def _add_expected(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--expected-generation", type=int, metavar="N", help="refuse if NAME has another one"
+        "--expected-generation", type=int, metavar="N", help="fail if NAME has another generation"
     )
 
 
@@ -111,42 +121,53 @@ def _add_template(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_transfers(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    upload = _action(actions, "upload", "send a directory of this machine and register it", _upload)
-    upload.add_argument("directory", type=Path, metavar="DIR", help="in PEFT's layout")
-    upload.add_argument("--pin", action="store_true", help="pin it at once")
-    upload.add_argument("--replace", action="store_true", help="as a new generation of NAME")
+    upload = _action(actions, "upload", "send a directory on this machine and register it", _upload)
+    upload.add_argument("directory", type=Path, metavar="DIR", help="directory in PEFT's layout")
+    upload.add_argument("--pin", action="store_true", help="also pin the adapter")
+    upload.add_argument(
+        "--replace", action="store_true", help="make it the next generation of NAME"
+    )
     _add_task(upload)
     _add_template(upload)
     replace = _action(
         actions,
         "replace",
-        "put a directory in an adapter's place, as its next generation",
+        "replace an adapter with a directory, as its next generation",
         _replace,
     )
-    replace.add_argument("path", metavar="PATH", help="relative to the server's adapter root")
+    replace.add_argument(
+        "path", metavar="PATH", help="directory, relative to the server's --adapter-root"
+    )
     _add_expected(upload)
     _add_expected(replace)
     _add_task(replace)
     _add_template(replace)
     export = _action(actions, "export", "write an adapter to a new directory", _export)
-    export.add_argument("directory", type=Path, metavar="DIR", help="on this machine")
-    export.add_argument("--generation", type=int, metavar="N", help="which (default: the newest)")
+    export.add_argument("directory", type=Path, metavar="DIR", help="new directory on this machine")
+    export.add_argument(
+        "--generation",
+        type=int,
+        metavar="N",
+        help="generation to export (default: the current one)",
+    )
 
 
 def _add_combinations(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    fuse = _action(actions, "fuse", "make a new adapter of a mix", _fuse, mix=True)
+    fuse = _action(actions, "fuse", "compute a new adapter from a mix", _fuse, mix=True)
     fuse.add_argument(
         "--combination",
         choices=_COMBINATIONS,
         metavar="HOW",
         help=f"one of {', '.join(_COMBINATIONS)} (default: exact)",
     )
-    fuse.add_argument("--rank", type=int, metavar="N", help="largest rank (svd combinations)")
+    fuse.add_argument(
+        "--rank", type=int, metavar="N", help="maximum rank, for combinations with svd"
+    )
     fuse.add_argument(
         "--energy",
         type=float,
         metavar="X",
-        help="share of the squared singular values to keep, instead of --rank",
+        help="instead of --rank: share of the squared singular values to keep",
     )
     fuse.add_argument(
         "--density",
@@ -155,15 +176,19 @@ def _add_combinations(actions: argparse._SubParsersAction[argparse.ArgumentParse
         help="share of entries that ties, dare and magnitude_prune keep",
     )
     fuse.add_argument(
-        "--majority-sign-method", choices=("total", "frequency"), help="for ties (default: total)"
+        "--majority-sign-method",
+        choices=("total", "frequency"),
+        help="how ties elects signs (default: total)",
     )
-    fuse.add_argument("--seed", type=int, metavar="N", help="for dare (default: 0)")
+    fuse.add_argument(
+        "--seed", type=int, metavar="N", help="seed of the dare combinations (default: 0)"
+    )
     merge = _action(actions, "merge", "merge a mix into the base", _merge, named=False, mix=True)
     merge.add_argument(
         "--precision",
         choices=("auto", "nf4", "bf16"),
         default="auto",
-        help="default: auto, which is nf4 where that keeps what the adapters change, else bf16",
+        help="default: auto, which is nf4 if the update survives it, else bf16",
     )
     _action(actions, "unmerge", "restore the base", _unmerge, named=False)
     _action(actions, "merge-state", "show what is merged", _merge_state, named=False)

@@ -39,7 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "chat",
         help="talk to the model",
-        description="Talk to the model; /help lists what else can be typed.",
+        description="Talk to the model. Type /help to list the commands.",
         parents=[adapter_parser(), generation_parser(), connection_parser()],
     )
     parser.add_argument("--system", metavar="TEXT", help="system message")

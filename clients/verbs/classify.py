@@ -28,14 +28,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "classify",
         help="label texts",
-        description="Label texts by an adapter that was trained to classify (SEQ_CLS).",
+        description="Label texts with an adapter that was trained to classify (SEQ_CLS).",
         parents=[text_parser(), adapter_parser(required=True), json_parser(), connection_parser()],
     )
     parser.add_argument(
-        "--chat", action="store_true", help="each text is a user's message, in the chat template"
+        "--chat",
+        action="store_true",
+        help="send each text as a user's message, in the chat template",
     )
     parser.add_argument(
-        "--labels-only", action="store_true", help="print the labels alone, one a line"
+        "--labels-only", action="store_true", help="print only the labels, one per line"
     )
     parser.add_argument(
         "--request-id", default="", metavar="ID", help="identifies the request in the server's log"

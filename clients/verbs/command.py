@@ -62,11 +62,15 @@ def connection_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=f"PEM roots; implies --tls (default: ${TLS_CA_VARIABLE})",
     )
-    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate to show")
-    group.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM key of --tls-cert")
-    group.add_argument("--tls-server-name", metavar="NAME", help="name in the server's certificate")
     group.add_argument(
-        "--details", action="store_true", help="print a line for every field that a refusal names"
+        "--tls-cert", type=Path, metavar="FILE", help="PEM certificate of the client"
+    )
+    group.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM key of --tls-cert")
+    group.add_argument(
+        "--tls-server-name", metavar="NAME", help="name expected in the server's certificate"
+    )
+    group.add_argument(
+        "--details", action="store_true", help="print a line for every field that an error reports"
     )
     group.add_argument(
         "--timeout",

@@ -31,11 +31,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "embed",
         help="turn texts into vectors",
-        description="Print the vector of each text, a JSON array a line.",
+        description="Print the vector of each text, one JSON array per line.",
         parents=[text_parser(), adapter_parser(), json_parser(), connection_parser()],
     )
     parser.add_argument(
-        "--pooling", choices=sorted(POOLINGS), help="which final states count (default: last)"
+        "--pooling", choices=sorted(POOLINGS), help="final states to use (default: last)"
     )
     parser.add_argument(
         "--dimensions", type=int, metavar="N", help="keep the first N numbers (default: all)"
@@ -49,7 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--similarity",
         action="store_true",
-        help="print the cosine of every two texts instead; with --json a list of numbers a text",
+        help="print the cosine of each pair of texts instead; with --json, one list per text",
     )
     parser.add_argument(
         "--request-id", default="", metavar="ID", help="identifies the request in the server's log"

@@ -40,9 +40,10 @@ from turret.clients.verbs.tables import print_table, terminal
 from turret.clients.words import say
 
 _DESCRIPTION = """\
-Judge the base model, adapters and mixes on a test set through a running server. A line of the file
-is {"messages": [...]}, whose last turn is the right answer, or {"prompt": ..., "completion": ...};
-with --classify also {"prompt": ..., "labels": [...]}, all labels that hold.
+Evaluate the base model, adapters and mixes on a test set, with a running server. Each line of the
+file is {"messages": [...]}, whose last message is the right answer, or
+{"prompt": ..., "completion": ...}; with --classify also {"prompt": ..., "labels": [...]}, with all
+right labels.
 """
 
 
@@ -50,11 +51,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the verb."""
     parser = subparsers.add_parser(
         "eval",
-        help="judge adapters on a test set",
+        help="evaluate adapters on a test set",
         description=_DESCRIPTION,
         parents=[json_parser(), connection_parser()],
     )
-    parser.add_argument("data", type=Path, metavar="FILE", help="the test set, JSON Lines")
+    parser.add_argument("data", type=Path, metavar="FILE", help="the test set, in JSON Lines")
     parser.add_argument(
         "-m",
         "--mix",
@@ -63,7 +64,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=_mix,
         default=[],
         metavar="NAME[=WEIGHT][+NAME...]",
-        help="an adapter or a mix to judge; repeat for more",
+        help="an adapter or a mix to evaluate; repeatable",
     )
     parser.add_argument("--no-base", action="store_true", help="leave the base model out")
     parser.add_argument(
@@ -72,44 +73,47 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="append",
         type=_metric,
         choices=METRICS,
-        help="what to measure; repeat for more (default: all that can be)",
+        help="metric to compute; repeatable (default: all that apply)",
     )
     parser.add_argument(
         "--classify",
         action="store_true",
-        help="judge the labels of adapters that classify: accuracy and macro F1; the completion is"
-        " the right label; of rows with labels micro F1 and each label's figures too",
+        help="evaluate adapters that classify: accuracy and macro F1 if the completion is the right"
+        " label; for lines with labels, also micro F1 and the figures of each label",
     )
     parser.add_argument(
         "--labels",
         type=_labels,
         default=(),
         metavar="A,B,...",
-        help="label accuracy: the first of these that an answer names must be the right one",
+        help="compute label accuracy: the first of these labels in an answer must be the right one",
     )
     parser.add_argument(
         "--raw", action="store_true", help='send "prompt" as it is, not as a user\'s message'
     )
-    parser.add_argument("--limit", type=_positive, metavar="N", help="judge the first N lines only")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="use only the first N lines")
     parser.add_argument(
         "--max-tokens",
         type=_positive,
         default=128,
         metavar="N",
-        help="longest answer (default: %(default)s)",
+        help="maximum tokens of an answer (default: %(default)s)",
     )
     parser.add_argument(
         "--concurrency",
         type=_positive,
         default=16,
         metavar="N",
-        help="calls at once (default: %(default)s)",
+        help="number of concurrent calls (default: %(default)s)",
     )
     parser.add_argument(
-        "--plot", type=_svg, metavar="FILE.svg", help="write the figures as a picture, SVG"
+        "--plot", type=_svg, metavar="FILE.svg", help="write the figures as an SVG image"
     )
     parser.add_argument(
-        "--answers", type=Path, metavar="FILE", help="write every answer and its scores, JSON Lines"
+        "--answers",
+        type=Path,
+        metavar="FILE",
+        help="write every answer and its scores, in JSON Lines",
     )
     parser.set_defaults(func=with_client(_eval))
 

@@ -86,16 +86,21 @@ def generation_parser() -> argparse.ArgumentParser:
 
 def _add_constraints(parser: argparse.ArgumentParser) -> None:
     # An exclusive group would make the usage too wide: argparse keeps it on one line.
-    one = parser.add_argument_group("what the answer must be, one of")
+    one = parser.add_argument_group("constraint on the answer, at most one")
     one.add_argument(
-        "--json-schema", type=_text_or_file, metavar="FILE", help="JSON that this schema describes"
+        "--json-schema", type=_text_or_file, metavar="FILE", help="JSON that matches this schema"
     )
     one.add_argument("--json-object", action="store_true", default=None, help="a JSON object")
-    one.add_argument("--regex", metavar="REGEX", help="text that it matches as a whole")
+    one.add_argument("--regex", metavar="REGEX", help="text that the whole expression matches")
     one.add_argument(
-        "--grammar", type=file_text, metavar="FILE", help="what a Lark or GBNF grammar makes"
+        "--grammar",
+        type=file_text,
+        metavar="FILE",
+        help="text that this Lark or GBNF grammar describes",
     )
-    one.add_argument("--choice", action="append", metavar="TEXT", help="one of these; repeatable")
+    one.add_argument(
+        "--choice", action="append", metavar="TEXT", help="one of these texts; repeatable"
+    )
 
 
 def _flag(name: str) -> str:

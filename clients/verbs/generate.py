@@ -32,7 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "generate",
         help="complete a prompt",
-        description="Complete a prompt and print the answer as it grows.",
+        description="Complete a prompt and print the answer as it arrives.",
         parents=[adapter_parser(), generation_parser(), json_parser(), connection_parser()],
     )
     parser.add_argument("prompt", metavar="PROMPT", help="text; - reads standard input")

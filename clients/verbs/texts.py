@@ -16,16 +16,19 @@ def text_parser() -> argparse.ArgumentParser:
         "texts",
         nargs="*",
         metavar="TEXT",
-        help="text; - reads standard input, a text a line",
+        help="text; - reads standard input, one text per line",
     )
     parser.add_argument(
-        "--file", type=Path, metavar="FILE", help="a file with a text a line, after those given"
+        "--file",
+        type=Path,
+        metavar="FILE",
+        help="file with one text per line, used after the TEXT arguments",
     )
     return parser
 
 
 def given_texts(args: argparse.Namespace) -> list[str]:
-    """All of them, empty lines left out.
+    """All texts of the arguments and the file, without empty lines.
 
     Raises:
         OSError: The file cannot be read.

@@ -279,7 +279,7 @@ def _apart() -> Iterator[None]:
 
 
 def _print_through(lines: LineFilter) -> None:
-    """Filter what Ray's processes print. Call this before Ray is initialised."""
+    """Filter what Ray's processes print. Call this before ``ray.init``, which binds the printer."""
     from ray._private import ray_logging, worker
 
     if not (sys.stdout.isatty() and sys.stderr.isatty()):
