@@ -12,7 +12,7 @@ import torch
 from gpu_path import OneStepTables
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from turret.server.adapters.device.gpu import shelves
+from turret.server.adapters.device.gpu import slot_tables
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ExpertShape, ProjectionLayout, SliceShape
 from turret.server.adapters.lowering.arena import in_one_block
@@ -71,22 +71,22 @@ def test_an_adapter_that_found_no_memory_can_come_again() -> None:
     def fails(table: torch.Tensor, num_slots: int) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with patch.object(shelves, "grown", fails), pytest.raises(torch.OutOfMemoryError):
+    with patch.object(slot_tables, "grown", fails), pytest.raises(torch.OutOfMemoryError):
         store.prepare(more)
     entered = [adapter for adapter in more if adapter.bytes_device]
     assert len(entered) == 3
-    found = store._shelves._shelves
+    found = store._slot_tables._slot_tables
     assert len(found) == 4
-    for shelf in found.values():
-        assert set(shelf.slots) == {"there", *(adapter.key for adapter in entered)}
+    for slot_table in found.values():
+        assert set(slot_table.slots) == {"there", *(adapter.key for adapter in entered)}
     store.prepare(more)
-    for place, shelf in found.items():
-        assert len(set(shelf.slots.values())) == 7
+    for place, slot_table in found.items():
+        assert len(set(slot_table.slots.values())) == 7
         path = LAYOUT.projections[place.projection][place.slice].path
         for adapter in more:
             factors = adapter.operators.modules[LAYOUT.module(1, path)].get(Hadamard)
             assert factors is not None
-            stored = [table[1, shelf.slots[adapter.key]] for table in shelf.tables]
+            stored = [table[1, slot_table.slots[adapter.key]] for table in slot_table.tables]
             for mine, own in zip(stored, factors.tensors(), strict=True):
                 assert torch.equal(mine, own)
 
@@ -111,8 +111,10 @@ def test_updates_of_experts_take_their_own_bytes_and_give_them_back() -> None:
     adapters = [experts(f"{n}", 2 + n % 3, [n % 6, 5]) for n in range(9)]
 
     def held() -> list[torch.Tensor]:
-        on_shelves = store._shelves._shelves.values()
-        return [t for shelf in on_shelves for kept in shelf._kept.values() for t in kept]
+        on_slot_tables = store._slot_tables._slot_tables.values()
+        return [
+            t for slot_table in on_slot_tables for kept in slot_table._kept.values() for t in kept
+        ]
 
     for end in (1, 5, 9):
         store.prepare(adapters[:end])
@@ -123,10 +125,10 @@ def test_updates_of_experts_take_their_own_bytes_and_give_them_back() -> None:
     assert sum(t.nbytes for t in held()) == adapters[8].operators.num_bytes
     store.prepare(adapters[6:])
     known = {t.data_ptr(): t for t in held()}
-    for shelf in store._shelves._shelves.values():
-        for key, slot in shelf.slots.items():
+    for slot_table in store._slot_tables._slot_tables.values():
+        for key, slot in slot_table.slots.items():
             own = adapters[int(key)].operators.experts or {}
-            for layer, (a, b) in enumerate(shelf.tables[0][:, slot].tolist()):
+            for layer, (a, b) in enumerate(slot_table.tables[0][:, slot].tolist()):
                 update = own.get(MIXTURE.module(layer, "mlp.experts.down_proj"))
                 if update is None:
                     assert (a, b) == (0, 0)
@@ -213,7 +215,7 @@ def test_more_adapters_in_a_batch_than_slots() -> None:
     assert store.epoch > 0, "tables that every captured step reads have moved"
 
 
-def test_no_step_is_replayed_where_a_shelf_has_moved() -> None:
+def test_no_step_is_replayed_where_a_slot_table_has_moved() -> None:
     """Of one signature the tables are in one place, and they move as adapters come."""
     store, tables = store_of(), OneStepTables(4, CPU)
     table = tables.load_segments([])
@@ -223,7 +225,7 @@ def test_no_step_is_replayed_where_a_shelf_has_moved() -> None:
     held = []
     for number in range(9):
         store.prepare([hadamard(f"{number}")])
-        made = [shelf.tables[0] for shelf in store._shelves._shelves.values()]
+        made = [slot_table.tables[0] for slot_table in store._slot_tables._slot_tables.values()]
         # Kept, or others would come to lie where they were.
         held.append(made)
         signature = store.bind([(0, 1, [("first", 1.0)])], tables).signature

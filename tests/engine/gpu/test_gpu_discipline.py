@@ -378,7 +378,9 @@ def test_buffers_keep_their_addresses():
     seen = []
 
     def compute(step: Any, cache: Any) -> Any:
-        bound = [pair for pairs in step.adapters.shelves.by_projection.values() for pair in pairs]
+        bound = [
+            pair for pairs in step.adapters.slot_tables.by_projection.values() for pair in pairs
+        ]
         tables = [*step.attention.values(), step.adapters.table]
         tables += [table for _, tables in bound for table in tables]
         rows = (step.token_ids, step.positions, step.kv_slots, step.sample_rows)
