@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from turret.fleet import protocol as p
-from turret.fleet.protocol import Entry, FleetState, Join, Joined, News, Report, Usage
+from turret.fleet.protocol import AdapterUsage, Entry, FleetState, Join, Joined, News, Report
 from turret.fleet.words import say
 from turret.server import log
 from turret.server.basics.work import Cancellation
@@ -62,7 +62,7 @@ class Channel:
     def leave(self, replica: str) -> None:
         self.call(0.0, "leave", replica)
 
-    def usage(self, name: str = "") -> Mapping[str, Mapping[str, p.Usage]]:
+    def usage(self, name: str = "") -> Mapping[str, Mapping[str, p.AdapterUsage]]:
         return self.call(0.0, "usage", name)
 
     def status(self) -> p.FleetStatus:
@@ -106,7 +106,7 @@ class Applies(Protocol):
     def apply(self, entry: Entry) -> None: ...
     def holding(self) -> Mapping[str, int]: ...
     def prepared(self) -> Mapping[str, TurretError | None]: ...
-    def usage(self) -> Mapping[str, Usage]: ...
+    def usage(self) -> Mapping[str, AdapterUsage]: ...
     def num_requests(self) -> tuple[int, int]: ...
 
 
@@ -147,7 +147,7 @@ class Follower:
         self._received = -1
         self._applied = -1
         self._must_apply = 0
-        self._told_usage: Mapping[str, Usage] | None = None
+        self._told_usage: Mapping[str, AdapterUsage] | None = None
         self._lease_until = self._joined_at = float("-inf")
         self._has_served = False
         self._changes: deque[Change] = deque()

@@ -159,7 +159,7 @@ class Joined:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
+class AdapterUsage:
     """One replica's use of one adapter."""
 
     in_flight: int = 0
@@ -191,7 +191,7 @@ class Report:
     applied: int
     holding: Mapping[str, int] = field(default_factory=dict)
     prepared: Mapping[str, TurretError | None] = field(default_factory=dict)
-    usage: Mapping[str, Usage] | None = None
+    usage: Mapping[str, AdapterUsage] | None = None
     waiting: int = 0
     running: int = 0
 

@@ -69,7 +69,7 @@ class LivingReplica:
     session: str
     expires: float
     report: p.Report
-    usage: Mapping[str, p.Usage] = field(default_factory=dict)
+    usage: Mapping[str, p.AdapterUsage] = field(default_factory=dict)
 
     def status(self, now: float) -> p.ReplicaStatus:
         usage = list(self.usage.values())
@@ -193,7 +193,7 @@ class FleetRegistry:
         self._living.pop(replica, None)
         self.tick(now)
 
-    def usage(self, name: str = "") -> Mapping[str, Mapping[str, p.Usage]]:
+    def usage(self, name: str = "") -> Mapping[str, Mapping[str, p.AdapterUsage]]:
         """The usage that each replica last reported, of one adapter or of all."""
         replicas = self._living.values()
         if not name:

@@ -161,7 +161,7 @@ class RegistryHost:
         """See ``FleetRegistry``."""
         self._now(lambda now: self._registry.leave(replica, now))
 
-    def usage(self, name: str = "") -> Mapping[str, Mapping[str, p.Usage]]:
+    def usage(self, name: str = "") -> Mapping[str, Mapping[str, p.AdapterUsage]]:
         """See ``FleetRegistry``."""
         with self._changed:
             return self._registry.usage(name)

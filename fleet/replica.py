@@ -77,7 +77,7 @@ class ReplicaRegistry(AdapterRegistry):
         self._replica = replica
         # Registrations that get no new requests, but whose generations may still be held.
         self._leaving: set[Registration] = set()
-        self._usage: Mapping[str, p.Usage] = {}
+        self._usage: Mapping[str, p.AdapterUsage] = {}
         self._usage_time = float("-inf")
         self._pinner = ThreadPoolExecutor(1, thread_name_prefix="adapter-pins")
 
@@ -170,7 +170,7 @@ class ReplicaRegistry(AdapterRegistry):
         elsewhere = self._elsewhere()
         return [_with_usage(record, elsewhere) for record in super().list()]
 
-    def _elsewhere(self, name: str = "") -> list[Mapping[str, p.Usage]]:
+    def _elsewhere(self, name: str = "") -> list[Mapping[str, p.AdapterUsage]]:
         usage = self._channel.usage(name)
         return [used for replica, used in usage.items() if replica != self._replica]
 
@@ -240,13 +240,13 @@ class ReplicaRegistry(AdapterRegistry):
             found = [adapter for adapters in departing.values() for adapter in adapters]
             return {adapter.key: adapter.in_flight for adapter in found if adapter.in_flight}
 
-    def usage(self) -> Mapping[str, p.Usage]:
+    def usage(self) -> Mapping[str, p.AdapterUsage]:
         """Adapters in memory or in use, by name; up to a second old."""
         now = time.monotonic()
         if now - self._usage_time >= _USAGE_SECONDS:
             self._usage_time = now
             usage = {
-                record.name: p.Usage(
+                record.name: p.AdapterUsage(
                     in_flight=record.in_flight,
                     residency=record.residency,
                     bytes_host=record.bytes_host,
@@ -273,7 +273,9 @@ def _departing(registration: Registration) -> list[Adapter]:
     return [registration.current, *registration.retired]
 
 
-def _with_usage(record: AdapterInfo, elsewhere: Sequence[Mapping[str, p.Usage]]) -> AdapterInfo:
+def _with_usage(
+    record: AdapterInfo, elsewhere: Sequence[Mapping[str, p.AdapterUsage]]
+) -> AdapterInfo:
     """A replica's record with what the others do: bytes and requests summed, the fastest tier.
 
     Args:
@@ -536,5 +538,5 @@ class Seat:
     def prepared(self) -> Mapping[str, TurretError | None]:
         return self._merger.prepared()
 
-    def usage(self) -> Mapping[str, p.Usage]:
+    def usage(self) -> Mapping[str, p.AdapterUsage]:
         return self._registry.usage()

@@ -19,7 +19,7 @@ from turret.server.api.access.shares import Shares, most_connections
 from turret.server.api.access.tokens import TokenTable
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.faults import Failures
-from turret.server.api.gate import Backend, Gate
+from turret.server.api.gate import Backend, ServingGate
 from turret.server.api.inference.inference import Inference
 from turret.server.basics.address import is_local_address
 from turret.server.basics.triton_needs import see_only
@@ -98,7 +98,7 @@ class App:
     ) -> None:
         self.config = config
         self.metrics = Metrics()
-        self.gate = Gate()
+        self.gate = ServingGate()
         self._adapters = Adapters(self.gate)
         self.rpc: RpcServer | None = None
         self.http: HttpServer | None = None

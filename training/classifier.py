@@ -20,7 +20,7 @@ from turret.server.adapters.head import MULTI_LABEL, SINGLE_LABEL
 from turret.server.adapters.peft_format.classifier_checkpoint import HEAD_NAMES, TASK_TYPE
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.training.adapter_folder import write_adapter
-from turret.training.data.batches import Batch, Dataset, Row, make_batch
+from turret.training.data.batches import Dataset, Row, TrainingBatch, make_batch
 from turret.training.data.examples import Encoded
 from turret.training.loss import LossFunction
 from turret.training.settings.resolve import Resolved
@@ -98,7 +98,7 @@ class ClassifierLoss(LossFunction):
         return cross_entropy(self._score(states.float()), targets, reduction=reduction)
 
     @torch.no_grad()
-    def labels(self, batch: Batch) -> list[Judged]:
+    def labels(self, batch: TrainingBatch) -> list[Judged]:
         """The labels found and the right ones of each example, by number."""
         found: list[Judged] = []
         for states, targets in self._parts(batch):
@@ -114,7 +114,7 @@ class MultiLabelLoss(ClassifierLoss):
     So transformers has it for ``problem_type`` multi_label_classification.
     """
 
-    def _parts(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _parts(self, batch: TrainingBatch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The head's input and, of each label, whether it holds, ``[examples, labels]`` fp32."""
         holds = torch.zeros(len(batch.labels), self._score.out_features)
         for row, numbers in enumerate(batch.labels):
@@ -131,7 +131,7 @@ class MultiLabelLoss(ClassifierLoss):
         return losses.sum() if reduction == "sum" else losses
 
     @torch.no_grad()
-    def labels(self, batch: Batch) -> list[Judged]:
+    def labels(self, batch: TrainingBatch) -> list[Judged]:
         found: list[torch.Tensor] = []
         for states, _ in self._parts(batch):
             found += self._score(states.float()).sigmoid() > _HOLDS

@@ -21,7 +21,7 @@ from turret.server.adapters.component import Component, ComponentRef
 from turret.server.adapters.lowering.components import check_fusable
 from turret.server.adapters.methods.low_rank.learned_fusion import METHOD as LEARNED_FUSION
 from turret.server.adapters.methods.lower import lower_checkpoint
-from turret.training.data.batches import IGNORED, Batch
+from turret.training.data.batches import IGNORED, TrainingBatch
 from turret.training.loss import LossFunction
 from turret.training.settings.inputs import component_directories
 
@@ -333,7 +333,7 @@ class FusionLoss(LossFunction):
         # Components do not change, so an example is asked about once: row → of each example.
         self._best: dict[bytes, torch.Tensor] = {}
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: TrainingBatch) -> torch.Tensor:
         if not self._guidance or not torch.is_grad_enabled():
             return super().__call__(batch)
         best = self._best_components(batch).to(self._device)
@@ -345,7 +345,7 @@ class FusionLoss(LossFunction):
         share = (penalty * is_read).sum() / is_read.sum()
         return loss + self._guidance * batch.num_targets * share
 
-    def _best_components(self, batch: Batch) -> torch.Tensor:
+    def _best_components(self, batch: TrainingBatch) -> torch.Tensor:
         """Of every position's example, ``[rows, positions]`` int64."""
         examples = _examples(batch)
         keys = [
@@ -367,7 +367,9 @@ class FusionLoss(LossFunction):
         return len(self._fusion.components)
 
     @torch.no_grad()
-    def _component_losses(self, batch: Batch, examples: torch.Tensor, number: int) -> torch.Tensor:
+    def _component_losses(
+        self, batch: TrainingBatch, examples: torch.Tensor, number: int
+    ) -> torch.Tensor:
         """Cross entropy of every example by one component alone, ``[rows, examples]``."""
         with self._fusion.component_alone(number):
             losses = self.of_targets(batch).cpu()
@@ -376,14 +378,14 @@ class FusionLoss(LossFunction):
         return sums.index_put_((rows, examples[rows, positions]), losses, accumulate=True)
 
 
-def _examples(batch: Batch) -> torch.Tensor:
+def _examples(batch: TrainingBatch) -> torch.Tensor:
     """The number of each position's example within its row, ``[rows, positions]`` int64."""
     if batch.positions is None:
         return torch.zeros_like(batch.targets)
     return (batch.positions == 0).cumsum(1) - 1
 
 
-def _is_read(batch: Batch) -> torch.Tensor:
+def _is_read(batch: TrainingBatch) -> torch.Tensor:
     """1.0 up to an example's last target, ``[rows, positions]``: what follows it has no part."""
     examples, places = _examples(batch), torch.arange(batch.targets.shape[1])
     targets = torch.where(batch.targets != IGNORED, places, -1)

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from turret.server.models.families import read_arch
-from turret.training.data.batches import IGNORED, Batch
+from turret.training.data.batches import IGNORED, TrainingBatch
 from turret.training.models.base_model import without_peft_warnings
 from turret.training.settings.config import OptimizerConfig
 
@@ -40,7 +40,7 @@ class LossFunction:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._arch = read_arch(base.config)
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: TrainingBatch) -> torch.Tensor:
         """The sum, a scalar fp32 with gradient (nats)."""
         total = torch.zeros((), device=self._device)
         for part in self._parts(batch):
@@ -51,11 +51,11 @@ class LossFunction:
         return total
 
     @torch.no_grad()
-    def of_targets(self, batch: Batch) -> torch.Tensor:
+    def of_targets(self, batch: TrainingBatch) -> torch.Tensor:
         """The loss of each target, row by row, ``[num_targets]`` fp32 (nats)."""
         return torch.cat([self._head_loss(*part, "none") for part in self._parts(batch)])
 
-    def _parts(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _parts(self, batch: TrainingBatch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The head's input at the targets and the targets, ``HEAD_ROWS`` at a time."""
         hidden = self._hidden(batch)
         # A learned prompt's own positions come first.
@@ -67,7 +67,7 @@ class LossFunction:
         wanted = targets[asked].to(self._device)
         return zip(states.split(HEAD_ROWS), wanted.split(HEAD_ROWS), strict=True)
 
-    def _hidden(self, batch: Batch) -> torch.Tensor:
+    def _hidden(self, batch: TrainingBatch) -> torch.Tensor:
         """The head's input, ``[rows, positions, hidden]``; the head itself computes nothing."""
         taken: list[torch.Tensor] = []
 

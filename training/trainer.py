@@ -23,7 +23,7 @@ from turret.training.classifier import (
     make_loss,
     write_head,
 )
-from turret.training.data.batches import Batch, BatchStream, Row, make_batch
+from turret.training.data.batches import BatchStream, Row, TrainingBatch, make_batch
 from turret.training.errors import RunError
 from turret.training.loss import LossFunction, learning_rate, make_optimizer, set_learning_rate
 from turret.training.memory.peak import peak_memory_bytes
@@ -369,7 +369,7 @@ def validation_loss(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
     """Mean loss per learned token, nats, over all rows; tells how many batches are done."""
-    batches: list[Batch] = [
+    batches: list[TrainingBatch] = [
         make_batch(rows[start : start + batch_size], pad=pad, is_packed=False)
         for start in range(0, len(rows), batch_size)
     ]

@@ -25,7 +25,7 @@ from turret.server.api.access.shares import Shares
 from turret.server.api.access.tokens import TokenTable, authorize
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.faults import Failures
-from turret.server.api.gate import Backend, Gate
+from turret.server.api.gate import Backend, ServingGate
 from turret.server.api.inference.inference import Inference
 from turret.server.basics.triton_needs import see_only
 from turret.server.config import Config
@@ -183,7 +183,7 @@ class ReplicaServer:
     ) -> None:
         self._config = config
         self.metrics = Metrics()
-        self._gate = Gate(self._check_serving)
+        self._gate = ServingGate(self._check_serving)
         self.adapters = Adapters(self._gate)
         self.inference = Inference(self._gate)
         token_file = config.security.token_file

@@ -54,7 +54,7 @@ class Backend:
         self.registry.close()
 
 
-class Gate:
+class ServingGate:
     """Closed while the model loads and from shutdown on; open in between.
 
     Args:

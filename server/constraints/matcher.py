@@ -131,7 +131,7 @@ _TOKEN_SECONDS = 0.005
 _LEXER_FULL = "too many states"
 
 
-class Source(Protocol):
+class MatcherSource(Protocol):
     """What a matcher is made from (``Constraint``)."""
 
     def copy(self, *, forces: bool) -> LLMatcher: ...
@@ -147,7 +147,7 @@ class Matcher:
         alphabet: Of its tokenizer.
     """
 
-    def __init__(self, source: Source, alphabet: Alphabet) -> None:
+    def __init__(self, source: MatcherSource, alphabet: Alphabet) -> None:
         self._source = source
         self._alphabet = alphabet
         # Forced text is appended as the tokenizer would encode it.

@@ -29,7 +29,7 @@ from turret.server.api.access.tokens import TokenTable, authorize
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.call import Call
 from turret.server.api.faults import fault_of
-from turret.server.api.gate import Gate
+from turret.server.api.gate import ServingGate
 from turret.server.api.inference.inference import Inference
 from turret.server.basics.codes import Code
 from turret.server.engine.scheduling.request import FinishReason, Output, Request
@@ -45,7 +45,7 @@ Generate = inference_pb2.GenerateRequest
 class House:
     """Everything behind the doors."""
 
-    gate: Gate = field(default_factory=Gate)
+    gate: ServingGate = field(default_factory=ServingGate)
     engine: FakeEngine = field(default_factory=FakeEngine)
     registry: FakeRegistry = field(default_factory=FakeRegistry)
     merger: FakeMerger = field(default_factory=FakeMerger)

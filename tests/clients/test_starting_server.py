@@ -19,7 +19,7 @@ from turret.clients.errors import UnavailableError
 from turret.clients.verbs import health as verb
 from turret.clients.verbs.hints import HINTS
 from turret.server.api.faults import fault_of
-from turret.server.api.gate import Gate
+from turret.server.api.gate import ServingGate
 from turret.server.errors import UnavailableError as Refusal
 from turret.server.rpc.status import to_rich_status
 
@@ -98,7 +98,7 @@ def test_a_call_says_how_to_wait_for_the_model(
 
 def _refuse(_request: object, context: grpc.ServicerContext) -> None:
     with pytest.raises(Refusal) as refused:
-        Gate().enter()
+        ServingGate().enter()
     fault = fault_of(refused.value)
     details = to_rich_status(fault).SerializeToString()
     context.set_trailing_metadata((("grpc-status-details-bin", details),))

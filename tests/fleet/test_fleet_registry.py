@@ -160,7 +160,7 @@ def test_a_replica_with_another_base_is_refused() -> None:
 
 def test_use_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     registry, (first, _) = fleet()
-    used = {"a": m.Usage(in_flight=1), "b": m.Usage(residency="host")}
+    used = {"a": m.AdapterUsage(in_flight=1), "b": m.AdapterUsage(residency="host")}
     monkeypatch.setattr(first, "usage", lambda: used)
     beat(registry, first, 1.0)
     question = first.follower.next_call()
@@ -168,7 +168,7 @@ def test_use_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert question.usage is None
     beat(registry, first, 1.5)
     assert registry.usage()["r0"] == used
-    assert registry.usage("b") == {"r0": {"b": m.Usage(residency="host")}}
+    assert registry.usage("b") == {"r0": {"b": m.AdapterUsage(residency="host")}}
     # To another incarnation it is told again.
     other = FleetRegistry(Disk(), now=2.0, is_first=False)
     for _ in range(3):

@@ -20,7 +20,7 @@ from turret.server.api.access.tokens import SERVICE_ROLES, TokenTable
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.faults import TABLE as FAULTS
 from turret.server.api.faults import Failures
-from turret.server.api.gate import Gate
+from turret.server.api.gate import ServingGate
 from turret.server.api.inference.inference import Inference
 from turret.server.basics.codes import Code
 from turret.server.config import ListenConfig
@@ -280,8 +280,8 @@ async def test_a_timeout_is_the_deadline_of_the_request() -> None:
 def test_the_page_names_every_path_field_and_status() -> None:
     page = (ROOT / "docs" / "openai.md").read_text()
     made = routes(
-        Inference(Gate()),
-        Adapters(Gate()),
+        Inference(ServingGate()),
+        Adapters(ServingGate()),
         metrics=Metrics(),
         failures=Failures(),
         has_admin=True,

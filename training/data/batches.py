@@ -127,7 +127,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class TrainingBatch:
     """Rows side by side, padded on the right.
 
     Attributes:
@@ -194,7 +194,7 @@ class BatchStream:
         self._is_packed = is_packed
         self._order: tuple[int, list[int]] = (-1, [])
 
-    def batch(self, index: int) -> Batch:
+    def batch(self, index: int) -> TrainingBatch:
         """The batch at a position, from 0."""
         start = index * self._batch_size
         rows = [self._row(place) for place in range(start, start + self._batch_size)]
@@ -208,7 +208,7 @@ class BatchStream:
         return self._rows[self._order[1][offset]]
 
 
-def make_batch(rows: Sequence[Row], *, pad: int, is_packed: bool) -> Batch:
+def make_batch(rows: Sequence[Row], *, pad: int, is_packed: bool) -> TrainingBatch:
     """Lay rows out as tensors; the arguments are those of :class:`BatchStream`."""
     lengths = [sum(len(example.tokens) for example in row) for row in rows]
     shape = (len(rows), max(lengths))
@@ -234,4 +234,4 @@ def make_batch(rows: Sequence[Row], *, pad: int, is_packed: bool) -> Batch:
     num_targets = int((targets != IGNORED).sum())
     starts = tuple(row[0].start for row in rows if row[0].start is not None)
     labels = tuple(row[0].labels for row in rows if row[0].labels is not None)
-    return Batch(tokens, positions, targets, sum(lengths), num_targets, starts, labels)
+    return TrainingBatch(tokens, positions, targets, sum(lengths), num_targets, starts, labels)

@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from turret.server.models.sources.model_directory import weight_files
 from turret.training.classifier import classifier_loss
-from turret.training.data.batches import Batch, make_batch
+from turret.training.data.batches import TrainingBatch, make_batch
 from turret.training.loss import LossFunction
 from turret.training.memory.peak import resident_bytes
 from turret.training.models.base_model import DTYPES, empty_model
@@ -143,7 +143,7 @@ def estimate_memory(resolved: Resolved) -> MemoryEstimate:
     )
 
 
-def largest_batches(resolved: Resolved) -> tuple[Batch, Batch | None]:
+def largest_batches(resolved: Resolved) -> tuple[TrainingBatch, TrainingBatch | None]:
     """The training batch and the validation batch of a run that take the most room."""
     config = resolved.config
     assert config.run.steps is not None
@@ -159,7 +159,7 @@ def largest_batches(resolved: Resolved) -> tuple[Batch, Batch | None]:
     return train, max(validation, key=_room, default=None)
 
 
-def _room(batch: Batch) -> tuple[int, int]:
+def _room(batch: TrainingBatch) -> tuple[int, int]:
     return batch.tokens.numel(), batch.num_targets
 
 

@@ -19,11 +19,11 @@ from turret.training.methods.linear import (
     VBLORA,
 )
 from turret.training.methods.lycoris import LOHA, LOKR
-from turret.training.methods.method import Method
+from turret.training.methods.method import TrainingMethod
 from turret.training.methods.prompts import P_TUNING, PREFIX_TUNING, PROMPT_TUNING
 from turret.training.words import say
 
-METHODS: Mapping[str, Method] = {
+METHODS: Mapping[str, TrainingMethod] = {
     method.name: method
     for method in (
         *(LORA, RSLORA, DORA, ALORA, MISS, OFT, HRA, VBLORA, SHIRA),
@@ -32,7 +32,7 @@ METHODS: Mapping[str, Method] = {
 }
 
 
-def method_named(name: str) -> Method:
+def method_named(name: str) -> TrainingMethod:
     """The method of ``method.name``.
 
     Raises:

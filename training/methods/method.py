@@ -1,6 +1,6 @@
 """What the trainer needs to know of a method, and the way of every method that PEFT has.
 
-A new method is an object with the members of :class:`Method`, in ``METHODS`` of this package.
+A new method is an object with the members of :class:`TrainingMethod`, in ``METHODS``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from turret.training.settings.modules import check_modules
 Settings = Any
 
 
-class Method(Protocol):
+class TrainingMethod(Protocol):
     """A kind of adapter: what it attaches to the base, and what it saves.
 
     Attributes:
@@ -137,7 +137,7 @@ class PeftMethod:
             out; a function gets the config as far as it is resolved.
         peft_config: Makes PEFT's config of the resolved one.
         rank_served: What a server compares with its ``--max-rank``: the rank, where it is one.
-        remarks: Makes ``Method.notes``.
+        remarks: Makes ``TrainingMethod.notes``.
     """
 
     name: str

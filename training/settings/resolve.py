@@ -17,7 +17,7 @@ from turret.training.data.batches import Dataset, load_dataset
 from turret.training.data.examples import invocation_of
 from turret.training.errors import ConfigError
 from turret.training.methods import method_named
-from turret.training.methods.method import Method
+from turret.training.methods.method import TrainingMethod
 from turret.training.models.base_model import TrainingBase, find_base
 from turret.training.settings.config import (
     BaseConfig,
@@ -46,7 +46,7 @@ class Resolved:
     """
 
     config: TrainConfig
-    method: Method
+    method: TrainingMethod
     base: TrainingBase
     dataset: Dataset
     notes: tuple[str, ...]
@@ -135,7 +135,7 @@ def _resolve_base(config: BaseConfig, directory: Path | None) -> BaseConfig:
 
 
 def _resolve_optimizer(
-    config: OptimizerConfig, method: Method, device: str, notes: list[str]
+    config: OptimizerConfig, method: TrainingMethod, device: str, notes: list[str]
 ) -> OptimizerConfig:
     if config.name == "paged-adamw8bit" and device != "cuda":
         notes.append("paged-adamw8bit needs CUDA: adamw8bit takes its place")

@@ -31,7 +31,7 @@ from turret.server.adapters.fuse.member import (
     check_prompts,
     rank_of_result,
 )
-from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser, Part
+from turret.server.adapters.fuse.module_fuser import Contribution, FusedModule, ModuleFuser
 from turret.server.adapters.fuse.result import FuseResult, ModuleReport
 from turret.server.adapters.mix import Mix
 from turret.server.adapters.ref import AdapterRef
@@ -251,7 +251,7 @@ class Fuser:
             staged.discard()
 
 
-def _work(members: Sequence[Member], base: BaseModel) -> dict[str, list[Part]]:
+def _work(members: Sequence[Member], base: BaseModel) -> dict[str, list[Contribution]]:
     """The members' updates by module, in the base's order."""
     work = {
         path: [part for member in members if (part := member.part(path)) is not None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.checkpoint.findings import Finding, refuse_all
 from turret.server.adapters.fuse.combination import Combination
-from turret.server.adapters.fuse.module_fuser import Part
+from turret.server.adapters.fuse.module_fuser import Contribution
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.weight_update import beyond_low_rank, beyond_updates
 from turret.server.errors import InvalidRequestError
@@ -29,13 +29,13 @@ class Member:
     weight: float
     lowered: Lowered
 
-    def part(self, module: str) -> Part | None:
+    def part(self, module: str) -> Contribution | None:
         """The member's update of a module, or None."""
         operators = self.lowered.operators.modules.get(module)
         if operators is None:
             return None
         scaling = self.lowered.scalings.get(module, 1.0)
-        return Part(self.adapter.name, self.weight, operators, scaling)
+        return Contribution(self.adapter.name, self.weight, operators, scaling)
 
 
 def check_prompts(adapters: Sequence[Adapter]) -> None:

@@ -24,7 +24,7 @@ from turret.server.words import say
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Contribution:
     """One member's update of one module.
 
     Attributes:
@@ -84,7 +84,7 @@ class ModuleFuser:
         self._max_rank = max_rank
         self._generator = torch.Generator("cpu").manual_seed(combination.seed or 0)
 
-    def check(self, parts: Sequence[Part], module: BaseModule) -> None:
+    def check(self, parts: Sequence[Contribution], module: BaseModule) -> None:
         """Refuses what the ranks alone rule out.
 
         Raises:
@@ -102,7 +102,7 @@ class ModuleFuser:
             text = say("UNEQUAL_MEMBERS", ranks=ranks, module=module.name, other=other)
             raise InvalidRequestError.of("adapters", text)
 
-    def fuse(self, parts: Sequence[Part], module: BaseModule) -> FusedModule:
+    def fuse(self, parts: Sequence[Contribution], module: BaseModule) -> FusedModule:
         """Fuses what the members do to one module; at least one of them does something.
 
         Raises:
@@ -130,7 +130,7 @@ class ModuleFuser:
             return exact.truncated(self._choose(module))
         return Factors(exact.b.float(), exact.a.float())
 
-    def _combined(self, parts: Sequence[Part], module: BaseModule) -> Factors | None:
+    def _combined(self, parts: Sequence[Contribution], module: BaseModule) -> Factors | None:
         """The result of a combination that does not approximate the plain sum; else None."""
         combination, generator = self._combination, self._generator
         if combination.is_concatenated or combination.name == "svd":
@@ -170,7 +170,7 @@ class ModuleFuser:
             raise BudgetExceededError(text, violations=[(field, text)])
 
 
-def _with_update(parts: Sequence[Part]) -> list[Part]:
+def _with_update(parts: Sequence[Contribution]) -> list[Contribution]:
     return [part for part in parts if has_update(part.operators)]
 
 
@@ -178,12 +178,12 @@ def _zeros(module: BaseModule) -> torch.Tensor:
     return torch.zeros(module.out_features, module.in_features)
 
 
-def _unscaled_b(part: Part) -> torch.Tensor:
+def _unscaled_b(part: Contribution) -> torch.Tensor:
     """``B``, ``[out_features, rank]``, as the checkpoint holds it."""
     return part.low_rank.b.T / (part.scaling or 1.0)
 
 
-def _sum_of_biases(parts: Sequence[Part]) -> torch.Tensor | None:
+def _sum_of_biases(parts: Sequence[Contribution]) -> torch.Tensor | None:
     biases = [
         part.operators.bias.double() * part.weight
         for part in parts
@@ -192,7 +192,7 @@ def _sum_of_biases(parts: Sequence[Part]) -> torch.Tensor | None:
     return torch.stack(biases).sum(0).float() if biases else None
 
 
-def _sum_of_factors(parts: Sequence[Part], module: BaseModule) -> Factors | None:
+def _sum_of_factors(parts: Sequence[Contribution], module: BaseModule) -> Factors | None:
     """``Σ w_k ΔW_k`` in fp64, or None if it is not made of factors."""
     if not all(is_low_rank(part.operators) for part in parts):
         return None

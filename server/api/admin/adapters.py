@@ -43,7 +43,7 @@ from turret.server.api.admin.uploads import (
     template_of,
 )
 from turret.server.api.call import Call
-from turret.server.api.gate import Gate
+from turret.server.api.gate import ServingGate
 from turret.server.api.limits import MAX_PAGE_TOKEN_CHARS, MAX_PATH_CHARS, MAX_WORD_CHARS
 from turret.server.api.violations import Violations
 from turret.server.basics.closest import closest
@@ -85,7 +85,7 @@ class Adapters:
     adapters it is about.
     """
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: ServingGate) -> None:
         self._gate = gate
         # Uploads under way, by ``Call.tenant``.
         self._uploads: Counter[bytes] = Counter()

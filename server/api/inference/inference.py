@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import turret
 from turret.server.api.access.shares import Party
 from turret.server.api.call import Call
-from turret.server.api.gate import Gate
+from turret.server.api.gate import ServingGate
 from turret.server.api.inference.answers import (
     JoinedChunks,
     adapter_uses,
@@ -52,7 +52,7 @@ class Inference:
     ``Engine.submit``). ``deadline`` is a ``time.monotonic()`` value in seconds, or None.
     """
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: ServingGate) -> None:
         self._gate = gate
 
     async def chat_format(

@@ -7,7 +7,7 @@ Planted faults, and how many of the tests here each one fails (tried by hand, on
 - another slice's words: 3
 - expand without the gates: 3
 - tables of gains and biases not cleared in the components' slot: 1
-- nor shelves found by slot: 1
+- nor slot tables found by slot: 1
 - nor tables of pairs: 1
 - ranks not cleared: 2
 - components stay in the pack when their adapter leaves: 2
@@ -286,7 +286,7 @@ def test_a_slot_that_was_another_s_changes_nothing() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_step_in_a_wider_form_has_the_same_bits(dtype: torch.dtype) -> None:
-    """Kernels of what its rows do without find empty tables: gates, gains, biases, shelves."""
+    """Kernels of what its rows do without find empty tables: gates, gains, biases, slot tables."""
     torch.manual_seed(8)
     factors = (torch.randn(OUTS["q"], 4), torch.randn(4, INNER)) * 2
     hadamard = ModuleOperators(hadamard=Hadamard(*(f.to(DEVICE, dtype) for f in factors)))

@@ -13,7 +13,7 @@ import torch
 from gpu_path import OneStepTables
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from turret.server.adapters.device.gpu import shelves
+from turret.server.adapters.device.gpu import slot_tables
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ExpertShape, ProjectionLayout, SliceShape
 from turret.server.adapters.device.store import AdapterMemoryError
@@ -65,21 +65,21 @@ def store_of(max_bytes: int = 1 << 24) -> GpuStore:
     return GpuStore(LAYOUT, torch.float32, CPU, max_bytes)
 
 
-def tensors_on(shelf: shelves.Shelf) -> dict[int, torch.Tensor]:
-    """Rows of what a shelf keeps, flat, by the address of each."""
-    kept = [tensor for own in shelf._kept.values() for tensor in own]
+def tensors_on(slot_table: slot_tables.SlotTable) -> dict[int, torch.Tensor]:
+    """Rows of what a slot table keeps, flat, by the address of each."""
+    kept = [tensor for own in slot_table._kept.values() for tensor in own]
     return {row.data_ptr(): row for tensor in kept for row in tensor}
 
 
 def lie_right(store: GpuStore, adapters: list[Adapter], layer: int) -> None:
-    """The factors of adapters are where the shelves say."""
-    for place, shelf in store._shelves._shelves.items():
+    """The factors of adapters are where the slot tables say."""
+    for place, slot_table in store._slot_tables._slot_tables.items():
         path = LAYOUT.projections[place.projection][place.slice].path
-        known = tensors_on(shelf)
+        known = tensors_on(slot_table)
         for adapter in adapters:
             factors = adapter.operators.modules[LAYOUT.module(layer, path)].get(Hadamard)
             assert factors is not None
-            places = shelf.table[layer, shelf.slots[adapter.key]].tolist()
+            places = slot_table.table[layer, slot_table.slots[adapter.key]].tolist()
             for address, own in zip(places, factors.tensors(), strict=True):
                 assert address % 16 == 0
                 assert torch.equal(known[address][: own.numel()], own.flatten())
@@ -90,7 +90,7 @@ def test_an_adapter_that_found_no_memory_can_come_again() -> None:
     first = [low_rank("here"), hadamard("there")]
     store.prepare(first)
     more, made = [hadamard(f"more {number}") for number in range(6)], []
-    apart = shelves.apart
+    apart = slot_tables.apart
 
     def fails(*args: Any) -> list[int]:
         made.append(args)
@@ -98,14 +98,16 @@ def test_an_adapter_that_found_no_memory_can_come_again() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return apart(*args)
 
-    with patch.object(shelves, "apart", fails), pytest.raises(AdapterMemoryError):
+    with patch.object(slot_tables, "apart", fails), pytest.raises(AdapterMemoryError):
         store.prepare(more)
     entered = [adapter for adapter in more if adapter.bytes_device]
     assert len(entered) == 3
-    found = store._shelves._shelves
+    found = store._slot_tables._slot_tables
     assert len(found) == 4
-    for shelf in found.values():
-        assert set(shelf.slots) == {adapter.key for adapter in entered}, "idle ones had to leave"
+    for slot_table in found.values():
+        assert set(slot_table.slots) == {adapter.key for adapter in entered}, (
+            "idle ones had to leave"
+        )
     assert store.is_refused("more 3")
     with pytest.raises(AdapterMemoryError):
         store.prepare(more)
@@ -113,8 +115,8 @@ def test_an_adapter_that_found_no_memory_can_come_again() -> None:
     with patch.object(time, "monotonic", lambda: later):
         store.prepare(more)
     assert not store.is_refused("more 3")
-    for shelf in found.values():
-        assert len(set(shelf.slots.values())) == 6
+    for slot_table in found.values():
+        assert len(set(slot_table.slots.values())) == 6
     lie_right(store, more, layer=1)
 
 
@@ -138,8 +140,10 @@ def test_updates_of_experts_take_their_own_bytes_and_give_them_back() -> None:
     adapters = [experts(f"{n}", 2 + n % 3, [n % 6, 5]) for n in range(9)]
 
     def held() -> list[torch.Tensor]:
-        on_shelves = store._shelves._shelves.values()
-        return [t for shelf in on_shelves for kept in shelf._kept.values() for t in kept]
+        on_slot_tables = store._slot_tables._slot_tables.values()
+        return [
+            t for slot_table in on_slot_tables for kept in slot_table._kept.values() for t in kept
+        ]
 
     for end in (1, 5, 9):
         store.prepare(adapters[:end])
@@ -148,11 +152,11 @@ def test_updates_of_experts_take_their_own_bytes_and_give_them_back() -> None:
         store.drop(adapter.key)
     assert sum(t.nbytes for t in held()) == adapters[8].operators.num_bytes
     store.prepare(adapters[6:])
-    for shelf in store._shelves._shelves.values():
-        known = tensors_on(shelf)
-        for key, slot in shelf.slots.items():
+    for slot_table in store._slot_tables._slot_tables.values():
+        known = tensors_on(slot_table)
+        for key, slot in slot_table.slots.items():
             own = adapters[int(key)].operators.experts or {}
-            for layer, (a, b) in enumerate(shelf.table[:, slot].tolist()):
+            for layer, (a, b) in enumerate(slot_table.table[:, slot].tolist()):
                 update = own.get(MIXTURE.module(layer, "mlp.experts.down_proj"))
                 if update is None:
                     assert (a, b) == (0, 0)
@@ -241,7 +245,7 @@ def test_adapters_without_ranks_take_slots() -> None:
     assert [a.key for a in gains if a.bytes_device] == ["16", "17", "18", "19"]
 
 
-def test_a_step_stays_captured_where_adapters_come_to_its_shelves() -> None:
+def test_a_step_stays_captured_where_adapters_come_to_its_slot_tables() -> None:
     store, tables = store_of(), OneStepTables(4, CPU)
     table = tables.load_segments([])
     tables.load_segments = lambda runs: table  # type: ignore[method-assign]
@@ -255,7 +259,7 @@ def test_a_step_stays_captured_where_adapters_come_to_its_shelves() -> None:
     lie_right(store, adapters, layer=0)
     for adapter in adapters:
         store.drop(adapter.key)
-    assert store._shelves._shelves == {}
+    assert store._slot_tables._slot_tables == {}
 
 
 class _Counting(TorchDispatchMode):

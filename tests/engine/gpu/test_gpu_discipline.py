@@ -340,7 +340,7 @@ def test_an_adapter_enters_the_pack_by_one_copy():
     with torch.no_grad(), watched() as copies:
         executor.store.prepare([adapters["low"], adapters["other"]])
     assert copies.waits == []
-    # Where the factors on shelves lie is another table.
+    # Where the factors in slot tables lie is another table.
     assert copies.uploads == 3
     with torch.no_grad(), watched() as copies:
         executor.store.prepare([adapters["gated"]])
@@ -379,7 +379,9 @@ def test_buffers_keep_their_addresses():
     seen = []
 
     def compute(step: Any, cache: Any) -> Any:
-        bound = [pair for pairs in step.adapters.shelves.by_projection.values() for pair in pairs]
+        bound = [
+            pair for pairs in step.adapters.slot_tables.by_projection.values() for pair in pairs
+        ]
         tables = [*step.attention.values(), step.adapters.table]
         tables += [table for _, tables in bound for table in tables]
         rows = (step.token_ids, step.positions, step.kv_slots, step.sample_rows)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from turret.fleet.follower import Change, Follower
 from turret.fleet.protocol import (
+    AdapterUsage,
     Base,
     Entry,
     FleetState,
     Join,
-    Usage,
     key_of,
 )
 from turret.server.adapters.facts import AdapterFacts
@@ -176,9 +176,9 @@ class Replica:
     def prepared(self) -> Mapping[str, TurretError | None]:
         return dict(self.made)
 
-    def usage(self) -> Mapping[str, Usage]:
+    def usage(self) -> Mapping[str, AdapterUsage]:
         counts = Counter(saved.name for saved in self.requests)
-        return {name: Usage(in_flight=count) for name, count in counts.items()}
+        return {name: AdapterUsage(in_flight=count) for name, count in counts.items()}
 
     def num_requests(self) -> tuple[int, int]:
         return 0, len(self.requests)

@@ -20,7 +20,7 @@ from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.api.access.shares import Shares
 from turret.server.api.admin.adapters import Adapters
-from turret.server.api.gate import Gate
+from turret.server.api.gate import ServingGate
 from turret.server.api.inference.inference import Inference
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.server import HttpServer
@@ -97,7 +97,7 @@ class Doors:
         self._registries = Registries(folder)
         state = StateDir(folder / "state", 1 << 20)
         self.registry = self._registries(load="ab", state=state)
-        gate, metrics = Gate(), Metrics()
+        gate, metrics = ServingGate(), Metrics()
         self._fuser = Fuser(self.registry, host_bytes=1 << 26, max_rank=64)
         self._adapters = Adapters(gate)
         inference = Inference(gate)

@@ -16,7 +16,7 @@ from turret.server.api.access.shares import MOST_CONNECTIONS, Shares
 from turret.server.api.access.tokens import TokenTable
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.faults import Failures
-from turret.server.api.gate import Gate
+from turret.server.api.gate import ServingGate
 from turret.server.api.inference.inference import Inference
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.server import HttpServer
@@ -31,7 +31,7 @@ class HttpHarness:
     """A running server, its fake services, and a client."""
 
     server: HttpServer
-    gate: Gate
+    gate: ServingGate
     engine: FakeEngine
     registry: FakeRegistry
     merger: FakeMerger
@@ -108,7 +108,7 @@ async def http_harness(
     most_connections: int = MOST_CONNECTIONS,
 ) -> AsyncIterator[HttpHarness]:
     """A server on a free port, serving fakes."""
-    gate, metrics, failures = Gate(), Metrics(), Failures()
+    gate, metrics, failures = ServingGate(), Metrics(), Failures()
     adapters = Adapters(gate)
     engine, registry, merger = FakeEngine(), FakeRegistry(), FakeMerger()
     server = HttpServer(

@@ -9,7 +9,7 @@ from typing import Any
 
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.faults import Failures
-from turret.server.api.gate import Gate
+from turret.server.api.gate import ServingGate
 from turret.server.api.inference.inference import Inference
 from turret.server.http.endpoint import Route
 from turret.server.http.server import routes
@@ -43,8 +43,8 @@ class Place:
 def posts() -> list[Route]:
     """Every endpoint that takes a body."""
     made = routes(
-        Inference(Gate()),
-        Adapters(Gate()),
+        Inference(ServingGate()),
+        Adapters(ServingGate()),
         metrics=Metrics(),
         failures=Failures(),
         has_admin=True,

@@ -17,7 +17,7 @@ from turret.clients.calls.early_status import answer_of
 from turret.server.api.access.shares import MOST_CONNECTIONS, Shares
 from turret.server.api.access.tokens import TokenTable
 from turret.server.api.admin.adapters import Adapters
-from turret.server.api.gate import Backend, Gate
+from turret.server.api.gate import Backend, ServingGate
 from turret.server.api.inference.inference import Inference
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.metrics import Metrics
@@ -30,7 +30,7 @@ class Harness:
     """A running server, what is behind it, and a client channel."""
 
     rpc: RpcServer
-    gate: Gate
+    gate: ServingGate
     engine: FakeEngine
     registry: Any
     merger: FakeMerger
@@ -64,7 +64,7 @@ async def harness(
     most_connections: int = MOST_CONNECTIONS,
 ) -> AsyncIterator[Harness]:
     """A server on a free port, serving fakes, or a registry that the caller brings and closes."""
-    gate, metrics = Gate(), Metrics()
+    gate, metrics = ServingGate(), Metrics()
     adapters = Adapters(gate)
     engine = FakeEngine()
     registry = FakeRegistry() if registry is None else registry

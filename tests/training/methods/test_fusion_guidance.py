@@ -24,7 +24,7 @@ from method_oracle import prompt_of, twin
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
-from turret.training.data.batches import IGNORED, Batch, make_batch, pack_rows
+from turret.training.data.batches import IGNORED, TrainingBatch, make_batch, pack_rows
 from turret.training.data.examples import Encoded
 from turret.training.errors import ConfigError
 from turret.training.fusion import FusionLoss, FusionModel, read_components
@@ -82,7 +82,7 @@ def examples() -> list[Encoded]:
 
 
 @torch.no_grad()
-def answer_loss(model: Any, batch: Batch) -> float:
+def answer_loss(model: Any, batch: TrainingBatch) -> float:
     """Cross entropy of one example's targets."""
     logits = model(input_ids=batch.tokens).logits[0].double()
     return float(cross_entropy(logits, batch.targets[0], reduction="sum", ignore_index=IGNORED))
@@ -124,7 +124,7 @@ def test_an_example_is_asked_about_once_however_it_is_padded(fused: Fused) -> No
     given, loss, calls = examples(), fused.loss(), 0
     ask = loss.of_targets
 
-    def counted(batch: Batch) -> torch.Tensor:
+    def counted(batch: TrainingBatch) -> torch.Tensor:
         nonlocal calls
         calls += 1
         return ask(batch)

@@ -21,7 +21,7 @@ from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.vectors import Bias, Gain
 
-# The launches of a step, as kinds of packed operators with their projections, and shelves with
+# The launches of a step, as kinds of packed operators with their projections, and slot tables with
 # positions in the mixes. A step can run in any form that contains its own: kernels that it has no
 # use for find empty tables.
 Form = frozenset[tuple[Hashable, Hashable]]

@@ -24,7 +24,11 @@ from turret.kernels.gpu.nf4 import Epilogue
 from turret.kernels.gpu.tables import SegmentTable
 from turret.server.adapters.device.gpu.gates import GpuGates, GpuStepGates
 from turret.server.adapters.device.gpu.pack import Form, GpuPack, GpuPackedProjection
-from turret.server.adapters.device.gpu.shelves import GpuShelves, GpuStepShelves, GpuTables
+from turret.server.adapters.device.gpu.slot_tables import (
+    GpuSlotTables,
+    GpuStepSlotTables,
+    GpuTables,
+)
 from turret.server.adapters.device.gpu.uploads import Uploads
 from turret.server.adapters.device.kernels import has_kernel
 from turret.server.adapters.device.layout import ProjectionLayout
@@ -61,7 +65,7 @@ class GpuAdapterStep:
         projections: The pack's matrices.
         table: The step's segments; every row of the step is in it.
         form: What it launches.
-        shelves: Rows of the shelves.
+        slot tables: Rows of the slot tables.
         gates: Gates of learned fusions.
         addresses: Addresses of the tables that this step reads but not every step with adapters
             does.
@@ -71,7 +75,7 @@ class GpuAdapterStep:
     projections: Mapping[str, GpuPackedProjection]
     table: SegmentTable
     form: Form
-    shelves: GpuStepShelves
+    slot_tables: GpuStepSlotTables
     gates: GpuStepGates
     addresses: Hashable
     others: StepReference | None = None
@@ -83,7 +87,7 @@ class GpuAdapterStep:
 
     def changes(self, layer: int, projection: str) -> bool:
         """Whether anything of the step is added to what the base multiplies."""
-        if self.others is not None or projection in self.shelves.by_projection:
+        if self.others is not None or projection in self.slot_tables.by_projection:
             return True
         return any((kind, projection) in self.form for kind in (LowRank, Gain, Bias))
 
@@ -100,7 +104,7 @@ class GpuAdapterStep:
         routing: Routing,
         rows: torch.Tensor | None,
     ) -> None:
-        self.shelves.apply_experts(layer, projection, x, y, routing, rows)
+        self.slot_tables.apply_experts(layer, projection, x, y, routing, rows)
 
     def project(
         self,
@@ -136,7 +140,7 @@ class GpuAdapterStep:
                 base_bias=bias,
                 gates=gates,
             )
-        self.shelves.apply(layer, projection, x, y)
+        self.slot_tables.apply(layer, projection, x, y)
         if self.others is not None:
             self.others.apply(layer, projection, x, y, base)
         return y if epilogue is None else epilogue(y)
@@ -167,11 +171,11 @@ class GpuStore(AdapterStore):
         on_moved: OnMoved = lambda _: None,
     ) -> None:
         self._pack = GpuPack(layout, dtype, device, max_bytes - max_bytes // _OTHER_SHARE)
-        self._shelves = GpuShelves(layout, self._pack, dtype, device)
+        self._slot_tables = GpuSlotTables(layout, self._pack, dtype, device)
         self._gates = GpuGates(layout, self._pack, device)
         self._uploads = Uploads(device, max_bytes // _STAGED_SHARE)
         self._others = Reference(layout, device, lambda one: not has_kernel(one, "gpu"))
-        parts = (self._pack, self._shelves, self._gates, self._others)
+        parts = (self._pack, self._slot_tables, self._gates, self._others)
         super().__init__(parts, device, max_bytes, on_moved)
         self.budgets = (self._pack.budget, max(max_bytes - self._pack.num_bytes, 0))
         self.later_bytes = self.budgets[1] + max_bytes // _STAGED_SHARE
@@ -229,7 +233,7 @@ class GpuStore(AdapterStore):
         """What a step of these mixes launches."""
         parts = set[tuple[Hashable, Hashable]]()
         for mix in {tuple(mix) for mix in mixes}:
-            parts.update(*(self._pack.form(key) for key, _ in mix), self._shelves.form(mix))
+            parts.update(*(self._pack.form(key) for key, _ in mix), self._slot_tables.form(mix))
         # Components of gates are ranks like any other.
         return frozenset(parts | {(LowRank, name) for kind, name in parts if kind is Gate})
 
@@ -253,18 +257,21 @@ class GpuStore(AdapterStore):
         """
         form = self.form(mix for _, _, mix in runs) if form is None else form
         segments, gates = self._gates.bind(runs, form)
-        table, shelves = tables.load_segments(segments), self._shelves.bind(runs, tables, form)
+        table, slot_tables = (
+            tables.load_segments(segments),
+            self._slot_tables.bind(runs, tables, form),
+        )
         count = max((end for _, end, _ in runs), default=0) if num_decode is None else num_decode
         known = [
             (table.buffer.data_ptr(), table.rank_capacity, table.max_components),
-            shelves.addresses(),
+            slot_tables.addresses(),
             gates.addresses(),
         ]
         return GpuAdapterStep(
             projections=self._pack.projections,
             table=table,
             form=form,
-            shelves=shelves,
+            slot_tables=slot_tables,
             gates=gates,
             addresses=repr(known),
             others=self._others.bind(StepMembers((), runs, given), count),

@@ -300,7 +300,7 @@ class StepTables:
         self._segments = self._make_segments()
 
     def row_table(self, key: Hashable) -> RowTable:
-        """The table for a shelf and position; the same key always gets the same table."""
+        """The table for a slot table and position; the same key always gets the same table."""
         if key not in self._row_tables:
             self._row_tables[key] = RowTable(self.max_rows, self._device, self._adapter_memory)
         return self._row_tables[key]

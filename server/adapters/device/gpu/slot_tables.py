@@ -1,7 +1,7 @@
-"""Operators that lie by themselves on the gpu path: Hadamard, Kronecker, low rank of experts.
+"""Operators outside the pack on the gpu path: Hadamard, Kronecker, low rank of experts.
 
-A *shelf* says of one operator of one shape in one place where each adapter's tensors lie. Rows find
-their adapter's slot in a row table, one for each position in their mixes.
+A *slot table* has the addresses of each adapter's tensors, for one operator of one shape in one
+place. Rows find their adapter's slot in a row table, one for each position in their mixes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class GpuTables(Protocol):
         ...
 
     def row_table(self, key: Hashable) -> RowTable:
-        """The table of a shelf and a position in the mixes; the same one for the same key."""
+        """The table of a slot table and a position in the mixes; the same one for the same key."""
         ...
 
 
@@ -46,8 +46,8 @@ _Shapes = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class ShelfKey:
-    """The content of a shelf: a kind of operator, its place, and the shapes of its tensors.
+class SlotTableKey:
+    """The content of a slot table: a kind of operator, its place, and the shapes of its tensors.
 
     ``slice`` is that of the projection; −1 for experts, whose projections are not fused.
     """
@@ -63,7 +63,7 @@ class ShelfKey:
         return self.kind.name, self.projection, self.slice, self.shapes
 
 
-class Shelf:
+class SlotTable:
     """Where the tensors of adapters lie, by slot of the pack, in all layers.
 
     Each adapter's are in memory of their own, so that nothing moves when another comes.
@@ -77,7 +77,7 @@ class Shelf:
 
     def __init__(
         self,
-        key: ShelfKey,
+        key: SlotTableKey,
         num_layers: int,
         num_slots: int,
         dtype: torch.dtype,
@@ -133,22 +133,24 @@ class Shelf:
 
 
 @dataclass(frozen=True, slots=True)
-class GpuStepShelves:
-    """A step's rows of every shelf.
+class GpuStepSlotTables:
+    """A step's rows of every slot table.
 
     Attributes:
         columns: The columns of each slice, by projection.
-        by_projection: Shelves with the tables of their rows, by position in the mixes.
+        by_projection: Slot tables with the tables of their rows, by position in the mixes.
     """
 
     columns: Mapping[str, Sequence[slice]]
-    by_projection: dict[str, list[tuple[Shelf, list[RowTable]]]] = field(default_factory=dict)
+    by_projection: dict[str, list[tuple[SlotTable, list[RowTable]]]] = field(default_factory=dict)
 
     def apply(self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add the updates of one layer's fused projection to ``y``, in place."""
-        for shelf, tables in self._of(layer, projection):
+        for slot_table, tables in self._of(layer, projection):
             for table in tables:
-                shelf.add(layer, table, x, y[:, self.columns[projection][shelf.key.slice]])
+                slot_table.add(
+                    layer, table, x, y[:, self.columns[projection][slot_table.key.slice]]
+                )
 
     def apply_experts(
         self,
@@ -160,22 +162,26 @@ class GpuStepShelves:
         rows: torch.Tensor | None,
     ) -> None:
         """Add the updates of one layer's projection of experts to ``y``, in place."""
-        for shelf, tables in self._of(layer, projection):
-            rank, factors = shelf.key.shapes[0][1], shelf.table[layer]
+        for slot_table, tables in self._of(layer, projection):
+            rank, factors = slot_table.key.shapes[0][1], slot_table.table[layer]
             for table in tables:
                 add_expert_updates(x, y, factors, rank, table, routing, rows)
 
     def addresses(self) -> list[object]:
         """Every address and shape that a captured graph depends on."""
-        return [shelf.addresses() for found in self.by_projection.values() for shelf, _ in found]
+        return [
+            slot_table.addresses()
+            for found in self.by_projection.values()
+            for slot_table, _ in found
+        ]
 
-    def _of(self, layer: int, projection: str) -> Iterable[tuple[Shelf, list[RowTable]]]:
+    def _of(self, layer: int, projection: str) -> Iterable[tuple[SlotTable, list[RowTable]]]:
         found = self.by_projection.get(projection, ())
-        return [(shelf, tables) for shelf, tables in found if layer in shelf.layers]
+        return [(slot_table, tables) for slot_table, tables in found if layer in slot_table.layers]
 
 
-class GpuShelves(Part):
-    """All shelves: made when an adapter needs them, gone with the last that does.
+class GpuSlotTables(Part):
+    """All slot tables: made when an adapter needs them, gone with the last that does.
 
     Args:
         layout: Shape of the base.
@@ -191,34 +197,34 @@ class GpuShelves(Part):
         self._pack = pack
         self._like = (layout.num_layers, pack.num_slots, dtype, device)
         self._columns = {name: layout.columns(name) for name in layout.projections}
-        self._shelves: dict[ShelfKey, Shelf] = {}
+        self._slot_tables: dict[SlotTableKey, SlotTable] = {}
 
     def insert(self, key: str, operators: AdapterOperators) -> None:
-        slot, words = self._pack.places[key].slot, dict[ShelfKey, torch.Tensor]()
-        for place, parts in self._by_shelf(operators).items():
-            if place not in self._shelves:
-                self._shelves[place] = Shelf(place, *self._like)
-            words[place] = self._shelves[place].put(key, slot, parts)
+        slot, words = self._pack.places[key].slot, dict[SlotTableKey, torch.Tensor]()
+        for place, parts in self._by_key(operators).items():
+            if place not in self._slot_tables:
+                self._slot_tables[place] = SlotTable(place, *self._like)
+            words[place] = self._slot_tables[place].put(key, slot, parts)
         if words:
             flat = upload(torch.cat([one.flatten() for one in words.values()]), self._like[-1])
             split = flat.split([one.numel() for one in words.values()])
             for (place, one), part in zip(words.items(), split, strict=True):
-                self._shelves[place].table[:, slot] = part.view(one.shape)
+                self._slot_tables[place].table[:, slot] = part.view(one.shape)
 
     def extra_bytes(self, operators: AdapterOperators) -> int:
         """Bytes of the tables, and those that fill tensors up to where the next begins."""
         more = 0
-        for place, parts in self._by_shelf(operators).items():
+        for place, parts in self._by_key(operators).items():
             more += 8 * self._like[0] * self._like[1] * len(place.shapes)
             tensors = [tensor for part in parts.values() for tensor in part.tensors()]
             more += sum(aligned(tensor.nbytes) - tensor.nbytes for tensor in tensors)
         return more
 
-    def _by_shelf(self, operators: AdapterOperators) -> dict[ShelfKey, dict[int, Operator]]:
-        found: dict[ShelfKey, dict[int, Operator]] = {}
+    def _by_key(self, operators: AdapterOperators) -> dict[SlotTableKey, dict[int, Operator]]:
+        found: dict[SlotTableKey, dict[int, Operator]] = {}
         for name, s, layer, part in self._parts(operators):
             shapes = tuple(tuple(tensor.shape) for tensor in part.tensors())
-            found.setdefault(ShelfKey(type(part), name, s, shapes), {})[layer] = part
+            found.setdefault(SlotTableKey(type(part), name, s, shapes), {})[layer] = part
         return found
 
     def _parts(self, operators: AdapterOperators) -> Iterable[tuple[str, int, int, Operator]]:
@@ -232,20 +238,20 @@ class GpuShelves(Part):
                 yield name, -1, layer, update
 
     def remove(self, key: str) -> None:
-        for place, shelf in list(self._shelves.items()):
-            shelf.remove(key)
-            if not shelf.slots:
-                del self._shelves[place]
+        for place, slot_table in list(self._slot_tables.items()):
+            slot_table.remove(key)
+            if not slot_table.slots:
+                del self._slot_tables[place]
 
-    def form(self, mix: Members) -> Iterable[tuple[ShelfKey, int]]:
-        """The shelves that rows of a mix use, with their positions in it."""
-        for place, shelf in self._shelves.items():
-            count = sum(key in shelf.slots for key, _ in mix)
+    def form(self, mix: Members) -> Iterable[tuple[SlotTableKey, int]]:
+        """The slot tables that rows of a mix use, with their positions in it."""
+        for place, slot_table in self._slot_tables.items():
+            count = sum(key in slot_table.slots for key, _ in mix)
             yield from ((place, position) for position in range(count))
 
     def bind(
         self, runs: Sequence[tuple[int, int, Members]], tables: GpuTables, form: Form
-    ) -> GpuStepShelves:
+    ) -> GpuStepSlotTables:
         """Load a step's tables.
 
         Args:
@@ -253,30 +259,31 @@ class GpuShelves(Part):
             tables: Hold the row tables.
             form: What the step launches.
         """
-        step = GpuStepShelves(self._columns)
-        for place, shelf in sorted(self._shelves.items(), key=lambda item: item[0].order):
+        step = GpuStepSlotTables(self._columns)
+        for place, slot_table in sorted(self._slot_tables.items(), key=lambda item: item[0].order):
             if count := sum(kind == place for kind, _ in form):
-                bound = _loaded(place, shelf, runs, tables, count)
-                step.by_projection.setdefault(place.projection, []).append((shelf, bound))
+                bound = _loaded(place, slot_table, runs, tables, count)
+                step.by_projection.setdefault(place.projection, []).append((slot_table, bound))
         return step
 
 
 def _loaded(
-    place: ShelfKey,
-    shelf: Shelf,
+    place: SlotTableKey,
+    slot_table: SlotTable,
     runs: Sequence[tuple[int, int, Members]],
     tables: GpuTables,
     count: int,
 ) -> list[RowTable]:
-    """The tables of a shelf's rows, by ``count`` positions in the mixes."""
-    found = [[(shelf.slots[key], w) for key, w in mix if key in shelf.slots] for _, _, mix in runs]
+    """The tables of a slot table's rows, by ``count`` positions in the mixes."""
+    slots = slot_table.slots
+    found = [[(slots[key], w) for key, w in mix if key in slots] for _, _, mix in runs]
     bound = []
     for j in range(count):
         rows: dict[int, tuple[int, float]] = {}
         for (start, end, _), members in zip(runs, found, strict=True):
             if len(members) > j:
                 rows |= dict.fromkeys(range(start, end), members[j])
-        if shelf.is_addressed:
+        if slot_table.is_addressed:
             # Experts look rows up by number, so every row up to the last needs an entry; slot -1
             # means none.
             rows = {row: rows.get(row, (-1, 0.0)) for row in range(max(rows, default=-1) + 1)}
