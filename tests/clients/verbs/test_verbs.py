@@ -262,7 +262,7 @@ def test_weights_that_are_there_already_replace_nothing(
         "nothing changed: sql@2 has this content already\n"
     )
     # What is loaded or uploaded again, too; a pin may be new.
-    same = "nothing else changed: sql@2 has these weights already\n"
+    same = "nothing else changed: sql@2 has this content already\n"
     assert run("adapters", "load", "sql", SAME)[1] == same.replace("else ", "")
     assert run("adapters", "load", "sql", SAME, "--pin")[1] == f"pinned, and {same}"
     moved = f"read from 'x/{SAME}' from now on, not from {SAME!r}, and "
@@ -314,6 +314,14 @@ def test_adapters_list_and_get(run: Run):
     assert "d" * 64 in out
     listed = json.loads(run("adapters", "list", "--json")[1])
     assert [(a["name"], a["ranks"]) for a in listed] == [("json", [4, 8]), ("sql", [4, 8])]
+
+
+def test_an_adapter_is_loaded_with_a_chat_template(run: Run, server: FakeTurret, tmp_path: Path):
+    (tmp_path / "t.jinja").write_text("{{ messages }}")
+    flags = ("--chat-template", str(tmp_path / "t.jinja"))
+    for verb, *place in (("load", "new", "dir"), ("replace", "new", "dir")):
+        assert run("adapters", verb, *place, *flags)[0] == 0
+        assert server.adapters.requests[-1].chat_template == "{{ messages }}"
 
 
 def test_adapters_lifecycle(run: Run, server: FakeTurret):
