@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ def template_of(mix: Iterable[AdapterFacts]) -> str:
     return next((facts.chat_template for facts in mix if facts.chat_template), "")
 
 
+@functools.lru_cache(maxsize=64)
 def origin_of(chat_template: str) -> str:
     """Where ``AdapterFacts.chat_template`` comes from; empty if an adapter brings none."""
     return OwnTemplate.from_json(chat_template).origin if chat_template else ""

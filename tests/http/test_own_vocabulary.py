@@ -192,6 +192,11 @@ async def test_a_tokenizer_travels_with_its_adapter(
         assert (second.generation, second.digest != first.digest) == (2, True)
         tokens = await client.tokenize(ASK, adapters="up")
         assert tokens.text.startswith("<|end|>user: hi turret")
+        template = "<|end|>turret {{ messages[0].content }}"
+        await client.adapters.upload("given", tmp_path / "out", chat_template=template)
+        tokens = await client.tokenize(ASK, adapters="given")
+        assert tokens.text == "<|end|>turret hi turret <|end|>"
+        assert tokens.token_ids[:2] == (END, FIRST)
         # A request that was tokenised before the replacement is not answered after it.
         vocabulary = await doors.engine.vocabulary_of("grown")
 

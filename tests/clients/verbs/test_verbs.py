@@ -326,6 +326,14 @@ def test_adapters_list_and_get(run: Run):
     assert [(a["name"], a["ranks"]) for a in listed] == [("json", [4, 8]), ("sql", [4, 8])]
 
 
+def test_an_adapter_is_loaded_with_a_chat_template(run: Run, server: FakeTurret, tmp_path: Path):
+    (tmp_path / "t.jinja").write_text("{{ messages }}")
+    flags = ("--chat-template", str(tmp_path / "t.jinja"))
+    for verb, *place in (("load", "new", "dir"), ("replace", "new", "dir")):
+        assert run("adapters", verb, *place, *flags)[0] == 0
+        assert server.adapters.requests[-1].chat_template == "{{ messages }}"
+
+
 def test_adapters_lifecycle(run: Run, server: FakeTurret):
     loaded = run("adapters", "load", "new", "dir", "--pin")
     lines = ["loaded new@1: lora of rank 4, 8, 1.5 KiB, host, pinned", "warning: [red] herring"]
