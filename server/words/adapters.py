@@ -91,6 +91,20 @@ TEXTS: dict[str, str] = {
     "CANNOT_READ": "cannot be read: {why}",
     "READ_FORBIDDEN": "cannot be read by the server's user {user}; allow it with chmod -R a+rX",
     "NO_FILE_OPENS": "the server cannot open files: {why}",
+    # JSON files.
+    "JSON_DUPLICATE_KEY": "is not valid JSON: key {key!q:.80} appears twice",
+    "JSON_NOT_FINITE": "is not valid JSON: it contains {value}",
+    "JSON_TOO_NESTED": "is not valid JSON: it is nested too deeply",
+    "JSON_KEY_TOO_LONG": "has a key with more than {most} characters, {key!q:.80}",
+    "JSON_HALF_CHARACTER": "contains half of a surrogate pair in key {key!q:.80}",
+    # Tensor files.
+    "HEADER_TOO_LARGE": "its header has {found} bytes, more than {most}",
+    "METADATA_NOT_AN_OBJECT": "__metadata__ must be an object",
+    "TENSOR_ENTRY_INVALID": "tensor {name!q:.200} has an invalid dtype, shape or data_offsets",
+    "TENSOR_DTYPE_UNSUPPORTED": "tensor {name!q:.200} has dtype {value!q:.30}; supported are"
+    " {choices}",
+    "TENSORS_NOT_CONTIGUOUS": "tensor {name!q:.200} starts at byte {found}, expected {expected}",
+    "TENSOR_DATA_LEFT": "its tensors end at byte {found}, but the data at byte {expected}",
     "INVALID_SAFETENSORS": "is not a valid safetensors file: {why}",
     "FILE_TOO_LARGE": "has more than {most} bytes",
     "FILE_CUT_SHORT": "ends after {found} of {needed} bytes; copy it again",

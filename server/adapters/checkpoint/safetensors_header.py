@@ -19,7 +19,7 @@ from turret.server.adapters.checkpoint.strict_json import FormatError, parse_obj
 from turret.server.basics.byte_size import about_bytes
 from turret.server.basics.files import why_lfs_pointer
 from turret.server.errors import BudgetExceededError
-from turret.server.words import say
+from turret.server.words import Text, say
 
 # 80 layers of 7 modules with 4 tensors each need about half a megabyte.
 MAX_HEADER_BYTES = 8 << 20
@@ -89,7 +89,7 @@ def read_header(file: BinaryIO, file_bytes: int) -> SafetensorsHeader:
         raise _cut_short(file_bytes, 8)
     (length,) = struct.unpack("<Q", word)
     if length > MAX_HEADER_BYTES:
-        raise _invalid(f"its header would have {length} bytes, more than {MAX_HEADER_BYTES}")
+        raise _invalid(say("HEADER_TOO_LARGE", found=length, most=MAX_HEADER_BYTES))
     text = file.read(length)
     if len(text) != length:
         raise _cut_short(file_bytes, 8 + length)
@@ -97,7 +97,7 @@ def read_header(file: BinaryIO, file_bytes: int) -> SafetensorsHeader:
     return SafetensorsHeader(word + text, parse(text, file_bytes - 8 - length))
 
 
-def _invalid(why: str) -> FormatError:
+def _invalid(why: Text) -> FormatError:
     return FormatError(say("INVALID_SAFETENSORS", why=why))
 
 
@@ -134,7 +134,7 @@ def _parse(text: bytes, data_bytes: int) -> tuple[TensorEntry, ...]:
     table = parse_object(text)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, Mapping):
-        raise _invalid("__metadata__ must be an object")
+        raise _invalid(say("METADATA_NOT_AN_OBJECT"))
     entries = sorted(
         (_entry(name, spec) for name, spec in table.items()), key=lambda e: (e.begin, e.end)
     )
@@ -153,32 +153,38 @@ def _is_index(value: Any) -> bool:
 
 def _entry(name: str, spec: Any) -> TensorEntry:
     if not isinstance(spec, dict) or spec.keys() != _FIELDS:
-        raise _invalid(f"tensor {name!r} must have exactly dtype, shape and data_offsets")
-    dtype = spec["dtype"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise _invalid(f"tensor {name!r}: dtype {dtype!r} is not one of {list(ITEM_BYTES)}")
-    shape, offsets = spec["shape"], spec["data_offsets"]
+        raise _invalid_entry(name)
+    dtype, shape, offsets = spec["dtype"], spec["shape"], spec["data_offsets"]
+    if not isinstance(dtype, str):
+        raise _invalid_entry(name)
+    if dtype not in ITEM_BYTES:
+        choices = ", ".join(ITEM_BYTES)
+        raise _invalid(say("TENSOR_DTYPE_UNSUPPORTED", name=name, value=dtype, choices=choices))
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
-        raise _invalid(f"tensor {name!r}: shape must be a list of at most {MAX_DIMENSIONS}")
-    for extent in shape:
-        if not _is_index(extent) or extent >= MAX_EXTENT:
-            raise _invalid(f"tensor {name!r}: shape {shape} is out of range")
+        raise _invalid_entry(name)
+    if any(not _is_index(extent) or extent >= MAX_EXTENT for extent in shape):
+        raise _invalid_entry(name)
     is_pair = isinstance(offsets, list) and len(offsets) == 2
     if not is_pair or not (_is_index(offsets[0]) and _is_index(offsets[1])):
-        raise _invalid(f"tensor {name!r}: data_offsets must be two non-negative integers")
+        raise _invalid_entry(name)
     begin, end = offsets
     if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise _invalid(f"tensor {name!r}: {end - begin} bytes do not hold {shape} {dtype}")
+        raise _invalid_entry(name)
     return TensorEntry(name, dtype, tuple(shape), begin, end)
+
+
+def _invalid_entry(name: str) -> FormatError:
+    return _invalid(say("TENSOR_ENTRY_INVALID", name=name))
 
 
 def _check_tiling(entries: list[TensorEntry], data_bytes: int) -> None:
     at = 0
     for entry in entries:
         if entry.begin != at:
-            raise _invalid(f"tensor {entry.name!r} starts at {entry.begin}, expected {at}")
+            about = {"name": entry.name, "found": entry.begin, "expected": at}
+            raise _invalid(say("TENSORS_NOT_CONTIGUOUS", **about))
         at = entry.end
     if at != data_bytes:
         if at > data_bytes:
             raise _cut_short(data_bytes, at)
-        raise _invalid(f"tensors end at {at}, the data at {data_bytes}")
+        raise _invalid(say("TENSOR_DATA_LEFT", found=at, expected=data_bytes))

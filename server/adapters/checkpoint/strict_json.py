@@ -23,21 +23,17 @@ class FormatError(ValueError):
         self.why = why
 
 
-def _no_json(why: object) -> FormatError:
-    return FormatError(say("NOT_JSON", problem=str(why)))
-
-
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"key {key!r:.80} appears twice")
+            raise FormatError(say("JSON_DUPLICATE_KEY", key=key))
         result[key] = value
     return result
 
 
 def _constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+    raise FormatError(say("JSON_NOT_FINITE", value=name))
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
@@ -52,21 +48,23 @@ def parse_object(data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data.decode(), object_pairs_hook=_pairs, parse_constant=_constant)
     except UnicodeDecodeError:
-        raise _no_json("it is not UTF-8") from None
+        raise FormatError(say("NOT_UTF8")) from None
     except RecursionError:
-        raise _no_json("it is nested too deeply") from None
+        raise FormatError(say("JSON_TOO_NESTED")) from None
+    except FormatError:
+        raise
     except ValueError as error:
-        raise _no_json(error) from None
+        raise FormatError(say("NOT_JSON", problem=str(error))) from None
     if not isinstance(value, dict):
-        raise _no_json("it must be an object")
+        raise FormatError(say("NOT_A_JSON_OBJECT"))
     for key in value:
         if len(key) > MAX_KEY_CHARS:
-            raise _no_json(f"key {key[:60]!r}… is longer than {MAX_KEY_CHARS} characters")
+            raise FormatError(say("JSON_KEY_TOO_LONG", most=MAX_KEY_CHARS, key=key))
     # UTF-8 cannot encode surrogates, so only a \u escape can produce one.
     if b"\\u" in data:
         for key, item in value.items():
             if not (_is_text(key) and _is_text(item)):
-                raise _no_json(f"key {key!r} holds half of a surrogate pair")
+                raise FormatError(say("JSON_HALF_CHARACTER", key=ascii(key)[1:-1]))
     return value
 
 

@@ -299,7 +299,7 @@ _SAID: dict[str, Callable[[dict[str, Any], Any], Text]] = {
     "dict_type": lambda ctx, _: say("WRONG_TYPE", expected="an object"),
     "model_type": lambda ctx, _: say("WRONG_TYPE", expected="an object"),
     "finite_number": lambda ctx, _: say("NUMBER_TOO_LARGE"),
-    "greater_than": lambda ctx, value: say("NOT_ABOVE", bound=ctx["gt"], value=value),
+    "greater_than": lambda ctx, value: say("NOT_ABOVE", bound=f"{ctx['gt']:g}", value=value),
     "greater_than_equal": lambda ctx, value: say("TOO_SMALL", least=ctx["ge"], value=value),
     "less_than_equal": lambda ctx, value: say("TOO_LARGE", most=ctx["le"], value=value),
     "too_short": lambda ctx, _: say("TOO_FEW_ENTRIES", least=ctx["min_length"]),

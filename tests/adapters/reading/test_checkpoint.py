@@ -218,14 +218,14 @@ def test_half_a_surrogate_pair_is_refused_by_key(
     (root / "a" / CONFIG_FILE).write_text(text)
     error = refusal_of(root)
     assert [field for field, _ in error.violations] == [CONFIG_FILE]
-    assert says("NOT_JSON", problem=f"key {key!r} holds half of a surrogate pair")(error)
+    assert says("JSON_HALF_CHARACTER", key=key)(error)
 
 
 def test_half_a_surrogate_pair_in_a_key_or_a_tensors_name_is_refused(root: Path) -> None:
     write_raw(root, rb'{"\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234")
-    assert says("NOT_JSON")(refusal_of(root))
+    assert says("JSON_HALF_CHARACTER")(refusal_of(root))
     (root / "a" / CONFIG_FILE).write_text(r'{"r": 1, "\udfff": 2}')
-    assert says("NOT_JSON")(refusal_of(root))
+    assert says("JSON_HALF_CHARACTER")(refusal_of(root))
 
 
 def test_a_whole_surrogate_pair_is_text(root: Path) -> None:
@@ -247,7 +247,7 @@ def test_keys_have_a_longest_length(root: Path) -> None:
     edit_config(root / "a", **{"k" * 513: 1})
     error = refusal_of(root)
     assert error.violations[0][0] == CONFIG_FILE
-    assert says("NOT_JSON")(error)
+    assert says("JSON_KEY_TOO_LONG")(error)
     assert len(str(error)) < 300
 
 

@@ -176,10 +176,10 @@ def tokenizer_of(folder: Path, **files: Any) -> None:
         ({"tokenizer": "{"}, "TOKENIZER_INVALID"),
         ({"tokenizer": "[]"}, "TOKENIZER_INVALID"),
         ({"tokenizer_config": {"tokenizer_class": "CanineTokenizer"}}, "TOKENIZER_INVALID"),
-        ({"tokenizer_config": "[]"}, "NOT_JSON"),
+        ({"tokenizer_config": "[]"}, "NOT_A_JSON_OBJECT"),
         ({"tokenizer_config": {"auto_map": {"AutoTokenizer": ["x.Y", None]}}}, "TOKENIZER_CODE"),
         ({"tokenizer_config": {"tokenizer_class": "../x"}}, "INVALID_VALUE"),
-        ({"special_tokens_map": '{"a": 1, "a": 2}'}, "NOT_JSON"),
+        ({"special_tokens_map": '{"a": 1, "a": 2}'}, "JSON_DUPLICATE_KEY"),
         ({"chat_template__jinja": "x" * ((256 << 10) + 1)}, "FILE_TOO_LARGE"),
     ],
 )

@@ -95,14 +95,14 @@ def test_a_tensor_is_token_ids(client: TurretClient, server: FakeTurret):
 @pytest.mark.parametrize(
     ("prompt", "complaint"),
     [
-        ([5, None], " not None"),
-        ([5, 6.0], " not 6.0"),
-        (None, " not None"),
-        (["hi", "a"], " not ['hi', 'a']"),
-        ([None], " not [None]"),
-        (np.array([5.0]), " not array([5.])"),
-        (np.array(5), " not array(5)"),
-        (b"a", " not b'a'"),
+        ([5, None], " None"),
+        ([5, 6.0], " 6.0"),
+        (None, " None"),
+        (["hi", "a"], " ['hi', 'a']"),
+        ([None], " [None]"),
+        (np.array([5.0]), " array([5.])"),
+        (np.array(5), " array(5)"),
+        (b"a", " b'a'"),
     ],
 )
 def test_a_prompt_that_is_none_is_told_by_its_argument(
@@ -131,7 +131,7 @@ def test_one_prompt_is_no_list_of_prompts(client: TurretClient):
     for inputs in ([5, 6], np.array([5, 6]), [USER], [USER, USER]):
         with pytest.raises(TypeError, match=r"^inputs: "):
             client.embed(inputs)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"^inputs\[1\]: .* not 5$"):
+    with pytest.raises(TypeError, match=r"^inputs\[1\]: .* 5$"):
         client.embed(["a", 5])  # type: ignore[list-item]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+from said import says
 from servers.fake_turret import SAME, FakeTurret
 
 from turret.clients import channel
@@ -74,9 +75,9 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
         lambda: client.adapters.load("a", 3),  # type: ignore[arg-type]
         lambda: client.adapters.replace("a", 3),  # type: ignore[arg-type]
     ):
-        with pytest.raises(TypeError, match=r"^path: .* not 3$"):
+        with pytest.raises(TypeError, match=r"^path: .* 3$"):
             call()
-    with pytest.raises(TypeError, match=r"^name: .* not 3$"):
+    with pytest.raises(TypeError, match=r"^name: .* 3$"):
         client.adapters.unload(3)  # type: ignore[arg-type]
     for client_call, complaint in (
         (lambda: client.adapters.unload("a", drain_seconds="x"), "drain_seconds: "),  # type: ignore[arg-type]
@@ -89,14 +90,14 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
         with pytest.raises(TypeError, match=f"^{complaint}"):
             client_call()
     for seconds in (math.nan, math.inf, 1e30, 10**400):
-        said = f"^drain_seconds: .* not {re.escape(str(seconds))}$"
+        said = f"^drain_seconds: .* {re.escape(str(seconds))}$"
         with pytest.raises(ValueError, match=said):
             client.adapters.unload("a", drain_seconds=seconds)
     with pytest.raises(ValueError, match=r'^mode: .* drain, force, .*"x"$'):
         client.adapters.unload("a", mode="x")
     # Protobuf takes bytes that are a text for that text.
     for name in (b"\xff", b"sql", None):
-        with pytest.raises(TypeError, match=f"^name: .* not {re.escape(repr(name))}$"):
+        with pytest.raises(TypeError, match=f"^name: .* {re.escape(repr(name))}$"):
             client.adapters.unload(name)  # type: ignore[arg-type]
     assert client.adapters.get("sql").name == "sql"
 
@@ -182,14 +183,14 @@ def test_a_path_may_be_a_path(client: TurretClient, server: FakeTurret):
 
 
 def test_an_asyncio_client_says_where_it_can_be_used(server: FakeTurret):
-    with pytest.raises(RuntimeError, match="AsyncTurretClient"):
+    with pytest.raises(RuntimeError, check=says("NO_EVENT_LOOP")):
         AsyncTurretClient(server.address)
 
     async def make() -> AsyncTurretClient:
         return AsyncTurretClient(server.address)
 
     client = asyncio.run(make())
-    with pytest.raises(RuntimeError, match="AsyncTurretClient"):
+    with pytest.raises(RuntimeError, check=says("NO_EVENT_LOOP")):
         client.generate_stream("a")
     for ask in (
         client.get_model,
@@ -200,7 +201,7 @@ def test_an_asyncio_client_says_where_it_can_be_used(server: FakeTurret):
         async def elsewhere(ask: Callable[[], Any] = ask) -> None:
             await ask()
 
-        with pytest.raises(RuntimeError, match="AsyncTurretClient"):
+        with pytest.raises(RuntimeError, check=says("OTHER_EVENT_LOOP")):
             asyncio.run(elsewhere())
 
 
@@ -324,16 +325,16 @@ def test_a_closed_client_says_so(server: FakeTurret, tmp_path: Path):
         lambda: client.adapters.get("a"),
         lambda: client.adapters.export("a", tmp_path / "a"),
     ):
-        with pytest.raises(RuntimeError, match="closed"):
+        with pytest.raises(RuntimeError, check=says("CLIENT_CLOSED")):
             call()
 
     async def closed() -> None:
         client = AsyncTurretClient(server.address)
         await client.close()
         for call in (client.generate("a"), client.adapters.get("a")):
-            with pytest.raises(RuntimeError, match="closed"):
+            with pytest.raises(RuntimeError, check=says("CLIENT_CLOSED")):
                 await call
-        with pytest.raises(RuntimeError, match="closed"):
+        with pytest.raises(RuntimeError, check=says("CLIENT_CLOSED")):
             client.generate_stream("a")
 
     asyncio.run(closed())
