@@ -148,8 +148,12 @@ class ConstraintCompiler:
             return made
 
         num_bytes = _FIXED_BYTES + _CHAR_BYTES * spec.num_chars
-        constraint = Constraint(make, alphabet, num_bytes)
-        _check_forced(constraint, spec)
+        # The text that a grammar forces may be millions of times as long as the grammar: a rule may
+        # repeat a long terminal thousands of times.
+        forces = spec.kind != "grammar"
+        constraint = Constraint(make, alphabet, num_bytes, forces=forces)
+        if forces:
+            _check_forced(constraint, spec)
         # A grammar that matches nothing, or that is too wide at its start, fails at its first mask.
         try:
             constraint.matcher().mask()
