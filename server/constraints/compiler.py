@@ -16,7 +16,7 @@ from turret.server.constraints.constraint import (
 )
 from turret.server.constraints.grammar import grammar_of, refusal, unforced
 from turret.server.constraints.matcher import Alphabet, alphabet_of, roomy_executor
-from turret.server.constraints.spec import MAX_CONSTRAINT_CHARS, ConstraintSpec
+from turret.server.constraints.spec import ConstraintSpec
 from turret.server.errors import BudgetExceededError, InvalidRequestError, QueueFullError
 from turret.server.words import say
 
@@ -47,22 +47,6 @@ class TokenSource(Protocol):
     def serialized(self) -> str:
         """The tokenizer in the format of ``tokenizer.json``."""
         ...
-
-
-def _check_forced(constraint: Constraint, spec: ConstraintSpec) -> None:
-    """Refuse a constraint that begins with a text longer than a literal one can be.
-
-    llguidance holds the interpreter's lock while it turns that text into tokens, and counts in a
-    regular expression can make it millions of characters long. A mask is computed without the lock.
-
-    Raises:
-        InvalidRequestError: It begins so.
-    """
-    first = constraint.copy(forces=True)
-    first.compute_bitmask()
-    found, most = len(first.compute_ff_bytes()), max(MAX_CONSTRAINT_CHARS, spec.num_bytes)
-    if found > most:
-        raise InvalidRequestError.of(spec.kind, say("FORCED_TEXT_TOO_LONG", most=most, found=found))
 
 
 class ConstraintCompiler:
@@ -148,8 +132,9 @@ class ConstraintCompiler:
             return made
 
         num_bytes = _FIXED_BYTES + _CHAR_BYTES * spec.num_chars
-        constraint = Constraint(make, alphabet, num_bytes)
-        _check_forced(constraint, spec)
+        # Counts and repeated terminals can force texts of megabytes, and llguidance holds the
+        # interpreter's lock while it makes tokens of them. Choices are as long as they were sent.
+        constraint = Constraint(make, alphabet, num_bytes, forces=spec.kind == "choice")
         # A grammar that matches nothing, or that is too wide at its start, fails at its first mask.
         try:
             constraint.matcher().mask()

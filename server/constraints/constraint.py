@@ -36,11 +36,15 @@ class Constraint:
         make: Compiles it.
         alphabet: Of its tokenizer.
         num_bytes: About what the compiled form takes in memory.
+        forces: See ``copy``; what its matchers begin with.
     """
 
-    def __init__(self, make: Make, alphabet: Alphabet, num_bytes: int) -> None:
+    def __init__(
+        self, make: Make, alphabet: Alphabet, num_bytes: int, *, forces: bool = True
+    ) -> None:
         self._make = make
-        self._prototypes = {True: make(forces=True)}
+        self.forces = forces
+        self._prototypes = {forces: make(forces=forces)}
         self._alphabet = alphabet
         self._seconds = 0.0
         self.num_bytes = num_bytes
@@ -76,7 +80,7 @@ class Constraint:
         self._seconds += seconds
 
     def _renew(self) -> None:
-        self._prototypes = {True: self._make(forces=True)}
+        self._prototypes = {self.forces: self._make(forces=self.forces)}
         self._seconds = 0.0
 
 

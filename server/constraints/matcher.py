@@ -134,6 +134,8 @@ _LEXER_FULL = "too many states"
 class MatcherSource(Protocol):
     """What a matcher is made from (``Constraint``)."""
 
+    forces: bool
+
     def copy(self, *, forces: bool) -> LLMatcher: ...
     def renewed(self, *, forces: bool) -> LLMatcher: ...
     def count(self, seconds: float) -> None: ...
@@ -151,8 +153,8 @@ class Matcher:
         self._source = source
         self._alphabet = alphabet
         # Forced text is appended as the tokenizer would encode it.
-        self._forces = True
-        self._native = source.copy(forces=True)
+        self._forces = source.forces
+        self._native = source.copy(forces=self._forces)
         self._tokens: list[int] = []
         self._seconds = 0.0
 
@@ -241,7 +243,9 @@ class Matcher:
             raise BudgetExceededError(say("CONSTRAINT_TOO_SLOW"))
 
     def _forced(self) -> int | None:
-        """The one token that may come where only one text may."""
+        """The one token that may come where only one text may, if such a text is forced."""
+        if not self._forces:
+            return None
         forced = self._native.compute_ff_tokens()
         if not forced:
             return None

@@ -30,10 +30,6 @@ class ConstraintSpec:
         return sum(map(len, self.texts))
 
     @property
-    def num_bytes(self) -> int:
-        return sum(len(text.encode()) for text in self.texts)
-
-    @property
     def digest(self) -> bytes:
         """Names what is asked for: equal ones have one compiled form."""
         digest = hashlib.sha256(self.kind.encode())

@@ -57,7 +57,6 @@ TEXTS = {
     "GRAMMAR_INVALID": "is neither a Lark nor a GBNF grammar: {problem}",
     "CONSTRAINT_INVALID": "cannot be compiled: {problem}",
     "CONSTRAINT_DEAD_END": "the model has no token that continues the answer under the constraint",
-    "FORCED_TEXT_TOO_LONG": "requires a text of {found} bytes; at most {most} are supported",
     "CONSTRAINT_TOO_SLOW": "the constraint takes too long to evaluate",
     "CONSTRAINT_TOO_COMPLEX": "the constraint is too complex: {problem}",
     "COMPILATION_TOO_SLOW": "the constraint was not compiled within {seconds:.0f} seconds",

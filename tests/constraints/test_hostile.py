@@ -32,6 +32,7 @@ HOSTILE = {
     "parentheses": "start: " + "(" * 30_000 + '"a"' + ")" * 30_000,
     "ambiguous": 'start: e\ne: | e e | e e e | /[a-z ]+/ | "(" e ")"',
     "repeated": 'start: (("a"~1..1000)~1..1000)~1..1000',
+    "repeated terminal": 'start: "b" ' + "A " * 15_000 + '| "cx"\nA: "' + "ab" * 15_000 + '"',
     "long text": "start: " + json.dumps("ab " * 20_000),
 }  # fmt: skip
 HOSTILE_REGEXES = {

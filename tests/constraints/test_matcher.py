@@ -114,7 +114,8 @@ def test_what_is_taken_is_what_the_mask_allows(
             if token == END and matcher._native.is_accepting():
                 break
             answer.append(token)
-    assert num_taken > 20 or text == "start: (<call> | /some/)+"
+    # Only choices take a token that must come in place of another one.
+    assert num_taken > 10 or text == "start: (<call> | /some/)+"
 
 
 def compiler_is_sure(compiler: ConstraintCompiler, token: int) -> bool:
