@@ -216,12 +216,16 @@ class Tokenizer:
         ends = self.eos_token_ids
         if number is not None and number < self.num_rows:
             ends |= {number}
-        content = own.templates, variables, ends
+        templates = own.templates
+        if templates.get("default") == self._templates.get("default"):
+            # Beside such a template, transformers saves the others in files that are not read.
+            templates = {**self._templates, **templates}
+        content = templates, variables, ends
         if content == (self._templates, self._variables, self.eos_token_ids):
             return self
         made = copy.copy(self)
         made.eos_token_ids = ends
-        made._set_templates(own.templates, variables)
+        made._set_templates(templates, variables)
         return made
 
     def _set_templates(self, templates: Mapping[str, str], variables: Mapping[str, str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import TemplateSyntaxError
 from said import says, texts_of
 from transformers.utils import chat_template_utils
 
@@ -57,6 +58,8 @@ TEMPLATES = [
 def outcome(render: Any) -> tuple[bool, str]:
     try:
         return True, render()
+    except TemplateSyntaxError as error:
+        return False, f"line {error.lineno}: {error.message}"
     except Exception as error:
         return False, str(error)
 

@@ -18,6 +18,7 @@ from builders.bases.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
 from said import says
 from transformers import AutoTokenizer
 
+from turret.server.adapters.chat_template import OwnTemplate
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.tokenizer_files import read_tokenizer_files
@@ -311,3 +312,23 @@ def test_many_special_tokens_are_found_in_a_text_in_linear_time(
     ids = found.encode_rendered(chat)
     assert found.decode(ids, special=True) == text
     assert max(ids) < FIRST
+
+
+def test_a_template_that_is_the_bases_brings_nothing_new() -> None:
+    inner: Any = tiny_tokenizer()
+    inner.chat_template = {"default": "a{{ eos_token }}", "tool_use": "b"}
+    base = Tokenizer(inner, frozenset({EOS}), VOCAB_SIZE)
+    same = OwnTemplate("x", {"default": "a{{ eos_token }}"}, {"eos_token": "<eos>"})
+    assert base.with_template(same) is base
+    turns = [{"role": "user", "content": "hi"}]
+    for own, expected in (
+        (OwnTemplate("x", {"default": "a{{ eos_token }}"}, {"eos_token": "c"}), "ac"),
+        (OwnTemplate("x", {"default": "d{{ eos_token }}"}, {}), "d<eos>"),
+        (OwnTemplate("x", {"default": "d{{ eos_token }}"}, {"eos_token": None}), "d"),
+    ):
+        made = base.with_template(own)
+        assert made.render_chat(turns).parts == [expected]
+        number = base.number_of(own.tokens.get("eos_token") or "")
+        assert made.eos_token_ids == {EOS} | ({number} - {None})
+        made.close()
+    base.close()

@@ -160,7 +160,7 @@ async def test_an_answer_that_breaks_off_says_so() -> None:
         ("truncation", "auto", "disabled"),
         ("text.format.type", {"format": {"type": "xml"}}, {"format": {"type": "text"}}),
         ("text.format.schema", {"format": {"type": "json_schema"}}, {"format": None}),
-        ("reasoning.effort", {"effort": "low"}, {"effort": None}),
+        ("reasoning.effort", {"effort": "much"}, {"effort": "low"}),
         ("n", 2, 1),
         ("max_output_tokens", 0, 5),
         ("input", [], "a"),
