@@ -338,7 +338,7 @@ def _warm_up(executor: Executor, stream: StepStream) -> None:
     assert isinstance(executor, GpuExecutor)
     started = time.monotonic()
     with stream.entered(), progress_bar() as progress:
-        warm_up(executor, BLOCK_SIZE, progress)
+        warm_up(executor, progress)
     torch.cuda.synchronize()
     seconds = round(time.monotonic() - started, 2)
     _log.info("decode steps captured", extra=log.fields(seconds=seconds))

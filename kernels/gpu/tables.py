@@ -244,6 +244,8 @@ class StagedPart:
 #     count · 0 · 0 · 0 | rows [capacity] | slots [capacity] | weights [capacity] (fp32 bits)
 
 ROW_HEADER = 4
+# What capacities should be multiples of, so that no kernel is compiled twice.
+ROW_TABLE_MULTIPLE = 16
 
 
 class RowTable:
