@@ -165,7 +165,9 @@ class StagedMemory:
     def begin(self) -> None:
         """Begin a step; waits until its staging area was copied."""
         self._half = 1 - self._half
-        if self._events:
+        # Waiting gives the interpreter's lock away, just before the launches, even where the event
+        # is long over.
+        if self._events and not self._events[self._half].query():
             self._events[self._half].synchronize()
         self._is_open = True
 
