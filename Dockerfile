@@ -13,8 +13,8 @@
 # them from outside, give a token the role metrics and add --metrics-address 0.0.0.0:9464. With TLS, set
 # TURRET_HEALTH_FLAGS="--tls-ca /secrets/ca.pem".
 #
-# For a GPU, build with --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128. For a fleet on
-# Ray, build with --build-arg EXTRA=cluster.
+# For a GPU, build with --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 (or cu126 for
+# drivers older than 580). For a fleet on Ray, build with --build-arg EXTRA=cluster.
 #
 # deploy/constraints.txt pins the packages by version and hash, and TORCH_VERSION pins torch. The base image
 # is pinned by a digest for all platforms, so that every build uses the same one. docs/security.md
@@ -67,7 +67,8 @@ EXPOSE 50051 8000
 STOPSIGNAL SIGTERM
 # The shell form: TURRET_HEALTH_FLAGS may hold several words.
 # hadolint ignore=DL3025
-HEALTHCHECK --interval=10s --timeout=6s --start-period=60s \
+# A first start on a GPU compiles kernels for minutes.
+HEALTHCHECK --interval=10s --timeout=6s --start-period=600s \
     CMD turret health --address 127.0.0.1:50051 $TURRET_HEALTH_FLAGS
 ENTRYPOINT ["turret"]
 CMD ["serve", "--adapter-root", "/adapters", "--address", "0.0.0.0:50051", "--metrics-address", "127.0.0.1:9464"]

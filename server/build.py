@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -73,6 +74,8 @@ _log = logging.getLogger(__name__)
 
 # Triton supports no older NVIDIA device; AMD's have larger numbers.
 _LEAST_CAPABILITY = (8, 0)
+# How long another thread may keep the interpreter's lock beside steps of a CUDA device.
+_SWITCH_SECONDS = 5e-4
 # Positions per KV block; divides the attention tile.
 BLOCK_SIZE = 16
 
@@ -338,6 +341,8 @@ def _on_stream(stream: StepStream, dtype: torch.dtype, device: torch.device) -> 
     if device.type == "cuda":
         # Little work is left to the CPU, so a team of threads would only wait for itself.
         compute_on_this_thread()
+        # The device idles while this thread waits for the interpreter's lock.
+        sys.setswitchinterval(_SWITCH_SECONDS)
     elif has_native(dtype, device) and has_native_products():
         # Compiled kernels do all the large work of a step, on threads of their own.
         use_own_threads()
@@ -353,7 +358,7 @@ def _warm_up(executor: Executor, stream: StepStream) -> None:
     assert isinstance(executor, GpuExecutor)
     started = time.monotonic()
     with stream.entered(), progress_bar() as progress:
-        warm_up(executor, BLOCK_SIZE, progress)
+        warm_up(executor, progress)
     torch.cuda.synchronize()
     seconds = round(time.monotonic() - started, 2)
     _log.info("decode steps captured", extra=log.fields(seconds=seconds))

@@ -46,17 +46,24 @@ class Card:
 
 # Keyed by words of torch.cuda.get_device_name; the first entry whose words are all in the name
 # applies. Sources: NVIDIA's data sheets and architecture white papers (H100: "H100 Tensor Core GPU
-# Architecture", 2022; H200: data sheet, 2023; A100: data sheet, 2021; L40S and L4: data sheets,
-# 2023; RTX 4090: "Ada GPU Architecture", 2022; RTX 3090: "Ampere GA102", 2020).
+# Architecture", 2022; RTX 4090: "Ada GPU Architecture", 2022; RTX 3090: "Ampere GA102", 2020;
+# all others: data sheets).
 CARDS: dict[tuple[str, ...], Card] = {
+    ("B200",): Card(8000, 2250, 148, 1.965, "sm_90"),
+    ("GH200",): Card(4000, 989, 132, 1.755, "sm_90"),
     ("H200",): Card(4800, 989, 132, 1.755, "sm_90"),
     ("H100", "PCIe"): Card(2000, 756, 114, 1.755, "sm_90"),
     ("H100", "NVL"): Card(3900, 835, 132, 1.755, "sm_90"),
     ("H100",): Card(3350, 989, 132, 1.755, "sm_90"),
     ("A100", "40GB"): Card(1555, 312, 108, 1.41, "sm_80"),
     ("A100",): Card(2039, 312, 108, 1.41, "sm_80"),
+    ("A10G",): Card(600, 70, 80, 1.71, "sm_80"),
+    ("A10",): Card(600, 125, 72, 1.695, "sm_80"),
     ("L40S",): Card(864, 362, 142, 2.52, "sm_80"),
+    ("L40",): Card(864, 181, 142, 2.49, "sm_80"),
     ("L4",): Card(300, 121, 58, 2.04, "sm_80"),
+    ("PRO", "6000"): Card(1792, 252, 188, 2.6, "sm_80"),
+    ("5090",): Card(1792, 209, 170, 2.41, "sm_80"),
     ("4090",): Card(1008, 165, 128, 2.52, "sm_80"),
     ("3090",): Card(936, 71, 82, 1.695, "sm_80"),
 }

@@ -191,6 +191,7 @@ def one_step(setting: Setting) -> None:
     step = DecodeStep(setting.model, 1, setting.rows, 300, setting.dtype, setting.device)
     scenario = scenarios(setting)[min(1, len(setting.adapters) - 1)]
     adapters = step.adapters(scenario)
+    step.forget(adapters)
     plan = step.plan([adapters[slot - 1] if slot else None for slot in scenario.slot_of_row])
     assert torch.isfinite(_logits(step, plan)).all()
 
@@ -216,9 +217,6 @@ def time_step(setting: Setting) -> None:
         "step base, tokens drawn", shape, drawn, expected, over_base=drawn.p50 / base.p50
     )
     for scenario in scenarios(setting):
-        step.forget()
-        if setting.device.type == "cuda":
-            torch.cuda.empty_cache()
         try:
             _time_scenario(setting, step, scenario, base)
         except torch.cuda.OutOfMemoryError:
@@ -230,7 +228,9 @@ def _time_few_rows(setting: Setting, step: DecodeStep) -> None:
     for rows in sorted({1, 8} & set(range(setting.rows))):
         own = Scenario(f"lora {rows} distinct", tuple(range(1, rows + 1)), (setting.rank,) * rows)
         shape = f"{rows} rows, {setting.num_layers} layers"
-        plain, adapted = step.plan([None] * rows), step.plan([*step.adapters(own)])
+        adapters = step.adapters(own)
+        step.forget(adapters)
+        plain, adapted = step.plan([None] * rows), step.plan([*adapters])
         times = []
         for plan in (plain, adapted):
             runs = [_logits(step, plan) for _ in range(3)]
@@ -246,6 +246,7 @@ def _time_few_rows(setting: Setting, step: DecodeStep) -> None:
 
 def _time_scenario(setting: Setting, step: DecodeStep, scenario: Scenario, base: Timing) -> None:
     adapters = step.adapters(scenario)
+    step.forget(adapters)
     chosen = [adapters[slot - 1] if slot else None for slot in scenario.slot_of_row]
     adapted = step.plan(chosen)
     # The first run compiles, the second captures, the third replays.

@@ -8,6 +8,7 @@ step, and reading the tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +39,8 @@ from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.weights.nf4_gpu import Nf4Product
 
 KV_BLOCK = 16
-# Share of a device's memory for adapters; the interpreter gets an arbitrary fixed size.
-_ADAPTER_SHARE = 0.2
-_INTERPRETER_BYTES = 64 << 20
+# Most of the memory that a device has left beside the base which adapters may take.
+_ADAPTER_SHARE = 0.9
 
 
 def random_nf4(out_features: int, in_features: int, device: torch.device) -> Nf4Matrix:
@@ -137,8 +137,15 @@ class DecodeStep:
         self.base_bytes += num_layers * num_rows * context * per_token
         self.forget()
 
-    def forget(self) -> None:
-        """Give the adapters' memory and the captured graphs back."""
+    def forget(self, adapters: SequenceOf[Adapter] = ()) -> None:
+        """Give the adapters' memory and the captured graphs back.
+
+        Args:
+            adapters: What there must be room for from now on.
+
+        Raises:
+            torch.OutOfMemoryError: The device is too small for them.
+        """
         projections = {
             name: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
             for name, slices in self._arch.linears().items()
@@ -149,17 +156,26 @@ class DecodeStep:
         self._executor = GpuExecutor(
             self._decoder,
             self.cache,
-            GpuStore(layout, self.dtype, self.device, self._adapter_bytes()),
+            GpuStore(layout, self.dtype, self.device, self._adapter_bytes(layout, adapters)),
             max_num_seqs=self.num_rows,
             max_num_batched_tokens=self.num_rows,
             capture=capture_for(self.device, self.dtype),
         )
         self._executor.sampler(frozenset())
 
-    def _adapter_bytes(self) -> int:
-        if self.device.type != "cuda":
-            return _INTERPRETER_BYTES
-        return int(_ADAPTER_SHARE * torch.cuda.mem_get_info(self.device)[1])
+    def _adapter_bytes(self, layout: ProjectionLayout, adapters: SequenceOf[Adapter]) -> int:
+        """A budget with room for some adapters."""
+        store = GpuStore(layout, self.dtype, torch.device("meta"), 0)
+        # What the pack and its neutral slot round up to is less than two adapters without ranks.
+        needs = [store.needs(AdapterOperators({}))] * 2
+        needs += [store.needs(adapter.operators) for adapter in adapters]
+        packed, other = map(sum, zip(*needs, strict=True))
+        budget = max(4 * packed // 3, int(4.4 * other))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            if budget > _ADAPTER_SHARE * torch.cuda.mem_get_info(self.device)[0]:
+                raise torch.OutOfMemoryError("the adapters do not fit beside the base")
+        return budget
 
     def attention_table(self, split: int = SPLIT) -> AttentionTable:
         """The step's sequences on the device, with splits of this many positions."""

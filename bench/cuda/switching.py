@@ -29,6 +29,8 @@ def time_switching(setting: Setting) -> None:
     shape = f"{rows} rows, {setting.num_layers} layers"
     lora = Scenario("lora", (1,) * rows, (setting.rank,) * num_adapters)
     adapters = step.adapters(lora)
+    # They come a second time, cold.
+    step.forget(adapters * 2)
     plans = [step.plan([adapter] * rows) for adapter in adapters]
     for plan in plans * 3:
         step.run(plan)

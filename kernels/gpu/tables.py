@@ -165,7 +165,9 @@ class StagedMemory:
     def begin(self) -> None:
         """Begin a step; waits until its staging area was copied."""
         self._half = 1 - self._half
-        if self._events:
+        # Waiting gives the interpreter's lock away, just before the launches, even where the event
+        # is long over.
+        if self._events and not self._events[self._half].query():
             self._events[self._half].synchronize()
         self._is_open = True
 
@@ -244,6 +246,8 @@ class StagedPart:
 #     count · 0 · 0 · 0 | rows [capacity] | slots [capacity] | weights [capacity] (fp32 bits)
 
 ROW_HEADER = 4
+# What capacities should be multiples of, so that no kernel is compiled twice.
+ROW_TABLE_MULTIPLE = 16
 
 
 class RowTable:

@@ -193,7 +193,7 @@ def make_executor(capture: Capture, rows: int = ROWS) -> GpuExecutor:
     return GpuExecutor(
         GpuDecoder(ARCH, embedding=table, layers=layers, norm=empty(HIDDEN), head=table),
         KvCache(ARCH, 8, BLOCK_SIZE, DTYPE, META),
-        GpuStore(ProjectionLayout(NUM_LAYERS, projections), DTYPE, META, 1 << 28),
+        GpuStore(ProjectionLayout(NUM_LAYERS, projections), DTYPE, META, 1 << 31),
         max_num_seqs=rows,
         max_num_batched_tokens=256,
         capture=capture,

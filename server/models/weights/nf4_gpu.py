@@ -8,6 +8,7 @@ the step.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -42,7 +43,9 @@ def keep_sums_whole(device: torch.device) -> bool:
         return True
     matmul = torch.backends.cuda.matmul
     matmul.allow_tf32 = False
-    torch.backends.cuda.preferred_blas_library("cublaslt")
+    with warnings.catch_warnings(action="ignore"):
+        # It warns that it is experimental.
+        torch.backends.cuda.preferred_blas_library("cublaslt")
     try:
         matmul.allow_bf16_reduced_precision_reduction = (False, False)
         matmul.allow_fp16_reduced_precision_reduction = (False, False)

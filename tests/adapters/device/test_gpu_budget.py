@@ -12,6 +12,7 @@ from builders.every_operator import every_operator
 from said import says
 from transformers import LlamaConfig
 
+from turret.server.adapters.device.gpu.slot_tables import GpuSlotTables
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ExpertShape, ProjectionLayout, SliceShape
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
@@ -116,6 +117,11 @@ def bytes_on_device(store: GpuStore) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
+@pytest.fixture(autouse=True)
+def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GpuSlotTables, "compile", lambda *_: None)
+
+
 @pytest.mark.parametrize("budget", [3 << 20, 8 << 20, 32 << 20])
 def test_adapters_of_every_kind_keep_to_the_budget(
     budget: int, monkeypatch: pytest.MonkeyPatch
@@ -140,8 +146,7 @@ def test_adapters_of_every_kind_keep_to_the_budget(
     assert len(store._entries) > 1
     store.prepare([])
     store.drop_idle()
-    tables = sum(table.nbytes for table in store._gates._tables.values())
-    assert bytes_on_device(store) == empty + tables
+    assert bytes_on_device(store) == empty
     assert fullest > 0.8 * budget
 
 

@@ -12,7 +12,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from counted_steps import (
-    BLOCK_SIZE,
     HIDDEN,
     META,
     NUM_LAYERS,
@@ -150,10 +149,10 @@ def test_after_the_start_common_steps_are_neither_compiled_nor_captured(launched
     executor = make_executor(capture, rows=4)
     executor.sampler(frozenset())
     told: list[tuple[str, int, int]] = []
-    warm_up(executor, BLOCK_SIZE, lambda *report: told.append(report))
+    warm_up(executor, lambda *report: told.append(report))
     forms = len(executor.forms())
     assert capture.num_captures == forms == 4 * 3
-    assert told[0] == ("Compiling", 0, 1)
+    assert told[0] == ("Compiling", 0, len(executor.packed_forms()))
     assert told[-1] == ("Capturing decode steps", forms, forms)
     epoch = executor._epoch()
     everywhere = [Adapter("all"), Adapter("attention", "qkv", "o"), Adapter("qkv", "qkv")]
@@ -176,7 +175,7 @@ def test_after_the_start_common_steps_are_neither_compiled_nor_captured(launched
 def test_a_start_without_memory_goes_on_with_less(launched: list[str]):
     executor = make_executor(Capture(launched), rows=2)
     with patch.object(GpuExecutor, "capture", side_effect=torch.OutOfMemoryError("full")):
-        warm_up(executor, BLOCK_SIZE, lambda *_: None)
+        warm_up(executor, lambda *_: None)
     with torch.no_grad():
         Decoding(rows=2).run(executor)
 

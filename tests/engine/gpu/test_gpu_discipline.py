@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -34,7 +36,7 @@ from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.gpu.executor import GpuExecutor
-from turret.server.engine.step.gpu.start import largest_step
+from turret.server.engine.step.gpu.start import largest_step, warm_up
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.decoder import DecoderLayer
 from turret.server.models.decoding.gpu_decoder import GpuDecoder
@@ -261,20 +263,52 @@ def watched() -> Iterator[_Copies]:
         yield copies
 
 
+def _form(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
+    """A kernel with what the compiler would specialise a launch on."""
+    fixed = kernel.kwargs.get("do_not_specialize") or ()
+    parameters = inspect.signature(kernel.fn).parameters
+    values = {**dict(zip(parameters, args, strict=False)), **keywords}
+    found: list[Any] = [kernel.fn.__name__]
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            offset = value.storage_offset() * value.itemsize
+            found.append((name, value.dtype, offset % 16 == 0))
+        elif name in parameters and "constexpr" not in str(parameters[name].annotation):
+            is_number = isinstance(value, int) and not isinstance(value, bool)
+            found.append((name, value == 1, value % 16 == 0) if is_number else name)
+            if name in fixed:
+                found.pop()
+        else:
+            found.append((name, str(value)))
+    return tuple(found)
+
+
+class Launched(list[str]):
+    """Names of the kernels launched; ``forms`` has everything that each was compiled for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forms: set[tuple[Any, ...]] = set()
+
+    def launch(self, kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.append(kernel.fn.__name__)
+        self.forms.add(_form(kernel, args, keywords))
+
+
 @pytest.fixture(autouse=True)
-def no_launches() -> Iterator[list[str]]:
+def no_launches() -> Iterator[Launched]:
     """Leaves launches out and lists them."""
-    launched: list[str] = []
+    launched = Launched()
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        launched.append(self.fn.__name__)
+        launched.launch(self, args, keywords)
 
     with (
         patch.object(InterpretedFunction, "run", run, create=True),
         patch.object(
             InterpretedFunction,
             "__getitem__",
-            lambda self, grid: lambda *args, **keywords: launched.append(self.fn.__name__),
+            lambda self, grid: lambda *args, **keywords: launched.launch(self, args, keywords),
             create=True,
         ),
     ):
@@ -323,6 +357,37 @@ def test_the_step_that_memory_is_planned_by_runs_on_a_cache_of_two_blocks(no_lau
     assert computed.logits.shape == (8, ARCH.vocab_size)
     assert computed.hidden.shape[0] == 48
     assert "paged_attention_kernel" in no_launches
+
+
+def test_nothing_is_compiled_inside_a_step(no_launches: Launched):
+    """What an adapter needs beyond the start is compiled as it is loaded."""
+    executor, adapters = _executor(FakeCapture()), _adapters()
+    with torch.no_grad():
+        warm_up(executor, lambda *_: None)
+        assert not {name for name, *_ in no_launches.forms} & {"kronecker_kernel"}
+        for adapter in adapters.values():
+            executor.store.admit(adapter.operators)
+        known = set(no_launches.forms)
+        for step in _steps(adapters).values():
+            executor.run(step)
+        # Every pair, decoding and with longer prompts.
+        pairs = itertools.combinations(["low", "other", "gated", "scaled", "words"], 2)
+        for one, two in pairs:
+            mix = (adapters[one], 0.5), (adapters[two], 1.0)
+            for chunk, prompt in ((1, 6), (1, 66), (33, 66), (66, 66)):
+                computed = prompt if chunk == 1 else prompt - chunk
+                sequence = _sequence(1, computed, *mix, prompt=prompt)
+                sequence.blocks = list(range(1, 9))
+                rows = [Scheduled(sequence, chunk), Scheduled(_sequence(9, 6, mix[0]), 1)]
+                if chunk < 48:
+                    executor.run(Step(tuple(rows), (), 0))
+    assert {"kronecker_kernel", "fusion_gate_kernel", "segmented_shrink_kernel"} <= set(no_launches)
+    new = no_launches.forms - known
+    for form in new:
+        alike = [other for other in known if other[0] == form[0]]
+        near = min(alike, key=lambda other: len(set(other) ^ set(form)), default=())
+        print(form[0], set(form) - set(near), "not", set(near) - set(form))
+    assert not new
 
 
 def test_what_no_kernel_takes_is_left_to_torch():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +36,12 @@ PRODUCTS = [
 def test_sums_are_whole_or_at_least_in_fp32(monkeypatch, refused):
     matmul = SimpleNamespace()
     libraries = []
-    backend = SimpleNamespace(matmul=matmul, preferred_blas_library=libraries.append)
+
+    def prefer(name: str) -> None:
+        warnings.warn("preferred_blas_library is an experimental feature", stacklevel=1)
+        libraries.append(name)
+
+    backend = SimpleNamespace(matmul=matmul, preferred_blas_library=prefer)
     monkeypatch.setattr(torch.backends, "cuda", backend)
 
     def product(x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:

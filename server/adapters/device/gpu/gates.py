@@ -108,6 +108,9 @@ class GpuGates(Part):
         self._gated: dict[str, _Gated] = {}
         # Projection → ``[layers, slots, slices, WORDS]`` int64; see ``fusion_gate.py``.
         self._tables: dict[str, torch.Tensor] = {}
+        for name, slices in layout.projections.items():
+            shape = (layout.num_layers, pack.num_slots, len(slices), WORDS)
+            self._tables[name] = torch.zeros(shape, dtype=torch.int64, device=device)
 
     def insert(self, key: str, operators: AdapterOperators) -> None:
         place = self._pack.gates(key)
@@ -121,15 +124,10 @@ class GpuGates(Part):
                 for layer, s, ops in self._layout.of(operators, name)
                 if (gate := gate_in(ops)) is not None
             ]
-            if found or name in self._tables:
-                words[name] = self._words(name, found, components, kept)
+            words[name] = self._words(name, found, components, kept)
         flat = host_tensor([*chain(*words.values())], torch.int64)
         parts = upload(flat, self._device).split([len(part) for part in words.values()])
         for name, part in zip(words, parts, strict=True):
-            if name not in self._tables:
-                shape = (len(self._layout.projections[name]), WORDS)
-                shape = (self._layout.num_layers, self._pack.num_slots, *shape)
-                self._tables[name] = torch.zeros(shape, dtype=torch.int64, device=self._device)
             table = self._tables[name]
             table[:, place.slot] = part.view(table.shape[0], *table.shape[2:])
         asked = max(len(gate.score.tensors()[0]) for gate in gates_of(operators))

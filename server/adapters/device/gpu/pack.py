@@ -19,12 +19,16 @@ from turret.server.adapters.device.store import Part
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.low_rank import LowRank
-from turret.server.adapters.operators.vectors import Bias, Gain
+from turret.server.adapters.operators.vectors import Gain
 
 # The launches of a step, as kinds of packed operators with their projections, and slot tables with
 # positions in the mixes. A step can run in any form that contains its own: kernels that it has no
 # use for find empty tables.
 Form = frozenset[tuple[Hashable, Hashable]]
+
+# The kinds that a form names for what is packed. A bias is looked up with a gain, or the other way
+# around, so that fewer forms of kernels are compiled.
+PACKED = (LowRank, Gain, Gate)
 
 # Rank ranges start at multiples of this.
 RANK_ALIGNMENT = 8
@@ -329,8 +333,9 @@ class GpuPack(Part):
             (kind, name)
             for name in self._layout.projections
             for _, _, ops in self._layout.of(operators, name)
-            for kind in (LowRank, Gain, Bias, Gate)
+            for kind in PACKED
             if (gate_in(ops) if kind is Gate else ops.get(kind)) is not None
+            or (kind is Gain and ops.bias is not None)
         )
         for projection in self.projections.values():
             projection.put(operators, place)

@@ -12,11 +12,17 @@ from typing import Protocol
 
 import torch
 
-from turret.kernels.expert_routing import Routing
+from turret.kernels.expert_routing import Routing, sort_pairs
 from turret.kernels.gpu.experts import add_expert_updates
 from turret.kernels.gpu.hadamard import hadamard_expand, hadamard_shrink
 from turret.kernels.gpu.kronecker import kronecker
-from turret.kernels.gpu.tables import LongSegment, RowTable, SegmentTable, upload
+from turret.kernels.gpu.tables import (
+    ROW_TABLE_MULTIPLE,
+    LongSegment,
+    RowTable,
+    SegmentTable,
+    upload,
+)
 from turret.server.adapters.device.gpu.pack import Form, GpuPack
 from turret.server.adapters.device.gpu.uploads import aligned, apart
 from turret.server.adapters.device.kernels import has_kernel
@@ -198,6 +204,7 @@ class GpuSlotTables(Part):
         self._like = (layout.num_layers, pack.num_slots, dtype, device)
         self._columns = {name: layout.columns(name) for name in layout.projections}
         self._slot_tables: dict[SlotTableKey, SlotTable] = {}
+        self._compiled: set[SlotTableKey] = set()
 
     def insert(self, key: str, operators: AdapterOperators) -> None:
         slot, words = self._pack.places[key].slot, dict[SlotTableKey, torch.Tensor]()
@@ -210,6 +217,32 @@ class GpuSlotTables(Part):
             split = flat.split([one.numel() for one in words.values()])
             for (place, one), part in zip(words.items(), split, strict=True):
                 self._slot_tables[place].table[:, slot] = part.view(one.shape)
+
+    def compile(self, operators: AdapterOperators) -> None:
+        """Launch an adapter's kernels on no rows, so that none is compiled when it is used."""
+        num_layers, _, dtype, device = self._like
+        table = RowTable(ROW_TABLE_MULTIPLE, device)
+        table.load([], [], [])
+        for place in self._by_key(operators):
+            if place in self._compiled:
+                continue
+            slot_table = SlotTable(place, num_layers, 1, dtype, device)
+            if slot_table.is_addressed:
+                shape = self._layout.experts[place.projection]
+                x = torch.empty(1, shape.in_features, dtype=dtype, device=device)
+                y = torch.empty(1, shape.out_features, dtype=dtype, device=device)
+                nobody = torch.zeros(1, 1, dtype=torch.int64, device=device)
+                routing = sort_pairs(nobody, nobody.float(), shape.count)
+                for rows in (None, nobody[0]):
+                    rank, factors = place.shapes[0][1], slot_table.table[0]
+                    add_expert_updates(x, y, factors, rank, table, routing, rows)
+            else:
+                slices = self._layout.projections[place.projection]
+                width = self._layout.width(place.projection)
+                x = torch.empty(1, slices[0].in_features, dtype=dtype, device=device)
+                y = torch.empty(1, width, dtype=dtype, device=device)
+                slot_table.add(0, table, x, y[:, self._columns[place.projection][place.slice]])
+            self._compiled.add(place)
 
     def extra_bytes(self, operators: AdapterOperators) -> int:
         """Bytes of the tables, and those that fill tensors up to where the next begins."""

@@ -23,13 +23,13 @@ from turret.kernels.gpu.low_rank import Shrink, segmented_expand
 from turret.kernels.gpu.nf4 import Epilogue
 from turret.kernels.gpu.tables import SegmentTable
 from turret.server.adapters.device.gpu.gates import GpuGates, GpuStepGates
-from turret.server.adapters.device.gpu.pack import Form, GpuPack, GpuPackedProjection
+from turret.server.adapters.device.gpu.pack import PACKED, Form, GpuPack, GpuPackedProjection
 from turret.server.adapters.device.gpu.slot_tables import (
     GpuSlotTables,
     GpuStepSlotTables,
     GpuTables,
 )
-from turret.server.adapters.device.gpu.uploads import Uploads
+from turret.server.adapters.device.gpu.uploads import Uploads, beside_steps
 from turret.server.adapters.device.kernels import has_kernel
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members, StepMembers
@@ -44,7 +44,7 @@ from turret.server.adapters.device.store import (
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.low_rank import LowRank
-from turret.server.adapters.operators.vectors import Bias, Gain
+from turret.server.adapters.operators.vectors import Gain
 from turret.server.basics.work import is_out_of_memory
 
 # Runs of rows as (first, end, mix).
@@ -89,7 +89,7 @@ class GpuAdapterStep:
         """Whether anything of the step is added to what the base multiplies."""
         if self.others is not None or projection in self.slot_tables.by_projection:
             return True
-        return any((kind, projection) in self.form for kind in (LowRank, Gain, Bias))
+        return any((kind, projection) in self.form for kind in PACKED)
 
     def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
         if self.others is not None:
@@ -118,8 +118,7 @@ class GpuAdapterStep:
     ) -> torch.Tensor:
         """See ``AdapterStep``; with an epilogue, what that makes of the projection."""
         packed, has_ranks = self.projections[projection], (LowRank, projection) in self.form
-        gain = packed.gain_delta if (Gain, projection) in self.form else None
-        delta = packed.bias if (Bias, projection) in self.form else None
+        has_vectors = (Gain, projection) in self.form
         (a, b), ranks = packed.layers[layer], packed.slice_ranks[layer]
         if has_ranks:
             y, v = base.with_shrink(x, Shrink(a, ranks, self.table))
@@ -128,18 +127,20 @@ class GpuAdapterStep:
             shape = (1, self.table.rank_capacity * len(b))
             y, v = base(x), torch.empty(shape, dtype=torch.float32, device=x.device)
         gates = self.gates.of(layer, projection, x, v, self.table)
-        if has_ranks or any(one is not None for one in (gain, delta, bias)):
+        if has_ranks or has_vectors:
             segmented_expand(
                 y,
                 v,
                 b,
                 ranks,
                 self.table,
-                gain_delta=None if gain is None else gain[layer],
-                bias=None if delta is None else delta[layer],
+                gain_delta=packed.gain_delta[layer] if has_vectors else None,
+                bias=packed.bias[layer] if has_vectors else None,
                 base_bias=bias,
                 gates=gates,
             )
+        elif bias is not None:
+            y += bias
         self.slot_tables.apply(layer, projection, x, y)
         if self.others is not None:
             self.others.apply(layer, projection, x, y, base)
@@ -189,6 +190,12 @@ class GpuStore(AdapterStore):
     def needs(self, operators: AdapterOperators) -> tuple[int, ...]:
         packed = self._pack.bytes_of(operators)
         return packed, self.stored_bytes(operators) - packed
+
+    def admit(self, operators: AdapterOperators) -> None:
+        """See ``AdapterStore``; compiles the kernels that only some adapters need."""
+        super().admit(operators)
+        with torch.inference_mode(), beside_steps(self._device):
+            self._slot_tables.compile(operators)
 
     def is_near(self, adapter: Resident) -> bool:
         if adapter.key in self._entries:

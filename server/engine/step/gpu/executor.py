@@ -14,11 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from turret.kernels.gpu.tables import upload
+from turret.server.adapters.device.gpu.pack import Form
 from turret.server.adapters.device.gpu.store import GpuAdapterStep, GpuStore
 from turret.server.adapters.device.store import Resident
 from turret.server.adapters.device.vocabulary import VocabularyGroup
 from turret.server.adapters.mix import Mix
+from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.low_rank import LowRank
+from turret.server.adapters.operators.vectors import Gain
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.batch import runs_of
@@ -211,26 +214,56 @@ class GpuExecutor:
     def capture(self, bucket: int, low_rank: frozenset[str]) -> None:
         """Capture a decode step before it is needed.
 
-        It is run on padding alone, whose keys and values go to block 0, which nobody reads.
-
         Args:
             bucket: Its rows.
             low_rank: Projections in which its adapters have low-rank updates; none for a step of
                 the base model alone.
         """
-        tables, adapters = self._decode, None
-        if low_rank:
+        form = frozenset((LowRank, name) for name in low_rank)
+        inputs = self._padding(self._decode, form if low_rank else None, bucket)
+        self._graphs.prepare(self._epoch(), self._key(inputs), self._body(self._decode, inputs))
+
+    def compile(self, packed: Form | None) -> None:
+        """Compile what steps of some packed kinds launch, whatever their rows.
+
+        Args:
+            packed: The kinds, in every projection that has them; None without adapters.
+        """
+        for bucket in self._buckets:
+            self._body(self._decode, self._padding(self._decode, packed, bucket))()
+        # Long prompts, whose products are a library's, alone and beside a row that decodes; short
+        # ones.
+        rows = min(_SHORT_PROMPT + 1, self._mixed.max_rows)
+        for num_decode in sorted({0, 1, min(rows, 32), rows}):
+            inputs = self._padding(self._mixed, packed, rows, num_decode)
+            self._body(self._mixed, inputs)()
+
+    def packed_forms(self) -> list[Form | None]:
+        """Every set of packed kinds that a step can have, in all projections; None is the base."""
+        names = self._decoder.arch.linears()
+        sets = [(LowRank,), (Gain,), (LowRank, Gain), (LowRank, Gate), (LowRank, Gain, Gate)]
+        forms = [frozenset((kind, name) for kind in kinds for name in names) for kinds in sets]
+        return [None, *forms]
+
+    def _padding(
+        self, tables: StepTables, form: Form | None, rows: int, num_decode: int | None = None
+    ) -> GpuStep:
+        """A step of padding alone, whose keys and values go to block 0, which nobody reads."""
+        num_decode, adapters = rows if num_decode is None else num_decode, None
+        if form is not None:
             with tables.adapters():
-                form = frozenset((LowRank, name) for name in low_rank)
-                adapters = self.store.bind((), tables, form=form)
+                adapters = self.store.bind((), tables, num_decode=num_decode, form=form)
         self._bound = None
         with tables.step():
             if self._sampler is not None:
                 self._sampler.load((), tables.sampling)
             nothing = BlockUpdates([], [], [])
             loaded = tables.load_rows(StepRows(), (), nothing, tables.attention_words(()))
-        inputs = self._decode_inputs(loaded, bucket, adapters)
-        self._graphs.prepare(self._epoch(), self._key(inputs), self._body(tables, inputs))
+        inputs = self._decode_inputs(loaded, rows, adapters)
+        samples = self._every_row[: min(rows, self._max_num_seqs)]
+        return replace(
+            inputs, num_decode=num_decode, attention=tables.attention, sample_rows=samples
+        )
 
     def run(self, step: Step) -> Computed:
         """Compute a step. Keys and values of its tokens are in the cache afterwards."""

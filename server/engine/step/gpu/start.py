@@ -83,31 +83,27 @@ def measure(run: Callable[[Step], object], step: Step, device: torch.device) -> 
 
 _log = logging.getLogger(__name__)
 
-_PROMPT_TOKENS = 64
-
 # Description, done, total.
 Progress = Callable[[str, int, int], None]
 
 
-def warm_up(executor: GpuExecutor, block_size: int, progress: Progress) -> None:
+def warm_up(executor: GpuExecutor, progress: Progress) -> None:
     """Compile the kernels of steps and capture the common decode steps.
 
-    Other adapters (DoRA, LoHa, …) are compiled and captured when they come. Where memory ends, the
-    server goes on with fewer captured steps.
+    Kernels that only some adapters need (LoHa, LoKr, of experts) are compiled when one is loaded;
+    see ``GpuStore.admit``. Where memory ends, the server goes on with fewer captured steps.
 
     Args:
         executor: Has computed nothing yet, and draws.
-        block_size: Positions per KV block.
         progress: Told how far it is.
     """
-    forms = executor.forms()
+    forms, packed = executor.forms(), executor.packed_forms()
     try:
         with torch.inference_mode():
-            progress("Compiling", 0, 1)
-            prompt = largest_step(_PROMPT_TOKENS, 1, block_size)
-            executor.run(prompt)
-            executor.forget(prompt.scheduled[0].sequence)
-            progress("Compiling", 1, 1)
+            for number, form in enumerate(packed):
+                progress("Compiling", number, len(packed))
+                executor.compile(form)
+            progress("Compiling", len(packed), len(packed))
             for number, (bucket, low_rank) in enumerate(forms):
                 progress("Capturing decode steps", number, len(forms))
                 executor.capture(bucket, low_rank)
