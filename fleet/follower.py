@@ -100,7 +100,7 @@ def propose(
 
 
 class Applies(Protocol):
-    """Applies the fleet's state to the replica; see ``Seat``."""
+    """Applies the fleet's state to the replica; see ``ReplicaParts``."""
 
     def reset(self, state: FleetState) -> None: ...
     def apply(self, entry: Entry) -> None: ...
@@ -147,7 +147,7 @@ class Follower:
         self._received = -1
         self._applied = -1
         self._must_apply = 0
-        self._told_usage: Mapping[str, AdapterUsage] | None = None
+        self._reported_usage: Mapping[str, AdapterUsage] | None = None
         self._lease_until = self._joined_at = float("-inf")
         self._has_served = False
         self._changes: deque[Change] = deque()
@@ -167,7 +167,7 @@ class Follower:
             applied=applied,
             holding=self._replica.holding(),
             prepared=self._replica.prepared(),
-            usage=None if usage is self._told_usage else usage,
+            usage=None if usage is self._reported_usage else usage,
             waiting=waiting,
             running=running,
         )
@@ -180,18 +180,18 @@ class Follower:
         self._session = session = answer.session
         self._received = self._must_apply = answer.revision
         self._applied = -1
-        self._told_usage = None
+        self._reported_usage = None
         self._lease_until = asked + answer.lease_seconds
         self._changes.clear()
         self._changes.append(Change(session, answer.revision, answer.state))
 
-    def told(self, call: Report, news: News, asked: float) -> None:
+    def take_news(self, call: Report, news: News, asked: float) -> None:
         """Takes in the answer to a report; ignores a late or repeated one."""
         session = self._session
         if session is None or session != call.session:
             return
         if call.usage is not None:
-            self._told_usage = call.usage
+            self._reported_usage = call.usage
         self._lease_until = max(self._lease_until, asked + news.lease_seconds)
         for revision, entry in news.entries:
             if revision == self._received + 1:
@@ -344,7 +344,7 @@ class ReplicaLink:
 
     def _take(self, question: Report, news: News, asked: float) -> None:
         with self._changed:
-            self._follower.told(question, news, asked)
+            self._follower.take_news(question, news, asked)
             self._changed.notify_all()
 
     def _apply(self) -> None:

@@ -438,8 +438,8 @@ class ReplicaMerger(Merger):
         return self._registry.change_base(self._describe(generation))
 
 
-class Seat:
-    """A replica's place in a fleet: makes the registry, the merger and the link, in this order.
+class ReplicaParts:
+    """Makes the registry, the merger and the link of a replica, in this order.
 
     It applies the fleet's state to both; see ``Applies``.
 

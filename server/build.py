@@ -84,8 +84,8 @@ BLOCK_SIZE = 16
 Admit = Callable[[AdapterOperators], None]
 
 
-class Seat(Protocol):
-    """A server's place in a fleet, which makes the parts that it shares with other servers."""
+class ReplicaParts(Protocol):
+    """Makes the parts of a replica that are joined to its fleet."""
 
     def registry(
         self, config: AdapterConfig, base: BaseModel, metrics: Metrics, admit: Admit
@@ -102,7 +102,11 @@ class Seat(Protocol):
 
 
 def build_backend(
-    config: Config, metrics: Metrics, *, gpu: bool | None = None, seat: Seat | None = None
+    config: Config,
+    metrics: Metrics,
+    *,
+    gpu: bool | None = None,
+    replica: ReplicaParts | None = None,
 ) -> Backend:
     """Load the model. Blocks for as long as that takes; runs in a thread of its own.
 
@@ -111,7 +115,7 @@ def build_backend(
         metrics: Counts.
         gpu: Whether steps run as Triton kernels; None for what the device wants (on the CPU
             only Triton's interpreter could run them).
-        seat: The server's place in a fleet; None for a server of its own.
+        replica: Makes what a replica shares with its fleet; None for a server of its own.
 
     Returns:
         What answers requests. Its engine is not started.
@@ -136,7 +140,7 @@ def build_backend(
     base = describe(1)
     path = "gpu" if gpu else "cpu" if has_native(dtype, device) else "torch"
     store = _build_store(path, config.adapters, decoder, metrics)
-    make_registry = _build_registry if seat is None else seat.registry
+    make_registry = _build_registry if replica is None else replica.registry
     registry = make_registry(config.adapters, base, metrics, store.admit)
     registry.tokenizers.check_with(own.check)
     engine, is_screened = _build_engine(config, metrics, decoder, store, registry, tokenizer)
@@ -153,7 +157,7 @@ def build_backend(
     )
     limits = config.adapters
     fuser = Fuser(registry, host_bytes=limits.adapter_host_bytes, max_rank=limits.max_rank)
-    make_merger = functools.partial(Merger, registry) if seat is None else seat.merger
+    make_merger = functools.partial(Merger, registry) if replica is None else replica.merger
     merger = make_merger(
         edit=lambda precision: BaseEdit(decoder, precision),
         describe=describe,

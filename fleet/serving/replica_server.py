@@ -18,7 +18,7 @@ from starlette.types import Scope
 
 import turret
 from turret.fleet.follower import Channel, ReplicaLink
-from turret.fleet.replica import Seat
+from turret.fleet.replica import ReplicaParts
 from turret.fleet.words import say
 from turret.server import log
 from turret.server.api.access.shares import Shares
@@ -200,7 +200,7 @@ class ReplicaServer:
             "Adapters": AdaptersServicer(self.adapters),
         }
         self._health = HealthServicer(f"turret.v1.{name}" for name in self._servicers)
-        self._seat = Seat(name, channel, stops_alone=stops_alone)
+        self._parts = ReplicaParts(name, channel, stops_alone=stops_alone)
         self._metrics_server = self._serve_metrics()
         self._backend: Backend | None = None
         self._link: ReplicaLink | None = None
@@ -215,10 +215,10 @@ class ReplicaServer:
         see_only(config.model.device)
         from turret.server.build import build_backend
 
-        backend = await asyncio.to_thread(build_backend, config, self.metrics, seat=self._seat)
+        backend = await asyncio.to_thread(build_backend, config, self.metrics, replica=self._parts)
         self._backend = backend
         await backend.engine.start()
-        self._link = self._seat.link(lambda: (self.num_waiting, self.num_running))
+        self._link = self._parts.link(lambda: (self.num_waiting, self.num_running))
         await asyncio.to_thread(self._link.start, _JOIN_SECONDS)
         model = backend.model_info
         self.metrics.info(
@@ -230,7 +230,7 @@ class ReplicaServer:
             }
         )
         self._gate.open(backend)
-        _log.info("serving", extra=log.fields(replica=self._seat.name, model=model.name))
+        _log.info("serving", extra=log.fields(replica=self._parts.name, model=model.name))
 
     @property
     def num_waiting(self) -> int:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from turret.server import errors
 from turret.server.basics.codes import Code
-from turret.server.basics.work import told_of
+from turret.server.basics.work import turret_error
 from turret.server.words import say
 
 # The latest calls that failed, over any protocol, for operators who watch the server.
@@ -33,7 +33,7 @@ class Failure:
         request_id: The lines of the log that belong to it carry it.
         code: Name of the code that the call ended with.
         reason: A constant for programs, such as ``ADAPTER_NOT_FOUND``.
-        message: What the client was told.
+        message: What the client is sent.
         adapters: Names that the call was about, as far as they were known.
         time: When it ended, Unix seconds.
     """
@@ -151,16 +151,16 @@ def fault_of(error: BaseException) -> Fault:
     there was no memory: its text may hold anything, so it stays in the log, and the door has to
     write it there.
     """
-    told = told_of(error)
-    row = row_of(told)
+    found = turret_error(error)
+    row = row_of(found)
     if row.code is Code.INTERNAL:
         return Fault(code=Code.INTERNAL, reason="INTERNAL", message=say("INTERNAL"))
-    delay = told.retry_after_seconds
+    delay = found.retry_after_seconds
     return Fault(
         code=row.code,
-        reason=told.reason,
-        message=told.message,
-        metadata=told.metadata,
-        violations=told.violations,
+        reason=found.reason,
+        message=found.message,
+        metadata=found.metadata,
+        violations=found.violations,
         retry_after_seconds=row.retry_after_seconds if delay is None else delay,
     )

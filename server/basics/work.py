@@ -133,7 +133,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in text for words in _WORDS)
 
 
-def told_of(error: BaseException, otherwise: str | None = None) -> TurretError:
+def turret_error(error: BaseException, otherwise: str | None = None) -> TurretError:
     """The error that a caller gets: lack of memory, or ``otherwise``, or an internal one."""
     if isinstance(error, TurretError):
         return error
@@ -157,7 +157,7 @@ class _LackOfMemoryIsReported(contextlib.ContextDecorator):
         while cause is not None and not is_out_of_memory(cause):
             cause = cause.__cause__ or cause.__context__
         if cause is not None:
-            raise told_of(cause, "") from error
+            raise turret_error(cause, "") from error
 
 
 # Context manager for code that reads strangers' files: an error that began as a lack of memory

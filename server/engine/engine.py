@@ -21,7 +21,7 @@ from turret.server.engine.detokenizer import AnswerText
 from turret.server.engine.heads import check_heads
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.ports import Adapters, EngineMetrics, Runs
-from turret.server.engine.scheduling.guides import add_guide
+from turret.server.engine.scheduling.first_passes import add_first_pass
 from turret.server.engine.scheduling.request import Request, RequestTokenizer
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
@@ -210,11 +210,11 @@ class Engine:
     def _make_answer(self, request: Request, text: AnswerText, mix: Mix, arrival: float) -> Answer:
         sequence = self._make_sequence(request, mix, arrival)
         sequence.vocab_size = check_vocabulary(request, mix)
-        add_guide(sequence)
+        add_first_pass(sequence)
         max_tokens = self._check_length(request, sequence)
         max_tokens = self._choose_frequencies(sequence, max_tokens)
-        if sequence.guide is not None:
-            sequence.guide.is_long = sequence.is_long
+        if sequence.first_pass is not None:
+            sequence.first_pass.is_long = sequence.is_long
         sequence.drafter = self._make_drafter(sequence, max_tokens)
         loop = self._loop
         stream = Stream(
@@ -234,8 +234,8 @@ class Engine:
         # A constraint's mask covers only the next token, so drafts could not be checked.
         if not self._speculates or not request.generates or request.constraint is not None:
             return None
-        if sequence.guide is not None:
-            # A guided sequence computes two rows per token, so drafts would double the cost.
+        if sequence.first_pass is not None:
+            # A sequence with a first pass computes two rows per token: drafts would cost double.
             return None
         stop = request.stop
         return Drafter(
@@ -307,8 +307,8 @@ class Engine:
     def _check_length(self, request: Request, sequence: Sequence) -> int:
         """The most tokens the request may generate. Virtual positions are not counted as text."""
         prompt = len(request.prompt_token_ids)
-        # A guided sequence holds twice the blocks.
-        capacity = self._num_blocks // len(sequence.lots) * self._block_size
+        # A sequence with a first pass holds twice the blocks.
+        capacity = self._num_blocks // len(sequence.passes) * self._block_size
         limit = min(self.max_model_len, capacity - sequence.num_virtual)
         wanted = request.stop.max_tokens
         if not request.generates:

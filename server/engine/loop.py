@@ -16,7 +16,7 @@ from dataclasses import replace
 from turret.server import log
 from turret.server.adapters.device.store import AdapterMemoryError
 from turret.server.adapters.mix import HostResult
-from turret.server.basics.work import told_of
+from turret.server.basics.work import turret_error
 from turret.server.engine.answer import Answer, uses_of
 from turret.server.engine.base_change import BaseChange
 from turret.server.engine.observer import LoopObserver
@@ -364,7 +364,7 @@ class EngineLoop:
                 "a request failed", extra=log.fields(request_id=answer.sequence.request.request_id)
             )
             if answer.sequence in self._answers:
-                self._fail(answer, told_of(error))
+                self._fail(answer, turret_error(error))
 
     def _cut(self, answer: Answer, reason: FinishReason, now: float) -> None:
         def cut() -> None:

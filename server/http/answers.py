@@ -53,10 +53,10 @@ def usage_of(ended: Sequence[Ended], num_choices: int) -> dict[str, Any]:
 
 def adapters_of(ended: Sequence[Ended]) -> list[dict[str, Any]]:
     """The weights that produced the answers, according to the first one: turret's own field."""
-    return told_uses(ended[0].adapters_used)
+    return uses_json(ended[0].adapters_used)
 
 
-def told_uses(uses: Iterable[inference_pb2.AdapterUse]) -> list[dict[str, Any]]:
+def uses_json(uses: Iterable[inference_pb2.AdapterUse]) -> list[dict[str, Any]]:
     """The weights that produced an answer, as JSON."""
     return [
         {

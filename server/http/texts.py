@@ -6,7 +6,7 @@ import base64
 import struct
 from typing import Any
 
-from turret.server.http.answers import head, told_uses
+from turret.server.http.answers import head, uses_json
 from turret.server.http.asked import Asks, chat_of, deadline_of, inputs_of, set_rendering, tools_of
 from turret.server.http.endpoint import Exchange
 from turret.server.http.schemas.requests import (
@@ -58,7 +58,7 @@ def _embeddings(answer: inference_pb2.EmbedResponse, model: str, is_base64: bool
         ],
         "model": model,
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-        "adapters_used": told_uses(answer.adapters_used),
+        "adapters_used": uses_json(answer.adapters_used),
     }
 
 
@@ -96,7 +96,7 @@ def _classifications(answer: inference_pb2.ClassifyResponse) -> dict[str, Any]:
     return {
         "data": [_labels(index, each) for index, each in enumerate(answer.classifications)],
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-        "adapters_used": told_uses(answer.adapters_used),
+        "adapters_used": uses_json(answer.adapters_used),
     }
 
 

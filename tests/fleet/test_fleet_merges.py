@@ -12,7 +12,7 @@ from fleets.replicas import Fleet, Wire
 from method_oracle import twin
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.fleet.replica import Seat
+from turret.fleet.replica import ReplicaParts
 from turret.server.adapters.merge.merger import Merger
 from turret.server.errors import AdapterMergedError, InvalidRequestError, MergeActiveError
 
@@ -33,9 +33,12 @@ async def test_a_merge_is_everywhere_or_nowhere(
     async with AsyncExitStack() as stack:
 
         async def start(name: str) -> EngineHarness:
-            seat = Seat(name, Wire(lambda: fleet.host))
+            replica = ReplicaParts(name, Wire(lambda: fleet.host))
             harness = EngineHarness.start(
-                twin(ARCHITECTURE).folder, root, seat=seat, state_dir=fleet.state_dir
+                twin(ARCHITECTURE).folder,
+                root,
+                replica=replica,
+                state_dir=fleet.state_dir,
             )
             return await stack.enter_async_context(harness)
 

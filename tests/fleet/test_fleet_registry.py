@@ -29,7 +29,7 @@ def beat(registry: FleetRegistry, replica: Replica, now: float) -> None:
         follower.joined(registry.join(question, now), now)
     else:
         try:
-            follower.told(question, registry.report(question, now), now)
+            follower.take_news(question, registry.report(question, now), now)
         except m.NotJoinedError:
             follower.must_join()
     while (change := follower.next_change()) is not None:
@@ -215,14 +215,14 @@ def test_what_belongs_to_an_earlier_session_counts_for_nothing() -> None:
     registry.submit(register("a", "d1"), 1.0)
     registry.submit(register("b", "d2"), 1.0)
     late = registry.report(question, 1.0)
-    first.follower.told(question, registry.report(question, 1.0), 1.0)
+    first.follower.take_news(question, registry.report(question, 1.0), 1.0)
     change = first.follower.next_change()
     assert change is not None
     # The registry starts again, and numbers its changes from the beginning.
     other = FleetRegistry(Disk(), now=2.0, is_first=False)
     first.follower.must_join()
     first.follower.joined(other.join(first.follower.next_call(), 2.0), 2.0)  # type: ignore[arg-type]
-    first.follower.told(question, late, 1.0)
+    first.follower.take_news(question, late, 1.0)
     first.follower.done(change)
     report = first.follower.next_call()
     assert isinstance(report, m.Report)

@@ -37,7 +37,12 @@ from turret.server.adapters.mix import Mix
 from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.name_table import name_taken
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.basics.work import Cancellation, is_out_of_memory, told_of, work_in_background
+from turret.server.basics.work import (
+    Cancellation,
+    is_out_of_memory,
+    turret_error,
+    work_in_background,
+)
 from turret.server.errors import (
     AdapterNotFoundError,
     AdapterUnloadedError,
@@ -127,7 +132,7 @@ class Fuser:
             future = self._thread.submit(context.run, self._run, job, name, refs, combination)
         except RuntimeError as error:
             self._end(job)
-            refusal = told_of(error, "") if is_out_of_memory(error) else _shutting_down()
+            refusal = turret_error(error, "") if is_out_of_memory(error) else _shutting_down()
             # The executor may keep the work although no thread could start, so cancel it.
             cancellation.set(refusal)
             raise refusal from None

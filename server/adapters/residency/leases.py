@@ -23,7 +23,7 @@ from turret.server.adapters.residency.host_memory import HostMemory
 from turret.server.adapters.residency.loader import LoadedAdapter
 from turret.server.adapters.residency.metrics import AdapterMetrics
 from turret.server.adapters.source import Source
-from turret.server.basics.work import told_of
+from turret.server.basics.work import turret_error
 from turret.server.errors import BudgetExceededError, TurretError, UnavailableError
 from turret.server.words import say
 
@@ -327,7 +327,7 @@ class Leases:
             return error
         except Exception as error:
             _log.exception("reading adapter %r failed", adapter.name)
-            return told_of(error, f"reading adapter {adapter.name!r} failed")
+            return turret_error(error, f"reading adapter {adapter.name!r} failed")
 
     def _finish_load(
         self,

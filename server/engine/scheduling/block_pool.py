@@ -19,7 +19,7 @@ MixKey = Sequence[tuple[str, int, float]]
 
 
 def root_key(
-    base_generation: int, mix: MixKey, *, is_long: bool = False, is_guide: bool = False
+    base_generation: int, mix: MixKey, *, is_long: bool = False, is_first_pass: bool = False
 ) -> bytes:
     """First link of the chain: the weights that a sequence is computed with.
 
@@ -28,13 +28,13 @@ def root_key(
         mix: (adapter uuid, generation, weight) in the request's order; never names, which may be
             loaded again with other weights.
         is_long: Whether its keys are rotated as those of long sequences.
-        is_guide: Whether it is the first pass of an adapter, at constant scalings.
+        is_first_pass: Whether it is the first pass of an adapter, at constant scalings.
     """
     parts = [str(base_generation), *map(_member, mix)]
     if is_long:
         parts.append("long")
-    if is_guide:
-        parts.append("guide")
+    if is_first_pass:
+        parts.append("first pass")
     return hashlib.blake2b("|".join(parts).encode(), digest_size=16).digest()
 
 
@@ -55,8 +55,8 @@ def next_key(
     """
     # Soft tokens have the placeholder id -1; the root key says which ones they are.
     data = b"".join((token & 0xFFFFFFFF).to_bytes(4, "little") for token in token_ids)
-    told = [f"@{offset}|" + "|".join(map(_member, mix)) for offset, mix in changes]
-    chained = previous + data + "".join(told).encode()
+    changed = [f"@{offset}|" + "|".join(map(_member, mix)) for offset, mix in changes]
+    chained = previous + data + "".join(changed).encode()
     return hashlib.blake2b(chained, digest_size=16, key=salt).digest()
 
 

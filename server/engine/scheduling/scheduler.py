@@ -116,8 +116,8 @@ class Scheduler:
         self.blocks.forget_cached()
         for sequence in self.waiting:
             # A sequence that was considered before but did not fit already has its root key.
-            for lot in sequence.lots:
-                lot.keys.clear()
+            for each in sequence.passes:
+                each.keys.clear()
 
     def schedule(self, now: float = 0.0) -> Step:
         """Choose the next step's work and reserve its blocks.
@@ -243,8 +243,8 @@ class Scheduler:
 
     @staticmethod
     def _learn(cost: StepCost, step: Step, seconds: float) -> None:
-        # A guided sequence computes two rows per token, so it would distort the cost of a row.
-        if all(item.num_new == 1 and item.sequence.guide is None for item in step.scheduled):
+        # A sequence with a first pass computes two rows per token, which distorts a row's cost.
+        if all(item.num_new == 1 and item.sequence.first_pass is None for item in step.scheduled):
             cost.took(sum(item.num_rows for item in step.scheduled), seconds)
 
     def _step_tokens(self) -> int:
@@ -336,9 +336,9 @@ class Scheduler:
         if not self.running:
             return False
         together = [*self.running, sequence]
-        # A guided sequence fills blocks twice: its own and its guide's.
-        lots = [sequence for sequence in together for _ in sequence.lots]
-        peak = self._lengths.peak_tokens(lots, self.blocks.block_size)
+        # A sequence with a first pass fills twice the blocks.
+        passes = [sequence for sequence in together for _ in sequence.passes]
+        peak = self._lengths.peak_tokens(passes, self.blocks.block_size)
         repeated = self._held.num_repeated(together)
         most = (1 - _SPARE_SHARE) * (self.blocks.num_blocks - 1)
         return self.blocks.blocks_for(peak) - repeated > most

@@ -106,8 +106,8 @@ class Sequence:
         keys: Chain keys of the full blocks that were named so far; ``keys[0]`` is the root.
         waiting_since: ``time.monotonic()`` seconds when it joined the line, the last time.
         forecast: How many tokens it is taken to generate (``LengthForecast``).
-        guide: The pass that tells its adapter's scalings (``guides.py``), with the same tokens and
-            blocks of its own; None where no adapter needs one.
+        first_pass: The pass that computes its adapter's scalings (``first_passes.py``), with the
+            same tokens and blocks of its own; None if no adapter needs one.
         drafter: Guesses how its answer goes on; None where nothing is guessed.
         prompt_end: Positions before the first generated token.
     """
@@ -132,7 +132,7 @@ class Sequence:
     waiting_since: float = 0.0
     forecast: int = 0
     drafter: Drafter | None = None
-    guide: Sequence | None = None
+    first_pass: Sequence | None = None
     prompt_end: int = field(init=False)
     stages: tuple[Stage, ...] = field(init=False)
 
@@ -146,9 +146,9 @@ class Sequence:
         self.stages = stages_of(self.mix, self.request.prompt_token_ids, self.num_virtual)
 
     @property
-    def lots(self) -> tuple[Sequence, ...]:
-        """The sequences that hold keys and values of its tokens: itself, and its guide."""
-        return (self,) if self.guide is None else (self, self.guide)
+    def passes(self) -> tuple[Sequence, ...]:
+        """The sequences that hold keys and values of its tokens: itself, and its first pass."""
+        return (self,) if self.first_pass is None else (self, self.first_pass)
 
     @property
     def num_prompt(self) -> int:

@@ -13,7 +13,7 @@ from turret.server.adapters.device.store import AdapterStep, StepStore
 from turret.server.adapters.device.vocabulary import VocabularyGroup
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.first_passes import NOTHING_TOLD, AllTold, given_rows
+from turret.server.engine.step.first_passes import NO_SCALINGS, StepScalings, given_rows
 from turret.server.engine.step.rows import Placed, collect_rows
 from turret.server.engine.step.vocabulary_plan import changed_embeddings
 from turret.server.models.decoding.arch import Arch
@@ -53,12 +53,12 @@ class BatchBuilder:
         self._store = store
         self._device = device
 
-    def build(self, step: Step, told: AllTold = NOTHING_TOLD) -> Batch:
+    def build(self, step: Step, scalings: StepScalings = NO_SCALINGS) -> Batch:
         """Order the rows (short adapted ones by mix, base, long adapted ones); prepare metadata.
 
         Args:
             step: What is scheduled.
-            told: What first passes have told.
+            scalings: Those that first passes have computed.
         """
         short, base, long = [], [], []
         for item in step.scheduled:
@@ -77,7 +77,7 @@ class BatchBuilder:
         adapters = None
         if short or long:
             long_placed = placed[len(short) + len(base) :]
-            given = given_rows(placed, told)
+            given = given_rows(placed, scalings)
             adapters = self._bind_adapters(short, long_placed, given)
         return Batch(self._input(placed, row, adapters), tuple(placed))
 

@@ -16,11 +16,11 @@ from turret.server.engine.scheduling.scheduler import Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.batch import BatchBuilder
 from turret.server.engine.step.first_passes import (
-    NOTHING_TOLD,
-    AllTold,
-    guides_of,
-    told_before,
-    told_by,
+    NO_SCALINGS,
+    StepScalings,
+    computed_scalings,
+    constant_scalings,
+    first_passes_of,
 )
 from turret.server.engine.step.masks import Mask
 from turret.server.engine.step.rows import Placed
@@ -177,7 +177,7 @@ class TorchExecutor:
         cache: Keys and values of all sequences.
         store: The adapters.
         screens_head: Whether an int8 copy of the head is kept, half of its bytes, from which the
-            tokens of most greedy steps are told.
+            tokens of most greedy steps are read.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class TorchExecutor:
         self._cache.clear(step.new_blocks)
         for sequence, start in step.presets:
             fill_prefix(self._cache, sequence, start)
-        batch = self._builder.build(step, self._told(step))
+        batch = self._builder.build(step, self._scalings(step))
         hidden = self._decoder.forward(batch.input, self._cache)
         rows = [row for placed in batch.placed if placed.samples for row in placed.sampled]
         if rows:
@@ -230,16 +230,16 @@ class TorchExecutor:
 
         return Likeliest(tokens, logits)
 
-    def _told(self, step: Step) -> AllTold:
+    def _scalings(self, step: Step) -> StepScalings:
         """Compute the first passes of a step."""
-        guides = guides_of(step)
-        if guides is None:
-            return NOTHING_TOLD
+        first_passes = first_passes_of(step)
+        if first_passes is None:
+            return NO_SCALINGS
         self.store.prepare(adapters_of(step))
-        told = told_before(guides, self.store, self._decoder.device)
-        batch = self._builder.build(guides, told)
+        scalings = constant_scalings(first_passes, self.store, self._decoder.device)
+        batch = self._builder.build(first_passes, scalings)
         states = self._decoder.forward(batch.input, self._cache)
-        return told_by(step.scheduled, batch.placed, states, self.store)
+        return computed_scalings(step.scheduled, batch.placed, states, self.store)
 
     def logits(self, sequence: Sequence, hidden: torch.Tensor) -> torch.Tensor:
         """Project hidden states of one sequence, ``[rows, hidden]`` → ``[rows, vocab]`` fp32."""

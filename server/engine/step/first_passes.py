@@ -1,4 +1,4 @@
-"""The first passes of a step: what they tell the rows of adapters that wait for it."""
+"""The first passes of a step, and the scalings that they give the rows of their sequences."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def first_scalings(router: TokenRouter, num_rows: int, device: torch.device) -> 
     return torch.cat(each).expand(num_rows, router.modules, -1)
 
 
-class Told(NamedTuple):
+class SequenceScalings(NamedTuple):
     """The scalings of a sequence's new rows, ``[rows, modules, components]`` fp32, and whose."""
 
     key: str
@@ -63,41 +63,43 @@ class Told(NamedTuple):
 
 
 # Scalings per sequence, for sequences that have any.
-AllTold = Mapping[Sequence, Told]
-NOTHING_TOLD: AllTold = {}
+StepScalings = Mapping[Sequence, SequenceScalings]
+NO_SCALINGS: StepScalings = {}
 
 
-def guides_of(step: Step) -> Step | None:
+def first_passes_of(step: Step) -> Step | None:
     """The first passes of a step, as a step; None if there are none."""
     items = [
-        replace(item, sequence=item.sequence.guide)
+        replace(item, sequence=item.sequence.first_pass)
         for item in step.scheduled
-        if item.sequence.guide is not None
+        if item.sequence.first_pass is not None
     ]
     return Step(tuple(items), (), 0) if items else None
 
 
-def told_before(guides: Step, store: AdapterStore, device: torch.device) -> AllTold:
+def constant_scalings(
+    first_passes: Step, store: AdapterStore, device: torch.device
+) -> StepScalings:
     """Scalings of the first passes themselves: constants, for adapters that act in them."""
     return {
-        item.sequence: Told(adapter.key, first_scalings(router, item.num_rows, device))
-        for item in guides.scheduled
+        item.sequence: SequenceScalings(adapter.key, first_scalings(router, item.num_rows, device))
+        for item in first_passes.scheduled
         for adapter, _ in item.sequence.mix.members
         if (router := store.router(adapter.key)) is not None
     }
 
 
-def told_by(
+def computed_scalings(
     items: SequenceOf[Scheduled],
     placed: SequenceOf[Placed],
     states: torch.Tensor,
     store: AdapterStore,
-) -> AllTold:
-    """The scalings of a step's sequences, computed from their guides' final states.
+) -> StepScalings:
+    """The scalings of a step's sequences, computed from the final states of their first passes.
 
     Args:
         items: The step's.
-        placed: The guides, and their rows.
+        placed: The first passes, and their rows.
         states: After the final norm, ``[at least all rows, hidden]``.
         store: Holds the adapters.
     """
@@ -105,30 +107,30 @@ def told_by(
     waiting: dict[str, list[Sequence]] = {}
     for item in items:
         sequence = item.sequence
-        if sequence.guide is not None:
+        if sequence.first_pass is not None:
             for adapter, _ in sequence.mix.members:
                 if store.router(adapter.key) is not None:
                     waiting.setdefault(adapter.key, []).append(sequence)
-    told: dict[Sequence, Told] = {}
+    found: dict[Sequence, SequenceScalings] = {}
     for key, sequences in waiting.items():
         router = store.router(key)
         assert router is not None
         # The router runs once for all sequences of an adapter.
-        parts = [states[slice(*rows[s.guide])] for s in sequences if s.guide is not None]
-        found = scalings(router, torch.cat(parts)).split([len(part) for part in parts])
-        told |= {s: Told(key, some) for s, some in zip(sequences, found, strict=True)}
-    return told
+        parts = [states[slice(*rows[s.first_pass])] for s in sequences if s.first_pass is not None]
+        each = scalings(router, torch.cat(parts)).split([len(part) for part in parts])
+        found |= {s: SequenceScalings(key, some) for s, some in zip(sequences, each, strict=True)}
+    return found
 
 
-def given_rows(placed: SequenceOf[Placed], told: AllTold) -> dict[str, torch.Tensor]:
+def given_rows(placed: SequenceOf[Placed], found: StepScalings) -> dict[str, torch.Tensor]:
     """By adapter, the scalings of every row of a step (see ``StepMembers.given``)."""
-    if not told:
+    if not found:
         return {}
     num_rows = max(place.last_row for place in placed) + 1
     given: dict[str, torch.Tensor] = {}
     for place in placed:
-        if place.item.sequence in told:
-            key, values = told[place.item.sequence]
+        if place.item.sequence in found:
+            key, values = found[place.item.sequence]
             if key not in given:
                 given[key] = values.new_zeros(num_rows, *values.shape[1:])
             given[key][place.row_start : place.last_row + 1] = values

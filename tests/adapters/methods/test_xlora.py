@@ -100,7 +100,7 @@ async def test_bits_alone_and_in_company(
         others += [make_request(prompt, max_tokens=40) for prompt in prompts]
         answers = await harness.run_all([*others, *(asked(*each) for each in own)])
         assert [answer.bits for answer in answers[len(others) :]] == alone
-    assert any(sequence.guide is not None for sequence in preempted)
+    assert any(sequence.first_pass is not None for sequence in preempted)
 
 
 async def test_its_first_pass_shares_blocks_with_the_base(tmp_path: Path) -> None:

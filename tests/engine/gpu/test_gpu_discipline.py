@@ -57,8 +57,8 @@ ARCH = read_arch(
         max_position_embeddings=256,
     )
 )
-_DECODE = ("decode", "decode, base only", "decode, low rank", "decode, told")
-STEPS = (*_DECODE, "prompts", "prompts, told")
+_DECODE = ("decode", "decode, base only", "decode, low rank", "decode, two passes")
+STEPS = (*_DECODE, "prompts", "prompts, two passes")
 # Operations that make the host wait for a value on the device.
 READS = {
     *("_local_scalar_dense", "nonzero", "masked_select", "unique", "unique2"),
@@ -169,12 +169,14 @@ def _with_own_first_pass(operators: AdapterOperators) -> AdapterOperators:
     return dataclasses.replace(operators, router=router)
 
 
-def _guided(first_block: int, computed: int, adapter: _Adapter, *own: _Adapter) -> Sequence:
+def _with_first_pass(
+    first_block: int, computed: int, adapter: _Adapter, *own: _Adapter
+) -> Sequence:
     """A sequence whose adapter waits for a first pass: the base's, or one of its ``own``."""
     sequence = _sequence(first_block, computed, (adapter, 0.8))
-    guide = _sequence(first_block + 4, computed, *((adapter, 1.0) for adapter in own))
-    guide.tokens = sequence.tokens
-    sequence.guide = guide
+    first_pass = _sequence(first_block + 4, computed, *((adapter, 1.0) for adapter in own))
+    first_pass.tokens = sequence.tokens
+    sequence.first_pass = first_pass
     return sequence
 
 
@@ -198,17 +200,23 @@ def _steps(adapters: dict[str, _Adapter]) -> dict[str, Step]:
         Scheduled(_sequence(9, 8, low, scaled, paired, words), 1),
     ]
     base = [Scheduled(_sequence(1, 9), 1)]
-    told = adapters["told"]
-    constant = _Adapter("constant", _with_own_first_pass(told.operators))
-    first = [Scheduled(_guided(33, 0, told), 6), Scheduled(_guided(41, 6, constant, constant), 1)]
-    later = [Scheduled(_guided(33, 6, told), 1), Scheduled(_guided(41, 7, constant, constant), 1)]
+    router = adapters["router"]
+    constant = _Adapter("constant", _with_own_first_pass(router.operators))
+    first = [
+        Scheduled(_with_first_pass(33, 0, router), 6),
+        Scheduled(_with_first_pass(41, 6, constant, constant), 1),
+    ]
+    later = [
+        Scheduled(_with_first_pass(33, 6, router), 1),
+        Scheduled(_with_first_pass(41, 7, constant, constant), 1),
+    ]
     return {
         "prompts": Step(tuple(prompts), (1, 2), 0, ((prefixed, 0),)),
         "decode": Step(tuple(decode), (), 0),
         "decode, base only": Step(tuple(base), (), 0),
         "decode, low rank": Step((Scheduled(_sequence(9, 8, low), 1),), (), 0),
-        "prompts, told": Step((*first, *base), (), 0),
-        "decode, told": Step((*later, *base, decode[1]), (), 0),
+        "prompts, two passes": Step((*first, *base), (), 0),
+        "decode, two passes": Step((*later, *base, decode[1]), (), 0),
     }
 
 
@@ -328,21 +336,21 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     assert copies.waits == []
     # The rows'; adapters' came with the first. A prompt step brings both, soft tokens, a prefix,
     # and which rows have other embeddings and heads. First passes are a step.
-    limits = {"prompts": 9, "prompts, told": 5, "decode, told": 6}
+    limits = {"prompts": 9, "prompts, two passes": 5, "decode, two passes": 6}
     assert copies.uploads <= limits.get(name, 1), copies.uploads
     assert computed.logits is not None
     assert len(computed.logits) == sum(item.samples for item in step.scheduled)
     kernels = set(no_launches)
     # Kernels compute nothing of the routed adapters.
-    is_plain = name in ("decode, base only", "prompts, told")
+    is_plain = name in ("decode, base only", "prompts, two passes")
     heads = "nf4_rotate_kernel" if is_plain else "rope_kv_write_kernel"
     assert {"paged_attention_kernel", heads} <= kernels
     assert kernels & {"nf4_matmul_kernel", "nf4_shrink_kernel"}
     adapted = {f"{one}_kernel" for one in ("hadamard_expand", "kronecker", "fusion_gate")}
-    is_told = name.endswith("told")
+    in_two_passes = name.endswith("two passes")
     assert (adapted <= kernels) == (name in ("prompts", "decode"))
     assert ("nf4_shrink_kernel" in kernels) != is_plain
-    if is_told:
+    if in_two_passes:
         # Once for the first pass.
         assert no_launches.count("paged_attention_kernel") == 2 * ARCH.num_layers
 
@@ -413,7 +421,7 @@ def test_an_adapter_enters_the_pack_by_one_copy():
     # How its gates are scored is another table.
     assert copies.uploads == 2
     with torch.no_grad(), watched() as copies:
-        executor.store.prepare([adapters["told"]])
+        executor.store.prepare([adapters["router"]])
     assert copies.waits == []
     # Its router comes along, and its gates are computed by their operator.
     assert copies.uploads == 1

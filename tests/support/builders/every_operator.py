@@ -78,12 +78,12 @@ def every_operator(arch: Arch, dtype: torch.dtype) -> dict[str, AdapterOperators
 
     numbers = itertools.count()
 
-    def told(out: int, inner: int) -> ModuleOperators:
+    def given(out: int, inner: int) -> ModuleOperators:
         score = GivenScore(next(numbers))
         return ModuleOperators(gate=Gate(some(16, inner), some(16, out), score, (0, 4, 8, 12)))
 
-    guided = everywhere(told)
-    router = _router(arch.hidden_size, len(guided.modules))
+    weighed = everywhere(given)
+    router = _router(arch.hidden_size, len(weighed.modules))
     soft = SoftPrompt(soft_tokens=some(3, arch.hidden_size))
     kv = (arch.num_layers, 5, arch.num_kv_heads, arch.head_dim)
     prefix = SoftPrompt(prefix=PrefixKv(some(*kv), some(*kv)))
@@ -92,7 +92,7 @@ def every_operator(arch: Arch, dtype: torch.dtype) -> dict[str, AdapterOperators
         "other": everywhere(other),
         "gated": everywhere(gated),
         "routed": everywhere(routed),
-        "told": dataclasses.replace(guided, router=router),
+        "router": dataclasses.replace(weighed, router=router),
         "turned": everywhere(turned),
         "scaled": everywhere(scaled),
         "paired": everywhere(paired),

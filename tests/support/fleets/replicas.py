@@ -12,7 +12,7 @@ from builders.registries import tiny_base
 
 from turret.fleet.follower import Channel, ReplicaLink
 from turret.fleet.registry_host import FleetStore, RegistryHost
-from turret.fleet.replica import ReplicaRegistry, Seat
+from turret.fleet.replica import ReplicaParts, ReplicaRegistry
 from turret.server.adapters.base import BaseModel, ChangedBase, Precision
 from turret.server.adapters.merge.merger import Edit
 from turret.server.adapters.mix import HostResult, Mix
@@ -40,15 +40,15 @@ class Wire(Channel):
 class Started:
     """One replica."""
 
-    def __init__(self, seat: Seat, wire: Wire, config: AdapterConfig) -> None:
+    def __init__(self, replica: ReplicaParts, wire: Wire, config: AdapterConfig) -> None:
         self.wire = wire
-        self.registry: ReplicaRegistry = seat.registry(
+        self.registry: ReplicaRegistry = replica.registry(
             config, tiny_base(), Metrics(), lambda _: None
         )
-        seat.merger(
+        replica.merger(
             edit=_no_edit, describe=_no_base, change_base=_change_at_once, metrics=Metrics()
         )
-        self.link: ReplicaLink = seat.link(lambda: (0, 0))
+        self.link: ReplicaLink = replica.link(lambda: (0, 0))
         self.link.start(10.0)
 
     def close(self) -> None:
@@ -98,7 +98,7 @@ class Fleet:
 
     def start(self) -> Started:
         wire = Wire(lambda: self._host)
-        replica = Started(Seat(f"r{len(self._replicas)}", wire), wire, self._config)
+        replica = Started(ReplicaParts(f"r{len(self._replicas)}", wire), wire, self._config)
         self._replicas.append(replica)
         return replica
 

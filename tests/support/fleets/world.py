@@ -141,7 +141,7 @@ class World:
             follower.joined(letter.answer, letter.asked)
         elif isinstance(question, m.Report):
             if isinstance(letter.answer, m.News):
-                follower.told(question, letter.answer, letter.asked)
+                follower.take_news(question, letter.answer, letter.asked)
             else:
                 self.counts["expelled"] += 1
                 follower.must_join()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from turret.fleet.replica import Seat
+from turret.fleet.replica import ReplicaParts
 from turret.server.adapters.head import Head
 from turret.server.adapters.ref import AdapterRef
 from turret.server.api.gate import Backend
@@ -114,14 +114,14 @@ class EngineHarness:
         head_screen: bool = True,
         adapter_device_bytes: int = 512 << 20,
         gpu: bool = False,
-        seat: Seat | None = None,
+        replica: ReplicaParts | None = None,
         state_dir: Path | None = None,
         chat_template: Path | None = None,
         trusts_templates: bool = False,
     ) -> AsyncIterator[EngineHarness]:
         """Build and start an engine, load ``adapters`` (each from the directory of its name).
 
-        ``gpu`` takes the gpu path, in Triton's interpreter; with a ``seat`` it is a replica.
+        ``gpu`` takes the gpu path, in Triton's interpreter; ``replica`` makes it one of a fleet.
         """
         config = Config(
             model=ModelConfig(
@@ -150,11 +150,11 @@ class EngineHarness:
         # What is made of a test's model goes beside it, not into the user's cache.
         cache = {} if model is None else {"XDG_CACHE_HOME": str(model.parent / "cache")}
         with patch.dict(os.environ, cache):
-            backend = build_backend(config, metrics, gpu=gpu, seat=seat)
+            backend = build_backend(config, metrics, gpu=gpu, replica=replica)
         for name in adapters:
             backend.registry.load(name, name)
         await backend.engine.start()
-        link = None if seat is None else seat.link(lambda: (backend.engine.num_waiting, 0))
+        link = None if replica is None else replica.link(lambda: (backend.engine.num_waiting, 0))
         try:
             if link is not None:
                 await asyncio.to_thread(link.start, 30.0)

@@ -27,12 +27,12 @@ from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.batch import runs_of
 from turret.server.engine.step.executor import Computed, adapters_of, fill_prefix, sampled_rows
 from turret.server.engine.step.first_passes import (
-    NOTHING_TOLD,
-    AllTold,
+    NO_SCALINGS,
+    StepScalings,
+    computed_scalings,
+    constant_scalings,
+    first_passes_of,
     given_rows,
-    guides_of,
-    told_before,
-    told_by,
 )
 from turret.server.engine.step.gpu.decode_graphs import Body, Capture, DecodeGraphs, Key, buckets
 from turret.server.engine.step.gpu.sampler import GpuSampler
@@ -294,8 +294,8 @@ class GpuExecutor:
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence."""
-        for lot in sequence.lots:
-            self._blocks.forget(lot)
+        for each in sequence.passes:
+            self._blocks.forget(each)
         self._last = self._prepared = None
 
     def free_memory(self) -> None:
@@ -308,33 +308,33 @@ class GpuExecutor:
     def _run(self, step: Step) -> Computed:
         for sequence, start in step.presets:
             fill_prefix(self._cache, sequence, start)
-        scheduled, guides = step.scheduled, guides_of(step)
-        told = NOTHING_TOLD if guides is None else self._told(step, guides)
+        scheduled, first_passes = step.scheduled, first_passes_of(step)
+        scalings = NO_SCALINGS if first_passes is None else self._scalings(step, first_passes)
         is_decode = all(item.num_new == 1 and generates(item.sequence) for item in scheduled)
-        if is_decode and guides is None:
+        if is_decode and first_passes is None:
             placed = tuple(map(Placed, scheduled, range(len(scheduled))))
             hidden, logits = self._run_decode([item.sequence for item in scheduled])
             added = added_logits(sampled_rows(placed), hidden, self._decoder, self.store)
             return Computed(placed, hidden, logits[: len(scheduled)], added)
         placed = in_order(scheduled)
         samples = [place.last_row for place in placed if place.samples]
-        hidden, logits = self._run_mixed(placed, samples, told)
+        hidden, logits = self._run_mixed(placed, samples, scalings)
         if not samples:
             return Computed(tuple(placed), hidden, None)
         drawn = [(p.item.sequence, range(p.last_row, p.last_row + 1)) for p in placed if p.samples]
         added = added_logits(drawn, hidden, self._decoder, self.store)
         return Computed(tuple(placed), hidden, logits[: len(samples)], added)
 
-    def _told(self, step: Step, guides: Step) -> AllTold:
+    def _scalings(self, step: Step, first_passes: Step) -> StepScalings:
         """Compute the first passes of a step."""
         self.store.prepare(adapters_of(step))
-        told = told_before(guides, self.store, self._decoder.device)
-        placed = in_order(guides.scheduled)
-        states, _ = self._run_mixed(placed, [], told)
-        return told_by(step.scheduled, placed, states, self.store)
+        scalings = constant_scalings(first_passes, self.store, self._decoder.device)
+        placed = in_order(first_passes.scheduled)
+        states, _ = self._run_mixed(placed, [], scalings)
+        return computed_scalings(step.scheduled, placed, states, self.store)
 
     def _run_mixed(
-        self, placed: list[Placed], samples: list[int], told: AllTold
+        self, placed: list[Placed], samples: list[int], scalings: StepScalings
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run a step with prompts or first passes, without capturing it."""
         tables, device = self._mixed, self._decoder.device
@@ -346,7 +346,7 @@ class GpuExecutor:
         adapters = None
         if members:
             self.store.prepare(members.values())
-            given = given_rows(placed, told)
+            given = given_rows(placed, scalings)
             with tables.adapters():
                 adapters = self.store.bind(runs_of(its_rows), tables, given, num_decode)
         updates = self._blocks.update([place.item.sequence for place in placed])

@@ -1,4 +1,4 @@
-"""Sequences with a guide: two lots of blocks that come, go and are found together."""
+"""Sequences with a first pass: the blocks of both come, go and are found together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from said import says
 
 from turret.server.engine.scheduling.block_pool import BlockPool
-from turret.server.engine.scheduling.guides import add_guide
+from turret.server.engine.scheduling.first_passes import add_first_pass
 from turret.server.engine.scheduling.request import Request, StopConditions
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence, SequenceState
@@ -58,7 +58,7 @@ def sequence_of(
     )
     mix: Any = FakeMix(tuple((adapter, 1.0) for adapter in adapters))
     sequence = Sequence(request, mix, 0.0, num_virtual=num_virtual)
-    add_guide(sequence)
+    add_first_pass(sequence)
     return sequence
 
 
@@ -69,11 +69,11 @@ def finish_all(scheduler: Scheduler, num_generated: int = 1) -> int:
         step = scheduler.schedule()
         preempted += step.num_preempted
         for item in step.scheduled:
-            for lot in item.sequence.lots:
+            for each in item.sequence.passes:
                 # Room for what is computed, in blocks of its own.
-                assert len(lot.blocks) * SIZE >= lot.num_computed + item.num_new
-                assert lot.num_computed == item.sequence.num_computed
-        held = [b for s in scheduler.running for lot in s.lots for b in set(lot.blocks)]
+                assert len(each.blocks) * SIZE >= each.num_computed + item.num_new
+                assert each.num_computed == item.sequence.num_computed
+        held = [b for s in scheduler.running for each in s.passes for b in set(each.blocks)]
         assert len(set(held)) <= scheduler.blocks.num_active
         drawn = [item.sequence for item in step.scheduled if item.samples]
         scheduler.complete(step)
@@ -98,14 +98,14 @@ def make(num_blocks: int = 64) -> Scheduler:
 
 def test_a_guide_has_the_tokens_of_its_sequence() -> None:
     sequence = sequence_of([1, 2, 3], ROUTED, PLAIN)
-    assert sequence.guide is not None
-    assert sequence.guide.mix.key == ()
+    assert sequence.first_pass is not None
+    assert sequence.first_pass.mix.key == ()
     sequence.tokens.append(4)
-    assert sequence.guide.tokens == [1, 2, 3, 4]
-    guide = sequence_of([1], CONSTANT).guide
-    assert guide is not None
-    assert guide.mix.key == (("constant", 1, 1.0),)
-    assert sequence_of([1], PLAIN).guide is None
+    assert sequence.first_pass.tokens == [1, 2, 3, 4]
+    first_pass = sequence_of([1], CONSTANT).first_pass
+    assert first_pass is not None
+    assert first_pass.mix.key == (("constant", 1, 1.0),)
+    assert sequence_of([1], PLAIN).first_pass is None
 
 
 def test_one_first_pass_and_nothing_before_the_prompt() -> None:
@@ -134,8 +134,8 @@ def test_the_base_s_pass_is_the_base_s_in_the_cache() -> None:
 def test_a_pass_at_constant_scalings_is_not_the_adapter_s_own() -> None:
     sequence = sequence_of(list(range(8)), CONSTANT)
     run(make(), sequence)
-    assert sequence.guide is not None
-    assert set(sequence.keys).isdisjoint(sequence.guide.keys)
+    assert sequence.first_pass is not None
+    assert set(sequence.keys).isdisjoint(sequence.first_pass.keys)
 
 
 @pytest.mark.parametrize("seed", range(8))
