@@ -21,15 +21,15 @@ VERBS = {
     "score": "log probabilities of a prompt",
     "classify": "label texts",
     "embed": "turn texts into vectors",
-    "eval": "judge adapters on a test set",
-    "adapters": "administer adapters",
+    "eval": "evaluate adapters on a test set",
+    "adapters": "manage adapters",
     "health": "exit 0 if a server is serving, 1 if not",
 }
 
 
 def add_verb(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], name: str) -> None:
     """Add one of ``VERBS`` to a command's parser."""
-    importlib.import_module(f"{__name__}.{name}").add_parser(subparsers)
+    importlib.import_module(f"{__name__}.{name}").add_parser(subparsers, VERBS[name])
 
 
 def add_verbs(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -41,9 +41,9 @@ _COMBINATIONS = (
 )
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb and its actions."""
-    parser = subparsers.add_parser("adapters", help="manage adapters")
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
+    """Add the verb and its actions; ``text`` is its line in the help."""
+    parser = subparsers.add_parser("adapters", help=text)
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     _add_lifecycle(actions)
     _add_transfers(actions)

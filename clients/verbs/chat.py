@@ -34,11 +34,11 @@ Ctrl-C stops the answer, or leaves if there is none."""
 _IN_CHAT = {**HINTS, "ADAPTER_NOT_FOUND": "/adapters lists the registered adapters"}
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb."""
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
+    """Add the verb; ``text`` is its line in the help."""
     parser = subparsers.add_parser(
         "chat",
-        help="talk to the model",
+        help=text,
         description="Talk to the model. Type /help to list the commands.",
         parents=[adapter_parser(), generation_parser(), connection_parser()],
     )

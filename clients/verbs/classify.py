@@ -23,11 +23,11 @@ from turret.clients.verbs.texts import given_texts, text_parser
 _SHOWN_CHARS, _SHOWN_LABELS = 60, 3
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb."""
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
+    """Add the verb; ``text`` is its line in the help."""
     parser = subparsers.add_parser(
         "classify",
-        help="label texts",
+        help=text,
         description="Label texts with an adapter that was trained to classify (SEQ_CLS).",
         parents=[text_parser(), adapter_parser(required=True), json_parser(), connection_parser()],
     )

@@ -26,11 +26,11 @@ from turret.clients.verbs.texts import given_texts, text_parser
 _SHOWN_CHARS, _FEWEST_CHARS = 40, 4
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb."""
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
+    """Add the verb; ``text`` is its line in the help."""
     parser = subparsers.add_parser(
         "embed",
-        help="turn texts into vectors",
+        help=text,
         description="Print the vector of each text, one JSON array per line.",
         parents=[text_parser(), adapter_parser(), json_parser(), connection_parser()],
     )

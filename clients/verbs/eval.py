@@ -47,11 +47,11 @@ right labels.
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb."""
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
+    """Add the verb; ``text`` is its line in the help."""
     parser = subparsers.add_parser(
         "eval",
-        help="evaluate adapters on a test set",
+        help=text,
         description=_DESCRIPTION,
         parents=[json_parser(), connection_parser()],
     )

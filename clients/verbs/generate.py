@@ -27,11 +27,11 @@ from turret.clients.words import say
 _JSON_ONLY = ("logprobs", "top_n", "token_ids")
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb."""
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
+    """Add the verb; ``text`` is its line in the help."""
     parser = subparsers.add_parser(
         "generate",
-        help="complete a prompt",
+        help=text,
         description="Complete a prompt and print the answer as it arrives.",
         parents=[adapter_parser(), generation_parser(), json_parser(), connection_parser()],
     )

@@ -33,11 +33,11 @@ _HINTS = {
 }
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb."""
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
+    """Add the verb; ``text`` is its line in the help."""
     parser = subparsers.add_parser(
         "health",
-        help="exit 0 if a server is serving, 1 if not",
+        help=text,
         description="Query a server's health service, for example as a container's health check."
         f" The default --timeout is {_TIMEOUT_SECONDS:g} s.",
         parents=[json_parser(), connection_parser()],

@@ -22,11 +22,11 @@ from turret.clients.verbs.command import (
 from turret.clients.verbs.tables import print_table, terminal
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verb."""
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
+    """Add the verb; ``text`` is its line in the help."""
     parser = subparsers.add_parser(
         "score",
-        help="log probabilities of a prompt",
+        help=text,
         description="Print the log probability (natural logarithm) of every token of a prompt.",
         parents=[adapter_parser(), json_parser(), connection_parser()],
     )

@@ -80,8 +80,8 @@ def test_a_seed_is_a_history(clock: Clock) -> None:
 
 
 def _keep_blocks(self: HeldBlocks, sequence: Sequence) -> None:
-    for lot in sequence.lots:
-        lot.blocks, lot.num_computed = [], 0
+    for each in sequence.passes:
+        each.blocks, each.num_computed = [], 0
 
 
 def _accept_all(self: Scheduler, item: Scheduled, count: int) -> None:
