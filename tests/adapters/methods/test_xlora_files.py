@@ -27,6 +27,9 @@ from turret.server.adapters.methods.low_rank.xlora import modules_in_order
 from turret.server.cli import main
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
 from turret.server.models.families import read_arch
+from turret.training.conversion import xlora
+from turret.training.words import say
+from turret.words import Text
 
 LAYERS = "internal_xlora_classifier.layers"
 CLASSIFIER = f"base_model.{LAYERS}"
@@ -167,17 +170,28 @@ def test_what_peft_saves_lacks_layers_and_is_made_whole(root: Path) -> None:
     assert read_adapter(root, "1").digest == read_adapter(root, "b").digest
 
 
-def test_loras_that_have_moved_are_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def reasons(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The reasons of the sentences that a conversion makes, in order."""
+    found: list[str] = []
+
+    def record(reason: str, **params: Any) -> Text:
+        found.append(reason)
+        return say(reason, **params)
+
+    monkeypatch.setattr(xlora, "say", record)
+    return found
+
+
+def test_loras_that_have_moved_are_named(root: Path, reasons: list[str]) -> None:
     config = json.loads((root / "deep-saved" / "adapter_config.json").read_text())
     gone = dict.fromkeys(config["adapters"], "/nowhere/at/all")
     edit_config(root / "deep-saved", adapters=gone)
     assert convert(root) == 1
-    assert "each with --lora DIR" in capsys.readouterr().err
     wrong = [f"--lora={root / name}" for name in "bac"]
     assert convert(root, *wrong) == 1
-    assert "is another LoRA than number 0" in capsys.readouterr().err
     assert convert(root, *wrong[:2]) == 1
-    assert "made of 3 LoRAs; 2 are given" in capsys.readouterr().err
+    assert reasons == ["XLORA_NO_ORIGINAL", "XLORA_OTHER_LORA", "LORA_COUNT"]
     assert convert(root, *(f"--lora={root / name}" for name in "abc")) == 0
     assert read_adapter(root / "new", "xlora").config["components"] == [
         {"name": str(number), "digest": read_adapter(root, name).digest}
@@ -197,17 +211,15 @@ def test_more_than_ten_loras_keep_their_order(root: Path) -> None:
     ]
 
 
-def test_what_cannot_be_found_again_is_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_found_again_is_said(root: Path, reasons: list[str]) -> None:
     edit_config(root / "deep-saved", use_trainable_adapters=True)
     assert convert(root) == 1
-    assert "LoRA 0 was trained along" in capsys.readouterr().err
     edit_config(root / "deep-saved", use_trainable_adapters=False)
     shutil.rmtree(root / "deep-saved" / "0")
     assert convert(root) == 1
-    assert f"{CLASSIFIER}.0.weight is in none of its files" in capsys.readouterr().err
     edit_config(root / "deep-saved", adapters={"sql": "a", "json": "b"})
     assert convert(root) == 1
-    assert "names are not their numbers, as 'json'" in capsys.readouterr().err
+    assert reasons == ["XLORA_TRAINED_LORAS", "XLORA_NO_CLASSIFIER", "XLORA_NAME"]
     assert not (root / "new").exists()
 
 
