@@ -65,9 +65,8 @@ RUN python -c "from turret.server.models.model_source import resolve_model; \
 # gRPC, and HTTP if --http-address is set.
 EXPOSE 50051 8000
 STOPSIGNAL SIGTERM
-# The shell form: TURRET_HEALTH_FLAGS may hold several words.
+# The shell form: TURRET_HEALTH_FLAGS may hold several words. A first start on a GPU compiles kernels for minutes.
 # hadolint ignore=DL3025
-# A first start on a GPU compiles kernels for minutes.
 HEALTHCHECK --interval=10s --timeout=6s --start-period=600s \
     CMD turret health --address 127.0.0.1:50051 $TURRET_HEALTH_FLAGS
 ENTRYPOINT ["turret"]

@@ -110,7 +110,7 @@ class Tuning:
         shrink_block_k: Input features per step of that reduction.
         expand_block_n: Output columns per tile.
         hadamard_splits: Parts of the reduction over the input features.
-        hadamard_block_k: As ``shrink_block_k``, at rank 16; halved as the rank doubles.
+        hadamard_block_k: As ``shrink_block_k``, up to rank 32; halved at rank 64.
         hadamard_block_n: Output columns per tile; halved at rank 64.
         kronecker_block_l: Columns of ``w2`` per step of its reduction.
         nf4_block_n: Output columns per program.
@@ -131,7 +131,7 @@ class Tuning:
     shrink_block_k: int = 256
     expand_block_n: int = 256
     hadamard_splits: int = 4
-    hadamard_block_k: int = 128
+    hadamard_block_k: int = 64
     hadamard_block_n: int = 64
     kronecker_block_l: int = 32
     nf4_block_n: int = 128

@@ -48,7 +48,7 @@ def hadamard_shrink_kernel(
     split_width = tl.cdiv(tl.cdiv(in_features, BLOCK_K), SPLITS) * BLOCK_K
     r = tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K)
-    factor_rows = r[:, None].to(tl.int64) * in_features
+    factor_rows = r[:, None] * in_features
     for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
         split = work % SPLITS
         i = work // SPLITS
@@ -117,7 +117,7 @@ def hadamard_shrink(
         table.capacity,
         SPLITS=tuned.hadamard_splits,
         BLOCK_R=block_r,
-        BLOCK_K=max(16, tuned.hadamard_block_k * 16 // block_r),
+        BLOCK_K=max(16, tuned.hadamard_block_k * 32 // max(block_r, 32)),
         num_warps=4,
         num_stages=wgmma_stages(2) if block_r == 64 else 2,
         enable_fp_fusion=True,

@@ -149,7 +149,7 @@ def test_what_a_killed_fleet_left_is_removed_and_a_living_one_is_let_be(
 def test_a_fleet_starts_on_the_addresses_of_one_that_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("turret.fleet.serving.serve.run", lambda config, plan: 7)
+    monkeypatch.setattr("turret.fleet.serving.serve.run", lambda config: 7)
     with socket.create_server(("127.0.0.1", 0)) as free:
         http = f"127.0.0.1:{free.getsockname()[1]}"
     with ExitStack() as stack:
