@@ -11,8 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_traffic import HALF, error_ratio
+from ptx.addresses import address_of
 from ptx.launcher import bench_module
 from triton.runtime.jit import JITFunction
+
+from turret.server.adapters.device.gpu import slot_tables, uploads
 
 # Rows 0, 1 and 3 have adapters, two of them the same; row 2 is the base model's.
 SLOT_OF_ROW = (1, 2, 0, 1)
@@ -29,10 +32,24 @@ def make_step(hidden: int) -> Any:
     return make(model, 1, len(SLOT_OF_ROW), CONTEXT, HALF, torch.device("cpu"))
 
 
+@pytest.fixture(autouse=True)
+def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulator maps what kernels find by the addresses in slot tables."""
+
+    def apart(found: Any, kept: list[torch.Tensor], *more: Any) -> list[int]:
+        places = uploads.apart(found, kept, *more)
+        for tensor in kept:
+            address_of(tensor)
+        return places
+
+    monkeypatch.setattr(slot_tables, "apart", apart)
+
+
 def adapters_of(step: Any, method: str) -> list[Any]:
-    """An adapter or None per row."""
+    """An adapter or None per row, for which the step has room from now on."""
     scenario = bench_module("cuda.step").Scenario(method, SLOT_OF_ROW, (12, 64), method)
     made = step.adapters(scenario)
+    step.forget(made)
     return [made[slot - 1] if slot else None for slot in SLOT_OF_ROW]
 
 

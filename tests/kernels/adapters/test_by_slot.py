@@ -18,6 +18,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio
+from ptx.addresses import address_of
 
 from turret.kernels.gpu.hadamard import hadamard_expand, hadamard_shrink
 from turret.kernels.gpu.kronecker import kronecker
@@ -44,7 +45,7 @@ def factor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def addresses(found: list[list[torch.Tensor]]) -> torch.Tensor:
     """Where the factors of each slot lie; of slots without any, nowhere."""
     width = max(map(len, found))
-    places = [[t.data_ptr() for t in own] or [0] * width for own in found]
+    places = [[address_of(t) for t in own] or [0] * width for own in found]
     return torch.tensor(places, device=DEVICE)
 
 
