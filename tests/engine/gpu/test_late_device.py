@@ -207,6 +207,9 @@ def test_an_adapter_that_finds_no_memory_costs_nobody_their_graphs(cuda: FakeCud
     sequence = Sequence(Request(request_id="r", prompt_token_ids=(1, 2, 3)), mix, 0.0)
     sequence.blocks = [3]
     step = Step((Scheduled(sequence, 2),), (), 0)
+    assert not runner.is_near(sequence)
+    uploads = executor.store._uploads
+    uploads._staged["b"].copying.result()
     dropped, tried = list[str](), list[str]()
 
     def full(pack: GpuPack, key: str, operators: AdapterOperators) -> None:
@@ -223,6 +226,8 @@ def test_an_adapter_that_finds_no_memory_costs_nobody_their_graphs(cuda: FakeCud
     assert tried == ["b", "b"], "once more after idle ones have left, and then not for a while"
     assert dropped == []
     assert idle.bytes_device == 0
+    cuda.default.synchronize()
+    assert uploads._held() == 0, "its copy has left the device"
     refusal = runner.refusal(sequence)
     assert refusal is not None
     assert says("DEVICE_MEMORY_SHORT")(refusal)

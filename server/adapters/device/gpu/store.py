@@ -65,7 +65,7 @@ class GpuAdapterStep:
         projections: The pack's matrices.
         table: The step's segments; every row of the step is in it.
         form: What it launches.
-        slot tables: Rows of the slot tables.
+        slot_tables: Rows of the slot tables.
         gates: Gates of learned fusions.
         addresses: Addresses of the tables that this step reads but not every step with adapters
             does.
@@ -224,7 +224,6 @@ class GpuStore(AdapterStore):
                 self._refused[adapter.key] = time.monotonic()
                 raise AdapterMemoryError(adapter.key)
         self._refused.pop(adapter.key, None)
-        self._uploads.taken()
 
     def _try_insert(self, adapter: Resident) -> bool:
         """Whether there was memory. Not the caller's handler: it would keep the tensors alive."""
@@ -234,6 +233,8 @@ class GpuStore(AdapterStore):
             if not is_out_of_memory(error):
                 raise
             return False
+        finally:
+            self._uploads.taken()
         return True
 
     def form(self, mixes: Iterable[Members]) -> Form:
