@@ -39,7 +39,7 @@ from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.weights.nf4_gpu import Nf4Product
 
 KV_BLOCK = 16
-# Most of the memory that a device has left beside the base which adapters may take.
+# Largest share of the memory left beside the base that adapters may take.
 _ADAPTER_SHARE = 0.9
 
 
@@ -166,7 +166,7 @@ class DecodeStep:
     def _adapter_bytes(self, layout: ProjectionLayout, adapters: SequenceOf[Adapter]) -> int:
         """A budget with room for some adapters."""
         store = GpuStore(layout, self.dtype, torch.device("meta"), 0)
-        # What the pack and its neutral slot round up to is less than two adapters without ranks.
+        # Two adapters without ranks cover the pack's rounding and its neutral slot.
         needs = [store.needs(AdapterOperators({}))] * 2
         needs += [store.needs(adapter.operators) for adapter in adapters]
         packed, other = map(sum, zip(*needs, strict=True))

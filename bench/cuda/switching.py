@@ -29,7 +29,7 @@ def time_switching(setting: Setting) -> None:
     shape = f"{rows} rows, {setting.num_layers} layers"
     lora = Scenario("lora", (1,) * rows, (setting.rank,) * num_adapters)
     adapters = step.adapters(lora)
-    # They come a second time, cold.
+    # Each adapter is also copied to the device again, under another key (``_on_host``).
     step.forget(adapters * 2)
     plans = [step.plan([adapter] * rows) for adapter in adapters]
     for plan in plans * 3:

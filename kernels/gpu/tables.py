@@ -246,7 +246,7 @@ class StagedPart:
 #     count · 0 · 0 · 0 | rows [capacity] | slots [capacity] | weights [capacity] (fp32 bits)
 
 ROW_HEADER = 4
-# What capacities should be multiples of, so that no kernel is compiled twice.
+# Capacities should be multiples of this: the compiler specialises on whether 16 divides them.
 ROW_TABLE_MULTIPLE = 16
 
 

@@ -6,11 +6,11 @@ with the lowest counter is served next. A group that was idle re-enters at the l
 those that are busy, so saved-up idleness is not a credit. A popular adapter can therefore delay a
 rare one by at most the work already running, however long its own queue is.
 
-Whoever is not ready, for its adapters are still being read, is passed over by all who are, those
-of its own mix included.
+A request that is not ready, because its adapters are still being read, is passed over by all that
+are, even those of its own mix.
 
-Nor does an endless stream of newcomers, each at that lowest counter, keep out a group that is
-ahead of them: nobody enters below the counter of a group that had got its exact share all along
+An endless stream of newcomers, each at that lowest counter, cannot keep out a group that is ahead
+of them: nobody enters below the counter of a group that had got its exact share all along
 (the virtual time of fair queueing, Parekh and Gallager 1993), which catches up with any lead.
 
 Within a mix, the requests of one party (a token, or a call if there are no tokens) are in line one
@@ -44,9 +44,9 @@ class _Line(Generic[T]):
     """The items of one group, in the order of their turns."""
 
     def __init__(self) -> None:
-        # Each with its turn; those of the same turn in the order in which they came.
+        # Turns rise; items of the same turn are in the order in which they came.
         self._items: list[tuple[float, T]] = []
-        # The turn at which a party enters that does not wait yet.
+        # A party that has nothing in line enters at this turn.
         self._now = 0.0
         # Party → number of its items and the last of their turns.
         self._parties: dict[Hashable, tuple[int, float]] = {}

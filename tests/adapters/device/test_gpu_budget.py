@@ -126,7 +126,7 @@ def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_adapters_of_every_kind_keep_to_the_budget(
     budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Its shape depends on its values, which meta tensors do not have.
+    # The shape of a sparse update depends on its values, which meta tensors do not have.
     monkeypatch.setattr(Sparse, "prepare", lambda self: None)
     store = GpuStore(LAYOUT, torch.float32, META, budget)
     empty = bytes_on_device(store)

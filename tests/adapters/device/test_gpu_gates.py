@@ -322,7 +322,7 @@ def test_a_gated_adapter_that_had_to_leave_comes_back_the_same() -> None:
     adapters = adapters_of(gates_of(torch.float32))
     taken = [store_of(torch.float32, {}).needs(adapters[key].operators) for key in "bc"]
     budgets = [sum(each) for each in zip(*taken, strict=True)]
-    # Of what is budgeted a quarter is for what is not in the pack.
+    # A quarter of the budget is for what is not in the pack.
     most = max(4 * budgets[1], 4 * budgets[0] // 3 + 6000)
     x, y = torch.randn(NUM_ROWS, INNER, device=DEVICE), torch.randn(NUM_ROWS, WIDTH, device=DEVICE)
     store = GpuStore(LAYOUT, torch.float32, DEVICE, most)

@@ -231,8 +231,8 @@ class GpuExecutor:
         """
         for bucket in self._buckets:
             self._body(self._decode, self._padding(self._decode, packed, bucket))()
-        # Long prompts, whose products are a library's, alone and beside a row that decodes; short
-        # ones.
+        # Cover long prompts, whose products are a library's, alone and beside decoding rows, and
+        # short prompts.
         rows = min(_SHORT_PROMPT + 1, self._mixed.max_rows)
         for num_decode in sorted({0, 1, min(rows, 32), rows}):
             inputs = self._padding(self._mixed, packed, rows, num_decode)

@@ -303,7 +303,6 @@ class StepTables:
     def row_table(self, key: Hashable) -> RowTable:
         """The table for a slot table and position; the same key always gets the same table."""
         if key not in self._row_tables:
-            # The compiler specialises on whether 16 divides it, so it always does.
             capacity = -(-self.max_rows // ROW_TABLE_MULTIPLE) * ROW_TABLE_MULTIPLE
             self._row_tables[key] = RowTable(capacity, self._device, self._adapter_memory)
         return self._row_tables[key]
