@@ -19,7 +19,6 @@ from turret.v1 import adapters_pb2
 if TYPE_CHECKING:
     # The server listens before torch is loaded, which takes seconds.
     from turret.server.adapters.registry.tokenizers import AdapterTokenizers
-    from turret.server.adapters.tokenizer_files import TokenizerFiles
     from turret.server.constraints.compiler import ConstraintCompiler
     from turret.server.models.own_tokenizers import Key, OwnTokenizers
     from turret.server.models.tokenizer import Tokenizer
@@ -156,12 +155,9 @@ class Vocabularies:
             raise InvalidRequestError.of(_FIELD, why)
 
     async def _read(self, key: Key, adapter: Adapter | None) -> Tokenizer:
-        def files() -> TokenizerFiles:
-            assert adapter is not None, "the base's tokenizer is in memory"
-            return self._adapters.read(adapter)
-
         reading = self._reading.get(key)
         if reading is None:
+            files = None if adapter is None else functools.partial(self._adapters.read, adapter)
             loop = asyncio.get_running_loop()
             reading = loop.run_in_executor(None, self._tokenizers.get, key, files)
             self._reading[key] = reading

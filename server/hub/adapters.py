@@ -85,8 +85,8 @@ class AdapterHub:
         repository = self.check(path)
         if repository is None:
             return path
-        if not _is_there(repository.id):
-            names = _names(path, repository.files)
+        names = _names(path, repository.files)
+        if not _is_there(repository.id, names):
             size = sum(repository.files[name] for name in names)
             self._download(path, repository, names, size)
         return f"{HUB_SCHEME}{repository.id}"
@@ -109,7 +109,7 @@ class AdapterHub:
         # A branch may have moved since it was cached.
         repository = find_repository(hub_id, may_be_old=False)
         names = _names(path, repository.files)
-        if not _is_there(repository.id):
+        if not _is_there(repository.id, names):
             self._check_size(path, sum(repository.files[name] for name in names))
         return repository
 
@@ -205,9 +205,9 @@ class AdapterHub:
             raise failures[0]
 
 
-def _is_there(hub_id: HubId) -> bool:
+def _is_there(hub_id: HubId, names: Sequence[str] = _NEEDED) -> bool:
     folder = cache_dir() / hub_id.snapshot
-    return all((folder / name).is_file() for name in _NEEDED)
+    return all((folder / name).is_file() for name in names)
 
 
 def _names(path: str, files: Mapping[str, int]) -> list[str]:
@@ -223,4 +223,5 @@ def _names(path: str, files: Mapping[str, int]) -> list[str]:
         raise refuse(path, say("NOT_AN_ADAPTER"))
     if TENSORS_FILE not in files:
         refuse_missing_tensors(path, sorted(name for name in files if "/" not in name))
-    return [name for name in (*_NEEDED, PROVENANCE_FILE, *TEMPLATE_FILES) if name in files]
+    # Fetch the tensors last: if they are in the cache, the other files are too.
+    return [name for name in (PROVENANCE_FILE, *TEMPLATE_FILES, *_NEEDED) if name in files]

@@ -37,7 +37,7 @@ def base_template(path: Path) -> OwnTemplate:
         why = say("FILE_TOO_LARGE", most=MAX_TEMPLATE_BYTES)
         raise InvalidRequestError.of("chat-template", why)
     try:
-        text = data.decode().replace("\r\n", "\n")
+        text = data.decode()
         template = ChatTemplate(text, {})
         try:
             template.check()

@@ -73,7 +73,7 @@ class OwnTokenizers:
             InvalidRequestError: They cannot be read, or there are tokens without a row.
         """
         if files is None:
-            self.get(("", 0, chat_template), _no_files)
+            self.get(("", 0, chat_template))
         else:
             self.get((files.digest, rows, chat_template), lambda: files)
 
@@ -90,8 +90,12 @@ class OwnTokenizers:
                 self._kept.move_to_end(key)
             return found
 
-    def get(self, key: Key, read: Callable[[], TokenizerFiles]) -> Tokenizer:
+    def get(self, key: Key, read: Callable[[], TokenizerFiles] | None = None) -> Tokenizer:
         """Return the tokenizer, reading it if it is not in memory.
+
+        Args:
+            key: See ``Key``.
+            read: Reads the tokenizer's files; None for the base's tokenizer, which is in memory.
 
         Raises:
             InvalidRequestError: It or its chat template cannot be read.
@@ -110,6 +114,7 @@ class OwnTokenizers:
                 if found is not plain:
                     found.check_template()
             else:
+                assert read is not None
                 found = self._read(read().files, rows)
             with self._lock:
                 # Another thread may have read it meanwhile: keep and return the first one.
@@ -212,10 +217,6 @@ class OwnTokenizers:
         except (OSError, ValueError):
             return {}
         return {key: config[key] for key in _GUESSED if key in config}
-
-
-def _no_files() -> TokenizerFiles:
-    raise AssertionError("the base's tokenizer is in memory")
 
 
 def _invalid(problem: str, folder: Path) -> InvalidRequestError:

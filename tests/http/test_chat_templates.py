@@ -92,6 +92,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with_template(folder / "own", OWN)
     with_template(folder / "same", BASE)
     with_template(folder / "ends", OTHER, eos_token="a")
+    (folder / "ends" / "chat_template.jinja").write_bytes(OTHER.replace("\n", "\r\n").encode())
     for name, template in (
         ("config", OTHER),
         ("named", [{"name": "default", "template": OWN}, {"name": "tool_use", "template": TOOLS}]),

@@ -244,6 +244,20 @@ def test_size_is_checked_before_a_byte_comes(registry: _Make, hub: FakeHub, repo
     assert hub.downloads() == []
 
 
+def test_a_chat_template_comes_before_the_weights(
+    registry: _Make, hub: FakeHub, repo: Repo, tmp_path: Path
+) -> None:
+    """Weights in the cache do not hide that the template is missing."""
+    commit = repo.push({**repo.commits[repo.refs["main"]], "chat_template.jinja": b"{{ x }}"})
+    one = registry("acme")
+    loaded = one.load("a", PATH)
+    assert loaded.facts.chat_template
+    assert hub.downloads()[-1] == "adapter_model.safetensors"
+    (template,) = (tmp_path / "hub").glob(f"*/snapshots/{commit}/chat_template.jinja")
+    template.unlink()
+    assert one.load("b", PATH).facts.chat_template == loaded.facts.chat_template
+
+
 def test_what_xet_does_not_have_counts_once(registry: _Make, hub: FakeHub, repo: Repo) -> None:
     hub.has_xet = True
     assert registry("acme", max_bytes=1 << 20).load("a", PATH).name == "a"

@@ -158,13 +158,12 @@ def _object(directory: AdapterDirectory, name: str, findings: Findings) -> dict[
 
 
 def _text(directory: AdapterDirectory, name: str, findings: Findings) -> str:
-    """A text file of the folder, with line ends as transformers reads them."""
+    """A text file of the folder; empty if it is invalid."""
     try:
-        text = (_data(directory, name, findings) or b"").decode()
+        return (_data(directory, name, findings) or b"").decode()
     except UnicodeDecodeError:
         findings.add(name, say("NOT_UTF8"))
         return ""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _data(directory: AdapterDirectory, name: str, findings: Findings) -> bytes | None:
