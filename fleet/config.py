@@ -79,7 +79,8 @@ class FleetConfig:
             text = say("NEEDS_FIELD", other=f"--{other}-replicas")
             raise SettingsError(Violation(f"fleet.{given}_replicas", text))
         if least is not None and self.replicas is not None:
-            raise SettingsError(Violation("fleet.replicas", say("REPLICAS_TWICE")))
+            text = say("CONFLICTS_WITH", other="--min-replicas")
+            raise SettingsError(Violation("fleet.replicas", text))
         if least is not None and most is not None and most < least:
             text = say("BELOW_OTHER", other="--min-replicas", value=most, least=least)
             raise SettingsError(Violation("fleet.max_replicas", text))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,16 +34,16 @@ _WAIT_SECONDS = 2.0
 _CANCEL_SECONDS = 0.2
 
 
-class Channel:
+class Channel(ABC):
     """The methods of a ``RegistryHost`` that may be in another process. Each blocks.
 
     Every method raises UnavailableError if the registry cannot be reached; whether a proposal was
     accepted is then not known.
     """
 
+    @abstractmethod
     def call(self, wait_seconds: float, method: str, *arguments: Any) -> Any:
         """Call a method of the host, which may wait for ``wait_seconds`` before it answers."""
-        raise NotImplementedError
 
     def join(self, join: p.Join) -> p.Joined:
         return self.call(0.0, "join", join)

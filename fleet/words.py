@@ -67,7 +67,6 @@ TEXTS = {
     "FLEET_NEEDS_PORT": "must be HOST:PORT in a fleet",
     "FLEET_ONE_HOST": "must have the host of --address, {host}, in a fleet",
     "FLEET_TWO_PORTS": "must have a port other than that of --address, and neither may be 0",
-    "REPLICAS_TWICE": "cannot be combined with --min-replicas and --max-replicas",
     "NOT_A_RAY_ADDRESS": "must be HOST:PORT, as `ray start --head` prints it, or auto, not"
     " {value!q}",
 }

@@ -50,15 +50,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     _add_combinations(actions)
 
 
-def _add_task(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--task",
-        type=int,
-        metavar="N",
-        help="number of the task, from 0, if the files hold several",
-    )
-
-
 def _action(
     actions: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
@@ -90,8 +81,7 @@ def _add_lifecycle(actions: argparse._SubParsersAction[argparse.ArgumentParser])
         "path", metavar="PATH", help="directory, relative to the server's --adapter-root"
     )
     load.add_argument("--pin", action="store_true", help="also pin the adapter")
-    _add_task(load)
-    _add_template(load)
+    _add_reading(load)
     unload = _action(actions, "unload", "unregister an adapter", _unload)
     unload.add_argument("--force", action="store_true", help="abort the requests that use it")
     unload.add_argument(
@@ -111,7 +101,13 @@ def _add_expected(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_template(parser: argparse.ArgumentParser) -> None:
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--task",
+        type=int,
+        metavar="N",
+        help="number of the task, from 0, if the files hold several",
+    )
     parser.add_argument(
         "--chat-template",
         type=file_text,
@@ -127,8 +123,8 @@ def _add_transfers(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     upload.add_argument(
         "--replace", action="store_true", help="make it the next generation of NAME"
     )
-    _add_task(upload)
-    _add_template(upload)
+    _add_expected(upload)
+    _add_reading(upload)
     replace = _action(
         actions,
         "replace",
@@ -138,10 +134,8 @@ def _add_transfers(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     replace.add_argument(
         "path", metavar="PATH", help="directory, relative to the server's --adapter-root"
     )
-    _add_expected(upload)
     _add_expected(replace)
-    _add_task(replace)
-    _add_template(replace)
+    _add_reading(replace)
     export = _action(actions, "export", "write an adapter to a new directory", _export)
     export.add_argument("directory", type=Path, metavar="DIR", help="new directory on this machine")
     export.add_argument(

@@ -103,7 +103,7 @@ def test_cluster_says_what_is_missing(
         ("--replicas 0", {"fleet.replicas": "TOO_SMALL"}),
         ("--min-replicas 2", {"fleet.min_replicas": "NEEDS_FIELD"}),
         ("--min-replicas 3 --max-replicas 2", {"fleet.max_replicas": "BELOW_OTHER"}),
-        ("--replicas 2 --min-replicas 1 --max-replicas 3", {"fleet.replicas": "REPLICAS_TWICE"}),
+        ("--replicas 2 --min-replicas 1 --max-replicas 3", {"fleet.replicas": "CONFLICTS_WITH"}),
         ("--lease-seconds 0.1", {"fleet.lease_seconds": "TOO_SMALL"}),
         ("--state-dir s --address unix:x", {"listen.address": "FLEET_NEEDS_PORT"}),
         ("--state-dir s --address 127.0.0.1:0", {"listen.http_address": "FLEET_TWO_PORTS"}),
