@@ -49,6 +49,11 @@ def template_of(mix: Iterable[AdapterFacts]) -> str:
 
 
 @functools.lru_cache(maxsize=64)
+def field_of(origin: str) -> str:
+    """What an error names as the place of a template."""
+    return "chat_template" if origin == REQUEST else origin
+
+
 def origin_of(chat_template: str) -> str:
     """Where ``AdapterFacts.chat_template`` comes from; empty if an adapter brings none."""
     return OwnTemplate.from_json(chat_template).origin if chat_template else ""

@@ -284,10 +284,17 @@ async def test_a_broken_template_is_refused_at_load(doors: Doors) -> None:
         assert (failure.reason, failure.reasons) == ("ADAPTER_CHECKPOINT", {file: reason})
         if reason == "CHAT_TEMPLATE_INVALID":
             assert "line 2" in failure.violations[file]
-            # One that is given takes its place.
+            # A template in the call replaces the broken one.
             load.name, load.chat_template = f"given-{file}", OWN
             await doors.rpc.adapters.LoadAdapter(load)
             assert await doors.tokens(load.name) == await doors.tokens("own")
+    for template, reason in (
+        ("{{ a", "CHAT_TEMPLATE_INVALID"),
+        ("é" * (128 << 10) + "x", "CHAT_TEMPLATE_TOO_LARGE"),
+    ):
+        load = adapters_pb2.LoadAdapterRequest(name="broken", path="plain", chat_template=template)
+        failure = await failure_of(doors.rpc.adapters.LoadAdapter(load))
+        assert failure.reasons == {"chat_template": reason}
 
 
 async def test_a_base_without_a_template_has_conversations_for_adapters_that_bring_one(

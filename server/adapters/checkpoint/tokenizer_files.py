@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from turret.server.adapters.chat_template import MAX_TEMPLATE_BYTES, OwnTemplate
+from turret.server.adapters.chat_template import MAX_TEMPLATE_BYTES, OwnTemplate, field_of
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.strict_json import FormatError, parse_object
@@ -109,7 +109,9 @@ def read_chat_template(
     if not given.templates:
         return ""
     if any(len(text.encode()) > MAX_TEMPLATE_BYTES for text in given.templates.values()):
-        findings.add(given.origin, say("CHAT_TEMPLATE_TOO_LARGE", most=MAX_TEMPLATE_BYTES))
+        findings.add(
+            field_of(given.origin), say("CHAT_TEMPLATE_TOO_LARGE", most=MAX_TEMPLATE_BYTES)
+        )
     tokens = _special_tokens(_object(directory, SPECIAL_TOKENS_FILE, findings) | config)
     used = {
         name: token
