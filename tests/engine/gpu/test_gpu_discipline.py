@@ -386,12 +386,7 @@ def test_nothing_is_compiled_inside_a_step(no_launches: Launched):
                 if chunk < 48:
                     executor.run(Step(tuple(rows), (), 0))
     assert {"kronecker_kernel", "fusion_gate_kernel", "segmented_shrink_kernel"} <= set(no_launches)
-    new = no_launches.forms - known
-    for form in new:
-        alike = [other for other in known if other[0] == form[0]]
-        near = min(alike, key=lambda other: len(set(other) ^ set(form)), default=())
-        print(form[0], set(form) - set(near), "not", set(near) - set(form))
-    assert not new
+    assert no_launches.forms == known
 
 
 def test_what_no_kernel_takes_is_left_to_torch():
