@@ -67,9 +67,9 @@ async def measure(streams: int, step_ms: float, args: argparse.Namespace) -> flo
         command = [sys.executable, __file__, "--client", door.address, "--door", args.door]
         command += ["--streams", str(streams), "--tokens", str(args.tokens)]
         child = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
-        told, _ = await child.communicate()
+        rates, _ = await child.communicate()
         await app.shutdown()
-    return statistics.median(map(float, told.split()))
+    return statistics.median(map(float, rates.split()))
 
 
 def ask(args: argparse.Namespace) -> None:

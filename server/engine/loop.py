@@ -285,22 +285,19 @@ class EngineLoop:
 
         Args:
             step: The step.
-            reason: Told in the log.
-            key: The adapter that there was no memory for: its requests end. If None, steps become
-                smaller.
+            reason: The reason to log.
+            key: The adapter that there was no memory for, whose requests end. If None, later steps
+                are smaller.
         """
         num_preempted = self._scheduler.abandon(step, time.monotonic(), is_too_large=key is None)
         _log.warning("the device has no memory for a step", extra=log.fields(reason=reason))
-        ended = [item.sequence for item in step.scheduled if _uses(item.sequence, key)]
-        if num_preempted is None:
-            ended = [step.scheduled[0].sequence]
+        sequences = [item.sequence for item in step.scheduled]
+        ended = sequences[:1] if num_preempted is None else [s for s in sequences if _uses(s, key)]
         for sequence in ended:
-            error = BudgetExceededError(say("DEVICE_MEMORY_SHORT"))
-            self._fail(self._answers[sequence], error)
-        if num_preempted is None:
-            return
-        self._ready.update(s for s in self._scheduler.waiting if s.num_preemptions > 0)
-        self._observer.preempted(num_preempted)
+            self._fail(self._answers[sequence], BudgetExceededError(say("DEVICE_MEMORY_SHORT")))
+        if num_preempted is not None:
+            self._ready.update(s for s in self._scheduler.waiting if s.num_preemptions > 0)
+            self._observer.preempted(num_preempted)
 
     def _advance(self, answer: Answer, item: Scheduled, result: StepResult, now: float) -> None:
         """Hand out what a step produced for one request."""

@@ -21,7 +21,6 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.mix import Mix
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.gate import Gate, QueryScore
@@ -36,6 +35,7 @@ from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.decoder import DecoderLayer
 from turret.server.models.decoding.gpu_decoder import GpuDecoder
 from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.describe import describe_projections
 from turret.server.models.families import read_arch
 from turret.server.models.weights.nf4_gpu import Nf4Product
 
@@ -186,14 +186,10 @@ def make_executor(capture: Capture, rows: int = ROWS) -> GpuExecutor:
         norms = {"norm_before_attention": empty(HIDDEN), "norm_before_mlp": empty(HIDDEN)}
         layers.append(DecoderLayer(**norms, q_norm=None, k_norm=None, **linears))
     table = empty(VOCAB, HIDDEN)
-    projections = {
-        name: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
-        for name, slices in ARCH.linears().items()
-    }
     return GpuExecutor(
         GpuDecoder(ARCH, embedding=table, layers=layers, norm=empty(HIDDEN), head=table),
         KvCache(ARCH, 8, BLOCK_SIZE, DTYPE, META),
-        GpuStore(ProjectionLayout(NUM_LAYERS, projections), DTYPE, META, 1 << 31),
+        GpuStore(describe_projections(ARCH), DTYPE, META, 1 << 31),
         max_num_seqs=rows,
         max_num_batched_tokens=256,
         capture=capture,

@@ -1,14 +1,12 @@
 """The extra pass of a sequence that gives an adapter its scalings. No torch.
 
 X-LoRA weighs its components by the final states of another pass over the same tokens: the base
-model's or, with a ``scaling_pass_value``, its own at constant scalings. This
-*first pass* is a sequence of its own, with the same tokens and with its own keys and values.
+model's or, with a ``scaling_pass_value``, its own at constant scalings. This *first pass* is a
+sequence of its own, with the same tokens and with its own keys and values.
 """
 
 from __future__ import annotations
 
-from turret.server.adapters.mix import Mix
-from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say
@@ -33,11 +31,6 @@ def add_first_pass(sequence: Sequence) -> None:
         raise InvalidRequestError.of("adapters", said)
     is_base = routed[0].first_pass == "base"
     own = mix.part([] if is_base else [(routed[0], 1.0)])
-    sequence.first_pass = _first_pass_of(sequence.request, own, sequence)
-
-
-def _first_pass_of(request: Request, mix: Mix, sequence: Sequence) -> Sequence:
-    first_pass = Sequence(request, mix, sequence.arrival)
+    sequence.first_pass = Sequence(sequence.request, own, sequence.arrival)
     # Share the token list: generated tokens are the first pass's next tokens too.
-    first_pass.tokens = sequence.tokens
-    return first_pass
+    sequence.first_pass.tokens = sequence.tokens

@@ -3,45 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from builders.adapters import tiny_llama
 from builders.every_operator import every_operator
 from said import says
-from transformers import LlamaConfig
 
 from turret.server.adapters.device.gpu.slot_tables import GpuSlotTables
 from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.device.layout import ExpertShape, ProjectionLayout, SliceShape
+from turret.server.adapters.device.layout import ExpertShape
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.low_rank import ExpertLowRank, LowRank
 from turret.server.adapters.operators.sparse import Sparse
 from turret.server.errors import BudgetExceededError
+from turret.server.models.describe import describe_projections
 from turret.server.models.families import read_arch
 
 META = torch.device("meta")
-ARCH = read_arch(
-    LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    )
-)
-LAYOUT = ProjectionLayout(
-    ARCH.num_layers,
-    {
-        name: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
-        for name, slices in ARCH.linears().items()
-    },
-    {"experts_down": ExpertShape("mlp.experts.down_proj", 4, 64, 24)},
-)
+ARCH = read_arch(tiny_llama().config)
+EXPERTS = {"experts_down": ExpertShape("mlp.experts.down_proj", 4, 64, 24)}
+LAYOUT = replace(describe_projections(ARCH), experts=EXPERTS)
 
 
 @dataclass(eq=False)

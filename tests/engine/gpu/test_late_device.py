@@ -19,7 +19,6 @@ from turret.kernels.gpu.tables import ATTENTION_HEADER
 from turret.server.adapters.device.gpu import uploads as uploads_module
 from turret.server.adapters.device.gpu.pack import GpuPack
 from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.store import AdapterMemoryError
 from turret.server.adapters.mix import Mix
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
@@ -33,6 +32,7 @@ from turret.server.engine.step.gpu.executor import GpuExecutor
 from turret.server.engine.step.gpu.tables import BlockTables
 from turret.server.engine.step.runner import DeviceFullError, Runner
 from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.describe import describe_projections
 from turret.server.models.families import read_arch
 
 CPU = torch.device("cpu")
@@ -93,14 +93,10 @@ def cuda() -> Iterator[FakeCuda]:
 
 def _executor(cuda: FakeCuda) -> tuple[GpuExecutor, _Decoder]:
     decoder: Any = _Decoder(cuda)
-    projections = {
-        name: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
-        for name, slices in ARCH.linears().items()
-    }
     executor = GpuExecutor(
         decoder,
         KvCache(ARCH, 32, 16, torch.float32, CPU),
-        GpuStore(ProjectionLayout(1, projections), torch.float32, CPU, 1 << 20),
+        GpuStore(describe_projections(ARCH), torch.float32, CPU, 1 << 20),
         max_num_seqs=2,
         max_num_batched_tokens=CHUNK,
         capture=None,

@@ -96,7 +96,7 @@ def make(num_blocks: int = 64) -> Scheduler:
     return Scheduler(BlockPool(num_blocks, SIZE), max_num_seqs=4, max_num_batched_tokens=16)
 
 
-def test_a_guide_has_the_tokens_of_its_sequence() -> None:
+def test_a_first_pass_has_the_tokens_of_its_sequence() -> None:
     sequence = sequence_of([1, 2, 3], ROUTED, PLAIN)
     assert sequence.first_pass is not None
     assert sequence.first_pass.mix.key == ()
@@ -150,7 +150,7 @@ def test_no_block_is_lost_when_few_are_there(seed: int) -> None:
     assert scheduler.blocks.num_free == 14
 
 
-def test_guided_ones_are_preempted_and_come_back() -> None:
+def test_sequences_with_a_first_pass_are_preempted_and_come_back() -> None:
     scheduler = make(num_blocks=15)
     sequences = [sequence_of([n] * 9, ROUTED, max_tokens=12) for n in range(3)]
     for sequence in sequences:

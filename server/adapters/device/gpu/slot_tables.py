@@ -221,11 +221,9 @@ class GpuSlotTables(Part):
     def compile(self, operators: AdapterOperators) -> None:
         """Launch an adapter's kernels on no rows, so that none is compiled when it is used."""
         num_layers, _, dtype, device = self._like
-        table = RowTable(ROW_TABLE_MULTIPLE, device)
-        table.load([], [], [])
-        for place in self._by_key(operators):
-            if place in self._compiled:
-                continue
+        for place in self._by_key(operators).keys() - self._compiled:
+            table = RowTable(ROW_TABLE_MULTIPLE, device)
+            table.load([], [], [])
             slot_table = SlotTable(place, num_layers, 1, dtype, device)
             if slot_table.is_addressed:
                 shape = self._layout.experts[place.projection]
