@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 
 from turret.server.adapters.facts import AdapterFacts
 
-# Most bytes of one template.
-MAX_TEMPLATE_BYTES = 256 << 10
 # Origins of a template that is not in the adapter's files: the caller sent it, or it is that of the
 # members of a fusion.
 REQUEST, MEMBERS = "request", "members"

@@ -284,10 +284,12 @@ async def test_a_broken_template_is_refused_at_load(doors: Doors) -> None:
         assert (failure.reason, failure.reasons) == ("ADAPTER_CHECKPOINT", {file: reason})
         if reason == "CHAT_TEMPLATE_INVALID":
             assert "line 2" in failure.violations[file]
-            # One that is given takes its place.
+            # A template that is sent with the request replaces the broken one.
             load.name, load.chat_template = f"given-{file}", OWN
             await doors.rpc.adapters.LoadAdapter(load)
             assert await doors.tokens(load.name) == await doors.tokens("own")
+    load = adapters_pb2.LoadAdapterRequest(name="long", path="plain", chat_template="é" * (1 << 18))
+    assert (await doors.rpc.adapters.LoadAdapter(load)).chat_template == "request"
 
 
 async def test_a_base_without_a_template_has_conversations_for_adapters_that_bring_one(
