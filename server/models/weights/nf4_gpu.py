@@ -44,7 +44,7 @@ def keep_sums_whole(device: torch.device) -> bool:
     matmul = torch.backends.cuda.matmul
     matmul.allow_tf32 = False
     with warnings.catch_warnings(action="ignore"):
-        # It warns that it is experimental.
+        # The function warns that it is experimental.
         torch.backends.cuda.preferred_blas_library("cublaslt")
     try:
         matmul.allow_bf16_reduced_precision_reduction = (False, False)
