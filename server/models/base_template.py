@@ -27,6 +27,7 @@ def base_template(path: Path) -> OwnTemplate:
         InvalidRequestError: The file is not a template.
         UnavailableError: See ``ChatTemplate.render``.
     """
+    # A name in a settings file arrives with the directory of that file.
     if path.name in _BUILT_IN and not path.exists():
         text, end = _BUILT_IN[path.name]
         return OwnTemplate(path.name, {"default": text}, {"eos_token": end})
