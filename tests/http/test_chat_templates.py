@@ -440,12 +440,15 @@ async def test_variables_that_make_no_sense_are_refused(doors: Doors) -> None:
         assert (refused.status, refused.param) == (400, param), fields
     plain = {"model": "own", "prompt": "hi", "chat_template_kwargs": {"a": 1}}
     assert (await doors.http.refused("/tokenize", plain)).param == "chat_template_kwargs"
-    turn = inference_pb2.ChatMessage(role="user", content="hi")
-    given = inference_pb2.Chat(messages=[turn], chat_template_kwargs="[]")
-    failure = await failure_of(
-        doors.rpc.inference.Tokenize(inference_pb2.TokenizeRequest(chat=given))
-    )
-    assert failure.reasons == {"chat.chat_template_kwargs": "NOT_A_JSON_OBJECT"}
+    for text in ("[]", '{"a": NaN}', '{"a": "half of a pair: \\ud800"}'):
+        call = inference_pb2.ToolCall(name="f", arguments=text)
+        turn = inference_pb2.ChatMessage(role="assistant", tool_calls=[call])
+        given = inference_pb2.Chat(messages=[turn], chat_template_kwargs=text)
+        failure = await failure_of(
+            doors.rpc.inference.Tokenize(inference_pb2.TokenizeRequest(chat=given))
+        )
+        places = ("chat.chat_template_kwargs", "chat.messages[0].tool_calls[0].arguments")
+        assert failure.reasons == dict.fromkeys(places, "NOT_A_JSON_OBJECT"), text
 
 
 async def test_a_request_brings_a_template_only_where_that_is_allowed(
