@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 
 from turret.server.adapters.facts import AdapterFacts
 
-# Most bytes of one template.
-MAX_TEMPLATE_BYTES = 256 << 10
 # Origins of a template that is not in the adapter's files: the caller sent it, or it is that of the
 # members of a fusion.
 REQUEST, MEMBERS = "request", "members"
@@ -49,11 +47,6 @@ def template_of(mix: Iterable[AdapterFacts]) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def field_of(origin: str) -> str:
-    """What an error names as the place of a template."""
-    return "chat_template" if origin == REQUEST else origin
-
-
 def origin_of(chat_template: str) -> str:
     """Where ``AdapterFacts.chat_template`` comes from; empty if an adapter brings none."""
     return OwnTemplate.from_json(chat_template).origin if chat_template else ""

@@ -55,5 +55,5 @@ class AdapterFacts:
 
     @property
     def content(self) -> tuple[str, str]:
-        """What tells it from other adapters: the digest of its weights, and its chat template."""
+        """Equal only for the same content: the digest of its weights, and its chat template."""
         return self.digest, self.chat_template

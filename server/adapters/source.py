@@ -13,18 +13,17 @@ MAX_CONFIG_BYTES = 1 << 20
 # Files beside them if an adapter has its own tokens, with the most bytes of each. No other
 # tokenizer files are read. The tokenizer.json of Gemma 3 has 33 MB.
 TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_FILES = {
-    TOKENIZER_FILE: 64 << 20,
-    "tokenizer_config.json": 4 << 20,
-    "special_tokens_map.json": 1 << 20,
-    "added_tokens.json": 4 << 20,
-    "chat_template.jinja": 256 << 10,
-}
-# Those of them that a chat template and its special tokens are read from, whatever tokens an
-# adapter has.
-TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_FILES = {
+    TOKENIZER_FILE: 64 << 20,
+    TOKENIZER_CONFIG_FILE: 4 << 20,
+    SPECIAL_TOKENS_FILE: 1 << 20,
+    "added_tokens.json": 4 << 20,
+    TEMPLATE_FILE: 256 << 10,
+}
+# A chat template and its special tokens are read from these, even if all tokens are the base's.
 TEMPLATE_FILES = (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, TEMPLATE_FILE)
 # ``turret train`` writes this file beside its adapters; reading it is optional.
 PROVENANCE_FILE = "provenance.json"

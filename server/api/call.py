@@ -123,7 +123,7 @@ class Call:
 
     @property
     def party(self) -> bytes:
-        """Whose turn its requests use while they wait: the token's, or the call's own."""
+        """The party that its requests wait as: the token's, or a party of their own."""
         return self.tenant or self.request_id.encode()
 
     def rename(self, request_id: str) -> None:

@@ -175,7 +175,7 @@ class Vocabularies:
         mine = key, own
         made = self._made.get(mine)
         if made is None or made.tokenizer is not tokenizer:
-            # There are no more vocabularies than tokenizers in memory.
+            # Drop vocabularies whose tokenizer is no longer in memory.
             gone = [each for each in self._made if each == mine or each[0] not in self._tokenizers]
             for each in gone:
                 self._made.pop(each).forget()

@@ -77,7 +77,7 @@ class Settings(Generic[C]):
     """What was given, and by whom.
 
     Attributes:
-        model: What they are settings of.
+        model: The class of the configuration.
         layers: The first that has a value wins.
         notes: What looks like a mistake and changes nothing.
     """
@@ -160,7 +160,7 @@ def add_flags(
 
     Args:
         parser: Gets them.
-        model: Has the settings.
+        model: The class of the configuration.
         hidden: Names of settings that its help leaves out.
     """
     # argparse would list all flags before it explains them.
@@ -248,7 +248,7 @@ def read_file(path: Path, origin: str = "--config", model: type[Config] = Config
     Args:
         path: Of the file.
         origin: The flag or variable that names it.
-        model: Has the settings.
+        model: The class of the configuration.
 
     Raises:
         SettingsError: It cannot be read, or is no TOML.

@@ -106,8 +106,8 @@ def _template(path: Path | None) -> Iterator[Violation]:
     try:
         if path is not None:
             base_template(path)
-    except InvalidRequestError as error:
-        ((_, text),) = error.violations
+    except TurretError as error:
+        text = error.violations[0][1] if error.violations else error.args[0]
         yield Violation("model.chat_template", text)
 
 

@@ -39,12 +39,10 @@ class Constraint:
         forces: See ``copy``; what its matchers begin with.
     """
 
-    def __init__(
-        self, make: Make, alphabet: Alphabet, num_bytes: int, *, forces: bool = True
-    ) -> None:
+    def __init__(self, make: Make, alphabet: Alphabet, num_bytes: int, *, forces: bool) -> None:
         self._make = make
         self.forces = forces
-        self._prototypes = {forces: make(forces=forces)}
+        self._prototypes: dict[bool, LLMatcher] = {}
         self._alphabet = alphabet
         self._seconds = 0.0
         self.num_bytes = num_bytes
@@ -66,7 +64,6 @@ class Constraint:
         """
         found = self._prototypes.get(forces)
         if found is None:
-            # Few answers need this form, so it is made on first use.
             found = self._prototypes[forces] = self._make(forces=forces)
         return found.deep_copy()
 
@@ -80,7 +77,7 @@ class Constraint:
         self._seconds += seconds
 
     def _renew(self) -> None:
-        self._prototypes = {self.forces: self._make(forces=self.forces)}
+        self._prototypes.clear()
         self._seconds = 0.0
 
 

@@ -256,9 +256,10 @@ def set_rendering(body: ChatOnly, chat: inference_pb2.Chat) -> None:
     chat.chat_template = body.chat_template
 
 
-def chat_of(messages: list[Message]) -> inference_pb2.Chat:
-    """A conversation."""
+def chat_of(messages: list[Message], body: ChatOnly) -> inference_pb2.Chat:
+    """A conversation with these messages, rendered as ``body`` asks."""
     chat = inference_pb2.Chat()
+    set_rendering(body, chat)
     for each in messages:
         turn = chat.messages.add(
             role=_ROLES.get(each.role, each.role),
@@ -275,9 +276,7 @@ def inputs_of(body: InputsRequest, names: dict[str, str]) -> list[inference_pb2.
     """The entries of ``input``, or the one conversation in ``messages``, which is vLLM's form."""
     if body.messages is not None:
         names.update(_CHAT_INPUT_NAMES)
-        chat = chat_of(body.messages)
-        set_rendering(body, chat)
-        return [inference_pb2.Input(chat=chat)]
+        return [inference_pb2.Input(chat=chat_of(body.messages, body))]
     inputs = []
     for index, (place, value) in enumerate((body.input or {}).items()):
         names.update(

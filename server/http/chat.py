@@ -21,7 +21,6 @@ from turret.server.http.asked import (
     asked_of,
     chat_of,
     numbered,
-    set_rendering,
     tools_of,
 )
 from turret.server.http.choices import Choices, make_readers
@@ -41,8 +40,7 @@ class ChatCompletions(Asks):
         asked = asked_of(body, mix, exchange.names)
         options = asked.message.options
         options.logprobs, options.top_n = body.logprobs, body.top_logprobs or 0
-        prompt = inference_pb2.GenerateRequest(chat=chat_of(body.messages))
-        set_rendering(body, prompt.chat)
+        prompt = inference_pb2.GenerateRequest(chat=chat_of(body.messages, body))
         use = tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, prompt.chat)
         del body
         make_reader = await make_readers(self._inference, exchange, asked, use, prompt.chat)

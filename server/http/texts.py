@@ -7,7 +7,7 @@ import struct
 from typing import Any
 
 from turret.server.http.answers import head, uses_json
-from turret.server.http.asked import Asks, chat_of, deadline_of, inputs_of, set_rendering, tools_of
+from turret.server.http.asked import Asks, chat_of, deadline_of, inputs_of, tools_of
 from turret.server.http.endpoint import Exchange
 from turret.server.http.schemas.requests import (
     ClassifyRequest,
@@ -123,8 +123,7 @@ class Tokens(Asks):
         if body.messages is None:
             message.prompt = body.prompt or ""
         else:
-            message.chat.CopyFrom(chat_of(body.messages))
-            set_rendering(body, message.chat)
+            message.chat.CopyFrom(chat_of(body.messages, body))
             tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, message.chat)
         wants_texts = body.return_token_strs
         answer = await self._inference.tokenize(message)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from turret.server.adapters.chat_template import MAX_TEMPLATE_BYTES, OwnTemplate
+from turret.server.adapters.chat_template import OwnTemplate
+from turret.server.adapters.source import TEMPLATE_FILE, TOKENIZER_FILES
 from turret.server.basics.files import read_regular, unreadable
 from turret.server.errors import InvalidRequestError
 from turret.server.models.chat_template import ChatTemplate
@@ -26,6 +27,7 @@ def base_template(path: Path) -> OwnTemplate:
         InvalidRequestError: The file is not a template.
         UnavailableError: See ``ChatTemplate.render``.
     """
+    # A name in a settings file arrives with the directory of that file.
     if path.name in _BUILT_IN and not path.exists():
         text, end = _BUILT_IN[path.name]
         return OwnTemplate(path.name, {"default": text}, {"eos_token": end})
@@ -33,8 +35,9 @@ def base_template(path: Path) -> OwnTemplate:
         data = read_regular(path)
     except OSError as error:
         raise InvalidRequestError.of("chat-template", unreadable(path, error)) from None
-    if len(data) > MAX_TEMPLATE_BYTES:
-        why = say("FILE_TOO_LARGE", most=MAX_TEMPLATE_BYTES)
+    most = TOKENIZER_FILES[TEMPLATE_FILE]
+    if len(data) > most:
+        why = say("FILE_TOO_LARGE", most=most)
         raise InvalidRequestError.of("chat-template", why)
     try:
         text = data.decode()

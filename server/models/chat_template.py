@@ -65,7 +65,7 @@ class ChatTemplate:
         is_short: bool,
         how: Rendering = USUAL,
     ) -> str:
-        """The text of a conversation, with the last message whole. Blocks.
+        """The text of a conversation, as if ``how.continues`` were not set. Blocks.
 
         Raises:
             ValueError: The template refuses the messages, fails, or takes too much.

@@ -267,7 +267,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 def authorization_of(metadata: Iterable[tuple[str, str | bytes]]) -> str | bytes | None:
     """The call's only ``authorization``; None if it has several."""
     found = [value for key, value in metadata if key == "authorization"]
-    # Of several, a proxy in front may have checked another one.
+    # A proxy in front may have checked another one of several.
     return found[0] if len(found) == 1 else None
 
 

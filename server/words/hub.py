@@ -1,4 +1,4 @@
-"""What the hub does not give: repositories, revisions, files."""
+"""Errors of the hub: repositories, revisions, files and downloads."""
 
 _SIGN_IN = "set HF_TOKEN or run `hf auth login`"
 

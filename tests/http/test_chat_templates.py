@@ -288,13 +288,11 @@ async def test_a_broken_template_is_refused_at_load(doors: Doors) -> None:
             load.name, load.chat_template = f"given-{file}", OWN
             await doors.rpc.adapters.LoadAdapter(load)
             assert await doors.tokens(load.name) == await doors.tokens("own")
-    for template, reason in (
-        ("{{ a", "CHAT_TEMPLATE_INVALID"),
-        ("é" * (128 << 10) + "x", "CHAT_TEMPLATE_TOO_LARGE"),
-    ):
-        load = adapters_pb2.LoadAdapterRequest(name="broken", path="plain", chat_template=template)
-        failure = await failure_of(doors.rpc.adapters.LoadAdapter(load))
-        assert failure.reasons == {"chat_template": reason}
+    load = adapters_pb2.LoadAdapterRequest(name="broken", path="plain", chat_template="{{ a")
+    failure = await failure_of(doors.rpc.adapters.LoadAdapter(load))
+    assert failure.reasons == {"chat_template": "CHAT_TEMPLATE_INVALID"}
+    load = adapters_pb2.LoadAdapterRequest(name="long", path="plain", chat_template="é" * (1 << 18))
+    assert (await doors.rpc.adapters.LoadAdapter(load)).chat_template == "request"
 
 
 async def test_a_base_without_a_template_has_conversations_for_adapters_that_bring_one(
@@ -445,12 +443,15 @@ async def test_variables_that_make_no_sense_are_refused(doors: Doors) -> None:
         assert (refused.status, refused.param) == (400, param), fields
     plain = {"model": "own", "prompt": "hi", "chat_template_kwargs": {"a": 1}}
     assert (await doors.http.refused("/tokenize", plain)).param == "chat_template_kwargs"
-    turn = inference_pb2.ChatMessage(role="user", content="hi")
-    given = inference_pb2.Chat(messages=[turn], chat_template_kwargs="[]")
-    failure = await failure_of(
-        doors.rpc.inference.Tokenize(inference_pb2.TokenizeRequest(chat=given))
-    )
-    assert failure.reasons == {"chat.chat_template_kwargs": "NOT_A_JSON_OBJECT"}
+    for text in ("[]", '{"a": NaN}', '{"a": "half of a pair: \\ud800"}'):
+        call = inference_pb2.ToolCall(name="f", arguments=text)
+        turn = inference_pb2.ChatMessage(role="assistant", tool_calls=[call])
+        given = inference_pb2.Chat(messages=[turn], chat_template_kwargs=text)
+        failure = await failure_of(
+            doors.rpc.inference.Tokenize(inference_pb2.TokenizeRequest(chat=given))
+        )
+        places = ("chat.chat_template_kwargs", "chat.messages[0].tool_calls[0].arguments")
+        assert failure.reasons == dict.fromkeys(places, "NOT_A_JSON_OBJECT"), text
 
 
 async def test_a_request_brings_a_template_only_where_that_is_allowed(

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from turret.server.adapters.chat_template import MAX_TEMPLATE_BYTES, OwnTemplate, field_of
+from turret.server.adapters.chat_template import OwnTemplate
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.strict_json import FormatError, parse_object
@@ -108,10 +108,6 @@ def read_chat_template(
         given = _template(directory, config, findings)
     if not given.templates:
         return ""
-    if any(len(text.encode()) > MAX_TEMPLATE_BYTES for text in given.templates.values()):
-        findings.add(
-            field_of(given.origin), say("CHAT_TEMPLATE_TOO_LARGE", most=MAX_TEMPLATE_BYTES)
-        )
     tokens = _special_tokens(_object(directory, SPECIAL_TOKENS_FILE, findings) | config)
     used = {
         name: token
@@ -136,7 +132,11 @@ def _template(
         value = {str(one.get("name")): one.get("template") for one in each}
     named = value if isinstance(value, dict) else {"default": value}
     found = {name: named.get(name) for name in _TEMPLATES}
-    return OwnTemplate(origin, {n: t for n, t in found.items() if isinstance(t, str) and t.strip()})
+    templates = {n: t for n, t in found.items() if isinstance(t, str) and t.strip()}
+    most = TOKENIZER_FILES[TEMPLATE_FILE]
+    if any(len(text.encode()) > most for text in templates.values()):
+        findings.add(origin, say("CHAT_TEMPLATE_TOO_LARGE", most=most))
+    return OwnTemplate(origin, templates)
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str | None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from turret.server.adapters.allowed import NOTHING_SPECIAL, Allowed
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.chat_template import OwnTemplate, field_of, origin_of
+from turret.server.adapters.chat_template import REQUEST, OwnTemplate, origin_of
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.digest_cache import DigestCache
@@ -233,7 +233,7 @@ class AdapterLoader:
             is_template = why.reason == "CHAT_TEMPLATE_INVALID"
             findings = Findings(checkpoint.path)
             origin = origin_of(facts.chat_template) if is_template else TOKENIZER_FILE
-            findings.add(field_of(origin), why)
+            findings.add("chat_template" if origin == REQUEST else origin, why)
             findings.raise_if_any()
 
     def _read_component(self, ref: ComponentRef) -> Component:

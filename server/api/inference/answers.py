@@ -60,8 +60,8 @@ async def outputs_of(
 _T = TypeVar("_T")
 # Converting more tokens than this takes over a millisecond.
 _INLINE_TOKENS = 128
-# One thread converts the large answers of all callers: several would contend with the event loop
-# and the engine for the interpreter's lock.
+# Large answers share one thread. Several would contend with the event loop and the engine for the
+# interpreter's lock.
 _converter = ThreadPoolExecutor(1, thread_name_prefix="turret-answer")
 
 

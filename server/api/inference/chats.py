@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from pydantic_core import from_json
+
 from turret.server.api.limits import (
     MAX_CHAT_MESSAGES,
     MAX_CHAT_TOOL_CALLS,
@@ -109,8 +111,9 @@ def _check_object(text: str, violations: Violations, path: str) -> None:
 def _json(text: str) -> Any:
     """A value; an empty object for an empty text, and None for one that is not JSON."""
     try:
-        return json.loads(text) if text else {}
-    except (ValueError, RecursionError):
+        # Unlike ``json.loads``, this rejects halves of surrogate pairs, which no tokenizer takes.
+        return from_json(text, allow_inf_nan=False) if text else {}
+    except ValueError:
         return None
 
 

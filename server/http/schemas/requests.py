@@ -110,7 +110,7 @@ Variables = Annotated[dict[str, Any], short(MAX_CONSTRAINT_CHARS)]
 
 
 class ChatOnly(Body):
-    """What conversations may have, beside the fields of ``Asking``, and what they refuse."""
+    """Fields of conversations, in addition to those of ``Asking``."""
 
     chat_template_kwargs: Variables = Field(
         {}, description="Variables for the chat template, such as `enable_thinking`."

@@ -19,12 +19,13 @@ from safetensors.numpy import save_file
 from said import says
 from start_problems import found, parse, reasons, refused
 
+from turret.server.basics.confined.confined import Confined, ConfinedError
 from turret.server.cli import main
 from turret.server.command import preflight
 from turret.server.command.preflight import problems
 from turret.server.hub.adapters import AdapterHub
 from turret.server.models.families import served_types
-from turret.server.words import Text
+from turret.server.words import Text, say
 from turret.training.errors import ConfigError, RunError
 from turret.training.run.folder import RunFolder
 from turret.training.settings.config import (
@@ -215,7 +216,9 @@ def test_a_missing_token_file_is_named(tmp_path: Path) -> None:
     assert reasons("--token-file", str(tmp_path / "tokens")) == expected
 
 
-def test_a_chat_template_is_checked_before_the_model_is_read(tmp_path: Path) -> None:
+def test_a_chat_template_is_checked_before_the_model_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "template"
     for content, reason in (
         (None, "FILE_UNREADABLE"),
@@ -229,6 +232,13 @@ def test_a_chat_template_is_checked_before_the_model_is_read(tmp_path: Path) -> 
     file.write_text("{{ messages[0].content }}")
     assert reasons("--chat-template", str(file)) == []
     assert reasons("--chat-template", "chatml") == []
+
+    def ended(*asked: object) -> None:
+        raise ConfinedError(say("PROCESS_KILLED"), is_over_limit=False)
+
+    monkeypatch.setattr(Confined, "ask", ended)
+    expected = [("model.chat_template", "CHAT_TEMPLATE_UNANSWERED")]
+    assert reasons("--chat-template", str(file)) == expected
 
 
 def key_pair(folder: Path, name: str) -> tuple[str, str]:
