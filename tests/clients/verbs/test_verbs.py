@@ -122,9 +122,10 @@ def test_token_comes_from_flag_or_file(run: Run, server: FakeTurret, tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff")
     none = {"path": tmp_path / "none", "why": "No such file or directory"}
     for name, said in (
-        ("none", say("FLAG_FILE_UNREADABLE", flag="--token-from", **none)),
-        ("bytes", say("FLAG_FILE_NOT_UTF8", flag="--token-from", path=tmp_path / "bytes")),
+        ("none", say("FILE_UNREADABLE", **none)),
+        ("bytes", say("PATH_UNUSABLE", path=tmp_path / "bytes", problem=say("NOT_UTF8"))),
     ):
+        said = say("FLAG_PATH_UNUSABLE", flag="--token-from", problem=said)
         code, _, err = run("generate", "a", "--token-from", str(tmp_path / name))
         assert (code, err) == (1, f"error: {said}\n")
 
