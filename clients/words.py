@@ -7,7 +7,6 @@ TEXTS = {
     # Arguments.
     "NOT_OF_TYPE": "must be {wanted}, not {value}",
     "REQUIRED_WITH": "is required with {other}",
-    "IS_A_BOOLEAN": "must not be a boolean ({value})",
     "TOO_LARGE_FOR_A_FLOAT": "is too large for a float: {value}",
     "NOT_ASCII": "must be printable ASCII",
     "INCLUDES_BEARER": "must not include the word Bearer",
@@ -47,7 +46,7 @@ TEXTS = {
     "NO_ADAPTER_CONFIG": "{path} has no adapter_config.json",
     "FILE_EMPTY": "{path} is empty; copy or save it again",
     "DIRECTORY_NOT_READABLE": "is not readable by this user",
-    "EXPORT_EXISTS": "{path} already exists; export to a new directory",
+    "PATH_EXISTS": "{path} already exists; choose another path or remove it",
     "EXPORT_FILE_NAME": "the export contains an unsafe file name, {name!q}",
     "EXPORT_OUT_OF_ORDER": "the export's messages arrived out of order",
     "EXPORT_WITHOUT_HEADER": "the export has no header",

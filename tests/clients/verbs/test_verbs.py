@@ -384,7 +384,7 @@ def test_adapters_export_and_upload(run: Run, server: FakeTurret, tmp_path):
     target = str(tmp_path / "sql")
     assert run("adapters", "export", "sql", target)[1] == f"exported sql@1 to {target}\n"
     code, _, err = run("adapters", "export", "sql", target)
-    assert (code, err) == (1, f"error: {say('EXPORT_EXISTS', path=target)}\n")
+    assert (code, err) == (1, f"error: {say('PATH_EXISTS', path=target)}\n")
     # The directory that was asked for, and not the one beside it that becomes it.
     code, _, err = run("adapters", "export", "sql", "/proc/x")
     assert (code, err.startswith("error: /proc/x: cannot be created: ")) == (1, True)
