@@ -1,7 +1,6 @@
 """The page about a run, and the answers before and after that it shows."""
 
 from __future__ import annotations
-from turret.training.words import say
 
 import io
 import json
@@ -25,6 +24,7 @@ from turret.training.run.folder import RunFolder, read_metrics
 from turret.training.run.progress import training_progress
 from turret.training.run.samples import draw_samples
 from turret.training.trainer import Trainer, attach, trainable
+from turret.training.words import say
 
 VOID = {"meta", "line", "circle", "polyline"}
 
