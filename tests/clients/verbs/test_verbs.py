@@ -176,9 +176,12 @@ def test_errors_say_what_to_do_next(run: Run, server: FakeTurret, capsys):
     ("arguments", "complaint"),
     [
         (["--address", "127.0.0.1"], say("ADDRESS_WITHOUT_PORT", value="127.0.0.1")),
-        (["--address", "http://127.0.0.1:1"], "--address: "),
-        (["--token", "Bearer t"], say("INCLUDES_BEARER")),
-        (["--token", "ü"], say("NOT_ASCII")),
+        (
+            ["--address", "http://127.0.0.1:1"],
+            say("ADDRESS_WITH_SCHEME", value="http://127.0.0.1:1", scheme="http://"),
+        ),
+        (["--token", "Bearer t"], f"--token: {say('INCLUDES_BEARER')}"),
+        (["--token", "ü"], f"--token: {say('NOT_ASCII')}"),
         (["--logprobs"], say("FLAG_NEEDS_JSON", flag="--logprobs")),
     ],
 )
