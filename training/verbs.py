@@ -354,8 +354,8 @@ def _run(args: argparse.Namespace) -> None:
 
         result = Trainer(resolved, listen).run(resume=args.resume, overwrite=args.overwrite)
     report = write_report(result.folder)
-    if sys.stdout.isatty():
-        # The line above has named the adapter.
+    if sys.stdout.isatty() and not args.quiet:
+        # The trainer's last note has the path of the adapter.
         print(f"report:    {report}")
     else:
         print(result.folder.adapter, report, sep="\n")
