@@ -332,9 +332,13 @@ def test_adapters_list_and_get(run: Run):
 
 def test_an_adapter_is_loaded_with_a_chat_template(run: Run, server: FakeTurret, tmp_path: Path):
     (tmp_path / "t.jinja").write_text("{{ messages }}")
+    for name, data in PEFT_FILES.items():
+        (tmp_path / name).write_bytes(data)
     flags = ("--chat-template", str(tmp_path / "t.jinja"))
-    for verb, *place in (("load", "new", "dir"), ("replace", "new", "dir")):
-        assert run("adapters", verb, *place, *flags)[0] == 0
+    for verb in ("load", "replace", "upload --replace"):
+        place = str(tmp_path) if "upload" in verb else "dir"
+        server.adapters.requests.clear()
+        assert run("adapters", *verb.split(), "new", place, *flags)[0] == 0
         assert server.adapters.requests[-1].chat_template == "{{ messages }}"
 
 
