@@ -286,7 +286,7 @@ def test_the_command_that_serves_allows_the_rank(
     assert f" --preload run=adapter{flag}\n" in command
     console = Console(width=200, file=io.StringIO(), highlight=False)
     make_plan(resolved).print(console)
-    line = f"turret serve --max-rank {served}; by itself it allows 128"
+    line = f"turret serve --max-rank {served} (default: 128)"
     assert isinstance(console.file, io.StringIO)
     assert (line in console.file.getvalue()) == (served > 128)
     # The server's own reader, at the limit that it has and at one less than is asked for.
