@@ -30,9 +30,9 @@ class Plan:
 
     Attributes:
         resolved: The run.
-        rows: What and how much, line by line.
-        estimate: Of its memory; None for a fusion, whose components are part of it.
-        cost: Of serving its adapter; None for a fusion.
+        rows: The lines to print, each with its name.
+        estimate: The memory of the run; None for a fusion, whose components are part of it.
+        cost: The cost of serving the adapter; None for a fusion.
     """
 
     resolved: Resolved
@@ -84,9 +84,9 @@ def make_plan(resolved: Resolved) -> Plan:
     """Estimate the memory of a run, and what serving its adapter costs."""
     rows = list(_extent(resolved))
     if flag := max_rank_flag(resolved):
-        rows.append(("server", f"turret serve{flag}; by itself it allows {SERVED_RANK}"))
+        rows.append(("server", f"turret serve{flag} (default: {SERVED_RANK})"))
     if resolved.config.method.components is not None:
-        why = "not estimated for a fusion, whose components are part of it; --measure tells it"
+        why = "not estimated for a fusion; use --measure"
         return Plan(resolved, (*rows, ("memory", why)))
     estimate, cost = estimate_memory(resolved), serving_cost(resolved)
     return Plan(resolved, (*rows, *_costs(resolved, estimate, cost)), estimate, cost)

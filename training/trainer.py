@@ -143,7 +143,7 @@ class Trainer:
             newest = self._folder.newest_checkpoint
             if newest is not None:
                 step = restore_checkpoint(newest, parameters, optimizer)
-            self._listen({"kind": "note", "text": f"goes on from step {step}"})
+            self._listen({"kind": "note", "text": f"resuming from step {step}"})
         else:
             self._folder.path.mkdir(parents=True, exist_ok=True)
             self._folder.config.write_text(render_config(self._config), encoding="utf-8")

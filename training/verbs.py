@@ -125,7 +125,7 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
 
 
 def _how_to_go_on(args: argparse.Namespace) -> str:
-    """The end of a sentence about a verb that ends early: what it has left, and who takes it up."""
+    """The end of a message about a verb that ends early: how to continue."""
     how: str = getattr(args, "how_to_go_on", str)()
     return how and f"; {how}"
 
@@ -160,7 +160,7 @@ def _ranks(text: str) -> tuple[int, ...]:
 
 
 class _Once(argparse.Action):
-    """A list that stands behind one flag: behind a second, it would silently take the place."""
+    """A flag that may be passed once, because a second list would silently replace the first."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         before = getattr(namespace, self.dest)
@@ -171,7 +171,7 @@ class _Once(argparse.Action):
 
 
 def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> tuple[Any, Any]:
-    """The config, and what is known of its base."""
+    """Read and check the config, and the sizes of its base."""
     from turret.server.basics.extras import how_to_add
     from turret.server.command.threads import use_threads
     from turret.training.data.examples import check_compared, read_files
@@ -200,7 +200,7 @@ def _digest(args: argparse.Namespace, config: Any) -> str:
 
 
 def _load(args: argparse.Namespace, module: str) -> None:
-    """Import what brings torch, which takes seconds and is not to be interrupted by an error."""
+    """Import a module that loads torch, which takes seconds; Ctrl-C ends it without a traceback."""
     from turret.server.command.interrupts import ending_at_interrupts
 
     with ending_at_interrupts(f"stopped{_how_to_go_on(args)}"):
@@ -267,7 +267,7 @@ def _sweep(args: argparse.Namespace) -> None:
     _check_sweep(config, output, args.ranks, _digest(args, config), base)
     args.how_to_go_on = lambda: _how_a_sweep_goes_on(output, args.ranks)
     ranks = ", ".join(map(str, args.ranks))
-    hint = "; --ranks says which" if args.ranks is _RANKS else ""
+    hint = "; use --ranks to choose others" if args.ranks is _RANKS else ""
     print(f"a run for each of the ranks {ranks}{hint}", file=sys.stderr)
     from rich.table import Table
 
@@ -305,7 +305,7 @@ def _sweep(args: argparse.Namespace) -> None:
 
 
 def _check_sweep(config: Any, output: Path, ranks: Sequence[int], data: str, base: Any) -> None:
-    """Refuse, before the first rank is trained, what the last one would be refused for."""
+    """Check the output directories of all ranks, before the first one is trained."""
     from turret.training.errors import RunError
     from turret.training.run.folder import RunFolder, rank_folder
     from turret.training.run.resuming import check_settings
@@ -327,9 +327,9 @@ def _how_a_sweep_goes_on(output: Path, ranks: Sequence[int]) -> str:
     runs = [RunFolder(rank_folder(output, rank)) for rank in ranks]
     has_some = any(run.is_finished or run.newest_checkpoint for run in runs)
     if has_some:
-        return "the same command goes on, and trains no finished rank again"
+        return "the same command continues and skips finished ranks"
     begun = any(run.facts.exists() for run in runs)
-    return "the same command begins anew: no rank has a checkpoint yet" if begun else ""
+    return "no rank has a checkpoint, so the same command starts again" if begun else ""
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -354,8 +354,8 @@ def _run(args: argparse.Namespace) -> None:
 
         result = Trainer(resolved, listen).run(resume=args.resume, overwrite=args.overwrite)
     report = write_report(result.folder)
-    if sys.stdout.isatty():
-        # The line above has named the adapter.
+    if sys.stdout.isatty() and not args.quiet:
+        # The trainer's last note has the path of the adapter.
         print(f"report:    {report}")
     else:
         print(result.folder.adapter, report, sep="\n")

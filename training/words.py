@@ -63,7 +63,6 @@ TEXTS = {
     " method.invocation that starts and ends with special tokens or line breaks",
     "INVOCATION_REQUIRED": "is required, because the chat template writes no text before an answer",
     # Runs.
-    "PATH_EXISTS": "{path} already exists; choose another path or remove it",
     "OUTPUT_UNUSABLE": "{path} {problem}; choose another --output",
     "OUTPUT_NOT_EMPTY": "{path} is not empty and contains no run; choose another --output",
     "OUTPUT_IS_A_RUN": "{path} contains a run, not a sweep; choose another --output",

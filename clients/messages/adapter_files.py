@@ -176,7 +176,7 @@ class ExportWriter:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._directory = _path(directory)
         if self._directory.exists():
-            raise FileExistsError(say("EXPORT_EXISTS", path=self._directory))
+            raise FileExistsError(say("PATH_EXISTS", path=self._directory))
         parent = self._directory.parent
         self._made = [above for above in self._directory.parents if not above.exists()]
         try:
@@ -246,5 +246,5 @@ class ExportWriter:
         try:
             self._partial.rename(self._directory)
         except OSError as error:
-            raise FileExistsError(say("EXPORT_EXISTS", path=self._directory)) from error
+            raise FileExistsError(say("PATH_EXISTS", path=self._directory)) from error
         return self.adapter

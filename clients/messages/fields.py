@@ -68,11 +68,8 @@ def fill(
 
 def _fitting(name: str, value: Any, kind: int) -> Any:
     """The value in the form that a field of this type takes."""
-    # Reject bool where int is expected and vice versa: Python and protobuf would accept either.
-    is_bool = kind == FieldDescriptor.CPPTYPE_BOOL
-    if isinstance(value, bool) and not is_bool:
-        raise ArgumentTypeError(name, say("IS_A_BOOLEAN", value=value))
-    if is_bool and not isinstance(value, bool):
+    # Protobuf would accept 1 and 0 too.
+    if kind == FieldDescriptor.CPPTYPE_BOOL and not isinstance(value, bool):
         raise ArgumentTypeError(name, say("NOT_TRUE_OR_FALSE", value=repr(value)))
     if kind == FieldDescriptor.CPPTYPE_STRING:
         check_text(name, value)
@@ -96,7 +93,8 @@ def as_real(name: str, value: Any) -> float:
     Raises:
         ArgumentTypeError, ArgumentValueError: It is no number, or too large for one.
     """
-    if isinstance(value, str | bytes):
+    # In Python, a bool is a number, and a text can be converted to one.
+    if isinstance(value, str | bytes | bool):
         raise ArgumentTypeError(name, say("NOT_A_NUMBER", value=repr(value)))
     try:
         return float(value)

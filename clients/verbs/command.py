@@ -25,6 +25,7 @@ from turret.clients.verbs.flags import (
     TOKEN_VARIABLE,
     as_typed,
     flag_of,
+    unusable,
 )
 from turret.clients.verbs.hints import HINTS
 from turret.clients.words import say
@@ -238,12 +239,8 @@ def given_token(args: argparse.Namespace) -> str | None:
     if args.token_from is not None:
         try:
             return args.token_from.read_text(encoding="utf-8").strip()
-        except OSError as error:
-            about = {"path": args.token_from, "why": error.strerror}
-            raise OSError(say("FLAG_FILE_UNREADABLE", flag="--token-from", **about)) from None
-        except UnicodeDecodeError:
-            text = say("FLAG_FILE_NOT_UTF8", flag="--token-from", path=args.token_from)
-            raise OSError(text) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise OSError(unusable("--token-from", args.token_from, error)) from None
     return args.token or os.environ.get(TOKEN_VARIABLE)
 
 
@@ -261,9 +258,7 @@ def given_tls(args: argparse.Namespace) -> Tls | None:
                 try:
                     path.read_bytes()
                 except OSError as error:
-                    about = {"path": path, "why": error.strerror}
-                    text = say("FLAG_FILE_UNREADABLE", flag=flag_of(name, args), **about)
-                    raise OSError(text) from None
+                    raise OSError(unusable(flag_of(name, args), path, error)) from None
         return Tls.from_files(
             ca=args.tls_ca,
             certificate=args.tls_cert,

@@ -160,10 +160,10 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
 
 def _check_output(flag: str, path: Path, data: Path) -> None:
     """Refuse, before anything is asked, what cannot be written or is the test set."""
-    if path.exists() and data.exists() and path.samefile(data):
-        raise ValueError(say("IS_TEST_SET", flag=flag, path=path))
     problem = None
-    if path.is_dir():
+    if path.exists() and data.exists() and path.samefile(data):
+        problem = say("IS_TEST_SET", path=path)
+    elif path.is_dir():
         problem = say("PATH_IS_A_DIRECTORY", path=path)
     elif not path.parent.is_dir():
         problem = say("FOLDER_MISSING", path=path.parent)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from turret.clients.messages.requests import GenerateOptions
-from turret.clients.words import say
+from turret.clients.words import Text, say
 
 _FLOATS = {
     "temperature": "0 is greedy (default: 1)",
@@ -116,8 +116,18 @@ def file_text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else error.reason
-        raise argparse.ArgumentTypeError(say("FILE_UNREADABLE", path=path, why=why)) from None
+        raise argparse.ArgumentTypeError(_unreadable(path, error)) from None
+
+
+def unusable(flag: str, path: Path, error: OSError | UnicodeDecodeError) -> Text:
+    """Reports a flag's file that cannot be read, or is not UTF-8."""
+    return say("FLAG_PATH_UNUSABLE", flag=flag, problem=_unreadable(path, error))
+
+
+def _unreadable(path: str | Path, error: OSError | UnicodeDecodeError) -> Text:
+    if isinstance(error, OSError):
+        return say("FILE_UNREADABLE", path=path, why=error.strerror)
+    return say("PATH_UNUSABLE", path=path, problem=say("NOT_UTF8"))
 
 
 def as_typed(argument: str, args: argparse.Namespace) -> str:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from turret.clients.verbs.flags import unusable
 from turret.clients.words import say
 
 
@@ -40,8 +41,8 @@ def given_texts(args: argparse.Namespace) -> list[str]:
     if args.file is not None:
         try:
             texts += _lines(args.file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError:
-            raise ValueError(say("FLAG_FILE_NOT_UTF8", flag="--file", path=args.file)) from None
+        except UnicodeDecodeError as error:
+            raise ValueError(unusable("--file", args.file, error)) from None
     if not texts:
         raise ValueError(say("NO_TEXTS"))
     return texts

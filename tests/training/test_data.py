@@ -70,13 +70,14 @@ def test_a_prompt_becomes_a_chat_turn_if_there_is_a_template():
 
 
 def test_what_a_template_cannot_render_names_the_line():
-    with pytest.raises(DataError, check=says("NEEDS_CHAT_TEMPLATE")):
+    place = r"^train.jsonl:7: messages"
+    with pytest.raises(DataError, match=f"{place}: ", check=says("NEEDS_CHAT_TEMPLATE")):
         encode(tokenizer(None), example(messages=TURNS), config())
     refuses = "{{ raise_exception('no system here') }}"
-    with pytest.raises(DataError, check=says("CHAT_TEMPLATE_FAILED")):
+    with pytest.raises(DataError, match=f"{place}: ", check=says("CHAT_TEMPLATE_FAILED")):
         encode(tokenizer(refuses), example(messages=TURNS), config())
     forgets = "{{ messages[-1]['content'] }}"
-    with pytest.raises(DataError, check=says("TEMPLATE_REWRITES")):
+    with pytest.raises(DataError, match=rf"{place}\[1\]: ", check=says("TEMPLATE_REWRITES")):
         encode(tokenizer(forgets), example(messages=TURNS), config())
 
 
@@ -91,7 +92,8 @@ def test_long_examples_are_dropped_cut_or_refused():
     cut = encoded("truncate")
     assert [len(item.tokens) for item in cut.examples] == [5, 8]
     assert (cut.num_dropped, cut.num_truncated) == (0, 1)
-    with pytest.raises(DataError, check=says("TOO_MANY_TOKENS", found=11, most=8)):
+    too_many = says("TOO_MANY_TOKENS", found=11, most=8)
+    with pytest.raises(DataError, match=r"^train.jsonl:7: line: ", check=too_many):
         encoded("error")
     with pytest.raises(DataError, check=says("ALL_TOO_LONG", found=5, most=4)):
         encoded("drop", 4)
@@ -165,7 +167,8 @@ def test_the_split_is_disjoint_and_repeatable():
 def test_an_example_in_both_sets_is_refused(tiny_llama: Path, tmp_path: Path):
     write_jsonl(tmp_path / "train.jsonl", [{"text": "a"}, {"text": "b"}])
     write_jsonl(tmp_path / "validation.jsonl", [{"text": "c"}, {"text": "b"}])
-    with pytest.raises(DataError, check=says("ALSO_IN_TRAINING", line=2)):
+    place, twice = r"validation.jsonl:2: line: ", says("ALSO_IN_TRAINING", line=2)
+    with pytest.raises(DataError, match=place, check=twice):
         resolve_tiny(tmp_path, tiny_llama, "data.validation=validation.jsonl")
 
 

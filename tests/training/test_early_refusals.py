@@ -280,7 +280,7 @@ def test_plan_and_sweep_speak_before_they_load_torch(verb: str, tmp_path: Path):
         f"sys.exit(cli.main(['train', {verb!r}, {config!r}]))"
     )
     done = run_python(stop)
-    ranks = "a run for each of the ranks 2, 4, 8, 16, 32; --ranks says which\n"
+    ranks = "a run for each of the ranks 2, 4, 8, 16, 32; use --ranks to choose others\n"
     said = f"{ranks if verb == 'sweep' else ''}{verb}: starting  0 s\n"
     assert (done.returncode, done.stderr) == (7, said)
 
@@ -307,21 +307,21 @@ def test_a_run_that_stops_says_from_where_it_can_go_on(
         (50, "the first checkpoint is written after step 50 (run.checkpoint_every)"),
     ):
         run.write_facts({"config": {"run": {"checkpoint_every": every, "steps": 150}}})
-        assert said() == f"stopped; {why}, so {go_on} begins at step 0\n"
+        assert said() == f"stopped; {why}, so {go_on} starts at step 0\n"
     run.checkpoints.mkdir()
     for step in (50, 100):
         checkpoint_path(run.checkpoints, step).touch()
-    assert said() == f"stopped; {go_on} goes on from step 100\n"
+    assert said() == f"stopped; {go_on} continues from step 100\n"
     run.adapter.mkdir()
-    writes = f"`turret train report {run.path}` writes it, without answers"
-    assert said() == f"stopped; the adapter is whole, without its page; {writes}\n"
+    writes = f"`turret train report {run.path}` writes it without samples"
+    assert said() == f"stopped; the adapter is complete, but its report is missing; {writes}\n"
     with pytest.raises(RunError) as refused:
         run.check(resume=True, overwrite=False)
     assert says("RUN_WITHOUT_REPORT", command=f"turret train report {run.path}")(refused.value)
     run.report.touch()
     # Of half the run, before the adapter was there.
     os.utime(run.report, (1, 1))
-    assert said() == f"stopped; the adapter is whole, without its page; {writes}\n"
+    assert said() == f"stopped; the adapter is complete, but its report is missing; {writes}\n"
     run.report.touch()
     assert said() == "stopped\n"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -379,7 +379,7 @@ def test_a_sweep_that_stops_goes_on_where_it_has_something(tmp_path: Path):
     run.checkpoints.mkdir(parents=True)
     assert _how_a_sweep_goes_on(tmp_path, (2, 4)) == ""
     checkpoint_path(run.checkpoints, 50).touch()
-    assert _how_a_sweep_goes_on(tmp_path, (2, 4)).startswith("the same command goes on")
+    assert _how_a_sweep_goes_on(tmp_path, (2, 4)).startswith("the same command continues")
     assert _how_a_sweep_goes_on(tmp_path, (2, 8)) == ""
 
 

@@ -178,17 +178,17 @@ class RunFolder:
     def how_to_go_on(self) -> str:
         """What is to be done about a run that stops now; empty where there is nothing."""
         if self.is_finished and not self._is_reported():
-            return f"the adapter is whole, without its page; {self._how_to_report()}"
+            return f"the adapter is complete, but its report is missing; {self._how_to_report()}"
         if self.is_finished or not self.facts.exists():
             return ""
         newest = self.newest_checkpoint
         command = f"`turret train run {shlex.quote(str(self.config))} --resume`"
         if newest is None:
-            return f"{self._why_no_checkpoint()}, so {command} begins at step 0"
-        return f"{command} goes on from step {step_of(newest)}"
+            return f"{self._why_no_checkpoint()}, so {command} starts at step 0"
+        return f"{command} continues from step {step_of(newest)}"
 
     def _how_to_report(self) -> str:
-        samples = "" if self.samples.exists() else ", without answers"
+        samples = "" if self.samples.exists() else " without samples"
         return f"`{self._report_command()}` writes it{samples}"
 
     def _report_command(self) -> str:

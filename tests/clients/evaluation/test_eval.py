@@ -318,7 +318,10 @@ def test_files_that_cannot_be_written_are_told_before_anything_is_asked(
         (["--no-base"], say("NO_MIX", flag="--no-base")),
         (["-m", "sql", "-m", "sql=1.0"], say("SAME_MIX_TWICE")),
         (["--metric", "label_accuracy"], say("METRIC_NEEDS_LABELS")),
-        (["--labels", "Lima,Muscat"], say("ANSWER_NOT_A_LABEL", value="N'Djamena")),
+        (
+            ["--labels", "Lima,Muscat"],
+            "capitals.jsonl:2: completion: " + say("ANSWER_NOT_A_LABEL", value="N'Djamena"),
+        ),
     ],
 )
 def test_arguments_that_make_no_sense_exit_2(

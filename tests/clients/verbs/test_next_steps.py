@@ -245,7 +245,7 @@ def test_a_test_set_is_not_written_over(run: Run, server: FakeTurret, tmp_path: 
     code, _, err = run("eval", str(data), flag, str(tmp_path / "link.svg"))
     assert (code, err) == (
         2,
-        f"error: {say('IS_TEST_SET', flag=flag, path=tmp_path / 'link.svg')}\n",
+        f"error: {flag}: {say('IS_TEST_SET', path=tmp_path / 'link.svg')}\n",
     )
     assert "completion" in data.read_text()
 
@@ -253,10 +253,8 @@ def test_a_test_set_is_not_written_over(run: Run, server: FakeTurret, tmp_path: 
 def test_texts_of_a_file_that_is_no_text(run: Run, server: FakeTurret, tmp_path: Path):
     (tmp_path / "f").write_bytes(b"ab\xff")
     code, _, err = run("embed", "--file", str(tmp_path / "f"))
-    assert (code, err) == (
-        2,
-        f"error: {say('FLAG_FILE_NOT_UTF8', flag='--file', path=tmp_path / 'f')}\n",
-    )
+    said = say("PATH_UNUSABLE", path=tmp_path / "f", problem=say("NOT_UTF8"))
+    assert (code, err) == (2, f"error: --file: {said}\n")
 
 
 def test_of_an_adapter_that_does_not_classify_no_line_is_blamed(

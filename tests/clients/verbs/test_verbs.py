@@ -122,9 +122,10 @@ def test_token_comes_from_flag_or_file(run: Run, server: FakeTurret, tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff")
     none = {"path": tmp_path / "none", "why": "No such file or directory"}
     for name, said in (
-        ("none", say("FLAG_FILE_UNREADABLE", flag="--token-from", **none)),
-        ("bytes", say("FLAG_FILE_NOT_UTF8", flag="--token-from", path=tmp_path / "bytes")),
+        ("none", say("FILE_UNREADABLE", **none)),
+        ("bytes", say("PATH_UNUSABLE", path=tmp_path / "bytes", problem=say("NOT_UTF8"))),
     ):
+        said = say("FLAG_PATH_UNUSABLE", flag="--token-from", problem=said)
         code, _, err = run("generate", "a", "--token-from", str(tmp_path / name))
         assert (code, err) == (1, f"error: {said}\n")
 
@@ -175,9 +176,12 @@ def test_errors_say_what_to_do_next(run: Run, server: FakeTurret, capsys):
     ("arguments", "complaint"),
     [
         (["--address", "127.0.0.1"], say("ADDRESS_WITHOUT_PORT", value="127.0.0.1")),
-        (["--address", "http://127.0.0.1:1"], "--address: "),
-        (["--token", "Bearer t"], say("INCLUDES_BEARER")),
-        (["--token", "ü"], say("NOT_ASCII")),
+        (
+            ["--address", "http://127.0.0.1:1"],
+            say("ADDRESS_WITH_SCHEME", value="http://127.0.0.1:1", scheme="http://"),
+        ),
+        (["--token", "Bearer t"], f"--token: {say('INCLUDES_BEARER')}"),
+        (["--token", "ü"], f"--token: {say('NOT_ASCII')}"),
         (["--logprobs"], say("FLAG_NEEDS_JSON", flag="--logprobs")),
     ],
 )
@@ -328,9 +332,13 @@ def test_adapters_list_and_get(run: Run):
 
 def test_an_adapter_is_loaded_with_a_chat_template(run: Run, server: FakeTurret, tmp_path: Path):
     (tmp_path / "t.jinja").write_text("{{ messages }}")
+    for name, data in PEFT_FILES.items():
+        (tmp_path / name).write_bytes(data)
     flags = ("--chat-template", str(tmp_path / "t.jinja"))
-    for verb, *place in (("load", "new", "dir"), ("replace", "new", "dir")):
-        assert run("adapters", verb, *place, *flags)[0] == 0
+    for verb in ("load", "replace", "upload --replace"):
+        place = str(tmp_path) if "upload" in verb else "dir"
+        server.adapters.requests.clear()
+        assert run("adapters", *verb.split(), "new", place, *flags)[0] == 0
         assert server.adapters.requests[-1].chat_template == "{{ messages }}"
 
 
@@ -383,7 +391,7 @@ def test_adapters_export_and_upload(run: Run, server: FakeTurret, tmp_path):
     target = str(tmp_path / "sql")
     assert run("adapters", "export", "sql", target)[1] == f"exported sql@1 to {target}\n"
     code, _, err = run("adapters", "export", "sql", target)
-    assert (code, err) == (1, f"error: {say('EXPORT_EXISTS', path=target)}\n")
+    assert (code, err) == (1, f"error: {say('PATH_EXISTS', path=target)}\n")
     # The directory that was asked for, and not the one beside it that becomes it.
     code, _, err = run("adapters", "export", "sql", "/proc/x")
     assert (code, err.startswith("error: /proc/x: cannot be created: ")) == (1, True)

@@ -222,5 +222,6 @@ def test_an_example_without_the_invocation_is_refused_by_name() -> None:
     example = Example(Path("train.jsonl"), 7, prompt="a [judge] b", completion="c")
     with pytest.raises(DataError, check=says("INVOCATION_SPLIT", tokens="[7]")):
         encode(joining, example, DataConfig(train="t"), invocation_of(joining, "[judge]"))
-    with pytest.raises(ConfigError, check=says("INVOCATION_REQUIRED")):
+    required = says("INVOCATION_REQUIRED")
+    with pytest.raises(ConfigError, match=r"^method\.invocation: ", check=required):
         invocation_before_answers(tiny_tokenizer())

@@ -246,10 +246,11 @@ def test_a_rank_is_checked_before_the_base_is_quantised(
     config = json.loads((model / "config.json").read_text())
     del config["num_key_value_heads"]
     (model / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, check=says("RANK_TOO_HIGH", most=128)):
+    too_high = says("RANK_TOO_HIGH", most=128)
+    with pytest.raises(ConfigError, match=r"^method\.rank: ", check=too_high):
         resolve_tiny(tmp_path, model, "method.rank=129")
     tables = {"base": {"model": str(model)}, "data": {"train": "train.jsonl"}}
-    with pytest.raises(ConfigError, check=says("RANK_TOO_HIGH", most=128)):
+    with pytest.raises(ConfigError, match=r"^method\.rank: ", check=too_high):
         sweep(build_config(tables), tmp_path, [2, 129], training_progress)
     assert not (tmp_path / "cache").exists()
 
@@ -285,7 +286,7 @@ def test_the_command_that_serves_allows_the_rank(
     assert f" --preload run=adapter{flag}\n" in command
     console = Console(width=200, file=io.StringIO(), highlight=False)
     make_plan(resolved).print(console)
-    line = f"turret serve --max-rank {served}; by itself it allows 128"
+    line = f"turret serve --max-rank {served} (default: 128)"
     assert isinstance(console.file, io.StringIO)
     assert (line in console.file.getvalue()) == (served > 128)
     # The server's own reader, at the limit that it has and at one less than is asked for.

@@ -177,11 +177,12 @@ def test_labels_that_are_not_learned_are_refused(model: Path, tmp_path: Path) ->
     path = write_jsonl(tmp_path / "train.jsonl", [{"prompt": f"{n}", "labels": []} for n in "abc"])
     with pytest.raises(DataError, check=says("LABEL_COUNT", found=0)):
         resolve_tiny(tmp_path, model, *RUN)
-    with pytest.raises(DataError, check=says("LABELS_NEED_CLASSIFICATION")):
+    place = r"jsonl:1: labels: "
+    with pytest.raises(DataError, match=place, check=says("LABELS_NEED_CLASSIFICATION")):
         resolve_tiny(tmp_path, model)
     write_jsonl(path, [{"prompt": f"{n}", "completion": n} for n in "abc"])
     write_jsonl(tmp_path / "held.jsonl", [{"prompt": "d", "labels": ["a"]}])
-    with pytest.raises(DataError, check=says("MIXED_LABELS")):
+    with pytest.raises(DataError, match=f"held.{place}", check=says("MIXED_LABELS")):
         resolve_tiny(tmp_path, model, *RUN, "data.validation=held.jsonl")
     write_jsonl(path, [{"prompt": f"{n}", "labels": [n]} for n in "abc"])
     write_jsonl(tmp_path / "held.jsonl", [{"prompt": "d", "labels": ["a", "d"]}])

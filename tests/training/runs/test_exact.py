@@ -1,7 +1,6 @@
 """What must not change a result: packing, accumulation, checkpointing, seeds, a kill."""
 
 from __future__ import annotations
-from turret.training.words import say
 
 import argparse
 import errno
@@ -15,21 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from said import says
 import torch
 from builders.bases.tiny_models import save_tiny_model
 from builders.training import resolve_tiny, write_words
+from said import says
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from turret.training import trainer
-from turret.training.models.base_model import find_base, load_model
 from turret.training.data.batches import make_batch, pack_rows
 from turret.training.errors import RunError
 from turret.training.loss import HEAD_ROWS, LossFunction
+from turret.training.models.base_model import find_base, load_model
 from turret.training.run.folder import read_metrics
 from turret.training.settings.config_file import render_config
 from turret.training.trainer import Trainer
 from turret.training.verbs import _with_errors
+from turret.training.words import say
 
 EXACT = "base.dtype=float32"
 

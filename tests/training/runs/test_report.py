@@ -1,14 +1,16 @@
 """The page about a run, and the answers before and after that it shows."""
 
 from __future__ import annotations
-from turret.training.words import say
 
+import argparse
 import io
 import json
 import re
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from builders.training import resolve_tiny, write_jsonl
 from rich.console import Console
 
 from turret.server.cli import main
+from turret.training import trainer, verbs
 from turret.training.data.examples import Encoded
 from turret.training.models.base_model import without_peft_warnings
 from turret.training.report import Curve, curves_svg, render_report, smoothed
@@ -25,6 +28,7 @@ from turret.training.run.folder import RunFolder, read_metrics
 from turret.training.run.progress import training_progress
 from turret.training.run.samples import draw_samples
 from turret.training.trainer import Trainer, attach, trainable
+from turret.training.words import say
 
 VOID = {"meta", "line", "circle", "polyline"}
 
@@ -170,6 +174,20 @@ def test_the_command_writes_the_page(run: RunFolder, capsys: pytest.CaptureFixtu
     assert main(["train", "report", str(run.path / "adapter")]) == 1
     text = say("NO_RUN_FACTS", path=run.path / "adapter", name="run.json")
     assert str(text) in capsys.readouterr().err
+
+
+def test_a_quiet_run_in_a_terminal_names_its_adapter(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    config = SimpleNamespace(run=SimpleNamespace(output=str(run.path)))
+    done = SimpleNamespace(run=lambda **_: SimpleNamespace(folder=run))
+    monkeypatch.setattr(verbs, "_read", lambda args: (config, None))
+    monkeypatch.setattr(verbs, "_resolve", lambda args, config: None)
+    monkeypatch.setattr(trainer, "Trainer", lambda resolved, listen: done)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    flags = {"config": Path("t.toml"), "resume": False, "overwrite": True, "quiet": True}
+    verbs._run(argparse.Namespace(**flags))
+    assert capsys.readouterr() == (f"{run.adapter}\n{run.report}\n", "")
 
 
 @pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning", "p_tuning", "dora", "ia3"])

@@ -1,16 +1,16 @@
 """The directory of a run: one run at a time, and what is said of it."""
 
 from __future__ import annotations
-from turret.training.words import say
 
 from pathlib import Path
 
 import pytest
-from said import says
 from command_modules import loaded_and_said_by
+from said import says
 
 from turret.training.errors import RunError
 from turret.training.run.folder import RunFolder
+from turret.training.words import say
 
 
 def test_two_runs_do_not_write_into_one_directory(tmp_path: Path):
