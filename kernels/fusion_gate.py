@@ -21,11 +21,9 @@ import functools
 import itertools
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
-
 from turret.kernels.rows.elementwise import row_exp_
 from turret.kernels.rows.linear import row_linear
+from turret.lazy_torch import torch
 
 # Sides are padded to multiples of this, so that fewer shapes need a trial.
 GATE_MULTIPLE = 16
@@ -123,7 +121,7 @@ def _softmax(scores: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Te
 def _padded(values: torch.Tensor, row_multiple: int = 1) -> torch.Tensor:
     """Append zeros: columns to a multiple of ``GATE_MULTIPLE``, rows to ``row_multiple``."""
     rows, columns = -values.shape[0] % row_multiple, -values.shape[1] % GATE_MULTIPLE
-    return F.pad(values, (0, columns, 0, rows)) if rows or columns else values
+    return torch.nn.functional.pad(values, (0, columns, 0, rows)) if rows or columns else values
 
 
 @functools.lru_cache(maxsize=256)

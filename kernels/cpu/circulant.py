@@ -6,8 +6,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
+from turret.lazy_torch import torch
 
 _LANES = 16  # of vec.h
 
@@ -91,7 +90,7 @@ class CirculantFactors:
 
 
 def _wide(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    return F.pad(tensor, (0, _padded(size) - size)).contiguous()
+    return torch.nn.functional.pad(tensor, (0, _padded(size) - size)).contiguous()
 
 
 @functools.cache
@@ -125,7 +124,7 @@ def _padded_transforms(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     count = forward.shape[1]
     made = _wide(forward.permute(2, 0, 1), count)
     back = _wide(inverse.permute(1, 2, 0), size)  # [2, f, padded size]
-    return made, F.pad(back, (0, 0, 0, _padded(count) - count)).contiguous()
+    return made, torch.nn.functional.pad(back, (0, 0, 0, _padded(count) - count)).contiguous()
 
 
 def _padded(size: int) -> int:

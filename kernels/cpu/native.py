@@ -21,9 +21,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from turret.kernels.cpu.isas import ISAS, NATIVE, NO_NATIVE
+from turret.lazy_torch import torch
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ _BY_ELEMENT = {
     "turret_clamped_swiglu": (_pointer, _pointer, _int, _int, _double, _double, _int),
     "turret_rope_kv_write": (*(_pointer,) * 7, *(_int,) * 7),
 }
-_SUFFIXES = {torch.bfloat16: "", torch.float32: "_f32"}
+_BF16, _FP32 = "", "_f32"  # what their names end with
 _COUNTS = (
     *("turret_has_products", "turret_ahead", "turret_sparse_steps", "turret_sparse_fill"),
     *("turret_screen", "turret_screen_bytes"),
@@ -133,7 +132,7 @@ def load(isa: str) -> ctypes.CDLL:
     by_element = {
         name + suffix: arguments
         for name, arguments in _BY_ELEMENT.items()
-        for suffix in _SUFFIXES.values()
+        for suffix in (_BF16, _FP32)
     }
     for name, arguments in {**_SIGNATURES, **by_element}.items():
         function = getattr(library, name)
@@ -168,12 +167,12 @@ def has_native(dtype: torch.dtype, device: torch.device) -> bool:
 
 def has_layer_ops(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the compiled kernels compute what is between a layer's products."""
-    return dtype in _SUFFIXES and has_kernels(device)
+    return dtype in (torch.bfloat16, torch.float32) and has_kernels(device)
 
 
 def by_element(name: str, dtype: torch.dtype) -> Any:
     """The variant of a function for activations of this dtype."""
-    return getattr(functions(), name + _SUFFIXES[dtype])
+    return getattr(functions(), name + (_BF16 if dtype == torch.bfloat16 else _FP32))
 
 
 def has_native_products() -> bool:

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
-
 from turret.kernels.cpu.native import functions, has_native_products, num_threads
-
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from turret.lazy_torch import torch
 
 
 class _Product(ctypes.Structure):
@@ -85,7 +82,7 @@ def _product(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, *, adds: bool) -
         *(x.stride(0), x.stride(1)),
         *(w.stride(0) if w.shape[0] == x.shape[0] else 0, w.stride(1)),
         *(y.stride(0), y.stride(1)),
-        *(_KINDS[w.dtype], int(adds), num_threads()),
+        *((torch.float32, torch.bfloat16, torch.float16).index(w.dtype), int(adds), num_threads()),
     )
 
 

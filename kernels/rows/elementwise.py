@@ -7,11 +7,9 @@ vectors in calls that were tried (``trial.py``).
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-
 from turret.kernels.cpu.native import functions, has_kernels
 from turret.kernels.rows.trial import SAMPLE_ROWS, by_rows
+from turret.lazy_torch import torch
 
 # Elements that the longest vector loop takes at once (AVX-512, 16-bit, unrolled twice).
 VECTOR_ELEMENTS = 64
@@ -26,7 +24,7 @@ def row_exp_(x: torch.Tensor) -> torch.Tensor:
         functions().turret_exp_f32(out.data_ptr(), out.numel())
     else:
         width = x.shape[-1]
-        wide = F.pad(x.reshape(-1, width), (0, -width % VECTOR_ELEMENTS))
+        wide = torch.nn.functional.pad(x.reshape(-1, width), (0, -width % VECTOR_ELEMENTS))
         out = by_rows("exp", wide.shape[1], torch.exp, wide, lambda: _sample(wide.shape[1]))
         out = out[:, :width].reshape(x.shape)
     return x if out is x else x.copy_(out)
@@ -47,15 +45,17 @@ def _sample(width: int) -> torch.Tensor:
 def row_silu(x: torch.Tensor) -> torch.Tensor:
     """Apply silu to ``[num_rows, width]``, each row bit-identical in any batch; dtype of ``x``."""
     if x.device.type != "cpu":
-        return F.silu(x)
+        return torch.nn.functional.silu(x)
     width, dtype = x.shape[1], x.dtype
-    wide = F.pad(x, (0, -width % VECTOR_ELEMENTS)).contiguous()
+    wide = torch.nn.functional.pad(x, (0, -width % VECTOR_ELEMENTS)).contiguous()
 
     def sample() -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         return torch.randn(SAMPLE_ROWS, wide.shape[1], generator=generator).mul_(4.0).to(dtype)
 
-    return by_rows("silu", (dtype, wide.shape[1]), F.silu, wide, sample)[:, :width]
+    return by_rows("silu", (dtype, wide.shape[1]), torch.nn.functional.silu, wide, sample)[
+        :, :width
+    ]
 
 
 # gelu by its tanh formula (arXiv 1606.08415), whose bits do not depend on the batch.

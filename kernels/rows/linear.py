@@ -8,9 +8,6 @@ machine (``trial.py``), or else a product of elementwise operations (``ordered_p
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-
 from turret.kernels.cpu.native import has_kernels
 from turret.kernels.cpu.products import (
     add_column_products_,
@@ -28,6 +25,7 @@ from turret.kernels.rows.trial import (
     most_sizes,
     size_formulations,
 )
+from turret.lazy_torch import torch
 
 # Products by elementwise operations of torch alone: the order of every sum is written here.
 #
@@ -51,7 +49,10 @@ def ordered_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     if inner == 0:
         return x.new_zeros(x.shape[0], w.shape[0], dtype=torch.float32)
     more = (1 << (inner - 1).bit_length()) - inner
-    x, w = F.pad(x.float(), (0, more)), F.pad(w.float(), (0, more))
+    x, w = (
+        torch.nn.functional.pad(x.float(), (0, more)),
+        torch.nn.functional.pad(w.float(), (0, more)),
+    )
     out = torch.empty(x.shape[0], w.shape[0])
     columns = max(1, _PIECE_ELEMENTS // w.shape[1])
     rows = max(1, _PIECE_ELEMENTS // (w.shape[1] * min(columns, max(w.shape[0], 1))))
@@ -89,7 +90,7 @@ PIECE_ROWS = 64
 _LARGE_WEIGHT, _LARGE_WEIGHT_ROWS, _LARGE_WEIGHT_SAMPLE = 1 << 22, 64, 8
 # Length of every library product in ``row_addmm_``, and so its longest reduction. Libraries cut
 # longer reductions into blocks, and zeros would change which terms share a block.
-_MAX_REDUCTION = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 128}
+MAX_REDUCTION = 128
 
 
 def row_linear(x: torch.Tensor, weight: torch.Tensor, *, probe: bool = True) -> torch.Tensor:
@@ -116,7 +117,9 @@ def row_linear(x: torch.Tensor, weight: torch.Tensor, *, probe: bool = True) -> 
         return _prepare(weight).call(x, weight)
     out = [
         _prepare_tile(weight.dtype, weight.shape[1]).call(x, tile)
-        for tile in F.pad(weight, (0, 0, 0, -weight.shape[0] % _COLUMNS)).split(_COLUMNS)
+        for tile in torch.nn.functional.pad(weight, (0, 0, 0, -weight.shape[0] % _COLUMNS)).split(
+            _COLUMNS
+        )
     ]
     return torch.cat(out, dim=1)[:, : weight.shape[0]] if out else x.new_empty(x.shape[0], 0)
 
@@ -132,15 +135,17 @@ def linear_in_pieces(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ``[num_rows, out_features]``.
     """
     num_rows = x.shape[0]
-    padded = F.pad(x, (0, 0, 0, -num_rows % PIECE_ROWS))
-    pieces = [F.linear(piece, weight) for piece in padded.split(PIECE_ROWS)]
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -num_rows % PIECE_ROWS))
+    pieces = [torch.nn.functional.linear(piece, weight) for piece in padded.split(PIECE_ROWS)]
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[:num_rows]
 
 
 def _addmm_in_pieces(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``y + v b`` computed like ``linear_in_pieces``, with one rounding."""
     missing = -v.shape[0] % PIECE_ROWS
-    rows, factors = (F.pad(t, (0, 0, 0, missing)).split(PIECE_ROWS) for t in (y, v))
+    rows, factors = (
+        torch.nn.functional.pad(t, (0, 0, 0, missing)).split(PIECE_ROWS) for t in (y, v)
+    )
     pieces = [torch.addmm(r, f, b) for r, f in zip(rows, factors, strict=True)]
     return torch.cat(pieces)[: v.shape[0]]
 
@@ -154,11 +159,11 @@ def row_addmm_(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> None:
     Args:
         y: ``[num_rows, out_features]``, rounded once; rows may be strided (a slice of a fused
             projection).
-        v: ``[num_rows, rank]``, any float dtype, rank at most ``max_reduction(dtype)``.
+        v: ``[num_rows, rank]``, any float dtype, rank at most ``MAX_REDUCTION``.
         b: ``[rank, out_features]``, any float dtype.
     """
     rank = v.shape[1]
-    assert rank <= max_reduction(v.dtype), rank
+    assert rank <= MAX_REDUCTION, rank
     if v.device.type != "cpu":
         y.copy_(_addmm_in_pieces(y, v.to(y.dtype), b.to(y.dtype)))
     elif has_kernels(v.device):
@@ -167,14 +172,14 @@ def row_addmm_(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> None:
         if total is not y:
             y.copy_(total)
     else:
-        more = max_reduction(v.dtype) - rank
+        more = MAX_REDUCTION - rank
         update = _prepare_update(v.dtype, b.shape[1])
-        y.copy_(y.float() + update.call(F.pad(v, (0, more)), F.pad(b, (0, 0, 0, more))))
-
-
-def max_reduction(dtype: torch.dtype) -> int:
-    """The longest reduction that ``row_addmm_`` takes."""
-    return _MAX_REDUCTION[dtype]
+        y.copy_(
+            y.float()
+            + update.call(
+                torch.nn.functional.pad(v, (0, more)), torch.nn.functional.pad(b, (0, 0, 0, more))
+            )
+        )
 
 
 def prepare_linear(weight: torch.Tensor) -> None:
@@ -212,7 +217,8 @@ def _linears(largest: int = LARGEST) -> list[Formulation]:
 
     def of(sizes: Formulation) -> Formulation:
         return Formulation(
-            sizes.name, lambda x, weight: sizes.call(lambda rows: F.linear(rows, weight), x)
+            sizes.name,
+            lambda x, weight: sizes.call(lambda rows: torch.nn.functional.linear(rows, weight), x),
         )
 
     def ordered(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -246,7 +252,7 @@ def _prepare_tile(dtype: torch.dtype, in_features: int) -> Formulation:
 
 
 def _prepare_update(dtype: torch.dtype, out_features: int) -> Formulation:
-    """Choose how to multiply ``[rows, max_reduction] [max_reduction, out_features]`` to fp32."""
+    """Choose how to multiply ``[rows, MAX_REDUCTION] [MAX_REDUCTION, out_features]`` to fp32."""
 
     def of(sizes: Formulation) -> Formulation:
         def call(v: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -266,7 +272,7 @@ def _prepare_update(dtype: torch.dtype, out_features: int) -> Formulation:
 
 def _keeps_zeros(formulation: Formulation, dtype: torch.dtype, out_features: int) -> bool:
     """Whether rows keep their bits in any number and wherever their ranks lie among zeros."""
-    span = max_reduction(dtype)
+    span = MAX_REDUCTION
     generator = torch.Generator().manual_seed(span)
     part = torch.randn(8, out_features, generator=generator)
     # Consecutive groups of eight ranks cancel, wherever a row's ranks begin.
@@ -276,9 +282,9 @@ def _keeps_zeros(formulation: Formulation, dtype: torch.dtype, out_features: int
         for low in {0, 8, 16, (span - rank) // 16 * 8, span - rank}:
             if low + rank > span:
                 continue
-            v = F.pad(own, (low, span - rank - low))
-            alone = F.pad(own, (0, span - rank))
-            alone_b = F.pad(b[low : low + rank], (0, 0, 0, span - rank))
+            v = torch.nn.functional.pad(own, (low, span - rank - low))
+            alone = torch.nn.functional.pad(own, (0, span - rank))
+            alone_b = torch.nn.functional.pad(b[low : low + rank], (0, 0, 0, span - rank))
             expected = formulation.call(alone, alone_b)
             if not torch.equal(formulation.call(v, b), expected):
                 return False
@@ -322,6 +328,6 @@ def _in_pieces(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     if w.dim() == 2:
         return linear_in_pieces(x.reshape(num_rows * m, -1), w).view(num_rows, m, -1)
     missing = -num_rows % PIECE_ROWS
-    pairs = (F.pad(t, (0, 0, 0, 0, 0, missing)).split(PIECE_ROWS) for t in (x, w))
+    pairs = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, missing)).split(PIECE_ROWS) for t in (x, w))
     pieces = [torch.bmm(a, b.transpose(1, 2)) for a, b in zip(*pairs, strict=True)]
     return torch.cat(pieces)[:num_rows]

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
-
 from turret.kernels.cpu.native import has_kernels
 from turret.kernels.cpu.products import column_products
 from turret.kernels.rows.linear import ordered_product
 from turret.kernels.rows.trial import Formulation, Sizes, cancelling, choose
+from turret.lazy_torch import torch
 
 ROWS = 4
 COLUMNS = 16
@@ -113,7 +111,7 @@ def _calls(total: int, sizes: Sizes) -> list[tuple[int, int, int]]:
 def _filled(x: torch.Tensor, size: int, axis: int) -> torch.Tensor:
     """Fill with zeros up to a size."""
     more = size - x.shape[axis]
-    return F.pad(x, (*(0, 0) * (x.dim() - 1 - axis), 0, more)) if more > 0 else x
+    return torch.nn.functional.pad(x, (*(0, 0) * (x.dim() - 1 - axis), 0, more)) if more > 0 else x
 
 
 def _ordered(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
-import torch
-import torch.nn.functional as F
+from turret.lazy_torch import torch
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Compute = Callable[[torch.Tensor], torch.Tensor]
+Compute: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 Sizes = tuple[int, ...]
 
 SAMPLE_ROWS = 64
@@ -143,7 +142,7 @@ def in_sizes(compute: Compute, x: torch.Tensor, sizes: Sizes) -> torch.Tensor:
         part = x if size == num_rows else x[start : start + size].clone()
         missing = size - part.shape[0]
         if missing > 0:
-            part = F.pad(part, (0, 0) * (x.dim() - 1) + (0, missing))
+            part = torch.nn.functional.pad(part, (0, 0) * (x.dim() - 1) + (0, missing))
         parts.append(compute(part)[: min(size, left)])
         start += size
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.peft_format.config.rules import invalid
 from turret.server.adapters.peft_format.config.vocabulary_rules import listed_twice
 from turret.server.errors import AdapterComponentError
 from turret.server.words import Text, say
-
-if TYPE_CHECKING:
-    from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 # Config key that lists an adapter's components.
 COMPONENTS_KEY = "components"

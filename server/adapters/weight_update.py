@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-import torch
-
+from turret.lazy_torch import torch
 from turret.server.adapters.base import BaseModule
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.low_rank import LowRank

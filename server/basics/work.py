@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from turret.server.basics.lazy_torch import torch
+from turret.lazy_torch import torch
 from turret.server.errors import OutOfMemoryError, TurretError
 from turret.server.words import say
 

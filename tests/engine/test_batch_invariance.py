@@ -19,7 +19,7 @@ from servers.engine_harness import Answer, EngineHarness, make_request
 
 from turret.kernels.cpu import native
 from turret.kernels.rows.elementwise import row_silu
-from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
+from turret.kernels.rows.linear import MAX_REDUCTION, row_addmm_, row_linear
 from turret.kernels.rows.trial import forget_choices
 from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.scheduling.request import FinishReason, Request, SamplingParams
@@ -309,7 +309,7 @@ def test_row_addmm_ignores_other_rows_and_zero_ranks(dtype: torch.dtype) -> None
 
     for columns in (32, 64, 192, 1536):
         for rank in (8, 16, 64):
-            for span in (rank, 96, max_reduction(dtype)):
+            for span in (rank, 96, MAX_REDUCTION):
                 b, v = noise(span, columns), noise(40, rank)
                 for start in {0, 8, (span - rank) // 16 * 8, span - rank}:
                     if start + rank > span:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from turret.lazy_torch import torch
 from turret.server.adapters.tokenizer_files import TokenizerFiles
-
-if TYPE_CHECKING:
-    import torch
 
 _TASK_DOMAIN = b"turret-adapter-task-1\0"
 _TOKENIZER_DOMAIN = b"turret-adapter-tokenizer-1\0"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-import torch
+from turret.lazy_torch import torch
 
 
 def all_finite(tensor: torch.Tensor) -> bool:

@@ -12,8 +12,7 @@ import mmap
 import re
 from collections.abc import Mapping, Sequence
 
-import torch
-
+from turret.lazy_torch import torch
 from turret.server.adapters.checkpoint.finite import all_finite
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
 

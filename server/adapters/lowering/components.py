@@ -6,10 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from itertools import accumulate
 
-import torch
-import torch.nn.functional as F
-
 from turret.kernels.fusion_gate import GATE_MULTIPLE
+from turret.lazy_torch import torch
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.component import (
@@ -137,7 +135,7 @@ def query_score(
 
 def filled_up(rows: torch.Tensor, multiple: int) -> torch.Tensor:
     """Pads rows with zeros to a multiple."""
-    return F.pad(rows, (0, 0, 0, -rows.shape[0] % multiple)).contiguous()
+    return torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % multiple)).contiguous()
 
 
 def left_out(components: Sequence[Component], modules: Collection[str]) -> list[Text]:

@@ -6,19 +6,18 @@ from collections.abc import Callable, Iterable, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from turret.server.adapters.base import BaseModel, BaseSizes
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.component import FindComponent, find_no_component
+from turret.server.adapters.lowering.finish import finish
+from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.lowering.pieces import Assembly, Piece
 from turret.server.adapters.peft_format.config.rules import MethodKeys
 from turret.server.adapters.peft_format.linear_format import LinearFormat
 from turret.server.adapters.peft_format.reading import Module, Reading
 from turret.server.adapters.peft_format.refusals import task_warning
-
-if TYPE_CHECKING:
-    from turret.server.adapters.lowering.lowered import Lowered
 
 Pieces = Piece | Iterable[Piece]
 
@@ -107,8 +106,6 @@ class LinearMethod(LinearFormat):
         find_component: FindComponent = find_no_component,
     ) -> Lowered:
         """See ``Lower``."""
-        from turret.server.adapters.lowering.finish import finish
-
         reading = self.read(checkpoint, base, max_rank)
         assembly = Assembly(base.dtype)
         reading.find_component = find_component

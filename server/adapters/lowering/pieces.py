@@ -1,4 +1,4 @@
-"""What methods make operators with: each function here gives one operator of a module. No torch.
+"""What methods make operators with: each function here gives one operator of a module.
 
 A piece is rounded to the serving dtype when the module is put together, from fp32 or wider and
 once. Methods know no other way to make an operator.
@@ -6,20 +6,39 @@ once. Methods know no other way to make an operator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-from turret.server.basics.lazy_torch import torch
+from turret.lazy_torch import torch
+from turret.server.adapters.lowering.components import gate_of, query_score
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.circulant import Circulant
+from turret.server.adapters.operators.dense import Dense
+from turret.server.adapters.operators.gate import GivenScore, PrototypeScore, QueryScore
+from turret.server.adapters.operators.hadamard import Hadamard
+from turret.server.adapters.operators.input_blocks import InputBlocks
+from turret.server.adapters.operators.kronecker import Kronecker
+from turret.server.adapters.operators.low_rank import LowRank
+from turret.server.adapters.operators.modulated_base import ModulatedBase
+from turret.server.adapters.operators.operator import Operator
+from turret.server.adapters.operators.pair_rotation import PairRotation
+from turret.server.adapters.operators.sparse import Sparse
+from turret.server.adapters.operators.vectors import Bias, Gain, InputGain
 
-if TYPE_CHECKING:
-    from turret.server.adapters.lowering.low_rank import Factors
-    from turret.server.adapters.operators.adapter_operators import ModuleOperators
-    from turret.server.adapters.operators.gate import GivenScore, PrototypeScore, QueryScore
-    from turret.server.adapters.operators.low_rank import LowRank
-    from turret.server.adapters.operators.operator import Operator
+Score = QueryScore | PrototypeScore | GivenScore
 
-    Score = QueryScore | PrototypeScore | GivenScore
+# Elements of ``b`` folded at once: 1 MB in fp32. Larger temporaries are returned to the system
+# after every adapter, and touching their memory anew took a quarter of the time.
+_BATCH_ELEMENTS = 1 << 18
+
+
+class Factors(NamedTuple):
+    """``s·B A`` of one module: ``a`` ``[rank, in_features]``, ``b`` ``[out_features, rank]``."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +59,15 @@ class Piece:
 
 def low_rank(a: torch.Tensor, b: torch.Tensor) -> Piece:
     """``Δ(x) = b (a x)``, from ``[rank, in]`` and ``[out, rank]``."""
-    from turret.server.adapters.lowering.low_rank import fold
-
-    return Piece(lambda dtype: fold(a, b, 1.0, dtype))
+    return Piece(lambda dtype: _fold(a, b, 1.0, dtype))
 
 
 def scaled_low_rank(
     a: torch.Tensor, b: torch.Tensor, scaling: float, gain: torch.Tensor | None = None
 ) -> Piece:
     """``Δ(x) = gain ⊙ scaling · b (a x)`` of LoRA and its variants; records the scaling."""
-    from turret.server.adapters.lowering.low_rank import Factors, fold
-
     return Piece(
-        lambda dtype: fold(a, b, scaling, dtype, gain),
+        lambda dtype: _fold(a, b, scaling, dtype, gain),
         factors=Factors(a, b, scaling) if gain is None else None,
         scaling=scaling,
     )
@@ -60,16 +75,18 @@ def scaled_low_rank(
 
 def modulated(a: torch.Tensor, b: torch.Tensor) -> Piece:
     """``Δ(x) = (W ⊙ b a) x``, from ``[rank, in]`` and ``[out, rank]``."""
-    from turret.server.adapters.lowering.low_rank import modulated
 
-    return Piece(lambda dtype: modulated(a, b, dtype))
+    def make(dtype: torch.dtype) -> ModulatedBase:
+        factors = _fold(a, b, 1.0, dtype)
+        return ModulatedBase(factors.a, factors.b)
+
+    return Piece(make)
 
 
 def hadamard(
     w1a: torch.Tensor, w1b: torch.Tensor, w2a: torch.Tensor, w2b: torch.Tensor, scaling: float
 ) -> Piece:
     """``Δ(x) = scaling · ((w1a w1b) ⊙ (w2a w2b)) x``."""
-    from turret.server.adapters.operators.hadamard import Hadamard
 
     def make(dtype: torch.dtype) -> Hadamard:
         scaled = (w1a.to(torch.promote_types(dtype, torch.float32)) * scaling).to(dtype)
@@ -80,7 +97,6 @@ def hadamard(
 
 def kronecker(w1: torch.Tensor, w2: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> Piece:
     """``Δ(x) = kron(w1, w2) x``; ``w2`` may be given as a product of two."""
-    from turret.server.adapters.operators.kronecker import Kronecker
 
     def make(dtype: torch.dtype) -> Kronecker:
         first, *rest = (
@@ -93,15 +109,11 @@ def kronecker(w1: torch.Tensor, w2: torch.Tensor | tuple[torch.Tensor, torch.Ten
 
 def circulant(kernel: torch.Tensor) -> Piece:
     """A circulant matrix per block, from ``[out / b, in / b, b]``."""
-    from turret.server.adapters.operators.circulant import Circulant
-
     return Piece(lambda dtype: Circulant(kernel.to(dtype).contiguous()))
 
 
 def dense(weight: torch.Tensor) -> Piece:
     """``Δ(x) = weight x``, as large as the module's own weight."""
-    from turret.server.adapters.operators.dense import Dense
-
     return Piece(lambda dtype: Dense(weight.to(dtype).contiguous()))
 
 
@@ -109,50 +121,36 @@ def sparse(
     rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]
 ) -> Piece:
     """Entries of a weight ``[out, in]``, in any order; those of one place are added up."""
-    from turret.server.adapters.lowering.sparse import sparse_of
-
-    return Piece(lambda dtype: sparse_of(rows, columns, values, shape, dtype))
+    return Piece(lambda dtype: _sparse_of(rows, columns, values, shape, dtype))
 
 
 def input_blocks(change: torch.Tensor) -> Piece:
     """The base multiplies ``x + D x``, from the blocks of ``D``, ``[blocks, size, size]``."""
-    from turret.server.adapters.operators.input_blocks import InputBlocks
-
     return Piece(lambda dtype: InputBlocks(change.to(dtype).contiguous()))
 
 
 def pairs(sine: torch.Tensor, group: int) -> Piece:
     """``Δ(x)_o = sine_o (W x)_p(o)``: partners within groups of outputs are added."""
-    from turret.server.adapters.operators.pair_rotation import PairRotation
-
     return Piece(lambda _: PairRotation(_single(sine), group))
 
 
 def gain(values: torch.Tensor) -> Piece:
     """``y = values ⊙ (W x)``, on the base's result without its bias."""
-    from turret.server.adapters.operators.vectors import Gain
-
     return Piece(lambda _: Gain(_single(values)))
 
 
 def input_gain(values: torch.Tensor) -> Piece:
     """The base multiplies ``values ⊙ x``."""
-    from turret.server.adapters.operators.vectors import InputGain
-
     return Piece(lambda _: InputGain(_single(values)))
 
 
 def bias(values: torch.Tensor) -> Piece:
     """Added to the base's bias."""
-    from turret.server.adapters.operators.vectors import Bias
-
     return Piece(lambda _: Bias(_single(values)))
 
 
 def gate(updates: Sequence[LowRank | None], score: Score) -> Piece:
     """Low-rank updates of components, weighted token by token; None adapts nothing here."""
-    from turret.server.adapters.lowering.components import gate_of
-
     return Piece(lambda _: gate_of(updates, lambda b: score))
 
 
@@ -160,13 +158,93 @@ def gate_by_query(
     updates: Sequence[LowRank | None], query: torch.Tensor, keys: torch.Tensor
 ) -> Piece:
     """A gate over components with scores ``(query x) · (keys Δ_k(x))``."""
-    from turret.server.adapters.lowering.components import gate_of, query_score
-
     return Piece(lambda dtype: gate_of(updates, lambda b: query_score(query, keys, b, dtype)))
 
 
 def _single(values: torch.Tensor) -> torch.Tensor:
     return values.reshape(-1).to(torch.float32)
+
+
+def _fold(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    gain: torch.Tensor | None = None,
+) -> LowRank:
+    """Scales ``b`` (and multiplies its rows by ``gain``) in fp32 and rounds once to ``dtype``.
+
+    Args:
+        a: ``[rank, in_features]``, in the file's dtype.
+        b: ``[out_features, rank]``, likewise.
+        scaling: Factor of the update.
+        dtype: Serving dtype.
+        gain: ``[out_features]`` fp32, or None.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    b = b.to(wide) * scaling
+    if gain is not None:
+        b = b * gain.to(wide)[:, None]
+    return LowRank(a=a.to(dtype).contiguous(), b=b.T.to(dtype).contiguous())
+
+
+def _fold_all(factors: Mapping[str, Factors], dtype: torch.dtype) -> dict[str, LowRank]:
+    """``_fold`` without gains, for all modules of an adapter; one call does all of one shape.
+
+    Args:
+        factors: By module, in the file's dtype.
+        dtype: Serving dtype.
+
+    Returns:
+        By module; views of anything until ``finish`` copies them into a block.
+    """
+    alike: dict[tuple[object, ...], list[str]] = {}
+    for name, (a, b, scaling) in factors.items():
+        alike.setdefault((a.shape, a.dtype, b.shape, b.dtype, scaling), []).append(name)
+    folded: dict[str, LowRank] = {}
+    for group in alike.values():
+        size = max(1, _BATCH_ELEMENTS // max(1, factors[group[0]].b.numel()))
+        for start in range(0, len(group), size):
+            names = group[start : start + size]
+            batch = [factors[name] for name in names]
+            a_of: Sequence[torch.Tensor] = [one.a for one in batch]
+            if a_of[0].dtype != dtype:
+                a_of = torch.stack(list(a_of)).to(dtype).unbind()
+            b = torch.stack([one.b for one in batch])
+            # Torch multiplies 16-bit tensors by a number in fp32 and rounds the result once.
+            b = b if b.dtype == dtype else b.to(torch.promote_types(dtype, torch.float32))
+            b = b.mul_(batch[0].scaling).to(dtype).transpose(1, 2).contiguous()
+            folded |= zip(names, map(LowRank, a_of, b.unbind()), strict=True)
+    return {name: folded[name] for name in factors}
+
+
+def _sparse_of(
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    values: torch.Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Sparse:
+    """Sorts entries by place, adds up those of one place and rounds once.
+
+    Args:
+        rows: Outputs, ``[n]``, integers.
+        columns: Inputs, ``[n]``, integers.
+        values: ``[n]``, any float dtype, the scaling in them.
+        shape: Shape of the weight; every place is inside it.
+        dtype: Serving dtype.
+    """
+    flat = rows.to(torch.int64) * shape[1] + columns.to(torch.int64)
+    places, order = flat.unique(return_inverse=True)
+    wide = torch.promote_types(values.dtype, torch.float32)
+    summed = torch.zeros(len(places), dtype=wide).index_add_(0, order, values.to(wide))
+    outputs = places // shape[1]
+    starts = torch.searchsorted(outputs, torch.arange(shape[0] + 1))
+    return Sparse(
+        values=summed.to(dtype),
+        columns=(places % shape[1]).to(torch.int32).to(torch.uint16),
+        row_starts=starts.to(torch.int32),
+    )
 
 
 class Assembly:
@@ -193,10 +271,7 @@ class Assembly:
 
     def modules(self, order: Iterable[str] | None = None) -> dict[str, ModuleOperators]:
         """All modules, in the given order or else in the order in which they were added."""
-        from turret.server.adapters.lowering.low_rank import fold_all
-        from turret.server.adapters.operators.adapter_operators import ModuleOperators
-
-        for name, update in fold_all(self._factors, self._dtype).items():
+        for name, update in _fold_all(self._factors, self._dtype).items():
             made = self._made[name]
             made[made.index(None)] = update
         names = self._made if order is None else [name for name in order if name in self._made]

@@ -5,7 +5,7 @@ The filters are those that Daubechies (CBMS-NSF 61, 1992; ``db``, ``sym``, ``coi
 
 from __future__ import annotations
 
-from turret.server.basics.lazy_torch import torch
+from turret.lazy_torch import torch
 
 # Low-pass reconstruction filters.
 _LOW_PASS: dict[str, tuple[float, ...]] = {

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from turret.lazy_torch import torch
 from turret.server.adapters.base import WeightRows
 
 # Elements of the weight held at once: 1024 x 14336 in fp32 is 59 MB.

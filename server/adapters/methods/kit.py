@@ -11,11 +11,14 @@ one function, ``operators``, turns the tensors of a module into operators.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from turret.lazy_torch import torch
 from turret.server.adapters.component import Component
+from turret.server.adapters.lowering.components import find_components, left_out, update_of
 from turret.server.adapters.lowering.method import LinearMethod, Method, Pieces
 from turret.server.adapters.lowering.pieces import (
     Assembly,
@@ -36,6 +39,8 @@ from turret.server.adapters.lowering.pieces import (
     scaled_low_rank,
     sparse,
 )
+from turret.server.adapters.lowering.weight_products import times_weight, weight_times
+from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.peft_format.config.rules import (
     invalid,
     is_bool,
@@ -77,94 +82,7 @@ from turret.server.adapters.peft_format.shapes import (
     optionally,
     when,
 )
-from turret.server.basics.lazy_torch import torch
 from turret.server.words import Text, say
-
-if TYPE_CHECKING:
-    from turret.server.adapters.operators.low_rank import LowRank
-
-__all__ = [
-    "ANY",
-    "CONV1D",
-    "DROPOUT",
-    "EXCLUDE",
-    "IN",
-    "IN_TENSORS",
-    "LAYERS",
-    "LYCORIS",
-    "LYCORIS_IGNORED",
-    "MAX_LIST_ITEMS",
-    "OUT",
-    "PATTERNS",
-    "START",
-    "TARGETS",
-    "UNREAD",
-    "Assembly",
-    "Dim",
-    "LinearFormat",
-    "LinearMethod",
-    "Method",
-    "Misfit",
-    "Module",
-    "Piece",
-    "Pieces",
-    "R",
-    "Reading",
-    "Shape",
-    "Shared",
-    "Stop",
-    "Text",
-    "always",
-    "bias",
-    "cayley",
-    "check_coefficients",
-    "check_places",
-    "circulant",
-    "components_of",
-    "dense",
-    "drawn",
-    "drawn_places",
-    "either",
-    "extent",
-    "fixed_projections",
-    "gain",
-    "gate",
-    "gate_by_query",
-    "hadamard",
-    "indices",
-    "input_blocks",
-    "input_gain",
-    "invalid",
-    "is_bool",
-    "is_count",
-    "is_number",
-    "is_one_of",
-    "is_optional_bool",
-    "is_optional_module_selector",
-    "is_optional_text",
-    "is_positive",
-    "is_rank",
-    "is_rank_pattern",
-    "is_saved",
-    "is_seed",
-    "key",
-    "kronecker",
-    "low_rank",
-    "modulated",
-    "needs_seed",
-    "optional",
-    "optionally",
-    "pairs",
-    "say",
-    "scaled_low_rank",
-    "sparse",
-    "times_weight",
-    "torch",
-    "update_of",
-    "weight_times",
-    "when",
-    "without",
-]
 
 # Keys that select modules, with their checks. All methods for linear modules have the first two.
 TARGETS = {"target_modules": is_module_selector, "modules_to_save": is_modules_to_save}
@@ -232,9 +150,21 @@ def drawn_places(m: Module, count: int) -> torch.Tensor:
 
 
 def _place_drawer(adapter: Reading) -> Callable[[int, int], torch.Tensor]:
-    from turret.server.adapters.lowering.sparse import place_drawer
+    """Draws places of a module's entries as PEFT does.
 
-    return place_drawer(adapter.config["random_loc_seed"])
+    Returns:
+        ``(count, size)`` → the first ``size`` of a permutation of ``count`` places, int64. It keeps
+        some for modules of the same size, and they go with it: those of a large weight can be half
+        a gigabyte.
+    """
+
+    @functools.lru_cache(maxsize=8)
+    def draw(count: int, size: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(adapter.config["random_loc_seed"])
+        # Copy the part that is needed: a permutation of all places can take more than 100 MB.
+        return torch.randperm(count, generator=generator)[:size].clone()
+
+    return draw
 
 
 def check_coefficients(m: Module, role: str) -> None:
@@ -259,20 +189,6 @@ def check_places(module: Module) -> None:
         module.reading.fault(module.name, why)
 
 
-def weight_times(module: Module, right: torch.Tensor) -> torch.Tensor:
-    """``W @ right`` with the weight as served, on the CPU."""
-    from turret.server.adapters.lowering.weight_products import weight_times
-
-    return weight_times(module.rows(), right)
-
-
-def times_weight(left: torch.Tensor, module: Module) -> torch.Tensor:
-    """``left @ W`` with the weight as served, on the CPU."""
-    from turret.server.adapters.lowering.weight_products import times_weight
-
-    return times_weight(left, module.rows())
-
-
 def cayley(skew: torch.Tensor) -> torch.Tensor:
     """``R − I = −2 Q (I + Q)⁻¹`` of ``R = (I − Q)(I + Q)⁻¹``, without what cancels.
 
@@ -285,21 +201,12 @@ def cayley(skew: torch.Tensor) -> torch.Tensor:
 
 def components_of(adapter: Reading) -> Sequence[Component]:
     """The adapters that this one is built from, in the config's order."""
-    from turret.server.adapters.lowering.components import find_components, left_out
-
     adapter.components = find_components(adapter, adapter.find_component)
     for warning in left_out(adapter.components, adapter.modules):
         adapter.warn(warning)
     return adapter.components
 
 
-def update_of(component: Component, module: str) -> LowRank | None:
-    """A component's low-rank update of a module, or None."""
-    from turret.server.adapters.lowering.components import update_of
-
-    return update_of(component, module)
-
-
 def without(table: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     """The table without some of its keys."""
-    return {key: value for key, value in table.items() if key not in keys}
+    return {name: value for name, value in table.items() if name not in keys}

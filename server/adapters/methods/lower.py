@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.component import FindComponent, find_no_component
-from turret.server.adapters.lowering.dense import check_dense, dense_warnings
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import check_common, method_for
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
+from turret.server.adapters.operators.dense import Dense
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.adapters.operators.vocabulary import VocabularyOperators
 from turret.server.adapters.peft_format.classifier_checkpoint import (
@@ -21,7 +23,7 @@ from turret.server.adapters.peft_format.expert_checkpoint import ExpertPart, tak
 from turret.server.adapters.peft_format.refusals import check_rank
 from turret.server.adapters.peft_format.vocabulary.checkpoint import VocabularyPart, take_vocabulary
 from turret.server.adapters.peft_format.vocabulary.resized import FittedCheckpoint, fit_vocabulary
-from turret.server.errors import AdapterCheckpointError
+from turret.server.errors import AdapterCheckpointError, BudgetExceededError
 from turret.server.words import Text, say
 
 
@@ -55,7 +57,7 @@ def lower_checkpoint(
     method = method_for(checkpoint)
     check_common(checkpoint, method)
     if method.is_dense(checkpoint.config):
-        check_dense(checkpoint, base, max_dense_bytes)
+        _check_dense(checkpoint, base, max_dense_bytes)
     base = replace(base, text_prefix=checkpoint.text_prefix)
     classifier = take_classifier(checkpoint, base)
     experts = take_experts(classifier.rest, base, max_rank, is_lora=method.on_vocabulary)
@@ -81,7 +83,7 @@ def lower_checkpoint(
     # The reader has checked the ranks of linear modules; this checks all others.
     check_rank(checkpoint.path, max(joined.ranks, default=0), max_rank)
     return method.name, replace(
-        joined, warnings=(*joined.warnings, *dense_warnings(joined.operators))
+        joined, warnings=(*joined.warnings, *_dense_warnings(joined.operators))
     )
 
 
@@ -138,3 +140,45 @@ def _joined(lowered: Lowered, part: VocabularyPart) -> Lowered:
         ranks=tuple(sorted({*lowered.ranks, *([part.rank] if part.rank else [])})),
         target_modules=tuple(sorted({*lowered.target_modules, *part.modules})),
     )
+
+
+# Updates that are as large as the weights they change: what they take, and whether they may.
+
+
+def _check_dense(checkpoint: AdapterCheckpoint, base: BaseModel, max_bytes: int | None) -> None:
+    """Refuses an adapter of whole matrices before any of them is made.
+
+    Args:
+        checkpoint: A checkpoint of a method whose updates are dense.
+        base: The base they would be made for.
+        max_bytes: Most bytes they may take; 0 where the server allows none, None is any.
+
+    Raises:
+        BudgetExceededError: They would take more.
+    """
+    if max_bytes is None:
+        return
+    adapted = {name for tensor in checkpoint.tensors for name in _folders(tensor)}
+    sizes = [base.modules[name] for name in adapted & base.modules.keys()]
+    needed = sum(m.out_features * m.in_features for m in sizes) * base.dtype.itemsize
+    if needed <= max_bytes:
+        return
+    kind = str(checkpoint.config.get("peft_type")).upper()
+    facts = {"path": checkpoint.path, "method": kind, "bytes": needed}
+    if max_bytes:
+        raise BudgetExceededError(say("DENSE_OVER_BUDGET", **facts, host_bytes=max_bytes))
+    raise BudgetExceededError(say("DENSE_NOT_ALLOWED", **facts, flag="--allow-dense-adapters"))
+
+
+def _folders(path: str) -> Iterator[str]:
+    """The paths of all modules that a tensor with this name may belong to."""
+    while path := path.rpartition(".")[0]:
+        yield path
+
+
+def _dense_warnings(operators: AdapterOperators) -> tuple[Text, ...]:
+    """The warnings about an adapter's whole matrices, if it has any."""
+    modules = [*operators.modules.values(), *([operators.head] if operators.head else [])]
+    parts = (part for module in modules for part in module.operators)
+    total = sum(part.num_bytes for part in parts if isinstance(part, Dense))
+    return (say("LARGE_UPDATES", bytes=total),) if total else ()

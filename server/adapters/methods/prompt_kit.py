@@ -9,14 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from turret.lazy_torch import torch
 from turret.server.adapters.base import BaseModel, BaseSizes
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.tensor_names import PROMPT_EMBEDDINGS
 from turret.server.adapters.component import FindComponent, find_no_component
+from turret.server.adapters.lowering.finish import finish
+from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods.kit import is_one_of, is_rank, optional
+from turret.server.adapters.operators.soft_prompt import PrefixKv, SoftPrompt
 from turret.server.adapters.peft_format.config.rules import Check, MethodKeys
 from turret.server.adapters.peft_format.config.vocabulary_rules import (
     is_head_to_save,
@@ -24,12 +28,6 @@ from turret.server.adapters.peft_format.config.vocabulary_rules import (
 )
 from turret.server.adapters.peft_format.refusals import check_task, task_warning
 from turret.server.words import say
-
-if TYPE_CHECKING:
-    import torch
-
-    from turret.server.adapters.lowering.lowered import Lowered
-    from turret.server.adapters.operators.soft_prompt import SoftPrompt
 
 _SIZES: Mapping[str, Check] = {
     "num_virtual_tokens": is_rank,
@@ -139,8 +137,6 @@ class SoftTokens(MethodKeys):
         find_component: FindComponent = find_no_component,
     ) -> Lowered:
         """See ``Lower``."""
-        from turret.server.adapters.lowering.finish import finish
-
         task = self.read(checkpoint, base)
         stored = self.prompt(checkpoint.tensors, task).to(base.dtype)
         warnings = () if self.tasks is None else task_warning(task, checkpoint.config[self.tasks])
@@ -153,7 +149,6 @@ class SoftTokens(MethodKeys):
         )
 
     def _soft_prompt(self, stored: torch.Tensor, base: BaseModel) -> SoftPrompt:
-        from turret.server.adapters.operators.soft_prompt import SoftPrompt
 
         return SoftPrompt(soft_tokens=stored.contiguous())
 
@@ -192,7 +187,6 @@ class KeysAndValues(SoftTokens):
         return 2 * (layers or 0) * config["token_dim"]
 
     def _soft_prompt(self, stored: torch.Tensor, base: BaseModel) -> SoftPrompt:
-        from turret.server.adapters.operators.soft_prompt import PrefixKv, SoftPrompt
 
         shaped = stored.view(-1, base.num_layers, 2, base.num_kv_heads, base.head_dim)
         keys, values = shaped.permute(2, 1, 0, 3, 4)

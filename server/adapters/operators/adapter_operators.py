@@ -14,8 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import torch
-
+from turret.lazy_torch import torch
 from turret.server.adapters.operators.classifier import Classifier
 from turret.server.adapters.operators.constant_kv import ConstantKv
 from turret.server.adapters.operators.input_blocks import InputBlocks

@@ -12,10 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-
 from turret.kernels.cpu.circulant import CirculantFactors, spectrum, transforms
 from turret.kernels.rows.linear import row_product
+from turret.lazy_torch import torch
 from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
 
 

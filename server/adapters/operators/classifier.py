@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from turret.lazy_torch import torch
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-import torch.nn.functional as F
-
 from turret.kernels.rows.elementwise import row_exp_
 from turret.kernels.rows.linear import row_linear
+from turret.lazy_torch import torch
 from turret.server.adapters.operators.operator import Operator
 
 # Matrix sides are padded to a multiple of this, so that fewer shapes have to be probed.
@@ -48,10 +46,12 @@ class ConstantKv(Operator):
         """
         more = -self.keys.shape[0] % _MULTIPLE
         by_head = self.keys.float().transpose(0, 1)
-        columns = F.pad(self.values.float().permute(1, 2, 0), (0, 0, 0, _MULTIPLE))
+        columns = torch.nn.functional.pad(
+            self.values.float().permute(1, 2, 0), (0, 0, 0, _MULTIPLE)
+        )
         columns[:, self.keys.shape[2] :] = 1.0
-        keys = F.pad(by_head, (0, 0, 0, more)).contiguous()
-        return keys, F.pad(columns, (0, more)).contiguous()
+        keys = torch.nn.functional.pad(by_head, (0, 0, 0, more)).contiguous()
+        return keys, torch.nn.functional.pad(columns, (0, more)).contiguous()
 
     def prepare(self) -> None:
         _ = self._wide

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from turret.kernels.cpu.native import has_kernels
 from turret.kernels.cpu.products import dot_products
 from turret.kernels.rows.linear import prepare_linear, row_linear
+from turret.lazy_torch import torch
 from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
 
 

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-import torch
-import torch.nn.functional as F
-
 from turret.kernels.fusion_gate import (
     GATE_MULTIPLE,
     fusion_gate_reference,
     routing_gate_reference,
 )
 from turret.kernels.rows.linear import row_linear
+from turret.lazy_torch import torch
 from turret.server.adapters.operators.low_rank import add_ranks
 from turret.server.adapters.operators.operator import BaseRows, Operator
 
@@ -101,7 +99,9 @@ class Gate(Operator):
     def _prototypes(self) -> torch.Tensor:
         """The score's prototypes, padded so that fewer shapes have to be probed."""
         assert isinstance(self.score, PrototypeScore)
-        return F.pad(self.score.prototypes, (0, 0, 0, -len(self.score.prototypes) % GATE_MULTIPLE))
+        return torch.nn.functional.pad(
+            self.score.prototypes, (0, 0, 0, -len(self.score.prototypes) % GATE_MULTIPLE)
+        )
 
     def prepare(self) -> None:
         _ = self._component_of_rank, self._down

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
+from turret.kernels.rows.linear import MAX_REDUCTION, row_addmm_, row_linear
+from turret.lazy_torch import torch
 from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
 
 
@@ -43,7 +42,7 @@ class LowRank(Operator):
 
 def add_ranks(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> None:
     """``y += v b`` in place, a row's bits its own: ``[rows, out]``, ``[rows, rank]``, fp32 both."""
-    size = max_reduction(v.dtype)
+    size = MAX_REDUCTION
     for start in range(0, v.shape[1], size):
         window = slice(start, start + size)
         row_addmm_(y, v[:, window].contiguous(), b[window])

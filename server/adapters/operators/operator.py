@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
-import torch
+from turret.lazy_torch import torch
 
 # Most fp32 elements of a temporary: 4 MiB stay in cache.
 _PIECE_ELEMENTS = 1 << 20

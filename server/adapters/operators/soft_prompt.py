@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from turret.lazy_torch import torch
 
 
 @dataclass(frozen=True, slots=True)

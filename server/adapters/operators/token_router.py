@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
+from turret.lazy_torch import torch
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-
 from turret.kernels.rows.linear import row_linear, row_product
+from turret.lazy_torch import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +40,7 @@ class VocabularyRows:
             base: The base's embeddings of them, ``[rows, hidden]`` fp32.
         """
         if self.ids is None:
-            return F.embedding(tokens, self.values).float() - base
+            return torch.nn.functional.embedding(tokens, self.values).float() - base
         places = torch.searchsorted(self.ids, tokens).clamp_(max=len(self.ids) - 1)
         is_there = self.ids.index_select(0, places) == tokens
         change = self.values.index_select(0, places).float() - base
@@ -89,7 +87,7 @@ class EmbeddingLowRank:
 
     def change(self, tokens: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """The change to the base's embeddings of some tokens; see ``VocabularyRows.change``."""
-        a = F.embedding(tokens, self.a).float().unsqueeze(1)
+        a = torch.nn.functional.embedding(tokens, self.a).float().unsqueeze(1)
         change = row_product(a, self.b.float()).squeeze(1)
         return change if self.gain is None else change + (self.gain - 1.0) * base
 

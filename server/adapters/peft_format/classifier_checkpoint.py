@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from turret.lazy_torch import torch
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
@@ -23,13 +24,10 @@ from turret.server.adapters.head import (
     SINGLE_LABEL,
     Head,
 )
+from turret.server.adapters.operators.classifier import Classifier
 from turret.server.adapters.peft_format.config.rules import invalid
 from turret.server.adapters.peft_format.config.vocabulary_rules import listed_twice
-from turret.server.basics.lazy_torch import torch
 from turret.server.words import say
-
-if TYPE_CHECKING:
-    from turret.server.adapters.operators.classifier import Classifier
 
 TASK_TYPE = "SEQ_CLS"
 HEAD_NAMES = ("score", "classifier")
@@ -133,7 +131,6 @@ def _classifier(
     if bias is not None and len(bias) != len(weight):
         _wrong_shape("score.bias", bias, f"[{len(weight)}]", findings)
         return None
-    from turret.server.adapters.operators.classifier import Classifier
 
     own = weight.to(torch.float32, copy=True).contiguous()
     return Classifier(own, None if bias is None else bias.to(torch.float32, copy=True))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from turret.lazy_torch import torch
 from turret.server.adapters.base import WeightRows
 
 # Rows of W + sBA held at once: 1024 x 14336 in fp32 is 59 MB. An embedding has a column per token,

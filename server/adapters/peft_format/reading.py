@@ -10,12 +10,12 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from turret.lazy_torch import torch
 from turret.server.adapters.base import BaseModel, BaseModule, BaseSizes, WeightRows
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.component import Component, FindComponent, find_no_component
 from turret.server.adapters.peft_format.config.targets import Targets
-from turret.server.basics.lazy_torch import torch
 from turret.server.words import Text
 
 T = TypeVar("T")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
+from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
 from turret.server.errors import StateDirRequiredError
 from turret.server.words import say
-
-if TYPE_CHECKING:
-    from turret.server.adapters.adapter import Adapter
 
 
 class NoStateDir:

@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from turret.kernels.between import row_rms_norm
 from turret.kernels.rows.elementwise import row_exp_
-from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
+from turret.kernels.rows.linear import MAX_REDUCTION, row_addmm_, row_linear
 from turret.kernels.rows.elementwise import row_silu
 from turret.kernels.rows.tables import table_product
 from turret.kernels.rows.trial import cancelling, choices

@@ -8,15 +8,12 @@ invocation's first token.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.lora.lora import METHOD as LORA
 from turret.server.adapters.operators.module_names import EMBEDDING
 from turret.server.adapters.peft_format.config.lora_rules import INVOCATION
-
-if TYPE_CHECKING:
-    from turret.server.adapters.lowering.lowered import Lowered
 
 _EVERYWHERE = "it changes tokens before the invocation, which the base alone must compute"
 

@@ -15,17 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from turret.server.adapters.component import COMPONENTS_KEY, Component, is_components, unfit
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.lora.lora import METHOD as LORA
 from turret.server.adapters.methods.lora.lora import A, B
+from turret.server.adapters.operators.gate import PrototypeScore
+from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.peft_format.config.lora_rules import ARROW
 from turret.server.adapters.peft_format.config.vocabulary_rules import listed_twice
-
-if TYPE_CHECKING:
-    pass
 
 # Power-iteration steps and tolerance; same as PEFT's.
 _ITERATIONS, _EPS = 15, 1e-8
@@ -178,8 +177,6 @@ def _starts(adapter: Reading) -> dict[int, torch.Tensor]:
 
 
 def _operators(m: Module) -> Piece:
-    from turret.server.adapters.operators.gate import PrototypeScore
-    from turret.server.adapters.operators.low_rank import LowRank
 
     router, experts, dtype = m.once(_router), m.once(_updates)[m.name], m.reading.dtype
     updates = [LowRank(one.a.to(dtype), (one.b * one.scaling).to(dtype)) for one in experts]

@@ -12,10 +12,10 @@ from dataclasses import replace
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.lora.lora import MAGNITUDE, A, B
 from turret.server.adapters.methods.lora.lora import METHOD as LORA
+from turret.server.adapters.peft_format.dora_gain import dora_gain
 
 
 def _operators(m: Module) -> list[Piece]:
-    from turret.server.adapters.peft_format.dora_gain import dora_gain
 
     a, b = m.tensors[A], m.tensors[B]
     # At most one dequantised weight is held: it is freed before the next module's is made.

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from turret.server.adapters.methods.kit import *
+from turret.server.adapters.operators.low_rank import piece_sums
 
 # Name of a module's tensor, by ``peft_type``.
 _TENSORS = {"MISS": "miss_block", "BONE": "bone_block"}
@@ -45,8 +46,6 @@ def _role(m: Module | Reading) -> str:
 
 def _sums(adapter: Reading) -> dict[tuple[int, int], torch.Tensor]:
     """The factor ``A`` of modules by size, so that modules of one size share it in memory."""
-    from turret.server.adapters.operators.low_rank import piece_sums
-
     sizes = {(m.rank, m.inputs) for m in adapter.modules.values()}
     return {size: piece_sums(*size, adapter.dtype) for size in sizes}
 

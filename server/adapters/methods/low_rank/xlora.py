@@ -14,8 +14,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from turret.kernels.fusion_gate import GATE_MULTIPLE, given_gate_reference
 from turret.server.adapters.base import BaseModel, BaseSizes
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
@@ -25,11 +26,12 @@ from turret.server.adapters.component import (
     find_no_component,
     is_components,
 )
+from turret.server.adapters.lowering.components import filled_up, find_components, update_of
+from turret.server.adapters.lowering.finish import finish
+from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods.kit import *
-
-if TYPE_CHECKING:
-    from turret.server.adapters.lowering.lowered import Lowered
-    from turret.server.adapters.operators.token_router import TokenRouter
+from turret.server.adapters.operators.gate import GivenScore
+from turret.server.adapters.operators.token_router import TokenRouter
 
 _TENSOR = re.compile(r"base_model\.internal_xlora_classifier\.layers\.(\d{1,4})\.(weight|bias)")
 _LAYER = re.compile(r".*?\.layers\.\d+\.")
@@ -112,9 +114,6 @@ def lower(
     max_rank: int | None = None,
     find_component: FindComponent = find_no_component,
 ) -> Lowered:
-    from turret.server.adapters.lowering.components import find_components, update_of
-    from turret.server.adapters.lowering.finish import finish
-    from turret.server.adapters.operators.gate import GivenScore
 
     layers = check(checkpoint, base)
     components = find_components(checkpoint, find_component)
@@ -161,10 +160,6 @@ def _router(
     Raises:
         AdapterCheckpointError: Its outputs or ``top_k_lora`` do not go with the components.
     """
-    from turret.kernels.fusion_gate import GATE_MULTIPLE, given_gate_reference
-    from turret.server.adapters.lowering.components import filled_up
-    from turret.server.adapters.operators.token_router import TokenRouter
-
     config, findings = {**_DEFAULTS, **checkpoint.config}, Findings(checkpoint.path, base.name)
     outputs = len(layers[-1][0])
     wanted = components * (modules if config["layerwise_scalings"] else 1)

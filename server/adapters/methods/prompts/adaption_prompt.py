@@ -13,17 +13,18 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from turret.server.adapters.base import BaseModel, BaseSizes
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.finite import all_finite
+from turret.server.adapters.lowering.finish import finish
+from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering.weight_products import weight_times
 from turret.server.adapters.methods.kit import *
+from turret.server.adapters.operators.constant_kv import ConstantKv
 from turret.server.adapters.peft_format.refusals import unknown_tensors
-
-if TYPE_CHECKING:
-    from turret.server.adapters.lowering.lowered import Lowered
-    from turret.server.adapters.operators.constant_kv import ConstantKv
 
 _NAME = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\.self_attn\.adaption_(prompt|gate)")
 # The supported models that PEFT can train this method on.
@@ -59,8 +60,6 @@ def check(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> _Layers
 
 
 def lower(checkpoint: AdapterCheckpoint, base: BaseModel, *_: object) -> Lowered:
-    from turret.server.adapters.checkpoint.finite import all_finite
-    from turret.server.adapters.lowering.finish import finish
 
     layers, findings = check(checkpoint, base), Findings(checkpoint.path, base.name)
     constants, assembly = {}, Assembly(base.dtype)
@@ -104,8 +103,6 @@ def _check(
 
 
 def _constants(tensors: Mapping[str, torch.Tensor], attention: str, base: BaseModel) -> ConstantKv:
-    from turret.server.adapters.lowering.weight_products import weight_times
-    from turret.server.adapters.operators.constant_kv import ConstantKv
 
     wide = torch.promote_types(base.dtype, torch.float32)
     prompt, gate = tensors["prompt"][0].to(wide), tensors["gate"].to(wide)

@@ -7,7 +7,7 @@ Without ``use_idwt`` the coefficients are the entries themselves.
 
 from __future__ import annotations
 
-from turret.server.adapters.lowering.wavelets import WAVELETS
+from turret.server.adapters.lowering.wavelets import WAVELETS, inverse_entries
 from turret.server.adapters.methods.kit import *
 
 _SPECTRUM = "waveft_spectrum"
@@ -20,7 +20,6 @@ def _check(m: Module) -> None:
 
 
 def _operators(m: Module) -> Piece:
-    from turret.server.adapters.lowering.wavelets import inverse_entries
 
     spectrum, shape = m.exact(_SPECTRUM), (m.outputs, m.inputs)
     places = drawn_places(m, len(spectrum))

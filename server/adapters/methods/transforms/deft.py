@@ -20,7 +20,7 @@ def _operators(m: Module) -> Piece:
     left = torch.linalg.qr(p)[0] if is_qr else p
     taken = left if is_qr else p.relu()
     wide = torch.promote_types(m.tensors[_P].dtype, torch.float32)
-    a = -times_weight(taken.T.to(wide), m)
+    a = -times_weight(taken.T.to(wide), m.rows())
     if _R in m:
         scaling = m.config["alpha"] / p.shape[1] if m.config.get("alpha") else 1.0
         a += m.tensors[_R].to(wide) * scaling

@@ -77,7 +77,7 @@ def _bias(m: Module) -> torch.Tensor | None:
         column = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32))
         if len(parts) == 2:
             column = column @ parts[1].to(column.dtype)
-        change = weight_times(m, column).reshape(-1).float()
+        change = weight_times(m.rows(), column).reshape(-1).float()
         total = change if total is None else total + change
     return total
 

@@ -17,7 +17,7 @@ def _operators(m: Module) -> Pieces:
         m.fault("hra_u", say("INVALID_TENSOR", why="a column has only zeros"))
         return ()
     a, change = (_orthonormal if m.config["apply_GS"] else _reflections)(u)
-    return low_rank(a, weight_times(m, change))
+    return low_rank(a, weight_times(m.rows(), change))
 
 
 def _reflections(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

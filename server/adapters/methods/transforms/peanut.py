@@ -41,7 +41,7 @@ def _layer(kind: str, number: int) -> str:
 
 def _operators(m: Module) -> Piece:
     wide = torch.promote_types(m.tensors[_A].dtype, torch.float32)
-    a = _network(times_weight(m.tensors[_A].to(wide), m).T, m)
+    a = _network(times_weight(m.tensors[_A].to(wide), m.rows()).T, m)
     return low_rank(a.T, m.tensors[_B].to(wide) * m.config["scaling"])
 
 

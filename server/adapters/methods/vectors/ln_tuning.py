@@ -7,17 +7,16 @@ each of them: of q, k and v, of gate and up, or of the head.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from turret.server.adapters.base import BaseModel, BaseNorm, BaseSizes
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.lowering.finish import finish
+from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.peft_format.config.targets import resolve_targets
 from turret.server.adapters.source import TENSORS_FILE
-
-if TYPE_CHECKING:
-    from turret.server.adapters.lowering.lowered import Lowered
 
 _SUFFIX = ".ln_tuning_layers.weight"
 
@@ -38,7 +37,6 @@ def check(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> None:
 
 
 def lower(checkpoint: AdapterCheckpoint, base: BaseModel, *_: object) -> Lowered:
-    from turret.server.adapters.lowering.finish import finish
 
     findings = _check_config(checkpoint, base)
     targeted = _targeted(checkpoint.config, base, findings)

@@ -7,21 +7,21 @@ head too; PEFT then saves them under both names.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from turret.server.adapters.base import BaseModel, BaseSizes
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.lowering.finish import finish
+from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
+from turret.server.adapters.operators.vocabulary import VocabularyOperators, VocabularyRows
 from turret.server.adapters.peft_format.config.targets import resolve_targets
 from turret.server.adapters.peft_format.config.vocabulary_rules import is_token_list
 from turret.server.adapters.peft_format.refusals import unknown_tensors
+from turret.server.adapters.peft_format.vocabulary.rows import read_rows
 from turret.server.adapters.source import TENSORS_FILE
-
-if TYPE_CHECKING:
-    from turret.server.adapters.lowering.lowered import Lowered
-    from turret.server.adapters.operators.vocabulary import VocabularyRows
 
 _SUFFIX = ".trainable_tokens_delta"
 # Where PEFT wraps a tied head twice, it saves the same rows a second time.
@@ -44,8 +44,6 @@ def _check_config(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) ->
 
 
 def lower(checkpoint: AdapterCheckpoint, base: BaseModel, *_: object) -> Lowered:
-    from turret.server.adapters.lowering.finish import finish
-    from turret.server.adapters.operators.vocabulary import VocabularyOperators
 
     findings = _check_config(checkpoint, base)
     targeted = _targeted(checkpoint.config, base, findings)
@@ -74,7 +72,6 @@ def _targeted(config: Mapping[str, Any], base: BaseModel, findings: Findings) ->
 def _read(
     checkpoint: AdapterCheckpoint, targeted: frozenset[str], base: BaseModel, findings: Findings
 ) -> dict[str, VocabularyRows]:
-    from turret.server.adapters.peft_format.vocabulary.rows import read_rows
 
     rows = {}
     left = dict(checkpoint.tensors)

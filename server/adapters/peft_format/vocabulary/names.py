@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from turret.lazy_torch import torch
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
-from turret.server.basics.lazy_torch import torch
 from turret.server.words import say
 
 WHOLE, FROZEN, ROWS, A, B, MAGNITUDE = "weight", "base", "rows", "a", "b", "magnitude"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from turret.lazy_torch import torch
 from turret.server.adapters.base import BaseVocabulary
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.operators.vocabulary import VocabularyRows

@@ -1,4 +1,4 @@
-"""``torch``, imported at its first use: ``from turret.server.basics.lazy_torch import torch``.
+"""``torch``, imported at its first use: ``from turret.lazy_torch import torch``.
 
 For modules whose declarations are read before torch is loaded, which takes seconds.
 """
@@ -14,6 +14,8 @@ else:
 
     class _Torch:
         def __getattr__(self, name: str) -> Any:
-            return getattr(importlib.import_module("torch"), name)
+            value = getattr(importlib.import_module("torch"), name)
+            setattr(self, name, value)  # The next use looks it up like any attribute.
+            return value
 
     torch = _Torch()
