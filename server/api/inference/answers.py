@@ -20,7 +20,7 @@ from turret.server.engine.scheduling.request import (
     Timing,
     TokenLogprob,
 )
-from turret.server.errors import DeadlineExceededError
+from turret.server.errors import BudgetExceededError, DeadlineExceededError
 from turret.server.words import say
 from turret.v1 import inference_pb2
 
@@ -28,11 +28,19 @@ from turret.v1 import inference_pb2
 
 
 async def outputs_of(
-    backend: Backend, request: Request, call: Call
+    backend: Backend, request: Request, call: Call, *, is_whole: bool = False
 ) -> AsyncGenerator[Output, None]:
     """Run a request on behalf of a call; however the call ends, the engine drops the request.
 
+    Args:
+        backend: Answers.
+        request: To run.
+        call: On whose behalf.
+        is_whole: Whether the call collects the answer. What it collects counts towards
+            ``--max-queued-bytes`` until the call ends.
+
     Raises:
+        BudgetExceededError: The call has collected more than ``--max-queued-bytes``.
         DeadlineExceededError: After the last output, if the deadline ended the request.
     """
     call.rename(request.request_id)
@@ -48,11 +56,26 @@ async def outputs_of(
                 call.prompt_tokens += len(request.prompt_token_ids)
                 is_counted = True
             call.generated_tokens += len(output.token_ids)
+            if is_whole:
+                _keep(backend, call, output.answer_bytes)
             yield output
             if output.finish is not None and output.finish.reason is FinishReason.DEADLINE:
                 raise DeadlineExceededError(say("DEADLINE_EXCEEDED"))
     finally:
         stream.cancel()
+
+
+def _keep(backend: Backend, call: Call, num_bytes: int) -> None:
+    if not num_bytes:
+        return
+    engine = backend.engine
+    if not call.kept_bytes:
+        call.at_end(lambda: engine.hold(-call.kept_bytes))
+    call.kept_bytes += num_bytes
+    engine.hold(num_bytes)
+    if call.kept_bytes > (most := engine.max_queued_bytes):
+        large = say("ANSWER_TOO_LARGE", bytes=call.kept_bytes, max_queued_bytes=most)
+        raise BudgetExceededError(large)
 
 
 # Concurrent execution of the parts of one call.

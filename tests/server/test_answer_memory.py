@@ -1,0 +1,100 @@
+"""Memory of answers that are collected before they are sent counts towards a limit."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx2
+import pytest
+from builders.bases.tiny_models import save_tiny_model
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from turret.server.app import App
+from turret.server.config import (
+    MIB,
+    AdapterConfig,
+    Config,
+    ListenConfig,
+    ModelConfig,
+    SchedulerConfig,
+)
+from turret.v1 import inference_pb2, inference_pb2_grpc
+
+PROMPT = [60 + place % 20 for place in range(100)]
+# Together they take about 2.5 MiB, and each of them a third of one.
+LARGE = {"prompt": [PROMPT] * 8, "max_tokens": 0, "echo": True, "logprobs": 20}
+SAMPLED = {"prompt": PROMPT[:2], "n": 16, "max_tokens": 40, "logprobs": 20, "ignore_eos": True}
+
+
+@pytest.fixture
+async def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[App]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    app = App(
+        Config(
+            model=ModelConfig(
+                model=save_tiny_model("llama", tmp_path / "model"), device="cpu", dtype="float32"
+            ),
+            scheduler=SchedulerConfig(max_queued_bytes=MIB),
+            adapters=AdapterConfig(adapter_root=tmp_path),
+            listen=ListenConfig(
+                address="127.0.0.1:0", http_address="127.0.0.1:0", metrics_address=None
+            ),
+        )
+    )
+    try:
+        await app.startup()
+        yield app
+    finally:
+        app.stop()
+        await app.shutdown()
+
+
+async def test_what_a_call_collects_is_bounded(app: App) -> None:
+    assert app.rpc is not None
+    assert app.http is not None
+    backend = app.gate.enter()
+    async with (
+        grpc.aio.insecure_channel(app.rpc.address) as channel,
+        httpx2.AsyncClient(base_url=f"http://{app.http.address}", timeout=60) as client,
+    ):
+
+        async def post(**body: Any) -> int:
+            answer = await client.post("/v1/completions", json={"model": "base", **body})
+            if answer.status_code != 200:
+                assert answer.headers.get("retry-after") or "error" in answer.json()
+            return answer.status_code
+
+        stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[arg-type]
+        for each in (LARGE, LARGE | {"max_tokens": 1}, SAMPLED):
+            assert await post(**each) == 429
+            assert backend.engine._held_bytes == 0
+        # A part of them fits, and a streamed answer is not collected.
+        assert await post(**LARGE | {"prompt": PROMPT}) == 200
+        assert await post(**LARGE | {"logprobs": 0}) == 200
+        assert await post(**SAMPLED, stream=True) == 200
+        for message, call in (
+            (inference_pb2.ScoreRequest(top_n=20), stub.Score),
+            (inference_pb2.GenerateRequest(), stub.Generate),
+        ):
+            message.token_ids.ids.extend(PROMPT * 4)
+            if isinstance(message, inference_pb2.GenerateRequest):
+                message.options.echo = message.options.logprobs = True
+                message.options.top_n = 20
+                message.stop.max_tokens = 1
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call(message)
+            assert reason_of(caught.value) == "BUDGET_EXCEEDED"
+        assert backend.engine._held_bytes == 0
+
+
+def reason_of(error: grpc.aio.AioRpcError) -> str:
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    for detail in status.details:
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info):
+            return info.reason
+    return ""
