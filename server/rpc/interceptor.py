@@ -259,6 +259,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     (DETAILS_KEY, status.SerializeToString()),
                 )
             )
+            # ``body`` may hold the error, whose frames hold ``body``.
+            error.with_traceback(None)
             return None
         finally:
             call.finish(code)
