@@ -69,13 +69,19 @@ async def test_what_a_call_collects_is_bounded(app: App) -> None:
             return answer.status_code
 
         stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[arg-type]
-        for each in (LARGE, LARGE | {"max_tokens": 1}, SAMPLED):
+        echoed = LARGE | {"max_tokens": 1}
+        for each in (LARGE, echoed, SAMPLED):
             assert await post(**each) == 429
             assert backend.engine._held_bytes == 0
         # A part of them fits, and a streamed answer is not collected.
         assert await post(**LARGE | {"prompt": PROMPT}) == 200
         assert await post(**LARGE | {"logprobs": 0}) == 200
         assert await post(**SAMPLED, stream=True) == 200
+        # The log probabilities of prompts are large pieces, which a slow client lets gather.
+        answer = await client.post(
+            "/v1/completions", json={"model": "base", **echoed, "stream": True}
+        )
+        assert answer.status_code == 429 or '"queue_full"' in answer.text
         for message, call in (
             (inference_pb2.ScoreRequest(top_n=20), stub.Score),
             (inference_pb2.GenerateRequest(), stub.Generate),

@@ -92,6 +92,8 @@ class Inference:
         # Drop the last reference, so that the message is freed while the request waits and runs.
         del message
         is_echoed = not request.options.echo
+        # Log probabilities of the prompt may wait for the client after the request has ended.
+        is_whole = is_whole or request.wants_prompt_logprobs
         outputs = outputs_of(backend, request, call, is_whole=is_whole)
         async with contextlib.aclosing(outputs):
             async for output in outputs:
