@@ -12,8 +12,13 @@ import pytest
 from builders.bases.tiny_models import save_tiny_model
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
+from turret.server.api.access import shares
+from turret.server.api.call import Call
+from turret.server.api.inference.answers import keep
 from turret.server.app import App
+from turret.server.basics.codes import Code
 from turret.server.config import (
     MIB,
     AdapterConfig,
@@ -22,6 +27,8 @@ from turret.server.config import (
     ModelConfig,
     SchedulerConfig,
 )
+from turret.server.errors import BudgetExceededError
+from turret.server.metrics import Metrics
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
 PROMPT = [60 + place % 20 for place in range(100)]
@@ -53,7 +60,7 @@ async def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
         await app.shutdown()
 
 
-async def test_what_a_call_collects_is_bounded(app: App) -> None:
+async def test_what_a_call_collects_is_bounded(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     assert app.rpc is not None
     assert app.http is not None
     backend = app.gate.enter()
@@ -78,10 +85,11 @@ async def test_what_a_call_collects_is_bounded(app: App) -> None:
         assert await post(**LARGE | {"logprobs": 0}) == 200
         assert await post(**SAMPLED, stream=True) == 200
         # The log probabilities of prompts are large pieces, which a slow client lets gather.
+        monkeypatch.setattr(shares, "MAX_AT_A_TIME", 1)
         answer = await client.post(
             "/v1/completions", json={"model": "base", **echoed, "stream": True}
         )
-        assert answer.status_code == 429 or '"queue_full"' in answer.text
+        assert '"code":"rate_limit_exceeded"' in answer.text
         for message, call in (
             (inference_pb2.ScoreRequest(top_n=20), stub.Score),
             (inference_pb2.GenerateRequest(), stub.Generate),
@@ -95,6 +103,27 @@ async def test_what_a_call_collects_is_bounded(app: App) -> None:
                 await call(message)
             assert reason_of(caught.value) == "BUDGET_EXCEEDED"
         assert backend.engine._held_bytes == 0
+
+
+def test_answers_to_one_token_leave_half_of_the_memory_to_others() -> None:
+    engine = FakeEngine()
+    engine.max_queued_bytes = 100
+    backend = fake_backend(engine, FakeRegistry(), FakeMerger(), FakeFuser())
+
+    def call_of(tenant: bytes) -> Call:
+        call = Call.begin("x", [], Metrics())
+        call.tenant = tenant
+        return call
+
+    calls = [call_of(b"alice"), call_of(b"alice"), call_of(b"bob")]
+    for call, num_bytes in zip(calls, (20, 30, 50), strict=True):
+        keep(backend, call, num_bytes)
+    assert (engine.held, backend.kept) == (100, {b"alice": 50, b"bob": 50})
+    with pytest.raises(BudgetExceededError):
+        keep(backend, calls[0], 1)
+    for call in calls:
+        call.finish(Code.OK)
+    assert (engine.held, backend.kept) == (0, {})
 
 
 def reason_of(error: grpc.aio.AioRpcError) -> str:

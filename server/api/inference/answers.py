@@ -36,11 +36,10 @@ async def outputs_of(
         backend: Answers.
         request: To run.
         call: On whose behalf.
-        is_whole: Whether the call collects the answer. What it collects counts towards
-            ``--max-queued-bytes`` until the call ends.
+        is_whole: Whether the call collects the answer; see ``keep``.
 
     Raises:
-        BudgetExceededError: The call has collected more than ``--max-queued-bytes``.
+        BudgetExceededError: See ``keep``.
         DeadlineExceededError: After the last output, if the deadline ended the request.
     """
     call.rename(request.request_id)
@@ -57,7 +56,7 @@ async def outputs_of(
                 is_counted = True
             call.generated_tokens += len(output.token_ids)
             if is_whole:
-                _keep(backend, call, output.answer_bytes)
+                keep(backend, call, output.answer_bytes)
             yield output
             if output.finish is not None and output.finish.reason is FinishReason.DEADLINE:
                 raise DeadlineExceededError(say("DEADLINE_EXCEEDED"))
@@ -65,17 +64,33 @@ async def outputs_of(
         stream.cancel()
 
 
-def _keep(backend: Backend, call: Call, num_bytes: int) -> None:
+def keep(backend: Backend, call: Call, num_bytes: int) -> None:
+    """Count memory of answers that a call collects, until it ends.
+
+    Raises:
+        BudgetExceededError: The call has collected more than ``--max-queued-bytes``, or the calls
+            of its token more than half of that. A client may take any time to read its answer.
+    """
     if not num_bytes:
         return
-    engine = backend.engine
+    kept, engine, tenant = backend.kept, backend.engine, call.tenant
+
+    def count(change: int) -> None:
+        engine.hold(change)
+        kept[tenant] += change
+        if not kept[tenant]:
+            del kept[tenant]
+
     if not call.kept_bytes:
-        call.at_end(lambda: engine.hold(-call.kept_bytes))
+        call.at_end(lambda: count(-call.kept_bytes))
     call.kept_bytes += num_bytes
-    engine.hold(num_bytes)
-    if call.kept_bytes > (most := engine.max_queued_bytes):
-        large = say("ANSWER_TOO_LARGE", bytes=call.kept_bytes, max_queued_bytes=most)
-        raise BudgetExceededError(large)
+    count(num_bytes)
+    most = engine.max_queued_bytes
+    if tenant:
+        most //= 2
+    found = kept[tenant] if tenant else call.kept_bytes
+    if found > most:
+        raise BudgetExceededError(say("ANSWER_TOO_LARGE", bytes=found, max_queued_bytes=most))
 
 
 # Concurrent execution of the parts of one call.
