@@ -21,7 +21,6 @@ TEXTS = {
     "MERGE_WITHDRAWN": "the merge was cancelled",
     "REPLICA_FAILED": "the replica cannot follow the fleet",
     "REPLICA_CUT_OFF": "the replica has lost the fleet's registry",
-    "MESSAGE_TOO_LARGE": "the message has {bytes} bytes; the server's limit is {max_bytes}",
     # Ray and its ingress
     "INGRESS_FOLDER": "cannot use {folder} for the files of the ingress: {cause}",
     "INGRESS_FOLDER_FOREIGN": "{folder}, for the files of the ingress, is a link or another user's",

@@ -190,7 +190,7 @@ class App:
             )
             if record is None:
                 return
-            for warning in record.warnings:
+            for warning in record.facts.warnings:
                 _log.warning("loaded with a warning", extra=log.fields(adapter=name, why=warning))
         model = backend.model_info
         self.metrics.info(

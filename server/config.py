@@ -154,8 +154,8 @@ class SchedulerConfig:
     )
     max_queued_bytes: Bytes = setting(
         512 * MIB,
-        "memory of requests that wait or run, messages and unread answers too, before new"
-        " ones get RESOURCE_EXHAUSTED",
+        "memory of requests that wait or run, their messages and the answers not yet sent,"
+        " before new ones get RESOURCE_EXHAUSTED",
         ge=MIB,
     )
     preempt_after_seconds: Seconds = setting(

@@ -16,9 +16,10 @@ import shutil
 import stat
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from turret.fleet.words import say
+from turret.server.api.limits import MAX_MESSAGE_BYTES
 from turret.server.basics.extras import how_to_add
 from turret.server.basics.files import replace_file
 from turret.server.errors import UnavailableError
@@ -94,6 +95,8 @@ def ingress_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+        # Serve starts the process that runs HAProxy again after three of these.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         # Time for every ingress to notice that a replica is leaving; Serve's default is 30 s.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
         # Use one event loop per replica: tokens need not cross to another, and uploads wait for the
@@ -153,6 +156,8 @@ def write_haproxy(folder: Path, host: str | None = None) -> None:
         # Serve has it listen where replicas do, and has two more pages on every interface.
         edits += [rf"s/^\( *bind \)127\.0\.0\.1:/\1{shown}:/"]
         edits += [r"s/^\( *bind \)\**:/\1ipv4@127.0.0.1:/"]
+        # Do not open a UDP socket on every interface for a syslog that nobody has set up.
+        edits += ["/^ *log .* local0 info$/d"]
     expressions = " ".join(f"-e {shlex.quote(edit)}" for edit in edits or [""])
     script = _SCRIPT.replace("EXPRESSIONS", expressions)
     script = script.replace("BINARY", shlex.quote(_binary(path)))
@@ -178,13 +183,14 @@ def _binary(own: Path) -> str:
 def prepare() -> None:
     """Corrects Ray Serve in a worker process, before its first task.
 
-    Ray Serve has no setting for either correction. ``ingress_environment`` names this function to
-    Ray, so that it runs on every machine of the cluster, whoever starts Serve.
+    Ray Serve has no setting for any of these corrections. ``ingress_environment`` names this
+    function to Ray, so that it runs on every machine of the cluster, whoever starts Serve.
     """
     import ray
 
     if ray.util.get_node_ip_address() == LOOPBACK:
         _listen_locally()
+    _limit_messages()
     _keep_haproxy()
 
 
@@ -205,6 +211,19 @@ def _listen_locally() -> None:
         return port
 
     server.add_insecure_port = add_local
+
+
+def _limit_messages() -> None:
+    """Rejects gRPC messages that ``turret serve`` would reject, before they are in memory.
+
+    Ray Serve accepts 2 GiB, and asks for a token only after that. Its setting would also limit
+    answers.
+    """
+    from ray.serve._private import grpc_util
+
+    name, patched = "grpc.max_receive_message_length", cast(Any, grpc_util)
+    others = [each for each in patched.DEFAULT_GRPC_SERVER_OPTIONS if each[0] != name]
+    patched.DEFAULT_GRPC_SERVER_OPTIONS = [*others, (name, MAX_MESSAGE_BYTES)]
 
 
 def _keep_haproxy() -> None:

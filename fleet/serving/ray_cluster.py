@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import secrets
 import signal
@@ -37,6 +38,9 @@ CLUSTER_FILE = "cluster.json"
 _PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
 # Signals that end a fleet. ``serve.py`` defers them while Ray starts.
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+# Ports for these: not those that the kernel gives to connections and that Ray's workers take, which
+# could be in use by the time that Serve listens.
+_FREE_PORTS = range(20_000, 30_000)
 _OBJECT_STORE_BYTES = 100 << 20
 _CONNECT_SECONDS = 5.0
 # Ray's names for processes that a cluster on one machine cannot lose.
@@ -123,7 +127,8 @@ class RayCluster:
             # Anyone who can reach a port of Ray can execute code.
             environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
             # Serve's default ports may be in use by another fleet on this machine.
-            environment |= {f"RAY_SERVE_{name}_PORT": str(_free_port()) for name in _PORTS}
+            ports = zip(_PORTS, _free_ports(), strict=False)
+            environment |= {f"RAY_SERVE_{name}_PORT": str(port) for name, port in ports}
         os.environ.update(environment)
         import ray
 
@@ -238,11 +243,15 @@ def _make_folder(state_dir: Path) -> FleetFolder:
         raise UnavailableError(say("SOCKET_FOLDER", cause=cause)) from None
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _free_ports() -> Iterator[int]:
+    """Different ports that nobody listens on now."""
+    for port in random.sample(_FREE_PORTS, len(_FREE_PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind((LOOPBACK, port))
+            except OSError:
+                continue
+        yield port
 
 
 @contextlib.contextmanager

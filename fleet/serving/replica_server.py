@@ -29,7 +29,7 @@ from turret.server.api.gate import Backend, ServingGate
 from turret.server.api.inference.inference import Inference
 from turret.server.basics.triton_needs import see_only
 from turret.server.config import Config
-from turret.server.errors import BudgetExceededError, UnavailableError
+from turret.server.errors import UnavailableError
 from turret.server.metrics import Metrics
 from turret.server.metrics_server import MetricsServer
 from turret.server.reloading import TokenReloader
@@ -37,7 +37,6 @@ from turret.server.rpc.adapters import AdaptersServicer
 from turret.server.rpc.health import HealthServicer
 from turret.server.rpc.inference import InferenceServicer
 from turret.server.rpc.interceptor import CallInterceptor, authorization_of, current_call
-from turret.server.rpc.server import MAX_RECEIVE_BYTES
 from turret.v1 import adapters_pb2, inference_pb2
 
 _log = logging.getLogger(__name__)
@@ -338,20 +337,7 @@ class ReplicaServer:
         async def checked() -> Any:
             authorize(self.tokens, full, authorization_of(metadata))
             if isinstance(request, Message):
-                current_call().message_bytes = _checked_size(request)
+                current_call().message_bytes = request.ByteSize()
             return await body()
 
         return await self._interceptor.run(f"/{full}/{method}", context, checked)
-
-
-def _checked_size(message: Message) -> int:
-    """A message's bytes; Serve's listener has no limit on them.
-
-    Raises:
-        BudgetExceededError: More than turret's own listener takes.
-    """
-    size = message.ByteSize()
-    if size > MAX_RECEIVE_BYTES:
-        large = say("MESSAGE_TOO_LARGE", bytes=size, max_bytes=MAX_RECEIVE_BYTES)
-        raise BudgetExceededError(large)
-    return size

@@ -7,12 +7,6 @@ from typing import Literal
 
 from turret.server.adapters.adapter import Residency
 from turret.server.adapters.facts import AdapterFacts
-from turret.server.basics.hub_id import BASE
-
-_IS_SHADOWED = (
-    f"over HTTP the model {BASE!r} is the base model: a request for this adapter names"
-    f" {BASE + ':' + BASE!r}; another name is clearer"
-)
 
 State = Literal["LOADING", "ACTIVE", "DELETING"]
 
@@ -48,8 +42,3 @@ class AdapterInfo:
     last_used_time: float | None
     state: State
     source: str = ""
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """Warnings for the operator, about the files and about the name."""
-        return (*self.facts.warnings, *([_IS_SHADOWED] if self.name == BASE else []))

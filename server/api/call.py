@@ -66,6 +66,7 @@ class Call:
         generated_tokens: So far.
         message_bytes: Size of the request message as it came; 0 if it came in parts.
         tenant: Whose cached prefixes it may find; see ``Shares.tenant``.
+        kept_bytes: Memory of the answers that it collects to send them as a whole.
     """
 
     method: str
@@ -76,6 +77,7 @@ class Call:
     generated_tokens: int = 0
     message_bytes: int = 0
     tenant: bytes = b""
+    kept_bytes: int = 0
     _metrics: Metrics
     _failures: Failures | None
     _is_counted: bool

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from turret.server.errors import ServerStartingError, UnavailableError
@@ -36,6 +37,7 @@ class Backend:
             constraints for them.
         model_info: What clients may know of the base model.
         methods: Adapter methods that this build can load, sorted.
+        kept: Memory of answers that calls collect, by tenant.
     """
 
     engine: Engine
@@ -46,6 +48,7 @@ class Backend:
     vocabularies: Vocabularies
     model_info: ModelInfo
     methods: tuple[str, ...]
+    kept: Counter[bytes] = field(default_factory=Counter)
 
     def close(self) -> None:
         """Stop fusing and reading; waiting callers get an error. Blocks; drain the engine first."""

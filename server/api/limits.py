@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from turret.server.api.vocabularies import Vocabulary
 
 # Longer mixes are rejected before their names are looked up.
+# Size of a gRPC message: enough for the longest prompt of a model with a context of a million
+# tokens. Uploads are chunked.
+MAX_MESSAGE_BYTES = 4 << 20
 MAX_MIX_MEMBERS = 64
 MAX_NAME_CHARS = 128
 # Limits on turns of a chat and entries of logit_bias and of stop_token_ids. Each entry costs time

@@ -29,6 +29,7 @@ from turret.server.engine.speculation import Drafter
 from turret.server.engine.stream import Stream
 from turret.server.engine.vocabularies import check_vocabulary
 from turret.server.errors import (
+    BudgetExceededError,
     InvalidRequestError,
     PromptTooLongError,
     QueueFullError,
@@ -63,6 +64,7 @@ class Engine:
         is_dead: The thread failed; nothing will be served any more.
         dead: Set on the event loop when that happens.
         max_model_len: The model's context, or what the KV cache holds if that is less.
+        max_queued_bytes: Most memory of requests that wait or run, and of their answers.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class Engine:
         self._adapters = adapters
         self._tokenizer = tokenizer
         self._max_queued_requests = max_queued_requests
-        self._max_queued_bytes = max_queued_bytes
+        self.max_queued_bytes = max_queued_bytes
         self._held_bytes = 0  # counted on the event loop
         self._block_size = scheduler.blocks.block_size
         self._num_blocks = scheduler.blocks.num_blocks - 1
@@ -154,10 +156,18 @@ class Engine:
                 say("QUEUE_FULL", max_queued_requests=self._max_queued_requests),
                 retry_after_seconds=_RETRY_SECONDS,
             )
+        if request.prompt_logprob_bytes > self.max_queued_bytes:
+            raise BudgetExceededError(
+                say(
+                    "ANSWER_TOO_LARGE",
+                    bytes=request.prompt_logprob_bytes,
+                    max_queued_bytes=self.max_queued_bytes,
+                )
+            )
         held = self._held_bytes
-        if held and held + request.num_bytes > self._max_queued_bytes:
+        if held and held + request.num_bytes > self.max_queued_bytes:
             raise QueueFullError(
-                say("QUEUE_MEMORY_FULL", held=held, max_queued_bytes=self._max_queued_bytes),
+                say("QUEUE_MEMORY_FULL", held=held, max_queued_bytes=self.max_queued_bytes),
                 retry_after_seconds=_RETRY_SECONDS,
             )
         mix = self._adapters.acquire(request.adapters)
@@ -218,7 +228,7 @@ class Engine:
         sequence.drafter = self._make_drafter(sequence, max_tokens)
         loop = self._loop
         stream = Stream(
-            lambda: loop.post(lambda: loop.cancel(sequence)), self._hold, request.num_bytes
+            lambda: loop.post(lambda: loop.cancel(sequence)), self.hold, request.num_bytes
         )
         return Answer(
             sequence,
@@ -340,7 +350,8 @@ class Engine:
         sequence.is_long = start + max_tokens > self._long_from
         return max_tokens
 
-    def _hold(self, num_bytes: int) -> None:
+    def hold(self, num_bytes: int) -> None:
+        """Count memory that requests or their answers take (negative: no longer take)."""
         self._held_bytes += num_bytes
 
     def _deliver(self, outbox: Outbox) -> None:

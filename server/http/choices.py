@@ -79,7 +79,7 @@ class Choices:
             TurretError: What the first of them to fail raised; the others end.
         """
         answers = [JoinedChunks() for _ in range(self._count)]
-        async with contextlib.aclosing(self.chunks()) as chunks:
+        async with contextlib.aclosing(self._chunks(is_whole=True)) as chunks:
             async for index, chunk in chunks:
                 answers[index].add(chunk)
         return [answer.response() for answer in answers]
@@ -92,11 +92,16 @@ class Choices:
         Raises:
             TurretError: What the first of them to fail raised; the others end.
         """
-        return self._one(0) if self._count == 1 else self._many()
+        return self._chunks(is_whole=False)
 
-    async def _one(self, index: int) -> AsyncGenerator[tuple[int, Chunk], None]:
+    def _chunks(self, *, is_whole: bool) -> AsyncGenerator[tuple[int, Chunk], None]:
+        return self._one(0, is_whole) if self._count == 1 else self._many(is_whole)
+
+    async def _one(self, index: int, is_whole: bool) -> AsyncGenerator[tuple[int, Chunk], None]:
         message = self._make_message(index)
-        answer = self._inference.generate(message, self._exchange.call, self._deadline)
+        answer = self._inference.generate(
+            message, self._exchange.call, self._deadline, is_whole=is_whole
+        )
         # Drop our reference so that the message is freed once it is converted.
         del message
         blamed = contextlib.nullcontext()
@@ -110,7 +115,7 @@ class Choices:
                         raise UnavailableError(say("REQUEST_ENDED"))
                     yield index, chunk
 
-    async def _many(self) -> AsyncGenerator[tuple[int, Chunk], None]:
+    async def _many(self, is_whole: bool) -> AsyncGenerator[tuple[int, Chunk], None]:
         # None marks the end of an answer.
         arrived: asyncio.Queue[tuple[int, Chunk | BaseException | None]]
         # Bound the queue: unread chunks must stay in the engine's streams, which count them.
@@ -122,7 +127,7 @@ class Choices:
             try:
                 if choice:
                     await begun[prompt].wait()
-                async with contextlib.aclosing(self._one(index)) as chunks:
+                async with contextlib.aclosing(self._one(index, is_whole)) as chunks:
                     async for pair in chunks:
                         await arrived.put(pair)
                         begun[prompt].set()

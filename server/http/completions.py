@@ -106,7 +106,11 @@ class Completions(Asks):
         self, exchange: Exchange, asked: Asked, prompt: _Prompt, place: str
     ) -> inference_pb2.GenerateResponse:
         options = asked.message.options
-        question = inference_pb2.ScoreRequest(adapters=asked.message.adapters, top_n=options.top_n)
+        question = inference_pb2.ScoreRequest(
+            adapters=asked.message.adapters,
+            top_n=options.top_n,
+            cache_salt=asked.message.cache_salt,
+        )
         # The input has the same field numbers in both messages.
         question.MergeFromString(prompt.SerializeToString())
         with exchange.party.hold(), blamed_on(place):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
@@ -34,6 +35,8 @@ from turret.v1 import adapters_pb2, inference_pb2
 
 # The limit of one connection (server/rpc/server.py), so that a burst on one is not cut.
 MOST_CALLS = 1 << 14
+# Limit for one token, so that its calls do not keep others out.
+MOST_CALLS_PER_TOKEN = MOST_CALLS * 3 // 4
 # Limit for services that require no token: health (a watch never ends) and reflection.
 MOST_OPEN_CALLS = 4096
 
@@ -44,26 +47,34 @@ class OpenCalls:
     def __init__(self) -> None:
         # Calls in progress, by whether their service requires no token.
         self._counts = {True: 0, False: 0}
+        self._tenants: Counter[bytes] = Counter()
 
     @contextlib.contextmanager
-    def hold(self, *, is_open: bool) -> Iterator[None]:
+    def hold(self, tenant: bytes, *, is_open: bool) -> Iterator[None]:
         """Count a call while the block runs.
 
         Args:
+            tenant: Whose it is; see ``Shares.tenant``.
             is_open: Whether its service asks for no token; such calls have a bound of their own,
                 and keep nobody else out.
 
         Raises:
-            QueueFullError: There are as many as there may be.
+            QueueFullError: There are as many as there may be, in total or of this tenant.
         """
         most = MOST_OPEN_CALLS if is_open else MOST_CALLS
         if self._counts[is_open] >= most:
             raise QueueFullError(say("TOO_MANY_CALLS", most=most))
+        if tenant and self._tenants[tenant] >= (most := MOST_CALLS_PER_TOKEN):
+            raise QueueFullError(say("TOO_MANY_CALLS", most=most))
         self._counts[is_open] += 1
+        self._tenants[tenant] += 1
         try:
             yield
         finally:
             self._counts[is_open] -= 1
+            self._tenants[tenant] -= 1
+            if not self._tenants[tenant]:
+                del self._tenants[tenant]
 
 
 _log = logging.getLogger(__name__)
@@ -224,7 +235,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         code = Code.INTERNAL
         try:
             held = party.hold() if method in COUNTED - MANY else contextlib.nullcontext()
-            with self._open_calls.hold(is_open=_service_of(method) not in SERVICE_ROLES), held:
+            is_open = _service_of(method) not in SERVICE_ROLES
+            with self._open_calls.hold(call.tenant, is_open=is_open), held:
                 response = await body()
             context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
             # The health service sets a status itself.
@@ -259,6 +271,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     (DETAILS_KEY, status.SerializeToString()),
                 )
             )
+            # ``body`` may hold the error, whose frames hold ``body``.
+            error.with_traceback(None)
             return None
         finally:
             call.finish(code)

@@ -17,13 +17,14 @@ from turret.server.api.access.tokens import TokenTable, WatchedFiles
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.faults import Failures
 from turret.server.api.inference.inference import Inference
+from turret.server.api.limits import MAX_MESSAGE_BYTES
 from turret.server.basics.files import read_regular
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.metrics import Metrics
 from turret.server.rpc.adapters import AdaptersServicer
 from turret.server.rpc.health import HealthServicer
 from turret.server.rpc.inference import InferenceServicer
-from turret.server.rpc.interceptor import CallInterceptor
+from turret.server.rpc.interceptor import MOST_CALLS, CallInterceptor
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 _log = logging.getLogger(__name__)
@@ -31,16 +32,14 @@ _log = logging.getLogger(__name__)
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 ADAPTERS_SERVICE = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_name
 
-# Enough for the longest prompt of a model with a context of a million tokens; uploads are chunked.
-MAX_RECEIVE_BYTES = 4 << 20
 # Do not limit responses: clients choose how much they ask for, and have limits of their own.
 _UNLIMITED = -1
 # Calls that the event loop has not accepted yet. By default gRPC cancels some of them from 1,000
 # on. --max-queued-requests limits waiting requests instead, and answers those that it rejects.
-_MAX_PENDING_CALLS = 1 << 16
+_MAX_PENDING_CALLS = MOST_CALLS
 
 _OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _UNLIMITED),
     # Otherwise a second server on the same port silently takes half of the calls.
     ("grpc.so_reuseport", 0),

@@ -52,9 +52,12 @@ async def start(self, *arguments):
 HAProxyApi._start_and_wait_for_haproxy = start
 ingress._listen_locally()
 ingress._keep_haproxy()
+ingress._limit_messages()
 
 
 async def main():
+    received = [v for n, v in grpc_util.DEFAULT_GRPC_SERVER_OPTIONS if "receive" in n]
+    assert received == [4 << 20], received
     server = grpc_util.gRPCGenericServer(None)
     plain = grpc.aio.server()
     for each in (server, plain):

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
 from builders.adapters import edit_config
@@ -52,25 +53,40 @@ def test_nothing_listens_but_on_the_hosts_of_the_flags_and_on_loopback(fleet: Se
         assert ingress == {fleet.address, fleet.http_address}
 
 
-def test_a_killed_ingress_is_back_within_five_seconds(fleet: ServingFleet) -> None:
+@pytest.mark.parametrize(
+    ("name", "seconds"),
+    [
+        ("haproxy", 5.0),
+        ("ray::HAProxyManager", 20.0),
+        ("ray::ProxyActor", 0.0),
+        ("ray::ServeController", 0.0),
+    ],
+)
+def test_a_killed_process_of_the_ingress_is_back(
+    fleet: ServingFleet, name: str, seconds: float
+) -> None:
+    """Requests are refused for at most so many seconds."""
+
     def get() -> int:
         with urllib.request.urlopen(f"http://{fleet.http_address}/health", timeout=10) as answer:
             return int(answer.status)
 
     assert get() == 200
-    for each in fleet.tree():
-        if each.name() == "haproxy":
-            each.kill()
+    for each in fleet.named(name):
+        each.kill()
     killed = time.monotonic()
     while True:
         try:
             assert get() == 200
             break
         except OSError:
-            assert time.monotonic() < killed + 5.0
+            assert time.monotonic() < killed + seconds
             time.sleep(0.05)
     with TurretClient(fleet.address) as client:
         assert client.generate("Once", max_tokens=2, temperature=0).text
+    while not fleet.named(name):
+        assert time.monotonic() < killed + 60.0
+        time.sleep(0.2)
 
 
 def test_changes_hold_for_every_later_request_on_any_replica(fleet: ServingFleet) -> None:
@@ -106,6 +122,22 @@ def test_error_details_arrive_whole(fleet: ServingFleet) -> None:
         assert error.reason == "ADAPTER_NOT_FOUND"
         assert error.metadata == {"adapters": "nobody"}
     assert {each.field for each in invalid.value.violations} >= {"temperature"}
+
+
+def test_large_messages_are_rejected_before_they_are_in_memory(fleet: ServingFleet) -> None:
+    """A handler would have read them, and answered with details."""
+    message = b"\x0a\x80\x80\x80\x20" + b"x" * (64 << 20)
+    for method in ("turret.v1.Inference/Generate", "grpc.health.v1.Health/Check"):
+        with grpc.insecure_channel(
+            fleet.address, [("grpc.max_send_message_length", -1)]
+        ) as channel:
+            call = channel.unary_unary(f"/{method}")
+            with pytest.raises(grpc.RpcError) as caught:
+                call(message, timeout=60)
+        assert isinstance(caught.value, grpc.Call)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        told = caught.value.trailing_metadata() or ()
+        assert all(each[0] != "grpc-status-details-bin" for each in told)  # type: ignore[index]
 
 
 def test_http_answers_too(fleet: ServingFleet) -> None:

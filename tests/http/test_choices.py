@@ -71,7 +71,9 @@ class Talker:
     def __init__(self) -> None:
         self.num_taken = self.num_open = 0
 
-    async def generate(self, *_: object) -> AsyncGenerator[inference_pb2.GenerateChunk, None]:
+    async def generate(
+        self, *_: object, **__: object
+    ) -> AsyncGenerator[inference_pb2.GenerateChunk, None]:
         self.num_open += 1
         try:
             while True:

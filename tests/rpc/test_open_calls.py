@@ -17,7 +17,8 @@ from servers.http_harness import http_harness
 from servers.rpc_harness import failure_of, harness
 
 from turret.server.api.access import shares
-from turret.server.api.access.shares import MOST_CONNECTIONS, most_connections
+from turret.server.api.access.shares import MOST_CONNECTIONS, Shares, most_connections
+from turret.server.api.access.tokens import TokenTable
 from turret.server.api.admin.slow_calls import SlowCalls
 from turret.server.errors import QueueFullError
 from turret.server.http import connection as listener
@@ -150,6 +151,36 @@ async def test_calls_that_need_no_token_have_a_bound(monkeypatch: pytest.MonkeyP
         else:
             pytest.fail("a call that ended is counted still")
         watches[1].cancel()
+
+
+async def test_calls_of_one_token_keep_no_other_token_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interceptor, "MOST_CALLS_PER_TOKEN", 2)
+    tokens = TokenTable([(name, frozenset({"inference"})) for name in ("alice", "bob")])
+
+    async def silent() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    async with harness(tokens=tokens, shares=Shares(separates_tokens=True)) as server:
+
+        async def get_model(name: str) -> None:
+            metadata = (("authorization", f"Bearer {name}"),)
+            await server.inference.GetModel(inference_pb2.GetModelRequest(), metadata=metadata)
+
+        method = server.channel.stream_unary("/turret.v1.Inference/Tokenize")
+        metadata = (("authorization", "Bearer alice"),)
+        open_calls = [method(silent(), metadata=metadata) for _ in range(2)]
+        for _ in range(100):
+            await asyncio.sleep(0.02)
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await get_model("alice")
+                continue
+            break
+        failure = await failure_of(get_model("alice"))
+        assert failure.code is Code.RESOURCE_EXHAUSTED
+        await get_model("bob")
+        for call in open_calls:
+            call.cancel()
 
 
 async def test_a_call_that_may_not_wait_for_its_turn_is_refused() -> None:

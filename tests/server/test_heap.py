@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
 import pytest
+from servers import raw_grpc
 from servers.http_harness import http_harness
 from servers.rpc_harness import failure_of, harness
 
 from turret.server import cli
+from turret.server.api.access.tokens import TokenTable
 from turret.v1 import inference_pb2
 
+GENERATE = "/turret.v1.Inference/Generate"
 ROUNDS = 40
 # The collector's first threshold is divided by this, so that few requests reach it.
 DIVISOR = 200
@@ -74,3 +78,23 @@ async def test_objects_of_grpc_calls_do_not_gather(frozen_heap: int) -> None:
                 assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
 
         assert await most_gathered(ask) < 4 * frozen_heap
+
+
+async def test_calls_without_a_token_leave_few_objects_to_the_collector() -> None:
+    """Somebody who has no token sends thousands in a second."""
+    count, message = 50, inference_pb2.GenerateRequest(prompt="a").SerializeToString()
+    async with harness(tokens=TokenTable([("alice", frozenset({"inference"}))])) as server:
+
+        def ask() -> None:
+            for _ in range(count):
+                assert raw_grpc.unary(server.rpc.address, GENERATE, message, [], 10.0) is None
+
+        await asyncio.to_thread(ask)
+        gc.collect()
+        gc.disable()
+        try:
+            before = len(gc.get_objects())
+            await asyncio.to_thread(ask)
+            assert len(gc.get_objects()) - before < 15 * count
+        finally:
+            gc.enable()

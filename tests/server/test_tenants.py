@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import httpx2
+import numpy as np
 import pytest
+from builders.adapters import edit_config
 from builders.bases.tiny_models import save_tiny_model
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
+from safetensors.numpy import load_file, save_file
 
+from turret.server.adapters.source import TENSORS_FILE
 from turret.server.api.access.shares import Shares
 from turret.server.app import App
 from turret.server.config import (
@@ -23,6 +27,7 @@ from turret.server.config import (
     SchedulerConfig,
     SecurityConfig,
 )
+from turret.server.engine.speculation import Drafter
 from turret.server.errors import QueueFullError
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
@@ -38,10 +43,15 @@ class Doors:
         self.client = client
 
     async def rpc(
-        self, token: str, adapter: str = "", salt: str = "", scheme: str = "Bearer"
+        self,
+        token: str,
+        adapter: str = "",
+        salt: str = "",
+        scheme: str = "Bearer",
+        max_tokens: int = 1,
     ) -> int:
         asked = Generate(token_ids=inference_pb2.TokenIds(ids=PROMPT), cache_salt=salt)
-        asked.stop.max_tokens = 1
+        asked.stop.max_tokens = max_tokens
         if adapter:
             asked.adapters.add(name=adapter)
         metadata = (("authorization", f"{scheme} {token}"),)
@@ -53,12 +63,19 @@ class Doors:
         metadata = (("authorization", f"Bearer {token}"),)
         return (await self.stub.Embed(asked, metadata=metadata)).usage.cached_tokens
 
+    async def classify(self, token: str, salt: str = "") -> int:
+        prompt = inference_pb2.Input(token_ids=inference_pb2.TokenIds(ids=PROMPT))
+        asked = inference_pb2.ClassifyRequest(inputs=[prompt], cache_salt=salt)
+        asked.adapters.add(name="topics")
+        metadata = (("authorization", f"Bearer {token}"),)
+        return (await self.stub.Classify(asked, metadata=metadata)).usage.cached_tokens
+
     async def score(self, token: str) -> None:
         asked = inference_pb2.ScoreRequest(token_ids=inference_pb2.TokenIds(ids=PROMPT))
         await self.stub.Score(asked, metadata=(("authorization", f"Bearer {token}"),))
 
-    async def http(self, token: str, salt: str | None = None) -> int:
-        body = {"model": "base", "prompt": PROMPT, "max_tokens": 1, "cache_salt": salt}
+    async def http(self, token: str, salt: str | None = None, max_tokens: int = 1) -> int:
+        body = {"model": "base", "prompt": PROMPT, "max_tokens": max_tokens, "cache_salt": salt}
         headers = {"authorization": f"Bearer {token}"}
         answer = await self.client.post("/v1/completions", json=body, headers=headers)
         assert answer.status_code == 200, answer.text
@@ -70,6 +87,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tenants")
     model = save_tiny_model("llama", folder / "model")
     write_adapter(folder / "adapters", arch_of(model), AdapterSpec("a", rank=4), seed=0)
+    write_adapter(folder / "adapters", arch_of(model), AdapterSpec("topics", rank=4), seed=1)
+    tensors = folder / "adapters" / "topics" / TENSORS_FILE
+    head = np.eye(3, arch_of(model).hidden_size, dtype=np.float32)
+    save_file(load_file(tensors) | {"base_model.model.score.weight": head}, tensors)
+    edit_config(folder / "adapters" / "topics", task_type="SEQ_CLS", modules_to_save=["score"])
     (folder / "tokens").write_text("alice inference\nbob inference\n")
     (folder / "tokens").chmod(0o600)
     return folder
@@ -77,13 +99,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.asynccontextmanager
 async def serving(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, **security: Any
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    speculation: Literal["auto", "off"] = "off",
+    **security: Any,
 ) -> AsyncIterator[Doors]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     config = Config(
         model=ModelConfig(model=folder / "model", device="cpu", dtype="float32"),
-        scheduler=SchedulerConfig(speculation="off"),
-        adapters=AdapterConfig(adapter_root=folder / "adapters", preload=(("a", "a"),)),
+        scheduler=SchedulerConfig(speculation=speculation),
+        adapters=AdapterConfig(
+            adapter_root=folder / "adapters", preload=(("a", "a"), ("topics", "topics"))
+        ),
         listen=ListenConfig(
             address="127.0.0.1:0", http_address="127.0.0.1:0", metrics_address=None
         ),
@@ -119,6 +146,7 @@ async def test_a_token_finds_no_cached_prefix_of_another(
         # As before, an adapter's blocks are not the base's.
         for token in ("alice", "bob"):
             assert [await doors.rpc(token, "a") for _ in range(2)] == [0, 48]
+            assert [await doors.classify(token) for _ in range(2)] == [0, 48]
 
 
 async def test_a_scored_prompt_is_found_by_its_own_token_alone(
@@ -137,11 +165,45 @@ async def test_a_salt_keeps_the_requests_of_one_token_apart(
         assert await doors.http("alice", "red") == 0
         assert await doors.rpc("alice", salt="red") == await doors.embed("alice", "red") == 48
         assert await doors.rpc("alice", salt="blue") == 0
+        await doors.http("alice", "green", max_tokens=0)
         assert await doors.rpc("alice") == 0
+        assert await doors.rpc("alice", salt="green") == 48
+        assert [await doors.classify("alice", salt) for salt in ("red", "", "red")] == [0, 0, 48]
         # To know a salt does not help another token.
         assert await doors.rpc("bob", salt="red") == 0
         with pytest.raises(grpc.aio.AioRpcError, match="cache_salt: "):
             await doors.rpc("alice", salt="s" * 257)
+
+
+async def test_drafts_come_from_earlier_answers_to_the_same_token_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[Any] = []
+    draft = Drafter.draft
+
+    def noted(drafter: Drafter, *arguments: Any) -> tuple[int, ...]:
+        keys.append(drafter.memory_key)
+        return draft(drafter, *arguments)
+
+    monkeypatch.setattr(Drafter, "draft", noted)
+
+    async def memory(answer: Awaitable[int]) -> Any:
+        keys.clear()
+        await answer
+        (key,) = set(keys)
+        return key
+
+    tokens = {"token_file": folder / "tokens", "speculation": "auto"}
+    async with serving(folder, monkeypatch, **tokens) as doors:
+        alice = await memory(doors.rpc("alice", max_tokens=4))
+        assert await memory(doors.http("alice", max_tokens=4)) == alice
+        others = [
+            await memory(doors.rpc("bob", max_tokens=4)),
+            await memory(doors.http("alice", "red", max_tokens=4)),
+            await memory(doors.http("bob", "red", max_tokens=4)),
+            await memory(doors.rpc("alice", "a", max_tokens=4)),
+        ]
+        assert len({alice, *others}) == 1 + len(others)
 
 
 @pytest.mark.parametrize("has_tokens", [True, False])

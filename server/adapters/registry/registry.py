@@ -41,7 +41,7 @@ from turret.server.adapters.source import Source
 from turret.server.adapters.state.no_state_dir import NoStateDir
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
 from turret.server.adapters.state.state_dir import StateDir
-from turret.server.basics.hub_id import no_adapter_name
+from turret.server.basics.hub_id import BASE, no_adapter_name
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterNotFoundError,
@@ -49,6 +49,7 @@ from turret.server.errors import (
     TurretError,
 )
 from turret.server.hub.adapters import AdapterHub
+from turret.server.words import say
 
 _log = logging.getLogger(__name__)
 
@@ -294,6 +295,8 @@ class AdapterRegistry:
         """Makes this the only change of the name for now, and counts it as a load."""
         if why := no_adapter_name(name):
             raise InvalidRequestError.of("name", why)
+        if name in (BASE, self.base.name):
+            raise InvalidRequestError.of("name", say("NAME_OF_BASE", value=name))
         start = time.monotonic()
         try:
             with self._names.only(name):

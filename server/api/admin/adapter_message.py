@@ -52,7 +52,7 @@ def adapter_message(record: AdapterInfo) -> adapters_pb2.Adapter:
         pinned=record.pinned,
         in_flight=record.in_flight,
         base_model=_sendable(facts.base_model),
-        warnings=map(_sendable, record.warnings),
+        warnings=map(_sendable, record.facts.warnings),
         state=record.state,
         source=_sendable(record.source),
         invocation_token_ids=facts.invocation,

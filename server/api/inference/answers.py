@@ -20,7 +20,7 @@ from turret.server.engine.scheduling.request import (
     Timing,
     TokenLogprob,
 )
-from turret.server.errors import DeadlineExceededError
+from turret.server.errors import BudgetExceededError, DeadlineExceededError
 from turret.server.words import say
 from turret.v1 import inference_pb2
 
@@ -28,11 +28,18 @@ from turret.v1 import inference_pb2
 
 
 async def outputs_of(
-    backend: Backend, request: Request, call: Call
+    backend: Backend, request: Request, call: Call, *, is_whole: bool = False
 ) -> AsyncGenerator[Output, None]:
     """Run a request on behalf of a call; however the call ends, the engine drops the request.
 
+    Args:
+        backend: Answers.
+        request: To run.
+        call: On whose behalf.
+        is_whole: Whether the call collects the answer; see ``keep``.
+
     Raises:
+        BudgetExceededError: See ``keep``.
         DeadlineExceededError: After the last output, if the deadline ended the request.
     """
     call.rename(request.request_id)
@@ -48,11 +55,42 @@ async def outputs_of(
                 call.prompt_tokens += len(request.prompt_token_ids)
                 is_counted = True
             call.generated_tokens += len(output.token_ids)
+            if is_whole:
+                keep(backend, call, output.answer_bytes)
             yield output
             if output.finish is not None and output.finish.reason is FinishReason.DEADLINE:
                 raise DeadlineExceededError(say("DEADLINE_EXCEEDED"))
     finally:
         stream.cancel()
+
+
+def keep(backend: Backend, call: Call, num_bytes: int) -> None:
+    """Count memory of answers that a call collects, until it ends.
+
+    Raises:
+        BudgetExceededError: The call has collected more than ``--max-queued-bytes``, or the calls
+            of its token more than half of that. A client may take any time to read its answer.
+    """
+    if not num_bytes:
+        return
+    kept, engine, tenant = backend.kept, backend.engine, call.tenant
+
+    def count(change: int) -> None:
+        engine.hold(change)
+        kept[tenant] += change
+        if not kept[tenant]:
+            del kept[tenant]
+
+    if not call.kept_bytes:
+        call.at_end(lambda: count(-call.kept_bytes))
+    call.kept_bytes += num_bytes
+    count(num_bytes)
+    most = engine.max_queued_bytes
+    if tenant:
+        most //= 2
+    found = kept[tenant] if tenant else call.kept_bytes
+    if found > most:
+        raise BudgetExceededError(say("ANSWER_TOO_LARGE", bytes=found, max_queued_bytes=most))
 
 
 # Concurrent execution of the parts of one call.

@@ -64,11 +64,17 @@ class Inference:
         return await format_of(chat, vocabulary.tokenizer, InputLimits.of(backend, vocabulary))
 
     async def generate(
-        self, message: inference_pb2.GenerateRequest, call: Call, deadline: float | None
+        self,
+        message: inference_pb2.GenerateRequest,
+        call: Call,
+        deadline: float | None,
+        *,
+        is_whole: bool = False,
     ) -> AsyncGenerator[inference_pb2.GenerateChunk, None]:
         """The answer, chunk by chunk; the last one carries ``finish_reason``.
 
         Close the generator if you leave it early. To cancel the task that iterates is enough too.
+        Set ``is_whole`` if the chunks are collected (see ``outputs_of``).
 
         Raises:
             DeadlineExceededError: After the last chunk, if the deadline ended the request.
@@ -86,7 +92,10 @@ class Inference:
         # Drop the last reference, so that the message is freed while the request waits and runs.
         del message
         is_echoed = not request.options.echo
-        async with contextlib.aclosing(outputs_of(backend, request, call)) as outputs:
+        # Log probabilities of the prompt may wait for the client after the request has ended.
+        is_whole = is_whole or request.wants_prompt_logprobs
+        outputs = outputs_of(backend, request, call, is_whole=is_whole)
+        async with contextlib.aclosing(outputs):
             async for output in outputs:
                 if not is_echoed:
                     is_echoed = True
@@ -100,7 +109,7 @@ class Inference:
     ) -> inference_pb2.GenerateResponse:
         """The chunks of ``generate`` in one message."""
         whole = JoinedChunks()
-        answer = self.generate(message, call, deadline)
+        answer = self.generate(message, call, deadline, is_whole=True)
         del message
         async with contextlib.aclosing(answer) as chunks:
             async for chunk in chunks:
@@ -127,7 +136,8 @@ class Inference:
         )
         del message
         response = inference_pb2.ScoreResponse(request_id=request.request_id)
-        async with contextlib.aclosing(outputs_of(backend, request, call)) as outputs:
+        outputs = outputs_of(backend, request, call, is_whole=True)
+        async with contextlib.aclosing(outputs):
             async for output in outputs:
                 size = len(output.prompt_logprobs) * (1 + request.options.top_n)
                 await converted(size, functools.partial(_add_scores, response, output))

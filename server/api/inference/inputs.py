@@ -142,7 +142,7 @@ async def run_inputs(
 
     async def one(index: int) -> tuple[_T, Finish]:
         with party.hold(), blamed_on(index):
-            outputs = outputs_of(backend, await make(index), call)
+            outputs = outputs_of(backend, await make(index), call, is_whole=True)
             waited = time.monotonic() - start
             kept, finish = await _last(outputs, convert)
             return kept, replace(finish, timing=_later(finish.timing, waited))

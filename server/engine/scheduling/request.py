@@ -254,7 +254,15 @@ class Request:
             + _BIAS_BYTES * len(self.sampling.logit_bias)
             + _STOP_BYTES * (len(stop.stop_token_ids) + len(stop.stop_strings))
             + 4 * sum(map(len, stop.stop_strings))
+            + self.prompt_logprob_bytes
         )
+
+    @property
+    def prompt_logprob_bytes(self) -> int:
+        """About what the log probabilities of its prompt take in memory; 0 without them."""
+        if not self.wants_prompt_logprobs:
+            return 0
+        return _LOGPROB_BYTES * (1 + self.options.top_n) * len(self.prompt_token_ids)
 
     def ends(self, usual: frozenset[int]) -> frozenset[int]:
         """The tokens that end its answer: the model's, unless an adapter has its own tokenizer."""
@@ -362,9 +370,14 @@ class Output:
     finish: Finish | None = None
 
     @property
-    def num_bytes(self) -> int:
-        """About what it takes in memory until it is read."""
+    def answer_bytes(self) -> int:
+        """Approximate memory of what it adds to the answer."""
         told = (*self.logprobs, *self.prompt_logprobs)
         each = sum(_LOGPROB_BYTES * (1 + len(logprob.top)) for logprob in told)
         each += 0 if self.pooled is None else self.pooled.itemsize * len(self.pooled)
-        return _OUTPUT_BYTES + len(self.text) + _TOKEN_BYTES * len(self.token_ids) + each
+        return len(self.text) + _TOKEN_BYTES * len(self.token_ids) + each
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes in memory until it is read."""
+        return _OUTPUT_BYTES + self.answer_bytes

@@ -180,6 +180,42 @@ async def test_hostile_texts_stay_texts(visit: Callable[..., Awaitable[Any]]) ->
         await visit(do)
 
 
+_ASK = """
+const done = arguments[2];
+fetch(arguments[0], arguments[1]).then(answer => done(answer.status), error => done(error.name));
+"""
+_LOAD = {"method": "POST", "body": '{"lora_name": "b", "lora_path": "sql"}'}
+_JSON = {"headers": {"content-type": "application/json"}}
+
+
+async def test_pages_of_others_reach_nothing(visit: Callable[..., Awaitable[Any]]) -> None:
+    """A page under a name that was rebound to the server, and a page of another origin."""
+    async with http_harness() as http:
+        http.registry.load("a", "a")
+        own = f"http://{http.server.address}"
+        rebound = own.replace("127.0.0.1", "rebound.example")
+
+        def do(tab: Browser) -> None:
+            def ask(url: str, asked: dict[str, Any]) -> Any:
+                return tab.driver.execute_async_script(_ASK, url, asked)
+
+            tab.driver.get(rebound)
+            assert "unknown_host" in tab.text("body")
+            for path in ("/console/state?find=", "/v1/models", "/health"):
+                assert ask(rebound + path, {}) == 421
+            assert ask(f"{rebound}/v1/load_lora_adapter", _LOAD | _JSON) == 421
+            for path in ("/console/state?find=", "/v1/models"):
+                assert ask(own + path, {}) == "TypeError"
+            assert ask(f"{own}/v1/load_lora_adapter", _LOAD | _JSON) == "TypeError"
+            # Without a header that has to be allowed first, the request is sent, and refused.
+            assert ask(f"{own}/v1/load_lora_adapter", _LOAD | {"mode": "no-cors"}) == 0
+
+        await visit(do)
+        assert set(http.registry.records) == {"a"}
+        loaded = await http.post("/v1/load_lora_adapter", {"lora_name": "b", "lora_path": "sql"})
+        assert loaded.status_code == 200
+
+
 async def test_an_administrator_loads_pins_and_unloads(
     visit: Callable[..., Awaitable[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,10 @@ class ServingFleet:
         (found,) = self._called("ray::RegistryActor")
         return found
 
+    def named(self, name: str) -> list[psutil.Process]:
+        """The processes whose name begins so."""
+        return [each for each in self.tree() if _name(each).startswith(name)]
+
     def _called(self, title: str) -> list[psutil.Process]:
         return [each for each in self.tree() if _title(each).startswith(title)]
 
@@ -81,16 +85,16 @@ def _is_whole(status: str, count: int) -> bool:
 
 
 def listening(process: psutil.Process) -> set[tuple[str, int]]:
-    """The (host, port) pairs that a process listens on by TCP."""
+    """The (host, port) pairs that a process listens on by TCP, or receives on by UDP."""
     try:
-        found = process.net_connections(kind="tcp")
+        found = process.net_connections(kind="inet")
     except psutil.NoSuchProcess:
         return set()
     # An IPv6 socket that is bound to an IPv4 address accepts only that address.
     return {
         (each.laddr.ip.removeprefix("::ffff:"), each.laddr.port)
         for each in found
-        if each.status == psutil.CONN_LISTEN
+        if each.status == psutil.CONN_LISTEN or (each.type == socket.SOCK_DGRAM and not each.raddr)
     }
 
 
@@ -99,6 +103,13 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:
+        return ""
 
 
 def _title(process: psutil.Process) -> str:

@@ -102,6 +102,8 @@ def start_browser(folder: Path) -> Iterator[Browser]:
     options.binary_location = CHROMIUM or ""
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
     flags += ["--no-first-run", "--disable-background-networking", f"--user-data-dir={folder}"]
+    # Names that an attacker has pointed at this machine.
+    flags += ["--host-resolver-rules=MAP *.example 127.0.0.1"]
     for flag in flags:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})

@@ -185,6 +185,8 @@ class FakeEngine:
         self.dead = asyncio.Event()
         self.drained: list[float] = []
         self.started = asyncio.Event()
+        self.max_queued_bytes = 1 << 30
+        self.held = 0
 
     @property
     def is_dead(self) -> bool:
@@ -195,6 +197,9 @@ class FakeEngine:
 
     async def drain(self, grace_seconds: float) -> None:
         self.drained.append(grace_seconds)
+
+    def hold(self, num_bytes: int) -> None:
+        self.held += num_bytes
 
     async def submit(self, request: Request) -> FakeStream:
         self.requests.append(request)
