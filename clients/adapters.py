@@ -21,8 +21,8 @@ from turret.clients.messages.adapter_requests import (
     path_text,
     unload_request,
 )
-from turret.clients.messages.adapter_results import Adapter, Fusion, MergeState
 from turret.clients.messages.mix import AdaptersLike
+from turret.clients.messages.results import Adapter, Fusion, MergeState
 from turret.v1 import adapters_pb2
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from turret.clients.calls.retries import Retries
 from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
 from turret.clients.messages.results import Chunk
@@ -58,7 +60,7 @@ class AnswerProgress:
         """
         chunk = Chunk.from_proto(proto)
         if not self._wants_token_ids:
-            chunk = chunk.without_token_ids()
+            chunk = replace(chunk, token_ids=())
         if proto.finish_reason == inference_pb2.GenerateResponse.CANCELLED:
             self.cut = chunk
             raise AnswerCutError.of(None)

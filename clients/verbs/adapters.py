@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from turret.clients.client import TurretClient
-from turret.clients.messages.adapter_results import Adapter
+from turret.clients.messages.results import Adapter
 from turret.clients.verbs.command import (
     adapter_parser,
     connection_parser,

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from turret.clients.counted import counted
-from turret.clients.messages.adapter_results import Adapter, Fusion, MergeState, ModuleError
+from turret.clients.messages.results import Adapter, Fusion, MergeState, ModuleError
 
 # Warn if rounding loses this share of the change or more.
 _LOST = 0.5
