@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 
@@ -138,13 +138,6 @@ def open_channel(library: Any, address: str, tls: Tls | None) -> Any:
     if tls is None:
         return library.insecure_channel(address, options=options)
     return library.secure_channel(address, tls.credentials(), options=options)
-
-
-class ClosedStub:
-    """Replaces a closed client's stub, with an error in terms of the client instead of gRPC's."""
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise RuntimeError(say("CLIENT_CLOSED"))
 
 
 def _options(address: str, tls: Tls | None) -> list[tuple[str, int | str]]:

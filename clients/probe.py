@@ -7,8 +7,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from turret.clients.calls.retries import RetryPolicy
-from turret.clients.calls.settings import CallSettings
+from turret.clients.calls.settings import CallSettings, RetryPolicy
 from turret.clients.channel import Tls, check_address, open_channel
 from turret.clients.errors import TurretRpcError
 

@@ -12,10 +12,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
-from turret.clients.messages.adapter_requests import filled
 from turret.clients.messages.fields import not_of_type
+from turret.clients.messages.requests import filled
 from turret.clients.words import Text, say
 from turret.v1 import adapters_pb2
 
@@ -37,35 +37,21 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 def upload_messages(
-    name: str,
-    directory: str | os.PathLike[str],
-    *,
-    pinned: bool,
-    replace: bool,
-    expected_generation: int | None = None,
-    task: int | None = None,
-    chat_template: str | None = None,
+    name: str, directory: str | os.PathLike[str], **options: Any
 ) -> Iterator[adapters_pb2.UploadAdapterRequest]:
     """Return the messages of one upload: the header, then the files in pieces.
 
     The files are ``adapter_config.json``, every ``*.safetensors`` of the directory, the chat
     template and, if the weights change the vocabulary, the tokenizer. Nothing else is sent, because
-    a training run leaves optimizer states and other private files beside them.
+    a training run leaves optimizer states and other private files beside them. ``options`` are
+    other fields of ``UploadHeader``.
 
     Raises:
         FileNotFoundError: ``adapter_config.json`` or the weights are missing.
         PermissionError: The directory is not readable.
         ValueError: A file is empty.
     """
-    header = filled(
-        adapters_pb2.UploadHeader(),
-        name=name,
-        pinned=pinned,
-        replace=replace,
-        expected_generation=expected_generation,
-        task=task,
-        chat_template=chat_template,
-    )
+    header = filled(adapters_pb2.UploadHeader(), name=name, **options)
     directory = _path(directory)
     if directory.is_dir() and not os.access(directory, os.R_OK | os.X_OK):
         raise PermissionError(errno.EACCES, say("DIRECTORY_NOT_READABLE"), str(directory))

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from turret.clients.calls.retries import RetryPolicy
+from turret.clients.calls.settings import RetryPolicy
 from turret.clients.channel import DEFAULT_ADDRESS, Tls
 from turret.clients.client import TurretClient
 from turret.clients.errors import COUNTED, AnswerCutError, TurretRpcError

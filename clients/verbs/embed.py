@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from turret.clients.client import TurretClient
-from turret.clients.messages.requests import POOLINGS
 from turret.clients.verbs.command import (
     adapter_parser,
     connection_parser,
@@ -35,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         parents=[text_parser(), adapter_parser(), json_parser(), connection_parser()],
     )
     parser.add_argument(
-        "--pooling", choices=sorted(POOLINGS), help="final states to use (default: last)"
+        "--pooling", choices=("last", "mean"), help="final states to use (default: last)"
     )
     parser.add_argument(
         "--dimensions", type=int, metavar="N", help="keep the first N numbers (default: all)"
