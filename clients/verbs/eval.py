@@ -11,7 +11,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import UnavailableError
@@ -29,14 +28,14 @@ from turret.clients.evaluation.evaluate import (
 from turret.clients.evaluation.plot import eval_svg
 from turret.clients.evaluation.rows import EvalExample, RowError, read_eval_set
 from turret.clients.verbs.command import (
+    Subparsers,
     UnfinishedAnswerError,
-    adapter_weight,
-    connection_parser,
-    json_parser,
+    add_verb_parser,
     print_json,
     with_client,
 )
-from turret.clients.verbs.tables import print_table, terminal
+from turret.clients.verbs.flags import adapter_weight, shared
+from turret.clients.verbs.tables import print_table, table_of, terminal
 from turret.clients.words import say
 
 _DESCRIPTION = """\
@@ -47,13 +46,15 @@ right labels.
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
+def add_eval(subparsers: Subparsers, text: str) -> None:
     """Add the verb; ``text`` is its line in the help."""
-    parser = subparsers.add_parser(
+    parser = add_verb_parser(
+        subparsers,
         "eval",
-        help=text,
+        text,
+        with_client(_eval),
+        shared("--json"),
         description=_DESCRIPTION,
-        parents=[json_parser(), connection_parser()],
     )
     parser.add_argument("data", type=Path, metavar="FILE", help="the test set, in JSON Lines")
     parser.add_argument(
@@ -115,7 +116,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         metavar="FILE",
         help="write every answer and its scores, in JSON Lines",
     )
-    parser.set_defaults(func=with_client(_eval))
 
 
 def _eval(args: argparse.Namespace, client: TurretClient) -> None:
@@ -251,16 +251,14 @@ def _print_table(reports: Sequence[MixReport]) -> None:
 
 def _table(reports: Sequence[MixReport], gap: str) -> Table:
     """A row per mix; ``gap`` separates a figure and its interval."""
-    table = Table()
-    table.add_column("mix", overflow="fold")
-    for metric in reports[0].metrics:
-        cells = (_cell(metric, report.metrics[metric], gap) for report in reports)
-        whole = max(len(line) for cell in cells for line in cell.split("\n"))
-        table.add_column(metric.replace("_", " "), justify="right", min_width=whole)
-    for report in reports:
-        # Text and not str: rich would read brackets as markup.
-        cells = [Text(_cell(metric, figure, gap)) for metric, figure in report.metrics.items()]
-        table.add_row(Text(report.mix), *cells)
+    rows = [
+        (report.mix, *(_cell(metric, figure, gap) for metric, figure in report.metrics.items()))
+        for report in reports
+    ]
+    headings = [metric.replace("_", " ") for metric in reports[0].metrics]
+    table = table_of({"mix": "text", **dict.fromkeys(headings, "number")}, rows)
+    for column, cells in zip(table.columns[1:], list(zip(*rows, strict=True))[1:], strict=True):
+        column.min_width = max(len(line) for cell in cells for line in cell.split("\n"))
     return table
 
 
@@ -274,14 +272,12 @@ def _figures(report: MixReport) -> dict[str, object]:
 
 def _label_table(reports: Sequence[MixReport]) -> Table:
     """F1 of each label, which one mix may never find and no row have."""
-    table = Table(caption="F1 of each label")
-    table.add_column("label", overflow="fold")
-    for report in reports:
-        table.add_column(Text(report.mix), justify="right", overflow="fold")
+    rows = []
     for label in sorted({label for report in reports for label in report.labels}):
         figures = (report.labels.get(label) for report in reports)
-        table.add_row(Text(label), *("" if each is None else f"{each.f1:.1%}" for each in figures))
-    return table
+        rows.append((label, *("" if each is None else f"{each.f1:.1%}" for each in figures)))
+    mixes = {report.mix: "long number" for report in reports}
+    return table_of({"label": "text", **mixes}, rows, caption="F1 of each label")
 
 
 def _cell(metric: str, figure: Estimate, gap: str) -> str:

@@ -7,19 +7,19 @@ import sys
 import time
 
 from turret.clients.errors import TurretRpcError
+from turret.clients.hints import COMMAND_HINTS
 from turret.clients.probe import ask
 from turret.clients.unreached import ANSWERED
 from turret.clients.verbs.command import (
-    connection_parser,
+    Subparsers,
+    add_verb_parser,
     given_tls,
     given_token,
     hint_of,
-    json_parser,
-    positive_seconds,
     print_error,
     print_json,
 )
-from turret.clients.verbs.hints import HINTS
+from turret.clients.verbs.flags import positive_seconds, shared
 
 _TIMEOUT_SECONDS = 5.0
 _PAUSE_SECONDS = 0.5
@@ -27,20 +27,22 @@ _PAUSE_SECONDS = 0.5
 _MAY_CHANGE = ("NOT_SERVING", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 _NO_SERVICE = "the server has no such service; omit --service"
 _HINTS = {
-    **HINTS,
+    **COMMAND_HINTS,
     "DEADLINE_EXCEEDED": "raise --timeout to wait longer for {address}",
     "NOT_FOUND": _NO_SERVICE,
 }
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
+def add_health(subparsers: Subparsers, text: str) -> None:
     """Add the verb; ``text`` is its line in the help."""
-    parser = subparsers.add_parser(
+    parser = add_verb_parser(
+        subparsers,
         "health",
-        help=text,
+        text,
+        _health,
+        shared("--json"),
         description="Query a server's health service, for example as a container's health check."
         f" The default --timeout is {_TIMEOUT_SECONDS:g} s.",
-        parents=[json_parser(), connection_parser()],
     )
     parser.add_argument(
         "--service", default="", help="full service name (default: the whole server)"
@@ -51,7 +53,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         metavar="SECONDS",
         help="ask repeatedly until the server is serving, for at most SECONDS (default: ask once)",
     )
-    parser.set_defaults(func=_health)
 
 
 def _health(args: argparse.Namespace) -> int:

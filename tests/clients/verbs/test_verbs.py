@@ -20,7 +20,7 @@ from servers.fake_turret import FOREVER, PEFT_FILES, SAME, FakeTurret
 from turret.clients.client import TurretClient
 from turret.clients.counted import counted as of_client
 from turret.clients.errors import AuthenticationError
-from turret.clients.verbs.hints import HINTS
+from turret.clients.hints import COMMAND_HINTS as HINTS
 from turret.clients.words import say
 from turret.server.basics.counted import counted as of_server
 from turret.v1 import adapters_pb2
