@@ -15,9 +15,10 @@ Every failed call raises :class:`~turret.clients.errors.TurretRpcError`.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Any, ClassVar, Self, TypeVar, Unpack
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar, Unpack
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
@@ -59,7 +60,37 @@ __all__ = [
 
 # Calls whose second execution would do something else.
 _NOT_REPEATABLE = ("ReplaceAdapter", "UnloadAdapter", "MergeAdapters", "UnmergeAdapters")
-_R = TypeVar("_R", bound=Result)
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _rpc(
+    name: str, kind: type[Result] | None
+) -> Callable[[Callable[_P, Awaitable[_T]]], Callable[_P, Coroutine[Any, Any, _T]]]:
+    """Implement a method as a call, whose request has the arguments as its fields.
+
+    Args:
+        name: Of the RPC.
+        kind: The class of the result; None for a response without fields.
+    """
+
+    def implement(
+        method: Callable[_P, Awaitable[_T]],
+    ) -> Callable[_P, Coroutine[Any, Any, _T]]:
+        signature = inspect.signature(method)
+
+        @functools.wraps(method)
+        async def run(*args: _P.args, **kwargs: _P.kwargs) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            client, timeout = bound.arguments.pop("self"), bound.arguments.pop("timeout")
+            request = client._request(name, **bound.arguments)
+            answer = await client._answer(name, timeout, lambda: request, client._mix(request))
+            return kind.from_proto(answer) if kind else None
+
+        return run
+
+    return implement
 
 
 class ServiceClient:
@@ -72,9 +103,9 @@ class ServiceClient:
     def _request(self, rpc: str, **values: Any) -> Any:
         return filled(GetMessageClass(self._service.methods_by_name[rpc].input_type)(), **values)
 
-    async def _send(self, kind: type[_R], rpc: str, timeout: float | None, **values: Any) -> _R:
-        request = self._request(rpc, **values)
-        return kind.from_proto(await self._answer(rpc, timeout, lambda: request))
+    def _mix(self, request: Any) -> Iterable[adapters_pb2.AdapterWeight]:
+        """The mix that the request runs on, if a balancer should know it."""
+        return ()
 
     async def _answer(
         self,
@@ -123,10 +154,8 @@ class InferenceBase(ServiceClient):
         self._settings.closed.set()
         await self._connection.close()
 
-    async def _send(self, kind: type[_R], rpc: str, timeout: float | None, **values: Any) -> _R:
-        request = self._request(rpc, **values)
-        mix = getattr(request, "adapters", ())
-        return kind.from_proto(await self._answer(rpc, timeout, lambda: request, mix))
+    def _mix(self, request: Any) -> Iterable[adapters_pb2.AdapterWeight]:
+        return getattr(request, "adapters", ())
 
     async def _generate(
         self, prompt: Prompt, timeout: float | None, options: GenerateOptions
@@ -222,6 +251,7 @@ class AsyncTurretClient(InferenceBase):
         """Answer as :meth:`chat` does, chunk by chunk."""
         return self._stream(chat_messages(messages), timeout, options)
 
+    @_rpc("Score", Score)
     async def score(
         self,
         prompt: Prompt,
@@ -240,16 +270,9 @@ class AsyncTurretClient(InferenceBase):
             request_id: Identifies the request in the server's log.
             timeout: Deadline in seconds.
         """
-        return await self._send(
-            Score,
-            "Score",
-            timeout,
-            prompt=prompt,
-            adapters=adapters,
-            top_n=top_n,
-            request_id=request_id,
-        )
+        ...
 
+    @_rpc("Embed", Embeddings)
     async def embed(
         self,
         inputs: str | Sequence[Prompt],
@@ -272,18 +295,9 @@ class AsyncTurretClient(InferenceBase):
             request_id: Identifies the request in the server's log.
             timeout: Deadline in seconds.
         """
-        return await self._send(
-            Embeddings,
-            "Embed",
-            timeout,
-            inputs=inputs,
-            adapters=adapters,
-            pooling=pooling,
-            normalize=normalize,
-            dimensions=dimensions,
-            request_id=request_id,
-        )
+        ...
 
+    @_rpc("Classify", Classifications)
     async def classify(
         self,
         inputs: str | Sequence[Prompt],
@@ -300,9 +314,9 @@ class AsyncTurretClient(InferenceBase):
             request_id: Identifies the request in the server's log.
             timeout: Deadline in seconds.
         """
-        values = {"inputs": inputs, "adapters": adapters, "request_id": request_id}
-        return await self._send(Classifications, "Classify", timeout, **values)
+        ...
 
+    @_rpc("Tokenize", Tokens)
     async def tokenize(
         self,
         prompt: Prompt,
@@ -317,11 +331,12 @@ class AsyncTurretClient(InferenceBase):
             adapters: The mix, one of whose adapters may have its own tokenizer.
             timeout: Deadline in seconds.
         """
-        return await self._send(Tokens, "Tokenize", timeout, prompt=prompt, adapters=adapters)
+        ...
 
+    @_rpc("GetModel", Model)
     async def get_model(self, *, timeout: float | None = None) -> Model:
         """Describe the base model and the server."""
-        return await self._send(Model, "GetModel", timeout)
+        ...
 
 
 class AdaptersBase(ServiceClient):
@@ -344,6 +359,7 @@ class AsyncAdaptersClient(AdaptersBase):
     ``timeout`` is a deadline in seconds.
     """
 
+    @_rpc("LoadAdapter", Adapter)
     async def load(
         self,
         name: str,
@@ -359,16 +375,7 @@ class AsyncAdaptersClient(AdaptersBase):
         If the files contain several tasks, ``task`` chooses one of them. ``chat_template`` is a
         Jinja template to use instead of the one in the files.
         """
-        return await self._send(
-            Adapter,
-            "LoadAdapter",
-            timeout,
-            name=name,
-            path=path,
-            pinned=pinned,
-            task=task,
-            chat_template=chat_template,
-        )
+        ...
 
     async def upload(
         self,
@@ -402,6 +409,7 @@ class AsyncAdaptersClient(AdaptersBase):
 
         return Adapter.from_proto(await self._answer("UploadAdapter", timeout, messages))
 
+    @_rpc("ReplaceAdapter", Adapter)
     async def replace(
         self,
         name: str,
@@ -418,20 +426,12 @@ class AsyncAdaptersClient(AdaptersBase):
         two callers replace the same generation, the second gets
         :class:`~turret.clients.errors.FailedPreconditionError`.
         """
-        return await self._send(
-            Adapter,
-            "ReplaceAdapter",
-            timeout,
-            name=name,
-            path=path,
-            expected_generation=expected_generation,
-            task=task,
-            chat_template=chat_template,
-        )
+        ...
 
+    @_rpc("GetAdapter", Adapter)
     async def get(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Return one adapter."""
-        return await self._send(Adapter, "GetAdapter", timeout, name=name)
+        ...
 
     def list(
         self,
@@ -466,6 +466,7 @@ class AsyncAdaptersClient(AdaptersBase):
                 return
             request.page_token = page.next_page_token
 
+    @_rpc("UnloadAdapter", None)
     async def unload(
         self,
         name: str,
@@ -487,23 +488,19 @@ class AsyncAdaptersClient(AdaptersBase):
         Raises:
             ValueError: The mode is unknown.
         """
-        request = self._request(
-            "UnloadAdapter",
-            name=name,
-            mode=mode,
-            drain_seconds=drain_seconds,
-            expected_generation=expected_generation,
-        )
-        await self._answer("UnloadAdapter", timeout, lambda: request)
+        ...
 
+    @_rpc("PinAdapter", Adapter)
     async def pin(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Keep an adapter in memory and registered until it is unpinned."""
-        return await self._send(Adapter, "PinAdapter", timeout, name=name)
+        ...
 
+    @_rpc("UnpinAdapter", Adapter)
     async def unpin(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Allow an adapter to be evicted and unloaded again."""
-        return await self._send(Adapter, "UnpinAdapter", timeout, name=name)
+        ...
 
+    @_rpc("FuseAdapters", Fusion)
     async def fuse(
         self,
         name: str,
@@ -518,20 +515,9 @@ class AsyncAdaptersClient(AdaptersBase):
         timeout: float | None = None,
     ) -> Fusion:
         """Fuse a mix into a new adapter; arguments are the fields of ``FuseAdaptersRequest``."""
-        return await self._send(
-            Fusion,
-            "FuseAdapters",
-            timeout,
-            name=name,
-            adapters=adapters,
-            combination=combination,
-            rank=rank,
-            energy=energy,
-            density=density,
-            majority_sign_method=majority_sign_method,
-            seed=seed,
-        )
+        ...
 
+    @_rpc("MergeAdapters", MergeState)
     async def merge(
         self,
         adapters: AdaptersLike,
@@ -544,16 +530,17 @@ class AsyncAdaptersClient(AdaptersBase):
         Raises:
             ValueError: The precision is unknown.
         """
-        values = {"adapters": adapters, "precision": precision}
-        return await self._send(MergeState, "MergeAdapters", timeout, **values)
+        ...
 
+    @_rpc("UnmergeAdapters", MergeState)
     async def unmerge(self, *, timeout: float | None = None) -> MergeState:
         """Restore the base model."""
-        return await self._send(MergeState, "UnmergeAdapters", timeout)
+        ...
 
+    @_rpc("GetMergeState", MergeState)
     async def get_merge_state(self, *, timeout: float | None = None) -> MergeState:
         """Return what is merged."""
-        return await self._send(MergeState, "GetMergeState", timeout)
+        ...
 
     async def export(
         self,
