@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import itertools
 import os
 import re
 import shutil
@@ -27,8 +26,6 @@ _HEADER_BYTES = 16 << 20
 # Limits on the search for adapters, newest checkpoints first, below a directory that is not one.
 _MOST_TOLD = 5
 _MOST_LEVELS = 3
-# Maximum number of directories to search on each level.
-_MOST = 200
 # A trainer's pickles, which do not show in which format the weights are stored.
 _TRAINERS_OWN = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 _HUB = "hub:"
@@ -116,19 +113,11 @@ def _pickles(directory: Path) -> list[str]:
 
 def _adapters_below(directory: Path) -> list[str]:
     """The adapters below a directory, the nearest first, by their relative paths."""
-    level = [directory]
-    for _ in range(_MOST_LEVELS):
-        level = list(itertools.islice(itertools.chain.from_iterable(map(_folders, level)), _MOST))
-        found = (path for path in level if (path / "adapter_config.json").is_file())
-        if below := [str(path.relative_to(directory)) for path in found]:
+    for depth in range(1, _MOST_LEVELS + 1):
+        found = directory.glob("*/" * depth + "adapter_config.json")
+        below = [str(path.parent.relative_to(directory)) for path in found]
+        if below := [path for path in below if not path.startswith(".") and "/." not in path]:
             return sorted(below, key=_numbered)
-    return []
-
-
-def _folders(directory: Path) -> list[Path]:
-    """The subdirectories; none if the directory is unreadable."""
-    with contextlib.suppress(OSError):
-        return [p for p in directory.iterdir() if not p.name.startswith(".") and p.is_dir()]
     return []
 
 

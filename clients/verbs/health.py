@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from typing import Any
 
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from turret.clients.calls.settings import CallSettings, RetryPolicy
+from turret.clients.channel import Tls, check_address, open_channel
 from turret.clients.errors import TurretRpcError
 from turret.clients.hints import COMMAND_HINTS
-from turret.clients.probe import ask
 from turret.clients.unreached import ANSWERED
 from turret.clients.verbs.command import (
     Subparsers,
@@ -113,3 +118,29 @@ def _ask(args: argparse.Namespace) -> str:
 
 def _described(error: TurretRpcError, args: argparse.Namespace) -> str:
     return error.described(hint_of(error, args, _HINTS))
+
+
+def ask(
+    address: str, service: str, *, timeout_seconds: float, tls: Tls | None, token: str | None
+) -> str:
+    """The status of ``service`` (empty: the whole server), such as ``NOT_SERVING``.
+
+    A turret server requires no token for this; a proxy in front of it may.
+
+    Raises:
+        TurretRpcError: The server does not answer.
+    """
+    call = CallSettings.of(token, timeout_seconds, RetryPolicy(0), tls)
+    check_address(address, tls)
+    with open_channel(grpc, address, tls) as channel:
+        try:
+            # The generated stub sets its methods in a way that type checkers do not follow.
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            answer = stub.Check(
+                health_pb2.HealthCheckRequest(service=service),
+                timeout=call.timeout,
+                metadata=call.metadata,
+            )
+        except grpc.RpcError as error:
+            raise call.failure(error, call.timeout) from None
+    return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
