@@ -34,7 +34,7 @@ from turret.clients.verbs.command import (
     print_json,
     with_client,
 )
-from turret.clients.verbs.flags import adapter_weight, shared
+from turret.clients.verbs.flags import Flags, adapter_weight, flags_parser, shared
 from turret.clients.verbs.tables import print_table, table_of, terminal
 from turret.clients.words import say
 
@@ -44,78 +44,6 @@ file is {"messages": [...]}, whose last message is the right answer, or
 {"prompt": ..., "completion": ...}; with --classify also {"prompt": ..., "labels": [...]}, with all
 right labels.
 """
-
-
-def add_eval(subparsers: Subparsers, text: str) -> None:
-    """Add the verb; ``text`` is its line in the help."""
-    parser = add_verb_parser(
-        subparsers,
-        "eval",
-        text,
-        with_client(_eval),
-        shared("--json"),
-        description=_DESCRIPTION,
-    )
-    parser.add_argument("data", type=Path, metavar="FILE", help="the test set, in JSON Lines")
-    parser.add_argument(
-        "-m",
-        "--mix",
-        dest="mixes",
-        action="append",
-        type=_mix,
-        default=[],
-        metavar="NAME[=WEIGHT][+NAME...]",
-        help="an adapter or a mix to evaluate; repeatable",
-    )
-    parser.add_argument("--no-base", action="store_true", help="leave the base model out")
-    parser.add_argument(
-        "--metric",
-        dest="metrics",
-        action="append",
-        type=_metric,
-        choices=METRICS,
-        help="metric to compute; repeatable (default: all that apply)",
-    )
-    parser.add_argument(
-        "--classify",
-        action="store_true",
-        help="evaluate adapters that classify: accuracy and macro F1 if the completion is the right"
-        " label; for lines with labels, also micro F1 and the figures of each label",
-    )
-    parser.add_argument(
-        "--labels",
-        type=_labels,
-        default=(),
-        metavar="A,B,...",
-        help="compute label accuracy: the first of these labels in an answer must be the right one",
-    )
-    parser.add_argument(
-        "--raw", action="store_true", help='send "prompt" as it is, not as a user\'s message'
-    )
-    parser.add_argument("--limit", type=_positive, metavar="N", help="use only the first N lines")
-    parser.add_argument(
-        "--max-tokens",
-        type=_positive,
-        default=128,
-        metavar="N",
-        help="maximum tokens of an answer (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--concurrency",
-        type=_positive,
-        default=16,
-        metavar="N",
-        help="number of concurrent calls (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--plot", type=_svg, metavar="FILE.svg", help="write the figures as an SVG image"
-    )
-    parser.add_argument(
-        "--answers",
-        type=Path,
-        metavar="FILE",
-        help="write every answer and its scores, in JSON Lines",
-    )
 
 
 def _eval(args: argparse.Namespace, client: TurretClient) -> None:
@@ -346,3 +274,63 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(say("NOT_POSITIVE", value=text))
     return int(text)
+
+
+_COUNT = {"type": _positive, "metavar": "N"}
+_FLAGS: Flags = {
+    "data": {"type": Path, "metavar": "FILE", "help": "the test set, in JSON Lines"},
+    "-m --mix": {
+        "dest": "mixes",
+        "action": "append",
+        "type": _mix,
+        "default": [],
+        "metavar": "NAME[=WEIGHT][+NAME...]",
+        "help": "an adapter or a mix to evaluate; repeatable",
+    },
+    "--no-base": {"action": "store_true", "help": "leave the base model out"},
+    "--metric": {
+        "dest": "metrics",
+        "action": "append",
+        "type": _metric,
+        "choices": METRICS,
+        "help": "metric to compute; repeatable (default: all that apply)",
+    },
+    "--classify": {
+        "action": "store_true",
+        "help": "evaluate adapters that classify: accuracy and macro F1 if the completion is the"
+        " right label; for lines with labels, also micro F1 and the figures of each label",
+    },
+    "--labels": {
+        "type": _labels,
+        "default": (),
+        "metavar": "A,B,...",
+        "help": "compute label accuracy: the first of these labels in an answer must be the right"
+        " one",
+    },
+    "--raw": {"action": "store_true", "help": 'send "prompt" as it is, not as a user\'s message'},
+    "--limit": {**_COUNT, "help": "use only the first N lines"},
+    "--max-tokens": {
+        **_COUNT,
+        "default": 128,
+        "help": "maximum tokens of an answer (default: %(default)s)",
+    },
+    "--concurrency": {
+        **_COUNT,
+        "default": 16,
+        "help": "number of concurrent calls (default: %(default)s)",
+    },
+    "--plot": {"type": _svg, "metavar": "FILE.svg", "help": "write the figures as an SVG image"},
+    "--answers": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "write every answer and its scores, in JSON Lines",
+    },
+}
+
+
+def add_eval(subparsers: Subparsers, text: str) -> None:
+    """Add the verb; ``text`` is its line in the help."""
+    parents = (shared("--json"), flags_parser(_FLAGS))
+    add_verb_parser(
+        subparsers, "eval", text, with_client(_eval), *parents, description=_DESCRIPTION
+    )

@@ -32,7 +32,7 @@ _DESTINATIONS = {
     "key": "tls_key",
 }
 _T = TypeVar("_T")
-# What argparse's add_argument takes, by the name of a flag or the destination of a positional.
+# What argparse's add_argument takes, by the names of a flag or the destination of a positional.
 Flags = Mapping[str, Mapping[str, Any]]
 
 
@@ -47,7 +47,7 @@ def flags_parser(flags: Flags, *names: str, title: str = "") -> argparse.Argumen
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group(title) if title else parser
     for name in names or flags:
-        group.add_argument(name, **flags[name])
+        group.add_argument(*name.split(), **flags[name])
     return parser
 
 
@@ -150,19 +150,16 @@ def shared(*names: str) -> argparse.ArgumentParser:
 
 def adapter_parser(*, required: bool = False) -> argparse.ArgumentParser:
     """``--adapter``, as a parent parser."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument(
-        "-a",
-        "--adapter",
-        dest="adapters",
-        action="append",
-        type=adapter_weight,
-        default=[],
-        required=required,
-        metavar="NAME[@GENERATION][=WEIGHT]",
-        help="an adapter; repeat for a mix",
-    )
-    return parser
+    flag = {
+        "dest": "adapters",
+        "action": "append",
+        "type": adapter_weight,
+        "default": [],
+        "required": required,
+        "metavar": "NAME[@GENERATION][=WEIGHT]",
+        "help": "an adapter; repeat for a mix",
+    }
+    return flags_parser({"-a --adapter": flag})
 
 
 def generation_parsers() -> list[argparse.ArgumentParser]:
