@@ -32,6 +32,7 @@ from turret.clients.hints import HINTS, hint_for
 from turret.clients.messages.fields import argument
 from turret.clients.messages.results import Completion
 from turret.clients.unreached import UNREACHED, cause_of
+from turret.clients.words import say
 
 _DETAILS_KEY = "grpc-status-details-bin"
 _REQUEST_ID_KEY = "x-request-id"
@@ -258,8 +259,7 @@ class AnswerCutError(UnavailableError):
     @classmethod
     def of(cls, completion: Completion | None) -> AnswerCutError:
         """The error for a partial answer."""
-        said = "the server is shutting down and ended the answer early"
-        error = cls(grpc.StatusCode.UNAVAILABLE, said, reason="ANSWER_CUT")
+        error = cls(grpc.StatusCode.UNAVAILABLE, say("ANSWER_CUT"), reason="ANSWER_CUT")
         error.completion = completion
         return error
 

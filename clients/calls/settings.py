@@ -206,8 +206,7 @@ class CallSettings:
 
 def closed_under_a_call() -> CallCancelledError:
     """The error of a call whose client is closed while it runs."""
-    said = "the client was closed while the call was running"
-    return CallCancelledError(grpc.StatusCode.CANCELLED, said)
+    return CallCancelledError(grpc.StatusCode.CANCELLED, say("CLOSED_DURING_CALL"))
 
 
 def stream_timeout(timeout: float | None) -> float | None:

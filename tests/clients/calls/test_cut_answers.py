@@ -15,9 +15,10 @@ from servers.fake_turret import FOREVER, fake_turret
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.client import TurretClient
 from turret.clients.errors import AnswerCutError, NotFoundError, UnavailableError
+from turret.clients.words import say
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
-CUT = "the server is shutting down and ended the answer early"
+CUT = say("ANSWER_CUT")
 _CANCELLED, _STOP = inference_pb2.GenerateResponse.CANCELLED, inference_pb2.GenerateResponse.STOP
 
 

@@ -23,12 +23,13 @@ from turret.clients.aio import AsyncTurretClient
 from turret.clients.channel import Tls
 from turret.clients.client import TurretClient, TurretRpcError
 from turret.clients.errors import FieldViolation, InvalidArgumentError, UnavailableError
+from turret.clients.hints import HINTS
 from turret.clients.messages.fields import ArgumentValueError, argument
 from turret.clients.unreached import address_problem, cause_of
 from turret.clients.verbs import add_verbs
 from turret.clients.verbs.command import print_error
 from turret.clients.verbs.flags import as_typed
-from turret.clients.words import say
+from turret.clients.words import Text, say
 from turret.v1 import inference_pb2
 
 LONG = "a" * 5_000_000
@@ -326,7 +327,9 @@ def test_a_message_that_is_too_large_is_said_to_be(client: TurretClient):
         with pytest.raises(InvalidArgumentError) as raised:
             ask()
         assert raised.value.reason == "REQUEST_TOO_LARGE"
-        assert re.search(r"50000\d\d bytes, .* 4194304", raised.value.message)
+        assert isinstance(raised.value.message, Text)
+        assert raised.value.message.params["most"] == "4194304"
+        assert raised.value.message.params["size"].startswith("50000")
 
 
 def test_an_answer_that_is_too_large_is_said_to_be(server: FakeTurret, monkeypatch):
@@ -420,7 +423,5 @@ def test_what_was_said_is_said_once():
         pytest.raises(UnavailableError) as raised,
     ):
         nowhere.generate("a")
-    assert str(raised.value) == (
-        "UNAVAILABLE (NOT_REACHED): no turret server answers at 127.0.0.1:1 (Connection refused);"
-        " `turret serve` starts a server"
-    )
+    text = say("NOT_REACHED", place="127.0.0.1:1", why="Connection refused")
+    assert str(raised.value) == f"UNAVAILABLE (NOT_REACHED): {text}; {HINTS['NOT_REACHED']}"

@@ -214,7 +214,8 @@ def test_values_that_no_flag_takes_are_told_by_flag(capsys, tmp_path):
 def test_a_missed_deadline_is_told_once(run: Run):
     code, _, err = run("generate", FOREVER, "--timeout", "0.2")
     assert code == 1
-    assert err == "error: DEADLINE_EXCEEDED: the call did not finish in time; --timeout was 0.2\n"
+    hint = HINTS["DEADLINE_EXCEEDED"].format(timeout=0.2)
+    assert err == f"error: DEADLINE_EXCEEDED: {say('NOT_IN_TIME')}; {hint}\n"
 
 
 def test_an_error_in_the_middle_of_an_answer_has_a_line_of_its_own(run: Run):
