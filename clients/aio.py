@@ -26,7 +26,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from turret.clients.calls.answers import AnswerProgress, AsyncGenerationStream, call, waiting
 from turret.clients.calls.connections import AsyncConnection, BlockingConnection
-from turret.clients.calls.settings import CallSettings, RetryPolicy, stream_timeout
+from turret.clients.calls.settings import CallSettings, Retries, RetryPolicy, stream_timeout
 from turret.clients.channel import DEFAULT_ADDRESS, Tls, check_address
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.adapter_files import ExportWriter, upload_messages
@@ -144,7 +144,9 @@ class InferenceBase(ServiceClient):
         if not isinstance(resume, bool):
             raise ArgumentTypeError("resume", say("NOT_TRUE_OR_FALSE", value=repr(resume)))
         self._resume = resume
-        self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries), tls)
+        is_policy = isinstance(max_retries, RetryPolicy)
+        policy = max_retries if is_policy else RetryPolicy(max_retries)
+        self._settings = CallSettings.of(token, timeout, policy, tls)
         check_address(address, tls)
         if admin_address is not None:
             check_address(admin_address, tls, "admin_address")
@@ -169,7 +171,7 @@ class InferenceBase(ServiceClient):
     ) -> AsyncGenerationStream:
         request = generate_request(prompt, options)
         settings = self._settings.routed(request.adapters)
-        retries = settings.policy.begin(stream_timeout(timeout))
+        retries = Retries(settings.policy, stream_timeout(timeout))
         progress = AnswerProgress(request, retries, resume=self._resume)
         return AsyncGenerationStream(self._connection, progress, settings)
 

@@ -14,7 +14,12 @@ from typing import Any, Self
 import grpc
 
 from turret.clients.calls.connections import AsyncConnection, BlockingConnection
-from turret.clients.calls.settings import CallSettings, Retries, closed_under_a_call
+from turret.clients.calls.settings import (
+    CallSettings,
+    Retries,
+    closed_under_a_call,
+    stream_timeout,
+)
 from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
 from turret.clients.messages.results import Chunk, Completion
 from turret.v1 import inference_pb2
@@ -76,8 +81,8 @@ async def call(
         TurretRpcError: The last try failed.
     """
     cut: AnswerCutError | None = None
-    seconds = settings.unary_timeout(timeout)
-    retries = settings.policy.begin(seconds, repeatable=repeatable)
+    seconds = stream_timeout(settings.timeout if timeout is None else timeout)
+    retries = Retries(settings.policy, seconds, repeatable=repeatable)
     while True:
         try:
             with waiting(settings):

@@ -19,7 +19,7 @@ from turret.clients.errors import (
     TurretRpcError,
     UnavailableError,
 )
-from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError
+from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError, as_whole
 from turret.clients.words import say
 from turret.v1 import adapters_pb2
 
@@ -52,42 +52,30 @@ class RetryPolicy:
     unreached: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_retries, int) or isinstance(self.max_retries, bool):
-            raise ArgumentTypeError(
-                "max_retries", say("NOT_A_WHOLE_NUMBER", value=repr(self.max_retries))
-            )
-        if self.max_retries < 0:
-            raise ArgumentValueError(
-                "max_retries", say("TOO_SMALL", least=0, value=self.max_retries)
-            )
-
-    @classmethod
-    def of(cls, max_retries: int | RetryPolicy) -> RetryPolicy:
-        """The given policy, or the default one with this number of retries."""
-        return max_retries if isinstance(max_retries, RetryPolicy) else cls(max_retries)
-
-    def begin(self, timeout: float | None, *, repeatable: bool = True) -> Retries:
-        """The attempts of one call.
-
-        Args:
-            timeout: Deadline in seconds of all tries together; None means none.
-            repeatable: Whether a second execution of the call does no harm.
-        """
-        return Retries(self.max_retries, timeout, unreached=self.unreached and repeatable)
+        if as_whole("max_retries", self.max_retries) < 0:
+            text = say("TOO_SMALL", least=0, value=self.max_retries)
+            raise ArgumentValueError("max_retries", text)
 
 
 class Retries:
     """The remaining attempts of one call.
 
+    Args:
+        policy: Of the client.
+        seconds: The deadline of all tries together; None means none.
+        repeatable: Whether a second execution of the call does no harm.
+
     Attributes:
         seconds: The deadline of all tries together; None means none.
     """
 
-    def __init__(self, count: int, seconds: float | None, *, unreached: bool) -> None:
-        self._count = self._left = count
+    def __init__(
+        self, policy: RetryPolicy, seconds: float | None, *, repeatable: bool = True
+    ) -> None:
+        self._count = self._left = policy.max_retries
         self.seconds = seconds
         self._deadline = None if seconds is None else time.monotonic() + seconds
-        self._unreached = unreached
+        self._unreached = policy.unreached and repeatable
         self._delay = _FIRST_DELAY_SECONDS
         self._given_up_at: float | None = None
 
@@ -181,10 +169,6 @@ class CallSettings:
         if not (key and key.isascii() and key.isprintable()):
             return self
         return replace(self, metadata=(*self.metadata, (ROUTING_KEY, key)))
-
-    def unary_timeout(self, timeout: float | None) -> float | None:
-        """The deadline of a call with one response."""
-        return stream_timeout(self.timeout if timeout is None else timeout)
 
     def failure(self, error: grpc.RpcError, seconds: float | None) -> TurretRpcError:
         """The error for a failed call, with details that only the client knows.
