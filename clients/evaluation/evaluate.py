@@ -14,7 +14,6 @@ from functools import partial
 from typing import TypeVar
 
 from turret.clients.client import TurretClient
-from turret.clients.counted import counted
 from turret.clients.errors import (
     AuthenticationError,
     NotFoundError,
@@ -40,7 +39,7 @@ from turret.clients.evaluation.answer_metrics import (
 from turret.clients.evaluation.rows import EvalExample
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.results import Classification
-from turret.clients.words import say
+from turret.clients.words import counted, say
 
 METRICS = ("perplexity", "exact_match", "token_f1", "label_accuracy")
 # Metrics of adapters that classify, which support no others. The second tuple is for texts that may

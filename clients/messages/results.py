@@ -67,7 +67,8 @@ def _converter(field: FieldDescriptor, is_optional: bool) -> Callable[[Any], Any
         if is_optional:
             names[0] = None
         # A newer server may send a value that this client has no name for.
-        return lambda value: names.get(value, f"{field.name.upper()}_{value}")
+        unknown = f"{field.name.upper()}_{{}}".format
+        return lambda value: names[value] if value in names else unknown(value)
     return lambda value: value
 
 

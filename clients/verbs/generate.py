@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass, field
 
 from turret.clients.client import TurretClient
-from turret.clients.counted import counted
 from turret.clients.errors import AnswerCutError, NotFoundError, TurretRpcError, UnavailableError
 from turret.clients.hints import COMMAND_HINTS
 from turret.clients.messages.fields import check_text
@@ -24,7 +23,7 @@ from turret.clients.verbs.command import (
     with_client,
 )
 from turret.clients.verbs.flags import flag_of, generation_options, generation_parsers, shared
-from turret.clients.words import say
+from turret.clients.words import counted, say
 
 # Options that plain text cannot show.
 _JSON_ONLY = ("logprobs", "top_n", "token_ids")

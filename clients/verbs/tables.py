@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from turret.clients.counted import counted
 from turret.clients.messages.results import Adapter, Fusion, MergeState, ModuleError
+from turret.clients.words import counted
 
 # Warn if rounding loses this share of the change or more.
 _LOST = 0.5

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from turret.clients.client import TurretClient
-from turret.clients.counted import counted
 from turret.clients.messages.results import Classification
 from turret.clients.verbs.command import (
     Subparsers,
@@ -23,6 +22,7 @@ from turret.clients.verbs.command import (
 )
 from turret.clients.verbs.flags import adapter_parser, call_with_flags, shared
 from turret.clients.verbs.tables import print_table, table_of, terminal
+from turret.clients.words import counted
 
 # Maximum length of a text in the table of labels, and number of labels beside the first.
 _SHOWN_CHARS, _SHOWN_LABELS = 60, 3

@@ -18,9 +18,9 @@ from servers.command import parse_and_run
 from servers.fake_turret import FOREVER, PEFT_FILES, SAME, FakeTurret
 
 from turret.clients.client import TurretClient
-from turret.clients.counted import counted as of_client
 from turret.clients.errors import AuthenticationError
 from turret.clients.hints import COMMAND_HINTS as HINTS
+from turret.clients.words import counted as of_client
 from turret.clients.words import say
 from turret.server.basics.counted import counted as of_server
 from turret.v1 import adapters_pb2
