@@ -98,7 +98,7 @@ SHARED_FLAGS: Flags = {
     "--request-id": {"metavar": "ID", "help": "identifies the request in the server's log"},
     "--json": {"action": "store_true", "help": "print JSON"},
 }
-# Those that are not given leave the server's default.
+# Flags that are not given leave the server's default.
 GENERATION_FLAGS: Flags = {
     "--top-k": {**_COUNT, "help": "keep the k likeliest tokens"},
     "--seed": {**_COUNT, "help": "make the answer repeatable"},
