@@ -8,7 +8,7 @@ JOBS := 2
 FUZZ_SECONDS := 600
 SOAK_SECONDS := 1800
 
-.PHONY: setup proto lint test test-gpu long fuzz chaos audit soak conformance bench demo client pages docs constraints wheel clean
+.PHONY: setup proto lint test test-gpu long fuzz chaos audit soak conformance bench demo pages docs constraints wheel clean
 
 setup: $(INSTALLED)
 
@@ -70,10 +70,6 @@ bench: setup
 	$(BIN)/python bench/decode.py $(ARGS)
 	$(BIN)/python bench/prompts.py
 	$(BIN)/python bench/neighbours.py
-
-# Generates the synchronous client from the asyncio client.
-client: setup
-	cd tests/support && ../../$(BIN)/python sync_client.py
 
 # Writes the tables and lists in docs/ that are generated from the code.
 pages: setup

@@ -14,72 +14,121 @@ Every failed call raises :class:`~turret.clients.errors.TurretRpcError`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Self, Unpack
+import functools
+import inspect
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar, Unpack
 
-from turret.clients.aio_adapters import AsyncAdaptersClient
-from turret.clients.calls.aio import Connection
-from turret.clients.calls.aio_streams import AsyncGenerationStream
-from turret.clients.calls.aio_unary import call_async
-from turret.clients.calls.progress import AnswerProgress
-from turret.clients.calls.retries import RetryPolicy
-from turret.clients.calls.settings import CallSettings, stream_timeout
-from turret.clients.channel import DEFAULT_ADDRESS, Tls
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message_factory import GetMessageClass
+
+from turret.clients.calls.answers import AnswerProgress, AsyncGenerationStream, call, waiting
+from turret.clients.calls.connections import AsyncConnection, BlockingConnection
+from turret.clients.calls.settings import CallSettings, Retries, RetryPolicy, stream_timeout
+from turret.clients.channel import DEFAULT_ADDRESS, Tls, check_address
 from turret.clients.errors import TurretRpcError
+from turret.clients.messages.adapter_files import ExportWriter, upload_messages
 from turret.clients.messages.fields import ArgumentTypeError
 from turret.clients.messages.mix import AdaptersLike, AdapterWeight
-from turret.clients.messages.requests import (
-    GenerateOptions,
-    Prompt,
-    classify_request,
-    embed_request,
-    generate_request,
-    score_request,
-    tokenize_request,
-)
+from turret.clients.messages.requests import GenerateOptions, Prompt, filled, generate_request
 from turret.clients.messages.results import (
+    Adapter,
     Classifications,
     Completion,
     Embeddings,
+    Fusion,
+    MergeState,
     Model,
+    Result,
     Score,
     Tokens,
 )
 from turret.clients.messages.turns import MessageLike, chat_messages
 from turret.clients.words import say
-from turret.v1 import inference_pb2
+from turret.v1 import adapters_pb2, inference_pb2
 
-__all__ = ["AdapterWeight", "AsyncGenerationStream", "AsyncTurretClient", "Tls", "TurretRpcError"]
+__all__ = [
+    "AdapterWeight",
+    "AsyncAdaptersClient",
+    "AsyncGenerationStream",
+    "AsyncTurretClient",
+    "Tls",
+    "TurretRpcError",
+]
+
+# Calls whose second execution would do something else.
+_NOT_REPEATABLE = ("ReplaceAdapter", "UnloadAdapter", "MergeAdapters", "UnmergeAdapters")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
-class AsyncTurretClient:
-    """Calls a turret server.
+def _rpc(
+    name: str, kind: type[Result] | None
+) -> Callable[[Callable[_P, Awaitable[_T]]], Callable[_P, Coroutine[Any, Any, _T]]]:
+    """Implement a method as a call, whose request has the arguments as its fields.
 
     Args:
-        address: ``HOST:PORT`` of the server, or ``unix:PATH``.
-        token: Bearer token, without the word "Bearer", sent with every call. Without ``tls`` it is
-            sent in plain text.
-        tls: How to verify the server; None means a connection without TLS.
-        admin_address: Address of the ``Adapters`` service; None means ``address``.
-        timeout: Default deadline in seconds for calls with a single response; None means no
-            deadline. Streams have a deadline only if the call sets one.
-        max_retries: How often a call is repeated if the server asks for a retry, if no server can
-            be reached, or if a stopping server cuts its answer. The client waits 0.5 s, 1 s and so
-            on, or as long as the server asks.
-        resume: Whether an interrupted stream continues where it stopped, as long as each attempt
-            brings another token. If False, a stream that is interrupted after its first text
-            raises. Unless ``max_retries`` is 0, the client waits up to a minute for a server to
-            return, or until the call's deadline. With a seed or greedily, the answer is the same
-            as without an interruption. If the weights that it began with are gone, NotFoundError
-            is raised.
-
-    Every method's ``timeout`` is a deadline in seconds. ``math.inf``, or a value too large for a
-    clock, means no deadline. None means the client's default; streams and exports have none.
-
-    Create and use an asyncio client in one running event loop; elsewhere it raises RuntimeError.
-    Cancelling the task that awaits a call stops the request on the server. A synchronous client is
-    thread-safe.
+        name: Of the RPC.
+        kind: The class of the result; None for a response without fields.
     """
+
+    def implement(
+        method: Callable[_P, Awaitable[_T]],
+    ) -> Callable[_P, Coroutine[Any, Any, _T]]:
+        signature = inspect.signature(method)
+
+        @functools.wraps(method)
+        async def run(*args: _P.args, **kwargs: _P.kwargs) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            client, timeout = bound.arguments.pop("self"), bound.arguments.pop("timeout")
+            request = client._request(name, **bound.arguments)
+            answer = await client._answer(name, timeout, lambda: request, client._mix(request))
+            return kind.from_proto(answer) if kind else None
+
+        return run
+
+    return implement
+
+
+class ServiceClient:
+    """Sends the requests of one service, over an asyncio connection or a blocking one."""
+
+    _service: ClassVar[ServiceDescriptor]
+    _connection: AsyncConnection | BlockingConnection
+    _settings: CallSettings
+
+    def _request(self, rpc: str, **values: Any) -> Any:
+        return filled(GetMessageClass(self._service.methods_by_name[rpc].input_type)(), **values)
+
+    def _mix(self, request: Any) -> Iterable[adapters_pb2.AdapterWeight]:
+        """The mix that the request runs on, if a balancer should know it."""
+        return ()
+
+    async def _answer(
+        self,
+        rpc: str,
+        timeout: float | None,
+        make_request: Callable[[], Any],
+        mix: Iterable[adapters_pb2.AdapterWeight] = (),
+    ) -> Any:
+        return await call(
+            self._connection,
+            getattr(getattr(self._connection, self._service.name.lower()), rpc),
+            make_request,
+            self._settings.routed(mix),
+            timeout,
+            repeatable=rpc not in _NOT_REPEATABLE,
+        )
+
+
+class InferenceBase(ServiceClient):
+    """What both clients share; arguments are those of ``TurretClient``."""
+
+    _service = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
+    _connection_class: ClassVar[type[AsyncConnection | BlockingConnection]]
 
     def __init__(
         self,
@@ -95,20 +144,62 @@ class AsyncTurretClient:
         if not isinstance(resume, bool):
             raise ArgumentTypeError("resume", say("NOT_TRUE_OR_FALSE", value=repr(resume)))
         self._resume = resume
-        self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries), tls)
-        self._connection = Connection(address, admin_address, tls)
-        self.adapters = AsyncAdaptersClient(self._connection, self._settings)
+        is_policy = isinstance(max_retries, RetryPolicy)
+        policy = max_retries if is_policy else RetryPolicy(max_retries)
+        self._settings = CallSettings.of(token, timeout, policy, tls)
+        check_address(address, tls)
+        if admin_address is not None:
+            check_address(admin_address, tls, "admin_address")
+        self._connection = self._connection_class(address, admin_address, tls)
+
+    async def _close(self) -> None:
+        self._settings.closed.set()
+        await self._connection.close()
+
+    def _mix(self, request: Any) -> Iterable[adapters_pb2.AdapterWeight]:
+        return getattr(request, "adapters", ())
+
+    async def _generate(
+        self, prompt: Prompt, timeout: float | None, options: GenerateOptions
+    ) -> Completion:
+        request = generate_request(prompt, options)
+        answer = await self._answer("Generate", timeout, lambda: request, request.adapters)
+        return Completion.from_proto(answer)
+
+    def _stream(
+        self, prompt: Prompt, timeout: float | None, options: GenerateOptions
+    ) -> AsyncGenerationStream:
+        request = generate_request(prompt, options)
+        settings = self._settings.routed(request.adapters)
+        retries = Retries(settings.policy, stream_timeout(timeout))
+        progress = AnswerProgress(request, retries, resume=self._resume)
+        return AsyncGenerationStream(self._connection, progress, settings)
+
+
+class AsyncTurretClient(InferenceBase):
+    """Calls a turret server, with asyncio.
+
+    Arguments are those of :class:`~turret.clients.client.TurretClient`. Create and use a client in
+    one running event loop; elsewhere it raises RuntimeError. Cancelling the task that awaits a call
+    stops the request on the server.
+    """
+
+    _connection_class = AsyncConnection
+
+    @functools.cached_property
+    def adapters(self) -> AsyncAdaptersClient:
+        """The client of the ``Adapters`` service."""
+        return AsyncAdaptersClient(self._connection, self._settings)
 
     async def close(self) -> None:
         """Close the client. Running calls raise CallCancelledError, later ones RuntimeError."""
-        self._settings.closed.set()
-        await self._connection.close()
+        await self._close()
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        await self.close()
+        await self._close()
 
     async def generate(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
@@ -127,12 +218,7 @@ class AsyncTurretClient:
             TypeError: An option is unknown or has the wrong type.
             ValueError: A value does not fit its field.
         """
-        request = generate_request(prompt, options)
-        settings = self._settings.routed(request.adapters)
-        answer = await call_async(
-            self._connection.inference.Generate, lambda: request, settings, timeout
-        )
-        return Completion.from_proto(answer)
+        return await self._generate(prompt, timeout, options)
 
     def generate_stream(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
@@ -142,17 +228,7 @@ class AsyncTurretClient:
         Arguments and errors are those of :meth:`generate`. If the server rejects the request, the
         first iteration raises; ``AnswerCutError`` is raised after the last chunk.
         """
-        request = generate_request(prompt, options)
-        settings = self._settings.routed(request.adapters)
-
-        def start(message: Any, seconds: float | None) -> Any:
-            return self._connection.inference.GenerateStream(
-                message, timeout=seconds, metadata=settings.metadata
-            )
-
-        retries = settings.policy.begin(stream_timeout(timeout))
-        progress = AnswerProgress(request, retries, resume=self._resume)
-        return AsyncGenerationStream(start, progress, settings)
+        return self._stream(prompt, timeout, options)
 
     async def chat(
         self,
@@ -165,7 +241,7 @@ class AsyncTurretClient:
 
         Other arguments and errors are those of :meth:`generate`.
         """
-        return await self.generate(chat_messages(messages), timeout=timeout, **options)
+        return await self._generate(chat_messages(messages), timeout, options)
 
     def chat_stream(
         self,
@@ -175,8 +251,9 @@ class AsyncTurretClient:
         **options: Unpack[GenerateOptions],
     ) -> AsyncGenerationStream:
         """Answer as :meth:`chat` does, chunk by chunk."""
-        return self.generate_stream(chat_messages(messages), timeout=timeout, **options)
+        return self._stream(chat_messages(messages), timeout, options)
 
+    @_rpc("Score", Score)
     async def score(
         self,
         prompt: Prompt,
@@ -195,13 +272,9 @@ class AsyncTurretClient:
             request_id: Identifies the request in the server's log.
             timeout: Deadline in seconds.
         """
-        request = score_request(prompt, adapters=adapters, top_n=top_n, request_id=request_id)
-        settings = self._settings.routed(request.adapters)
-        scored = await call_async(
-            self._connection.inference.Score, lambda: request, settings, timeout
-        )
-        return Score.from_proto(scored)
+        ...
 
+    @_rpc("Embed", Embeddings)
     async def embed(
         self,
         inputs: str | Sequence[Prompt],
@@ -224,20 +297,9 @@ class AsyncTurretClient:
             request_id: Identifies the request in the server's log.
             timeout: Deadline in seconds.
         """
-        request = embed_request(
-            inputs,
-            adapters=adapters,
-            pooling=pooling,
-            normalize=normalize,
-            dimensions=dimensions,
-            request_id=request_id,
-        )
-        settings = self._settings.routed(request.adapters)
-        found = await call_async(
-            self._connection.inference.Embed, lambda: request, settings, timeout
-        )
-        return Embeddings.from_proto(found)
+        ...
 
+    @_rpc("Classify", Classifications)
     async def classify(
         self,
         inputs: str | Sequence[Prompt],
@@ -254,13 +316,9 @@ class AsyncTurretClient:
             request_id: Identifies the request in the server's log.
             timeout: Deadline in seconds.
         """
-        request = classify_request(inputs, adapters=adapters, request_id=request_id)
-        settings = self._settings.routed(request.adapters)
-        found = await call_async(
-            self._connection.inference.Classify, lambda: request, settings, timeout
-        )
-        return Classifications.from_proto(found)
+        ...
 
+    @_rpc("Tokenize", Tokens)
     async def tokenize(
         self,
         prompt: Prompt,
@@ -275,24 +333,243 @@ class AsyncTurretClient:
             adapters: The mix, one of whose adapters may have its own tokenizer.
             timeout: Deadline in seconds.
         """
-        request = tokenize_request(prompt, adapters)
-        return Tokens.from_proto(await self._unary("Tokenize", request, timeout))
+        ...
 
+    @_rpc("GetModel", Model)
     async def get_model(self, *, timeout: float | None = None) -> Model:
         """Describe the base model and the server."""
-        request = inference_pb2.GetModelRequest()
-        return Model.from_proto(await self._unary("GetModel", request, timeout))
+        ...
 
-    async def _on_mix(self, name: str, request: Any, timeout: float | None) -> Any:
-        settings = self._settings.routed(request.adapters)
-        return await self._unary(name, request, timeout, settings)
 
-    async def _unary(
+class AdaptersBase(ServiceClient):
+    """What the clients of the ``Adapters`` service share."""
+
+    _service = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"]
+
+    def __init__(
+        self, connection: AsyncConnection | BlockingConnection, settings: CallSettings
+    ) -> None:
+        self._connection = connection
+        self._settings = settings
+
+
+class AsyncAdaptersClient(AdaptersBase):
+    """Manages a server's adapters. Use it as ``client.adapters`` of an ``AsyncTurretClient``.
+
+    Calls go to the client's ``admin_address``. Every method raises
+    :class:`~turret.clients.errors.TurretRpcError` if the server rejects the call or fails.
+    ``timeout`` is a deadline in seconds.
+    """
+
+    @_rpc("LoadAdapter", Adapter)
+    async def load(
         self,
         name: str,
-        request: object,
-        timeout: float | None,
-        settings: CallSettings | None = None,
-    ) -> Any:
-        method = getattr(self._connection.inference, name)
-        return await call_async(method, lambda: request, settings or self._settings, timeout)
+        path: str | os.PathLike[str],
+        *,
+        pinned: bool = False,
+        task: int | None = None,
+        chat_template: str | None = None,
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Register the adapter in ``path``, a directory relative to the server's adapter root.
+
+        If the files contain several tasks, ``task`` chooses one of them. ``chat_template`` is a
+        Jinja template to use instead of the one in the files.
+        """
+        ...
+
+    async def upload(
+        self,
+        name: str,
+        directory: str | os.PathLike[str],
+        *,
+        pinned: bool = False,
+        replace: bool = False,
+        expected_generation: int | None = None,
+        task: int | None = None,
+        chat_template: str | None = None,
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Send an adapter's files and register it, or with ``replace`` a new generation of it.
+
+        Raises:
+            FileNotFoundError: The directory contains no adapter.
+            ValueError: One of the files is empty.
+        """
+
+        def messages() -> object:
+            return upload_messages(
+                name,
+                directory,
+                pinned=pinned,
+                replace=replace,
+                expected_generation=expected_generation,
+                task=task,
+                chat_template=chat_template,
+            )
+
+        return Adapter.from_proto(await self._answer("UploadAdapter", timeout, messages))
+
+    @_rpc("ReplaceAdapter", Adapter)
+    async def replace(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        expected_generation: int | None = None,
+        task: int | None = None,
+        chat_template: str | None = None,
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Make the weights in ``path`` (as in :meth:`load`) the adapter's new generation.
+
+        With ``expected_generation``, the call succeeds only if that is the current generation: if
+        two callers replace the same generation, the second gets
+        :class:`~turret.clients.errors.FailedPreconditionError`.
+        """
+        ...
+
+    @_rpc("GetAdapter", Adapter)
+    async def get(self, name: str, *, timeout: float | None = None) -> Adapter:
+        """Return one adapter."""
+        ...
+
+    def list(
+        self,
+        *,
+        method: str | None = None,
+        residency: str | None = None,
+        page_size: int = 0,
+        timeout: float | None = None,
+    ) -> AsyncIterator[Adapter]:
+        """Iterate over the adapters by name; pages are fetched as they are needed.
+
+        Args:
+            method: A method such as ``lora``; None means any.
+            residency: ``disk``, ``host`` or ``device``; None means any.
+            page_size: Adapters per call; 0 means the server's default.
+            timeout: Deadline in seconds of each page.
+
+        Raises:
+            ValueError: The residency is unknown.
+        """
+        values = {"method": method, "residency": residency, "page_size": page_size}
+        return self._pages(self._request("ListAdapters", **values), timeout)
+
+    async def _pages(
+        self, request: adapters_pb2.ListAdaptersRequest, timeout: float | None
+    ) -> AsyncIterator[Adapter]:
+        while True:
+            page = await self._answer("ListAdapters", timeout, lambda: request)
+            for adapter in page.adapters:
+                yield Adapter.from_proto(adapter)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    @_rpc("UnloadAdapter", None)
+    async def unload(
+        self,
+        name: str,
+        *,
+        mode: str = "drain",
+        drain_seconds: float | None = None,
+        expected_generation: int | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Unregister an adapter.
+
+        Args:
+            name: A registered name.
+            mode: ``drain`` lets the requests that use it finish, ``force`` aborts them.
+            drain_seconds: Longest wait for these requests; None means the server's default.
+            expected_generation: As in :meth:`replace`.
+            timeout: Deadline in seconds.
+
+        Raises:
+            ValueError: The mode is unknown.
+        """
+        ...
+
+    @_rpc("PinAdapter", Adapter)
+    async def pin(self, name: str, *, timeout: float | None = None) -> Adapter:
+        """Keep an adapter in memory and registered until it is unpinned."""
+        ...
+
+    @_rpc("UnpinAdapter", Adapter)
+    async def unpin(self, name: str, *, timeout: float | None = None) -> Adapter:
+        """Allow an adapter to be evicted and unloaded again."""
+        ...
+
+    @_rpc("FuseAdapters", Fusion)
+    async def fuse(
+        self,
+        name: str,
+        adapters: AdaptersLike,
+        *,
+        combination: str | None = None,
+        rank: int | None = None,
+        energy: float | None = None,
+        density: float | None = None,
+        majority_sign_method: str | None = None,
+        seed: int | None = None,
+        timeout: float | None = None,
+    ) -> Fusion:
+        """Fuse a mix into a new adapter; arguments are the fields of ``FuseAdaptersRequest``."""
+        ...
+
+    @_rpc("MergeAdapters", MergeState)
+    async def merge(
+        self,
+        adapters: AdaptersLike,
+        *,
+        precision: str = "auto",
+        timeout: float | None = None,
+    ) -> MergeState:
+        """Merge a mix into the base model, stored as ``nf4`` or ``bf16``.
+
+        Raises:
+            ValueError: The precision is unknown.
+        """
+        ...
+
+    @_rpc("UnmergeAdapters", MergeState)
+    async def unmerge(self, *, timeout: float | None = None) -> MergeState:
+        """Restore the base model."""
+        ...
+
+    @_rpc("GetMergeState", MergeState)
+    async def get_merge_state(self, *, timeout: float | None = None) -> MergeState:
+        """Return what is merged."""
+        ...
+
+    async def export(
+        self,
+        name: str,
+        directory: str | os.PathLike[str],
+        *,
+        generation: int | None = None,
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Write an adapter's files, in PEFT's layout, to a new directory.
+
+        Raises:
+            FileExistsError: The directory is already there.
+            ValueError: What arrived is incomplete or garbled.
+        """
+        request = self._request("ExportAdapter", name=name, generation=generation)
+        seconds = stream_timeout(timeout)
+        with ExportWriter(directory) as writer:
+            call = self._connection.adapters.ExportAdapter(
+                request, timeout=seconds, metadata=self._settings.metadata
+            )
+            try:
+                with waiting(self._settings):
+                    async for message in self._connection.responses(call):
+                        writer.write(message)
+            except grpc.RpcError as error:
+                raise self._settings.failure(error, seconds) from None
+            finally:
+                call.cancel()
+            return Adapter.from_proto(writer.finish())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 
@@ -85,9 +85,6 @@ class Tls:
         pems = {name: _read_pem(name, path) for name, path in files.items() if path is not None}
         return cls(**pems, server_name=server_name)
 
-    def credentials(self) -> grpc.ChannelCredentials:
-        return grpc.ssl_channel_credentials(self.ca, self.key, self.certificate)
-
 
 def _why_no_pem(name: str, pem: bytes) -> Text | None:
     """What is wrong with the value of a ``Tls`` attribute; None if nothing is found."""
@@ -137,14 +134,8 @@ def open_channel(library: Any, address: str, tls: Tls | None) -> Any:
     options = _options(address, tls)
     if tls is None:
         return library.insecure_channel(address, options=options)
-    return library.secure_channel(address, tls.credentials(), options=options)
-
-
-class ClosedStub:
-    """Replaces a closed client's stub, with an error in terms of the client instead of gRPC's."""
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise RuntimeError(say("CLIENT_CLOSED"))
+    credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
+    return library.secure_channel(address, credentials, options=options)
 
 
 def _options(address: str, tls: Tls | None) -> list[tuple[str, int | str]]:

@@ -1,4 +1,3 @@
-# Made from clients/aio.py by `make client`; edit that file instead.
 """The client of a turret server.
 
     with TurretClient("127.0.0.1:50051") as client:
@@ -8,51 +7,120 @@
         for chunk in client.generate_stream("Once upon a time", max_tokens=64):
             print(chunk.text, end="")
 
-Every failed call raises :class:`~turret.clients.errors.TurretRpcError`.
+Every failed call raises :class:`~turret.clients.errors.TurretRpcError`. The methods are those of
+the asyncio client, run over a blocking connection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Self, Unpack
+import contextlib
+import functools
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from turret.clients.adapters import AdaptersClient
-from turret.clients.calls.blocking import Connection
-from turret.clients.calls.progress import AnswerProgress
-from turret.clients.calls.retries import RetryPolicy
-from turret.clients.calls.settings import CallSettings, stream_timeout
-from turret.clients.calls.streams import GenerationStream
-from turret.clients.calls.unary import call
-from turret.clients.channel import DEFAULT_ADDRESS, Tls
+from turret.clients.aio import AdaptersBase, AsyncAdaptersClient, AsyncTurretClient, InferenceBase
+from turret.clients.calls.answers import AsyncGenerationStream
+from turret.clients.calls.connections import BlockingConnection, completed
+from turret.clients.channel import Tls
 from turret.clients.errors import TurretRpcError
-from turret.clients.messages.fields import ArgumentTypeError
-from turret.clients.messages.mix import AdaptersLike, AdapterWeight
-from turret.clients.messages.requests import (
-    GenerateOptions,
-    Prompt,
-    classify_request,
-    embed_request,
-    generate_request,
-    score_request,
-    tokenize_request,
-)
-from turret.clients.messages.results import (
-    Classifications,
-    Completion,
-    Embeddings,
-    Model,
-    Score,
-    Tokens,
-)
-from turret.clients.messages.turns import MessageLike, chat_messages
-from turret.clients.words import say
-from turret.v1 import inference_pb2
+from turret.clients.messages.mix import AdapterWeight
+from turret.clients.messages.results import Chunk
 
-__all__ = ["AdapterWeight", "GenerationStream", "Tls", "TurretClient", "TurretRpcError"]
+__all__ = [
+    "AdapterWeight",
+    "AdaptersClient",
+    "GenerationStream",
+    "Tls",
+    "TurretClient",
+    "TurretRpcError",
+]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_Made = TypeVar("_Made")
 
 
-class TurretClient:
-    """Calls a turret server.
+def _then(
+    finish: Callable[[_Made], _T], method: Callable[Concatenate[Any, _P], _Made]
+) -> Callable[Concatenate[Any, _P], _T]:
+    """The method, with ``finish`` applied to what it returns."""
+
+    @functools.wraps(method)
+    def run(self: Any, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return finish(method(self, *args, **kwargs))
+
+    return run
+
+
+def _blocking(
+    method: Callable[Concatenate[Any, _P], Coroutine[Any, Any, _T]],
+) -> Callable[Concatenate[Any, _P], _T]:
+    return _then(completed, method)
+
+
+def _iterated(values: AsyncIterator[_T]) -> Iterator[_T]:
+    """The values of an iterator that never suspends."""
+    with contextlib.suppress(StopAsyncIteration):
+        while True:
+            yield completed(anext(values))
+
+
+class GenerationStream(Iterator[Chunk]):
+    """An answer as it grows: an iterator of ``Chunk``, which ``generate_stream`` returns.
+
+    Closing the stream, or leaving its ``with`` block, stops the request. A program that
+    iterates to the end need not close it; the last chunk has a ``finish_reason``. If the request
+    fails and a retry may help, the stream continues where it stopped. If a stopping server ended
+    the answer and no other server continues it, the ``finish_reason`` of the last chunk is
+    ``CANCELLED``, and the next iteration raises ``AnswerCutError``.
+    """
+
+    def __init__(self, stream: AsyncGenerationStream) -> None:
+        self._stream = stream
+
+    def __next__(self) -> Chunk:
+        try:
+            return completed(self._stream.__anext__())
+        except StopAsyncIteration:
+            raise StopIteration from None
+
+    def close(self) -> None:
+        """Stop the request, which ends the iteration. It may be called repeatedly, at any time."""
+        completed(self._stream.aclose())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class AdaptersClient(AdaptersBase):
+    """Manages a server's adapters. Use it as ``client.adapters`` of a ``TurretClient``.
+
+    Calls go to the client's ``admin_address``. Every method raises
+    :class:`~turret.clients.errors.TurretRpcError` if the server rejects the call or fails.
+    ``timeout`` is a deadline in seconds.
+    """
+
+    _pages = AsyncAdaptersClient._pages
+    load = _blocking(AsyncAdaptersClient.load)
+    upload = _blocking(AsyncAdaptersClient.upload)
+    replace = _blocking(AsyncAdaptersClient.replace)
+    get = _blocking(AsyncAdaptersClient.get)
+    list = _then(_iterated, AsyncAdaptersClient.list)
+    unload = _blocking(AsyncAdaptersClient.unload)
+    pin = _blocking(AsyncAdaptersClient.pin)
+    unpin = _blocking(AsyncAdaptersClient.unpin)
+    fuse = _blocking(AsyncAdaptersClient.fuse)
+    merge = _blocking(AsyncAdaptersClient.merge)
+    unmerge = _blocking(AsyncAdaptersClient.unmerge)
+    get_merge_state = _blocking(AsyncAdaptersClient.get_merge_state)
+    export = _blocking(AsyncAdaptersClient.export)
+
+
+class TurretClient(InferenceBase):
+    """Calls a turret server. It is thread-safe.
 
     Args:
         address: ``HOST:PORT`` of the server, or ``unix:PATH``.
@@ -74,34 +142,18 @@ class TurretClient:
 
     Every method's ``timeout`` is a deadline in seconds. ``math.inf``, or a value too large for a
     clock, means no deadline. None means the client's default; streams and exports have none.
-
-    Create and use an asyncio client in one running event loop; elsewhere it raises RuntimeError.
-    Cancelling the task that awaits a call stops the request on the server. A synchronous client is
-    thread-safe.
     """
 
-    def __init__(
-        self,
-        address: str = DEFAULT_ADDRESS,
-        *,
-        token: str | None = None,
-        tls: Tls | None = None,
-        admin_address: str | None = None,
-        timeout: float | None = 600.0,
-        max_retries: int | RetryPolicy = 2,
-        resume: bool = True,
-    ) -> None:
-        if not isinstance(resume, bool):
-            raise ArgumentTypeError("resume", say("NOT_TRUE_OR_FALSE", value=repr(resume)))
-        self._resume = resume
-        self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries), tls)
-        self._connection = Connection(address, admin_address, tls)
-        self.adapters = AdaptersClient(self._connection, self._settings)
+    _connection_class = BlockingConnection
+
+    @functools.cached_property
+    def adapters(self) -> AdaptersClient:
+        """The client of the ``Adapters`` service."""
+        return AdaptersClient(self._connection, self._settings)
 
     def close(self) -> None:
         """Close the client. Running calls raise CallCancelledError, later ones RuntimeError."""
-        self._settings.closed.set()
-        self._connection.close()
+        completed(self._close())
 
     def __enter__(self) -> Self:
         return self
@@ -109,181 +161,12 @@ class TurretClient:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def generate(
-        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
-    ) -> Completion:
-        """Complete a prompt.
-
-        Args:
-            prompt: Text, used as it is; token ids; or the turns of a conversation.
-            timeout: Deadline in seconds.
-            **options: See :class:`~turret.clients.messages.requests.GenerateOptions`.
-
-        Raises:
-            AnswerCutError: The server stopped during the call, and no other server completed the
-                answer. The error contains the partial answer.
-            TurretRpcError: The server rejected the call or failed.
-            TypeError: An option is unknown or has the wrong type.
-            ValueError: A value does not fit its field.
-        """
-        request = generate_request(prompt, options)
-        settings = self._settings.routed(request.adapters)
-        answer = call(self._connection.inference.Generate, lambda: request, settings, timeout)
-        return Completion.from_proto(answer)
-
-    def generate_stream(
-        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
-    ) -> GenerationStream:
-        """Complete a prompt, chunk by chunk. The request starts at once.
-
-        Arguments and errors are those of :meth:`generate`. If the server rejects the request, the
-        first iteration raises; ``AnswerCutError`` is raised after the last chunk.
-        """
-        request = generate_request(prompt, options)
-        settings = self._settings.routed(request.adapters)
-
-        def start(message: Any, seconds: float | None) -> Any:
-            return self._connection.inference.GenerateStream(
-                message, timeout=seconds, metadata=settings.metadata
-            )
-
-        retries = settings.policy.begin(stream_timeout(timeout))
-        progress = AnswerProgress(request, retries, resume=self._resume)
-        return GenerationStream(start, progress, settings)
-
-    def chat(
-        self,
-        messages: str | Sequence[MessageLike],
-        *,
-        timeout: float | None = None,
-        **options: Unpack[GenerateOptions],
-    ) -> Completion:
-        """Answer a conversation, or a user's single message, through the chat template.
-
-        Other arguments and errors are those of :meth:`generate`.
-        """
-        return self.generate(chat_messages(messages), timeout=timeout, **options)
-
-    def chat_stream(
-        self,
-        messages: str | Sequence[MessageLike],
-        *,
-        timeout: float | None = None,
-        **options: Unpack[GenerateOptions],
-    ) -> GenerationStream:
-        """Answer as :meth:`chat` does, chunk by chunk."""
-        return self.generate_stream(chat_messages(messages), timeout=timeout, **options)
-
-    def score(
-        self,
-        prompt: Prompt,
-        *,
-        adapters: AdaptersLike = (),
-        top_n: int = 0,
-        request_id: str = "",
-        timeout: float | None = None,
-    ) -> Score:
-        """Compute the log probability of every token of a prompt.
-
-        Args:
-            prompt: As in :meth:`generate`.
-            adapters: The mix; empty means the base model.
-            top_n: How many of the likeliest tokens are reported for each position.
-            request_id: Identifies the request in the server's log.
-            timeout: Deadline in seconds.
-        """
-        request = score_request(prompt, adapters=adapters, top_n=top_n, request_id=request_id)
-        settings = self._settings.routed(request.adapters)
-        scored = call(self._connection.inference.Score, lambda: request, settings, timeout)
-        return Score.from_proto(scored)
-
-    def embed(
-        self,
-        inputs: str | Sequence[Prompt],
-        *,
-        adapters: AdaptersLike = (),
-        pooling: str | None = None,
-        normalize: bool | None = None,
-        dimensions: int | None = None,
-        request_id: str = "",
-        timeout: float | None = None,
-    ) -> Embeddings:
-        """Turn each input into a vector.
-
-        Args:
-            inputs: A text, or a list of prompts as in :meth:`generate`.
-            adapters: The mix; empty means the base model.
-            pooling: ``last`` (the final state of the last token, the server's default) or ``mean``.
-            normalize: Whether each vector has length 1; None means yes.
-            dimensions: How many of the first numbers of each vector are kept; None means all.
-            request_id: Identifies the request in the server's log.
-            timeout: Deadline in seconds.
-        """
-        request = embed_request(
-            inputs,
-            adapters=adapters,
-            pooling=pooling,
-            normalize=normalize,
-            dimensions=dimensions,
-            request_id=request_id,
-        )
-        settings = self._settings.routed(request.adapters)
-        found = call(self._connection.inference.Embed, lambda: request, settings, timeout)
-        return Embeddings.from_proto(found)
-
-    def classify(
-        self,
-        inputs: str | Sequence[Prompt],
-        *,
-        adapters: AdaptersLike,
-        request_id: str = "",
-        timeout: float | None = None,
-    ) -> Classifications:
-        """Label each input with an adapter that has a classification head.
-
-        Args:
-            inputs: A text, or a list of prompts as in :meth:`generate`.
-            adapters: The mix; exactly one member must have a head.
-            request_id: Identifies the request in the server's log.
-            timeout: Deadline in seconds.
-        """
-        request = classify_request(inputs, adapters=adapters, request_id=request_id)
-        settings = self._settings.routed(request.adapters)
-        found = call(self._connection.inference.Classify, lambda: request, settings, timeout)
-        return Classifications.from_proto(found)
-
-    def tokenize(
-        self,
-        prompt: Prompt,
-        *,
-        adapters: AdaptersLike = (),
-        timeout: float | None = None,
-    ) -> Tokens:
-        """Convert text or a conversation to token ids, or token ids to text.
-
-        Args:
-            prompt: As in :meth:`generate`.
-            adapters: The mix, one of whose adapters may have its own tokenizer.
-            timeout: Deadline in seconds.
-        """
-        request = tokenize_request(prompt, adapters)
-        return Tokens.from_proto(self._unary("Tokenize", request, timeout))
-
-    def get_model(self, *, timeout: float | None = None) -> Model:
-        """Describe the base model and the server."""
-        request = inference_pb2.GetModelRequest()
-        return Model.from_proto(self._unary("GetModel", request, timeout))
-
-    def _on_mix(self, name: str, request: Any, timeout: float | None) -> Any:
-        settings = self._settings.routed(request.adapters)
-        return self._unary(name, request, timeout, settings)
-
-    def _unary(
-        self,
-        name: str,
-        request: object,
-        timeout: float | None,
-        settings: CallSettings | None = None,
-    ) -> Any:
-        method = getattr(self._connection.inference, name)
-        return call(method, lambda: request, settings or self._settings, timeout)
+    generate = _blocking(AsyncTurretClient.generate)
+    generate_stream = _then(GenerationStream, AsyncTurretClient.generate_stream)
+    chat = _blocking(AsyncTurretClient.chat)
+    chat_stream = _then(GenerationStream, AsyncTurretClient.chat_stream)
+    score = _blocking(AsyncTurretClient.score)
+    embed = _blocking(AsyncTurretClient.embed)
+    classify = _blocking(AsyncTurretClient.classify)
+    tokenize = _blocking(AsyncTurretClient.tokenize)
+    get_model = _blocking(AsyncTurretClient.get_model)

@@ -32,6 +32,7 @@ from turret.clients.hints import HINTS, hint_for
 from turret.clients.messages.fields import argument
 from turret.clients.messages.results import Completion
 from turret.clients.unreached import UNREACHED, cause_of
+from turret.clients.words import say
 
 _DETAILS_KEY = "grpc-status-details-bin"
 _REQUEST_ID_KEY = "x-request-id"
@@ -39,6 +40,7 @@ _REQUEST_ID_KEY = "x-request-id"
 _OF_FIELDS = ("INVALID_REQUEST", "ADAPTER_CLASSIFIES", "HEAD_MISSING")
 # Maximum number of fields in a message; ``violations`` has all of them.
 _MOST_TOLD = 8
+_CLASSES: dict[grpc.StatusCode, type[TurretRpcError]] = {}
 # The field of a violation that counts the fields that the server does not list.
 COUNTED = "*"
 
@@ -73,6 +75,10 @@ class TurretRpcError(Exception):
         request_id: The id under which the server logged the call; empty if unknown.
         place: What the error concerns, such as a line of a file; empty if the caller set none.
     """
+
+    def __init_subclass__(cls, status: grpc.StatusCode | None = None) -> None:
+        if status is not None:
+            _CLASSES[status] = cls
 
     def __init__(
         self,
@@ -180,50 +186,50 @@ def _list_of(violations: Sequence[FieldViolation], name_of: Callable[[str], str]
     return "; ".join(told)
 
 
-class InvalidArgumentError(TurretRpcError):
+class InvalidArgumentError(TurretRpcError, status=grpc.StatusCode.INVALID_ARGUMENT):
     """A field breaks its documented range, or a checkpoint is refused; see ``violations``."""
 
 
-class AuthenticationError(TurretRpcError):
+class AuthenticationError(TurretRpcError, status=grpc.StatusCode.UNAUTHENTICATED):
     """The server wants a token, and got none or an unknown one."""
 
 
-class PermissionDeniedError(TurretRpcError):
+class PermissionDeniedError(TurretRpcError, status=grpc.StatusCode.PERMISSION_DENIED):
     """The token lacks the role that the call needs."""
 
 
-class NotFoundError(TurretRpcError):
+class NotFoundError(TurretRpcError, status=grpc.StatusCode.NOT_FOUND):
     """No adapter of that name, or of that generation, is registered."""
 
 
-class AlreadyExistsError(TurretRpcError):
+class AlreadyExistsError(TurretRpcError, status=grpc.StatusCode.ALREADY_EXISTS):
     """The name is taken by other weights."""
 
 
-class FailedPreconditionError(TurretRpcError):
+class FailedPreconditionError(TurretRpcError, status=grpc.StatusCode.FAILED_PRECONDITION):
     """The state forbids it: an adapter in use, pinned or for another base; an active merge."""
 
 
-class RateLimitedError(TurretRpcError):
+class RateLimitedError(TurretRpcError, status=grpc.StatusCode.RESOURCE_EXHAUSTED):
     """A queue or a budget is full; where waiting helps, ``retry_delay`` says how long."""
 
 
-class DeadlineExceededError(TurretRpcError):
+class DeadlineExceededError(TurretRpcError, status=grpc.StatusCode.DEADLINE_EXCEEDED):
     """The deadline passed before the call's end; ``timeout`` of a call or its client sets it.
 
     Of an answer that was asked for as a whole nothing is left; a stream has given its chunks.
     """
 
 
-class AbortedError(TurretRpcError):
+class AbortedError(TurretRpcError, status=grpc.StatusCode.ABORTED):
     """An adapter of the request was unloaded by force meanwhile."""
 
 
-class CallCancelledError(TurretRpcError):
+class CallCancelledError(TurretRpcError, status=grpc.StatusCode.CANCELLED):
     """The call was cancelled, or its client closed. Cancelled tasks raise CancelledError."""
 
 
-class UnavailableError(TurretRpcError):
+class UnavailableError(TurretRpcError, status=grpc.StatusCode.UNAVAILABLE):
     """The server is starting or stopping, could not be reached, or was lost."""
 
     @property
@@ -253,8 +259,7 @@ class AnswerCutError(UnavailableError):
     @classmethod
     def of(cls, completion: Completion | None) -> AnswerCutError:
         """The error for a partial answer."""
-        said = "the server is shutting down and ended the answer early"
-        error = cls(grpc.StatusCode.UNAVAILABLE, said, reason="ANSWER_CUT")
+        error = cls(grpc.StatusCode.UNAVAILABLE, say("ANSWER_CUT"), reason="ANSWER_CUT")
         error.completion = completion
         return error
 
@@ -266,37 +271,15 @@ class ServerError(TurretRpcError):
     """
 
 
-_CLASSES: dict[grpc.StatusCode, type[TurretRpcError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
-    grpc.StatusCode.UNAUTHENTICATED: AuthenticationError,
-    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
-    grpc.StatusCode.NOT_FOUND: NotFoundError,
-    grpc.StatusCode.ALREADY_EXISTS: AlreadyExistsError,
-    grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: RateLimitedError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
-    grpc.StatusCode.ABORTED: AbortedError,
-    grpc.StatusCode.CANCELLED: CallCancelledError,
-    grpc.StatusCode.UNAVAILABLE: UnavailableError,
-}
-
-
 def _details(payload: object) -> Iterable:
     """The known messages among a status's details; none if the status is unreadable."""
     if not isinstance(payload, bytes):
         return
-    status = status_pb2.Status()
-    kinds = (
-        error_details_pb2.ErrorInfo,
-        error_details_pb2.BadRequest,
-        error_details_pb2.RetryInfo,
-    )
+    known = error_details_pb2
     try:
-        status.ParseFromString(payload)
-        for any_detail in status.details:
-            for kind in kinds:
-                detail = kind()
-                if any_detail.Unpack(detail):
+        for packed in status_pb2.Status.FromString(payload).details:
+            for detail in (known.ErrorInfo(), known.BadRequest(), known.RetryInfo()):
+                if packed.Unpack(detail):
                     yield detail
     except message.DecodeError:
         # A proxy may have garbled the details; the status itself still stands.

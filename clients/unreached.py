@@ -36,45 +36,19 @@ _OWN_DOING = re.compile("Locally cancelled|Channel closed|Channel is closed")
 _LOST = re.compile(
     "RST_STREAM|Stream removed|GOAWAY|Connection reset|Socket closed|http2 header with status: 500"
 )
-# Failures of a connection to something that listens: pattern, reason, meaning.
-_ANSWERED = (
-    (
-        re.compile(r"Failed parsing HTTP/2|http1\.x server|HTTP/1\."),
-        "NOT_GRPC",
-        "the server at {} does not speak gRPC",
-    ),
-    (
-        re.compile("security handshaker"),
-        "PEM_UNREADABLE",
-        "no connection to {} was made: a certificate or key cannot be read",
-    ),
-    (
-        re.compile("WRONG_VERSION_NUMBER"),
-        "TLS_UNSUPPORTED",
-        "the server at {} does not support TLS",
-    ),
-    (
-        re.compile("CERTIFICATE_VERIFY_FAILED"),
-        "CERTIFICATE_UNTRUSTED",
-        "the server at {} presents a certificate that the given roots did not sign",
-    ),
-    (
-        re.compile("Hostname Verification"),
-        "CERTIFICATE_NAME",
-        "the server at {} presents a certificate for another name",
-    ),
+# Failures of a connection to something that listens: pattern → reason.
+_ANSWERED = {
+    r"Failed parsing HTTP/2|http1\.x server|HTTP/1\.": "NOT_GRPC",
+    "security handshaker": "PEM_UNREADABLE",
+    "WRONG_VERSION_NUMBER": "TLS_UNSUPPORTED",
+    "CERTIFICATE_VERIFY_FAILED": "CERTIFICATE_UNTRUSTED",
+    "Hostname Verification": "CERTIFICATE_NAME",
     # A server with TLS does this to a client without it, or without a required certificate.
-    (
-        re.compile("Socket closed"),
-        "CONNECTION_CLOSED",
-        "the server at {} closes the connection",
-    ),
-)
+    "Socket closed": "CONNECTION_CLOSED",
+}
 # Reasons of calls that no turret server has taken. With ANSWERED something else listens at the
 # address. UNREACHED adds that nothing does, or that the connection or the answer broke off.
-ANSWERED = frozenset(
-    ("CLIENT_CERTIFICATE", *(reason for _, reason, _ in _ANSWERED)),
-)
+ANSWERED = frozenset(("CLIENT_CERTIFICATE", *_ANSWERED.values()))
 UNREACHED = ANSWERED | {"NOT_REACHED", "CONNECTION_LOST", "ANSWER_CUT"}
 
 
@@ -87,14 +61,12 @@ def cause_of(code: grpc.StatusCode, said: str) -> tuple[grpc.StatusCode, str, st
     """
     status = grpc.StatusCode
     if found := _TOO_LARGE.search(said):
-        size, most = found[2], found[3]
+        sizes = {"size": found[2], "most": found[3]}
         if found["end"] == "CLIENT: ":
-            why = f"the answer has {size} bytes, more than the {most} that this client accepts"
-            return status.INVALID_ARGUMENT, "ANSWER_TOO_LARGE", why
-        why = f"the request has {size} bytes, more than the {most} that the server accepts"
-        return status.INVALID_ARGUMENT, "REQUEST_TOO_LARGE", why
+            return status.INVALID_ARGUMENT, "ANSWER_TOO_LARGE", say("ANSWER_TOO_LARGE", **sizes)
+        return status.INVALID_ARGUMENT, "REQUEST_TOO_LARGE", say("REQUEST_ABOVE_LIMIT", **sizes)
     if code is status.DEADLINE_EXCEEDED:
-        return code, "", "the call did not finish in time"
+        return code, "", say("NOT_IN_TIME")
     if code is status.CANCELLED:
         is_lost = _OWN_DOING.search(said) is None
     else:
@@ -102,20 +74,18 @@ def cause_of(code: grpc.StatusCode, said: str) -> tuple[grpc.StatusCode, str, st
         is_lost = is_vague and _LOST.search(said) is not None
     failed = _FAILED.fullmatch(said) if code is status.UNAVAILABLE else None
     if is_lost and failed is None:
-        return status.UNAVAILABLE, "CONNECTION_LOST", f"the connection broke ({said})"
+        return status.UNAVAILABLE, "CONNECTION_LOST", say("CONNECTION_LOST", why=said)
     if code is not status.UNAVAILABLE:
         return code, "", said
     if failed is not None:
         place = failed["place"].replace("%5B", "[").replace("%5D", "]")
-        for pattern, reason, meaning in _ANSWERED:
-            if pattern.search(failed["why"]):
-                return code, reason, meaning.format(place)
-        why = f"no turret server answers at {place} ({failed['why']})"
-    elif found := _UNRESOLVED.match(said):
-        why = f"no turret server answers at {found['place']} (the host or port is unknown)"
-    else:
-        why = f"no turret server answers ({said})"
-    return code, "NOT_REACHED", why
+        for pattern, reason in _ANSWERED.items():
+            if re.search(pattern, failed["why"]):
+                return code, reason, say(reason, place=place)
+        return code, "NOT_REACHED", say("NOT_REACHED", place=place, why=failed["why"])
+    if found := _UNRESOLVED.match(said):
+        return code, "NOT_REACHED", say("NOT_RESOLVED", place=found["place"])
+    return code, "NOT_REACHED", say("NOT_ANSWERED", why=said)
 
 
 def address_problem(address: str, *, has_tls: bool) -> Text | None:

@@ -19,6 +19,24 @@ TEXTS = {
     "UNKNOWN_MESSAGE_KEY": "unknown key {value!q}; known are {choices}",
     "SINGLE_PROMPT": "must be a list of prompts, not a single prompt",
     "SINGLE_MESSAGE": "must be a list of messages, not a single message",
+    # Calls that no turret server has answered.
+    "REQUEST_ABOVE_LIMIT": "the request has {size} bytes, more than the {most} that the server"
+    " accepts",
+    "ANSWER_TOO_LARGE": "the answer has {size} bytes, more than the {most} that the client accepts",
+    "NOT_IN_TIME": "the call did not finish in time",
+    "CONNECTION_LOST": "the connection broke ({why})",
+    "NOT_REACHED": "no turret server answers at {place} ({why})",
+    "NOT_RESOLVED": "no turret server answers at {place} (the host or port is unknown)",
+    "NOT_ANSWERED": "no turret server answers ({why})",
+    "NOT_GRPC": "the server at {place} does not speak gRPC",
+    "PEM_UNREADABLE": "no connection to {place} was made: a certificate or key cannot be read",
+    "TLS_UNSUPPORTED": "the server at {place} does not support TLS",
+    "CERTIFICATE_UNTRUSTED": "the server at {place} presents a certificate that the given roots did"
+    " not sign",
+    "CERTIFICATE_NAME": "the server at {place} presents a certificate for another name",
+    "CONNECTION_CLOSED": "the server at {place} closes the connection",
+    "CLOSED_DURING_CALL": "the client was closed while the call was running",
+    "ANSWER_CUT": "the server is shutting down and ended the answer early",
     # Clients and their addresses.
     "CLIENT_CLOSED": "the client is closed",
     "OTHER_EVENT_LOOP": "this AsyncTurretClient belongs to another event loop",
@@ -115,3 +133,8 @@ TEXTS = {
 }
 
 say = sayer(TEXTS)
+
+
+def counted(count: int, thing: str) -> str:
+    """``1 token``, ``2 tokens``; ``thing`` is a noun whose plural takes an s."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"

@@ -1,19 +1,25 @@
-"""Settings that every call of a client uses: metadata, TLS and deadlines."""
+"""Settings that every call of a client uses: metadata, TLS, deadlines, and when it is retried."""
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from numbers import Real
 
 import grpc
 
-from turret.clients.calls.retries import RetryPolicy
 from turret.clients.channel import Tls
-from turret.clients.errors import CallCancelledError, DeadlineExceededError, TurretRpcError
-from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError
-from turret.clients.messages.mix import routing_key
+from turret.clients.errors import (
+    CallCancelledError,
+    DeadlineExceededError,
+    RateLimitedError,
+    TurretRpcError,
+    UnavailableError,
+)
+from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError, as_whole
 from turret.clients.words import say
 from turret.v1 import adapters_pb2
 
@@ -22,6 +28,106 @@ _TOKEN_KEY = "authorization"
 ROUTING_KEY = "x-turret-mix"
 # Thirty years. gRPC counts nanoseconds and treats a deadline beyond its range as passed.
 _MOST_SECONDS = 1e9
+_FIRST_DELAY_SECONDS = 0.5
+_MAX_DELAY_SECONDS = 8.0
+# Time limit for resuming an interrupted answer while its server restarts and loads the model, and
+# the longest delay between two attempts.
+_RESTART_SECONDS = 60.0
+_RESTART_DELAY_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often a call is retried.
+
+    Tried again is what the server refused with a delay to wait for (``RetryInfo``: a full queue, a
+    server that is starting or stopping) and, of calls that change nothing, what did not reach it.
+
+    Attributes:
+        max_retries: Most further tries; 0 means none.
+        unreached: Whether calls that reached no server count, too.
+    """
+
+    max_retries: int
+    unreached: bool = True
+
+    def __post_init__(self) -> None:
+        if as_whole("max_retries", self.max_retries) < 0:
+            text = say("TOO_SMALL", least=0, value=self.max_retries)
+            raise ArgumentValueError("max_retries", text)
+
+
+class Retries:
+    """The remaining attempts of one call.
+
+    Args:
+        policy: Of the client.
+        seconds: The deadline of all tries together; None means none.
+        repeatable: Whether a second execution of the call does no harm.
+
+    Attributes:
+        seconds: The deadline of all tries together; None means none.
+    """
+
+    def __init__(
+        self, policy: RetryPolicy, seconds: float | None, *, repeatable: bool = True
+    ) -> None:
+        self._count = self._left = policy.max_retries
+        self.seconds = seconds
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+        self._unreached = policy.unreached and repeatable
+        self._delay = _FIRST_DELAY_SECONDS
+        self._given_up_at: float | None = None
+
+    def timeout(self) -> float | None:
+        """The rest of the deadline, in seconds, for the next attempt."""
+        if self._deadline is None:
+            return None
+        return max(self._deadline - time.monotonic(), 0.0)
+
+    def renew(self) -> None:
+        """Restore all attempts, because the last one made progress."""
+        self._left, self._delay = self._count, _FIRST_DELAY_SECONDS
+        self._given_up_at = None
+
+    def delay_after(self, error: TurretRpcError, *, is_broken: bool = False) -> float | None:
+        """Seconds until the next attempt; None if there is none and the error is final.
+
+        Args:
+            error: What the last try raised.
+            is_broken: Whether a part of the answer has come: then tries that no server has begun
+                with do not count for as long as one takes to start again.
+        """
+        if not self._count or not self._may_help(error):
+            return None
+        end = self._deadline
+        if is_broken and isinstance(error, UnavailableError) and not error.is_lost:
+            end = self._end_of_restart()
+            self._delay = min(self._delay, _RESTART_DELAY_SECONDS)
+        elif self._left:
+            self._left -= 1
+        else:
+            return None
+        # Add jitter, so that clients rejected together do not retry together.
+        delay = self._delay * random.uniform(0.75, 1.0)
+        if error.retry_delay is not None:
+            delay = max(delay, error.retry_delay)
+        if end is not None and time.monotonic() + delay >= end:
+            return None
+        self._delay = min(2.0 * self._delay, _MAX_DELAY_SECONDS)
+        return delay
+
+    def _end_of_restart(self) -> float:
+        if self._given_up_at is None:
+            self._given_up_at = time.monotonic() + _RESTART_SECONDS
+        return min(self._given_up_at, self._deadline or self._given_up_at)
+
+    def _may_help(self, error: TurretRpcError) -> bool:
+        if isinstance(error, RateLimitedError):
+            return error.retry_delay is not None
+        if isinstance(error, UnavailableError):
+            return error.is_of_server or self._unreached
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +163,12 @@ class CallSettings:
 
     def routed(self, mix: Iterable[adapters_pb2.AdapterWeight]) -> CallSettings:
         """The settings of a call that runs on a mix."""
-        key = routing_key(mix)
+        # Weights are left out, since all mixes of the same adapters need the same memory.
+        key = ",".join(sorted(member.name for member in mix))
         # Metadata cannot contain such names. No adapter has them, which the server reports.
         if not (key and key.isascii() and key.isprintable()):
             return self
         return replace(self, metadata=(*self.metadata, (ROUTING_KEY, key)))
-
-    def unary_timeout(self, timeout: float | None) -> float | None:
-        """The deadline of a call with one response."""
-        return stream_timeout(self.timeout if timeout is None else timeout)
 
     def failure(self, error: grpc.RpcError, seconds: float | None) -> TurretRpcError:
         """The error for a failed call, with details that only the client knows.
@@ -87,8 +190,7 @@ class CallSettings:
 
 def closed_under_a_call() -> CallCancelledError:
     """The error of a call whose client is closed while it runs."""
-    said = "the client was closed while the call was running"
-    return CallCancelledError(grpc.StatusCode.CANCELLED, said)
+    return CallCancelledError(grpc.StatusCode.CANCELLED, say("CLOSED_DURING_CALL"))
 
 
 def stream_timeout(timeout: float | None) -> float | None:

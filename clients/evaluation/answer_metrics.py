@@ -68,10 +68,7 @@ def macro_f1(pairs: Sequence[tuple[str, str]]) -> float:
     Args:
         pairs: Pairs of the label found and the right one. Labels in neither place are ignored.
     """
-    found, right = (Counter(side) for side in zip(*pairs, strict=True))
-    both = Counter(label for label, other in pairs if label == other)
-    labels = found.keys() | right.keys()
-    return math.fsum(2 * both[each] / (found[each] + right[each]) for each in labels) / len(labels)
+    return macro_f1_of_sets([((found,), (right,)) for found, right in pairs])
 
 
 def mean(values: Sequence[float]) -> float:
@@ -169,11 +166,8 @@ def micro_f1_of_sets(pairs: Sequence[LabelPair]) -> float:
 
 def macro_f1_of_sets(pairs: Sequence[LabelPair]) -> float:
     """The mean over labels of each one's F1; labels in neither place are ignored."""
-    both, found, right = _counts(pairs)
-    labels = found.keys() | right.keys()
-    if not labels:
-        return 1.0
-    return math.fsum(2 * both[each] / (found[each] + right[each]) for each in labels) / len(labels)
+    figures = label_figures(pairs).values()
+    return mean([each.f1 for each in figures]) if figures else 1.0
 
 
 def _counts(pairs: Sequence[LabelPair]) -> tuple[Counter[str], Counter[str], Counter[str]]:

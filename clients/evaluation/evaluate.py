@@ -7,14 +7,13 @@ perplexities from ``Score`` on the tokens of the right answers, given the prompt
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from turret.clients.client import TurretClient
-from turret.clients.counted import counted
 from turret.clients.errors import (
     AuthenticationError,
     NotFoundError,
@@ -40,7 +39,7 @@ from turret.clients.evaluation.answer_metrics import (
 from turret.clients.evaluation.rows import EvalExample
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.results import Classification
-from turret.clients.words import say
+from turret.clients.words import counted, say
 
 METRICS = ("perplexity", "exact_match", "token_f1", "label_accuracy")
 # Metrics of adapters that classify, which support no others. The second tuple is for texts that may
@@ -179,7 +178,7 @@ def evaluate(
                 for example, tokens in zip(examples, encoded, strict=True)
                 for mix in mixes
             ]
-            judged = list(_run(pool, calls, on_progress))
+            judged = _run(pool, calls, on_progress)
         except BaseException as error:
             # Cancel calls that have not started. The with statement then waits only for the others.
             pool.shutdown(wait=False, cancel_futures=True)
@@ -197,16 +196,13 @@ def _run(
     pool: ThreadPoolExecutor,
     calls: Sequence[Callable[[], _T]],
     on_progress: Callable[[int, int], None],
-) -> Iterator[_T]:
+) -> list[_T]:
     """Results in the order of the calls; the first failure ends the run."""
     futures = [pool.submit(call) for call in calls]
-    pending = set(futures)
-    while pending:
-        done, pending = wait(pending, return_when=FIRST_COMPLETED)
-        for future in done:
-            future.result()
-        on_progress(len(futures) - len(pending), len(futures))
-    yield from (future.result() for future in futures)
+    for done, future in enumerate(as_completed(futures), start=1):
+        future.result()
+        on_progress(done, len(futures))
+    return [future.result() for future in futures]
 
 
 def _encode(
@@ -220,7 +216,7 @@ def _encode(
         return [None] * len(examples)
     before, after = _special_tokens(client, options.timeout)
     calls = [partial(_encode_one, client, e, before, after, options.timeout) for e in examples]
-    return list(_run(pool, calls, lambda done, total: None))
+    return _run(pool, calls, lambda done, total: None)
 
 
 def _special_tokens(client: TurretClient, timeout: float | None) -> tuple[int, int]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import itertools
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
-from turret.clients.messages.adapter_requests import filled
 from turret.clients.messages.fields import not_of_type
+from turret.clients.messages.requests import filled
 from turret.clients.words import Text, say
 from turret.v1 import adapters_pb2
 
@@ -27,8 +26,6 @@ _HEADER_BYTES = 16 << 20
 # Limits on the search for adapters, newest checkpoints first, below a directory that is not one.
 _MOST_TOLD = 5
 _MOST_LEVELS = 3
-# Maximum number of directories to search on each level.
-_MOST = 200
 # A trainer's pickles, which do not show in which format the weights are stored.
 _TRAINERS_OWN = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 _HUB = "hub:"
@@ -37,35 +34,21 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 def upload_messages(
-    name: str,
-    directory: str | os.PathLike[str],
-    *,
-    pinned: bool,
-    replace: bool,
-    expected_generation: int | None = None,
-    task: int | None = None,
-    chat_template: str | None = None,
+    name: str, directory: str | os.PathLike[str], **options: Any
 ) -> Iterator[adapters_pb2.UploadAdapterRequest]:
     """Return the messages of one upload: the header, then the files in pieces.
 
     The files are ``adapter_config.json``, every ``*.safetensors`` of the directory, the chat
     template and, if the weights change the vocabulary, the tokenizer. Nothing else is sent, because
-    a training run leaves optimizer states and other private files beside them.
+    a training run leaves optimizer states and other private files beside them. ``options`` are
+    other fields of ``UploadHeader``.
 
     Raises:
         FileNotFoundError: ``adapter_config.json`` or the weights are missing.
         PermissionError: The directory is not readable.
         ValueError: A file is empty.
     """
-    header = filled(
-        adapters_pb2.UploadHeader(),
-        name=name,
-        pinned=pinned,
-        replace=replace,
-        expected_generation=expected_generation,
-        task=task,
-        chat_template=chat_template,
-    )
+    header = filled(adapters_pb2.UploadHeader(), name=name, **options)
     directory = _path(directory)
     if directory.is_dir() and not os.access(directory, os.R_OK | os.X_OK):
         raise PermissionError(errno.EACCES, say("DIRECTORY_NOT_READABLE"), str(directory))
@@ -130,19 +113,11 @@ def _pickles(directory: Path) -> list[str]:
 
 def _adapters_below(directory: Path) -> list[str]:
     """The adapters below a directory, the nearest first, by their relative paths."""
-    level = [directory]
-    for _ in range(_MOST_LEVELS):
-        level = list(itertools.islice(itertools.chain.from_iterable(map(_folders, level)), _MOST))
-        found = (path for path in level if (path / "adapter_config.json").is_file())
-        if below := [str(path.relative_to(directory)) for path in found]:
+    for depth in range(1, _MOST_LEVELS + 1):
+        found = directory.glob("*/" * depth + "adapter_config.json")
+        below = [str(path.parent.relative_to(directory)) for path in found]
+        if below := [path for path in below if not path.startswith(".") and "/." not in path]:
             return sorted(below, key=_numbered)
-    return []
-
-
-def _folders(directory: Path) -> list[Path]:
-    """The subdirectories; none if the directory is unreadable."""
-    with contextlib.suppress(OSError):
-        return [p for p in directory.iterdir() if not p.name.startswith(".") and p.is_dir()]
     return []
 
 

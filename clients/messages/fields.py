@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
 
 from turret.clients.words import Text, say
 
@@ -46,38 +46,51 @@ class ArgumentValueError(ArgumentError, ValueError):
     """An argument whose value does not fit."""
 
 
-def fill(
-    message: Any, names: Iterable[str], values: Mapping[str, Any], *, within: str = ""
-) -> None:
-    """Set the named fields; protobuf's own errors do not say which field they mean.
+def fill(message: Any, values: Mapping[str, Any], *, within: str = "") -> None:
+    """Set fields; protobuf's own errors do not say which field they mean.
 
     Args:
-        message: What has the fields.
-        names: Those to set, of which each that has no value is left alone.
+        message: The message that has the fields.
         values: By the names of the fields.
-        within: What complaints put in front of a field's name, such as ``messages[0].``.
+        within: What errors put in front of a field's name, such as ``messages[0].``.
 
     Raises:
         ArgumentTypeError, ArgumentValueError: A value does not fit its field.
     """
-    for name in names:
-        if name in values:
-            kind = message.DESCRIPTOR.fields_by_name[name].cpp_type
-            setattr(message, name, _fitting(f"{within}{name}", values[name], kind))
+    for name, value in values.items():
+        field = message.DESCRIPTOR.fields_by_name[name]
+        setattr(message, name, _fitting(f"{within}{name}", value, field))
 
 
-def _fitting(name: str, value: Any, kind: int) -> Any:
+def given(**values: Any) -> dict[str, Any]:
+    """The values that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _fitting(name: str, value: Any, field: FieldDescriptor) -> Any:
     """The value in the form that a field of this type takes."""
+    kind = field.cpp_type
     # Protobuf would accept 1 and 0 too.
     if kind == FieldDescriptor.CPPTYPE_BOOL and not isinstance(value, bool):
         raise ArgumentTypeError(name, say("NOT_TRUE_OR_FALSE", value=repr(value)))
     if kind == FieldDescriptor.CPPTYPE_STRING:
         check_text(name, value)
+    elif field.enum_type is not None:
+        return _enum_value(name, value, field.enum_type)
     elif kind in _WHOLE:
         return _within(name, as_whole(name, value), _WHOLE[kind])
     elif kind in _REAL:
         return as_real(name, value)
     return value
+
+
+def _enum_value(name: str, value: Any, enum: EnumDescriptor) -> int:
+    """The number of a name, in any case; the first name means unspecified, so it is skipped."""
+    numbers = {each.name.lower(): each.number for each in enum.values[1:]}
+    if isinstance(value, str) and value.lower() in numbers:
+        return numbers[value.lower()]
+    kind = ArgumentValueError if isinstance(value, str) else ArgumentTypeError
+    raise kind(name, say("NOT_ONE_OF", choices=", ".join(numbers), value=value))
 
 
 def _within(name: str, number: int, allowed: range) -> int:

@@ -104,15 +104,6 @@ def to_mix(adapters: AdaptersLike) -> list[adapters_pb2.AdapterWeight]:
     return [_to_proto(adapter) for adapter in adapters]
 
 
-def routing_key(mix: Iterable[adapters_pb2.AdapterWeight]) -> str:
-    """What a balancer in front of several servers may choose by: the names, sorted, with commas.
-
-    Weights are left out, since all mixes of the same adapters need the same memory. Empty for the
-    base model, which every server has.
-    """
-    return ",".join(sorted(member.name for member in mix))
-
-
 def _to_proto(adapter: object) -> adapters_pb2.AdapterWeight:
     match adapter:
         case adapters_pb2.AdapterWeight():

@@ -1,10 +1,12 @@
-"""Requests from plain Python values."""
+"""Requests of all calls, from plain Python values."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, SupportsIndex, TypedDict
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any, SupportsIndex, TypedDict, TypeVar
 
 from turret.clients.messages.fields import (
     ArgumentTypeError,
@@ -15,6 +17,7 @@ from turret.clients.messages.fields import (
     extend_ids,
     extend_texts,
     fill,
+    given,
     not_of_type,
     several,
 )
@@ -101,46 +104,50 @@ class GenerateOptions(TypedDict, total=False):
     tools: Sequence[Mapping[str, Any]] | None
 
 
-_SAMPLING = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-)
-_STOP = ("max_tokens", "min_tokens", "ignore_eos", "include_stop")
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
-POOLINGS = {
-    "last": inference_pb2.EmbedRequest.LAST,
-    "mean": inference_pb2.EmbedRequest.MEAN,
-}
 _PROMPTS = "text, token ids or messages"
-_RESPONSE = ("logprobs", "top_n", "echo", "token_ids")
+# Keeps durations within what a message can hold; the server checks its own limit.
+_MOST_SECONDS = 1e9
+_Request = TypeVar("_Request")
+
+
+def filled(request: _Request, **values: Any) -> _Request:
+    """The request of a call, with its fields set from the arguments of that call.
+
+    Args:
+        request: An empty message.
+        **values: By the names of its fields. None leaves an optional one unset; ``prompt`` and
+            ``inputs`` take any form of a prompt.
+
+    Raises:
+        TypeError: A value has the wrong type.
+        ValueError: A value does not fit its field, such as a negative count.
+    """
+    for name, value in values.items():
+        if convert := _CONVERSIONS.get(name):
+            convert(request, value)
+        elif value is not None or name == "name":
+            fill(request, {name: value})
+    return request
 
 
 def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.GenerateRequest:
-    """Build the request of ``Generate`` and ``GenerateStream``.
-
-    Raises:
-        TypeError: An option is unknown, or a value has the wrong type.
-        ValueError: A value does not fit its field, such as a negative count.
-    """
-    unknown = options.keys() - GenerateOptions.__annotations__.keys()
-    if unknown:
-        known = list(GenerateOptions.__annotations__)
-        near = closest(min(unknown), known)
+    """The request of ``Generate`` and ``GenerateStream``; errors as in :func:`filled`."""
+    known = GenerateOptions.__annotations__
+    if unknown := options.keys() - known.keys():
+        near = closest(min(unknown), list(known))
         names = ", ".join(sorted(unknown))
         raise TypeError(say("UNKNOWN_OPTIONS", names=names, closest=near))
-    values: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
-    request = inference_pb2.GenerateRequest(adapters=to_mix(values.get("adapters", ())))
-    fill(request, ("request_id",), values)
+    values = given(**options)
+    request = inference_pb2.GenerateRequest()
+    filled(request, adapters=values.get("adapters", ()), request_id=values.get("request_id"))
     set_input(request, prompt)
-    fill(request.sampling, _SAMPLING, values)
+    if values.get("top_n"):
+        values.setdefault("logprobs", True)
+    for part in (request.sampling, request.stop, request.options):
+        scalars = set(part.DESCRIPTOR.fields_by_name) - {"logit_bias", "stop_token_ids"}
+        fill(part, {name: value for name, value in values.items() if name in scalars})
     _set_bias(request.sampling, values.get("logit_bias", {}))
-    fill(request.stop, _STOP, values)
     stop = values.get("stop", ())
     stops = (
         [stop] if isinstance(stop, str) else several("stop", stop, "a string or a list of strings")
@@ -148,9 +155,6 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     extend_texts("stop", request.stop.stop_strings, stops)
     ids = several("stop_token_ids", values.get("stop_token_ids", ()), "a list of token ids")
     extend_ids("stop_token_ids", request.stop.stop_token_ids, ids)
-    if values.get("top_n"):
-        values.setdefault("logprobs", True)
-    fill(request.options, _RESPONSE, values)
     _set_constraint(request, values)
     for index, tool in enumerate(several("tools", values.get("tools", ()), "a list of tools")):
         if request.WhichOneof("input") != "chat":
@@ -173,69 +177,23 @@ def _set_bias(sampling: inference_pb2.SamplingParams, bias: Any) -> None:
 
 
 def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str, Any]) -> None:
-    given = [name for name in _CONSTRAINTS if name in values]
-    if len(given) > 1:
-        raise ValueError(say("SEVERAL_CONSTRAINTS", names=", ".join(given)))
-    schema = values.get("json_schema")
-    if isinstance(schema, Mapping):
-        values = {**values, "json_schema": as_json("json_schema", schema)}
-    elif not isinstance(schema, str | None):
-        raise not_of_type("json_schema", "a mapping or JSON", schema)
-    fill(request, _CONSTRAINTS[:-1], values)
-    choice = values.get("choice")
-    if isinstance(choice, str):
-        raise not_of_type("choice", "a list of strings", choice)
-    if choice is not None:
-        request.choice.SetInParent()
-        extend_texts("choice", request.choice.texts, several("choice", choice, "a list of strings"))
+    names = [name for name in _CONSTRAINTS if name in values]
+    if len(names) > 1:
+        raise ValueError(say("SEVERAL_CONSTRAINTS", names=", ".join(names)))
+    for name in names:
+        value = values[name]
+        if name == "choice":
+            request.choice.SetInParent()
+            extend_texts(name, request.choice.texts, several(name, value, "a list of strings"))
+            continue
+        if name == "json_schema" and not isinstance(value, str):
+            if not isinstance(value, Mapping):
+                raise not_of_type(name, "a mapping or JSON", value)
+            value = as_json(name, value)
+        fill(request, {name: value})
 
 
-def score_request(
-    prompt: Prompt, *, adapters: AdaptersLike, top_n: int, request_id: str
-) -> inference_pb2.ScoreRequest:
-    """Build the request of ``Score``; errors as in :func:`generate_request`."""
-    request = inference_pb2.ScoreRequest(adapters=to_mix(adapters))
-    set_input(request, prompt)
-    fill(request, ("top_n", "request_id"), {"top_n": top_n, "request_id": request_id})
-    return request
-
-
-def embed_request(
-    inputs: str | Sequence[Prompt],
-    *,
-    adapters: AdaptersLike,
-    pooling: str | None,
-    normalize: bool | None,
-    dimensions: int | None,
-    request_id: str,
-) -> inference_pb2.EmbedRequest:
-    """Build the request of ``Embed``; errors as in :func:`generate_request`."""
-    request = inference_pb2.EmbedRequest(adapters=to_mix(adapters))
-    fill_inputs(request.inputs, inputs)
-    if pooling is not None:
-        if not isinstance(pooling, str) or pooling not in POOLINGS:
-            kind = ArgumentValueError if isinstance(pooling, str) else ArgumentTypeError
-            raise kind("pooling", say("NOT_ONE_OF", choices=", ".join(POOLINGS), value=pooling))
-        request.pooling = POOLINGS[pooling]
-    values = {"normalize": normalize, "dimensions": dimensions, "request_id": request_id}
-    fill(request, tuple(values), {k: v for k, v in values.items() if v is not None})
-    return request
-
-
-def classify_request(
-    inputs: str | Sequence[Prompt],
-    *,
-    adapters: AdaptersLike,
-    request_id: str,
-) -> inference_pb2.ClassifyRequest:
-    """Build the request of ``Classify``; errors as in :func:`generate_request`."""
-    request = inference_pb2.ClassifyRequest(adapters=to_mix(adapters))
-    fill_inputs(request.inputs, inputs)
-    fill(request, ("request_id",), {"request_id": request_id})
-    return request
-
-
-def fill_inputs(field: Any, inputs: str | Sequence[Prompt]) -> None:
+def set_inputs(request: Any, inputs: str | Sequence[Prompt]) -> None:
     """Add an ``Input`` for each prompt; a plain text is the only one.
 
     Raises:
@@ -245,26 +203,12 @@ def fill_inputs(field: Any, inputs: str | Sequence[Prompt]) -> None:
     if prompts and (all(map(_is_whole, prompts)) or all(isinstance(p, Mapping) for p in prompts)):
         raise ArgumentTypeError("inputs", say("SINGLE_PROMPT"))
     for index, prompt in enumerate(prompts):
-        set_input(field.add(), prompt, "inputs" if prompt is inputs else f"inputs[{index}]")
+        set_input(
+            request.inputs.add(), prompt, "inputs" if prompt is inputs else f"inputs[{index}]"
+        )
 
 
-def tokenize_request(prompt: Prompt, adapters: AdaptersLike) -> inference_pb2.TokenizeRequest:
-    """Build the request of ``Tokenize``; errors as in :func:`generate_request`."""
-    request = inference_pb2.TokenizeRequest(adapters=to_mix(adapters))
-    set_input(request, prompt)
-    return request
-
-
-def set_input(
-    request: (
-        inference_pb2.GenerateRequest
-        | inference_pb2.ScoreRequest
-        | inference_pb2.TokenizeRequest
-        | inference_pb2.Input
-    ),
-    prompt: Prompt,
-    place: str = "",
-) -> None:
+def set_input(request: Any, prompt: Prompt, place: str = "") -> None:
     """Set the request's ``input`` by the prompt's type; an empty sequence counts as token ids.
 
     Args:
@@ -309,3 +253,30 @@ def _is_whole(item: object) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _set_path(request: Any, path: object) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise not_of_type("path", "a path", path)
+    fill(request, {"path": os.fspath(path)})
+
+
+def _set_drain(request: Any, seconds: float | None) -> None:
+    if seconds is None:
+        return
+    is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
+    if not is_number or not abs(seconds) < _MOST_SECONDS:
+        kind = ArgumentValueError if is_number else ArgumentTypeError
+        wanted = "a number of seconds from 0 to 3600"
+        raise kind("drain_seconds", say("NOT_OF_TYPE", wanted=wanted, value=repr(seconds)))
+    request.timeout.FromNanoseconds(round(float(seconds) * 1e9))
+
+
+# Arguments that are more than the value of a scalar field of the same name.
+_CONVERSIONS: dict[str, Callable[[Any, Any], None]] = {
+    "adapters": lambda request, adapters: request.adapters.extend(to_mix(adapters)),
+    "prompt": set_input,
+    "inputs": set_inputs,
+    "path": _set_path,
+    "drain_seconds": _set_drain,
+}

@@ -1,15 +1,79 @@
-"""Results of the inference calls. Fields mean what ``inference.proto`` documents for their name."""
+"""Results of the calls. Fields have the meaning of the same field in the ``.proto`` files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from functools import cache, partial
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
-from turret.v1 import inference_pb2 as pb
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import Message
+
+# Fields whose name in the message differs.
+_RENAMED = {"vectors": "embeddings"}
+# Messages that become plain values; every other one becomes the class here that has its name.
+_PLAIN: dict[str, Callable[[Any], Any]] = {
+    "Duration": lambda span: span.ToTimedelta().total_seconds(),
+    "Timestamp": lambda time: time.ToDatetime(UTC),
+    "Embedding": lambda embedding: tuple(embedding.values),
+}
+
+
+class Result:
+    """A message as a dataclass, whose fields have the names of the message's."""
+
+    __slots__ = ()
+
+    @classmethod
+    def from_proto(cls, proto: Message) -> Self:
+        return cls(*[read(proto) for read in _readers(cls, proto.DESCRIPTOR)])
+
+
+@cache
+def _readers(kind: type, message: Descriptor) -> tuple[Callable[[Any], Any], ...]:
+    """Functions that take a message, and return the value of each field of the dataclass."""
+    hints = get_type_hints(kind)
+    return tuple(_reader(message, each.name, hints[each.name]) for each in fields(kind))
+
+
+def _reader(message: Descriptor, name: str, hint: Any) -> Callable[[Any], Any]:
+    if name in message.oneofs_by_name:
+        return partial(_chosen, name)
+    name = _RENAMED.get(name, name)
+    field = message.fields_by_name[name]
+    is_optional = type(None) in get_args(hint)
+    convert = _converter(field, is_optional)
+    if get_origin(hint) is tuple:
+        return lambda proto: tuple(map(convert, getattr(proto, name)))
+    if is_optional and field.has_presence:
+        return lambda proto: convert(getattr(proto, name)) if proto.HasField(name) else None
+    return lambda proto: convert(getattr(proto, name))
+
+
+def _chosen(oneof: str, proto: Message) -> Any:
+    which = proto.WhichOneof(oneof)
+    return getattr(proto, which) if which else None
+
+
+def _converter(field: FieldDescriptor, is_optional: bool) -> Callable[[Any], Any]:
+    """What makes a field's value, or each of its values, one of Python's."""
+    if field.message_type is not None:
+        name = field.message_type.name
+        return _PLAIN.get(name) or globals()[name].from_proto
+    if field.enum_type is not None:
+        names: dict[int, str | None] = {e.number: e.name for e in field.enum_type.values}
+        if is_optional:
+            names[0] = None
+        # A newer server may send a value that this client has no name for.
+        unknown = f"{field.name.upper()}_{{}}".format
+        return lambda value: names[value] if value in names else unknown(value)
+    return lambda value: value
 
 
 @dataclass(frozen=True, slots=True)
-class TopLogprob:
+class TopLogprob(Result):
     """A token that could have stood at a position.
 
     Attributes:
@@ -24,7 +88,7 @@ class TopLogprob:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(Result):
     """A token with its log probability.
 
     Attributes:
@@ -40,18 +104,9 @@ class TokenLogprob:
     logprob: float | None
     top: tuple[TopLogprob, ...]
 
-    @classmethod
-    def from_proto(cls, proto: pb.TokenLogprob) -> TokenLogprob:
-        return cls(
-            proto.token_id,
-            proto.text,
-            proto.logprob if proto.HasField("logprob") else None,
-            tuple(TopLogprob(t.token_id, t.text, t.logprob) for t in proto.top),
-        )
-
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(Result):
     """What a request cost, in tokens.
 
     Attributes:
@@ -64,13 +119,9 @@ class Usage:
     cached_tokens: int
     completion_tokens: int
 
-    @classmethod
-    def from_proto(cls, proto: pb.Usage) -> Usage:
-        return cls(proto.prompt_tokens, proto.cached_tokens, proto.completion_tokens)
-
 
 @dataclass(frozen=True, slots=True)
-class AdapterUse:
+class AdapterUse(Result):
     """The weights of one adapter that answered.
 
     Attributes:
@@ -89,15 +140,9 @@ class AdapterUse:
     cold_start: bool
     load_ms: float
 
-    @classmethod
-    def from_proto(cls, proto: pb.AdapterUse) -> AdapterUse:
-        return cls(
-            proto.name, proto.uuid, proto.generation, proto.weight, proto.cold_start, proto.load_ms
-        )
-
 
 @dataclass(frozen=True, slots=True)
-class Timing:
+class Timing(Result):
     """Seconds since the server received the request.
 
     Attributes:
@@ -110,16 +155,9 @@ class Timing:
     ttft: float
     total: float
 
-    @classmethod
-    def from_proto(cls, proto: pb.Timing) -> Timing:
-        queue, ttft, total = (
-            span.ToTimedelta().total_seconds() for span in (proto.queue, proto.ttft, proto.total)
-        )
-        return cls(queue, ttft, total)
-
 
 @dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(Result):
     """A whole answer.
 
     Attributes:
@@ -146,23 +184,9 @@ class Completion:
     timing: Timing
     request_id: str
 
-    @classmethod
-    def from_proto(cls, proto: pb.GenerateResponse) -> Completion:
-        return cls(
-            proto.text,
-            tuple(proto.token_ids),
-            _logprobs(proto.logprobs),
-            _finish_reason(proto) or "FINISH_REASON_UNSPECIFIED",
-            _stop(proto),
-            Usage.from_proto(proto.usage),
-            used_adapters(proto.adapters_used),
-            Timing.from_proto(proto.timing),
-            proto.request_id,
-        )
-
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(Result):
     """A part of an answer. Fields that are None or empty until then come with the last part.
 
     Attributes:
@@ -187,26 +211,9 @@ class Chunk:
     timing: Timing | None
     request_id: str
 
-    def without_token_ids(self) -> Chunk:
-        return replace(self, token_ids=())
-
-    @classmethod
-    def from_proto(cls, proto: pb.GenerateChunk) -> Chunk:
-        return cls(
-            proto.text,
-            tuple(proto.token_ids),
-            _logprobs(proto.logprobs),
-            _finish_reason(proto),
-            _stop(proto),
-            Usage.from_proto(proto.usage) if proto.HasField("usage") else None,
-            used_adapters(proto.adapters_used),
-            Timing.from_proto(proto.timing) if proto.HasField("timing") else None,
-            proto.request_id,
-        )
-
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class Score(Result):
     """The log probabilities of a prompt.
 
     Attributes:
@@ -228,19 +235,9 @@ class Score:
         """The prompt's log probability given its first token: the sum over the others."""
         return sum(token.logprob for token in self.tokens if token.logprob is not None)
 
-    @classmethod
-    def from_proto(cls, proto: pb.ScoreResponse) -> Score:
-        return cls(
-            _logprobs(proto.tokens),
-            Usage.from_proto(proto.usage),
-            used_adapters(proto.adapters_used),
-            Timing.from_proto(proto.timing),
-            proto.request_id,
-        )
-
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(Result):
     """A text and its tokens.
 
     Attributes:
@@ -253,13 +250,9 @@ class Tokens:
     token_texts: tuple[str, ...]
     text: str
 
-    @classmethod
-    def from_proto(cls, proto: pb.TokenizeResponse) -> Tokens:
-        return cls(tuple(proto.token_ids), tuple(proto.token_texts), proto.text)
-
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class Model(Result):
     """The base model and the server that serves it.
 
     Attributes:
@@ -290,52 +283,12 @@ class Model:
     methods: tuple[str, ...]
     commit: str = ""
 
-    @classmethod
-    def from_proto(cls, proto: pb.GetModelResponse) -> Model:
-        return cls(
-            proto.name,
-            proto.model_type,
-            proto.digest,
-            proto.dtype,
-            proto.quantization,
-            proto.vocab_size,
-            proto.max_model_len,
-            proto.num_layers,
-            proto.hidden_size,
-            proto.server_version,
-            tuple(proto.methods),
-            proto.commit,
-        )
-
-
-def _logprobs(protos: Iterable[pb.TokenLogprob]) -> tuple[TokenLogprob, ...]:
-    return tuple(map(TokenLogprob.from_proto, protos))
-
-
-def used_adapters(protos: Iterable[pb.AdapterUse]) -> tuple[AdapterUse, ...]:
-    """The mix that answered, in the order of the request."""
-    return tuple(map(AdapterUse.from_proto, protos))
-
-
-def _finish_reason(proto: pb.GenerateResponse | pb.GenerateChunk) -> str | None:
-    value = proto.finish_reason
-    if value == pb.GenerateResponse.FINISH_REASON_UNSPECIFIED:
-        return None
-    # A newer server may send a reason that this client has no name for.
-    known = value in pb.GenerateResponse.FinishReason.values()
-    return pb.GenerateResponse.FinishReason.Name(value) if known else f"FINISH_REASON_{value}"
-
-
-def _stop(proto: pb.GenerateResponse | pb.GenerateChunk) -> str | int | None:
-    which = proto.WhichOneof("stop")
-    return getattr(proto, which) if which else None
-
 
 # Results of calls that return vectors or labels instead of text.
 
 
 @dataclass(frozen=True, slots=True)
-class Embeddings:
+class Embeddings(Result):
     """The vectors of all inputs.
 
     Attributes:
@@ -352,19 +305,9 @@ class Embeddings:
     timing: Timing
     request_id: str
 
-    @classmethod
-    def from_proto(cls, proto: pb.EmbedResponse) -> Embeddings:
-        return cls(
-            tuple(tuple(embedding.values) for embedding in proto.embeddings),
-            Usage.from_proto(proto.usage),
-            used_adapters(proto.adapters_used),
-            Timing.from_proto(proto.timing),
-            proto.request_id,
-        )
-
 
 @dataclass(frozen=True, slots=True)
-class LabelScore:
+class LabelScore(Result):
     """A head's result for one label.
 
     Attributes:
@@ -379,7 +322,7 @@ class LabelScore:
 
 
 @dataclass(frozen=True, slots=True)
-class Classification:
+class Classification(Result):
     """The labels of one input.
 
     Attributes:
@@ -395,17 +338,9 @@ class Classification:
         """The probability of each label, in the head's order."""
         return {score.label: score.probability for score in self.scores}
 
-    @classmethod
-    def from_proto(cls, proto: pb.Classification) -> Classification:
-        scores = (
-            LabelScore(s.label, s.probability if s.HasField("probability") else None, s.logit)
-            for s in proto.scores
-        )
-        return cls(proto.label, tuple(scores))
-
 
 @dataclass(frozen=True, slots=True)
-class Classifications:
+class Classifications(Result):
     """The labels of all inputs.
 
     Attributes:
@@ -427,12 +362,137 @@ class Classifications:
         """The label of each input."""
         return tuple(each.label for each in self.classifications)
 
-    @classmethod
-    def from_proto(cls, proto: pb.ClassifyResponse) -> Classifications:
-        return cls(
-            tuple(map(Classification.from_proto, proto.classifications)),
-            Usage.from_proto(proto.usage),
-            used_adapters(proto.adapters_used),
-            Timing.from_proto(proto.timing),
-            proto.request_id,
-        )
+
+# Results of the adapter calls.
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter(Result):
+    """A registered adapter.
+
+    Attributes:
+        name: The name that requests use.
+        uuid: Identifies this registration.
+        generation: The number of the weights under this registration, counted from 1.
+        digest: SHA-256 over the config and tensors, in hex.
+        method: The method, such as ``lora``.
+        ranks: The distinct ranks of its modules.
+        target_modules: The modules that it changes.
+        bytes_disk: Size on disk, in bytes.
+        bytes_host: Host memory in use, in bytes.
+        bytes_device: Device memory in use, in bytes.
+        residency: ``DISK``, ``HOST`` or ``DEVICE``.
+        pinned: Whether it can be neither evicted nor unloaded.
+        in_flight: Number of requests that use it.
+        last_used_time: When a request last used it (UTC), or None.
+        base_model: The base model in the adapter's config.
+        warnings: Possible problems, for people to read.
+        state: ``LOADING``, ``ACTIVE`` or ``DELETING``.
+        source: The path that it was loaded from, with the commit for the hub; "" if it was
+            uploaded or fused.
+        invocation_token_ids: The invocation of an aLoRA, which acts from its last occurrence in
+            the prompt on; empty for an adapter that acts on every token.
+        labels: The labels of its classification head; empty if it has none.
+        chat_template: Where the chat template comes from that conversations with it use: one of its
+            files, ``request`` if it was loaded with one, ``members`` for a fused adapter; "" if it
+            has none and the base's is used.
+    """
+
+    name: str
+    uuid: str
+    generation: int
+    digest: str
+    method: str
+    ranks: tuple[int, ...]
+    target_modules: tuple[str, ...]
+    bytes_disk: int
+    bytes_host: int
+    bytes_device: int
+    residency: str
+    pinned: bool
+    in_flight: int
+    last_used_time: datetime | None
+    base_model: str
+    warnings: tuple[str, ...]
+    state: str
+    source: str = ""
+    invocation_token_ids: tuple[int, ...] = ()
+    labels: tuple[str, ...] = ()
+    chat_template: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleError(Result):
+    """The error of one module in a fusion or merge.
+
+    Attributes:
+        module: Its full path in the base model.
+        relative_error: Frobenius norm of the difference over that of the exact result.
+        rank: Rank of the result in this module; 0 for a merge.
+    """
+
+    module: str
+    relative_error: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion(Result):
+    """A new adapter that was fused from others.
+
+    Attributes:
+        adapter: The new adapter.
+        relative_error: Over all modules together: the Frobenius norm of the difference from the
+            exact sum over that of the sum.
+        modules: The same for each module, in the base model's order.
+    """
+
+    adapter: Adapter
+    relative_error: float
+    modules: tuple[ModuleError, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MergedAdapter(Result):
+    """A member of the mix that is merged into the base model.
+
+    Attributes:
+        name: The name at the time of the merge.
+        uuid: The registration that was merged.
+        generation: The generation that was merged.
+        weight: Its factor in the mix.
+    """
+
+    name: str
+    uuid: str
+    generation: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class MergeState(Result):
+    """The mix that is merged into the base model.
+
+    Attributes:
+        active: Whether a merge is active. If not, only ``base_generation`` is set.
+        base_generation: The number of the base model's weights, counted from 1.
+        adapters: The mix.
+        precision: ``NF4`` or ``BF16``; empty without a merge.
+        merge_time: When the merge took effect (UTC).
+        relative_error: Rounding error over all modules together.
+        modules: The same for each module.
+        update_error: The error as a share of the change; at 1 the mix is lost.
+    """
+
+    active: bool
+    base_generation: int
+    adapters: tuple[MergedAdapter, ...]
+    precision: str
+    merge_time: datetime | None
+    relative_error: float
+    modules: tuple[ModuleError, ...]
+    update_error: float
+
+    def __post_init__(self) -> None:
+        if not self.active:
+            object.__setattr__(self, "precision", "")

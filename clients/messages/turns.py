@@ -11,6 +11,7 @@ from turret.clients.messages.fields import (
     as_json,
     check_text,
     fill,
+    given,
     not_of_type,
     several,
 )
@@ -88,8 +89,8 @@ def _to_message(place: str, turn: object) -> inference_pb2.ChatMessage:
 
 def _of_mapping(place: str, role: Any, rest: Mapping[str, Any]) -> inference_pb2.ChatMessage:
     # Libraries fill unused fields with None or an empty list of annotations.
-    given = {key: value for key, value in rest.items() if value is not None and value != []}
-    unknown = given.keys() - {*_TURN_FIELDS, *_PASSED_OVER}
+    values = {key: value for key, value in rest.items() if value is not None and value != []}
+    unknown = values.keys() - {*_TURN_FIELDS, *_PASSED_OVER}
     if unknown:
         known = ", ".join(("role", *_TURN_FIELDS))
         key = min(map(str, unknown))
@@ -98,8 +99,8 @@ def _of_mapping(place: str, role: Any, rest: Mapping[str, Any]) -> inference_pb2
     content = rest.get("content")
     content = "" if content is None and role == "assistant" else content
     made = _said(place, role, _content(f"{place}.content", content))
-    fill(made, ("tool_call_id",), given, within=f"{place}.")
-    calls = several(f"{place}.tool_calls", given.get("tool_calls", ()), "a list of tool calls")
+    fill(made, given(tool_call_id=values.get("tool_call_id")), within=f"{place}.")
+    calls = several(f"{place}.tool_calls", values.get("tool_calls", ()), "a list of tool calls")
     made.tool_calls.extend(
         _to_call(f"{place}.tool_calls[{index}]", call) for index, call in enumerate(calls)
     )
@@ -108,7 +109,7 @@ def _of_mapping(place: str, role: Any, rest: Mapping[str, Any]) -> inference_pb2
 
 def _said(place: str, role: Any, content: Any) -> inference_pb2.ChatMessage:
     turn = inference_pb2.ChatMessage()
-    fill(turn, ("role", "content"), {"role": role, "content": content}, within=f"{place}.")
+    fill(turn, {"role": role, "content": content}, within=f"{place}.")
     return turn
 
 
@@ -133,10 +134,8 @@ def _to_call(place: str, call: object) -> inference_pb2.ToolCall:
             return call
         case {"function": {"name": name, "arguments": arguments}, **rest}:
             made = inference_pb2.ToolCall()
-            told = {"name": name, "arguments": arguments}
-            fill(made, ("name", "arguments"), told, within=f"{place}.function.")
-            if rest.get("id") is not None:
-                fill(made, ("id",), rest, within=f"{place}.")
+            fill(made, {"name": name, "arguments": arguments}, within=f"{place}.function.")
+            fill(made, given(id=rest.get("id")), within=f"{place}.")
             return made
     raise not_of_type(place, "a call with a function, its name and its arguments", call)
 
@@ -153,11 +152,9 @@ def to_tool(place: str, tool: object) -> inference_pb2.Tool:
             return tool
         case {"function": {"name": name, **function}}:
             made, within = inference_pb2.Tool(), f"{place}.function."
-            fill(made, ("name",), {"name": name}, within=within)
-            if function.get("description") is not None:
-                fill(made, ("description",), function, within=within)
-            if parameters := function.get("parameters"):
-                schema = {"parameters": as_json(f"{within}parameters", parameters)}
-                fill(made, ("parameters",), schema, within=within)
+            parameters = function.get("parameters")
+            schema = as_json(f"{within}parameters", parameters) if parameters else None
+            optional = given(description=function.get("description"), parameters=schema)
+            fill(made, {"name": name, **optional}, within=within)
             return made
     raise not_of_type(place, "a tool with a function and its name", tool)

@@ -13,8 +13,8 @@ import os
 # gRPC's C++ library logs what errors already report. It reads this variable when it is loaded.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
-# Each verb is a module here with ``add_parser``. Modules are imported on demand, so unused verbs
-# cost a command nothing.
+# Each verb has a function ``add_VERB`` in the module of its name, or in the one in _PLACES. Modules
+# are imported on demand, so unused verbs cost a command nothing.
 VERBS = {
     "generate": "complete a prompt",
     "chat": "talk to the model",
@@ -25,11 +25,13 @@ VERBS = {
     "adapters": "manage adapters",
     "health": "exit 0 if a server is serving, 1 if not",
 }
+_PLACES = {"chat": "generate", "score": "texts", "classify": "texts", "embed": "texts"}
 
 
 def add_verb(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], name: str) -> None:
     """Add one of ``VERBS`` to a command's parser."""
-    importlib.import_module(f"{__name__}.{name}").add_parser(subparsers, VERBS[name])
+    module = importlib.import_module(f"{__name__}.{_PLACES.get(name, name)}")
+    getattr(module, f"add_{name}")(subparsers, VERBS[name])
 
 
 def add_verbs(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,4 +1,4 @@
-"""What the client verbs share: flags, the connection, errors, JSON."""
+"""What the client verbs share: the connection, texts, errors, JSON."""
 
 from __future__ import annotations
 
@@ -10,113 +10,88 @@ import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from turret.clients.calls.retries import RetryPolicy
-from turret.clients.channel import DEFAULT_ADDRESS, Tls
+from turret.clients.calls.settings import RetryPolicy
+from turret.clients.channel import Tls
 from turret.clients.client import TurretClient
 from turret.clients.errors import COUNTED, AnswerCutError, TurretRpcError
-from turret.clients.hints import hint_for
+from turret.clients.hints import COMMAND_HINTS, hint_for
 from turret.clients.messages.fields import ArgumentError
-from turret.clients.messages.mix import AdapterWeight
 from turret.clients.verbs.flags import (
-    ADDRESS_VARIABLE,
-    TLS_CA_VARIABLE,
+    DEFAULT_TIMEOUT_SECONDS,
     TOKEN_VARIABLE,
     as_typed,
+    connection_parser,
     flag_of,
     unusable,
 )
-from turret.clients.verbs.hints import HINTS
 from turret.clients.words import say
 
-_DEFAULT_TIMEOUT_SECONDS = 600.0
 # Longer lists of violations are only counted, unless --details is given.
 _FEW_VIOLATIONS = 8
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 class UnfinishedAnswerError(Exception):
     """An answer, or a round of them, whose server went away before its end."""
 
 
-def connection_parser() -> argparse.ArgumentParser:
-    """The flags of every verb, as a parent parser."""
-    parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("connection")
-    group.add_argument(
-        "--address",
-        default=os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS,
-        metavar="HOST:PORT",
-        help=f"default: ${ADDRESS_VARIABLE}, or {DEFAULT_ADDRESS}",
+def add_verb_parser(
+    subparsers: Subparsers,
+    name: str,
+    text: str,
+    func: Callable[[argparse.Namespace], int],
+    *parents: argparse.ArgumentParser,
+    description: str = "",
+) -> argparse.ArgumentParser:
+    """Add a verb with its flags and those of every verb.
+
+    Args:
+        subparsers: Of the command.
+        name: Of the verb.
+        text: Its line in the help.
+        func: Runs it, and returns the exit code.
+        *parents: Parsers of flags that it shares with others.
+        description: Of the verb; its line in the help if empty.
+    """
+    parser = subparsers.add_parser(
+        name,
+        help=text,
+        description=description or text.capitalize(),
+        parents=[*parents, connection_parser()],
     )
-    token = group.add_mutually_exclusive_group()
-    token.add_argument(
-        "--token",
-        help=f"bearer token; process lists may show it to other users (default: ${TOKEN_VARIABLE})",
-    )
-    token.add_argument("--token-from", type=Path, metavar="FILE", help="file that holds the token")
-    group.add_argument("--tls", action="store_true", help="use TLS, with the system's roots")
-    group.add_argument(
-        "--tls-ca",
-        type=Path,
-        default=os.environ.get(TLS_CA_VARIABLE) or None,
-        metavar="FILE",
-        help=f"PEM roots; implies --tls (default: ${TLS_CA_VARIABLE})",
-    )
-    group.add_argument(
-        "--tls-cert", type=Path, metavar="FILE", help="PEM certificate of the client"
-    )
-    group.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM key of --tls-cert")
-    group.add_argument(
-        "--tls-server-name", metavar="NAME", help="name expected in the server's certificate"
-    )
-    group.add_argument(
-        "--details", action="store_true", help="print a line for every field that an error reports"
-    )
-    group.add_argument(
-        "--timeout",
-        type=positive_seconds,
-        metavar="SECONDS",
-        help=f"deadline of a call (default: none for streams, else {_DEFAULT_TIMEOUT_SECONDS:g})",
-    )
+    parser.set_defaults(func=func, parser=parser)
     return parser
-
-
-def json_parser() -> argparse.ArgumentParser:
-    """``--json``, as a parent parser."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
-
-
-def adapter_parser(*, required: bool = False) -> argparse.ArgumentParser:
-    """``--adapter``, as a parent parser."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument(
-        "-a",
-        "--adapter",
-        dest="adapters",
-        action="append",
-        type=adapter_weight,
-        default=[],
-        required=required,
-        metavar="NAME[@GENERATION][=WEIGHT]",
-        help="an adapter; repeat for a mix",
-    )
-    return parser
-
-
-def adapter_weight(text: str) -> AdapterWeight:
-    """:meth:`AdapterWeight.parse` for argparse, which hides the text of a ``ValueError``."""
-    try:
-        return AdapterWeight.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def text_argument(text: str) -> str:
     """The argument, or standard input if it is ``-``."""
     return sys.stdin.read() if text == "-" else text
+
+
+def given_texts(args: argparse.Namespace) -> list[str]:
+    """All texts of the arguments and the file, without empty lines.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: There is none, or the file is not UTF-8.
+    """
+    texts: list[str] = []
+    for text in args.texts:
+        texts += _lines(sys.stdin.read()) if text == "-" else [text]
+    if args.file is not None:
+        try:
+            texts += _lines(args.file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(unusable("--file", args.file, error)) from None
+    if not texts:
+        raise ValueError(say("NO_TEXTS"))
+    return texts
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def with_client(
@@ -170,7 +145,9 @@ def _print_details(error: TurretRpcError, args: argparse.Namespace) -> None:
 
 
 def print_error(
-    error: Exception, args: argparse.Namespace | None = None, hints: Mapping[str, str] = HINTS
+    error: Exception,
+    args: argparse.Namespace | None = None,
+    hints: Mapping[str, str] = COMMAND_HINTS,
 ) -> None:
     """Print an error as one line on standard error, in the flags' names.
 
@@ -198,7 +175,7 @@ def _line_of(error: Exception, args: argparse.Namespace, hints: Mapping[str, str
 
 
 def hint_of(
-    error: TurretRpcError, args: argparse.Namespace, hints: Mapping[str, str] = HINTS
+    error: TurretRpcError, args: argparse.Namespace, hints: Mapping[str, str] = COMMAND_HINTS
 ) -> str:
     """What to do next about an error; empty if nothing is sure to help."""
     return hint_for(error.reason or error.code.name, error.metadata, hints, **vars(args))
@@ -217,17 +194,6 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"not JSON: {value!r}")
-
-
-def positive_seconds(text: str) -> float:
-    """A number of seconds above 0, for argparse."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(say("NOT_SECONDS", value=text)) from None
-    if not seconds > 0:
-        raise argparse.ArgumentTypeError(say("NOT_ABOVE", bound=0, value=text))
-    return seconds
 
 
 def given_token(args: argparse.Namespace) -> str | None:
@@ -253,12 +219,11 @@ def given_tls(args: argparse.Namespace) -> Tls | None:
     """
     if args.tls or args.tls_ca or args.tls_cert or args.tls_key or args.tls_server_name:
         for name in ("tls_ca", "tls_cert", "tls_key"):
-            path: Path | None = getattr(args, name)
-            if path is not None:
-                try:
-                    path.read_bytes()
-                except OSError as error:
-                    raise OSError(unusable(flag_of(name, args), path, error)) from None
+            path: Path = getattr(args, name) or Path(os.devnull)
+            try:
+                path.read_bytes()
+            except OSError as error:
+                raise OSError(unusable(flag_of(name, args), path, error)) from None
         return Tls.from_files(
             ca=args.tls_ca,
             certificate=args.tls_cert,
@@ -269,7 +234,7 @@ def given_tls(args: argparse.Namespace) -> Tls | None:
 
 
 def _connect(args: argparse.Namespace) -> TurretClient:
-    timeout = _DEFAULT_TIMEOUT_SECONDS if args.timeout is None else args.timeout
+    timeout = DEFAULT_TIMEOUT_SECONDS if args.timeout is None else args.timeout
     # On the command line, report an unreachable server at once.
     policy = RetryPolicy(2, unreached=False)
     return TurretClient(

@@ -11,7 +11,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import UnavailableError
@@ -29,14 +28,14 @@ from turret.clients.evaluation.evaluate import (
 from turret.clients.evaluation.plot import eval_svg
 from turret.clients.evaluation.rows import EvalExample, RowError, read_eval_set
 from turret.clients.verbs.command import (
+    Subparsers,
     UnfinishedAnswerError,
-    adapter_weight,
-    connection_parser,
-    json_parser,
+    add_verb_parser,
     print_json,
     with_client,
 )
-from turret.clients.verbs.tables import print_table, terminal
+from turret.clients.verbs.flags import Flags, adapter_weight, flags_parser, shared
+from turret.clients.verbs.tables import print_table, table_of, terminal
 from turret.clients.words import say
 
 _DESCRIPTION = """\
@@ -45,77 +44,6 @@ file is {"messages": [...]}, whose last message is the right answer, or
 {"prompt": ..., "completion": ...}; with --classify also {"prompt": ..., "labels": [...]}, with all
 right labels.
 """
-
-
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
-    """Add the verb; ``text`` is its line in the help."""
-    parser = subparsers.add_parser(
-        "eval",
-        help=text,
-        description=_DESCRIPTION,
-        parents=[json_parser(), connection_parser()],
-    )
-    parser.add_argument("data", type=Path, metavar="FILE", help="the test set, in JSON Lines")
-    parser.add_argument(
-        "-m",
-        "--mix",
-        dest="mixes",
-        action="append",
-        type=_mix,
-        default=[],
-        metavar="NAME[=WEIGHT][+NAME...]",
-        help="an adapter or a mix to evaluate; repeatable",
-    )
-    parser.add_argument("--no-base", action="store_true", help="leave the base model out")
-    parser.add_argument(
-        "--metric",
-        dest="metrics",
-        action="append",
-        type=_metric,
-        choices=METRICS,
-        help="metric to compute; repeatable (default: all that apply)",
-    )
-    parser.add_argument(
-        "--classify",
-        action="store_true",
-        help="evaluate adapters that classify: accuracy and macro F1 if the completion is the right"
-        " label; for lines with labels, also micro F1 and the figures of each label",
-    )
-    parser.add_argument(
-        "--labels",
-        type=_labels,
-        default=(),
-        metavar="A,B,...",
-        help="compute label accuracy: the first of these labels in an answer must be the right one",
-    )
-    parser.add_argument(
-        "--raw", action="store_true", help='send "prompt" as it is, not as a user\'s message'
-    )
-    parser.add_argument("--limit", type=_positive, metavar="N", help="use only the first N lines")
-    parser.add_argument(
-        "--max-tokens",
-        type=_positive,
-        default=128,
-        metavar="N",
-        help="maximum tokens of an answer (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--concurrency",
-        type=_positive,
-        default=16,
-        metavar="N",
-        help="number of concurrent calls (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--plot", type=_svg, metavar="FILE.svg", help="write the figures as an SVG image"
-    )
-    parser.add_argument(
-        "--answers",
-        type=Path,
-        metavar="FILE",
-        help="write every answer and its scores, in JSON Lines",
-    )
-    parser.set_defaults(func=with_client(_eval))
 
 
 def _eval(args: argparse.Namespace, client: TurretClient) -> None:
@@ -251,16 +179,14 @@ def _print_table(reports: Sequence[MixReport]) -> None:
 
 def _table(reports: Sequence[MixReport], gap: str) -> Table:
     """A row per mix; ``gap`` separates a figure and its interval."""
-    table = Table()
-    table.add_column("mix", overflow="fold")
-    for metric in reports[0].metrics:
-        cells = (_cell(metric, report.metrics[metric], gap) for report in reports)
-        whole = max(len(line) for cell in cells for line in cell.split("\n"))
-        table.add_column(metric.replace("_", " "), justify="right", min_width=whole)
-    for report in reports:
-        # Text and not str: rich would read brackets as markup.
-        cells = [Text(_cell(metric, figure, gap)) for metric, figure in report.metrics.items()]
-        table.add_row(Text(report.mix), *cells)
+    rows = [
+        (report.mix, *(_cell(metric, figure, gap) for metric, figure in report.metrics.items()))
+        for report in reports
+    ]
+    headings = [metric.replace("_", " ") for metric in reports[0].metrics]
+    table = table_of({"mix": "text", **dict.fromkeys(headings, "number")}, rows)
+    for column, cells in zip(table.columns[1:], list(zip(*rows, strict=True))[1:], strict=True):
+        column.min_width = max(len(line) for cell in cells for line in cell.split("\n"))
     return table
 
 
@@ -274,14 +200,12 @@ def _figures(report: MixReport) -> dict[str, object]:
 
 def _label_table(reports: Sequence[MixReport]) -> Table:
     """F1 of each label, which one mix may never find and no row have."""
-    table = Table(caption="F1 of each label")
-    table.add_column("label", overflow="fold")
-    for report in reports:
-        table.add_column(Text(report.mix), justify="right", overflow="fold")
+    rows = []
     for label in sorted({label for report in reports for label in report.labels}):
         figures = (report.labels.get(label) for report in reports)
-        table.add_row(Text(label), *("" if each is None else f"{each.f1:.1%}" for each in figures))
-    return table
+        rows.append((label, *("" if each is None else f"{each.f1:.1%}" for each in figures)))
+    mixes = {report.mix: "long number" for report in reports}
+    return table_of({"label": "text", **mixes}, rows, caption="F1 of each label")
 
 
 def _cell(metric: str, figure: Estimate, gap: str) -> str:
@@ -350,3 +274,63 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(say("NOT_POSITIVE", value=text))
     return int(text)
+
+
+_COUNT = {"type": _positive, "metavar": "N"}
+_FLAGS: Flags = {
+    "data": {"type": Path, "metavar": "FILE", "help": "the test set, in JSON Lines"},
+    "-m --mix": {
+        "dest": "mixes",
+        "action": "append",
+        "type": _mix,
+        "default": [],
+        "metavar": "NAME[=WEIGHT][+NAME...]",
+        "help": "an adapter or a mix to evaluate; repeatable",
+    },
+    "--no-base": {"action": "store_true", "help": "leave the base model out"},
+    "--metric": {
+        "dest": "metrics",
+        "action": "append",
+        "type": _metric,
+        "choices": METRICS,
+        "help": "metric to compute; repeatable (default: all that apply)",
+    },
+    "--classify": {
+        "action": "store_true",
+        "help": "evaluate adapters that classify: accuracy and macro F1 if the completion is the"
+        " right label; for lines with labels, also micro F1 and the figures of each label",
+    },
+    "--labels": {
+        "type": _labels,
+        "default": (),
+        "metavar": "A,B,...",
+        "help": "compute label accuracy: the first of these labels in an answer must be the right"
+        " one",
+    },
+    "--raw": {"action": "store_true", "help": 'send "prompt" as it is, not as a user\'s message'},
+    "--limit": {**_COUNT, "help": "use only the first N lines"},
+    "--max-tokens": {
+        **_COUNT,
+        "default": 128,
+        "help": "maximum tokens of an answer (default: %(default)s)",
+    },
+    "--concurrency": {
+        **_COUNT,
+        "default": 16,
+        "help": "number of concurrent calls (default: %(default)s)",
+    },
+    "--plot": {"type": _svg, "metavar": "FILE.svg", "help": "write the figures as an SVG image"},
+    "--answers": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "write every answer and its scores, in JSON Lines",
+    },
+}
+
+
+def add_eval(subparsers: Subparsers, text: str) -> None:
+    """Add the verb; ``text`` is its line in the help."""
+    parents = (shared("--json"), flags_parser(_FLAGS))
+    add_verb_parser(
+        subparsers, "eval", text, with_client(_eval), *parents, description=_DESCRIPTION
+    )

@@ -1,114 +1,73 @@
-"""The flags for generation options, shared by the verbs that generate."""
+"""The flags that verbs share, and what errors call the arguments that flags set."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
+from turret.clients.channel import DEFAULT_ADDRESS
+from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.requests import GenerateOptions
 from turret.clients.words import Text, say
 
-_FLOATS = {
-    "temperature": "0 is greedy (default: 1)",
-    "top_p": "keep the likeliest tokens up to this probability",
-    "min_p": "drop tokens below this share of the likeliest",
-    "repetition_penalty": "divide logits of tokens seen",
-    "presence_penalty": "subtract from logits of tokens generated",
-    "frequency_penalty": "the same, per occurrence",
-}
-_INTS = {
-    "top_k": "keep the k likeliest tokens",
-    "seed": "make the answer repeatable",
-    "max_tokens": "most tokens to generate (default: up to the context)",
-    "min_tokens": "no stop condition applies before",
-}
-_ON_OFF = ("ignore_eos", "include_stop")
-_CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
-# Environment variables that set the flags of the same name. Flags take precedence.
-ADDRESS_VARIABLE = "TURRET_ADDRESS"
+DEFAULT_TIMEOUT_SECONDS = 600.0
 TOKEN_VARIABLE = "TURRET_TOKEN"
-TLS_CA_VARIABLE = "TURRET_TLS_CA"
-_VARIABLES = {"address": ADDRESS_VARIABLE, "token": TOKEN_VARIABLE, "tls_ca": TLS_CA_VARIABLE}
-# Flags that set an argument of the Python client under another name.
-_TYPED = {
-    "stop_token_ids": "--stop-token-id",
-    "adapters": "--adapter",
-    "drain_seconds": "--wait",
-    "pinned": "--pin",
-    "prompt": "PROMPT",
-    "inputs": "TEXT",
-    "name": "NAME",
-    "path": "PATH",
-    "directory": "DIR",
-    "ca": "--tls-ca",
-    "certificate": "--tls-cert",
-    "key": "--tls-key",
+# Destinations of flags that an environment variable may set. Flags take precedence.
+_VARIABLES = {
+    "address": "TURRET_ADDRESS",
+    "token": TOKEN_VARIABLE,
+    "tls_ca": "TURRET_TLS_CA",
 }
-# Arguments that a flag of the same name sets, in any verb.
-_SAME = {
-    *(*_FLOATS, *_INTS, *_ON_OFF, *_CONSTRAINTS),
-    *("stop", "top_n", "request_id", "address", "token", "timeout"),
-    *("pooling", "normalize", "dimensions", "task", "expected_generation", "generation"),
-    *("method", "residency", "combination", "rank", "energy", "density", "majority_sign_method"),
-    *("precision",),
+# Arguments of the Python client → the destination of the flag, where that has another name.
+_DESTINATIONS = {
+    "adapters": "mixes",
+    "inputs": "texts",
+    "ca": "tls_ca",
+    "certificate": "tls_cert",
+    "key": "tls_key",
 }
+_T = TypeVar("_T")
+# What argparse's add_argument takes, by the names of a flag or the destination of a positional.
+Flags = Mapping[str, Mapping[str, Any]]
 
 
-def generation_parser() -> argparse.ArgumentParser:
-    """The flags, as a parent parser; unset ones leave the server's default."""
+def flags_parser(flags: Flags, *names: str, title: str = "") -> argparse.ArgumentParser:
+    """A parent parser of flags.
+
+    Args:
+        flags: The table of flags.
+        *names: The flags to add; all if there is none.
+        title: Of their group in the help.
+    """
     parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("generation")
-    for kind, flags in ((int, _INTS), (float, _FLOATS)):
-        for name, text in flags.items():
-            metavar = "N" if kind is int else "X"
-            group.add_argument(_flag(name), type=kind, metavar=metavar, help=text)
-    group.add_argument(
-        "--stop", action="append", metavar="TEXT", help="text that ends the answer; repeatable"
-    )
-    group.add_argument(
-        "--stop-token-id",
-        dest="stop_token_ids",
-        action="append",
-        type=int,
-        metavar="ID",
-        help="token that ends the answer; repeatable",
-    )
-    for name, text in (
-        ("--ignore-eos", "generate past the model's end tokens"),
-        ("--include-stop", "keep the stop text in the answer"),
-    ):
-        group.add_argument(name, action="store_true", default=None, help=text)
-    _add_constraints(parser)
+    group = parser.add_argument_group(title) if title else parser
+    for name in names or flags:
+        group.add_argument(*name.split(), **flags[name])
     return parser
 
 
-def _add_constraints(parser: argparse.ArgumentParser) -> None:
-    # An exclusive group would make the usage too wide: argparse keeps it on one line.
-    one = parser.add_argument_group("constraint on the answer, at most one")
-    one.add_argument(
-        "--json-schema", type=_text_or_file, metavar="FILE", help="JSON that matches this schema"
-    )
-    one.add_argument("--json-object", action="store_true", default=None, help="a JSON object")
-    one.add_argument("--regex", metavar="REGEX", help="text that the whole expression matches")
-    one.add_argument(
-        "--grammar",
-        type=file_text,
-        metavar="FILE",
-        help="text that this Lark or GBNF grammar describes",
-    )
-    one.add_argument(
-        "--choice", action="append", metavar="TEXT", help="one of these texts; repeatable"
-    )
+def adapter_weight(text: str) -> AdapterWeight:
+    """:meth:`AdapterWeight.parse` for argparse, which hides the text of a ``ValueError``."""
+    try:
+        return AdapterWeight.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _text_or_file(text: str) -> str:
-    return text if text.lstrip().startswith("{") else file_text(text)
+def positive_seconds(text: str) -> float:
+    """A number of seconds above 0, for argparse."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(say("NOT_SECONDS", value=text)) from None
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(say("NOT_ABOVE", bound=0, value=text))
+    return seconds
 
 
 def file_text(path: str) -> str:
@@ -117,6 +76,140 @@ def file_text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(_unreadable(path, error)) from None
+
+
+def _text_or_file(text: str) -> str:
+    return text if text.lstrip().startswith("{") else file_text(text)
+
+
+_COUNT: Mapping[str, Any] = {"type": int, "metavar": "N"}
+_NUMBER: Mapping[str, Any] = {"type": float, "metavar": "X"}
+_SWITCH: Mapping[str, Any] = {"action": "store_true", "default": None}
+_FILE: Mapping[str, Any] = {"type": Path, "metavar": "FILE"}
+
+SHARED_FLAGS: Flags = {
+    "prompt": {"metavar": "PROMPT", "help": "text; - reads standard input"},
+    "texts": {
+        "nargs": "*",
+        "metavar": "TEXT",
+        "help": "text; - reads standard input, one text per line",
+    },
+    "--file": {**_FILE, "help": "file with one text per line, used after the TEXT arguments"},
+    "--request-id": {"metavar": "ID", "help": "identifies the request in the server's log"},
+    "--json": {"action": "store_true", "help": "print JSON"},
+}
+# Flags that are not given leave the server's default.
+GENERATION_FLAGS: Flags = {
+    "--top-k": {**_COUNT, "help": "keep the k likeliest tokens"},
+    "--seed": {**_COUNT, "help": "make the answer repeatable"},
+    "--max-tokens": {**_COUNT, "help": "most tokens to generate (default: up to the context)"},
+    "--min-tokens": {**_COUNT, "help": "no stop condition applies before"},
+    "--temperature": {**_NUMBER, "help": "0 is greedy (default: 1)"},
+    "--top-p": {**_NUMBER, "help": "keep the likeliest tokens up to this probability"},
+    "--min-p": {**_NUMBER, "help": "drop tokens below this share of the likeliest"},
+    "--repetition-penalty": {**_NUMBER, "help": "divide logits of tokens seen"},
+    "--presence-penalty": {**_NUMBER, "help": "subtract from logits of tokens generated"},
+    "--frequency-penalty": {**_NUMBER, "help": "the same, per occurrence"},
+    "--stop": {
+        "action": "append",
+        "metavar": "TEXT",
+        "help": "text that ends the answer; repeatable",
+    },
+    "--stop-token-id": {
+        "dest": "stop_token_ids",
+        "action": "append",
+        "type": int,
+        "metavar": "ID",
+        "help": "token that ends the answer; repeatable",
+    },
+    "--ignore-eos": {**_SWITCH, "help": "generate past the model's end tokens"},
+    "--include-stop": {**_SWITCH, "help": "keep the stop text in the answer"},
+}
+# An exclusive group would make the usage too wide: argparse keeps it on one line.
+CONSTRAINT_FLAGS: Flags = {
+    "--json-schema": {
+        "type": _text_or_file,
+        "metavar": "FILE",
+        "help": "JSON that matches this schema",
+    },
+    "--json-object": {**_SWITCH, "help": "a JSON object"},
+    "--regex": {"metavar": "REGEX", "help": "text that the whole expression matches"},
+    "--grammar": {
+        "type": file_text,
+        "metavar": "FILE",
+        "help": "text that this Lark or GBNF grammar describes",
+    },
+    "--choice": {"action": "append", "metavar": "TEXT", "help": "one of these texts; repeatable"},
+}
+
+
+def shared(*names: str) -> argparse.ArgumentParser:
+    """A parent parser of some of the shared flags."""
+    return flags_parser(SHARED_FLAGS, *names)
+
+
+def adapter_parser(*, required: bool = False) -> argparse.ArgumentParser:
+    """``--adapter``, as a parent parser."""
+    flag = {
+        "dest": "adapters",
+        "action": "append",
+        "type": adapter_weight,
+        "default": [],
+        "required": required,
+        "metavar": "NAME[@GENERATION][=WEIGHT]",
+        "help": "an adapter; repeat for a mix",
+    }
+    return flags_parser({"-a --adapter": flag})
+
+
+def generation_parsers() -> list[argparse.ArgumentParser]:
+    """The parent parsers of verbs that generate."""
+    return [
+        adapter_parser(),
+        flags_parser(GENERATION_FLAGS, title="generation"),
+        flags_parser(CONSTRAINT_FLAGS, title="constraint on the answer, at most one"),
+    ]
+
+
+def connection_parser() -> argparse.ArgumentParser:
+    """The flags of every verb, as a parent parser."""
+    variable = os.environ.get
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("connection")
+    group.add_argument(
+        "--address",
+        default=variable("TURRET_ADDRESS") or DEFAULT_ADDRESS,
+        metavar="HOST:PORT",
+        help=f"default: $TURRET_ADDRESS, or {DEFAULT_ADDRESS}",
+    )
+    token = group.add_mutually_exclusive_group()
+    token.add_argument(
+        "--token",
+        help=f"bearer token; process lists may show it to other users (default: ${TOKEN_VARIABLE})",
+    )
+    token.add_argument("--token-from", **_FILE, help="file that holds the token")
+    group.add_argument("--tls", action="store_true", help="use TLS, with the system's roots")
+    group.add_argument(
+        "--tls-ca",
+        **_FILE,
+        default=variable("TURRET_TLS_CA") or None,
+        help="PEM roots; implies --tls (default: $TURRET_TLS_CA)",
+    )
+    group.add_argument("--tls-cert", **_FILE, help="PEM certificate of the client")
+    group.add_argument("--tls-key", **_FILE, help="PEM key of --tls-cert")
+    group.add_argument(
+        "--tls-server-name", metavar="NAME", help="name expected in the server's certificate"
+    )
+    group.add_argument(
+        "--details", action="store_true", help="print a line for every field that an error reports"
+    )
+    group.add_argument(
+        "--timeout",
+        type=positive_seconds,
+        metavar="SECONDS",
+        help=f"deadline of a call (default: none for streams, else {DEFAULT_TIMEOUT_SECONDS:g})",
+    )
+    return parser
 
 
 def unusable(flag: str, path: Path, error: OSError | UnicodeDecodeError) -> Text:
@@ -133,55 +226,51 @@ def _unreadable(path: str | Path, error: OSError | UnicodeDecodeError) -> Text:
 def as_typed(argument: str, args: argparse.Namespace) -> str:
     """The flag, the positional or the environment variable that sets an argument of the client.
 
-    An unknown argument stays as it is. Of a flag that is given several times, or of several texts,
-    the number counts from 1.
+    An argument that no flag of the verb sets stays as it is. Of a flag that is given several times,
+    or of several texts, the number counts from 1.
     """
     found = re.fullmatch(r"(\w+)(?:\[(\d+)\](?:\.\w+)*)?", argument)
-    if found is None or found[1] not in {*_SAME, *_TYPED}:
+    if found is None or not hasattr(args, "parser"):
         return argument
-    if found[1] == "adapters" and hasattr(args, "mixes"):
-        name = "--mix"
-    elif found[1] in _SAME:
-        name = flag_of(found[1], args)
-    elif (name := _TYPED[found[1]]) == "--tls-ca":
-        name = flag_of("tls_ca", args)
-    return name if found[2] is None else f"{name} {int(found[2]) + 1}"
+    destinations = (found[1], _DESTINATIONS.get(found[1]))
+    for action in args.parser._actions:
+        if action.dest in destinations:
+            name = flag_of(str(action.dest), args) if action.option_strings else action.metavar
+            return name if found[2] is None else f"{name} {int(found[2]) + 1}"
+    return argument
 
 
-def flag_of(name: str, args: argparse.Namespace) -> str:
+def flag_of(destination: str, args: argparse.Namespace) -> str:
     """The flag, or the environment variable that has set it."""
-    variable, given = _VARIABLES.get(name), getattr(args, name, None)
-    is_flag = given is not None and str(given) != os.environ.get(variable or "")
-    return variable if variable and hasattr(args, name) and not is_flag else _flag(name)
+    variable, given = _VARIABLES.get(destination), getattr(args, destination)
+    if variable and (given is None or str(given) == os.environ.get(variable)):
+        return variable
+    actions = (each for each in args.parser._actions if each.dest == destination)
+    return next(actions).option_strings[-1]
+
+
+def call_with_flags(method: Callable[..., _T], args: argparse.Namespace, **values: Any) -> _T:
+    """Call a client's method with the flags that have the names of its arguments.
+
+    Args:
+        method: Of a client.
+        args: The flags.
+        **values: Other arguments.
+    """
+    names = inspect.signature(method).parameters.keys() & vars(args).keys()
+    return method(**{name: getattr(args, name) for name in names} | values)
 
 
 def generation_options(args: argparse.Namespace) -> GenerateOptions:
-    """The options that the flags set, adapters aside.
+    """The options that the flags set.
 
     Raises:
         ValueError: The answer is to be several things.
     """
-    given = [_flag(name) for name in _CONSTRAINTS if getattr(args, name) is not None]
+    given = [
+        name for name in CONSTRAINT_FLAGS if getattr(args, name[2:].replace("-", "_")) is not None
+    ]
     if len(given) > 1:
         raise ValueError(say("FLAGS_CONFLICT", flags=", ".join(given)))
-    return GenerateOptions(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        presence_penalty=args.presence_penalty,
-        frequency_penalty=args.frequency_penalty,
-        seed=args.seed,
-        max_tokens=args.max_tokens,
-        min_tokens=args.min_tokens,
-        stop=args.stop,
-        stop_token_ids=args.stop_token_ids,
-        ignore_eos=args.ignore_eos,
-        include_stop=args.include_stop,
-        json_schema=args.json_schema,
-        json_object=args.json_object,
-        regex=args.regex,
-        grammar=args.grammar,
-        choice=args.choice,
-    )
+    names = GenerateOptions.__annotations__.keys() & vars(args).keys()
+    return GenerateOptions(**{name: getattr(args, name) for name in names})

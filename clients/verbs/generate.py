@@ -1,71 +1,80 @@
-"""``turret generate``: complete one prompt."""
+"""``turret generate`` and ``turret chat``: a prompt completed, and a conversation."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass, field
 
 from turret.clients.client import TurretClient
-from turret.clients.counted import counted
-from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
+from turret.clients.errors import AnswerCutError, NotFoundError, TurretRpcError, UnavailableError
+from turret.clients.hints import COMMAND_HINTS
 from turret.clients.messages.fields import check_text
-from turret.clients.messages.requests import Prompt
+from turret.clients.messages.mix import AdapterWeight
+from turret.clients.messages.requests import GenerateOptions, Prompt
 from turret.clients.messages.results import Chunk
 from turret.clients.verbs.command import (
+    Subparsers,
     UnfinishedAnswerError,
-    adapter_parser,
-    connection_parser,
-    json_parser,
+    add_verb_parser,
+    print_error,
     print_json,
     text_argument,
     with_client,
 )
-from turret.clients.verbs.flags import generation_options, generation_parser
-from turret.clients.words import say
+from turret.clients.verbs.flags import flag_of, generation_options, generation_parsers, shared
+from turret.clients.words import counted, say
 
 # Options that plain text cannot show.
 _JSON_ONLY = ("logprobs", "top_n", "token_ids")
+_HELP = """\
+/adapter NAME[@GENERATION][=WEIGHT] ...   answer with this mix from now on
+/adapter                                  answer with the base model alone
+/adapters                                 list what the server has
+/system TEXT                              set the system message (none without TEXT)
+/reset                                    forget the conversation
+/stats                                    what the last answer took
+/quit                                     leave, as Ctrl-D does
+Ctrl-C stops the answer, or leaves if there is none."""
+_CHAT_HINTS = {**COMMAND_HINTS, "ADAPTER_NOT_FOUND": "/adapters lists the registered adapters"}
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
-    """Add the verb; ``text`` is its line in the help."""
-    parser = subparsers.add_parser(
+def add_generate(subparsers: Subparsers, text: str) -> None:
+    """Add ``turret generate``; ``text`` is its line in the help."""
+    parser = add_verb_parser(
+        subparsers,
         "generate",
-        help=text,
+        text,
+        with_client(_generate),
+        *generation_parsers(),
+        shared("--json", "prompt", "--request-id"),
         description="Complete a prompt and print the answer as it arrives.",
-        parents=[adapter_parser(), generation_parser(), json_parser(), connection_parser()],
     )
-    parser.add_argument("prompt", metavar="PROMPT", help="text; - reads standard input")
     parser.add_argument(
         "--chat", action="store_true", help="send the prompt as a user's message to the chat model"
     )
     parser.add_argument("--system", metavar="TEXT", help="system message; implies --chat")
     parser.add_argument("--echo", action="store_true", help="print the prompt first")
-    parser.add_argument("--logprobs", action="store_true", help="with --json: log probabilities")
+    parser.add_argument(
+        "--logprobs",
+        action="store_true",
+        default=None,
+        help="with --json: log probabilities",
+    )
     parser.add_argument("--top-n", type=int, metavar="N", help="with --json: alternatives")
     parser.add_argument("--token-ids", action="store_true", help="with --json: token ids")
     parser.add_argument(
-        "--request-id", metavar="ID", help="identifies the request in the server's log"
-    )
-    parser.add_argument(
         "--stats", action="store_true", help="print usage and timing to standard error"
     )
-    parser.set_defaults(func=with_client(_generate))
 
 
 def _generate(args: argparse.Namespace, client: TurretClient) -> None:
     options = generation_options(args)
-    options["adapters"] = args.adapters
-    options["echo"] = args.echo
-    options["request_id"] = args.request_id
     prompt = _prompt(args)
-    unseen = [flag for flag in _JSON_ONLY if getattr(args, flag)]
+    unseen = [name for name in _JSON_ONLY if getattr(args, name)]
     if unseen and not args.json:
-        raise ValueError(say("FLAG_NEEDS_JSON", flag=f"--{unseen[0].replace('_', '-')}"))
+        raise ValueError(say("FLAG_NEEDS_JSON", flag=flag_of(unseen[0], args)))
     if args.json:
-        options["logprobs"] = args.logprobs or None
-        options["top_n"] = args.top_n
-        options["token_ids"] = args.token_ids
         try:
             print_json(client.generate(prompt, timeout=args.timeout, **options))
         except AnswerCutError as error:
@@ -127,3 +136,140 @@ def summary(last: Chunk) -> str:
         loaded = f", loaded in {use.load_ms:.0f} ms" if use.cold_start else ""
         parts.append(f"{use.name}@{use.generation}={use.weight:g}{loaded}")
     return "; ".join(parts)
+
+
+def add_chat(subparsers: Subparsers, text: str) -> None:
+    """Add ``turret chat``; ``text`` is its line in the help."""
+    parser = add_verb_parser(
+        subparsers,
+        "chat",
+        text,
+        with_client(_chat),
+        *generation_parsers(),
+        description="Talk to the model. Type /help to list the commands.",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+
+
+def _chat(args: argparse.Namespace, client: TurretClient) -> None:
+    check_text("--system", args.system or "")
+    conversation = Conversation(
+        client,
+        options=generation_options(args),
+        adapters=args.adapters,
+        system=args.system,
+        timeout=args.timeout,
+    )
+    model = client.get_model(timeout=args.timeout)
+    conversation.check_adapters()
+    try:
+        print(f"{model.name} ({model.quantization}). /help for help.")
+        while (line := input(conversation.prompt).strip()) != "/quit":
+            try:
+                conversation.take(line)
+            except (TurretRpcError, ValueError) as error:
+                if not sys.stdin.isatty():
+                    # Without a terminal, nobody can retype the line.
+                    raise
+                print_error(error, args, _CHAT_HINTS)
+    except (EOFError, KeyboardInterrupt):
+        # Both are usual ways to leave. The shell's prompt needs a line of its own.
+        print()
+
+
+@dataclass
+class Conversation:
+    """The turns so far, and the adapters for the next ones."""
+
+    client: TurretClient
+    options: GenerateOptions
+    adapters: list[AdapterWeight]
+    system: str | None
+    timeout: float | None
+    turns: list[tuple[str, str]] = field(default_factory=list)
+    last_summary: str = "nothing yet"
+
+    @property
+    def prompt(self) -> str:
+        """The prompt before the user's input, which names the mix. Empty if nobody reads it."""
+        mix = " + ".join(map(str, self.adapters)) or "base"
+        return f"[{mix}] > " if sys.stdin.isatty() else ""
+
+    def check_adapters(self) -> None:
+        """Ask the server for the adapters that are to answer.
+
+        Raises:
+            NotFoundError: One of them is not there.
+        """
+        for member in self.adapters:
+            try:
+                self.client.adapters.get(member.name, timeout=self.timeout)
+            except NotFoundError:
+                raise
+            except TurretRpcError:
+                # The token may not allow this call; then the answers will report unknown names.
+                return
+
+    def take(self, line: str) -> None:
+        """Act on a line: a command, or a message to answer.
+
+        Raises:
+            TurretRpcError: The server refused or failed, or ended the answer before its end.
+            ValueError: The command makes no sense.
+        """
+        command, _, rest = line.partition(" ")
+        match command:
+            case "":
+                return
+            case "/help":
+                print(_HELP)
+            case "/adapter":
+                before = self.adapters
+                self.adapters = [AdapterWeight.parse(word) for word in rest.split()]
+                try:
+                    self.check_adapters()
+                except NotFoundError:
+                    self.adapters = before
+                    raise
+            case "/adapters":
+                for adapter in self.client.adapters.list(timeout=self.timeout):
+                    print(f"{adapter.name}@{adapter.generation}  {adapter.method}")
+            case "/system":
+                self.system = rest.strip() or None
+            case "/reset":
+                self.turns.clear()
+            case "/stats":
+                print(self.last_summary)
+            case _ if command.startswith("/"):
+                raise ValueError(say("UNKNOWN_CHAT_COMMAND", value=command))
+            case _:
+                self._answer(line)
+
+    def _answer(self, message: str) -> None:
+        """Stream the answer and remember both turns; a failed one leaves no trace.
+
+        An interrupted answer counts as far as it went: the user has read it.
+        """
+        turns = [*self.turns, ("user", message)]
+        system = [] if self.system is None else [("system", self.system)]
+        options: GenerateOptions = {**self.options, "adapters": self.adapters}
+        parts: list[str] = []
+        cut: AnswerCutError | None = None
+        stream = self.client.chat_stream([*system, *turns], timeout=self.timeout, **options)
+        try:
+            with stream:
+                for chunk in stream:
+                    parts.append(chunk.text)
+                    print(chunk.text, end="", flush=True)
+                    if chunk.finish_reason is not None:
+                        self.last_summary = summary(chunk)
+        except KeyboardInterrupt:
+            self.last_summary = "interrupted"
+        except AnswerCutError as error:
+            cut = error
+        finally:
+            if parts:
+                print()
+        self.turns = [*turns, ("assistant", "".join(parts))]
+        if cut is not None:
+            raise cut

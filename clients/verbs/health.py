@@ -5,21 +5,26 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from typing import Any
 
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from turret.clients.calls.settings import CallSettings, RetryPolicy
+from turret.clients.channel import Tls, check_address, open_channel
 from turret.clients.errors import TurretRpcError
-from turret.clients.probe import ask
+from turret.clients.hints import COMMAND_HINTS
 from turret.clients.unreached import ANSWERED
 from turret.clients.verbs.command import (
-    connection_parser,
+    Subparsers,
+    add_verb_parser,
     given_tls,
     given_token,
     hint_of,
-    json_parser,
-    positive_seconds,
     print_error,
     print_json,
 )
-from turret.clients.verbs.hints import HINTS
+from turret.clients.verbs.flags import positive_seconds, shared
 
 _TIMEOUT_SECONDS = 5.0
 _PAUSE_SECONDS = 0.5
@@ -27,20 +32,22 @@ _PAUSE_SECONDS = 0.5
 _MAY_CHANGE = ("NOT_SERVING", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 _NO_SERVICE = "the server has no such service; omit --service"
 _HINTS = {
-    **HINTS,
+    **COMMAND_HINTS,
     "DEADLINE_EXCEEDED": "raise --timeout to wait longer for {address}",
     "NOT_FOUND": _NO_SERVICE,
 }
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
+def add_health(subparsers: Subparsers, text: str) -> None:
     """Add the verb; ``text`` is its line in the help."""
-    parser = subparsers.add_parser(
+    parser = add_verb_parser(
+        subparsers,
         "health",
-        help=text,
+        text,
+        _health,
+        shared("--json"),
         description="Query a server's health service, for example as a container's health check."
         f" The default --timeout is {_TIMEOUT_SECONDS:g} s.",
-        parents=[json_parser(), connection_parser()],
     )
     parser.add_argument(
         "--service", default="", help="full service name (default: the whole server)"
@@ -51,7 +58,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         metavar="SECONDS",
         help="ask repeatedly until the server is serving, for at most SECONDS (default: ask once)",
     )
-    parser.set_defaults(func=_health)
 
 
 def _health(args: argparse.Namespace) -> int:
@@ -112,3 +118,29 @@ def _ask(args: argparse.Namespace) -> str:
 
 def _described(error: TurretRpcError, args: argparse.Namespace) -> str:
     return error.described(hint_of(error, args, _HINTS))
+
+
+def ask(
+    address: str, service: str, *, timeout_seconds: float, tls: Tls | None, token: str | None
+) -> str:
+    """The status of ``service`` (empty: the whole server), such as ``NOT_SERVING``.
+
+    A turret server requires no token for this; a proxy in front of it may.
+
+    Raises:
+        TurretRpcError: The server does not answer.
+    """
+    call = CallSettings.of(token, timeout_seconds, RetryPolicy(0), tls)
+    check_address(address, tls)
+    with open_channel(grpc, address, tls) as channel:
+        try:
+            # The generated stub sets its methods in a way that type checkers do not follow.
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            answer = stub.Check(
+                health_pb2.HealthCheckRequest(service=service),
+                timeout=call.timeout,
+                metadata=call.metadata,
+            )
+        except grpc.RpcError as error:
+            raise call.failure(error, call.timeout) from None
+    return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)

@@ -5,21 +5,32 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from turret.clients.counted import counted
-from turret.clients.messages.adapter_results import Adapter, Fusion, MergeState, ModuleError
+from turret.clients.messages.results import Adapter, Fusion, MergeState, ModuleError
+from turret.clients.words import counted
 
 # Warn if rounding loses this share of the change or more.
 _LOST = 0.5
 # Characters of a name that must fit on one line. If there is no room for them, print no table.
 _NAME_WIDTH = 16
 _WIDEST = 10_000
+_KINDS: dict[str, dict[str, Any]] = {
+    "": {},
+    # Fold a long name onto the next line, because a cut one is useless.
+    "text": {"overflow": "fold"},
+    "whole": {"no_wrap": True},
+    "bold": {"no_wrap": True, "style": "bold"},
+    "number": {"justify": "right"},
+    "whole number": {"justify": "right", "no_wrap": True},
+    "long number": {"justify": "right", "overflow": "fold"},
+}
 # Maximum number of labels of a head to show.
 _MOST_LABELS = 20
 
@@ -38,7 +49,21 @@ def print_adapters(
         print(_none(others, method))
         return
     console = terminal()
-    table = _table(adapters)
+    columns = {"name": "text", "method": "whole", "ranks": "", "where": "whole"}
+    columns |= {"gen.": "number", "in use": "number", "size": "whole number"}
+    rows = (
+        (
+            adapter.name,
+            adapter.method,
+            _ranks(adapter),
+            _where(adapter),
+            str(adapter.generation),
+            str(adapter.in_flight),
+            _bytes(adapter.bytes_disk),
+        )
+        for adapter in adapters
+    )
+    table = table_of(columns, rows)
     if fits(table, console):
         console.print(table)
         return
@@ -49,26 +74,19 @@ def print_adapters(
         print(f"  {_where(adapter)}, {adapter.in_flight} in use")
 
 
-def _table(adapters: Sequence[Adapter]) -> Table:
-    table = Table()
-    # Fold a long name onto the next line, because a cut one is useless.
-    table.add_column("name", overflow="fold")
-    table.add_column("method", no_wrap=True)
-    table.add_column("ranks")
-    table.add_column("where", no_wrap=True)
-    for heading in ("gen.", "in use"):
-        table.add_column(heading, justify="right")
-    table.add_column("size", justify="right", no_wrap=True)
-    for adapter in adapters:
-        table.add_row(
-            Text(adapter.name),
-            Text(adapter.method),
-            _ranks(adapter),
-            _where(adapter),
-            str(adapter.generation),
-            str(adapter.in_flight),
-            _bytes(adapter.bytes_disk),
-        )
+def table_of(columns: Mapping[str, str], rows: Iterable[Sequence[str]], **options: Any) -> Table:
+    """A table whose cells are shown as they are, even if they look like rich's markup.
+
+    Args:
+        columns: Heading → kind: a text may break anywhere, what is whole never does.
+        rows: The cells.
+        options: Of rich's table.
+    """
+    table = Table(**options)
+    for heading, kind in columns.items():
+        table.add_column(Text(heading), **_KINDS[kind])
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -221,14 +239,8 @@ def mix_text(state: MergeState) -> str:
 
 
 def _print_rows(rows: dict[str, str]) -> None:
-    table = Table(show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    # Fold a long digest onto the next line, because a cut one is useless.
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        if value:
-            # Use Text, not str: text from a checkpoint may look like rich's markup.
-            table.add_row(name, Text(value))
+    known = [(name, value) for name, value in rows.items() if value]
+    table = table_of({"name": "bold", "value": "text"}, known, show_header=False)
     print_table(table)
 
 
@@ -245,21 +257,16 @@ def _print_kinds(modules: Iterable[ModuleError]) -> None:
     kinds: dict[str, list[ModuleError]] = {}
     for module in modules:
         kinds.setdefault(module.module.rpartition(".")[2], []).append(module)
-    table = Table()
-    table.add_column("module")
-    for heading in ("layers", "rank", "median error", "worst error"):
-        table.add_column(heading, justify="right")
+    headings = ("layers", "rank", "median error", "worst error")
+    rows = []
     for kind, group in kinds.items():
         errors = [module.relative_error for module in group]
         low, high = min(m.rank for m in group), max(m.rank for m in group)
-        table.add_row(
-            Text(kind),
-            str(len(group)),
-            str(low) if low == high else f"{low}-{high}",
-            f"{median(errors):.3g}",
-            f"{max(errors):.3g}",
+        rank = str(low) if low == high else f"{low}-{high}"
+        rows.append(
+            (kind, str(len(group)), rank, f"{median(errors):.3g}", f"{max(errors):.3g}"),
         )
-    print_table(table)
+    print_table(table_of({"module": "", **dict.fromkeys(headings, "number")}, rows))
 
 
 def terminal() -> Console:

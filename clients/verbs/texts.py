@@ -1,52 +1,203 @@
-"""The texts of a command that takes several."""
+"""``turret score``, ``classify`` and ``embed``: what the model makes of given texts."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
+import json
+import math
 
-from turret.clients.verbs.flags import unusable
-from turret.clients.words import say
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+from turret.clients.client import TurretClient
+from turret.clients.messages.results import Classification
+from turret.clients.verbs.command import (
+    Subparsers,
+    add_verb_parser,
+    given_texts,
+    print_json,
+    text_argument,
+    with_client,
+)
+from turret.clients.verbs.flags import adapter_parser, call_with_flags, shared
+from turret.clients.verbs.tables import print_table, table_of, terminal
+from turret.clients.words import counted
+
+# Maximum length of a text in the table of labels, and number of labels beside the first.
+_SHOWN_CHARS, _SHOWN_LABELS = 60, 3
+# Maximum length of a text beside cosines, and the length shown however narrow the table is.
+_BESIDE_COSINES, _FEWEST_CHARS = 40, 4
 
 
-def text_parser() -> argparse.ArgumentParser:
-    """``TEXT ...`` and ``--file``, as a parent parser."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument(
-        "texts",
-        nargs="*",
-        metavar="TEXT",
-        help="text; - reads standard input, one text per line",
+def add_score(subparsers: Subparsers, text: str) -> None:
+    """Add ``turret score``; ``text`` is its line in the help."""
+    parser = add_verb_parser(
+        subparsers,
+        "score",
+        text,
+        with_client(_score),
+        adapter_parser(),
+        shared("--json", "prompt", "--request-id"),
+        description="Print the log probability (natural logarithm) of every token of a prompt.",
+    )
+    parser.add_argument("--top-n", type=int, default=0, metavar="N", help="alternatives per token")
+
+
+def _score(args: argparse.Namespace, client: TurretClient) -> None:
+    score = call_with_flags(client.score, args, prompt=text_argument(args.prompt))
+    if args.json:
+        print_json(score)
+        return
+    columns = {"id": "number", "token": "text", "logprob": "number"}
+    if args.top_n > 0:
+        columns["likeliest"] = "text"
+    rows = (
+        (
+            str(token.token_id),
+            repr(token.text),
+            "" if token.logprob is None else f"{token.logprob:.4f}",
+            "  ".join(f"{top.text!r} {top.logprob:.3f}" for top in token.top),
+        )
+        for token in score.tokens
+    )
+    print_table(table_of(columns, (row[: len(columns)] for row in rows)))
+    scored = sum(token.logprob is not None for token in score.tokens)
+    if scored:
+        perplexity = _perplexity(score.logprob, scored)
+        terminal().print(
+            f"sum {score.logprob:.4f} over {counted(scored, 'token')}, perplexity {perplexity}"
+        )
+
+
+def _perplexity(logprob: float, num_tokens: int) -> str:
+    try:
+        return f"{math.exp(-logprob / num_tokens):.4g}"
+    except OverflowError:
+        return "inf"
+
+
+def add_classify(subparsers: Subparsers, text: str) -> None:
+    """Add ``turret classify``; ``text`` is its line in the help."""
+    parser = add_verb_parser(
+        subparsers,
+        "classify",
+        text,
+        with_client(_classify),
+        shared("texts", "--file"),
+        adapter_parser(required=True),
+        shared("--json", "--request-id"),
+        description="Label texts with an adapter that was trained to classify (SEQ_CLS).",
     )
     parser.add_argument(
-        "--file",
-        type=Path,
-        metavar="FILE",
-        help="file with one text per line, used after the TEXT arguments",
+        "--chat",
+        action="store_true",
+        help="send each text as a user's message, in the chat template",
     )
-    return parser
+    parser.add_argument(
+        "--labels-only", action="store_true", help="print only the labels, one per line"
+    )
 
 
-def given_texts(args: argparse.Namespace) -> list[str]:
-    """All texts of the arguments and the file, without empty lines.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: There is none, or the file is not UTF-8.
-    """
-    texts: list[str] = []
-    for text in args.texts:
-        texts += _lines(sys.stdin.read()) if text == "-" else [text]
-    if args.file is not None:
-        try:
-            texts += _lines(args.file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(unusable("--file", args.file, error)) from None
-    if not texts:
-        raise ValueError(say("NO_TEXTS"))
-    return texts
+def _classify(args: argparse.Namespace, client: TurretClient) -> None:
+    texts = given_texts(args)
+    inputs = [[("user", text)] for text in texts] if args.chat else texts
+    found = call_with_flags(client.classify, args, inputs=inputs)
+    if args.json:
+        print_json(found)
+    elif args.labels_only:
+        print(*found.labels, sep="\n")
+    else:
+        columns = {"text": "text", "label": "whole", "": "whole number", "then": ""}
+        rows = (
+            (text[:_SHOWN_CHARS], *_ranked(each))
+            for text, each in zip(texts, found.classifications, strict=True)
+        )
+        print_table(table_of(columns, rows))
 
 
-def _lines(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.strip()]
+def _ranked(found: Classification) -> tuple[str, str, str]:
+    """The first label, its probability or number, and the next ones."""
+    ranked = sorted(found.scores, key=lambda score: score.logit, reverse=True)
+    numbers = [
+        f"{s.logit:.4g}" if s.probability is None else f"{s.probability:.1%}" for s in ranked
+    ]
+    others = zip(ranked[1 : _SHOWN_LABELS + 1], numbers[1:], strict=False)
+    return ranked[0].label, numbers[0], "  ".join(f"{s.label} {number}" for s, number in others)
+
+
+def add_embed(subparsers: Subparsers, text: str) -> None:
+    """Add ``turret embed``; ``text`` is its line in the help."""
+    parser = add_verb_parser(
+        subparsers,
+        "embed",
+        text,
+        with_client(_embed),
+        shared("texts", "--file"),
+        adapter_parser(),
+        shared("--json", "--request-id"),
+        description="Print the vector of each text, one JSON array per line.",
+    )
+    parser.add_argument(
+        "--pooling", choices=("last", "mean"), help="final states to use (default: last)"
+    )
+    parser.add_argument(
+        "--dimensions", type=int, metavar="N", help="keep the first N numbers (default: all)"
+    )
+    parser.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="divide each vector by its length (default: yes)",
+    )
+    parser.add_argument(
+        "--similarity",
+        action="store_true",
+        help="print the cosine of each pair of texts instead; with --json, one list per text",
+    )
+
+
+def _embed(args: argparse.Namespace, client: TurretClient) -> None:
+    texts = given_texts(args)
+    found = call_with_flags(client.embed, args, inputs=texts)
+    if args.similarity:
+        cosines = [[_cosine(one, other) for other in found.vectors] for one in found.vectors]
+        print_json(cosines) if args.json else _print_cosines(texts, cosines)
+    elif args.json:
+        print_json(found)
+    else:
+        for vector in found.vectors:
+            # Nine significant digits identify every single-precision number.
+            print(json.dumps([float(f"{value:.9g}") for value in vector]))
+
+
+def _print_cosines(texts: list[str], cosines: list[list[float]]) -> None:
+    """A table as wide as the terminal, with the columns that it has no room for below it."""
+    console = terminal()
+    rows = [[f"{cosine:.3f}" for cosine in row] for row in cosines]
+    shown = [" ".join(text[:_BESIDE_COSINES].split()) for text in texts]
+    number, figure = len(str(len(texts))), max(len(cell) for row in rows for cell in row)
+    # Each column has a border and a space on both sides.
+    spare = console.width - 1 - (number + 3)
+    longest = max(_FEWEST_CHARS, *map(cell_len, shown))
+    text = min(longest, max(_FEWEST_CHARS, spare // 3, spare - 3 - len(texts) * (figure + 3)))
+    columns = max(1, (spare - text - 3) // (figure + 3))
+    for start in range(0, len(texts), columns):
+        table = Table()
+        table.add_column("", justify="right")
+        # A cut text is only a reminder; the number identifies the input.
+        table.add_column("text", no_wrap=True, width=text)
+        end = min(start + columns, len(texts))
+        for other in range(start, end):
+            table.add_column(str(other + 1), justify="right", min_width=figure)
+        for index, row in enumerate(rows):
+            # Text and not str: it may look like rich's markup.
+            table.add_row(str(index + 1), Text(shown[index]), *row[start:end])
+        console.print(table)
+    if columns < len(texts):
+        print("--json prints them as one matrix")
+
+
+def _cosine(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    lengths = math.hypot(*a) * math.hypot(*b)
+    return sum(x * y for x, y in zip(a, b, strict=True)) / lengths if lengths else 0.0

@@ -380,8 +380,8 @@ async def test_aio_stream_is_cancelled_by_closing_and_by_its_task(server: FakeTu
 
 
 def test_every_rpc_has_a_method_in_both_clients():
-    from turret.clients.adapters import AdaptersClient
-    from turret.clients.aio_adapters import AsyncAdaptersClient
+    from turret.clients.aio import AsyncAdaptersClient
+    from turret.clients.client import AdaptersClient
 
     for kind in (AdaptersClient, AsyncAdaptersClient):
         for rpc in adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].methods_by_name:

@@ -15,6 +15,7 @@ from servers.fake_turret import FakeTurret, fake_turret
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.client import TurretClient
 from turret.clients.verbs import add_verbs
+from turret.clients.words import say
 from turret.v1 import inference_pb2
 
 Embed = inference_pb2.EmbedRequest
@@ -108,7 +109,7 @@ def test_the_command_compares_texts(
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert [len(re.findall(r"\d\.\d{3}", row)) for row in rows] == [20] * 20
     assert run(server, "embed") == 2
-    assert "no text" in capsys.readouterr().err
+    assert say("NO_TEXTS") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("columns", [24, 40, 80])

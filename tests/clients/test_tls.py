@@ -20,6 +20,7 @@ from turret.clients.aio import AsyncTurretClient
 from turret.clients.channel import Tls
 from turret.clients.client import TurretClient, TurretRpcError
 from turret.clients.errors import UnavailableError
+from turret.clients.words import say
 from turret.v1 import inference_pb2_grpc
 
 SERVER_NAME = "turret.example"
@@ -101,12 +102,12 @@ def test_nothing_less_will_do(pem: Path, address: str, missing: str):
         ([], "(CONNECTION_CLOSED)"),
         (["--tls"], "(CERTIFICATE_UNTRUSTED)"),
         (["--tls-ca", "server.crt"], "(CERTIFICATE_NAME)"),
-        (["--tls-ca", "text"], "has no PEM data"),
-        (["--tls-ca", "server.key"], "server.key has no certificate"),
+        (["--tls-ca", "text"], say("NO_PEM")),
+        (["--tls-ca", "server.key"], say("NO_CERTIFICATE")),
         (["--tls-cert", "server.key", "--tls-key", "server.key"], "error: --tls-cert: "),
         (
             ["--tls-cert", "server.crt", "--tls-key", "server.crt"],
-            "server.crt has no private key",
+            say("NO_PRIVATE_KEY"),
         ),
     ],
 )

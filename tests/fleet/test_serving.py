@@ -18,9 +18,9 @@ from builders.adapters import edit_config
 from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
 from fleets.serving import ServingFleet, listening, start_fleet, status_rows
 from safetensors.torch import load_file, save_file
+from servers.probe import is_serving
 
 from turret.clients.client import TurretClient, TurretRpcError
-from turret.clients.probe import is_serving
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.long

@@ -17,10 +17,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from said import says
+from servers.probe import is_serving
 from servers.rpc_harness import failure_of, harness
 
 from turret.clients.channel import Tls
-from turret.clients.probe import is_serving
 from turret.server.api.access.tokens import TokenTable
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.words import say

@@ -23,11 +23,11 @@ import grpc
 import pytest
 from checkout import ROOT
 from servers.app_parts import Parts, make_app
+from servers.probe import is_serving
 from servers.rpc_harness import failure_of, soon
 from start_problems import read
 
 import turret
-from turret.clients.probe import is_serving
 from turret.server import log, progress
 from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.app import App

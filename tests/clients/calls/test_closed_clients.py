@@ -15,8 +15,9 @@ from servers.fake_turret import FOREVER, FakeAdapters, FakeInference, FakeTurret
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.client import TurretClient
 from turret.clients.errors import CallCancelledError
+from turret.clients.words import say
 
-SAID = "CANCELLED: the client was closed"
+SAID = f"CANCELLED: {say('CLOSED_DURING_CALL')}"
 SLOW = "slow"
 
 

@@ -15,9 +15,10 @@ from servers.fake_turret import FOREVER, fake_turret
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.client import TurretClient
 from turret.clients.errors import AnswerCutError, NotFoundError, UnavailableError
+from turret.clients.words import say
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
-CUT = "the server is shutting down and ended the answer early"
+CUT = say("ANSWER_CUT")
 _CANCELLED, _STOP = inference_pb2.GenerateResponse.CANCELLED, inference_pb2.GenerateResponse.STOP
 
 
@@ -60,8 +61,8 @@ def _serve(stopping: Stopping, address: str) -> tuple[grpc.Server, str]:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Stopping, str]]:
-    monkeypatch.setattr("turret.clients.calls.retries._FIRST_DELAY_SECONDS", 0.02)
-    monkeypatch.setattr("turret.clients.calls.retries._RESTART_SECONDS", 0.3)
+    monkeypatch.setattr("turret.clients.calls.settings._FIRST_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr("turret.clients.calls.settings._RESTART_SECONDS", 0.3)
     stopping = Stopping()
     serving, address = _serve(stopping, "127.0.0.1:0")
     yield stopping, address
@@ -117,7 +118,7 @@ def test_a_stream_goes_on_or_raises_after_what_it_has(
 def test_a_broken_stream_waits_for_a_server_that_starts_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("turret.clients.calls.retries._FIRST_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr("turret.clients.calls.settings._FIRST_DELAY_SECONDS", 0.02)
     stopping = Stopping()
     stopping.cuts = 1
     serving, address = _serve(stopping, "127.0.0.1:0")
@@ -142,8 +143,8 @@ def test_a_broken_stream_waits_for_a_server_that_starts_again(
 def test_a_server_that_stays_away_is_not_waited_for_for_ever(
     monkeypatch: pytest.MonkeyPatch, seconds: float, options: dict[str, Any], timeout: float | None
 ) -> None:
-    monkeypatch.setattr("turret.clients.calls.retries._FIRST_DELAY_SECONDS", 0.02)
-    monkeypatch.setattr("turret.clients.calls.retries._RESTART_SECONDS", seconds)
+    monkeypatch.setattr("turret.clients.calls.settings._FIRST_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr("turret.clients.calls.settings._RESTART_SECONDS", seconds)
     stopping = Stopping()
     stopping.cuts = 1
     serving, address = _serve(stopping, "127.0.0.1:0")
@@ -219,7 +220,7 @@ def test_closing_an_asyncio_client_leaves_nothing_of_a_cut_stream_to_the_next_lo
 async def test_closing_an_asyncio_client_waits_for_nothing_where_no_call_was_cut(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("turret.clients.calls.aio._CUT_SECONDS", 60.0)
+    monkeypatch.setattr("turret.clients.calls.connections._CUT_SECONDS", 60.0)
     with fake_turret() as server:
         client = AsyncTurretClient(server.address)
         await client.generate("a")

@@ -50,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("turret.clients.calls.retries._FIRST_DELAY_SECONDS", 0.05)
+    monkeypatch.setattr("turret.clients.calls.settings._FIRST_DELAY_SECONDS", 0.05)
 
 
 def _options(number: int) -> GenerateOptions:

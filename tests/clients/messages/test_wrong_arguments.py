@@ -23,12 +23,13 @@ from turret.clients.aio import AsyncTurretClient
 from turret.clients.channel import Tls
 from turret.clients.client import TurretClient, TurretRpcError
 from turret.clients.errors import FieldViolation, InvalidArgumentError, UnavailableError
+from turret.clients.hints import HINTS
 from turret.clients.messages.fields import ArgumentValueError, argument
 from turret.clients.unreached import address_problem, cause_of
 from turret.clients.verbs import add_verbs
 from turret.clients.verbs.command import print_error
-from turret.clients.verbs.flags import _SAME, _TYPED, as_typed, generation_parser
-from turret.clients.words import say
+from turret.clients.verbs.flags import as_typed
+from turret.clients.words import Text, say
 from turret.v1 import inference_pb2
 
 LONG = "a" * 5_000_000
@@ -263,38 +264,62 @@ def test_refusals_name_the_arguments_that_were_given():
     assert error.message.startswith("min_tokens: must be <= stop.max_tokens; stop: at most 8 entr")
 
 
+def parsed(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_verbs(parser.add_subparsers())
+    return parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags"),
+    [
+        (
+            ("generate", "a"),
+            {
+                "min_tokens": "--min-tokens",
+                "stop": "--stop",
+                "stop_token_ids[1]": "--stop-token-id 2",
+                "adapters[1].name": "--adapter 2",
+                "prompt": "PROMPT",
+                "messages[0].role": "messages[0].role",
+            },
+        ),
+        (
+            ("embed",),
+            {"inputs[0]": "TEXT 1", "inputs[2].chat": "TEXT 3", "inputs[1][2]": "inputs[1][2]"},
+        ),
+        (("eval", "a"), {"adapters[1].name": "--mix 2"}),
+        (("adapters", "unload", "a"), {"drain_seconds": "--wait", "name": "NAME"}),
+        (
+            ("adapters", "load", "a", "b"),
+            {"pinned": "--pin", "path": "PATH", "ca": "--tls-ca", "key": "--tls-key"},
+        ),
+    ],
+)
+def test_errors_name_what_was_typed(verb: tuple[str, ...], flags: dict[str, str]):
+    args = parsed(*verb)
+    args.tls_ca = Path("a")
+    assert {name: as_typed(name, args) for name in flags} == flags
+
+
 def test_refusals_name_the_flags_that_were_typed(capsys: pytest.CaptureFixture[str]):
-    print_error(refusal(REFUSED))
+    print_error(refusal(REFUSED), parsed("generate", "a"))
     said = (
         "--min-tokens: must be <= stop.max_tokens; --stop: at most 8 entries; --adapter 2: 'json'"
-        " occurs twice; --wait: must be in [0, 3600] seconds; TEXT 1: the prompt has no tokens;"
-        " inputs[1][2]: 9 is not in [0, 9); TEXT 3: this model has no chat template;"
-        " messages[0].role: is none; and more, see violations"
+        " occurs twice; drain_seconds: must be in [0, 3600] seconds; inputs[0]: the prompt has no"
+        " tokens; inputs[1][2]: 9 is not in [0, 9); inputs[2].chat: this model has no chat"
+        " template; messages[0].role: is none; and more, see violations"
     )
     assert capsys.readouterr().err == f"error: INVALID_ARGUMENT (INVALID_REQUEST): {said}\n"
-    print_error(refusal(REFUSED), argparse.Namespace(mixes=[]))
-    assert "; --mix 2: 'json' occurs twice;" in capsys.readouterr().err
     text = say("TOO_SMALL", least=0, value=-1)
-    print_error(ArgumentValueError("top_n", text))
+    print_error(ArgumentValueError("top_n", text), parsed("generate", "a"))
     assert capsys.readouterr().err == f"error: --top-n: {text}\n"
     # Every field that a flag sets has its name.
     parts = {"sampling": inference_pb2.SamplingParams, "stop": inference_pb2.StopConditions}
     fields = {f"{name}.{f.name}" for name, part in parts.items() for f in part.DESCRIPTOR.fields}
-    flags = generation_parser().format_help().split()
     names = map(argument, fields - {"sampling.logit_bias"})
-    assert {as_typed(name, argparse.Namespace()) for name in names} <= {*flags}
-
-
-def test_what_stands_for_an_argument_can_be_typed():
-    parser = argparse.ArgumentParser()
-    add_verbs(parser.add_subparsers())
-    known, parsers = set(), [parser]
-    while parsers:
-        for action in parsers.pop()._actions:
-            known |= {*action.option_strings, str(action.metavar)}
-            if isinstance(action, argparse._SubParsersAction):
-                parsers += action.choices.values()
-    assert {as_typed(name, argparse.Namespace()) for name in {*_SAME, *_TYPED}} <= known
+    args = parsed("generate", "a")
+    assert all(as_typed(name, args).startswith("--") for name in names)
 
 
 def test_a_message_that_is_too_large_is_said_to_be(client: TurretClient):
@@ -302,7 +327,9 @@ def test_a_message_that_is_too_large_is_said_to_be(client: TurretClient):
         with pytest.raises(InvalidArgumentError) as raised:
             ask()
         assert raised.value.reason == "REQUEST_TOO_LARGE"
-        assert re.search(r"50000\d\d bytes, .* 4194304", raised.value.message)
+        assert isinstance(raised.value.message, Text)
+        assert raised.value.message.params["most"] == "4194304"
+        assert raised.value.message.params["size"].startswith("50000")
 
 
 def test_an_answer_that_is_too_large_is_said_to_be(server: FakeTurret, monkeypatch):
@@ -396,7 +423,5 @@ def test_what_was_said_is_said_once():
         pytest.raises(UnavailableError) as raised,
     ):
         nowhere.generate("a")
-    assert str(raised.value) == (
-        "UNAVAILABLE (NOT_REACHED): no turret server answers at 127.0.0.1:1 (Connection refused);"
-        " `turret serve` starts a server"
-    )
+    text = say("NOT_REACHED", place="127.0.0.1:1", why="Connection refused")
+    assert str(raised.value) == f"UNAVAILABLE (NOT_REACHED): {text}; {HINTS['NOT_REACHED']}"

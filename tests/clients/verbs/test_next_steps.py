@@ -15,9 +15,9 @@ from servers.fake_turret import FakeTurret
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import ServerError
+from turret.clients.hints import COMMAND_HINTS as HINTS
 from turret.clients.hints import HINTS as OF_PYTHON
 from turret.clients.unreached import UNREACHED
-from turret.clients.verbs.hints import HINTS
 from turret.clients.words import say
 from turret.server import errors
 from turret.server.api.faults import fault_of

@@ -18,9 +18,9 @@ from servers.command import parse_and_run
 from servers.fake_turret import FOREVER, PEFT_FILES, SAME, FakeTurret
 
 from turret.clients.client import TurretClient
-from turret.clients.counted import counted as of_client
 from turret.clients.errors import AuthenticationError
-from turret.clients.verbs.hints import HINTS
+from turret.clients.hints import COMMAND_HINTS as HINTS
+from turret.clients.words import counted as of_client
 from turret.clients.words import say
 from turret.server.basics.counted import counted as of_server
 from turret.v1 import adapters_pb2
@@ -214,7 +214,8 @@ def test_values_that_no_flag_takes_are_told_by_flag(capsys, tmp_path):
 def test_a_missed_deadline_is_told_once(run: Run):
     code, _, err = run("generate", FOREVER, "--timeout", "0.2")
     assert code == 1
-    assert err == "error: DEADLINE_EXCEEDED: the call did not finish in time; --timeout was 0.2\n"
+    hint = HINTS["DEADLINE_EXCEEDED"].format(timeout=0.2)
+    assert err == f"error: DEADLINE_EXCEEDED: {say('NOT_IN_TIME')}; {hint}\n"
 
 
 def test_an_error_in_the_middle_of_an_answer_has_a_line_of_its_own(run: Run):

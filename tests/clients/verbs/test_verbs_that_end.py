@@ -76,7 +76,7 @@ def test_chat_ends_at_the_first_failure_where_nobody_is_there(
 
 
 def test_an_answer_that_the_server_cuts_is_no_success(run: Run):
-    cut = "error: the server is shutting down and ended the answer early\n"
+    cut = f"error: {say('ANSWER_CUT')}\n"
     assert run("generate", f"a {CUT}") == (1, f"a{CUT}\n", cut)
     code, out, err = run("generate", f"a {CUT}", "--json")
     assert (code, json.loads(out)["finish_reason"], err) == (1, "CANCELLED", cut)

@@ -22,7 +22,7 @@ from servers.server_under_test import ServerUnderTest
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.adapter_files import upload_messages
-from turret.clients.messages.adapter_results import Adapter
+from turret.clients.messages.results import Adapter
 
 NUM_CLIENTS = 24
 NUM_ADMINS = 4
