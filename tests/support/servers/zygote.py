@@ -1,50 +1,75 @@
 """Starts servers within a second, by forking a process that has imported everything.
 
-cd tests/support && python -m chaos.zygote      reads a JSON object with flags and log a line
+cd tests/support && python -m servers.zygote      reads a JSON array a line: flags, environment,
+                                                  working directory, log
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
+import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 from checkout import ROOT
-from servers.server_under_test import _ADDRESS
 
-START_SECONDS = 120.0
+START_SECONDS = 240.0
+_MODULES = (
+    "turret.server.app",
+    "turret.server.build",
+    "turret.server.http.server",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.configuration_llama",
+)
+_ADDRESS = re.compile(r"turret\.server\.app (metrics|http|serving) .*?address=(\S+)")
+
+
+def addresses_of(log: Path, is_alive: Callable[[], bool]) -> dict[str, str]:
+    """Wait until a server serves, and return the addresses in its log.
+
+    Raises:
+        AssertionError: It did not start.
+    """
+    end = time.monotonic() + START_SECONDS
+    while True:
+        # The order matters: what it wrote before it ended must be read.
+        was_alive = is_alive()
+        text = log.read_text(errors="replace") if log.exists() else ""
+        found: dict[str, str] = dict(_ADDRESS.findall(text))
+        if "serving" in found:
+            return found
+        assert was_alive, f"the server ended:\n{text[-3000:]}"
+        assert time.monotonic() < end, f"the server did not start:\n{text[-3000:]}"
+        time.sleep(0.01)
 
 
 class Life:
-    """A running server.
+    """A running server, with the methods of ``subprocess.Popen``.
 
     Attributes:
         pid: The id of its process.
         address: The gRPC address.
         metrics_address: The address of the metrics.
+        http_address: The address of the HTTP server; empty without its flag.
         log: The file with its output.
     """
 
     def __init__(self, pid: int, log: Path) -> None:
         self.pid, self.log = pid, log
         self.process = psutil.Process(pid)
-        found: dict[str, str] = {}
-        end = time.monotonic() + START_SECONDS
-        while "serving" not in found:
-            text = log.read_text(errors="replace") if log.exists() else ""
-            found = dict(_ADDRESS.findall(text))
-            assert self.is_alive, f"the server ended:\n{text[-3000:]}"
-            assert time.monotonic() < end, f"the server did not start:\n{text[-3000:]}"
-            time.sleep(0.01)
-        self.address, self.metrics_address = found["serving"], found.get("metrics", "")
+        found = addresses_of(log, lambda: self.is_alive)
+        self.address = found["serving"]
+        self.metrics_address, self.http_address = found.get("metrics", ""), found.get("http", "")
 
     @property
     def is_alive(self) -> bool:
@@ -53,31 +78,46 @@ class Life:
         except psutil.NoSuchProcess:
             return False
 
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
 
-    def wait(self, seconds: float = 60.0) -> None:
-        """Wait until the server has ended, for whatever reason."""
-        end = time.monotonic() + seconds
-        while self.is_alive:
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def poll(self) -> int | None:
+        """The exit code once the server has ended."""
+        if self.is_alive:
+            return None
+        code = _exit_code(self.log)
+        return int(code.read_text()) if code.exists() else -signal.SIGKILL
+
+    def wait(self, timeout: float = 60.0) -> int:
+        """Wait until the server has ended, for whatever reason, and return its exit code."""
+        end = time.monotonic() + timeout
+        while (code := self.poll()) is None:
             assert time.monotonic() < end, f"it does not end:\n{self.log.read_text()[-3000:]}"
             time.sleep(0.005)
+        return code
 
 
 class Zygote:
-    """Starts servers. Use ``running_zygote``."""
+    """Starts servers. Use ``running_zygote`` or ``shared_zygote``."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
         self._number = 0
 
-    def start(self, folder: Path, *flags: str) -> Life:
+    def start(
+        self, folder: Path, *flags: str, environment: Mapping[str, str] | None = None
+    ) -> Life:
         """Start a server, and wait until it answers."""
         self._number += 1
         log = folder / f"server-{self._number}.log"
+        log.unlink(missing_ok=True)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([list(flags), str(log)]) + "\n")
+        order = [list(flags), dict(environment or {}), os.getcwd(), str(log.absolute())]
+        self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         return Life(int(self._process.stdout.readline()), log)
 
@@ -86,7 +126,7 @@ class Zygote:
 def running_zygote(environment: Mapping[str, str] | None = None) -> Iterator[Zygote]:
     """A zygote whose servers also have these variables. It ends with all its servers."""
     with subprocess.Popen(
-        [sys.executable, "-m", "chaos.zygote"],
+        [sys.executable, "-m", "servers.zygote"],
         cwd=ROOT / "tests" / "support",
         env={**os.environ, **(environment or {})},
         stdin=subprocess.PIPE,
@@ -102,9 +142,23 @@ def running_zygote(environment: Mapping[str, str] | None = None) -> Iterator[Zyg
             process.stdin.close()
 
 
-def _serve(flags: Sequence[str], log: str) -> int:
+@functools.cache
+def shared_zygote() -> Zygote:
+    """The zygote of this process's tests."""
+    running = running_zygote()
+    atexit.register(running.__exit__, None, None, None)
+    return running.__enter__()
+
+
+def _exit_code(log: Path) -> Path:
+    return log.with_suffix(".code")
+
+
+def _serve(flags: list[str], environment: dict[str, str], folder: str, log: str) -> int:
     from turret.server import cli
 
+    os.environ.update(environment)
+    os.chdir(folder)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
@@ -115,23 +169,21 @@ def _serve(flags: Sequence[str], log: str) -> int:
 
 
 def main() -> None:
-    from turret.server import app, build
-    from turret.server.http import server
-
-    # These modules only need to be imported here; the children use them.
-    kept: list[Any] = [app, build, server]
-    assert kept
+    # The children use these modules. transformers imports its own when they are first used.
+    for module in _MODULES:
+        importlib.import_module(module)
     # Nobody waits for the children, so the system must reap them.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
-        flags, log = json.loads(line)
+        order = json.loads(line)
         child = os.fork()
         if child == 0:
             code = 1
             try:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                code = _serve(flags, log)
+                code = _serve(*order)
             finally:
+                _exit_code(Path(order[-1])).write_text(str(code))
                 os._exit(code)
         print(child, flush=True)
 
