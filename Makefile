@@ -25,9 +25,13 @@ lint: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	cd proto && ../$(BIN)/buf lint
 
-# All tests of a file run in one process, because they share models and servers.
+# The tests start many processes, which should not all compile the same modules.
+test test-gpu long chaos soak conformance: export PYTHONDONTWRITEBYTECODE :=
+
+# All tests of a file run in one process, because they share models and servers. The order of collection ends with
+# short files, so that no worker waits long for the other.
 test: setup
-	$(BIN)/python -m pytest --timeout 600 -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --timeout 600 -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: setup
 	$(BIN)/python -m pytest --timeout 600 -m gpu $(ARGS)

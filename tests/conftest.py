@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from interpreter import sum_products_in_fp64
+from interpreter import adapt_interpreter
 from servers.server_under_test import ServerUnderTest, start_server
 
 # Modules whose scratch memory must be written before it is read.
@@ -64,7 +64,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_finish() -> None:
     """The tests' modules are loaded, and with them what they run on."""
-    sum_products_in_fp64()
+    adapt_interpreter()
 
 
 @pytest.fixture

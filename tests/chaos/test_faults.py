@@ -22,8 +22,8 @@ from chaos.administration import PATHS, Administrator, Operation
 from chaos.disk import filled, read_only, small_disk
 from chaos.memory_group import memory_group
 from chaos.wall_clock import WallClock
-from chaos.zygote import Life, Zygote, running_zygote
 from grpc import StatusCode as Code
+from servers.zygote import Life, Zygote, running_zygote
 
 from turret.v1 import inference_pb2, inference_pb2_grpc
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -13,18 +12,12 @@ import pytest
 from builders.bases.tiny_models import save_tiny_model
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
 from chaos.administration import PATHS, Administrator, Entry, Operation, State, is_before_or_after
-from chaos.zygote import Zygote, running_zygote
+from servers.zygote import shared_zygote
 
 # Most seconds from the first call to the kill; a dozen calls fit in.
 MOST_SECONDS = 0.5
 # A fusion of what fits no fusion, a second merge, a component in use.
 REFUSALS = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with running_zygote() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +40,7 @@ def _outcome(administrator: Administrator, operation: Operation, state: State) -
 
 @pytest.mark.slow
 def test_a_kill_in_any_call_leaves_the_state_before_or_after(
-    zygote: Zygote, model: Path, tmp_path: Path, chaos_kills: int
+    model: Path, tmp_path: Path, chaos_kills: int
 ) -> None:
     root, state_dir = tmp_path / "adapters", tmp_path / "state"
     write_adapters(model, root)
@@ -59,7 +52,7 @@ def test_a_kill_in_any_call_leaves_the_state_before_or_after(
     cut: Counter[str] = Counter()
     base = ""
     for number in range(chaos_kills + 1):
-        life = zygote.start(tmp_path, *flags)
+        life = shared_zygote().start(tmp_path, *flags)
         administrator = Administrator(life.address, root)
         found = administrator.state()
         if pending is None:

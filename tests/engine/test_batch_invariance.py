@@ -159,9 +159,14 @@ def assert_same(got: Sequence[Answer], expected: Sequence[Answer]) -> None:
             assert one.bits == other.bits, label
 
 
-@pytest.mark.parametrize("num_threads", [1, 3])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
+# Each architecture with each dtype, and each dtype with each number of threads.
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "num_threads"),
+    [
+        *(("llama", "float32", 1), ("llama", "bfloat16", 3), ("mistral", "float32", 3)),
+        *(("mistral", "bfloat16", 1), ("qwen2", "float32", 1), ("qwen2", "bfloat16", 3)),
+    ],
+)
 async def test_a_mixed_batch_answers_each_request_as_if_alone(
     tiny: Any, threads: Any, architecture: str, dtype: str, num_threads: int
 ) -> None:
@@ -288,7 +293,7 @@ async def test_the_embedded_model_is_batch_invariant_in_bfloat16(tmp_path: Path)
         write_adapter(tmp_path, arch, spec, seed)
     requests = [
         make_request(prompt_of(i, LENGTHS[i % len(LENGTHS)], arch.vocab_size), *mix, max_tokens=4)
-        for i, mix in enumerate(MIXES)
+        for i, mix in enumerate(MIXES[::2])
     ]
     options: dict[str, Any] = {"dtype": "bfloat16", "adapters": NAMES}
     async with EngineHarness.start(None, tmp_path, **options) as harness:

@@ -12,6 +12,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,21 +140,25 @@ def greedy(model: Any, prompt: Sequence[int], count: int) -> tuple[list[int], li
     return tokens[len(prompt) :], logprobs
 
 
-async def assert_equals_oracle(subject: Subject, mix: Sequence[AdapterRef], oracle: Any) -> None:
+def serving(subject: Subject) -> AbstractAsyncContextManager[EngineHarness]:
+    """An engine in fp32 with all adapters."""
+    return EngineHarness.start(subject.model, subject.root, dtype="float32", adapters=list(CONFIGS))
+
+
+async def assert_equals_oracle(
+    harness: EngineHarness, mix: Sequence[AdapterRef], oracle: Any
+) -> None:
     """Scores and greedy answers in fp32, within 1e-4."""
-    names = [ref.name for ref in mix]
-    async with EngineHarness.start(
-        subject.model, subject.root, dtype="float32", adapters=names
-    ) as harness:
-        for prompt in prompts():
-            score = await harness.run(make_request(prompt, *mix, score=True))
-            assert score.prompt_logprobs[0] is None
-            found = torch.tensor([p for p in score.prompt_logprobs[1:] if p is not None])
-            torch.testing.assert_close(found, prompt_logprobs(oracle, prompt), rtol=1e-4, atol=1e-4)
-            answer = await harness.run(make_request(prompt, *mix, max_tokens=10))
-            tokens, logprobs = greedy(oracle, prompt, 10)
-            assert list(answer.token_ids) == tokens
-            assert answer.logprobs == pytest.approx(logprobs, rel=1e-4, abs=1e-4)
+    for prompt in prompts():
+        score = await harness.run(make_request(prompt, *mix, score=True))
+        assert score.prompt_logprobs[0] is None
+        found = torch.tensor([p for p in score.prompt_logprobs[1:] if p is not None])
+        expected = prompt_logprobs(oracle, prompt)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, msg=str(mix))
+        answer = await harness.run(make_request(prompt, *mix, max_tokens=8))
+        tokens, logprobs = greedy(oracle, prompt, 8)
+        assert list(answer.token_ids) == tokens, mix
+        assert answer.logprobs == pytest.approx(logprobs, rel=1e-4, abs=1e-4), mix
 
 
 def moves(oracle: Any, other: Any) -> float:
@@ -163,42 +168,36 @@ def moves(oracle: Any, other: Any) -> float:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-async def test_base_equals_transformers(tiny: Any, architecture: str) -> None:
-    subject = tiny(architecture)
-    await assert_equals_oracle(subject, (), oracle_of(subject.model, torch.float32))
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-async def test_an_adapter_equals_peft(tiny: Any, architecture: str, name: str) -> None:
+async def test_base_and_adapters_equal_transformers_and_peft(tiny: Any, architecture: str) -> None:
     subject = tiny(architecture)
     base = oracle_of(subject.model, torch.float32)
-    oracle = with_peft(base, subject.root / name)
-    assert moves(base, oracle) > 0.05
-    await assert_equals_oracle(subject, [AdapterRef(name=name)], oracle)
+    async with serving(subject) as harness:
+        await assert_equals_oracle(harness, (), base)
+        for name in CONFIGS:
+            oracle = with_peft(base, subject.root / name)
+            assert moves(base, oracle) > 0.05, name
+            await assert_equals_oracle(harness, [AdapterRef(name=name)], oracle)
 
 
-@pytest.mark.parametrize(
-    "weights",
-    [
-        {"lora": 0.5},
-        {"dora": -0.6},
-        {"lora": 1.0, "rslora": 1.0},
-        {"dora": 0.7, "dora_rslora": 0.4, "bias": -0.3, "patterns": 0.25},
-        {"lora": 0.0, "bias": 1.5},
-    ],
-    ids=lambda weights: "+".join(f"{w}{n}" for n, w in weights.items()),
-)
+MIXES: list[dict[str, float]] = [
+    {"lora": 0.5},
+    {"dora": -0.6},
+    {"lora": 1.0, "rslora": 1.0},
+    {"dora": 0.7, "dora_rslora": 0.4, "bias": -0.3, "patterns": 0.25},
+    {"lora": 0.0, "bias": 1.5},
+]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-async def test_a_mix_is_the_weighted_sum_of_deltas(
-    tiny: Any, architecture: str, weights: dict[str, float]
-) -> None:
+async def test_a_mix_is_the_weighted_sum_of_deltas(tiny: Any, architecture: str) -> None:
     subject = tiny(architecture)
-    mix = [AdapterRef(name=name, weight=weight) for name, weight in weights.items()]
     base = oracle_of(subject.model, torch.float32)
-    oracle = with_mix(base, subject.root, mix)
-    assert moves(base, oracle) > 0.05
-    await assert_equals_oracle(subject, mix, oracle)
+    async with serving(subject) as harness:
+        for weights in MIXES:
+            mix = [AdapterRef(name=name, weight=weight) for name, weight in weights.items()]
+            oracle = with_mix(base, subject.root, mix)
+            assert moves(base, oracle) > 0.05, weights
+            await assert_equals_oracle(harness, mix, oracle)
 
 
 def test_the_mix_oracle_of_one_adapter_is_peft(tiny: Any) -> None:

@@ -64,8 +64,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(folder: Path, *flags: str) -> Any:
-    environment = {"XDG_CACHE_HOME": str(folder / "cache"), **MALLOC}
+def start(folder: Path, *flags: str, **variables: str) -> Any:
+    environment = {"XDG_CACHE_HOME": str(folder / "cache"), **variables}
     model = str(twin("llama").folder)
     return start_server(folder, "--model", model, *flags, environment=environment)
 
@@ -188,7 +188,7 @@ async def test_everything_at_once(checkpoints: Path, tmp_path: Path, soak_second
         *("--kv-cache-bytes", str(2 * MIB), "--max-num-seqs", "12"),
         *("--adapter-host-bytes", str(HOST_BYTES), "--adapter-device-bytes", str(DEVICE_BYTES)),
     )
-    with start(busy, *flags) as server:
+    with start(busy, *flags, **MALLOC) as server:
         process = psutil.Process(server.process.pid)
         async with AsyncTurretClient(server.address) as client:
             contents = await content_names(client)

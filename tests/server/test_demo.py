@@ -29,20 +29,6 @@ needs_model = pytest.mark.skipif(
 )
 
 
-def run_once() -> str:
-    result = subprocess.run(
-        COMMAND,
-        env={**{k: v for k, v in os.environ.items() if k != "COLUMNS"}, "DEMO_ONCE": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
 @pytest.mark.parametrize("columns", [60, 80])
 def test_no_name_is_cut(columns: int):
     name = "sentiment-ptuning"
@@ -57,10 +43,8 @@ def test_no_name_is_cut(columns: int):
     assert max(map(len, text.splitlines())) <= columns
 
 
-@pytest.mark.slow
-@needs_model
-def test_demo_shows_the_expected_answers_and_the_metrics():
-    output = run_once()
+def check_what_is_shown(output: str) -> None:
+    """The expected answers and the metrics."""
     rows = [json.loads(line) for line in (EXAMPLES / "prompts.jsonl").read_text().splitlines()]
     assert len(rows) >= 4
     for row in rows:
@@ -84,24 +68,42 @@ def test_demo_shows_the_expected_answers_and_the_metrics():
     assert int(counts["base"]) >= 1
 
 
+def start(once: str) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"} | {"DEMO_ONCE": once}
+    return subprocess.Popen(
+        COMMAND, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.long
+@needs_model
+def test_demo_ends_when_everything_is_shown():
+    with start("1") as process:
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    check_what_is_shown(output)
+
+
 @pytest.mark.slow
 @needs_model
-def test_demo_serves_on_until_it_is_stopped():
-    with subprocess.Popen(
-        COMMAND, env={**os.environ, "DEMO_ONCE": "0"}, stdout=subprocess.PIPE, text=True
-    ) as process:
+def test_demo_shows_the_expected_answers_and_serves_on_until_it_is_stopped():
+    with start("0") as process:
         assert process.stdout is not None
         try:
-            line = next(line for line in process.stdout if "until Ctrl-C" in line)
+            shown = []
+            while "until Ctrl-C" not in (line := process.stdout.readline()):
+                assert line, "it ended"
+                shown.append(line)
+            check_what_is_shown("".join(shown))
             address = line.split()[2]
             assert main(["health", "--address", address]) == 0
             console = next(line for line in process.stdout if "http://" in line).strip()
             with urllib.request.urlopen(console, timeout=30) as page:
                 assert b"<title>turret</title>" in page.read()
             with urllib.request.urlopen(f"{console}console/state", timeout=30) as answer:
-                shown = json.load(answer)["adapters"]["shown"]
+                adapters = json.load(answer)["adapters"]["shown"]
             folders = {path.parent.name for path in EXAMPLES.glob("adapters/*/adapter_config.json")}
-            assert {adapter["name"] for adapter in shown} == folders != set()
+            assert {adapter["name"] for adapter in adapters} == folders != set()
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == 0
         finally:

@@ -68,7 +68,7 @@ def num_descriptors() -> int:
 def test_unfinished_requests_are_few_and_end(server: MetricsServer) -> None:
     scrape(server)
     threads, descriptors = threading.active_count(), num_descriptors()
-    clients = [connect(server) for _ in range(250)]
+    clients = [connect(server) for _ in range(3 * MAX_CONNECTIONS)]
     for client in clients:
         client.sendall(GET)
     assert threading.active_count() == threads

@@ -62,6 +62,7 @@ def run_emulated(*arguments: str) -> str:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-kernel", action="store_true", help="fail if one was not launched")
+    parser.addoption("--every-case", action="store_true", help="also those of the other target")
     parser.addoption("--emulate", choices=["sm_80", "sm_90"], default="sm_90")
     parser.addoption("--emulated-tiles", choices=["small", "device"], default="device")
     parser.addoption("--emulated-dtype", choices=["bfloat16", "float16"], default="bfloat16")
@@ -81,8 +82,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Deselect tests whose results other runs already cover.
 
     That is: what is parametrised by fp32 in the test itself; what looks at the torch path, since
-    kernels are held to float64; and in fp16, which the interpreter runs too, the cases of a test
-    that the other target has.
+    kernels are held to float64; and, without ``--every-case``, half of each test's cases, which the
+    other target has.
     """
     import torch
 
@@ -93,7 +94,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         and not item.name.startswith("test_reference")
         and "torch_path" not in item.name
     ]
-    if config.getoption("--emulated-dtype") == "float16":
+    if not config.getoption("--every-case"):
         of_target = int(config.getoption("--emulate") == "sm_90")
         by_test = groupby(cases, lambda item: item.nodeid.split("[")[0])
         cases = [

@@ -1,23 +1,38 @@
-"""Triton's interpreter, with products that are summed in fp64 and rounded once.
+"""Triton's interpreter with products that are summed in fp64 and rounded once, and less overhead.
 
 NumPy's BLAS promises no order of its sums: on some processors an element's bits depend on the
 column that it stands in, so that two kernels with other tiles differ where tensor cores would not.
+
+The tests' blocks are small, so the interpreter would spend nearly all its time on bookkeeping.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import sys
+import types
 from typing import Any
 
 import numpy as np
 
 
-def sum_products_in_fp64() -> None:
-    """Replace the interpreter's ``tl.dot``, if it is loaded; ``ptx`` rounds its products so too."""
-    interpreter = sys.modules.get("triton.runtime.interpreter")
+def adapt_interpreter() -> None:
+    """Adapt the interpreter, if it is loaded."""
+    interpreter: Any = sys.modules.get("triton.runtime.interpreter")
     if interpreter is None:
         return
-    builder: Any = interpreter.InterpreterBuilder
+    _sum_products_in_fp64(interpreter)
+    # The interpreter computes whether integers overflow and ignores the result unless it debugs.
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    _search_language_once(interpreter)
+    _share_types(interpreter)
+
+
+def _sum_products_in_fp64(interpreter: Any) -> None:
+    """Replace the interpreter's ``tl.dot``; ``ptx`` rounds its products so too."""
+    builder = interpreter.InterpreterBuilder
     original, handle = builder.create_dot, interpreter.TensorHandle
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
@@ -27,3 +42,81 @@ def sum_products_in_fp64() -> None:
         return handle(product.astype(d.data.dtype), d.dtype.scalar)
 
     builder.create_dot = create_dot
+
+
+def _search_language_once(interpreter: Any) -> None:
+    """Replace ``triton.language`` once per launch, by a list that the first launch makes.
+
+    Triton searches it at each launch, and again at each call of a device function.
+    """
+    language, patch = interpreter.tl, interpreter._patch_lang
+    everything = types.SimpleNamespace(__globals__={"tl": language, "core": language.core})
+    changes: list[tuple[Any, str, Any, Any]] = []
+
+    class Scope:
+        def restore(self) -> None:
+            for owner, name, before, _ in reversed(changes):
+                if before is interpreter._MISSING:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, before)
+
+    def replace_language(kernel: Any) -> Scope:
+        if not changes:
+            for owner, name, before in patch(everything)._changes:
+                changes.append((owner, name, before, inspect.getattr_static(owner, name)))
+        for owner, name, _, after in changes:
+            setattr(owner, name, after)
+        return Scope()
+
+    interpreter._patch_lang = replace_language
+    device_function = interpreter.InterpretedFunction
+    device_function.__call__ = lambda self, *args, **keywords: self.rewrite()(*args, **keywords)
+
+
+def _share_types(interpreter: Any) -> None:
+    """Make each block type once, and remember what follows from a type."""
+    core = interpreter.tl.core
+    block, constexpr, tensor = core.block_type, core.constexpr, core.tensor
+    semantic = type(interpreter.interpreter_semantic)
+    init_block, init_tensor, unwrap = block.__init__, tensor.__init__, core._unwrap_if_constexpr
+    broadcast, np_dtype = semantic.broadcast_impl_value, interpreter._get_np_dtype
+    blocks: dict[Any, Any] = {}
+    np_dtypes: dict[str, Any] = {}
+    plain = {tensor, core.dtype, int, float, bool, str}
+
+    def shared_block(cls: Any, element: Any, shape: Any) -> Any:
+        sizes = tuple(size.value if type(size) is constexpr else size for size in shape)
+        key = element.name, getattr(element, "address_space", None), sizes
+        found = blocks.get(key)
+        if found is None:
+            found = object.__new__(cls)
+            init_block(found, element, shape)
+            blocks[key] = found
+        return found
+
+    def init_by_type(self: Any, handle: Any, dtype: Any) -> None:
+        known = dtype.__dict__.get("_of_tensors")
+        if known is None:
+            init_tensor(self, handle, dtype)
+            dtype._of_tensors = self.shape, self.numel, self.dtype
+        else:
+            self.handle, self.type = handle, dtype
+            self.shape, self.numel, self.dtype = known
+
+    def broadcast_unless_alike(self: Any, left: Any, right: Any) -> Any:
+        if left.shape.values == right.shape.values:
+            return left, right
+        return broadcast(self, left, right)
+
+    def known_np_dtype(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in np_dtypes:
+            np_dtypes[name] = np_dtype(dtype)
+        return np_dtypes[name]
+
+    block.__new__, block.__init__ = shared_block, lambda self, element, shape: None
+    tensor.__init__ = init_by_type
+    core._unwrap_if_constexpr = lambda value: value if type(value) in plain else unwrap(value)
+    semantic.broadcast_impl_value = broadcast_unless_alike
+    interpreter._get_np_dtype = known_np_dtype

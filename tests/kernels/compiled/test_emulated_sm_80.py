@@ -14,9 +14,12 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tiles"),
-    [pytest.param("bfloat16", "device", marks=pytest.mark.long), ("float16", "small")],
+    ("dtype", "tiles", "more"),
+    [
+        pytest.param("bfloat16", "device", ("--every-case",), marks=pytest.mark.long),
+        ("float16", "small", ()),
+    ],
 )
-def test_kernels(dtype, tiles):
-    options = ("--emulate=sm_80", f"--emulated-dtype={dtype}", f"--emulated-tiles={tiles}")
+def test_kernels(dtype, tiles, more):
+    options = ("--emulate=sm_80", f"--emulated-dtype={dtype}", f"--emulated-tiles={tiles}", *more)
     run_emulated(*options, "--every-kernel", *KERNEL_TESTS)

@@ -14,19 +14,23 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tiles"),
-    [("bfloat16", "small"), pytest.param("float16", "device", marks=pytest.mark.long)],
+    ("dtype", "tiles", "more"),
+    [
+        ("bfloat16", "small", ()),
+        pytest.param("bfloat16", "small", ("--every-case",), marks=pytest.mark.long),
+        pytest.param("float16", "device", (), marks=pytest.mark.long),
+    ],
 )
-def test_kernels(dtype, tiles):
-    options = ("--emulate=sm_90", f"--emulated-dtype={dtype}", f"--emulated-tiles={tiles}")
+def test_kernels(dtype, tiles, more):
+    options = ("--emulate=sm_90", f"--emulated-dtype={dtype}", f"--emulated-tiles={tiles}", *more)
     run_emulated(*options, "--every-kernel", *KERNEL_TESTS)
 
 
 def test_planted_faults():
-    run_emulated("--emulated-dtype=bfloat16", FAULT_TESTS)
+    run_emulated("--every-case", FAULT_TESTS)
 
 
 @pytest.mark.long
 def test_a_wide_step():
     """Many turns of every loop with a GPU's own tiles."""
-    run_emulated("--emulate=sm_90", "-m", "long", "tests/emulated")
+    run_emulated("--emulate=sm_90", "--every-case", "-m", "long", "tests/emulated")

@@ -30,10 +30,12 @@ AARCH64 = "aarch64-linux-gnu-gcc"
 QEMU = next((name for name in ("qemu-aarch64", "qemu-aarch64-static") if shutil.which(name)), None)
 
 
-def build(out: Path, *more: str, compiler: str = "cc", kernels: list[Path]) -> Path:
+def build(
+    out: Path, *more: str, compiler: str = "cc", checks: Path = CHECKS, kernels: list[Path]
+) -> Path:
     """The checks with a library, or with all kernels and the flags of the first one."""
     flags = [f for f in FLAGS if "visibility" not in f]
-    files = [str(path) for path in (CHECKS, *kernels)]
+    files = [str(path) for path in (checks, *kernels)]
     command = [compiler, *flags, *more, f"-I{FOLDER}", *files, "-o", str(out), "-lm"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -51,18 +53,25 @@ def assert_no_failures(*command: str) -> str:
     return result.stdout
 
 
+@pytest.fixture(scope="module")
+def compiled_checks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checks alone, for any library."""
+    return build(tmp_path_factory.mktemp("checks") / "checks.o", "-c", kernels=[])
+
+
 @needs_cc
 @pytest.mark.parametrize("isa", ISA_FLAGS)
-def test_the_checks_pass_natively(isa: str, tmp_path: Path) -> None:
+def test_the_checks_pass_natively(isa: str, tmp_path: Path, compiled_checks: Path) -> None:
     if isa not in native.usable_isas():
         pytest.skip(f"this processor or compiler does not have {isa}")
     library = native.path_of(isa)
     assert library is not None
-    assert_no_failures(str(build(tmp_path / "checks", kernels=[library])))
+    checks = build(tmp_path / "checks", checks=compiled_checks, kernels=[library])
+    assert_no_failures(str(checks))
 
 
 @needs_cc
-def test_the_checks_pass_on_emulated_tiles(tmp_path: Path) -> None:
+def test_the_checks_pass_on_emulated_tiles(tmp_path: Path, compiled_checks: Path) -> None:
     """Where there are tiles, every bit of the wide products is the same."""
     if "avx512_bf16" not in native.usable_isas():
         pytest.skip("this processor or compiler does not have avx512_bf16")
@@ -71,7 +80,7 @@ def test_the_checks_pass_on_emulated_tiles(tmp_path: Path) -> None:
     if "amx" in native.usable_isas():
         library = native.path_of("amx")
         assert library is not None
-        real = build(tmp_path / "real", kernels=[library])
+        real = build(tmp_path / "real", checks=compiled_checks, kernels=[library])
         assert assert_no_failures(str(real)) == printed
 
 

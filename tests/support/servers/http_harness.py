@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import httpx2
+import uvicorn.server
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
 from turret.server.api.access.shares import MOST_CONNECTIONS, Shares
@@ -24,6 +26,21 @@ from turret.server.metrics import Metrics
 
 NOTHING: Mapping[str, str] = {}
 ANSWER_SECONDS = 20.0
+# By default a client reads the certificates of all authorities, which takes longer than most tests.
+NO_AUTHORITIES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+class _QuickAsyncio:
+    """asyncio, except that uvicorn sees within milliseconds that it is to stop."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds / 20)
+
+
+uvicorn.server.asyncio = _QuickAsyncio()  # type: ignore[assignment]
 
 
 @dataclass
@@ -127,7 +144,9 @@ async def http_harness(
         gate.open(fake_backend(engine, registry, merger, FakeFuser()))
     try:
         base = f"http://{server.address}"
-        async with httpx2.AsyncClient(base_url=base, timeout=ANSWER_SECONDS) as client:
+        async with httpx2.AsyncClient(
+            base_url=base, timeout=ANSWER_SECONDS, verify=NO_AUTHORITIES
+        ) as client:
             yield HttpHarness(server, gate, engine, registry, merger, metrics, failures, client)
     finally:
         adapters.close()

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
-import threading
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
+from servers.zygote import Life, addresses_of, shared_zygote
 
-_START_SECONDS = 240.0
 _STOP_SECONDS = 60.0
-_ADDRESS = re.compile(r"turret\.server\.app (metrics|http|serving) .*?address=(\S+)")
+# Variables that no library reads when it is imported, and no allocator when it starts.
+_READ_WHILE_SERVING = {"XDG_CACHE_HOME"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ class ServerUnderTest:
     metrics_address: str
     http_address: str
     adapter_root: Path
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Life
     log: Path
 
     def metrics(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -77,53 +76,45 @@ def start_server(
     """
     root = folder / "adapters"
     root.mkdir(exist_ok=True)
-    log = folder / "server.log"
-    command = [
-        *(sys.executable, "-m", "turret.server.cli", "serve"),
-        *("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0"),
-        *("--adapter-root", str(root), *flags),
-    ]
-    variables = {**os.environ, **(environment or {})}
-    groups: tuple[int, ...] | None = None if user is None else ()
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        env=variables,
-        user=user,
-        group=user,
-        extra_groups=groups,
-    )
-    addresses: dict[str, str] = {}
-    is_up = threading.Event()
-    reader = threading.Thread(target=_follow, args=(process, log, addresses, is_up), daemon=True)
-    reader.start()
+    flags = ("--adapter-root", str(root), *flags)
+    if user is None and set(environment or ()) <= _READ_WHILE_SERVING:
+        life = shared_zygote().start(folder, *flags, environment=environment)
+        server = ServerUnderTest(
+            life.address, life.metrics_address, life.http_address, root, life, life.log
+        )
+    else:
+        server = _execute(folder, root, flags, {**os.environ, **(environment or {})}, user)
+    process = server.process
     try:
-        is_up.wait(_START_SECONDS)
-        assert "serving" in addresses, f"the server did not start:\n{log.read_text()}"
-        http = addresses.get("http", "")
-        yield ServerUnderTest(addresses["serving"], addresses["metrics"], http, root, process, log)
+        yield server
         process.send_signal(signal.SIGTERM)
         code = process.wait(_STOP_SECONDS)
-        assert code == 0, f"exit code {code} after SIGTERM:\n{log.read_text()[-4000:]}"
+        assert code == 0, f"exit code {code} after SIGTERM:\n{server.log.read_text()[-4000:]}"
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
-        reader.join()
 
 
-def _follow(
-    process: subprocess.Popen[bytes], log: Path, addresses: dict[str, str], is_up: threading.Event
-) -> None:
-    """Copy the process's log to a file and pick the addresses out of it."""
-    assert process.stderr is not None
-    with process.stderr, log.open("w") as copy:
-        for raw in process.stderr:
-            line = raw.decode(errors="replace")
-            copy.write(line)
-            copy.flush()
-            if match := _ADDRESS.search(line):
-                addresses[match[1]] = match[2]
-                if match[1] == "serving":
-                    is_up.set()
-    is_up.set()
+def _execute(
+    folder: Path, root: Path, flags: tuple[str, ...], environment: dict[str, str], user: int | None
+) -> ServerUnderTest:
+    """A server in a process that has imported nothing before."""
+    command = [
+        *(sys.executable, "-m", "turret.server.cli", "serve"),
+        *("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0", *flags),
+    ]
+    log = folder / "server.log"
+    groups: tuple[int, ...] | None = None if user is None else ()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stderr=output, env=environment, user=user, group=user, extra_groups=groups
+        )
+    try:
+        found = addresses_of(log, lambda: process.poll() is None)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    http = found.get("http", "")
+    return ServerUnderTest(found["serving"], found["metrics"], http, root, process, log)

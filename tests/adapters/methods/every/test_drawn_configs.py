@@ -25,16 +25,21 @@ from turret.server.adapters.lowering.wavelets import WAVELETS
 from turret.server.adapters.methods.transforms import frod as frod_method
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
 
-EXAMPLES = 10
-# A failure names its config; looking for a smaller one would take minutes.
-DRAWING = settings(
-    max_examples=EXAMPLES,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+FEW = 6
+
+
+def drawing(num_examples: int) -> settings:
+    """A failure names its config; looking for a smaller one would take minutes."""
+    return settings(
+        max_examples=num_examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+
+
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 
@@ -312,26 +317,27 @@ def check_modules(method: str, keys: dict[str, Any], seed: int) -> int:
     return moved
 
 
+@pytest.mark.parametrize("num_examples", [FEW, pytest.param(50, marks=pytest.mark.long)])
 @pytest.mark.parametrize("method", DRAWN)
 def test_drawn_configs_compute_what_peft_computes(
-    method: str, monkeypatch: pytest.MonkeyPatch
+    method: str, num_examples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved: list[int] = []
     # The weights of two layers condition FRoD's V badly; what is refused for that is compared too.
     monkeypatch.setattr(frod_method, "_MOST_NOISE", float("inf"))
 
-    @DRAWING
+    @drawing(num_examples)
     @given(data=st.data(), seed=st.integers(0, 99))
     def check(data: st.DataObject, seed: int) -> None:
         moved.append(check_modules(method, DRAWN[method](data.draw), seed))
 
     check()
     # Agreement on adapters that do nothing would prove nothing.
-    assert len(moved) >= EXAMPLES
+    assert len(moved) >= num_examples
     assert sum(moved) > len(moved)
 
 
-@DRAWING
+@drawing(FEW)
 @given(
     targets=st.lists(
         st.sampled_from(["input_layernorm", "layers.1.post_attention_layernorm", "model.norm"]),

@@ -1,34 +1,109 @@
-"""One batch with every method and mixes across them: each request gets the bits it gets alone."""
+"""All methods on one server: against PEFT's forward, alone and mixed, and each request's own bits.
+
+Methods whose code paths differ most have several variants here; ``test_random_configs.py`` and
+``test_drawn_configs.py`` try the rest of what their configs can say.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import copy
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from builders.methods import ALL, load_adapter, make_config, save_adapter
+from builders.mixes.every_method import TASKS, save_every_method
 from builders.mixes.fusions import save_fusion
 from builders.mixes.routers import write_router
-from method_oracle import check_close, oracle_logprobs, prompt_of, twin
+from method_oracle import check_close, check_methods, oracle_logprobs, prompt_of, twin
 from servers.engine_harness import Answer, EngineHarness, make_request
-from torch import nn
+from torch import Tensor, nn
 
 from turret.kernels.cpu import native
+from turret.server.adapters.methods import METHODS
 from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.scheduling.request import Request
 
-ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+Variants = dict[str, tuple[str, dict[str, Any]]]
+Mix = list[tuple[str, float]]
+
+# Under a method's own name is its usual config.
+VARIANTS: Variants = {
+    "rs-bd-lora": ("bd_lora", {"use_rslora": True}),
+    "kasa": ("kasa", {}),
+    "velora": ("velora", {}),
+    "conv1d": ("lora", {"fan_in_fan_out": True}),
+    "parameters": (
+        "lora",
+        {"target_modules": [], "target_parameters": ["q_proj.weight", "down_proj.weight"]},
+    ),
+    "beft": ("beft", {}),
+    "ln_tuning": ("ln_tuning", {}),
+    "final-norm": ("ln_tuning", {"target_modules": ["model.norm"]}),
+    "pvera": ("pvera", {}),
+    "vblora": ("vblora", {}),
+    "vblora-kept": ("vblora", {"save_only_topk_weights": True, "topk": 3}),
+    "unilora": ("unilora", {}),
+    "unilora-saved": ("unilora", {"save_indices": True, "target_modules": ["q_proj", "up_proj"]}),
+    "tied-tinylora": ("tinylora", {"weight_tying": 0.5}),
+    "delora": ("delora", {}),
+    "miss": ("miss", {}),
+    "miss-mini": ("miss", {"r": 7, "mini_r": 4, "init_weights": "mini"}),
+    "gralora": ("gralora", {}),
+    "hra": ("hra", {}),
+    "hra-orthonormal": ("hra", {"apply_GS": True, "r": 3}),
+    "deft-alpha": ("deft", {"alpha": 6}),
+    "deft-taken": ("deft", {"para": True, "decomposition_method": "qr"}),
+    "peanut": ("peanut", {}),
+    "glora": ("glora", {}),
+    "shira": ("shira", {}),
+    "supertuning": ("supertuning", {}),
+    "supertuning-supra": ("supertuning", {"r": 3, "lora_alpha": 5, "select_top": False}),
+    "waveft": ("waveft", {}),
+    "waveft-wide": ("waveft", {"wavelet_family": "sym4", "n_frequency": 40}),
+    "waveft-plain": ("waveft", {"use_idwt": False}),
+    "fourierft": ("fourierft", {}),
+    "fourierft-head": ("fourierft", {"target_modules": ["v_proj", "lm_head"]}),
+    "randlora": ("randlora", {}),
+    "randlora-drawn": ("randlora", {"r": 11, "save_projection": False}),
+    "osf": ("osf", {}),
+    "osf-tail": ("osf", {"effective_rank": 0.75, "rank_pattern": {"q_proj": 5}}),
+    "frod": ("frod", {}),
+    "miss-bat": ("miss", {"init_weights": "bat"}),
+    "cpt": ("cpt", {}),
+    "cartridge": ("cartridge", {}),
+    # These have operators of their own.
+    "oft": ("oft", {}),
+    "oft-exact": ("oft", {"use_cayley_neumann": False, "oft_block_size": 16}),
+    "oft-shared": ("oft", {"block_share": True, "bias": "all"}),
+    "oft-number": ("oft", {"oft_block_size": 0, "r": 3, "target_modules": ["v_proj", "down_proj"]}),
+    "oft-near": ("oft", {"coft": True, "eps": 2.0, "target_modules": ["q_proj", "up_proj"]}),
+    "boft": ("boft", {}),
+    "boft-number": ("boft", {"boft_block_size": 0, "boft_block_num": 4}),
+    "road": ("road", {}),
+    "road-2": ("road", {"variant": "road_2", "group_size": 16}),
+    "road-4": ("road", {"variant": "road_4", "group_size": 4}),
+    "c3a": ("c3a", {}),
+    "c3a-sizes": ("c3a", {"block_size": 8, "block_size_pattern": {"q_proj": 64}}),
+    "hira": ("hira", {}),
+    "hira-ranks": ("hira", {"r": 7, "rank_pattern": {"q_proj": 2}}),
+    "glora-lora": ("glora", {"config_A_B": "lora"}),
+}
+# The methods that these meet in mixes; other tests hold them against PEFT one by one.
+OTHERS: Variants = {
     "lora": ("lora", {}),
+    "lora-some": ("lora", {"target_modules": ["q_proj", "gate_proj", "down_proj"]}),
     "rslora": ("rslora", {"r": 9, "target_modules": ["q_proj", "down_proj"]}),
     "dora": ("dora", {}),
     "loha": ("loha", {}),
     "loha-wide": ("loha", {"r": 6, "target_modules": ["q_proj", "gate_proj", "o_proj"]}),
     "lokr": ("lokr", {}),
     "lokr-whole": ("lokr", {"r": 64, "alpha": 80, "target_modules": ["k_proj", "up_proj"]}),
-    "ia3": ("ia3", {"feedforward_modules": ["down_proj", "v_proj"]}),
+    "ia3-values": ("ia3", {"feedforward_modules": ["down_proj", "v_proj"]}),
+    "norms": ("ln_tuning", {"target_modules": ["input_layernorm", "post_attention_layernorm"]}),
     "adalora": ("adalora", {}),
     "vera": ("vera", {}),
     "prefix": ("prefix_tuning", {"num_virtual_tokens": 21}),
@@ -42,8 +117,42 @@ FUSIONS = {
 }
 # Experts, of any method with low-rank updates.
 ROUTERS = {"router": ("lora", "vera")}
-NAMES = (*ADAPTERS, *FUSIONS, *ROUTERS)
-FUSION_MIXES: list[list[tuple[str, float]]] = [
+# PEFT's modules tell what each member of these adds.
+SUMS: list[Mix] = [
+    [("lokr", 0.5), ("loha", 0.7)],
+    [("lora", 0.7), ("loha", 0.3), ("dora", -0.4)],
+    [("loha-wide", 1.2), ("loha", -0.5), ("lokr-whole", 0.25), ("vera", 1.0)],
+    [("ia3-values", 0.5), ("adalora", 1.5), ("rslora", 0.0)],
+    [("dora", 0.0)],
+    [("oft", 0.5)],
+    [("boft", 0.7)],
+    [("oft", 0.5), ("boft", 0.7)],
+    [("boft", 1.0), ("boft-number", -0.4)],
+    [("dora", 0.6), ("oft-exact", 0.8)],
+    [("ia3-values", 0.5), ("boft", 0.5), ("lora-some", 1.0)],
+    [("oft", 1.0), ("oft-shared", 0.5), ("lokr", 0.5)],
+    [("road", 0.5), ("road-4", 0.7)],
+    [("road", 0.6), ("boft", 0.4), ("dora", 0.5)],
+    [("c3a", 0.5), ("c3a-sizes", -0.5), ("ia3-values", 1.0)],
+    [("hira", 0.5), ("hira-ranks", 0.7), ("oft", 0.5)],
+    [("glora-lora", 0.6), ("hira", 1.0), ("road-2", 0.5), ("c3a", 1.0)],
+]
+MIXES: list[Mix] = [
+    *SUMS,
+    [("prefix", 1.0), ("lora", 0.5), ("lokr", -1.0)],
+    [("loha", 0.5), ("prompt", 1.0)],
+    [("p-tuning", 1.0)],
+    [("norms", 1.0)],
+    [("norms", 0.6), ("oft", 0.7)],
+    [("norms", 0.5), ("dora", 0.5)],
+    [("hra", 0.5), ("miss", 0.7), ("ln_tuning", 0.4)],
+    [("glora", 0.6), ("beft", -1.0), ("gralora", 0.5)],
+    [("ln_tuning", 1.0), ("deft", 0.3), ("vblora", 1.0)],
+    [("cartridge", 1.0), ("kasa", 0.5), ("peanut", 0.25), ("supertuning-supra", 0.7)],
+    [("shira", 1.0), ("waveft", -0.5), ("glora", 0.3), ("supertuning", 0.5)],
+    [("fourierft", 1.0), ("osf", -0.5), ("glora", 0.3), ("miss-bat", 0.4)],
+    [("randlora", 0.5), ("frod", 0.5), ("ln_tuning", 0.4), ("shira", 0.5)],
+    [("cpt", 1.0), ("delora", 1.0), ("unilora", -0.5), ("tinylora", 0.5)],
     [("fusion", 1.0)],
     [("fusion", 0.4)],
     [("fusion-3", 1.0)],
@@ -53,35 +162,44 @@ FUSION_MIXES: list[list[tuple[str, float]]] = [
     [("prompt", 1.0), ("fusion", 0.0)],
     [("prefix", 1.0), ("fusion-3", 0.8)],
 ]
-MIXES: list[list[tuple[str, float]]] = [
-    [("lokr", 0.5), ("loha", 0.7)],
-    [("lora", 0.7), ("loha", 0.3), ("dora", -0.4)],
-    [("loha-wide", 1.2), ("loha", -0.5), ("lokr-whole", 0.25), ("vera", 1.0)],
-    [("ia3", 0.5), ("adalora", 1.5), ("rslora", 0.0)],
-    [("dora", 0.0)],
-    [("prefix", 1.0), ("lora", 0.5), ("lokr", -1.0)],
-    [("loha", 0.5), ("prompt", 1.0)],
-]
+# What an aLoRA is invoked by.
+INVOCATION = 7
 
 
-def save_all(architecture: str, root: Path) -> None:
-    for seed, (name, (method, keys)) in enumerate(ADAPTERS.items()):
-        save_adapter(twin(architecture).model, make_config(method, **keys), root / name, seed=seed)
+async def test_scores_and_answers_are_pefts(tmp_path: Path) -> None:
+    await check_methods("qwen2", tmp_path, VARIANTS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3"])
+async def test_other_architectures(architecture: str, tmp_path: Path) -> None:
+    await check_methods(architecture, tmp_path, VARIANTS)
+
+
+def save_all(architecture: str, root: Path) -> list[str]:
+    """An adapter of every method, and of every variant in a mix; in an order to load them in."""
+    model = twin(architecture).model
+    names = save_every_method(model, root)
+    mixed = {name for mix in MIXES for name, _ in mix} | {"rslora"}
+    more = {name: how for name, how in {**VARIANTS, **OTHERS}.items() if name in mixed - {*names}}
+    for seed, (name, (method, keys)) in enumerate(more.items()):
+        save_adapter(model, make_config(method, **keys), root / name, seed=seed)
     for seed, (name, (components, targets, d_k)) in enumerate(FUSIONS.items()):
-        model = twin(architecture).model
         save_fusion(model, root, name, components, targets, d_k=d_k, seed=seed, strength=40.0)
     for name, experts in ROUTERS.items():
         write_router(root, name, experts, ALL, top_k=1, rng_seed=5)
+    return [*names, *more, *FUSIONS, *ROUTERS]
 
 
 def make_requests() -> list[Request]:
-    mixes = [[(name, 1.0)] for name in ADAPTERS] + MIXES + FUSION_MIXES + [[]]
+    """One of each method, the mixes, and the base's."""
     requests = []
-    for number, mix in enumerate(mixes):
+    for number, mix in enumerate([*([(name, 1.0)] for name in sorted(METHODS)), *MIXES, []]):
         refs = [AdapterRef(name=name, weight=weight) for name, weight in mix]
         # Some prompts are one short segment, some are cut into chunks.
         prompt = prompt_of((3, 11, 29, 70)[number % 4], number)
-        requests.append(make_request(prompt, *refs, max_tokens=6 + number % 5))
+        prompt += [INVOCATION, *prompt_of(2, number)]
+        requests.append(make_request(prompt, *refs, max_tokens=4 + number % 3))
     return requests
 
 
@@ -111,30 +229,40 @@ async def test_each_request_gets_the_bits_it_gets_alone(
     dtype, _, by_torch = formulation.partition(" ")
     if by_torch:
         monkeypatch.setattr(native, "library", lambda: None)
-    save_all(architecture, tmp_path)
-    folder, requests = twin(architecture).folder, make_requests()
+    names, requests = save_all(architecture, tmp_path), make_requests()
 
-    def engine() -> Any:
-        return EngineHarness.start(folder, tmp_path, dtype=dtype, adapters=NAMES)
+    @asynccontextmanager
+    async def started() -> AsyncIterator[EngineHarness]:
+        async with EngineHarness.start(
+            twin(architecture).folder, tmp_path, dtype=dtype, max_num_seqs=64
+        ) as harness:
+            served = {
+                name: harness.registry.load(name, name, task=TASKS.get(name)).facts.method
+                for name in names
+            }
+            # The folders are called what their files are served as, and none is missing.
+            assert {name: served[name] for name in METHODS} == {name: name for name in METHODS}
+            yield harness
 
-    alone = []
-    for request in requests:
-        async with engine() as harness:
-            alone.append(await harness.run(request))
-    async with engine() as harness:
+    # Several servers: what the first one kept must not answer for the others.
+    async with started() as harness:
+        alone = [await harness.run(request) for request in requests]
+        plain = [
+            await harness.run(make_request(request.prompt_token_ids, max_tokens=4))
+            for request in requests
+        ]
+    async with started() as harness:
         together = await harness.run_all(requests)
+    async with started() as harness:
         late = await staggered(harness, requests[::-1])
-    for request, one, two, three in zip(requests, alone, together, late[::-1], strict=True):
-        names = [(ref.name, ref.weight) for ref in request.adapters]
-        assert two.bits == one.bits, names
-        assert three.bits == one.bits, names
-    base = next(a for a, r in zip(alone, requests, strict=True) if not r.adapters)
-    assert len({answer.token_ids[:3] for answer in together}) > len(requests) // 2
-    zero = requests.index(next(r for r in requests if [a.weight for a in r.adapters] == [0.0]))
-    async with engine() as harness:
-        plain = await harness.run(make_request(requests[zero].prompt_token_ids, max_tokens=6))
-    assert alone[zero].token_ids[:6] == plain.token_ids[:6]
-    assert base.token_ids
+    for request, one, two, three, base in zip(
+        requests, alone, together, late[::-1], plain, strict=True
+    ):
+        mix = [(ref.name, ref.weight) for ref in request.adapters]
+        assert two.bits == one.bits, mix
+        assert three.bits == one.bits, mix
+        changed = one.logprobs[0] != base.logprobs[0]
+        assert changed == any(weight for _, weight in mix), mix
 
 
 class _SumOfDeltas(nn.Module):
@@ -145,42 +273,42 @@ class _SumOfDeltas(nn.Module):
         self._base, self._weights = base, [weight for _, weight in parts]
         self._parts = nn.ModuleList(part for part, _ in parts)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         plain = self._base(x)
         changes = zip(self._parts, self._weights, strict=True)
-        return plain + sum(weight * (part(x) - plain) for part, weight in changes)
+        # Some of PEFT's modules change what they are given.
+        return plain + sum(weight * (part(x.clone()) - plain) for part, weight in changes)
 
 
-def mixed_oracle(architecture: str, root: Path, mix: list[tuple[str, float]]) -> nn.Module:
+def mixed_oracle(base: nn.Module, root: Path, mix: Mix) -> nn.Module:
     """A model whose modules sum the deltas of PEFT's own modules in output space."""
-    model = copy.deepcopy(twin(architecture).model)
+    model = copy.deepcopy(base)
     loaded = [(load_adapter(model, root / name), weight) for name, weight in mix]
-    names = [
+    linears = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and ".layers." in name
     ]
-    for name in names:
+    for name in linears:
         parent, _, leaf = name.rpartition(".")
         parts = [(m.get_submodule(f"base_model.model.{name}"), weight) for m, weight in loaded]
-        base = model.get_submodule(name)
-        setattr(model.get_submodule(parent), leaf, _SumOfDeltas(base, parts))
+        own = _SumOfDeltas(model.get_submodule(name), parts)
+        setattr(model.get_submodule(parent), leaf, own)
     return model.eval()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["qwen2", pytest.param("llama", marks=pytest.mark.long)])
 async def test_mixes_sum_what_peft_adds(architecture: str, tmp_path: Path) -> None:
-    save_all(architecture, tmp_path)
-    soft = {"prefix", "prompt", "p-tuning"}
-    mixes = [mix for mix in MIXES if not soft & {name for name, _ in mix}]
-    prompt = prompt_of(31)
-    async with EngineHarness.start(
-        twin(architecture).folder, tmp_path, adapters=list(ADAPTERS)
-    ) as harness:
-        for mix in mixes:
+    base, prompt = twin(architecture), prompt_of(31)
+    names = sorted({name for mix in SUMS for name, _ in mix})
+    for seed, name in enumerate(names):
+        method, keys = {**VARIANTS, **OTHERS}[name]
+        save_adapter(base.model, make_config(method, **keys), tmp_path / name, seed=seed)
+    async with EngineHarness.start(base.folder, tmp_path, adapters=names) as harness:
+        for mix in SUMS:
             refs = [AdapterRef(name=name, weight=weight) for name, weight in mix]
             answer = await harness.run(make_request(prompt, *refs, score=True))
-            rows = oracle_logprobs(mixed_oracle(architecture, tmp_path, mix), prompt)
+            rows = oracle_logprobs(mixed_oracle(base.model, tmp_path, mix), prompt)
             expected = [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
             found = [p for p in answer.prompt_logprobs[1:] if p is not None]
             check_close(found, expected, f"{mix}")
