@@ -6,9 +6,8 @@ import functools
 import math
 from dataclasses import dataclass
 
+from turret.kernels.cpu.native import LANES
 from turret.lazy_torch import torch
-
-_LANES = 16  # of vec.h
 
 
 @functools.cache
@@ -67,9 +66,9 @@ class CirculantFactors:
     @staticmethod
     def transform_products(size: int) -> int:
         """Products of a block's transform, there or back."""
-        if size % _LANES:
+        if size % LANES:
             return size * (size + 2)
-        return size * 2 * _LANES + size // _LANES * 2 * (size + 2)
+        return size * 2 * LANES + size // LANES * 2 * (size + 2)
 
     @property
     def parts(self) -> int:
@@ -96,12 +95,12 @@ def _wide(tensor: torch.Tensor, size: int) -> torch.Tensor:
 @functools.cache
 def _matrices(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """``forward``, ``turns``, ``back`` and ``inverse``: the same for all updates of a size."""
-    if size % _LANES:
+    if size % LANES:
         forward, inverse = _padded_transforms(size)
         none = torch.empty(0, 2, forward.shape[2])
         return forward, none, none, inverse
-    parts, count = size // _LANES, size // 2 + 1
-    cosines, sines = _turns(torch.arange(_LANES), torch.arange(_LANES), _LANES)
+    parts, count = size // LANES, size // 2 + 1
+    cosines, sines = _turns(torch.arange(LANES), torch.arange(LANES), LANES)
     forward, inverse = torch.stack((cosines, -sines), 1), torch.stack((cosines, -sines))
     cosines, sines = _turns(torch.arange(parts), torch.arange(count), size)
     shares = torch.full((count,), 2.0 / size, dtype=torch.float64)
@@ -128,4 +127,4 @@ def _padded_transforms(size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _padded(size: int) -> int:
-    return -(-size // _LANES) * _LANES
+    return -(-size // LANES) * LANES

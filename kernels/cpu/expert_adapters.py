@@ -14,10 +14,8 @@ from collections.abc import Sequence
 
 import torch
 
-from turret.kernels.cpu.native import functions, num_threads
+from turret.kernels.cpu.native import LANES, functions, num_threads
 from turret.kernels.expert_routing import Routing
-
-_LANES = 16  # of vec.h: the activations of a member begin at multiples of it
 
 
 class ExpertTable:
@@ -38,7 +36,7 @@ class ExpertTable:
             for pair in updates
         ]
         self._table = torch.tensor(rows, dtype=torch.int64)
-        self.width = max((-(-row[2] // _LANES) * _LANES for row in rows), default=0)
+        self.width = max((-(-row[2] // LANES) * LANES for row in rows), default=0)
 
     @property
     def address(self) -> int:

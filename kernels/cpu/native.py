@@ -75,6 +75,8 @@ _BY_ELEMENT = {
     "turret_clamped_swiglu": (_pointer, _pointer, _int, _int, _double, _double, _int),
     "turret_rope_kv_write": (*(_pointer,) * 7, *(_int,) * 7),
 }
+# Floats of a vector, as in vec.h; activations of an operator begin at multiples of it.
+LANES = 16
 _BF16, _FP32 = "", "_f32"  # what their names end with
 _COUNTS = (
     *("turret_has_products", "turret_ahead", "turret_sparse_steps", "turret_sparse_fill"),

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from turret.kernels.cpu.native import by_element, num_threads
+from turret.kernels.cpu.native import LANES, by_element, num_threads
 from turret.kernels.paged_attention import SequenceSpan
 
-_LANES = 16
 MAX_HEAD_DIM = 256
 
 
@@ -48,9 +47,9 @@ class NativeAttentionPlan:
         self._spans = (ctypes.c_int64 * len(values))(*values)
         threads = num_threads()
         # Pad by a whole vector: vectors are stored from any position on.
-        padded = -(-longest // _LANES) * _LANES + _LANES
+        padded = -(-longest // LANES) * LANES + LANES
         # Large enough for attention.c, one row's heads, and for attention_tiles.h, 16 queries.
-        stride = max(num_heads * (2 * head_dim + padded), _LANES * (head_dim + padded))
+        stride = max(num_heads * (2 * head_dim + padded), LANES * (head_dim + padded))
         self._scratch = torch.empty(threads * stride)
         self._plan = (ctypes.c_int64 * 6)(
             ctypes.addressof(self._spans),

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from turret.kernels.cpu.circulant import CirculantFactors
-from turret.kernels.cpu.native import functions, isa, num_threads
+from turret.kernels.cpu.native import LANES, functions, isa, num_threads
 from turret.kernels.cpu.sparse import SparseBlocks
 
 # Share of a thread's cache for factors that are read ahead. The base's weights pass through it too.
@@ -31,7 +31,6 @@ _AHEAD_BYTES = 3 << 19
 # to q, k and v of the next layer. What arrives too early is still in the shared cache, and memory
 # would otherwise be idle.
 _LEAST_REACH = 4
-_LANES = 16  # of vec.h: activations of an operator begin at multiples of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +205,7 @@ def _asks_ahead() -> bool:
 
 
 def _padded(size: int) -> int:
-    return -(-size // _LANES) * _LANES
+    return -(-size // LANES) * LANES
 
 
 @dataclass(frozen=True, slots=True)

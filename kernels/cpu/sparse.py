@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.cpu.native import functions
+from turret.kernels.cpu.native import LANES, functions
 
-_LANES = 16  # of vec.h
 _BLOCK = 64  # of sparse.c
 _BEHIND = 64  # elements that the kernel reads past the last entry
 
@@ -69,7 +68,7 @@ def blocks_bytes(columns: torch.Tensor, row_starts: torch.Tensor) -> int:
     steps = _steps(columns, row_starts)
     if steps < 0:
         steps = _steps(_taken(columns, _by_block(columns, row_starts)), row_starts)
-    return 3 * (len(columns) + _BEHIND) + 6 * steps + out + 8 * (-(-out // _LANES) + 1)
+    return 3 * (len(columns) + _BEHIND) + 6 * steps + out + 8 * (-(-out // LANES) + 1)
 
 
 def _filled(
@@ -83,7 +82,7 @@ def _filled(
         torch.zeros(entries + _BEHIND, dtype=torch.uint8),
         torch.empty(entries, dtype=torch.int32),
         torch.empty(entries, dtype=torch.uint16),
-        torch.empty(-(-out // _LANES) + 1, 2, dtype=torch.int32),
+        torch.empty(-(-out // LANES) + 1, 2, dtype=torch.int32),
         torch.empty(out, dtype=torch.uint8),
     )
     steps = functions().turret_sparse_fill(

@@ -5,7 +5,7 @@ Text that might be the beginning of a stop string is held until the next tokens 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from turret.server.engine.scheduling.request import StopConditions, TextStream
 from turret.server.errors import InvalidRequestError
@@ -19,7 +19,9 @@ class Detokenizer:
         stopped_by: The stop string that was found, or None.
     """
 
-    def __init__(self, stream: TextStream, stop_strings: Sequence[str], include_stop: bool) -> None:
+    def __init__(
+        self, stream: TextStream, stop_strings: Collection[str], include_stop: bool
+    ) -> None:
         self._stream = stream
         self._stops = tuple(stop_strings)
         self._include_stop = include_stop
@@ -116,7 +118,7 @@ class AnswerText:
             self.stopped_by = self._detokenizer.stopped_by
         return text
 
-    def replay(self, tokens: Sequence[int]) -> None:
+    def replay(self, tokens: Collection[int]) -> None:
         """Take in what an earlier answer to the same request began with; its text is not wanted.
 
         Raises:

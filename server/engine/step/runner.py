@@ -12,8 +12,7 @@ import torch
 from turret.kernels.rows.elementwise import row_log_softmax
 from turret.server.adapters.device.store import Resident
 from turret.server.basics.work import is_out_of_memory
-from turret.server.engine.scheduling.scheduler import Step
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Sequence, Step
 from turret.server.engine.step.executor import Computed, Executor
 from turret.server.engine.step.masks import Masks
 from turret.server.engine.step.pooler import Pooler
