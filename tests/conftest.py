@@ -22,6 +22,8 @@ import pytest
 from interpreter import adapt_interpreter
 from servers.server_under_test import ServerUnderTest, start_server
 
+from turret.lazy_torch import torch as lazy_torch
+
 # Modules whose scratch memory must be written before it is read.
 _POISONED = ("turret.kernels.", "turret.server.models.decoding.decoder")
 
@@ -89,7 +91,7 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch is None:
         return
     for name, module in list(sys.modules.items()):
-        if name.startswith(_POISONED) and getattr(module, "torch", None) is torch:
+        if name.startswith(_POISONED) and getattr(module, "torch", None) in (torch, lazy_torch):
             monkeypatch.setattr(module, "torch", _PoisonedTorch(torch))
 
 
