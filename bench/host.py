@@ -24,7 +24,7 @@ import doors
 
 from turret.server.app import App
 from turret.server.config import CacheConfig, Config, ListenConfig, ModelConfig, SchedulerConfig
-from turret.server.engine.scheduling.scheduler import Step
+from turret.server.engine.scheduling.sequence import Step
 from turret.server.engine.step.runner import Runner, StepResult
 from turret.server.engine.step.sampler import Draw
 

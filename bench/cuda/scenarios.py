@@ -18,7 +18,7 @@ from cuda.tune import use
 
 from turret.kernels.gpu.common import tuning
 from turret.kernels.gpu.low_rank import segmented_expand, segmented_shrink
-from turret.server.engine.scheduling.scheduler import Step
+from turret.server.engine.scheduling.sequence import Step
 
 
 def scenarios(setting: Setting) -> list[Scenario]:

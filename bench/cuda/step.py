@@ -25,8 +25,7 @@ from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.engine.scheduling.request import Request
-from turret.server.engine.scheduling.scheduler import Scheduled, Step
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.engine.step.executor import Computed
 from turret.server.engine.step.gpu.decode_graphs import capture_for
 from turret.server.engine.step.gpu.executor import GpuExecutor

@@ -13,7 +13,7 @@ from cuda.step import Adapter, DecodeStep, Scenario
 from cuda.timing import Timing
 
 from turret.server.adapters.lowering.arena import in_one_block
-from turret.server.engine.scheduling.scheduler import Step
+from turret.server.engine.scheduling.sequence import Step
 
 _ROWS = 8
 # Number of adapters, and of steps during which none arrives; few in the interpreter.

@@ -22,8 +22,8 @@ from turret.server.engine.base_change import BaseChange
 from turret.server.engine.observer import LoopObserver
 from turret.server.engine.ports import Adapters, EngineMetrics, Runs
 from turret.server.engine.scheduling.request import FinishReason, Output
-from turret.server.engine.scheduling.scheduler import Scheduled, Scheduler, Step
-from turret.server.engine.scheduling.sequence import Sequence, SequenceState
+from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.sequence import Scheduled, Sequence, SequenceState, Step
 from turret.server.engine.step.runner import DeviceFullError, StepResult
 from turret.server.engine.stream import Stream
 from turret.server.errors import (

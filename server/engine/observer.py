@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from turret.server.engine.answer import Answer
 from turret.server.engine.ports import EngineMetrics, Runs
-from turret.server.engine.scheduling.scheduler import Scheduler, Step
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.sequence import Sequence, Step
 from turret.server.engine.step.runner import StepResult
 
 # How old the lists of adapters in use may be: a thousand waiting requests are not walked each step.

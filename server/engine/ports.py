@@ -8,8 +8,7 @@ from typing import Protocol
 
 from turret.server.adapters.mix import Mix
 from turret.server.adapters.ref import AdapterRef
-from turret.server.engine.scheduling.scheduler import Step
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Sequence, Step
 from turret.server.engine.step.runner import StepResult
 from turret.server.errors import TurretError
 

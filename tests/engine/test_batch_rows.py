@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from builders.sequences import FakeMix, sequence_of
 
-from turret.server.engine.scheduling.scheduler import Scheduled, Step
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.engine.step.batch import MAX_SHORT_ROWS, BatchBuilder
 
 

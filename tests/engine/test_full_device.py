@@ -14,7 +14,7 @@ from method_oracle import prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.engine.scheduling.request import SamplingParams
-from turret.server.engine.scheduling.scheduler import Step
+from turret.server.engine.scheduling.sequence import Step
 from turret.server.engine.step.executor import TorchExecutor
 from turret.server.engine.step.sampler import Sampler
 

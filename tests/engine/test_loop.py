@@ -19,8 +19,8 @@ from turret.server.engine.detokenizer import AnswerText
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.request import Request, StopConditions
-from turret.server.engine.scheduling.scheduler import Scheduler, Step
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.sequence import Sequence, Step
 from turret.server.engine.step.runner import DeviceFullError, StepResult
 from turret.server.engine.step.sampler import Draw
 from turret.server.engine.stream import Stream

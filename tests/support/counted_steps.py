@@ -27,8 +27,7 @@ from turret.server.adapters.operators.gate import Gate, QueryScore
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.vocabulary import VocabularyOperators, VocabularyRows
 from turret.server.engine.scheduling.request import Request, SamplingParams
-from turret.server.engine.scheduling.scheduler import Scheduled, Step
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.engine.step.gpu.decode_graphs import Body, Outputs
 from turret.server.engine.step.gpu.executor import GpuExecutor
 from turret.server.models.decoding.adapted_linear import AdaptedLinear

@@ -11,8 +11,7 @@ from turret.kernels.paged_attention import SequenceSpan
 from turret.server.adapters.device.members import Members, StepMembers
 from turret.server.adapters.device.store import AdapterStep, StepStore
 from turret.server.adapters.device.vocabulary import VocabularyGroup
-from turret.server.engine.scheduling.scheduler import Scheduled, Step
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.engine.step.first_passes import NO_SCALINGS, StepScalings, given_rows
 from turret.server.engine.step.rows import Placed, collect_rows
 from turret.server.engine.step.vocabulary_plan import changed_embeddings

@@ -12,8 +12,7 @@ import torch
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.device.store import AdapterStore, StepStore
 from turret.server.adapters.operators.soft_prompt import soft_prompt_of
-from turret.server.engine.scheduling.scheduler import Step
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Sequence, Step
 from turret.server.engine.step.batch import BatchBuilder
 from turret.server.engine.step.first_passes import (
     NO_SCALINGS,

@@ -10,8 +10,7 @@ import torch
 
 from turret.server.adapters.operators.soft_prompt import soft_prompt_of
 from turret.server.adapters.operators.vocabulary import added_rows_of
-from turret.server.engine.scheduling.scheduler import Scheduled
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Scheduled, Sequence
 from turret.server.models.decoding.arch import LONG
 
 

@@ -32,8 +32,7 @@ from turret.server.adapters.operators.adapter_operators import AdapterOperators,
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.engine.scheduling.request import Request
-from turret.server.engine.scheduling.scheduler import Scheduled, Step
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.engine.step.gpu.executor import GpuExecutor
 from turret.server.engine.step.gpu.start import largest_step, warm_up
 from turret.server.models.decoding.adapted_linear import AdaptedLinear

@@ -25,8 +25,7 @@ from turret.server.adapters.operators.adapter_operators import AdapterOperators,
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.peft_format.dora_gain import dora_gain
 from turret.server.engine.scheduling.request import Request
-from turret.server.engine.scheduling.scheduler import Scheduled, Step
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.engine.step.gpu.decode_graphs import CudaCapture, DecodeGraphs
 from turret.server.engine.step.gpu.executor import GpuExecutor
 from turret.server.engine.step.gpu.tables import BlockTables

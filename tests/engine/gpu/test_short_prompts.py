@@ -6,8 +6,7 @@ import pytest
 
 from turret.server.adapters.mix import Mix
 from turret.server.engine.scheduling.request import Request
-from turret.server.engine.scheduling.scheduler import Scheduled
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Scheduled, Sequence
 from turret.server.engine.step.gpu.executor import is_fused
 from turret.server.engine.step.gpu.start import largest_step
 

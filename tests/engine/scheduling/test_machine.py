@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from turret.server.engine.scheduling.block_pool import BlockPool, next_key, root_key
 from turret.server.engine.scheduling.fair_queue import FairQueue
-from turret.server.engine.scheduling.scheduler import Scheduler, Step
-from turret.server.engine.scheduling.sequence import PLACEHOLDER, Sequence, SequenceState
+from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.sequence import PLACEHOLDER, Sequence, SequenceState, Step
 
 NUM_BLOCKS = 14
 MAX_SEQS = 4

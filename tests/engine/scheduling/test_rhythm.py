@@ -6,7 +6,8 @@ import pytest
 from builders.sequences import BLOCK_SIZE, sequence_of
 
 from turret.server.engine.scheduling.block_pool import BlockPool
-from turret.server.engine.scheduling.scheduler import Scheduler, Step
+from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.sequence import Step
 from turret.server.engine.speculation import StepCost
 
 

@@ -22,8 +22,7 @@ from turret.server.adapters.mix import Mix
 from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.vectors import Gain
-from turret.server.engine.scheduling.scheduler import Scheduled, Step
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.engine.step.batch import runs_of
 from turret.server.engine.step.executor import Computed, adapters_of, fill_prefix, sampled_rows
 from turret.server.engine.step.first_passes import (

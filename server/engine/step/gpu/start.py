@@ -15,8 +15,7 @@ import torch
 from turret.server.adapters.mix import Mix
 from turret.server.basics.work import is_out_of_memory
 from turret.server.engine.scheduling.request import Request
-from turret.server.engine.scheduling.scheduler import Scheduled, Step
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 
 if TYPE_CHECKING:
     # Triton is not installed where other paths run.

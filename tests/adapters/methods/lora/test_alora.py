@@ -28,7 +28,8 @@ from torch import nn
 from turret.kernels.cpu import native
 from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.scheduling.request import SamplingParams
-from turret.server.engine.scheduling.scheduler import Scheduler, Step
+from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.sequence import Step
 from turret.server.errors import (
     InvalidRequestError,
 )
