@@ -226,22 +226,6 @@ def _set_constraint(body: Generating, message: _Message, names: dict[str, str]) 
             names[kind] = name
 
 
-def numbered(asked: Asked, prompt: _Message, choice: int) -> _Message:
-    """The request for one of a prompt's answers. With a seed, each answer gets a different one.
-
-    Args:
-        asked: What is asked for.
-        prompt: The input alone.
-        choice: Which of the answers, from 0, which keeps the seed that was sent.
-    """
-    message = _Message()
-    message.CopyFrom(asked.message)
-    message.MergeFrom(prompt)
-    if choice and message.sampling.HasField("seed"):
-        message.sampling.seed = (message.sampling.seed + choice) % (1 << 64)
-    return message
-
-
 def set_rendering(body: ChatOnly, chat: inference_pb2.Chat) -> None:
     """Set how a conversation is rendered; the variables that a request names itself come first."""
     variables = dict(body.chat_template_kwargs)
