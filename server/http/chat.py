@@ -25,7 +25,7 @@ from turret.v1 import inference_pb2
 
 
 class ChatCompletions(Asks):
-    """Answers conversations."""
+    """Answer a conversation."""
 
     async def __call__(self, exchange: Exchange) -> None:
         info, body, mix = self._read(exchange, ChatRequest)

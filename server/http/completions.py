@@ -33,7 +33,7 @@ _Prompt = inference_pb2.GenerateRequest
 
 
 class Completions(Asks):
-    """Continues prompts."""
+    """Continue prompts."""
 
     async def __call__(self, exchange: Exchange) -> None:
         info, body, mix = self._read(exchange, CompletionRequest)

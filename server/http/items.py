@@ -38,10 +38,12 @@ class Dialect(ABC):
 
     Attributes:
         is_never_empty: Whether an answer of nothing has an empty message.
+        has_done: Whether a stream ends with ``[DONE]``.
         whole: The object that answers, once there are no further events.
     """
 
     is_never_empty: ClassVar[bool]
+    has_done: ClassVar[bool]
     whole: dict[str, Any]
 
     @abstractmethod
@@ -184,6 +186,6 @@ async def answer_in_items(
     is_cut = ended.finish_reason == inference_pb2.GenerateResponse.LENGTH
     await send([*items.finish(is_cut), *dialect.finish(ended, is_cut)])
     if is_stream:
-        await reply.end_events()
+        await reply.end_events(has_done=dialect.has_done)
     else:
         await reply.json(dialect.whole)

@@ -102,16 +102,16 @@ class Reply:
         else:
             await self._write(event)
 
-    async def end_events(self) -> None:
-        """End the stream as OpenAI's does."""
-        await self._write(_DONE, is_last=True)
+    async def end_events(self, *, has_done: bool = True) -> None:
+        """End the stream, as OpenAI's does unless told otherwise."""
+        await self._write(_DONE if has_done else b"", is_last=True)
 
     async def refuse(self, refusal: Refusal) -> None:
         """Send an error: as a status, or after the first event as the last one."""
         if not self.is_begun:
             await self.json(refusal.body, refusal.status, refusal.headers)
         elif not self.is_ended:
-            await self._write(b"data: %b\n\n" % dumps(refusal.body), is_last=True)
+            await self._write(event_bytes(refusal.body, refusal.event), is_last=True)
 
     async def _begin(self, status: int, headers: Mapping[str, str]) -> None:
         self.is_begun = True

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
-from turret.server.errors import InvalidRequestError
 from turret.server.http.answers import Ended, adapters_of, chat_logprobs, usage_of
-from turret.server.http.asked import Asks, asked_of, set_rendering, tools_of
+from turret.server.http.asked import Asks, asked_of, set_rendering, set_text_format, tools_of
 from turret.server.http.choices import Choices, make_readers
 from turret.server.http.endpoint import Exchange
 from turret.server.http.items import Dialect, Event, Item, Logprobs, answer_in_items
@@ -16,19 +14,18 @@ from turret.server.http.refusals import Refusal
 from turret.server.http.schemas import requests
 from turret.server.http.schemas.requests import ResponseRequest, TextFormat
 from turret.server.http.tools.calls import CallBegun, Said, Thought
-from turret.server.words import say
 from turret.v1 import inference_pb2
 
 LOGPROBS = "message.output_text.logprobs"
 # Fields of the request that the answer repeats as they are.
 _REPEATED = (
     *("model", "instructions", "max_output_tokens", "metadata", "tool_choice"),
-    *("parallel_tool_calls", "user", "safety_identifier", "prompt_cache_key"),
+    *("user", "safety_identifier", "prompt_cache_key"),
 )
 
 
 class Responses(Asks):
-    """Answers conversations as OpenAI's Responses API does."""
+    """Answer a conversation (Responses API); nothing is stored."""
 
     async def __call__(self, exchange: Exchange) -> None:
         _, body, mix = self._read(exchange, ResponseRequest)
@@ -39,7 +36,7 @@ class Responses(Asks):
             exchange.names["stop.max_tokens"] = "max_output_tokens"
         message.options.logprobs = _wants_logprobs(body)
         message.options.top_n = body.top_logprobs or 0
-        _set_text_format(body.text.format, message, exchange.names)
+        set_text_format(body.text.format, message, exchange.names, "text")
         prompt = inference_pb2.GenerateRequest(
             chat=_chat_of(body.input, body.instructions, exchange.names)
         )
@@ -54,23 +51,6 @@ class Responses(Asks):
 
 def _wants_logprobs(body: ResponseRequest) -> bool:
     return LOGPROBS in body.include or bool(body.top_logprobs)
-
-
-def _set_text_format(
-    form: TextFormat | None, message: inference_pb2.GenerateRequest, names: dict[str, str]
-) -> None:
-    """Set the constraint in ``text.format``, which is ``response_format`` without a level."""
-    if form is None or form.type == "text":
-        return
-    if message.WhichOneof("constraint") is not None:
-        why = say("SEVERAL_CONSTRAINTS", names="text.format")
-        raise InvalidRequestError.of("text.format.type", why)
-    if form.type == "json_object":
-        message.json_object = True
-        names["json_object"] = "text.format"
-    else:
-        message.json_schema = json.dumps(form.schema_, ensure_ascii=False)
-        names["json_schema"] = "text.format.schema"
 
 
 def _text_format(form: TextFormat | None) -> dict[str, Any]:
@@ -132,6 +112,7 @@ class _Response(Dialect):
     """
 
     is_never_empty = True
+    has_done = True
 
     def __init__(self, request_id: str, body: ResponseRequest) -> None:
         self._request_id = request_id
@@ -166,6 +147,7 @@ class _Response(Dialect):
                 | {"parameters": tool.parameters, "strict": bool(tool.strict)}
                 for tool in body.tools
             ],
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             **{name: getattr(body, name) for name in _REPEATED},
         }
 

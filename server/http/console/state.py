@@ -207,7 +207,7 @@ class Probes:
         self._metrics = metrics
 
     async def health(self, exchange: Exchange) -> None:
-        """200 while calls are served.
+        """Whether requests are served.
 
         Raises:
             UnavailableError: The server is starting, draining or dead.
@@ -216,7 +216,7 @@ class Probes:
         await exchange.reply.json({"status": "ok"})
 
     async def metrics(self, exchange: Exchange) -> None:
-        """Every series, as text for Prometheus."""
+        """Metrics for Prometheus."""
         encode, content_type = choose_encoder(exchange.headers.get("accept", ""))
         body = await asyncio.to_thread(encode, self._metrics.registry)
         await exchange.reply.whole(body, 200, {"content-type": content_type})

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import json
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -48,8 +48,14 @@ M = TypeVar("M", bound="Body")
 
 
 class Body(BaseModel):
-    """An object of a request. A field that is null counts as absent."""
+    """An object of a request. A field that is null counts as absent.
 
+    Attributes:
+        names: Field paths of turret.v1, or beginnings of paths that end in a dot, as this object
+            calls them.
+    """
+
+    names: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
