@@ -31,6 +31,12 @@ from turret.server.http.completions import Completions
 from turret.server.http.connection import Connection, Listener, tls_context
 from turret.server.http.console.state import Probes, State
 from turret.server.http.endpoint import INFERENCE, Endpoint, Handler, Route
+from turret.server.http.messages import (
+    CountRequest,
+    Messages,
+    MessagesRequest,
+    anthropic_refusal,
+)
 from turret.server.http.middleware import HostCheck, RequestIds, no_route
 from turret.server.http.models import Lora, Models
 from turret.server.http.openapi import Document
@@ -101,6 +107,26 @@ def routes(
     ask("/v1/responses", Responses(inference), ResponseRequest, answers.Response)
     ask("/v1/embeddings", Embeddings(inference), EmbeddingsRequest, answers.Embeddings)
     ask("/classify", Classify(inference), ClassifyRequest, answers.Classification)
+    messages = Messages(inference)
+    made += [
+        Route(
+            path="/v1/messages",
+            handler=messages,
+            body=MessagesRequest,
+            answer=answers.Message,
+            service=INFERENCE,
+            is_counted=True,
+            refuse=anthropic_refusal,
+        ),
+        Route(
+            path="/v1/messages/count_tokens",
+            handler=messages.count,
+            body=CountRequest,
+            answer=answers.TokenCount,
+            service=INFERENCE,
+            refuse=anthropic_refusal,
+        ),
+    ]
     get("/v1/models", models.list, INFERENCE, answers.ModelList)
     # Model names may contain slashes.
     get("/v1/models/{model:path}", models.get, INFERENCE, answers.ModelCard)
