@@ -13,7 +13,7 @@ from turret.server.api.violations import Violations
 from turret.server.errors import InvalidRequestError
 from turret.server.http.endpoint import Exchange
 from turret.server.http.model_names import Mix, mix_of, named_in
-from turret.server.http.schemas.fields import Sent, not_one_of
+from turret.server.http.schemas.fields import Sent, closed, not_one_of
 from turret.server.http.schemas.requests import (
     Asking,
     ChatOnly,
@@ -201,7 +201,7 @@ def set_text_format(
         message.json_object = True
         names["json_object"] = f"{place}.format"
     else:
-        message.json_schema = json.dumps(form.schema_, ensure_ascii=False)
+        message.json_schema = json.dumps(closed(form.schema_), ensure_ascii=False)
         names["json_schema"] = f"{place}.format.schema"
 
 

@@ -256,6 +256,7 @@ async def make_readers(
         has_reasoning=is_free and not use.must_call and chat_format.has_reasoning,
         is_open=bool(chat_format.opens_reasoning),
         has_channels=chat_format.has_channels,
+        is_forced=use.must_call,
     )
 
 

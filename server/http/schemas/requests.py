@@ -24,6 +24,7 @@ from turret.server.http.schemas.fields import (
     UINT32,
     Body,
     ClosedBody,
+    ClosedSchema,
     Content,
     Count,
     Function,
@@ -166,7 +167,7 @@ class StructuredOutputs(ClosedBody):
 
 class JsonSchema(Body):
     name: Any = None
-    schema_: Schema = Field(alias="schema")
+    schema_: ClosedSchema = Field(alias="schema")
 
 
 class ResponseFormat(Body):
