@@ -191,6 +191,7 @@ class EventStream(ABC):
     async def send(self, choices: Choices) -> None:
         """Send all events."""
         ended: dict[int, Ended] = {}
+        self._reply.is_stream = True
         async with contextlib.aclosing(choices.chunks()) as chunks:
             async for index, chunk in chunks:
                 is_last = chunk.finish_reason in FINISH_REASONS

@@ -29,6 +29,8 @@ from turret.server.metrics import Metrics
 from turret.server.words import say
 
 INFERENCE = "turret.v1.Inference"
+# A stream that has been quiet for this long gets a comment.
+HEARTBEAT_SECONDS = 15.0
 _log = logging.getLogger(__name__)
 
 
@@ -244,7 +246,8 @@ async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Cod
     work = asyncio.ensure_future(handler(exchange))
     gone = asyncio.ensure_future(_disconnect(receive))
     try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        while not await _either(work, gone):
+            await exchange.reply.keep_alive()
         if not (work.done() or exchange.reply.is_ended):
             return Code.CANCELLED
         await work
@@ -256,6 +259,14 @@ async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Cod
         # A task holds its exception, whose traceback holds this frame: without this line they
         # would keep each other, and the body of the request, until the garbage collector looks.
         del work, gone
+
+
+async def _either(work: asyncio.Future[None], gone: asyncio.Future[None]) -> bool:
+    """Wait a while for the first of two; returns whether one is done."""
+    done, _ = await asyncio.wait(
+        (work, gone), timeout=HEARTBEAT_SECONDS / 2, return_when=asyncio.FIRST_COMPLETED
+    )
+    return bool(done)
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -161,6 +161,7 @@ async def answer_in_items(
         TurretError: The answer broke off.
     """
     reply, items = exchange.reply, _Items(dialect)
+    reply.is_stream, is_started = is_stream, False
 
     async def send(events: list[Event]) -> None:
         for kind, fields in events if is_stream else ():
@@ -170,7 +171,8 @@ async def answer_in_items(
     try:
         async with contextlib.aclosing(choices.chunks()) as chunks:
             async for _, chunk in chunks:
-                if not reply.is_begun:
+                if not is_started:
+                    is_started = True
                     await send(dialect.start())
                 pieces = reader.feed(chunk.text)
                 if chunk.finish_reason in FINISH_REASONS:
@@ -179,7 +181,7 @@ async def answer_in_items(
                 await send(items.feed(pieces, dialect.logprobs_of(chunk)))
     except Exception as error:
         # Before the first event, the error is sent as an HTTP status instead.
-        if reply.is_begun:
+        if is_started:
             await send(dialect.fail(refusal_of(error, exchange.names)))
         raise
     assert ended is not None, "the last chunk says how it ended"

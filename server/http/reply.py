@@ -16,6 +16,7 @@ from turret.server.http.refusals import Refusal
 
 _JSON = {"content-type": "application/json"}
 _DONE = b"data: [DONE]\n\n"
+_COMMENT = b": still working\n\n"
 _EVENTS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
@@ -59,6 +60,7 @@ class Reply:
     Attributes:
         is_begun: The status has been sent and cannot be changed any more.
         is_ended: The last byte has been sent.
+        is_stream: The answer will be events, so that comments may come before and between them.
     """
 
     def __init__(self, send: Send, call: Call, chunks: Chunks | None = None) -> None:
@@ -67,6 +69,18 @@ class Reply:
         self._chunks = chunks
         self.is_begun = False
         self.is_ended = False
+        self.is_stream = False
+        self._was_quiet = False
+
+    async def keep_alive(self) -> None:
+        """Send a comment if a stream has been quiet since the last call; it may begin the answer.
+
+        Proxies and clients would otherwise close a connection on which nothing happens.
+        """
+        if not self._was_quiet:
+            self._was_quiet = True
+        elif self.is_stream and not self.is_ended:
+            await self.send_event(_COMMENT)
 
     async def json(
         self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None
@@ -95,6 +109,7 @@ class Reply:
 
     async def send_event(self, event: bytes) -> None:
         """Send an event that is bytes already; the first begins the answer."""
+        self._was_quiet = False
         if not self.is_begun:
             await self._begin(200, _EVENTS)
         if self._chunks is not None:

@@ -134,7 +134,9 @@ def routes(
         Route("/tokenize", tokens.tokenize, TokenizeRequest, answers.Tokens, INFERENCE),
         Route("/detokenize", tokens.detokenize, DetokenizeRequest, answers.Text, INFERENCE),
     ]
-    get("/health", probes.health, "", answers.Health)
+    for path in ("/health", "/v1/health", "/ping"):
+        get(path, probes.health, "", answers.Health)
+    get("/version", probes.version, "", answers.Version)
     get("/metrics", probes.metrics, "metrics")
     # The state is open to every role: the handler itself rejects callers without one.
     for path, handler in (

@@ -9,6 +9,7 @@ from typing import Any
 
 from prometheus_client.exposition import choose_encoder
 
+import turret
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.faults import Failures
 from turret.server.api.inference.inference import Inference
@@ -214,6 +215,10 @@ class Probes:
         """
         self._inference.model()
         await exchange.reply.json({"status": "ok"})
+
+    async def version(self, exchange: Exchange) -> None:
+        """The version of turret."""
+        await exchange.reply.json({"version": turret.__version__})
 
     async def metrics(self, exchange: Exchange) -> None:
         """Metrics for Prometheus."""

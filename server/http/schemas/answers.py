@@ -205,3 +205,7 @@ class ModelList(Answer):
 
 class Health(Answer):
     status: Literal["ok"]
+
+
+class Version(Answer):
+    version: str
