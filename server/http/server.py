@@ -8,6 +8,7 @@ import functools
 import socket
 import ssl
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 from pydantic import BaseModel
@@ -93,9 +94,12 @@ def routes(
         Tokens(inference),
     )
 
-    def ask(path: str, handler: Handler, body: type[Body], answer: type[BaseModel]) -> None:
-        """A call that runs on adapters."""
-        made.append(Route(path, handler, body, answer, INFERENCE, is_counted=True))
+    def ask(
+        path: str, handler: Handler, body: type[Body], answer: type[BaseModel], **more: Any
+    ) -> None:
+        """A call that, unless told otherwise, runs on adapters."""
+        more = {"is_counted": True, **more}
+        made.append(Route(path, handler, body, answer, INFERENCE, **more))
 
     def get(
         path: str, handler: Handler, service: str, answer: type[BaseModel] | None = None
@@ -108,32 +112,15 @@ def routes(
     ask("/v1/embeddings", Embeddings(inference), EmbeddingsRequest, answers.Embeddings)
     ask("/classify", Classify(inference), ClassifyRequest, answers.Classification)
     messages = Messages(inference)
-    made += [
-        Route(
-            path="/v1/messages",
-            handler=messages,
-            body=MessagesRequest,
-            answer=answers.Message,
-            service=INFERENCE,
-            is_counted=True,
-            refuse=anthropic_refusal,
-        ),
-        Route(
-            path="/v1/messages/count_tokens",
-            handler=messages.count,
-            body=CountRequest,
-            answer=answers.TokenCount,
-            service=INFERENCE,
-            refuse=anthropic_refusal,
-        ),
-    ]
+    form = {"refuse": anthropic_refusal}
+    count_path = "/v1/messages/count_tokens"
+    ask("/v1/messages", messages, MessagesRequest, answers.Message, **form)
+    ask(count_path, messages.count, CountRequest, answers.TokenCount, is_counted=False, **form)
     get("/v1/models", models.list, INFERENCE, answers.ModelList)
     # Model names may contain slashes.
     get("/v1/models/{model:path}", models.get, INFERENCE, answers.ModelCard)
-    made += [
-        Route("/tokenize", tokens.tokenize, TokenizeRequest, answers.Tokens, INFERENCE),
-        Route("/detokenize", tokens.detokenize, DetokenizeRequest, answers.Text, INFERENCE),
-    ]
+    ask("/tokenize", tokens.tokenize, TokenizeRequest, answers.Tokens, is_counted=False)
+    ask("/detokenize", tokens.detokenize, DetokenizeRequest, answers.Text, is_counted=False)
     for path in ("/health", "/v1/health", "/ping"):
         get(path, probes.health, "", answers.Health)
     get("/version", probes.version, "", answers.Version)

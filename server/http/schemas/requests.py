@@ -410,9 +410,7 @@ class InputsRequest(Asking, ChatOnly):
 
     @model_validator(mode="after")
     def _has_one_input(self) -> InputsRequest:
-        _has_either(self.messages, self.input, "input")
-        _needs_messages(self, self.messages)
-        _adds_special_tokens(self.add_special_tokens, self.messages)
+        _check_input(self, "input")
         return self
 
 
@@ -446,9 +444,7 @@ class TokenizeRequest(Asking, ChatOnly):
 
     @model_validator(mode="after")
     def _has_one_input(self) -> TokenizeRequest:
-        _has_either(self.messages, self.prompt, "prompt")
-        _needs_messages(self, self.messages)
-        _adds_special_tokens(self.add_special_tokens, self.messages)
+        _check_input(self, "prompt")
         if self.messages is None and self.tools:
             raise wrong_at(say("NEEDS_FIELD", other="messages"), "tools")
         return self
@@ -463,23 +459,18 @@ class DetokenizeRequest(Asking):
     tokens: TokenIds
 
 
-def _has_either(messages: object, other: object, name: str) -> None:
-    if messages is None and other is None:
-        raise wrong_at(say("REQUIRED"), name)
-    if messages is not None and other is not None:
+def _check_input(body: InputsRequest | TokenizeRequest, name: str) -> None:
+    """Refuse a request unless it has either messages or another input, and what belongs to it."""
+    is_chat, is_text = body.messages is not None, getattr(body, name) is not None
+    if is_chat and is_text:
         raise wrong_at(say("CONFLICTS_WITH", other="messages"), name)
-
-
-def _needs_messages(body: ChatOnly, messages: object) -> None:
-    """Reject fields of a conversation without one."""
-    for name in _RENDERING if messages is None else ():
-        if getattr(body, name):
-            raise wrong_at(say("NEEDS_FIELD", other="messages"), name)
-
-
-def _adds_special_tokens(sent: bool | None, messages: object) -> None:
+    if not is_chat and not is_text:
+        raise wrong_at(say("REQUIRED"), name)
+    for field in () if is_chat else _RENDERING:
+        if getattr(body, field):
+            raise wrong_at(say("NEEDS_FIELD", other="messages"), field)
     # The chat template writes special tokens itself, and a text always gets them.
-    if sent is not None and sent is not (messages is None):
+    if body.add_special_tokens not in (None, is_text):
         raise wrong_at(say("NOT_SUPPORTED"), "add_special_tokens")
 
 
