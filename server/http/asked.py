@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from turret.server.api.inference.inference import Inference
 from turret.server.api.violations import Violations
 from turret.server.errors import InvalidRequestError
 from turret.server.http.endpoint import Exchange
 from turret.server.http.model_names import Mix, mix_of, named_in
-from turret.server.http.schemas.fields import Sent, not_one_of
+from turret.server.http.schemas.fields import Sent, closed, not_one_of
 from turret.server.http.schemas.requests import (
     Asking,
     ChatOnly,
-    FlatTool,
     FunctionTool,
     Generating,
     InputsRequest,
     Message,
-    Tool,
+    TextFormat,
 )
 from turret.server.words import say
 from turret.v1 import inference_pb2
@@ -30,44 +29,7 @@ from turret.v1 import inference_pb2
 _Message = inference_pb2.GenerateRequest
 _A = TypeVar("_A", bound=Asking)
 
-# Field paths of turret.v1, or beginnings of paths that end in a dot, as this API names them.
-NAMES = {
-    "sampling.": "",
-    "stop.": "",
-    "stop.stop_strings": "stop",
-    "stop.include_stop": "include_stop_str_in_output",
-}
-CHAT_NAMES = {
-    **NAMES,
-    "input": "messages",
-    "chat": "messages",
-    "chat.messages": "messages",
-    "chat.": "",
-    "options.top_n": "top_logprobs",
-}
-COMPLETION_NAMES = {
-    **NAMES,
-    "input": "prompt",
-    "token_ids.ids": "prompt",
-    "options.top_n": "logprobs",
-    "top_n": "logprobs",
-}
-RESPONSE_NAMES = {
-    **CHAT_NAMES,
-    "input": "input",
-    "chat": "input",
-    "chat.messages": "input",
-    "stop.max_tokens": "max_output_tokens",
-}
-INPUT_NAMES = {"inputs": "input"}
 _CHAT_INPUT_NAMES = {"inputs": "messages", "inputs[0].chat.": ""}
-TOKEN_NAMES = {
-    "input": "prompt",
-    "token_ids.ids": "tokens",
-    "chat": "messages",
-    "chat.messages": "messages",
-    "chat.": "",
-}
 # OpenAI's newer name for the role that chat templates call ``system``.
 _ROLES = {"developer": "system"}
 
@@ -182,64 +144,65 @@ def _set_stop(body: Generating, stop: inference_pb2.StopConditions, names: dict[
     stop.stop_token_ids.extend(body.stop_token_ids)
 
 
+# By the kind of a constraint: the fields that other servers have for it. ``structured_outputs`` has
+# one for each kind, too.
+_CONSTRAINTS = {
+    "json_schema": ("guided_json", "json_schema"),
+    "json_object": ("guided_json_object", "json_object"),
+    "regex": ("guided_regex", "regex"),
+    "grammar": ("guided_grammar", "grammar", "ebnf"),
+    "choice": ("guided_choice", "choice"),
+}
+
+
 def _set_constraint(body: Generating, message: _Message, names: dict[str, str]) -> None:
     """Set the only constraint that a request may have, in any of the forms that clients use."""
     outputs, form = body.structured_outputs, body.response_format
+    found: dict[str, tuple[str, Any]] = {}
+    for kind, fields in _CONSTRAINTS.items():
+        found |= {name: (kind, getattr(body, name)) for name in fields}
+        if outputs is not None:
+            name = "json" if kind == "json_schema" else kind
+            value = outputs.json_ if name == "json" else getattr(outputs, name)
+            found[f"structured_outputs.{name}"] = kind, value
     # Some clients always send an empty grammar. Like false and null, it asks for nothing.
-    found: list[tuple[str, Any, str]] = [
-        ("json_schema", body.guided_json, "guided_json"),
-        ("json_object", body.guided_json_object, "guided_json_object"),
-        ("regex", body.guided_regex, "guided_regex"),
-        ("grammar", body.guided_grammar, "guided_grammar"),
-        ("choice", body.guided_choice, "guided_choice"),
-        ("json_schema", body.json_schema, "json_schema"),
-        ("json_object", body.json_object, "json_object"),
-        ("regex", body.regex, "regex"),
-        ("grammar", body.grammar or None, "grammar"),
-        ("grammar", body.ebnf, "ebnf"),
-        ("choice", body.choice, "choice"),
-    ]
-    if outputs is not None:
-        found += [
-            ("json_schema", outputs.json_, "structured_outputs.json"),
-            *(
-                (kind, getattr(outputs, kind), f"structured_outputs.{kind}")
-                for kind in ("json_object", "regex", "grammar", "choice")
-            ),
-        ]
-    if form is not None and form.type == "json_object":
-        found.append(("json_object", True, "response_format"))
+    if not body.grammar:
+        del found["grammar"]
+    if form is not None:
+        found["response_format"] = "json_object", form.type == "json_object"
     if form is not None and form.type == "json_schema" and form.json_schema is not None:
         place = "response_format.json_schema.schema"
-        found.append(("json_schema", form.json_schema.schema_, place))
-    found = [each for each in found if each[1] is not None and each[1] is not False]
-    if len(found) > 1:
-        together = ", ".join(name for _, _, name in found)
-        raise InvalidRequestError.of(found[1][2], say("SEVERAL_CONSTRAINTS", names=together))
-    for kind, value, name in found:
+        found[place] = "json_schema", form.json_schema.schema_
+    asked = {name: each for name, each in found.items() if each[1] not in (None, False)}
+    # Some clients send one constraint in several fields.
+    if len({repr(each) for each in asked.values()}) > 1:
+        text = say("SEVERAL_CONSTRAINTS", names=", ".join(asked))
+        raise InvalidRequestError.of(list(asked)[1], text)
+    for name, (kind, value) in asked.items():
         if kind == "choice":
             # It is a plain list here, and a message with ``texts`` in turret.v1.
-            message.choice.texts.extend(value)
+            message.choice.texts[:] = value
             names["choice.texts"] = name
         else:
             setattr(message, kind, value)
             names[kind] = name
 
 
-def numbered(asked: Asked, prompt: _Message, choice: int) -> _Message:
-    """The request for one of a prompt's answers. With a seed, each answer gets a different one.
-
-    Args:
-        asked: What is asked for.
-        prompt: The input alone.
-        choice: Which of the answers, from 0, which keeps the seed that was sent.
-    """
-    message = _Message()
-    message.CopyFrom(asked.message)
-    message.MergeFrom(prompt)
-    if choice and message.sampling.HasField("seed"):
-        message.sampling.seed = (message.sampling.seed + choice) % (1 << 64)
-    return message
+def set_text_format(
+    form: TextFormat | None, message: _Message, names: dict[str, str], place: str
+) -> None:
+    """Set the constraint in ``format`` of ``place``: ``response_format`` without a level."""
+    if form is None or form.type == "text":
+        return
+    if message.WhichOneof("constraint") is not None:
+        why = say("SEVERAL_CONSTRAINTS", names=f"{place}.format")
+        raise InvalidRequestError.of(f"{place}.format.type", why)
+    if form.type == "json_object":
+        message.json_object = True
+        names["json_object"] = f"{place}.format"
+    else:
+        message.json_schema = json.dumps(closed(form.schema_), ensure_ascii=False)
+        names["json_schema"] = f"{place}.format.schema"
 
 
 def set_rendering(body: ChatOnly, chat: inference_pb2.Chat) -> None:
@@ -311,10 +274,25 @@ class ToolUse:
     paths: Mapping[str, str]
 
 
+class AnyTool(Protocol):
+    """A tool, with the place of the schema of its arguments in it."""
+
+    parameters_at: ClassVar[str]
+
+    @property
+    def function(self) -> FunctionTool: ...
+
+
 def tools_of(
-    tools: list[Tool] | list[FlatTool], choice: Any, is_parallel: bool, chat: inference_pb2.Chat
+    tools: Sequence[AnyTool], choice: Any, is_parallel: bool | None, chat: inference_pb2.Chat
 ) -> ToolUse:
     """How a request uses its tools; those that the model may see go into ``chat``.
+
+    Args:
+        tools: Of the request.
+        choice: See ``ToolChoice``.
+        is_parallel: Whether there may be several calls; None if the request does not say.
+        chat: Gets the tools.
 
     Raises:
         InvalidRequestError: ``tool_choice`` is not a choice of the tools.
@@ -322,9 +300,8 @@ def tools_of(
     functions: dict[str, FunctionTool] = {}
     paths: dict[str, str] = {}
     for index, tool in enumerate(tools):
-        function = tool.function if isinstance(tool, Tool) else tool
-        inner = ".function" if isinstance(tool, Tool) else ""
-        paths[function.name] = f"tools[{index}]{inner}.parameters"
+        function = tool.function
+        paths[function.name] = f"tools[{index}]{tool.parameters_at}"
         functions[function.name] = function
         schema = json.dumps(function.parameters, ensure_ascii=False) if function.parameters else ""
         chat.tools.add(name=function.name, description=function.description, parameters=schema)
@@ -334,6 +311,9 @@ def tools_of(
         shown = [tool for tool in chat.tools if tool.name in set(names)]
         del chat.tools[:]
         chat.tools.extend(shown)
+    if is_parallel is None:
+        # Clients that force a call read only the first.
+        is_parallel = not must_call
     return ToolUse(
         {name: functions[name].parameters for name in names}, must_call, is_parallel, paths
     )

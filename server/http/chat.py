@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from turret.server.http.answers import (
     FINISH_REASONS,
@@ -15,17 +14,10 @@ from turret.server.http.answers import (
     stop_reason,
     usage_of,
 )
-from turret.server.http.asked import (
-    Asked,
-    Asks,
-    asked_of,
-    chat_of,
-    numbered,
-    tools_of,
-)
-from turret.server.http.choices import Choices, make_readers
+from turret.server.http.asked import Asked, Asks, asked_of, chat_of, tools_of
+from turret.server.http.choices import Choices, Chunk, EventStream, make_readers
 from turret.server.http.endpoint import Exchange
-from turret.server.http.reply import HOLE, Template
+from turret.server.http.reply import HOLE
 from turret.server.http.schemas.requests import ChatRequest
 from turret.server.http.tools.calls import Said
 from turret.server.http.tools.reader import AnswerReader, delta_of, message_of
@@ -33,7 +25,7 @@ from turret.v1 import inference_pb2
 
 
 class ChatCompletions(Asks):
-    """Answers conversations."""
+    """Answer a conversation."""
 
     async def __call__(self, exchange: Exchange) -> None:
         info, body, mix = self._read(exchange, ChatRequest)
@@ -44,16 +36,7 @@ class ChatCompletions(Asks):
         use = tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, prompt.chat)
         del body
         make_reader = await make_readers(self._inference, exchange, asked, use, prompt.chat)
-        # Divide the size of the request among its answers.
-        exchange.call.message_bytes //= asked.num_choices
-        choices = Choices(
-            self._inference,
-            exchange,
-            asked.deadline,
-            make_message=lambda index: numbered(asked, prompt, index),
-            count=asked.num_choices,
-            num_choices=asked.num_choices,
-        )
+        choices = Choices(self._inference, exchange, asked, [prompt])
         answer_id = f"chatcmpl-{exchange.call.request_id}"
         if asked.is_stream:
             first = head(answer_id, "chat.completion.chunk", asked.model, info)
@@ -69,8 +52,8 @@ class ChatCompletions(Asks):
         )
 
 
-class _Events:
-    """The events of the answers to one request."""
+class _Events(EventStream):
+    growing: ClassVar = {"content": HOLE}
 
     def __init__(
         self,
@@ -79,55 +62,34 @@ class _Events:
         first: dict[str, Any],
         make_reader: Callable[[], AnswerReader],
     ) -> None:
-        self._reply = exchange.reply
-        self._asked = asked
-        self._first = first
-        self._nothing = {"usage": None} if asked.includes_usage else {}
+        super().__init__(exchange, asked, first)
         self._make_reader = make_reader
         self._readers: dict[int, AnswerReader] = {}
-        self._templates: dict[int, Template] = {}
-        self._ended: dict[int, Ended] = {}
 
-    async def send(self, choices: Choices) -> None:
-        """Send all events."""
-        async with contextlib.aclosing(choices.chunks()) as chunks:
-            async for index, chunk in chunks:
-                await self._chunk(index, chunk)
-        if self._asked.includes_usage:
-            answers = [self._ended[index] for index in sorted(self._ended)]
-            used = usage_of(answers, self._asked.num_choices)
-            end = {"usage": used, "adapters_used": adapters_of(answers)}
-            await self._reply.event({**self._first, "choices": [], **end})
-        await self._reply.end_events()
-
-    async def _chunk(self, index: int, chunk: inference_pb2.GenerateChunk) -> None:
+    async def _chunk(self, index: int, chunk: Chunk, is_last: bool) -> None:
         if index not in self._readers:
             self._readers[index] = self._make_reader()
-            self._templates[index] = Template(self._value(index, {"content": HOLE}, None))
-            await self._event(index, {"role": "assistant", "content": ""}, None)
-        reader, is_last = self._readers[index], chunk.finish_reason in FINISH_REASONS
-        pieces = reader.feed(chunk.text)
-        if is_last:
-            pieces = pieces + reader.finish()
+            await self._event(index, {"role": "assistant", "content": ""})
+        reader = self._readers[index]
+        pieces = reader.feed(chunk.text) + (reader.finish() if is_last else [])
         # Send the logprobs of tokens at once, even if their text is held back or becomes a call.
         logprobs = _logprobs(self._asked, chunk) if chunk.logprobs else None
         for piece in pieces or ([Said("")] if logprobs else []):
             if logprobs is None and isinstance(piece, Said):
-                await self._reply.send_event(self._templates[index].event(piece.text))
+                await self._text(index, piece.text)
             else:
-                await self._event(index, delta_of(piece), logprobs)
+                await self._event(index, delta_of(piece), logprobs=logprobs)
                 logprobs = None
         if is_last:
-            self._ended[index] = chunk
-            end = {"finish_reason": _finish_reason(chunk, reader)}
-            await self._event(index, {}, None, **end, stop_reason=stop_reason(chunk))
+            reason = _finish_reason(chunk, reader)
+            await self._event(index, {}, finish_reason=reason, stop_reason=stop_reason(chunk))
 
-    async def _event(self, index: int, delta: Any, logprobs: Any, **end: Any) -> None:
-        await self._reply.event(self._value(index, delta, logprobs, **end))
+    async def _event(self, index: int, delta: dict[str, Any], **more: Any) -> None:
+        await self._reply.event(self._value(index, delta, **more))
 
-    def _value(self, index: int, delta: Any, logprobs: Any, **end: Any) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
-        return {**self._first, "choices": [choice | end], **self._nothing}
+    def _value(self, index: int, grown: Any, **more: Any) -> dict[str, Any]:
+        choice = {"index": index, "delta": grown, "logprobs": None, "finish_reason": None}
+        return {**self._first, "choices": [choice | more], **self._nothing}
 
 
 def _choices(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from turret.server.api.inference.answers import JoinedChunks
 from turret.server.api.inference.inference import Inference
 from turret.server.errors import InvalidRequestError, UnavailableError
+from turret.server.http.answers import FINISH_REASONS, Ended, adapters_of, usage_of
 from turret.server.http.asked import Asked, ToolUse
 from turret.server.http.endpoint import Exchange
 from turret.server.http.refusals import renamed_path
+from turret.server.http.reply import Template
 from turret.server.http.tools.calls import UnenforceableError
 from turret.server.http.tools.grammar import CallsGrammar, constrained
 from turret.server.http.tools.reader import AnswerReader
@@ -21,6 +24,7 @@ from turret.server.words import say
 from turret.v1 import inference_pb2
 
 Chunk = inference_pb2.GenerateChunk
+_Request = inference_pb2.GenerateRequest
 # Maximum number of chunks, over all answers, that wait to be written.
 _MAX_ARRIVED = 256
 
@@ -45,11 +49,8 @@ class Choices:
     Args:
         inference: Answers.
         exchange: On whose behalf.
-        deadline: ``time.monotonic()`` seconds, or None.
-        make_message: The request for an answer, by its index; answers to one prompt follow each
-            other. Called when its turn comes: a long prompt in 128 messages would fill the memory.
-        count: Of all answers.
-        num_choices: Of answers to one prompt.
+        asked: What is asked for.
+        prompts: The inputs, each alone.
         places: Where each prompt lies in the request; none where there is but one.
     """
 
@@ -57,20 +58,19 @@ class Choices:
         self,
         inference: Inference,
         exchange: Exchange,
-        deadline: float | None,
-        *,
-        make_message: Callable[[int], inference_pb2.GenerateRequest],
-        count: int,
-        num_choices: int,
+        asked: Asked,
+        prompts: Sequence[_Request],
         places: Sequence[str] = (),
     ) -> None:
         self._inference = inference
         self._exchange = exchange
-        self._deadline = deadline
-        self._make_message = make_message
-        self._count = count
-        self._num_choices = num_choices
+        self._asked = asked
+        self._prompts = prompts
         self._places = places
+        self._num_choices = asked.num_choices
+        self._count = len(prompts) * asked.num_choices
+        # Divide the size of the request among its answers.
+        exchange.call.message_bytes //= self._count
 
     async def whole(self) -> list[inference_pb2.GenerateResponse]:
         """All answers, in the order of the requests.
@@ -97,11 +97,23 @@ class Choices:
     def _chunks(self, *, is_whole: bool) -> AsyncGenerator[tuple[int, Chunk], None]:
         return self._one(0, is_whole) if self._count == 1 else self._many(is_whole)
 
+    def _message(self, index: int) -> _Request:
+        """The request for an answer. With a seed, each answer to a prompt has a different one.
+
+        Made when its turn comes: a long prompt in 128 messages would fill the memory.
+        """
+        prompt, choice = divmod(index, self._num_choices)
+        message = _Request()
+        message.CopyFrom(self._asked.message)
+        message.MergeFrom(self._prompts[prompt])
+        if choice and message.sampling.HasField("seed"):
+            message.sampling.seed = (message.sampling.seed + choice) % (1 << 64)
+        return message
+
     async def _one(self, index: int, is_whole: bool) -> AsyncGenerator[tuple[int, Chunk], None]:
-        message = self._make_message(index)
-        answer = self._inference.generate(
-            message, self._exchange.call, self._deadline, is_whole=is_whole
-        )
+        message = self._message(index)
+        call, deadline = self._exchange.call, self._asked.deadline
+        answer = self._inference.generate(message, call, deadline, is_whole=is_whole)
         # Drop our reference so that the message is freed once it is converted.
         del message
         blamed = contextlib.nullcontext()
@@ -161,7 +173,55 @@ class Choices:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-_Request = inference_pb2.GenerateRequest
+class EventStream(ABC):
+    """Sends answers as the events of OpenAI's older APIs, each of which has one choice.
+
+    Args:
+        exchange: Where they go.
+        asked: What is asked for.
+        first: The fields that every event begins with.
+    """
+
+    # What grows in a choice, with a hole for its text.
+    growing: ClassVar[Any]
+
+    def __init__(self, exchange: Exchange, asked: Asked, first: dict[str, Any]) -> None:
+        self._reply = exchange.reply
+        self._asked = asked
+        self._first = first
+        self._nothing = {"usage": None} if asked.includes_usage else {}
+        self._templates: dict[int, Template] = {}
+
+    async def send(self, choices: Choices) -> None:
+        """Send all events."""
+        ended: dict[int, Ended] = {}
+        self._reply.is_stream = True
+        async with contextlib.aclosing(choices.chunks()) as chunks:
+            async for index, chunk in chunks:
+                is_last = chunk.finish_reason in FINISH_REASONS
+                await self._chunk(index, chunk, is_last)
+                if is_last:
+                    ended[index] = chunk
+        if self._asked.includes_usage:
+            answers = [ended[index] for index in sorted(ended)]
+            used = usage_of(answers, self._asked.num_choices)
+            end = {"usage": used, "adapters_used": adapters_of(answers)}
+            await self._reply.event({**self._first, "choices": [], **end})
+        await self._reply.end_events()
+
+    @abstractmethod
+    async def _chunk(self, index: int, chunk: Chunk, is_last: bool) -> None:
+        """Send the events for a part of an answer."""
+
+    @abstractmethod
+    def _value(self, index: int, grown: Any, **more: Any) -> dict[str, Any]:
+        """An event."""
+
+    async def _text(self, index: int, text: str) -> None:
+        """Send an event that only adds text, whose other bytes are rendered once."""
+        if index not in self._templates:
+            self._templates[index] = Template(self._value(index, self.growing))
+        await self._reply.send_event(self._templates[index].event(text))
 
 
 async def make_readers(
@@ -201,6 +261,7 @@ async def make_readers(
         has_reasoning=is_free and not use.must_call and chat_format.has_reasoning,
         is_open=bool(chat_format.opens_reasoning),
         has_channels=chat_format.has_channels,
+        is_forced=use.must_call,
     )
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from turret.server.api.inference.answers import converted, together
 from turret.server.api.limits import MAX_INPUTS
@@ -20,10 +18,10 @@ from turret.server.http.answers import (
     stop_reason,
     usage_of,
 )
-from turret.server.http.asked import Asked, Asks, asked_of, numbered
-from turret.server.http.choices import Choices, blamed_on
+from turret.server.http.asked import Asked, Asks, asked_of
+from turret.server.http.choices import Choices, Chunk, EventStream, blamed_on
 from turret.server.http.endpoint import Exchange
-from turret.server.http.reply import HOLE, Template, event_bytes
+from turret.server.http.reply import HOLE, event_bytes
 from turret.server.http.schemas.requests import DEFAULT_MAX_TOKENS, CompletionRequest
 from turret.server.words import say
 from turret.v1 import inference_pb2
@@ -35,7 +33,7 @@ _Prompt = inference_pb2.GenerateRequest
 
 
 class Completions(Asks):
-    """Continues prompts."""
+    """Continue prompts."""
 
     async def __call__(self, exchange: Exchange) -> None:
         info, body, mix = self._read(exchange, CompletionRequest)
@@ -60,26 +58,14 @@ class Completions(Asks):
         if count > MAX_ANSWERS:
             why = say("TOO_MANY_ANSWERS", most=MAX_ANSWERS, found=count)
             raise InvalidRequestError.of("n", why)
-        # Divide the size of the request among its answers.
-        exchange.call.message_bytes //= count
         answer_id = f"cmpl-{exchange.call.request_id}"
         whole = head(answer_id, "text_completion", asked.model, info)
         if is_scored:
             answers = await self._score(exchange, asked, prompts, places)
         else:
-            choices = Choices(
-                self._inference,
-                exchange,
-                asked.deadline,
-                make_message=lambda index: numbered(
-                    asked, prompts[index // asked.num_choices], index % asked.num_choices
-                ),
-                count=count,
-                num_choices=asked.num_choices,
-                places=places,
-            )
+            choices = Choices(self._inference, exchange, asked, prompts, places)
             if asked.is_stream:
-                await _send_events(exchange, asked, choices, whole)
+                await _Events(exchange, asked, whole).send(choices)
                 return
             answers = await choices.whole()
         size = count + sum(len(answer.logprobs) for answer in answers) * (1 + options.top_n)
@@ -132,78 +118,43 @@ class Completions(Asks):
 
 def _whole(asked: Asked, answers: Sequence[inference_pb2.GenerateResponse]) -> dict[str, Any]:
     return {
-        "choices": (_choice(asked, index, answer) for index, answer in enumerate(answers)),
+        "choices": (
+            _choice(asked, index, answer, CompletionLogprobs())
+            for index, answer in enumerate(answers)
+        ),
         "usage": usage_of(answers, asked.num_choices),
         "adapters_used": adapters_of(answers),
     }
 
 
-def _choice(asked: Asked, index: int, answer: Ended) -> dict[str, Any]:
-    logprobs = None
-    if asked.message.options.logprobs:
-        logprobs = CompletionLogprobs().render(answer.logprobs)
+def _choice(asked: Asked, index: int, answer: Ended, offsets: CompletionLogprobs) -> dict[str, Any]:
+    has_logprobs = asked.message.options.logprobs
     return {
         "index": index,
         "text": answer.text,
-        "logprobs": logprobs,
-        "finish_reason": FINISH_REASONS[answer.finish_reason],
+        "logprobs": offsets.render(answer.logprobs) if has_logprobs else None,
+        "finish_reason": FINISH_REASONS.get(answer.finish_reason),
         "stop_reason": stop_reason(answer),
     }
 
 
-async def _send_events(
-    exchange: Exchange, asked: Asked, choices: Choices, first: dict[str, Any]
-) -> None:
-    nothing = {"usage": None} if asked.includes_usage else {}
-    ended: dict[int, Ended] = {}
-    offsets: defaultdict[int, CompletionLogprobs] = defaultdict(CompletionLogprobs)
-    templates: dict[int, Template] = {}
-    async with contextlib.aclosing(choices.chunks()) as chunks:
-        async for index, chunk in chunks:
-            is_last = chunk.finish_reason in FINISH_REASONS
-            if is_last:
-                ended[index] = chunk
-            elif not (chunk.text or chunk.logprobs):
-                continue
-            elif not asked.message.options.logprobs:
-                if index not in templates:
-                    templates[index] = Template({**first, "choices": [_growing(index)], **nothing})
-                await exchange.reply.send_event(templates[index].event(chunk.text))
-                continue
-            size = len(chunk.logprobs) * (1 + asked.message.options.top_n)
-            event = functools.partial(_event, asked, first, nothing, index, chunk, offsets[index])
-            await exchange.reply.send_event(await converted(size, event))
-    if asked.includes_usage:
-        answers = [ended[index] for index in sorted(ended)]
-        end = {"usage": usage_of(answers, asked.num_choices), "adapters_used": adapters_of(answers)}
-        await exchange.reply.event({**first, "choices": [], **end})
-    await exchange.reply.end_events()
+class _Events(EventStream):
+    growing: ClassVar = Chunk(text=HOLE)
 
+    def __init__(self, exchange: Exchange, asked: Asked, first: dict[str, Any]) -> None:
+        super().__init__(exchange, asked, first)
+        self._offsets: defaultdict[int, CompletionLogprobs] = defaultdict(CompletionLogprobs)
 
-def _event(
-    asked: Asked,
-    first: dict[str, Any],
-    nothing: dict[str, Any],
-    index: int,
-    chunk: inference_pb2.GenerateChunk,
-    offsets: CompletionLogprobs,
-) -> bytes:
-    choice = {
-        "index": index,
-        "text": chunk.text,
-        "logprobs": offsets.render(chunk.logprobs) if asked.message.options.logprobs else None,
-        "finish_reason": FINISH_REASONS.get(chunk.finish_reason),
-        "stop_reason": stop_reason(chunk),
-    }
-    return event_bytes({**first, "choices": [choice], **nothing})
+    async def _chunk(self, index: int, chunk: Chunk, is_last: bool) -> None:
+        options = self._asked.message.options
+        if options.logprobs or is_last:
+            if is_last or chunk.text or chunk.logprobs:
+                size = len(chunk.logprobs) * (1 + options.top_n)
+                event = await converted(size, lambda: event_bytes(self._value(index, chunk)))
+                await self._reply.send_event(event)
+        elif chunk.text:
+            await self._text(index, chunk.text)
 
-
-def _growing(index: int) -> dict[str, Any]:
-    """A choice whose text grows, and nothing else."""
-    return {
-        "index": index,
-        "text": HOLE,
-        "logprobs": None,
-        "finish_reason": None,
-        "stop_reason": None,
-    }
+    def _value(self, index: int, grown: Any, **more: Any) -> dict[str, Any]:
+        choice = _choice(self._asked, index, grown, self._offsets[index])
+        return {**self._first, "choices": [choice], **self._nothing}

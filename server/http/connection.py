@@ -243,12 +243,12 @@ class Listener(socket.socket):
     closed, handshakes under way included. Belongs to one event loop.
 
     Args:
-        family: ``socket.AF_INET`` or ``AF_INET6``.
+        bound: Listens; this socket takes its place.
         most: Connections open at once.
     """
 
-    def __init__(self, family: socket.AddressFamily, most: int) -> None:
-        super().__init__(family, socket.SOCK_STREAM)
+    def __init__(self, bound: socket.socket, most: int) -> None:
+        super().__init__(bound.family, bound.type, bound.proto, fileno=bound.detach())
         self._most = most
         self._unmet: dict[int, asyncio.TimerHandle] = {}
         self.num_open = 0

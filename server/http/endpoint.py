@@ -28,6 +28,9 @@ from turret.server.http.schemas.fields import Body, Sent
 from turret.server.metrics import Metrics
 from turret.server.words import say
 
+INFERENCE = "turret.v1.Inference"
+# A stream that has been quiet for this long gets a comment.
+HEARTBEAT_SECONDS = 15.0
 _log = logging.getLogger(__name__)
 
 
@@ -66,40 +69,47 @@ class Exchange:
         Raises:
             UnauthenticatedError: No token, or an unknown one.
         """
-        return roles_of(self._tokens, self.headers.get("authorization"))
+        return roles_of(self._tokens, _authorization(self.headers))
 
 
 Handler = Callable[[Exchange], Awaitable[None]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Route:
     """A path, its method and its handler.
 
+    The documentation has the first line of the handler's docstring.
+
     Attributes:
-        method: ``GET`` or ``POST``; a POST has a JSON body.
         path: With ``{name}`` for parts that vary.
         handler: Answers.
+        body: The model of the JSON body of a POST; None for a GET.
+        answer: The model of the answer, for the OpenAPI document; None if it is text.
         service: The service of turret.v1 whose role is asked for (see ``authorize``); empty for
             what everyone may ask.
-        names: See ``refusal_of``.
-        body: The model of a POST's body.
-        answer: The model of the answer, for the OpenAPI document; None if it is text.
-        summary: One line for the document, which leaves out routes without it.
+        is_hidden: Whether the document leaves it out.
         is_counted: Whether it runs on adapters.
-        level: Of the line that is logged in the end.
+        refuse: Brings an error, with the id of its request, into the form of another API.
     """
 
-    method: str
     path: str
     handler: Handler
-    service: str = ""
-    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     body: type[Body] | None = None
     answer: type[BaseModel] | None = None
-    summary: str = ""
+    service: str = ""
+    is_hidden: bool = False
     is_counted: bool = False
-    level: int = logging.INFO
+    refuse: Callable[[Refusal, str], Refusal] | None = None
+
+    @property
+    def method(self) -> str:
+        return "POST" if self.body else "GET"
+
+    @property
+    def is_polled(self) -> bool:
+        """Whether it is a probe or a page, whose calls are not worth a line of the log."""
+        return self.body is None and self.service != INFERENCE
 
 
 class Endpoint:
@@ -137,15 +147,17 @@ class Endpoint:
             self._metrics,
             protocol="http",
             # Failures of endpoints that are polled would crowd out all others.
-            failures=self._failures if route.level > logging.DEBUG else None,
+            failures=None if route.is_polled else self._failures,
             is_counted=route.is_counted,
-            level=route.level,
+            level=logging.DEBUG if route.is_polled else logging.INFO,
         )
         reply = Reply(send, call, scope.get("extensions", {}).get(EXTENSION))
         code = Code.CANCELLED
         try:
             code, refusal = await self._answered(scope, receive, call, reply)
             # Send this only when the error is gone, because its traceback holds the body.
+            if refusal is not None and route.refuse is not None:
+                refusal = route.refuse(refusal, call.request_id)
             if refusal is not None:
                 await reply.refuse(refusal)
         finally:
@@ -157,17 +169,18 @@ class Endpoint:
         """Answer, or return the refusal, with the code to count."""
         route = self._route
         headers = Headers(scope=scope)
-        names = dict(route.names)
+        names = dict(route.body.names) if route.body else {}
         try:
             _check_head(scope, headers)
-            authorize(self._tokens, route.service, headers.get("authorization"))
+            authorization = _authorization(headers)
+            authorize(self._tokens, route.service, authorization)
             exchange = Exchange(
                 call=call,
                 path=scope["path_params"],
                 query=QueryParams(scope["query_string"]),
                 headers=headers,
                 reply=reply,
-                party=Party(self._shares, headers.get("authorization"), _peer(scope)),
+                party=Party(self._shares, authorization, _peer(scope)),
                 _tokens=self._tokens,
                 names=names,
             )
@@ -197,12 +210,18 @@ class Endpoint:
             return refusal.code, refusal
 
 
+def _authorization(headers: Mapping[str, str]) -> str | None:
+    """The header ``authorization``, or what Anthropic's clients send instead."""
+    key = headers.get("x-api-key")
+    return headers.get("authorization", key and f"Bearer {key}")
+
+
 def _check_head(scope: Scope, headers: Headers) -> None:
     size = len(scope["raw_path"]) + len(scope["query_string"])
     if size + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD_BYTES:
         raise HttpRefusal(431, Code.INVALID_ARGUMENT, say("HEAD_TOO_LARGE", most=MAX_HEAD_BYTES))
     # A proxy in front may have checked the other header.
-    for name in ("authorization", "host"):
+    for name in ("authorization", "x-api-key", "host"):
         if len(headers.getlist(name)) > 1:
             text = say("DUPLICATE_HEADER", header=name)
             raise HttpRefusal(400, Code.INVALID_ARGUMENT, text)
@@ -227,7 +246,8 @@ async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Cod
     work = asyncio.ensure_future(handler(exchange))
     gone = asyncio.ensure_future(_disconnect(receive))
     try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        while not await _either(work, gone):
+            await exchange.reply.keep_alive()
         if not (work.done() or exchange.reply.is_ended):
             return Code.CANCELLED
         await work
@@ -239,6 +259,14 @@ async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Cod
         # A task holds its exception, whose traceback holds this frame: without this line they
         # would keep each other, and the body of the request, until the garbage collector looks.
         del work, gone
+
+
+async def _either(work: asyncio.Future[None], gone: asyncio.Future[None]) -> bool:
+    """Wait a while for the first of two; returns whether one is done."""
+    done, _ = await asyncio.wait(
+        (work, gone), timeout=HEARTBEAT_SECONDS / 2, return_when=asyncio.FIRST_COMPLETED
+    )
+    return bool(done)
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -1,115 +1,146 @@
-"""The output of a response as it grows: items, and the events about them."""
+"""Answers made of items: what is said, what is thought and calls, each with events as it grows."""
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+from turret.server.http.answers import FINISH_REASONS, Ended
+from turret.server.http.choices import Choices
+from turret.server.http.endpoint import Exchange
+from turret.server.http.refusals import Refusal, refusal_of
 from turret.server.http.tools.calls import CallBegun, Piece, Said, Thought
+from turret.server.http.tools.reader import AnswerReader
+from turret.v1 import inference_pb2
 
 Logprobs = list[dict[str, Any]]
-# The event's type, and its fields beside the type and the number.
+# The event's type, and its other fields.
 Event = tuple[str, dict[str, Any]]
+Kind = type[Said] | type[Thought] | type[CallBegun]
 
 
-class Item(Protocol):
-    """One entry of the output; ``place`` identifies it in every event."""
+@dataclass(slots=True)
+class Item:
+    """One entry of an answer; ``call`` is None unless its kind is a call."""
 
-    def begin(self) -> list[Event]:
-        """The events before its content."""
-        ...
-
-    def grow(self, text: str, logprobs: Logprobs) -> Event:
-        """More of its content."""
-        ...
-
-    def end(self, status: str) -> list[Event]:
-        """The events after its content; the last has the whole item."""
-        ...
+    index: int
+    kind: Kind
+    call: CallBegun | None = None
+    text: str = ""
+    logprobs: Logprobs = field(default_factory=list)
 
 
-class Items:
-    """Makes items of an answer's pieces.
-
-    What is said becomes a message, each call an item of its own, what is thought reasoning. An
-    answer of nothing is an empty message.
-
-    Args:
-        request_id: Of the call; the items' ids are made of it.
+class Dialect(ABC):
+    """How an API writes an answer that is made of items.
 
     Attributes:
-        output: The items that are complete.
+        is_never_empty: Whether an answer of nothing has an empty message.
+        has_done: Whether a stream ends with ``[DONE]``.
+        whole: The object that answers, once there are no further events.
     """
 
-    def __init__(self, request_id: str) -> None:
-        self._request_id = request_id
+    is_never_empty: ClassVar[bool]
+    has_done: ClassVar[bool]
+    whole: dict[str, Any]
+
+    @abstractmethod
+    def start(self) -> list[Event]:
+        """The events before the first item."""
+
+    @abstractmethod
+    def begin(self, item: Item) -> list[Event]:
+        """The events before an item's content."""
+
+    @abstractmethod
+    def grow(self, item: Item, text: str, logprobs: Logprobs) -> Event:
+        """More of an item's content."""
+
+    @abstractmethod
+    def end(self, item: Item, is_cut: bool) -> list[Event]:
+        """The events after an item's content, which may have been cut at a limit."""
+
+    @abstractmethod
+    def finish(self, answer: Ended, is_cut: bool) -> list[Event]:
+        """The events after the last item; sets ``whole``."""
+
+    @abstractmethod
+    def fail(self, refusal: Refusal) -> list[Event]:
+        """The events before the error that ends a stream."""
+
+    def event(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """An event as it is sent."""
+        return {"type": kind, **fields}
+
+    def logprobs_of(self, answer: Ended) -> Logprobs:
+        """The log probabilities to report for a part of an answer."""
+        return []
+
+
+class _Items:
+    """Makes items of an answer's pieces: each call is one, and so is each run of other pieces."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
         self._open: Item | None = None
         self._pending: Logprobs = []
-        self.output: list[dict[str, Any]] = []
+        self._count = 0
 
     def feed(self, pieces: Iterable[Piece], logprobs: Logprobs) -> list[Event]:
         """The events for more pieces of the answer.
 
         Args:
             pieces: Of the answer.
-            logprobs: Of the tokens that came with them. They are told with what is said; those of
-                calls and thoughts are not.
+            logprobs: Of the tokens that came with them. They are reported with what is said; those
+                of calls and thoughts are not.
         """
         self._pending += logprobs
         events: list[Event] = []
         for piece in pieces:
-            if isinstance(piece, Said):
-                if self._open is not None and not isinstance(self._open, _Message):
-                    # Drop the logprobs of the marks that closed the previous item.
-                    self._pending = _last(self._pending, len(piece.text))
-                events += self._in(_Message)
-                events.append(self._grow(piece.text))
+            is_open = self._open is not None
+            if not isinstance(piece, Said):
+                self._pending = []
+            elif is_open and not self._is_in(Said):
+                # Drop the logprobs of the marks that closed the previous item.
+                self._pending = _last(self._pending, len(piece.text))
+            if isinstance(piece, CallBegun):
+                events += self._begin(CallBegun, piece)
                 continue
-            self._pending = []
-            if isinstance(piece, Thought):
-                events += self._in(_Reasoning)
-            elif isinstance(piece, CallBegun):
-                events += self._end("completed")
-                self._open = _Call(self._id("fc"), len(self.output), piece)
-                events += self._open.begin()
-                continue
+            if isinstance(piece, Said | Thought) and not self._is_in(type(piece)):
+                events += self._begin(type(piece))
             events.append(self._grow(piece.text))
         return events
 
-    def finish(self, status: str) -> list[Event]:
-        """The events at the end of the answer; its last item gets this status."""
+    def finish(self, is_cut: bool) -> list[Event]:
+        """The events at the end of the answer, whose last item may have been cut."""
         events: list[Event] = []
-        if self._open is None:
-            events += self._in(_Message)
-        if self._pending and isinstance(self._open, _Message):
+        if self._open is None and self._dialect.is_never_empty:
+            events += self._begin(Said)
+        if self._pending and self._is_in(Said):
             events.append(self._grow(""))
-        return events + self._end(status)
+        return events + self._end(is_cut)
 
-    def _id(self, kind: str) -> str:
-        """The id of an item: that of the answer, from the second item on with a number."""
-        number = len(self.output)
-        return f"{kind}_{self._request_id}" + (f"_{number}" if number else "")
+    def _is_in(self, kind: Kind) -> bool:
+        return self._open is not None and self._open.kind is kind
 
-    def _in(self, kind: type[_Message] | type[_Reasoning]) -> list[Event]:
-        if isinstance(self._open, kind):
-            return []
-        events = self._end("completed")
-        self._open = kind(self._id(kind.prefix), len(self.output))
-        return events + self._open.begin()
+    def _begin(self, kind: Kind, call: CallBegun | None = None) -> list[Event]:
+        events = self._end(is_cut=False)
+        self._open = Item(self._count, kind, call)
+        self._count += 1
+        return events + self._dialect.begin(self._open)
 
     def _grow(self, text: str) -> Event:
         assert self._open is not None
         logprobs, self._pending = self._pending, []
-        return self._open.grow(text, logprobs)
+        self._open.text += text
+        self._open.logprobs += logprobs
+        return self._dialect.grow(self._open, text, logprobs)
 
-    def _end(self, status: str) -> list[Event]:
-        if self._open is None:
-            return []
-        events = self._open.end(status)
-        self.output.append(events[-1][1]["item"])
-        self._open = None
-        return events
+    def _end(self, is_cut: bool) -> list[Event]:
+        ended, self._open = self._open, None
+        return [] if ended is None else self._dialect.end(ended, is_cut)
 
 
 def _last(logprobs: Logprobs, num_chars: int) -> Logprobs:
@@ -121,122 +152,42 @@ def _last(logprobs: Logprobs, num_chars: int) -> Logprobs:
     return logprobs
 
 
-class _Texts(ABC):
-    """An item whose content is one part with text."""
+async def answer_in_items(
+    exchange: Exchange, choices: Choices, reader: AnswerReader, dialect: Dialect, is_stream: bool
+) -> None:
+    """Send the only answer to a request, as events or as a whole.
 
-    prefix: ClassVar[str]
-    # Prefix of the types of its text events.
-    kind: ClassVar[str]
+    Raises:
+        TurretError: The answer broke off.
+    """
+    reply, items = exchange.reply, _Items(dialect)
+    reply.is_stream, is_started = is_stream, False
 
-    def __init__(self, item_id: str, index: int) -> None:
-        self._id = item_id
-        self._index = index
-        self._place = {"item_id": item_id, "output_index": index, "content_index": 0}
-        self._texts: list[str] = []
-        self._logprobs: Logprobs = []
+    async def send(events: list[Event]) -> None:
+        for kind, fields in events if is_stream else ():
+            await reply.event(dialect.event(kind, fields), kind)
 
-    def begin(self) -> list[Event]:
-        item = self._item("in_progress", [])
-        added = "response.output_item.added", {"output_index": self._index, "item": item}
-        part = {**self._place, "part": self._part("", [])}
-        return [added, ("response.content_part.added", part)]
-
-    def grow(self, text: str, logprobs: Logprobs) -> Event:
-        self._texts.append(text)
-        self._logprobs += logprobs
-        return f"{self.kind}.delta", {**self._place, "delta": text, **self._scored(logprobs)}
-
-    def end(self, status: str) -> list[Event]:
-        text = "".join(self._texts)
-        part = self._part(text, self._logprobs)
-        item = self._item(status, [part])
-        done = {**self._place, "text": text, **self._scored(self._logprobs)}
-        return [
-            (f"{self.kind}.done", done),
-            ("response.content_part.done", {**self._place, "part": part}),
-            ("response.output_item.done", {"output_index": self._index, "item": item}),
-        ]
-
-    @abstractmethod
-    def _item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]: ...
-
-    @abstractmethod
-    def _part(self, text: str, logprobs: Logprobs) -> dict[str, Any]: ...
-
-    def _scored(self, logprobs: Logprobs) -> dict[str, Any]:
-        return {}
-
-
-class _Message(_Texts):
-    prefix = "msg"
-    kind = "response.output_text"
-
-    def _item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "type": "message",
-            "status": status,
-            "role": "assistant",
-            "content": content,
-        }
-
-    def _part(self, text: str, logprobs: Logprobs) -> dict[str, Any]:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
-
-    def _scored(self, logprobs: Logprobs) -> dict[str, Any]:
-        return {"logprobs": logprobs}
-
-
-class _Reasoning(_Texts):
-    prefix = "rs"
-    kind = "response.reasoning_text"
-
-    def _item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "type": "reasoning",
-            "status": status,
-            "summary": [],
-            "content": content,
-        }
-
-    def _part(self, text: str, logprobs: Logprobs) -> dict[str, Any]:
-        return {"type": "reasoning_text", "text": text}
-
-
-class _Call:
-    """An item that calls a function."""
-
-    def __init__(self, item_id: str, index: int, begun: CallBegun) -> None:
-        self._id = item_id
-        self._index = index
-        self._begun = begun
-        self._place = {"item_id": item_id, "output_index": index}
-        self._arguments: list[str] = []
-
-    def begin(self) -> list[Event]:
-        item = self._item("in_progress", "")
-        return [("response.output_item.added", {"output_index": self._index, "item": item})]
-
-    def grow(self, text: str, logprobs: Logprobs) -> Event:
-        self._arguments.append(text)
-        return "response.function_call_arguments.delta", {**self._place, "delta": text}
-
-    def end(self, status: str) -> list[Event]:
-        arguments = "".join(self._arguments)
-        done = {**self._place, "name": self._begun.name, "arguments": arguments}
-        item = self._item(status, arguments)
-        return [
-            ("response.function_call_arguments.done", done),
-            ("response.output_item.done", {"output_index": self._index, "item": item}),
-        ]
-
-    def _item(self, status: str, arguments: str) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "type": "function_call",
-            "status": status,
-            "call_id": self._begun.call_id,
-            "name": self._begun.name,
-            "arguments": arguments,
-        }
+    ended: Ended | None = None
+    try:
+        async with contextlib.aclosing(choices.chunks()) as chunks:
+            async for _, chunk in chunks:
+                if not is_started:
+                    is_started = True
+                    await send(dialect.start())
+                pieces = reader.feed(chunk.text)
+                if chunk.finish_reason in FINISH_REASONS:
+                    ended = chunk
+                    pieces += reader.finish()
+                await send(items.feed(pieces, dialect.logprobs_of(chunk)))
+    except Exception as error:
+        # Before the first event, the error is sent as an HTTP status instead.
+        if is_started:
+            await send(dialect.fail(refusal_of(error, exchange.names)))
+        raise
+    assert ended is not None, "the last chunk says how it ended"
+    is_cut = ended.finish_reason == inference_pb2.GenerateResponse.LENGTH
+    await send([*items.finish(is_cut), *dialect.finish(ended, is_cut)])
+    if is_stream:
+        await reply.end_events(has_done=dialect.has_done)
+    else:
+        await reply.json(dialect.whole)

@@ -1,4 +1,4 @@
-"""What every request passes: the check of its host name, and the id that its answer gets.
+"""Surroundings of the routes: the check of host names, request ids, and unknown paths.
 
 The check of the host name protects against DNS rebinding: a page of evil.example may have its name
 resolve to this server after the page was loaded. The browser then takes its requests for requests
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -20,10 +22,13 @@ from turret.server.api.call import REQUEST_ID_KEY, request_id_of
 from turret.server.basics.codes import Code
 from turret.server.http.refusals import HttpRefusal, refusal_of
 from turret.server.http.reply import dumps
+from turret.server.http.schemas.fields import slip_of
 from turret.server.words import say
 
 ANY = "*"
 _SHOWN_CHARS = 200
+# Shorter paths differ in few letters anyway, so they are not suggested by their spelling.
+_SHORT_PATH = 10
 _HOST = re.compile(r"(?:\[(?P<address>[0-9a-z:.%]+)\]|(?P<name>[^\s:@/?#\[\]\\]*))(?::[0-9]*)?")
 
 
@@ -44,12 +49,9 @@ class HostCheck:
         if ANY in self._names or self._passes(host):
             await self._app(scope, receive, send)
             return
-        refusal = refusal_of(
-            HttpRefusal(421, Code.PERMISSION_DENIED, say("UNKNOWN_HOST", host=host[:_SHOWN_CHARS]))
-        )
-        await Response(
-            dumps(refusal.body), refusal.status, refusal.headers, media_type="application/json"
-        )(scope, receive, send)
+        text = say("UNKNOWN_HOST", host=host[:_SHOWN_CHARS])
+        refused = _response(HttpRefusal(421, Code.PERMISSION_DENIED, text))
+        await refused(scope, receive, send)
 
     def _passes(self, host: str) -> bool:
         name = name_of(host)
@@ -95,3 +97,48 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, named)
+
+
+async def no_route(apart: Collection[str], request: Request, error: Exception) -> Response:
+    """Reports what Starlette itself rejects: an unknown path or method.
+
+    Args:
+        apart: Paths that are served at an address of their own.
+        request: What was asked.
+        error: Starlette's.
+    """
+    assert isinstance(error, HTTPException)
+    headers = error.headers or {}
+    method, path = request.method, request.url.path[:_SHOWN_CHARS]
+    if path.rstrip("/") in apart:
+        text = say("URL_ELSEWHERE", method=method, path=path)
+    elif error.status_code == 405:
+        allowed = headers.get("Allow", "").split(", ")
+        methods = " or ".join(each for each in allowed if each != "HEAD")
+        text = say("METHOD_NOT_ALLOWED", method=method, path=path, allowed=methods)
+    else:
+        meant = _meant(request)
+        closest = {"closest": meant} if meant else {}
+        text = say("UNKNOWN_URL", method=method, path=path, **closest)
+    code = Code.NOT_FOUND if error.status_code == 404 else Code.UNIMPLEMENTED
+    return _response(HttpRefusal(error.status_code, code, text), headers)
+
+
+def _meant(request: Request) -> str:
+    """The served path that a misspelt one may mean, or one with or without ``/v1``; "" if none."""
+    parts = [part for part in request.url.path.split("/") if part]
+    while parts and parts[0].lower() == "v1":
+        del parts[0]
+    if not (named := "/".join(parts)):
+        return ""
+    served = {getattr(route, "path", "").rstrip("/") for route in request.app.routes}
+    wanted = (f"/v1/{named}", f"/{named}", f"/v1/{named}s")
+    if found := next((path for path in wanted if path in served), ""):
+        return found
+    return slip_of(wanted[0], (path for path in served if len(path) > _SHORT_PATH))
+
+
+def _response(error: HttpRefusal, headers: Mapping[str, str] | None = None) -> Response:
+    refusal = refusal_of(error)
+    every = {**refusal.headers, **(headers or {})}
+    return Response(dumps(refusal.body), refusal.status, every, media_type="application/json")

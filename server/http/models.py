@@ -17,10 +17,15 @@ from turret.server.http.schemas.fields import Sent
 from turret.server.http.schemas.requests import AdapterName, LoadAdapter
 from turret.server.words import say
 from turret.v1 import adapters_pb2
+from turret.v1.adapters_pb2 import (
+    LoadAdapterRequest,
+    PinAdapterRequest,
+    ReplaceAdapterRequest,
+    UnloadAdapterRequest,
+    UnpinAdapterRequest,
+)
 
 OWNER = "turret"
-# Field paths of turret.v1, as the paths that manage adapters name them.
-ADAPTER_NAMES = {"name": "lora_name", "path": "lora_path"}
 _TEXT = {"content-type": "text/plain; charset=utf-8"}
 
 _B = TypeVar("_B", bound=AdapterName)
@@ -41,7 +46,7 @@ class Models:
         self._created = int(time.time())
 
     async def list(self, exchange: Exchange) -> None:
-        """All of them, the base model first and the adapters by name."""
+        """List models: the base model first, then the adapters by name."""
         found = [self._base()]
         token = ""
         while True:
@@ -55,7 +60,7 @@ class Models:
         await exchange.reply.json({"object": "list", "data": found})
 
     async def get(self, exchange: Exchange) -> None:
-        """One of them, by any name that a request may call it by.
+        """Get a model by any name that a request may call it by.
 
         Raises:
             AdapterNotFoundError: There is none, or the name is a mix's.
@@ -99,7 +104,7 @@ class Models:
 
 
 class Lora:
-    """Loads and unloads adapters of every method, with vLLM's fields, and pins them.
+    """Manages adapters of every method, with vLLM's fields.
 
     Args:
         adapters: What does it.
@@ -109,43 +114,35 @@ class Lora:
         self._adapters = adapters
 
     async def load(self, exchange: Exchange) -> None:
-        """Register ``lora_path``, below the adapter root, as ``lora_name``."""
+        """Register an adapter of any method."""
         body = _read(exchange, LoadAdapter)
-        name, path = body.lora_name, body.lora_path
+        fields: dict[str, Any] = {"name": body.lora_name, "path": body.lora_path}
+        fields |= {"task": body.task, "chat_template": body.chat_template}
         if body.load_inplace:
-            new = adapters_pb2.ReplaceAdapterRequest(
-                name=name, path=path, task=body.task, chat_template=body.chat_template
-            )
-            await self._adapters.replace(new, exchange.call)
+            await self._adapters.replace(ReplaceAdapterRequest(**fields), exchange.call)
         else:
-            first = adapters_pb2.LoadAdapterRequest(
-                name=name,
-                path=path,
-                pinned=body.pinned,
-                task=body.task,
-                chat_template=body.chat_template,
-            )
-            await self._adapters.load(first, exchange.call)
-        await _succeed(exchange, name, "added successfully")
+            question = LoadAdapterRequest(pinned=body.pinned, **fields)
+            await self._adapters.load(question, exchange.call)
+        await _succeed(exchange, body, "added successfully")
 
     async def unload(self, exchange: Exchange) -> None:
-        """Remove ``lora_name`` once no request holds it."""
-        name = _read(exchange, AdapterName).lora_name
-        question = adapters_pb2.UnloadAdapterRequest(name=name)
+        """Remove an adapter once no request uses it."""
+        body = _read(exchange, AdapterName)
+        question = UnloadAdapterRequest(name=body.lora_name)
         await self._adapters.unload(question, exchange.call)
-        await _succeed(exchange, name, "removed successfully")
+        await _succeed(exchange, body, "removed successfully")
 
     async def pin(self, exchange: Exchange) -> None:
-        """Keep ``lora_name`` in memory."""
-        name = _read(exchange, AdapterName).lora_name
-        await self._adapters.pin(adapters_pb2.PinAdapterRequest(name=name), exchange.call)
-        await _succeed(exchange, name, "pinned")
+        """Keep an adapter in memory."""
+        body = _read(exchange, AdapterName)
+        await self._adapters.pin(PinAdapterRequest(name=body.lora_name), exchange.call)
+        await _succeed(exchange, body, "pinned")
 
     async def unpin(self, exchange: Exchange) -> None:
-        """Let ``lora_name`` leave memory again."""
-        name = _read(exchange, AdapterName).lora_name
-        await self._adapters.unpin(adapters_pb2.UnpinAdapterRequest(name=name), exchange.call)
-        await _succeed(exchange, name, "unpinned")
+        """Let an adapter leave memory again."""
+        body = _read(exchange, AdapterName)
+        await self._adapters.unpin(UnpinAdapterRequest(name=body.lora_name), exchange.call)
+        await _succeed(exchange, body, "unpinned")
 
 
 def _read(exchange: Exchange, kind: type[_B]) -> _B:
@@ -155,7 +152,7 @@ def _read(exchange: Exchange, kind: type[_B]) -> _B:
     return sent.body
 
 
-async def _succeed(exchange: Exchange, name: str, what: str) -> None:
+async def _succeed(exchange: Exchange, body: AdapterName, what: str) -> None:
     # vLLM's words.
-    text = f"Success: LoRA adapter '{name}' {what}."
+    text = f"Success: LoRA adapter '{body.lora_name}' {what}."
     await exchange.reply.whole(text.encode(), 200, _TEXT)

@@ -1,21 +1,17 @@
-"""GET /openapi.json and /docs: the paths of this API, with their bodies, answers and errors."""
+"""GET /openapi.json: the paths of this API, with their bodies, answers and errors."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from importlib.resources import files
 from typing import Any
 
 import turret
 from turret.server.api.access.tokens import SERVICE_ROLES
-from turret.server.basics.codes import Code
-from turret.server.http.endpoint import Exchange, Route
-from turret.server.http.refusals import HttpRefusal
+from turret.server.http.endpoint import Exchange, Handler, Route
 from turret.server.http.reply import dumps
-from turret.server.http.schemas.answers import Failure
-from turret.server.words import say
+from turret.server.http.schemas.answers import AnthropicFailure, Failure
 
 DESCRIPTION = """\
 OpenAI's HTTP API for the base model, its adapters and their mixes.
@@ -36,33 +32,10 @@ _STATUSES: dict[int, str] = {
     503: "The server is starting or shutting down.",
     504: "`timeout` passed before the answer was complete.",
 }
-# Swagger UI styles its elements inline; everything else comes from this server.
-_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
-    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-_PAGE = b"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>turret HTTP API</title>
-<link rel="stylesheet" href="/docs/swagger-ui.css">
-<div id="swagger-ui"></div>
-<script src="/docs/swagger-ui-bundle.js"></script>
-<script src="/docs/start.js"></script>
-</html>
-"""
-_START = b'SwaggerUIBundle({url: "/openapi.json", dom_id: "#swagger-ui", deepLinking: true});\n'
-_TYPES = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
-_HEADERS = {
-    "content-security-policy": _POLICY,
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-cache",
-}
 
 
-class Reference:
-    """Sends the document and the page that shows it. Both are public, as the console is.
+class Document:
+    """Sends the document, which is public, as the console is.
 
     Args:
         routes: Returns the routes that the document describes.
@@ -77,32 +50,8 @@ class Reference:
     def _document(self) -> bytes:
         return dumps(document(self._routes(), has_tokens=self._has_tokens))
 
-    async def openapi(self, exchange: Exchange) -> None:
-        """The document."""
+    async def __call__(self, exchange: Exchange) -> None:
         await exchange.reply.whole(self._document, 200, {"content-type": "application/json"})
-
-    async def docs(self, exchange: Exchange) -> None:
-        """The page."""
-        headers = {**_HEADERS, "content-type": "text/html; charset=utf-8"}
-        await exchange.reply.whole(_PAGE, 200, headers)
-
-    async def file(self, exchange: Exchange) -> None:
-        """A file of the page.
-
-        Raises:
-            HttpRefusal: There is none of that name.
-        """
-        name = exchange.path["file"]
-        if name == "start.js":
-            data = _START
-        elif name in ("swagger-ui.css", "swagger-ui-bundle.js"):
-            # Swagger UI comes with a package, so that the page works without the internet.
-            data = files("fastapi_offline").joinpath("static", name).read_bytes()
-        else:
-            text = say("UNKNOWN_URL", method="GET", path=f"/docs/{name[:200]}")
-            raise HttpRefusal(404, Code.NOT_FOUND, text)
-        headers = {**_HEADERS, "content-type": _TYPES[name.rpartition(".")[2]]}
-        await exchange.reply.whole(data, 200, headers)
 
 
 def document(routes: Iterable[Route], *, has_tokens: bool) -> dict[str, Any]:
@@ -110,7 +59,7 @@ def document(routes: Iterable[Route], *, has_tokens: bool) -> dict[str, Any]:
     # Imported here because it takes a third of a second, and few servers are asked for it.
     from fastapi.openapi.utils import get_openapi
 
-    described = [_described(route) for route in routes if route.summary]
+    described = [_described(route) for route in routes if not route.is_hidden]
     made = get_openapi(
         title="turret", version=turret.__version__, description=DESCRIPTION, routes=described
     )
@@ -124,7 +73,7 @@ def document(routes: Iterable[Route], *, has_tokens: bool) -> dict[str, Any]:
     if has_tokens:
         made["components"]["securitySchemes"] = {"token": bearer}
         for route in routes:
-            if route.service and route.summary:
+            if route.service and not route.is_hidden:
                 path = route.path.replace(":path}", "}")
                 made["paths"][path][route.method.lower()]["security"] = [{"token": []}]
     return made
@@ -144,6 +93,7 @@ def _described(route: Route) -> Any:
     stub.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     role = SERVICE_ROLES.get(route.service)
     statuses = _STATUSES if route.body is not None else {401: _STATUSES[401], 503: _STATUSES[503]}
+    failure = AnthropicFailure if route.refuse else Failure
     answer: dict[str, Any] = {}
     if route.answer is None:
         answer = {"content": {"text/plain": {"schema": {"type": "string"}}}}
@@ -155,11 +105,11 @@ def _described(route: Route) -> Any:
         methods=[route.method],
         response_model=route.answer,
         operation_id=_operation(route),
-        summary=route.summary,
+        summary=_summary(route.handler),
         description=f"Role: {role}." if role else "Open to everyone.",
         responses={
             200: answer,
-            **{status: {"model": Failure, "description": why} for status, why in statuses.items()},
+            **{status: {"model": failure, "description": why} for status, why in statuses.items()},
         },
     )
 
@@ -171,3 +121,7 @@ def _parameter(name: str, annotation: Any) -> inspect.Parameter:
 def _operation(route: Route) -> str:
     words = route.path.replace("{model:path}", "one").strip("/").replace("/", "_")
     return f"{route.method.lower()}_{words}"
+
+
+def _summary(handler: Handler) -> str:
+    return (handler.__doc__ or "").partition("\n")[0].rstrip(".")

@@ -83,12 +83,13 @@ class HttpRefusal(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """What is sent: ``body`` as JSON after ``status`` and ``headers``."""
+    """What is sent: ``body`` as JSON after ``status`` and ``headers``, or as the last event."""
 
     status: int
     code: Code
     body: dict[str, Any]
     headers: Mapping[str, str] = field(default_factory=dict)
+    event: str = ""
 
 
 def refusal_of(error: BaseException, names: Mapping[str, str] | None = None) -> Refusal:

@@ -16,6 +16,7 @@ from turret.server.http.refusals import Refusal
 
 _JSON = {"content-type": "application/json"}
 _DONE = b"data: [DONE]\n\n"
+_COMMENT = b": still working\n\n"
 _EVENTS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
@@ -59,6 +60,7 @@ class Reply:
     Attributes:
         is_begun: The status has been sent and cannot be changed any more.
         is_ended: The last byte has been sent.
+        is_stream: The answer will be events, so that comments may come before and between them.
     """
 
     def __init__(self, send: Send, call: Call, chunks: Chunks | None = None) -> None:
@@ -67,6 +69,18 @@ class Reply:
         self._chunks = chunks
         self.is_begun = False
         self.is_ended = False
+        self.is_stream = False
+        self._was_quiet = False
+
+    async def keep_alive(self) -> None:
+        """Send a comment if a stream has been quiet since the last call; it may begin the answer.
+
+        Proxies and clients would otherwise close a connection on which nothing happens.
+        """
+        if not self._was_quiet:
+            self._was_quiet = True
+        elif self.is_stream and not self.is_ended:
+            await self.send_event(_COMMENT)
 
     async def json(
         self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None
@@ -95,6 +109,7 @@ class Reply:
 
     async def send_event(self, event: bytes) -> None:
         """Send an event that is bytes already; the first begins the answer."""
+        self._was_quiet = False
         if not self.is_begun:
             await self._begin(200, _EVENTS)
         if self._chunks is not None:
@@ -102,16 +117,16 @@ class Reply:
         else:
             await self._write(event)
 
-    async def end_events(self) -> None:
-        """End the stream as OpenAI's does."""
-        await self._write(_DONE, is_last=True)
+    async def end_events(self, *, has_done: bool = True) -> None:
+        """End the stream, as OpenAI's does unless told otherwise."""
+        await self._write(_DONE if has_done else b"", is_last=True)
 
     async def refuse(self, refusal: Refusal) -> None:
         """Send an error: as a status, or after the first event as the last one."""
         if not self.is_begun:
             await self.json(refusal.body, refusal.status, refusal.headers)
         elif not self.is_ended:
-            await self._write(b"data: %b\n\n" % dumps(refusal.body), is_last=True)
+            await self._write(event_bytes(refusal.body, refusal.event), is_last=True)
 
     async def _begin(self, status: int, headers: Mapping[str, str]) -> None:
         self.is_begun = True

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import time
-from collections.abc import AsyncGenerator
 from typing import Any
 
-from turret.server.errors import InvalidRequestError
-from turret.server.http.answers import FINISH_REASONS, Ended, adapters_of, chat_logprobs, usage_of
-from turret.server.http.asked import (
-    RESPONSE_NAMES,
-    Asks,
-    asked_of,
-    numbered,
-    set_rendering,
-    tools_of,
-)
+from turret.server.http.answers import Ended, adapters_of, chat_logprobs, usage_of
+from turret.server.http.asked import Asks, asked_of, set_rendering, set_text_format, tools_of
 from turret.server.http.choices import Choices, make_readers
 from turret.server.http.endpoint import Exchange
-from turret.server.http.items import Event, Items
-from turret.server.http.refusals import refusal_of
-from turret.server.http.reply import Reply
-from turret.server.http.schemas.requests import Item, ResponseRequest, TextFormat
-from turret.server.http.tools.reader import AnswerReader
-from turret.server.words import say
+from turret.server.http.items import Dialect, Event, Item, Logprobs, answer_in_items
+from turret.server.http.refusals import Refusal
+from turret.server.http.schemas import requests
+from turret.server.http.schemas.requests import ResponseRequest, TextFormat
+from turret.server.http.tools.calls import CallBegun, Said, Thought
 from turret.v1 import inference_pb2
 
 LOGPROBS = "message.output_text.logprobs"
+# Fields of the request that the answer repeats as they are.
+_REPEATED = (
+    *("model", "instructions", "max_output_tokens", "metadata", "tool_choice"),
+    *("user", "safety_identifier", "prompt_cache_key"),
+)
 
 
 class Responses(Asks):
-    """Answers conversations as OpenAI's Responses API does."""
+    """Answer a conversation (Responses API); nothing is stored."""
 
     async def __call__(self, exchange: Exchange) -> None:
         _, body, mix = self._read(exchange, ResponseRequest)
@@ -43,52 +36,21 @@ class Responses(Asks):
             exchange.names["stop.max_tokens"] = "max_output_tokens"
         message.options.logprobs = _wants_logprobs(body)
         message.options.top_n = body.top_logprobs or 0
-        _set_text_format(body.text.format, message, exchange.names)
+        set_text_format(body.text.format, message, exchange.names, "text")
         prompt = inference_pb2.GenerateRequest(
             chat=_chat_of(body.input, body.instructions, exchange.names)
         )
         set_rendering(body, prompt.chat)
         use = tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, prompt.chat)
-        response = Response(exchange.call.request_id, body)
+        response, is_stream = _Response(exchange.call.request_id, body), asked.is_stream
         del body
         make_reader = await make_readers(self._inference, exchange, asked, use, prompt.chat)
-        choices = Choices(
-            self._inference,
-            exchange,
-            asked.deadline,
-            make_message=lambda index: numbered(asked, prompt, index),
-            count=1,
-            num_choices=1,
-        )
-        answer = _Answer(choices, response, exchange.call.request_id, make_reader())
-        if asked.is_stream:
-            await _Stream(exchange.reply, response).send(answer)
-            return
-        async with contextlib.aclosing(answer.events()) as events:
-            async for _ in events:
-                pass
-        await exchange.reply.json(answer.whole)
+        choices = Choices(self._inference, exchange, asked, [prompt])
+        await answer_in_items(exchange, choices, make_reader(), response, is_stream)
 
 
 def _wants_logprobs(body: ResponseRequest) -> bool:
     return LOGPROBS in body.include or bool(body.top_logprobs)
-
-
-def _set_text_format(
-    form: TextFormat | None, message: inference_pb2.GenerateRequest, names: dict[str, str]
-) -> None:
-    """Set the constraint in ``text.format``, which is ``response_format`` without a level."""
-    if form is None or form.type == "text":
-        return
-    if message.WhichOneof("constraint") is not None:
-        why = say("SEVERAL_CONSTRAINTS", names="text.format")
-        raise InvalidRequestError.of("text.format.type", why)
-    if form.type == "json_object":
-        message.json_object = True
-        names["json_object"] = "text.format"
-    else:
-        message.json_schema = json.dumps(form.schema_, ensure_ascii=False)
-        names["json_schema"] = "text.format.schema"
 
 
 def _text_format(form: TextFormat | None) -> dict[str, Any]:
@@ -100,7 +62,7 @@ def _text_format(form: TextFormat | None) -> dict[str, Any]:
 
 
 def _chat_of(
-    items: list[Item], instructions: str | None, names: dict[str, str]
+    items: list[requests.Item], instructions: str | None, names: dict[str, str]
 ) -> inference_pb2.Chat:
     """The turns of a conversation; adds to ``names`` which item made each.
 
@@ -133,48 +95,34 @@ def _chat_of(
     return chat
 
 
-class Response:
-    """The object that answers, in each of its states.
+# The type of an item by what it holds, with the prefix of its id and of the types of its events.
+_TYPES = {
+    Said: ("message", "msg", "response.output_text"),
+    Thought: ("reasoning", "rs", "response.reasoning_text"),
+    CallBegun: ("function_call", "fc", "response.function_call_arguments"),
+}
+
+
+class _Response(Dialect):
+    """The object that answers, in each of its states, and the events about it.
 
     Args:
-        request_id: Of the call; the answer's id is made of it.
+        request_id: Of the call; the ids of the answer and its items are made of it.
         body: What was asked for, parts of which the answer repeats.
     """
 
-    def __init__(self, request_id: str, body: ResponseRequest) -> None:
-        self._id = f"resp_{request_id}"
-        self._created = int(time.time())
-        self._has_logprobs = _wants_logprobs(body)
-        self._repeated = {
-            "reasoning": {"effort": body.effort, "summary": None},
-            "instructions": body.instructions,
-            "max_output_tokens": body.max_output_tokens,
-            "model": body.model,
-            "text": {"format": _text_format(body.text.format)},
-            "metadata": body.metadata,
-            "temperature": 1.0 if body.temperature is None else body.temperature,
-            "top_p": 1.0 if body.top_p is None else body.top_p,
-            "presence_penalty": body.presence_penalty or 0.0,
-            "frequency_penalty": body.frequency_penalty or 0.0,
-            "top_logprobs": body.top_logprobs or 0,
-            "tools": [
-                {"type": "function", "name": tool.name, "description": tool.description or None}
-                | {"parameters": tool.parameters, "strict": bool(tool.strict)}
-                for tool in body.tools
-            ],
-            "tool_choice": body.tool_choice,
-            "parallel_tool_calls": body.parallel_tool_calls,
-            "user": body.user,
-            "safety_identifier": body.safety_identifier,
-            "prompt_cache_key": body.prompt_cache_key,
-        }
+    is_never_empty = True
+    has_done = True
 
-    def begun(self) -> dict[str, Any]:
-        """The answer before its first token."""
-        return {
-            "id": self._id,
+    def __init__(self, request_id: str, body: ResponseRequest) -> None:
+        self._request_id = request_id
+        self._has_logprobs = _wants_logprobs(body)
+        self._num_sent = 0
+        self._output: list[dict[str, Any]] = []
+        self.whole = {
+            "id": f"resp_{request_id}",
             "object": "response",
-            "created_at": self._created,
+            "created_at": int(time.time()),
             "completed_at": None,
             "status": "in_progress",
             "background": False,
@@ -187,23 +135,60 @@ class Response:
             "store": False,
             "truncation": "disabled",
             "usage": None,
-            **self._repeated,
+            "reasoning": {"effort": body.effort, "summary": None},
+            "text": {"format": _text_format(body.text.format)},
+            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "presence_penalty": body.presence_penalty or 0.0,
+            "frequency_penalty": body.frequency_penalty or 0.0,
+            "top_logprobs": body.top_logprobs or 0,
+            "tools": [
+                {"type": "function", "name": tool.name, "description": tool.description or None}
+                | {"parameters": tool.parameters, "strict": bool(tool.strict)}
+                for tool in body.tools
+            ],
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            **{name: getattr(body, name) for name in _REPEATED},
         }
 
-    def ended(self, answer: Ended, items: Items) -> tuple[list[Event], dict[str, Any]]:
-        """The last events of the items, and the answer as a whole.
+    def start(self) -> list[Event]:
+        kinds = ("response.created", "response.in_progress")
+        return [(kind, {"response": self.whole}) for kind in kinds]
 
-        One that was cut at its limit is incomplete, as is the item that was cut.
-        """
-        is_cut = answer.finish_reason == inference_pb2.GenerateResponse.LENGTH
-        status = "incomplete" if is_cut else "completed"
-        events = items.finish(status)
+    def begin(self, item: Item) -> list[Event]:
+        place = {"output_index": item.index, "item": self._item(item, "in_progress", [])}
+        events: list[Event] = [("response.output_item.added", place)]
+        if item.call is None:
+            part = {**self._place(item), "part": _part(item)}
+            events.append(("response.content_part.added", part))
+        return events
+
+    def grow(self, item: Item, text: str, logprobs: Logprobs) -> Event:
+        scored = {"logprobs": logprobs} if item.kind is Said else {}
+        return f"{_TYPES[item.kind][2]}.delta", {**self._place(item), "delta": text, **scored}
+
+    def end(self, item: Item, is_cut: bool) -> list[Event]:
+        done = self._place(item)
+        events = [(f"{_TYPES[item.kind][2]}.done", done)]
+        if item.call is None:
+            part = _part(item)
+            done |= {name: part[name] for name in ("text", "logprobs") if name in part}
+            events.append(("response.content_part.done", {**self._place(item), "part": part}))
+        else:
+            done |= {"name": item.call.name, "arguments": item.text}
+        whole = self._item(item, "incomplete" if is_cut else "completed", [_part(item)])
+        self._output.append(whole)
+        place = {"output_index": item.index, "item": whole}
+        return [*events, ("response.output_item.done", place)]
+
+    def finish(self, answer: Ended, is_cut: bool) -> list[Event]:
+        """The whole response; one that was cut at its limit is incomplete."""
         used = usage_of([answer], 1)
-        whole = self.begun() | {
-            "status": status,
+        self.whole |= {
+            "status": "incomplete" if is_cut else "completed",
             "completed_at": int(time.time()),
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
-            "output": items.output,
+            "output": self._output,
             "usage": {
                 "input_tokens": used["prompt_tokens"],
                 "input_tokens_details": used["prompt_tokens_details"],
@@ -213,16 +198,19 @@ class Response:
             },
             "adapters_used": adapters_of([answer]),
         }
-        return events, whole
+        return [(f"response.{self.whole['status']}", {"response": self.whole})]
 
-    def failed(self, message: str, status: int) -> dict[str, Any]:
-        """The response after an error."""
-        code = "rate_limit_exceeded" if status == 429 else "server_error"
-        error = {"code": code, "message": message}
-        return self.begun() | {"status": "failed", "error": error}
+    def fail(self, refusal: Refusal) -> list[Event]:
+        code = "rate_limit_exceeded" if refusal.status == 429 else "server_error"
+        error = {"code": code, "message": refusal.body["error"]["message"]}
+        failed = self.whole | {"status": "failed", "error": error}
+        return [("response.failed", {"response": failed})]
 
-    def logprobs_of(self, answer: Ended) -> list[dict[str, Any]]:
-        """The log probabilities of an answer or of a part of it, if the client asked for them."""
+    def event(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+        number, self._num_sent = self._num_sent, self._num_sent + 1
+        return {"type": kind, "sequence_number": number, **fields}
+
+    def logprobs_of(self, answer: Ended) -> Logprobs:
         if not self._has_logprobs:
             return []
         # In the Responses API ``bytes`` is always a list.
@@ -232,72 +220,28 @@ class Response:
                 one["bytes"] = one["bytes"] or []
         return found
 
+    def _id(self, item: Item) -> str:
+        """The id of an item: that of the answer, from the second item on with a number."""
+        number = f"_{item.index}" if item.index else ""
+        return f"{_TYPES[item.kind][1]}_{self._request_id}{number}"
 
-class _Answer:
-    """One answer, which is the same whether its events are sent or not.
+    def _place(self, item: Item) -> dict[str, Any]:
+        within = {"content_index": 0} if item.call is None else {}
+        return {"item_id": self._id(item), "output_index": item.index, **within}
 
-    Attributes:
-        whole: The object that answers, once there are no further events.
-    """
-
-    def __init__(
-        self, choices: Choices, response: Response, request_id: str, reader: AnswerReader
-    ) -> None:
-        self._choices = choices
-        self._response = response
-        self._reader = reader
-        self._items = Items(request_id)
-        self.whole: dict[str, Any] = {}
-
-    async def events(self) -> AsyncGenerator[list[Event], None]:
-        """Lists of events as they arrive. The first may be empty, and then only begins the answer.
-
-        Raises:
-            TurretError: The answer broke off.
-        """
-        ended: Ended | None = None
-        async with contextlib.aclosing(self._choices.chunks()) as chunks:
-            async for _, chunk in chunks:
-                pieces = self._reader.feed(chunk.text)
-                if chunk.finish_reason in FINISH_REASONS:
-                    ended = chunk
-                    pieces += self._reader.finish()
-                yield self._items.feed(pieces, self._response.logprobs_of(chunk))
-        assert ended is not None, "the last chunk says how it ended"
-        events, self.whole = self._response.ended(ended, self._items)
-        yield events
+    def _item(self, item: Item, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+        whole = {"id": self._id(item), "type": _TYPES[item.kind][0], "status": status}
+        if item.call is not None:
+            call = {"call_id": item.call.call_id, "name": item.call.name}
+            return whole | call | {"arguments": item.text}
+        more = {"role": "assistant"} if item.kind is Said else {"summary": []}
+        return whole | more | {"content": content}
 
 
-class _Stream:
-    """The events of one answer, each with its type and its number."""
-
-    def __init__(self, reply: Reply, response: Response) -> None:
-        self._reply = reply
-        self._response = response
-        self._num_sent = 0
-
-    async def send(self, answer: _Answer) -> None:
-        """Send all events; an answer that fails ends with ``response.failed`` and an error."""
-        try:
-            async with contextlib.aclosing(answer.events()) as events:
-                async for some in events:
-                    if not self._num_sent:
-                        for kind in ("response.created", "response.in_progress"):
-                            await self._event(kind, {"response": self._response.begun()})
-                    for kind, fields in some:
-                        await self._event(kind, fields)
-        except Exception as error:
-            # Before the first event, the error is sent as an HTTP status instead.
-            if self._num_sent:
-                refusal = refusal_of(error, RESPONSE_NAMES)
-                message = refusal.body["error"]["message"]
-                failed = self._response.failed(message, refusal.status)
-                await self._event("response.failed", {"response": failed})
-            raise
-        await self._event(f"response.{answer.whole['status']}", {"response": answer.whole})
-        await self._reply.end_events()
-
-    async def _event(self, kind: str, fields: dict[str, Any]) -> None:
-        event = {"type": kind, "sequence_number": self._num_sent, **fields}
-        self._num_sent += 1
-        await self._reply.event(event, kind)
+def _part(item: Item) -> dict[str, Any]:
+    """The only part of an item's content."""
+    if item.kind is Thought:
+        return {"type": "reasoning_text", "text": item.text}
+    # Copy the list, which grows with the item.
+    logprobs = list(item.logprobs)
+    return {"type": "output_text", "text": item.text, "annotations": [], "logprobs": logprobs}

@@ -24,7 +24,7 @@ _NUMBERS_PER_TOKEN, _SCORES_PER_TOKEN = 16, 4
 
 
 class Embeddings(Asks):
-    """Turns texts into vectors."""
+    """Embed texts."""
 
     async def __call__(self, exchange: Exchange) -> None:
         _, body, mix = self._read(exchange, EmbeddingsRequest)
@@ -74,7 +74,7 @@ def _base64(embedding: inference_pb2.Embedding) -> str:
 
 
 class Classify(Asks):
-    """Labels texts, with vLLM's fields."""
+    """Label texts, with vLLM's fields."""
 
     async def __call__(self, exchange: Exchange) -> None:
         info, body, mix = self._read(exchange, ClassifyRequest)
@@ -117,7 +117,7 @@ class Tokens(Asks):
     """Turns text into tokens and back, with vLLM's fields."""
 
     async def tokenize(self, exchange: Exchange) -> None:
-        """The tokens of ``prompt``, or of ``messages`` as the chat template renders them."""
+        """Turn a text or a conversation into tokens."""
         info, body, mix = self._read(exchange, TokenizeRequest)
         message = inference_pb2.TokenizeRequest(adapters=mix)
         if body.messages is None:
@@ -137,7 +137,7 @@ class Tokens(Asks):
         )
 
     async def detokenize(self, exchange: Exchange) -> None:
-        """The text of ``tokens``, special tokens included."""
+        """Turn tokens into a text, special tokens included."""
         _, body, mix = self._read(exchange, DetokenizeRequest)
         if not body.tokens:
             await exchange.reply.json({"prompt": ""})

@@ -1,4 +1,4 @@
-"""Clients of OpenAI's API, as their makers ship them, against a real server: `make conformance`."""
+"""Other makers' clients, unmodified, against a real server: `make conformance`."""
 
 from __future__ import annotations
 
@@ -195,3 +195,23 @@ def test_langchain_calls_tools(tools_url: str) -> None:
         assert found[name]["tool"] == "double"
         assert isinstance(found[name]["arguments"]["number"], int)
         assert found[name]["has_end"]
+
+
+@needs_clients
+def test_anthropic(url: str, tools_url: str) -> None:
+    """Its client asks synchronously, asynchronously, with events, and in a loop of tool calls."""
+    roots = [each.removesuffix("/v1") for each in (url, tools_url)]
+    found = json.loads(run([CLIENTS / "python", HERE / "ask_anthropic.py", *roots, ASK]))
+    text = expected(url)
+    assert (found["whole"], found["stream"]) == (text, text)
+    assert found["async"] == {"whole": text, "stream": text}
+    assert (found["reason"], found["usage"]) == ("max_tokens", 6)
+    assert found["ends"] == ["message_start", "message_stop"]
+    assert found["count"] == found["prompt"]
+    assert found["parsed"] == "int"
+    assert found["refused"] == {
+        "kind": "invalid_request_error",
+        "param": "messages[0].content[0]",
+    }
+    assert found["loop"]["called"] == [["double", "int"]] * 2
+    assert found["loop"]["last"] == "message_stop"

@@ -15,22 +15,30 @@ from turret.server.api.access.shares import MAX_AT_A_TIME, Party, Shares
 from turret.server.api.inference.answers import together
 from turret.server.http import choices as choices_module
 from turret.server.http import completions
+from turret.server.http.asked import Asked
 from turret.server.http.choices import Choices
 from turret.v1 import inference_pb2
 
 
+def choices_of(inference: Any, count: int, num_choices: int) -> Choices:
+    """So many answers, and so many of them to each prompt."""
+    call = SimpleNamespace(message_bytes=0)
+    exchange: Any = SimpleNamespace(call=call, party=Party(Shares()))
+    message = inference_pb2.GenerateRequest()
+    asked = Asked(
+        model="base",
+        message=message,
+        num_choices=num_choices,
+        is_stream=True,
+        includes_usage=False,
+        deadline=None,
+    )
+    return Choices(inference, exchange, asked, [message] * (count // num_choices))
+
+
 async def test_a_request_has_no_more_tasks_than_answers_that_run() -> None:
     talker, count = Talker(), 500
-    inference: Any = talker
-    exchange: Any = SimpleNamespace(call=None, party=Party(Shares()))
-    choices = Choices(
-        inference,
-        exchange,
-        None,
-        make_message=lambda _: inference_pb2.GenerateRequest(),
-        count=count,
-        num_choices=2,
-    )
+    choices = choices_of(talker, count, 2)
     before = len(asyncio.all_tasks())
     async with contextlib.aclosing(choices.chunks()) as chunks:
         await anext(chunks)
@@ -86,16 +94,7 @@ class Talker:
 
 async def test_a_client_that_does_not_read_holds_the_answers_back() -> None:
     talker, count = Talker(), 3
-    inference: Any = talker
-    exchange: Any = SimpleNamespace(call=None, party=Party(Shares()))
-    choices = Choices(
-        inference,
-        exchange,
-        None,
-        make_message=lambda _: inference_pb2.GenerateRequest(),
-        count=count,
-        num_choices=1,
-    )
+    choices = choices_of(talker, count, 1)
     async with contextlib.aclosing(choices.chunks()) as chunks:
         await anext(chunks)
         for _ in range(4 * choices_module._MAX_ARRIVED):

@@ -6,10 +6,12 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 
+import pytest
 from servers.fakes import endless, finish
 from servers.http_harness import HttpHarness, http_harness
 
 from turret.server.engine.scheduling.request import Output, Request
+from turret.server.http import endpoint
 
 WORDS = ("one ", 'two "', "dréi\n", "four")
 
@@ -119,3 +121,24 @@ async def test_a_client_that_does_not_read_holds_the_stream_up() -> None:
         assert num_made > before
         writer.close()
         await http.engine.streams[0].cancelled.wait()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages"])
+async def test_a_quiet_stream_sends_comments(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setattr(endpoint, "HEARTBEAT_SECONDS", 0.05)
+
+    async def slow(request: Request) -> AsyncIterator[Output]:
+        await asyncio.sleep(0.5)
+        yield Output(text="a", token_ids=(1,), finish=finish(request))
+
+    asked = {"model": "base", "prompt": "a", "max_tokens": 4, "stream": True}
+    asked["messages"] = [{"role": "user", "content": "a"}]
+    async with http_harness() as server:
+        server.engine.script = slow
+        answer = await server.post(path, asked)
+        whole = await server.post(path, asked | {"stream": False})
+    parts = answer.text.split("\n\n")
+    assert parts[0] == ": still working"
+    assert sum(part.startswith(":") for part in parts) >= 2
+    assert any('"a"' in part for part in parts)
+    assert isinstance(whole.json(), dict)

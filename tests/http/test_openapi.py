@@ -17,6 +17,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "sql", "messages": TURNS, "logprobs": True},
     "/v1/completions": {"model": "base", "prompt": ["a", [1, 2]], "logprobs": 1, "n": 2},
     "/v1/responses": {"model": "base", "input": TURNS},
+    "/v1/messages": {"model": "base", "max_tokens": 4, "messages": TURNS, "system": "a"},
+    "/v1/messages/count_tokens": {"model": "base", "messages": TURNS},
     "/v1/embeddings": {"model": "sql", "input": "a"},
     "/classify": {"model": "sql", "input": "a"},
     "/tokenize": {"prompt": "a"},
@@ -60,7 +62,7 @@ async def test_each_answer_and_error_has_the_documented_form() -> None:
                     check(refused, operation, document)
                 assert answer.status_code == 200, (path, answer.text)
                 check(answer, operation, document)
-        assert len(asked) == 15
+        assert len(asked) == 20
 
 
 async def test_what_is_not_supported_is_marked() -> None:

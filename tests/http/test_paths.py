@@ -31,7 +31,7 @@ async def test_a_slash_at_the_end_of_a_path_makes_no_difference() -> None:
         ("/v1/responces", "/v1/responses"),
         ("/v1/load_lora_adaptor", "/v1/load_lora_adapter"),
         # Of other servers.
-        *((path, "") for path in ("/v1/messages", "/v1/moderations", "/v1/rerank", "/api/chat")),
+        *((path, "") for path in ("/v1/threads", "/v1/moderations", "/v1/rerank", "/api/chat")),
         ("/v1/" + "x" * 50, ""),
     ],
 )

@@ -91,9 +91,8 @@ def test_all_doors_together_leave_descriptors_for_files(monkeypatch: pytest.Monk
 async def test_a_handshake_that_never_ends_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection is accepted, and nothing is made of it."""
     monkeypatch.setattr(listener, "HANDSHAKE_SECONDS", 0.1)
-    with listener.Listener(listener.socket.AF_INET, MOST) as accepting:
-        accepting.bind(("127.0.0.1", 0))
-        accepting.listen()
+    bound = listener.socket.create_server(("127.0.0.1", 0))
+    with listener.Listener(bound, MOST) as accepting:
         reader, writer = await asyncio.open_connection(*accepting.getsockname())
         accepted, _ = accepting.accept()
         assert await asyncio.wait_for(reader.read(), 10) == b""

@@ -9,6 +9,7 @@ from typing import Any
 
 from prometheus_client.exposition import choose_encoder
 
+import turret
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.faults import Failures
 from turret.server.api.inference.inference import Inference
@@ -207,7 +208,7 @@ class Probes:
         self._metrics = metrics
 
     async def health(self, exchange: Exchange) -> None:
-        """200 while calls are served.
+        """Whether requests are served.
 
         Raises:
             UnavailableError: The server is starting, draining or dead.
@@ -215,8 +216,12 @@ class Probes:
         self._inference.model()
         await exchange.reply.json({"status": "ok"})
 
+    async def version(self, exchange: Exchange) -> None:
+        """The version of turret."""
+        await exchange.reply.json({"version": turret.__version__})
+
     async def metrics(self, exchange: Exchange) -> None:
-        """Every series, as text for Prometheus."""
+        """Metrics for Prometheus."""
         encode, content_type = choose_encoder(exchange.headers.get("accept", ""))
         body = await asyncio.to_thread(encode, self._metrics.registry)
         await exchange.reply.whole(body, 200, {"content-type": content_type})

@@ -109,6 +109,37 @@ class Response(BaseModel):
     adapters_used: list[AdapterUse]
 
 
+class MessageUsage(Answer):
+    input_tokens: int = Field(description="Tokens of the prompt that were not cached.")
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class Message(Answer):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[dict[str, Any]] = Field(description="Blocks: text, thinking, tool_use.")
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+    stop_sequence: str | None
+    usage: MessageUsage
+    adapters_used: list[AdapterUse]
+
+
+class TokenCount(Answer):
+    input_tokens: int
+
+
+class AnthropicFailure(Answer):
+    """An error in the form of Anthropic's API, with the further fields of OpenAI's."""
+
+    type: Literal["error"]
+    error: Error
+    request_id: str
+
+
 class Embedding(Answer):
     object: Literal["embedding"]
     index: int
@@ -174,3 +205,7 @@ class ModelList(Answer):
 
 class Health(Answer):
     status: Literal["ok"]
+
+
+class Version(Answer):
+    version: str

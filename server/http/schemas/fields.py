@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import json
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -48,8 +48,14 @@ M = TypeVar("M", bound="Body")
 
 
 class Body(BaseModel):
-    """An object of a request. A field that is null counts as absent."""
+    """An object of a request. A field that is null counts as absent.
 
+    Attributes:
+        names: Field paths of turret.v1, or beginnings of paths that end in a dot, as this object
+            calls them.
+    """
+
+    names: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
@@ -412,6 +418,53 @@ def _schema_text(value: Any) -> Any:
     return _json_text(value, MAX_CONSTRAINT_CHARS)
 
 
+# Keywords whose objects share properties with the object beside them: closing either would refuse
+# the other's.
+_JOINING = frozenset(
+    {"allOf", "anyOf", "oneOf", "$ref", "if", "not", "dependentSchemas", "unevaluatedProperties"}
+)
+_NAMED_SCHEMAS = ("properties", "$defs", "definitions")
+
+
+def closed(schema: Any) -> Any:
+    """A JSON schema whose objects have no properties but those listed, as OpenAI's API reads it.
+
+    Objects that have ``additionalProperties`` or ``patternProperties`` stay as they are, and so
+    do schemas that join several objects.
+    """
+    return schema if _joins(schema) else _closed(schema)
+
+
+def _joins(schema: Any) -> bool:
+    if isinstance(schema, list):
+        return any(map(_joins, schema))
+    if not isinstance(schema, dict):
+        return False
+    if "allOf" in schema or ("properties" in schema and not _JOINING.isdisjoint(schema)):
+        return True
+    return any(
+        _joins(list(each.values()) if key in _NAMED_SCHEMAS and isinstance(each, dict) else each)
+        for key, each in schema.items()
+    )
+
+
+def _closed(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {}
+    for key, each in schema.items():
+        if key in _NAMED_SCHEMAS and isinstance(each, dict):
+            each = {name: _closed(one) for name, one in each.items()}
+        elif key in ("items", "prefixItems", "anyOf", "oneOf", "additionalProperties"):
+            each = _closed(each)
+        made[key] = each
+    if isinstance(schema.get("properties"), dict) and "patternProperties" not in schema:
+        made.setdefault("additionalProperties", False)
+    return made
+
+
 def _prompts(value: Any) -> dict[str, str | list[int]]:
     """The prompts of a string, token ids, or a list of either, by their places in the field."""
     # A list of integers is one prompt; an empty list contains no prompt.
@@ -506,6 +559,12 @@ Schema = Annotated[
     str,
     BeforeValidator(_schema_text),
     WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}]}),
+]
+ClosedSchema = Annotated[
+    Schema,
+    BeforeValidator(
+        lambda value: value if is_longer(value, MAX_CONSTRAINT_CHARS) else closed(value)
+    ),
 ]
 Content = Annotated[str, BeforeValidator(lambda value: text_of(value, ("text",))), _content("text")]
 # Read by the item that holds it: only some have a content that is text.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
@@ -24,6 +24,7 @@ from turret.server.http.schemas.fields import (
     UINT32,
     Body,
     ClosedBody,
+    ClosedSchema,
     Content,
     Count,
     Function,
@@ -53,6 +54,9 @@ MAX_TIMEOUT_SECONDS = 30 * 86400.0
 # The default of OpenAI's API for completions.
 DEFAULT_MAX_TOKENS = 16
 
+# Conversations in turret.v1, where this API has them in the request itself.
+_CHAT_NAMES = {"chat": "messages", "chat.messages": "messages", "chat.": ""}
+_PARALLEL = "Whether there may be several calls. By default true, unless calls are forced."
 _CONSTRAINT = "The answer must match it. A request has one constraint."
 
 
@@ -163,7 +167,7 @@ class StructuredOutputs(ClosedBody):
 
 class JsonSchema(Body):
     name: Any = None
-    schema_: Schema = Field(alias="schema")
+    schema_: ClosedSchema = Field(alias="schema")
 
 
 class ResponseFormat(Body):
@@ -193,6 +197,13 @@ def _biases(value: Any) -> dict[int, float]:
 
 class Generating(Asking):
     """What a request for an answer may have, whatever its prompt."""
+
+    names: ClassVar = {
+        "sampling.": "",
+        "stop.": "",
+        "stop.stop_strings": "stop",
+        "stop.include_stop": "include_stop_str_in_output",
+    }
 
     temperature: Number | None = Field(None, ge=0, le=100, description="0 is greedy.")
     top_p: Number | None = Field(None, gt=0, le=1)
@@ -304,11 +315,19 @@ class _Typed(Body):
 
 
 class Tool(_Typed):
+    parameters_at: ClassVar = ".function.parameters"
+
     function: FunctionTool
 
 
 class FlatTool(FunctionTool, _Typed):
     """A tool as the Responses API has it."""
+
+    parameters_at: ClassVar = ".parameters"
+
+    @property
+    def function(self) -> FunctionTool:
+        return self
 
 
 def _choice_of_tools(value: Any) -> Any:
@@ -328,12 +347,19 @@ ToolChoice = Annotated[
 class ChatRequest(Generating, ChatOnly):
     """Asks for the answer to a conversation."""
 
+    names: ClassVar = {
+        **Generating.names,
+        **_CHAT_NAMES,
+        "input": "messages",
+        "options.top_n": "top_logprobs",
+    }
+
     messages: Messages
     logprobs: bool = False
     top_logprobs: Int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="Needs logprobs.")
     tools: list[Tool] = Field([], max_length=MAX_TOOLS)
     tool_choice: ToolChoice = "auto"
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: bool | None = Field(None, description=_PARALLEL)
     echo: Any = unsupported(False)
     add_special_tokens: Any = unsupported(False)
     user: Any = ignored()
@@ -350,6 +376,14 @@ class ChatRequest(Generating, ChatOnly):
 class CompletionRequest(Generating):
     """Asks for what follows each prompt."""
 
+    names: ClassVar = {
+        **Generating.names,
+        "input": "prompt",
+        "token_ids.ids": "prompt",
+        "options.top_n": "logprobs",
+        "top_n": "logprobs",
+    }
+
     prompt: Prompts
     echo: bool = False
     logprobs: Int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
@@ -365,6 +399,8 @@ class CompletionRequest(Generating):
 class InputsRequest(Asking, ChatOnly):
     """Asks for something about texts, token ids, or one conversation."""
 
+    names: ClassVar = {"inputs": "input"}
+
     input: Prompts | None = Field(None, description="Either input or messages is required.")
     messages: Messages | None = Field(None, description="One conversation.")
     echo: Any = unsupported(False)
@@ -374,9 +410,7 @@ class InputsRequest(Asking, ChatOnly):
 
     @model_validator(mode="after")
     def _has_one_input(self) -> InputsRequest:
-        _has_either(self.messages, self.input, "input")
-        _needs_messages(self, self.messages)
-        _adds_special_tokens(self.add_special_tokens, self.messages)
+        _check_input(self, "input")
         return self
 
 
@@ -396,21 +430,21 @@ class ClassifyRequest(InputsRequest):
 class TokenizeRequest(Asking, ChatOnly):
     """Asks for the tokens of a text, or of a conversation as the chat template renders it."""
 
+    names: ClassVar = {**_CHAT_NAMES, "input": "prompt"}
+
     model: str | None = Field(None, description="The base model's tokenizer by default.")  # type: ignore[assignment]
     prompt: str | None = Field(None, description="Either prompt or messages is required.")
     messages: Messages | None = None
     tools: list[Tool] = Field([], max_length=MAX_TOOLS)
     tool_choice: ToolChoice = "auto"
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: bool | None = Field(None, description=_PARALLEL)
     return_token_strs: bool = False
     echo: Any = unsupported(False)
     add_special_tokens: bool | None = None
 
     @model_validator(mode="after")
     def _has_one_input(self) -> TokenizeRequest:
-        _has_either(self.messages, self.prompt, "prompt")
-        _needs_messages(self, self.messages)
-        _adds_special_tokens(self.add_special_tokens, self.messages)
+        _check_input(self, "prompt")
         if self.messages is None and self.tools:
             raise wrong_at(say("NEEDS_FIELD", other="messages"), "tools")
         return self
@@ -419,27 +453,24 @@ class TokenizeRequest(Asking, ChatOnly):
 class DetokenizeRequest(Asking):
     """Asks for the text of tokens."""
 
+    names: ClassVar = {"input": "tokens", "token_ids.ids": "tokens"}
+
     model: str | None = Field(None, description="The base model's tokenizer by default.")  # type: ignore[assignment]
     tokens: TokenIds
 
 
-def _has_either(messages: object, other: object, name: str) -> None:
-    if messages is None and other is None:
-        raise wrong_at(say("REQUIRED"), name)
-    if messages is not None and other is not None:
+def _check_input(body: InputsRequest | TokenizeRequest, name: str) -> None:
+    """Refuse a request unless it has either messages or another input, and what belongs to it."""
+    is_chat, is_text = body.messages is not None, getattr(body, name) is not None
+    if is_chat and is_text:
         raise wrong_at(say("CONFLICTS_WITH", other="messages"), name)
-
-
-def _needs_messages(body: ChatOnly, messages: object) -> None:
-    """Reject fields of a conversation without one."""
-    for name in _RENDERING if messages is None else ():
-        if getattr(body, name):
-            raise wrong_at(say("NEEDS_FIELD", other="messages"), name)
-
-
-def _adds_special_tokens(sent: bool | None, messages: object) -> None:
+    if not is_chat and not is_text:
+        raise wrong_at(say("REQUIRED"), name)
+    for field in () if is_chat else _RENDERING:
+        if getattr(body, field):
+            raise wrong_at(say("NEEDS_FIELD", other="messages"), field)
     # The chat template writes special tokens itself, and a text always gets them.
-    if sent is not None and sent is not (messages is None):
+    if body.add_special_tokens not in (None, is_text):
         raise wrong_at(say("NOT_SUPPORTED"), "add_special_tokens")
 
 
@@ -522,6 +553,16 @@ ShortText = Annotated[str, Field(max_length=512)]
 class ResponseRequest(Generating, ChatOnly):
     """Asks for the answer to a conversation; nothing of it is stored."""
 
+    names: ClassVar = {
+        **Generating.names,
+        "input": "input",
+        "chat": "input",
+        "chat.messages": "input",
+        "chat.": "",
+        "options.top_n": "top_logprobs",
+        "stop.max_tokens": "max_output_tokens",
+    }
+
     input: Annotated[list[Item], BeforeValidator(_as_item)] = Field(
         min_length=1, max_length=MAX_CHAT_MESSAGES, json_schema_extra=_or_text
     )
@@ -535,7 +576,7 @@ class ResponseRequest(Generating, ChatOnly):
     reasoning: Reasoning = Field(default_factory=Reasoning)
     tools: list[FlatTool] = Field([], max_length=MAX_TOOLS)
     tool_choice: ToolChoice = "auto"
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: bool | None = Field(None, description=_PARALLEL)
     user: ShortText | None = None
     safety_identifier: ShortText | None = None
     prompt_cache_key: ShortText | None = None
@@ -559,6 +600,7 @@ class ResponseRequest(Generating, ChatOnly):
 
 
 class AdapterName(Body):
+    names: ClassVar = {"name": "lora_name", "path": "lora_path"}
     lora_name: str
 
 

@@ -229,6 +229,7 @@ class CallReader(ABC):
     def __init__(self, index: int, tools: Mapping[str, Mapping[str, Any]]) -> None:
         self._index = index
         self._tools = tools
+        self._arguments = ObjectEnd()
         self.is_begun = self.is_done = self.is_none = False
         self.held = ""
 
@@ -238,6 +239,13 @@ class CallReader(ABC):
         pieces = [] if self.is_begun else self._begin()
         grown = self._grow() if self.is_begun and not self.is_done else ""
         return [*pieces, CallGrown(self._index, grown)] if grown else pieces
+
+    def _object(self) -> tuple[str, bool]:
+        """More of the arguments where they are an object as it stands, and whether it has ended."""
+        end = self._arguments.find(self.held)
+        grown = self.held[:end]
+        self.held = self.held[len(grown) :]
+        return grown, end is not None
 
     @abstractmethod
     def _begin(self) -> list[Piece]:
@@ -255,7 +263,6 @@ class JsonReader(CallReader):
         super().__init__(index, tools)
         self._whole = ObjectEnd()
         self._num_looked_at = 0
-        self._arguments = ObjectEnd()
         self._is_closing = False
 
     def _begin(self) -> list[Piece]:
@@ -289,10 +296,7 @@ class JsonReader(CallReader):
     def _grow(self) -> str:
         grown = ""
         if not self._is_closing:
-            end = self._arguments.find(self.held)
-            self._is_closing = end is not None
-            grown = self.held[:end]
-            self.held = self.held[len(grown) :]
+            grown, self._is_closing = self._object()
         if self._is_closing and (tail := _JSON_TAIL.match(self.held)):
             self.held = self.held[tail.end() :]
             self.is_done = True
@@ -318,10 +322,6 @@ _MAX_HEAD_CHARS = 256
 class NamedReader(CallReader):
     """Reads a call that begins with its name."""
 
-    def __init__(self, index: int, tools: Mapping[str, Mapping[str, Any]]) -> None:
-        super().__init__(index, tools)
-        self._arguments = ObjectEnd()
-
     def _begin(self) -> list[Piece]:
         head = _NAMED_HEAD.match(self.held)
         if head is None or head[1] not in self._tools:
@@ -332,10 +332,7 @@ class NamedReader(CallReader):
         return [CallBegun(self._index, head[1], head[2] or "")]
 
     def _grow(self) -> str:
-        end = self._arguments.find(self.held)
-        self.is_done = end is not None
-        grown = self.held[:end]
-        self.held = self.held[len(grown) :]
+        grown, self.is_done = self._object()
         return grown
 
 

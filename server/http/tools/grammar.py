@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from turret.server.basics.channels import CHANNEL, FUNCTIONS, MARKS, MESSAGE
+from turret.server.http.schemas.fields import closed
 from turret.server.http.tools.calls import (
     ARGUMENTS,
     CALL_ID,
@@ -251,7 +252,7 @@ class CallsGrammar:
 
     def _schemas(self) -> Iterator[tuple[str, Schema]]:
         for name, parameters in self._tools.items():
-            yield name, parameters or _NO_ARGUMENTS
+            yield name, closed(parameters) or _NO_ARGUMENTS
 
     def _rules(self) -> Iterator[str]:
         for index, (name, schema) in enumerate(self._schemas()):

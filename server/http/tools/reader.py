@@ -211,6 +211,8 @@ class AnswerReader:
         has_reasoning: Whether the answer may begin with a block of reasoning.
         is_open: Whether the prompt has begun that block.
         has_channels: Whether the answer is messages in channels, with their marks.
+        is_forced: Whether the answer is nothing but calls. Then the beginning of one that was cut
+            is not text.
 
     Attributes:
         num_calls: Calls of tools told so far.
@@ -225,7 +227,9 @@ class AnswerReader:
         has_reasoning: bool = False,
         is_open: bool = False,
         has_channels: bool = False,
+        is_forced: bool = False,
     ) -> None:
+        self._is_forced = is_forced
         self._channels = Channels(tools) if has_channels else None
         self._reasoning = Reasoning(is_open) if has_reasoning else None
         has_calls = form is not None and tools and not has_channels
@@ -266,6 +270,8 @@ class AnswerReader:
         """The pieces with ids for calls, without calls beyond the allowed number."""
         told: list[Piece] = []
         for piece in pieces:
+            if isinstance(piece, Said) and self._is_forced:
+                continue
             if isinstance(piece, Said | Thought) or self._most is None or piece.index < self._most:
                 told.append(self._with_id(piece) if isinstance(piece, CallBegun) else piece)
         return told

@@ -20,6 +20,7 @@ PATHS: dict[str, tuple[dict[str, Any], ...]] = {
         {"model": "base", "input": "a"},
         {"model": "base", "input": TURNS, "text": {"format": {"type": "json_object"}}},
     ),
+    "/v1/messages": ({"model": "base", "max_tokens": 4, "messages": TURNS, "tools": []},),
     "/tokenize": ({"prompt": "a"}, {"messages": TURNS}),
     "/detokenize": ({"tokens": [1]},),
     "/v1/load_lora_adapter": (ADAPTER,),

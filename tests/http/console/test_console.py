@@ -17,8 +17,8 @@ from turret.server.basics.work import Cancellation
 from turret.server.config import ListenConfig
 from turret.server.errors import AdapterNotFoundError, ResourceError
 from turret.server.http.console.state import MAX_ADAPTERS
-from turret.server.http.models import ADAPTER_NAMES
 from turret.server.http.refusals import refusal_of
+from turret.server.http.schemas.requests import AdapterName
 
 STATIC = ROOT / "server" / "http" / "console" / "static"
 ASK: Any = {"model": "base", "prompt": "a"}
@@ -203,7 +203,7 @@ async def test_pins_come_and_go() -> None:
         assert (wrong.status, wrong.param) == (400, "lora_name")
 
 
-@pytest.mark.parametrize(("names", "param"), [(ADAPTER_NAMES, "lora_name"), ({}, "model")])
+@pytest.mark.parametrize(("names", "param"), [(AdapterName.names, "lora_name"), ({}, "model")])
 def test_an_adapter_that_is_not_there_is_told_by_the_field_that_names_it(
     names: dict[str, str], param: str
 ) -> None:

@@ -100,7 +100,8 @@ class Refused:
     @classmethod
     def of(cls, answer: httpx2.Response) -> Refused:
         body = answer.json()
-        assert body.keys() == {"error"}
+        # Errors of Anthropic's API have further fields around them.
+        assert body.keys() - {"type", "request_id"} == {"error"}
         error = body["error"]
         assert error.keys() - {"violations"} == {"message", "type", "param", "code"}
         return cls(

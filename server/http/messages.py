@@ -1,0 +1,372 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's Messages API."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import from_json
+
+from turret.server.api.limits import (
+    MAX_CHAT_MESSAGES,
+    MAX_CONSTRAINT_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_TOOLS,
+)
+from turret.server.http.answers import Ended, adapters_of, stop_reason, usage_of
+from turret.server.http.asked import Asks, asked_of, set_rendering, set_text_format, tools_of
+from turret.server.http.choices import Choices, make_readers
+from turret.server.http.endpoint import Exchange
+from turret.server.http.items import Dialect, Event, Item, Kind, answer_in_items
+from turret.server.http.refusals import Refusal
+from turret.server.http.schemas.fields import (
+    Body,
+    Content,
+    Count,
+    Int,
+    StopTexts,
+    ignored,
+    not_one_of,
+    short,
+    text_of,
+    unsupported,
+    wrong_at,
+)
+from turret.server.http.schemas.requests import (
+    Asking,
+    ChatOnly,
+    Effort,
+    FunctionTool,
+    Generating,
+    Parameters,
+    TextFormat,
+)
+from turret.server.http.tools.calls import CallBegun, Said, Thought
+from turret.server.words import say
+from turret.v1 import inference_pb2
+
+# The request.
+
+
+class Block(Body):
+    """A part of a turn. Earlier thoughts are left out of the prompt."""
+
+    type: str
+    text: str | None = None
+    id: str = ""
+    name: str = ""
+    input: Parameters = Field({}, description="The arguments of a call.")
+    tool_use_id: str = ""
+    content: Any = Field("", description="The result of a call: a string, or text blocks.")
+
+    @model_validator(mode="after")
+    def _is_text(self) -> Block:
+        if self.type == "text" and self.text is None:
+            raise wrong_at(say("REQUIRED"), "text")
+        if self.type == "tool_result":
+            self.content = text_of(self.content, ("text",), "content")
+        elif self.type in ("image", "document"):
+            raise wrong_at(say("NOT_TEXT"))
+        elif self.type not in ("text", "tool_use", "thinking", "redacted_thinking"):
+            kinds = "text, tool_use, tool_result, thinking"
+            raise wrong_at(not_one_of(self.type, kinds), "type")
+        return self
+
+
+def _as_blocks(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+def _or_text(schema: dict[str, Any]) -> None:
+    """Adds to the schema of ``content`` that a text is one block."""
+    blocks = {name: schema.pop(name) for name in ("type", "items", "maxItems")}
+    schema["anyOf"] = [{"type": "string"}, blocks]
+
+
+class Turn(Body):
+    role: Literal["user", "assistant", "system"]
+    content: Annotated[list[Block], BeforeValidator(_as_blocks)] = Field(
+        max_length=MAX_CHAT_MESSAGES, json_schema_extra=_or_text
+    )
+
+
+class MessageTool(Body):
+    """A tool that the client runs."""
+
+    parameters_at: ClassVar = ".input_schema"
+
+    type: Literal["custom"] | None = None
+    name: str
+    description: str = ""
+    input_schema: Parameters = Field({}, description="A JSON schema of the arguments.")
+
+    @property
+    def function(self) -> FunctionTool:
+        """The tool as OpenAI's APIs have it."""
+        return FunctionTool(
+            name=self.name,
+            description=self.description,
+            parameters=self.input_schema,
+            strict=None,
+        )
+
+
+class MessageToolChoice(Body):
+    type: Literal["auto", "any", "tool", "none"] = "auto"
+    name: str = ""
+    disable_parallel_tool_use: bool | None = None
+
+    @property
+    def choice(self) -> Any:
+        """The choice as OpenAI's APIs have it."""
+        if self.type == "tool":
+            return {"type": "function", "name": self.name}
+        return "required" if self.type == "any" else self.type
+
+
+class Thinking(Body):
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    budget_tokens: Any = ignored()
+    display: Any = ignored()
+
+
+class OutputConfig(Body):
+    effort: Effort | Literal["max"] | None = None
+    format: Annotated[TextFormat, short(MAX_CONSTRAINT_CHARS)] | None = None
+
+
+class CountRequest(Asking, ChatOnly):
+    """Asks for the number of tokens in a conversation."""
+
+    names: ClassVar = {
+        "chat": "messages",
+        "chat.messages": "messages",
+        "chat.": "",
+        "input": "messages",
+    }
+
+    messages: list[Turn] = Field(min_length=1, max_length=MAX_CHAT_MESSAGES)
+    system: Content | None = None
+    tools: list[MessageTool] = Field([], max_length=MAX_TOOLS)
+    tool_choice: MessageToolChoice = Field(default_factory=MessageToolChoice)
+    thinking: Thinking | None = Field(
+        None, description="Sets the template's variable `enable_thinking`."
+    )
+    output_config: OutputConfig = Field(default_factory=OutputConfig)
+    metadata: Any = ignored()
+    service_tier: Any = ignored()
+    cache_control: Any = ignored()
+    container: Any = unsupported()
+    mcp_servers: Any = unsupported([])
+    context_management: Any = unsupported({})
+
+    @model_validator(mode="after")
+    def _thinks_as_asked(self) -> CountRequest:
+        if self.thinking is not None:
+            thinks = self.thinking.type != "disabled"
+            self.chat_template_kwargs = {"enable_thinking": thinks, **self.chat_template_kwargs}
+        return self
+
+    @property
+    def effort(self) -> str | None:
+        return self.output_config.effort or self.reasoning_effort
+
+
+class MessagesRequest(CountRequest, Generating):
+    """Asks for the answer to a conversation."""
+
+    names: ClassVar = {
+        **Generating.names,
+        **CountRequest.names,
+        "stop.stop_strings": "stop_sequences",
+    }
+
+    max_tokens: Count | None = Field(ge=1)
+    stop_sequences: StopTexts = Field([], max_length=MAX_STOP_STRINGS)
+    n: Int = Field(1, ge=1, le=1)
+
+
+def _chat_of(body: CountRequest, names: dict[str, str]) -> inference_pb2.Chat:
+    """The conversation; adds to ``names`` which part of the request made each turn."""
+    chat = inference_pb2.Chat()
+    set_rendering(body, chat)
+
+    def add(path: str, role: str, content: str = "", call_id: str = "") -> None:
+        names[f"chat.messages[{len(chat.messages)}]"] = path
+        chat.messages.add(role=role, content=content, tool_call_id=call_id)
+
+    if body.system is not None:
+        add("system", "system", body.system)
+    for index, turn in enumerate(body.messages):
+        path = f"messages[{index}]"
+        # The texts and calls of a turn are one message, and each result is one of its own.
+        is_open = False
+        for place, block in enumerate(turn.content):
+            at = f"{path}.content[{place}]"
+            if block.type == "tool_result":
+                add(at, "tool", block.content, block.tool_use_id)
+                is_open = False
+            elif block.type in ("text", "tool_use"):
+                if not is_open:
+                    add(path, turn.role)
+                    is_open = True
+                last = chat.messages[-1]
+                last.content += block.text or ""
+                if block.type == "tool_use":
+                    names[f"chat.messages[{len(chat.messages) - 1}].tool_calls"] = at
+                    arguments = json.dumps(block.input, ensure_ascii=False)
+                    last.tool_calls.add(id=block.id, name=block.name, arguments=arguments)
+    # The answer continues a message of the assistant at the end.
+    last_turn = body.messages[-1]
+    if last_turn.role == "assistant" and last_turn.content and last_turn.content[-1].text:
+        chat.continue_final_message = True
+    return chat
+
+
+# The answer.
+
+# By what an item holds: its block before it has content, the field of the content, and the type and
+# the field of what is added to it.
+_BLOCKS: dict[Kind, tuple[dict[str, Any], str, str, str]] = {
+    Said: ({"type": "text", "text": ""}, "text", "text_delta", "text"),
+    Thought: (
+        {"type": "thinking", "thinking": "", "signature": ""},
+        *("thinking", "thinking_delta", "thinking"),
+    ),
+    CallBegun: ({"type": "tool_use", "input": {}}, "input", "input_json_delta", "partial_json"),
+}
+
+
+class _Message(Dialect):
+    """The object that answers, and the events about it."""
+
+    is_never_empty = False
+    has_done = False
+
+    def __init__(self, exchange: Exchange, model: str) -> None:
+        self._call = exchange.call
+        self._content: list[dict[str, Any]] = []
+        self.whole = {
+            "id": f"msg_{exchange.call.request_id}",
+            "type": "message",
+            "role": "assistant",
+            "model": model,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+        }
+
+    def start(self) -> list[Event]:
+        begun = self.whole | {"usage": _usage(self._call.prompt_tokens, 0, 0)}
+        return [("message_start", {"message": begun}), ("ping", {})]
+
+    def begin(self, item: Item) -> list[Event]:
+        return [("content_block_start", {"index": item.index, "content_block": _block(item)})]
+
+    def grow(self, item: Item, text: str, logprobs: object) -> Event:
+        _, _, kind, field = _BLOCKS[item.kind]
+        return "content_block_delta", {"index": item.index, "delta": {"type": kind, field: text}}
+
+    def end(self, item: Item, is_cut: bool) -> list[Event]:
+        content = item.text if item.call is None else _arguments(item.text)
+        self._content.append(_block(item) | {_BLOCKS[item.kind][1]: content})
+        return [("content_block_stop", {"index": item.index})]
+
+    def finish(self, answer: Ended, is_cut: bool) -> list[Event]:
+        stop = stop_reason(answer)
+        if is_cut:
+            reason = "max_tokens"
+        elif any(block["type"] == "tool_use" for block in self._content):
+            reason = "tool_use"
+        else:
+            reason = "stop_sequence" if isinstance(stop, str) else "end_turn"
+        used = usage_of([answer], 1)
+        cached = used["prompt_tokens_details"]["cached_tokens"]
+        usage = _usage(used["prompt_tokens"] - cached, cached, used["completion_tokens"])
+        ended = {
+            "stop_reason": reason,
+            "stop_sequence": stop if reason == "stop_sequence" else None,
+        }
+        more = {"usage": usage, "adapters_used": adapters_of([answer])}
+        self.whole |= {"content": self._content, **ended, **more}
+        return [("message_delta", {"delta": ended, **more}), ("message_stop", {})]
+
+    def fail(self, refusal: Refusal) -> list[Event]:
+        return []
+
+
+def _block(item: Item) -> dict[str, Any]:
+    """The block of an item, without its content."""
+    block = _BLOCKS[item.kind][0]
+    if item.call is None:
+        return block
+    return block | {"id": item.call.call_id, "name": item.call.name}
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    """The arguments of a call, or the part of them before it was cut."""
+    try:
+        found = from_json(text, allow_partial=True)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _usage(fresh: int, cached: int, completion: int) -> dict[str, Any]:
+    return {
+        "input_tokens": fresh,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": cached,
+        "output_tokens": completion,
+    }
+
+
+_ERRORS = {
+    404: "not_found_error",
+    413: "request_too_large",
+    500: "api_error",
+    501: "api_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_refusal(refusal: Refusal, request_id: str) -> Refusal:
+    """A refusal in the form of Anthropic's API, with turret's further fields."""
+    error = refusal.body["error"]
+    kind = _ERRORS.get(refusal.status, error["type"])
+    body = {"type": "error", "error": {**error, "type": kind}, "request_id": request_id}
+    return dataclasses.replace(refusal, body=body, event="error")
+
+
+class Messages(Asks):
+    """Answer a conversation (Anthropic's Messages API)."""
+
+    async def __call__(self, exchange: Exchange) -> None:
+        _, body, mix = self._read(exchange, MessagesRequest)
+        asked = asked_of(body, mix, exchange.names)
+        asked.message.stop.stop_strings.extend(body.stop_sequences)
+        set_text_format(body.output_config.format, asked.message, exchange.names, "output_config")
+        chat = _chat_of(body, exchange.names)
+        prompt = inference_pb2.GenerateRequest(chat=chat)
+        use = tools_of(body.tools, body.tool_choice.choice, _is_parallel(body), prompt.chat)
+        del body
+        make_reader = await make_readers(self._inference, exchange, asked, use, prompt.chat)
+        choices = Choices(self._inference, exchange, asked, [prompt])
+        message = _Message(exchange, asked.model)
+        await answer_in_items(exchange, choices, make_reader(), message, asked.is_stream)
+
+    async def count(self, exchange: Exchange) -> None:
+        """Count the tokens of a conversation (Anthropic's Messages API)."""
+        _, body, mix = self._read(exchange, CountRequest)
+        chat = _chat_of(body, exchange.names)
+        tools_of(body.tools, body.tool_choice.choice, _is_parallel(body), chat)
+        question = inference_pb2.TokenizeRequest(adapters=mix, chat=chat)
+        answer = await self._inference.tokenize(question)
+        await exchange.reply.json({"input_tokens": len(answer.token_ids)})
+
+
+def _is_parallel(body: CountRequest) -> bool | None:
+    is_single = body.tool_choice.disable_parallel_tool_use
+    return None if is_single is None else not is_single

@@ -1,0 +1,115 @@
+"""The files of the console and of /docs, the page that shows the OpenAPI document."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from turret.server.basics.codes import Code
+from turret.server.http.endpoint import Exchange
+from turret.server.http.refusals import HttpRefusal
+from turret.server.words import say
+
+FOLDER = Path(__file__).parent / "console" / "static"
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+_POLICY = (
+    "default-src 'none'; script-src 'self'; connect-src 'self'; base-uri 'none';"
+    " form-action 'none'; frame-ancestors 'none'; "
+)
+# Texts become nodes and never markup: with trusted types a browser refuses any other way.
+_CONSOLE_POLICY = (
+    "style-src 'self'; img-src 'self'; require-trusted-types-for 'script'; trusted-types 'none'"
+)
+# Swagger UI styles its elements inline; everything else comes from this server.
+_DOCS_POLICY = "style-src 'self' 'unsafe-inline'; img-src 'self' data:"
+_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    # Browsers revalidate on every load and download again only if another version is installed.
+    "cache-control": "no-cache",
+}
+_DOCS = b"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>turret HTTP API</title>
+<link rel="stylesheet" href="/docs/swagger-ui.css">
+<div id="swagger-ui"></div>
+<script src="/docs/swagger-ui-bundle.js"></script>
+<script src="/docs/start.js"></script>
+</html>
+"""
+_START = b'SwaggerUIBundle({url: "/openapi.json", dom_id: "#swagger-ui", deepLinking: true});\n'
+
+
+class Page:
+    """Sends the files of a page, which are public: the page asks for data with a visitor's token.
+
+    Args:
+        folder: The path of the files.
+        files: By name. Nothing that a client sends becomes a path.
+        policy: What the page may load, in addition to its own scripts.
+    """
+
+    def __init__(self, folder: str, files: Mapping[str, bytes | Path], policy: str) -> None:
+        self._folder = folder
+        self._files = files
+        self._headers = {**_HEADERS, "content-security-policy": _POLICY + policy}
+
+    async def index(self, exchange: Exchange) -> None:
+        """The page itself."""
+        await self._send(exchange, "index.html")
+
+    async def file(self, exchange: Exchange) -> None:
+        """A file of the page.
+
+        Raises:
+            HttpRefusal: There is none of that name.
+        """
+        await self._send(exchange, exchange.path["file"])
+
+    async def _send(self, exchange: Exchange, name: str) -> None:
+        if name not in self._files:
+            text = say("UNKNOWN_URL", method="GET", path=f"{self._folder}/{name[:200]}")
+            raise HttpRefusal(404, Code.NOT_FOUND, text)
+        data, tag = self._read(name)
+        headers = {**self._headers, "etag": tag}
+        if exchange.headers.get("if-none-match") == tag:
+            await exchange.reply.whole(b"", 304, headers)
+        else:
+            headers["content-type"] = _TYPES[Path(name).suffix]
+            await exchange.reply.whole(data, 200, headers)
+
+    @functools.cache  # noqa: B019 - there are two pages, which live as long as the process
+    def _read(self, name: str) -> tuple[bytes, str]:
+        found = self._files[name]
+        data = found.read_bytes() if isinstance(found, Path) else found
+        return data, f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+
+
+def console() -> Page:
+    """The console, which is not shown in a frame."""
+    files = {path.name: path for path in FOLDER.iterdir() if path.suffix in _TYPES}
+    return Page("/console", files, _CONSOLE_POLICY)
+
+
+def docs() -> Page:
+    """Swagger UI, which comes with a package, so that it works without the internet."""
+    # Find the package without importing it, which takes a third of a second.
+    spec = find_spec("fastapi_offline")
+    assert spec is not None
+    assert spec.origin is not None
+    static = Path(spec.origin).parent / "static"
+    names = ("swagger-ui.css", "swagger-ui-bundle.js")
+    files = {"index.html": _DOCS, "start.js": _START, **{name: static / name for name in names}}
+    return Page("/docs", files, _DOCS_POLICY)
