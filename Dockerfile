@@ -60,7 +60,7 @@ ENV PATH=/opt/turret/bin:$PATH TURRET_HEALTH_FLAGS=""
 USER 10001
 # Quantises the embedded model now, so that the first start is as fast as later ones.
 RUN python -c "from turret.server.models.model_source import resolve_model; \
-    from turret.server.models.sources.cache import default_cache_dir; \
+    from turret.server.models.sources.check import default_cache_dir; \
     resolve_model(None, default_cache_dir())"
 # gRPC, and HTTP if --http-address is set.
 EXPOSE 50051 8000

@@ -38,11 +38,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from turret.clients.client import TurretClient
+from turret.server.log import progress_bar
 from turret.server.models.decoding.arch import Arch
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import resolve_model
-from turret.server.models.sources.cache import default_cache_dir
-from turret.server.progress import progress_bar
+from turret.server.models.sources.check import default_cache_dir
 from turret.server.server_process import ServerProcess, ServerProcessError
 
 EXIT_WRONG = 4

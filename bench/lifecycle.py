@@ -34,11 +34,11 @@ from scale.registering import register, restore
 from scale.replay import median_ms, replay
 from scale.workload import LENGTHS, Workload, draw
 
-from turret.server.basics.byte_size import parse_byte_size
+from turret.server.basics.settings import parse_byte_size
 from turret.server.models.decoding.arch import Arch
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import resolve_model
-from turret.server.models.sources.cache import default_cache_dir
+from turret.server.models.sources.check import default_cache_dir
 from turret.server.server_process import ServerProcess
 
 EXIT_MISSED = 1

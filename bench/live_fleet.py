@@ -38,7 +38,7 @@ def write_tiny_model(folder: Path) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from turret.server.models.model_source import resolve_model
-    from turret.server.models.sources.cache import default_cache_dir
+    from turret.server.models.sources.check import default_cache_dir
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(None, default_cache_dir()).files)
     config = LlamaConfig(

@@ -30,7 +30,7 @@ from common.served import Served
 
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import resolve_model
-from turret.server.models.sources.cache import default_cache_dir
+from turret.server.models.sources.check import default_cache_dir
 
 _BATCH = 16
 _RANK = 16

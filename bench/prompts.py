@@ -33,7 +33,7 @@ from turret.clients.aio import AsyncTurretClient
 from turret.server.models.decoding.arch import Arch
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import resolve_model
-from turret.server.models.sources.cache import default_cache_dir
+from turret.server.models.sources.check import default_cache_dir
 
 _BATCH = 16
 _RANK = 16

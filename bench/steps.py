@@ -34,7 +34,7 @@ from common.report import append_rows, make_console, print_rows
 from common.stopwatch import Part, Recorded, Stopwatch
 from rich.console import Console
 
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.basics.work import compute_on_this_thread
 from turret.server.build import build_backend
 from turret.server.config import AdapterConfig, Config, ModelConfig, SchedulerConfig
@@ -44,7 +44,7 @@ from turret.server.engine.scheduling.request import Request, SamplingParams, Sto
 from turret.server.metrics import Metrics
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import resolve_model
-from turret.server.models.sources.cache import default_cache_dir
+from turret.server.models.sources.check import default_cache_dir
 
 ENGINE = "engine"
 REST = "all else"
@@ -54,18 +54,16 @@ PARTS = (
     Part("turret.server.models.weights.nf4:Nf4Linear.__call__", "base matmuls"),
     Part("turret.server.adapters.device.cpu.store:CpuStep.project", "adapters"),
     Part("turret.server.adapters.device.reference:ReferenceStep.project", "adapters"),
-    Part("turret.server.models.decoding.cpu_layer_ops:CpuLayerOps.attend", "attention"),
+    Part("turret.server.models.decoding.cpu_layers:CpuLayerOps.attend", "attention"),
     Part("turret.server.models.decoding.layer_ops:TorchLayerOps.attend", "attention"),
-    Part(
-        "turret.server.models.decoding.cpu_layer_ops:CpuLayerOps.add_rms_norm", "norms, residuals"
-    ),
+    Part("turret.server.models.decoding.cpu_layers:CpuLayerOps.add_rms_norm", "norms, residuals"),
     Part("turret.server.models.decoding.layer_ops:TorchLayerOps.add_rms_norm", "norms, residuals"),
-    Part("turret.server.models.decoding.cpu_layer_ops:CpuLayerOps.gated_activation", "activation"),
+    Part("turret.server.models.decoding.cpu_layers:CpuLayerOps.gated_activation", "activation"),
     Part("turret.server.models.decoding.layer_ops:TorchLayerOps.gated_activation", "activation"),
     Part("turret.server.adapters.device.reference:StepReference.apply", "operators by torch"),
     Part("turret.server.models.decoding.cpu_layers:run_layers", "all layers in one call"),
     Part("turret.server.models.decoding.decoder:Decoder.logits", "head"),
-    Part("turret.server.models.decoding.likeliest:LikeliestTokens.find", "head"),
+    Part("turret.server.models.decoding.decoder:LikeliestTokens.find", "head"),
     Part("turret.server.engine.step.sampler:Sampler.draw", "sampling"),
     Part("turret.server.engine.step.batch:BatchBuilder.build", "batch metadata"),
     Part("turret.server.engine.step.runner:Runner.run", REST),

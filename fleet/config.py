@@ -11,7 +11,6 @@ from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass
 
 from turret.fleet.words import say
-from turret.server.basics.address import is_local_address, split_address
 from turret.server.basics.settings import (
     TABLE,
     Seconds,
@@ -20,12 +19,14 @@ from turret.server.basics.settings import (
     Violation,
     Whole,
     fields_of,
+    is_local_address,
     is_path,
     setting,
+    split_address,
     tables_of,
 )
 from turret.server.config import Config
-from turret.server.models.sources.hub_model import hub_model_id
+from turret.server.models.sources.model_directory import hub_model_id
 
 DEFAULT_HTTP_PORT = 8080
 _OF_THIS_MACHINE = "auto"

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from turret.server.adapters.facts import AdapterFacts
-from turret.server.adapters.source import Source
-from turret.server.adapters.state.saved_registration import SavedRegistration
+from turret.server.adapters.adapter import AdapterFacts, Source
+from turret.server.adapters.state_dir import SavedRegistration
 from turret.server.errors import TurretError
 
 Precision = Literal["NF4", "BF16"]

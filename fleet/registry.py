@@ -18,9 +18,8 @@ from typing import Literal, Protocol, assert_never
 from turret.fleet import protocol as p
 from turret.fleet.protocol import Base, BaseEntry, FleetState, NameEntry, key_of
 from turret.fleet.words import say
-from turret.server.adapters.facts import AdapterFacts
-from turret.server.adapters.source import Source
-from turret.server.adapters.state.saved_registration import SavedRegistration
+from turret.server.adapters.adapter import AdapterFacts, Source
+from turret.server.adapters.state_dir import SavedRegistration
 from turret.server.errors import (
     AdapterBusyError,
     AdapterComponentError,

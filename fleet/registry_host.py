@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 from turret.fleet import protocol as p
 from turret.fleet.registry import FleetRegistry, Store
 from turret.server import log
-from turret.server.adapters.source import Source
-from turret.server.adapters.state.state_dir import StateDir
+from turret.server.adapters.adapter import Source
+from turret.server.adapters.state_dir import StateDir
 from turret.server.basics.files import (
     move_directory,
     remove_directory,

@@ -19,29 +19,21 @@ from turret.fleet import protocol as p
 from turret.fleet.follower import Channel, ReplicaLink, propose
 from turret.fleet.words import say
 from turret.server import log
-from turret.server.adapters.adapter import Adapter
-from turret.server.adapters.adapter_info import AdapterInfo
-from turret.server.adapters.allowed import Allowed
-from turret.server.adapters.base import BaseModel, ChangedBase, Precision
-from turret.server.adapters.chat_template import OwnTemplate
-from turret.server.adapters.merge.merger import (
+from turret.server.adapters.adapter import Adapter, AdapterInfo, AdapterRef, OwnTemplate, Source
+from turret.server.adapters.base import Allowed, BaseModel, ChangedBase, Precision
+from turret.server.adapters.merger import (
     ChangeBase,
     Edit,
     MergeMetrics,
     Merger,
+    MergeState,
     PreparedMerge,
 )
-from turret.server.adapters.merge.state import MergeState
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
-from turret.server.adapters.ref import AdapterRef
-from turret.server.adapters.registry.registration import Registration
-from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.registry.unloads import UnloadMode
-from turret.server.adapters.residency.metrics import AdapterMetrics
-from turret.server.adapters.source import Source
-from turret.server.adapters.state.saved_registration import SavedRegistration
-from turret.server.adapters.state.shared_state_dir import SharedStateDir
-from turret.server.adapters.state.staged_upload import StagedUpload
+from turret.server.adapters.registry.name_table import Registration
+from turret.server.adapters.registry.registry import AdapterRegistry, UnloadMode
+from turret.server.adapters.residency.leases import AdapterMetrics
+from turret.server.adapters.state_dir import SavedRegistration, SharedStateDir, StagedUpload
 from turret.server.basics.work import Cancellation
 from turret.server.config import AdapterConfig
 from turret.server.errors import (
@@ -50,7 +42,7 @@ from turret.server.errors import (
     TurretError,
     UnavailableError,
 )
-from turret.server.hub.adapters import AdapterHub
+from turret.server.hub import AdapterHub
 
 _log = logging.getLogger(__name__)
 

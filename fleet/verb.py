@@ -11,7 +11,7 @@ from pathlib import Path
 from turret.fleet.config import REFUSED, ClusterConfig, as_ray_address
 from turret.fleet.serving import fleet_folder
 from turret.server import log
-from turret.server.basics.extras import how_to_add
+from turret.server.basics.names import how_to_add
 from turret.server.command.flags import add_flags, resolved
 from turret.server.command.parser import EXIT_USAGE, CommandParser
 from turret.server.command.preflight import problems

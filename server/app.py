@@ -15,27 +15,26 @@ from typing import TYPE_CHECKING, TypeVar
 
 import turret
 from turret.server import log
-from turret.server.api.access.shares import Shares, most_connections
-from turret.server.api.access.tokens import TokenTable
-from turret.server.api.admin.adapters import Adapters
+from turret.server.api.access import Shares, TokenTable, most_connections
+from turret.server.api.admin import Adapters
 from turret.server.api.faults import Failures
 from turret.server.api.gate import Backend, ServingGate
-from turret.server.api.inference.inference import Inference
-from turret.server.basics.address import is_local_address
+from turret.server.api.inference import Inference
+from turret.server.basics.settings import is_local_address
 from turret.server.basics.triton_needs import see_only
 from turret.server.basics.work import started_pool
 from turret.server.command.interrupts import Hangup
 from turret.server.config import Config
 from turret.server.errors import AdapterExistsError, TurretError
+from turret.server.log import end_bars
 from turret.server.metrics import Metrics
 from turret.server.metrics_server import MetricsServer
-from turret.server.progress import end_bars
 from turret.server.reloading import NOTHING_TO_RELOAD, TokenReloader
 from turret.server.rpc.server import RpcServer
 from turret.server.words import say
 
 if TYPE_CHECKING:
-    from turret.server.adapters.adapter_info import AdapterInfo
+    from turret.server.adapters.adapter import AdapterInfo
     from turret.server.adapters.registry.registry import AdapterRegistry
     from turret.server.http.server import HttpServer
 

@@ -14,18 +14,17 @@ import torch
 
 from turret.kernels.cpu.native import has_native, has_native_products, use_own_threads
 from turret.server import log
-from turret.server.adapters.allowed import Allowed
-from turret.server.adapters.base import BaseModel, Precision
+from turret.server.adapters.base import Allowed, BaseModel, Precision
 from turret.server.adapters.device.cpu.store import CpuStore
 from turret.server.adapters.device.gpu.uploads import StepStream
 from turret.server.adapters.device.reference import ReferenceStore
 from turret.server.adapters.device.store import AdapterStore, StepStore
 from turret.server.adapters.fuse.fuser import Fuser
-from turret.server.adapters.merge.merger import ChangeBase, Edit, Merger
+from turret.server.adapters.merger import ChangeBase, Edit, Merger
 from turret.server.adapters.methods import METHODS
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.state.state_dir import StateDir
+from turret.server.adapters.state_dir import StateDir
 from turret.server.api.gate import Backend
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
 from turret.server.basics.triton_needs import keep_compiled_in, missing_for_triton
@@ -44,7 +43,7 @@ from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.speculation import Speculation, StepCost
 from turret.server.engine.step.executor import Executor, TorchExecutor
-from turret.server.engine.step.gpu.start import (
+from turret.server.engine.step.gpu.executor import (
     adapter_bytes,
     captured_bytes,
     largest_step,
@@ -53,21 +52,18 @@ from turret.server.engine.step.gpu.start import (
 )
 from turret.server.engine.step.runner import Runner
 from turret.server.errors import InvalidRequestError
-from turret.server.hub.adapters import AdapterHub
+from turret.server.hub import AdapterHub
+from turret.server.log import progress_bar
 from turret.server.metrics import Metrics
-from turret.server.models.base_edit import BaseEdit
-from turret.server.models.base_template import base_template
+from turret.server.models.chat_template import base_template
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.decoding.kv_cache import KvCache
-from turret.server.models.describe import describe_base, describe_projections
-from turret.server.models.formulations import formulations
-from turret.server.models.loader import eos_token_ids, load_decoder
-from turret.server.models.model_info import ModelInfo
+from turret.server.models.describe import BaseEdit, ModelInfo, describe_base, describe_projections
+from turret.server.models.loader import eos_token_ids, formulations, load_decoder
 from turret.server.models.model_source import ModelSource, resolve_model
 from turret.server.models.own_tokenizers import OwnTokenizers
-from turret.server.models.sources.cache import default_cache_dir
+from turret.server.models.sources.check import default_cache_dir
 from turret.server.models.tokenizer import Tokenizer
-from turret.server.progress import progress_bar
 from turret.server.words import say
 
 _log = logging.getLogger(__name__)
@@ -356,8 +352,7 @@ def _on_stream(stream: StepStream, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _warm_up(executor: Executor, stream: StepStream) -> None:
-    from turret.server.engine.step.gpu.executor import GpuExecutor
-    from turret.server.engine.step.gpu.start import warm_up
+    from turret.server.engine.step.gpu.executor import GpuExecutor, warm_up
 
     assert isinstance(executor, GpuExecutor)
     started = time.monotonic()

@@ -109,7 +109,7 @@ def _leave(code: int) -> NoReturn:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from turret.server.basics.address import split_address
+    from turret.server.basics.settings import split_address
     from turret.server.command.start_lines import refuse
 
     for flag in ("address", "metrics_address", "http_address"):

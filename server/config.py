@@ -13,16 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator
 from pydantic.dataclasses import dataclass
 
-from turret.server.basics.address import is_local_address, split_address
-from turret.server.basics.byte_size import GIB, MIB
-from turret.server.basics.closest import closest
-from turret.server.basics.hub_id import (
-    HUB_SCHEME,
-    HubId,
-    model_place,
-    no_adapter_name,
-)
+from turret.server.basics.names import HUB_SCHEME, HubId, closest, model_place, no_adapter_name
 from turret.server.basics.settings import (
+    GIB,
+    MIB,
     TABLE,
     Bytes,
     Names,
@@ -32,7 +26,9 @@ from turret.server.basics.settings import (
     Switch,
     Violation,
     Whole,
+    is_local_address,
     setting,
+    split_address,
 )
 from turret.server.words import say
 

@@ -38,7 +38,7 @@
     └── DeadlineExceededError        the deadline passed before the request finished
 
 ``reason`` is an AIP-193 identifier. Unless it is given, ``metadata`` has the parameters of the
-message, except those that are sentences themselves. No gRPC here: ``server/rpc/status.py`` holds
+message, except those that are sentences themselves. No gRPC here: ``server/rpc/interceptor.py`` holds
 the one table from class to status code.
 """
 

@@ -19,8 +19,8 @@ from http import HTTPStatus
 from prometheus_client.exposition import choose_encoder
 
 from turret.server import log
-from turret.server.api.access.tokens import TokenTable
-from turret.server.basics.address import is_local_address, split_address
+from turret.server.api.access import TokenTable
+from turret.server.basics.settings import is_local_address, split_address
 from turret.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)

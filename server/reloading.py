@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from turret.server.api.access.tokens import TokenTable, WatchedFiles
+from turret.server.api.access import TokenTable, WatchedFiles
 
 # How soon a changed token file is noticed without SIGHUP.
 POLL_SECONDS = 5.0

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
+from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.training.errors import RunError
 from turret.training.words import say
 

@@ -16,12 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from turret.server.adapters.head import MULTI_LABEL, SINGLE_LABEL
+from turret.server.adapters.adapter import CONFIG_FILE, MULTI_LABEL, SINGLE_LABEL, TENSORS_FILE
 from turret.server.adapters.peft_format.classifier_checkpoint import HEAD_NAMES, TASK_TYPE
-from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.training.adapter_folder import write_adapter
-from turret.training.data.batches import Dataset, Row, TrainingBatch, make_batch
-from turret.training.data.examples import Encoded
+from turret.training.batches import Dataset, Row, TrainingBatch, make_batch
+from turret.training.examples import Encoded
 from turret.training.loss import LossFunction
 from turret.training.settings.resolve import Resolved
 

@@ -13,17 +13,16 @@ from bitsandbytes.functional import dequantize_4bit
 from torch import nn
 
 from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.checkpoint.adapter_checkpoint import PEFT_PREFIX, AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
-from turret.server.adapters.checkpoint.tensor_names import PEFT_PREFIX
 from turret.server.adapters.component import Component, ComponentRef
 from turret.server.adapters.lowering.components import check_fusable
 from turret.server.adapters.methods.low_rank.learned_fusion import METHOD as LEARNED_FUSION
 from turret.server.adapters.methods.lower import lower_checkpoint
-from turret.training.data.batches import IGNORED, TrainingBatch
+from turret.training.batches import IGNORED, TrainingBatch
 from turret.training.loss import LossFunction
-from turret.training.settings.inputs import component_directories
+from turret.training.settings.checks import component_directories
 
 _MAX_ELEMENTS = 1 << 32
 

@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from turret.server.models.families import read_arch
-from turret.training.data.batches import IGNORED, TrainingBatch
-from turret.training.models.base_model import without_peft_warnings
+from turret.training.base_model import without_peft_warnings
+from turret.training.batches import IGNORED, TrainingBatch
 from turret.training.settings.config import OptimizerConfig
 
 # Positions whose logits exist at one time; more are computed in turn, and again in the backward.

@@ -10,8 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from turret.server.adapters.source import TENSORS_FILE
-from turret.server.basics.counted import counted
+from turret.server.adapters.adapter import TENSORS_FILE
+from turret.server.basics.names import counted
 from turret.training.run.folder import RunFolder, read_metrics
 
 _WIDTH, _HEIGHT = 720, 260

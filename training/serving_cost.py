@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 
+from turret.server.adapters.adapter import TENSORS_FILE
 from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods.lower import lower_checkpoint
-from turret.server.adapters.source import TENSORS_FILE
 from turret.server.models.describe import describe_experts
-from turret.training.models.base_model import DTYPES, TrainingBase, empty_model
+from turret.training.base_model import DTYPES, TrainingBase, empty_model
 from turret.training.settings.resolve import Resolved
 from turret.training.trainer import attach_to
 

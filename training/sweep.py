@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Protocol
 
 from turret.server.models.decoding.arch import Projections
+from turret.training.base_model import find_base
 from turret.training.errors import RunError
 from turret.training.methods import method_named
-from turret.training.models.base_model import find_base
 from turret.training.report import write_report
 from turret.training.run.folder import RunFolder, rank_folder, what_next
 from turret.training.serving_cost import serving_cost
+from turret.training.settings.checks import base_place, check_fit, check_method, with_ranks
 from turret.training.settings.config import TrainConfig
-from turret.training.settings.fit import check_fit
-from turret.training.settings.inputs import base_place, with_ranks
-from turret.training.settings.modules import check_method
 from turret.training.settings.resolve import resolve
 from turret.training.trainer import Listener, Result, Trainer
 from turret.training.words import say

@@ -12,8 +12,15 @@ from typing import Any
 
 import torch
 
-from turret.server.basics.byte_size import about_bytes
-from turret.server.basics.counted import counted
+from turret.server.basics.names import counted
+from turret.server.basics.settings import about_bytes
+from turret.training.base_model import (
+    DTYPES,
+    compute_activations_twice,
+    load_model,
+    without_backward,
+)
+from turret.training.batches import BatchStream, Row, TrainingBatch, make_batch
 from turret.training.classifier import (
     ClassifierLoss,
     add_head,
@@ -23,23 +30,16 @@ from turret.training.classifier import (
     make_loss,
     write_head,
 )
-from turret.training.data.batches import BatchStream, Row, TrainingBatch, make_batch
 from turret.training.errors import RunError
 from turret.training.loss import LossFunction, learning_rate, make_optimizer, set_learning_rate
-from turret.training.memory.peak import peak_memory_bytes
-from turret.training.models.base_model import (
-    DTYPES,
-    compute_activations_twice,
-    load_model,
-    without_backward,
-)
+from turret.training.peak_memory import peak_memory_bytes
 from turret.training.run.checkpoint import restore_checkpoint, save_checkpoint
 from turret.training.run.folder import MetricsLog, RunFolder, what_next
 from turret.training.run.provenance import FILE, describe_run
 from turret.training.run.resuming import check_same_run
 from turret.training.run.samples import draw_samples
-from turret.training.settings.config_file import render_config
-from turret.training.settings.fit import PROMPTS
+from turret.training.settings.checks import PROMPTS
+from turret.training.settings.config import render_config
 from turret.training.settings.resolve import Resolved
 from turret.training.words import say
 

@@ -132,7 +132,7 @@ def _how_to_go_on(args: argparse.Namespace) -> str:
 
 def _init(args: argparse.Namespace) -> None:
     from turret.training.errors import RunError
-    from turret.training.settings.config_file import render_commented
+    from turret.training.settings.config import render_commented
 
     try:
         with args.file.open("x", encoding="utf-8") as file:
@@ -172,13 +172,13 @@ class _Once(argparse.Action):
 
 def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> tuple[Any, Any]:
     """Read and check the config, and the sizes of its base."""
-    from turret.server.basics.extras import how_to_add
+    from turret.server.basics.names import how_to_add
     from turret.server.command.threads import use_threads
-    from turret.training.data.examples import check_compared, read_files
     from turret.training.errors import RunError
-    from turret.training.settings.config_file import read_config
+    from turret.training.examples import check_compared, read_files
+    from turret.training.settings.checks import check_base, check_inputs
+    from turret.training.settings.config import read_config
     from turret.training.settings.flags import given
-    from turret.training.settings.inputs import check_base, check_inputs
 
     if missing := [module for module in _EXTRA if not importlib.util.find_spec(module)]:
         raise RunError(say("NOT_INSTALLED", packages=", ".join(missing), step=how_to_add("train")))
@@ -194,7 +194,7 @@ def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> tuple[Any, Any
 
 
 def _digest(args: argparse.Namespace, config: Any) -> str:
-    from turret.training.data.examples import data_digest, data_paths
+    from turret.training.examples import data_digest, data_paths
 
     return data_digest(*data_paths(config.data, args.config.parent))
 
@@ -309,7 +309,7 @@ def _check_sweep(config: Any, output: Path, ranks: Sequence[int], data: str, bas
     from turret.training.errors import RunError
     from turret.training.run.folder import RunFolder, rank_folder
     from turret.training.run.resuming import check_settings
-    from turret.training.settings.inputs import with_ranks
+    from turret.training.settings.checks import with_ranks
 
     if RunFolder(output).facts.exists():
         raise RunError(say("OUTPUT_IS_A_RUN", path=output))

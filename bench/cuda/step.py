@@ -19,7 +19,7 @@ from turret.kernels.gpu.tables import SPLIT, AttentionTable
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 from turret.kernels.paged_attention import SequenceSpan
 from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
+from turret.server.adapters.device.store import ProjectionLayout, SliceShape
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.kronecker import Kronecker

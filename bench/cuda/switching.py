@@ -12,7 +12,7 @@ from cuda.setting import Setting
 from cuda.step import Adapter, DecodeStep, Scenario
 from cuda.timing import Timing
 
-from turret.server.adapters.lowering.arena import in_one_block
+from turret.server.adapters.lowering.lowered import in_one_block
 from turret.server.engine.scheduling.sequence import Step
 
 _ROWS = 8

@@ -16,7 +16,7 @@ import torch
 from turret.clients.client import TurretClient
 from turret.server.adapters.base import BaseModel, BaseVocabulary
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.state.state_dir import StateDir
+from turret.server.adapters.state_dir import StateDir
 from turret.server.metrics import Metrics
 
 # Concurrent calls: one reads and lowers an adapter while another waits for the disk.

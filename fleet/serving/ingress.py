@@ -20,8 +20,8 @@ from typing import Any, cast
 
 from turret.fleet.words import say
 from turret.server.api.limits import MAX_MESSAGE_BYTES
-from turret.server.basics.extras import how_to_add
 from turret.server.basics.files import replace_file
+from turret.server.basics.names import how_to_add
 from turret.server.errors import UnavailableError
 
 _log = logging.getLogger(__name__)

@@ -21,22 +21,19 @@ from turret.fleet.follower import Channel, ReplicaLink
 from turret.fleet.replica import ReplicaParts
 from turret.fleet.words import say
 from turret.server import log
-from turret.server.api.access.shares import Shares
-from turret.server.api.access.tokens import TokenTable, authorize
-from turret.server.api.admin.adapters import Adapters
+from turret.server.api.access import Shares, TokenTable, authorize
+from turret.server.api.admin import Adapters
 from turret.server.api.faults import Failures
 from turret.server.api.gate import Backend, ServingGate
-from turret.server.api.inference.inference import Inference
+from turret.server.api.inference import Inference
 from turret.server.basics.triton_needs import see_only
 from turret.server.config import Config
 from turret.server.errors import UnavailableError
 from turret.server.metrics import Metrics
 from turret.server.metrics_server import MetricsServer
 from turret.server.reloading import TokenReloader
-from turret.server.rpc.adapters import AdaptersServicer
-from turret.server.rpc.health import HealthServicer
-from turret.server.rpc.inference import InferenceServicer
 from turret.server.rpc.interceptor import CallInterceptor, authorization_of, current_call
+from turret.server.rpc.services import AdaptersServicer, HealthServicer, InferenceServicer
 from turret.v1 import adapters_pb2, inference_pb2
 
 _log = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from turret.fleet.serving import ingress
 from turret.fleet.serving.ray_cluster import STOPPING, RayCluster, cause
 from turret.fleet.words import say
 from turret.server import log
-from turret.server.basics.address import split_address
-from turret.server.basics.counted import counted
+from turret.server.basics.names import counted
+from turret.server.basics.settings import split_address
 from turret.server.command.interrupts import Hangup
 from turret.server.command.start_lines import refuse
 from turret.server.command.threads import available_cpus

@@ -15,15 +15,348 @@ more than the products of one row.
 from __future__ import annotations
 
 import ctypes
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
-from turret.kernels.cpu.circulant import CirculantFactors
 from turret.kernels.cpu.native import LANES, functions, isa, num_threads
-from turret.kernels.cpu.sparse import SparseBlocks
+from turret.kernels.expert_routing import Routing
+from turret.lazy_torch import torch
+
+# Low-rank updates of experts, read where they lie.
+#
+# Semantics, per pair ``p`` of a row and an expert ``e``, over the members ``k`` of the row's mix::
+#
+# y_p ← y_p + Σ_k w_k B_ke (A_ke x_p)
+#
+# in fp32 with one rounding. As in ``row_adapters.py`` nothing is packed.
+
+
+class ExpertTable:
+    """The addresses of one adapter's factors, by layer and projection. Keeps the factors alive.
+
+    Args:
+        updates: ``a`` ``[experts, rank, in]`` and ``b`` ``[experts, rank, out]`` of each, bf16,
+            contiguous; None where the adapter has none.
+
+    Attributes:
+        width: Floats of scratch memory that a pair takes, of the projection that takes most.
+    """
+
+    def __init__(self, updates: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> None:
+        self._kept = updates
+        rows = [
+            [0, 0, 0] if pair is None else [*(t.data_ptr() for t in pair), pair[0].shape[1]]
+            for pair in updates
+        ]
+        self._table = torch.tensor(rows, dtype=torch.int64)
+        self.width = max((-(-row[2] // LANES) * LANES for row in rows), default=0)
+
+    @property
+    def address(self) -> int:
+        return self._table.data_ptr()
+
+
+class ExpertAdapters:
+    """A step's rows, prepared once for all layers.
+
+    Args:
+        rows: Per row, up to the last one that has any: (table, weight) in the request's order.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[tuple[ExpertTable, float]]]) -> None:
+        members = [member for row in rows for member in row]
+        first = [0]
+        for row in rows:
+            first.append(first[-1] + len(row))
+        self._tables = {table for table, _ in members}
+        addresses = [[table.address, 0] for table, _ in members]
+        self._members = torch.tensor(addresses, dtype=torch.int64).view(-1, 2)
+        weights = torch.tensor([weight for _, weight in members], dtype=torch.float64)
+        self._members.view(torch.float64)[:, 1] = weights
+        self._first = torch.tensor(first, dtype=torch.int64)
+        width = max((sum(table.width for table, _ in row) for row in rows), default=0)
+        threads = num_threads()
+        self._scratch = torch.empty(threads * width)
+        self._step = (ctypes.c_int64 * 6)(
+            self._members.data_ptr(),
+            self._first.data_ptr(),
+            len(rows),
+            self._scratch.data_ptr(),
+            width,
+            threads,
+        )
+
+    def adapt(
+        self,
+        update: int,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        routing: Routing,
+        rows: torch.Tensor | None,
+    ) -> None:
+        """Add the updates of one projection of a layer to ``y``, in place.
+
+        Args:
+            update: The projection's number in the tables.
+            x: ``[rows, in]`` or ``[pairs, in]`` bf16, rows may be strided.
+            y: ``[pairs, out]`` bf16, contiguous.
+            routing: The pairs.
+            rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None for its own.
+        """
+        pairs = (ctypes.c_int64 * 10)(
+            x.data_ptr(),
+            y.data_ptr(),
+            routing.rows.data_ptr(),
+            routing.experts.data_ptr(),
+            0 if rows is None else rows.data_ptr(),
+            y.shape[0],
+            x.stride(0),
+            x.shape[1],
+            y.shape[1],
+            update,
+        )
+        functions().turret_adapt_experts(ctypes.addressof(self._step), ctypes.addressof(pairs))
+
+
+# A block-circulant update as ``circulant.c`` reads it: in frequencies, padded to whole vectors.
+
+
+@functools.cache
+def transforms(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The real transform of ``size`` values and its inverse, fp32.
+
+    Returns:
+        ``[2, f, size]``, real and imaginary parts of the ``f = size // 2 + 1`` frequencies, and
+        ``[size, 2, f]``.
+    """
+    frequencies = torch.arange(size // 2 + 1, dtype=torch.float64)
+    # Reduce the product modulo the size first: sines of large angles are not exact.
+    places = torch.arange(size, dtype=torch.float64)
+    angles = torch.outer(frequencies, places).remainder(size) * (2 * math.pi / size)
+    forward = torch.stack((angles.cos(), -angles.sin()))
+    shares = torch.full((len(frequencies), 1), 2.0 / size, dtype=torch.float64)
+    shares[0] = 1.0 / size
+    if size % 2 == 0:
+        shares[-1] = 1.0 / size
+    return forward.float(), (forward * shares).permute(2, 0, 1).float().contiguous()
+
+
+def spectrum(kernel: torch.Tensor) -> torch.Tensor:
+    """The transforms of kernels ``[…, size]``: ``[…, 2, f]`` fp32."""
+    forward = transforms(kernel.shape[-1])[0].double()
+    return torch.einsum("cfi,...i->...cf", forward, kernel.double()).float()
+
+
+@dataclass(frozen=True, slots=True)
+class CirculantFactors:
+    """A block-circulant update in frequencies; see ``operators/circulant.py``.
+
+    Attributes:
+        spectra: ``[rows, columns, 2, width]`` fp32, contiguous like all of them; ``width`` is the
+            number of frequencies, padded with zeros.
+        forward: ``[16, 2, 16]`` fp32; without parts ``[size, 2, width]``.
+        turns: ``[parts, 2, width]`` fp32.
+        back: ``[parts, 2, width]`` fp32.
+        inverse: ``[2, 16, 16]`` fp32; without parts ``[2, width, padded size]``.
+        size: Values of a block.
+    """
+
+    spectra: torch.Tensor
+    forward: torch.Tensor
+    turns: torch.Tensor
+    back: torch.Tensor
+    inverse: torch.Tensor
+    size: int
+
+    @classmethod
+    def of(cls, kernel: torch.Tensor) -> CirculantFactors:
+        """Transform kernels ``[rows, columns, size]``."""
+        size, found = kernel.shape[2], spectrum(kernel)
+        return cls(_wide(found, found.shape[-1]), *_matrices(size), size)
+
+    @staticmethod
+    def transform_products(size: int) -> int:
+        """Products of a block's transform, there or back."""
+        if size % LANES:
+            return size * (size + 2)
+        return size * 2 * LANES + size // LANES * 2 * (size + 2)
+
+    @property
+    def parts(self) -> int:
+        """Number of parts in which a block is transformed; 0 if it is transformed as a whole."""
+        return len(self.turns)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Rows, columns, size and width."""
+        rows, columns, _, width = self.spectra.shape
+        return rows, columns, self.size, width
+
+    @property
+    def scratch(self) -> int:
+        """Number of floats that its activations take."""
+        rows, columns, size, width = self.sizes
+        return (columns + 1) * 2 * width + _padded(rows * size)
+
+
+def _wide(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    return torch.nn.functional.pad(tensor, (0, _padded(size) - size)).contiguous()
+
+
+@functools.cache
+def _matrices(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``forward``, ``turns``, ``back`` and ``inverse``: the same for all updates of a size."""
+    if size % LANES:
+        forward, inverse = _padded_transforms(size)
+        none = torch.empty(0, 2, forward.shape[2])
+        return forward, none, none, inverse
+    parts, count = size // LANES, size // 2 + 1
+    cosines, sines = _turns(torch.arange(LANES), torch.arange(LANES), LANES)
+    forward, inverse = torch.stack((cosines, -sines), 1), torch.stack((cosines, -sines))
+    cosines, sines = _turns(torch.arange(parts), torch.arange(count), size)
+    shares = torch.full((count,), 2.0 / size, dtype=torch.float64)
+    shares[0] = shares[-1] = 1.0 / size
+    turns, back = torch.stack((cosines, -sines), 1), torch.stack((cosines, sines), 1) * shares
+    whole = (forward.float().contiguous(), inverse.float().contiguous())
+    return whole[0], _wide(turns.float(), count), _wide(back.float(), count), whole[1]
+
+
+def _turns(rows: torch.Tensor, columns: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """Cosines and sines of ``2π r c / size``, ``[rows, columns]`` fp64."""
+    # Reduce the product modulo the size first: sines of large angles are not exact.
+    angles = torch.outer(rows, columns).remainder(size).double() * (2 * math.pi / size)
+    return angles.cos(), angles.sin()
+
+
+def _padded_transforms(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The whole matrices, padded."""
+    forward, inverse = transforms(size)
+    count = forward.shape[1]
+    made = _wide(forward.permute(2, 0, 1), count)
+    back = _wide(inverse.permute(1, 2, 0), size)  # [2, f, padded size]
+    return made, torch.nn.functional.pad(back, (0, 0, 0, _padded(count) - count)).contiguous()
+
+
+def _padded(size: int) -> int:
+    return -(-size // LANES) * LANES
+
+
+# Entries of a weight as ``sparse.c`` reads them: by 16 outputs and 64 inputs.
+
+
+_BLOCK = 64  # of sparse.c
+_BEHIND = 64  # elements that the kernel reads past the last entry
+
+
+@dataclass(frozen=True, slots=True)
+class SparseBlocks:
+    """``S x``, ``S`` a few entries of the weight.
+
+    A step has 32 slots, two for each of 16 outputs, for entries with inputs of one block of 64.
+
+    Attributes:
+        values: ``[entries + 64]`` bf16: those of the slots that have one, a step after another.
+        places: ``[entries + 64]`` uint8: where in its block an entry's input is.
+        masks: ``[steps]`` int32: bit ``s`` is set where slot ``s``, of output ``s % 16``, has an
+            entry.
+        skips: ``[steps]`` uint16: blocks from the step before, at first from block 0.
+        starts: Steps and entries before each 16 outputs, ``[groups + 1, 2]`` int32.
+        outputs: The outputs in the order of the lanes, ``[out]`` uint8, counted from the first of
+            the columns that one unit of work has.
+        mean: Entries of an output, about.
+    """
+
+    values: torch.Tensor
+    places: torch.Tensor
+    masks: torch.Tensor
+    skips: torch.Tensor
+    starts: torch.Tensor
+    outputs: torch.Tensor
+    mean: int
+
+    @classmethod
+    def of(
+        cls, values: torch.Tensor, columns: torch.Tensor, row_starts: torch.Tensor
+    ) -> SparseBlocks:
+        """Convert compressed rows, on the CPU.
+
+        Args:
+            values: ``[entries]`` bf16.
+            columns: ``[entries]`` uint16.
+            row_starts: ``[out + 1]`` int32.
+        """
+        made = _filled(values, columns, row_starts)
+        if made is None:
+            order = _by_block(columns, row_starts)
+            made = _filled(values[order], _taken(columns, order), row_starts)
+        assert made is not None
+        return made
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The tensors in the order of the kernel's struct."""
+        return (self.values, self.places, self.masks, self.skips, self.starts, self.outputs)
+
+
+def blocks_bytes(columns: torch.Tensor, row_starts: torch.Tensor) -> int:
+    """Number of bytes that ``SparseBlocks.of`` takes."""
+    out = len(row_starts) - 1
+    steps = _steps(columns, row_starts)
+    if steps < 0:
+        steps = _steps(_taken(columns, _by_block(columns, row_starts)), row_starts)
+    return 3 * (len(columns) + _BEHIND) + 6 * steps + out + 8 * (-(-out // LANES) + 1)
+
+
+def _filled(
+    values: torch.Tensor, columns: torch.Tensor, row_starts: torch.Tensor
+) -> SparseBlocks | None:
+    """Fill the arrays; None if the inputs of some output are not in the order of blocks."""
+    entries, out = len(values), len(row_starts) - 1
+    # There are at most as many steps as entries; pages that are never written take no memory.
+    filled = (
+        torch.zeros(entries + _BEHIND, dtype=values.dtype),
+        torch.zeros(entries + _BEHIND, dtype=torch.uint8),
+        torch.empty(entries, dtype=torch.int32),
+        torch.empty(entries, dtype=torch.uint16),
+        torch.empty(-(-out // LANES) + 1, 2, dtype=torch.int32),
+        torch.empty(out, dtype=torch.uint8),
+    )
+    steps = functions().turret_sparse_fill(
+        values.data_ptr(),
+        columns.data_ptr(),
+        row_starts.data_ptr(),
+        out,
+        *(part.data_ptr() for part in filled),
+    )
+    if steps < 0:
+        return None
+    kept, places, masks, skips, starts, outputs = filled
+    masks, skips = masks[:steps].clone(), skips[:steps].clone()
+    return SparseBlocks(kept, places, masks, skips, starts, outputs, entries // out)
+
+
+def _taken(columns: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    # torch cannot index uint16 tensors.
+    return columns.to(torch.int32)[order].to(torch.uint16)
+
+
+def _steps(columns: torch.Tensor, row_starts: torch.Tensor) -> int:
+    """Count the steps; negative if the inputs of some output are not in the order of blocks."""
+    found: int = functions().turret_sparse_steps(
+        columns.data_ptr(), row_starts.data_ptr(), len(row_starts) - 1
+    )
+    return found
+
+
+def _by_block(columns: torch.Tensor, row_starts: torch.Tensor) -> torch.Tensor:
+    """The stable order of the entries by row and block, ``[entries]`` int64."""
+    rows = torch.repeat_interleave(row_starts.to(torch.int64).diff())
+    most = 1 << 10  # blocks
+    return torch.argsort(rows * most + columns.to(torch.int64) // _BLOCK, stable=True)
+
 
 # Share of a thread's cache for factors that are read ahead. The base's weights pass through it too.
 _AHEAD_BYTES = 3 << 19
@@ -202,10 +535,6 @@ class ModuleTable:
 def _asks_ahead() -> bool:
     """Whether the base's products leave memory idle; AMX's tiles wait for memory themselves."""
     return isa() != "amx"
-
-
-def _padded(size: int) -> int:
-    return -(-size // LANES) * LANES
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,245 @@
-"""One generation of a registered adapter: fixed identity, moving residency."""
+"""A registered adapter: its generation, where its files are, and what is known of it."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
-from turret.server.adapters.facts import AdapterFacts
-from turret.server.adapters.head import Head
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
-from turret.server.adapters.source import Source
+from turret.server.basics.names import HUB_SCHEME, HubId
+from turret.server.errors import InvalidRequestError, TurretError
+from turret.server.words import say
+
+# One member of a request's mix, by name. No torch.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRef:
+    """One member of a request's mix, by name. ``generation`` None means the newest."""
+
+    name: str
+    generation: int | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        ok = math.isfinite(self.weight) and abs(self.weight) <= 100.0
+        if not ok:
+            why = say("INVALID_VALUE", value=self.weight, wanted="from -100 to 100")
+            raise InvalidRequestError.of("adapters.weight", why)
+
+
+# Where the files of an adapter's generation are.
+
+
+# The two files of an adapter, as PEFT names them.
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 1 << 20
+# Files beside them if an adapter has its own tokens, with the most bytes of each. No other
+# tokenizer files are read. The tokenizer.json of Gemma 3 has 33 MB.
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_FILES = {
+    TOKENIZER_FILE: 64 << 20,
+    TOKENIZER_CONFIG_FILE: 4 << 20,
+    SPECIAL_TOKENS_FILE: 1 << 20,
+    "added_tokens.json": 4 << 20,
+    TEMPLATE_FILE: 256 << 10,
+}
+# A chat template and its special tokens are read from these, even if all tokens are the base's.
+TEMPLATE_FILES = (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, TEMPLATE_FILE)
+# ``turret train`` writes this file beside its adapters; reading it is optional.
+PROVENANCE_FILE = "provenance.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A directory with ``CONFIG_FILE`` and ``TENSORS_FILE``.
+
+    Attributes:
+        path: Relative to the adapter root, or to the state directory if ``is_upload``; or
+            ``hub:org/name@commit``.
+        is_upload: The server wrote the files itself and removes them when nobody needs them.
+        adapter: The adapter's name, for an upload.
+        task: Which of several tasks in the files is meant; None if not specified.
+    """
+
+    path: str
+    is_upload: bool = False
+    adapter: str = field(default="", compare=False)
+    task: int | None = None
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether the files are those of a commit on the hub."""
+        return not self.is_upload and self.path.startswith(HUB_SCHEME)
+
+    @property
+    def place(self) -> str:
+        """The directory, relative to the one that the source's files are opened in."""
+        if not self.is_hub:
+            return self.path
+        return HubId.parse(self.path.removeprefix(HUB_SCHEME)).snapshot
+
+    @property
+    def shown(self) -> str:
+        """The path for messages, which must not show where the server keeps uploads."""
+        return self.adapter or self.path
+
+
+# What a classification head tells: its labels, and how its numbers become probabilities.
+
+
+SINGLE_LABEL = "single_label_classification"
+MULTI_LABEL = "multi_label_classification"
+REGRESSION = "regression"
+# Values of ``problem_type`` as transformers writes them.
+PROBLEM_TYPES = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
+MAX_LABELS, MAX_LABEL_CHARS = 4096, 256
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A head without its weights.
+
+    Attributes:
+        labels: One for each of its numbers, in their order.
+        problem_type: One of ``PROBLEM_TYPES``: exactly one label is right, any number of them are,
+            or the numbers are the answer.
+    """
+
+    labels: tuple[str, ...]
+    problem_type: str
+
+
+# A tokenizer that an adapter brings, unread.
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """Files of a tokenizer, by name, as transformers may be given them.
+
+    Attributes:
+        files: ``tokenizer.json`` is among them.
+        digest: SHA-256 over all of them as they were read, hex.
+        bytes_disk: Size of all of them as they were read.
+    """
+
+    files: Mapping[str, bytes]
+    digest: str
+    bytes_disk: int
+
+
+# What reading an adapter told about it: kept in memory and on disk, without its weights.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFacts:
+    """Fixed for one generation.
+
+    Attributes:
+        digest: SHA-256 over config and weights, hex.
+        method: ``lora``, ``dora``, …
+        ranks: Distinct ranks, ascending.
+        target_modules: Distinct last components of the adapted paths, ascending.
+        base_model: The base that the config names, or "".
+        warnings: Warnings for the operator.
+        num_soft_tokens: Soft tokens it puts before the prompt.
+        num_prefix_positions: Positions before the prompt whose keys and values it brings.
+        bytes_disk: Size of the checkpoint's files.
+        bytes_host: What its operators take in host memory, in the dtype served when it was read.
+        invocation: Tokens from whose last occurrence in the prompt on it acts; empty if everywhere.
+        labels: Labels of its classification head; empty without one.
+        problem_type: See ``Head``; empty without one.
+        first_pass: What runs before every pass of its own and tells it its scalings: ``base``, or
+            ``adapter`` (itself, at constant scalings); empty where nothing does.
+        components: Digests of the adapters it is built from; they must stay registered.
+        vocab_size: Rows of its vocabulary, where those are not as many as the base's or it has a
+            tokenizer of its own; else 0.
+        tokenizer: SHA-256 over the files of its own tokenizer, hex; empty where its requests have
+            the base's.
+        chat_template: The chat template that it brings, as ``OwnTemplate`` writes it; empty
+            without one.
+    """
+
+    digest: str
+    method: str
+    ranks: tuple[int, ...]
+    target_modules: tuple[str, ...]
+    base_model: str
+    warnings: tuple[str, ...]
+    num_soft_tokens: int
+    num_prefix_positions: int
+    bytes_disk: int
+    bytes_host: int
+    components: tuple[str, ...] = ()
+    invocation: tuple[int, ...] = ()
+    labels: tuple[str, ...] = ()
+    problem_type: str = ""
+    vocab_size: int = 0
+    tokenizer: str = ""
+    first_pass: str = ""
+    chat_template: str = ""
+
+    @property
+    def content(self) -> tuple[str, str]:
+        """Equal only for the same content: the digest of its weights, and its chat template."""
+        return self.digest, self.chat_template
+
+
+# A chat template that an adapter brings.
+
+
+# Origins of a template that is not in the adapter's files: the caller sent it, or it is that of the
+# members of a fusion.
+REQUEST, MEMBERS = "request", "members"
+
+
+@dataclass(frozen=True, slots=True)
+class OwnTemplate:
+    """A chat template that an adapter brings, with the special tokens that it writes.
+
+    Attributes:
+        origin: The file that contains it, ``REQUEST`` or ``MEMBERS``.
+        templates: The template by its name, ``default``, and perhaps one for conversations with
+            tools, ``tool_use``.
+        tokens: Texts of special tokens by the template's variables, such as ``eos_token``; None for
+            a token that the adapter's tokenizer lacks. The base's are used for the others.
+    """
+
+    origin: str
+    templates: Mapping[str, str]
+    tokens: Mapping[str, str | None] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The form that ``AdapterFacts.chat_template`` has."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> OwnTemplate:
+        """Reads what ``to_json`` wrote."""
+        return cls(**json.loads(text))
+
+
+def template_of(mix: Iterable[AdapterFacts]) -> str:
+    """The chat template for a mix: its first member's that brings one; empty for the base's."""
+    return next((facts.chat_template for facts in mix if facts.chat_template), "")
+
+
+@functools.lru_cache(maxsize=64)
+def origin_of(chat_template: str) -> str:
+    """Where ``AdapterFacts.chat_template`` comes from; empty if an adapter brings none."""
+    return OwnTemplate.from_json(chat_template).origin if chat_template else ""
+
+
+# One generation of a registered adapter: fixed identity, moving residency.
 
 
 class Adapter:
@@ -112,3 +344,112 @@ class Adapter:
 
 
 Residency = Literal["disk", "host", "device"]
+
+
+# What clients may know of a registered adapter.
+
+
+State = Literal["LOADING", "ACTIVE", "DELETING"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterInfo:
+    """A snapshot; it does not follow later changes.
+
+    Attributes:
+        name: Registered name.
+        uuid: Identifies this registration; a name loaded again after an unload has another one.
+        generation: From 1; a replacement under the same registration is the next one.
+        facts: What reading its files found.
+        bytes_host: Bytes of operators held in host memory now.
+        bytes_device: Bytes held on the device now.
+        residency: The fastest tier that holds it now.
+        pinned: Never evicted, never unloaded.
+        in_flight: Requests that hold it.
+        last_used_time: Unix seconds of the last request, or None.
+        state: ``DELETING`` refuses new requests.
+        source: The path that it was loaded from, with the hub's commit; "" if it was uploaded.
+    """
+
+    name: str
+    uuid: str
+    generation: int
+    facts: AdapterFacts
+    bytes_host: int
+    bytes_device: int
+    residency: Residency
+    pinned: bool
+    in_flight: int
+    last_used_time: float | None
+    state: State
+    source: str = ""
+
+
+# The adapters of one request, resolved: names became weights in memory or on disk.
+
+
+@dataclass(frozen=True, slots=True)
+class HostResult:
+    """The answer to ``Mix.ensure_host``.
+
+    Attributes:
+        mix: The mix that was waiting.
+        error: Why it cannot be served, or None: then every member is resident and stays
+            so until the mix is released.
+        load_seconds: Per key of a member that was not resident, how long its read took.
+    """
+
+    mix: Mix
+    error: TurretError | None = None
+    load_seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+OnHost = Callable[[HostResult], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mix:
+    """The result of ``AdapterRegistry.acquire``; compared by identity, released once.
+
+    Attributes:
+        members: ``(adapter, weight)`` in the request's order. A member of weight 0 adds nothing but
+            is like any other: reported, counted and resident.
+    """
+
+    members: tuple[tuple[Adapter, float], ...]
+    _ensure_host: Callable[[Mix, OnHost], bool] | None = field(default=None, repr=False)
+
+    @property
+    def key(self) -> tuple[tuple[str, int, float], ...]:
+        """``(uuid, generation, weight)`` per member: what a KV block's content depends on."""
+        return tuple((a.uuid, a.generation, weight) for a, weight in self.members)
+
+    @property
+    def head(self) -> Head | None:
+        """The classification head of the first member that has one."""
+        return next((a.head for a, _ in self.members if a.head is not None), None)
+
+    @property
+    def is_base(self) -> bool:
+        return not self.members
+
+    def part(self, members: Iterable[tuple[Adapter, float]]) -> Mix:
+        """A mix of only some of the members; holds no adapters and needs no release."""
+        return Mix(tuple(members))
+
+    def ensure_host(self, callback: OnHost) -> bool:
+        """Asks for the operators of every member in host memory.
+
+        Returns:
+            True if they are there now and stay until release; the callback is not called. False
+            if they are being read or wait for room: the callback is called once, from whichever
+            thread finishes the work and perhaps under the registry's lock, so it must only hand the
+            result over; never after release.
+
+        Raises:
+            BudgetExceededError: They can never be resident together.
+        """
+        return self._ensure_host is None or self._ensure_host(self, callback)
+
+
+BASE_MIX = Mix(())

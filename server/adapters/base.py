@@ -9,6 +9,24 @@ from typing import Literal, Protocol
 
 from turret.lazy_torch import torch
 
+# What is refused unless whoever runs the server allows it.
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """Switches for what is refused by default; all are off.
+
+    Attributes:
+        other_base: Adapters whose base is another one by name, if shapes fit.
+        dense: Adapters whose updates are as large as the weights they change.
+    """
+
+    other_base: bool = False
+    dense: bool = False
+
+
+NOTHING_SPECIAL = Allowed()
+
 
 class WeightRows(Protocol):
     """A weight, ``[out_features, in_features]``, that need not be there as a whole."""

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
-from turret.server.adapters.peft_format.config.rules import invalid
-from turret.server.adapters.peft_format.config.vocabulary_rules import listed_twice
+from turret.server.adapters.peft_format.config_rules import invalid, listed_twice
 from turret.server.errors import AdapterComponentError
 from turret.server.words import Text, say
 

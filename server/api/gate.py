@@ -12,11 +12,11 @@ from turret.server.words import Text, say
 
 if TYPE_CHECKING:
     from turret.server.adapters.fuse.fuser import Fuser
-    from turret.server.adapters.merge.merger import Merger
+    from turret.server.adapters.merger import Merger
     from turret.server.adapters.registry.registry import AdapterRegistry
     from turret.server.api.vocabularies import Vocabularies
     from turret.server.engine.engine import Engine
-    from turret.server.models.model_info import ModelInfo
+    from turret.server.models.describe import ModelInfo
     from turret.server.models.tokenizer import Tokenizer
 
 

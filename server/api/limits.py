@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from turret.server.api.gate import Backend
-from turret.server.constraints.spec import MAX_CHOICES, MAX_CONSTRAINT_CHARS
+from turret.server.constraints.grammar import MAX_CHOICES, MAX_CONSTRAINT_CHARS
 from turret.server.engine.scheduling.request import (
     MAX_STOP_STRING_CHARS,
     MAX_STOP_STRINGS,
@@ -54,10 +54,10 @@ MAX_WORD_CHARS = 64
 MAX_UPLOAD_FILES = 7
 MAX_TEMPLATE_CHARS = 1 << 18
 
-_REQUESTS, _ADAPTERS = "server/api/inference/requests.py", "server/api/admin/adapters.py"
+_REQUESTS, _ADAPTERS = "server/api/inference_requests.py", "server/api/admin.py"
 _MIX = "server/api/violations.py"
-_CHATS, _INPUTS = "server/api/inference/chats.py", "server/api/inference/inputs.py"
-_UPLOADS, _FUSE = "server/api/admin/uploads.py", "server/api/admin/merges.py"
+_CHATS, _INPUTS = "server/api/inference_requests.py", "server/api/inputs.py"
+_UPLOADS, _FUSE = "server/api/uploads.py", "server/api/admin_messages.py"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.api.limits import MAX_MIX_MEMBERS
-from turret.server.basics.hub_id import no_adapter_name
+from turret.server.basics.names import no_adapter_name
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say
 from turret.v1 import adapters_pb2

@@ -7,10 +7,9 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from turret.server.adapters.adapter import Adapter
-from turret.server.adapters.chat_template import REQUEST, OwnTemplate
+from turret.server.adapters.adapter import REQUEST, Adapter, OwnTemplate
 from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_TEMPLATE_CHARS
-from turret.server.constraints.constraint import KeptConstraints
+from turret.server.constraints.compiler import KeptConstraints
 from turret.server.engine.scheduling.request import AdapterTokenizer
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say
@@ -18,7 +17,7 @@ from turret.v1 import adapters_pb2
 
 if TYPE_CHECKING:
     # The server listens before torch is loaded, which takes seconds.
-    from turret.server.adapters.registry.tokenizers import AdapterTokenizers
+    from turret.server.adapters.registry.installer import AdapterTokenizers
     from turret.server.constraints.compiler import ConstraintCompiler
     from turret.server.models.own_tokenizers import Key, OwnTokenizers
     from turret.server.models.tokenizer import Tokenizer

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import re
+from dataclasses import dataclass
 
 
 class Code(enum.Enum):
@@ -25,3 +27,49 @@ class Code(enum.Enum):
     UNAVAILABLE = 14
     DATA_LOSS = 15
     UNAUTHENTICATED = 16
+
+
+# What a message of an answer in channels says before its text.
+#
+# OpenAI's harmony response format, of gpt-oss: a message is ``<|start|>ROLE
+# to=RECIPIENT<|channel|>CHANNEL<|constrain|>TYPE<|message|>TEXT`` and ends with ``<|end|>`` or
+# ``<|call|>``. The recipient may stand behind the channel; an answer begins behind the first role.
+
+
+CHANNEL, MESSAGE = "<|channel|>", "<|message|>"
+MARKS = ("<|start|>", CHANNEL, "<|constrain|>", MESSAGE, "<|end|>", "<|call|>")
+# The marks that end a message.
+ENDS = ("<|end|>", "<|call|>", "<|start|>")
+FUNCTIONS = "functions."
+_THOUGHTS = "analysis"
+_NAME = re.compile(rf"{re.escape(CHANNEL)}\s*([A-Za-z0-9_-]+)")
+_RECIPIENT = re.compile(r"(?:^|[\s>])to=([^\s<]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The header of a message.
+
+    Attributes:
+        channel: Its name; empty if there is none.
+        recipient: Whom it is for, ``functions.NAME`` for a tool; empty for the user.
+    """
+
+    channel: str
+    recipient: str
+
+    @classmethod
+    def parse(cls, text: str) -> Header:
+        """Parse a header, with its marks and without ``<|message|>``."""
+        channel, recipient = _NAME.search(text), _RECIPIENT.search(text)
+        return cls(channel[1] if channel else "", recipient[1] if recipient else "")
+
+    @property
+    def is_thought(self) -> bool:
+        """Whether the message is neither for the user nor a call of a tool."""
+        return self.channel == _THOUGHTS and not self.recipient.startswith(FUNCTIONS)
+
+    @property
+    def is_said(self) -> bool:
+        """Whether the message is for the user: the answer, or text before a call."""
+        return not self.is_thought and not self.recipient

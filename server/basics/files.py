@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from turret.server.basics.closest import closest_path
+from turret.server.basics.names import closest_path
 from turret.server.errors import StorageFailedError, StorageFullError
 from turret.server.words import Text, say
 

@@ -1,12 +1,11 @@
-"""Settings that several places give: a TOML file, variables, flags. One model checks them all.
-
-The model is a pydantic dataclass with a pydantic dataclass for each table. Errors are collected:
-every setting at fault is reported at once, with a reason.
-"""
+"""Settings that several places give: a TOML file, variables, flags. One model checks them all."""
 
 from __future__ import annotations
 
+import ipaddress
+import json
 import re
+import tomllib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,10 +18,135 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticKnownError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource
 
-from turret.server.basics.byte_size import format_byte_size, parse_byte_size
-from turret.server.basics.closest import closest
-from turret.server.basics.toml_text import toml_value
+from turret.server.basics.names import closest
 from turret.server.words import Text, say
+
+# Sizes in bytes, as people write them.
+
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+_BYTE_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 1 << 10,
+    "MIB": MIB,
+    "GIB": GIB,
+    "TIB": 1 << 40,
+}
+_SHOWN_UNITS = (
+    *(("TiB", 1 << 40), ("GiB", GIB), ("MiB", MIB), ("KiB", 1 << 10)),
+    *(("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)),
+)
+_BYTE_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+
+
+def parse_byte_size(text: str) -> int:
+    """``512MiB``, ``2GB``, ``1.5GiB`` or a plain count, as bytes.
+
+    Raises:
+        ValueError: Not a number with one of the units B, kB, MB, GB, TB, KiB, MiB, GiB, TiB.
+    """
+    match = _BYTE_SIZE.fullmatch(text.strip())
+    unit = match[2].upper() if match else ""
+    if match is None or unit not in _BYTE_UNITS:
+        raise ValueError(f"{text!r} is not a byte size such as 512MiB, 2GB or 1048576")
+    return (
+        int(float(match[1]) * _BYTE_UNITS[unit])
+        if "." in match[1]
+        else (int(match[1]) * _BYTE_UNITS[unit])
+    )
+
+
+def about_bytes(count: int) -> str:
+    """For people: three digits and a binary unit, 707610 → ``691 KiB``."""
+    size, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if size >= 100 or unit == "bytes" else f"{size:.3g} {unit}"
+
+
+def format_byte_size(count: int) -> str:
+    """The shortest exact form, a binary one of two: 268435456 → ``256MiB``, 2·10⁹ → ``2GB``."""
+    exact = [
+        f"{count // size}{unit}"
+        for unit, size in _SHOWN_UNITS
+        if count >= size and count % size == 0
+    ]
+    return min((*exact, str(count)), key=len)
+
+
+# TOML as people write it.
+
+
+def parse_toml(data: bytes) -> dict[str, Any]:
+    """The tables of a file; a byte-order mark, as editors on Windows write one, is passed over.
+
+    Raises:
+        ValueError: It is no UTF-8 or no TOML; says where.
+    """
+    try:
+        return tomllib.loads(data.decode("utf-8-sig"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(say("NOT_TOML", why=str(error))) from None
+
+
+def toml_value(value: object) -> str:
+    """A value in TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON strings are valid TOML, except for DEL.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml_value(each)}" for key, each in value.items()) + "}"
+    return str(value)
+
+
+# Addresses that a server listens on.
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """``HOST:PORT`` or ``[V6]:PORT`` as (host without brackets, port).
+
+    Raises:
+        ValueError: No port, a port outside 0..65535, or a bare IPv6 host.
+    """
+    host, colon, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    is_port = port.isascii() and port.isdigit() and int(port) <= 65535
+    if not colon or not host or not is_port or (":" in host and not bracketed):
+        raise ValueError(say("NOT_AN_ADDRESS", value=address))
+    return (host[1:-1] if bracketed else host), int(port)
+
+
+def is_local_address(address: str) -> bool:
+    """Whether only this machine can connect: loopback or a unix socket."""
+    if address.startswith("unix:"):
+        return True
+    host, _ = split_address(address)
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+# Settings that several places give: a TOML file, variables, flags. One model checks them all.
+#
+# The model is a pydantic dataclass with a pydantic dataclass for each table. Errors are collected:
+# every setting at fault is reported at once, with a reason.
+
 
 T = TypeVar("T")
 TABLE = ConfigDict(extra="forbid")

@@ -17,9 +17,8 @@ from typing import Any, Generic, TypeVar
 
 from pydantic.fields import FieldInfo
 
-from turret.server.basics.closest import closest
 from turret.server.basics.files import unreadable
-from turret.server.basics.hub_id import model_place
+from turret.server.basics.names import closest, model_place
 from turret.server.basics.settings import (
     Layer,
     SettingsError,
@@ -32,12 +31,12 @@ from turret.server.basics.settings import (
     is_path,
     is_switch,
     load,
+    parse_toml,
     show,
     shown_of,
     tables_of,
     text_of,
 )
-from turret.server.basics.toml_text import parse_toml
 from turret.server.command.start_lines import note, refuse
 from turret.server.config import Config
 from turret.server.words import Text, say

@@ -19,15 +19,11 @@ from pathlib import Path
 
 from turret.kernels.cpu.isas import ISAS, NATIVE, NO_NATIVE
 from turret.server.adapters.base import BaseSizes, ModuleSize
-from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint.no_adapter import check_is_adapter
-from turret.server.api.access.tokens import TokenTable
-from turret.server.basics.address import split_address
-from turret.server.basics.byte_size import about_bytes
-from turret.server.basics.closest import closest, closest_path
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot, check_is_adapter
+from turret.server.api.access import TokenTable
 from turret.server.basics.files import read_regular, unreadable, unwritable
-from turret.server.basics.hub_id import HUB_SCHEME
-from turret.server.basics.settings import Violation, text_of
+from turret.server.basics.names import HUB_SCHEME, closest, closest_path
+from turret.server.basics.settings import Violation, about_bytes, split_address, text_of
 from turret.server.basics.triton_needs import missing_for_triton
 from turret.server.command.threads import available_cpus
 from turret.server.config import (
@@ -38,8 +34,8 @@ from turret.server.config import (
     SecurityConfig,
 )
 from turret.server.errors import InvalidRequestError, TurretError
-from turret.server.hub.adapters import AdapterHub
-from turret.server.models.base_template import base_template
+from turret.server.hub import AdapterHub
+from turret.server.models.chat_template import base_template
 from turret.server.models.decoding.arch import LAYER_PREFIX, MODULES, Projections
 from turret.server.models.families import FAMILIES
 from turret.server.models.sources.check import (

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from turret.server.constraints.grammar import shortened
-from turret.server.constraints.spec import MAX_CONSTRAINT_CHARS
+from turret.server.constraints.grammar import MAX_CONSTRAINT_CHARS, shortened
 from turret.server.errors import BudgetExceededError, InvalidRequestError
 from turret.server.words import say
 

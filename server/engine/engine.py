@@ -13,21 +13,22 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 
-from turret.server.adapters.mix import Mix
+from turret.server.adapters.adapter import Mix
 from turret.server.constraints.matcher import start_roomy
-from turret.server.engine.answer import Answer
-from turret.server.engine.base_change import BaseChange, Change
-from turret.server.engine.detokenizer import AnswerText
-from turret.server.engine.heads import check_heads
-from turret.server.engine.loop import EngineLoop, Outbox
-from turret.server.engine.ports import Adapters, EngineMetrics, Runs
-from turret.server.engine.scheduling.first_passes import add_first_pass
+from turret.server.engine.answer import Answer, AnswerText, Stream
+from turret.server.engine.loop import (
+    BaseChange,
+    Change,
+    EngineLoop,
+    Outbox,
+    check_heads,
+    check_vocabulary,
+)
+from turret.server.engine.observer import Adapters, EngineMetrics, Runs
 from turret.server.engine.scheduling.request import Request, RequestTokenizer
-from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.scheduler import Scheduler, add_first_pass
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.speculation import Drafter
-from turret.server.engine.stream import Stream
-from turret.server.engine.vocabularies import check_vocabulary
 from turret.server.errors import (
     BudgetExceededError,
     InvalidRequestError,

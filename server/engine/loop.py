@@ -11,28 +11,140 @@ import logging
 import queue
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 
 from turret.server import log
+from turret.server.adapters.adapter import HostResult, Mix, template_of
+from turret.server.adapters.base import ChangedBase
 from turret.server.adapters.device.store import AdapterMemoryError
-from turret.server.adapters.mix import HostResult
 from turret.server.basics.work import turret_error
-from turret.server.engine.answer import Answer, uses_of
-from turret.server.engine.base_change import BaseChange
-from turret.server.engine.observer import LoopObserver
-from turret.server.engine.ports import Adapters, EngineMetrics, Runs
-from turret.server.engine.scheduling.request import FinishReason, Output
+from turret.server.engine.answer import Answer, Stream, uses_of
+from turret.server.engine.observer import Adapters, EngineMetrics, LoopObserver, Runs
+from turret.server.engine.scheduling.request import FinishReason, Output, Request
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, SequenceState, Step
 from turret.server.engine.step.runner import DeviceFullError, StepResult
-from turret.server.engine.stream import Stream
 from turret.server.errors import (
+    AdapterClassifiesError,
     AdapterUnloadedError,
     BudgetExceededError,
+    HeadMissingError,
+    InvalidRequestError,
     TurretError,
     UnavailableError,
 )
 from turret.server.words import say
+
+# Which requests an adapter with a classification head takes, and which need one.
+
+
+def check_heads(request: Request, mix: Mix) -> None:
+    """Refuse a request that the mix's adapters were not trained for.
+
+    Raises:
+        InvalidRequestError: To classify, exactly one adapter has a head; to generate or to score,
+            none.
+    """
+    names = [adapter.name for adapter, _ in mix.members if adapter.head is not None]
+    if request.classifies:
+        if len(names) == 1:
+            return
+        if names:
+            raise InvalidRequestError.of(
+                "adapters", say("SEVERAL_HEADS", adapters=", ".join(names))
+            )
+        raise HeadMissingError.of("adapters", say("HEAD_MISSING"))
+    if names and request.pooling is None:
+        said = say("ADAPTER_CLASSIFIES", adapters=", ".join(names))
+        raise AdapterClassifiesError.of("adapters", said)
+
+
+# Which requests an adapter with its own vocabulary or chat template takes.
+
+
+def check_vocabulary(request: Request, mix: Mix) -> int:
+    """Refuse a request whose tokens are not those of its adapters.
+
+    Returns:
+        Logits of the model that answers; 0 for as many as the base has.
+
+    Raises:
+        InvalidRequestError: Several adapters have a vocabulary of their own, or one that has is not
+            there as a whole: a token has no part of a row where the base has none. Or it is there
+            with one before or beside which the base computes.
+        UnavailableError: The adapter was replaced since the request was tokenised.
+    """
+    own = [(a, weight) for a, weight in mix.members if a.facts.vocab_size]
+    made_by = ("", "") if request.own_tokenizer is None else request.own_tokenizer.content
+    if len(own) > 1 or any(weight != 1.0 for _, weight in own):
+        names = ", ".join(adapter.name for adapter, _ in own)
+        raise InvalidRequestError.of("adapters", say("VOCABULARY_NOT_ALONE", adapters=names))
+    if own and (partial := _parts_of_the_base(mix)):
+        said = say("VOCABULARY_WITH_PARTIAL", adapter=own[0][0].name, partial=partial)
+        raise InvalidRequestError.of("adapters", said)
+    digest = own[0][0].facts.tokenizer if own else ""
+    if made_by != (digest, template_of(adapter.facts for adapter, _ in mix.members)):
+        raise UnavailableError(say("TOKENIZER_REPLACED"))
+    return own[0][0].facts.vocab_size if own else 0
+
+
+def _parts_of_the_base(mix: Mix) -> str:
+    """The adapter of a mix that does not act on all that is computed; empty without one.
+
+    Before an invocation, and in a first pass, keys and values are those of the base, and shared.
+    """
+    found = (a.name for a, _ in mix.members if a.facts.invocation or a.facts.first_pass)
+    return next(found, "")
+
+
+# A change of the base weights that waits until no request runs.
+
+
+Change = Callable[[], ChangedBase]
+
+
+class BaseChange:
+    """Made once, on the engine thread, or never.
+
+    Args:
+        change: Gives the model its other weights.
+
+    Attributes:
+        outcome: Done when the engine goes on with the new weights; UnavailableError if it ends
+            first. Whoever cancels it before the change begins withdraws the change.
+    """
+
+    def __init__(self, change: Change) -> None:
+        self.outcome: Future[None] = Future()
+        self._change = change
+
+    @property
+    def is_withdrawn(self) -> bool:
+        return self.outcome.cancelled()
+
+    def make(self) -> ChangedBase | None:
+        """Change the weights, unless it was withdrawn: then None.
+
+        What ``change`` raises is a failure of the engine: nobody knows which weights it has.
+        """
+        if not self.outcome.set_running_or_notify_cancel():
+            return None
+        try:
+            return self._change()
+        except BaseException:
+            self.outcome.set_exception(UnavailableError(say("ENGINE_FAILED")))
+            raise
+
+    def complete(self) -> None:
+        """The engine has taken note of the change that was made."""
+        self.outcome.set_result(None)
+
+    def refuse(self) -> None:
+        """The engine ends before the change could be made."""
+        if self.outcome.set_running_or_notify_cancel():
+            self.outcome.set_exception(UnavailableError(say("SHUTTING_DOWN")))
+
 
 _log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from turret.server.api.inference.inference import Inference
+from turret.server.api.inference import Inference
 from turret.server.api.violations import Violations
 from turret.server.errors import InvalidRequestError
 from turret.server.http.endpoint import Exchange

@@ -9,8 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
-from turret.server.api.inference.answers import JoinedChunks
-from turret.server.api.inference.inference import Inference
+from turret.server.api.inference import Inference
+from turret.server.api.inference_answers import JoinedChunks
 from turret.server.errors import InvalidRequestError, UnavailableError
 from turret.server.http.answers import FINISH_REASONS, Ended, adapters_of, usage_of
 from turret.server.http.asked import Asked, ToolUse

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from turret.server.api.inference.answers import converted, together
+from turret.server.api.inference_answers import converted, together
 from turret.server.api.limits import MAX_INPUTS
 from turret.server.errors import InvalidRequestError
 from turret.server.http.answers import (

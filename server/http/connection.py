@@ -12,7 +12,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from turret.server.api.access.tokens import WatchedFiles
+from turret.server.api.access import WatchedFiles
 from turret.server.config import SecurityConfig
 from turret.server.http.body import MAX_BODY_BYTES
 

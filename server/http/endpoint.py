@@ -14,8 +14,7 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.types import Receive, Scope, Send
 
 from turret.server import log
-from turret.server.api.access.shares import Party, Shares
-from turret.server.api.access.tokens import TokenTable, authorize, roles_of
+from turret.server.api.access import Party, Shares, TokenTable, authorize, roles_of
 from turret.server.api.call import REQUEST_ID_KEY, Call
 from turret.server.api.faults import Failures
 from turret.server.basics.codes import Code

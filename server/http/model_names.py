@@ -7,7 +7,7 @@ from typing import Any
 
 from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_NAME_CHARS
 from turret.server.api.violations import Violations, adapter_refs
-from turret.server.basics.hub_id import ADAPTER_NAME, BASE
+from turret.server.basics.names import ADAPTER_NAME, BASE
 from turret.server.errors import AdapterNotFoundError
 from turret.server.http.schemas.requests import Member
 from turret.server.words import Text, say

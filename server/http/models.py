@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any, TypeVar
 
-from turret.server.api.admin.adapter_message import MAX_PAGE_SIZE
-from turret.server.api.admin.adapters import Adapters
-from turret.server.api.inference.inference import Inference
+from turret.server.api.admin import Adapters
+from turret.server.api.admin_messages import MAX_PAGE_SIZE
+from turret.server.api.inference import Inference
 from turret.server.api.violations import Violations
-from turret.server.basics.hub_id import BASE
+from turret.server.basics.names import BASE
 from turret.server.errors import AdapterNotFoundError
 from turret.server.http.endpoint import Exchange
 from turret.server.http.model_names import parse_model

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import turret
-from turret.server.api.access.tokens import SERVICE_ROLES
+from turret.server.api.access import SERVICE_ROLES
 from turret.server.http.endpoint import Exchange, Handler, Route
 from turret.server.http.reply import dumps
 from turret.server.http.schemas.answers import AnthropicFailure, Failure

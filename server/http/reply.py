@@ -10,7 +10,7 @@ from pydantic_core import to_json
 from starlette.types import Send
 
 from turret.server.api.call import REQUEST_ID_KEY, Call
-from turret.server.api.inference.answers import converted
+from turret.server.api.inference_answers import converted
 from turret.server.http.connection import Chunks
 from turret.server.http.refusals import Refusal
 

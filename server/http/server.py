@@ -18,13 +18,12 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route as StarletteRoute
 
-from turret.server.api.access.shares import MOST_CONNECTIONS, Shares
-from turret.server.api.access.tokens import TokenTable
-from turret.server.api.admin.adapters import Adapters
+from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable
+from turret.server.api.admin import Adapters
 from turret.server.api.call import REQUEST_ID_KEY
 from turret.server.api.faults import Failures
-from turret.server.api.inference.inference import Inference
-from turret.server.basics.address import split_address
+from turret.server.api.inference import Inference
+from turret.server.basics.settings import split_address
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http import pages
 from turret.server.http.chat import ChatCompletions

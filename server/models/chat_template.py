@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from turret.server.basics.confined.confined import Confined, ConfinedError
-from turret.server.errors import UnavailableError
-from turret.server.words import say
+from turret.server.adapters.adapter import TEMPLATE_FILE, TOKENIZER_FILES, OwnTemplate
+from turret.server.basics import codes
+from turret.server.basics.confined import Confined, ConfinedError
+from turret.server.basics.files import read_regular, unreadable
+from turret.server.basics.names import closest
+from turret.server.errors import InvalidRequestError, UnavailableError
+from turret.server.words import Text, say
 
 CPU_SECONDS = 2.0
 MAX_BYTES = 256 << 20
@@ -119,3 +124,172 @@ class _Lane:
             packages=("jinja2", "markupsafe"),
         )
         self.executor = ThreadPoolExecutor(1, "chat-template")
+
+
+# Features of a chat template beyond turns: tools, and blocks of reasoning.
+
+
+ToolForm = Literal["hermes", "xml", "llama3", "mistral", "mistral11", "harmony"]
+
+# Texts that mark tool calls, in each format. Tokenizers may have special tokens for them.
+_MARKS: dict[ToolForm, tuple[str, ...]] = {
+    "hermes": ("<tool_call>", "</tool_call>"),
+    "xml": ("<tool_call>", "</tool_call>"),
+    "llama3": ("<|python_tag|>",),
+    "mistral": ("[TOOL_CALLS]",),
+    "mistral11": ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
+    "harmony": codes.MARKS,
+}
+# Adapters bring templates too, so these patterns match in time linear in a template's length.
+_ROLES = ("system", "user", "assistant", "tool", "developer")
+_OPENING = re.compile(r"\{[{%]")
+_TOOLS = re.compile(r"\btools\b")
+# Matches a template whose prompt ends inside the block: the answer contains only its end.
+_OPENS = re.compile(r"<think>(?:\\n|\n)*+['\"]?\s*+(?:-?[}%]\}|\{%)")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """How answers are to be read.
+
+    Attributes:
+        tools: The form in which the model calls tools; None if it is told of none.
+        has_reasoning: Whether answers may begin with ``<think>...</think>``.
+        opens_reasoning: Whether the prompt ends in ``<think>``; None if that depends on the
+            template's variables.
+        marks: Special tokens that stand around calls, and around channels, by their texts.
+        has_call_ids: Whether a call has an id of the model's own.
+        has_channels: Whether answers are messages in channels: of thoughts, of calls, of what is
+            said.
+    """
+
+    tools: ToolForm | None = None
+    has_reasoning: bool = False
+    opens_reasoning: bool | None = False
+    marks: Mapping[str, int] = field(default_factory=dict)
+    has_call_ids: bool = False
+    has_channels: bool = False
+
+    @classmethod
+    def of(cls, template: object, special: Mapping[str, int] | None = None) -> ChatFormat:
+        """Read the format from a template; an empty one if there is none.
+
+        Args:
+            template: Of the tokenizer.
+            special: Ids of its special tokens, by their texts.
+        """
+        if isinstance(template, dict):
+            # Older tokenizers have one template for tools and one for other chats.
+            template = template.get("tool_use") or template.get("default")
+        if not isinstance(template, str):
+            return cls()
+        last = template.rpartition("add_generation_prompt")[2]
+        opens = bool(_OPENS.search(last))
+        may_close = opens and "</think>" in last
+        form, has_channels = _form(template), _has_channels(template)
+        marks = codes.MARKS if has_channels else () if form is None else _MARKS[form]
+        return cls(
+            form,
+            "<think>" in template,
+            None if may_close else opens,
+            {mark: special[mark] for mark in marks if special and mark in special},
+            form == "mistral11" and "[CALL_ID]" in template,
+            has_channels,
+        )
+
+
+def unknown_role(template: object, role: str) -> Text | None:
+    """Why a role is invalid; None for the common roles and those that occur in the template.
+
+    Many templates write any role that they are given, and the model has learned none but these: an
+    answer to another one is not what was asked for, and nothing says so.
+
+    Args:
+        template: Of the tokenizer.
+        role: Who is said to speak.
+    """
+    if role in _ROLES:
+        return None
+    texts = template.values() if isinstance(template, dict) else (template,)
+    word, space, _ = role.partition(" ")
+    # For a role of several words, such as Granite's "document 1", the template may contain only its
+    # beginning.
+    names = (role, word + space) if word else ()
+    if any(
+        f"{quote}{name}{quote}" in str(text) for text in texts for name in names for quote in "'\""
+    ):
+        return None
+    return say("NOT_ONE_OF", value=role, choices=", ".join(_ROLES), closest=closest(role, _ROLES))
+
+
+def _uses_tools(template: str) -> bool:
+    """Whether tools are named between an opening and the next brace that closes."""
+    return any(
+        (opening := _OPENING.search(part)) and _TOOLS.search(part, opening.end())
+        for part in template.split("}")
+    )
+
+
+def _has_channels(template: str) -> bool:
+    return codes.CHANNEL in template and codes.MESSAGE in template
+
+
+def _form(template: str) -> ToolForm | None:
+    if not _uses_tools(template):
+        return None
+    if _has_channels(template):
+        # Some templates have channels for reasoning but no recipients for calls.
+        return "harmony" if codes.FUNCTIONS in template else None
+    if "<tool_call>" in template:
+        return "xml" if "<function=" in template else "hermes"
+    if "[TOOL_CALLS]" in template:
+        return "mistral11" if "[ARGS]" in template else "mistral"
+    if "<|python_tag|>" in template or "<|eom_id|>" in template or "ipython" in template:
+        return "llama3"
+    return None
+
+
+# The chat template that an operator sets for the base model.
+
+
+_CHATML = """\
+{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+# Templates that can be set by their names, with the tokens that end their turns.
+_BUILT_IN = {"chatml": (_CHATML, "<|im_end|>")}
+
+
+def base_template(path: Path) -> OwnTemplate:
+    """The template in a file, or the built-in one of this name, compiled once to check it.
+
+    Raises:
+        InvalidRequestError: The file is not a template.
+        UnavailableError: See ``ChatTemplate.render``.
+    """
+    # A name in a settings file arrives with the directory of that file.
+    if path.name in _BUILT_IN and not path.exists():
+        text, end = _BUILT_IN[path.name]
+        return OwnTemplate(path.name, {"default": text}, {"eos_token": end})
+    try:
+        data = read_regular(path)
+    except OSError as error:
+        raise InvalidRequestError.of("chat-template", unreadable(path, error)) from None
+    most = TOKENIZER_FILES[TEMPLATE_FILE]
+    if len(data) > most:
+        why = say("FILE_TOO_LARGE", most=most)
+        raise InvalidRequestError.of("chat-template", why)
+    try:
+        text = data.decode()
+        template = ChatTemplate(text, {})
+        try:
+            template.check()
+        finally:
+            template.close()
+    except UnicodeDecodeError:
+        raise InvalidRequestError.of("chat-template", say("NOT_UTF8")) from None
+    except ValueError as error:
+        why = say("CHAT_TEMPLATE_INVALID", problem=error)
+        raise InvalidRequestError.of("chat-template", why) from None
+    return OwnTemplate(str(path), {"default": text})

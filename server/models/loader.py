@@ -8,20 +8,60 @@ from pathlib import Path
 
 import torch
 
-from turret.kernels.rows.linear import prepare_linear
+from turret.kernels.cpu import native
+from turret.kernels.rows.linear import linear_formulation, prepare_linear
+from turret.kernels.rows.trial import choices
 from turret.server.errors import InvalidRequestError
-from turret.server.models.decoding.adapted_linear import AdaptedLinear
+from turret.server.models.decoding.adapted_linear import (
+    AdaptedExperts,
+    AdaptedLinear,
+    ExpertMixture,
+)
 from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch, Experts
+from turret.server.models.decoding.cpu_layers import CpuLayerOps
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer
-from turret.server.models.decoding.experts import AdaptedExperts, ExpertMixture
 from turret.server.models.families import read_arch
-from turret.server.models.model_source import ModelSource, Progress, no_progress
+from turret.server.models.model_source import ModelSource, Progress, StoredTensors, no_progress
 from turret.server.models.sources.model_directory import weight_files
-from turret.server.models.stored_tensors import StoredTensors
-from turret.server.models.weights.expert_stacks import RouterLinear
-from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight
-from turret.server.models.weights.nf4_experts import Nf4Experts
+from turret.server.models.weights.nf4 import BaseLinear, Nf4Linear, Nf4Weight
+from turret.server.models.weights.nf4_experts import Nf4Experts, RouterLinear
 from turret.server.words import say
+
+# Names for the log of what computes each part of a step on this machine.
+
+
+def formulations(decoder: Decoder, *, is_head_screened: bool) -> dict[str, str]:
+    """Part → ``native``, or ``torch`` and in which calls it keeps a row's bits; empty off the CPU.
+
+    Args:
+        decoder: What computes.
+        is_head_screened: Whether greedy tokens are told from a copy of the head.
+
+    ``isa`` is the instruction set that native kernels are compiled for. What has not been used or
+    tried yet says ``torch`` alone.
+    """
+    if decoder.device.type != "cpu":
+        return {}
+    found = {} if native.isa() is None else {"isa": str(native.isa())}
+    attention = "torch" if native.isa() is None else "native products, torch"
+    if isinstance(decoder.ops, CpuLayerOps):
+        attention = "native"
+    elif "matrices" in choices():
+        attention = f"torch {choices()['matrices']}"
+    adapters = "native" if native.has_native(decoder.dtype, decoder.device) else "native products"
+    screened = ", screened in int8" if is_head_screened else ""
+    return found | {
+        "products": _product(decoder.layers[0].qkv.base),
+        "head": linear_formulation(decoder.head) + screened,
+        "adapters": adapters if native.isa() is not None else "torch",
+        "attention": attention,
+    }
+
+
+def _product(base: BaseLinear) -> str:
+    if not isinstance(base, Nf4Linear):
+        return "native" if native.has_kernels(torch.device("cpu")) else "torch"
+    return base.formulation()
 
 
 class CheckpointTensors:

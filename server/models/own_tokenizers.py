@@ -11,10 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from turret.server.adapters.chat_template import OwnTemplate
-from turret.server.adapters.source import TOKENIZER_FILE
-from turret.server.adapters.tokenizer_files import TokenizerFiles
-from turret.server.basics.confined.confined import Confined, ConfinedError
+from turret.server.adapters.adapter import TOKENIZER_FILE, OwnTemplate, TokenizerFiles
+from turret.server.basics.confined import Confined, ConfinedError
 from turret.server.basics.files import reporting_disk_faults
 from turret.server.basics.work import LACK_OF_MEMORY_IS_REPORTED
 from turret.server.errors import InvalidRequestError, TurretError, UnavailableError

@@ -16,12 +16,17 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 from tokenizers.models import WordLevel
 
-from turret.server.adapters.chat_template import OwnTemplate
-from turret.server.basics import channels
+from turret.server.adapters.adapter import OwnTemplate
+from turret.server.basics import codes
 from turret.server.basics.work import LACK_OF_MEMORY_IS_REPORTED, PANICS_ARE_ERRORS
 from turret.server.errors import InvalidRequestError
-from turret.server.models.chat_format import ChatFormat, unknown_role
-from turret.server.models.chat_template import USUAL, ChatTemplate, Rendering
+from turret.server.models.chat_template import (
+    USUAL,
+    ChatFormat,
+    ChatTemplate,
+    Rendering,
+    unknown_role,
+)
 from turret.server.words import say
 
 
@@ -68,10 +73,10 @@ class SaidStream(TokenStream):
 
     def push(self, token_id: int) -> str:
         text, mark = super().push(token_id), self._marks.get(token_id)
-        if mark == channels.MESSAGE:
-            self._is_said = channels.Header.parse(self._header or "").is_said
+        if mark == codes.MESSAGE:
+            self._is_said = codes.Header.parse(self._header or "").is_said
             self._header = None
-        elif mark in channels.ENDS:
+        elif mark in codes.ENDS:
             self._header = ""
         elif mark is not None:
             self._header = (self._header or "") + mark
@@ -377,7 +382,7 @@ class Tokenizer:
         """
         marks = self.chat_format.marks
         texts = {token: text for text, token in marks.items()}
-        if said_only and not call_marks and {channels.CHANNEL, channels.MESSAGE} <= marks.keys():
+        if said_only and not call_marks and {codes.CHANNEL, codes.MESSAGE} <= marks.keys():
             return SaidStream(self._backend, texts)
         return TokenStream(self._backend, texts if call_marks else {})
 

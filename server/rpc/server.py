@@ -12,19 +12,16 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from turret.server import log
-from turret.server.api.access.shares import MOST_CONNECTIONS, Shares
-from turret.server.api.access.tokens import TokenTable, WatchedFiles
-from turret.server.api.admin.adapters import Adapters
+from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable, WatchedFiles
+from turret.server.api.admin import Adapters
 from turret.server.api.faults import Failures
-from turret.server.api.inference.inference import Inference
+from turret.server.api.inference import Inference
 from turret.server.api.limits import MAX_MESSAGE_BYTES
 from turret.server.basics.files import read_regular
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.metrics import Metrics
-from turret.server.rpc.adapters import AdaptersServicer
-from turret.server.rpc.health import HealthServicer
-from turret.server.rpc.inference import InferenceServicer
 from turret.server.rpc.interceptor import MOST_CALLS, CallInterceptor
+from turret.server.rpc.services import AdaptersServicer, HealthServicer, InferenceServicer
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 _log = logging.getLogger(__name__)

@@ -25,12 +25,12 @@ from servers.fakes import (
 )
 
 from turret.server import errors, log
-from turret.server.api.access.tokens import TokenTable, authorize
-from turret.server.api.admin.adapters import Adapters
+from turret.server.api.access import TokenTable, authorize
+from turret.server.api.admin import Adapters
 from turret.server.api.call import Call
 from turret.server.api.faults import fault_of
 from turret.server.api.gate import ServingGate
-from turret.server.api.inference.inference import Inference
+from turret.server.api.inference import Inference
 from turret.server.basics.codes import Code
 from turret.server.engine.scheduling.request import FinishReason, Output, Request
 from turret.server.metrics import Metrics
@@ -71,8 +71,8 @@ async def house() -> AsyncIterator[House]:
 
 def test_no_door_is_loaded_with_the_house() -> None:
     script = (
-        "import sys\nimport turret.server.api.inference.inference\n"
-        "import turret.server.api.admin.adapters, turret.server.api.access.tokens\n"
+        "import sys\nimport turret.server.api.inference\n"
+        "import turret.server.api.admin, turret.server.api.access\n"
         "print([m for m in ('grpc', 'torch', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -14,9 +14,9 @@ from servers.fakes import finish
 from servers.http_harness import http_harness
 from servers.rpc_harness import failure_of, harness
 
-from turret.server.adapters.head import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Head
-from turret.server.api.inference import classify as classify_api
-from turret.server.api.inference.classify import probabilities
+from turret.server.adapters.adapter import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Head
+from turret.server.api import inputs as classify_api
+from turret.server.api.inputs import probabilities
 from turret.server.engine.scheduling.request import Output, Pooling, Request
 from turret.server.errors import InvalidRequestError
 from turret.server.http import texts as texts_module

@@ -15,10 +15,10 @@ from servers.fakes import MODEL_INFO, finish, hello
 from servers.http_harness import http_harness
 from servers.rpc_harness import failure_of, harness
 
-from turret.server.adapters.ref import AdapterRef
-from turret.server.api.access import shares
-from turret.server.api.access.shares import MAX_AT_A_TIME, Shares
-from turret.server.api.inference import embeddings, inputs
+from turret.server.adapters.adapter import AdapterRef
+from turret.server.api import access, inputs
+from turret.server.api import inputs as embeddings
+from turret.server.api.access import MAX_AT_A_TIME, Shares
 from turret.server.api.limits import MAX_INPUTS
 from turret.server.engine.scheduling.request import (
     Finish,
@@ -140,7 +140,7 @@ async def test_the_timing_is_that_of_the_whole_call(monkeypatch: pytest.MonkeyPa
         async for output in hello(request):
             yield output
 
-    monkeypatch.setattr(shares, "MAX_AT_A_TIME", 1)
+    monkeypatch.setattr(access, "MAX_AT_A_TIME", 1)
     async with harness() as server:
         server.engine.script = slow
         timing = (await server.inference.Embed(texts(*"abc"))).timing

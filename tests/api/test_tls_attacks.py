@@ -18,7 +18,7 @@ from grpc import aio, ssl_channel_credentials
 from servers.http_harness import http_harness
 from servers.rpc_harness import failure_of, harness
 
-from turret.server.api.access.tokens import TokenTable
+from turret.server.api.access import TokenTable
 from turret.server.config import SecurityConfig
 from turret.v1 import inference_pb2, inference_pb2_grpc
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from turret.server.api.access.tokens import TokenTable, WatchedFiles
+from turret.server.api.access import TokenTable, WatchedFiles
 
 
 def test_a_table_holds_no_token() -> None:

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
-from turret.server.adapters.device.kernels import KERNELS
+from turret.server.adapters.device.store import KERNELS
 from turret.server.adapters.methods import METHODS, method_for
 from turret.server.adapters.operators.low_rank import ExpertLowRank
 from turret.server.adapters.operators.modulated_base import ModulatedBase

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from turret.kernels.cpu.native import has_native_products
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import resolve_model
-from turret.server.models.sources.cache import default_cache_dir
+from turret.server.models.sources.check import default_cache_dir
 
 # 0.5 and more on an idle machine; tests run beside each other.
 LEAST_SHARE = 0.15

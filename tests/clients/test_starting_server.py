@@ -21,7 +21,7 @@ from turret.clients.verbs import health as verb
 from turret.server.api.faults import fault_of
 from turret.server.api.gate import ServingGate
 from turret.server.errors import UnavailableError as Refusal
-from turret.server.rpc.status import to_rich_status
+from turret.server.rpc.interceptor import to_rich_status
 
 Run = Callable[..., tuple[int, str, str]]
 

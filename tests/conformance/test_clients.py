@@ -16,8 +16,7 @@ from checkout import ROOT
 from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.server.models.model_source import resolve_model
-from turret.server.models.sources.cache import default_cache_dir
-from turret.server.models.sources.embedded import find_gguf
+from turret.server.models.sources.check import default_cache_dir, find_gguf
 
 HERE = Path(__file__).parent
 CLIENTS = Path(os.environ.get("TURRET_CLIENTS", ROOT / ".conformance" / "bin"))

@@ -13,7 +13,7 @@ from typing import Any
 
 from checkout import ROOT
 
-from turret.server.constraints.spec import MAX_CHOICES, MAX_CONSTRAINT_CHARS
+from turret.server.constraints.grammar import MAX_CHOICES, MAX_CONSTRAINT_CHARS
 
 
 def chain(length: int, link: str) -> str:

@@ -21,7 +21,7 @@ from turret.kernels.cpu import native
 from turret.kernels.rows.elementwise import row_silu
 from turret.kernels.rows.linear import MAX_REDUCTION, row_addmm_, row_linear
 from turret.kernels.rows.trial import forget_choices
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.engine.scheduling.request import FinishReason, Request, SamplingParams
 from turret.server.engine.scheduling.scheduler import Scheduler
 

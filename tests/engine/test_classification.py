@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from servers.engine_harness import EngineHarness, make_request
 from transformers import AutoModelForSequenceClassification
 
-from turret.server.adapters.head import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import MULTI_LABEL, REGRESSION, SINGLE_LABEL, AdapterRef
 from turret.server.basics.work import Cancellation
 from turret.server.engine.scheduling.request import Pooling
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError, InvalidRequestError

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turret.server.engine.detokenizer import Detokenizer
+from turret.server.engine.answer import Detokenizer
 
 
 class Pieces:

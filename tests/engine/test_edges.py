@@ -12,7 +12,7 @@ from builders.sequences import mix_of
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.engine.scheduling.request import (
     FinishReason,
     Request,

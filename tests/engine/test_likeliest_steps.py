@@ -26,8 +26,7 @@ from turret.server.engine.scheduling.request import (
     StopConditions,
 )
 from turret.server.metrics import Metrics
-from turret.server.models.decoding.decoder import Decoder
-from turret.server.models.decoding.likeliest import LikeliestTokens
+from turret.server.models.decoding.decoder import Decoder, LikeliestTokens
 
 pytestmark = pytest.mark.skipif(
     native.isa() in {None, "baseline"}, reason="no screen without AVX2's kernels"

@@ -14,8 +14,7 @@ from said import says
 
 from turret.server.adapters.device.store import AdapterMemoryError
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.engine.answer import Answer
-from turret.server.engine.detokenizer import AnswerText
+from turret.server.engine.answer import Answer, AnswerText, Stream
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.request import Request, StopConditions
@@ -23,7 +22,6 @@ from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence, Step
 from turret.server.engine.step.runner import DeviceFullError, StepResult
 from turret.server.engine.step.sampler import Draw
-from turret.server.engine.stream import Stream
 from turret.server.errors import BudgetExceededError, TurretError
 from turret.server.metrics import Metrics
 

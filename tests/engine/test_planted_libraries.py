@@ -15,8 +15,7 @@ from planted_libraries import LIBRARIES, plant
 from servers.engine_harness import Answer, EngineHarness, make_request
 
 from turret.kernels.cpu import native
-from turret.kernels.rows.linear import row_addmm_, row_linear
-from turret.kernels.rows.tables import table_product
+from turret.kernels.rows.linear import row_addmm_, row_linear, table_product
 from turret.kernels.rows.trial import cancelling, choices, forget_choices
 from turret.server.models.weights import nf4_cpu
 from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight

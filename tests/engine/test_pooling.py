@@ -18,7 +18,7 @@ from method_oracle import prompt_of, twin
 from safetensors.torch import load_file
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.engine.scheduling.request import FinishReason, Pooling, PoolingKind
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.step.gpu import decode_graphs

@@ -9,6 +9,7 @@ from threading import Event
 import pytest
 from said import says
 
+from turret.server.engine.answer import MAX_UNREAD_BYTES, Stream
 from turret.server.engine.scheduling.request import (
     Finish,
     FinishReason,
@@ -17,7 +18,6 @@ from turret.server.engine.scheduling.request import (
     TokenLogprob,
     Usage,
 )
-from turret.server.engine.stream import MAX_UNREAD_BYTES, Stream
 from turret.server.errors import BudgetExceededError, UnavailableError
 
 REQUEST_BYTES = 1000

@@ -13,7 +13,7 @@ from method_oracle import twin
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.fleet.replica import ReplicaParts
-from turret.server.adapters.merge.merger import Merger
+from turret.server.adapters.merger import Merger
 from turret.server.errors import AdapterMergedError, InvalidRequestError, MergeActiveError
 
 

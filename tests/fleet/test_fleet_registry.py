@@ -9,7 +9,7 @@ from fleets.parts import Disk, Replica, facts_of
 
 from turret.fleet import protocol as m
 from turret.fleet.registry import FleetRegistry
-from turret.server.adapters.source import Source
+from turret.server.adapters.adapter import Source
 from turret.server.errors import (
     AdapterBusyError,
     AdapterExistsError,

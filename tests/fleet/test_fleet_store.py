@@ -8,7 +8,7 @@ import pytest
 
 from turret.fleet.protocol import Base
 from turret.fleet.registry_host import FleetStore
-from turret.server.adapters.state.state_dir import StateDir
+from turret.server.adapters.state_dir import StateDir
 
 
 def test_a_second_registry_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:

@@ -16,13 +16,12 @@ from grpc_health.v1 import health_pb2
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
 from turret.fleet.serving.replica_server import CallContext, ReplicaServer, from_client
-from turret.server.api.access.shares import Shares
+from turret.server.api.access import Shares
 from turret.server.config import Config, ListenConfig
 from turret.server.errors import AdapterNotFoundError, QueueFullError
 from turret.server.http.server import application
 from turret.server.metrics import Metrics
-from turret.server.rpc.interceptor import CallInterceptor, current_call
-from turret.server.rpc.status import DETAILS_KEY
+from turret.server.rpc.interceptor import DETAILS_KEY, CallInterceptor, current_call
 from turret.v1 import inference_pb2
 
 METHOD = "/turret.v1.Inference/GenerateStream"

@@ -11,9 +11,9 @@ from builders.registries import Registries, in_thread, refs, stage_directory, ti
 from fleets.replicas import Fleet
 from servers.fake_hub import fake_hub
 
-from turret.server.adapters.chat_template import REQUEST, OwnTemplate
+from turret.server.adapters.adapter import REQUEST, OwnTemplate
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.state.state_dir import StateDir
+from turret.server.adapters.state_dir import StateDir
 from turret.server.errors import (
     AdapterBusyError,
     AdapterExistsError,

@@ -25,7 +25,7 @@ from turret.fleet.serving import fleet_folder, ingress, ray_cluster, serve
 from turret.fleet.serving.serve import print_status
 from turret.fleet.words import say
 from turret.server import cli
-from turret.server.basics.extras import how_to_add
+from turret.server.basics.names import how_to_add
 from turret.server.basics.settings import SettingsError
 from turret.server.command.flags import add_flags, read_settings
 from turret.server.config import AdapterConfig, ModelConfig, SecurityConfig

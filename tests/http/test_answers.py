@@ -12,7 +12,7 @@ import pytest
 from servers.fakes import FakeEngine, endless, failing, finish
 from servers.http_harness import http_harness
 
-from turret.server.api.access.shares import MAX_AT_A_TIME
+from turret.server.api.access import MAX_AT_A_TIME
 from turret.server.engine.scheduling.request import (
     FinishReason,
     Output,

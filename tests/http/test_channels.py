@@ -19,7 +19,7 @@ from servers.rpc_harness import harness
 
 from turret.server.api.vocabularies import Vocabulary
 from turret.server.constraints.compiler import ConstraintCompiler
-from turret.server.constraints.spec import ConstraintSpec
+from turret.server.constraints.grammar import ConstraintSpec
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.http.tools.grammar import CallsGrammar
 from turret.server.http.tools.reader import AnswerReader

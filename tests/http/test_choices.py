@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from servers.http_harness import http_harness
 
-from turret.server.api.access.shares import MAX_AT_A_TIME, Party, Shares
-from turret.server.api.inference.answers import together
+from turret.server.api.access import MAX_AT_A_TIME, Party, Shares
+from turret.server.api.inference_answers import together
 from turret.server.http import choices as choices_module
 from turret.server.http import completions
 from turret.server.http.asked import Asked

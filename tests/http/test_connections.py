@@ -18,8 +18,7 @@ import pytest
 from servers.fakes import endless
 from servers.http_harness import HttpHarness, Refused, http_harness
 
-from turret.server.api.access.shares import Shares
-from turret.server.api.access.tokens import TokenTable
+from turret.server.api.access import Shares, TokenTable
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http import connection
 from turret.server.http.connection import MAX_HEAD_BYTES, Connection

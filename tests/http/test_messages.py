@@ -11,10 +11,10 @@ import pytest
 from servers.fakes import FakeTokenizer, finish
 from servers.http_harness import http_harness
 
-from turret.server.api.access.tokens import TokenTable
+from turret.server.api.access import TokenTable
 from turret.server.engine.scheduling.request import FinishReason, Output, Request
 from turret.server.errors import UnavailableError
-from turret.server.models.chat_format import ChatFormat
+from turret.server.models.chat_template import ChatFormat
 from turret.server.models.tokenizer import RenderedChat
 from turret.server.words import say
 

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 from servers.http_harness import Refused, http_harness
 
-from turret.server.api.access.tokens import TokenTable
+from turret.server.api.access import TokenTable
 
 TURNS = [{"role": "user", "content": "hi"}]
 # A request for each documented path that has a body.

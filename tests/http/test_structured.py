@@ -21,7 +21,7 @@ from servers.server_under_test import ServerUnderTest, start_server
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.client import TurretClient
 from turret.clients.errors import InvalidArgumentError
-from turret.server.constraints.spec import MAX_CONSTRAINT_CHARS
+from turret.server.constraints.grammar import MAX_CONSTRAINT_CHARS
 
 ASK: Any = [{"role": "user", "content": "hi"}]
 TEMPLATE = (

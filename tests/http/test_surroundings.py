@@ -15,13 +15,12 @@ from servers.fakes import endless
 from servers.http_harness import Refused, http_harness
 
 from turret.server import errors
-from turret.server.api.access.shares import MAX_AT_A_TIME
-from turret.server.api.access.tokens import SERVICE_ROLES, TokenTable
-from turret.server.api.admin.adapters import Adapters
+from turret.server.api.access import MAX_AT_A_TIME, SERVICE_ROLES, TokenTable
+from turret.server.api.admin import Adapters
 from turret.server.api.faults import TABLE as FAULTS
 from turret.server.api.faults import Failures
 from turret.server.api.gate import ServingGate
-from turret.server.api.inference.inference import Inference
+from turret.server.api.inference import Inference
 from turret.server.basics.codes import Code
 from turret.server.config import ListenConfig
 from turret.server.engine.scheduling.request import Output, Request

@@ -16,9 +16,10 @@ from huggingface_hub import constants
 from said import says
 from servers.fake_hub import TOKEN, FakeHub, Repo
 
-from turret.server.adapters.ref import AdapterRef
+from turret.server import hub as hub_adapters
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.state.state_dir import StateDir
+from turret.server.adapters.state_dir import StateDir
 from turret.server.command.preflight import problems
 from turret.server.config import AdapterConfig, Config, ListenConfig
 from turret.server.errors import (
@@ -30,8 +31,7 @@ from turret.server.errors import (
     StorageFullError,
     TurretError,
 )
-from turret.server.hub import adapters as hub_adapters
-from turret.server.hub.adapters import AdapterHub
+from turret.server.hub import AdapterHub
 from turret.server.words import Text
 
 PATH = "hub:acme/a"

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from said import says
 from servers.fake_hub import TOKEN, FakeHub, Repo
 
-from turret.server.basics.hub_id import HubId
+from turret.server.basics.names import HubId
 from turret.server.errors import InvalidRequestError
 from turret.server.models.model_source import ModelSource, resolve_model
 from turret.server.models.sources.check import check_model, size_of_model, told_sizes

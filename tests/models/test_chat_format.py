@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from turret.server.models.chat_format import ChatFormat, unknown_role
+from turret.server.models.chat_template import ChatFormat, unknown_role
 
 
 @pytest.mark.parametrize(

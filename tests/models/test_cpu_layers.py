@@ -22,12 +22,11 @@ from method_oracle import prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.kernels.cpu.native import has_native_products
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.device.cpu.store import CpuStore
-from turret.server.adapters.device.kernels import KERNELS
-from turret.server.adapters.device.store import Resident
+from turret.server.adapters.device.store import KERNELS, Resident
 from turret.server.adapters.operators.low_rank import ExpertLowRank
 from turret.server.adapters.operators.modulated_base import ModulatedBase
-from turret.server.adapters.ref import AdapterRef
 from turret.server.models.decoding.cpu_layers import CpuLayers
 from turret.server.models.decoding.decoder import Decoder
 

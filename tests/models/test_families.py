@@ -32,7 +32,7 @@ from turret.server.errors import InvalidRequestError
 from turret.server.models import families
 from turret.server.models.decoding import gpu_decoder, layer_ops
 from turret.server.models.decoding.arch import ACTIVATIONS, MODULES, LayerNorms, Rope, check_served
-from turret.server.models.decoding.cpu_layer_ops import _GATED_ACTIVATIONS as CPU_ACTIVATIONS
+from turret.server.models.decoding.cpu_layers import _GATED_ACTIVATIONS as CPU_ACTIVATIONS
 from turret.server.models.families import FAMILIES, read_arch
 
 SIZES: dict[str, Any] = {

@@ -33,7 +33,7 @@ from transformers import AutoConfig
 from turret.kernels.gpu import common as tuning_module
 from turret.server.engine.step.gpu import decode_graphs
 from turret.server.errors import AdapterMismatchError
-from turret.server.models.stored_tensors import text_name
+from turret.server.models.model_source import text_name
 
 PROJECTIONS = "(q|k|v|o|gate|up|down)_proj"
 TEXT = {"target_modules": rf".*language_model.*\.{PROJECTIONS}"}

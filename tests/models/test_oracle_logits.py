@@ -31,7 +31,7 @@ from checkout import ROOT
 from peft import LoraConfig, PeftModel
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXAMPLES = ROOT / "examples" / "adapters"

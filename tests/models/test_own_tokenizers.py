@@ -18,11 +18,10 @@ from builders.bases.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
 from said import says
 from transformers import AutoTokenizer
 
-from turret.server.adapters.chat_template import OwnTemplate
+from turret.server.adapters.adapter import OwnTemplate, TokenizerFiles
+from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.tokenizer_files import read_tokenizer_files
-from turret.server.adapters.tokenizer_files import TokenizerFiles
 from turret.server.errors import (
     InvalidRequestError,
     OutOfMemoryError,
@@ -32,8 +31,7 @@ from turret.server.errors import (
 from turret.server.models import own_tokenizers
 from turret.server.models.model_source import resolve_model
 from turret.server.models.own_tokenizers import OwnTokenizers
-from turret.server.models.sources.cache import default_cache_dir
-from turret.server.models.sources.embedded import find_gguf
+from turret.server.models.sources.check import default_cache_dir, find_gguf
 from turret.server.models.tokenizer import Tokenizer
 
 

@@ -19,8 +19,7 @@ from turret.server.models import loader
 from turret.server.models.decoding.arch import ROUTER, Arch, Experts, QueryGrowth
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.families import text_config
-from turret.server.models.model_source import ModelSource, is_quantized
-from turret.server.models.stored_tensors import experts_in, text_name
+from turret.server.models.model_source import ModelSource, experts_in, is_quantized, text_name
 
 META = torch.device("meta")
 ALL = (*MODELS, *MIXTURES)

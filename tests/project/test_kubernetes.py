@@ -15,10 +15,10 @@ from checkout import ROOT
 
 from turret.fleet.config import REFUSED, ClusterConfig, FleetConfig
 from turret.fleet.serving.ingress import ingress_environment
-from turret.server.api.admin.adapters import Adapters
+from turret.server.api.admin import Adapters
 from turret.server.api.faults import Failures
 from turret.server.api.gate import ServingGate
-from turret.server.api.inference.inference import Inference
+from turret.server.api.inference import Inference
 from turret.server.basics.settings import SettingsError
 from turret.server.cli import build_parser
 from turret.server.command.flags import Settings, read_file, read_settings

@@ -11,8 +11,8 @@ from pages.security_page import PAGE, rendered
 
 from turret.server.adapters.checkpoint import adapter_root
 from turret.server.api import limits
-from turret.server.api.admin.uploads import MAX_CHUNK_BYTES, UPLOAD_FILES
 from turret.server.api.limits import LIMITS
+from turret.server.api.uploads import MAX_CHUNK_BYTES, UPLOAD_FILES
 from turret.server.api.violations import MAX_VIOLATIONS
 from turret.v1 import adapters_pb2, inference_pb2
 

@@ -21,7 +21,7 @@ from servers.probe import is_serving
 from servers.rpc_harness import failure_of, harness
 
 from turret.clients.channel import Tls
-from turret.server.api.access.tokens import TokenTable
+from turret.server.api.access import TokenTable
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.words import say
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc

@@ -9,7 +9,7 @@ import pytest
 from google.protobuf import duration_pb2
 from servers.rpc_harness import Harness, failure_of, harness
 
-from turret.server.api.admin import adapter_message
+from turret.server.api import admin_messages
 from turret.v1 import adapters_pb2 as pb
 
 Load = pb.LoadAdapterRequest
@@ -142,12 +142,12 @@ async def test_a_page_ends_before_it_is_too_large(monkeypatch: pytest.MonkeyPatc
     async with harness() as server:
         names = _fill(server)
         (one,) = (await server.adapters.ListAdapters(List(page_size=1))).adapters
-        monkeypatch.setattr(adapter_message, "MAX_PAGE_BYTES", 3 * one.ByteSize() + 1)
+        monkeypatch.setattr(admin_messages, "MAX_PAGE_BYTES", 3 * one.ByteSize() + 1)
         pages = await _pages(server)
         assert [name for page in pages for name in page] == names
         assert [len(page) for page in pages[:2]] == [3, 3]
         # One that is larger by itself comes alone.
-        monkeypatch.setattr(adapter_message, "MAX_PAGE_BYTES", 1)
+        monkeypatch.setattr(admin_messages, "MAX_PAGE_BYTES", 1)
         assert await _pages(server) == [[name] for name in names]
 
 

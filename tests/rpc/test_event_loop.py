@@ -15,7 +15,7 @@ from builders.bases.tiny_models import save_tiny_model
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from servers.server_under_test import ServerUnderTest, start_server
 
-from turret.server.api.inference.chats import check_chat
+from turret.server.api.inference_requests import check_chat
 from turret.server.api.limits import InputLimits
 from turret.server.api.violations import Violations
 from turret.server.words import Text

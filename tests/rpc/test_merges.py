@@ -9,7 +9,7 @@ import grpc
 import pytest
 from servers.rpc_harness import failure_of, harness
 
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.errors import InvalidRequestError, MergeActiveError
 from turret.v1 import adapters_pb2 as pb
 

@@ -16,13 +16,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from servers.http_harness import http_harness
 from servers.rpc_harness import failure_of, harness
 
-from turret.server.api.access import shares
-from turret.server.api.access.shares import MOST_CONNECTIONS, Shares, most_connections
-from turret.server.api.access.tokens import TokenTable
-from turret.server.api.admin.slow_calls import SlowCalls
+from turret.server.api import access
+from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable, most_connections
+from turret.server.api.admin import SlowCalls
 from turret.server.errors import QueueFullError
 from turret.server.http import connection as listener
-from turret.server.rpc import interceptor, status
+from turret.server.rpc import interceptor
+from turret.server.rpc import interceptor as status
 from turret.v1 import inference_pb2
 
 MOST = 4
@@ -78,7 +78,7 @@ def test_all_doors_together_leave_descriptors_for_files(monkeypatch: pytest.Monk
     limits = [0, 0]
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limits[0], limits[1]))
     monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.__setitem__(0, pair[0]))
-    reserved = shares.RESERVED_DESCRIPTORS
+    reserved = access.RESERVED_DESCRIPTORS
     for soft, hard in ((1024, 4096), (1024, 1 << 20), (64, 64), (-1, -1), (20_000, 20_000)):
         limits[:] = soft, hard
         most = most_connections(3)

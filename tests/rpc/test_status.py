@@ -12,10 +12,10 @@ from servers.fakes import failing
 from servers.rpc_harness import failure_of, harness
 
 from turret.server import errors
-from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
 from turret.server.api.faults import TABLE, fault_of, row_of
 from turret.server.basics.codes import Code
-from turret.server.rpc.status import to_rich_status
+from turret.server.rpc.interceptor import to_rich_status
 from turret.server.words import say
 from turret.v1 import inference_pb2
 

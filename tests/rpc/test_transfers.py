@@ -19,10 +19,9 @@ from builders.registries import Registries
 from servers.rpc_harness import Harness, failure_of, harness
 
 from turret.clients.messages.adapter_files import ExportWriter, upload_messages
-from turret.server.adapters.state.state_dir import StateDir
-from turret.server.api.access.shares import Shares
-from turret.server.api.access.tokens import TokenTable
-from turret.server.api.admin import adapters, uploads
+from turret.server.adapters.state_dir import StateDir
+from turret.server.api import admin, uploads
+from turret.server.api.access import Shares, TokenTable
 from turret.v1 import adapters_pb2 as pb
 
 Code = grpc.StatusCode
@@ -304,7 +303,7 @@ async def test_a_trickle_of_chunks_is_given_up(
 async def test_uploads_at_a_time_are_limited(
     server: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapters, "MAX_UPLOADS", 1)
+    monkeypatch.setattr(admin, "MAX_UPLOADS", 1)
     started, finish = asyncio.Event(), asyncio.Event()
 
     async def messages() -> AsyncIterator[pb.UploadAdapterRequest]:
@@ -348,7 +347,7 @@ async def test_a_token_with_all_its_uploads_leaves_some_for_others(tmp_path: Pat
     async with harness(
         registry=registry, tokens=tokens, shares=Shares(separates_tokens=True)
     ) as server:
-        count = adapters.MAX_UPLOADS_PER_TOKEN
+        count = admin.MAX_UPLOADS_PER_TOKEN
         calls = [upload_as("alice", f"a{number}", waits=True) for number in range(count)]
         await until(lambda: len(leftovers(tmp_path)) == count)
         failure = await failure_of(upload_as("alice", "more", waits=False))

@@ -14,9 +14,8 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
-from turret.server.api.access import shares
 from turret.server.api.call import Call
-from turret.server.api.inference.answers import keep
+from turret.server.api.inference_answers import keep
 from turret.server.app import App
 from turret.server.basics.codes import Code
 from turret.server.config import (

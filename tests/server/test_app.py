@@ -28,8 +28,9 @@ from servers.rpc_harness import failure_of, soon
 from start_problems import read
 
 import turret
-from turret.server import log, progress
-from turret.server.adapters.adapter_info import AdapterInfo
+from turret.server import log
+from turret.server import log as progress
+from turret.server.adapters.adapter import AdapterInfo
 from turret.server.app import App
 from turret.server.cli import main
 from turret.server.command.start_lines import introduce

@@ -14,7 +14,7 @@ from servers.http_harness import http_harness
 from servers.rpc_harness import failure_of, harness
 
 from turret.server import cli
-from turret.server.api.access.tokens import TokenTable
+from turret.server.api.access import TokenTable
 from turret.v1 import inference_pb2
 
 GENERATE = "/turret.v1.Inference/Generate"

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import pytest
 
 from turret.server import metrics_server
-from turret.server.api.access.tokens import TokenTable
-from turret.server.basics.address import split_address
+from turret.server.api.access import TokenTable
+from turret.server.basics.settings import split_address
 from turret.server.metrics import Metrics
 from turret.server.metrics_server import MAX_CONNECTIONS, MAX_REQUEST_BYTES, MetricsServer
 

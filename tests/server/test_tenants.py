@@ -16,8 +16,8 @@ from builders.bases.tiny_models import save_tiny_model
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
 from safetensors.numpy import load_file, save_file
 
-from turret.server.adapters.source import TENSORS_FILE
-from turret.server.api.access.shares import Shares
+from turret.server.adapters.adapter import TENSORS_FILE
+from turret.server.api.access import Shares
 from turret.server.app import App
 from turret.server.config import (
     AdapterConfig,

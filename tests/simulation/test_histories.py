@@ -10,15 +10,13 @@ import pytest
 from simulation.parts import Clock
 from simulation.world import World
 
-from turret.server.adapters.mix import HostResult
-from turret.server.adapters.registry import name_table, unloads
+from turret.server.adapters.adapter import HostResult
+from turret.server.adapters.registry import name_table, registry
 from turret.server.adapters.residency import leases
 from turret.server.engine import loop
 from turret.server.engine.loop import EngineLoop
-from turret.server.engine.scheduling.drafts import Drafts
-from turret.server.engine.scheduling.held_blocks import HeldBlocks
-from turret.server.engine.scheduling.scheduler import Scheduler
-from turret.server.engine.scheduling.sequence import Scheduled, Sequence
+from turret.server.engine.scheduling.scheduler import Drafts, Scheduler
+from turret.server.engine.scheduling.sequence import HeldBlocks, Scheduled, Sequence
 
 NUM_ACTIONS = 50
 
@@ -26,7 +24,7 @@ NUM_ACTIONS = 50
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (loop, leases, name_table, unloads):
+    for module in (loop, leases, name_table, registry):
         monkeypatch.setattr(module, "time", clock)
     return clock
 

@@ -20,8 +20,8 @@ from transformers import LlamaConfig
 from triton.runtime.interpreter import InterpretedFunction
 
 from turret.kernels.nf4_matmul import Nf4Matrix
+from turret.server.adapters.adapter import Mix
 from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.mix import Mix
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.gate import Gate, QueryScore
 from turret.server.adapters.operators.low_rank import LowRank

@@ -16,7 +16,7 @@ from builders.bases.tiny_models import VOCAB_SIZE, load_oracle, save_tiny_model,
 from builders.methods import load_adapter, make_config, quiet, save_adapter
 from servers.engine_harness import Answer, EngineHarness, make_request
 
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef
 
 # Tolerance of a log probability; relative if its size is larger than 1.
 TOLERANCE = 1e-4

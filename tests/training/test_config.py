@@ -15,18 +15,19 @@ from said import says
 
 from turret.server.basics.settings import fields_of, tables_of
 from turret.server.cli import main
-from turret.training.data.examples import Example, read_examples
 from turret.training.errors import ConfigError, DataError
+from turret.training.examples import Example, read_examples
 from turret.training.methods import METHODS as TRAINED
 from turret.training.plan import Plan
-from turret.training.settings.config import METHOD_NAMES, TrainConfig
-from turret.training.settings.config_file import (
+from turret.training.settings.checks import DEFAULTS, METHOD_KEYS
+from turret.training.settings.config import (
+    METHOD_NAMES,
+    TrainConfig,
     build_config,
     read_config,
     render_commented,
     render_config,
 )
-from turret.training.settings.fit import DEFAULTS, METHOD_KEYS
 from turret.training.words import say
 
 MINIMAL = {"data": {"train": "train.jsonl"}}

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from turret.server.cli import main
 from turret.training.conversion import psoft
-from turret.training.conversion.clusters import cluster_rows
+from turret.training.conversion.adamss import cluster_rows
 from turret.training.conversion.converter import CONVERTED
 from turret.training.conversion.kinds import KINDS
 from turret.training.words import say

@@ -11,16 +11,9 @@ from builders.bases.tiny_models import EOS, tiny_tokenizer
 from builders.training import CHAT, TURNS, resolve_tiny, write_jsonl
 from said import says
 
-from turret.training.data.batches import (
-    IGNORED,
-    BatchStream,
-    make_batch,
-    pack_rows,
-    single_rows,
-    split,
-)
-from turret.training.data.examples import Encoded, Example, encode, encode_all
+from turret.training.batches import IGNORED, BatchStream, make_batch, pack_rows, single_rows, split
 from turret.training.errors import DataError
+from turret.training.examples import Encoded, Example, encode, encode_all
 from turret.training.settings.config import DataConfig
 
 

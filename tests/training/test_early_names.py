@@ -11,10 +11,10 @@ import pytest
 from command_modules import loaded_and_said_by
 
 from turret.server.models.sources.check import name_of_model
-from turret.training.data.examples import data_digest
+from turret.training.examples import data_digest
 from turret.training.run.folder import RunFolder
 from turret.training.run.resuming import versions
-from turret.training.settings.config_file import build_config
+from turret.training.settings.config import build_config
 from turret.training.words import say
 
 

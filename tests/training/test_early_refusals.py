@@ -29,8 +29,8 @@ from turret.server.models.sources.model_directory import read_config
 from turret.training.errors import RunError
 from turret.training.run.folder import RunFolder, checkpoint_path
 from turret.training.run.resuming import check_settings, versions
-from turret.training.settings.config_file import build_config
-from turret.training.settings.targets import told_projections
+from turret.training.settings.checks import told_projections
+from turret.training.settings.config import build_config
 from turret.training.verbs import _how_a_sweep_goes_on, _read, _with_errors
 from turret.training.words import say
 

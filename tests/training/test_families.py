@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.training.data.batches import IGNORED, make_batch
+from turret.training.base_model import find_base, load_model
+from turret.training.batches import IGNORED, make_batch
 from turret.training.errors import ConfigError
 from turret.training.loss import LossFunction
-from turret.training.models.base_model import find_base, load_model
 from turret.training.trainer import Trainer
 
 

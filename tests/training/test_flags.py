@@ -12,10 +12,9 @@ from said import says
 from turret.server.basics.settings import all_keys
 from turret.server.cli import main
 from turret.training.errors import ConfigError
-from turret.training.settings.config import TrainConfig
-from turret.training.settings.config_file import build_config
+from turret.training.settings.checks import check_targets
+from turret.training.settings.config import TrainConfig, build_config
 from turret.training.settings.flags import config_parser, flags, given
-from turret.training.settings.targets import check_targets
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -10,8 +10,8 @@ import pytest
 from checkout import ROOT
 from pages.training_page import PAGE, rendered
 
-from turret.training.data.examples import read_examples
 from turret.training.errors import DataError
+from turret.training.examples import read_examples
 from turret.training.settings.config import METHOD_NAMES
 
 

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
-from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.fuse.lora_files import lora_config
 from turret.server.adapters.peft_format.refusals import base_name_warning
-from turret.server.basics.counted import counted
-from turret.server.models.sources.hub_model import Progress
+from turret.server.basics.names import counted
+from turret.server.models.sources.model_directory import Progress
 from turret.training.adapter_folder import write_adapter
 from turret.training.conversion.kinds import (
     CONVERTED,

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 
 from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
-from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
+from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
 from turret.server.errors import InvalidRequestError
 from turret.server.models.families import read_arch
-from turret.server.models.sources.hub_model import Progress, fetch_hub_model, hub_model_id
+from turret.server.models.model_source import StoredTensors
 from turret.server.models.sources.model_directory import (
+    Progress,
+    fetch_hub_model,
+    hub_model_id,
     scale_block,
     weight_files,
 )
-from turret.server.models.stored_tensors import StoredTensors
 from turret.training.conversion.kinds import check_plain_base
 from turret.training.words import say
 

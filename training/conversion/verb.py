@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from turret.server.basics.hub_id import model_place
+from turret.server.basics.names import model_place
 from turret.training.words import say
 
 _DTYPES = ("bfloat16", "float16", "float32")

@@ -19,8 +19,7 @@ from turret.training.methods.linear import (
     VBLORA,
 )
 from turret.training.methods.lycoris import LOHA, LOKR
-from turret.training.methods.method import TrainingMethod
-from turret.training.methods.prompts import P_TUNING, PREFIX_TUNING, PROMPT_TUNING
+from turret.training.methods.method import P_TUNING, PREFIX_TUNING, PROMPT_TUNING, TrainingMethod
 from turret.training.words import say
 
 METHODS: Mapping[str, TrainingMethod] = {

@@ -10,13 +10,13 @@ import torch
 
 from turret.server.errors import TurretError
 from turret.training.adapter_folder import write_adapter
+from turret.training.base_model import TrainingBase
 from turret.training.errors import ConfigError
 from turret.training.fusion import FusionLoss, FusionModel, read_components
 from turret.training.loss import LossFunction
 from turret.training.methods.method import fill_in
-from turret.training.models.base_model import TrainingBase
+from turret.training.settings.checks import check_components, component_directories
 from turret.training.settings.config import MethodConfig
-from turret.training.settings.inputs import check_components, component_directories
 from turret.training.words import say
 
 _KEY = "method.components"

@@ -13,11 +13,11 @@ from peft.tuners.ia3 import IA3Layer
 from peft.tuners.shira import layer as shira
 
 from turret.server.adapters.methods.transforms.oft import dividing
-from turret.training.data.examples import invocation_before_answers, invocation_of
+from turret.training.base_model import TrainingBase
+from turret.training.examples import invocation_before_answers, invocation_of
 from turret.training.methods.method import PeftMethod, Settings
-from turret.training.models.base_model import TrainingBase
+from turret.training.settings.checks import module_sizes
 from turret.training.settings.config import MethodConfig
-from turret.training.settings.ranks import module_sizes
 
 # LoRA (arXiv 2106.09685), rsLoRA (2312.03732) and DoRA (2402.09353).
 

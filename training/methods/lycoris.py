@@ -14,10 +14,9 @@ from peft.tuners.lokr.layer import factorization
 from peft.tuners.lokr.model import LoKrModel
 from torch.autograd.function import once_differentiable
 
+from turret.training.base_model import TrainingBase
 from turret.training.methods.method import PeftMethod, Settings
-from turret.training.models.base_model import TrainingBase
-from turret.training.settings.presets import expand_targets
-from turret.training.settings.ranks import highest_loha_rank, module_sizes
+from turret.training.settings.checks import expand_targets, highest_loha_rank, module_sizes
 from turret.training.words import say
 
 # The update of LoHa with its gradients, in rank space.

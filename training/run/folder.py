@@ -43,9 +43,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turret.server.basics.files import PARTIAL_SUFFIX, replace_file, unwritable
-from turret.server.basics.hub_id import ADAPTER_NAME
+from turret.server.basics.names import ADAPTER_NAME
 from turret.training.errors import RunError
-from turret.training.settings.ranks import SERVED_RANK
+from turret.training.settings.checks import SERVED_RANK
 from turret.training.words import say
 
 if TYPE_CHECKING:

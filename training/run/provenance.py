@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from turret.server.adapters.source import PROVENANCE_FILE
+from turret.server.adapters.adapter import PROVENANCE_FILE
 from turret.training.fusion import component_digests
 from turret.training.run.resuming import WHERE, versions
 from turret.training.settings.resolve import Resolved

@@ -15,11 +15,8 @@ from typing import Any
 import turret
 from turret.training.errors import RunError
 from turret.training.run.folder import RunFolder
+from turret.training.settings.checks import DEFAULTS, PRESETS, ToldBase, expand_targets
 from turret.training.settings.config import TrainConfig
-from turret.training.settings.fit import DEFAULTS
-from turret.training.settings.inputs import ToldBase
-from turret.training.settings.presets import expand_targets
-from turret.training.settings.targets import PRESETS
 from turret.training.words import Text, say
 
 _PARTS = ("base", "data", "config", "versions")

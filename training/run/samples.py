@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from turret.training.data.examples import Encoded
-from turret.training.models.base_model import without_peft_warnings
+from turret.training.base_model import without_peft_warnings
+from turret.training.examples import Encoded
 
 # Longer answers tell no more about a run; on a CPU every token costs a pass through the model.
 _MOST_TOKENS = 64

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from turret.server.basics.hub_id import HubId
+from turret.server.basics.names import HubId
 from turret.server.basics.settings import Typed, fields_of, is_switch, shown_of, tables_of
 from turret.server.errors import TurretError
 from turret.training.errors import ConfigError

@@ -12,13 +12,20 @@ from pathlib import Path
 import torch
 from bitsandbytes.functional import has_avx512bf16
 
-from turret.server.basics.counted import counted
-from turret.training.data.batches import Dataset, load_dataset
-from turret.training.data.examples import invocation_of
+from turret.server.basics.names import counted
+from turret.training.base_model import TrainingBase, find_base
+from turret.training.batches import Dataset, load_dataset
 from turret.training.errors import ConfigError
+from turret.training.examples import invocation_of
 from turret.training.methods import method_named
 from turret.training.methods.method import TrainingMethod
-from turret.training.models.base_model import TrainingBase, find_base
+from turret.training.settings.checks import (
+    base_place,
+    check_components,
+    check_fit,
+    check_method,
+    component_directories,
+)
 from turret.training.settings.config import (
     BaseConfig,
     DataConfig,
@@ -27,9 +34,6 @@ from turret.training.settings.config import (
     RunConfig,
     TrainConfig,
 )
-from turret.training.settings.fit import check_fit
-from turret.training.settings.inputs import base_place, check_components, component_directories
-from turret.training.settings.modules import check_method
 from turret.training.words import say
 
 

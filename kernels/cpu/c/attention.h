@@ -1,4 +1,4 @@
-/* The input of a step's attention. kernels/cpu/paged_attention.py fills in these structures. */
+/* The input of a step's attention. kernels/cpu/layers.py fills in these structures. */
 #ifndef TURRET_ATTENTION_H
 #define TURRET_ATTENTION_H
 

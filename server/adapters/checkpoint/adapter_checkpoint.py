@@ -3,12 +3,244 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol
 
 from turret.lazy_torch import torch
-from turret.server.adapters.tokenizer_files import TokenizerFiles
+from turret.server.adapters.adapter import TokenizerFiles
+from turret.server.errors import AdapterCheckpointError, AdapterMismatchError, InvalidRequestError
+from turret.server.words import Text, say
+
+# Collects everything wrong with an adapter, so that one answer names it all.
+
+
+# A hostile file can break thousands of rules; the answer stays readable and small.
+MAX_REPORTED = 64
+# Most kinds of findings that a message describes, and most other fields that it lists for each.
+# The error's violations have all that are reported.
+_MOST_KINDS = 5
+_MOST_ALIKE = 3
+
+Finding = tuple[str, Text]
+
+
+class HasShape(Protocol):
+    """A tensor, or the entry of one in a file's header."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+class Findings:
+    """The faults of a checkpoint and its mismatches with the base, in the order found.
+
+    Args:
+        path: The adapter, as messages name it.
+        base: The base's name, for messages; "" while nothing is compared with a base.
+    """
+
+    def __init__(self, path: str, base: str = "") -> None:
+        self._path = path
+        self._base = base
+        # Start the message about a mismatch, because one cause often explains many wrong shapes.
+        self.causes: tuple[Text, ...] = ()
+        # Dictionaries serve as ordered sets, so a fault that two checks find is reported once.
+        self._faults: dict[Finding, None] = {}
+        self._mismatches: dict[Finding, None] = {}
+
+    def add(self, field: str, why: Text) -> None:
+        """A fault of the checkpoint itself: ``field`` names a key, a file or a tensor."""
+        self._faults.setdefault((field, why))
+
+    def mismatch(self, field: str, why: Text) -> None:
+        """Adds a finding that may be correct in itself but does not fit this base."""
+        self._mismatches.setdefault((field, why))
+
+    def add_all(self, other: Findings) -> None:
+        """Everything that another part of the same checkpoint's reading found."""
+        self._faults |= other._faults
+        self._mismatches |= other._mismatches
+        self.causes = self.causes or other.causes
+
+    @property
+    def fields(self) -> frozenset[str]:
+        """The fields with a fault."""
+        return frozenset(field for field, _ in self._faults)
+
+    @property
+    def mismatched(self) -> frozenset[str]:
+        """The fields that do not fit the base."""
+        return frozenset(field for field, _ in self._mismatches)
+
+    def check_shape(
+        self, name: str, tensor: HasShape, *shapes: tuple[int, ...], of_base: bool = True
+    ) -> bool:
+        """Whether the tensor has one of the shapes; else a mismatch, or a fault."""
+        if tuple(tensor.shape) in shapes:
+            return True
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        report = self.mismatch if of_base else self.add
+        report(name, say("WRONG_SHAPE", shape=list(tensor.shape), expected=wanted))
+        return False
+
+    def raise_if_any(self, **more: str) -> None:
+        """Raises what was found; faults of the checkpoint itself come first.
+
+        Args:
+            more: Further metadata of faults of the checkpoint.
+
+        Raises:
+            AdapterCheckpointError: Unsupported or inconsistent; ``violations`` name everything at
+                fault (past ``MAX_REPORTED``, how many more there are), the message the beginning.
+            AdapterMismatchError: Sound, but for another base; likewise.
+        """
+        if self._faults:
+            text = say(
+                "ADAPTER_UNUSABLE",
+                path=self._path,
+                violation_count=len(self._faults),
+                found=_summary(self._faults),
+                **more,
+            )
+            raise AdapterCheckpointError(text, violations=_reported(self._faults))
+        if self._mismatches:
+            text = say(
+                "ADAPTER_MISFIT",
+                path=self._path,
+                base_model=self._base,
+                violation_count=len(self._mismatches),
+                found=_summary(self._mismatches, self.causes),
+            )
+            raise AdapterMismatchError(text, violations=_reported(self._mismatches))
+
+
+def refuse_all(found: Sequence[Finding]) -> None:
+    """Raises one error for all that is wrong with a request.
+
+    Raises:
+        InvalidRequestError: Something is.
+    """
+    if found:
+        raise InvalidRequestError.of_all(found)
+
+
+def _reported(found: dict[Finding, None]) -> list[Finding]:
+    shown = list(islice(found, MAX_REPORTED))
+    if len(found) > len(shown):
+        shown.append(("", say("MORE", count=len(found) - len(shown))))
+    return shown
+
+
+def _summary(found: Iterable[Finding], causes: Iterable[Text] = ()) -> Text:
+    """One sentence for each reason, about the first field with it."""
+    alike: dict[str, list[Finding]] = {}
+    for field, why in found:
+        alike.setdefault(why.reason, []).append((field, why))
+    kinds = list(alike.values())
+    lines = list(causes)
+    for (field, why), *others in kinds[:_MOST_KINDS]:
+        if others:
+            fields = ", ".join(name for name, _ in others[:_MOST_ALIKE])
+            count = len(others)
+            lines.append(say("FINDING_AND_MORE", field=field, why=why, count=count, fields=fields))
+        else:
+            lines.append(say("FINDING", field=field, why=why))
+    if hidden := sum(map(len, kinds[_MOST_KINDS:])):
+        lines.append(say("MORE", count=hidden))
+    return say("FINDINGS", found="; ".join(lines), first=lines[0])
+
+
+# Names of tensors in a PEFT file, without the noise that wrappers leave in them.
+
+
+# Name of the tensor in methods that learn a prompt.
+PROMPT_EMBEDDINGS = "prompt_embeddings"
+PEFT_PREFIX = "base_model.model."
+# Inserted by torch.compile, FSDP and activation checkpointing around an unchanged module: the
+# parameter is the same one, so dropping the component cannot change what it means.
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# A raw state dict has the adapter's name after the parameter's (lora_A.default.weight).
+DEFAULT_NAME = "default"
+# Prefixes of the language model in models of text and images: the current one, and the one of
+# transformers before 4.52. A plain language model has "model." instead.
+TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
+_TEXT_HEAD = "language_model.lm_head."
+# Stands for no prefix at all: a model without its head (AutoModel, as for embeddings).
+NO_PREFIX = "(none)"
+_OWN_PARTS = ("layers.", "embed_tokens.", "norm.")
+
+
+def canonical_name(name: str) -> str:
+    """Drops ``base_model.model.``, wrapper components and the ``default`` adapter name.
+
+    ``base_model.model.model.layers.0.q_proj.lora_A.default.weight`` becomes
+    ``model.layers.0.q_proj.lora_A.weight``, and so it does with ``language_model`` in it.
+    """
+    return _own_name(_without_noise(name))
+
+
+def text_prefix(names: Iterable[str]) -> str:
+    """The ``TEXT_PREFIXES`` entry, or ``NO_PREFIX``, that names have; "" for the usual names."""
+    for name in names:
+        if _without_noise(name).startswith("layers."):
+            return NO_PREFIX
+        if "language_model." in name:
+            bare = _without_noise(name)
+            for prefix in TEXT_PREFIXES:
+                if bare.startswith(prefix):
+                    return prefix
+    return ""
+
+
+def name_in_training(module: str, prefix: str) -> str:
+    """A module's name in the model that the adapter was trained on, by its ``text_prefix``."""
+    if not prefix:
+        return module
+    if prefix == NO_PREFIX:
+        return module.removeprefix("model.")
+    if module.startswith("model."):
+        return prefix + module.removeprefix("model.")
+    return f"language_model.{module}" if prefix == TEXT_PREFIXES[1] else module
+
+
+def _own_name(name: str) -> str:
+    for prefix in TEXT_PREFIXES:
+        if name.startswith(prefix):
+            return f"model.{name.removeprefix(prefix)}"
+    if name.startswith(_OWN_PARTS):
+        return f"model.{name}"
+    return name.removeprefix("language_model.") if name.startswith(_TEXT_HEAD) else name
+
+
+def _without_noise(name: str) -> str:
+    if DEFAULT_NAME not in name and not any(wrapper in name for wrapper in WRAPPERS):
+        return name.removeprefix(PEFT_PREFIX)
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    joined = ".".join(parts).removeprefix(PEFT_PREFIX)
+    parts = joined.split(".")
+    kept = [
+        part
+        for i, part in enumerate(parts)
+        if not (part == DEFAULT_NAME and i > 0 and parts[i - 1].startswith("lora_"))
+    ]
+    return ".".join(kept)
+
+
+def canonical_names(names: Sequence[str], findings: Findings) -> dict[str, str]:
+    """Maps each name to its canonical form; two that meet are a fault that names both."""
+    result: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for name in names:
+        canonical = canonical_name(name)
+        if canonical in first:
+            findings.add(name, say("DUPLICATE_TENSOR", other=first[canonical]))
+            continue
+        first[canonical] = name
+        result[name] = canonical
+    return result
+
 
 _TASK_DOMAIN = b"turret-adapter-task-1\0"
 _TOKENIZER_DOMAIN = b"turret-adapter-tokenizer-1\0"

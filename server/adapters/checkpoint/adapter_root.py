@@ -10,20 +10,80 @@ to places inside the root, which Hugging Face caches and people make.)
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import os
 import pwd
 import re
 import stat
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from turret.server.basics.closest import closest
-from turret.server.basics.hub_id import HUB_SCHEME, HubId
+from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
+from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
+from turret.server.basics.names import HUB_SCHEME, HubId, closest
 from turret.server.basics.work import is_out_of_memory
 from turret.server.errors import AdapterCheckpointError, StorageFailedError
 from turret.server.words import Text, say
+
+# Which files have which digest, so that an adapter that is read again is not hashed again.
+#
+# A file is known by what the system says of it: device, inode, size, and the times of its last
+# change of content and of itself. Writing to a file moves the latter, which no program can set
+# back; writing to a mapping of it may not, so only files that nobody else can open for writing
+# belong here. A file that changed just before it was read is not remembered: a second change
+# within the same tick of the clock would not show.
+
+
+# Seconds that a file must have been unchanged before it was read; some network file systems keep
+# times in whole seconds.
+_SETTLED_SECONDS = 3.0
+_MAX_ENTRIES = 1 << 16
+
+
+def stamp_of(*descriptors: int) -> bytes | None:
+    """Names the present state of open files, 16 bytes; None if one changed just now."""
+    told = []
+    for descriptor in descriptors:
+        s = os.fstat(descriptor)
+        # This also rejects times in the future, which mean that a clock is wrong.
+        if not 0 <= s.st_ctime <= time.time() - _SETTLED_SECONDS:
+            return None
+        told.append((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
+    return hashlib.blake2b(repr(told).encode(), digest_size=16).digest()
+
+
+class DigestCache:
+    """Digests by stamp, the last ``max_entries`` of them. Thread-safe."""
+
+    def __init__(self, max_entries: int = _MAX_ENTRIES) -> None:
+        self._max_entries = max_entries
+        self._digests: OrderedDict[bytes, str] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, stamp: bytes | None) -> str | None:
+        """The digest of files with this stamp, if it is known."""
+        with self._lock:
+            if stamp not in self._digests:
+                return None
+            self._digests.move_to_end(stamp)
+            return self._digests[stamp]
+
+    def remember(self, stamp: bytes | None, digest: str) -> None:
+        """Call it with a stamp taken before the files were read."""
+        if stamp is None:
+            return
+        with self._lock:
+            self._digests[stamp] = digest
+            self._digests.move_to_end(stamp)
+            if len(self._digests) > self._max_entries:
+                self._digests.popitem(last=False)
+
 
 MAX_PATH_CHARS = 1024
 # Most path components to walk for one path, links included, so that link loops end.
@@ -331,3 +391,52 @@ def _open_or_read_link(directory: int, name: str, flags: int) -> int | str:
             return os.readlink(name, dir_fd=directory)
         except OSError:
             raise error from None
+
+
+# Refuses directories that hold no adapter, and names what they hold instead.
+
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# Files of the trainer itself, which do not show in which format the weights are saved.
+_TRAINERS_OWN = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
+_MODEL_CONFIG = "config.json"
+
+
+def check_is_adapter(directory: AdapterDirectory, path: str) -> None:
+    """Refuse a directory that lacks one of an adapter's two files.
+
+    Args:
+        directory: Where to look; its other names show what it holds instead.
+        path: The adapter's name in messages.
+
+    Raises:
+        AdapterCheckpointError: It does.
+    """
+    if not directory.has(CONFIG_FILE):
+        if _is_model(directory.names()):
+            raise refuse(path, say("WHOLE_MODEL"))
+        raise refuse(path, say("NOT_AN_ADAPTER", closest=directory.adapter_below(CONFIG_FILE)))
+    # Pickle files beside the tensors do no harm, because they are never opened.
+    if not directory.has(TENSORS_FILE):
+        refuse_missing_tensors(path, directory.names())
+
+
+def refuse_missing_tensors(path: str, names: Iterable[str]) -> None:
+    """Refuse an adapter without its tensors; ``names`` are those of its other files.
+
+    Raises:
+        AdapterCheckpointError: Always; a pickle file is named, if there is one.
+    """
+    findings = Findings(path)
+    for name in names:
+        if name.endswith(_PICKLE_SUFFIXES) and not name.startswith(_TRAINERS_OWN):
+            findings.add(name, say("PICKLE"))
+    if not findings.fields:
+        findings.add(TENSORS_FILE, say("MISSING_FILE"))
+    findings.raise_if_any()
+
+
+def _is_model(names: list[str]) -> bool:
+    has_weights = any(n.startswith("model") and ".safetensors" in n for n in names)
+    is_gguf = any(name.endswith(".gguf") for name in names)
+    return is_gguf or (_MODEL_CONFIG in names and has_weights)

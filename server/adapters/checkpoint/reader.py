@@ -10,29 +10,50 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, BinaryIO
 
-import torch
-
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
-from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint.digest_cache import DigestCache, stamp_of
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.finite import all_finite
-from turret.server.adapters.checkpoint.json_files import parse_config, read_base_digest
-from turret.server.adapters.checkpoint.no_adapter import check_is_adapter
-from turret.server.adapters.checkpoint.safetensors_header import (
+from turret.lazy_torch import torch
+from turret.server.adapters.adapter import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE
+from turret.server.adapters.checkpoint.adapter_checkpoint import (
+    AdapterCheckpoint,
+    Findings,
+    canonical_names,
+    text_prefix,
+)
+from turret.server.adapters.checkpoint.adapter_root import (
+    AdapterRoot,
+    DigestCache,
+    check_is_adapter,
+    stamp_of,
+)
+from turret.server.adapters.checkpoint.files import (
+    FormatError,
     TensorEntry,
     check_fits,
+    parse_config,
+    read_base_digest,
     read_header,
 )
-from turret.server.adapters.checkpoint.strict_json import FormatError
-from turret.server.adapters.checkpoint.tensor_names import canonical_names, text_prefix
-from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE
 from turret.server.words import say
+
+# Whether weights hold NaN or Inf, in one pass: adapters are read while others are served.
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or Inf; true of an empty tensor, and of integers.
+
+    ``torch.aminmax`` hands a NaN on and takes a seventh of the time of ``torch.isfinite``, which
+    was half of what reading an adapter cost.
+    """
+    if not tensor.numel() or not tensor.is_floating_point():
+        return True
+    least, most = torch.aminmax(tensor)
+    return math.isfinite(least) and math.isfinite(most)
+
 
 # Domain prefix of every digest. Change it when the definition of the digest changes.
 _DIGEST_DOMAIN = b"turret-adapter-1\0"

@@ -14,18 +14,18 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from turret.server.adapters.chat_template import OwnTemplate
-from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.strict_json import FormatError, parse_object
-from turret.server.adapters.source import (
+from turret.server.adapters.adapter import (
     SPECIAL_TOKENS_FILE,
     TEMPLATE_FILE,
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     TOKENIZER_FILES,
+    OwnTemplate,
+    TokenizerFiles,
 )
-from turret.server.adapters.tokenizer_files import TokenizerFiles
+from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
+from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
+from turret.server.adapters.checkpoint.files import FormatError, parse_object
 from turret.server.words import say
 
 _DOMAIN = b"turret-tokenizer-1\0"

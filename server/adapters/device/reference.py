@@ -15,9 +15,15 @@ from typing import TypeVar
 import torch
 
 from turret.kernels.expert_routing import Routing
-from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.device.members import Members, StepMembers
-from turret.server.adapters.device.store import BaseProduct, OnMoved, Part, StepStore
+from turret.server.adapters.device.store import (
+    BaseProduct,
+    Members,
+    OnMoved,
+    Part,
+    ProjectionLayout,
+    StepMembers,
+    StepStore,
+)
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.constant_kv import ConstantKv
 from turret.server.adapters.operators.low_rank import ExpertLowRank

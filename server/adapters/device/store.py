@@ -3,24 +3,257 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
 from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.expert_routing import Routing
-from turret.server.adapters.device.members import StepMembers
 from turret.server.adapters.device.vocabulary import VocabularyChange, vocabulary_change
-from turret.server.adapters.operators.adapter_operators import AdapterOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.circulant import Circulant
+from turret.server.adapters.operators.dense import Dense
+from turret.server.adapters.operators.gate import Gate, QueryScore
+from turret.server.adapters.operators.hadamard import Hadamard
+from turret.server.adapters.operators.input_blocks import InputBlocks
+from turret.server.adapters.operators.kronecker import Kronecker
+from turret.server.adapters.operators.low_rank import ExpertLowRank, LowRank
+from turret.server.adapters.operators.operator import Operator
+from turret.server.adapters.operators.pair_rotation import PairRotation
+from turret.server.adapters.operators.sparse import Sparse
 from turret.server.adapters.operators.token_router import TokenRouter
+from turret.server.adapters.operators.vectors import Bias, Gain, InputGain
 from turret.server.errors import BudgetExceededError
 from turret.server.words import say
 
 if TYPE_CHECKING:
     from turret.kernels.gpu.low_rank import Shrink
     from turret.kernels.gpu.nf4 import Epilogue
+
+
+# Where a kernel replaces an operator's ``add``.
+#
+# A kernel is earned by a measurement. ``bench/results/history.md`` has those of the CPU path;
+# pairs and dense updates have none of their own yet. On the GPU path nothing has been measured, so
+# kernels serve the operators that most checkpoints are made of. Everything else is ``add``, for
+# the rows of one mix at a time (``reference.py``); on the GPU path, a step that needs it is not
+# captured.
+
+
+class Kernel(NamedTuple):
+    """A kernel.
+
+    Attributes:
+        files: The kernel's files below ``kernels/cpu/c`` or ``kernels/gpu``.
+        serves: Whether it takes an operator of its kind.
+    """
+
+    files: str
+    serves: Callable[[Any], bool] = lambda operator: True
+
+
+KERNELS: Mapping[type[Operator], Mapping[str, Kernel]] = {
+    LowRank: {
+        "cpu": Kernel("adapters/low_rank.c"),
+        "gpu": Kernel("low_rank"),
+    },
+    ExpertLowRank: {
+        "cpu": Kernel("adapters/experts.c"),
+        "gpu": Kernel("experts"),
+    },
+    Gain: {
+        "cpu": Kernel("adapters/adapters.c"),
+        "gpu": Kernel("low_rank"),
+    },
+    Bias: {
+        "cpu": Kernel("adapters/adapters.c"),
+        "gpu": Kernel("low_rank"),
+    },
+    Hadamard: {
+        "cpu": Kernel("adapters/hadamard.c"),
+        "gpu": Kernel("hadamard", lambda update: update.rank <= 64),
+    },
+    Kronecker: {
+        "cpu": Kernel("adapters/kronecker.c"),
+        "gpu": Kernel("kronecker", lambda update: max(update.w1.shape[1], update.rank) <= 128),
+    },
+    InputGain: {"cpu": Kernel("adapters/input_change.c")},
+    InputBlocks: {"cpu": Kernel("adapters/input_change.c")},
+    PairRotation: {"cpu": Kernel("adapters/pairs.c")},
+    Circulant: {"cpu": Kernel("adapters/circulant.c")},
+    Sparse: {"cpu": Kernel("adapters/sparse.c")},
+    Dense: {"cpu": Kernel("adapters/dense.c")},
+    Gate: {"gpu": Kernel("fusion_gate", lambda gate: isinstance(gate.score, QueryScore))},
+}
+
+
+def has_kernel(operator: Operator, path: str) -> bool:
+    """Whether a path's kernels apply an operator; if not, its ``add`` does."""
+    kernel = KERNELS.get(type(operator), {}).get(path)
+    return kernel is not None and kernel.serves(operator)
+
+
+# The base's fused projections, as stores of adapters see them.
+
+
+@dataclass(frozen=True, slots=True)
+class SliceShape:
+    """One module of a fused projection: its path inside the layer and its sizes."""
+
+    path: str
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """A fused projection of all experts: its path inside the layer and the sizes of each expert."""
+
+    path: str
+    count: int
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectionLayout:
+    """Shape of the base as stores see it: the slices of each fused projection, in every layer.
+
+    ``experts`` are those of mixtures of experts. A layer may lack any of both.
+    """
+
+    num_layers: int
+    projections: Mapping[str, tuple[SliceShape, ...]]
+    experts: Mapping[str, ExpertShape] = field(default_factory=dict)
+    layer_prefix: str = "model.layers"
+    _columns: Mapping[str, tuple[slice, ...]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        columns = {}
+        for name, slices in self.projections.items():
+            ends = accumulate((shape.out_features for shape in slices), initial=0)
+            columns[name] = tuple(slice(*pair) for pair in pairwise(ends))
+        object.__setattr__(self, "_columns", columns)
+
+    def module(self, layer: int, path: str) -> str:
+        return f"{self.layer_prefix}.{layer}.{path}"
+
+    def columns(self, projection: str) -> tuple[slice, ...]:
+        """The columns of each slice in the projection's result."""
+        return self._columns[projection]
+
+    def width(self, projection: str) -> int:
+        """Columns of the projection's result."""
+        return self._columns[projection][-1].stop
+
+    def of(
+        self, operators: AdapterOperators, projection: str
+    ) -> list[tuple[int, int, ModuleOperators]]:
+        """An adapter's operators in one projection, as (layer, slice, operators)."""
+        found = []
+        for layer in range(self.num_layers):
+            for s, shape in enumerate(self.projections[projection]):
+                ops = operators.modules.get(self.module(layer, shape.path))
+                if ops is not None:
+                    found.append((layer, s, ops))
+        return found
+
+    def of_experts(
+        self, operators: AdapterOperators, projection: str
+    ) -> list[tuple[int, ExpertLowRank]]:
+        """An adapter's updates of one projection of the experts, as (layer, update)."""
+        path = self.experts[projection].path
+        experts = operators.experts or {}
+        names = ((layer, self.module(layer, path)) for layer in range(self.num_layers))
+        return [(layer, experts[name]) for layer, name in names if name in experts]
+
+
+# Which rows of a step use which adapters.
+
+
+# The mix of a row or segment as (adapter key, weight) pairs, in the request's order.
+Members = Sequence[tuple[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepMembers:
+    """Which adapters the rows of a step use.
+
+    Attributes:
+        short: Per short row, its mix.
+        long: Per long segment, first row, end row, its mix.
+        given: Of adapters with a ``TokenRouter``, the scalings of every row of the step,
+            ``[rows, modules, components]`` fp32; anything in rows that do not use the adapter.
+    """
+
+    short: Sequence[Members]
+    long: Sequence[tuple[int, int, Members]]
+    given: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> list[tuple[int, int, Members]]:
+        """All rows as runs: first, end, and their mix."""
+        return [*((row, row + 1, mix) for row, mix in enumerate(self.short)), *self.long]
+
+
+def passes(
+    runs: Sequence[tuple[int, int, Members]], keys: Container[str]
+) -> list[tuple[str, list[int], list[float]]]:
+    """The rows of some adapters, position by position in the mixes.
+
+    A row's changes are so added up in its own order, and no adapter twice in one pass.
+
+    Args:
+        runs: Runs of rows: first, end, and their mix.
+        keys: The adapters; others are passed over.
+
+    Returns:
+        Adapters, with the numbers of rows that have them at the same position, and mix weights.
+    """
+    mixes = [[(key, w) for key, w in mix if key in keys] for _, _, mix in runs]
+    found: list[tuple[str, list[int], list[float]]] = []
+    for position in range(max(map(len, mixes), default=0)):
+        users: dict[str, tuple[list[int], list[float]]] = {}
+        for (start, end, _), mix in zip(runs, mixes, strict=True):
+            if len(mix) > position:
+                key, weight = mix[position]
+                rows, weights = users.setdefault(key, ([], []))
+                rows.extend(range(start, end))
+                weights.extend([weight] * (end - start))
+        found += [(key, *rows) for key, rows in users.items()]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows that use a table: numbers, slots and mix weights; or rows that share one slot.
+
+    ``run`` is the slots as a slice of the table where that is what they are: a view of it then
+    serves where a gather would copy.
+    """
+
+    rows: torch.Tensor | slice
+    slots: torch.Tensor | int
+    weights: torch.Tensor | float
+    run: slice | None = None
+
+    def pick(self, table: torch.Tensor) -> torch.Tensor:
+        """The table's entries per row, ``[rows, …]``, or ``[1, …]`` if all rows share one."""
+        if self.run is not None:
+            return table[self.run]
+        assert isinstance(self.slots, torch.Tensor)
+        return table.index_select(0, self.slots)
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.rows] if isinstance(self.rows, slice) else x.index_select(0, self.rows)
+
+    def put(self, y: torch.Tensor, part: torch.Tensor) -> None:
+        """Write back what ``take`` gave (a run is a view: nothing to do)."""
+        if not isinstance(self.rows, slice):
+            y.index_copy_(0, self.rows, part)
 
 
 class Part(ABC):

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.fuse.module_fuser import FusedModule
 from turret.server.adapters.methods import METHODS
-from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
-from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
+from turret.server.adapters.state_dir import StagedUpload, UploadedFile
 
 # The method that reads these files.
 METHOD = "lora"

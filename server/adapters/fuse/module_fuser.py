@@ -7,20 +7,179 @@ Else the update is dense, in fp32, for the one module at hand.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from turret.server.adapters.base import BaseModule
 from turret.server.adapters.fuse.combination import ON_UPDATES, Combination
-from turret.server.adapters.fuse.factors import Factors, energy_rank, side_by_side, truncated_svd
-from turret.server.adapters.fuse.pruned_sum import combine
-from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import (
+    ModuleOperators,
+    add_delta,
+    frobenius_norm,
+    has_update,
+    is_low_rank,
+)
 from turret.server.adapters.operators.low_rank import LowRank
-from turret.server.adapters.weight_update import add_delta, frobenius_norm, has_update, is_low_rank
 from turret.server.errors import BudgetExceededError, InvalidRequestError
 from turret.server.words import say
+
+# A matrix as a product of two thin ones, and the truncated SVD that makes it thinner.
+
+
+# Directions weaker than this share of the strongest one are lost in fp32 rounding.
+_NOISE = float(torch.finfo(torch.float32).eps)
+
+# Takes descending singular values and returns how many to keep.
+ChooseRank = Callable[[torch.Tensor], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The matrix ``b @ a``.
+
+    Attributes:
+        b: ``[rows, rank]``, fp32 or fp64.
+        a: ``[rank, columns]``, same dtype.
+    """
+
+    b: torch.Tensor
+    a: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def norm(self) -> float:
+        """Frobenius norm; the product is not built, and cancellation in it costs no digits."""
+        left = torch.linalg.qr(self.b.double(), mode="r").R
+        right = torch.linalg.qr(self.a.double().T, mode="r").R
+        return float(torch.linalg.matrix_norm(left @ right.T))
+
+    def truncated(self, choose_rank: ChooseRank) -> Factors:
+        """The nearest product of the chosen rank, fp32; costs as much as the factors are thick."""
+        qb, rb = torch.linalg.qr(self.b.double())
+        qa, ra = torch.linalg.qr(self.a.double().T)
+        core = truncated_svd(rb @ ra.T, choose_rank)
+        return Factors((qb @ core.b).float(), (core.a @ qa.T).float())
+
+
+def side_by_side(parts: Sequence[Factors]) -> Factors:
+    """The sum of the products; the ranks add up."""
+    return Factors(
+        torch.cat([part.b for part in parts], dim=1), torch.cat([part.a for part in parts])
+    )
+
+
+def energy_rank(values: torch.Tensor, energy: float) -> int:
+    """The least number of singular values that hold a share of the sum of squares.
+
+    Args:
+        values: Descending, not empty.
+        energy: In (0, 1].
+    """
+    held = values.double().square().cumsum(0)
+    return min(len(values), int((held < energy * held[-1]).sum()) + 1)
+
+
+def truncated_svd(matrix: torch.Tensor, choose_rank: ChooseRank) -> Factors:
+    """The nearest product of the chosen rank (Eckart and Young), in the dtype of the matrix.
+
+    As in PEFT, ``a`` has orthonormal rows and ``b`` holds the singular values. Directions that are
+    nothing but rounding are never kept, so the rank may be less than the chosen one.
+    """
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    audible = max(1, int((values > _NOISE * values[0]).sum()))
+    rank = min(choose_rank(values[:audible]), audible)
+    return Factors(left[:, :rank] * values[:rank], right[:rank].contiguous())
+
+
+def ratio(error: float, reference: float) -> float:
+    """A relative error; 0 where there is neither, infinite where nothing should be."""
+    if reference == 0.0:
+        return 0.0 if error == 0.0 else math.inf
+    return error / reference
+
+
+# Weighted sums of tensors with pruning and sign election, as PEFT's ``merge_utils`` defines them.
+#
+# Every tensor is asked for when it is needed and dropped before the next one, so the memory is
+# that of a few tensors, however many are combined. Masks are drawn in PEFT's order: from one state
+# of the generator, both draw the same.
+
+
+Task = Callable[[], torch.Tensor]
+
+
+def combine(
+    tasks: Sequence[Task],
+    weights: Sequence[float],
+    combination: Combination,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """``Σ w_k p(t_k)``, for TIES over those entries alone whose sign won, divided by their number.
+
+    Args:
+        tasks: Return the tensors, all of one shape, fp32; may be called twice, may return views.
+        weights: One per tensor.
+        combination: Says how ``p`` prunes and whether signs are elected. Votes are cast by the
+            unweighted tensors, as in PEFT: a negative weight does not turn a vote round.
+        generator: Draws DARE's masks.
+
+    Returns:
+        A new tensor, fp32.
+    """
+    if combination.elects_signs:
+        return _with_elected_signs(tasks, weights, combination, generator)
+    total: torch.Tensor | None = None
+    for task, weight in zip(tasks, weights, strict=True):
+        part = _pruned(task(), combination, generator) * weight
+        total = part if total is None else total.add_(part)
+    assert total is not None, "a mix has members"
+    return total
+
+
+def _with_elected_signs(
+    tasks: Sequence[Task],
+    weights: Sequence[float],
+    combination: Combination,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    state = generator.get_state()
+    votes: torch.Tensor | None = None
+    for task in tasks:
+        vote = _pruned(task(), combination, generator)
+        if combination.majority_sign_method == "frequency":
+            vote = vote.sign()
+        votes = vote.clone() if votes is None else votes.add_(vote)
+    assert votes is not None, "a mix has members"
+    elected = torch.where(votes >= 0, 1.0, -1.0)
+    total, count = torch.zeros_like(votes), votes.zero_()
+    # Draw the same masks again instead of keeping all pruned tensors in memory.
+    generator.set_state(state)
+    for task, weight in zip(tasks, weights, strict=True):
+        part = _pruned(task(), combination, generator)
+        agrees = part.sign() == elected
+        total += part * weight * agrees
+        count += agrees
+    return total.div_(count.clamp_(min=1.0))
+
+
+def _pruned(
+    tensor: torch.Tensor, combination: Combination, generator: torch.Generator
+) -> torch.Tensor:
+    """The tensor, or a new one in which the share ``density`` of the entries is left."""
+    density = combination.density
+    if density is None or density >= 1.0:
+        return tensor
+    if combination.prunes_at_random:
+        kept = torch.bernoulli(torch.full_like(tensor, density), generator=generator)
+        return kept.mul_(tensor).div_(density)
+    largest = tensor.abs().flatten().topk(int(density * tensor.numel())).indices
+    kept = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+    kept.view(-1)[largest] = 1.0
+    return kept.mul_(tensor)
 
 
 @dataclass(frozen=True, slots=True)

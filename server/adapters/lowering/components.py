@@ -8,8 +8,7 @@ from itertools import accumulate
 
 from turret.kernels.fusion_gate import GATE_MULTIPLE
 from turret.lazy_torch import torch
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
-from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.component import (
     COMPONENTS_KEY,
     Component,

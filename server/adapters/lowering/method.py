@@ -11,10 +11,9 @@ from typing import Protocol
 from turret.server.adapters.base import BaseModel, BaseSizes
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.component import FindComponent, find_no_component
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering.lowered import Lowered, finish
 from turret.server.adapters.lowering.pieces import Assembly, Piece
-from turret.server.adapters.peft_format.config.rules import MethodKeys
+from turret.server.adapters.peft_format.config_rules import MethodKeys
 from turret.server.adapters.peft_format.linear_format import LinearFormat
 from turret.server.adapters.peft_format.reading import Module, Reading
 from turret.server.adapters.peft_format.refusals import task_warning

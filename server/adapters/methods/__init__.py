@@ -10,12 +10,11 @@ import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
-from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.lowering.method import LinearMethod, Method
 from turret.server.adapters.methods.prompt_kit import SoftTokens
 from turret.server.adapters.methods.unserved import UNSERVED
-from turret.server.basics.closest import closest
+from turret.server.basics.names import closest
 from turret.server.words import Text, say
 
 _FLOATS = "floating-point numbers"

@@ -10,29 +10,33 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from turret.server.adapters.base import BaseSizes
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
-from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.json_files import parse_config, read_base_digest
-from turret.server.adapters.checkpoint.safetensors_header import (
-    SafetensorsHeader,
-    check_fits,
-    read_header,
-)
-from turret.server.adapters.checkpoint.strict_json import FormatError
-from turret.server.adapters.checkpoint.tensor_names import canonical_names, text_prefix
-from turret.server.adapters.methods import AnyMethod, check_common, method_for
-from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
-from turret.server.adapters.peft_format.classifier_checkpoint import without_classifier
-from turret.server.adapters.peft_format.config.vocabulary_rules import vocabulary_module
-from turret.server.adapters.peft_format.refusals import is_other_base, of_other_base
-from turret.server.adapters.source import (
+from turret.server.adapters.adapter import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
     TENSORS_FILE,
     TOKENIZER_FILE,
 )
+from turret.server.adapters.base import BaseSizes
+from turret.server.adapters.checkpoint.adapter_checkpoint import (
+    AdapterCheckpoint,
+    Findings,
+    canonical_names,
+    text_prefix,
+)
+from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
+from turret.server.adapters.checkpoint.files import (
+    FormatError,
+    SafetensorsHeader,
+    check_fits,
+    parse_config,
+    read_base_digest,
+    read_header,
+)
+from turret.server.adapters.methods import AnyMethod, check_common, method_for
+from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
+from turret.server.adapters.peft_format.classifier_checkpoint import without_classifier
+from turret.server.adapters.peft_format.config_rules import vocabulary_module
+from turret.server.adapters.peft_format.refusals import is_other_base, of_other_base
 from turret.server.words import say
 
 _BASE = "base_model_name_or_path"

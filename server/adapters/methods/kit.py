@@ -38,13 +38,15 @@ from turret.server.adapters.lowering.pieces import (
     pairs,
     scaled_low_rank,
     sparse,
+    times_weight,
+    weight_times,
 )
-from turret.server.adapters.lowering.weight_products import times_weight, weight_times
 from turret.server.adapters.operators.low_rank import LowRank
-from turret.server.adapters.peft_format.config.rules import (
+from turret.server.adapters.peft_format.config_rules import (
     invalid,
     is_bool,
     is_count,
+    is_modules_to_save,
     is_number,
     is_one_of,
     is_optional_bool,
@@ -54,26 +56,17 @@ from turret.server.adapters.peft_format.config.rules import (
     is_seed,
     optional,
 )
-from turret.server.adapters.peft_format.config.targets import (
-    MAX_LIST_ITEMS,
-    is_alpha_pattern,
-    is_layer_indexes,
-    is_module_selector,
-    is_optional_module_selector,
-    is_rank_pattern,
-)
-from turret.server.adapters.peft_format.config.vocabulary_rules import is_modules_to_save
-from turret.server.adapters.peft_format.linear_format import LinearFormat, Shared
-from turret.server.adapters.peft_format.reading import Module, Reading
-from turret.server.adapters.peft_format.shapes import (
+from turret.server.adapters.peft_format.linear_format import (
     ANY,
     IN,
     OUT,
     UNREAD,
     Dim,
+    LinearFormat,
     Misfit,
     R,
     Shape,
+    Shared,
     Stop,
     either,
     extent,
@@ -81,6 +74,15 @@ from turret.server.adapters.peft_format.shapes import (
     key,
     optionally,
     when,
+)
+from turret.server.adapters.peft_format.reading import Module, Reading
+from turret.server.adapters.peft_format.targets import (
+    MAX_LIST_ITEMS,
+    is_alpha_pattern,
+    is_layer_indexes,
+    is_module_selector,
+    is_optional_module_selector,
+    is_rank_pattern,
 )
 from turret.server.words import Text, say
 

@@ -12,17 +12,16 @@ from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import check_common, method_for
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.dense import Dense
-from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
-from turret.server.adapters.operators.vocabulary import VocabularyOperators
+from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD, VocabularyOperators
 from turret.server.adapters.peft_format.classifier_checkpoint import (
     ClassifierPart,
     take_classifier,
 )
-from turret.server.adapters.peft_format.config.lora_rules import INVOCATION
 from turret.server.adapters.peft_format.expert_checkpoint import ExpertPart, take_experts
+from turret.server.adapters.peft_format.lora_rules import INVOCATION
 from turret.server.adapters.peft_format.refusals import check_rank
-from turret.server.adapters.peft_format.vocabulary.checkpoint import VocabularyPart, take_vocabulary
-from turret.server.adapters.peft_format.vocabulary.resized import FittedCheckpoint, fit_vocabulary
+from turret.server.adapters.peft_format.resized_vocabulary import FittedCheckpoint, fit_vocabulary
+from turret.server.adapters.peft_format.vocabulary_checkpoint import VocabularyPart, take_vocabulary
 from turret.server.errors import AdapterCheckpointError, BudgetExceededError
 from turret.server.words import Text, say
 

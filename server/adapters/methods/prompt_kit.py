@@ -13,16 +13,18 @@ from typing import Any
 
 from turret.lazy_torch import torch
 from turret.server.adapters.base import BaseModel, BaseSizes
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.tensor_names import PROMPT_EMBEDDINGS
+from turret.server.adapters.checkpoint.adapter_checkpoint import (
+    PROMPT_EMBEDDINGS,
+    AdapterCheckpoint,
+    Findings,
+)
 from turret.server.adapters.component import FindComponent, find_no_component
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering.lowered import Lowered, finish
 from turret.server.adapters.methods.kit import is_one_of, is_rank, optional
 from turret.server.adapters.operators.soft_prompt import PrefixKv, SoftPrompt
-from turret.server.adapters.peft_format.config.rules import Check, MethodKeys
-from turret.server.adapters.peft_format.config.vocabulary_rules import (
+from turret.server.adapters.peft_format.config_rules import (
+    Check,
+    MethodKeys,
     is_head_to_save,
     is_modules_to_save,
 )

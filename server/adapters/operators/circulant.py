@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from turret.kernels.cpu.circulant import CirculantFactors, spectrum, transforms
+from turret.kernels.cpu.row_adapters import CirculantFactors, spectrum, transforms
 from turret.kernels.rows.linear import row_product
 from turret.lazy_torch import torch
 from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight

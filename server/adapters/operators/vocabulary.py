@@ -13,6 +13,12 @@ from typing import Any
 from turret.kernels.rows.linear import row_linear, row_product
 from turret.lazy_torch import torch
 
+# Names of the two matrices of the vocabulary, in checkpoints and among modules. No torch.
+
+
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+
 
 @dataclass(frozen=True, slots=True)
 class VocabularyRows:

@@ -13,10 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from turret.lazy_torch import torch
-from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.head import (
+from turret.server.adapters.adapter import (
     MAX_LABEL_CHARS,
     MAX_LABELS,
     MULTI_LABEL,
@@ -24,9 +21,10 @@ from turret.server.adapters.head import (
     SINGLE_LABEL,
     Head,
 )
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.operators.classifier import Classifier
-from turret.server.adapters.peft_format.config.rules import invalid
-from turret.server.adapters.peft_format.config.vocabulary_rules import listed_twice
+from turret.server.adapters.peft_format.config_rules import invalid, listed_twice
 from turret.server.words import say
 
 TASK_TYPE = "SEQ_CLS"

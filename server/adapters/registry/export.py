@@ -8,26 +8,26 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from turret.server.adapters.adapter_info import AdapterInfo
-from turret.server.adapters.chat_template import origin_of
-from turret.server.adapters.checkpoint.adapter_checkpoint import (
-    digest_of_task,
-    digest_with_tokenizer,
-)
-from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory, AdapterRoot
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.json_files import parse_config
-from turret.server.adapters.checkpoint.reader import begin_digest
-from turret.server.adapters.checkpoint.tokenizer_files import read_chat_template, tokenizer_digest
-from turret.server.adapters.residency.lost_files import changed
-from turret.server.adapters.source import (
+from turret.server.adapters.adapter import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
     TEMPLATE_FILES,
     TENSORS_FILE,
     TOKENIZER_FILES,
+    AdapterInfo,
     Source,
+    origin_of,
 )
+from turret.server.adapters.checkpoint.adapter_checkpoint import (
+    Findings,
+    digest_of_task,
+    digest_with_tokenizer,
+)
+from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory, AdapterRoot
+from turret.server.adapters.checkpoint.files import parse_config
+from turret.server.adapters.checkpoint.reader import begin_digest
+from turret.server.adapters.checkpoint.tokenizer_files import read_chat_template, tokenizer_digest
+from turret.server.adapters.residency.loader import changed
 from turret.server.errors import AdapterChangedError
 from turret.server.words import say
 

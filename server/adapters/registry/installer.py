@@ -3,25 +3,148 @@
 from __future__ import annotations
 
 import logging
+import threading
 import uuid as uuids
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 from turret.server import log
-from turret.server.adapters.adapter import Adapter
-from turret.server.adapters.chat_template import OwnTemplate, origin_of
+from turret.server.adapters.adapter import (
+    Adapter,
+    AdapterFacts,
+    HostResult,
+    Mix,
+    OwnTemplate,
+    Source,
+    TokenizerFiles,
+    origin_of,
+    template_of,
+)
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.component import component_refs
-from turret.server.adapters.facts import AdapterFacts
-from turret.server.adapters.registry.name_table import NameTable, name_taken
-from turret.server.adapters.registry.pins import Pins
-from turret.server.adapters.registry.registration import Registration
+from turret.server.adapters.registry.name_table import NameTable, Registration, name_taken
 from turret.server.adapters.residency.leases import Leases
-from turret.server.adapters.residency.loader import AdapterLoader, LoadedAdapter
-from turret.server.adapters.source import Source
-from turret.server.adapters.state.no_state_dir import NoStateDir
-from turret.server.adapters.state.staged_upload import StagedUpload
-from turret.server.adapters.state.state_dir import StateDir
-from turret.server.errors import TurretError
+from turret.server.adapters.residency.loader import (
+    AdapterLoader,
+    CheckTokenizer,
+    LoadedAdapter,
+    changed,
+    lost,
+)
+from turret.server.adapters.state_dir import NoStateDir, StagedUpload, StateDir
+from turret.server.errors import AdapterCheckpointError, BudgetExceededError, TurretError
+from turret.server.words import say
+
+# Which adapters have a tokenizer or a chat template of their own, and the tokenizer's files.
+
+
+class AdapterTokenizers:
+    """Thread-safe."""
+
+    def __init__(self, table: NameTable, loader: AdapterLoader) -> None:
+        self._table = table
+        self._loader = loader
+
+    def check_with(self, check: CheckTokenizer) -> None:
+        """Have the tokenizers and templates of adapters that are loaded from now on checked."""
+        self._loader.check_tokenizer = check
+
+    def find(self, names: Iterable[str]) -> tuple[Adapter | None, str]:
+        """The adapter of a mix that has its own tokenizer, and the mix's ``template_of``.
+
+        Names that are not there are passed over. Nothing is held: a name may stand for another
+        generation when its request is submitted.
+        """
+        found = [r.current for name in names if (r := self._table.get(name)) is not None]
+        own = next((adapter for adapter in found if adapter.facts.tokenizer), None)
+        return own, template_of(adapter.facts for adapter in found)
+
+    def read(self, adapter: Adapter) -> TokenizerFiles:
+        """The files of an adapter that has one; blocks.
+
+        Raises:
+            AdapterChangedError: They have changed since the adapter was loaded, or are gone.
+        """
+        try:
+            files = self._loader.read_tokenizer(adapter.source)
+        except AdapterCheckpointError as error:
+            raise lost(adapter.name, adapter.source, error) from None
+        digest = "" if files is None else files.digest
+        if files is None or digest != adapter.facts.tokenizer:
+            raise changed(adapter.name, adapter.source, adapter.facts.tokenizer, digest)
+        return files
+
+
+# Brings adapters into host memory to stay.
+
+
+PIN_TIMEOUT_SECONDS = 60.0
+RETRY_SECONDS = 1.0
+
+
+class Pins:
+    """Call every method under the name's lock, so that the newest generation stays the newest."""
+
+    def __init__(self, table: NameTable, leases: Leases, state: StateDir | NoStateDir) -> None:
+        self._table = table
+        self._leases = leases
+        self._state = state
+
+    def pin(self, registration: Registration) -> None:
+        """Pins the newest generation; see ``AdapterRegistry.pin``."""
+        self._table.check_active(registration)
+        adapter = registration.current
+        mix = self._wait_until_resident(adapter)
+        try:
+            self._table.check_active(registration)
+            self._state.save(adapter, pinned=True)
+            self._leases.set_pinned(adapter, True)
+        finally:
+            self._table.release(mix)
+
+    def hold(self, adapter: Adapter) -> None:
+        """Pins a generation that has no name yet, without saving the pin.
+
+        Raises:
+            BudgetExceededError: No room for it.
+        """
+        mix = self._wait_until_resident(adapter)
+        self._leases.set_pinned(adapter, True)
+        self._table.release(mix)
+
+    def unpin(self, registration: Registration) -> None:
+        """Undoes ``pin``."""
+        adapter = registration.current
+        if adapter.pinned:
+            self._state.save(adapter, pinned=False)
+            self._leases.set_pinned(adapter, False)
+
+    def _wait_until_resident(self, adapter: Adapter) -> Mix:
+        """A mix that holds the adapter in memory; the caller releases it."""
+        mix = self._table.open([(adapter, 1.0)])
+        answered = threading.Event()
+        results: list[HostResult] = []
+
+        def on_host(result: HostResult) -> None:
+            results.append(result)
+            answered.set()
+
+        try:
+            if not mix.ensure_host(on_host):
+                if not answered.wait(PIN_TIMEOUT_SECONDS):
+                    raise _no_room(adapter)
+                if results[0].error is not None:
+                    raise results[0].error
+        except BaseException:
+            self._table.release(mix)
+            raise
+        return mix
+
+
+def _no_room(adapter: Adapter) -> BudgetExceededError:
+    text = say("NO_ROOM_TO_PIN", adapter=adapter.name, bytes=adapter.host_bytes_needed)
+    return BudgetExceededError(text, retry_after_seconds=RETRY_SECONDS)
+
 
 _log = logging.getLogger(__name__)
 

@@ -9,17 +9,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from turret.server.adapters.adapter import Adapter
-from turret.server.adapters.adapter_info import AdapterInfo
-from turret.server.adapters.checkpoint.findings import refuse_all
+from turret.server.adapters.adapter import (
+    BASE_MIX,
+    Adapter,
+    AdapterInfo,
+    AdapterRef,
+    Mix,
+    Source,
+    State,
+)
+from turret.server.adapters.checkpoint.adapter_checkpoint import refuse_all
 from turret.server.adapters.component import COMPONENTS_KEY, ComponentRef
-from turret.server.adapters.mix import BASE_MIX, Mix
-from turret.server.adapters.ref import AdapterRef
-from turret.server.adapters.registry.registration import Registration
-from turret.server.adapters.residency.leases import Leases
-from turret.server.adapters.residency.metrics import AdapterMetrics
-from turret.server.adapters.source import Source
-from turret.server.basics.closest import closest
+from turret.server.adapters.residency.leases import AdapterMetrics, Leases
+from turret.server.basics.names import closest
 from turret.server.errors import (
     AdapterComponentError,
     AdapterExistsError,
@@ -28,6 +30,101 @@ from turret.server.errors import (
     AdapterNotFoundError,
 )
 from turret.server.words import Text, say
+
+# A registered name, its newest generation and those that running requests still use.
+
+
+class Registration:
+    """Belongs to the registry and changes under its lock.
+
+    Attributes:
+        name: As requests use it.
+        uuid: Identifies this registration; a name that is loaded again has another one.
+        current: The generation that new requests get.
+        retired: Earlier generations that mixes still hold.
+        state: ``DELETING`` refuses new requests.
+        unloaders: Calls that wait to unload it.
+        is_replacing: Other content is on its way in.
+        last_used_time: Unix seconds of the last request, or None.
+    """
+
+    __slots__ = (
+        "current",
+        "is_replacing",
+        "last_used_time",
+        "name",
+        "retired",
+        "state",
+        "unloaders",
+        "uuid",
+    )
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.name = adapter.name
+        self.uuid = adapter.uuid
+        self.current = adapter
+        self.retired: tuple[Adapter, ...] = ()
+        self.state: State = "ACTIVE"
+        self.unloaders = 0
+        self.is_replacing = False
+        self.last_used_time: float | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Mixes that hold any generation."""
+        return self.current.in_flight + sum(adapter.in_flight for adapter in self.retired)
+
+    @property
+    def is_staying(self) -> bool:
+        """Whether the newest generation is neither being unloaded nor replaced."""
+        return self.state == "ACTIVE" and not self.is_replacing
+
+    def is_built_from(self, digest: str) -> bool:
+        """Whether a generation in use needs the adapter with this digest."""
+        return any(digest in a.facts.components for a in (self.current, *self.retired))
+
+    def record(self) -> AdapterInfo:
+        """A snapshot of the name and its newest generation."""
+        adapter = self.current
+        return AdapterInfo(
+            name=self.name,
+            uuid=self.uuid,
+            generation=adapter.generation,
+            facts=adapter.facts,
+            bytes_host=adapter.host_bytes_needed if adapter.is_resident else 0,
+            bytes_device=adapter.bytes_device,
+            residency=adapter.residency,
+            pinned=adapter.pinned,
+            in_flight=self.in_flight,
+            last_used_time=self.last_used_time,
+            state=self.state,
+            source="" if adapter.source.is_upload else adapter.source.path,
+        )
+
+
+# Lets only one thread at a time change a name; other names can change meanwhile.
+
+
+class NameLocks:
+    """One lock per name. Not re-entrant. The registry's lock may be taken inside, never outside."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._taken: set[str] = set()
+
+    @contextmanager
+    def only(self, name: str) -> Iterator[None]:
+        """Holds the lock of a name; waits if another thread holds it."""
+        with self._changed:
+            self._changed.wait_for(lambda: name not in self._taken)
+            self._taken.add(name)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken.discard(name)
+                self._changed.notify_all()
+
 
 # Most registered names to compare a missing one with.
 _MOST_COMPARED = 256

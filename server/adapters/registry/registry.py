@@ -9,47 +9,148 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 from turret.server import log
-from turret.server.adapters.adapter import Adapter
-from turret.server.adapters.adapter_info import AdapterInfo
-from turret.server.adapters.allowed import NOTHING_SPECIAL, Allowed
-from turret.server.adapters.base import BaseModel, ChangedBase
-from turret.server.adapters.chat_template import OwnTemplate
+from turret.server.adapters.adapter import (
+    Adapter,
+    AdapterInfo,
+    AdapterRef,
+    Mix,
+    OwnTemplate,
+    Source,
+)
+from turret.server.adapters.base import NOTHING_SPECIAL, Allowed, BaseModel, ChangedBase
 from turret.server.adapters.lowering.lowered import Lowered
-from turret.server.adapters.mix import Mix
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.peft_format.config_rules import invalid
 from turret.server.adapters.registry.export import AdapterExport
-from turret.server.adapters.registry.installer import Installer
-from turret.server.adapters.registry.name_locks import NameLocks
-from turret.server.adapters.registry.name_table import NameTable, other_generation
-from turret.server.adapters.registry.pins import Pins
-from turret.server.adapters.registry.registration import Registration
-from turret.server.adapters.registry.tokenizers import AdapterTokenizers
-from turret.server.adapters.registry.unloads import UnloadMode, Unloads
-from turret.server.adapters.residency.leases import Leases
-from turret.server.adapters.residency.loader import AdapterLoader
-from turret.server.adapters.residency.lost_files import lost
-from turret.server.adapters.residency.metrics import AdapterMetrics, NoAdapterMetrics
-from turret.server.adapters.source import Source
-from turret.server.adapters.state.no_state_dir import NoStateDir
-from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
-from turret.server.adapters.state.state_dir import StateDir
-from turret.server.basics.hub_id import BASE, no_adapter_name
+from turret.server.adapters.registry.installer import AdapterTokenizers, Installer, Pins
+from turret.server.adapters.registry.name_table import (
+    NameLocks,
+    NameTable,
+    Registration,
+    other_generation,
+)
+from turret.server.adapters.residency.leases import AdapterMetrics, Leases, NoAdapterMetrics
+from turret.server.adapters.residency.loader import AdapterLoader, lost
+from turret.server.adapters.state_dir import NoStateDir, StagedUpload, StateDir, UploadedFile
+from turret.server.basics.names import BASE, no_adapter_name
 from turret.server.errors import (
+    AdapterBusyError,
     AdapterCheckpointError,
+    AdapterInUseError,
     AdapterNotFoundError,
+    AdapterPinnedError,
     InvalidRequestError,
     TurretError,
 )
-from turret.server.hub.adapters import AdapterHub
+from turret.server.hub import AdapterHub
 from turret.server.words import say
+
+# Takes names off the registry once nobody uses them, or makes their users end.
+
+
+UnloadMode = Literal["DRAIN", "FORCE"]
+
+_FORCE_AGAIN_SECONDS = 0.25
+
+
+class Unloads:
+    """Thread-safe.
+
+    Args:
+        lock: The registry's.
+        table: Who is registered and in flight.
+        names: One change of a name at a time.
+        state: Forgets names, removes files.
+        end_users: Called with the uuid of an adapter whose users must end now; they still have to
+            release their mixes.
+        on_gone: Called with a generation that no request will use any more.
+    """
+
+    def __init__(
+        self,
+        lock: threading.RLock,
+        table: NameTable,
+        names: NameLocks,
+        state: StateDir | NoStateDir,
+        *,
+        end_users: Callable[[str], None],
+        on_gone: Callable[[Adapter], None],
+    ) -> None:
+        self._lock = lock
+        self._table = table
+        self._names = names
+        self._state = state
+        self._end_users = end_users
+        self._on_gone = on_gone
+
+    def unload(
+        self,
+        name: str,
+        mode: UnloadMode,
+        timeout_seconds: float | None,
+        expected_generation: int | None,
+    ) -> None:
+        """See ``AdapterRegistry.unload``."""
+        if mode not in ("DRAIN", "FORCE"):
+            raise InvalidRequestError.of("mode", invalid(mode, "DRAIN or FORCE"))
+        with self._lock:
+            registration = self._table.find(name)
+            self._table.check_generation(name, expected_generation)
+            if registration.current.pinned:
+                raise AdapterPinnedError(say("ADAPTER_PINNED", adapter=name))
+            self._table.check_not_component(registration)
+            registration.state = "DELETING"
+            registration.unloaders += 1
+        try:
+            self._wait_until_unheld(registration, mode, timeout_seconds)
+            with self._names.only(name):
+                self._finish(registration, mode, timeout_seconds)
+        finally:
+            with self._lock:
+                registration.unloaders -= 1
+                if registration.unloaders == 0:
+                    registration.state = "ACTIVE"
+
+    def _wait_until_unheld(
+        self, registration: Registration, mode: str, timeout_seconds: float | None
+    ) -> None:
+        end = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while mode == "FORCE" and registration.in_flight:
+            # Repeat this: a request that acquired its adapters just before the name was closed may
+            # reach the engine after the first call.
+            self._end_users(registration.uuid)
+            left = end - time.monotonic()
+            self._table.wait_until_unheld(registration, max(min(left, _FORCE_AGAIN_SECONDS), 0.0))
+            if left <= 0:
+                return
+        self._table.wait_until_unheld(registration, timeout_seconds)
+
+    def _finish(self, registration: Registration, mode: str, timeout_seconds: float | None) -> None:
+        name = registration.name
+        with self._lock:
+            if self._table.get(name) is not registration:
+                return  # another unload was faster
+            if registration.in_flight:
+                kind = AdapterInUseError if mode == "FORCE" else AdapterBusyError
+                count, waited = registration.in_flight, timeout_seconds
+                raise kind(say("ADAPTER_HELD", adapter=name, requests=count, seconds=waited))
+            if registration.current.pinned:
+                raise AdapterPinnedError(say("ADAPTER_PINNED", adapter=name))
+        # No request can acquire the adapter now: it is being deleted, and changes of the name wait.
+        self._state.remove(name)
+        self._table.remove(registration)
+        self._on_gone(registration.current)
+        self._state.discard(registration.current.source)
+
 
 _log = logging.getLogger(__name__)
 

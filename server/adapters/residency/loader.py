@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from turret.server.adapters.allowed import NOTHING_SPECIAL, Allowed
-from turret.server.adapters.base import BaseModel
-from turret.server.adapters.chat_template import REQUEST, OwnTemplate, origin_of
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
-from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint.digest_cache import DigestCache
-from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.adapter import (
+    REQUEST,
+    TOKENIZER_FILE,
+    AdapterFacts,
+    OwnTemplate,
+    Source,
+    TokenizerFiles,
+    origin_of,
+)
+from turret.server.adapters.base import NOTHING_SPECIAL, Allowed, BaseModel
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot, DigestCache
+from turret.server.adapters.checkpoint.files import over_host_memory
 from turret.server.adapters.checkpoint.reader import read_checkpoint
-from turret.server.adapters.checkpoint.safetensors_header import over_host_memory
 from turret.server.adapters.checkpoint.tokenizer_files import (
     read_chat_template,
     read_tokenizer_files,
@@ -28,19 +34,50 @@ from turret.server.adapters.component import (
     FindComponent,
     find_no_component,
 )
-from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.peft_format.refusals import is_other_base, of_other_base
-from turret.server.adapters.peft_format.vocabulary.resized import vocabulary_of
-from turret.server.adapters.residency.lost_files import changed, lost
-from turret.server.adapters.source import TOKENIZER_FILE, Source
-from turret.server.adapters.tokenizer_files import TokenizerFiles
+from turret.server.adapters.peft_format.resized_vocabulary import vocabulary_of
 from turret.server.basics.work import compute_on_this_thread
-from turret.server.errors import AdapterCheckpointError, InvalidRequestError
-from turret.server.hub.adapters import AdapterHub
+from turret.server.errors import AdapterChangedError, AdapterCheckpointError, InvalidRequestError
+from turret.server.hub import AdapterHub
 from turret.server.words import Text, say
+
+# What is said of a registered adapter whose files are no longer those that were registered.
+
+
+_log = logging.getLogger(__name__)
+
+
+def changed(name: str, source: Source, digest: str, found: str) -> AdapterChangedError:
+    """The error for files that were replaced by others.
+
+    Args:
+        name: The adapter's name.
+        source: Where they are.
+        digest: Digest of the registered files.
+        found: Digest of the files that are there now.
+    """
+    facts = {"adapter": name, "path": source.shown, "digest": digest}
+    return AdapterChangedError(say("FILES_CHANGED", **facts, found_digest=found))
+
+
+def lost(name: str, source: Source, error: AdapterCheckpointError) -> AdapterChangedError:
+    """The error for files that are gone or broken.
+
+    The reason is only logged, because it shows the server's directories.
+
+    Args:
+        name: The adapter's name.
+        source: Where they were.
+        error: The error from reading them; returned unchanged if it is this error already.
+    """
+    if isinstance(error, AdapterChangedError):
+        return error
+    _log.warning("adapter %r cannot be read again: %s", name, error)
+    return AdapterChangedError(say("FILES_LOST", adapter=name, path=source.shown))
+
 
 # Takes a tokenizer (None for the base's), the number of vocabulary rows, and a chat template (empty
 # for the tokenizer's); raises InvalidRequestError if they are unusable.

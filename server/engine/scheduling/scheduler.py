@@ -20,15 +20,184 @@ served more and holds more places. Time is told with each call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import accumulate
 
 from turret.server.engine.scheduling.block_pool import BlockPool
-from turret.server.engine.scheduling.drafts import Drafts
 from turret.server.engine.scheduling.fair_queue import FairQueue
-from turret.server.engine.scheduling.held_blocks import HeldBlocks
-from turret.server.engine.scheduling.length_forecast import LengthForecast
-from turret.server.engine.scheduling.sequence import Scheduled, Sequence, SequenceState, Step
+from turret.server.engine.scheduling.sequence import (
+    HeldBlocks,
+    Scheduled,
+    Sequence,
+    SequenceState,
+    Step,
+)
 from turret.server.engine.speculation import Speculation, StepCost
+from turret.server.errors import InvalidRequestError
+from turret.server.words import say
+
+# The extra pass of a sequence that gives an adapter its scalings. No torch.
+#
+# X-LoRA weighs its components by the final states of another pass over the same tokens: the base
+# model's or, with a ``scaling_pass_value``, its own at constant scalings. This *first pass* is a
+# sequence of its own, with the same tokens and with its own keys and values.
+
+
+def add_first_pass(sequence: Sequence) -> None:
+    """Give a sequence the first pass that its mix needs, if it needs one.
+
+    Raises:
+        InvalidRequestError: The mix holds two adapters that need one, or one and an adapter that
+            puts something before the prompt.
+    """
+    mix = sequence.mix
+    routed = [adapter for adapter, _ in mix.members if adapter.first_pass]
+    if not routed:
+        return
+    if len(routed) > 1:
+        names = ", ".join(adapter.name for adapter in routed)
+        raise InvalidRequestError.of("adapters", say("SEVERAL_FIRST_PASSES", adapters=names))
+    if sequence.num_virtual:
+        said = say("FIRST_PASS_WITH_PREFIX", adapter=routed[0].name)
+        raise InvalidRequestError.of("adapters", said)
+    is_base = routed[0].first_pass == "base"
+    own = mix.part([] if is_base else [(routed[0], 1.0)])
+    sequence.first_pass = Sequence(sequence.request, own, sequence.arrival)
+    # Share the token list: generated tokens are the first pass's next tokens too.
+    sequence.first_pass.tokens = sequence.tokens
+
+
+# The draft tokens of a step: which sequences get some, and the blocks for them. No torch.
+#
+# What room a step has left, of tokens and of free blocks, goes to draft tokens
+# (``server/engine/speculation``). Nobody waits for one and nobody is preempted for one. What was
+# computed for those that turn out wrong is overwritten; blocks that hold nothing else are free
+# again after the step.
+
+
+class Drafts:
+    """Adds draft tokens to steps.
+
+    Attributes:
+        is_paused: Whether none are added: the device had no memory for a step with some.
+
+    Args:
+        blocks: The KV blocks.
+        speculation: Guesses for sequences that have a drafter; None for nobody.
+    """
+
+    def __init__(self, blocks: BlockPool, speculation: Speculation | None) -> None:
+        self.is_paused = False
+        self._blocks = blocks
+        self._speculation = speculation
+
+    def add(self, scheduled: list[Scheduled], new_blocks: list[int], max_tokens: int) -> None:
+        """Give what a step has left to tokens that may turn out to be the next ones.
+
+        Args:
+            scheduled: What it computes in any case; items with a draft are replaced.
+            new_blocks: Blocks that change owner with it; those of drafts are added.
+            max_tokens: Most tokens that it may compute.
+        """
+        if self._speculation is None or self.is_paused:
+            return
+        num_rows = sum(item.num_new for item in scheduled)
+        plan = self._speculation.plan(num_rows)
+        budget = max_tokens - num_rows
+        for number, item in enumerate(scheduled):
+            sequence, drafter = item.sequence, item.sequence.drafter
+            if drafter is None or sequence.num_computed < sequence.prompt_end or not item.samples:
+                continue
+            places = (len(sequence.blocks) + self._blocks.num_free) * self._blocks.block_size
+            draft = plan.draft(drafter, min(budget, places - len(sequence.tokens)))
+            if not draft:
+                continue
+            total = self._blocks.blocks_for(len(sequence.tokens) + len(draft))
+            more = self._blocks.allocate(max(total - len(sequence.blocks), 0))
+            assert more is not None, "there was room for all of it"
+            sequence.blocks.extend(more)
+            new_blocks.extend(more)
+            scheduled[number] = replace(item, draft=draft)
+            budget -= len(draft)
+
+    def accepted(self, sequence: Sequence, count: int) -> None:
+        """Learn how many tokens of a draft were right, and free the blocks of the others."""
+        if sequence.drafter is not None:
+            sequence.drafter.learn(count)
+        self.take_back(sequence)
+
+    def take_back(self, sequence: Sequence) -> None:
+        """Free the blocks that hold nothing but draft tokens that were wrong."""
+        kept = self._blocks.blocks_for(len(sequence.tokens))
+        if kept < len(sequence.blocks):
+            self._blocks.release(sequence.blocks[kept:])
+            sequence.blocks = sequence.blocks[:kept]
+
+    def ended(self, sequence: Sequence) -> None:
+        """A sequence has run to its end."""
+        if self._speculation is not None and sequence.drafter is not None:
+            self._speculation.ended(sequence.drafter)
+
+
+# Whether a sequence can be admitted without having to preempt one later. No torch.
+#
+# A prompt that fits now may, beside others that grow, not fit for long: whoever is preempted then
+# is computed again. So the scheduler looks ahead, as the Past-Future scheduler does (arXiv
+# 2507.10150): every answer is taken to become as long as one that ended lately, and the moments at
+# which sequences end are gone through for the one that takes most blocks. A wrong forecast costs a
+# preemption, or a place that stays empty for a while; nothing else depends on it.
+
+
+# Answers that the forecast is drawn from: enough for their spread, few enough to follow a change.
+_WINDOW = 64
+
+
+class LengthForecast:
+    """Remembers how long answers became. Until one has ended, it foresees nothing."""
+
+    def __init__(self) -> None:
+        self._lengths: deque[int] = deque(maxlen=_WINDOW)
+        # The seed is fixed so that runs can be repeated; its value does not matter.
+        self._draw = random.Random(0)
+
+    def ended(self, sequence: Sequence) -> None:
+        """Learn from a sequence that ran to its end, whatever ended it."""
+        if sequence.request.generates:
+            self._lengths.append(sequence.num_generated)
+
+    def tokens_left(self, sequence: Sequence) -> int:
+        """How many tokens a sequence will still generate; drawn once, and again if it was wrong."""
+        if not sequence.request.generates:
+            return 0
+        so_far = sequence.num_generated
+        if sequence.forecast <= so_far:
+            longer = [length for length in self._lengths if length > so_far]
+            sequence.forecast = self._draw.choice(longer) if longer else so_far
+            if sequence.request.stop.max_tokens is not None:
+                sequence.forecast = min(sequence.forecast, sequence.request.stop.max_tokens)
+        return max(sequence.forecast - so_far, 0)
+
+    def peak_tokens(self, sequences: Iterable[Sequence], block_size: int) -> int:
+        """Most positions that these sequences will hold at once, unused ones of blocks included.
+
+        Memory is fullest just before one ends: then all that end later have grown as much as it.
+        0 as long as no answer has ended.
+        """
+        if not self._lengths:
+            return 0
+        spans = sorted(((self.tokens_left(s), len(s.tokens)) for s in sequences), reverse=True)
+        held = accumulate(tokens for _, tokens in spans)
+        return max(
+            (
+                tokens + number * left + number * block_size // 2
+                for number, ((left, _), tokens) in enumerate(zip(spans, held, strict=True), 1)
+            ),
+            default=0,
+        )
+
 
 # Share of the blocks that is kept free for answers that grow longer than forecast.
 _SPARE_SHARE = 0.05

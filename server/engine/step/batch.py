@@ -2,22 +2,408 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
 
 import torch
 
+from turret.kernels.fusion_gate import given_gate_reference
+from turret.kernels.gpu.tables import upload
 from turret.kernels.paged_attention import SequenceSpan
-from turret.server.adapters.device.members import Members, StepMembers
-from turret.server.adapters.device.store import AdapterStep, StepStore
-from turret.server.adapters.device.vocabulary import VocabularyGroup
+from turret.kernels.rows.linear import row_linear
+from turret.server.adapters.device.store import (
+    AdapterStep,
+    AdapterStore,
+    Members,
+    StepMembers,
+    StepStore,
+)
+from turret.server.adapters.device.vocabulary import VocabularyChange, VocabularyGroup
+from turret.server.adapters.operators.soft_prompt import soft_prompt_of
+from turret.server.adapters.operators.token_router import TokenRouter
+from turret.server.adapters.operators.vocabulary import added_rows_of
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
-from turret.server.engine.step.first_passes import NO_SCALINGS, StepScalings, given_rows
-from turret.server.engine.step.rows import Placed, collect_rows
-from turret.server.engine.step.vocabulary_plan import changed_embeddings
-from turret.server.models.decoding.arch import Arch
+from turret.server.models.decoding.arch import LONG, Arch
 from turret.server.models.decoding.decoder import StepInput
 from turret.server.models.decoding.layer_ops import LayerOps
+
+# The rows of a scheduled step, as plain numbers: the same for every device.
+
+
+class Placed(NamedTuple):
+    """A scheduled sequence and the first of its rows."""
+
+    item: Scheduled
+    row_start: int
+
+    @property
+    def last_row(self) -> int:
+        return self.row_start + self.item.num_rows - 1
+
+    @property
+    def sampled(self) -> range:
+        """The rows that tokens are drawn from: its last, and those of its draft."""
+        return range(self.last_row - len(self.item.draft), self.last_row + 1)
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn from its last rows."""
+        return self.item.samples and self.item.sequence.request.generates
+
+
+@dataclass(slots=True)
+class StepRows:
+    """What the model needs to know of each row.
+
+    Attributes:
+        token_ids: Any valid id where ``soft_rows`` or ``added_rows`` says so.
+        positions: Position of each row in its sequence, ``LONG`` more where it is a long one.
+        kv_slots: Where each row's keys and values go.
+        spans: One behind the other five numbers of each sequence: its first row, new tokens, tokens
+            before them, where its block numbers begin (as ``collect_rows`` was told), and leading
+            positions that are not seen.
+        soft_rows: Rows whose embedding is not a token's.
+        soft_values: Their embeddings, on the host, piece by piece.
+        added_rows: Rows of tokens that the base's embedding has no row for.
+        added_values: Their embeddings, on the host, piece by piece.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    kv_slots: list[int] = field(default_factory=list)
+    spans: list[int] = field(default_factory=list)
+    soft_rows: list[int] = field(default_factory=list)
+    soft_values: list[torch.Tensor] = field(default_factory=list)
+    added_rows: list[int] = field(default_factory=list)
+    added_values: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, place: Placed, block_size: int, blocks_at: int) -> None:
+        """Add a sequence's new rows; soft tokens may be among them."""
+        sequence, start = place.item.sequence, place.item.sequence.num_computed
+        end = start + place.item.num_rows
+        known = sequence.tokens[start : start + place.item.num_new]
+        self.token_ids.extend(max(token, 0) for token in known)
+        self.token_ids.extend(place.item.draft)
+        self.take_added(sequence, place.row_start)
+        first = _first_position(sequence)
+        self.positions.extend(range(first + start, first + end))
+        self.kv_slots.extend(
+            sequence.blocks[p // block_size] * block_size + p % block_size
+            for p in range(start, end)
+        )
+        self.spans += (place.row_start, place.item.num_rows, start, blocks_at)
+        self.spans.append(sequence.num_padding)
+        if start < sequence.num_virtual:
+            stop = min(end, sequence.num_virtual)
+            self.soft_rows.extend(range(place.row_start, place.row_start + stop - start))
+            soft_tokens = soft_prompt_of(sequence.mix).soft_tokens
+            assert soft_tokens is not None
+            self.soft_values.append(soft_tokens[start:stop])
+
+    def take_added(self, sequence: Sequence, row_start: int) -> None:
+        """Note which of the last rows, a sequence's, are of tokens that the base lacks."""
+        if not sequence.vocab_size or (added := added_rows_of(sequence.mix)) is None:
+            return
+        rows = range(row_start, len(self.token_ids))
+        found = [row for row in rows if self.token_ids[row] >= added.first]
+        if not found:
+            return
+        places = torch.tensor([self.token_ids[row] - added.first for row in found])
+        self.added_rows += found
+        self.added_values.append(added.embedding.index_select(0, places))
+        for row in found:
+            self.token_ids[row] = 0
+
+
+def collect_rows(
+    placed: SequenceOf[Placed], block_size: int, blocks_at: SequenceOf[int] | None = None
+) -> StepRows:
+    """Go through the new tokens of a step's sequences, drafts included, in the order of their rows.
+
+    Args:
+        placed: Every row belongs to one of them.
+        block_size: Positions per KV block.
+        blocks_at: Where each sequence's block numbers begin; None where that is nobody's business.
+    """
+    rows = StepRows()
+    for number, place in enumerate(placed):
+        rows.add(place, block_size, 0 if blocks_at is None else blocks_at[number])
+    return rows
+
+
+def collect_decode_rows(
+    sequences: SequenceOf[Sequence], block_size: int, positions: list[int]
+) -> StepRows:
+    """Like ``collect_rows``, for sequences with one new row each, that of a generated token.
+
+    What does not depend on that token may have been collected before (``decode_spans``).
+    """
+    rows = StepRows(positions=positions)
+    ids, slots = rows.token_ids, rows.kv_slots
+    for sequence in sequences:
+        start = sequence.num_computed
+        ids.append(sequence.tokens[start])
+        rows.take_added(sequence, len(ids) - 1)
+        slots.append(sequence.blocks[start // block_size] * block_size + start % block_size)
+    return rows
+
+
+def decode_spans(
+    sequences: SequenceOf[Sequence], blocks_at: SequenceOf[int], ahead: int = 0
+) -> tuple[list[int], list[int]]:
+    """Positions and spans of a decode step, as ``StepRows`` has them.
+
+    Args:
+        sequences: One new row each.
+        blocks_at: Where each one's block numbers begin.
+        ahead: How many tokens of each are still to come before.
+    """
+    positions: list[int] = []
+    spans: list[int] = []
+    for row, (sequence, at) in enumerate(zip(sequences, blocks_at, strict=True)):
+        start, padding = sequence.num_computed + ahead, sequence.num_padding
+        positions.append(_first_position(sequence) + start)
+        spans += (row, 1, start, at, padding)
+    return positions, spans
+
+
+def _first_position(sequence: Sequence) -> int:
+    """The model's position for the first slot of a sequence."""
+    return (LONG if sequence.is_long else 0) - sequence.num_padding
+
+
+# Which rows of a step need another embedding or head than the base's, and what they get.
+
+
+NOTHING_ADDED: Mapping[Sequence, torch.Tensor] = {}
+
+
+class Projects(Protocol):
+    """What a plan needs of a decoder."""
+
+    def some_logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor: ...
+
+
+def plan_vocabulary(
+    rows: Iterable[tuple[Sequence, range]], store: AdapterStore, device: torch.device
+) -> list[VocabularyGroup]:
+    """Groups rows by what their mixes do to the vocabulary.
+
+    Args:
+        rows: Sequences and their rows; the store holds what their mixes name.
+        store: Holds the adapters.
+        device: Where the step is computed.
+
+    Returns:
+        One group per mix that changes anything; none for most steps.
+    """
+    numbers: dict[tuple[tuple[str, float], ...], list[int]] = {}
+    members: dict[tuple[tuple[str, float], ...], list[tuple[VocabularyChange, float]]] = {}
+    for sequence, its_rows in rows:
+        found = [
+            (adapter.key, weight, change)
+            for adapter, weight in sequence.active_mix.members
+            # Weight 0 adds nothing, not even an overflow.
+            if weight and (change := store.vocabulary(adapter.key)) is not None
+        ]
+        if found:
+            mix = tuple((key, weight) for key, weight, _ in found)
+            numbers.setdefault(mix, []).extend(its_rows)
+            members[mix] = [(change, weight) for _, weight, change in found]
+    return [
+        VocabularyGroup(upload(torch.tensor(numbers[mix]), device), members[mix]) for mix in numbers
+    ]
+
+
+def changed_embeddings(
+    rows: Iterable[tuple[Sequence, range]], store: AdapterStore, device: torch.device
+) -> list[VocabularyGroup]:
+    """The groups of rows whose embedding is another; see ``plan_vocabulary``."""
+    groups = plan_vocabulary(rows, store, device)
+    return [g for g in groups if any(change.changes_embedding for change, _ in g.members)]
+
+
+def changed_heads(
+    rows: Iterable[tuple[Sequence, range]], store: AdapterStore, device: torch.device
+) -> list[VocabularyGroup]:
+    """The groups of rows whose head is another; see ``plan_vocabulary``."""
+    groups = plan_vocabulary(rows, store, device)
+    return [g for g in groups if any(change.changes_head for change, _ in g.members)]
+
+
+def added_logits(
+    rows: Iterable[tuple[Sequence, range]],
+    hidden: torch.Tensor,
+    decoder: Projects,
+    store: AdapterStore,
+) -> Mapping[Sequence, torch.Tensor]:
+    """The logits of tokens that the base lacks.
+
+    Each sequence's are computed on their own: they are those it has alone.
+
+    Args:
+        rows: Sequences and their rows; the store holds what their mixes name.
+        hidden: Final-norm hidden states, ``[at least all rows, hidden]``.
+        decoder: Projects them.
+        store: Holds the adapters.
+
+    Returns:
+        For each sequence whose adapter adds tokens, ``[its rows, tokens]`` fp32.
+    """
+    found = NOTHING_ADDED
+    for sequence, its_rows in rows:
+        if not sequence.vocab_size:
+            continue
+        for adapter, _ in sequence.mix.members:
+            change = store.vocabulary(adapter.key)
+            if change is not None and change.tokens is not None and change.tokens.added is not None:
+                states = hidden[its_rows.start : its_rows.stop]
+                logits = decoder.some_logits(states, change.tokens.added.head)
+                found = {**found, sequence: logits}
+    return found
+
+
+def own_logits(row: torch.Tensor, sequence: Sequence, added: torch.Tensor | None) -> torch.Tensor:
+    """A row's logits over the tokens that its sequence is drawn of.
+
+    Args:
+        row: Over the base's tokens, ``[..., vocab]``.
+        sequence: Whose row it is.
+        added: Over those that an adapter adds, ``[..., tokens]``, or None.
+
+    Returns:
+        ``[..., sequence.vocab_size]``, memory of its own; ``row`` where those are the base's.
+    """
+    if added is not None:
+        return torch.cat((row, added), dim=-1)
+    return row[..., : sequence.vocab_size].clone() if sequence.vocab_size else row
+
+
+# The first passes of a step, and the scalings that they give the rows of their sequences.
+
+
+# X-LoRA computes the scalings of an adapter's components from the states of a first pass.
+
+
+def scalings(router: TokenRouter, states: torch.Tensor) -> torch.Tensor:
+    """``α`` of every row and module.
+
+    Args:
+        router: On the device of the states.
+        states: After the final norm, ``[rows, hidden]``, any float dtype.
+
+    Returns:
+        ``[rows, modules, components]`` fp32. A row's bits do not depend on the other rows.
+    """
+    values = states.float()
+    last = len(router.weights) - 1
+    for number, (weight, bias) in enumerate(zip(router.weights, router.biases, strict=True)):
+        values = row_linear(values, weight) + bias
+        if number < last:
+            values = values.relu_()
+    modules = 1 if router.is_shared else router.modules
+    logits = values[:, : modules * router.components].reshape(-1, router.components)
+    gates = given_gate_reference(
+        logits,
+        temperature=router.temperature,
+        top_k=router.top_k,
+        is_renormalised=router.is_renormalised,
+    )
+    gates = gates.view(len(states), modules, router.components) * router.scale
+    return gates.expand(-1, router.modules, -1)
+
+
+def first_scalings(router: TokenRouter, num_rows: int, device: torch.device) -> torch.Tensor:
+    """Scalings of the adapter's own first pass, ``[rows, modules, components]`` fp32."""
+    assert router.first_pass is not None, "the first pass is not the base's own"
+    # Write the values on the device: a copy from the host would make it wait for the device.
+    each = [torch.full((1,), value, device=device) for value in router.first_pass]
+    return torch.cat(each).expand(num_rows, router.modules, -1)
+
+
+class SequenceScalings(NamedTuple):
+    """The scalings of a sequence's new rows, ``[rows, modules, components]`` fp32, and whose."""
+
+    key: str
+    scalings: torch.Tensor
+
+
+# Scalings per sequence, for sequences that have any.
+StepScalings = Mapping[Sequence, SequenceScalings]
+NO_SCALINGS: StepScalings = {}
+
+
+def first_passes_of(step: Step) -> Step | None:
+    """The first passes of a step, as a step; None if there are none."""
+    items = [
+        replace(item, sequence=item.sequence.first_pass)
+        for item in step.scheduled
+        if item.sequence.first_pass is not None
+    ]
+    return Step(tuple(items), (), 0) if items else None
+
+
+def constant_scalings(
+    first_passes: Step, store: AdapterStore, device: torch.device
+) -> StepScalings:
+    """Scalings of the first passes themselves: constants, for adapters that act in them."""
+    return {
+        item.sequence: SequenceScalings(adapter.key, first_scalings(router, item.num_rows, device))
+        for item in first_passes.scheduled
+        for adapter, _ in item.sequence.mix.members
+        if (router := store.router(adapter.key)) is not None
+    }
+
+
+def computed_scalings(
+    items: SequenceOf[Scheduled],
+    placed: SequenceOf[Placed],
+    states: torch.Tensor,
+    store: AdapterStore,
+) -> StepScalings:
+    """The scalings of a step's sequences, computed from the final states of their first passes.
+
+    Args:
+        items: The step's.
+        placed: The first passes, and their rows.
+        states: After the final norm, ``[at least all rows, hidden]``.
+        store: Holds the adapters.
+    """
+    rows = {place.item.sequence: (place.row_start, place.last_row + 1) for place in placed}
+    waiting: dict[str, list[Sequence]] = {}
+    for item in items:
+        sequence = item.sequence
+        if sequence.first_pass is not None:
+            for adapter, _ in sequence.mix.members:
+                if store.router(adapter.key) is not None:
+                    waiting.setdefault(adapter.key, []).append(sequence)
+    found: dict[Sequence, SequenceScalings] = {}
+    for key, sequences in waiting.items():
+        router = store.router(key)
+        assert router is not None
+        # The router runs once for all sequences of an adapter.
+        parts = [states[slice(*rows[s.first_pass])] for s in sequences if s.first_pass is not None]
+        each = scalings(router, torch.cat(parts)).split([len(part) for part in parts])
+        found |= {s: SequenceScalings(key, some) for s, some in zip(sequences, each, strict=True)}
+    return found
+
+
+def given_rows(placed: SequenceOf[Placed], found: StepScalings) -> dict[str, torch.Tensor]:
+    """By adapter, the scalings of every row of a step (see ``StepMembers.given``)."""
+    if not found:
+        return {}
+    num_rows = max(place.last_row for place in placed) + 1
+    given: dict[str, torch.Tensor] = {}
+    for place in placed:
+        if place.item.sequence in found:
+            key, values = found[place.item.sequence]
+            if key not in given:
+                given[key] = values.new_zeros(num_rows, *values.shape[1:])
+            given[key][place.row_start : place.last_row + 1] = values
+    return given
+
 
 # Segments of at most this many rows join the wide masked product; longer ones multiply only their
 # own ranks (measured: the wide product wins while rows · adapters stays small).

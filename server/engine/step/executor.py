@@ -13,25 +13,21 @@ from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.device.store import AdapterStore, StepStore
 from turret.server.adapters.operators.soft_prompt import soft_prompt_of
 from turret.server.engine.scheduling.sequence import Sequence, Step
-from turret.server.engine.step.batch import BatchBuilder
-from turret.server.engine.step.first_passes import (
+from turret.server.engine.step.batch import (
     NO_SCALINGS,
+    BatchBuilder,
+    Placed,
     StepScalings,
+    added_logits,
+    changed_heads,
     computed_scalings,
     constant_scalings,
     first_passes_of,
-)
-from turret.server.engine.step.masks import Mask
-from turret.server.engine.step.rows import Placed
-from turret.server.engine.step.sampler import Draw, Sampler, takes_likeliest
-from turret.server.engine.step.vocabulary_plan import (
-    added_logits,
-    changed_heads,
     own_logits,
 )
-from turret.server.models.decoding.decoder import Decoder
+from turret.server.engine.step.sampler import Draw, Mask, Sampler, takes_likeliest
+from turret.server.models.decoding.decoder import Decoder, LikeliestTokens
 from turret.server.models.decoding.kv_cache import KvCache
-from turret.server.models.decoding.likeliest import LikeliestTokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,10 @@ the torch and cpu paths, one row after the other; the gpu path draws all rows at
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +19,349 @@ import torch
 
 from turret.kernels.likeliest import apply_token_mask, likeliest_tokens
 from turret.kernels.rows.elementwise import row_log_softmax
+from turret.server.constraints.matcher import Matcher, Words, roomy_executor
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.adjustment import Adjustment
-from turret.server.engine.step.masks import LateMask, Mask, TokenMask
-from turret.server.engine.step.vocabulary_plan import NOTHING_ADDED, own_logits
+from turret.server.engine.step.batch import NOTHING_ADDED, own_logits
 from turret.server.errors import TurretError
+from turret.server.words import say
+
+# Masks of the next tokens that constraints allow in a step.
+#
+# A mask is made on a thread of its own while the step is computed. Where the likeliest token is
+# drawn and the host computes the logits itself, there is mostly none to make: whether that one
+# token may come is asked once it is known, at a tenth of a mask's cost. It is taken in at the same
+# time, before the sequence has it: what is read and written lies in the caches then.
+
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMask:
+    """The tokens that a sequence may go on with.
+
+    Attributes:
+        words: ``[words]`` int32: token ``t`` is bit ``t % 32`` of word ``t // 32``.
+        error: Why there is no mask and the request ends; None if there is one.
+    """
+
+    words: Words | None
+    error: TurretError | None = None
+
+
+class LateMask:
+    """The tokens that a running sequence may go on with, asked for when its logits are there.
+
+    Its methods belong to one thread at a time, which has room on its stack, but for ``news``: that
+    is the engine's.
+
+    Args:
+        sequence: Has a constraint.
+        end_ids: The end tokens of its model.
+    """
+
+    def __init__(self, sequence: Sequence, end_ids: frozenset[int]) -> None:
+        constraint, stop = sequence.request.constraint, sequence.request.stop
+        assert constraint is not None
+        self._sequence = sequence
+        self._constraint = constraint
+        self._matcher: Matcher | None = None
+        # End tokens to withhold: always (ignore_eos), and until min_tokens is reached. Even so, a
+        # complete answer ends where the grammar allows nothing else.
+        self._ends = end_ids if stop.ignore_eos else frozenset[int]()
+        self._early_ends = end_ids | stop.stop_token_ids if stop.min_tokens else self._ends
+        self._min_tokens = stop.min_tokens
+        self._num_told = 0
+        # A token that the matcher has already consumed but the sequence does not have yet.
+        self._ahead: int | None = None
+        self._made: TokenMask | None = None
+
+    def news(self) -> list[int]:
+        """The sequence's tokens since the last call."""
+        fresh = self._sequence.tokens[self._sequence.prompt_end + self._num_told :]
+        self._num_told += len(fresh)
+        return fresh
+
+    def settle(self, token_id: int) -> int | None:
+        """Find the next token without a mask: the likeliest, or another that is forced.
+
+        Args:
+            token_id: The likeliest of all.
+
+        Returns:
+            None where ``make`` has to tell.
+        """
+        fresh = self.news()
+        # No new token: the step is computed again with the same logits, so the result stays the
+        # same.
+        if not fresh and (self._ahead is not None or self._made is not None):
+            return self._ahead
+        self._made = None
+        try:
+            if self._ahead is not None:
+                assert fresh[0] == self._ahead, "the token that was settled is the one drawn"
+                fresh, self._ahead = fresh[1:], None
+            matcher = self._at(fresh)
+            self._ahead = matcher.take(token_id, self._withheld(matcher))
+        except BaseException as error:
+            self._made = _failed(error)
+        return self._ahead
+
+    def make(self, fresh: SequenceOf[int] = ()) -> TokenMask:
+        """Make the mask of the next token.
+
+        Args:
+            fresh: What ``news`` gave, if it is not taken in yet.
+        """
+        # No new token means that a step ran out of memory and is computed again: keep its mask.
+        if self._made is None or fresh:
+            try:
+                matcher = self._at(fresh)
+                self._made = TokenMask(matcher.mask(self._withheld(matcher)))
+            except BaseException as error:
+                self._made = _failed(error)
+        return self._made
+
+    def _at(self, fresh: SequenceOf[int]) -> Matcher:
+        """The matcher, advanced by these tokens."""
+        matcher = self._matcher
+        if matcher is None:
+            matcher = self._matcher = self._constraint.matcher()
+            # Before the first draw, the answer so far comes from the client: check it.
+            matcher.check(fresh)
+        for token in fresh:
+            matcher.advance(token)
+        return matcher
+
+    def _withheld(self, matcher: Matcher) -> frozenset[int]:
+        """Tokens that are allowed only if no other token is."""
+        return self._early_ends if matcher.num_tokens < self._min_tokens else self._ends
+
+
+def _failed(error: BaseException) -> TokenMask:
+    """Turn an error into a mask; Rust panics are BaseExceptions and must not end this thread."""
+    if isinstance(error, TurretError):
+        return TokenMask(None, error)
+    _log.error("a constraint failed", exc_info=error)
+    return TokenMask(None, TurretError(say("INTERNAL")))
+
+
+# The allowed next tokens of a sequence, computed now or on demand.
+Mask = TokenMask | LateMask
+
+
+class Masks:
+    """The constraints of running sequences. Used by the engine thread alone.
+
+    A sequence keeps its place in its grammar when it is preempted.
+
+    Args:
+        end_ids: The model's end tokens.
+        is_late: Whether who draws can ask for masks when the logits are there. The engine thread
+            must have room on its stack (``constraints/threads.py``).
+    """
+
+    def __init__(self, end_ids: frozenset[int], *, is_late: bool = False) -> None:
+        self._end_ids = end_ids
+        self._is_late = is_late
+        self._followed: dict[Sequence, LateMask] = {}
+        self._thread: ThreadPoolExecutor | None = None
+        self._late: dict[Sequence, LateMask] = {}
+        self._early: list[Sequence] = []
+        self._making: Future[list[TokenMask]] | None = None
+
+    def begin(self, sequences: SequenceOf[Sequence]) -> None:
+        """Have the masks of these sequences' next tokens made, beside what the caller does next."""
+        self._late, self._early = {}, []
+        work: list[tuple[LateMask, list[int]]] = []
+        for sequence in sequences:
+            if sequence.request.constraint is None:
+                continue
+            followed = self._followed.get(sequence)
+            if followed is None:
+                ends = sequence.request.ends(self._end_ids)
+                followed = self._followed[sequence] = LateMask(sequence, ends)
+            if self._is_late and _is_greedy(sequence):
+                self._late[sequence] = followed
+            else:
+                self._early.append(sequence)
+                work.append((followed, followed.news()))
+        if work:
+            if self._thread is None:
+                # A thread of our own: matchers need a larger stack than a library's executor has.
+                self._thread = roomy_executor(1, "masks")
+            self._making = self._thread.submit(lambda: [one.make(tokens) for one, tokens in work])
+
+    def take(self) -> dict[Sequence, Mask]:
+        """The masks that ``begin`` was asked for, once they are there."""
+        masks: dict[Sequence, Mask] = {**self._late}
+        if self._making is not None:
+            # Wait even if the step failed: a matcher must not be used by two threads at once.
+            made = self._making.result()
+            masks.update(zip(self._early, made, strict=True) if self._early else ())
+        self._late, self._early, self._making = {}, [], None
+        return masks
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop a finished sequence's place."""
+        self._followed.pop(sequence, None)
+
+
+def _is_greedy(sequence: Sequence) -> bool:
+    # A sequence with its own vocabulary size is drawn from a separate row.
+    return sequence.request.sampling.is_greedy and not sequence.vocab_size
+
+
+# What a request's sampling parameters do to a row of logits: penalties, biases and bans.
+#
+# Biases and bans are tensors made once for a request; of the penalties' tokens only those that
+# came since the last step are looked at. So a step costs no Python work per bias, stop or earlier
+# token.
+
+
+_FIRST_CAPACITY = 64
+
+
+class _TokenCounts:
+    """Distinct tokens of a growing text and how often each occurs, as tensors.
+
+    Args:
+        device: Where the tensors are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._index: dict[int, int] = {}
+        self._ids = torch.zeros(_FIRST_CAPACITY, dtype=torch.int64, device=device)
+        self._times = torch.zeros(_FIRST_CAPACITY, dtype=torch.float32, device=device)
+        self._num_read = 0
+
+    def read(self, text: list[int], start: int, drawn: SequenceOf[int] = ()) -> None:
+        """Take in the tokens of ``text`` from ``start`` on that were not there the last time.
+
+        Args:
+            text: Only grows, but for what comes as ``drawn``.
+            start: See above.
+            drawn: Tokens behind it that will be part of it.
+        """
+        size = len(text) - start
+        if self._num_read > size + len(drawn):
+            # The step that drew these tokens ran out of memory and is computed again.
+            self._forget()
+        if self._num_read == size + len(drawn):
+            return
+        fresh = [*text[start + self._num_read :], *drawn[max(self._num_read - size, 0) :]]
+        self._num_read += len(fresh)
+        first = len(self._index)
+        places = [self._index.setdefault(token, len(self._index)) for token in fresh]
+        self._grow(len(self._index))
+        # ``new`` is in the order of first occurrence, which is the order of the places.
+        new = [token for token in dict.fromkeys(fresh) if self._index[token] >= first]
+        if new:
+            self._ids[first : len(self._index)] = torch.tensor(new)
+        where = torch.tensor(places, device=self._times.device)
+        self._times.index_add_(0, where, torch.ones(len(places), device=self._times.device))
+
+    def _forget(self) -> None:
+        self._index.clear()
+        self._times.zero_()
+        self._num_read = 0
+
+    def _grow(self, size: int) -> None:
+        if size <= self._ids.shape[0]:
+            return
+        more = max(size, 2 * self._ids.shape[0]) - self._ids.shape[0]
+        self._ids = torch.cat((self._ids, self._ids.new_zeros(more)))
+        self._times = torch.cat((self._times, self._times.new_zeros(more)))
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """``[distinct]`` int64 token ids."""
+        return self._ids[: len(self._index)]
+
+    @property
+    def times(self) -> torch.Tensor:
+        """``[distinct]`` fp32: how often each of ``ids`` occurs."""
+        return self._times[: len(self._index)]
+
+
+def _id_tensor(ids: Iterable[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(list(ids), dtype=torch.int64, device=device)
+
+
+class Adjustment:
+    """Changes the logits of one sequence, step after step, in the order of the methods below.
+
+    Args:
+        sequence: Whose logits; its tokens may only grow.
+        stop_token_ids: The model's end tokens, banned with the request's own under ``min_tokens``.
+        device: Where the logits are.
+    """
+
+    def __init__(
+        self, sequence: Sequence, stop_token_ids: frozenset[int], device: torch.device
+    ) -> None:
+        self._sequence = sequence
+        self._params = sequence.request.sampling
+        params, stop = sequence.request.sampling, sequence.request.stop
+        self._biases: tuple[torch.Tensor, torch.Tensor] | None = None
+        if params.logit_bias:
+            values = list(params.logit_bias.values())
+            biases = torch.tensor(values, dtype=torch.float32, device=device)
+            self._biases = _id_tensor(params.logit_bias, device), biases
+        self._banned = None
+        # With a constraint, its mask withholds end tokens: only the mask knows whether another
+        # token is allowed.
+        is_free = sequence.request.constraint is None
+        if is_free and stop.min_tokens > 0 and (stop_token_ids or stop.stop_token_ids):
+            self._banned = _id_tensor(stop_token_ids | stop.stop_token_ids, device)
+        self._seen = _TokenCounts(device) if params.repetition_penalty != 1.0 else None
+        is_counted = params.presence_penalty or params.frequency_penalty
+        self._generated = _TokenCounts(device) if is_counted else None
+
+    def apply(self, row: torch.Tensor, drawn: SequenceOf[int] = ()) -> None:
+        """Change ``row`` in place.
+
+        Args:
+            row: ``[vocab]`` fp32.
+            drawn: Tokens that were drawn in this step and come before the row's.
+        """
+        for ids, factor in self.factors(drawn):
+            # CTRL (arXiv 1909.05858), over prompt and output, as transformers does.
+            values = row[ids]
+            row[ids] = torch.where(values > 0, values / factor, values * factor)
+        for ids, amounts in self.penalties(drawn):
+            row[ids] -= amounts
+        for ids, amounts in self.biases():
+            row[ids] += amounts
+        for ids in self.bans(drawn):
+            row[ids] = float("-inf")
+
+    def factors(self, drawn: SequenceOf[int] = ()) -> Iterator[tuple[torch.Tensor, float]]:
+        """Tokens whose logits shrink by a factor, in this step, if there are any."""
+        if self._seen is not None:
+            self._seen.read(self._sequence.tokens, self._sequence.num_virtual, drawn)
+            yield self._seen.ids, self._params.repetition_penalty
+
+    def penalties(self, drawn: SequenceOf[int] = ()) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Tokens, and what is taken from the logit of each, in this step."""
+        if self._generated is not None:
+            self._generated.read(self._sequence.tokens, self._sequence.prompt_end, drawn)
+            times = self._params.frequency_penalty * self._generated.times
+            yield self._generated.ids, self._params.presence_penalty + times
+
+    def biases(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Tokens, and what is added to the logit of each."""
+        if self._biases is not None:
+            yield self._biases
+
+    def bans(self, drawn: SequenceOf[int] = ()) -> Iterator[torch.Tensor]:
+        """Tokens that may not be drawn in this step."""
+        stop = self._sequence.request.stop
+        num_before = self._sequence.num_generated + len(drawn)
+        if self._banned is not None and num_before < stop.min_tokens:
+            yield self._banned
+
 
 # Random numbers of running sequences: one per sampled token, from each sequence's own seed.
 

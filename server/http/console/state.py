@@ -10,9 +10,9 @@ from typing import Any
 from prometheus_client.exposition import choose_encoder
 
 import turret
-from turret.server.api.admin.adapters import Adapters
+from turret.server.api.admin import Adapters
 from turret.server.api.faults import Failures
-from turret.server.api.inference.inference import Inference
+from turret.server.api.inference import Inference
 from turret.server.http.endpoint import Exchange
 from turret.server.metrics import Metrics
 from turret.v1 import adapters_pb2

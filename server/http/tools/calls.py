@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from turret.server.basics.channels import CHANNEL
+from turret.server.basics.codes import CHANNEL
 from turret.server.words import Text
 
 
@@ -71,7 +71,7 @@ class Form:
         parameters: The name of the field with the arguments.
         syntax: The syntax of a call: ``{"name": ..., "arguments": {...}}`` (json), a name and then
             the arguments (named), ``<function=NAME>`` with a ``<parameter=NAME>`` for each (xml),
-            or a message to the tool (channels; see ``server/basics/channels.py``).
+            or a message to the tool (channels; see ``server/basics/codes.py``).
     """
 
     begin: str

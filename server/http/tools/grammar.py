@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from turret.server.basics.channels import CHANNEL, FUNCTIONS, MARKS, MESSAGE
+from turret.server.basics.codes import CHANNEL, FUNCTIONS, MARKS, MESSAGE
 from turret.server.http.schemas.fields import closed
 from turret.server.http.tools.calls import (
     ARGUMENTS,

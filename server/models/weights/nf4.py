@@ -6,10 +6,13 @@ joins the *packed* rows, so the served model equals its bitsandbytes-4bit checkp
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -18,7 +21,6 @@ from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.kernels.rows.linear import linear_formulation, prepare_linear, row_linear
 from turret.server.adapters.base import WeightRows
 from turret.server.errors import InvalidRequestError
-from turret.server.models.weights.lean_bitsandbytes import functional as bnb_functional
 from turret.server.models.weights.nf4_cpu import (
     TILE_ROWS,
     has_nf4_product,
@@ -30,6 +32,42 @@ from turret.server.words import say
 
 if TYPE_CHECKING:
     from turret.server.models.weights.nf4_gpu import Nf4Product
+
+
+# ``bitsandbytes.functional``, imported in a tenth of its time.
+#
+# bitsandbytes imports torch's compiler, which takes seconds of processor time and 70 MiB. It hands
+# a few functions to ``torch.compile`` when it is imported; those are for devices without kernels
+# of its own, and are called uncompiled where they do not compile. Later, the first call of each of
+# its operators would import the compiler in order to keep the operator out of it. A server that
+# runs out of memory during that import could not call the operator until it restarts.
+
+
+__all__ = ["functional"]
+
+
+def _as_it_is(function: Callable[..., object] | None = None, **_: object) -> object:
+    """Replaces both functions of torch, called directly and as a decorator with arguments."""
+    return _as_it_is if function is None else function
+
+
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    replaced = {name: getattr(torch, name) for name in ("compile", "_disable_dynamo")}
+    for name in replaced:
+        setattr(torch, name, _as_it_is)
+    try:
+        yield
+    finally:
+        for name, function in replaced.items():
+            setattr(torch, name, function)
+
+
+# bitsandbytes warns at import that an optional kernel of the hub is not installed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+with _without_compiler():
+    from bitsandbytes import functional
+
 
 BLOCKSIZE = 64
 _IDENTITY_ROWS = 512
@@ -45,12 +83,12 @@ class Nf4Weight:
     """
 
     packed: torch.Tensor
-    state: bnb_functional.QuantState
+    state: functional.QuantState
 
     @classmethod
     def quantize(cls, weight: torch.Tensor) -> Nf4Weight:
         """Quantise ``[out, in]`` as bitsandbytes does, with double quantisation."""
-        packed, state = bnb_functional.quantize_4bit(
+        packed, state = functional.quantize_4bit(
             weight.contiguous(), blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=True
         )
         return cls(packed, state)
@@ -71,7 +109,7 @@ class Nf4Weight:
             for key, value in tensors.items()
             if key.startswith(f"{name}.")
         }
-        state = bnb_functional.QuantState.from_dict(parts, device=torch.device("cpu"))
+        state = functional.QuantState.from_dict(parts, device=torch.device("cpu"))
         if state.quant_type != "nf4" or state.blocksize != BLOCKSIZE:
             found = {"kind": state.quant_type, "block": state.blocksize, "expected": BLOCKSIZE}
             raise InvalidRequestError.of("model", say("NOT_NF4", name=name, **found))
@@ -96,7 +134,7 @@ class Nf4Weight:
         offset, nested = self.state.offset, self.state.state2
         assert offset is not None
         assert nested is not None
-        flat = bnb_functional.dequantize_blockwise(self.state.absmax, nested)
+        flat = functional.dequantize_blockwise(self.state.absmax, nested)
         return (flat + offset).float()
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
@@ -263,3 +301,120 @@ class Nf4Linear:
             identity[torch.arange(high - low), torch.arange(low, high)] = 1.0
             columns.append(self(identity)[:, rows].float().cpu().T)
         return torch.cat(columns, dim=1).contiguous()
+
+
+# Bias-free projections of the base model: how their weights are stored is their own affair.
+
+
+class BaseLinear(Protocol):
+    """A fused projection.
+
+    Attributes:
+        widths: Outputs of each slice.
+        in_features: Inputs, the same for all slices.
+    """
+
+    widths: tuple[int, ...]
+    in_features: int
+
+    def __call__(
+        self, x: torch.Tensor, ahead: Ahead | None = None, num_decode: int | None = None
+    ) -> torch.Tensor:
+        """Multiply.
+
+        Args:
+            x: ``[rows, in]``.
+            ahead: What may be brought into the cache meanwhile.
+            num_decode: How many rows, the first ones, are of sequences that decode; None for all.
+                The gpu path multiplies them in another way than rows of prompts.
+
+        Returns:
+            ``[rows, sum(widths)]``, dtype of ``x``.
+        """
+        ...
+
+    def dequantize(self, index: int) -> torch.Tensor:
+        """The weight of slice ``index`` as multiplied, ``[out, in]`` fp32, on the CPU.
+
+        It may be the very memory that is served: not to be written to.
+        """
+        ...
+
+    def part(self, index: int) -> BaseLinear:
+        """Slice ``index`` alone."""
+        ...
+
+
+class DenseLinear:
+    """A projection whose weight is stored as numbers.
+
+    Args:
+        weight: ``[sum(widths), in]``, contiguous, in the dtype of activations.
+        widths: Outputs of each slice.
+    """
+
+    def __init__(self, weight: torch.Tensor, widths: tuple[int, ...]) -> None:
+        assert sum(widths) == weight.shape[0]
+        self.widths = widths
+        self.in_features = weight.shape[1]
+        self._slices = weight.split(widths)
+        self._weight = weight
+        prepare_linear(weight)
+
+    def __call__(
+        self, x: torch.Tensor, ahead: Ahead | None = None, num_decode: int | None = None
+    ) -> torch.Tensor:
+        return row_linear(x, self._weight)
+
+    def dequantize(self, index: int) -> torch.Tensor:
+        return self._slices[index].float().cpu()
+
+    def part(self, index: int) -> DenseLinear:
+        return DenseLinear(self._slices[index], (self.widths[index],))
+
+    @classmethod
+    def join(cls, parts: Sequence[DenseLinear]) -> DenseLinear:
+        """Fuse projections, in this order."""
+        widths = tuple(width for part in parts for width in part.widths)
+        return cls(torch.cat([part._weight for part in parts]), widths)
+
+
+class MixedLinear:
+    """Projections that are stored in different ways, side by side.
+
+    Args:
+        parts: In the order of their outputs.
+    """
+
+    def __init__(self, parts: Sequence[BaseLinear]) -> None:
+        self.widths = tuple(width for part in parts for width in part.widths)
+        self.in_features = parts[0].in_features
+        self._parts = parts
+        self._places = [(part, i) for part in parts for i in range(len(part.widths))]
+
+    def __call__(
+        self, x: torch.Tensor, ahead: Ahead | None = None, num_decode: int | None = None
+    ) -> torch.Tensor:
+        return torch.cat([part(x, ahead, num_decode) for part in self._parts], dim=1)
+
+    def dequantize(self, index: int) -> torch.Tensor:
+        part, inner = self._places[index]
+        return part.dequantize(inner)
+
+    def part(self, index: int) -> BaseLinear:
+        part, inner = self._places[index]
+        return part.part(inner)
+
+
+def join_linears(parts: Sequence[Nf4Linear | DenseLinear]) -> BaseLinear:
+    """Fuse projections of one input, in this order: one product per run that is stored alike."""
+    runs: list[BaseLinear] = []
+    for _, group in groupby(parts, type):
+        run = list(group)
+        nf4 = [part for part in run if isinstance(part, Nf4Linear)]
+        dense = [part for part in run if isinstance(part, DenseLinear)]
+        if len(run) == 1:
+            runs.append(run[0])
+        else:
+            runs.append(Nf4Linear.join(nf4) if nf4 else DenseLinear.join(dense))
+    return runs[0] if len(runs) == 1 else MixedLinear(runs)

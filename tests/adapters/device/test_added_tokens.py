@@ -14,7 +14,7 @@ from method_oracle import check_greedy, check_score, prompt_of, twin
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.engine.scheduling.request import SamplingParams, StopConditions
 from turret.server.errors import InvalidRequestError
 

@@ -11,8 +11,7 @@ import torch
 
 from turret.kernels.cpu.native import library
 from turret.server.adapters.device.cpu.store import CpuStore
-from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
-from turret.server.adapters.device.members import StepMembers
+from turret.server.adapters.device.store import ProjectionLayout, SliceShape, StepMembers
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.low_rank import LowRank, piece_sums
 from turret.server.models.decoding.adapted_linear import AdaptedLinear

@@ -21,8 +21,8 @@ from builders.mixes.gates import (
 )
 from torch import Tensor
 
-from turret.server.adapters.device.members import StepMembers
 from turret.server.adapters.device.reference import Reference
+from turret.server.adapters.device.store import StepMembers
 from turret.server.adapters.operators.gate import Gate
 
 NUM_ROWS = 90

@@ -14,7 +14,7 @@ from said import says
 
 from turret.server.adapters.device.gpu.slot_tables import GpuSlotTables
 from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.device.layout import ExpertShape
+from turret.server.adapters.device.store import ExpertShape
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.low_rank import ExpertLowRank, LowRank

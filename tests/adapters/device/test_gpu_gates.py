@@ -44,10 +44,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from turret.kernels.gpu import common as tuning_module
 from turret.kernels.gpu.low_rank import Shrink
 from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.device.members import Members, StepMembers
 from turret.server.adapters.device.reference import ReferenceStore
-from turret.server.adapters.lowering.arena import in_one_block
+from turret.server.adapters.device.store import Members, ProjectionLayout, StepMembers
+from turret.server.adapters.lowering.lowered import in_one_block
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.hadamard import Hadamard

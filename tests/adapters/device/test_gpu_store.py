@@ -15,9 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from turret.server.adapters.device.gpu import slot_tables
 from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.device.layout import ExpertShape, ProjectionLayout, SliceShape
-from turret.server.adapters.device.store import AdapterMemoryError
-from turret.server.adapters.lowering.arena import in_one_block
+from turret.server.adapters.device.store import (
+    AdapterMemoryError,
+    ExpertShape,
+    ProjectionLayout,
+    SliceShape,
+)
+from turret.server.adapters.lowering.lowered import in_one_block
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.low_rank import ExpertLowRank, LowRank

@@ -21,9 +21,8 @@ from turret.kernels.cpu.native import library
 from turret.kernels.gpu import common as tuning_module
 from turret.server.adapters.device.cpu.store import CpuStore
 from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
-from turret.server.adapters.device.members import Members, StepMembers
 from turret.server.adapters.device.reference import ReferenceStore
+from turret.server.adapters.device.store import Members, ProjectionLayout, SliceShape, StepMembers
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.circulant import Circulant
 from turret.server.adapters.operators.dense import Dense

@@ -7,7 +7,7 @@ import random
 import torch
 
 from turret.server.adapters.device.gpu.uploads import blocks_of, by_layers
-from turret.server.adapters.lowering.arena import in_one_block
+from turret.server.adapters.lowering.lowered import in_one_block
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.operators.low_rank import LowRank
 

@@ -15,10 +15,9 @@ from said import says
 from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef, Source
+from turret.server.adapters.operators.adapter_operators import beyond_updates
 from turret.server.adapters.residency.loader import AdapterLoader
-from turret.server.adapters.source import Source
-from turret.server.adapters.weight_update import beyond_updates
 from turret.server.errors import (
     AdapterCheckpointError,
     BudgetExceededError,

@@ -17,17 +17,21 @@ from builders.mixes.fuse import Fusions, difference, truncated
 from builders.mixes.fusions import save_fusion
 from said import says
 
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.fuse import module_fuser as fused_module
 from turret.server.adapters.fuse.combination import Combination
-from turret.server.adapters.fuse.factors import Factors, energy_rank, ratio, side_by_side
 from turret.server.adapters.fuse.fuser import Fuser
-from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.fuse.module_fuser import Factors, energy_rank, ratio, side_by_side
+from turret.server.adapters.operators.adapter_operators import (
+    AdapterOperators,
+    ModuleOperators,
+    beyond_low_rank,
+    beyond_updates,
+)
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.operator import Operator
-from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.state.state_dir import StateDir
-from turret.server.adapters.weight_update import beyond_low_rank, beyond_updates
+from turret.server.adapters.state_dir import StateDir
 from turret.server.basics.work import Cancellation
 from turret.server.errors import (
     AdapterChangedError,

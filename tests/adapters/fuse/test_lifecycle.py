@@ -17,7 +17,7 @@ from said import says
 
 from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.state.state_dir import StateDir
+from turret.server.adapters.state_dir import StateDir
 from turret.server.basics.work import Cancellation
 from turret.server.errors import (
     AdapterExistsError,

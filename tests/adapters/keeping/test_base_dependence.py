@@ -13,12 +13,11 @@ from builders.methods import make_config, save_adapter
 from builders.registries import Gate, Waiter, refs, until
 from method_oracle import twin
 
-from turret.server.adapters.allowed import Allowed
-from turret.server.adapters.base import BaseModel
+from turret.server.adapters.adapter import Source
+from turret.server.adapters.base import Allowed, BaseModel
 from turret.server.adapters.component import ComponentRef
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.residency.loader import AdapterLoader, LoadedAdapter
-from turret.server.adapters.source import Source
 
 # Qwen2 has biases, which adapters may replace or scale.
 ARCHITECTURE = "qwen2"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from builders.registries import Registries, Waiter, refs, stage_directory
 
-from turret.server.adapters.state.state_dir import StateDir
+from turret.server.adapters.state_dir import StateDir
 from turret.server.metrics import Metrics
 
 COUNT = 60

@@ -10,11 +10,9 @@ from pathlib import Path
 
 from builders.registries import refs, tiny_base
 
-from turret.server.adapters.facts import AdapterFacts
+from turret.server.adapters.adapter import AdapterFacts, Source
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.source import Source
-from turret.server.adapters.state.saved_registration import SavedRegistration
-from turret.server.adapters.state.state_dir import StateDir
+from turret.server.adapters.state_dir import SavedRegistration, StateDir
 from turret.server.metrics import Metrics
 
 COUNT = 5000

@@ -23,12 +23,10 @@ from builders.registries import (
 )
 from said import says
 
-from turret.server.adapters.mix import HostResult
-from turret.server.adapters.ref import AdapterRef
-from turret.server.adapters.registry import pins
+from turret.server.adapters.adapter import AdapterRef, HostResult, Source
+from turret.server.adapters.registry import installer
 from turret.server.adapters.residency import leases
 from turret.server.adapters.residency.loader import LoadedAdapter
-from turret.server.adapters.source import Source
 from turret.server.errors import (
     AdapterChangedError,
     AdapterCheckpointError,
@@ -311,7 +309,7 @@ def test_pins_that_leave_no_room_are_refused(
     registry.release(mix)
     registry.unpin("b")
     busy = registry.acquire(refs("b"))
-    monkeypatch.setattr(pins, "PIN_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(installer, "PIN_TIMEOUT_SECONDS", 0.05)
     with pytest.raises(BudgetExceededError, check=says("NO_ROOM_TO_PIN")):
         registry.pin("a")
     registry.release(busy)

@@ -12,7 +12,7 @@ from builders.registries import Registries, stage_directory
 from said import says
 
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.state.state_dir import StateDir
+from turret.server.adapters.state_dir import StateDir
 from turret.server.errors import AdapterChangedError, AdapterCheckpointError, TurretError
 
 

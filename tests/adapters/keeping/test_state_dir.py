@@ -22,11 +22,9 @@ from builders.registries import (
 )
 from said import says
 
+from turret.server.adapters import state_dir
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.state import state_dir
-from turret.server.adapters.state.saved_registration import SavedRegistration
-from turret.server.adapters.state.staged_upload import UploadedFile
-from turret.server.adapters.state.state_dir import StateDir
+from turret.server.adapters.state_dir import SavedRegistration, StateDir, UploadedFile
 from turret.server.basics import files
 from turret.server.errors import (
     AdapterChangedError,

@@ -14,7 +14,7 @@ from builders.mixes.merges import PROMPT, merge, save_adapters, score, start
 from builders.registries import Gate, until
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.server.adapters.merge.state import MergeState
+from turret.server.adapters.merger import MergeState
 from turret.server.basics.work import Cancellation
 from turret.server.errors import UnavailableError
 

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from said import says
 from servers.engine_harness import Answer, EngineHarness, make_request
 
-from turret.server.adapters.merge.state import MergeState
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef
+from turret.server.adapters.merger import MergeState
 from turret.server.basics.work import Cancellation
 from turret.server.errors import (
     AdapterNotFoundError,
@@ -38,7 +38,7 @@ from turret.server.errors import (
     NotMergedError,
     UnavailableError,
 )
-from turret.server.models.base_edit import BaseEdit
+from turret.server.models.describe import BaseEdit
 
 
 @pytest.fixture(scope="module")

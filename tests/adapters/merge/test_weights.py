@@ -14,12 +14,17 @@ from builders.methods import load_adapter, make_config, quiet, save_adapter
 from method_oracle import twin
 from servers.engine_harness import EngineHarness
 
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.base import Precision
-from turret.server.adapters.merge.merger import KEPT_ERROR
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.merger import KEPT_ERROR
 from turret.server.basics.work import Cancellation
-from turret.server.models.weights.base_linear import DenseLinear, MixedLinear, join_linears
-from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight
+from turret.server.models.weights.nf4 import (
+    DenseLinear,
+    MixedLinear,
+    Nf4Linear,
+    Nf4Weight,
+    join_linears,
+)
 
 # Qwen2 has biases; q and o are square.
 ARCHITECTURE = "qwen2"

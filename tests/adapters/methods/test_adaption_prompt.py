@@ -37,9 +37,9 @@ from torch import nn
 
 from turret.kernels.cpu import native
 from turret.kernels.gpu import common as tuning_module
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.methods.lower import lower_checkpoint
-from turret.server.adapters.ref import AdapterRef
-from turret.server.adapters.weight_update import beyond_updates
+from turret.server.adapters.operators.adapter_operators import beyond_updates
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.step.gpu import decode_graphs
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError

@@ -12,9 +12,9 @@ from method_oracle import prompt_of, twin
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.server.adapters.allowed import Allowed
+from turret.server.adapters.adapter import Source
+from turret.server.adapters.base import Allowed
 from turret.server.adapters.residency.loader import AdapterLoader
-from turret.server.adapters.source import Source
 from turret.server.errors import BudgetExceededError
 
 # Method and the changes to its config; two modules of both layers.

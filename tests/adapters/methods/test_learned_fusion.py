@@ -15,7 +15,7 @@ from method_oracle import check_oracles, check_score, oracle_logprobs, prompt_of
 from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef
 
 # Of different methods and ranks, on modules that overlap in part.
 COMPONENTS = {

@@ -16,9 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from turret.kernels.cpu.native import library
 from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.device.cpu.store import CpuStore
-from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
-from turret.server.adapters.device.members import StepMembers
 from turret.server.adapters.device.reference import ReferenceStore
+from turret.server.adapters.device.store import ProjectionLayout, SliceShape, StepMembers
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 

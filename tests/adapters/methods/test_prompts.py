@@ -15,7 +15,7 @@ from peft import PrefixTuningConfig
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.build import BLOCK_SIZE
 from turret.server.engine.scheduling.request import ResponseOptions, StopConditions
 from turret.server.errors import InvalidRequestError, PromptTooLongError

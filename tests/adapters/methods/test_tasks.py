@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 from method_oracle import check_close, oracle_logprobs, prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.methods.lower import lower_checkpoint
-from turret.server.adapters.ref import AdapterRef
-from turret.server.adapters.state.saved_registration import SavedRegistration
+from turret.server.adapters.state_dir import SavedRegistration
 from turret.server.errors import AdapterCheckpointError, AdapterExistsError
 from turret.server.words import Text, say
 

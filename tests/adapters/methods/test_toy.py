@@ -21,10 +21,10 @@ from said import says
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters import methods
+from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.methods.check import check_files
 from turret.server.adapters.methods.lower import lower_checkpoint
-from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.errors import BudgetExceededError
 
 TOY = '''

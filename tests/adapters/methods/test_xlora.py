@@ -25,7 +25,7 @@ from said import says
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.kernels.gpu import common as tuning_module
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence

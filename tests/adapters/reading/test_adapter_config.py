@@ -24,15 +24,15 @@ from peft import LoraConfig, PeftType
 from safetensors.torch import save_file
 from said import says
 
-from turret.server.adapters.checkpoint.findings import MAX_REPORTED, Findings
+from turret.server.adapters.adapter import TENSORS_FILE
+from turret.server.adapters.checkpoint.adapter_checkpoint import MAX_REPORTED, Findings
 from turret.server.adapters.methods import METHODS
 from turret.server.adapters.methods.unserved import UNSERVED
-from turret.server.adapters.peft_format.config.rules import Irrelevant, Rejected, Used
+from turret.server.adapters.peft_format.config_rules import Irrelevant, Rejected, Used
 from turret.server.adapters.peft_format.refusals import (
     base_name_warning,
     normalise_base_name,
 )
-from turret.server.adapters.source import TENSORS_FILE
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
 from turret.server.words import say
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turret.server.adapters.lowering.arena import in_one_block
+from turret.server.adapters.lowering.lowered import in_one_block
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.operators.dense import Dense
 from turret.server.adapters.operators.gate import Gate, PrototypeScore, QueryScore

@@ -20,10 +20,10 @@ from builders.adapters import (
 )
 from said import says
 
-from turret.server.adapters.allowed import Allowed
+from turret.server.adapters.adapter import Source
+from turret.server.adapters.base import Allowed
 from turret.server.adapters.peft_format.refusals import causes_of_mismatch, is_other_base
 from turret.server.adapters.residency.loader import AdapterLoader
-from turret.server.adapters.source import Source
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterMismatchError,

@@ -22,8 +22,8 @@ from builders.adapters import (
 )
 from said import says
 
+from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.errors import AdapterCheckpointError, BudgetExceededError
 
 Q = "model.layers.0.self_attn.q_proj"

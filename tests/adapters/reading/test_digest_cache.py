@@ -16,14 +16,13 @@ from builders.registries import tiny_base
 from safetensors.torch import save_file
 from said import says
 
-from turret.server.adapters.checkpoint import digest_cache as known_files
+from turret.server.adapters.adapter import Source
+from turret.server.adapters.checkpoint import adapter_root as known_files
 from turret.server.adapters.checkpoint import reader as reader
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
-from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint.digest_cache import DigestCache, stamp_of
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot, DigestCache, stamp_of
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.residency.loader import AdapterLoader
-from turret.server.adapters.source import Source
 from turret.server.errors import AdapterChangedError, AdapterCheckpointError
 
 TENSORS = "adapter_model.safetensors"

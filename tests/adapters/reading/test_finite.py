@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turret.server.adapters.checkpoint.finite import all_finite
-from turret.server.adapters.checkpoint.reader import DTYPES
+from turret.server.adapters.checkpoint.reader import DTYPES, all_finite
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES.values() if d.is_floating_point])

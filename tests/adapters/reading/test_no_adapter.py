@@ -15,9 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from said import says
 
+from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
-from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.command.preflight import problems
 from turret.server.config import AdapterConfig, Config, ListenConfig
 from turret.server.errors import AdapterCheckpointError

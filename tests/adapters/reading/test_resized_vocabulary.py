@@ -17,11 +17,11 @@ from builders.methods import make_config, save_adapter
 from method_oracle import twin
 from said import says
 
+from turret.server.adapters.adapter import TOKENIZER_FILES, Source
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
 from turret.server.adapters.registry.export import AdapterExport
-from turret.server.adapters.registry.tokenizers import AdapterTokenizers
+from turret.server.adapters.registry.installer import AdapterTokenizers
 from turret.server.adapters.residency.loader import AdapterLoader
-from turret.server.adapters.source import TOKENIZER_FILES, Source
 from turret.server.errors import (
     AdapterChangedError,
     AdapterCheckpointError,

@@ -20,9 +20,8 @@ from builders.adapters import (
 )
 from said import says
 
-from turret.server.adapters.chat_template import origin_of
+from turret.server.adapters.adapter import Source, origin_of
 from turret.server.adapters.residency.loader import AdapterLoader
-from turret.server.adapters.source import Source
 from turret.server.errors import AdapterCheckpointError
 
 # What transformers' Trainer writes beside a checkpoint's adapter.

@@ -16,11 +16,11 @@ from builders.mixes.fusions import PREFIX, save_fusion
 from builders.registries import Waiter, in_thread, refs, stage_directory, tiny_base
 from said import says
 
-from turret.server.adapters.adapter_info import AdapterInfo
+from turret.server.adapters.adapter import AdapterInfo
 from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.state.state_dir import StateDir
+from turret.server.adapters.state_dir import StateDir
 from turret.server.api.faults import row_of
 from turret.server.basics.work import Cancellation
 from turret.server.errors import (

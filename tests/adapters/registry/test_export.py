@@ -12,7 +12,7 @@ from builders.registries import Registries, stage_directory, until
 from said import says
 
 from turret.server.adapters.registry.export import AdapterExport
-from turret.server.adapters.state.state_dir import StateDir
+from turret.server.adapters.state_dir import StateDir
 from turret.server.errors import AdapterChangedError, AdapterNotFoundError
 
 

@@ -23,9 +23,8 @@ from builders.registries import (
 )
 from said import says
 
+from turret.server.adapters.adapter import BASE_MIX, AdapterRef
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
-from turret.server.adapters.mix import BASE_MIX
-from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.residency.loader import LoadedAdapter
 from turret.server.errors import (

@@ -12,9 +12,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from turret.server.adapters.mix import HostResult, Mix
-from turret.server.adapters.ref import AdapterRef
-from turret.server.adapters.registry import pins
+from turret.server.adapters.adapter import AdapterRef, HostResult, Mix
+from turret.server.adapters.registry import installer
 from turret.server.adapters.registry.registry import AdapterRegistry, UnloadMode
 from turret.server.errors import AdapterInUseError, AdapterNotFoundError, BudgetExceededError
 
@@ -30,7 +29,7 @@ def _checkpoints():
     for name, rank in RANKS.items():
         save_peft_adapter(tiny_llama(), lora_config(r=rank), ROOT / name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pins, "PIN_TIMEOUT_SECONDS", 0.05)
+        patch.setattr(installer, "PIN_TIMEOUT_SECONDS", 0.05)
         yield
     _directory.cleanup()
 

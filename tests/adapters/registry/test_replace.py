@@ -23,8 +23,8 @@ from builders.registries import (
 )
 from said import says
 
-from turret.server.adapters.ref import AdapterRef
-from turret.server.adapters.registry import pins
+from turret.server.adapters.adapter import AdapterRef
+from turret.server.adapters.registry import installer
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterGenerationError,
@@ -315,7 +315,7 @@ def test_replacing_under_load_fails_no_request_and_leaks_no_byte(make: Registrie
 def test_a_pin_that_gives_up_leaves_nothing_behind(
     make: Registries, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pins, "PIN_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(installer, "PIN_TIMEOUT_SECONDS", 0.05)
     registry = make(2, load="ab")
     busy = registry.acquire(refs("ab"))
     with pytest.raises(BudgetExceededError, check=says("NO_ROOM_TO_PIN")):

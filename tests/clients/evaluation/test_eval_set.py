@@ -9,8 +9,8 @@ import pytest
 from said import says, texts_of
 
 from turret.clients.evaluation.rows import EvalExample, RowError, read_eval_set
-from turret.training.data.examples import read_examples
 from turret.training.errors import DataError
+from turret.training.examples import read_examples
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from turret.server.errors import (
     ServiceElsewhereError,
     TurretError,
 )
-from turret.server.rpc.status import to_rich_status
+from turret.server.rpc.interceptor import to_rich_status
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -22,7 +22,7 @@ from turret.clients.errors import AuthenticationError
 from turret.clients.hints import COMMAND_HINTS as HINTS
 from turret.clients.words import counted as of_client
 from turret.clients.words import say
-from turret.server.basics.counted import counted as of_server
+from turret.server.basics.names import counted as of_server
 from turret.v1 import adapters_pb2
 
 Run = Callable[..., tuple[int, str, str]]

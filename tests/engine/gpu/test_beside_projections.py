@@ -21,9 +21,9 @@ from method_oracle import check_greedy, prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.kernels.gpu import common as tuning_module
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.store import Resident
-from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.step.gpu import decode_graphs
 

@@ -30,8 +30,7 @@ from counted_steps import (
 )
 
 from turret.server.engine.step.gpu.decode_graphs import DecodeGraphs, Outputs
-from turret.server.engine.step.gpu.executor import GpuExecutor
-from turret.server.engine.step.gpu.start import warm_up
+from turret.server.engine.step.gpu.executor import GpuExecutor, warm_up
 
 # These may only fall. Of a step of 32 layers, drawing tokens included.
 MAX_LAUNCHES = {

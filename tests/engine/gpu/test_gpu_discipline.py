@@ -25,16 +25,15 @@ from triton.runtime.interpreter import InterpretedFunction
 from turret.kernels.gpu.hadamard import MAX_RANK as MAX_HADAMARD_RANK
 from turret.kernels.gpu.kronecker import MAX_IN_M, MAX_RANK
 from turret.kernels.nf4_matmul import Nf4Matrix
+from turret.server.adapters.adapter import Mix
 from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.device.kernels import has_kernel
-from turret.server.adapters.mix import Mix
+from turret.server.adapters.device.store import has_kernel
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
-from turret.server.engine.step.gpu.executor import GpuExecutor
-from turret.server.engine.step.gpu.start import largest_step, warm_up
+from turret.server.engine.step.gpu.executor import GpuExecutor, largest_step, warm_up
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.decoder import DecoderLayer
 from turret.server.models.decoding.gpu_decoder import GpuDecoder

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from turret.server.config import GIB, SchedulerConfig
-from turret.server.engine.step.gpu.start import (
+from turret.server.engine.step.gpu.executor import (
     adapter_bytes,
     captured_bytes,
     largest_step,

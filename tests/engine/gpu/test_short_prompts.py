@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from turret.server.adapters.mix import Mix
+from turret.server.adapters.adapter import Mix
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence
-from turret.server.engine.step.gpu.executor import is_fused
-from turret.server.engine.step.gpu.start import largest_step
+from turret.server.engine.step.gpu.executor import is_fused, largest_step
 
 
 def scheduled(prompt: int, computed: int, num_new: int) -> Scheduled:

@@ -10,9 +10,8 @@ import pytest
 from said import says
 
 from turret.server.engine.scheduling.block_pool import BlockPool
-from turret.server.engine.scheduling.first_passes import add_first_pass
 from turret.server.engine.scheduling.request import Request, StopConditions
-from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.scheduler import Scheduler, add_first_pass
 from turret.server.engine.scheduling.sequence import Sequence, SequenceState
 from turret.server.errors import InvalidRequestError
 

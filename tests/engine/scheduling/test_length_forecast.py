@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from turret.server.engine.scheduling.block_pool import BlockPool
-from turret.server.engine.scheduling.length_forecast import LengthForecast
-from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.scheduler import LengthForecast, Scheduler
 from turret.server.engine.scheduling.sequence import Sequence, SequenceState
 
 

@@ -16,8 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from servers.engine_harness import Answer, EngineHarness, make_request
 
-from turret.server.adapters.mix import Mix
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef, Mix
 from turret.server.engine.scheduling.block_pool import MixKey, next_key, root_key
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.speculation import Drafter

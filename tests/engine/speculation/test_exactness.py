@@ -17,12 +17,11 @@ from servers.engine_harness import Answer, EngineHarness, make_request
 from servers.planted_drafts import PlantedDrafts
 
 from turret.kernels.cpu import native
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.engine.scheduling.request import Request, SamplingParams
-from turret.server.engine.step import verification
-from turret.server.engine.step.adjustment import Adjustment
-from turret.server.engine.step.rows import Placed, StepRows
-from turret.server.engine.step.sampler import Uniforms
+from turret.server.engine.step import runner
+from turret.server.engine.step.batch import Placed, StepRows
+from turret.server.engine.step.sampler import Adjustment, Uniforms
 
 MAX_TOKENS = 24
 SAMPLING = (
@@ -190,7 +189,7 @@ def _add_late(rows: StepRows, place: Placed, block_size: int, blocks_at: int) ->
 @pytest.mark.parametrize(
     ("owner", "name", "broken"),
     [
-        (verification._Run, "goes_on", property(_accept_anything)),
+        (runner._Run, "goes_on", property(_accept_anything)),
         (Uniforms, "next", lambda self, sequence, ahead=0: _next(self, sequence)),
         (Adjustment, "apply", lambda self, row, drawn=(): _apply(self, row)),
         (StepRows, "add", _add_late),

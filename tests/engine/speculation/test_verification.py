@@ -11,9 +11,8 @@ from builders.sequences import sequence_with
 
 from turret.server.engine.scheduling.request import StopConditions
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence
-from turret.server.engine.step.adjustment import Adjustment
-from turret.server.engine.step.sampler import NO_MASKS, Draw, Sampler
-from turret.server.engine.step.verification import draw_tokens
+from turret.server.engine.step.runner import draw_tokens
+from turret.server.engine.step.sampler import NO_MASKS, Adjustment, Draw, Sampler
 
 VOCAB = 40
 ENDS = frozenset({3})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from servers.http_harness import HttpHarness, Refused, http_harness
 
-from turret.server.constraints.spec import ConstraintSpec
+from turret.server.constraints.grammar import ConstraintSpec
 from turret.server.engine.scheduling.request import Request, SamplingParams
 from turret.server.errors import (
     AdapterClassifiesError,

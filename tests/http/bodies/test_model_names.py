@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from servers.http_harness import HttpHarness, Refused, http_harness
 
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.engine.scheduling.request import Request
 from turret.server.errors import AdapterNotFoundError
 

@@ -10,8 +10,8 @@ from checkout import ROOT
 from servers.fakes import failing
 from servers.http_harness import HttpHarness, Refused, http_harness
 
-from turret.server.adapters.ref import AdapterRef
-from turret.server.api.access.tokens import TokenTable
+from turret.server.adapters.adapter import AdapterRef
+from turret.server.api.access import TokenTable
 from turret.server.api.faults import MAX_FAILURES, MAX_MESSAGE_CHARS
 from turret.server.basics.work import Cancellation
 from turret.server.config import ListenConfig

@@ -13,8 +13,8 @@ from servers.fakes import finish
 from servers.http_harness import HttpHarness, http_harness
 
 from turret.clients.verbs.tables import _bytes as as_listed
-from turret.server.adapters.ref import AdapterRef
-from turret.server.api.access.tokens import TokenTable
+from turret.server.adapters.adapter import AdapterRef
+from turret.server.api.access import TokenTable
 from turret.server.basics.work import Cancellation
 from turret.server.engine.scheduling.request import Output, Request, TokenLogprob, TopLogprob
 from turret.server.errors import AdapterCheckpointError

@@ -11,7 +11,7 @@ from servers.fakes import FakeTokenizer, finish
 from servers.http_harness import HttpHarness, http_harness
 
 from turret.server.engine.scheduling.request import FinishReason, Output, Request, TokenLogprob
-from turret.server.models.chat_format import ChatFormat
+from turret.server.models.chat_template import ChatFormat
 from turret.server.models.tokenizer import RenderedChat
 
 PATH = "/v1/responses"

@@ -12,7 +12,7 @@ from servers.http_harness import http_harness
 
 from turret.server.engine.scheduling.request import FinishReason, Output, Request
 from turret.server.http.schemas.fields import closed
-from turret.server.models.chat_format import ChatFormat
+from turret.server.models.chat_template import ChatFormat
 from turret.server.models.tokenizer import RenderedChat
 
 OBJECT: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}

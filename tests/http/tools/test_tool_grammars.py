@@ -13,15 +13,14 @@ from builders.constraints import compiled, is_followed, make_tokenizer
 from servers.fakes import FakeTokenizer, finish
 from servers.http_harness import HttpHarness, http_harness
 
-from turret.server.constraints.compiler import ConstraintCompiler
-from turret.server.constraints.constraint import Constraint
-from turret.server.constraints.spec import ConstraintSpec
+from turret.server.constraints.compiler import Constraint, ConstraintCompiler
+from turret.server.constraints.grammar import ConstraintSpec
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import InvalidRequestError
 from turret.server.http.tools.calls import CallBegun, CallGrown, UnenforceableError
 from turret.server.http.tools.grammar import CallsGrammar
 from turret.server.http.tools.reader import AnswerReader
-from turret.server.models.chat_format import ChatFormat
+from turret.server.models.chat_template import ChatFormat
 from turret.server.models.tokenizer import RenderedChat, Tokenizer
 
 CHAT = "/v1/chat/completions"

@@ -18,7 +18,7 @@ from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import InvalidRequestError
 from turret.server.http.tools.grammar import CallsGrammar
 from turret.server.http.tools.reader import AnswerReader, message_of
-from turret.server.models.chat_format import ChatFormat
+from turret.server.models.chat_template import ChatFormat
 from turret.server.models.tokenizer import RenderedChat, Tokenizer
 
 CHAT = "/v1/chat/completions"

@@ -15,8 +15,9 @@ from turret.kernels.cpu.row_adapters import (
     ProjectionShape,
     RowAdapters,
     RowSegment,
+    SparseBlocks,
+    blocks_bytes,
 )
-from turret.kernels.cpu.sparse import SparseBlocks, blocks_bytes
 
 NATIVE = pytest.mark.skipif(
     native.library() is None or DEVICE.type != "cpu", reason="compiled for the processor"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from kernel_traffic import circulant, error_ratio
 
-from turret.kernels.cpu.circulant import CirculantFactors
 from turret.kernels.cpu.native import has_native_products
 from turret.kernels.cpu.row_adapters import (
+    CirculantFactors,
     ModuleSizes,
     ModuleTable,
     ProjectionShape,

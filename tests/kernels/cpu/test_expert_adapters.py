@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from turret.kernels.cpu import native
-from turret.kernels.cpu.expert_adapters import ExpertAdapters, ExpertTable
+from turret.kernels.cpu.row_adapters import ExpertAdapters, ExpertTable
 from turret.kernels.expert_routing import route_reference
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")

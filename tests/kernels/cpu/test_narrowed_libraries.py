@@ -41,7 +41,7 @@ from turret.kernels.between import row_rms_norm
 from turret.kernels.rows.elementwise import row_exp_
 from turret.kernels.rows.linear import MAX_REDUCTION, row_addmm_, row_linear
 from turret.kernels.rows.elementwise import row_silu
-from turret.kernels.rows.tables import table_product
+from turret.kernels.rows.linear import table_product
 from turret.kernels.rows.trial import cancelling, choices
 from turret.server.adapters.operators.hadamard import Hadamard
 

@@ -24,7 +24,7 @@ import torch
 from kernel_traffic import error_ratio
 
 from turret.kernels.cpu import native
-from turret.kernels.cpu.paged_attention import NativeAttentionPlan, paged_attention
+from turret.kernels.cpu.layers import NativeAttentionPlan, paged_attention
 from turret.kernels.cpu.row_adapters import (
     HadamardFactors,
     KroneckerFactors,

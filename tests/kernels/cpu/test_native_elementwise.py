@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from kernel_traffic import error_ratio
 
 from turret.kernels.cpu import native
-from turret.kernels.cpu.elementwise import (
+from turret.kernels.cpu.layers import (
     add_rms_norm,
     clamped_swiglu,
     gelu_mul,

@@ -33,9 +33,7 @@ from turret.server.models.families import read_arch
 from turret.server.models.loader import eos_token_ids
 from turret.server.models.model_source import resolve_model
 from turret.server.models.sources import gguf_header
-from turret.server.models.sources.cache import default_cache_dir
-from turret.server.models.sources.check import check_model
-from turret.server.models.sources.embedded import MODEL_NAME, find_gguf
+from turret.server.models.sources.check import MODEL_NAME, check_model, default_cache_dir, find_gguf
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.tokenizer import Tokenizer
 

@@ -26,10 +26,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 from turret.server.errors import InvalidRequestError
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import resolve_model
-from turret.server.models.sources.cache import default_cache_dir
-from turret.server.models.sources.check import check_model
+from turret.server.models.sources.check import check_model, default_cache_dir
 from turret.server.models.sources.gguf_file import open_gguf
-from turret.training.settings.targets import told_projections
+from turret.training.settings.checks import told_projections
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}

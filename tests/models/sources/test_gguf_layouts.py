@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GgufConfig
 
 from turret.server.models.loader import eos_token_ids, load_decoder
 from turret.server.models.model_source import resolve_model
-from turret.server.models.sources.cache import default_cache_dir
+from turret.server.models.sources.check import default_cache_dir
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from turret.server.errors import InvalidRequestError
 from turret.server.models.model_source import resolve_model
-from turret.server.models.weights.expert_stacks import dequantize_mxfp4
+from turret.server.models.weights.nf4_experts import dequantize_mxfp4
 
 WEIGHTS = "model.safetensors"
 EXPERTS = "model.layers.1.mlp.experts"

@@ -15,10 +15,9 @@ from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from turret.server.errors import InvalidRequestError
-from turret.server.models.model_source import ModelSource, resolve_model
-from turret.server.models.sources.cache import default_cache_dir
+from turret.server.models.model_source import ModelSource, dequantize_float8, resolve_model
+from turret.server.models.sources.check import default_cache_dir
 from turret.server.models.sources.model_directory import scale_block
-from turret.server.models.stored_tensors import dequantize_float8
 
 WEIGHTS = "model.safetensors"
 # Of E4M3.

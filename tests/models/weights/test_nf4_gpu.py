@@ -8,7 +8,7 @@ from gpu_path import use_coarse_tiles
 
 from turret.kernels.gpu import common as tuning_module
 from turret.kernels.nf4_matmul import Nf4Matrix
-from turret.server.adapters.peft_format.dora_gain import dora_gain
+from turret.server.adapters.peft_format.reading import dora_gain
 from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight
 
 DTYPE = torch.float32

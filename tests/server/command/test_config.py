@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from start_problems import parse, read, refused
 
-from turret.server.basics.byte_size import format_byte_size, parse_byte_size
-from turret.server.basics.settings import SettingsError
+from turret.server.basics.settings import SettingsError, format_byte_size, parse_byte_size
 from turret.server.cli import main
 from turret.server.command.flags import Settings
 from turret.server.config import (

@@ -7,9 +7,9 @@ import re
 from checkout import ROOT
 from pages.operations_page import PAGE, meanings, rendered
 
-from turret.server.api.admin.adapters import MAX_UPLOADS
-from turret.server.api.admin.uploads import IDLE_SECONDS, MAX_CONFIG_BYTES
+from turret.server.api.admin import MAX_UPLOADS
 from turret.server.api.faults import TABLE
+from turret.server.api.uploads import IDLE_SECONDS, MAX_CONFIG_BYTES
 from turret.server.metrics import MAX_ADAPTER_LABELS, Metrics
 from turret.v1 import adapters_pb2
 

@@ -19,15 +19,16 @@ from safetensors.numpy import save_file
 from said import says
 from start_problems import found, parse, reasons, refused
 
-from turret.server.basics.confined.confined import Confined, ConfinedError
+from turret.server.basics.confined import Confined, ConfinedError
 from turret.server.cli import main
 from turret.server.command import preflight
 from turret.server.command.preflight import problems
-from turret.server.hub.adapters import AdapterHub
+from turret.server.hub import AdapterHub
 from turret.server.models.families import served_types
 from turret.server.words import Text, say
 from turret.training.errors import ConfigError, RunError
 from turret.training.run.folder import RunFolder
+from turret.training.settings.checks import check_inputs
 from turret.training.settings.config import (
     BaseConfig,
     DataConfig,
@@ -36,7 +37,6 @@ from turret.training.settings.config import (
     RunConfig,
     TrainConfig,
 )
-from turret.training.settings.inputs import check_inputs
 
 ADAPTERS = ROOT / "examples" / "adapters"
 

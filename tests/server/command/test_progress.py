@@ -9,13 +9,13 @@ import sys
 import pytest
 from rich.console import Console
 
-from turret.server import progress
+from turret.server import log
 
 
 def test_what_takes_long_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     clock = iter(range(1000))
-    report = progress._lines(lambda: 0.5 * next(clock))
+    report = log._lines(lambda: 0.5 * next(clock))
     for done in range(40):
         report("Quantising", done, 40)
     said = [record.__dict__["fields"] for record in caplog.records]
@@ -31,11 +31,11 @@ def test_a_line_of_log_stands_above_the_bar_and_a_stop_ends_it(
 ) -> None:
     drawn = io.StringIO()
     console = Console(file=drawn, force_terminal=True, width=60, color_system=None)
-    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    monkeypatch.setattr(log, "Console", lambda **_: console)
     root, handler = logging.getLogger(), logging.StreamHandler(sys.stderr)
     monkeypatch.setattr(root, "handlers", [handler])
     long = "call finished [bold] " + "x" * 100
-    with progress.progress_bar() as report:
+    with log.progress_bar() as report:
         report("Loading layers", 6, 30)
         root.warning(long)
         # The line before it is gone, and the bar is drawn again below.
@@ -43,7 +43,7 @@ def test_a_line_of_log_stands_above_the_bar_and_a_stop_ends_it(
         assert before.endswith("\x1b[2K")
         assert after.startswith("\n")
         assert "Loading layers" in after
-        progress.end_bars()
+        log.end_bars()
         assert drawn.getvalue().endswith("\x1b[?25h")
         ended = len(drawn.getvalue())
         report("Loading layers", 7, 30)

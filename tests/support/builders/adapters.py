@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.base import (
     BaseModel,
     BaseModule,
@@ -37,10 +38,9 @@ from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.input_blocks import InputBlocks
 from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.adapters.operators.modulated_base import ModulatedBase
-from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
 from turret.server.adapters.operators.pair_rotation import PairRotation
 from turret.server.adapters.operators.sparse import Sparse
-from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
+from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
 from turret.server.errors import AdapterCheckpointError
 
 BASE_NAME = "tests/tiny-llama"

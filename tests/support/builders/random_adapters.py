@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from turret.server.models.decoding.arch import Arch
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import resolve_model
-from turret.server.models.sources.cache import default_cache_dir
+from turret.server.models.sources.check import default_cache_dir
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

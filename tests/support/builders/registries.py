@@ -13,14 +13,11 @@ from pathlib import Path
 
 from builders.adapters import base_of, lora_config, save_peft_adapter, tiny_llama
 
+from turret.server.adapters.adapter import AdapterRef, HostResult, Mix, Source
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.mix import HostResult, Mix
-from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.residency.loader import LoadedAdapter
-from turret.server.adapters.source import Source
-from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
-from turret.server.adapters.state.state_dir import StateDir
+from turret.server.adapters.state_dir import StagedUpload, StateDir, UploadedFile
 from turret.server.errors import TurretError
 from turret.server.metrics import Metrics
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
 
-from turret.server.adapters.mix import Mix
+from turret.server.adapters.adapter import Mix
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.request import (
     Request,

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from turret.training.settings.config_file import build_config
+from turret.training.settings.config import build_config
 from turret.training.settings.resolve import Resolved, resolve
 
 # What a method asks of a config that trains it on ``write_words``, whose prompts end so.

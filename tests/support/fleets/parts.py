@@ -16,9 +16,8 @@ from turret.fleet.protocol import (
     Join,
     key_of,
 )
-from turret.server.adapters.facts import AdapterFacts
-from turret.server.adapters.source import Source
-from turret.server.adapters.state.saved_registration import SavedRegistration
+from turret.server.adapters.adapter import AdapterFacts, Source
+from turret.server.adapters.state_dir import SavedRegistration
 from turret.server.errors import StorageFullError, TurretError
 
 

@@ -13,9 +13,9 @@ from builders.registries import tiny_base
 from turret.fleet.follower import Channel, ReplicaLink
 from turret.fleet.registry_host import FleetStore, RegistryHost
 from turret.fleet.replica import ReplicaParts, ReplicaRegistry
+from turret.server.adapters.adapter import HostResult, Mix
 from turret.server.adapters.base import BaseModel, ChangedBase, Precision
-from turret.server.adapters.merge.merger import Edit
-from turret.server.adapters.mix import HostResult, Mix
+from turret.server.adapters.merger import Edit
 from turret.server.config import AdapterConfig
 from turret.server.errors import UnavailableError
 from turret.server.metrics import Metrics

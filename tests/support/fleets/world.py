@@ -17,8 +17,8 @@ from fleets.promises import NAMES, Caller, Promises
 from turret.fleet import protocol as m
 from turret.fleet.protocol import Member, key_of
 from turret.fleet.registry import FleetRegistry
-from turret.server.adapters.source import Source
-from turret.server.adapters.state.saved_registration import SavedRegistration
+from turret.server.adapters.adapter import Source
+from turret.server.adapters.state_dir import SavedRegistration
 from turret.server.errors import InvalidRequestError, TurretError, UnavailableError
 
 LEASE_SECONDS = 5.0

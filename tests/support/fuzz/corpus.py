@@ -17,8 +17,8 @@ from fuzz.doors import METHODS, PATHS
 from fuzz.recipes import recipe
 from google.protobuf.message import Message
 
+from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.v1 import adapters_pb2, inference_pb2
 
 CORPUS = ROOT / "tests" / "fuzz" / "corpus"
@@ -128,7 +128,7 @@ def encoded(messages: list[Message], method: str) -> bytes:
 
 def _saved(folder: Path) -> Iterator[tuple[str, bytes]]:
     """What is written to disk."""
-    from turret.server.adapters.state.state_dir import StateDir
+    from turret.server.adapters.state_dir import StateDir
 
     registries = Registries(folder)
     registry: AdapterRegistry = registries(load="a", state=StateDir(folder / "state", 1 << 20))

@@ -17,18 +17,16 @@ from grpc_health.v1 import health_pb2
 from servers.fakes import FakeEngine, FakeMerger, fake_backend
 
 from turret.server.adapters.fuse.fuser import Fuser
-from turret.server.adapters.state.state_dir import StateDir
-from turret.server.api.access.shares import Shares
-from turret.server.api.admin.adapters import Adapters
+from turret.server.adapters.state_dir import StateDir
+from turret.server.api.access import Shares
+from turret.server.api.admin import Adapters
 from turret.server.api.gate import ServingGate
-from turret.server.api.inference.inference import Inference
+from turret.server.api.inference import Inference
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.server import HttpServer
 from turret.server.metrics import Metrics
-from turret.server.rpc.adapters import AdaptersServicer
-from turret.server.rpc.health import HealthServicer
-from turret.server.rpc.inference import InferenceServicer
 from turret.server.rpc.interceptor import CallInterceptor
+from turret.server.rpc.services import AdaptersServicer, HealthServicer, InferenceServicer
 from turret.v1 import adapters_pb2, inference_pb2
 
 CALL_SECONDS = 20.0

@@ -20,12 +20,11 @@ from builders.registries import tiny_base
 from fuzz.doors import METHODS, PATHS, Doors
 from fuzz.recipes import body
 
-from turret.server.adapters.checkpoint.json_files import parse_config
-from turret.server.adapters.checkpoint.safetensors_header import read_header
+from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE, Source
+from turret.server.adapters.checkpoint.files import parse_config, read_header
 from turret.server.adapters.residency.loader import AdapterLoader
-from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE, Source
-from turret.server.adapters.state.saved_registration import SavedRegistration
-from turret.server.api.access.tokens import TokenTable
+from turret.server.adapters.state_dir import SavedRegistration
+from turret.server.api.access import TokenTable
 from turret.server.errors import TurretError
 from turret.v1 import adapters_pb2
 

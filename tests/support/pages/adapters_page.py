@@ -11,7 +11,7 @@ from pages.adapter_costs import render_costs
 
 from turret.server.adapters.methods import METHODS, AnyMethod
 from turret.server.adapters.methods.unserved import UNSERVED
-from turret.server.adapters.peft_format.config.rules import Irrelevant, Rejected, Rule, Used
+from turret.server.adapters.peft_format.config_rules import Irrelevant, Rejected, Rule, Used
 
 PAGE = ROOT / "docs" / "adapters.md"
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from checkout import ROOT
 
-from turret.server.basics.settings import fields_of, tables_of
-from turret.server.basics.toml_text import toml_value
+from turret.server.basics.settings import fields_of, tables_of, toml_value
 from turret.training.methods import METHODS
 from turret.training.methods.method import PeftMethod
 from turret.training.settings.config import TrainConfig

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from builders.registries import Waiter, refs, stage_directory, tiny_base
 
-from turret.server.adapters.adapter_info import AdapterInfo
+from turret.server.adapters.adapter import AdapterInfo
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.state.state_dir import StateDir
+from turret.server.adapters.state_dir import StateDir
 
 NAMES = ("x", "y", "z")
 PATHS = ("a", "b", "c", "d")

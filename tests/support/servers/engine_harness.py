@@ -13,8 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 from turret.fleet.replica import ReplicaParts
-from turret.server.adapters.head import Head
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef, Head
 from turret.server.api.gate import Backend
 from turret.server.api.vocabularies import Vocabulary
 from turret.server.build import build_backend

@@ -10,15 +10,18 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from turret.server.adapters.adapter_info import AdapterInfo
-from turret.server.adapters.chat_template import OwnTemplate
-from turret.server.adapters.facts import AdapterFacts
-from turret.server.adapters.head import SINGLE_LABEL, Head
-from turret.server.adapters.merge.state import Merge, MergedAdapter, MergeReport, MergeState
+from turret.server.adapters.adapter import (
+    SINGLE_LABEL,
+    AdapterFacts,
+    AdapterInfo,
+    Head,
+    OwnTemplate,
+)
+from turret.server.adapters.merger import Merge, MergedAdapter, MergeReport, MergeState
 from turret.server.api.gate import Backend
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
 from turret.server.basics.work import Cancellation
-from turret.server.constraints.constraint import KeptConstraints
+from turret.server.constraints.compiler import KeptConstraints
 from turret.server.engine.scheduling.request import (
     AdapterUse,
     Finish,
@@ -35,8 +38,8 @@ from turret.server.errors import (
     AdapterNotFoundError,
     NotMergedError,
 )
-from turret.server.models.chat_format import ChatFormat
-from turret.server.models.model_info import ModelInfo
+from turret.server.models.chat_template import ChatFormat
+from turret.server.models.describe import ModelInfo
 from turret.server.models.tokenizer import RenderedChat
 
 VOCAB_SIZE = 256

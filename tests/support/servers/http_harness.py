@@ -14,12 +14,11 @@ import httpx2
 import uvicorn.server
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
-from turret.server.api.access.shares import MOST_CONNECTIONS, Shares
-from turret.server.api.access.tokens import TokenTable
-from turret.server.api.admin.adapters import Adapters
+from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable
+from turret.server.api.admin import Adapters
 from turret.server.api.faults import Failures
 from turret.server.api.gate import ServingGate
-from turret.server.api.inference.inference import Inference
+from turret.server.api.inference import Inference
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.server import HttpServer
 from turret.server.metrics import Metrics

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from turret.server.api.admin.adapters import Adapters
+from turret.server.api.admin import Adapters
 from turret.server.api.faults import Failures
 from turret.server.api.gate import ServingGate
-from turret.server.api.inference.inference import Inference
+from turret.server.api.inference import Inference
 from turret.server.http.endpoint import Route
 from turret.server.http.server import routes
 from turret.server.metrics import Metrics

@@ -14,11 +14,10 @@ from google.rpc import error_details_pb2, status_pb2
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
 from turret.clients.calls.connections import answer_of
-from turret.server.api.access.shares import MOST_CONNECTIONS, Shares
-from turret.server.api.access.tokens import TokenTable
-from turret.server.api.admin.adapters import Adapters
+from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable
+from turret.server.api.admin import Adapters
 from turret.server.api.gate import Backend, ServingGate
-from turret.server.api.inference.inference import Inference
+from turret.server.api.inference import Inference
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.metrics import Metrics
 from turret.server.rpc.server import RpcServer

@@ -10,10 +10,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from turret.server.adapters.adapter import Adapter
-from turret.server.adapters.facts import AdapterFacts
+from turret.server.adapters.adapter import Adapter, AdapterFacts, Source
 from turret.server.adapters.residency.loader import LoadedAdapter
-from turret.server.adapters.source import Source
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, SequenceState, Step
 from turret.server.engine.speculation import Drafter

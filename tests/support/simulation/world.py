@@ -25,21 +25,14 @@ from simulation.parts import (
     facts_of,
 )
 
-from turret.server.adapters.adapter import Adapter
+from turret.server.adapters.adapter import Adapter, AdapterRef, Mix, Source
 from turret.server.adapters.base import ChangedBase
-from turret.server.adapters.mix import Mix
-from turret.server.adapters.ref import AdapterRef
-from turret.server.adapters.registry.name_locks import NameLocks
-from turret.server.adapters.registry.name_table import NameTable
-from turret.server.adapters.registry.registration import Registration
-from turret.server.adapters.registry.unloads import Unloads
+from turret.server.adapters.registry.name_table import NameLocks, NameTable, Registration
+from turret.server.adapters.registry.registry import Unloads
 from turret.server.adapters.residency.leases import Leases
-from turret.server.adapters.source import Source
-from turret.server.adapters.state.no_state_dir import NoStateDir
-from turret.server.engine.answer import Answer
-from turret.server.engine.base_change import BaseChange
-from turret.server.engine.detokenizer import AnswerText
-from turret.server.engine.loop import EngineLoop, Outbox
+from turret.server.adapters.state_dir import NoStateDir
+from turret.server.engine.answer import Answer, AnswerText
+from turret.server.engine.loop import BaseChange, EngineLoop, Outbox
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.request import Output, Request, StopConditions
 from turret.server.engine.scheduling.scheduler import Scheduler

@@ -15,16 +15,16 @@ from safetensors.torch import load_file
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.training.data.batches import make_batch
-from turret.training.data.examples import (
+from turret.training.base_model import load_model, without_peft_warnings
+from turret.training.batches import make_batch
+from turret.training.errors import ConfigError, DataError
+from turret.training.examples import (
     Encoded,
     Example,
     encode,
     invocation_before_answers,
     invocation_of,
 )
-from turret.training.errors import ConfigError, DataError
-from turret.training.models.base_model import load_model, without_peft_warnings
 from turret.training.run.samples import draw_samples
 from turret.training.settings.config import DataConfig
 from turret.training.trainer import Trainer, attach, make_loss, trainable

@@ -15,8 +15,8 @@ from servers.engine_harness import EngineHarness, make_request
 
 from turret.clients.evaluation.answer_metrics import macro_f1
 from turret.server.engine.scheduling.request import Pooling
+from turret.training.batches import make_batch
 from turret.training.classifier import ClassifierLoss, label_scores, make_loss
-from turret.training.data.batches import make_batch
 from turret.training.errors import ConfigError, DataError
 from turret.training.report import render_report
 from turret.training.run.folder import read_metrics

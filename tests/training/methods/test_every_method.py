@@ -21,16 +21,15 @@ from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.errors import BudgetExceededError
+from turret.training.base_model import load_model, without_peft_warnings
 from turret.training.errors import ConfigError
 from turret.training.loss import LossFunction, learning_rate, make_optimizer, set_learning_rate
 from turret.training.methods import METHODS
-from turret.training.models.base_model import load_model, without_peft_warnings
 from turret.training.plan import make_plan
 from turret.training.run.folder import RunFolder, read_metrics
 from turret.training.run.progress import training_progress
 from turret.training.serving_cost import served_base, serving_cost
-from turret.training.settings.config import OptimizerConfig
-from turret.training.settings.config_file import build_config
+from turret.training.settings.config import OptimizerConfig, build_config
 from turret.training.settings.resolve import Resolved
 from turret.training.sweep import sweep
 from turret.training.trainer import Trainer, attach, pad_token, trainable, validation_loss

@@ -24,9 +24,9 @@ from method_oracle import prompt_of, twin
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
-from turret.training.data.batches import IGNORED, TrainingBatch, make_batch, pack_rows
-from turret.training.data.examples import Encoded
+from turret.training.batches import IGNORED, TrainingBatch, make_batch, pack_rows
 from turret.training.errors import ConfigError
+from turret.training.examples import Encoded
 from turret.training.fusion import FusionLoss, FusionModel, read_components
 from turret.training.loss import LossFunction
 from turret.training.trainer import Trainer, attach

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 
+from turret.training.base_model import find_base, load_model
 from turret.training.errors import ConfigError
-from turret.training.memory.estimate import estimate_memory
-from turret.training.models.base_model import find_base, load_model
+from turret.training.memory import estimate_memory
 from turret.training.serving_cost import serving_cost
 from turret.training.trainer import Trainer
 

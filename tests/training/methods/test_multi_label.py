@@ -20,11 +20,11 @@ from turret.clients.evaluation.answer_metrics import (
     micro_f1_of_sets,
 )
 from turret.server.engine.scheduling.request import Pooling
+from turret.training.batches import make_batch
 from turret.training.classifier import MultiLabelLoss, label_scores, make_loss
-from turret.training.data.batches import make_batch
-from turret.training.data.examples import Example, encode_prompt, read_examples
 from turret.training.errors import DataError
-from turret.training.memory.estimate import estimate_memory
+from turret.training.examples import Example, encode_prompt, read_examples
+from turret.training.memory import estimate_memory
 from turret.training.run.folder import read_metrics
 from turret.training.settings.config import DataConfig
 from turret.training.trainer import Trainer, attach

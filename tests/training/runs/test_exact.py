@@ -21,12 +21,12 @@ from said import says
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from turret.training import trainer
-from turret.training.data.batches import make_batch, pack_rows
+from turret.training.base_model import find_base, load_model
+from turret.training.batches import make_batch, pack_rows
 from turret.training.errors import RunError
 from turret.training.loss import HEAD_ROWS, LossFunction
-from turret.training.models.base_model import find_base, load_model
 from turret.training.run.folder import read_metrics
-from turret.training.settings.config_file import render_config
+from turret.training.settings.config import render_config
 from turret.training.trainer import Trainer
 from turret.training.verbs import _with_errors
 from turret.training.words import say

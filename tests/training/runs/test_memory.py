@@ -13,8 +13,7 @@ from builders.bases.tiny_models import BOS, EOS, VOCAB_SIZE, tiny_tokenizer
 from builders.training import REQUIRED, resolve_tiny, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from turret.training.memory.estimate import LiveBytes, estimate_memory
-from turret.training.memory.rehearsal import _why_failed
+from turret.training.memory import LiveBytes, _why_failed, estimate_memory
 from turret.training.methods import METHODS
 from turret.training.trainer import attach, trainable
 

@@ -20,8 +20,8 @@ from rich.console import Console
 
 from turret.server.cli import main
 from turret.training import trainer, verbs
-from turret.training.data.examples import Encoded
-from turret.training.models.base_model import without_peft_warnings
+from turret.training.base_model import without_peft_warnings
+from turret.training.examples import Encoded
 from turret.training.report import Curve, curves_svg, render_report, smoothed
 from turret.training.run import progress
 from turret.training.run.folder import RunFolder, read_metrics

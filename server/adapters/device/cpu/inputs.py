@@ -22,9 +22,7 @@ import torch.nn.functional as F
 from turret.kernels.cpu.layers import PROJECTIONS, NativeInputs
 from turret.kernels.cpu.row_adapters import RowAdapters
 from turret.server.adapters.device.cpu.tables import AdapterTable, ModuleNumbers
-from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.device.members import Members
-from turret.server.adapters.device.store import BaseProduct
+from turret.server.adapters.device.store import BaseProduct, Members, ProjectionLayout
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,24 @@ import torch
 from turret.kernels.cpu.native import num_threads
 from turret.kernels.cpu.row_adapters import RowAdapters, RowSegment
 from turret.kernels.expert_routing import Routing
-from turret.server.adapters.device.cpu.experts import CpuExpertUpdates, CpuStepExperts
 from turret.server.adapters.device.cpu.inputs import StepInputs
-from turret.server.adapters.device.cpu.tables import AdapterTable, AdapterTables, ModuleNumbers
-from turret.server.adapters.device.kernels import has_kernel
-from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.device.members import Members, StepMembers
+from turret.server.adapters.device.cpu.tables import (
+    AdapterTable,
+    AdapterTables,
+    CpuExpertUpdates,
+    CpuStepExperts,
+    ModuleNumbers,
+)
 from turret.server.adapters.device.reference import Reference, StepReference
-from turret.server.adapters.device.store import BaseProduct, OnMoved, StepStore
+from turret.server.adapters.device.store import (
+    BaseProduct,
+    Members,
+    OnMoved,
+    ProjectionLayout,
+    StepMembers,
+    StepStore,
+    has_kernel,
+)
 
 
 class CpuStore(StepStore):

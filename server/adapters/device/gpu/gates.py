@@ -33,9 +33,7 @@ from turret.server.adapters.device.gpu.pack import (
     moves_of,
 )
 from turret.server.adapters.device.gpu.uploads import aligned, apart
-from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.device.members import Members
-from turret.server.adapters.device.store import Part
+from turret.server.adapters.device.store import Members, Part, ProjectionLayout
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.gate import Gate
 

@@ -13,9 +13,7 @@ import torch
 
 from turret.kernels.gpu.fusion_gate import WORDS
 from turret.server.adapters.device.gpu.uploads import by_layers
-from turret.server.adapters.device.kernels import has_kernel
-from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.device.store import Part
+from turret.server.adapters.device.store import Part, ProjectionLayout, has_kernel
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.low_rank import LowRank

@@ -25,10 +25,7 @@ from turret.kernels.gpu.tables import (
 )
 from turret.server.adapters.device.gpu.pack import Form, GpuPack
 from turret.server.adapters.device.gpu.uploads import aligned, apart
-from turret.server.adapters.device.kernels import has_kernel
-from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.device.members import Members
-from turret.server.adapters.device.store import Part
+from turret.server.adapters.device.store import Members, Part, ProjectionLayout, has_kernel
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.kronecker import Kronecker

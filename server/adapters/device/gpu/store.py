@@ -30,16 +30,17 @@ from turret.server.adapters.device.gpu.slot_tables import (
     GpuTables,
 )
 from turret.server.adapters.device.gpu.uploads import Uploads, beside_steps
-from turret.server.adapters.device.kernels import has_kernel
-from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.device.members import Members, StepMembers
 from turret.server.adapters.device.reference import Reference, StepReference
 from turret.server.adapters.device.store import (
     AdapterMemoryError,
     AdapterStore,
     BaseProduct,
+    Members,
     OnMoved,
+    ProjectionLayout,
     Resident,
+    StepMembers,
+    has_kernel,
 )
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.gate import Gate

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from turret.server.adapters.methods.kit import *
-from turret.server.adapters.peft_format.config.lora_rules import (
+from turret.server.adapters.peft_format.lora_rules import (
     LORA_IGNORED,
     LORA_KEYS,
     LORA_REFUSED,

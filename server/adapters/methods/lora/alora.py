@@ -12,8 +12,8 @@ from dataclasses import replace
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.lora.lora import METHOD as LORA
-from turret.server.adapters.operators.module_names import EMBEDDING
-from turret.server.adapters.peft_format.config.lora_rules import INVOCATION
+from turret.server.adapters.operators.vocabulary import EMBEDDING
+from turret.server.adapters.peft_format.lora_rules import INVOCATION
 
 _EVERYWHERE = "it changes tokens before the invocation, which the base alone must compute"
 

@@ -23,8 +23,8 @@ from turret.server.adapters.methods.lora.lora import METHOD as LORA
 from turret.server.adapters.methods.lora.lora import A, B
 from turret.server.adapters.operators.gate import PrototypeScore
 from turret.server.adapters.operators.low_rank import LowRank
-from turret.server.adapters.peft_format.config.lora_rules import ARROW
-from turret.server.adapters.peft_format.config.vocabulary_rules import listed_twice
+from turret.server.adapters.peft_format.config_rules import listed_twice
+from turret.server.adapters.peft_format.lora_rules import ARROW
 
 # Power-iteration steps and tolerance; same as PEFT's.
 _ITERATIONS, _EPS = 15, 1e-8

@@ -12,7 +12,7 @@ from dataclasses import replace
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.lora.lora import MAGNITUDE, A, B
 from turret.server.adapters.methods.lora.lora import METHOD as LORA
-from turret.server.adapters.peft_format.dora_gain import dora_gain
+from turret.server.adapters.peft_format.reading import dora_gain
 
 
 def _operators(m: Module) -> list[Piece]:

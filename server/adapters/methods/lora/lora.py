@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 from turret.server.adapters.methods.kit import *
-from turret.server.adapters.peft_format.config.lora_rules import (
+from turret.server.adapters.peft_format.expert_checkpoint import name_modules
+from turret.server.adapters.peft_format.lora_rules import (
     ARROW,
     INVOCATION,
     LORA_IGNORED,
@@ -22,7 +23,6 @@ from turret.server.adapters.peft_format.config.lora_rules import (
     LORA_REFUSED,
     VARIANTS,
 )
-from turret.server.adapters.peft_format.target_parameters import name_modules
 
 A, B, LORA_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 MAGNITUDE, DIAGONAL = "lora_magnitude_vector", "lora_diag"

@@ -18,8 +18,7 @@ from typing import Any
 
 from turret.kernels.fusion_gate import GATE_MULTIPLE, given_gate_reference
 from turret.server.adapters.base import BaseModel, BaseSizes
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
-from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.component import (
     COMPONENTS_KEY,
     FindComponent,
@@ -27,8 +26,7 @@ from turret.server.adapters.component import (
     is_components,
 )
 from turret.server.adapters.lowering.components import filled_up, find_components, update_of
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering.lowered import Lowered, finish
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.operators.gate import GivenScore
 from turret.server.adapters.operators.token_router import TokenRouter

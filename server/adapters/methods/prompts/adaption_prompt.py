@@ -16,12 +16,10 @@ from dataclasses import replace
 from typing import Any
 
 from turret.server.adapters.base import BaseModel, BaseSizes
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.finite import all_finite
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.lowered import Lowered
-from turret.server.adapters.lowering.weight_products import weight_times
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
+from turret.server.adapters.checkpoint.reader import all_finite
+from turret.server.adapters.lowering.lowered import Lowered, finish
+from turret.server.adapters.lowering.pieces import weight_times
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.operators.constant_kv import ConstantKv
 from turret.server.adapters.peft_format.refusals import unknown_tensors

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from turret.server.adapters.checkpoint.findings import MAX_REPORTED
+from turret.server.adapters.checkpoint.adapter_checkpoint import MAX_REPORTED
 from turret.server.adapters.methods.kit import *
 from turret.server.errors import BudgetExceededError
 

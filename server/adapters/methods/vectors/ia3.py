@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from turret.server.adapters.methods.kit import *
-from turret.server.adapters.peft_format.config.pattern_match import Pattern, match_all
+from turret.server.adapters.peft_format.targets import Pattern, match_all
 
 _VECTOR, _KEY = "ia3_l", "feedforward_modules"
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from turret.server.adapters.adapter import TENSORS_FILE
 from turret.server.adapters.base import BaseModel, BaseNorm, BaseSizes
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
+from turret.server.adapters.lowering.lowered import Lowered, finish
 from turret.server.adapters.methods.kit import *
-from turret.server.adapters.peft_format.config.targets import resolve_targets
-from turret.server.adapters.source import TENSORS_FILE
+from turret.server.adapters.peft_format.targets import resolve_targets
 
 _SUFFIX = ".ln_tuning_layers.weight"
 

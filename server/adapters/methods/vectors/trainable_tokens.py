@@ -9,19 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from turret.server.adapters.adapter import TENSORS_FILE
 from turret.server.adapters.base import BaseModel, BaseSizes
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
-from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
+from turret.server.adapters.lowering.lowered import Lowered, finish
 from turret.server.adapters.methods.kit import *
-from turret.server.adapters.operators.module_names import EMBEDDING, HEAD
-from turret.server.adapters.operators.vocabulary import VocabularyOperators, VocabularyRows
-from turret.server.adapters.peft_format.config.targets import resolve_targets
-from turret.server.adapters.peft_format.config.vocabulary_rules import is_token_list
+from turret.server.adapters.operators.vocabulary import (
+    EMBEDDING,
+    HEAD,
+    VocabularyOperators,
+    VocabularyRows,
+)
+from turret.server.adapters.peft_format.config_rules import is_token_list
 from turret.server.adapters.peft_format.refusals import unknown_tensors
-from turret.server.adapters.peft_format.vocabulary.rows import read_rows
-from turret.server.adapters.source import TENSORS_FILE
+from turret.server.adapters.peft_format.targets import resolve_targets
+from turret.server.adapters.peft_format.vocabulary_checkpoint import read_rows
 
 _SUFFIX = ".trainable_tokens_delta"
 # Where PEFT wraps a tied head twice, it saves the same rows a second time.

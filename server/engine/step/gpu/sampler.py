@@ -18,17 +18,18 @@ from turret.kernels.gpu.tables import SamplingTable, has_streams, upload
 from turret.kernels.likeliest import apply_token_mask
 from turret.server.engine.scheduling.request import SamplingParams, StopConditions
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.adjustment import Adjustment
-from turret.server.engine.step.masks import Mask, TokenMask
+from turret.server.engine.step.batch import NOTHING_ADDED
 from turret.server.engine.step.sampler import (
     NO_MASKS,
     NOTHING_DRAWN,
+    Adjustment,
     Draw,
+    Mask,
     Sampler,
+    TokenMask,
     UniformStream,
     masked_rows,
 )
-from turret.server.engine.step.vocabulary_plan import NOTHING_ADDED
 
 _HOST = torch.device("cpu")
 # Larger numbers are not exact in fp32, and no vocabulary has this many tokens.

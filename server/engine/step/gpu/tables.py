@@ -22,7 +22,7 @@ from turret.kernels.gpu.tables import (
     upload,
 )
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.rows import StepRows
+from turret.server.engine.step.batch import StepRows
 from turret.server.models.decoding.arch import Arch
 
 # Block numbers of the running sequences on the device, kept from step to step.

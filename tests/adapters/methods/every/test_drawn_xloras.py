@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from turret.server.adapters.operators.gate import Gate
-from turret.server.engine.step.first_passes import first_scalings, scalings
+from turret.server.engine.step.batch import first_scalings, scalings
 
 EXAMPLES = 20
 NUM_TOKENS = 9

@@ -24,11 +24,7 @@ from said import says
 
 from turret.server.adapters.methods import METHODS, method_for
 from turret.server.adapters.methods.unserved import UNSERVED
-from turret.server.adapters.peft_format.config.rules import (
-    Irrelevant,
-    Rejected,
-    Used,
-)
+from turret.server.adapters.peft_format.config_rules import Irrelevant, Rejected, Used
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterMismatchError,

@@ -23,8 +23,8 @@ from servers.engine_harness import Answer, EngineHarness, make_request
 from torch import Tensor, nn
 
 from turret.kernels.cpu import native
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.methods import METHODS
-from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.scheduling.request import Request
 
 Variants = dict[str, tuple[str, dict[str, Any]]]

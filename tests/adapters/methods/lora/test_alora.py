@@ -26,7 +26,7 @@ from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 
 from turret.kernels.cpu import native
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Step

@@ -19,10 +19,10 @@ from builders.methods import make_config, save_adapter
 from builders.mixes.fuse import Fusions, model
 from said import says
 
+from turret.server.adapters.adapter import Source
 from turret.server.adapters.component import Component, ComponentRef
 from turret.server.adapters.lowering.components import check_fusable
-from turret.server.adapters.source import Source
-from turret.server.adapters.state.saved_registration import SavedRegistration
+from turret.server.adapters.state_dir import SavedRegistration
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterMismatchError,

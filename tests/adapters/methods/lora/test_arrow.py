@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import LoraLayer
 from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef
 
 LORAS: dict[str, dict[str, Any]] = {
     "one": {},

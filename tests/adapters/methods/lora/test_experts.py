@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.basics.work import Cancellation
 from turret.server.errors import BudgetExceededError, InvalidRequestError, TurretError
 

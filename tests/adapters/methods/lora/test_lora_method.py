@@ -27,7 +27,7 @@ from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import METHODS, method_for
-from turret.server.adapters.peft_format import dora_gain
+from turret.server.adapters.peft_format import reading
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterMismatchError,
@@ -210,14 +210,14 @@ def test_dora_takes_its_norm_from_the_served_weight(tmp_path: Path) -> None:
 def test_the_gain_does_not_depend_on_the_block(
     elements: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dora_gain, "_ELEMENTS_PER_BLOCK", elements)
+    monkeypatch.setattr(reading, "_ELEMENTS_PER_BLOCK", elements)
     generator = torch.Generator().manual_seed(3)
     # Strided, as the embedding is.
     weight = torch.randn(*reversed(shape), generator=generator).T
     a = torch.randn(4, shape[1], generator=generator)
     b = torch.randn(shape[0], 4, generator=generator)
     magnitude = torch.rand(1, shape[0], generator=generator) + 0.5
-    gain = dora_gain.dora_gain(magnitude, a, b, 2.5, weight)
+    gain = reading.dora_gain(magnitude, a, b, 2.5, weight)
     norm = (weight.double() + 2.5 * b.double() @ a.double()).norm(dim=1)
     torch.testing.assert_close(gain.double(), magnitude.double()[0] / norm, rtol=1e-6, atol=0)
     assert gain.dtype == torch.float32

@@ -31,7 +31,7 @@ from said import says
 
 from turret.server.adapters.base import BaseModule
 from turret.server.adapters.methods import method_for
-from turret.server.adapters.peft_format import dora_gain as dora_gain_module
+from turret.server.adapters.peft_format import reading as dora_gain_module
 from turret.server.errors import AdapterMismatchError
 
 Q = "model.layers.0.self_attn.q_proj"

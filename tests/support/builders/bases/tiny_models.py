@@ -39,10 +39,8 @@ from transformers.utils import logging
 
 from turret.server.models.describe import describe_base
 from turret.server.models.loader import load_decoder
-from turret.server.models.model_source import resolve_model
-from turret.server.models.sources.cache import default_cache_dir
-from turret.server.models.sources.embedded import find_gguf
-from turret.server.models.stored_tensors import text_name
+from turret.server.models.model_source import resolve_model, text_name
+from turret.server.models.sources.check import default_cache_dir, find_gguf
 
 BOS, EOS = 256, 257
 VOCAB_SIZE = 258

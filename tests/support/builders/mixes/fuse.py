@@ -19,14 +19,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from turret.server.adapters.allowed import Allowed
-from turret.server.adapters.fuse.combination import Combination
+from turret.server.adapters.adapter import AdapterRef
+from turret.server.adapters.base import Allowed
+from turret.server.adapters.fuse.combination import Combination, FuseResult
 from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser
-from turret.server.adapters.fuse.result import FuseResult
-from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.state.state_dir import StateDir
+from turret.server.adapters.state_dir import StateDir
 from turret.server.basics.work import Cancellation
 from turret.server.errors import TurretError
 

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
+from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 
 PREFIX = "base_model.model."
 

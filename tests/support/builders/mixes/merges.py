@@ -10,9 +10,9 @@ from builders.methods import make_config, save_adapter
 from method_oracle import prompt_of, twin
 from servers.engine_harness import Answer, EngineHarness, make_request
 
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.base import Precision
-from turret.server.adapters.merge.state import MergeState
-from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.merger import MergeState
 from turret.server.basics.work import Cancellation
 
 ARCHITECTURE = "qwen2"

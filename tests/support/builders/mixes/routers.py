@@ -14,7 +14,7 @@ from peft import ArrowConfig, PeftModel, create_arrow_model
 from safetensors.torch import save_file
 from torch import nn
 
-from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
+from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 
 
 def arrow_model(

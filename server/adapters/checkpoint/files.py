@@ -1,0 +1,320 @@
+"""The JSON and safetensors files of an adapter's directory, checked completely before their use."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from turret.server.adapters.adapter import CONFIG_FILE, MAX_CONFIG_BYTES, PROVENANCE_FILE
+from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
+from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
+from turret.server.basics.files import why_lfs_pointer
+from turret.server.basics.settings import about_bytes
+from turret.server.errors import AdapterCheckpointError, BudgetExceededError
+from turret.server.words import Text, say
+
+# JSON as these files need it: one object, no repeated key, no NaN, nothing that is not text.
+
+
+# Longest key of the outermost object: error messages repeat it, and no format needs more.
+MAX_KEY_CHARS = 512
+
+
+class FormatError(ValueError):
+    """A file breaks its format.
+
+    Attributes:
+        why: The fault, fit for a client.
+    """
+
+    def __init__(self, why: Text) -> None:
+        super().__init__(why)
+        self.why = why
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise FormatError(say("JSON_DUPLICATE_KEY", key=key))
+        result[key] = value
+    return result
+
+
+def _constant(name: str) -> Any:
+    raise FormatError(say("JSON_NOT_FINITE", value=name))
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Parses UTF-8 JSON whose top level is an object.
+
+    Returns:
+        The object. Every string in it can be encoded as UTF-8, so it can be sent to a client.
+
+    Raises:
+        FormatError: Anything else.
+    """
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=_pairs, parse_constant=_constant)
+    except UnicodeDecodeError:
+        raise FormatError(say("NOT_UTF8")) from None
+    except RecursionError:
+        raise FormatError(say("JSON_TOO_NESTED")) from None
+    except FormatError:
+        raise
+    except ValueError as error:
+        raise FormatError(say("NOT_JSON", problem=str(error))) from None
+    if not isinstance(value, dict):
+        raise FormatError(say("NOT_A_JSON_OBJECT"))
+    for key in value:
+        if len(key) > MAX_KEY_CHARS:
+            raise FormatError(say("JSON_KEY_TOO_LONG", most=MAX_KEY_CHARS, key=key))
+    # UTF-8 cannot encode surrogates, so only a \u escape can produce one.
+    if b"\\u" in data:
+        for key, item in value.items():
+            if not (_is_text(key) and _is_text(item)):
+                raise FormatError(say("JSON_HALF_CHARACTER", key=ascii(key)[1:-1]))
+    return value
+
+
+def _is_text(value: Any) -> bool:
+    """Whether UTF-8 can encode every string in a parsed value."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            try:
+                part.encode()
+            except UnicodeEncodeError:
+                return False
+        elif isinstance(part, dict):
+            waiting += (*part.keys(), *part.values())
+        elif isinstance(part, list):
+            waiting += part
+    return True
+
+
+# The JSON files of an adapter's directory, read without torch.
+
+
+# Values of these keys stay in memory and on disk, and go to every client that lists adapters.
+_NAMES = ("base_model_name_or_path", "revision")
+MAX_NAME_CHARS = 512
+
+
+def parse_config(data: bytes, path: str) -> dict[str, Any]:
+    """``adapter_config.json`` of the adapter ``path``.
+
+    Raises:
+        AdapterCheckpointError: It or a name in it is too long, or it is no JSON object.
+    """
+    findings = Findings(path)
+    config: dict[str, Any] = {}
+    if len(data) > MAX_CONFIG_BYTES:
+        findings.add(CONFIG_FILE, say("FILE_TOO_LARGE", most=MAX_CONFIG_BYTES))
+    else:
+        try:
+            config = parse_object(data)
+        except FormatError as error:
+            is_pointer = why_lfs_pointer(data)
+            findings.add(CONFIG_FILE, say("LFS_POINTER") if is_pointer else error.why)
+    for key in _NAMES:
+        value = config.get(key)
+        if isinstance(value, str) and len(value) > MAX_NAME_CHARS:
+            findings.add(key, say("TOO_MANY_CHARACTERS", most=MAX_NAME_CHARS, found=len(value)))
+    findings.raise_if_any()
+    return config
+
+
+def read_base_digest(directory: AdapterDirectory) -> str:
+    """The base's digest that ``turret train`` wrote; "" if there is no readable one."""
+    if not directory.has(PROVENANCE_FILE):
+        return ""
+    try:
+        with directory.open_file(PROVENANCE_FILE) as file:
+            digest = parse_object(file.read(MAX_CONFIG_BYTES))["base"]["digest"]
+    except (AdapterCheckpointError, OSError, ValueError, LookupError, TypeError):
+        return ""
+    return digest if isinstance(digest, str) else ""
+
+
+# The safetensors header, checked completely before any tensor byte is read.
+#
+# Layout: 8 bytes little-endian header length, that many bytes of JSON (``{name: {"dtype", "shape",
+# "data_offsets": [begin, end]}, "__metadata__": {...}}``), then the data. Offsets count from the
+# end of the header and must tile the data: no gap, no overlap. No torch: a start looks at headers
+# before it is there.
+
+
+# 80 layers of 7 modules with 4 tensors each need about half a megabyte.
+MAX_HEADER_BYTES = 8 << 20
+MAX_DIMENSIONS = 4
+MAX_EXTENT = 1 << 31
+_MAX_SHARED_BYTES = 256 << 10
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+# Bytes per element, by safetensors dtype: weights, and the integers that some methods use as
+# indices. 8-bit floats are left out because they mean an unsupported format.
+ITEM_BYTES = {
+    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2},
+    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1},
+}
+
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """The location of one tensor: ``[begin, end)`` in bytes from the end of the header.
+
+    ``dtype`` is a key of ``ITEM_BYTES``.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    def is_floating_point(self) -> bool:
+        return self.dtype in _FLOATS
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsHeader:
+    """``raw`` is the header as read (length word included); ``entries`` are in file order."""
+
+    raw: bytes
+    entries: tuple[TensorEntry, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return sum(entry.num_elements for entry in self.entries)
+
+
+def read_header(file: BinaryIO, file_bytes: int) -> SafetensorsHeader:
+    """Reads and checks the header; the file is left at the first data byte.
+
+    Args:
+        file: Open at its start.
+        file_bytes: Size of the whole file.
+
+    Raises:
+        FormatError: The file breaks the format or its limits.
+    """
+    word = file.read(8)
+    if why_lfs_pointer(word):
+        raise FormatError(say("LFS_POINTER"))
+    if len(word) != 8:
+        raise _cut_short(file_bytes, 8)
+    (length,) = struct.unpack("<Q", word)
+    if length > MAX_HEADER_BYTES:
+        raise _invalid(say("HEADER_TOO_LARGE", found=length, most=MAX_HEADER_BYTES))
+    text = file.read(length)
+    if len(text) != length:
+        raise _cut_short(file_bytes, 8 + length)
+    parse = _parse_shared if length <= _MAX_SHARED_BYTES else _parse
+    return SafetensorsHeader(word + text, parse(text, file_bytes - 8 - length))
+
+
+def _invalid(why: Text) -> FormatError:
+    return FormatError(say("INVALID_SAFETENSORS", why=why))
+
+
+def _cut_short(found: int, needed: int) -> FormatError:
+    return FormatError(say("FILE_CUT_SHORT", found=found, needed=needed))
+
+
+def check_fits(path: str, header: SafetensorsHeader, max_elements: int, item_bytes: int) -> None:
+    """Refuse an adapter of more weights than host memory may hold.
+
+    Args:
+        path: The adapter's name in messages.
+        header: Header of the adapter's tensor file.
+        max_elements: How many elements it may have.
+        item_bytes: Fewest bytes that each element takes as served.
+
+    Raises:
+        BudgetExceededError: It has more.
+    """
+    elements = header.num_elements
+    if elements > max_elements:
+        needed, budget = elements * item_bytes, max_elements * item_bytes
+        raise over_host_memory(path, needed, budget, elements=elements)
+
+
+def over_host_memory(path: str, needed: int, budget: int, **more: int) -> BudgetExceededError:
+    """The error for an adapter that takes more bytes than all adapters may have."""
+    shown = {"needed": about_bytes(needed), "budget": about_bytes(budget)}
+    return BudgetExceededError(say("OVER_HOST_MEMORY", path=path, bytes=needed, **shown, **more))
+
+
+def _parse(text: bytes, data_bytes: int) -> tuple[TensorEntry, ...]:
+    """The entries, in file order."""
+    table = parse_object(text)
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, Mapping):
+        raise _invalid(say("METADATA_NOT_AN_OBJECT"))
+    entries = sorted(
+        (_entry(name, spec) for name, spec in table.items()), key=lambda e: (e.begin, e.end)
+    )
+    _check_tiling(entries, data_bytes)
+    return tuple(entries)
+
+
+# Adapters made by one recipe differ only in their weights, so thousands share a header.
+_parse_shared = functools.lru_cache(maxsize=16)(_parse)
+
+
+def _is_index(value: Any) -> bool:
+    # Compare types, because a bool is an int too.
+    return type(value) is int and value >= 0
+
+
+def _entry(name: str, spec: Any) -> TensorEntry:
+    if not isinstance(spec, dict) or spec.keys() != _FIELDS:
+        raise _invalid_entry(name)
+    dtype, shape, offsets = spec["dtype"], spec["shape"], spec["data_offsets"]
+    if not isinstance(dtype, str):
+        raise _invalid_entry(name)
+    if dtype not in ITEM_BYTES:
+        choices = ", ".join(ITEM_BYTES)
+        raise _invalid(say("TENSOR_DTYPE_UNSUPPORTED", name=name, value=dtype, choices=choices))
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+        raise _invalid_entry(name)
+    if any(not _is_index(extent) or extent >= MAX_EXTENT for extent in shape):
+        raise _invalid_entry(name)
+    is_pair = isinstance(offsets, list) and len(offsets) == 2
+    if not is_pair or not (_is_index(offsets[0]) and _is_index(offsets[1])):
+        raise _invalid_entry(name)
+    begin, end = offsets
+    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise _invalid_entry(name)
+    return TensorEntry(name, dtype, tuple(shape), begin, end)
+
+
+def _invalid_entry(name: str) -> FormatError:
+    return _invalid(say("TENSOR_ENTRY_INVALID", name=name))
+
+
+def _check_tiling(entries: list[TensorEntry], data_bytes: int) -> None:
+    at = 0
+    for entry in entries:
+        if entry.begin != at:
+            about = {"name": entry.name, "found": entry.begin, "expected": at}
+            raise _invalid(say("TENSORS_NOT_CONTIGUOUS", **about))
+        at = entry.end
+    if at != data_bytes:
+        if at > data_bytes:
+            raise _cut_short(data_bytes, at)
+        raise _invalid(say("TENSOR_DATA_LEFT", found=at, expected=data_bytes))

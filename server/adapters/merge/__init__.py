@@ -1,1 +1,0 @@
-"""Merges a mix into the base, and restores the base."""

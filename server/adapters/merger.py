@@ -1,0 +1,383 @@
+"""Merges a mix into the base and takes it out again, while the server serves.
+
+The merged weights are made beside those that serve, module by module, on the caller's thread. Only
+then do requests wait: those that run finish, the weights change between two steps, and those
+that wait go on with the new base. Whatever ends a merge before that leaves no trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from turret.server import log
+from turret.server.adapters.adapter import AdapterRef, HostResult, Mix
+from turret.server.adapters.base import BaseModel, ChangedBase, Precision
+from turret.server.adapters.checkpoint.adapter_checkpoint import refuse_all
+from turret.server.adapters.operators.adapter_operators import (
+    AdapterOperators,
+    add_delta,
+    beyond_updates,
+    frobenius_norm,
+)
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.basics.work import Cancellation, compute_on_this_thread
+from turret.server.errors import (
+    InvalidRequestError,
+    MergeActiveError,
+    MergeUnderWayError,
+    NotMergedError,
+)
+from turret.server.words import say
+
+# What is merged into the base, and what that did to it.
+
+
+@dataclass(frozen=True, slots=True)
+class MergedAdapter:
+    """A member of the mix, as it was called when it was merged."""
+
+    name: str
+    uuid: str
+    generation: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """How far the stored weights are from the exact ones.
+
+    Attributes:
+        relative_error: ``‖stored − exact‖ / ‖exact‖``, Frobenius norms over all changed modules,
+            where ``exact = W + Σ w_k ΔW_k`` in fp32 and ``stored`` is what is multiplied.
+        update_error: ``‖stored − exact‖ / ‖exact − W‖``: the error as a share of the change. At 1,
+            the mix is lost in the rounding. 0 where nothing was to change.
+        modules: ``relative_error`` of each changed module, by path, in the base's order.
+    """
+
+    relative_error: float
+    update_error: float
+    modules: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merge:
+    """A merge that took effect.
+
+    Attributes:
+        adapters: The mix, in the request's order.
+        precision: How the merged weights are stored.
+        time: Unix seconds.
+        report: How far the stored weights are from the exact ones.
+    """
+
+    adapters: tuple[MergedAdapter, ...]
+    precision: Precision
+    time: float
+    report: MergeReport
+
+
+@dataclass(frozen=True, slots=True)
+class MergeState:
+    """The base's generation, and the merge that it is the result of, or None."""
+
+    base_generation: int
+    merge: Merge | None = None
+
+
+_log = logging.getLogger(__name__)
+
+# NF4 keeps an update if rounding loses at most this share of it. For the example adapters, BF16
+# loses 0.08 to 0.14 and NF4 loses everything (docs/combining.md).
+KEPT_ERROR = 0.1
+# Modules of one decoder layer: NF4 is tried on this many before BF16 is used instead.
+_TRIAL_MODULES = 7
+
+# Makes the engine change the base once no request runs; see ``Engine.change_base``.
+ChangeBase = Callable[[Callable[[], ChangedBase]], "Future[None]"]
+
+
+class Edit(Protocol):
+    """See ``server/models/describe.py``."""
+
+    def put_weight(self, path: str, weight: torch.Tensor) -> torch.Tensor: ...
+    def put_bias(self, path: str, change: torch.Tensor) -> None: ...
+    def join(self) -> None: ...
+    def swap(self) -> None: ...
+
+
+class MergeMetrics(Protocol):
+    """The part of the server's metrics that merges feed."""
+
+    def merge_active(self, active: bool) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedMerge:
+    """Merged weights that do not serve yet, and the mix that they are made of."""
+
+    edit: Edit
+    merge: Merge
+    mix: Mix
+
+
+class Merger:
+    """Merges mixes and takes them out again. Thread-safe; every method but ``state`` blocks.
+
+    Args:
+        registry: Where the adapters are.
+        edit: Begins an edit of the base as loaded.
+        describe: The base with the weights that it has now, as this generation.
+        change_base: See ``ChangeBase``.
+        metrics: Learns whether a merge is active.
+    """
+
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        *,
+        edit: Callable[[Precision], Edit],
+        describe: Callable[[int], BaseModel],
+        change_base: ChangeBase,
+        metrics: MergeMetrics,
+    ) -> None:
+        self._registry = registry
+        self._edit = edit
+        self._describe = describe
+        self._change_base = change_base
+        self._metrics = metrics
+        self._turn = threading.Lock()
+        self._state = MergeState(registry.base.generation)
+        self._active: Edit | None = None
+
+    @property
+    def state(self) -> MergeState:
+        """The current merge state."""
+        return self._state
+
+    def merge(
+        self, refs: Sequence[AdapterRef], precision: Precision | None, cancellation: Cancellation
+    ) -> MergeState:
+        """Makes ``W + Σ w_k ΔW_k`` (and the biases likewise) the base of every later request.
+
+        The update is that of the adapters as served: operators in the serving dtype, gains by the
+        served weight; it is added in fp32. At no time is more than one module dense.
+
+        Args:
+            refs: The mix.
+            precision: How the merged weights are stored; None is NF4 if that keeps the update, else
+                BF16.
+            cancellation: Set when nobody waits for the merge any more; until the weights have
+                changed, that undoes it.
+
+        Raises:
+            InvalidRequestError: Empty, or a member does more than change weights and biases, or a
+                merged weight is not finite.
+            MergeActiveError: A merge is active, or another change is under way.
+            AdapterNotFoundError, BudgetExceededError, AdapterCheckpointError: The adapters cannot
+                be used.
+            UnavailableError: The server stops.
+            TurretError: The one that ``cancellation`` was set with.
+        """
+        with self._only_change():
+            if self._state.merge is not None:
+                raise MergeActiveError(say("MERGE_ACTIVE"))
+            if not refs:
+                raise InvalidRequestError.of("adapters", say("EMPTY_MIX"))
+            prepared = self._prepare(refs, precision, cancellation)
+            try:
+                self._apply(prepared.edit, prepared.merge, cancellation)
+            finally:
+                self._registry.release(prepared.mix)
+        return self._state
+
+    def _prepare(
+        self, refs: Sequence[AdapterRef], precision: Precision | None, cancellation: Cancellation
+    ) -> PreparedMerge:
+        """Merged weights beside those that serve; release their mix in the end."""
+        mix = self._registry.acquire(refs)
+        try:
+            _wait_until_resident(mix, cancellation)
+            _check_mergeable(mix)
+            precision, edit, report = self._build(precision, mix, cancellation)
+        except BaseException:
+            self._registry.release(mix)
+            raise
+        adapters = tuple(
+            MergedAdapter(a.name, a.uuid, a.generation, weight) for a, weight in mix.members
+        )
+        merge = Merge(adapters=adapters, precision=precision, time=time.time(), report=report)
+        return PreparedMerge(edit, merge, mix)
+
+    def _build(
+        self, wanted: Precision | None, mix: Mix, cancellation: Cancellation
+    ) -> tuple[Precision, Edit, MergeReport]:
+        """Stores the weights in the wanted precision, or in the smallest that keeps the update."""
+        base = self._registry.base
+        if wanted is None:
+            edit = self._edit("NF4")
+            report = _build(edit, base, mix, cancellation, most_error=KEPT_ERROR)
+            if report is not None:
+                return "NF4", edit, report
+        precision: Precision = wanted or "BF16"
+        edit = self._edit(precision)
+        report = _build(edit, base, mix, cancellation)
+        assert report is not None, "without a limit it goes to the end"
+        return precision, edit, report
+
+    def unmerge(self, cancellation: Cancellation) -> MergeState:
+        """Puts the base's own weights back: the same memory as before the merge.
+
+        Raises:
+            NotMergedError: No merge is active.
+            MergeActiveError: Another change is under way.
+            UnavailableError, TurretError: As ``merge``.
+        """
+        with self._only_change():
+            if self._active is None:
+                raise NotMergedError(say("NOT_MERGED"))
+            self._apply(self._active, None, cancellation)
+        return self._state
+
+    @contextlib.contextmanager
+    def _only_change(self) -> Iterator[None]:
+        if not self._turn.acquire(blocking=False):
+            raise MergeUnderWayError(say("MERGE_UNDER_WAY"))
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    def _apply(
+        self,
+        edit: Edit,
+        merge: Merge | None,
+        cancellation: Cancellation,
+        generation: int | None = None,
+    ) -> None:
+        """Exchanges weights; the base is then of this generation, or of the next one."""
+        if generation is None:
+            generation = self._state.base_generation + 1
+        state = MergeState(generation, merge)
+
+        def change() -> ChangedBase:
+            edit.swap()
+            self._state, self._active = state, None if merge is None else edit
+            self._metrics.merge_active(merge is not None)
+            return self._registry.change_base(self._describe(state.base_generation))
+
+        outcome = self._change_base(change)
+        if not cancellation.wait(outcome) and outcome.cancel():
+            cancellation.check()
+        outcome.result()
+        members = () if merge is None else tuple(a.name for a in merge.adapters)
+        _log.info(
+            "base changed",
+            extra=log.fields(generation=state.base_generation, merged=",".join(members)),
+        )
+
+
+def _wait_until_resident(mix: Mix, cancellation: Cancellation) -> None:
+    answer: Future[HostResult] = Future()
+    if mix.ensure_host(answer.set_result):
+        return
+    if not cancellation.wait(answer):
+        cancellation.check()
+    result = answer.result()
+    if result.error is not None:
+        raise result.error
+
+
+def _operators(mix: Mix) -> list[tuple[AdapterOperators, float]]:
+    found = []
+    for adapter, weight in mix.members:
+        assert adapter.operators is not None, "a held adapter stays resident"
+        found.append((adapter.operators, weight))
+    return found
+
+
+def _check_mergeable(mix: Mix) -> None:
+    reasons = []
+    for adapter, _ in mix.members:
+        assert adapter.operators is not None, "a held adapter stays resident"
+        beyond = beyond_updates(adapter.operators)
+        if adapter.facts.vocab_size:
+            beyond += ("vocabulary",)
+        if beyond:
+            method, parts = adapter.facts.method, " and ".join(beyond)
+            text = say("NOT_MERGEABLE", adapter=adapter.name, method=method, parts=parts)
+            reasons.append(("adapters", text))
+    refuse_all(reasons)
+
+
+def _build(
+    edit: Edit,
+    base: BaseModel,
+    mix: Mix,
+    cancellation: Cancellation,
+    *,
+    most_error: float = float("inf"),
+) -> MergeReport | None:
+    """Stores every changed module in ``edit``; None once ``update_error`` is over ``most_error``.
+
+    The limit applies once a layer's worth of modules is stored, as a single one is not typical.
+
+    Raises:
+        InvalidRequestError: A merged weight is not finite (names every such module).
+        TurretError: The one that ``cancellation`` was set with.
+    """
+    compute_on_this_thread()
+    members = _operators(mix)
+    errors: list[tuple[str, float]] = []
+    squares = {"error": 0.0, "exact": 0.0, "update": 0.0}
+    overflown = []
+    for path, module in base.modules.items():
+        cancellation.check()
+        ops = [(o.modules[path], weight) for o, weight in members if path in o.modules]
+        if not ops:
+            continue
+        biases = [o.bias * factor for o, factor in ops if o.bias is not None]
+        if biases:
+            edit.put_bias(path, torch.stack(biases).sum(0))
+        weight = module.dequantize()
+        exact = weight.clone()
+        for operators, factor in ops:
+            add_delta(exact, operators, module, factor)
+        update = frobenius_norm(exact - weight)
+        del weight
+        if update == 0.0:
+            continue  # quantising it again would change an unchanged weight
+        stored = edit.put_weight(path, exact)
+        if not bool(torch.isfinite(stored).all()):
+            overflown.append(path)
+            continue
+        size, error = frobenius_norm(exact), frobenius_norm(stored - exact)
+        errors.append((path, error / size))
+        squares["error"] += error**2
+        squares["exact"] += size**2
+        squares["update"] += update**2
+        is_over = _ratio(squares["error"], squares["update"]) > most_error
+        if is_over and len(errors) >= _TRIAL_MODULES:
+            return None
+    if overflown:
+        refuse_all([("adapters", say("MERGE_OVERFLOWS", module=path)) for path in overflown])
+    if _ratio(squares["error"], squares["update"]) > most_error:
+        return None
+    edit.join()
+    return MergeReport(
+        relative_error=_ratio(squares["error"], squares["exact"]),
+        update_error=_ratio(squares["error"], squares["update"]),
+        modules=tuple(errors),
+    )
+
+
+def _ratio(squares: float, reference: float) -> float:
+    return (squares / reference) ** 0.5 if reference else 0.0

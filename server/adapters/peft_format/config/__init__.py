@@ -1,1 +1,0 @@
-"""The allowed content of adapter_config.json, and the modules that it selects."""

@@ -1,0 +1,300 @@
+"""Every key of ``adapter_config.json`` is used, proved irrelevant, or rejected by name."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
+from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
+from turret.server.basics.names import closest
+from turret.server.words import Text, say
+
+# Every key of ``adapter_config.json`` is used, proved irrelevant, or rejected by name.
+#
+# A method states its keys as a table of rules; a key without a rule is rejected. Reading an
+# unknown key as "probably fine" is how servers come to compute the wrong function without a word.
+
+
+# Returns the fault in a value, or None.
+Check = Callable[[Any], Text | None]
+_MAX_SEED = 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """A key that the method reads."""
+
+    check: Check
+
+
+@dataclass(frozen=True, slots=True)
+class Irrelevant:
+    """Has no part in the forward pass, whatever its value; ``why`` is the proof in brief."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Changes the forward pass in a way not served, unless the value is one of ``off``."""
+
+    off: tuple[Any, ...]
+    advice: str
+
+
+Rule = Used | Irrelevant | Rejected
+Rules = Mapping[str, Rule]
+
+
+def same(value: Any, other: Any) -> bool:
+    """Equality that keeps ``0``, ``0.0`` and ``False`` apart."""
+    return type(value) is type(other) and value == other
+
+
+def invalid(value: Any, wanted: str) -> Text:
+    """The fault of a value that is not what it has to be."""
+    return say("INVALID_VALUE", value=value, wanted=wanted)
+
+
+def is_bool(value: Any) -> Text | None:
+    return None if isinstance(value, bool) else invalid(value, "true or false")
+
+
+def is_optional_bool(value: Any) -> Text | None:
+    return None if value is None else is_bool(value)
+
+
+def is_rank(value: Any) -> Text | None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return None if ok else invalid(value, "an integer of at least 1")
+
+
+def is_count(value: Any) -> Text | None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return None if ok else invalid(value, "an integer of at least 0")
+
+
+def is_seed(value: Any) -> Text | None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and -_MAX_SEED <= value < _MAX_SEED
+    return None if ok else invalid(value, "a 64-bit integer")
+
+
+def is_number(value: Any) -> Text | None:
+    # Such values stay exactly representable in fp32 arithmetic; the limit also excludes infinities.
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e9
+    return None if ok else invalid(value, "a number from -1e9 to 1e9")
+
+
+def is_positive(value: Any) -> Text | None:
+    return is_number(value) or (None if value > 0 else invalid(value, "greater than 0"))
+
+
+def is_optional_text(value: Any) -> Text | None:
+    return None if value is None else is_text(value)
+
+
+def is_text(value: Any) -> Text | None:
+    return None if isinstance(value, str) else invalid(value, "a string")
+
+
+def optional(check: Check) -> Check:
+    """A check that also takes null."""
+    return lambda value: None if value is None else check(value)
+
+
+def is_one_of(*allowed: Any) -> Check:
+    def check(value: Any) -> Text | None:
+        if any(same(value, one) for one in allowed):
+            return None
+        return invalid(value, " or ".join(map(json.dumps, allowed)))
+
+    return check
+
+
+def _is_task(value: Any) -> Text | None:
+    if value in (None, "CAUSAL_LM", "FEATURE_EXTRACTION"):
+        return None
+    return invalid(value, "CAUSAL_LM, SEQ_CLS, FEATURE_EXTRACTION or null")
+
+
+COMMON_RULES: Rules = {
+    "peft_type": Used(is_text),
+    # Models with a head and without one are accepted; ``take_classifier`` handles SEQ_CLS before.
+    "task_type": Used(_is_task),
+    "base_model_name_or_path": Used(is_optional_text),
+    "revision": Irrelevant("names the base's commit; the base is compared by shapes and name"),
+    "auto_mapping": Irrelevant("helps PEFT to find the base's class"),
+    "inference_mode": Irrelevant("freezes parameters; this server never trains"),
+    "peft_version": Irrelevant("provenance"),
+    "runtime_config": Irrelevant("PEFT drops it on save and ignores it on load"),
+}
+
+
+def check_config(config: Mapping[str, Any], rules: Rules, findings: Findings) -> None:
+    """Adds a fault for every key that is unknown, malformed or not served."""
+    for key, value in config.items():
+        rule = rules.get(key)
+        match rule:
+            case None:
+                # PEFT adds keys in newer versions; null means that such a feature is off.
+                if value is not None:
+                    findings.add(key, say("UNKNOWN_FIELD", closest=closest(key, rules)))
+            case Used(check):
+                problem = check(value)
+                if problem is not None:
+                    findings.add(key, problem)
+            case Rejected(off, advice):
+                if not any(same(value, one) for one in off):
+                    findings.add(key, say("UNSUPPORTED_VALUE", value=value, why=advice))
+            case Irrelevant():
+                pass
+
+
+Config = Mapping[str, Any]
+
+
+def _accepts_all(config: Config) -> bool:
+    return True
+
+
+def _never(config: Config) -> bool:
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodKeys:
+    """The part of a method that concerns its config.
+
+    Attributes:
+        name: As clients see it, e.g. ``lora``.
+        peft_types: The values of ``peft_type`` (upper case) that it may accept.
+        keys: The config keys that it reads, with a function that says what is wrong with a value.
+        ignored: Config keys that have no part in the forward pass, with the reason.
+        refused: Config keys that change the forward pass in a way that is not served, with the
+            values that switch them off and what to do.
+        bias: Values of ``bias`` that stand for the targeted modules' biases; none means that the
+            config has no such key.
+        conflicts: Returns faults between keys that are each well-formed: pairs of key and reason.
+        accepts: Whether this method, among those of the same ``peft_type``, is the one meant.
+        is_dense: Whether the updates of an adapter with this config are whole matrices, which a
+            server has to allow.
+        on_vocabulary: Whether its factors may also be those of the embedding and of experts.
+        more_integers: Parts of names of tensors that may hold integers, beside those that are
+            declared so.
+    """
+
+    name: str
+    peft_types: Set[str]
+    keys: Mapping[str, Check] = field(default_factory=dict)
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
+    bias: tuple[str, ...] = ()
+    conflicts: Callable[[Config], Iterable[tuple[str, Text]]] | None = None
+    accepts: Callable[[Config], bool] = _accepts_all
+    is_dense: Callable[[Config], bool] = _never
+    on_vocabulary: bool = False
+    more_integers: Set[str] = frozenset()
+
+    @cached_property
+    def rules(self) -> Rules:
+        """A rule for every key that the config may have."""
+        rules: dict[str, Rule] = dict(COMMON_RULES)
+        if self.bias:
+            rules["bias"] = Used(is_one_of("none", "all", *self.bias))
+        rules |= {name: Used(check) for name, check in self.keys.items()}
+        rules |= {name: Irrelevant(why) for name, why in self.ignored.items()}
+        return rules | {name: Rejected(*rejected) for name, rejected in self.refused.items()}
+
+    @cached_property
+    def used(self) -> frozenset[str]:
+        """The keys that the method reads."""
+        return frozenset(name for name, rule in self.rules.items() if isinstance(rule, Used))
+
+    def check_config(self, config: Config, findings: Findings) -> None:
+        """Reports every key that is unknown, malformed or not served."""
+        check_config(config, self.rules, findings)
+        if self.conflicts is not None and not findings.fields & self.used:
+            for name, why in self.conflicts(config):
+                findings.add(name, why)
+
+
+# The config keys about embedding and head, as all methods share them.
+
+
+_NAMES = {name: module for module in (EMBEDDING, HEAD) for name in (module, module.split(".")[-1])}
+_MAX_IDS = 1 << 20
+
+
+def vocabulary_module(name: str) -> str | None:
+    """``model.embed_tokens`` or ``lm_head`` for a name by which PEFT finds it, else None."""
+    return _NAMES.get(name)
+
+
+def is_modules_to_save(value: Any) -> Text | None:
+    """``modules_to_save``: embedding and head are served, other modules are not."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        return invalid(value, "a list of module names or null")
+    others = [name for name in value if vocabulary_module(name) is None]
+    if not others:
+        return None
+    why = "only embed_tokens and lm_head are served as whole modules; express the change as LoRA"
+    return say("UNSUPPORTED_VALUE", value=others, why=why)
+
+
+def is_head_to_save(value: Any) -> Text | None:
+    """``modules_to_save`` of methods whose prompt PEFT embeds by the base's own matrix."""
+    problem = is_modules_to_save(value)
+    if problem is None and EMBEDDING in map(vocabulary_module, value or ()):
+        why = "PEFT does not use a saved embedding beside soft tokens; train it with another method"
+        return say("UNSUPPORTED_VALUE", value=value, why=why)
+    return problem
+
+
+def is_token_indices(value: Any) -> Text | None:
+    """``trainable_token_indices``: a list of ids for the embedding, or lists by module."""
+    if value is None or isinstance(value, list):
+        return None if value is None else is_token_list(value)
+    if not isinstance(value, Mapping):
+        return invalid(value, "a list of token ids, an object of such lists by module, or null")
+    for name, ids in value.items():
+        if vocabulary_module(name) is None:
+            return say("NOT_ADAPTABLE", module=name, method="trainable_tokens")
+        problem = is_token_list(ids)
+        if problem is not None:
+            return say("INVALID_ENTRY", entry=name, why=problem)
+    return None
+
+
+def is_token_list(value: Any) -> Text | None:
+    ok = isinstance(value, list) and 0 < len(value) <= _MAX_IDS
+    if not ok or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
+        return invalid(value, "a non-empty list of token ids")
+    return listed_twice(value)
+
+
+def listed_twice(values: Sequence[Any]) -> Text | None:
+    """The fault of a list that names a value more than once."""
+    twice = next((value for value, count in Counter(values).items() if count > 1), None)
+    return None if twice is None else say("DUPLICATE", value=twice)
+
+
+def token_ids_by_module(value: Any, *, is_tied: bool) -> dict[str, list[int]]:
+    """The rows that ``trainable_token_indices`` (well-formed) selects, by module.
+
+    With tied embeddings the rows of the embedding are rows of the head too, unless the head has
+    other ones of its own (PEFT's ``set_additional_trainable_modules``).
+    """
+    if value is None:
+        return {}
+    by_name = value if isinstance(value, Mapping) else {EMBEDDING: value}
+    found = {_NAMES[name]: list(ids) for name, ids in by_name.items()}
+    if is_tied and EMBEDDING in found:
+        found.setdefault(HEAD, found[EMBEDDING])
+    return found

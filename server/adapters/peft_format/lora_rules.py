@@ -1,0 +1,164 @@
+"""The keys of a LoRA's config, which its variants, embeddings and experts share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from turret.server.adapters.peft_format.config_rules import (
+    Check,
+    invalid,
+    is_bool,
+    is_modules_to_save,
+    is_number,
+    is_optional_bool,
+    is_rank,
+    is_token_indices,
+)
+from turret.server.adapters.peft_format.targets import (
+    MAX_LIST_ITEMS,
+    is_alpha_pattern,
+    is_layer_indexes,
+    is_module_selector,
+    is_optional_module_selector,
+    is_rank_pattern,
+)
+from turret.server.words import Text, say
+
+# Initialisations that leave the base weights unchanged and only set the starting point.
+PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
+# Initialisations that move part of the base weights into the adapter.
+MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga")
+
+
+def is_served_init(value: Any) -> Text | None:
+    """``init_lora_weights``: refuses the kinds whose adapter only fits a changed base."""
+    if isinstance(value, bool) or (isinstance(value, str) and value.lower() in PLAIN_INITS):
+        return None
+    text = str(value).lower()
+    if text.startswith(MUTATING_INITS):
+        why = (
+            "this initialisation changed the base weights; save the adapter again with PEFT's"
+            " path_initial_model_for_weight_conversion, which makes a plain LoRA"
+        )
+    elif text == "loftq":
+        why = "the adapter corrects the error of another quantised base; train it on this base"
+    else:
+        why = "this version does not know the initialisation"
+    return say("UNSUPPORTED_VALUE", value=value, why=why)
+
+
+# Config key of an activated LoRA.
+INVOCATION = "alora_invocation_tokens"
+# Config key of a router between LoRAs.
+ARROW = "arrow_config"
+# Keys that each make LoRA another method; PEFT allows one of them at a time.
+VARIANTS = (
+    "use_dora",
+    "use_bdlora",
+    "use_qalora",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    INVOCATION,
+    ARROW,
+)
+_MONTECLORA_KEYS = (
+    *("sample_scaler", "kl_loss_weight", "buffer_size"),
+    *("num_samples", "dirichlet_prior", "use_entropy"),
+)
+_ARROW_KEYS = (
+    *("top_k", "router_temperature", "rng_seed"),
+    *("task_adapter_names", "use_gks", "gks_adapter_names"),
+)
+_BD_LORA_LISTS = ("target_modules_bd_a", "target_modules_bd_b")
+
+
+def _is_names(value: Any) -> Text | None:
+    is_list = isinstance(value, list) and len(value) <= MAX_LIST_ITEMS
+    if value is None or (is_list and all(isinstance(name, str) and name for name in value)):
+        return None
+    return invalid(value, "a list of names or null")
+
+
+def _is_invocation(value: Any) -> Text | None:
+    """At least one token, as in PEFT's search."""
+    is_list = isinstance(value, list) and 0 < len(value) <= MAX_LIST_ITEMS
+    if value is None or (is_list and all(type(token) is int and token >= 0 for token in value)):
+        return None
+    return invalid(value, "a list of one or more token ids, or null")
+
+
+def _is_selector(value: Any) -> Text | None:
+    return None if value == [] else is_module_selector(value)
+
+
+def _is_object_of(*keys: str) -> Check:
+    def check(value: Any) -> Text | None:
+        if value is None or (isinstance(value, dict) and value.keys() <= set(keys)):
+            return None
+        return invalid(value, f"null or an object with no other keys than {', '.join(keys)}")
+
+    return check
+
+
+def _is_bd_lora(value: Any) -> Text | None:
+    if value is False:
+        return None
+    problem = _is_object_of(*_BD_LORA_LISTS, "nblocks", "match_strict")(value)
+    if value is None or problem is not None:
+        return problem
+    for key in _BD_LORA_LISTS:
+        problem = problem or _is_names(value.get(key))
+    return problem or is_rank(value.get("nblocks"))
+
+
+LORA_KEYS: Mapping[str, Check] = {
+    "target_modules": _is_selector,
+    "exclude_modules": is_optional_module_selector,
+    "modules_to_save": is_modules_to_save,
+    "layers_to_transform": is_layer_indexes,
+    "layers_pattern": is_optional_module_selector,
+    "rank_pattern": is_rank_pattern,
+    "alpha_pattern": is_alpha_pattern,
+    "fan_in_fan_out": is_optional_bool,
+    "r": is_rank,
+    "lora_alpha": is_number,
+    "use_rslora": is_bool,
+    "use_dora": is_bool,
+    "lora_bias": is_bool,
+    "init_lora_weights": is_served_init,
+    "trainable_token_indices": is_token_indices,
+    "ensure_weight_tying": is_optional_bool,
+    "target_parameters": _is_names,
+    INVOCATION: _is_invocation,
+    "use_qalora": is_optional_bool,
+    "use_bdlora": _is_bd_lora,
+    "kasa_config": _is_object_of("beta", "gamma"),
+    "velora_config": _is_object_of("num_groups", "scale", "init_type"),
+    "monteclora_config": _is_object_of(*_MONTECLORA_KEYS),
+    ARROW: _is_object_of(*_ARROW_KEYS),
+}
+_START = "read only at initialisation, which init_lora_weights names"
+_MEGATRON = "picks the layer class in Megatron training"
+LORA_IGNORED: Mapping[str, str] = {
+    "lora_dropout": "dropout is off at inference",
+    "qalora_group_size": "read only with use_qalora",
+    "loftq_config": _START,
+    "eva_config": _START,
+    "corda_config": _START,
+    "lora_ga_config": _START,
+    "megatron_config": _MEGATRON,
+    "megatron_core": _MEGATRON,
+    "merge_weights": "merging behaviour of early PEFT versions in training",
+}
+LORA_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "layer_replication": (
+        (None, []),
+        "it changes the base model's depth; serve the replicated model as its own base",
+    ),
+    "enable_lora": (
+        (None,),
+        "it adapts slices of a fused projection; save the adapter with a current PEFT",
+    ),
+}

@@ -1,1 +1,0 @@
-"""Tokens that an adapter trains or adds: rows of the embedding and the head."""

@@ -1,0 +1,431 @@
+"""The part of a checkpoint that is about the vocabulary: embedding, and rows of the head.
+
+Every method's checkpoint may hold it, and all hold it alike, so it is taken out first; the method
+reads the rest. LoRA on ``lm_head`` is the method's business: the head is a linear module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from turret.lazy_torch import torch
+from turret.server.adapters.base import BaseModel, BaseVocabulary
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
+from turret.server.adapters.operators.vocabulary import (
+    EMBEDDING,
+    HEAD,
+    EmbeddingLowRank,
+    VocabularyOperators,
+    VocabularyRows,
+)
+from turret.server.adapters.peft_format.config_rules import (
+    Rules,
+    Used,
+    check_config,
+    is_modules_to_save,
+    is_token_indices,
+    token_ids_by_module,
+    vocabulary_module,
+)
+from turret.server.adapters.peft_format.lora_rules import LORA_KEYS
+from turret.server.adapters.peft_format.reading import dora_gain
+from turret.server.adapters.peft_format.targets import Targets, is_module_selector, resolve_targets
+from turret.server.words import say
+
+# The names under which PEFT saves tensors of the embedding and the head.
+
+
+WHOLE, FROZEN, ROWS, A, B, MAGNITUDE = "weight", "base", "rows", "a", "b", "magnitude"
+_SUFFIXES = {
+    # PEFT saves the original matrix along with an adapter that targets the module.
+    ".base_layer.weight": FROZEN,
+    ".weight": WHOLE,
+    ".token_adapter.trainable_tokens_delta": ROWS,
+    ".lora_embedding_A": A,
+    ".lora_embedding_B": B,
+    ".lora_magnitude_vector": MAGNITUDE,
+    ".lora_magnitude_vector.weight": MAGNITUDE,
+}
+LOW_RANK = (A, B, MAGNITUDE)
+BY_NAME = {
+    module + suffix: (module, role)
+    for module in (EMBEDDING, HEAD)
+    for suffix, role in _SUFFIXES.items()
+    if module == EMBEDDING or role not in LOW_RANK
+} | {
+    # With a learned prompt, PEFT's prefix is only "base_model.", which leaves these names.
+    "embed_tokens.weight": (EMBEDDING, WHOLE),
+    f"base_model.{HEAD}.weight": (HEAD, WHOLE),
+}
+# Maps a role to (name in the file, tensor).
+Found = dict[str, tuple[str, "torch.Tensor"]]
+
+# With ``save_embedding_layers``, which a resized vocabulary sets, PEFT also saves the content of
+# its wrappers. This maps those additional names to the usual ones.
+_WRAPPED = {
+    f"{module}{suffix}": f"{module}{usual}"
+    for module in (EMBEDDING, HEAD)
+    for suffix, usual in (
+        (".modules_to_save.weight", ".weight"),
+        (".original_module.weight", ".base_layer.weight"),
+        (".token_adapter.base_layer.weight", ".base_layer.weight"),
+    )
+}
+
+
+def without_wrappers(
+    tensors: Mapping[str, torch.Tensor], findings: Findings
+) -> Mapping[str, torch.Tensor]:
+    """The tensors by their usual names. Reports duplicates that are not equal."""
+    if _WRAPPED.keys().isdisjoint(tensors):
+        return tensors
+    result = {name: tensor for name, tensor in tensors.items() if name not in _WRAPPED}
+    for name, usual in _WRAPPED.items():
+        if name not in tensors:
+            continue
+        copy = tensors[name]
+        known = result.setdefault(usual, copy)
+        is_alike = (known.dtype, known.shape) == (copy.dtype, copy.shape)
+        if not is_alike or not torch.equal(known, copy):
+            findings.add(name, say("DIFFERENT_COPY", other=usual))
+    return result
+
+
+# Reads the rows of the embedding and the head that an adapter changes.
+
+
+# Rows compared at once: 8,192 rows of 4,096 numbers take 128 MB in fp32.
+_ROWS_PER_BLOCK = 8192
+
+
+def check_vocabulary(name: str, rows: int, base: BaseVocabulary, findings: Findings) -> bool:
+    """Check that a matrix has one row per token of the base."""
+    if rows == base.size:
+        return True
+    findings.mismatch(name, say("WRONG_COUNT", found=rows, what="tokens", expected=base.size))
+    return False
+
+
+def read_rows(
+    name: str, tensor: torch.Tensor, ids: list[int], base: BaseVocabulary, findings: Findings
+) -> VocabularyRows | None:
+    """The trained rows of some tokens. The tensor has them in the order of the config's ids."""
+    over = [i for i in ids if i >= base.size]
+    if over:
+        why = say("NOT_IN_RANGE", least=0, most=base.size - 1, value=over[0])
+        findings.mismatch(name, why)
+        return None
+    if not findings.check_shape(name, tensor, (len(ids), base.embedding.shape[1])):
+        return None
+    order = torch.tensor(ids).argsort()
+    values = tensor.index_select(0, order).to(base.embedding.dtype).contiguous()
+    return _finite(name, VocabularyRows(torch.tensor(ids)[order], values), findings)
+
+
+def read_matrix(
+    name: str,
+    tensor: torch.Tensor,
+    base_matrix: torch.Tensor,
+    base: BaseVocabulary,
+    findings: Findings,
+) -> VocabularyRows | None:
+    """The rows of a whole matrix that differ from the base's; None if all are the same."""
+    if tensor.ndim != 2:
+        findings.add(name, say("WRONG_SHAPE", shape=list(tensor.shape), expected="2 dimensions"))
+        return None
+    if not check_vocabulary(name, tensor.shape[0], base, findings):
+        return None
+    if not findings.check_shape(name, tensor, tuple(base_matrix.shape)):
+        return None
+    ids = changed_rows(tensor, base_matrix)
+    if not len(ids):
+        return None
+    # If most rows differ, selecting them costs more than it saves.
+    if 2 * len(ids) > base.size:
+        return _finite(name, VocabularyRows(None, _owned(tensor, base_matrix.dtype)), findings)
+    values = tensor.index_select(0, ids).to(base_matrix.dtype).contiguous()
+    return _finite(name, VocabularyRows(ids, values), findings)
+
+
+def changed_rows(tensor: torch.Tensor, base_matrix: torch.Tensor) -> torch.Tensor:
+    """Ids of the rows that differ if both matrices are cast to the coarser of their dtypes."""
+    served = base_matrix.cpu()
+    found = []
+    for start in range(0, len(tensor), _ROWS_PER_BLOCK):
+        mine, theirs = (m[start : start + _ROWS_PER_BLOCK] for m in (tensor, served))
+        is_other = (mine.to(theirs.dtype) != theirs) & (mine != theirs.to(mine.dtype))
+        found.append(is_other.any(dim=1).nonzero().squeeze(1) + start)
+    return torch.cat(found)
+
+
+def _owned(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy, because a view would keep all other tensors of the file in memory."""
+    return tensor.to(dtype, copy=True).contiguous()
+
+
+def _finite(name: str, rows: VocabularyRows, findings: Findings) -> VocabularyRows | None:
+    if bool(torch.isfinite(rows.values).all()):
+        return rows
+    findings.add(name, say("NOT_FINITE", dtype=rows.values.dtype))
+    return None
+
+
+_TOKENS = "trainable_token_indices"
+# The config keys that determine whether and how LoRA adapts the embedding.
+_TARGET_RULES: Rules = {
+    name: Used(LORA_KEYS[name])
+    for name in (
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "exclude_modules"),
+        *("layers_to_transform", "layers_pattern"),
+    )
+} | {"target_modules": Used(is_module_selector)}
+
+
+@dataclass(slots=True)
+class VocabularyPart:
+    """The vocabulary's part of a checkpoint, and the rest for the method.
+
+    Attributes:
+        operators: None if the checkpoint leaves the vocabulary alone.
+        rank: Rank of the embedding's low-rank update; 0 without one.
+        modules: Which of ``embed_tokens`` and ``lm_head`` it changes.
+        rest: The checkpoint without it.
+        base: The base as the method should see it.
+        findings: The faults found.
+    """
+
+    operators: VocabularyOperators | None
+    rank: int
+    modules: tuple[str, ...]
+    rest: AdapterCheckpoint
+    base: BaseModel
+    findings: Findings
+
+
+def take_vocabulary(
+    checkpoint: AdapterCheckpoint, base: BaseModel, *, is_lora: bool
+) -> VocabularyPart:
+    """Splits a checkpoint. Raises nothing; problems are in the findings.
+
+    ``is_lora`` is whether the checkpoint's method may adapt the embedding.
+    """
+    config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
+    found: dict[str, Found] = {EMBEDDING: {}, HEAD: {}}
+    rest = {}
+    for name, tensor in checkpoint.tensors.items():
+        module, role = BY_NAME.get(name, (None, None))
+        if module is None or role is None:
+            rest[name] = tensor
+        elif role in found[module]:
+            findings.add(name, say("DUPLICATE_TENSOR", other=found[module][role][0]))
+        else:
+            found[module][role] = (name, tensor)
+    rows = _trained_rows(config, found, base, findings)
+    saved = saved_modules(config, base)
+    rows |= _whole_matrices(saved, found, base, findings)
+    # PEFT does not adapt modules that it saves whole.
+    base = replace(
+        base,
+        modules={name: module for name, module in base.modules.items() if name not in saved},
+        other_modules=base.other_modules - saved,
+    )
+    low_rank, changes = None, {}
+    if is_lora:
+        if EMBEDDING not in saved:
+            low_rank, changes = _low_rank(config, found[EMBEDDING], base, findings)
+        base = replace(base, other_modules=base.other_modules - {EMBEDDING})
+    else:
+        for name, _ in (found[EMBEDDING][role] for role in LOW_RANK if role in found[EMBEDDING]):
+            findings.add(name, say("UNEXPECTED_TENSOR", by="peft_type"))
+    embedding, head = rows.get(EMBEDDING), rows.get(HEAD)
+    operators = None
+    if embedding is not None or head is not None or low_rank is not None:
+        operators = VocabularyOperators(embedding=embedding, low_rank=low_rank, head=head)
+    modules = [EMBEDDING] * (embedding is not None or low_rank is not None)
+    return VocabularyPart(
+        operators=operators,
+        rank=0 if low_rank is None else low_rank.rank,
+        modules=tuple(m.rpartition(".")[2] for m in (*modules, *[HEAD] * (head is not None))),
+        rest=replace(
+            checkpoint,
+            config={**config, **changes},
+            tensors=rest,
+            is_partial=checkpoint.is_partial or any(role in found[EMBEDDING] for role in LOW_RANK),
+        ),
+        base=base,
+        findings=findings,
+    )
+
+
+def _trained_rows(
+    config: Mapping[str, Any], found: Mapping[str, Found], base: BaseModel, findings: Findings
+) -> dict[str, VocabularyRows | None]:
+    """``trainable_token_indices``; a key at fault is reported by the method's rules."""
+    value = config.get(_TOKENS)
+    rows: dict[str, VocabularyRows | None] = {}
+    if is_token_indices(value) is not None:
+        return rows
+    is_tied = base.vocabulary.is_tied
+    wanted = token_ids_by_module(value, is_tied=is_tied)
+    is_shared = is_tied and wanted.get(HEAD) is not None and wanted[HEAD] == wanted.get(EMBEDDING)
+    for module in (EMBEDDING, HEAD):
+        name, tensor = found[module].get(ROWS, (f"{module}.token_adapter", None))
+        ids = wanted.get(module)
+        if module == HEAD and is_shared:
+            rows[HEAD] = rows.get(EMBEDDING)
+            ids = None
+            # With save_embedding_layers, PEFT saves the shared rows a second time.
+            copied = found[EMBEDDING].get(ROWS, (name, None))[1]
+            if tensor is not None and copied is not None and tensor.dtype == copied.dtype:
+                tensor = None if torch.equal(tensor, copied) else tensor
+        if tensor is not None and ids is not None:
+            rows[module] = read_rows(name, tensor, ids, base.vocabulary, findings)
+        elif tensor is not None:
+            findings.add(name, say("UNEXPECTED_TENSOR", by=_TOKENS))
+        elif ids is not None:
+            findings.add(name, say("MISSING_TENSOR", by=_TOKENS))
+    return rows
+
+
+def saved_modules(config: Mapping[str, Any], base: BaseModel) -> set[str]:
+    """The modules in ``modules_to_save``; the method's rules report a malformed value."""
+    value = config.get("modules_to_save")
+    if is_modules_to_save(value) is not None:
+        return set()
+    saved = {module for name in value or () if (module := vocabulary_module(name)) is not None}
+    is_tied = config.get("ensure_weight_tying") is True and base.vocabulary.is_tied
+    return saved | {HEAD} if is_tied and EMBEDDING in saved else saved
+
+
+def _whole_matrices(
+    saved: set[str], found: Mapping[str, Found], base: BaseModel, findings: Findings
+) -> dict[str, VocabularyRows | None]:
+    """Saved modules, and matrices that PEFT saved along, which must be the base's own."""
+    matrices: dict[str, VocabularyRows | None] = {}
+    vocabulary = base.vocabulary
+    served = {EMBEDDING: vocabulary.embedding, HEAD: vocabulary.head}
+    for module, matrix in served.items():
+        name, tensor = found[module].get(WHOLE, (f"{module}.weight", None))
+        if module in saved:
+            if tensor is None:
+                findings.add(name, say("MISSING_TENSOR", by="modules_to_save"))
+                continue
+            _check_alone(module, found[module], findings)
+            same = found[EMBEDDING].get(WHOLE, (name, tensor))[1]
+            is_tied = EMBEDDING in saved and vocabulary.head is vocabulary.embedding
+            if module == HEAD and is_tied and torch.equal(same, tensor):
+                matrices[HEAD] = matrices.get(EMBEDDING)  # use one copy for both
+            else:
+                matrices[module] = read_matrix(name, tensor, matrix, vocabulary, findings)
+        elif tensor is not None:
+            _check_unchanged(name, tensor, matrix, base, findings)
+        if FROZEN in found[module]:
+            _check_unchanged(*found[module][FROZEN], matrix, base, findings)
+    return matrices
+
+
+def _check_alone(module: str, found: Found, findings: Findings) -> None:
+    for role in (ROWS, *LOW_RANK):
+        if role in found:
+            name = found[role][0]
+            findings.add(name, say("UNEXPECTED_TENSOR", by="modules_to_save"))
+
+
+def _check_unchanged(
+    name: str, tensor: torch.Tensor, matrix: torch.Tensor, base: BaseModel, findings: Findings
+) -> None:
+    if tensor.ndim == 2 and not check_vocabulary(name, tensor.shape[0], base.vocabulary, findings):
+        return
+    if findings.check_shape(name, tensor, tuple(matrix.shape)) and len(
+        changed_rows(tensor, matrix)
+    ):
+        findings.add(name, say("CHANGED_BASE_WEIGHT"))
+
+
+def _low_rank(
+    config: Mapping[str, Any], found: Found, base: BaseModel, findings: Findings
+) -> tuple[EmbeddingLowRank | None, dict[str, Any]]:
+    """LoRA on the embedding, and changes to the config that the method reads.
+
+    With ``ensure_weight_tying`` PEFT adapts the head of a tied base along with the embedding, and
+    saves factors for it, without naming it in the config.
+    """
+    targets = vocabulary_targets(config, base)
+    name, a = found.get(A, (f"{EMBEDDING}.lora_embedding_A", None))
+    if targets is None:
+        return None, {}
+    if EMBEDDING not in targets.targeted:
+        for role in LOW_RANK:
+            if role in found:
+                findings.add(found[role][0], say("UNEXPECTED_TENSOR", by="target_modules"))
+        return None, {}
+    changes = tied_targets(config, targets, base)
+    if ROWS in found:
+        findings.add(found[ROWS][0], say("CONFLICTS_WITH", other="LoRA on the embedding"))
+    b = found.get(B, (f"{EMBEDDING}.lora_embedding_B", None))
+    for role_name, tensor in ((name, a), b):
+        if tensor is None:
+            findings.add(role_name, say("MISSING_TENSOR", by="target_modules"))
+    if a is None or b[1] is None:
+        return None, changes
+    rank = targets.ranks[EMBEDDING]
+    size, hidden = base.vocabulary.embedding.shape
+    if a.ndim == 2 and not check_vocabulary(name, a.shape[1], base.vocabulary, findings):
+        return None, changes
+    is_fit = findings.check_shape(name, a, (rank, size), of_base=False)
+    is_fit &= findings.check_shape(b[0], b[1], (hidden, rank), of_base=False)
+    gain = None
+    if (MAGNITUDE in found) != (config.get("use_dora") is True):
+        by = "use_dora"
+        is_there = MAGNITUDE in found
+        why = say("UNEXPECTED_TENSOR", by=by) if is_there else say("MISSING_TENSOR", by=by)
+        findings.add(f"{EMBEDDING}.lora_magnitude_vector", why)
+        is_fit = False
+    if not is_fit:
+        return None, changes
+    scaling = targets.scaling(EMBEDDING)
+    wide = torch.promote_types(base.dtype, torch.float32)
+    scaled = b[1].to(wide) * scaling
+    if MAGNITUDE in found:
+        magnitude_name, magnitude = found[MAGNITUDE]
+        shapes = (hidden,), (1, hidden), (hidden, 1)
+        if not findings.check_shape(magnitude_name, magnitude, *shapes):
+            return None, changes
+        # An embedding is transposed: its columns are what rows are in a linear module's weight.
+        gain = dora_gain(magnitude, a, b[1], scaling, base.vocabulary.embedding.cpu().T)
+        scaled = scaled * gain.to(wide)[:, None]
+    result = EmbeddingLowRank(
+        a.T.to(base.dtype).contiguous(), scaled.to(base.dtype).contiguous(), gain
+    )
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in result.tensors()):
+        findings.add(name, say("NOT_FINITE", dtype=base.dtype))
+        return None, changes
+    return result, changes
+
+
+def tied_targets(
+    config: Mapping[str, Any], targets: Targets, base: BaseModel
+) -> dict[str, str | list[str]]:
+    """Config changes that target a tied head, if PEFT adapts it along with the embedding."""
+    is_tied = config.get("ensure_weight_tying") is True and base.vocabulary.is_tied
+    if not is_tied or EMBEDDING not in targets.targeted or HEAD in targets.targeted:
+        return {}
+    chosen = config["target_modules"]
+    is_regex = isinstance(chosen, str)
+    return {"target_modules": f"(?:{chosen}|{HEAD})" if is_regex else [*chosen, HEAD]}
+
+
+def vocabulary_targets(config: Mapping[str, Any], base: BaseModel) -> Targets | None:
+    """Whether and how LoRA targets embedding and head; None if a key it takes is at fault."""
+    if not {"r", "lora_alpha", "target_modules"} <= config.keys():
+        return None
+    # Faults found here are dropped, because the method's reader reports them.
+    findings = Findings("")
+    taken = {key: config[key] for key in _TARGET_RULES if key in config}
+    check_config(taken, _TARGET_RULES, findings)
+    if findings.fields:
+        return None
+    targets = resolve_targets(config, [HEAD], [EMBEDDING], findings, base.text_prefix)
+    return None if findings.fields else targets

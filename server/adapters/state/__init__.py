@@ -1,1 +1,0 @@
-"""The data that survives a restart: registrations and uploaded files in --state-dir."""

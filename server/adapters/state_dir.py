@@ -1,0 +1,515 @@
+"""The directory that the registry survives a restart in.
+
+    LOCK                       held by the one server that uses the directory
+    base.json                  the base model that the adapters belong to
+    adapters/<name>.json       a registration each
+    files/<uuid>.<generation>/ the files of an uploaded generation
+    incoming/<random>/         an upload under way; emptied at the start
+
+A registration's file is the truth: what ``files/`` holds beyond it is left over from a crash or
+from a generation that was in use then, and is swept at the start. An operation writes files first
+and the registration last, so a crash leaves the state before it or the state after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from turret.server import log
+from turret.server.adapters.adapter import Adapter, AdapterFacts, Source
+from turret.server.basics.files import (
+    PARTIAL_SUFFIX,
+    move_directory,
+    remove_directory,
+    remove_file,
+    replace_file,
+    reporting_disk_faults,
+    sync_directory,
+)
+from turret.server.basics.settings import about_bytes
+from turret.server.errors import (
+    BudgetExceededError,
+    InvalidRequestError,
+    StateDirRequiredError,
+    StorageFullError,
+)
+from turret.server.words import Text, say
+
+# A registration as a file of the state directory.
+
+
+# Raise the version when fields change, and keep reading older ones. Version 2 added components to
+# the facts, 3 a source's task, 4 the invocation, 5 labels, 6 the size of the vocabulary and the
+# tokenizer, 7 the first pass, 8 the chat template.
+_VERSION = 8
+_READ_VERSIONS = (1, 2, 3, 4, 5, 6, 7, 8)
+
+
+@functools.lru_cache(maxsize=4096)
+def _shared(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """One shared tuple for all adapters with the same values, which most of them have."""
+    return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedRegistration:
+    """The part of a registration that survives a restart; weights are read again when needed."""
+
+    name: str
+    uuid: str
+    generation: int
+    pinned: bool
+    source: Source
+    facts: AdapterFacts
+
+    def to_json(self) -> bytes:
+        fields: dict[str, Any] = {**dataclasses.asdict(self), "version": _VERSION}
+        # The registration's own name field holds this already.
+        del fields["source"]["adapter"]
+        return json.dumps(fields, indent=1).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> SavedRegistration:
+        """Reads what ``to_json`` wrote.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        fields = json.loads(data)
+        if not isinstance(fields, dict) or fields.pop("version", None) not in _READ_VERSIONS:
+            raise ValueError(f"is not a registration of version {_VERSION} or earlier")
+        try:
+            source = Source(**_typed(Source, fields.pop("source")))
+            if source.is_upload:
+                source = dataclasses.replace(source, adapter=fields["name"])
+            facts = AdapterFacts(**_typed(AdapterFacts, fields.pop("facts")))
+            return cls(source=source, facts=facts, **_typed(cls, fields))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"is not a registration: {error}") from None
+
+
+# Annotations are strings in this module, so these names identify the types.
+_TYPES: Mapping[str, Any] = {"str": str, "int": int, "bool": bool}
+_OPTIONAL = " | None"
+
+
+def _typed(kind: Any, values: Any) -> dict[str, Any]:
+    """The values, checked against the fields' types; lists become shared tuples.
+
+    Raises:
+        TypeError: They are no object, or one has another type.
+    """
+    if not isinstance(values, dict):
+        raise TypeError("must be an object")
+    types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        wanted = types.get(name, "")
+        if wanted.endswith(_OPTIONAL):
+            wanted = "" if value is None else wanted.removesuffix(_OPTIONAL)
+        if wanted in _TYPES and type(value) is not _TYPES[wanted]:
+            raise TypeError(f"{name} must be of type {wanted}")
+        if wanted.startswith("tuple"):
+            item = _TYPES[wanted.removeprefix("tuple[").removesuffix(", ...]")]
+            if not isinstance(value, list) or any(type(part) is not item for part in value):
+                raise TypeError(f"{name} must be a list of {item.__name__}")
+            value = _shared(tuple(value))
+        elif name in ("method", "base_model", "chat_template") and isinstance(value, str):
+            value = sys.intern(value)
+        checked[name] = value
+    return checked
+
+
+# An adapter's files on their way in, complete or gone.
+
+
+@dataclass(frozen=True, slots=True)
+class UploadedFile:
+    """A file as announced.
+
+    Attributes:
+        name: Plain file name; the caller has checked it.
+        size_bytes: Exact size.
+        sha256: Lower-case hex, or "" for unchecked.
+    """
+
+    name: str
+    size_bytes: int
+    sha256: str = ""
+
+
+class StagedUpload:
+    """Writes announced files to a directory of its own.
+
+    Methods block on the disk; they may be called from different threads, and ``discard`` at any
+    time.
+
+    Args:
+        directory: Exists, empty, owned by this object until it is moved.
+        files: The announced files; names are distinct.
+    """
+
+    def __init__(self, directory: Path, files: Sequence[UploadedFile]) -> None:
+        self.directory = directory
+        self._missing = {file.name: file for file in files}
+        self._lock = threading.Lock()
+        self._current: UploadedFile | None = None
+        self._file: BinaryIO | None = None
+        self._hash = hashlib.sha256()
+        self._written = 0
+        self._is_over = False
+
+    def write(self, name: str, data: bytes) -> None:
+        """Appends to a file.
+
+        Raises:
+            InvalidRequestError: Not an announced file, out of order, or longer than announced.
+            StorageFullError: The disk is full.
+        """
+        with self._lock, reporting_disk_faults():
+            self._check_open()
+            if self._current is None or self._current.name != name:
+                self._begin(name)
+            assert self._current is not None
+            assert self._file is not None
+            self._written += len(data)
+            if self._written > self._current.size_bytes:
+                raise _refuse(name, say("LONGER_THAN_ANNOUNCED", size=self._current.size_bytes))
+            self._file.write(data)
+            self._hash.update(data)
+            if self._written == self._current.size_bytes:
+                self._complete()
+
+    def finish(self) -> None:
+        """Checks that everything has come, and makes it durable.
+
+        Raises:
+            InvalidRequestError: A file is missing or short.
+        """
+        with self._lock, reporting_disk_faults():
+            self._check_open()
+            for name in self._missing:
+                got = self._written if self._current and self._current.name == name else 0
+                size = self._missing[name].size_bytes
+                raise _refuse(name, say("FILE_CUT_SHORT", found=got, needed=size))
+            sync_directory(self.directory)
+
+    def move(self, target: Path) -> None:
+        """Gives the finished files to the caller, at ``target``; ``discard`` does nothing then."""
+        with self._lock:
+            self._check_open()
+            assert not self._missing, "finish comes first"
+            move_directory(self.directory, target)
+            self._is_over = True
+
+    def discard(self) -> None:
+        """Removes what has come, unless it was moved. Harmless to repeat."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+            if not self._is_over:
+                self._is_over = True
+                remove_directory(self.directory)
+
+    def _begin(self, name: str) -> None:
+        if self._current is not None:
+            raise _refuse(name, say("FILES_INTERLEAVE", other=self._current.name))
+        if name not in self._missing:
+            raise _refuse(name, say("FILE_NOT_ANNOUNCED"))
+        self._current, self._written = self._missing[name], 0
+        self._hash = hashlib.sha256()
+        self._file = (self.directory / name).open("xb")
+
+    def _complete(self) -> None:
+        assert self._current is not None
+        assert self._file is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        name, expected = self._current.name, self._current.sha256
+        if expected and expected != self._hash.hexdigest():
+            raise _refuse(name, say("WRONG_SHA256"))
+        del self._missing[name]
+        self._current = None
+
+    def _check_open(self) -> None:
+        if self._is_over:
+            raise InvalidRequestError(say("UPLOAD_OVER"))
+
+
+def _refuse(name: str, why: Text) -> InvalidRequestError:
+    text = say("BAD_FILE", file=name, why=why)
+    return InvalidRequestError(text, violations=[("chunk", text)])
+
+
+_log = logging.getLogger(__name__)
+
+# An upload must leave this much disk space, so that registrations can still be written.
+MIN_FREE_BYTES = 16 << 20
+
+
+class StateDir:
+    """Thread-safe for different names; one change of a name at a time.
+
+    Args:
+        path: Made if it does not exist.
+        max_upload_bytes: Most bytes of one upload.
+
+    Raises:
+        OSError: It cannot be used.
+        ValueError: Another server uses it.
+    """
+
+    def __init__(self, path: Path, max_upload_bytes: int) -> None:
+        self.path = path.resolve()
+        self._max_upload_bytes = max_upload_bytes
+        self._adapters = self.path / "adapters"
+        self._files = self.path / "files"
+        self._incoming = self.path / "incoming"
+        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = _lock(self.path / "LOCK")
+        for directory in (self._adapters, self._files, self._incoming):
+            directory.mkdir(exist_ok=True, mode=0o700)
+
+    def close(self) -> None:
+        """Lets another server use the directory; nothing may be written any more."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def bind(self, base_name: str, base_digest: str) -> None:
+        """Ties the directory to a base model, the first time; later checks that it is the same.
+
+        Raises:
+            ValueError: It belongs to another base model.
+        """
+        path = self.path / "base.json"
+        if not path.exists():
+            base = {"version": 1, "name": base_name, "digest": base_digest}
+            replace_file(path, json.dumps(base, indent=1).encode())
+            return
+        base: dict[str, Any] = json.loads(path.read_bytes())
+        if base.get("digest") != base_digest:
+            text = say(
+                "STATE_OF_OTHER_BASE", path=self.path, found=base.get("name"), base_model=base_name
+            )
+            raise ValueError(text)
+
+    def read(self, *, sweeps: bool = True) -> list[SavedRegistration]:
+        """Every registration, by name, after removing what a crash left half done.
+
+        A file that cannot be read is reported and left alone, and so are then all uploaded files.
+
+        Args:
+            sweeps: Remove uploads that nothing is registered for; others may be at work on them
+                where a fleet shares the directory.
+        """
+        found: list[SavedRegistration] = []
+        is_complete = True
+        for path in sorted(self._adapters.iterdir()):
+            if path.name.endswith(PARTIAL_SUFFIX):
+                path.unlink()
+                continue
+            try:
+                saved = SavedRegistration.from_json(path.read_bytes())
+                if path.name != f"{saved.name}.json":
+                    raise ValueError(f"is the registration of {saved.name!r}")
+            except (OSError, ValueError) as error:
+                _log.error("cannot restore", extra=log.fields(file=path, reason=error))
+                is_complete = False
+                continue
+            found.append(saved)
+        if not sweeps:
+            return found
+        for path in self._incoming.iterdir():
+            remove_directory(path)
+        if is_complete:
+            kept = {saved.source.path for saved in found if saved.source.is_upload}
+            for path in self._files.iterdir():
+                if str(path.relative_to(self.path)) not in kept:
+                    remove_directory(path)
+        return found
+
+    def save(self, adapter: Adapter, *, pinned: bool, source: Source | None = None) -> None:
+        """Saves a generation as the one that its name has after a restart.
+
+        Args:
+            adapter: The generation.
+            pinned: Whether it is to be pinned then.
+            source: Where its files will be; None for where they are.
+
+        Raises:
+            StorageFullError: The disk is full; what was saved before still holds.
+        """
+        saved = SavedRegistration(
+            name=adapter.name,
+            uuid=adapter.uuid,
+            generation=adapter.generation,
+            pinned=pinned,
+            source=source or adapter.source,
+            facts=adapter.facts,
+        )
+        self.write(saved)
+
+    def write(self, saved: SavedRegistration) -> None:
+        """Saves a registration, to be restored after a restart.
+
+        Raises:
+            StorageFullError: The disk is full; what was saved before still holds.
+        """
+        with reporting_disk_faults():
+            replace_file(self._adapters / f"{saved.name}.json", saved.to_json())
+
+    def remove(self, name: str) -> None:
+        """Forgets a registration; its files are the caller's to discard."""
+        with reporting_disk_faults():
+            remove_file(self._adapters / f"{name}.json")
+
+    def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
+        """Makes room for an upload.
+
+        Raises:
+            BudgetExceededError: Larger than the server takes.
+            StorageFullError: The disk has no room for it.
+        """
+        self.check_room(sum(file.size_bytes for file in files))
+        return stage_below(self._incoming, files)
+
+    def check_room(self, num_bytes: int) -> None:
+        """Raises what ``stage`` raises for files of this size."""
+        check_room_in(self.path, num_bytes, self._max_upload_bytes)
+
+    def staged_source(self, staged: StagedUpload, name: str) -> Source:
+        """The source of a staged upload for adapter ``name`` until it is adopted."""
+        return source_of(staged, self.path, name)
+
+    def adopt(self, staged: StagedUpload, adapter: Adapter) -> None:
+        """Moves a finished upload to its place and points the adapter there."""
+        target = self._files / adapter.key
+        with reporting_disk_faults():
+            staged.move(target)
+        path = str(target.relative_to(self.path))
+        adapter.source = dataclasses.replace(adapter.source, path=path)
+
+    def discard(self, source: Source) -> None:
+        """Removes a generation's files if they were uploaded; others belong to the operator."""
+        if source.is_upload:
+            remove_directory(self.path / source.path)
+
+
+def stage_below(incoming: Path, files: Sequence[UploadedFile]) -> StagedUpload:
+    """An empty upload in a directory of its own."""
+    with reporting_disk_faults():
+        return StagedUpload(Path(tempfile.mkdtemp(dir=incoming)), files)
+
+
+def source_of(staged: StagedUpload, state_dir: Path, name: str) -> Source:
+    """The source of a staged upload for adapter ``name`` until it is adopted."""
+    return Source(str(staged.directory.relative_to(state_dir)), is_upload=True, adapter=name)
+
+
+def check_room_in(path: Path, num_bytes: int, most: int) -> None:
+    """Raises what ``StateDir.stage`` raises for files of this size."""
+    if num_bytes > most:
+        raise BudgetExceededError(say("UPLOAD_TOO_LARGE", bytes=num_bytes, max_upload_bytes=most))
+    with reporting_disk_faults():
+        free = shutil.disk_usage(path).free
+    if num_bytes + MIN_FREE_BYTES > free:
+        shown = {"free": about_bytes(free), "needed": about_bytes(num_bytes + MIN_FREE_BYTES)}
+        raise StorageFullError(say("STATE_DISK_FULL", bytes=num_bytes, **shown))
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        # The kernel releases the lock when the process ends, however that happens.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(say("STATE_DIR_IN_USE", path=path.parent)) from None
+    return descriptor
+
+
+# A server without ``--state-dir``: nothing survives a restart, nothing is uploaded or fused.
+
+
+class NoStateDir:
+    """Replaces ``StateDir``; see there."""
+
+    path: Path | None = None
+
+    def close(self) -> None:
+        pass
+
+    def read(self) -> list[SavedRegistration]:
+        return []
+
+    def save(self, adapter: Adapter, *, pinned: bool, source: Source | None = None) -> None:
+        pass
+
+    def remove(self, name: str) -> None:
+        pass
+
+    def discard(self, source: Source) -> None:
+        pass
+
+    def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
+        raise _required()
+
+    def check_room(self, num_bytes: int) -> None:
+        raise _required()
+
+    def staged_source(self, staged: StagedUpload, name: str) -> Source:
+        raise _required()
+
+    def adopt(self, staged: StagedUpload, adapter: Adapter) -> NoReturn:
+        raise _required()
+
+
+def _required() -> StateDirRequiredError:
+    return StateDirRequiredError(say("STATE_DIR_REQUIRED"))
+
+
+# A fleet's state directory, as its replicas see it: they read it, and one registry writes it.
+
+
+class SharedStateDir(NoStateDir):
+    """Takes in uploads, and saves, moves and removes nothing.
+
+    Args:
+        path: The directory, which the registry has made.
+        max_upload_bytes: Most bytes of one upload.
+    """
+
+    def __init__(self, path: Path, max_upload_bytes: int) -> None:
+        self._path = self.path = path.resolve()
+        self._max_upload_bytes = max_upload_bytes
+
+    def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
+        """As ``StateDir.stage``."""
+        self.check_room(sum(file.size_bytes for file in files))
+        return stage_below(self._path / "incoming", files)
+
+    def check_room(self, num_bytes: int) -> None:
+        """As ``StateDir.check_room``."""
+        check_room_in(self._path, num_bytes, self._max_upload_bytes)
+
+    def staged_source(self, staged: StagedUpload, name: str) -> Source:
+        """As ``StateDir.staged_source``."""
+        return source_of(staged, self._path, name)

@@ -1,0 +1,377 @@
+"""Who may call, and how much at once: tokens, roles, shares of callers."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import logging
+import resource
+import secrets
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from turret.server import log
+from turret.server.basics.files import read_regular
+from turret.server.config import Config
+from turret.server.errors import PermissionDeniedError, QueueFullError, UnauthenticatedError
+from turret.server.words import say
+
+# Bearer tokens with roles.
+
+
+# Values that are read from files, and read again when the files change.
+
+_log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_Stamp = tuple[tuple[int, int, int], ...]
+
+
+class WatchedFiles(Generic[_T]):
+    """Not thread-safe.
+
+    Args:
+        paths: The files.
+        read: Reads them; raises OSError or ValueError if they are no good.
+        what: What they hold, for the log.
+
+    Attributes:
+        newest: What was read last; files that are no good change nothing.
+
+    Raises:
+        OSError: What ``read`` raised.
+        ValueError: What ``read`` raised.
+    """
+
+    def __init__(self, paths: Sequence[Path], read: Callable[[], _T], what: str) -> None:
+        self._paths = tuple(paths)
+        self._read = read
+        self._what = what
+        # Take the stamp before reading: the next look then notices a change made meanwhile.
+        self._seen = self._stamp()
+        self.newest = read()
+
+    def look(self) -> bool:
+        """Read the files again if they have changed; returns whether ``newest`` is another one."""
+        stamp = self._stamp()
+        if stamp is None or stamp == self._seen:
+            return False
+        self._seen = stamp
+        try:
+            for path in self._paths:
+                # Reject a FIFO here: some readers would wait for its writer and block the reload.
+                read_regular(path)
+            self.newest = self._read()
+        except (OSError, ValueError) as error:
+            _log.error(f"{self._what} stay as they were", extra=log.fields(reason=error))
+            return False
+        _log.info(f"{self._what} read again")
+        return True
+
+    def forget(self) -> None:
+        """Make the next look read the files, changed or not."""
+        self._seen = None
+
+    def _stamp(self) -> _Stamp | None:
+        """Changes whenever a file is written or replaced; None while one is missing."""
+        try:
+            stats = [path.stat() for path in self._paths]
+        except OSError:
+            return None
+        return tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats)
+
+
+ROLES = ("inference", "admin", "metrics")
+
+
+def bearer_token(authorization: str) -> str | None:
+    """The token of a header ``Bearer TOKEN``; None if the header has another form."""
+    scheme, _, token = authorization.partition(" ")
+    return token.strip() or None if scheme.lower() == "bearer" else None
+
+
+def token_digest(token: str) -> bytes:
+    """The digest that is stored of a token, which identifies it without disclosing it."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+class TokenTable:
+    """The accepted tokens. Holds digests only, so a dump of it discloses nothing."""
+
+    def __init__(self, entries: Iterable[tuple[str, frozenset[str]]]) -> None:
+        self._entries = tuple((token_digest(token), roles) for token, roles in entries)
+
+    @classmethod
+    def read(cls, path: Path) -> TokenTable:
+        """Read lines ``TOKEN ROLE[,ROLE]``; blank lines and ``#`` lines are skipped.
+
+        Raises:
+            ValueError: A malformed line, an unknown role, a token given twice, or no token at all.
+                Names the line, never its text.
+            OSError: The file cannot be read.
+        """
+        if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            _log.warning("the token file is open to other users; its mode should be 0600")
+        return cls.parse(path)
+
+    @classmethod
+    def parse(cls, path: Path) -> TokenTable:
+        """As :meth:`read`, but without a warning about the file's mode."""
+        entries: dict[str, frozenset[str]] = {}
+        try:
+            text = read_regular(path).decode()
+        except UnicodeDecodeError:
+            raise ValueError(say("TOKEN_FILE_NOT_TEXT", path=path)) from None
+        for number, line in enumerate(text.splitlines(), start=1):
+            words = line.split()
+            if not words or words[0].startswith("#"):
+                continue
+            if len(words) != 2:
+                raise ValueError(say("TOKEN_LINE_MALFORMED", path=path, line=number))
+            token, roles = words[0], frozenset(words[1].split(","))
+            if not (token.isascii() and token.isprintable()):
+                raise ValueError(say("TOKEN_NOT_ASCII", path=path, line=number))
+            if not roles <= set(ROLES):
+                # The unknown word may be a token, so the message does not repeat it.
+                roles_known = ", ".join(ROLES)
+                raise ValueError(say("ROLE_UNKNOWN", path=path, line=number, choices=roles_known))
+            if token in entries:
+                raise ValueError(say("TOKEN_DUPLICATE", path=path, line=number))
+            entries[token] = roles
+        if not entries:
+            raise ValueError(say("TOKEN_FILE_EMPTY", path=path))
+        return cls(entries.items())
+
+    def replace(self, other: TokenTable) -> None:
+        """Accept another table's tokens instead, from the next call on."""
+        self._entries = other._entries
+
+    def has_role(self, role: str) -> bool:
+        """Whether any token has the role."""
+        return any(role in roles for _, roles in self._entries)
+
+    def roles_of(self, token: str) -> frozenset[str] | None:
+        """The roles of a token; None if it is unknown. Takes the same time for every token."""
+        presented = token_digest(token)
+        found = None
+        for digest, roles in self._entries:
+            if hmac.compare_digest(digest, presented):
+                found = roles
+        return found
+
+
+# Bearer tokens with roles, and which role each service asks for.
+
+# Services that are not listed (health, reflection) are open: they reveal nothing about the content.
+SERVICE_ROLES = {
+    "turret.v1.Inference": "inference",
+    "turret.v1.Adapters": "admin",
+    # Not a service of turret.v1: a listening address may serve the metrics too.
+    "metrics": "metrics",
+}
+
+
+def authorize(tokens: TokenTable | None, service: str, authorization: object) -> None:
+    """Let a call pass, or raise.
+
+    Args:
+        tokens: The accepted tokens; None accepts every caller.
+        service: Full name of the service that is called, a key of ``SERVICE_ROLES``. A door that
+            has no services names the one that does the same.
+        authorization: What the client sent as ``authorization``: ``Bearer TOKEN``. Anything but a
+            string is as good as nothing.
+
+    Raises:
+        UnauthenticatedError: No token, or an unknown one.
+        PermissionDeniedError: The token lacks the service's role.
+    """
+    role = SERVICE_ROLES.get(service)
+    if role is None:
+        return
+    if role not in roles_of(tokens, authorization):
+        raise PermissionDeniedError(say("ROLE_MISSING", role=role, service=service))
+
+
+def roles_of(tokens: TokenTable | None, authorization: object) -> frozenset[str]:
+    """The roles of a caller; arguments as for ``authorize``.
+
+    Raises:
+        UnauthenticatedError: No token, or an unknown one.
+    """
+    if tokens is None:
+        return frozenset(ROLES)
+    if not isinstance(authorization, str):
+        raise UnauthenticatedError(say("TOKEN_MISSING"))
+    token = bearer_token(authorization)
+    if token is None:
+        # The header may contain a token, so the message does not repeat it.
+        raise UnauthenticatedError(say("TOKEN_MALFORMED"))
+    roles = tokens.roles_of(token)
+    if roles is None:
+        raise UnauthenticatedError(say("TOKEN_UNKNOWN"))
+    return roles
+
+
+# Limits on a party's open requests, and whose cached prefixes a party may use.
+
+
+# Limits on connections, which leave enough descriptors for files.
+
+# Limit of one listening address. A connection costs a descriptor and, with TLS, tens of KB.
+MOST_CONNECTIONS = 4096
+# Descriptors kept free of connections, for files of adapters and uploads, the log and the model.
+RESERVED_DESCRIPTORS = 512
+# A server with fewer descriptors than the reserve still accepts this many connections.
+_LEAST_CONNECTIONS = 16
+
+
+def most_connections(num_doors: int) -> int:
+    """The limit for each of ``num_doors`` listening addresses; connections beyond it are closed.
+
+    All doors together leave ``RESERVED_DESCRIPTORS``. The process's soft limit of descriptors is
+    raised for that, as far as the hard one allows.
+    """
+    wanted = num_doors * MOST_CONNECTIONS + RESERVED_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY:
+        return MOST_CONNECTIONS
+    share = (soft - RESERVED_DESCRIPTORS) // num_doors
+    return max(min(share, MOST_CONNECTIONS), _LEAST_CONNECTIONS)
+
+
+_RETRY_SECONDS = 1.0
+# How many requests of one call the engine gets at a time: a list of a thousand prompts must not
+# fill the queue that others wait in.
+MAX_AT_A_TIME = 64
+# Keeps salts unpredictable outside this process, even for somebody who knows the tokens.
+_SECRET = secrets.token_bytes(32)
+
+
+def peer_address(peer: str) -> str:
+    """The address of a gRPC peer without its port: ``ipv4:10.0.0.1``; a unix socket is one peer."""
+    return peer.rpartition(":")[0] if peer.startswith("ip") else peer.partition(":")[0]
+
+
+def salt_of(tenant: bytes, asked: str) -> bytes:
+    """The salt of a request's cached blocks; empty if every request may use them.
+
+    Args:
+        tenant: See ``Shares.tenant``.
+        asked: The ``cache_salt`` that the request carries, or nothing.
+    """
+    if not tenant and not asked:
+        return b""
+    return blake2b(tenant + asked.encode(), digest_size=16, key=_SECRET).digest()
+
+
+class Shares:
+    """Counts open requests by bearer token and by client address. Belongs to one event loop.
+
+    Args:
+        per_token: Most of one token; 0 is no limit.
+        per_peer: Most of one client address; 0 is no limit.
+        separates_tokens: Whether the requests of one token find no cached prefix of another's.
+    """
+
+    def __init__(
+        self, per_token: int = 0, per_peer: int = 0, *, separates_tokens: bool = False
+    ) -> None:
+        self._separates_tokens = separates_tokens
+        self._limits = {"token": per_token, "peer": per_peer}
+        self._open: Counter[tuple[str, str]] = Counter()
+
+    @property
+    def least(self) -> int:
+        """The most that any party may have open at once; 0 is no limit."""
+        return min((limit for limit in self._limits.values() if limit), default=0)
+
+    @classmethod
+    def of(cls, config: Config) -> Shares:
+        """The shares that the operator configured."""
+        limits, security = config.scheduler, config.security
+        return cls(
+            limits.max_requests_per_token,
+            limits.max_requests_per_peer,
+            separates_tokens=security.token_file is not None and not security.share_prefixes,
+        )
+
+    def tenant(self, authorization: str | bytes | None) -> bytes:
+        """Identifies whose cached prefixes a request may use; empty if all requests share them."""
+        if not self._separates_tokens or not isinstance(authorization, str):
+            return b""
+        return _token_name(authorization)
+
+    @contextlib.contextmanager
+    def hold(self, authorization: str | bytes | None, peer: str) -> Iterator[None]:
+        """Count a request while the block runs.
+
+        Args:
+            authorization: The header; it tells whose the request is.
+            peer: Where the client is, as gRPC says it: ``ipv4:10.0.0.1:4711``.
+
+        Raises:
+            QueueFullError: The token or the address has as many as it may.
+        """
+        parties = [("peer", peer_address(peer))]
+        if isinstance(authorization, str):
+            parties.append(("token", _token_name(authorization).hex()))
+        limited = [party for party in parties if self._limits[party[0]]]
+        for party in limited:
+            limit = self._limits[party[0]]
+            if self._open[party] >= limit:
+                said = (
+                    say("TOKEN_LIMIT_REACHED", max_requests_per_token=limit)
+                    if party[0] == "token"
+                    else say("PEER_LIMIT_REACHED", max_requests_per_peer=limit)
+                )
+                raise QueueFullError(said, retry_after_seconds=_RETRY_SECONDS)
+        self._open.update(limited)
+        try:
+            yield
+        finally:
+            for party in limited:
+                self._open[party] -= 1
+                if not self._open[party]:
+                    del self._open[party]
+
+
+def _token_name(authorization: str) -> bytes:
+    # Use the token alone, so that spellings of the header do not turn one party into several.
+    return token_digest(bearer_token(authorization) or authorization)
+
+
+@dataclass(frozen=True, slots=True)
+class Party:
+    """The client of a request, whose requests are counted together; see ``Shares.hold``."""
+
+    shares: Shares
+    authorization: str | bytes | None = None
+    peer: str = ""
+
+    def hold(self) -> AbstractContextManager[None]:
+        """Count a request while the block runs.
+
+        Raises:
+            QueueFullError: The party has as many as it may.
+        """
+        return self.shares.hold(self.authorization, self.peer)
+
+    @property
+    def tenant(self) -> bytes:
+        """See ``Shares.tenant``."""
+        return self.shares.tenant(self.authorization)
+
+    @property
+    def most_at_once(self) -> int:
+        """How many answers of one call the engine gets at once, within the party's own limit."""
+        return min(self.shares.least or MAX_AT_A_TIME, MAX_AT_A_TIME)

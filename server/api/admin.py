@@ -1,0 +1,460 @@
+"""What the Adapters service does, whoever asks: messages in, messages out, TurretError.
+
+The control plane loads, replaces, lists, pins, fuses, merges and unloads adapters while traffic
+flows. A door parses what came to it into a message, begins a ``Call``, and awaits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import threading
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from google.protobuf import duration_pb2
+
+from turret.server.adapters.state_dir import UploadedFile
+from turret.server.api.admin_messages import (
+    RESIDENCIES,
+    adapter_message,
+    checked_fuse_request,
+    checked_merge_request,
+    cut_page,
+    fuse_response,
+    make_page_token,
+    merge_state_message,
+    page_length,
+    read_page_token,
+)
+from turret.server.api.call import Call
+from turret.server.api.gate import ServingGate
+from turret.server.api.limits import MAX_PAGE_TOKEN_CHARS, MAX_PATH_CHARS, MAX_WORD_CHARS
+from turret.server.api.uploads import (
+    Messages,
+    check_template,
+    checked_header,
+    most_seconds,
+    next_message,
+    receive_chunks,
+    task_of,
+    template_of,
+)
+from turret.server.api.violations import Violations
+from turret.server.basics.names import closest
+from turret.server.basics.work import Cancellation
+from turret.server.errors import InvalidRequestError, QueueFullError, UnavailableError
+from turret.server.words import say
+from turret.v1 import adapters_pb2
+
+if TYPE_CHECKING:
+    from turret.server.adapters.merger import MergeState
+    from turret.server.adapters.registry.registry import AdapterRegistry, UnloadMode
+
+# Threads for calls that may take long, so that they do not delay tokenising or listing.
+
+
+_T = TypeVar("_T")
+
+
+class SlowCalls:
+    """Runs blocking calls off the event loop.
+
+    Args:
+        num_threads: Calls at a time; more wait their turn.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self._num_threads = num_threads
+        self._num_running = 0
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="turret-adapters")
+
+    def close(self) -> None:
+        """Start no further call; those that run end by themselves."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def run(self, call: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+        """Return or raise what ``call`` does. It continues if the caller is cancelled meanwhile."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, functools.partial(call, *args, **kwargs))
+
+    async def run_now(self, call: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+        """As ``run``, but without waiting for a turn.
+
+        Raises:
+            QueueFullError: All threads are taken.
+        """
+        if self._num_running >= self._num_threads:
+            raise QueueFullError(say("TOO_MANY_CALLS", most=self._num_threads))
+
+        def ended(_: Any) -> None:
+            self._num_running -= 1
+
+        self._num_running += 1
+        running = asyncio.ensure_future(self.run(call, *args, **kwargs))
+        # If the caller is cancelled the thread continues, and is counted until it is done.
+        running.add_done_callback(ended)
+        return await asyncio.shield(running)
+
+    async def open(self, call: Callable[[], _T], undo: Callable[[_T], object]) -> _T:
+        """As ``run``; if the caller is cancelled meanwhile, the result is closed again."""
+        loop = asyncio.get_running_loop()
+        opening = loop.run_in_executor(self._threads, call)
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+
+            def close(future: asyncio.Future[_T]) -> None:
+                if not future.cancelled() and future.exception() is None:
+                    self._threads.submit(undo, future.result())
+
+            opening.add_done_callback(close)
+            raise
+
+
+DEFAULT_UNLOAD_SECONDS = 30.0
+MAX_UNLOAD_SECONDS = 3600.0
+# Concurrent uploads. Each may take up to --max-upload-bytes of the disk before it is validated.
+MAX_UPLOADS = 8
+# A token cannot have all of them.
+MAX_UPLOADS_PER_TOKEN = 6
+_SLOW_CALLS = 32
+_DRAINS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Some of the matching adapters, with the number of matches and of all adapters."""
+
+    shown: list[adapters_pb2.Adapter]
+    num_matching: int
+    num_all: int
+
+
+class Adapters:
+    """Serves adapter calls from the registry behind the gate; all protocols share one instance.
+
+    Every method raises UnavailableError while the gate is closed and InvalidRequestError for a
+    message with offending fields (all of them listed); what else it raises is the registry's, the
+    fuser's or the merger's, whose methods have the same names. Each notes in the call which
+    adapters it is about.
+    """
+
+    def __init__(self, gate: ServingGate) -> None:
+        self._gate = gate
+        # Uploads under way, by ``Call.tenant``.
+        self._uploads: Counter[bytes] = Counter()
+        self._slow = SlowCalls(_SLOW_CALLS)
+        # Drains wait up to an hour for other people's requests: keep them off the loading threads.
+        self._drains = SlowCalls(_DRAINS)
+
+    def close(self) -> None:
+        """Start no further call; those that run end by themselves."""
+        self._slow.close()
+        self._drains.close()
+
+    # New weights
+
+    async def load(
+        self, message: adapters_pb2.LoadAdapterRequest, call: Call
+    ) -> adapters_pb2.Adapter:
+        registry = self._gate.enter().registry
+        name, path = _checked_source(message, call)
+        return adapter_message(
+            await self._slow.run(
+                registry.load,
+                name,
+                path,
+                pinned=message.pinned,
+                task=task_of(message),
+                chat_template=template_of(message),
+            )
+        )
+
+    async def replace(
+        self, message: adapters_pb2.ReplaceAdapterRequest, call: Call
+    ) -> adapters_pb2.Adapter:
+        registry = self._gate.enter().registry
+        name, path = _checked_source(message, call)
+        return adapter_message(
+            await self._slow.run(
+                registry.replace,
+                name,
+                path,
+                expected_generation=_expected_generation(message),
+                task=task_of(message),
+                chat_template=template_of(message),
+            )
+        )
+
+    async def upload(self, messages: Messages, call: Call) -> adapters_pb2.Adapter:
+        """Receive the files of an adapter: a header, then chunks in the order of its files.
+
+        Raises:
+            QueueFullError: ``MAX_UPLOADS`` are under way, or as many as one token may have.
+            DeadlineExceededError: The client was silent for too long.
+        """
+        registry = self._gate.enter().registry
+        if self._uploads.total() >= MAX_UPLOADS:
+            raise QueueFullError(say("TOO_MANY_CALLS", most=MAX_UPLOADS))
+        if call.tenant and self._uploads[call.tenant] >= MAX_UPLOADS_PER_TOKEN:
+            raise QueueFullError(say("TOO_MANY_UPLOADS_OF_TOKEN", most=MAX_UPLOADS_PER_TOKEN))
+        self._uploads[call.tenant] += 1
+        try:
+            return await self._receive(registry, messages, call)
+        finally:
+            self._uploads[call.tenant] -= 1
+            self._uploads += Counter()  # Drops tokens without uploads.
+
+    async def _receive(
+        self, registry: AdapterRegistry, messages: Messages, call: Call
+    ) -> adapters_pb2.Adapter:
+        header = checked_header(await next_message(messages))
+        call.adapters = (header.name,)
+        files = [UploadedFile(file.path, file.size_bytes, file.sha256) for file in header.files]
+        staged = await self._slow.open(
+            lambda: registry.stage(files), lambda opened: opened.discard()
+        )
+        try:
+            await receive_chunks(
+                messages,
+                lambda name, data: self._slow.run(staged.write, name, data),
+                most_seconds(header),
+            )
+            await self._slow.run(staged.finish)
+            record = await self._slow.run(
+                registry.upload,
+                header.name,
+                staged,
+                pinned=header.pinned,
+                replace=header.replace,
+                expected_generation=_expected_generation(header),
+                task=task_of(header),
+                chat_template=template_of(header),
+            )
+        finally:
+            # Start a thread for it, because the pool rejects work while the server stops.
+            threading.Thread(target=staged.discard, name="discard upload").start()
+        return adapter_message(record)
+
+    async def fuse(
+        self, message: adapters_pb2.FuseAdaptersRequest, call: Call
+    ) -> adapters_pb2.FuseAdaptersResponse:
+        """Fuse a mix into a new adapter. Cancelling the task ends the fusion."""
+        fuser = self._gate.enter().fuser
+        name, refs, combination = checked_fuse_request(message)
+        call.adapters = (name,)
+        cancellation = Cancellation()
+        fusing = fuser.start(name, refs, combination, cancellation)
+        with _cancelling(cancellation):
+            result = await asyncio.wrap_future(fusing)
+        return fuse_response(result, adapter_message(result.record))
+
+    # Reading the registry
+
+    async def get(
+        self, message: adapters_pb2.GetAdapterRequest, call: Call
+    ) -> adapters_pb2.Adapter:
+        registry = self._gate.enter().registry
+        name = _checked_name(message.name, call)
+        return adapter_message(await asyncio.to_thread(registry.get, name))
+
+    async def list_page(
+        self, message: adapters_pb2.ListAdaptersRequest
+    ) -> adapters_pb2.ListAdaptersResponse:
+        """One page of all adapters, by name, and the token of the next."""
+        backend = self._gate.enter()
+        violations = Violations()
+        violations.check_chars(message.method, MAX_WORD_CHARS, "method")
+        violations.check_chars(message.page_token, MAX_PAGE_TOKEN_CHARS, "page_token")
+        violations.raise_if_any()
+        filters = f"{message.method}\0{message.residency}"
+        length, after = 0, ""
+        try:
+            length = page_length(message.page_size)
+        except InvalidRequestError as error:
+            violations.found.extend(error.violations)
+        try:
+            after = read_page_token(message.page_token, filters)
+        except InvalidRequestError as error:
+            violations.found.extend(error.violations)
+        violations.check_enum(message, "residency")
+        violations.check(
+            message.method in ("", *backend.methods),
+            "method",
+            "NOT_ONE_OF",
+            value=message.method,
+            choices=", ".join(backend.methods),
+            closest=closest(message.method, backend.methods),
+        )
+        violations.raise_if_any()
+        records = [
+            record
+            for record in await asyncio.to_thread(backend.registry.list)
+            if message.method in ("", record.facts.method)
+            and message.residency in (0, RESIDENCIES[record.residency])
+        ]
+        rest = sorted((r for r in records if r.name > after), key=lambda r: r.name)
+        page = cut_page(adapter_message(record) for record in rest[:length])
+        is_last = len(page) == len(rest)
+        return adapters_pb2.ListAdaptersResponse(
+            adapters=page,
+            next_page_token="" if is_last else make_page_token(page[-1].name, filters),
+            total_size=len(records),
+        )
+
+    async def find(self, text: str, most: int) -> Found:
+        """The first ``most`` adapters, by name, whose names contain a text, without validation."""
+        registry = self._gate.enter().registry
+        records = await asyncio.to_thread(registry.list)
+        matching = sorted((r for r in records if text in r.name), key=lambda r: r.name)
+        return Found(
+            shown=[adapter_message(record) for record in matching[:most]],
+            num_matching=len(matching),
+            num_all=len(records),
+        )
+
+    async def export(
+        self, message: adapters_pb2.ExportAdapterRequest, call: Call
+    ) -> AsyncGenerator[adapters_pb2.ExportAdapterResponse, None]:
+        """The files of an adapter as they were loaded: a header, then chunks.
+
+        Close the generator if you leave it early.
+        """
+        registry = self._gate.enter().registry
+        generation = message.generation if message.HasField("generation") else None
+        name = _checked_name(message.name, call)
+        export = await self._slow.open(
+            lambda: registry.export(name, generation), lambda opened: opened.close()
+        )
+        with contextlib.closing(export):
+            header = adapters_pb2.ExportHeader(adapter=adapter_message(export.record))
+            for file in export.files:
+                header.files.add(path=file.name, size_bytes=file.size_bytes, sha256=file.sha256)
+            yield adapters_pb2.ExportAdapterResponse(header=header)
+            chunks = export.chunks()
+            while part := await self._slow.run(lambda: next(chunks, None)):
+                path, data = part
+                chunk = adapters_pb2.FileChunk(path=path, data=data)
+                yield adapters_pb2.ExportAdapterResponse(chunk=chunk)
+
+    # Pinning and unloading
+
+    async def pin(
+        self, message: adapters_pb2.PinAdapterRequest, call: Call
+    ) -> adapters_pb2.Adapter:
+        name = _checked_name(message.name, call)
+        return adapter_message(await self._slow.run(self._gate.enter().registry.pin, name))
+
+    async def unpin(
+        self, message: adapters_pb2.UnpinAdapterRequest, call: Call
+    ) -> adapters_pb2.Adapter:
+        name = _checked_name(message.name, call)
+        return adapter_message(await self._slow.run(self._gate.enter().registry.unpin, name))
+
+    async def unload(self, message: adapters_pb2.UnloadAdapterRequest, call: Call) -> None:
+        """Remove an adapter once no request holds it, or (FORCE) end the requests that do.
+
+        Raises:
+            QueueFullError: ``_DRAINS`` others wait for requests to end already.
+        """
+        registry = self._gate.enter().registry
+        violations = Violations()
+        violations.check_name(message.name, "name")
+        violations.check_enum(message, "mode")
+        seconds = DEFAULT_UNLOAD_SECONDS
+        if message.HasField("timeout"):
+            seconds = _unload_seconds(message.timeout, violations)
+        violations.raise_if_any()
+        call.adapters = (message.name,)
+        is_forced = message.mode == adapters_pb2.UnloadAdapterRequest.FORCE
+        mode: UnloadMode = "FORCE" if is_forced else "DRAIN"
+        # Start a drain at once: in a queue it would also wait for the requests of other drains.
+        run = self._slow.run if is_forced else self._drains.run_now
+        await run(
+            registry.unload,
+            message.name,
+            mode=mode,
+            timeout_seconds=seconds,
+            expected_generation=_expected_generation(message),
+        )
+
+    # The base
+
+    async def merge(
+        self, message: adapters_pb2.MergeAdaptersRequest, call: Call
+    ) -> adapters_pb2.MergeState:
+        """Make a mix a part of the base. Cancelling the task withdraws the merge."""
+        merger = self._gate.enter().merger
+        refs, precision = checked_merge_request(message)
+        call.adapters = tuple(ref.name for ref in refs)
+        return await self._change_base(merger.merge, refs, precision)
+
+    async def unmerge(self) -> adapters_pb2.MergeState:
+        """Put the base's own weights back. Cancelling the task withdraws it."""
+        return await self._change_base(self._gate.enter().merger.unmerge)
+
+    async def _change_base(
+        self, change: Callable[..., MergeState], *args: Any
+    ) -> adapters_pb2.MergeState:
+        cancellation = Cancellation()
+        with _cancelling(cancellation):
+            state = await self._slow.run(change, *args, cancellation)
+        return merge_state_message(state)
+
+    def merge_state(self) -> adapters_pb2.MergeState:
+        """What is merged now."""
+        return merge_state_message(self._gate.enter().merger.state)
+
+
+@contextlib.contextmanager
+def _cancelling(work: Cancellation) -> Iterator[None]:
+    """Ends the work on another thread if the task that waits for it is cancelled."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        work.set(UnavailableError(say("CALLER_GONE")))
+        raise
+
+
+def _checked_name(name: str, call: Call) -> str:
+    violations = Violations()
+    violations.check_name(name, "name")
+    violations.raise_if_any()
+    call.adapters = (name,)
+    return name
+
+
+def _expected_generation(message: Any) -> int | None:
+    return message.expected_generation if message.HasField("expected_generation") else None
+
+
+def _checked_source(
+    message: adapters_pb2.LoadAdapterRequest | adapters_pb2.ReplaceAdapterRequest, call: Call
+) -> tuple[str, str]:
+    violations = Violations()
+    violations.check_name(message.name, "name")
+    violations.check(message.path != "", "path", "REQUIRED")
+    violations.check_chars(message.path, MAX_PATH_CHARS, "path")
+    violations.check("\0" not in message.path, "path", "HOLDS_NUL")
+    check_template(message, violations)
+    violations.raise_if_any()
+    call.adapters = (message.name,)
+    return message.name, message.path
+
+
+def _unload_seconds(timeout: duration_pb2.Duration, violations: Violations) -> float:
+    seconds = timeout.seconds + timeout.nanos / 1e9
+    violations.check(
+        0 <= seconds <= MAX_UNLOAD_SECONDS and abs(timeout.nanos) < 1_000_000_000,
+        "timeout",
+        "NOT_IN_RANGE",
+        least=0,
+        most=MAX_UNLOAD_SECONDS,
+        value=seconds,
+    )
+    return seconds

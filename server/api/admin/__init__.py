@@ -1,1 +1,0 @@
-"""The admin calls: load, replace, upload, fuse, merge, pin, unload, list."""

@@ -1,0 +1,237 @@
+"""Adapters and merges, between proto and domain."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf import timestamp_pb2
+
+from turret.server.adapters.adapter import AdapterRef, origin_of
+from turret.server.adapters.fuse.combination import Combination
+from turret.server.api.limits import MAX_WORD_CHARS
+from turret.server.api.violations import Violations, adapter_refs
+from turret.server.errors import InvalidRequestError
+from turret.server.words import say
+from turret.v1 import adapters_pb2
+
+if TYPE_CHECKING:
+    from turret.server.adapters.adapter import AdapterInfo
+    from turret.server.adapters.base import Precision
+    from turret.server.adapters.fuse.combination import FuseResult
+    from turret.server.adapters.merger import MergeState
+
+# A registered adapter, domain to proto.
+
+
+RESIDENCIES = {
+    "disk": adapters_pb2.Adapter.DISK,
+    "host": adapters_pb2.Adapter.HOST,
+    "device": adapters_pb2.Adapter.DEVICE,
+}
+
+
+def _sendable(text: str) -> str:
+    """The text with a question mark for each half of a surrogate pair, which protobuf rejects.
+
+    Reading refuses such text, but a state directory may hold what an earlier version let in.
+    """
+    return text.encode("utf-8", "replace").decode()
+
+
+def adapter_message(record: AdapterInfo) -> adapters_pb2.Adapter:
+    """A registry record in the form of the API."""
+    facts = record.facts
+    message = adapters_pb2.Adapter(
+        name=record.name,
+        uuid=record.uuid,
+        generation=record.generation,
+        digest=_sendable(facts.digest),
+        method=_sendable(facts.method),
+        ranks=facts.ranks,
+        target_modules=map(_sendable, facts.target_modules),
+        bytes_disk=facts.bytes_disk,
+        bytes_host=record.bytes_host,
+        bytes_device=record.bytes_device,
+        residency=RESIDENCIES[record.residency],
+        pinned=record.pinned,
+        in_flight=record.in_flight,
+        base_model=_sendable(facts.base_model),
+        warnings=map(_sendable, record.facts.warnings),
+        state=record.state,
+        source=_sendable(record.source),
+        invocation_token_ids=facts.invocation,
+        labels=map(_sendable, facts.labels),
+        vocab_size=facts.vocab_size,
+        chat_template=origin_of(facts.chat_template),
+    )
+    if record.last_used_time is not None:
+        stamp = timestamp_pb2.Timestamp()
+        stamp.FromNanoseconds(round(record.last_used_time * 1e9))
+        message.last_used_time.CopyFrom(stamp)
+    return message
+
+
+# Page tokens of ``ListAdapters``: the last name of the page before, tied to its filters.
+
+DEFAULT_PAGE_SIZE = 100
+MAX_PAGE_SIZE = 1000
+# gRPC clients accept 4 MiB by default.
+MAX_PAGE_BYTES = 3 << 20
+_CHECK_BYTES = 8
+
+
+def _check(name: bytes, filters: str) -> bytes:
+    return hashlib.sha256(filters.encode() + b"\0" + name).digest()[:_CHECK_BYTES]
+
+
+def make_page_token(last_name: str, filters: str) -> str:
+    """A token for the page after ``last_name`` under the same filters."""
+    name = last_name.encode()
+    return base64.urlsafe_b64encode(_check(name, filters) + name).decode()
+
+
+def read_page_token(token: str, filters: str) -> str:
+    """The name that the page starts after; empty for the first page.
+
+    Raises:
+        InvalidRequestError: Not a token of this server, or one for other filters.
+    """
+    if not token:
+        return ""
+    try:
+        data = base64.b64decode(token.encode(), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        data = b""
+    check, name = data[:_CHECK_BYTES], data[_CHECK_BYTES:]
+    if not name or check != _check(name, filters):
+        raise InvalidRequestError.of("page_token", say("NOT_A_PAGE_TOKEN"))
+    return name.decode("ascii", "replace")
+
+
+def page_length(page_size: int) -> int:
+    """0 means the default; more than the maximum means the maximum.
+
+    Raises:
+        InvalidRequestError: Negative.
+    """
+    if page_size < 0:
+        raise InvalidRequestError.of("page_size", say("TOO_SMALL", least=0, value=page_size))
+    return min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
+
+
+def cut_page(messages: Iterable[adapters_pb2.Adapter]) -> list[adapters_pb2.Adapter]:
+    """As many of the first adapters as fit into one message, and at least one."""
+    page: list[adapters_pb2.Adapter] = []
+    left = MAX_PAGE_BYTES
+    for message in messages:
+        left -= message.ByteSize()
+        if page and left < 0:
+            break
+        page.append(message)
+    return page
+
+
+# Conversion of merges between proto and domain.
+
+
+# Conversion of fusions between proto and domain.
+
+_OPTIONAL = ("rank", "energy", "density", "seed")
+
+
+def checked_fuse_request(
+    request: adapters_pb2.FuseAdaptersRequest,
+) -> tuple[str, tuple[AdapterRef, ...], Combination]:
+    """The name of the result, its mix and its combination.
+
+    Raises:
+        InvalidRequestError: Lists every offending field.
+    """
+    violations = Violations()
+    violations.check_name(request.name, "name")
+    violations.check(len(request.adapters) > 0, "adapters", "EMPTY")
+    refs = adapter_refs(request.adapters, violations)
+    values: dict[str, Any] = {
+        field: getattr(request, field) for field in _OPTIONAL if request.HasField(field)
+    }
+    # An empty string selects the default.
+    for field, path in (("name", "combination"), ("majority_sign_method",) * 2):
+        text = getattr(request, path)
+        violations.check_chars(text, MAX_WORD_CHARS, path)
+        if text and len(text) <= MAX_WORD_CHARS:
+            values[field] = text
+    combination = Combination()
+    try:
+        combination = Combination(**values)
+    except InvalidRequestError as error:
+        violations.found.extend(error.violations)
+    violations.raise_if_any()
+    return request.name, refs, combination
+
+
+def fuse_response(
+    result: FuseResult, adapter: adapters_pb2.Adapter
+) -> adapters_pb2.FuseAdaptersResponse:
+    """A ``FuseResult`` in the form of the API."""
+    response = adapters_pb2.FuseAdaptersResponse(
+        adapter=adapter, relative_error=result.relative_error
+    )
+    for each in result.modules:
+        response.modules.add(module=each.module, relative_error=each.relative_error, rank=each.rank)
+    return response
+
+
+_Request = adapters_pb2.MergeAdaptersRequest
+# None lets the merge choose.
+_PRECISIONS: dict[int, Precision | None] = {
+    _Request.PRECISION_UNSPECIFIED: None,
+    _Request.AUTO: None,
+    _Request.NF4: "NF4",
+    _Request.BF16: "BF16",
+}
+
+
+def checked_merge_request(request: _Request) -> tuple[tuple[AdapterRef, ...], Precision | None]:
+    """The mix, and the precision in which it is stored.
+
+    Raises:
+        InvalidRequestError: Lists every offending field.
+    """
+    violations = Violations()
+    violations.check(len(request.adapters) > 0, "adapters", "EMPTY")
+    refs = adapter_refs(request.adapters, violations)
+    # A mix of zero weights would change nothing, yet block a merge that does.
+    is_nothing = bool(refs) and all(ref.weight == 0 for ref in refs)
+    violations.check(not is_nothing, "adapters", "NO_WEIGHT")
+    violations.check_enum(request, "precision")
+    violations.raise_if_any()
+    return refs, _PRECISIONS[request.precision]
+
+
+def merge_state_message(state: MergeState) -> adapters_pb2.MergeState:
+    """The state in the form of the API."""
+    message = adapters_pb2.MergeState(base_generation=state.base_generation)
+    merge = state.merge
+    if merge is None:
+        return message
+    message.active = True
+    for member in merge.adapters:
+        message.adapters.add(
+            name=member.name,
+            uuid=member.uuid,
+            generation=member.generation,
+            weight=member.weight,
+        )
+    message.precision = _Request.NF4 if merge.precision == "NF4" else _Request.BF16
+    stamp = timestamp_pb2.Timestamp()
+    stamp.FromNanoseconds(round(merge.time * 1e9))
+    message.merge_time.CopyFrom(stamp)
+    message.relative_error = merge.report.relative_error
+    message.update_error = merge.report.update_error
+    for path, error in merge.report.modules:
+        message.modules.add(module=path, relative_error=error)
+    return message

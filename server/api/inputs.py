@@ -1,0 +1,408 @@
+"""Calls with several inputs: vectors, labels, and what both share."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import time
+from array import array
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from turret.server.adapters.adapter import REGRESSION, SINGLE_LABEL, AdapterRef, Head
+from turret.server.api.access import Party
+from turret.server.api.call import Call
+from turret.server.api.gate import Backend
+from turret.server.api.inference_answers import adapter_uses, outputs_of, timing, together
+from turret.server.api.inference_requests import (
+    check_input,
+    check_request_id,
+    input_token_ids,
+    request_salt,
+)
+from turret.server.api.limits import (
+    MAX_EMBEDDING_NUMBERS,
+    MAX_INPUTS,
+    MAX_LABEL_SCORES,
+    InputLimits,
+)
+from turret.server.api.violations import Violations, adapter_refs
+from turret.server.engine.scheduling.request import (
+    AdapterUse,
+    Finish,
+    FinishReason,
+    Output,
+    Pooling,
+    PoolingKind,
+    Request,
+    Timing,
+)
+from turret.server.errors import InvalidRequestError, UnavailableError
+from turret.server.words import say
+from turret.v1 import inference_pb2
+
+if TYPE_CHECKING:
+    from turret.server.api.vocabularies import Vocabulary
+
+
+# Calls with several inputs: their checks, concurrent execution, and summed usage.
+
+
+_T = TypeVar("_T")
+# Violations of these fields concern the whole call, not one of its inputs.
+_SHARED = ("adapters", "inputs")
+
+
+def check_inputs(
+    inputs: Sequence[inference_pb2.Input], limits: InputLimits, violations: Violations
+) -> None:
+    """Check every input as far as possible without tokenising it.
+
+    Raises:
+        PromptTooLongError: One cannot be as few tokens as the limit, whatever they are.
+    """
+    violations.check(len(inputs) > 0, "inputs", "EMPTY")
+    if not violations.check_count(len(inputs), MAX_INPUTS, "inputs"):
+        return
+    for index, each in enumerate(inputs):
+        found = Violations()
+        with blamed_on(index):
+            check_input(each, limits, found)
+        for path, why in found.found:
+            violations.add(_path(index, path), why)
+        if violations.is_full:
+            return
+
+
+@contextlib.contextmanager
+def blamed_on(index: int) -> Iterator[None]:
+    """Report errors in an input with that input's path."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if any(path.startswith(_SHARED) for path, _ in error.violations):
+            raise
+        found = error.violations or [("", error.message)]
+        raise type(error).of_all([(_path(index, path), why) for path, why in found]) from None
+
+
+def _path(index: int, path: str) -> str:
+    within = path.removeprefix("input").removeprefix(".")
+    return f"inputs[{index}].{within}" if within else f"inputs[{index}]"
+
+
+def pooled_requests(
+    inputs: Sequence[inference_pb2.Input],
+    vocabulary_for: Callable[[str], Awaitable[Vocabulary]],
+    limits: InputLimits,
+    call: Call,
+    *,
+    adapters: tuple[AdapterRef, ...],
+    pooling: Pooling,
+    request_id: str,
+    deadline: float | None,
+    salt: bytes,
+) -> Callable[[int], Awaitable[Request]]:
+    """Returns a function that makes the request for an input, given its index.
+
+    ``vocabulary_for`` finds the vocabulary for an input, by the chat template that it brings.
+    """
+    # Divide the size of the message among its inputs.
+    message_bytes = call.message_bytes // len(inputs)
+
+    async def make(index: int) -> Request:
+        vocabulary = await vocabulary_for(inputs[index].chat.chat_template)
+        ids = await input_token_ids(inputs[index], vocabulary.tokenizer, limits)
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=tuple(ids),
+            adapters=adapters,
+            deadline=deadline,
+            message_bytes=message_bytes,
+            pooling=pooling,
+            own_tokenizer=vocabulary.own,
+            salt=salt,
+            party=call.party,
+        )
+
+    return make
+
+
+async def run_inputs(
+    backend: Backend,
+    call: Call,
+    party: Party,
+    *,
+    count: int,
+    make: Callable[[int], Awaitable[Request]],
+    convert: Callable[[Output], _T],
+) -> list[tuple[_T, Finish]]:
+    """Run a request for each input, a limited number at a time.
+
+    Args:
+        backend: Answers.
+        call: On whose behalf.
+        party: Whose requests they are; each is counted.
+        count: Of all inputs.
+        make: The request for an input, by its index; asked for when its turn comes.
+        convert: What is kept of a request's last output.
+
+    Returns:
+        In the order of the inputs, what was kept, and how the request ended, with its timing told
+        from the beginning of this.
+
+    Raises:
+        TurretError: What the first of them to fail raised; the others end.
+    """
+    start = time.monotonic()
+
+    async def one(index: int) -> tuple[_T, Finish]:
+        with party.hold(), blamed_on(index):
+            outputs = outputs_of(backend, await make(index), call, is_whole=True)
+            waited = time.monotonic() - start
+            kept, finish = await _last(outputs, convert)
+            return kept, replace(finish, timing=_later(finish.timing, waited))
+
+    return await together([one(index) for index in range(count)], party.most_at_once)
+
+
+def _later(spans: Timing, seconds: float) -> Timing:
+    return Timing(
+        queue_seconds=spans.queue_seconds + seconds,
+        time_to_first_token_seconds=spans.time_to_first_token_seconds + seconds,
+        total_seconds=spans.total_seconds + seconds,
+    )
+
+
+async def _last(
+    outputs: AsyncGenerator[Output, None], convert: Callable[[Output], _T]
+) -> tuple[_T, Finish]:
+    async with contextlib.aclosing(outputs):
+        async for output in outputs:
+            if output.finish is None:
+                continue
+            if output.finish.reason is FinishReason.CANCELLED:
+                raise UnavailableError(say("SHUTTING_DOWN"))
+            if output.finish.reason is not FinishReason.DEADLINE:
+                return convert(output), output.finish
+    raise AssertionError("a request ends with a finish, or raises")
+
+
+def summed_fields(finishes: Sequence[Finish]) -> dict[str, Any]:
+    """The fields that every finished answer has, by name, over all inputs of a call."""
+    usages = [finish.usage for finish in finishes]
+    spans = [finish.timing for finish in finishes]
+    total = max(span.total_seconds for span in spans)
+    return {
+        "usage": inference_pb2.Usage(
+            prompt_tokens=sum(usage.prompt_tokens for usage in usages),
+            cached_tokens=sum(usage.cached_tokens for usage in usages),
+        ),
+        "adapters_used": adapter_uses(_distinct(finishes)),
+        "timing": timing(
+            Timing(
+                queue_seconds=min(span.queue_seconds for span in spans),
+                time_to_first_token_seconds=total,
+                total_seconds=total,
+            )
+        ),
+    }
+
+
+def _distinct(finishes: Iterable[Finish]) -> list[AdapterUse]:
+    """The weights that answered, without duplicates; cold starts are kept where they occurred."""
+    places: dict[tuple[int, int], AdapterUse] = {}
+    for finish in finishes:
+        for place, use in enumerate(finish.adapters_used):
+            known = places.setdefault((place, use.generation), use)
+            if use.cold_start and not known.cold_start:
+                places[place, use.generation] = use
+    return [places[key] for key in sorted(places)]
+
+
+# Implements Classify: labels for each input.
+
+
+async def classify(
+    message: inference_pb2.ClassifyRequest,
+    backend: Backend,
+    call: Call,
+    party: Party,
+    deadline: float | None,
+) -> inference_pb2.ClassifyResponse:
+    """Answer a message; arguments and errors are those of ``embed``."""
+    call.about(message.adapters)
+    vocabulary = await backend.vocabularies.of(message.adapters)
+    violations, limits = Violations(), InputLimits.of(backend, vocabulary)
+    check_inputs(message.inputs, limits, violations)
+    refs = adapter_refs(message.adapters, violations)
+    check_request_id(message.request_id, violations)
+    salt = request_salt(call, message.cache_salt, violations)
+    violations.raise_if_any()
+    request_id = message.request_id or call.request_id
+    make = pooled_requests(
+        message.inputs,
+        functools.partial(backend.vocabularies.of, message.adapters),
+        limits,
+        call,
+        adapters=refs,
+        pooling=Pooling(classifies=True),
+        request_id=request_id,
+        deadline=deadline,
+        salt=salt,
+    )
+    count = len(message.inputs)
+
+    def convert(output: Output) -> inference_pb2.Classification:
+        head, logits = output.head, output.pooled
+        assert head is not None
+        assert logits is not None
+        # This cannot be checked earlier: the adapter may be replaced until the engine holds it.
+        if count > (most := MAX_LABEL_SCORES // len(logits)):
+            raise InvalidRequestError.of(
+                "inputs",
+                say(
+                    "TOO_MANY_NUMBERS",
+                    most=most,
+                    found=count,
+                    numbers=len(logits),
+                    most_numbers=MAX_LABEL_SCORES,
+                ),
+            )
+        return _classification(head, logits)
+
+    found = await run_inputs(backend, call, party, count=count, make=make, convert=convert)
+    return inference_pb2.ClassifyResponse(
+        classifications=[classification for classification, _ in found],
+        request_id=request_id,
+        **summed_fields([finish for _, finish in found]),
+    )
+
+
+def _classification(head: Head, logits: array[float]) -> inference_pb2.Classification:
+    scores = [
+        inference_pb2.LabelScore(label=label, probability=probability, logit=logit)
+        for label, probability, logit in zip(
+            head.labels, probabilities(head, logits), logits, strict=True
+        )
+    ]
+    best = max(range(len(logits)), key=logits.__getitem__)
+    return inference_pb2.Classification(label=head.labels[best], scores=scores)
+
+
+def probabilities(head: Head, logits: array[float]) -> list[float] | list[None]:
+    """The probability of each label; None if the numbers are not those of labels."""
+    if head.problem_type == REGRESSION:
+        return [None] * len(logits)
+    if head.problem_type == SINGLE_LABEL:
+        largest = max(logits)
+        shares = [math.exp(logit - largest) for logit in logits]
+        total = math.fsum(shares)
+        return [share / total for share in shares]
+    return [_sigmoid(logit) for logit in logits]
+
+
+def _sigmoid(logit: float) -> float:
+    # Avoid exp() of a large positive number, which overflows.
+    if logit >= 0:
+        return 1 / (1 + math.exp(-logit))
+    return math.exp(logit) / (1 + math.exp(logit))
+
+
+# Implements Embed: a vector for each input.
+
+
+_Embed = inference_pb2.EmbedRequest
+_KINDS = {
+    _Embed.POOLING_UNSPECIFIED: PoolingKind.LAST,
+    _Embed.LAST: PoolingKind.LAST,
+    _Embed.MEAN: PoolingKind.MEAN,
+}
+
+
+def pooling_of(
+    message: inference_pb2.EmbedRequest, hidden_size: int, violations: Violations
+) -> Pooling:
+    """How to pool the hidden states; an invalid value is noted, and left at its default."""
+    values: dict[str, Any] = {}
+    violations.check_enum(message, "pooling")
+    if message.pooling in _KINDS:
+        values["kind"] = _KINDS[message.pooling]
+    if message.HasField("normalize"):
+        values["normalize"] = message.normalize
+    dimensions = hidden_size
+    if message.HasField("dimensions"):
+        fits = 1 <= message.dimensions <= hidden_size
+        violations.check(
+            fits, "dimensions", "NOT_IN_RANGE", least=1, most=hidden_size, value=message.dimensions
+        )
+        dimensions = values["dimensions"] = message.dimensions if fits else hidden_size
+    most = MAX_EMBEDDING_NUMBERS // dimensions
+    violations.check(
+        len(message.inputs) <= most,
+        "inputs",
+        "TOO_MANY_NUMBERS",
+        most=most,
+        found=len(message.inputs),
+        numbers=dimensions,
+        most_numbers=MAX_EMBEDDING_NUMBERS,
+    )
+    return Pooling(**values)
+
+
+async def embed(
+    message: inference_pb2.EmbedRequest,
+    backend: Backend,
+    call: Call,
+    party: Party,
+    deadline: float | None,
+) -> inference_pb2.EmbedResponse:
+    """Answer a message.
+
+    Args:
+        message: What the client sent.
+        backend: Answers.
+        call: On whose behalf.
+        party: Whose requests the inputs are.
+        deadline: ``time.monotonic()`` seconds, or None.
+
+    Raises:
+        InvalidRequestError: Lists every offending field.
+        TurretError: What the first input to fail raised; see ``Engine.submit``.
+    """
+    call.about(message.adapters)
+    vocabulary = await backend.vocabularies.of(message.adapters)
+    violations, limits = Violations(), InputLimits.of(backend, vocabulary)
+    check_inputs(message.inputs, limits, violations)
+    refs = adapter_refs(message.adapters, violations)
+    pooling = pooling_of(message, backend.model_info.hidden_size, violations)
+    check_request_id(message.request_id, violations)
+    salt = request_salt(call, message.cache_salt, violations)
+    violations.raise_if_any()
+    request_id = message.request_id or call.request_id
+    make = pooled_requests(
+        message.inputs,
+        functools.partial(backend.vocabularies.of, message.adapters),
+        limits,
+        call,
+        adapters=refs,
+        pooling=pooling,
+        request_id=request_id,
+        deadline=deadline,
+        salt=salt,
+    )
+    found = await run_inputs(
+        backend, call, party, count=len(message.inputs), make=make, convert=_vector
+    )
+    return inference_pb2.EmbedResponse(
+        embeddings=[vector for vector, _ in found],
+        request_id=request_id,
+        **summed_fields([finish for _, finish in found]),
+    )
+
+
+def _vector(output: Output) -> inference_pb2.Embedding:
+    assert output.pooled is not None
+    return inference_pb2.Embedding(values=output.pooled)

@@ -1,0 +1,161 @@
+"""Receives an adapter's files: what a header may announce, and the chunks that follow it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from turret.server.adapters.adapter import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    REQUEST,
+    TENSORS_FILE,
+    TOKENIZER_FILES,
+    OwnTemplate,
+)
+from turret.server.api.limits import MAX_TEMPLATE_CHARS, MAX_UPLOAD_FILES, MAX_WORD_CHARS
+from turret.server.api.violations import Violations
+from turret.server.errors import DeadlineExceededError, InvalidRequestError
+from turret.server.words import say
+from turret.v1 import adapters_pb2
+
+# A checkpoint is read from these files; any other file would be stored for nothing.
+_REQUIRED = (CONFIG_FILE, TENSORS_FILE)
+UPLOAD_FILES = (*_REQUIRED, *TOKENIZER_FILES)
+_MOST_BYTES = {CONFIG_FILE: MAX_CONFIG_BYTES, **TOKENIZER_FILES}
+MAX_CHUNK_BYTES = 1 << 20
+# A client that is silent for this long has gone, or holds a slot that others wait for.
+IDLE_SECONDS = 60.0
+# Time limit of a whole upload: a base, plus the time that its bytes take at this rate.
+BASE_SECONDS = 120.0
+LEAST_BYTES_PER_SECOND = 128 << 10
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Messages = AsyncIterator[adapters_pb2.UploadAdapterRequest]
+
+
+async def next_message(messages: Messages) -> adapters_pb2.UploadAdapterRequest | None:
+    """The next message, or None at the end.
+
+    Raises:
+        DeadlineExceededError: None came for ``IDLE_SECONDS``.
+    """
+    try:
+        async with asyncio.timeout(IDLE_SECONDS):
+            return await anext(messages, None)
+    except TimeoutError:
+        raise DeadlineExceededError(say("NO_MESSAGE_IN_TIME", seconds=IDLE_SECONDS)) from None
+
+
+_New = (
+    adapters_pb2.LoadAdapterRequest | adapters_pb2.ReplaceAdapterRequest | adapters_pb2.UploadHeader
+)
+
+
+def task_of(message: _New) -> int | None:
+    """The task that a message names, or None."""
+    return message.task if message.HasField("task") else None
+
+
+def template_of(message: _New) -> OwnTemplate | None:
+    """The chat template that a message sends for an adapter, or None."""
+    text = message.chat_template
+    return OwnTemplate(REQUEST, {"default": text}) if text else None
+
+
+def check_template(message: _New, violations: Violations, path: str = "chat_template") -> None:
+    """Check the chat template that a message sends for an adapter, but not its syntax."""
+    violations.check_chars(message.chat_template, MAX_TEMPLATE_CHARS, path)
+
+
+def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapters_pb2.UploadHeader:
+    """The header, which the first message must be, with every field in its range.
+
+    Raises:
+        InvalidRequestError: It is not; lists every offending field.
+    """
+    if message is None or message.WhichOneof("part") != "header":
+        raise InvalidRequestError.of("header", say("NOT_FIRST"))
+    header = message.header
+    violations = Violations()
+    violations.check_name(header.name, "header.name")
+    violations.check(
+        header.replace or not header.HasField("expected_generation"),
+        "header.expected_generation",
+        "NEEDS_FIELD",
+        other="header.replace",
+    )
+    check_template(header, violations, "header.chat_template")
+    violations.check_count(len(header.files), MAX_UPLOAD_FILES, "header.files")
+    files = header.files[: MAX_UPLOAD_FILES + 1]
+    names = [file.path for file in files]
+    for required in _REQUIRED:
+        violations.check(required in names, "header.files", "LACKS", required=required)
+    for index, file in enumerate(files):
+        where = f"header.files[{index}]"
+        name, size = file.path, file.size_bytes
+        violations.check(
+            name in UPLOAD_FILES,
+            f"{where}.path",
+            "NOT_ONE_OF",
+            value=name,
+            choices=", ".join(UPLOAD_FILES),
+        )
+        violations.check(name not in names[:index], f"{where}.path", "DUPLICATE", value=name)
+        violations.check(size >= 1, f"{where}.size_bytes", "TOO_SMALL", least=1, value=size)
+        most = _MOST_BYTES.get(name, size)
+        violations.check(size <= most, f"{where}.size_bytes", "TOO_LARGE", most=most, value=size)
+        violations.check(
+            file.sha256 == "" or _SHA256.fullmatch(file.sha256) is not None,
+            f"{where}.sha256",
+            "NOT_A_DIGEST",
+        )
+    violations.raise_if_any()
+    return header
+
+
+def most_seconds(header: adapters_pb2.UploadHeader) -> float:
+    """Time limit in seconds for receiving the files of an upload."""
+    return BASE_SECONDS + sum(f.size_bytes for f in header.files) / LEAST_BYTES_PER_SECOND
+
+
+async def receive_chunks(
+    messages: Messages, write: Callable[[str, bytes], Awaitable[Any]], seconds: float
+) -> None:
+    """Hands every chunk to ``write``, in order, until the client is done.
+
+    Args:
+        messages: What follows the header.
+        write: Takes a chunk.
+        seconds: Most that all of it may take; trickles of bytes keep a place, too.
+
+    Raises:
+        InvalidRequestError: A message is no chunk, or too large a one.
+        DeadlineExceededError: See ``next_message``; or it took longer than ``seconds``.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            await _receive_all(messages, write)
+    except TimeoutError:
+        raise DeadlineExceededError(say("UPLOAD_TOO_SLOW", seconds=seconds)) from None
+
+
+async def _receive_all(messages: Messages, write: Callable[[str, bytes], Awaitable[Any]]) -> None:
+    while (message := await next_message(messages)) is not None:
+        if message.WhichOneof("part") != "chunk":
+            raise InvalidRequestError.of("chunk", say("NOT_A_CHUNK"))
+        size = len(message.chunk.data)
+        violations = Violations()
+        violations.check(
+            size <= MAX_CHUNK_BYTES,
+            "chunk.data",
+            "TOO_MANY_BYTES",
+            most=MAX_CHUNK_BYTES,
+            found=size,
+        )
+        violations.check_chars(message.chunk.path, MAX_WORD_CHARS, "chunk.path")
+        violations.raise_if_any()
+        await write(message.chunk.path, message.chunk.data)

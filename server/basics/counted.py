@@ -1,8 +1,0 @@
-"""Counts in words."""
-
-from __future__ import annotations
-
-
-def counted(count: int, thing: str) -> str:
-    """``1 adapter``, ``2 adapters``; ``thing`` is one whose plural takes an s."""
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"

@@ -1,0 +1,168 @@
+"""Names as people write them: of repositories, of things in sentences, and of what was meant."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from turret.closest import closest, did_you_mean
+from turret.server.words import Text, say
+
+# Names of repositories on a Hugging Face hub: ``org/name``, or ``org/name@revision``.
+
+
+# Names of adapters.
+
+# Name of the base model over HTTP, whatever its own name.
+BASE = "base"
+# Adapter names that RPCs and --preload accept.
+ADAPTER_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,126}[a-z0-9])?")
+_SHOWN_CHARS = 40
+
+
+def no_adapter_name(name: str) -> Text | None:
+    """What is wrong with an adapter's name; None if nothing is."""
+    if ADAPTER_NAME.fullmatch(name):
+        return None
+    shown = name if len(name) <= _SHOWN_CHARS else f"{name[:_SHOWN_CHARS]}..."
+    return say("NOT_AN_ADAPTER_NAME", value=shown)
+
+
+# Prefix of an adapter path that names a hub repository.
+HUB_SCHEME = "hub:"
+_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,95})"
+_ID = re.compile(rf"({_PART})/({_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/+-]{{0,254}}))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def not_a_hub_id(text: str) -> Text:
+    """Reports that a text names no repository."""
+    return say("NOT_A_HUB_ID", value=text[:200])
+
+
+@dataclass(frozen=True, slots=True)
+class HubId:
+    """A repository, and which state of it.
+
+    Attributes:
+        org: The organisation or the user.
+        name: Of the repository.
+        revision: A branch, a tag or a commit; None is the main branch.
+    """
+
+    org: str
+    name: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> HubId:
+        """Read ``org/name`` or ``org/name@revision``.
+
+        Raises:
+            ValueError: It is neither.
+        """
+        match = _ID.fullmatch(text)
+        # A rule of the hub, whose cache separates the parts of a directory name with two dashes.
+        if match is None or ".." in text or "--" in text.partition("@")[0]:
+            raise ValueError(not_a_hub_id(text))
+        return cls(*match.groups())
+
+    @classmethod
+    def find(cls, text: str) -> HubId | None:
+        """As ``parse``, but None for anything else."""
+        try:
+            return cls.parse(text)
+        except ValueError:
+            return None
+
+    @property
+    def repository(self) -> str:
+        """``org/name``."""
+        return f"{self.org}/{self.name}"
+
+    @property
+    def is_commit(self) -> bool:
+        """Whether the revision is a commit, which never changes."""
+        return self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
+
+    @property
+    def folder(self) -> str:
+        """The repository's folder in the hub's cache."""
+        return f"models--{self.org}--{self.name}"
+
+    @property
+    def snapshot(self) -> str:
+        """A commit's folder in the hub's cache, from the cache's own."""
+        assert self.is_commit, "only a commit has a folder of files"
+        return f"{self.folder}/snapshots/{self.revision}"
+
+    def at(self, commit: str) -> HubId:
+        """The same repository at a commit."""
+        return replace(self, revision=commit)
+
+    def __str__(self) -> str:
+        return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
+
+
+def model_place(written: str, folder: Path = Path()) -> Path:
+    """The path of a model given by a user; a model on the hub is a path that equals its id.
+
+    Only what is written as an id is one. A path to nothing that reads like an id, once it is
+    joined with a folder or rid of its ``./``, becomes absolute: it must not name a stranger's
+    repository.
+
+    Args:
+        written: The text as it was typed.
+        folder: What it is relative to, where it is a path.
+    """
+    path = folder / written
+    try:
+        is_there = path.exists()
+    except OSError:
+        # The directory above is not accessible to this user; reading the path reports that.
+        is_there = True
+    if is_there:
+        return path
+    if HubId.find(written):
+        return Path(written)
+    return path.absolute() if HubId.find(str(path)) else path
+
+
+# Suggestions for misspelt names.
+
+
+__all__ = ["closest", "closest_path", "did_you_mean"]
+
+# Maximum number of directory entries to compare.
+_MOST_NAMES = 4096
+
+
+def closest_path(path: Path, is_meant: Callable[[Path], bool]) -> str | None:
+    """The closest entry of a missing path's directory, among those that ``is_meant`` accepts."""
+    try:
+        beside = list(islice(path.absolute().parent.iterdir(), _MOST_NAMES))
+        close = closest(path.name, [each.name for each in beside if is_meant(each)])
+    except OSError:
+        return None
+    return None if close is None else str(path.with_name(close))
+
+
+# Counts in words.
+
+
+def counted(count: int, thing: str) -> str:
+    """``1 adapter``, ``2 adapters``; ``thing`` is one whose plural takes an s."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+# The command that installs an optional extra of the package.
+
+
+def how_to_add(extra: str) -> str:
+    """The command: of this Python, since another one's pip has no turret and would look for one."""
+    return f"`{shlex.quote(sys.executable)} -m pip install 'turret[{extra}]'` adds it"

@@ -1,0 +1,508 @@
+"""The Hugging Face hub: its repositories, and the copies of their files on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from turret.server import log
+from turret.server.adapters.adapter import (
+    CONFIG_FILE,
+    PROVENANCE_FILE,
+    TEMPLATE_FILES,
+    TENSORS_FILE,
+    TOKENIZER_FILE,
+    TOKENIZER_FILES,
+)
+from turret.server.adapters.checkpoint.adapter_root import refuse, refuse_missing_tensors
+from turret.server.basics.files import reporting_disk_faults
+from turret.server.basics.names import HUB_SCHEME, HubId, not_a_hub_id
+from turret.server.errors import BudgetExceededError, HubError, HubUnavailableError, QueueFullError
+from turret.server.words import say
+
+# Turns the errors of huggingface_hub into errors of the server.
+
+
+def refusal(hub_id: HubId, error: Exception) -> HubError | HubUnavailableError:
+    """The error to raise for one of ``huggingface_hub``, ``httpx2`` or the system."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        DisabledRepoError,
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    about = {
+        "repository": str(hub_id),
+        "name": hub_id.repository,
+        "hub": without_password(constants.ENDPOINT),
+    }
+    if isinstance(error, OfflineModeIsEnabled):
+        return HubUnavailableError(say("HUB_OFFLINE", folder=constants.HF_HUB_CACHE, **about))
+    # Check for this class first: it is a subclass of RepositoryNotFoundError.
+    if isinstance(error, GatedRepoError):
+        return HubError.of(say("HUB_GATED", **about))
+    if isinstance(error, DisabledRepoError):
+        return HubError.of(say("HUB_DISABLED", **about))
+    if isinstance(error, RevisionNotFoundError):
+        return HubError.of(say("HUB_NO_REVISION", revision=hub_id.revision, **about))
+    if isinstance(error, RemoteEntryNotFoundError):
+        return HubError.of(say("HUB_FILE_GONE", **about))
+    if isinstance(error, RepositoryNotFoundError):
+        return HubError.of(say("HUB_NO_REPOSITORY", **about))
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status in (401, 403):
+            return HubError.of(say("HUB_FORBIDDEN", status=status, **about))
+        text = say("HUB_STATUS", status=status, **about)
+        is_final = status < 500 and status not in (408, 429)
+        return HubError.of(text) if is_final else HubUnavailableError(text)
+    problem = f"{type(error).__name__}: {error!s:.200}"
+    return HubUnavailableError(say("HUB_NOT_REACHED", problem=problem, **about))
+
+
+def without_password(url: str) -> str:
+    """A mirror's address without the user name and password, as clients may see it."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+# What a repository on the hub holds, at one commit.
+#
+# ``huggingface_hub`` does the talking, so its variables are honoured: ``HF_ENDPOINT``,
+# ``HF_HOME``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE``, ``HF_TOKEN`` and the token that ``hf auth
+# login`` keeps.
+
+
+_log = logging.getLogger(__name__)
+
+# Timeout of one request to the hub.
+ASK_SECONDS = 10.0
+MAIN = "main"
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A repository at a commit.
+
+    Attributes:
+        id: With the commit as its revision.
+        files: Size in bytes by name; of the cache alone if ``is_cached``.
+        is_cached: Whether the hub was not asked: it is offline, or away.
+    """
+
+    id: HubId
+    files: Mapping[str, int]
+    is_cached: bool = False
+
+    @property
+    def commit(self) -> str:
+        assert self.id.revision is not None
+        return self.id.revision
+
+
+def cache_dir() -> Path:
+    """Where the hub's files are kept on this machine."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def find_repository(hub_id: HubId, *, may_be_old: bool) -> Repository:
+    """Ask the hub for a repository, and which commit a revision is now.
+
+    Args:
+        hub_id: The repository and the revision.
+        may_be_old: Where the hub does not answer, take the commit in the cache that the revision
+            was when it was last asked; ``HF_HUB_OFFLINE`` asks for that in any case.
+
+    Raises:
+        HubError: There is no such repository or revision, or not for this machine's token.
+        HubUnavailableError: The hub does not answer, and the cache has nothing.
+    """
+    import httpx2
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        info = HfApi().model_info(
+            hub_id.repository, revision=hub_id.revision, files_metadata=True, timeout=ASK_SECONDS
+        )
+    except (HfHubHTTPError, httpx2.HTTPError, OfflineModeIsEnabled, OSError) as error:
+        refused = refusal(hub_id, error)
+        if not isinstance(refused, HubUnavailableError):
+            raise refused from None
+        is_offline = isinstance(error, OfflineModeIsEnabled)
+        cached = cached_repository(hub_id) if may_be_old or is_offline else None
+        if cached is None:
+            raise refused from None
+        if not is_offline:
+            _log.warning(
+                "the hub cannot be asked; the cache's files are used",
+                extra=log.fields(repository=cached.id, reason=refused.message),
+            )
+        return cached
+    if info.sha is None or not hub_id.at(info.sha).is_commit:
+        hub = without_password(constants.ENDPOINT)
+        raise HubError.of(say("HUB_NO_COMMIT", hub=hub, repository=hub_id))
+    files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    _remember(hub_id, info.sha)
+    return Repository(hub_id.at(info.sha), files)
+
+
+def _ref(hub_id: HubId) -> Path:
+    return cache_dir() / hub_id.folder / "refs" / (hub_id.revision or MAIN)
+
+
+def _remember(hub_id: HubId, commit: str) -> None:
+    """Record a revision's commit as ``huggingface_hub`` does, for when the hub is unavailable."""
+    if hub_id.is_commit:
+        return
+    ref = _ref(hub_id)
+    beside = ref.with_name(f".{ref.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(commit)
+        beside.replace(ref)
+    except OSError as error:
+        # A read-only cache is still useful.
+        _log.debug("cannot note a revision", extra=log.fields(repository=hub_id, reason=error))
+
+
+def cached_repository(hub_id: HubId) -> Repository | None:
+    """The repository from the cache, at the commit that the revision last had."""
+    if not hub_id.is_commit:
+        try:
+            hub_id = hub_id.at(_ref(hub_id).read_text().strip())
+        except (OSError, UnicodeDecodeError):
+            return None
+        if not hub_id.is_commit:
+            return None
+    folder = cache_dir() / hub_id.snapshot
+    files = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    return Repository(hub_id, files, is_cached=True) if files else None
+
+
+# Files of a repository, into the hub's cache.
+
+
+# Called with the bytes received since the last call, negative if a file is fetched again. An
+# exception from it ends the download.
+OnBytes = Callable[[int], None]
+
+
+def download(repository: Repository, names: Iterable[str], on_bytes: OnBytes) -> Path:
+    """Fetch files that the cache does not have yet.
+
+    A connection that breaks is taken up where it broke, five times without a byte at most
+    (``huggingface_hub`` sees to that). Each file is written beside its place and moved there, so
+    what lies in the cache is whole.
+
+    Args:
+        repository: At a commit.
+        names: Of its files.
+        on_bytes: Told of progress; files that are there already make none.
+
+    Returns:
+        The folder of the commit's files.
+
+    Raises:
+        HubError: The repository, or a file of it, is no longer there for this machine.
+        HubUnavailableError: The hub does not answer, or not with what it announced.
+    """
+    hub_id = repository.id
+    for name in names:
+        counted = 0
+
+        def count(more: int) -> None:
+            nonlocal counted
+            counted += more
+            on_bytes(more)
+
+        try:
+            _fetch(hub_id, name, count)
+        except (RuntimeError, ValueError) as error:
+            from huggingface_hub import constants
+
+            # The Xet storage is a separate server, which mirrors and firewalls may not know. The
+            # hub serves the same files over plain HTTP.
+            _log.warning(
+                "files come over plain HTTP from now on: the hub's Xet storage cannot be read",
+                extra=log.fields(repository=hub_id, file=name, reason=error),
+            )
+            constants.HF_HUB_DISABLE_XET = True
+            on_bytes(-counted)
+            _fetch(hub_id, name, on_bytes)
+    return cache_dir() / hub_id.snapshot
+
+
+def _fetch(hub_id: HubId, name: str, on_bytes: OnBytes) -> None:
+    import httpx2
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        hf_hub_download(
+            hub_id.repository,
+            name,
+            revision=hub_id.revision,
+            etag_timeout=ASK_SECONDS,
+            tqdm_class=_bar(on_bytes),
+        )
+    except LocalEntryNotFoundError as error:
+        cause = error.__cause__
+        raise refusal(hub_id, cause if isinstance(cause, Exception) else error) from None
+    except (HfHubHTTPError, httpx2.HTTPError, OfflineModeIsEnabled) as error:
+        raise refusal(hub_id, error) from None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # The bytes that arrived differ from what the hub announced.
+        text = say("HUB_FILE_INCOMPLETE", file=name, repository=hub_id, problem=error)
+        raise HubUnavailableError(text) from None
+
+
+def _bar(on_bytes: OnBytes) -> Any:
+    """The class that ``huggingface_hub`` takes for its progress bars."""
+
+    class Bar:
+        """Counts bytes written to disk, which are reported in finer steps than network traffic."""
+
+        total: int | None = None
+
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            pass
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def update(self, n: float | None = 1) -> None:
+            on_bytes(int(n or 0))
+
+        def ignore(self, *args: object, **kwargs: object) -> None:
+            pass
+
+        update_transfer = set_postfix_str = set_transfer_postfix_str = ignore
+        close = refresh = ignore
+
+    return Bar
+
+
+# Adapters on the hub: which of them may be had, and their files in the cache.
+
+
+# Value of --adapter-hub that allows every organisation.
+ANY = "*"
+# Concurrent downloads; each may use the whole disk budget.
+MAX_DOWNLOADS = 8
+# Timeout of a download: a fixed part plus its bytes at the speed of a slow line.
+LEAST_SECONDS = 60.0
+LEAST_BYTES_PER_SECOND = 1 << 20
+_NEEDED = (CONFIG_FILE, TENSORS_FILE)
+
+
+class _Stopped(Exception):
+    """Raised to end a download from within."""
+
+
+class AdapterHub:
+    """Resolves paths that begin with ``hub:``. Safe to use from several threads.
+
+    Args:
+        allowed: Organisations and users whose adapters may be had; ``*`` is all of them, and
+            nothing is none.
+        max_bytes: Most bytes of one adapter's files.
+    """
+
+    def __init__(self, allowed: Sequence[str] = (), max_bytes: int = 0) -> None:
+        self._allowed = frozenset(allowed)
+        self._max_bytes = max_bytes
+        self._places = threading.BoundedSemaphore(MAX_DOWNLOADS)
+
+    @property
+    def root(self) -> Path | None:
+        """The folder of the files; None if no adapter from the hub is allowed."""
+        return cache_dir() if self._allowed else None
+
+    def fetch(self, path: str) -> str:
+        """Have an adapter's files in the cache.
+
+        Nothing is asked of the hub for a commit whose files are there. Blocks for as long as a
+        download may take, and no longer.
+
+        Args:
+            path: ``hub:org/name`` or ``hub:org/name@revision``.
+
+        Returns:
+            The same path with the commit as its revision.
+
+        Raises:
+            AdapterCheckpointError: Not such a path, an organisation that is not allowed, or no
+                adapter.
+            HubError: There is no such repository or revision, or not for this machine's token.
+            HubUnavailableError: The hub does not answer, or too slowly.
+            BudgetExceededError: Too large.
+            StorageFullError, StorageFailedError: The disk of the cache takes nothing.
+            QueueFullError: ``MAX_DOWNLOADS`` are under way.
+        """
+        repository = self.check(path)
+        if repository is None:
+            return path
+        names = _names(path, repository.files)
+        if not _is_there(repository.id, names):
+            size = sum(repository.files[name] for name in names)
+            self._download(path, repository, names, size)
+        return f"{HUB_SCHEME}{repository.id}"
+
+    def check(self, path: str) -> Repository | None:
+        """Refuse what ``fetch`` would refuse, before any weights are downloaded.
+
+        Args:
+            path: See ``fetch``.
+
+        Returns:
+            The repository; None for a commit whose files are there, of which nobody is asked.
+
+        Raises:
+            See ``fetch``.
+        """
+        hub_id = self._checked(path)
+        if hub_id.is_commit and _is_there(hub_id):
+            return None
+        # A branch may have moved since it was cached.
+        repository = find_repository(hub_id, may_be_old=False)
+        names = _names(path, repository.files)
+        if not _is_there(repository.id, names):
+            self._check_size(path, sum(repository.files[name] for name in names))
+        return repository
+
+    def find(self, path: str, repository: Repository | None) -> str | None:
+        """The files of ``path`` below ``root``, if the cache has them; the hub is not asked.
+
+        Args:
+            path: One that ``check`` took.
+            repository: What it returned.
+        """
+        hub_id = self._checked(path) if repository is None else repository.id
+        return hub_id.snapshot if hub_id.is_commit and _is_there(hub_id) else None
+
+    def fetch_tokenizer(self, path: str) -> None:
+        """Have the tokenizer beside an adapter's files in the cache, if there is one.
+
+        Args:
+            path: As ``fetch`` gave it.
+
+        Raises:
+            See ``fetch``.
+        """
+        hub_id = self._checked(path)
+        if (cache_dir() / hub_id.snapshot / TOKENIZER_FILE).is_file():
+            return
+        repository = find_repository(hub_id, may_be_old=True)
+        if TOKENIZER_FILE not in repository.files:
+            return
+        # Fetch the largest file last: if it is in the cache, all of them are.
+        names = [name for name in TOKENIZER_FILES if name in repository.files][::-1]
+        size = sum(repository.files[name] for name in names)
+        self._check_size(path, size)
+        self._download(path, repository, names, size)
+
+    def _check_size(self, path: str, size: int) -> None:
+        if size > self._max_bytes:
+            most = self._max_bytes
+            raise BudgetExceededError(
+                say("UPLOAD_TOO_LARGE", path=path, bytes=size, max_upload_bytes=most)
+            )
+
+    def _checked(self, path: str) -> HubId:
+        if not self._allowed:
+            raise refuse(path, say("HUB_NOT_ALLOWED"))
+        name = path.removeprefix(HUB_SCHEME)
+        hub_id = HubId.find(name)
+        if hub_id is None:
+            raise refuse(path, not_a_hub_id(name))
+        if self._allowed.isdisjoint((ANY, hub_id.org)):
+            choices = ", ".join(sorted(self._allowed))
+            raise refuse(
+                path,
+                say("HUB_ORGANISATION_NOT_ALLOWED", organisation=hub_id.org, choices=choices),
+            )
+        return hub_id
+
+    def _download(self, path: str, repository: Repository, names: Sequence[str], size: int) -> None:
+        if not self._places.acquire(blocking=False):
+            raise QueueFullError(say("TOO_MANY_DOWNLOADS", most=MAX_DOWNLOADS))
+        seconds = LEAST_SECONDS + size / LEAST_BYTES_PER_SECOND
+        ends_at = time.monotonic() + seconds
+        left, failures = size, []
+
+        def on_bytes(count: int) -> None:
+            nonlocal left
+            left -= count
+            if left < 0 or time.monotonic() > ends_at:
+                raise _Stopped
+
+        def work() -> None:
+            try:
+                with reporting_disk_faults():
+                    download(repository, names, on_bytes)
+            except BaseException as error:
+                failures.append(error)
+            finally:
+                self._places.release()
+
+        # The library may hang where no exception can stop it. On a thread of its own, only the
+        # caller gives up, and the place stays taken until the library does.
+        thread = threading.Thread(target=work, name=f"download {repository.id}", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if left < 0:
+            raise HubUnavailableError(say("HUB_SENT_TOO_MUCH", path=path))
+        if thread.is_alive() or (failures and isinstance(failures[0], _Stopped)):
+            name = repository.id.repository
+            found = size - left
+            raise HubUnavailableError(
+                say("HUB_TOO_SLOW", path=path, found=found, needed=size, seconds=seconds, name=name)
+            )
+        if failures:
+            raise failures[0]
+
+
+def _is_there(hub_id: HubId, names: Sequence[str] = _NEEDED) -> bool:
+    folder = cache_dir() / hub_id.snapshot
+    return all((folder / name).is_file() for name in names)
+
+
+def _names(path: str, files: Mapping[str, int]) -> list[str]:
+    """The files to fetch.
+
+    Raises:
+        AdapterCheckpointError: The config or the tensors of an adapter are missing.
+    """
+    below = sorted(name for name in files if name.endswith(f"/{CONFIG_FILE}"))
+    if CONFIG_FILE not in files and below:
+        raise refuse(path, say("ADAPTER_BELOW_TOP", folder=below[0].rpartition("/")[0]))
+    if CONFIG_FILE not in files:
+        raise refuse(path, say("NOT_AN_ADAPTER"))
+    if TENSORS_FILE not in files:
+        refuse_missing_tensors(path, sorted(name for name in files if "/" not in name))
+    # Fetch the tensors last: if they are in the cache, the other files are too.
+    return [name for name in (PROVENANCE_FILE, *TEMPLATE_FILES, *_NEEDED) if name in files]

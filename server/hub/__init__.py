@@ -1,1 +1,0 @@
-"""The Hugging Face hub: its repositories, and the copies of their files on this machine."""

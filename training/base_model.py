@@ -1,0 +1,294 @@
+"""The model that is trained on: the one the server serves, as a transformers model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
+from transformers.utils import logging
+
+from turret.server.log import progress_bar
+from turret.server.models.decoding.arch import Arch, Projections
+from turret.server.models.families import read_arch, text_config
+from turret.server.models.model_source import ModelSource, resolve_model
+from turret.server.models.sources.check import default_cache_dir, find_gguf
+from turret.server.models.sources.gguf_file import open_gguf
+from turret.server.models.sources.gguf_header import SUFFIX
+from turret.server.models.sources.model_directory import check_model_directory
+from turret.server.models.weights.nf4 import Nf4Weight
+from turret.training.errors import ConfigError
+from turret.training.mixture import load_4bit, put_experts
+from turret.training.words import say
+
+# PEFT causes warnings about which a user can do nothing.
+#
+# PEFT uses names that transformers has deprecated, makes sparse tensors without saying whether to
+# check their places (SHiRA's are drawn inside the weight), and warns for every module whose OFT
+# blocks have another size, which a note of turret's reports once.
+
+_DEPRECATED = ("is_gradient_checkpointing", "past_key_values")
+
+
+@contextmanager
+def without_peft_warnings() -> Iterator[None]:
+    """Hide those warnings within the block."""
+    with warnings.catch_warnings():
+        for name in _DEPRECATED:
+            warnings.filterwarnings("ignore", f".*{name}.*", FutureWarning)
+        warnings.filterwarnings("ignore", "Invalid `oft_block_size`", UserWarning)
+        warnings.filterwarnings("ignore", "Sparse invariant checks", UserWarning)
+        yield
+
+
+# ``run.gradient_checkpointing``: activations that the backward pass computes again.
+
+
+def compute_activations_twice(model: Any) -> None:
+    """Have a transformers model keep the activations of no layer."""
+    # The name of late 5.x versions, and the one that they deprecate.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+@contextmanager
+def without_backward(model: Any) -> Iterator[None]:
+    """For passes within the block that no backward pass follows, in evaluation mode.
+
+    PEFT prepares every pass of an aLoRA whose layers say that they are computed twice for a
+    backward pass, and refuses the next one until that has come.
+    """
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    model.eval()
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True
+
+
+Weights = Literal["nf4", "nf4-dense", "full"]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingBase:
+    """A base model before its weights are loaded.
+
+    Attributes:
+        source: Where it is, quantised, and its digest: what the server serves.
+        directory: As the config names it, or an id of the hub; None is the embedded model.
+        config: transformers' config.
+        arch: The server's reading of it.
+        tokenizer: transformers' tokenizer.
+    """
+
+    source: ModelSource
+    directory: Path | None
+    config: Any
+    arch: Arch
+    tokenizer: Any
+
+    @property
+    def max_length(self) -> int:
+        """Most positions the model was made for."""
+        return self.arch.max_model_len
+
+
+def find_base(
+    directory: Path | None, check: Callable[[Projections], None] = lambda _: None
+) -> TrainingBase:
+    """Find (and quantise, the first time) the base model.
+
+    Args:
+        directory: As the config names it, or an id of the hub; None is the embedded model.
+        check: Called with the modules of a model in a directory before it is quantised, which takes
+            minutes; raises what keeps it from being used.
+
+    Raises:
+        InvalidRequestError: Not a model directory, or an architecture that is not served.
+    """
+    if directory is not None and directory.is_dir():
+        check_model_directory(directory)
+        check(read_arch(_config_of(directory)).projections)
+    with progress_bar() as report:
+        source = resolve_model(directory, default_cache_dir(), report)
+    config = _config_of(source.files)
+    arch = read_arch(config)
+    tokenizer = AutoTokenizer.from_pretrained(source.files)
+    return TrainingBase(source, directory, config, arch, tokenizer)
+
+
+def _config_of(files: Path) -> Any:
+    """A model's config; the language model's, of a model of text and images.
+
+    Raises:
+        ConfigError: transformers has no class for the language model alone.
+    """
+    config = AutoConfig.from_pretrained(files)
+    text = text_config(config)
+    if text is config:
+        return config
+    if type(text) not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError.of("base.model", say("NO_TEXT_MODEL", model_type=config.model_type))
+    return text
+
+
+def load_model(base: TrainingBase, weights: Weights, dtype: torch.dtype, device: str) -> Any:
+    """Load the frozen model.
+
+    Args:
+        base: Of :func:`find_base`.
+        weights: As ``base.weights`` of the config.
+        dtype: Of activations and of everything that is not quantised.
+        device: ``cpu`` or ``cuda``.
+
+    Returns:
+        A ``PreTrainedModel`` without gradients.
+
+    Raises:
+        ConfigError: ``full`` of a checkpoint that holds quantised weights only, or of a mixture.
+    """
+    logging.disable_progress_bar()
+    if weights == "full":
+        model = _load_full(base, dtype)
+    else:
+        model = _load_nf4(base, dtype)
+        if weights == "nf4-dense":
+            _make_dense(model, dtype)
+    model.config._name_or_path = base.source.name
+    return model.to(device).requires_grad_(False)
+
+
+def empty_model(base: TrainingBase, weights: Weights, dtype: torch.dtype) -> Any:
+    """The model of :func:`load_model` on the meta device: the weights' shapes, without memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(base.config, dtype=dtype)
+        if base.arch.experts is not None:
+            put_experts(model, base.arch, lambda number: _empty_linear)
+    if weights == "nf4":
+        layers = model.model.layers
+        for name, module in list(layers.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                layers.set_submodule(name, _EmptyLinear4bit(module))
+        model.is_loaded_in_4bit = True
+    model.config._name_or_path = base.source.name
+    return model.requires_grad_(False)
+
+
+def _empty_linear(path: str, out: int, inner: int) -> torch.nn.Module:
+    return torch.nn.Linear(inner, out, bias=False)
+
+
+class _EmptyLinear4bit(Linear4bit):
+    """What PEFT takes for a quantised module, though its weight is a dense one without memory."""
+
+    def __init__(self, dense: torch.nn.Linear) -> None:
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        self.compute_dtype = dense.weight.dtype
+        weight: Any = dense.weight
+        weight.compress_statistics, weight.quant_type = True, "nf4"
+        self.weight, self.bias = weight, dense.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+def _load_nf4(base: TrainingBase, dtype: torch.dtype) -> Any:
+    config = copy.deepcopy(base.config)
+    config.quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    ).to_dict()
+    if base.arch.experts is not None or _is_within_another(base):
+        model = load_4bit(base.source.weights, base.arch, base.config, dtype)
+        model.config.quantization_config = config.quantization_config
+        # PEFT asks for it.
+        model.is_loaded_in_4bit = model.is_quantized = True
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            base.source.weights,
+            config=config,
+            dtype=dtype,
+            # Given, because the directory of the weights may hold nothing but them.
+            generation_config=GenerationConfig.from_model_config(config),
+        )
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            # Beside quantised weights transformers keeps the checkpoint's dtype.
+            parameter.data = parameter.data.to(dtype)
+    for module in _nf4_modules(model).values():
+        # bitsandbytes' CPU path in eval mode repacks the weight in place. After that the product
+        # has no gradient, even back in training mode.
+        module.support_avx512bf16_for_cpu = False
+        # Dtype of the backward pass's weights; the checkpoint's bfloat16 would round again.
+        module.weight.quant_state.dtype = dtype
+    return model
+
+
+def _is_within_another(base: TrainingBase) -> bool:
+    """Whether the 4-bit checkpoint's tensors have the names of a model of text and images."""
+    path = base.source.weights / "config.json"
+    if not path.is_file():
+        return False
+    return json.loads(path.read_text(encoding="utf-8"))["model_type"] != base.config.model_type
+
+
+def _nf4_modules(model: Any) -> dict[str, Any]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+
+
+def _make_dense(model: Any, dtype: torch.dtype) -> None:
+    """Put plain linear modules in the place of the quantised ones, with the same weights."""
+    for name, module in _nf4_modules(model).items():
+        dense = torch.nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        weight = Nf4Weight(module.weight.data, module.weight.quant_state).dequantize(dtype)
+        dense.weight = torch.nn.Parameter(weight, requires_grad=False)
+        dense.bias = module.bias
+        model.set_submodule(name, dense)
+    # PEFT would take the model for a quantised one.
+    model.is_loaded_in_4bit = False
+    model.is_quantized = False
+    model.quantization_method = None
+    del model.config.quantization_config
+
+
+def _load_full(base: TrainingBase, dtype: torch.dtype) -> Any:
+    if base.arch.experts is not None:
+        # Only there are the experts modules of their own.
+        raise ConfigError.of("base.weights", say("EXPERTS_NEED_NF4"))
+    if base.directory is None:
+        found = open_gguf(find_gguf())
+        model = AutoModelForCausalLM.from_config(found.config, dtype=torch.bfloat16)
+        tensors = {name: tensor.to(torch.bfloat16) for name, tensor in found.tensors()}
+        missing = model.load_state_dict(tensors, strict=False).missing_keys
+        assert set(missing) <= {"lm_head.weight"}, missing
+        return model.to(dtype)
+    directory = base.source.files
+    if base.directory.suffix == SUFFIX:
+        raise ConfigError.of("base.weights", say("GGUF_NEEDS_NF4"))
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] != base.config.model_type:
+        raise ConfigError.of("base.weights", say("TEXT_PART_NEEDS_NF4"))
+    if config.get("quantization_config") is not None:
+        raise ConfigError.of("base.weights", say("WEIGHTS_ARE_QUANTIZED", path=directory))
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)

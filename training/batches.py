@@ -1,0 +1,237 @@
+"""From examples to the rows of a run, and from rows to batches.
+
+A batch is a function of seed and position alone, so that a resumed run sees the batches that the
+uninterrupted run would have seen.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from turret.training.base_model import TrainingBase
+from turret.training.examples import (
+    Encoded,
+    EncodedSet,
+    Example,
+    Invocation,
+    data_digest,
+    encode_all,
+    encode_labelled,
+    num_set_aside,
+    num_shared,
+    read_files,
+)
+from turret.training.settings.checks import check_max_length
+from turret.training.settings.config import DataConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """What a run learns from.
+
+    Attributes:
+        train: Rows.
+        validation: Rows of one example each; may be empty.
+        digest: SHA-256 over the files.
+        num_examples: Training examples.
+        num_tokens: Their tokens.
+        num_dropped: Examples left out for their length, of both sets.
+        num_truncated: Examples cut to length, of both sets.
+        num_shared: Examples set aside that are also among those trained on.
+        labels: What a classification tells apart, in the head's order; else empty.
+        is_multi_label: Whether any number of them may hold, and not exactly one.
+    """
+
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...]
+    digest: str
+    num_examples: int
+    num_tokens: int
+    num_dropped: int
+    num_truncated: int
+    num_shared: int = 0
+    labels: tuple[str, ...] = ()
+    is_multi_label: bool = False
+
+
+def load_dataset(
+    config: DataConfig,
+    folder: Path,
+    base: TrainingBase,
+    seed: int,
+    invocation: Invocation | None = None,
+) -> Dataset:
+    """Read, split and encode.
+
+    Args:
+        config: Paths are relative to ``folder``.
+        folder: Of the config file.
+        base: Its tokenizer and context limit.
+        seed: Of the split.
+        invocation: Where an aLoRA begins to act.
+
+    Raises:
+        ConfigError: ``data.max_length`` is beyond the model's context.
+        DataError: See :func:`read_files` and :func:`encode_all`.
+    """
+    check_max_length(config, base.max_length)
+    files = read_files(config, folder)
+    examples, held_out, labels = files.train, files.validation, files.labels
+    if held_out is None:
+        examples, held_out = split(examples, config.validation_fraction, seed)
+
+    def encode(some: list[Example]) -> EncodedSet:
+        if labels:
+            return encode_labelled(base.tokenizer, some, labels, config, config.max_length)
+        return encode_all(base.tokenizer, some, config, config.max_length, invocation)
+
+    train = encode(examples)
+    validation = encode(held_out) if held_out else EncodedSet((), 0, 0)
+    return Dataset(
+        train=tuple(make_rows(train.examples, config)),
+        validation=tuple(single_rows(validation.examples)),
+        digest=data_digest(*files.paths),
+        num_examples=len(train.examples),
+        num_tokens=sum(len(example.tokens) for example in train.examples),
+        num_dropped=train.num_dropped + validation.num_dropped,
+        num_truncated=train.num_truncated + validation.num_truncated,
+        num_shared=num_shared(examples, held_out),
+        labels=labels,
+        is_multi_label=files.is_multi_label,
+    )
+
+
+def make_rows(examples: tuple[Encoded, ...], config: DataConfig) -> list[Row]:
+    """Rows of one example, or packed ones."""
+    return pack_rows(examples, config.max_length) if config.packing else single_rows(examples)
+
+
+def split(
+    examples: list[Example], fraction: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Set a share aside, at least one example unless the share is 0, both in the file's order."""
+    count = num_set_aside(len(examples), fraction)
+    chosen = set(random.Random(f"{seed}/split").sample(range(len(examples)), k=count))
+    kept = [example for index, example in enumerate(examples) if index not in chosen]
+    return kept, [example for index, example in enumerate(examples) if index in chosen]
+
+
+# A row holds one example, or several if they are packed.
+Row = tuple[Encoded, ...]
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingBatch:
+    """Rows side by side, padded on the right.
+
+    Attributes:
+        tokens: ``[rows, longest]`` int64.
+        positions: ``[rows, longest]`` int64 where rows are packed: they start at 0 with every
+            example, from which transformers tells which tokens may attend to which. Else None.
+        targets: ``[rows, longest]`` int64: the token to predict at each position, or ``IGNORED``.
+        num_tokens: Tokens without padding.
+        num_targets: Positions with a target.
+        starts: Of each row, the first position that an aLoRA acts on; empty if everywhere.
+        labels: Of each row, the labels that hold, where any number may: the target is then the
+            row's own number. Else empty.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor | None
+    targets: torch.Tensor
+    num_tokens: int
+    num_targets: int
+    starts: tuple[int, ...] = ()
+    labels: tuple[tuple[int, ...], ...] = ()
+
+
+def pack_rows(examples: Sequence[Encoded], max_length: int) -> list[Row]:
+    """Fill rows of at most ``max_length`` tokens, the longest examples first (best fit)."""
+    rows: list[list[Encoded]] = []
+    free: list[int] = []
+    for example in sorted(examples, key=lambda example: -len(example.tokens)):
+        size = len(example.tokens)
+        fitting = [(space, index) for index, space in enumerate(free) if space >= size]
+        if fitting:
+            _, index = min(fitting)
+            rows[index].append(example)
+            free[index] -= size
+        else:
+            rows.append([example])
+            free.append(max_length - size)
+    return [tuple(row) for row in rows]
+
+
+def single_rows(examples: Sequence[Encoded]) -> list[Row]:
+    """One example a row."""
+    return [(example,) for example in examples]
+
+
+class BatchStream:
+    """An endless stream of batches: every row once an epoch, in a new order each.
+
+    Args:
+        rows: What there is.
+        batch_size: Rows per batch; a batch may span two epochs.
+        pad: Token id that fills the shorter rows.
+        seed: Of the orders.
+        is_packed: Whether to number positions per example.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], *, batch_size: int, pad: int, seed: int, is_packed: bool
+    ) -> None:
+        self._rows = rows
+        self._batch_size = batch_size
+        self._pad = pad
+        self._seed = seed
+        self._is_packed = is_packed
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def batch(self, index: int) -> TrainingBatch:
+        """The batch at a position, from 0."""
+        start = index * self._batch_size
+        rows = [self._row(place) for place in range(start, start + self._batch_size)]
+        return make_batch(rows, pad=self._pad, is_packed=self._is_packed)
+
+    def _row(self, place: int) -> Row:
+        epoch, offset = divmod(place, len(self._rows))
+        if self._order[0] != epoch:
+            rng = random.Random(f"{self._seed}/{epoch}")
+            self._order = epoch, rng.sample(range(len(self._rows)), k=len(self._rows))
+        return self._rows[self._order[1][offset]]
+
+
+def make_batch(rows: Sequence[Row], *, pad: int, is_packed: bool) -> TrainingBatch:
+    """Lay rows out as tensors; the arguments are those of :class:`BatchStream`."""
+    lengths = [sum(len(example.tokens) for example in row) for row in rows]
+    shape = (len(rows), max(lengths))
+    tokens = torch.full(shape, pad)
+    targets = torch.full(shape, IGNORED)
+    positions = torch.arange(shape[1]).repeat(len(rows), 1) if is_packed else None
+    for number, row in enumerate(rows):
+        start = 0
+        for example in row:
+            end = start + len(example.tokens)
+            ids = torch.tensor(example.tokens)
+            tokens[number, start:end] = ids
+            learned = torch.tensor(example.learned[1:])
+            if example.labels is not None:
+                ids[-1] = number
+            targets[number, start : end - 1] = torch.where(learned, ids[1:], IGNORED)
+            if positions is not None:
+                positions[number, start:end] = torch.arange(end - start)
+            start = end
+        if positions is not None:
+            # Padding is a sequence of its own: numbered on, it would attend to the last example.
+            positions[number, start:] = torch.arange(shape[1] - start)
+    num_targets = int((targets != IGNORED).sum())
+    starts = tuple(row[0].start for row in rows if row[0].start is not None)
+    labels = tuple(row[0].labels for row in rows if row[0].labels is not None)
+    return TrainingBatch(tokens, positions, targets, sum(lengths), num_targets, starts, labels)

@@ -1,1 +1,0 @@
-"""From a data file to batches: examples, tokens, rows."""

@@ -1,0 +1,587 @@
+"""Examples: from the lines of a data file to token ids, and which of these to learn.
+
+A file is JSONL. A line has one of these shapes, and no other keys:
+
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+    {"prompt": "…", "completion": "…"}
+    {"text": "…"}
+
+If any number of labels may hold, labels replace the answer:
+
+    {"messages": [{"role": "user", "content": "…"}], "labels": ["…", "…"]}
+    {"prompt": "…", "labels": []}
+
+Blank lines are skipped. Reading needs no torch, so that errors are reported before it is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from turret.clients.evaluation.rows import Row, RowError, read_rows
+from turret.server.adapters.adapter import MAX_LABEL_CHARS, MAX_LABELS
+from turret.server.basics.token_search import last_occurrence
+from turret.training.errors import ConfigError, DataError
+from turret.training.settings.config import DataConfig
+from turret.training.words import Text, say
+
+
+@dataclass(frozen=True, slots=True)
+class DataFiles:
+    """What was read.
+
+    Attributes:
+        paths: The files, the training one first.
+        train: Its examples, of which a part may yet be set aside.
+        validation: Those of a file of their own, or None.
+        labels: What a classification tells apart, in the head's order; else empty.
+        is_multi_label: Whether any number of them may hold, and not exactly one.
+    """
+
+    paths: tuple[Path, ...]
+    train: list[Example]
+    validation: list[Example] | None
+    labels: tuple[str, ...]
+    is_multi_label: bool
+
+
+def data_paths(config: DataConfig, folder: Path) -> tuple[Path, ...]:
+    """The files that a config in ``folder`` names, the training one first."""
+    return tuple(folder / name for name in (config.train, config.validation) if name is not None)
+
+
+def read_files(config: DataConfig, folder: Path) -> DataFiles:
+    """Read them.
+
+    Args:
+        config: Paths are relative to ``folder``.
+        folder: Of the config file.
+
+    Raises:
+        DataError: See :func:`read_examples` and :func:`labels_of`; or an example is in both files,
+            or has labels where texts are learned.
+    """
+    paths = data_paths(config, folder)
+    train = read_examples(paths[0])
+    # Before a part is set aside: a label may be on so few lines that all of them are in it.
+    labels = labels_of(train) if config.task == "classification" else ()
+    is_multi_label = bool(labels) and train[0].labels is not None
+    validation = None
+    if config.validation is not None:
+        validation = read_examples(paths[1])
+        if labels:
+            check_labelled(validation, is_multi_label=is_multi_label)
+        _check_disjoint(train, validation)
+    if not labels:
+        _check_answered([*train, *(validation or ())])
+    return DataFiles(paths, train, validation, labels, is_multi_label)
+
+
+def num_set_aside(num_examples: int, fraction: float) -> int:
+    """How many examples are validated on: at least one unless the share is 0, and never all."""
+    if fraction == 0 or num_examples < 2:
+        return 0
+    return min(max(1, round(num_examples * fraction)), num_examples - 1)
+
+
+def num_shared(train: Sequence[Example], held_out: Sequence[Example]) -> int:
+    """How many of those that are set aside are trained on too, in another line of the file."""
+    seen = {_content(example) for example in train}
+    return sum(_content(example) in seen for example in held_out)
+
+
+def check_compared(files: DataFiles, config: DataConfig) -> None:
+    """Refuse a sweep, which compares validation losses, of what leaves nothing to validate on.
+
+    Args:
+        files: Of :func:`read_files`.
+        config: What they were read by.
+
+    Raises:
+        ConfigError: Says how many examples there are, and what to do.
+    """
+    fraction, there = config.validation_fraction, len(files.train)
+    if files.validation is not None or num_set_aside(there, fraction):
+        return
+    text = say("VALIDATION_EMPTY", path=files.paths[0], found=there)
+    raise ConfigError.of("data.validation_fraction", text)
+
+
+def _content(example: Example) -> object:
+    messages = example.messages and tuple((m["role"], m["content"]) for m in example.messages)
+    return messages, example.prompt, example.completion, example.labels
+
+
+def _check_answered(examples: Sequence[Example]) -> None:
+    for example in examples:
+        if example.labels is not None:
+            raise example.error("labels", say("LABELS_NEED_CLASSIFICATION"))
+
+
+def _check_disjoint(train: Sequence[Example], validation: Sequence[Example]) -> None:
+    seen = {_content(example): example.line for example in train}
+    for example in validation:
+        line = seen.get(_content(example))
+        if line is not None:
+            raise example.error("line", say("ALSO_IN_TRAINING", line=line))
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One line.
+
+    Attributes:
+        path: Of the file.
+        line: From 1.
+        messages: Chat messages, with ``role`` and ``content``; else None.
+        prompt: What is given; None for chat and plain text.
+        completion: What is to be learned after the prompt, or the whole plain text.
+        labels: All that hold, each once, where the line has labels and no answer; else None.
+    """
+
+    path: Path
+    line: int
+    messages: tuple[Mapping[str, str], ...] | None = None
+    prompt: str | None = None
+    completion: str = ""
+    labels: tuple[str, ...] | None = None
+
+    def error(self, field: str, problem: Text) -> DataError:
+        """What is wrong with a field of this example."""
+        return DataError.of(self.path, self.line, field, problem)
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Read a file.
+
+    Raises:
+        DataError: The file cannot be read, or is empty, or a line is malformed (the first is
+            named).
+    """
+    try:
+        return [_example(row) for row in read_rows(path, is_learned=True)]
+    except OSError as error:
+        why = error.strerror or error
+        raise DataError(say("FILE_UNREADABLE", path=path, why=why)) from error
+    except RowError as error:
+        raise DataError(error.problem, error.place) from error
+
+
+def data_digest(*paths: Path) -> str:
+    """SHA-256, hex, over the bytes of the files, each preceded by its length."""
+    digest = hashlib.sha256()
+    for path in paths:
+        data = path.read_bytes()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _example(row: Row) -> Example:
+    keys, values = set(row.values), row.values
+    if keys == {"messages"}:
+        return Example(row.path, row.line, messages=row.turns())
+    if keys == {"messages", "labels"}:
+        labels = row.labels()
+        return Example(row.path, row.line, messages=row.turns(is_answered=False), labels=labels)
+    if keys == {"text"}:
+        return Example(row.path, row.line, completion=row.text("text", values["text"]))
+    if keys not in ({"prompt", "labels"}, {"prompt", "completion"}):
+        raise row.shape_error()
+    if "labels" in keys:
+        labels = row.labels()
+        prompt = row.text("prompt", values["prompt"], may_be_empty=True)
+        return Example(row.path, row.line, prompt=prompt, labels=labels)
+    prompt = row.text("prompt", values["prompt"], may_be_empty=True)
+    completion = row.text("completion", values["completion"])
+    return Example(row.path, row.line, prompt=prompt, completion=completion)
+
+
+# Examples of a classification: the label's number is the last token, and the only one to learn. A
+# classification head sees what the model computes for the token before it. If any number of labels
+# may hold, the row's number in its batch takes the place of the label's number.
+
+
+def right_labels(example: Example) -> tuple[str, ...]:
+    """Those that hold: its labels, or its completion, or its last message."""
+    if example.labels is not None:
+        return example.labels
+    return (example.completion if example.messages is None else example.messages[-1]["content"],)
+
+
+def labels_of(examples: Sequence[Example]) -> tuple[str, ...]:
+    """The labels of a training set, sorted.
+
+    Raises:
+        DataError: A line has no prompt, or a label that cannot be served; or all have the same, or
+            there are too many; or only some lines have ``labels``.
+    """
+    is_multi_label = examples[0].labels is not None
+    check_labelled(examples, is_multi_label=is_multi_label)
+    labels = tuple(sorted({label for example in examples for label in right_labels(example)}))
+    least = 1 if is_multi_label else 2
+    if not least <= len(labels) <= MAX_LABELS:
+        limits = {"least": least, "most": MAX_LABELS}
+        path = examples[0].path
+        raise DataError(say("LABEL_COUNT", path=path, found=len(labels), **limits))
+    return labels
+
+
+def check_labelled(examples: Iterable[Example], *, is_multi_label: bool) -> None:
+    """Refuse lines without a label to learn, or with other ones than the first line's kind.
+
+    Raises:
+        DataError: As :func:`labels_of`.
+    """
+    for example in examples:
+        field = "text" if example.messages is None else "messages"
+        if example.messages is None and example.prompt is None:
+            raise example.error(field, say("NO_LABEL"))
+        if (example.labels is not None) != is_multi_label:
+            raise example.error("labels", say("MIXED_LABELS"))
+        field = "labels" if is_multi_label else "completion"
+        longest = max(map(len, right_labels(example)), default=0)
+        if longest > MAX_LABEL_CHARS:
+            text = say("TOO_MANY_CHARACTERS", most=MAX_LABEL_CHARS, found=longest)
+            raise example.error(field, text)
+
+
+def encode_labelled(
+    tokenizer: Any,
+    examples: Iterable[Example],
+    labels: Sequence[str],
+    config: DataConfig,
+    max_length: int,
+) -> EncodedSet:
+    """Encode a file's examples; arguments and errors as ``encode_all``'s.
+
+    What is over ``max_length`` and to be cut loses its end, not its label.
+
+    Raises:
+        DataError: Also where a label is none of ``labels``.
+    """
+    numbers = {label: number for number, label in enumerate(labels)}
+    encoded: list[Encoded] = []
+    dropped = truncated = 0
+    shortest = sys.maxsize
+    path = None
+    for example in examples:
+        path = example.path
+        right = _numbers(example, numbers)
+        item = encode_prompt(tokenizer, example, config)
+        if len(item.tokens) > max_length:
+            if config.too_long == "error":
+                text = say("TOO_MANY_TOKENS", found=len(item.tokens), most=max_length)
+                raise example.error("line", text)
+            if config.too_long == "drop":
+                dropped += 1
+                shortest = min(shortest, len(item.tokens))
+                continue
+            item = replace(item, tokens=item.tokens[:max_length])
+            truncated += 1
+        if not item.tokens:
+            raise example.error("prompt", say("HAS_NO_TOKENS"))
+        learned = (*[False] * len(item.tokens), True)
+        if example.labels is not None:
+            item = replace(item, labels=right)
+        tokens = (*item.tokens, 0 if example.labels is not None else right[0])
+        encoded.append(replace(item, tokens=tokens, learned=learned))
+    if not encoded:
+        raise none_left(path, max_length, shortest)
+    return EncodedSet(tuple(encoded), dropped, truncated)
+
+
+def _numbers(example: Example, numbers: dict[str, int]) -> tuple[int, ...]:
+    field = "completion" if example.labels is None else "labels"
+    for label in right_labels(example):
+        if label not in numbers:
+            raise example.error(field, say("UNKNOWN_LABEL", value=label))
+    return tuple(sorted(numbers[label] for label in right_labels(example)))
+
+
+# An aLoRA acts from the last occurrence of its invocation before the answer, as in the server
+# (``server/engine/scheduling/sequence.py``).
+
+_KEY = "method.invocation"
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """An invocation in a tokenizer's tokens.
+
+    Attributes:
+        text: As in ``method.invocation``.
+        tokens: Its ids; at least one.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+
+    def start_in(self, prompt: Sequence[int], example: Example, tokenizer: Any) -> int:
+        """The first position that the adapter acts on.
+
+        Args:
+            prompt: Tokens before the last answer.
+            example: What they are of.
+            tokenizer: What made them.
+
+        Raises:
+            DataError: The prompt does not hold these tokens.
+        """
+        start = last_occurrence(prompt, self.tokens)
+        if start is not None:
+            return start
+        field = "messages" if example.messages is not None else "prompt"
+        field = "text" if field == "prompt" and example.prompt is None else field
+        text = say("INVOCATION_MISSING", value=self.text)
+        if self.text in tokenizer.decode(list(prompt)):
+            # The tokenizer joins its ends with what is beside it.
+            tokens = f"{list(self.tokens)!s:.60}"
+            text = say("INVOCATION_SPLIT", value=self.text, tokens=tokens)
+        raise example.error(field, text)
+
+
+def invocation_of(tokenizer: Any, text: str) -> Invocation:
+    """The tokens of a text.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    tokens = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not tokens:
+        raise ConfigError.of(_KEY, say("HAS_NO_TOKENS"))
+    return Invocation(text, tokens)
+
+
+def invocation_before_answers(tokenizer: Any) -> str:
+    """What the chat template writes before an answer.
+
+    Raises:
+        ConfigError: There is no template, or it writes nothing.
+    """
+    text = ""
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "a"}]
+        asked, opened = (
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=is_open)
+            for is_open in (False, True)
+        )
+        text = opened[len(asked) :] if opened.startswith(asked) else ""
+    if not text:
+        raise ConfigError.of(_KEY, say("INVOCATION_REQUIRED"))
+    return text
+
+
+# Prompt and answer are tokenised separately, because the server tokenises a prompt alone before the
+# model continues it.
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example.
+
+    Attributes:
+        tokens: Token ids.
+        learned: Per token, whether the loss asks for it. The first token never is: nothing
+            precedes it.
+        turns: Role and content of what stands before the first answer learned, if it is a chat.
+        start: The first position that an aLoRA acts on; None where adapters act everywhere.
+        labels: The numbers of all labels that hold, where any number may; else None.
+    """
+
+    tokens: tuple[int, ...]
+    learned: tuple[bool, ...]
+    turns: tuple[tuple[str, str], ...] = ()
+    start: int | None = None
+    labels: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSet:
+    """A file's examples, and how many were dropped or cut for their length."""
+
+    examples: tuple[Encoded, ...]
+    num_dropped: int
+    num_truncated: int
+
+
+def encode_all(
+    tokenizer: Any,
+    examples: Iterable[Example],
+    config: DataConfig,
+    max_length: int,
+    invocation: Invocation | None = None,
+) -> EncodedSet:
+    """Encode a file's examples.
+
+    Args:
+        tokenizer: transformers'.
+        examples: Of one file.
+        config: Template, loss, what to do with long examples.
+        max_length: Most tokens of an example.
+        invocation: Where an aLoRA begins to act; what comes before is not learned.
+
+    Raises:
+        DataError: An example cannot be rendered, is too long where that is an error, lacks the
+            invocation, or has nothing to learn; or none is left.
+    """
+    encoded, dropped, truncated, shortest = [], 0, 0, sys.maxsize
+    path = None
+    for example in examples:
+        path = example.path
+        item = encode(tokenizer, example, config, invocation)
+        length = len(item.tokens)
+        if length > max_length:
+            if config.too_long == "error":
+                text = say("TOO_MANY_TOKENS", found=length, most=max_length)
+                raise example.error("line", text)
+            learned = item.learned[:max_length]
+            item = replace(item, tokens=item.tokens[:max_length], learned=learned)
+            if config.too_long == "drop" or not any(item.learned):
+                dropped += 1
+                shortest = min(shortest, length)
+                continue
+            truncated += 1
+        if not any(item.learned):
+            raise example.error("line", say("NOTHING_TO_LEARN"))
+        encoded.append(item)
+    if not encoded:
+        raise none_left(path, max_length, shortest)
+    return EncodedSet(tuple(encoded), dropped, truncated)
+
+
+def none_left(path: Path | None, max_length: int, shortest: int) -> DataError:
+    """All of a file's examples are too long; ``shortest`` is the tokens of the shortest of them."""
+    return DataError(say("ALL_TOO_LONG", path=path, most=max_length, found=shortest))
+
+
+def encode(
+    tokenizer: Any, example: Example, config: DataConfig, invocation: Invocation | None = None
+) -> Encoded:
+    """Encode one example.
+
+    Raises:
+        DataError: No chat template, or the template refuses the messages, or it renders an
+            earlier turn differently once a later one follows; or it lacks the invocation.
+    """
+    turns: Sequence[Mapping[str, str]] = ()
+    if example.messages is not None:
+        turns = example.messages
+        pieces = _encode_chat(tokenizer, example, turns)
+    elif example.prompt is None:
+        pieces = [(_with_end(tokenizer, tokenizer(example.completion)["input_ids"]), True)]
+    elif config.template == "chat" or (config.template == "auto" and tokenizer.chat_template):
+        turns = [
+            {"role": "user", "content": example.prompt},
+            {"role": "assistant", "content": example.completion},
+        ]
+        pieces = _encode_chat(tokenizer, example, turns)
+    else:
+        answer = tokenizer(example.completion, add_special_tokens=False)["input_ids"]
+        prompt = tokenizer(example.prompt)["input_ids"]
+        pieces = [(prompt, False), (_with_end(tokenizer, answer), True)]
+    tokens = tuple(token for ids, _ in pieces for token in ids)
+    is_all = config.loss_on == "all"
+    learned = [is_answer or is_all for ids, is_answer in pieces for _ in ids]
+    learned[:1] = [False] * len(learned[:1])
+    start, shown = None, _turns_before_answer(turns)
+    if invocation is not None:
+        prompt = tokens[: len(tokens) - len(pieces[-1][0])]
+        start = invocation.start_in(prompt, example, tokenizer)
+        # Learn nothing before the invocation: when serving, the base computes those tokens.
+        first = start + len(invocation.tokens)
+        learned[:first] = [False] * first
+        shown = tuple((turn["role"], turn["content"]) for turn in turns[:-1])
+    return Encoded(tokens, tuple(learned), shown, start)
+
+
+def encode_prompt(tokenizer: Any, example: Example, config: DataConfig) -> Encoded:
+    """Encode what stands before an example's last answer; nothing of it is learned.
+
+    Raises:
+        DataError: No chat template, or the template refuses the messages.
+    """
+    turns: Sequence[Mapping[str, str]] = ()
+    if example.messages is not None:
+        # Labels stand beside the messages, an answer is their last one.
+        turns = example.messages if example.labels is not None else example.messages[:-1]
+    elif config.template == "chat" or (config.template == "auto" and tokenizer.chat_template):
+        turns = [{"role": "user", "content": example.prompt or ""}]
+    if turns or example.messages is not None:
+        _check_template(tokenizer, example)
+        ids = _ids(tokenizer, _render(tokenizer, example, turns, is_open=True))
+    else:
+        ids = tokenizer(example.prompt)["input_ids"]
+    shown = tuple((turn["role"], turn["content"]) for turn in turns)
+    return Encoded(tuple(ids), (False,) * len(ids), shown)
+
+
+def _check_template(tokenizer: Any, example: Example) -> None:
+    if not tokenizer.chat_template:
+        raise example.error("messages", say("NEEDS_CHAT_TEMPLATE"))
+
+
+def _turns_before_answer(messages: Sequence[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
+    turns = []
+    for message in messages:
+        if message["role"] == "assistant":
+            break
+        turns.append((message["role"], message["content"]))
+    return tuple(turns)
+
+
+def _encode_chat(
+    tokenizer: Any, example: Example, messages: Sequence[Mapping[str, str]]
+) -> list[tuple[list[int], bool]]:
+    """(tokens, whether they are the assistant's answer), up to the end of the last answer."""
+    _check_template(tokenizer, example)
+    pieces: list[tuple[list[int], bool]] = []
+    done = ""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        opened = _render(tokenizer, example, messages[:index], is_open=True)
+        closed = _render(tokenizer, example, messages[: index + 1], is_open=False)
+        if not (opened.startswith(done) and closed.startswith(opened)):
+            raise example.error(f"messages[{index}]", say("TEMPLATE_REWRITES"))
+        pieces.append((_ids(tokenizer, opened[len(done) :]), False))
+        answer, rest = _split_at_end(tokenizer, _ids(tokenizer, closed[len(opened) :]))
+        pieces += [(answer, True), (rest, False)]
+        done = closed
+    return pieces[:-1]
+
+
+def _render(
+    tokenizer: Any, example: Example, messages: Sequence[Mapping[str, str]], *, is_open: bool
+) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=is_open
+        )
+    except Exception as error:
+        # jinja raises many kinds; all of them are about the messages.
+        raise example.error("messages", say("CHAT_TEMPLATE_FAILED", problem=error)) from error
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a rendered piece: the template has written the special tokens."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _with_end(tokenizer: Any, ids: list[int]) -> list[int]:
+    end = tokenizer.eos_token_id
+    return ids if ids[-1:] == [end] else [*ids, end]
+
+
+def _split_at_end(tokenizer: Any, ids: list[int]) -> tuple[list[int], list[int]]:
+    """An answer with its end-of-turn token, which is supplied if missing, and what follows."""
+    end = tokenizer.eos_token_id
+    if end not in ids:
+        return [*ids, end], []
+    cut = len(ids) - ids[::-1].index(end)
+    return ids[:cut], ids[cut:]

@@ -1,0 +1,263 @@
+"""The memory that a run needs: estimated, rehearsed and measured."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx.experimental import _config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface
+
+from turret.server.models.sources.model_directory import weight_files
+from turret.training.base_model import DTYPES, empty_model
+from turret.training.batches import TrainingBatch, make_batch
+from turret.training.classifier import classifier_loss, make_loss
+from turret.training.errors import RunError
+from turret.training.loss import LossFunction, make_optimizer, set_learning_rate
+from turret.training.peak_memory import peak_memory_bytes, resident_bytes
+from turret.training.settings.config import read_config, render_config
+from turret.training.settings.resolve import Resolved, resolve
+from turret.training.trainer import attach, attach_to, make_stream, pad_token, trainable
+from turret.training.words import Text, say
+
+# How much memory a run will need, from one step on the meta device.
+#
+# The step runs on shapes alone, with the method attached and the model called as in training,
+# while every tensor that comes to life is counted: so the estimate follows the method, the
+# architecture and the lengths of the data without a formula for any of them. It costs a few
+# seconds and no memory, whatever the model's size. Attention is taken to keep its inputs and its
+# result, as PyTorch's fused kernels do.
+
+
+# Counts the memory that tensors take while code runs, also on the meta device, where none does.
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages made within the block and still referenced, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = tree_leaves((args, kwargs))
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            # Some methods read a value (VB-LoRA tests for infinity); a scalar needs no memory.
+            return args[0].new_zeros((), device="cpu").item()
+        result = func(*args, **(kwargs or {}))
+        known = {id(t.untyped_storage()) for t in inputs if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage(), known)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:
+        # A view, or an in-place operation, answers with the storage of an input.
+        if storage in self._known or id(storage) in inputs:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+# Bytes of AdamW state per weight: two moments in fp32 or in 8 bits.
+_STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged-adamw8bit": 2}
+_ATTENTION = "turret_shapes"
+# Any: ``patch`` is created at run time, so type checkers do not see it.
+_SHAPES: Any = _config
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The shapes of attention that never holds the scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any) -> torch.Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _attention(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **keywords: Any
+) -> tuple[torch.Tensor, None]:
+    return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
+# A name without a mask function: transformers makes no mask for it.
+AttentionInterface.register(_ATTENTION, _attention)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes, by what takes them.
+
+    Attributes:
+        process: This process with its libraries and data (CPU only; a GPU does not hold them).
+        base: The base model's weights.
+        adapter: Trained weights (fp32) and the optimizer's states.
+        step: Activations and gradients at their peak, in the largest batch of the run.
+        num_parameters: Trained weights.
+    """
+
+    process: int
+    base: int
+    adapter: int
+    step: int
+    num_parameters: int
+
+    @property
+    def total(self) -> int:
+        return self.process + self.base + self.adapter + self.step
+
+
+def estimate_memory(resolved: Resolved) -> MemoryEstimate:
+    """Estimate the peak of a run."""
+    config = resolved.config
+    base = config.base
+    assert base.weights is not None
+    assert base.dtype is not None
+    assert base.device is not None
+    process = resident_bytes() if base.device == "cpu" else 0
+    model = empty_model(resolved.base, base.weights, DTYPES[base.dtype])
+    model.set_attn_implementation(_ATTENTION)
+    model = attach_to(model, resolved)
+    step = _step_bytes(resolved, model)
+    num_parameters = sum(parameter.numel() for parameter in trainable(model).values())
+    states = _STATE_BYTES[config.optimizer.name] * num_parameters
+    return MemoryEstimate(
+        process=process,
+        base=_base_bytes(resolved, model),
+        adapter=4 * num_parameters + states,
+        step=step,
+        num_parameters=num_parameters,
+    )
+
+
+def largest_batches(resolved: Resolved) -> tuple[TrainingBatch, TrainingBatch | None]:
+    """The training batch and the validation batch of a run that take the most room."""
+    config = resolved.config
+    assert config.run.steps is not None
+    stream = make_stream(resolved)
+    count = config.run.steps * config.run.gradient_accumulation
+    train = max((stream.batch(index) for index in range(count)), key=_room)
+    rows, size = resolved.dataset.validation, config.run.batch_size
+    pad = pad_token(resolved.base.tokenizer)
+    validation = [
+        make_batch(rows[start : start + size], pad=pad, is_packed=False)
+        for start in range(0, len(rows), size)
+    ]
+    return train, max(validation, key=_room, default=None)
+
+
+def _room(batch: TrainingBatch) -> tuple[int, int]:
+    return batch.tokens.numel(), batch.num_targets
+
+
+def _step_bytes(resolved: Resolved, model: Any) -> int:
+    train, validation = largest_batches(resolved)
+    head = model.get_base_model().get_output_embeddings()
+    loss = LossFunction(model, head, "meta")
+    if resolved.dataset.labels:
+        loss = classifier_loss(model, resolved.dataset, "meta")
+    # aLoRA's mask has no values on meta tensors; assume that it selects every token of a row.
+    with LiveBytes() as live, _SHAPES.patch(meta_nonzero_assume_all_nonzero=True):
+        model.train()
+        # The gradients of the first pass are there while the second one runs.
+        for _ in range(min(2, resolved.config.run.gradient_accumulation)):
+            loss(train).backward()
+        model.eval()
+        for parameter in trainable(model).values():
+            parameter.grad = None
+        if validation is not None:
+            with torch.no_grad():
+                loss(validation)
+    return live.peak
+
+
+def _base_bytes(resolved: Resolved, model: Any) -> int:
+    if resolved.config.base.weights == "nf4":
+        return sum(path.stat().st_size for path in weight_files(resolved.base.source.weights))
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return sum(parameter.nbytes for parameter in frozen)
+
+
+# Measures a run's peak memory: two steps on its largest batch, in a process of their own.
+
+
+_STEPS = 2
+
+
+def measure_peak(resolved: Resolved, scratch: Path) -> int:
+    """Peak memory in bytes, of the kind that ``memory_peak`` reports.
+
+    Args:
+        resolved: The run, which writes nothing.
+        scratch: An empty directory.
+
+    Raises:
+        RunError: The process failed, perhaps because memory ran out. The message has the last line
+            that it printed.
+    """
+    config = scratch / "config.toml"
+    config.write_text(render_config(resolved.config), encoding="utf-8")
+    command = [sys.executable, "-m", "turret.training.memory", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RunError(_why_failed(done))
+    return int(done.stdout)
+
+
+def _why_failed(done: subprocess.CompletedProcess[str]) -> Text:
+    if done.returncode == -signal.SIGKILL:
+        # The system kills a process this way when memory runs out.
+        return say("REHEARSAL_KILLED")
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return say("REHEARSAL_FAILED", problem=last)
+
+
+def rehearse(config_file: Path) -> int:
+    """Run the steps and the validation's largest batch here; returns the peak in bytes."""
+    resolved = resolve(read_config(config_file), config_file.parent)
+    config = resolved.config
+    assert config.base.device is not None
+    assert config.optimizer.learning_rate is not None
+    model = attach(resolved)
+    parameters = trainable(model)
+    optimizer = make_optimizer(parameters.items(), config.optimizer)
+    loss = make_loss(resolved, model)
+    train, validation = largest_batches(resolved)
+    model.train()
+    for _ in range(_STEPS):
+        for _ in range(min(2, config.run.gradient_accumulation)):
+            (loss(train) / train.num_targets).backward()
+        set_learning_rate(optimizer, config.optimizer.learning_rate)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    if validation is not None:
+        with torch.no_grad():
+            loss(validation)
+    return peak_memory_bytes(config.base.device)
+
+
+if __name__ == "__main__":
+    print(rehearse(Path(sys.argv[1])))

@@ -1,1 +1,0 @@
-"""The model that is trained on: found, loaded, and made to fit into memory."""

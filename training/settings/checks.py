@@ -1,0 +1,532 @@
+"""What a config says that cannot be trained, told before torch is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from turret.clients.evaluation.rows import missing_file
+from turret.server.adapters.component import MAX_COMPONENTS, MIN_COMPONENTS
+from turret.server.adapters.methods.kit import LinearMethod
+from turret.server.adapters.methods.low_rank import miss
+from turret.server.adapters.methods.structured.loha import highest_rank
+from turret.server.adapters.methods.transforms import hra
+from turret.server.basics.names import closest, model_place
+from turret.server.command.preflight import without_cuda
+from turret.server.config import AdapterConfig
+from turret.server.models.decoding.arch import MODULES, ROUTER, Experts, Projections
+from turret.server.models.families import FAMILIES
+from turret.server.models.sources.check import check_model, name_of_model, told_context, told_sizes
+from turret.training.errors import ConfigError
+from turret.training.settings.config import BaseConfig, DataConfig, MethodConfig, TrainConfig
+from turret.training.words import say
+
+# How high a rank can be: on the modules that a method adapts, and on a server.
+
+
+# The server's default --max-rank.
+SERVED_RANK = AdapterConfig().max_rank
+# (last part of the module path, out_features, in_features).
+Size = tuple[str, int, int]
+
+
+def module_sizes(projections: Projections, targets: Sequence[str]) -> Iterator[Size]:
+    """Last part of the path, outputs and inputs of each kind of module that is adapted.
+
+    Args:
+        projections: Of the base.
+        targets: Module names, as ``expand_targets`` gives them.
+    """
+    for slices in projections.linears().values():
+        for path, out, inner in slices:
+            name = path.rpartition(".")[2]
+            if name in targets:
+                yield name, out, inner
+    if projections.experts is None:
+        return
+    for projection, (_, out, inner) in projections.expert_linears().items():
+        templates = projections.experts.modules[projection]
+        for name in (template.removeprefix("{}.") for template in templates):
+            if name in targets:
+                yield name, out // len(templates), inner
+
+
+def check_rank(method: str, sizes: Sequence[Size], rank: int) -> None:
+    """Refuse a rank that the method cannot have on modules of these sizes.
+
+    Raises:
+        ConfigError: Says how high it may be.
+    """
+    if method not in _HIGHEST or not sizes:
+        return
+    limits = [(_HIGHEST[method](inner, out), name) for name, out, inner in sizes]
+    highest, module = min(limits, key=lambda limit: limit[0])
+    if rank > highest:
+        text = say("RANK_TOO_HIGH", most=highest, method=method, value=rank, module=module)
+        raise ConfigError.of("method.rank", text)
+
+
+def highest_loha_rank(sizes: Sequence[Size]) -> int:
+    """The highest rank of a LoHa that the server takes on all of these modules."""
+    return min(highest_rank(inner, out) for _, out, inner in sizes)
+
+
+def _most_rank(method: LinearMethod) -> Callable[[int, int], int]:
+    assert method.most_rank is not None
+    return method.most_rank
+
+
+def _highest_shira_rank(inner: int, out: int) -> int:
+    """SHiRA trains rank · (out + in) entries of a weight, which has out · in."""
+    return out * inner // (out + inner)
+
+
+# Highest rank by the inputs and outputs of a module. That of an update ``B A`` is at most the
+# weight's.
+_HIGHEST: Mapping[str, Callable[[int, int], int]] = {
+    **dict.fromkeys(("lora", "rslora", "dora", "alora", "vblora"), min),
+    **{method.name: _most_rank(method) for method in (hra.METHOD, miss.METHOD)},
+    "loha": highest_rank,
+    "shira": _highest_shira_rank,
+}
+
+
+# Which modules a config may name, told by the family before torch is loaded.
+
+
+PRESETS = ("attention", "mlp", "all-linear")
+_ATTENTION_GROUPS = ("qkv", "o")
+
+
+def told_projections(model: Path | None, model_type: str) -> Projections | None:
+    """The modules of a model as its ``Arch`` has them; None where that takes torch to tell.
+
+    Arguments are those of ``told_sizes``.
+    """
+    sizes = told_sizes(model, model_type)
+    modules = FAMILIES[model_type].modules.get(model_type, MODULES)
+    if sizes is None:
+        return None
+    return Projections(model_type=model_type, modules=modules, **sizes)
+
+
+def is_targeted(name: str, group: str, targets: Sequence[str]) -> bool:
+    """Whether a module is one of a config's.
+
+    Args:
+        name: Last part of its path.
+        group: Its fused projection, a key of ``Arch.linears``.
+        targets: One preset, or module names.
+    """
+    if len(targets) != 1 or targets[0] not in PRESETS:
+        return name in targets
+    return targets[0] == "all-linear" or (group in _ATTENTION_GROUPS) == (targets[0] == "attention")
+
+
+def check_targets(model_type: str, targets: Sequence[str]) -> None:
+    """Refuse what no dense model of a family has, where its config does not tell the rest.
+
+    Args:
+        model_type: Of the base, a key of ``FAMILIES``.
+        targets: As :func:`check_names`.
+
+    Raises:
+        ConfigError: As :func:`check_names`.
+    """
+    family = FAMILIES[model_type]
+    if family.experts is None:
+        modules = family.modules.get(model_type, MODULES)
+        known = [path.rpartition(".")[2] for paths in modules.values() for path in paths]
+        check_names(model_type, known, targets)
+
+
+def check_names(model_type: str, known: Sequence[str], targets: Sequence[str]) -> None:
+    """Refuse names that are no modules.
+
+    Args:
+        model_type: Of the base.
+        known: Its linear modules.
+        targets: One preset, or module names.
+
+    Raises:
+        ConfigError: A preset beside others, or a name that the architecture lacks.
+    """
+    if len(targets) == 1 and targets[0] in PRESETS:
+        return
+    for name in targets:
+        if name in PRESETS:
+            raise ConfigError.of("method.targets", say("PRESET_NOT_ALONE", value=name))
+        if name not in known:
+            text = say(
+                "UNKNOWN_TARGET",
+                value=name,
+                model_type=model_type,
+                choices=", ".join(known),
+                presets=", ".join(PRESETS),
+                closest=closest(name, (*known, *PRESETS)),
+            )
+            raise ConfigError.of("method.targets", text)
+
+
+# Which settings go together, told by the method's name before torch is loaded.
+
+
+_FACTORS = ("targets", "rank", "alpha", "dropout")
+# Keys of ``MethodConfig`` that each method reads; a test compares them with training/methods.
+METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
+    "lora": _FACTORS,
+    "rslora": _FACTORS,
+    "dora": _FACTORS,
+    "alora": (*_FACTORS, "invocation"),
+    "miss": ("targets", "rank", "dropout"),
+    "oft": ("targets", "rank", "dropout"),
+    "hra": ("targets", "rank"),
+    "vblora": ("targets", "rank", "dropout"),
+    "shira": ("targets", "rank"),
+    "loha": _FACTORS,
+    "lokr": (*_FACTORS, "decompose_both", "decompose_factor"),
+    "ia3": ("targets",),
+    "prefix_tuning": ("num_virtual_tokens", "prefix_projection", "encoder_hidden_size"),
+    "prompt_tuning": ("num_virtual_tokens", "init_text"),
+    "p_tuning": ("num_virtual_tokens", "encoder_hidden_size", "dropout"),
+    "learned_fusion": ("components", "d_k", "guidance"),
+}
+# Defaults that do not depend on the base, and each method's peak learning rate; a test compares
+# them with training/methods.
+_LOW_RANK = {"rank": 8, "dropout": 0.0, "learning_rate": 1e-3}
+DEFAULTS: Mapping[str, Mapping[str, float]] = {
+    "lora": _LOW_RANK,
+    "rslora": {**_LOW_RANK, "alpha": 8.0},
+    "dora": _LOW_RANK,
+    "alora": {**_LOW_RANK, "rank": 32},
+    "miss": {**_LOW_RANK, "rank": 16},
+    "oft": {**_LOW_RANK, "rank": 16},
+    "hra": {"rank": 8, "learning_rate": 5e-3},
+    "vblora": {"rank": 4, "dropout": 0.0, "learning_rate": 1e-2},
+    "shira": {"rank": 8, "learning_rate": 1e-3},
+    "loha": {"dropout": 0.0, "learning_rate": 2e-3},
+    "lokr": {
+        **_LOW_RANK,
+        "learning_rate": 2e-3,
+        "decompose_both": False,
+        "decompose_factor": -1,
+    },
+    "ia3": {"learning_rate": 1e-2},
+    "prefix_tuning": {"num_virtual_tokens": 16, "prefix_projection": True, "learning_rate": 1e-3},
+    "prompt_tuning": {"num_virtual_tokens": 16, "learning_rate": 3e-2},
+    "p_tuning": {"num_virtual_tokens": 16, "dropout": 0.0, "learning_rate": 1e-3},
+    "learned_fusion": {"d_k": 8, "guidance": 1.0, "learning_rate": 3e-3},
+}
+# Methods that stand before one text, and those with factors A and B.
+PROMPTS = ("prefix_tuning", "prompt_tuning", "p_tuning")
+WITH_FACTORS = ("lora", "rslora", "dora", "alora")
+# Methods that the server takes on the experts of a mixture.
+ON_EXPERTS = ("lora", "rslora")
+# Methods that cannot be trained to classify: the first learns a gate, and the second does not
+# change the text before its invocation.
+_WITHOUT_HEAD = ("learned_fusion", "alora")
+
+
+def check_fit(config: TrainConfig) -> None:
+    """Refuse settings that the method gives no meaning to.
+
+    Args:
+        config: As read.
+
+    Raises:
+        ConfigError: Names the first key at fault.
+    """
+    name = config.method.name
+    _check_keys(config.method)
+    if name == "hra" and (config.method.rank or 0) % 2:
+        # HRA starts from pairs of reflections that undo each other.
+        raise ConfigError.of("method.rank", say("ODD_RANK", value=config.method.rank))
+    # These methods act on one place of a row, which a packed row has several times.
+    if config.data.packing and name in (*PROMPTS, "alora"):
+        raise _unsupported("data.packing", "true", name)
+    if config.data.task == "classification" and name in _WITHOUT_HEAD:
+        raise _unsupported("data.task", "classification", name)
+    # Checkpointing switches off the cache, in which a prefix passes its keys and values.
+    if config.run.gradient_checkpointing and name == "prefix_tuning":
+        raise _unsupported("run.gradient_checkpointing", "true", name)
+    ratio = config.optimizer.lora_plus_ratio
+    if ratio is not None and name not in WITH_FACTORS:
+        raise _unsupported("optimizer.lora_plus_ratio", ratio, name)
+
+
+def _unsupported(key: str, value: object, method: str) -> ConfigError:
+    return ConfigError.of(key, say("VALUE_UNSUPPORTED_BY", value=value, method=method))
+
+
+def _check_keys(config: MethodConfig) -> None:
+    keys = METHOD_KEYS[config.name]
+    for entry in dataclasses.fields(config):
+        given = getattr(config, entry.name) is not None
+        if given and entry.name != "name" and entry.name not in keys:
+            text = say("KEY_UNSUPPORTED_BY", method=config.name, choices=", ".join(keys))
+            raise ConfigError.of(f"method.{entry.name}", text)
+
+
+# Which linear modules a preset's name stands for, by architecture.
+
+
+def module_names(projections: Projections, preset: str) -> tuple[str, ...]:
+    """The modules of a preset, by the last part of their path, in the layer's order.
+
+    Args:
+        projections: Of the base.
+        preset: One of ``PRESETS``.
+    """
+    names: list[str] = []
+    for group, slices in projections.linears().items():
+        # A parameter, as transformers has it, and no linear module.
+        if group == ROUTER:
+            continue
+        last = (path.rsplit(".", 1)[-1] for path, _, _ in slices)
+        names += [name for name in last if is_targeted(name, group, (preset,))]
+    if preset != "attention":
+        names += expert_names(projections)
+    return tuple(dict.fromkeys(names))
+
+
+def expert_names(projections: Projections) -> tuple[str, ...]:
+    """The modules of experts that can be trained, by the last part of their path."""
+    return () if projections.experts is None else _target_names(projections.experts)
+
+
+def _target_names(experts: Experts) -> tuple[str, ...]:
+    """What adapters may target of experts, by the last part of each module's path.
+
+    Empty where the server and PEFT look for them elsewhere than the model that is trained has them.
+    """
+    templates = [name for names in experts.modules.values() for name in names]
+    if experts.path != experts.checkpoint_path or not all(t.startswith("{}.") for t in templates):
+        return ()
+    return tuple(template.removeprefix("{}.") for template in templates)
+
+
+def expand_targets(projections: Projections, targets: Sequence[str]) -> tuple[str, ...]:
+    """Module names for what the config says.
+
+    Args:
+        projections: Of the base.
+        targets: One preset, or module names.
+
+    Raises:
+        ConfigError: A preset beside others, one without a module, or a name that the architecture
+            lacks.
+    """
+    if len(targets) == 1 and targets[0] in PRESETS:
+        found = module_names(projections, targets[0])
+        if not found:
+            text = say("NO_TARGETS", value=targets[0], model_type=projections.model_type)
+            raise ConfigError.of("method.targets", text)
+        return found
+    check_names(projections.model_type, module_names(projections, "all-linear"), targets)
+    return tuple(dict.fromkeys(targets))
+
+
+def check_experts(method: str, projections: Projections, targets: Sequence[str]) -> None:
+    """Refuse modules of experts to a method that the server does not take there.
+
+    Args:
+        method: Its name.
+        projections: Of the base.
+        targets: Of :func:`expand_targets`.
+
+    Raises:
+        ConfigError: Names the first such module.
+    """
+    named = [name for name in expert_names(projections) if name in targets]
+    if named and method not in ON_EXPERTS:
+        choices = ", ".join(ON_EXPERTS)
+        text = say("EXPERTS_UNSUPPORTED_BY", module=named[0], method=method, choices=choices)
+        raise ConfigError.of("method.targets", text)
+
+
+# Whether a base has the modules that a config names, and a method its rank there.
+
+
+# Default targets of every method that has a rank.
+_ALL = ("all-linear",)
+
+
+def check_modules(
+    method: str, projections: Projections, targets: Sequence[str], rank: int | None
+) -> tuple[str, ...]:
+    """Names of the modules that are adapted.
+
+    Args:
+        method: Its name.
+        projections: Of the base.
+        targets: As in ``method.targets``.
+        rank: As in ``method.rank``; None for a method without one.
+
+    Raises:
+        ConfigError: The base lacks one, or the method cannot have it, or not at this rank.
+    """
+    names = expand_targets(projections, targets)
+    check_experts(method, projections, names)
+    if rank is not None:
+        check_rank(method, tuple(module_sizes(projections, names)), rank)
+    return names
+
+
+def check_method(config: MethodConfig, projections: Projections) -> None:
+    """:func:`check_modules` of a config as it is read, as far as it says something.
+
+    Args:
+        config: Names its method's keys alone.
+        projections: Of the base.
+    """
+    has_modules = "targets" in METHOD_KEYS[config.name]
+    if has_modules and (config.targets or config.rank) is not None:
+        check_modules(config.name, projections, config.targets or _ALL, config.rank)
+
+
+# What a config's files and its base say against it, before torch is loaded.
+
+
+_COMPONENTS = "method.components"
+
+
+def check_inputs(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> None:
+    """Refuse paths at which there is nothing to read, and settings that do not go together.
+
+    Args:
+        config: As read.
+        folder: Its paths are relative to this.
+        ranks: Each of these is to take the place of the config's.
+
+    Raises:
+        ConfigError: A file or directory is not there or named for two things, torch has no CUDA, or
+            the method has no use for a setting.
+    """
+    for key, name in (("train", config.data.train), ("validation", config.data.validation)):
+        if name is None:
+            continue
+        path = folder / name
+        if not path.is_file():
+            text = missing_file(path)
+            if path.is_dir():
+                text = say("PATH_IS_A_DIRECTORY", path=path.absolute())
+            elif path.exists():
+                # Pipes cannot be read twice.
+                text = say("PATH_UNUSABLE", path=path.absolute(), problem=say("NOT_A_FILE"))
+            raise ConfigError.of(f"data.{key}", text)
+    validation = config.data.validation
+    if validation is not None and (folder / validation).samefile(folder / config.data.train):
+        text = say("IS_TRAINING_FILE", path=folder / validation)
+        raise ConfigError.of("data.validation", text)
+    if config.base.device == "cuda" and (why := without_cuda()):
+        raise ConfigError.of("base.device", why)
+    for each in with_ranks(config, ranks):
+        check_fit(each)
+    if config.method.name == "learned_fusion":
+        check_components(config.method.components or (), folder)
+
+
+@dataclass(frozen=True, slots=True)
+class ToldBase:
+    """What is known of a base before torch is loaded.
+
+    Attributes:
+        name: As the server has it, and a run records it.
+        projections: Its modules; None where that takes torch to tell.
+    """
+
+    name: str
+    projections: Projections | None
+
+
+def check_base(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> ToldBase:
+    """Refuse a base that is none, or none for the method; the hub is asked for one of its own.
+
+    Args:
+        config: As :func:`check_inputs`, and so the next.
+        folder: Its paths are relative to this.
+        ranks: Each of these is to take the place of the config's.
+
+    Raises:
+        ConfigError: The base has no such modules, none of that rank, or a shorter context than
+            ``data.max_length``.
+        InvalidRequestError: The base is no model that is served.
+    """
+    base = base_place(config.base, folder)
+    model_type = check_model(base)
+    if (context := told_context(base)) is not None:
+        check_max_length(config.data, context)
+    projections = told_projections(base, model_type)
+    if projections is None and config.method.targets is not None:
+        check_targets(model_type, config.method.targets)
+    if projections is not None:
+        for each in with_ranks(config, ranks):
+            check_method(each.method, projections)
+    return ToldBase(name_of_model(base), projections)
+
+
+def check_max_length(config: DataConfig, context: int) -> None:
+    """Refuse examples that are longer than the base's context.
+
+    Args:
+        config: Has ``max_length``.
+        context: Most positions that the base was made for.
+
+    Raises:
+        ConfigError: ``max_length`` is more.
+    """
+    if config.max_length > context:
+        text = say("EXCEEDS_CONTEXT", most=context, value=config.max_length)
+        raise ConfigError.of("data.max_length", text)
+
+
+def with_ranks(config: TrainConfig, ranks: Sequence[int]) -> list[TrainConfig]:
+    """The config with each of these ranks; itself if there are none."""
+    methods = [replace(config.method, rank=rank) for rank in ranks] or [config.method]
+    return [replace(config, method=method) for method in methods]
+
+
+def component_directories(entries: Sequence[str], folder: Path = Path()) -> dict[str, Path]:
+    """Component names → directories.
+
+    Args:
+        entries: ``NAME=DIRECTORY`` or ``DIRECTORY``, whose last part is the name then.
+        folder: What directories are relative to.
+    """
+    directories = {}
+    for entry in entries:
+        name, equals, directory = entry.partition("=")
+        path = folder / (directory if equals else name)
+        directories[name if equals else path.name] = path
+    return directories
+
+
+def check_components(entries: Sequence[str], folder: Path) -> None:
+    """Refuse what a learned fusion cannot be made of.
+
+    Args:
+        entries: As :func:`component_directories`, and so the next.
+        folder: What directories are relative to.
+
+    Raises:
+        ConfigError: Too few or too many, or a directory that is none.
+    """
+    directories = component_directories(entries, folder)
+    if len(directories) < len(entries):
+        raise ConfigError.of(_COMPONENTS, say("SAME_COMPONENT_NAME"))
+    if not MIN_COMPONENTS <= len(directories) <= MAX_COMPONENTS:
+        limits = {"least": MIN_COMPONENTS, "most": MAX_COMPONENTS}
+        text = say("ENTRIES_NOT_IN_RANGE", found=len(directories), **limits)
+        raise ConfigError.of(_COMPONENTS, text)
+    for path in directories.values():
+        if not path.is_dir():
+            raise ConfigError.of(_COMPONENTS, say("FOLDER_MISSING", path=path))
+
+
+def base_place(config: BaseConfig, folder: Path) -> Path | None:
+    """Where the base is: below ``folder``, on the hub (a path that is its id), or None."""
+    if config.model is None:
+        return None
+    return model_place(config.model, folder)
