@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-import torch
-
 from turret.kernels.rows.elementwise import row_exp_
+from turret.lazy_torch import torch
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from turret.server.words import Text, say
 
 # Wall-clock limit, for a job that gets hardly any processor time.
 TIMEOUT_SECONDS = 60.0
-_CHILD = Path(__file__).with_name("child.py")
+_CHILD = Path(__file__).with_name("confined_child.py")
 _READ_BYTES = 1 << 20
-# Exit code of a child that failed before it read a job; see child.py.
+# Exit code of a child that failed before it read a job; see confined_child.py.
 _START_FAILED = 3
 
 

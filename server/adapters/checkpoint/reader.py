@@ -57,17 +57,17 @@ def all_finite(tensor: torch.Tensor) -> bool:
 
 # Domain prefix of every digest. Change it when the definition of the digest changes.
 _DIGEST_DOMAIN = b"turret-adapter-1\0"
-# Torch dtypes by their safetensors names.
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
+# Names of torch's dtypes by those of safetensors.
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
 }
 
 
@@ -197,7 +197,7 @@ def _tensors_in(
 ) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
     """The tensors, views of the data, each with its entry; names those that are not finite."""
     for kind, group in groupby(entries, lambda entry: entry.dtype):
-        run, dtype = list(group), DTYPES[kind]
+        run, dtype = list(group), getattr(torch, DTYPES[kind])
         part = data[run[0].begin : run[-1].end]
         if run[0].begin % dtype.itemsize:
             part = part.clone()

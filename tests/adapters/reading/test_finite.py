@@ -8,7 +8,9 @@ import torch
 from turret.server.adapters.checkpoint.reader import DTYPES, all_finite
 
 
-@pytest.mark.parametrize("dtype", [d for d in DTYPES.values() if d.is_floating_point])
+@pytest.mark.parametrize(
+    "dtype", [d for name in DTYPES.values() if (d := getattr(torch, name)).is_floating_point]
+)
 @pytest.mark.parametrize("size", [1, 2, 7, 63, 64, 65, 1000])
 def test_finds_it_at_every_place(dtype: torch.dtype, size: int) -> None:
     limits = torch.finfo(dtype)
