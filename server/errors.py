@@ -38,8 +38,8 @@
     └── DeadlineExceededError        the deadline passed before the request finished
 
 ``reason`` is an AIP-193 identifier. Unless it is given, ``metadata`` has the parameters of the
-message, except those that are sentences themselves. No gRPC here: ``server/rpc/interceptor.py`` holds
-the one table from class to status code.
+message, except those that are sentences themselves. No gRPC here: the one table from class to
+status code is in ``server/rpc/interceptor.py``.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def without_password(url: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
-# What a repository on the hub holds, at one commit.
+# The content of a repository on the hub, at one commit.
 #
 # ``huggingface_hub`` does the talking, so its variables are honoured: ``HF_ENDPOINT``,
 # ``HF_HOME``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE``, ``HF_TOKEN`` and the token that ``hf auth

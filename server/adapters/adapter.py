@@ -15,7 +15,7 @@ from turret.server.basics.names import HUB_SCHEME, HubId
 from turret.server.errors import InvalidRequestError, TurretError
 from turret.server.words import say
 
-# One member of a request's mix, by name. No torch.
+# A member of a request's mix, by name.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ class AdapterRef:
             raise InvalidRequestError.of("adapters.weight", why)
 
 
-# Where the files of an adapter's generation are.
+# The place of a generation's files.
 
 
 # The two files of an adapter, as PEFT names them.
@@ -94,7 +94,7 @@ class Source:
         return self.adapter or self.path
 
 
-# What a classification head tells: its labels, and how its numbers become probabilities.
+# A classification head: its labels, and how its numbers become probabilities.
 
 
 SINGLE_LABEL = "single_label_classification"
@@ -137,7 +137,7 @@ class TokenizerFiles:
     bytes_disk: int
 
 
-# What reading an adapter told about it: kept in memory and on disk, without its weights.
+# Facts that a read of the adapter found; kept in memory and on disk, without the weights.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,7 +239,7 @@ def origin_of(chat_template: str) -> str:
     return OwnTemplate.from_json(chat_template).origin if chat_template else ""
 
 
-# One generation of a registered adapter: fixed identity, moving residency.
+# A generation: its identity is fixed, and its weights come and go.
 
 
 class Adapter:
@@ -346,7 +346,7 @@ class Adapter:
 Residency = Literal["disk", "host", "device"]
 
 
-# What clients may know of a registered adapter.
+# The description that clients get.
 
 
 State = Literal["LOADING", "ACTIVE", "DELETING"]

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 from turret.lazy_torch import torch
 
-# What is refused unless whoever runs the server allows it.
+# Kinds of adapters that are refused unless the operator allows them.
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,7 +186,7 @@ def fuse_response(
 
 
 _Request = adapters_pb2.MergeAdaptersRequest
-# None lets the merge choose.
+# The merge chooses if there is none.
 _PRECISIONS: dict[int, Precision | None] = {
     _Request.PRECISION_UNSPECIFIED: None,
     _Request.AUTO: None,

@@ -29,7 +29,7 @@ class Code(enum.Enum):
     UNAUTHENTICATED = 16
 
 
-# What a message of an answer in channels says before its text.
+# The header of a message in an answer with channels.
 #
 # OpenAI's harmony response format, of gpt-oss: a message is ``<|start|>ROLE
 # to=RECIPIENT<|channel|>CHANNEL<|constrain|>TYPE<|message|>TEXT`` and ends with ``<|end|>`` or

@@ -36,7 +36,7 @@ from turret.server.errors import (
 )
 from turret.server.words import say
 
-# Which requests an adapter with a classification head takes, and which need one.
+# Requests that need a classification head, and those that an adapter with one takes.
 
 
 def check_heads(request: Request, mix: Mix) -> None:
@@ -60,7 +60,7 @@ def check_heads(request: Request, mix: Mix) -> None:
         raise AdapterClassifiesError.of("adapters", said)
 
 
-# Which requests an adapter with its own vocabulary or chat template takes.
+# Requests that an adapter with its own vocabulary or chat template takes.
 
 
 def check_vocabulary(request: Request, mix: Mix) -> int:

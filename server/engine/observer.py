@@ -14,7 +14,7 @@ from turret.server.engine.scheduling.sequence import Sequence, Step
 from turret.server.engine.step.runner import StepResult
 from turret.server.errors import TurretError
 
-# What the engine needs of its neighbours; tests have their own.
+# Interfaces that the engine needs of its neighbours; tests implement their own.
 
 
 class Runs(Protocol):

@@ -30,7 +30,7 @@ from turret.server.models.weights.nf4 import (
     join_linears,
 )
 
-# What a client may ask about the served model.
+# The facts about the served model that clients may ask for.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

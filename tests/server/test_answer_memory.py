@@ -14,6 +14,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
+from turret.server.api import access
 from turret.server.api.call import Call
 from turret.server.api.inference_answers import keep
 from turret.server.app import App
@@ -84,7 +85,7 @@ async def test_what_a_call_collects_is_bounded(app: App, monkeypatch: pytest.Mon
         assert await post(**LARGE | {"logprobs": 0}) == 200
         assert await post(**SAMPLED, stream=True) == 200
         # The log probabilities of prompts are large pieces, which a slow client lets gather.
-        monkeypatch.setattr(shares, "MAX_AT_A_TIME", 1)
+        monkeypatch.setattr(access, "MAX_AT_A_TIME", 1)
         answer = await client.post(
             "/v1/completions", json={"model": "base", **echoed, "stream": True}
         )

@@ -93,7 +93,7 @@ _HIGHEST: Mapping[str, Callable[[int, int], int]] = {
 }
 
 
-# Which modules a config may name, told by the family before torch is loaded.
+# The modules that a config may name, which the family knows without torch.
 
 
 PRESETS = ("attention", "mlp", "all-linear")
@@ -170,7 +170,7 @@ def check_names(model_type: str, known: Sequence[str], targets: Sequence[str]) -
             raise ConfigError.of("method.targets", text)
 
 
-# Which settings go together, told by the method's name before torch is loaded.
+# Settings that exclude each other, which the method's name tells without torch.
 
 
 _FACTORS = ("targets", "rank", "alpha", "dropout")
@@ -269,7 +269,7 @@ def _check_keys(config: MethodConfig) -> None:
             raise ConfigError.of(f"method.{entry.name}", text)
 
 
-# Which linear modules a preset's name stands for, by architecture.
+# The linear modules of a preset, by architecture.
 
 
 def module_names(projections: Projections, preset: str) -> tuple[str, ...]:
@@ -386,7 +386,7 @@ def check_method(config: MethodConfig, projections: Projections) -> None:
         check_modules(config.name, projections, config.targets or _ALL, config.rank)
 
 
-# What a config's files and its base say against it, before torch is loaded.
+# Faults of the config's files, or of its base, found before torch is loaded.
 
 
 _COMPONENTS = "method.components"

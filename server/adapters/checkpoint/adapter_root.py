@@ -31,7 +31,7 @@ from turret.server.basics.work import is_out_of_memory
 from turret.server.errors import AdapterCheckpointError, StorageFailedError
 from turret.server.words import Text, say
 
-# Which files have which digest, so that an adapter that is read again is not hashed again.
+# Digests of files that were hashed before: reading an adapter again hashes nothing.
 #
 # A file is known by what the system says of it: device, inode, size, and the times of its last
 # change of content and of itself. Writing to a file moves the latter, which no program can set

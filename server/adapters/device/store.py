@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from turret.kernels.gpu.nf4 import Epilogue
 
 
-# Where a kernel replaces an operator's ``add``.
+# The kernels that replace an operator's ``add``.
 #
 # A kernel is earned by a measurement. ``bench/results/history.md`` has those of the CPU path;
 # pairs and dense updates have none of their own yet. On the GPU path nothing has been measured, so
@@ -171,7 +171,7 @@ class ProjectionLayout:
         return [(layer, experts[name]) for layer, name in names if name in experts]
 
 
-# Which rows of a step use which adapters.
+# The rows of a step that use an adapter.
 
 
 # The mix of a row or segment as (adapter key, weight) pairs, in the request's order.

@@ -13,7 +13,7 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import Finding, refuse
 from turret.server.adapters.peft_format.config_rules import invalid
 from turret.server.words import say
 
-# What a fusion made, and how far it is from the exact sum.
+# The result of a fusion, and its distance from the exact sum.
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,7 +164,7 @@ def _map_memory(num_bytes: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-# From a method's operators to a lowered adapter: one block of memory, checked, summed up.
+# The end of lowering: one block of memory, checked, summed up.
 
 
 _NOTHING: Mapping[str, ModuleOperators] = MappingProxyType({})

@@ -1,4 +1,4 @@
-"""What an adapter's config and the header of its tensors say against it. No torch.
+"""What an adapter's config and the header of its tensors say against it.
 
 A start that is to load adapters checks them so before it loads the model, with the methods' own
 checks. What needs the values of tensors, and what they do to the vocabulary, a load checks alone.

@@ -1,4 +1,4 @@
-"""All that a method's file imports: how it is declared, and what it makes operators with. No torch.
+"""All that a method's file imports: how it is declared, and what it makes operators with.
 
 A method is one file that binds ``METHOD``. Its declaration names the values of ``peft_type``, the
 config keys that it reads (each with a check), the keys that it ignores (each with the reason) and

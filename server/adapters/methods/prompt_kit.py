@@ -1,4 +1,4 @@
-"""How methods are declared that learn what stands before the prompt. No torch.
+"""How methods are declared that learn what stands before the prompt.
 
 Their files hold ``prompt_embeddings``, a row for each virtual token: embeddings (``SoftTokens``),
 or keys and values (``KeysAndValues``).

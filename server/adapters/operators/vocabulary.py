@@ -13,7 +13,7 @@ from typing import Any
 from turret.kernels.rows.linear import row_linear, row_product
 from turret.lazy_torch import torch
 
-# Names of the two matrices of the vocabulary, in checkpoints and among modules. No torch.
+# Names of the two matrices of the vocabulary, in checkpoints and among modules.
 
 
 EMBEDDING = "model.embed_tokens"

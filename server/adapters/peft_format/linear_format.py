@@ -30,13 +30,13 @@ from turret.server.adapters.peft_format.refusals import (
 from turret.server.adapters.peft_format.targets import Targets, resolve_targets
 from turret.server.words import Text, say
 
-# Shapes of tensors, declared in terms of the module they belong to. No torch.
+# Shapes of tensors, declared in terms of the module they belong to.
 #
 # ``IN``, ``OUT`` and ``R`` are a module's inputs, outputs and rank, and ``key("k")`` is a number
 # of the config. They can be added, multiplied and divided: ``(key("k"), IN / key("k"), R)``. A
 # division with a remainder means that the adapter does not fit the module.
 #
-# Of a tensor that all modules share, ``IN`` and ``OUT`` are those of the widest module, and ``R``
+# For a tensor that all modules share, ``IN`` and ``OUT`` are those of the widest module, and ``R``
 # is the config's rank.
 
 

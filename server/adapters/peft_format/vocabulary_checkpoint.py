@@ -62,7 +62,7 @@ BY_NAME = {
 # Maps a role to (name in the file, tensor).
 Found = dict[str, tuple[str, "torch.Tensor"]]
 
-# With ``save_embedding_layers``, which a resized vocabulary sets, PEFT also saves the content of
+# PEFT with ``save_embedding_layers``, which a resized vocabulary sets, also saves the content of
 # its wrappers. This maps those additional names to the usual ones.
 _WRAPPED = {
     f"{module}{suffix}": f"{module}{usual}"

@@ -35,7 +35,7 @@ from turret.server.adapters.state_dir import NoStateDir, StagedUpload, StateDir
 from turret.server.errors import AdapterCheckpointError, BudgetExceededError, TurretError
 from turret.server.words import say
 
-# Which adapters have a tokenizer or a chat template of their own, and the tokenizer's files.
+# Adapters with a tokenizer or a chat template of their own, and the tokenizer's files.
 
 
 class AdapterTokenizers:

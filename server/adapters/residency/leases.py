@@ -24,7 +24,7 @@ from turret.server.basics.work import turret_error
 from turret.server.errors import BudgetExceededError, TurretError, UnavailableError
 from turret.server.words import say
 
-# What the registry reports, whoever counts it.
+# Events of the registry that metrics count.
 
 
 class AdapterMetrics(Protocol):

@@ -44,7 +44,7 @@ from turret.server.errors import AdapterChangedError, AdapterCheckpointError, In
 from turret.server.hub import AdapterHub
 from turret.server.words import Text, say
 
-# What is said of a registered adapter whose files are no longer those that were registered.
+# The error for a registered adapter whose files have changed or gone.
 
 
 _log = logging.getLogger(__name__)

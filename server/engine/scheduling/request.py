@@ -13,7 +13,7 @@ from turret.server.constraints.compiler import MATCHER_BYTES, Constraint
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say
 
-# Requests for a pooled vector of the prompt's final states instead of an answer. No torch.
+# Requests for a pooled vector of the prompt's final states instead of an answer.
 
 
 class PoolingKind(enum.Enum):

@@ -39,7 +39,7 @@ from turret.server.engine.speculation import Speculation, StepCost
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say
 
-# The extra pass of a sequence that gives an adapter its scalings. No torch.
+# The extra pass of a sequence that gives an adapter its scalings.
 #
 # X-LoRA weighs its components by the final states of another pass over the same tokens: the base
 # model's or, with a ``scaling_pass_value``, its own at constant scalings. This *first pass* is a
@@ -70,9 +70,9 @@ def add_first_pass(sequence: Sequence) -> None:
     sequence.first_pass.tokens = sequence.tokens
 
 
-# The draft tokens of a step: which sequences get some, and the blocks for them. No torch.
+# The draft tokens of a step: which sequences get some, and the blocks for them.
 #
-# What room a step has left, of tokens and of free blocks, goes to draft tokens
+# Draft tokens take the tokens and free blocks that a step has left
 # (``server/engine/speculation``). Nobody waits for one and nobody is preempted for one. What was
 # computed for those that turn out wrong is overwritten; blocks that hold nothing else are free
 # again after the step.
@@ -142,7 +142,7 @@ class Drafts:
             self._speculation.ended(sequence.drafter)
 
 
-# Whether a sequence can be admitted without having to preempt one later. No torch.
+# Whether a sequence can be admitted without having to preempt one later.
 #
 # A prompt that fits now may, beside others that grow, not fit for long: whoever is preempted then
 # is computed again. So the scheduler looks ahead, as the Past-Future scheduler does (arXiv

@@ -235,7 +235,7 @@ class Step:
     presets: tuple[tuple[Sequence, int], ...] = ()
 
 
-# The blocks that sequences hold: their own and those of their first passes. No torch.
+# The blocks that sequences hold: their own and those of their first passes.
 #
 # A sequence with a first pass (``Sequence.first_pass``) has keys and values of two passes over the
 # same positions, which come and go together. The blocks of each pass have keys of their own, so a

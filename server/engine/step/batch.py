@@ -174,7 +174,7 @@ def _first_position(sequence: Sequence) -> int:
     return (LONG if sequence.is_long else 0) - sequence.num_padding
 
 
-# Which rows of a step need another embedding or head than the base's, and what they get.
+# Rows of a step that need another embedding or head than the base's.
 
 
 NOTHING_ADDED: Mapping[Sequence, torch.Tensor] = {}

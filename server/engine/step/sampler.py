@@ -213,7 +213,7 @@ def _is_greedy(sequence: Sequence) -> bool:
     return sequence.request.sampling.is_greedy and not sequence.vocab_size
 
 
-# What a request's sampling parameters do to a row of logits: penalties, biases and bans.
+# Penalties, biases and bans: the change of a row of logits by a request's sampling parameters.
 #
 # Biases and bans are tensors made once for a request; of the penalties' tokens only those that
 # came since the last step are looked at. So a step costs no Python work per bias, stop or earlier

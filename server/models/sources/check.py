@@ -32,7 +32,7 @@ from turret.server.models.sources.model_directory import (
 )
 from turret.server.words import say
 
-# Where quantised weights are kept.
+# The folder of quantised weights.
 
 
 def default_cache_dir() -> Path:

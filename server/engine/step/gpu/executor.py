@@ -56,7 +56,7 @@ from turret.server.engine.step.gpu.tables import (
 from turret.server.models.decoding.gpu_decoder import GpuDecoder, GpuStep
 from turret.server.models.decoding.kv_cache import KvCache
 
-# What a CUDA device does before the first request.
+# The start of a CUDA device, before the first request.
 #
 # Its memory is divided, by what the largest step takes; kernels are compiled and decode steps
 # captured, so that no request waits for it.
