@@ -90,7 +90,7 @@ def keep(backend: Backend, call: Call, num_bytes: int) -> None:
         most //= 2
     found = kept[tenant] if tenant else call.kept_bytes
     if found > most:
-        raise BudgetExceededError(say("ANSWER_TOO_LARGE", bytes=found, max_queued_bytes=most))
+        raise BudgetExceededError(say("ANSWERS_NEED_MEMORY", bytes=found, max_queued_bytes=most))
 
 
 # Concurrent execution of the parts of one call.

@@ -386,7 +386,8 @@ async def input_token_ids(message: Asked, tokenizer: Tokenizer, limits: InputLim
     else:
         size = len(message.prompt)
         encode = functools.partial(tokenizer.encode, message.prompt)
-    return encode() if size <= _INLINE_CHARS else await asyncio.to_thread(encode)
+    is_short = size <= _INLINE_CHARS and tokenizer.encodes_at_once
+    return encode() if is_short else await asyncio.to_thread(encode)
 
 
 async def generate_request(

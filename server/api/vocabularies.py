@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from turret.server.adapters.adapter import REQUEST, Adapter, OwnTemplate
 from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_TEMPLATE_CHARS
-from turret.server.constraints.compiler import KeptConstraints
+from turret.server.constraints.constraint import KeptConstraints
 from turret.server.engine.scheduling.request import AdapterTokenizer
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say

@@ -4,138 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import itertools
 import threading
-from collections import OrderedDict
 from typing import Protocol
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from turret.server.basics.work import PANICS_ARE_ERRORS, work_in_background
+from turret.server.constraints.constraint import (
+    Constraint,
+    KeptConstraints,
+)
 from turret.server.constraints.grammar import ConstraintSpec, grammar_of, refusal, unforced
-from turret.server.constraints.matcher import Alphabet, Matcher, alphabet_of, roomy_executor
+from turret.server.constraints.matcher import Alphabet, alphabet_of, roomy_executor
 from turret.server.errors import BudgetExceededError, InvalidRequestError, QueueFullError
 from turret.server.words import say
-
-# A compiled constraint, shared by all requests that ask for it.
-
-
-# Copies of a matcher share one lexer's states, which are never freed. After a constraint has used
-# this much processor time (thousands of ordinary answers), it starts with a new lexer.
-RENEW_SECONDS = 0.5
-# Approximate memory of one answer's position in the grammar, without what it shares with others.
-MATCHER_BYTES = 64 << 10
-
-
-class Make(Protocol):
-    """Compiles a constraint; does not fail once it has not failed.
-
-    Args:
-        forces: See ``Constraint.copy``.
-    """
-
-    def __call__(self, *, forces: bool) -> LLMatcher: ...
-
-
-class Constraint:
-    """Makes matchers, on one thread at a time.
-
-    Args:
-        make: Compiles it.
-        alphabet: Of its tokenizer.
-        num_bytes: About what the compiled form takes in memory.
-        forces: See ``copy``; what its matchers begin with.
-    """
-
-    def __init__(self, make: Make, alphabet: Alphabet, num_bytes: int, *, forces: bool) -> None:
-        self._make = make
-        self.forces = forces
-        self._prototypes: dict[bool, LLMatcher] = {}
-        self._alphabet = alphabet
-        self._seconds = 0.0
-        self.num_bytes = num_bytes
-
-    def matcher(self) -> Matcher:
-        """A matcher at the beginning of an answer."""
-        if self._seconds > RENEW_SECONDS:
-            self._renew()
-        return Matcher(self, self._alphabet)
-
-    # Called by matchers.
-
-    def copy(self, *, forces: bool) -> LLMatcher:
-        """One at the beginning, with the newest lexer.
-
-        Args:
-            forces: Whether the tokens of a text that must come are those that the tokenizer makes
-                of it, or any that spell it.
-        """
-        found = self._prototypes.get(forces)
-        if found is None:
-            found = self._prototypes[forces] = self._make(forces=forces)
-        return found.deep_copy()
-
-    def renewed(self, *, forces: bool) -> LLMatcher:
-        """One at the beginning, with a lexer that nobody has used."""
-        self._renew()
-        return self.copy(forces=forces)
-
-    def count(self, seconds: float) -> None:
-        """Note processor time that a matcher took."""
-        self._seconds += seconds
-
-    def _renew(self) -> None:
-        self._prototypes.clear()
-        self._seconds = 0.0
-
-
-# The constraints that were compiled lately, of all vocabularies together.
-
-MAX_CACHED = 64
-MAX_CACHED_BYTES = 64 << 20
-
-
-class KeptConstraints:
-    """Keeps compiled constraints, those asked for last, within one budget. One event loop's.
-
-    Attributes:
-        num_bytes: About what they take.
-    """
-
-    def __init__(self) -> None:
-        self.num_bytes = 0
-        self._kept: OrderedDict[tuple[int, bytes], Constraint] = OrderedDict()
-        self._owners = itertools.count()
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def new_owner(self) -> int:
-        """A number for one more vocabulary: each has forms of its own."""
-        return next(self._owners)
-
-    def find(self, owner: int, digest: bytes) -> Constraint | None:
-        """Find a compiled form and mark it as the one used last."""
-        found = self._kept.get((owner, digest))
-        if found is not None:
-            self._kept.move_to_end((owner, digest))
-        return found
-
-    def keep(self, owner: int, digest: bytes, constraint: Constraint) -> None:
-        """Keep a new compiled form; drop those that were not used for the longest time."""
-        self._kept[owner, digest] = constraint
-        self.num_bytes += constraint.num_bytes
-        while len(self._kept) > MAX_CACHED or self.num_bytes > MAX_CACHED_BYTES:
-            self._drop(next(iter(self._kept)))
-
-    def forget(self, owner: int) -> None:
-        """Drop all compiled forms of one vocabulary."""
-        for key in [key for key in self._kept if key[0] == owner]:
-            self._drop(key)
-
-    def _drop(self, key: tuple[int, bytes]) -> None:
-        self.num_bytes -= self._kept.pop(key).num_bytes
-
 
 NUM_THREADS = 2
 # Compiled or waited for, at a time.

@@ -160,7 +160,7 @@ class Engine:
         if request.prompt_logprob_bytes > self.max_queued_bytes:
             raise BudgetExceededError(
                 say(
-                    "ANSWER_TOO_LARGE",
+                    "ANSWERS_NEED_MEMORY",
                     bytes=request.prompt_logprob_bytes,
                     max_queued_bytes=self.max_queued_bytes,
                 )

@@ -27,6 +27,7 @@ from turret.server.models.chat_template import (
     Rendering,
     unknown_role,
 )
+from turret.server.models.encoder import Encoder
 from turret.server.words import say
 
 
@@ -145,6 +146,7 @@ class Tokenizer:
             vocabulary = {t.content: i for i, t in backend.get_added_tokens_decoder().items()}
             longest, last = base.longest_token, base._last
         self._backend = backend
+        self._encoder = Encoder(backend)
         self.longest_token = max((longest, *map(len, vocabulary)))
         # Use the largest id, not the count: ids may have a gap between words and special tokens.
         self._last = max((last, *vocabulary.values()))
@@ -282,6 +284,11 @@ class Tokenizer:
         is_twice = self._bos is not None and ids[:2] == [self._bos] * 2
         return ids[1:] if is_twice else ids
 
+    @property
+    def encodes_at_once(self) -> bool:
+        """Whether a short text is encoded in so little time that the event loop may do it."""
+        return not self._encoder.is_confined
+
     def chat_executor(self, is_short: bool) -> Executor:
         """The executor on which to call ``render_chat`` for a short or a long conversation."""
         return self._chats.executor(is_short)
@@ -348,7 +355,7 @@ class Tokenizer:
         first, *others = chat.parts
         ids = self._ids(first, add_special_tokens=False)
         if others:
-            pieces = _ids_within(self._backend, others[1::2])
+            pieces = _ids_within(self._encoder.encode, others[1::2])
             for written, piece in zip(others[::2], pieces, strict=True):
                 ids += self._as_text[written]
                 ids += piece
@@ -404,9 +411,8 @@ class Tokenizer:
         return marked
 
     def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        # ``encode`` would hold the interpreter's lock; ``encode_batch`` does not.
-        (found,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
-        return list(found.ids)
+        (ids,) = self._encoder.encode([text], add_special_tokens=add_special_tokens)
+        return ids
 
 
 def _cut(text: str, final: str, end: str) -> str:
@@ -470,25 +476,30 @@ def _special_as_text(backend: Any) -> dict[str, list[int]]:
     # The switch belongs to the tokenizer, so this is done before anybody else uses it.
     before = backend.encode_special_tokens
     backend.encode_special_tokens = True
+
+    def encode(batch: Sequence[str]) -> list[list[int]]:
+        return [list(one.ids) for one in backend.encode_batch(batch, add_special_tokens=False)]
+
     try:
-        return dict(zip(texts, _ids_within(backend, texts), strict=True))
+        return dict(zip(texts, _ids_within(encode, texts), strict=True))
     finally:
         backend.encode_special_tokens = before
 
 
-def _ids_within(backend: Any, texts: Sequence[str]) -> list[list[int]]:
+def _ids_within(
+    encode: Callable[[Sequence[str]], list[list[int]]], texts: Sequence[str]
+) -> list[list[int]]:
     """The ids that texts have when they follow other text.
 
     Some tokenizers put a space before whatever they are given; here it comes before a line's end,
     and both are taken away again.
     """
 
-    def encode(before: str) -> list[list[int]]:
-        batch = [before + text for text in ("", *texts)]
-        return [list(one.ids) for one in backend.encode_batch(batch, add_special_tokens=False)]
+    def begun_by(before: str) -> list[list[int]]:
+        return encode([before + text for text in ("", *texts)])
 
-    before, *after = encode(_BEFORE)
-    _, *alone = encode("")
+    before, *after = begun_by(_BEFORE)
+    _, *alone = begun_by("")
     size = len(before)
     # A text that itself begins with a line end may merge with the one before; then use its own ids.
     pairs = zip(after, alone, strict=True)

@@ -25,6 +25,7 @@ TEXTS = {
     "MESSAGE_MALFORMED": "the message is not valid protobuf, or a string in it is not UTF-8",
     "MESSAGE_MISSING": "the call ended without a message",
     "NO_MESSAGE_IN_TIME": "no message arrived within {seconds:.0f} seconds",
+    "TEXT_NOT_ENCODED": "the model's tokenizer cannot encode this text: {problem}",
     "UPLOAD_TOO_SLOW": "the upload took longer than {seconds:.0f} seconds",
     "NOT_FIRST": "must be the first message of an upload",
     "NOT_A_CHUNK": "every message of an upload after the first must be a chunk",

@@ -29,7 +29,7 @@ TEXTS = {
     "QUEUE_FULL": "the queue is full ({max_queued_requests} requests)",
     "QUEUE_MEMORY_FULL": "requests already take {held} bytes of memory, and with this one they"
     " would exceed the limit of {max_queued_bytes}",
-    "ANSWER_TOO_LARGE": "answers need at least {bytes} bytes of memory; the limit is"
+    "ANSWERS_NEED_MEMORY": "answers need at least {bytes} bytes of memory; the limit is"
     " {max_queued_bytes}",
     "ANSWER_UNREAD": "the client has left more than {max_unread_bytes} bytes of the answer unread",
     "TOKEN_FILE_NOT_TEXT": "{path} is not UTF-8 text",

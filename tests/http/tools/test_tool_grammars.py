@@ -13,7 +13,8 @@ from builders.constraints import compiled, is_followed, make_tokenizer
 from servers.fakes import FakeTokenizer, finish
 from servers.http_harness import HttpHarness, http_harness
 
-from turret.server.constraints.compiler import Constraint, ConstraintCompiler
+from turret.server.constraints.compiler import ConstraintCompiler
+from turret.server.constraints.constraint import Constraint
 from turret.server.constraints.grammar import ConstraintSpec
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import InvalidRequestError

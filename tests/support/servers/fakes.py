@@ -21,7 +21,7 @@ from turret.server.adapters.merger import Merge, MergedAdapter, MergeReport, Mer
 from turret.server.api.gate import Backend
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
 from turret.server.basics.work import Cancellation
-from turret.server.constraints.compiler import KeptConstraints
+from turret.server.constraints.constraint import KeptConstraints
 from turret.server.engine.scheduling.request import (
     AdapterUse,
     Finish,

@@ -1,0 +1,113 @@
+"""Encodes texts: in this process, or in one that can be killed if the patterns are not known."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from turret.server.basics.confined import Confined, ConfinedError
+from turret.server.errors import InvalidRequestError, UnavailableError
+from turret.server.words import say
+
+_PROGRAM = Path(__file__).with_name("encoding_program.py")
+CPU_SECONDS = 10.0
+_MAX_BYTES = 2 << 30
+_MAX_ANSWER_BYTES = 64 << 20
+
+_ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    + _ENGLISH
+    + r"?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    + _ENGLISH
+    + r"?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Patterns whose time grows with the text's length alone; a test encodes the worst texts with each.
+KNOWN = frozenset(
+    {
+        # Llama 3, SmolLM3, GLM-4
+        _ENGLISH + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST,
+        # Qwen 2 and 3
+        _ENGLISH + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST,
+        # gpt-oss (o200k)
+        _CASED,
+        # cl100k: OLMo 2, Phi-4
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    }
+)
+
+
+class Encoder:
+    """The token ids of texts, by a backend of the ``tokenizers`` library. Thread-safe.
+
+    Oniguruma, which matches the patterns of a tokenizer, gives up on one place of a text after ten
+    million steps, but it may take as many at each place of a long text, and no thread of this
+    process can be ended. So a tokenizer with a pattern that is not among ``KNOWN`` encodes in a
+    child process, which is killed when a text takes too much processor time.
+
+    Attributes:
+        is_confined: Whether a child process encodes, so that a call may take up to seconds.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self._child: Confined | None = None
+        self.is_confined = not KNOWN.issuperset(_patterns(backend))
+        if self.is_confined:
+            folder = Path(tempfile.mkdtemp(prefix="turret-tokenizer-"))
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self._file = folder / "tokenizer.json"
+            self._file.write_text(backend.to_str())
+            self._child = Confined(
+                _PROGRAM,
+                cpu_seconds=CPU_SECONDS,
+                max_bytes=_MAX_BYTES,
+                max_answer_bytes=_MAX_ANSWER_BYTES,
+                packages=("tokenizers",),
+            )
+
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
+        """The ids of each text.
+
+        Raises:
+            InvalidRequestError: The tokenizer takes too long for one of the texts, or fails.
+            UnavailableError: There is no process to encode in.
+        """
+        if self._child is None:
+            # ``encode`` would hold the interpreter's lock; ``encode_batch`` does not.
+            found = self._backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+            return [list(one.ids) for one in found]
+        try:
+            (answer,) = self._child.ask((str(self._file), texts, add_special_tokens))
+        except ConfinedError as error:
+            if error.is_over_limit:
+                raise InvalidRequestError(say("TEXT_NOT_ENCODED", problem=error)) from None
+            raise UnavailableError(say("TOKENIZER_UNREAD", problem=error)) from None
+        if "error" in answer:
+            raise InvalidRequestError(say("TEXT_NOT_ENCODED", problem=answer["error"]))
+        ids: list[list[int]] = answer["ids"]
+        return ids
+
+
+def _patterns(backend: Any) -> Iterator[str]:
+    """The regular expressions that a tokenizer matches texts with."""
+    for part in (backend.normalizer, backend.pre_tokenizer):
+        if part is not None:
+            yield from _expressions(json.loads(part.__getstate__()))
+
+
+def _expressions(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        if isinstance(found := value.get("Regex"), str):
+            yield found
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            yield from _expressions(each)
