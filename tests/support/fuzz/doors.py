@@ -114,7 +114,7 @@ class Doors:
         self._http = self._loop.run_until_complete(make())
         self._servicers["Health"] = HealthServicer(("turret.v1.Inference",))
         self._interceptor = CallInterceptor(metrics, None, Shares())
-        self._app: Any = self._http._server.config.app
+        self._app: Any = self._http._app
 
     def close(self) -> None:
         """Ends everything that was begun."""

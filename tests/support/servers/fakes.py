@@ -61,6 +61,7 @@ class FakeTokenizer:
 
     longest_token = 1 << 16
     chat_format = ChatFormat()
+    encodes_at_once = True
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
