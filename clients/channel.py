@@ -78,8 +78,8 @@ class Tls:
         Raises:
             OSError: A file cannot be read.
             TypeError: An argument has the wrong type.
-            ValueError: Certificate and key do not come together, or a file is not the PEM of what
-                it is given for.
+            ValueError: Only one of certificate and key is given, or a file does not contain PEM of
+                the right kind.
         """
         files = {"ca": ca, "certificate": certificate, "key": key}
         pems = {name: _read_pem(name, path) for name, path in files.items() if path is not None}
@@ -87,7 +87,7 @@ class Tls:
 
 
 def _why_no_pem(name: str, pem: bytes) -> Text | None:
-    """What is wrong with the value of a ``Tls`` attribute; None if nothing is found."""
+    """The fault in the value of a ``Tls`` attribute, or None."""
     if _PEM not in pem:
         return say("NO_PEM")
     if name == "key":
@@ -113,9 +113,9 @@ def check_address(address: object, tls: object, name: str = "address") -> None:
     """Reject an address that cannot be a server's.
 
     Args:
-        address: Where the server is.
-        tls: How to verify it; None means a plain connection.
-        name: What the caller calls the address.
+        address: The server's address.
+        tls: How to verify the server; None means a plain connection.
+        name: The name of the argument, for the error.
 
     Raises:
         ArgumentTypeError: An argument has the wrong type.

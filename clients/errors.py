@@ -37,9 +37,9 @@ from turret.clients.words import say
 _DETAILS_KEY = "grpc-status-details-bin"
 _REQUEST_ID_KEY = "x-request-id"
 # Reasons whose message only lists which fields are invalid and why.
-_OF_FIELDS = ("INVALID_REQUEST", "ADAPTER_CLASSIFIES", "HEAD_MISSING")
+_REASONS_ABOUT_FIELDS = ("INVALID_REQUEST", "ADAPTER_CLASSIFIES", "HEAD_MISSING")
 # Maximum number of fields in a message; ``violations`` has all of them.
-_MOST_TOLD = 8
+_MAX_LISTED = 8
 _CLASSES: dict[grpc.StatusCode, type[TurretRpcError]] = {}
 # The field of a violation that counts the fields that the server does not list.
 COUNTED = "*"
@@ -50,8 +50,8 @@ class FieldViolation:
     """One field that the server rejected.
 
     Attributes:
-        field: The argument, and what in it, such as ``temperature`` or ``messages[0].role``.
-        description: What is wrong with it.
+        field: The argument, or a part of it, such as ``temperature`` or ``messages[0].role``.
+        description: The fault.
         reason: The same for programs, such as ``TOO_MANY_ENTRIES``; empty if the server sent none.
     """
 
@@ -65,7 +65,7 @@ class TurretRpcError(Exception):
 
     Attributes:
         code: The status.
-        message: What is wrong, for people.
+        message: The fault, in words.
         reason: Machine-readable cause in UPPER_SNAKE, such as ``ADAPTER_NOT_FOUND``. The server
             sends it; if no server did, the client sets one, such as ``NOT_REACHED``. Empty if
             neither knows more than the status.
@@ -73,7 +73,7 @@ class TurretRpcError(Exception):
         violations: The fields to blame, if any.
         retry_delay: Seconds to wait before a retry, if the server proposes one.
         request_id: The id under which the server logged the call; empty if unknown.
-        place: What the error concerns, such as a line of a file; empty if the caller set none.
+        place: The thing at fault, such as a line of a file; empty if the caller set none.
     """
 
     def __init_subclass__(cls, status: grpc.StatusCode | None = None) -> None:
@@ -103,7 +103,7 @@ class TurretRpcError(Exception):
 
     @property
     def hint(self) -> str:
-        """What to do about it, in terms of this client; empty if nothing is sure to help."""
+        """Advice in terms of this client; empty if nothing is sure to help."""
         return hint_for(self.reason or self.code.name, self.metadata, HINTS)
 
     def __str__(self) -> str:
@@ -113,14 +113,14 @@ class TurretRpcError(Exception):
         """One line: status, reason, what is wrong, and what to do.
 
         Args:
-            hint: What to do; empty for nothing.
+            hint: Advice; empty for none.
             name_of: Renames the fields at fault.
         """
         head = self.code.name
         if self.reason not in ("", head):
             head = f"{head} ({self.reason})"
         said = self.message
-        if self.reason in _OF_FIELDS and self.violations:
+        if self.reason in _REASONS_ABOUT_FIELDS and self.violations:
             said = _list_of(self.violations, name_of)
         if self.place:
             said = f"{self.place}: {said}"
@@ -161,7 +161,7 @@ class TurretRpcError(Exception):
                 retry_delay = detail.retry_delay.ToTimedelta().total_seconds()
         if not reason:
             code, reason, text = cause_of(code, text)
-        elif reason in _OF_FIELDS and violations:
+        elif reason in _REASONS_ABOUT_FIELDS and violations:
             text = _list_of(violations)
         return _CLASSES.get(code, ServerError)(
             code,
@@ -179,7 +179,7 @@ def _list_of(violations: Sequence[FieldViolation], name_of: Callable[[str], str]
     listed = [v for v in violations if v.field != COUNTED]
     told = [
         f"{name_of(v.field)}: {v.description}" if v.field else v.description
-        for v in listed[:_MOST_TOLD]
+        for v in listed[:_MAX_LISTED]
     ]
     if len(violations) > len(told):
         told.append("and more, see violations")
@@ -217,7 +217,7 @@ class RateLimitedError(TurretRpcError, status=grpc.StatusCode.RESOURCE_EXHAUSTED
 class DeadlineExceededError(TurretRpcError, status=grpc.StatusCode.DEADLINE_EXCEEDED):
     """The deadline passed before the call's end; ``timeout`` of a call or its client sets it.
 
-    Of an answer that was asked for as a whole nothing is left; a stream has given its chunks.
+    A call that returns a whole answer loses it; a stream has already delivered its chunks.
     """
 
 
@@ -234,12 +234,12 @@ class UnavailableError(TurretRpcError, status=grpc.StatusCode.UNAVAILABLE):
 
     @property
     def is_lost(self) -> bool:
-        """Whether a server had begun with the call, and then stopped or vanished."""
+        """Whether a server had begun the call, and then stopped or vanished."""
         return self.reason == "CONNECTION_LOST"
 
     @property
     def is_of_server(self) -> bool:
-        """Whether a server reported it, without having begun with the call."""
+        """Whether a server reported the error before it began the call."""
         return bool(self.reason) and self.reason not in UNREACHED
 
 
@@ -247,7 +247,7 @@ class AnswerCutError(UnavailableError):
     """A stopping server ended the answer early, and no other server completed it.
 
     Attributes:
-        completion: What it had generated; None of a stream, whose last chunk was the last of it.
+        completion: The part that was generated; None for a stream, which has delivered it already.
     """
 
     completion: Completion | None = None

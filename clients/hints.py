@@ -78,7 +78,7 @@ def hint_for(key: str, metadata: Mapping[str, str], hints: Mapping[str, str], **
 
     Args:
         key: The reason of an error, or the name of its status if it has none.
-        metadata: Of the error.
+        metadata: The error's metadata.
         hints: The table of the door.
         known: More values for the braces of a hint.
     """

@@ -56,7 +56,7 @@ def cause_of(code: grpc.StatusCode, said: str) -> tuple[grpc.StatusCode, str, st
     """Status, reason and message for a failure that no turret server has described.
 
     Args:
-        code: As gRPC reports it.
+        code: The code that gRPC reports.
         said: gRPC's own words.
     """
     status = grpc.StatusCode
@@ -117,7 +117,7 @@ def address_problem(address: str, *, has_tls: bool) -> Text | None:
 
 
 def _port_problem(address: str, port: str) -> Text | None:
-    """What is wrong with the port after the last colon; None if gRPC accepts it."""
+    """The fault in the port after the last colon; None if gRPC accepts it."""
     if not port:
         return say("ADDRESS_WITHOUT_PORT", value=address)
     digits = _PORT_DIGITS.fullmatch(port)

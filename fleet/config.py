@@ -1,4 +1,4 @@
-"""What ``turret cluster serve`` can be told: what each replica serves, and how many there are."""
+"""The settings of ``turret cluster serve``: those of each replica, and the number of replicas."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from turret.server.config import Config
 from turret.server.models.sources.model_directory import hub_model_id
 
 DEFAULT_HTTP_PORT = 8080
-_OF_THIS_MACHINE = "auto"
+_LOCAL_CLUSTER = "auto"
 REFUSED = {
     "preload": say("FLEET_NO_PRELOAD"),
     "admin_address": say("FLEET_ONE_ADDRESS"),
@@ -42,9 +42,9 @@ def as_ray_address(value: str) -> str:
     """The address of a Ray cluster.
 
     Raises:
-        ValueError: It is neither ``HOST:PORT`` nor ``auto``.
+        ValueError: The value is neither ``HOST:PORT`` nor ``auto``.
     """
-    if value != _OF_THIS_MACHINE:
+    if value != _LOCAL_CLUSTER:
         try:
             split_address(value)
         except ValueError:
@@ -88,18 +88,18 @@ class FleetConfig:
 
     @property
     def fewest(self) -> int:
-        """The replicas that there always are."""
+        """The minimum number of replicas."""
         return self.min_replicas or self.replicas or 2
 
     @property
     def most(self) -> int:
-        """The replicas that there are under load."""
+        """The maximum number of replicas, reached under load."""
         return self.max_replicas or self.fewest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class ClusterConfig(Config):
-    """The whole fleet. Its tables other than ``fleet`` are those of every replica."""
+    """The settings of a whole fleet. The tables other than ``fleet`` apply to every replica."""
 
     fleet: FleetConfig = FleetConfig()
 
@@ -143,12 +143,12 @@ class ClusterConfig(Config):
 
     @property
     def state_dir(self) -> Path:
-        """What all replicas share."""
+        """The directory that all replicas share."""
         assert self.adapters.state_dir is not None
         return self.adapters.state_dir
 
     def for_replicas(self) -> Self:
-        """The same with absolute paths, because replicas run in other working directories."""
+        """These settings with absolute paths, because replicas run in other working directories."""
         tables: dict[str, Any] = {}
         for name, kind in tables_of(type(self)).items():
             table = getattr(self, name)

@@ -1,6 +1,6 @@
-"""What a fleet agrees on, and the messages by which its replicas and its registry do so.
+"""The state that a fleet agrees on, and the messages between its replicas and its registry.
 
-No I/O, no clock, no torch.
+This module uses no I/O, no clock and no torch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class MergePlan:
 
     Attributes:
         uuid: Identifies this plan.
-        members: In the request's order.
+        members: The members, in the request's order.
         precision: How every replica stores the merged weights.
         time: Unix seconds.
     """
@@ -46,7 +46,7 @@ class MergePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
-    """The base's generation, and the merge that it is the result of, or None."""
+    """The base's generation, and the merge that led to it, or None."""
 
     generation: int = 1
     merge: MergePlan | None = None
@@ -54,7 +54,7 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class NameEntry:
-    """From a revision on, a name stands for this registration, or for nothing.
+    """The registration of a name from a revision on; None if the name is free.
 
     Attributes:
         is_forced: None if the name takes requests. Otherwise it is being unloaded, and this says
@@ -68,7 +68,7 @@ class NameEntry:
 
 @dataclass(frozen=True, slots=True)
 class BaseEntry:
-    """From a revision on, this is the base, and a merge is being prepared beside it, or none."""
+    """The base from a revision on, and the merge that is being prepared, if any."""
 
     base: Base
     preparing: MergePlan | None = None
@@ -82,7 +82,7 @@ class FleetState:
     """Everything that replicas must agree on, which is also the content of a snapshot.
 
     Attributes:
-        names: What each name stands for.
+        names: The registration of each name.
         closed: Names that take no new requests, and whether running ones are ended.
         preparing: The merge under way, or None.
         base: The base that is served.
@@ -97,7 +97,7 @@ class FleetState:
         return FleetState(dict(self.names), dict(self.closed), self.preparing, self.base)
 
     def entries(self) -> Iterator[Entry]:
-        """Entries that make an empty state this one; the base comes last, as it needs names."""
+        """The entries that turn an empty state into this one. The base is last: it needs names."""
         for name, saved in self.names.items():
             yield NameEntry(name, saved, self.closed.get(name))
         yield BaseEntry(self.base, self.preparing)
@@ -119,11 +119,11 @@ def key_of(saved: SavedRegistration) -> str:
     return f"{saved.uuid}.{saved.generation}"
 
 
-# A replica and the registry
+# Messages between a replica and the registry.
 
 
 class NotJoinedError(Exception):
-    """The registry does not count the replica as living: it must join (again)."""
+    """The registry does not count the replica as living, so the replica must join (again)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +131,7 @@ class Join:
     """A replica asks for the whole state.
 
     Attributes:
-        replica: Its name, another one after a restart.
+        replica: The replica's name; after a restart it has another one.
         base_name, base_digest: The model that it has loaded.
     """
 
@@ -145,10 +145,10 @@ class Joined:
     """The registry's answer to ``Join``.
 
     Attributes:
-        session: Identifies this joining; revisions count within one run of the registry.
-        revision: Of the snapshot.
+        session: Identifies this join; revisions count within one run of the registry.
+        revision: The revision of the snapshot.
         state: The snapshot.
-        lease_seconds: How long the replica counts as living, from when it asked.
+        lease_seconds: How long the replica counts as living after its request.
     """
 
     session: str
@@ -174,14 +174,16 @@ class Report:
 
     Attributes:
         replica: Its name.
-        session: Since which joining.
+        session: The session of its last join.
         received: The last revision that it has received.
-        applied: The last revision that is true on it; read before the rest of the report is made.
-        holding: By key, how many requests hold a generation that is replaced or being unloaded.
-        prepared: By uuid of a merge, None when its weights are made, or why they cannot be.
-        usage: By name, what is resident, in flight or was ever used; None if the last report that
-            was answered said the same.
-        waiting, running: Requests that wait to be computed, and that are.
+        applied: The last revision that it has applied; read before the rest of the report is made.
+        holding: The number of requests on each generation that is replaced or being unloaded, by
+            key.
+        prepared: The result of each merge's preparation, by uuid: None for ready weights, else the
+            error.
+        usage: Adapters that are resident, in flight or were ever used, by name; None if nothing has
+            changed since the last answered report.
+        waiting, running: The numbers of waiting and of running requests.
     """
 
     replica: str
@@ -197,27 +199,27 @@ class Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class News:
-    """The registry's answer to ``Report``: every entry behind ``received``, in order."""
+    """The registry's answer to ``Report``: every entry after ``received``, in order."""
 
     entries: tuple[tuple[int, Entry], ...]
     lease_seconds: float
 
 
-# Proposals of replicas, on behalf of a caller
+# Proposals that a replica sends on behalf of a caller.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Register:
-    """Weights that the proposing replica has read and found to be good.
+    """Weights that the proposing replica has read and validated.
 
     Attributes:
-        name: Well-formed.
-        source: Where every replica can read them.
+        name: A valid name.
+        source: A source that every replica can read.
         facts: The facts that reading them found.
         pinned: Whether to pin them too.
-        replaces: ``(uuid, generation)`` that they take the place of; None: the name must be free,
-            or stand for the same content.
-        is_staged: The source is an upload that is to be moved to its place.
+        replaces: The ``(uuid, generation)`` that they replace. If None, the name must be free or
+            already have the same content.
+        is_staged: Whether the source is an upload that must still be moved to its place.
     """
 
     name: str
@@ -230,7 +232,7 @@ class Register:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pin:
-    """Keep a name in memory and registered, or no longer."""
+    """Pin or unpin a name."""
 
     name: str
     pinned: bool
@@ -271,7 +273,7 @@ class Outcome:
     base: Base | None = None
 
 
-# For an operator
+# The state of the replicas, for an operator.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -92,8 +92,8 @@ class Operation:
         stage: ``draining`` waits for requests to end, ``preparing`` for replicas to compute merged
             weights, ``applying`` for every living replica to apply the revision.
         revision: The last revision that the operation has published.
-        outcome: What the caller gets.
-        error: What the caller gets instead.
+        outcome: The outcome for the caller.
+        error: The error for the caller, in place of an outcome.
         unload: The proposal of an unload, and the registration that it refers to.
         deadline: When an unload gives up; None means never.
     """

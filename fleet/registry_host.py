@@ -123,7 +123,7 @@ class RegistryHost:
             return self._registry.join(join, time.monotonic())
 
     def report(self, report: p.Report, wait_seconds: float) -> p.News:
-        """As ``FleetRegistry.report``, but waits until there is news, up to a time limit."""
+        """Like ``FleetRegistry.report``, but waits for news, up to a time limit."""
         end = time.monotonic() + wait_seconds
         with self._changed:
             while True:
@@ -143,7 +143,7 @@ class RegistryHost:
         return self._now(lambda now: self._registry.submit(proposal, now))
 
     def outcome(self, operation: str, wait_seconds: float) -> p.Outcome | None:
-        """As ``FleetRegistry.outcome``, but waits up to a time limit before it returns None."""
+        """Like ``FleetRegistry.outcome``, but waits up to a time limit before it returns None."""
         end = time.monotonic() + wait_seconds
         with self._changed:
             while True:

@@ -1,7 +1,8 @@
-"""A replica's adapters and base: they follow the registry, and propose what callers want.
+"""A replica's adapters and base, which follow the fleet's registry.
 
-Changes that callers ask for are read and checked here, proposed to the registry, and true on every
-replica before they are answered. A replica only reads the state directory.
+If a caller requests a change, the replica checks it and proposes it to the registry. The call
+returns once every replica has made the change. Apart from uploads, a replica only reads the state
+directory.
 """
 
 from __future__ import annotations
@@ -49,16 +50,17 @@ _log = logging.getLogger(__name__)
 # Attempts at a replacement while other callers replace the same adapter first.
 _ATTEMPTS = 5
 _FORCE_AGAIN_SECONDS = 0.25
-# Looking at thousands of adapters takes milliseconds, and every change goes to the registry.
+# Interval of usage figures: collecting them for thousands of adapters takes milliseconds, and every
+# change is sent to the registry.
 _USAGE_SECONDS = 1.0
 _FASTER = ("disk", "host", "device")
 
 
 class ReplicaRegistry(AdapterRegistry):
-    """See ``AdapterRegistry``; here the fleet's registry decides, and weights are read lazily.
+    """An ``AdapterRegistry`` that follows the fleet's registry; weights are read lazily.
 
     Args:
-        channel: To the registry.
+        channel: The channel to the fleet's registry.
         replica: This replica's name.
         arguments, options: Those of ``AdapterRegistry``.
     """
@@ -81,8 +83,8 @@ class ReplicaRegistry(AdapterRegistry):
         self._pinner.shutdown(wait=False, cancel_futures=True)
         super().close()
 
-    # Requests of callers. Beside the errors of ``AdapterRegistry``, each raises UnavailableError if
-    # the fleet's registry cannot be reached.
+    # Requests of callers. In addition to the errors of ``AdapterRegistry``, each method raises
+    # UnavailableError if the fleet's registry cannot be reached.
 
     def _put(
         self,
@@ -169,7 +171,7 @@ class ReplicaRegistry(AdapterRegistry):
     # Instructions of the registry
 
     def follow(self, entry: p.NameEntry) -> None:
-        """Makes a name stand for what an entry says."""
+        """Applies an entry: registers, replaces or removes the adapter of its name."""
         saved = entry.saved
         with self._lock:
             registration = self._table.get(entry.name)
@@ -221,11 +223,11 @@ class ReplicaRegistry(AdapterRegistry):
             self._table.wait_until_unheld(registration, _FORCE_AGAIN_SECONDS)
 
     def names(self) -> set[str]:
-        """Every name that stands for something here."""
+        """All names that are registered here."""
         return {record.name for record in super().list()}
 
     def holding(self) -> dict[str, int]:
-        """By key, the number of requests that hold replaced or closing generations."""
+        """The number of requests on each replaced or closing generation, by its key."""
         with self._lock:
             departing = {r: found for r in self._leaving if (found := _departing(r))}
             self._leaving = set(departing)
@@ -268,11 +270,11 @@ def _departing(registration: Registration) -> list[Adapter]:
 def _with_usage(
     record: AdapterInfo, elsewhere: Sequence[Mapping[str, p.AdapterUsage]]
 ) -> AdapterInfo:
-    """A replica's record with what the others do: bytes and requests summed, the fastest tier.
+    """A replica's record with the usage of all replicas: summed figures, and the fastest tier.
 
     Args:
-        record: Of the replica that is asked.
-        elsewhere: By name, what each other replica does.
+        record: The record of this replica.
+        elsewhere: The usage on each other replica, by the adapter's name.
     """
     used = [usage[record.name] for usage in elsewhere if record.name in usage]
     if not used:
@@ -290,7 +292,7 @@ def _with_usage(
 
 @dataclass(slots=True)
 class _Preparation:
-    """A plan whose merged weights are being made, or are made, or cannot be made."""
+    """A plan whose merged weights are being made, are ready or cannot be made."""
 
     plan: p.MergePlan
     cancellation: Cancellation = field(default_factory=Cancellation)
@@ -298,14 +300,16 @@ class _Preparation:
 
 
 class ReplicaMerger(Merger):
-    """See ``Merger``. One thread gives instructions; callers come from any.
+    """A ``Merger`` that follows the fleet's registry.
+
+    One thread passes on the registry's instructions; callers may use any thread.
 
     Args:
-        channel: To the fleet's registry.
+        channel: The channel to the fleet's registry.
         arguments, options: Those of ``Merger``.
 
     Attributes:
-        on_prepared: Called when a plan's weights are made, or cannot be.
+        on_prepared: Called when a plan's weights are ready or cannot be made.
     """
 
     def __init__(self, channel: Channel, *arguments: Any, **options: Any) -> None:
@@ -319,13 +323,13 @@ class ReplicaMerger(Merger):
     def merge(
         self, refs: Sequence[AdapterRef], precision: Precision | None, cancellation: Cancellation
     ) -> MergeState:
-        """As ``Merger.merge``, on every replica or on none.
+        """Like ``Merger.merge``, but on every replica or on none.
 
         Raises:
             UnavailableError: The registry cannot be reached.
         """
         if not refs:
-            # A single server refuses that, too.
+            # A single server rejects that, too.
             return super().merge(refs, precision, cancellation)
         # Try the merge here first, to find out how it can be done. All replicas then do the same.
         with self._only_change():
@@ -343,7 +347,7 @@ class ReplicaMerger(Merger):
         return self._state
 
     def unmerge(self, cancellation: Cancellation) -> MergeState:
-        """As ``Merger.unmerge``, on every replica."""
+        """Like ``Merger.unmerge``, but on every replica."""
         propose(self._channel, p.Unmerge(), cancellation)
         return self._state
 
@@ -362,7 +366,7 @@ class ReplicaMerger(Merger):
             ).start()
 
     def prepared(self) -> Mapping[str, TurretError | None]:
-        """By plan: None if its weights are ready, or why they cannot be made."""
+        """The finished preparation by its plan: None if the weights are ready, else the error."""
         preparation = self._preparation
         if preparation is None or not preparation.made.done():
             return {}
@@ -402,14 +406,14 @@ class ReplicaMerger(Merger):
         """Switches to this base; blocks until the engine has exchanged the weights.
 
         Raises:
-            TurretError: The weights cannot be made, so that the replica cannot serve.
+            TurretError: The weights cannot be made, so the replica cannot serve.
             UnavailableError: The engine stops.
         """
         plan = base.merge
         if base.generation == self._state.base_generation:
             return
         if self._active is not None:
-            # Unmerge and merge: in between, the base has a number that no other state uses.
+            # Unmerge, then merge. In between, the base has a number that no other state uses.
             number = base.generation if plan is None else -base.generation
             with self._turn:
                 self._apply(self._active, None, Cancellation(), number)
@@ -422,7 +426,7 @@ class ReplicaMerger(Merger):
             finally:
                 self._give_up()
         elif base.generation != self._state.base_generation:
-            # The same weights get another number, after a merge that came and went meanwhile.
+            # A merge was made and undone meanwhile: the weights are the same under another number.
             self._change_base(lambda: self._renumbered(base.generation)).result()
             self._state = MergeState(base.generation)
 
@@ -433,11 +437,11 @@ class ReplicaMerger(Merger):
 class ReplicaParts:
     """Makes the registry, the merger and the link of a replica, in this order.
 
-    It applies the fleet's state to both; see ``Applies``.
+    This object also applies the fleet's state to the registry and the merger; see ``Applies``.
 
     Args:
-        name: The replica's; no other has had it.
-        channel: To the fleet's registry.
+        name: The replica's name, which no other replica has ever had.
+        channel: The channel to the fleet's registry.
         stops_alone: Serve nothing while the registry is away; see ``Follower``.
     """
 
@@ -498,10 +502,12 @@ class ReplicaParts:
         return self._merger
 
     def link(self, num_requests: Callable[[], tuple[int, int]]) -> ReplicaLink:
-        """The link that keeps both up to date; start it when the engine runs, close it first.
+        """The link that keeps registry and merger up to date.
+
+        Start it when the engine runs, and close it before everything else.
 
         Args:
-            num_requests: Requests that wait to be computed, and that are.
+            num_requests: Returns the numbers of waiting and of running requests.
         """
         base = self._registry.base
         self.num_requests = num_requests

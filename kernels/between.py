@@ -1,4 +1,4 @@
-"""What is computed between projections, in torch: norms, activations, rotation.
+"""The operations between projections in torch: norms, activations and rotations.
 
 Residual addition and RMSNorm (arXiv 1910.07467) are one operation:
 
@@ -95,7 +95,7 @@ def gelu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
 #
 #     g = min(gate, limit)    u = min(max(up, -limit), limit)    (u + 1) · g · σ(alpha · g)
 #
-# Gates and ups alternate: its checkpoints have them so, and so have adapters.
+# Gates and ups alternate, as in gpt-oss' checkpoints and in adapters.
 
 
 def clamped_swiglu_reference(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
@@ -104,7 +104,7 @@ def clamped_swiglu_reference(gate_up: torch.Tensor, alpha: float, limit: float) 
     Args:
         gate_up: ``[num_rows, 2 · width]``, gates at even columns; fp16, bf16 or fp32.
         alpha: Gain of the sigmoid.
-        limit: Of gates and ups.
+        limit: The limit of gates and ups.
 
     Returns:
         ``[num_rows, width]``, one rounding to the dtype of ``gate_up``.
@@ -114,7 +114,7 @@ def clamped_swiglu_reference(gate_up: torch.Tensor, alpha: float, limit: float) 
     return ((up + 1) * gate * (alpha * gate).sigmoid()).to(gate_up.dtype)
 
 
-# Head norms, rotary positions and the KV write: what stands between qkv and attention.
+# Head norms, rotary positions and the KV write: the operations between qkv and attention.
 #
 # Rotary positions (RoFormer, arXiv 2104.09864) turn the first ``2 · pairs`` features of a head;
 # they pair ``(i, i + pairs)``, as most Hugging Face checkpoints lay them out, or neighbours.
@@ -144,7 +144,7 @@ def rope_kv_write_reference(
         v_cache: One layer's values, same shape, written.
         q_norm: RMSNorm weight of the query heads, ``[head_dim]``, fp32 or as ``qkv``, or None.
         k_norm: The same for the key heads.
-        eps: Of the norms.
+        eps: The epsilon of the norms.
         is_interleaved: Whether neighbouring features make a pair.
 
     Returns:
@@ -170,7 +170,7 @@ def rotate_heads(
     """Rotary positions on ``[rows, heads, head_dim]``, any float dtype; fp32 result.
 
     Args:
-        x: See above.
+        x: The heads, as above.
         cos: ``[rows, pairs]`` fp32.
         sin: Same shape.
         is_interleaved: Whether neighbouring features make a pair, not (i, i + pairs).

@@ -1,10 +1,10 @@
 """Assigns rows to the experts of a mixture (arXiv 1701.06538) and combines the experts' results.
 
     p = softmax(scores)        the per_token experts of the highest p, ties to the lower number
-    y = Σ_j p_j · expert_j(x)      in the order of p, divided by Σ_j p_j where the model says so
+    y = Σ_j p_j · expert_j(x)      in the order of p, divided by Σ_j p_j if the model requires it
 
-A *pair* is a row and one of its experts. Pairs lie side by side by expert, so that the rows of an
-expert are one run; within a run they keep the order of the rows. Nothing of a row depends on how
+A *pair* is a row and one of its experts. Pairs are ordered by expert, so that the rows of an expert
+are one run; within a run they keep the order of the rows. A row's result does not depend on how
 many others chose its experts.
 """
 
@@ -25,9 +25,9 @@ class Routing:
     Attributes:
         rows: The row of each pair, ``[pairs]`` int64.
         experts: The expert of each pair, ``[pairs]`` int64, ascending.
-        ends: Where the pairs of each expert end, ``[experts]`` int64.
-        places: Where each row's pairs lie, ``[rows, per_token]`` int64, by falling weight.
-        weights: Theirs, ``[rows, per_token]`` fp32.
+        ends: The end of each expert's pairs, ``[experts]`` int64.
+        places: The places of each row's pairs, ``[rows, per_token]`` int64, by falling weight.
+        weights: The weights of those pairs, ``[rows, per_token]`` fp32.
     """
 
     rows: torch.Tensor
@@ -48,7 +48,7 @@ def route_reference(scores: torch.Tensor, per_token: int, *, normalizes: bool) -
 
     Args:
         scores: ``[rows, experts]``, fp16, bf16 or fp32.
-        per_token: How many experts a row goes through.
+        per_token: The number of experts that process a row.
         normalizes: Whether a row's weights are scaled so that their sum is 1.
     """
     scores = scores.float()
@@ -78,7 +78,7 @@ def sort_pairs(chosen: torch.Tensor, weights: torch.Tensor, num_experts: int) ->
 
 
 def combine_reference(y: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Sum what a row's experts gave, in fp32 and in the order of their weights; one rounding.
+    """Sum the results of a row's experts, in fp32 and in the order of their weights; one rounding.
 
     Args:
         y: ``[pairs, width]``.

@@ -8,7 +8,7 @@ query ``q = Wq x`` and keys ``Wk``::
 
 ``Wk B_k`` is folded once at load to ``[d_k, r_k]``, so the score costs ``d_k · r_k`` per component:
 the updates themselves are never computed twice. A router (Arrow, arXiv 2405.11157, section 3.2) has
-a prototype ``p_k`` per component, and the ``top_k`` best alone share the softmax::
+a prototype ``p_k`` per component, and only the ``top_k`` best share the softmax::
 
     α = softmax over top_k of |p_k · x| / T
 
@@ -38,8 +38,8 @@ def fusion_gate_reference(
         q: Queries, ``[num_rows, d_k]``, any float dtype.
         v: Rank activations of all components side by side, ``[num_rows, ranks]``, any float dtype.
         keys: ``(Wk B_k)ᵀ`` of all components, ``[ranks, d_k]``, any float dtype.
-        rank_indptr: Where each component's ranks begin and end, ``[K + 1]``. A component without
-            ranks scores 0; ranks past the last end belong to none.
+        rank_indptr: The beginnings and ends of the components' ranks, ``[K + 1]``. A component
+            without ranks scores 0; ranks past the last end belong to none.
 
     Returns:
         ``α``, ``[num_rows, K]``, fp32. A row's bits do not depend on the other rows.
@@ -59,7 +59,7 @@ def routing_gate_reference(
         similarities: ``p_k · x``, ``[num_rows, K]`` fp32.
         top_k: Components that share a row's weight, the most similar ones; of two that are equally
             similar the first is taken. The others weigh 0.
-        temperature: What similarities are divided by; above 0.
+        temperature: The divisor of similarities; above 0.
 
     Returns:
         ``α``, ``[num_rows, K]``, fp32. A row's bits do not depend on the other rows.
@@ -79,10 +79,10 @@ def given_gate_reference(
 
     Args:
         logits: ``[num_rows, K]`` fp32.
-        temperature: What logits are divided by before a softmax; None for none.
-        top_k: How many weights of a row are kept, the largest; of equal ones the first. None for
-            all.
-        is_renormalised: Whether a softmax of the weights that are kept and not 0 takes their place.
+        temperature: The divisor of logits before a softmax; None for no softmax.
+        top_k: The number of largest weights of a row that are kept; of equal ones the first. None
+            for all.
+        is_renormalised: Whether the kept weights other than 0 are replaced with their softmax.
 
     Returns:
         ``α``, ``[num_rows, K]``, fp32. A row's bits do not depend on the other rows.

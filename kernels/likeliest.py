@@ -1,4 +1,4 @@
-"""The likeliest allowed token of each row, and bounds of logits that spare most of them."""
+"""The likeliest allowed token of each row, and bounds that make most logits unnecessary."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from turret.kernels.cpu import native
 from turret.kernels.cpu.native import functions, has_kernels, num_threads
 
-# Keep rows of logits to the tokens that may come next.
+# Token masks: they restrict rows of logits to the tokens that may come next.
 
 
 def apply_token_mask(logits: torch.Tensor, rows: torch.Tensor, words: torch.Tensor) -> None:
-    """Rule out tokens of some rows, in place. Other rows are not touched.
+    """Exclude tokens of some rows, in place. Other rows are not touched.
 
     Semantics:
         logits[rows[i], t] = -inf where bit t % 32 of words[i, t // 32] is 0, or where there is no
@@ -67,9 +67,9 @@ def likeliest_tokens(
 
     Args:
         logits: ``[n, vocab]`` fp32. A NaN counts as larger than all else, as in torch's argmax.
-        rows: ``[rows]`` int64, of ``logits``, on its device; None for all.
+        rows: Rows of ``logits``, ``[rows]`` int64, on its device; None for all.
         words: ``[rows, words]`` int32, contiguous, on the device of ``logits``: the tokens that may
-            come; None for all. Where their logits are all -inf, the token is 0.
+            come; None for all. If their logits are all -inf, the token is 0.
 
     Returns:
         ``[rows]`` int64.
@@ -99,16 +99,17 @@ def likeliest_tokens(
     return picked.argmax(-1)
 
 
-# Finds the outputs of a wide weight that may be the largest, reading half of its bytes.
+# The screen: it finds the outputs of a wide weight that may be the largest, and reads half of the
+# weight's bytes.
 
-# Most rows of a call. For more rows, the product with the weight itself is as fast.
+# Maximum number of rows of a call. For more, the product with the weight itself is as fast.
 MOST_ROWS = 16
 _TILE = 32  # outputs
 # Weights with fewer outputs are not worth a copy. AMX's tiles need at least 16 outputs.
 _LEAST_OUTPUTS = 256
 # At most one output in this many may remain after screening.
 _MOST_SHARE = 8
-# Most calls that are skipped after one that was of no use.
+# Maximum number of calls that are skipped after one that was of no use.
 _MOST_PAUSE = 64
 # Longer weights are rejected, because their products with a row may overflow fp32.
 _MOST_LENGTH = 1e15
@@ -127,7 +128,7 @@ class _Screen(ctypes.Structure):
 
 @dataclass(slots=True)
 class _Patience:
-    """Skips calls after one that was of no use: twice as many each consecutive time."""
+    """Skips calls after a useless one: twice as many each consecutive time."""
 
     left_out: int = 0
     next_pause: int = 1
@@ -143,19 +144,19 @@ class _Patience:
         return True
 
     def pause(self) -> None:
-        """Note that the last call was of no use."""
+        """Note that the last call was useless."""
         self.was_told = False
         self.left_out = self.next_pause
         self.next_pause = min(2 * self.next_pause, _MOST_PAUSE)
 
 
 class Screen:
-    """An int8 copy of a weight, and bounds of what it leaves out (``cpu/c/screen.c``).
+    """An int8 copy of a weight, and bounds of the error of its products (``cpu/c/screen.c``).
 
     One thread only.
 
     Args:
-        weight: ``serves`` it.
+        weight: A weight for which ``serves`` is true.
 
     Raises:
         ValueError: The weight is not finite.
@@ -201,11 +202,11 @@ class Screen:
 
         Args:
             x: ``[rows, in]`` bf16, at most ``MOST_ROWS``.
-            slack: See above; at least 0.
+            slack: The slack above; at least 0.
 
         Returns:
-            ``[outputs]`` int64, ascending, to be used before the next call; None where there are
-            too many, a row is not finite, or calls before were of no use.
+            ``[outputs]`` int64, ascending, to be used before the next call; None if there are too
+            many, a row is not finite, or earlier calls were useless.
         """
         if not self._patience.wants():
             return None
@@ -234,5 +235,5 @@ class Screen:
         return self._found[:count]
 
     def pause(self) -> None:
-        """Note that the last call's result was of no use; skip the next calls, at first one."""
+        """Note that the last call's result was useless; skip the next calls, at first one."""
         self._patience.pause()

@@ -1,7 +1,7 @@
 """``y = x Wᵀ`` for an NF4 weight (QLoRA, arXiv 2305.14314, section 3), packed as bitsandbytes does.
 
-Two codes a byte, the first in the high nibble; one absmax per 64 weights of a row, which is written
-out where a file has it quantised once more (double quantisation)::
+A byte holds two codes, the first in the high nibble. 64 weights of a row share one absmax, which is
+dequantised at load if a file has it quantised as well (double quantisation)::
 
     W_dq[b·64 + i] = code[nibble] · absmax[b], rounded to the dtype of x
 """

@@ -6,8 +6,8 @@ Online softmax (FlashAttention, arXiv 2205.14135, section 3.1) over tiles of ``T
 
 in fp32, with tiles at fixed positions: 0, TILE, 2·TILE, … A row's result then depends on its own
 query and its own keys only, not on the batch or on how a prompt was cut into chunks. Grouped query
-heads ride along as extra query rows, so keys and values are never repeated. A head may have a
-*sink* (arXiv 2309.17453; gpt-oss has learned ones): a score of no position, with which m and l
+heads are extra query rows, so keys and values are never repeated. A head may have a
+*sink* (arXiv 2309.17453; gpt-oss has learned ones): a score without a position, with which m and l
 begin.
 """
 
@@ -39,7 +39,7 @@ class SequenceSpan:
         row_start: First row of its new tokens.
         num_new: New tokens (1 in decode).
         num_context: Tokens already in the cache before them.
-        blocks: Its block numbers, in position order, covering context and new tokens.
+        blocks: Block numbers of the sequence, in position order, for context and new tokens.
         num_padding: Leading cache slots that hold nothing and are never seen.
     """
 
@@ -93,7 +93,7 @@ def plan_attention(
         queries_per_head: Query heads per KV head.
         window: Sliding window in tokens (a query sees the last ``window`` positions, itself
             included), or None.
-        device: Where the metadata goes.
+        device: The device of the metadata.
     """
     by_length: dict[int, list[SequenceSpan]] = {}
     for span in spans:
@@ -191,7 +191,7 @@ def paged_attention_reference(
         plan: Made by ``plan_attention`` with this cache's block size.
         scale: Multiplied into the queries, usually ``head_dim ** -0.5``.
         softcap: Scores become ``softcap · tanh(score / softcap)`` if it is given.
-        sinks: What each head adds to the softmax beside its scores, ``[num_heads]`` fp32, or None.
+        sinks: An additional score per head in the softmax, ``[num_heads]`` fp32, or None.
 
     Returns:
         ``[num_rows, num_heads, head_dim]``, dtype of the cache.

@@ -1,4 +1,4 @@
-"""The ``turret`` command. Imports are lazy: a verb loads what it needs, and its help nothing."""
+"""The ``turret`` command. Imports are lazy: a verb loads only what it needs, and help nothing."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _OWN_VERBS = {
     "config": "show the settings of a server, and where each comes from",
     "cluster": "run many replicas as one server, or show them",
     "demo": "serve the example adapters and send them one mixed batch",
-    "completion": "print what makes a shell complete this command",
+    "completion": "print a script that completes this command in a shell",
 }
 _TRAINING = {
     "train": "train an adapter",
-    "convert": "turn an adapter that is not served into one that is",
+    "convert": "convert an adapter of an unsupported form to a supported one",
 }
 # Functions that add the verbs of the fleet and the trainer. The server imports neither package, so
 # they are found by name when the verb is used.
@@ -98,9 +98,9 @@ def _config_show(args: argparse.Namespace) -> int:
 def _leave(code: int) -> NoReturn:
     """End the process without the interpreter's own cleanup.
 
-    A thread in the middle of a load or of a read from a dead disk must neither keep a stopped
-    server alive nor be torn down under its feet; and libraries that count their objects then
-    (nanobind's do) would end the log with what they found.
+    A thread that loads a model or reads from a dead disk must not keep a stopped server alive, and
+    must not lose the modules that it uses. Libraries that look for leaked objects at exit (such as
+    nanobind's) would also add their findings to the end of the log.
     """
     logging.shutdown()
     sys.stdout.flush()
@@ -138,7 +138,7 @@ def _completion(args: argparse.Namespace) -> int:
 
 
 def complete() -> None:
-    """Write what a shell may complete, for the line in its environment."""
+    """Write the completions of the command line that a shell passes in the environment."""
     from turret.server.command.completion import complete as offer
     from turret.server.command.completion import verb_of_line
 
@@ -152,10 +152,10 @@ def complete() -> None:
 def _freeze_heap() -> None:
     """Exclude permanent objects from garbage collection, and run it less often.
 
-    A full collection walks half a million objects of torch's and transformers', during which no
-    engine step runs, and adapters, made of many small objects, bring it about again and again.
-    Frozen, these objects are not walked, so a full collection may come every 20 million objects:
-    what requests leave in cycles must not gather for longer.
+    A full collection walks half a million objects of torch and transformers. No engine step runs
+    meanwhile, and adapters, which consist of many small objects, trigger collections often. Frozen
+    objects are not walked. Full collections still run every 20 million objects, so that cycles that
+    requests leave behind do not pile up.
     """
     gc.collect()
     gc.freeze()
@@ -194,7 +194,7 @@ def _add_demo(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "demo",
         help=_OWN_VERBS["demo"],
         description="Start a server with the example adapters on the embedded model, send one "
-        "batch that mixes all of them, show answers and metrics, and serve on until Ctrl-C.",
+        "batch that mixes all of them, show answers and metrics, and keep serving until Ctrl-C.",
     )
     parser.add_argument(
         "--examples",
@@ -229,8 +229,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     """The command's parser.
 
     Args:
-        verb: The one whose flags are needed; the others are names with a line of help. None for all
-            flags of all verbs.
+        verb: The verb whose flags are needed; other verbs get only a name and a line of help. None
+            adds all flags of all verbs.
     """
     from turret.clients.verbs import VERBS, add_verb
 
@@ -239,8 +239,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     )
     parser.verbs_below = _verbs_below
     parser.add_argument("-V", "--version", action="version", version=f"turret {turret.__version__}")
-    # Any is needed because the type of subparsers is invariant: those of CommandParser do not pass
-    # where the verbs expect ArgumentParser's.
+    # Any is needed because the type of subparsers is invariant: the verbs, which expect subparsers
+    # of ArgumentParser, do not accept those of CommandParser.
     subparsers: Any = parser.add_subparsers(metavar="COMMAND", required=True)
     own = {
         "serve": _add_serve,
@@ -261,7 +261,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
 
 def _verbs_below() -> dict[str, str]:
-    """Names of verbs below others, with the whole command."""
+    """The subcommands of all verbs: name → whole command."""
     found: dict[str, str] = {}
     waiting = [build_parser(None)]
     for parser in waiting:
@@ -277,8 +277,8 @@ def main(argv: Sequence[str] | None = None, *, catches_interrupts: bool = False)
     """Run a command.
 
     Args:
-        argv: Its arguments; None takes the process's own.
-        catches_interrupts: Make Ctrl-C a KeyboardInterrupt, once there is somebody to catch it.
+        argv: The command's arguments; None takes those of the process.
+        catches_interrupts: Make Ctrl-C raise KeyboardInterrupt as soon as the verb can handle it.
 
     Returns:
         Its exit code.
@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None, *, catches_interrupts: bool = False)
 def _interrupt(*_: object) -> None:
     """End a call to a server cleanly; a second Ctrl-C ends it at once.
 
-    An exception in the middle of what the first one unwinds could leave gRPC waiting for ever.
+    A second exception during the cleanup after the first one could leave gRPC waiting forever.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     raise KeyboardInterrupt

@@ -1,7 +1,7 @@
-"""What an operator can set: one frozen dataclass per concern.
+"""The settings of an operator: one frozen dataclass per concern.
 
-Each field carries its help text; flags, the file's keys, the variables and the docs are made from
-it. A bad value is refused with the name of its field (``basics/settings.py``).
+Each field has a help text. Flags, the file's keys, the variables and the docs are generated from
+the fields. The error for an invalid value names its field (``basics/settings.py``).
 """
 
 from __future__ import annotations

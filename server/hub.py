@@ -27,7 +27,7 @@ from turret.server.basics.names import HUB_SCHEME, HubId, not_a_hub_id
 from turret.server.errors import BudgetExceededError, HubError, HubUnavailableError, QueueFullError
 from turret.server.words import say
 
-# Turns the errors of huggingface_hub into errors of the server.
+# Conversion of huggingface_hub's errors to the server's errors.
 
 
 def refusal(hub_id: HubId, error: Exception) -> HubError | HubUnavailableError:
@@ -80,9 +80,8 @@ def without_password(url: str) -> str:
 
 # The content of a repository on the hub, at one commit.
 #
-# ``huggingface_hub`` does the talking, so its variables are honoured: ``HF_ENDPOINT``,
-# ``HF_HOME``, ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE``, ``HF_TOKEN`` and the token that ``hf auth
-# login`` keeps.
+# All requests go through ``huggingface_hub``, so its settings apply: ``HF_ENDPOINT``, ``HF_HOME``,
+# ``HF_HUB_CACHE``, ``HF_HUB_OFFLINE``, ``HF_TOKEN`` and the token that ``hf auth login`` saves.
 
 
 _log = logging.getLogger(__name__)
@@ -97,7 +96,7 @@ class Repository:
     """A repository at a commit.
 
     Attributes:
-        id: With the commit as its revision.
+        id: The repository's id, with the commit as its revision.
         files: Size in bytes by name; of the cache alone if ``is_cached``.
         is_cached: Whether the hub was not asked: it is offline, or away.
     """
@@ -113,14 +112,14 @@ class Repository:
 
 
 def cache_dir() -> Path:
-    """Where the hub's files are kept on this machine."""
+    """The directory of the hub's cache on this machine."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
 
 
 def find_repository(hub_id: HubId, *, may_be_old: bool) -> Repository:
-    """Ask the hub for a repository, and which commit a revision is now.
+    """Ask the hub for a repository and the current commit of the revision.
 
     Args:
         hub_id: The repository and the revision.
@@ -198,7 +197,7 @@ def cached_repository(hub_id: HubId) -> Repository | None:
     return Repository(hub_id, files, is_cached=True) if files else None
 
 
-# Files of a repository, into the hub's cache.
+# Download of a repository's files to the hub's cache.
 
 
 # Called with the bytes received since the last call, negative if a file is fetched again. An
@@ -209,13 +208,13 @@ OnBytes = Callable[[int], None]
 def download(repository: Repository, names: Iterable[str], on_bytes: OnBytes) -> Path:
     """Fetch files that the cache does not have yet.
 
-    A connection that breaks is taken up where it broke, five times without a byte at most
-    (``huggingface_hub`` sees to that). Each file is written beside its place and moved there, so
-    what lies in the cache is whole.
+    ``huggingface_hub`` resumes a download after a lost connection, at most five times in a row
+    without a new byte. It writes each file under another name and then moves it to its place, so
+    every file in the cache is complete.
 
     Args:
         repository: At a commit.
-        names: Of its files.
+        names: The names of its files to fetch.
         on_bytes: Told of progress; files that are there already make none.
 
     Returns:
@@ -306,7 +305,7 @@ def _bar(on_bytes: OnBytes) -> Any:
     return Bar
 
 
-# Adapters on the hub: which of them may be had, and their files in the cache.
+# Adapters on the hub: which of them may be loaded, and their files in the cache.
 
 
 # Value of --adapter-hub that allows every organisation.
@@ -408,7 +407,7 @@ class AdapterHub:
         """Have the tokenizer beside an adapter's files in the cache, if there is one.
 
         Args:
-            path: As ``fetch`` gave it.
+            path: The result of ``fetch``.
 
         Raises:
             See ``fetch``.

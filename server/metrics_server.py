@@ -37,7 +37,7 @@ class MetricsServer:
     """Answers ``GET /metrics`` from a thread of its own.
 
     Args:
-        metrics: What is served.
+        metrics: The metrics to serve.
         address: ``HOST:PORT``; port 0 picks a free one.
         tokens: If one of them has the role ``metrics``, only such tokens may read.
         num_ports: How many ports are tried, from that of the address on, until one is free.

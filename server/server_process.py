@@ -16,10 +16,10 @@ _HTTP = re.compile(rb"turret\.server\.app http address=(\S+)")
 _SERVING = re.compile(rb"turret\.server\.app serving .*address=(\S+)")
 _TAIL_LINES = 20
 _READ_BYTES = 4096
-# Runs what follows its first argument, in its own place, and has the kernel end that when the
-# parent, whose id the argument is, has gone without a word. A function that runs between fork and
-# exec would do the same, but may hang where the parent has other threads.
-_TIED = """
+# A program that replaces itself with a command, which the kernel ends when the parent process dies.
+# Its arguments are the parent's process id and the command. A function between fork and exec could
+# do the same, but may hang if the parent has other threads.
+_TIED_TO_PARENT = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
@@ -30,15 +30,16 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class ServerProcessError(Exception):
-    """The server did not start, or ended; the message ends with its last lines if unseen so far."""
+    """The server did not start, or ended; the message ends with its last lines if not yet shown."""
 
 
 class ServerProcess:
     """Runs ``turret serve`` on free ports of the loopback interface.
 
-    What the server writes is read all the time (a full pipe would block it). While it starts, it is
-    repeated on standard error if ``echo`` says so, progress bars included. On Linux the server ends
-    even if this process is killed: when the thread that made the object is no more.
+    The server's output is read all the time, because a full pipe would block the server. With
+    ``echo``, the output is repeated on standard error until the server serves, progress bars
+    included. On Linux, the server also ends if this process is killed, or if the thread that made
+    this object ends.
 
     Args:
         flags: Flags of ``turret serve``. ``--address`` and ``--metrics-address`` may be among
@@ -71,11 +72,19 @@ class ServerProcess:
         # A server that writes to a terminal draws progress bars.
         reader, writer = os.openpty() if echo and sys.stderr.isatty() else os.pipe()
         ports = ["--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0"]
-        # Read here, whatever the environment says.
+        # This class parses the log, so override the format that the environment may set.
         ports += ["--log-format", "text"]
         command = [sys.executable, "-m", "turret.server.cli", "serve", *ports, *flags]
         if sys.platform == "linux":
-            command = [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid()), *command]
+            command = [
+                sys.executable,
+                "-I",
+                "-S",
+                "-c",
+                _TIED_TO_PARENT,
+                str(os.getpid()),
+                *command,
+            ]
         try:
             self.process = subprocess.Popen(
                 command,
@@ -103,7 +112,7 @@ class ServerProcess:
         """Return once the server serves.
 
         Raises:
-            ServerProcessError: It ended, or did not serve in time.
+            ServerProcessError: The server ended, or did not serve in time.
         """
         if not self._settled.wait(timeout_seconds):
             raise ServerProcessError(
@@ -142,7 +151,7 @@ class ServerProcess:
                 try:
                     data = stream.read(_READ_BYTES)
                 except OSError:
-                    # How Linux reports the end of a pseudo-terminal.
+                    # Linux reports the end of a pseudo-terminal with this error.
                     data = b""
                 if not data:
                     break

@@ -1,4 +1,4 @@
-"""Writes an adapter in PEFT's layout, the same bytes for the same weights."""
+"""Writes an adapter in PEFT's layout; the same weights give the same bytes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def write_adapter(
         folder: Exists.
         config: PEFT's keys.
         state: Tensors by PEFT's names.
-        dtype: Of the saved tensors; integers stay as they are.
+        dtype: The dtype of the saved tensors; integers stay as they are.
 
     Raises:
         RunError: A weight is not finite in ``dtype``.
-        OSError: The disk is full, or the like.
+        OSError: The files cannot be written.
     """
     tensors = {}
     for name, tensor in state.items():

@@ -1,4 +1,4 @@
-"""The model that is trained on: the one the server serves, as a transformers model."""
+"""The base model for training: the model that the server serves, as a transformers model."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ from turret.training.errors import ConfigError
 from turret.training.mixture import load_4bit, put_experts
 from turret.training.words import say
 
-# PEFT causes warnings about which a user can do nothing.
+# Warnings that PEFT causes and that users cannot avoid.
 #
-# PEFT uses names that transformers has deprecated, makes sparse tensors without saying whether to
-# check their places (SHiRA's are drawn inside the weight), and warns for every module whose OFT
-# blocks have another size, which a note of turret's reports once.
+# PEFT uses names that transformers has deprecated. It makes sparse tensors without choosing whether
+# to check their indices, which for SHiRA are always valid. And it warns for every module whose OFT
+# blocks have another size, which turret reports once in a note.
 
 _DEPRECATED = ("is_gradient_checkpointing", "past_key_values")
 
 
 @contextmanager
 def without_peft_warnings() -> Iterator[None]:
-    """Hide those warnings within the block."""
+    """Hide the warnings that PEFT causes within the block."""
     with warnings.catch_warnings():
         for name in _DEPRECATED:
             warnings.filterwarnings("ignore", f".*{name}.*", FutureWarning)
@@ -55,22 +55,22 @@ def without_peft_warnings() -> Iterator[None]:
         yield
 
 
-# ``run.gradient_checkpointing``: activations that the backward pass computes again.
+# ``run.gradient_checkpointing``: the backward pass computes activations again.
 
 
 def compute_activations_twice(model: Any) -> None:
-    """Have a transformers model keep the activations of no layer."""
-    # The name of late 5.x versions, and the one that they deprecate.
+    """Make a transformers model compute activations again instead of keeping them."""
+    # Late 5.x versions of transformers have the first name and deprecate the second.
     enable = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 @contextmanager
 def without_backward(model: Any) -> Iterator[None]:
-    """For passes within the block that no backward pass follows, in evaluation mode.
+    """Run the passes within the block in evaluation mode, without a backward pass.
 
-    PEFT prepares every pass of an aLoRA whose layers say that they are computed twice for a
-    backward pass, and refuses the next one until that has come.
+    If an aLoRA's layers are marked for gradient checkpointing, PEFT prepares every pass for a
+    backward pass and rejects the next pass until that has run. So the marks are removed meanwhile.
     """
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     model.eval()
@@ -92,7 +92,7 @@ class TrainingBase:
     """A base model before its weights are loaded.
 
     Attributes:
-        source: Where it is, quantised, and its digest: what the server serves.
+        source: The quantised model that the server serves, with its digest.
         directory: As the config names it, or an id of the hub; None is the embedded model.
         config: transformers' config.
         arch: The server's reading of it.
@@ -107,7 +107,7 @@ class TrainingBase:
 
     @property
     def max_length(self) -> int:
-        """Most positions the model was made for."""
+        """The maximum number of positions that the model was made for."""
         return self.arch.max_model_len
 
 
@@ -119,7 +119,7 @@ def find_base(
     Args:
         directory: As the config names it, or an id of the hub; None is the embedded model.
         check: Called with the modules of a model in a directory before it is quantised, which takes
-            minutes; raises what keeps it from being used.
+            minutes; raises an error if the model cannot be used.
 
     Raises:
         InvalidRequestError: Not a model directory, or an architecture that is not served.
@@ -136,7 +136,7 @@ def find_base(
 
 
 def _config_of(files: Path) -> Any:
-    """A model's config; the language model's, of a model of text and images.
+    """A model's config; for a model of text and images, the config of its language model.
 
     Raises:
         ConfigError: transformers has no class for the language model alone.
@@ -154,16 +154,16 @@ def load_model(base: TrainingBase, weights: Weights, dtype: torch.dtype, device:
     """Load the frozen model.
 
     Args:
-        base: Of :func:`find_base`.
-        weights: As ``base.weights`` of the config.
-        dtype: Of activations and of everything that is not quantised.
+        base: The result of :func:`find_base`.
+        weights: The value of ``base.weights`` in the config.
+        dtype: The dtype of activations and of everything that is not quantised.
         device: ``cpu`` or ``cuda``.
 
     Returns:
         A ``PreTrainedModel`` without gradients.
 
     Raises:
-        ConfigError: ``full`` of a checkpoint that holds quantised weights only, or of a mixture.
+        ConfigError: ``full`` for a checkpoint with quantised weights only, or for a mixture.
     """
     logging.disable_progress_bar()
     if weights == "full":
@@ -197,7 +197,7 @@ def _empty_linear(path: str, out: int, inner: int) -> torch.nn.Module:
 
 
 class _EmptyLinear4bit(Linear4bit):
-    """What PEFT takes for a quantised module, though its weight is a dense one without memory."""
+    """A module that PEFT treats as quantised, although its weight is dense and without memory."""
 
     def __init__(self, dense: torch.nn.Linear) -> None:
         torch.nn.Module.__init__(self)
@@ -222,25 +222,25 @@ def _load_nf4(base: TrainingBase, dtype: torch.dtype) -> Any:
     if base.arch.experts is not None or _is_within_another(base):
         model = load_4bit(base.source.weights, base.arch, base.config, dtype)
         model.config.quantization_config = config.quantization_config
-        # PEFT asks for it.
+        # PEFT reads these attributes.
         model.is_loaded_in_4bit = model.is_quantized = True
     else:
         model = AutoModelForCausalLM.from_pretrained(
             base.source.weights,
             config=config,
             dtype=dtype,
-            # Given, because the directory of the weights may hold nothing but them.
+            # Pass this config, because the directory may contain only weights.
             generation_config=GenerationConfig.from_model_config(config),
         )
     for parameter in model.parameters():
         if parameter.is_floating_point():
-            # Beside quantised weights transformers keeps the checkpoint's dtype.
+            # transformers leaves weights that are not quantised in the checkpoint's dtype.
             parameter.data = parameter.data.to(dtype)
     for module in _nf4_modules(model).values():
         # bitsandbytes' CPU path in eval mode repacks the weight in place. After that the product
         # has no gradient, even back in training mode.
         module.support_avx512bf16_for_cpu = False
-        # Dtype of the backward pass's weights; the checkpoint's bfloat16 would round again.
+        # The dtype of weights in the backward pass; the checkpoint's bfloat16 would round again.
         module.weight.quant_state.dtype = dtype
     return model
 
@@ -258,14 +258,14 @@ def _nf4_modules(model: Any) -> dict[str, Any]:
 
 
 def _make_dense(model: Any, dtype: torch.dtype) -> None:
-    """Put plain linear modules in the place of the quantised ones, with the same weights."""
+    """Replace the quantised linear modules by plain ones with the same weights."""
     for name, module in _nf4_modules(model).items():
         dense = torch.nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
         weight = Nf4Weight(module.weight.data, module.weight.quant_state).dequantize(dtype)
         dense.weight = torch.nn.Parameter(weight, requires_grad=False)
         dense.bias = module.bias
         model.set_submodule(name, dense)
-    # PEFT would take the model for a quantised one.
+    # Otherwise PEFT would treat the model as quantised.
     model.is_loaded_in_4bit = False
     model.is_quantized = False
     model.quantization_method = None
@@ -274,7 +274,7 @@ def _make_dense(model: Any, dtype: torch.dtype) -> None:
 
 def _load_full(base: TrainingBase, dtype: torch.dtype) -> Any:
     if base.arch.experts is not None:
-        # Only there are the experts modules of their own.
+        # Only the NF4 models have experts as modules of their own.
         raise ConfigError.of("base.weights", say("EXPERTS_NEED_NF4"))
     if base.directory is None:
         found = open_gguf(find_gguf())

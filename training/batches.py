@@ -1,7 +1,7 @@
-"""From examples to the rows of a run, and from rows to batches.
+"""Converts examples to the rows of a run, and rows to batches.
 
-A batch is a function of seed and position alone, so that a resumed run sees the batches that the
-uninterrupted run would have seen.
+A batch depends only on the seed and its position, so a resumed run gets the same batches as an
+uninterrupted run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from turret.training.settings.config import DataConfig
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """What a run learns from.
+    """The data of a run.
 
     Attributes:
         train: Rows.
@@ -42,9 +42,9 @@ class Dataset:
         num_tokens: Their tokens.
         num_dropped: Examples left out for their length, of both sets.
         num_truncated: Examples cut to length, of both sets.
-        num_shared: Examples set aside that are also among those trained on.
-        labels: What a classification tells apart, in the head's order; else empty.
-        is_multi_label: Whether any number of them may hold, and not exactly one.
+        num_shared: Held-out examples that are also training examples.
+        labels: The classes, in the head's order; else empty.
+        is_multi_label: Whether an example may have any number of labels, not exactly one.
     """
 
     train: tuple[Row, ...]
@@ -70,9 +70,9 @@ def load_dataset(
 
     Args:
         config: Paths are relative to ``folder``.
-        folder: Of the config file.
+        folder: The directory of the config file.
         base: Its tokenizer and context limit.
-        seed: Of the split.
+        seed: The seed of the split.
         invocation: Where an aLoRA begins to act.
 
     Raises:
@@ -114,7 +114,7 @@ def make_rows(examples: tuple[Encoded, ...], config: DataConfig) -> list[Row]:
 def split(
     examples: list[Example], fraction: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Set a share aside, at least one example unless the share is 0, both in the file's order."""
+    """Hold out a share, at least one example unless it is 0; both parts keep the file's order."""
     count = num_set_aside(len(examples), fraction)
     chosen = set(random.Random(f"{seed}/split").sample(range(len(examples)), k=count))
     kept = [example for index, example in enumerate(examples) if index not in chosen]
@@ -137,8 +137,8 @@ class TrainingBatch:
         targets: ``[rows, longest]`` int64: the token to predict at each position, or ``IGNORED``.
         num_tokens: Tokens without padding.
         num_targets: Positions with a target.
-        starts: Of each row, the first position that an aLoRA acts on; empty if everywhere.
-        labels: Of each row, the labels that hold, where any number may: the target is then the
+        starts: The first position of each row that an aLoRA acts on; empty if it acts everywhere.
+        labels: The right labels of each row, if there may be any number; the target is then the
             row's own number. Else empty.
     """
 
@@ -169,18 +169,18 @@ def pack_rows(examples: Sequence[Encoded], max_length: int) -> list[Row]:
 
 
 def single_rows(examples: Sequence[Encoded]) -> list[Row]:
-    """One example a row."""
+    """Rows of one example each."""
     return [(example,) for example in examples]
 
 
 class BatchStream:
-    """An endless stream of batches: every row once an epoch, in a new order each.
+    """An endless stream of batches: every row once per epoch, in a new order in each epoch.
 
     Args:
-        rows: What there is.
+        rows: The rows.
         batch_size: Rows per batch; a batch may span two epochs.
         pad: Token id that fills the shorter rows.
-        seed: Of the orders.
+        seed: The seed of the orders.
         is_packed: Whether to number positions per example.
     """
 
@@ -229,7 +229,8 @@ def make_batch(rows: Sequence[Row], *, pad: int, is_packed: bool) -> TrainingBat
                 positions[number, start:end] = torch.arange(end - start)
             start = end
         if positions is not None:
-            # Padding is a sequence of its own: numbered on, it would attend to the last example.
+            # Number padding from 0, as a sequence of its own; otherwise it would attend to the last
+            # example.
             positions[number, start:] = torch.arange(shape[1] - start)
     num_targets = int((targets != IGNORED).sum())
     starts = tuple(row[0].start for row in rows if row[0].start is not None)

@@ -1,7 +1,7 @@
-"""A classification head: attached to any method's model, trained with it, saved beside it.
+"""A classification head, which is attached to any method's model and trained and saved with it.
 
-The head sees the final state of the last token before the label, as the server's does. PEFT's own
-name for the task is SEQ_CLS; the files are as it saves them.
+As in the server, the head gets the final state of the last token before the label. PEFT calls the
+task SEQ_CLS; the files have the form in which PEFT saves them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from turret.training.examples import Encoded
 from turret.training.loss import LossFunction
 from turret.training.settings.resolve import Resolved
 
-# How the labels found compare with the right ones, in the figures of ``turret eval --classify``.
+# The figures of ``turret eval --classify``, which compare the predicted labels with the right ones.
 #
-# F1 is ``2 TP / (2 TP + FP + FN)``; a label that is neither found nor right anywhere has none, and
-# counts for nothing in the mean.
+# F1 is ``2 TP / (2 TP + FP + FN)``. A label that is neither predicted nor right for any example has
+# no F1 and is left out of the mean.
 
 # Predicted and correct label indices of one example.
 Judged = tuple[tuple[int, ...], tuple[int, ...]]
@@ -39,21 +39,21 @@ def label_metrics(
     """Figures over examples, each in [0, 1].
 
     Args:
-        judged: At least one.
-        labels: By number.
-        is_multi_label: Whether any number of them may hold.
+        judged: At least one example.
+        labels: The labels by number.
+        is_multi_label: Whether an example may have any number of labels.
 
     Returns:
         ``accuracy`` (the share of examples with exactly the right labels) and ``macro_f1`` (the
-        mean of the labels' F1); where any number may hold also ``micro_f1`` (of all decisions
-        together) and ``label_f1`` (each label's, by its name).
+        mean of the labels' F1). With multiple labels, also ``micro_f1`` (of all decisions together)
+        and ``label_f1`` (the F1 of each label by its name).
     """
     both = Counter(label for found, right in judged for label in {*found} & {*right})
     either = Counter(label for pair in judged for side in pair for label in side)
     f1 = {label: 2 * both[label] / count for label, count in sorted(either.items())}
     figures: dict[str, Any] = {
         "accuracy": sum({*found} == {*right} for found, right in judged) / len(judged),
-        # No label is found nor right anywhere: nothing is wrong.
+        # If no label is predicted and none is right, all predictions are correct.
         "macro_f1": sum(f1.values()) / len(f1) if f1 else 1.0,
     }
     if is_multi_label:
@@ -63,13 +63,15 @@ def label_metrics(
     return figures
 
 
+# The head and its loss.
+
 _NAME = "score"
 # A multi-label model predicts a label if its probability exceeds this.
-_HOLDS = 0.5
+_THRESHOLD = 0.5
 
 
 def add_head(model: Any, num_labels: int) -> None:
-    """Give an attached model a head that is trained with it, drawn as transformers draws its."""
+    """Add a trainable head to an attached model, initialised as in transformers."""
     config = model.get_base_model().config
     output = model.get_base_model().get_output_embeddings().weight
     size = output.shape[1]
@@ -83,8 +85,8 @@ class ClassifierLoss(LossFunction):
     """Sum of the cross entropy over a batch's labels.
 
     Args:
-        model: With ``add_head``'s head.
-        device: Of the model.
+        model: A model with the head that ``add_head`` adds.
+        device: The model's device.
     """
 
     def __init__(self, model: Any, device: str) -> None:
@@ -98,7 +100,7 @@ class ClassifierLoss(LossFunction):
 
     @torch.no_grad()
     def labels(self, batch: TrainingBatch) -> list[Judged]:
-        """The labels found and the right ones of each example, by number."""
+        """The predicted and the right label numbers of each example."""
         found: list[Judged] = []
         for states, targets in self._parts(batch):
             numbers = self._score(states.float()).argmax(-1)
@@ -108,13 +110,13 @@ class ClassifierLoss(LossFunction):
 
 
 class MultiLabelLoss(ClassifierLoss):
-    """Sum over a batch's examples of the mean over labels of each one's binary cross entropy.
+    """The mean binary cross entropy over labels, summed over a batch's examples.
 
-    So transformers has it for ``problem_type`` multi_label_classification.
+    transformers uses the same loss for ``problem_type`` multi_label_classification.
     """
 
     def _parts(self, batch: TrainingBatch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The head's input and, of each label, whether it holds, ``[examples, labels]`` fp32."""
+        """The head's input, and 1 for each right label or else 0, ``[examples, labels]`` fp32."""
         holds = torch.zeros(len(batch.labels), self._score.out_features)
         for row, numbers in enumerate(batch.labels):
             holds[row, list(numbers)] = 1.0
@@ -133,7 +135,7 @@ class MultiLabelLoss(ClassifierLoss):
     def labels(self, batch: TrainingBatch) -> list[Judged]:
         found: list[torch.Tensor] = []
         for states, _ in self._parts(batch):
-            found += self._score(states.float()).sigmoid() > _HOLDS
+            found += self._score(states.float()).sigmoid() > _THRESHOLD
         numbers = [tuple(row.nonzero()[:, 0].tolist()) for row in found]
         return list(zip(numbers, batch.labels, strict=True))
 
@@ -145,7 +147,7 @@ def classifier_loss(model: Any, dataset: Dataset, device: str) -> ClassifierLoss
 
 
 def make_loss(resolved: Resolved, model: Any) -> LossFunction:
-    """What a run minimises."""
+    """The loss that a run minimises."""
     config = resolved.config
     assert config.base.device is not None
     if resolved.dataset.labels:
@@ -156,7 +158,7 @@ def make_loss(resolved: Resolved, model: Any) -> LossFunction:
 def label_scores(
     loss: ClassifierLoss, rows: Sequence[Row], labels: Sequence[str], batch_size: int, pad: int
 ) -> dict[str, Any]:
-    """Figures over rows, as ``turret eval --classify`` has them; see ``label_metrics``."""
+    """The figures of ``turret eval --classify`` over rows; see ``label_metrics``."""
     judged: list[Judged] = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
@@ -167,7 +169,7 @@ def label_scores(
 def label_samples(
     loss: ClassifierLoss, tokenizer: Any, examples: Sequence[Encoded], labels: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """As ``draw_samples``, without ``before``: the base model alone has no label to give."""
+    """Like ``draw_samples``, but without ``before``: the base model alone predicts no labels."""
     samples = []
     for example in examples:
         batch = make_batch([(example,)], pad=0, is_packed=False)

@@ -1,4 +1,4 @@
-"""What a person who trains can get wrong, as one tree; ``turret train`` prints it in one line.
+"""The errors of training, as one tree; ``turret train`` prints each on one line.
 
 TrainingError
 ├── ConfigError    a key of the config: unknown, out of range, or without meaning for the method
@@ -20,11 +20,11 @@ class TrainingError(Exception):
 
 
 class ConfigError(TrainingError):
-    """Keys of the config that make no sense.
+    """Invalid keys of the config.
 
     Attributes:
-        violations: Each with its key.
-        path: The file, if it alone is at fault.
+        violations: The faults, each with its key.
+        path: The file, if the fault is in the file alone.
     """
 
     def __init__(self, *violations: Violation, path: Path | None = None) -> None:
@@ -36,19 +36,19 @@ class ConfigError(TrainingError):
 
     @classmethod
     def of(cls, key: str, problem: Text) -> ConfigError:
-        """One bad key."""
+        """The error for one invalid key."""
         return cls(Violation(key, problem))
 
 
 class ConfigFileError(ConfigError):
-    """What no machine would take."""
+    """An error in the config that does not depend on the base or the machine."""
 
 
 class DataError(TrainingError):
     """Names file, line and field, as ``train.jsonl:7: messages[2].role: …``.
 
     Attributes:
-        problem: What is wrong there.
+        problem: The fault.
     """
 
     def __init__(self, problem: Text, place: str = "") -> None:
@@ -57,12 +57,12 @@ class DataError(TrainingError):
 
     @classmethod
     def of(cls, path: Path, line: int, field: str, problem: Text) -> DataError:
-        """One bad field of one example."""
+        """The error for one invalid field of an example."""
         return cls(problem, f"{path}:{line}: {field}")
 
 
 class RunError(TrainingError):
-    """The run directory's content and what was asked for do not fit together."""
+    """The request does not fit the content of the run directory."""
 
     def __init__(self, text: Text) -> None:
         super().__init__(text)

@@ -1,4 +1,4 @@
-"""Examples: from the lines of a data file to token ids, and which of these to learn.
+"""Converts the lines of a data file to token ids, and determines which of them to learn.
 
 A file is JSONL. A line has one of these shapes, and no other keys:
 
@@ -33,14 +33,14 @@ from turret.training.words import Text, say
 
 @dataclass(frozen=True, slots=True)
 class DataFiles:
-    """What was read.
+    """The content of the files of examples.
 
     Attributes:
         paths: The files, the training one first.
-        train: Its examples, of which a part may yet be set aside.
-        validation: Those of a file of their own, or None.
-        labels: What a classification tells apart, in the head's order; else empty.
-        is_multi_label: Whether any number of them may hold, and not exactly one.
+        train: The examples of the training file, a part of which may yet be held out.
+        validation: The examples of a separate validation file, or None.
+        labels: The classes, in the head's order; else empty.
+        is_multi_label: Whether an example may have any number of labels, not exactly one.
     """
 
     paths: tuple[Path, ...]
@@ -56,11 +56,11 @@ def data_paths(config: DataConfig, folder: Path) -> tuple[Path, ...]:
 
 
 def read_files(config: DataConfig, folder: Path) -> DataFiles:
-    """Read them.
+    """Read the files of examples.
 
     Args:
         config: Paths are relative to ``folder``.
-        folder: Of the config file.
+        folder: The directory of the config file.
 
     Raises:
         DataError: See :func:`read_examples` and :func:`labels_of`; or an example is in both files,
@@ -68,7 +68,7 @@ def read_files(config: DataConfig, folder: Path) -> DataFiles:
     """
     paths = data_paths(config, folder)
     train = read_examples(paths[0])
-    # Before a part is set aside: a label may be on so few lines that all of them are in it.
+    # Collect the labels before the split: all lines of a rare label may go to the validation part.
     labels = labels_of(train) if config.task == "classification" else ()
     is_multi_label = bool(labels) and train[0].labels is not None
     validation = None
@@ -83,27 +83,27 @@ def read_files(config: DataConfig, folder: Path) -> DataFiles:
 
 
 def num_set_aside(num_examples: int, fraction: float) -> int:
-    """How many examples are validated on: at least one unless the share is 0, and never all."""
+    """The number of held-out examples: at least one unless the share is 0, and never all."""
     if fraction == 0 or num_examples < 2:
         return 0
     return min(max(1, round(num_examples * fraction)), num_examples - 1)
 
 
 def num_shared(train: Sequence[Example], held_out: Sequence[Example]) -> int:
-    """How many of those that are set aside are trained on too, in another line of the file."""
+    """The number of held-out examples that occur again among the training examples."""
     seen = {_content(example) for example in train}
     return sum(_content(example) in seen for example in held_out)
 
 
 def check_compared(files: DataFiles, config: DataConfig) -> None:
-    """Refuse a sweep, which compares validation losses, of what leaves nothing to validate on.
+    """Reject a sweep without validation examples, because a sweep compares validation losses.
 
     Args:
-        files: Of :func:`read_files`.
-        config: What they were read by.
+        files: The result of :func:`read_files`.
+        config: The config by which they were read.
 
     Raises:
-        ConfigError: Says how many examples there are, and what to do.
+        ConfigError: There are none; the error has the number of examples, and advice.
     """
     fraction, there = config.validation_fraction, len(files.train)
     if files.validation is not None or num_set_aside(there, fraction):
@@ -133,15 +133,15 @@ def _check_disjoint(train: Sequence[Example], validation: Sequence[Example]) -> 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One line.
+    """One line of a file.
 
     Attributes:
-        path: Of the file.
-        line: From 1.
+        path: The path of the file.
+        line: The line, from 1.
         messages: Chat messages, with ``role`` and ``content``; else None.
-        prompt: What is given; None for chat and plain text.
-        completion: What is to be learned after the prompt, or the whole plain text.
-        labels: All that hold, each once, where the line has labels and no answer; else None.
+        prompt: The prompt; None for chat and plain text.
+        completion: The text to learn after the prompt, or the whole plain text.
+        labels: The right labels, each once, if the line has labels and no answer; else None.
     """
 
     path: Path
@@ -152,7 +152,7 @@ class Example:
     labels: tuple[str, ...] | None = None
 
     def error(self, field: str, problem: Text) -> DataError:
-        """What is wrong with a field of this example."""
+        """The error for a field of this example."""
         return DataError.of(self.path, self.line, field, problem)
 
 
@@ -202,13 +202,13 @@ def _example(row: Row) -> Example:
     return Example(row.path, row.line, prompt=prompt, completion=completion)
 
 
-# Examples of a classification: the label's number is the last token, and the only one to learn. A
-# classification head sees what the model computes for the token before it. If any number of labels
-# may hold, the row's number in its batch takes the place of the label's number.
+# Examples for classification. The number of the label is the last token of a row, and the only one
+# to learn. The head gets the model's state for the token before it. If an example may have any
+# number of labels, the row's number in its batch replaces the label's number.
 
 
 def right_labels(example: Example) -> tuple[str, ...]:
-    """Those that hold: its labels, or its completion, or its last message."""
+    """The right labels of an example: its labels, its completion or its last message."""
     if example.labels is not None:
         return example.labels
     return (example.completion if example.messages is None else example.messages[-1]["content"],)
@@ -233,10 +233,10 @@ def labels_of(examples: Sequence[Example]) -> tuple[str, ...]:
 
 
 def check_labelled(examples: Iterable[Example], *, is_multi_label: bool) -> None:
-    """Refuse lines without a label to learn, or with other ones than the first line's kind.
+    """Reject lines without a label, or with another form of labels than the first line.
 
     Raises:
-        DataError: As :func:`labels_of`.
+        DataError: See :func:`labels_of`.
     """
     for example in examples:
         field = "text" if example.messages is None else "messages"
@@ -258,12 +258,12 @@ def encode_labelled(
     config: DataConfig,
     max_length: int,
 ) -> EncodedSet:
-    """Encode a file's examples; arguments and errors as ``encode_all``'s.
+    """Encode a file's examples; arguments and errors are those of ``encode_all``.
 
-    What is over ``max_length`` and to be cut loses its end, not its label.
+    An example that is cut to ``max_length`` loses the end of its text, not its label.
 
     Raises:
-        DataError: Also where a label is none of ``labels``.
+        DataError: Also if a label is not one of ``labels``.
     """
     numbers = {label: number for number, label in enumerate(labels)}
     encoded: list[Encoded] = []
@@ -304,8 +304,8 @@ def _numbers(example: Example, numbers: dict[str, int]) -> tuple[int, ...]:
     return tuple(sorted(numbers[label] for label in right_labels(example)))
 
 
-# An aLoRA acts from the last occurrence of its invocation before the answer, as in the server
-# (``server/engine/scheduling/sequence.py``).
+# The invocation of an aLoRA, which acts from the last occurrence of its invocation before the
+# answer, as in the server (``server/engine/scheduling/sequence.py``).
 
 _KEY = "method.invocation"
 
@@ -315,7 +315,7 @@ class Invocation:
     """An invocation in a tokenizer's tokens.
 
     Attributes:
-        text: As in ``method.invocation``.
+        text: The text of ``method.invocation``.
         tokens: Its ids; at least one.
     """
 
@@ -327,8 +327,8 @@ class Invocation:
 
         Args:
             prompt: Tokens before the last answer.
-            example: What they are of.
-            tokenizer: What made them.
+            example: The example that the tokens belong to.
+            tokenizer: The tokenizer that made the tokens.
 
         Raises:
             DataError: The prompt does not hold these tokens.
@@ -340,7 +340,7 @@ class Invocation:
         field = "text" if field == "prompt" and example.prompt is None else field
         text = say("INVOCATION_MISSING", value=self.text)
         if self.text in tokenizer.decode(list(prompt)):
-            # The tokenizer joins its ends with what is beside it.
+            # The tokenizer merges the ends of the invocation with the text around it.
             tokens = f"{list(self.tokens)!s:.60}"
             text = say("INVOCATION_SPLIT", value=self.text, tokens=tokens)
         raise example.error(field, text)
@@ -350,7 +350,7 @@ def invocation_of(tokenizer: Any, text: str) -> Invocation:
     """The tokens of a text.
 
     Raises:
-        ConfigError: It has none.
+        ConfigError: The text has no tokens.
     """
     tokens = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not tokens:
@@ -359,10 +359,10 @@ def invocation_of(tokenizer: Any, text: str) -> Invocation:
 
 
 def invocation_before_answers(tokenizer: Any) -> str:
-    """What the chat template writes before an answer.
+    """The text that the chat template writes before an answer.
 
     Raises:
-        ConfigError: There is no template, or it writes nothing.
+        ConfigError: There is no template, or it writes nothing before an answer.
     """
     text = ""
     if tokenizer.chat_template:
@@ -377,8 +377,8 @@ def invocation_before_answers(tokenizer: Any) -> str:
     return text
 
 
-# Prompt and answer are tokenised separately, because the server tokenises a prompt alone before the
-# model continues it.
+# Examples as tokens. Prompt and answer are tokenised separately, because the server tokenises a
+# prompt alone before the model continues it.
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,11 +387,11 @@ class Encoded:
 
     Attributes:
         tokens: Token ids.
-        learned: Per token, whether the loss asks for it. The first token never is: nothing
-            precedes it.
-        turns: Role and content of what stands before the first answer learned, if it is a chat.
-        start: The first position that an aLoRA acts on; None where adapters act everywhere.
-        labels: The numbers of all labels that hold, where any number may; else None.
+        learned: Whether each token is learned. The first token never is, because nothing precedes
+            it.
+        turns: Role and content of the turns before the first learned answer, if it is a chat.
+        start: The first position that an aLoRA acts on; None if adapters act everywhere.
+        labels: The numbers of all right labels, if there may be any number; else None.
     """
 
     tokens: tuple[int, ...]
@@ -421,7 +421,7 @@ def encode_all(
 
     Args:
         tokenizer: transformers'.
-        examples: Of one file.
+        examples: The examples of one file.
         config: Template, loss, what to do with long examples.
         max_length: Most tokens of an example.
         invocation: Where an aLoRA begins to act; what comes before is not learned.
@@ -456,7 +456,7 @@ def encode_all(
 
 
 def none_left(path: Path | None, max_length: int, shortest: int) -> DataError:
-    """All of a file's examples are too long; ``shortest`` is the tokens of the shortest of them."""
+    """The error if all examples are too long; ``shortest`` is the length of the shortest one."""
     return DataError(say("ALL_TOO_LONG", path=path, most=max_length, found=shortest))
 
 
@@ -501,14 +501,14 @@ def encode(
 
 
 def encode_prompt(tokenizer: Any, example: Example, config: DataConfig) -> Encoded:
-    """Encode what stands before an example's last answer; nothing of it is learned.
+    """Encode the part of an example before its last answer; none of it is learned.
 
     Raises:
         DataError: No chat template, or the template refuses the messages.
     """
     turns: Sequence[Mapping[str, str]] = ()
     if example.messages is not None:
-        # Labels stand beside the messages, an answer is their last one.
+        # Labels are in a key of their own, whereas an answer is the last message.
         turns = example.messages if example.labels is not None else example.messages[:-1]
     elif config.template == "chat" or (config.template == "auto" and tokenizer.chat_template):
         turns = [{"role": "user", "content": example.prompt or ""}]
@@ -538,7 +538,7 @@ def _turns_before_answer(messages: Sequence[Mapping[str, str]]) -> tuple[tuple[s
 def _encode_chat(
     tokenizer: Any, example: Example, messages: Sequence[Mapping[str, str]]
 ) -> list[tuple[list[int], bool]]:
-    """(tokens, whether they are the assistant's answer), up to the end of the last answer."""
+    """Pieces up to the end of the last answer: (tokens, whether they are an answer)."""
     _check_template(tokenizer, example)
     pieces: list[tuple[list[int], bool]] = []
     done = ""
@@ -564,7 +564,7 @@ def _render(
             list(messages), tokenize=False, add_generation_prompt=is_open
         )
     except Exception as error:
-        # jinja raises many kinds; all of them are about the messages.
+        # jinja raises many types of errors; all of them concern the messages.
         raise example.error("messages", say("CHAT_TEMPLATE_FAILED", problem=error)) from error
 
 

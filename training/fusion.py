@@ -1,4 +1,4 @@
-"""The frozen adapters of a fusion, read from disk as the server reads them."""
+"""A learned fusion: its frozen components, its layers and its loss."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def linear_modules(model: nn.Module) -> dict[str, LinearModule]:
 
 
 def component_digests(entries: Sequence[str]) -> dict[str, str]:
-    """Component names → digests of what is in their directories now."""
+    """Component names → digests of the current files in their directories."""
     directories = component_directories(entries)
     return {name: _read(directory).digest for name, directory in directories.items()}
 
@@ -55,12 +55,11 @@ def read_components(directories: Mapping[str, Path], model: nn.Module) -> list[C
     """Reads adapter directories for a transformers model.
 
     Args:
-        directories: The components' names → where they are, in the fusion's order.
+        directories: The components' names → directories, in the fusion's order.
         model: The base, whose module names and sizes the adapters must fit.
 
     Raises:
-        TurretError: A directory is no adapter that fits the model, or one that cannot be fused;
-            says why.
+        TurretError: A directory is not an adapter that fits the model, or cannot be fused.
     """
     base = _describe(model)
     components = []
@@ -74,7 +73,7 @@ def read_components(directories: Mapping[str, Path], model: nn.Module) -> list[C
 
 
 def update_of(component: Component, path: str) -> Update:
-    """What a component adds to one module, as the fusion layer takes it."""
+    """A component's update of one module, in the form that the fusion layer takes."""
     operators = component.operators.modules.get(path)
     if operators is None or operators.low_rank is None:
         return None
@@ -87,7 +86,7 @@ def _read(directory: Path) -> AdapterCheckpoint:
 
 
 def _describe(model: Any) -> BaseModel:
-    """The base as far as reading low-rank adapters needs it."""
+    """Describe the base as far as reading low-rank adapters needs it."""
     linears = linear_modules(model)
     leaves = {name for name, module in model.named_modules() if name and not [*module.children()]}
     config = model.config
@@ -147,17 +146,17 @@ class FusionLayer(nn.Module):
 
     Args:
         base: A linear module, also a quantised one.
-        updates: Of the components, in their order; at least one is not None.
-        in_features: Of the module.
-        out_features: Of the module.
+        updates: The components' updates in order; at least one is not None.
+        in_features: The number of inputs of the module.
+        out_features: The number of outputs of the module.
         d_k: Width of queries and keys.
 
     Attributes:
         query: ``Wq``, ``[d_k, in]`` fp32.
         key: ``Wk``, ``[d_k, out]`` fp32.
-        is_enabled: Whether there is anything but the base's result.
-        alone: Number of the component whose update is added as it is, without a gate; or None.
-        log_gates: Where every call appends ``log α``, ``[…, components]``; or None.
+        is_enabled: Whether the fusion is applied; otherwise the result is the base's.
+        alone: Number of the component whose update is added without a gate, or None.
+        log_gates: List to which every call appends ``log α``, ``[…, components]``, or None.
     """
 
     a: torch.Tensor
@@ -197,7 +196,8 @@ class FusionLayer(nn.Module):
         v = wide @ self.a.T
         if self.alone is not None:
             return y + (self.members[self.alone] * v @ self.b).to(y.dtype)
-        # The same operations with and without a listener: a checkpointed layer runs again without.
+        # Run the same operations with and without a listener, because gradient checkpointing runs
+        # the layer again without one.
         log_gates = self.scores(wide, v).log_softmax(-1)
         if self.log_gates is not None:
             self.log_gates.append(log_gates)
@@ -209,15 +209,15 @@ class FusionLayer(nn.Module):
         return (x @ self.query.T @ keys.T * v) @ self.members.T
 
 
-# A base model with fusion layers in the place of the modules that its components adapt.
+# A base model in which fusion layers replace the modules that the components adapt.
 
 
 class FusionModel(nn.Module):
-    """Called like the model it wraps; queries and keys are all that has gradients.
+    """Wraps a model and is called like it; only queries and keys have gradients.
 
     Args:
         model: A transformers model; frozen and changed in place.
-        components: Of ``read_components``.
+        components: The result of ``read_components``.
         d_k: Width of queries and keys.
     """
 
@@ -302,15 +302,15 @@ class FusionModel(nn.Module):
 
 # The loss of a learned fusion: cross entropy, and a penalty on leaving the best component.
 #
-# Cross entropy alone leaves most gates near the mean. Once an answer is right there is nothing more
-# to gain on the examples at hand, and on others a task's update at half its strength is worse than
-# at all of it. So each example also pulls every gate towards the component that answers it best by
-# itself::
+# Cross entropy alone leaves most gates near the mean: once an answer is right, the training
+# examples give no further gradient. On other examples, a task's update at half strength is worse
+# than at full strength. So each example also pulls every gate towards the component that answers it
+# best alone::
 #
 #     loss = CE + guidance · mean(−log α_best)
 #
-# over the modules and over the positions up to the last one that is learned. Which component that
-# is comes from the components' own losses, not from a label.
+# over the modules and over the positions up to the last one that is learned. The components' own
+# losses determine the best component, not a label.
 
 
 class FusionLoss(LossFunction):
@@ -319,7 +319,7 @@ class FusionLoss(LossFunction):
     Args:
         model: The fusion.
         head: The base's ``lm_head``.
-        device: Of the model.
+        device: The device of the model.
         guidance: Weight of the penalty, nats per learned token and nat of a gate.
     """
 
@@ -329,7 +329,8 @@ class FusionLoss(LossFunction):
         super().__init__(model, head, device)
         self._fusion = model
         self._guidance = guidance
-        # Components do not change, so an example is asked about once: row → of each example.
+        # Row → best component of each of its examples. Components do not change, so each row is
+        # evaluated only once.
         self._best: dict[bytes, torch.Tensor] = {}
 
     def __call__(self, batch: TrainingBatch) -> torch.Tensor:
@@ -345,7 +346,7 @@ class FusionLoss(LossFunction):
         return loss + self._guidance * batch.num_targets * share
 
     def _best_components(self, batch: TrainingBatch) -> torch.Tensor:
-        """Of every position's example, ``[rows, positions]`` int64."""
+        """The best component of every position's example, ``[rows, positions]`` int64."""
         examples = _examples(batch)
         keys = [
             _key_of(tokens, targets)
@@ -357,7 +358,7 @@ class FusionLoss(LossFunction):
             )
             self._best.update(zip(keys, losses.argmin(0).unbind(), strict=True))
         found = [self._best[key] for key in keys]
-        # Padding is numbered as one more example, which a row may not have had when it was asked.
+        # Padding counts as one more example, which the row may not have had when it was evaluated.
         pairs = zip(found, examples, strict=True)
         return torch.stack([best[numbers.clamp(max=len(best) - 1)] for best, numbers in pairs])
 
@@ -385,7 +386,7 @@ def _examples(batch: TrainingBatch) -> torch.Tensor:
 
 
 def _is_read(batch: TrainingBatch) -> torch.Tensor:
-    """1.0 up to an example's last target, ``[rows, positions]``: what follows it has no part."""
+    """1.0 up to an example's last target, 0.0 after it, ``[rows, positions]``."""
     examples, places = _examples(batch), torch.arange(batch.targets.shape[1])
     targets = torch.where(batch.targets != IGNORED, places, -1)
     last = torch.full((len(targets), int(examples.max()) + 1), -1)
@@ -394,7 +395,7 @@ def _is_read(batch: TrainingBatch) -> torch.Tensor:
 
 
 def _key_of(tokens: torch.Tensor, targets: torch.Tensor) -> bytes:
-    """What a row is known by, however far it is padded: up to the last token that is learned."""
+    """A key for a row that does not depend on its padding: up to the last token that is learned."""
     learned = (targets != IGNORED).nonzero()
     end = int(learned.max()) + 2 if len(learned) else None
     return torch.stack((tokens, targets))[:, :end].numpy().tobytes()

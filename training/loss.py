@@ -20,7 +20,8 @@ from turret.training.base_model import without_peft_warnings
 from turret.training.batches import IGNORED, TrainingBatch
 from turret.training.settings.config import OptimizerConfig
 
-# Positions whose logits exist at one time; more are computed in turn, and again in the backward.
+# Number of positions whose logits exist at a time. Longer inputs are computed in parts, and again
+# in the backward pass.
 HEAD_ROWS = 512
 
 
@@ -28,9 +29,9 @@ class LossFunction:
     """Sum of the cross entropy over a batch's targets.
 
     Args:
-        model: What a method's ``attach`` returns.
+        model: The result of a method's ``attach``.
         head: The base's ``lm_head``; its input is taken from the model's own forward pass.
-        device: Of the model.
+        device: The device of the model.
     """
 
     def __init__(self, model: Any, head: torch.nn.Module, device: str) -> None:
@@ -60,7 +61,7 @@ class LossFunction:
         hidden = self._hidden(batch)
         # A learned prompt's own positions come first.
         hidden = hidden[:, -batch.targets.shape[1] :].flatten(0, 1)
-        # Found on the CPU, where the batch is: on the device it would have to wait for the answer.
+        # Search on the CPU, where the batch is: on the device, the result would require a wait.
         targets = batch.targets.flatten()
         asked = (targets != IGNORED).nonzero().squeeze(1)
         states = hidden[asked.to(self._device)]
@@ -79,7 +80,7 @@ class LossFunction:
         if batch.positions is not None:
             keywords["position_ids"] = batch.positions.to(self._device)
         if batch.starts:
-            # PEFT would search the answer too; it counts from the end of the row.
+            # Pass offsets, because PEFT would search the answer too. They count from the row's end.
             width = batch.tokens.shape[1]
             keywords["alora_offsets"] = [width - start for start in batch.starts]
         handle = self._head.register_forward_pre_hook(take)
@@ -99,7 +100,7 @@ class LossFunction:
         return cross_entropy(logits, targets, reduction=reduction)
 
 
-# AdamW in its variants, LoRA+'s two rates, and the schedule.
+# The optimizer (AdamW in its variants, with LoRA+'s two rates) and the schedule of the rate.
 
 # PEFT's names of the second factor, whose rate LoRA+ raises.
 _B_FACTORS = ("lora_B",)
@@ -111,8 +112,8 @@ def make_optimizer(
     """Make the optimizer.
 
     Args:
-        parameters: (name, parameter) of what is trained.
-        config: Resolved: the rate is there, and the kind fits the device.
+        parameters: The trained parameters as (name, parameter).
+        config: The resolved config: the rate is set, and the optimizer fits the device.
 
     Returns:
         Two groups with LoRA+ (arXiv 2402.12354), else one; each holds its rate relative to
@@ -137,9 +138,9 @@ def make_optimizer(
 
 
 def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
-    """The rate of a step, from 0: a linear rise, then half a cosine that would reach 0 at the end.
+    """The rate of a step, from 0: a linear rise, then half a cosine that falls to 0 at the end.
 
-    A function of the step alone, so a resumed run needs no schedule state.
+    The rate depends only on the step, so a resumed run needs no schedule state.
     """
     assert config.learning_rate is not None  # resolved
     warmup = max(1, round(num_steps * config.warmup_fraction))

@@ -28,16 +28,7 @@ from turret.training.settings.resolve import Resolved, resolve
 from turret.training.trainer import attach, attach_to, make_stream, pad_token, trainable
 from turret.training.words import Text, say
 
-# How much memory a run will need, from one step on the meta device.
-#
-# The step runs on shapes alone, with the method attached and the model called as in training,
-# while every tensor that comes to life is counted: so the estimate follows the method, the
-# architecture and the lengths of the data without a formula for any of them. It costs a few
-# seconds and no memory, whatever the model's size. Attention is taken to keep its inputs and its
-# result, as PyTorch's fused kernels do.
-
-
-# Counts the memory that tensors take while code runs, also on the meta device, where none does.
+# A count of the memory that tensors take, which also works on the meta device.
 
 
 class LiveBytes(TorchDispatchMode):
@@ -62,7 +53,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _count(self, storage: torch.UntypedStorage, inputs: set[int]) -> None:
-        # A view, or an in-place operation, answers with the storage of an input.
+        # The result of a view or an in-place operation has the storage of an input.
         if storage in self._known or id(storage) in inputs:
             return
         self._known.add(storage)
@@ -75,6 +66,14 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
+# An estimate of the memory that a run needs, from one step on the meta device.
+#
+# The step runs on shapes alone, with the method attached and the model called as in training,
+# while every new tensor is counted. The estimate thus follows the method, the architecture and the
+# lengths of the data without a formula for any of them. It takes a few seconds and no memory,
+# whatever the model's size. Attention is assumed to keep its inputs and its result, as PyTorch's
+# fused kernels do.
+
 # Bytes of AdamW state per weight: two moments in fp32 or in 8 bits.
 _STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged-adamw8bit": 2}
 _ATTENTION = "turret_shapes"
@@ -83,7 +82,7 @@ _SHAPES: Any = _config
 
 
 class _FusedAttention(torch.autograd.Function):
-    """The shapes of attention that never holds the scores."""
+    """Has the shapes of an attention kernel that never stores the scores."""
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any) -> torch.Tensor:
@@ -102,13 +101,13 @@ def _attention(
     return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
-# A name without a mask function: transformers makes no mask for it.
+# transformers makes no mask for a name without a mask function.
 AttentionInterface.register(_ATTENTION, _attention)
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes, by what takes them.
+    """The bytes that each part of a run takes.
 
     Attributes:
         process: This process with its libraries and data (CPU only; a GPU does not hold them).
@@ -181,7 +180,7 @@ def _step_bytes(resolved: Resolved, model: Any) -> int:
     # aLoRA's mask has no values on meta tensors; assume that it selects every token of a row.
     with LiveBytes() as live, _SHAPES.patch(meta_nonzero_assume_all_nonzero=True):
         model.train()
-        # The gradients of the first pass are there while the second one runs.
+        # The gradients of the first pass are in memory while the second pass runs.
         for _ in range(min(2, resolved.config.run.gradient_accumulation)):
             loss(train).backward()
         model.eval()
@@ -200,7 +199,7 @@ def _base_bytes(resolved: Resolved, model: Any) -> int:
     return sum(parameter.nbytes for parameter in frozen)
 
 
-# Measures a run's peak memory: two steps on its largest batch, in a process of their own.
+# A measurement of a run's peak memory: a separate process runs two steps on the largest batch.
 
 
 _STEPS = 2

@@ -29,10 +29,10 @@ MakeLinear = Callable[[str, int, int], torch.nn.Module]
 
 
 class ExpertModules(torch.nn.Module):
-    """What takes the place of transformers' experts: the same function of the same arguments.
+    """Replaces transformers' experts: the same function of the same arguments.
 
     Args:
-        arch: With experts.
+        arch: An architecture with experts.
         make: Makes each linear module.
     """
 
@@ -51,7 +51,7 @@ class ExpertModules(torch.nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Sum what a token's experts give, weighted.
+        """The weighted sum of the outputs of each token's experts.
 
         Args:
             hidden_states: ``[tokens, hidden]``, or with a batch before.
@@ -69,7 +69,7 @@ class ExpertModules(torch.nn.Module):
 
     def _pairs(self, chosen: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         if chosen.is_meta:
-            # Shapes alone are asked for: of rows that are spread evenly.
+            # Only the shapes matter: assume that the rows are spread evenly.
             rows = torch.empty(
                 -(-chosen.numel() // self._experts.count), dtype=torch.int64, device=chosen.device
             )
@@ -90,7 +90,7 @@ class ExpertModules(torch.nn.Module):
 
 
 def put_experts(model: Any, arch: Arch, make: Callable[[int], MakeLinear]) -> None:
-    """Put modules in the place of a model's experts, layer by layer."""
+    """Replace a model's experts by modules, layer by layer."""
     assert arch.experts is not None
     for number, layer in enumerate(model.model.layers):
         if arch.has(number, ROUTER):
@@ -99,9 +99,9 @@ def put_experts(model: Any, arch: Arch, make: Callable[[int], MakeLinear]) -> No
 
 @contextmanager
 def as_modules(model: Any) -> Iterator[None]:
-    """For attaching an adapter: PEFT is told that an expert's modules are what they are.
+    """Make PEFT treat the modules of experts as modules while an adapter is attached.
 
-    By ``model_type`` it would turn targets among them into transformers' parameters.
+    Because of ``model_type``, PEFT would otherwise map them to transformers' parameters.
     """
     config = model.config
     kind = config.model_type
@@ -117,11 +117,11 @@ def load_4bit(weights: Path, arch: Arch, config: Any, dtype: torch.dtype) -> Any
     """A transformers model with its experts as modules, all its linear modules in NF4.
 
     Args:
-        weights: Directory of a bitsandbytes-4bit checkpoint, also of a model that has this one in
-            it.
+        weights: Directory of a bitsandbytes-4bit checkpoint; it may be that of a larger model with
+            this model in it.
         arch: Its architecture.
         config: transformers' config.
-        dtype: Of what the 4-bit modules compute in, and of biases.
+        dtype: The dtype in which the 4-bit modules compute, and the dtype of biases.
     """
     config = copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
@@ -147,7 +147,7 @@ def load_4bit(weights: Path, arch: Arch, config: Any, dtype: torch.dtype) -> Any
 
 
 def _load_rest(model: Any, tensors: CheckpointTensors, arch: Arch) -> None:
-    """Norms, embeddings, routers: what is still without memory."""
+    """Load the tensors that have no memory yet: norms, embeddings and routers."""
     for name, parameter in list(model.named_parameters()):
         stored = _stored_name(name, tensors, arch)
         if not parameter.is_meta or not tensors.has(stored):
@@ -163,7 +163,7 @@ def _load_rest(model: Any, tensors: CheckpointTensors, arch: Arch) -> None:
 
 
 def _stored_name(name: str, tensors: CheckpointTensors, arch: Arch) -> str:
-    """What the checkpoint calls a parameter of the model."""
+    """The name of a parameter of the model in the checkpoint."""
     experts = arch.experts
     if experts is None:
         return name
@@ -188,7 +188,7 @@ def _linear4bit(
 
 
 def _put(root: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
-    """Add a module below others, which are made where they are not there."""
+    """Add a module at a path; missing modules above it are created."""
     *folders, leaf = path.split(".")
     for folder in folders:
         if folder not in dict(root.named_children()):

@@ -1,4 +1,4 @@
-"""The memory of this process, or of the device it computes on."""
+"""The memory of this process, or of its device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def peak_memory_bytes(device: str) -> int:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now; its peak where the system does not tell."""
+    """Resident memory of this process; its peak if the system does not report the current value."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return peak_memory_bytes("cpu")

@@ -25,7 +25,7 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run will do and cost.
+    """The plan of a run: its steps and its cost.
 
     Attributes:
         resolved: The run.
@@ -40,7 +40,7 @@ class Plan:
     cost: ServingCost | None = None
 
     def figures(self) -> dict[str, Any]:
-        """The resolved config, the extent of the run and its costs, as JSON has them."""
+        """The resolved config, the extent of the run and its costs, for JSON."""
         dataset, (memory, cost) = self.resolved.dataset, (self.estimate, self.cost)
         return {
             "config": self.resolved.config,
@@ -55,24 +55,24 @@ class Plan:
         }
 
     def print(self, console: Console) -> None:
-        """The resolved config, what it trains, what that needs, and what serving it costs."""
+        """Print the resolved config, the trained parameters, the memory and the cost of serving."""
         console.print(Text(render_config(self.resolved.config)), soft_wrap=True)
         table = Table(show_header=False, box=None)
         for name, text in self.rows:
             table.add_row(name, Text(text))
         with console.capture() as drawn:
             console.print(table)
-        # Without the blanks that make all lines as long as the longest.
+        # Remove the blanks that pad all lines to the length of the longest.
         for line in drawn.get().splitlines():
             console.print(Text(line.rstrip()), soft_wrap=True)
 
     def peak(self) -> int:
-        """Run two steps in another process, and measure the most bytes that they take."""
+        """Run two steps in another process, and measure their peak memory in bytes."""
         with tempfile.TemporaryDirectory() as scratch:
             return measure_peak(self.resolved, Path(scratch))
 
     def compared(self, peak: int) -> str:
-        """A measured peak beside the estimate."""
+        """A line that compares a measured peak with the estimate."""
         told = f"measured peak {peak / _MIB:.0f} MiB"
         if self.estimate is None:
             return told

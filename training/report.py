@@ -1,4 +1,4 @@
-"""Curves of a run as inline SVG."""
+"""The report of a run as an HTML page, with its curves as inline SVG."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def curves_svg(curves: Sequence[Curve], x_label: str) -> str:
-    """A plot from 0, or the least value if that is less, to the greatest; "" without points."""
+    """A plot from 0, or a smaller least value, to the greatest value; "" without points."""
     points = [point for curve in curves for point in curve.points]
     if not points:
         return ""
@@ -89,7 +89,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-# A run as one HTML page that needs nothing else: no scripts, no network.
+# The report of a run: one self-contained HTML page, without scripts and network access.
 
 _STYLE = """
 :root{--ink:#1d2329;--soft:#68727d;--line:#dfe3e8;--back:#fff;--card:#f6f8fa;--a:#2f6db3;--b:#d1622b}
@@ -130,7 +130,7 @@ def write_report(folder: RunFolder) -> Path:
 
     Raises:
         RunError: ``run.json`` is missing or broken.
-        OSError: Another file cannot be read, or the page not be written.
+        OSError: Another file cannot be read, or the page cannot be written.
     """
     folder.report.write_text(render_report(folder), encoding="utf-8")
     return folder.report
@@ -216,7 +216,7 @@ def _samples(folder: RunFolder, facts: Mapping[str, Any]) -> str:
         return ""
     answers = {"reference": "right answer", "before": "base model", "after": "adapter"}
     if _is_classification(facts):
-        # The base model alone has no label to give.
+        # The base model alone predicts no labels.
         del answers["before"]
     is_cut = any(row.get("cut") for row in rows)
     note = f'<p class="key">{_CUT}</p>' if is_cut else ""
@@ -224,7 +224,7 @@ def _samples(folder: RunFolder, facts: Mapping[str, Any]) -> str:
 
 
 def _sample(row: Mapping[str, Any], answers: Mapping[str, str]) -> str:
-    """A chat, turn by turn, or a text as it is; and what comes after it, by whom."""
+    """One sample: the chat turn by turn, or the text, and the answers that follow."""
     asked = "".join(
         f'<div class="turn {escape(role)}"><span class="role">{escape(role)}</span>'
         f"{escape(content)}</div>"
@@ -239,7 +239,7 @@ def _sample(row: Mapping[str, Any], answers: Mapping[str, str]) -> str:
 
 
 def _answer(row: Mapping[str, Any], key: str) -> str:
-    # Runs of earlier versions do not say.
+    # Runs of earlier versions do not have this key.
     cut = '<span class="cut">…</span>' if key in row.get("cut", ()) else ""
     return f"{escape(row[key])}{cut}"
 

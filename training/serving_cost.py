@@ -1,7 +1,7 @@
-"""What an adapter of this method and size will cost a server, as the server's own reader sees it.
+"""The cost of serving an adapter of this method and size, measured with the server's own reader.
 
-The adapter is attached to a base without memory, saved with weights of one and lowered to the
-operators that the server computes: its bytes, and the products that it adds to every token.
+The adapter is attached to a base without memory, saved with all weights set to one, and lowered to
+the operators that the server computes. The cost is their size and the products per token.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _CACHE_DTYPE_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class ServingCost:
-    """What one adapter costs a server that computes in bfloat16.
+    """The cost of one adapter for a server that computes in bfloat16.
 
     Attributes:
         file_bytes: Size of ``adapter_model.safetensors``.
-        host_bytes: What its operators take in memory.
-        multiply_adds: Added to each token.
-        relative_multiply_adds: The same, over those of the base's linear modules.
+        host_bytes: Size of its operators in memory.
+        multiply_adds: Multiply-adds that it adds to each token.
+        relative_multiply_adds: The same as a share of those of the base's linear modules.
         num_soft_tokens: Computed before each prompt that the prefix cache does not hold.
         num_prefix_positions: Attended to by every token, and held once for all requests.
-        cache_bytes: What these positions take of the KV cache.
+        cache_bytes: Bytes of the KV cache that these positions take.
     """
 
     file_bytes: int
@@ -101,7 +101,7 @@ def _cost(lowered: Lowered, base: TrainingBase, file_bytes: int) -> ServingCost:
 
 
 def served_base(base: TrainingBase) -> BaseModel:
-    """The base as the server's reader wants to know it; its weights are all ones."""
+    """The base in the form that the server's reader needs, with all weights set to one."""
     arch = base.arch
     modules = {}
     for number in range(arch.num_layers):

@@ -73,7 +73,7 @@ def sweep(
 
     Raises:
         ConfigError: The method has no rank, or cannot have one of these.
-        TrainingError: As for a run.
+        TrainingError: See ``Trainer.run``.
     """
     _check_ranks(config, folder, ranks)
     return _results(config, folder, ranks, announce)

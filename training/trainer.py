@@ -43,13 +43,13 @@ from turret.training.settings.config import render_config
 from turret.training.settings.resolve import Resolved
 from turret.training.words import say
 
-# Told every line of metrics.jsonl, and what happens between them: ``kind`` is ``begin`` (with
-# ``steps``), ``phase`` (with ``text``: what is under way) or ``note`` (``text`` for the reader).
+# Called with every line of metrics.jsonl and with the events between them: ``kind`` is ``begin``
+# (with ``steps``), ``phase`` (``text`` is the current work) or ``note`` (``text`` for the reader).
 Listener = Callable[[dict[str, Any]], None]
 
 
 def _nobody(row: dict[str, Any]) -> None:
-    """Listens to nothing."""
+    """A listener that does nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,9 @@ class Result:
     """A finished run.
 
     Attributes:
-        folder: Of the run.
-        validation_loss: At the end, nats per learned token; None without a validation set.
-        seconds: Of training, of all attempts together.
+        folder: The directory of the run.
+        validation_loss: The final loss, in nats per learned token; None without a validation set.
+        seconds: Seconds of training, over all attempts.
         memory_bytes: Peak, as in ``metrics.jsonl``.
     """
 
@@ -70,7 +70,7 @@ class Result:
 
 
 def attach(resolved: Resolved) -> Any:
-    """Load the base and attach the method, from the run's seed: twice the same."""
+    """Load the base and attach the method; the run's seed determines the result."""
     base = resolved.config.base
     assert base.weights is not None
     assert base.dtype is not None
@@ -91,16 +91,16 @@ def attach_to(model: Any, resolved: Resolved) -> Any:
 
 
 def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
-    """What is trained, by name, in the model's order."""
+    """The trained parameters by name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 class Trainer:
-    """One run.
+    """Runs the training.
 
     Args:
-        resolved: What to train.
-        listen: Told every line of metrics as it is written.
+        resolved: The run to train.
+        listen: Called with every line of the metrics as it is written.
     """
 
     def __init__(self, resolved: Resolved, listen: Listener = _nobody) -> None:
@@ -118,12 +118,12 @@ class Trainer:
         """Train, from the start or from the newest checkpoint, and write the adapter.
 
         Args:
-            resume: Go on with the run in the output directory.
-            overwrite: Remove a run that is there.
+            resume: Continue the run in the output directory.
+            overwrite: Remove an existing run.
 
         Raises:
-            RunError: The directory holds a run and neither was asked for; or the run there is
-                finished or another one; or the loss is not finite any more.
+            RunError: The directory contains a run and neither flag is set, or that run is finished
+                or a different one, or the loss is no longer finite.
         """
         started = time.monotonic()
         self._listen({"kind": "begin", "steps": self._num_steps})
@@ -162,7 +162,7 @@ class Trainer:
         memory = peak_memory_bytes(self._device)
         result = {"validation_loss": loss, "seconds": log.seconds, "memory_bytes": memory}
         self._folder.write_facts(facts | {"result": result})
-        # Last but for the samples: where there is an adapter, there is a result.
+        # Write the adapter after everything but the samples: an existing adapter means a result.
         self._write_adapter(model, facts | {"steps": self._num_steps, "validation_loss": loss})
         self._listen({"kind": "note", "text": what_next(self._resolved, self._folder)})
         self._write_samples(model)
@@ -173,21 +173,21 @@ class Trainer:
 
     @property
     def is_started(self) -> bool:
-        """Whether the directory holds this run or another, finished or not."""
+        """Whether the directory contains a run, this one or another, finished or not."""
         return self._folder.facts.exists()
 
     def finished(self) -> Result | None:
-        """The result of this very run, if it is finished.
+        """The result of this run, if it is already finished.
 
         Raises:
-            RunError: A run of something else is there.
+            RunError: The directory contains a run with other inputs.
         """
         if not self._folder.is_finished:
             return None
         return Result(self._folder, **self._check_same()["result"])
 
     def _check_same(self) -> dict[str, Any]:
-        """The facts of the run that is there; raises RunError if it is one of something else."""
+        """The facts of the existing run; raises RunError if it has other inputs."""
         facts = self._folder.read_facts()
         now = describe_run(self._resolved, facts["num_parameters"])
         check_same_run(facts, now, self._folder.path)
@@ -196,14 +196,16 @@ class Trainer:
     def _check_room(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Raises RunError if the disk is too full for what the run will write to it.
 
-        A prompt's network is folded away when it is saved, so that its adapter is not counted.
+        For methods that learn a prompt, the adapter is not counted: its network is not saved, only
+        the small prompt.
         """
         run, num_parameters = self._config.run, sum(p.numel() for p in parameters)
         needed = 0
         if self._config.method.name not in PROMPTS:
             needed += num_parameters * DTYPES[run.adapter_dtype].itemsize
         if run.checkpoint_every and run.checkpoint_every <= self._num_steps:
-            # A checkpoint has the weights in float32; the oldest goes when a new one is there.
+            # A checkpoint has the weights in float32. The oldest is removed after a new one is
+            # written.
             needed += num_parameters * 4 * (run.keep_checkpoints + 1)
         there = next(
             path for path in (self._folder.path, *self._folder.path.parents) if path.exists()
@@ -236,7 +238,7 @@ class Trainer:
         self._folder.samples.write_text(text, encoding="utf-8")
 
     def _write_adapter(self, model: Any, facts: dict[str, Any]) -> None:
-        """The adapter's directory appears when every file in it is complete."""
+        """Write the adapter; its directory appears only when every file in it is complete."""
         partial = self._folder.path / "adapter.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -281,7 +283,7 @@ class _Loop:
         self._started = time.monotonic() - log.seconds
 
     def run(self, step: int, checkpoints: Path) -> float | None:
-        """Go from ``step`` steps done to the end; returns the last validation's loss."""
+        """Train from ``step`` finished steps to the end; returns the last validation loss."""
         run = self._config.run
         loss = None
         if step == 0:
@@ -310,7 +312,7 @@ class _Loop:
         self._model.train()
         total = 0.0
         for batch in batches:
-            # Over all targets of the step: accumulating equals one large batch.
+            # Divide by the targets of the whole step, so that accumulation equals one large batch.
             loss = self._loss(batch) / num_targets
             loss.backward()
             total += loss.item()
@@ -368,7 +370,7 @@ def validation_loss(
     pad: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
-    """Mean loss per learned token, nats, over all rows; tells how many batches are done."""
+    """Mean loss per learned token over all rows, in nats; reports finished batches."""
     batches: list[TrainingBatch] = [
         make_batch(rows[start : start + batch_size], pad=pad, is_packed=False)
         for start in range(0, len(rows), batch_size)
@@ -393,6 +395,6 @@ def make_stream(resolved: Resolved) -> BatchStream:
 
 
 def pad_token(tokenizer: Any) -> int:
-    """What fills short rows: no target is ever there, so the end of text does where none is set."""
+    """The token that fills short rows. It is never a target, so the end of text can replace it."""
     pad = tokenizer.pad_token_id
     return tokenizer.eos_token_id if pad is None else pad

@@ -18,7 +18,7 @@ from typing import Any
 from turret.training.words import say
 
 # Packages of the `train` extra.
-_EXTRA = ("peft", "accelerate", "tensorboard")
+_EXTRA_PACKAGES = ("peft", "accelerate", "tensorboard")
 _WIDEST = 10_000
 _RANKS = (2, 4, 8, 16, 32)
 
@@ -73,7 +73,7 @@ def _add(
     func: Callable[[argparse.Namespace], None],
     *left_out: str,
 ) -> argparse.ArgumentParser:
-    """Add a verb that reads a config, without some of its flags."""
+    """Add a verb that reads a config; ``left_out`` are flags that it does not have."""
     from turret.training.settings.flags import config_parser
 
     parents = [config_parser(*left_out)]
@@ -95,7 +95,7 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
         from turret.training.errors import ConfigFileError, TrainingError
         from turret.training.settings.flags import described
 
-        # peft imports it first: see ``server/models/weights/nf4.py``.
+        # PEFT imports bitsandbytes first; see ``server/models/weights/nf4.py``.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         try:
             with raising_terminated():
@@ -180,13 +180,13 @@ def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> tuple[Any, Any
     from turret.training.settings.config import read_config
     from turret.training.settings.flags import given
 
-    if missing := [module for module in _EXTRA if not importlib.util.find_spec(module)]:
+    if missing := [module for module in _EXTRA_PACKAGES if not importlib.util.find_spec(module)]:
         raise RunError(say("NOT_INSTALLED", packages=", ".join(missing), step=how_to_add("train")))
     config = read_config(args.config, args.set, given(args))
     use_threads(args.threads, is_background=True, niceness=args.nice)
     check_inputs(config, args.config.parent, ranks)
-    # Read again with the base, which takes seconds to load: a bad line need not wait for it, nor
-    # for the hub.
+    # The files are read again together with the base. Reading them here as well reports a bad line
+    # at once, before the base is loaded or fetched from the hub.
     files = read_files(config.data, args.config.parent)
     if ranks:
         check_compared(files, config.data)
@@ -230,7 +230,7 @@ def _plan(args: argparse.Namespace) -> None:
 
         listen({"kind": "phase", "text": "estimating the memory"})
         plan = make_plan(resolved)
-    # While a bar is drawn, what goes to standard output would go where the bar does.
+    # Print outside the bar, which redirects standard output to standard error.
     if not args.json:
         plan.print(_console())
     peak = None
@@ -247,9 +247,9 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _console() -> Any:
-    """What tables are printed to; a reader who has left is an error like any other.
+    """The console for tables; if the reader has closed the pipe, it raises BrokenPipeError.
 
-    A file or a pipe takes lines of any length, whole paths among them.
+    In a file or a pipe, lines may have any length, so that paths are not wrapped.
     """
     from rich.console import Console
 
@@ -355,7 +355,7 @@ def _run(args: argparse.Namespace) -> None:
         result = Trainer(resolved, listen).run(resume=args.resume, overwrite=args.overwrite)
     report = write_report(result.folder)
     if sys.stdout.isatty() and not args.quiet:
-        # The trainer's last note has the path of the adapter.
+        # The trainer's last note has already shown the path of the adapter.
         print(f"report:    {report}")
     else:
         print(result.folder.adapter, report, sep="\n")

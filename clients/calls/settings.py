@@ -136,10 +136,10 @@ class CallSettings:
 
     Attributes:
         metadata: Sent with each call; holds the token.
-        timeout: Deadline in seconds of calls that return one response and set none themselves.
-        policy: Which failed calls are tried again.
+        timeout: Default deadline in seconds of calls that return one response.
+        policy: Decides which failed calls are retried.
         tls: How the server is verified; None means not at all.
-        closed: Set once the client is closed, whatever calls run.
+        closed: Set once the client is closed, even if calls are still running.
     """
 
     metadata: tuple[tuple[str, str], ...]
@@ -174,8 +174,8 @@ class CallSettings:
         """The error for a failed call, with details that only the client knows.
 
         Args:
-            error: Of a synchronous or an asyncio call.
-            seconds: The deadline of the call, all its tries together.
+            error: The error of a synchronous or an asyncio call.
+            seconds: The deadline of the call, for all of its attempts together.
         """
         failure = TurretRpcError.from_grpc(error)
         if isinstance(failure, CallCancelledError) and self.closed.is_set():

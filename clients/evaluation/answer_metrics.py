@@ -132,8 +132,8 @@ class LabelFigures:
 
     Attributes:
         f1: ``2 TP / (2 TP + FP + FN)``, in [0, 1].
-        precision: Of the texts for which it was found, the share for which it is right; or None.
-        recall: Of the texts for which it is right, the share for which it was found; or None.
+        precision: The share of the texts with this label found for which it is right, or None.
+        recall: The share of the texts with this right label for which it was found, or None.
         examples: The number of texts for which it is right.
     """
 

@@ -47,10 +47,10 @@ METRICS = ("perplexity", "exact_match", "token_f1", "label_accuracy")
 CLASS_METRICS = ("accuracy", "macro_f1")
 LABEL_SET_METRICS = ("accuracy", "micro_f1", "macro_f1")
 # A label holds if its probability is above this.
-_HOLDS = 0.5
+_THRESHOLD = 0.5
 _MOST_RETRIES = 30
 # Failures that would be the same for every line.
-_NOBODYS_LINE = (AuthenticationError, NotFoundError, PermissionDeniedError, UnavailableError)
+_NOT_OF_A_LINE = (AuthenticationError, NotFoundError, PermissionDeniedError, UnavailableError)
 
 Mix = tuple[AdapterWeight, ...]
 _T = TypeVar("_T")
@@ -288,7 +288,7 @@ def _held(found: Classification, place: str) -> tuple[str, ...]:
     probabilities = found.probabilities
     if None in probabilities.values():
         raise ValueError(say("NO_LABELS_OF_ADAPTER", place=place))
-    return tuple(label for label, share in probabilities.items() if (share or 0.0) > _HOLDS)
+    return tuple(label for label, share in probabilities.items() if (share or 0.0) > _THRESHOLD)
 
 
 def _compare(answer: str, reference: str, options: EvalOptions) -> dict[str, float]:
@@ -307,7 +307,7 @@ def _called(place: str, call: Callable[[], _T]) -> _T:
             return call()
         except TurretRpcError as error:
             is_of_mix = any(each.field.startswith("adapters") for each in error.violations)
-            if isinstance(error, _NOBODYS_LINE) or is_of_mix:
+            if isinstance(error, _NOT_OF_A_LINE) or is_of_mix:
                 raise
             if error.reason != "QUEUE_FULL" or attempt == _MOST_RETRIES:
                 raise error.at(place) from None

@@ -15,7 +15,7 @@ from typing import Any
 from turret.clients.words import Text, say
 from turret.closest import closest
 
-# Recognition of missing files and of files in other formats than JSON Lines.
+# Missing files, and files in formats other than JSON Lines.
 
 _KINDS = {
     codecs.BOM_UTF16_LE: "FILE_IS_UTF16",
@@ -27,7 +27,7 @@ _KINDS = {
 _CONFIGS = (".toml", ".yaml", ".yml")
 _DELIMITERS = ",;\t"
 
-_FEW = 4
+_MAX_NAMES = 4
 
 
 def missing_file(path: Path) -> Text:
@@ -44,7 +44,7 @@ def missing_file(path: Path) -> Text:
         return say("PATH_MISSING", path=path, closest=stems[near])
     if not (path.suffix and there):
         return say("PATH_MISSING", path=path)
-    names = ", ".join(there[:_FEW]) + (", …" if len(there) > _FEW else "")
+    names = ", ".join(there[:_MAX_NAMES]) + (", …" if len(there) > _MAX_NAMES else "")
     return say("PATH_MISSING_BESIDE", path=path, names=names)
 
 
@@ -52,8 +52,8 @@ def other_kind(path: Path, data: bytes) -> Text | None:
     """Reports a file that is not JSON Lines; None for one that may be.
 
     Args:
-        path: As commands name it.
-        data: All of it, or as much as its first two lines have.
+        path: The file, for commands in the message.
+        data: The whole file, or at least its first two lines.
     """
     if path.suffix in _CONFIGS:
         return say("FILE_IS_A_CONFIG")
@@ -79,7 +79,7 @@ def other_kind(path: Path, data: bytes) -> Text | None:
     return None
 
 
-# Reads a test set: JSON Lines with questions and the answers that are right.
+# A test set: a JSON Lines file of questions with the right answers.
 #
 # A row is a conversation that ends with the assistant's answer, or a prompt and its completion::
 #
@@ -87,7 +87,7 @@ def other_kind(path: Path, data: bytes) -> Text | None:
 #                   {"role": "assistant", "content": "Lima"}]}
 #     {"prompt": "Capital of Peru?", "completion": "Lima"}
 #
-# or a question alone with all labels that hold, for adapters that give any number of them::
+# or a question with all of its labels, for adapters that predict any number of labels::
 #
 #     {"messages": [{"role": "user", "content": "Broken!"}], "labels": ["shipping", "anger"]}
 #     {"prompt": "Hello", "labels": []}
@@ -98,10 +98,10 @@ class EvalExample:
     """One question with its right answer.
 
     Attributes:
-        line: Where in the file it stands, from 1.
+        line: The line in the file, from 1.
         prompt: The turns before the answer as (role, content), or text that is sent as it is.
         reference: The right answer; empty where the row has labels.
-        labels: All that hold, each once, of a row that has labels and no answer; else None.
+        labels: All labels of a row that has labels instead of an answer, each once; else None.
     """
 
     line: int
@@ -122,7 +122,7 @@ def read_eval_set(
 
     Raises:
         OSError: The file cannot be read.
-        RowError: A row has another form, or there is none.
+        RowError: A row has the wrong form, or the file has no rows.
     """
     if not path.exists():
         raise FileNotFoundError(missing_file(path))
@@ -164,8 +164,10 @@ def _chat(row: Row) -> EvalExample:
     return EvalExample(row.line, said[:-1], said[-1][1])
 
 
+# The rows of any file of examples, and the errors in them.
+
 ROLES = ("system", "user", "assistant")
-_HALF = re.compile("[\ud800-\udfff]")
+_HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class RowError(ValueError):
@@ -174,9 +176,9 @@ class RowError(ValueError):
     Attributes:
         path: The file.
         line: From 1; None if the whole file is at fault.
-        field: What of the line; None if the whole file is at fault.
-        problem: What is wrong with it.
-        place: File, line and field, as the message has them.
+        field: The part of the line; None if the whole file is at fault.
+        problem: The fault.
+        place: File, line and field, as in the message.
     """
 
     def __init__(self, path: Path, line: int | None, field: str | None, problem: Text) -> None:
@@ -195,11 +197,11 @@ class Row:
     """One line that is a JSON object.
 
     Attributes:
-        path: Of the file.
-        line: From 1.
+        path: The file.
+        line: The line in the file, from 1.
         values: The object.
-        is_learned: Whether it is to be trained on: then it may be plain text, its keys and roles
-            are known ones alone, and what is given may be empty.
+        is_learned: Whether the row is for training. If so, it may be plain text, unknown keys and
+            roles are rejected, and messages before the answer may be empty.
     """
 
     path: Path
@@ -208,11 +210,11 @@ class Row:
     is_learned: bool
 
     def error(self, field: str, problem: Text) -> RowError:
-        """What is wrong with a field of this line."""
+        """The error for a field of this line."""
         return RowError(self.path, self.line, field, problem)
 
     def shape_error(self) -> RowError:
-        """Why this line has none of the known shapes, and what its keys should be called."""
+        """The error for a line without one of the known sets of keys; suggests the closest."""
         keys = set(self.values)
         asked = "messages" if "messages" in keys else "prompt"
         texts = ({"text"},) if self.is_learned else ()
@@ -231,17 +233,17 @@ class Row:
         return self.error("line", text)
 
     def text(self, field: str, value: Any, *, may_be_empty: bool = False) -> str:
-        """A value that is a text."""
+        """Return a value that must be text."""
         if not isinstance(value, str):
             raise self.error(field, say("NOT_A_STRING", value=_shown(value)))
-        if half := _HALF.search(value):
+        if half := _HALF_SURROGATE.search(value):
             raise self.error(field, say("HALF_CHARACTER", value=f"\\u{ord(half[0]):x}"))
         if not value and not (may_be_empty and self.is_learned):
             raise self.error(field, say("EMPTY"))
         return value
 
     def labels(self) -> tuple[str, ...]:
-        """All labels that hold, each once."""
+        """The labels of the row, each once."""
         labels = self.values["labels"]
         if not isinstance(labels, list):
             raise self.error("labels", say("NOT_A_LIST", value=_shown(labels)))
@@ -255,7 +257,7 @@ class Row:
         """The messages, with ``role`` and ``content``.
 
         Args:
-            is_answered: The last one is the answer; else the line has labels, and none is.
+            is_answered: Whether the last message must be the answer; otherwise the line has labels.
         """
         value = self.values["messages"]
         if not isinstance(value, list):
@@ -297,8 +299,8 @@ def read_rows(path: Path, *, is_learned: bool) -> Iterator[Row]:
         is_learned: As in :class:`Row`.
 
     Raises:
-        OSError: It cannot be read.
-        RowError: It holds no line, or is of another kind, or a line is no JSON object.
+        OSError: The file cannot be read.
+        RowError: The file is empty or in another format, or a line is not a JSON object.
     """
     data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     if problem := other_kind(path, data):
@@ -341,7 +343,7 @@ def _json_object(path: Path, line: int, text: str, is_learned: bool) -> dict[str
 
 
 def _no_json(problem: str, text: str, path: Path) -> Text:
-    """Reports a line that is not JSON, and how to mend common mistakes."""
+    """Reports a line that is not JSON, and how to fix common mistakes."""
     if text.startswith("{'"):
         return say("SINGLE_QUOTES", problem=problem)
     if text.endswith("},"):

@@ -25,8 +25,8 @@ class ArgumentError(Exception):
     """An argument that no request can carry; raised as one of the two classes below.
 
     Attributes:
-        argument: Which one, and what in it, such as ``messages[0].role``.
-        problem: What is wrong with it.
+        argument: The argument, and the part of it, such as ``messages[0].role``.
+        problem: The fault.
     """
 
     def __init__(self, argument: str, problem: Text) -> None:
@@ -104,7 +104,7 @@ def as_real(name: str, value: Any) -> float:
     """The value as a float, of numpy and torch too.
 
     Raises:
-        ArgumentTypeError, ArgumentValueError: It is no number, or too large for one.
+        ArgumentTypeError, ArgumentValueError: The value is not a number, or is too large.
     """
     # In Python, a bool is a number, and a text can be converted to one.
     if isinstance(value, str | bytes | bool):
@@ -121,8 +121,8 @@ def check_text(name: str, value: object) -> None:
     """Reject anything but text. Protobuf would accept bytes.
 
     Raises:
-        TypeError: It is none; names the argument.
-        ValueError: It holds half of a surrogate pair, as bytes that are not UTF-8 become.
+        TypeError: The value is not text; names the argument.
+        ValueError: The text contains half of a surrogate pair, as invalid UTF-8 does.
     """
     if not isinstance(value, str):
         raise ArgumentTypeError(name, say("NOT_A_STRING", value=repr(value)))
@@ -155,7 +155,7 @@ def as_whole(name: str, item: Any) -> int:
     """The item as an int.
 
     Raises:
-        TypeError: It is no whole number; names the argument.
+        TypeError: The value is not a whole number; names the argument.
     """
     if not isinstance(item, bool):
         try:
@@ -169,7 +169,7 @@ def several(name: str, value: Any, wanted: str) -> Iterable[Any]:
     """The value if one can iterate over it and it is no text or mapping.
 
     Raises:
-        TypeError: It is something else; names the argument and what is ``wanted``.
+        TypeError: The value has another type; names the argument and the ``wanted`` type.
     """
     if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
         return value
@@ -194,7 +194,7 @@ def as_json(name: str, value: object) -> str:
         raise kind(name, say("NOT_JSON", problem=error)) from None
 
 
-# Maps request fields that a server names to the arguments that set them.
+# Translation of the request fields in a server's errors to the arguments that set them.
 
 # Messages within a request whose fields are arguments of their own.
 _GROUPS = ("sampling.", "stop.", "options.", "chat.", "header.")

@@ -50,7 +50,7 @@ class AdapterWeight:
         """Read ``NAME[@GENERATION][=WEIGHT]``.
 
         Raises:
-            TypeError: It is no text.
+            TypeError: The value is not text.
             ValueError: The text has another form; of a mix as HTTP has it (``json+sql*0.5``) it
                 says how it is written here.
         """

@@ -212,9 +212,9 @@ def set_input(request: Any, prompt: Prompt, place: str = "") -> None:
     """Set the request's ``input`` by the prompt's type; an empty sequence counts as token ids.
 
     Args:
-        request: Whose input it is.
+        request: The request that gets the input.
         prompt: Text, token ids or turns.
-        place: What complaints call it, where it is one of several.
+        place: The name of the prompt in errors, if it is one of several.
 
     Raises:
         TypeError: The prompt is neither text nor token ids nor a conversation.
@@ -237,7 +237,7 @@ def set_input(request: Any, prompt: Prompt, place: str = "") -> None:
 
 
 def _items(name: str, value: Any) -> list[Any]:
-    """What is in the value; also of numpy's scalars, which only look as if there were something."""
+    """The items of a value; rejects numpy's scalars, which look iterable but are not."""
     try:
         return list(several(name, value, _PROMPTS))
     except TypeError:
@@ -245,7 +245,7 @@ def _items(name: str, value: Any) -> list[Any]:
 
 
 def _is_whole(item: object) -> bool:
-    """Whether it is a number that can be a token id: an int, or one of numpy's or torch's."""
+    """Whether an item can be a token id: an int, or an integer of numpy or torch."""
     if isinstance(item, bool) or getattr(item, "ndim", 0):
         return False
     try:

@@ -168,8 +168,8 @@ class Completion(Result):
             ``AnswerCutError`` and in the last chunk before one, and ``DEADLINE`` in the last chunk
             before a ``DeadlineExceededError``, if the server notices the deadline first.
         stop: The stop string or stop token id of the request that ended the answer, or None.
-        usage: What the request cost.
-        adapters_used: Which weights answered, in the order of the request.
+        usage: The tokens that the request used.
+        adapters_used: The weights that answered, in the order of the request.
         timing: How long the parts of the request took.
         request_id: The request's id.
     """
@@ -218,8 +218,8 @@ class Score(Result):
 
     Attributes:
         tokens: One entry per token of the prompt.
-        usage: What the request cost.
-        adapters_used: Which weights answered, in the order of the request.
+        usage: The tokens that the request used.
+        adapters_used: The weights that answered, in the order of the request.
         timing: How long the parts of the request took.
         request_id: The request's id.
     """
@@ -293,8 +293,8 @@ class Embeddings(Result):
 
     Attributes:
         vectors: One vector for each input, in their order.
-        usage: What all inputs together cost.
-        adapters_used: Which weights answered, in the order of the request.
+        usage: The tokens that all inputs used together.
+        adapters_used: The weights that answered, in the order of the request.
         timing: How long the parts of the request took.
         request_id: The request's id.
     """
@@ -345,8 +345,8 @@ class Classifications(Result):
 
     Attributes:
         classifications: One entry for each input, in their order.
-        usage: What all inputs together cost.
-        adapters_used: Which weights answered, in the order of the request.
+        usage: The tokens that all inputs used together.
+        adapters_used: The weights that answered, in the order of the request.
         timing: How long the parts of the request took.
         request_id: The request's id.
     """

@@ -50,8 +50,8 @@ def to_messages(name: str, turns: Iterable[Any]) -> list[inference_pb2.ChatMessa
     """Convert turns.
 
     Args:
-        name: What complaints call all of them together.
-        turns: In any of the accepted forms.
+        name: The name of the list in errors.
+        turns: The turns, in any of the accepted forms.
 
     Raises:
         TypeError: One has none of them.
@@ -144,7 +144,7 @@ def to_tool(place: str, tool: object) -> inference_pb2.Tool:
     """Convert a tool; ``place`` is what complaints call it.
 
     Raises:
-        TypeError: It has not the accepted form.
+        TypeError: The value does not have the accepted form.
         ValueError: A text is not UTF-8.
     """
     match tool:

@@ -152,9 +152,9 @@ def print_error(
     """Print an error as one line on standard error, in the flags' names.
 
     Args:
-        error: What was raised.
+        error: The error that was raised.
         args: The flags that were given.
-        hints: What to do next, by the reason of the error.
+        hints: Advice by the reason of an error.
     """
     sys.stdout.flush()
     print(f"error: {_line_of(error, args or argparse.Namespace(), hints)}", file=sys.stderr)
@@ -177,12 +177,12 @@ def _line_of(error: Exception, args: argparse.Namespace, hints: Mapping[str, str
 def hint_of(
     error: TurretRpcError, args: argparse.Namespace, hints: Mapping[str, str] = COMMAND_HINTS
 ) -> str:
-    """What to do next about an error; empty if nothing is sure to help."""
+    """Advice on an error; empty if nothing is sure to help."""
     return hint_for(error.reason or error.code.name, error.metadata, hints, **vars(args))
 
 
 def print_json(value: object) -> None:
-    """Print a result, or a list of them, with the field names of the API."""
+    """Print a result, or a list of results, with the field names of the API."""
     print(json.dumps(value, default=_jsonable, ensure_ascii=False, indent=2))
 
 
@@ -200,7 +200,7 @@ def given_token(args: argparse.Namespace) -> str | None:
     """The token of the flags, else of the environment.
 
     Raises:
-        OSError: Its file cannot be read.
+        OSError: The token's file cannot be read.
     """
     if args.token_from is not None:
         try:

@@ -87,7 +87,7 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
 
 
 def _check_output(flag: str, path: Path, data: Path) -> None:
-    """Refuse, before anything is asked, what cannot be written or is the test set."""
+    """Reject an output file that cannot be written or is the test set, before the first call."""
     problem = None
     if path.exists() and data.exists() and path.samefile(data):
         problem = say("IS_TEST_SET", path=path)
@@ -108,10 +108,10 @@ def _judge(
     mixes: Sequence[Mix],
     options: EvalOptions,
 ) -> list[MixReport]:
-    """:func:`evaluate` with a bar, and what Ctrl-C and a server that goes away leave.
+    """Run :func:`evaluate` with a progress bar; an interruption reports how far it got.
 
     Raises:
-        UnfinishedAnswerError: The server has answered, and is gone.
+        UnfinishedAnswerError: The server answered some calls and then became unreachable.
     """
     columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -218,7 +218,7 @@ def _cell(metric: str, figure: Estimate, gap: str) -> str:
 
 
 def _plain(number: float, digits: int) -> str:
-    """A number to so many significant digits, with an exponent only beyond a readable range."""
+    """A number with ``digits`` significant digits; only very large ones get an exponent."""
     return f"{number:,.0f}" if 10**digits <= number < 1e9 else f"{number:.{digits}g}"
 
 

@@ -265,7 +265,7 @@ def generation_options(args: argparse.Namespace) -> GenerateOptions:
     """The options that the flags set.
 
     Raises:
-        ValueError: The answer is to be several things.
+        ValueError: More than one constraint is given.
     """
     given = [
         name for name in CONSTRAINT_FLAGS if getattr(args, name[2:].replace("-", "_")) is not None

@@ -151,7 +151,7 @@ def print_change(verb: str, adapter: Adapter, before: Adapter | None) -> None:
     """Print a line about an adapter that was registered or replaced, and one per warning.
 
     Args:
-        verb: What was done, such as ``loaded``.
+        verb: The action, such as ``loaded``.
         adapter: The adapter as it is now.
         before: The adapter as it was, if it existed. With the same weights, its generation stays.
     """

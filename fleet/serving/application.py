@@ -1,11 +1,11 @@
-"""What Ray Serve starts, routes to, watches, scales and stops: one deployment, as an application.
+"""The application for Ray Serve: one deployment, which it starts, routes to, scales and stops.
 
 A Ray Serve config file, which KubeRay's ``RayService`` applies, names the application:
 
     import_path: turret.fleet.serving.application:application
     args: {min_replicas: 2, max_replicas: 8}
 
-Everything else is in ``TURRET_…`` variables of the containers. HAProxy mode is in variables too:
+All other settings are ``TURRET_…`` variables of the containers. Variables also set HAProxy mode;
 ``python -m turret.fleet.serving.ingress`` prints them.
 """
 
@@ -37,7 +37,7 @@ from turret.server.command.threads import available_cpus
 from turret.server.config import Config
 from turret.v1 import adapters_pb2, inference_pb2
 
-# Serve lets calls beyond this wait. --max-queued-requests is far lower, and rejects them.
+# Serve lets calls beyond this number wait; --max-queued-requests is far lower, and rejects them.
 _MOST_ONGOING = 1 << 14
 
 

@@ -1,6 +1,7 @@
-"""The folder of a fleet that was started on this machine: which there are, and what dead ones left.
+"""The folders of fleets that were started on this machine, and the removal of those of dead fleets.
 
-The command that starts a fleet holds a lock in its folder, which the kernel drops however it ends.
+The command that starts a fleet holds a lock in its folder. The kernel releases the lock however the
+command ends.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ class FleetFolder:
         """Makes a folder.
 
         Args:
-            state_dir: The fleet's, absolute; ``state_dirs`` tells it.
+            state_dir: The fleet's state directory, absolute; ``state_dirs`` returns it.
 
         Raises:
-            OSError: It cannot be made.
+            OSError: The folder cannot be made.
         """
         place = Path(tempfile.gettempdir())
         longest = place / f"{_PREFIX}{'x' * _RANDOM_CHARS}"

@@ -1,7 +1,7 @@
-"""The ingress: HAProxy as Ray Serve starts it, with what Serve's configuration has no place for.
+"""The ingress: HAProxy as Ray Serve starts it, with settings that Serve does not support.
 
-Serve reads the rest from the environment of the processes that it starts. As a program, this prints
-that environment for a machine where Ray is started by hand.
+Serve reads the other settings from the environment of the processes that it starts. Run as a
+program, this module prints that environment for a machine on which Ray is started by hand.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ _log = logging.getLogger(__name__)
 
 # Address of all a fleet's listeners if Ray is started here, except the ingress and metrics.
 LOOPBACK = "127.0.0.1"
-# Run as a program, this module has another name.
+# The full name of ``prepare``. If this module runs as a program, its ``__name__`` is another one.
 _PREPARE = "turret.fleet.serving.ingress.prepare"
 _PAUSE_SECONDS = 0.2
 _watching: set[asyncio.Task[None]] = set()
 VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
-# Requests of one mix go to one replica, unless that has half as much again as the mean; where none
-# is named, they are dealt out. The value is put into the defaults of HAProxy's configuration as it
-# is, hence the further lines.
+# Requests of one mix go to one replica, unless its load is more than 1.5 times the mean. Requests
+# without a mix are distributed evenly. The value is inserted into the defaults of HAProxy's
+# configuration unchanged, hence the further lines.
 _BALANCE = "\n    ".join(
     (
         "hdr(x-turret-mix)",
         "hash-type consistent sdbm avalanche",
         "hash-balance-factor 150",
-        # Streams of a node that fell silent end within ten seconds, however long a silence of the
-        # engine may be: by probes, or where something is on its way by the bound of write_haproxy.
-        # Marks of health end no stream: a replica that drains is marked as one that is down.
+        # End the streams of a dead node within ten seconds, although an engine may be silent for
+        # longer. Probes detect such a node or, if data is unacknowledged, the limit that
+        # write_haproxy sets. Health checks cannot end streams: a draining replica also fails them.
         "option srvtcpka",
         "srvtcpka-idle 4s",
         "srvtcpka-intvl 2s",
@@ -60,9 +60,9 @@ _BALANCE = "\n    ".join(
 # The same path on every machine. It is short because Ray's node id comes below it, and HAProxy
 # allows 97 characters for a socket's path.
 _JOINED_FOLDER = "/tmp/turret-{user}"
-# The kernel sends what is on its way to a machine again for a quarter of an hour, and probes no
-# connection meanwhile. HAProxy has a bound for it on each server alone: it is accepted among a
-# backend's defaults, and has no effect there (2.8).
+# Limit on unacknowledged data. The kernel resends such data for a quarter of an hour, and does not
+# probe the connection meanwhile. HAProxy applies this limit only on a server's own line: among a
+# backend's defaults, it is accepted but has no effect (2.8).
 _SECONDS = 8
 _BOUNDED = f"/^ *server [^ ]* [^ ]*:[0-9]* /{{/ tcp-ut /!s/$/ tcp-ut {_SECONDS}s/;}}"
 _SCRIPT = """#!/bin/sh
@@ -82,7 +82,7 @@ def ingress_environment(folder: Path) -> dict[str, str]:
     """The environment variables with which Ray Serve configures its ingress.
 
     Args:
-        folder: For the files of HAProxy, where ``write_haproxy`` has been.
+        folder: The folder for HAProxy's files, after ``write_haproxy``.
     """
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -115,11 +115,11 @@ def ingress_environment(folder: Path) -> dict[str, str]:
 def joined_folder() -> Path:
     """The folder for HAProxy's files if Ray was started before; created if missing.
 
-    It lies where everybody may write, and whoever can write into it commands the ingress: it has to
-    be this user's alone.
+    The folder is in a directory that everybody can write to. It must belong to this user alone,
+    because a program that can write into it controls the ingress.
 
     Raises:
-        UnavailableError: It is somebody else's, or no folder.
+        UnavailableError: The path is a link, not a folder, or belongs to another user.
     """
     folder = Path(_JOINED_FOLDER.format(user=os.getuid()))
     try:
@@ -142,18 +142,19 @@ def write_haproxy(folder: Path, host: str | None = None) -> None:
     """Writes the program that Serve starts in place of HAProxy.
 
     Args:
-        folder: Of this user alone; what lies there is run.
-        host: Where the fleet listens, if everything else is on loopback; None leaves it to Serve.
+        folder: A folder that only this user can write to, because its files are executed.
+        host: The fleet's host, if everything else listens on loopback; None leaves it to Serve.
 
     Raises:
-        UnavailableError: There is no HAProxy.
-        OSError: It cannot be written.
+        UnavailableError: HAProxy is not installed.
+        OSError: The script cannot be written.
     """
     path = haproxy_path(folder)
     edits = [_BOUNDED] if sys.platform == "linux" else []
     if host is not None:
         shown = re.sub(r"([&/\\])", r"\\\1", f"[{host}]" if ":" in host else host)
-        # Serve has it listen where replicas do, and has two more pages on every interface.
+        # By default, HAProxy listens where replicas do, and serves two more pages on every
+        # interface.
         edits += [rf"s/^\( *bind \)127\.0\.0\.1:/\1{shown}:/"]
         edits += [r"s/^\( *bind \)\**:/\1ipv4@127.0.0.1:/"]
         # Do not open a UDP socket on every interface for a syslog that nobody has set up.
@@ -161,7 +162,7 @@ def write_haproxy(folder: Path, host: str | None = None) -> None:
     expressions = " ".join(f"-e {shlex.quote(edit)}" for edit in edits or [""])
     script = _SCRIPT.replace("EXPRESSIONS", expressions)
     script = script.replace("BINARY", shlex.quote(_binary(path)))
-    # A running fleet may start it at any moment.
+    # Replace the script atomically, because a running fleet may start it at any moment.
     replace_file(path, script.encode(), mode=0o700)
 
 
@@ -197,8 +198,8 @@ def prepare() -> None:
 def _listen_locally() -> None:
     """Opens gRPC ports on loopback that Serve would open on every interface.
 
-    Replicas and Serve's fallback proxy answer turret's calls there, past the ingress. When Ray's
-    own address is loopback there is no other machine that needs them.
+    On these ports, replicas and Serve's fallback proxy answer turret's calls without the ingress.
+    If Ray's own address is loopback, no other machine needs them.
     """
     from ray.serve._private.grpc_util import gRPCGenericServer
 

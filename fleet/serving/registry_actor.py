@@ -31,12 +31,12 @@ _MOST_CALLS = 512
 
 
 class RegistryActor:
-    """Hosts the registry. Errors travel as values: Ray would wrap them beyond recognition.
+    """Hosts the registry. Errors are returned as values, because Ray would wrap exceptions.
 
     Args:
-        state_dir: The fleet's.
-        lease_seconds: How long a silent replica is waited for.
-        run: Another one for each actor that is started, the same when Ray starts it again.
+        state_dir: The fleet's state directory.
+        lease_seconds: How long the registry waits for a silent replica.
+        run: Identifies this actor; it stays the same if Ray restarts the actor.
     """
 
     def __init__(self, state_dir: str, lease_seconds: float, run: str) -> None:
@@ -56,7 +56,7 @@ class RegistryActor:
         return self._state_dir
 
     def owner(self, command: str, takes_over: bool = False) -> str:
-        """The command whose end ends the fleet: the latest to take over, or the only one."""
+        """The command with which the fleet ends: the latest that took over, or the only one."""
         if takes_over or self._owner is None:
             self._owner = command
             self._mark()
@@ -67,7 +67,7 @@ class RegistryActor:
         replace_file(self._marker, f"{self._run} {self._owner or ''}".encode())
 
     def call(self, method: str, *arguments: Any) -> tuple[Any, Exception | None]:
-        """What a method of ``RegistryHost`` returns, or raises."""
+        """Call a method of ``RegistryHost``; return its result and its error, one of them None."""
         try:
             return getattr(self._host, method)(*arguments), None
         except (TurretError, ValueError, p.NotJoinedError) as error:
@@ -89,14 +89,14 @@ def start_registry(state_dir: Path, lease_seconds: float) -> None:
     """Starts the one registry of the cluster, or finds it.
 
     Raises:
-        UnavailableError: It does not start, or is another fleet's; says why.
+        UnavailableError: The registry does not start, or belongs to another fleet.
     """
     actor, is_new = _find_or_make(state_dir, lease_seconds)
     try:
         found = ray.get(actor.state_dir.remote(), timeout=_LOCK_SECONDS + 45.0)
     except RayError as error:
         if is_new:
-            # Kill only a new actor. One that was there serves a fleet, and is only slow to answer.
+            # Kill only a new actor. An existing one serves a fleet, and is only slow to answer.
             ray.kill(actor)
         cause = str(error).strip().rsplit("\n", 1)[-1]
         action = "start" if is_new else "answer"
@@ -132,12 +132,12 @@ def _find_or_make(state_dir: Path, lease_seconds: float) -> tuple[Any, bool]:
 
 
 class Ownership:
-    """Whether this command ends the fleet when it ends; one that was run later may have taken it.
+    """Whether the fleet ends with this command; a later command may have taken it over.
 
-    Takes it, where no other command has it.
+    Takes ownership if no other command has it.
 
     Attributes:
-        is_own: The registry has said that it is this command's, and not yet that it is another's.
+        is_own: Whether this command owned the fleet according to the registry's last answer.
     """
 
     def __init__(self) -> None:
@@ -178,7 +178,7 @@ def stop_registry() -> None:
 
 
 class RayChannel(Channel):
-    """See ``Channel``. It finds the registry by name whenever the connection is lost."""
+    """A ``Channel`` that finds the registry by name again whenever the connection is lost."""
 
     def __init__(self) -> None:
         self._actor: Any = None

@@ -57,8 +57,8 @@ def client_address(values: Iterable[str]) -> str | None:
     """The address of the ingress's client; None if the ingress does not report it.
 
     Args:
-        values: Those of every ``x-forwarded-for``, in order. The ingress writes the last one, and
-            what comes before is what its caller claims.
+        values: The values of all ``x-forwarded-for`` headers, in order. The ingress writes the last
+            one; the ones before it are claims of its caller.
     """
     last = None
     for value in values:
@@ -102,7 +102,7 @@ class CallContext:
     does not. The interceptor only ever sets.
 
     Args:
-        inner: Serve's.
+        inner: Serve's context.
     """
 
     def __init__(self, inner: ServeContext) -> None:
@@ -162,12 +162,12 @@ class CallContext:
 
 
 class ReplicaServer:
-    """Created stopped, inside the running event loop.
+    """A replica's server. Create it inside the running event loop; it does not start by itself.
 
     Args:
         config: The resolved configuration; its addresses are the fleet's.
-        name: The replica's; no other has had it.
-        channel: To the fleet's registry.
+        name: The replica's name, which no other replica has ever had.
+        channel: The channel to the fleet's registry.
         stops_alone: Serve nothing while the registry is away.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How many replicas a load needs."""
+"""The number of replicas that a load needs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FEW = 4
 def wanted(num_replicas: int, waiting: float, running: float) -> int:
     """The number of replicas for a load; it changes by at most one at a time.
 
-    Never by the processor's use: a replica that computes one sequence uses all of it. Some
-    sequence waits in many a moment, for the step that is computed when it comes: that no line is
-    ever seen is too much to ask of replicas that have little to do.
+    The use of the processor does not matter, because a replica with a single sequence already uses
+    all of it. Replicas with little to do may also be removed while sequences wait: a new sequence
+    always waits for the end of the current step.
 
     Args:
-        num_replicas: There are now.
-        waiting: Sequences that wait, on all of them.
-        running: Sequences that run, on all of them.
+        num_replicas: The current number of replicas.
+        waiting: Waiting sequences, on all replicas together.
+        running: Running sequences, on all replicas together.
     """
     if waiting > MOST_WAITING * num_replicas:
         return num_replicas + 1

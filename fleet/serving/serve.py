@@ -1,4 +1,4 @@
-"""Starts a fleet, waits, and stops it; shows one that runs."""
+"""Starts a fleet, waits, and stops it; shows the state of a running fleet."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def run(config: ClusterConfig) -> int:
 def _end_with_ray(cluster: RayCluster, state_dir: Path, is_over: threading.Event) -> None:
     """Ends the fleet if Ray's GCS or raylet dies, because nothing restarts them.
 
-    Without this, replicas and the ingress would go on for a minute, and the ingress after that. The
-    main thread may wait in a call of Ray's that does not return for as long.
+    Otherwise, the replicas would continue for a minute and the ingress even longer. The main thread
+    cannot do this, because it may wait for that long in a call of Ray's.
     """
     while not is_over.wait(_WATCH_SECONDS):
         if dead := cluster.dead_process():
@@ -95,8 +95,8 @@ def _refuse(config: Config, error: Exception) -> int:
 def _deferring(listen: Callable[[], None]) -> Iterator[None]:
     """Defers signals to the end of the block, when handlers are installed again.
 
-    Ray's core takes them over as it connects: one that came then would print its stack, and end
-    this process in the middle of its start. The threads that are made inside never get any.
+    Ray's core installs its own handlers when it connects: a signal at that time would print a stack
+    and end this process in the middle of its start. Threads made inside the block get no signals.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
@@ -125,8 +125,8 @@ def warn_if_crowded(replicas: int, devices: int) -> None:
     """Warns if there are more replicas than this machine can run well.
 
     Args:
-        replicas: The most that there will be.
-        devices: GPUs, if they are used; else 0.
+        replicas: The maximum number of replicas.
+        devices: The number of GPUs, if they are used; else 0.
     """
     processors = available_cpus()
     if devices and replicas > devices:
@@ -144,7 +144,7 @@ def _serve(config: ClusterConfig, stop: threading.Event) -> int:
 
     from turret.fleet.serving import application, registry_actor
 
-    # Hide Serve's messages in this process: it is no news that Serve has started or was found.
+    # Hide Serve's messages in this process: they only report that Serve has started or was found.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if config.fleet.ray_address is None:
         warn_if_crowded(config.fleet.most, application.num_devices(config))
@@ -180,7 +180,7 @@ def _serve(config: ClusterConfig, stop: threading.Event) -> int:
                 pass
     finally:
         if owner is None:
-            # An application that is there belongs to another fleet.
+            # An existing application belongs to another fleet.
             if not serve.status().applications:
                 serve.shutdown()
         elif owner.is_own:
@@ -207,7 +207,7 @@ def _wait_until_up(stop: threading.Event) -> bool:
     """Whether the application runs; False if it should stop first.
 
     Raises:
-        UnavailableError: It does not start; says why.
+        UnavailableError: The fleet does not start; the error has the reason.
     """
     from ray import serve
 

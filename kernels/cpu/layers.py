@@ -63,7 +63,7 @@ def clamped_swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.T
     Args:
         gate_up: ``[rows, 2·width]`` bf16 or fp32, contiguous; gates and ups alternate.
         alpha: Gain of the sigmoid.
-        limit: Of gates and ups.
+        limit: The limit of gates and ups.
 
     Returns:
         ``[rows, width]``, same dtype, from fp32 by one rounding.
@@ -102,7 +102,8 @@ def rope_kv_write(
             first ``2 · pairs`` features of a head rotate, the others pass.
         sin: Same shape.
         slots: ``block · block_size + offset`` per row, ``[rows]`` int64.
-        k_cache: One layer's, ``[num_blocks, block_size, kv_heads, head_dim]``, dtype of ``qkv``.
+        k_cache: One layer's keys, ``[num_blocks, block_size, kv_heads, head_dim]``, dtype of
+            ``qkv``.
         v_cache: Same shape and dtype.
         is_interleaved: Whether neighbouring features make a pair, not (i, i + pairs).
 
@@ -135,7 +136,7 @@ def rope_kv_write(
 # Causal attention over a paged KV cache, one row at a time; see ``attention.c``.
 #
 # The contract is that of ``kernels/paged_attention.py``: a row's result depends on its own query
-# and keys only. No tiles, no masks and no copies of keys and values: a row walks its own blocks.
+# and keys only. There are no tiles, masks or copies of keys and values: a row walks its own blocks.
 
 
 MAX_HEAD_DIM = 256
@@ -213,10 +214,10 @@ def paged_attention(
         k_cache: Keys of one layer, ``[num_blocks, block_size, num_kv_heads, head_dim]``, bf16 or
             fp32.
         v_cache: Values, same shape and dtype.
-        plan: Of the step.
+        plan: The plan of the step.
         scale: Multiplied into the queries.
         softcap: Scores become ``softcap · tanh(score / softcap)`` if it is given.
-        sinks: What each head adds to the softmax beside its scores, ``[num_heads]`` fp32
+        sinks: An additional score per head in the softmax, ``[num_heads]`` fp32
             contiguous, or None.
 
     Returns:
@@ -258,7 +259,7 @@ class NativeLinear(ctypes.Structure):
 
 
 class NativeLayer(ctypes.Structure):
-    """A layer. Norms are fp32 or None; keys and values are its part of the cache."""
+    """A layer. Norms are fp32 or None. Keys and values are the layer's part of the cache."""
 
     _fields_ = (
         *(

@@ -1,14 +1,14 @@
 """The compiled CPU kernels: plain C libraries, called through ctypes.
 
-Built with the package where there is a C compiler (``kernels/cpu/c``, OpenMP; no Python or torch
-headers), once for any processor and once for each of ``ISAS`` that the compiler knows. The best
-that this processor has serves; ``TURRET_ISA`` in the environment names the best that may. Without
-a compiler, or with ``TURRET_NATIVE=0``, the torch formulations of ``kernels/*.py`` serve: the same
-results within rounding, slower.
+They are built with the package if there is a C compiler (``kernels/cpu/c``, OpenMP; no Python or
+torch headers), once for any processor and once for each of ``ISAS`` that the compiler supports. The
+best library that this processor supports is used; the environment variable ``TURRET_ISA`` sets an
+upper limit. Without a compiler, or with ``TURRET_NATIVE=0``, the torch formulations of
+``kernels/*.py`` are used, which are slower and give the same results within rounding.
 
-The libraries leave OpenMP's symbols to the process, so they share torch's thread pool: a second
-pool would make every parallel region sleep at its barrier. A thread that leaves torch no pool has
-threads of the library's own (``use_own_threads``).
+The libraries take OpenMP's symbols from the process, so they share torch's thread pool, because a
+second pool would make every parallel region sleep at its barrier. A thread in which torch uses no
+pool can have threads of the library's own (``use_own_threads``).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _BY_ELEMENT = {
     "turret_clamped_swiglu": (_pointer, _pointer, _int, _int, _double, _double, _int),
     "turret_rope_kv_write": (*(_pointer,) * 7, *(_int,) * 7),
 }
-# Floats of a vector, as in vec.h; activations of an operator begin at multiples of it.
+# Floats per vector, as in vec.h; activations of an operator begin at multiples of this number.
 LANES = 16
 _BF16, _FP32 = "", "_f32"  # what their names end with
 _COUNTS = (
@@ -86,10 +86,10 @@ _COUNTS = (
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they were not built or are switched off.
+    """The compiled kernels, or None if they were not built or are switched off.
 
     Raises:
-        ValueError: ``TURRET_ISA`` is none of ``ISAS``, or ``TURRET_NATIVE`` neither yes nor no.
+        ValueError: ``TURRET_ISA`` is not in ``ISAS``, or ``TURRET_NATIVE`` is neither yes nor no.
     """
     wanted = os.environ.get("TURRET_ISA") or ISAS[-1]
     if wanted not in ISAS:
@@ -114,7 +114,7 @@ def _is_wanted() -> bool:
 
 
 def usable_isas() -> tuple[str, ...]:
-    """The instruction sets that this processor has and that there is a library for, best last."""
+    """The instruction sets of this processor for which there is a library, best last."""
     if path_of("baseline") is None:
         return ()
     try:
@@ -145,7 +145,7 @@ def load(isa: str) -> ctypes.CDLL:
 
 
 def path_of(isa: str) -> Path | None:
-    """The library for an instruction set, or None where it was not built."""
+    """The library for an instruction set, or None if it was not built."""
     name = "_native" if isa == "baseline" else f"_native_{isa}"
     found = sorted(Path(__file__).parent.glob(f"{name}.*so"))
     return found[0] if found else None
@@ -168,7 +168,7 @@ def has_native(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def has_layer_ops(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the compiled kernels compute what is between a layer's products."""
+    """Whether the compiled kernels compute the operations between a layer's products."""
     return dtype in (torch.bfloat16, torch.float32) and has_kernels(device)
 
 
@@ -184,13 +184,13 @@ def has_native_products() -> bool:
 
 
 def functions() -> ctypes.CDLL:
-    """The compiled kernels; call it only where ``has_native``."""
+    """The compiled kernels; call it only if ``has_native``."""
     found = library()
     assert found is not None, "the compiled CPU kernels are not there"
     return found
 
 
-# How many threads compute a kernel called from this thread, and which team they belong to.
+# The threads that compute a kernel called from this thread: their number and their team.
 
 _local = threading.local()
 
@@ -198,8 +198,8 @@ _local = threading.local()
 def use_own_threads() -> None:
     """Have this thread's kernels computed by the library's own threads from now on (team.c).
 
-    As many as torch has on this thread. What torch computes is to stay on this thread then: of two
-    teams, each takes the processors that the other one waits for.
+    The number is that of torch's threads on this thread. From then on, torch must compute on this
+    thread only, because two teams would compete for the processors.
     """
     _local.count = torch.get_num_threads()
     functions().turret_own_threads(1)

@@ -1,6 +1,6 @@
-"""Products whose sums run in an order of ours; see ``products.c``.
+"""Products whose order of summation turret determines; see ``products.c``.
 
-Every bit of a result depends on its own row, its own column and the length of the sum alone. Rows
+Every bit of a result depends only on its own row, its own column and the length of the sum. Rows
 are fp32; weights may be bf16 or fp16, which are exact in fp32.
 """
 
@@ -98,7 +98,7 @@ def serves_dense(weight: torch.Tensor) -> bool:
 
 
 def dense_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Multiply rows by a weight that is read as it lies; only where ``serves_dense``.
+    """Multiply rows by a weight without repacking it; only if ``serves_dense``.
 
     Args:
         x: ``[rows, in]`` bf16.

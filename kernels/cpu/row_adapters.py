@@ -1,4 +1,4 @@
-"""Updates, gains and biases of every row's own adapters, read where they lie.
+"""Updates, gains and biases of every row's own adapters, read in place.
 
 Semantics, per row and slice ``s`` of a fused projection, over the members ``k`` of its mix::
 
@@ -25,13 +25,13 @@ from turret.kernels.cpu.native import LANES, functions, isa, num_threads
 from turret.kernels.expert_routing import Routing
 from turret.lazy_torch import torch
 
-# Low-rank updates of experts, read where they lie.
+# Low-rank updates of experts, read in place.
 #
 # Semantics, per pair ``p`` of a row and an expert ``e``, over the members ``k`` of the row's mix::
 #
-# y_p ← y_p + Σ_k w_k B_ke (A_ke x_p)
+#     y_p ← y_p + Σ_k w_k B_ke (A_ke x_p)
 #
-# in fp32 with one rounding. As in ``row_adapters.py`` nothing is packed.
+# in fp32 with one rounding. As for all other updates, nothing is packed.
 
 
 class ExpertTable:
@@ -39,10 +39,10 @@ class ExpertTable:
 
     Args:
         updates: ``a`` ``[experts, rank, in]`` and ``b`` ``[experts, rank, out]`` of each, bf16,
-            contiguous; None where the adapter has none.
+            contiguous; None if the adapter has none.
 
     Attributes:
-        width: Floats of scratch memory that a pair takes, of the projection that takes most.
+        width: Floats of scratch memory per pair, for the projection that needs most.
     """
 
     def __init__(self, updates: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> None:
@@ -63,7 +63,7 @@ class ExpertAdapters:
     """A step's rows, prepared once for all layers.
 
     Args:
-        rows: Per row, up to the last one that has any: (table, weight) in the request's order.
+        rows: (table, weight) in the request's order for each row, up to the last adapted row.
     """
 
     def __init__(self, rows: Sequence[Sequence[tuple[ExpertTable, float]]]) -> None:
@@ -121,7 +121,8 @@ class ExpertAdapters:
         functions().turret_adapt_experts(ctypes.addressof(self._step), ctypes.addressof(pairs))
 
 
-# A block-circulant update as ``circulant.c`` reads it: in frequencies, padded to whole vectors.
+# A block-circulant update in the form that ``circulant.c`` reads: its frequencies, padded to whole
+# vectors.
 
 
 @functools.cache
@@ -244,7 +245,7 @@ def _padded(size: int) -> int:
     return -(-size // LANES) * LANES
 
 
-# Entries of a weight as ``sparse.c`` reads them: by 16 outputs and 64 inputs.
+# The entries of a sparse update in the order that ``sparse.c`` reads: by 16 outputs and 64 inputs.
 
 
 _BLOCK = 64  # of sparse.c
@@ -253,20 +254,20 @@ _BEHIND = 64  # elements that the kernel reads past the last entry
 
 @dataclass(frozen=True, slots=True)
 class SparseBlocks:
-    """``S x``, ``S`` a few entries of the weight.
+    """``S x``, where ``S`` is a few entries of the weight.
 
     A step has 32 slots, two for each of 16 outputs, for entries with inputs of one block of 64.
 
     Attributes:
-        values: ``[entries + 64]`` bf16: those of the slots that have one, a step after another.
-        places: ``[entries + 64]`` uint8: where in its block an entry's input is.
+        values: ``[entries + 64]`` bf16: the entries in the slots, step by step.
+        places: ``[entries + 64]`` uint8: the position of an entry's input in its block.
         masks: ``[steps]`` int32: bit ``s`` is set where slot ``s``, of output ``s % 16``, has an
             entry.
         skips: ``[steps]`` uint16: blocks from the step before, at first from block 0.
         starts: Steps and entries before each 16 outputs, ``[groups + 1, 2]`` int32.
         outputs: The outputs in the order of the lanes, ``[out]`` uint8, counted from the first of
             the columns that one unit of work has.
-        mean: Entries of an output, about.
+        mean: The approximate number of entries of an output.
     """
 
     values: torch.Tensor
@@ -410,7 +411,7 @@ class KroneckerFactors:
         return self.w1.shape[1] * _padded(width)
 
 
-# Fields of a module's entry behind its five tensors and rank; each points to an operator's factors.
+# Fields of a module's entry after its five tensors and rank; each points to an operator's factors.
 _FIELDS = ("hadamard", "kronecker", "input_blocks", "pairs", "circulant", "sparse", "dense")
 _FIRST = 6
 
@@ -419,7 +420,7 @@ class ModuleTable:
     """The addresses of one adapter's tensors, by module of the base. Keeps the tensors alive.
 
     Attributes:
-        width: Floats of scratch memory that a row takes, of the module that takes most.
+        width: Floats of scratch memory per row, for the module that needs most.
         num_low_rank_bytes: Bytes of all ``a`` and ``b``.
     """
 
@@ -452,7 +453,7 @@ class ModuleTable:
         """Enter a module's tensors.
 
         Args:
-            module: Its number.
+            module: The number of the module.
             a: ``[rank, in]`` bf16, contiguous like all of them. None beside ``b``: the sums of the
                 pieces of ``rank`` inputs, ``A[r, i] = 1`` where ``i mod rank = r``.
             b: ``[rank, out]`` bf16.
@@ -462,7 +463,7 @@ class ModuleTable:
             hadamard: The Hadamard update.
             kronecker: The Kronecker update.
             input_blocks: ``[count, size, size]`` bf16.
-            pairs: What partners are multiplied by, ``[out]`` fp32, and the outputs of a group.
+            pairs: The factors of the partners, ``[out]`` fp32, and the outputs of a group.
             circulant: The block-circulant update.
             sparse: Entries of the weight.
             dense: ``[out, in]`` bf16.
@@ -567,7 +568,7 @@ class ModuleSizes:
 
 
 class Ahead(NamedTuple):
-    """What a product of the base may prefetch while it runs: the adapters that follow it.
+    """The adapters that follow a product of the base, which prefetches them while it runs.
 
     Attributes:
         step: Address of the step's adapters.
@@ -583,11 +584,11 @@ class RowAdapters:
 
     Args:
         segments: The adapted rows; no row twice.
-        max_slices: Most slices a fused projection has.
+        max_slices: The maximum number of slices of a fused projection.
         sizes: Sizes of the base's modules.
 
     Attributes:
-        num_threads: That compute it.
+        num_threads: The number of threads of the kernel.
     """
 
     def __init__(self, segments: Sequence[RowSegment], max_slices: int, sizes: ModuleSizes) -> None:
@@ -629,7 +630,7 @@ class RowAdapters:
         self._marks.zero_()
 
     def ahead(self, module: int) -> Ahead:
-        """What to read ahead during the base's product of the projection with this first module."""
+        """The adapters to read ahead during a projection's product, by its first module."""
         return Ahead(self.address, module)
 
     def adapt(
@@ -641,7 +642,7 @@ class RowAdapters:
             shape: Shape of the projection.
             x: ``[rows, in]`` bf16, rows may be strided.
             y: Bias-free base results, ``[rows, sum(out)]`` bf16, rows may be strided.
-            bias: The base's, ``[sum(out)]`` bf16, or None.
+            bias: The base's bias, ``[sum(out)]`` bf16, or None.
         """
         self._adapt(
             self.address,

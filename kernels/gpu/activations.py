@@ -1,4 +1,4 @@
-"""Activations of the gates times the ups: each reads both once and writes their product."""
+"""Activations of the gates times the ups: each kernel reads both once and writes their product."""
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
@@ -53,8 +53,8 @@ def launch_gated(kernel: Any, gate_up: torch.Tensor, *numbers: float) -> torch.T
     """Launch a kernel that multiplies an activation of the gates by the ups.
 
     Args:
-        kernel: Takes input, output, the input's stride, the width, ``numbers`` and BLOCK.
-        gate_up: As in ``silu_mul``, and so are the result and the errors.
+        kernel: A kernel of input, output, the input's stride, the width, ``numbers`` and BLOCK.
+        gate_up: The same as in ``silu_mul``, as are the result and the errors.
         numbers: Further arguments of the kernel.
     """
     check_float("gate_up", gate_up)
@@ -128,7 +128,7 @@ def clamped_swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.T
         gate_up: ``[num_rows, 2 · width]``, gates at even columns; fp16, bf16 or fp32; rows may be
             strided.
         alpha: Gain of the sigmoid.
-        limit: Of gates and ups.
+        limit: The limit of gates and ups.
 
     Returns:
         ``[num_rows, width]``, dtype of ``gate_up``, contiguous.

@@ -89,7 +89,7 @@ def check_addresses(name: str, tensor: torch.Tensor, count: int) -> None:
         raise ValueError(f"{name} is {tensor.dtype}; int64 addresses are needed")
 
 
-# Launch parameters per device. Found off the serving path by ``bench/gpu.py --tune``.
+# Launch parameters per device; ``bench/gpu.py --tune`` finds them.
 
 # Older versions of Triton omit the fence that Hopper's wgmma needs between an asynchronous copy to
 # shared memory and a product that reads the copied data.
@@ -100,29 +100,31 @@ _FENCES_COPIES = (3, 9)
 class Tuning:
     """Launch parameters.
 
-    Those that decide the order of a sum (``*_split*``, ``shrink_block_k``, ``nf4_*``) are fixed per
-    device and never depend on the step: a row's bits must not.
+    Parameters that determine the order of a sum (``*_split*``, ``shrink_block_k``, ``nf4_*``) are
+    fixed per device, because a row's bits must not depend on the step.
 
     Attributes:
         programs: Programs of the kernels that loop over a device-side work list.
         shrink_programs: Programs of a shrink that is launched with the base's product.
-        shrink_split_k: Input features per part of the reduction over them, about; 2 to 16 parts.
+        shrink_split_k: Approximate input features per part of the reduction over them; 2 to 16
+            parts.
         shrink_block_k: Input features per step of that reduction.
         expand_block_n: Output columns per tile.
         hadamard_splits: Parts of the reduction over the input features.
-        hadamard_block_k: As ``shrink_block_k``, up to rank 32; halved at rank 64.
+        hadamard_block_k: Like ``shrink_block_k``, up to rank 32; halved at rank 64.
         hadamard_block_n: Output columns per tile; halved at rank 64.
         kronecker_block_l: Columns of ``w2`` per step of its reduction.
         nf4_block_n: Output columns per program.
-        nf4_programs: Programs up to which a narrow weight's input features are cut into parts.
-        nf4_part_blocks: Quantisation blocks of a part at least.
-        nf4_pass_rows: Decoding rows per call of ``nf4_matmul``, at most 64; 0 where writing the
-            weight out and a library's product is faster.
-        attention_stages: Depth of the pipeline over keys. Block numbers come before their keys: 5
-            keep two tiles of keys and values under way, 3 none.
+        nf4_programs: The maximum number of programs for which a narrow weight's input features are
+            cut into parts.
+        nf4_part_blocks: The minimum number of quantisation blocks in a part.
+        nf4_pass_rows: Decoding rows per call of ``nf4_matmul``, at most 64; 0 if it is faster to
+            write the weight out and use a library's product.
+        attention_stages: Depth of the pipeline over keys. Block numbers are loaded before their
+            keys, so a depth of 5 keeps two tiles of keys and values in flight, and 3 none.
         nf4_stages: Depth of the pipeline of ``nf4_matmul``; four do not fit in 64 KiB (AMD).
         sample_block: Tokens of the vocabulary that the sampler looks at together.
-        inline_ptx: Whether kernels may hold PTX: on NVIDIA devices.
+        inline_ptx: Whether kernels may contain PTX, as on NVIDIA devices.
     """
 
     programs: int = 528
@@ -145,9 +147,9 @@ class Tuning:
     inline_ptx: bool = torch.version.hip is None
 
     def registers(self, most: int) -> dict[str, int]:
-        """Launch option: registers of a thread at most.
+        """Launch option: the maximum number of registers of a thread.
 
-        Without a limit NVIDIA's assembler keeps to fewer than there are and spills the rest.
+        Without a limit NVIDIA's assembler uses fewer than there are, and spills the rest.
         """
         return {"maxnreg": most} if self.inline_ptx else {}
 
@@ -199,7 +201,7 @@ def pointer_to(address, like_ptr):
     return tl.multiple_of(address.to(tl.pointer_type(like_ptr.dtype.element_ty)), 16)
 
 
-# Products inside kernels that keep fp32 accuracy of an fp32 operand on tensor cores.
+# Products in kernels that keep the accuracy of an fp32 operand on tensor cores.
 
 
 @triton.jit
@@ -212,8 +214,9 @@ def dot(x, w, acc):
 def split_dot(x, w, acc):
     """``acc + x w`` for an fp32 ``x`` and a narrower ``w``.
 
-    ``x`` is split into a high and a low part of ``w``'s dtype: together 16 (bf16) or 22 (fp16) bits
-    of mantissa, at twice the tensor-core work, of which kernels bound by memory have plenty.
+    ``x`` is split into a high and a low part of ``w``'s dtype, which together have 16 (bf16) or 22
+    (fp16) bits of mantissa. This doubles the work of the tensor cores, but kernels bound by memory
+    leave them idle anyway.
     """
     if w.dtype == tl.float32:
         acc = tl.dot(x, w, acc, input_precision="ieee")
@@ -238,7 +241,7 @@ def dot_split(w, x, acc):
     return acc
 
 
-# The last program of a launch adds up the parts that all of them have stored.
+# The last program of a launch adds up the parts that all programs have stored.
 #
 # A program stores its part, then adds one to a counter. The addition releases the program's stores
 # (the barrier puts those of all its threads before it) and acquires the stores that the others
@@ -260,13 +263,13 @@ def is_last(
     return last
 
 
-# The sixteen NF4 values in a kernel: packed bytes to pairs of neighbouring weights.
+# Conversion of packed NF4 bytes to pairs of neighbouring weights in a kernel.
 #
 # On NVIDIA devices the values are looked up in registers: ``prmt`` picks bytes of two words by the
 # low three bits of a code, the fourth bit chooses between two such picks. Two words hold the low
 # bytes of the values, two the high bytes, so a weight costs two and a half instructions and no
-# memory; a gathered load would take a trip through shared memory for each. Elsewhere it is
-# gathered, from the same rounded values: the bits are the same.
+# memory; a gathered load would take a trip through shared memory for each. On other devices the
+# values are gathered from a table of the same rounded values, so the bits are the same.
 
 
 def _lookup(dtype: torch.dtype) -> str:
@@ -321,7 +324,7 @@ def code_pairs(byte, code_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
     Args:
         byte: uint8, any shape.
         code_ptr: ``[16]`` fp32.
-        dtype: Of the values.
+        dtype: The dtype of the values.
         PTX: Whether inline PTX may be used.
     """
     if PTX and dtype == tl.bfloat16:

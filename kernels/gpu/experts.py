@@ -1,4 +1,4 @@
-"""Mixtures of experts: who goes where, the experts' products and updates, and their sum."""
+"""Mixtures of experts: the routing of rows, the experts' products and updates, and their sum."""
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
@@ -74,7 +74,7 @@ def route_rows(scores: torch.Tensor, per_token: int, *, normalizes: bool) -> Rou
 
     Args:
         scores: ``[num_rows, num_experts]``, fp16, bf16 or fp32; rows may be strided.
-        per_token: How many experts a row goes through.
+        per_token: The number of experts that process a row.
         normalizes: Whether a row's weights are scaled so that their sum is 1.
 
     Raises:
@@ -185,7 +185,7 @@ def nf4_experts(
     Args:
         x: ``[num_rows, in_features]`` or ``[num_pairs, in_features]``, fp16, bf16 or fp32; rows may
             be strided.
-        weight: Those of all experts below each other.
+        weight: The weights of all experts, stacked by rows.
         routing: The pairs.
         rows: The row of ``x`` that each pair reads, ``[num_pairs]`` int64; None for its own.
 
@@ -350,7 +350,7 @@ def add_expert_updates(
             rank, in_features]``, and of B, ``[num_experts, rank, out_features]``. Both have the
             dtype of ``x``, are contiguous, and begin at multiples of 16 bytes. 0 for a slot
             without an update.
-        rank: Of all of them.
+        rank: The rank of all experts' factors.
         table: The slot and weight of every row from the first on, slot -1 for rows without an
             update; rows behind its last have none.
         routing: The pairs.
@@ -409,7 +409,7 @@ def _check(
     check_addresses("factors", factors, 2)
 
 
-# Triton form of ``combine_reference``: the sum of what a row's experts gave.
+# Triton form of ``combine_reference``: the weighted sum of the outputs of a row's experts.
 
 _COLUMNS = 1024
 

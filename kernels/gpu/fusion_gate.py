@@ -1,13 +1,13 @@
 """Triton form of ``fusion_gate``: weights of a learned fusion's components.
 
 Two launches for all gated adapters of a step. ``gate_shrink`` multiplies rows by queries, ``q = Wq
-x``, a shrink of its own; a program takes a question of the segment table (a chunk of rows, 16
+x``, in a separate shrink; a program takes a question of the segment table (a chunk of rows, 16
 vectors of their adapter), one slice and one part of the input features. ``fusion_gate`` scores and
 weighs; a program takes a gate of the table (a chunk of rows, the components of one adapter) and one
 slice.
 
-Queries and keys lie in memory of each adapter's own and are found by their addresses: however
-different adapters are, a step launches the same. A slot's words of a slice, int64::
+Queries and keys are in each adapter's own memory and are found by their addresses, so a step's
+launches do not depend on how adapters differ. A slot's words of a slice, int64::
 
     query@ · keys@ · d_k · 0
 
@@ -211,8 +211,8 @@ def gate_shrink(x: torch.Tensor, words: torch.Tensor, table: SegmentTable) -> to
 
     Args:
         x: Activations, ``[num_rows, in_features]``, fp16, bf16 or fp32; rows may be strided.
-        words: Of the gates by slot, ``[num_slots, num_slices, WORDS]`` int64, contiguous; see the
-            module. Addresses are multiples of 16; queries are ``[d_k, in_features]``, dtype of
+        words: Words of the gates by slot, ``[num_slots, num_slices, WORDS]`` int64, contiguous; see
+            the module. Addresses are multiples of 16; queries are ``[d_k, in_features]``, dtype of
             ``x``, keys ``(Wk B)ᵀ`` of all components, ``[ranks, d_k]`` fp32.
         table: The step's segments, loaded.
 
@@ -254,7 +254,7 @@ def fusion_gate(
     Args:
         asked: Result of ``gate_shrink`` for the same table.
         v: Result of ``segmented_shrink`` for the same table.
-        words: Of the gates by slot, as for ``gate_shrink``.
+        words: Words of the gates by slot, as for ``gate_shrink``.
         table: The step's segments. The gated members of a mix that are one adapter's share one
             softmax.
         num_rows: Rows of the step.

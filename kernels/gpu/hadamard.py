@@ -85,8 +85,8 @@ def hadamard_shrink(
         factors: Addresses by slot, ``[num_slots, 4]`` int64, contiguous: of w1a ``[out, r]``, w1b
             ``[r, in_features]``, w2a and w2b. All have the dtype of ``x``, are contiguous, and
             begin at multiples of 16 bytes. 0 for a slot without an update.
-        rank: Of all of them, at most 64.
-        table: Which rows, with which slots.
+        rank: The rank of all factors, at most 64.
+        table: The rows and their slots.
 
     Returns:
         ``[splits, capacity, r, r]``, fp32, by position in the table; the sum over the first axis is
@@ -183,8 +183,8 @@ def hadamard_expand(
     Args:
         y: Base results of one slice for the whole step, ``[num_rows, out]``; rows may be strided.
         u: Result of ``hadamard_shrink`` for the same table and factors.
-        factors: As for ``hadamard_shrink``.
-        table: Which rows, with which slots and weights.
+        factors: See ``hadamard_shrink``.
+        table: The rows, their slots and their weights.
 
     Raises:
         ValueError: A shape, dtype or stride breaks the contract.

@@ -154,7 +154,7 @@ def kronecker(
             slot without an update.
         shapes: Of w1, ``[out_l, in_m]``, in_m ≤ 128, and w2, ``[out_k, in_n]``, or the factors of
             w2, ``[out_k, r]`` and ``[r, in_n]``, r ≤ 128.
-        table: Which rows, with which slots and weights.
+        table: The rows, their slots and their weights.
 
     Raises:
         ValueError: A shape, dtype or stride breaks the contract. What lies at the addresses is not

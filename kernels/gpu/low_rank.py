@@ -40,7 +40,7 @@ from turret.kernels.gpu.nf4 import (
 from turret.kernels.gpu.tables import CHUNKS, RANK_TILE, RECORD, TILE_ROWS, SegmentTable
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
-# Most parts of a shrink; few, because expand reads each rank once per part.
+# Maximum number of parts of a shrink. It is small, because expand reads each rank once per part.
 _MAX_SPLITS = 16
 _CHUNKS, _RECORD = tl.constexpr(CHUNKS), tl.constexpr(RECORD)
 
@@ -427,7 +427,7 @@ def segmented_expand(
             strided.
         v: Result of ``segmented_shrink`` for the same table.
         b: Packed B per slice, ``[pack_rank, out_s]``, dtype of ``y``, contiguous; 1 to 3 slices.
-        slice_ranks: As for ``segmented_shrink``.
+        slice_ranks: See ``segmented_shrink``.
         table: The step's segments. Rows in none of them, and base rows where there is no
             ``base_bias``, are neither read nor written.
         gain_delta: ``g − 1`` per slot, ``[num_slots, sum(out_s)]`` fp32, contiguous, or None.
@@ -595,7 +595,7 @@ def nf4_shrink(
     Args:
         x: ``[rows, in_features]``, fp16, bf16 or fp32; rows may be strided.
         num_rows: Rows that the base multiplies, 1 to 64 and no more than there are.
-        weight: As for ``nf4_matmul``.
+        weight: See ``nf4_matmul``.
         shrink: The arguments of the shrink.
 
     Returns:

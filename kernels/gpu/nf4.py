@@ -1,15 +1,15 @@
 """Products with NF4 weights: ``nf4_matmul`` multiplies by the codes in registers, for 1 to 64 rows.
 
-Bound by the half byte per weight, so by how few instructions a weight takes. A program takes a tile
-of output columns and walks the input features by quantisation block: one product of the rows with
-the block's sixteen-valued codes on tensor cores, times the block's maximum in fp32. Up to four
-tiles of 16 rows share the decoded codes. Every row goes through the same tensor-core instruction in
-the same order, so its bits do not depend on how many rows there are.
+The kernels are bound by the half byte per weight, so a weight must take few instructions. A program
+takes a tile of output columns and walks the input features by quantisation block: one product of
+the rows with the block's sixteen-valued codes on tensor cores, times the block's maximum in fp32.
+Up to four tiles of 16 rows share the decoded codes. Every row goes through the same tensor-core
+instruction in the same order, so its bits do not depend on how many rows there are.
 
-Where a weight has few columns, the input features are cut into parts at fixed places that depend on
-the weight's shape alone; the last program of a tile of columns to be done adds the parts in their
-order. A weight of gates and ups can be finished further there: then all that is written is the
-activation of the gates times the ups.
+If a weight has few columns, the input features are cut into parts at fixed places that depend only
+on the weight's shape; the program of a tile of columns that finishes last adds the parts in their
+order. For a weight of gates and ups, that program can also compute the activation of the gates
+times the ups, and write only that.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -42,7 +42,7 @@ from turret.kernels.gpu.rope_kv_write import KvWrite, pair_of, rope_kv_write, st
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
 MAX_ROWS = 64
-# Most tiles of columns that a weight may have.
+# Maximum number of tiles of columns in a weight.
 _MAX_COUNTERS = 1 << 14
 _BLOCK = tl.constexpr(BLOCK)
 _HALF = tl.constexpr(BLOCK // 2)
@@ -85,7 +85,7 @@ def multiply_columns(
     BLOCK_N: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Store what some inputs give in some columns."""
+    """Store the products of some inputs in some columns."""
     first_block = n * (in_features // _BLOCK)
     half = tl.arange(0, _HALF)
     acc0 = tl.zeros((16, BLOCK_N), dtype=tl.float32)
@@ -116,7 +116,7 @@ def multiply_columns(
 def sum_of_parts(
     parts_ptr, m, n, keep, num_rows, out_features, dtype: tl.constexpr, SPLITS: tl.constexpr
 ):
-    """Some rows and columns of the product, rounded to ``dtype``, as fp32."""
+    """The sum of the stored parts for the given rows and columns, rounded to ``dtype``, as fp32."""
     at = parts_ptr + m[:, None] * out_features + n[None, :]
     total = tl.load(at, mask=keep, other=0.0, cache_modifier=".cg")
     for split in tl.static_range(1, SPLITS):
@@ -201,7 +201,7 @@ def counters_on(device: torch.device) -> torch.Tensor:
 def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> torch.Tensor:
     """Multiply by a quantised weight without writing it out.
 
-    Launches share counters: they have to follow each other on one stream.
+    Launches share counters, so they have to follow each other on one stream.
 
     Args:
         x: ``[num_rows, in_features]``, 1 to 64 rows, fp16, bf16 or fp32; rows may be strided.
@@ -270,9 +270,10 @@ def options_of(num_rows: int, tuned: Tuning) -> dict[str, Any]:
 
 
 def parts_of(out_features: int, blocks: int, tuned: Tuning) -> tuple[int, int]:
-    """How many parts the input features are cut into, and quantisation blocks of a part.
+    """The number of parts of the input features, and of quantisation blocks in a part.
 
-    Of the weight's shape alone: the order of a row's sum may not depend on the other rows.
+    They depend only on the weight's shape, because the order of a row's sum may not depend on the
+    other rows.
     """
     columns = triton.cdiv(out_features, tuned.nf4_block_n)
     parts = 1
@@ -415,7 +416,8 @@ def nf4_rotate(
         weight: As for ``nf4_matmul``; heads of queries first, then of keys, then
             of values.
         bias: ``[out_features]`` contiguous, or None.
-        write: Of the same rows; a tile of columns holds whole heads (``KvWrite.divides``).
+        write: The write of the same rows; a tile of columns holds whole heads
+            (``KvWrite.divides``).
 
     Returns:
         Rotated queries, ``[num_rows, num_heads, head_dim]``, dtype of the cache: the bits of
@@ -506,8 +508,8 @@ def nf4_dequantize(weight: Nf4Matrix, dtype: torch.dtype) -> torch.Tensor:
         dtype: fp16, bf16 or fp32.
 
     Returns:
-        ``[out_features, in_features]``, each value rounded once from fp32: what ``nf4_matmul``
-        multiplies by.
+        ``[out_features, in_features]``, each value rounded once from fp32: the values by which
+        ``nf4_matmul`` multiplies.
 
     Raises:
         ValueError: A stride breaks the contract.
@@ -538,7 +540,7 @@ class Epilogue(Protocol):
     """The operation that follows a projection."""
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:
-        """Apply it to the finished result, ``[rows, out]``, by a kernel of its own."""
+        """Apply the operation to the finished result, ``[rows, out]``, in a separate kernel."""
         ...
 
     def ends_product(self, bias: torch.Tensor | None, device: torch.device) -> bool:
@@ -548,13 +550,13 @@ class Epilogue(Protocol):
     def of_product(
         self, x: torch.Tensor, first_row: int, weight: Nf4Matrix, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Apply it to the base's product with some rows.
+        """Apply the operation to the base's product with some rows.
 
         Args:
-            x: Those rows, at most 64, ``[rows, in]``.
-            first_row: The first one's place in the step.
-            weight: The base's.
-            bias: The base's, ``[out]``, or None.
+            x: The rows, at most 64, ``[rows, in]``.
+            first_row: The place of the first row in the step.
+            weight: The base's weight.
+            bias: The base's bias, ``[out]``, or None.
         """
         ...
 
@@ -579,10 +581,10 @@ class Heads:
     """Turned queries, ``[rows, heads, head_dim]``; keys and values are stored.
 
     Attributes:
-        write: How they turn and where they go.
+        write: The rotation of the heads, and the places of keys and values.
         q_norm: RMSNorm weight of the query heads, ``[head_dim]``, or None.
         k_norm: The same for the key heads.
-        eps: Of the norms.
+        eps: The epsilon of the norms.
     """
 
     write: KvWrite

@@ -2,8 +2,8 @@
 
 Query heads that share a KV head, and neighbouring tokens of a chunk, are rows of one tile: keys and
 values are read once for all of them. Within a split the softmax runs over tiles; splits start
-afresh and are added up in order, in the same program or by the last one of an item to be done (see
-``attention_table``). Where heads have sinks, what they are added to begins with those.
+afresh and are added up in order, in the same program or by the one that finishes an item last (see
+``AttentionTable``). If heads have sinks, the sums begin with those.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false

@@ -1,4 +1,4 @@
-"""Triton form of ``rope_kv_write``: a program a row and head, straight from qkv to the cache."""
+"""Triton form of ``rope_kv_write``: one program per row and head, from qkv to the cache."""
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
@@ -20,14 +20,14 @@ from turret.kernels.gpu.common import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvWrite:
-    """How a layer turns heads, and where it stores keys and values.
+    """The rotation of a layer's heads, and the places of its keys and values.
 
     Attributes:
         cos: ``[num_rows, pairs]`` fp32, contiguous; ``2 · pairs`` features of a head rotate.
         sin: Same shape.
         kv_slots: ``block · block_size + offset`` per row, ``[num_rows]`` int64, each at most once.
         k_cache: The layer's keys, ``[num_blocks, block_size, kv_heads, head_dim]``, contiguous.
-        v_cache: Its values, same shape and dtype.
+        v_cache: The layer's values, same shape and dtype.
         is_interleaved: Whether neighbouring features make a pair, not (i, i + pairs).
     """
 
@@ -101,13 +101,13 @@ class KvWrite:
 
 @triton.jit
 def rotated(first, second, cos, sin):
-    """The features of a pair, turned; fused alike wherever it is compiled."""
+    """The rotated features of a pair; fused in the same way wherever it is compiled."""
     return tl.fma(first, cos, -(second * sin)), tl.fma(second, cos, first * sin)
 
 
 @triton.jit
 def pair_of(h, half, pairs, PARTIAL: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The features of pair ``h``. Those that do not rotate make pairs as well, which turn by 0."""
+    """The features of pair ``h``. Features that do not rotate form pairs too, with angle 0."""
     i = h
     j = half + h
     if INTERLEAVED:
@@ -132,7 +132,7 @@ def store_heads(
     cos_ptr, sin_ptr, kv_slots_ptr, q_ptr, k_cache_ptr, v_cache_ptr,  # as in rope_kv_write
     num_heads, kv_heads, half, pairs,
 ):  # fmt: skip
-    """Rotate some heads of some rows and store them where queries, keys and values go."""
+    """Rotate some heads of some rows and store them as queries, keys and values."""
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     keep = live[:, None] & (head < num_heads + 2 * kv_heads)[None, :]
     has_angle = (head < num_heads + kv_heads) & (h < pairs)
@@ -231,10 +231,10 @@ def rope_kv_write(
     Args:
         qkv: ``[num_rows, (num_heads + 2 · kv_heads) · head_dim]``, fp16, bf16 or fp32; rows may be
             strided.
-        write: How they turn and where they go.
+        write: The rotation of the heads, and the places of keys and values.
         q_norm: RMSNorm weight of the query heads, ``[head_dim]`` contiguous, or None.
         k_norm: The same for the key heads.
-        eps: Of the norms.
+        eps: The epsilon of the norms.
 
     Returns:
         Rotated queries, ``[num_rows, num_heads, head_dim]``, dtype of the cache, contiguous.

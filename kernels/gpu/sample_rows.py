@@ -1,8 +1,8 @@
 """Draws a token from every row of logits: greedy, or by temperature, top-k, top-p and min-p.
 
-A program has a row, so a row's token depends on the row alone, and nothing is sorted: what top-k
-and top-p keep is all tokens up to some distance from the likeliest, which bisection over the bits
-of the distance finds exactly, in some 17 passes over a row. Of the tokens at that very distance
+Each program has one row, so a row's token depends only on the row. Nothing is sorted: top-k and
+top-p keep all tokens up to some distance from the likeliest, and bisection over the bits of the
+distance finds it exactly, in about 17 passes over a row. Of the tokens at exactly that distance,
 those with the lowest ids are kept.
 """
 
@@ -28,8 +28,8 @@ _MANY = tl.constexpr(0x7FFFFFFF)
 def _distances(row_ptr, at, vocab, top, temperature):
     """Distances of scaled logits from the largest, as the bits of fp32 numbers ≥ 0.
 
-    Bits of such numbers are ordered as the numbers are. NaN and what lies past the vocabulary is
-    infinitely far.
+    The bits of such numbers have the same order as the numbers. NaN and places past the vocabulary
+    are infinitely far.
     """
     x = tl.load(row_ptr + at, mask=at < vocab, other=float("-inf"))
     distance = (top - x) / temperature
@@ -39,7 +39,7 @@ def _distances(row_ptr, at, vocab, top, temperature):
 
 @triton.jit
 def _tokens_within(row_ptr, vocab, top, temperature, limit, BLOCK: tl.constexpr):
-    """The tokens no farther than ``limit``: how many, their mass, and where they end.
+    """The tokens no farther than ``limit``: their number, their mass, and where they end.
 
     Returns:
         Count; mass (the likeliest token has 1); the largest distance among them; the smallest
@@ -105,7 +105,7 @@ def _keep_mass(row_ptr, vocab, top, temperature, top_p, limit, ties, BLOCK: tl.c
 
 @triton.jit
 def _kept(row_ptr, at, vocab, top, temperature, limit, ties, seen):
-    """Mass of the tokens of a block that are kept, else 0, and the ties seen up to its end."""
+    """The mass of each kept token of a block, 0 for others, and the ties up to the block's end."""
     distance, bits = _distances(row_ptr, at, vocab, top, temperature)
     is_tie = (bits == limit).to(tl.int32)
     inside = (bits < limit) | ((is_tie > 0) & (seen + tl.cumsum(is_tie, 0) <= ties))
@@ -191,8 +191,8 @@ def sample_rows(logits: torch.Tensor, table: torch.Tensor, tokens: torch.Tensor)
     With ``z`` a row's logits over its temperature and ``p = softmax(z)``: top-k keeps the ``k``
     likeliest tokens, top-p the fewest of those that have ``top_p`` of their mass, min-p those at
     most a given distance behind the likeliest. The token is the first, by id, at which the running
-    mass of what is kept passes ``uniform`` times all of it. At temperature 0, and where all logits
-    are -inf, it is the likeliest, of equals the first.
+    mass of the kept tokens passes ``uniform`` times their whole mass. At temperature 0, and if all
+    logits are -inf, it is the likeliest token, of equal ones the first.
 
     Args:
         logits: ``[num_rows, vocab]`` fp32; rows may be strided.

@@ -1,4 +1,4 @@
-"""What differs between two steps of a shape: buffers of fixed address, filled by few copies."""
+"""Tables on the device that change with every step: at fixed addresses, filled by few copies."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 from turret.kernels.paged_attention import SequenceSpan
 
-# Adapters of the step lie side by side in a pack: adapter ``k`` owns the ranks ``[lo_k, hi_k)`` of
-# every packed matrix. Segments say which rows use which of them.
+# The adapters of a step are stored side by side in a pack: adapter ``k`` owns the ranks
+# ``[lo_k, hi_k)`` of every packed matrix. Segments define which rows use which adapters.
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class GatedMembers:
     """Members that are the components of one gated adapter.
 
     Attributes:
-        begin: Position of the first one in the segment's members.
-        end: Position behind the last one. They share a slot.
+        begin: Position of the first member in the segment's members.
+        end: Position behind the last member. All of them share a slot.
         asked: Length of the adapter's longest query.
     """
 
@@ -82,7 +82,7 @@ def host_tensor(values: Sequence[int] | Sequence[float], dtype: torch.dtype) -> 
 def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Start copying a host tensor to the device.
 
-    The pinned copy that the transfer reads is kept by torch's host allocator until it is over.
+    Torch's host allocator keeps the pinned copy that the transfer reads until the transfer ends.
     """
     if device.type == "cuda":
         values = values.pin_memory()
@@ -94,7 +94,7 @@ class _Chunk:
 
     Attributes:
         used: Bytes that parts take.
-        loaded: Begin and end of what the step at hand has written, in bytes.
+        loaded: Begin and end of the bytes that the current step has written.
     """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
@@ -107,10 +107,10 @@ class _Chunk:
         self.loaded: list[tuple[int, int]] = []
 
     def send(self, half: int) -> int:
-        """Start copying what was loaded; gaps between are copied too, but never read.
+        """Start copying the loaded parts; gaps between them are copied too, but never read.
 
         Returns:
-            How many copies that took.
+            The number of copies.
         """
         runs: list[list[int]] = []
         for begin, end in sorted(self.loaded):
@@ -125,21 +125,21 @@ class _Chunk:
 
 
 class StagedMemory:
-    """Device buffers of fixed addresses that a step fills together: by one copy, as a rule.
+    """Device buffers with fixed addresses that a step fills together, usually by one copy.
 
     A step calls ``begin``, loads parts, and calls ``send``. There are two staging areas, so that
     the next step can be prepared while this one's copy is under way; ``begin`` waits for the copy
-    of the step before the last, which read the same area. A part holds what it was given in the
-    last step that loaded any part of its memory, or nothing that may be read.
+    of the step before the last, which read the same area. A part holds the values of the last step
+    that loaded any part of its memory, or nothing that may be read.
 
     Not thread-safe.
 
     Args:
-        device: Where the buffers are.
-        chunk_bytes: Parts share allocations of at least this.
+        device: The device of the buffers.
+        chunk_bytes: The minimum size of an allocation, which parts share.
 
     Attributes:
-        num_copies: Copies started since it was made.
+        num_copies: The number of copies started so far.
     """
 
     def __init__(self, device: torch.device, chunk_bytes: int = _CHUNK_BYTES) -> None:
@@ -172,7 +172,7 @@ class StagedMemory:
         self._is_open = True
 
     def staging_of(self, halves: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Which of the two staging areas the open step writes to."""
+        """The staging area that the open step writes to, one of two."""
         assert self._is_open, "outside a step the device may be reading it"
         return halves[self._half]
 
@@ -218,7 +218,7 @@ class StagedPart:
     def load(self, words: Sequence[int]) -> None:
         """Write to the front of the buffer; the rest holds nothing that may be read.
 
-        It is on its way with the step's ``send``, or at once where no step is open.
+        The copy starts with the step's ``send``, or at once if no step is open.
 
         Raises:
             ValueError: More elements than the buffer has.
@@ -255,7 +255,7 @@ class RowTable:
 
     Attributes:
         buffer: ``[ROW_HEADER + 3 · capacity]`` int32 on the device; its address never changes.
-        capacity: Rows at most.
+        capacity: The maximum number of rows.
     """
 
     def __init__(
@@ -268,7 +268,7 @@ class RowTable:
         self.buffer = self._part.buffer
 
     def load(self, rows: Sequence[int], slots: Sequence[int], weights: Sequence[float]) -> None:
-        """Name the step's rows (each at most once), their slots and mix weights.
+        """Set the step's rows (each at most once), their slots and mix weights.
 
         Raises:
             ValueError: More rows than the capacity, or the lengths differ.
@@ -284,9 +284,9 @@ class RowTable:
         self._part.load((*header, *rows, *padding, *slots, *padding, *bits))
 
 
-# How each row's next token is drawn, on the device, in one buffer of fixed address.
+# Sampling parameters of each row on the device, in one buffer of fixed address::
 #
-# row   uniform · temperature · top_p · max_distance · top_k · 0 · 0 · 0        (all fp32)
+#     row   uniform · temperature · top_p · max_distance · top_k · 0 · 0 · 0        (all fp32)
 
 ROW = 8
 
@@ -308,7 +308,7 @@ class SamplingTable:
         self.buffer = self._part.buffer.view(max_rows, ROW)
 
     def load(self, numbers: Sequence[float]) -> None:
-        """Say how the first rows are drawn; all others draw the likeliest token.
+        """Set how the first rows are drawn; for all others the likeliest token is drawn.
 
         Args:
             numbers: One behind the other five of each row: a uniform number in [0, 1), the
@@ -346,19 +346,21 @@ class SamplingTable:
 #     chunk      position · count · component_begin · component_end · v_base · v_stride · 0 · 0
 #     item       position · count · rank · rank_end · slot · v_base · v_stride · rank_in_adapter
 #
-# Rank activations lie compactly: row ``i`` of a chunk has its ``v_stride`` ranks (all components of
-# the mix side by side, component ``c`` from ``offset_c``) at ``v_base + i · v_stride``.
+# Rank activations are stored compactly: row ``i`` of a chunk has its ``v_stride`` ranks (all
+# components of the mix side by side, component ``c`` from ``offset_c``) at ``v_base + i ·
+# v_stride``.
 #
 # If a mix contains the components of a gated adapter, each of its chunks also has a *gate*, which
 # names them, and *questions*, each of ``RANK_TILE`` of the query's vectors. The products of a row
-# with these vectors lie as its rank activations do::
+# with these vectors are stored like its rank activations::
 #
 #     gate       position · count · component · components · column · slot · v_base · v_stride
 #                · asked_base · asked_stride
 #     question   position · count · vector · vectors · slot · asked_base · asked_stride · 0
 
 RANK_TILE = 16
-# Rows per chunk. The same for all steps, so that every row goes through the same MMA instruction.
+# Rows per chunk. All steps use the same number, so that every row goes through the same MMA
+# instruction.
 TILE_ROWS = 16
 HEADER = 12
 RECORD = 8
@@ -373,10 +375,10 @@ class _Gates:
     """The gates of a step, as words.
 
     Attributes:
-        gates: Their records.
-        questions: Those of their questions.
+        gates: The gates' records.
+        questions: The records of their questions.
         asked: Rows times vectors so far.
-        longest: Gates of one mix at most.
+        longest: The largest number of gates of one mix.
     """
 
     gates: list[int] = field(default_factory=list)
@@ -401,9 +403,9 @@ class SegmentTable:
 
     Attributes:
         buffer: ``[capacity]`` int32 on the device; its address never changes.
-        max_gates: Gated adapters of one row's mix at most.
-        rank_capacity: Rows times ranks of a step at most; kernels size ``v`` by it.
-        asked_capacity: Rows times vectors that gates ask about at most.
+        max_gates: The maximum number of gated adapters of one row's mix.
+        rank_capacity: The maximum of rows times ranks in a step; kernels size ``v`` by it.
+        asked_capacity: The maximum of rows times vectors of the gates' questions.
     """
 
     def __init__(
@@ -425,8 +427,8 @@ class SegmentTable:
             max_components: Components of one row's mix.
             device: Where the kernels run.
             max_gates: Gated adapters of one row's mix.
-            max_row_asked: Sum of what they ask about (``GatedMembers.asked``).
-            memory: What the table is a part of; None for one of its own.
+            max_row_asked: The sum of ``GatedMembers.asked`` over one row's mix.
+            memory: The memory that holds the table; None for memory of its own.
         """
         self.max_rows = max_rows
         self.max_components = max_components
@@ -587,12 +589,13 @@ class AttentionTable:
         blocks: Block numbers of all sequences, int32 on the device.
         counters: Records of an item that are done, ``[spread_records · kv_heads]`` int32, at its
             first record and head; zero between launches.
-        max_records: Records of a step at most.
+        max_records: The maximum number of records of a step.
         spread_records: Of those, records of spread items; kernels size their scratch by it.
         split: Positions per split, a multiple of the kernel's tile: the order of a row's sums, so
             one number for all steps.
-        tile_rows: Query rows per item: 16, or 32 where a KV head has more queries than that. One
-            size for all steps of a model: sums over keys are shared out among the warps by it.
+        tile_rows: Query rows per item: 16, or 32 if a KV head has more queries than that. All steps
+            of a model have the same size, because it determines how the warps share a sum over
+            keys.
         kv_heads: KV heads.
         queries_per_head: Query heads per KV head.
         window: Sliding window in tokens, or None.
@@ -615,14 +618,14 @@ class AttentionTable:
 
         Args:
             max_records: Items of a step, and ``spread_records`` besides.
-            blocks: Block numbers on the device, which someone else keeps up to date; or how many
-                the table has room for itself, for ``load``.
+            blocks: Block numbers on the device, which the caller keeps up to date; or, for
+                ``load``, the number of block numbers for which the table itself has room.
             kv_heads: See the class.
             queries_per_head: See the class.
             window: See the class.
             device: Where the kernels run.
             spread_records: See the class; 0 spreads nothing.
-            memory: What the table is a part of; None for one of its own.
+            memory: The memory that holds the table; None for memory of its own.
             split: See the class.
 
         Raises:
@@ -733,7 +736,7 @@ class AttentionTable:
         return first // self.split, (position + tokens - 1) // self.split + 1
 
     def _spread(self, spans: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Which sequences are spread."""
+        """A mask of the sequences that are spread."""
         first, last = self._splits(spans)
         splits = last - first
         records = counts * splits

@@ -1,8 +1,8 @@
 """``e^x`` whose bits do not depend on the batch.
 
-A library computes it with vector instructions and the last few elements of every thread's share
-with others, which may round differently; so the compiled kernel serves, or rows of a width of whole
-vectors in calls that were tried (``trial.py``).
+A library computes the last few elements of every thread's share with other instructions than the
+vectors, which may round differently. So the compiled kernel is used, or the library for rows whose
+width is a multiple of a vector, in calls that were tried (``trial.py``).
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """``y = x Wᵀ`` whose rows do not depend on how many rows are computed together.
 
-A request's tokens must not depend on its batch mates, and a library promises no bits. On a CPU the
-order of every sum is ours where there are compiled kernels (``cpu/c/products.c``,
-``cpu/c/dense_product.c``). Elsewhere a library product serves in calls that were tried on this
-machine (``trial.py``), or else a product of elementwise operations (``ordered_product``).
+A request's tokens must not depend on the other requests of its batch, and a library does not
+guarantee bits. On a CPU with compiled kernels, these fix the order of every sum
+(``cpu/c/products.c``, ``cpu/c/dense_product.c``). Otherwise a library product is used in calls that
+were tried on this machine (``trial.py``), or else a product of elementwise operations
+(``ordered_product``).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from turret.kernels.rows.trial import (
 )
 from turret.lazy_torch import torch
 
-# Products by elementwise operations of torch alone: the order of every sum is written here.
+# Products made of torch's elementwise operations alone, so this file sets the order of every sum.
 #
 # Elementwise products and sums are rounded correctly on any machine, but they are slow.
 
@@ -103,9 +104,9 @@ def row_linear(x: torch.Tensor, weight: torch.Tensor, *, probe: bool = True) -> 
     Args:
         x: ``[num_rows, in_features]``, dtype of ``weight``.
         weight: ``[out_features, in_features]``, contiguous.
-        probe: Whether a library product is tried for just this shape, once. Pass False where the
-            shape changes from step to step: then a column's bits do not depend on the columns
-            beside it either.
+        probe: Whether a library product is tried for just this shape, once. Pass False if the shape
+            changes from step to step; then a column's bits do not depend on the other columns
+            either.
 
     Returns:
         ``[num_rows, out_features]``, dtype of ``x``. On devices other than the CPU by library
@@ -187,16 +188,17 @@ def row_addmm_(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def prepare_linear(weight: torch.Tensor) -> None:
-    """Have a weight ready for ``row_linear``: what has to be tried is tried now, not by a request.
+    """Prepare a weight for ``row_linear``, so that trials run now and not during a request.
 
-    Some milliseconds for a weight of a layer, once per shape; nothing where compiled kernels serve.
+    It takes some milliseconds for a weight of a layer, once per shape, and no time if compiled
+    kernels are used.
     """
     if weight.device.type == "cpu" and not has_kernels(weight.device):
         _prepare(weight)
 
 
 def linear_formulation(weight: torch.Tensor) -> str:
-    """How rows are multiplied by a weight on the CPU, in words."""
+    """A description of how rows are multiplied by a weight on the CPU."""
     return "native" if has_kernels(weight.device) else f"torch {_prepare(weight).name}"
 
 
@@ -364,7 +366,7 @@ def table_product(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         table: ``[num_rows, k, n]``, or ``[1, k, n]`` for all; fp32.
 
     Returns:
-        ``[num_rows, m, n]``, fp32. Bits are kept on the CPU: those of a row and its matrix alone.
+        ``[num_rows, m, n]``, fp32. On the CPU, bits depend only on a row and its matrix.
     """
     if has_kernels(x.device):
         return column_products(x, table)
@@ -428,7 +430,7 @@ def _in_calls(x: torch.Tensor, table: torch.Tensor, batches: Sizes, rows: Sizes)
 
 
 def _calls(total: int, sizes: Sizes) -> list[tuple[int, int, int]]:
-    """Begin, size and number of real entries of each call."""
+    """The begin, size and number of real entries of each call."""
     found, start = [], 0
     while start < total:
         size = max((s for s in sizes if s <= total - start), default=sizes[0])

@@ -1,14 +1,14 @@
-"""Which formulation of an operation gives a row the same bits alone and in company, by trial.
+"""Trials that choose a formulation of an operation whose bits per row do not depend on the batch.
 
-A library promises no bits. Its kernel and its blocking of a sum follow from the whole shape, so
-row 0 of a 1-row product and row 0 of a 16-row one may differ, or rows at different places. So rows
-go to a library in calls of a few sizes only (the last call filled up with zeros), every one of
-those calls was tried for this operation, shape, dtype and number of threads, and where a row's
-bits moved, the next set of sizes is tried. What is left when none holds is a formulation whose
-order of sums is written out. A choice is made once, before its first use, and kept.
+A library does not guarantee bits. Its kernel and its blocking of a sum depend on the whole shape,
+so row 0 of a 1-row product and row 0 of a 16-row product may differ, and so may equal rows at
+different places. Rows therefore go to a library only in calls of a few sizes; the last call is
+filled up with zeros. Each of these calls is tried for the operation, shape, dtype and number of
+threads. If a row's bits change, the next set of sizes is tried. If no set passes, a formulation
+remains whose order of sums is written out. A choice is made once, before its first use, and kept.
 
-Trials use operands whose exact products are 0: what is left of them is the order of the sum, in
-the leading bits of the result.
+Trials use operands whose exact products are 0, so that the leading bits of the result show the
+order of the sum.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SETS: tuple[Sizes, ...] = (
 
 
 class Formulation(NamedTuple):
-    """One way to compute something, and how the log calls it."""
+    """One way to compute something, and its name in the log."""
 
     name: str
     call: Callable[..., torch.Tensor]
@@ -48,7 +48,7 @@ _choices: dict[Hashable, Formulation] = {}
 
 
 def forget_choices() -> None:
-    """Try everything again at its next use, as after the libraries have been exchanged."""
+    """Try everything again at its next use, for instance after the libraries were exchanged."""
     _choices.clear()
 
 
@@ -71,7 +71,7 @@ def choose(
 
     Args:
         op: Name of the operation.
-        key: What else its bits may depend on; the number of threads is added.
+        key: Everything else that bits may depend on; the number of threads is added.
         formulations: In the order of preference.
         holds: The trial.
     """
@@ -98,7 +98,7 @@ def by_rows(
     Args:
         op: Name of the operation.
         key: Everything that ``compute`` depends on: dtype, widths, constants.
-        compute: Of ``[n, …]``, n results row by row.
+        compute: Computes n results from ``[n, …]``, row by row.
         x: ``[num_rows, …]``.
         sample: Makes ``SAMPLE_ROWS`` rows to try.
     """
@@ -163,7 +163,7 @@ def keeps_rows(compute: Compute, rows: torch.Tensor, counts: Sizes) -> bool:
 def cancelling(
     rows: int, columns: int, inner: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x [rows, inner]`` and ``w [columns, inner]`` of which every product is exactly 0."""
+    """``x [rows, inner]`` and ``w [columns, inner]`` whose products are all exactly 0."""
     generator = torch.Generator().manual_seed(inner)
     half = inner // 2
     a = torch.randn(rows, half, generator=generator)

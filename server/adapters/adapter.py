@@ -1,4 +1,4 @@
-"""A registered adapter: its generation, where its files are, and what is known of it."""
+"""A registered adapter: its generation, its files, and the facts about it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.basics.names import HUB_SCHEME, HubId
 from turret.server.errors import InvalidRequestError, TurretError
 from turret.server.words import say
-
-# A member of a request's mix, by name.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,15 +31,14 @@ class AdapterRef:
             raise InvalidRequestError.of("adapters.weight", why)
 
 
-# The place of a generation's files.
-
+# The files of an adapter, and where a generation's files are.
 
 # The two files of an adapter, as PEFT names them.
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
-# Files beside them if an adapter has its own tokens, with the most bytes of each. No other
-# tokenizer files are read. The tokenizer.json of Gemma 3 has 33 MB.
+# Further files of an adapter with its own tokens, and the maximum size of each. No other tokenizer
+# files are read. The tokenizer.json of Gemma 3 has 33 MB.
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
@@ -66,9 +63,9 @@ class Source:
     Attributes:
         path: Relative to the adapter root, or to the state directory if ``is_upload``; or
             ``hub:org/name@commit``.
-        is_upload: The server wrote the files itself and removes them when nobody needs them.
+        is_upload: The server wrote the files itself and removes them when they are not needed.
         adapter: The adapter's name, for an upload.
-        task: Which of several tasks in the files is meant; None if not specified.
+        task: The task, if the files have several; None if not specified.
     """
 
     path: str
@@ -83,7 +80,7 @@ class Source:
 
     @property
     def place(self) -> str:
-        """The directory, relative to the one that the source's files are opened in."""
+        """The directory, relative to the one in which the source's files are opened."""
         if not self.is_hub:
             return self.path
         return HubId.parse(self.path.removeprefix(HUB_SCHEME)).snapshot
@@ -94,7 +91,7 @@ class Source:
         return self.adapter or self.path
 
 
-# A classification head: its labels, and how its numbers become probabilities.
+# Classification heads.
 
 
 SINGLE_LABEL = "single_label_classification"
@@ -119,17 +116,14 @@ class Head:
     problem_type: str
 
 
-# A tokenizer that an adapter brings, unread.
-
-
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """Files of a tokenizer, by name, as transformers may be given them.
+    """The files of an adapter's own tokenizer, ready for transformers but not interpreted yet.
 
     Attributes:
-        files: ``tokenizer.json`` is among them.
-        digest: SHA-256 over all of them as they were read, hex.
-        bytes_disk: Size of all of them as they were read.
+        files: Content by name; ``tokenizer.json`` is among the files.
+        digest: SHA-256 over all files as they were read, hex.
+        bytes_disk: Size of all files as they were read.
     """
 
     files: Mapping[str, bytes]
@@ -137,12 +131,11 @@ class TokenizerFiles:
     bytes_disk: int
 
 
-# Facts that a read of the adapter found; kept in memory and on disk, without the weights.
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterFacts:
-    """Fixed for one generation.
+    """The facts about one generation that reading its files found; they never change.
+
+    The server keeps them in memory and on disk, without the weights.
 
     Attributes:
         digest: SHA-256 over config and weights, hex.
@@ -151,21 +144,22 @@ class AdapterFacts:
         target_modules: Distinct last components of the adapted paths, ascending.
         base_model: The base that the config names, or "".
         warnings: Warnings for the operator.
-        num_soft_tokens: Soft tokens it puts before the prompt.
-        num_prefix_positions: Positions before the prompt whose keys and values it brings.
+        num_soft_tokens: The number of its soft tokens before the prompt.
+        num_prefix_positions: Positions before the prompt for which it has keys and values.
         bytes_disk: Size of the checkpoint's files.
-        bytes_host: What its operators take in host memory, in the dtype served when it was read.
-        invocation: Tokens from whose last occurrence in the prompt on it acts; empty if everywhere.
+        bytes_host: Size of its operators in host memory, in the dtype served when it was read.
+        invocation: Tokens; it applies from their last occurrence in the prompt on. Empty if it
+            applies everywhere.
         labels: Labels of its classification head; empty without one.
         problem_type: See ``Head``; empty without one.
-        first_pass: What runs before every pass of its own and tells it its scalings: ``base``, or
-            ``adapter`` (itself, at constant scalings); empty where nothing does.
+        first_pass: The pass that runs before every pass of its own to compute its scalings:
+            ``base``, or ``adapter`` (itself, at constant scalings); empty for none.
         components: Digests of the adapters it is built from; they must stay registered.
-        vocab_size: Rows of its vocabulary, where those are not as many as the base's or it has a
+        vocab_size: Rows of its vocabulary, if the base has another number or it has a
             tokenizer of its own; else 0.
-        tokenizer: SHA-256 over the files of its own tokenizer, hex; empty where its requests have
-            the base's.
-        chat_template: The chat template that it brings, as ``OwnTemplate`` writes it; empty
+        tokenizer: SHA-256 over the files of its own tokenizer, hex; empty if its requests use the
+            base's.
+        chat_template: Its own chat template, as ``OwnTemplate`` writes it; empty
             without one.
     """
 
@@ -190,21 +184,18 @@ class AdapterFacts:
 
     @property
     def content(self) -> tuple[str, str]:
-        """Equal only for the same content: the digest of its weights, and its chat template."""
+        """The digest of its weights, and its chat template; equal only for the same content."""
         return self.digest, self.chat_template
 
 
-# A chat template that an adapter brings.
-
-
-# Origins of a template that is not in the adapter's files: the caller sent it, or it is that of the
-# members of a fusion.
+# Origins of a template that is not in the adapter's files: the caller sent it, or a fusion took it
+# from its members.
 REQUEST, MEMBERS = "request", "members"
 
 
 @dataclass(frozen=True, slots=True)
 class OwnTemplate:
-    """A chat template that an adapter brings, with the special tokens that it writes.
+    """An adapter's own chat template, with the special tokens that it writes.
 
     Attributes:
         origin: The file that contains it, ``REQUEST`` or ``MEMBERS``.
@@ -229,23 +220,20 @@ class OwnTemplate:
 
 
 def template_of(mix: Iterable[AdapterFacts]) -> str:
-    """The chat template for a mix: its first member's that brings one; empty for the base's."""
+    """The chat template for a mix, from its first member that has one; empty for the base's."""
     return next((facts.chat_template for facts in mix if facts.chat_template), "")
 
 
 @functools.lru_cache(maxsize=64)
 def origin_of(chat_template: str) -> str:
-    """Where ``AdapterFacts.chat_template`` comes from; empty if an adapter brings none."""
+    """The origin of ``AdapterFacts.chat_template``; empty if the adapter has no template."""
     return OwnTemplate.from_json(chat_template).origin if chat_template else ""
 
 
-# A generation: its identity is fixed, and its weights come and go.
-
-
 class Adapter:
-    """The weights that a name stood for at some time.
+    """One generation of a registered adapter.
 
-    The identity never changes. Everything else belongs to the registry and its leases and changes
+    Its identity never changes. Everything else belongs to the registry and its leases and changes
     under their lock; reading single attributes without the lock is safe.
 
     Attributes:
@@ -253,17 +241,17 @@ class Adapter:
         uuid: Identifies the registration; all its generations have it.
         generation: From 1.
         key: Names this generation and no other, for as long as its uuid lives.
-        facts: What reading its files found.
-        source: Where its files are.
+        facts: The facts that reading its files found.
+        source: The location of its files.
         operators: By module path; None while on disk. While a mix that was granted residency (see
             ``Mix.ensure_host``) holds the adapter, it stays as it is, unless the base changes.
         base_generation: The generation of the base weights that ``operators`` were computed from;
             None if they are the same on any.
         host_bytes_needed: Host memory that its operators take when resident.
         in_flight: Mixes that hold the adapter.
-        holds: Those of them that were granted residency; an adapter with holds is not evicted.
+        holds: The mixes of these that were granted residency; an adapter with holds is not evicted.
         pinned: Never evicted.
-        is_retired: A later generation has taken its place.
+        is_retired: A later generation has replaced it.
         bytes_device: Set by the code that copies the operators to a device.
     """
 
@@ -328,7 +316,7 @@ class Adapter:
 
     @property
     def head(self) -> Head | None:
-        """Its classification head, without the weights."""
+        """The adapter's classification head, without the weights."""
         facts = self.facts
         return Head(facts.labels, facts.problem_type) if facts.labels else None
 
@@ -346,7 +334,7 @@ class Adapter:
 Residency = Literal["disk", "host", "device"]
 
 
-# The description that clients get.
+# The description of an adapter for clients.
 
 
 State = Literal["LOADING", "ACTIVE", "DELETING"]
@@ -354,13 +342,13 @@ State = Literal["LOADING", "ACTIVE", "DELETING"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
-    """A snapshot; it does not follow later changes.
+    """A snapshot of an adapter; it does not follow later changes.
 
     Attributes:
         name: Registered name.
         uuid: Identifies this registration; a name loaded again after an unload has another one.
         generation: From 1; a replacement under the same registration is the next one.
-        facts: What reading its files found.
+        facts: The facts that reading its files found.
         bytes_host: Bytes of operators held in host memory now.
         bytes_device: Bytes held on the device now.
         residency: The fastest tier that holds it now.
@@ -385,7 +373,7 @@ class AdapterInfo:
     source: str = ""
 
 
-# The adapters of one request, resolved: names became weights in memory or on disk.
+# Mixes: the adapters of one request, resolved from names to generations.
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,9 +382,9 @@ class HostResult:
 
     Attributes:
         mix: The mix that was waiting.
-        error: Why it cannot be served, or None: then every member is resident and stays
-            so until the mix is released.
-        load_seconds: Per key of a member that was not resident, how long its read took.
+        error: The reason why the mix cannot be served. If None, every member is resident until the
+            mix is released.
+        load_seconds: The duration of the read, by key of a member that was not resident.
     """
 
     mix: Mix
@@ -421,7 +409,7 @@ class Mix:
 
     @property
     def key(self) -> tuple[tuple[str, int, float], ...]:
-        """``(uuid, generation, weight)`` per member: what a KV block's content depends on."""
+        """``(uuid, generation, weight)`` per member, on which a KV block's content depends."""
         return tuple((a.uuid, a.generation, weight) for a, weight in self.members)
 
     @property
@@ -447,7 +435,7 @@ class Mix:
             result over; never after release.
 
         Raises:
-            BudgetExceededError: They can never be resident together.
+            BudgetExceededError: The members can never be resident together.
         """
         return self._ensure_host is None or self._ensure_host(self, callback)
 

@@ -1,4 +1,4 @@
-"""What the adapter side needs to know of the base model, and no more."""
+"""The description of the base model that the code for adapters needs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import Literal, Protocol
 
 from turret.lazy_torch import torch
 
-# Kinds of adapters that are refused unless the operator allows them.
-
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """Switches for what is refused by default; all are off.
+    """Kinds of adapters that are rejected unless the operator allows them.
 
     Attributes:
         other_base: Adapters whose base is another one by name, if shapes fit.
@@ -29,7 +27,7 @@ NOTHING_SPECIAL = Allowed()
 
 
 class WeightRows(Protocol):
-    """A weight, ``[out_features, in_features]``, that need not be there as a whole."""
+    """A weight, ``[out_features, in_features]``, that need not be in memory as a whole."""
 
     @property
     def shape(self) -> Sequence[int]: ...
@@ -52,7 +50,7 @@ class BaseModule:
         dequantize: Returns the weight actually served, ``[out_features, in_features]`` fp32. Costs
             a full dequantisation per call: call it for one module at a time and drop the result.
             Do not write to it: it may be the very memory that is served.
-        served: The same weight in any dtype, by rows and where it is kept; None for ``dequantize``.
+        served: The same weight in any dtype, by rows and on its device; None for ``dequantize``.
     """
 
     name: str
@@ -63,7 +61,7 @@ class BaseModule:
     served: Callable[[], WeightRows] | None = None
 
     def rows(self) -> WeightRows:
-        """The weight, to be read block by block."""
+        """The weight, for reading block by block."""
         return self.dequantize() if self.served is None else self.served()
 
     @property
@@ -73,17 +71,17 @@ class BaseModule:
 
 @dataclass(frozen=True, slots=True)
 class BaseExperts:
-    """A fused projection of all experts of a layer: what adapters know as one parameter.
+    """A fused projection of all experts of a layer, which is one parameter for adapters.
 
     Attributes:
         name: Its path, e.g. ``model.layers.0.mlp.experts.gate_up_proj``.
-        modules: The modules of one expert that it is made of, side by side along their outputs, as
-            older checkpoints name them: ``{}`` stands for the expert.
-        count: Experts.
+        modules: The modules of one expert of which it consists, side by side along their outputs,
+            as older checkpoints name them: ``{}`` stands for the expert.
+        count: The number of experts.
         in_features: Inputs of an expert.
         out_features: Outputs of an expert.
-        is_first: Whether it is the first of its module's parameters: PEFT, which wraps a module
-            once for each, keeps its tensors innermost.
+        is_first: Whether it is the first of its module's parameters. PEFT wraps a module once per
+            parameter, and keeps the tensors of the first one innermost.
         dequantize: Returns one expert's weight as served, ``[out_features, in_features]`` fp32.
     """
 
@@ -97,7 +95,7 @@ class BaseExperts:
 
     @property
     def folder(self) -> str:
-        """The module whose parameter it is."""
+        """The module to which the parameter belongs."""
         return self.name.rpartition(".")[0]
 
 
@@ -106,7 +104,7 @@ class BaseNorm:
     """A norm of the base whose result only linear modules use.
 
     Attributes:
-        weight: As the checkpoint has it, ``[hidden]`` fp32.
+        weight: The checkpoint's weight, ``[hidden]`` fp32.
         offset: Number that the model adds to the weight before it multiplies.
         feeds: The modules that take its result, by path.
     """
@@ -124,8 +122,8 @@ class BaseVocabulary:
         embedding: Turns input tokens into vectors.
         head: Turns the last hidden states into logits.
         is_tied: Whether the checkpoint declares them to be one (``tie_word_embeddings``).
-        named: Rows that the base's tokenizer has tokens for; the others, behind them, are padding.
-            None is all of them.
+        named: The number of rows for which the base's tokenizer has tokens; the others, behind
+            them, are padding. None for all rows.
     """
 
     embedding: torch.Tensor
@@ -140,31 +138,31 @@ class BaseVocabulary:
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """The base as adapters see it, with the weights of one generation.
+    """The description of the base for adapters, with the weights of one generation.
 
     Attributes:
         name: Model id as its config or directory names it (compared, loosely, with
             ``base_model_name_or_path``).
-        model_type: As the checkpoint's config names it.
-        digest: SHA-256 over the weights as loaded: what an adapter was trained on. A merge does not
-            change it; ``generation`` tells the weights served.
+        model_type: The name in the checkpoint's config.
+        digest: SHA-256 over the weights as loaded, on which an adapter was trained. A merge does
+            not change it; ``generation`` identifies the weights served.
         dtype: Serving dtype of activations and operators.
         modules: The quantised linear modules of the decoder layers, by full path, in layer order,
             and ``lm_head`` behind them.
         other_modules: Paths that exist but are not linear modules (norms, ``model.embed_tokens``):
             a method that does not serve one names it in an error, not a silent skip.
         experts: Fused projections of experts, by path, in layer order.
-        renamed: Parts of paths that older checkpoints of adapters have, and what they are called.
-        norms: Those of ``other_modules`` that are norms and feed only linear modules, by path.
+        renamed: Parts of paths in older checkpoints of adapters, with their present names.
+        norms: The ``other_modules`` that are norms and feed only linear modules, by path.
         vocabulary: Embedding and head.
         num_layers: Decoder layers.
         hidden_size: Width of an embedding.
         num_kv_heads: Heads of keys and values per layer.
         head_dim: Width of one head.
-        generation: Counts the weights, from 1: a merge and an unmerge each make other ones.
-        text_prefix: Of the adapter that is read, where it was trained on a model of text and images
-            (``tensor_names.text_prefix``).
-        beside: Inside ``with base.beside():`` a thread's work on the device goes beside the steps.
+        generation: The number of the weights, from 1; each merge and each unmerge increases it.
+        text_prefix: The prefix of the adapter that is being read, if it was trained on a model of
+            text and images (``adapter_checkpoint.text_prefix``).
+        beside: Inside ``with base.beside():`` a thread's work on the device runs beside the steps.
     """
 
     name: str
@@ -191,7 +189,7 @@ class BaseModel:
 
     @property
     def kv_width(self) -> int:
-        """Numbers of a token's keys in a layer, all heads together."""
+        """The number of values in a token's keys in a layer, over all heads."""
         return self.num_kv_heads * self.head_dim
 
 
@@ -212,7 +210,7 @@ class ModuleSize:
 class BaseSizes:
     """The part of a ``BaseModel`` that is known before the model is read.
 
-    Attributes are those of ``BaseModel``. ``kv_width`` is that of keys.
+    The attributes are those of ``BaseModel``. ``kv_width`` is the width of keys.
     """
 
     name: str
@@ -228,12 +226,12 @@ class BaseSizes:
 
 @dataclass(frozen=True, slots=True)
 class ChangedBase:
-    """The base has other weights now.
+    """The event that the base has new weights.
 
     Attributes:
         generation: The number of these weights.
-        stale: Keys of adapters that were computed from those before, so that copies of their
-            operators have to go.
+        stale: Keys of adapters that were computed from the previous weights. Copies of their
+            operators have to be dropped.
     """
 
     generation: int

@@ -1,4 +1,4 @@
-"""Adapters that another adapter is built from, named by the digest of their content."""
+"""Adapters from which another adapter is built, identified by the digest of their content."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _MAX_NAME_CHARS = 128
 
 @dataclass(frozen=True, slots=True)
 class ComponentRef:
-    """One component as a config names it.
+    """A config's reference to one component.
 
     Attributes:
-        name: The component's name in training, for people and for messages.
-        digest: SHA-256 over its config and weights, hex (``Adapter.digest``): what it is.
+        name: The component's name in training, for messages.
+        digest: SHA-256 over its config and weights, hex, which identifies it.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Component:
     """A component that was found.
 
     Attributes:
-        ref: How the config names it.
+        ref: The config's reference to it.
         method: The name of its method.
         operators: Its operators.
         ranks: Distinct ranks.
-        scalings: What is folded into ``b`` of a module as its scaling; 1 where it is missing.
+        scalings: The scaling folded into ``b`` of a module; 1 where it is missing.
     """
 
     ref: ComponentRef
@@ -88,7 +88,7 @@ def component_refs(config: Mapping[str, Any]) -> tuple[ComponentRef, ...]:
 
 
 def find_no_component(ref: ComponentRef) -> NoReturn:
-    """For a checkpoint that is read on its own, with no registered adapters around it.
+    """Rejects components, because there are no registered adapters if a checkpoint is read alone.
 
     Raises:
         AdapterComponentError: Always.

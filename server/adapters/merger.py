@@ -1,8 +1,8 @@
-"""Merges a mix into the base and takes it out again, while the server serves.
+"""Merges a mix into the base and removes it again, while the server answers requests.
 
-The merged weights are made beside those that serve, module by module, on the caller's thread. Only
-then do requests wait: those that run finish, the weights change between two steps, and those
-that wait go on with the new base. Whatever ends a merge before that leaves no trace.
+The merged weights are made beside those in use, module by module, on the caller's thread. Only then
+do requests wait: running ones finish, the weights are exchanged between two steps, and waiting
+requests continue with the new base. A merge that ends before the exchange leaves no trace.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from turret.server.errors import (
 )
 from turret.server.words import say
 
-# What is merged into the base, and what that did to it.
+# The state of the base: the merged adapters and the error of the merge.
 
 
 @dataclass(frozen=True, slots=True)
 class MergedAdapter:
-    """A member of the mix, as it was called when it was merged."""
+    """A member of the mix, with its name at the time of the merge."""
 
     name: str
     uuid: str
@@ -53,13 +53,13 @@ class MergedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """How far the stored weights are from the exact ones.
+    """The difference between the stored weights and the exact ones.
 
     Attributes:
         relative_error: ``‖stored − exact‖ / ‖exact‖``, Frobenius norms over all changed modules,
-            where ``exact = W + Σ w_k ΔW_k`` in fp32 and ``stored`` is what is multiplied.
+            where ``exact = W + Σ w_k ΔW_k`` in fp32, and ``stored`` is the weight in use.
         update_error: ``‖stored − exact‖ / ‖exact − W‖``: the error as a share of the change. At 1,
-            the mix is lost in the rounding. 0 where nothing was to change.
+            the mix is lost in the rounding. 0 if there was no change.
         modules: ``relative_error`` of each changed module, by path, in the base's order.
     """
 
@@ -74,9 +74,9 @@ class Merge:
 
     Attributes:
         adapters: The mix, in the request's order.
-        precision: How the merged weights are stored.
+        precision: The format of the merged weights.
         time: Unix seconds.
-        report: How far the stored weights are from the exact ones.
+        report: The difference between the stored weights and the exact ones.
     """
 
     adapters: tuple[MergedAdapter, ...]
@@ -87,7 +87,7 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class MergeState:
-    """The base's generation, and the merge that it is the result of, or None."""
+    """The base's generation, and the merge from which it results, or None."""
 
     base_generation: int
     merge: Merge | None = None
@@ -122,7 +122,7 @@ class MergeMetrics(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PreparedMerge:
-    """Merged weights that do not serve yet, and the mix that they are made of."""
+    """Merged weights that are not in use yet, and the mix from which they were made."""
 
     edit: Edit
     merge: Merge
@@ -130,14 +130,14 @@ class PreparedMerge:
 
 
 class Merger:
-    """Merges mixes and takes them out again. Thread-safe; every method but ``state`` blocks.
+    """Merges mixes and removes them again. Thread-safe; every method except ``state`` blocks.
 
     Args:
-        registry: Where the adapters are.
+        registry: The registry of the adapters.
         edit: Begins an edit of the base as loaded.
-        describe: The base with the weights that it has now, as this generation.
+        describe: Returns the base with its present weights, as the given generation.
         change_base: See ``ChangeBase``.
-        metrics: Learns whether a merge is active.
+        metrics: Receives whether a merge is active.
     """
 
     def __init__(
@@ -173,10 +173,10 @@ class Merger:
 
         Args:
             refs: The mix.
-            precision: How the merged weights are stored; None is NF4 if that keeps the update, else
+            precision: The format of the merged weights; None for NF4 if that keeps the update, else
                 BF16.
-            cancellation: Set when nobody waits for the merge any more; until the weights have
-                changed, that undoes it.
+            cancellation: Set when the caller has gone; until the weights have been exchanged, this
+                undoes the merge.
 
         Raises:
             InvalidRequestError: Empty, or a member does more than change weights and biases, or a
@@ -202,7 +202,7 @@ class Merger:
     def _prepare(
         self, refs: Sequence[AdapterRef], precision: Precision | None, cancellation: Cancellation
     ) -> PreparedMerge:
-        """Merged weights beside those that serve; release their mix in the end."""
+        """Makes merged weights beside those in use; release their mix in the end."""
         mix = self._registry.acquire(refs)
         try:
             _wait_until_resident(mix, cancellation)
@@ -239,7 +239,7 @@ class Merger:
         Raises:
             NotMergedError: No merge is active.
             MergeActiveError: Another change is under way.
-            UnavailableError, TurretError: As ``merge``.
+            UnavailableError, TurretError: See ``merge``.
         """
         with self._only_change():
             if self._active is None:
@@ -263,7 +263,7 @@ class Merger:
         cancellation: Cancellation,
         generation: int | None = None,
     ) -> None:
-        """Exchanges weights; the base is then of this generation, or of the next one."""
+        """Exchanges the weights; the base then has this generation, or the next one."""
         if generation is None:
             generation = self._state.base_generation + 1
         state = MergeState(generation, merge)

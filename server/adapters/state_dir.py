@@ -1,13 +1,13 @@
-"""The directory that the registry survives a restart in.
+"""The directory with which the registry survives a restart.
 
     LOCK                       held by the one server that uses the directory
-    base.json                  the base model that the adapters belong to
-    adapters/<name>.json       a registration each
+    base.json                  the base model of the adapters
+    adapters/<name>.json       one registration per file
     files/<uuid>.<generation>/ the files of an uploaded generation
-    incoming/<random>/         an upload under way; emptied at the start
+    incoming/<random>/         a running upload; emptied at the start
 
-A registration's file is the truth: what ``files/`` holds beyond it is left over from a crash or
-from a generation that was in use then, and is swept at the start. An operation writes files first
+Only the registrations' files count. Other content of ``files/`` is left over from a crash or from a
+generation that was in use at the time, and is removed at the start. An operation writes files first
 and the registration last, so a crash leaves the state before it or the state after it.
 """
 
@@ -49,7 +49,7 @@ from turret.server.errors import (
 )
 from turret.server.words import Text, say
 
-# A registration as a file of the state directory.
+# Registrations, each saved in a file of the state directory.
 
 
 # Raise the version when fields change, and keep reading older ones. Version 2 added components to
@@ -87,7 +87,7 @@ class SavedRegistration:
         """Reads what ``to_json`` wrote.
 
         Raises:
-            ValueError: It is something else.
+            ValueError: The file has another form.
         """
         fields = json.loads(data)
         if not isinstance(fields, dict) or fields.pop("version", None) not in _READ_VERSIONS:
@@ -111,7 +111,7 @@ def _typed(kind: Any, values: Any) -> dict[str, Any]:
     """The values, checked against the fields' types; lists become shared tuples.
 
     Raises:
-        TypeError: They are no object, or one has another type.
+        TypeError: They are not an object, or one of them has another type.
     """
     if not isinstance(values, dict):
         raise TypeError("must be an object")
@@ -134,12 +134,12 @@ def _typed(kind: Any, values: Any) -> dict[str, Any]:
     return checked
 
 
-# An adapter's files on their way in, complete or gone.
+# Uploads: either all files of an adapter arrive, or none is kept.
 
 
 @dataclass(frozen=True, slots=True)
 class UploadedFile:
-    """A file as announced.
+    """An announced file.
 
     Attributes:
         name: Plain file name; the caller has checked it.
@@ -153,13 +153,13 @@ class UploadedFile:
 
 
 class StagedUpload:
-    """Writes announced files to a directory of its own.
+    """Writes announced files to a separate directory.
 
     Methods block on the disk; they may be called from different threads, and ``discard`` at any
     time.
 
     Args:
-        directory: Exists, empty, owned by this object until it is moved.
+        directory: An existing, empty directory, owned by this object until it is moved.
         files: The announced files; names are distinct.
     """
 
@@ -195,7 +195,7 @@ class StagedUpload:
                 self._complete()
 
     def finish(self) -> None:
-        """Checks that everything has come, and makes it durable.
+        """Checks that everything has arrived, and makes it durable.
 
         Raises:
             InvalidRequestError: A file is missing or short.
@@ -217,7 +217,7 @@ class StagedUpload:
             self._is_over = True
 
     def discard(self) -> None:
-        """Removes what has come, unless it was moved. Harmless to repeat."""
+        """Removes the received files, unless they were moved. Harmless to repeat."""
         with self._lock:
             if self._file is not None:
                 self._file.close()
@@ -268,11 +268,11 @@ class StateDir:
     """Thread-safe for different names; one change of a name at a time.
 
     Args:
-        path: Made if it does not exist.
-        max_upload_bytes: Most bytes of one upload.
+        path: The directory, made if it does not exist.
+        max_upload_bytes: The maximum size of one upload.
 
     Raises:
-        OSError: It cannot be used.
+        OSError: The directory cannot be used.
         ValueError: Another server uses it.
     """
 
@@ -297,7 +297,7 @@ class StateDir:
         """Ties the directory to a base model, the first time; later checks that it is the same.
 
         Raises:
-            ValueError: It belongs to another base model.
+            ValueError: The directory belongs to another base model.
         """
         path = self.path / "base.json"
         if not path.exists():
@@ -312,13 +312,13 @@ class StateDir:
             raise ValueError(text)
 
     def read(self, *, sweeps: bool = True) -> list[SavedRegistration]:
-        """Every registration, by name, after removing what a crash left half done.
+        """Every registration, by name, after removing incomplete files from a crash.
 
-        A file that cannot be read is reported and left alone, and so are then all uploaded files.
+        A file that cannot be read is reported and kept, and then all uploaded files are kept too.
 
         Args:
-            sweeps: Remove uploads that nothing is registered for; others may be at work on them
-                where a fleet shares the directory.
+            sweeps: Whether to remove uploads without a registration. In a directory that a fleet
+                shares, other processes may be using them.
         """
         found: list[SavedRegistration] = []
         is_complete = True
@@ -351,8 +351,8 @@ class StateDir:
 
         Args:
             adapter: The generation.
-            pinned: Whether it is to be pinned then.
-            source: Where its files will be; None for where they are.
+            pinned: Whether it is pinned after a restart.
+            source: The future location of its files; None for the present one.
 
         Raises:
             StorageFullError: The disk is full; what was saved before still holds.
@@ -377,7 +377,7 @@ class StateDir:
             replace_file(self._adapters / f"{saved.name}.json", saved.to_json())
 
     def remove(self, name: str) -> None:
-        """Forgets a registration; its files are the caller's to discard."""
+        """Forgets a registration; the caller discards its files."""
         with reporting_disk_faults():
             remove_file(self._adapters / f"{name}.json")
 
@@ -385,7 +385,7 @@ class StateDir:
         """Makes room for an upload.
 
         Raises:
-            BudgetExceededError: Larger than the server takes.
+            BudgetExceededError: The upload is larger than the server's limit.
             StorageFullError: The disk has no room for it.
         """
         self.check_room(sum(file.size_bytes for file in files))
@@ -414,7 +414,7 @@ class StateDir:
 
 
 def stage_below(incoming: Path, files: Sequence[UploadedFile]) -> StagedUpload:
-    """An empty upload in a directory of its own."""
+    """An empty upload in a separate directory."""
     with reporting_disk_faults():
         return StagedUpload(Path(tempfile.mkdtemp(dir=incoming)), files)
 
@@ -446,11 +446,11 @@ def _lock(path: Path) -> int:
     return descriptor
 
 
-# A server without ``--state-dir``: nothing survives a restart, nothing is uploaded or fused.
-
-
 class NoStateDir:
-    """Replaces ``StateDir``; see there."""
+    """Replaces ``StateDir`` in a server without ``--state-dir``.
+
+    Registrations do not survive a restart, and adapters cannot be uploaded or fused.
+    """
 
     path: Path | None = None
 
@@ -486,15 +486,14 @@ def _required() -> StateDirRequiredError:
     return StateDirRequiredError(say("STATE_DIR_REQUIRED"))
 
 
-# A fleet's state directory, as its replicas see it: they read it, and one registry writes it.
-
-
 class SharedStateDir(NoStateDir):
-    """Takes in uploads, and saves, moves and removes nothing.
+    """A fleet's state directory, for its replicas.
+
+    A replica reads it and stages uploads in it; only the fleet's registry changes anything else.
 
     Args:
         path: The directory, which the registry has made.
-        max_upload_bytes: Most bytes of one upload.
+        max_upload_bytes: Maximum size of one upload.
     """
 
     def __init__(self, path: Path, max_upload_bytes: int) -> None:
@@ -502,14 +501,14 @@ class SharedStateDir(NoStateDir):
         self._max_upload_bytes = max_upload_bytes
 
     def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
-        """As ``StateDir.stage``."""
+        """See ``StateDir.stage``."""
         self.check_room(sum(file.size_bytes for file in files))
         return stage_below(self._path / "incoming", files)
 
     def check_room(self, num_bytes: int) -> None:
-        """As ``StateDir.check_room``."""
+        """See ``StateDir.check_room``."""
         check_room_in(self._path, num_bytes, self._max_upload_bytes)
 
     def staged_source(self, staged: StagedUpload, name: str) -> Source:
-        """As ``StateDir.staged_source``."""
+        """See ``StateDir.staged_source``."""
         return source_of(staged, self._path, name)

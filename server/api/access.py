@@ -23,11 +23,6 @@ from turret.server.config import Config
 from turret.server.errors import PermissionDeniedError, QueueFullError, UnauthenticatedError
 from turret.server.words import say
 
-# Bearer tokens with roles.
-
-
-# Values that are read from files, and read again when the files change.
-
 _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
@@ -35,19 +30,19 @@ _Stamp = tuple[tuple[int, int, int], ...]
 
 
 class WatchedFiles(Generic[_T]):
-    """Not thread-safe.
+    """A value read from files, which is read again when they change. Not thread-safe.
 
     Args:
         paths: The files.
-        read: Reads them; raises OSError or ValueError if they are no good.
-        what: What they hold, for the log.
+        read: Reads the files; raises OSError or ValueError if they are invalid.
+        what: The name of their content in the log.
 
     Attributes:
-        newest: What was read last; files that are no good change nothing.
+        newest: The value that was read last; invalid files leave it unchanged.
 
     Raises:
-        OSError: What ``read`` raised.
-        ValueError: What ``read`` raised.
+        OSError: The error that ``read`` raised.
+        ValueError: The error that ``read`` raised.
     """
 
     def __init__(self, paths: Sequence[Path], read: Callable[[], _T], what: str) -> None:
@@ -59,7 +54,7 @@ class WatchedFiles(Generic[_T]):
         self.newest = read()
 
     def look(self) -> bool:
-        """Read the files again if they have changed; returns whether ``newest`` is another one."""
+        """Read the files again if they have changed; returns whether ``newest`` was replaced."""
         stamp = self._stamp()
         if stamp is None or stamp == self._seen:
             return False
@@ -87,6 +82,8 @@ class WatchedFiles(Generic[_T]):
             return None
         return tuple((s.st_ino, s.st_size, s.st_mtime_ns) for s in stats)
 
+
+# Bearer tokens with roles.
 
 ROLES = ("inference", "admin", "metrics")
 
@@ -123,7 +120,7 @@ class TokenTable:
 
     @classmethod
     def parse(cls, path: Path) -> TokenTable:
-        """As :meth:`read`, but without a warning about the file's mode."""
+        """Like :meth:`read`, but without a warning about the file's mode."""
         entries: dict[str, frozenset[str]] = {}
         try:
             text = read_regular(path).decode()
@@ -167,7 +164,7 @@ class TokenTable:
         return found
 
 
-# Bearer tokens with roles, and which role each service asks for.
+# The role that each service requires.
 
 # Services that are not listed (health, reflection) are open: they reveal nothing about the content.
 SERVICE_ROLES = {
@@ -179,14 +176,14 @@ SERVICE_ROLES = {
 
 
 def authorize(tokens: TokenTable | None, service: str, authorization: object) -> None:
-    """Let a call pass, or raise.
+    """Check that a caller may use a service.
 
     Args:
         tokens: The accepted tokens; None accepts every caller.
-        service: Full name of the service that is called, a key of ``SERVICE_ROLES``. A door that
-            has no services names the one that does the same.
-        authorization: What the client sent as ``authorization``: ``Bearer TOKEN``. Anything but a
-            string is as good as nothing.
+        service: Full name of the service that is called, a key of ``SERVICE_ROLES``. A door without
+            services passes the name of the equivalent one.
+        authorization: The client's ``authorization`` header, ``Bearer TOKEN``. A value that is not
+            a string counts as missing.
 
     Raises:
         UnauthenticatedError: No token, or an unknown one.
@@ -219,9 +216,6 @@ def roles_of(tokens: TokenTable | None, authorization: object) -> frozenset[str]
     return roles
 
 
-# Limits on a party's open requests, and whose cached prefixes a party may use.
-
-
 # Limits on connections, which leave enough descriptors for files.
 
 # Limit of one listening address. A connection costs a descriptor and, with TLS, tens of KB.
@@ -248,6 +242,8 @@ def most_connections(num_doors: int) -> int:
     share = (soft - RESERVED_DESCRIPTORS) // num_doors
     return max(min(share, MOST_CONNECTIONS), _LEAST_CONNECTIONS)
 
+
+# Limits on a party's open requests, and whose cached prefixes a party may use.
 
 _RETRY_SECONDS = 1.0
 # How many requests of one call the engine gets at a time: a list of a thousand prompts must not
@@ -278,8 +274,8 @@ class Shares:
     """Counts open requests by bearer token and by client address. Belongs to one event loop.
 
     Args:
-        per_token: Most of one token; 0 is no limit.
-        per_peer: Most of one client address; 0 is no limit.
+        per_token: Maximum number of requests per token; 0 is no limit.
+        per_peer: Maximum number of requests per client address; 0 is no limit.
         separates_tokens: Whether the requests of one token find no cached prefix of another's.
     """
 
@@ -292,7 +288,7 @@ class Shares:
 
     @property
     def least(self) -> int:
-        """The most that any party may have open at once; 0 is no limit."""
+        """The smallest of the limits on one party's open requests; 0 is no limit."""
         return min((limit for limit in self._limits.values() if limit), default=0)
 
     @classmethod
@@ -316,8 +312,8 @@ class Shares:
         """Count a request while the block runs.
 
         Args:
-            authorization: The header; it tells whose the request is.
-            peer: Where the client is, as gRPC says it: ``ipv4:10.0.0.1:4711``.
+            authorization: The header, which identifies the token.
+            peer: The client's address in gRPC's form, such as ``ipv4:10.0.0.1:4711``.
 
         Raises:
             QueueFullError: The token or the address has as many as it may.

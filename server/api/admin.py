@@ -1,7 +1,8 @@
-"""What the Adapters service does, whoever asks: messages in, messages out, TurretError.
+"""The Adapters service, independent of the protocol: it takes and returns messages.
 
-The control plane loads, replaces, lists, pins, fuses, merges and unloads adapters while traffic
-flows. A door parses what came to it into a message, begins a ``Call``, and awaits.
+It loads, replaces, lists, pins, fuses, merges and unloads adapters while requests are served, and
+raises TurretErrors. A door (gRPC or HTTP) parses its input into a message, begins a ``Call`` and
+awaits the result.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class SlowCalls:
         return await loop.run_in_executor(self._threads, functools.partial(call, *args, **kwargs))
 
     async def run_now(self, call: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-        """As ``run``, but without waiting for a turn.
+        """Like ``run``, but without waiting for a turn.
 
         Raises:
             QueueFullError: All threads are taken.
@@ -101,7 +102,7 @@ class SlowCalls:
         return await asyncio.shield(running)
 
     async def open(self, call: Callable[[], _T], undo: Callable[[_T], object]) -> _T:
-        """As ``run``; if the caller is cancelled meanwhile, the result is closed again."""
+        """Like ``run``, but undoes the call if the caller is cancelled meanwhile."""
         loop = asyncio.get_running_loop()
         opening = loop.run_in_executor(self._threads, call)
         try:
@@ -120,7 +121,7 @@ DEFAULT_UNLOAD_SECONDS = 30.0
 MAX_UNLOAD_SECONDS = 3600.0
 # Concurrent uploads. Each may take up to --max-upload-bytes of the disk before it is validated.
 MAX_UPLOADS = 8
-# A token cannot have all of them.
+# Maximum number of concurrent uploads per token, so that one token cannot take all places.
 MAX_UPLOADS_PER_TOKEN = 6
 _SLOW_CALLS = 32
 _DRAINS = 32
@@ -128,7 +129,7 @@ _DRAINS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """Some of the matching adapters, with the number of matches and of all adapters."""
+    """A part of the matching adapters, with the numbers of all matches and of all adapters."""
 
     shown: list[adapters_pb2.Adapter]
     num_matching: int
@@ -407,7 +408,7 @@ class Adapters:
         return merge_state_message(state)
 
     def merge_state(self) -> adapters_pb2.MergeState:
-        """What is merged now."""
+        """The current merge, if any."""
         return merge_state_message(self._gate.enter().merger.state)
 
 

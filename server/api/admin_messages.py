@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from turret.server.adapters.fuse.combination import FuseResult
     from turret.server.adapters.merger import MergeState
 
-# A registered adapter, domain to proto.
+# Conversion of registered adapters from domain to proto.
 
 
 RESIDENCIES = {
@@ -124,7 +124,7 @@ def page_length(page_size: int) -> int:
 
 
 def cut_page(messages: Iterable[adapters_pb2.Adapter]) -> list[adapters_pb2.Adapter]:
-    """As many of the first adapters as fit into one message, and at least one."""
+    """The first adapters, as many as fit into one message, but at least one."""
     page: list[adapters_pb2.Adapter] = []
     left = MAX_PAGE_BYTES
     for message in messages:
@@ -133,9 +133,6 @@ def cut_page(messages: Iterable[adapters_pb2.Adapter]) -> list[adapters_pb2.Adap
             break
         page.append(message)
     return page
-
-
-# Conversion of merges between proto and domain.
 
 
 # Conversion of fusions between proto and domain.
@@ -184,6 +181,8 @@ def fuse_response(
         response.modules.add(module=each.module, relative_error=each.relative_error, rank=each.rank)
     return response
 
+
+# Conversion of merges between proto and domain.
 
 _Request = adapters_pb2.MergeAdaptersRequest
 # The merge chooses if there is none.

@@ -43,7 +43,7 @@ _MOST_LOGGED_FIELDS = 8
 
 
 def is_request_id(text: str) -> bool:
-    """1 to 128 printable ASCII characters: safe in a header and in a log line."""
+    """Whether a text is 1 to 128 printable ASCII characters, which are safe in headers and logs."""
     return 0 < len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable()
 
 
@@ -58,7 +58,7 @@ class Call:
     """A protocol begins and finishes a call; its handler records what is counted at the end.
 
     Attributes:
-        method: What was called, as the log shows it.
+        method: The method, as the log shows it.
         protocol: The door it came through: ``grpc`` or ``http``.
         request_id: Every line that the current task logs carries it.
         adapters: Names that the call is about; None until they are known.
@@ -102,7 +102,7 @@ class Call:
         """Begin a call in the current task.
 
         Args:
-            method: What was called.
+            method: The method.
             sent_ids: What the client sent as ``x-request-id``; the first usable one becomes the
                 call's id. Without one the id is made up.
             metrics: Where it is counted.
@@ -125,7 +125,7 @@ class Call:
 
     @property
     def party(self) -> bytes:
-        """The party that its requests wait as: the token's, or a party of their own."""
+        """The party of its requests in the queue: the token's, or one of their own."""
         return self.tenant or self.request_id.encode()
 
     def rename(self, request_id: str) -> None:

@@ -1,6 +1,6 @@
-"""What a client may know of an error: a code, a text, and when to try again.
+"""Errors as clients see them: a code, a text, and when to try again.
 
-``TABLE`` is the one table from error class to code. A door adds how its protocol says a code.
+``TABLE`` maps error classes to codes. Each door translates the codes to those of its protocol.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Failure:
     """One failed call.
 
     Attributes:
-        method: What was called, as the log shows it.
+        method: The method, as the log shows it.
         protocol: The door: ``grpc`` or ``http``.
-        request_id: The lines of the log that belong to it carry it.
+        request_id: The id in the log lines of the call.
         code: Name of the code that the call ended with.
         reason: A constant for programs, such as ``ADAPTER_NOT_FOUND``.
-        message: What the client is sent.
+        message: The message for the client.
         adapters: Names that the call was about, as far as they were known.
         time: When it ended, Unix seconds.
     """
@@ -127,7 +127,7 @@ class Fault:
     """An error as clients see it.
 
     Attributes:
-        code: Its kind.
+        code: The code of the error.
         reason: A constant for programs, such as ``ADAPTER_NOT_FOUND``.
         message: For people. Like a description, it is a ``Text`` with a reason and parameters of
             its own if it is a sentence of the catalogue.
@@ -147,9 +147,8 @@ class Fault:
 def fault_of(error: BaseException) -> Fault:
     """The part of an error that clients may know.
 
-    What turret did not raise on purpose becomes INTERNAL, unless it says that
-    there was no memory: its text may hold anything, so it stays in the log, and the door has to
-    write it there.
+    An error that turret did not raise on purpose becomes INTERNAL, unless it reports a lack of
+    memory. Its text may contain anything, so clients do not get it; the door must log it.
     """
     found = turret_error(error)
     row = row_of(found)

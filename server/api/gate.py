@@ -1,4 +1,4 @@
-"""Whether calls are served now, and by which backend."""
+"""The gate, which is open while calls are served, and the backend behind it."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Backend:
     Attributes:
         engine: Runs requests.
         registry: Holds the adapters.
-        fuser: Makes new adapters of those there are.
+        fuser: Makes new adapters from existing ones.
         merger: Merges adapters into the base.
         tokenizer: Turns text into the base model's tokens and back.
-        vocabularies: Tokenizers of adapters that have their own, and the base's, and what compiles
-            constraints for them.
-        model_info: What clients may know of the base model.
+        vocabularies: The tokenizers of the base and of adapters with their own, and the compilers
+            of constraints for them.
+        model_info: The information about the base model for clients.
         methods: Adapter methods that this build can load, sorted.
         kept: Memory of answers that calls collect, by tenant.
     """

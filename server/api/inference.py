@@ -1,7 +1,7 @@
-"""What the Inference service does, whoever asks: messages in, messages out, TurretError.
+"""The Inference service, independent of the protocol: it takes and returns messages.
 
-A door parses what came to it into a message, begins a ``Call``, and iterates. It need not count,
-nor tell the engine that a caller has gone.
+It raises TurretErrors. A door (gRPC or HTTP) parses its input into a message, begins a ``Call`` and
+iterates over the result. It need not count requests or cancel those whose caller has gone.
 """
 
 from __future__ import annotations

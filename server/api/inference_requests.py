@@ -156,7 +156,7 @@ def check_length(length: int, limit: int, unit: str) -> None:
     """Reject input that is longer than the model can read.
 
     Raises:
-        PromptTooLongError: It is.
+        PromptTooLongError: The prompt is too long.
     """
     if length > limit:
         said = say("PROMPT_TOO_LONG", length=length, limit=limit, unit=unit)
@@ -401,9 +401,9 @@ async def generate_request(
     """A domain request.
 
     Args:
-        message: What the client sent.
+        message: The message from the client.
         vocabulary: Turns a prompt or chat into tokens, and compiles what the answer must match.
-        limits: What the model bounds.
+        limits: The limits that the model sets.
         call: On whose behalf; its id is used where the message carries none.
         deadline: ``time.monotonic()`` seconds, or None.
 
@@ -463,7 +463,7 @@ async def score_request(
     call: Call,
     deadline: float | None,
 ) -> Request:
-    """As ``generate_request``, but only for the log probabilities of the prompt."""
+    """Like ``generate_request``, but only for the log probabilities of the prompt."""
     violations = Violations()
     check_input(message, limits, violations)
     refs = adapter_refs(message.adapters, violations)

@@ -143,18 +143,18 @@ async def run_inputs(
 
     Args:
         backend: Answers.
-        call: On whose behalf.
-        party: Whose requests they are; each is counted.
-        count: Of all inputs.
+        call: The call on whose behalf the requests run.
+        party: The party that the requests belong to; each request is counted.
+        count: The number of all inputs.
         make: The request for an input, by its index; asked for when its turn comes.
-        convert: What is kept of a request's last output.
+        convert: Converts a request's last output to its result.
 
     Returns:
         In the order of the inputs, what was kept, and how the request ended, with its timing told
         from the beginning of this.
 
     Raises:
-        TurretError: What the first of them to fail raised; the others end.
+        TurretError: The error of the first request that failed; the others end.
     """
     start = time.monotonic()
 
@@ -222,7 +222,7 @@ def _distinct(finishes: Iterable[Finish]) -> list[AdapterUse]:
     return [places[key] for key in sorted(places)]
 
 
-# Implements Classify: labels for each input.
+# The method Classify: labels for each input.
 
 
 async def classify(
@@ -311,7 +311,7 @@ def _sigmoid(logit: float) -> float:
     return math.exp(logit) / (1 + math.exp(logit))
 
 
-# Implements Embed: a vector for each input.
+# The method Embed: a vector for each input.
 
 
 _Embed = inference_pb2.EmbedRequest
@@ -362,15 +362,15 @@ async def embed(
     """Answer a message.
 
     Args:
-        message: What the client sent.
+        message: The message from the client.
         backend: Answers.
-        call: On whose behalf.
-        party: Whose requests the inputs are.
+        call: The call on whose behalf the requests run.
+        party: The party that the inputs' requests belong to.
         deadline: ``time.monotonic()`` seconds, or None.
 
     Raises:
         InvalidRequestError: Lists every offending field.
-        TurretError: What the first input to fail raised; see ``Engine.submit``.
+        TurretError: The error of the first input that failed; see ``Engine.submit``.
     """
     call.about(message.adapters)
     vocabulary = await backend.vocabularies.of(message.adapters)

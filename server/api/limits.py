@@ -1,4 +1,4 @@
-"""What a request may hold: every text, list and block of bytes of the API, with its limit.
+"""The limits on requests: every text, list and byte field of the API, with its maximum size.
 
 The checks themselves are where the fields are read; ``docs/security.md`` shows this table, and a
 test compares it with the proto files and their comments.
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_MIX_MEMBERS = 64
 MAX_NAME_CHARS = 128
-# Limits on turns of a chat and entries of logit_bias and of stop_token_ids. Each entry costs time
-# at every step or before the first, and no client sends as many.
+# Limits on turns of a chat and on entries of logit_bias and of stop_token_ids. Each entry costs
+# time at every step or before the first step, and no client sends as many.
 MAX_CHAT_MESSAGES = 4096
 MAX_ROLE_CHARS = 64
 MAX_TOOLS = MAX_TOOL_CALLS = 128
@@ -66,7 +66,7 @@ class Limit:
 
     Attributes:
         field: ``Message.field``.
-        most: What; the comment in the proto file says the same number.
+        most: The limit; the comment in the proto file has the same number.
         number: The number in ``most``, or None where the model sets it.
         checked_in: The file with the check.
     """

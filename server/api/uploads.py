@@ -75,7 +75,7 @@ def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapter
     """The header, which the first message must be, with every field in its range.
 
     Raises:
-        InvalidRequestError: It is not; lists every offending field.
+        InvalidRequestError: The header is invalid; lists every offending field.
     """
     if message is None or message.WhichOneof("part") != "header":
         raise InvalidRequestError.of("header", say("NOT_FIRST"))
@@ -128,7 +128,7 @@ async def receive_chunks(
     """Hands every chunk to ``write``, in order, until the client is done.
 
     Args:
-        messages: What follows the header.
+        messages: The messages after the header.
         write: Takes a chunk.
         seconds: Most that all of it may take; trickles of bytes keep a place, too.
 

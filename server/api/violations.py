@@ -69,9 +69,9 @@ class Violations:
         The domain objects own the ranges and stop at their first complaint, hence the loop.
 
         Args:
-            kind: Of the object.
-            values: Its fields.
-            path: Of the message that holds them; empty for the whole.
+            kind: The class of the object.
+            values: The object's fields.
+            path: The path of the message with the fields; empty for the whole message.
         """
         left = dict(values)
         while True:

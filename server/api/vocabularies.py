@@ -31,10 +31,10 @@ class Vocabulary:
 
     Args:
         tokenizer: Turns text into tokens and back.
-        constraints: Compiles what answers must match; None for one that is made when it is needed.
-        own: How the engine knows it; None for the base's.
-        kept: Of the vocabularies that share a budget for what is compiled, where ``constraints`` is
-            not there; None for a budget of its own.
+        constraints: Compiles constraints; None for a compiler that is made when it is needed.
+        own: The engine's interface to it; None for the base's vocabulary.
+        kept: The compiled constraints of vocabularies that share a budget, if ``constraints`` is
+            None; None for a budget of its own.
         like: A vocabulary with the same tokens and end tokens, whose compiler is used; None for a
             compiler of its own.
     """
@@ -82,7 +82,7 @@ class Vocabularies:
     """Finds the vocabulary of a request's adapters. Belongs to one event loop.
 
     Args:
-        base: Of the base model.
+        base: The base model's vocabulary.
         adapters: Knows which adapters have their own tokenizer or chat template.
         tokenizers: Reads them.
         trusts_templates: Whether requests may bring a chat template.
@@ -100,7 +100,8 @@ class Vocabularies:
         self._base = base
         self._adapters = adapters
         self._tokenizers = tokenizers
-        # By tokenizer and by the chat template of the mix, which a request's may replace.
+        # Vocabularies by tokenizer and chat template of the mix; a request may bring its own
+        # template.
         self._made: dict[tuple[Key, str], Vocabulary] = {}
         # Reads in progress, so that concurrent requests share one read.
         self._reading: dict[Key, asyncio.Future[Tokenizer]] = {}
@@ -119,7 +120,7 @@ class Vocabularies:
             weights: The adapters.
             chat_template: The chat template that the request brings; empty without one.
 
-        Whether they may stand together is not looked at; names that are not there are passed over.
+        This does not check whether the adapters can be combined, and it ignores unknown names.
 
         Raises:
             AdapterChangedError, AdapterCheckpointError: An adapter's tokenizer is not what it was.

@@ -33,7 +33,7 @@ class Code(enum.Enum):
 #
 # OpenAI's harmony response format, of gpt-oss: a message is ``<|start|>ROLE
 # to=RECIPIENT<|channel|>CHANNEL<|constrain|>TYPE<|message|>TEXT`` and ends with ``<|end|>`` or
-# ``<|call|>``. The recipient may stand behind the channel; an answer begins behind the first role.
+# ``<|call|>``. The recipient may follow the channel. An answer begins after the first role.
 
 
 CHANNEL, MESSAGE = "<|channel|>", "<|message|>"

@@ -1,4 +1,4 @@
-"""The program of a confined child process: answers jobs that strangers' code is a part of.
+"""The program of a confined child process, which answers jobs with untrusted code in them.
 
 ``confined.py`` runs this file by its path, in an interpreter that cannot import turret and that
 sees only the packages it is given. Jobs come as lines of JSON on standard input. Each answer is a

@@ -36,7 +36,7 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Writes a whole file, over the one that was there; readers see the old or the new one.
 
     Args:
-        path: In a directory that is there.
+        path: A path in an existing directory.
         data: The file's.
         mode: Its permissions.
 
@@ -92,7 +92,7 @@ def reporting_disk_faults() -> Iterator[None]:
         raise StorageFailedError(say("DISK_FAILED", problem=problem)) from error
 
 
-# Early checks that a directory can be written.
+# Early checks that a directory is writable.
 
 
 def unwritable(path: Path) -> Text | None:
@@ -148,7 +148,7 @@ def why_lfs_pointer(begin: bytes) -> Text | None:
     """Why a file that begins like this is not what its name says; None if it may be.
 
     Args:
-        begin: As many of its first bytes as there are of a pointer's, or all.
+        begin: As many of the file's first bytes as a pointer has, or the whole file.
     """
     if not begin.startswith(_LFS_POINTER[: max(8, len(begin))]):
         return None

@@ -1,4 +1,4 @@
-"""Names as people write them: of repositories, of things in sentences, and of what was meant."""
+"""Names of adapters and hub repositories, and small parts of messages that mention names."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ from pathlib import Path
 from turret.closest import closest, did_you_mean
 from turret.server.words import Text, say
 
-# Names of repositories on a Hugging Face hub: ``org/name``, or ``org/name@revision``.
-
-
 # Names of adapters.
 
 # Name of the base model over HTTP, whatever its own name.
@@ -26,12 +23,14 @@ _SHOWN_CHARS = 40
 
 
 def no_adapter_name(name: str) -> Text | None:
-    """What is wrong with an adapter's name; None if nothing is."""
+    """The fault in an adapter's name, or None."""
     if ADAPTER_NAME.fullmatch(name):
         return None
     shown = name if len(name) <= _SHOWN_CHARS else f"{name[:_SHOWN_CHARS]}..."
     return say("NOT_AN_ADAPTER_NAME", value=shown)
 
+
+# Names of repositories on a Hugging Face hub: ``org/name``, or ``org/name@revision``.
 
 # Prefix of an adapter path that names a hub repository.
 HUB_SCHEME = "hub:"
@@ -41,17 +40,17 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def not_a_hub_id(text: str) -> Text:
-    """Reports that a text names no repository."""
+    """The error for a text that is not the id of a repository."""
     return say("NOT_A_HUB_ID", value=text[:200])
 
 
 @dataclass(frozen=True, slots=True)
 class HubId:
-    """A repository, and which state of it.
+    """A repository and a revision of it.
 
     Attributes:
         org: The organisation or the user.
-        name: Of the repository.
+        name: The name of the repository.
         revision: A branch, a tag or a commit; None is the main branch.
     """
 
@@ -64,7 +63,7 @@ class HubId:
         """Read ``org/name`` or ``org/name@revision``.
 
         Raises:
-            ValueError: It is neither.
+            ValueError: The text has neither form.
         """
         match = _ID.fullmatch(text)
         # A rule of the hub, whose cache separates the parts of a directory name with two dashes.
@@ -74,7 +73,7 @@ class HubId:
 
     @classmethod
     def find(cls, text: str) -> HubId | None:
-        """As ``parse``, but None for anything else."""
+        """Like ``parse``, but returns None for any other text."""
         try:
             return cls.parse(text)
         except ValueError:
@@ -112,13 +111,13 @@ class HubId:
 def model_place(written: str, folder: Path = Path()) -> Path:
     """The path of a model given by a user; a model on the hub is a path that equals its id.
 
-    Only what is written as an id is one. A path to nothing that reads like an id, once it is
-    joined with a folder or rid of its ``./``, becomes absolute: it must not name a stranger's
-    repository.
+    Only a text that is written as an id is one. A missing path that would look like an id after it
+    is joined with a folder, or without its ``./``, becomes absolute, so that it cannot name a
+    stranger's repository.
 
     Args:
         written: The text as it was typed.
-        folder: What it is relative to, where it is a path.
+        folder: The directory to which a path is relative.
     """
     path = folder / written
     try:
@@ -164,5 +163,5 @@ def counted(count: int, thing: str) -> str:
 
 
 def how_to_add(extra: str) -> str:
-    """The command: of this Python, since another one's pip has no turret and would look for one."""
+    """The command that adds an extra, with this Python, because others do not have turret."""
     return f"`{shlex.quote(sys.executable)} -m pip install 'turret[{extra}]'` adds it"

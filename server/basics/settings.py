@@ -64,7 +64,7 @@ def parse_byte_size(text: str) -> int:
 
 
 def about_bytes(count: int) -> str:
-    """For people: three digits and a binary unit, 707610 → ``691 KiB``."""
+    """A readable size with three digits and a binary unit: 707610 → ``691 KiB``."""
     size, unit = float(count), "bytes"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:
@@ -87,10 +87,10 @@ def format_byte_size(count: int) -> str:
 
 
 def parse_toml(data: bytes) -> dict[str, Any]:
-    """The tables of a file; a byte-order mark, as editors on Windows write one, is passed over.
+    """The tables of a file; a byte-order mark, which editors on Windows write, is ignored.
 
     Raises:
-        ValueError: It is no UTF-8 or no TOML; says where.
+        ValueError: The file is not UTF-8 or not TOML; the error has the place.
     """
     try:
         return tomllib.loads(data.decode("utf-8-sig"))
@@ -142,7 +142,7 @@ def is_local_address(address: str) -> bool:
         return False
 
 
-# Settings that several places give: a TOML file, variables, flags. One model checks them all.
+# Settings from several sources: a TOML file, variables and flags. One model checks all of them.
 #
 # The model is a pydantic dataclass with a pydantic dataclass for each table. Errors are collected:
 # every setting at fault is reported at once, with a reason.
@@ -157,11 +157,11 @@ _SECONDS_OF = {"ms": 0.001, "s": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
 
 class Violation(NamedTuple):
-    """What is wrong with one setting.
+    """The fault in one setting.
 
     Attributes:
-        field: ``table.key``, or the variable where there is no such key.
-        text: Why.
+        field: ``table.key``, or a variable if no such key exists.
+        text: The fault.
     """
 
     field: str
@@ -169,7 +169,7 @@ class Violation(NamedTuple):
 
 
 class SettingsError(ValueError):
-    """Settings that make no sense.
+    """Invalid settings.
 
     Attributes:
         violations: All of them.
@@ -181,7 +181,7 @@ class SettingsError(ValueError):
 
 
 class Layer(NamedTuple):
-    """What one place gives.
+    """The settings from one source.
 
     Attributes:
         origin: The file or the variable; empty for a flag.
@@ -244,7 +244,7 @@ def all_keys(model: type) -> list[str]:
 
 
 def closest_key(model: type, name: str) -> str | None:
-    """The ``table.key`` that was meant by one that there is not."""
+    """The known ``table.key`` that is closest to an unknown one."""
     table, _, last = name.rpartition(".")
     keys = all_keys(model)
     own = [key for key in keys if key.startswith(f"{table}.")] or keys
@@ -439,8 +439,8 @@ def setting(default: Any, help_text: str, *, shown: str = "", **rules: Any) -> A
     """A field of a table.
 
     Args:
-        default: Its value where none is given; ``...`` for none.
-        help_text: What it means.
+        default: The default value; ``...`` for none.
+        help_text: The help text.
         shown: Stands for the value in the help.
         rules: Limits, as pydantic's ``Field`` has them.
     """
@@ -459,7 +459,7 @@ def is_switch(info: FieldInfo) -> bool:
 
 
 def shown_of(info: FieldInfo) -> str:
-    """What stands for the value in a help."""
+    """The placeholder for the value in the help."""
     extra = info.json_schema_extra
     if isinstance(extra, dict) and "shown" in extra:
         return str(extra["shown"])

@@ -1,4 +1,4 @@
-"""Finds tokens in tokens."""
+"""Searches a sequence of tokens for another one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _CODEC = "utf-32-le" if sys.byteorder == "little" else "utf-32-be"
 
 
 def last_occurrence(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
-    """Where ``wanted`` begins in ``tokens`` for the last time; None if it is not there."""
+    """The start of the last occurrence of ``wanted`` in ``tokens``, or None."""
     # Search the reversed tokens as text, which takes linear time for any tokens.
     found = _text(tokens).find(_text(wanted))
     return None if found < 0 else len(tokens) - len(wanted) - found

@@ -1,10 +1,8 @@
-"""Which GPU a process sees, and what Triton needs of a machine beside it.
+"""The GPU that a process sees, and the other things that Triton needs on a machine.
 
-Triton compiles C when it first runs.
-
-Its driver, and in version 3.6 a launcher for each form of a kernel too, are C that it compiles
-with the machine's compiler against Python's headers. What it compiles goes to a folder of its own
-below the home directory, which services and containers often cannot write.
+Triton compiles C code at its first use: its driver and, in version 3.6, a launcher for each form of
+a kernel. For that it needs a C compiler and Python's headers. It writes the results to a folder
+below the home directory, which services and containers often cannot write to.
 """
 
 from __future__ import annotations
@@ -24,9 +22,9 @@ _COMPILERS = ("gcc", "clang")
 def see_only(device: str, environ: MutableMapping[str, str] = os.environ) -> None:
     """Make ``cuda:N`` the only CUDA device that this process sees; others leave it as it is.
 
-    Every thread and every library has device 0 as its current one, so the one that serves is made
-    that. Call it before anything asks for devices, as bitsandbytes does when it is imported: CUDA
-    reads the variable once.
+    Every thread and every library starts with device 0 as its current one, so the serving device
+    must be device 0. Call this function before anything asks for devices, as bitsandbytes does when
+    it is imported, because CUDA reads the variable only once.
 
     Raises:
         InvalidRequestError: The variable does not list as many.
@@ -44,7 +42,7 @@ def see_only(device: str, environ: MutableMapping[str, str] = os.environ) -> Non
 
 
 def missing_for_triton() -> str:
-    """What must be installed before Triton can run a kernel; empty if nothing is missing."""
+    """The packages that Triton needs and that are missing, in words; empty if none is."""
     missing = []
     if "CC" not in os.environ and not any(map(shutil.which, _COMPILERS)):
         missing.append("a C compiler (gcc or clang, or another one that CC names)")

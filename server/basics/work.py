@@ -54,9 +54,9 @@ def compute_on_this_thread() -> None:
 
 
 def work_in_background() -> None:
-    """As above, and also yield the processor to other threads, for as long as this thread lives.
+    """Compute on this thread alone, with a low priority, for as long as the thread lives.
 
-    Linux alone has a priority for each thread; elsewhere the work competes like any other.
+    Only Linux has a priority per thread. On other systems, the priority stays as it is.
     """
     compute_on_this_thread()
     if sys.platform == "linux":
@@ -69,8 +69,8 @@ def work_in_background() -> None:
 def started_pool() -> ThreadPoolExecutor:
     """A pool of as many threads as asyncio's own, all of them started.
 
-    A pool that grows refuses work when the system grants no further thread, and yet does that work
-    later: whoever was refused would find it done.
+    If the system grants no further thread, a growing pool raises an error for the work, but may
+    still do it later. With started threads, that cannot happen.
     """
     count = min(32, (os.cpu_count() or 1) + 4)
     pool = ThreadPoolExecutor(count, thread_name_prefix="worker")
@@ -122,7 +122,7 @@ _NUMBERS = (errno.ENOMEM, errno.EAGAIN)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether something may succeed once memory is free again."""
+    """Whether an error was caused by a lack of memory, so that a retry may succeed."""
     if isinstance(error, OSError):
         return error.errno in _NUMBERS
     # If torch is not loaded, the error cannot be its own.
@@ -134,7 +134,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def turret_error(error: BaseException, otherwise: str | None = None) -> TurretError:
-    """The error that a caller gets: lack of memory, or ``otherwise``, or an internal one."""
+    """The error for a caller: a lack of memory, ``otherwise``, or an internal error."""
     if isinstance(error, TurretError):
         return error
     if is_out_of_memory(error):

@@ -1,4 +1,4 @@
-"""What a shell completes behind ``turret``: argcomplete reads it from the parser."""
+"""Shell completion for ``turret``, which argcomplete derives from the parser."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from argcomplete.shell_integration import shellcode
 
 # Placeholders that the help uses for paths.
 _PATHS = ("FILE", "DIR", "PATH", "FILE.svg", "CONFIG")
-_OF_ADAPTERS = ("adapters", "mixes")
+_ADAPTER_ARGUMENTS = ("adapters", "mixes")
 # Verbs whose NAME is that of a new adapter.
-_NAMING = ("turret adapters load", "turret adapters fuse")
+_VERBS_WITH_NEW_NAME = ("turret adapters load", "turret adapters fuse")
 # A zsh without a configuration has not loaded its completion.
 _ZSH = "#compdef turret\n(( ${+functions[compdef]} )) || { autoload -U compinit && compinit; }\n"
-# Asking the server of the command line takes 0.15 s; without an answer nothing is offered.
+# Timeout of the call that lists the adapters of the command line's server. It usually takes 0.15 s;
+# without an answer, no names are offered.
 _TIMEOUT_SECONDS = 1.0
 
 
 def script(shell: str) -> str:
-    """What makes a shell complete the command: ``bash``, ``zsh`` or ``fish``."""
+    """The script that makes a shell (``bash``, ``zsh`` or ``fish``) complete the command."""
     code = shellcode(["turret"], shell=shell)
     return f"{_ZSH}{code}" if shell == "zsh" else code
 
@@ -38,8 +39,8 @@ def complete(parser: argparse.ArgumentParser, offers: Mapping[str, Sequence[str]
     """Write the completions of the line in the environment, and end the process.
 
     Args:
-        parser: With the flags of the line's verb.
-        offers: Values of ``VERB:--FLAG`` that the parser leaves open.
+        parser: The parser, with the flags of the line's verb.
+        offers: Values of flags for which the parser has no choices, by ``VERB:--FLAG``.
     """
     _prepare(parser, offers)
     argcomplete.autocomplete(
@@ -56,15 +57,15 @@ def _prepare(parser: argparse.ArgumentParser, offers: Mapping[str, Sequence[str]
         flag = action.option_strings[-1] if action.option_strings else ""
         open_values = offers.get(f"{parser.prog.partition(' ')[2]}:{flag}")
         shown = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
-        is_adapter = not flag and action.dest == "name" and parser.prog not in _NAMING
+        is_adapter = not flag and action.dest == "name" and parser.prog not in _VERBS_WITH_NEW_NAME
         completer: Any = None
         if open_values or shown.startswith("{"):
             completer = ChoicesCompleter(
                 dict.fromkeys(open_values or shown.strip("{}").split(","), "")
             )
-        elif is_adapter or action.dest in _OF_ADAPTERS:
+        elif is_adapter or action.dest in _ADAPTER_ARGUMENTS:
             completer = _adapters
-        # DIR|ORG/NAME, NAME=PATH
+        # A placeholder may have several parts, as in DIR|ORG/NAME or NAME=PATH.
         elif {shown.replace("=", "|").split("|")[0], shown.rpartition("=")[2]} & {*_PATHS}:
             completer = FilesCompleter()
         if completer is not None:

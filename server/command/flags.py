@@ -73,12 +73,12 @@ def variable_of(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Settings(Generic[C]):
-    """What was given, and by whom.
+    """The settings that were given, with their origins.
 
     Attributes:
         model: The class of the configuration.
-        layers: The first that has a value wins.
-        notes: What looks like a mistake and changes nothing.
+        layers: The sources of values; the first one that has a value wins.
+        notes: Likely mistakes that have no effect.
     """
 
     model: type[C]
@@ -102,12 +102,12 @@ class Settings(Generic[C]):
         """The checked configuration.
 
         Raises:
-            SettingsError: Values that are wrong, by themselves or together; all of them.
+            SettingsError: Reports all invalid values and invalid combinations.
         """
         return load(self.model, self.layers)
 
     def place(self, field: str) -> str:
-        """Where a setting was given: its flag, its variable, or its key in the file."""
+        """The place of a setting's value: its flag, its variable, or its key in the file."""
         table, _, name = field.partition(".")
         name, _, part = name.partition(".")
         if name not in settings(self.model):
@@ -153,16 +153,16 @@ def _keys(layer: Layer, table: str) -> Mapping[str, Any]:
 def add_flags(
     parser: argparse.ArgumentParser, model: type[Config] = Config, hidden: Collection[str] = ()
 ) -> None:
-    """One group a table, one flag a setting.
+    """Add a group of flags for each table, and a flag for each setting.
 
-    A flag that is not given leaves no trace in the namespace: a file or a variable may set it.
+    A flag that is not given is absent from the namespace, because a file or a variable may set it.
 
     Args:
-        parser: Gets them.
+        parser: The parser that gets the flags.
         model: The class of the configuration.
-        hidden: Names of settings that its help leaves out.
+        hidden: Names of settings that the help omits.
     """
-    # argparse would list all flags before it explains them.
+    # By default, argparse would list all flags in the usage.
     parser.usage = "%(prog)s [flags]"
     parser.add_argument(
         "--config",
@@ -198,13 +198,13 @@ def read_settings(
     """The settings of the flags, the environment and the file.
 
     Raises:
-        SettingsError: The file cannot be read, or is no TOML.
+        SettingsError: The file cannot be read, or is not TOML.
     """
     given = vars(args)
     flags = {n: given[n] for n in settings(model) if n in given}
     layers = [_layer("", flags, model)]
     for name in settings(model):
-        # An empty variable is one that is not set.
+        # An empty variable counts as unset.
         if text := environ.get(variable_of(name), ""):
             layers.append(_layer(variable_of(name), {name: text}, model))
     origin = "--config" if "config" in given else CONFIG_VARIABLE
@@ -245,12 +245,12 @@ def read_file(path: Path, origin: str = "--config", model: type[Config] = Config
     """A TOML file; paths in it are relative to the directory that it is in.
 
     Args:
-        path: Of the file.
-        origin: The flag or variable that names it.
+        path: The file.
+        origin: The flag or variable that names the file.
         model: The class of the configuration.
 
     Raises:
-        SettingsError: It cannot be read, or is no TOML.
+        SettingsError: The file cannot be read, or is not TOML.
     """
     try:
         tables = parse_toml(path.read_bytes())

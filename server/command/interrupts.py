@@ -1,6 +1,6 @@
-"""Ctrl-C, SIGTERM and SIGHUP: raised as exceptions, or ending the process while libraries load.
+"""Ctrl-C, SIGTERM and SIGHUP, which raise exceptions, or end the process while libraries load.
 
-An exception then passes through C++ code, some of which aborts.
+While libraries load, an exception would pass through C++ code, some of which aborts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SHOW_CURSOR = "\x1b[?25h"
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which unwinds as Ctrl-C does."""
+    """Raised for SIGTERM, and handled like Ctrl-C."""
 
 
 def exit_code(interrupt: KeyboardInterrupt) -> int:
@@ -29,7 +29,7 @@ def exit_code(interrupt: KeyboardInterrupt) -> int:
 
 @contextlib.contextmanager
 def raising_terminated() -> Iterator[None]:
-    """Within this, SIGTERM raises :class:`Terminated`, unless another handler is installed."""
+    """Make SIGTERM raise :class:`Terminated` in the block, unless another handler is installed."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -47,10 +47,10 @@ def _raise_terminated(*_: object) -> None:
 
 @contextlib.contextmanager
 def ending_at_interrupts(said: str) -> Iterator[None]:
-    """Within this, signals that would raise end the process at once, without an exception.
+    """Make signals end the process at once in the block, without an exception.
 
     Args:
-        said: The process's last words.
+        said: The last line that the process prints.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -92,11 +92,11 @@ def _has_terminal() -> bool:
 def take_signals_of_a_start(*, is_json: bool) -> None:
     """Handle signals as a server does, until the server handles them itself.
 
-    SIGTERM ends the process with 0 and a line. SIGHUP, which asks for files to be read again, does
-    nothing while none is read yet, but where it comes of a terminal that closes.
+    SIGTERM ends the process with exit code 0 and a line. SIGHUP, which makes a server read files
+    again, has no effect yet, unless the terminal has closed.
 
     Args:
-        is_json: Whether the line is one of a log of JSON objects.
+        is_json: Whether the line is a JSON object.
     """
     hangup = Hangup()
 

@@ -14,16 +14,16 @@ from turret.server.command.start_lines import refuse, wants_json
 
 EXIT_USAGE = 2
 # Arguments that take a text.
-_TEXTS = ("prompt", "texts")
+_TEXT_ARGUMENTS = ("prompt", "texts")
 _NUMBERS: Mapping[Any, str] = {int: "a whole number", float: "a number"}
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse, which suggests the closest flag, verb or choice instead of printing the usage.
+    """Suggests the closest flag, verb or choice instead of printing the usage.
 
     Attributes:
-        verbs_below: Returns names that are no verb here but one of a verb → the whole command.
-        logs: Whether it reports errors in the form of the log, as --log-format has it.
+        verbs_below: Returns the subcommands of the verbs: name → whole command.
+        logs: Whether errors are reported in the log's format, which --log-format sets.
     """
 
     verbs_below: Callable[[], Mapping[str, str]] = dict
@@ -31,15 +31,15 @@ class CommandParser(argparse.ArgumentParser):
     _given: Sequence[str] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As argparse's, but flags cannot be abbreviated: later versions may have more of them."""
+        """Forbid abbreviated flags: with the flags of a later version they may be ambiguous."""
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
-        """As argparse's, but a verb rejects unknown arguments itself, under its own name."""
+        """Parse as argparse does, but let a verb itself reject unknown arguments, in its name."""
         self._given = list(sys.argv[1:] if args is None else args)
-        # Check flags first: argparse would report an argument that an unknown flag was meant for.
+        # Check flags first: argparse would report the argument after an unknown flag instead.
         for flag in self._flags():
             if flag not in self._option_string_actions:
                 self._refuse_flag(flag)
@@ -48,7 +48,7 @@ class CommandParser(argparse.ArgumentParser):
             if len(rest[0]) > 1 and rest[0].startswith("-"):
                 # A flag and its value may be one quoted word.
                 self._refuse_flag(rest[0].partition("=")[0].partition(" ")[0])
-            takes_text = any(one.dest in _TEXTS for one in self._get_positional_actions())
+            takes_text = any(one.dest in _TEXT_ARGUMENTS for one in self._get_positional_actions())
             hint = "; quote a text of several words" if takes_text else ""
             self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
         return values, rest
@@ -63,7 +63,7 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """As argparse's, but an invalid number is not reported with the name of Python's type."""
+        """Convert as argparse does, but without the name of Python's type in the error."""
         kind = _NUMBERS.get(action.type)
         if kind is None:
             return super()._get_value(action, arg_string)  # type: ignore[misc]
@@ -73,7 +73,7 @@ class CommandParser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"{arg_string!r} is not {kind}") from None
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """As argparse's, but it suggests the closest choice."""
+        """Check as argparse does, but suggest the closest choice."""
         if action.choices is None or value in action.choices:
             return
         choices = [str(choice) for choice in action.choices]
@@ -87,7 +87,7 @@ class CommandParser(argparse.ArgumentParser):
         """The long flags that were given to this verb."""
         words = itertools.takewhile(lambda word: word != "--", self._given)
         if self._subparsers is not None:
-            # Flags behind a verb belong to that verb.
+            # Flags after a verb belong to that verb.
             words = itertools.takewhile(lambda word: word.startswith("-"), words)
         for word in words:
             if word.startswith("--") and " " not in word.partition("=")[0]:

@@ -1,7 +1,7 @@
 """Checks that are possible before torch is imported and the model is read.
 
-A start takes many seconds. What the file system and the ports already say is said in the first one,
-all of it at once. The parts that own these things check them again when they open them.
+A start takes many seconds. Problems with files and ports are reported together in the first second.
+The parts that use the files and ports check them again when they open them.
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ _CONNECT_SECONDS = 1.0
 
 
 def problems(config: Config, *, may_run: bool = False) -> list[Violation]:
-    """What would keep the server from starting, by setting or variable.
+    """The problems that would keep the server from starting, by setting or variable.
 
     Args:
         config: The resolved configuration.
-        may_run: What uses the state directory and the addresses may be what is to be changed.
+        may_run: Whether the settings may belong to a running fleet, which then uses the state
+            directory and the addresses itself.
     """
     adapters = dataclasses.replace(config.adapters, state_dir=None) if may_run else config.adapters
     model_type, of_model = _model(config.model.model)
@@ -141,7 +142,7 @@ def _memory(config: Config) -> Iterator[Violation]:
 
 
 def without_cuda() -> Text | None:
-    """Why torch cannot use any GPU of this machine; None if it may."""
+    """Why torch cannot use any GPU of this machine; None if it may be able to."""
     return say("TORCH_WITHOUT_CUDA") if _torch_version().endswith("+cpu") else None
 
 

@@ -22,7 +22,7 @@ class OutputError(OSError):
 class _Messages(io.FileIO):
     """Standard error, which never fails: lines that nobody reads are dropped.
 
-    A server whose log was read by ``head`` serves on.
+    So a server whose log was read by ``head`` keeps serving.
     """
 
     def write(self, data: ReadableBuffer, /) -> int:
@@ -35,7 +35,7 @@ class _Messages(io.FileIO):
 class _Output(io.FileIO):
     """Standard output, which fails once: later output is dropped.
 
-    Else every flush on the way out would fail again, the interpreter's own at the last.
+    Otherwise every later flush would fail again, including the interpreter's own at exit.
     """
 
     failure: OSError | None = None
@@ -57,10 +57,10 @@ def with_streams(run: Callable[[], int]) -> int:
     """Run a command of this process with usable streams.
 
     Args:
-        run: The command. A failure of its output that it does not tell is told here.
+        run: The command. If it does not report a failure of its output, this function does.
 
     Returns:
-        Its exit code, also that of a SystemExit, or 1 if its output was lost.
+        The exit code of the command or of its SystemExit, or 1 if output was lost.
     """
     _open_closed()
     output = _Output(sys.stdout.fileno(), "w", closefd=False)
@@ -99,8 +99,8 @@ def _told(error: OutputError) -> int:
 def _open_closed() -> None:
     """Open the null device for each closed stream, before a file or a socket gets its number.
 
-    That would then be read and written by whatever uses the stream, compiled code among it. An
-    output that is closed takes nothing, so that a result is not lost without a word.
+    Otherwise, code that uses the stream, including compiled code, would read or write that file or
+    socket. Writing to a closed output fails, so that a result is not lost silently.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:

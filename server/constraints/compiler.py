@@ -1,4 +1,4 @@
-"""Compiles constraints off the event loop, and shares what was compiled lately."""
+"""Compiles constraints off the event loop, and shares recently compiled ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from turret.server.errors import BudgetExceededError, InvalidRequestError, Queue
 from turret.server.words import say
 
 NUM_THREADS = 2
-# Compiled or waited for, at a time.
+# Maximum number of constraints that are being compiled or waited for at a time.
 MAX_RUNNING = 64
 # The slowest constraint within the limits below took half a second to compile here.
 COMPILE_SECONDS = 20.0
@@ -38,7 +38,7 @@ _Followable = tuple[LLTokenizer, Alphabet]
 
 
 class TokenSource(Protocol):
-    """What the compiler needs of a tokenizer."""
+    """The part of a tokenizer that the compiler needs."""
 
     eos_token_ids: frozenset[int]
     vocab_size: int
@@ -52,8 +52,9 @@ class ConstraintCompiler:
     """Compiles constraints for one tokenizer. ``compile`` belongs to one event loop.
 
     Args:
-        tokens: The model's tokenizer. It is read on a thread, from now on: half a second and more.
-        kept: Keeps what was compiled; None for a keeper of its own.
+        tokens: The model's tokenizer. Another thread begins to read it, which takes half a second
+            or more.
+        kept: Keeps compiled constraints; None for a budget of its own.
     """
 
     def __init__(self, tokens: TokenSource, kept: KeptConstraints | None = None) -> None:
@@ -71,7 +72,7 @@ class ConstraintCompiler:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def forget(self) -> None:
-        """Keep nothing of what was compiled."""
+        """Drop everything that was compiled."""
         self.kept.forget(self._owner)
 
     async def compile(self, spec: ConstraintSpec) -> Constraint:
@@ -80,7 +81,7 @@ class ConstraintCompiler:
         Raises:
             InvalidRequestError: It cannot be read or met; names the parts that are to blame.
             QueueFullError: Too many others are being compiled.
-            BudgetExceededError: It took too long.
+            BudgetExceededError: The compilation took too long.
         """
         key = spec.digest
         found = self.kept.find(self._owner, key)

@@ -24,10 +24,10 @@ MAX_CHOICES = 1024
 
 @dataclass(frozen=True, slots=True)
 class ConstraintSpec:
-    """What to compile.
+    """A constraint as a client sends it.
 
     Attributes:
-        kind: How ``texts`` is to be read; the name of the field that it came in.
+        kind: The kind of the constraint, which is also the name of its request field.
         texts: A schema, a regular expression, a grammar, or the texts to choose from.
     """
 
@@ -47,7 +47,8 @@ class ConstraintSpec:
         return hashlib.sha256(whole.encode()).digest()
 
 
-# Finds the places in a JSON schema that llguidance rejects: its message contains only the keyword.
+# Search for the places in a JSON schema that llguidance rejects, whose message has only the
+# keyword.
 
 # Keywords that hold a schema, a list of schemas, or schemas by name.
 _ONE = frozenset(
@@ -139,7 +140,8 @@ def _keywords(schema: Any) -> Iterator[tuple[str, str, Any]]:
         left += reversed(inner)
 
 
-# Between the tokens of JSON. Bounded: a model that has begun to write blanks may never stop.
+# Whitespace between the tokens of JSON. It is bounded, because a model that has begun to write
+# blanks may never stop.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,32}"
 _JSON_OPTIONS: Any = {
     "whitespace_flexible": True,
@@ -163,12 +165,12 @@ MAX_FAULT_CHARS = 300
 
 
 def grammar_of(spec: ConstraintSpec) -> str:
-    """The grammar of a constraint, not yet checked but for its form.
+    """The grammar of a constraint; only its form has been checked.
 
     Raises:
-        InvalidRequestError: It cannot be read.
+        InvalidRequestError: The constraint cannot be read.
     """
-    # Imported where they are used: the GPU benchmark runs steps where llguidance is not installed.
+    # Import llguidance only where it is used: the GPU benchmark runs without it.
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 
@@ -177,7 +179,7 @@ def grammar_of(spec: ConstraintSpec) -> str:
     if spec.kind == "json_schema":
         return _schema_grammar(spec.texts[0])
     if spec.kind == "choice":
-        # One alternation: a rule per choice would make the parser follow all of them at once.
+        # Use one alternation: with a rule per choice, the parser would follow all of them at once.
         texts = "|".join(_META.sub(r"\\\1", text) for text in spec.texts)
         return LLMatcher.grammar_from_regex(f"(?:{texts})")
     if spec.kind == "regex":
@@ -201,7 +203,7 @@ def unforced(grammar: str) -> str:
 
 
 def refusal(spec: ConstraintSpec, why: str) -> InvalidRequestError:
-    """A constraint that llguidance does not compile, with the parts that are to blame."""
+    """The error for a constraint that llguidance cannot compile, with the parts at fault."""
     faults: list[tuple[str, Text]] = []
     if spec.kind == "json_schema":
         faults = schema_faults(json.loads(spec.texts[0]), why)

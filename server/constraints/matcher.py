@@ -1,4 +1,4 @@
-"""Follows a constraint along one answer: which tokens may come next."""
+"""Follows a constraint along one answer, and determines which tokens may come next."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Alphabet:
     """The tokens of one tokenizer.
 
     Args:
-        texts: What each token stands for; empty for special tokens.
-        num_drawable: How many of them the model has logits for, from the first on.
+        texts: The text of each token; empty for special tokens.
+        num_drawable: The number of tokens, from the first on, for which the model has logits.
     """
 
     def __init__(self, texts: list[bytes], num_drawable: int) -> None:
@@ -41,7 +41,7 @@ class Alphabet:
             self._drawable = words_of(range(num_drawable), self.num_words)
 
     def is_plain(self, token_id: int) -> bool:
-        """Whether a token can be drawn and is a text, and no other token is the same text."""
+        """Whether a token can be drawn, has a text, and no other token has the same text."""
         return token_id < len(self._plain) and self._plain[token_id] == 1
 
     def is_drawable(self, token_id: int) -> bool:
@@ -81,10 +81,10 @@ def words_of(token_ids: Iterable[int], num_words: int) -> Words:
 
 # Threads with room on their stacks: llguidance follows nested rules by recursion.
 #
-# On an ordinary stack of 8 MiB a grammar of a few thousand nested rules ends the process. Rules
-# nest no deeper than a constraint has characters, so these stacks hold the deepest that is let in
-# (measured: 2 KiB a rule, of at least 8 characters). They are address space; only what is used of
-# them is memory.
+# On an ordinary stack of 8 MiB, a grammar of a few thousand nested rules crashes the process. The
+# length of a constraint limits how deeply its rules nest, so these stacks are large enough for
+# every accepted constraint (measured: 2 KiB per rule, of at least 8 characters). A stack only
+# reserves address space; it takes memory as far as it is used.
 
 STACK_BYTES = MAX_CONSTRAINT_CHARS * (4 << 10)
 
@@ -131,7 +131,7 @@ _LEXER_FULL = "too many states"
 
 
 class MatcherSource(Protocol):
-    """What a matcher is made from (``Constraint``)."""
+    """The source of a matcher (``Constraint``)."""
 
     forces: bool
 
@@ -141,11 +141,11 @@ class MatcherSource(Protocol):
 
 
 class Matcher:
-    """One answer's place in a grammar. One thread at a time.
+    """One answer's position in a grammar. Use it from one thread at a time.
 
     Args:
         source: The constraint.
-        alphabet: Of its tokenizer.
+        alphabet: The alphabet of the constraint's tokenizer.
     """
 
     def __init__(self, source: MatcherSource, alphabet: Alphabet) -> None:
@@ -163,7 +163,7 @@ class Matcher:
         return len(self._tokens)
 
     def check(self, token_ids: Sequence[int]) -> None:
-        """Refuse the beginning of an answer that the constraint does not allow.
+        """Check that the constraint allows the beginning of an answer.
 
         Raises:
             InvalidRequestError: It does not.
@@ -183,16 +183,16 @@ class Matcher:
         self._follow(lambda: self._native.consume_token(token_id), again=_nothing)
 
     def take(self, token_id: int, withheld: Collection[int] = ()) -> int | None:
-        """Take in a token if it is in the mask, or else the one that is alone there.
+        """Take in a token if the mask would allow it, or else the only token that it would allow.
 
-        Costs a tenth of a mask, which is not made.
+        This costs a tenth of making the mask.
 
         Args:
             token_id: The token.
-            withheld: As for ``mask``.
+            withheld: See ``mask``.
 
         Returns:
-            The token that was taken in. None if none was: the mask has to tell.
+            The token that was taken in; None if none was, because the mask is needed to decide.
 
         Raises:
             BudgetExceededError: The grammar is too complex to go on, or took too long.
@@ -242,7 +242,7 @@ class Matcher:
             raise BudgetExceededError(say("CONSTRAINT_TOO_SLOW"))
 
     def _forced(self) -> int | None:
-        """The one token that may come where only one text may, if such a text is forced."""
+        """The only allowed token, if the grammar forces a text here; else None."""
         if not self._forces:
             return None
         forced = self._native.compute_ff_tokens()
@@ -264,8 +264,8 @@ class Matcher:
     def _follow(self, work: Callable[[], object], again: Callable[[], object]) -> None:
         """Do something with the native matcher, and if its lexer is full, ``again`` with a new one.
 
-        The new one has taken in all tokens. Others may have filled the lexer: what becomes of an
-        answer must not depend on them.
+        The new matcher first takes in all tokens so far. Other answers may have filled the lexer,
+        and an answer must not depend on them.
         """
         start = time.thread_time()
         work()

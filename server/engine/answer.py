@@ -91,7 +91,7 @@ class Detokenizer:
         return longest
 
 
-# An answer's text as its tokens come, and where it ends by itself.
+# The text of a growing answer, and the detection of its end.
 
 
 class AnswerText:
@@ -99,9 +99,10 @@ class AnswerText:
 
     Args:
         stream: Decodes token by token.
-        stop: When the answer ends; ``max_tokens`` is not looked at.
+        stop: When the answer ends; ``max_tokens`` is ignored.
         eos_token_ids: The model's end-of-sequence tokens.
-        is_constrained: They are drawn only where the answer is complete, and always end it.
+        is_constrained: Whether a constraint applies: end tokens are then drawn only if the answer
+            is complete, and always end it.
 
     Attributes:
         stopped_by: The stop string or token that has ended the answer, or None.
@@ -139,10 +140,10 @@ class AnswerText:
         return text
 
     def replay(self, tokens: Collection[int]) -> None:
-        """Take in what an earlier answer to the same request began with; its text is not wanted.
+        """Take in the tokens of an earlier answer to the same request, without returning its text.
 
         Raises:
-            InvalidRequestError: The answer ended at one of them.
+            InvalidRequestError: One of these tokens already ends the answer.
         """
         for index, token in enumerate(tokens):
             self.push(token)
@@ -170,9 +171,9 @@ class Stream:
 
     Args:
         cancel: Ends the request.
-        hold: Told of bytes that the request and what is unread of its answer take (negative:
-            no longer take).
-        num_bytes: What the request itself takes.
+        hold: Called with the bytes that the request and its unread output newly take; negative
+            for bytes that they no longer take.
+        num_bytes: The approximate memory of the request itself.
     """
 
     def __init__(
@@ -272,9 +273,9 @@ class Answer:
     """Bookkeeping of one request on the engine thread.
 
     Args:
-        sequence: Its tokens.
-        stream: Where outputs go.
-        text: Its text, which has taken in what the request says was answered before.
+        sequence: The request's sequence.
+        stream: The stream for outputs.
+        text: The answer's text, including the answer so far that the request carries.
         token_text: Text of a single token, for logprobs.
         max_tokens: Most tokens to generate, resolved against the context.
     """
@@ -315,10 +316,10 @@ class Answer:
 
         Args:
             draws: The tokens, in order; at least one.
-            cold: What was read for the request, which the first output tells.
+            cold: The adapters that were read for the request, which the first output reports.
 
         Returns:
-            The output they make certain, and why (and by what) the sequence ends, if it does.
+            The output that is now final, and why (and by what) the sequence ends, if it does.
 
         Raises:
             TurretError: None was drawn.
@@ -377,7 +378,7 @@ class Answer:
         adapters_used: tuple[AdapterUse, ...],
         now: float,
     ) -> Finish:
-        """The request's last word."""
+        """The last output of the request."""
         sequence = self.sequence
         arrival = sequence.arrival
         scheduled = now if sequence.scheduled_at is None else sequence.scheduled_at

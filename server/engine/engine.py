@@ -1,4 +1,4 @@
-"""The engine: one thread that owns the device, behind an asyncio face that only awaits.
+"""The engine: one thread that owns the device, behind an asyncio interface.
 
 ``submit`` checks a request, takes references on its adapters and posts it to the engine thread
 (``loop.py``). Outputs of a whole step come back to the event loop in one call.
@@ -51,15 +51,15 @@ class Engine:
         scheduler: Made for the same cache and adapters as ``runner``.
         runner: Computes steps.
         adapters: Resolves and holds adapters.
-        tokenizer: That of the base.
+        tokenizer: The base's tokenizer.
         metrics: Counts.
-        max_model_len: Most tokens (prompt and output) of one sequence.
-        max_queued_requests: Most requests waiting; one more is refused.
-        max_queued_bytes: Most memory of requests that wait or run and of answers that wait to be
-            read; a request that comes to more is refused, unless it is alone.
+        max_model_len: Maximum number of tokens (prompt and output) of one sequence.
+        max_queued_requests: Maximum number of waiting requests; one more is rejected.
+        max_queued_bytes: Maximum memory of waiting and running requests and of unread answers. A
+            request that would exceed it is rejected, unless it is the only one.
         long_from: ``Arch.long_from`` of the model.
-        speculates: Whether answers get drafters, which the scheduler's speculation asks.
-        on_thread: What the thread does all its work in.
+        speculates: Whether answers get drafters, which the scheduler's speculation uses.
+        on_thread: A context in which the thread does all its work.
 
     Attributes:
         is_dead: The thread failed; nothing will be served any more.
@@ -143,7 +143,7 @@ class Engine:
             UnavailableError: Not started, draining or dead.
             QueueFullError: Too many requests wait, or they take too much memory.
             PromptTooLongError, InvalidRequestError: The request cannot run on this model.
-            AdapterNotFoundError, BudgetExceededError: Its adapters cannot be used.
+            AdapterNotFoundError, BudgetExceededError: The request's adapters cannot be used.
         """
         arrival = time.monotonic()
         if self.is_dead:
@@ -186,12 +186,12 @@ class Engine:
     def change_base(self, change: Change) -> Future[None]:
         """Run ``change`` on the engine thread once no request runs; callable from any thread.
 
-        Requests that run finish first and those that wait go on afterwards, on other base weights.
-        One at a time.
+        Running requests finish first. Waiting requests continue afterwards, on the new weights.
+        Only one change may be pending at a time.
 
         Returns:
-            Done when the weights have changed; UnavailableError if the engine stops before. Until
-            the change begins it can be cancelled, and requests go on at once.
+            A future that is done when the weights have changed; UnavailableError if the engine
+            stops first. If it is cancelled before the change begins, requests continue at once.
 
         Raises:
             UnavailableError: Not started, draining or dead.
@@ -316,7 +316,7 @@ class Engine:
                 raise InvalidRequestError.of(name, say("NOT_A_TOKEN", value=wrong, size=size))
 
     def _check_length(self, request: Request, sequence: Sequence) -> int:
-        """The most tokens the request may generate. Virtual positions are not counted as text."""
+        """The maximum number of tokens to generate. Virtual positions do not count as text."""
         prompt = len(request.prompt_token_ids)
         # A sequence with a first pass holds twice the blocks.
         capacity = self._num_blocks // len(sequence.passes) * self._block_size
@@ -335,12 +335,12 @@ class Engine:
         return limit - prompt if wanted is None else wanted
 
     def _choose_frequencies(self, sequence: Sequence, max_tokens: int) -> int:
-        """Settle whether a sequence is long: at once, because keys are kept as they were rotated.
+        """Decide whether a sequence is long. This cannot change later, because keys stay rotated.
 
-        One that names no ``max_tokens`` and begins short stays short.
+        A sequence without ``max_tokens`` that begins short stays short.
 
         Returns:
-            The most tokens it may generate.
+            The maximum number of tokens to generate.
         """
         if self._long_from is None:
             return max_tokens

@@ -1,7 +1,7 @@
 """The engine thread's loop: read commands, expire deadlines, schedule, run, hand out.
 
-Everything here belongs to that one thread. Others reach it through ``post``; it reaches the event
-loop through ``send``, one call for all outputs of a step.
+Everything here belongs to the engine thread. Other threads reach it through ``post``. It reaches
+the event loop through ``send``, with one call for all outputs of a step.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from turret.server.words import say
 
 
 def check_heads(request: Request, mix: Mix) -> None:
-    """Refuse a request that the mix's adapters were not trained for.
+    """Reject a request that the mix's adapters were not trained for.
 
     Raises:
-        InvalidRequestError: To classify, exactly one adapter has a head; to generate or to score,
-            none.
+        InvalidRequestError: Classifying requires exactly one adapter with a head; generating and
+            scoring require that none has one.
     """
     names = [adapter.name for adapter, _ in mix.members if adapter.head is not None]
     if request.classifies:
@@ -64,15 +64,15 @@ def check_heads(request: Request, mix: Mix) -> None:
 
 
 def check_vocabulary(request: Request, mix: Mix) -> int:
-    """Refuse a request whose tokens are not those of its adapters.
+    """Reject a request whose tokens are not those of its adapters.
 
     Returns:
-        Logits of the model that answers; 0 for as many as the base has.
+        The number of logits of the model that answers; 0 for the base's number.
 
     Raises:
-        InvalidRequestError: Several adapters have a vocabulary of their own, or one that has is not
-            there as a whole: a token has no part of a row where the base has none. Or it is there
-            with one before or beside which the base computes.
+        InvalidRequestError: Several adapters have their own vocabulary, or one does and its weight
+            is not 1, because the base has no row with which a new token's row could be weighted. Or
+            it is combined with an adapter that leaves a part of the computation to the base.
         UnavailableError: The adapter was replaced since the request was tokenised.
     """
     own = [(a, weight) for a, weight in mix.members if a.facts.vocab_size]
@@ -90,9 +90,9 @@ def check_vocabulary(request: Request, mix: Mix) -> int:
 
 
 def _parts_of_the_base(mix: Mix) -> str:
-    """The adapter of a mix that does not act on all that is computed; empty without one.
+    """The adapter of a mix that does not act on everything that is computed; empty without one.
 
-    Before an invocation, and in a first pass, keys and values are those of the base, and shared.
+    Before an invocation, and in a first pass, keys and values are the base's, and are shared.
     """
     found = (a.name for a, _ in mix.members if a.facts.invocation or a.facts.first_pass)
     return next(found, "")
@@ -105,14 +105,14 @@ Change = Callable[[], ChangedBase]
 
 
 class BaseChange:
-    """Made once, on the engine thread, or never.
+    """One change of the base's weights, made at most once, on the engine thread.
 
     Args:
-        change: Gives the model its other weights.
+        change: Changes the model's weights.
 
     Attributes:
-        outcome: Done when the engine goes on with the new weights; UnavailableError if it ends
-            first. Whoever cancels it before the change begins withdraws the change.
+        outcome: Done when the engine continues with the new weights; UnavailableError if the engine
+            ends first. Cancelling it before the change begins withdraws the change.
     """
 
     def __init__(self, change: Change) -> None:
@@ -124,9 +124,9 @@ class BaseChange:
         return self.outcome.cancelled()
 
     def make(self) -> ChangedBase | None:
-        """Change the weights, unless it was withdrawn: then None.
+        """Change the weights; None if the change was withdrawn.
 
-        What ``change`` raises is a failure of the engine: nobody knows which weights it has.
+        An error in ``change`` is a failure of the engine, because its weights are then unknown.
         """
         if not self.outcome.set_running_or_notify_cancel():
             return None
@@ -137,11 +137,11 @@ class BaseChange:
             raise
 
     def complete(self) -> None:
-        """The engine has taken note of the change that was made."""
+        """Record that the engine has adopted the change."""
         self.outcome.set_result(None)
 
     def refuse(self) -> None:
-        """The engine ends before the change could be made."""
+        """Record that the engine ended before the change could be made."""
         if self.outcome.set_running_or_notify_cancel():
             self.outcome.set_exception(UnavailableError(say("SHUTTING_DOWN")))
 
@@ -296,7 +296,7 @@ class EngineLoop:
             self._die()
 
     def run_leftovers(self) -> None:
-        """Answer what was posted after ``run`` ended."""
+        """Answer commands that were posted after ``run`` ended."""
         while not self._inbox.empty():
             self._inbox.get_nowait()()
         self._flush()
@@ -308,8 +308,8 @@ class EngineLoop:
     def _read_inbox(self) -> None:
         """Run posted commands; wait for one if there was nothing to compute.
 
-        Nothing but a command or a deadline changes that. The line of those who wait does not tell:
-        a sequence that is ready may still have to wait for others.
+        Only a command or a deadline can create work. A sequence in the line, even a ready one, may
+        still have to wait for others.
         """
         if not self._has_work:
             deadlines = [f.sequence.request.deadline for f in self._with_deadline]
@@ -393,12 +393,12 @@ class EngineLoop:
         self._observer.step(step, result, now - start)
 
     def _abandon(self, step: Step, reason: str, key: str | None = None) -> None:
-        """Go on after a step that the device had no memory for.
+        """Continue after a step for which the device had no memory.
 
         Args:
             step: The step.
             reason: The reason to log.
-            key: The adapter that there was no memory for, whose requests end. If None, later steps
+            key: The adapter for which there was no memory; its requests end. If None, later steps
                 are smaller.
         """
         num_preempted = self._scheduler.abandon(step, time.monotonic(), is_too_large=key is None)
@@ -461,8 +461,8 @@ class EngineLoop:
     def _guard(self, answer: Answer, work: Callable[[], None]) -> None:
         """Run an action for one request: if it fails, only that request ends.
 
-        What concerns several (scheduling, a step) is not guarded: after a fault there nobody's
-        state can be trusted.
+        Actions for several requests (scheduling, a step) are not guarded: after an error in one,
+        the state of all requests is unreliable.
         """
         try:
             work()

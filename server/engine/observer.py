@@ -18,7 +18,7 @@ from turret.server.errors import TurretError
 
 
 class Runs(Protocol):
-    """What the engine needs of a runner (tests have their own)."""
+    """The interface of a runner that the engine uses."""
 
     def run(self, step: Step) -> StepResult: ...
     def forget(self, sequence: Sequence) -> None: ...
@@ -29,7 +29,7 @@ class Runs(Protocol):
 
 
 class Adapters(Protocol):
-    """What the engine needs of the adapter registry."""
+    """The interface of the adapter registry that the engine uses."""
 
     on_force_unload: list[Callable[[str], None]]
     on_unloaded: Callable[[str], None] | None
@@ -64,8 +64,8 @@ class LoopObserver:
     """Reads the engine thread's state and feeds the metrics; changes nothing but time stamps.
 
     Args:
-        scheduler: Whose sequences and blocks are counted.
-        runner: Whose adapter bytes are reported.
+        scheduler: The scheduler whose sequences and blocks are counted.
+        runner: The runner whose adapter bytes are reported.
         metrics: Counts.
     """
 
@@ -83,7 +83,7 @@ class LoopObserver:
             self._metrics.preempted(count)
 
     def scheduled(self, sequence: Sequence, now: float) -> None:
-        """A sequence is part of the step that begins; stamps its first one."""
+        """Record that a sequence is part of the step that begins, and the time of its first one."""
         if sequence.scheduled_at is None:
             sequence.scheduled_at = now
             self._metrics.queued(now - sequence.arrival)
@@ -91,7 +91,7 @@ class LoopObserver:
             self._metrics.prefix_cache(hit=hit, miss=sequence.num_prompt - hit)
 
     def tokens(self, answer: Answer, count: int, now: float) -> None:
-        """A request has got tokens in one step, which share the time since its last one; stamps."""
+        """Record the tokens of a request in one step, which share the time since its last token."""
         sequence = answer.sequence
         names = [adapter.name for adapter, _ in sequence.mix.members]
         if sequence.first_token_at is None:
@@ -103,7 +103,7 @@ class LoopObserver:
         answer.last_token_at = now
 
     def step(self, step: Step, result: StepResult, seconds: float) -> None:
-        """A step has ended."""
+        """Record the end of a step."""
         new = [item.num_new for item in step.scheduled]
         decodes = sum(n == 1 for n in new)
         phase = "decode" if decodes == len(new) else "prefill" if decodes == 0 else "mixed"
@@ -132,7 +132,7 @@ class LoopObserver:
         self._list_adapters()
 
     def _list_adapters(self) -> None:
-        """Which adapters requests run on and wait for: now and then, and when the last one ends."""
+        """Report the adapters of running and waiting requests, regularly and after the last one."""
         scheduler, now = self._scheduler, time.monotonic()
         if scheduler.has_work and now < self._listed_at + _LISTED_SECONDS:
             return

@@ -1,4 +1,4 @@
-"""Statistics of how often draft tokens were right, by how much of the text before them agreed."""
+"""Speculative decoding: drafts from earlier text, and statistics of when drafts pay."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _TRY_EVERY = 32
 
 
 class Chances:
-    """Exponential averages, one for each length of a match, the same for all requests of a mix."""
+    """The chance that a draft token is right: an exponential average for each length of a match.
+
+    All requests of a mix share it.
+    """
 
     def __init__(self) -> None:
         self._chances = list(_PRIOR)
@@ -30,7 +33,7 @@ class Chances:
         return min(self._chances[min(match, MAX_MATCH)], _MOST)
 
     def pass_over(self, match: int) -> bool:
-        """A draft does not pay. Returns whether to try it all the same, to learn of a change."""
+        """Note a draft that does not pay; returns whether to try it anyway, to notice a change."""
         self._passed_over[match] += 1
         if self._passed_over[match] < _TRY_EVERY:
             return False
@@ -38,12 +41,12 @@ class Chances:
         return True
 
     def learn(self, match: int, num_draft: int, num_accepted: int) -> None:
-        """A draft was checked.
+        """Learn from a draft that was checked.
 
         Args:
-            match: How many tokens agreed before its first; a token that is right agrees as well.
-            num_draft: Its tokens.
-            num_accepted: Those that were right, up to the first that was not.
+            match: The number of agreeing tokens before its first; right tokens extend the match.
+            num_draft: The number of draft tokens.
+            num_accepted: The number of draft tokens that were right, up to the first wrong one.
         """
         for number in range(min(num_accepted + 1, num_draft)):
             place = min(match + number, MAX_MATCH)
@@ -51,24 +54,24 @@ class Chances:
             self._chances[place] += _RATE * (found - self._chances[place])
 
 
-# Finds earlier occurrences of a text's last tokens.
+# Search for earlier occurrences of a text's last tokens.
 
-# Most tokens that are compared at one place: a longer match predicts no better.
+# Maximum number of tokens to compare at one place; a longer match does not predict better.
 MAX_MATCH = 8
-# Most places of one token that are compared, the latest first.
+# Maximum number of places to compare for one token, the latest first.
 _MAX_PLACES = 16
 
 
 class TextIndex:
-    """Finds the last tokens of a text in what stands before them, or in another text.
+    """Finds the last tokens of a text earlier in the same text, or in another text.
 
-    A dictionary has the latest place of each token, a table for each place the one before it: a
-    token is added in constant time, and takes some forty bytes.
+    A dictionary has the latest place of each token, and a table has the previous place for each
+    place. A token is added in constant time and takes about forty bytes.
 
     Args:
         tokens: The text, which may only grow at its end.
-        start: Tokens before it are none of the text.
-        most: Tokens that are remembered; once there are twice as many, only the last so many are.
+        start: Where the text begins in ``tokens``.
+        most: Number of tokens to remember; at twice as many, all but the last ``most`` are dropped.
     """
 
     def __init__(self, tokens: Sequence[int], start: int = 0, *, most: int) -> None:
@@ -97,14 +100,14 @@ class TextIndex:
             latest[token] = index
 
     def find(self, tail: Sequence[int]) -> tuple[int, int]:
-        """The place whose tokens in front agree with the end of ``tail`` for longest.
+        """The place with the longest match between the tokens before it and the end of ``tail``.
 
         Args:
             tail: At least one token; the text itself, or another.
 
         Returns:
-            The index of what followed there, and how many tokens agree, at most ``MAX_MATCH``; the
-            latest of equal places. (0, 0) if there is none.
+            The index of the token that followed there, and the number of agreeing tokens, at most
+            ``MAX_MATCH``; the latest of equal places. (0, 0) if there is none.
         """
         tokens, end = self._tokens, len(tail) - 1
         best, longest = 0, 0
@@ -124,7 +127,8 @@ class TextIndex:
         return best, longest
 
 
-# The cost of a row relative to a step is measured: it depends on machine, model and compute path.
+# The cost of a row relative to a step. It depends on machine, model and compute path, so it is
+# measured.
 
 # Initial guess of a step's fixed cost, in rows. A decode step reads all weights whatever its rows,
 # and a CPU multiplies some rows in that time.
@@ -137,11 +141,11 @@ _SPREAD = 1.0
 
 
 class StepCost:
-    """A line through the decode steps of late, seconds over rows: exponentially weighted.
+    """A line fitted to recent decode steps, seconds over rows, with exponential weights.
 
     Attributes:
-        fixed_rows: Where the line crosses zero, in rows: what a step costs without any. Between 0.5
-            and 64; 7 as long as steps of different numbers of rows are too few to tell.
+        fixed_rows: The fixed cost of a step in rows, where the line crosses zero. It is between 0.5
+            and 64, and 7 until there are enough steps with different numbers of rows.
     """
 
     def __init__(self) -> None:
@@ -150,7 +154,7 @@ class StepCost:
         self._is_first = True
 
     def took(self, num_rows: int, seconds: float) -> None:
-        """Learn from a step that computed nothing but rows of answers."""
+        """Learn from a step that computed only decode rows."""
         if self._is_first:
             self._is_first = False
             self._rows, self._seconds = float(num_rows), seconds
@@ -175,15 +179,12 @@ class StepCost:
         self.fixed_rows = min(max(fixed, _LEAST_ROWS), _MOST_ROWS)
 
 
-# Weighs the expected gain of a draft token against the cost of its row.
-
-
 class StepValue:
-    """Whether one more draft token in a step is worth its row.
+    """Decides whether one more draft token in a step is worth the cost of its row.
 
-    A step of ``r`` rows takes as long as ``fixed_rows + r`` rows alone. A draft token pays where
-    its chance is higher than what a row's time brings anyhow: tokens of the step over its time. So
-    one request alone drafts where one in eight tokens is right, 64 of them where nine in ten are.
+    A step of ``r`` rows takes the time of ``fixed_rows + r`` rows. A draft token pays if its chance
+    is higher than the step's tokens per row of time. So a single request drafts if one in eight
+    tokens is right, but 64 requests only if nine in ten are.
 
     Args:
         num_rows: Rows of the step, each of which a request needs.
@@ -204,12 +205,12 @@ class StepValue:
         self._time += 1.0
 
 
-# Remembers recent answers of a mix: answers of one adapter resemble each other.
+# A memory of a mix's recent answers, because answers of one adapter resemble each other.
 
 # Marks the beginning of an answer; no token has this id.
 START = -1
-# Fewest tokens of earlier answers that a memory keeps, and most memories: together a few tens of
-# megabytes, or a hundred if all their tokens differ.
+# Number of tokens of earlier answers that a memory keeps at least, and maximum number of memories.
+# Together they take a few tens of megabytes, or a hundred if all tokens differ.
 _MAX_TOKENS = 4096
 _MAX_MEMORIES = 128
 
@@ -218,8 +219,8 @@ class MixMemory:
     """Earlier answers of one mix, and how often drafts for it were right.
 
     Attributes:
-        own: Of drafts from a request's own text.
-        earlier: Of drafts from earlier answers.
+        own: The chances of drafts from a request's own text.
+        earlier: The chances of drafts from earlier answers.
     """
 
     def __init__(self) -> None:
@@ -247,7 +248,7 @@ class MixMemory:
 
 
 class Memories:
-    """The memories that were used last: one for each mix and salt."""
+    """The most recently used memories, one for each mix and salt."""
 
     def __init__(self) -> None:
         self._by_key: OrderedDict[Hashable, MixMemory] = OrderedDict()
@@ -263,7 +264,7 @@ class Memories:
         return found
 
 
-# Guesses how one answer goes on: from its prompt, from itself, from what its mix answered before.
+# Drafts for one answer: from its prompt, from its own text, and from earlier answers of its mix.
 #
 # Prompt lookup (A. Saxena, 2023; the copying of arXiv 2304.04487): an answer that extracts, quotes
 # or formats repeats runs of its prompt's tokens, so what followed there is a guess at what follows
@@ -280,13 +281,13 @@ class Drafter:
     """The drafts of one sequence. Used by the engine thread alone.
 
     Args:
-        memory_key: Its adapters and the salt of its request: which memory it learns from.
-        tokens: Its tokens, which only grow: those before ``start`` are none of the text, those from
-            ``prompt_end`` on are the answer.
+        memory_key: The adapters and the salt of its request, which identify its memory.
+        tokens: Its tokens, which only grow. The text begins at ``start``, the answer at
+            ``prompt_end``.
         start: See ``tokens``.
         prompt_end: See ``tokens``.
-        max_tokens: Most tokens of the answer.
-        end_ids: Tokens that end it; nothing after one is guessed.
+        max_tokens: Maximum number of tokens of the answer.
+        end_ids: Tokens that end it; a draft ends before them.
     """
 
     def __init__(
@@ -310,12 +311,12 @@ class Drafter:
         self._learns: tuple[Chances, int, int] | None = None
 
     def draft(self, memory: MixMemory, value: StepValue, most: int) -> tuple[int, ...]:
-        """Tokens that may follow, which are then part of the step that ``value`` is of.
+        """Draft the next tokens, and count them in the step of ``value``.
 
         Args:
-            memory: Of its mix.
-            value: Says which of them are worth a row.
-            most: How many the step has room for.
+            memory: The memory of its mix.
+            value: Decides which tokens are worth a row.
+            most: The number of tokens for which the step has room.
         """
         self._learns = None
         tokens = self._tokens
@@ -367,7 +368,7 @@ class Drafter:
         self._answer += self._tokens[self._prompt_end + len(self._answer) - 1 :]
 
     def _after(self, place: int, count: int) -> list[int]:
-        """Tokens from a place of the text on; beyond its end, as if it went on repeating them."""
+        """Tokens from a place of the text on; beyond the text's end, these tokens repeat."""
         found = self._tokens[place : place + count]
         period = len(self._tokens) - place
         while len(found) < count:
@@ -375,7 +376,7 @@ class Drafter:
         return found
 
 
-# Plans the drafts of a step: which sequences get how many draft tokens.
+# The plan of a step's drafts: which sequences get how many draft tokens.
 
 # With more rows than this in a step, drafts included, no more drafts are added: large steps are
 # bound by computing, and every draft row computes logits of the whole vocabulary.
@@ -383,11 +384,11 @@ _MAX_ROWS = 96
 
 
 class Speculation:
-    """Knowledge of costs and chances, for all sequences. Used by the engine thread alone.
+    """Costs and chances for the drafts of all sequences. Used by the engine thread alone.
 
     Args:
-        cost: Of a step's rows.
-        remembers: Whether answers are guessed from earlier ones with the same memory key too.
+        cost: The cost of a step's rows.
+        remembers: Whether drafts also come from earlier answers with the same memory key.
     """
 
     def __init__(self, cost: StepCost, *, remembers: bool = True) -> None:
@@ -399,7 +400,7 @@ class Speculation:
         """Begin the drafts of a step.
 
         Args:
-            num_rows: Rows that it computes in any case.
+            num_rows: The number of rows without drafts.
         """
         return StepPlan(self._memories, StepValue(num_rows, self._cost.fixed_rows), num_rows)
 
@@ -413,9 +414,9 @@ class StepPlan:
     """The drafts of one step.
 
     Args:
-        memories: What earlier answers were.
-        value: Of the step.
-        num_rows: Its rows without drafts.
+        memories: The memories of earlier answers.
+        value: The value of the step.
+        num_rows: The number of rows without drafts.
     """
 
     def __init__(self, memories: Memories, value: StepValue, num_rows: int) -> None:

@@ -38,7 +38,7 @@ class Asks:
     """Answers requests of one kind.
 
     Args:
-        inference: What answers.
+        inference: The Inference service.
     """
 
     def __init__(self, inference: Inference) -> None:
@@ -75,14 +75,14 @@ def deadline_of(body: Asking) -> float | None:
 
 @dataclass(slots=True, kw_only=True)
 class Asked:
-    """What a request asks for, whatever its prompt.
+    """A request without its prompt.
 
     Attributes:
-        model: The name that it gives, as it stands in the answer.
+        model: The name in the request, which the answer repeats.
         message: Everything but the input.
-        num_choices: Answers to each prompt.
-        is_stream: Whether the answer comes in events.
-        includes_usage: Whether the last event has the usage.
+        num_choices: The number of answers to each prompt.
+        is_stream: Whether the answer is sent as events.
+        includes_usage: Whether the last event contains the usage.
         deadline: ``time.monotonic()`` seconds, or None.
     """
 
@@ -95,10 +95,10 @@ class Asked:
 
 
 def asked_of(body: Generating, mix: Mix, names: dict[str, str]) -> Asked:
-    """What a request for an answer asks for; adds its own names for fields to ``names``.
+    """Convert a request for an answer; adds the names of its fields to ``names``.
 
     Raises:
-        InvalidRequestError: It has several constraints, or its limits do not fit together.
+        InvalidRequestError: The request has several constraints or contradictory limits.
     """
     message = _Message(adapters=mix, cache_salt=body.cache_salt)
     _set_sampling(body, message.sampling)
@@ -253,7 +253,7 @@ def inputs_of(body: InputsRequest, names: dict[str, str]) -> list[inference_pb2.
     return inputs
 
 
-# Tools.
+# Tools, and the choice between them.
 
 
 @dataclass(frozen=True, slots=True)

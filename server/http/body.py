@@ -39,20 +39,20 @@ class ClientGoneError(Exception):
 async def read_json(
     receive: Receive, headers: Mapping[str, str], model: type[Body]
 ) -> tuple[Sent[Any], int]:
-    """What the request's body holds, and the body's size in bytes.
+    """The content of the request's body, and the body's size in bytes.
 
     Args:
-        receive: Of ASGI.
-        headers: Those of the request.
-        model: Its fields.
+        receive: ASGI's function.
+        headers: The request's headers.
+        model: The model with the body's fields.
 
     Raises:
-        HttpRefusal: It is too large, too slow, compressed, or not declared to be JSON.
-        InvalidRequestError: It is not a JSON object, or holds too many lists and objects.
-        ClientGoneError: It never arrived in full.
+        HttpRefusal: The body is too large, too slow, compressed, or not declared to be JSON.
+        InvalidRequestError: The body is not a JSON object, or has too many lists and objects.
+        ClientGoneError: The body never arrived in full.
     """
-    # A page of another origin may send any other media type without asking; JSON it may send
-    # only after a preflight, which --http-cors-origin answers.
+    # Browsers let a page of another origin send other media types without a preflight request. For
+    # JSON they require a preflight, which --http-cors-origin answers.
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     encoding = headers.get("content-encoding", "").strip().lower()
     if media_type != "application/json" or encoding not in ("", "identity"):
@@ -90,7 +90,7 @@ def parse(data: bytes) -> dict[str, Any]:
     """The object that the bytes hold; the time that it takes grows with the number of bytes.
 
     Raises:
-        InvalidRequestError: They hold none, or too many lists and objects.
+        InvalidRequestError: The bytes are not a JSON object, or have too many lists and objects.
     """
     # A million lists and objects would take the parser and the garbage collector half a second,
     # while no other thread runs.

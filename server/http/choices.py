@@ -76,7 +76,7 @@ class Choices:
         """All answers, in the order of the requests.
 
         Raises:
-            TurretError: What the first of them to fail raised; the others end.
+            TurretError: The error of the first one that failed; the others end.
         """
         answers = [JoinedChunks() for _ in range(self._count)]
         async with contextlib.aclosing(self._chunks(is_whole=True)) as chunks:
@@ -90,7 +90,7 @@ class Choices:
         Close the generator if you leave it early; all answers end then.
 
         Raises:
-            TurretError: What the first of them to fail raised; the others end.
+            TurretError: The error of the first one that failed; the others end.
         """
         return self._chunks(is_whole=False)
 

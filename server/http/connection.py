@@ -45,7 +45,7 @@ class Connection(HttpToolsProtocol):
 
     Args:
         listener: Where it came in.
-        arguments: What uvicorn gives every connection.
+        arguments: The arguments that uvicorn passes to every connection.
     """
 
     _head_timer: asyncio.TimerHandle | None = None
@@ -258,7 +258,7 @@ class Listener(socket.socket):
 
         Raises:
             ConnectionAbortedError: It was one too many, and is closed; asyncio accepts on.
-            OSError: As any socket's.
+            OSError: See ``socket.accept``.
         """
         plain, address = super().accept()
         descriptor = plain.detach()

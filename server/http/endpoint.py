@@ -38,10 +38,10 @@ class Exchange:
     """One request and where its answer goes.
 
     Attributes:
-        call: Its id, and what is counted in the end.
+        call: The call, with its id and its counts.
         path: Parts of the path, by name.
         query: The path's query, by name; of repeated names the last counts.
-        headers: What the client sent.
+        headers: The request's headers.
         reply: Writes the answer.
         party: Whose answers they are, of which it may wait for so many.
         names: Field paths of turret.v1 to what this client calls them, from the route's on.
@@ -115,7 +115,7 @@ class Endpoint:
     """A route as an ASGI application.
 
     Args:
-        route: What it answers.
+        route: The route that handles the request.
         metrics: Counts calls.
         tokens: Accepted bearer tokens; None lets every caller in.
         shares: Limits the answers of one party.

@@ -1,9 +1,9 @@
 """Surroundings of the routes: the check of host names, request ids, and unknown paths.
 
-The check of the host name protects against DNS rebinding: a page of evil.example may have its name
-resolve to this server after the page was loaded. The browser then takes its requests for requests
-of the same origin, and only their Host header shows the difference. An IP address in the header
-cannot have been rebound, and neither can localhost, so both pass.
+The check of the host name protects against DNS rebinding: after a page of evil.example was loaded,
+its owner may make that name resolve to this server. The browser then treats the page's requests as
+requests to the same origin, and only their Host header shows the difference. An IP address or
+localhost cannot be rebound, so both are accepted.
 """
 
 from __future__ import annotations

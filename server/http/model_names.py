@@ -62,7 +62,7 @@ def parse_model(model: str, base_name: str) -> Mix:
     ``BASE:`` with the base model's name (or ``base:``) may stand before either.
 
     Raises:
-        AdapterNotFoundError: It has none of these forms.
+        AdapterNotFoundError: The name has none of these forms.
         InvalidRequestError: It has one, but an invalid weight, or an adapter that occurs twice.
     """
     mix, wrong = read_model(model, base_name)
@@ -77,7 +77,7 @@ def read_model(model: str, base_name: str) -> tuple[Mix, list[Text]]:
     """Like ``parse_model``, but returns what is wrong; a member with an error has no weight.
 
     Raises:
-        AdapterNotFoundError: As ``parse_model``.
+        AdapterNotFoundError: See ``parse_model``.
     """
     if model in (BASE, base_name):
         return [], []

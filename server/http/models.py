@@ -107,7 +107,7 @@ class Lora:
     """Manages adapters of every method, with vLLM's fields.
 
     Args:
-        adapters: What does it.
+        adapters: The Adapters service.
     """
 
     def __init__(self, adapters: Adapters) -> None:

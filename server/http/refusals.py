@@ -70,8 +70,8 @@ class HttpRefusal(Exception):
 
     Args:
         status: The HTTP status.
-        code: What the log and the metrics call it.
-        text: What is wrong.
+        code: The code in the log and the metrics.
+        text: The fault.
     """
 
     def __init__(self, status: int, code: Code, text: Text) -> None:
@@ -96,7 +96,7 @@ def refusal_of(error: BaseException, names: Mapping[str, str] | None = None) -> 
     """The refusal for a request that raised this error.
 
     Args:
-        error: What was raised. What turret did not raise on purpose becomes "internal error".
+        error: The error. One that turret did not raise on purpose becomes "internal error".
         names: Field paths of turret.v1, or beginnings of paths that end in a dot, to the names
             that the client knows them by.
     """
@@ -118,7 +118,7 @@ def refusal_of(error: BaseException, names: Mapping[str, str] | None = None) -> 
         param = (names or {}).get("name", "model")
     if reason == "INVALID_REQUEST":
         reason = getattr(wrong[0][1] if wrong else message, "reason", reason)
-    # One step at most: a suggestion is one already.
+    # Add at most one piece of advice: a suggestion already is one.
     if fault.reason in _STEPS and not _suggests(fault.message):
         message = f"{message}; {_STEPS[fault.reason]}"
     if fault.retry_after_seconds is not None:

@@ -53,7 +53,7 @@ class Reply:
     """The answer to one request.
 
     Args:
-        send: Of ASGI.
+        send: ASGI's function.
         call: Has the request's id.
         chunks: Sends events, where the server can do so by itself.
 

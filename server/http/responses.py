@@ -54,7 +54,7 @@ def _wants_logprobs(body: ResponseRequest) -> bool:
 
 
 def _text_format(form: TextFormat | None) -> dict[str, Any]:
-    """As OpenAI's clients read it back: a schema has a name, and is strict or not."""
+    """The text format as OpenAI's clients expect it: a schema has a name and ``strict``."""
     if form is None:
         return {"type": "text"}
     blank = {"name": "answer", "strict": True} if form.type == "json_schema" else {}

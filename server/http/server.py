@@ -78,7 +78,7 @@ def routes(
     Args:
         inference: Answers the data plane.
         adapters: Answers the control plane.
-        metrics: What is counted.
+        metrics: The metrics that are reported.
         failures: The last calls that failed.
         has_admin: Whether adapters can be loaded and unloaded here.
         has_tokens: Whether callers need a token.

@@ -1,4 +1,4 @@
-"""A chat template: what makes the text of a conversation that a model reads."""
+"""Chat templates, which turn a conversation into the text that a model reads."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ USUAL = Rendering()
 
 
 class ChatTemplate:
-    """Renders conversations in a child process, since templates are code that strangers wrote.
+    """Renders conversations in a child process, because templates are untrusted code.
 
     Thread-safe. Short conversations have a process and a thread of their own, so that they do not
     wait for long ones. Each template has its own processes, so that a slow template delays nobody
@@ -73,7 +73,7 @@ class ChatTemplate:
         """The text of a conversation, as if ``how.continues`` were not set. Blocks.
 
         Raises:
-            ValueError: The template refuses the messages, fails, or takes too much.
+            ValueError: The template rejects the messages, fails, or exceeds a limit.
             UnavailableError: The process was ended, or got hardly any processor time.
         """
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
@@ -109,7 +109,7 @@ class ChatTemplate:
         return answer["text"]
 
     def close(self) -> None:
-        """End the processes, and with them what they render."""
+        """End the processes and any rendering."""
         self._short.confined.close()
         self._long.confined.close()
 
@@ -150,17 +150,17 @@ _OPENS = re.compile(r"<think>(?:\\n|\n)*+['\"]?\s*+(?:-?[}%]\}|\{%)")
 
 @dataclass(frozen=True, slots=True)
 class ChatFormat:
-    """How answers are to be read.
+    """The format of a model's answers.
 
     Attributes:
-        tools: The form in which the model calls tools; None if it is told of none.
+        tools: The form in which the model calls tools; None if the template has no tools.
         has_reasoning: Whether answers may begin with ``<think>...</think>``.
         opens_reasoning: Whether the prompt ends in ``<think>``; None if that depends on the
             template's variables.
-        marks: Special tokens that stand around calls, and around channels, by their texts.
-        has_call_ids: Whether a call has an id of the model's own.
-        has_channels: Whether answers are messages in channels: of thoughts, of calls, of what is
-            said.
+        marks: Special tokens around calls and channels, by their texts.
+        has_call_ids: Whether the model writes an id for each call.
+        has_channels: Whether answers are messages in channels: thoughts, calls, and text for the
+            user.
     """
 
     tools: ToolForm | None = None
@@ -175,7 +175,7 @@ class ChatFormat:
         """Read the format from a template; an empty one if there is none.
 
         Args:
-            template: Of the tokenizer.
+            template: The template of the tokenizer.
             special: Ids of its special tokens, by their texts.
         """
         if isinstance(template, dict):
@@ -201,12 +201,12 @@ class ChatFormat:
 def unknown_role(template: object, role: str) -> Text | None:
     """Why a role is invalid; None for the common roles and those that occur in the template.
 
-    Many templates write any role that they are given, and the model has learned none but these: an
-    answer to another one is not what was asked for, and nothing says so.
+    Many templates write any role that they are given, but the model has learned only these roles.
+    With another role, the answer would be wrong without an error.
 
     Args:
-        template: Of the tokenizer.
-        role: Who is said to speak.
+        template: The template of the tokenizer.
+        role: The role that speaks.
     """
     if role in _ROLES:
         return None

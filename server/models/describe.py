@@ -1,4 +1,4 @@
-"""The base model as its neighbours see it: adapters, and stores of adapters."""
+"""Descriptions of the base model for adapters and for stores of adapters."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from turret.server.models.weights.nf4 import (
 class ModelInfo:
     """Identity and sizes of the base model.
 
-    ``dtype`` is that of activations, ``commit`` the hub's, where the model is from there.
+    ``dtype`` is that of activations. ``commit`` is the hub's, if the model is from the hub.
     """
 
     name: str
@@ -74,7 +74,7 @@ def describe_base(
     Args:
         decoder: The model.
         source: Where it is from.
-        generation: Of its weights.
+        generation: The generation of its weights.
         named: See ``BaseVocabulary``.
     """
     arch = decoder.arch
@@ -214,19 +214,19 @@ def describe_projections(arch: Arch) -> ProjectionLayout:
     return ProjectionLayout(arch.num_layers, projections, experts, layer_prefix=LAYER_PREFIX)
 
 
-# Other weights for some modules of the base, beside those it has.
+# New weights for some modules of the base, held beside the original ones.
 
 
 class BaseEdit:
     """Collects weights; ``swap`` then exchanges them with the decoder's own, back and forth.
 
-    The decoder's weights are never written to: whatever fails before ``swap``, the base is as it
-    was. Nor are they freed, so that a second ``swap`` brings back the very same memory. What an
-    edit takes is the packed size of the fused projections that it changes (NF4), or two bytes a
+    The decoder's weights are never written to, so a failure before ``swap`` leaves the base
+    unchanged. They are not freed either, so that a second ``swap`` restores the same memory. An
+    edit takes the packed size of the fused projections that it changes (NF4), or two bytes per
     weight of the changed modules (BF16).
 
     Args:
-        decoder: Every projection as loaded.
+        decoder: The decoder, with every projection as loaded.
         precision: ``NF4`` quantises each module anew, as bitsandbytes does: block 64, double
             quantisation. ``BF16`` stores each weight with one rounding; the other modules of a
             fused projection stay 4-bit.
@@ -263,11 +263,11 @@ class BaseEdit:
         return part.dequantize(0)
 
     def put_bias(self, path: str, change: torch.Tensor) -> None:
-        """Store what is added to a module's bias, ``[out]`` fp32, on the CPU."""
+        """Store the change of a module's bias, ``[out]`` fp32, on the CPU."""
         self._biases[path] = change
 
     def join(self) -> None:
-        """Fuse what was stored with the slices that keep their weights; call it once."""
+        """Fuse the stored weights with the slices that keep theirs; call it once."""
         for linear, paths in self._projections.items():
             base, bias = linear.base, linear.bias
             if any(path in self._parts for path in paths):
@@ -289,7 +289,7 @@ class BaseEdit:
         return total.to(self._dtype)
 
     def swap(self) -> None:
-        """Exchange the weights; only where nothing runs on them. Cannot fail half-way."""
+        """Exchange the weights, while nothing runs on them. Cannot fail half-way."""
         if self._device.type == "cuda":
             # The new weights were computed on another stream, and the last prompt chunks may still
             # be running.

@@ -20,18 +20,19 @@ class Family:
     """A model family.
 
     Attributes:
-        model_types: What ``model_type`` in ``config.json`` is for it.
-        read: Turns a transformers config of one of them into an ``Arch``. Raises
-            InvalidRequestError where the config asks for what the family's file does not read.
-        text_part_of: ``model_type`` of models of text and images whose ``text_config`` is one of
-            the family, and which of ``model_types`` that is where it does not say.
-        modules: By ``model_type``, where those of a layer are not ``MODULES``; as ``Arch.modules``.
-        head_dims: By ``model_type``, the width of a head where a config does not say it and it is
-            not the hidden size over the number of heads.
-        inner_keys: By ``model_type``, what a config calls the MLP's width, where that is not
+        model_types: The values of ``model_type`` in ``config.json`` for the family.
+        read: Turns a transformers config of the family into an ``Arch``. Raises
+            InvalidRequestError if the config has something that the family's file does not support.
+        text_part_of: ``model_type`` of models of text and images whose ``text_config`` belongs to
+            the family → the ``model_type`` of that part, if it does not have one.
+        modules: The modules of a layer by ``model_type``, if they are not ``MODULES``; see
+            ``Arch.modules``.
+        head_dims: The default width of a head by ``model_type``, if it is not the hidden size
+            divided by the number of heads.
+        inner_keys: The config key of the MLP's width by ``model_type``, if it is not
             ``intermediate_size``.
-        experts: Where its models are mixtures of experts: reads those of a config, or of the JSON
-            that it was made of, which need not have all keys.
+        experts: For mixtures of experts: reads the experts from a config, or from the JSON of one,
+            which need not have all keys.
     """
 
     model_types: tuple[str, ...]
@@ -44,7 +45,7 @@ class Family:
 
 
 def read_decoder(config: Any, **own: Any) -> Arch:
-    """A pre-norm decoder with rotary positions and a gated MLP: what most families are.
+    """A pre-norm decoder with rotary positions and a gated MLP, which most families are.
 
     Args:
         config: A transformers ``PretrainedConfig``.
@@ -101,7 +102,7 @@ def read_rope(
         config: For the scaling formulas, which read more of it.
         parameters: ``rope_parameters``, or its part for one kind of layer.
         head_dim: Features of a head; ``partial_rotary_factor`` says how many rotate.
-        kind_of_layer: Whose part ``parameters`` is.
+        kind_of_layer: The kind of layer that ``parameters`` belong to.
 
     Raises:
         InvalidRequestError: The rope type is not served; names those that are.

@@ -27,18 +27,18 @@ from turret.server.models.weights.nf4 import BaseLinear, Nf4Linear, Nf4Weight
 from turret.server.models.weights.nf4_experts import Nf4Experts, RouterLinear
 from turret.server.words import say
 
-# Names for the log of what computes each part of a step on this machine.
+# Names, for the log, of the implementations that compute each part of a step on this machine.
 
 
 def formulations(decoder: Decoder, *, is_head_screened: bool) -> dict[str, str]:
-    """Part → ``native``, or ``torch`` and in which calls it keeps a row's bits; empty off the CPU.
+    """Part → ``native``, or ``torch`` with the calls that keep a row's bits; empty on a GPU.
 
     Args:
-        decoder: What computes.
-        is_head_screened: Whether greedy tokens are told from a copy of the head.
+        decoder: The decoder that computes.
+        is_head_screened: Whether greedy tokens are found with a copy of the head.
 
-    ``isa`` is the instruction set that native kernels are compiled for. What has not been used or
-    tried yet says ``torch`` alone.
+    ``isa`` is the instruction set of the native kernels. A part that has not been used or tried yet
+    has just ``torch``.
     """
     if decoder.device.type != "cpu":
         return {}
@@ -65,7 +65,7 @@ def _product(base: BaseLinear) -> str:
 
 
 class CheckpointTensors:
-    """Reads tensors and quantised weights; knows which were read."""
+    """Reads tensors and quantised weights, and records which were read."""
 
     def __init__(self, folder: Path, experts: Experts | None) -> None:
         self._stored = StoredTensors(weight_files(folder), experts)
@@ -135,7 +135,7 @@ def load_decoder(
         dtype: Dtype of activations, embeddings, norms and head.
         device: Where it is served.
         gpu: Whether the gpu path serves it (a ``GpuDecoder``, whose layers run as Triton kernels).
-        progress: Told how far loading is.
+        progress: Called with the progress of loading.
 
     Raises:
         InvalidRequestError: Unsupported architecture, or tensors that the config does not explain.

@@ -41,10 +41,10 @@ from turret.server.models.weights.nf4 import Nf4Weight
 from turret.server.models.weights.nf4_experts import ExpertStacks
 from turret.server.words import say
 
-# The language model's tensors of a checkpoint, by the names that it alone has for them.
+# The language model's tensors in a checkpoint, by the names that they have without other parts.
 
 
-# The checkpoint of a multimodal model has a language model, a vision tower and a projector between
+# Multimodal models. Their checkpoints hold a language model, a vision tower and a projector between
 # them. Only the language model is read, because requests are text.
 
 # Prefixes of the language model within a multimodal model, as checkpoints write them (the names
@@ -69,7 +69,7 @@ def text_name(name: str) -> str | None:
     return name
 
 
-# Weights in 8-bit floats (E4M3, arXiv 2209.05433) with a scale, or one for each of their blocks.
+# Weights in 8-bit floats (E4M3, arXiv 2209.05433), with one scale for the weight or one per block.
 # Ministral 3, Qwen3's ``-FP8`` releases and older checkpoints of llm-compressor use this format.
 
 DTYPE = "F8_E4M3"
@@ -82,12 +82,12 @@ NOT_USED = (".activation_scale", ".input_scale", ".k_scale", ".v_scale", ".kv_sc
 def dequantize_float8(
     codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None
 ) -> torch.Tensor:
-    """The numbers that a weight stands for.
+    """Dequantise a weight.
 
     Args:
         codes: ``[out, in]`` float8_e4m3fn.
         scale: A number, or ``[⌈out / rows⌉, ⌈in / columns⌉]``, in any float.
-        block: Rows and columns that have a scale in common; needed for more scales than one.
+        block: Rows and columns that share a scale; required if there are several scales.
 
     Returns:
         ``[out, in]`` fp32.
@@ -116,13 +116,13 @@ _WEIGHT = ".weight"
 class StoredTensors:
     """Reads tensors across files, as if each were stored by itself and as numbers.
 
-    Experts that lie in one tensor are tensors of their own, and a weight in 8-bit floats is the
-    numbers that it stands for.
+    Experts that are stored in one tensor appear as separate tensors, and weights in 8-bit floats
+    are dequantised.
 
     Args:
-        files: The checkpoint's.
-        experts: Of the architecture, or None.
-        block: Rows and columns of a weight in 8-bit floats that have a scale in common, or None.
+        files: The checkpoint's files.
+        experts: The experts of the architecture, or None.
+        block: Rows and columns of a weight in 8-bit floats that share a scale, or None.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class StoredTensors:
         return tuple(file.get_slice(stored).get_shape())
 
     def codes(self) -> list[str]:
-        """Names of the tensors that hold bytes, which are codes and not numbers to multiply by."""
+        """Names of the tensors that hold bytes, which are codes, not numbers to multiply by."""
         return [
             name
             for name, (file, stored) in self._owner.items()
@@ -243,14 +243,14 @@ def no_progress(description: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where a model is, ready to load.
+    """A model that is ready to be loaded.
 
     Attributes:
         name: Model id on the hub or as the checkpoint names itself, else the directory's name.
         weights: Directory of a bitsandbytes-4bit checkpoint.
         files: Directory with config.json and the tokenizer.
         digest: SHA-256 of the weight files.
-        commit: Of a model from the hub.
+        commit: The commit of a model from the hub.
     """
 
     name: str
@@ -268,11 +268,11 @@ def resolve_model(
     Args:
         model: A Hugging Face model directory, a GGUF file, ``org/name[@revision]`` of the hub, or
             None for the embedded model.
-        cache_dir: Where quantised checkpoints are kept.
-        progress: Told how far quantisation is.
+        cache_dir: The directory for quantised checkpoints.
+        progress: Called with the progress of quantisation.
 
     Raises:
-        InvalidRequestError: None of these, or in a format that is not served.
+        InvalidRequestError: ``model`` is none of these, or has an unsupported format.
     """
     hub_id = None if model is None else hub_model_id(model)
     if hub_id is not None:
@@ -327,7 +327,7 @@ def _read_plain(
 
 
 def is_quantized(name: str) -> bool:
-    """Whether a tensor is the weight of a decoder layer's linear module, a router's excepted."""
+    """Whether a tensor is the weight of a linear module of a decoder layer, but not of a router."""
     if ".layers." not in name:
         return False
     is_of_expert = ".experts." in name and name.endswith(".weight")

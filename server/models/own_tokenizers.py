@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates that adapters bring, the latest used of them in memory."""
+"""Adapters' own tokenizers and chat templates; the most recently used ones are in memory."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from turret.server.words import Text, say
 Key = tuple[str, int, str]
 BASE_TOKENIZER: Key = ("", 0, "")
 
-# Most tokenizers kept in memory, since each may have two processes that render chats. Running
-# requests keep theirs even beyond this number.
+# Maximum number of tokenizers in memory, since each may have two processes that render chats.
+# Running requests keep their tokenizers even beyond this number.
 MAX_KEPT = 8
 # Limits for reading one tokenizer: a file of 64 MiB takes less time. Tokens are short because they
 # are shown to clients.
@@ -42,14 +42,15 @@ _GUESSED = ("model_type",)
 class OwnTokenizers:
     """Reads tokenizers from their files. Thread-safe; reading takes up to seconds.
 
-    An adapter's tokenizer is the base's with added tokens. Its file says so at length, and a child
-    process compares the two: reading it here would stop every other thread for a second, and its
-    regular expressions, replacements and merges could take any time and memory on a short text.
+    An adapter's tokenizer is the base's with added tokens. Its file repeats the whole tokenizer,
+    and a child process compares it with the base's. Reading it in this process would block every
+    other thread for a second, and its regular expressions, replacements and merges could take any
+    time and memory on a short text.
 
     Args:
         base: The base's tokenizer.
-        config: The base's ``config.json``: where a tokenizer does not say of which class it is, it
-            is of the model's.
+        config: The base's ``config.json``, which determines the class of a tokenizer that does not
+            name its own.
     """
 
     def __init__(self, base: Tokenizer, config: Path) -> None:
@@ -64,11 +65,11 @@ class OwnTokenizers:
 
         Args:
             files: The tokenizer's files; None for the base's tokenizer.
-            rows: How many tokens the adapter has rows for.
+            rows: The number of tokens for which the adapter has rows.
             chat_template: See ``Key``.
 
         Raises:
-            InvalidRequestError: They cannot be read, or there are tokens without a row.
+            InvalidRequestError: The files cannot be read, or there are tokens without a row.
         """
         if files is None:
             self.get(("", 0, chat_template))
@@ -96,10 +97,10 @@ class OwnTokenizers:
             read: Reads the tokenizer's files; None for the base's tokenizer, which is in memory.
 
         Raises:
-            InvalidRequestError: It or its chat template cannot be read.
+            InvalidRequestError: The tokenizer or its chat template cannot be read.
             OutOfMemoryError, StorageFullError, StorageFailedError, UnavailableError: The server
                 cannot read any tokenizer now.
-            TurretError: What ``read`` raises.
+            TurretError: The error that ``read`` raises.
         """
         if key == BASE_TOKENIZER:
             return self._base

@@ -25,7 +25,7 @@ _MAX_ERROR_CHARS = 1000
 
 
 def answers(job: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """The text that a template makes of its variables (none: it is only compiled), or its error."""
+    """The rendered text of a template, or its error. Without variables it is only compiled."""
     try:
         template = _compiled(job["template"])
         yield {"text": template.render(job["variables"]) if "variables" in job else ""}
@@ -63,7 +63,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """Refuses attributes of Python's own."""
+    """A namespace that rejects names with a leading underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         # ``self`` is among ``args``, so that a template may use it as a name.
@@ -97,7 +97,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes what HTML would read as markup."""
+    """Writes JSON without Jinja's escapes for HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -34,12 +34,12 @@ from turret.server.words import say
 class TokenStream:
     """Decodes one sequence token by token.
 
-    Text appears only when complete: a character that spans several byte tokens comes with its last
-    one, and word-initial spaces are right.
+    Text is returned only when it is complete: a character that spans several byte tokens comes with
+    its last token. Spaces at the beginning of words are correct.
 
     Args:
         backend: The tokenizer.
-        shown: Special tokens that are text, by their ids; the others are none.
+        shown: Special tokens that count as text, by their ids; the others are dropped.
     """
 
     def __init__(self, backend: Any, shown: Mapping[int, str]) -> None:
@@ -57,8 +57,8 @@ class TokenStream:
 class SaidStream(TokenStream):
     """Keeps only the messages meant for the user, for answers in channels.
 
-    An answer that begins with no mark is text from its beginning, as one is that had to match
-    something else.
+    An answer that does not begin with a mark is text from its beginning, such as one under a
+    constraint.
 
     Args:
         backend: The tokenizer.
@@ -97,8 +97,8 @@ class RenderedChat:
     """The result of rendering a conversation with a chat template.
 
     Attributes:
-        parts: Text in which special tokens count, then a special token's text that somebody wrote,
-            and so on in turn.
+        parts: In turn, text in which special tokens count, and the text of a special token that was
+            part of the conversation and does not count.
     """
 
     parts: Sequence[str]
@@ -117,15 +117,15 @@ class RenderedChat:
 class Tokenizer:
     """Text to token ids and back. Safe to call from several threads.
 
-    What the library panics with, of rules that contradict each other, is raised as a RuntimeError.
+    If contradictory rules make the library panic, a RuntimeError is raised.
 
     Attributes:
-        vocab_size: Token ids are below it, here and in the model: tokenizers may hold added tokens
-            that the model has no row for. Not every id below it need be a token's.
+        vocab_size: Upper bound of token ids, in the tokenizer and in the model: a tokenizer may
+            have tokens without a row in the model. Not every id below it is a token.
         num_rows: Rows of the model's embedding.
-        longest_token: Characters of the longest one; a text is no fewer tokens than its length by
-            this.
-        chat_format: What the chat template knows beside turns.
+        longest_token: Characters of the longest token; a text has at least its length divided by
+            this number of tokens.
+        chat_format: The features of the chat template besides turns.
     """
 
     def __init__(
@@ -188,9 +188,9 @@ class Tokenizer:
             files: The directory.
             eos_token_ids: Ends of sequence that the model's config names.
             model_vocab_size: Rows of the model's embedding.
-            base: The tokenizer to add the directory's added tokens to. Both share what it holds in
-                memory, and of the directory's vocabulary and rules only those of its special
-                tokens are read.
+            base: The tokenizer to which the directory's added tokens are added. Both share its
+                memory, and only the special tokens' part of the directory's vocabulary and rules is
+                read.
 
         Raises:
             InvalidRequestError: The directory has no tokenizer that converts to a fast one.
@@ -212,7 +212,7 @@ class Tokenizer:
         return cls(inner, eos_token_ids, model_vocab_size, base)
 
     def with_template(self, own: OwnTemplate) -> Tokenizer:
-        """This tokenizer with an adapter's chat template; itself if nothing would be different.
+        """This tokenizer with an adapter's chat template; itself if nothing differs.
 
         Answers end at the adapter's end token too.
         """
@@ -225,7 +225,8 @@ class Tokenizer:
             ends |= {number}
         templates = own.templates
         if templates.get("default") == self._templates.get("default"):
-            # Beside such a template, transformers saves the others in files that are not read.
+            # If this file exists, transformers saves the other templates in files that are not
+            # read.
             templates = {**self._templates, **templates}
         content = templates, variables, ends
         if content == (self._templates, self._variables, self.eos_token_ids):
@@ -278,7 +279,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Tokenise a raw prompt; the tokenizer's own BOS rule applies.
 
-        To a text that begins with a BOS, as one that a chat template made, none is added.
+        If the text already begins with a BOS, such as a rendered chat, no other is added.
         """
         ids = self._ids(text, add_special_tokens=True)
         is_twice = self._bos is not None and ids[:2] == [self._bos] * 2
@@ -304,13 +305,13 @@ class Tokenizer:
     ) -> RenderedChat:
         """Apply the chat template. Blocks.
 
-        Special tokens come from the template alone: in roles, contents and tools their texts are
-        text, as with ``split_special_tokens`` in transformers, unless ``special``. So nobody whose
-        words are put into a turn can end it and begin another.
+        Only the template can write special tokens. In roles, contents and tools, their texts are
+        ordinary text unless ``special``, as with ``split_special_tokens`` in transformers. So text
+        inside a turn cannot end it and begin another.
 
         Raises:
-            InvalidRequestError: No chat template, one that knows no tools though there are some, a
-                role that nobody knows, or the template refuses the messages or takes too much.
+            InvalidRequestError: There is no chat template, the template does not support tools, a
+                role is unknown, or the template rejects the messages or exceeds a limit.
             UnavailableError: See ``ChatTemplate.render``.
         """
         if not self._templates:
@@ -383,9 +384,8 @@ class Tokenizer:
         """An incremental decoder for one sequence.
 
         Args:
-            call_marks: Whether special tokens that stand around calls of tools, or around channels,
-                are text.
-            said_only: Whether of an answer in channels only what is said to the user is text.
+            call_marks: Whether special tokens around tool calls and channels count as text.
+            said_only: Whether only the text for the user of an answer in channels is returned.
         """
         marks = self.chat_format.marks
         texts = {token: text for text, token in marks.items()}
@@ -394,7 +394,7 @@ class Tokenizer:
         return TokenStream(self._backend, texts if call_marks else {})
 
     def close(self) -> None:
-        """End what renders conversations."""
+        """End the processes that render conversations."""
         self._chats.close()
 
     def _marked(self, texts: Sequence[str], mark: str, held: list[str]) -> list[str]:
@@ -416,7 +416,7 @@ class Tokenizer:
 
 
 def _cut(text: str, final: str, end: str) -> str:
-    """A text up to ``end``, which was put behind the final message, as transformers cuts it.
+    """A text up to ``end``, which was appended to the final message; transformers cuts it likewise.
 
     Raises:
         ValueError: The template has changed the message.
@@ -491,8 +491,8 @@ def _ids_within(
 ) -> list[list[int]]:
     """The ids that texts have when they follow other text.
 
-    Some tokenizers put a space before whatever they are given; here it comes before a line's end,
-    and both are taken away again.
+    Some tokenizers put a space before every text. Here a line end comes first, and the tokens of
+    both are removed again.
     """
 
     def begun_by(before: str) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Reads a ``tokenizer.json`` that a stranger made; runs in a confined child process."""
+"""Reads an untrusted ``tokenizer.json``; runs in a confined child process."""
 
 from __future__ import annotations
 

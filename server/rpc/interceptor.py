@@ -33,9 +33,6 @@ from turret.server.metrics import Metrics
 from turret.server.words import Text, say
 from turret.v1 import adapters_pb2, inference_pb2
 
-# A fault in gRPC's form: the rich status that a client receives.
-
-
 # Request messages on their way from gRPC to a handler.
 
 # A client that sends a message more slowly has gone, or holds a slot that others wait for.
@@ -46,7 +43,7 @@ MESSAGE_SECONDS = 60.0
 class Received:
     """A message that gRPC keeps until the call ends.
 
-    ``parsed`` is None for what is no valid protobuf (such as a string that is not UTF-8).
+    ``parsed`` is None if the message is not valid protobuf (such as a string that is not UTF-8).
     """
 
     parsed: Message | bytes | None
@@ -67,7 +64,7 @@ class Received:
 def tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Received]:
     """A deserialiser that passes invalid bytes on, so that the handler reports them.
 
-    gRPC itself would report a bug of the server.
+    By itself, gRPC would report them as a bug of the server.
     """
 
     def parse(data: bytes) -> Received:
@@ -98,8 +95,8 @@ async def all_messages(
     """The messages of a call, one after the other.
 
     Args:
-        requests: From gRPC.
-        most_seconds: How long each may take to arrive; None leaves that to who reads them.
+        requests: The messages from gRPC.
+        most_seconds: How long each message may take to arrive; None leaves the limit to the reader.
 
     Raises:
         InvalidRequestError: One is malformed.
@@ -117,6 +114,8 @@ async def _next(requests: AsyncIterator[Received], most_seconds: float | None) -
     except TimeoutError:
         raise DeadlineExceededError(say("NO_MESSAGE_IN_TIME", seconds=most_seconds)) from None
 
+
+# A fault in gRPC's form: the rich status that a client receives.
 
 ERROR_DOMAIN = "turret"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -229,6 +228,8 @@ class OpenCalls:
                 del self._tenants[tenant]
 
 
+# The interceptor itself.
+
 _log = logging.getLogger(__name__)
 
 # The calls that turret_requests_total counts: those that name adapters.
@@ -311,8 +312,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _answer(self, method: str, handler: Any) -> Any:
         """A handler that runs the servicer's method within ``run``.
 
-        One of a single message is made one of a stream of them, which starts before the message
-        has arrived: what has begun is counted, and a message is not waited for for ever.
+        A handler for a single message is turned into one for a stream of messages, which starts
+        before the message has arrived. So the call is counted, and the wait for the message is
+        limited.
         """
         behaviour = _behaviour(handler)
         is_open = _service_of(method) not in SERVICE_ROLES
@@ -332,8 +334,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def answer_stream(requests: Any, context: Any) -> None:
             await self.run(method, context, lambda: stream(requests, context))
 
-        # Written rather than yielded: a cancelled call then raises inside the handler, which frees
-        # what it holds at once and not when its generator is collected.
+        # Write the messages instead of yielding them: a cancelled call then raises inside the
+        # handler, which frees what it holds at once, not when its generator is collected.
         async def stream(requests: Any, context: Any) -> None:
             responses = behaviour(await requested(requests), context)
             async with contextlib.aclosing(responses):
@@ -440,7 +442,7 @@ def authorization_of(metadata: Iterable[tuple[str, str | bytes]]) -> str | bytes
 def _elsewhere(service: str) -> ServiceElsewhereError:
     """The error for a service that only another listener of this server offers.
 
-    The address itself is not told: it may be one of a network that its caller is not in.
+    The error does not contain the address, which may belong to a network that is not the caller's.
     """
     is_admin = service.endswith(".Adapters")
     flag = "--admin-address" if is_admin else "--address"

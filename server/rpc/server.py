@@ -38,7 +38,7 @@ _MAX_PENDING_CALLS = MOST_CALLS
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _UNLIMITED),
-    # Otherwise a second server on the same port silently takes half of the calls.
+    # With this option on, a second server on the same port would silently take half of the calls.
     ("grpc.so_reuseport", 0),
     ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING_CALLS),
@@ -113,8 +113,8 @@ class RpcServer:
         metrics: Counts calls.
         tokens: Accepted bearer tokens; None lets every caller in.
         shares: Limits the inference calls of one party; without them there is none.
-        most_connections: Open at once on each address; what comes beyond them is closed.
-        failures: Takes in the calls that fail; None keeps nothing.
+        most_connections: Maximum number of connections per address; others are closed.
+        failures: Records failed calls; None for no record.
     """
 
     def __init__(
@@ -141,12 +141,12 @@ class RpcServer:
 
     @property
     def address(self) -> str:
-        """Where the Inference service listens, with the actual port."""
+        """The address of the Inference service, with the actual port."""
         return self._listeners[0].address
 
     @property
     def admin_address(self) -> str:
-        """Where the Adapters service listens."""
+        """The address of the Adapters service."""
         return self._listeners[-1].address
 
     async def start(self) -> None:

@@ -15,7 +15,7 @@ from turret.server.api.inference import Inference
 from turret.server.rpc.interceptor import current_call, current_party
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
-# The control plane over gRPC.
+# The Adapters service.
 
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -96,7 +96,7 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
         return self._adapters.merge_state()
 
 
-# The data plane over gRPC: answers, scores, vectors, labels, tokens, and what is served.
+# The Inference service.
 
 
 # gRPC allows a timeout of 11,000 years; no request runs for as long as this.
@@ -161,10 +161,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return self._inference.model()
 
 
-# ``grpc.health.v1`` per service.
+# The health service, ``grpc.health.v1``.
 #
-# grpcio's own asyncio servicer drops the other watchers of a service when one of them leaves, and
-# keeps watchers open while the server stops; this one does neither.
+# grpcio's own asyncio servicer drops all watchers of a service when one of them leaves, and keeps
+# watchers open while the server stops. This servicer does neither.
 
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -173,7 +173,7 @@ _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
-    """Holds one status for all services: they live and die with the engine.
+    """Reports the same status for all services, because all of them depend on the engine.
 
     Args:
         services: Full service names. The empty name, the whole server, is always there.

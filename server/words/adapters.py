@@ -1,4 +1,4 @@
-"""What is wrong with an adapter, or with what is asked of one."""
+"""Errors about adapters, and about requests that concern adapters."""
 
 _MERGE_FIRST = "merge the adapter into the resized base model and serve the result"
 
@@ -34,7 +34,7 @@ TEXTS: dict[str, str] = {
     "UNEXPECTED_TENSOR": "is in the file, but {by} excludes it; use the config saved with the file",
     "UNKNOWN_TENSOR": "unknown tensor; every tensor in the file must be used",
     "LYCORIS_LAYOUT": "has a name in LyCORIS layout; convert the adapter as docs/adapters.md shows",
-    "WHOLE_WEIGHT": "is a whole weight; only those of embed_tokens and lm_head are supported",
+    "WHOLE_WEIGHT": "is a full weight matrix, which is supported only for embed_tokens and lm_head",
     "DUPLICATE_TENSOR": "duplicates {other!q:.200}",
     "DIFFERENT_COPY": "must be equal to {other!q:.200}, but differs",
     "CHANGED_BASE_WEIGHT": "differs from the base model's weight; if it was trained, add the module"
@@ -104,7 +104,7 @@ TEXTS: dict[str, str] = {
     "TENSOR_DTYPE_UNSUPPORTED": "tensor {name!q:.200} has dtype {value!q:.30}; supported are"
     " {choices}",
     "TENSORS_NOT_CONTIGUOUS": "tensor {name!q:.200} starts at byte {found}, expected {expected}",
-    "TENSOR_DATA_LEFT": "its tensors end at byte {found}, but the data at byte {expected}",
+    "TENSOR_DATA_LEFT": "its tensors end at byte {found}, but its data ends at byte {expected}",
     "INVALID_SAFETENSORS": "is not a valid safetensors file: {why}",
     "FILE_TOO_LARGE": "has more than {most} bytes",
     "FILE_CUT_SHORT": "ends after {found} of {needed} bytes; copy it again",
@@ -137,8 +137,8 @@ TEXTS: dict[str, str] = {
     " computed from the 4-bit weights",
     "ARROW_WITHOUT_SEED": "rng_seed is null; this server always uses 0, while PEFT draws a new seed"
     " at every load",
-    "COMPONENTS_ADAPT_MORE": "its components adapt {count} modules that it does not target; there,"
-    " the base alone is used",
+    "COMPONENTS_ADAPT_MORE": "its components adapt {count} modules that it does not target; in"
+    " these, the base alone is used",
     "LARGE_UPDATES": "its updates are as large as the weights that they change: {bytes} bytes in"
     " host memory and again on the device",
     "NO_CONV1D": "fan_in_fan_out is true but has no effect on the base model's linear modules",

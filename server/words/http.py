@@ -1,4 +1,4 @@
-"""What only the HTTP API refuses."""
+"""Errors that only the HTTP API reports."""
 
 TEXTS: dict[str, str] = {
     # Bodies.

@@ -1,4 +1,4 @@
-"""What is wrong with a request: its fields, its size, what it names."""
+"""Errors in requests: their fields, their size and the names in them."""
 
 TEXTS = {
     # Any field.

@@ -1,4 +1,4 @@
-"""What the server, its model, its engine and its disk cannot do."""
+"""Errors of the server: its state, model, engine and disk."""
 
 TEXTS = {
     # The state of the server.
@@ -62,7 +62,7 @@ TEXTS = {
     "PROCESS_CRASHED": "its process crashed with exit code {exit_code}",
     "PROCESS_TIME_LIMIT": "it takes more than {seconds:g} s of processor time",
     "PROCESS_MEMORY_LIMIT": "it needs more than {most} of memory",
-    "PROCESS_OUTPUT_LIMIT": "it writes more than {most}",
+    "PROCESS_OUTPUT_LIMIT": "its output exceeds {most}",
     "CHAT_TEMPLATE_UNANSWERED": "the chat template could not be rendered: {problem}",
     # Files of a model.
     "MODEL_NOT_FOUND": "{model} does not exist; pass a Hugging Face model directory, a .gguf file"
@@ -130,8 +130,8 @@ TEXTS = {
     "TOKENIZER_UNREAD": "the tokenizer could not be read: {problem}",
     "TOKENIZER_DIFFERS": "its {part} differs from the base model's tokenizer; an adapter may only"
     " add tokens",
-    "TOKEN_NUMBER_TAKEN": "gives the token {token!q} the number {number}, but added to the base"
-    " model's tokens it would be {found}",
+    "TOKEN_NUMBER_TAKEN": "gives the token {token!q} the number {number}, but after the base"
+    " model's tokens it must be {found}",
     "TOKEN_WITHOUT_ROW": "gives the token {token!q} the number {number}, but the adapter has rows"
     " for only {rows} tokens",
     "ADDED_TOKEN_TOO_LONG": "an added token has more than {most} characters",

@@ -1,4 +1,4 @@
-"""What keeps a command from starting: settings, files, addresses."""
+"""Errors that keep a command from starting: settings, files and addresses."""
 
 TEXTS = {
     "INVALID": "{why}",

@@ -22,7 +22,7 @@ __version__ = "0.2.0"
 
 __all__ = ["AdapterWeight", "AsyncTurretClient", "Tls", "TurretClient", "TurretRpcError"]
 
-# Loaded when first asked for: the server and the trainer need none of them.
+# Names that are imported at their first use: the server and the trainer do not need them.
 _PLACES = {
     "AdapterWeight": "messages.mix",
     "AsyncTurretClient": "aio",
@@ -50,7 +50,7 @@ def _quietly_imported(module: str) -> Any:
         return importlib.import_module(module)
     finally:
         if is_unset:
-            # Not for the programs that this one starts.
+            # Do not pass the variable on to programs that this one starts.
             del os.environ["GRPC_VERBOSITY"]
 
 

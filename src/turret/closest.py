@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-# Longer names are no slips of a finger, and comparing them takes long.
+# Maximum length of names to compare: longer names are not typos, and comparing them takes long.
 _MOST_CHARS = 128
 _FEW_CHARS = 3
 
@@ -15,10 +15,10 @@ def closest(word: str, choices: Iterable[str]) -> str | None:
     if len(word) > _MOST_CHARS:
         return None
     known = {choice.lower(): choice for choice in choices}
-    # What all flags begin with makes none of them alike.
+    # The common prefix of flags must not make them similar.
     bare = {choice.removeprefix("--"): whole for choice, whole in known.items()}
     plain = word.lower().removeprefix("--")
-    # One letter of three.
+    # In a short name, one letter of three may differ.
     cutoff = 0.6 if len(plain) <= _FEW_CHARS else 0.7
     close = difflib.get_close_matches(plain, bare, 1, cutoff)
     meant = bare[close[0]] if close else word

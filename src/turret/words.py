@@ -17,7 +17,7 @@ from typing import Any
 _IS_SCRAMBLED = os.environ.get("PSEUDOLOCALE") == "rot13"
 # Reason of the text that ends a sentence with a suggestion.
 SUGGESTION = "DID_YOU_MEAN"
-# Sentences about any field, value or file. Each part of turret has a catalogue of its others.
+# Sentences about any field, value or file. All other sentences are in the catalogues of the parts.
 TEXTS = {
     "DID_YOU_MEAN": "; did you mean {closest!q}?",
     # Fields.

@@ -1,8 +1,8 @@
-"""AdaMSS: rows of the weight in clusters, ``y[rows_i] += B_i A_i V [x, 1]``, ``V`` of its SVD.
+"""AdaMSS: clusters of the weight's rows, ``y[rows_i] += B_i A_i V [x, 1]``, with ``V`` of its SVD.
 
-The file holds ``A``, ``B`` and ``V``, and of the clusters their sizes alone. Which rows they have
-is found again from the left singular vectors, by PEFT's own steps. ``V`` tells whether the base is
-the one that was trained on.
+The file holds ``A``, ``B``, ``V`` and only the sizes of the clusters. The rows of each cluster are
+computed again from the left singular vectors, with PEFT's own steps. A comparison with ``V`` shows
+whether the base is the one that the adapter was trained on.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from turret.training.conversion.made_lora import MadeLora, peft_generator
 from turret.training.errors import RunError
 from turret.training.words import say
 
-# Lloyd's k-means as scikit-learn runs it: the same start, steps and end, and so the same clusters.
+# Lloyd's k-means with the same start, steps and end as in scikit-learn, so the clusters are the
+# same.
 #
-# AdaMSS clusters the rows of a weight so, with ``KMeans(init="random", n_init=1, max_iter=10)``,
-# and writes down how many rows each cluster has and not which.
+# AdaMSS clusters the rows of a weight with ``KMeans(init="random", n_init=1, max_iter=10)``. It
+# saves how many rows each cluster has, but not which rows.
 
 
 _Floats = npt.NDArray[np.float32]
@@ -51,12 +52,12 @@ def cluster_rows(rows: npt.ArrayLike, count: int, seed: int) -> _Labels:
     Args:
         rows: ``[n, features]``.
         count: Clusters, at most n.
-        seed: Of the rows that clusters start from.
+        seed: The seed for the rows that clusters start from.
     """
     x = np.array(rows, dtype=np.float32, order="C")
     tolerance = np.mean(np.var(x, axis=0)) * _TOLERANCE
     x -= x.mean(axis=0)
-    # scikit-learn draws with weights, which takes other numbers than a draw without.
+    # scikit-learn draws with weights, which uses other random numbers than a draw without weights.
     weights = np.ones(len(x), dtype=np.float32)
     draw = np.random.RandomState(seed)
     starts = draw.choice(len(x), size=count, replace=False, p=weights / weights.sum())
@@ -99,9 +100,9 @@ def _means(x: _Floats, labels: _Labels, before: _Floats) -> _Floats:
 
 _DOWN = "adamss_newB"
 _MAX_CLUSTERS = 4096
-# PEFT's own, whatever the config says.
+# The seed that PEFT uses, whatever the config says.
 _CLUSTER_SEED = 123456789
-# How far unit vectors may be from those in the file, which bf16 moves by up to 4e-3.
+# Maximum distance of unit vectors from those in the file, which bf16 moves by up to 4e-3.
 _FAR = 2e-2
 _TRAINING = "chooses what is trained; the tensors show the result"
 
@@ -123,7 +124,7 @@ _RANK = Dim("r", lambda m: min(m.rank, m.outputs, _WIDTH.of(m)), is_served=True)
 
 
 def format_of(config: Mapping[str, Any]) -> LinearFormat:
-    """How its checkpoint is written."""
+    """The format of the checkpoint."""
     count = config.get("num_subspaces", 5)
     some = range(count if _is_few(count) is None else 0)
     return LinearFormat(
@@ -166,10 +167,10 @@ def _check(m: Module) -> None:
 
 
 def convert(m: Module) -> MadeLora:
-    """One module's update.
+    """Convert the update of one module.
 
     Raises:
-        RunError: The base is another than the file's, or gives clusters of other sizes.
+        RunError: The base is not the file's base, or gives clusters of other sizes.
     """
     import numpy as np
 
@@ -177,7 +178,7 @@ def convert(m: Module) -> MadeLora:
     ups = [m.exact(f"adamss_B.{i}") for i in range(_clusters(m))]
     downs = [m.exact(f"adamss_A.{i}") for i in range(len(ups))]
     weight = m.weight()
-    # On the device of the weight, whose decomposition the bias is part of.
+    # Use the weight's device: the bias takes part in the weight's decomposition.
     bias = None if not m.has_bias else m.bias()
     if bias is not None:
         weight = torch.cat((weight, bias.to(weight)[:, None]), dim=1)
@@ -202,21 +203,21 @@ def convert(m: Module) -> MadeLora:
 def _left_vectors(weight: torch.Tensor, down: torch.Tensor, seed: int, path: str) -> torch.Tensor:
     """The left singular vectors that belong to ``down``, ``[out, r]`` on the CPU.
 
-    Of a weight's smaller singular vectors ``svd_lowrank`` finds those that its random start leads
-    to. Where another start was drawn (on another device, or by a version without a seed) they
-    follow from ``down``: ``W V = U S``, or ``Wᵀ U = V S``. Of another weight they are not
-    orthogonal.
+    Among a weight's smaller singular vectors, ``svd_lowrank`` finds those to which its random start
+    leads. If the training drew another start (on another device, or with a version without a seed),
+    the vectors follow from ``down``: ``W V = U S``, or ``Wᵀ U = V S``. For another weight, the
+    results are not orthogonal.
 
     Raises:
         RunError: The weight has no such vectors.
     """
     with peft_generator(seed, weight.device):
         left, _, right = torch.svd_lowrank(weight, q=len(down), niter=2)
-    # Either of two opposite vectors is one, and the distances between rows are the same.
+    # A singular vector may have either sign; the distances between rows stay the same.
     if _are_near(right.T.cpu().to(torch.float64), down):
         return left.cpu()
     wide = weight.cpu().to(torch.float64)
-    # The approximation is exact from one side: the longer one.
+    # The approximation is exact for the longer side only.
     if wide.shape[0] < wide.shape[1]:
         solved = wide @ down.T
     else:
@@ -229,6 +230,6 @@ def _left_vectors(weight: torch.Tensor, down: torch.Tensor, seed: int, path: str
 
 
 def _are_near(vectors: torch.Tensor, others: torch.Tensor) -> bool:
-    """Whether rows have the directions of others, or the opposite ones."""
+    """Whether the rows of two matrices have the same or opposite directions."""
     lengths = vectors.norm(dim=1) * others.norm(dim=1)
     return bool(((vectors * others).sum(1).abs() > (1 - _FAR**2 / 2) * lengths).all())

@@ -1,4 +1,4 @@
-"""``turret convert``: adapters that no file holds whole become ones that do."""
+"""``turret convert``: converts adapters whose files lack a part to complete ones."""
 
 from __future__ import annotations
 
@@ -57,24 +57,24 @@ def convert(
     device: str,
     progress: Progress,
 ) -> Conversion:
-    """Write the LoRA that does what the adapter does, or the parts of an X-LoRA.
+    """Write a LoRA that is equivalent to the adapter, or the parts of an X-LoRA.
 
     Args:
         adapter: A directory as PEFT writes it.
         model: The base that it was trained on: a directory, or ``org/name`` of the hub. None for
             an X-LoRA, which needs none.
-        output: A directory that is not there yet, or empty.
-        loras: What an X-LoRA was made of, where that is not where it says.
-        dtype: What the base's weights were rounded to in training; None is what its files hold.
-        device: Where decompositions are computed; as in training, if that can be.
-        progress: Told how far it is.
+        output: A new or an empty directory.
+        loras: The LoRAs of an X-LoRA, if they are not where its config says.
+        dtype: The dtype of the base's weights in training; None is that of its files.
+        device: The device for decompositions, if possible the one of the training.
+        progress: Called with the progress.
 
     Raises:
         AdapterCheckpointError: The adapter is of another type, unsupported or inconsistent.
-        AdapterMismatchError: It does not fit the base.
+        AdapterMismatchError: The adapter does not fit the base.
         InvalidRequestError: The base cannot be read.
-        RunError: ``output`` is taken, the base is missing or not the one that was trained on, or
-            a part of an X-LoRA is.
+        RunError: ``output`` is not empty, the base is missing or not the one of the training, or a
+            part of an X-LoRA is missing or another one.
     """
     check_conversion(adapter, model, output)
     checkpoint = read_folder(adapter, str(adapter))
@@ -111,10 +111,10 @@ def _kind_of(checkpoint: AdapterCheckpoint) -> str:
 def _convert_all(
     checkpoint: AdapterCheckpoint, kind: Kind, base: BaseModel, progress: Progress
 ) -> tuple[dict[str, MadeLora], dict[str, torch.Tensor]]:
-    """The modules' LoRAs, and the tensors of whole modules that go along."""
+    """The modules' LoRAs, and the tensors of modules that are saved whole."""
     config = dict(checkpoint.config)
     names = config.pop("modules_to_save", None) or []
-    # Whether it is one to serve is for the LoRA's reader to say.
+    # Leave it to the LoRA's reader to decide whether the task can be served.
     config.pop("task_type", None)
     if not isinstance(names, list):
         findings = Findings(checkpoint.path)
@@ -142,7 +142,7 @@ def _is_saved(module: str, names: list[Any]) -> bool:
 
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder that takes the place of ``output`` once it is filled."""
+    """A folder that replaces ``output`` once it is complete."""
     output.parent.mkdir(parents=True, exist_ok=True)
     build = Path(tempfile.mkdtemp(prefix=".converting-", dir=output.parent))
     try:

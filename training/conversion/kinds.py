@@ -1,4 +1,4 @@
-"""What is converted, and what can be told to be wrong before torch is loaded."""
+"""The kinds of adapters that can be converted, with the checks that do not need torch."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from turret.training.words import say
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A type of adapter that becomes a LoRA."""
+    """A type of adapter that can be converted to a LoRA."""
 
     format_of: Callable[[Mapping[str, Any]], LinearFormat]
     convert: Callable[[Module], MadeLora]
     note: str = ""
 
 
-# Made of parts that PEFT scatters over its folders; needs no base.
+# X-LoRA is assembled from parts that PEFT saves in several folders; it needs no base.
 (XLORA,) = xlora.METHOD.peft_types
 CONVERTED: Mapping[str, Kind] = {
     "ADAMSS": Kind(adamss.format_of, adamss.convert),
@@ -50,19 +50,19 @@ KINDS = (*CONVERTED, XLORA)
 
 
 def check_conversion(adapter: Path, model: Path | None, output: Path) -> None:
-    """Refuse what cannot be converted, as far as names and configs tell.
+    """Reject adapters and bases that cannot be converted, as far as their configs show that.
 
     Args:
         adapter: A directory as PEFT writes it.
         model: The base that it was trained on: a directory, or ``org/name`` of the hub, which is
             not asked.
-        output: Where the result goes.
+        output: The directory for the result.
 
     Raises:
-        AdapterCheckpointError: The adapter's config is no JSON object.
-        InvalidRequestError: The base is nothing that can be read.
-        RunError: ``output`` is taken, the adapter is none, or one that is not converted, or a base
-            is missing.
+        AdapterCheckpointError: The adapter's config is not a JSON object.
+        InvalidRequestError: The base cannot be read.
+        RunError: ``output`` is not empty, the directory is not an adapter of a type that can be
+            converted, or a base is missing.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(say("PATH_EXISTS", path=output))
@@ -82,13 +82,13 @@ def check_conversion(adapter: Path, model: Path | None, output: Path) -> None:
 
 
 def check_plain_base(model: Path) -> Mapping[str, Any]:
-    """Refuse a directory that adapters were not trained on in full precision.
+    """Reject a directory that is not a model in full precision.
 
     Returns:
         Its ``config.json``.
 
     Raises:
-        InvalidRequestError: A GGUF file, no model, or a quantised one.
+        InvalidRequestError: It is a GGUF file, not a model, or a quantised model.
     """
     if model.suffix == SUFFIX:
         raise InvalidRequestError.of("base", say("BASE_IS_GGUF", path=model))
@@ -106,5 +106,5 @@ def check_plain_base(model: Path) -> Mapping[str, Any]:
 
 
 def not_converted(path: str, kind: object) -> RunError:
-    """The refusal of a ``peft_type``."""
+    """The error for a ``peft_type`` that cannot be converted."""
     return RunError(say("NOT_CONVERTED", path=path, value=kind, choices=", ".join(KINDS)))

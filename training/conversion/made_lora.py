@@ -1,4 +1,4 @@
-"""What a conversion makes of one module."""
+"""The LoRA that a conversion makes for one module."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class MadeLora:
 
 @contextmanager
 def peft_generator(seed: int, device: torch.device) -> Iterator[None]:
-    """The global generator as PEFT seeds it for ``svd_lowrank``, and afterwards as it was."""
+    """Seed the global generator as PEFT does for ``svd_lowrank``, and restore it afterwards."""
     import torch
 
     devices = [] if device.type == "cpu" else [device]

@@ -1,4 +1,4 @@
-"""The base that an adapter was trained on, in full precision: linear modules, read one by one."""
+"""The base of an adapter in full precision; its linear modules are read one by one."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ def read_plain_base(
 
     Args:
         model: A Hugging Face model directory, or ``org/name[@revision]`` of the hub.
-        dtype: What the weights were rounded to in training; None is what the files hold.
-        device: Where weights are given.
-        progress: Told how much of a model came from the hub.
+        dtype: The dtype of the weights in training; None is that of the files.
+        device: The device for the weights.
+        progress: Called with the progress of a download from the hub.
 
     Raises:
-        InvalidRequestError: None of these, or quantised, or of an architecture that is not served.
+        InvalidRequestError: ``model`` is not a model, is quantised, or has an unsupported
+            architecture.
     """
-    # Here, because it takes its time and the command's help does not need it.
+    # Import it here, because that is slow and the command's help does not need it.
     from transformers import AutoConfig
 
     hub_id = hub_model_id(model)
@@ -90,7 +91,7 @@ def _base(name: str, config: Any, tensors: StoredTensors, read: _Read) -> BaseMo
         dtype=torch.float32,
         modules=modules,
         other_modules=frozenset(others | {EMBEDDING}),
-        # Neither is read of a base that serves nothing.
+        # The conversion reads neither embedding nor head.
         vocabulary=BaseVocabulary(none, none, is_tied),
         num_layers=0,
         hidden_size=0,

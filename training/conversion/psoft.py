@@ -1,8 +1,8 @@
 """PSOFT (openreview FSHrinMArK): ``y += s B (R − I) A x``, ``B A`` the largest part of ``W``'s SVD.
 
-The file holds what makes ``R`` and not the factors that it turns. They are computed as PEFT
-computes them when it loads the adapter, by the same decomposition: which of two opposite singular
-vectors comes out, and with it the update, is up to the linear algebra library.
+The file holds the parameters of ``R``, but not the factors ``A`` and ``B``. These are computed by
+the same decomposition as in PEFT when it loads the adapter. The linear algebra library determines
+the signs of the singular vectors, and so the update.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from turret.server.adapters.methods.kit import (
 from turret.training.conversion.made_lora import MadeLora, peft_generator
 
 _TURN, _OUT, _IN = "psoft_R.weight", "psoft_R.vector_b", "psoft_R.vector_a"
-# PEFT's, where an older version of it did not write them.
+# PEFT's defaults for keys that its older versions did not write.
 DEFAULTS: Mapping[str, Any] = {
     "ab_svd_init": "psoft_init",
     "psoft_svd": "full",
@@ -52,12 +52,12 @@ def _said(m: Module, name: str) -> Any:
 
 
 def format_of(config: Mapping[str, Any]) -> LinearFormat:
-    """How its checkpoint is written."""
+    """The format of the checkpoint."""
     return FORMAT
 
 
 def convert(m: Module) -> MadeLora:
-    """One module's update, the scaling included."""
+    """Convert the update of one module, including the scaling."""
     config, rank = {**DEFAULTS, **m.config}, m.config["r"]
     left, values, right = _svd(m.weight(), rank, config)
     values = values / m.scaling

@@ -17,17 +17,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     parser = subparsers.add_parser(
         "convert",
         help=text,
-        description="Make the LoRA that does exactly what an adapter of PSOFT or AdaMSS does. Their"
-        " files lack what PEFT computes from the weights they were trained on: give it those, in"
-        " full precision. Of an X-LoRA, gather what PEFT scatters over its folders: a classifier"
-        " and LoRAs that are loaded one by one.",
+        description="Convert a PSOFT or AdaMSS adapter to an equivalent LoRA. The adapter's files"
+        " lack the parts that PEFT computes from the base's weights, so pass the base in full"
+        " precision with --base. For an X-LoRA, gather the parts that PEFT saves in several"
+        " directories: a classifier, and LoRAs that are loaded one by one.",
     )
     parser.add_argument("adapter", type=Path, metavar="DIR", help="the adapter, as PEFT saved it")
     parser.add_argument(
         "--base",
         type=model_place,
         metavar="DIR|ORG/NAME",
-        help="the model it was trained on, not quantised; an X-LoRA needs none",
+        help="the model that the adapter was trained on, not quantised (not needed for an X-LoRA)",
     )
     parser.add_argument(
         "--lora",
@@ -35,21 +35,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         action="append",
         default=[],
         metavar="DIR",
-        help="a LoRA that an X-LoRA was made of, where it is not where it was then: all, in order",
+        help="a LoRA of the X-LoRA, if the LoRAs have moved since the training; pass all, in order",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="where the result goes"
+        "--output", type=Path, required=True, metavar="DIR", help="directory for the result"
     )
     parser.add_argument(
         "--dtype",
         choices=_DTYPES,
-        help="what the model was loaded as in training (default: as its files are)",
+        help="dtype of the base during training (default: that of its files)",
     )
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
-        help="where it was trained, if that is here: decompositions differ (default: %(default)s)",
+        help="device of the training, if this machine has it: results of a decomposition depend on"
+        " the device (default: %(default)s)",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
     parser.set_defaults(func=_convert)
@@ -109,6 +110,6 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _in_own_words(error: Exception) -> str:
-    """By the flag, where the checks name what it sets."""
+    """The text of an error, with the flag in the place of the field that it sets."""
     text = str(error)
     return f"--{text}" if text.startswith("base: ") else text

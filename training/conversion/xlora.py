@@ -1,9 +1,9 @@
-"""X-LoRA's folder as PEFT saves it → its classifier whole, and its LoRAs as adapters of their own.
+"""Splits an X-LoRA as PEFT saves it into a complete classifier and separate LoRAs.
 
-PEFT calls the LoRAs ``0``, ``1``, …, and since 0.20 leaves out of every file what has another's
-name as a part of its path: layers of the model, and of the classifier. The classifier is spread
-over all folders, its layer ``n`` as ``layers.weight`` in folder ``n``. Of the LoRAs the first
-layers are gone, but those it was made of have them, unless they were trained along.
+PEFT calls the LoRAs ``0``, ``1``, …. Since 0.20 it omits from each file the tensors with another
+LoRA's name in their path, which are layers of the model and of the classifier. The classifier is
+spread over all folders: its layer ``n`` is ``layers.weight`` in folder ``n``. The first layers of
+the LoRAs are not saved at all. The original LoRAs have them, unless they were trained further.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MOST_ELEMENTS = 1 << 40
 
 
 def read_folder(place: Path, shown: str) -> AdapterCheckpoint:
-    """A directory's two files."""
+    """Read the two files of an adapter's directory."""
     place = place.resolve()
     return read_checkpoint(
         AdapterRoot(place.parent), place.name, max_elements=_MOST_ELEMENTS, shown=shown
@@ -45,17 +45,17 @@ def split_xlora(
     """Write the classifier, with the digests of its LoRAs, and the LoRAs.
 
     Args:
-        checkpoint: Of ``adapter``.
+        checkpoint: The checkpoint in ``adapter``.
         adapter: The folder that PEFT wrote.
         build: An empty folder.
-        loras: The LoRAs it was made of, in their order; none for those that are found.
+        loras: The original LoRAs in order; empty for those that the config names.
 
     Returns:
         The folders' names in ``build``, those of the LoRAs first.
 
     Raises:
         AdapterCheckpointError: A LoRA cannot be read.
-        RunError: A part is nowhere, or ``loras`` are others.
+        RunError: A part is missing, or ``loras`` are not the original ones.
     """
     config = checkpoint.config
     paths = _paths(config)
@@ -83,9 +83,9 @@ def split_xlora(
 
 
 def _paths(config: Mapping[str, Any]) -> list[Path]:
-    """Where each LoRA came from, in the order of the classifier's outputs.
+    """The directory of each LoRA, in the order of the classifier's outputs.
 
-    That is the order of their numbers: PEFT's file has them in that of the alphabet, 10 before 2.
+    The outputs are in numerical order; PEFT's file lists the LoRAs alphabetically, 10 before 2.
     """
     adapters = config.get("adapters")
     if not isinstance(adapters, dict) or not adapters:
@@ -100,7 +100,7 @@ def _paths(config: Mapping[str, Any]) -> list[Path]:
 def _classifier(
     checkpoint: AdapterCheckpoint, folders: Mapping[int, AdapterCheckpoint]
 ) -> dict[str, torch.Tensor]:
-    """Its tensors by PEFT's names, from wherever they are."""
+    """The classifier's tensors by PEFT's names, from whichever folder has them."""
     depth, dropout = (checkpoint.config.get(key) for key in ("xlora_depth", "xlora_dropout_p"))
     if type(depth) is not int or not 0 < depth <= 64 or not isinstance(dropout, int | float):
         raise RunError(say("XLORA_NUMBERS"))
@@ -129,8 +129,8 @@ def _original(
     path: Path,
     config: Mapping[str, Any],
 ) -> Path | None:
-    """The folder that a LoRA came from; None if what X-LoRA saved of it is whole."""
-    # Since 0.20 there are weights of the base among them.
+    """The folder of an original LoRA; None if the saved LoRA is complete."""
+    # Since PEFT 0.20, the file also contains weights of the base.
     names = () if saved is None else saved.tensors
     is_whole = bool(names) and all(_is_lora(n) or n.startswith(_CLASSIFIER) for n in names)
     if is_whole and given is None:
@@ -148,7 +148,7 @@ def _original(
 
 
 def _check_same(number: int, saved: AdapterCheckpoint, original: Path) -> None:
-    """What there is of a LoRA must be the original's."""
+    """Check that the saved tensors of a LoRA are those of the original."""
     whole = read_folder(original, str(original)).tensors
     for name, tensor in saved.tensors.items():
         if _is_lora(name):
@@ -161,7 +161,7 @@ def _write_lora(folder: Path, saved: AdapterCheckpoint | None, original: Path | 
     folder.mkdir()
     if original is not None:
         for name in (CONFIG_FILE, TENSORS_FILE):
-            # Byte for byte: it has the digest that it has where it is served already.
+            # Copy byte for byte, so that the digest equals that of a LoRA that is already served.
             shutil.copyfile(original / name, folder / name)
         return
     assert saved is not None, "it is whole"

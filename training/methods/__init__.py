@@ -35,7 +35,7 @@ def method_named(name: str) -> TrainingMethod:
     """The method of ``method.name``.
 
     Raises:
-        ConfigError: There is none of this name; lists those there are.
+        ConfigError: The method is unknown; lists the known ones.
     """
     if name not in METHODS:
         text = say("NOT_ONE_OF", choices=", ".join(METHODS), value=name[:60])

@@ -1,4 +1,4 @@
-"""Learned fusion (AdapterFusion, arXiv 2005.00247): the gate over adapters that exist already."""
+"""Learned fusion (AdapterFusion, arXiv 2005.00247): trains a gate over existing adapters."""
 
 from __future__ import annotations
 

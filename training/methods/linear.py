@@ -104,7 +104,8 @@ class _Ia3Method(PeftMethod):
         attached = super().attach(model, config, base)
         for module in attached.modules():
             if isinstance(module, IA3Layer) and isinstance(module, torch.nn.Module):
-                # PEFT's 4-bit layer answers in float32, which attention then refuses to mix.
+                # PEFT's 4-bit layer returns float32, which attention does not accept beside other
+                # dtypes.
                 module.register_forward_hook(lambda module, inputs, out: out.to(dtype))
         return attached
 
@@ -112,13 +113,13 @@ class _Ia3Method(PeftMethod):
 IA3 = _Ia3Method(
     name="ia3",
     learning_rate=1e-2,
-    # The paper's choice: keys, values and the feed-forward.
+    # The paper adapts keys, values and the feed-forward.
     defaults={"targets": ("k_proj", "v_proj", "down_proj")},
     peft_config=_ia3_config,
 )
 
 
-# OFT (arXiv 2306.07280): blocks of the input are rotated before the base multiplies them.
+# OFT (arXiv 2306.07280): blocks of the input are rotated before the base layer.
 
 
 def _oft_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
@@ -137,7 +138,7 @@ def _largest_block(config: Settings, base: TrainingBase) -> int:
 
 
 def _other_blocks(config: Settings, base: TrainingBase) -> tuple[str, ...]:
-    """Where no blocks of the size that was asked for make up a module's inputs."""
+    """A note if a module's inputs cannot be divided into blocks of the requested size."""
     wanted = 2 * config.rank
     widths = sorted({inner for _, _, inner in module_sizes(base.arch.projections, config.targets)})
     made = [f"{dividing(width, wanted)} of {width}" for width in widths if width % wanted]
@@ -161,9 +162,10 @@ OFT = PeftMethod(
 
 # HRA (arXiv 2405.17484): the input is reflected at learned planes, one after another.
 #
-# PEFT's layer multiplies the base's weight by a matrix of the reflections, which a packed weight
-# does not allow, and keeps a matrix of ``in × in`` for each reflection until the backward pass:
-# gigabytes for the smallest model. The layer here reflects the input. Everything else is PEFT's.
+# PEFT's layer multiplies the base's weight by a matrix of the reflections, which does not work with
+# a packed weight. It also keeps an ``in × in`` matrix for each reflection until the backward pass,
+# which takes gigabytes even for the smallest model. The layer here reflects the input instead.
+# Everything else is PEFT's.
 
 
 class ReflectedLinear(hra.HRALinear):
@@ -220,7 +222,7 @@ HRA = _HraMethod(
 )
 
 
-# MiSS (arXiv 2409.15371): one matrix per module, which every piece of the input meets.
+# MiSS (arXiv 2409.15371): one matrix per module, which all pieces of the input share.
 
 
 def _miss_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
@@ -285,9 +287,9 @@ def _shira_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
 
 
 class _MaskDrawer:
-    """PEFT's ``random_mask``, on the CPU whatever holds the weight, and once for a shape.
+    """PEFT's ``random_mask``, but always on the CPU and only once per shape.
 
-    Modules of one shape have the same places there too; the permutation of a large weight's entries
+    In PEFT, too, modules of one shape get the same places. Permuting the entries of a large weight
     takes seconds.
     """
 
@@ -302,7 +304,7 @@ class _MaskDrawer:
         key = (out, inner, r)
         if key not in self._places:
             drawn = torch.randperm(out * inner, generator=torch.Generator().manual_seed(self._seed))
-            # A copy: a view would keep all of them.
+            # Copy the part, because a view would keep the whole tensor.
             self._places[key] = drawn[: r * (out + inner)].clone()
         mask = torch.zeros(out * inner, dtype=torch.bool)
         mask[self._places[key]] = True
@@ -318,7 +320,7 @@ class _ShiraMethod(PeftMethod):
 
 
 def _use_shapes(model: Any) -> None:
-    """Let layers without memory work, where neither sparse nor packed weights are there."""
+    """Let SHiRA's layers work on the meta device, which has no sparse or packed weights."""
     for layer in model.modules():
         if isinstance(layer, shira.Linear):
             layer.quantization_backend = None
@@ -326,7 +328,7 @@ def _use_shapes(model: Any) -> None:
 
 
 def _delta_shape(layer: shira.Linear, adapter: str) -> torch.Tensor:
-    """A tensor of the weight's shape and the values' gradient, which takes no more than they do."""
+    """A tensor with the weight's shape and the values' gradient, but only the values' memory."""
     return layer.shira_weight[adapter].sum().expand(layer.out_features, layer.in_features)
 
 

@@ -27,9 +27,9 @@ from turret.training.words import say
 #     K[o, ij] = w1a[o, i] · w2a[o, j]        [out, r²]
 #     Q[ij, c] = w1b[i, c] · w2b[j, c]        [r², in]
 #
-# so ``y = s·(x Qᵀ) Kᵀ``. That takes ``r² (in + out)`` products a token where ΔW takes ``in · out``:
-# fewer for every rank that the server serves. ΔW is never built, and autograd keeps ``x`` in its
-# own dtype, the factors, and ``x Qᵀ`` with ``r²`` numbers a token.
+# so ``y = s·(x Qᵀ) Kᵀ``. That takes ``r² (in + out)`` products per token, whereas ΔW takes ``in ·
+# out``, which is more for every rank that the server serves. ΔW is never built. autograd keeps
+# ``x`` in its own dtype, the factors, and ``x Qᵀ`` with ``r²`` numbers per token.
 
 
 class HadamardProduct(torch.autograd.Function):
@@ -75,7 +75,7 @@ def hadamard_product(
     """``s·((w1a w1b) ⊙ (w2a w2b)) x`` for every row, differentiable in all but ``scaling``.
 
     Args:
-        x: ``[..., in]``, any float dtype; it is kept in it and multiplied in that of the factors.
+        x: ``[..., in]``, any float dtype; kept in its own dtype, multiplied in the factors' dtype.
         w1a: ``[out, r]``, any float dtype.
         w1b: ``[r, in]``, dtype of ``w1a``.
         w2a: ``[out, r]``, dtype of ``w1a``.
@@ -126,7 +126,7 @@ class KroneckerProduct(torch.autograd.Function):
         grad_w1 = torch.einsum("...lk,...mk->lm", grad, inners.pop())
         inner_grad = w1.T @ grad
         grad_w2: list[torch.Tensor] = []
-        # Backwards: the factor that was applied last is the first of w2.
+        # Go backwards: the factor that was applied last is the first of w2.
         for factor, inner in zip(w2, reversed(inners), strict=True):
             grad_w2.append(inner_grad.flatten(0, -2).T @ inner.flatten(0, -2))
             inner_grad = inner_grad @ factor
@@ -140,8 +140,8 @@ def kronecker_product(
     """``s·kron(w1, w2) x`` for every row, differentiable in all but ``scaling``.
 
     Args:
-        x: ``[..., in_m · in_n]``, any float dtype; it is kept in it and multiplied in that of the
-            factors.
+        x: ``[..., in_m · in_n]``, any float dtype; kept in its own dtype, multiplied in the
+            factors' dtype.
         w1: ``[out_l, in_m]``, any float dtype.
         w2: ``([out_k, in_n],)``, or ``([out_k, r], [r, in_n])``; dtype of ``w1``.
         scaling: ``s``.
@@ -164,20 +164,20 @@ def _inner_products(
 
 # Layers for an NF4 base (QLoRA, arXiv 2305.14314), which PEFT lacks.
 #
-# PEFT takes a ``Linear4bit`` for a linear layer, reads the shape of its packed weight, and adds a
+# PEFT treats a ``Linear4bit`` as a linear layer, reads the shape of its packed weight, and adds a
 # dense update of that shape. The layers here take the shape from the features and add the update as
-# a product of its factors (``hadamard_product``, ``kronecker_product``). All else (targets,
-# patterns, initial values, saving and loading) stays PEFT's, so the checkpoints are PEFT's too.
+# a product of its factors (``hadamard_product``, ``kronecker_product``). PEFT does everything else
+# (targets, patterns, initial values, saving and loading), so the checkpoints have PEFT's format.
 
 
 class Nf4LohaLinear(loha.Linear):
     """A ``Linear4bit`` with LoHa adapters on it."""
 
     def create_adapter_parameters(self, adapter_name: str, r: int, shape: tuple[int, ...]) -> None:
-        """As PEFT's, for the shape of the weight and not of its packed form.
+        """Like PEFT's method, but for the shape of the weight, not that of its packed form.
 
         Raises:
-            ValueError: A dense update would be cheaper than this rank; the server refuses it too.
+            ValueError: A dense update would be cheaper than this rank; the server rejects it too.
         """
         wide, high = self.in_features, self.out_features
         assert wide is not None
@@ -222,7 +222,7 @@ class Nf4LokrLinear(lokr.Linear):
         return _dropped(self, adapter_name, delta.T).T if apply_rank_dropout else delta
 
     def _factors(self, name: str) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        # The first factor is the small one: multiplied out it costs next to nothing.
+        # The first factor is small, so multiplying it out costs next to nothing.
         if name in self.lokr_w1:
             w1 = self.lokr_w1[name]
         else:
@@ -244,24 +244,24 @@ class Nf4LokrLinear(lokr.Linear):
 
 def register_nf4_layers() -> None:
     """Make PEFT use these layers wherever it puts LoHa or LoKr on a ``Linear4bit``. Idempotent."""
-    # Before torch.nn.Linear, which a Linear4bit is as well: PEFT takes the first that fits.
+    # PEFT takes the first entry that fits, and a Linear4bit is also a torch.nn.Linear.
     LoHaModel.layers_mapping = {Linear4bit: Nf4LohaLinear, **LoHaModel.layers_mapping}
     LoKrModel.layers_mapping = {Linear4bit: Nf4LokrLinear, **LoKrModel.layers_mapping}
 
 
 def _dropped(layer: Nf4LohaLinear | Nf4LokrLinear, name: str, y: torch.Tensor) -> torch.Tensor:
-    """PEFT's ``rank_dropout``: drops rows of the update, which are outputs, for all tokens alike.
+    """PEFT's ``rank_dropout``: drops rows of the update (outputs), the same ones for all tokens.
 
     Args:
         layer: The layer.
-        name: Of the adapter.
+        name: The name of the adapter.
         y: ``[..., out]``.
     """
     share = layer.rank_dropout[name]
     if not share:
         return y
     kept = (torch.rand(y.shape[-1], device=y.device) > share).to(y.dtype)
-    # LoHa always keeps the mean (and has no such switch); LoKr if told to.
+    # LoHa always keeps the mean; LoKr has a switch for it.
     is_mean_kept = layer.rank_dropout_scale.get(name, True)
     return y * (kept / kept.mean() if is_mean_kept else kept)
 
@@ -313,7 +313,7 @@ def _lokr_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
 
 
 def _decomposed_rank(config: Settings, base: TrainingBase) -> int:
-    """The rank where PEFT decomposes the large factor of a module; else it only divides alpha."""
+    """The rank to serve; 0 if PEFT decomposes no factor, so that the rank only divides alpha."""
     for _, *sides in module_sizes(base.arch.projections, config.targets):
         if config.rank < max(factorization(side, config.decompose_factor)[1] for side in sides) / 2:
             return config.rank

@@ -1,4 +1,4 @@
-"""What the trainer needs to know of a method, and the way of every method that PEFT has.
+"""The interface of a training method, and its implementation for PEFT's methods.
 
 A new method is an object with the members of :class:`TrainingMethod`, in ``METHODS``.
 """
@@ -21,8 +21,8 @@ from turret.training.mixture import as_modules
 from turret.training.settings.checks import check_modules
 from turret.training.settings.config import MethodConfig
 
-# A ``MethodConfig`` whose keys are filled in, for as many as the method's defaults name before the
-# one being asked for: None is out of the question, which its own types cannot say.
+# A ``MethodConfig`` in which the keys before the current one, in the order of the method's
+# defaults, are filled in and not None. Its own types cannot express that.
 Settings = Any
 
 
@@ -40,27 +40,27 @@ class TrainingMethod(Protocol):
     def learning_rate(self) -> float: ...
 
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
-        """Fill in what is left out.
+        """Fill in the keys that the config leaves out.
 
         Raises:
-            ConfigError: A value that does not fit the base.
+            ConfigError: A value does not fit the base.
         """
         ...
 
     def served_rank(self, config: MethodConfig, base: TrainingBase) -> int:
-        """What a server compares with its ``--max-rank``; 0 if it has nothing to compare.
+        """The number that a server compares with its ``--max-rank``; 0 if there is none.
 
         Args:
-            config: Of :meth:`resolve`.
+            config: The result of :meth:`resolve`.
             base: The model's description.
         """
         ...
 
     def notes(self, config: MethodConfig, base: TrainingBase) -> Sequence[str]:
-        """What becomes of the settings on this base, where that is not what they say.
+        """Notes on settings that have a different effect on this base than they suggest.
 
         Args:
-            config: Of :meth:`resolve`.
+            config: The result of :meth:`resolve`.
             base: The model's description.
         """
         ...
@@ -70,7 +70,7 @@ class TrainingMethod(Protocol):
 
         Args:
             model: The frozen transformers model; changed in place.
-            config: Of :meth:`resolve`.
+            config: The result of :meth:`resolve`.
             base: The model's description.
 
         Returns:
@@ -81,12 +81,12 @@ class TrainingMethod(Protocol):
         ...
 
     def loss(self, model: Any, config: MethodConfig, device: str) -> LossFunction:
-        """Make what training minimises; without gradients it is the cross entropy.
+        """Make the loss; without gradients it is the cross entropy.
 
         Args:
-            model: Of :meth:`attach`.
-            config: Of :meth:`resolve`.
-            device: Of the model.
+            model: The result of :meth:`attach`.
+            config: The result of :meth:`resolve`.
+            device: The device of the model.
         """
         ...
 
@@ -94,9 +94,9 @@ class TrainingMethod(Protocol):
         """Write the adapter in the layout that PEFT and the server read.
 
         Args:
-            model: Of :meth:`attach`.
+            model: The result of :meth:`attach`.
             folder: Exists.
-            dtype: Of the saved tensors.
+            dtype: The dtype of the saved tensors.
 
         Raises:
             RunError: A weight is not finite.
@@ -105,10 +105,10 @@ class TrainingMethod(Protocol):
 
 
 def fill_in(config: MethodConfig, base: TrainingBase, defaults: Mapping[str, Any]) -> MethodConfig:
-    """Give every key of ``defaults`` that is left out its value.
+    """Fill in the keys of ``defaults`` that the config leaves out.
 
     Args:
-        config: As read.
+        config: The config as read.
         base: The model's description.
         defaults: The method's keys (as ``METHOD_KEYS`` says); a function gets the config as far as
             it is filled in.
@@ -133,9 +133,9 @@ class PeftMethod:
     """A method of PEFT's: a table row and a function that makes PEFT's config.
 
     Attributes:
-        defaults: The method's keys of ``MethodConfig``, and what stands for each if it is left
-            out; a function gets the config as far as it is resolved.
-        peft_config: Makes PEFT's config of the resolved one.
+        defaults: The default of each of the method's keys in ``MethodConfig``; a function gets the
+            config as far as it is resolved.
+        peft_config: Makes PEFT's config from the resolved config.
         rank_served: What a server compares with its ``--max-rank``: the rank, where it is one.
         remarks: Makes ``TrainingMethod.notes``.
     """
@@ -173,7 +173,7 @@ class PeftMethod:
 
     def save(self, model: Any, folder: Path, dtype: torch.dtype) -> None:
         config = model.peft_config["default"].to_dict()
-        # PEFT writes the directory that the weights were read from, which is this machine's own.
+        # PEFT writes the directory of the weights, which has a meaning only on this machine.
         name = model.get_base_model().config._name_or_path
         for key in ("base_model_name_or_path", "tokenizer_name_or_path"):
             if config.get(key) is not None:
@@ -184,8 +184,8 @@ class PeftMethod:
 
 # Prefix tuning (arXiv 2101.00190), prompt tuning (2104.08691) and p-tuning (2103.10385).
 #
-# Prefix tuning's network and p-tuning's are folded away when saved: what is served is the prefix,
-# or the prompt, that they make.
+# The networks of prefix tuning and p-tuning are evaluated when the adapter is saved: the server
+# gets only the resulting prefix or prompt.
 
 
 def _hidden_size(config: Settings, base: TrainingBase) -> int:
@@ -203,7 +203,8 @@ def _prefix_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
         num_virtual_tokens=config.num_virtual_tokens,
         prefix_projection=config.prefix_projection,
         encoder_hidden_size=config.encoder_hidden_size,
-        # Given, because PEFT derives them from hidden_size, wrongly where head_dim is its own.
+        # Pass these sizes, because PEFT would derive them from hidden_size, which is wrong for a
+        # model with its own head_dim.
         num_layers=arch.num_layers,
         num_attention_heads=arch.num_kv_heads,
         token_dim=arch.num_kv_heads * arch.head_dim,

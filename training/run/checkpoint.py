@@ -1,4 +1,4 @@
-"""Checkpoints from which a run goes on as if it had never stopped."""
+"""Checkpoints, from which a run continues as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> None:
-    """Write ``step-NNNNNNNN.pt`` whole or not at all, then drop the oldest beyond ``keep``."""
+    """Write ``step-NNNNNNNN.pt`` atomically, then remove the oldest ones beyond ``keep``."""
     state: dict[str, Any] = {
         "step": step,
         "parameters": {name: parameter.data for name, parameter in parameters.items()},
@@ -39,9 +39,9 @@ def save_checkpoint(
 def restore_checkpoint(
     path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> int:
-    """Put everything back in place; returns the steps done.
+    """Restore the state of a run; returns the number of finished steps.
 
-    The optimizer's groups and parameters must be made as they were for the run that saved it.
+    The optimizer must have the same groups and parameters as in the run that saved the checkpoint.
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
     assert state["parameters"].keys() == parameters.keys()

@@ -3,12 +3,12 @@
 | file | content |
 |---|---|
 | ``config.toml`` | the config with every choice filled in and absolute paths |
-| ``run.json`` | what the run was made of: digests of base, data and config; versions; counts |
-| ``metrics.jsonl`` | one JSON object a line, see below |
+| ``run.json`` | the inputs of the run: digests of base, data and config; versions; counts |
+| ``metrics.jsonl`` | one JSON object per line, see below |
 | ``tensorboard/`` | the metrics as TensorBoard events, with ``run.report_to = "tensorboard"`` |
 | ``checkpoints/step-00000050.pt`` | weights, optimizer and random state after that many steps |
 | ``samples.jsonl`` | answers before and after, once the run is finished (``samples.py``) |
-| ``report.html`` | the run as a page, once it is finished or asked for (``report/``) |
+| ``report.html`` | the report of the run, once it is finished or requested (``report.py``) |
 | ``adapter/`` | the result, once the run is finished: PEFT's layout and ``provenance.json`` |
 
 A line of ``metrics.jsonl`` is written after every optimizer step (``kind`` is ``step``), and after
@@ -100,14 +100,14 @@ class RunFolder:
         return self.adapter.is_dir()
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Whether a run may begin, or go on, here.
+        """Check that a run may begin, or continue, here.
 
         Args:
-            resume: It goes on with the run in the directory.
-            overwrite: It removes a run that is there.
+            resume: Whether to continue the run in the directory.
+            overwrite: Whether to remove an existing run.
 
         Raises:
-            RunError: It may not; says which flag would let it.
+            RunError: The run may not start; the error names the flag that allows it.
         """
         if self.path.exists() and not self.path.is_dir():
             problem = say("FOLDER_IS_A_FILE")
@@ -131,12 +131,12 @@ class RunFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Nobody else may write here meanwhile: two runs in one directory spoil each other.
+        """Lock the directory within the block, because two runs in it would damage each other.
 
-        The system lets go of it however the process ends.
+        The system releases the lock however the process ends.
 
         Raises:
-            RunError: Another process has it.
+            RunError: Another process holds the lock.
         """
         is_new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -156,11 +156,11 @@ class RunFolder:
         except BlockingIOError:
             raise RunError(say("RUN_IN_USE", path=self.path)) from None
         except OSError:
-            # A file system of a network that has no locks: all that is lost is the warning.
+            # Some network file systems have no locks. Then only the warning is lost.
             pass
 
     def clear(self) -> None:
-        """Remove what a run writes; other runs below it, and what people put there, stay."""
+        """Remove the files of a run; other runs below the directory and users' files stay."""
         own = (self.config, self.facts, self.metrics, self.samples, self.report)
         for path in (*own, self.tensorboard, self.checkpoints, self.adapter):
             for each in (path, path.with_name(f"{path.name}{PARTIAL_SUFFIX}")):
@@ -170,13 +170,13 @@ class RunFolder:
                     each.unlink(missing_ok=True)
 
     def _is_reported(self) -> bool:
-        """Whether the page is of what the run has become: one can be made of half a run."""
+        """Whether the report is of the finished run; one can also be made of an unfinished run."""
         if not self.report.exists():
             return False
         return self.report.stat().st_mtime_ns >= self.adapter.stat().st_mtime_ns
 
     def how_to_go_on(self) -> str:
-        """What is to be done about a run that stops now; empty where there is nothing."""
+        """Advice for a run that stops now; empty if there is nothing to do."""
         if self.is_finished and not self._is_reported():
             return f"the adapter is complete, but its report is missing; {self._how_to_report()}"
         if self.is_finished or not self.facts.exists():
@@ -207,7 +207,7 @@ class RunFolder:
         """``run.json``.
 
         Raises:
-            RunError: It is missing or broken.
+            RunError: The file is missing or broken.
         """
         try:
             return json.loads(self.facts.read_text(encoding="utf-8"))
@@ -222,27 +222,27 @@ class RunFolder:
 
 
 def rank_folder(output: Path, rank: int) -> Path:
-    """Where a sweep that writes to ``output`` trains a rank."""
+    """The directory in which a sweep that writes to ``output`` trains a rank."""
     return output / f"rank-{rank}"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """The checkpoint after so many steps."""
+    """The path of the checkpoint after a step."""
     return folder / f"step-{step:08d}.pt"
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """All of a run, oldest first."""
+    """All checkpoints of a run, oldest first."""
     return sorted(folder.glob("step-*.pt"))
 
 
 def step_of(checkpoint: Path) -> int:
-    """The steps done before it was written."""
+    """The number of steps before the checkpoint was written."""
     return int(checkpoint.stem.removeprefix("step-"))
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; a half line at the end, left by a kill, is skipped."""
+    """The lines of a ``metrics.jsonl``; an incomplete last line, after a kill, is skipped."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             if line.endswith("\n"):
@@ -259,7 +259,7 @@ class MetricsLog:
 
         Args:
             path: The file; created if missing.
-            keep_up_to_step: Lines of later steps, written between the checkpoint and the kill, go.
+            keep_up_to_step: Lines of later steps, written after the checkpoint, are removed.
             tensorboard: Directory for TensorBoard events of the same numbers, or None.
         """
         kept = []
@@ -291,15 +291,15 @@ class MetricsLog:
             self._events.close()
 
 
-# The commands that serve a trained adapter, ask it, and renew it.
+# The next steps after a run.
 
 
 def what_next(resolved: Resolved, folder: RunFolder) -> str:
-    """Where the adapter is, and what to type to serve it, to ask it, and to renew it.
+    """The path of the adapter, and the commands that serve, prompt and update it.
 
     Args:
-        resolved: The run, which is done.
-        folder: What it wrote.
+        resolved: The finished run.
+        folder: The run's directory.
     """
     base = resolved.config.base.model
     model = "" if base is None else f" --model {shlex.quote(base)}"
@@ -318,11 +318,11 @@ def what_next(resolved: Resolved, folder: RunFolder) -> str:
 
 
 def adapter_name(run: Path) -> str:
-    """What the adapter of a run is called where nobody names it: as the run's directory is."""
+    """The default name of a run's adapter: the name of the run's directory if it is valid."""
     return run.name if ADAPTER_NAME.fullmatch(run.name) else "mine"
 
 
 def max_rank_flag(resolved: Resolved) -> str:
-    """`` --max-rank N`` where a server would refuse the adapter without it."""
+    """`` --max-rank N`` if a server would reject the adapter without it, else an empty text."""
     rank = resolved.method.served_rank(resolved.config.method, resolved.base)
     return f" --max-rank {rank}" if rank > SERVED_RANK else ""

@@ -1,7 +1,7 @@
-"""The progress of a run on the terminal: a bar, or lines where there is none.
+"""The progress of a run: a bar on a terminal, otherwise lines.
 
-Off a terminal a line comes at least every ten seconds, also while one step, a validation or the
-answers of the report take longer than that: whoever reads a log knows that it goes on, and where.
+Without a terminal, a line is printed at least every ten seconds, even if one step, a validation or
+the answers for the report take longer. So a log always shows that the run continues, and where.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def training_progress(
     """Yield a listener for the lines of ``metrics.jsonl`` and the trainer's events; on stderr.
 
     Args:
-        num_steps: Of the run; None until its event ``begin`` says so.
-        title: What the lines begin with.
-        stays: Whether the bar is still to be seen afterwards.
+        num_steps: The number of steps of the run; None until its event ``begin`` says so.
+        title: The beginning of the lines.
+        stays: Whether the bar stays visible afterwards.
         is_quiet: Whether to show neither the bar nor the lines.
-        line_seconds: Off a terminal, most seconds between two lines.
+        line_seconds: Maximum number of seconds between two lines without a terminal.
     """
     console = Console(stderr=True, highlight=False, quiet=is_quiet)
     columns = (
@@ -64,7 +64,7 @@ def training_progress(
 
 
 class _Bar(Progress):
-    """Leaves room for the ^C of a terminal, which would wrap and have the last line drawn twice."""
+    """Leaves room for a terminal's ^C, which would wrap the last line and have it drawn twice."""
 
     def get_renderable(self) -> RenderableType:
         return _Narrowed(super().get_renderable())
@@ -72,7 +72,7 @@ class _Bar(Progress):
 
 @dataclass(frozen=True, slots=True)
 class _Narrowed:
-    """What is drawn, a little narrower than the terminal is at that time."""
+    """Draws its content a little narrower than the terminal currently is."""
 
     drawn: RenderableType
 
@@ -82,7 +82,7 @@ class _Narrowed:
 
 
 class _Steps(ProgressColumn):
-    """How many of how many, once that is known."""
+    """The numbers of finished and of all steps, once they are known."""
 
     def render(self, task: Task) -> Text:
         done = "" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}"
@@ -90,7 +90,7 @@ class _Steps(ProgressColumn):
 
 
 class _Times(ProgressColumn):
-    """How long it took, and how long it will take as far as that can be told."""
+    """The elapsed time, and the remaining time if it can be estimated."""
 
     def render(self, task: Task) -> Text:
         gone = Text(f"{_clock(task.elapsed or 0.0)} gone", style="progress.elapsed")
@@ -107,7 +107,7 @@ def _clock(seconds: float) -> str:
 
 
 class _Shown:
-    """What the listener knows; lines come from it and from the thread that watches the clock."""
+    """The listener's state; both the listener and the thread that watches the clock print lines."""
 
     def __init__(
         self, console: Console, title: str, num_steps: int | None, update: Callable[..., None]
@@ -161,7 +161,7 @@ class _Shown:
             )
 
     def beat(self, done: threading.Event, line_seconds: float) -> None:
-        """Say where it is whenever nothing else was said for so long."""
+        """Print the current state if nothing else was printed for ``line_seconds``."""
         while not done.wait(max(0.0, self._said + line_seconds - time.monotonic())):
             if time.monotonic() - self._said >= line_seconds:
                 self.line(self._phase or "working")

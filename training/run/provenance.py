@@ -1,4 +1,4 @@
-"""What an adapter was made of: enough to make it again, and to know what it fits."""
+"""The provenance of an adapter: enough to train it again, and to know which base it fits."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ FILE = PROVENANCE_FILE
 
 
 def describe_run(resolved: Resolved, num_parameters: int) -> dict[str, Any]:
-    """Digests of base and data, the config without paths, seed and versions.
+    """Digests of base and data, the config without paths, the seed and the versions.
 
-    The same run described on another machine or in another directory is equal but for versions.
+    On another machine or in another directory, the same run differs only in the versions.
     """
     config = dataclasses.asdict(resolved.config)
     for key in WHERE:

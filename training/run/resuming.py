@@ -1,4 +1,4 @@
-"""Whether a run may go on with the one in its directory, which was made of the same things."""
+"""Checks that a run may resume the one in its directory: both must have the same inputs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from turret.training.words import Text, say
 
 _PARTS = ("base", "data", "config", "versions")
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
-# Keys of ``run`` that say where results go and do not change them.
+# Keys of ``run`` that determine where results are written, but do not change them.
 WHERE = ("output", "report_to")
 # Paths are not compared, since a run may have been moved.
 _NOT_COMPARED = {"base": ("model",), "data": ("train", "validation"), "run": WHERE}
 
 
 def versions() -> dict[str, str]:
-    """Of all that a run's numbers depend on."""
+    """The versions of everything that a run's numbers depend on."""
     return {
         "turret": turret.__version__,
         "python": platform.python_version(),
@@ -37,15 +37,15 @@ def versions() -> dict[str, str]:
 
 
 def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to go on with a run that was made of something else.
+    """Reject resuming a run that has other inputs.
 
     Args:
-        before: ``run.json`` of the run that is there.
-        now: The same of this one, or a part of it.
-        folder: Of the run.
+        before: ``run.json`` of the existing run.
+        now: The same for this run, or a part of it.
+        folder: The directory of the run.
 
     Raises:
-        RunError: Base, data, config or versions differ; names the keys, and what to do.
+        RunError: Base, data, config or versions differ; the error names the keys.
     """
     # If the number of steps is set, epochs follow from it; ignore the configured value.
     run_keys = now.get("config", {}).get("run", {})
@@ -75,7 +75,7 @@ class _Difference:
 
     @property
     def text(self) -> Text:
-        # A config's keys are known by what the file and --set call them.
+        # Show the key of a config as the file and --set name it.
         name = self.key.removeprefix("config.")
         if name == "data.digest":
             return say("EXAMPLES_CHANGED")
@@ -92,13 +92,14 @@ class _Difference:
 def check_settings(
     config: TrainConfig, folder: RunFolder, data: str | None = None, base: ToldBase | None = None
 ) -> None:
-    """As :func:`check_same_run`, by what is known before torch is loaded.
+    """Like :func:`check_same_run`, but compares only what is known before torch is loaded.
 
     Args:
-        config: As read: of what it leaves open, only what the method alone decides is compared.
-        folder: Of the run.
-        data: The digest of the files that it names; None if that is not compared.
-        base: Its base, as far as it is known; None if that is not compared.
+        config: The config as read. Of the keys that it leaves open, only those that the method
+            determines are compared.
+        folder: The run's directory.
+        data: The digest of the files that the config names; None if it is not compared.
+        base: The base, as far as it is known; None if it is not compared.
     """
     before = folder.read_facts()
     there = before.get("config", {})
@@ -118,7 +119,8 @@ def check_settings(
             has = there.get(table, {})
             left = {k: v for k, v in filled_in.items() if has.get(k) is not None}
             told[table].update({k: v for k, v in left.items() if k not in told[table]})
-    # Digests, and the modules' names.
+    # A run records the components' digests and the names of the target modules, so these keys
+    # cannot be compared as they are.
     method.pop("components", None)
     targets = tuple(dict.fromkeys(method.pop("targets", ())))
     if targets and base is not None and base.projections is not None:
@@ -132,7 +134,7 @@ def check_settings(
     now = {"config": told, "versions": versions()}
     name = before.get("base", {}).get("name")
     if base is not None and name is not None:
-        # Its digest is told once it is found, which may take minutes.
+        # The digest is compared later, because computing it may take minutes.
         before = {**before, "base": {"name": name}}
         now["base"] = {"name": base.name}
     digest = before.get("data", {}).get("digest")

@@ -1,4 +1,4 @@
-"""Answers to a few validation prompts, of the base model and of the trained adapter."""
+"""Answers of the base model and of the trained adapter to a few validation prompts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from turret.training.base_model import without_peft_warnings
 from turret.training.examples import Encoded
 
-# Longer answers tell no more about a run; on a CPU every token costs a pass through the model.
+# Longer answers show nothing more about a run, and every token costs a pass through the model.
 _MOST_TOKENS = 64
 
 
 def _nobody(done: int, total: int) -> None:
-    """Listens to nothing."""
+    """A listener that does nothing."""
 
 
 def draw_samples(
@@ -29,17 +29,18 @@ def draw_samples(
     """Answer greedily, each prompt on its own.
 
     Args:
-        model: Of a method's ``attach``; only read.
-        tokenizer: transformers'.
-        examples: Their tokens before the first one learned are the prompt, or where all are learned
-            the first half of them.
-        device: Of the model.
-        on_progress: Told how many answers of how many are there, before each.
+        model: The result of a method's ``attach``; not changed.
+        tokenizer: transformers' tokenizer.
+        examples: The prompt is the part before the first learned token, or the first half if all
+            tokens are learned.
+        device: The device of the model.
+        on_progress: Called before each answer with the numbers of finished and of all answers.
 
     Returns:
         Per example ``prompt``, ``turns`` (the same as ``[role, content]`` each, if it is a chat),
         ``reference`` (the right answer), ``before`` (the base model alone), ``after`` (with the
-        adapter) and ``cut``: which of the two had not ended a little past the reference's length.
+        adapter) and ``cut``: the ones of these two that were cut a little past the reference's
+        length.
     """
     model.eval()
     total = 2 * len(examples)
@@ -70,7 +71,7 @@ def _prompt(example: Encoded) -> tuple[int, ...]:
 
 
 def _reference(example: Encoded) -> tuple[int, ...]:
-    """What is learned behind the prompt, up to the next turn of somebody else."""
+    """The learned tokens after the prompt, up to the next turn of another role."""
     start = len(_prompt(example))
     rest = example.learned[start:]
     return example.tokens[start : start + (rest.index(False) if False in rest else len(rest))]
@@ -84,10 +85,10 @@ class _Answer:
 
 @torch.no_grad()
 def _answer(model: Any, tokenizer: Any, example: Encoded, device: str) -> _Answer:
-    """Greedy, by the call that training makes: PEFT's ``generate`` treats prompts differently.
+    """Answer greedily with the call of training: PEFT's ``generate`` treats prompts differently.
 
-    What a method puts before the prompt is in the cache after the first call, so the later ones go
-    to the base model: adapters inside its layers work there too.
+    After the first call, soft tokens or a prefix are in the cache. So later calls go to the base
+    model, where adapters inside its layers still work.
     """
     prompt = _prompt(example)
     answer: list[int] = []
@@ -101,7 +102,7 @@ def _answer(model: Any, tokenizer: Any, example: Encoded, device: str) -> _Answe
         answer.append(int(output.logits[0, -1].argmax()))
         if answer[-1] == tokenizer.eos_token_id:
             break
-        # The name of late 5.x versions of transformers, and the one before.
+        # Late 5.x versions of transformers use the first name, earlier ones the second.
         name = "cache" if "cache" in output else "past_key_values"
         call, tokens, past = model.get_base_model(), answer[-1:], {name: output[name]}
         if example.start is not None:

@@ -1,4 +1,4 @@
-"""What a config says that cannot be trained, told before torch is loaded."""
+"""Checks that a config can be trained, made before torch is loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from turret.training.errors import ConfigError
 from turret.training.settings.config import BaseConfig, DataConfig, MethodConfig, TrainConfig
 from turret.training.words import say
 
-# How high a rank can be: on the modules that a method adapts, and on a server.
+# The highest possible rank, on the modules that a method adapts and on a server.
 
 
 # The server's default --max-rank.
@@ -36,7 +36,7 @@ def module_sizes(projections: Projections, targets: Sequence[str]) -> Iterator[S
     """Last part of the path, outputs and inputs of each kind of module that is adapted.
 
     Args:
-        projections: Of the base.
+        projections: The projections of the base.
         targets: Module names, as ``expand_targets`` gives them.
     """
     for slices in projections.linears().values():
@@ -54,10 +54,10 @@ def module_sizes(projections: Projections, targets: Sequence[str]) -> Iterator[S
 
 
 def check_rank(method: str, sizes: Sequence[Size], rank: int) -> None:
-    """Refuse a rank that the method cannot have on modules of these sizes.
+    """Reject a rank that the method cannot have on modules of these sizes.
 
     Raises:
-        ConfigError: Says how high it may be.
+        ConfigError: The rank is too high; the error has the highest possible one.
     """
     if method not in _HIGHEST or not sizes:
         return
@@ -69,7 +69,7 @@ def check_rank(method: str, sizes: Sequence[Size], rank: int) -> None:
 
 
 def highest_loha_rank(sizes: Sequence[Size]) -> int:
-    """The highest rank of a LoHa that the server takes on all of these modules."""
+    """The highest rank of a LoHa that the server supports on all of these modules."""
     return min(highest_rank(inner, out) for _, out, inner in sizes)
 
 
@@ -79,7 +79,7 @@ def _most_rank(method: LinearMethod) -> Callable[[int, int], int]:
 
 
 def _highest_shira_rank(inner: int, out: int) -> int:
-    """SHiRA trains rank · (out + in) entries of a weight, which has out · in."""
+    """The highest rank for SHiRA, which trains rank · (out + in) of a weight's out · in entries."""
     return out * inner // (out + inner)
 
 
@@ -93,7 +93,7 @@ _HIGHEST: Mapping[str, Callable[[int, int], int]] = {
 }
 
 
-# The modules that a config may name, which the family knows without torch.
+# The modules that a config may name. The model's family lists them, so torch is not needed.
 
 
 PRESETS = ("attention", "mlp", "all-linear")
@@ -101,9 +101,9 @@ _ATTENTION_GROUPS = ("qkv", "o")
 
 
 def told_projections(model: Path | None, model_type: str) -> Projections | None:
-    """The modules of a model as its ``Arch`` has them; None where that takes torch to tell.
+    """The modules of a model as in its ``Arch``; None if torch is needed to determine them.
 
-    Arguments are those of ``told_sizes``.
+    The arguments are those of ``told_sizes``.
     """
     sizes = told_sizes(model, model_type)
     modules = FAMILIES[model_type].modules.get(model_type, MODULES)
@@ -113,7 +113,7 @@ def told_projections(model: Path | None, model_type: str) -> Projections | None:
 
 
 def is_targeted(name: str, group: str, targets: Sequence[str]) -> bool:
-    """Whether a module is one of a config's.
+    """Whether a config selects a module.
 
     Args:
         name: Last part of its path.
@@ -126,14 +126,14 @@ def is_targeted(name: str, group: str, targets: Sequence[str]) -> bool:
 
 
 def check_targets(model_type: str, targets: Sequence[str]) -> None:
-    """Refuse what no dense model of a family has, where its config does not tell the rest.
+    """Reject targets that no dense model of a family has, if the config does not show the modules.
 
     Args:
-        model_type: Of the base, a key of ``FAMILIES``.
-        targets: As :func:`check_names`.
+        model_type: The model type of the base, a key of ``FAMILIES``.
+        targets: See :func:`check_names`.
 
     Raises:
-        ConfigError: As :func:`check_names`.
+        ConfigError: See :func:`check_names`.
     """
     family = FAMILIES[model_type]
     if family.experts is None:
@@ -143,15 +143,15 @@ def check_targets(model_type: str, targets: Sequence[str]) -> None:
 
 
 def check_names(model_type: str, known: Sequence[str], targets: Sequence[str]) -> None:
-    """Refuse names that are no modules.
+    """Reject unknown names of modules.
 
     Args:
-        model_type: Of the base.
+        model_type: The model type of the base.
         known: Its linear modules.
         targets: One preset, or module names.
 
     Raises:
-        ConfigError: A preset beside others, or a name that the architecture lacks.
+        ConfigError: A preset is combined with others, or the architecture lacks a name.
     """
     if len(targets) == 1 and targets[0] in PRESETS:
         return
@@ -170,7 +170,7 @@ def check_names(model_type: str, known: Sequence[str], targets: Sequence[str]) -
             raise ConfigError.of("method.targets", text)
 
 
-# Settings that exclude each other, which the method's name tells without torch.
+# Settings that exclude each other, depending on the method. Torch is not needed.
 
 
 _FACTORS = ("targets", "rank", "alpha", "dropout")
@@ -219,10 +219,10 @@ DEFAULTS: Mapping[str, Mapping[str, float]] = {
     "p_tuning": {"num_virtual_tokens": 16, "dropout": 0.0, "learning_rate": 1e-3},
     "learned_fusion": {"d_k": 8, "guidance": 1.0, "learning_rate": 3e-3},
 }
-# Methods that stand before one text, and those with factors A and B.
+# Methods that put a prompt before the text, and methods with factors A and B.
 PROMPTS = ("prefix_tuning", "prompt_tuning", "p_tuning")
 WITH_FACTORS = ("lora", "rslora", "dora", "alora")
-# Methods that the server takes on the experts of a mixture.
+# Methods that the server supports on the experts of a mixture.
 ON_EXPERTS = ("lora", "rslora")
 # Methods that cannot be trained to classify: the first learns a gate, and the second does not
 # change the text before its invocation.
@@ -230,13 +230,13 @@ _WITHOUT_HEAD = ("learned_fusion", "alora")
 
 
 def check_fit(config: TrainConfig) -> None:
-    """Refuse settings that the method gives no meaning to.
+    """Reject settings that have no meaning for the method.
 
     Args:
-        config: As read.
+        config: The config as read.
 
     Raises:
-        ConfigError: Names the first key at fault.
+        ConfigError: There is one; the error names the first key.
     """
     name = config.method.name
     _check_keys(config.method)
@@ -248,7 +248,7 @@ def check_fit(config: TrainConfig) -> None:
         raise _unsupported("data.packing", "true", name)
     if config.data.task == "classification" and name in _WITHOUT_HEAD:
         raise _unsupported("data.task", "classification", name)
-    # Checkpointing switches off the cache, in which a prefix passes its keys and values.
+    # Checkpointing switches off the cache, through which a prefix passes its keys and values.
     if config.run.gradient_checkpointing and name == "prefix_tuning":
         raise _unsupported("run.gradient_checkpointing", "true", name)
     ratio = config.optimizer.lora_plus_ratio
@@ -276,12 +276,12 @@ def module_names(projections: Projections, preset: str) -> tuple[str, ...]:
     """The modules of a preset, by the last part of their path, in the layer's order.
 
     Args:
-        projections: Of the base.
+        projections: The projections of the base.
         preset: One of ``PRESETS``.
     """
     names: list[str] = []
     for group, slices in projections.linears().items():
-        # A parameter, as transformers has it, and no linear module.
+        # In transformers, the router is a parameter, not a linear module.
         if group == ROUTER:
             continue
         last = (path.rsplit(".", 1)[-1] for path, _, _ in slices)
@@ -297,9 +297,9 @@ def expert_names(projections: Projections) -> tuple[str, ...]:
 
 
 def _target_names(experts: Experts) -> tuple[str, ...]:
-    """What adapters may target of experts, by the last part of each module's path.
+    """The modules of experts that adapters may target, by the last part of each path.
 
-    Empty where the server and PEFT look for them elsewhere than the model that is trained has them.
+    Empty if the modules have other paths in the trained model than in the server and PEFT.
     """
     templates = [name for names in experts.modules.values() for name in names]
     if experts.path != experts.checkpoint_path or not all(t.startswith("{}.") for t in templates):
@@ -308,15 +308,15 @@ def _target_names(experts: Experts) -> tuple[str, ...]:
 
 
 def expand_targets(projections: Projections, targets: Sequence[str]) -> tuple[str, ...]:
-    """Module names for what the config says.
+    """The names of the modules that the config selects.
 
     Args:
-        projections: Of the base.
+        projections: The projections of the base.
         targets: One preset, or module names.
 
     Raises:
-        ConfigError: A preset beside others, one without a module, or a name that the architecture
-            lacks.
+        ConfigError: A preset is combined with others or selects nothing, or the architecture lacks
+            a name.
     """
     if len(targets) == 1 and targets[0] in PRESETS:
         found = module_names(projections, targets[0])
@@ -329,15 +329,15 @@ def expand_targets(projections: Projections, targets: Sequence[str]) -> tuple[st
 
 
 def check_experts(method: str, projections: Projections, targets: Sequence[str]) -> None:
-    """Refuse modules of experts to a method that the server does not take there.
+    """Reject modules of experts for a method that the server does not support there.
 
     Args:
         method: Its name.
-        projections: Of the base.
-        targets: Of :func:`expand_targets`.
+        projections: The base's projections.
+        targets: The result of :func:`expand_targets`.
 
     Raises:
-        ConfigError: Names the first such module.
+        ConfigError: There is one; the error names the first module.
     """
     named = [name for name in expert_names(projections) if name in targets]
     if named and method not in ON_EXPERTS:
@@ -346,7 +346,7 @@ def check_experts(method: str, projections: Projections, targets: Sequence[str])
         raise ConfigError.of("method.targets", text)
 
 
-# Whether a base has the modules that a config names, and a method its rank there.
+# Checks that a base has the modules that a config names, and that the rank fits them.
 
 
 # Default targets of every method that has a rank.
@@ -360,12 +360,12 @@ def check_modules(
 
     Args:
         method: Its name.
-        projections: Of the base.
+        projections: The projections of the base.
         targets: As in ``method.targets``.
         rank: As in ``method.rank``; None for a method without one.
 
     Raises:
-        ConfigError: The base lacks one, or the method cannot have it, or not at this rank.
+        ConfigError: The base lacks a module, or the method cannot adapt it, or not at this rank.
     """
     names = expand_targets(projections, targets)
     check_experts(method, projections, names)
@@ -375,34 +375,34 @@ def check_modules(
 
 
 def check_method(config: MethodConfig, projections: Projections) -> None:
-    """:func:`check_modules` of a config as it is read, as far as it says something.
+    """Apply :func:`check_modules` to a config as read, as far as its keys are set.
 
     Args:
-        config: Names its method's keys alone.
-        projections: Of the base.
+        config: The config, with keys of its method only.
+        projections: The projections of the base.
     """
     has_modules = "targets" in METHOD_KEYS[config.name]
     if has_modules and (config.targets or config.rank) is not None:
         check_modules(config.name, projections, config.targets or _ALL, config.rank)
 
 
-# Faults of the config's files, or of its base, found before torch is loaded.
+# Checks of the config's files and of its base, before torch is loaded.
 
 
 _COMPONENTS = "method.components"
 
 
 def check_inputs(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> None:
-    """Refuse paths at which there is nothing to read, and settings that do not go together.
+    """Reject unreadable paths, and settings that do not fit together.
 
     Args:
-        config: As read.
-        folder: Its paths are relative to this.
+        config: The config as read.
+        folder: The directory to which its paths are relative.
         ranks: Each of these is to take the place of the config's.
 
     Raises:
-        ConfigError: A file or directory is not there or named for two things, torch has no CUDA, or
-            the method has no use for a setting.
+        ConfigError: A file or directory is missing or used twice, torch has no CUDA, or a setting
+            has no meaning for the method.
     """
     for key, name in (("train", config.data.train), ("validation", config.data.validation)):
         if name is None:
@@ -430,11 +430,11 @@ def check_inputs(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -
 
 @dataclass(frozen=True, slots=True)
 class ToldBase:
-    """What is known of a base before torch is loaded.
+    """The facts about a base that are known before torch is loaded.
 
     Attributes:
-        name: As the server has it, and a run records it.
-        projections: Its modules; None where that takes torch to tell.
+        name: The name in the server and in a run's record.
+        projections: Its modules; None if torch is needed to determine them.
     """
 
     name: str
@@ -442,17 +442,17 @@ class ToldBase:
 
 
 def check_base(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> ToldBase:
-    """Refuse a base that is none, or none for the method; the hub is asked for one of its own.
+    """Reject a base that cannot be used, or not with this method; asks the hub about its models.
 
     Args:
-        config: As :func:`check_inputs`, and so the next.
-        folder: Its paths are relative to this.
+        config: See :func:`check_inputs`.
+        folder: The directory to which its paths are relative.
         ranks: Each of these is to take the place of the config's.
 
     Raises:
-        ConfigError: The base has no such modules, none of that rank, or a shorter context than
-            ``data.max_length``.
-        InvalidRequestError: The base is no model that is served.
+        ConfigError: The base lacks the modules, the rank is too high for them, or the context is
+            shorter than ``data.max_length``.
+        InvalidRequestError: The base is not a supported model.
     """
     base = base_place(config.base, folder)
     model_type = check_model(base)
@@ -468,14 +468,14 @@ def check_base(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> 
 
 
 def check_max_length(config: DataConfig, context: int) -> None:
-    """Refuse examples that are longer than the base's context.
+    """Reject examples that are longer than the base's context.
 
     Args:
-        config: Has ``max_length``.
-        context: Most positions that the base was made for.
+        config: The config with ``max_length``.
+        context: The maximum number of positions that the base was made for.
 
     Raises:
-        ConfigError: ``max_length`` is more.
+        ConfigError: ``max_length`` exceeds it.
     """
     if config.max_length > context:
         text = say("EXCEEDS_CONTEXT", most=context, value=config.max_length)
@@ -483,7 +483,7 @@ def check_max_length(config: DataConfig, context: int) -> None:
 
 
 def with_ranks(config: TrainConfig, ranks: Sequence[int]) -> list[TrainConfig]:
-    """The config with each of these ranks; itself if there are none."""
+    """The config with each of these ranks; the config itself if there are none."""
     methods = [replace(config.method, rank=rank) for rank in ranks] or [config.method]
     return [replace(config, method=method) for method in methods]
 
@@ -492,8 +492,8 @@ def component_directories(entries: Sequence[str], folder: Path = Path()) -> dict
     """Component names → directories.
 
     Args:
-        entries: ``NAME=DIRECTORY`` or ``DIRECTORY``, whose last part is the name then.
-        folder: What directories are relative to.
+        entries: ``NAME=DIRECTORY``, or ``DIRECTORY`` with the name as its last part.
+        folder: The directory to which the others are relative.
     """
     directories = {}
     for entry in entries:
@@ -504,14 +504,14 @@ def component_directories(entries: Sequence[str], folder: Path = Path()) -> dict
 
 
 def check_components(entries: Sequence[str], folder: Path) -> None:
-    """Refuse what a learned fusion cannot be made of.
+    """Reject components of which a learned fusion cannot be made.
 
     Args:
-        entries: As :func:`component_directories`, and so the next.
-        folder: What directories are relative to.
+        entries: See :func:`component_directories`.
+        folder: The directory to which the others are relative.
 
     Raises:
-        ConfigError: Too few or too many, or a directory that is none.
+        ConfigError: There are too few or too many, or one is not a directory.
     """
     directories = component_directories(entries, folder)
     if len(directories) < len(entries):
@@ -526,7 +526,7 @@ def check_components(entries: Sequence[str], folder: Path) -> None:
 
 
 def base_place(config: BaseConfig, folder: Path) -> Path | None:
-    """Where the base is: below ``folder``, on the hub (a path that is its id), or None."""
+    """The place of the base: below ``folder``, or on the hub (its id as a path); None for none."""
     if config.model is None:
         return None
     return model_place(config.model, folder)

@@ -1,8 +1,8 @@
-"""What a person who trains can set: one frozen dataclass a TOML table.
+"""The settings of a training run: one frozen dataclass per TOML table.
 
-Each field carries its help text; the commented file of ``turret train init`` and the reference in
-``docs/training.md`` are made from it. ``None`` means *chosen for you*: by the method
-(``training/methods``) or the machine; ``turret train plan`` shows what was chosen.
+Each field has a help text, from which the commented file of ``turret train init`` and the reference
+in ``docs/training.md`` are generated. ``None`` means that the method (``training/methods``) or the
+machine determines the value; ``turret train plan`` shows it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from turret.server.basics.settings import (
 from turret.training.errors import ConfigError, ConfigFileError
 from turret.training.words import say
 
-# The methods of ``training/methods``; a test compares. Here, so that a wrong name is refused before
-# torch is loaded.
+# The names of the methods in ``training/methods``, as a test checks. They are listed here so that
+# an unknown name is rejected before torch is loaded.
 METHOD_NAMES = (
     *("lora", "rslora", "dora", "alora", "miss", "oft", "hra", "vblora", "shira"),
     *("loha", "lokr", "ia3", "prefix_tuning", "prompt_tuning", "p_tuning", "learned_fusion"),
@@ -58,7 +58,7 @@ def _key(
 def _method(value: str) -> str:
     if value in METHOD_NAMES:
         return value
-    # p-tuning, P_Tuning and the like are the same word.
+    # Accept other spellings, such as p-tuning and P_Tuning.
     plain = value.lower().replace("-", "_")
     near = plain if plain in METHOD_NAMES else closest(plain, METHOD_NAMES)
     raise ValueError(
@@ -298,7 +298,7 @@ class TrainConfig:
     run: RunConfig
 
 
-# The config as a TOML file: read, overridden by key, written with or without comments.
+# The TOML file of a config: reading it, overriding its keys, writing it with or without comments.
 
 
 _COMMENT_COLUMNS = 96
@@ -315,7 +315,7 @@ def read_config(
         flags: Table → key → value, over both.
 
     Raises:
-        ConfigFileError: It cannot be read, or has unknown keys or wrong values: all of them.
+        ConfigFileError: The file cannot be read, or has unknown keys or invalid values; lists all.
     """
     try:
         tables = parse_toml(path.read_bytes())
@@ -343,7 +343,7 @@ def build_config(
     overrides: Iterable[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
-    """Make a config of a TOML file's tables; as :func:`read_config`, whose errors name the file."""
+    """Make a config from the tables of a TOML file; see :func:`read_config`."""
     given: dict[str, dict[str, Any]] = {}
     for override in overrides:
         name, equals, text = override.partition("=")
@@ -381,7 +381,7 @@ def render_config(config: TrainConfig) -> str:
 
 
 def render_commented() -> str:
-    """The file of ``turret train init``: every key, its default, what it means, who chooses it."""
+    """The file of ``turret train init``: every key with its default, meaning and who chooses it."""
     lines = [
         "# What to train, for `turret train plan|run|sweep`. Keys that are commented out are",
         "# chosen for you, by method and machine: `turret train plan` shows the choices.",

@@ -1,4 +1,4 @@
-"""The flags that ``turret train``'s verbs share, and what is said of them in their own names."""
+"""The flags that the verbs of ``turret train`` share, and errors in terms of these flags."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from turret.training.errors import ConfigError
 from turret.training.settings.config import TrainConfig
 from turret.training.words import say
 
-# A server beside it then comes first, and training takes what that leaves.
+# With this niceness, a server on the same machine has priority over training.
 _NICENESS = 5
 _NICEST = 19
 # Flags that take paths relative to the working directory. In the file and with --set, paths are
 # relative to the config file.
 _PATHS = ("--model", "--train", "--validation", "--output")
-# Lists of paths are written in the file.
+# Keys without a flag: lists of paths can be set only in the file.
 _WITHOUT_FLAG = ("method.components",)
 
 
@@ -32,7 +32,7 @@ def flags() -> Iterator[tuple[str, str, FieldInfo]]:
         for name, info in fields_of(kind).items():
             key = f"{table}.{name}"
             if key not in _WITHOUT_FLAG:
-                # Two tables have a name: the flags are --method and --optimizer.
+                # Two tables have a key called name; its flags are --method and --optimizer.
                 yield f"--{(table if name == 'name' else name).replace('_', '-')}", key, info
 
 
@@ -40,7 +40,7 @@ def config_parser(*left_out: str) -> argparse.ArgumentParser:
     """A parent for the verbs that read a config.
 
     Args:
-        left_out: Flags that the verb has no use for.
+        left_out: Flags that the verb does not have.
     """
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML file (turret train init)")
@@ -93,11 +93,11 @@ def given(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def described(args: argparse.Namespace, error: Exception) -> list[str]:
-    """A line for each thing that is wrong, with the flag or the key that set it."""
+    """A line for each fault, with the flag or the key at fault."""
     if isinstance(error, ConfigError):
         found, path = error.violations, error.path
     elif isinstance(error, TurretError) and error.violations:
-        # The server's own check of a model knows no config.
+        # The server's own check of a model does not know the keys of a training config.
         found, path = [(f"base.{field}", text) for field, text in error.violations], None
     else:
         return [str(error)]
@@ -106,7 +106,7 @@ def described(args: argparse.Namespace, error: Exception) -> list[str]:
 
 
 def _place(args: argparse.Namespace, key: str, path: Path | None) -> str:
-    """What set a key: the flag, or the key in the file."""
+    """The origin of a key's value: the flag, or the key in the file."""
     if key.startswith("--"):
         return key
     if hasattr(args, "ranks") and key == "method.rank":
@@ -120,15 +120,15 @@ def _place(args: argparse.Namespace, key: str, path: Path | None) -> str:
 
 
 def _given(args: argparse.Namespace) -> list[tuple[str, str, Any]]:
-    """(flag, key, value)."""
+    """Flag, key and value of every flag that was given."""
     values = [(flag, key, getattr(args, key, None)) for flag, key, _ in flags()]
     return [(flag, key, value) for flag, key, value in values if value is not None]
 
 
 def _from_here(flag: str, value: str, folder: Path) -> str:
-    """A flag's value, a path as the file may have it: who types a path stands somewhere.
+    """A flag's value; a path is made absolute, because it is relative to the working directory.
 
-    A model that is no path here is one that the file's folder has, or one of the hub.
+    A model that is not a path here is one in the config's directory, or one on the hub.
     """
     if flag == "--model" and not Path(value).exists():
         is_path = not (folder / value).exists() and HubId.find(value) is None

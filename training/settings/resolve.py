@@ -1,4 +1,4 @@
-"""Fills in what the config leaves open: by method, by base model, by machine."""
+"""Fills in the keys that the config leaves open, depending on method, base model and machine."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class Resolved:
     """A run before it starts.
 
     Attributes:
-        config: Nothing that the method or the loop reads is None any more; paths are absolute.
-        method: Of ``config.method.name``.
-        base: Found, not loaded.
-        dataset: Read and encoded.
-        notes: What was chosen against what the config says, or drops data; shown to the user.
+        config: All keys that the method or the loop reads are set, and paths are absolute.
+        method: The method of that name.
+        base: The base, which is not loaded yet.
+        dataset: The examples, read and encoded.
+        notes: Choices that differ from the config or drop data; shown to the user.
     """
 
     config: TrainConfig
@@ -57,15 +57,15 @@ class Resolved:
 
 
 def resolve(config: TrainConfig, folder: Path) -> Resolved:
-    """Fill in the config and read what it names.
+    """Fill in the config, and read the files that it names.
 
     Args:
-        config: As read.
-        folder: Its paths are relative to this.
+        config: The config as read.
+        folder: The directory to which its paths are relative.
 
     Raises:
-        TrainingError: The config, the data or both together make no run.
-        InvalidRequestError: The base is no model that is served.
+        TrainingError: The config and the data do not make a valid run.
+        InvalidRequestError: The base is not a supported model.
     """
     folder = folder.resolve()
     notes: list[str] = []
@@ -115,7 +115,7 @@ def _notes_on(dataset: Dataset, config: DataConfig) -> Iterator[str]:
 
 
 def _rooted(config: MethodConfig, folder: Path) -> MethodConfig:
-    """The method with its components' directories absolute."""
+    """The method with absolute directories of its components."""
     if config.components is None:
         return config
     check_components(config.components, folder)
@@ -148,7 +148,7 @@ def _resolve_optimizer(
 
 
 def _resolve_run(run: RunConfig, folder: Path, num_rows: int) -> RunConfig:
-    """Steps from epochs, or from steps the epochs that they make: both say what is run."""
+    """Compute the steps from the epochs, or the epochs from the steps, so that both are set."""
     rows_per_step = run.batch_size * run.gradient_accumulation
     run = replace(run, output=os.path.normpath(folder / run.output))
     if run.steps is None:

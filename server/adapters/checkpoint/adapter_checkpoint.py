@@ -1,4 +1,4 @@
-"""What an adapter's directory holds, not yet interpreted. No torch."""
+"""The content of an adapter's directory, not yet interpreted. Does not use torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from turret.server.adapters.adapter import TokenizerFiles
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError, InvalidRequestError
 from turret.server.words import Text, say
 
-# Collects everything wrong with an adapter, so that one answer names it all.
+# Findings: all faults of an adapter are collected, so that one error reports them together.
 
 
 # A hostile file can break thousands of rules; the answer stays readable and small.
 MAX_REPORTED = 64
-# Most kinds of findings that a message describes, and most other fields that it lists for each.
-# The error's violations have all that are reported.
+# Maximum number of kinds of findings that a message describes, and of further fields that it lists
+# for each kind. The error's violations contain all reported findings.
 _MOST_KINDS = 5
 _MOST_ALIKE = 3
 
@@ -37,7 +37,7 @@ class Findings:
     """The faults of a checkpoint and its mismatches with the base, in the order found.
 
     Args:
-        path: The adapter, as messages name it.
+        path: The adapter's name in messages.
         base: The base's name, for messages; "" while nothing is compared with a base.
     """
 
@@ -59,7 +59,7 @@ class Findings:
         self._mismatches.setdefault((field, why))
 
     def add_all(self, other: Findings) -> None:
-        """Everything that another part of the same checkpoint's reading found."""
+        """Adds all findings of another part of the same checkpoint."""
         self._faults |= other._faults
         self._mismatches |= other._mismatches
         self.causes = self.causes or other.causes
@@ -86,7 +86,7 @@ class Findings:
         return False
 
     def raise_if_any(self, **more: str) -> None:
-        """Raises what was found; faults of the checkpoint itself come first.
+        """Raises an error for the findings, if any; faults of the checkpoint itself come first.
 
         Args:
             more: Further metadata of faults of the checkpoint.
@@ -117,10 +117,10 @@ class Findings:
 
 
 def refuse_all(found: Sequence[Finding]) -> None:
-    """Raises one error for all that is wrong with a request.
+    """Raises one error for all faults of a request.
 
     Raises:
-        InvalidRequestError: Something is.
+        InvalidRequestError: There is a fault.
     """
     if found:
         raise InvalidRequestError.of_all(found)
@@ -176,13 +176,13 @@ def canonical_name(name: str) -> str:
     """Drops ``base_model.model.``, wrapper components and the ``default`` adapter name.
 
     ``base_model.model.model.layers.0.q_proj.lora_A.default.weight`` becomes
-    ``model.layers.0.q_proj.lora_A.weight``, and so it does with ``language_model`` in it.
+    ``model.layers.0.q_proj.lora_A.weight``, also if the name contains ``language_model``.
     """
     return _own_name(_without_noise(name))
 
 
 def text_prefix(names: Iterable[str]) -> str:
-    """The ``TEXT_PREFIXES`` entry, or ``NO_PREFIX``, that names have; "" for the usual names."""
+    """The ``TEXT_PREFIXES`` entry, or ``NO_PREFIX``, of some names; "" for the usual names."""
     for name in names:
         if _without_noise(name).startswith("layers."):
             return NO_PREFIX
@@ -229,7 +229,7 @@ def _without_noise(name: str) -> str:
 
 
 def canonical_names(names: Sequence[str], findings: Findings) -> dict[str, str]:
-    """Maps each name to its canonical form; two that meet are a fault that names both."""
+    """Maps each name to its canonical form; two names with the same form are a fault."""
     result: dict[str, str] = {}
     first: dict[str, str] = {}
     for name in names:
@@ -251,20 +251,21 @@ class AdapterCheckpoint:
     """A directory's content, structurally sound and finite, not yet interpreted.
 
     Attributes:
-        path: What messages call the adapter: its path below the adapter root, or the name of one
-            that was uploaded.
+        path: The adapter's name in messages: its path below the adapter root, or the name of an
+            uploaded adapter.
         config: ``adapter_config.json``.
         tensors: By canonical name (module path and PEFT's parameter name, without wrapper
             prefixes), in the file's dtype; views of one buffer, which is not the file's mapping.
         digest: SHA-256, hex, over the config (canonical JSON) and every byte of the tensor file.
         bytes_disk: Size of the two files.
-        is_partial: Whether tensors were taken out that the method must not miss.
+        is_partial: Whether tensors were left out on purpose, so that the method must not report
+            them as missing.
         base_digest: The base's digest in ``provenance.json`` beside the files; "" without that
             file.
-        task: Which task of the files is meant, or None. The digest includes it.
-        text_prefix: What stood before the language model's names where the adapter was trained
-            on a model of text and images; "" if nothing did.
-        tokenizer: Its own, where it needs one, or None. The digest includes it.
+        task: The task, if the files have several, or None. The digest includes it.
+        text_prefix: The prefix of the language model's names, if the adapter was trained on a model
+            of text and images; "" for no prefix.
+        tokenizer: The adapter's own tokenizer, or None. The digest includes it.
         chat_template: See ``AdapterFacts``. The digest does not include it.
     """
 
@@ -309,6 +310,6 @@ def digest_of_task(digest: str, task: int | None) -> str:
 
 
 def digest_with_tokenizer(digest: str, tokenizer: str) -> str:
-    """The digest of an adapter with a tokenizer of its own, from those of weights and tokenizer."""
+    """The digest of an adapter with its own tokenizer, from those of weights and tokenizer."""
     both = bytes.fromhex(digest) + bytes.fromhex(tokenizer)
     return hashlib.sha256(_TOKENIZER_DOMAIN + both).hexdigest()

@@ -1,10 +1,10 @@
 """The one directory adapters are loaded from, and the only way to open a file below it.
 
-Paths are walked one name at a time, each opened relative to the directory before it and never
-through a link: a link is read and its text walked in turn. So a directory that is swapped for a
-link at any moment leads nowhere that a link put there before would not, and nothing is checked by
-one look-up and opened by another. (``openat2`` with RESOLVE_BENEATH would refuse absolute links
-to places inside the root, which Hugging Face caches and people make.)
+Paths are walked one name at a time. Each name is opened relative to the directory before it and
+never through a link: a link is read, and its text is walked in turn. So replacing a directory with
+a link during the walk allows no more than a link that was there before, and nothing is checked by
+one look-up and opened by another. (``openat2`` with RESOLVE_BENEATH would reject absolute links to
+places inside the root, which Hugging Face caches and users create.)
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ from turret.server.basics.work import is_out_of_memory
 from turret.server.errors import AdapterCheckpointError, StorageFailedError
 from turret.server.words import Text, say
 
-# Digests of files that were hashed before: reading an adapter again hashes nothing.
+# A cache of file digests, so that an unchanged adapter is not hashed again.
 #
-# A file is known by what the system says of it: device, inode, size, and the times of its last
-# change of content and of itself. Writing to a file moves the latter, which no program can set
-# back; writing to a mapping of it may not, so only files that nobody else can open for writing
-# belong here. A file that changed just before it was read is not remembered: a second change
-# within the same tick of the clock would not show.
+# A file is identified by its device, inode, size, mtime and ctime. Every write to a file advances
+# its ctime, which no program can set back. A write through a memory mapping may not advance it, so
+# the cache holds only files that nobody else can open for writing. A file that changed just before
+# it was read is not cached: a second change within the same tick of the clock would go unnoticed.
 
 
 # Seconds that a file must have been unchanged before it was read; some network file systems keep
@@ -47,7 +46,7 @@ _MAX_ENTRIES = 1 << 16
 
 
 def stamp_of(*descriptors: int) -> bytes | None:
-    """Names the present state of open files, 16 bytes; None if one changed just now."""
+    """Identifies the present state of open files in 16 bytes; None if one changed just now."""
     told = []
     for descriptor in descriptors:
         s = os.fstat(descriptor)
@@ -86,11 +85,11 @@ class DigestCache:
 
 
 MAX_PATH_CHARS = 1024
-# Most path components to walk for one path, links included, so that link loops end.
+# Maximum number of components to walk for one path, links included, so that link loops end.
 _MAX_STEPS = 2048
 # Levels below a directory to search for adapters; LLaMA-Factory nests them three deep.
 _MOST_LEVELS = 3
-# Most names to compare a missing one with; takes a millisecond or two.
+# Maximum number of names to compare a missing one with, which takes a millisecond or two.
 _MOST_COMPARED = 200
 # O_PATH needs no permission to list the directory.
 _DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
@@ -126,14 +125,14 @@ def _raise_if_exhausted(error: OSError | ValueError) -> None:
 
 
 class AdapterDirectory:
-    """An open directory below the root; what becomes of its name meanwhile does not matter.
+    """An open directory below the root; later changes of its name do not matter.
 
     Use it as a context manager.
 
     Args:
-        root: The root that links in it may not leave.
+        root: The root, outside of which its links may not lead.
         descriptor: The directory's descriptor; closed with this object.
-        parts: Its path below the root, free of links when it was walked.
+        parts: The directory's path below the root, free of links when it was walked.
         path: The directory's path in messages.
     """
 
@@ -208,7 +207,7 @@ class AdapterDirectory:
         """Names in the directory or in one below it, in order. Links are names like any other.
 
         Raises:
-            AdapterCheckpointError: It may not be listed.
+            AdapterCheckpointError: The directory may not be listed.
         """
         try:
             if below:
@@ -261,8 +260,8 @@ class AdapterRoot:
         """Opens ``path``, relative to the root, which must be a directory inside it.
 
         Args:
-            path: From the root.
-            shown: What messages call it; None for the path itself.
+            path: The path from the root.
+            shown: The name in messages; None for the path itself.
 
         Raises:
             AdapterCheckpointError: Empty, absolute, with ``..`` or control characters, leading
@@ -306,7 +305,7 @@ class AdapterRoot:
             The descriptor, and the path below the root that has no link in it.
 
         Raises:
-            AdapterCheckpointError: It leads out of the root.
+            AdapterCheckpointError: The path leads out of the root.
             OSError: A name is missing, or the links never end.
         """
         assert self._root is not None
@@ -341,7 +340,7 @@ class AdapterRoot:
             os.close(current)
 
     def _names_below(self, start: list[str], rest: str, shown: str) -> list[str]:
-        """The names to walk from the root to where ``rest`` leads from ``start``."""
+        """The names to walk from the root to the target of ``rest``, seen from ``start``."""
         assert self._root is not None
         if not rest.startswith("/"):
             return [*start, *_names(rest)]
@@ -393,7 +392,7 @@ def _open_or_read_link(directory: int, name: str, flags: int) -> int | str:
             raise error from None
 
 
-# Refuses directories that hold no adapter, and names what they hold instead.
+# The check that a directory holds an adapter; if not, the error reports what it holds instead.
 
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -403,14 +402,14 @@ _MODEL_CONFIG = "config.json"
 
 
 def check_is_adapter(directory: AdapterDirectory, path: str) -> None:
-    """Refuse a directory that lacks one of an adapter's two files.
+    """Reject a directory that lacks one of an adapter's two files.
 
     Args:
-        directory: Where to look; its other names show what it holds instead.
+        directory: The directory; its other names show what it holds instead.
         path: The adapter's name in messages.
 
     Raises:
-        AdapterCheckpointError: It does.
+        AdapterCheckpointError: The directory lacks a file.
     """
     if not directory.has(CONFIG_FILE):
         if _is_model(directory.names()):
@@ -422,7 +421,7 @@ def check_is_adapter(directory: AdapterDirectory, path: str) -> None:
 
 
 def refuse_missing_tensors(path: str, names: Iterable[str]) -> None:
-    """Refuse an adapter without its tensors; ``names`` are those of its other files.
+    """Reject an adapter without its tensors; ``names`` are those of its other files.
 
     Raises:
         AdapterCheckpointError: Always; a pickle file is named, if there is one.

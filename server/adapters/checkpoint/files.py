@@ -18,7 +18,7 @@ from turret.server.basics.settings import about_bytes
 from turret.server.errors import AdapterCheckpointError, BudgetExceededError
 from turret.server.words import Text, say
 
-# JSON as these files need it: one object, no repeated key, no NaN, nothing that is not text.
+# Strict JSON: one object without repeated keys, NaN or invalid Unicode.
 
 
 # Longest key of the outermost object: error messages repeat it, and no format needs more.
@@ -29,7 +29,7 @@ class FormatError(ValueError):
     """A file breaks its format.
 
     Attributes:
-        why: The fault, fit for a client.
+        why: The fault, in words suitable for a client.
     """
 
     def __init__(self, why: Text) -> None:
@@ -57,7 +57,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
         The object. Every string in it can be encoded as UTF-8, so it can be sent to a client.
 
     Raises:
-        FormatError: Anything else.
+        FormatError: It is something else.
     """
     try:
         value = json.loads(data.decode(), object_pairs_hook=_pairs, parse_constant=_constant)
@@ -111,7 +111,7 @@ def parse_config(data: bytes, path: str) -> dict[str, Any]:
     """``adapter_config.json`` of the adapter ``path``.
 
     Raises:
-        AdapterCheckpointError: It or a name in it is too long, or it is no JSON object.
+        AdapterCheckpointError: The file or a name in it is too long, or it is not a JSON object.
     """
     findings = Findings(path)
     config: dict[str, Any] = {}
@@ -147,8 +147,8 @@ def read_base_digest(directory: AdapterDirectory) -> str:
 #
 # Layout: 8 bytes little-endian header length, that many bytes of JSON (``{name: {"dtype", "shape",
 # "data_offsets": [begin, end]}, "__metadata__": {...}}``), then the data. Offsets count from the
-# end of the header and must tile the data: no gap, no overlap. No torch: a start looks at headers
-# before it is there.
+# end of the header and must tile the data: no gap, no overlap. This code does not use torch,
+# because a starting server reads headers before torch is loaded.
 
 
 # 80 layers of 7 modules with 4 tensors each need about half a megabyte.
@@ -236,13 +236,13 @@ def _cut_short(found: int, needed: int) -> FormatError:
 
 
 def check_fits(path: str, header: SafetensorsHeader, max_elements: int, item_bytes: int) -> None:
-    """Refuse an adapter of more weights than host memory may hold.
+    """Reject an adapter with more weights than host memory may hold.
 
     Args:
         path: The adapter's name in messages.
         header: Header of the adapter's tensor file.
-        max_elements: How many elements it may have.
-        item_bytes: Fewest bytes that each element takes as served.
+        max_elements: The maximum number of elements.
+        item_bytes: The minimum number of bytes that each element takes as served.
 
     Raises:
         BudgetExceededError: It has more.
@@ -254,7 +254,7 @@ def check_fits(path: str, header: SafetensorsHeader, max_elements: int, item_byt
 
 
 def over_host_memory(path: str, needed: int, budget: int, **more: int) -> BudgetExceededError:
-    """The error for an adapter that takes more bytes than all adapters may have."""
+    """The error for an adapter that needs more bytes than all adapters together may have."""
     shown = {"needed": about_bytes(needed), "budget": about_bytes(budget)}
     return BudgetExceededError(say("OVER_HOST_MEMORY", path=path, bytes=needed, **shown, **more))
 

@@ -1,9 +1,9 @@
 """Reads a PEFT adapter directory: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 Each byte is read once: the same bytes are hashed, checked and turned into tensors, so a file that
-changes underneath can fail the load but never slip past a check. Uploads whose digest is known
-(``digest_cache.py``) are not hashed again, but they must look the same before and after. What the
-keys and tensors *mean* is the methods' business.
+changes during the load can make it fail but cannot pass a check with other content. Uploads whose
+digest is known (``adapter_root.py``) are not hashed again, but their stamp must be the same before
+and after. The methods interpret the keys and tensors.
 """
 
 from __future__ import annotations
@@ -40,14 +40,12 @@ from turret.server.adapters.checkpoint.files import (
 )
 from turret.server.words import say
 
-# Whether weights hold NaN or Inf, in one pass: adapters are read while others are served.
-
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or Inf; true of an empty tensor, and of integers.
+    """Whether no value is NaN or Inf; true for an empty tensor and for integers.
 
-    ``torch.aminmax`` hands a NaN on and takes a seventh of the time of ``torch.isfinite``, which
-    was half of what reading an adapter cost.
+    ``torch.aminmax`` propagates NaN and takes a seventh of the time of ``torch.isfinite``, which
+    took half of the time of reading an adapter. Adapters are read while others are served.
     """
     if not tensor.numel() or not tensor.is_floating_point():
         return True
@@ -85,14 +83,14 @@ def read_checkpoint(
     Args:
         root: The allow-listed root.
         path: Directory, relative to the root.
-        max_elements: Most tensor elements to read, all tensors together.
+        max_elements: The maximum number of elements, over all tensors.
         item_bytes: Bytes that each element takes as served, for the error about too many.
-        known: Files that were hashed before and need not be again; learns those that were now.
+        known: Digests of files that were hashed before; receives those of files hashed now.
         shown: The adapter's name in messages; None for its path.
 
     Raises:
-        AdapterCheckpointError: Path, file, header or values are refused.
-        BudgetExceededError: More than ``max_elements``.
+        AdapterCheckpointError: The path, a file, a header or values are rejected.
+        BudgetExceededError: There are more than ``max_elements``.
     """
     place, path = path, path if shown is None else shown
     with root.open_directory(place, path) as directory:
@@ -176,10 +174,10 @@ def _read_tensors(
 
 
 def _read_data(file: BinaryIO, num_bytes: int) -> torch.Tensor | None:
-    """``[num_bytes]`` uint8, or None if there is less. Memory of its own, never the file's mapping.
+    """``[num_bytes]`` uint8, or None if there is less. It owns its memory, never a mapping.
 
-    One read takes it all: reading hundreds of small tensors would hold the GIL, which engine steps
-    need.
+    A single read fetches all of it, because reading hundreds of small tensors would hold the GIL,
+    which engine steps need.
     """
     data = torch.empty(num_bytes, dtype=torch.uint8)
     view = data.numpy().data
@@ -195,7 +193,7 @@ def _read_data(file: BinaryIO, num_bytes: int) -> torch.Tensor | None:
 def _tensors_in(
     data: torch.Tensor, entries: Sequence[TensorEntry], findings: Findings
 ) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
-    """The tensors, views of the data, each with its entry; names those that are not finite."""
+    """The tensors, views of the data, each with its entry; reports those that are not finite."""
     for kind, group in groupby(entries, lambda entry: entry.dtype):
         run, dtype = list(group), getattr(torch, DTYPES[kind])
         part = data[run[0].begin : run[-1].end]

@@ -1,9 +1,9 @@
 """The tokenizer and the chat template in an adapter's folder.
 
-Adapters with tokens that the base lacks bring a tokenizer, whose files are read as bytes and not
-yet understood. Only files with known names are opened, only as large as they may be; of the config
-only keys that are known to say nothing but what texts and tokens are: others name files, classes
-and code. A chat template is read whatever tokens an adapter has, as transformers finds it.
+Adapters with tokens that the base lacks have their own tokenizer, whose files are read as bytes and
+not interpreted here. Only files with known names are opened, up to their maximum size. Of the
+config, only keys that describe texts and tokens are kept, because others name files, classes and
+code. A chat template is read for any adapter, from the places where transformers looks for it.
 """
 
 from __future__ import annotations

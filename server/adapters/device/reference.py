@@ -1,9 +1,9 @@
-"""Adapters by the formulas of their operators: the store of the torch path, and what kernels leave.
+"""Adapters by the formulas of their operators: for the torch path, and for lack of a kernel.
 
-The rows of a step are grouped by mix. A group's calls take its own rows and its own adapters'
-tensors alone, each call gives a row the same bits whatever the other rows are, and the members of a
-mix are added in the request's order, in fp32, with one rounding at the end. So a row's bits are
-those that it has alone.
+The rows of a step are grouped by mix. A group's calls take only its own rows and its own adapters'
+tensors, each call gives a row the same bits for any other rows, and the members of a mix are added
+in the request's order, in fp32, with one rounding at the end. So a row's bits are those that it has
+alone.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ class _Group:
     """Rows that share a mix.
 
     Attributes:
-        rows: Their numbers, ``[n]`` int64, or a run of them.
+        rows: The rows' numbers, ``[n]`` int64, or a run of them.
         members: Adapters, their mix weights, and the rows' scalings from a first pass.
-        is_decode: On the gpu path, whether all of them decode (see ``nf4_gpu.py``) or none.
+        is_decode: On the gpu path, whether all of them decode (see ``nf4_gpu.py``); if not, none
+            does.
     """
 
     rows: torch.Tensor | slice
@@ -100,7 +101,7 @@ class StepReference:
     """A step's rows.
 
     Attributes:
-        groups: Every row in at most one.
+        groups: The groups; a row is in at most one.
         columns: The columns of each slice, by projection.
     """
 
@@ -125,7 +126,7 @@ class StepReference:
             x: Its input, ``[rows, in]``.
             y: The sum so far, ``[rows, sum(out)]``.
             base: The bias-free base projection.
-            is_result: Whether ``y`` is what the base made of ``x``, and nothing else.
+            is_result: Whether ``y`` is just the base's result on ``x``.
         """
         for group in self.groups:
             found = group.modules((layer, projection))
@@ -168,7 +169,7 @@ class StepReference:
                 y.index_copy_(0, numbers, total.to(y.dtype))
 
     def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
-        """Add what rows attend to beside their sequences, in place; see ``AdapterStep``."""
+        """Add the attention to keys outside the rows' sequences, in place; see ``AdapterStep``."""
         for group in self.groups:
             found = [(held.attention.get(layer), weight) for held, weight, _ in group.members]
             for constants, weight in found:
@@ -186,7 +187,7 @@ class Reference(Part):
 
     Args:
         layout: Shape of the base.
-        device: Where they are applied; on the CPU the host's own tensors are.
+        device: The device on which they are applied; on the CPU the host's own tensors are used.
         takes: Selects the operators to hold.
     """
 
@@ -249,7 +250,7 @@ class Reference(Part):
 
         Args:
             members: Mixes of its rows.
-            num_decode: On the gpu path, how many rows, the first ones, decode.
+            num_decode: On the gpu path, the number of first rows that decode.
         """
         if not self._held:
             return None

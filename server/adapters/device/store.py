@@ -1,4 +1,4 @@
-"""What holds the running adapters' weights: the base class of all stores."""
+"""The base class of all stores, which hold the weights of the running adapters."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 # The kernels that replace an operator's ``add``.
 #
-# A kernel is earned by a measurement. ``bench/results/history.md`` has those of the CPU path;
-# pairs and dense updates have none of their own yet. On the GPU path nothing has been measured, so
-# kernels serve the operators that most checkpoints are made of. Everything else is ``add``, for
-# the rows of one mix at a time (``reference.py``); on the GPU path, a step that needs it is not
-# captured.
+# Add a kernel only if a measurement justifies it. ``bench/results/history.md`` has the measurements
+# of the CPU path; pairs and dense updates have no kernels of their own yet. On the GPU path nothing
+# has been measured, so kernels serve the operators that most checkpoints consist of. Everything
+# else uses ``add``, for the rows of one mix at a time (``reference.py``); on the GPU path, a step
+# that needs ``add`` is not captured.
 
 
 class Kernel(NamedTuple):
@@ -48,7 +48,7 @@ class Kernel(NamedTuple):
 
     Attributes:
         files: The kernel's files below ``kernels/cpu/c`` or ``kernels/gpu``.
-        serves: Whether it takes an operator of its kind.
+        serves: Whether it supports an operator of its kind.
     """
 
     files: str
@@ -120,7 +120,7 @@ class ExpertShape:
 
 @dataclass(frozen=True, slots=True)
 class ProjectionLayout:
-    """Shape of the base as stores see it: the slices of each fused projection, in every layer.
+    """Shape of the base for stores: the slices of each fused projection, in every layer.
 
     ``experts`` are those of mixtures of experts. A layer may lack any of both.
     """
@@ -171,7 +171,7 @@ class ProjectionLayout:
         return [(layer, experts[name]) for layer, name in names if name in experts]
 
 
-# The rows of a step that use an adapter.
+# The adapters that each row of a step uses.
 
 
 # The mix of a row or segment as (adapter key, weight) pairs, in the request's order.
@@ -180,13 +180,13 @@ Members = Sequence[tuple[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class StepMembers:
-    """Which adapters the rows of a step use.
+    """The adapters that the rows of a step use.
 
     Attributes:
-        short: Per short row, its mix.
-        long: Per long segment, first row, end row, its mix.
-        given: Of adapters with a ``TokenRouter``, the scalings of every row of the step,
-            ``[rows, modules, components]`` fp32; anything in rows that do not use the adapter.
+        short: The mix of each short row.
+        long: First row, end row and mix of each long segment.
+        given: For adapters with a ``TokenRouter``, the scalings of every row of the step,
+            ``[rows, modules, components]`` fp32, with any values in rows without the adapter.
     """
 
     short: Sequence[Members]
@@ -204,11 +204,11 @@ def passes(
 ) -> list[tuple[str, list[int], list[float]]]:
     """The rows of some adapters, position by position in the mixes.
 
-    A row's changes are so added up in its own order, and no adapter twice in one pass.
+    In this way a row's changes are added up in its own order, and no adapter is in a pass twice.
 
     Args:
         runs: Runs of rows: first, end, and their mix.
-        keys: The adapters; others are passed over.
+        keys: The adapters; others are skipped.
 
     Returns:
         Adapters, with the numbers of rows that have them at the same position, and mix weights.
@@ -231,8 +231,8 @@ def passes(
 class Rows:
     """Rows that use a table: numbers, slots and mix weights; or rows that share one slot.
 
-    ``run`` is the slots as a slice of the table where that is what they are: a view of it then
-    serves where a gather would copy.
+    ``run`` is a slice of the table if the slots are consecutive. A view then replaces a gather,
+    which would copy.
     """
 
     rows: torch.Tensor | slice
@@ -251,29 +251,29 @@ class Rows:
         return x[self.rows] if isinstance(self.rows, slice) else x.index_select(0, self.rows)
 
     def put(self, y: torch.Tensor, part: torch.Tensor) -> None:
-        """Write back what ``take`` gave (a run is a view: nothing to do)."""
+        """Write back the result of ``take`` (a run is a view, so there is nothing to do)."""
         if not isinstance(self.rows, slice):
             y.index_copy_(0, self.rows, part)
 
 
 class Part(ABC):
-    """Some operators of every adapter in a store, by adapter key."""
+    """The operators of certain kinds, for every adapter in a store, by adapter key."""
 
     @abstractmethod
     def insert(self, key: str, operators: AdapterOperators) -> None:
-        """Takes in an adapter's operators of this part's kinds, if it has any."""
+        """Stores an adapter's operators of this part's kinds, if it has any."""
 
     @abstractmethod
     def remove(self, key: str) -> None:
         """Forget an adapter; unknown ones are ignored."""
 
     def extra_bytes(self, operators: AdapterOperators) -> int:
-        """Bytes an adapter takes here past those that its operators take in host memory."""
+        """Bytes that an adapter takes here in addition to its operators' bytes in host memory."""
         return 0
 
 
 class AdapterMemoryError(Exception):
-    """The device had no memory for an adapter. Its ``key`` names it; nothing was computed."""
+    """The device had no memory for the adapter with this ``key``; nothing was computed."""
 
     def __init__(self, key: str) -> None:
         super().__init__(f"no memory for adapter {key}")
@@ -296,7 +296,7 @@ class Resident(Protocol):
 
 
 class BaseProduct(Protocol):
-    """The bias-free base projection; while it computes it may bring in the adapters that follow."""
+    """The bias-free base projection, which may prefetch the adapters for it while it computes."""
 
     def __call__(self, x: torch.Tensor, ahead: Ahead | None = None) -> torch.Tensor: ...
 
@@ -305,11 +305,11 @@ class BaseProduct(Protocol):
         ...
 
     def alone(self, *, is_decode: bool) -> BaseProduct:
-        """The product of other rows than the step's, on the gpu path: all decode, or none does."""
+        """The product for rows outside the step, on the gpu path: all decode, or none does."""
         ...
 
     def with_shrink(self, x: torch.Tensor, shrink: Shrink) -> tuple[torch.Tensor, torch.Tensor]:
-        """The product and what ``shrink`` makes of all rows, on the gpu path."""
+        """The product, and the result of ``shrink`` on all rows, on the gpu path."""
         ...
 
     def ended(
@@ -320,7 +320,7 @@ class BaseProduct(Protocol):
 
 
 class AdapterStep(Protocol):
-    """The adapters of one step, as the layers' projections apply them (see ``AdaptedLinear``)."""
+    """The adapters of one step, for the layers' projections (see ``AdaptedLinear``)."""
 
     def project(
         self,
@@ -337,7 +337,7 @@ class AdapterStep(Protocol):
             layer: Layer number.
             projection: Fused projection (``qkv``, ``o``, ``gate_up``, ``down``).
             x: Its input, ``[rows, in]``; not changed.
-            bias: The base's, ``[sum(out)]``, or None.
+            bias: The base's bias, ``[sum(out)]``, or None.
             base: The base projection, without bias.
 
         Returns:
@@ -346,7 +346,7 @@ class AdapterStep(Protocol):
         ...
 
     def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
-        """Add what rows attend to beside their sequences, in place.
+        """Add the attention to keys outside the rows' sequences, in place.
 
         Args:
             layer: Layer number.
@@ -381,7 +381,7 @@ class AdapterStep(Protocol):
 class _Entry:
     """An adapter in a store.
 
-    ``operators`` are those in host memory: what is on the device is held by the parts alone.
+    ``operators`` are those in host memory; only the parts hold those on the device.
     """
 
     adapter: Resident
@@ -397,10 +397,10 @@ class AdapterStore:
     once.
 
     Args:
-        parts: Hold the operators of the layers' projections.
-        device: Where they are applied.
-        max_bytes: Budget of what is in the store. The scheduler keeps what runs together within
-            it; idle adapters give way.
+        parts: The holders of the operators of the layers' projections.
+        device: The device on which they are applied.
+        max_bytes: The budget of the store. The scheduler keeps the adapters that run together
+            within it; idle ones are evicted if needed.
         on_moved: Called with every adapter that enters or leaves.
 
     Attributes:
@@ -434,10 +434,10 @@ class AdapterStore:
         return (self.stored_bytes(operators),)
 
     def admit(self, operators: AdapterOperators) -> None:
-        """Get ready for an adapter that is being loaded; on the loading thread.
+        """Prepare for an adapter that is being loaded; called on the loading thread.
 
         Raises:
-            BudgetExceededError: It could never be in the store.
+            BudgetExceededError: The adapter could never be in the store.
         """
         for needed, budget in zip(self.needs(operators), self.budgets, strict=True):
             if needed > budget:
@@ -451,12 +451,12 @@ class AdapterStore:
     def is_near(self, adapter: Resident) -> bool:
         """Whether a step that uses an adapter can begin without waiting for a copy of it.
 
-        If not, the copy has been started. Asked before a request joins others that run.
+        If not, the copy has been started. Called before a request joins running ones.
         """
         return True
 
     def prepare(self, adapters: Iterable[Resident]) -> None:
-        """Make sure every adapter of a step is in it; idle ones may have to leave."""
+        """Make sure that every adapter of a step is in the store; idle ones may be evicted."""
         self._step += 1
         missing = []
         for adapter in adapters:
@@ -480,7 +480,7 @@ class AdapterStore:
             self._on_moved(entry.adapter)
 
     def drop_idle(self) -> None:
-        """Forget every adapter that the last step did not use: the device is full."""
+        """Forget every adapter that the last step did not use, because the device is full."""
         while self._drop_idle():
             pass
 
@@ -511,7 +511,8 @@ class AdapterStore:
                 part.insert(adapter.key, operators)
             change = vocabulary_change(operators, self._device)
             if operators.router is not None:
-                # On a GPU they are views of the upload's memory, which is freed; copy them.
+                # On a GPU, the operators are views of the upload's memory, which is freed; copy
+                # them.
                 moved = (
                     tensor.to(self._device, copy=self._device.type != "cpu")
                     for tensor in operators.router.tensors()
@@ -541,9 +542,9 @@ class AdapterStore:
 
 
 class StepStore(AdapterStore, ABC):
-    """A store of the CPU's paths: its steps are bound by their members alone.
+    """A store of the CPU's paths, which needs only the members to bind a step.
 
-    Nothing is copied: it reads an adapter's tensors where they lie in host memory.
+    Nothing is copied: it reads an adapter's tensors in place in host memory.
     """
 
     @abstractmethod

@@ -1,9 +1,9 @@
 """The embedding and the head of one step's rows, where their adapters change them.
 
 Rows are grouped by mix. A group's calls take only its own rows and only its own adapters' tensors,
-each call gives a row the same bits whatever the other rows are, and the members of a mix are added
-in the request's order: so a row's bits are those it has alone. Rows outside the groups, those of
-the bare base among them, are never touched.
+each call gives a row the same bits for any other rows, and the members of a mix are added in the
+request's order. So a row's bits are those that it has alone. Rows outside the groups, including
+those of the base alone, are never touched.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from turret.server.adapters.operators.vocabulary import VocabularyOperators
 
 @dataclass(frozen=True, slots=True)
 class VocabularyChange:
-    """What one adapter of a mix changes; its tensors are on the device of the step."""
+    """The changes of one adapter of a mix; the tensors are on the device of the step."""
 
     head: ModuleOperators | None
     tokens: VocabularyOperators | None

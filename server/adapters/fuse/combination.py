@@ -1,4 +1,4 @@
-"""How ``FuseAdapters`` combines updates: the names, and the settings that belong to each.
+"""The combinations of updates for ``FuseAdapters``: their names, and the settings of each.
 
 ``exact`` and ``svd`` approximate or equal ``Σ w_k ΔW_k``; the others are those of PEFT's
 ``add_weighted_adapter``, by its names. This file loads no torch: RPCs are checked with it.
@@ -13,7 +13,7 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import Finding, refuse
 from turret.server.adapters.peft_format.config_rules import invalid
 from turret.server.words import say
 
-# The result of a fusion, and its distance from the exact sum.
+# The result of a fusion, and its error against the exact sum.
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class FuseResult:
     Attributes:
         record: The new adapter.
         relative_error: The same as a module's, over all modules together.
-        modules: In the base model's order.
+        modules: The modules, in the base model's order.
     """
 
     record: AdapterInfo
@@ -63,7 +63,7 @@ class Combination:
 
     Attributes:
         name: One of ``NAMES``.
-        rank: Largest rank of a module in the result, at least 1.
+        rank: The maximum rank of a module in the result, at least 1.
         energy: Share of the squared singular values to keep, in (0, 1]; instead of ``rank``.
         density: Share of the entries that pruning keeps, in (0, 1].
         majority_sign_method: How TIES elects a sign: ``total`` (the default) or ``frequency``.

@@ -1,8 +1,8 @@
-"""Fuses registered adapters into a new one, on a thread of its own.
+"""Fuses registered adapters into a new one, on a separate thread.
 
 One fusion runs at a time, at a low priority, one module after the other. It reads its members'
-files again, in fp32: what is served may be rounded, what is fused is not. The members are held as
-by a request, so that none is unloaded underneath.
+files again, in fp32, because the operators that are served may be rounded. The members are held as
+by a request, so that none is unloaded during the fusion.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from turret.server.errors import (
 )
 from turret.server.words import say
 
-# The members of a fusion: read again in fp32, and checked against what was asked for.
+# The members of a fusion: they are read again in fp32 and checked against the request.
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Member:
 
 
 def check_prompts(adapters: Sequence[Adapter]) -> None:
-    """Rejects members that their facts alone rule out, before anything is read.
+    """Rejects members that cannot be fused according to their facts, before anything is read.
 
     Raises:
         InvalidRequestError: Lists the members that no LoRA can represent.
@@ -143,7 +143,7 @@ REPORT_SECONDS = 5.0
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """The fusion under way, and the members it holds, once it does."""
+    """The current fusion, and the members it holds, if it already does."""
 
     cancellation: Cancellation
     mix: Mix | None = None
@@ -153,9 +153,9 @@ class Fuser:
     """Thread-safe.
 
     Args:
-        registry: Where members come from and results go. Tells when a member has to be given up.
-        host_bytes: Most bytes that the members may take in fp32 while they are fused.
-        max_rank: Largest rank of a result.
+        registry: The registry of members and results. It reports when a member has to be released.
+        host_bytes: The maximum size of the members in fp32 during a fusion.
+        max_rank: The maximum rank of a result.
     """
 
     def __init__(
@@ -190,16 +190,16 @@ class Fuser:
         """Starts to fuse a mix into a new LoRA under ``name``; returns at once.
 
         Args:
-            name: Well-formed.
+            name: A well-formed name.
             refs: The mix, not empty.
             combination: How to combine the mix.
-            cancellation: Ends the fusion with its error at the next module; nothing is left of it.
+            cancellation: Ends the fusion with its error at the next module, without a trace.
 
         Returns:
             A future of the result, or of an error: InvalidRequestError (the combination cannot
             represent the mix; names the members), BudgetExceededError (rank or bytes),
-            StateDirRequiredError (there is no place for files), what ``AdapterRegistry.acquire``
-            and ``upload`` raise, or UnavailableError.
+            StateDirRequiredError (there is no place for files), an error of
+            ``AdapterRegistry.acquire`` or ``upload``, or UnavailableError.
 
         Raises:
             QueueFullError: Another fusion is under way.
@@ -224,7 +224,7 @@ class Fuser:
         return future
 
     def _abort(self, uuid: str) -> None:
-        """Ends the fusion under way if it holds this registration."""
+        """Ends the current fusion if it holds this registration."""
         with self._lock:
             mix = None if self._job is None else self._job.mix
             found = [] if mix is None else [a for a, _ in mix.members if a.uuid == uuid]
@@ -235,7 +235,7 @@ class Fuser:
                 )
 
     def close(self) -> None:
-        """Ends the fusion under way; blocks until it has come to the end of its module."""
+        """Ends the current fusion; blocks until it has finished its module."""
         with self._lock:
             if self._job is not None:
                 self._job.cancellation.set(_shutting_down())
@@ -315,7 +315,7 @@ class Fuser:
         return fused
 
     def _check_free(self, name: str, paths: list[str]) -> None:
-        """Refuses a name whose content cannot be the result, before any work is done."""
+        """Rejects a name whose content cannot be the result, before any work is done."""
         try:
             record = self._registry.get(name)
         except AdapterNotFoundError:

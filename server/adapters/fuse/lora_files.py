@@ -1,7 +1,7 @@
 """Writes a result as a LoRA in PEFT's layout: a config and a safetensors file.
 
-Written by hand, tensor by tensor, because the format is simple and a library's one call would build
-the whole file in memory while holding the GIL, while requests are served.
+This code writes tensor by tensor, because the format is simple, and a library's single call would
+build the whole file in memory and hold the GIL while requests are served.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class FusedFiles:
     """The two files of a result.
 
     Args:
-        modules: By path, not empty.
-        base: The base they belong to.
+        modules: The modules by path, not empty.
+        base: The base of the modules.
         base_model: The base's name for the config.
     """
 
@@ -49,7 +49,7 @@ class FusedFiles:
         self._header = _header(self._tensors)
 
     def announced(self) -> list[UploadedFile]:
-        """Names and sizes, as an upload announces them."""
+        """Names and sizes, in the form in which an upload announces them."""
         size = len(self._header) + sum(tensor.nbytes for tensor in self._tensors.values())
         return [UploadedFile(CONFIG_FILE, len(self._config)), UploadedFile(TENSORS_FILE, size)]
 
@@ -84,9 +84,9 @@ def lora_config(
     """The config of a LoRA that has the ranks; alpha equals them, so nothing is scaled.
 
     Args:
-        ranks: By path of the module, not empty.
-        base: The base they belong to.
-        base_model: Its name, as the config has it.
+        ranks: The ranks by path of the module, not empty.
+        base: The base of the modules.
+        base_model: The base's name for the config.
         has_bias: Whether every module has a bias behind B.
     """
     usual = Counter(ranks.values()).most_common(1)[0][0]

@@ -1,7 +1,7 @@
 """Fuses the updates of one module: ``Σ w_k ΔW_k``, or a combination of PEFT's, as two factors.
 
-Where every update is a pair of factors, sums, SVDs and errors are computed on the factors, in fp64.
-Else the update is dense, in fp32, for the one module at hand.
+If every update is a pair of factors, sums, SVDs and errors are computed on the factors, in fp64.
+Otherwise the update is dense, in fp32, for one module at a time.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ class Factors:
         return self.a.shape[0]
 
     def norm(self) -> float:
-        """Frobenius norm; the product is not built, and cancellation in it costs no digits."""
+        """The Frobenius norm, without building the product and without loss by cancellation."""
         left = torch.linalg.qr(self.b.double(), mode="r").R
         right = torch.linalg.qr(self.a.double().T, mode="r").R
         return float(torch.linalg.matrix_norm(left @ right.T))
 
     def truncated(self, choose_rank: ChooseRank) -> Factors:
-        """The nearest product of the chosen rank, fp32; costs as much as the factors are thick."""
+        """The nearest product of the chosen rank, fp32; its cost depends on the factors' rank."""
         qb, rb = torch.linalg.qr(self.b.double())
         qa, ra = torch.linalg.qr(self.a.double().T)
         core = truncated_svd(rb @ ra.T, choose_rank)
@@ -76,7 +76,7 @@ def energy_rank(values: torch.Tensor, energy: float) -> int:
     """The least number of singular values that hold a share of the sum of squares.
 
     Args:
-        values: Descending, not empty.
+        values: The singular values, descending, not empty.
         energy: In (0, 1].
     """
     held = values.double().square().cumsum(0)
@@ -87,7 +87,7 @@ def truncated_svd(matrix: torch.Tensor, choose_rank: ChooseRank) -> Factors:
     """The nearest product of the chosen rank (Eckart and Young), in the dtype of the matrix.
 
     As in PEFT, ``a`` has orthonormal rows and ``b`` holds the singular values. Directions that are
-    nothing but rounding are never kept, so the rank may be less than the chosen one.
+    only rounding errors are never kept, so the rank may be less than the chosen one.
     """
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     audible = max(1, int((values > _NOISE * values[0]).sum()))
@@ -96,7 +96,7 @@ def truncated_svd(matrix: torch.Tensor, choose_rank: ChooseRank) -> Factors:
 
 
 def ratio(error: float, reference: float) -> float:
-    """A relative error; 0 where there is neither, infinite where nothing should be."""
+    """A relative error; 0 if error and reference are 0, infinite if only the reference is."""
     if reference == 0.0:
         return 0.0 if error == 0.0 else math.inf
     return error / reference
@@ -104,9 +104,9 @@ def ratio(error: float, reference: float) -> float:
 
 # Weighted sums of tensors with pruning and sign election, as PEFT's ``merge_utils`` defines them.
 #
-# Every tensor is asked for when it is needed and dropped before the next one, so the memory is
-# that of a few tensors, however many are combined. Masks are drawn in PEFT's order: from one state
-# of the generator, both draw the same.
+# Each tensor is made when it is needed and dropped before the next one, so the memory is that of a
+# few tensors, however many are combined. Masks are drawn in PEFT's order, so turret and PEFT draw
+# the same masks from the same state of the generator.
 
 
 Task = Callable[[], torch.Tensor]
@@ -118,13 +118,14 @@ def combine(
     combination: Combination,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """``Σ w_k p(t_k)``, for TIES over those entries alone whose sign won, divided by their number.
+    """``Σ w_k p(t_k)``; TIES sums only entries whose sign won, and divides by their number.
 
     Args:
-        tasks: Return the tensors, all of one shape, fp32; may be called twice, may return views.
-        weights: One per tensor.
-        combination: Says how ``p`` prunes and whether signs are elected. Votes are cast by the
-            unweighted tensors, as in PEFT: a negative weight does not turn a vote round.
+        tasks: Functions that return the tensors, all of one shape, fp32; each may be called twice
+            and may return a view.
+        weights: One weight per tensor.
+        combination: Determines how ``p`` prunes and whether signs are elected. The unweighted
+            tensors vote, as in PEFT, so a negative weight does not reverse a vote.
         generator: Draws DARE's masks.
 
     Returns:
@@ -169,7 +170,7 @@ def _with_elected_signs(
 def _pruned(
     tensor: torch.Tensor, combination: Combination, generator: torch.Generator
 ) -> torch.Tensor:
-    """The tensor, or a new one in which the share ``density`` of the entries is left."""
+    """The tensor, or a new one in which the share ``density`` of the entries is kept."""
     density = combination.density
     if density is None or density >= 1.0:
         return tensor
@@ -187,11 +188,11 @@ class Contribution:
     """One member's update of one module.
 
     Attributes:
-        name: The member's.
-        weight: The member's.
-        operators: In fp32.
-        scaling: What of ``operators.low_rank.b`` is the scaling of a LoRA; PEFT's combinations of
-            factors divide it between A and B.
+        name: The member's name.
+        weight: The member's weight.
+        operators: The member's operators in fp32.
+        scaling: The factor in ``operators.low_rank.b`` that is the scaling of a LoRA; PEFT's
+            combinations of factors divide it between A and B.
     """
 
     name: str
@@ -214,7 +215,7 @@ class FusedModule:
         b: ``[out_features, rank]``, fp32, contiguous.
         bias: ``Σ w_k bias_k``, ``[out_features]``, fp32, or None.
         error: Frobenius norm of ``b @ a − Σ w_k ΔW_k``.
-        reference: That of ``Σ w_k ΔW_k``.
+        reference: The Frobenius norm of ``Σ w_k ΔW_k``.
     """
 
     a: torch.Tensor
@@ -233,8 +234,9 @@ class ModuleFuser:
 
     Args:
         combination: The requested combination.
-        rank: Most singular values to keep, where the combination ends in an SVD without ``energy``.
-        max_rank: Largest rank that may come out.
+        rank: The maximum number of singular values to keep, if the combination ends in an SVD
+            without ``energy``.
+        max_rank: The maximum rank of the result.
     """
 
     def __init__(self, combination: Combination, rank: int, max_rank: int) -> None:
@@ -244,7 +246,7 @@ class ModuleFuser:
         self._generator = torch.Generator("cpu").manual_seed(combination.seed or 0)
 
     def check(self, parts: Sequence[Contribution], module: BaseModule) -> None:
-        """Refuses what the ranks alone rule out.
+        """Rejects members that cannot be fused because of their ranks.
 
         Raises:
             BudgetExceededError: The factors side by side exceed ``max_rank``.
@@ -262,7 +264,7 @@ class ModuleFuser:
             raise InvalidRequestError.of("adapters", text)
 
     def fuse(self, parts: Sequence[Contribution], module: BaseModule) -> FusedModule:
-        """Fuses what the members do to one module; at least one of them does something.
+        """Fuses the members' updates of one module; there is at least one update.
 
         Raises:
             BudgetExceededError: ``energy`` needs more than ``max_rank``.

@@ -1,4 +1,4 @@
-"""The registered adapters that another one is built from: found, checked, laid side by side."""
+"""Finds and checks the components of an adapter, and puts their updates side by side."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def gate_of(
 
     Args:
         updates: Each component's update of the module; None if it has none.
-        score_of: From the factors ``b`` of all, what a token's weights are computed from.
+        score_of: From the factors ``b`` of all, the score that determines a token's weights.
     """
     some = [update for update in updates if update is not None]
     a = filled_up(torch.cat([update.a for update in some]), GATE_MULTIPLE)

@@ -1,4 +1,4 @@
-"""What a method makes of a checkpoint: operators in one block of memory, checked and summed up."""
+"""The result of lowering a checkpoint: checked operators in one block of memory, and a summary."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ class Lowered:
         operators: CPU tensors that own their memory.
         ranks: Distinct ranks, ascending.
         target_modules: Distinct last components of the adapted paths, ascending.
-        base_model: The base the checkpoint names, or "".
+        base_model: The base that the checkpoint names, or "".
         warnings: Warnings for the operator; nothing here makes the result inexact.
         num_soft_tokens: Soft tokens that go before the prompt.
-        num_prefix_positions: Positions before the prompt whose keys and values it brings.
-        scalings: What a method folded into ``b`` of a module as its scaling; 1 where it is missing.
-        components: Digests of the adapters it is built from.
-        depends_on_base: Whether the base's weights or biases went into the operators, which are
-            then lowered again when a merge changes the base. True where a method does not say.
+        num_prefix_positions: Positions before the prompt for which it has keys and values.
+        scalings: The scaling that a method folded into ``b`` of a module; 1 where it is missing.
+        components: Digests of the adapters from which it is built.
+        depends_on_base: Whether the operators were computed from the base's weights or biases; they
+            are then lowered again when a merge changes the base. True if a method does not set it.
         head: The labels and problem type of its classification head, or None.
-        vocab_size: Rows of its vocabulary, where that has another size than the base's; else 0.
+        vocab_size: Rows of its vocabulary, if that has another size than the base's; else 0.
     """
 
     operators: AdapterOperators
@@ -95,12 +95,12 @@ def _first_pass(operators: AdapterOperators) -> str:
     return "base" if router.first_pass is None else "adapter"
 
 
-# An adapter's operators in one block of memory: no gaps between them, and all of it goes back.
+# One block of memory for all operators of an adapter.
 #
-# Hundreds of tensors of all sizes that come and go with thousands of adapters leave the heap full
-# of holes. A block is a mapping of its own, which the system takes back whole when the adapter
-# leaves. Those of one shape lie side by side in the order of the layers, so that a store whose
-# matrices hold all layers takes them by one copy.
+# Hundreds of tensors of all sizes that come and go with thousands of adapters would fragment the
+# heap. A block is a mapping of its own, which the system takes back whole when the adapter leaves.
+# Tensors of one shape are side by side in the order of the layers, so that a store whose matrices
+# hold all layers needs only one copy.
 
 
 # Every group of tensors begins on a cache line.
@@ -113,7 +113,7 @@ def in_one_block(
     """Copies the tensors of all modules into a block.
 
     Args:
-        modules: By module path, on the CPU; tensors may be views of anything.
+        modules: Operators by module path, on the CPU; tensors may be any views.
 
     Returns:
         The same operators, and whether every value is finite.
@@ -154,7 +154,7 @@ def _copies(tensors: Sequence[torch.Tensor]) -> tuple[dict[int, torch.Tensor], b
 
 
 def _map_memory(num_bytes: int) -> torch.Tensor:
-    """Memory of its own, ``[num_bytes]`` uint8, given back with the last view of it."""
+    """Separate memory, ``[num_bytes]`` uint8, freed with the last view of it."""
     if not num_bytes or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(num_bytes, dtype=torch.uint8)
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -164,7 +164,7 @@ def _map_memory(num_bytes: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-# The end of lowering: one block of memory, checked, summed up.
+# The last step of lowering: it moves the operators to one block, checks them and sums them up.
 
 
 _NOTHING: Mapping[str, ModuleOperators] = MappingProxyType({})
@@ -188,19 +188,19 @@ def finish(
 
     Args:
         checkpoint: The lowered checkpoint.
-        base: The base it was lowered for.
-        modules: What it does to linear modules, by path; tensors may be views of anything.
-        found: What the check of linear modules made of it: its ranks and warnings
-            count, and biases that replace the base's are added to the operators.
+        base: The base for which it was lowered.
+        modules: Operators of linear modules, by path; tensors may be any views.
+        found: The result of the check of linear modules: its ranks and warnings are used, and
+            biases that replace the base's are added to the operators.
         prompt: Soft tokens, or keys and values, to put before the prompt.
         tokens: Changes to rows of embedding and head.
         ranks: Replaces the ranks in ``found``.
         scalings: See ``Lowered``.
         components: See ``Lowered``.
         warnings: Warnings in addition to those in ``found``.
-        depends_on_base: Whether weights or biases of the base went into the operators. Biases that
-            replace the base's always do. True costs a second reading whenever a merge changes the
-            base; False is wrong where the base went in.
+        depends_on_base: Whether the operators were computed from weights or biases of the base,
+            as is always true with biases that replace the base's. True costs a second reading
+            whenever a merge changes the base; False must be correct.
 
     Raises:
         AdapterCheckpointError: A value is not finite in the serving dtype (names everything).
@@ -243,7 +243,7 @@ def finish(
 def _with_biases(
     operators: Mapping[str, ModuleOperators], biases: Mapping[str, torch.Tensor], base: BaseModel
 ) -> dict[str, ModuleOperators]:
-    """Adds whole biases that replace those of the base, which has one wherever they do."""
+    """Adds whole biases that replace those of the base, which has a bias in the same modules."""
     result = dict(operators)
     for name, bias in biases.items():
         served = base.modules[name].bias

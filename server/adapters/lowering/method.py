@@ -1,4 +1,4 @@
-"""What a method is: a declaration, and a function from tensors to operators. No torch."""
+"""The form of a method: a declaration, and a function from tensors to operators. Needs no torch."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class Lower(Protocol):
         """Lowers it.
 
         Args:
-            checkpoint: As read.
-            base: As served.
-            max_rank: Largest rank served; None is any.
+            checkpoint: The checkpoint as read.
+            base: The base as served.
+            max_rank: The maximum rank served; None for any.
             find_component: Finds an adapter that the config names as a component; raises
                 AdapterComponentError if it cannot. Most methods have none and ignore it.
 
         Raises:
             AdapterCheckpointError: A key or tensor is unsupported or inconsistent (names all).
             AdapterMismatchError: The tensors do not fit the base (names all).
-            AdapterComponentError: An adapter it is built from is not registered (names all).
+            AdapterComponentError: Some components are not registered (names all).
             BudgetExceededError: A rank over ``max_rank``.
         """
         ...
@@ -57,10 +57,10 @@ class Method(MethodKeys):
     A file in ``methods/`` binds one, or a ``LinearMethod``, to the name ``METHOD``.
 
     Attributes:
-        check: Refuses what names, shapes and dtypes say against an adapter, on a base of which
-            there may be only sizes.
+        check: Rejects an adapter for its names, shapes and dtypes, on a base of which only the
+            sizes may be known.
         lower: Makes the operators.
-        tasks: Config key of how many tasks the files hold, or None.
+        tasks: The config key of the number of tasks in the files, or None.
     """
 
     check: Callable[[AdapterCheckpoint, BaseModel | BaseSizes], object]
@@ -86,9 +86,9 @@ class LinearMethod(LinearFormat):
     """An adapter method that changes linear modules.
 
     Attributes:
-        operators: From a module's tensors to what it does there; no pieces leave the module alone.
-        order: The modules in the order in which they are computed, where that is not the base's.
-        after: Looks at all of it, once every module is done.
+        operators: Turns a module's tensors into pieces; without pieces the module is unchanged.
+        order: The modules in the order in which they are computed, if that is not the base's.
+        after: Checks the whole adapter, after every module is done.
         complete: Adds to the result everything that does not belong to modules.
     """
 

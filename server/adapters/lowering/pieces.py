@@ -1,7 +1,7 @@
-"""What methods make operators with: each function here gives one operator of a module.
+"""The functions with which methods make operators: each returns one operator of a module.
 
-A piece is rounded to the serving dtype when the module is put together, from fp32 or wider and
-once. Methods know no other way to make an operator.
+A piece is fp32 or wider, and is rounded once, to the serving dtype, when the module is assembled.
+Methods make operators only with these functions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from turret.server.adapters.operators.pair_rotation import PairRotation
 from turret.server.adapters.operators.sparse import Sparse
 from turret.server.adapters.operators.vectors import Bias, Gain, InputGain
 
-# Products of the weight served with a few vectors, block by block and where it is kept.
+# Products of a base weight with a few vectors, block by block, on the weight's device.
 
 
 # Elements of the weight held at once: 1024 x 14336 in fp32 is 59 MB.
@@ -194,7 +194,7 @@ def bias(values: torch.Tensor) -> Piece:
 
 
 def gate(updates: Sequence[LowRank | None], score: Score) -> Piece:
-    """Low-rank updates of components, weighted token by token; None adapts nothing here."""
+    """Low-rank updates of components, weighted token by token; a None changes nothing here."""
     return Piece(lambda _: gate_of(updates, lambda b: score))
 
 
@@ -236,11 +236,11 @@ def _fold_all(factors: Mapping[str, Factors], dtype: torch.dtype) -> dict[str, L
     """``_fold`` without gains, for all modules of an adapter; one call does all of one shape.
 
     Args:
-        factors: By module, in the file's dtype.
+        factors: The factors by module, in the file's dtype.
         dtype: Serving dtype.
 
     Returns:
-        By module; views of anything until ``finish`` copies them into a block.
+        The factors by module; they may be any views until ``finish`` copies them into a block.
     """
     alike: dict[tuple[object, ...], list[str]] = {}
     for name, (a, b, scaling) in factors.items():
@@ -292,7 +292,7 @@ def _sparse_of(
 
 
 class Assembly:
-    """Assembles modules; each operator is rounded as soon as it is made, where possible."""
+    """Assembles modules; each operator is rounded as soon as it is made, if possible."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -302,7 +302,7 @@ class Assembly:
         self.scalings: dict[str, float] = {}
 
     def add(self, name: str, pieces: Piece | Iterable[Piece]) -> None:
-        """Adds the operators of a module; without any, the module is left alone."""
+        """Adds the operators of a module; without any, the module is unchanged."""
         made: list[Operator | None] = []
         for piece in [pieces] if isinstance(pieces, Piece) else pieces:
             made.append(piece.make(self._dtype) if piece.factors is None else None)

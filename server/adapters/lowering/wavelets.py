@@ -171,7 +171,7 @@ def inverse_entries(
     values: torch.Tensor,
     shape: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The entries of the matrix that a few coefficients of a transform are the transform of.
+    """The entries of the matrix whose transform has the given coefficients.
 
     A coefficient becomes the outer product of two filters; those that reach out of the matrix are
     cut off, as they are in PEFT, which pads the coefficients and crops the result.
@@ -179,7 +179,7 @@ def inverse_entries(
     Args:
         name: One of ``WAVELETS``.
         rows: Places of the coefficients in a matrix of ``shape``, ``[n]`` int64.
-        columns: Likewise.
+        columns: Places of the coefficients, like ``rows``.
         values: The coefficients, ``[n]``.
         shape: Shape of the coefficients before padding, and of the result.
 

@@ -46,7 +46,7 @@ METHODS: Mapping[str, AnyMethod] = _discover()
 
 
 def method_for(checkpoint: AdapterCheckpoint) -> AnyMethod:
-    """The method a checkpoint was made by.
+    """The method of a checkpoint.
 
     Raises:
         AdapterCheckpointError: ``peft_type`` is missing or none of ``METHODS`` accepts it;
@@ -63,7 +63,7 @@ def method_for(checkpoint: AdapterCheckpoint) -> AnyMethod:
 
 
 def check_common(checkpoint: AdapterCheckpoint, method: AnyMethod) -> None:
-    """Refuses tensors of integers that the method has none of, and tasks that it has none of.
+    """Rejects tensors of integers, or a task, if the method has no such thing.
 
     Raises:
         AdapterCheckpointError: Names them.
@@ -80,7 +80,7 @@ def check_common(checkpoint: AdapterCheckpoint, method: AnyMethod) -> None:
 
 
 def _peft_type_of(config: Mapping[str, Any]) -> str:
-    """A config's ``peft_type`` in upper case; "" where it is missing or no text."""
+    """A config's ``peft_type`` in upper case; "" if it is missing or not a string."""
     value = config.get("peft_type")
     return value.upper() if isinstance(value, str) else ""
 

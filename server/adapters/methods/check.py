@@ -1,7 +1,8 @@
-"""What an adapter's config and the header of its tensors say against it.
+"""Checks of an adapter by its config and the header of its tensors, without the tensors' values.
 
-A start that is to load adapters checks them so before it loads the model, with the methods' own
-checks. What needs the values of tensors, and what they do to the vocabulary, a load checks alone.
+A server that is to load adapters at startup checks them in this way before it loads the model. The
+checks are the methods' own. Checks that need the values of tensors or concern the vocabulary are
+made only when the adapter is loaded.
 """
 
 from __future__ import annotations
@@ -57,19 +58,19 @@ def check_files(
     host_bytes: int | None = None,
     item_bytes: int = 2,
 ) -> None:
-    """Refuses an adapter whose files cannot be served, as far as that shows without their weights.
+    """Rejects an adapter that cannot be served, as far as can be decided without its weights.
 
     Args:
         directory: The adapter's directory, with its two files.
         path: The adapter's name in messages.
-        base: What is known of the base; None is nothing.
-        base_name: The base's name as served; None if adapters of any base are taken.
-        max_rank: Largest rank; None is any.
-        host_bytes: Host memory of all adapters; None is any.
+        base: The known facts about the base, or None.
+        base_name: The base's name as served; None if adapters of any base are accepted.
+        max_rank: The maximum rank; None for any.
+        host_bytes: Host memory of all adapters; None for any.
         item_bytes: Bytes of host memory that each weight takes as served.
 
     Raises:
-        AdapterCheckpointError: As a load would.
+        AdapterCheckpointError: The errors that a load would raise.
         AdapterMismatchError: Likewise.
         BudgetExceededError: Likewise.
     """

@@ -1,12 +1,12 @@
-"""All that a method's file imports: how it is declared, and what it makes operators with.
+"""Everything that a method's file imports, for its declaration and for making operators.
 
 A method is one file that binds ``METHOD``. Its declaration names the values of ``peft_type``, the
 config keys that it reads (each with a check), the keys that it ignores (each with the reason) and
-the tensors with their shapes. Which adapters are served, every refusal, the check of a header
-before the weights are read, and the tables in docs/adapters.md follow from the declaration. The
-one function, ``operators``, turns the tensors of a module into operators.
+the tensors with their shapes. The declaration determines which adapters are served, every
+rejection, the check of a header before the weights are read, and the tables in docs/adapters.md.
+The only function, ``operators``, turns the tensors of a module into operators.
 
-``torch`` here is imported at its first use, so that the declarations are there without it.
+``torch`` is imported here at its first use, so that the declarations do not need it.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ TARGETS = {"target_modules": is_module_selector, "modules_to_save": is_modules_t
 EXCLUDE = TARGETS | {"exclude_modules": is_optional_module_selector}
 LAYERS = {"layers_to_transform": is_layer_indexes, "layers_pattern": is_optional_module_selector}
 PATTERNS = {"rank_pattern": is_rank_pattern, "alpha_pattern": is_alpha_pattern}
-# For Conv1D bases such as GPT-2. On linear modules PEFT sets it to false and then loads the same
-# weights; the adapter gets a warning.
+# A key for Conv1D bases such as GPT-2. On linear modules PEFT sets it to false and then loads the
+# same weights; the adapter gets a warning.
 CONV1D = {"fan_in_fan_out": is_optional_bool}
 # Keys that PEFT's configs for LyCORIS methods contain.
 LYCORIS = EXCLUDE | LAYERS | PATTERNS | {"r": is_rank, "alpha": is_number}
@@ -115,7 +115,7 @@ def always(config: Mapping[str, Any]) -> bool:
 
 
 def is_saved(adapter: Module | Reading) -> bool:
-    """Condition of fixed random matrices that a file may leave out."""
+    """The condition under which a file contains fixed random matrices, which it may leave out."""
     return adapter.config.get("save_projection", True)
 
 
@@ -155,9 +155,9 @@ def _place_drawer(adapter: Reading) -> Callable[[int, int], torch.Tensor]:
     """Draws places of a module's entries as PEFT does.
 
     Returns:
-        ``(count, size)`` → the first ``size`` of a permutation of ``count`` places, int64. It keeps
-        some for modules of the same size, and they go with it: those of a large weight can be half
-        a gigabyte.
+        ``(count, size)`` → the first ``size`` of a permutation of ``count`` places, int64. The
+        function keeps some permutations for modules of the same size, and they are freed with it,
+        because those of a large weight can be half a gigabyte.
     """
 
     @functools.lru_cache(maxsize=8)
@@ -192,7 +192,7 @@ def check_places(module: Module) -> None:
 
 
 def cayley(skew: torch.Tensor) -> torch.Tensor:
-    """``R − I = −2 Q (I + Q)⁻¹`` of ``R = (I − Q)(I + Q)⁻¹``, without what cancels.
+    """``R − I = −2 Q (I + Q)⁻¹`` of ``R = (I − Q)(I + Q)⁻¹``, without cancellation.
 
     Args:
         skew: ``Q``, ``[blocks, size, size]``, fp32 or wider.
@@ -202,7 +202,7 @@ def cayley(skew: torch.Tensor) -> torch.Tensor:
 
 
 def components_of(adapter: Reading) -> Sequence[Component]:
-    """The adapters that this one is built from, in the config's order."""
+    """The components of this adapter, in the config's order."""
     adapter.components = find_components(adapter, adapter.find_component)
     for warning in left_out(adapter.components, adapter.modules):
         adapter.warn(warning)

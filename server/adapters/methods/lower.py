@@ -1,4 +1,4 @@
-"""From a checkpoint to a lowered adapter: the method's part, and the parts that all share."""
+"""Lowers a checkpoint to operators: the method's own part, and the parts that all methods share."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def lower_checkpoint(
     """Chooses the method and makes the operators.
 
     Args:
-        checkpoint: See ``Lower``; so the next three.
+        checkpoint: See ``Lower``, also for the next three.
         base: The base.
-        max_rank: Largest rank.
+        max_rank: The maximum rank.
         find_component: Finds components.
-        max_dense_bytes: Most bytes of updates that are as large as the weights they change; None
-            is any.
+        max_dense_bytes: The maximum size of updates that are as large as the weights they change;
+            None for any.
 
     Returns:
-        The method's name, and what was made.
+        The method's name, and the operators.
 
     Raises:
         AdapterCheckpointError: Unsupported or inconsistent (names everything at fault).
-        AdapterMismatchError: Made for another base.
-        AdapterComponentError: An adapter it is built from is not registered (names all).
+        AdapterMismatchError: The adapter was made for another base.
+        AdapterComponentError: Some components are not registered (names all).
         BudgetExceededError: A rank over ``max_rank``, or bytes over ``max_dense_bytes``.
     """
     method = method_for(checkpoint)
@@ -141,19 +141,19 @@ def _joined(lowered: Lowered, part: VocabularyPart) -> Lowered:
     )
 
 
-# Updates that are as large as the weights they change: what they take, and whether they may.
+# Dense updates, which are as large as the weights they change: the check of their size.
 
 
 def _check_dense(checkpoint: AdapterCheckpoint, base: BaseModel, max_bytes: int | None) -> None:
-    """Refuses an adapter of whole matrices before any of them is made.
+    """Rejects an adapter whose dense updates exceed the budget, before any of them is made.
 
     Args:
         checkpoint: A checkpoint of a method whose updates are dense.
-        base: The base they would be made for.
-        max_bytes: Most bytes they may take; 0 where the server allows none, None is any.
+        base: The base model.
+        max_bytes: Maximum size of the updates; 0 if the server allows none, None for no limit.
 
     Raises:
-        BudgetExceededError: They would take more.
+        BudgetExceededError: The updates would take more.
     """
     if max_bytes is None:
         return

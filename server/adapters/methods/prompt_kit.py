@@ -1,4 +1,4 @@
-"""How methods are declared that learn what stands before the prompt.
+"""The declaration of methods that learn positions before the prompt.
 
 Their files hold ``prompt_embeddings``, a row for each virtual token: embeddings (``SoftTokens``),
 or keys and values (``KeysAndValues``).
@@ -58,8 +58,8 @@ class SoftTokens(MethodKeys):
     """A method that learns embeddings, ``[num_virtual_tokens, hidden]``.
 
     Attributes:
-        required: Config keys that must be there beside those of the size.
-        tasks: Config key of how many tasks the files hold, or None.
+        required: Config keys that must be present in addition to those of the size.
+        tasks: The config key of the number of tasks in the files, or None.
         more_tensors: The shapes of tensors beside the prompt.
         prompt: Makes the prompt of a task from the tensors.
     """
@@ -101,7 +101,7 @@ class SoftTokens(MethodKeys):
         """Checks config and tensors, as ``LinearFormat.read`` does.
 
         Returns:
-            The task that is meant.
+            The chosen task.
         """
         config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
         self.check_config(config, findings)
@@ -159,8 +159,8 @@ class SoftTokens(MethodKeys):
 class KeysAndValues(SoftTokens):
     """A method that learns keys and values, ``[num_virtual_tokens, layers · 2 · token_dim]``.
 
-    PEFT saves them layer by layer, key before value. The keys are attended to as they are: they
-    stand where rotated keys stand, and are not rotated again.
+    PEFT saves them layer by layer, key before value. The keys are used unchanged in place of
+    rotated keys, and are not rotated again.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""Values of ``peft_type`` that are not served, and what to do with such an adapter. No torch."""
+"""Values of ``peft_type`` that are not served, with advice for such adapters. Needs no torch."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What adapters do to the base: an operator per file, with formula, dense form and cost."""
+"""The operators of adapters, one per file, each with its formula, dense form and cost."""

@@ -1,11 +1,11 @@
-"""What every adapter method lowers to: the operators of each linear module of the base model.
+"""The operators of an adapter for each linear module, to which every method is lowered.
 
 For one module, one token ``x`` and the request's mix ``{(k, w_k)}``::
 
     y = G ⊙ (W x) + b + Σ_k w_k · Δ_k(x)          G = 1 + Σ_k w_k (g_k − 1)
 
-Gains and biases are operators like all others: ``Δ_k`` is the sum of what an adapter's operators of
-the module add. Nothing below this file knows the name of a method.
+Gains and biases are operators like all others. ``Δ_k`` is the sum over an adapter's operators for
+the module. The layers below this file do not depend on the names of methods.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class ModuleOperators:
 
     Args:
         given: Operators, at most one of each kind; None stands for no operator.
-        named: More of them, under names for the reader. A tensor is the operator of that name:
+        named: More operators, by names for the reader. A tensor is the operator of that name:
             ``gain``, ``input_gain`` or ``bias``.
 
     Attributes:
-        operators: All of them.
+        operators: All operators.
     """
 
     operators: tuple[Operator, ...]
@@ -125,18 +125,18 @@ class ModuleOperators:
 
 @dataclass(frozen=True, slots=True)
 class AdapterOperators:
-    """Everything one adapter does.
+    """All changes of one adapter.
 
     Attributes:
         modules: Full module path in the base (``model.layers.0.self_attn.q_proj``) → operators.
         soft_prompt: Soft tokens, or keys and values, to put before the prompt, or None.
         attention: Number of a layer → additional keys and values of its attention, or None.
         experts: Path of a fused projection of experts (``model.layers.0.mlp.experts.down_proj``) →
-            what it does to each, or None.
+            the update of each, or None.
         head: Changes to the output head as a linear module, or None.
         tokens: Changes to rows of the embedding and the head, or None.
-        invocation: Tokens from whose last occurrence in the prompt on it acts, and not before; None
-            if it acts everywhere.
+        invocation: Tokens; the adapter applies only from their last occurrence in the prompt on.
+            None if it applies everywhere.
         classifier: A classification head for its final states, or None.
         router: Computes the scalings of gates with a ``GivenScore``, or None.
         num_bytes: Bytes of all tensors.
@@ -178,14 +178,14 @@ class AdapterOperators:
 
 # The dense update ``ΔW`` of one module: the sum of its operators' dense forms.
 #
-# For DoRA this is ``g ⊙ (W + s·B A) − W``, as ``g`` is in ``B`` already.
+# For DoRA this is ``g ⊙ (W + s·B A) − W``, because ``B`` already contains ``g``.
 
 
 _WORDS = {"experts": "update of experts", "attention": "prompt that layers attend to"}
 
 
 def beyond_updates(operators: AdapterOperators) -> tuple[str, ...]:
-    """Names of what an adapter does beyond changing weights and biases, such as a soft prompt."""
+    """Names of an adapter's changes other than to weights and biases, such as a soft prompt."""
     parts = {field.name for field in fields(operators) if field.init} - {"modules"}
     found = {name for name in parts if getattr(operators, name) is not None}
     for module in operators.modules.values():
@@ -194,13 +194,13 @@ def beyond_updates(operators: AdapterOperators) -> tuple[str, ...]:
 
 
 def beyond_low_rank(operators: AdapterOperators) -> tuple[str, ...]:
-    """Names of the operators that are no pair of factors, such as a gain."""
+    """Names of the operators that are not pairs of factors, such as a gain."""
     found = {part.name for module in operators.modules.values() for part in _others(module)}
     return tuple(sorted(name.replace("_", " ") for name in found))
 
 
 def is_low_rank(module: ModuleOperators) -> bool:
-    """Whether ``ΔW`` is ``B A`` alone, or nothing."""
+    """Whether ``ΔW`` is only ``B A``, or 0."""
     return not _others(module)
 
 
@@ -220,9 +220,9 @@ def add_delta(
 
     Args:
         total: ``[out_features, in_features]``, fp32, on the CPU.
-        operators: In any dtype; computed in fp32.
-        module: The base's; dequantised at most once, and only where an operator needs its weight.
-        weight: The member's.
+        operators: Operators in any dtype; computed in fp32.
+        module: The base's module; dequantised at most once, and only if an operator needs it.
+        weight: The member's weight.
 
     Returns:
         ``total``.

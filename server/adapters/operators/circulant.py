@@ -3,8 +3,8 @@
 ``x`` and the result are read as matrices with a row of ``b`` values per block, and each pair of
 blocks has a circulant matrix: a correlation. In frequencies it is a product: with ``X_n`` and
 ``K_mn`` the transforms of ``x_n`` and of a kernel, ``Δ_m`` is the inverse transform of
-``Σ_n X_n conj(K_mn)``. The transforms are products with constant matrices, whose sums run in an
-order of ours.
+``Σ_n X_n conj(K_mn)``. The transforms are products with constant matrices, whose order of summation
+turret determines.
 """
 
 from __future__ import annotations

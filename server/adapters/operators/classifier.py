@@ -29,7 +29,7 @@ class Classifier:
     def logits(self, state: torch.Tensor) -> torch.Tensor:
         """The logits of one state: ``[hidden]`` on the CPU → ``[labels]`` fp64.
 
-        A product of one row, always: its bits know no batch.
+        It is always a product of one row, so its bits do not depend on a batch.
         """
         logits = (self.weight.double() * state.double()).sum(1)
         return logits if self.bias is None else logits + self.bias

@@ -1,8 +1,8 @@
-"""Constant keys and values of a layer, which every token attends to (LLaMA-Adapter).
+"""Constant keys and values of a layer, to which every token attends (LLaMA-Adapter).
 
 For one row's rotated query of head ``h`` and the constants of its key-value head ``g``, attention
-is added ``o_h = softmax_p(q_h · k_gp) V_g``, in a softmax of its own (arXiv 2303.16199, section
-3.2; the gate is the paper's, per layer).
+gets ``o_h = softmax_p(q_h · k_gp) V_g`` in addition, by a separate softmax (arXiv 2303.16199,
+section 3.2; the gate is the paper's, per layer).
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class ConstantKv(Operator):
 
     @cached_property
     def _wide(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both in fp32 for the products, positions padded with zeros to a multiple.
+        """Keys and values in fp32 for the products, with positions padded to a multiple.
 
-        Keys ``[kv_heads, positions, head_dim]``, and values ``[kv_heads, head_dim + 16,
-        positions]``: behind the features are ones, whose products are the sums of weights.
+        Keys are ``[kv_heads, positions, head_dim]``, values ``[kv_heads, head_dim + 16,
+        positions]``. Ones follow the values' features; their products are the sums of the weights.
         """
         more = -self.keys.shape[0] % _MULTIPLE
         by_head = self.keys.float().transpose(0, 1)
@@ -63,7 +63,7 @@ class ConstantKv(Operator):
         return 4 * full * kv_heads * (2 * head_dim + _MULTIPLE)
 
     def attend(self, q: torch.Tensor) -> torch.Tensor:
-        """Attend to the constants alone.
+        """Attend only to the constants.
 
         Args:
             q: Rotated queries, ``[num_rows, num_heads, head_dim]``, any float dtype.

@@ -1,4 +1,4 @@
-"""``Δ(x) = D x``, ``D`` as large as the weight: where no other operator is exact."""
+"""``Δ(x) = D x``, with ``D`` as large as the weight, if no other operator is exact."""
 
 from __future__ import annotations
 

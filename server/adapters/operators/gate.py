@@ -36,8 +36,8 @@ class PrototypeScore(Operator):
     """``α = softmax over top_k of |prototypes x| / temperature`` (Arrow, arXiv 2405.11157).
 
     Attributes:
-        prototypes: ``[K, in_features]``, fp32, contiguous: near a tie, a rounded score would
-            choose other components.
+        prototypes: ``[K, in_features]``, fp32, contiguous, because a rounded score could choose
+            other components near a tie.
         top_k: Components that share a token's weight.
         temperature: Divisor of the scores, above 0.
     """
@@ -62,15 +62,15 @@ class GivenScore(Operator):
 class Gate(Operator):
     """``Δ(x) = Σ_k α_k b_kᵀ (a_k x)``, ``α`` of each token from its score.
 
-    The low-rank updates of ``K`` components side by side along the rank axis, weighted by what the
-    token asks for. Unlike every other operator it is not linear in ``x``: it has no ``ΔW``.
+    The low-rank updates of ``K`` components are side by side along the rank axis, with weights that
+    depend on the token. Unlike every other operator it is not linear in ``x``: it has no ``ΔW``.
 
     Attributes:
         a: ``[ranks, in_features]``, serving dtype, contiguous. Zero past the last component's rank.
         b: ``[ranks, out_features]``, serving dtype, contiguous, scaling folded in; zero likewise.
         score: Computes a token's weights.
-        rank_indptr: Where each component's ranks begin and end, ``[K + 1]``. A component that does
-            not adapt the module has none.
+        rank_indptr: The beginnings and ends of the components' ranks, ``[K + 1]``. A component that
+            does not adapt the module has no ranks.
     """
 
     name = "gate"

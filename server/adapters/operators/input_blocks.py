@@ -2,7 +2,7 @@
 
 ``D`` is block-diagonal (arXiv 2306.07280, 2311.06243). With ``x`` read as a matrix with a row of
 ``b`` inputs per block, ``(D x)_n = x_n blocks_n``. ``g`` is the gain of the same adapter's module,
-or 1: an adapter's gain applies to what its own blocks change and to nobody else's.
+or 1: an adapter's gain applies only to the change by its own blocks.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ class InputBlocks(Operator):
     """See the module.
 
     Attributes:
-        blocks: ``[in / b, b, b]``, or ``[1, b, b]`` for one that serves all; serving dtype,
-            contiguous. Of a rotation ``R`` it is ``R − I``, so that rounding is relative to the
-            change.
+        blocks: ``[in / b, b, b]``, or ``[1, b, b]`` for a shared one; serving dtype, contiguous.
+            For a rotation ``R`` it is ``R − I``, so that rounding is relative to the change.
     """
 
     name = "input_blocks"

@@ -35,7 +35,7 @@ class Kronecker(Operator):
 
     @property
     def _factors(self) -> tuple[torch.Tensor, ...]:
-        """The factors, transposed, that ``X`` is multiplied by from the right, in this order."""
+        """The transposed factors by which ``X`` is multiplied from the right, in this order."""
         return (self.w2,) if isinstance(self.w2, torch.Tensor) else (self.w2[1], self.w2[0])
 
     def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:

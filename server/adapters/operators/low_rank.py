@@ -1,4 +1,4 @@
-"""``Δ(x) = bᵀ (a x)``: LoRA and whatever comes to a pair of factors; also one pair per expert."""
+"""``Δ(x) = bᵀ (a x)``: LoRA and other updates by two factors; also one pair per expert."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def add_ranks(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def piece_sums(rank: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
-    """The ``a`` that adds up pieces of ``rank`` inputs, 1 where ``i mod rank = r``."""
+    """The ``a`` that sums pieces of ``rank`` inputs, 1 where ``i mod rank = r``."""
     inputs = torch.arange(in_features)
     a = torch.zeros(rank, in_features, dtype=dtype)
     a[inputs % rank, inputs] = 1

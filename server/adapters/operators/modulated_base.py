@@ -1,6 +1,6 @@
 """``Δ(x) = (W ⊙ bᵀ a) x = Σ_r b_r ⊙ W (a_r ⊙ x)`` (HiRA, ICLR 2025; a form of GLoRA).
 
-The base multiplies a row more for each rank, and nothing as large as the weight is made.
+The base multiplies one more row for each rank, and nothing as large as the weight is made.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from turret.lazy_torch import torch
 from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
 
-# Most rows that the base multiplies at once.
+# Maximum number of rows that the base multiplies at once.
 _ROWS = 512
 # Rows of the dense form that are made at once.
 _ROWS_PER_BLOCK = 1024

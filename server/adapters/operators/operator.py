@@ -1,7 +1,7 @@
-"""What every operator has: its formula in plain torch, its dense form and its cost.
+"""The base class of operators: the formula in plain torch, the dense form and the cost.
 
 An operator is one file in this room. With ``add`` alone it is served on every path, in layers and
-in the head; a kernel that replaces ``add`` on some path is entered in ``device/kernels.py``.
+in the head; a kernel that replaces ``add`` on some path is entered in ``device/store.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 
 from turret.lazy_torch import torch
 
-# Most fp32 elements of a temporary: 4 MiB stay in cache.
+# Maximum number of fp32 elements in a temporary: 4 MiB stay in cache.
 _PIECE_ELEMENTS = 1 << 20
 
 
@@ -76,10 +76,10 @@ class ServedWeight:
 
 
 class Operator:
-    """``Δ(x)`` of one linear module: a frozen dataclass of tensors and what describes them.
+    """``Δ(x)`` of one linear module: a frozen dataclass of tensors and their properties.
 
     Attributes:
-        name: In words, with ``_`` for a space.
+        name: The name in words, with ``_`` for a space.
         has_dense: Whether there is a ``ΔW`` (a gate, which is not linear in ``x``, has none).
     """
 
@@ -91,13 +91,13 @@ class Operator:
     def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
         """``y += weight · Δ(x)`` in place.
 
-        A row's bits depend on nothing but the row: not on the others, nor on how many there are.
+        A row's bits depend only on the row, not on the others or on their number.
 
         Args:
             y: ``[rows, out]``, fp32; may be some columns of a wider tensor.
             x: ``[rows, in]``, serving dtype.
-            base: The base at these rows.
-            weight: The adapter's in the mix.
+            base: The base's data about these rows.
+            weight: The adapter's weight in the mix.
         """
         raise NotImplementedError
 
@@ -106,11 +106,11 @@ class Operator:
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Computes and keeps what ``add`` would otherwise compute at its first call."""
+        """Computes and keeps values that ``add`` would otherwise compute at its first call."""
 
     @property
     def prepared_bytes(self) -> int:
-        """Bytes of what ``prepare`` makes."""
+        """The size of the results of ``prepare``."""
         return 0
 
     @property

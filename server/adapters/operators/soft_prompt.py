@@ -1,4 +1,4 @@
-"""What an adapter puts before the prompt: soft tokens, or keys and values."""
+"""Soft tokens, or keys and values, that an adapter puts before the prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class PrefixKv:
     """Keys and values before position 0 of the text (prefix tuning, arXiv 2101.00190).
 
     Attributes:
-        keys: ``[layers, positions, kv_heads, head_dim]``; attended to as they are, not rotated.
+        keys: ``[layers, positions, kv_heads, head_dim]``; used unchanged, not rotated.
         values: Same shape.
     """
 

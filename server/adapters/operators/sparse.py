@@ -1,7 +1,7 @@
-"""``Δ(x) = S x``, ``S`` a few entries of the weight (SHiRA, WaveFT, Super-Tuning).
+"""``Δ(x) = S x``, where ``S`` is a few entries of the weight (SHiRA, WaveFT, Super-Tuning).
 
-Every sum is made of single multiplications and additions in the order of an output's entries: all
-first entries of outputs are added, then all second ones, the outputs of most entries first.
+Every sum consists of single multiplications and additions in the order of an output's entries: all
+first entries of outputs are added, then all second ones, with the outputs of most entries first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cached_property
 from turret.lazy_torch import torch
 from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
 
-# Most inputs that 16 bits can index.
+# Maximum number of inputs that 16 bits can index.
 MAX_SPARSE_INPUTS = 1 << 16
 
 
@@ -23,7 +23,7 @@ class Jagged:
     Attributes:
         values: ``[entries]`` fp32, all first entries of rows, then all second ones, and so on.
         columns: ``[entries]`` int32.
-        counts: How many rows have a first entry, a second one, and so on; descending.
+        counts: The numbers of rows with a first entry, a second one, and so on; descending.
         order: The output of every row here, ``[out_features]`` int64.
     """
 
@@ -39,7 +39,7 @@ class Sparse(Operator):
 
     Attributes:
         values: ``[entries]``, serving dtype, the scaling folded in.
-        columns: The input of each, ``[entries]`` uint16.
+        columns: The input of each entry, ``[entries]`` uint16.
         row_starts: The entries of output ``o`` are ``[row_starts[o], row_starts[o + 1])``,
             ``[out_features + 1]`` int32.
     """

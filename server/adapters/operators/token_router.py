@@ -1,4 +1,4 @@
-"""What decides, token by token, how much each of an adapter's components counts (X-LoRA)."""
+"""X-LoRA's router, which computes the weight of each component of an adapter for each token."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class TokenRouter:
         components: ``K``.
         modules: ``L``.
         is_shared: Whether all modules have the same scalings.
-        temperature: ``T``; None is no softmax.
-        top_k: How many of a token's scalings are kept in a module, the largest; None is all.
-        is_renormalised: Whether a softmax of those that are kept and not 0 takes their place.
-        scale: See above.
-        first_pass: Scalings in the first pass, of each component in every module; None where that
+        temperature: ``T``; None for no softmax.
+        top_k: The number of largest scalings of a token that are kept in a module; None for all.
+        is_renormalised: Whether the kept scalings other than 0 are replaced with their softmax.
+        scale: The factor in the formula.
+        first_pass: Scalings in the first pass, of each component in every module; None if that
             is the base's own.
     """
 

@@ -35,8 +35,8 @@ class Gain(Operator):
 class InputGain(Operator):
     """``Δ(x) = W ((l − 1) ⊙ x)``: the base multiplies ``l ⊙ x`` (IA3 on feed-forward inputs).
 
-    Other operators see ``x``. Not beside a gain: the sum does not say whether that would scale what
-    the input gain changes.
+    The input of other operators is ``x``. It must not be combined with a gain, because the sum does
+    not define whether the gain scales the change by the input gain.
 
     Attributes:
         values: ``l``, ``[in_features]``, fp32.

@@ -1,8 +1,8 @@
-"""What an adapter does to the embedding matrix, and to the rows of the output head.
+"""An adapter's changes to the rows of the embedding matrix and of the output head.
 
-Both are ``[vocab, hidden]``: a row belongs to a token. In a mix every change is a difference to the
-base's row, weighted: ``e(t) + Σ_k w_k (e_k(t) − e(t))``. Tokens that the base has no row for have
-no such difference: of a mix one adapter at most has any, and its rows count as they are.
+Both matrices are ``[vocab, hidden]``, with one row per token. In a mix, every change counts as a
+weighted difference from the base's row: ``e(t) + Σ_k w_k (e_k(t) − e(t))``. New tokens have no row
+in the base, so at most one adapter of a mix may have new tokens, and its rows count as they are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from turret.kernels.rows.linear import row_linear, row_product
 from turret.lazy_torch import torch
 
-# Names of the two matrices of the vocabulary, in checkpoints and among modules.
+# Names of the two vocabulary matrices, the embedding and the head, in checkpoints and modules.
 
 
 EMBEDDING = "model.embed_tokens"
@@ -22,13 +22,13 @@ HEAD = "lm_head"
 
 @dataclass(frozen=True, slots=True)
 class VocabularyRows:
-    """Rows that take the place of the base's.
+    """Rows that replace those of the base.
 
     They come from PEFT's ``trainable_token_indices``, or from ``modules_to_save``, of which only
     the rows that differ from the base's are kept.
 
     Attributes:
-        ids: Token ids, ``[n]`` int64, ascending; None is every token, in order.
+        ids: Token ids, ``[n]`` int64, ascending; None for every token, in order.
         values: ``[n, hidden]``, serving dtype, contiguous.
     """
 
@@ -100,10 +100,10 @@ class EmbeddingLowRank:
 
 @dataclass(frozen=True, slots=True)
 class AddedRows:
-    """Rows of tokens that the base has none for.
+    """Rows of tokens for which the base has none.
 
     Attributes:
-        first: The first of them, which is how many rows the base has.
+        first: The first of these rows, which is the number of the base's rows.
         embedding: ``[n, hidden]``, serving dtype, contiguous.
         head: Same shape; with tied embeddings it may be ``embedding``.
     """

@@ -1,6 +1,6 @@
-"""The classification head of a checkpoint of ``task_type`` SEQ_CLS, as every method's may hold one.
+"""The classification head of a checkpoint with ``task_type`` SEQ_CLS, possible for every method.
 
-PEFT saves the head whole, beside whatever the method trains (``PeftModelForSequenceClassification``
+PEFT saves the head whole, beside the method's tensors (``PeftModelForSequenceClassification``
 adds ``classifier`` and ``score`` to ``modules_to_save``). It saves no labels: they come from the
 config's ``id2label``, as transformers writes it, if somebody put it there.
 """
@@ -44,8 +44,8 @@ class ClassifierPart:
     """The classification head of a checkpoint, and the rest for the method.
 
     Attributes:
-        classifier: The head's weights; None of an adapter that classifies nothing.
-        head: Its labels; None of an adapter that classifies nothing.
+        classifier: The head's weights; None for an adapter that does not classify.
+        head: The labels; None for an adapter that does not classify.
         rest: The checkpoint without it.
         findings: The faults found.
     """

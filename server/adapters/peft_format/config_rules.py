@@ -16,8 +16,8 @@ from turret.server.words import Text, say
 
 # Every key of ``adapter_config.json`` is used, proved irrelevant, or rejected by name.
 #
-# A method states its keys as a table of rules; a key without a rule is rejected. Reading an
-# unknown key as "probably fine" is how servers come to compute the wrong function without a word.
+# A method declares its keys in a table of rules; a key without a rule is rejected. A server that
+# ignores unknown keys may compute the wrong function without an error.
 
 
 # Returns the fault in a value, or None.
@@ -34,14 +34,14 @@ class Used:
 
 @dataclass(frozen=True, slots=True)
 class Irrelevant:
-    """Has no part in the forward pass, whatever its value; ``why`` is the proof in brief."""
+    """A key without effect on the forward pass for any value; ``why`` is the proof in brief."""
 
     why: str
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """Changes the forward pass in a way not served, unless the value is one of ``off``."""
+    """A key that changes the forward pass in an unsupported way, unless its value is in ``off``."""
 
     off: tuple[Any, ...]
     advice: str
@@ -57,7 +57,7 @@ def same(value: Any, other: Any) -> bool:
 
 
 def invalid(value: Any, wanted: str) -> Text:
-    """The fault of a value that is not what it has to be."""
+    """The fault of an invalid value."""
     return say("INVALID_VALUE", value=value, wanted=wanted)
 
 
@@ -171,20 +171,20 @@ class MethodKeys:
     """The part of a method that concerns its config.
 
     Attributes:
-        name: As clients see it, e.g. ``lora``.
+        name: The name for clients, e.g. ``lora``.
         peft_types: The values of ``peft_type`` (upper case) that it may accept.
-        keys: The config keys that it reads, with a function that says what is wrong with a value.
-        ignored: Config keys that have no part in the forward pass, with the reason.
-        refused: Config keys that change the forward pass in a way that is not served, with the
-            values that switch them off and what to do.
+        keys: The config keys that it reads, with a function that returns the fault of a value.
+        ignored: Config keys without effect on the forward pass, with the reason.
+        refused: Config keys that change the forward pass in an unsupported way, with the values
+            that switch them off, and advice.
         bias: Values of ``bias`` that stand for the targeted modules' biases; none means that the
             config has no such key.
         conflicts: Returns faults between keys that are each well-formed: pairs of key and reason.
-        accepts: Whether this method, among those of the same ``peft_type``, is the one meant.
+        accepts: Whether a config means this method, among those of the same ``peft_type``.
         is_dense: Whether the updates of an adapter with this config are whole matrices, which a
             server has to allow.
         on_vocabulary: Whether its factors may also be those of the embedding and of experts.
-        more_integers: Parts of names of tensors that may hold integers, beside those that are
+        more_integers: Parts of names of further tensors that may hold integers without being
             declared so.
     """
 
@@ -223,7 +223,7 @@ class MethodKeys:
                 findings.add(name, why)
 
 
-# The config keys about embedding and head, as all methods share them.
+# The config keys for the embedding and the head, which all methods share.
 
 
 _NAMES = {name: module for module in (EMBEDDING, HEAD) for name in (module, module.split(".")[-1])}
@@ -249,7 +249,7 @@ def is_modules_to_save(value: Any) -> Text | None:
 
 
 def is_head_to_save(value: Any) -> Text | None:
-    """``modules_to_save`` of methods whose prompt PEFT embeds by the base's own matrix."""
+    """``modules_to_save`` of methods whose prompt PEFT embeds with the base's own matrix."""
     problem = is_modules_to_save(value)
     if problem is None and EMBEDDING in map(vocabulary_module, value or ()):
         why = "PEFT does not use a saved embedding beside soft tokens; train it with another method"

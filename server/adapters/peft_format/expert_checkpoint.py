@@ -1,18 +1,18 @@
 """The part of a LoRA checkpoint that is about experts, in both forms that PEFT has written.
 
-Where experts are modules (transformers before 5), each has factors of its own::
+If experts are modules (transformers before 5), each has its own factors::
 
     model.layers.0.mlp.experts.7.gate_proj.lora_A.weight     [r, in]     target_modules
 
-Where they are parameters of three dimensions, ``target_parameters`` names them, and the factors of
-all experts lie in one matrix. PEFT wraps the module that holds them once for each parameter: of
-two, the first one's factors are below ``base_layer``::
+If they are parameters of three dimensions, ``target_parameters`` names them, and the factors of all
+experts are in one matrix. PEFT wraps the module that holds them once per parameter: of two, the
+factors of the first are below ``base_layer``::
 
     model.layers.0.mlp.experts.base_layer.lora_A.weight      [experts·r, in]   gate_up_proj
     model.layers.0.mlp.experts.lora_B.weight                 [out, r·experts]  down_proj
 
-Both become the same operator. Modules that the base fuses lie in it side by side: their ranks one
-after the other, their outputs apart (as in PEFT's own conversion).
+Both become the same operator. Modules that the base fuses are side by side in it, with consecutive
+ranks and separate outputs (as in PEFT's own conversion).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from turret.server.adapters.peft_format.refusals import check_rank
 from turret.server.adapters.peft_format.targets import ALL_LINEAR, Targets, resolve_targets
 from turret.server.words import say
 
-# LoRA of parameters chosen by name (``target_parameters``); on linear modules, plain LoRA.
+# LoRA on parameters chosen by name (``target_parameters``); on linear modules it is a plain LoRA.
 
 
 _KEY = "target_parameters"
@@ -132,8 +132,8 @@ class ExpertPart:
     """The experts' part of a checkpoint, and the rest for the method.
 
     Attributes:
-        updates: By path of the parameter; None if the checkpoint leaves experts alone.
-        ranks: Their ranks as configured.
+        updates: Updates by path of the parameter; None if the checkpoint has none of experts.
+        ranks: The configured ranks of the updates.
         rest: The checkpoint without it.
         findings: The faults found.
     """

@@ -1,11 +1,11 @@
-"""How a method that adapts linear modules writes its checkpoint, and the one check of it. No torch.
+"""The checkpoint format of methods that adapt linear modules, and its only check. Needs no torch.
 
 A method declares its keys and tensors as a ``LinearFormat``. The check reads a config and tensors,
-or only the entries of a safetensors header: it looks at names, shapes and dtypes, and at no value.
-So a start can check an adapter before it loads the model, and a load checks nothing else.
+or only the entries of a safetensors header. It uses names, shapes and dtypes, but no values, so the
+server can check an adapter at startup before it loads the model. A load checks nothing else.
 
-The tensors say what exists, the config says how it is scaled. Where the two disagree, nobody knows
-which function was trained, so the checkpoint is refused.
+The tensors determine the updates, and the config their scaling. If the two disagree, it is unknown
+which function was trained, so the checkpoint is rejected.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class Dim:
     """An extent of a tensor.
 
     Attributes:
-        text: How it is written, for people.
+        text: Its notation in messages and pages.
         of: Computes it for a module.
         what: Name of the counted things, for messages.
-        is_served: Whether the base decides it: a tensor of another size may be sound, but is for
-            another base. Any other extent follows from the config or from another tensor.
+        is_served: Whether the base determines it, so that a tensor of another size may be sound but
+            is for another base. Any other extent follows from the config or from another tensor.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ def size_of(dim: Dim | int, module: Any) -> int:
 
 
 def is_served(dim: Dim | int) -> bool:
-    """Whether the base decides an extent."""
+    """Whether the base determines an extent."""
     return isinstance(dim, Dim) and dim.is_served
 
 
@@ -137,10 +137,10 @@ class Tensor:
     Attributes:
         shapes: The shapes that it may have; empty for any shape.
         choose: Computes the shape instead, or None if the module has no such tensor.
-        condition: When it is there: always if None.
+        condition: Determines whether a module has the tensor; None for always.
         is_optional: Whether it may be missing.
         may_be_integers: Whether it may hold integers.
-        must_be_integers: Whether it has to.
+        must_be_integers: Whether it must hold integers.
         also_named: Other endings of its name.
     """
 
@@ -154,11 +154,11 @@ class Tensor:
 
     @property
     def switch(self) -> str | None:
-        """The config key that it goes with, if there is one."""
+        """The config key that switches it, if there is one."""
         return self.condition if isinstance(self.condition, str) else None
 
     def wanted(self, module: Any) -> tuple[Shape, ...] | None:
-        """The shapes that it may have in a module; None where it must not be there."""
+        """The shapes that it may have in a module; None if the module must not have it."""
         if not self._is_wanted(module):
             return None
         if self.choose is None:
@@ -193,7 +193,7 @@ def tensor(declared: Declared) -> Tensor:
 
 
 def when(condition: If, shape: Declared) -> Tensor:
-    """A tensor that is there only under a condition."""
+    """A tensor that exists only under a condition."""
     return replace(tensor(shape), condition=condition)
 
 
@@ -234,28 +234,28 @@ def _configured(module: Module) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearFormat(MethodKeys):
-    """How a method writes its checkpoint.
+    """The checkpoint format of a method.
 
     Attributes:
         tensors: Role → shape. The role is the end of the tensor's name, behind the module's path.
         rank: Config key of the rank, or None (no rank).
         rank_name: The name of the rank in messages.
-        rank_of: The rank that is served, which is not the configured one where the tensors decide.
-        most_rank: Highest rank of a module by its inputs and outputs, or None (any).
+        rank_of: The rank that is served, if the tensors determine it and not the config.
+        most_rank: The maximum rank of a module by its inputs and outputs, or None (any).
         alpha: Config key of alpha, or None (not scaled by it).
-        root: Config key that is true where alpha is divided by the root of the rank, or None.
+        root: Config key that is true if alpha is divided by the root of the rank, or None.
         has_patterns: Whether ``rank_pattern`` and ``alpha_pattern`` are regular expressions for
             ranks and alphas, as in LoRA.
         shared: Tensors that belong to no module, by full name, or a function that gives them.
         shared_prefix: Prefix of the names that such a function gives.
-        required: Config keys that must be there beside those of rank, alpha and targets.
-        needs_tensors: Whether an adapted module has tensors of its own. Where it has none, all its
-            values follow from shared ones.
-        factors: The two tensors that map inputs to ranks and ranks to outputs: of an adapter for
+        required: Config keys that must be present in addition to those of rank, alpha and targets.
+        needs_tensors: Whether an adapted module has its own tensors. If not, all its values follow
+            from shared ones.
+        factors: The two tensors that map inputs to ranks and ranks to outputs. If an adapter is for
             another base, both are reported as one.
-        check: Looks at a module whose tensors all have their shapes.
-        check_all: Looks at all modules together, once each of them is sound.
-        tasks: Config key of how many tasks the files hold, or None.
+        check: Checks a module whose tensors all have their shapes.
+        check_all: Checks all modules together, after each of them was found sound.
+        tasks: The config key of the number of tasks in the files, or None.
         prepare: Converts a checkpoint to the declared form before it is read.
     """
 
@@ -311,8 +311,8 @@ class LinearFormat(MethodKeys):
 
         Args:
             checkpoint: The checkpoint, with tensors or with entries of a header.
-            base: As served, or what is known of it.
-            max_rank: Largest rank; None is any.
+            base: The base as served, or the known facts about it.
+            max_rank: The maximum rank; None for any.
 
         Raises:
             AdapterCheckpointError: Unsupported or inconsistent; lists all keys and tensors at
@@ -486,7 +486,7 @@ class LinearFormat(MethodKeys):
         return max(role.count(".") for role in self.roles)
 
     def _resolve(self, config: Mapping[str, Any], base: Base, findings: Findings) -> Targets | None:
-        """The modules that the config selects, or None if a key it takes is at fault."""
+        """The modules that the config selects, or None if a key for this is at fault."""
         patterns = ("rank_pattern", "alpha_pattern") if self.has_patterns else ()
         keys = {*self._required, *_SELECTION, *patterns}
         if findings.fields & keys:

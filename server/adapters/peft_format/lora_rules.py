@@ -82,7 +82,7 @@ def _is_names(value: Any) -> Text | None:
 
 
 def _is_invocation(value: Any) -> Text | None:
-    """At least one token, as in PEFT's search."""
+    """Rejects an empty invocation, because PEFT searches for at least one token."""
     is_list = isinstance(value, list) and 0 < len(value) <= MAX_LIST_ITEMS
     if value is None or (is_list and all(type(token) is int and token >= 0 for token in value)):
         return None

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 
 def answers(job: tuple[Sequence[tuple[str, str]], Sequence[str]]) -> Iterator[object]:
-    """For each pattern in turn, its matches (see ``PatternResult``) or its error."""
+    """Yield the matches of each pattern (see ``PatternResult``) or its error."""
     warnings.simplefilter("ignore")
     patterns, names = job
     for mode, pattern in patterns:

@@ -1,7 +1,7 @@
 """An adapter for linear modules while it is read, and each module of it.
 
-A method's checks look at names, shapes and dtypes, which the entries of a header have too. Its
-function from tensors to operators asks a ``Module`` for all that it needs.
+A method's checks use names, shapes and dtypes, which the entries of a header have too. Its function
+from tensors to operators gets everything from a ``Module``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from turret.server.adapters.component import Component, FindComponent, find_no_c
 from turret.server.adapters.peft_format.targets import Targets
 from turret.server.words import Text
 
-# DoRA's gain (arXiv 2402.09353): what its magnitudes are to the norms of the updated weight.
+# DoRA's gain (arXiv 2402.09353): the ratio of its magnitudes to the norms of the updated weight.
 
 
 # Rows of W + sBA held at once: 1024 x 14336 in fp32 is 59 MB. An embedding has a column per token,
@@ -37,7 +37,7 @@ def dora_gain(
         b: ``[out_features, rank]``, unscaled.
         scaling: ``s``.
         weight: ``W`` as it is served, ``[out_features, in_features]``; not modified. The norms are
-            computed where it is, a block of rows at a time.
+            computed on its device, a block of rows at a time.
 
     Returns:
         ``[out_features]``, fp32, on the CPU. Rows of norm 0 give inf or NaN, which the caller
@@ -65,17 +65,17 @@ def _nothing() -> None:
 
 
 class Reading:
-    """An adapter while it is read: what its modules have in common.
+    """An adapter while it is read: the properties that its modules have in common.
 
-    What a reading holds refers back to it weakly: a cycle would keep the adapter's tensors until
-    the next full garbage collection.
+    The parts of a reading have only weak references to it, because a cycle would keep the adapter's
+    tensors until the next full garbage collection.
 
     Attributes:
         config: ``adapter_config.json``.
-        path: The adapter, as messages name it.
-        base: The base that it is for.
-        task: Which task of the files is meant.
-        is_partial: Whether tensors were taken out before, as those of the embedding.
+        path: The adapter's name in messages.
+        base: The adapter's base.
+        task: The task, if the files have several.
+        is_partial: Whether tensors were left out on purpose, such as those of the embedding.
         modules: The adapted modules by path, in the base's order.
         shared: Tensors that belong to no module.
         targets: Configured rank and alpha of every adapted module.
@@ -83,7 +83,7 @@ class Reading:
         ranks: The rank that is served, by module path; empty for a method without ranks.
         findings: The faults found.
         warnings: Warnings for the operator, in order.
-        depends_on_base: Whether weights or biases of the base were asked for.
+        depends_on_base: Whether weights or biases of the base were used.
         beside: Called before the base's weights are read.
         find_component: Finds an adapter that the config names as a component.
         components: The components that were found.
@@ -111,12 +111,12 @@ class Reading:
 
     @property
     def inputs(self) -> int:
-        """Inputs of the module that has the most."""
+        """The largest number of inputs of a module."""
         return max(module.inputs for module in self.modules.values())
 
     @property
     def outputs(self) -> int:
-        """Outputs of the module that has the most."""
+        """The largest number of outputs of a module."""
         return max(module.outputs for module in self.modules.values())
 
     @property
@@ -156,12 +156,12 @@ class Module:
     """One adapted module: its sizes, its tensors and its config.
 
     Attributes:
-        name: Its path.
+        name: The module's path.
         inputs: Columns of its weight.
         outputs: Rows of its weight.
-        has_bias: Whether the base has a bias there; None if that is not known yet.
+        has_bias: Whether the base's module has a bias; None if that is not known yet.
         rank: The configured rank, or the one that the tensors have.
-        tensors: By role; entries of a header have a shape and a dtype alone.
+        tensors: Tensors by role; entries of a header have only a shape and a dtype.
         reading: The whole adapter.
     """
 
@@ -219,7 +219,7 @@ class Module:
         return self.tensors[role].double()
 
     def once(self, make: Callable[[Reading], T]) -> T:
-        """The result of ``make`` for the whole adapter, computed for the first module that asks."""
+        """The result of ``make`` for the whole adapter, computed at the first call by a module."""
         return self.reading.once(make)
 
     def warn(self, text: Text) -> None:
@@ -227,11 +227,11 @@ class Module:
         self.reading.warnings.setdefault(text)
 
     def rows(self) -> WeightRows:
-        """The base's weight as served, to be read block by block and where it is kept."""
+        """The base's weight as served, for reading block by block on its device."""
         return self._served().rows()
 
     def weight(self) -> torch.Tensor:
-        """The base's weight as served, whole: take one at a time, and do not write to it."""
+        """The whole weight of the base as served; use one at a time, and do not write to it."""
         return self._served().dequantize()
 
     def bias(self) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""Why an adapter is not served on this base, on this server, or as this task. No torch."""
+"""Reasons not to serve an adapter on this base, on this server, or as this task. Needs no torch."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def base_name_warning(adapter_base: str, served_base: str) -> Text | None:
 def is_other_base(adapter_base: str, served_base: str) -> bool:
     """Whether the names prove that these are two models.
 
-    They do where both say how large the model is and yet differ. A path on the machine that trained
-    proves nothing, unless it is one of the hub's cache.
+    They prove it if both contain the size of the model and yet differ. A path on the machine of the
+    training proves nothing, unless it is in the hub's cache.
     """
     text = adapter_base.replace("\\", "/")
     if _LOCAL.search(text) and not _HUB_CACHE.search(text):
@@ -73,7 +73,7 @@ def of_other_base(path: str, trained: str, served: str) -> AdapterMismatchError:
     """The error for an adapter whose config names another base.
 
     Args:
-        path: The adapter, as messages name it.
+        path: The adapter's name in messages.
         trained: The base that it names.
         served: The base's name.
     """
@@ -90,7 +90,7 @@ _VISION = ("vision_tower.", "visual.", "multi_modal_projector.", "vision_model."
 def causes_of_mismatch(
     config: Mapping[str, Any], tensors: Mapping[str, Any], base: BaseModel | BaseSizes
 ) -> tuple[Text, ...]:
-    """The likeliest cause, and what the adapter was trained for, as far as they are known.
+    """The likeliest cause, and the base of the adapter's training, as far as they are known.
 
     Args:
         config: ``adapter_config.json``.
@@ -146,10 +146,10 @@ def report_width(module: Module, inputs: int, outputs: int) -> None:
 
 
 def check_rank(path: str, rank: int, max_rank: int | None, *, name: str = "rank") -> None:
-    """Refuses a rank over the server's limit; ``name`` is what the message calls it.
+    """Rejects a rank over the server's limit; ``name`` is the rank's name in the message.
 
     Raises:
-        BudgetExceededError: It is over.
+        BudgetExceededError: The adapter exceeds the limit.
     """
     if max_rank is not None and rank > max_rank:
         text = say("RANK_OVER_LIMIT", path=path, name=name, rank=rank, max_rank=max_rank)
@@ -157,12 +157,12 @@ def check_rank(path: str, rank: int, max_rank: int | None, *, name: str = "rank"
 
 
 def check_task(checkpoint: AdapterCheckpoint, count_key: str, findings: Findings) -> int:
-    """The task meant: the one named, or the only one there is.
+    """The chosen task: the named one, or the only one.
 
     Args:
-        checkpoint: As read.
-        count_key: Config key of how many there are; a fault of its own is the rules' business.
-        findings: Receives what is wrong; the result is then 0.
+        checkpoint: The checkpoint as read.
+        count_key: The config key of the number of tasks; the rules report a fault in it.
+        findings: Receives the faults; the result is then 0.
     """
     count = checkpoint.config.get(count_key)
     if not isinstance(count, int) or count_key in findings.fields:

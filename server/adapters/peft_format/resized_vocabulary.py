@@ -1,8 +1,8 @@
 """Checkpoints trained with another number of tokens than the base has (resized embeddings).
 
-``resize_token_embeddings`` adds rows for new tokens, or takes away rows that pad the base's
-vocabulary, and may pad it again. What the file says of the base's tokens is cut to the base's size,
-so that everything behind this reads it as any checkpoint; rows beyond are the adapter's own.
+``resize_token_embeddings`` adds rows for new tokens, or removes rows that pad the base's
+vocabulary, and may pad it again. The file's rows for the base's tokens are cut to the base's size,
+so that all later code reads it like any checkpoint; rows beyond that are the adapter's own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from turret.server.adapters.peft_format.vocabulary_checkpoint import (
 )
 from turret.server.words import say
 
-# Most rows beyond the base's: they take memory, and an extra product in every step.
+# Maximum number of rows beyond the base's, which take memory and an extra product in every step.
 MAX_ADDED_ROWS = 4096
 _HEAD_A, _HEAD_B = f"{HEAD}.lora_A.weight", f"{HEAD}.lora_B.weight"
 _HEAD_BIAS = f"{HEAD}.lora_B.bias"
@@ -53,7 +53,7 @@ class FittedCheckpoint:
     Attributes:
         rest: The checkpoint.
         added: Rows behind the base's, or None.
-        size: Rows of the vocabulary it was trained with; 0 where that is the base's.
+        size: Rows of the vocabulary with which it was trained; 0 if that is the base's.
         findings: The faults found.
     """
 
@@ -130,8 +130,8 @@ def vocabulary_of(checkpoint: AdapterCheckpoint, base: BaseModel) -> tuple[int, 
     """The size of a checkpoint's vocabulary, reading no more of it than necessary.
 
     Returns:
-        Its rows, 0 where they are as many as the base's or nobody can tell; and whether there may
-        be tokens in it that the base's tokenizer lacks.
+        The number of its rows, 0 if that is the base's or unknown; and whether it may have tokens
+        that the base's tokenizer lacks.
     """
     vocabulary = base.vocabulary
     tensors = without_wrappers(checkpoint.tensors, Findings(""))
@@ -201,7 +201,7 @@ def _size(parts: _Parts, base: BaseModel, findings: Findings) -> int:
 def _added(
     parts: _Parts, config: Mapping[str, Any], size: int, base: BaseModel, findings: Findings
 ) -> AddedRows | None:
-    """The rows behind the base's, as the embedding and the head of the trained model have them."""
+    """The rows behind the base's, with the values in the trained model's embedding and head."""
     first = base.vocabulary.size
     targets = vocabulary_targets(config, base)
     embedding = _rows_of(EMBEDDING, parts, size, base)

@@ -23,12 +23,13 @@ from turret.server.adapters.peft_format.config_rules import Check, invalid, is_n
 from turret.server.basics.confined import Confined, ConfinedError
 from turret.server.words import Text, say
 
-# Matches regular expressions from uploaded configs without trusting them.
+# Safe matching of regular expressions from uploaded configs.
 #
-# Python's ``re`` has no time limit and keeps the interpreter lock while it backtracks: one hostile
-# pattern would stop the whole server. Plain patterns are matched here; anything that can backtrack
-# is matched by a child interpreter with a limit of processor time and memory, one child at a time.
-# What was too slow once is not tried again: a config's patterns are matched more than once.
+# Python's ``re`` has no time limit and keeps the interpreter lock while it backtracks, so one
+# hostile pattern would stop the whole server. Plain patterns are matched here. A pattern that can
+# backtrack is matched by a child interpreter with limits on processor time and memory, one child at
+# a time. A pattern that was too slow once is not tried again, although a config's patterns are
+# matched several times.
 
 
 # Processor time rather than elapsed time, so that a busy machine rejects no more patterns.
@@ -156,7 +157,8 @@ MAX_LIST_ITEMS = 4096
 # stay in memory and go to every client that lists adapters.
 _MAX_WARNINGS = 16
 _SHOWN_PATTERNS = 4
-# Most pairs of pattern and name, about fifteen seconds; experts can have thirty thousand names.
+# Maximum number of pairs of pattern and name, which take about fifteen seconds. Experts can have
+# thirty thousand names.
 _MAX_MATCHES = 1 << 24
 _REGEX = "a regular expression in target_modules"
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
@@ -265,7 +267,7 @@ class _Patterns:
         return True
 
     def group(self, pattern: Pattern, name: str) -> str | None:
-        """None without a match; else the layer index captured, or ""."""
+        """The captured layer index, or "" for a match without one; None without a match."""
         return self._results[pattern].matches[self._index[name]]
 
     def matches(self, pattern: Pattern, name: str) -> bool:

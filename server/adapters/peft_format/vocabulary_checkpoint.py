@@ -1,7 +1,7 @@
 """The part of a checkpoint that is about the vocabulary: embedding, and rows of the head.
 
-Every method's checkpoint may hold it, and all hold it alike, so it is taken out first; the method
-reads the rest. LoRA on ``lm_head`` is the method's business: the head is a linear module.
+Every method's checkpoint may have it, in the same form, so it is removed first, and the method
+reads the rest. The method handles LoRA on ``lm_head``, because the head is a linear module.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def without_wrappers(
     return result
 
 
-# Reads the rows of the embedding and the head that an adapter changes.
+# The rows of the embedding and the head that an adapter changes.
 
 
 # Rows compared at once: 8,192 rows of 4,096 numbers take 128 MB in fp32.
@@ -188,11 +188,11 @@ class VocabularyPart:
     """The vocabulary's part of a checkpoint, and the rest for the method.
 
     Attributes:
-        operators: None if the checkpoint leaves the vocabulary alone.
+        operators: The changes; None if the checkpoint does not change the vocabulary.
         rank: Rank of the embedding's low-rank update; 0 without one.
-        modules: Which of ``embed_tokens`` and ``lm_head`` it changes.
+        modules: Those of ``embed_tokens`` and ``lm_head`` that the adapter changes.
         rest: The checkpoint without it.
-        base: The base as the method should see it.
+        base: The base for the method.
         findings: The faults found.
     """
 
@@ -418,7 +418,7 @@ def tied_targets(
 
 
 def vocabulary_targets(config: Mapping[str, Any], base: BaseModel) -> Targets | None:
-    """Whether and how LoRA targets embedding and head; None if a key it takes is at fault."""
+    """Whether and how LoRA targets embedding and head; None if a key for this is at fault."""
     if not {"r", "lora_alpha", "target_modules"} <= config.keys():
         return None
     # Faults found here are dropped, because the method's reader reports them.

@@ -50,9 +50,9 @@ class AdapterExport:
     blocks on the disk. Use the object as a context manager.
 
     Args:
-        root: The directory that ``source`` is relative to.
-        source: Where the files are.
-        record: The adapter, as clients see it.
+        root: The directory to which ``source`` is relative.
+        source: The location of the files.
+        record: The adapter's record for clients.
 
     Raises:
         AdapterChangedError: The files are not the ones that were loaded.

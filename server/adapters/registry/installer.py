@@ -35,35 +35,33 @@ from turret.server.adapters.state_dir import NoStateDir, StagedUpload, StateDir
 from turret.server.errors import AdapterCheckpointError, BudgetExceededError, TurretError
 from turret.server.words import say
 
-# Adapters with a tokenizer or a chat template of their own, and the tokenizer's files.
-
 
 class AdapterTokenizers:
-    """Thread-safe."""
+    """Finds adapters with their own tokenizer or chat template, and their files. Thread-safe."""
 
     def __init__(self, table: NameTable, loader: AdapterLoader) -> None:
         self._table = table
         self._loader = loader
 
     def check_with(self, check: CheckTokenizer) -> None:
-        """Have the tokenizers and templates of adapters that are loaded from now on checked."""
+        """Set the check of tokenizers and templates of adapters that are loaded from now on."""
         self._loader.check_tokenizer = check
 
     def find(self, names: Iterable[str]) -> tuple[Adapter | None, str]:
         """The adapter of a mix that has its own tokenizer, and the mix's ``template_of``.
 
-        Names that are not there are passed over. Nothing is held: a name may stand for another
-        generation when its request is submitted.
+        Unknown names are ignored. The adapter is not held: a name may stand for another generation
+        when its request is submitted.
         """
         found = [r.current for name in names if (r := self._table.get(name)) is not None]
         own = next((adapter for adapter in found if adapter.facts.tokenizer), None)
         return own, template_of(adapter.facts for adapter in found)
 
     def read(self, adapter: Adapter) -> TokenizerFiles:
-        """The files of an adapter that has one; blocks.
+        """The tokenizer files of an adapter that has its own tokenizer; blocks.
 
         Raises:
-            AdapterChangedError: They have changed since the adapter was loaded, or are gone.
+            AdapterChangedError: The files have changed since the load, or are missing.
         """
         try:
             files = self._loader.read_tokenizer(adapter.source)
@@ -75,15 +73,15 @@ class AdapterTokenizers:
         return files
 
 
-# Brings adapters into host memory to stay.
-
-
 PIN_TIMEOUT_SECONDS = 60.0
 RETRY_SECONDS = 1.0
 
 
 class Pins:
-    """Call every method under the name's lock, so that the newest generation stays the newest."""
+    """Pins adapters in host memory.
+
+    Call every method under the name's lock, so that the newest generation stays the newest.
+    """
 
     def __init__(self, table: NameTable, leases: Leases, state: StateDir | NoStateDir) -> None:
         self._table = table
@@ -106,7 +104,7 @@ class Pins:
         """Pins a generation that has no name yet, without saving the pin.
 
         Raises:
-            BudgetExceededError: No room for it.
+            BudgetExceededError: There is no room for it.
         """
         mix = self._wait_until_resident(adapter)
         self._leases.set_pinned(adapter, True)
@@ -180,19 +178,19 @@ class Installer:
         """Reads ``source`` and registers it under ``name``.
 
         Args:
-            name: Well-formed.
-            source: Where the files are now.
-            staged: The upload that ``source`` lies in; it is moved to its place.
+            name: A well-formed name.
+            source: The present location of the files.
+            staged: The upload that contains ``source``; it is moved to its place.
             pinned: Whether to pin it too.
             replace: Whether the name must be registered already. If not, it must not be, unless
                 with the same content.
             chat_template: The chat template to use instead of the one in the files.
 
         Raises:
-            AdapterNotFoundError, AdapterExistsError: As ``replace`` says.
+            AdapterNotFoundError, AdapterExistsError: See ``replace``.
             AdapterInUseError: The name is being unloaded, or a fusion needs the weights it has.
             AdapterCheckpointError, AdapterMismatchError, AdapterComponentError,
-                BudgetExceededError, StorageFullError: The new weights cannot be taken.
+                BudgetExceededError, StorageFullError: The new weights cannot be registered.
         """
         before = self._table.find(name) if replace else self._table.get(name)
         if before is not None:

@@ -1,4 +1,4 @@
-"""Who is registered and who is in flight; every method is thread-safe and none of them blocks."""
+"""The table of registered adapters and of those in flight. Its methods are thread-safe."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from turret.server.errors import (
 )
 from turret.server.words import Text, say
 
-# A registered name, its newest generation and those that running requests still use.
-
 
 class Registration:
-    """Belongs to the registry and changes under its lock.
+    """A registered name: its newest generation, and the older ones that requests still use.
+
+    It belongs to the registry and changes under the registry's lock.
 
     Attributes:
-        name: As requests use it.
+        name: The name in requests.
         uuid: Identifies this registration; a name that is loaded again has another one.
         current: The generation that new requests get.
         retired: Earlier generations that mixes still hold.
         state: ``DELETING`` refuses new requests.
         unloaders: Calls that wait to unload it.
-        is_replacing: Other content is on its way in.
+        is_replacing: Whether other content is being loaded.
         last_used_time: Unix seconds of the last request, or None.
     """
 
@@ -102,11 +102,11 @@ class Registration:
         )
 
 
-# Lets only one thread at a time change a name; other names can change meanwhile.
-
-
 class NameLocks:
-    """One lock per name. Not re-entrant. The registry's lock may be taken inside, never outside."""
+    """One lock per name, so that only one thread at a time changes a name. Not re-entrant.
+
+    The registry's lock may be taken while a name's lock is held, but not the other way round.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -126,17 +126,17 @@ class NameLocks:
                 self._changed.notify_all()
 
 
-# Most registered names to compare a missing one with.
+# Maximum number of registered names to compare a missing one with.
 _MOST_COMPARED = 256
 
 
 def name_taken(name: str, digest: str) -> AdapterExistsError:
-    """The error for a name that other weights have."""
+    """The error for a name that is registered with other weights."""
     return AdapterExistsError(say("ADAPTER_EXISTS", adapter=name, digest=digest))
 
 
 def other_generation(name: str, generation: int, current: Adapter) -> Text:
-    """Why a generation of a name is not found."""
+    """The reason why a generation of a name is not found."""
     return say(
         "OTHER_GENERATION",
         adapters=name,
@@ -154,8 +154,8 @@ class NameTable:
 
     Args:
         lock: Shared with ``leases``; re-entrant.
-        leases: Manages who may use adapters in memory.
-        metrics: Learns which names there are.
+        leases: Manages the use of adapters in memory.
+        metrics: Receives the registered names.
         on_gone: Called, without the lock, with a generation that no request will use any more.
     """
 
@@ -226,7 +226,7 @@ class NameTable:
             self._metrics.adapter_registered(registration.name, registration.current.residency)
 
     def swap(self, registration: Registration, adapter: Adapter) -> None:
-        """Makes ``adapter`` what new requests get; the one before goes after its last request."""
+        """Makes ``adapter`` current; the previous generation ends with its last request."""
         with self._changed:
             before, registration.current = registration.current, adapter
             before.is_retired = True
@@ -237,7 +237,7 @@ class NameTable:
         self._part_with(gone)
 
     def remove(self, registration: Registration) -> None:
-        """Takes a name that is being unloaded, and that no mix holds, off the list."""
+        """Removes a name that is being unloaded, and that no mix holds, from the table."""
         with self._changed:
             assert registration.in_flight == 0
             del self._by_name[registration.name]
@@ -245,7 +245,7 @@ class NameTable:
             self._metrics.adapter_removed(registration.name)
 
     def drop(self, registration: Registration) -> None:
-        """Takes a name off the list even if mixes hold it; generations end with their last mix."""
+        """Removes a name even if mixes hold it; generations end with their last mix."""
         with self._changed:
             del self._by_name[registration.name]
             adapter = registration.current
@@ -263,7 +263,7 @@ class NameTable:
         """The directory with the files of a component.
 
         Raises:
-            AdapterComponentError: No registered adapter has its digest, or none that stays.
+            AdapterComponentError: No registered adapter that stays has its digest.
         """
         with self._changed:
             for registration in self._by_name.values():
@@ -331,7 +331,7 @@ class NameTable:
         raise AdapterInUseError(text)
 
     def wait_until_unheld(self, registration: Registration, timeout_seconds: float | None) -> None:
-        """Returns when no mix holds it, or after the timeout; the caller looks which."""
+        """Returns when no mix holds it, or after the timeout; the caller checks which."""
         with self._changed:
             self._changed.wait_for(lambda: registration.in_flight == 0, timeout_seconds)
 
@@ -401,7 +401,7 @@ class NameTable:
 
 
 def _why_missing(ref: AdapterRef, registration: Registration) -> Text | None:
-    """None if the ref resolves."""
+    """Why a reference does not resolve; None if it does."""
     if registration.state != "ACTIVE":
         return say("BEING_UNLOADED", adapters=ref.name)
     if ref.generation is not None and ref.generation != registration.current.generation:

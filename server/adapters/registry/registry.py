@@ -54,22 +54,19 @@ from turret.server.errors import (
 from turret.server.hub import AdapterHub
 from turret.server.words import say
 
-# Takes names off the registry once nobody uses them, or makes their users end.
-
-
 UnloadMode = Literal["DRAIN", "FORCE"]
 
 _FORCE_AGAIN_SECONDS = 0.25
 
 
 class Unloads:
-    """Thread-safe.
+    """Unloads adapters: waits until no request uses them, or ends these requests. Thread-safe.
 
     Args:
-        lock: The registry's.
-        table: Who is registered and in flight.
-        names: One change of a name at a time.
-        state: Forgets names, removes files.
+        lock: The registry's lock.
+        table: The registered names and the adapters in flight.
+        names: The locks of the names.
+        state: The state directory, from which names and files are removed.
         end_users: Called with the uuid of an adapter whose users must end now; they still have to
             release their mixes.
         on_gone: Called with a generation that no request will use any more.
@@ -251,7 +248,7 @@ class AdapterRegistry:
         Pinned adapters are read at once. One that cannot be read is logged and left unpinned.
 
         Returns:
-            How many adapters were registered.
+            The number of registered adapters.
 
         Raises:
             OSError: The directory cannot be read.
@@ -318,7 +315,7 @@ class AdapterRegistry:
             AdapterGenerationError: The generation is not the expected one.
             AdapterInUseError: The adapter is being unloaded, or is a component of a fusion.
             AdapterCheckpointError, AdapterMismatchError, AdapterComponentError,
-                BudgetExceededError, StorageFullError: As ``load`` does.
+                BudgetExceededError, StorageFullError: See ``load``.
         """
         with self._changing(name):
             self._table.check_generation(name, expected_generation)
@@ -341,7 +338,7 @@ class AdapterRegistry:
         return self._state.stage(files)
 
     def check_room(self, num_bytes: int) -> None:
-        """Raises what ``stage`` raises for files of this size."""
+        """Raises the errors of ``stage`` for files of this size."""
         self._state.check_room(num_bytes)
 
     def upload(

@@ -1,1 +1,1 @@
-"""Which adapters are in host memory, and which requests wait for them."""
+"""Adapters in host memory, and the requests that wait for them."""

@@ -1,9 +1,9 @@
-"""Who may use adapters in host memory: leases, the line for them, and the reads they wait for.
+"""Leases on adapters in host memory, the queue of waiting mixes, and the reads for them.
 
-A mix is granted all its adapters at once or waits holding none, so two mixes can never each hold
-what the other needs. Grants are first come, first served; a mix that finds everything resident may
-overtake, but only until the first in line has waited ``PATIENCE_SECONDS``: popular adapters cannot
-keep a cold one out for ever.
+A mix is granted all its adapters at once, or waits and holds none, so two mixes never wait for each
+other. Grants are first come, first served. A mix whose adapters are all resident may overtake, but
+only until the first in line has waited ``PATIENCE_SECONDS``, so popular adapters cannot keep a cold
+one out forever.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from turret.server.basics.work import turret_error
 from turret.server.errors import BudgetExceededError, TurretError, UnavailableError
 from turret.server.words import say
 
-# Events of the registry that metrics count.
-
 
 class AdapterMetrics(Protocol):
-    """The part of the server's metrics that adapters feed."""
+    """The part of the server's metrics that the registry and the leases update."""
 
     def adapter_registered(self, name: str, tier: str = "disk") -> None: ...
     def adapter_residency(self, name: str, tier: str) -> None: ...
@@ -64,11 +62,10 @@ class NoAdapterMetrics:
         pass
 
 
-# The adapters in host memory: a byte budget, and who leaves when it is spent.
-
-
 class HostMemory:
-    """Least recently granted leaves first. Owns ``Adapter.operators`` and ``pinned``.
+    """The adapters in host memory, within a byte budget; the least recently granted leaves first.
+
+    Owns ``Adapter.operators`` and ``pinned``.
 
     An adapter that has entered has its bytes reserved, and is either resident or being read. Not
     thread-safe: ``Leases`` calls every method under its lock.
@@ -94,7 +91,7 @@ class HostMemory:
 
     @property
     def unpinned_bytes(self) -> int:
-        """Most bytes that all unpinned adapters together can have."""
+        """The maximum number of bytes for all unpinned adapters together."""
         return self._budget_bytes - self._pinned_bytes
 
     def enter(self, adapter: Adapter) -> None:
@@ -141,7 +138,7 @@ class HostMemory:
         """Takes the operators from adapters that were computed from other base weights.
 
         Returns:
-            These adapters; they have their bytes still.
+            These adapters, which keep their bytes.
         """
         self._base_generation = generation
         stale = [
@@ -159,7 +156,7 @@ class HostMemory:
         return base_generation not in (None, self._base_generation)
 
     def report(self, adapter: Adapter) -> None:
-        """Reports to the metrics where the adapter is and how much memory is used."""
+        """Reports the adapter's tier and the used memory to the metrics."""
         if not adapter.is_retired:
             self._metrics.adapter_residency(adapter.name, adapter.residency)
         self._metrics.adapter_bytes(host=self.used_bytes)
@@ -218,7 +215,7 @@ class _Lease:
 
 @dataclass(eq=False, slots=True)
 class _Load:
-    """A read under way. ``is_abandoned`` means that nothing will use the adapter any more."""
+    """A running read. ``is_abandoned`` means that nothing will use the adapter any more."""
 
     adapter: Adapter
     leases: list[_Lease] = field(default_factory=list)
@@ -226,10 +223,10 @@ class _Load:
 
 
 class Leases:
-    """Thread-safe. Owns ``Adapter.holds``.
+    """The leases of mixes. Thread-safe. Owns ``Adapter.holds``.
 
-    Whatever changes what is held or in memory serves, before it returns, the mixes that wait; their
-    callbacks may run under a lock that the caller holds.
+    Every method that changes the holds or the memory also grants waiting mixes, where possible,
+    before it returns; their callbacks may run under a lock that the caller holds.
 
     Args:
         host_bytes: The budget; resident and arriving adapters never exceed it.
@@ -237,7 +234,7 @@ class Leases:
             lock.
         lock: The registry's lock, re-entrant; every method takes it.
         metrics: Receives residency, bytes, loads and evictions.
-        load_threads: Reads at a time.
+        load_threads: The maximum number of reads at a time.
     """
 
     def __init__(
@@ -278,13 +275,13 @@ class Leases:
             return True
 
     def change_base(self, generation: int) -> frozenset[str]:
-        """The base has other weights now: adapters computed from those before are stale.
+        """Reacts to new weights of the base, which make adapters computed from the old ones stale.
 
-        One that a mix holds or that is pinned is read again at once, into the room it has, and
-        its mixes wait for it (``ensure_host`` has to be asked again); any other is dropped.
+        A stale adapter that is pinned or held by a mix is read again at once, into the room that it
+        has, and its mixes wait for it (call ``ensure_host`` again). Any other is dropped.
 
         Returns:
-            Keys of the adapters whose operators are gone.
+            Keys of the adapters whose operators were dropped.
         """
         with self._change():
             stale = self._memory.change_base(generation)
@@ -353,7 +350,7 @@ class Leases:
                 self._withdraw(lease)
 
     def shutdown(self) -> None:
-        """Stops reading and fails all waiting mixes. Blocks until reads under way end."""
+        """Stops reading and fails all waiting mixes. Blocks until running reads end."""
         with self._change() as answers:
             self._is_closed = True
             waiting = [lease for lease in self._leases.values() if lease.callback is not None]
@@ -371,7 +368,7 @@ class Leases:
         """Holds the lock; at the end grants leases in order where possible, and answers.
 
         Yields:
-            Takes the answers that the change itself makes due.
+            The list for answers that result from the change itself.
         """
         answers: _Answers = []
         with self._lock:
@@ -440,7 +437,7 @@ class Leases:
                 lease.pending.add(adapter.key)
 
     def _withdraw(self, lease: _Lease) -> None:
-        """Takes back what a lease holds or waits for; its callback will not be called."""
+        """Withdraws a lease's holds or its wait; its callback will not be called."""
         lease.callback = None
         lease.pending.clear()
         lease.load_seconds.clear()

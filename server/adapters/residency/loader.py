@@ -44,7 +44,7 @@ from turret.server.errors import AdapterChangedError, AdapterCheckpointError, In
 from turret.server.hub import AdapterHub
 from turret.server.words import Text, say
 
-# The error for a registered adapter whose files have changed or gone.
+# The errors for a registered adapter whose files have changed or are missing.
 
 
 _log = logging.getLogger(__name__)
@@ -55,22 +55,22 @@ def changed(name: str, source: Source, digest: str, found: str) -> AdapterChange
 
     Args:
         name: The adapter's name.
-        source: Where they are.
+        source: The location of the files.
         digest: Digest of the registered files.
-        found: Digest of the files that are there now.
+        found: Digest of the present files.
     """
     facts = {"adapter": name, "path": source.shown, "digest": digest}
     return AdapterChangedError(say("FILES_CHANGED", **facts, found_digest=found))
 
 
 def lost(name: str, source: Source, error: AdapterCheckpointError) -> AdapterChangedError:
-    """The error for files that are gone or broken.
+    """The error for files that are missing or broken.
 
     The reason is only logged, because it shows the server's directories.
 
     Args:
         name: The adapter's name.
-        source: Where they were.
+        source: The former location of the files.
         error: The error from reading them; returned unchanged if it is this error already.
     """
     if isinstance(error, AdapterChangedError):
@@ -90,9 +90,9 @@ def _take_any_tokenizer(files: TokenizerFiles | None, rows: int, chat_template: 
 
 @dataclass(frozen=True, slots=True)
 class LoadedAdapter:
-    """A lowered checkpoint: what it is, and its operators in host memory.
+    """A lowered checkpoint: its facts, and its operators in host memory.
 
-    ``base_generation`` is that of the base weights that the operators were computed from; None if
+    ``base_generation`` is that of the base weights from which the operators were computed; None if
     they are the same on any.
     """
 
@@ -102,26 +102,26 @@ class LoadedAdapter:
 
 
 class AdapterLoader:
-    """Remembers which uploads it has hashed, and nothing else; safe to use from several threads.
+    """Reads and lowers adapters. Keeps only the digests of uploads; thread-safe.
 
-    Of files below the adapter root the system tells too little: a program that has mapped one and
-    written to it just before can write again without moving any of its times.
+    It does not keep digests of files below the adapter root, because their times are no proof: a
+    program that has mapped a file and just written to it can write again without a change of times.
 
     Attributes:
         base: The base model as served; may be set at any time.
-        check_tokenizer: Refuses an adapter's own tokenizer or chat template that cannot be served;
+        check_tokenizer: Rejects an adapter's own tokenizer or chat template that cannot be served;
             set it before the first is loaded.
 
     Args:
-        root: The allow-listed adapter root; None refuses every path.
+        root: The allow-listed adapter root; None to reject every path.
         base: The base model as served.
-        host_bytes: Most bytes one adapter's operators may take.
-        max_rank: Largest rank served.
-        uploads: The directory that the paths of uploads are relative to.
-        find_source: Where the files of a registered component are; raises AdapterComponentError.
-        allowed: Exceptions to what is refused by default.
-        hub: Where paths that begin with ``hub:`` lead; None refuses them.
-        admit: Called with every adapter's operators; raises where they cannot be served.
+        host_bytes: The maximum size of one adapter's operators.
+        max_rank: The maximum rank served.
+        uploads: The directory to which the paths of uploads are relative.
+        find_source: Finds the files of a registered component; raises AdapterComponentError.
+        allowed: Exceptions to the default rejections.
+        hub: The hub for paths that begin with ``hub:``; None to reject them.
+        admit: Called with every adapter's operators; raises if they cannot be served.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class AdapterLoader:
         self._known = DigestCache() if is_private else None
 
     def root_of(self, source: Source) -> AdapterRoot:
-        """The only directory that the source's files may be opened in."""
+        """The only directory in which the source's files may be opened."""
         if source.is_hub:
             return self._cache
         return self._uploads if source.is_upload else self._root
@@ -187,9 +187,9 @@ class AdapterLoader:
     def read_new(
         self, source: Source, chat_template: OwnTemplate | None = None
     ) -> AdapterCheckpoint:
-        """As ``read``, with the chat template.
+        """Like ``read``, but also reads the chat template.
 
-        Only a new adapter's is read: the registration keeps the template, so that later changes of
+        The template is read only for a new adapter. The registration keeps it, so later changes of
         the file have no effect.
 
         Args:
@@ -225,7 +225,7 @@ class AdapterLoader:
         """Reads the tokenizer beside an adapter's files; None if there is none.
 
         Raises:
-            AdapterCheckpointError: A file is refused.
+            AdapterCheckpointError: A file is rejected.
         """
         if source.is_hub:
             self._hub.fetch_tokenizer(source.path)
@@ -240,9 +240,9 @@ class AdapterLoader:
 
         Raises:
             AdapterCheckpointError: Unsupported method, key or tensor.
-            AdapterMismatchError: Made for another base.
-            AdapterComponentError: An adapter it is built from is not registered.
-            BudgetExceededError: Rank or bytes over the limit.
+            AdapterMismatchError: The adapter was made for another base.
+            AdapterComponentError: A component is not registered.
+            BudgetExceededError: The rank or the size exceeds a limit.
         """
         compute_on_this_thread()
         # Keep one base for the whole lowering, even if it is replaced meanwhile.
@@ -282,7 +282,7 @@ class AdapterLoader:
         return Component(ref, method, lowered.operators, lowered.ranks, lowered.scalings)
 
     def reload(self, name: str, source: Source, digest: str) -> LoadedAdapter:
-        """Reads an adapter that was registered before and insists on the same content.
+        """Reads an adapter that was registered before, and requires the same content.
 
         Raises:
             AdapterChangedError: The files changed since, or are gone.
@@ -314,10 +314,10 @@ class AdapterLoader:
 
 
 def check_same_base(checkpoint: AdapterCheckpoint, base: BaseModel) -> None:
-    """Refuses an adapter that fits in shape but names another base.
+    """Rejects an adapter that fits in shape but names another base.
 
     Raises:
-        AdapterMismatchError: Another base, by name, and its provenance does not say otherwise.
+        AdapterMismatchError: The name differs, and the provenance does not prove the same base.
     """
     trained = checkpoint.config.get("base_model_name_or_path") or ""
     if checkpoint.base_digest == base.digest or not is_other_base(trained, base.name):

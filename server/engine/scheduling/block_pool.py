@@ -3,9 +3,9 @@
 A full block is named by a key that chains from (base generation, mix, soft tokens) over the token
 ids up to its end, so a block is found again only by a request that would compute the same values.
 The first block that holds text of the request is keyed with the request's salt, so requests with
-different salts share only what comes before their text: an adapter's prefix or soft tokens.
-Where a mix grows within the text, the block in which it does so tells; those before it are the
-smaller mix's.
+different salts share only the blocks before their text: an adapter's prefix or soft tokens. If a
+mix grows within the text, the key of the block in which it grows includes that; earlier blocks have
+the keys of the smaller mix.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ MixKey = Sequence[tuple[str, int, float]]
 def root_key(
     base_generation: int, mix: MixKey, *, is_long: bool = False, is_first_pass: bool = False
 ) -> bytes:
-    """First link of the chain: the weights that a sequence is computed with.
+    """The first key of the chain, which identifies the weights that a sequence is computed with.
 
     Args:
-        base_generation: Moves when the base weights change.
+        base_generation: Changes when the base weights change.
         mix: (adapter uuid, generation, weight) in the request's order; never names, which may be
             loaded again with other weights.
-        is_long: Whether its keys are rotated as those of long sequences.
+        is_long: Whether its keys are rotated like those of long sequences.
         is_first_pass: Whether it is the first pass of an adapter, at constant scalings.
     """
     parts = [str(base_generation), *map(_member, mix)]
@@ -49,9 +49,9 @@ def next_key(
 
     Args:
         previous: The key of the block before, or the root.
-        token_ids: A block's worth.
-        changes: Where within the block another mix begins, and which.
-        salt: At most 64 bytes, which the key cannot be computed without.
+        token_ids: The tokens of the block.
+        changes: Where in the block another mix begins, and which one.
+        salt: A secret of at most 64 bytes, without which the key cannot be computed.
     """
     # Soft tokens have the placeholder id -1; the root key says which ones they are.
     data = b"".join((token & 0xFFFFFFFF).to_bytes(4, "little") for token in token_ids)

@@ -1,21 +1,21 @@
 """The waiting line: least served mix first, and within a mix the parties in turn. No torch.
 
-Virtual token counters (VTC, arXiv 2401.00588) per group, a group being one mix of adapters (the
-bare base is one too): every token computed for a group advances its counter, and the waiting group
-with the lowest counter is served next. A group that was idle re-enters at the lowest counter of
-those that are busy, so saved-up idleness is not a credit. A popular adapter can therefore delay a
-rare one by at most the work already running, however long its own queue is.
+Each group has a virtual token counter (VTC, arXiv 2401.00588). A group is one mix of adapters; the
+base alone is a group, too. Every token computed for a group advances its counter, and the waiting
+group with the lowest counter is served next. A group that was idle re-enters at the lowest counter
+of the busy groups, so that idle time is not a credit. So a popular adapter delays a rare one at
+most by the work that is already running, however long its own queue is.
 
-A request that is not ready, because its adapters are still being read, is passed over by all that
-are, even those of its own mix.
+A request whose adapters are still being read is not ready: all ready requests may overtake it, even
+those of its own mix.
 
-An endless stream of newcomers, each at that lowest counter, cannot keep out a group that is ahead
-of them: nobody enters below the counter of a group that had got its exact share all along
-(the virtual time of fair queueing, Parekh and Gallager 1993), which catches up with any lead.
+An endless stream of new groups, each at that lowest counter, cannot starve a group with a higher
+counter: no group enters below the counter that a group with exactly its fair share would have (the
+virtual time of fair queueing, Parekh and Gallager 1993), and that counter catches up with any lead.
 
-Within a mix, the requests of one party (a token, or a call if there are no tokens) are in line one
-turn after the other, so a call with a thousand prompts delays the next party by one of them. The
-turn at which a party enters advances in the same way: by one for each round of the parties.
+Within a mix, parties take turns. A party is a bearer token, or a call if there are no tokens. Its
+requests have one turn each, so a call with a thousand prompts delays the next party by only one of
+them. The turn at which a party enters also advances by one per round of the parties.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a client asks and what it gets back, in the engine's own terms (no proto, no torch)."""
+"""Requests and their outputs in the engine's own terms, without proto and torch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from turret.server.words import say
 
 
 class PoolingKind(enum.Enum):
-    """Which final states become one: that of the last token, or the mean over the text's tokens.
+    """The final state to use: that of the last token, or the mean over the text's tokens.
 
-    Soft tokens and a prefix are no text: they are left out of the mean.
+    Soft tokens and prefixes do not belong to the text, so the mean leaves them out.
     """
 
     LAST = "last"
@@ -31,7 +31,7 @@ class Pooling:
     """How a prompt becomes a vector.
 
     Attributes:
-        kind: Which states count.
+        kind: The states that count.
         dimensions: How many numbers of the state are kept, from the first; None keeps all.
         classifies: Whether the state goes through the classification head of the mix, whose
             numbers are the vector; then nothing is cut or normalised.
@@ -51,7 +51,7 @@ class TextStream(Protocol):
 
 
 class RequestTokenizer(Protocol):
-    """What the engine needs of a tokenizer: the base's, or that of an adapter with its own."""
+    """The interface of a tokenizer that the engine uses: the base's or an adapter's own."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -174,10 +174,10 @@ class StopConditions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponseOptions:
-    """What is reported beside the text. ``top_n`` alternatives need ``logprobs``.
+    """What an answer contains in addition to the text. ``top_n`` requires ``logprobs``.
 
-    With ``call_marks`` the text has the special tokens that stand around calls of tools and around
-    channels. With ``said_only`` it has, of an answer in channels, what is said to the user alone.
+    With ``call_marks``, the text includes the special tokens around tool calls and channels. With
+    ``said_only``, an answer in channels includes only the text that is meant for the user.
     """
 
     logprobs: bool = False
@@ -319,7 +319,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterUse:
-    """Which weights answered: a name may have moved on since."""
+    """The weights that answered; the name may stand for a later generation by now."""
 
     name: str
     uuid: str
@@ -351,12 +351,12 @@ class Finish:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """What one step adds to a request; the last one carries ``finish``.
+    """The output of one step for a request; the last one has ``finish``.
 
-    ``text`` holds only characters that can no longer change (no half UTF-8 sequence, no possible
-    beginning of a stop string). ``prompt_logprobs`` comes once, before or with the first token, and
-    ``adapters_used`` with the first. ``pooled`` comes with ``finish``,
-    and ``head``, if it is the head's numbers.
+    ``text`` contains only characters that can no longer change (no half UTF-8 sequence, no possible
+    beginning of a stop string). ``prompt_logprobs`` is set once, before or with the first token,
+    and ``adapters_used`` with the first token. ``pooled`` is set together with ``finish``, as is
+    ``head`` if ``pooled`` holds the head's numbers.
     """
 
     text: str = ""

@@ -1,21 +1,21 @@
 """Decides what each step computes. Pure Python: no torch, no clock, no threads.
 
 Continuous batching with chunked prefill: running sequences first (a decode token each, then the
-rest of their prompts), then waiting ones by ``FairQueue``, until ``max_num_batched_tokens``. One is
-admitted if all that run with it will probably find room for their answers too (``LengthForecast``).
-When blocks run out all the same, the sequence that was admitted last is preempted: its blocks are
-freed and it is recomputed later (its tokens are kept). A chunk ends where other adapters begin to
-act, so one mix acts on all of it. A waiting sequence whose adapters are still
-loading is passed over and delays nobody. What room a step has left goes to draft tokens
+rest of their prompts), then waiting ones by ``FairQueue``, until ``max_num_batched_tokens``. A
+sequence is admitted if all sequences that run with it will probably have room for their answers
+(``LengthForecast``). If blocks run out nevertheless, the sequence that was admitted last is
+preempted: its blocks are freed, and it is recomputed later (its tokens are kept). A chunk ends
+where other adapters begin to act, so one mix acts on all of it. A waiting sequence whose adapters
+are still loading is skipped and delays no other. A step's remaining room goes to draft tokens
 (``drafts.py``), which are further rows of their sequences.
 
-Prompts keep the rhythm of those that decode, where a row of a prompt costs what a decode row
-costs: beside four times as many that decode, a step takes as many tokens of prompts as make it
-twice as long, and at least 16.
+On compute paths where a row of a prompt costs as much as a decode row, prompts must not slow down
+decoding too much: if at least four times as many sequences decode as read their prompts, a step
+takes only as many tokens of prompts as double its time, but at least 16.
 
-Places are shared too, not admissions alone: who has waited ``preempt_after_seconds`` at the head of
-the least served mix takes the place of the most served one's latest sequence, if that mix was
-served more and holds more places. Time is told with each call.
+Fairness covers running places, not only admissions. A sequence that has waited for
+``preempt_after_seconds`` at the head of the least served mix takes the place of the latest sequence
+of the most served mix, if that mix was served more and holds more places. Callers pass the time.
 """
 
 from __future__ import annotations
@@ -82,11 +82,12 @@ class Drafts:
     """Adds draft tokens to steps.
 
     Attributes:
-        is_paused: Whether none are added: the device had no memory for a step with some.
+        is_paused: Whether no drafts are added, because the device had no memory for a step with
+            drafts.
 
     Args:
         blocks: The KV blocks.
-        speculation: Guesses for sequences that have a drafter; None for nobody.
+        speculation: Drafts for sequences that have a drafter; None for no drafts.
     """
 
     def __init__(self, blocks: BlockPool, speculation: Speculation | None) -> None:
@@ -95,12 +96,12 @@ class Drafts:
         self._speculation = speculation
 
     def add(self, scheduled: list[Scheduled], new_blocks: list[int], max_tokens: int) -> None:
-        """Give what a step has left to tokens that may turn out to be the next ones.
+        """Fill a step's remaining room with draft tokens.
 
         Args:
-            scheduled: What it computes in any case; items with a draft are replaced.
-            new_blocks: Blocks that change owner with it; those of drafts are added.
-            max_tokens: Most tokens that it may compute.
+            scheduled: The items of the step; those that get a draft are replaced.
+            new_blocks: Blocks that change owner with the step; those of drafts are added.
+            max_tokens: Maximum number of tokens in the step.
         """
         if self._speculation is None or self.is_paused:
             return
@@ -137,18 +138,18 @@ class Drafts:
             sequence.blocks = sequence.blocks[:kept]
 
     def ended(self, sequence: Sequence) -> None:
-        """A sequence has run to its end."""
+        """Record that a sequence has run to its end."""
         if self._speculation is not None and sequence.drafter is not None:
             self._speculation.ended(sequence.drafter)
 
 
 # Whether a sequence can be admitted without having to preempt one later.
 #
-# A prompt that fits now may, beside others that grow, not fit for long: whoever is preempted then
-# is computed again. So the scheduler looks ahead, as the Past-Future scheduler does (arXiv
-# 2507.10150): every answer is taken to become as long as one that ended lately, and the moments at
-# which sequences end are gone through for the one that takes most blocks. A wrong forecast costs a
-# preemption, or a place that stays empty for a while; nothing else depends on it.
+# A prompt that fits now may no longer fit when other sequences have grown, and a preempted
+# sequence must be computed again. So the scheduler looks ahead, like the Past-Future scheduler
+# (arXiv 2507.10150). It assumes that every answer becomes as long as a recent one, and computes
+# the memory at each end of a sequence to find the peak. A wrong forecast costs a preemption, or a
+# place that stays empty for a while; nothing else depends on it.
 
 
 # Answers that the forecast is drawn from: enough for their spread, few enough to follow a change.
@@ -156,7 +157,7 @@ _WINDOW = 64
 
 
 class LengthForecast:
-    """Remembers how long answers became. Until one has ended, it foresees nothing."""
+    """Remembers the lengths of recent answers. Until one has ended, there is no forecast."""
 
     def __init__(self) -> None:
         self._lengths: deque[int] = deque(maxlen=_WINDOW)
@@ -181,10 +182,10 @@ class LengthForecast:
         return max(sequence.forecast - so_far, 0)
 
     def peak_tokens(self, sequences: Iterable[Sequence], block_size: int) -> int:
-        """Most positions that these sequences will hold at once, unused ones of blocks included.
+        """The maximum number of positions that these sequences will hold at once.
 
-        Memory is fullest just before one ends: then all that end later have grown as much as it.
-        0 as long as no answer has ended.
+        Unused positions of blocks count. The peak is just before the end of some sequence, when all
+        sequences that end later have grown as much as it. 0 as long as no answer has ended.
         """
         if not self._lengths:
             return 0
@@ -213,18 +214,20 @@ class Scheduler:
 
     Attributes:
         base_generation: Counts the base weights; part of every KV key. Set by ``change_base``.
-        is_draining: While True, what runs (preempted sequences included) is brought to its end
-            and nothing else is admitted.
+        is_draining: While True, running sequences (including preempted ones) run to their end and
+            no others are admitted.
 
     Args:
         blocks: The KV blocks.
-        max_num_seqs: Most sequences running at once.
-        max_num_batched_tokens: Most tokens computed in a step.
+        max_num_seqs: Maximum number of sequences running at once.
+        max_num_batched_tokens: Maximum number of tokens in a step.
         is_ready: Whether a waiting sequence's adapters are resident.
         fits: Whether a sequence's adapters fit beside those of the running ones.
-        preempt_after_seconds: How long places that others hold are waited for; None for ever.
-        speculation: Guesses for sequences that have a drafter; None for nobody.
-        cost: Of a step's rows, by which prompts keep the others' rhythm; None where they need not.
+        preempt_after_seconds: How long a sequence waits before it takes another's place; None means
+            forever.
+        speculation: Drafts for sequences that have a drafter; None for no drafts.
+        cost: The cost of a step's rows, by which prompts are limited beside decoding sequences;
+            None for no such limit.
     """
 
     def __init__(
@@ -333,8 +336,8 @@ class Scheduler:
         """Record that a step was computed: its tokens' keys and values are in the cache.
 
         Args:
-            step: As it was scheduled.
-            seconds: What it took: what rows cost is learnt from steps that only generate.
+            step: The step as it was scheduled.
+            seconds: The time of the step; the cost of rows is learned from steps that only decode.
         """
         if self._cost is not None and seconds is not None:
             self._learn(self._cost, step, seconds)
@@ -344,7 +347,7 @@ class Scheduler:
     def accept(self, item: Scheduled, count: int) -> None:
         """Record, after ``complete``, how many tokens of a draft were right.
 
-        They are the sequence's by now, and it goes on behind them or has ended there.
+        They are already part of the sequence, which continues after them or has ended there.
         """
         sequence = item.sequence
         self._held.computed(sequence, count)
@@ -353,10 +356,10 @@ class Scheduler:
         self._drafts.accepted(sequence, count)
 
     def abandon(self, step: Step, now: float = 0.0, *, is_too_large: bool = True) -> int | None:
-        """Undo a step that the device had no memory for: nothing of it was computed.
+        """Undo a step for which the device had no memory, so that nothing of it was computed.
 
         The sequence that was admitted last is preempted, and later steps are smaller: half the
-        tokens, one sequence less. With every sequence that ends, that is loosened.
+        tokens, and one sequence less. Every sequence that ends relaxes these limits.
 
         Args:
             step: The step.

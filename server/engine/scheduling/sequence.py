@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from turret.server.adapters.adapter import Mix
 
 
-# An activated adapter (``Adapter.invocation``) acts from the last occurrence of its invocation in
-# the prompt on, and on the generated tokens; without an occurrence it never acts. Generated tokens
-# are not searched: otherwise an answer would depend on how it is cut, broken off or resumed.
+# Activated adapters. An activated adapter (``Adapter.invocation``) acts from the last occurrence of
+# its invocation in the prompt on, and on the generated tokens; without an occurrence it never acts.
+# Generated tokens are not searched, because an answer would then depend on whether it was
+# interrupted and resumed.
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,31 +86,31 @@ class Sequence:
     """One request while it is served.
 
     Attributes:
-        request: What was asked.
+        request: The request.
         mix: Its adapters, references held until it finishes.
-        stages: Which of them act from which position on (``stages_of``).
+        stages: The adapters that act from each position on (``stages_of``).
         arrival: ``time.monotonic()`` seconds when the request was received.
         num_virtual: Positions before the prompt that an adapter fills: soft tokens (computed like
             any token) or a prefix (keys and values come from the adapter).
-        num_preset: Those of them whose keys and values come from the adapter: whole blocks.
+        num_preset: Virtual positions whose keys and values come from the adapter, in whole blocks.
         num_padding: Leading positions of a prefix that are not seen: it ends, not begins, at a
             block boundary, so that all requests share all of its blocks.
         is_long: Whether it may pass the length from which the model rotates by other frequencies
             (``Arch.long_from``).
-        vocab_size: How many tokens there are to draw, where an adapter changes that; 0 where it is
-            the base's number.
+        vocab_size: The number of tokens that can be drawn, if an adapter changes it; 0 for the
+            base's number.
         tokens: A placeholder per virtual position, then prompt and generated token ids, those that
             an earlier answer began with included.
         num_computed: Leading tokens whose keys and values are in the cache.
         num_cached: Prompt tokens that came from the prefix cache at first admission.
-        blocks: KV blocks in position order. The list only grows; once they were freed it is another
-            list.
+        blocks: KV blocks in position order. The list only grows; after the blocks are freed, there
+            is a new list.
         keys: Chain keys of the full blocks that were named so far; ``keys[0]`` is the root.
         waiting_since: ``time.monotonic()`` seconds when it joined the line, the last time.
-        forecast: How many tokens it is taken to generate (``LengthForecast``).
+        forecast: The assumed number of generated tokens (``LengthForecast``).
         first_pass: The pass that computes its adapter's scalings (``first_passes.py``), with the
             same tokens and blocks of its own; None if no adapter needs one.
-        drafter: Guesses how its answer goes on; None where nothing is guessed.
+        drafter: Drafts the answer's next tokens; None for no drafts.
         prompt_end: Positions before the first generated token.
     """
 
@@ -199,7 +200,7 @@ class Sequence:
 class Scheduled:
     """Compute ``num_new`` tokens of a sequence, from its ``num_computed`` on, with one mix.
 
-    Those of ``draft`` come behind them: guesses at the next ones.
+    The tokens of ``draft``, which are guesses at the next ones, follow them.
     """
 
     sequence: Sequence
@@ -222,7 +223,7 @@ class Step:
     """One engine iteration.
 
     Attributes:
-        scheduled: What to compute.
+        scheduled: The items to compute.
         new_blocks: Blocks that changed owner, to be zeroed first.
         num_preempted: Sequences that lost their blocks.
         presets: Then to be filled from the sequence's adapter: its blocks from this index up to
@@ -263,9 +264,9 @@ class HeldBlocks:
         """Allocate all blocks that the sequence needs for this many tokens, or none.
 
         Args:
-            sequence: Who needs them.
-            num_tokens: From its beginning.
-            new_blocks: What it got is added.
+            sequence: The sequence that needs the blocks.
+            num_tokens: The number of tokens from the sequence's beginning.
+            new_blocks: A list to which the new blocks are added.
 
         Returns:
             Whether there were enough.
@@ -296,7 +297,7 @@ class HeldBlocks:
         Args:
             sequence: Holds none.
             num_usable: Blocks of the beginning that it may take.
-            base_generation: Of the weights.
+            base_generation: The generation of the weights.
         """
         size = self._pool.block_size
         for each in sequence.passes:

@@ -55,7 +55,7 @@ class Placed(NamedTuple):
 
 @dataclass(slots=True)
 class StepRows:
-    """What the model needs to know of each row.
+    """The rows of a step as the model needs them.
 
     Attributes:
         token_ids: Any valid id where ``soft_rows`` or ``added_rows`` says so.
@@ -125,7 +125,7 @@ def collect_rows(
     Args:
         placed: Every row belongs to one of them.
         block_size: Positions per KV block.
-        blocks_at: Where each sequence's block numbers begin; None where that is nobody's business.
+        blocks_at: Where each sequence's block numbers begin; None if they are not needed.
     """
     rows = StepRows()
     for number, place in enumerate(placed):
@@ -181,7 +181,7 @@ NOTHING_ADDED: Mapping[Sequence, torch.Tensor] = {}
 
 
 class Projects(Protocol):
-    """What a plan needs of a decoder."""
+    """The interface of a decoder that a plan uses."""
 
     def some_logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor: ...
 
@@ -266,12 +266,12 @@ def added_logits(
 
 
 def own_logits(row: torch.Tensor, sequence: Sequence, added: torch.Tensor | None) -> torch.Tensor:
-    """A row's logits over the tokens that its sequence is drawn of.
+    """A row's logits over the tokens that its sequence may draw.
 
     Args:
-        row: Over the base's tokens, ``[..., vocab]``.
-        sequence: Whose row it is.
-        added: Over those that an adapter adds, ``[..., tokens]``, or None.
+        row: Logits over the base's tokens, ``[..., vocab]``.
+        sequence: The sequence of the row.
+        added: Logits over the tokens that an adapter adds, ``[..., tokens]``, or None.
 
     Returns:
         ``[..., sequence.vocab_size]``, memory of its own; ``row`` where those are the base's.
@@ -284,7 +284,7 @@ def own_logits(row: torch.Tensor, sequence: Sequence, added: torch.Tensor | None
 # The first passes of a step, and the scalings that they give the rows of their sequences.
 
 
-# X-LoRA computes the scalings of an adapter's components from the states of a first pass.
+# X-LoRA's scalings of an adapter's components, computed from the states of a first pass.
 
 
 def scalings(router: TokenRouter, states: torch.Tensor) -> torch.Tensor:
@@ -391,7 +391,7 @@ def computed_scalings(
 
 
 def given_rows(placed: SequenceOf[Placed], found: StepScalings) -> dict[str, torch.Tensor]:
-    """By adapter, the scalings of every row of a step (see ``StepMembers.given``)."""
+    """The scalings of every row of a step, by adapter (see ``StepMembers.given``)."""
     if not found:
         return {}
     num_rows = max(place.last_row for place in placed) + 1
@@ -442,8 +442,8 @@ class BatchBuilder:
         """Order the rows (short adapted ones by mix, base, long adapted ones); prepare metadata.
 
         Args:
-            step: What is scheduled.
-            scalings: Those that first passes have computed.
+            step: The scheduled step.
+            scalings: The scalings that first passes have computed.
         """
         short, base, long = [], [], []
         for item in step.scheduled:

@@ -35,8 +35,9 @@ class Likeliest:
     """The token with the largest logit of every row that tokens are drawn from.
 
     Attributes:
-        tokens: In the order of ``Computed.placed``.
-        logits: Makes all logits of those rows, ``[samples, vocab]`` fp32: a token may not come.
+        tokens: The tokens, in the order of ``Computed.placed``.
+        logits: Computes all logits of those rows, ``[samples, vocab]`` fp32, in case a token is not
+            allowed.
     """
 
     tokens: SequenceOf[int]
@@ -45,7 +46,7 @@ class Likeliest:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """What a step computed.
+    """The results of a step.
 
     Attributes:
         placed: Its sequences and their rows.
@@ -55,7 +56,7 @@ class Computed:
             overwrite it.
         added: Of sequences whose adapter adds tokens to the base's, the logits of those in the same
             rows, ``[rows of the sequence, tokens]`` fp32.
-        likeliest: In place of ``logits``, where no more is asked of them.
+        likeliest: Replaces ``logits`` if only the likeliest tokens are needed.
     """
 
     placed: tuple[Placed, ...]
@@ -69,7 +70,7 @@ class Draws(Protocol):
     """Draws tokens. Use it on one thread only.
 
     Attributes:
-        takes_late_masks: Whether ``draw`` asks for masks itself, where it needs any.
+        takes_late_masks: Whether ``draw`` itself requests the masks that it needs.
     """
 
     takes_late_masks: bool
@@ -86,8 +87,8 @@ class Draws(Protocol):
 
         Args:
             logits: ``[rows, vocab]`` fp32; modified in place.
-            sequences: Whose row it is.
-            masks: Of the sequences with a constraint.
+            sequences: The sequence of each row.
+            masks: The masks of the sequences with a constraint.
             drawn: Tokens that were drawn before, in the same step.
             added: Logits of tokens beyond ``vocab``, ``[tokens]`` fp32, of sequences that have any.
         """
@@ -125,7 +126,7 @@ class Executor(Protocol):
         ...
 
     def look_ahead(self) -> None:
-        """Use the time until the step's results arrive, where the host waits for them."""
+        """Use the time while the host waits for the step's results."""
         ...
 
     def forget(self, sequence: Sequence) -> None:
@@ -171,8 +172,8 @@ class TorchExecutor:
         decoder: The base model.
         cache: Keys and values of all sequences.
         store: The adapters.
-        screens_head: Whether an int8 copy of the head is kept, half of its bytes, from which the
-            tokens of most greedy steps are read.
+        screens_head: Whether to keep an int8 copy of the head, of half its size, which determines
+            the tokens of most greedy steps.
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class TorchExecutor:
 
     @property
     def screens_head(self) -> bool:
-        """Whether there is such a copy: not of every head one can be made."""
+        """Whether there is an int8 copy of the head, which cannot be made for every head."""
         return self._likeliest is not None and self._likeliest.is_of_use
 
     def run(self, step: Step) -> Computed:
@@ -214,7 +215,7 @@ class TorchExecutor:
         return Computed(batch.placed, hidden, None)
 
     def _find_likeliest(self, states: torch.Tensor) -> Likeliest | None:
-        """The likeliest tokens of ``[samples, hidden]``; None if that takes all logits."""
+        """The likeliest tokens of ``[samples, hidden]``; None if all logits are needed for that."""
         finder = self._likeliest
         if finder is None or (tokens := finder.find(states)) is None:
             return None

@@ -1,7 +1,7 @@
 """Pools final hidden states to one vector per prompt, independent of chunks and batch.
 
-A mean is summed in a fixed order, so that its bits do not tell how the prompt was cut: groups of 64
-positions, counted from the text's first, by halves, then group after group.
+A mean is summed in a fixed order, so that its bits do not depend on how the prompt was cut: groups
+of 64 positions, counted from the start of the text, are summed by halves, and then added in order.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Pooler:
                 ended.append((sequence, pooling, self._state(place, pooling, hidden)))
         if not ended:
             return {}
-        # One device-to-host copy for all sequences that ended.
+        # Make one device-to-host copy for all sequences that ended.
         states = torch.stack([state for _, _, state in ended]).cpu()
         return {
             sequence: _finished(sequence, state, pooling)

@@ -22,11 +22,11 @@ from turret.server.words import say
 
 # Draws the tokens of a step whose drafts are checked, position after position.
 #
-# A draft token was right if it is the token that is drawn in its place, from the logits after
-# those before it, with the request's own random number: what is drawn is what would have been
-# drawn one step after the other. It is exact matching and no rejection sampling (arXiv
-# 2211.17192), which keeps the distribution but not the tokens of a seed. The first token that
-# differs from the draft is drawn from right logits as well, and ends the draft.
+# A draft token is right if it equals the token that is drawn in its place, from the logits after
+# the tokens before it and with the request's own random number. So the tokens are the same as
+# without drafts. This is exact matching, not rejection sampling (arXiv 2211.17192), which keeps
+# the distribution but not the tokens of a seed. The first token that differs from the draft is
+# also drawn from correct logits, and ends the draft.
 
 
 NO_MORE_MASKS: Mapping[Sequence, Mask] = {}
@@ -66,8 +66,8 @@ def draw_tokens(
         sampler: Draws from rows.
         logits: ``[samples, vocab]`` fp32: of each item a row, and one for each token of its draft;
             modified in place.
-        items: What samples, in the order of the rows.
-        masks: Of the sequences with a constraint, which have no drafts.
+        items: The items that sample, in the order of the rows.
+        masks: The masks of the sequences with a constraint, which have no drafts.
         added: See ``Computed``.
 
     Returns:
@@ -101,7 +101,7 @@ def draw_tokens(
 def likeliest_draws(
     items: SequenceOf[Scheduled], tokens: SequenceOf[int], masks: Mapping[Sequence, Mask]
 ) -> list[list[Draw]] | None:
-    """The same where the token of every row is known.
+    """Like ``draw_tokens``, if the likeliest token of every row is already known.
 
     Args:
         items: See ``draw_tokens``.
@@ -109,7 +109,7 @@ def likeliest_draws(
         masks: See ``draw_tokens``; late ones.
 
     Returns:
-        None where a constraint says no to a token: then the logits have to tell.
+        None if a constraint forbids a token, so that the logits are needed.
     """
     drawn: list[list[Draw]] = []
     row = 0
@@ -136,7 +136,7 @@ _PROMPT_LOGIT_ROWS = 64
 
 
 class DeviceFullError(Exception):
-    """The device had no memory for a step. Nothing was drawn; its keys and values are unknown."""
+    """The device had no memory for a step. Nothing was drawn; its keys and values are invalid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +149,9 @@ class PromptLogprob:
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step produced: the tokens drawn, prompt logprobs, pooled states, by sequence.
+    """The results of a step by sequence: drawn tokens, prompt logprobs and pooled states.
 
-    Those of a sequence with a draft are the tokens of it that were right, and one more.
+    For a sequence with a draft, the draws are the accepted tokens of the draft and one more.
     """
 
     draws: dict[Sequence, SequenceOf[Draw]] = field(default_factory=dict)
@@ -175,7 +175,7 @@ class Runner:
         """Compute a step. Keys and values of its tokens are in the cache afterwards.
 
         Raises:
-            DeviceFullError: Not even with what could be freed; a smaller step may succeed.
+            DeviceFullError: There is too little memory; a smaller step may succeed.
             AdapterMemoryError: There is no memory for an adapter.
         """
         reason = ""
@@ -210,14 +210,14 @@ class Runner:
     def is_near(self, sequence: Sequence) -> bool:
         """Whether a sequence's adapters, which are in host memory, are on the device or almost.
 
-        Copies of those that are not run beside the steps of others.
+        Other adapters are copied while steps of other sequences run.
         """
         # Ask every adapter before ``all``, so that their copies run in parallel.
         near = [self._store.is_near(adapter) for adapter, _ in sequence.mix.members]
         return all(near)
 
     def refusal(self, sequence: Sequence) -> BudgetExceededError | None:
-        """Why a sequence could not even run alone, or not now; or None."""
+        """Why a sequence could not run even alone, ever or currently; or None."""
         if any(self._store.is_refused(adapter.key) for adapter, _ in sequence.mix.members):
             return BudgetExceededError(say("DEVICE_MEMORY_SHORT"))
         missing = self._missing((sequence,))
@@ -227,9 +227,9 @@ class Runner:
         return BudgetExceededError(say("MIX_TOO_LARGE", bytes=needed, budget_bytes=budget))
 
     def _missing(self, sequences: Iterable[Sequence]) -> tuple[int, int] | None:
-        """What their adapters take when stored together, and the budget that this exceeds.
+        """The size of the sequences' adapters together and the budget that it exceeds, or None.
 
-        Each counts once. None if there is room.
+        Each adapter counts once.
         """
         distinct = {a.key: a for s in sequences for a, _ in s.mix.members}
         needed = zip(*map(self._needs_of, distinct.values()), strict=True)

@@ -1,9 +1,8 @@
 """Draws the next token of every sequence from the step's logits.
 
 Each row is treated on its own: penalties, temperature, filters and the random number come from its
-own request, so a request's tokens under a seed do not depend on its batch mates. This is the way of
-the torch and cpu paths, one row after the other; the gpu path draws all rows at once
-(``gpu/sampler.py``).
+own request, so a request's tokens under a seed do not depend on the batch. The torch and cpu paths
+draw the rows one by one here; the gpu path draws all rows at once (``gpu/sampler.py``).
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from turret.server.words import say
 
 # Masks of the next tokens that constraints allow in a step.
 #
-# A mask is made on a thread of its own while the step is computed. Where the likeliest token is
-# drawn and the host computes the logits itself, there is mostly none to make: whether that one
-# token may come is asked once it is known, at a tenth of a mask's cost. It is taken in at the same
-# time, before the sequence has it: what is read and written lies in the caches then.
+# Masks are made on a separate thread while the step is computed. If the likeliest token is drawn
+# and the host itself computes the logits, usually no mask is needed: the grammar checks that one
+# token once it is known, at a tenth of the cost of a mask. The matcher takes the token in at the
+# same time, before the sequence has it, because the data is then in the processor's caches.
 
 
 _log = logging.getLogger(__name__)
@@ -39,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TokenMask:
-    """The tokens that a sequence may go on with.
+    """The tokens that may come next in a sequence.
 
     Attributes:
         words: ``[words]`` int32: token ``t`` is bit ``t % 32`` of word ``t // 32``.
@@ -51,13 +50,13 @@ class TokenMask:
 
 
 class LateMask:
-    """The tokens that a running sequence may go on with, asked for when its logits are there.
+    """The tokens that may come next in a running sequence, determined when its logits are known.
 
-    Its methods belong to one thread at a time, which has room on its stack, but for ``news``: that
-    is the engine's.
+    One thread at a time, with a large stack, may call its methods; ``news`` belongs to the engine
+    thread.
 
     Args:
-        sequence: Has a constraint.
+        sequence: A sequence with a constraint.
         end_ids: The end tokens of its model.
     """
 
@@ -87,14 +86,13 @@ class LateMask:
         """Find the next token without a mask: the likeliest, or another that is forced.
 
         Args:
-            token_id: The likeliest of all.
+            token_id: The likeliest token.
 
         Returns:
-            None where ``make`` has to tell.
+            None if only ``make`` can determine it.
         """
         fresh = self.news()
-        # No new token: the step is computed again with the same logits, so the result stays the
-        # same.
+        # Without a new token, the step is computed again with the same logits and the same result.
         if not fresh and (self._ahead is not None or self._made is not None):
             return self._ahead
         self._made = None
@@ -112,7 +110,7 @@ class LateMask:
         """Make the mask of the next token.
 
         Args:
-            fresh: What ``news`` gave, if it is not taken in yet.
+            fresh: The result of ``news``, if it is not taken in yet.
         """
         # No new token means that a step ran out of memory and is computed again: keep its mask.
         if self._made is None or fresh:
@@ -158,8 +156,8 @@ class Masks:
 
     Args:
         end_ids: The model's end tokens.
-        is_late: Whether who draws can ask for masks when the logits are there. The engine thread
-            must have room on its stack (``constraints/threads.py``).
+        is_late: Whether the sampler can request masks once the logits are known. The engine thread
+            then needs a large stack (``constraints/matcher.py``).
     """
 
     def __init__(self, end_ids: frozenset[int], *, is_late: bool = False) -> None:
@@ -172,7 +170,7 @@ class Masks:
         self._making: Future[list[TokenMask]] | None = None
 
     def begin(self, sequences: SequenceOf[Sequence]) -> None:
-        """Have the masks of these sequences' next tokens made, beside what the caller does next."""
+        """Begin to make the masks of these sequences' next tokens on another thread."""
         self._late, self._early = {}, []
         work: list[tuple[LateMask, list[int]]] = []
         for sequence in sequences:
@@ -194,7 +192,7 @@ class Masks:
             self._making = self._thread.submit(lambda: [one.make(tokens) for one, tokens in work])
 
     def take(self) -> dict[Sequence, Mask]:
-        """The masks that ``begin`` was asked for, once they are there."""
+        """Wait for the masks that ``begin`` started, and return them."""
         masks: dict[Sequence, Mask] = {**self._late}
         if self._making is not None:
             # Wait even if the step failed: a matcher must not be used by two threads at once.
@@ -215,8 +213,8 @@ def _is_greedy(sequence: Sequence) -> bool:
 
 # Penalties, biases and bans: the change of a row of logits by a request's sampling parameters.
 #
-# Biases and bans are tensors made once for a request; of the penalties' tokens only those that
-# came since the last step are looked at. So a step costs no Python work per bias, stop or earlier
+# The tensors for biases and bans are made once per request. For penalties, a step looks only at
+# the tokens that are new since the last step. So a step does no Python work per bias, stop or old
 # token.
 
 
@@ -227,7 +225,7 @@ class _TokenCounts:
     """Distinct tokens of a growing text and how often each occurs, as tensors.
 
     Args:
-        device: Where the tensors are.
+        device: The device of the tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -240,9 +238,9 @@ class _TokenCounts:
         """Take in the tokens of ``text`` from ``start`` on that were not there the last time.
 
         Args:
-            text: Only grows, but for what comes as ``drawn``.
-            start: See above.
-            drawn: Tokens behind it that will be part of it.
+            text: The text, which only grows, except for the tokens in ``drawn``.
+            start: The first position to read.
+            drawn: Tokens after the text that will become part of it.
         """
         size = len(text) - start
         if self._num_read > size + len(drawn):
@@ -293,7 +291,7 @@ class Adjustment:
     """Changes the logits of one sequence, step after step, in the order of the methods below.
 
     Args:
-        sequence: Whose logits; its tokens may only grow.
+        sequence: The sequence whose logits change; its tokens may only grow.
         stop_token_ids: The model's end tokens, banned with the request's own under ``min_tokens``.
         device: Where the logits are.
     """
@@ -344,14 +342,14 @@ class Adjustment:
             yield self._seen.ids, self._params.repetition_penalty
 
     def penalties(self, drawn: SequenceOf[int] = ()) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Tokens, and what is taken from the logit of each, in this step."""
+        """Tokens, and the number that is subtracted from each one's logit in this step."""
         if self._generated is not None:
             self._generated.read(self._sequence.tokens, self._sequence.prompt_end, drawn)
             times = self._params.frequency_penalty * self._generated.times
             yield self._generated.ids, self._params.presence_penalty + times
 
     def biases(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Tokens, and what is added to the logit of each."""
+        """Tokens, and the number that is added to each one's logit."""
         if self._biases is not None:
             yield self._biases
 
@@ -370,7 +368,7 @@ _BLOCK = 64
 
 
 class UniformStream:
-    """The numbers of one seed, in order; kept are those of the last two blocks."""
+    """The random numbers of one seed, in order. Only the last two blocks are kept."""
 
     def __init__(self, seed: int | None) -> None:
         self._generator = torch.Generator()
@@ -463,8 +461,8 @@ class Sampler:
 
         Args:
             logits: ``[rows, vocab]`` fp32; modified in place.
-            sequences: Whose row it is.
-            masks: Of the sequences with a constraint.
+            sequences: The sequence of each row.
+            masks: The masks of the sequences with a constraint.
             drawn: Tokens of this step that come before a sequence's row.
             added: Logits of tokens beyond ``vocab``, ``[tokens]`` fp32, of sequences that have any.
         """
@@ -528,7 +526,7 @@ class Sampler:
 def takes_likeliest(sequence: Sequence) -> bool:
     """Whether the largest logit determines the next token, and nothing else is needed.
 
-    A constraint may still say no to that token.
+    A constraint may still forbid that token.
     """
     request = sequence.request
     params = request.sampling
@@ -560,9 +558,9 @@ def _greedy_tokens(
     """The tokens of the sequences that are not drawn at random.
 
     Args:
-        logits: ``[rows, vocab]``, with what is made of ``masks`` applied.
-        sequences: Whose row it is. Those with a tokenizer of their own are left out.
-        masks: Of the sequences with a constraint.
+        logits: ``[rows, vocab]``, to which the masks that are already made have been applied.
+        sequences: The sequence of each row. Those with a tokenizer of their own are left out.
+        masks: The masks of the sequences with a constraint.
 
     Returns:
         The token of each row, by its number; the late masks that had to be made.

@@ -1,4 +1,4 @@
-"""What those who watch the server ask for: the console every second, probes, metrics."""
+"""The server's state for those who watch it: the console, probes and metrics."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _SAMPLES = (
 
 
 def figures(metrics: Metrics) -> dict[str, Any]:
-    """What the metrics hold now; takes milliseconds.
+    """The current figures of the metrics; takes milliseconds.
 
     Returns:
         ``{sum, count}`` in seconds by span (``first_token``, ``inter_token``, ``queue``, ``step``),
@@ -84,7 +84,7 @@ class State:
     Args:
         inference: Knows the base model.
         adapters: Knows the adapters.
-        metrics: What is counted.
+        metrics: The metrics that are reported.
         failures: The last calls that failed.
         has_admin: Whether adapters can be managed here.
     """
@@ -200,7 +200,7 @@ class Probes:
 
     Args:
         inference: Knows whether calls are served.
-        metrics: What is counted.
+        metrics: The metrics that are reported.
     """
 
     def __init__(self, inference: Inference, metrics: Metrics) -> None:

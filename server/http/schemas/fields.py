@@ -69,7 +69,7 @@ class Sent(Generic[M]):
 
     Attributes:
         body: The model made of it; None if anything is wrong.
-        wrong: What is wrong, by field.
+        wrong: Faults by field.
         raw: The object as it was parsed, for the fields that are needed even if it is wrong.
     """
 
@@ -96,27 +96,27 @@ def read(model: type[M], raw: dict[str, Any]) -> Sent[M]:
 
 
 def not_one_of(value: Any, choices: str) -> Text:
-    """What is wrong with a value that is none of the choices; a long one is cut."""
+    """The error for a value that is not one of the choices; a long value is cut."""
     return say("NOT_ONE_OF", value=str(value)[:_MOST_CHARS], choices=choices)
 
 
 def wrong_at(text: Text, *place: str | int) -> ValidationError:
-    """What a validator raises for a value, or for a place within it."""
+    """The error that a validator raises for a value, or for a place within it."""
     kind = PydanticCustomError("said", "{text}", {"text": text})
     return ValidationError.from_exception_data(
         "value", [InitErrorDetails(type=kind, loc=place, input=None)]
     )
 
 
-# Fields that are refused or ignored.
+# Fields that are rejected or ignored.
 
 
 def unsupported(*neutral: Any, instead: str = "") -> Any:
     """A field that is refused, unless it is null or one of the values that ask for nothing.
 
     Args:
-        neutral: Those values.
-        instead: What to use instead.
+        neutral: The values that ask for nothing.
+        instead: The field to use instead.
     """
     note = "Not supported" + (f": use {instead}." if instead else ".")
     return Field(
@@ -167,7 +167,7 @@ class _Shape:
 
     Attributes:
         names: All of them.
-        used: Those that are neither refused nor ignored.
+        used: The fields that are neither rejected nor ignored.
         within: The models that some hold, and whether in a list.
         refused: Those that are refused, with the values that ask for nothing and what to use.
     """
@@ -292,7 +292,7 @@ def _plain(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
-# pydantic's errors as violations.
+# Conversion of pydantic's errors to violations.
 
 _SAID: dict[str, Callable[[dict[str, Any], Any], Text]] = {
     "said": lambda ctx, _: ctx["text"],

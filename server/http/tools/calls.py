@@ -110,7 +110,7 @@ class UnenforceableError(Exception):
     Args:
         tool: The tool's name.
         path: The faulty part of the schema, with a dot before each step.
-        text: What is wrong there.
+        text: The fault.
     """
 
     def __init__(self, tool: str, path: str, text: Text) -> None:
@@ -152,7 +152,7 @@ def kinds_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str]:
 
 
 def resolved(reference: Any, root: Any) -> Any:
-    """What a reference within a schema points to, or None."""
+    """The target of a reference within a schema, or None."""
     if not isinstance(reference, str) or not reference.startswith("#"):
         return None
     found = root
@@ -389,7 +389,7 @@ class XmlReader(CallReader):
             marks = (_PARAMETER, _XML_END)
             if any(mark.startswith(begun) or begun.startswith(mark) for mark in marks):
                 return ""
-            # Neither a parameter nor the end follows: end the call here; the rest is text.
+            # If neither a parameter nor the end follows, end the call here; the rest is text.
             self.is_done = True
             return "}"
         self.held = self.held[found.end() :]

@@ -51,8 +51,8 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 _END = "\n</parameter>\n"
-# Unsupported keywords: in objects those that relate several parameters, in texts those that
-# constrain more than the length.
+# Unsupported keywords of a schema: for objects, those that relate several parameters; for texts,
+# those that constrain more than the length.
 _OF_OBJECTS = (
     *("$ref", "allOf", "anyOf", "oneOf", "not", "if", "patternProperties", "dependentRequired"),
     *("dependentSchemas", "minProperties"),
@@ -70,8 +70,8 @@ def xml_call(index: int, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
     Args:
         index: Of the tool; ``call`` with it is the rule of the call, and ``value`` with it and the
             parameter's number that of a value.
-        name: Of the tool.
-        schema: Of its arguments.
+        name: The name of the tool.
+        schema: The schema of its arguments.
 
     Raises:
         UnenforceableError: The grammar cannot keep to the schema.
@@ -217,7 +217,7 @@ class CallsGrammar:
             answer: The right side of the answer's rule; its first token is none of a call's.
 
         Raises:
-            UnenforceableError: As ``alone``.
+            UnenforceableError: See ``alone``.
         """
         return "\n".join(["start: calls | answer", *self._rules(), f"answer: {answer}"])
 
@@ -239,7 +239,7 @@ class CallsGrammar:
         return {"anyOf": [{"$id": "urn:turret:answer", **answer}, *calls]}
 
     def places(self) -> dict[str, tuple[str, str]]:
-        """By rule made from a schema: the tool, and the path within the schema of its arguments."""
+        """The origin of each rule made from a schema: the tool, and the path in its schema."""
         found: dict[str, tuple[str, str]] = {}
         for index, (name, schema) in enumerate(self._schemas()):
             if self._form.syntax != "xml":

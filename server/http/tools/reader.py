@@ -84,7 +84,7 @@ class Channels:
     there is not.
 
     Args:
-        names: Of the tools that may be called.
+        names: The names of the tools that may be called.
     """
 
     def __init__(self, names: Container[str]) -> None:

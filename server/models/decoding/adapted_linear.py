@@ -50,7 +50,7 @@ class StepProduct:
         return StepProduct(self._linear, self._num_decode, index)
 
     def alone(self, *, is_decode: bool) -> StepProduct:
-        """The product for rows outside the step, all of which decode or none."""
+        """The product for rows outside the step; either all of them decode, or none does."""
         return StepProduct(self._linear, _ALL if is_decode else 0, self._index)
 
     def with_shrink(self, x: torch.Tensor, shrink: Shrink) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,7 +80,7 @@ class StepProduct:
 class AdaptedLinear:
     """``y = G ⊙ (W x) + b + Σ_k w_k Δ_k(x)`` for one fused projection of one layer.
 
-    Every path multiplies here: the base gives ``W x``, the step's adapters make ``y`` of it.
+    All compute paths use it: the base computes ``W x``, from which the step's adapters make ``y``.
 
     Attributes:
         layer: Layer number.
@@ -112,7 +112,7 @@ class AdaptedLinear:
 
         Args:
             x: ``[rows, in]``, rows ordered as ``adapters`` was made for.
-            adapters: The step's, or None where every row is the base model's.
+            adapters: The step's adapters, or None if every row is the base model's.
             num_decode: See ``BaseLinear``.
 
         Returns:
@@ -133,16 +133,16 @@ class AdaptedLinear:
         num_decode: int,
         epilogue: Epilogue,
     ) -> torch.Tensor:
-        """Project on the gpu path and apply what follows, in the same launches if possible.
+        """Project on the gpu path and apply the next operation, in the same launches if possible.
 
         Args:
             x: As above.
             adapters: As above.
             num_decode: As above.
-            epilogue: What comes after.
+            epilogue: The operation that follows.
 
         Returns:
-            What ``epilogue`` makes of the projection, with the same bits.
+            The result of ``epilogue`` on the projection, with the same bits.
         """
         base = StepProduct(self, num_decode)
         if adapters is None or not adapters.changes(self.layer, self.projection):

@@ -86,25 +86,26 @@ class LayerNorms:
 class Experts:
     """A mixture of experts in place of the MLP (arXiv 1701.06538; 2101.03961 on routing).
 
-    A router, a linear module in full precision, gives each token a score per expert. The experts of
-    the highest scores are gated MLPs; what they give is summed, weighted by the softmax of the
-    scores.
+    A router, a linear module in full precision, gives each token a score per expert. The experts,
+    which are gated MLPs, with the highest scores process the token. Their outputs are summed,
+    weighted by the softmax of the scores.
 
     Attributes:
-        layers: The layers that have one; the others have an MLP.
+        layers: The layers that have experts; the others have an MLP.
         count: Experts of a layer.
-        per_token: How many of them a token goes through.
-        intermediate_size: Of an expert.
+        per_token: The number of experts that process a token.
+        intermediate_size: The intermediate size of an expert.
         normalizes: Whether the weights of a token's experts are scaled so that their sum is 1.
-        path: Where adapters find it in a layer: ``{path}.gate``, ``{path}.experts``.
-        checkpoint_path: Where the checkpoint has it.
-        router: The router's module, below either.
-        checkpoint_routers: What else checkpoints call it.
+        path: The mixture's path in a layer for adapters: ``{path}.gate``, ``{path}.experts``.
+        checkpoint_path: The mixture's path in a layer in checkpoints.
+        router: The router's module, below either path.
+        checkpoint_routers: Other names for the router in checkpoints.
         modules: An expert's modules in the checkpoint, below ``experts``, by fused projection;
             ``{}`` stands for the expert.
-        parameters: What adapters call those of all experts, below ``experts``.
-        are_stacked: Whether a plain checkpoint has those of all experts as ``parameters`` calls
-            them: weights ``[experts, in, out]``, biases ``[experts, out]`` (``expert_stacks.py``).
+        parameters: Adapters' names for the parameters of all experts, below ``experts``.
+        are_stacked: Whether a plain checkpoint stores all experts in one tensor, named as in
+            ``parameters``: weights ``[experts, in, out]``, biases ``[experts, out]``
+            (``expert_stacks.py``).
     """
 
     layers: frozenset[int]
@@ -133,14 +134,14 @@ class Projections:
     """The linear modules of a model's layers, read from ``config.json`` without torch.
 
     Attributes:
-        model_type: As the config names it.
+        model_type: The name in the config.
         num_layers: All layers.
         hidden: Width of the residual.
-        inner: Of the MLP.
-        queries: Of all heads together.
-        keys: Of all heads of keys, and of values, together.
-        modules: As ``Arch.modules``.
-        experts: As ``Arch.experts``.
+        inner: The inner width of the MLP.
+        queries: The width of all heads together.
+        keys: The width of all heads of keys, and of values, together.
+        modules: See ``Arch.modules``.
+        experts: See ``Arch.experts``.
     """
 
     model_type: str
@@ -155,8 +156,8 @@ class Projections:
     def linears(self) -> dict[str, tuple[Linear, ...]]:
         """Fused projections: (module path in the layer, out, in) per slice, by name.
 
-        Not every layer has all of them where only some are mixtures of experts (``has``). Those of
-        experts are not among them, their router is.
+        If only some layers are mixtures of experts, not every layer has all of them (``has``). The
+        experts' projections are not included, but the router is.
         """
         sizes = {
             "qkv": ((self.queries, self.keys, self.keys), self.hidden),
@@ -198,29 +199,29 @@ class Projections:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arch:
-    """What the one decoder needs to know. Sizes are per model, not per shard.
+    """The architecture of a model, which configures the decoder.
 
-    The decoders read all of this but ``model_type``; ``check_served`` refuses the values that no
-    kernel computes.
+    The decoders read every attribute except ``model_type``. ``check_served`` rejects values for
+    which there are no kernels.
 
     Attributes:
-        model_type: As the config names it. Information: nothing is decided by it.
+        model_type: The name in the config. For information only: no code depends on it.
         head_dim: Width of one head.
-        activation: What the MLP's gate goes through, as Hugging Face names it, or what is made of
+        activation: The activation of the MLP's gate, by Hugging Face's name, or the operation on
             gates and ups.
         attention_scale: Multiplies the scores.
-        embedding_scale: Multiplies what the embedding gives, rounded to the dtype of activations.
-        scales_soft_tokens: Whether it multiplies the soft tokens of adapters as well.
-        residual_scale: Multiplies what attention and MLP add.
+        embedding_scale: Multiplies the embeddings, rounded to the dtype of activations.
+        scales_soft_tokens: Whether it also multiplies the soft tokens of adapters.
+        residual_scale: Multiplies the updates of attention and MLP.
         logit_scale: Multiplies the logits.
         norm_offset: Added to the weights of all norms (1 where a norm is ``1 + w``).
         norms: The norms of a layer.
-        experts: Of the layers that are mixtures of experts, or None.
+        experts: The experts of the layers that are mixtures of experts, or None.
         qk_norm: Whether queries and keys are normed, head by head or the whole projection at once.
         attention_softcap: ``c · tanh(score / c)`` where it is not None.
-        has_sinks: Whether every head has a learned score of no position, which takes part in the
-            softmax.
-        logit_softcap: The same of logits.
+        has_sinks: Whether every head has a learned score without a position, which takes part in
+            the softmax.
+        logit_softcap: The same for logits.
         windows: Each layer's sliding window in tokens, or None.
         is_interleaved: Whether a pair that rotates is two neighbouring features of a head, not
             (i, i + pairs).
@@ -228,8 +229,8 @@ class Arch:
         ropes: Rotary positions by kind of layer.
         modules: The modules of a layer, by the projection that they make when they are fused. A
             checkpoint may hold ``qkv`` or ``gate_up`` fused: then it is one module.
-        long_from: A sequence is long whose prompt and ``max_tokens`` are more tokens than this;
-            None where no ``Rope`` asks.
+        long_from: A sequence is long if its prompt and ``max_tokens`` together have more tokens
+            than this; None if no ``Rope`` depends on it.
         rope_of_layer: Each layer's kind, or None for a layer that does not rotate.
     """
 
@@ -297,7 +298,7 @@ class Arch:
 
 
 def check_served(arch: Arch) -> None:
-    """Checks that the decoders compute what an architecture says.
+    """Checks that the decoders support an architecture.
 
     Raises:
         InvalidRequestError: They do not; names everything that is missing.

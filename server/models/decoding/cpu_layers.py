@@ -1,8 +1,8 @@
-"""The decoder's layers in one native call, where every part of them is a compiled kernel.
+"""The decoder's layers in one native call, if every part of them is a compiled kernel.
 
-Called one by one from Python, the kernels of a step of one row take half as long again: some 250
-calls, each with its checks, its result's memory and the interpreter's lock. The same kernels in the
-same order give the same bits.
+If Python calls the kernels one by one, a step of one row takes 1.5 times as long, because of about
+250 calls, each with its checks, the memory of its result and the interpreter's lock. The kernels
+and their order are the same, so the bits are, too.
 """
 
 from __future__ import annotations
@@ -150,10 +150,10 @@ class CpuLayers:
     """A decoder's layers and its cache, as the kernels read them.
 
     Args:
-        arch: ``serves`` it and the layers.
-        layers: The decoder's. Once their weights are exchanged, this is void.
+        arch: An architecture for which ``serves`` is true.
+        layers: The decoder's layers. After their weights are exchanged, this object is invalid.
         norm: The last norm, ``[hidden]`` fp32.
-        cache: Where the layers' keys and values are.
+        cache: The cache of the layers' keys and values.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class CpuLayers:
 
     @staticmethod
     def serves(arch: Arch, layers: Sequence[Layer]) -> bool:
-        """Whether every projection is a compiled kernel; ``CpuLayerOps`` are to be what is between.
+        """Whether every projection is a compiled kernel, given that ``CpuLayerOps`` are used.
 
         The kernels of this file are for bf16.
         """
@@ -216,7 +216,7 @@ class CpuLayers:
         """Run a step and write its keys and values.
 
         Args:
-            hidden: What the first layer gets, ``[rows, hidden]`` bf16; written to.
+            hidden: The input of the first layer, ``[rows, hidden]`` bf16; written to.
             rotations: Cosines and sines by kind of layer.
             slots: Where each row's keys and values go, ``[rows]`` int64.
             attention: Plans by window.

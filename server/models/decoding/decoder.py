@@ -93,8 +93,8 @@ class Decoder:
         arch: Its architecture.
         layers: Its layers; adapters see their linear modules as ``describe_base`` does.
         dtype: Dtype of activations.
-        ops: How this path computes what is between the projections.
-        epoch: Moves when a merge exchanges weights. Graphs that were captured before are void.
+        ops: Computes the operations between the projections on this path.
+        epoch: Changes when a merge exchanges weights, which makes earlier graphs invalid.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Decoder:
         return ops.add_rms_norm(hidden, delta, self.norm)
 
     def _in_one_call(self, cache: KvCache) -> CpuLayers | None:
-        """All layers as one call, or None where some part of them is not a compiled kernel."""
+        """All layers as one call, or None if some part of them is not a compiled kernel."""
         if not isinstance(self.ops, CpuLayerOps) or self.dtype != torch.bfloat16:
             return None
         if self._native is None or self._native[:2] != (self.epoch, cache):
@@ -325,10 +325,10 @@ _CAP_SLACK, _CAP_REACH = 1e-3, 4.0
 
 
 class LikeliestTokens:
-    """Tells tokens from a part of a head's bytes, the same as all logits would (``Screen``).
+    """Finds the likeliest tokens from a part of the head's bytes, exactly (``Screen``).
 
     Args:
-        decoder: Its head stays as it is.
+        decoder: A decoder whose head does not change.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -356,7 +356,7 @@ class LikeliestTokens:
             hidden: Final-norm hidden states, ``[rows, hidden]``.
 
         Returns:
-            None where the logits have to tell.
+            None if the logits are needed to decide.
         """
         if self._screen is None or hidden.shape[0] > MOST_ROWS:
             return None

@@ -45,7 +45,7 @@ class GpuStep(StepInput):
         num_decode: The first rows, of sequences that generate or whose prompt is short; see
             ``nf4_gpu.py``.
         logits: Where logits go, ``[at least samples, vocab]`` fp32; None for memory of their own.
-        embedded: What the first layer gets, ``[rows, hidden]``, if it is there already.
+        embedded: The input of the first layer, ``[rows, hidden]``, if it is already computed.
     """
 
     attention: Mapping[int | None, AttentionTable]

@@ -13,8 +13,8 @@ from turret.server.models.decoding.arch import Arch
 class KvCache:
     """Keys and values of all layers, ``[layers, num_blocks, block_size, kv_heads, head_dim]``.
 
-    Block 0 is never handed out: tiles are padded with it. The memory is reserved, not touched:
-    a block costs RAM once it is first handed out (and cleared).
+    Block 0 is never handed out, because tiles are padded with it. The memory is only reserved: a
+    block takes RAM when it is first handed out (and cleared).
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class KvCache:
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero blocks that change owner.
 
-        A masked position still multiplies its value by 0: a NaN left by the previous owner would
+        A masked position still multiplies its value by 0, so a NaN of the previous owner would
         spread.
         """
         if blocks:
@@ -52,8 +52,8 @@ class KvCache:
             blocks: Block numbers, in position order.
             keys: ``[layers, positions, kv_heads, head_dim]``, ready to be attended to.
             values: Same shape.
-            first: Which stored position the first slot of ``blocks`` holds; negative for slots
-                of padding before position 0, which keep their zeros.
+            first: The stored position in the first slot of ``blocks``; negative if slots of padding
+                come before position 0, which keep their zeros.
         """
         skip = max(-first, 0)
         places = [b * self.block_size + o for b in blocks for o in range(self.block_size)][skip:]

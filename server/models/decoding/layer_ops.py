@@ -1,7 +1,7 @@
-"""What a decoder layer does between its projections, and how attention is planned.
+"""The operations of a decoder layer between its projections, and the planning of attention.
 
-The seam between the decoder and a compute path: the decoder says what happens, one of these says
-how.
+This is the interface between the decoder and a compute path: the decoder determines which
+operations run, and a class with the methods of ``LayerOps`` implements them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from turret.server.models.decoding.kv_cache import KvCache
 
 # Cosines and sines of positions, made once.
 #
-# A library's sine may round by where an element lies in a vector, and a position's place in the
-# step changes with the batch. So positions are computed in blocks that are always the same, and
+# A library's sine may round differently depending on an element's place in a vector, and a
+# position's place in a step depends on the batch. So positions are computed in fixed blocks, and
 # looked up.
 
 
@@ -166,7 +166,7 @@ class LayerOps(Protocol):
 
 
 def choose_layer_ops(arch: Arch, dtype: torch.dtype, device: torch.device) -> LayerOps:
-    """The fastest that serves this model here."""
+    """The fastest operations that support this model on this machine."""
     if has_layer_ops(dtype, device) and CpuLayerOps.serves(arch):
         return CpuLayerOps(arch)
     prepare_attention(arch.head_dim, device)

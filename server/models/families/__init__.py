@@ -28,12 +28,12 @@ FAMILIES: Mapping[str, Family] = _discover()
 
 
 def served_types() -> list[str]:
-    """What ``model_type`` in ``config.json`` may be, in order."""
+    """The supported values of ``model_type`` in ``config.json``, sorted."""
     return sorted({*FAMILIES, *_text_parts()})
 
 
 def dense_modules(model_type: str) -> frozenset[str]:
-    """Paths, in a layer, of the linear modules of a dense model; of a mixture nothing."""
+    """Paths, in a layer, of the linear modules of a dense model; empty for a mixture of experts."""
     family = FAMILIES[model_type]
     if family.experts is not None:
         return frozenset()
@@ -50,7 +50,7 @@ def text_type(config: Mapping[str, Any]) -> Any:
 
 
 def text_config(config: Any) -> Any:
-    """A transformers config, or its text part where it is of text and images."""
+    """A transformers config, or its text part for a model of text and images."""
     if config.model_type not in _text_parts():
         return config
     text = config.text_config
@@ -63,11 +63,11 @@ def read_arch(config: Any) -> Arch:
     """Turns a transformers config into an ``Arch``.
 
     Args:
-        config: A ``PretrainedConfig``; of one of text and images, the text part is read.
+        config: A ``PretrainedConfig``; for a model of text and images, the text part is read.
 
     Raises:
-        InvalidRequestError: No family reads its ``model_type`` (lists those that are read), or it
-            asks for what no kernel computes yet (names it).
+        InvalidRequestError: No family supports the ``model_type``, or the model needs something
+            that no kernel computes; the error names it.
     """
     config = text_config(config)
     family = FAMILIES.get(config.model_type)
@@ -79,7 +79,7 @@ def read_arch(config: Any) -> Arch:
 
 
 def not_served(kind: object) -> InvalidRequestError:
-    """The refusal of a ``model_type``, which lists those that are served."""
+    """The error for an unsupported ``model_type``, which lists the supported ones."""
     served = ", ".join(served_types())
     said = say("CONFIG_UNSUPPORTED", key="model_type", value=kind, choices=served)
     return InvalidRequestError.of("model", said)

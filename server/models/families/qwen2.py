@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5: biases on q, k and v if the checkpoint has them; windows in some layers.
 
-The text part of Qwen2.5-VL is one too: its rotary positions have three axes, of time, height and
-width (M-RoPE, arXiv 2409.12191, section 2.1), which are equal in text.
+The text part of Qwen2.5-VL has the same architecture. Its rotary positions have three axes, for
+time, height and width (M-RoPE, arXiv 2409.12191, section 2.1), which are equal for text.
 """
 
 from __future__ import annotations

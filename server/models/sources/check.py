@@ -49,10 +49,10 @@ def default_cache_dir() -> Path:
 
 
 def check_cache_dir() -> None:
-    """Refuse a cache directory that has no weights and is not writable.
+    """Reject a cache directory that has no weights and is not writable.
 
     Raises:
-        InvalidRequestError: Says which, and how to name another.
+        InvalidRequestError: It has neither; the error explains how to choose another.
     """
     folder = default_cache_dir()
     problem = unwritable(folder)
@@ -91,7 +91,7 @@ _MOST = 1 << 24
 
 
 def check_model(model: Path | None) -> str:
-    """Refuse what is no model that can be served.
+    """Check that ``--model`` is a supported model.
 
     Args:
         model: A directory, a GGUF file, or the id of a repository on the hub, which is asked; None
@@ -101,7 +101,7 @@ def check_model(model: Path | None) -> str:
         Its ``model_type``, a key of ``FAMILIES``.
 
     Raises:
-        InvalidRequestError: Says what is there instead, and what to do.
+        InvalidRequestError: It is not; the error has the reason and advice.
     """
     hub_id = None if model is None else hub_model_id(model)
     if hub_id is not None:
@@ -128,7 +128,7 @@ def told_sizes(model: Path | None, model_type: str) -> dict[str, Any] | None:
         model_type: What it returned.
 
     Returns:
-        The arguments of ``Projections`` but its names. None where the config, or the header of a
+        The arguments of ``Projections`` except its names. None if the config, or the header of a
         GGUF file, leaves a size to transformers.
     """
     family = FAMILIES[model_type]
@@ -160,7 +160,7 @@ def told_sizes(model: Path | None, model_type: str) -> dict[str, Any] | None:
 
 
 def told_context(model: Path | None) -> int | None:
-    """Most positions that a model was made for, as far as that shows without torch.
+    """The maximum number of positions of a model, if it can be determined without torch.
 
     Args:
         model: One that :func:`check_model` took.
@@ -183,7 +183,7 @@ def _is_size(value: object) -> TypeGuard[int]:
 def _config_of(model: Path) -> dict[str, Any]:
     """The config of a directory, or of a hub model that :func:`check_model` has asked for.
 
-    Empty where the hub's cache does not keep it.
+    Empty if the hub's cache does not have it.
     """
     hub_id = hub_model_id(model)
     return read_config(model) if hub_id is None else checked_config(hub_id)
@@ -212,7 +212,7 @@ def name_of_model(model: Path | None) -> str:
 def size_of_model(model: Path | None) -> tuple[int, int, int] | None:
     """Width, layers and tokens of a model that :func:`check_model` accepted, None if unknown.
 
-    Tokens are the rows of the embedding; 0 where they alone are not told.
+    Tokens are the rows of the embedding; 0 if only they are unknown.
     """
     if model is None:
         return gguf_size(find_gguf())

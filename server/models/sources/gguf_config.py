@@ -1,7 +1,7 @@
-"""The transformers config that a GGUF file's keys make.
+"""The transformers config for the keys of a GGUF file.
 
-Every key about the architecture is used or refused: what a file says that nobody reads would make
-another function of the model.
+Every key about the architecture is used or rejected, because a model with an ignored key may be a
+different function.
 """
 
 from __future__ import annotations
@@ -60,17 +60,17 @@ def read_rope_parameters(
     head_dim: int,
     tensors: Mapping[str, ReaderTensor],
 ) -> dict[str, Any]:
-    """``rope_parameters`` of a config, of the layers that see everything.
+    """``rope_parameters`` of a config, for the layers without a window.
 
     Args:
-        path: For messages.
+        path: The path for messages.
         said: The file's keys below the architecture.
-        theta: Of files that do not tell it.
+        theta: The default for files without this number.
         head_dim: Features of a head.
         tensors: The file's, by name.
 
     Raises:
-        InvalidRequestError: They are scaled in a way that is not read.
+        InvalidRequestError: The positions are scaled in an unsupported way.
     """
     rope: dict[str, Any] = {"rope_theta": float(said.get("rope.freq_base", theta))}
     kind = said.get("rope.scaling.type", "none")
@@ -118,7 +118,7 @@ def _rope_values(tensor: ReaderTensor) -> list[float]:
 
 
 def _llama3(path: Path, theta: float, head_dim: int, freqs: ReaderTensor) -> dict[str, Any]:
-    """Find the parameters that give the factors by which llama.cpp divides the frequencies."""
+    """Find the parameters from which llama.cpp's divisors of the frequencies result."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -154,15 +154,15 @@ _KINDS = ("full_attention", "sliding_attention")
 def read_gguf_config(
     path: Path, fields: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]
 ) -> tuple[Any, GgufLayout]:
-    """A transformers config, and the row of the table that the file is read by.
+    """A transformers config, and the layout by which the file is read.
 
     Args:
-        path: For messages.
+        path: The path for messages.
         fields: All keys of the file.
         tensors: Its tensors by name.
 
     Raises:
-        InvalidRequestError: A key is lacking, or says what is not served.
+        InvalidRequestError: A key is missing or has an unsupported value.
     """
     from transformers import AutoConfig
 
@@ -229,7 +229,7 @@ def _kv_heads(path: Path, said: int | list[int]) -> int:
 
 
 def _attention(said: Mapping[str, Any], layout: GgufLayout, head_dim: int) -> dict[str, Any]:
-    """Which layers have a window, and what scales the scores."""
+    """The config's keys for sliding windows and for the scale of the scores."""
     layers: int = said["block_count"]
     values: dict[str, Any] = {}
     if layout.window == "never":

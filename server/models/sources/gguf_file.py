@@ -33,14 +33,13 @@ class GgufTensors:
     """Iterates over name and float32 values of each weight; one is in memory at a time.
 
     Args:
-        path: For messages.
-        tensors: The file's, by name.
-        layout: How they are stored.
-        config: The model's.
+        path: The path for messages.
+        tensors: The file's tensors by name.
+        layout: The layout of the file.
+        config: The model's config.
 
     Raises:
-        InvalidRequestError: The file has a tensor that nobody knows, or one of a pair without the
-            other.
+        InvalidRequestError: The file has an unknown tensor, or one of a pair without the other.
     """
 
     def __init__(
@@ -141,8 +140,8 @@ def _whole(
 def _unpermuted(name: str, values: torch.Tensor, config: Any) -> torch.Tensor:
     """Rows of q and k of a Llama in Hugging Face's order.
 
-    llama.cpp rotates neighbouring features and stores rows so (``permute`` in its
-    convert_hf_to_gguf.py); transformers rotates a feature with the one half a head away.
+    llama.cpp rotates neighbouring features, and stores rows in that order (``permute`` in its
+    convert_hf_to_gguf.py). transformers rotates a feature with the one half a head away.
     """
     for module, heads in (
         ("q_proj", config.num_attention_heads),
@@ -156,7 +155,7 @@ def _unpermuted(name: str, values: torch.Tensor, config: Any) -> torch.Tensor:
 
 # A model in a GGUF file: its config, its tokenizer, and its weights, dequantised one at a time.
 #
-# Every tensor is used or refused, as every key is.
+# Every tensor and every key is used or rejected.
 
 
 # The tokenizer of a GGUF file, with its chat template.
@@ -192,10 +191,10 @@ def read_gguf_tokenizer(path: Path, fields: Mapping[str, Any], layout: GgufLayou
     Args:
         path: The file.
         fields: Its keys.
-        layout: Of its architecture.
+        layout: The layout of its architecture.
 
     Raises:
-        InvalidRequestError: It splits texts in a way that is not read.
+        InvalidRequestError: The tokenizer splits texts in an unsupported way.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -229,13 +228,13 @@ def _split_as_llama3(tokenizer: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class GgufModel:
-    """A model as transformers would have it.
+    """A model in the form of transformers.
 
     Attributes:
         config: A transformers config.
-        tokenizer: With the file's chat template.
-        eos_token_ids: All that end an answer.
-        num_tensors: How many ``tensors`` yields.
+        tokenizer: The tokenizer, with the file's chat template.
+        eos_token_ids: All tokens that end an answer.
+        num_tensors: The number of tensors that ``tensors`` yields.
     """
 
     config: Any
@@ -253,7 +252,7 @@ def open_gguf(path: Path) -> GgufModel:
     """Open a GGUF file and read everything except the weights.
 
     Raises:
-        InvalidRequestError: It is damaged, or says what is not served.
+        InvalidRequestError: The file is damaged, or its model is not supported.
     """
     # Imported here because it is slow and most models are not GGUF files.
     import gguf

@@ -23,7 +23,7 @@ _SCALARS = {
     **{6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"},
 }
 _MAX_TEXT = 1 << 16
-# Most keys that are read: keys about the model come before the vocabulary, which is long.
+# Maximum number of keys to read: keys about the model come before the vocabulary, which is long.
 _MAX_KEYS = 256
 _MAX_SIZES = 8
 _VOCABULARY = "tokenizer."
@@ -39,13 +39,13 @@ _BLOCKS = {
 
 
 def check_gguf(path: Path) -> str:
-    """Refuse a file that is no GGUF of an architecture that is served.
+    """Check that a file is a GGUF file with a supported architecture.
 
     Returns:
         Its ``model_type``.
 
     Raises:
-        InvalidRequestError: Says what it is instead.
+        InvalidRequestError: It is not; the error says what it is instead.
     """
     said = _said_by(path)
     architecture = said.get("general.architecture", "")
@@ -61,10 +61,10 @@ def check_gguf(path: Path) -> str:
 
 
 def check_whole(path: Path) -> None:
-    """Refuse a file that :func:`check_gguf` takes and that ends before its tensors do.
+    """Check that a file which :func:`check_gguf` accepted does not end before its tensors do.
 
     Raises:
-        InvalidRequestError: It does.
+        InvalidRequestError: The file is cut short.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -82,7 +82,7 @@ def check_whole(path: Path) -> None:
 def gguf_size(path: Path) -> tuple[int, int, int] | None:
     """Width, layers and tokens of the model in a file that :func:`check_gguf` accepted.
 
-    None if not told; of tokens alone 0.
+    None if they are unknown; 0 tokens if only the tokens are unknown.
     """
     _, sizes = read_sizes(path)
     width, layers = sizes.get("embedding_length"), sizes.get("block_count")
@@ -104,7 +104,7 @@ def read_sizes(path: Path) -> tuple[str, dict[str, Any]]:
 def told_fields(path: Path) -> dict[str, Any]:
     """Config fields of a file that :func:`check_gguf` accepted, read before its tensors.
 
-    Texts and numbers alone, by the names of transformers' fields.
+    Only texts and numbers, by the names of transformers' fields.
     """
     architecture, said = read_sizes(path)
     layout = layout_of(architecture, said)
@@ -128,7 +128,7 @@ def _said_by(path: Path) -> dict[str, Any]:
 
 
 def refuse(path: Path, reason: str, **params: object) -> InvalidRequestError:
-    """Make the error that refuses a file."""
+    """The error for a file that is rejected."""
     return InvalidRequestError.of("model", say(reason, path=path, **params))
 
 

@@ -1,9 +1,9 @@
 """Names and values that llama.cpp's converters write for each supported architecture.
 
-``general.architecture`` of a file names a row. A row says which of transformers' models it is,
-which key of the file is which field of that model's config, what llama.cpp takes for granted and no
-key tells, and what the tensors of a layer are in Hugging Face's checkpoints. The facts are those of
-llama.cpp's ``conversion/`` and ``src/models/``.
+``general.architecture`` of a file determines its layout. A layout maps the file to one of
+transformers' models: the keys of the file to the fields of the config, and the tensors of a layer
+to their names in Hugging Face's checkpoints. It also has the values that llama.cpp assumes without
+a key. The facts come from llama.cpp's ``conversion/`` and ``src/models/``.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _LLAMA = {**_NORMS, **_ATTENTION, **_MLP}
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two tensors of a file that are one of a checkpoint.
+    """Two tensors of a GGUF file that are one tensor in a checkpoint.
 
     Attributes:
-        first: Part of a layer: ``ffn_gate``.
-        second: Another, of the same shape.
-        name: What they are together, below the layer.
+        first: The name of the first tensor in a layer, such as ``ffn_gate``.
+        second: The name of the second tensor, which has the same shape.
+        name: The name of the fused tensor, below the layer.
         alternates: Whether their rows alternate; else the second's follow the first's.
     """
 
@@ -53,34 +53,34 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufLayout:
-    """A row of the table.
+    """The layout of one architecture.
 
     Attributes:
-        model_type: Of transformers' config.
-        parts: What each tensor of a layer is below the layer in a checkpoint. ``{}`` stands for the
-            expert where a tensor holds all of them.
-        pairs: Those that are two in the file.
-        bare: Of ``parts``, those whose name in a checkpoint has no ``.weight``.
-        key: The row is for files that have this key, and not zero; None: for all others.
-        fields: Config field by key; a file without one of the keys is refused.
-        optional: Config field by key that a file may lack.
-        constants: Values of the config that no key tells.
-        rope_fields: As ``fields``, of ``rope_parameters``.
-        rope_constants: As ``constants``, of ``rope_parameters`` where they are scaled.
-        ignored: Keys that say nothing which the rest does not.
+        model_type: The model type of transformers' config.
+        parts: The name in a checkpoint, below the layer, of each tensor of a layer. ``{}`` stands
+            for the expert if a tensor holds all of them.
+        pairs: The fused tensors that are two tensors in the file.
+        bare: Those of ``parts`` whose name in a checkpoint has no ``.weight``.
+        key: The layout is for files in which this key is not zero; None for all other files.
+        fields: Config field by key; a file without one of the keys is rejected.
+        optional: Config field by key, for keys that a file may lack.
+        constants: Values of the config for which there is no key.
+        rope_fields: Like ``fields``, but for ``rope_parameters``.
+        rope_constants: Like ``constants``, but for ``rope_parameters`` if they are scaled.
+        ignored: Keys that add no information.
         is_permuted: Whether the rows of queries and keys are in the order of interleaved rotation.
-        norm_offset: What the converter added to the weights of norms.
+        norm_offset: The number that the converter added to the weights of norms.
         rotates_part: Whether ``rope.dimension_count`` may be less than a head.
-        window: Whether all layers have a window, or some, which ``layer_types`` tells; ``never``:
-            it tells that none has one.
-        full_every: Of the last, where no key tells: every so-manieth layer sees everything.
-        ropes_by_kind: Whether layers with a window rotate by frequencies of their own.
-        swa_theta: Their ``rope_theta`` where no key tells it; None: that of the other layers.
-        theta: ``rope_theta`` where no key tells it.
-        wide_layers: The score of a head is scaled by its width, but in the model of so many layers
-            by hidden / heads (``query_pre_attn_scalar``); None: there is no such field.
-        tokenizer: ``auto``: of transformers' class for the model; ``fast``: of its general class,
-            where it knows no GGUF files of this architecture or fails at them.
+        window: Whether all layers have a window, or some of them, according to ``layer_types``; or
+            ``never``, if ``layer_types`` must state that none has one.
+        full_every: For ``some`` without a key: one in this many layers has no window.
+        ropes_by_kind: Whether layers with a window have their own rotary frequencies.
+        swa_theta: The default of their ``rope_theta``; None for that of the other layers.
+        theta: The default of ``rope_theta``.
+        wide_layers: Scores are scaled by a head's width, but in the model with this many layers by
+            hidden / heads (``query_pre_attn_scalar``); None if there is no such field.
+        tokenizer: ``auto`` for transformers' class for the model; ``fast`` for its general class,
+            if the former does not support GGUF files of this architecture.
     """
 
     model_type: str
@@ -352,7 +352,7 @@ LAYOUTS: Mapping[str, tuple[GgufLayout, ...]] = {
 
 
 def layout_of(architecture: str, said: Mapping[str, Any]) -> GgufLayout:
-    """Choose the row of the table for a file.
+    """Choose the layout for a file.
 
     Args:
         architecture: One of ``LAYOUTS``.

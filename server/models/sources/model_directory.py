@@ -58,7 +58,7 @@ def check_config(config: dict[str, Any], model: Path | str) -> None:
 
     Args:
         config: Its content.
-        model: As messages call the model.
+        model: The name of the model in messages.
 
     Raises:
         InvalidRequestError: Says what is there instead, and what to do.
@@ -104,10 +104,10 @@ def model_name(model: Path, config: dict[str, Any]) -> str:
 
 
 def scale_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of an FP8 weight that have a scale in common; None if all of it has one.
+    """Rows and columns of an FP8 weight that share a scale; None if the whole weight shares one.
 
     Raises:
-        InvalidRequestError: ``weight_block_size`` is no two positive numbers.
+        InvalidRequestError: ``weight_block_size`` is not two positive numbers.
     """
     sizes = (config.get("quantization_config") or {}).get("weight_block_size")
     if sizes is None:
@@ -143,9 +143,9 @@ def files_missing(model: object, missing: Sequence[str], names: Sequence[str]) -
 
 
 def _check_whole(file: Path) -> None:
-    """Refuse a safetensors file that is a pointer to one, or does not end where its tensors do.
+    """Reject a file that is only a Git LFS pointer, or does not end where its tensors do.
 
-    The header alone is read. What else it says is left to who reads the tensors.
+    Only the header is read. Everything else in it is checked when the tensors are read.
     """
     size = file.stat().st_size
     with file.open("rb") as opened:
@@ -170,7 +170,7 @@ def indexed_files(index: Path) -> list[str]:
     """The files that the index of a sharded checkpoint names, each once.
 
     Raises:
-        InvalidRequestError: It is no index, or names what does not lie beside it.
+        InvalidRequestError: The file is not an index, or names files outside its directory.
     """
     data = index.read_bytes()
     if why := why_lfs_pointer(data):
@@ -192,7 +192,7 @@ def read_config(model: Path) -> dict[str, Any]:
     """The ``config.json`` of a directory.
 
     Raises:
-        InvalidRequestError: There is none, or it is no JSON object.
+        InvalidRequestError: The file is missing, or is not a JSON object.
     """
     path = model / "config.json"
     if not path.is_file():
@@ -239,15 +239,15 @@ def hub_model_id(model: Path) -> HubId | None:
 
 
 def check_hub_model(hub_id: HubId) -> str:
-    """Refuse what is no model that can be served, before its weights are fetched.
+    """Check that a repository is a supported model, before its weights are fetched.
 
-    Weights that the cache has already are looked at, as those of a directory.
+    Weights that are already in the cache are checked like those of a directory.
 
     Returns:
         Its ``model_type``.
 
     Raises:
-        InvalidRequestError: Says what is there instead, and what to do.
+        InvalidRequestError: It is not; the error has the reason and advice.
     """
     try:
         repository, folder = _describe(hub_id)
@@ -261,7 +261,7 @@ def check_hub_model(hub_id: HubId) -> str:
 def checked_config(hub_id: HubId) -> dict[str, Any]:
     """The config of a model that ``check_hub_model`` accepted, from the cache without network.
 
-    Empty where the cache does not tell which commit that was.
+    Empty if the cache does not have the commit.
     """
     repository = cached_repository(hub_id)
     if repository is None or _CONFIG not in repository.files:
@@ -270,17 +270,17 @@ def checked_config(hub_id: HubId) -> dict[str, Any]:
 
 
 def fetch_hub_model(hub_id: HubId, progress: Progress) -> tuple[Path, str]:
-    """Have a model's files in the hub's cache.
+    """Fetch a model's files to the hub's cache.
 
     Args:
         hub_id: The repository and the revision.
-        progress: Told how many MiB came.
+        progress: Called with the number of MiB that have arrived.
 
     Returns:
         The directory, all of whose files are of one commit; that commit.
 
     Raises:
-        InvalidRequestError: As ``check_hub_model``; or the hub does not answer.
+        InvalidRequestError: See ``check_hub_model``; or the hub does not answer.
     """
     try:
         repository, folder = _describe(hub_id)

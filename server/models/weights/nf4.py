@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 # ``bitsandbytes.functional``, imported in a tenth of its time.
 #
-# bitsandbytes imports torch's compiler, which takes seconds of processor time and 70 MiB. It hands
-# a few functions to ``torch.compile`` when it is imported; those are for devices without kernels
-# of its own, and are called uncompiled where they do not compile. Later, the first call of each of
-# its operators would import the compiler in order to keep the operator out of it. A server that
-# runs out of memory during that import could not call the operator until it restarts.
+# bitsandbytes imports torch's compiler, which takes seconds of processor time and 70 MiB. At
+# import it passes a few functions to ``torch.compile``. These are for devices without kernels of
+# its own, and also work uncompiled. Later, the first call of each of its operators would import
+# the compiler, only to exclude the operator from compilation. A server that runs out of memory
+# during that import could not call the operator until it restarts.
 
 
 __all__ = ["functional"]
@@ -303,7 +303,7 @@ class Nf4Linear:
         return torch.cat(columns, dim=1).contiguous()
 
 
-# Bias-free projections of the base model: how their weights are stored is their own affair.
+# Bias-free projections of the base model, which hide how their weights are stored.
 
 
 class BaseLinear(Protocol):
@@ -324,8 +324,8 @@ class BaseLinear(Protocol):
 
         Args:
             x: ``[rows, in]``.
-            ahead: What may be brought into the cache meanwhile.
-            num_decode: How many rows, the first ones, are of sequences that decode; None for all.
+            ahead: The memory to prefetch meanwhile.
+            num_decode: The number of first rows that belong to decoding sequences; None for all.
                 The gpu path multiplies them in another way than rows of prompts.
 
         Returns:
@@ -336,7 +336,7 @@ class BaseLinear(Protocol):
     def dequantize(self, index: int) -> torch.Tensor:
         """The weight of slice ``index`` as multiplied, ``[out, in]`` fp32, on the CPU.
 
-        It may be the very memory that is served: not to be written to.
+        Do not write to it, because it may be the memory that is served.
         """
         ...
 
@@ -407,7 +407,7 @@ class MixedLinear:
 
 
 def join_linears(parts: Sequence[Nf4Linear | DenseLinear]) -> BaseLinear:
-    """Fuse projections of one input, in this order: one product per run that is stored alike."""
+    """Fuse projections of one input, in order, with one product per run of equal storage."""
     runs: list[BaseLinear] = []
     for _, group in groupby(parts, type):
         run = list(group)

@@ -1,7 +1,7 @@
 """The fused NF4 product on the CPU: the compiled kernel, or bitsandbytes' with the same bits.
 
-bitsandbytes promises nothing about a row's bits in other batches: its product is tried first, as
-``turret.kernels.rows.trial`` does with any library's.
+bitsandbytes does not guarantee a row's bits in other batches, so its product is tried first, like
+any library's (``turret.kernels.rows.trial``).
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ def has_nf4_product() -> bool:
 def pack(codes: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """A weight in bitsandbytes' packed CPU layout.
 
-    Of each tile two features of all rows are 32 bytes: a row of its first half has the low four
-    bits, the row 16 further on the high ones.
+    In each tile, two features of all rows take 32 bytes: a row of the first half has the low four
+    bits of a byte, and the row 16 further on has the high ones.
 
     Args:
-        codes: As quantised: row by row, the feature before in the high bits; ``out·in/2`` bytes.
+        codes: The codes as quantised, row by row, with the earlier feature in the high bits;
+            ``out·in/2`` bytes.
         shape: ``(out, in)``; ``out`` a multiple of ``TILE_ROWS``, ``in`` even.
 
     Returns:
@@ -68,7 +69,7 @@ def nf4_product(
         absmax: ``[in / 64, out]`` bf16.
         code: The 16 NF4 values, fp32.
         shape: ``(out, in)``.
-        ahead: What to bring into the cache meanwhile.
+        ahead: The memory to prefetch meanwhile.
 
     Returns:
         ``[rows, out]`` bf16.
@@ -148,7 +149,7 @@ def _gemv(
 
 
 def _prepare(shape: tuple[int, int], code: torch.Tensor) -> Formulation:
-    """Choose in which calls bitsandbytes' product keeps a row's bits, by trial."""
+    """Find, by trial, the calls in which bitsandbytes' product keeps a row's bits."""
 
     def holds(formulation: Formulation) -> bool:
         packed, absmax, x = _cancelling(shape)
@@ -164,9 +165,9 @@ def _prepare(shape: tuple[int, int], code: torch.Tensor) -> Formulation:
 
 
 def _cancelling(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Packed weight, absmax and rows: the second half of the blocks takes back what the first adds.
+    """Packed weight, absmax and rows whose second half of blocks cancels the first half.
 
-    What is left of a product is the order of its sums.
+    So the result of a product depends only on the order of its sums.
     """
     out_features, in_features = shape
     generator = torch.Generator().manual_seed(0)

@@ -16,18 +16,18 @@ from turret.server.models.weights.nf4 import BLOCKSIZE, DenseLinear, Nf4Linear, 
 from turret.server.models.weights.nf4_cpu import nf4_expert_products
 from turret.server.words import say
 
-# Experts that a checkpoint holds all in one tensor, taken apart.
+# Splits tensors in which a checkpoint stores all experts.
 #
 # A stack is ``experts.gate_up_proj`` ``[experts, in, out]``, or MXFP4 in its place::
 #
 # experts.gate_up_proj_blocks   [experts, out, in / 32, 16] uint8
 # experts.gate_up_proj_scales   [experts, out, in / 32]     uint8
 #
-# and ``experts.gate_up_proj_bias`` ``[experts, out]`` in either case. Its parts are what a
-# checkpoint has whose experts are modules: ``experts.gate_up_projs.7.weight`` ``[out, in]``.
+# and ``experts.gate_up_proj_bias`` ``[experts, out]`` in either case. Its parts are named as in a
+# checkpoint whose experts are modules: ``experts.gate_up_projs.7.weight`` ``[out, in]``.
 
 
-# MXFP4 weights (OCP Microscaling Formats 1.0): FP4 codes that share a power of two by 32.
+# MXFP4 weights (OCP Microscaling Formats 1.0): every 32 FP4 codes share a power of two.
 
 # Bytes of codes that share one scale.
 BYTES = 16
@@ -42,7 +42,7 @@ def dequantize_mxfp4(codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tens
 
     Args:
         codes: ``[out, in / 32, 16]`` uint8, two a byte, the first in the lower half.
-        exponents: ``[out, in / 32]`` uint8: each 32's power of two, and 127 more.
+        exponents: ``[out, in / 32]`` uint8: the exponent of two of each 32 codes, plus 127.
 
     Returns:
         ``[out, in]`` bf16.
@@ -56,7 +56,7 @@ def dequantize_mxfp4(codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tens
     return (values[pairs] * scales.unsqueeze(-1)).flatten(-2).to(torch.bfloat16)
 
 
-# A router's projection: not quantised, since a small error can choose another expert.
+# A router's projection. It is not quantised, because a small error can select another expert.
 
 # Libraries choose their algorithm by shape: on a GPU a product always has this many rows.
 _ROWS = 64
@@ -89,17 +89,17 @@ class ExpertStacks:
     """The stacks of a checkpoint.
 
     Args:
-        modules: What a stack's parts are modules of, by its path in a layer; ``{}`` stands for the
+        modules: The path of a stack's parts by the stack's path in a layer; ``{}`` stands for the
             expert.
         count: Experts of a stack.
         names: The checkpoint's tensors.
 
     Attributes:
-        names: Those that are stacks.
-        parts: What they are made into: the stack and the expert of each tensor.
+        names: The names of the stacks.
+        parts: The resulting tensors by name: the stack and the expert of each.
 
     Raises:
-        InvalidRequestError: Weights are there twice, or scales without what they scale.
+        InvalidRequestError: Weights occur twice, or scales occur without weights.
     """
 
     def __init__(self, modules: Mapping[str, str], count: int, names: Iterable[str]) -> None:
@@ -137,7 +137,7 @@ class ExpertStacks:
             read: Gives an expert's part of a tensor of the checkpoint.
 
         Raises:
-            InvalidRequestError: Its form is another.
+            InvalidRequestError: The tensor has another form.
         """
         stack, expert = self.parts[name]
         tensor = read(stack, expert)
@@ -165,7 +165,7 @@ class Nf4Experts:
 
     Args:
         experts: Per expert, slices that share their input.
-        dtype: Of activations.
+        dtype: The dtype of activations.
         device: Where they are served.
         gpu: Whether the gpu path serves them.
 

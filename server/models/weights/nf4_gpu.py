@@ -1,9 +1,8 @@
 """The base projection on the gpu path: NF4 weights on the device, multiplied in two ways.
 
 Rows of sequences that decode and of short prompts go through ``nf4_matmul``, rows of longer prompts
-through the weight written out once and a library's product. Which way a row goes, and the shape of
-the product it is in, depends on its own sequence only, so its bits do not depend on who else is in
-the step.
+through a dequantised copy of the weight and a library's product. The way of a row, and the shape of
+its product, depend only on its own sequence, so its bits do not depend on the rest of the step.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from turret.kernels.gpu.low_rank import Shrink, nf4_shrink
 from turret.kernels.gpu.nf4 import Epilogue, nf4_dequantize, nf4_matmul
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
-# A row must get the same bits wherever it is in a library's product. Rows go to the library in
-# pieces of one shape, so it always takes the same algorithm, but a reduction that is split among
-# programs (split-K) may depend on the row's place, and adds its parts in the dtype of activations.
-# ``keep_sums_whole`` switches both off; ``tests/models/weights/test_library_products.py`` permutes
-# rows on a GPU.
+# Library products. A row must get the same bits wherever it is in a product. Rows go to the library
+# in pieces of one shape, so it always uses the same algorithm. But a reduction that is split among
+# programs (split-K) may depend on the row's place, and may add its parts in the dtype of
+# activations. ``keep_sums_whole`` switches both off.
+# ``tests/models/weights/test_library_products.py`` permutes rows on a GPU.
 
 # Rows and columns of a trial product: torch rejects products whose sums it cannot keep whole.
 _TRIAL = 64
@@ -33,10 +32,10 @@ def keep_sums_whole(device: torch.device) -> bool:
     """Set torch up for the process, before the first product and before anything is captured.
 
     Args:
-        device: Of the products; other than CUDA devices need no settings.
+        device: The device of the products; other than CUDA devices need no settings.
 
     Returns:
-        Whether sums are never cut. Otherwise this version of torch takes no such setting; parts
+        Whether sums are never split. If False, this version of torch lacks the setting, and parts
         are summed in fp32.
     """
     if device.type != "cuda":
@@ -140,7 +139,7 @@ class Nf4Product:
         return nf4_dequantize(weight, dtype) if isinstance(weight, Nf4Matrix) else weight
 
     def part(self, rows: slice) -> Nf4Product:
-        """Some outputs alone, on the memory of the whole."""
+        """The product for a part of the outputs, sharing the memory of the whole weight."""
         weight = self._weight
         if isinstance(weight, torch.Tensor):
             return Nf4Product(weight[rows], self._dtype)
@@ -182,13 +181,13 @@ def _in_pieces(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class ServedRows:
-    """Some rows of a fused weight; ``rows[start:stop]`` dequantizes them on the device.
+    """A part of the rows of a fused weight; ``rows[start:stop]`` dequantizes them on the device.
 
     Args:
         product: The fused weight.
-        rows: Which of its outputs.
-        in_features: Its columns.
-        like: Dtype of the result, and device.
+        rows: The range of its outputs.
+        in_features: The number of its columns.
+        like: Gives the dtype of the result, and the device.
 
     Attributes:
         shape: ``(rows, in_features)``.

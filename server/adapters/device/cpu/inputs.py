@@ -1,13 +1,13 @@
-"""Whose inputs adapters change on the cpu path, and how: input gains and input blocks.
+"""Changes of inputs by adapters on the CPU path: input gains and input blocks.
 
-With ``x' = x + Σ_k w_k (T_k x − x)``, a row goes one of three ways, as its own mix decides:
+With ``x' = x + Σ_k w_k (T_k x − x)``, the mix of a row determines one of three ways:
 
-- the base multiplies ``x'`` in place of ``x``, in the product with all other rows, where every
-  slice takes the same ``x'``: there is but one slice, or the slices share a gain (LN tuning);
-- the base's slices each multiply an ``x'`` of their own, and the row is left out of the common
+- if every slice takes the same ``x'``, because there is only one slice or the slices share a gain
+  (LN tuning), the base multiplies ``x'`` instead of ``x``, in the product with all other rows;
+- otherwise each slice of the base multiplies its own ``x'``, and the row is left out of the common
   product: the weight is read twice in the step, and no row is multiplied twice;
-- where a gain stands beside the change of another member, which it must not scale, the changes are
-  products of their own, added last: ``Σ_k w_k g_k ⊙ W (T_k x − x)``.
+- if there is a gain beside the change of another member, which it must not scale, the changes are
+  separate products that are added last: ``Σ_k w_k g_k ⊙ W (T_k x − x)``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class InputRows:
     """Rows whose input changes.
 
     Attributes:
-        rows: Their numbers, ``[n]`` int64.
+        rows: The rows' numbers, ``[n]`` int64.
         members: First and last number of the members whose changes are summed, ``[n, 2]`` int64.
         gained: Adapters whose gains apply to their own changes, with places among the rows.
     """
@@ -41,7 +41,7 @@ class InputRows:
     _others: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
 
     def others(self, num_rows: int) -> torch.Tensor:
-        """The other ones of ``num_rows`` rows; kept, because every layer asks for them."""
+        """The other ones of ``num_rows`` rows; kept, because every layer needs them."""
         if num_rows not in self._others:
             is_other = torch.ones(num_rows, dtype=torch.bool).index_fill_(0, self.rows, False)
             self._others[num_rows] = is_other.nonzero().squeeze(1)
@@ -73,8 +73,8 @@ class StepInputs:
         layout: Shape of the base.
         numbers: The numbers of its modules.
         common: Rows whose changed input is multiplied in the product of all rows.
-        own: Rows whose slices multiply inputs of their own.
-        added: Rows whose changes are products of their own, by position among those of the mix.
+        own: Rows for which each slice multiplies its own input.
+        added: Rows whose changes are separate products, by position among those of the mix.
     """
 
     layout: ProjectionLayout
@@ -100,7 +100,7 @@ class StepInputs:
         layout: ProjectionLayout,
         numbers: ModuleNumbers,
     ) -> StepInputs:
-        """From (first row, end row, mix) of all segments."""
+        """Make the input changes of a step from its segments: (first row, end row, mix)."""
         common: dict[str, _Found] = {}
         own: dict[str, _Found] = {}
         added: dict[str, list[_Found]] = {}
@@ -164,7 +164,7 @@ class StepInputs:
         y: torch.Tensor,
         base: BaseProduct,
     ) -> None:
-        """Adds the changes of ``added`` rows, each a product of its own, to ``y`` in place."""
+        """Adds the changes of ``added`` rows, each a separate product, to ``y`` in place."""
         first = self.numbers.first(layer, projection)
         slices = self.layout.projections[projection]
         for changing in self.added.get(projection, ()):
@@ -186,7 +186,7 @@ class NativeStepInputs:
 
     Attributes:
         table: Changed inputs by projection.
-        width: The most elements that a row of changed inputs has, of all projections.
+        width: The maximum number of elements in a row of changed inputs, over all projections.
     """
 
     table: ctypes.Array[NativeInputs]
@@ -214,7 +214,7 @@ class NativeStepInputs:
 
 
 def _way(name: str, members: Sequence[tuple[AdapterTable, float]], num_slices: int) -> str:
-    """How a projection treats rows of this mix: ``common``, ``own`` or ``added``."""
+    """The way in which a projection treats rows of this mix: ``common``, ``own`` or ``added``."""
     scaling = [k for k, (table, _) in enumerate(members) if name in table.gains]
     changing = [k for k, (table, _) in enumerate(members) if name in table.input_changes]
     # The gain of a lone adapter applies to its whole result.

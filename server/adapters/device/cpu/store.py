@@ -1,4 +1,4 @@
-"""The cpu path's store: the running adapters where they lie in host memory.
+"""The cpu path's store, which uses the running adapters in place in host memory.
 
 Nothing is packed: each row of a step reads the factors of its own adapters, through the tables of
 ``cpu/tables.py``. Operators without a compiled kernel are computed by their own ``add``.
@@ -134,12 +134,12 @@ class CpuStep:
 
     @property
     def is_reusable(self) -> bool:
-        """Whether this step can serve again for the same rows and adapters."""
+        """Whether this step can be used again for the same rows and adapters."""
         return self.others is None and self.experts is None
 
     @property
     def is_native(self) -> bool:
-        """Whether only ``rows``, and inputs that the base multiplies, change a layer."""
+        """Whether a layer is changed only by ``rows`` and by inputs that the base multiplies."""
         return self.others is None and not self.inputs.added
 
     def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
@@ -182,7 +182,7 @@ class CpuStep:
 
 @dataclass(frozen=True, slots=True)
 class _Last:
-    """The last step and what it was made from."""
+    """The last step and the values from which it was made."""
 
     members: StepMembers
     tables: dict[str, AdapterTable]

@@ -1,7 +1,7 @@
-"""Where the running adapters' tensors lie in host memory, for the compiled CPU kernels.
+"""Tables of the running adapters' tensors in host memory, for the compiled CPU kernels.
 
-An adapter's entry is a table of pointers to its operators. Copied are only the factors that the
-kernels read in another order, of Hadamard, Kronecker, circulant and sparse updates.
+An adapter's entry is a table of pointers to its operators. Only the factors that the kernels read
+in another order are copied: those of Hadamard, Kronecker, circulant and sparse updates.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from turret.server.adapters.operators.pair_rotation import PairRotation
 from turret.server.adapters.operators.sparse import Sparse
 from turret.server.adapters.operators.vectors import Bias, Gain, InputGain
 
-# Low-rank updates of experts on the cpu path, where they lie in host memory.
+# Low-rank updates of experts on the CPU path.
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class CpuExpertUpdates(Part):
         self._tables: dict[str, ExpertTable] = {}
 
     def insert(self, key: str, operators: AdapterOperators) -> None:
-        """Take up an adapter if it changes experts."""
+        """Add an adapter if it changes experts."""
         found: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * (
             self._layout.num_layers * len(self._numbers)
         )
@@ -110,12 +110,12 @@ _SERVED = {kind for kind, paths in KERNELS.items() if "cpu" in paths}
 
 
 class ModuleNumbers:
-    """The fused projections of all layers, as the kernels number their modules.
+    """The fused projections of all layers, with the kernels' numbers of their modules.
 
     Attributes:
         num_modules: Modules of all layers.
         sizes: Their sizes.
-        max_slices: Most slices that a projection has.
+        max_slices: The maximum number of slices of a projection.
     """
 
     def __init__(self, layout: ProjectionLayout) -> None:
@@ -170,13 +170,12 @@ class AdapterTable:
     """An adapter's operators and the table that points to them.
 
     Attributes:
-        operators: Held because the table points into them.
+        operators: The operators; kept because the table points into them.
         modules: The table.
         updates: Projections with an update, gain or bias in some layer.
-        gains: Projections with a gain or pairs in some layer, which the base's own result meets.
+        gains: Projections with a gain or pairs in some layer, which change the base's own result.
         input_changes: Projections with an input gain or input blocks in some layer.
-        shared_gains: Those of ``input_changes`` whose slices all have one input gain, in every
-            layer.
+        shared_gains: The ``input_changes`` whose slices all share one input gain, in every layer.
     """
 
     operators: AdapterOperators
@@ -249,7 +248,7 @@ def _spectrum_bytes(kernel: torch.Tensor) -> int:
 
 
 class _PieceSums:
-    """Recognises factors that add up pieces of the input (MiSS); modules share such factors."""
+    """Recognises factors that sum pieces of the input (MiSS); modules share such factors."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, torch.Size], bool] = {}
@@ -302,7 +301,7 @@ def _shares_gain(found: Sequence[tuple[int, int, ModuleOperators]], num_slices: 
 
 
 def _transposed(factors: Hadamard | Kronecker) -> tuple[torch.Tensor, ...]:
-    """The factors that the kernels read the other way round."""
+    """The factors that the kernels read transposed."""
     if isinstance(factors, Hadamard):
         return factors.w1a, factors.w2a
     return (factors.w2 if isinstance(factors.w2, torch.Tensor) else factors.w2[0],)

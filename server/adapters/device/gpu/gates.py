@@ -1,9 +1,9 @@
 """Learned fusions on the gpu path: their components are members of the one pack.
 
-To the kernels, the components of a gated adapter are members of a mix like any other, so that the
-step's own shrink and expand take them along. Between the two, two launches weigh them per row, for
-all gated adapters of the step together (``kernels/gpu/fusion_gate.py``). Gates with other scores
-(Arrow, X-LoRA) are left to their operator.
+For the kernels, the components of a gated adapter are members of a mix like any other, so that the
+step's own shrink and expand include them. Between the two, two launches compute their weights per
+row, for all gated adapters of the step together (``kernels/gpu/fusion_gate.py``). Gates with other
+scores (Arrow, X-LoRA) are left to their operator.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ class GpuStepGates:
 class GpuGates(Part):
     """The gated adapters of the gpu path, by key.
 
-    Queries and keys differ in length from adapter to adapter, so each has them in memory of its
-    own. Tables by slot of the pack say where: a step launches the same whichever adapters it has,
-    and what was captured stays valid when they come and go.
+    Queries and keys differ in length from adapter to adapter, so each adapter has its own memory
+    for them. Tables by slot of the pack have the addresses. So a step's launches do not depend on
+    its adapters, and captured graphs stay valid when adapters enter and leave.
 
     Args:
         layout: Shape of the base.
-        pack: Holds their components' factors; an adapter enters it first.
+        pack: The pack with the components' factors; an adapter enters it first.
         device: Where the kernels run.
     """
 
@@ -151,7 +151,7 @@ class GpuGates(Part):
 
         Args:
             runs: Runs of rows: first, end, and their mix.
-            form: What the step launches.
+            form: The kinds of kernels that the step launches.
         """
         segments = [LongSegment(start, end, *self._members(mix)) for start, end, mix in runs]
         tables = {name: table for name, table in self._tables.items() if (Gate, name) in form}
@@ -187,7 +187,7 @@ class GpuGates(Part):
             name: The projection.
             found: Slice, layer and gate.
             components: Ranks of each component in the pack.
-            kept: Receives what the words point at.
+            kept: Receives the tensors to which the words point.
         """
         count = len(self._layout.projections[name])
         words = [[[0] * WORDS for _ in range(count)] for _ in range(self._layout.num_layers)]

@@ -1,6 +1,7 @@
 """Low-rank updates side by side in wide matrices; gains and biases in tables.
 
-Both are made once, as large as their budget, and never move: captured steps know where they are.
+Both are made once, as large as their budget, and never move, because captured steps contain their
+addresses.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Placement:
     """Gives places to adapters, by key.
 
     Args:
-        capacity: Ranks there are places for.
+        capacity: The number of ranks for which there are places.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -79,8 +80,9 @@ class Placement:
         """Bring all adapters together at the front.
 
         Returns:
-            What moved: first rank and end, and the first rank from now on. No adapter moves up, and
-            made in this order within the same matrices no move overwrites what a later one takes.
+            The moves: first rank and end, and the new first rank. No adapter moves up. If the moves
+            are made in this order within the same matrices, none overwrites the source of a later
+            one.
         """
         cursor, moves = 0, []
         for place in sorted(self._places.values(), key=lambda place: place.rank_start):
@@ -153,7 +155,7 @@ class GpuPackedProjection:
         a: ``[layers, pack_rank, slices, in]``: an adapter's ranks are one run for all slices.
         b: Per slice ``[layers, pack_rank, out]``.
         layers: Per layer, its views of ``a`` and ``b``.
-        slice_ranks: How many ranks every adapter has in every module, ``[layers, slots, slices]``
+        slice_ranks: Every adapter's number of ranks in every module, ``[layers, slots, slices]``
             int32.
         gain_delta: ``g − 1`` per slot, ``[layers, slots, sum(out)]`` fp32.
         bias: ``[layers, slots, sum(out)]`` fp32.
@@ -187,8 +189,8 @@ class GpuPackedProjection:
         """Move ranks down within the matrices.
 
         Args:
-            moves: First rank and end, and the first rank from now on; no range moves up, and lower
-                ones come first.
+            moves: First rank and end, and the new first rank; no range moves up, and lower ones
+                come first.
         """
         for start, end, first in moves:
             if first != start:
@@ -197,7 +199,7 @@ class GpuPackedProjection:
                     matrix[:, first : first + end - start] = matrix[:, start:end].clone()
 
     def put(self, operators: AdapterOperators, place: Place) -> None:
-        """Copy an adapter's factors, gains and biases into a place; clears what that held."""
+        """Copy an adapter's factors, gains and biases into a place, which is cleared first."""
         self._clear(place)
         found = self._layout.of(operators, self.name)
         for s, columns in enumerate(self.columns):
@@ -252,17 +254,17 @@ class GpuPackedProjection:
 class GpuPack(Part):
     """The matrices of all fused projections, and each adapter's place in them.
 
-    An adapter owns the same rank range in every module, as wide as its own largest rank. What fits
-    by its bytes fits: where free ranks are scattered, adapters move together within the matrices,
-    whose addresses do not change. The components of a gated adapter lie behind each other in a
-    place of their own. Idle adapters stay until their bytes or their slot are needed, because a
-    step reads the ranks of its own adapters and no others.
+    An adapter owns the same rank range in every module, as wide as its own largest rank. An adapter
+    for which there are enough bytes always fits: if the free ranks are scattered, adapters are
+    moved together within the matrices, whose addresses do not change. The components of a gated
+    adapter are side by side in a separate place. Idle adapters stay until their bytes or their slot
+    are needed, because a step reads only the ranks of its own adapters.
 
     Args:
         layout: Shape of the base.
         dtype: Serving dtype.
-        device: Where the matrices are.
-        max_bytes: Most bytes of all matrices and tables, those of gates included.
+        device: The device of the matrices.
+        max_bytes: The maximum size of all matrices and tables, including those of gates.
 
     Attributes:
         projections: The matrices, by name.

@@ -67,9 +67,9 @@ class SlotTableKey:
 
 
 class SlotTable:
-    """Where the tensors of adapters lie, by slot of the pack, in all layers.
+    """The addresses of adapters' tensors, by slot of the pack, in all layers.
 
-    Each adapter's are in memory of their own, so that nothing moves when another comes.
+    Each adapter's tensors have memory of their own, so they stay in place when others are added.
 
     Attributes:
         slots: Slot numbers by adapter key.
@@ -101,10 +101,10 @@ class SlotTable:
         return self.key.kind is ExpertLowRank
 
     def put(self, key: str, slot: int, found: Mapping[int, Operator]) -> torch.Tensor:
-        """Take in an adapter's operators, by layer.
+        """Add an adapter's operators, by layer.
 
         Returns:
-            What its slot is to hold, ``[layers, tensors]`` on the host.
+            The addresses for its slot, ``[layers, tensors]`` on the host.
         """
         table, kept = self.table, self._kept.setdefault(key, [])
         words = torch.zeros(table.shape[0], table.shape[2], dtype=torch.int64)
@@ -184,13 +184,13 @@ class GpuStepSlotTables:
 
 
 class GpuSlotTables(Part):
-    """All slot tables: made when an adapter needs them, gone with the last that does.
+    """All slot tables: made when an adapter needs them, dropped with the last that does.
 
     Args:
         layout: Shape of the base.
-        pack: Gives adapters their slots; an adapter enters it first.
+        pack: The pack, which gives adapters their slots; an adapter enters it first.
         dtype: Serving dtype.
-        device: Where the tables are.
+        device: The device of the tables.
     """
 
     def __init__(
@@ -284,8 +284,8 @@ class GpuSlotTables(Part):
 
         Args:
             runs: Runs of rows: first, end, and their mix.
-            tables: Hold the row tables.
-            form: What the step launches.
+            tables: The holders of the row tables.
+            form: The kinds of kernels that the step launches.
         """
         step = GpuStepSlotTables(self._columns)
         for place, slot_table in sorted(self._slot_tables.items(), key=lambda item: item[0].order):

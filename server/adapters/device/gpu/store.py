@@ -1,12 +1,12 @@
-"""The gpu path's store: Triton kernels for what has one, and the operators' own ``add`` besides.
+"""The gpu path's store: Triton kernels for operators that have one, ``add`` of the others.
 
 A step's metadata is in tables of fixed address, and the pack never moves, so what a step launches
 depends only on which kinds of operators it has and on where the tables of those kinds are
 (``GpuAdapterStep.signature``): as long as that stays the same, a captured CUDA graph stays valid. A
-step in which some row has an operator without a kernel is launched as it is.
+step in which some row has an operator without a kernel is launched without a graph.
 
-One part of the budget is the pack, which exists from the start; everything else of adapters has the
-other part, and is allocated as they come.
+One part of the budget is the pack, which exists from the start. The other part is for everything
+else, and is allocated when adapters enter.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class GpuAdapterStep:
     Attributes:
         projections: The pack's matrices.
         table: The step's segments; every row of the step is in it.
-        form: What it launches.
+        form: The kinds of kernels that the step launches.
         slot_tables: Rows of the slot tables.
         gates: Gates of learned fusions.
         addresses: Addresses of the tables that this step reads but not every step with adapters
             does.
-        others: Rows of operators that have no kernel, or None. Nothing of them is captured.
+        others: Rows of operators that have no kernel, or None. Such operators are never captured.
     """
 
     projections: Mapping[str, GpuPackedProjection]
@@ -87,7 +87,7 @@ class GpuAdapterStep:
         return self.form, self.addresses
 
     def changes(self, layer: int, projection: str) -> bool:
-        """Whether anything of the step is added to what the base multiplies."""
+        """Whether the step changes the base's products."""
         if self.others is not None or projection in self.slot_tables.by_projection:
             return True
         return any((kind, projection) in self.form for kind in PACKED)
@@ -117,7 +117,7 @@ class GpuAdapterStep:
         base: BaseProduct,
         epilogue: Epilogue | None = None,
     ) -> torch.Tensor:
-        """See ``AdapterStep``; with an epilogue, what that makes of the projection."""
+        """See ``AdapterStep``; with an epilogue, its result on the projection."""
         packed, has_ranks = self.projections[projection], (LowRank, projection) in self.form
         has_vectors = (Gain, projection) in self.form
         (a, b), ranks = packed.layers[layer], packed.slice_ranks[layer]
@@ -159,9 +159,9 @@ class GpuStore(AdapterStore):
         on_moved: Called with every adapter that is packed or forgotten.
 
     Attributes:
-        later_bytes: Bytes that will be allocated as adapters come.
-        version: Moves whenever an adapter enters or leaves: tables that were loaded before may say
-            wrong places.
+        later_bytes: Bytes that will be allocated when adapters enter.
+        version: Changes whenever an adapter enters or leaves, because tables that were loaded
+            before may have wrong places.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class GpuStore(AdapterStore):
         self._refused.pop(adapter.key, None)
 
     def _try_insert(self, adapter: Resident) -> bool:
-        """Whether there was memory. Not the caller's handler: it would keep the tensors alive."""
+        """Whether there was memory. An except clause in the caller would keep tensors alive."""
         try:
             super()._insert(adapter)
         except (RuntimeError, MemoryError) as error:
@@ -239,7 +239,7 @@ class GpuStore(AdapterStore):
         return True
 
     def form(self, mixes: Iterable[Members]) -> Form:
-        """What a step of these mixes launches."""
+        """The kinds of operators for which a step with these mixes launches kernels."""
         parts = set[tuple[Hashable, Hashable]]()
         for mix in {tuple(mix) for mix in mixes}:
             parts.update(*(self._pack.form(key) for key, _ in mix), self._slot_tables.form(mix))
@@ -259,10 +259,10 @@ class GpuStore(AdapterStore):
         Args:
             runs: All rows of the step: first row, end row, mix (empty for the base model's). Each
                 begins where the one before ends.
-            tables: Where the metadata goes.
+            tables: The tables for the metadata.
             given: Scalings that first passes computed; see ``StepMembers``.
-            num_decode: How many rows, the first ones, decode (see ``nf4_gpu.py``); None for all.
-            form: What it is to launch, at least what its rows need; None for that.
+            num_decode: The number of first rows that decode (see ``nf4_gpu.py``); None for all.
+            form: The kernels to launch, at least those that its rows need; None for just these.
         """
         form = self.form(mix for _, _, mix in runs) if form is None else form
         segments, gates = self._gates.bind(runs, form)

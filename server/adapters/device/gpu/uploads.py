@@ -1,7 +1,7 @@
-"""Adapters on their way to the device, beside the steps that run meanwhile.
+"""Copies of adapters to the device, which run beside the steps.
 
-A thread copies them into pinned memory that is allocated once, and on a stream of its own from
-there; the stream of the steps waits for them by an event, at the first use and no sooner.
+A thread copies them into pinned memory that is allocated once, and from there on a separate stream.
+The stream of the steps waits for them by an event, only at the first use.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _beside = threading.local()
 
 
 class StepStream:
-    """The stream of the engine's steps. Nothing else is on it, so nothing else holds steps up.
+    """The stream of the engine's steps. Nothing else is on it, so nothing else delays steps.
 
     Args:
-        device: Where the steps are computed.
+        device: The device of the steps.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,7 +36,7 @@ class StepStream:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Give the calling thread's work to it, after all that the thread's stream has to do."""
+        """Run the calling thread's work on it, after all work on the thread's stream."""
         if self._stream is None:
             yield
             return
@@ -49,11 +49,11 @@ class StepStream:
 
 @contextlib.contextmanager
 def beside_steps(device: torch.device) -> Iterator[None]:
-    """Give the calling thread's work a stream of its own, after all on the default stream.
+    """Run the calling thread's work on a separate stream, after all work on the default stream.
 
-    There the weights are made that such work reads; the steps, on theirs, write nothing that it
-    reads. The work is over at the end of the block. A thread keeps its stream: torch hands out 32
-    of a priority and then begins again, with streams that others use.
+    The weights that such work reads are made on the default stream. The steps, on their own stream,
+    write nothing that it reads. The work has ended at the end of the block. A thread keeps its
+    stream, because torch hands out 32 per priority and then reuses those of other threads.
     """
     if not has_streams(device):
         yield
@@ -76,13 +76,13 @@ _MAX_GAP_BYTES = 64
 
 
 def by_layers(found: Iterable[tuple[int, torch.Tensor]]) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Join the tensors of an adapter's layers where they lie one behind the other.
+    """Join the tensors of an adapter's layers that are adjacent in memory.
 
-    Those of an adapter are in one block, equal shapes side by side (``lowering/arena.py``), so that
-    as a rule there is one piece, and a device copies it in one go.
+    All tensors of an adapter are in one block, equal shapes side by side (``lowering/lowered.py``).
+    So there is usually one piece, which a device copies in one go.
 
     Args:
-        found: Layers, rising, and a tensor of each.
+        found: Ascending layers, and a tensor of each.
 
     Yields:
         Layers, and their tensors, ``[layers, …]``, on the same memory.
@@ -121,7 +121,7 @@ def _step(pair: tuple[tuple[int, torch.Tensor], tuple[int, torch.Tensor]]) -> in
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """All of the memory that a tensor's storage occupies."""
+    """The whole memory of a tensor's storage."""
     storage = tensor.untyped_storage()
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
@@ -132,16 +132,16 @@ def apart(
     device: torch.device,
     laid: Callable[[torch.Tensor], torch.Tensor] = lambda stack: stack,
 ) -> list[int]:
-    """Copy tensors of several layers, few at a time, to aligned memory of their own.
+    """Copy tensors of several layers, a few at a time, to separate, aligned memory.
 
     Args:
-        found: Layers, rising, and a tensor of each.
-        kept: List that the copies are added to.
-        device: Where the copies go.
-        laid: Turns the tensors of some layers, ``[layers, …]``, into what is to be copied.
+        found: Ascending layers, and a tensor of each.
+        kept: The list to which the copies are added.
+        device: The device of the copies.
+        laid: Turns the tensors of some layers, ``[layers, …]``, into the tensor to copy.
 
     Returns:
-        Where each begins.
+        The address of each copy.
     """
     places: list[int] = []
     for _, stack in by_layers(found):
@@ -156,7 +156,7 @@ def apart(
 
 
 def aligned(num_bytes: int) -> int:
-    """Bytes that a tensor takes where ``apart`` puts it."""
+    """The number of bytes that a tensor takes after ``apart``."""
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
@@ -170,14 +170,14 @@ def _joined(run: list[tuple[int, torch.Tensor]]) -> tuple[slice, torch.Tensor]:
 def blocks_of(
     tensors: Sequence[torch.Tensor],
 ) -> tuple[list[tuple[torch.Tensor, int]], list[int], int]:
-    """The host memory that tensors lie in, to be copied elsewhere in few goes.
+    """The host memory of some tensors, for copying it elsewhere in few copies.
 
     Args:
-        tensors: Contiguous.
+        tensors: Contiguous tensors.
 
     Returns:
-        Blocks of that memory, ``[bytes]`` uint8, and where each is to begin; where each tensor
-        begins then, as aligned as it is here; and how long all is, in bytes.
+        Blocks of that memory, ``[bytes]`` uint8, with the target offset of each; the target offset
+        of each tensor, with the same alignment as here; and the total number of bytes.
     """
     offsets = [0] * len(tensors)
     blocks: list[tuple[torch.Tensor, int]] = []
@@ -207,12 +207,12 @@ _PATIENCE_SECONDS = 1.0
 
 
 class PinnedRing:
-    """Pinned memory in chunks, each written again once it has been copied.
+    """Pinned memory in chunks, each of which is reused when it has been copied.
 
     Args:
-        device: Where copies go.
+        device: The target of the copies.
         chunk_bytes: Size of a chunk, a multiple of 16.
-        num_chunks: How many there are.
+        num_chunks: The number of chunks.
     """
 
     def __init__(
@@ -243,12 +243,12 @@ class PinnedRing:
 
 @dataclass(frozen=True, slots=True)
 class _Arriving:
-    """An adapter's operators in device memory of their own.
+    """An adapter's operators in separate device memory.
 
     Attributes:
         operators: Views of ``memory``.
         memory: The memory that holds the operators.
-        arrived: The copy is over.
+        arrived: The event that the copy has ended.
     """
 
     operators: AdapterOperators
@@ -258,12 +258,12 @@ class _Arriving:
 
 @dataclass(frozen=True, slots=True)
 class _Staged:
-    """An adapter that a request waits for.
+    """An adapter for which a request waits.
 
     Attributes:
         copying: Done when its copy is queued on the stream; fails if there is no memory.
         num_bytes: Bytes that it takes on the device.
-        since: When it was asked for, in seconds.
+        since: The time of the request for it, in seconds.
     """
 
     copying: Future[_Arriving]
@@ -276,14 +276,14 @@ Submit = Callable[[Callable[[], _Arriving]], Future[_Arriving]]
 
 
 class Uploads:
-    """Copies adapters to the device ahead of their first step. For one thread, but for its own.
+    """Copies adapters to the device ahead of their first step. Only one thread may call it.
 
     Args:
-        device: Where they go.
-        max_bytes: Most bytes on their way, or used by steps that are not over.
-        clock: Seconds; tests have their own.
+        device: The target device.
+        max_bytes: The maximum number of bytes in copies, and in use by steps that have not ended.
+        clock: The time in seconds; tests replace it.
         ring: The pinned memory, made at the first upload if None.
-        submit: Tests have their own.
+        submit: Starts work on the upload thread; tests replace it.
     """
 
     def __init__(
@@ -307,9 +307,9 @@ class Uploads:
         self._leaving: list[tuple[torch.cuda.Event | None, torch.Tensor]] = []
 
     def is_near(self, key: str, operators: AdapterOperators) -> bool:
-        """Whether an adapter has arrived, or is not worth waiting for; starts its copy if need be.
+        """Whether an adapter has arrived, or is not worth a wait; starts its copy if needed.
 
-        Asked over and over while others run; False for a second at most.
+        It is called again and again while others run, and returns False for at most a second.
         """
         if self._stream is None:
             return True
@@ -327,10 +327,10 @@ class Uploads:
         return is_late or staged.copying.result().arrived.query()
 
     def take(self, key: str, operators: AdapterOperators) -> AdapterOperators:
-        """An adapter's operators on the device, for what the current stream is given from now on.
+        """An adapter's operators on the device, for later work on the current stream.
 
-        The soft prompt stays where it is; so does everything of an adapter that nobody announced
-        and that finds no room, to be copied from there, which the step waits for.
+        The soft prompt is not moved. Nor is anything of an adapter that was not announced and for
+        which there is no room; it is copied from host memory later, and the step waits.
 
         Raises:
             torch.OutOfMemoryError: There is no memory for it.
@@ -357,7 +357,7 @@ class Uploads:
         return arriving.operators
 
     def taken(self) -> None:
-        """Frees the memory of used adapters once the current stream gets to this point."""
+        """Frees the memory of used adapters when the current stream reaches this point."""
         if self._stream is None:
             return
         event = torch.cuda.Event()
@@ -365,11 +365,11 @@ class Uploads:
         self._leaving = [(known or event, memory) for known, memory in self._leaving]
 
     def drop(self, key: str) -> None:
-        """Forget an adapter that is gone."""
+        """Forget a removed adapter."""
         self._staged.pop(key, None)
 
     def _begin(self, key: str, operators: AdapterOperators) -> bool:
-        """Have an adapter copied, if there is room for it."""
+        """Start copying an adapter, if there is room for it."""
         plan = _Plan(operators)
         self._forget_unused()
         if self._held() + plan.num_bytes > self._max_bytes:
@@ -404,7 +404,7 @@ class Uploads:
         return _Arriving(plan.moved(memory), memory, arrived)
 
     def _forget_unused(self) -> None:
-        """Drops copies that nobody took: their requests did not return, or ran without them."""
+        """Drops unused copies, whose requests did not return or ran without them."""
         now = self._clock()
         for key, staged in list(self._staged.items()):
             if now - staged.since > 2 * _PATIENCE_SECONDS:
@@ -412,10 +412,10 @@ class Uploads:
 
 
 class _Plan:
-    """How an adapter goes to the device.
+    """The plan for copying an adapter to the device.
 
     Attributes:
-        blocks: The host memory that it lies in, ``[bytes]`` uint8, and where that goes.
+        blocks: The host memory of the adapter, ``[bytes]`` uint8, with target offsets.
         num_bytes: Bytes that it takes on the device.
     """
 

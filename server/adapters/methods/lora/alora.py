@@ -1,8 +1,8 @@
 """aLoRA (arXiv 2504.12397, ``alora_invocation_tokens``): LoRA from its invocation in the prompt on.
 
 Tokens before the last occurrence of the invocation are computed by the base alone, so that their
-keys and values are the base's own; where the prompt does not hold it, all are. PEFT begins with the
-invocation's first token.
+keys and values are the base's own; if the prompt does not contain it, this holds for all tokens.
+PEFT begins with the invocation's first token.
 """
 
 from __future__ import annotations

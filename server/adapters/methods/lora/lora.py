@@ -1,10 +1,10 @@
 """LoRA (arXiv 2106.09685) and rsLoRA (arXiv 2312.03732): ``Δ(x) = s·B A x``.
 
 ``s`` is alpha/r, or alpha/√r for rsLoRA, with each module's own r and alpha. A bias inside
-``lora_B`` is scaled with it; biases that PEFT saved whole become differences to the base's. VeLoRA
-and MonteCLoRA are LoRA at inference: what they add is for training.
+``lora_B`` is scaled with it; biases that PEFT saved whole become differences from the base's.
+VeLoRA and MonteCLoRA differ from LoRA only in training.
 
-The variants of LoRA in this room declare what they change of ``METHOD``.
+The variants of LoRA in this room declare their changes to ``METHOD``.
 """
 
 from __future__ import annotations

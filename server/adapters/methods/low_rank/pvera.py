@@ -1,4 +1,4 @@
-"""PVeRA: VeRA with a distribution in the middle, of which inference takes the mean.
+"""PVeRA: VeRA with a distribution in the middle; inference uses its mean.
 
 ``Δ(x) = λ_b ⊙ B (λ_d ⊙ (A x))`` with the first ``r`` of ``2 r`` shared rows of ``A`` and values of
 ``λ_d``; the others are the logarithm of the variance.

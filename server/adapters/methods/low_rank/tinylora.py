@@ -1,7 +1,8 @@
 """TinyLoRA (arXiv 2602.04118): ``Δ(x) = B (Σ_i v_i P_i) A x``, a handful of trained ``v``.
 
-A and B are singular directions of the weight it was trained on; the file has them, so that the
-update is the same on any base. ``v`` belongs to a group of modules, ``P`` is random and fixed.
+A and B are singular directions of the weight on which it was trained; the file contains them, so
+that the update is the same on any base. ``v`` belongs to a group of modules, ``P`` is random and
+fixed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """VB-LoRA (arXiv 2405.15179): ``Δ(x) = B A x``, both factors cut from one bank of vectors.
 
 A sub-vector of a factor is ``Σ_t softmax(l)_t bank[t]`` over the ``topk`` largest logits. The file
-has the logits or, with ``save_only_topk_weights``, what is left of them.
+has the logits or, with ``save_only_topk_weights``, the softmax of the largest ones without the
+last.
 """
 
 from __future__ import annotations

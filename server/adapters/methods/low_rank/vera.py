@@ -1,7 +1,7 @@
 """VeRA (arXiv 2310.11454): ``Δ(x) = λ_b ⊙ B (λ_d ⊙ (A x))`` with A, B that all modules share.
 
-Each module multiplies the corner of A and B that fits its sizes, so what is served per module is a
-low-rank update with the two vectors folded in.
+Each module multiplies the corner of A and B that fits its sizes, so it has a low-rank update with
+the two vectors folded in.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """X-LoRA (arXiv 2402.07148): LoRAs weighted per token and module by the base's state of the token.
 
 A first pass, of the base or of all LoRAs at a constant scaling, gives every token a final state
-``h``; a small classifier makes scalings of it, and the pass that answers applies them::
+``h``; a small classifier computes scalings from it, and the pass that answers applies them::
 
     α = softmax(MLP(h) / T)          y += Σ_k α_k s_k B_k A_k x
 
@@ -63,7 +63,7 @@ _DEFAULTS: Mapping[str, Any] = {
 
 
 def check(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> _Layers:
-    """Weights and biases of the classifier, in their order, checked but for the last's outputs.
+    """Weights and biases of the classifier, in their order, checked except for the last outputs.
 
     Raises:
         AdapterCheckpointError: Keys or tensors are missing or of another shape (names all).
@@ -133,7 +133,7 @@ def lower(
 
 
 def modules_in_order(base: BaseModel) -> list[str]:
-    """The base's linear modules as PEFT goes through them."""
+    """The base's linear modules, in PEFT's order."""
     first = _MADE_FIRST.get(base.model_type, frozenset())
     layers: dict[str, list[str]] = {}
     for name in base.modules:
@@ -156,7 +156,7 @@ def _router(
     """The classifier for ``components`` components in ``modules`` modules.
 
     Raises:
-        AdapterCheckpointError: Its outputs or ``top_k_lora`` do not go with the components.
+        AdapterCheckpointError: Its outputs or ``top_k_lora`` do not match the components.
     """
     config, findings = {**_DEFAULTS, **checkpoint.config}, Findings(checkpoint.path, base.name)
     outputs = len(layers[-1][0])

@@ -1,7 +1,7 @@
 """CPT (arXiv 2410.17222): soft tokens that began as the embeddings of a few examples.
 
-The file holds embeddings and what was learned on top in one; label masks and loss weights are
-training's alone, so that inference is prompt tuning's.
+The file has the sum of the embeddings and the learned change. Label masks and loss weights matter
+only in training, so inference is the same as for prompt tuning.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """LoKr (LyCORIS, arXiv 2309.14859): ``Δ(x) = s·kron(w1, w2) x`` with ``s = alpha/r``.
 
-Either factor may itself be a product of two. Which is so is decided by the tensors, never by
-``decompose_both`` or ``decompose_factor``; the scale is PEFT's even where both factors are whole.
+Either factor may itself be a product of two. The tensors determine this, never ``decompose_both``
+or ``decompose_factor``; the scale is PEFT's even if both factors are whole.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """RandLoRA (arXiv 2502.00987): ``ΔW = s·Σ_n B_n diag(λ_n) A diag(γ_n)``, fixed random bases.
 
-``A`` and ``B`` are shared by all modules, each of which takes the corner that fits its sizes, and
-transposed where it has more inputs than outputs. As many bases are summed as make the full rank.
+``A`` and ``B`` are shared by all modules. Each uses the corner that fits its sizes, transposed if
+it has more inputs than outputs. The number of summed bases is that which gives the full rank.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """BOFT (arXiv 2311.06243): ``y = s ⊙ W (x M) + b``, ``M`` a product of butterfly factors.
 
 ``M = M_N … M_1``, ``M_i = P_i diag(R) P_iᵀ``, each block of ``R`` Cayley's of the skew part of what
-is saved. ``P_i`` moves inputs only within runs of ``b 2ⁱ⁻¹``, so ``M`` is block-diagonal again, of
-blocks of ``b 2ᴺ⁻¹``. PEFT makes one factor where its CUDA extension is missing, whatever the config
-says.
+is saved. ``P_i`` moves inputs only within runs of ``b 2ⁱ⁻¹``, so ``M`` is block-diagonal again,
+with blocks of ``b 2ᴺ⁻¹``. PEFT makes one factor if its CUDA extension is missing, for any config.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The file has ``V``, which modules of one kind share, the sparse ``S``, and ``l``; ``U`` is solved
 from the weight: the columns of ``W V⁻ᵀ``, each divided by its length. So the error of a 4-bit
-weight goes into ``U``, and the worse ``V`` is conditioned the more of it reaches what was trained:
-what it comes to is estimated, told, and refused where most of the update would be noise.
+weight gets into ``U``, and the worse the condition of ``V``, the more of it reaches the update. The
+error is estimated and reported, and the adapter is rejected if most of the update would be noise.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _check_noise(adapter: Reading) -> None:
 
 
 def _update(m: Module, inverse: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The update, fp64, and the expected norm of what NF4's error makes of it.
+    """The update, fp64, and the expected norm of its error because of NF4.
 
     With ``W = U diag(l₀) Vᵀ`` it is ``U C Vᵀ``, ``C = S + diag(l − l₀)``; an error ``E`` of the
     weight adds ``E V⁻ᵀ diag(1 / l₀) C Vᵀ``.

@@ -2,7 +2,7 @@
 
 ``A`` as a vector or a number is a gain, and ``B`` an update of rank 1; with ``lora``, PEFT's
 default, ``A`` is a low-rank matrix that multiplies the weight entry by entry, and ``B`` a low-rank
-update. ``C``, ``D`` and ``E`` change the bias, where the base has one.
+update. ``C``, ``D`` and ``E`` change the bias, if the base has one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BIAS: dict[str, dict[str, Shape]] = {
     "constant": {"X": (1,)},
     "none": {"zeros": (OUT,)},
 }
-# By path: the shapes of its parts, and the config key that selects among them.
+# GLoRA's paths, each with the shapes of its parts and the config key that selects among them.
 _PATHS = {
     **dict.fromkeys("AB", (_WEIGHT, "config_A_B")),
     "C": (_COLUMN, "config_C"),
@@ -65,7 +65,7 @@ def _operators(m: Module) -> Iterator[Piece]:
 
 
 def _bias(m: Module) -> torch.Tensor | None:
-    """``b ⊙ D + E + W C``, or None where all three are nothing."""
+    """``b ⊙ D + E + W C``, or None if there are none of the three."""
     served = m.bias()
     if served is None:
         return None

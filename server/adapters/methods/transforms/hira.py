@@ -10,7 +10,7 @@ from turret.server.adapters.methods.kit import *
 
 
 def _rank(m: Module) -> int:
-    """PEFT 0.21 reads rank_pattern on a 4-bit base alone: on others every module has the rank r."""
+    """The rank; PEFT 0.21 reads rank_pattern only on a 4-bit base, and otherwise uses r."""
     return m.config["r"] if m.extent("hira_A", 0) == m.config["r"] else m.rank
 
 

@@ -3,8 +3,8 @@
 - PEFT from 0.16: ``oft_R.weight``, the upper triangle of a skew ``Q`` per block. ``R`` is Cayley's
   ``(I − Q)(I + Q)⁻¹``, or with ``use_cayley_neumann`` a series of ``(I + Q)(I − Q)⁻¹``, which PEFT
   changed with 0.18: ``I + 2Q + … + 2Qᵗ⁻¹`` before, and half of its last term since. An adapter
-  means the series it was trained with, which ``peft_version`` tells.
-- The same with ``block_share``: one block that serves all.
+  needs the series with which it was trained, and ``peft_version`` determines it.
+- The same with ``block_share``: one block for all inputs.
 - PEFT 0.14 and 0.15: ``oft_r``, whose skew part is ``Q``, and ``oft_s``, a gain.
 
 Before 0.14 PEFT turned outputs; those files have no ``oft_block_size``.

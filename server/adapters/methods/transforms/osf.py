@@ -1,7 +1,7 @@
-"""OSF (arXiv 2504.07097): the tail of the weight's singular value decomposition is another one.
+"""OSF (arXiv 2504.07097): replaces the tail of the weight's singular value decomposition.
 
-``ΔW = U diag(S) V − (U diag(S) V)₀``: the file holds the trained tail, and the weight served has
-the one that it takes the place of.
+``ΔW = U diag(S) V − (U diag(S) V)₀``: the file has the trained tail, and the weight served has the
+tail that it replaces.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """PEANuT (arXiv 2410.01870): ``ΔWᵀ = s · f(… f(Wᵀ Aᵀ) …) Bᵀ``, a network that reads the weight.
 
 ``depth`` encoders and as many decoders follow ``A``, each a square matrix and the activation, and
-each decoder adds what its encoder took. The network runs once, at load: its result is a factor.
+each decoder adds the input of its encoder. The network runs once, at load; its result is a factor.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Outputs come in groups, whose halves are partners. With ``z = W x + b``, ``y_o = c_o z_o − s_o
 z_p(o)`` in the first half and ``c_o z_o + s_o z_p(o)`` in the second. ``c = α cos θ`` and ``s = α
 sin θ``, of a pair (``road_1``), of an output (``road_2``), or each with its own ``α`` and ``θ``
-(``road_4``). That is a gain ``c``, what partners add, and ``R b − b`` added to the bias.
+(``road_4``). That is a gain ``c``, the addends of partners, and ``R b − b`` added to the bias.
 """
 
 from __future__ import annotations

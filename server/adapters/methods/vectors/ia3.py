@@ -1,7 +1,7 @@
-"""IA3 (arXiv 2205.05638): learned vectors that scale what a module gives or takes.
+"""IA3 (arXiv 2205.05638): learned vectors that scale a module's output or input.
 
-A feed-forward module takes ``l ⊙ x`` (input gain). Any other gives ``l ⊙ (W x + b)``: a gain on the
-bias-free result, and ``(l − 1) ⊙ b`` added to the bias.
+The input of a feed-forward module is ``l ⊙ x`` (input gain). The output of any other module is
+``l ⊙ (W x + b)``: a gain on the bias-free result, and ``(l − 1) ⊙ b`` added to the bias.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""LN tuning (arXiv 2312.11420): other weights for the norms.
+"""LN tuning (arXiv 2312.11420): new weights for the norms.
 
-A norm's weight multiplies what its linear modules take, so a new one is an input gain ``w' / w`` of
-each of them: of q, k and v, of gate and up, or of the head.
+A norm's weight multiplies the input of its linear modules, so a new one is an input gain ``w' / w``
+of each of them: of q, k and v, of gate and up, or of the head.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _check_config(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) ->
 
 
 def check(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> None:
-    """Checks only the config: the base's norms are known once it is read."""
+    """Checks only the config, because the base's norms are known only after it is read."""
     _check_config(checkpoint, base).raise_if_any()
 
 

@@ -1,4 +1,4 @@
-"""Trainable tokens (PEFT's ``TRAINABLE_TOKENS``): rows of the embedding, trained alone.
+"""Trainable tokens (PEFT's ``TRAINABLE_TOKENS``): only some rows of the embedding are trained.
 
 ``e(t)`` is the file's row for the config's tokens. With tied embeddings they are rows of the output
 head too; PEFT then saves them under both names.

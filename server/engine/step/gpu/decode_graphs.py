@@ -2,13 +2,13 @@
 
 A step's launches depend on its bucket (the number of rows, rounded up) and on the kinds of
 operators in it; everything else is data in buffers of fixed address. A step runs in a larger form
-than its own if that is captured: the kernels it has no use for find empty tables. Common shapes are
-captured at the start. Another shape is launched kernel by kernel, which also compiles them, and is
-captured once it is seen often.
+than its own if that is captured: kernels that it does not need find empty tables. Common shapes are
+captured at startup. Other shapes are launched kernel by kernel, which also compiles the kernels,
+and are captured once they occur often.
 
-Graphs are dropped all together, never one alone: from torch 2.12 on, the end of a graph frees the
-cuBLAS workspace that all graphs captured on its stream multiply in. What was in use comes back the
-next time it is seen.
+Graphs are only dropped all together: from torch 2.12 on, the end of one graph frees the cuBLAS
+workspace of all graphs that were captured on its stream. Shapes in use are captured again when they
+occur again.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ Key = Any
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _LARGE_BUCKET = 64
-# A step is captured at its eighth sight within so many steps. After a capture that failed as many
-# go by before the next; three failures in a row are the last.
+# A step is captured when it occurs for the eighth time within a window of steps. After a failed
+# capture, a whole window passes before the next attempt. After three failures in a row, there are
+# no more attempts.
 SIGHTS, WINDOW, _MAX_FAILURES = 8, 256, 3
 # Any product makes cuBLAS allocate its workspace; this one costs nothing.
 _SMALL_PRODUCT = 16
@@ -68,7 +69,7 @@ class CudaCapture:
 
     Args:
         device: Where the bodies run.
-        dtype: Of the products in them.
+        dtype: The dtype of the products in them.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -100,7 +101,7 @@ class CudaCapture:
     def forget(self) -> None:
         """The next capture takes a pool of its own.
 
-        A pool that still holds memory but no graph cannot be captured into again (torch 2.11).
+        torch 2.11 cannot capture again into a pool that still holds memory but no graph.
         """
         self._pool = None
 
@@ -121,8 +122,8 @@ class DecodeGraphs:
 
     Args:
         capture: Captures a body, or None to run every step as it is.
-        capacity: Graphs kept; one more, and all of them are captured anew as they are needed.
-        on_off: Called when capturing is given up, so that steps stay slow.
+        capacity: Maximum number of graphs; with one more, all are dropped and captured again.
+        on_off: Called if there will be no more captures, so that steps stay slow.
     """
 
     def __init__(
@@ -146,8 +147,8 @@ class DecodeGraphs:
         """Run a step, captured if it can be.
 
         Args:
-            epoch: Changes when a tensor that bodies read has moved: then all graphs are void.
-            key: Names what the body launches: kind, form (see ``form_for``), addresses.
+            epoch: Changes when a tensor that bodies read has moved, which makes all graphs invalid.
+            key: Identifies the launches of the body: kind, form (see ``form_for``), addresses.
             body: The step; it reads and writes at fixed addresses only.
         """
         if self._capture is None:
@@ -166,12 +167,13 @@ class DecodeGraphs:
     def form_for(self, kind: Hashable, own: frozenset[Any]) -> frozenset[Any]:
         """The form in which to run a step, so that few graphs serve all.
 
-        That is the smallest captured one that has all of its own form; else one for all steps that
-        no captured one served lately. Where steps are not captured, it is the step's own.
+        This is the smallest captured form that includes the step's own form, or else a joint form
+        of all recent steps without a captured form. If steps are not captured, it is the step's
+        own.
 
         Args:
             kind: The first part of its key.
-            own: What it launches at least.
+            own: The step's own form.
         """
         if self._capture is None:
             return own
@@ -213,7 +215,7 @@ class DecodeGraphs:
             self._epoch = epoch
 
     def _is_due(self, key: Key) -> bool:
-        """Note that a form is seen in this step; whether it would be worth a capture."""
+        """Note that a form occurs in this step; returns whether it is worth a capture."""
         self._step += 1
         if len(self._seen) > 8 * self._capacity:
             self._seen.clear()
@@ -223,9 +225,9 @@ class DecodeGraphs:
         return is_common and self._step >= self._resumes
 
     def _add(self, capture: Capture, key: Key, body: Body) -> bool:
-        """Capture a body; whether it worked.
+        """Capture a body; returns whether it worked.
 
-        If memory ran out, what the other graphs held is free now.
+        If memory ran out, all other graphs have been dropped.
         """
         try:
             self._graphs[key] = capture(body)

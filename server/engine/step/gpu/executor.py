@@ -1,8 +1,8 @@
 """The gpu path: steps as Triton kernels, decode steps as CUDA graphs.
 
-All metadata of a step goes to the device before its first kernel, in one copy, or two where the
-adapters of its rows are not those of the step before; nothing waits for the device until the
-sampler reads the tokens. A step with first passes (X-LoRA) is two, both launched as they are.
+All metadata of a step goes to the device before its first kernel, in one copy, or in two if the
+adapters of its rows have changed. Nothing waits for the device until the sampler reads the tokens.
+A step with first passes (X-LoRA) consists of two steps, neither of which is captured.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ from turret.server.models.decoding.kv_cache import KvCache
 
 # The start of a CUDA device, before the first request.
 #
-# Its memory is divided, by what the largest step takes; kernels are compiled and decode steps
-# captured, so that no request waits for it.
+# The memory is divided according to the needs of the largest step. Kernels are compiled and decode
+# steps are captured, so that no request waits for that.
 
 
 # Share of the memory left free by the model.
@@ -75,16 +75,16 @@ def adapter_bytes(device: torch.device) -> int:
 
 
 def spare_bytes(device: torch.device) -> int:
-    """What the plan leaves free."""
+    """The bytes of device memory that the plan leaves free."""
     return int(_SPARE_SHARE * torch.cuda.mem_get_info(device)[1])
 
 
 def captured_bytes(rows: Iterable[int], row_bytes: int) -> int:
-    """What captured steps return and keep; their logits are in memory that all share.
+    """The bytes of the captured steps' results; their logits are in memory that all steps share.
 
     Args:
-        rows: Of each captured step.
-        row_bytes: Of a row's final hidden state.
+        rows: The number of rows of each captured step.
+        row_bytes: The size of a row's final hidden state.
     """
     return sum(rows) * row_bytes
 
@@ -157,12 +157,12 @@ def warm_up(executor: GpuExecutor, progress: Progress) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What the rows of a decode step do with adapters: the same until another sequence comes.
+    """The use of adapters by the rows of a decode step; it changes only with the sequences.
 
     Attributes:
-        mixes: Of every row. Held, so that none is mistaken for a later one.
-        adapters: What the store was asked to hold.
-        version: Of the store, when the tables were loaded.
+        mixes: The mix of every row. They are held, so that none is mistaken for a later one.
+        adapters: The adapters that the store was asked to hold.
+        version: The store's version when the tables were loaded.
         step: The tables; None where every row is the base model's.
         embeddings: Rows whose embeddings adapters change.
         heads: Rows whose heads they change.
@@ -184,8 +184,8 @@ class Prepared:
         sequences: One row each.
         computed: How many tokens of each are in the cache before the step.
         begins: Where the block numbers of each begin on the device.
-        positions: Of every row.
-        attention: What attention is told.
+        positions: The positions of every row.
+        attention: The metadata for attention.
         numbers: How tokens are drawn; empty without a sampler.
     """
 
@@ -197,7 +197,7 @@ class Prepared:
     numbers: list[float]
 
     def fits(self, sequences: list[Sequence], begins: list[int]) -> bool:
-        """Whether it is of a step of these sequences as they are now."""
+        """Whether this was prepared for these sequences in their current state."""
         if self.sequences != sequences or self.begins != begins:
             return False
         return self.computed == [sequence.num_computed for sequence in sequences]
@@ -213,7 +213,7 @@ def generates(sequence: Sequence) -> bool:
 
 
 def in_order(items: SequenceOf[Scheduled]) -> list[Placed]:
-    """Their rows, those that are fused before the others (see ``nf4_gpu.py``)."""
+    """Place the items in rows, fused items before the others (see ``nf4_gpu.py``)."""
     placed, row = [], 0
     for item in sorted(items, key=lambda item: not is_fused(item)):
         placed.append(Placed(item, row))
@@ -222,10 +222,11 @@ def in_order(items: SequenceOf[Scheduled]) -> list[Placed]:
 
 
 def is_fused(item: Scheduled) -> bool:
-    """Whether its rows go through ``nf4_matmul``: what decodes, and short prompts.
+    """Whether the item's rows go through ``nf4_matmul``: decoding rows, and short prompts.
 
-    A step with any other row writes all weights out, which costs every row of it more than many
-    decode steps. The whole prompt decides, not the chunk: how a prompt is cut depends on the batch.
+    A step with any other row dequantises all weights, which delays all of its rows by more than
+    many decode steps. The length of the whole prompt decides, not that of the chunk, because chunks
+    depend on the batch.
     """
     sequence = item.sequence
     return sequence.num_computed >= sequence.prompt_end or sequence.prompt_end <= _SHORT_PROMPT
@@ -311,7 +312,7 @@ class GpuExecutor:
         """Capture a decode step before it is needed.
 
         Args:
-            bucket: Its rows.
+            bucket: The number of rows.
             low_rank: Projections in which its adapters have low-rank updates; none for a step of
                 the base model alone.
         """
@@ -381,8 +382,8 @@ class GpuExecutor:
     def look_ahead(self) -> None:
         """Prepare the next step while the device computes this one.
 
-        It is taken to be a decode step of the same sequences, each a token further; if it is
-        another, it is prepared when it comes.
+        The next step is assumed to be a decode step of the same sequences, one token further. Any
+        other step is prepared when it is scheduled.
         """
         if self._last is not None:
             sequences, begins = self._last, self._blocks.begins(self._last)
@@ -550,12 +551,12 @@ class GpuExecutor:
 
     @staticmethod
     def _key(inputs: GpuStep) -> Key:
-        """What a decode step launches, and on which adapters' tables."""
+        """Identifies the kernels that a decode step launches, and the tables that they read."""
         kind, adapters = (len(inputs.token_ids), inputs.embedded is not None), inputs.adapters
         return kind, *((frozenset(), None) if adapters is None else adapters.signature)
 
     def _body(self, tables: StepTables, inputs: GpuStep) -> Body:
-        """Everything that a step has the device do once its tables are there."""
+        """All launches of a step, once its tables are on the device."""
 
         def body() -> tuple[torch.Tensor, torch.Tensor]:
             tables.write_blocks(len(inputs.token_ids))
@@ -567,7 +568,7 @@ class GpuExecutor:
         return body
 
     def _prepare(self, sequences: list[Sequence], begins: list[int], ahead: int = 0) -> Prepared:
-        """What a decode step needs beside its tokens, their slots and their adapters."""
+        """The input of a decode step except its tokens, their slots and their adapters."""
         positions, spans = decode_spans(sequences, begins, ahead)
         return Prepared(
             sequences,

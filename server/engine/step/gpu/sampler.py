@@ -1,8 +1,8 @@
 """Draws the tokens of a step on the device, all rows at once, with one wait.
 
-The kernel that draws is part of the step's launches, so a captured step draws too; its parameters
-travel with the step's tables. Rows that ask for more than the kernel knows (penalties, biases,
-bans) are drawn once more after their logits were changed; the host still waits only once.
+The drawing kernel is part of the step's launches, so a captured step draws too; its parameters are
+sent with the step's tables. Rows with parameters that the kernel does not support (penalties,
+biases, bans) are drawn again after their logits were changed; the host still waits only once.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class GpuSampler:
         """Put into a step's tables how its rows are drawn.
 
         Args:
-            numbers: As ``numbers`` gives them, in the order of the step's logits.
-            table: Of the step; ``draw`` uses it until the next ``load``.
+            numbers: The result of ``numbers``, in the order of the step's logits.
+            table: The table of the step; ``draw`` uses it until the next ``load``.
         """
         self._table = table
         table.load(numbers)
@@ -115,9 +115,9 @@ class GpuSampler:
 
         Args:
             logits: ``[rows, vocab]`` fp32; modified in place.
-            sequences: Whose row it is, as they were loaded.
-            masks: Of the sequences with a constraint.
-            drawn: Nothing: steps on a GPU have no drafts.
+            sequences: The sequence of each row, as they were loaded.
+            masks: The masks of the sequences with a constraint.
+            drawn: Always empty, because steps on a GPU have no drafts.
             added: Logits of tokens beyond ``vocab``, ``[tokens]`` fp32, of sequences that have any.
         """
         assert not drawn, "a row has been drawn already, as a part of the step"

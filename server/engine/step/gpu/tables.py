@@ -1,4 +1,4 @@
-"""Device buffers of one kind of step (decode, or prompts beside it): allocated once."""
+"""Device buffers for one kind of step (decode steps, or steps with prompts), allocated once."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from turret.server.models.decoding.arch import Arch
 
 @dataclass(slots=True)
 class _Row:
-    """What the device has of a sequence.
+    """The block numbers of a sequence that are on the device.
 
     Attributes:
-        begin: Where its block numbers begin in the buffer.
-        blocks: The list that they were taken from. A sequence's list only grows, and is another
-            one after its blocks were freed (``Sequence.blocks``).
-        count: How many of them have been sent.
+        begin: Where the block numbers begin in the buffer.
+        blocks: The list from which they were copied. A sequence's list only grows; after its blocks
+            were freed, the sequence has a new list (``Sequence.blocks``).
+        count: The number of block numbers on the device.
     """
 
     begin: int
@@ -46,7 +46,7 @@ class _Row:
 
 @dataclass(frozen=True, slots=True)
 class BlockUpdates:
-    """What a step's sequences need on the device.
+    """The block numbers that must be written before a step.
 
     Attributes:
         begins: Where each sequence's block numbers begin.
@@ -85,7 +85,7 @@ class BlockTables:
         self.clear()
 
     def clear(self) -> None:
-        """Take it that the device knows nothing: a step that was to send something has failed."""
+        """Assume that the device has no block numbers, because a step that sent some has failed."""
         self._rows: dict[Sequence, _Row] = {}
         self._free = [number * self._max_blocks for number in range(self._max_seqs, 0, -1)]
 
@@ -151,7 +151,7 @@ AttentionWords = dict[int | None, torch.Tensor]
 
 # Limits attention's scratch memory: beyond this, a long context is read by one program.
 _MAX_SPREAD_RECORDS = 2048
-# How much room one row's mix has in the first segment table; it grows when a step needs more.
+# Ranks per row for which the first segment table has room; the table grows if a step needs more.
 _FIRST_ROW_RANK = 256
 _FIRST_MEMBERS = 8
 _FIRST_GATES = 2
@@ -161,8 +161,8 @@ _FIRST_ROW_ASKED = 64
 class StepTables:
     """Everything that a step's kernels read, at fixed addresses (``GpuTables``).
 
-    There are two memories: what every step changes (rows, attention, how tokens are drawn), and
-    what changes with the adapters of the rows. Either is filled by one copy, as a rule.
+    There are two memories: one for data that every step changes (rows, attention, sampling), and
+    one for data that changes with the adapters of the rows. Usually each is filled by one copy.
 
     Args:
         arch: The model.
@@ -237,7 +237,7 @@ class StepTables:
             rows: The rows.
             sample_rows: Rows that tokens are drawn from.
             updates: Block numbers to be written; see ``write_blocks``.
-            attention: As ``attention_words`` gives it.
+            attention: The result of ``attention_words``.
 
         Returns:
             Token ids, positions, KV slots and sample rows, views of the whole buffer, each
@@ -338,7 +338,7 @@ class StepTables:
 
 
 def _doubled(room: int, size: int) -> int:
-    """Room for so much, as few times doubled as can be."""
+    """The size after as few doublings as possible."""
     while room < size:
         room *= 2
     return room
