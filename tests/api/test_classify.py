@@ -15,7 +15,7 @@ from servers.http_harness import http_harness
 from servers.rpc_harness import failure_of, harness
 
 from turret.server.adapters.adapter import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Head
-from turret.server.api import inputs as classify_api
+from turret.server.api import inputs
 from turret.server.api.inputs import probabilities
 from turret.server.engine.scheduling.request import Output, Pooling, Request
 from turret.server.errors import InvalidRequestError
@@ -58,7 +58,7 @@ async def test_what_the_engine_refuses_of_the_mix_is_the_calls() -> None:
 
 async def test_the_labels_of_a_call_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """2,048 inputs times 4,096 labels would take gigabytes."""
-    monkeypatch.setattr(classify_api, "MAX_LABEL_SCORES", 5)
+    monkeypatch.setattr(inputs, "MAX_LABEL_SCORES", 5)
     async with harness() as server, http_harness() as web:
         assert len((await server.inference.Classify(texts("a", "b"))).classifications) == 2
         failure = await failure_of(server.inference.Classify(texts("a", "b", "c")))

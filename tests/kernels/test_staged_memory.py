@@ -10,7 +10,7 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 
-from turret.kernels.gpu import tables as staged_buffer
+from turret.kernels.gpu import tables
 from turret.kernels.gpu.tables import StagedMemory, StagedPart, host_tensor
 
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def cuda() -> Iterator[FakeCuda]:
     fake = FakeCuda()
-    with fake.installed(), patch.object(staged_buffer, "has_streams", lambda device: True):
+    with fake.installed(), patch.object(tables, "has_streams", lambda device: True):
         yield fake
 
 

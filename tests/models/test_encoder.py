@@ -13,7 +13,7 @@ from turret.server.api.inference_requests import input_token_ids
 from turret.server.api.limits import InputLimits
 from turret.server.errors import InvalidRequestError
 from turret.server.models import encoder as encoders
-from turret.server.models import tokenizer as served
+from turret.server.models import tokenizer
 from turret.server.models.encoder import KNOWN, Encoder
 from turret.v1 import inference_pb2
 
@@ -65,17 +65,17 @@ def test_other_patterns_give_the_same_ids_in_a_child(pattern: str):
 
 
 @pytest.fixture
-def slow_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> served.Tokenizer:
+def slow_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tokenizer.Tokenizer:
     backend_with(SLOW).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "PreTrainedTokenizerFast"}'
     )
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     monkeypatch.setattr(encoders, "CPU_SECONDS", 1.0)
-    return served.Tokenizer.load(tmp_path, frozenset(), len(ALPHABET))
+    return tokenizer.Tokenizer.load(tmp_path, frozenset(), len(ALPHABET))
 
 
-async def test_a_slow_text_is_refused_and_others_go_on(slow_tokenizer: served.Tokenizer):
+async def test_a_slow_text_is_refused_and_others_go_on(slow_tokenizer: tokenizer.Tokenizer):
     limits = InputLimits(vocab_size=len(ALPHABET), max_tokens=8192, max_chars=8192)
 
     async def ids(text: str) -> list[int]:

@@ -20,7 +20,7 @@ from turret.server.api import access
 from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable, most_connections
 from turret.server.api.admin import SlowCalls
 from turret.server.errors import QueueFullError
-from turret.server.http import connection as listener
+from turret.server.http import connection
 from turret.server.rpc import interceptor
 from turret.server.rpc import interceptor as status
 from turret.v1 import inference_pb2
@@ -90,9 +90,9 @@ def test_all_doors_together_leave_descriptors_for_files(monkeypatch: pytest.Monk
 
 async def test_a_handshake_that_never_ends_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection is accepted, and nothing is made of it."""
-    monkeypatch.setattr(listener, "HANDSHAKE_SECONDS", 0.1)
-    bound = listener.socket.create_server(("127.0.0.1", 0))
-    with listener.Listener(bound, MOST) as accepting:
+    monkeypatch.setattr(connection, "HANDSHAKE_SECONDS", 0.1)
+    bound = connection.socket.create_server(("127.0.0.1", 0))
+    with connection.Listener(bound, MOST) as accepting:
         reader, writer = await asyncio.open_connection(*accepting.getsockname())
         accepted, _ = accepting.accept()
         assert await asyncio.wait_for(reader.read(), 10) == b""

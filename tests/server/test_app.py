@@ -29,7 +29,6 @@ from start_problems import read
 
 import turret
 from turret.server import log
-from turret.server import log as progress
 from turret.server.adapters.adapter import AdapterInfo
 from turret.server.app import App
 from turret.server.cli import main
@@ -228,7 +227,7 @@ async def test_a_stop_while_loading_does_not_wait_for_the_load(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bar = Mock()
-    monkeypatch.setattr(progress, "_drawn", [bar])
+    monkeypatch.setattr(log, "_drawn", [bar])
     parts = Parts()
     parts.may_finish.clear()
     app = make_app(parts)
@@ -247,7 +246,7 @@ SERVER = textwrap.dedent(
     import asyncio, sys
     sys.path[:0] = {paths!r}
     from servers.app_parts import Parts, make_app
-    from turret.server import log, progress
+    from turret.server import log
 
     log.configure()
     async def drain(grace_seconds):

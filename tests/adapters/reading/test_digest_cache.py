@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from said import says
 
 from turret.server.adapters.adapter import Source
-from turret.server.adapters.checkpoint import adapter_root as known_files
-from turret.server.adapters.checkpoint import reader as reader
+from turret.server.adapters.checkpoint import adapter_root, reader
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot, DigestCache, stamp_of
 from turret.server.adapters.checkpoint.reader import read_checkpoint
@@ -38,7 +37,7 @@ def write(folder: Path, seed: int, alpha: int = 1) -> None:
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes hashed, a number per piece; files count as settled at once."""
-    monkeypatch.setattr(known_files, "_SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr(adapter_root, "_SETTLED_SECONDS", 0.0)
     pieces: list[int] = []
     begin = reader.begin_digest
 

@@ -7,6 +7,7 @@ cd tests/support && python -m servers.zygote      reads a JSON array a line: fla
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib
 import json
@@ -79,7 +80,9 @@ class Life:
             return False
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        """Send a signal to the server, unless it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
