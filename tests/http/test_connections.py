@@ -54,6 +54,7 @@ async def test_a_small_write_waits_for_nothing() -> None:
         reader, writer = await opened(server.server.address)
         writer.write(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
         await asyncio.wait_for(reader.readuntil(b"}"), 10)
+        assert server.server._server is not None
         (accepted,) = server.server._server.server_state.connections
         found = accepted.transport.get_extra_info("socket")
         assert found.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0

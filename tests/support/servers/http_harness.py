@@ -57,6 +57,7 @@ class HttpHarness:
 
     async def settle(self) -> None:
         """Wait until a call has been counted and logged, which happens after its last byte."""
+        assert self.server._server is not None
         while tasks := self.server._server.server_state.tasks:
             await asyncio.wait(list(tasks))
 
