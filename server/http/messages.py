@@ -88,7 +88,7 @@ def _or_text(schema: dict[str, Any]) -> None:
 class Turn(Body):
     role: Literal["user", "assistant", "system"]
     content: Annotated[list[Block], BeforeValidator(_as_blocks)] = Field(
-        max_length=MAX_CHAT_MESSAGES, json_schema_extra=_or_text
+        max_length=MAX_CHAT_MESSAGES, fail_fast=True, json_schema_extra=_or_text
     )
 
 
@@ -201,23 +201,28 @@ def _chat_of(body: CountRequest, names: dict[str, str]) -> inference_pb2.Chat:
         add("system", "system", body.system)
     for index, turn in enumerate(body.messages):
         path = f"messages[{index}]"
-        # The texts and calls of a turn are one message, and each result is one of its own.
-        is_open = False
+        # The texts and calls of a turn are one message, and each result is one of its own. Texts
+        # are joined at once: each assignment to a protobuf field copies the whole text.
+        is_open, texts = False, list[str]()
         for place, block in enumerate(turn.content):
             at = f"{path}.content[{place}]"
             if block.type == "tool_result":
+                if is_open:
+                    chat.messages[-1].content = "".join(texts)
                 add(at, "tool", block.content, block.tool_use_id)
                 is_open = False
             elif block.type in ("text", "tool_use"):
                 if not is_open:
                     add(path, turn.role)
-                    is_open = True
-                last = chat.messages[-1]
-                last.content += block.text or ""
+                    is_open, texts = True, []
+                texts.append(block.text or "")
                 if block.type == "tool_use":
+                    last = chat.messages[-1]
                     names[f"chat.messages[{len(chat.messages) - 1}].tool_calls"] = at
                     arguments = json.dumps(block.input, ensure_ascii=False)
                     last.tool_calls.add(id=block.id, name=block.name, arguments=arguments)
+        if is_open:
+            chat.messages[-1].content = "".join(texts)
     # The answer continues a message of the assistant at the end.
     last_turn = body.messages[-1]
     if last_turn.role == "assistant" and last_turn.content and last_turn.content[-1].text:

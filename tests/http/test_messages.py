@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx2
 import pytest
+from pydantic import ValidationError
 from servers.fakes import FakeTokenizer, finish
 from servers.http_harness import http_harness
 
 from turret.server.api.access import TokenTable
 from turret.server.engine.scheduling.request import FinishReason, Output, Request
 from turret.server.errors import UnavailableError
+from turret.server.http.messages import CountRequest, _chat_of
+from turret.server.http.schemas.requests import ChatRequest
 from turret.server.models.chat_template import ChatFormat
 from turret.server.models.tokenizer import RenderedChat
 from turret.server.words import say
@@ -31,6 +35,8 @@ TOOLS = [
 ASKED: dict[str, Any] = {"model": "base", "max_tokens": 64, "messages": TURNS}
 CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
 ANSWER = f"<think>hm</think>Well. {CALL}"
+
+RESULT = {"type": "tool_result", "tool_use_id": "1", "content": "r"}
 
 
 def saying(
@@ -233,3 +239,27 @@ async def test_errors_of_other_kinds() -> None:
         events = events_of(await http.post(PATH, ASKED | {"stream": True}, key))
     assert events[0]["type"] == "message_start"
     assert (events[-1]["type"], events[-1]["error"]["type"]) == ("error", "overloaded_error")
+
+
+def test_many_blocks_cost_no_more_than_their_texts():
+    """Each text was copied with every block: 3.7 MB took gigabytes and stopped the event loop."""
+    blocks = [{"type": "text", "text": "a" * 900}] * 4000
+    turns = [{"role": "user", "content": [*blocks, RESULT, *blocks[:2]]}]
+    body = CountRequest.model_validate({"model": "base", "messages": turns})
+    begun = time.process_time()
+    chat = _chat_of(body, {})
+    assert time.process_time() - begun < 1.0
+    assert [len(message.content) for message in chat.messages] == [900 * 4000, 1, 1800]
+
+
+@pytest.mark.parametrize(
+    ("model", "turn"),
+    [
+        (CountRequest, {"role": "user", "content": [1] * 4096}),
+        (ChatRequest, {"role": "assistant", "tool_calls": [1] * 128}),
+    ],
+)
+def test_a_nested_list_is_refused_at_its_first_wrong_entry(model: Any, turn: Any):
+    with pytest.raises(ValidationError) as refused:
+        model.model_validate({"model": "base", "messages": [turn] * 250})
+    assert refused.value.error_count() == 250

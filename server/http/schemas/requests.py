@@ -285,7 +285,7 @@ class Message(Body):
     role: str = Field(description="A role of the chat template; `developer` is `system`.")
     content: Content | None = Field(None, description="Optional for the assistant.")
     name: Any = ignored()
-    tool_calls: list[ToolCall] = Field([], max_length=MAX_TOOL_CALLS)
+    tool_calls: list[ToolCall] = Field([], max_length=MAX_TOOL_CALLS, fail_fast=True)
     tool_call_id: str = ""
     function_call: Any = unsupported({}, "", instead="`tool_calls`")
 
