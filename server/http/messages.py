@@ -49,6 +49,8 @@ from turret.v1 import inference_pb2
 
 # The request.
 
+_MAX_BLOCKS = 2 * MAX_CHAT_MESSAGES
+
 
 class Block(Body):
     """A part of a turn. Earlier thoughts are left out of the prompt."""
@@ -90,6 +92,16 @@ class Turn(Body):
     content: Annotated[list[Block], BeforeValidator(_as_blocks)] = Field(
         max_length=MAX_CHAT_MESSAGES, fail_fast=True, json_schema_extra=_or_text
     )
+
+
+def _few_blocks(value: Any) -> Any:
+    """Limits the blocks of all turns together, before the first of them is read."""
+    turns = value if isinstance(value, list) else []
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
+    found = sum(len(content) for content in contents if isinstance(content, list))
+    if found > _MAX_BLOCKS:
+        raise wrong_at(say("TOO_MANY_ENTRIES", most=_MAX_BLOCKS, found=found))
+    return value
 
 
 class MessageTool(Body):
@@ -147,7 +159,9 @@ class CountRequest(Asking, ChatOnly):
         "input": "messages",
     }
 
-    messages: list[Turn] = Field(min_length=1, max_length=MAX_CHAT_MESSAGES)
+    messages: Annotated[list[Turn], BeforeValidator(_few_blocks)] = Field(
+        min_length=1, max_length=MAX_CHAT_MESSAGES
+    )
     system: Content | None = None
     tools: list[MessageTool] = Field([], max_length=MAX_TOOLS)
     tool_choice: MessageToolChoice = Field(default_factory=MessageToolChoice)

@@ -255,7 +255,7 @@ def test_many_blocks_cost_no_more_than_their_texts():
 @pytest.mark.parametrize(
     ("model", "turn"),
     [
-        (CountRequest, {"role": "user", "content": [1] * 4096}),
+        (CountRequest, {"role": "user", "content": [1] * 32}),
         (ChatRequest, {"role": "assistant", "tool_calls": [1] * 128}),
     ],
 )
@@ -263,3 +263,10 @@ def test_a_nested_list_is_refused_at_its_first_wrong_entry(model: Any, turn: Any
     with pytest.raises(ValidationError) as refused:
         model.model_validate({"model": "base", "messages": [turn] * 250})
     assert refused.value.error_count() == 250
+
+
+def test_all_turns_together_have_a_limit_of_blocks():
+    turn = {"role": "user", "content": [{"type": "text", "text": ""}] * 4000}
+    with pytest.raises(ValidationError, match="8192") as refused:
+        CountRequest.model_validate({"model": "base", "messages": [turn] * 35})
+    assert refused.value.error_count() == 1
