@@ -56,9 +56,6 @@ if TYPE_CHECKING:
     from turret.server.adapters.merger import MergeState
     from turret.server.adapters.registry.registry import AdapterRegistry, UnloadMode
 
-# Threads for calls that may take long, so that they do not delay tokenising or listing.
-
-
 _T = TypeVar("_T")
 
 
@@ -123,6 +120,7 @@ MAX_UNLOAD_SECONDS = 3600.0
 MAX_UPLOADS = 8
 # Maximum number of concurrent uploads per token, so that one token cannot take all places.
 MAX_UPLOADS_PER_TOKEN = 6
+# Threads for calls that may take long, so that they do not delay tokenising or listing.
 _SLOW_CALLS = 32
 _DRAINS = 32
 

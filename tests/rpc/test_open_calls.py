@@ -22,7 +22,6 @@ from turret.server.api.admin import SlowCalls
 from turret.server.errors import QueueFullError
 from turret.server.http import connection
 from turret.server.rpc import interceptor
-from turret.server.rpc import interceptor as status
 from turret.v1 import inference_pb2
 
 MOST = 4
@@ -109,7 +108,7 @@ async def test_a_handshake_that_never_ends_is_cut(monkeypatch: pytest.MonkeyPatc
 async def test_a_call_without_its_message_ends(
     monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    monkeypatch.setattr(status, "MESSAGE_SECONDS", 0.2)
+    monkeypatch.setattr(interceptor, "MESSAGE_SECONDS", 0.2)
 
     async def silent() -> AsyncIterator[bytes]:
         await asyncio.Event().wait()
