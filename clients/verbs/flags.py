@@ -32,7 +32,7 @@ _DESTINATIONS = {
     "key": "tls_key",
 }
 _T = TypeVar("_T")
-# What argparse's add_argument takes, by the names of a flag or the destination of a positional.
+# Arguments of argparse's add_argument, by a flag's names or a positional's destination.
 Flags = Mapping[str, Mapping[str, Any]]
 
 
