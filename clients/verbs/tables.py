@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from turret.clients.messages.results import Adapter, Fusion, MergeState, ModuleError
-from turret.clients.words import counted
+from turret.words import counted
 
 # Warn if rounding loses this share of the change or more.
 _LOST = 0.5
