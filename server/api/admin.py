@@ -41,9 +41,8 @@ from turret.server.api.uploads import (
     checked_header,
     most_seconds,
     next_message,
+    reading_options,
     receive_chunks,
-    task_of,
-    template_of,
 )
 from turret.server.api.violations import Violations
 from turret.server.basics.names import closest
@@ -169,8 +168,7 @@ class Adapters:
                 name,
                 path,
                 pinned=message.pinned,
-                task=task_of(message),
-                chat_template=template_of(message),
+                **reading_options(message),
             )
         )
 
@@ -185,8 +183,7 @@ class Adapters:
                 name,
                 path,
                 expected_generation=_expected_generation(message),
-                task=task_of(message),
-                chat_template=template_of(message),
+                **reading_options(message),
             )
         )
 
@@ -232,8 +229,7 @@ class Adapters:
                 pinned=header.pinned,
                 replace=header.replace,
                 expected_generation=_expected_generation(header),
-                task=task_of(header),
-                chat_template=template_of(header),
+                **reading_options(header),
             )
         finally:
             # Start a thread for it, because the pool rejects work while the server stops.
