@@ -180,10 +180,10 @@ class _LoopStub:
 class _CutCalls:
     """When an asyncio client last cut a call short, and how long gRPC takes to handle that.
 
-    Of a call that is cancelled gRPC drops what is under way, and its last event comes a little
-    later, through a queue that all event loops of the process share. After the loop's end, as long
-    as any channel lives, the next loop finds it and prints that the first is closed. No call and
-    no channel tells when that event is through.
+    gRPC handles the last event of a cancelled call a little later, through a queue that all event
+    loops of the process share. If the loop has ended by then and any channel is still alive, the
+    next loop finds the event and prints that the first loop is closed. No call and no channel
+    reports that the event has been handled.
     """
 
     def __init__(self) -> None:

@@ -226,8 +226,8 @@ def _unreadable(path: str | Path, error: OSError | UnicodeDecodeError) -> Text:
 def as_typed(argument: str, args: argparse.Namespace) -> str:
     """The flag, the positional or the environment variable that sets an argument of the client.
 
-    An argument that no flag of the verb sets stays as it is. Of a flag that is given several times,
-    or of several texts, the number counts from 1.
+    An argument that no flag of the verb sets stays as it is. For a flag that is given several
+    times, and for one of several texts, a number from 1 follows.
     """
     found = re.fullmatch(r"(\w+)(?:\[(\d+)\](?:\.\w+)*)?", argument)
     if found is None or not hasattr(args, "parser"):
