@@ -61,7 +61,7 @@ class Retries:
     """The remaining attempts of one call.
 
     Args:
-        policy: Of the client.
+        policy: The client's policy.
         seconds: The deadline of all tries together; None means none.
         repeatable: Whether a second execution of the call does no harm.
 
@@ -94,7 +94,7 @@ class Retries:
         """Seconds until the next attempt; None if there is none and the error is final.
 
         Args:
-            error: What the last try raised.
+            error: The error of the last attempt.
             is_broken: Whether a part of the answer has arrived. Then, attempts that no server has
                 begun do not count for as long as a server takes to restart.
         """

@@ -42,7 +42,7 @@ def flags_parser(flags: Flags, *names: str, title: str = "") -> argparse.Argumen
     Args:
         flags: The table of flags.
         *names: The flags to add; all if there is none.
-        title: Of their group in the help.
+        title: The title of their group in the help; empty for no group.
     """
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group(title) if title else parser
@@ -253,7 +253,7 @@ def call_with_flags(method: Callable[..., _T], args: argparse.Namespace, **value
     """Call a client's method with the flags that have the names of its arguments.
 
     Args:
-        method: Of a client.
+        method: A method of a client.
         args: The flags.
         **values: Other arguments.
     """

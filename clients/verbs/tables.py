@@ -80,7 +80,7 @@ def table_of(columns: Mapping[str, str], rows: Iterable[Sequence[str]], **option
     Args:
         columns: Heading → kind: a text may break anywhere, what is whole never does.
         rows: The cells.
-        options: Of rich's table.
+        options: Options of rich's table.
     """
     table = Table(**options)
     for heading, kind in columns.items():
