@@ -99,7 +99,7 @@ def with_client(
 ) -> Callable[[argparse.Namespace], int]:
     """Give a verb its client, and turn its errors into one line and an exit code.
 
-    A verb that Ctrl-C ends may have put its last words into ``stopped`` of its arguments.
+    A verb may set ``stopped`` of its arguments to the line that is printed if Ctrl-C ends it.
     """
 
     def run(args: argparse.Namespace) -> int:
