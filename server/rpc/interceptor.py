@@ -358,7 +358,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """
 
         async def refuse() -> None:
-            raise error.with_traceback(None)
+            raise error
 
         async def answer(requests: Any, context: Any) -> None:
             await self.run(method, context, refuse)
