@@ -10,7 +10,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Coroutine
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -244,18 +244,8 @@ def _is_own(error: grpc.aio.AioRpcError) -> bool:
 def _error_of(ended: grpc.aio.Call) -> grpc.aio.AioRpcError:
     """The error of a call as it is now; gRPC may replace it a moment later."""
     return grpc.aio.AioRpcError(
-        _now(ended.code()),
-        _now(ended.initial_metadata()),
-        _now(ended.trailing_metadata()),
-        details=_now(ended.details()),
+        completed(ended.code()),
+        completed(ended.initial_metadata()),
+        completed(ended.trailing_metadata()),
+        details=completed(ended.details()),
     )
-
-
-def _now(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine that never waits."""
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        return end.value
-    coroutine.close()
-    raise RuntimeError("the call has not ended")
