@@ -70,7 +70,7 @@ def _rpc(
     """Implement a method as a call, whose request has the arguments as its fields.
 
     Args:
-        name: Of the RPC.
+        name: The name of the RPC.
         kind: The class of the result; None for a response without fields.
     """
 
@@ -125,7 +125,7 @@ class ServiceClient:
 
 
 class InferenceBase(ServiceClient):
-    """What both clients share; arguments are those of ``TurretClient``."""
+    """The base class of both clients; arguments are those of ``TurretClient``."""
 
     _service = inference_pb2.DESCRIPTOR.services_by_name["Inference"]
     _connection_class: ClassVar[type[AsyncConnection | BlockingConnection]]
@@ -342,7 +342,7 @@ class AsyncTurretClient(InferenceBase):
 
 
 class AdaptersBase(ServiceClient):
-    """What the clients of the ``Adapters`` service share."""
+    """The base class of the clients of the ``Adapters`` service."""
 
     _service = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"]
 

@@ -1,4 +1,4 @@
-"""What to do next about an error, in the terms of a Python program or of the command."""
+"""Advice on errors, in the terms of a Python program or of the command."""
 
 from __future__ import annotations
 

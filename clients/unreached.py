@@ -91,8 +91,8 @@ def cause_of(code: grpc.StatusCode, said: str) -> tuple[grpc.StatusCode, str, st
 def address_problem(address: str, *, has_tls: bool) -> Text | None:
     """Why no server can be at an address; None if there may be one.
 
-    Without a port gRPC takes 443, which is where servers with TLS may be. Of others with a colon,
-    such as unix:PATH and dns:///NAME, gRPC knows best.
+    Without a port gRPC takes 443, which is where servers with TLS may be. gRPC itself checks other
+    forms with a colon, such as dns:///NAME.
     """
     scheme, colon, rest = address.partition(":")
     is_scheme = colon and scheme in _SCHEMES

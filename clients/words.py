@@ -133,8 +133,3 @@ TEXTS = {
 }
 
 say = sayer(TEXTS)
-
-
-def counted(count: int, thing: str) -> str:
-    """``1 token``, ``2 tokens``; ``thing`` is a noun whose plural takes an s."""
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"

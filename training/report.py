@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.adapters.adapter import TENSORS_FILE
-from turret.server.basics.names import counted
 from turret.training.run.folder import RunFolder, read_metrics
+from turret.words import counted
 
 _WIDTH, _HEIGHT = 720, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 30

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from turret.server.basics.names import counted
 from turret.server.basics.settings import about_bytes
 from turret.training.base_model import (
     DTYPES,
@@ -42,6 +41,7 @@ from turret.training.settings.checks import PROMPTS
 from turret.training.settings.config import render_config
 from turret.training.settings.resolve import Resolved
 from turret.training.words import say
+from turret.words import counted
 
 # Called with every line of metrics.jsonl and with the events between them: ``kind`` is ``begin``
 # (with ``steps``), ``phase`` (``text`` is the current work) or ``note`` (``text`` for the reader).

@@ -39,7 +39,7 @@ def waiting(settings: CallSettings, closed: threading.Event | None = None) -> It
     gRPC then cancels the call, which looks to asyncio as if the task were cancelled.
 
     Args:
-        settings: Of the client.
+        settings: The client's settings.
         closed: Set if the stream is closed.
     """
     try:
@@ -69,10 +69,10 @@ async def call(
     """Call a stub's method.
 
     Args:
-        connection: Of the client.
-        method: Of a stub, with one response.
+        connection: The client's connection.
+        method: A stub's method that has one response.
         make_request: Makes the message, or the iterator of messages, of each try.
-        settings: What every call of the client carries.
+        settings: Settings that every call of the client uses.
         timeout: Deadline in seconds of all tries together; None means the client's.
         repeatable: Whether a second execution of the call does no harm.
 
@@ -123,7 +123,7 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
         """Send the request.
 
         Args:
-            connection: Of the client.
+            connection: The client's connection.
             progress: The part of the answer that has arrived.
             settings: The settings of the call.
         """

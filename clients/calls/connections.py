@@ -10,7 +10,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Coroutine
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -180,10 +180,10 @@ class _LoopStub:
 class _CutCalls:
     """When an asyncio client last cut a call short, and how long gRPC takes to handle that.
 
-    Of a call that is cancelled gRPC drops what is under way, and its last event comes a little
-    later, through a queue that all event loops of the process share. After the loop's end, as long
-    as any channel lives, the next loop finds it and prints that the first is closed. No call and
-    no channel tells when that event is through.
+    gRPC handles the last event of a cancelled call a little later, through a queue that all event
+    loops of the process share. If the loop has ended by then and any channel is still alive, the
+    next loop finds the event and prints that the first loop is closed. No call and no channel
+    reports that the event has been handled.
     """
 
     def __init__(self) -> None:
@@ -244,18 +244,8 @@ def _is_own(error: grpc.aio.AioRpcError) -> bool:
 def _error_of(ended: grpc.aio.Call) -> grpc.aio.AioRpcError:
     """The error of a call as it is now; gRPC may replace it a moment later."""
     return grpc.aio.AioRpcError(
-        _now(ended.code()),
-        _now(ended.initial_metadata()),
-        _now(ended.trailing_metadata()),
-        details=_now(ended.details()),
+        completed(ended.code()),
+        completed(ended.initial_metadata()),
+        completed(ended.trailing_metadata()),
+        details=completed(ended.details()),
     )
-
-
-def _now(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine that never waits."""
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        return end.value
-    coroutine.close()
-    raise RuntimeError("the call has not ended")

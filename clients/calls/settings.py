@@ -40,12 +40,12 @@ _RESTART_DELAY_SECONDS = 2.0
 class RetryPolicy:
     """How often a call is retried.
 
-    Tried again is what the server refused with a delay to wait for (``RetryInfo``: a full queue, a
-    server that is starting or stopping) and, of calls that change nothing, what did not reach it.
+    A call is tried again if the server refused it with a delay to wait for (``RetryInfo``: a full
+    queue, a server that is starting or stopping), or if it reached no server and may be repeated.
 
     Attributes:
-        max_retries: Most further tries; 0 means none.
-        unreached: Whether calls that reached no server count, too.
+        max_retries: Maximum number of further attempts.
+        unreached: Whether calls that reached no server are tried again.
     """
 
     max_retries: int
@@ -61,7 +61,7 @@ class Retries:
     """The remaining attempts of one call.
 
     Args:
-        policy: Of the client.
+        policy: The client's policy.
         seconds: The deadline of all tries together; None means none.
         repeatable: Whether a second execution of the call does no harm.
 
@@ -94,9 +94,9 @@ class Retries:
         """Seconds until the next attempt; None if there is none and the error is final.
 
         Args:
-            error: What the last try raised.
-            is_broken: Whether a part of the answer has come: then tries that no server has begun
-                with do not count for as long as one takes to start again.
+            error: The error of the last attempt.
+            is_broken: Whether a part of the answer has arrived. Then, attempts that no server has
+                begun do not count for as long as a server takes to restart.
         """
         if not self._count or not self._may_help(error):
             return None

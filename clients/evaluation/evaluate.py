@@ -39,7 +39,8 @@ from turret.clients.evaluation.answer_metrics import (
 from turret.clients.evaluation.rows import EvalExample
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.results import Classification
-from turret.clients.words import counted, say
+from turret.clients.words import say
+from turret.words import counted
 
 METRICS = ("perplexity", "exact_match", "token_f1", "label_accuracy")
 # Metrics of adapters that classify, which support no others. The second tuple is for texts that may

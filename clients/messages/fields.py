@@ -51,8 +51,8 @@ def fill(message: Any, values: Mapping[str, Any], *, within: str = "") -> None:
 
     Args:
         message: The message that has the fields.
-        values: By the names of the fields.
-        within: What errors put in front of a field's name, such as ``messages[0].``.
+        values: The values by the names of the fields.
+        within: The prefix of a field's name in errors, such as ``messages[0].``.
 
     Raises:
         ArgumentTypeError, ArgumentValueError: A value does not fit its field.

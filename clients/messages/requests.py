@@ -116,8 +116,8 @@ def filled(request: _Request, **values: Any) -> _Request:
 
     Args:
         request: An empty message.
-        **values: By the names of its fields. None leaves an optional one unset; ``prompt`` and
-            ``inputs`` take any form of a prompt.
+        **values: The values by the names of its fields. None leaves an optional field unset;
+            ``prompt`` and ``inputs`` take any form of a prompt.
 
     Raises:
         TypeError: A value has the wrong type.

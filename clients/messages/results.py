@@ -58,7 +58,7 @@ def _chosen(oneof: str, proto: Message) -> Any:
 
 
 def _converter(field: FieldDescriptor, is_optional: bool) -> Callable[[Any], Any]:
-    """What makes a field's value, or each of its values, one of Python's."""
+    """The function that turns a field's value, or each of its values, into one of Python's."""
     if field.message_type is not None:
         name = field.message_type.name
         return _PLAIN.get(name) or globals()[name].from_proto

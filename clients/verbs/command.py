@@ -1,4 +1,4 @@
-"""What the client verbs share: the connection, texts, errors, JSON."""
+"""The shared parts of the client verbs: the connection, texts, errors, JSON."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def add_verb_parser(
     """Add a verb with its flags and those of every verb.
 
     Args:
-        subparsers: Of the command.
-        name: Of the verb.
+        subparsers: The command's subparsers.
+        name: The name of the verb.
         text: Its line in the help.
         func: Runs it, and returns the exit code.
         *parents: Parsers of flags that it shares with others.
-        description: Of the verb; its line in the help if empty.
+        description: The description in the help of the verb; if empty, ``text``.
     """
     parser = subparsers.add_parser(
         name,
@@ -99,7 +99,7 @@ def with_client(
 ) -> Callable[[argparse.Namespace], int]:
     """Give a verb its client, and turn its errors into one line and an exit code.
 
-    A verb that Ctrl-C ends may have put its last words into ``stopped`` of its arguments.
+    A verb may set ``stopped`` of its arguments to the line that is printed if Ctrl-C ends it.
     """
 
     def run(args: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ _DESTINATIONS = {
     "key": "tls_key",
 }
 _T = TypeVar("_T")
-# What argparse's add_argument takes, by the names of a flag or the destination of a positional.
+# Arguments of argparse's add_argument, by a flag's names or a positional's destination.
 Flags = Mapping[str, Mapping[str, Any]]
 
 
@@ -42,7 +42,7 @@ def flags_parser(flags: Flags, *names: str, title: str = "") -> argparse.Argumen
     Args:
         flags: The table of flags.
         *names: The flags to add; all if there is none.
-        title: Of their group in the help.
+        title: The title of their group in the help; empty for no group.
     """
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group(title) if title else parser
@@ -226,8 +226,8 @@ def _unreadable(path: str | Path, error: OSError | UnicodeDecodeError) -> Text:
 def as_typed(argument: str, args: argparse.Namespace) -> str:
     """The flag, the positional or the environment variable that sets an argument of the client.
 
-    An argument that no flag of the verb sets stays as it is. Of a flag that is given several times,
-    or of several texts, the number counts from 1.
+    An argument that no flag of the verb sets stays as it is. For a flag that is given several
+    times, and for one of several texts, a number from 1 follows.
     """
     found = re.fullmatch(r"(\w+)(?:\[(\d+)\](?:\.\w+)*)?", argument)
     if found is None or not hasattr(args, "parser"):
@@ -253,7 +253,7 @@ def call_with_flags(method: Callable[..., _T], args: argparse.Namespace, **value
     """Call a client's method with the flags that have the names of its arguments.
 
     Args:
-        method: Of a client.
+        method: A method of a client.
         args: The flags.
         **values: Other arguments.
     """

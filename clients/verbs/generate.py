@@ -23,7 +23,8 @@ from turret.clients.verbs.command import (
     with_client,
 )
 from turret.clients.verbs.flags import flag_of, generation_options, generation_parsers, shared
-from turret.clients.words import counted, say
+from turret.clients.words import say
+from turret.words import counted
 
 # Options that plain text cannot show.
 _JSON_ONLY = ("logprobs", "top_n", "token_ids")

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from turret.clients.messages.results import Adapter, Fusion, MergeState, ModuleError
-from turret.clients.words import counted
+from turret.words import counted
 
 # Warn if rounding loses this share of the change or more.
 _LOST = 0.5
@@ -80,7 +80,7 @@ def table_of(columns: Mapping[str, str], rows: Iterable[Sequence[str]], **option
     Args:
         columns: Heading → kind: a text may break anywhere, what is whole never does.
         rows: The cells.
-        options: Of rich's table.
+        options: Options of rich's table.
     """
     table = Table(**options)
     for heading, kind in columns.items():

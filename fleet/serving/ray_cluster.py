@@ -38,8 +38,8 @@ CLUSTER_FILE = "cluster.json"
 _PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
 # Signals that end a fleet. ``serve.py`` defers them while Ray starts.
 STOPPING = (signal.SIGTERM, signal.SIGINT)
-# Ports for these: not those that the kernel gives to connections and that Ray's workers take, which
-# could be in use by the time that Serve listens.
+# Range from which the ports of ``_PORTS`` are chosen. Ports that the kernel gives to connections or
+# that Ray's workers use could be taken before Serve listens.
 _FREE_PORTS = range(20_000, 30_000)
 _OBJECT_STORE_BYTES = 100 << 20
 _CONNECT_SECONDS = 5.0

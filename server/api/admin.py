@@ -41,9 +41,8 @@ from turret.server.api.uploads import (
     checked_header,
     most_seconds,
     next_message,
+    reading_options,
     receive_chunks,
-    task_of,
-    template_of,
 )
 from turret.server.api.violations import Violations
 from turret.server.basics.names import closest
@@ -55,9 +54,6 @@ from turret.v1 import adapters_pb2
 if TYPE_CHECKING:
     from turret.server.adapters.merger import MergeState
     from turret.server.adapters.registry.registry import AdapterRegistry, UnloadMode
-
-# Threads for calls that may take long, so that they do not delay tokenising or listing.
-
 
 _T = TypeVar("_T")
 
@@ -123,6 +119,7 @@ MAX_UNLOAD_SECONDS = 3600.0
 MAX_UPLOADS = 8
 # Maximum number of concurrent uploads per token, so that one token cannot take all places.
 MAX_UPLOADS_PER_TOKEN = 6
+# Threads for calls that may take long, so that they do not delay tokenising or listing.
 _SLOW_CALLS = 32
 _DRAINS = 32
 
@@ -171,8 +168,7 @@ class Adapters:
                 name,
                 path,
                 pinned=message.pinned,
-                task=task_of(message),
-                chat_template=template_of(message),
+                **reading_options(message),
             )
         )
 
@@ -187,8 +183,7 @@ class Adapters:
                 name,
                 path,
                 expected_generation=_expected_generation(message),
-                task=task_of(message),
-                chat_template=template_of(message),
+                **reading_options(message),
             )
         )
 
@@ -234,8 +229,7 @@ class Adapters:
                 pinned=header.pinned,
                 replace=header.replace,
                 expected_generation=_expected_generation(header),
-                task=task_of(header),
-                chat_template=template_of(header),
+                **reading_options(header),
             )
         finally:
             # Start a thread for it, because the pool rejects work while the server stops.

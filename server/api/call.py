@@ -63,9 +63,9 @@ class Call:
         request_id: Every line that the current task logs carries it.
         adapters: Names that the call is about; None until they are known.
         prompt_tokens: 0 until the engine has answered; of all prompts of the call together.
-        generated_tokens: So far.
+        generated_tokens: The number of tokens generated so far.
         message_bytes: Size of the request message as it came; 0 if it came in parts.
-        tenant: Whose cached prefixes it may find; see ``Shares.tenant``.
+        tenant: The party whose cached prefixes it may find; see ``Shares.tenant``.
         kept_bytes: Memory of the answers that it collects to send them as a whole.
     """
 
@@ -103,8 +103,8 @@ class Call:
 
         Args:
             method: The method.
-            sent_ids: What the client sent as ``x-request-id``; the first usable one becomes the
-                call's id. Without one the id is made up.
+            sent_ids: The values of ``x-request-id`` that the client sent; the first usable one
+                becomes the call's id. Without one the id is made up.
             metrics: Where it is counted.
             protocol: The door it came through.
             failures: Takes it in if it fails; None keeps nothing.

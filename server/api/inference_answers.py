@@ -34,8 +34,8 @@ async def outputs_of(
 
     Args:
         backend: Answers.
-        request: To run.
-        call: On whose behalf.
+        request: The request to run.
+        call: The call on whose behalf it runs.
         is_whole: Whether the call collects the answer; see ``keep``.
 
     Raises:

@@ -404,7 +404,7 @@ async def generate_request(
         message: The message from the client.
         vocabulary: Turns a prompt or chat into tokens, and compiles what the answer must match.
         limits: The limits that the model sets.
-        call: On whose behalf; its id is used where the message carries none.
+        call: The call on whose behalf it runs; its id is used if the message has none.
         deadline: ``time.monotonic()`` seconds, or None.
 
     Raises:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import time
 from array import array
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from turret.server.adapters.adapter import REGRESSION, SINGLE_LABEL, AdapterRef, Head
+from turret.server.adapters.adapter import REGRESSION, SINGLE_LABEL, Head
 from turret.server.api.access import Party
 from turret.server.api.call import Call
 from turret.server.api.gate import Backend
@@ -43,12 +42,7 @@ from turret.server.errors import InvalidRequestError, UnavailableError
 from turret.server.words import say
 from turret.v1 import inference_pb2
 
-if TYPE_CHECKING:
-    from turret.server.api.vocabularies import Vocabulary
-
-
 # Calls with several inputs: their checks, concurrent execution, and summed usage.
-
 
 _T = TypeVar("_T")
 # Violations of these fields concern the whole call, not one of its inputs.
@@ -93,79 +87,72 @@ def _path(index: int, path: str) -> str:
     return f"inputs[{index}].{within}" if within else f"inputs[{index}]"
 
 
-def pooled_requests(
-    inputs: Sequence[inference_pb2.Input],
-    vocabulary_for: Callable[[str], Awaitable[Vocabulary]],
-    limits: InputLimits,
-    call: Call,
-    *,
-    adapters: tuple[AdapterRef, ...],
-    pooling: Pooling,
-    request_id: str,
-    deadline: float | None,
-    salt: bytes,
-) -> Callable[[int], Awaitable[Request]]:
-    """Returns a function that makes the request for an input, given its index.
-
-    ``vocabulary_for`` finds the vocabulary for an input, by the chat template that it brings.
-    """
-    # Divide the size of the message among its inputs.
-    message_bytes = call.message_bytes // len(inputs)
-
-    async def make(index: int) -> Request:
-        vocabulary = await vocabulary_for(inputs[index].chat.chat_template)
-        ids = await input_token_ids(inputs[index], vocabulary.tokenizer, limits)
-        return Request(
-            request_id=request_id,
-            prompt_token_ids=tuple(ids),
-            adapters=adapters,
-            deadline=deadline,
-            message_bytes=message_bytes,
-            pooling=pooling,
-            own_tokenizer=vocabulary.own,
-            salt=salt,
-            party=call.party,
-        )
-
-    return make
-
-
-async def run_inputs(
+async def pooled(
+    message: inference_pb2.ClassifyRequest | inference_pb2.EmbedRequest,
     backend: Backend,
     call: Call,
     party: Party,
+    deadline: float | None,
     *,
-    count: int,
-    make: Callable[[int], Awaitable[Request]],
+    pooling_of: Callable[[Violations], Pooling],
     convert: Callable[[Output], _T],
-) -> list[tuple[_T, Finish]]:
-    """Run a request for each input, a limited number at a time.
+) -> tuple[list[_T], dict[str, Any]]:
+    """Run a request for each input of a message, a limited number at a time.
 
     Args:
+        message: The message from the client.
         backend: Answers.
         call: The call on whose behalf the requests run.
         party: The party that the requests belong to; each request is counted.
-        count: The number of all inputs.
-        make: The request for an input, by its index; asked for when its turn comes.
+        deadline: ``time.monotonic()`` seconds, or None.
+        pooling_of: How to pool the hidden states; notes what is wrong with that in the message.
         convert: Converts a request's last output to its result.
 
     Returns:
-        In the order of the inputs, what was kept, and how the request ended, with its timing told
-        from the beginning of this.
+        The results in the order of the inputs, and the other fields of the answer by name.
 
     Raises:
-        TurretError: The error of the first request that failed; the others end.
+        InvalidRequestError: Lists every offending field.
+        TurretError: The error of the first input that failed; see ``Engine.submit``. The other
+            inputs' requests end.
     """
-    start = time.monotonic()
+    call.about(message.adapters)
+    vocabulary = await backend.vocabularies.of(message.adapters)
+    violations, limits = Violations(), InputLimits.of(backend, vocabulary)
+    check_inputs(message.inputs, limits, violations)
+    refs = adapter_refs(message.adapters, violations)
+    pooling = pooling_of(violations)
+    check_request_id(message.request_id, violations)
+    salt = request_salt(call, message.cache_salt, violations)
+    violations.raise_if_any()
+    request_id = message.request_id or call.request_id
+    count, start = len(message.inputs), time.monotonic()
 
     async def one(index: int) -> tuple[_T, Finish]:
+        each = message.inputs[index]
         with party.hold(), blamed_on(index):
-            outputs = outputs_of(backend, await make(index), call, is_whole=True)
+            vocabulary = await backend.vocabularies.of(message.adapters, each.chat.chat_template)
+            request = Request(
+                request_id=request_id,
+                prompt_token_ids=tuple(await input_token_ids(each, vocabulary.tokenizer, limits)),
+                adapters=refs,
+                deadline=deadline,
+                # Divide the size of the message among its inputs.
+                message_bytes=call.message_bytes // count,
+                pooling=pooling,
+                own_tokenizer=vocabulary.own,
+                salt=salt,
+                party=call.party,
+            )
+            # The engine does not know how long the input has waited for others of its call.
             waited = time.monotonic() - start
-            kept, finish = await _last(outputs, convert)
-            return kept, replace(finish, timing=_later(finish.timing, waited))
+            outputs = outputs_of(backend, request, call, is_whole=True)
+            result, finish = await _last(outputs, convert)
+            return result, replace(finish, timing=_later(finish.timing, waited))
 
-    return await together([one(index) for index in range(count)], party.most_at_once)
+    found = await together([one(index) for index in range(count)], party.most_at_once)
+    fields = summed_fields([finish for _, finish in found])
+    return [result for result, _ in found], {"request_id": request_id, **fields}
 
 
 def _later(spans: Timing, seconds: float) -> Timing:
@@ -232,27 +219,7 @@ async def classify(
     party: Party,
     deadline: float | None,
 ) -> inference_pb2.ClassifyResponse:
-    """Answer a message; arguments and errors are those of ``embed``."""
-    call.about(message.adapters)
-    vocabulary = await backend.vocabularies.of(message.adapters)
-    violations, limits = Violations(), InputLimits.of(backend, vocabulary)
-    check_inputs(message.inputs, limits, violations)
-    refs = adapter_refs(message.adapters, violations)
-    check_request_id(message.request_id, violations)
-    salt = request_salt(call, message.cache_salt, violations)
-    violations.raise_if_any()
-    request_id = message.request_id or call.request_id
-    make = pooled_requests(
-        message.inputs,
-        functools.partial(backend.vocabularies.of, message.adapters),
-        limits,
-        call,
-        adapters=refs,
-        pooling=Pooling(classifies=True),
-        request_id=request_id,
-        deadline=deadline,
-        salt=salt,
-    )
+    """Answer a message; arguments and errors are those of ``pooled``."""
     count = len(message.inputs)
 
     def convert(output: Output) -> inference_pb2.Classification:
@@ -273,12 +240,16 @@ async def classify(
             )
         return _classification(head, logits)
 
-    found = await run_inputs(backend, call, party, count=count, make=make, convert=convert)
-    return inference_pb2.ClassifyResponse(
-        classifications=[classification for classification, _ in found],
-        request_id=request_id,
-        **summed_fields([finish for _, finish in found]),
+    classifications, fields = await pooled(
+        message,
+        backend,
+        call,
+        party,
+        deadline,
+        pooling_of=lambda _: Pooling(classifies=True),
+        convert=convert,
     )
+    return inference_pb2.ClassifyResponse(classifications=classifications, **fields)
 
 
 def _classification(head: Head, logits: array[float]) -> inference_pb2.Classification:
@@ -322,7 +293,7 @@ _KINDS = {
 }
 
 
-def pooling_of(
+def _pooling_of(
     message: inference_pb2.EmbedRequest, hidden_size: int, violations: Violations
 ) -> Pooling:
     """How to pool the hidden states; an invalid value is noted, and left at its default."""
@@ -359,48 +330,18 @@ async def embed(
     party: Party,
     deadline: float | None,
 ) -> inference_pb2.EmbedResponse:
-    """Answer a message.
-
-    Args:
-        message: The message from the client.
-        backend: Answers.
-        call: The call on whose behalf the requests run.
-        party: The party that the inputs' requests belong to.
-        deadline: ``time.monotonic()`` seconds, or None.
-
-    Raises:
-        InvalidRequestError: Lists every offending field.
-        TurretError: The error of the first input that failed; see ``Engine.submit``.
-    """
-    call.about(message.adapters)
-    vocabulary = await backend.vocabularies.of(message.adapters)
-    violations, limits = Violations(), InputLimits.of(backend, vocabulary)
-    check_inputs(message.inputs, limits, violations)
-    refs = adapter_refs(message.adapters, violations)
-    pooling = pooling_of(message, backend.model_info.hidden_size, violations)
-    check_request_id(message.request_id, violations)
-    salt = request_salt(call, message.cache_salt, violations)
-    violations.raise_if_any()
-    request_id = message.request_id or call.request_id
-    make = pooled_requests(
-        message.inputs,
-        functools.partial(backend.vocabularies.of, message.adapters),
-        limits,
+    """Answer a message; arguments and errors are those of ``pooled``."""
+    hidden_size = backend.model_info.hidden_size
+    embeddings, fields = await pooled(
+        message,
+        backend,
         call,
-        adapters=refs,
-        pooling=pooling,
-        request_id=request_id,
-        deadline=deadline,
-        salt=salt,
+        party,
+        deadline,
+        pooling_of=lambda violations: _pooling_of(message, hidden_size, violations),
+        convert=_vector,
     )
-    found = await run_inputs(
-        backend, call, party, count=len(message.inputs), make=make, convert=_vector
-    )
-    return inference_pb2.EmbedResponse(
-        embeddings=[vector for vector, _ in found],
-        request_id=request_id,
-        **summed_fields([finish for _, finish in found]),
-    )
+    return inference_pb2.EmbedResponse(embeddings=embeddings, **fields)
 
 
 def _vector(output: Output) -> inference_pb2.Embedding:

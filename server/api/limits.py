@@ -20,10 +20,10 @@ from turret.server.engine.scheduling.request import (
 if TYPE_CHECKING:
     from turret.server.api.vocabularies import Vocabulary
 
-# Longer mixes are rejected before their names are looked up.
 # Size of a gRPC message: enough for the longest prompt of a model with a context of a million
 # tokens. Uploads are chunked.
 MAX_MESSAGE_BYTES = 4 << 20
+# Longer mixes are rejected before their names are looked up.
 MAX_MIX_MEMBERS = 64
 MAX_NAME_CHARS = 128
 # Limits on turns of a chat and on entries of logit_bias and of stop_token_ids. Each entry costs
@@ -55,8 +55,7 @@ MAX_UPLOAD_FILES = 7
 MAX_TEMPLATE_CHARS = 1 << 18
 
 _REQUESTS, _ADAPTERS = "server/api/inference_requests.py", "server/api/admin.py"
-_MIX = "server/api/violations.py"
-_CHATS, _INPUTS = "server/api/inference_requests.py", "server/api/inputs.py"
+_MIX, _INPUTS = "server/api/violations.py", "server/api/inputs.py"
 _UPLOADS, _FUSE = "server/api/uploads.py", "server/api/admin_messages.py"
 
 
@@ -85,8 +84,8 @@ def _entries(field: str, number: int, checked_in: str = _REQUESTS) -> Limit:
     return Limit(field, f"{number} entries", number, checked_in)
 
 
-def _text(field: str, checked_in: str = _REQUESTS) -> Limit:
-    return Limit(field, "the characters that the model's context can hold", None, checked_in)
+def _text(field: str) -> Limit:
+    return Limit(field, "the characters that the model's context can hold", None, _REQUESTS)
 
 
 _NAMED = ("LoadAdapter", "ReplaceAdapter", "GetAdapter", "UnloadAdapter", "PinAdapter")
@@ -97,25 +96,25 @@ LIMITS = (
     _text("Input.prompt"),
     _entries("EmbedRequest.inputs", MAX_INPUTS, _INPUTS),
     _entries("ClassifyRequest.inputs", MAX_INPUTS, _INPUTS),
-    _text("ChatMessage.content", _CHATS),
-    _chars("ChatMessage.role", MAX_ROLE_CHARS, _CHATS),
-    _entries("Chat.messages", MAX_CHAT_MESSAGES, _CHATS),
-    _entries("Chat.tools", MAX_TOOLS, _CHATS),
+    _text("ChatMessage.content"),
+    _chars("ChatMessage.role", MAX_ROLE_CHARS, _REQUESTS),
+    _entries("Chat.messages", MAX_CHAT_MESSAGES),
+    _entries("Chat.tools", MAX_TOOLS),
     Limit(
         "ChatMessage.tool_calls",
         f"{MAX_TOOL_CALLS} entries; {MAX_CHAT_TOOL_CALLS} in all turns together",
         MAX_TOOL_CALLS,
-        _CHATS,
+        _REQUESTS,
     ),
     *(
-        _chars(field, MAX_TOOL_NAME_CHARS, _CHATS)
+        _chars(field, MAX_TOOL_NAME_CHARS, _REQUESTS)
         for field in ("ChatMessage.tool_call_id", "ToolCall.id", "ToolCall.name", "Tool.name")
     ),
-    _text("ToolCall.arguments", _CHATS),
-    _text("Tool.description", _CHATS),
-    _chars("Tool.parameters", MAX_CONSTRAINT_CHARS, _CHATS),
+    _text("ToolCall.arguments"),
+    _text("Tool.description"),
+    _chars("Tool.parameters", MAX_CONSTRAINT_CHARS, _REQUESTS),
     _chars("Chat.chat_template", MAX_TEMPLATE_CHARS, "server/api/vocabularies.py"),
-    _chars("Chat.chat_template_kwargs", MAX_CONSTRAINT_CHARS, _CHATS),
+    _chars("Chat.chat_template_kwargs", MAX_CONSTRAINT_CHARS, _REQUESTS),
     Limit("TokenIds.ids", f"the model's context; {MAX_TOKENIZED} in Tokenize", None, _REQUESTS),
     Limit("GenerateRequest.answer_so_far", "the model's context", None, _REQUESTS),
     _entries("SamplingParams.logit_bias", MAX_LOGIT_BIASES),

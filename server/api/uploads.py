@@ -55,15 +55,13 @@ _New = (
 )
 
 
-def task_of(message: _New) -> int | None:
-    """The task that a message names, or None."""
-    return message.task if message.HasField("task") else None
-
-
-def template_of(message: _New) -> OwnTemplate | None:
-    """The chat template that a message sends for an adapter, or None."""
+def reading_options(message: _New) -> dict[str, Any]:
+    """Options with which the registry reads an adapter's files: a task, a chat template."""
     text = message.chat_template
-    return OwnTemplate(REQUEST, {"default": text}) if text else None
+    return {
+        "task": message.task if message.HasField("task") else None,
+        "chat_template": OwnTemplate(REQUEST, {"default": text}) if text else None,
+    }
 
 
 def check_template(message: _New, violations: Violations, path: str = "chat_template") -> None:

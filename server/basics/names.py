@@ -151,14 +151,6 @@ def closest_path(path: Path, is_meant: Callable[[Path], bool]) -> str | None:
     return None if close is None else str(path.with_name(close))
 
 
-# Counts in words.
-
-
-def counted(count: int, thing: str) -> str:
-    """``1 adapter``, ``2 adapters``; ``thing`` is one whose plural takes an s."""
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
-
-
 # The command that installs an optional extra of the package.
 
 

@@ -184,7 +184,7 @@ def to_rich_status(fault: Fault) -> status_pb2.Status:
 
 # Limits on concurrent gRPC calls over all clients.
 
-# The limit of one connection (server/rpc/server.py), so that a burst on one is not cut.
+# One connection may have all of these calls (server/rpc/server.py), so that no burst is cut.
 MOST_CALLS = 1 << 14
 # Limit for one token, so that its calls do not keep others out.
 MOST_CALLS_PER_TOKEN = MOST_CALLS * 3 // 4
@@ -358,7 +358,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """
 
         async def refuse() -> None:
-            raise error.with_traceback(None)
+            raise error
 
         async def answer(requests: Any, context: Any) -> None:
             await self.run(method, context, refuse)

@@ -31,20 +31,19 @@ ADAPTERS_SERVICE = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_nam
 
 # Do not limit responses: clients choose how much they ask for, and have limits of their own.
 _UNLIMITED = -1
-# Calls that the event loop has not accepted yet. By default gRPC cancels some of them from 1,000
-# on. --max-queued-requests limits waiting requests instead, and answers those that it rejects.
-_MAX_PENDING_CALLS = MOST_CALLS
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _UNLIMITED),
     # With this option on, a second server on the same port would silently take half of the calls.
     ("grpc.so_reuseport", 0),
-    ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
-    ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING_CALLS),
+    # Calls that the event loop has not accepted yet. By default gRPC cancels some of them from
+    # 1,000 on. --max-queued-requests limits waiting requests instead, and answers those it rejects.
+    ("grpc.server.max_pending_requests", MOST_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MOST_CALLS),
     # Concurrent calls of one connection. Clients that do not know the limit yet send more, and
     # those calls end with UNAVAILABLE, so it is far above any burst that should be answered.
-    ("grpc.max_concurrent_streams", 1 << 14),
+    ("grpc.max_concurrent_streams", MOST_CALLS),
     # Close connections after this long without a call; clients reconnect by themselves.
     ("grpc.max_connection_idle_ms", 300_000),
     # Time limit for the TLS handshake and the first bytes of HTTP/2.

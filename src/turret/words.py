@@ -97,6 +97,11 @@ def sayer(*catalogues: Mapping[str, str]) -> Callable[..., Text]:
     return say
 
 
+def counted(count: int, thing: str) -> str:
+    """``1 token``, ``2 tokens``; ``thing`` is a noun whose plural takes an s."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 def _scrambled(template: str) -> str:
     """The template with its words in rot13 and its fields as they are."""
     parts = []

@@ -17,7 +17,6 @@ from servers.rpc_harness import failure_of, harness
 
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.api import access, inputs
-from turret.server.api import inputs as embeddings
 from turret.server.api.access import MAX_AT_A_TIME, Shares
 from turret.server.api.limits import MAX_INPUTS
 from turret.server.engine.scheduling.request import (
@@ -107,7 +106,7 @@ async def test_every_offending_field_is_listed_with_its_input() -> None:
 
 
 async def test_vectors_of_a_call_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embeddings, "MAX_EMBEDDING_NUMBERS", 3 * MODEL_INFO.hidden_size)
+    monkeypatch.setattr(inputs, "MAX_EMBEDDING_NUMBERS", 3 * MODEL_INFO.hidden_size)
     async with harness() as server:
         assert len((await server.inference.Embed(texts(*"abc"))).embeddings) == 3
         failure = await failure_of(server.inference.Embed(texts(*"abcd")))

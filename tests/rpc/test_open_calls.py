@@ -22,7 +22,6 @@ from turret.server.api.admin import SlowCalls
 from turret.server.errors import QueueFullError
 from turret.server.http import connection
 from turret.server.rpc import interceptor
-from turret.server.rpc import interceptor as status
 from turret.v1 import inference_pb2
 
 MOST = 4
@@ -109,7 +108,7 @@ async def test_a_handshake_that_never_ends_is_cut(monkeypatch: pytest.MonkeyPatc
 async def test_a_call_without_its_message_ends(
     monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    monkeypatch.setattr(status, "MESSAGE_SECONDS", 0.2)
+    monkeypatch.setattr(interceptor, "MESSAGE_SECONDS", 0.2)
 
     async def silent() -> AsyncIterator[bytes]:
         await asyncio.Event().wait()
@@ -154,6 +153,7 @@ async def test_calls_that_need_no_token_have_a_bound(monkeypatch: pytest.MonkeyP
 
 async def test_calls_of_one_token_keep_no_other_token_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interceptor, "MOST_CALLS_PER_TOKEN", 2)
+    monkeypatch.setattr(interceptor, "MOST_OPEN_CALLS", 2)
     tokens = TokenTable([(name, frozenset({"inference"})) for name in ("alice", "bob")])
 
     async def silent() -> AsyncIterator[bytes]:
@@ -178,8 +178,17 @@ async def test_calls_of_one_token_keep_no_other_token_out(monkeypatch: pytest.Mo
         failure = await failure_of(get_model("alice"))
         assert failure.code is Code.RESOURCE_EXHAUSTED
         await get_model("bob")
+        health: Any = health_pb2_grpc.HealthStub(server.channel)  # type: ignore[arg-type]
+        await health.Check(health_pb2.HealthCheckRequest())
         for call in open_calls:
             call.cancel()
+        for _ in range(100):
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await get_model("alice")
+                break
+            await asyncio.sleep(0.02)
+        else:
+            pytest.fail("calls that ended are counted still")
 
 
 async def test_a_call_that_may_not_wait_for_its_turn_is_refused() -> None:

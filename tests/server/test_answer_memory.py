@@ -13,6 +13,7 @@ from builders.bases.tiny_models import save_tiny_model
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
+from servers.rpc_harness import failure_of, harness
 
 from turret.server.api import access
 from turret.server.api.call import Call
@@ -103,6 +104,23 @@ async def test_what_a_call_collects_is_bounded(app: App, monkeypatch: pytest.Mon
                 await call(message)
             assert reason_of(caught.value) == "BUDGET_EXCEEDED"
         assert backend.engine._held_bytes == 0
+
+
+async def test_every_call_that_collects_its_answer_counts_it() -> None:
+    inputs = [inference_pb2.Input(prompt="a")] * 2
+    async with harness() as server:
+        server.engine.max_queued_bytes = 10
+        stub = server.inference
+        for call in (
+            stub.Generate(inference_pb2.GenerateRequest(prompt="a")),
+            stub.Score(inference_pb2.ScoreRequest(prompt="a")),
+            stub.Embed(inference_pb2.EmbedRequest(inputs=inputs)),
+            stub.Classify(inference_pb2.ClassifyRequest(inputs=inputs)),
+        ):
+            assert (await failure_of(call)).reason == "BUDGET_EXCEEDED"
+        assert server.engine.held == 0
+        stream = stub.GenerateStream(inference_pb2.GenerateRequest(prompt="a"))
+        assert [chunk.text async for chunk in stream] == ["H", "i"]
 
 
 def test_answers_to_one_token_leave_half_of_the_memory_to_others() -> None:

@@ -16,7 +16,6 @@ from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.fuse.lora_files import lora_config
 from turret.server.adapters.peft_format.refusals import base_name_warning
-from turret.server.basics.names import counted
 from turret.server.models.sources.model_directory import Progress
 from turret.training.adapter_folder import write_adapter
 from turret.training.conversion.kinds import (
@@ -30,6 +29,7 @@ from turret.training.conversion.made_lora import MadeLora
 from turret.training.conversion.plain_base import read_plain_base
 from turret.training.conversion.xlora import read_folder, split_xlora
 from turret.training.words import say
+from turret.words import counted
 
 _PREFIX = "base_model.model."
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from bitsandbytes.functional import has_avx512bf16
 
-from turret.server.basics.names import counted
 from turret.training.base_model import TrainingBase, find_base
 from turret.training.batches import Dataset, load_dataset
 from turret.training.errors import ConfigError
@@ -35,6 +34,7 @@ from turret.training.settings.config import (
     TrainConfig,
 )
 from turret.training.words import say
+from turret.words import counted
 
 
 @dataclass(frozen=True, slots=True)

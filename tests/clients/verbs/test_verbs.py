@@ -20,10 +20,9 @@ from servers.fake_turret import FOREVER, PEFT_FILES, SAME, FakeTurret
 from turret.clients.client import TurretClient
 from turret.clients.errors import AuthenticationError
 from turret.clients.hints import COMMAND_HINTS as HINTS
-from turret.clients.words import counted as of_client
 from turret.clients.words import say
-from turret.server.basics.names import counted as of_server
 from turret.v1 import adapters_pb2
+from turret.words import counted
 
 Run = Callable[..., tuple[int, str, str]]
 FUSE = ("adapters", "fuse", "both", "-a", "sql", "-a", "json=0.5")
@@ -97,8 +96,7 @@ def test_failed_call_prints_one_line(run: Run):
     assert err == "error: INVALID_ARGUMENT (INVALID_REQUEST): --top-p: <= 1\n"
 
 
-@pytest.mark.parametrize("counted", [of_client, of_server])
-def test_one_thing_is_no_plural(counted: Callable[[int, str], str]):
+def test_one_thing_is_no_plural():
     assert [counted(n, "token") for n in (0, 1, 2)] == ["0 tokens", "1 token", "2 tokens"]
 
 
