@@ -105,7 +105,7 @@ class Experts:
         parameters: Adapters' names for the parameters of all experts, below ``experts``.
         are_stacked: Whether a plain checkpoint stores all experts in one tensor, named as in
             ``parameters``: weights ``[experts, in, out]``, biases ``[experts, out]``
-            (``expert_stacks.py``).
+            (``ExpertStacks``).
     """
 
     layers: frozenset[int]
