@@ -159,9 +159,6 @@ def counted(count: int, thing: str) -> str:
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
-# The command that installs an optional extra of the package.
-
-
 def how_to_add(extra: str) -> str:
     """The command that adds an extra, with this Python, because others do not have turret."""
     return f"`{shlex.quote(sys.executable)} -m pip install 'turret[{extra}]'` adds it"

@@ -1,4 +1,7 @@
-"""A model in a GGUF file: its tokenizer and its weights, one at a time."""
+"""A model in a GGUF file: its config, its tokenizer, and its weights, dequantised one at a time.
+
+Every tensor and every key is used or rejected.
+"""
 
 from __future__ import annotations
 
@@ -151,11 +154,6 @@ def _unpermuted(name: str, values: torch.Tensor, config: Any) -> torch.Tensor:
             rows = values.reshape(heads, len(values) // heads // 2, 2, *values.shape[1:])
             return rows.transpose(1, 2).reshape(values.shape)
     return values
-
-
-# A model in a GGUF file: its config, its tokenizer, and its weights, dequantised one at a time.
-#
-# Every tensor and every key is used or rejected.
 
 
 # The tokenizer of a GGUF file, with its chat template.
