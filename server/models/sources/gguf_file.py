@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from turret.server.models.encoder import LLAMA3
 from turret.server.models.sources.gguf_config import ROPE_TENSORS, read_gguf_config
 from turret.server.models.sources.gguf_header import check_gguf, check_whole, refuse
 from turret.server.models.sources.gguf_layouts import GgufLayout, Pair
@@ -165,11 +166,6 @@ _PRE = "tokenizer.ggml.pre"
 _WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "tekken")
 # Pre-tokenizers that equal Llama 3's but that transformers does not know.
 _AS_LLAMA3 = ("chatglm-bpe", "glm4")
-# Splits letters, up to three digits, and other characters with line ends: GPT-4, Llama 3 and GLM-4.
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # Pre-tokenizers that transformers knows, and those equal to GPT-2's, its fallback. Some of the
 # latter split digits, which makes no difference: none of their merges joins digits.
 _KNOWN = frozenset(
@@ -218,7 +214,7 @@ def _split_as_llama3(tokenizer: Any) -> None:
 
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(LLAMA3), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
