@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from turret.closest import closest, did_you_mean
+from turret.closest import closest as closest
 from turret.server.words import Text, say
 
 # Names of adapters.
@@ -132,11 +132,6 @@ def model_place(written: str, folder: Path = Path()) -> Path:
     return path.absolute() if HubId.find(str(path)) else path
 
 
-# Suggestions for misspelt names.
-
-
-__all__ = ["closest", "closest_path", "did_you_mean"]
-
 # Maximum number of directory entries to compare.
 _MOST_NAMES = 4096
 
@@ -157,6 +152,9 @@ def closest_path(path: Path, is_meant: Callable[[Path], bool]) -> str | None:
 def counted(count: int, thing: str) -> str:
     """``1 adapter``, ``2 adapters``; ``thing`` is one whose plural takes an s."""
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+# The command that installs an optional extra of the package.
 
 
 def how_to_add(extra: str) -> str:
