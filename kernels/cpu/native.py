@@ -77,7 +77,7 @@ _BY_ELEMENT = {
 }
 # Floats per vector, as in vec.h; activations of an operator begin at multiples of this number.
 LANES = 16
-_BF16, _FP32 = "", "_f32"  # what their names end with
+_BF16, _FP32 = "", "_f32"  # suffixes of function names
 _COUNTS = (
     *("turret_has_products", "turret_ahead", "turret_sparse_steps", "turret_sparse_fill"),
     *("turret_screen", "turret_screen_bytes"),

@@ -92,9 +92,6 @@ def reporting_disk_faults() -> Iterator[None]:
         raise StorageFailedError(say("DISK_FAILED", problem=problem)) from error
 
 
-# Early checks that a directory is writable.
-
-
 def unwritable(path: Path) -> Text | None:
     """Why this user cannot write or make a directory; None if it is possible."""
     if path.exists():

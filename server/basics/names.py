@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from turret.closest import closest, did_you_mean
+from turret.closest import closest as closest
 from turret.server.words import Text, say
 
 # Names of adapters.
@@ -131,11 +131,6 @@ def model_place(written: str, folder: Path = Path()) -> Path:
         return Path(written)
     return path.absolute() if HubId.find(str(path)) else path
 
-
-# Suggestions for misspelt names.
-
-
-__all__ = ["closest", "closest_path", "did_you_mean"]
 
 # Maximum number of directory entries to compare.
 _MOST_NAMES = 4096

@@ -1,4 +1,4 @@
-"""Settings that several places give: a TOML file, variables, flags. One model checks them all."""
+"""Settings from a TOML file, variables and flags, and the kinds of values that they have."""
 
 from __future__ import annotations
 
@@ -83,9 +83,6 @@ def format_byte_size(count: int) -> str:
     return min((*exact, str(count)), key=len)
 
 
-# TOML as people write it.
-
-
 def parse_toml(data: bytes) -> dict[str, Any]:
     """The tables of a file; a byte-order mark, which editors on Windows write, is ignored.
 
@@ -142,7 +139,7 @@ def is_local_address(address: str) -> bool:
         return False
 
 
-# Settings from several sources: a TOML file, variables and flags. One model checks all of them.
+# One model checks the settings of all sources.
 #
 # The model is a pydantic dataclass with a pydantic dataclass for each table. Errors are collected:
 # every setting at fault is reported at once, with a reason.

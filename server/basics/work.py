@@ -63,9 +63,6 @@ def work_in_background() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
 
 
-# A pool whose threads are all started before there is work for them.
-
-
 def started_pool() -> ThreadPoolExecutor:
     """A pool of as many threads as asyncio's own, all of them started.
 

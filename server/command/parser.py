@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from turret.server.basics.names import did_you_mean
+from turret.closest import did_you_mean
 from turret.server.command.start_lines import refuse, wants_json
 
 EXIT_USAGE = 2

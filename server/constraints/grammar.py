@@ -12,9 +12,6 @@ from typing import Any, Literal
 from turret.server.errors import InvalidRequestError
 from turret.server.words import Text, say
 
-# The constraint that a client asks for, before it is compiled.
-
-
 Kind = Literal["json_schema", "json_object", "regex", "grammar", "choice"]
 
 # Longest text of a constraint; compiling and following one costs time and stack in proportion.

@@ -41,9 +41,6 @@ from turret.server.models.weights.nf4 import Nf4Weight
 from turret.server.models.weights.nf4_experts import ExpertStacks
 from turret.server.words import say
 
-# The language model's tensors in a checkpoint, by the names that they have without other parts.
-
-
 # Multimodal models. Their checkpoints hold a language model, a vision tower and a projector between
 # them. Only the language model is read, because requests are text.
 

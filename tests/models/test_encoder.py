@@ -7,14 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from turret.server.api.inference_requests import input_token_ids
 from turret.server.api.limits import InputLimits
 from turret.server.errors import InvalidRequestError
 from turret.server.models import encoder as encoders
 from turret.server.models import tokenizer
-from turret.server.models.encoder import KNOWN, Encoder
+from turret.server.models.encoder import KNOWN, LLAMA3, Encoder
 from turret.v1 import inference_pb2
 
 # A run of `a` is matched from each of its places anew, to its end and back twice.
@@ -57,11 +57,23 @@ def test_known_patterns_take_linear_time(pattern: str, piece: str):
 @pytest.mark.parametrize("pattern", [SLOW, r"\d+", ".", "(a+)+$"])
 def test_other_patterns_give_the_same_ids_in_a_child(pattern: str):
     backend = backend_with(pattern)
+    backend.add_special_tokens(["<s>"])
+    bos = ("<s>", backend.token_to_id("<s>"))
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[bos])
     encoder = Encoder(backend)
     assert encoder.is_confined
     texts = ["to be, or 2 be", "", "aaab é \U0001f600", "a\n\nb"]
-    expected = [one.ids for one in backend.encode_batch(texts)]
-    assert encoder.encode(texts) == expected
+    for special in (False, True):
+        expected = [one.ids for one in backend.encode_batch(texts, add_special_tokens=special)]
+        assert encoder.encode(texts, add_special_tokens=special) == expected
+
+
+def test_a_pattern_of_the_normalizer_counts_and_a_plain_text_does_not():
+    backend = backend_with(LLAMA3)
+    backend.normalizer = normalizers.Sequence([normalizers.Replace("a", "b")])
+    assert not Encoder(backend).is_confined
+    backend.normalizer = normalizers.Sequence([normalizers.Replace(Regex(SLOW), "b")])
+    assert Encoder(backend).is_confined
 
 
 @pytest.fixture

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+from turret.lazy_torch import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +31,6 @@ class MadeLora:
 @contextmanager
 def peft_generator(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the global generator as PEFT does for ``svd_lowrank``, and restore it afterwards."""
-    import torch
-
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         torch.manual_seed(seed)

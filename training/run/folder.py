@@ -291,9 +291,6 @@ class MetricsLog:
             self._events.close()
 
 
-# The next steps after a run.
-
-
 def what_next(resolved: Resolved, folder: RunFolder) -> str:
     """The path of the adapter, and the commands that serve, prompt and update it.
 

@@ -269,9 +269,6 @@ def _check_keys(config: MethodConfig) -> None:
             raise ConfigError.of(f"method.{entry.name}", text)
 
 
-# The linear modules of a preset, by architecture.
-
-
 def module_names(projections: Projections, preset: str) -> tuple[str, ...]:
     """The modules of a preset, by the last part of their path, in the layer's order.
 

@@ -1,4 +1,4 @@
-"""Adapters by the formulas of their operators: for the torch path, and for lack of a kernel.
+"""Adapters by their operators' formulas: for the torch path, and for operators without a kernel.
 
 The rows of a step are grouped by mix. A group's calls take only its own rows and its own adapters'
 tensors, each call gives a row the same bits for any other rows, and the members of a mix are added

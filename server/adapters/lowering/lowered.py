@@ -25,8 +25,6 @@ from turret.server.adapters.peft_format.reading import Reading
 from turret.server.adapters.peft_format.refusals import base_name_warning
 from turret.server.words import Text, say
 
-# What a method makes of a checkpoint.
-
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
@@ -95,7 +93,7 @@ def _first_pass(operators: AdapterOperators) -> str:
     return "base" if router.first_pass is None else "adapter"
 
 
-# One block of memory for all operators of an adapter.
+# All operators of an adapter are in one block of memory.
 #
 # Hundreds of tensors of all sizes that come and go with thousands of adapters would fragment the
 # heap. A block is a mapping of its own, which the system takes back whole when the adapter leaves.

@@ -141,9 +141,6 @@ def _joined(lowered: Lowered, part: VocabularyPart) -> Lowered:
     )
 
 
-# Dense updates, which are as large as the weights they change: the check of their size.
-
-
 def _check_dense(checkpoint: AdapterCheckpoint, base: BaseModel, max_bytes: int | None) -> None:
     """Rejects an adapter whose dense updates exceed the budget, before any of them is made.
 

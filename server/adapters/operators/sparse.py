@@ -12,9 +12,6 @@ from functools import cached_property
 from turret.lazy_torch import torch
 from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
 
-# Maximum number of inputs that 16 bits can index.
-MAX_SPARSE_INPUTS = 1 << 16
-
 
 @dataclass(frozen=True, slots=True)
 class Jagged:

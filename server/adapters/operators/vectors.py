@@ -35,8 +35,8 @@ class Gain(Operator):
 class InputGain(Operator):
     """``Δ(x) = W ((l − 1) ⊙ x)``: the base multiplies ``l ⊙ x`` (IA3 on feed-forward inputs).
 
-    The input of other operators is ``x``. It must not be combined with a gain, because the sum does
-    not define whether the gain scales the change by the input gain.
+    The input of other operators is ``x``. A gain must not be combined with an input gain, because
+    the sum does not define whether the gain scales the change by the input gain.
 
     Attributes:
         values: ``l``, ``[in_features]``, fp32.

@@ -1,4 +1,8 @@
-"""Every key of ``adapter_config.json`` is used, proved irrelevant, or rejected by name."""
+"""Every key of ``adapter_config.json`` is used, proved irrelevant, or rejected by name.
+
+A method declares its keys in a table of rules; a key without a rule is rejected. A server that
+ignores unknown keys may compute the wrong function without an error.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,6 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
 from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
 from turret.server.basics.names import closest
 from turret.server.words import Text, say
-
-# Every key of ``adapter_config.json`` is used, proved irrelevant, or rejected by name.
-#
-# A method declares its keys in a table of rules; a key without a rule is rejected. A server that
-# ignores unknown keys may compute the wrong function without an error.
-
 
 # Returns the fault in a value, or None.
 Check = Callable[[Any], Text | None]

@@ -116,10 +116,9 @@ def _both(modules: object, chosen: list[str]) -> object:
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _INNER = ".base_layer"
-_PARAMETERS = "target_parameters"
 _SELECTION = (
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
-    *("exclude_modules", "layers_to_transform", "layers_pattern", _PARAMETERS),
+    *("exclude_modules", "layers_to_transform", "layers_pattern", _KEY),
 )
 _RULES: Rules = {key: Used(LORA_KEYS[key]) for key in _SELECTION}
 # Selection keys that PEFT applies to modules but not to parameters.
@@ -215,7 +214,7 @@ def _split(
 
 def _chosen(config: Mapping[str, Any], base: BaseModel) -> tuple[dict[str, Any], list[BaseExperts]]:
     """The config without its selection of experts' parameters, and the selected parameters."""
-    rest, targets = dict(config), config.get(_PARAMETERS)
+    rest, targets = dict(config), config.get(_KEY)
     modules = rest.get("target_modules")
     if isinstance(modules, list):
         for old, new in base.renamed.items():
@@ -233,7 +232,7 @@ def _chosen(config: Mapping[str, Any], base: BaseModel) -> tuple[dict[str, Any],
     found = {experts.name: experts for some in hits.values() for experts in some}
     if not found:
         return rest, []
-    rest[_PARAMETERS] = [target for target in targets if not hits.get(target)]
+    rest[_KEY] = [target for target in targets if not hits.get(target)]
     if modules is None:
         rest["target_modules"] = []
     # PEFT adds these patterns when it turns fused modules into parameters.

@@ -7,7 +7,7 @@ sequence is admitted if all sequences that run with it will probably have room f
 preempted: its blocks are freed, and it is recomputed later (its tokens are kept). A chunk ends
 where other adapters begin to act, so one mix acts on all of it. A waiting sequence whose adapters
 are still loading is skipped and delays no other. A step's remaining room goes to draft tokens
-(``drafts.py``), which are further rows of their sequences.
+(``Drafts``), which are further rows of their sequences.
 
 On compute paths where a row of a prompt costs as much as a decode row, prompts must not slow down
 decoding too much: if at least four times as many sequences decode as read their prompts, a step

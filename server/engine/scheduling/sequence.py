@@ -108,7 +108,7 @@ class Sequence:
         keys: Chain keys of the full blocks that were named so far; ``keys[0]`` is the root.
         waiting_since: ``time.monotonic()`` seconds when it joined the line, the last time.
         forecast: The assumed number of generated tokens (``LengthForecast``).
-        first_pass: The pass that computes its adapter's scalings (``first_passes.py``), with the
+        first_pass: The pass that computes its adapter's scalings (``add_first_pass``), with the
             same tokens and blocks of its own; None if no adapter needs one.
         drafter: Drafts the answer's next tokens; None for no drafts.
         prompt_end: Positions before the first generated token.

@@ -284,9 +284,6 @@ def own_logits(row: torch.Tensor, sequence: Sequence, added: torch.Tensor | None
 # The first passes of a step, and the scalings that they give the rows of their sequences.
 
 
-# X-LoRA's scalings of an adapter's components, computed from the states of a first pass.
-
-
 def scalings(router: TokenRouter, states: torch.Tensor) -> torch.Tensor:
     """``α`` of every row and module.
 

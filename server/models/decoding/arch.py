@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from turret.lazy_torch import torch
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say
-
-if TYPE_CHECKING:
-    import torch
 
 # Prefix of a layer's modules in a checkpoint, as in ``model.layers.0.self_attn.q_proj``.
 LAYER_PREFIX = "model.layers"
@@ -105,7 +103,7 @@ class Experts:
         parameters: Adapters' names for the parameters of all experts, below ``experts``.
         are_stacked: Whether a plain checkpoint stores all experts in one tensor, named as in
             ``parameters``: weights ``[experts, in, out]``, biases ``[experts, out]``
-            (``expert_stacks.py``).
+            (``ExpertStacks``).
     """
 
     layers: frozenset[int]

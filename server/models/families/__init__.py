@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from turret.server.errors import InvalidRequestError
-from turret.server.models.decoding.arch import MODULES, Arch, check_served
+from turret.server.models.decoding.arch import Arch, check_served
 from turret.server.models.family import Family
 from turret.server.words import say
 
@@ -30,14 +30,6 @@ FAMILIES: Mapping[str, Family] = _discover()
 def served_types() -> list[str]:
     """The supported values of ``model_type`` in ``config.json``, sorted."""
     return sorted({*FAMILIES, *_text_parts()})
-
-
-def dense_modules(model_type: str) -> frozenset[str]:
-    """Paths, in a layer, of the linear modules of a dense model; empty for a mixture of experts."""
-    family = FAMILIES[model_type]
-    if family.experts is not None:
-        return frozenset()
-    return frozenset(p for paths in family.modules.get(model_type, MODULES).values() for p in paths)
 
 
 def text_type(config: Mapping[str, Any]) -> Any:

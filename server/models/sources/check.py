@@ -52,7 +52,7 @@ def check_cache_dir() -> None:
     """Reject a cache directory that has no weights and is not writable.
 
     Raises:
-        InvalidRequestError: It has neither; the error explains how to choose another.
+        InvalidRequestError: The directory has neither; the error explains how to choose another.
     """
     folder = default_cache_dir()
     problem = unwritable(folder)

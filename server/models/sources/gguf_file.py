@@ -1,4 +1,7 @@
-"""A model in a GGUF file: its tokenizer and its weights, one at a time."""
+"""A model in a GGUF file: its config, its tokenizer, and its weights, dequantised one at a time.
+
+Every tensor and every key is used or rejected.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from turret.server.models.encoder import LLAMA3
 from turret.server.models.sources.gguf_config import ROPE_TENSORS, read_gguf_config
 from turret.server.models.sources.gguf_header import check_gguf, check_whole, refuse
 from turret.server.models.sources.gguf_layouts import GgufLayout, Pair
@@ -153,11 +157,6 @@ def _unpermuted(name: str, values: torch.Tensor, config: Any) -> torch.Tensor:
     return values
 
 
-# A model in a GGUF file: its config, its tokenizer, and its weights, dequantised one at a time.
-#
-# Every tensor and every key is used or rejected.
-
-
 # The tokenizer of a GGUF file, with its chat template.
 
 # Key for the pre-tokenizer, the rules by which a text is split before merging, by llama.cpp's
@@ -167,11 +166,6 @@ _PRE = "tokenizer.ggml.pre"
 _WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "tekken")
 # Pre-tokenizers that equal Llama 3's but that transformers does not know.
 _AS_LLAMA3 = ("chatglm-bpe", "glm4")
-# Splits letters, up to three digits, and other characters with line ends: GPT-4, Llama 3 and GLM-4.
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # Pre-tokenizers that transformers knows, and those equal to GPT-2's, its fallback. Some of the
 # latter split digits, which makes no difference: none of their merges joins digits.
 _KNOWN = frozenset(
@@ -220,7 +214,7 @@ def _split_as_llama3(tokenizer: Any) -> None:
 
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(LLAMA3), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

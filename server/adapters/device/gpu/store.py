@@ -1,4 +1,4 @@
-"""The gpu path's store: Triton kernels for operators that have one, ``add`` of the others.
+"""The gpu path's store: Triton kernels for operators that have one, ``add`` for the others.
 
 A step's metadata is in tables of fixed address, and the pack never moves, so what a step launches
 depends only on which kinds of operators it has and on where the tables of those kinds are

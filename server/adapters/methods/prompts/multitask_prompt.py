@@ -6,13 +6,11 @@ one task of its files.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.prompt_kit import WITH_TEXT, SoftTokens
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 _COLUMNS, _ROWS = "prefix_task_cols", "prefix_task_rows"
 

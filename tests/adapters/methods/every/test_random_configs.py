@@ -24,7 +24,7 @@ from turret.server.adapters.base import BaseModel
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
 
 METHODS = ("lora", "rslora", "dora", "loha", "lokr", "ia3", "adalora", "vera")
-# Of each method.
+# Configs per method.
 NUM_CONFIGS = [10, pytest.param(50, marks=pytest.mark.long)]
 # Below it, every module of the model is cheaper in rank space than dense.
 MAX_LOHA_RANK = 4

@@ -162,7 +162,7 @@ MIXES: list[Mix] = [
     [("prompt", 1.0), ("fusion", 0.0)],
     [("prefix", 1.0), ("fusion-3", 0.8)],
 ]
-# What an aLoRA is invoked by.
+# Token that invokes the aLoRA.
 INVOCATION = 7
 
 
