@@ -79,22 +79,22 @@ class Choices:
             TurretError: The error of the first one that failed; the others end.
         """
         answers = [JoinedChunks() for _ in range(self._count)]
-        async with contextlib.aclosing(self._chunks(is_whole=True)) as chunks:
+        async with contextlib.aclosing(self.chunks(is_whole=True)) as chunks:
             async for index, chunk in chunks:
                 answers[index].add(chunk)
         return [answer.response() for answer in answers]
 
-    def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
+    def chunks(self, *, is_whole: bool = False) -> AsyncGenerator[tuple[int, Chunk], None]:
         """The chunks of all answers as they come, each with its answer's index.
 
         Close the generator if you leave it early; all answers end then.
 
+        Args:
+            is_whole: Whether the caller collects the answers.
+
         Raises:
             TurretError: The error of the first one that failed; the others end.
         """
-        return self._chunks(is_whole=False)
-
-    def _chunks(self, *, is_whole: bool) -> AsyncGenerator[tuple[int, Chunk], None]:
         return self._one(0, is_whole) if self._count == 1 else self._many(is_whole)
 
     def _message(self, index: int) -> _Request:
@@ -182,7 +182,7 @@ class EventStream(ABC):
         first: The fields that every event begins with.
     """
 
-    # What grows in a choice, with a hole for its text.
+    # The part of a choice that grows, with ``HOLE`` for its text.
     growing: ClassVar[Any]
 
     def __init__(self, exchange: Exchange, asked: Asked, first: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.types import Receive, Scope, Send
 
 from turret.server import log
-from turret.server.api.access import Party, Shares, TokenTable, authorize, roles_of
+from turret.server.api.access import Party, Shares, TokenTable, authorize, bearer_token, roles_of
 from turret.server.api.call import REQUEST_ID_KEY, Call
 from turret.server.api.faults import Failures
 from turret.server.basics.codes import Code
@@ -224,6 +224,9 @@ def _check_head(scope: Scope, headers: Headers) -> None:
         if len(headers.getlist(name)) > 1:
             text = say("DUPLICATE_HEADER", header=name)
             raise HttpRefusal(400, Code.INVALID_ARGUMENT, text)
+    if (key := headers.get("x-api-key")) and bearer_token(_authorization(headers) or "") != key:
+        text = say("DUPLICATE_HEADER", header="authorization or x-api-key")
+        raise HttpRefusal(400, Code.INVALID_ARGUMENT, text)
     # RFC 9112, section 3.2.
     if "host" not in headers and scope["http_version"] == "1.1":
         raise HttpRefusal(400, Code.INVALID_ARGUMENT, say("HOST_MISSING"))

@@ -169,7 +169,8 @@ async def answer_in_items(
 
     ended: Ended | None = None
     try:
-        async with contextlib.aclosing(choices.chunks()) as chunks:
+        # The items keep the whole answer, also of a stream.
+        async with contextlib.aclosing(choices.chunks(is_whole=True)) as chunks:
             async for _, chunk in chunks:
                 if not is_started:
                     is_started = True

@@ -145,7 +145,7 @@ class Thinking(Body):
 
 
 class OutputConfig(Body):
-    effort: Effort | Literal["max"] | None = None
+    effort: Literal[Effort, "max"] | None = None
     format: Annotated[TextFormat, short(MAX_CONSTRAINT_CHARS)] | None = None
 
 
@@ -223,6 +223,7 @@ def _chat_of(body: CountRequest, names: dict[str, str]) -> inference_pb2.Chat:
             if block.type == "tool_result":
                 if is_open:
                     chat.messages[-1].content = "".join(texts)
+                names[f"chat.messages[{len(chat.messages)}].tool_call_id"] = f"{at}.tool_use_id"
                 add(at, "tool", block.content, block.tool_use_id)
                 is_open = False
             elif block.type in ("text", "tool_use"):
@@ -231,10 +232,11 @@ def _chat_of(body: CountRequest, names: dict[str, str]) -> inference_pb2.Chat:
                     is_open, texts = True, []
                 texts.append(block.text or "")
                 if block.type == "tool_use":
-                    last = chat.messages[-1]
-                    names[f"chat.messages[{len(chat.messages) - 1}].tool_calls"] = at
+                    calls = chat.messages[-1].tool_calls
+                    called = f"chat.messages[{len(chat.messages) - 1}].tool_calls"
+                    names |= {called: f"{path}.content", f"{called}[{len(calls)}]": at}
                     arguments = json.dumps(block.input, ensure_ascii=False)
-                    last.tool_calls.add(id=block.id, name=block.name, arguments=arguments)
+                    calls.add(id=block.id, name=block.name, arguments=arguments)
         if is_open:
             chat.messages[-1].content = "".join(texts)
     # The answer continues a message of the assistant at the end.

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from servers.fakes import finish
 from servers.http_harness import http_harness
 
 from turret.server.api.access import MAX_AT_A_TIME, Party, Shares
 from turret.server.api.inference_answers import together
+from turret.server.engine.scheduling.request import Output, Request
 from turret.server.http import choices as choices_module
 from turret.server.http import completions
 from turret.server.http.asked import Asked
 from turret.server.http.choices import Choices
 from turret.v1 import inference_pb2
+
+TURNS = [{"role": "user", "content": "hi"}]
 
 
 def choices_of(inference: Any, count: int, num_choices: int) -> Choices:
@@ -71,6 +75,34 @@ async def test_answers_are_counted_over_all_prompts(monkeypatch: pytest.MonkeyPa
         for count, status in ((2, 200), (3, 400)):
             body = {"model": "base", "prompt": ["a", "b"], "n": count}
             assert (await server.post("/v1/completions", body)).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "is_collected"),
+    [
+        ("/v1/chat/completions", {"messages": TURNS}, True),
+        ("/v1/chat/completions", {"messages": TURNS, "stream": True}, False),
+        ("/v1/responses", {"input": "a"}, True),
+        ("/v1/responses", {"input": "a", "stream": True}, True),
+        ("/v1/messages", {"messages": TURNS, "max_tokens": 9}, True),
+    ],
+)
+async def test_collected_answers_count_towards_the_limit(
+    path: str, body: dict[str, Any], is_collected: bool
+) -> None:
+    async with http_harness() as server:
+        held: list[int] = []
+
+        async def script(request: Request) -> AsyncIterator[Output]:
+            yield Output(text="abc", token_ids=(1,))
+            held.append(server.engine.held)
+            yield Output(text="", token_ids=(2,), finish=finish(request))
+
+        server.engine.script = script
+        assert (await server.post(path, {"model": "base", **body})).status_code == 200
+        await server.settle()
+        assert [num_bytes > 0 for num_bytes in held] == [is_collected]
+        assert server.engine.held == 0
 
 
 class Talker:

@@ -219,7 +219,11 @@ async def test_a_second_authorization_header_is_refused() -> None:
     tokens = TokenTable([("a", frozenset({"inference"})), ("b", frozenset())])
     async with http_harness(tokens=tokens) as server:
         one, other = ("authorization", "Bearer a"), ("authorization", "Bearer b")
-        for headers, status in (([one], 200), ([one, other], 400), ([one, one], 400)):
+        key = ("x-api-key", "a")
+        for headers, status in (
+            *(([one], 200), ([one, other], 400), ([one, one], 400)),
+            *(([key], 200), ([key, one], 200), ([key, other], 400), ([key, key], 400)),
+        ):
             answer = await server.client.get("/v1/models", headers=headers)
             assert answer.status_code == status
 

@@ -36,7 +36,10 @@ ASKED: dict[str, Any] = {"model": "base", "max_tokens": 64, "messages": TURNS}
 CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
 ANSWER = f"<think>hm</think>Well. {CALL}"
 
+TEXT = {"type": "text", "text": "a"}
+USE = {"type": "tool_use", "id": "1", "name": "weather", "input": {}}
 RESULT = {"type": "tool_result", "tool_use_id": "1", "content": "r"}
+LONG = "a" * 100_000
 
 
 def saying(
@@ -206,6 +209,19 @@ async def test_tools_are_chosen(
         ),
         ({"tools": [{"type": "web_search_20250305", "name": "a"}]}, "tools[0].type", "not_one_of"),
         ({"tool_choice": {"type": "any"}}, "tool_choice", "needs_field"),
+        ({"output_config": {"effort": "most"}}, "output_config.effort", "not_one_of"),
+        (
+            {"messages": [{"role": "user", "content": [TEXT, RESULT | {"tool_use_id": LONG}]}]},
+            *("messages[0].content[1].tool_use_id", "too_many_characters"),
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [TEXT, USE, USE | {"id": LONG}, USE]}]},
+            *("messages[0].content[2].id", "too_many_characters"),
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": [USE] * 129}]},
+            *("messages[0].content", "too_many_entries"),
+        ),
     ],
 )
 async def test_a_refusal_has_the_form_of_anthropic(changed: Any, param: str, code: str) -> None:
@@ -216,6 +232,7 @@ async def test_a_refusal_has_the_form_of_anthropic(changed: Any, param: str, cod
     assert body["request_id"] == answer.headers["x-request-id"]
     error = body["error"]
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+    assert len(error["violations"]) == 1
 
 
 async def test_errors_of_other_kinds() -> None:

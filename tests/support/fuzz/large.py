@@ -50,10 +50,21 @@ def bodies(*, is_short: bool) -> Iterator[Large]:
     """
     kinds = itertools.cycle(ENTRIES)
     seen: set[object] = set()
-    for place in places():
+    found = places()
+    limits = {(place.path, place.steps): place.most for place in found}
+    for place in found:
         if is_short and place.steps in seen:
             continue
         seen.add(place.steps)
+        if 0 in place.steps:
+            # Many lists in a list: these have numbers or objects, so a text is wrong in each.
+            times = limits[place.path, place.steps[: place.steps.index(0)]]
+            for entry in [b'""'] if is_short else ENTRIES:
+                most_bytes = MAX_BODY_BYTES - 200
+                body = body_of(place, place.most, most_bytes=most_bytes, entry=entry, times=times)
+                data = with_others(place, body)
+                what = f"{place.blamed}, up to {times} times: {len(data)} bytes of {entry!r}"
+                yield Large(place.path, what, data)
         counts = (place.most, MAX_BODY_BYTES)
         for entry in [next(kinds)] if is_short else ENTRIES:
             for count in [counts[len(seen) % 2]] if is_short else counts:

@@ -83,7 +83,9 @@ def _within(
         yield from _within(path, (*steps, 0), schema["items"], definitions)
 
 
-def body_of(place: Place, count: int, *, most_bytes: int, entry: bytes = b"0") -> bytes:
+def body_of(
+    place: Place, count: int, *, most_bytes: int, entry: bytes = b"0", times: int = 1
+) -> bytes:
     """A body with ``count`` entries at a place, or as many as there is room for.
 
     Args:
@@ -91,6 +93,7 @@ def body_of(place: Place, count: int, *, most_bytes: int, entry: bytes = b"0") -
         count: Of the entries.
         most_bytes: Of the body.
         entry: What each is; of an object, each value.
+        times: Entries of the list that the place is in, as far as there is room for them.
     """
     is_object = not place.steps or place.steps[-1] in ("logit_bias", "metadata")
     start, end = (b"{", b"}") if is_object else (b"[", b"]")
@@ -102,7 +105,10 @@ def body_of(place: Place, count: int, *, most_bytes: int, entry: bytes = b"0") -
         parts = [entry] * min(count, room // (len(entry) + 1))
     inner = start + b",".join(parts) + end
     for step in reversed(place.steps):
-        inner = b"[%b]" % inner if step == 0 else b'{"%b":%b}' % (str(step).encode(), inner)
+        if step == 0:
+            inner = b"[" + b",".join([inner] * max(1, min(times, room // (len(inner) + 1)))) + b"]"
+        else:
+            inner = b'{"%b":%b}' % (str(step).encode(), inner)
     return inner
 
 
