@@ -73,7 +73,8 @@ def _chat_of(
     turns = chat.messages
 
     def add(path: str, role: str, content: str = "", call_id: str = "") -> None:
-        names[f"chat.messages[{len(turns)}]"] = path
+        turn = f"chat.messages[{len(turns)}]"
+        names.update({turn: path, f"{turn}.tool_call_id": f"{path}.call_id"})
         turns.add(role=role, content=content, tool_call_id=call_id)
 
     if instructions is not None:
@@ -89,7 +90,8 @@ def _chat_of(
             if not turns or turns[-1].role != "assistant":
                 add(path, "assistant")
             calls = turns[-1].tool_calls
-            names[f"chat.messages[{len(turns) - 1}].tool_calls[{len(calls)}]"] = path
+            call = f"chat.messages[{len(turns) - 1}].tool_calls[{len(calls)}]"
+            names |= {call: path, f"{call}.id": f"{path}.call_id"}
             calls.add(id=item.call_id, name=item.name, arguments=item.arguments)
         # Reasoning of earlier turns is left out: the model does not see it again.
     return chat

@@ -198,6 +198,11 @@ async def test_what_came_goes_back_as_turns(rendered: Any) -> None:
         body = {**asked, "input": [turns[0], bad], "instructions": "be brief"}
         refused = await http.refused(PATH, body)
         assert (refused.status, refused.param) == (400, "input[1].arguments")
+        long = {"call_id": "c" * 100_000}
+        result = {"type": "function_call_output", "output": "a"}
+        for each in (bad | {"arguments": ""} | long, result | long):
+            refused = await http.refused(PATH, body | {"input": [turns[0], each]})
+            assert (refused.status, refused.param) == (400, "input[1].call_id")
 
 
 @pytest.mark.parametrize(
