@@ -18,7 +18,7 @@ Residency = Literal["disk", "host", "device"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
+class MergeMember:
     """An adapter of a merge, with its name at that time."""
 
     name: str
@@ -39,7 +39,7 @@ class MergePlan:
     """
 
     uuid: str
-    members: tuple[Member, ...]
+    members: tuple[MergeMember, ...]
     precision: Precision
     time: float
 
@@ -252,7 +252,7 @@ class Unload:
 class Merge:
     """Merge a mix into the base, on every replica or on none."""
 
-    members: tuple[Member, ...]
+    members: tuple[MergeMember, ...]
     precision: Precision
     time: float
 

@@ -89,7 +89,7 @@ def _base_from(fields: dict[str, Any]) -> p.Base:
         raise ValueError("unsupported version")
     merge = fields["merge"]
     if merge is not None:
-        members = tuple(p.Member(**member) for member in merge.pop("members"))
+        members = tuple(p.MergeMember(**member) for member in merge.pop("members"))
         merge = p.MergePlan(members=members, **merge)
     return p.Base(generation=int(fields["generation"]), merge=merge)
 

@@ -338,7 +338,7 @@ class ReplicaMerger(Merger):
             tried = self._prepare(refs, precision, cancellation)
             self._registry.release(tried.mix)
         members = tuple(
-            p.Member(name=a.name, uuid=a.uuid, generation=a.generation, weight=a.weight)
+            p.MergeMember(name=a.name, uuid=a.uuid, generation=a.generation, weight=a.weight)
             for a in tried.merge.adapters
         )
         proposal = p.Merge(members=members, precision=tried.merge.precision, time=time.time())

@@ -63,7 +63,7 @@ class Failures:
         return list(reversed(self._kept))
 
 
-class Row(NamedTuple):
+class Outcome(NamedTuple):
     """The code of an error class, and how long a client should wait before a retry."""
 
     code: Code
@@ -71,55 +71,55 @@ class Row(NamedTuple):
     retry_after_seconds: float | None = None
 
 
-TABLE: dict[type[errors.TurretError], Row] = {
-    errors.TurretError: Row(Code.INTERNAL),
-    errors.InvalidRequestError: Row(Code.INVALID_ARGUMENT),
-    errors.PromptTooLongError: Row(Code.INVALID_ARGUMENT),
-    errors.AdapterClassifiesError: Row(Code.INVALID_ARGUMENT),
-    errors.HeadMissingError: Row(Code.INVALID_ARGUMENT),
-    errors.AdapterError: Row(Code.FAILED_PRECONDITION),
-    errors.AdapterNotFoundError: Row(Code.NOT_FOUND),
-    errors.AdapterExistsError: Row(Code.ALREADY_EXISTS),
-    errors.AdapterCheckpointError: Row(Code.INVALID_ARGUMENT),
+TABLE: dict[type[errors.TurretError], Outcome] = {
+    errors.TurretError: Outcome(Code.INTERNAL),
+    errors.InvalidRequestError: Outcome(Code.INVALID_ARGUMENT),
+    errors.PromptTooLongError: Outcome(Code.INVALID_ARGUMENT),
+    errors.AdapterClassifiesError: Outcome(Code.INVALID_ARGUMENT),
+    errors.HeadMissingError: Outcome(Code.INVALID_ARGUMENT),
+    errors.AdapterError: Outcome(Code.FAILED_PRECONDITION),
+    errors.AdapterNotFoundError: Outcome(Code.NOT_FOUND),
+    errors.AdapterExistsError: Outcome(Code.ALREADY_EXISTS),
+    errors.AdapterCheckpointError: Outcome(Code.INVALID_ARGUMENT),
     # The call is fine, but the server's files have changed.
-    errors.AdapterChangedError: Row(Code.FAILED_PRECONDITION),
-    errors.AdapterMismatchError: Row(Code.FAILED_PRECONDITION),
-    errors.AdapterComponentError: Row(Code.FAILED_PRECONDITION),
-    errors.AdapterInUseError: Row(Code.FAILED_PRECONDITION),
-    errors.AdapterPinnedError: Row(Code.FAILED_PRECONDITION),
-    errors.AdapterBusyError: Row(Code.FAILED_PRECONDITION),
-    errors.AdapterMergedError: Row(Code.FAILED_PRECONDITION),
-    errors.AdapterGenerationError: Row(Code.FAILED_PRECONDITION),
-    errors.AdapterUnloadedError: Row(Code.ABORTED),
-    errors.StateDirRequiredError: Row(Code.FAILED_PRECONDITION),
-    errors.MergeActiveError: Row(Code.FAILED_PRECONDITION),
-    errors.MergeUnderWayError: Row(Code.FAILED_PRECONDITION),
-    errors.NotMergedError: Row(Code.FAILED_PRECONDITION),
-    errors.ResourceError: Row(Code.RESOURCE_EXHAUSTED, 1.0),
-    errors.QueueFullError: Row(Code.RESOURCE_EXHAUSTED, 1.0),
+    errors.AdapterChangedError: Outcome(Code.FAILED_PRECONDITION),
+    errors.AdapterMismatchError: Outcome(Code.FAILED_PRECONDITION),
+    errors.AdapterComponentError: Outcome(Code.FAILED_PRECONDITION),
+    errors.AdapterInUseError: Outcome(Code.FAILED_PRECONDITION),
+    errors.AdapterPinnedError: Outcome(Code.FAILED_PRECONDITION),
+    errors.AdapterBusyError: Outcome(Code.FAILED_PRECONDITION),
+    errors.AdapterMergedError: Outcome(Code.FAILED_PRECONDITION),
+    errors.AdapterGenerationError: Outcome(Code.FAILED_PRECONDITION),
+    errors.AdapterUnloadedError: Outcome(Code.ABORTED),
+    errors.StateDirRequiredError: Outcome(Code.FAILED_PRECONDITION),
+    errors.MergeActiveError: Outcome(Code.FAILED_PRECONDITION),
+    errors.MergeUnderWayError: Outcome(Code.FAILED_PRECONDITION),
+    errors.NotMergedError: Outcome(Code.FAILED_PRECONDITION),
+    errors.ResourceError: Outcome(Code.RESOURCE_EXHAUSTED, 1.0),
+    errors.QueueFullError: Outcome(Code.RESOURCE_EXHAUSTED, 1.0),
     # A rank or size over its limit stays over it. Errors that may pass by themselves say so.
-    errors.BudgetExceededError: Row(Code.RESOURCE_EXHAUSTED),
-    errors.OutOfMemoryError: Row(Code.RESOURCE_EXHAUSTED, 1.0),
-    errors.StorageFullError: Row(Code.RESOURCE_EXHAUSTED),
+    errors.BudgetExceededError: Outcome(Code.RESOURCE_EXHAUSTED),
+    errors.OutOfMemoryError: Outcome(Code.RESOURCE_EXHAUSTED, 1.0),
+    errors.StorageFullError: Outcome(Code.RESOURCE_EXHAUSTED),
     # A retry fails the same way until an operator acts.
-    errors.StorageFailedError: Row(Code.UNAVAILABLE),
-    errors.HubError: Row(Code.INVALID_ARGUMENT),
-    errors.HubUnavailableError: Row(Code.UNAVAILABLE, 10.0),
-    errors.UnauthenticatedError: Row(Code.UNAUTHENTICATED),
-    errors.PermissionDeniedError: Row(Code.PERMISSION_DENIED),
-    errors.ServiceElsewhereError: Row(Code.UNIMPLEMENTED),
-    errors.UnavailableError: Row(Code.UNAVAILABLE, 1.0),
-    errors.ServerStartingError: Row(Code.UNAVAILABLE, 1.0),
-    errors.DeadlineExceededError: Row(Code.DEADLINE_EXCEEDED),
+    errors.StorageFailedError: Outcome(Code.UNAVAILABLE),
+    errors.HubError: Outcome(Code.INVALID_ARGUMENT),
+    errors.HubUnavailableError: Outcome(Code.UNAVAILABLE, 10.0),
+    errors.UnauthenticatedError: Outcome(Code.UNAUTHENTICATED),
+    errors.PermissionDeniedError: Outcome(Code.PERMISSION_DENIED),
+    errors.ServiceElsewhereError: Outcome(Code.UNIMPLEMENTED),
+    errors.UnavailableError: Outcome(Code.UNAVAILABLE, 1.0),
+    errors.ServerStartingError: Outcome(Code.UNAVAILABLE, 1.0),
+    errors.DeadlineExceededError: Outcome(Code.DEADLINE_EXCEEDED),
 }
 
 
-def row_of(error: BaseException) -> Row:
+def row_of(error: BaseException) -> Outcome:
     """The row of the nearest class in the table; INTERNAL for errors that are not turret's own."""
     for kind in type(error).__mro__:
         if kind in TABLE:
             return TABLE[kind]
-    return Row(Code.INTERNAL)
+    return Outcome(Code.INTERNAL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

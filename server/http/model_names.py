@@ -9,7 +9,7 @@ from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_NAME_CHARS
 from turret.server.api.violations import Violations, adapter_refs
 from turret.server.basics.names import ADAPTER_NAME, BASE
 from turret.server.errors import AdapterNotFoundError
-from turret.server.http.schemas.requests import Member
+from turret.server.http.schemas.requests import MixMember
 from turret.server.words import Text, say
 from turret.v1 import adapters_pb2
 
@@ -45,7 +45,7 @@ def named_in(raw: dict[str, Any], base_name: str) -> tuple[Mix, list[tuple[str, 
     return mix, wrong
 
 
-def mix_of(members: list[Member]) -> Mix:
+def mix_of(members: list[MixMember]) -> Mix:
     """The mix that the field ``adapters`` lists."""
     return [
         adapters_pb2.AdapterWeight(

@@ -11,32 +11,32 @@ from turret.server.basics.codes import Code
 from turret.server.words import Text, say
 
 
-class Row(NamedTuple):
+class HttpForm(NamedTuple):
     """The HTTP form of a code: the status, and the ``type`` of the error."""
 
     status: int
     kind: str
 
 
-TABLE: dict[Code, Row] = {
-    Code.OK: Row(200, ""),
+TABLE: dict[Code, HttpForm] = {
+    Code.OK: HttpForm(200, ""),
     # The status that proxies log for a client that went away; no client sees it.
-    Code.CANCELLED: Row(499, "server_error"),
-    Code.UNKNOWN: Row(500, "server_error"),
-    Code.INVALID_ARGUMENT: Row(400, "invalid_request_error"),
-    Code.DEADLINE_EXCEEDED: Row(504, "timeout_error"),
-    Code.NOT_FOUND: Row(404, "invalid_request_error"),
-    Code.ALREADY_EXISTS: Row(409, "conflict_error"),
-    Code.PERMISSION_DENIED: Row(403, "permission_error"),
-    Code.RESOURCE_EXHAUSTED: Row(429, "rate_limit_error"),
-    Code.FAILED_PRECONDITION: Row(409, "conflict_error"),
-    Code.ABORTED: Row(409, "conflict_error"),
-    Code.OUT_OF_RANGE: Row(400, "invalid_request_error"),
-    Code.UNIMPLEMENTED: Row(501, "not_implemented_error"),
-    Code.INTERNAL: Row(500, "server_error"),
-    Code.UNAVAILABLE: Row(503, "server_error"),
-    Code.DATA_LOSS: Row(500, "server_error"),
-    Code.UNAUTHENTICATED: Row(401, "authentication_error"),
+    Code.CANCELLED: HttpForm(499, "server_error"),
+    Code.UNKNOWN: HttpForm(500, "server_error"),
+    Code.INVALID_ARGUMENT: HttpForm(400, "invalid_request_error"),
+    Code.DEADLINE_EXCEEDED: HttpForm(504, "timeout_error"),
+    Code.NOT_FOUND: HttpForm(404, "invalid_request_error"),
+    Code.ALREADY_EXISTS: HttpForm(409, "conflict_error"),
+    Code.PERMISSION_DENIED: HttpForm(403, "permission_error"),
+    Code.RESOURCE_EXHAUSTED: HttpForm(429, "rate_limit_error"),
+    Code.FAILED_PRECONDITION: HttpForm(409, "conflict_error"),
+    Code.ABORTED: HttpForm(409, "conflict_error"),
+    Code.OUT_OF_RANGE: HttpForm(400, "invalid_request_error"),
+    Code.UNIMPLEMENTED: HttpForm(501, "not_implemented_error"),
+    Code.INTERNAL: HttpForm(500, "server_error"),
+    Code.UNAVAILABLE: HttpForm(503, "server_error"),
+    Code.DATA_LOSS: HttpForm(500, "server_error"),
+    Code.UNAUTHENTICATED: HttpForm(401, "authentication_error"),
 }
 # Reasons that OpenAI's API has a word for; the others are turret's own, in lower case.
 OPENAI_CODES = {

@@ -195,7 +195,7 @@ def test_a_merge_whose_member_was_changed_by_another_server_is_not_restored() ->
     registry, replicas = fleet(disk=disk)
     registry.submit(register("a", "d1"), 1.0)
     saved = registry.state.names["a"]
-    member = m.Member(name="a", uuid=saved.uuid, generation=1, weight=1.0)
+    member = m.MergeMember(name="a", uuid=saved.uuid, generation=1, weight=1.0)
     registry.submit(m.Merge(members=(member,), precision="BF16", time=1.0), 1.0)
     plan = registry.state.preparing
     assert plan is not None

@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2
 from pydantic import ValidationError
 
 from turret.fleet.config import REFUSED, ClusterConfig, FleetConfig
-from turret.fleet.protocol import Base, FleetStatus, Member, MergePlan, ReplicaStatus
+from turret.fleet.protocol import Base, FleetStatus, MergeMember, MergePlan, ReplicaStatus
 from turret.fleet.serving import fleet_folder, ingress, ray_cluster, serve
 from turret.fleet.serving.serve import print_status
 from turret.fleet.words import say
@@ -441,7 +441,7 @@ def test_a_status_cuts_nothing(
         monkeypatch.delenv("COLUMNS", raising=False)
     else:
         monkeypatch.setenv("COLUMNS", str(columns))
-    member = Member(name="sql", uuid="u", generation=2, weight=0.5)
+    member = MergeMember(name="sql", uuid="u", generation=2, weight=0.5)
     plan = MergePlan(uuid="u", members=(member,), precision="NF4", time=1.0)
     names = ("a1b2c3d4e5f6", "b")
     figures = {"running": 12, "waiting": 345, "num_host": 6789, "num_device": 9876}

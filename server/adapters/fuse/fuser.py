@@ -57,7 +57,7 @@ from turret.server.words import say
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class FusionMember:
     """One adapter of the mix.
 
     Attributes:
@@ -94,7 +94,7 @@ def check_prompts(adapters: Sequence[Adapter]) -> None:
     refuse_all(found)
 
 
-def check_operators(members: Sequence[Member], combination: Combination) -> None:
+def check_operators(members: Sequence[FusionMember], combination: Combination) -> None:
     """Rejects members that the combination cannot represent.
 
     Raises:
@@ -117,7 +117,7 @@ def check_operators(members: Sequence[Member], combination: Combination) -> None
     refuse_all(found)
 
 
-def rank_of_result(members: Sequence[Member], combination: Combination) -> int:
+def rank_of_result(members: Sequence[FusionMember], combination: Combination) -> int:
     """Maximum number of singular values to keep, for combinations that end in an SVD.
 
     Raises:
@@ -270,7 +270,7 @@ class Fuser:
 
     def _read(
         self, mix: Mix, base: BaseModel, combination: Combination, cancellation: Cancellation
-    ) -> list[Member]:
+    ) -> list[FusionMember]:
         check_prompts([adapter for adapter, _ in mix.members])
         served = self._registry.base.dtype.itemsize
         needed = sum(a.host_bytes_needed * 4 // served for a, _ in mix.members)
@@ -281,14 +281,14 @@ class Fuser:
         for adapter, weight in mix.members:
             cancellation.check()
             lowered = self._registry.reread(adapter, base)
-            members.append(Member(adapter, weight, lowered))
+            members.append(FusionMember(adapter, weight, lowered))
         check_operators(members, combination)
         return members
 
     def _fuse(
         self,
         name: str,
-        members: Sequence[Member],
+        members: Sequence[FusionMember],
         base: BaseModel,
         combination: Combination,
         cancellation: Cancellation,
@@ -339,7 +339,7 @@ class Fuser:
             staged.discard()
 
 
-def _work(members: Sequence[Member], base: BaseModel) -> dict[str, list[Contribution]]:
+def _work(members: Sequence[FusionMember], base: BaseModel) -> dict[str, list[Contribution]]:
     """The members' updates by module, in the base's order."""
     work = {
         path: [part for member in members if (part := member.part(path)) is not None]

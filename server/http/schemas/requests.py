@@ -60,7 +60,7 @@ _PARALLEL = "Whether there may be several calls. By default true, unless calls a
 _CONSTRAINT = "The answer must match it. A request has one constraint."
 
 
-class Member(ClosedBody):
+class MixMember(ClosedBody):
     """An adapter of a mix."""
 
     name: str
@@ -74,7 +74,7 @@ class Asking(Body):
     model: str = Field(
         description="The base model's name, `base`, an adapter, or a mix such as `sql+json*-0.5`."
     )
-    adapters: list[Member] = Field(
+    adapters: list[MixMember] = Field(
         [], max_length=MAX_MIX_MEMBERS, description="The mix, if `model` names the base."
     )
     cache_salt: str = Field(

@@ -15,7 +15,7 @@ from fleets.parts import Crash, Disk, Replica, facts_of
 from fleets.promises import NAMES, Caller, Promises
 
 from turret.fleet import protocol as m
-from turret.fleet.protocol import Member, key_of
+from turret.fleet.protocol import MergeMember, key_of
 from turret.fleet.registry import FleetRegistry
 from turret.server.adapters.adapter import Source
 from turret.server.adapters.state_dir import SavedRegistration
@@ -277,7 +277,9 @@ class World:
             seconds = (0.0, 4.0, 20.0)[self.draw(3)]
             return m.Unload(name=name, is_forced=self.draw(3) == 0, timeout_seconds=seconds)
         if kind in (6, 9) and known is not None:
-            member = Member(name=name, uuid=known.uuid, generation=known.generation, weight=1.0)
+            member = MergeMember(
+                name=name, uuid=known.uuid, generation=known.generation, weight=1.0
+            )
             return m.Merge(members=(member,), precision="BF16", time=self.now)
         return m.Unmerge() if kind in (7, 10) else None
 
