@@ -88,12 +88,14 @@ class Inference:
             call=call,
             deadline=deadline,
         )
+        counts = message.options.running_usage and not is_whole
         # Drop the last reference, so that the message is freed while the request waits and runs.
         del message
         is_echoed = not request.options.echo
         # Log probabilities of the prompt may wait for the client after the request has ended.
         is_whole = is_whole or request.wants_prompt_logprobs
         outputs = outputs_of(backend, request, call, is_whole=is_whole)
+        num_tokens = 0
         async with contextlib.aclosing(outputs):
             async for output in outputs:
                 if not is_echoed:
@@ -101,7 +103,12 @@ class Inference:
                     size = len(request.prompt_token_ids) * (1 + request.options.top_n)
                     prompt = functools.partial(_prompt_chunk, request, output, vocabulary.tokenizer)
                     yield await converted(size, prompt)
-                yield _chunk(request, output)
+                chunk = _chunk(request, output)
+                if counts and output.finish is None:
+                    num_tokens += len(output.token_ids)
+                    chunk.usage.prompt_tokens = len(request.prompt_token_ids)
+                    chunk.usage.completion_tokens = num_tokens
+                yield chunk
 
     async def generate_whole(
         self, message: inference_pb2.GenerateRequest, call: Call, deadline: float | None
@@ -192,6 +199,10 @@ class Inference:
                 text=tokenizer.decode(ids, special=True),
             ),
         )
+
+    def tokenizer(self) -> Tokenizer:
+        """The base model's tokenizer."""
+        return self._gate.enter().tokenizer
 
     def model(self) -> inference_pb2.GetModelResponse:
         """The base model, this build, and the adapter methods it can load."""

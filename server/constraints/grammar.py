@@ -73,7 +73,12 @@ def schema_faults(schema: dict[str, Any], why: str) -> list[tuple[str, Text]]:
         if found is None:
             continue
         is_at_fault, said = kind(found)
-        places = (path for path, key, value in _keywords(schema) if is_at_fault(key, value))
+        places = (
+            f"{path}.{key}"
+            for path, part in _schemas(schema)
+            for key, value in part.items()
+            if is_at_fault(key, value)
+        )
         return [(path, said) for path, _ in zip(places, range(MAX_FAULTS), strict=False)]
     return []
 
@@ -117,17 +122,17 @@ _COMPLAINTS: tuple[tuple[str, Callable[[re.Match[str]], tuple[_Finder, Text]]], 
 )
 
 
-def _keywords(schema: Any) -> Iterator[tuple[str, str, Any]]:
-    """Path, name and value of every keyword of a schema and of those in it."""
+def _schemas(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A schema and those in it, with their paths."""
     left = [("", schema)]
     while left:
         path, part = left.pop()
         if not isinstance(part, dict):
             continue
+        yield path, part
         inner: list[tuple[str, Any]] = []
         for key, value in part.items():
             where = f"{path}.{key}"
-            yield where, key, value
             if key in _LISTED and isinstance(value, list):
                 inner += [(f"{where}[{i}]", one) for i, one in enumerate(value)]
             elif key in _NAMED and isinstance(value, dict):
@@ -140,6 +145,8 @@ def _keywords(schema: Any) -> Iterator[tuple[str, str, Any]]:
 # Whitespace between the tokens of JSON. It is bounded, because a model that has begun to write
 # blanks may never stop.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,32}"
+# Formats that say what a string is for, not what it looks like. Pydantic writes them.
+_NOTES = ("password", "binary", "path", "file-path", "directory-path")
 _JSON_OPTIONS: Any = {
     "whitespace_flexible": True,
     "whitespace_pattern": WHITESPACE,
@@ -237,6 +244,10 @@ def _schema_grammar(text: str) -> str:
         schema = json.loads(text)
         if not isinstance(schema, dict):
             raise InvalidRequestError.of("json_schema", say("NOT_A_JSON_OBJECT"))
+        notes = [part for _, part in _schemas(schema) if part.get("format") in _NOTES]
+        for part in notes:
+            del part["format"]
+        text = json.dumps(schema) if notes else text
         return LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
     # Python parses some input that llguidance rejects, such as NaN.
     except (ValueError, RecursionError) as error:

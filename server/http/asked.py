@@ -104,12 +104,14 @@ def asked_of(body: Generating, mix: Mix, names: dict[str, str]) -> Asked:
     _set_sampling(body, message.sampling)
     _set_stop(body, message.stop, names)
     _set_constraint(body, message, names)
+    includes_usage = body.stream_options.include_usage and body.stream
+    message.options.running_usage = includes_usage and body.stream_options.continuous_usage_stats
     return Asked(
         model=body.model,
         message=message,
         num_choices=body.n,
         is_stream=body.stream,
-        includes_usage=body.stream_options.include_usage and body.stream,
+        includes_usage=includes_usage,
         deadline=deadline_of(body),
     )
 

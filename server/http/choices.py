@@ -199,6 +199,9 @@ class EventStream(ABC):
         async with contextlib.aclosing(choices.chunks()) as chunks:
             async for index, chunk in chunks:
                 is_last = chunk.finish_reason in FINISH_REASONS
+                if self._asked.message.options.running_usage:
+                    self._nothing = {"usage": usage_of([chunk], 1)}
+                    self._templates.clear()
                 await self._chunk(index, chunk, is_last)
                 if is_last:
                     ended[index] = chunk

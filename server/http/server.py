@@ -120,6 +120,7 @@ def routes(
     get("/v1/models/{model:path}", models.get, INFERENCE, answers.ModelCard)
     ask("/tokenize", tokens.tokenize, TokenizeRequest, answers.Tokens, is_counted=False)
     ask("/detokenize", tokens.detokenize, DetokenizeRequest, answers.Text, is_counted=False)
+    get("/tokenizer_info", tokens.info, INFERENCE, answers.TokenizerInfo)
     for path in ("/health", "/v1/health", "/ping"):
         get(path, probes.health, "", answers.Health)
     get("/version", probes.version, "", answers.Version)

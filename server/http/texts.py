@@ -146,3 +146,14 @@ class Tokens(Asks):
         message = inference_pb2.TokenizeRequest(token_ids=ids, adapters=mix)
         answer = await self._inference.tokenize(message)
         await exchange.reply.json({"prompt": answer.text})
+
+    async def info(self, exchange: Exchange) -> None:
+        """Get the base model's special tokens and chat template, with vLLM's fields."""
+        tokenizer = self._inference.tokenizer()
+        await exchange.reply.json(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "chat_template": tokenizer.default_template,
+                **tokenizer.template_variables,
+            }
+        )

@@ -249,6 +249,16 @@ class Tokenizer:
         """Whether there is a chat template."""
         return bool(self._templates)
 
+    @property
+    def template_variables(self) -> Mapping[str, str]:
+        """The special tokens that chat templates can name, such as ``eos_token``."""
+        return self._variables
+
+    @property
+    def default_template(self) -> str | None:
+        """The chat template for conversations without tools; None without one."""
+        return self._templates.get("default")
+
     def check_template(self) -> None:
         """Compile the chat template. Blocks.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from turret.server import log
 from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable, WatchedFiles
@@ -64,6 +64,20 @@ _OPTIONS = (
 class _Listener:
     server: grpc.aio.Server
     address: str
+
+
+def _add_reflection(names: tuple[str, ...], server: grpc.aio.Server) -> None:
+    """Offers reflection as v1alpha and as v1, which has the same messages under another name."""
+    reflection.enable_server_reflection(names, server)
+    servicer: Any = reflection.aio.ReflectionServicer(names)
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    handlers = {"ServerReflectionInfo": handler}
+    v1 = grpc.method_handlers_generic_handler("grpc.reflection.v1.ServerReflection", handlers)
+    server.add_generic_rpc_handlers((v1,))
 
 
 def _certificates(security: SecurityConfig) -> Any:
@@ -171,8 +185,7 @@ class RpcServer:
         if ADAPTERS_SERVICE in services:
             adapters_pb2_grpc.add_AdaptersServicer_to_server(self._adapters, server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
-        names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
+        _add_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         # Read them for each listener: a credentials object delivers its certificates to only one.
         credentials = read_credentials(self._security)
         try:

@@ -69,6 +69,13 @@ def schema(value: Any) -> ConstraintSpec:
             ['{"name":"Bo","age":3}', '{ "name": "Bo",\n "age": 130, "tags": ["a", "b"] }'],
             ['{"age":3,"name":"Bo"}', '{"name":"Bo","age":131}', '{"name":"Bo"}', "{" + 40 * " "],
         ),
+        # Such a format constrains nothing; in a constant, it is no format.
+        (
+            "json_schema", json.dumps({"prefixItems": [
+                {"type": "string", "format": "password"}, {"const": {"format": "password"}},
+            ], "type": "array", "minItems": 2}),
+            ['["a",{"format":"password"}]'], ['[1,{"format":"password"}]', '["a",{}]'],
+        ),
     ],
 )  # fmt: skip
 def test_what_is_let_through(

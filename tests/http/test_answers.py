@@ -73,6 +73,14 @@ async def test_a_streamed_chat() -> None:
         assert (last["choices"], last["usage"]["prompt_tokens"]) == ([], 8)
         assert last["usage"]["completion_tokens"] == 4
         assert {e["choices"][0]["index"] for e in events} == {0, 1}
+        options["stream_options"]["continuous_usage_stats"] = True
+        counted = [(CHAT, body, [1, 1, 2, 2]), (COMPLETIONS, {**body, "prompt": "ab"}, [1, 2])]
+        for path, body, counts in counted:
+            *events, last, _ = await server.events(path, body | options)
+            for index in (0, 1):
+                used = [e["usage"] for e in events if e["choices"][0]["index"] == index]
+                assert [each["completion_tokens"] for each in used] == counts
+            assert {e["usage"]["prompt_tokens"] for e in events} == {last["usage"]["prompt_tokens"]}
 
 
 async def test_completions_take_four_kinds_of_prompts() -> None:

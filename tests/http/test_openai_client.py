@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import random
 import re
@@ -55,6 +56,17 @@ def rpc(server: ServerUnderTest) -> Iterator[TurretClient]:
 def connect(server: ServerUnderTest, key: str = "ask") -> openai.OpenAI:
     url = f"http://{server.http_address}/v1"
     return openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=120)
+
+
+def test_the_tokenizer_is_described_to_those_who_may_ask(server: ServerUnderTest) -> None:
+    url = f"http://{server.http_address}/tokenizer_info"
+    asked = urllib.request.Request(url, headers={"authorization": "Bearer ask"})
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        info = json.load(answer)
+    assert (info["bos_token"], info["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+    assert "<|im_start|>" in info["chat_template"]
+    with pytest.raises(urllib.error.HTTPError, check=lambda error: error.code == 401):
+        urllib.request.urlopen(url, timeout=60)
 
 
 def test_models_are_listed_and_found(client: openai.OpenAI, rpc: TurretClient) -> None:

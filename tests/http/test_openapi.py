@@ -62,7 +62,7 @@ async def test_each_answer_and_error_has_the_documented_form() -> None:
                     check(refused, operation, document)
                 assert answer.status_code == 200, (path, answer.text)
                 check(answer, operation, document)
-        assert len(asked) == 20
+        assert len(asked) == 21
 
 
 async def test_what_is_not_supported_is_marked() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from said import says
 from servers.probe import is_serving
 from servers.rpc_harness import failure_of, harness
@@ -165,13 +165,16 @@ async def test_health_and_reflection_are_open_and_health_follows_the_server(
             await check("turret.v1.Nothing")
         assert raised.value.code() is grpc.StatusCode.NOT_FOUND
 
-        reflection: Any = reflection_pb2_grpc.ServerReflectionStub(
-            server.channel  # type: ignore[arg-type]
-        )
         asked = reflection_pb2.ServerReflectionRequest(list_services="")
-        answers = [a async for a in reflection.ServerReflectionInfo(iter([asked]))]
-        listed = {s.name for s in answers[0].list_services_response.service}
-        assert {*services[1:], "grpc.health.v1.Health"} <= listed
+        for version in ("v1alpha", "v1"):
+            info: Any = server.channel.stream_stream(
+                f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+                reflection_pb2.ServerReflectionRequest.SerializeToString,
+                reflection_pb2.ServerReflectionResponse.FromString,
+            )
+            answers = [answer async for answer in info(iter([asked]))]
+            listed = {s.name for s in answers[0].list_services_response.service}
+            assert {*services[1:], "grpc.health.v1.Health"} <= listed
 
 
 async def test_calls_before_the_model_is_there_are_unavailable() -> None:

@@ -113,18 +113,20 @@ class StopConditions(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop_strings: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., include_stop: bool = ...) -> None: ...
 
 class ResponseOptions(_message.Message):
-    __slots__ = ("logprobs", "top_n", "echo", "token_ids", "call_marks")
+    __slots__ = ("logprobs", "top_n", "echo", "token_ids", "call_marks", "running_usage")
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TOP_N_FIELD_NUMBER: _ClassVar[int]
     ECHO_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CALL_MARKS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_USAGE_FIELD_NUMBER: _ClassVar[int]
     logprobs: bool
     top_n: int
     echo: bool
     token_ids: bool
     call_marks: bool
-    def __init__(self, logprobs: bool = ..., top_n: _Optional[int] = ..., echo: bool = ..., token_ids: bool = ..., call_marks: bool = ...) -> None: ...
+    running_usage: bool
+    def __init__(self, logprobs: bool = ..., top_n: _Optional[int] = ..., echo: bool = ..., token_ids: bool = ..., call_marks: bool = ..., running_usage: bool = ...) -> None: ...
 
 class Choice(_message.Message):
     __slots__ = ("texts",)

@@ -184,6 +184,14 @@ class Text(Answer):
     prompt: str
 
 
+class TokenizerInfo(BaseModel):
+    """Other fields are the special tokens, such as ``eos_token``."""
+
+    model_config = ConfigDict(extra="allow")
+    tokenizer_class: str
+    chat_template: str | None
+
+
 class ModelCard(Answer):
     id: str
     object: Literal["model"]

@@ -148,6 +148,9 @@ class ChatOnly(Body):
 
 class StreamOptions(Body):
     include_usage: bool = Field(default=False, description="Whether the last event has the usage.")
+    continuous_usage_stats: bool = Field(
+        default=False, description="Whether all events have it, as counted so far."
+    )
 
 
 class StructuredOutputs(ClosedBody):

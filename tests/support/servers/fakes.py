@@ -8,7 +8,7 @@ from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from turret.server.adapters.adapter import (
     SINGLE_LABEL,
@@ -62,6 +62,8 @@ class FakeTokenizer:
     longest_token = 1 << 16
     chat_format = ChatFormat()
     encodes_at_once = True
+    default_template = None
+    template_variables: ClassVar = {}
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
