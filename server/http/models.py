@@ -9,7 +9,7 @@ from turret.server.api.admin import Adapters
 from turret.server.api.admin_messages import MAX_PAGE_SIZE
 from turret.server.api.inference import Inference
 from turret.server.api.violations import Violations
-from turret.server.basics.names import BASE
+from turret.server.basics.names import BASE, HUB_SCHEME
 from turret.server.errors import AdapterNotFoundError
 from turret.server.http.endpoint import Exchange
 from turret.server.http.model_names import parse_model
@@ -26,6 +26,8 @@ from turret.v1.adapters_pb2 import (
 )
 
 OWNER = "turret"
+# Other servers' scheme for repositories on the hub.
+_HF_SCHEME = "hf://"
 _TEXT = {"content-type": "text/plain; charset=utf-8"}
 
 _B = TypeVar("_B", bound=AdapterName)
@@ -116,7 +118,10 @@ class Lora:
     async def load(self, exchange: Exchange) -> None:
         """Register an adapter of any method."""
         body = _read(exchange, LoadAdapter)
-        fields: dict[str, Any] = {"name": body.lora_name, "path": body.lora_path}
+        path = body.lora_path
+        if path.startswith(_HF_SCHEME):
+            path = HUB_SCHEME + path.removeprefix(_HF_SCHEME)
+        fields: dict[str, Any] = {"name": body.lora_name, "path": path}
         fields |= {"task": body.task, "chat_template": body.chat_template}
         if body.load_inplace:
             await self._adapters.replace(ReplaceAdapterRequest(**fields), exchange.call)

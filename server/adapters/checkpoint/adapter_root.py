@@ -256,6 +256,12 @@ class AdapterRoot:
     def __init__(self, root: Path | None) -> None:
         self._root = None if root is None else root.resolve()
 
+    def relative(self, path: str) -> str:
+        """The path from the root, for an absolute path inside it; any other as it is."""
+        if self._root is None or not Path(path).is_relative_to(self._root):
+            return path
+        return str(Path(path).relative_to(self._root))
+
     def open_directory(self, path: str, shown: str | None = None) -> AdapterDirectory:
         """Opens ``path``, relative to the root, which must be a directory inside it.
 

@@ -163,7 +163,7 @@ class AdapterLoader:
         Raises:
             See ``AdapterHub.fetch``.
         """
-        source = Source(path, task=task)
+        source = Source(self._root.relative(path), task=task)
         return Source(self._hub.fetch(path), task=task) if source.is_hub else source
 
     def read(self, source: Source) -> AdapterCheckpoint:

@@ -162,6 +162,17 @@ def test_links_inside_are_followed_however_they_are_written(tmp_path: Path) -> N
         assert read(AdapterRoot(root), path) == ["inside", "inside"], path
 
 
+def test_an_absolute_path_inside_is_a_path_from_the_root(tmp_path: Path) -> None:
+    fill(tmp_path / "root" / "a", "inside")
+    root = AdapterRoot(tmp_path / "root")
+    inside = root.relative(f"{tmp_path}/root/./a/")
+    assert (inside, read(root, inside)) == ("a", ["inside", "inside"])
+    for outside in (f"{tmp_path}/root/../other", f"{tmp_path}/rooted/a"):
+        with pytest.raises(AdapterCheckpointError, check=says("PATH_OUTSIDE_ROOT")):
+            read(root, root.relative(outside))
+    assert AdapterRoot(None).relative("/a") == "/a"
+
+
 @pytest.mark.parametrize("target", ["..", "../root", "/", "/proc/self/root", "a/../../root/a"])
 def test_links_that_leave_the_root_are_refused(tmp_path: Path, target: str) -> None:
     fill(tmp_path / "root" / "a", "inside")
