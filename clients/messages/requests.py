@@ -72,7 +72,14 @@ class GenerateOptions(TypedDict, total=False):
         regex: The answer matches this as a whole, in the syntax of Rust's ``regex`` [none].
         grammar: The answer matches a context-free grammar, in Lark's syntax or GBNF [none].
         choice: The answer is one of these texts [none].
-        tools: The tools that the model may call, in OpenAI's format; conversations only [none].
+        tools: The tools that the model may call, in OpenAI's format. This and the next four options
+            are for conversations only [none].
+        chat_template_kwargs: More variables for the chat template, such as ``enable_thinking``: a
+            mapping, or its JSON [none].
+        add_generation_prompt: Whether the prompt ends with the beginning of the assistant's turn
+            [True, unless ``continue_final_message``].
+        continue_final_message: Whether the answer continues the last message [False].
+        chat_template: A chat template to use instead, if the server allows it [none].
     """
 
     adapters: AdaptersLike
@@ -102,8 +109,19 @@ class GenerateOptions(TypedDict, total=False):
     grammar: str | None
     choice: Sequence[str] | None
     tools: Sequence[Mapping[str, Any]] | None
+    chat_template_kwargs: Mapping[str, Any] | str | None
+    add_generation_prompt: bool | None
+    continue_final_message: bool | None
+    chat_template: str | None
 
 
+_KWARGS = "chat_template_kwargs"
+_RENDERING = (
+    _KWARGS,
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+)
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
 _PROMPTS = "text, token ids or messages"
 # Keeps durations within what a message can hold; the server checks its own limit.
@@ -157,10 +175,19 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     extend_ids("stop_token_ids", request.stop.stop_token_ids, ids)
     _set_constraint(request, values)
     for index, tool in enumerate(several("tools", values.get("tools", ()), "a list of tools")):
-        if request.WhichOneof("input") != "chat":
-            raise ArgumentTypeError("tools", say("NEEDS_FIELD", other="messages"))
+        _check_is_chat(request, "tools")
         request.chat.tools.append(to_tool(f"tools[{index}]", tool))
+    for name in _RENDERING:
+        if name in values:
+            _check_is_chat(request, name)
+            value = values[name]
+            fill(request.chat, {name: _json(name, value) if name == _KWARGS else value})
     return request
+
+
+def _check_is_chat(request: inference_pb2.GenerateRequest, name: str) -> None:
+    if request.WhichOneof("input") != "chat":
+        raise ArgumentTypeError(name, say("NEEDS_FIELD", other="messages"))
 
 
 def _set_bias(sampling: inference_pb2.SamplingParams, bias: Any) -> None:
@@ -186,11 +213,16 @@ def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str,
             request.choice.SetInParent()
             extend_texts(name, request.choice.texts, several(name, value, "a list of strings"))
             continue
-        if name == "json_schema" and not isinstance(value, str):
-            if not isinstance(value, Mapping):
-                raise not_of_type(name, "a mapping or JSON", value)
-            value = as_json(name, value)
-        fill(request, {name: value})
+        fill(request, {name: _json(name, value) if name == "json_schema" else value})
+
+
+def _json(name: str, value: Any) -> str:
+    """The JSON of an argument: a mapping, or the text itself."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Mapping):
+        raise not_of_type(name, "a mapping or JSON", value)
+    return as_json(name, value)
 
 
 def set_inputs(request: Any, inputs: str | Sequence[Prompt]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from datetime import UTC, datetime
 from typing import Any
@@ -71,6 +72,26 @@ def test_tools_and_calls_reach_their_fields(client: TurretClient, server: FakeTu
             client.chat("hi", tools=wrong)
     with pytest.raises(TypeError, match=r"^tools: "):
         client.generate("hi", tools=[{"function": {"name": "f"}}])
+
+
+def test_how_a_conversation_is_rendered_reaches_its_fields(
+    client: TurretClient, server: FakeTurret
+) -> None:
+    client.chat("hi", chat_template_kwargs={"enable_thinking": False}, add_generation_prompt=False)
+    chat = server.inference.requests[-1].chat
+    assert (json.loads(chat.chat_template_kwargs), chat.add_generation_prompt) == (
+        {"enable_thinking": False},
+        False,
+    )
+    client.chat("hi", continue_final_message=True, chat_template="{{ messages }}")
+    chat = server.inference.requests[-1].chat
+    assert chat.continue_final_message
+    assert (chat.chat_template, chat.HasField("add_generation_prompt")) == ("{{ messages }}", False)
+    wrong: Any = 5
+    with pytest.raises(TypeError, match=r"^continue_final_message: "):
+        client.generate("a", continue_final_message=True)
+    with pytest.raises(TypeError, match=r"^chat_template_kwargs: "):
+        client.chat("a", chat_template_kwargs=wrong)
     with pytest.raises(TypeError, match="tool_calls"):
         client.chat([{"role": "assistant", "tool_calls": [{}]}])
 
