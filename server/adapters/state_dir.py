@@ -173,6 +173,11 @@ class StagedUpload:
         self._written = 0
         self._is_over = False
 
+    def announce(self, file: UploadedFile) -> None:
+        """Adds a file, whose name is new, to those that must arrive; the caller checks the room."""
+        with self._lock:
+            self._missing[file.name] = file
+
     def write(self, name: str, data: bytes) -> None:
         """Appends to a file.
 

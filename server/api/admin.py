@@ -12,14 +12,14 @@ import contextlib
 import functools
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf import duration_pb2
 
-from turret.server.adapters.state_dir import UploadedFile
+from turret.server.adapters.state_dir import StagedUpload, UploadedFile
 from turret.server.api.admin_messages import (
     RESIDENCIES,
     adapter_message,
@@ -36,7 +36,11 @@ from turret.server.api.call import Call
 from turret.server.api.gate import ServingGate
 from turret.server.api.limits import MAX_PAGE_TOKEN_CHARS, MAX_PATH_CHARS, MAX_WORD_CHARS
 from turret.server.api.uploads import (
+    UPLOAD_FILES,
+    Entries,
     Messages,
+    check_complete,
+    check_entry,
     check_template,
     checked_header,
     most_seconds,
@@ -194,6 +198,52 @@ class Adapters:
             QueueFullError: ``MAX_UPLOADS`` are under way, or as many as one token may have.
             DeadlineExceededError: The client was silent for too long.
         """
+        with self._upload_of(call) as registry:
+            header = checked_header(await next_message(messages))
+            files = [UploadedFile(file.path, file.size_bytes, file.sha256) for file in header.files]
+
+            async def receive(staged: StagedUpload) -> None:
+                write = functools.partial(self._slow.run, staged.write)
+                await receive_chunks(messages, write, most_seconds(header))
+
+            return await self._received(registry, header, call, files, receive)
+
+    async def upload_archive(
+        self, header: adapters_pb2.UploadHeader, entries: Entries, call: Call
+    ) -> adapters_pb2.Adapter:
+        """Receive an adapter's files one after another; other files are skipped.
+
+        Args:
+            header: Everything but the files.
+            entries: The files as they arrive; each is read before the next.
+            call: The call.
+
+        Raises:
+            InvalidRequestError: A file occurs twice, or one that is needed is missing.
+            QueueFullError, DeadlineExceededError: See ``upload``.
+        """
+        with self._upload_of(call) as registry:
+
+            async def receive(staged: StagedUpload) -> None:
+                announced: set[str] = set()
+                num_bytes = 0
+                async for name, size, chunks in entries:
+                    num_bytes += max(size, 0)
+                    await self._slow.run(registry.check_room, num_bytes)
+                    if name not in UPLOAD_FILES:
+                        continue
+                    check_entry(name, size, announced)
+                    announced.add(name)
+                    await self._slow.run(staged.announce, UploadedFile(name, size))
+                    async for data in chunks:
+                        await self._slow.run(staged.write, name, data)
+                check_complete(announced)
+
+            return await self._received(registry, header, call, (), receive)
+
+    @contextlib.contextmanager
+    def _upload_of(self, call: Call) -> Iterator[AdapterRegistry]:
+        """A place for an upload; the registry that takes it in."""
         registry = self._gate.enter().registry
         if self._uploads.total() >= MAX_UPLOADS:
             raise QueueFullError(say("TOO_MANY_CALLS", most=MAX_UPLOADS))
@@ -201,26 +251,25 @@ class Adapters:
             raise QueueFullError(say("TOO_MANY_UPLOADS_OF_TOKEN", most=MAX_UPLOADS_PER_TOKEN))
         self._uploads[call.tenant] += 1
         try:
-            return await self._receive(registry, messages, call)
+            yield registry
         finally:
             self._uploads[call.tenant] -= 1
             self._uploads += Counter()  # Drops tokens without uploads.
 
-    async def _receive(
-        self, registry: AdapterRegistry, messages: Messages, call: Call
+    async def _received(
+        self,
+        registry: AdapterRegistry,
+        header: adapters_pb2.UploadHeader,
+        call: Call,
+        files: Sequence[UploadedFile],
+        receive: Callable[[StagedUpload], Awaitable[None]],
     ) -> adapters_pb2.Adapter:
-        header = checked_header(await next_message(messages))
         call.adapters = (header.name,)
-        files = [UploadedFile(file.path, file.size_bytes, file.sha256) for file in header.files]
         staged = await self._slow.open(
             lambda: registry.stage(files), lambda opened: opened.discard()
         )
         try:
-            await receive_chunks(
-                messages,
-                lambda name, data: self._slow.run(staged.write, name, data),
-                most_seconds(header),
-            )
+            await receive(staged)
             await self._slow.run(staged.finish)
             record = await self._slow.run(
                 registry.upload,

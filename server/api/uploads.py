@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any
 
 from turret.server.adapters.adapter import (
@@ -35,6 +35,8 @@ LEAST_BYTES_PER_SECOND = 128 << 10
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Messages = AsyncIterator[adapters_pb2.UploadAdapterRequest]
+# The files of an archive: each one's name, size in bytes and content.
+Entries = AsyncIterator[tuple[str, int, AsyncIterator[bytes]]]
 
 
 async def next_message(messages: Messages) -> adapters_pb2.UploadAdapterRequest | None:
@@ -90,22 +92,10 @@ def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapter
     violations.check_count(len(header.files), MAX_UPLOAD_FILES, "header.files")
     files = header.files[: MAX_UPLOAD_FILES + 1]
     names = [file.path for file in files]
-    for required in _REQUIRED:
-        violations.check(required in names, "header.files", "LACKS", required=required)
+    _check_complete(names, violations, "header.files")
     for index, file in enumerate(files):
         where = f"header.files[{index}]"
-        name, size = file.path, file.size_bytes
-        violations.check(
-            name in UPLOAD_FILES,
-            f"{where}.path",
-            "NOT_ONE_OF",
-            value=name,
-            choices=", ".join(UPLOAD_FILES),
-        )
-        violations.check(name not in names[:index], f"{where}.path", "DUPLICATE", value=name)
-        violations.check(size >= 1, f"{where}.size_bytes", "TOO_SMALL", least=1, value=size)
-        most = _MOST_BYTES.get(name, size)
-        violations.check(size <= most, f"{where}.size_bytes", "TOO_LARGE", most=most, value=size)
+        _check_file(file.path, file.size_bytes, names[:index], violations, where)
         violations.check(
             file.sha256 == "" or _SHA256.fullmatch(file.sha256) is not None,
             f"{where}.sha256",
@@ -113,6 +103,45 @@ def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapter
         )
     violations.raise_if_any()
     return header
+
+
+def _check_complete(names: Collection[str], violations: Violations, where: str) -> None:
+    for required in _REQUIRED:
+        violations.check(required in names, where, "LACKS", required=required)
+
+
+def _check_file(
+    name: str, size: int, before: Collection[str], violations: Violations, where: str
+) -> None:
+    known = ", ".join(UPLOAD_FILES)
+    path, size_path = f"{where}.path", f"{where}.size_bytes"
+    violations.check(name in UPLOAD_FILES, path, "NOT_ONE_OF", value=name, choices=known)
+    violations.check(name not in before, path, "DUPLICATE", value=name)
+    violations.check(size >= 1, size_path, "TOO_SMALL", least=1, value=size)
+    most = _MOST_BYTES.get(name, size)
+    violations.check(size <= most, size_path, "TOO_LARGE", most=most, value=size)
+
+
+def check_entry(name: str, size: int, before: Collection[str]) -> None:
+    """Check a file of an archive against the files before it.
+
+    Raises:
+        InvalidRequestError: The file is too large, empty, or occurs twice.
+    """
+    violations = Violations()
+    _check_file(name, size, before, violations, name)
+    violations.raise_if_any()
+
+
+def check_complete(names: Collection[str]) -> None:
+    """Check that the files of an archive are an adapter.
+
+    Raises:
+        InvalidRequestError: One that is needed is missing.
+    """
+    violations = Violations()
+    _check_complete(names, violations, "files")
+    violations.raise_if_any()
 
 
 def most_seconds(header: adapters_pb2.UploadHeader) -> float:

@@ -42,6 +42,7 @@ class Exchange:
         path: Parts of the path, by name.
         query: The path's query, by name; of repeated names the last counts.
         headers: The request's headers.
+        receive: ASGI's function, for a handler that reads the body itself.
         reply: Writes the answer.
         party: Whose answers they are, of which it may wait for so many.
         names: Field paths of turret.v1 to what this client calls them, from the route's on.
@@ -51,6 +52,7 @@ class Exchange:
     path: Mapping[str, str]
     query: Mapping[str, str]
     headers: Mapping[str, str]
+    receive: Receive
     reply: Reply
     party: Party
     names: dict[str, str]
@@ -83,12 +85,13 @@ class Route:
     Attributes:
         path: With ``{name}`` for parts that vary.
         handler: Answers.
-        body: The model of the JSON body of a POST; None for a GET.
+        body: The model of the JSON body of a POST; None for a GET and an archive.
         answer: The model of the answer, for the OpenAPI document; None if it is text.
         service: The service of turret.v1 whose role is asked for (see ``authorize``); empty for
             what everyone may ask.
         is_hidden: Whether the document leaves it out.
         is_counted: Whether it runs on adapters.
+        is_archive: Whether it is a POST of an archive, which the handler reads itself.
         refuse: Brings an error, with the id of its request, into the form of another API.
     """
 
@@ -99,16 +102,17 @@ class Route:
     service: str = ""
     is_hidden: bool = False
     is_counted: bool = False
+    is_archive: bool = False
     refuse: Callable[[Refusal, str], Refusal] | None = None
 
     @property
     def method(self) -> str:
-        return "POST" if self.body else "GET"
+        return "POST" if self.body or self.is_archive else "GET"
 
     @property
     def is_polled(self) -> bool:
         """Whether it is a probe or a page, whose calls are not worth a line of the log."""
-        return self.body is None and self.service != INFERENCE
+        return self.method == "GET" and self.service != INFERENCE
 
 
 class Endpoint:
@@ -178,12 +182,16 @@ class Endpoint:
                 path=scope["path_params"],
                 query=QueryParams(scope["query_string"]),
                 headers=headers,
+                receive=receive,
                 reply=reply,
                 party=Party(self._shares, authorization, _peer(scope)),
                 _tokens=self._tokens,
                 names=names,
             )
             call.tenant = exchange.party.tenant
+            if route.is_archive:
+                await route.handler(exchange)
+                return Code.OK, None
             if route.body is not None:
                 exchange._sent, call.message_bytes = await read_json(receive, headers, route.body)
             else:

@@ -9,6 +9,7 @@ from typing import Any
 
 import turret
 from turret.server.api.access import SERVICE_ROLES
+from turret.server.http.archive import ARCHIVE, ARCHIVE_FLAGS
 from turret.server.http.endpoint import Exchange, Handler, Route
 from turret.server.http.reply import dumps
 from turret.server.http.schemas.answers import AnthropicFailure, Failure
@@ -90,9 +91,15 @@ def _described(route: Route) -> Any:
         parameters = [_parameter("model", str)]
     if route.body is not None:
         parameters.append(_parameter("body", route.body))
+    body: dict[str, Any] | None = None
+    if route.is_archive:
+        binary = {"schema": {"type": "string", "format": "binary"}}
+        body = {"requestBody": {"content": {ARCHIVE: binary}, "required": True}}
+        parameters.append(_parameter("lora_name", str))
+        parameters += (_parameter(name, bool, False) for name in ARCHIVE_FLAGS)
     stub.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     role = SERVICE_ROLES.get(route.service)
-    statuses = _STATUSES if route.body is not None else {401: _STATUSES[401], 503: _STATUSES[503]}
+    statuses = _STATUSES if route.method == "POST" else {401: _STATUSES[401], 503: _STATUSES[503]}
     failure = AnthropicFailure if route.refuse else Failure
     answer: dict[str, Any] = {}
     if route.answer is None:
@@ -107,6 +114,7 @@ def _described(route: Route) -> Any:
         operation_id=_operation(route),
         summary=_summary(route.handler),
         description=f"Role: {role}." if role else "Open to everyone.",
+        openapi_extra=body,
         responses={
             200: answer,
             **{status: {"model": failure, "description": why} for status, why in statuses.items()},
@@ -114,8 +122,11 @@ def _described(route: Route) -> Any:
     )
 
 
-def _parameter(name: str, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+def _parameter(
+    name: str, annotation: Any, default: Any = inspect.Parameter.empty
+) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, annotation=annotation, default=default)
 
 
 def _operation(route: Route) -> str:

@@ -26,6 +26,7 @@ from turret.server.api.inference import Inference
 from turret.server.basics.settings import split_address
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http import pages
+from turret.server.http.archive import Upload
 from turret.server.http.chat import ChatCompletions
 from turret.server.http.completions import Completions
 from turret.server.http.connection import Connection, Listener, tls_context
@@ -61,6 +62,7 @@ from turret.server.metrics import Metrics
 KEEP_ALIVE_SECONDS = 75
 # Paths for managing adapters. They are not served here if the admin API has its own address.
 ADMIN_PATHS = tuple(f"/v1/{verb}_lora_adapter" for verb in ("load", "unload", "pin", "unpin"))
+UPLOAD_PATH = "/v1/upload_lora_adapter"
 _LAST_WORD_SECONDS = 1.0
 
 
@@ -141,6 +143,9 @@ def routes(
         for path, handler in zip(ADMIN_PATHS, handlers, strict=True):
             body = LoadAdapter if handler == lora.load else AdapterName
             made.append(Route(path, handler, body, None, "turret.v1.Adapters"))
+        made.append(
+            Route(UPLOAD_PATH, Upload(adapters), service="turret.v1.Adapters", is_archive=True)
+        )
     return made
 
 
@@ -258,7 +263,7 @@ def application(
         has_admin=has_admin,
         has_tokens=tokens is not None,
     )
-    apart = () if has_admin else ADMIN_PATHS
+    apart = () if has_admin else (*ADMIN_PATHS, UPLOAD_PATH)
     answered = []
     for route in made:
         endpoint = Endpoint(route, metrics=metrics, tokens=tokens, shares=shares, failures=failures)

@@ -7,6 +7,9 @@ TEXTS: dict[str, str] = {
     "BODY_TOO_NESTED": "the body has more than {most} lists and objects",
     "REQUEST_TOO_LARGE": "the body must be at most {most} bytes",
     "REQUEST_TIMEOUT": "the body did not arrive within {seconds} seconds",
+    "NOT_AN_ARCHIVE_TYPE": "the content type must be {wanted}",
+    "ARCHIVE_UNREADABLE": "the body is not an uncompressed tar archive: {problem}",
+    "ARCHIVE_TOO_LONG": "the archive has more than {most} entries",
     "UNSUPPORTED_MEDIA_TYPE": (
         "the body must be uncompressed JSON with the header content-type: application/json"
     ),

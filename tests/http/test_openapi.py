@@ -28,6 +28,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/unpin_lora_adapter": {"lora_name": "a"},
     "/v1/unload_lora_adapter": {"lora_name": "a"},
 }
+ARCHIVE_PATH = "/v1/upload_lora_adapter"
 
 
 def check(answer: httpx2.Response, operation: dict[str, Any], document: dict[str, Any]) -> None:
@@ -52,6 +53,13 @@ async def test_each_answer_and_error_has_the_documented_form() -> None:
                 url = path.replace("{model}", "base")
                 if method == "get":
                     answer = await server.client.get(url)
+                elif path == ARCHIVE_PATH:
+                    # The fake registry takes no uploads, but a refusal is documented as well.
+                    kind = {"content-type": "application/x-tar"}
+                    answer = await server.client.post(f"{url}?lora_name=A+", headers=kind)
+                    assert answer.status_code == 400
+                    check(answer, operation, document)
+                    continue
                 else:
                     schema = operation["requestBody"]["content"]["application/json"]["schema"]
                     whole = {**schema, "components": document["components"]}
@@ -62,7 +70,7 @@ async def test_each_answer_and_error_has_the_documented_form() -> None:
                     check(refused, operation, document)
                 assert answer.status_code == 200, (path, answer.text)
                 check(answer, operation, document)
-        assert len(asked) == 21
+        assert len(asked) == 22
 
 
 async def test_what_is_not_supported_is_marked() -> None:

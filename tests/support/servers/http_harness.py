@@ -49,7 +49,7 @@ class HttpHarness:
     server: HttpServer
     gate: ServingGate
     engine: FakeEngine
-    registry: FakeRegistry
+    registry: Any
     merger: FakeMerger
     metrics: Metrics
     failures: Failures
@@ -124,11 +124,12 @@ async def http_harness(
     shares: Shares | None = None,
     serving: bool = True,
     most_connections: int = MOST_CONNECTIONS,
+    registry: Any = None,
 ) -> AsyncIterator[HttpHarness]:
-    """A server on a free port, serving fakes."""
+    """A server on a free port, serving fakes; its registry may be a real one."""
     gate, metrics, failures = ServingGate(), Metrics(), Failures()
     adapters = Adapters(gate)
-    engine, registry, merger = FakeEngine(), FakeRegistry(), FakeMerger()
+    engine, registry, merger = FakeEngine(), registry or FakeRegistry(), FakeMerger()
     server = HttpServer(
         listen or ListenConfig(http_address="127.0.0.1:0"),
         security or SecurityConfig(),
