@@ -14,7 +14,7 @@ TEXTS: dict[str, str] = {
     "WRONG_TYPE": "must be {expected}",
     "TOO_LONG": "must be at most {most} characters as JSON",
     "NUMBER_TOO_LARGE": "must not contain numbers above 1.8e308",
-    "TOO_FEW_ENTRIES": "must have at least {least} entries",
+    "TOO_FEW_ENTRIES": "must have {least} or more entries",
     "NOT_TEXT": "must be a text part; this model accepts only text",
     "NOT_A_BIAS": "must map token ids to numbers from -100 to 100; the entry {token!q:.40} does"
     " not",
