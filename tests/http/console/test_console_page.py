@@ -231,7 +231,7 @@ async def test_an_administrator_loads_pins_and_unloads(
         def do(tab: Browser) -> None:
             open_page(tab, http)
             status(tab, "Locked")
-            assert "asks for a token" in tab.text("#notice")
+            assert "requires a token" in tab.text("#notice")
             # Nothing can change until there is one: it does not ask on.
             count = "return performance.getEntriesByName(new URL('console/state?find=', location)"
             asked = tab.run(f"{count}.href).length")
@@ -311,7 +311,7 @@ async def test_a_server_that_starts_stops_or_refuses_says_so(
         starting = say("SERVER_STARTING")[1:]
         assert starting in await visit(lambda tab: tab.text("#notice"))
     await visit(status, "Unreachable")
-    assert "looks again" in await visit(lambda tab: tab.text("#notice"))
+    assert "retries" in await visit(lambda tab: tab.text("#notice"))
     async with http_harness() as http:
         http.engine.refuse = AdapterCheckpointError("no such weights")
 
