@@ -28,7 +28,7 @@ TEXTS: dict[str, str] = {
     "UNENFORCEABLE_IN_XML": "is not supported for models that write calls as XML",
     "UNENFORCEABLE_SCHEMA": "must be {expected} for models that write calls as XML",
     # Models.
-    "NEEDS_BASE_MODEL": "requires the base model as model",
+    "NEEDS_BASE_MODEL": "requires model to be the base model",
     "NO_SUCH_MODEL": "the model {model!q} does not exist",
     "MODEL_NOT_A_MIX": "the model {model!q} does not exist; write a mix as {step}",
     "MODEL_IS_A_MIX": "{model!q} is a mix; GET /v1/models/{step} describes its first adapter",
