@@ -51,7 +51,7 @@ async def test_scores_and_answers_are_peft_s(architecture: str, tmp_path: Path) 
 async def test_bits_alone_and_in_company(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bits are the same in chunks, beside other rows, from the prefix cache, and after preemption."""
+    """Bits are the same in chunks, beside other rows, from the cache, and after preemption."""
     base = twin("llama")
     names = ("deep", "constant")
     save_all(base.model, tmp_path, *names)
