@@ -202,7 +202,7 @@ def test_a_whole_answer_is_asked_for_again_or_is_an_error(server, is_async: bool
 def test_closing_an_asyncio_client_leaves_nothing_of_a_cut_stream_to_the_next_loop(
     is_cut_by_close: bool,
 ) -> None:
-    """Otherwise, gRPC prints a traceback when a call's last event arrives after its loop was closed."""
+    """Otherwise, gRPC prints a traceback when a call's last event finds its loop closed."""
 
     async def cut(address: str) -> list[str]:
         async with AsyncTurretClient(address) as client:

@@ -132,7 +132,7 @@ async def test_what_no_kernel_has_is_computed_beside_the_others(root: Path) -> N
 async def test_adapters_come_and_go_and_captured_steps_stay(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Adapters are evicted, unloaded, and replaced by others in their place and under their name."""
+    """Adapters are evicted, unloaded, and replaced by others in their place or name."""
     for name in ("tokens", "both"):
         shutil.copytree(root / name, tmp_path / name)
     requests = [asked((name, 1.0), seed=2) for name in ("tokens", "both")]
